@@ -1,0 +1,3 @@
+from castalia.cli.main import main
+
+main()

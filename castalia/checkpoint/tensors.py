@@ -1,0 +1,63 @@
+"""What every checkpoint format reads into and writes from: named lazy tensors.
+
+Names and layouts are the canonical ones of `castalia.model.transformer`; see `docs/checkpoints.md`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypedDict, runtime_checkable
+
+import torch
+
+from castalia.config.schema import RunConfig
+
+Slices = Sequence[slice]
+
+
+@runtime_checkable
+class TensorRef(Protocol):
+    """A tensor that is read only when asked for."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def read(self, slices: Slices | None = None) -> torch.Tensor:
+        """A fresh CPU tensor: all of it, or the part that one slice for each dimension selects."""
+        ...
+
+
+class AdamState(TypedDict):
+    """Optimizer state of one parameter; the three tensors are fp32 and have the parameter's shape."""
+
+    master: TensorRef
+    exp_avg: TensorRef
+    exp_avg_sq: TensorRef
+    step: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the run was. A run that has not started yet has zeros."""
+
+    step: int = 0  # steps done, skipped ones included
+    skipped: int = 0  # steps whose update was left out because the gradient was not finite
+    tokens: int = 0
+    loss_scale: Mapping[str, float] | None = None  # fp16: the scaler's own counters
+    schedule: Mapping[str, object] | None = None  # the original's stored learning-rate schedule, where there is one
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of any format, opened but not read."""
+
+    path: str
+    format: str  # "native", "neox", "megatron-deepspeed", "huggingface"
+    model: Mapping[str, TensorRef]
+    optimizer: Mapping[str, AdamState] | None
+    progress: Progress
+    config: RunConfig | None
+    notes: tuple[str, ...] = ()  # what a reader should know: drift, guesses, what was left out
+    details: Mapping[str, object] = field(default_factory=dict)  # the format's own facts: era, layout, files
+    summed_bias_ranks: int = 1  # T when row-parallel biases were summed over T tensor ranks

@@ -1,0 +1,244 @@
+"""The whole configuration of a run: frozen sections of plain values.
+
+Derived values are properties and are never stored. Reading files, origins and error messages are `load.py`'s affair,
+contradictions between values are `check.py`'s.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+Fraction = NonNegativeFloat
+InitMethod = Literal[
+    "normal", "scaled_normal", "single_residual_scaled_normal", "small_init", "wang_init",
+    "xavier_uniform", "xavier_normal", "orthogonal", "scaled_orthogonal",
+]  # fmt: skip
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class RopeScaling(Section):
+    """How rotary frequencies are stretched beyond the length they were trained for."""
+
+    kind: Literal["linear", "yarn", "llama3"]
+    factor: PositiveFloat
+    original_positions: PositiveInt | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    attention_factor: float | None = None
+
+
+class Model(Section):
+    num_layers: PositiveInt
+    hidden_size: PositiveInt
+    num_heads: PositiveInt
+    num_kv_heads: PositiveInt | None = Field(None, description="key/value heads; None: as many as query heads")
+    mlp_size: PositiveInt | None = Field(None, description="inner width of the MLP; None: 4 * hidden_size")
+    vocab_size: PositiveInt | None = Field(None, description="logical vocabulary; None: the tokenizer's")
+    vocab_multiple: PositiveInt = Field(128, description="the embedding's rows are padded to a multiple of this")
+    max_positions: PositiveInt | None = Field(None, description="longest sequence; None: data.seq_length")
+
+    position: Literal["rotary", "learned", "sinusoidal", "alibi", "none"] = "rotary"
+    rotary_pct: PositiveFloat = Field(1.0, le=1.0, description="share of each head's dimensions that rotate")
+    rotary_base: PositiveFloat = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm: Literal["layernorm", "rmsnorm", "scalenorm", "layernorm_no_params"] = "layernorm"
+    norm_eps: PositiveFloat = 1e-5
+    rms_eps_inside: bool = Field(True, description="x / sqrt(mean(x^2) + eps); false: x / (rms(x) + eps)")
+    qk_norm: bool = Field(False, description="norm over all heads of the queries and of the keys, as NeoX does")
+    activation: Literal[
+        "gelu", "gelu_tanh", "relu", "silu", "mish", "softsign", "sigmoid", "identity"
+    ] = "gelu_tanh"  # fmt: skip
+    gated_mlp: bool = Field(False, description="activation(gate(x)) * up(x) instead of activation(up(x))")
+    parallel_residual: bool = Field(False, description="x + attention(norm1 x) + mlp(norm2 x)")
+    shared_norm: bool = Field(False, description="parallel residual with one norm for both branches")
+    attention_bias: bool = True
+    mlp_bias: bool = True
+    tie_embeddings: bool = False
+    sliding_window: PositiveInt | None = Field(None, description="a token sees itself and this many before it")
+    embedding_dropout: Fraction = Field(0.0, lt=1.0)
+    hidden_dropout: Fraction = Field(0.0, lt=1.0)
+    attention_dropout: Fraction = Field(0.0, lt=1.0)
+
+    init: Literal["seeded", "neox"] | None = Field(
+        None, description="seeded: by (seed, name, position); neox: the original's CPU stream for one process; None: neox under neox_exact"
+    )
+    init_passes: Literal[1, 2] = Field(1, description="with init=neox: 2 for pipe_parallel_size 0, which builds twice")
+    init_method: InitMethod = "normal"
+    output_init_method: InitMethod = Field("scaled_normal", description="attention output and second MLP matrix")
+    init_std: PositiveFloat = 0.02
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def mlp_width(self) -> int:
+        return self.mlp_size or 4 * self.hidden_size
+
+    @property
+    def rotary_size(self) -> int:
+        """Rotating dimensions of each head."""
+        return int(self.head_size * self.rotary_pct)
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding. Raises ValueError while the vocabulary is unknown."""
+        if self.vocab_size is None:
+            raise ValueError("model.vocab_size is unknown until the tokenizer is read")
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+class Source(Section):
+    """One indexed corpus: the path of its `.bin` and `.idx` without the ending."""
+
+    path: str
+    weight: PositiveFloat = 1.0
+    labels: str | None = Field(None, description="prefix of label ids, -100 where no loss is taken")
+
+
+class Data(Section):
+    path: str | None = Field(None, description="one corpus that `split` divides; excludes train, valid and test")
+    split: str = "969, 30, 1"
+    train: tuple[Source, ...] = ()
+    valid: tuple[Source, ...] = ()
+    test: tuple[Source, ...] = ()
+    seq_length: PositiveInt = 2048
+    packing: Literal["packed", "pack_until_overflow", "unpacked"] = "packed"
+    allow_chopped: bool = Field(True, description="false: leave out documents longer than a sample")
+    weight_by_documents: bool = Field(False, description="weights from document counts; replaces the given weights")
+    weight_alpha: PositiveFloat = 1.0
+    mask_after_eod: bool = Field(False, description="no loss on the token that follows an end-of-document token")
+    mask_documents: bool = Field(False, description="tokens see only their own document; positions restart")
+    cache_dir: str | None = Field(None, description="folder of index files; None: beside the data")
+
+
+class Tokenizer(Section):
+    kind: Literal["hf", "gpt2", "hf_gpt2", "sentencepiece", "tiktoken", "char", "bytes"] | None = None
+    path: str | None = Field(None, description="tokenizer.json, vocab.json, model file or folder")
+    merges: str | None = Field(None, description="merges.txt of GPT-2 BPE files")
+
+
+class Optimizer(Section):
+    name: Literal["adamw"] = "adamw"
+    lr: PositiveFloat = 3e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = Field(0.1, description="on matrices and embeddings; never on norms and biases")
+    clip_norm: PositiveFloat | None = Field(1.0, description="largest gradient norm; None switches clipping off")
+
+
+class Schedule(Section):
+    style: Literal["constant", "linear", "cosine", "exponential"] = "cosine"
+    warmup: Fraction = Field(0.01, le=1.0, description="share of the decay steps")
+    decay_steps: PositiveInt | None = Field(None, description="None: train.steps * decay_fraction")
+    decay_fraction: PositiveFloat | None = Field(None, le=1.0)
+    min_lr: NonNegativeFloat = 0.0
+
+
+class Parallel(Section):
+    tp: PositiveInt = 1
+    pp: PositiveInt = 1
+    cp: PositiveInt = 1
+    zero: Literal[0, 1, 2, 3] = Field(0, description="0 replicate; 1, 2 shard optimizer and gradients; 3 parameters too")
+    sequence_parallel: bool = False
+    gpus: PositiveInt | None = Field(None, description="devices of the whole run, for planning; None: those it runs on")
+
+
+class LossScale(Section):
+    """fp16 only. `rule` names which of DeepSpeed's two dynamic rules applies."""
+
+    static: PositiveFloat | None = Field(None, description="a fixed scale; None: dynamic")
+    initial: PositiveFloat = 2.0**16
+    window: PositiveInt = 1000
+    hysteresis: PositiveInt = 2
+    minimum: PositiveFloat = 1.0
+    consecutive_hysteresis: bool = False
+    rule: Literal["zero", "stage0"] | None = Field(None, description="None: zero for parallel.zero >= 1, else stage0")
+
+
+class Precision(Section):
+    compute: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: bf16 where the hardware has it")
+    loss_scale: LossScale = LossScale()
+
+
+class Train(Section):
+    steps: PositiveInt | None = Field(None, description="optimizer steps; or give epochs")
+    epochs: PositiveInt | None = None
+    batch_size: PositiveInt | None = Field(None, description="sequences of a step over all ranks")
+    micro_batch_size: PositiveInt | None = Field(None, description="sequences of one forward pass on one rank")
+    accumulation: PositiveInt | None = Field(None, description="forward passes of a step")
+    recompute: Literal["none", "selective", "full"] = "none"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    exit_interval: PositiveInt | None = Field(None, description="save and stop at the next multiple of this step")
+
+
+class Checkpoint(Section):
+    dir: str | None = Field(None, description="the run's folder")
+    resume: str | None = Field(None, description="go on from this run or checkpoint: everything is restored")
+    init_from: str | None = Field(None, description="start from these weights: a new run")
+    step: NonNegativeInt | None = Field(None, description="which step to resume or start from; None: the latest")
+    every: PositiveInt | None = Field(None, description="save at multiples of this step")
+    log_base: float | None = Field(None, gt=1.0, description="save at 1, base, base^2, ...")
+    log_until: PositiveInt | None = Field(None, description="last step of the log_base series")
+    steps: tuple[NonNegativeInt, ...] = Field((), description="further steps to save; 0 is before the first step")
+    keep_last: PositiveInt | None = Field(None, description="delete older checkpoints, milestones excepted")
+    keep_every: PositiveInt | None = Field(None, description="milestones: multiples of this step are never deleted")
+    save_optimizer: bool = True
+    load_optimizer: bool = True
+    schedule_from: Literal["config", "checkpoint"] | None = Field(
+        None, description="which learning-rate schedule a resumed run follows; None: they must agree"
+    )
+
+
+class Log(Section):
+    every: PositiveInt = 10
+    tensorboard: str | None = Field(None, description="folder of TensorBoard event files")
+    peak_tflops: PositiveFloat | None = Field(None, description="of one device, for MFU; None: known devices and measured CPUs")
+
+
+class Eval(Section):
+    every: PositiveInt | None = 1000
+    batches: NonNegativeInt = Field(10, description="global batches of one evaluation")
+    at_end: bool = True
+
+
+class Generate(Section):
+    temperature: NonNegativeFloat = 0.0
+    top_k: NonNegativeInt = 0
+    top_p: NonNegativeFloat = Field(0.0, le=1.0)
+    max_tokens: PositiveInt = 64
+    num_samples: PositiveInt = 1
+    mode: Literal["unconditional", "input-file", "interactive"] | None = None
+    input_file: str | None = None
+    output_file: str | None = None
+    prompt_end: str = "\n"
+
+
+class RunConfig(Section):
+    """Everything that a run depends on. `model` is None in overlays that describe no architecture."""
+
+    model: Model | None = None
+    data: Data = Data()
+    tokenizer: Tokenizer = Tokenizer()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    parallel: Parallel = Parallel()
+    precision: Precision = Precision()
+    train: Train = Train()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+    eval: Eval = Eval()
+    generate: Generate = Generate()
+    seed: PositiveInt = 1234
+    neox_exact: bool = Field(False, description="bring back every defect of the original that changes numbers")

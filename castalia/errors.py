@@ -1,0 +1,21 @@
+"""The errors that users meet. The command line prints them as one message and exits with code 2."""
+
+
+class CastaliaError(Exception):
+    """Something the user can mend: the message says what, where, why, and the way out."""
+
+
+class ConfigError(CastaliaError):
+    """A config that cannot be used. Its message has one line for each problem found."""
+
+
+class DataError(CastaliaError):
+    """A corpus, index or tokenizer file that cannot be used."""
+
+
+class CheckpointError(CastaliaError):
+    """A checkpoint that is missing, damaged, unsafe, or of another model than asked for."""
+
+
+class TrainingError(CastaliaError):
+    """A run that cannot go on, such as a loss that is no longer finite."""
