@@ -1,0 +1,230 @@
+"""Lazy tensors made of other lazy tensors: parts, joins, permutations and combinations, read piece by piece.
+
+Every class here is a `TensorRef`: a slice of it reads only what that slice needs of its sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+import torch
+
+from castalia.checkpoint.tensors import Slices, TensorRef
+
+
+def bounds(shape: Sequence[int], slices: Slices | None) -> list[tuple[int, int]]:
+    """(start, stop) for each dimension. Missing slices select everything; steps other than 1 raise ValueError."""
+    slices = list(slices or ())
+    if len(slices) > len(shape):
+        raise ValueError(f"{len(slices)} slices for a tensor of shape {tuple(shape)}")
+    slices += [slice(None)] * (len(shape) - len(slices))
+    result = []
+    for part, size in zip(slices, shape, strict=True):
+        start, stop, step = part.indices(size)
+        if step != 1:
+            raise ValueError(f"slices with a step cannot be read lazily: {part}")
+        result.append((start, max(start, stop)))
+    return result
+
+
+@dataclass(frozen=True)
+class Held:
+    """A tensor that is in memory already."""
+
+    tensor: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    def read(self, slices: Slices | None = None) -> torch.Tensor:
+        box = bounds(self.shape, slices)
+        return self.tensor[tuple(slice(*pair) for pair in box)].clone(memory_format=torch.contiguous_format)
+
+
+@dataclass(frozen=True)
+class Part:
+    """`source[..., start:stop, ...]` along one dimension."""
+
+    source: TensorRef
+    start: int
+    stop: int
+    dim: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = list(self.source.shape)
+        shape[self.dim] = self.stop - self.start
+        return tuple(shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
+
+    def read(self, slices: Slices | None = None) -> torch.Tensor:
+        box = bounds(self.shape, slices)
+        first, last = box[self.dim]
+        box[self.dim] = (self.start + first, self.start + last)
+        return self.source.read([slice(*pair) for pair in box])
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The sources one after another along one dimension."""
+
+    sources: tuple[TensorRef, ...]
+    dim: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = list(self.sources[0].shape)
+        shape[self.dim] = sum(source.shape[self.dim] for source in self.sources)
+        return tuple(shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.sources[0].dtype
+
+    def read(self, slices: Slices | None = None) -> torch.Tensor:
+        box = bounds(self.shape, slices)
+        first, last = box[self.dim]
+        result = torch.empty([stop - start for start, stop in box], dtype=self.dtype)
+        begin = 0  # of this source in the joined dimension
+        for source in self.sources:
+            end = begin + source.shape[self.dim]
+            start, stop = max(first, begin), min(last, end)
+            if start < stop:
+                box[self.dim] = (start - begin, stop - begin)
+                piece = source.read([slice(*pair) for pair in box])
+                result.narrow(self.dim, start - first, stop - start).copy_(piece)
+            begin = end
+        return result
+
+
+@dataclass(frozen=True)
+class Permuted:
+    """Rows seen as a grid of shape `view` (its product is the number of rows), with the grid's axes put in `order`."""
+
+    source: TensorRef
+    view: tuple[int, ...]
+    order: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.source.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
+
+    def read(self, slices: Slices | None = None) -> torch.Tensor:
+        box = bounds(self.shape, slices)
+        rows = torch.arange(prod(self.view)).view(self.view).permute(self.order).flatten()[slice(*box[0])]
+        if rows.numel() == 0:
+            return torch.empty([stop - start for start, stop in box], dtype=self.dtype)
+        low, high = int(rows.min()), int(rows.max()) + 1
+        return self.source.read([slice(low, high), *(slice(*pair) for pair in box[1:])])[rows - low]
+
+
+@dataclass(frozen=True)
+class Transposed:
+    source: TensorRef
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(reversed(self.source.shape))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
+
+    def read(self, slices: Slices | None = None) -> torch.Tensor:
+        box = reversed(bounds(self.shape, slices))
+        return self.source.read([slice(*pair) for pair in box]).t().contiguous()
+
+
+@dataclass(frozen=True)
+class Combined:
+    """Sum or mean of equally shaped sources, computed in fp64: replicas that agree give their own bits back."""
+
+    sources: tuple[TensorRef, ...]
+    how: Literal["sum", "mean"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.sources[0].shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.sources[0].dtype
+
+    def read(self, slices: Slices | None = None) -> torch.Tensor:
+        total = self.sources[0].read(slices).double()
+        for source in self.sources[1:]:
+            total += source.read(slices)
+        return (total / len(self.sources) if self.how == "mean" else total).to(self.dtype)
+
+    def drift(self) -> float:
+        """Largest difference between any source and the first one."""
+        first = self.sources[0].read().double()
+        return max(((source.read() - first).abs().max().item() for source in self.sources[1:]), default=0.0)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    source: TensorRef
+    divisor: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.source.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
+
+    def read(self, slices: Slices | None = None) -> torch.Tensor:
+        return (self.source.read(slices).double() / self.divisor).to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Padded:
+    """The source with rows of zeros added at the end."""
+
+    source: TensorRef
+    rows: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.rows, *self.source.shape[1:])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
+
+    def read(self, slices: Slices | None = None) -> torch.Tensor:
+        box = bounds(self.shape, slices)
+        start, stop = box[0]
+        result = torch.zeros([last - first for first, last in box], dtype=self.dtype)
+        held = min(stop, self.source.shape[0])
+        if start < held:
+            rest = [slice(*pair) for pair in box[1:]]
+            result[: held - start] = self.source.read([slice(start, held), *rest])
+        return result
+
+
+def part(source: TensorRef, start: int, stop: int, dim: int = 0) -> TensorRef:
+    """`Part`, or the source itself when that is all of it."""
+    return source if (start, stop) == (0, source.shape[dim]) else Part(source, start, stop, dim)
+
+
+def join(sources: Sequence[TensorRef], dim: int = 0) -> TensorRef:
+    """`Joined`, or the source itself when there is only one."""
+    return sources[0] if len(sources) == 1 else Joined(tuple(sources), dim)
