@@ -1,15 +1,18 @@
-"""The `castalia` command. Each verb lives in a file of its own that is imported only when it runs or is asked for help."""
+"""The `castalia` command. Each verb lives in a file of its own that is imported only when that verb is used."""
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
+from typing import Annotated
 
-import click
 import typer
-from typer.core import TyperGroup
 
-# verb -> (module, one line of help). The module defines `app`, a typer.Typer, or `command`, a plain function.
+from castalia import __version__
+from castalia.errors import CastaliaError
+
+# verb -> (module, one line of help). The module defines `command`, a plain function, or `app`, a typer.Typer.
 VERBS = {
     "train": ("castalia.cli.train", "Train, fine-tune or resume a run."),
     "eval": ("castalia.cli.evaluate", "Loss, perplexity and bits per byte of a checkpoint."),
@@ -23,42 +26,65 @@ VERBS = {
 }
 
 
-class LazyGroup(TyperGroup):
-    """Lists all verbs, imports only the one that is used."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(VERBS)
-
-    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in VERBS:
-            return None
-        if ctx.resilient_parsing or not _is_chosen(name):
-            return click.Command(name, help=VERBS[name][1])
-        module = import_module(VERBS[name][0])
+def build(chosen: str | None) -> typer.Typer:
+    """The whole command line. Only the chosen verb is imported; the others are names with a line of help."""
+    app = typer.Typer(
+        add_completion=False,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["--help", "-h"]},
+    )
+    app.callback()(_castalia)
+    for verb, (module_name, line) in VERBS.items():
+        if verb != chosen:
+            app.command(verb, help=line)(_not_chosen)
+            continue
+        module = import_module(module_name)
         if hasattr(module, "app"):
-            return typer.main.get_command(module.app)
-        single = typer.Typer(add_completion=False)
-        single.command(name, help=module.command.__doc__)(module.command)
-        return typer.main.get_command(single)
+            app.add_typer(module.app, name=verb, help=line)
+        else:
+            app.command(verb)(module.command)
+    return app
 
 
-def _is_chosen(name: str) -> bool:
-    return name == next((word for word in sys.argv[1:] if not word.startswith("-")), None)
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"castalia {__version__}")
+        raise typer.Exit
 
 
-app = typer.Typer(cls=LazyGroup, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-
-
-@app.callback()
-def castalia() -> None:
+def _castalia(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, help="Print the version.", callback=_print_version)
+    ] = False,
+) -> None:
     """Train, inspect, convert, evaluate and run GPT-style language models on plain PyTorch."""
 
 
-def main() -> None:
-    from castalia.errors import CastaliaError
+def _not_chosen() -> None:
+    raise AssertionError("only the chosen verb can run")
 
+
+def main() -> None:
+    """Run the verb of `sys.argv`. Exit codes: 0, 2 for what the user can mend, 130 when interrupted."""
+    verb = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
     try:
-        app()
+        try:
+            build(verb)()
+        finally:
+            sys.stdout.flush()
     except CastaliaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(_report(str(error)))
+    except BrokenPipeError:
+        # `castalia ... | head`: the reader has gone. What is still buffered goes nowhere, so that Python ends quietly.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:  # a path that is not there, not readable, a full disk
+        sys.exit(_report(f"{error.filename}: {error.strerror}" if error.filename else str(error)))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _report(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
