@@ -1,0 +1,138 @@
+"""The command line as a whole: every verb answers, errors are one message, light verbs stay light."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+from castalia.cli import main as cli
+
+PLAIN = {**os.environ, "NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "160"}
+
+
+def castalia(*args: str, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "castalia", *args]
+    return subprocess.run(command, capture_output=True, text=True, env=PLAIN, timeout=120, **options)
+
+
+def python(code: str, *args: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, env=PLAIN, timeout=120)
+
+
+def test_help_lists_every_verb_with_its_line():
+    result = castalia("--help")
+    assert result.returncode == 0
+    for verb, (_, line) in cli.VERBS.items():
+        assert verb in result.stdout and line in result.stdout
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_has_help(verb, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["castalia", verb, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 0
+    assert f"Usage: castalia {verb}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_a_verb_file_defines_one_command_or_a_group_with_described_commands(verb):
+    module = import_module(cli.VERBS[verb][0])
+    assert hasattr(module, "app") != hasattr(module, "command")
+    commands = (
+        [command.callback for command in module.app.registered_commands] if hasattr(module, "app") else [module.command]
+    )
+    assert all(command.__doc__ for command in commands)
+
+
+def test_version():
+    from castalia import __version__
+
+    assert castalia("--version").stdout == f"castalia {__version__}\n"
+
+
+def test_unknown_verb_gets_a_suggestion():
+    result = castalia("trian")
+    assert result.returncode == 2
+    assert "trian" in result.stderr and "train" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "raised", ["castalia.errors.DataError('corpus.bin: torn')", "FileNotFoundError(2, 'torn', 'corpus.bin')"]
+)
+def test_user_errors_are_one_message_and_exit_2(raised):
+    result = run_a_verb_that_raises(raised)
+    assert (result.returncode, result.stderr) == (2, "error: corpus.bin: torn\n")
+
+
+def test_our_own_mistakes_keep_their_traceback():
+    result = run_a_verb_that_raises("ZeroDivisionError()")
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+
+
+def test_interrupt_is_quiet():
+    result = run_a_verb_that_raises("KeyboardInterrupt()")
+    assert (result.returncode, result.stderr) == (128 + signal.SIGINT, "")
+
+
+def run_a_verb_that_raises(expression: str) -> subprocess.CompletedProcess:
+    return python(
+        f"""
+import sys, types, castalia.errors
+from castalia.cli import main as cli
+def command():
+    "Raises."
+    raise {expression}
+sys.modules["raising"] = types.SimpleNamespace(command=command)
+cli.VERBS["raising"] = ("raising", "Raises.")
+sys.argv = ["castalia", "raising"]
+cli.main()
+"""
+    )
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "castalia", "--help"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=PLAIN,
+    )
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.wait(timeout=60)
+
+
+HEAVY = ("torch", "transformers", "matplotlib")
+REPORT = f"""
+import sys
+from castalia.cli import main as cli
+try:
+    cli.main()
+finally:
+    print("HEAVY", *[name for name in {HEAVY} if name in sys.modules])
+"""
+
+
+@pytest.mark.parametrize(
+    "args",
+    [["--help"], ["plan", "pythia-14m"], ["config", "show", "pythia-14m"], *[[verb, "--help"] for verb in cli.VERBS]],
+    ids=" ".join,
+)
+def test_light_commands_import_nothing_heavy(args):
+    result = python(REPORT, *args)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "HEAVY"
+
+
+def test_importing_castalia_loads_neither_torch_nor_numpy_nor_pydantic():
+    code = "import castalia, sys; print([name for name in ('torch', 'numpy', 'pydantic') if name in sys.modules])"
+    assert python(code).stdout == "[]\n"
