@@ -20,8 +20,11 @@ Slices = Sequence[slice]
 class TensorRef(Protocol):
     """A tensor that is read only when asked for."""
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
 
     def read(self, slices: Slices | None = None) -> torch.Tensor:
         """A fresh CPU tensor: all of it, or the part that one slice for each dimension selects."""
