@@ -1,0 +1,76 @@
+"""How a run is spread over devices, and which layers each pipeline stage holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from castalia.config.schema import Model
+from castalia.plan.flops import block_flops, head_flops
+
+
+@dataclass(frozen=True)
+class Layout:
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    dp: int = 1
+    zero: Literal[0, 1, 2, 3] = 0
+    sequence_parallel: bool = False
+    micro_batch: int = 1  # sequences of one forward pass on one rank
+    accumulation: int = 1  # forward passes of a step
+    recompute: Literal["none", "selective", "full"] = "none"
+
+    @property
+    def gpus(self) -> int:
+        return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def batch(self) -> int:
+        return self.micro_batch * self.accumulation * self.dp
+
+    def __str__(self) -> str:
+        axes = " ".join(f"{n}{getattr(self, n)}" for n in ("tp", "pp", "cp", "dp") if getattr(self, n) > 1)
+        return (
+            f"{axes or 'one device'}, zero {self.zero}, {self.micro_batch} x {self.accumulation} sequences, "
+            f"recompute {self.recompute}"
+        )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A pipeline stage: `layers` blocks, the first one with the embedding, the last one with the head."""
+
+    index: int
+    layers: int
+    first: bool
+    last: bool
+
+
+def problem(model: Model, layout: Layout) -> str | None:
+    """Why this model cannot be cut this way, None if it can."""
+    cuts = {"model.num_heads": model.num_heads, "model.num_kv_heads": model.kv_heads, "the MLP's width": model.mlp_width}
+    if model.vocab_size is not None:
+        cuts["the padded vocabulary"] = model.padded_vocab_size
+    for what, size in cuts.items():
+        if size % layout.tp:
+            return f"parallel.tp={layout.tp} does not divide {what} ({size})"
+    if layout.pp > model.num_layers:
+        return f"parallel.pp={layout.pp} is more than the model's {model.num_layers} layers"
+    return None
+
+
+def stages(model: Model, pp: int, length: int) -> list[Stage]:
+    """Blocks for each stage, so that the slowest stage, the head counted with the last one, is as fast as possible."""
+    if pp == 1:
+        return [Stage(0, model.num_layers, True, True)]
+    block, head = block_flops(model, length), head_flops(model)
+
+    def slowest(in_last: int) -> float:
+        return max(-(-(model.num_layers - in_last) // (pp - 1)) * block, in_last * block + head)
+
+    in_last = min(range(1, model.num_layers - pp + 2), key=lambda n: (slowest(n), -n))
+    each, more = divmod(model.num_layers - in_last, pp - 1)
+    # The first stages hold the most micro-batches, so the odd blocks go to the later ones.
+    layers = [each + (stage >= pp - 1 - more) for stage in range(pp - 1)] + [in_last]
+    return [Stage(i, n, i == 0, i == pp - 1) for i, n in enumerate(layers)]
