@@ -1,0 +1,177 @@
+"""Initial weights: a function of (seed, tensor name, position), or the original's stream of random numbers.
+
+A matrix is cut into tiles of 64 x 256. Each is drawn whole, in fp64, from a CPU generator of its own, so that a rank
+draws only the tiles that its slice touches, and every layout and machine gets bit-equal weights. (fp32 draws differ
+between instruction sets.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from hashlib import blake2b
+
+import torch
+from torch import Tensor, nn
+
+from castalia.config.schema import Model
+from castalia.model.transformer import Transformer
+
+TILE_ROWS, TILE_COLUMNS = 64, 256
+OUTPUT_MATRICES = ("attn.out.weight", "mlp.down.weight")  # those that add to the residual stream
+
+
+@torch.no_grad()
+def initialize(model: Transformer, cfg: Model, seed: int) -> None:
+    """Fill all parameters in place, as `cfg.init` says."""
+    if (cfg.init or ("neox" if model.exact else "seeded")) == "neox":
+        matrices = dict(neox_matrices(cfg, seed))
+        for name, parameter in model.named_parameters():
+            parameter.copy_(matrices[name] if name in matrices else constant(name, parameter.shape))
+    else:
+        for name, parameter in model.named_parameters():
+            parameter.copy_(seeded_tensor(cfg, seed, name, parameter.shape))
+
+
+def seeded_tensor(
+    cfg: Model, seed: int, name: str, shape: Sequence[int], slices: Sequence[slice] | None = None
+) -> Tensor:
+    """The initial value of a canonical tensor in fp32: all of it, or the part that one slice for each dimension selects.
+
+    `shape` is the whole tensor's. Rows that pad the vocabulary are drawn like the others, and change none of them.
+    """
+    if constant_value(name) is not None:
+        whole = constant(name, shape)
+        return whole if slices is None else whole[tuple(slices)].clone()
+    logical = _logical_shape(cfg, name, shape)
+    method = _method(cfg, name)
+    rows, columns = slices if slices is not None else (slice(None), slice(None))
+    if method.endswith("orthogonal"):
+        whole = torch.zeros(*shape)  # padding rows are zero: an orthogonal matrix cannot be continued
+        whole[: logical[0]] = _orthogonal(seed, name, logical) * (1.0 if method == "orthogonal" else _depth_gain(cfg))
+        return whole[rows, columns].clone()
+    scale = standard_deviation(cfg, method, logical)
+    return (_drawn(seed, name, shape, rows, columns, uniform=method == "xavier_uniform") * scale).float()
+
+
+def constant_value(name: str) -> float | None:
+    """What a norm's weight or a bias starts as; None for a matrix, which is random."""
+    if name.endswith(".bias"):
+        return 0.0
+    return 1.0 if name.split(".")[-2] in ("norm", "norm1", "norm2", "qk_norm") else None
+
+
+def constant(name: str, shape: Sequence[int]) -> Tensor:
+    value = constant_value(name)
+    assert value is not None, name
+    return torch.full(tuple(shape), value)
+
+
+def standard_deviation(cfg: Model, method: str, shape: Sequence[int]) -> float:
+    """Of a matrix [out, in] under every method but the orthogonal ones."""
+    deviations = {
+        "normal": cfg.init_std,
+        "scaled_normal": cfg.init_std / math.sqrt(2 * cfg.num_layers),
+        "single_residual_scaled_normal": cfg.init_std / math.sqrt(cfg.num_layers),
+        "small_init": math.sqrt(2 / (5 * cfg.hidden_size)),
+        "wang_init": 2 / cfg.num_layers / math.sqrt(cfg.hidden_size),
+        "xavier_uniform": math.sqrt(2 / sum(shape)),
+        "xavier_normal": math.sqrt(2 / sum(shape)),
+    }
+    return deviations[method]
+
+
+def _method(cfg: Model, name: str) -> str:
+    return cfg.output_init_method if name.endswith(OUTPUT_MATRICES) else cfg.init_method
+
+
+def _depth_gain(cfg: Model) -> float:
+    return math.sqrt(2 / cfg.num_layers)
+
+
+def _logical_shape(cfg: Model, name: str, shape: Sequence[int]) -> tuple[int, int]:
+    """Without the rows that pad the vocabulary, so that padding changes no scale."""
+    rows = cfg.vocab_size if name in ("embed.weight", "head.weight") and cfg.vocab_size else shape[0]
+    return rows, shape[1]
+
+
+def _drawn(seed: int, name: str, shape: Sequence[int], rows: slice, columns: slice, uniform: bool) -> Tensor:
+    """fp64 draws of variance 1 for a part of the matrix, from the tiles that it touches."""
+    top, bottom, _ = rows.indices(shape[0])
+    left, right, _ = columns.indices(shape[1])
+    part = torch.empty(bottom - top, right - left, dtype=torch.float64)
+    tile = torch.empty(TILE_ROWS, TILE_COLUMNS, dtype=torch.float64)
+    for i in range(top // TILE_ROWS, -(-bottom // TILE_ROWS)):
+        r0, r1 = max(top, i * TILE_ROWS), min(bottom, (i + 1) * TILE_ROWS)
+        for j in range(left // TILE_COLUMNS, -(-right // TILE_COLUMNS)):
+            c0, c1 = max(left, j * TILE_COLUMNS), min(right, (j + 1) * TILE_COLUMNS)
+            generator = _generator(seed, name, i, j)
+            if uniform:
+                tile.uniform_(-math.sqrt(3), math.sqrt(3), generator=generator)
+            else:
+                tile.normal_(generator=generator)
+            cut = tile[r0 - i * TILE_ROWS : r1 - i * TILE_ROWS, c0 - j * TILE_COLUMNS : c1 - j * TILE_COLUMNS]
+            part[r0 - top : r1 - top, c0 - left : c1 - left] = cut
+    return part
+
+
+def _orthogonal(seed: int, name: str, shape: tuple[int, int]) -> Tensor:
+    """A matrix with orthonormal rows or columns, whichever are fewer."""
+    drawn = _drawn(seed, name, shape, slice(None), slice(None), uniform=False)
+    q, r = torch.linalg.qr(drawn if shape[0] >= shape[1] else drawn.T)
+    q = q * r.diagonal().sign()  # makes the distribution uniform
+    return (q if shape[0] >= shape[1] else q.T).float()
+
+
+def _generator(seed: int, name: str, i: int, j: int) -> torch.Generator:
+    digest = blake2b(f"{seed}:{name}:{i}:{j}".encode()).digest()[:8]
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def neox_matrices(cfg: Model, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """All random tensors as the original draws them in one process on the CPU: one fp32 stream, in construction order.
+
+    Without pipeline stages (pipe_parallel_size 0) it builds its layers twice; the weights are the second ones.
+    """
+    generator = torch.Generator().manual_seed(seed + 2718)
+    for _ in range(cfg.init_passes - 1):
+        for _ in _neox_pass(cfg, generator):
+            pass
+    yield from _neox_pass(cfg, generator)
+
+
+def _neox_pass(cfg: Model, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+    h, d, n, kv, f = cfg.hidden_size, cfg.head_size, cfg.num_heads, cfg.kv_heads, cfg.mlp_width
+
+    def draw(name: str, rows: int, columns: int) -> Tensor:
+        return _neox_draw(cfg, _method(cfg, name), torch.empty(rows, columns), generator)
+
+    yield "embed.weight", draw("embed.weight", cfg.padded_vocab_size, h)
+    if cfg.position == "learned":
+        assert cfg.max_positions is not None
+        yield "positions.weight", draw("positions.weight", cfg.max_positions, h)
+    for i in range(cfg.num_layers):
+        block = f"blocks.{i}"
+        qkv = draw(f"{block}.attn.qkv.weight", (n + 2 * kv) * d, h)
+        if kv != n:  # the original's rows are all queries, all keys, all values
+            q, k, v = (part.view(kv, -1, h) for part in qkv.split([n * d, kv * d, kv * d]))
+            qkv = torch.cat((q, k, v), dim=1).reshape(-1, h)
+        yield f"{block}.attn.qkv.weight", qkv
+        yield f"{block}.attn.out.weight", draw(f"{block}.attn.out.weight", h, n * d)
+        inner = draw(f"{block}.mlp.up.weight", 2 * f if cfg.gated_mlp else f, h)
+        yield f"{block}.mlp.up.weight", inner[:f]
+        if cfg.gated_mlp:
+            yield f"{block}.mlp.gate.weight", inner[f:]
+        yield f"{block}.mlp.down.weight", draw(f"{block}.mlp.down.weight", h, f)
+    if not cfg.tie_embeddings:
+        yield "head.weight", draw("head.weight", cfg.padded_vocab_size, h)
+
+
+def _neox_draw(cfg: Model, method: str, matrix: Tensor, generator: torch.Generator) -> Tensor:
+    """Fill with the very calls of the original; its fans are those of the padded matrix."""
+    if method == "xavier_uniform":
+        return nn.init.xavier_uniform_(matrix, generator=generator)
+    if method.endswith("orthogonal"):
+        gain = 1.0 if method == "orthogonal" else _depth_gain(cfg)
+        return nn.init.orthogonal_(matrix, gain, generator=generator)
+    return matrix.normal_(0.0, standard_deviation(cfg, method, matrix.shape), generator=generator)

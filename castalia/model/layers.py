@@ -1,0 +1,105 @@
+"""The small parts of a block: linear maps and embeddings that cast where they are used, norms, and the MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from castalia.config.schema import Model
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+    "mish": F.mish,
+    "softsign": F.softsign,
+    "sigmoid": torch.sigmoid,
+    "identity": lambda x: x,
+}
+
+
+class Linear(nn.Linear):
+    """Computes in the input's dtype, whatever the parameters' dtype. Its values come from `init.py` or a checkpoint."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class Embedding(nn.Embedding):
+    """An embedding without a random start: its values come from `init.py` or a checkpoint."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class LayerNorm(nn.LayerNorm):
+    """Accumulates in fp32; the parameters take part in the input's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (None if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps), or with eps outside the root x / (rms(x) + eps), as the original did until 2025."""
+
+    def __init__(self, size: int, eps: float, eps_inside: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps, self.eps_inside = eps, eps_inside
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.eps_inside:
+            return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        wide = x.float()
+        rms = wide.square().mean(-1, keepdim=True).sqrt()
+        return (wide / (rms + self.eps)).to(x.dtype) * self.weight.to(x.dtype)
+
+
+class ScaleNorm(nn.Module):
+    """Vectors of one learned length: weight * x / max(|x|, eps)."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        length = wide.norm(dim=-1, keepdim=True).clamp(min=self.eps)
+        return (wide / length).to(x.dtype) * self.weight.to(x.dtype)
+
+
+def build_norm(cfg: Model) -> nn.Module:
+    match cfg.norm:
+        case "layernorm":
+            return LayerNorm(cfg.hidden_size, cfg.norm_eps)
+        case "layernorm_no_params":
+            return LayerNorm(cfg.hidden_size, cfg.norm_eps, elementwise_affine=False)
+        case "rmsnorm":
+            return RMSNorm(cfg.hidden_size, cfg.norm_eps, cfg.rms_eps_inside)
+        case "scalenorm":
+            return ScaleNorm(cfg.norm_eps)
+
+
+class MLP(nn.Module):
+    """down(activation(up x)), or gated: down(activation(gate x) * up x)."""
+
+    def __init__(self, cfg: Model) -> None:
+        super().__init__()
+        self.up = Linear(cfg.hidden_size, cfg.mlp_width, cfg.mlp_bias)
+        self.gate = Linear(cfg.hidden_size, cfg.mlp_width, cfg.mlp_bias) if cfg.gated_mlp else None
+        self.down = Linear(cfg.mlp_width, cfg.hidden_size, cfg.mlp_bias)
+        self.activation = ACTIVATIONS[cfg.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.activation(self.up(x)) if self.gate is None else self.activation(self.gate(x)) * self.up(x)
+        return self.down(inner)

@@ -1,0 +1,68 @@
+"""The output head and the cross-entropy as one operation that never holds fp32 logits of all tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+IGNORE = -100
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}  # of one chunk's fp32 logits
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum over the tokens of -log softmax(hidden weight^T)[label] in fp32, and the number of labels that are not -100.
+
+    hidden: [..., h] in the compute dtype; weight: [V, h] in any dtype, its gradient accumulates in fp32; labels: [...].
+    """
+    rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    return _LinearCrossEntropy.apply(rows, weight, targets, torch.is_grad_enabled()), (targets != IGNORE).sum()
+
+
+def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The same in plain operations, with all logits in memory."""
+    logits = F.linear(hidden, weight.to(hidden.dtype)).float().flatten(0, -2)
+    return F.cross_entropy(logits, labels.flatten(), reduction="sum", ignore_index=IGNORE), (labels != IGNORE).sum()
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Gradients are computed in the forward pass, chunk by chunk, while the chunk's logits are at hand."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, grad_enabled: bool) -> Tensor:
+        cast = weight.to(hidden.dtype)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if grad_enabled and ctx.needs_input_grad[0] else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if grad_enabled and ctx.needs_input_grad[1] else None
+        num_rows = max(1, CHUNK_BYTES.get(hidden.device.type, 64 << 20) // (4 * weight.shape[0]))
+        for start in range(0, len(hidden), num_rows):
+            part = slice(start, start + num_rows)
+            x, real = hidden[part], labels[part] != IGNORE
+            targets = labels[part].clamp(min=0)[:, None]
+            log_probs = F.log_softmax(x @ cast.T, dim=-1, dtype=torch.float32)
+            total -= (log_probs.gather(1, targets)[:, 0] * real).sum()
+            if d_hidden is None and d_weight is None:
+                continue
+            d_logits = log_probs.exp_().scatter_add_(1, targets, torch.full_like(log_probs[:, :1], -1.0))
+            d_logits = d_logits.mul_(real[:, None]).to(x.dtype)
+            if d_hidden is not None:
+                torch.mm(d_logits, cast, out=d_hidden[part])
+            if d_weight is not None:
+                _add_product(d_weight, d_logits.T, x)
+        ctx.gradients = d_hidden, d_weight
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, scale: Tensor):
+        (d_hidden, d_weight), ctx.gradients = ctx.gradients, None  # scaled in place, so they serve only once
+        return *(None if d is None else d.mul_(scale) for d in (d_hidden, d_weight)), None, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, where the total may be wider than the factors."""
+    if total.dtype == b.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b

@@ -1,0 +1,114 @@
+"""What depends on a token's position: rotary and sinusoidal tables, ALiBi's slopes, and which tokens see which."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from castalia.config.schema import Model, RopeScaling
+from castalia.errors import ConfigError
+
+
+class Rotary:
+    """Cosines and sines of all positions, computed in fp32 once for each device and again when longer ones come.
+
+    Not a module: the tables are derived values, never part of a checkpoint, and a model on the meta device has none.
+    """
+
+    def __init__(self, cfg: Model) -> None:
+        self.frequencies, self.magnitude = rotary_frequencies(cfg)
+        self.tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, positions: Tensor, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of `positions` [rows, t], all below `end`: each [rows, t, 1, 1, rotary_size / 2]."""
+        table = self.tables.get(positions.device)
+        if table is None or len(table[0]) < end:
+            length = 1 << (max(end, 256) - 1).bit_length()  # a power of two: decoding rarely meets a longer one
+            angles = torch.outer(torch.arange(length).float(), self.frequencies).to(positions.device)
+            table = angles.cos() * self.magnitude, angles.sin() * self.magnitude
+            self.tables[positions.device] = table
+        return table[0][positions][:, :, None, None].to(dtype), table[1][positions][:, :, None, None].to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first dimensions of every head, pairing dimension i with i + half; the rest stays. x: [b, t, ..., d]."""
+    half = cos.shape[-1]
+    first, second = x[..., :half], x[..., half : 2 * half]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, x[..., 2 * half :]), dim=-1)
+
+
+def rotary_frequencies(cfg: Model) -> tuple[Tensor, float]:
+    """Radians for each position of every rotating pair, fp32 [rotary_size / 2], and the factor on cosines and sines."""
+    size = cfg.rotary_size
+    exponents = torch.arange(0, size, 2, device="cpu").float() / size  # a real device even in a meta-device context
+    frequencies = 1.0 / cfg.rotary_base**exponents
+    scaling = cfg.rope_scaling
+    if scaling is None:
+        return frequencies, 1.0
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor, 1.0
+    original = scaling.original_positions or cfg.max_positions
+    if original is None:
+        raise ConfigError(
+            f"model.rope_scaling.kind={scaling.kind} needs the length of the original training; "
+            "give model.rope_scaling.original_positions"
+        )
+    if scaling.kind == "llama3":
+        return _llama3_frequencies(frequencies, scaling, original), 1.0
+    attention_factor = scaling.attention_factor
+    if attention_factor is None:
+        attention_factor = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+    return _yarn_frequencies(frequencies, scaling, original, cfg.rotary_base), attention_factor
+
+
+def _llama3_frequencies(frequencies: Tensor, scaling: RopeScaling, original: int) -> Tensor:
+    """Slow pairs are stretched, fast ones kept, those between are blended by their turns within the original length."""
+    turns = original * frequencies / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * keep + frequencies / scaling.factor * (1 - keep)
+
+
+def _yarn_frequencies(frequencies: Tensor, scaling: RopeScaling, original: int, base: float) -> Tensor:
+    """Like llama3's, but blended linearly over the index of the pair, between whole indices (YaRN, 2309.00071)."""
+    size = 2 * len(frequencies)
+
+    def index_of(turns: float) -> float:
+        """The pair, as a real number, that makes this many turns within the original length."""
+        return size * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    first = max(math.floor(index_of(scaling.beta_fast)), 0)
+    last = min(math.ceil(index_of(scaling.beta_slow)), size - 1)
+    pairs = torch.arange(len(frequencies), device="cpu").float()
+    stretch = ((pairs - first) / max(last - first, 0.001)).clamp(0, 1)
+    return frequencies * (1 - stretch) + frequencies / scaling.factor * stretch
+
+
+def sinusoids(positions: Tensor, size: int) -> Tensor:
+    """[rows, t] -> fp32 [rows, t, size]: the sines of all frequencies, then the cosines."""
+    frequencies = 10000.0 ** (-torch.arange(0, size, 2, device=positions.device).float() / size)
+    angles = positions[..., None].float() * frequencies
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+def alibi_slopes(num_heads: int) -> list[float]:
+    """Geometric slopes of ALiBi; beyond a power of two the odd members of the next finer series follow."""
+    power = 2 ** math.floor(math.log2(num_heads))
+    slopes = [2.0 ** (-8 * (i + 1) / power) for i in range(power)]
+    return slopes + [2.0 ** (-4 * (2 * i + 1) / power) for i in range(num_heads - power)]
+
+
+def restarted(documents: Tensor) -> Tensor:
+    """Positions that count from 0 in each run of equal document numbers. [b, t] -> [b, t]."""
+    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return index - torch.where(begins, index, 0).cummax(dim=1).values
+
+
+def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """Causal, and at most `window` tokens back. Places in the sequence [rows, t], [rows, k] -> bool [rows, 1, t, k]."""
+    distance = queries[:, None, :, None] - keys[:, None, None, :]
+    return distance >= 0 if window is None else (distance >= 0) & (distance <= window)

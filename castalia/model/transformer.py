@@ -1,0 +1,165 @@
+"""One model class for the GPT-NeoX, GPT-2 and Llama families; what differs between them is configuration.
+
+Parameter names and shapes are an interface (initial values, conversion rules and native checkpoints depend on them):
+
+    embed.weight [V, h]                        positions.weight [max_positions, h] (learned positions only)
+    blocks.{i}.norm1.weight, .bias [h]         blocks.{i}.norm2.weight, .bias [h] (absent with a shared norm)
+    blocks.{i}.attn.qkv.weight [(n + 2 kv) d, h], .bias        rows: for each kv head its queries, its key, its value
+    blocks.{i}.attn.out.weight [h, n d], .bias                 blocks.{i}.attn.qk_norm.weight, .bias [n, d]
+    blocks.{i}.mlp.up.weight [f, h], .bias     blocks.{i}.mlp.gate.weight [f, h], .bias (gated only)
+    blocks.{i}.mlp.down.weight [h, f], .bias   norm.weight, .bias [h]    head.weight [V, h] (absent when tied)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from castalia.config.schema import Model
+from castalia.errors import ConfigError
+from castalia.model.attention import Attention, Cache, Context
+from castalia.model.layers import MLP, Embedding, Linear, build_norm
+from castalia.model.loss import linear_cross_entropy
+from castalia.model.positions import Rotary, restarted, sinusoids, visible
+
+
+class Block(nn.Module):
+    """Attention and MLP, one after the other or side by side."""
+
+    def __init__(self, cfg: Model, layer: int, exact: bool = False) -> None:
+        super().__init__()
+        self.parallel, self.dropout = cfg.parallel_residual, cfg.hidden_dropout
+        # The original adds the attention branch together with the MLP's bias, so without one it is lost.
+        self.drops_attention = exact and cfg.parallel_residual and not cfg.mlp_bias
+        self.norm1 = build_norm(cfg)
+        self.attn = Attention(cfg, layer)
+        self.norm2 = None if cfg.parallel_residual and cfg.shared_norm else build_norm(cfg)
+        self.mlp = MLP(cfg)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        normed = self.norm1(x)
+        mixed = 0.0 if self.drops_attention else self.drop(self.attn(normed, context))
+        if self.parallel:
+            return x + (mixed + self.drop(self.mlp(normed if self.norm2 is None else self.norm2(x))))
+        x = x + mixed
+        return x + self.drop(self.mlp(self.norm2(x)))
+
+    def drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Transformer(nn.Module):
+    """Embedding, blocks, final norm, head. Parameters are left unset: `init.initialize` or a checkpoint fills them.
+
+    A pipeline stage is this class too: foreign blocks deleted, `norm` and `head` None where they live elsewhere;
+    it takes the hidden state [b, t, h] in place of tokens, and without `norm` gives it.
+    """
+
+    def __init__(self, cfg: Model, *, compute_dtype: torch.dtype | None = None, exact: bool = False) -> None:
+        """`compute_dtype`: of the activations, None for the parameters'; `exact`: the original's defects in numbers."""
+        super().__init__()
+        self.cfg, self.compute_dtype, self.exact = cfg, compute_dtype, exact
+        self.embed = Embedding(cfg.padded_vocab_size, cfg.hidden_size)
+        self.positions = _learned_positions(cfg) if cfg.position == "learned" else None
+        self.blocks = nn.ModuleDict({str(i): Block(cfg, i, exact) for i in range(cfg.num_layers)})
+        self.norm = build_norm(cfg)
+        self.head = None if cfg.tie_embeddings else Linear(cfg.hidden_size, cfg.padded_vocab_size, bias=False)
+        self.rotary = Rotary(cfg) if cfg.position == "rotary" else None
+
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        *,
+        cache: Cache | None = None,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits [b, t, V]; with `labels` [b, t] the fp32 sum of the tokens' losses and their number, -100 left out.
+
+        `cache` holds earlier tokens and takes up these. `documents` [b, t] numbers the documents: tokens see only
+        their own, where positions restart. `positions` [rows, t] replaces the position that a token is embedded at;
+        rows is b or 1.
+        """
+        x = self.hidden(tokens, cache=cache, positions=positions, documents=documents)
+        if self.norm is None:
+            return x
+        return self.logits(x) if labels is None else linear_cross_entropy(x, self.head_weight, labels)
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        *,
+        cache: Cache | None = None,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+    ) -> Tensor:
+        """The hidden state [b, t, h] from which logits come, so that a caller can choose the tokens it needs."""
+        t = tokens.shape[1]
+        places = torch.arange(t, device=tokens.device)[None]  # in the sequence; `positions` may differ from them
+        start = 0
+        if cache is not None:
+            start = cache.length
+            places = places + (start if cache.lengths is None else cache.lengths[:, None])
+        if positions is None:
+            positions = places if documents is None else restarted(documents)
+            end = start + t
+        else:
+            end = int(positions.max()) + 1
+        x = tokens if tokens.is_floating_point() else self.embedded(tokens, positions, end)
+        context = self.context(places, start + t, positions, end, documents, x.dtype, cache)
+        for block in self.blocks.values():
+            x = block(x, context)
+        if cache is not None:
+            cache.advance(t)
+        return x if self.norm is None else self.norm(x)
+
+    def embedded(self, tokens: Tensor, positions: Tensor, end: int) -> Tensor:
+        if self.cfg.position == "learned" and end > self.cfg.max_positions:
+            raise ConfigError(f"a sequence of {end} tokens is longer than model.max_positions={self.cfg.max_positions}")
+        x = self.embed(tokens).to(self.compute_dtype or self.embed.weight.dtype)
+        if self.positions is not None:
+            x = x + self.positions(positions).to(x.dtype)
+        if self.cfg.position == "sinusoidal":
+            x = x + sinusoids(positions, self.cfg.hidden_size).to(x.dtype)
+        return F.dropout(x, self.cfg.embedding_dropout, self.training)
+
+    def context(
+        self,
+        places: Tensor,
+        num_keys: int,
+        positions: Tensor,
+        end: int,
+        documents: Tensor | None,
+        dtype: torch.dtype,
+        cache: Cache | None,
+    ) -> Context:
+        """What the blocks share. A mask is built only where no fast path of the kernels says the same."""
+        t, window, alibi = places.shape[1], self.cfg.sliding_window, self.cfg.position == "alibi"
+        rotary = None if self.rotary is None else self.rotary(positions, end, dtype)
+        ragged = cache is not None and cache.lengths is not None
+        needs_window = window is not None and num_keys > window + 1
+        whole = t == num_keys or t == 1  # queries are all keys, or the last one: no mask says it
+        if whole and not (ragged or needs_window or alibi or documents is not None):
+            return Context(rotary, causal=t > 1, cache=cache)
+        keys = torch.arange(num_keys, device=places.device)[None]
+        mask = visible(places, keys, window)
+        if documents is not None:
+            mask = mask & (documents[:, None, :, None] == documents[:, None, None, :])
+        distance = (keys[:, None, None, :] - places[:, None, :, None]).float() if alibi else None
+        return Context(rotary, mask, distance, cache=cache)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[..., h] -> [..., V]."""
+        return F.linear(x, self.head_weight.to(x.dtype)) if self.head is None else self.head(x)
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.embed.weight if self.head is None else self.head.weight
+
+
+def _learned_positions(cfg: Model) -> Embedding:
+    if cfg.max_positions is None:
+        raise ConfigError("model.position=learned needs model.max_positions, the number of positions to learn")
+    return Embedding(cfg.max_positions, cfg.hidden_size)
