@@ -1,0 +1,127 @@
+"""Opening a checkpoint of any format, wherever a path may point: a run, a folder with `latest`, a step, a hub id."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+from importlib import import_module
+from pathlib import Path
+
+from castalia.checkpoint.stored import inside
+from castalia.checkpoint.tensors import Checkpoint
+from castalia.errors import CheckpointError
+
+FORMATS = {  # name -> module; the first that detects its files reads them
+    "native": "castalia.checkpoint.formats.native",
+}
+STEP_FOLDER = re.compile(r"(?:global_)?step_?(\d+)")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w.-]+(/[\w.-]+)*)?")
+
+
+def open_checkpoint(path: str | Path, *, step: int | None = None, **hints: object) -> Checkpoint:
+    """Open any checkpoint; nothing but directories and headers is read.
+
+    `step` selects one of several. Other hints are the reader's: `config`, `tokenizer`, `gqa_rows`, `rms_eps`; None is
+    no hint. Raises CheckpointError when there is no checkpoint, or when a hint does not apply to its format.
+    """
+    folder = find_folder(path, step)
+    name = detect(folder)
+    if name is None:
+        raise CheckpointError(_nothing_found(folder))
+    reader = import_module(FORMATS[name]).read
+    hints = {key: value for key, value in hints.items() if value is not None}
+    if unknown := hints.keys() - inspect.signature(reader).parameters.keys():
+        raise CheckpointError(f"{folder} is a {name} checkpoint, for which {', '.join(sorted(unknown))} has no meaning")
+    return reader(folder, **hints)
+
+
+def detect(path: str | Path) -> str | None:
+    """The format of the files in a folder, or None."""
+    return next((name for name, module in FORMATS.items() if import_module(module).detect(Path(path))), None)
+
+
+def find_folder(path: str | Path, step: int | None = None) -> Path:
+    """The folder that holds a checkpoint's files."""
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        if HUB_ID.fullmatch(str(path)):
+            return find_folder(_cached(str(path)), step)
+        raise CheckpointError(f"{path} does not exist" + _neighbours(folder))
+    if folder.is_file():
+        raise CheckpointError(f"{path} is a file; give the folder that holds the checkpoint: {folder.parent}")
+    if (folder / "checkpoints").is_dir() and not (folder / "latest").is_file():
+        return find_folder(folder / "checkpoints", step)
+    steps = _steps(folder)
+    if step is not None and (steps or (folder / "latest").is_file()):
+        if step not in steps:
+            raise CheckpointError(f"{folder} has no checkpoint of step {step}; {_listed(steps)}")
+        return steps[step]
+    if (folder / "latest").is_file():
+        return _latest(folder, steps)
+    if steps and detect(folder) is None:
+        raise CheckpointError(
+            f"{folder} has no file `latest` that names the newest step; {_listed(steps)}. "
+            "Name one of these folders, or the step."
+        )
+    return folder
+
+
+def _latest(folder: Path, steps: dict[int, Path]) -> Path:
+    name = (folder / "latest").read_text(errors="replace").strip()
+    named = inside(folder, name)
+    if not named.is_dir():
+        raise CheckpointError(
+            f"{folder / 'latest'} names {name!r}, but there is no such folder; {_listed(steps)}. "
+            "Name one of them, or copy the missing folder."
+        )
+    return named
+
+
+def _steps(folder: Path) -> dict[int, Path]:
+    matches = ((STEP_FOLDER.fullmatch(entry.name), entry) for entry in folder.iterdir() if entry.is_dir())
+    return dict(sorted((int(match[1]), entry) for match, entry in matches if match))
+
+
+def _listed(steps: dict[int, Path]) -> str:
+    if not steps:
+        return "no step's folder is there"
+    names = [path.name for path in steps.values()]
+    shown = names if len(names) <= 8 else [*names[:4], "...", *names[-3:]]
+    return f"there are {', '.join(shown)}"
+
+
+def _nothing_found(folder: Path) -> str:
+    entries = sorted(entry.name for entry in folder.iterdir())
+    found = "it is empty" if not entries else f"it holds {', '.join(entries[:8])}{', ...' if len(entries) > 8 else ''}"
+    return (
+        f"{folder} does not look like a checkpoint: {found}. Expected a run's folder, a folder with `latest`, a "
+        "step's folder with manifest.json, NeoX's or Megatron-DeepSpeed's layer_* or mp_rank_* files, or a Hugging "
+        "Face folder with config.json and weights."
+    )
+
+
+def _neighbours(folder: Path) -> str:
+    parent = folder.parent
+    if not parent.is_dir():
+        return ""
+    steps = _steps(parent)
+    return f"; beside it, {_listed(steps)}" if steps else ""
+
+
+def _cached(hub_id: str) -> Path:
+    """A repository's snapshot in the local Hugging Face cache. The network is never used."""
+    name, _, revision = hub_id.partition("@")
+    revision = revision or "main"
+    home = os.environ.get("HF_HOME", "~/.cache/huggingface")
+    cache = Path(os.environ.get("HF_HUB_CACHE", os.path.join(home, "hub"))).expanduser()
+    repository = cache / f"models--{name.replace('/', '--')}"
+    reference = inside(repository / "refs", revision)
+    commit = reference.read_text().strip() if reference.is_file() else revision
+    snapshot = inside(repository / "snapshots", commit)
+    if not snapshot.is_dir():
+        raise CheckpointError(
+            f"{hub_id} is neither a folder here nor in the local cache {cache}. Fetch it first: "
+            f"hf download {name} --revision {revision}"
+        )
+    return snapshot

@@ -1,0 +1,349 @@
+"""Castalia's own checkpoints: safetensors files and a manifest, written beside the training and renamed into place.
+
+    checkpoints/
+      latest                          "step_000200"
+      step_000200/
+        manifest.json                 every tensor's shape, dtype, extents and checksums; config; progress; versions
+        model-00000.safetensors       one of each kind for each writing rank
+        optimizer-00000.safetensors   exp_avg and exp_avg_sq; the masters are the parameters themselves
+
+A folder without the ending `.tmp` is complete. Nothing of an older step is touched before the newer one is on disk.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import re
+import shutil
+import socket
+import zlib
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+
+import castalia
+from castalia.checkpoint.stored import DTYPE_NAMES, DTYPES, Extent, StoredTensor, inside, write_safetensors
+from castalia.checkpoint.tensors import AdamState, Checkpoint, Progress
+from castalia.config.schema import RunConfig
+from castalia.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+LATEST = "latest"
+VERSION = 1
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of a tensor that this process holds and writes."""
+
+    tensor: torch.Tensor
+    shape: tuple[int, ...]  # of the whole tensor
+    start: tuple[int, ...]  # where the part begins in it
+
+
+class Writer:
+    """Saves the checkpoints of one run. `save` copies and returns; a thread writes. One run at a time holds a folder.
+
+    Errors of the thread are raised by the next `save`, `join` or `close`.
+    """
+
+    def __init__(self, folder: str | Path, *, keep_last: int | None = None, keep_every: int | None = None) -> None:
+        self.folder = Path(folder)
+        self.keep_last, self.keep_every = keep_last, keep_every
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.folder)
+        _clean(self.folder)
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(
+        self,
+        model: Mapping[str, torch.Tensor | Shard],
+        optimizer: Mapping[str, Mapping] | None,
+        progress: Progress,
+        config: RunConfig,
+        data_fingerprint: str = "",
+    ) -> None:
+        """Copy now, write later. `optimizer`: name -> {exp_avg, exp_avg_sq, step}, the parameters being the masters."""
+        self.join()
+        about = _describe(progress, config, data_fingerprint)
+        tensors = {"model": {name: _copy(tensor) for name, tensor in model.items()}}
+        steps = None
+        if optimizer is not None:
+            tensors["optimizer"] = {
+                f"{name}.{kind}": _copy(state[kind]) for name, state in optimizer.items() for kind in MOMENTS
+            }
+            steps = {name: int(state["step"]) for name, state in optimizer.items()}
+        if any(_tensor(given).is_cuda for given in model.values()):
+            torch.cuda.synchronize()  # the copies to pinned memory are under way
+        self._pending = self._thread.submit(self._write, progress.step, tensors, steps, about)
+
+    def join(self) -> None:
+        """Wait until what was saved is on disk. Raises what went wrong."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Join, and let go of the folder."""
+        try:
+            self.join()
+        finally:
+            self._thread.shutdown()
+            self._lock.close()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _write(self, step: int, tensors: dict[str, dict[str, Shard]], steps: dict | None, about: dict) -> None:
+        target = self.folder / f"step_{step:06d}"
+        temporary = target.with_name(target.name + ".tmp")
+        try:
+            temporary.mkdir()
+            parts = {kind: write_part(temporary, kind, 0, shards) for kind, shards in tensors.items()}
+            write_manifest(temporary, about | {"optimizer_steps": steps}, [parts])
+            commit(temporary, target)
+            prune(self.folder, self.keep_last, self.keep_every)
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)  # gives the space back; what is left goes at the next start
+            raise CheckpointError(
+                f"step {step} could not be saved in {self.folder}: {error.strerror} ({error.filename or target.name}). "
+                "Older checkpoints are as they were."
+            ) from error
+
+
+def write_part(folder: Path, kind: str, rank: int, shards: Mapping[str, Shard]) -> dict:
+    """Write one rank's file of one kind, and return what the manifest says of it."""
+    name = f"{kind}-{rank:05d}.safetensors"
+    written = write_safetensors(folder / name, [(key, shard.tensor) for key, shard in shards.items()])
+    entries = {}
+    for key, shard in shards.items():
+        offset, crc = written[key]
+        extent = {"file": name, "offset": offset, "crc32": crc}
+        if tuple(shard.tensor.shape) != shard.shape:
+            extent |= {"start": list(shard.start), "shape": list(shard.tensor.shape)}
+        dtype = DTYPE_NAMES[shard.tensor.dtype]
+        entries[key] = {"shape": list(shard.shape), "dtype": dtype, "extents": [extent]}
+    return entries
+
+
+def write_manifest(folder: Path, about: Mapping, ranks: list[dict[str, dict]]) -> None:
+    """Join what all ranks wrote to one manifest, with a checksum of its own."""
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
+    manifest: dict = {**about, "files": sizes, "model": {}, "optimizer": {}}
+    for parts in ranks:
+        for kind in parts:
+            for name, entry in parts[kind].items():
+                known = manifest[kind].setdefault(name, entry)
+                if known is not entry:
+                    known["extents"] += entry["extents"]
+    manifest["crc32"] = zlib.crc32(_canonical(manifest))
+    _write_text(folder / MANIFEST, json.dumps(manifest))
+
+
+def commit(temporary: Path, target: Path) -> None:
+    """Make a complete temporary folder a checkpoint, and the latest one."""
+    _sync_folder(temporary)
+    old = target.with_name(target.name + ".old")
+    if target.exists():  # the run went back and came to this step again
+        target.rename(old)
+    temporary.rename(target)
+    _sync_folder(target.parent)
+    _write_text(target.parent / (LATEST + ".tmp"), target.name)
+    os.replace(target.parent / (LATEST + ".tmp"), target.parent / LATEST)
+    _sync_folder(target.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def saved_steps(folder: str | Path) -> dict[int, Path]:
+    """The complete checkpoints of a folder, in order of their steps."""
+    found = {}
+    for path in Path(folder).glob("step_*/" + MANIFEST):
+        if match := re.fullmatch(r"step_(\d+)", path.parent.name):
+            found[int(match[1])] = path.parent
+    return dict(sorted(found.items()))
+
+
+def prune(folder: str | Path, keep_last: int | None, keep_every: int | None = None) -> None:
+    """Delete all but the newest `keep_last` checkpoints, multiples of `keep_every` and the one that `latest` names."""
+    if keep_last is None:
+        return
+    latest = Path(folder) / LATEST
+    named = latest.read_text().strip() if latest.exists() else None
+    for step, path in list(saved_steps(folder).items())[: -max(keep_last, 1)]:
+        if path.name != named and not (keep_every and step % keep_every == 0):
+            doomed = path.with_name(path.name + ".tmp")
+            path.rename(doomed)  # a half-deleted folder must not look like a checkpoint
+            shutil.rmtree(doomed)
+
+
+def detect(path: Path) -> bool:
+    return (path / MANIFEST).is_file()
+
+
+def read(path: Path) -> Checkpoint:
+    """Open a step's folder. Only the manifest is read; the files' presence and sizes are checked."""
+    manifest = _read_manifest(path)
+    try:
+        sizes = {str(name): int(size) for name, size in manifest["files"].items()}
+        _check_files(path, sizes)
+        model = {name: _stored(path, name, entry) for name, entry in manifest["model"].items()}
+        optimizer = _optimizer(path, manifest, model)
+        progress = Progress(**manifest["progress"])
+        config = None if manifest["config"] is None else RunConfig.model_validate(manifest["config"])
+        versions = manifest["versions"]
+        details = {"versions": versions, "data_fingerprint": manifest["data_fingerprint"], "files": sorted(sizes)}
+    except ValidationError as error:
+        raise CheckpointError(f"{path / MANIFEST}: the config in it is not one of this version: {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path / MANIFEST} is malformed: {error!r}") from error
+    return Checkpoint(str(path), "native", model, optimizer, progress, config, details=details)
+
+
+def _check_files(path: Path, sizes: Mapping[str, int]) -> None:
+    for name, size in sizes.items():
+        file = inside(path, name)
+        if not file.is_file():
+            raise CheckpointError(
+                f"{path} is incomplete: {name} is missing. Use another step, or copy the folder again."
+            )
+        if (found := file.stat().st_size) != size:
+            raise CheckpointError(
+                f"{file} is truncated: {found} bytes, {size} were written. Use another step, or a copy."
+            )
+
+
+def _read_manifest(path: Path) -> dict:
+    file = path / MANIFEST
+    try:
+        manifest = json.loads(file.read_bytes())
+        written = manifest.pop("crc32")
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{file} is damaged, it cannot be parsed: {error}. Use another step.") from error
+    if zlib.crc32(_canonical(manifest)) != written:
+        raise CheckpointError(
+            f"{file} is damaged: its content does not have the checksum {written} in it. Use another step."
+        )
+    if manifest.get("version") != VERSION:
+        raise CheckpointError(
+            f"{file} has version {manifest.get('version')}, this program reads {VERSION}; update castalia"
+        )
+    return manifest
+
+
+def _stored(path: Path, name: str, entry: Mapping) -> StoredTensor:
+    shape = tuple(entry["shape"])
+    extents = tuple(
+        Extent(
+            inside(path, extent["file"]),
+            extent["offset"],
+            tuple(extent.get("start", (0,) * len(shape))),
+            tuple(extent.get("shape", shape)),
+            extent["crc32"],
+        )
+        for extent in entry["extents"]
+    )
+    return StoredTensor(name, shape, DTYPES[entry["dtype"]], extents)
+
+
+def _optimizer(path: Path, manifest: Mapping, model: Mapping[str, StoredTensor]) -> dict[str, AdamState] | None:
+    if manifest["optimizer_steps"] is None:
+        return None
+    entries = manifest["optimizer"]
+    return {
+        name: AdamState(
+            master=model[name],
+            exp_avg=_stored(path, f"{name}.exp_avg", entries[f"{name}.exp_avg"]),
+            exp_avg_sq=_stored(path, f"{name}.exp_avg_sq", entries[f"{name}.exp_avg_sq"]),
+            step=step,
+        )
+        for name, step in manifest["optimizer_steps"].items()
+    }
+
+
+def _describe(progress: Progress, config: RunConfig, data_fingerprint: str) -> dict:
+    versions = {"castalia": castalia.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {
+        "version": VERSION,
+        "progress": asdict(progress),
+        "config": config.model_dump(mode="json"),
+        "data_fingerprint": data_fingerprint,
+        "versions": versions,
+    }
+
+
+def _tensor(given: torch.Tensor | Shard) -> torch.Tensor:
+    return given.tensor if isinstance(given, Shard) else given
+
+
+def _copy(given: torch.Tensor | Shard) -> Shard:
+    source = _tensor(given).detach()
+    copy = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+    copy.copy_(source, non_blocking=True)
+    shape, start = (given.shape, given.start) if isinstance(given, Shard) else (source.shape, (0,) * source.dim())
+    return Shard(copy, tuple(shape), tuple(start))
+
+
+def _lock(folder: Path):  # noqa: ANN202 - an open file
+    """Hold the folder until the file is closed; the system lets go of it when the process dies."""
+    file = open(folder / ".lock", "a+")  # noqa: SIM115 - stays open as long as the writer lives
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip()
+        file.close()
+        raise CheckpointError(
+            f"{folder} is in use by another run ({holder}). Wait for it or stop it, or set another checkpoint.dir."
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
+
+
+def _clean(folder: Path) -> None:
+    """Put right what a writer left that died: finish or undo a replaced step, remove what is incomplete."""
+    for old in folder.glob("step_*.old"):
+        if old.with_suffix("").exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(old.with_suffix(""))
+    for path in folder.glob("*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _canonical(manifest: Mapping) -> bytes:
+    return json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _write_text(path: Path, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,210 @@
+"""Tensors that lie as plain bytes in files: the safetensors container, read by region and written with checksums."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from castalia.checkpoint.lazy import bounds
+from castalia.checkpoint.tensors import Slices
+from castalia.errors import CheckpointError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SAME_SIZE_INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+CHUNK_BYTES = 4 << 20  # read, write and checksum in pieces that stay in the CPU's cache
+MAX_HEADER_BYTES = 100 << 20
+
+Region = Sequence[tuple[int, int]]  # first and one-past-last index of each dimension
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A rectangular part of a tensor, in row-major order, in one file."""
+
+    path: Path
+    offset: int  # of its first byte in the file
+    start: tuple[int, ...]  # its first element in the whole tensor
+    shape: tuple[int, ...]
+    crc32: int | None = None
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in one or more extents that cover it once. Reads only the bytes that are asked for."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    extents: tuple[Extent, ...]
+
+    def __post_init__(self) -> None:
+        covered = sum(math.prod(extent.shape) for extent in self.extents)
+        if covered != math.prod(self.shape):
+            raise CheckpointError(
+                f"{self.name}: its parts hold {covered} elements, "
+                f"but shape {list(self.shape)} has {math.prod(self.shape)}"
+            )
+
+    def read(self, slices: Slices | None = None) -> torch.Tensor:
+        """A fresh CPU tensor. Raises CheckpointError for missing, truncated or damaged files."""
+        wanted = bounds(self.shape, slices)
+        out = torch.empty([stop - start for start, stop in wanted], dtype=self.dtype)
+        for extent in self.extents:
+            ends = zip(extent.start, extent.shape, wanted, strict=True)
+            common = [(max(first, start), min(first + size, stop)) for first, size, (start, stop) in ends]
+            if all(start < stop for start, stop in common):
+                here = [(a - first, b - first) for (a, b), first in zip(common, extent.start, strict=True)]
+                there = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(common, wanted, strict=True))
+                self._read_part(extent, here, out[there] if there else out)
+        return out
+
+    def _read_part(self, extent: Extent, part: Region, out: torch.Tensor) -> None:
+        try:
+            if _is_one_run(part, extent.shape):
+                buffer = out if out.is_contiguous() else torch.empty(out.shape, dtype=self.dtype)
+                self._read_run(extent, part, buffer)
+                if buffer is not out:
+                    out.copy_(buffer)
+            else:
+                self._check_size(extent)
+                integers = out.view(SAME_SIZE_INT[self.dtype.itemsize]).numpy()
+                source = np.memmap(extent.path, integers.dtype, "r", extent.offset, extent.shape)
+                np.copyto(integers, source[tuple(slice(*pair) for pair in part)])
+        except OSError as error:
+            raise CheckpointError(f"{self.name}: cannot read {extent.path}: {error.strerror}") from error
+
+    def _read_run(self, extent: Extent, part: Region, buffer: torch.Tensor) -> None:
+        """Elements that are consecutive on disk; the checksum is verified when they are the whole extent."""
+        strides = [math.prod(extent.shape[dim + 1 :]) for dim in range(len(extent.shape))]
+        skipped = sum(start * stride for (start, _), stride in zip(part, strides, strict=True))
+        data, crc, done = as_bytes(buffer), 0, 0
+        with open(extent.path, "rb", buffering=0) as file:
+            file.seek(extent.offset + skipped * self.dtype.itemsize)
+            while done < len(data):
+                count = file.readinto(data[done : done + CHUNK_BYTES])
+                if not count:
+                    self._check_size(extent)
+                crc = zlib.crc32(data[done : done + count], crc)
+                done += count
+        if extent.crc32 is not None and tuple(buffer.shape) == extent.shape and crc != extent.crc32:
+            raise CheckpointError(
+                f"{self.name}: {extent.path} is damaged: bytes {extent.offset} to {extent.offset + len(data)} "
+                f"have checksum {crc:08x}, {extent.crc32:08x} was written. Use another step, or a copy of this file."
+            )
+
+    def _check_size(self, extent: Extent) -> None:
+        needed = extent.offset + math.prod(extent.shape) * self.dtype.itemsize
+        if (found := os.stat(extent.path).st_size) < needed:
+            raise CheckpointError(
+                f"{self.name}: {extent.path} is truncated: {found} bytes, but this tensor ends at byte {needed}. "
+                "Use another step, or a copy of this file."
+            )
+
+
+def _is_one_run(part: Region, shape: tuple[int, ...]) -> bool:
+    """Whether a part's elements are consecutive: single indices, then one range, then whole dimensions."""
+    lengths = [stop - start for start, stop in part]
+    partial = [dim for dim, (length, size) in enumerate(zip(lengths, shape, strict=True)) if length != size]
+    return not partial or all(length == 1 for length in lengths[: partial[-1]])
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path that a name read from a file means, below `folder`. Refuses names that lead out of it."""
+    parts = name.replace("\\", "/").split("/")
+    if not name or "\0" in name or name != name.strip() or parts[0] == "" or ".." in parts or ":" in parts[0]:
+        raise CheckpointError(f"{folder}: a file in it names {name!r}, which is not a path inside this folder; refused")
+    return folder / name
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, shared."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+
+
+def open_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file by name. Only its header is read. Raises CheckpointError for a bad file."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                raise CheckpointError(f"{path}: no safetensors file, or truncated: {size} bytes, header of {length}")
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:  # neither JSON nor UTF-8
+        raise CheckpointError(f"{path}: the safetensors header cannot be read: {error}") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: the safetensors header is no table of tensors")
+    header.pop("__metadata__", None)
+    return {name: _entry(path, name, fields, 8 + length, size) for name, fields in header.items()}
+
+
+def _entry(path: Path, name: str, fields: Mapping, base: int, file_size: int) -> StoredTensor:
+    try:
+        dtype, shape, (start, stop) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
+        numbers = all(type(number) is int and number >= 0 for number in (*shape, start, stop))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: the header's entry for {name} is malformed: {fields}") from error
+    if dtype not in DTYPES:
+        raise CheckpointError(f"{path}: {name} has dtype {dtype}; known are {', '.join(DTYPES)}")
+    if not numbers or stop - start != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise CheckpointError(f"{path}: {name} has shape {list(shape)} of {dtype}, but bytes {start} to {stop}")
+    if base + stop > file_size:
+        raise CheckpointError(f"{path} is truncated: {file_size} bytes, but {name} ends at byte {base + stop}")
+    return StoredTensor(name, shape, DTYPES[dtype], (Extent(path, base + start, (0,) * len(shape), shape),))
+
+
+def write_safetensors(path: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, tuple[int, int]]:
+    """Write contiguous CPU tensors, fsync, and return the (offset of the first byte, CRC-32) of each.
+
+    Raises OSError, after which the file is incomplete.
+    """
+    tensors = list(tensors)
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors:
+        start, end = end, end + tensor.numel() * tensor.dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    written = {}
+    with open(path, "wb", buffering=0) as file:
+        _write_all(file.fileno(), memoryview(len(text).to_bytes(8, "little") + text))
+        position = 8 + len(text)
+        for name, tensor in tensors:
+            data = as_bytes(tensor)
+            written[name] = (position, _write_all(file.fileno(), data))
+            position += len(data)
+        os.fsync(file.fileno())
+    return written
+
+
+def _write_all(descriptor: int, data: memoryview) -> int:
+    """Write and return the CRC-32."""
+    crc, done = 0, 0
+    while done < len(data):
+        count = os.write(descriptor, data[done : done + CHUNK_BYTES])
+        crc = zlib.crc32(data[done : done + count], crc)
+        done += count
+    return crc
