@@ -1,0 +1,216 @@
+"""Indexed corpora: `PREFIX.bin` holds the token ids of all items back to back, `PREFIX.idx` says where each one lies.
+
+    .idx   9 bytes magic, u64 version 1, u8 dtype code, u64 items N, u64 length D of the document table,
+           i32[N] sizes in tokens, i64[N] starts in bytes, i64[D] first item of each document and a last N
+
+All integers are little-endian. The older layout with the magic "TNTIDX" can be read, not written.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import overload
+
+import numpy as np
+
+from castalia.errors import DataError
+
+MAGIC = b"MMIDIDX\x00\x00"
+LEGACY_MAGIC = b"TNTIDX\x00\x00"
+HEADER_BYTES = 34
+LEGACY_HEADER_BYTES = 56
+DTYPES = {1: "u1", 2: "i1", 3: "i2", 4: "i4", 5: "i8", 6: "f4", 7: "f8", 8: "u2"}
+CODES = {np.dtype(f"<{name}"): code for code, name in DTYPES.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class IndexedDataset(Sequence[np.ndarray]):
+    """A sequence of read-only 1-D arrays, one for each item; each is a view into the mapped file."""
+
+    prefix: str
+    tokens: np.ndarray  # all items back to back
+    sizes: np.ndarray  # i32 [items], in tokens
+    starts: np.ndarray  # i64 [items], in bytes
+    doc_index: np.ndarray  # i64, first item of each document and a last N; tools that merge leave it as [0]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.tokens.dtype
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[np.ndarray]: ...
+    def __getitem__(self, index: int | slice) -> np.ndarray | list[np.ndarray]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        start = int(self.starts[index]) // self.dtype.itemsize
+        return self.tokens[start : start + int(self.sizes[index])]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[i] for i in range(len(self)))
+
+
+def bin_path(prefix: str | os.PathLike[str]) -> Path:
+    return Path(f"{os.fspath(prefix)}.bin")
+
+
+def idx_path(prefix: str | os.PathLike[str]) -> Path:
+    return Path(f"{os.fspath(prefix)}.idx")
+
+
+def open_dataset(prefix: str | os.PathLike[str]) -> IndexedDataset:
+    """Map `PREFIX.bin` and `PREFIX.idx` (the prefix may also name one of the two). DataError when they do not fit."""
+    name = os.fspath(prefix)
+    if name.endswith((".bin", ".idx")) and not idx_path(name).exists():
+        name = name[:-4]
+    for path in (idx_path(name), bin_path(name)):
+        if not path.is_file():
+            raise DataError(f"{path} does not exist; a corpus is a pair PREFIX.bin, PREFIX.idx: give the prefix of both")
+    index = _map(idx_path(name))
+    if index[: len(MAGIC)] == MAGIC:
+        dtype, sizes, starts, documents = _parse(name, index)
+    elif index[: len(LEGACY_MAGIC)] == LEGACY_MAGIC:
+        dtype, sizes, starts, documents = _parse_legacy(name, index)
+    else:
+        raise DataError(
+            f"{idx_path(name)} is no index of a corpus: it begins with {bytes(index[:9])!r}, not {MAGIC!r} or {LEGACY_MAGIC!r}"
+        )
+    _check(name, dtype, sizes, starts)
+    return IndexedDataset(name, np.frombuffer(_map(bin_path(name)), dtype), sizes, starts, documents)
+
+
+def _map(path: Path) -> mmap.mmap | bytes:
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else b""  # nothing cannot be mapped
+
+
+def _integer(index: mmap.mmap | bytes, offset: int, size: int = 8) -> int:
+    return int.from_bytes(index[offset : offset + size], "little")
+
+
+def _dtype(name: str, code: int) -> np.dtype:
+    if code not in DTYPES:
+        raise DataError(f"{idx_path(name)}: dtype code {code} is unknown; the codes are {_codes()}: the file is damaged")
+    return np.dtype(f"<{DTYPES[code]}")
+
+
+def _codes() -> str:
+    return ", ".join(f"{code} {name}" for code, name in DTYPES.items())
+
+
+def _check_header(name: str, length: int, header: int, version: int) -> None:
+    if length < header:
+        raise DataError(f"{idx_path(name)} is truncated: {length} bytes, the header alone has {header}")
+    if version != 1:
+        raise DataError(f"{idx_path(name)} has version {version}; only version 1 is known")
+
+
+def _check_length(name: str, length: int, expected: int, items: int) -> None:
+    if length != expected:
+        state = "truncated" if length < expected else "too long"
+        raise DataError(f"{idx_path(name)} is {state}: {length} bytes, but {items} items need {expected}")
+
+
+def _parse(name: str, index: mmap.mmap | bytes) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
+    _check_header(name, len(index), HEADER_BYTES, _integer(index, 9))
+    dtype = _dtype(name, _integer(index, 17, 1))
+    items, documents = _integer(index, 18), _integer(index, 26)
+    _check_length(name, len(index), HEADER_BYTES + 12 * items + 8 * documents, items)
+    sizes = np.frombuffer(index, "<i4", items, HEADER_BYTES)
+    starts = np.frombuffer(index, "<i8", items, HEADER_BYTES + 4 * items)
+    return dtype, sizes, starts, np.frombuffer(index, "<i8", documents, HEADER_BYTES + 12 * items)
+
+
+def _parse_legacy(name: str, index: mmap.mmap | bytes) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
+    _check_header(name, len(index), LEGACY_HEADER_BYTES, _integer(index, 8))
+    dtype = _dtype(name, _integer(index, 16))
+    items, dims, documents = (_integer(index, offset) for offset in (32, 40, 48))
+    if dims != items:
+        raise DataError(f"{idx_path(name)}: {items} items with {dims} dimensions; only one-dimensional items are corpora")
+    _check_length(name, len(index), LEGACY_HEADER_BYTES + 8 * (2 * (items + 1) + items + documents), items)
+    starts = np.frombuffer(index, "<i8", items, LEGACY_HEADER_BYTES + 8 * (items + 1)) * dtype.itemsize
+    sizes = np.frombuffer(index, "<i8", items, LEGACY_HEADER_BYTES + 16 * (items + 1)).astype("<i4")
+    table = np.frombuffer(index, "<i8", documents, LEGACY_HEADER_BYTES + 8 * (2 * (items + 1) + items))
+    return dtype, sizes, starts, table
+
+
+def _check(name: str, dtype: np.dtype, sizes: np.ndarray, starts: np.ndarray) -> None:
+    """The items lie back to back and fill the `.bin` exactly."""
+    length = bin_path(name).stat().st_size
+    ends = np.cumsum(sizes, dtype=np.int64)
+    expected = int(ends[-1]) * dtype.itemsize if len(ends) else 0
+    if length < expected:
+        raise DataError(f"{bin_path(name)} is truncated: {length} bytes, its index tells of {expected}; prepare it again")
+    ends *= dtype.itemsize
+    in_order = not len(sizes) or (starts[0] == 0 and np.array_equal(starts[1:], ends[:-1]) and int(sizes.min()) >= 0)
+    if length > expected or not in_order:
+        raise DataError(
+            f"{idx_path(name)} disagrees with {bin_path(name)}: its items end at byte {expected} of {length}"
+            f"{'' if in_order else ' and do not lie back to back'}; the two are not of one corpus"
+        )
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """What the original writes: u16 under 65500 entries, else i32."""
+    return np.dtype("<u2" if vocab_size < 65500 else "<i4")
+
+
+class Writer:
+    """Writes `PREFIX.bin` and `PREFIX.idx` under temporary names; leaving the `with` block without error renames them."""
+
+    def __init__(self, prefix: str | os.PathLike[str], dtype: np.dtype | type | str):
+        self.prefix = os.fspath(prefix)
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        self.sizes = array("i")
+        self.documents = array("q", [0])
+        self._bin, self._idx = (Path(f"{self.prefix}{end}.tmp-{os.getpid()}") for end in (".bin", ".idx"))
+        self._bin.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._bin.open("wb")
+
+    def add(self, tokens: np.ndarray | Sequence[int], *, end_document: bool = True) -> None:
+        """Append one item; a document may have several."""
+        self.add_many(np.asarray(tokens, self.dtype), [len(tokens)], end_document=end_document)
+
+    def add_many(self, tokens: np.ndarray, sizes: Sequence[int], *, end_document: bool = True) -> None:
+        """Append the items of these sizes that lie back to back in `tokens`; each is a document of its own."""
+        self._file.write(np.ascontiguousarray(tokens, self.dtype).data)
+        for size in sizes:
+            self.sizes.append(size)
+            if end_document:
+                self.documents.append(len(self.sizes))
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+        try:
+            if kind is None:
+                self._write_index()
+                os.replace(self._bin, bin_path(self.prefix))
+                os.replace(self._idx, idx_path(self.prefix))
+        finally:
+            self._bin.unlink(missing_ok=True)
+            self._idx.unlink(missing_ok=True)
+
+    def _write_index(self) -> None:
+        sizes = np.frombuffer(self.sizes, "i4").astype("<i4") if self.sizes else np.empty(0, "<i4")
+        starts = np.zeros(len(sizes), "<i8")
+        np.cumsum(sizes[:-1], out=starts[1:])
+        starts *= self.dtype.itemsize
+        with self._idx.open("wb") as file:
+            file.write(MAGIC + (1).to_bytes(8, "little") + bytes([CODES[self.dtype]]))
+            file.write(len(sizes).to_bytes(8, "little") + len(self.documents).to_bytes(8, "little"))
+            for part in (sizes, starts, np.frombuffer(self.documents, "i8").astype("<i8")):
+                file.write(part.data)
