@@ -1,0 +1,60 @@
+# make demo    train, resume and run a small model on the text in examples/kjv: a few minutes on two cores
+# make test    the whole test suite
+# make setup   the environment alone, with all that tests and linters use
+#
+# Needs Python 3.10 or newer and make. Everything lands in .venv and demo.
+
+PYTHON ?= python3
+# What pip is told about torch. A machine without GPU may prefer the small build:
+#   make setup TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+# Test workers. Each runs torch on one thread.
+JOBS ?= 2
+DEMO_STEPS ?= 500
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+
+.PHONY: demo test setup lint clean
+
+demo: .venv/core.done
+	rm -rf demo
+	$(BIN)/castalia tokenizer train examples/kjv/kjv.jsonl --vocab-size 2048 --output demo/tokenizer.json
+	$(BIN)/castalia data prepare examples/kjv/kjv.jsonl --tokenizer demo/tokenizer.json --output demo/kjv --append-eod
+	$(BIN)/castalia train configs/demo.yml train.steps=$(DEMO_STEPS) train.exit_interval=$$(( $(DEMO_STEPS) / 2 ))
+	@echo "-- stopped half way; now go on from the checkpoint, in a new process"
+	$(BIN)/castalia train demo/run
+	$(BIN)/castalia eval demo/run
+	$(BIN)/castalia plot demo/run --output demo/loss.png
+	$(BIN)/castalia generate demo/run --prompt "And the LORD said unto" --temperature 0.7 --max-tokens 160 --seed 1
+	@echo "-- all of it lies in $(CURDIR)/demo: tokenizer.json, kjv_text_document.bin and .idx, loss.png, run/ (config, metrics, checkpoints)"
+
+test: .venv/test.done
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+setup: .venv/test.done
+
+lint: .venv/test.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf .venv demo build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "error: needs Python 3.10 or newer, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1);" \
+			"name another: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/core.done: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install $(TORCH)
+	$(BIN)/python -m pip install --editable .
+	touch $@
+
+.venv/test.done: .venv/core.done
+	$(BIN)/python -m pip install --editable '.[test]'
+	touch $@
