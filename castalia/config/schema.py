@@ -6,9 +6,22 @@ contradictions between values are `check.py`'s.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from os.path import normpath
+from types import MappingProxyType
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    PrivateAttr,
+)
 
 Fraction = NonNegativeFloat
 InitMethod = Literal[
@@ -18,7 +31,7 @@ InitMethod = Literal[
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class RopeScaling(Section):
@@ -67,7 +80,9 @@ class Model(Section):
     attention_dropout: Fraction = Field(0.0, lt=1.0)
 
     init: Literal["seeded", "neox"] | None = Field(
-        None, description="seeded: by (seed, name, position); neox: the original's CPU stream for one process; None: neox under neox_exact"
+        None,
+        description="seeded: by (seed, name, position); neox: the original's CPU stream for one process; "
+        "None: neox under neox_exact",
     )
     init_passes: Literal[1, 2] = Field(1, description="with init=neox: 2 for pipe_parallel_size 0, which builds twice")
     init_method: InitMethod = "normal"
@@ -107,12 +122,23 @@ class Source(Section):
     labels: str | None = Field(None, description="prefix of label ids, -100 where no loss is taken")
 
 
+def _as_sources(value: object) -> object:
+    """`train: corpus` and `train: [a, b]` mean sources of weight 1."""
+    entries = (value,) if isinstance(value, str | dict | Source) else value
+    if not isinstance(entries, tuple | list):
+        return entries
+    return tuple({"path": entry} if isinstance(entry, str) else entry for entry in entries)
+
+
+Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_sources)]
+
+
 class Data(Section):
     path: str | None = Field(None, description="one corpus that `split` divides; excludes train, valid and test")
     split: str = "969, 30, 1"
-    train: tuple[Source, ...] = ()
-    valid: tuple[Source, ...] = ()
-    test: tuple[Source, ...] = ()
+    train: Sources = ()
+    valid: Sources = ()
+    test: Sources = ()
     seq_length: PositiveInt = 2048
     packing: Literal["packed", "pack_until_overflow", "unpacked"] = "packed"
     allow_chopped: bool = Field(True, description="false: leave out documents longer than a sample")
@@ -150,7 +176,9 @@ class Parallel(Section):
     tp: PositiveInt = 1
     pp: PositiveInt = 1
     cp: PositiveInt = 1
-    zero: Literal[0, 1, 2, 3] = Field(0, description="0 replicate; 1, 2 shard optimizer and gradients; 3 parameters too")
+    zero: Literal[0, 1, 2, 3] = Field(
+        0, description="0 replicate; 1, 2 shard optimizer and gradients; 3 parameters too"
+    )
     sequence_parallel: bool = False
     gpus: PositiveInt | None = Field(None, description="devices of the whole run, for planning; None: those it runs on")
 
@@ -200,11 +228,18 @@ class Checkpoint(Section):
         None, description="which learning-rate schedule a resumed run follows; None: they must agree"
     )
 
+    @property
+    def starts_if_empty(self) -> bool:
+        """Resuming from the run's own folder: an empty one is the first start of a new run, not an error."""
+        return None not in (self.resume, self.dir) and normpath(str(self.resume)) == normpath(str(self.dir))
+
 
 class Log(Section):
     every: PositiveInt = 10
     tensorboard: str | None = Field(None, description="folder of TensorBoard event files")
-    peak_tflops: PositiveFloat | None = Field(None, description="of one device, for MFU; None: known devices and measured CPUs")
+    peak_tflops: PositiveFloat | None = Field(
+        None, description="of one device, for MFU; None: known devices and measured CPUs"
+    )
 
 
 class Eval(Section):
@@ -242,3 +277,20 @@ class RunConfig(Section):
     generate: Generate = Generate()
     seed: PositiveInt = 1234
     neox_exact: bool = Field(False, description="bring back every defect of the original that changes numbers")
+
+    _origins: Mapping[str, str] = PrivateAttr(default_factory=dict)
+    _notes: tuple[str, ...] = PrivateAttr(default=())
+
+    @property
+    def origins(self) -> Mapping[str, str]:
+        """Dotted path of each value that was given -> "file.yml:12", "command line" or "NeoX default"."""
+        return MappingProxyType(self._origins)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Warnings and keys without effect, one line each."""
+        return self._notes
+
+    def __eq__(self, other: object) -> bool:
+        """Values alone count, not where they came from."""
+        return isinstance(other, RunConfig) and self.__dict__ == other.__dict__

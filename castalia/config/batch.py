@@ -1,0 +1,81 @@
+"""How a step's batch is made up: sequences of the step = micro-batch * accumulation * data-parallel ranks."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from castalia.config.schema import RunConfig
+from castalia.errors import ConfigError
+
+
+class BatchPlan(NamedTuple):
+    batch_size: int  # sequences of a step over all ranks
+    micro_batch_size: int  # sequences of one forward pass on one rank
+    accumulation: int  # forward passes of a step
+
+
+def planned_dp(config: RunConfig) -> int | None:
+    """Data-parallel ranks of the devices that the config declares; None if it declares none."""
+    layout = config.parallel
+    return layout.gpus // (layout.tp * layout.pp * layout.cp) if layout.gpus else None
+
+
+def batch_plan(config: RunConfig, dp: int = 1) -> BatchPlan:
+    """The batch on `dp` data-parallel ranks; what the config leaves out is inferred.
+
+    The step's batch belongs to the config: if the declared number of devices (`parallel.gpus`) fixes it, then another
+    number of ranks changes the accumulation and never the batch. Raises ConfigError that says what would fit.
+    """
+    total, micro, steps = config.train.batch_size, config.train.micro_batch_size, config.train.accumulation
+    declared = planned_dp(config) or dp
+    if total is None and micro is None:
+        raise ConfigError(_at(config) + "the batch is unknown; give train.batch_size")
+    if total is None:
+        assert micro is not None
+        total = micro * (steps or 1) * declared
+    if micro is None:
+        micro = _divide(config, total, (steps or 1) * dp, dp)
+    if steps is None or (dp != declared and total == micro * steps * declared):
+        steps = _divide(config, total, micro * dp, dp)
+    if total != micro * steps * dp:
+        raise ConfigError(_contradiction(config, total, micro, steps, dp))
+    return BatchPlan(total, micro, steps)
+
+
+def _divide(config: RunConfig, total: int, parts: int, dp: int) -> int:
+    if total % parts:
+        lower, upper = total // parts * parts, -(-total // parts) * parts
+        raise ConfigError(
+            f"{_at(config)}train.batch_size={total} does not divide into "
+            f"{_factors(config)}{dp} data-parallel ranks; "
+            f"{' or '.join(str(size) for size in dict.fromkeys((lower, upper)) if size)} would fit"
+        )
+    return total // parts
+
+
+def _contradiction(config: RunConfig, total: int, micro: int, steps: int, dp: int) -> str:
+    fits = [f"train.batch_size={micro * steps * dp}"]
+    if total % (micro * dp) == 0:
+        fits.append(f"train.accumulation={total // (micro * dp)}")
+    if total % (steps * dp) == 0:
+        fits.append(f"train.micro_batch_size={total // (steps * dp)}")
+    return (
+        f"{_at(config)}train.batch_size={total} is not train.micro_batch_size={micro} * train.accumulation={steps} * "
+        f"{dp} data-parallel ranks = {micro * steps * dp}; "
+        f"{' or '.join(fits)} would fit, or leave one of the three out (null)"
+    )
+
+
+def _factors(config: RunConfig) -> str:
+    return "".join(
+        f"{name.replace('_', '-')} {value} * "
+        for name in ("micro_batch_size", "accumulation")
+        if (value := getattr(config.train, name))
+    )
+
+
+def _at(config: RunConfig) -> str:
+    """Where the batch's values stand, as the start of a message."""
+    paths = [f"train.{name}" for name in ("batch_size", "micro_batch_size", "accumulation")]
+    places = [config.origins[path] for path in paths if path in config.origins]
+    return f"{', '.join(dict.fromkeys(places))}: " if places else ""

@@ -1,0 +1,53 @@
+"""The schema as flat dotted paths: what exists, what it means, what it may hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from castalia.config.schema import RunConfig, Section
+
+
+def _walk(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo, bool]]:
+    for name, info in section.model_fields.items():
+        inner = _section_of(info.annotation)
+        yield prefix + name, info, inner is not None
+        if inner:
+            yield from _walk(inner, f"{prefix}{name}.")
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    candidates = [annotation, *get_args(annotation)] if get_origin(annotation) is not tuple else []
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
+
+
+FIELDS = {path: info for path, info, is_section in _walk(RunConfig) if not is_section}
+SECTIONS = {path: info for path, info, is_section in _walk(RunConfig) if is_section}
+
+
+def describe(path: str) -> str:
+    """What a key may hold, in words: "a whole number above 0 (default 1000): batches of one evaluation"."""
+    info = FIELDS.get(path) or SECTIONS.get(path)
+    if info is None:
+        return "see the key's section"
+    default = "" if info.is_required() else f" (default {'null' if info.default is None else info.default})"
+    meaning = f": {info.description}" if info.description else ""
+    return f"{_kind(info.annotation, info.metadata)}{default}{meaning}"
+
+
+def _kind(annotation: Any, metadata: list[Any]) -> str:
+    options = [option for option in get_args(annotation) if option is not type(None)]
+    if get_origin(annotation) is Literal:
+        return "one of " + ", ".join(map(str, options))
+    if hasattr(annotation, "__metadata__"):
+        return _kind(annotation.__origin__, [*annotation.__metadata__, *metadata])
+    if options and get_origin(annotation) is not tuple:
+        return _kind(options[0], metadata) + (" or null" if type(None) in get_args(annotation) else "")
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    limits = [f"{word} {getattr(bound, key)}" for bound in metadata for key, word in _LIMITS if hasattr(bound, key)]
+    return " ".join([names.get(annotation, "a list"), " and ".join(limits)]).strip()
+
+
+_LIMITS = (("gt", "above"), ("ge", "of at least"), ("lt", "below"), ("le", "of at most"))

@@ -1,0 +1,249 @@
+"""Config files and overrides become one `RunConfig` in which every value knows where it came from.
+
+The order of events: read all files (`read.py`), sort their keys into ours and NeoX's, merge each kind (the later
+one wins), translate NeoX's keys once (`neox.py`), validate (`schema.py`), look for contradictions (`check.py`).
+All problems are reported together, one line each.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from castalia.config import check, neox
+from castalia.config.fields import FIELDS, SECTIONS, describe
+from castalia.config.read import Findings, Table, read_file, read_override
+from castalia.config.schema import RunConfig
+from castalia.config.settings import Setting, put
+from castalia.errors import ConfigError
+
+PRESETS = Path(__file__).parent / "presets"
+# Groups of which a config uses one; a later file's choice replaces an earlier file's.
+ALTERNATIVES = (
+    (("data.path",), ("data.train", "data.valid", "data.test")),
+    (("train.steps",), ("train.epochs",)),
+    (("checkpoint.resume",), ("checkpoint.init_from",)),
+)
+
+
+def load_config(files: str | Path | Iterable[str | Path], overrides: Sequence[str] = ()) -> RunConfig:
+    """The config that `files` (paths, run folders, names of presets; the later one wins) and then `overrides` describe.
+
+    Files are ours (nested) or NeoX's (flat), overrides are `optimizer.lr=6e-4` or NeoX's `train_iters=200`.
+    Raises ConfigError with one line for each problem found.
+    """
+    found = Findings()
+    names = [files] if isinstance(files, str | Path) else list(files)
+    sources = [_read(name, found) for name in names] + [_override(text, found) for text in overrides]
+    ours: dict[str, Setting] = {}
+    theirs: dict[str, Setting] = {}
+    for rank, table in enumerate(sources):
+        _sort(table, rank, ours, theirs, found)
+    settings = _combine(ours, neox.translate(theirs, ours, num_files=len(names), found=found), found)
+    _choose_alternatives(settings, found)
+    config = _validate(settings, found)
+    if config is not None:
+        check.check(config, {path: setting.origin for path, setting in settings.items()}, found)
+    if found.errors or config is None:
+        raise ConfigError("\n".join(dict.fromkeys(found.errors)))
+    config._origins = {path: setting.where for path, setting in settings.items()}
+    config._notes = tuple(dict.fromkeys(found.notes))
+    return config
+
+
+def dump_config(config: RunConfig) -> str:
+    """The complete YAML of a config; loading it gives an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in PRESETS.glob("*.yml"))
+
+
+def _read(name: str | Path, found: Findings) -> Table:
+    path = Path(name)
+    if (path / "config.yml").is_file():
+        path = path / "config.yml"
+    if path.is_file():
+        return read_file(path, str(path), found)
+    preset = PRESETS / f"{str(name).removesuffix('.yml').lower()}.yml"
+    if preset.is_file():
+        return read_file(preset, f"preset {preset.stem}", found)
+    if path.with_name(path.name + ".yml").is_file():
+        path = path.with_name(path.name + ".yml")
+        return read_file(path, str(path), found)
+    if path.is_dir():
+        raise ConfigError(f"{name}: this folder holds no config.yml; name a config file, a run's folder or a preset")
+    close = get_close_matches(str(name).lower(), preset_names(), cutoff=0.5) or preset_names()
+    raise ConfigError(f"{name}: no such file, and no preset has this name; presets: {', '.join(close)}")
+
+
+def _override(text: str, found: Findings) -> Table:
+    table = Table()
+    key, table_value = read_override(text, found)
+    table[key] = table_value
+    table.origins[key] = "command line"
+    return table
+
+
+def _sort(table: Table, rank: int, ours: dict[str, Setting], theirs: dict[str, Setting], found: Findings) -> None:
+    """Merge one source into the settings by our paths and by NeoX's keys."""
+    for written, value in table.items():
+        key, origin = written.replace("-", "_"), table.origins[written]
+        setting = Setting(value, origin, rank)
+        path, _, rest = key.partition(".")
+        if rest and key not in FIELDS and key not in SECTIONS and path in neox.KEYS:
+            put(theirs, path, Setting(_nested(theirs.get(path), rest.split("."), value), origin, rank))
+        elif neox.is_neox(key, value):
+            if key in theirs and theirs[key].rank == rank:
+                found.errors.append(f"{origin}: {written} is already given at {theirs[key].origin}; keep one")
+            else:
+                put(theirs, key, setting)
+        else:
+            _flatten(written, setting, ours, found)
+
+
+def _nested(old: Setting | None, keys: list[str], value: Any) -> dict[str, Any]:
+    """NeoX's mapping `old` with one value inside replaced: `zero_optimization.stage=2`."""
+    table = dict(old.value) if old and isinstance(old.value, dict) else {}
+    inner = Setting(table[keys[0]], "", 0) if keys[0] in table else None
+    table[keys[0]] = _nested(inner, keys[1:], value) if keys[1:] else value
+    return table
+
+
+def _flatten(path: str, setting: Setting, ours: dict[str, Setting], found: Findings) -> None:
+    value = setting.value
+    if path in SECTIONS and isinstance(value, Table):
+        for key, inner in value.items():
+            _flatten(f"{path}.{key}", Setting(inner, value.origins[key], setting.rank), ours, found)
+    elif path in FIELDS or (path in SECTIONS and value is None):
+        put(ours, path, setting)
+    elif path in SECTIONS:
+        found.errors.append(
+            f"{setting.origin}: {path}: {value!r} is no section; write `{path}:` and indent its keys below it"
+        )
+    else:
+        found.errors.append(f"{setting.origin}: unknown key {path}{suggest(path)}")
+
+
+def suggest(path: str) -> str:
+    """The way out for an unknown key: what it may have been meant to be."""
+    section, _, name = path.rpartition(".")
+    siblings = {field.rpartition(".")[2]: field for field in FIELDS if field.rpartition(".")[0] == section}
+    same_name = [field for field in FIELDS if field.rpartition(".")[2] == name.replace("-", "_")]
+    close = [siblings[match] for match in get_close_matches(name.replace("-", "_"), siblings, n=2, cutoff=0.6)]
+    if not close and not same_name and not section:
+        close = get_close_matches(name.replace("-", "_"), [*neox.KEYS, *SECTIONS], n=2, cutoff=0.6)
+    if not close and not same_name:
+        close = get_close_matches(path.replace("-", "_"), FIELDS, n=2, cutoff=0.6)
+    names = list(dict.fromkeys(close + same_name))[:3]
+    if names:
+        return f"; did you mean {' or '.join(names)}?"
+    return f"; {section or 'a config'} knows {', '.join(siblings or sorted(SECTIONS))}; or remove it"
+
+
+def _combine(ours: dict[str, Setting], translated: dict[str, Setting], found: Findings) -> dict[str, Setting]:
+    """Our settings and the translated ones; of two for one path the later source's wins."""
+    settings: dict[str, Setting] = {}
+    for path, setting in sorted([*translated.items(), *ours.items()], key=lambda item: item[1].rank):
+        old = settings.get(path)
+        if old and old.rank == setting.rank:
+            found.errors.append(f"{setting.origin}: {path} is already given at {old.origin}; keep one")
+        else:
+            put(settings, path, setting)
+    return settings
+
+
+def _choose_alternatives(settings: dict[str, Setting], found: Findings) -> None:
+    for first, second in ALTERNATIVES:
+        given = [
+            [path for path in group if path in settings and settings[path].value not in (None, [])]
+            for group in (first, second)
+        ]
+        if not all(given):
+            continue
+        older, newer = sorted(given, key=lambda paths: max(settings[path].rank for path in paths))
+        old, new = settings[older[0]], settings[newer[0]]
+        if max(settings[p].rank for p in older) == max(settings[p].rank for p in newer):
+            found.errors.append(
+                f"{new.origin}: {newer[0]} and {older[0]} ({old.origin}) exclude each other; keep one of them"
+            )
+            continue
+        settings[newer[0]] = new._replace(replaced=f"{older[0]} of {old.origin}")
+        for path in older:
+            del settings[path]
+
+
+def _validate(settings: dict[str, Setting], found: Findings) -> RunConfig | None:
+    core = ("model.num_layers", "model.hidden_size", "model.num_heads")
+    model = [path for path in settings if path.startswith("model.")]
+    if model and not any(path in settings for path in core):
+        for path in model:
+            setting = settings.pop(path)
+            if setting.rank >= 0:
+                found.notes.append(
+                    f"{setting.origin}: {path} waits for a file that describes a model: {', '.join(core)} are not given"
+                )
+    nested: dict[str, Any] = {}
+    for path, setting in settings.items():
+        *parents, name = path.split(".")
+        level = nested
+        for parent in parents:
+            level = level.setdefault(parent, {})
+        level[name] = setting.value
+    try:
+        # As JSON, because only there does strict checking take lists for tuples and mappings for sections.
+        return RunConfig.model_validate_json(json.dumps(nested, default=str), strict=True)
+    except ValidationError as error:
+        found.errors += [_explain(problem, settings) for problem in error.errors()]
+        return None
+
+
+def _explain(problem: Any, settings: dict[str, Setting]) -> str:
+    """One line for one of pydantic's complaints: where, which value, why, and what would do."""
+    path = ".".join(str(part) for part in problem["loc"])
+    known = next((p for p in _ancestors(path) if p in settings), None)
+    if problem["type"] == "missing":
+        section = path.rpartition(".")[0]
+        origin = next((s.origin for p, s in settings.items() if p.startswith(section + ".") and s.rank >= 0), "config")
+        return (
+            f"{origin}: {path} is missing ({describe(path)}); give it, or name the file that holds it before this one"
+        )
+    origin = settings[known].origin if known else "config"
+    if problem["type"] == "extra_forbidden":
+        return f"{origin}: unknown key {path}{suggest(path)}"
+    value = (
+        "" if problem["type"].endswith("_type") and isinstance(problem["input"], dict) else f" {problem['input']!r}:"
+    )
+    return f"{origin}: {path}:{value} {_reason(problem)}; {describe(path)}"
+
+
+def _reason(problem: Any) -> str:
+    reasons = {
+        "int_type": "is no whole number",
+        "int_from_float": "is no whole number",
+        "float_type": "is no number",
+        "bool_type": "is neither true nor false",
+        "string_type": "is no text",
+        "tuple_type": "is no list",
+    }
+    if problem["type"] in ("int_type", "float_type") and isinstance(problem["input"], str):
+        try:
+            float(problem["input"])
+            return "is quoted text, not a number: remove the quotes"
+        except ValueError:
+            pass
+    if problem["type"] == "literal_error":
+        return f"is none of {problem['ctx']['expected']}"
+    return reasons.get(problem["type"], problem["msg"].replace("Input should be", "is not"))
+
+
+def _ancestors(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]

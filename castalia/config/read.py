@@ -1,0 +1,119 @@
+"""YAML files and `a.b=c` overrides as plain values that know where they stand.
+
+YAML here is what people write for YAML 1.1 parsers: JSON-like mappings with comments and trailing commas, `True` in any
+case, and numbers such as `6e-4`, which YAML 1.1 takes for text.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from castalia.errors import ConfigError
+
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+|[-+]?\.[0-9]+[eE][-+]?[0-9]+")
+
+
+@dataclass
+class Findings:
+    """What is wrong (`errors`) and what deserves to be known (`notes`), a line each, gathered while a config loads."""
+
+    errors: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+class Table(dict[str, Any]):
+    """A YAML mapping that remembers where each of its keys stands: `origins[key]` is "file.yml:12"."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.origins: dict[str, str] = {}
+
+
+def read_file(path: Path, label: str, found: Findings) -> Table:
+    """The top-level mapping of one file; `label` is how messages call the file. Syntax errors raise ConfigError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{label}: not UTF-8 text (byte {error.start}); a config is a YAML text file") from error
+    root = _compose(text, label)
+    if root is None:
+        return Table()
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(
+            f"{label}:{_line(root)}: holds no keys; a config is a mapping such as `train: {{steps: 200}}`"
+        )
+    return _mapping(root, label, found, "")
+
+
+def read_override(text: str, found: Findings) -> tuple[str, Any]:
+    """Key and value of `a.b=c`; the value is read as YAML."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"command line: {text!r} is no override; write key=value, for example train.steps=200")
+    root = _compose(value, f"command line: {text}")
+    return key.strip(), None if root is None else _value(root, "command line", found, key.strip())
+
+
+def _compose(text: str, label: str) -> yaml.Node | None:
+    try:
+        return yaml.compose(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        context = f" ({error.context} from line {error.context_mark.line + 1})" if error.context_mark else ""
+        raise ConfigError(
+            f"{label}{line}: not valid YAML: {error.problem}{context}; "
+            "look for a missing comma, quote or bracket here or on the line before"
+        ) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{label}: not valid YAML: {error}".replace("\n", " ")) from error
+
+
+def _mapping(node: yaml.MappingNode, label: str, found: Findings, prefix: str) -> Table:
+    table = Table()
+    for key_node, value_node in node.value:
+        key, origin = str(key_node.value), f"{label}:{_line(key_node)}"
+        if not isinstance(key_node, yaml.ScalarNode):
+            found.errors.append(f"{origin}: a key must be a word, not a list or a mapping")
+        elif key in table:
+            found.errors.append(
+                f"{origin}: {prefix}{key} is already given on line {table.origins[key].rpartition(':')[2]}; keep one"
+            )
+        else:
+            table[key] = _value(value_node, label, found, f"{prefix}{key}")
+            table.origins[key] = origin
+    return table
+
+
+def _value(node: yaml.Node, label: str, found: Findings, path: str) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        return _mapping(node, label, found, path + ".")
+    if isinstance(node, yaml.SequenceNode):
+        return [_value(item, label, found, path) for item in node.value]
+    if node.tag == "tag:yaml.org,2002:str" and not node.style and _NUMBER.fullmatch(node.value):
+        number = float(node.value)
+        origin = label if label == "command line" else f"{label}:{_line(node)}"
+        if origin != "command line":
+            found.notes.append(
+                f"{origin}: {path}: {node.value} is read as the number {number:g} (YAML 1.1 takes it for text)"
+            )
+        return int(number) if number.is_integer() and abs(number) >= 1 else number
+    return _scalar(node, label, found, path)
+
+
+def _scalar(node: yaml.Node, label: str, found: Findings, path: str) -> Any:
+    try:
+        return yaml.constructor.SafeConstructor().construct_object(node)
+    except (yaml.constructor.ConstructorError, ValueError) as error:
+        reason = getattr(error, "problem", None) or error
+        found.errors.append(f"{label}:{_line(node)}: {path}: {node.value!r} cannot be read: {reason}")
+        return None
+
+
+def _line(node: yaml.Node) -> int:
+    return node.start_mark.line + 1
