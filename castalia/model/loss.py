@@ -50,6 +50,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(d_logits, cast, out=d_hidden[part])
             if d_weight is not None:
                 _add_product(d_weight, d_logits.T, x)
+                del d_logits
+            del log_probs  # else they would live on beside the next chunk's
         ctx.gradients = d_hidden, d_weight
         return total
 
