@@ -65,10 +65,13 @@ class StoredTensor:
                 f"but shape {list(self.shape)} has {math.prod(self.shape)}"
             )
 
-    def read(self, slices: Slices | None = None) -> torch.Tensor:
-        """A fresh CPU tensor. Raises CheckpointError for missing, truncated or damaged files."""
+    def read(self, slices: Slices | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+        """A fresh CPU tensor, or `out` of the same shape and dtype filled.
+
+        Raises CheckpointError for missing, truncated or damaged files.
+        """
         wanted = bounds(self.shape, slices)
-        out = torch.empty([stop - start for start, stop in wanted], dtype=self.dtype)
+        out = torch.empty([stop - start for start, stop in wanted], dtype=self.dtype) if out is None else out
         for extent in self.extents:
             ends = zip(extent.start, extent.shape, wanted, strict=True)
             common = [(max(first, start), min(first + size, stop)) for first, size, (start, stop) in ends]
