@@ -75,7 +75,9 @@ def open_dataset(prefix: str | os.PathLike[str]) -> IndexedDataset:
         name = name[:-4]
     for path in (idx_path(name), bin_path(name)):
         if not path.is_file():
-            raise DataError(f"{path} does not exist; a corpus is a pair PREFIX.bin, PREFIX.idx: give the prefix of both")
+            raise DataError(
+                f"{path} does not exist; a corpus is a pair PREFIX.bin, PREFIX.idx: give the prefix of both"
+            )
     index = _map(idx_path(name))
     if index[: len(MAGIC)] == MAGIC:
         dtype, sizes, starts, documents = _parse(name, index)
@@ -101,7 +103,9 @@ def _integer(index: mmap.mmap | bytes, offset: int, size: int = 8) -> int:
 
 def _dtype(name: str, code: int) -> np.dtype:
     if code not in DTYPES:
-        raise DataError(f"{idx_path(name)}: dtype code {code} is unknown; the codes are {_codes()}: the file is damaged")
+        raise DataError(
+            f"{idx_path(name)}: dtype code {code} is unknown; the codes are {_codes()}: the file is damaged"
+        )
     return np.dtype(f"<{DTYPES[code]}")
 
 
@@ -137,7 +141,9 @@ def _parse_legacy(name: str, index: mmap.mmap | bytes) -> tuple[np.dtype, np.nda
     dtype = _dtype(name, _integer(index, 16))
     items, dims, documents = (_integer(index, offset) for offset in (32, 40, 48))
     if dims != items:
-        raise DataError(f"{idx_path(name)}: {items} items with {dims} dimensions; only one-dimensional items are corpora")
+        raise DataError(
+            f"{idx_path(name)}: {items} items with {dims} dimensions; only one-dimensional items are corpora"
+        )
     _check_length(name, len(index), LEGACY_HEADER_BYTES + 8 * (2 * (items + 1) + items + documents), items)
     starts = np.frombuffer(index, "<i8", items, LEGACY_HEADER_BYTES + 8 * (items + 1)) * dtype.itemsize
     sizes = np.frombuffer(index, "<i8", items, LEGACY_HEADER_BYTES + 16 * (items + 1)).astype("<i4")
@@ -151,7 +157,9 @@ def _check(name: str, dtype: np.dtype, sizes: np.ndarray, starts: np.ndarray) ->
     ends = np.cumsum(sizes, dtype=np.int64)
     expected = int(ends[-1]) * dtype.itemsize if len(ends) else 0
     if length < expected:
-        raise DataError(f"{bin_path(name)} is truncated: {length} bytes, its index tells of {expected}; prepare it again")
+        raise DataError(
+            f"{bin_path(name)} is truncated: {length} bytes, its index tells of {expected}; prepare it again"
+        )
     ends *= dtype.itemsize
     in_order = not len(sizes) or (starts[0] == 0 and np.array_equal(starts[1:], ends[:-1]) and int(sizes.min()) >= 0)
     if length > expected or not in_order:
@@ -193,7 +201,9 @@ class Writer:
     def __enter__(self) -> Writer:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._file.close()
         try:
             if kind is None:

@@ -47,7 +47,9 @@ class Index:
         return len(self.order) - 1  # the original never uses the last one
 
 
-def build_packed(sizes: np.ndarray, documents: np.ndarray, num_samples: int | None, seq_length: int, seed: int) -> Index:
+def build_packed(
+    sizes: np.ndarray, documents: np.ndarray, num_samples: int | None, seq_length: int, seed: int
+) -> Index:
     """Documents back to back, cut every S tokens; neighbours share a token. Whole epochs, shuffled as one.
 
     `sizes` [items] in tokens, `documents` the ids of this split; `num_samples` None means one epoch.
@@ -71,3 +73,38 @@ def build_packed(sizes: np.ndarray, documents: np.ndarray, num_samples: int | No
     shuffle = np.arange(count, dtype=np.uint32 if count < np.iinfo(np.uint32).max - 1 else np.int64)
     rng.shuffle(shuffle)
     return Index(order, bounds, shuffle)
+
+
+def locate(index: Index, position: int) -> int:
+    """Sample at a position of the data order. A position or sample that runs off the end is taken modulo the length,
+    as often as needed: the original's retry rule, which decides what late positions of a blend hold."""
+    for _ in range(len(index.order) + 1):
+        if position < len(index.order):
+            position = int(index.order[position])
+            if index.bounds[position + 1, 0] < len(index.documents):
+                return position
+        if len(index) < 1:
+            break
+        position %= len(index)
+    raise DataError(
+        f"{len(index.documents)} documents do not give one whole sample: use more data or a smaller data.seq_length"
+    )
+
+
+def pieces(index: Index, sizes: np.ndarray, sample: int) -> list[tuple[int, int, int]]:
+    """Parts (document, first token, token after the last) of a sample, its shared last token included."""
+    (first, start), (last, stop) = index.bounds[sample].tolist(), index.bounds[sample + 1].tolist()
+    documents = index.documents[first : last + 1].tolist()
+    ends = [*(int(sizes[document]) for document in documents[:-1]), stop + 1]
+    return list(zip(documents, [start] + [0] * (len(documents) - 1), ends, strict=True))
+
+
+def assemble(data: IndexedDataset, parts: list[tuple[int, int, int]], length: int, fill: int) -> np.ndarray:
+    """Tokens of the parts, int64, cut or filled up to `length`."""
+    out = np.full(length, fill, np.int64)
+    at = 0
+    for document, start, stop in parts:
+        tokens = data[document][start : min(stop, start + length - at)]
+        out[at : at + len(tokens)] = tokens
+        at += len(tokens)
+    return out

@@ -173,7 +173,12 @@ def _guess_kind(config: TokenizerConfig) -> str:
     if config.path is None:
         raise DataError("no tokenizer: give tokenizer.path (tokenizer.json, vocab.json, a .model file or a folder)")
     path = Path(config.path)
-    if config.merges or path.name == "vocab.json" or (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
+    if (
+        config.merges
+        or path.name == "vocab.json"
+        or (path / "vocab.json").is_file()
+        and (path / "merges.txt").is_file()
+    ):
         return "gpt2" if not (path / "tokenizer.json").is_file() else "hf"
     if path.suffix == ".model" or (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file():
         return "sentencepiece"
@@ -210,7 +215,9 @@ def _read_bpe(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
 
 def _load_hf_gpt2(folder: Path) -> RustTokenizer:
     if not folder.is_dir():
-        raise DataError(f"tokenizer.path={str(folder)!r} is no folder; tokenizer.kind=hf_gpt2 needs {_FILES['hf_gpt2']}")
+        raise DataError(
+            f"tokenizer.path={str(folder)!r} is no folder; tokenizer.kind=hf_gpt2 needs {_FILES['hf_gpt2']}"
+        )
     if (folder / "tokenizer.json").is_file():
         engine = _read_json(folder / "tokenizer.json")
     else:

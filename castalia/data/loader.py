@@ -1,0 +1,264 @@
+"""Batches as pure functions of config and step: no state, so that resuming at any step costs nothing.
+
+Step t takes positions [t * B, (t + 1) * B) of the data order, for every layout and micro-batch; when the data are used
+up the order starts again, after dropping the incomplete micro-batch at its end as the original's loader does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from castalia.config.batch import batch_plan
+from castalia.config.schema import RunConfig, Source
+from castalia.data.blend import blend, normalized, weights_by_documents
+from castalia.data.indexed import IndexedDataset, open_dataset
+from castalia.data.samples import IGNORE, Index, assemble, build_packed, locate, pieces, split_bounds
+from castalia.data.tokenizer import load_tokenizer
+from castalia.errors import ConfigError, DataError
+
+Split = Literal["train", "valid", "test"]
+SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+
+
+class Batch(NamedTuple):
+    """Arrays [sequences, seq_length]. `labels` are shifted already: labels[:, t] follows tokens[:, t]."""
+
+    tokens: np.ndarray  # int64
+    labels: np.ndarray  # int64, -100 where no loss is taken
+    loss_mask: np.ndarray  # bool, labels != -100
+
+
+class Piece(NamedTuple):
+    """A part of one sample: which tokens of which document of which corpus."""
+
+    prefix: str
+    document: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    text: IndexedDataset
+    labels: IndexedDataset | None
+    index: Index
+
+    def parts(self, position: int) -> list[tuple[int, int, int]]:
+        return pieces(self.index, self.text.sizes, locate(self.index, position))
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """All samples of one split in data order; `batch(k)` is the k-th step's (or evaluation's k-th) batch."""
+
+    corpora: tuple[Corpus, ...]
+    blended: tuple[np.ndarray, np.ndarray] | None  # corpus and position in it, for each position of the data order
+    seq_length: int
+    batch_size: int
+    accumulation: int
+    vocab_size: int | None
+    masked_after: int | None  # no loss on the token after this one
+    exact: bool  # padding after the end of a text without labels is trained on, as the original does
+
+    def __len__(self) -> int:
+        return len(self.blended[0]) if self.blended else len(self.corpora[0].index)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole steps in one pass over the data order."""
+        return self._micro_batches // self.accumulation
+
+    @property
+    def _micro_batches(self) -> int:
+        return len(self) // (self.batch_size // self.accumulation)
+
+    def positions(self, step: int) -> np.ndarray:
+        """Positions of the data order that a step takes, [batch_size]."""
+        size = self.batch_size // self.accumulation
+        if not self._micro_batches:
+            raise DataError(
+                f"{len(self)} samples do not fill one micro-batch of {size} sequences over all ranks: use more data"
+            )
+        micro = np.arange(step * self.accumulation, (step + 1) * self.accumulation) % self._micro_batches
+        return (micro[:, None] * size + np.arange(size)).reshape(-1)
+
+    def pieces(self, position: int) -> list[Piece]:
+        """Where the tokens of one sample lie."""
+        corpus, position = self._corpus(position)
+        return [Piece(corpus.text.prefix, *part) for part in corpus.parts(position)]
+
+    def _corpus(self, position: int) -> tuple[Corpus, int]:
+        if not self.blended:
+            return self.corpora[0], position
+        return self.corpora[int(self.blended[0][position])], int(self.blended[1][position])
+
+    def sample(self, position: int) -> tuple[np.ndarray, np.ndarray]:
+        """Text and labels aligned with it, both int64 [seq_length + 1]."""
+        corpus, position = self._corpus(position)
+        parts, length = corpus.parts(position), self.seq_length + 1
+        text = assemble(corpus.text, parts, length, fill=0)
+        if corpus.labels is not None:
+            return text, assemble(corpus.labels, parts, length, fill=IGNORE)
+        labels = text.copy()
+        if not self.exact:
+            labels[sum(stop - start for _, start, stop in parts) :] = IGNORE
+        return text, labels
+
+    def batch(self, step: int) -> Batch:
+        """DataError if a token lies beyond the vocabulary."""
+        positions = self.positions(step)
+        text = np.empty((self.batch_size, self.seq_length + 1), np.int64)
+        labels = np.empty_like(text)
+        for row, position in enumerate(positions):
+            text[row], labels[row] = self.sample(int(position))
+        self._check_vocabulary(step, positions, text)
+        tokens, labels = np.ascontiguousarray(text[:, :-1]), np.ascontiguousarray(labels[:, 1:])
+        labels[labels < 0] = IGNORE
+        if self.masked_after is not None:
+            labels[tokens == self.masked_after] = IGNORE
+        return Batch(tokens, labels, labels != IGNORE)
+
+    def _check_vocabulary(self, step: int, positions: np.ndarray, text: np.ndarray) -> None:
+        limit = self.vocab_size or np.iinfo(np.int64).max
+        bad = (text < 0) | (text >= limit)
+        if bad.any():
+            row = int(bad.any(axis=1).argmax())
+            piece = self.pieces(int(positions[row]))[0]
+            raise DataError(
+                f"step {step}: token id {text[bad][0]} lies beyond the vocabulary of {self.vocab_size}, "
+                f"in or after document {piece.document} of {piece.prefix}; "
+                "the corpus was prepared with another tokenizer: prepare it with this one"
+            )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes when the files or anything else that decides the order and content of the samples changes."""
+        digest = hashlib.blake2b(digest_size=16)
+        for corpus in self.corpora:
+            digest.update(dataset_fingerprint(corpus.text).encode())
+            digest.update(dataset_fingerprint(corpus.labels).encode() if corpus.labels else b"-")
+            for array in (corpus.index.documents, corpus.index.bounds[-1:], corpus.index.order[:1024]):
+                digest.update(np.ascontiguousarray(array).data)
+            digest.update(len(corpus.index.order).to_bytes(8, "little"))
+        for array in self.blended or ():
+            digest.update(np.ascontiguousarray(array).data)
+        digest.update(f"{self.seq_length} {self.masked_after}".encode())
+        return digest.hexdigest()
+
+
+def dataset_fingerprint(data: IndexedDataset) -> str:
+    """Of the sizes and of 64 blocks of 4 KiB spread over the tokens: cheap for any length."""
+    digest = hashlib.blake2b(np.ascontiguousarray(data.sizes).data, digest_size=16)
+    raw = data.tokens.view(np.uint8)
+    for start in np.linspace(0, max(0, len(raw) - 4096), 64).astype(np.int64):
+        digest.update(raw[start : start + 4096].data)
+    return digest.hexdigest()
+
+
+def batch_at(config: RunConfig, step: int, split: Split = "train") -> Batch:
+    """The global batch of a step, counted from 0."""
+    return _opened(config, split).batch(step)
+
+
+def open_data(config: RunConfig, split: Split = "train") -> Samples:
+    """Open a split's corpora and build their index. DataError if the config gives that split no documents."""
+    if config.data.mask_documents:
+        raise ConfigError(
+            "data.mask_documents is not supported yet: leave it out, tokens then see the documents before theirs"
+        )
+    plan = batch_plan(config)
+    wanted = _samples_wanted(config, split, plan.batch_size)
+    sources: Sequence[Source] = getattr(config.data, split)
+    if config.data.path is not None:
+        corpora, blended = (_open_part(config, config.data.path, split, wanted),), None
+    elif sources:
+        corpora, blended = _open_blend(config, sources, wanted)
+    else:
+        raise DataError(f"no {split} data: give data.path or data.{split}")
+    accumulation = config.train.accumulation or 1
+    return Samples(
+        corpora=corpora,
+        blended=blended,
+        seq_length=config.data.seq_length,
+        batch_size=plan.batch_size,
+        accumulation=accumulation if plan.batch_size % accumulation == 0 else 1,
+        vocab_size=config.model.vocab_size if config.model else None,
+        masked_after=load_tokenizer(config.tokenizer).eod_id if config.data.mask_after_eod else None,
+        exact=config.neox_exact,
+    )
+
+
+_opened = lru_cache(maxsize=6)(open_data)
+
+
+def has_data(config: RunConfig, split: Split) -> bool:
+    """Whether the config gives the split any documents."""
+    if config.data.path is None:
+        return bool(getattr(config.data, split))
+    bounds = split_bounds(config.data.split, len(open_dataset(config.data.path)))
+    return bounds[SPLITS.index(split)] < bounds[SPLITS.index(split) + 1]
+
+
+def _samples_wanted(config: RunConfig, split: Split, batch_size: int) -> int | None:
+    """How many samples the original asks for; None is one epoch of whatever there is."""
+    if config.train.steps is None:
+        return None
+    evaluations = config.train.steps // config.eval.every + 1 if config.eval.every else 1
+    batches = {
+        "train": config.train.steps,
+        "valid": evaluations * config.eval.batches,
+        "test": config.eval.batches,
+    }
+    return batches[split] * batch_size
+
+
+def _open_part(config: RunConfig, prefix: str, split: Split, wanted: int | None) -> Corpus:
+    data = open_dataset(prefix)
+    bounds = split_bounds(config.data.split, len(data))
+    first, end = bounds[SPLITS.index(split) :][:2]
+    if first >= end:
+        raise DataError(
+            f"no {split} data: data.split={config.data.split!r} gives it none of the {len(data)} documents of {prefix}"
+        )
+    return _index(config, data, None, np.arange(first, end, dtype=np.int32), wanted)
+
+
+def _open_blend(
+    config: RunConfig, sources: Sequence[Source], wanted: int | None
+) -> tuple[tuple[Corpus, ...], tuple[np.ndarray, np.ndarray]]:
+    texts = [open_dataset(source.path) for source in sources]
+    if config.data.weight_by_documents:
+        weights = weights_by_documents([len(text) for text in texts], config.data.weight_alpha)
+    else:
+        weights = normalized([source.weight for source in sources])
+    corpora = []
+    for source, text, weight in zip(sources, texts, weights.tolist(), strict=True):
+        labels = _open_labels(source, text) if source.labels else None
+        share = None if wanted is None else math.ceil(wanted * weight * 1.005)
+        corpora.append(_index(config, text, labels, np.arange(len(text), dtype=np.int32), share))
+    return tuple(corpora), blend(weights, sum(len(corpus.index) for corpus in corpora))
+
+
+def _open_labels(source: Source, text: IndexedDataset) -> IndexedDataset:
+    assert source.labels is not None
+    labels = open_dataset(source.labels)
+    if not np.array_equal(labels.sizes, text.sizes):
+        raise DataError(
+            f"labels {source.labels} do not match {source.path}: each document needs as many labels as tokens"
+        )
+    return labels
+
+
+def _index(
+    config: RunConfig, text: IndexedDataset, labels: IndexedDataset | None, documents: np.ndarray, wanted: int | None
+) -> Corpus:
+    if config.data.packing != "packed":
+        raise ConfigError(f"data.packing={config.data.packing} is not supported yet: use packed")
+    return Corpus(text, labels, build_packed(text.sizes, documents, wanted, config.data.seq_length, config.seed))
