@@ -1,0 +1,238 @@
+"""Files of `torch.save`, opened without reading their tensors.
+
+`open_pt` reads a file's directory and its pickle, and gives the pickled object with a `FileTensor` in place of every
+tensor. Zip archives (torch 1.6 and later) and the older plain format are understood. Tensor bytes are read through
+memory maps when asked for; the first time that any part of a zip member is read, its checksum is verified.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from castalia.checkpoint.lazy import bounds
+from castalia.checkpoint.tensors import Slices
+from castalia.checkpoint.unpickle import unpickle
+from castalia.errors import CheckpointError
+
+SAME_SIZE_INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+MAX_PICKLE_BYTES = 256 << 20  # names and shapes of a million tensors
+CHUNK_BYTES = 4 << 20
+LOCAL_HEADER = struct.Struct("<4s22xHH")
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+LEGACY_START = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
+
+
+@dataclass
+class Blob:
+    """Consecutive bytes of a file: one storage."""
+
+    path: Path
+    offset: int
+    size: int
+    crc32: int = 0  # 0: none was written
+    verified: bool = field(default=False, compare=False)
+
+    def map(self) -> np.memmap:
+        """The bytes. Raises CheckpointError when the file is shorter now or the checksum does not fit."""
+        if (found := os.stat(self.path).st_size) < self.offset + self.size:
+            raise CheckpointError(
+                f"{self.path} is truncated: {found} bytes, a tensor ends at {self.offset + self.size}"
+            )
+        data = np.memmap(self.path, np.uint8, "r", self.offset, (self.size,))
+        if self.crc32 and not self.verified:
+            crc = 0
+            for start in range(0, self.size, CHUNK_BYTES):
+                crc = zlib.crc32(memoryview(data[start : start + CHUNK_BYTES]), crc)
+            if crc != self.crc32:
+                raise CheckpointError(
+                    f"{self.path} is damaged: bytes {self.offset} to {self.offset + self.size} have checksum "
+                    f"{crc:08x}, {self.crc32:08x} was written. Use another copy of this file or another step"
+                )
+            self.verified = True
+        return data
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    """A tensor in a file: a view of a storage, which may be larger. Offset and strides count elements."""
+
+    blob: Blob
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int = 0
+
+    def read(self, slices: Slices | None = None) -> torch.Tensor:
+        box = bounds(self.shape, slices)
+        lengths = [stop - start for start, stop in box]
+        out = torch.empty(lengths, dtype=self.dtype)
+        if out.numel():
+            integers = out.view(SAME_SIZE_INT[self.dtype.itemsize]).numpy()
+            first = self.offset + sum(start * step for (start, _), step in zip(box, self.stride, strict=True))
+            strides = [step * self.dtype.itemsize for step in self.stride]
+            data = self.blob.map()[first * self.dtype.itemsize :]
+            np.copyto(integers, np.ndarray(lengths, integers.dtype, data, strides=strides))
+        return out
+
+
+@dataclass(frozen=True)
+class _Storage:
+    blob: Blob
+    dtype: torch.dtype
+    size: int  # elements
+
+    def tensor(
+        self, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype | None
+    ) -> FileTensor:
+        size = self.size * self.dtype.itemsize // (dtype or self.dtype).itemsize
+        numbers = (offset, *shape, *stride)
+        if len(shape) != len(stride) or not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError(f"a tensor at {offset} with shape {shape} and strides {stride}")
+        last = offset + sum((length - 1) * step for length, step in zip(shape, stride, strict=True))
+        count: int = prod(shape)
+        if count > size or (count and last >= size):
+            raise CheckpointError(
+                f"{self.blob.path} is damaged: a tensor of shape {shape}, strides {stride}, at element {offset} "
+                f"does not fit into its storage of {size} elements"
+            )
+        return FileTensor(self.blob, dtype or self.dtype, shape, stride, offset)
+
+
+def open_pt(path: Path | str) -> Any:
+    """The object that `torch.save` put into the file, with a `FileTensor` for every tensor.
+
+    Raises CheckpointError for files that are missing, truncated, damaged or unsafe.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            start = file.read(64)
+            if start.startswith(b"PK"):
+                return _open_zip(path, file)
+            if start.startswith(LEGACY_START):
+                return _open_legacy(path, file)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`")
+    raise CheckpointError(
+        f"{path} is no file of torch.save: it starts with {start[:8]!r}" if start else f"{path} is empty"
+    )
+
+
+def _open_zip(path: Path, file: Any) -> Any:
+    members = _zip_members(path, file)
+    pickles = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise CheckpointError(f"{path}: {len(pickles)} members named data.pkl where torch.save writes one")
+    root = pickles[0].removesuffix("data.pkl")
+    size = os.fstat(file.fileno()).st_size
+    order = members.get(root + "byteorder")
+    if order and bytes(_blob(path, file, order, size).map()) != b"little":
+        raise CheckpointError(f"{path} was written on a big-endian machine; only little-endian files can be read")
+    if members[pickles[0]].file_size > MAX_PICKLE_BYTES:
+        raise CheckpointError(f"{path}: refused: its pickle has {members[pickles[0]].file_size} bytes")
+    blobs: dict[str, Blob] = {}
+
+    def storage(identity: Sequence) -> _Storage:
+        key, dtype, count = _identity(identity)
+        if key not in blobs:
+            member = members.get(f"{root}data/{key}")
+            if member is None:
+                raise CheckpointError(f"{path} is damaged: the storage {key!r} is missing")
+            blobs[key] = _blob(path, file, member, size)
+        if blobs[key].size != count * dtype.itemsize:
+            raise CheckpointError(
+                f"{path} is damaged: storage {key!r} has {blobs[key].size} bytes instead of {count} elements of {dtype}"
+            )
+        return _Storage(blobs[key], dtype, count)
+
+    return unpickle(bytes(_blob(path, file, members[pickles[0]], size).map()), str(path), storage)[0]
+
+
+def _zip_members(path: Path, file: Any) -> dict[str, zipfile.ZipInfo]:
+    try:
+        infos = zipfile.ZipFile(file).infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error) as error:
+        raise CheckpointError(f"{path} is truncated or damaged: its zip directory cannot be read ({error})") from error
+    members = {}
+    for info in infos:
+        name = info.filename
+        if name.startswith(("/", "\\")) or ":" in name.split("/")[0] or ".." in name.replace("\\", "/").split("/"):
+            raise CheckpointError(f"{path}: refused: the archive has a member named {name!r}")
+        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.flag_bits & 1:
+            raise CheckpointError(f"{path}: refused: {name!r} is compressed or encrypted, which torch.save never does")
+        if name in members:
+            raise CheckpointError(f"{path}: refused: two members named {name!r}")
+        members[name] = info
+    if (total := sum(info.file_size for info in infos)) > os.fstat(file.fileno()).st_size:
+        raise CheckpointError(f"{path}: refused: its members claim {total} bytes, more than the file has")
+    return members
+
+
+def _blob(path: Path, file: Any, info: zipfile.ZipInfo, file_size: int) -> Blob:
+    """Where a stored member's bytes lie. The local header's lengths may differ from the directory's."""
+    header = os.pread(file.fileno(), LOCAL_HEADER.size, info.header_offset)
+    if len(header) < LOCAL_HEADER.size or not header.startswith(b"PK\x03\x04"):
+        raise CheckpointError(f"{path} is damaged: no header for {info.filename!r} at byte {info.header_offset}")
+    _, name_size, extra_size = LOCAL_HEADER.unpack(header)
+    offset = info.header_offset + LOCAL_HEADER.size + name_size + extra_size
+    if offset + info.file_size > file_size:
+        raise CheckpointError(f"{path} is truncated: {info.filename!r} ends beyond the file's {file_size} bytes")
+    return Blob(path, offset, info.file_size, info.CRC)
+
+
+def _open_legacy(path: Path, file: Any) -> Any:
+    """Five pickles one after another (magic number, version, system, object, storage keys), then the storages."""
+    blobs: dict[str, tuple[Blob, torch.dtype, int]] = {}
+
+    def storage(identity: Sequence) -> _Storage:
+        key, dtype, count = _identity(identity)
+        if len(identity) > 5 and identity[5] is not None:
+            raise CheckpointError(f"{path}: storages that are views of others (torch 0.3) cannot be read")
+        blob, *_ = blobs.setdefault(key, (Blob(path, 0, 0), dtype, count))
+        return _Storage(blob, dtype, count)
+
+    with closing(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) as data:
+        parts, at = [], 0
+        for _ in range(5):
+            part, at = unpickle(data, str(path), storage, at)
+            parts.append(part)
+        magic, _, system, result, keys = parts
+        if magic != LEGACY_MAGIC or not isinstance(system, dict) or not system.get("little_endian"):
+            raise CheckpointError(f"{path} was written on a big-endian machine or is damaged")
+        if not isinstance(keys, list) or set(map(str, keys)) != set(blobs):
+            raise CheckpointError(f"{path} is damaged: its list of storages does not fit its tensors")
+        for key in keys:
+            blob, dtype, count = blobs[str(key)]
+            stored = int.from_bytes(data[at : at + 8], "little")
+            blob.offset, blob.size = at + 8, count * dtype.itemsize
+            at = blob.offset + blob.size
+            if at > len(data):
+                raise CheckpointError(f"{path} is truncated: {len(data)} bytes, storage {key!r} ends at {at}")
+            if stored != count:
+                raise CheckpointError(f"{path} is damaged: storage {key!r} has {stored} elements instead of {count}")
+    return result
+
+
+def _identity(identity: Sequence) -> tuple[str, torch.dtype, int]:
+    """(key, dtype, elements) of a persistent id ('storage', class, key, location, elements, ...)."""
+    if not isinstance(identity, tuple) or len(identity) < 5 or identity[0] != "storage":
+        raise ValueError(f"persistent id {identity!r}")
+    _, dtype, key, _, count = identity[:5]
+    if not isinstance(dtype, torch.dtype) or type(count) is not int or count < 0 or not isinstance(key, (str, int)):
+        raise ValueError(f"persistent id {identity!r}")
+    return str(key), dtype, count
