@@ -25,9 +25,11 @@ OUTPUT_MATRICES = ("attn.out.weight", "mlp.down.weight")  # those that add to th
 def initialize(model: Transformer, cfg: Model, seed: int) -> None:
     """Fill all parameters in place, as `cfg.init` says."""
     if (cfg.init or ("neox" if model.exact else "seeded")) == "neox":
-        matrices = dict(neox_matrices(cfg, seed))
         for name, parameter in model.named_parameters():
-            parameter.copy_(matrices[name] if name in matrices else constant(name, parameter.shape))
+            if (value := constant_value(name)) is not None:
+                parameter.fill_(value)
+        for name, matrix in neox_matrices(cfg, seed):
+            model.get_parameter(name).copy_(matrix)
     else:
         for name, parameter in model.named_parameters():
             parameter.copy_(seeded_tensor(cfg, seed, name, parameter.shape))
@@ -36,13 +38,13 @@ def initialize(model: Transformer, cfg: Model, seed: int) -> None:
 def seeded_tensor(
     cfg: Model, seed: int, name: str, shape: Sequence[int], slices: Sequence[slice] | None = None
 ) -> Tensor:
-    """The initial value of a canonical tensor in fp32: all of it, or the part that one slice for each dimension selects.
+    """The initial value of a canonical tensor in fp32, or the part of it that one slice for each dimension selects.
 
     `shape` is the whole tensor's. Rows that pad the vocabulary are drawn like the others, and change none of them.
     """
-    if constant_value(name) is not None:
-        whole = constant(name, shape)
-        return whole if slices is None else whole[tuple(slices)].clone()
+    if (value := constant_value(name)) is not None:
+        sizes = shape if slices is None else [len(range(*s.indices(n))) for s, n in zip(slices, shape, strict=True)]
+        return torch.full(tuple(sizes), value)
     logical = _logical_shape(cfg, name, shape)
     method = _method(cfg, name)
     rows, columns = slices if slices is not None else (slice(None), slice(None))
@@ -59,12 +61,6 @@ def constant_value(name: str) -> float | None:
     if name.endswith(".bias"):
         return 0.0
     return 1.0 if name.split(".")[-2] in ("norm", "norm1", "norm2", "qk_norm") else None
-
-
-def constant(name: str, shape: Sequence[int]) -> Tensor:
-    value = constant_value(name)
-    assert value is not None, name
-    return torch.full(tuple(shape), value)
 
 
 def standard_deviation(cfg: Model, method: str, shape: Sequence[int]) -> float:

@@ -33,7 +33,7 @@ class Rotary:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first dimensions of every head, pairing dimension i with i + half; the rest stays. x: [b, t, ..., d]."""
+    """Rotate the first dimensions of every head, i paired with i + half; the rest stays. x: [b, t, ..., d]."""
     half = cos.shape[-1]
     first, second = x[..., :half], x[..., half : 2 * half]
     return torch.cat((first * cos - second * sin, second * cos + first * sin, x[..., 2 * half :]), dim=-1)

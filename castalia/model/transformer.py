@@ -34,16 +34,18 @@ class Block(nn.Module):
         self.drops_attention = exact and cfg.parallel_residual and not cfg.mlp_bias
         self.norm1 = build_norm(cfg)
         self.attn = Attention(cfg, layer)
-        self.norm2 = None if cfg.parallel_residual and cfg.shared_norm else build_norm(cfg)
+        self.norm2: nn.Module | None = None if cfg.parallel_residual and cfg.shared_norm else build_norm(cfg)
         self.mlp = MLP(cfg)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         normed = self.norm1(x)
-        mixed = 0.0 if self.drops_attention else self.drop(self.attn(normed, context))
-        if self.parallel:
-            return x + (mixed + self.drop(self.mlp(normed if self.norm2 is None else self.norm2(x))))
-        x = x + mixed
-        return x + self.drop(self.mlp(self.norm2(x)))
+        mixed = torch.zeros_like(x) if self.drops_attention else self.drop(self.attn(normed, context))
+        if not self.parallel:
+            x = x + mixed
+        if self.norm2 is not None:
+            normed = self.norm2(x)
+        out = self.drop(self.mlp(normed))
+        return x + (mixed + out) if self.parallel else x + out
 
     def drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
@@ -116,8 +118,9 @@ class Transformer(nn.Module):
         return x if self.norm is None else self.norm(x)
 
     def embedded(self, tokens: Tensor, positions: Tensor, end: int) -> Tensor:
-        if self.cfg.position == "learned" and end > self.cfg.max_positions:
-            raise ConfigError(f"a sequence of {end} tokens is longer than model.max_positions={self.cfg.max_positions}")
+        if self.positions is not None and end > self.positions.num_embeddings:
+            limit = self.positions.num_embeddings
+            raise ConfigError(f"a sequence of {end} tokens is longer than model.max_positions={limit}")
         x = self.embed(tokens).to(self.compute_dtype or self.embed.weight.dtype)
         if self.positions is not None:
             x = x + self.positions(positions).to(x.dtype)

@@ -1,0 +1,64 @@
+import pytest
+import torch
+
+from castalia.model import loss
+from castalia.model.loss import linear_cross_entropy, linear_cross_entropy_reference
+
+
+def example(dtype: torch.dtype):
+    """Hidden states, a head in fp32 and labels of which some do not count."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 50, 24, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(70, 24, generator=generator).requires_grad_()
+    labels = torch.randint(70, (3, 50), generator=generator)
+    labels[1, 10:30] = -100
+    return hidden, weight, labels
+
+
+@pytest.mark.parametrize("rows", [7, 64, 1000])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_chunked_equals_reference(monkeypatch, rows, dtype, tolerance):
+    monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", rows * 4 * 70)
+    results = []
+    for function in (linear_cross_entropy, linear_cross_entropy_reference):
+        hidden, weight, labels = example(dtype)
+        total, count = function(hidden, weight, labels)
+        (total / count).backward()
+        results.append((total, count, hidden.grad, weight.grad))
+    (total, count, d_hidden, d_weight), (expected, expected_count, expected_hidden, expected_weight) = results
+    assert total.dtype == d_weight.dtype == torch.float32
+    assert count == expected_count == 130
+    torch.testing.assert_close(total, expected, rtol=1e-6, atol=0)
+    for ours, theirs in ((d_hidden, expected_hidden), (d_weight, expected_weight)):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * theirs.abs().max().item())
+
+
+def test_a_frozen_head_and_no_gradients():
+    hidden, weight, labels = example(torch.float32)
+    with torch.no_grad():
+        expected, _ = linear_cross_entropy(hidden, weight, labels)
+    total, _ = linear_cross_entropy(hidden, weight.detach(), labels)
+    total.backward()
+    assert total == expected and weight.grad is None
+    assert hidden.grad is not None and hidden.grad.abs().sum() > 0
+
+
+def test_nothing_to_learn_gives_zero_and_no_gradient():
+    hidden, weight, labels = example(torch.float32)
+    total, count = linear_cross_entropy(hidden, weight, torch.full_like(labels, -100))
+    total.backward()
+    assert total == 0 and count == 0
+    assert hidden.grad.abs().max() == 0 and weight.grad.abs().max() == 0
+
+
+def test_no_fp32_logits_of_all_tokens(monkeypatch):
+    """The largest fp32 tensor that the forward pass makes is one chunk."""
+    monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", 10 * 4 * 70)
+    hidden, weight, labels = example(torch.bfloat16)
+    sizes = []
+    log_softmax = torch.nn.functional.log_softmax
+    monkeypatch.setattr(
+        loss.F, "log_softmax", lambda x, **options: sizes.append(x.numel()) or log_softmax(x, **options)
+    )
+    linear_cross_entropy(hidden, weight, labels)
+    assert len(sizes) == 15 and max(sizes) == 10 * 70
