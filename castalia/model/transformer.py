@@ -68,6 +68,7 @@ class Transformer(nn.Module):
         self.norm = build_norm(cfg)
         self.head = None if cfg.tie_embeddings else Linear(cfg.hidden_size, cfg.padded_vocab_size, bias=False)
         self.rotary = Rotary(cfg) if cfg.position == "rotary" else None
+        self.loss = linear_cross_entropy  # tensor parallelism replaces it
 
     def forward(
         self,
@@ -87,7 +88,7 @@ class Transformer(nn.Module):
         x = self.hidden(tokens, cache=cache, positions=positions, documents=documents)
         if self.norm is None:
             return x
-        return self.logits(x) if labels is None else linear_cross_entropy(x, self.head_weight, labels)
+        return self.logits(x) if labels is None else self.loss(x, self.head_weight, labels)
 
     def hidden(
         self,
