@@ -1,18 +1,456 @@
-"""NeoX's configs, translated."""
+"""NeoX's configs, translated into our settings by one table (`neox_keys.py`).
+
+Keys that only make sense together have a function each. NeoX's own defaults apply where a NeoX file describes an
+architecture or a training run, so that a key which it leaves out means what it means there.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
+from castalia.config.fields import FIELDS
+from castalia.config.neox_keys import KEYS, STALE, lower
 from castalia.config.read import Findings
-from castalia.config.settings import Setting
+from castalia.config.schema import Checkpoint, RunConfig
+from castalia.config.settings import NEOX_DEFAULT, Setting
 
-KEYS: dict[str, object] = {}
+GATED = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "bilinear": "identity", "glu": "sigmoid"}
+TOKENIZERS = {
+    "gpt2bpetokenizer": "gpt2",
+    "hftokenizer": "hf",
+    "hfgpt2tokenizer": "hf_gpt2",
+    "spmtokenizer": "sentencepiece",
+    "charleveltokenizer": "char",
+    "tiktokentokenizer": "tiktoken",
+}
+NORMS = {
+    "layernorm": ("layernorm", "layernorm_epsilon"),
+    "te_layernorm": ("layernorm", "layernorm_epsilon"),
+    "rmsnorm": ("rmsnorm", "rms_norm_epsilon"),
+    "te_rmsnorm": ("rmsnorm", "rms_norm_epsilon"),
+    "scalenorm": ("scalenorm", "scalenorm_epsilon"),
+    "non_parametric_layernorm": ("layernorm_no_params", "layernorm_epsilon"),
+}
 
 
-def is_neox(key: str, value: object) -> bool:
-    return False
+def is_neox(key: str, value: Any) -> bool:
+    """Whether a top-level key (with underscores) is NeoX's; a few names are also sections of ours."""
+    if key not in RunConfig.model_fields:
+        return key in KEYS or key in STALE
+    if not isinstance(value, dict):
+        return key == "precision" and isinstance(value, str)
+    if key == "optimizer":
+        return bool({"type", "params"} & value.keys())
+    return key == "checkpoint" and bool(value) and not Checkpoint.model_fields.keys() & value.keys()
 
 
 def translate(
     theirs: dict[str, Setting], ours: dict[str, Setting], num_files: int, found: Findings
 ) -> dict[str, Setting]:
-    return {}
+    """Our settings for NeoX's merged keys. `ours` holds what is given in our own terms; files' ranks < num_files."""
+    work = Translation(theirs, ours, num_files, found)
+    for key, row in KEYS.items():
+        if row.kind == "to":
+            work.honour(key)
+        elif row.kind != "joint":
+            work.report(key)
+    for key in STALE.keys() & work.given.keys():
+        work.note(key, f"has no effect: {STALE[key]}")
+    for function in JOINT:
+        function(work)
+    return work.settings
+
+
+class Translation:
+    """NeoX's merged keys on the way to our settings."""
+
+    def __init__(self, theirs: dict[str, Setting], ours: dict[str, Setting], num_files: int, found: Findings) -> None:
+        self.given = {key: setting for key, setting in theirs.items() if setting.value is not None}
+        self.ours = ours
+        self.found = found
+        self.settings: dict[str, Setting] = {}
+        in_files = {key for key, setting in self.given.items() if setting.rank < num_files}
+        self.architecture = "num_layers" in in_files and "model.num_layers" not in ours
+        self.training = bool({"optimizer", "train_iters", "train_epochs"} & in_files)
+
+    def __getitem__(self, key: str) -> Any:
+        """A key's value, or its default."""
+        return self.given[key].value if key in self.given else KEYS[key].default
+
+    def has(self, *keys: str) -> bool:
+        return any(key in self.given for key in keys)
+
+    def set(self, path: str, value: Any, *keys: str) -> None:
+        """Set one of ours from the values of `keys`; without any given it is a default and may go without saying."""
+        given = [self.given[key] for key in keys if key in self.given]
+        if given:
+            self.settings[path] = max(given, key=lambda setting: setting.rank)._replace(value=value)
+        elif value != FIELDS[path].default:
+            self.settings[path] = Setting(value, NEOX_DEFAULT, -1)
+
+    def error(self, key: str, text: str) -> None:
+        self.found.errors.append(f"{self.given[key].origin}: {key}{self._value(key)} {text}")
+
+    def note(self, key: str, text: str) -> None:
+        self.found.notes.append(f"{self.given[key].origin}: {key}{self._value(key)} {text}")
+
+    def _value(self, key: str) -> str:
+        value = self.given[key].value
+        return f": {value!r}" if isinstance(value, str | int | float) or len(value) < 4 else ":"
+
+    def honour(self, key: str) -> None:
+        row = KEYS[key]
+        active = self.architecture if row.target.startswith("model.") else self.training
+        if key not in self.given and not (active and row.default is not None):
+            return
+        try:
+            self.set(row.target, row.convert(self[key]) if row.convert else self[key], key)
+        except ValueError as error:
+            self.error(key, f"{error}")
+
+    def report(self, key: str) -> None:
+        row = KEYS[key]
+        if key not in self.given or _is_off(self[key], row.default):
+            return
+        if row.kind == "idle":
+            self.note(key, f"has no effect here: {row.target}")
+        else:
+            off = "" if row.default is None else f" or set it to {row.default}"
+            self.error(key, f"is refused: {row.target}; remove the key{off}")
+
+
+def _is_off(value: Any, default: Any) -> bool:
+    """Whether a value asks for nothing that its default does not."""
+    switched_off = isinstance(value, dict) and value.get("enabled", not value) is False
+    return value is False or value in ([], {}) or switched_off or lower(value) == lower(default)
+
+
+def attention(work: Translation) -> None:
+    """Layers of the kinds `global` and `flash` are one thing here; others are refused by name."""
+    layers, unique = work["num_layers"], work["num_unique_layers"]
+    if work.has("num_unique_layers") and unique != layers:
+        work.error("num_unique_layers", "is refused: layers that share their weights are not built in; remove the key")
+    if not work.has("attention_config"):
+        return
+    try:
+        kinds = _expand(work["attention_config"], layers)
+    except (TypeError, ValueError):
+        work.error("attention_config", 'is no list of [[kinds], repeat] pairs such as [[["flash"], 12]]')
+        return
+    strange = sorted({str(kind) for kind in kinds} - {"global", "flash"})
+    if strange:
+        work.error("attention_config", f"is refused: {', '.join(strange)} layers are not built in; use global or flash")
+    elif isinstance(layers, int) and len(kinds) != layers:
+        text = f"names {len(kinds)} layers, num_layers ({work.given['num_layers'].origin}) is {layers}"
+        if work.given["num_layers"].rank > work.given["attention_config"].rank:
+            work.note("attention_config", f"{text}: as all are alike, it is taken for {layers}")
+        else:
+            work.error("attention_config", f"{text}; make them agree or remove attention_config")
+
+
+def _expand(config: Any, layers: int | None) -> list[Any]:
+    """`[[["flash"], 2], [["local", "global"], "all"]]` as one kind per layer."""
+    if not isinstance(config, list):
+        raise TypeError
+    if all(isinstance(kind, str) for kind in config):
+        return config
+    kinds: list[Any] = []
+    for pattern, repeat in config:
+        if not isinstance(pattern, list):
+            raise TypeError
+        if lower(repeat) == "all":
+            left = len(pattern) if layers is None else layers - len(kinds)
+            return kinds + pattern * (left // len(pattern))
+        kinds += pattern * repeat
+    return kinds
+
+
+def activation(work: Translation) -> None:
+    if not (work.architecture or work.has("activation")):
+        return
+    name = lower(work["activation"])
+    keys = ("activation", "bias_gelu_fusion", "onnx_safe")
+    tanh = work["bias_gelu_fusion"] and not work["onnx_safe"]
+    plain = {"gelu": "gelu_tanh" if tanh else "gelu", "swish": "silu"}.get(name, name)
+    work.set("model.activation", GATED.get(name, plain), *keys)
+    work.set("model.gated_mlp", name in GATED, "activation")
+
+
+def mlp_width(work: Translation) -> None:
+    """The exact inner width, by the original's rules: 2/3 of the size for gated activations, then rounding up."""
+    keys = ("intermediate_size", "expansion_factor", "mlp_multiple_of", "hidden_size", "activation")
+    hidden, multiple = work["hidden_size"], work["mlp_multiple_of"]
+    gated = lower(work["activation"]) in GATED
+    if not (gated or work.has("intermediate_size", "expansion_factor", "mlp_multiple_of")):
+        return
+    key = "intermediate_size" if work.has("intermediate_size") else "expansion_factor"
+    size = work["intermediate_size"] or (hidden and int((work["expansion_factor"] or 4) * hidden))
+    if not size or not all(isinstance(number, int) and number > 0 for number in (size, multiple)):
+        if work.has(key):
+            work.error(key, "gives no MLP width; it needs a positive number, a whole mlp_multiple_of and hidden_size")
+        return
+    base = size * 2 // 3 if gated else size
+    first = _round_up(base, 2 * multiple)
+    second = _round_up(base // 2 if gated else base, multiple)
+    if first != second * (2 if gated else 1):
+        named = next(k for k in (key, "mlp_multiple_of", "activation") if work.has(k))
+        wish = f"intermediate_size: {3 * size} for an inner width of {size}" if gated else "an even width"
+        work.error(named, f"gives MLP matrices of {first} and {second} columns that do not fit together; use {wish}")
+        return
+    if gated and work.has("intermediate_size"):
+        work.note("intermediate_size", f"gives an inner width of {second} (a third, as gated MLPs are counted there)")
+    if work.architecture or work.has("intermediate_size", "expansion_factor"):
+        work.set("model.mlp_size", second if second != 4 * (hidden or 0) else None, *keys)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def norm(work: Translation) -> None:
+    if not (work.architecture or work.has("norm")):
+        return
+    if lower(work["norm"]) not in NORMS:
+        work.error("norm", f"is none of {', '.join(NORMS)}")
+        return
+    name, epsilon = NORMS[lower(work["norm"])]
+    work.set("model.norm", name, "norm")
+    work.set("model.norm_eps", work[epsilon], epsilon)
+
+
+def residual(work: Translation) -> None:
+    if work["gpt_j_tied"] and not work["gpt_j_residual"]:
+        work.note("gpt_j_tied", "has no effect here: it needs gpt_j_residual: true")
+    elif work.has("gpt_j_tied"):
+        work.set("model.shared_norm", work["gpt_j_tied"], "gpt_j_tied")
+
+
+def vocabulary(work: Translation) -> None:
+    if work.has("model_parallel_size"):
+        work.set("parallel.tp", work["model_parallel_size"], "model_parallel_size")
+    if work.architecture or work.has("make_vocab_size_divisible_by"):
+        keys = ("make_vocab_size_divisible_by", "model_parallel_size")
+        if all(isinstance(work[key], int) for key in keys):
+            work.set("model.vocab_multiple", work[keys[0]] * work[keys[1]], *keys)
+
+
+def dropout(work: Translation) -> None:
+    if work.has("hidden_dropout"):
+        for path in ("model.hidden_dropout", "model.embedding_dropout"):
+            work.set(path, work["hidden_dropout"], "hidden_dropout")
+
+
+def stages(work: Translation) -> None:
+    """0 and 1 both mean no pipeline; 0 draws the original's initial weights a second time."""
+    key = "pipe_parallel_size"
+    if work.has(key):
+        work.set("parallel.pp", work[key] or 1, key)
+    if work.architecture:
+        work.set("model.init_passes", 1 if work[key] else 2, key)
+
+
+def optimizer(work: Translation) -> None:
+    if not work.has("optimizer"):
+        if work.has("lr"):
+            work.set("optimizer.lr", work["lr"], "lr")
+        return
+    block = work["optimizer"]
+    params = block.get("params") if isinstance(block, dict) else None
+    if not isinstance(params, dict) or not isinstance(block.get("type"), str):
+        work.error("optimizer", 'needs a type and params: {"type": "Adam", "params": {"lr": 6.0e-4}}')
+        return
+    if block["type"].lower() not in ("adam", "adamw", "cpu_adam", "cpu_torch_adam"):
+        work.error("optimizer", f"is refused: {block['type']} is not built in; use Adam")
+        return
+    for name, path, default in (("lr", "lr", None), ("betas", "betas", [0.9, 0.999]), ("eps", "eps", 1e-8)):
+        if name in params:
+            _from_params(work, params, name, f"optimizer.{path}")
+        elif default is not None:
+            work.set(f"optimizer.{path}", default, "optimizer")
+    if "weight_decay" in params:
+        if work.has("weight_decay") and work["weight_decay"] != params["weight_decay"]:
+            work.error("weight_decay", f"is contradicted by optimizer.params.weight_decay: {params['weight_decay']}")
+        _from_params(work, params, "weight_decay", "optimizer.weight_decay")
+    if work.has("lr") and work.given["lr"].rank > work.given["optimizer"].rank:
+        work.set("optimizer.lr", work["lr"], "lr")
+    elif work.has("lr") and work["lr"] != params.get("lr"):
+        work.note("lr", "has no effect here: optimizer.params.lr replaces it")
+    harmless = {"adam_w_mode": True, "bias_correction": True, "amsgrad": False, "torch_adam": params.get("torch_adam")}
+    for name in params.keys() - {"lr", "betas", "eps", "weight_decay"}:
+        if name not in harmless or params[name] != harmless[name]:
+            work.error("optimizer", f"is refused: the parameter {name}: {params[name]!r} is not built in; remove it")
+
+
+def _from_params(work: Translation, params: dict[str, Any], name: str, path: str) -> None:
+    """Set from a nested value, which knows its own line."""
+    setting = work.given["optimizer"]
+    origin = getattr(params, "origins", {}).get(name, setting.origin)
+    work.settings[path] = setting._replace(value=params[name], origin=origin)
+
+
+def clipping(work: Translation) -> None:
+    key = "gradient_clipping" if work.has("gradient_clipping") or not work.has("clip_grad") else "clip_grad"
+    if key == "gradient_clipping" and work.has("clip_grad") and work["clip_grad"] != work[key]:
+        work.note("clip_grad", "has no effect here: gradient_clipping replaces it")
+    if not work.has(key):
+        return
+    work.set("optimizer.clip_norm", work[key] or None, key)
+    if work[key] == 1.0:
+        exact = work.ours.get("neox_exact")
+        done = "is left off, as in the original" if exact and exact.value else "clips here"
+        work.note(key, f"{done}: the original leaves clipping off at exactly its default, 1.0 (neox_exact)")
+
+
+def zero(work: Translation) -> None:
+    if not work.has("zero_optimization"):
+        return
+    block = work["zero_optimization"]
+    if not isinstance(block, dict) or "stage" not in block:
+        work.error("zero_optimization", "needs a stage from 0 to 3: {stage: 1}")
+        return
+    work.set("parallel.zero", block["stage"], "zero_optimization")
+    hints = sorted(block.keys() - {"stage"})
+    if hints:
+        origin = work.given["zero_optimization"].origin
+        work.found.notes.append(
+            f"{origin}: zero_optimization: {', '.join(hints)} have no effect here: "
+            "they tune DeepSpeed's buffers, FSDP sizes its own"
+        )
+
+
+def precision(work: Translation) -> None:
+    """Of the blocks that are enabled and the plain `precision` the latest file's wins; one file must not disagree."""
+    names = {"fp16": "fp16", "bf16": "bf16", "bfloat16": "bf16", "fp32": "fp32"}
+    wishes: list[tuple[int, str, str]] = []
+    for key in ("fp16", "bf16", "precision"):
+        if not work.has(key):
+            continue
+        value, rank = work[key], work.given[key].rank
+        if key == "precision":
+            wish = names.get(str(lower(value)))
+        elif isinstance(value, dict) and isinstance(value.get("enabled"), bool):
+            wish = names.get(str(value.get("type", key)))
+            if not value["enabled"]:
+                continue
+        else:
+            work.error(key, f"needs a block: {key}: {{enabled: true}}")
+            continue
+        if wish is None:
+            work.error(key, "is none of fp16, bfloat16, fp32")
+        else:
+            wishes.append((rank, wish, key))
+    latest = [wish for wish in wishes if wish[0] == max(wishes)[0]]
+    if len({wish for _, wish, _ in latest}) > 1:
+        work.error(latest[-1][2], f"contradicts {latest[0][2]} ({work.given[latest[0][2]].origin}); keep one")
+    elif latest:
+        work.set("precision.compute", latest[0][1], latest[0][2])
+        if latest[0][1] == "fp16" and work.has("fp16"):
+            loss_scale(work)
+    elif work.training:
+        work.set("precision.compute", "fp32")
+
+
+def loss_scale(work: Translation) -> None:
+    fields = {
+        "loss_scale": ("static", lambda scale: scale or None),
+        "loss_scale_window": ("window", lambda steps: steps),
+        "initial_scale_power": ("initial", lambda power: 2.0**power),
+        "hysteresis": ("hysteresis", lambda count: count),
+        "min_loss_scale": ("minimum", lambda scale: scale),
+        "consecutive_hysteresis": ("consecutive_hysteresis", lambda refill: refill),
+    }
+    for key, value in work["fp16"].items():
+        if key in fields:
+            name, convert = fields[key]
+            number = isinstance(value, int | float)
+            work.set(f"precision.loss_scale.{name}", convert(value) if number else value, "fp16")
+        elif key not in ("fp16", "enabled", "type"):
+            work.found.notes.append(
+                f"{work.given['fp16'].origin}: fp16.{key} has no effect here: DeepSpeed's own option"
+            )
+
+
+def data(work: Translation) -> None:
+    for split in ("train", "valid", "test"):
+        key, label_key, weight_key = f"{split}_data_paths", f"{split}_label_data_paths", f"{split}_data_weights"
+        for other in (label_key, weight_key):
+            if work.has(other) and not work.has(key):
+                work.error(other, f"belongs to {key}, which is not given; add it or remove this key")
+        if not work.has(key):
+            continue
+        paths = [work[key]] if isinstance(work[key], str) else work[key]
+        sources = [{"path": path} for path in paths]
+        for other, name in ((label_key, "labels"), (weight_key, "weight")):
+            if not work.has(other):
+                continue
+            if len(work[other]) != len(paths):
+                work.error(other, f"has {len(work[other])} entries, {key} has {len(paths)}; they go in pairs")
+                continue
+            for source, value in zip(sources, work[other], strict=True):
+                source[name] = value
+        work.set(f"data.{split}", sources, key, label_key, weight_key)
+
+
+def tokenizer(work: Translation) -> None:
+    if not work.has("tokenizer_type", "vocab_file", "merge_file"):
+        return
+    kind = TOKENIZERS.get(str(lower(work["tokenizer_type"])))
+    if kind is None:
+        work.error("tokenizer_type", f"is none of {', '.join(TOKENIZERS)} (case does not matter)")
+    elif work.has("tokenizer_type") or "tokenizer.kind" not in work.ours:
+        work.set("tokenizer.kind", kind, "tokenizer_type")
+
+
+def batch(work: Translation) -> None:
+    """The original's default of 1 would stand in the way of inferring the accumulation, so it is not applied."""
+    key = "gradient_accumulation_steps"
+    if work.has(key):
+        work.set("train.accumulation", work[key], key)
+
+
+def schedule(work: Translation) -> None:
+    if work.has("lr_decay_fraction") and not work.has("lr_decay_iters"):
+        work.set("schedule.decay_fraction", work["lr_decay_fraction"], "lr_decay_fraction")
+    elif work.has("lr_decay_fraction"):
+        work.note("lr_decay_fraction", "has no effect here: lr_decay_iters is given")
+    choices = {"override_lr_scheduler": "config", "use_checkpoint_lr_scheduler": "checkpoint"}
+    chosen = [key for key in choices if work[key]]
+    if len(chosen) == 2:
+        work.error(chosen[0], f"and {chosen[1]} exclude each other; keep one")
+    elif chosen:
+        work.set("checkpoint.schedule_from", choices[chosen[0]], chosen[0])
+
+
+def loading(work: Translation) -> None:
+    """`load` resumes; with `finetune` it only gives the initial weights of a new run."""
+    if work.has("load"):
+        target = "checkpoint.init_from" if work["finetune"] else "checkpoint.resume"
+        work.set(target, work["load"], "load", "finetune")
+    elif work["finetune"] and not {"checkpoint.init_from", "checkpoint.resume"} & work.ours.keys():
+        work.error("finetune", "has nothing to start from: give load (or checkpoint.init_from), or remove finetune")
+
+
+def saving(work: Translation) -> None:
+    if not work.has("checkpoint_factor"):
+        return
+    keys = ("checkpoint_factor", "checkpoint_scale")
+    scale, factor = lower(work["checkpoint_scale"]), work["checkpoint_factor"]
+    if scale == "log":
+        work.set("checkpoint.log_base", factor, *keys)
+    elif scale == "linear":
+        whole = isinstance(factor, float) and factor.is_integer()
+        work.set("checkpoint.every", int(factor) if whole else factor, *keys)
+    else:
+        work.error("checkpoint_scale", "is none of linear, log")
+
+
+def text_file(work: Translation) -> None:
+    """The original writes its samples to a file unless told otherwise; only configs that generate take that over."""
+    if work.has("sample_output_file", "text_gen_type"):
+        work.set("generate.output_file", work["sample_output_file"], "sample_output_file")
+
+
+JOINT = (
+    attention, activation, mlp_width, norm, residual, vocabulary, dropout, stages, optimizer, clipping, zero,
+    precision, data, tokenizer, batch, schedule, loading, saving, text_file,
+)  # fmt: skip

@@ -173,13 +173,19 @@ class Schedule(Section):
 
 
 class Parallel(Section):
-    tp: PositiveInt = 1
-    pp: PositiveInt = 1
-    cp: PositiveInt = 1
+    """The layout: world = pp * dp * cp * tp, where dp is what the other three leave of the ranks."""
+
+    tp: PositiveInt = Field(1, description="tensor ranks: heads, MLP widths and vocabulary are split")
+    pp: PositiveInt = Field(1, description="pipeline ranks: blocks are split")
+    cp: PositiveInt = Field(1, description="context ranks: sequences are split")
     zero: Literal[0, 1, 2, 3] = Field(
         0, description="0 replicate; 1, 2 shard optimizer and gradients; 3 parameters too"
     )
-    sequence_parallel: bool = False
+    dp_replicate: PositiveInt | None = Field(None, description="with zero >= 1: copies of the sharded model (HSDP)")
+    sequence_parallel: bool = Field(False, description="tensor ranks split activations between their matrices too")
+    pipeline: Literal["gpipe", "1f1b", "interleaved", "zero-bubble"] = Field("1f1b", description="pipeline schedule")
+    stages_per_rank: PositiveInt | None = Field(None, description="None: 2 for interleaved and zero-bubble, else 1")
+    offload: bool = Field(False, description="keep sharded parameters and optimizer state in CPU memory")
     gpus: PositiveInt | None = Field(None, description="devices of the whole run, for planning; None: those it runs on")
 
 
@@ -224,6 +230,7 @@ class Checkpoint(Section):
     keep_every: PositiveInt | None = Field(None, description="milestones: multiples of this step are never deleted")
     save_optimizer: bool = True
     load_optimizer: bool = True
+    other_data: bool = Field(False, description="resume although the data or their order have changed")
     schedule_from: Literal["config", "checkpoint"] | None = Field(
         None, description="which learning-rate schedule a resumed run follows; None: they must agree"
     )

@@ -1,0 +1,422 @@
+"""What each of GPT-NeoX's 321 arguments does here: one row each, with the original's default.
+
+`to`: honoured, goes to one of our keys. `joint`: honoured together with others, by a function of `neox.py`.
+`idle`: accepted without effect, because... `refused`: accepted only while it is switched off, because...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+
+class Key(NamedTuple):
+    kind: Literal["to", "joint", "idle", "refused"]
+    target: str  # our key or keys; for `idle` and `refused` the reason
+    default: Any = None
+    convert: Callable[[Any], Any] | None = None  # raises ValueError with the reason
+
+
+def to(target: str, default: Any = None, convert: Callable[[Any], Any] | None = None) -> Key:
+    return Key("to", target, default, convert)
+
+
+def joint(target: str, default: Any = None) -> Key:
+    return Key("joint", target, default)
+
+
+def idle(reason: str, default: Any = None) -> Key:
+    return Key("idle", reason, default)
+
+
+def refused(reason: str, default: Any = None) -> Key:
+    return Key("refused", reason, default)
+
+
+def lower(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
+def opposite(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("is neither true nor false")
+    return not value
+
+
+def recomputed(value: Any) -> str:
+    return "none" if opposite(value) else "full"
+
+
+def nonzero(value: Any) -> Any:
+    return None if value == 0 else value
+
+
+def position(value: Any) -> Any:
+    if lower(value) == "rpe":
+        raise ValueError("is refused: T5's relative positions are not built in; rotary, learned, sinusoidal, alibi are")
+    return lower(value)
+
+
+LAUNCH = "processes are started by torchrun or any launcher that sets its variables"
+DEEPSPEED = "nothing of DeepSpeed runs here"
+DERIVED = "the original derives it from other keys"
+REDUCTION = "gradients are accumulated and reduced in fp32"
+FUSION = "PyTorch's own kernels and torch.compile do it, with the same result"
+FP8 = "no layer of Transformer Engine is used"
+TRACKER = "metrics go to metrics.jsonl and TensorBoard"
+METRICS = "metrics.jsonl in the run's folder holds what is logged, the global gradient norm included"
+PROFILE = "no profiler is built in; metrics.jsonl holds the time of every step"
+RECOMPUTE = "each block is recomputed by itself"
+RANDOM = "no generator state is stored: random numbers depend on seed, step and rank alone"
+LOSS_SCALE = "as in the original, the fp16 block alone counts"
+FP32_MATH = "softmax and loss are always computed in fp32"
+PREFERENCES = "reward models and preference tuning are not built in"
+POST_TRAINING = "reward models and preference tuning are not built in, and none is asked for"
+MUP = "muP is not built in"
+MUP_OFF = "muP is off"
+MAMBA = "Mamba layers are not built in, and none is used"
+RWKV = "RWKV layers are not built in"
+MOE = "mixtures of experts are not built in"
+MOE_OFF = "there are no experts"
+SPARSE = "sparse attention is not built in, and no layer uses it"
+RPE = "T5's relative positions are not used"
+
+# fmt: off
+KEYS: dict[str, Key] = {
+    # DeepspeedConfig
+    "deepspeed": idle(DEEPSPEED, True),
+    "train_batch_size": to("train.batch_size"),
+    "train_micro_batch_size_per_gpu": to("train.micro_batch_size"),
+    "gradient_accumulation_steps": joint("train.accumulation", 1),
+    "optimizer": joint("optimizer.name, lr, betas, eps"),
+    "scheduler": idle(DEEPSPEED),
+    "fp32_allreduce": idle(REDUCTION, False),
+    "prescale_gradients": idle(REDUCTION, False),
+    "gradient_predivide_factor": idle(REDUCTION, 1.0),
+    "sparse_gradients": idle(REDUCTION, False),
+    "fp16": joint("precision.compute, precision.loss_scale"),
+    "bf16": joint("precision.compute"),
+    "amp": refused("Apex mixed precision is not built in: use fp16 or bf16"),
+    "gradient_clipping": joint("optimizer.clip_norm", 1.0),
+    "zero_optimization": joint("parallel.zero"),
+    "curriculum_learning": refused("curriculum learning is not built in"),
+    "curriculum_seqlen": refused("curriculum learning is not built in", 0),
+    "steps_per_print": idle(DEEPSPEED, 10),
+    "wall_clock_breakdown": idle(PROFILE, False),
+    "dump_state": idle(DEEPSPEED, False),
+    "flops_profiler": idle(PROFILE),
+    "communication_data_type": idle(REDUCTION),
+    "autotuning": refused("autotuning is not built in: `castalia plan` names layouts that fit"),
+    "activation_checkpointing": idle(DEEPSPEED),
+    "sparse_attention": idle(SPARSE),
+    "data_efficiency": refused("curriculum learning is not built in"),
+    "tensorboard": idle(TRACKER),
+    "wandb": idle(TRACKER),
+    "csv_monitor": idle(TRACKER),
+    "elasticity": refused("an elastic batch size is not built in: the batch stays, ranks may change"),
+    "comms_logger": idle(METRICS),
+    "compression_training": refused("model compression is not built in"),
+    "checkpoint": idle(DEEPSPEED),
+    "data_types": idle(REDUCTION),
+    "deepspeed_extra_args": idle(DEEPSPEED),
+    # DeepspeedRunner
+    "hostfile": idle(LAUNCH),
+    "include": idle(LAUNCH),
+    "exclude": idle(LAUNCH),
+    "num_nodes": idle(LAUNCH, -1),
+    "num_gpus": idle(LAUNCH),
+    "master_port": idle(LAUNCH, 29500),
+    "master_addr": idle(LAUNCH),
+    "launcher": idle(LAUNCH, "pdsh"),
+    "force_multi": idle(LAUNCH, False),
+    "autotuning_run": refused("autotuning is not built in: `castalia plan` names layouts that fit"),
+    "no_ssh_check": idle(LAUNCH, False),
+    "comment": idle(LAUNCH),
+    "account": idle(LAUNCH),
+    # Parallelism
+    "pipe_parallel_size": joint("parallel.pp, model.init_passes", 0),
+    "model_parallel_size": joint("parallel.tp, model.vocab_multiple", 1),
+    "pipe_partition_method": idle("a stage is balanced by the cost of its layers", "type:transformer|mlp"),
+    "world_size": idle(DERIVED),
+    "is_pipe_parallel": idle(DERIVED, False),
+    "sequence_parallel": to("parallel.sequence_parallel", False),
+    # Model
+    "precision": joint("precision.compute"),
+    "num_layers": to("model.num_layers"),
+    "hidden_size": to("model.hidden_size"),
+    "intermediate_size": joint("model.mlp_size"),
+    "mlp_multiple_of": joint("model.mlp_size", 1),
+    "expansion_factor": joint("model.mlp_size"),
+    "num_attention_heads": to("model.num_heads"),
+    "num_kv_heads": to("model.num_kv_heads"),
+    "seq_length": to("data.seq_length"),
+    "sliding_window_width": to("model.sliding_window"),
+    "max_position_embeddings": to("model.max_positions"),
+    "norm": joint("model.norm", "layernorm"),
+    "layernorm_fusion": idle(FUSION, False),
+    "rmsnorm_fusion": idle(FUSION, False),
+    "use_qk_layernorm": to("model.qk_norm", False),
+    "layernorm_epsilon": joint("model.norm_eps", 1e-05),
+    "rms_norm_epsilon": joint("model.norm_eps", 1e-08),
+    "scalenorm_epsilon": joint("model.norm_eps", 1e-08),
+    "pos_emb": to("model.position", "learned", position),
+    "rpe_num_buckets": idle(RPE, 32),
+    "rpe_max_distance": idle(RPE, 128),
+    "opt_pos_emb_offset": refused("positions with an offset are not built in", 0),
+    "no_weight_tying": to("model.tie_embeddings", False, opposite),
+    "attention_config": joint("the same attention in all layers"),
+    "sparsity_config": idle(SPARSE),
+    "num_unique_layers": refused("layers that share their weights are not built in"),
+    "param_sharing_style": idle("layers do not share weights", "grouped"),
+    "make_vocab_size_divisible_by": joint("model.vocab_multiple", 128),
+    "activation": joint("model.activation, model.gated_mlp", "gelu"),
+    "use_flashattn_swiglu": idle(FUSION, False),
+    "scaled_upper_triang_masked_softmax_fusion": idle(FUSION, False),
+    "scaled_masked_softmax_fusion": idle(FUSION, False),
+    "bias_gelu_fusion": joint("model.activation", False),
+    "bias_dropout_fusion": idle(FUSION, False),
+    "rope_fusion": idle(FUSION, False),
+    "fused_kernels_build_path": idle(FUSION),
+    "fp16_lm_cross_entropy": idle(FP32_MATH, False),
+    "init_method_std": to("model.init_std", 0.02),
+    "apply_query_key_layer_scaling": idle(FP32_MATH, False),
+    "use_cpu_initialization": idle("initial weights depend on seed, name and position alone", False),
+    "attention_softmax_in_fp32": idle(FP32_MATH, False),
+    "rotary_pct": to("model.rotary_pct", 1.0),
+    "rotary_emb_base": to("model.rotary_base", 10000),
+    "rotary_save_freqs_buffer": idle("rotary frequencies are derived, never stored", False),
+    "init_method": to("model.init_method", "normal", lower),
+    "output_layer_init_method": to("model.output_init_method", "scaled_normal", lower),
+    "gmlp_attn_dim": idle("gMLP layers are not built in, and none is used", 64),
+    "gpt_j_residual": to("model.parallel_residual", False),
+    "gpt_j_tied": joint("model.shared_norm", False),
+    "use_bias_in_norms": idle("as in the original, norms keep their biases", True),
+    "use_bias_in_attn_linear": to("model.attention_bias", True),
+    "use_bias_in_mlp": to("model.mlp_bias", True),
+    "soft_prompt_tuning": refused("soft prompts are not built in"),
+    "mamba_selective_scan_fusion": idle(MAMBA, False),
+    "mamba_causal_conv_fusion": idle(MAMBA, False),
+    "mamba_inner_func_fusion": idle(MAMBA, False),
+    "mamba_selective_fp32_params": idle(MAMBA, True),
+    "mamba_use_bias_in_conv": idle(MAMBA, True),
+    "mamba_use_bias_in_linears": idle(MAMBA, False),
+    "output_layer_parallelism": refused("the head is split by columns only", "column"),
+    "serve_model_weights": refused("serving weights to other programs is not built in", False),
+    "weight_server_port": idle("weights are not served", 6000),
+    "online_dataserver_ips": idle(POST_TRAINING, "localhost"),
+    "online_dataserver_ports": idle(POST_TRAINING, 10000),
+    "te_columnparallel": idle(FUSION, False),
+    "te_rowparallel": idle(FUSION, False),
+    "te_layernorm_mlp": idle(FUSION, False),
+    "te_mha": idle(FUSION, False),
+    "te_fp8_format": idle(FP8, "hybrid"),
+    "te_fp8_wgrad": idle(FP8, True),
+    "te_fp8_amax_history_len": idle(FP8, 1),
+    "te_fp8_amax_compute_algo": idle(FP8, "most_recent"),
+    "te_fp8_margin": idle(FP8, 0),
+    "te_fp8_mha": idle(FP8, False),
+    "dim_att": refused(RWKV),
+    "head_size": refused(RWKV),
+    "ffn_dim": refused(RWKV),
+    # Optimizer
+    "optimizer_type": idle(DERIVED, "adam"),
+    "use_bnb_optimizer": refused("8-bit optimizer states are not built in", False),
+    "zero_stage": idle(DERIVED),
+    "zero_reduce_scatter": idle(DERIVED),
+    "zero_contiguous_gradients": idle(DERIVED),
+    "zero_reduce_bucket_size": idle(DERIVED),
+    "zero_allgather_bucket_size": idle(DERIVED),
+    "lr": joint("optimizer.lr"),
+    # LRScheduler
+    "lr_decay_style": to("schedule.style", "linear", lower),
+    "lr_decay_iters": to("schedule.decay_steps"),
+    "lr_decay_fraction": joint("schedule.decay_fraction"),
+    "min_lr": to("schedule.min_lr", 0.0),
+    "warmup": to("schedule.warmup", 0.01),
+    "override_lr_scheduler": joint("checkpoint.schedule_from", False),
+    "use_checkpoint_lr_scheduler": joint("checkpoint.schedule_from", False),
+    # Logging
+    "use_wandb": idle(TRACKER),
+    "wandb_group": idle(TRACKER),
+    "wandb_run_name": idle(TRACKER),
+    "wandb_team": idle(TRACKER),
+    "wandb_project": idle(TRACKER, "neox"),
+    "wandb_host": idle(TRACKER, "https://api.wandb.ai"),
+    "wandb_init_all_ranks": idle(TRACKER, False),
+    "git_hash": idle(DERIVED),
+    "log_dir": idle(METRICS),
+    "tensorboard_writer": idle(DERIVED),
+    "tensorboard_dir": to("log.tensorboard"),
+    "use_comet": idle(TRACKER),
+    "comet_workspace": idle(TRACKER),
+    "comet_project": idle(TRACKER),
+    "comet_experiment_name": idle(TRACKER),
+    "comet_tags": idle(TRACKER),
+    "comet_others": idle(TRACKER),
+    "comet_experiment": idle(DERIVED),
+    "peak_theoretical_tflops": to("log.peak_tflops"),
+    "log_interval": to("log.every", 100),
+    "log_grad_pct_zeros": idle(METRICS, False),
+    "log_param_norm": idle(METRICS, False),
+    "log_grad_norm": idle(METRICS, False),
+    "log_optimizer_states": idle(METRICS, False),
+    "log_gradient_noise_scale": idle(METRICS, False),
+    "gradient_noise_scale_n_batches": idle(METRICS, 5),
+    "gradient_noise_scale_cpu_offload": idle(METRICS, False),
+    "memory_profiling": idle(PROFILE, False),
+    "memory_profiling_path": idle(PROFILE),
+    "profile": idle(PROFILE, False),
+    "profile_step_start": idle(PROFILE, 10),
+    "profile_step_stop": idle(PROFILE, 12),
+    # Other
+    "distributed_backend": idle(LAUNCH, "nccl"),
+    "local_rank": idle(DERIVED),
+    "rank": idle(DERIVED),
+    "lazy_mpu_init": idle(FUSION, False),
+    "short_seq_prob": idle("the original never reads it", 0.1),
+    "eod_mask_loss": to("data.mask_after_eod", False),
+    "adlr_autoresume": idle("a run resumes by itself from its folder", False),
+    "adlr_autoresume_object": idle(DERIVED),
+    "adlr_autoresume_interval": idle("a run resumes by itself from its folder", 1000),
+    "seed": to("seed", 1234),
+    "onnx_safe": joint("model.activation", False),
+    "deepscale": idle(DEEPSPEED, False),
+    "deepscale_config": idle(DEEPSPEED),
+    "deepspeed_mpi": idle(LAUNCH, False),
+    "deepspeed_slurm": idle(LAUNCH, False),
+    "user_script": idle(LAUNCH),
+    "iteration": to("checkpoint.step"),
+    "do_train": idle(DERIVED),
+    "do_valid": idle(DERIVED),
+    "do_test": idle(DERIVED),
+    "global_num_gpus": to("parallel.gpus"),
+    # Tokenizer
+    "tokenizer_type": joint("tokenizer.kind", "GPT2BPETokenizer"),
+    "padded_vocab_size": idle(DERIVED),
+    "tokenizer": idle(DERIVED),
+    # Training
+    "data_path": to("data.path"),
+    "use_shared_fs": idle("index files are built once, by the first process", True),
+    "train_data_paths": joint("data.train"),
+    "train_label_data_paths": joint("data.train"),
+    "train_reward_data_paths": refused(PREFERENCES),
+    "test_data_paths": joint("data.test"),
+    "test_label_data_paths": joint("data.test"),
+    "test_reward_data_paths": refused(PREFERENCES),
+    "valid_data_paths": joint("data.valid"),
+    "valid_label_data_paths": joint("data.valid"),
+    "valid_reward_data_paths": refused(PREFERENCES),
+    "pos_train_data_paths": refused(PREFERENCES),
+    "neg_train_data_paths": refused(PREFERENCES),
+    "pos_train_label_data_paths": refused(PREFERENCES),
+    "neg_train_label_data_paths": refused(PREFERENCES),
+    "pos_valid_data_paths": refused(PREFERENCES),
+    "neg_valid_data_paths": refused(PREFERENCES),
+    "pos_valid_label_data_paths": refused(PREFERENCES),
+    "neg_valid_label_data_paths": refused(PREFERENCES),
+    "pos_test_data_paths": refused(PREFERENCES),
+    "neg_test_data_paths": refused(PREFERENCES),
+    "pos_test_label_data_paths": refused(PREFERENCES),
+    "neg_test_label_data_paths": refused(PREFERENCES),
+    "train_data_weights": joint("data.train"),
+    "valid_data_weights": joint("data.valid"),
+    "test_data_weights": joint("data.test"),
+    "weight_by_num_documents": to("data.weight_by_documents", False),
+    "weighted_sampler_alpha": to("data.weight_alpha", 1.0),
+    "data_impl": idle("the files themselves tell their format", "infer"),
+    "pack_impl": to("data.packing", "packed", lower),
+    "dataset_impl": refused(PREFERENCES, "gpt2"),
+    "train_impl": refused(PREFERENCES, "normal"),
+    "dpo_fp32": idle(POST_TRAINING, True),
+    "dpo_reference_free": idle(POST_TRAINING, False),
+    "dpo_beta": idle(POST_TRAINING, 0.1),
+    "kto_fp32": idle(POST_TRAINING, True),
+    "kto_desirable_weight": idle(POST_TRAINING, 1.0),
+    "kto_undesirable_weight": idle(POST_TRAINING, 1.0),
+    "z_loss": idle(POST_TRAINING, 0.0),
+    "kto_beta": idle(POST_TRAINING, 0.1),
+    "fp32_reinforce": idle(POST_TRAINING, True),
+    "kl_impl": idle(POST_TRAINING, "mse"),
+    "kl_div_beta": idle(POST_TRAINING, 0.1),
+    "reinforce_leave_one_out": idle(POST_TRAINING, False),
+    "allow_chopped": to("data.allow_chopped", True),
+    "mmap_warmup": idle("corpora are memory-mapped; the system caches them", False),
+    "save": to("checkpoint.dir"),
+    "s3_path": refused("checkpoints are written to a folder: copy it where it should go"),
+    "s3_chunk_size": idle("nothing is uploaded", 104857600),
+    "config_files": idle(DERIVED),
+    "load": joint("checkpoint.resume or checkpoint.init_from"),
+    "checkpoint_validation_with_forward_pass": idle("every tensor in a checkpoint carries a checksum", False),
+    "checkpoint_scale": joint("checkpoint.every or checkpoint.log_base", "linear"),
+    "checkpoint_factor": joint("checkpoint.every or checkpoint.log_base"),
+    "extra_save_iters": to("checkpoint.steps"),
+    "no_save_optim": to("checkpoint.save_optimizer", False, opposite),
+    "no_save_rng": idle(RANDOM, False),
+    "no_load_optim": to("checkpoint.load_optimizer", False, opposite),
+    "no_load_rng": idle(RANDOM, False),
+    "finetune": joint("checkpoint.init_from", False),
+    "batch_size": idle(DERIVED),
+    "train_iters": to("train.steps"),
+    "train_epochs": to("train.epochs"),
+    "eval_iters": to("eval.batches", 100),
+    "keep_last_n_checkpoints": to("checkpoint.keep_last"),
+    "eval_interval": to("eval.every", 1000, nonzero),
+    "split": to("data.split", "969, 30, 1"),
+    "vocab_file": to("tokenizer.path"),
+    "merge_file": to("tokenizer.merges"),
+    "num_workers": idle("corpora are memory-mapped; the system caches them", 2),
+    "exit_interval": to("train.exit_interval"),
+    "attention_dropout": to("model.attention_dropout", 0.0),
+    "hidden_dropout": joint("model.hidden_dropout, model.embedding_dropout", 0.0),
+    "weight_decay": to("optimizer.weight_decay", 0.1),
+    "checkpoint_activations": to("train.recompute", False, recomputed),
+    "checkpoint_num_layers": idle(RECOMPUTE, 1),
+    "deepspeed_activation_checkpointing": idle(DEEPSPEED, True),
+    "contiguous_checkpointing": idle(RECOMPUTE, False),
+    "checkpoint_in_cpu": idle(RECOMPUTE, False),
+    "synchronize_each_layer": idle(FUSION, False),
+    "profile_backward": idle(PROFILE, False),
+    "partition_activations": idle(RECOMPUTE, False),
+    "clip_grad": joint("optimizer.clip_norm", 1.0),
+    "hysteresis": idle(LOSS_SCALE, 2),
+    "dynamic_loss_scale": idle(DERIVED),
+    "loss_scale": idle(LOSS_SCALE),
+    "loss_scale_window": idle(LOSS_SCALE, 1000.0),
+    "min_scale": idle(LOSS_SCALE, 1.0),
+    "char_level_ppl": idle("evaluation always reports bits per byte", False),
+    "use_mup": refused(MUP, False),
+    "coord_check": idle(MUP_OFF, False),
+    "save_base_shapes": idle(MUP_OFF, False),
+    "base_shapes_file": idle(MUP_OFF),
+    "mup_init_scale": idle(MUP_OFF, 1.0),
+    "mup_attn_temp": idle(MUP_OFF, 1.0),
+    "mup_output_temp": idle(MUP_OFF, 1.0),
+    "mup_embedding_mult": idle(MUP_OFF, 1.0),
+    "mup_rp_embedding_mult": idle(MUP_OFF, 1.0),
+    "mup_width_scale": idle(MUP_OFF, 2),
+    # Textgen
+    "text_gen_type": to("generate.mode", None, lower),
+    "precompute_model_name": idle("names no checkpoint of ours"),
+    "temperature": to("generate.temperature", 0.0),
+    "top_p": to("generate.top_p", 0.0),
+    "top_k": to("generate.top_k", 0),
+    "return_logits": idle("`generate` writes text; load_model gives logits", False),
+    "maximum_tokens": to("generate.max_tokens", 64),
+    "prompt_end": to("generate.prompt_end", "\n"),
+    "sample_input_file": to("generate.input_file"),
+    "sample_output_file": joint("generate.output_file", "samples.txt"),
+    "num_samples": to("generate.num_samples", 1),
+    "recompute": idle("generation always uses its cache; the text is the same", False),
+    "eval_results_prefix": idle("task evaluation is not built in; `castalia eval` measures loss", ""),
+    "eval_tasks": idle("task evaluation is not built in; `castalia eval` measures loss"),
+    # MoE
+    "moe_num_experts": refused(MOE, 1),
+    "moe_expert_interval": idle(MOE_OFF, 1),
+    "moe_top_k": idle(MOE_OFF, 1),
+    "moe_router_type": idle(MOE_OFF, "sinkhorn"),
+    "moe_lbl_in_fp32": idle(MOE_OFF, False),
+    "moe_jitter_eps": idle(MOE_OFF),}
+# fmt: on
+
+# Keys of older releases that public configs still carry; the current original refuses them.
+STALE = {"gas": "a leftover of older releases: gradient_accumulation_steps is what counts"}
