@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from castalia.config import check, neox
 from castalia.config.fields import FIELDS, SECTIONS, describe
-from castalia.config.read import Findings, Table, read_file, read_override
+from castalia.config.read import Findings, Table, read_file, read_override, read_text
 from castalia.config.schema import RunConfig
 from castalia.config.settings import Setting, put
 from castalia.errors import ConfigError
@@ -32,10 +32,11 @@ ALTERNATIVES = (
 )
 
 
-def load_config(files: str | Path | Iterable[str | Path], overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(files: str | Path | Iterable[str | Path | RunConfig], overrides: Sequence[str] = ()) -> RunConfig:
     """The config that `files` (paths, run folders, names of presets; the later one wins) and then `overrides` describe.
 
-    Files are ours (nested) or NeoX's (flat), overrides are `optimizer.lr=6e-4` or NeoX's `train_iters=200`.
+    Files are ours (nested) or NeoX's (flat), overrides are `optimizer.lr=6e-4` or NeoX's `train_iters=200`. A config
+    at hand, such as a checkpoint's, may stand for a file.
     Raises ConfigError with one line for each problem found.
     """
     found = Findings()
@@ -49,10 +50,10 @@ def load_config(files: str | Path | Iterable[str | Path], overrides: Sequence[st
     _choose_alternatives(settings, found)
     config = _validate(settings, found)
     if config is not None:
-        check.check(config, {path: setting.origin for path, setting in settings.items()}, found)
+        config._origins = {path: setting.where for path, setting in settings.items()}
+        check.check(config, found)
     if found.errors or config is None:
         raise ConfigError("\n".join(dict.fromkeys(found.errors)))
-    config._origins = {path: setting.where for path, setting in settings.items()}
     config._notes = tuple(dict.fromkeys(found.notes))
     return config
 
@@ -66,7 +67,9 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yml"))
 
 
-def _read(name: str | Path, found: Findings) -> Table:
+def _read(name: str | Path | RunConfig, found: Findings) -> Table:
+    if isinstance(name, RunConfig):
+        return read_text(dump_config(name), "checkpoint", found)
     path = Path(name)
     if (path / "config.yml").is_file():
         path = path / "config.yml"

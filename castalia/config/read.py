@@ -41,6 +41,11 @@ def read_file(path: Path, label: str, found: Findings) -> Table:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{label}: not UTF-8 text (byte {error.start}); a config is a YAML text file") from error
+    return read_text(text, label, found)
+
+
+def read_text(text: str, label: str, found: Findings) -> Table:
+    """`read_file` for a text that is at hand."""
     root = _compose(text, label)
     if root is None:
         return Table()

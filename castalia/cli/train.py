@@ -1,0 +1,65 @@
+"""`castalia train`: start, fine-tune or resume a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from castalia.config.schema import RunConfig
+
+
+def command(
+    configs: Annotated[
+        list[str], typer.Argument(metavar="CONFIG... [KEY=VALUE...] | RUN", help="files, presets, overrides; or a run")
+    ],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="everything up to and including one step, and a report; writes nothing")
+    ] = False,
+) -> None:
+    """Train, fine-tune or resume a run.
+
+    CONFIG is a YAML file (ours or NeoX's) or a preset's name; later ones and KEY=VALUE win. RUN is the folder of a run
+    that goes on where it was saved last.
+    """
+    config = read_config(configs)
+    if dry_run:
+        from castalia.train.loop import rehearse
+
+        rehearse(config)
+    else:
+        train(config)
+
+
+def train(config: RunConfig) -> str:
+    """Train as the config says and return the run's folder."""
+    from castalia.evaluate.perplexity import evaluate
+    from castalia.train.loop import train as run
+
+    return str(run(config, evaluate))
+
+
+def read_config(words: list[str]) -> RunConfig:
+    """The config of a new run, or a run's own config told to go on."""
+    from castalia.config.load import load_config
+
+    files, overrides = split_words(words)
+    config = load_config(files, overrides)
+    run = Path(files[0]) if files else Path()
+    if len(files) != 1 or not (run / "config.yml").is_file():
+        return config
+    checkpoint = {"dir": str(run)}
+    if not config.checkpoint.resume:
+        checkpoint["resume"] = str(run)
+    update = {"checkpoint": config.checkpoint.model_copy(update=checkpoint)}
+    if (run / "tokenizer").is_dir():
+        update["tokenizer"] = config.tokenizer.model_copy(update={"path": str(run / "tokenizer")})
+    return config.model_copy(update=update)
+
+
+def split_words(words: list[str]) -> tuple[list[str], list[str]]:
+    """Files and overrides: a word with an equals sign is an override unless a file has that name."""
+    overrides = [word for word in words if "=" in word and not Path(word).exists()]
+    return [word for word in words if word not in overrides], overrides

@@ -1,0 +1,67 @@
+"""Token-weighted loss, perplexity and bits per byte."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+IGNORE = -100
+
+
+class Rows(Protocol):
+    tokens: np.ndarray  # int64 [rows, time]
+    labels: np.ndarray  # int64 [rows, time], shifted, -100 where nothing is predicted
+
+
+class Window:
+    """Some rows to evaluate."""
+
+    def __init__(self, tokens: np.ndarray, labels: np.ndarray):
+        self.tokens, self.labels = tokens, labels
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Iterable[Rows], rows_at_a_time: int = 8) -> dict[str, float]:
+    """Mean loss over all predicted tokens, whatever their batch; the model's mode is as it was afterwards."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    total, count = torch.zeros((), dtype=torch.float64, device=device), 0
+    for batch in batches:
+        for start in range(0, len(batch.tokens), rows_at_a_time):
+            rows = slice(start, start + rows_at_a_time)
+            tokens, labels = (torch.from_numpy(array[rows]).to(device) for array in (batch.tokens, batch.labels))
+            loss, _ = model(tokens, labels=labels)
+            total += loss
+            count += int((batch.labels[rows] != IGNORE).sum())
+    model.train(was_training)
+    mean = total.item() / count if count else math.nan
+    return {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "tokens": count}
+
+
+def windows(tokens: np.ndarray, length: int, stride: int, rows: int) -> Iterator[Window]:
+    """Batches of `rows` windows that predict every token of a stream once, except the first.
+
+    Windows begin `stride` apart; each predicts only what the one before it did not.
+    """
+    starts = range(0, max(1, len(tokens) - 1 - (length - stride)), stride)
+    for first in range(0, len(starts), rows):
+        part = starts[first : first + rows]
+        inputs = np.zeros((len(part), length), np.int64)
+        labels = np.full((len(part), length), IGNORE, np.int64)
+        for row, start in enumerate(part):
+            window = tokens[start : start + length + 1]
+            inputs[row, : len(window) - 1] = window[:-1]
+            known = length - stride if start else 0
+            labels[row, known : len(window) - 1] = window[1 + known :]
+        yield Window(inputs, labels)
+
+
+def bits_per_byte(loss: float, tokens: int, num_bytes: int) -> float:
+    """How many bits the model needs for a byte of text; comparable across tokenizers."""
+    return loss * tokens / (math.log(2) * num_bytes)

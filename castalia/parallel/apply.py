@@ -1,0 +1,115 @@
+"""What is applied to a finished model, in one visible order: tensor parallelism, recomputation, sharding."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from castalia.config.schema import Model, Parallel, RunConfig
+from castalia.model.transformer import Transformer
+from castalia.parallel.mesh import Mesh, stages_per_rank
+from castalia.parallel.pipeline import balanced_split, cut_stage, stages_of_rank
+from castalia.parallel.tensor import apply_tensor_parallel, replicate_rest
+
+# What selective recomputation keeps: the results that cost matrix products. Norms, activations and casts run again.
+_KEPT = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+}
+
+
+def build_stages(
+    cfg: RunConfig, mesh: Mesh, compute_dtype: torch.dtype, device: torch.device
+) -> dict[int, Transformer]:
+    """This rank's part of the model by stage number (one stage, 0, without a pipeline), its parameters still unset."""
+    assert cfg.model is not None
+    num_stages = cfg.parallel.pp * stages_per_rank(cfg.parallel)
+    split = balanced_split(cfg.model, num_stages, cfg.data.seq_length)
+    stages = {}
+    for index in stages_of_rank(cfg.parallel, mesh.pp_rank):
+        with torch.device("meta"):
+            model = Transformer(cfg.model, compute_dtype=compute_dtype, exact=cfg.neox_exact)
+        if num_stages > 1:
+            model = cut_stage(model, split[index], index == 0, index == num_stages - 1)
+        model = parallelize(model, mesh, cfg, compute_dtype)
+        stages[index] = model.to_empty(device="cpu" if cfg.parallel.offload else device)
+    return stages
+
+
+def parallelize(model: Transformer, mesh: Mesh, cfg: RunConfig, compute_dtype: torch.dtype) -> Transformer:
+    """Splits, wraps and shards a model (or a pipeline stage of one) that is on the meta device, in this order."""
+    if mesh.layout.tp > 1:
+        apply_tensor_parallel(model, mesh.tensor, cfg.parallel.sequence_parallel)
+        replicate_rest(model, mesh.tensor)
+    apply_recompute(model, cfg.train.recompute, dropout=has_dropout(model.cfg))
+    apply_sharding(model, mesh, cfg.parallel, compute_dtype)
+    assert_tied(model)
+    return model
+
+
+def apply_sharding(model: Transformer, mesh: Mesh, cfg: Parallel, compute_dtype: torch.dtype) -> None:
+    """`fully_shard` for each block, then for what is left: embedding, norm and head are one group, so that ties hold.
+
+    Gradients are summed, not averaged: the loss is divided by the global number of tokens beforehand.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if compute_dtype == torch.float32 else compute_dtype, reduce_dtype=torch.float32
+    )
+    options: dict[str, Any] = {
+        "mesh": mesh.data,
+        "mp_policy": policy,
+        # Pipelines keep parameters gathered from a forward to its backward: other micro-batches come in between.
+        "reshard_after_forward": cfg.zero == 3 and mesh.layout.pp == 1,
+    }
+    if cfg.offload:
+        options["offload_policy"] = CPUOffloadPolicy()
+    for block in model.blocks.values():
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+
+
+def assert_tied(model: Transformer) -> None:
+    """A tied head is the embedding itself; nothing that was applied may have given it a copy."""
+    if model.cfg.tie_embeddings and model.embed is not None:
+        assert model.head is None and model.head_weight is model.embed.weight
+
+
+def has_dropout(cfg: Model) -> bool:
+    return any((cfg.embedding_dropout, cfg.hidden_dropout, cfg.attention_dropout))
+
+
+def apply_recompute(model: nn.Module, mode: str, *, dropout: bool) -> None:
+    """Makes every block forget its activations and compute them again in the backward pass.
+
+    `full` keeps a block's input alone, `selective` its matrix products too. Parameter names stay as they are.
+    """
+    if mode == "none":
+        return
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": dropout}
+    if mode == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+    for block in model.blocks.values():
+        block.forward = partial(_recomputed, block.forward, options)
+
+
+def _recomputed(forward: Any, options: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, **options, **kwargs)
+
+
+def _keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,69 @@
+"""What a training run shows: a progress bar and lines on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Display:
+    """Prints to standard output. A context manager: the bar is there while it is open."""
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.fancy = sys.stdout.isatty()
+        self.bar: Progress | None = None
+
+    def start(self, done: int, last: int) -> None:
+        self.last = last
+        self.marked_step, self.marked_at = done, time.perf_counter()
+        if self.fancy:
+            columns = (TextColumn("training"), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn())
+            self.bar = Progress(*columns, console=self.console, transient=True)
+            self.task = self.bar.add_task("", total=last, completed=done)
+            self.bar.start()
+
+    def line(self, text: str, style: str | None = None) -> None:
+        self.console.print(text, style=style if self.fancy else None, markup=False)
+
+    def advance(self, done: int) -> None:
+        if self.bar:
+            self.bar.update(self.task, completed=done)
+
+    def step(self, record: Mapping[str, Any], peak_flops_share: float | None) -> None:
+        """One line for one step; `peak_flops_share` is the MFU."""
+        now, done = time.perf_counter(), record["step"]
+        seconds_left = (self.last - done) * (now - self.marked_at) / max(1, done - self.marked_step)
+        self.marked_step, self.marked_at = done, now
+        norm = "overflow, skipped" if record["grad_norm"] is None else f"{record['grad_norm']:.3f}"
+        parts = [
+            f"step {done:>{len(str(self.last))}}/{self.last}",
+            f"loss {record['loss']:.4f}" if record["loss"] is not None else "loss nan",
+            f"lr {record['lr']:.2e}",
+            f"grad norm {norm}",
+            f"{record['tokens_per_second']:,.0f} tokens/s",
+        ]
+        if peak_flops_share is not None:
+            parts.append(f"MFU {peak_flops_share:.1%}")
+        if "valid_loss" in record:
+            parts.append(f"valid loss {record['valid_loss']:.4f}")
+        self.line("  ".join([*parts, f"ETA {duration(seconds_left)}"]))
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar:
+            self.bar.stop()
+
+
+def duration(seconds: float) -> str:
+    """3:07, or 2:03:07."""
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,89 @@
+"""The run's folder: who may write into it, and what makes it complete."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from castalia.checkpoint.formats import detect
+from castalia.checkpoint.formats.native import saved_steps
+from castalia.config.load import dump_config
+from castalia.config.schema import RunConfig, Source, Tokenizer
+from castalia.errors import ConfigError, TrainingError
+
+TOKENIZER = "tokenizer"
+
+
+def run_folder(config: RunConfig) -> Path:
+    """Where the run lives. Raises ConfigError if nothing says so."""
+    if config.checkpoint.dir:
+        return Path(config.checkpoint.dir)
+    resume = Path(config.checkpoint.resume or "")
+    for folder in (resume, resume.parent, resume.parent.parent):  # a run, its checkpoints, one of them
+        if config.checkpoint.resume and is_run(folder):
+            return folder
+    raise ConfigError("checkpoint.dir is not set: name the folder of the run, for example checkpoint.dir=runs/first")
+
+
+def continues(config: RunConfig, folder: Path) -> bool:
+    """Whether the run goes on in the folder that it resumes from."""
+    if config.checkpoint.resume is None:
+        return False
+    source, target = Path(config.checkpoint.resume).resolve(), folder.resolve()
+    return source == target or target in source.parents
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "config.yml").is_file()
+
+
+def holds_checkpoint(folder: Path) -> bool:
+    """Whether anything in the folder looks like a checkpoint of any format, whole or not."""
+    if not folder.is_dir():
+        return False
+    named = any((folder / name).exists() for name in ("latest", "checkpoints/latest"))
+    steps = any(folder.glob("global_step*")) or any(folder.glob("step_*")) or bool(saved_steps(folder / "checkpoints"))
+    return named or steps or detect(folder) is not None
+
+
+def refuse_second_start(folder: Path) -> None:
+    """Raises TrainingError if a new run would begin in a folder that holds one."""
+    if not is_run(folder) and not holds_checkpoint(folder):
+        return
+    steps = saved_steps(folder / "checkpoints")
+    last = f", saved last at step {max(steps)}" if steps else ""
+    raise TrainingError(
+        f"{folder} holds a run{last}. To go on with it: castalia train {folder} (or checkpoint.resume={folder}). "
+        "To begin a new one: set another checkpoint.dir, or move this folder away."
+    )
+
+
+def complete_config(config: RunConfig, folder: Path, has_tokenizer: bool) -> RunConfig:
+    """The config that goes on from anywhere: data by absolute paths, the tokenizer by the copy in the run."""
+    data = config.data.model_copy(
+        update={
+            "path": _absolute(config.data.path),
+            "cache_dir": _absolute(config.data.cache_dir),
+            **{split: _absolute_sources(getattr(config.data, split)) for split in ("train", "valid", "test")},
+        }
+    )
+    tokenizer = Tokenizer(path=TOKENIZER) if has_tokenizer else config.tokenizer
+    checkpoint = config.checkpoint.model_copy(update={"dir": str(folder), "resume": None, "step": None})
+    return config.model_copy(update={"data": data, "tokenizer": tokenizer, "checkpoint": checkpoint})
+
+
+def write_config(folder: Path, config: RunConfig) -> None:
+    temporary = folder / "config.yml.tmp"
+    temporary.write_text(dump_config(config))
+    os.replace(temporary, folder / "config.yml")
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else os.path.abspath(path)
+
+
+def _absolute_sources(sources: tuple[Source, ...]) -> tuple[Source, ...]:
+    return tuple(
+        source.model_copy(update={"path": _absolute(source.path), "labels": _absolute(source.labels)})
+        for source in sources
+    )

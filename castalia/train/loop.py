@@ -1,0 +1,239 @@
+"""The run: from a config to a folder with a trained model. Resumable at every saved step, stoppable at every step."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import FrameType
+
+from torch import nn
+
+from castalia.checkpoint.formats.native import Writer
+from castalia.checkpoint.load import adam_state
+from castalia.checkpoint.tensors import Progress
+from castalia.config.schema import RunConfig
+from castalia.data.loader import Batch, Samples, has_data, open_data
+from castalia.errors import TrainingError
+from castalia.plan.flops import training_flops
+from castalia.train.display import Display, duration
+from castalia.train.folder import TOKENIZER, complete_config, continues, refuse_second_start, run_folder, write_config
+from castalia.train.hardware import keep_freed_memory, peak_flops
+from castalia.train.metrics import Metrics, truncate_metrics, write_event
+from castalia.train.report import show_first_loss, show_report
+from castalia.train.schedule import is_save_step
+from castalia.train.start import Session, start
+from castalia.train.step import StepResult
+
+Evaluate = Callable[[nn.Module, Iterable[Batch], int], Mapping[str, float]]  # model, batches, rows at a time
+
+
+def train(config: RunConfig, evaluate: Evaluate) -> Path:
+    """Trains, resumes or fine-tunes as the config says, and returns the run's folder."""
+    keep_freed_memory()
+    folder = run_folder(config)
+    in_place = continues(config, folder)
+    if not in_place:
+        refuse_second_start(folder)
+    session = start(config)
+    with Display() as display:
+        show_report(session, display, folder)
+        with Run(session, folder, evaluate, display, in_place) as run:
+            run.to_the_end()
+    return folder
+
+
+def rehearse(config: RunConfig) -> None:
+    """Everything up to and including one step, and a report. Nothing is written."""
+    keep_freed_memory()
+    folder = run_folder(config)
+    if not continues(config, folder):
+        refuse_second_start(folder)
+    session = start(config)
+    with Display() as display:
+        show_report(session, display, folder)
+        done = session.progress.step
+        begin = time.perf_counter()
+        result = session.step(done, session.data.batch(done))
+        seconds = time.perf_counter() - begin
+        show_first_loss(session, result.loss, display)
+        tokens = session.plan.batch_size * session.config.data.seq_length
+        remaining = duration(seconds * (session.last - done))
+        display.line(
+            f"one step took {seconds:.2f} s ({tokens / seconds:,.0f} tokens/s; later ones are faster than the first), "
+            f"{session.last - done:,} steps at this pace {remaining}"
+        )
+        display.line("dry run: nothing was written")
+
+
+class Run:
+    """A session that writes into its folder: a context manager, so that the folder is let go of whatever happens."""
+
+    def __init__(self, session: Session, folder: Path, evaluate: Evaluate, display: Display, in_place: bool):
+        self.session, self.folder, self.evaluate, self.display = session, folder, evaluate, display
+        config = session.config
+        self.config = complete_config(config, folder, session.tokenizer is not None)
+        self.progress = session.progress
+        self.saved_step: int | None = session.progress.step if in_place and session.resumed else None
+        self.valid = _validation_data(config)
+        self.writer = Writer(
+            folder / "checkpoints", keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every
+        )
+        if session.tokenizer is not None:
+            session.tokenizer.save(folder / TOKENIZER)
+        write_config(folder, self.config)
+        if in_place:
+            truncate_metrics(folder, self.progress.step)
+        self.metrics = Metrics(folder, config.log.tensorboard)
+        source = session.source.path if session.source else None
+        write_event(folder, "start", step=self.progress.step, source=source, data_fingerprint=session.data.fingerprint)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.metrics.close()
+        self.writer.close()
+
+    def to_the_end(self) -> None:
+        """Steps until the last one, the exit interval or a signal; then saves."""
+        session, last, config = self.session, self.session.last, self.session.config
+        if self.progress.step >= last:
+            self.display.line(f"the run is complete: {self.progress.step} of {last} steps; raise train.steps to go on")
+            return
+        if self.progress.step == 0 and is_save_step(config.checkpoint, 0, last):
+            self.save()
+        peak = self._peak_flops()
+        self.display.start(self.progress.step, last)
+        first = self.progress.step + 1
+        with StopSignals() as signals:
+            while self.progress.step < last:
+                result, seconds = self._step()
+                done = self.progress.step
+                record = self._record(result, seconds)
+                if self._evaluates(done):
+                    record |= self._evaluation()
+                self.metrics.write(record)
+                if done == first:
+                    show_first_loss(session, result.loss, self.display)
+                if done % config.log.every == 0 or done in (first, last) or "valid_loss" in record:
+                    self.display.step(record, record["tokens_per_second"] / peak if peak else None)
+                self.display.advance(done)
+                if is_save_step(config.checkpoint, done, last):
+                    self.save()
+                if signals.received or (config.train.exit_interval and done % config.train.exit_interval == 0):
+                    break
+        self._finish(signals.received)
+
+    def save(self) -> None:
+        """Copies and returns; the checkpoint is on disk after the next save, or when the run ends."""
+        session = self.session
+        optimizer = adam_state(session.optimizer, session.model) if self.config.checkpoint.save_optimizer else None
+        parameters = dict(session.model.named_parameters())
+        self.writer.save(parameters, optimizer, self.progress, self.config, session.data.fingerprint)
+        self.saved_step = self.progress.step
+        write_event(self.folder, "save", step=self.progress.step)
+
+    def _step(self) -> tuple[StepResult, float]:
+        session, done = self.session, self.progress.step
+        begin = time.perf_counter()
+        try:
+            result = session.step(done, session.data.batch(done))
+        except TrainingError as error:
+            positions = session.data.positions(done)
+            pieces = [[*piece] for position in positions for piece in session.data.pieces(int(position))]
+            data = {"samples": positions.tolist(), "pieces": pieces}  # a piece: corpus, document, first token, end
+            write_event(self.folder, "error", step=done + 1, message=str(error), **data)
+            raise
+        seconds = time.perf_counter() - begin
+        self.progress = Progress(
+            step=done + 1,
+            skipped=session.step.skipped,
+            tokens=self.progress.tokens + session.plan.batch_size * session.config.data.seq_length,
+            loss_scale=session.step.scaler.state() if session.step.scaler else None,
+            schedule=session.step.rate.stored(),
+        )
+        return result, seconds
+
+    def _record(self, result: StepResult, seconds: float) -> dict[str, float | int]:
+        tokens = self.session.plan.batch_size * self.session.config.data.seq_length
+        record = {
+            "step": self.progress.step,
+            "loss": result.loss,
+            "lr": result.lr,
+            "grad_norm": result.grad_norm,
+            "tokens": self.progress.tokens,
+            "tokens_per_second": round(tokens / seconds, 1),
+            "seconds": round(seconds, 6),
+        }
+        if self.session.step.scaler:
+            record |= {"loss_scale": self.session.step.scaler.scale, "skipped": self.progress.skipped}
+        return record
+
+    def _evaluates(self, done: int) -> bool:
+        every = self.session.config.eval.every
+        return self.valid is not None and (
+            bool(every and done % every == 0) or (self.session.config.eval.at_end and done == self.session.last)
+        )
+
+    def _evaluation(self) -> dict[str, float]:
+        """The n-th evaluation takes the n-th stretch of the validation data, as the original's iterator does."""
+        assert self.valid is not None
+        every, batches = self.session.config.eval.every, self.session.config.eval.batches
+        first = (self.progress.step // every - 1) * batches if every else 0
+        data = (self.valid.batch(number) for number in range(max(0, first), max(0, first) + batches))
+        found = self.evaluate(self.session.model, data, self.session.plan.micro_batch_size)
+        write_event(self.folder, "evaluation", step=self.progress.step, **found)
+        return {"valid_loss": found["loss"], "valid_perplexity": found["perplexity"]}
+
+    def _peak_flops(self) -> float | None:
+        """Tokens per second at the device's peak matmul rate."""
+        session = self.session
+        assert session.config.model is not None
+        tflops = session.config.log.peak_tflops
+        peak = tflops * 1e12 if tflops else peak_flops(session.device, session.dtype)
+        return peak / training_flops(session.config.model, session.config.data.seq_length) if peak else None
+
+    def _finish(self, stopped_by: str | None) -> None:
+        if self.saved_step != self.progress.step:
+            self.save()
+        self.writer.join()
+        step, last = self.progress.step, self.session.last
+        write_event(self.folder, "stop" if step < last else "end", step=step, signal=stopped_by)
+        why = f"stopped by {stopped_by}" if stopped_by else "stopped as train.exit_interval says"
+        if step < last:
+            self.display.line(f"{why} after step {step}, which is saved; go on with: castalia train {self.folder}")
+        else:
+            self.display.line(f"done: {step} steps, {self.progress.tokens:,} tokens, in {self.folder}")
+
+
+class StopSignals:
+    """While open, the first SIGTERM or SIGINT is noted and the second one kills."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():  # signals reach no other thread
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.received = signal.Signals(number).name
+
+
+def _validation_data(config: RunConfig) -> Samples | None:
+    wanted = config.eval.batches > 0 and (config.eval.every is not None or config.eval.at_end)
+    return open_data(config, "valid") if wanted and has_data(config, "valid") else None

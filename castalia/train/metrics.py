@@ -1,0 +1,78 @@
+"""The record of a run: metrics.jsonl with one object a step, events.jsonl, and TensorBoard where asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from castalia.errors import ConfigError
+
+
+class Metrics:
+    """Appends one line to metrics.jsonl for each step, written out at once."""
+
+    def __init__(self, folder: Path, tensorboard: str | None = None):
+        self.file = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - open as long as the run
+        self.board = _summary_writer(tensorboard) if tensorboard else None
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        self.file.write(_line(record))
+        if self.board:
+            for name, value in record.items():
+                if name != "step" and value is not None:
+                    self.board.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        self.file.close()
+        if self.board:
+            self.board.close()
+
+
+def write_event(folder: Path, event: str, **facts: Any) -> None:
+    """Appends what happened, with the time, to events.jsonl."""
+    with open(folder / "events.jsonl", "a") as file:
+        file.write(_line({"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts}))
+
+
+def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
+    """The records in order. A last line that a killed process left unfinished is left out."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return
+    with open(path) as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def truncate_metrics(folder: Path, step: int) -> None:
+    """Drops the records after `step`: the resumed run writes them again."""
+    kept = "".join(_line(record) for record in read_metrics(folder) if record["step"] <= step)
+    temporary = folder / "metrics.jsonl.tmp"
+    temporary.write_text(kept)
+    os.replace(temporary, folder / "metrics.jsonl")
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    finite = {key: _or_null(value) for key, value in record.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
+def _or_null(value: Any) -> Any:
+    """JSON has no infinity: a skipped step's gradient norm is null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _summary_writer(folder: str) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            f"log.tensorboard={folder} needs the tensorboard package: pip install 'castalia[tensorboard]' ({error})"
+        ) from error
+    return SummaryWriter(folder)

@@ -1,0 +1,101 @@
+"""Learning rates and save steps as pure functions of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from castalia.config.schema import Checkpoint, RunConfig
+from castalia.errors import TrainingError
+
+STORED_NAMES = {
+    "peak": "start_lr",
+    "minimum": "min_lr",
+    "warmup": "warmup_iter",
+    "end": "end_iter",
+    "style": "decay_style",
+}
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """The rate of each optimizer update, as a function of the updates done before it."""
+
+    peak: float
+    minimum: float
+    warmup: float  # steps, not rounded
+    end: int  # steps, warm-up included
+    style: str
+    exact: bool = False  # the original's two defects: a first-step spike, and a cosine that rises again after its end
+
+    def __call__(self, updates: int) -> float:
+        if self.warmup > 0 and updates <= self.warmup:
+            rate = self.peak * max(1, updates) / self.warmup
+            return rate if self.exact else min(rate, self.peak)
+        span = self.end - self.warmup
+        share = (updates - self.warmup) / span if span > 0 else 1.0
+        if self.style == "constant":
+            return self.peak
+        if self.style == "linear":
+            return max(self.minimum, self.peak * (1 - share))
+        if self.style == "exponential":
+            return max(self.minimum, self.peak * math.exp(-0.693 * share))
+        share = share if self.exact else min(share, 1.0)
+        return self.minimum + (self.peak - self.minimum) / 2 * (math.cos(math.pi * share) + 1)
+
+    def stored(self) -> dict[str, object]:
+        """What a checkpoint remembers, under the original's names."""
+        return {name: getattr(self, field) for field, name in STORED_NAMES.items()}
+
+
+def learning_rate(config: RunConfig, steps: int) -> LearningRate:
+    """The schedule that the config describes for a run of `steps` optimizer steps."""
+    schedule = config.schedule
+    end = schedule.decay_steps or math.floor(steps * (schedule.decay_fraction or 1.0))
+    return LearningRate(
+        peak=config.optimizer.lr,
+        minimum=schedule.min_lr,
+        warmup=schedule.warmup * end,
+        end=end,
+        style=schedule.style,
+        exact=config.neox_exact,
+    )
+
+
+def resumed_learning_rate(
+    configured: LearningRate, stored: Mapping[str, Any] | None, choice: str | None
+) -> LearningRate:
+    """The schedule of a resumed run. TrainingError if config and checkpoint differ and `choice` does not decide."""
+    if not stored or choice == "config":
+        return configured
+    known = {field: stored[name] for field, name in STORED_NAMES.items() if name in stored}
+    theirs = replace(configured, **known)
+    if theirs == configured or choice == "checkpoint":
+        return theirs
+    differences = ", ".join(
+        f"{field} {value} -> {getattr(configured, field)}"
+        for field, value in known.items()
+        if value != getattr(configured, field)
+    )
+    raise TrainingError(
+        f"the learning-rate schedule differs from the checkpoint's ({differences}, in rates and steps); "
+        "set checkpoint.schedule_from=config to follow the config from here on, or =checkpoint to keep the old one"
+    )
+
+
+def is_save_step(checkpoint: Checkpoint, step: int, last: int) -> bool:
+    """Whether to save once `step` steps are done; the last step of the run always is."""
+    if step in checkpoint.steps or step == last:
+        return True
+    if step == 0:
+        return False
+    if checkpoint.every and step % checkpoint.every == 0:
+        return True
+    if checkpoint.log_base is None or step > (checkpoint.log_until or step):
+        return False
+    power = 1.0
+    while int(power) < step:
+        power *= checkpoint.log_base
+    return int(power) == step

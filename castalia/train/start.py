@@ -1,0 +1,206 @@
+"""From a config to everything that a run needs in memory: data, model, optimizer, and what was loaded into them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from castalia.checkpoint.formats import open_checkpoint
+from castalia.checkpoint.load import LoadReport, load_optimizer, load_weights
+from castalia.checkpoint.tensors import Checkpoint, Progress
+from castalia.config.batch import BatchPlan, batch_plan
+from castalia.config.schema import Model, RunConfig
+from castalia.data.loader import Samples, open_data
+from castalia.data.tokenizer import Tokenizer, load_tokenizer
+from castalia.errors import CheckpointError, ConfigError, TrainingError
+from castalia.model.init import initialize
+from castalia.model.transformer import Transformer
+from castalia.parallel.apply import apply_recompute
+from castalia.train.folder import holds_checkpoint, run_folder
+from castalia.train.hardware import DTYPES, choose_device, choose_dtype
+from castalia.train.optimizer import LossScaler, make_optimizer
+from castalia.train.schedule import learning_rate, resumed_learning_rate
+from castalia.train.step import TrainStep
+
+# What a new run may choose differently from the checkpoint that it starts from.
+FREE = {"embedding_dropout", "hidden_dropout", "attention_dropout", "init", "init_passes", "init_method"}
+FREE |= {"output_init_method", "init_std", "vocab_size", "vocab_multiple", "max_positions"}
+
+
+@dataclass
+class Session:
+    """A run in memory. `config` is complete: vocabulary, precision and steps are settled."""
+
+    config: RunConfig
+    tokenizer: Tokenizer | None
+    plan: BatchPlan
+    data: Samples
+    model: Transformer
+    optimizer: torch.optim.AdamW
+    step: TrainStep
+    progress: Progress
+    dtype: torch.dtype
+    source: Checkpoint | None = None  # what was loaded
+    loaded: LoadReport | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed.weight.device
+
+    @property
+    def last(self) -> int:
+        """The number of steps of the whole run."""
+        assert self.config.train.steps is not None
+        return self.config.train.steps
+
+    @property
+    def resumed(self) -> bool:
+        return self.source is not None and self.config.checkpoint.init_from is None
+
+
+def start(config: RunConfig) -> Session:
+    """Reads, builds and loads; writes nothing. Raises a CastaliaError for whatever is missing or does not fit."""
+    source = find_source(config)
+    config, tokenizer = resolve(config, source)
+    config = with_steps(config)
+    assert config.model is not None and config.train.steps is not None
+    plan = batch_plan(config)
+    data = open_data(config, "train")
+    refuse_other_data(config, data, source)
+    device = choose_device(config.train.device)
+    dtype = DTYPES[config.precision.compute]
+    with torch.device(device):
+        model = Transformer(config.model, compute_dtype=dtype, exact=config.neox_exact)
+    resuming = source is not None and config.checkpoint.init_from is None
+    loaded = load_weights(model, source) if source else None
+    if source is None:
+        initialize(model, config.model, config.seed)
+    dropout = max(config.model.embedding_dropout, config.model.hidden_dropout, config.model.attention_dropout) > 0
+    apply_recompute(model, config.train.recompute, dropout=dropout)
+    summed = source.summed_bias_ranks if source and resuming and config.neox_exact else 1
+    optimizer = make_optimizer(model, config.optimizer, summed)
+    progress = source.progress if source and resuming else Progress()
+    if source and resuming and config.checkpoint.load_optimizer:
+        load_optimizer(optimizer, model, source)
+    rate = learning_rate(config, config.train.steps)
+    step = TrainStep(
+        model,
+        optimizer,
+        resumed_learning_rate(rate, progress.schedule, config.checkpoint.schedule_from),
+        plan,
+        seed=config.seed,
+        clip_norm=clip_norm(config, source),
+        scaler=loss_scaler(config, progress),
+        micro_batch_means=config.neox_exact,
+        skipped=progress.skipped,
+    )
+    return Session(config, tokenizer, plan, data, model.train(), optimizer, step, progress, dtype, source, loaded)
+
+
+def find_source(config: RunConfig) -> Checkpoint | None:
+    """The checkpoint to resume or to start from. None for random weights."""
+    wanted = config.checkpoint
+    path = wanted.init_from or wanted.resume
+    if path is None or (wanted.starts_if_empty and not holds_checkpoint(run_folder(config))):
+        return None
+    return open_checkpoint(path, step=wanted.step)
+
+
+def resolve(config: RunConfig, source: Checkpoint | None) -> tuple[RunConfig, Tokenizer | None]:
+    """The config with nothing left to infer, and the tokenizer that it names."""
+    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer.path or config.tokenizer.kind else None
+    model = architecture(config, source)
+    vocab_size = model.vocab_size or (tokenizer.vocab_size if tokenizer else None)
+    if vocab_size is None:
+        raise ConfigError("the vocabulary is unknown: give tokenizer.path, or model.vocab_size without a tokenizer")
+    if tokenizer and tokenizer.vocab_size > vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={vocab_size} is smaller than the tokenizer's vocabulary of {tokenizer.vocab_size}; "
+            "leave model.vocab_size out, or name the tokenizer that belongs to the model"
+        )
+    model = model.model_copy(
+        update={
+            "vocab_size": vocab_size,
+            "max_positions": model.max_positions or config.data.seq_length,
+            "init": model.init or ("neox" if config.neox_exact else "seeded"),
+        }
+    )
+    dtype = choose_dtype(config.precision.compute, choose_device(config.train.device))
+    rule = config.precision.loss_scale.rule or ("zero" if config.parallel.zero else "stage0")
+    precision = config.precision.model_copy(
+        update={
+            "compute": next(name for name, known in DTYPES.items() if known == dtype),
+            "loss_scale": config.precision.loss_scale.model_copy(update={"rule": rule}),
+        }
+    )
+    return config.model_copy(update={"model": model, "precision": precision}), tokenizer
+
+
+def with_steps(config: RunConfig) -> RunConfig:
+    """Epochs become steps."""
+    if config.train.steps is not None:
+        return config
+    if config.train.epochs is None:
+        raise ConfigError("how long to train is not said: give train.steps or train.epochs")
+    steps = config.train.epochs * open_data(config, "train").steps_per_epoch
+    return config.model_copy(update={"train": config.train.model_copy(update={"steps": steps, "epochs": None})})
+
+
+def refuse_other_data(config: RunConfig, data: Samples, source: Checkpoint | None) -> None:
+    """Raises TrainingError if a resumed run would see other samples than before, unless that is asked for."""
+    known = source.details.get("data_fingerprint") if source else None
+    if config.checkpoint.init_from or config.checkpoint.other_data or not known or known == data.fingerprint:
+        return
+    assert source is not None
+    raise TrainingError(
+        f"the data or their order are not those that {source.path} was trained on (another corpus, split, seed or "
+        "data.seq_length; another train.steps too where it changes the number of epochs, which are shuffled as one). "
+        "To go on with them nevertheless: checkpoint.other_data=true"
+    )
+
+
+def architecture(config: RunConfig, source: Checkpoint | None) -> Model:
+    """The checkpoint's architecture where it has one, with the config's dropout. What the config says must agree."""
+    ours, theirs = config.model, source.config.model if source and source.config else None
+    if ours is None and theirs is None:
+        raise ConfigError("the config describes no model: give model.num_layers, hidden_size, num_heads, ...")
+    if ours is None or theirs is None:
+        return ours or theirs  # type: ignore[return-value]
+    assert source is not None
+    given = {name for name in ours.model_fields_set if config.origins.get(f"model.{name}") != "NeoX default"}
+    mine, its = _effective(ours), _effective(theirs)
+    different = [name for name in mine if name in given - FREE and mine[name] != its[name]]
+    if different:
+        lines = "\n".join(
+            f"  model.{name}: {its[name]} in the checkpoint, {mine[name]} in the config"
+            + (f" ({config.origins[f'model.{name}']})" if f"model.{name}" in config.origins else "")
+            for name in different
+        )
+        raise CheckpointError(
+            f"{source.path} is another model than the config describes:\n{lines}\n"
+            "Correct these values, or leave them out: the architecture then comes from the checkpoint."
+        )
+    return theirs.model_copy(update={name: getattr(ours, name) for name in FREE if name in given})
+
+
+def _effective(model: Model) -> dict[str, Any]:
+    return model.model_dump() | {"num_kv_heads": model.kv_heads, "mlp_size": model.mlp_width}
+
+
+def clip_norm(config: RunConfig, source: Checkpoint | None) -> float | None:
+    """The largest gradient norm. The original's current releases switch its default of 1.0 off; its v1 clips."""
+    era = source.details.get("era") if source else None
+    if config.neox_exact and config.optimizer.clip_norm == 1.0 and era != "v1":
+        return None
+    return config.optimizer.clip_norm
+
+
+def loss_scaler(config: RunConfig, progress: Progress) -> LossScaler | None:
+    if config.precision.compute != "fp16":
+        return None
+    scaler = LossScaler(config.precision.loss_scale, config.precision.loss_scale.rule or "stage0")
+    if progress.loss_scale:
+        scaler.restore(progress.loss_scale)
+    return scaler

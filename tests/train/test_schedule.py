@@ -1,0 +1,80 @@
+import json
+import math
+
+import pytest
+
+from castalia.config.schema import Checkpoint
+from castalia.errors import TrainingError
+from castalia.train.schedule import LearningRate, is_save_step, resumed_learning_rate
+
+
+@pytest.fixture(scope="module")
+def vectors(fixtures):
+    return json.loads((fixtures / "data" / "vectors.json").read_text())
+
+
+def schedule_of(vector, exact):
+    warmup = vector["warmup"] * vector["iters"]
+    return LearningRate(vector["lr"], vector["min_lr"], warmup, vector["iters"], vector["style"], exact)
+
+
+def test_exact_rates_are_the_originals(vectors):
+    for vector in vectors["lr"]:
+        rate = schedule_of(vector, exact=True)
+        assert [rate(k) for k in range(len(vector["values"]))] == pytest.approx(vector["values"], rel=1e-12, abs=1e-18)
+
+
+def test_corrected_rates_differ_only_where_the_original_is_wrong(vectors):
+    spikes = rises = 0
+    for vector in vectors["lr"]:
+        rate = schedule_of(vector, exact=False)
+        for k, original in enumerate(vector["values"]):
+            if original > vector["lr"] * (1 + 1e-12):
+                spikes += 1
+                assert k == 0
+                assert rate(k) == vector["lr"]
+            elif vector["style"] == "cosine" and k > vector["iters"]:
+                rises += 1
+                assert rate(k) == vector["min_lr"] < original
+            else:
+                assert rate(k) == pytest.approx(original, rel=1e-12, abs=1e-18)
+    assert spikes == 1
+    assert rises > 0
+
+
+def test_a_run_that_is_all_warmup_ends_at_the_minimum():
+    rate = LearningRate(1.0, 0.1, 10.0, 10, "cosine")
+    assert rate(10) == 1.0
+    assert rate(11) == pytest.approx(0.1)
+
+
+def test_resuming_with_another_schedule_must_be_decided():
+    old = LearningRate(1e-3, 1e-4, 2.0, 100, "cosine")
+    new = LearningRate(1e-3, 1e-4, 4.0, 200, "cosine")
+    assert resumed_learning_rate(old, old.stored(), None) == old
+    assert resumed_learning_rate(new, old.stored(), "checkpoint") == old
+    assert resumed_learning_rate(new, old.stored(), "config") == new
+    with pytest.raises(TrainingError, match=r"warmup 2.0 -> 4.0, end 100 -> 200.*schedule_from"):
+        resumed_learning_rate(new, old.stored(), None)
+
+
+def test_save_steps_are_the_originals(vectors):
+    for vector in vectors["save_iters"]:
+        scale = {"every": vector["factor"]} if vector["scale"] == "linear" else {"log_base": vector["factor"]}
+        checkpoint = Checkpoint(steps=tuple(vector["extra"] or ()), **scale)
+        assert [n for n in range(1, vector["n"] + 1) if is_save_step(checkpoint, n, math.inf)] == vector[
+            "saved_in_loop"
+        ]
+
+
+def test_the_pythia_schedule_is_one_line_of_154_checkpoints():
+    checkpoint = Checkpoint(every=1000, log_base=2, log_until=512, steps=(0,))
+    saved = [step for step in range(143_001) if is_save_step(checkpoint, step, 143_000)]
+    assert len(saved) == 154
+    assert saved[:12] == [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000]
+
+
+def test_the_last_step_is_always_saved():
+    checkpoint = Checkpoint(every=10)
+    assert is_save_step(checkpoint, 13, 13)
+    assert not is_save_step(checkpoint, 13, 14)
