@@ -14,6 +14,7 @@ from castalia.errors import CheckpointError
 
 FORMATS = {  # name -> module; the first that detects its files reads them
     "native": "castalia.checkpoint.formats.native",
+    "huggingface": "castalia.checkpoint.formats.huggingface",
 }
 STEP_FOLDER = re.compile(r"(?:global_)?step_?(\d+)")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w.-]+(/[\w.-]+)*)?")
