@@ -1,0 +1,311 @@
+"""Documents out of files of many kinds, as a stream of chunks that are cheap to read and to hand to another process.
+
+A file's ending tells how it is read (`READERS`). Cutting into records happens here, on raw bytes; parsing JSON and UTF-8
+happens in `texts_of`, wherever the chunk has gone to.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from pathlib import Path
+from typing import IO
+
+import zstandard
+
+from castalia.errors import DataError
+
+BLOCK_BYTES = 1 << 18
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Neighbouring records of one file. `lines` are cut at newlines when they are parsed; else each record is given."""
+
+    path: str
+    first: int  # number of the first record: a line, an entry or a member, counted from 1
+    is_json: bool
+    lines: bytes = b""
+    records: tuple[bytes, ...] = ()
+    done_bytes: int = 0  # bytes of all inputs read so far
+
+
+@dataclass
+class Texts:
+    """What a chunk holds: texts of each key, and messages about records that were no documents."""
+
+    texts: dict[str, list[str]]
+    bad: list[str] = field(default_factory=list)
+    empty: int = 0
+
+
+def find_files(inputs: Iterable[str | Path]) -> list[Path]:
+    """The files themselves, and of each folder the files with a known ending, sorted by name."""
+    files: list[Path] = []
+    for given in inputs:
+        path = Path(given)
+        if path.is_dir():
+            inside = sorted(file for file in path.iterdir() if file.is_file() and _reader(file) is not None)
+            if not inside:
+                raise DataError(f"folder {path} holds no file with a known ending: {', '.join(READERS)}")
+            files += inside
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise DataError(f"input {path} does not exist")
+    return files
+
+
+def chunks(files: Sequence[Path], key: str = "text") -> Iterator[Chunk]:
+    """All chunks of the files in order. `key` is the column of parquet files. DataError names a damaged file."""
+    before = 0
+    for path in files:
+        reader = _reader(path)
+        if reader is None:
+            raise DataError(f"{path}: unknown ending; known are {', '.join(READERS)}")
+        with path.open("rb") as file:
+            try:
+                for chunk in reader(file, str(path), key):
+                    yield replace(chunk, done_bytes=before + file.tell())
+            except (zstandard.ZstdError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, EOFError) as error:
+                raise DataError(f"{path} is damaged: {error}") from error
+            except (tarfile.TarError, zipfile.BadZipFile) as error:
+                raise DataError(f"{path} is damaged: {error}") from error
+        before += path.stat().st_size
+
+
+def texts_of(chunk: Chunk, keys: Sequence[str], skip_bad: bool = False) -> Texts:
+    """Parse a chunk. A record that is no document raises DataError with file and line, or is told of in `bad`."""
+    found = Texts({key: [] for key in keys})
+    records = chunk.lines.replace(b"\r\n", b"\n").split(b"\n") if chunk.lines else chunk.records
+    for number, record in enumerate(records, start=chunk.first):
+        if chunk.is_json and not record.strip():
+            continue  # blank lines, and what follows the last newline
+        try:
+            texts = _parse(record, keys) if chunk.is_json else dict.fromkeys(keys, _decode(record))
+        except ValueError as error:
+            message = f"{chunk.path}:{number}: {error}"
+            if not skip_bad:
+                raise DataError(f"{message}; mend it, or leave such records out with --skip-bad") from None
+            found.bad.append(message)
+            continue
+        for key, text in texts.items():
+            if text:
+                found.texts[key].append(text)
+            else:
+                found.empty += 1
+    return found
+
+
+def documents(files: Sequence[Path], key: str = "text", skip_bad: bool = False) -> Iterator[str]:
+    """The texts alone, in this process."""
+    for chunk in chunks(files, key):
+        yield from texts_of(chunk, (key,), skip_bad).texts[key]
+
+
+def _decode(record: bytes) -> str:
+    try:
+        return record.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"invalid UTF-8 at byte {error.start}: {record[error.start : error.start + 4]!r}") from None
+
+
+def _parse(record: bytes, keys: Sequence[str]) -> dict[str, str]:
+    try:
+        value = json.loads(_decode(record))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"no JSON: {error}") from None
+    texts = {}
+    for key in keys:
+        text = value
+        if isinstance(value, dict):
+            if key not in value:
+                raise ValueError(f"no field {key!r}; the record has {', '.join(map(repr, value)) or 'none'}")
+            text = value[key]
+        if isinstance(text, list) and all(isinstance(part, str) for part in text):
+            text = "\n\n".join(text)
+        if not isinstance(text, str):
+            raise ValueError(f"field {key!r} is no text but {type(text).__name__}")
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"field {key!r} holds half of a surrogate pair, which no UTF-8 can express")
+        texts[key] = text
+    return texts
+
+
+# --- bytes ---
+
+
+def _blocks(file: IO[bytes]) -> Iterator[bytes]:
+    while block := file.read(BLOCK_BYTES):
+        yield block
+
+
+def _decompress(file: IO[bytes], new: Callable) -> Iterator[bytes]:
+    """Decompressed blocks of one or more streams back to back. EOFError if the last one is cut off."""
+    stream = None
+    for block in _blocks(file):
+        while block:
+            stream = stream or new()
+            yield stream.decompress(block)
+            block = stream.unused_data if stream.eof else b""
+            stream = None if stream.eof else stream
+    if stream is not None:
+        raise EOFError("it ends in the middle of its compressed data")
+
+
+def _gunzip(file: IO[bytes]) -> Iterator[bytes]:
+    return _decompress(file, lambda: zlib.decompressobj(wbits=31))
+
+
+def _unzstd(file: IO[bytes]) -> Iterator[bytes]:
+    return _decompress(file, lambda: zstandard.ZstdDecompressor().decompressobj())
+
+
+# --- records: each reader takes (open file, path for messages, key) ---
+
+
+def _lines(path: str, blocks: Iterable[bytes], is_json: bool) -> Iterator[Chunk]:
+    first, pending = 1, []
+    for block in blocks:
+        head, newline, rest = block.rpartition(b"\n")
+        if not newline:
+            pending.append(block)  # a line longer than a block
+            continue
+        lines = b"".join([*pending, head])
+        yield Chunk(path, first, is_json, lines=lines)
+        first += lines.count(b"\n") + 1
+        pending = [rest]
+    if rest := b"".join(pending):
+        yield Chunk(path, first, is_json, lines=rest)
+
+
+def _read_jsonl(file: IO[bytes], path: str, key: str) -> Iterator[Chunk]:
+    return _lines(path, _blocks(file), is_json=True)
+
+
+def _read_jsonl_zst(file: IO[bytes], path: str, key: str) -> Iterator[Chunk]:
+    return _lines(path, _unzstd(file), is_json=True)
+
+
+def _read_json_gz(file: IO[bytes], path: str, key: str) -> Iterator[Chunk]:
+    return _lines(path, _gunzip(file), is_json=True)
+
+
+def _read_gz(file: IO[bytes], path: str, key: str) -> Iterator[Chunk]:
+    return _lines(path, _gunzip(file), is_json=False)
+
+
+def _read_txt(file: IO[bytes], path: str, key: str) -> Iterator[Chunk]:
+    yield Chunk(path, 1, is_json=False, records=(file.read(),))
+
+
+def _read_json_zst(file: IO[bytes], path: str, key: str) -> Iterator[Chunk]:
+    """One JSON array."""
+    try:
+        values = json.loads(b"".join(_unzstd(file)))
+    except ValueError as error:
+        raise DataError(f"{path}: no JSON: {error}") from error
+    if not isinstance(values, list):
+        raise DataError(f"{path}: expected a JSON array of texts, found {type(values).__name__}")
+    records = (json.dumps(value).encode() for value in values)
+    return _grouped(path, records, is_json=True)
+
+
+def _read_dat_zst(file: IO[bytes], path: str, key: str) -> Iterator[Chunk]:
+    """Records of 16 ASCII digits, the length in bytes, and a text."""
+    return _grouped(path, _dat_records(path, _unzstd(file)), is_json=False)
+
+
+def _dat_records(path: str, blocks: Iterator[bytes]) -> Iterator[bytes]:
+    buffer, number = bytearray(), 0
+
+    def take(size: int) -> bytes:
+        while len(buffer) < size and (block := next(blocks, None)) is not None:
+            buffer.extend(block)
+        if len(buffer) < size:
+            raise DataError(f"{path}: record {number} ends too early: {len(buffer)} of {size} bytes")
+        taken = bytes(buffer[:size])
+        del buffer[:size]
+        return taken
+
+    while buffer or (block := next(blocks, None)) is not None:
+        if not buffer:
+            buffer.extend(block)
+            continue
+        number += 1
+        header = take(16)
+        if not header.strip().isdigit():
+            raise DataError(f"{path}: record {number} begins with {header!r} instead of its length")
+        yield take(int(header))
+
+
+def _read_zip(file: IO[bytes], path: str, key: str) -> Iterator[Chunk]:
+    with zipfile.ZipFile(file) as archive:
+        for info in archive.infolist():
+            if not info.is_dir():
+                yield Chunk(f"{path}/{info.filename}", 1, is_json=False, records=(archive.read(info),))
+
+
+def _read_tar(file: IO[bytes], path: str, key: str) -> Iterator[Chunk]:
+    """Each member is a document; members that are archives of one of the known kinds are read as such."""
+    with tarfile.open(fileobj=file, mode="r|*") as archive:
+        for member in archive:
+            inside = archive.extractfile(member) if member.isfile() else None
+            if inside is not None:
+                reader = _reader(Path(member.name)) or _read_txt
+                yield from reader(inside, f"{path}/{member.name}", key)
+
+
+def _read_parquet(file: IO[bytes], path: str, key: str) -> Iterator[Chunk]:
+    try:
+        parquet = import_module("pyarrow.parquet")
+    except ImportError:
+        raise DataError(f"{path}: reading parquet needs the package pyarrow: pip install pyarrow") from None
+    table = parquet.ParquetFile(file)
+    if key not in table.schema_arrow.names:
+        raise DataError(f"{path}: no column {key!r}; it has {', '.join(map(repr, table.schema_arrow.names))}")
+    rows = (row for batch in table.iter_batches(columns=[key]) for row in batch.column(0).to_pylist())
+    return _grouped(path, ((row or "").encode() for row in rows), is_json=False)
+
+
+def _grouped(path: str, records: Iterable[bytes], is_json: bool) -> Iterator[Chunk]:
+    first, group, size = 1, [], 0
+    for record in records:
+        group.append(record)
+        size += len(record)
+        if size >= BLOCK_BYTES:
+            yield Chunk(path, first, is_json, records=tuple(group))
+            first, group, size = first + len(group), [], 0
+    if group:
+        yield Chunk(path, first, is_json, records=tuple(group))
+
+
+READERS: dict[str, Callable[[IO[bytes], str, str], Iterator[Chunk]]] = {
+    ".jsonl": _read_jsonl,
+    ".jsonl.zst": _read_jsonl_zst,
+    ".jsonl.gz": _read_json_gz,
+    ".jsonl.zst.tar": _read_tar,
+    ".txt": _read_txt,
+    ".json.gz": _read_json_gz,
+    ".json.zst": _read_json_zst,
+    ".dat.zst": _read_dat_zst,
+    ".zip": _read_zip,
+    ".tar.gz": _read_tar,
+    ".tar.xz": _read_tar,
+    "_data.xz": _read_tar,  # OpenWebText: urlsf_subset*_data.xz, archives within openwebtext.tar.xz
+    ".parquet": _read_parquet,
+    ".gz": _read_gz,
+}
+
+
+def _reader(path: Path) -> Callable[[IO[bytes], str, str], Iterator[Chunk]] | None:
+    """The reader of the longest ending that fits."""
+    endings = [ending for ending in READERS if path.name.endswith(ending)]
+    return READERS[max(endings, key=len)] if endings else None
