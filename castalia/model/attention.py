@@ -20,12 +20,16 @@ class Cache(Protocol):
     length: int
     lengths: Tensor | None
 
+    def reserve(self, count: int) -> Tensor:
+        """The places of the next `count` tokens: [b, count], or [1, count] where all rows are alike."""
+        ...
+
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store [b, kv, t, d] after the earlier tokens of each row and return all that is stored, [b, kv, k, d]."""
+        """Store one layer's [b, kv, t, d] at the reserved places and return all that it has, [b, kv, k, d]."""
         ...
 
     def advance(self, count: int) -> None:
-        """Count the tokens that every layer has now stored."""
+        """All layers have stored the reserved tokens."""
         ...
 
 

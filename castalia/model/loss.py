@@ -58,8 +58,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, scale: Tensor):
-        (d_hidden, d_weight), ctx.gradients = ctx.gradients, None  # scaled in place, so they serve only once
-        return *(None if d is None else d.mul_(scale) for d in (d_hidden, d_weight)), None, None
+        return *scaled_gradients(ctx, scale), None, None
+
+
+def scaled_gradients(ctx, scale: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients that the forward pass left: scaled in place, or kept if the graph is to be used again."""
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        return tuple(None if d is None else d * scale for d in ctx.gradients)
+    gradients, ctx.gradients = ctx.gradients, None
+    return tuple(None if d is None else d.mul_(scale) for d in gradients)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -100,11 +100,9 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """The hidden state [b, t, h] from which logits come, so that a caller can choose the tokens it needs."""
         t = tokens.shape[1]
-        places = torch.arange(t, device=tokens.device)[None]  # in the sequence; `positions` may differ from them
-        start = 0
-        if cache is not None:
-            start = cache.length
-            places = places + (start if cache.lengths is None else cache.lengths[:, None])
+        start = 0 if cache is None else cache.length
+        # Places in the sequence, which say who sees whom; `positions` may differ from them.
+        places = torch.arange(t, device=tokens.device)[None] if cache is None else cache.reserve(t)
         if positions is None:
             positions = places if documents is None else restarted(documents)
             end = start + t

@@ -1,0 +1,155 @@
+"""Writing text: prompts go in together, each row's text comes out piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from castalia.errors import DataError
+from castalia.generate.cache import KVCache
+from castalia.generate.sample import Noise, choose
+from castalia.generate.text import TextStream, Tokenizer
+from castalia.model.transformer import Transformer
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How texts are written. Temperature 0 takes the likeliest token; top_k and top_p 0 mean all tokens."""
+
+    max_tokens: int = 64  # of one text
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 0.0
+    seed: int = 0
+    stop: Sequence[str] = ()  # a text ends before any of these
+    num_samples: int = 1  # texts for each prompt
+    batch_size: int = 16  # texts that are written at a time
+
+
+class Piece(NamedTuple):
+    """Text that follows in a row; rows are numbered prompt by prompt, the samples of one prompt side by side."""
+
+    row: int
+    text: str
+    last: bool
+
+
+@dataclass
+class Row:
+    """One text that is being written; the model sees `ids[start:]`."""
+
+    number: int
+    ids: list[int]
+    text: TextStream
+    start: int = 0
+    count: int = 0  # tokens written
+    done: bool = False
+
+    @property
+    def length(self) -> int:
+        return len(self.ids) - self.start
+
+    def take(self, token: int, eod_id: int | None, max_tokens: int) -> Piece:
+        """Add the next token; the text that it makes certain."""
+        self.count += 1
+        text = ""
+        if token == eod_id:
+            self.done = True
+        else:
+            self.ids.append(token)
+            text = self.text.push(token)
+            self.done = self.text.stopped or self.count == max_tokens
+        return Piece(self.number, text + (self.text.finish() if self.done else ""), self.done)
+
+
+def generate(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Prompt], **sampling) -> list[str]:
+    """The texts that follow the prompts, `num_samples` for each in turn. Keywords are the fields of `Sampling`."""
+    options = Sampling(**sampling)
+    texts = [""] * (len(prompts) * options.num_samples)
+    for piece in stream(model, tokenizer, prompts, options):
+        texts[piece.row] += piece.text
+    return texts
+
+
+@torch.inference_mode()
+def stream(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Piece]:
+    """Write after each prompt (text or token ids; an empty one begins a document), yielding the pieces as they come.
+
+    A row ends with the end-of-document token, before a stop string, or after `max_tokens`. What it holds depends on
+    the prompt, the seed and the row's number, not on the other rows. A row that outgrows the model's positions goes on
+    with the later half of them in view. The model should be in eval mode. DataError for a prompt it cannot take.
+    """
+    rows: list[Row] = []
+    for prompt in prompts:
+        ids = _prompt_ids(model, tokenizer, prompt)
+        for _ in range(sampling.num_samples):
+            rows.append(Row(len(rows), list(ids), TextStream(tokenizer, ids, tuple(sampling.stop))))
+    for first in range(0, len(rows), sampling.batch_size):
+        yield from _write(model, tokenizer, rows[first : first + sampling.batch_size], sampling)
+
+
+def _write(model: Transformer, tokenizer: Tokenizer, rows: list[Row], sampling: Sampling) -> Iterator[Piece]:
+    """One batch of rows, until all are done."""
+    vocab_size = min(model.cfg.vocab_size or tokenizer.vocab_size, tokenizer.vocab_size)  # padding is never chosen
+    device = model.embed.weight.device
+    noise = Noise(sampling.seed, [row.number for row in rows], device) if sampling.temperature else None
+    cache, hidden = _read(model, rows, sampling.max_tokens)
+    while True:
+        logits = model.logits(hidden)[:, :vocab_size]
+        tokens = choose(logits, noise, sampling.temperature, sampling.top_k, sampling.top_p)
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            if not row.done:
+                yield row.take(token, tokenizer.eod_id, sampling.max_tokens)
+        alive = [i for i, row in enumerate(rows) if not row.done]
+        if not alive:
+            return
+        if cache.length < cache.capacity:
+            hidden = model.hidden(tokens[:, None], cache=cache)[:, 0]
+            continue
+        rows = [rows[i] for i in alive]
+        if noise is not None:
+            noise.keep(alive)
+        cache, hidden = _read(model, rows, sampling.max_tokens)
+
+
+def _read(model: Transformer, rows: Sequence[Row], max_tokens: int) -> tuple[KVCache, Tensor]:
+    """A cache filled with what the rows hold, and the hidden state [rows, h] of each one's last token."""
+    limit = model.cfg.max_positions
+    for row in rows:
+        if limit is not None and row.length > limit:
+            row.start = len(row.ids) - max(1, limit // 2)
+    longest = max(row.length for row in rows)
+    capacity = longest + max(max_tokens - row.count for row in rows)
+    weight = model.embed.weight
+    dtype = model.compute_dtype or weight.dtype
+    cache = KVCache(model.cfg, len(rows), min(capacity, limit or capacity), weight.device, dtype)
+    lengths = torch.tensor([row.length for row in rows], device=weight.device)
+    padded = [row.ids[row.start :] + [0] * (longest - row.length) for row in rows]
+    # Padding lies behind each row's tokens, where causal attention keeps it out of sight.
+    hidden = model.hidden(torch.tensor(padded, device=weight.device), cache=cache)
+    if any(row.length < longest for row in rows):
+        cache.set_lengths(lengths)
+    return cache, hidden[torch.arange(len(rows), device=weight.device), lengths - 1]
+
+
+def _prompt_ids(model: Transformer, tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    if not ids:
+        if tokenizer.eod_id is None:
+            raise DataError("an empty prompt begins with the end-of-document token, which this tokenizer does not have")
+        ids = [tokenizer.eod_id]
+    limit, num_rows = model.cfg.max_positions, model.embed.weight.shape[0]
+    shown = repr(prompt if len(prompt) <= 40 else f"{prompt[:40]}...")
+    if limit is not None and len(ids) > limit:
+        raise DataError(f"the prompt {shown} has {len(ids)} tokens; the model takes {limit} (model.max_positions)")
+    if max(ids) >= num_rows:
+        raise DataError(
+            f"the prompt {shown} has token {max(ids)}, but the model knows {num_rows}; is its tokenizer right?"
+        )
+    return ids
