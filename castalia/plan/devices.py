@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from castalia.errors import ConfigError
 
@@ -17,7 +17,7 @@ NODE = 8  # devices that share the fast link
 class Device:
     name: str
     memory_gib: float
-    tflops: float | None  # dense bf16 (fp16 on V100 and T4); None: unknown
+    tflops: float  # dense bf16, fp16 on V100 and T4
     bandwidth: float  # GB/s of its memory
     link: float  # GB/s in one direction to the devices of its node
     network: float  # GB/s in one direction to other nodes, its share
@@ -44,7 +44,6 @@ DEVICES = {
     )
 }
 _SHORT = {"v100": "v100-32", "a100": "a100-80", "rtx4090": "4090", "rtx3090": "3090"}
-_BY_MEMORY = {40: "a100-40", 80: "a100-80"}
 
 
 def parse_gpus(text: str) -> tuple[int, Device, str | None]:
@@ -62,10 +61,9 @@ def parse_gpus(text: str) -> tuple[int, Device, str | None]:
         known = ", ".join(device.name for device in DEVICES.values())
         raise ConfigError(f"--gpus {text}: write NUMBERxDEVICE, as in 96x40GB, 8xH100 or cpu; known devices: {known}")
     memory = int(size[1])
-    if memory in _BY_MEMORY:
-        device = DEVICES[_BY_MEMORY[memory]]
-        return number, device, f"devices of {memory} GB: the speed of an {device.name}"
-    return number, Device(f"{memory}GB", memory, None, 1000, 100, 12.5), f"devices of {memory} GB: speed unknown, no times"
+    like = DEVICES["a100-80" if memory > 40 else "a100-40"]
+    device = replace(like, name=f"{memory}GB", memory_gib=memory)
+    return number, device, f"devices of {memory} GB: the speed of an {like.name}"
 
 
 def this_cpu() -> Device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from castalia.config.schema import Model
@@ -49,7 +50,11 @@ class Stage:
 
 def problem(model: Model, layout: Layout) -> str | None:
     """Why this model cannot be cut this way, None if it can."""
-    cuts = {"model.num_heads": model.num_heads, "model.num_kv_heads": model.kv_heads, "the MLP's width": model.mlp_width}
+    cuts = {
+        "model.num_heads": model.num_heads,
+        "model.num_kv_heads": model.kv_heads,
+        "the MLP's width": model.mlp_width,
+    }
     if model.vocab_size is not None:
         cuts["the padded vocabulary"] = model.padded_vocab_size
     for what, size in cuts.items():
@@ -60,10 +65,11 @@ def problem(model: Model, layout: Layout) -> str | None:
     return None
 
 
-def stages(model: Model, pp: int, length: int) -> list[Stage]:
+@lru_cache
+def stages(model: Model, pp: int, length: int) -> tuple[Stage, ...]:
     """Blocks for each stage, so that the slowest stage, the head counted with the last one, is as fast as possible."""
     if pp == 1:
-        return [Stage(0, model.num_layers, True, True)]
+        return (Stage(0, model.num_layers, True, True),)
     block, head = block_flops(model, length), head_flops(model)
 
     def slowest(in_last: int) -> float:
@@ -73,4 +79,4 @@ def stages(model: Model, pp: int, length: int) -> list[Stage]:
     each, more = divmod(model.num_layers - in_last, pp - 1)
     # The first stages hold the most micro-batches, so the odd blocks go to the later ones.
     layers = [each + (stage >= pp - 1 - more) for stage in range(pp - 1)] + [in_last]
-    return [Stage(i, n, i == 0, i == pp - 1) for i, n in enumerate(layers)]
+    return tuple(Stage(i, n, i == 0, i == pp - 1) for i, n in enumerate(layers))

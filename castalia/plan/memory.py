@@ -1,26 +1,39 @@
 """Bytes on each rank while it trains: what autograd keeps, counted tensor by tensor from the model's own code.
 
-Parameters are fp32 and are the masters. In 16-bit compute each linear map casts its weight where it is used, and autograd
-keeps the cast until that block's backward pass. The head and the loss work through chunks of rows, so that fp32 logits
-exist for one chunk only.
+Parameters are fp32 and are the masters. In 16-bit compute each linear map casts its weight where it is used, and
+autograd keeps the cast until that block's backward pass. The head and the loss work through chunks of rows, so that
+fp32 logits exist for one chunk only. A step's memory is largest at one of four moments: when the loss is taken, when
+the backward pass enters the last block, in the first one, or when all gradients are there.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from math import prod
+from functools import cached_property, lru_cache
 
 from castalia.config.schema import Model
 from castalia.plan.count import block_shapes, local_size, tensor_shapes
 from castalia.plan.layout import Layout, Stage, stages
 
 LOGIT_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}  # of one chunk's fp32 logits
-_KEEPS_OUTPUT = {"relu", "sigmoid", "identity"}  # their backward pass needs the output, which the next matrix keeps anyway
+_KEEPS_OUTPUT = {"relu", "sigmoid", "identity"}  # their backward pass needs the output, which the next matrix keeps too
+
+
+@dataclass(frozen=True)
+class Compute:
+    """What memory depends on besides model and layout."""
+
+    element_bytes: int = 2  # of the compute dtype
+    device: str = "cuda"  # or "cpu", whose RMSNorm is made of several operations
+
+    @property
+    def casts(self) -> bool:
+        return self.element_bytes < 4
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the moment of a step when their sum is largest."""
+    """Bytes of one rank at the moment of a step when their sum is largest."""
 
     masters: int
     moments: int
@@ -36,38 +49,38 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Compute:
-    """What the memory of activations depends on besides model and layout."""
+class Activations:
+    """Bytes of one block for one micro-batch."""
 
-    element_bytes: int = 2  # of the compute dtype
-    device: str = "cuda"  # or "cpu", whose RMSNorm is made of several operations
-
-    @property
-    def casts(self) -> bool:
-        return self.element_bytes < 4
+    whole: int  # all that its backward pass needs
+    kept: int  # of this, what stays from forward to backward under the recompute policy
+    again: int  # what the backward pass makes once more
 
 
-def block_activations(model: Model, layout: Layout, tokens: int, compute: Compute) -> int:
-    """Bytes that one block keeps for its backward pass when nothing is recomputed."""
+def activations(model: Model, layout: Layout, tokens: int, compute: Compute) -> Activations:
     size, tp = compute.element_bytes, layout.tp
     stream = tokens * model.hidden_size // (tp if layout.sequence_parallel else 1)  # one [tokens, hidden]
     heads, kv = (n * model.head_size * tokens // tp for n in (model.num_heads, model.kv_heads))
     inner = model.mlp_width * tokens // tp
+    softmax = 4 * tokens * model.num_heads // tp
 
     num_norms = 1 if model.shared_norm else 2
-    num_inputs = 1 if model.parallel_residual else num_norms
-    normed = num_norms * stream * size  # the norms' outputs, kept by the matrices that follow
-    attention = heads + 2 * kv + heads  # q, k, v in one tensor; the output
-    if model.position == "rotary":
-        attention += heads + kv
-    if model.qk_norm:
-        attention += heads + kv
-    if model.kv_heads < model.num_heads:
-        attention += heads  # queries gathered from their groups
+    attention = 2 * heads + 2 * kv  # q, k and v in one tensor, and the output
+    copies = heads + kv if model.position == "rotary" or model.qk_norm else 0
+    copies += heads if model.kv_heads < model.num_heads else 0  # queries gathered from their groups
     mlp = inner * (4 if model.gated_mlp else 1 if model.activation in _KEEPS_OUTPUT else 2)
-    statistics = 4 * tokens * (2 * num_norms + model.num_heads // tp)  # of norms and softmax
-    masks = 2 * stream if model.hidden_dropout else 0
-    return _norm_inputs(model, num_inputs, stream, compute) + normed + (attention + mlp) * size + statistics + masks
+    norms = _norm_inputs(model, 1 if model.parallel_residual else num_norms, stream, compute)
+    norms += num_norms * (stream * size + 8 * tokens)  # outputs, kept by the matrices that follow, and statistics
+    masks = 2 * stream * (1 if compute.device == "cuda" else size) if model.hidden_dropout else 0
+    whole = norms + (attention + copies + mlp) * size + softmax + masks
+
+    if layout.recompute == "none":
+        return Activations(whole, whole, 0)
+    if layout.recompute == "full":
+        return Activations(whole, stream * size, whole - stream * size)
+    products = attention + inner * (2 if model.gated_mlp else 1)  # what the backward pass finds ready
+    kept = (stream + products + 2 * stream) * size + softmax  # the block's input, the results of all matrices
+    return Activations(whole, kept, whole - (stream + products) * size - softmax)
 
 
 def _norm_inputs(model: Model, number: int, stream: int, compute: Compute) -> int:
@@ -76,141 +89,178 @@ def _norm_inputs(model: Model, number: int, stream: int, compute: Compute) -> in
     return number * stream * (8 if single_operations else compute.element_bytes)
 
 
-def kept_activations(model: Model, layout: Layout, tokens: int, compute: Compute, layers: int) -> int:
-    """Bytes that `layers` blocks keep between forward and backward of one micro-batch."""
-    whole = block_activations(model, layout, tokens, compute)
-    stream = tokens * model.hidden_size // (layout.tp if layout.sequence_parallel else 1) * compute.element_bytes
-    if layout.recompute == "full":  # the blocks' inputs, and one block at a time in full
-        return layers * stream + whole
-    if layout.recompute == "selective":
-        inner = model.mlp_width * tokens // layout.tp * compute.element_bytes * (4 if model.gated_mlp else 2)
-        return layers * (whole - inner) + inner
-    return layers * whole
+@dataclass(frozen=True)
+class Rank:
+    """Any rank of one pipeline stage; its tensor and data ranks all have the same sizes."""
+
+    model: Model
+    layout: Layout
+    stage: Stage
+    length: int
+    compute: Compute
+
+    @cached_property
+    def tokens(self) -> int:
+        """Of one micro-batch."""
+        return self.layout.micro_batch * self.length // self.layout.cp
+
+    @cached_property
+    def stream(self) -> int:
+        """Bytes of one [tokens, hidden] in the compute dtype."""
+        return self.tokens * self.model.hidden_size * self.compute.element_bytes
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        return _local_sizes(self.model, self.layout.tp)
+
+    @property
+    def block(self) -> int:
+        """Parameters of one block before sharding over data ranks."""
+        return self.sizes["block"]
+
+    @property
+    def vocabulary(self) -> int:
+        """Elements of the embedding or the head."""
+        return self.sizes["embed.weight"]
+
+    @cached_property
+    def one(self) -> Activations:
+        """Of one block and one micro-batch."""
+        return activations(self.model, self.layout, self.tokens, self.compute)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Of the stage before sharding over data ranks; a tied embedding is on its first and its last stage."""
+        names: tuple[str, ...] = ()
+        if self.stage.first:
+            names += ("embed.", "positions.")
+        if self.stage.last:
+            names += ("norm.", "embed." if self.model.tie_embeddings else "head.")
+        outside = sum(size for name, size in self.sizes.items() if name.startswith(names))
+        return self.stage.layers * self.block + outside
+
+    @property
+    def shards(self) -> int:
+        return self.layout.dp if self.layout.zero else 1
+
+    def memory(self) -> Memory:
+        moments = (self._at_loss(), self._entering_blocks(), self._in_first_block(), self._at_end())
+        return max(moments, key=lambda memory: memory.total)
+
+    def _at_loss(self) -> Memory:
+        head = 3 * self.stream if self.stage.last else 0  # the last norm's input and output, its output's gradient
+        return self._memory(
+            gradients=self._gradients(done=0) + self._head_gradient,
+            copies=self._copies(self._cast_blocks, head=self.stage.last),
+            activations=self._kept + head,
+            logits=self._loss_work() if self.stage.last else 0,
+        )
+
+    def _entering_blocks(self) -> Memory:
+        return self._memory(
+            gradients=self._gradients(done=0) + self._head_gradient,
+            copies=self._copies(max(1, self._cast_blocks), head=False),
+            activations=self._kept + self.one.again + self._backward_work,
+        )
+
+    def _in_first_block(self) -> Memory:
+        above = self.parameters - self.block - (self.vocabulary if self.stage.first else 0)
+        return self._memory(
+            gradients=self._gradients(done=above),
+            copies=self._copies(1, head=False),
+            activations=self.one.whole + self._backward_work,
+        )
+
+    def _at_end(self) -> Memory:
+        # A tied embedding's own gradient is made whole before it is added to the head's.
+        tied = 4 * self.vocabulary if self.model.tie_embeddings and self.stage.first else 0
+        return self._memory(
+            gradients=self._gradients(done=self.parameters) + tied,
+            copies=self._copies(0, head=False),
+            activations=2 * self.stream,
+        )
+
+    def _memory(self, *, gradients: int, copies: int, activations: int, logits: int = 0) -> Memory:
+        masters = 4 * self.parameters // self.shards
+        return Memory(masters, 2 * masters, gradients, copies, activations, logits, self._buffers)
+
+    @property
+    def _kept(self) -> int:
+        in_flight = min(self.layout.accumulation, self.layout.pp - self.stage.index)  # one forward, one backward
+        return self.stage.layers * in_flight * self.one.kept
+
+    @property
+    def _backward_work(self) -> int:
+        """Gradients of the inner width and of the stream; what they were made from is freed by then."""
+        inner = self.tokens * self.model.mlp_width // self.layout.tp * self.compute.element_bytes
+        still_needed = 2 if self.model.activation in _KEEPS_OUTPUT and not self.model.gated_mlp else 1
+        return still_needed * inner + 2 * self.stream
+
+    @property
+    def _head_gradient(self) -> int:
+        return 4 * self.vocabulary if self.stage.last else 0
+
+    def _gradients(self, done: int) -> int:
+        """Bytes of fp32 gradients, those of earlier micro-batches included, once `done` parameters have theirs."""
+        if self.layout.accumulation > 1:
+            done = self.parameters
+        if self.layout.zero == 0 or (self.layout.zero == 1 and self.layout.accumulation > 1):
+            return 4 * done  # zero 1 sums in full and cuts once for each step
+        return 4 * done // self.shards + 4 * self.block
+
+    @property
+    def _cast_blocks(self) -> int:
+        return self.stage.layers if self.layout.recompute == "none" else 0
+
+    def _copies(self, blocks: int, head: bool) -> int:
+        """Weights in the compute dtype, when so many blocks and the head hold theirs."""
+        size = self.compute.element_bytes
+        if self.layout.zero in (1, 2) and self.shards > 1:  # gathered for the whole step
+            return size * self.parameters
+        if self.layout.zero == 3 and self.shards > 1:  # the block at work and the one fetched ahead
+            return size * (2 * self.block + (self.vocabulary if head else 0))
+        return size * (blocks * self.block + (self.vocabulary if head else 0)) if self.compute.casts else 0
+
+    def _loss_work(self) -> int:
+        """Working memory of one chunk of logits."""
+        vocabulary, size = self.model.padded_vocab_size // self.layout.tp, self.compute.element_bytes
+        rows = min(self.tokens, max(1, LOGIT_CHUNK_BYTES[self.compute.device] // (4 * vocabulary)))
+        if not self.compute.casts:
+            return 8 * rows * vocabulary
+        softmax = (size + (8 if self.compute.device == "cpu" else 4)) * rows * vocabulary
+        product = (4 + size) * rows * vocabulary + size * self.vocabulary
+        return max(softmax, product)
+
+    @property
+    def _buffers(self) -> int:
+        """Tokens, labels and rotary tables."""
+        rotary = self.model.rotary_size if self.model.position == "rotary" else 0
+        return 16 * self.tokens + self.length * rotary * (8 + self.compute.element_bytes)
 
 
-def rank_memory(model: Model, layout: Layout, stage: Stage, length: int, compute: Compute | None = None) -> Memory:
-    """Bytes of each category on a rank of this pipeline stage. Every tensor and data rank of a stage has the same."""
-    compute = compute or Compute()
-    tokens = layout.micro_batch * length // layout.cp
-    size = compute.element_bytes
-    vocab_matrix = model.padded_vocab_size * model.hidden_size // layout.tp
-    block = sum(local_size(name, shape, layout.tp) for name, shape in block_shapes(model).items())
-    parameters = stage_parameters(model, layout, stage)
-    shards = layout.dp if layout.zero else 1
-    stream = tokens * model.hidden_size * size
-
-    in_flight = min(layout.accumulation, layout.pp - stage.index)
-    kept = kept_activations(model, layout, tokens, compute, stage.layers) * in_flight
-    head_work = head_kept = 0
-    if stage.last:
-        head_kept = 3 * stream  # the last norm's input and output, the gradient of its output
-        head_work = _loss_bytes(vocab_matrix, model.padded_vocab_size // layout.tp, tokens, compute)
-    # Of the first block backward: gradients of the inner width and of the stream, what they were made of already freed.
-    backward_work = tokens * model.mlp_width // layout.tp * size + 2 * stream
-
-    gradients = _gradient_bytes(layout, parameters, block, vocab_matrix if stage.last else 0, shards)
-    copies = _copy_bytes(model, layout, parameters, block, vocab_matrix, stage, size) if compute.casts else 0
-    buffers = _buffer_bytes(model, tokens, length, size)
-    at_loss = Memory(
-        masters=4 * parameters // shards,
-        moments=8 * parameters // shards,
-        gradients=gradients[0],
-        compute_copies=copies,
-        activations=kept + head_kept + (backward_work if head_work < backward_work else 0),
-        logits=head_work if head_work >= backward_work else 0,
-        buffers=buffers,
-    )
-    one_block = block_activations(model, layout, tokens, compute)
-    tied_copy = 4 * vocab_matrix if model.tie_embeddings and stage.first else 0  # the embedding's own gradient, then added
-    at_end = Memory(
-        masters=at_loss.masters,
-        moments=at_loss.moments,
-        gradients=gradients[1] + tied_copy,
-        compute_copies=min(copies, size * block) if layout.zero in (0, 3) else copies,
-        activations=one_block + backward_work,
-        logits=0,
-        buffers=buffers,
-    )
-    return max(at_loss, at_end, key=lambda memory: memory.total)
+@lru_cache
+def _local_sizes(model: Model, tp: int) -> dict[str, int]:
+    """Elements on one tensor rank of a block and of every tensor outside of the blocks."""
+    outside = tensor_shapes(model.model_copy(update={"num_layers": 0}))
+    sizes = {name: local_size(name, shape, tp) for name, shape in outside.items()}
+    return sizes | {"block": sum(local_size(name, shape, tp) for name, shape in block_shapes(model).items())}
 
 
-def stage_parameters(model: Model, layout: Layout, stage: Stage) -> int:
-    """Parameters on one tensor rank of a stage before any sharding over data ranks."""
-    outside = {name: local_size(name, shape, layout.tp) for name, shape in tensor_shapes_outside(model).items()}
-    block = sum(local_size(name, shape, layout.tp) for name, shape in block_shapes(model).items())
-    total = stage.layers * block
-    if stage.first:
-        total += outside["embed.weight"] + outside.get("positions.weight", 0)
-    if stage.last:
-        total += sum(size for name, size in outside.items() if name.startswith(("norm.", "head.")))
-        if model.tie_embeddings and not stage.first:
-            total += outside["embed.weight"]
-    return total
-
-
-def tensor_shapes_outside(model: Model) -> dict[str, tuple[int, ...]]:
-    """The tensors that belong to no block."""
-    return tensor_shapes(model.model_copy(update={"num_layers": 0}))
-
-
-def _gradient_bytes(layout: Layout, parameters: int, block: int, head: int, shards: int) -> tuple[int, int]:
-    """fp32 gradients when the (last) loss is taken, and when the backward pass ends."""
-    accumulates = layout.accumulation > 1
-    if layout.zero == 0:
-        return 4 * (parameters + head if accumulates else head), 4 * parameters
-    if layout.zero == 1 and accumulates:  # summed in full, cut once for each step
-        return 4 * (parameters + head), 4 * parameters
-    kept = 4 * parameters // shards
-    return (kept if accumulates else 0) + 4 * head, kept + 4 * block
-
-
-def _copy_bytes(
-    model: Model, layout: Layout, parameters: int, block: int, vocab_matrix: int, stage: Stage, size: int
-) -> int:
-    """Casts of weights that are alive when the loss is taken."""
-    head = vocab_matrix if stage.last else 0
-    if layout.zero in (1, 2):
-        return size * parameters
-    if layout.zero == 3:  # the block at work and the one fetched ahead
-        return size * (2 * block + head)
-    blocks = 1 if layout.recompute == "full" else stage.layers
-    return size * (blocks * block + head)
-
-
-def _loss_bytes(vocab_matrix: int, vocab: int, tokens: int, compute: Compute) -> int:
-    """Working memory of one chunk of logits."""
-    rows = min(tokens, max(1, LOGIT_CHUNK_BYTES[compute.device] // (4 * vocab)))
-    if not compute.casts:
-        return 8 * rows * vocab
-    softmax = (compute.element_bytes + (8 if compute.device == "cpu" else 4)) * rows * vocab
-    product = (4 + compute.element_bytes) * rows * vocab + compute.element_bytes * vocab_matrix
-    return max(softmax, product)
-
-
-def _buffer_bytes(model: Model, tokens: int, length: int, size: int) -> int:
-    """Tokens, labels and rotary tables."""
-    tables = 4 * length * 2 * model.rotary_size if model.position == "rotary" else 0
-    return 16 * tokens + tables + length * model.rotary_size * size
-
-
-def memory_by_stage(model: Model, layout: Layout, length: int, compute: Compute | None = None) -> list[Memory]:
-    return [rank_memory(model, layout, stage, length, compute) for stage in stages(model, layout.pp, length)]
+def memory_by_stage(model: Model, layout: Layout, length: int, compute: Compute) -> list[Memory]:
+    """The memory of a rank of each pipeline stage."""
+    return [Rank(model, layout, stage, length, compute).memory() for stage in stages(model, layout.pp, length)]
 
 
 def checkpoint_bytes(parameters: int, original: int, fp32: bool) -> dict[str, int]:
     """Sizes of checkpoints: ours, and the original's from the sum of the parameters over its ranks.
 
-    Ours: fp32 weights, which are the masters, and two moments. The original's: compute weights, fp32 masters where they
-    differ from those, two moments.
+    Ours: fp32 weights, which are the masters, and two moments. The original's: weights in the compute dtype, fp32
+    masters where they differ from those, two moments.
     """
-    weight, full = (4, 12) if fp32 else (2, 14)
+    slim, full = (4, 12) if fp32 else (2, 14)
     return {
         "weights": 4 * parameters,
         "full": 12 * parameters,
-        "original_slim": weight * original,
+        "original_slim": slim * original,
         "original_full": full * original,
     }
-
-
-def elements(shapes: dict[str, tuple[int, ...]]) -> int:
-    return sum(map(prod, shapes.values()))
