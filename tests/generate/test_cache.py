@@ -1,0 +1,76 @@
+import pytest
+import torch
+
+from castalia.generate.cache import KVCache
+
+TOKENS = torch.randint(257, (3, 24), generator=torch.Generator().manual_seed(0))
+VARIANTS = [
+    {},
+    {"num_kv_heads": 4, "qk_norm": True},
+    {"position": "learned"},
+    {"position": "sinusoidal"},
+    {"position": "alibi"},
+    {"position": "none"},
+    {"sliding_window": 5},
+    {"position": "alibi", "sliding_window": 5},
+    {"parallel_residual": True, "rotary_pct": 0.5},
+]
+
+
+def cache_for(model, rows: int = 3, capacity: int = 30) -> KVCache:
+    return KVCache(model.cfg, rows, capacity, torch.device("cpu"), model.compute_dtype or torch.float32)
+
+
+@pytest.mark.parametrize("update", VARIANTS, ids=str)
+@pytest.mark.parametrize("chunks", [[24], [1] * 24, [9] + [1] * 15, [9, 5, 10]], ids=len)
+@torch.inference_mode()
+def test_cached_equals_uncached(make_model, update, chunks):
+    model = make_model(**update)
+    cache = cache_for(model)
+    parts = [model(part, cache=cache) for part in TOKENS.split(chunks, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(TOKENS), atol=2e-5, rtol=1e-5)
+    assert cache.length == 24
+
+
+@pytest.mark.parametrize("update", VARIANTS, ids=str)
+@torch.inference_mode()
+def test_ragged_rows_equal_each_row_alone(make_model, update):
+    """Rows of 9, 3 and 6 tokens, padded behind; then five more for each."""
+    model = make_model(**update)
+    cache = cache_for(model)
+    lengths = torch.tensor([9, 3, 6])
+    model(TOKENS[:, :9].where(torch.arange(9) < lengths[:, None], 0), cache=cache)
+    cache.set_lengths(lengths)
+    for step in range(5):
+        tokens = TOKENS[torch.arange(3), lengths + step][:, None]
+        logits = model(tokens, cache=cache)[:, 0]
+        alone = torch.stack([model(TOKENS[i : i + 1, : n + step + 1])[0, -1] for i, n in enumerate(lengths.tolist())])
+        torch.testing.assert_close(logits, alone, atol=2e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_cached_equals_uncached_in_bf16(make_model):
+    model = make_model()
+    model.compute_dtype = torch.bfloat16
+    cache = cache_for(model)
+    parts = [model(part, cache=cache) for part in TOKENS.split([9] + [1] * 15, dim=1)]
+    expected = model(TOKENS).float()
+    assert (torch.cat(parts, dim=1).float() - expected).abs().max() < 0.1 * expected.std()
+
+
+@torch.inference_mode()
+def test_no_mask_for_rows_of_equal_length(make_model, monkeypatch):
+    """A mask would forbid the kernels' fast paths."""
+    masks = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(q, k, v, attn_mask=None, **options):
+        masks.append(attn_mask)
+        return attend(q, k, v, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr("castalia.model.attention.F.scaled_dot_product_attention", spy)
+    model = make_model()
+    cache = cache_for(model)
+    for part in TOKENS.split([9] + [1] * 15, dim=1):
+        model(part, cache=cache)
+    assert len(masks) == 2 * 16 and all(mask is None for mask in masks)
