@@ -19,7 +19,7 @@ from castalia.config.batch import batch_plan
 from castalia.config.schema import RunConfig, Source
 from castalia.data.blend import blend, normalized, weights_by_documents
 from castalia.data.indexed import IndexedDataset, open_dataset
-from castalia.data.samples import IGNORE, Index, assemble, build_packed, locate, pieces, split_bounds
+from castalia.data.samples import IGNORE, Index, assemble, build_overflowing, build_packed, build_unpacked, locate, pieces, split_bounds, trainable
 from castalia.data.tokenizer import load_tokenizer
 from castalia.errors import ConfigError, DataError
 
@@ -259,6 +259,20 @@ def _open_labels(source: Source, text: IndexedDataset) -> IndexedDataset:
 def _index(
     config: RunConfig, text: IndexedDataset, labels: IndexedDataset | None, documents: np.ndarray, wanted: int | None
 ) -> Corpus:
-    if config.data.packing != "packed":
-        raise ConfigError(f"data.packing={config.data.packing} is not supported yet: use packed")
-    return Corpus(text, labels, build_packed(text.sizes, documents, wanted, config.data.seq_length, config.seed))
+    length, seed, packing = config.data.seq_length, config.seed, config.data.packing
+    if packing == "packed":
+        return Corpus(text, labels, build_packed(text.sizes, documents, wanted, length, seed))
+    if wanted is None:
+        raise ConfigError(f"data.packing={packing} needs train.steps: its samples have no epochs")
+    usable = np.ones(len(documents), bool)
+    if packing == "unpacked":
+        if labels is None:
+            raise ConfigError("data.packing=unpacked needs labels: give each source of data.train its `labels`")
+        usable &= trainable(labels, documents, length)
+    elif labels is not None:
+        usable &= trainable(labels, documents, length + 1)
+    if not config.data.allow_chopped:
+        usable &= text.sizes[documents] <= length + 1
+    if packing == "unpacked":
+        return Corpus(text, labels, build_unpacked(documents[usable], wanted, seed))
+    return Corpus(text, labels, build_overflowing(text.sizes, documents, usable, wanted, length, seed))

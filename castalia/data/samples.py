@@ -75,6 +75,67 @@ def build_packed(
     return Index(order, bounds, shuffle)
 
 
+def trainable(labels: IndexedDataset, documents: np.ndarray, length: int) -> np.ndarray:
+    """Which documents have a label that is not masked among their first `length`; bool [documents]."""
+    found = ((labels[document][:length] != IGNORE).any() for document in documents)
+    return np.fromiter(found, bool, len(documents))
+
+
+def build_unpacked(documents: np.ndarray, num_samples: int, seed: int) -> Index:
+    """One document a sample, in turn. `documents` are those that may be used."""
+    order = np.arange(num_samples)
+    np.random.RandomState(seed).shuffle(order)
+    starts = np.arange(num_samples + 1)
+    bounds = np.stack([starts, np.zeros_like(starts)], axis=1)
+    return Index(_some(documents)[starts % len(documents)].astype(np.int64), bounds, order)
+
+
+def build_overflowing(
+    sizes: np.ndarray, documents: np.ndarray, usable: np.ndarray, num_samples: int, seq_length: int, seed: int
+) -> Index:
+    """Whole documents, a new sample wherever the next one would exceed S + 1 tokens.
+
+    All `documents` are shuffled anew for each pass; those outside the mask `usable` [documents] are then left out.
+    As in the original, the last sample has one document and its end lies behind the last document.
+    """
+    _some(documents[usable])
+    rng = np.random.RandomState(seed)
+    order = np.arange(num_samples)
+    rng.shuffle(order)
+    turns = np.arange(len(documents))
+    passes: list[np.ndarray] = []
+    starts: list[int] = []
+    before, room = 0, -1  # documents of earlier passes; tokens that the sample left open can still take
+    while len(starts) < num_samples:
+        rng.shuffle(turns)
+        chosen = documents[turns[usable[turns]]]
+        ends = np.cumsum(sizes[chosen], dtype=np.int64)
+        begins = ends - sizes[chosen]
+        following = np.searchsorted(ends, begins + seq_length + 1, side="right")
+        following = np.maximum(following, np.arange(1, len(chosen) + 1))  # a long document has a sample of its own
+        first = int(np.searchsorted(ends, room, side="right"))
+        room -= int(ends[-1])
+        while first < len(chosen):
+            starts.append(before + first)
+            room = seq_length + 1 - int(ends[-1] - begins[first])
+            first = int(following[first])
+        passes.append(chosen)
+        before += len(chosen)
+    count = starts[num_samples - 1] + 1 if num_samples else 0
+    borders = np.array([*starts[:num_samples], count], np.int64)
+    bounds = np.stack([borders, np.zeros_like(borders)], axis=1)
+    return Index(np.concatenate([*passes, np.empty(0, np.int64)])[:count].astype(np.int64), bounds, order)
+
+
+def _some(documents: np.ndarray) -> np.ndarray:
+    if not len(documents):
+        raise DataError(
+            "no document can be trained on: all are masked within the sequence length or, with "
+            "data.allow_chopped=false, longer than a sample"
+        )
+    return documents
+
+
 def locate(index: Index, position: int) -> int:
     """Sample at a position of the data order. A position or sample that runs off the end is taken modulo the length,
     as often as needed: the original's retry rule, which decides what late positions of a blend hold."""

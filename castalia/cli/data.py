@@ -1,0 +1,193 @@
+"""`castalia data`: prepare corpora, look into them, show what a step trains on."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from castalia.errors import DataError
+
+if TYPE_CHECKING:
+    from castalia.data.prepare import Report
+    from castalia.data.tokenizer import Tokenizer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+TokenizerPath = Annotated[Path | None, typer.Option("--tokenizer", help="tokenizer.json, vocab.json, .model or folder")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+
+@app.callback()
+def data() -> None:
+    """Prepare corpora, look into them, show what a step trains on."""
+
+
+@app.command()
+def prepare(
+    inputs: Annotated[list[Path], typer.Argument(help="files or folders: jsonl, txt, gz, zst, zip, tar, parquet")],
+    output: Annotated[Path, typer.Option(help="writes OUTPUT_text_document.bin and .idx")],
+    tokenizer: TokenizerPath = None,
+    tokenizer_kind: Annotated[str | None, typer.Option(help="hf, gpt2, hf_gpt2, sentencepiece, tiktoken, char, bytes")] = None,
+    merges: Annotated[Path | None, typer.Option(help="merges.txt of GPT-2 BPE files")] = None,
+    jsonl_keys: Annotated[str, typer.Option(help="fields to prepare, separated by commas; one corpus each")] = "text",
+    append_eod: Annotated[bool, typer.Option("--append-eod", help="end each document with the end-of-document id")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="leave out and count records that are no documents")] = False,
+    ftfy: Annotated[bool, typer.Option("--ftfy", help="repair broken Unicode first")] = False,
+    num_docs: Annotated[int | None, typer.Option(help="stop after so many documents", min=1)] = None,
+    mask_before_token: Annotated[
+        str | None, typer.Option(help="ids a,b,c: also write labels without what precedes their first occurrence")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="processes; all cores if left out", min=1)] = None,
+) -> None:
+    """Tokenize text into OUTPUT_text_document.{bin,idx}. The files are the same for any number of workers."""
+    from castalia.data.prepare import Recipe
+    from castalia.data.prepare import prepare as run
+
+    recipe = Recipe(
+        tokenizer=_tokenizer_config(tokenizer, tokenizer_kind, merges),
+        keys=tuple(key.strip() for key in jsonl_keys.split(",")),
+        append_eod=append_eod,
+        skip_bad=skip_bad,
+        ftfy=ftfy,
+        mask_before=_ids(mask_before_token),
+    )
+    start = time.monotonic()
+    with _Progress() as progress:
+        report = run(inputs, output, recipe, workers=workers, num_docs=num_docs, on_progress=progress)
+    seconds = time.monotonic() - start
+    for message in report.bad:
+        print(f"left out: {message}", file=sys.stderr)
+    dropped = f", dropped {report.empty} empty" if report.empty else ""
+    dropped += f", left out {len(report.bad)} bad" if report.bad else ""
+    print(
+        f"{', '.join(report.outputs)}: {report.documents:,} documents, {report.tokens:,} tokens{dropped}, "
+        f"{report.text_bytes / 1e6:.1f} MB in {seconds:.1f} s ({report.text_bytes / 1e6 / seconds:.1f} MB/s)"
+    )
+
+
+class _Progress:
+    """A bar with MB/s and time left on a terminal, nothing elsewhere."""
+
+    def __enter__(self) -> Callable[[Report], None]:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+        console = Console(stderr=True)
+        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+        self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self.bar.start()
+        task = self.bar.add_task("")
+
+        def show(report: Report) -> None:
+            text = f"{report.documents:,} documents, {report.tokens:,} tokens"
+            self.bar.update(task, total=report.total_bytes, completed=report.done_bytes, description=text)
+
+        return show
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+
+@app.command()
+def inspect(
+    prefix: Annotated[Path, typer.Argument(help="the corpus: path of .bin and .idx without the ending")],
+    tokenizer: TokenizerPath = None,
+    as_json: Json = False,
+) -> None:
+    """Documents, tokens, lengths, dtype, largest id and the beginning of the first document."""
+    from castalia.data.indexed import open_dataset
+    from castalia.data.stats import describe
+
+    corpus = open_dataset(prefix)
+    facts = describe(corpus)
+    first = corpus[0][:64].tolist() if len(corpus) else []
+    facts["first_document"] = _load(tokenizer).decode(first) if tokenizer else first
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    for name, value in facts.items():
+        if name == "lengths":
+            continue
+        print(f"{name.replace('_', ' '):18} {f'{value:,}' if isinstance(value, int) else value}")
+    print("length (tokens)    documents")
+    most = max((row["documents"] for row in facts["lengths"]), default=1)
+    for row in facts["lengths"]:
+        print(f"{row['from']:>8,} to {row['to']:>8,} {row['documents']:>9,} {'#' * round(40 * row['documents'] / most)}")
+
+
+@app.command()
+def batch(
+    config: Annotated[list[str], typer.Argument(metavar="CONFIG... [key=value ...]", help="files or presets, overrides")],
+    step: Annotated[int, typer.Option(help="counted from 0", min=0)] = 0,
+    split: Annotated[str, typer.Option(help="train, valid or test")] = "train",
+    npy: Annotated[Path | None, typer.Option(help="write tokens and labels, [2, batch, seq_length], to this .npy")] = None,
+    as_json: Json = False,
+) -> None:
+    """Exactly which documents and tokens a step sees, decoded when the config names a tokenizer."""
+    import numpy as np
+
+    from castalia.config.load import load_config
+    from castalia.data.loader import SPLITS, open_data
+    from castalia.data.tokenizer import load_tokenizer
+
+    files, overrides = [word for word in config if "=" not in word], [word for word in config if "=" in word]
+    run = load_config(files, overrides)
+    chosen = next((name for name in SPLITS if name == split), None)
+    if chosen is None:
+        raise DataError(f"--split {split} is none of {', '.join(SPLITS)}")
+    samples = open_data(run, chosen)
+    arrays = samples.batch(step)
+    if npy is not None:
+        with npy.open("wb") as file:
+            np.save(file, np.stack([arrays.tokens, arrays.labels]))
+    named = run.tokenizer.path is not None or run.tokenizer.kind is not None
+    decoder = load_tokenizer(run.tokenizer) if named else None
+    rows = [
+        {
+            "position": int(position),
+            "pieces": [piece._asdict() for piece in samples.pieces(int(position))],
+            "tokens": tokens.tolist(),
+            "labels": labels.tolist(),
+            "text": decoder.decode(tokens) if decoder else None,
+        }
+        for position, tokens, labels in zip(samples.positions(step), arrays.tokens, arrays.labels, strict=True)
+    ]
+    if as_json:
+        print(json.dumps({"step": step, "split": split, "fingerprint": samples.fingerprint, "samples": rows}))
+        return
+    for number, row in enumerate(rows):
+        print(f"--- step {step}, sequence {number}: position {row['position']} of the data order")
+        for piece in row["pieces"]:
+            print(f"    {piece['prefix']} document {piece['document']}, tokens {piece['start']} to {piece['stop'] - 1}")
+        masked = sum(label < 0 for label in row["labels"])
+        print(f"    {len(row['labels']) - masked} of {len(row['labels'])} labels count for the loss")
+        print(row["text"] if decoder else " ".join(map(str, row["tokens"])))
+
+
+def _ids(text: str | None) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise DataError(f"--mask-before-token {text}: expected token ids such as 50,12,7") from None
+
+
+def _tokenizer_config(path: Path | None, kind: str | None = None, merges: Path | None = None):
+    import pydantic
+
+    from castalia.config.schema import Tokenizer as Config
+
+    try:
+        return Config(kind=kind, path=str(path) if path else None, merges=str(merges) if merges else None)  # type: ignore[arg-type]
+    except pydantic.ValidationError as error:
+        raise DataError(f"--tokenizer-kind {kind}: {error.errors()[0]['msg']}") from None
+
+
+def _load(path: Path) -> Tokenizer:
+    from castalia.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(_tokenizer_config(path))

@@ -1,0 +1,36 @@
+"""`castalia tokenizer`: make a vocabulary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+
+
+@app.callback()
+def tokenizer() -> None:
+    """Train a tokenizer."""
+
+
+@app.command()
+def train(
+    inputs: Annotated[list[Path], typer.Argument(help="text files, jsonl and the other inputs of `data prepare`")],
+    output: Annotated[Path, typer.Option(help="the tokenizer.json to write")],
+    vocab_size: Annotated[int, typer.Option(help="most entries, <|endoftext|> (id 0) and 256 bytes included")] = 4096,
+    jsonl_keys: Annotated[str, typer.Option(help="field of the JSON records that holds the text")] = "text",
+) -> None:
+    """Byte-level BPE learned from text. The same input gives the same file."""
+    import os
+
+    from castalia.data.sources import documents, find_files
+    from castalia.data.tokenizer import train_bpe
+
+    bpe = train_bpe(documents(find_files(inputs), jsonl_keys), vocab_size)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
+    bpe.engine.save(str(temporary))
+    os.replace(temporary, output)
+    print(f"{output}: {bpe.vocab_size} entries")
