@@ -7,6 +7,7 @@ import math
 import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,7 @@ DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SAME_SIZE_INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-CHUNK_BYTES = 4 << 20  # read, write and checksum in pieces that stay in the CPU's cache
+CHUNK_BYTES = 4 << 20  # read and checksum in pieces that stay in the CPU's cache
 MAX_HEADER_BYTES = 100 << 20
 
 Region = Sequence[tuple[int, int]]  # first and one-past-last index of each dimension
@@ -191,23 +192,17 @@ def write_safetensors(path: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -
         header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    written = {}
-    with open(path, "wb", buffering=0) as file:
-        _write_all(file.fileno(), memoryview(len(text).to_bytes(8, "little") + text))
-        position = 8 + len(text)
-        for name, tensor in tensors:
-            data = as_bytes(tensor)
-            written[name] = (position, _write_all(file.fileno(), data))
-            position += len(data)
+    data = [as_bytes(tensor) for _, tensor in tensors]
+    with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
+        checksums = beside.map(zlib.crc32, data)
+        for piece in (memoryview(len(text).to_bytes(8, "little") + text), *data):
+            _write_all(file.fileno(), piece)
         os.fsync(file.fileno())
-    return written
+        offsets = (8 + len(text) + header[name]["data_offsets"][0] for name, _ in tensors)
+        return {name: (offset, crc) for (name, _), offset, crc in zip(tensors, offsets, checksums, strict=True)}
 
 
-def _write_all(descriptor: int, data: memoryview) -> int:
-    """Write and return the CRC-32."""
-    crc, done = 0, 0
+def _write_all(descriptor: int, data: memoryview) -> None:
+    done = 0
     while done < len(data):
-        count = os.write(descriptor, data[done : done + CHUNK_BYTES])
-        crc = zlib.crc32(data[done : done + count], crc)
-        done += count
-    return crc
+        done += os.write(descriptor, data[done:])

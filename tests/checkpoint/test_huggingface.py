@@ -234,6 +234,25 @@ def test_bad_weights_are_refused(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
+class Trap:
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.file,)
+
+
+def test_nothing_in_a_bin_file_runs(tmp_path: Path) -> None:
+    make("gpt2", tmp_path, **GPT2)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    for content in (Trap(tmp_path / "ran"), tensors | {"x": Trap(tmp_path / "ran")}):
+        torch.save(content, tmp_path / "pytorch_model.bin")
+        with pytest.raises(CheckpointError, match="refused"):
+            open_checkpoint(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_the_tokenizer_of_the_folder(tmp_path: Path, fixtures: Path) -> None:
     make("gpt_neox", tmp_path, **NEOX)
     (tmp_path / "tokenizer.json").write_bytes((fixtures / "tokenizer" / "20B_tokenizer.json").read_bytes())

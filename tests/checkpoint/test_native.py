@@ -268,6 +268,8 @@ def test_paths_to_a_checkpoint(tmp_path: Path) -> None:
     save(checkpoints, 2, a_model(2))
     assert open_checkpoint(tmp_path / "run").progress.step == 2
     assert open_checkpoint(tmp_path / "run", step=1).progress.step == 1
+    with pytest.raises(CheckpointError, match="step_000001 is of step 1, not 2"):
+        open_checkpoint(checkpoints / "step_000001", step=2)
     with pytest.raises(CheckpointError, match="no checkpoint of step 7; there are step_000001, step_000002"):
         open_checkpoint(checkpoints, step=7)
     (checkpoints / "latest").unlink()

@@ -34,7 +34,10 @@ def open_checkpoint(path: str | Path, *, step: int | None = None, **hints: objec
     hints = {key: value for key, value in hints.items() if value is not None}
     if unknown := hints.keys() - inspect.signature(reader).parameters.keys():
         raise CheckpointError(f"{folder} is a {name} checkpoint, for which {', '.join(sorted(unknown))} has no meaning")
-    return reader(folder, **hints)
+    checkpoint = reader(folder, **hints)
+    if step is not None and checkpoint.progress.step != step:
+        raise CheckpointError(f"{folder} is of step {checkpoint.progress.step}, not {step}")
+    return checkpoint
 
 
 def detect(path: str | Path) -> str | None:
@@ -51,7 +54,7 @@ def find_folder(path: str | Path, step: int | None = None) -> Path:
         raise CheckpointError(f"{path} does not exist" + _neighbours(folder))
     if folder.is_file():
         raise CheckpointError(f"{path} is a file; give the folder that holds the checkpoint: {folder.parent}")
-    if (folder / "checkpoints").is_dir() and not (folder / "latest").is_file():
+    if (folder / "checkpoints").is_dir() and not (folder / "latest").is_file() and detect(folder) is None:
         return find_folder(folder / "checkpoints", step)
     steps = _steps(folder)
     if step is not None and (steps or (folder / "latest").is_file()):
