@@ -1,0 +1,174 @@
+"""`castalia plan`: parameters, memory, time and disk of a config, before it runs. No torch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from castalia.plan.report import Corpus, Known
+
+if TYPE_CHECKING:
+    from castalia.config.schema import RunConfig
+    from castalia.plan.advise import Verdict
+    from castalia.plan.report import Hardware
+
+BYTE_VOCABULARIES = {"char": 512, "bytes": 257}
+
+
+def command(
+    configs: Annotated[
+        list[str], typer.Argument(metavar="CONFIG... [KEY=VALUE...]", help="files, presets, overrides; later ones win")
+    ],
+    gpus: Annotated[str | None, typer.Option(help="96x40GB, 8xH100, cpu")] = None,
+    vocab_size: Annotated[int | None, typer.Option(min=1, help="when the tokenizer's file is not here")] = None,
+    mfu: Annotated[float, typer.Option(min=0.01, max=1.0, help="share of the devices' peak to plan times with")] = 0.4,
+    suggest: Annotated[bool, typer.Option("--suggest", help="layouts that fit, and why the others lose")] = False,
+    plot: Annotated[Path | None, typer.Option(help="picture of the memory, for example memory.png")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one object with everything")] = False,
+) -> None:
+    """Parameters, memory, time and disk of a config, before it runs.
+
+    The architecture alone is enough; what cannot be worked out from it is listed.
+    """
+    from castalia.cli.plan_text import print_report, print_suggestions
+    from castalia.cli.train import split_words
+    from castalia.config.load import load_config
+    from castalia.errors import ConfigError
+    from castalia.plan.report import Hardware, report
+
+    config, assumed = with_vocabulary(load_config(*split_words(configs)), vocab_size)
+    hardware = None
+    if gpus:
+        from castalia.plan.devices import parse_gpus
+
+        number, device, guess = parse_gpus(gpus)
+        hardware = Hardware(number, device, mfu)
+        assumed += [guess] if guess else []
+    if suggest and hardware is None:
+        raise ConfigError("--suggest compares layouts on given devices: add --gpus, for example --gpus 8xH100")
+    known = gather(config)
+    result = report(config, known, hardware)
+    result["assumed"] = assumed + result["assumed"]
+    if hardware and "memory" in result and (suggest or not result["memory"]["fits"]):
+        result["suggestions"] = suggestions(config, result, hardware, all_of_them=suggest)
+    if as_json:
+        print(json.dumps(result, indent=1))
+    else:
+        print_report(result)
+        if "suggestions" in result:
+            print_suggestions(result["suggestions"])
+    if plot:
+        if "memory" not in result:
+            raise ConfigError(f"--plot {plot}: there is no memory to show; {result['unknown'][0]}")
+        from castalia.plan.plot import plot_memory
+
+        plot_memory(result, plot)
+        print(f"wrote {plot}", file=sys.stderr)
+
+
+def with_vocabulary(config: RunConfig, given: int | None) -> tuple[RunConfig, list[str]]:
+    """The config with its vocabulary filled in where a flag, file or kind of tokenizer tells it; what was assumed."""
+    if config.model is None or (given is None and config.model.vocab_size):
+        return config, []
+    size, source = (given, "--vocab-size") if given else tokenizer_size(config)
+    model = config.model.model_copy(update={"vocab_size": size})
+    return config.model_copy(update={"model": model}), [f"vocabulary {size}: {source}"] if size and not given else []
+
+
+def tokenizer_size(config: RunConfig) -> tuple[int | None, str]:
+    """The tokenizer's number of ids, read from its file without building it, and where it is from."""
+    kind, path = config.tokenizer.kind, Path(config.tokenizer.path or "")
+    files = [path / "tokenizer.json", path / "vocab.json"] if path.is_dir() else [path]
+    file = next((file for file in files if file.is_file() and file.suffix == ".json"), None)
+    if config.tokenizer.path and file:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        ids = set(content["model"]["vocab"]) if "model" in content else set(content)
+        ids |= {token["content"] for token in content.get("added_tokens", ())} if "model" in content else set()
+        return len(ids), str(file)
+    if kind in BYTE_VOCABULARIES:
+        return BYTE_VOCABULARIES[kind], f"every {kind} tokenizer has it"
+    if kind == "gpt2":
+        return 50257, "GPT-2's, by the tokenizer's kind; its files are not here"
+    return None, ""
+
+
+def gather(config: RunConfig) -> Known:
+    """What plan cannot know by itself: the corpora that are here, the schedule, disk space."""
+    from castalia.train.schedule import is_save_step, learning_rate
+
+    steps, checkpoint = config.train.steps, config.checkpoint
+    rate = kept = None
+    if steps:
+        rate = learning_rate(config, steps)
+        powers = {int(checkpoint.log_base**n) for n in range(64)} if checkpoint.log_base else set()
+        multiples = range(0, steps + 1, checkpoint.every or steps)
+        candidates = {*checkpoint.steps, *multiples, *(step for step in powers if step <= steps), steps}
+        saved = [step for step in candidates if is_save_step(checkpoint, step, steps)]
+        kept = len(saved)
+        if checkpoint.keep_last:
+            every = checkpoint.keep_every
+            milestones = sum(step in checkpoint.steps or bool(every and step % every == 0) for step in saved)
+            kept = min(kept, milestones + checkpoint.keep_last)
+    folder = Path(checkpoint.dir or ".").absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return Known(corpora(config), rate, kept, shutil.disk_usage(folder).free)
+
+
+def corpora(config: RunConfig) -> tuple[Corpus, ...]:
+    """Sizes of the training corpora whose files are here; none if any is missing."""
+    sources = [(config.data.path, 1.0)] if config.data.path else [(s.path, s.weight) for s in config.data.train]
+    if not sources or not all(Path(f"{path}.{end}").is_file() for path, _ in sources for end in ("bin", "idx")):
+        return ()
+    from castalia.data.indexed import open_dataset
+
+    found = []
+    for path, weight in sources:
+        data = open_dataset(path)
+        documents = max(len(data.doc_index) - 1, 0) or len(data)
+        found.append(Corpus(str(path), int(data.sizes.sum(dtype="int64")), documents, weight))
+    return tuple(found)
+
+
+def suggestions(config: RunConfig, result: dict, hardware: Hardware, *, all_of_them: bool) -> dict:
+    """The best layouts, or those that fit nearest to the config's own; JSON-ready."""
+    from castalia.plan.advise import Job, enough, losers, nearest, suggest
+    from castalia.plan.layout import Layout
+    from castalia.plan.report import default_compute, described
+
+    layout = {name: value for name, value in result["layout"].items() if name != "gpus"}
+    batch = result["training"]["sequences_per_step"]
+    if config.train.batch_size is None and batch % hardware.gpus:
+        batch = -(-batch // hardware.gpus) * hardware.gpus
+    job = Job(
+        described(config),
+        config.data.seq_length,
+        batch,
+        hardware.gpus,
+        hardware.device,
+        default_compute(config, hardware),
+        hardware.mfu,
+    )
+    ranked = suggest(job) if all_of_them else nearest(job, Layout(**layout))
+    fitting = [verdict for verdict in ranked if verdict.fits]
+    return {
+        "layouts_tried": len(ranked) if all_of_them else None,
+        "layouts_that_fit": len(fitting) if all_of_them else None,
+        "best": [_row(verdict) for verdict in fitting[:5]],
+        "losers": [{"change": c, "why": why} for c, why in losers(job, fitting[0])] if all_of_them and fitting else [],
+        "enough_gpus": None if fitting else enough(job),
+    }
+
+
+def _row(verdict: Verdict) -> dict:
+    shape = verdict.layout
+    names = ("tp", "pp", "dp", "zero", "micro_batch", "accumulation", "recompute", "sequence_parallel")
+    return {name: getattr(shape, name) for name in names} | {
+        "bytes": verdict.memory.total,
+        "seconds_per_step": verdict.costs.total,
+    }

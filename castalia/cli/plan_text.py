@@ -1,0 +1,146 @@
+"""A plan as text: tables with borders on a terminal, aligned columns elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+
+GiB = 2**30
+CATEGORIES = ("masters", "moments", "gradients", "compute_copies", "activations", "logits", "buffers")
+
+
+def print_report(plan: dict) -> None:
+    _facts(plan)
+    if "memory" in plan:
+        _memory(plan)
+    for title, lines in (("assumed", plan["assumed"]), ("not known", plan["unknown"]), ("warning", plan["warnings"])):
+        for line in lines:
+            print(f"{title}: {line}")
+
+
+def print_suggestions(found: dict) -> None:
+    if not found["best"]:
+        more = found["enough_gpus"]
+        print("no layout fits on these devices" + (f"; on {more} of them some do" if more else ""))
+        return
+    tried = found["layouts_tried"]
+    title = f"fastest of {found['layouts_that_fit']:,} that fit ({tried:,} tried)" if tried else "nearest that fit"
+    names = ("tp", "pp", "dp", "zero", "micro_batch", "accumulation", "recompute")
+    rows = [
+        [str(row[name]) for name in names] + [f"{row['bytes'] / GiB:.1f}", seconds(row["seconds_per_step"])]
+        for row in found["best"]
+    ]
+    print_table(title, ["tp", "pp", "dp", "zero", "micro-batch", "accumulate", "recompute", "GiB", "step"], rows)
+    if any(row["sequence_parallel"] for row in found["best"]):
+        print("with tp > 1 these set parallel.sequence_parallel=true")
+    if found["losers"]:
+        rows = [[item["change"], item["why"]] for item in found["losers"]]
+        print_table("the best with one setting changed", ["change", "what happens"], rows)
+
+
+def _facts(plan: dict) -> None:
+    model, parameters, training = plan["model"], plan["parameters"], plan["training"]
+    rows = [
+        ["model", f"{model['layers']} layers x {model['hidden_size']}, {model['heads']} heads"],
+        ["hidden size / layers", f"{model['hidden_per_layer']:.0f}"],
+    ]
+    if model["padded_vocab_size"]:
+        rows.append(["vocabulary", f"{model['vocab_size']:,}, padded to {model['padded_vocab_size']:,}"])
+    if parameters["total"]:
+        rows.append(["parameters", f"{parameters['total']:,}"])
+    rows.append(["  without embeddings", f"{parameters['non_embedding']:,}"])
+    if parameters["total"]:
+        rows.append(["  as GPT-NeoX counts", f"{parameters['as_the_original_counts']:,}"])
+        kinds = sorted(parameters["by_kind"].items(), key=lambda item: -item[1])
+        rows += [[f"  {name}", f"{size:,}"] for name, size in kinds if size * 200 >= parameters["total"]]
+        rows += _costs(plan)
+    rows += _training(training)
+    print_table("plan", ["", ""], rows)
+
+
+def _costs(plan: dict) -> Iterable[list[str]]:
+    files, flops, cache, time = plan["checkpoint"], plan["flops"], plan["kv_cache"], plan["time"]
+    yield ["checkpoint", f"{gib(files['full'])} full, {gib(files['weights'])} weights alone"]
+    yield ["  GPT-NeoX's", f"{gib(files['original_full'])} full, {gib(files['original_slim'])} slim"]
+    yield ["operations per token", f"{flops['per_token']:.4g} (GPT-NeoX's formula: {flops['original_per_token']:.4g})"]
+    yield ["KV cache", f"{cache['bytes_per_token']:,} bytes a token, {gib(cache['bytes_per_sequence'])} a sequence"]
+    if time:
+        yield [
+            "speed",
+            f"{time['tokens_per_second']:,.0f} tokens/s at {time['mfu']:.0%} of the {time['device']}s' peak",
+        ]
+        whole = f", {seconds(time['seconds'])} in all" if time["seconds"] else ""
+        yield ["time", f"{seconds(time['seconds_per_step'])} a step{whole}"]
+
+
+def _training(training: dict) -> Iterable[list[str]]:
+    yield ["a step", f"{training['sequences_per_step']:,} sequences, {training['tokens_per_step']:,} tokens"]
+    if training["steps"]:
+        yield ["the run", f"{training['steps']:,} steps, {training['tokens']:,} tokens"]
+    yield from (["epochs", f"{epochs:.2f} of {path}"] for path, epochs in training["epochs"].items())
+    if training["first_lr"] is not None:
+        rates = [f"{training[name]:.3g}" for name in ("first_lr", "peak_lr", "last_lr")]
+        yield ["learning rate", f"{rates[0]} first, {rates[1]} peak, {rates[2]} last"]
+    if training["warmup_steps"] is not None:
+        yield ["warm-up", f"{training['warmup_steps']:,.0f} steps, {training['warmup_tokens']:,.0f} tokens"]
+    clip = training["clip_norm"]
+    yield ["precision", f"{training['precision']} compute; fp32 masters, moments, gradients, norms, softmax and loss"]
+    yield ["clipping", f"gradient norm {clip:g}" if clip else "none"]
+    if training["checkpoints_bytes"]:
+        yield ["checkpoints", f"{training['checkpoints_kept']:,} kept, {gib(training['checkpoints_bytes'])} on disk"]
+    if training["random_loss"]:
+        yield ["loss of a random model", f"{training['random_loss']:.2f}"]
+
+
+def _memory(plan: dict) -> None:
+    memory, layout = plan["memory"], plan["layout"]
+    shape = (
+        " x ".join(f"{name} {layout[name]}" for name in ("tp", "pp", "cp", "dp") if layout[name] > 1) or "one device"
+    )
+    title = (
+        f"GiB on each rank ({shape}, zero {layout['zero']}, micro-batch {layout['micro_batch']} x "
+        f"{layout['accumulation']}, recompute {layout['recompute']})"
+    )
+    header = ["stage", "layers", "ranks", *(name.replace("_", " ") for name in CATEGORIES), "total"]
+    rows = []
+    for stage in plan["memory"]["stages"]:
+        sizes = [f"{stage[name] / GiB:.2f}" for name in (*CATEGORIES, "total")]
+        rows.append([str(stage["stage"]), str(stage["layers"]), str(stage["ranks"]), *sizes])
+    print_table(title, header, rows)
+    others = ", ".join(f"{policy} {gib(size)}" for policy, size in memory["by_recompute"].items())
+    print(f"with recompute: {others}")
+    if memory["fits"] is not None:
+        verdict = "fits" if memory["fits"] else "does not fit"
+        print(f"{verdict}: {gib(memory['largest'])} needed, {gib(memory['usable'])} usable on each device")
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=title, title_justify="left", show_header=any(header))
+        for index, name in enumerate(header):
+            table.add_column(name, justify="left" if index == 0 or not any(header) else "right")
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+        return
+    lines = [header, *rows] if any(header) else rows
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    print(f"{title}:")
+    for line in lines:
+        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def gib(size: float) -> str:
+    if size < 2**20:
+        return f"{size / 2**10:.1f} KiB"
+    return f"{size / GiB:,.2f} GiB" if size >= 0.1 * GiB else f"{size / 2**20:.1f} MiB"
+
+
+def seconds(value: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if value >= 2 * size:
+            return f"{value / size:,.1f} {unit}"
+    return f"{value:.3g} s"

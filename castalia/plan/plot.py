@@ -1,0 +1,75 @@
+"""A picture of the memory on each rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from castalia.plan.devices import GiB
+
+CATEGORIES = {  # in the order of stacking, with colours that stay apart in print and for colour-blind eyes
+    "masters": "#332288",
+    "moments": "#6699cc",
+    "gradients": "#88ccee",
+    "compute_copies": "#44aa99",
+    "activations": "#ddcc77",
+    "logits": "#cc6677",
+    "buffers": "#888888",
+}
+
+
+def plot_memory(plan: dict, path: Path) -> None:
+    """Stacked bars for each pipeline stage against the usable memory; beside them the recompute policies."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    memory, layout = plan["memory"], plan["layout"]
+    stages, limit = memory["stages"], memory["usable"]
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(max(8.5, 5 + len(stages)), 4.8), width_ratios=[max(2, len(stages)), 2], layout="constrained"
+    )
+    bottoms = [0.0] * len(stages)
+    for name, colour in CATEGORIES.items():
+        heights = [stage[name] / GiB for stage in stages]
+        if max(heights) * 200 < memory["largest"] / GiB:
+            continue
+        label = name.replace("_", " ")
+        left.bar(range(len(stages)), heights, 0.7, bottom=bottoms, color=colour, label=label, edgecolor="white")
+        bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
+    _annotate(left, bottoms)
+    left.set_xticks(range(len(stages)), [f"stage {s['stage']}\n{s['layers']} layers" for s in stages])
+    left.set_ylabel("GiB on each rank")
+    shape = ", ".join(f"{name} {layout[name]}" for name in ("tp", "pp", "cp", "dp") if layout[name] > 1) or "one device"
+    left.set_title(f"{shape}, zero {layout['zero']}, recompute {layout['recompute']}", loc="left", fontsize=10)
+
+    policies = memory["by_recompute"]
+    sizes = [size / GiB for size in policies.values()]
+    colours = ["#ddcc77" if name == layout["recompute"] else "#eee5bb" for name in policies]
+    right.bar(range(len(policies)), sizes, 0.7, color=colours, edgecolor="white")
+    _annotate(right, sizes)
+    right.set_xticks(range(len(policies)), list(policies))
+    right.set_title("fullest rank by recompute policy", loc="left", fontsize=10)
+    for axes, tallest in ((left, max(bottoms)), (right, max(sizes))):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_ylim(0, 1.18 * max(tallest, limit / GiB if limit else 0))
+        if limit:
+            axes.axhline(limit / GiB, color="black", linewidth=1, linestyle="--")
+            axes.annotate(
+                f"usable {limit / GiB:.1f}",
+                (1, limit / GiB),
+                (0, 3),
+                ("axes fraction", "data"),
+                "offset points",
+                ha="right",
+            )
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="outside right center", frameon=False)
+    figure.suptitle(f"{plan['parameters']['total'] / 1e9:.3g}B parameters", x=0.01, ha="left", fontweight="bold")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _annotate(axes, heights: list[float]) -> None:
+    for place, height in enumerate(heights):
+        axes.annotate(f"{height:.3g}", (place, height), (0, 3), textcoords="offset points", ha="center", fontsize=9)

@@ -1,0 +1,299 @@
+"""The whole plan of a run as plain values, and the warnings that a config earns before its first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from math import log
+
+from castalia.config.batch import batch_plan
+from castalia.config.schema import Model, RunConfig
+from castalia.errors import ConfigError
+from castalia.plan.count import count, non_embedding, original_count
+from castalia.plan.devices import Device, GiB
+from castalia.plan.flops import executed_flops, kv_cache_bytes, original_flops, training_flops
+from castalia.plan.layout import Layout, problem, stages
+from castalia.plan.memory import Compute, checkpoint_bytes, memory_by_stage
+
+MANY_EPOCHS = 4  # repeating data more often than this is known to teach little
+
+
+@dataclass(frozen=True)
+class Corpus:
+    path: str
+    tokens: int
+    documents: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Known:
+    """What only other rooms can tell. Everything is optional; what is missing is reported as unknown."""
+
+    corpora: tuple[Corpus, ...] = ()
+    rate: Callable[[int], float] | None = None  # learning rate after so many updates
+    kept_checkpoints: int | None = None  # of the whole run, at the moment when there are most
+    free_bytes: int | None = None  # where the run will be saved
+
+
+@dataclass(frozen=True)
+class Hardware:
+    gpus: int
+    device: Device
+    mfu: float = 0.4
+
+
+def report(config: RunConfig, known: Known, hardware: Hardware | None = None, compute: Compute | None = None) -> dict:
+    """Everything that can be worked out, JSON-ready. Raises ConfigError where the config describes no model."""
+    model = described(config)
+    compute = compute or default_compute(config, hardware)
+    layout, assumed = layout_of(config, hardware.gpus if hardware else None)
+    result: dict = {
+        "model": _architecture(model),
+        "parameters": {"total": None, "non_embedding": non_embedding(model)},
+        "layout": asdict(layout) | {"gpus": layout.gpus},
+        "training": training(config, known, layout),
+        "kv_cache": _kv_cache(model, config.data.seq_length, compute),
+        "warnings": warnings(config, known, layout),
+        "assumed": assumed,
+        "unknown": [],
+    }
+    if model.vocab_size is None:
+        result["unknown"].append(
+            "the vocabulary, so no totals, memory or times: give --vocab-size N or a tokenizer's file"
+        )
+        return result
+    if reason := problem(model, layout):
+        raise ConfigError(
+            f"{reason}; choose another layout, `castalia plan CONFIG --gpus NUMBERxDEVICE --suggest` lists them"
+        )
+    length, parameters = config.data.seq_length, count(model)
+    original = original_count(model, layout.tp, layout.pp)
+    result["parameters"] = asdict(parameters) | {"as_the_original_counts": original}
+    result["memory"] = _memory(model, layout, length, compute, hardware)
+    result["checkpoint"] = checkpoint_bytes(parameters.total, original, not compute.casts)
+    result["flops"] = {
+        "per_token": training_flops(model, length),
+        "executed_per_token": executed_flops(model, length, layout.recompute),
+        "original_per_token": original_flops(model, length),
+    }
+    result["time"] = _time(result, hardware) if hardware else None
+    result["unknown"] += _unknown(result, known, hardware)
+    return result
+
+
+def described(config: RunConfig) -> Model:
+    """The architecture; learned positions as many as the sequence is long where the config leaves them open."""
+    if config.model is None:
+        raise ConfigError("this config describes no model; name a file or preset that gives model.num_layers first")
+    return config.model.model_copy(update={"max_positions": config.model.max_positions or config.data.seq_length})
+
+
+def default_compute(config: RunConfig, hardware: Hardware | None) -> Compute:
+    device = "cpu" if hardware and hardware.device.name == "cpu" else "cuda"
+    return Compute(4 if config.precision.compute == "fp32" else 2, device)
+
+
+def layout_of(config: RunConfig, gpus: int | None) -> tuple[Layout, list[str]]:
+    """The config's layout on so many devices, and what had to be assumed."""
+    parallel, assumed = config.parallel, []
+    copy = parallel.tp * parallel.pp * parallel.cp
+    gpus = gpus or parallel.gpus or copy
+    if gpus % copy:
+        raise ConfigError(
+            f"{gpus} devices do not divide into tp {parallel.tp} x pp {parallel.pp} x cp {parallel.cp} = {copy}; "
+            f"{gpus // copy * copy or copy} or {(gpus // copy + 1) * copy} would"
+        )
+    dp = gpus // copy
+    if config.train.batch_size is None and config.train.micro_batch_size is None:
+        micro, accumulation = 1, config.train.accumulation or 1
+        assumed.append("train.micro_batch_size is not given: 1 sequence for each data-parallel rank")
+    else:
+        if config.train.batch_size is None and parallel.gpus is None:  # as many sequences as these devices make
+            config = config.model_copy(update={"parallel": parallel.model_copy(update={"gpus": gpus})})
+        _, micro, accumulation = batch_plan(config, dp)
+    return (
+        Layout(
+            tp=parallel.tp,
+            pp=parallel.pp,
+            cp=parallel.cp,
+            dp=dp,
+            zero=parallel.zero,
+            sequence_parallel=parallel.sequence_parallel,
+            micro_batch=micro,
+            accumulation=accumulation,
+            recompute=config.train.recompute,
+        ),
+        assumed,
+    )
+
+
+def training(config: RunConfig, known: Known, layout: Layout) -> dict:
+    """The run in numbers: batch, tokens, epochs, schedule, what is saved. None for what is unknown."""
+    tokens_per_step = layout.batch * config.data.seq_length
+    steps = run_steps(config, known, layout)
+    warmup = schedule_end(config, steps) * config.schedule.warmup if steps or config.schedule.decay_steps else None
+    checkpoints = known.kept_checkpoints
+    return {
+        "sequences_per_step": layout.batch,
+        "tokens_per_step": tokens_per_step,
+        "steps": steps,
+        "tokens": steps * tokens_per_step if steps else None,
+        "epochs": {corpus.path: epochs for corpus, epochs in _epochs(config, known, steps, tokens_per_step)},
+        "first_lr": known.rate(0) if known.rate else None,
+        "peak_lr": config.optimizer.lr,
+        "last_lr": known.rate(steps - 1) if known.rate and steps else None,
+        "warmup_steps": warmup,
+        "warmup_tokens": warmup * tokens_per_step if warmup is not None else None,
+        "precision": {"auto": "bf16 where the hardware has it, else fp32"}.get(
+            config.precision.compute, config.precision.compute
+        ),
+        "clip_norm": config.optimizer.clip_norm,
+        "checkpoints_kept": checkpoints,
+        "checkpoints_bytes": _run_bytes(config, known),
+        "random_loss": log(config.model.vocab_size) if config.model and config.model.vocab_size else None,
+    }
+
+
+def run_steps(config: RunConfig, known: Known, layout: Layout) -> int | None:
+    if config.train.steps:
+        return config.train.steps
+    if config.train.epochs and known.corpora:
+        tokens = config.train.epochs * sum(_training_tokens(config, corpus) for corpus in known.corpora)
+        return int(tokens // (layout.batch * config.data.seq_length))
+    return None
+
+
+def schedule_end(config: RunConfig, steps: int | None) -> int:
+    """The step at which the learning rate's decay ends."""
+    return config.schedule.decay_steps or int((steps or 0) * (config.schedule.decay_fraction or 1.0))
+
+
+def warnings(config: RunConfig, known: Known, layout: Layout) -> list[str]:
+    """What will surprise, each with a remedy. `train` prints the same before its first step."""
+    found = []
+    steps = run_steps(config, known, layout)
+    end, schedule = schedule_end(config, steps), config.schedule
+    if steps and end < steps and schedule.style != "constant":
+        found.append(
+            f"the learning rate's decay ends at step {end:,} of {steps:,}: the last {steps - end:,} steps train at "
+            f"{schedule.min_lr:g}; set schedule.decay_steps={steps} to decay over the whole run"
+        )
+    if steps and end > steps and schedule.style != "constant":
+        last = f", at {known.rate(steps - 1):.3g} instead of {schedule.min_lr:g}" if known.rate else ""
+        found.append(
+            f"the run stops at step {steps:,}, before its learning rate has decayed (step {end:,}){last}; "
+            f"set schedule.decay_steps={steps}, or null"
+        )
+    if steps and 0 < schedule.warmup * end < 1:
+        found.append(
+            f"the warm-up is shorter than a step ({schedule.warmup:g} of {end:,} steps), so there is none; "
+            f"set schedule.warmup={1 / end:.2g} or more, or 0"
+        )
+    if config.optimizer.clip_norm is None:
+        found.append("gradients are not clipped: one bad batch can undo the run; set optimizer.clip_norm=1.0")
+    needed = _run_bytes(config, known)
+    if needed and known.free_bytes is not None and needed > known.free_bytes:
+        found.append(
+            f"the run's checkpoints need {needed / GiB:,.0f} GiB and {known.free_bytes / GiB:,.0f} GiB are free here; "
+            "save less often (checkpoint.every), keep fewer (checkpoint.keep_last) or use another disk (checkpoint.dir)"
+        )
+    for corpus, epochs in _epochs(config, known, steps, layout.batch * config.data.seq_length):
+        if epochs > MANY_EPOCHS:
+            found.append(
+                f"{corpus.path} is seen {epochs:.1f} times; more than {MANY_EPOCHS} passes teach little: train for "
+                "fewer steps, give it a smaller weight or add data"
+            )
+    for corpus in known.corpora:
+        if corpus.documents == 1:
+            found.append(
+                f"{corpus.path} is a single document, so valid and test parts are empty; prepare it with one document "
+                "for each text, or give data.train, data.valid and data.test"
+            )
+    return found
+
+
+def _architecture(model: Model) -> dict:
+    return {
+        "layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "heads": model.num_heads,
+        "kv_heads": model.kv_heads,
+        "mlp_width": model.mlp_width,
+        "vocab_size": model.vocab_size,
+        "padded_vocab_size": model.padded_vocab_size if model.vocab_size else None,
+        "hidden_per_layer": model.hidden_size / model.num_layers,
+    }
+
+
+def _memory(model: Model, layout: Layout, length: int, compute: Compute, hardware: Hardware | None) -> dict:
+    memories = memory_by_stage(model, layout, length, compute)
+    policies = {}
+    for policy in ("none", "selective", "full"):
+        other = memory_by_stage(model, replace(layout, recompute=policy), length, compute)
+        policies[policy] = max(memory.total for memory in other)
+    largest = max(memory.total for memory in memories)
+    return {
+        "stages": [
+            {"stage": stage.index, "layers": stage.layers, "ranks": layout.gpus // layout.pp}
+            | asdict(memory)
+            | {"total": memory.total}
+            for stage, memory in zip(stages(model, layout.pp, length), memories, strict=True)
+        ],
+        "largest": largest,
+        "by_recompute": policies,
+        "usable": hardware.device.usable_bytes if hardware else None,
+        "fits": largest <= hardware.device.usable_bytes if hardware else None,
+    }
+
+
+def _kv_cache(model: Model, length: int, compute: Compute) -> dict:
+    per_token = kv_cache_bytes(model, compute.element_bytes)
+    return {"bytes_per_token": per_token, "bytes_per_sequence": per_token * (model.max_positions or length)}
+
+
+def _time(result: dict, hardware: Hardware) -> dict:
+    rate = hardware.gpus * hardware.device.tflops * 1e12 * hardware.mfu
+    tokens_per_second = rate / result["flops"]["per_token"]
+    tokens = result["training"]["tokens"]
+    return {
+        "device": hardware.device.name,
+        "mfu": hardware.mfu,
+        "tokens_per_second": tokens_per_second,
+        "seconds_per_step": result["training"]["tokens_per_step"] / tokens_per_second,
+        "seconds": tokens / tokens_per_second if tokens else None,
+    }
+
+
+def _unknown(result: dict, known: Known, hardware: Hardware | None) -> list[str]:
+    missing = []
+    if result["training"]["steps"] is None:
+        missing.append("the length of the run: give train.steps=N")
+    if not known.corpora:
+        missing.append("epochs: the data's .idx files are not here")
+    if hardware is None:
+        missing.append("times, and whether it fits: give --gpus, for example 8xH100")
+    return missing
+
+
+def _training_tokens(config: RunConfig, corpus: Corpus) -> float:
+    """Tokens of the training part; the split counts documents, so this is an estimate."""
+    if config.data.path is None:
+        return corpus.tokens
+    parts = [float(part) for part in config.data.split.replace("/", ",").split(",")]
+    return corpus.tokens * parts[0] / sum(parts)
+
+
+def _epochs(config: RunConfig, known: Known, steps: int | None, tokens_per_step: int) -> list[tuple[Corpus, float]]:
+    weights = sum(corpus.weight for corpus in known.corpora)
+    if not steps:
+        return []
+    seen = steps * tokens_per_step
+    return [(c, seen * c.weight / weights / max(1.0, _training_tokens(config, c))) for c in known.corpora]
+
+
+def _run_bytes(config: RunConfig, known: Known) -> int | None:
+    if known.kept_checkpoints is None or config.model is None or config.model.vocab_size is None:
+        return None
+    per_parameter = 12 if config.checkpoint.save_optimizer else 4
+    return known.kept_checkpoints * per_parameter * count(described(config)).total
