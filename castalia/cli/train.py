@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -46,17 +47,13 @@ def read_config(words: list[str]) -> RunConfig:
     from castalia.config.load import load_config
 
     files, overrides = split_words(words)
-    config = load_config(files, overrides)
     run = Path(files[0]) if files else Path()
-    if len(files) != 1 or not (run / "config.yml").is_file():
-        return config
-    checkpoint = {"dir": str(run)}
-    if not config.checkpoint.resume:
-        checkpoint["resume"] = str(run)
-    update = {"checkpoint": config.checkpoint.model_copy(update=checkpoint)}
-    if (run / "tokenizer").is_dir():
-        update["tokenizer"] = config.tokenizer.model_copy(update={"path": str(run / "tokenizer")})
-    return config.model_copy(update=update)
+    if len(files) == 1 and (run / "config.yml").is_file():
+        places = {"checkpoint.dir": run, "checkpoint.resume": run}
+        if (run / "tokenizer").is_dir():
+            places["tokenizer.path"] = run / "tokenizer"
+        overrides = [f"{key}={json.dumps(str(path))}" for key, path in places.items()] + overrides
+    return load_config(files, overrides)
 
 
 def split_words(words: list[str]) -> tuple[list[str], list[str]]:

@@ -4,29 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
-IGNORE = -100
-
-
-class Rows(Protocol):
-    tokens: np.ndarray  # int64 [rows, time]
-    labels: np.ndarray  # int64 [rows, time], shifted, -100 where nothing is predicted
-
-
-class Window:
-    """Some rows to evaluate."""
-
-    def __init__(self, tokens: np.ndarray, labels: np.ndarray):
-        self.tokens, self.labels = tokens, labels
+from castalia.data.loader import Batch
+from castalia.data.samples import IGNORE
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[Rows], rows_at_a_time: int = 8) -> dict[str, float]:
+def evaluate(model: nn.Module, batches: Iterable[Batch], rows_at_a_time: int = 8) -> dict[str, float]:
     """Mean loss over all predicted tokens, whatever their batch; the model's mode is as it was afterwards."""
     device = next(model.parameters()).device
     was_training = model.training
@@ -38,13 +26,13 @@ def evaluate(model: nn.Module, batches: Iterable[Rows], rows_at_a_time: int = 8)
             tokens, labels = (torch.from_numpy(array[rows]).to(device) for array in (batch.tokens, batch.labels))
             loss, _ = model(tokens, labels=labels)
             total += loss
-            count += int((batch.labels[rows] != IGNORE).sum())
+            count += int(batch.loss_mask[rows].sum())
     model.train(was_training)
     mean = total.item() / count if count else math.nan
     return {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "tokens": count}
 
 
-def windows(tokens: np.ndarray, length: int, stride: int, rows: int) -> Iterator[Window]:
+def windows(tokens: np.ndarray, length: int, stride: int, rows: int) -> Iterator[Batch]:
     """Batches of `rows` windows that predict every token of a stream once, except the first.
 
     Windows begin `stride` apart; each predicts only what the one before it did not.
@@ -59,7 +47,7 @@ def windows(tokens: np.ndarray, length: int, stride: int, rows: int) -> Iterator
             inputs[row, : len(window) - 1] = window[:-1]
             known = length - stride if start else 0
             labels[row, known : len(window) - 1] = window[1 + known :]
-        yield Window(inputs, labels)
+        yield Batch(inputs, labels, labels != IGNORE)
 
 
 def bits_per_byte(loss: float, tokens: int, num_bytes: int) -> float:

@@ -21,7 +21,8 @@ class Display:
 
     def start(self, done: int, last: int) -> None:
         self.last = last
-        self.marked_step, self.marked_at = done, time.perf_counter()
+        self.first, self.began = done, time.perf_counter()
+        self.marked_step, self.marked_seconds, self.seconds = done, 0.0, 0.0
         if self.fancy:
             columns = (TextColumn("training"), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn())
             self.bar = Progress(*columns, console=self.console, transient=True)
@@ -31,25 +32,31 @@ class Display:
     def line(self, text: str, style: str | None = None) -> None:
         self.console.print(text, style=style if self.fancy else None, markup=False)
 
-    def advance(self, done: int) -> None:
+    def advance(self, record: Mapping[str, Any]) -> None:
+        """Takes note of one step."""
+        self.seconds += record["seconds"]
         if self.bar:
-            self.bar.update(self.task, completed=done)
+            self.bar.update(self.task, completed=record["step"])
 
-    def step(self, record: Mapping[str, Any], peak_flops_share: float | None) -> None:
-        """One line for one step; `peak_flops_share` is the MFU."""
-        now, done = time.perf_counter(), record["step"]
-        seconds_left = (self.last - done) * (now - self.marked_at) / max(1, done - self.marked_step)
-        self.marked_step, self.marked_at = done, now
+    def step(self, record: Mapping[str, Any], tokens: int, peak: float | None) -> None:
+        """One line: the last step's values, and the speed since the line before.
+
+        `tokens`: of one step; `peak`: tokens per second at the device's peak matmul rate.
+        """
+        done = record["step"]
+        speed = tokens * (done - self.marked_step) / (self.seconds - self.marked_seconds)
+        self.marked_step, self.marked_seconds = done, self.seconds
+        seconds_left = (self.last - done) * (time.perf_counter() - self.began) / (done - self.first)
         norm = "overflow, skipped" if record["grad_norm"] is None else f"{record['grad_norm']:.3f}"
         parts = [
             f"step {done:>{len(str(self.last))}}/{self.last}",
             f"loss {record['loss']:.4f}" if record["loss"] is not None else "loss nan",
             f"lr {record['lr']:.2e}",
             f"grad norm {norm}",
-            f"{record['tokens_per_second']:,.0f} tokens/s",
+            f"{speed:,.0f} tokens/s",
         ]
-        if peak_flops_share is not None:
-            parts.append(f"MFU {peak_flops_share:.1%}")
+        if peak is not None:
+            parts.append(f"MFU {speed / peak:.1%}")
         if "valid_loss" in record:
             parts.append(f"valid loss {record['valid_loss']:.4f}")
         self.line("  ".join([*parts, f"ETA {duration(seconds_left)}"]))

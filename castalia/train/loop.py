@@ -60,10 +60,9 @@ def rehearse(config: RunConfig) -> None:
         result = session.step(done, session.data.batch(done))
         seconds = time.perf_counter() - begin
         show_first_loss(session, result.loss, display)
-        tokens = session.plan.batch_size * session.config.data.seq_length
         remaining = duration(seconds * (session.last - done))
         display.line(
-            f"one step took {seconds:.2f} s ({tokens / seconds:,.0f} tokens/s; later ones are faster than the first), "
+            f"one step took {seconds:.2f} s ({session.tokens_per_step / seconds:,.0f} tokens/s; later ones are faster), "
             f"{session.last - done:,} steps at this pace {remaining}"
         )
         display.line("dry run: nothing was written")
@@ -106,7 +105,7 @@ class Run:
             return
         if self.progress.step == 0 and is_save_step(config.checkpoint, 0, last):
             self.save()
-        peak = self._peak_flops()
+        peak = self._peak_speed()
         self.display.start(self.progress.step, last)
         first = self.progress.step + 1
         with StopSignals() as signals:
@@ -119,9 +118,9 @@ class Run:
                 self.metrics.write(record)
                 if done == first:
                     show_first_loss(session, result.loss, self.display)
+                self.display.advance(record)
                 if done % config.log.every == 0 or done in (first, last) or "valid_loss" in record:
-                    self.display.step(record, record["tokens_per_second"] / peak if peak else None)
-                self.display.advance(done)
+                    self.display.step(record, session.tokens_per_step, peak)
                 if is_save_step(config.checkpoint, done, last):
                     self.save()
                 if signals.received or (config.train.exit_interval and done % config.train.exit_interval == 0):
@@ -152,21 +151,20 @@ class Run:
         self.progress = Progress(
             step=done + 1,
             skipped=session.step.skipped,
-            tokens=self.progress.tokens + session.plan.batch_size * session.config.data.seq_length,
+            tokens=self.progress.tokens + session.tokens_per_step,
             loss_scale=session.step.scaler.state() if session.step.scaler else None,
             schedule=session.step.rate.stored(),
         )
         return result, seconds
 
     def _record(self, result: StepResult, seconds: float) -> dict[str, float | int]:
-        tokens = self.session.plan.batch_size * self.session.config.data.seq_length
         record = {
             "step": self.progress.step,
             "loss": result.loss,
             "lr": result.lr,
             "grad_norm": result.grad_norm,
             "tokens": self.progress.tokens,
-            "tokens_per_second": round(tokens / seconds, 1),
+            "tokens_per_second": round(self.session.tokens_per_step / seconds, 1),
             "seconds": round(seconds, 6),
         }
         if self.session.step.scaler:
@@ -189,7 +187,7 @@ class Run:
         write_event(self.folder, "evaluation", step=self.progress.step, **found)
         return {"valid_loss": found["loss"], "valid_perplexity": found["perplexity"]}
 
-    def _peak_flops(self) -> float | None:
+    def _peak_speed(self) -> float | None:
         """Tokens per second at the device's peak matmul rate."""
         session = self.session
         assert session.config.model is not None

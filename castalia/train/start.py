@@ -17,7 +17,7 @@ from castalia.data.tokenizer import Tokenizer, load_tokenizer
 from castalia.errors import CheckpointError, ConfigError, TrainingError
 from castalia.model.init import initialize
 from castalia.model.transformer import Transformer
-from castalia.parallel.apply import apply_recompute
+from castalia.parallel.apply import apply_recompute, has_dropout
 from castalia.train.folder import holds_checkpoint, run_folder
 from castalia.train.hardware import DTYPES, choose_device, choose_dtype
 from castalia.train.optimizer import LossScaler, make_optimizer
@@ -56,6 +56,10 @@ class Session:
         return self.config.train.steps
 
     @property
+    def tokens_per_step(self) -> int:
+        return self.plan.batch_size * self.config.data.seq_length
+
+    @property
     def resumed(self) -> bool:
         return self.source is not None and self.config.checkpoint.init_from is None
 
@@ -77,8 +81,7 @@ def start(config: RunConfig) -> Session:
     loaded = load_weights(model, source) if source else None
     if source is None:
         initialize(model, config.model, config.seed)
-    dropout = max(config.model.embedding_dropout, config.model.hidden_dropout, config.model.attention_dropout) > 0
-    apply_recompute(model, config.train.recompute, dropout=dropout)
+    apply_recompute(model, config.train.recompute, dropout=has_dropout(config.model))
     summed = source.summed_bias_ranks if source and resuming and config.neox_exact else 1
     optimizer = make_optimizer(model, config.optimizer, summed)
     progress = source.progress if source and resuming else Progress()
@@ -144,7 +147,7 @@ def with_steps(config: RunConfig) -> RunConfig:
         return config
     if config.train.epochs is None:
         raise ConfigError("how long to train is not said: give train.steps or train.epochs")
-    steps = config.train.epochs * open_data(config, "train").steps_per_epoch
+    steps = open_data(config, "train").steps(config.train.epochs)
     return config.model_copy(update={"train": config.train.model_copy(update={"steps": steps, "epochs": None})})
 
 

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 
 from castalia.config.batch import BatchPlan
+from castalia.data.loader import Batch
 from castalia.errors import TrainingError
 from castalia.train.optimizer import LossScaler, gradient_norm, gradients, set_rate
 from castalia.train.schedule import LearningRate
 from castalia.train.watch import first_bad_activation, first_bad_tensor
 
 MAX_SKIPPED_IN_A_ROW = 50
-
-
-class Batch(Protocol):
-    tokens: np.ndarray  # int64 [batch, time]
-    labels: np.ndarray  # int64 [batch, time], shifted, -100 where masked
 
 
 class StepResult(NamedTuple):
@@ -82,7 +77,7 @@ class TrainStep:
         """Leaves scaled gradients of the loss in the parameters; returns the loss, unscaled, on the device."""
         device = self.parameters[0].device
         size = self.plan.micro_batch_size
-        counts = (batch.labels != -100).sum(axis=1)  # tokens with a loss, by sequence
+        counts = batch.loss_mask.sum(axis=1)  # tokens with a loss, by sequence
         if not counts.sum():
             raise TrainingError(f"step {step + 1}: every label of the batch is masked, there is nothing to learn from")
         total = torch.zeros((), device=device)

@@ -1,0 +1,67 @@
+"""Token streams to evaluate, from indexed corpora and from raw text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from castalia.config.schema import Data
+from castalia.data.indexed import open_dataset
+from castalia.data.loader import SPLITS
+from castalia.data.samples import split_bounds
+from castalia.data.sources import documents
+from castalia.data.tokenizer import Tokenizer
+from castalia.errors import DataError
+
+
+class Stream(NamedTuple):
+    name: str
+    tokens: np.ndarray  # all documents back to back
+    num_bytes: int | None  # of the text that the tokens spell; None without a tokenizer
+
+
+def read_stream(path: str, tokenizer: Tokenizer | None) -> Stream:
+    """A corpus (prefix of .bin and .idx), or text files that are tokenised here."""
+    if Path(f"{path}.idx").is_file():
+        return indexed_stream(path, None, tokenizer)
+    if not Path(path).exists():
+        raise DataError(f"{path}: neither a text file nor the prefix of a corpus ({path}.bin and {path}.idx)")
+    if tokenizer is None:
+        raise DataError(f"{path} is text, but the checkpoint names no tokenizer; give one with --tokenizer")
+    pieces, num_bytes = [], 0
+    for text in documents([Path(path)]):
+        ids = tokenizer.encode(text) + ([] if tokenizer.eod_id is None else [tokenizer.eod_id])
+        pieces.append(np.array(ids, np.int64))
+        num_bytes += len(text.encode())
+    if not num_bytes:
+        raise DataError(f"{path} holds no text")
+    return Stream(path, np.concatenate(pieces), num_bytes)
+
+
+def validation_stream(data: Data, tokenizer: Tokenizer | None) -> Stream:
+    """All of the documents that a run keeps for validation."""
+    if data.path:
+        first, end = split_bounds(data.split, len(open_dataset(data.path)))[SPLITS.index("valid") :][:2]
+        return indexed_stream(data.path, range(first, end), tokenizer)
+    if not data.valid:
+        raise DataError("the run has no validation data (data.valid, or a part of data.split); name some with --data")
+    parts = [indexed_stream(source.path, None, tokenizer) for source in data.valid]
+    num_bytes = [part.num_bytes for part in parts if part.num_bytes is not None]
+    return Stream(
+        ", ".join(part.name for part in parts),
+        np.concatenate([part.tokens for part in parts]),
+        sum(num_bytes) if len(num_bytes) == len(parts) else None,
+    )
+
+
+def indexed_stream(prefix: str, which: Iterable[int] | None, tokenizer: Tokenizer | None) -> Stream:
+    dataset = open_dataset(prefix)
+    items = [dataset[i] for i in which] if which is not None else list(dataset)
+    tokens = np.concatenate(items) if items else np.zeros(0, np.int64)
+    if len(tokens) < 2:
+        raise DataError(f"{prefix}: {len(items)} documents with {len(tokens)} tokens are too few to evaluate")
+    num_bytes = sum(len(tokenizer.decode(item.tolist()).encode()) for item in items) if tokenizer else None
+    return Stream(prefix, tokens, num_bytes)
