@@ -7,6 +7,8 @@ from typing import NamedTuple
 from castalia.config.schema import RunConfig
 from castalia.errors import ConfigError
 
+_PATHS = ("train.batch_size", "train.micro_batch_size", "train.accumulation")
+
 
 class BatchPlan(NamedTuple):
     batch_size: int  # sequences of a step over all ranks
@@ -29,7 +31,7 @@ def batch_plan(config: RunConfig, dp: int = 1) -> BatchPlan:
     total, micro, steps = config.train.batch_size, config.train.micro_batch_size, config.train.accumulation
     declared = planned_dp(config) or dp
     if total is None and micro is None:
-        raise ConfigError(_at(config) + "the batch is unknown; give train.batch_size")
+        raise ConfigError(config.place(*_PATHS) + "the batch is unknown; give train.batch_size")
     if total is None:
         assert micro is not None
         total = micro * (steps or 1) * declared
@@ -46,7 +48,7 @@ def _divide(config: RunConfig, total: int, parts: int, dp: int) -> int:
     if total % parts:
         lower, upper = total // parts * parts, -(-total // parts) * parts
         raise ConfigError(
-            f"{_at(config)}train.batch_size={total} does not divide into "
+            f"{config.place(*_PATHS)}train.batch_size={total} does not divide into "
             f"{_factors(config)}{dp} data-parallel ranks; "
             f"{' or '.join(str(size) for size in dict.fromkeys((lower, upper)) if size)} would fit"
         )
@@ -60,8 +62,8 @@ def _contradiction(config: RunConfig, total: int, micro: int, steps: int, dp: in
     if total % (steps * dp) == 0:
         fits.append(f"train.micro_batch_size={total // (steps * dp)}")
     return (
-        f"{_at(config)}train.batch_size={total} is not train.micro_batch_size={micro} * train.accumulation={steps} * "
-        f"{dp} data-parallel ranks = {micro * steps * dp}; "
+        f"{config.place(*_PATHS)}train.batch_size={total} is not train.micro_batch_size={micro} * "
+        f"train.accumulation={steps} * {dp} data-parallel ranks = {micro * steps * dp}; "
         f"{' or '.join(fits)} would fit, or leave one of the three out (null)"
     )
 
@@ -72,10 +74,3 @@ def _factors(config: RunConfig) -> str:
         for name in ("micro_batch_size", "accumulation")
         if (value := getattr(config.train, name))
     )
-
-
-def _at(config: RunConfig) -> str:
-    """Where the batch's values stand, as the start of a message."""
-    paths = [f"train.{name}" for name in ("batch_size", "micro_batch_size", "accumulation")]
-    places = [config.origins[path] for path in paths if path in config.origins]
-    return f"{', '.join(dict.fromkeys(places))}: " if places else ""

@@ -1,10 +1,215 @@
-"""Contradictions between values of one config, all reported at once."""
+"""Contradictions between values of one config, all reported at once, and values that will surprise."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from os.path import normpath
+from typing import NamedTuple
+
+from castalia.config.batch import batch_plan, planned_dp
 from castalia.config.read import Findings
-from castalia.config.schema import RunConfig
+from castalia.config.schema import Model, RunConfig
+from castalia.errors import ConfigError
 
 
-def check(config: RunConfig, origins: dict[str, str], found: Findings) -> None:
-    """Add an error for each contradiction and a note for each value that will surprise."""
+class Problem(NamedTuple):
+    text: str
+    paths: tuple[str, ...]  # the values that are involved
+
+
+def check(config: RunConfig, found: Findings) -> None:
+    """Add an error for each contradiction and a note for each value that has no effect or will surprise."""
+    for rule in CONTRADICTIONS:
+        found.errors += [config.place(*problem.paths) + problem.text for problem in rule(config)]
+    for rule in SURPRISES:
+        found.notes += [config.place(*problem.paths) + problem.text for problem in rule(config)]
+
+
+def require_training(config: RunConfig, dp: int = 1) -> None:
+    """Raise ConfigError that names everything which a training run on `dp` data-parallel ranks lacks."""
+    missing = []
+    if config.model is None:
+        missing.append("no model: give model.num_layers, hidden_size and num_heads, or name a preset first")
+    if config.train.steps is None and config.train.epochs is None:
+        missing.append("no end: give train.steps or train.epochs")
+    if not (config.data.path or config.data.train):
+        missing.append("no data: give data.path (one corpus, split) or data.train (one or more)")
+    try:
+        batch_plan(config, dp)
+    except ConfigError as error:
+        missing.append(str(error))
+    if missing:
+        raise ConfigError("\n".join(f"this config cannot train: {text}" for text in missing))
+
+
+def divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+
+
+def heads(config: RunConfig) -> Iterator[Problem]:
+    model = config.model
+    if model is None:
+        return
+    hidden, count = model.hidden_size, model.num_heads
+    if hidden % count:
+        below, above = hidden // count * count, -(-hidden // count) * count
+        fits = " or ".join(str(size) for size in (below, above) if size)
+        yield Problem(
+            f"model.hidden_size={hidden} does not divide into model.num_heads={count} heads; use {fits}",
+            ("model.hidden_size", "model.num_heads"),
+        )
+    elif model.position == "rotary" and (model.rotary_size % 2 or not model.rotary_size):
+        size = max(2, model.rotary_size + 1)
+        yield Problem(
+            f"model.rotary_pct={model.rotary_pct:g} of a head of {model.head_size} rotates {model.rotary_size} "
+            f"dimensions, but they rotate in pairs; model.rotary_pct={size / model.head_size:g} rotates {size}",
+            ("model.rotary_pct", "model.hidden_size", "model.num_heads"),
+        )
+    if count % model.kv_heads:
+        yield Problem(
+            f"model.num_kv_heads={model.kv_heads} does not divide model.num_heads={count}; "
+            f"use one of {divisors(count)}",
+            ("model.num_kv_heads", "model.num_heads"),
+        )
+
+
+def lengths(config: RunConfig) -> Iterator[Problem]:
+    model, length = config.model, config.data.seq_length
+    if model and model.max_positions and model.max_positions < length:
+        yield Problem(
+            f"data.seq_length={length} is longer than model.max_positions={model.max_positions}; "
+            f"shorten it or set model.max_positions={length}",
+            ("data.seq_length", "model.max_positions"),
+        )
+
+
+def layout(config: RunConfig) -> Iterator[Problem]:
+    tp, pp, cp, gpus = config.parallel.tp, config.parallel.pp, config.parallel.cp, config.parallel.gpus
+    if gpus and gpus % (tp * pp * cp):
+        fits = max(1, gpus // (tp * pp * cp)) * tp * pp * cp
+        yield Problem(
+            f"parallel.gpus={gpus} does not divide by tp * pp * cp = {tp} * {pp} * {cp}; {fits} would",
+            ("parallel.gpus", "parallel.tp", "parallel.pp", "parallel.cp"),
+        )
+    if config.model is None:
+        return
+    for name, size in _sharded(config.model).items():
+        if size % tp:
+            yield Problem(
+                f"parallel.tp={tp} does not divide {name}={size}; use one of {divisors(size)}", ("parallel.tp", name)
+            )
+    if config.model.vocab_size and config.model.padded_vocab_size % tp:
+        rows, multiple = config.model.padded_vocab_size, config.model.vocab_multiple
+        yield Problem(
+            f"parallel.tp={tp} does not divide the vocabulary's {rows} rows; model.vocab_multiple={multiple * tp} fits",
+            ("parallel.tp", "model.vocab_multiple"),
+        )
+    if config.model.num_layers < pp:
+        yield Problem(
+            f"parallel.pp={pp} is more than model.num_layers={config.model.num_layers}: a stage needs a layer",
+            ("parallel.pp", "model.num_layers"),
+        )
+    if config.parallel.sequence_parallel and config.data.seq_length % tp:
+        yield Problem(
+            f"parallel.sequence_parallel: data.seq_length={config.data.seq_length} does not divide by parallel.tp={tp}",
+            ("parallel.sequence_parallel", "data.seq_length", "parallel.tp"),
+        )
+
+
+def _sharded(model: Model) -> dict[str, int]:
+    sizes = {"model.num_heads": model.num_heads, "model.mlp_size": model.mlp_width}
+    return sizes | ({"model.num_kv_heads": model.num_kv_heads} if model.num_kv_heads else {})
+
+
+def batch(config: RunConfig) -> Iterator[Problem]:
+    """With the number of devices known the whole batch is checked, otherwise only what no number of ranks can mend."""
+    train = config.train
+    dp = planned_dp(config) if config.parallel.gpus else None
+    whole = (train.micro_batch_size or 1) * (train.accumulation or 1)
+    if dp == 0 or not (train.batch_size or train.micro_batch_size):
+        return
+    if dp or (train.batch_size and train.batch_size % whole):
+        try:
+            batch_plan(config, dp or 1)
+        except ConfigError as error:
+            yield Problem(str(error), ())
+
+
+def learning_rates(config: RunConfig) -> Iterator[Problem]:
+    optimizer, schedule = config.optimizer, config.schedule
+    if schedule.min_lr > optimizer.lr:
+        yield Problem(
+            f"schedule.min_lr={schedule.min_lr:g} is above optimizer.lr={optimizer.lr:g}, the highest rate; lower it",
+            ("schedule.min_lr", "optimizer.lr"),
+        )
+    if not all(0 <= beta < 1 for beta in optimizer.betas):
+        yield Problem(
+            f"optimizer.betas={list(optimizer.betas)}: both must be at least 0 and below 1", ("optimizer.betas",)
+        )
+
+
+def corpora(config: RunConfig) -> Iterator[Problem]:
+    if config.data.packing == "unpacked" and not all(source.labels for source in config.data.train):
+        yield Problem(
+            "data.packing=unpacked takes one document a sample and needs labels in every source of data.train",
+            ("data.packing", "data.train"),
+        )
+    if config.generate.mode == "input-file" and not config.generate.input_file:
+        yield Problem("generate.mode=input-file needs generate.input_file", ("generate.mode",))
+
+
+def folders(config: RunConfig) -> Iterator[Problem]:
+    checkpoint = config.checkpoint
+    if checkpoint.init_from and checkpoint.dir and normpath(checkpoint.init_from) == normpath(checkpoint.dir):
+        yield Problem(
+            f"checkpoint.init_from and checkpoint.dir are both {checkpoint.dir}; give the new run a folder of its own",
+            ("checkpoint.init_from", "checkpoint.dir"),
+        )
+
+
+def decay(config: RunConfig) -> Iterator[Problem]:
+    schedule, steps = config.schedule, config.train.steps
+    if schedule.decay_steps and schedule.decay_fraction:
+        yield Problem("schedule.decay_fraction has no effect: decay_steps is given", ("schedule.decay_fraction",))
+    if not steps:
+        return
+    end = schedule.decay_steps or int(steps * (schedule.decay_fraction or 1.0))
+    if end != steps and schedule.style != "constant":
+        what = f"stays at its end for the last {steps - end}" if end < steps else f"never gets to its end at {end}"
+        yield Problem(f"the learning rate of {steps} steps {what}; schedule.decay_steps={steps} would end with them",
+                      ("schedule.decay_steps", "train.steps"))  # fmt: skip
+    if 0 < schedule.warmup * end < 1:
+        yield Problem(
+            f"schedule.warmup={schedule.warmup:g} of {end} steps is less than one step: there is no warm-up",
+            ("schedule.warmup",),
+        )
+
+
+def without_effect(config: RunConfig) -> Iterator[Problem]:
+    """Values that were given and that another value switches off."""
+    model, data, checkpoint, parallel = config.model, config.data, config.checkpoint, config.parallel
+    loads = checkpoint.resume or checkpoint.init_from
+    idle = {
+        "model.shared_norm": model and model.shared_norm and not model.parallel_residual and "no parallel_residual",
+        "model.rotary_pct": model
+        and model.rotary_pct != 1
+        and model.position != "rotary"
+        and "positions do not rotate",
+        "model.rope_scaling": model and model.rope_scaling and model.position != "rotary" and "positions do not rotate",
+        "data.split": data.train and "data.train is given",
+        "data.weight_alpha": data.weight_alpha != 1 and not data.weight_by_documents and "no weight_by_documents",
+        "parallel.sequence_parallel": parallel.sequence_parallel and parallel.tp == 1 and "parallel.tp is 1",
+        "checkpoint.log_until": checkpoint.log_until and not checkpoint.log_base and "there is no log_base",
+        "checkpoint.keep_every": checkpoint.keep_every and not checkpoint.keep_last and "there is no keep_last",
+        "checkpoint.step": checkpoint.step is not None and not loads and "nothing is loaded",
+        "checkpoint.schedule_from": checkpoint.schedule_from and not checkpoint.resume and "nothing is resumed",
+        "checkpoint.load_optimizer": not checkpoint.load_optimizer and not checkpoint.resume and "nothing is resumed",
+        "eval.every": data.train and not data.valid and "data.valid is empty, so there is nothing to evaluate on",
+    }
+    for path, reason in idle.items():
+        if reason and path in config.origins:
+            yield Problem(f"{path} has no effect: {reason}", (path,))
+
+
+CONTRADICTIONS = (heads, lengths, layout, batch, learning_rates, corpora, folders)
+SURPRISES = (decay, without_effect)

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from castalia.config import check, neox
 from castalia.config.fields import FIELDS, SECTIONS, describe
-from castalia.config.read import Findings, Table, read_file, read_override, read_text
+from castalia.config.read import Findings, Table, merged, read_file, read_override, read_text
 from castalia.config.schema import RunConfig
 from castalia.config.settings import Setting, put
 from castalia.errors import ConfigError
@@ -88,36 +88,28 @@ def _read(name: str | Path | RunConfig, found: Findings) -> Table:
 
 
 def _override(text: str, found: Findings) -> Table:
-    table = Table()
-    key, table_value = read_override(text, found)
-    table[key] = table_value
-    table.origins[key] = "command line"
-    return table
+    key, value = read_override(text, found)
+    return Table({key: value}, {key: "command line"})
 
 
 def _sort(table: Table, rank: int, ours: dict[str, Setting], theirs: dict[str, Setting], found: Findings) -> None:
     """Merge one source into the settings by our paths and by NeoX's keys."""
     for written, value in table.items():
         key, origin = written.replace("-", "_"), table.origins[written]
-        setting = Setting(value, origin, rank)
-        path, _, rest = key.partition(".")
-        if rest and key not in FIELDS and key not in SECTIONS and path in neox.KEYS:
-            put(theirs, path, Setting(_nested(theirs.get(path), rest.split("."), value), origin, rank))
-        elif neox.is_neox(key, value):
+        block, *inner = key.split(".")
+        if inner and key not in FIELDS and key not in SECTIONS and block in neox.KEYS:
+            for name in reversed(inner):  # zero_optimization.stage=2
+                value = Table({name: value}, {name: origin})
+            key = block
+        if neox.is_neox(key, value):
             if key in theirs and theirs[key].rank == rank:
                 found.errors.append(f"{origin}: {written} is already given at {theirs[key].origin}; keep one")
             else:
-                put(theirs, key, setting)
+                if key in theirs:
+                    value = merged(theirs[key].value, theirs[key].rank, value, rank)
+                put(theirs, key, Setting(value, origin, rank))
         else:
-            _flatten(written, setting, ours, found)
-
-
-def _nested(old: Setting | None, keys: list[str], value: Any) -> dict[str, Any]:
-    """NeoX's mapping `old` with one value inside replaced: `zero_optimization.stage=2`."""
-    table = dict(old.value) if old and isinstance(old.value, dict) else {}
-    inner = Setting(table[keys[0]], "", 0) if keys[0] in table else None
-    table[keys[0]] = _nested(inner, keys[1:], value) if keys[1:] else value
-    return table
+            _flatten(written, Setting(value, origin, rank), ours, found)
 
 
 def _flatten(path: str, setting: Setting, ours: dict[str, Setting], found: Findings) -> None:
@@ -148,7 +140,8 @@ def suggest(path: str) -> str:
     names = list(dict.fromkeys(close + same_name))[:3]
     if names:
         return f"; did you mean {' or '.join(names)}?"
-    return f"; {section or 'a config'} knows {', '.join(siblings or sorted(SECTIONS))}; or remove it"
+    known = [*siblings, *(name for name in SECTIONS if name.rpartition(".")[0] == section)]
+    return f"; {section or 'a config'} knows {', '.join(known)}; or remove it"
 
 
 def _combine(ours: dict[str, Setting], translated: dict[str, Setting], found: Findings) -> dict[str, Setting]:

@@ -49,13 +49,15 @@ def translate(
 ) -> dict[str, Setting]:
     """Our settings for NeoX's merged keys. `ours` holds what is given in our own terms; files' ranks < num_files."""
     work = Translation(theirs, ours, num_files, found)
-    for key, row in KEYS.items():
-        if row.kind == "to":
+    for key in dict.fromkeys([*work.given, *KEYS]):  # what is given first, so that messages follow the files
+        if key in STALE:
+            work.note(key, f"has no effect: {STALE[key]}")
+        elif KEYS[key].kind == "to":
             work.honour(key)
-        elif row.kind != "joint":
+        elif KEYS[key].kind == "joint":
+            work.require_type(key)
+        else:
             work.report(key)
-    for key in STALE.keys() & work.given.keys():
-        work.note(key, f"has no effect: {STALE[key]}")
     for function in JOINT:
         function(work)
     return work.settings
@@ -88,6 +90,12 @@ class Translation:
         elif value != FIELDS[path].default:
             self.settings[path] = Setting(value, NEOX_DEFAULT, -1)
 
+    def set_inner(self, path: str, value: Any, key: str, block: dict[str, Any], inner: str) -> None:
+        """Set one of ours from a value inside NeoX's block `key`: it knows its own line."""
+        outer = self.given[key]
+        origins, ranks = getattr(block, "origins", {}), getattr(block, "ranks", {})
+        self.settings[path] = Setting(value, origins.get(inner, outer.origin), ranks.get(inner, outer.rank))
+
     def error(self, key: str, text: str) -> None:
         self.found.errors.append(f"{self.given[key].origin}: {key}{self._value(key)} {text}")
 
@@ -96,7 +104,7 @@ class Translation:
 
     def _value(self, key: str) -> str:
         value = self.given[key].value
-        return f": {value!r}" if isinstance(value, str | int | float) or len(value) < 4 else ":"
+        return f": {value!r}" if isinstance(value, str | int | float) else ""
 
     def honour(self, key: str) -> None:
         row = KEYS[key]
@@ -108,6 +116,15 @@ class Translation:
         except ValueError as error:
             self.error(key, f"{error}")
 
+    def require_type(self, key: str) -> None:
+        """Leave out a value that the functions below could not read."""
+        value, expected = self[key], KEYS[key].type or object
+        if expected is list and isinstance(value, str):
+            return  # one path where a list of paths is expected
+        if key in self.given and not _is_a(value, expected):
+            self.error(key, f"is no {TYPE_NAMES[expected]}")
+            del self.given[key]
+
     def report(self, key: str) -> None:
         row = KEYS[key]
         if key not in self.given or _is_off(self[key], row.default):
@@ -117,6 +134,23 @@ class Translation:
         else:
             off = "" if row.default is None else f" or set it to {row.default}"
             self.error(key, f"is refused: {row.target}; remove the key{off}")
+
+
+TYPE_NAMES = {
+    int: "whole number",
+    float: "number",
+    bool: "true or false",
+    str: "text",
+    list: "list",
+    dict: "block such as {key: value}",
+}
+
+
+def _is_a(value: Any, expected: type) -> bool:
+    """Strictly: true is no number, but a whole number is one."""
+    if isinstance(value, bool):
+        return expected is bool
+    return isinstance(value, int | float) if expected is float else isinstance(value, expected)
 
 
 def _is_off(value: Any, default: Any) -> bool:
@@ -133,14 +167,14 @@ def attention(work: Translation) -> None:
     if not work.has("attention_config"):
         return
     try:
-        kinds = _expand(work["attention_config"], layers)
-    except (TypeError, ValueError):
+        kinds = _expand(work["attention_config"], layers if _is_a(layers, int) else None)
+    except (TypeError, ValueError, ZeroDivisionError):
         work.error("attention_config", 'is no list of [[kinds], repeat] pairs such as [[["flash"], 12]]')
         return
     strange = sorted({str(kind) for kind in kinds} - {"global", "flash"})
     if strange:
         work.error("attention_config", f"is refused: {', '.join(strange)} layers are not built in; use global or flash")
-    elif isinstance(layers, int) and len(kinds) != layers:
+    elif _is_a(layers, int) and len(kinds) != layers:
         text = f"names {len(kinds)} layers, num_layers ({work.given['num_layers'].origin}) is {layers}"
         if work.given["num_layers"].rank > work.given["attention_config"].rank:
             work.note("attention_config", f"{text}: as all are alike, it is taken for {layers}")
@@ -159,7 +193,7 @@ def _expand(config: Any, layers: int | None) -> list[Any]:
         if not isinstance(pattern, list):
             raise TypeError
         if lower(repeat) == "all":
-            left = len(pattern) if layers is None else layers - len(kinds)
+            left = layers - len(kinds) if layers else len(pattern)
             return kinds + pattern * (left // len(pattern))
         kinds += pattern * repeat
     return kinds
@@ -184,10 +218,15 @@ def mlp_width(work: Translation) -> None:
     if not (gated or work.has("intermediate_size", "expansion_factor", "mlp_multiple_of")):
         return
     key = "intermediate_size" if work.has("intermediate_size") else "expansion_factor"
-    size = work["intermediate_size"] or (hidden and int((work["expansion_factor"] or 4) * hidden))
-    if not size or not all(isinstance(number, int) and number > 0 for number in (size, multiple)):
-        if work.has(key):
-            work.error(key, "gives no MLP width; it needs a positive number, a whole mlp_multiple_of and hidden_size")
+    if work.has("intermediate_size"):
+        size = work["intermediate_size"]
+    elif _is_a(hidden, int):
+        size = int((work["expansion_factor"] or 4) * hidden)
+    else:
+        return
+    if size <= 0 or multiple <= 0:
+        named = next(k for k in (key, "mlp_multiple_of", "hidden_size") if work.has(k))
+        work.error(named, "gives no MLP width: hidden_size, expansion_factor and mlp_multiple_of must be positive")
         return
     base = size * 2 // 3 if gated else size
     first = _round_up(base, 2 * multiple)
@@ -255,22 +294,22 @@ def optimizer(work: Translation) -> None:
             work.set("optimizer.lr", work["lr"], "lr")
         return
     block = work["optimizer"]
-    params = block.get("params") if isinstance(block, dict) else None
+    params = block.get("params")
     if not isinstance(params, dict) or not isinstance(block.get("type"), str):
         work.error("optimizer", 'needs a type and params: {"type": "Adam", "params": {"lr": 6.0e-4}}')
         return
     if block["type"].lower() not in ("adam", "adamw", "cpu_adam", "cpu_torch_adam"):
         work.error("optimizer", f"is refused: {block['type']} is not built in; use Adam")
         return
-    for name, path, default in (("lr", "lr", None), ("betas", "betas", [0.9, 0.999]), ("eps", "eps", 1e-8)):
+    for name, default in (("lr", None), ("betas", [0.9, 0.999]), ("eps", 1e-8)):
         if name in params:
-            _from_params(work, params, name, f"optimizer.{path}")
+            work.set_inner(f"optimizer.{name}", params[name], "optimizer", params, name)
         elif default is not None:
-            work.set(f"optimizer.{path}", default, "optimizer")
+            work.set(f"optimizer.{name}", default)
     if "weight_decay" in params:
         if work.has("weight_decay") and work["weight_decay"] != params["weight_decay"]:
             work.error("weight_decay", f"is contradicted by optimizer.params.weight_decay: {params['weight_decay']}")
-        _from_params(work, params, "weight_decay", "optimizer.weight_decay")
+        work.set_inner("optimizer.weight_decay", params["weight_decay"], "optimizer", params, "weight_decay")
     if work.has("lr") and work.given["lr"].rank > work.given["optimizer"].rank:
         work.set("optimizer.lr", work["lr"], "lr")
     elif work.has("lr") and work["lr"] != params.get("lr"):
@@ -279,13 +318,6 @@ def optimizer(work: Translation) -> None:
     for name in params.keys() - {"lr", "betas", "eps", "weight_decay"}:
         if name not in harmless or params[name] != harmless[name]:
             work.error("optimizer", f"is refused: the parameter {name}: {params[name]!r} is not built in; remove it")
-
-
-def _from_params(work: Translation, params: dict[str, Any], name: str, path: str) -> None:
-    """Set from a nested value, which knows its own line."""
-    setting = work.given["optimizer"]
-    origin = getattr(params, "origins", {}).get(name, setting.origin)
-    work.settings[path] = setting._replace(value=params[name], origin=origin)
 
 
 def clipping(work: Translation) -> None:
@@ -305,10 +337,10 @@ def zero(work: Translation) -> None:
     if not work.has("zero_optimization"):
         return
     block = work["zero_optimization"]
-    if not isinstance(block, dict) or "stage" not in block:
+    if "stage" not in block:
         work.error("zero_optimization", "needs a stage from 0 to 3: {stage: 1}")
         return
-    work.set("parallel.zero", block["stage"], "zero_optimization")
+    work.set_inner("parallel.zero", block["stage"], "zero_optimization", block, "stage")
     hints = sorted(block.keys() - {"stage"})
     if hints:
         origin = work.given["zero_optimization"].origin
@@ -351,23 +383,21 @@ def precision(work: Translation) -> None:
 
 
 def loss_scale(work: Translation) -> None:
-    fields = {
-        "loss_scale": ("static", lambda scale: scale or None),
-        "loss_scale_window": ("window", lambda steps: steps),
-        "initial_scale_power": ("initial", lambda power: 2.0**power),
-        "hysteresis": ("hysteresis", lambda count: count),
-        "min_loss_scale": ("minimum", lambda scale: scale),
-        "consecutive_hysteresis": ("consecutive_hysteresis", lambda refill: refill),
-    }
-    for key, value in work["fp16"].items():
+    fields = {"loss_scale_window": "window", "min_loss_scale": "minimum"}
+    fields |= {name: name for name in ("hysteresis", "consecutive_hysteresis")}
+    block = work["fp16"]
+    for key, value in block.items():
         if key in fields:
-            name, convert = fields[key]
-            number = isinstance(value, int | float)
-            work.set(f"precision.loss_scale.{name}", convert(value) if number else value, "fp16")
+            work.set_inner(f"precision.loss_scale.{fields[key]}", value, "fp16", block, key)
+        elif key == "loss_scale":  # 0 means dynamic
+            work.set_inner("precision.loss_scale.static", value or None, "fp16", block, key)
+        elif key == "initial_scale_power":
+            if _is_a(value, int) and 0 <= value <= 127:
+                work.set_inner("precision.loss_scale.initial", 2.0**value, "fp16", block, key)
+            else:
+                work.error("fp16", f"needs a whole initial_scale_power from 0 to 127, not {value!r}")
         elif key not in ("fp16", "enabled", "type"):
-            work.found.notes.append(
-                f"{work.given['fp16'].origin}: fp16.{key} has no effect here: DeepSpeed's own option"
-            )
+            work.note("fp16", f"{key} has no effect here: it is DeepSpeed's own option")
 
 
 def data(work: Translation) -> None:

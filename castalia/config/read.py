@@ -7,6 +7,7 @@ case, and numbers such as `6e-4`, which YAML 1.1 takes for text.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,27 @@ class Findings:
 
 
 class Table(dict[str, Any]):
-    """A YAML mapping that remembers where each of its keys stands: `origins[key]` is "file.yml:12"."""
+    """A YAML mapping that remembers where each of its keys stands: `origins[key]` is "file.yml:12".
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.origins: dict[str, str] = {}
+    A table merged from several sources also knows in `ranks` which of them gave a key.
+    """
+
+    def __init__(self, values: Mapping[str, Any] | None = None, origins: Mapping[str, str] | None = None) -> None:
+        super().__init__(values or {})
+        self.origins = dict(origins or {})
+        self.ranks: dict[str, int] = {}
+
+
+def merged(old: Any, old_rank: int, new: Any, new_rank: int) -> Any:
+    """`new`, with what only `old` says if both are tables."""
+    if not (isinstance(old, Table) and isinstance(new, Table)):
+        return new
+    table = Table({**old, **new}, {**old.origins, **new.origins})
+    table.ranks = dict.fromkeys(old, old_rank) | old.ranks | dict.fromkeys(new, new_rank)
+    for key in old.keys() & new.keys():
+        table[key] = merged(old[key], old_rank, new[key], new_rank)
+        table.origins[key] += f", replacing {old.origins[key]}"
+    return table
 
 
 def read_file(path: Path, label: str, found: Findings) -> Table:

@@ -298,6 +298,11 @@ class RunConfig(Section):
         """Warnings and keys without effect, one line each."""
         return self._notes
 
+    def place(self, *paths: str) -> str:
+        """The start of a message about these values: "a.yml:3, command line: "; empty if all are defaults."""
+        places = dict.fromkeys(self._origins[path] for path in paths if path in self._origins)
+        return f"{', '.join(places)}: " if places else ""
+
     def __eq__(self, other: object) -> bool:
         """Values alone count, not where they came from."""
         return isinstance(other, RunConfig) and self.__dict__ == other.__dict__

@@ -1,0 +1,134 @@
+"""`castalia config`: what a config means, whether it is sound, and the same in our own terms."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from castalia.config.fields import FIELDS, SECTIONS, describe
+from castalia.config.load import load_config, suggest
+from castalia.config.neox_keys import KEYS, STALE
+from castalia.config.schema import RunConfig
+from castalia.errors import ConfigError
+
+app = typer.Typer(no_args_is_help=True, help="Show, check or convert configs.")
+Words = Annotated[list[str], typer.Argument(metavar="CONFIG... [KEY=VALUE...]", show_default=False)]
+
+
+def read(words: list[str]) -> RunConfig:
+    """Files and presets, then `key=value` overrides, as the command line mixes them."""
+    files = [word for word in words if "=" not in word]
+    return load_config(files, [word for word in words if "=" in word])
+
+
+@app.command()
+def show(
+    words: Words, as_json: Annotated[bool, typer.Option("--json", help="One object with all values.")] = False
+) -> None:
+    """Every effective value and where it comes from; `*` marks what differs from the default."""
+    config = read(words)
+    rows = [(path, value, config.origins.get(path, "default")) for path, value in values(config).items()]
+    if as_json:
+        table = {path: {"value": value, "origin": origin} for path, value, origin in rows}
+        print(json.dumps({"values": table, "notes": config.notes}, indent=1))
+        return
+    changed = [row for row in rows if not is_default(row[0], row[1])]
+    for mark, part in (("*", changed), (" ", [row for row in rows if row not in changed])):
+        for path, value, origin in part:
+            print(f"{mark} {path:34} {_text(value):34} {origin}")
+    print_notes(config)
+
+
+@app.command()
+def check(words: Words) -> None:
+    """Exit with 0 if the config is accepted (warnings included), with 2 and a line for each problem otherwise."""
+    config = read(words)
+    print_notes(config)
+    print(f"accepted: {' '.join(words)}" + (f" ({len(config.notes)} notes)" if config.notes else ""))
+
+
+@app.command()
+def convert(
+    words: Words, output: Annotated[Path | None, typer.Option(help="File to write; without it, the terminal.")] = None
+) -> None:
+    """The same config as a clean file of our own: only what differs from the defaults."""
+    config = read(words)
+    lines = [f"# {note}" for note in config.notes]
+    text = "\n".join([*lines, yaml.safe_dump(changes(config), sort_keys=False, width=120)])
+    if output is None:
+        print(text, end="")
+        return
+    if output.exists():
+        raise ConfigError(f"{output}: exists already; name another file or remove it")
+    partial = output.with_name(output.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.rename(output)
+    print(f"wrote {output}")
+
+
+@app.command()
+def explain(key: str) -> None:
+    """What a key means: one of ours (`optimizer.lr`) or one of NeoX's (`gradient_clipping`)."""
+    name = key.replace("-", "_")
+    row = KEYS.get(name)
+    if key in FIELDS or key in SECTIONS:
+        print(f"{key}: {describe(key)}")
+    if row:
+        verb = {"idle": "no effect here: ", "refused": "refused unless it is off: "}.get(row.kind, "becomes ")
+        print(f"{name} (GPT-NeoX, default {row.default}): {verb}{row.target}")
+        for path in row.target.split(", ") if row.kind == "to" else []:
+            print(f"{path}: {describe(path)}")
+    elif name in STALE:
+        print(f"{name}: {STALE[name]}")
+    elif key not in FIELDS and key not in SECTIONS:
+        raise ConfigError(f"unknown key {key}{suggest(key)}")
+
+
+def values(config: RunConfig) -> dict[str, Any]:
+    """All effective values by dotted path; a section that is absent is one null."""
+    flat: dict[str, Any] = {}
+
+    def walk(value: Any, path: str) -> None:
+        if isinstance(value, dict) and path not in FIELDS:
+            for name, inner in value.items():
+                walk(inner, f"{path}.{name}" if path else name)
+        else:
+            flat[path] = value
+
+    walk(config.model_dump(mode="json"), "")
+    return flat
+
+
+def is_default(path: str, value: Any) -> bool:
+    info = FIELDS.get(path) or SECTIONS[path]
+    default = list(info.default) if isinstance(info.default, tuple) else info.default
+    return not info.is_required() and value == default
+
+
+def changes(config: RunConfig) -> dict[str, Any]:
+    """The values that differ from the defaults, nested: loading them gives an equal config."""
+    nested: dict[str, Any] = {}
+    for path, value in values(config).items():
+        if is_default(path, value):
+            continue
+        *sections, name = path.split(".")
+        level = nested
+        for section in sections:
+            level = level.setdefault(section, {})
+        level[name] = value
+    return nested
+
+
+def print_notes(config: RunConfig) -> None:
+    for note in config.notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+def _text(value: Any) -> str:
+    text = json.dumps(value)
+    return value if isinstance(value, str) else text
