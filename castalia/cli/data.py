@@ -32,11 +32,17 @@ def prepare(
     inputs: Annotated[list[Path], typer.Argument(help="files or folders: jsonl, txt, gz, zst, zip, tar, parquet")],
     output: Annotated[Path, typer.Option(help="writes OUTPUT_text_document.bin and .idx")],
     tokenizer: TokenizerPath = None,
-    tokenizer_kind: Annotated[str | None, typer.Option(help="hf, gpt2, hf_gpt2, sentencepiece, tiktoken, char, bytes")] = None,
+    tokenizer_kind: Annotated[
+        str | None, typer.Option(help="hf, gpt2, hf_gpt2, sentencepiece, tiktoken, char, bytes")
+    ] = None,
     merges: Annotated[Path | None, typer.Option(help="merges.txt of GPT-2 BPE files")] = None,
     jsonl_keys: Annotated[str, typer.Option(help="fields to prepare, separated by commas; one corpus each")] = "text",
-    append_eod: Annotated[bool, typer.Option("--append-eod", help="end each document with the end-of-document id")] = False,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="leave out and count records that are no documents")] = False,
+    append_eod: Annotated[
+        bool, typer.Option("--append-eod", help="end each document with the end-of-document id")
+    ] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="leave out and count records that are no documents")
+    ] = False,
     ftfy: Annotated[bool, typer.Option("--ftfy", help="repair broken Unicode first")] = False,
     num_docs: Annotated[int | None, typer.Option(help="stop after so many documents", min=1)] = None,
     mask_before_token: Annotated[
@@ -75,10 +81,23 @@ class _Progress:
 
     def __enter__(self) -> Callable[[Report], None]:
         from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
 
         console = Console(stderr=True)
-        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+        columns = (
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+        )
         self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self.bar.start()
         task = self.bar.add_task("")
@@ -117,15 +136,19 @@ def inspect(
     print("length (tokens)    documents")
     most = max((row["documents"] for row in facts["lengths"]), default=1)
     for row in facts["lengths"]:
-        print(f"{row['from']:>8,} to {row['to']:>8,} {row['documents']:>9,} {'#' * round(40 * row['documents'] / most)}")
+        print(
+            f"{row['from']:>8,} to {row['to']:>8,} {row['documents']:>9,} {'#' * round(40 * row['documents'] / most)}"
+        )
 
 
 @app.command()
 def batch(
-    config: Annotated[list[str], typer.Argument(metavar="CONFIG... [key=value ...]", help="files or presets, overrides")],
+    config: Annotated[
+        list[str], typer.Argument(metavar="CONFIG... [key=value ...]", help="files or presets, overrides")
+    ],
     step: Annotated[int, typer.Option(help="counted from 0", min=0)] = 0,
     split: Annotated[str, typer.Option(help="train, valid or test")] = "train",
-    npy: Annotated[Path | None, typer.Option(help="write tokens and labels, [2, batch, seq_length], to this .npy")] = None,
+    npy: Annotated[Path | None, typer.Option(help="write the ids, [batch, seq_length + 1], to this file")] = None,
     as_json: Json = False,
 ) -> None:
     """Exactly which documents and tokens a step sees, decoded when the config names a tokenizer."""
@@ -144,7 +167,7 @@ def batch(
     arrays = samples.batch(step)
     if npy is not None:
         with npy.open("wb") as file:
-            np.save(file, np.stack([arrays.tokens, arrays.labels]))
+            np.save(file, np.stack([samples.sample(int(position))[0] for position in samples.positions(step)]))
     named = run.tokenizer.path is not None or run.tokenizer.kind is not None
     decoder = load_tokenizer(run.tokenizer) if named else None
     rows = [

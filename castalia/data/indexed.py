@@ -85,7 +85,8 @@ def open_dataset(prefix: str | os.PathLike[str]) -> IndexedDataset:
         dtype, sizes, starts, documents = _parse_legacy(name, index)
     else:
         raise DataError(
-            f"{idx_path(name)} is no index of a corpus: it begins with {bytes(index[:9])!r}, not {MAGIC!r} or {LEGACY_MAGIC!r}"
+            f"{idx_path(name)} is no index of a corpus: it begins with {bytes(index[:9])!r}, "
+            f"not {MAGIC!r} or {LEGACY_MAGIC!r}"
         )
     _check(name, dtype, sizes, starts)
     return IndexedDataset(name, np.frombuffer(_map(bin_path(name)), dtype), sizes, starts, documents)
@@ -175,7 +176,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class Writer:
-    """Writes `PREFIX.bin` and `PREFIX.idx` under temporary names; leaving the `with` block without error renames them."""
+    """Writes `PREFIX.bin` and `.idx` under temporary names; leaving the `with` block without error renames them."""
 
     def __init__(self, prefix: str | os.PathLike[str], dtype: np.dtype | type | str):
         self.prefix = os.fspath(prefix)

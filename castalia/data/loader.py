@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -18,12 +19,25 @@ import numpy as np
 from castalia.config.batch import batch_plan
 from castalia.config.schema import RunConfig, Source
 from castalia.data.blend import blend, normalized, weights_by_documents
+from castalia.data.cache import cached, digest_of, index_names
 from castalia.data.indexed import IndexedDataset, open_dataset
-from castalia.data.samples import IGNORE, Index, assemble, build_overflowing, build_packed, build_unpacked, locate, pieces, split_bounds, trainable
+from castalia.data.samples import (
+    IGNORE,
+    Index,
+    assemble,
+    build_overflowing,
+    build_packed,
+    build_unpacked,
+    locate,
+    pieces,
+    split_bounds,
+    trainable,
+)
 from castalia.data.tokenizer import load_tokenizer
 from castalia.errors import ConfigError, DataError
 
 Split = Literal["train", "valid", "test"]
+BLEND_CACHED_FROM = 1 << 20  # samples; fewer are blended faster than a file is found
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 
 
@@ -70,10 +84,9 @@ class Samples:
     def __len__(self) -> int:
         return len(self.blended[0]) if self.blended else len(self.corpora[0].index)
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Whole steps in one pass over the data order."""
-        return self._micro_batches // self.accumulation
+    def steps(self, epochs: int) -> int:
+        """Whole steps in so many passes over the data order."""
+        return self._micro_batches * epochs // self.accumulation
 
     @property
     def _micro_batches(self) -> int:
@@ -127,8 +140,8 @@ class Samples:
 
     def _check_vocabulary(self, step: int, positions: np.ndarray, text: np.ndarray) -> None:
         limit = self.vocab_size or np.iinfo(np.int64).max
-        bad = (text < 0) | (text >= limit)
-        if bad.any():
+        if text.min() < 0 or text.max() >= limit:
+            bad = (text < 0) | (text >= limit)
             row = int(bad.any(axis=1).argmax())
             piece = self.pieces(int(positions[row]))[0]
             raise DataError(
@@ -176,10 +189,11 @@ def open_data(config: RunConfig, split: Split = "train") -> Samples:
     plan = batch_plan(config)
     wanted = _samples_wanted(config, split, plan.batch_size)
     sources: Sequence[Source] = getattr(config.data, split)
+    blended = None
     if config.data.path is not None:
-        corpora, blended = (_open_part(config, config.data.path, split, wanted),), None
+        corpora: tuple[Corpus, ...] = (_open_part(config, config.data.path, split, wanted),)
     elif sources:
-        corpora, blended = _open_blend(config, sources, wanted)
+        corpora, blended = _open_blend(config, sources, split, wanted)
     else:
         raise DataError(f"no {split} data: give data.path or data.{split}")
     accumulation = config.train.accumulation or 1
@@ -227,11 +241,11 @@ def _open_part(config: RunConfig, prefix: str, split: Split, wanted: int | None)
         raise DataError(
             f"no {split} data: data.split={config.data.split!r} gives it none of the {len(data)} documents of {prefix}"
         )
-    return _index(config, data, None, np.arange(first, end, dtype=np.int32), wanted)
+    return _index(config, data, None, np.arange(first, end, dtype=np.int32), wanted, split)
 
 
 def _open_blend(
-    config: RunConfig, sources: Sequence[Source], wanted: int | None
+    config: RunConfig, sources: Sequence[Source], split: str, wanted: int | None
 ) -> tuple[tuple[Corpus, ...], tuple[np.ndarray, np.ndarray]]:
     texts = [open_dataset(source.path) for source in sources]
     if config.data.weight_by_documents:
@@ -239,11 +253,18 @@ def _open_blend(
     else:
         weights = normalized([source.weight for source in sources])
     corpora = []
-    for source, text, weight in zip(sources, texts, weights.tolist(), strict=True):
+    for number, (source, text, weight) in enumerate(zip(sources, texts, weights.tolist(), strict=True)):
         labels = _open_labels(source, text) if source.labels else None
         share = None if wanted is None else math.ceil(wanted * weight * 1.005)
-        corpora.append(_index(config, text, labels, np.arange(len(text), dtype=np.int32), share))
-    return tuple(corpora), blend(weights, sum(len(corpus.index) for corpus in corpora))
+        corpora.append(_index(config, text, labels, np.arange(len(text), dtype=np.int32), share, f"{split}_{number}"))
+    size = sum(len(corpus.index) for corpus in corpora)
+    if size < BLEND_CACHED_FROM:
+        return tuple(corpora), blend(weights, size)
+    prefix, fingerprint = sources[0].path, digest_of(weights, size)
+    names = [f"{Path(prefix).name}_{split}_blend_{fingerprint}"]
+    parts = ("dataset_index", "dataset_sample_index")
+    index, sample = cached(prefix, config.data.cache_dir, names, parts, fingerprint, lambda: blend(weights, size))
+    return tuple(corpora), (index, sample)
 
 
 def _open_labels(source: Source, text: IndexedDataset) -> IndexedDataset:
@@ -257,22 +278,47 @@ def _open_labels(source: Source, text: IndexedDataset) -> IndexedDataset:
 
 
 def _index(
-    config: RunConfig, text: IndexedDataset, labels: IndexedDataset | None, documents: np.ndarray, wanted: int | None
+    config: RunConfig,
+    text: IndexedDataset,
+    labels: IndexedDataset | None,
+    documents: np.ndarray,
+    wanted: int | None,
+    name: str,
 ) -> Corpus:
-    length, seed, packing = config.data.seq_length, config.seed, config.data.packing
-    if packing == "packed":
-        return Corpus(text, labels, build_packed(text.sizes, documents, wanted, length, seed))
-    if wanted is None:
-        raise ConfigError(f"data.packing={packing} needs train.steps: its samples have no epochs")
+    """Build a corpus' index, or read it from its files. `name` is the split as the file names give it."""
+    data, seed = config.data, config.seed
+    length, packing = data.seq_length, data.packing
+    usable = _usable(config, text, labels, documents)
+
+    def build() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        if packing == "packed":
+            index = build_packed(text.sizes, documents, wanted, length, seed)
+        elif wanted is None:
+            raise ConfigError(f"data.packing={packing} needs train.steps: its samples have no epochs")
+        elif packing == "unpacked":
+            index = build_unpacked(documents[usable], wanted, seed)
+        else:
+            index = build_overflowing(text.sizes, documents, usable, wanted, length, seed)
+        return index.documents, index.bounds, index.order
+
+    names = index_names(text.prefix, name, wanted, length, seed, packing, data.allow_chopped)
+    fingerprint = digest_of(text.sizes, documents, usable)
+    parts = ("doc_idx", "sample_idx", "shuffle_idx")
+    return Corpus(text, labels, Index(*cached(text.prefix, data.cache_dir, names, parts, fingerprint, build)))
+
+
+def _usable(
+    config: RunConfig, text: IndexedDataset, labels: IndexedDataset | None, documents: np.ndarray
+) -> np.ndarray:
+    """Documents that may be sampled, a mask [documents]; plain packing takes all."""
+    data = config.data
     usable = np.ones(len(documents), bool)
-    if packing == "unpacked":
-        if labels is None:
-            raise ConfigError("data.packing=unpacked needs labels: give each source of data.train its `labels`")
-        usable &= trainable(labels, documents, length)
-    elif labels is not None:
-        usable &= trainable(labels, documents, length + 1)
-    if not config.data.allow_chopped:
-        usable &= text.sizes[documents] <= length + 1
-    if packing == "unpacked":
-        return Corpus(text, labels, build_unpacked(documents[usable], wanted, seed))
-    return Corpus(text, labels, build_overflowing(text.sizes, documents, usable, wanted, length, seed))
+    if data.packing == "packed":
+        return usable
+    if data.packing == "unpacked" and labels is None:
+        raise ConfigError("data.packing=unpacked needs labels: give each source of data.train its `labels`")
+    if labels is not None:
+        usable &= trainable(labels, documents, data.seq_length + (data.packing != "unpacked"))
+    if not data.allow_chopped:
+        usable &= text.sizes[documents] <= data.seq_length + 1
+    return usable

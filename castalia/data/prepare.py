@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing
@@ -132,7 +132,7 @@ def encode(chunk: Chunk, recipe: Recipe, tokenizer: Tokenizer) -> Encoded:
             texts = [_fix_text()(text) for text in texts]
         ids = [row for row in tokenizer.encode_batch(texts) if row]
         empty += len(texts) - len(ids)  # a tokenizer may drop all of a text
-        if recipe.append_eod:
+        if recipe.append_eod and tokenizer.eod_id is not None:
             for row in ids:
                 row.append(tokenizer.eod_id)
         sizes[key] = [len(row) for row in ids]
@@ -181,7 +181,9 @@ def _write(
     report.done_bytes = encoded.done_bytes
 
 
-def _encode_all(stream: Iterable[Chunk], recipe: Recipe, tokenizer: Tokenizer, workers: int) -> Iterator[Encoded]:
+def _encode_all(
+    stream: Iterable[Chunk], recipe: Recipe, tokenizer: Tokenizer, workers: int
+) -> Generator[Encoded, None, None]:
     """Encoded chunks in the order of the stream."""
     if workers == 1:
         yield from (encode(chunk, recipe, tokenizer) for chunk in stream)

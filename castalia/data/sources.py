@@ -1,7 +1,7 @@
 """Documents out of files of many kinds, as a stream of chunks that are cheap to read and to hand to another process.
 
-A file's ending tells how it is read (`READERS`). Cutting into records happens here, on raw bytes; parsing JSON and UTF-8
-happens in `texts_of`, wherever the chunk has gone to.
+A file's ending tells how it is read (`READERS`). Cutting into records happens here, on raw bytes; parsing JSON and
+UTF-8 happens in `texts_of`, wherever the chunk has gone to.
 """
 
 from __future__ import annotations
@@ -235,10 +235,11 @@ def _dat_records(path: str, blocks: Iterator[bytes]) -> Iterator[bytes]:
         del buffer[:size]
         return taken
 
-    while buffer or (block := next(blocks, None)) is not None:
-        if not buffer:
-            buffer.extend(block)
-            continue
+    def more() -> bool:
+        buffer.extend(next(blocks, b""))
+        return bool(buffer)
+
+    while buffer or more():
         number += 1
         header = take(16)
         if not header.strip().isdigit():

@@ -71,7 +71,7 @@ class ByteTokenizer:
     def __init__(self, kind: str):
         self.kind = kind
         self.vocab_size = 512 if kind == "char" else 257
-        self.eod_id = 0 if kind == "char" else 256
+        self.eod_id: int | None = 0 if kind == "char" else 256
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
@@ -239,7 +239,7 @@ def _optional(name: str) -> ModuleType:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> RustTokenizer:
-    """A byte-level BPE of at most `vocab_size` entries, `<|endoftext|>` with id 0. The same texts give the same file."""
+    """A byte-level BPE of at most `vocab_size` entries, `<|endoftext|>` with id 0. Same texts, same vocabulary."""
     if vocab_size < 257:
         raise DataError(f"a vocabulary of {vocab_size} is too small: 256 bytes and {END_OF_TEXT} need 257")
     engine = tokenizers.Tokenizer(tokenizers.models.BPE())

@@ -1,0 +1,109 @@
+"""Index files: the original's names and arrays, with a fingerprint beside them that tells whether they still fit.
+
+The original goes by the name alone and silently reuses files that belong to another split or to data that have changed.
+Here files without a fingerprint are compared with what they should be, and adopted or replaced.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import stat
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+log = logging.getLogger(__name__)
+Arrays = tuple[np.ndarray, ...]
+
+
+def digest_of(*values: object) -> str:
+    """Of arrays and of plain values."""
+    digest = hashlib.blake2b(digest_size=16)
+    for value in values:
+        digest.update(np.ascontiguousarray(value).data if isinstance(value, np.ndarray) else repr(value).encode())
+    return digest.hexdigest()
+
+
+def index_names(
+    prefix: str, split: str, num_samples: int | None, seq_length: int, seed: int, packing: str, allow_chopped: bool
+) -> list[str]:
+    """Beginnings of the names of index files: today's, and for plain packing the one of older releases."""
+    plain = f"{Path(prefix).name}_{split}_indexmap_{num_samples}ns_{seq_length}sl_{seed}s"
+    today = f"{plain}_{packing}pi{'_ac' if allow_chopped else ''}"
+    return [today, plain] if packing == "packed" and allow_chopped else [today]
+
+
+def cached(
+    prefix: str,
+    cache_dir: str | None,
+    names: list[str],
+    parts: tuple[str, ...],
+    fingerprint: str,
+    build: Callable[[], Arrays],
+) -> Arrays:
+    """The arrays `parts` from the files `{name}_{part}.npy`, memory-mapped; built and written if none of them fit."""
+    near = Path(cache_dir) if cache_dir else Path(prefix).absolute().parent
+    home = near if _writable(near) else _fallback(near)
+    stems = [folder / name for folder in dict.fromkeys((home, near)) for name in names]
+    for stem in stems:
+        fits = _fingerprint_file(stem).is_file() and _fingerprint_file(stem).read_text().strip() == fingerprint
+        if fits and (arrays := _load(stem, parts)) is not None:
+            return arrays
+    built = build()
+    for stem in stems:
+        found = _load(stem, parts)
+        if found is None:
+            continue
+        if all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in zip(found, built, strict=True)):
+            if stem.parent == home:
+                _replace(_fingerprint_file(stem), lambda file: file.write(f"{fingerprint}\n".encode()))
+                return found
+        else:
+            log.warning("index files %s_*.npy are of other data or another split: built anew", stem)
+    if home != near:
+        _tell_once(f"{near} is not writable: index files go to {home}; data.cache_dir chooses another folder")
+    home.mkdir(parents=True, exist_ok=True)
+    _fingerprint_file(home / names[0]).unlink(missing_ok=True)
+    for part, array in zip(parts, built, strict=True):
+        _replace(home / f"{names[0]}_{part}.npy", lambda file, array=array: np.save(file, array))
+    _replace(_fingerprint_file(home / names[0]), lambda file: file.write(f"{fingerprint}\n".encode()))
+    return _load(home / names[0], parts) or built
+
+
+@cache
+def _tell_once(message: str) -> None:
+    log.warning(message)
+
+
+def _fingerprint_file(stem: Path) -> Path:
+    return stem.with_name(f"{stem.name}_fingerprint.txt")
+
+
+def _load(stem: Path, parts: tuple[str, ...]) -> Arrays | None:
+    """None if a file is missing or is no array."""
+    try:
+        return tuple(np.asarray(np.load(f"{stem}_{part}.npy", mmap_mode="r")) for part in parts)
+    except (FileNotFoundError, ValueError, EOFError):
+        return None
+
+
+def _replace(path: Path, write: Callable) -> None:
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    with temporary.open("wb") as file:
+        write(file)
+    os.replace(temporary, path)
+
+
+def _writable(folder: Path) -> bool:
+    """Also root respects a folder that is marked read-only."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
+    return os.access(existing, os.W_OK) and bool(existing.stat().st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH))
+
+
+def _fallback(folder: Path) -> Path:
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "castalia" / "index" / digest_of(str(folder))
