@@ -165,4 +165,4 @@ def test_loading_needs_the_model_and_one_tensor(tmp_path: Path) -> None:
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert size < int(done.stdout) < size + largest
+    assert 0.9 * size < int(done.stdout) < size + largest

@@ -167,6 +167,14 @@ def test_only_the_newest_and_milestones_are_kept(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_after_going_back_the_steps_left_behind_go_first(tmp_path: Path) -> None:
+    for keep_last, steps in ((9, (1, 2, 3, 4, 5)), (3, (2, 3))):
+        with Writer(tmp_path, keep_last=keep_last) as writer:
+            for step in steps:
+                writer.save(a_model(), None, Progress(step=step), CONFIG)
+    assert list(native.saved_steps(tmp_path)) == [1, 2, 3]
+
+
 def test_a_step_saved_again_replaces_the_first(tmp_path: Path) -> None:
     save(tmp_path, 3, a_model(0))
     save(tmp_path, 3, a_model(1))

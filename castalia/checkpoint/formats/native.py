@@ -180,10 +180,13 @@ def prune(folder: str | Path, keep_last: int | None, keep_every: int | None = No
     """Delete all but the newest `keep_last` checkpoints, multiples of `keep_every` and the one that `latest` names."""
     if keep_last is None:
         return
-    latest = Path(folder) / LATEST
-    named = latest.read_text().strip() if latest.exists() else None
-    for step, path in list(saved_steps(folder).items())[: -max(keep_last, 1)]:
-        if path.name != named and not (keep_every and step % keep_every == 0):
+    saved = saved_steps(folder)
+    named = (Path(folder) / LATEST).read_text().strip()
+    current = next((step for step, path in saved.items() if path.name == named), 0)
+    oldest_first = sorted(saved, key=lambda step: (step <= current, step))  # later ones are of a way not gone on
+    for step in oldest_first[:-keep_last]:
+        path = saved[step]
+        if step != current and not (keep_every and step % keep_every == 0):
             doomed = path.with_name(path.name + ".tmp")
             path.rename(doomed)  # a half-deleted folder must not look like a checkpoint
             shutil.rmtree(doomed)
