@@ -1,0 +1,186 @@
+"""`castalia generate`: text from a checkpoint of any format, shown while it is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from castalia.checkpoint.tensors import Checkpoint
+    from castalia.config.schema import Generate
+    from castalia.data.tokenizer import Tokenizer
+    from castalia.generate.engine import Piece
+    from castalia.model.transformer import Transformer
+
+
+def command(
+    path: Annotated[str, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="a run, or a checkpoint of any format")],
+    prompt: Annotated[list[str] | None, typer.Option(help="may be repeated; without one: whole documents")] = None,
+    file: Annotated[Path | None, typer.Option(help="a prompt on each line")] = None,
+    interactive: Annotated[bool, typer.Option("--interactive", help="read prompts from the terminal")] = False,
+    temperature: Annotated[float | None, typer.Option(min=0, help="0: always the likeliest token")] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="only the k likeliest tokens; 0: all")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0, max=1, help="only the likeliest tokens that hold this share; 0: all")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of the random choices")] = 0,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="of one text")] = None,
+    num_samples: Annotated[int | None, typer.Option(min=1, help="texts for each prompt")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="end the text before this string; may be repeated")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="texts that are written at a time")] = 16,
+    tokenizer: Annotated[str | None, typer.Option(help="tokenizer file, where the checkpoint has none")] = None,
+    step: Annotated[int | None, typer.Option(help="which of several checkpoints; default: the latest")] = None,
+    dtype: Annotated[Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="of weights and computation")] = "auto",
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option()] = "auto",
+    config: Annotated[
+        str | None, typer.Option(help="a file with sampling settings, such as NeoX's text_generation.yml")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="write prompts and texts to this file, one JSON a line")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line instead of text")] = False,
+) -> None:
+    """Write text with a checkpoint: after prompts, or whole documents when there is none."""
+    from castalia.checkpoint.formats import open_checkpoint
+    from castalia.generate.engine import Sampling, stream
+
+    checkpoint = open_checkpoint(path, step=step)
+    given = {
+        "mode": _mode(prompt, file, interactive),
+        "input_file": str(file) if file else None,
+        "output_file": str(output) if output else None,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "max_tokens": max_tokens,
+        "num_samples": num_samples,
+    }
+    settings = _settings(checkpoint, config, given)
+    batches = _typed(settings.prompt_end) if settings.mode == "interactive" else [prompt or _prompts(settings)]
+    model, words = _load(checkpoint, tokenizer, dtype, device)
+    sampling = Sampling(
+        max_tokens=settings.max_tokens,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        num_samples=settings.num_samples,
+        seed=seed,
+        stop=tuple(stop or ()),
+        batch_size=batch_size,
+    )
+    with open(settings.output_file or os.devnull, "w", encoding="utf-8") as saved:
+        for prompts in batches:
+            for record in _show(stream(model, words, prompts, sampling), prompts, settings, as_json):
+                print(record, file=saved, flush=True)
+
+
+def _mode(prompt: list[str] | None, file: Path | None, interactive: bool) -> str | None:
+    from castalia.errors import ConfigError
+
+    asked = {"--prompt": prompt, "--file": file, "--interactive": interactive}
+    names = [name for name, value in asked.items() if value]
+    if len(names) > 1:
+        raise ConfigError(f"{' and '.join(names)} exclude each other; keep one")
+    modes = {"--prompt": "unconditional", "--file": "input-file", "--interactive": "interactive"}
+    return modes[names[0]] if names else None
+
+
+def _settings(checkpoint: Checkpoint, overlay: str | None, given: dict) -> Generate:
+    """The command line over the overlay over the checkpoint's own config."""
+    from castalia.cli.config import print_notes
+    from castalia.config.load import load_config
+    from castalia.config.schema import RunConfig
+
+    base = checkpoint.config or RunConfig()
+    if overlay:
+        base = load_config([base, overlay])
+        print_notes(base)
+    return base.generate.model_copy(update={name: value for name, value in given.items() if value is not None})
+
+
+def _prompts(settings: Generate) -> list[str]:
+    """Those of the input file, or an empty one for a whole document."""
+    from castalia.errors import ConfigError, DataError
+
+    if settings.mode != "input-file":
+        return [""]
+    if settings.input_file is None:
+        raise ConfigError("generate.mode=input-file needs generate.input_file, a file with a prompt on each line")
+    try:
+        lines = Path(settings.input_file).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{settings.input_file}: not UTF-8 at byte {error.start}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise DataError(f"{settings.input_file} has no prompt; write one on each line")
+    return prompts
+
+
+def _typed(end: str) -> Iterator[list[str]]:
+    """Prompts from standard input, one at a time, each ended by `end`, until it closes."""
+    text = ""
+    while True:
+        if not text and sys.stdin.isatty():
+            print("> ", end="", flush=True)
+        line = sys.stdin.readline()
+        text += line
+        if text.endswith(end) or not line:
+            if text.strip():
+                yield [text.removesuffix(end)]
+            text = ""
+        if not line:
+            return
+
+
+def _load(checkpoint: Checkpoint, tokenizer: str | None, dtype: str, device: str) -> tuple[Transformer, Tokenizer]:
+    from castalia.checkpoint.load import build_model, load_tokenizer_for
+    from castalia.config.schema import Tokenizer as TokenizerConfig
+    from castalia.data.tokenizer import load_tokenizer
+    from castalia.train.hardware import choose_device, choose_dtype
+
+    words = load_tokenizer(TokenizerConfig(path=tokenizer)) if tokenizer else load_tokenizer_for(checkpoint)
+    place = choose_device(device)
+    if dtype == "auto" and place.type == "cpu":
+        dtype = "fp32"  # CPUs multiply single rows slower in 16 bits
+    return build_model(checkpoint, place, choose_dtype(dtype, place)), words
+
+
+def _show(pieces: Iterator[Piece], prompts: Sequence[str], settings: Generate, as_json: bool) -> Iterator[str]:
+    """Print each text after its prompt, in order and as it is written. Yields a JSON object for each finished one."""
+    bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
+    row, text = -1, ""
+    for piece in in_order(pieces):
+        prompt = prompts[piece.row // settings.num_samples]
+        if piece.row != row:
+            row, text = piece.row, ""
+            if not as_json:
+                echo = "" if settings.mode == "interactive" else bold + prompt + plain
+                print(("\n" if row else "") + echo, end="")
+        text += piece.text
+        if not as_json:
+            print(piece.text, end="\n" if piece.last else "", flush=True)
+        if piece.last:
+            record = json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False)
+            if as_json:
+                print(record, flush=True)
+            yield record
+
+
+def in_order(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """The same text row after row: rows are written side by side, and later ones wait until those before are done."""
+    waiting: dict[int, Piece] = {}
+    current = 0
+    for piece in pieces:
+        if piece.row in waiting:
+            piece = piece._replace(text=waiting[piece.row].text + piece.text)
+        waiting[piece.row] = piece
+        while current in waiting:
+            ready = waiting.pop(current)
+            yield ready
+            if not ready.last:
+                break
+            current += 1

@@ -1,0 +1,114 @@
+"""`castalia generate` on a small Hugging Face folder with a byte tokenizer."""
+
+import json
+import sys
+
+import pytest
+import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from castalia.checkpoint.load import load_model
+from castalia.cli import main as cli
+from castalia.cli.generate import in_order
+from castalia.data.tokenizer import ByteTokenizer
+from castalia.generate.engine import Piece, generate
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model and its tokenizer."""
+    torch.manual_seed(0)
+    place = tmp_path_factory.mktemp("model")
+    shape = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+    GPTNeoXForCausalLM(
+        GPTNeoXConfig(**shape, vocab_size=257, max_position_embeddings=48, initializer_range=0.3)
+    ).save_pretrained(place)
+    ByteTokenizer("bytes").save(place / "tokenizer")
+    return place
+
+
+@pytest.fixture
+def run(folder, monkeypatch, capsys):
+    def call(*args: str) -> str:
+        words = ["castalia", "generate", str(folder), "--tokenizer", str(folder / "tokenizer"), "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", [*words, *args])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert stop.value.code == 0, err
+        return out
+
+    return call
+
+
+@pytest.fixture
+def texts(folder):
+    def call(prompts, **sampling):
+        return generate(load_model(folder), ByteTokenizer("bytes"), prompts, **sampling)
+
+    return call
+
+
+def test_prompts_and_their_texts(run, texts):
+    one, two = texts(["In", "the beginning"], max_tokens=9, temperature=0.8, top_k=50, seed=3)
+    options = ("--max-tokens", "9", "--temperature", "0.8", "--top-k", "50", "--seed", "3")
+    assert run("--prompt", "In", "--prompt", "the beginning", *options) == f"In{one}\n\nthe beginning{two}\n"
+
+
+def test_json_samples_without_a_prompt(run, texts):
+    out = run("--json", "--num-samples", "3", "--temperature", "1", "--max-tokens", "5")
+    expected = texts([""], num_samples=3, temperature=1.0, max_tokens=5)
+    assert [json.loads(line) for line in out.splitlines()] == [{"prompt": "", "text": text} for text in expected]
+
+
+def test_a_file_of_prompts_and_an_overlay(run, texts, tmp_path):
+    (tmp_path / "prompts.txt").write_text("In\n\nthe beginning\n")
+    (tmp_path / "text_generation.yml").write_text(
+        '{"text_gen_type": "input-file", "maximum_tokens": 7, "temperature": 1.0, "top_p": 0.5, "top_k": 0,\n'
+        f' "sample_input_file": "{tmp_path}/prompts.txt", "sample_output_file": "{tmp_path}/out.jsonl"}}'
+    )
+    out = run("--config", str(tmp_path / "text_generation.yml"), "--top-p", "0.9")
+    one, two = texts(["In", "the beginning"], max_tokens=7, temperature=1.0, top_p=0.9)
+    assert out == f"In{one}\n\nthe beginning{two}\n"
+    saved = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert saved == [{"prompt": "In", "text": one}, {"prompt": "the beginning", "text": two}]
+
+
+def test_interactive_reads_prompts_until_the_end(run, texts, monkeypatch):
+    lines = iter(["In\n", "the beginning\n", ""])
+    monkeypatch.setattr(sys.stdin, "readline", lambda: next(lines))
+    assert run("--interactive", "--max-tokens", "5") == "".join(
+        f"{texts([prompt], max_tokens=5)[0]}\n" for prompt in ("In", "the beginning")
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--prompt", "a", "--interactive"], "--prompt and --interactive exclude each other"),
+        (["--prompt", "x" * 49], "has 49 tokens; the model takes 48"),
+        (["--file", "nowhere.txt"], "nowhere.txt: No such file"),
+        (["--config", "nowhere.yml"], "nowhere.yml: no such file"),
+    ],
+)
+def test_mistakes_are_one_message(folder, args, message, monkeypatch, capsys):
+    words = ["castalia", "generate", str(folder), "--tokenizer", str(folder / "tokenizer"), *args]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == ""
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+def test_rows_come_in_order():
+    pieces = [(1, "b", False), (0, "a", False), (2, "c", True), (0, "A", True), (1, "B", False), (1, "!", True)]
+    ordered = list(in_order(Piece(*piece) for piece in pieces))
+    assert ordered == [
+        (0, "a", False),
+        (0, "A", True),
+        (1, "b", False),
+        (1, "B", False),
+        (1, "!", True),
+        (2, "c", True),
+    ]
