@@ -25,7 +25,9 @@ def plot_memory(plan: dict, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     memory, layout = plan["memory"], plan["layout"]
-    stages, limit = memory["stages"], memory["usable"]
+    stages, usable = memory["stages"], memory["usable"]
+    tallest = max(memory["by_recompute"].values())
+    limit = usable if usable and usable < 4 * tallest else None  # a far limit would flatten the bars
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(max(8.5, 5 + len(stages)), 4.8), width_ratios=[max(2, len(stages)), 2], layout="constrained"
     )
@@ -53,6 +55,7 @@ def plot_memory(plan: dict, path: Path) -> None:
     for axes, tallest in ((left, max(bottoms)), (right, max(sizes))):
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_ylim(0, 1.18 * max(tallest, limit / GiB if limit else 0))
+        axes.margins(x=0.3 if len(axes.get_xticks()) == 1 else 0.05)
         if limit:
             axes.axhline(limit / GiB, color="black", linewidth=1, linestyle="--")
             axes.annotate(
@@ -65,7 +68,9 @@ def plot_memory(plan: dict, path: Path) -> None:
             )
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside right center", frameon=False)
-    figure.suptitle(f"{plan['parameters']['total'] / 1e9:.3g}B parameters", x=0.01, ha="left", fontweight="bold")
+    room = "" if limit or not usable else f"; {usable / GiB:.1f} GiB are usable"
+    title = f"{plan['parameters']['total'] / 1e6:,.4g}M parameters{room}"
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
