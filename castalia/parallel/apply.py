@@ -79,6 +79,7 @@ def apply_sharding(model: Transformer, mesh: Mesh, cfg: Parallel, compute_dtype:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it reduces
 
 
 def assert_tied(model: Transformer) -> None:

@@ -1,0 +1,75 @@
+"""Which part of every tensor this rank holds: for initial values, loading, saving and the gradient's norm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+
+class Part(NamedTuple):
+    """This rank's part of a whole tensor."""
+
+    local: Tensor
+    shape: tuple[int, ...]  # of the whole
+    start: tuple[int, ...]
+    writes: bool  # one rank of all that hold the same part
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        return tuple(slice(s, s + n) for s, n in zip(self.start, self.local.shape, strict=True))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What of a tensor lies on this rank; it shares memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def part(tensor: Tensor) -> Part:
+    """The part of a parameter, gradient or moment that lies on this rank; a plain tensor is whole."""
+    if not isinstance(tensor, DTensor):
+        return Part(tensor.detach(), tuple(tensor.shape), (0,) * tensor.dim(), True)
+    mesh = tensor.device_mesh
+    _, start = compute_local_shape_and_global_offset(tensor.shape, mesh, tensor.placements)
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None
+    writes = all(not p.is_replicate() or i == 0 for p, i in zip(tensor.placements, coordinate, strict=True))
+    return Part(tensor.to_local().detach(), tuple(tensor.shape), tuple(start), writes)
+
+
+def parts(tensors: Mapping[str, Tensor]) -> dict[str, Part]:
+    return {name: part(tensor) for name, tensor in tensors.items()}
+
+
+def num_copies(tensor: Tensor) -> int:
+    """How many ranks of the tensor's mesh hold each element."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    mesh = tensor.device_mesh
+    copies = 1
+    for axis, placement in enumerate(tensor.placements):
+        if placement.is_replicate():
+            copies *= mesh.size(axis)
+    return copies
+
+
+def global_gradient_norm(parameters: Iterable[nn.Parameter], twice: Iterable[nn.Parameter] = ()) -> Tensor:
+    """L2 norm of all gradients over all ranks of the run, each element counted once.
+
+    `twice` are parameters whose equal gradients two pipeline stages hold: the tied embedding.
+    """
+    shared = {id(parameter) for parameter in twice}
+    total = torch.zeros((), dtype=torch.float64)
+    for parameter in parameters:
+        if parameter.grad is None:
+            continue
+        grad = local(parameter.grad)
+        copies = num_copies(parameter.grad) * (2 if id(parameter) in shared else 1)
+        total = total.to(grad.device) + grad.float().square().sum(dtype=torch.float64) / copies
+    dist.all_reduce(total)
+    return total.sqrt().float()

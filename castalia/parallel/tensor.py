@@ -1,0 +1,159 @@
+"""Tensor parallelism of the model: which matrices are split how, and the loss on split logits."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+from castalia.model.loss import CHUNK_BYTES, IGNORE, scaled_gradients
+from castalia.model.transformer import Transformer
+
+
+class Replicated(ParallelStyle):
+    """A small module whose parameters are one logical copy; it works on activations placed as `layout`."""
+
+    def __init__(self, layout: Placement) -> None:
+        self.layout = layout
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def into(module: nn.Module, inputs: tuple, mesh: DeviceMesh) -> tuple:
+            return (DTensor.from_local(inputs[0], mesh, [self.layout], run_check=False), *inputs[1:])
+
+        def out_of(module: nn.Module, outputs: DTensor, mesh: DeviceMesh) -> Tensor:
+            return outputs.to_local()
+
+        return distribute_module(module, device_mesh, None, into, out_of)  # type: ignore[arg-type]
+
+
+def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh, sequence_parallel: bool) -> None:
+    """Splits embedding and head by vocabulary, attention by heads, MLP by width. Everything else is replicated.
+
+    With `sequence_parallel` activations between the matrices of a block are split along the sequence; blocks hand
+    whole ones to what surrounds them.
+    """
+    inside = Shard(1) if sequence_parallel else Replicate()
+    whole = PrepareModuleInput(input_layouts=(inside, None), desired_input_layouts=(Replicate(), None))
+    block_plan: dict[str, ParallelStyle] = {
+        "norm1": Replicated(inside),
+        "norm2": Replicated(inside),
+        "attn": whole,
+        "attn.qkv": ColwiseParallel(),
+        "attn.out": RowwiseParallel(output_layouts=inside),
+        "mlp": PrepareModuleInput(input_layouts=(inside,), desired_input_layouts=(Replicate(),)),
+        "mlp.up": ColwiseParallel(),
+        "mlp.gate": ColwiseParallel(),
+        "mlp.down": RowwiseParallel(output_layouts=inside),
+    }
+    for block in model.blocks.values():
+        present = {name: style for name, style in block_plan.items() if _find(block, name) is not None}
+        parallelize_module(block, mesh, present)
+        if block.attn.slopes is not None:
+            heads = len(block.attn.slopes) // mesh.size()
+            block.attn.slopes = block.attn.slopes[mesh.get_local_rank() * heads :][:heads]
+    ends: dict[str, ParallelStyle] = {
+        "embed": RowwiseParallel(input_layouts=Replicate()),
+        "positions": Replicated(Replicate()),
+        "norm": Replicated(Replicate()),
+        "head": ColwiseParallel(output_layouts=Replicate()),
+    }
+    parallelize_module(model, mesh, {name: style for name, style in ends.items() if _find(model, name) is not None})
+    if sequence_parallel and model.blocks:
+        blocks = list(model.blocks.values())
+        blocks[0].register_forward_pre_hook(partial(_scatter_sequence, mesh))
+        blocks[-1].register_forward_hook(partial(_gather_sequence, mesh))
+    model.loss = partial(vocabulary_parallel_cross_entropy, mesh=mesh)
+
+
+def _find(module: nn.Module, name: str) -> nn.Module | None:
+    found: Any = module
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+def _scatter_sequence(mesh: DeviceMesh, block: nn.Module, args: tuple) -> tuple:
+    x = DTensor.from_local(args[0], mesh, [Replicate()], run_check=False)
+    return (x.redistribute(placements=[Shard(1)]).to_local(), *args[1:])
+
+
+def _gather_sequence(mesh: DeviceMesh, block: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    x = DTensor.from_local(output, mesh, [Shard(1)], run_check=False)
+    return x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Replicate()]).clone()
+
+
+def vocabulary_parallel_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, mesh: DeviceMesh
+) -> tuple[Tensor, Tensor]:
+    """`castalia.model.loss.linear_cross_entropy` where each rank holds its rows of `weight`: [V / tp, h]."""
+    assert isinstance(weight, DTensor)
+    rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    # The whole hidden state is on every rank, but each rank finds only its part of the gradient.
+    rows = DTensor.from_local(rows, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
+    local = weight.to_local()
+    first = mesh.get_local_rank() * local.shape[0]
+    total = _VocabularyParallel.apply(rows, local, targets, first, mesh.get_group(), torch.is_grad_enabled())
+    return total, (targets != IGNORE).sum()
+
+
+class _VocabularyParallel(torch.autograd.Function):
+    """Chunk by chunk as on one rank; maxima, sums of exponentials and the targets' logits are reduced over ranks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, first: int, group: Any, grad_enabled: bool
+    ) -> Tensor:
+        cast = weight.to(hidden.dtype)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if grad_enabled else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if grad_enabled else None
+        num_rows = max(1, CHUNK_BYTES.get(hidden.device.type, 64 << 20) // (4 * weight.shape[0]))
+        for start in range(0, len(hidden), num_rows):
+            part = slice(start, start + num_rows)
+            x, real = hidden[part], labels[part] != IGNORE
+            logits = (x @ cast.T).float()
+            largest = logits.amax(dim=-1, keepdim=True)
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group)
+            logits -= largest
+            here = (labels[part] >= first) & (labels[part] < first + len(weight))
+            targets = (labels[part] - first).clamp(0, len(weight) - 1)[:, None]
+            target_logits = logits.gather(1, targets)[:, 0] * here
+            exponentials = logits.exp_()
+            sums = torch.stack((exponentials.sum(dim=-1), target_logits))
+            dist.all_reduce(sums, dist.ReduceOp.SUM, group)
+            total += ((sums[0].log() - sums[1]) * real).sum()
+            if d_hidden is None or d_weight is None:
+                continue
+            d_logits = exponentials.div_(sums[0][:, None])
+            d_logits.scatter_add_(1, targets, -here.float()[:, None])
+            d_logits = d_logits.mul_(real[:, None]).to(x.dtype)
+            torch.mm(d_logits, cast, out=d_hidden[part])
+            d_weight += d_logits.T @ x
+        ctx.gradients = d_hidden, d_weight
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Any, ...]:
+        return *scaled_gradients(ctx, scale), None, None, None, None
+
+
+def replicate_rest(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Makes every parameter that no style touched a replicated DTensor, so that all live on one mesh."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not isinstance(parameter, DTensor):
+                module.register_parameter(name, nn.Parameter(distribute_tensor(parameter, mesh, [Replicate()])))
