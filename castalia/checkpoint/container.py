@@ -55,7 +55,7 @@ class Blob:
         if self.crc32 and not self.verified:
             crc = 0
             for start in range(0, self.size, CHUNK_BYTES):
-                crc = zlib.crc32(memoryview(data[start : start + CHUNK_BYTES]), crc)
+                crc = zlib.crc32(data[start : start + CHUNK_BYTES].data, crc)
             if crc != self.crc32:
                 raise CheckpointError(
                     f"{self.path} is damaged: bytes {self.offset} to {self.offset + self.size} have checksum "

@@ -14,6 +14,8 @@ import torch
 
 from castalia.checkpoint.tensors import Slices, TensorRef
 
+CHUNK_ELEMENTS = 1 << 22
+
 
 def bounds(shape: Sequence[int], slices: Slices | None) -> list[tuple[int, int]]:
     """(start, stop) for each dimension. Missing slices select everything; steps other than 1 raise ValueError."""
@@ -218,6 +220,57 @@ class Padded:
             rest = [slice(*pair) for pair in box[1:]]
             result[: held - start] = self.source.read([slice(start, held), *rest])
         return result
+
+
+@dataclass(frozen=True)
+class Shaped:
+    """A vector seen as a tensor of another shape. Rows are read in chunks, so that narrow columns stay cheap."""
+
+    vector: TensorRef
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vector.dtype
+
+    def read(self, slices: Slices | None = None) -> torch.Tensor:
+        box = bounds(self.shape, slices)
+        lengths = [stop - start for start, stop in box]
+        row = prod(self.shape[1:]) if self.shape else 1
+        first, last = box[0] if box else (0, 1)
+        if lengths[1:] == list(self.shape[1:]):
+            return self.vector.read([slice(first * row, last * row)]).view(lengths)
+        result = torch.empty(lengths, dtype=self.dtype)
+        step = max(1, CHUNK_ELEMENTS // max(row, 1))
+        for start in range(first, last, step):
+            stop = min(start + step, last)
+            rows = self.vector.read([slice(start * row, stop * row)]).view(stop - start, *self.shape[1:])
+            result[start - first : stop - first] = rows[(slice(None), *(slice(*pair) for pair in box[1:]))]
+        return result
+
+
+@dataclass(frozen=True)
+class Cast:
+    """The source in another dtype."""
+
+    source: TensorRef
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.source.shape)
+
+    def read(self, slices: Slices | None = None) -> torch.Tensor:
+        return self.source.read(slices).to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Zeros:
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+
+    def read(self, slices: Slices | None = None) -> torch.Tensor:
+        return torch.zeros([stop - start for start, stop in bounds(self.shape, slices)], dtype=self.dtype)
 
 
 def part(source: TensorRef, start: int, stop: int, dim: int = 0) -> TensorRef:

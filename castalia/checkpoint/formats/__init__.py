@@ -15,6 +15,8 @@ from castalia.errors import CheckpointError
 FORMATS = {  # name -> module; the first that detects its files reads them
     "native": "castalia.checkpoint.formats.native",
     "huggingface": "castalia.checkpoint.formats.huggingface",
+    "megatron-deepspeed": "castalia.checkpoint.formats.megatron_deepspeed",
+    "neox": "castalia.checkpoint.formats.neox",
 }
 STEP_FOLDER = re.compile(r"(?:global_)?step_?(\d+)")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w.-]+(/[\w.-]+)*)?")

@@ -1,0 +1,83 @@
+"""Checkpoints of GPT models that Megatron-DeepSpeed (the bigscience line) wrote in DeepSpeed's pipeline layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from castalia.checkpoint.formats import deepspeed
+from castalia.checkpoint.formats.assemble import adam_states, layout, progress, weight_dtype
+from castalia.checkpoint.formats.deepspeed import BUFFERS, LAYER, Folder
+from castalia.checkpoint.formats.neox_model import Held, merge, observed
+from castalia.checkpoint.formats.neox_rules import MEGATRON, megatron_qkv, table
+from castalia.checkpoint.rules import to_ours
+from castalia.checkpoint.tensors import Checkpoint
+from castalia.config.load import load_config
+from castalia.config.schema import Data, RunConfig, Tokenizer
+from castalia.errors import CheckpointError
+
+POSITIONS = {1: "rotary", 2: "learned", 3: "alibi"}  # of megatron.enums.PositionEmbeddingType
+GATED = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "liglu": "identity"}
+
+
+def detect(path: Path) -> bool:
+    """Whether a folder has Megatron's layer files: the embedding is layer 1, the first block layer 3."""
+    positions = {int(match[1]) for name in deepspeed.names_of(path) if (match := LAYER.fullmatch(name))}
+    return bool({1, 3} & positions) and not {0, 2} & positions
+
+
+def read(path: str | Path, config: str | Path | None = None, tokenizer: str | None = None) -> Checkpoint:
+    """Open a step's folder; no tensor is read. `config`, `tokenizer`: in place of what the files say.
+
+    Raises CheckpointError for gaps, damage, and models that ours has no equal of.
+    """
+    folder = deepspeed.scan(Path(path))
+    held = deepspeed.weights(folder)
+    given = load_config(config) if config else None
+    found = observed(held, MEGATRON, folder.args, given.model if given else None, folder.path)
+    settings = found | _from_arguments(folder, held)
+    model = merge(given.model if given else None, settings, {}, folder.path, str(config))
+    version = float(folder.first.get("checkpoint_version", 0 if folder.states else 3))
+    rules = table(MEGATRON, model, folder.tp, megatron_qkv(model, folder.tp, version))
+    ranks = deepspeed.optimizer_ranks(folder, held, MEGATRON.embedding, model.tie_embeddings)
+    run = given or RunConfig(data=Data(seq_length=folder.args.get("seq_length") or model.max_positions or 2048))
+    run = run.model_copy(update={"model": model} | ({"tokenizer": Tokenizer(path=tokenizer)} if tokenizer else {}))
+    dtype = weight_dtype(held)
+    step = folder.step - int(folder.first.get("skipped_steps") or 0)
+    notes = [] if folder.states else ["there is no mp_rank_* file: activation, version and step are guesses"]
+    if ranks is None:
+        notes.append("there is no optimizer state: the weights can be used and trained on, but not resumed exactly")
+    return Checkpoint(
+        path=str(path),
+        format="megatron-deepspeed",
+        model=to_ours(rules, held, "weight", BUFFERS),
+        optimizer=adam_states(rules, ranks, step, BUFFERS),
+        progress=progress(folder, run, fp16=dtype == "float16"),
+        config=run,
+        notes=tuple(notes),
+        details={**layout(folder), "dtype": dtype, "checkpoint_version": version},
+    )
+
+
+def _from_arguments(folder: Folder, held: Held) -> dict[str, Any]:
+    """What the training program's arguments add to the tensors."""
+    args: Mapping[str, Any] = folder.args
+    if args.get("apply_residual_connection_post_layernorm"):
+        raise CheckpointError(f"{folder.path}: residual connections after the norm are not supported")
+    if any("word_embeddings.norm." in name for name in held):
+        raise CheckpointError(
+            f"{folder.path}: the model has a norm after its embedding (BLOOM), which is not supported"
+        )
+    found: dict[str, Any] = {"parallel_residual": False, "norm_eps": args.get("layernorm_epsilon", 1e-5)}
+    kind = args.get("position_embedding_type")
+    if kind is not None and f"{MEGATRON.embedding}.position_embeddings.weight" not in held:
+        found["position"] = POSITIONS.get(kind.value, "rotary")
+    gated = args.get("glu_activation")
+    fused = not args or args.get("bias_gelu_fusion") or args.get("openai_gelu")
+    found["activation"] = GATED[gated] if gated else "gelu_tanh" if fused else "gelu"
+    for ours in ("attention_dropout", "hidden_dropout"):
+        found[ours] = args.get(ours) or 0.0
+    if logical := (folder.first.get("checkpoint_info") or {}).get("original_vocab_size"):
+        found["vocab_size"] = logical
+    return found

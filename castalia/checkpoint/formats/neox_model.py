@@ -1,0 +1,160 @@
+"""The architecture behind NeoX's and Megatron-DeepSpeed's tensors, which are believed before any config."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from castalia.checkpoint.formats.neox_rules import NORM_PARAMETERS, Names
+from castalia.checkpoint.tensors import TensorRef
+from castalia.config.schema import Model
+from castalia.errors import CheckpointError
+
+Held = Mapping[str, Sequence[TensorRef]]  # position.name -> the tensor on each tensor rank
+# What a config cannot be wrong about without being another model's; the rest is taken from the tensors in silence.
+MUST_AGREE = (
+    "num_layers", "hidden_size", "num_heads", "kv_heads", "norm", "position", "tie_embeddings", "gated_mlp", "rotary_size",
+)  # fmt: skip
+
+
+def observed(held: Held, names: Names, args: Mapping[str, Any], config: Model | None, path: Path) -> dict[str, Any]:
+    """What tensors and stored arguments say about the model, as values of its config.
+
+    Raises CheckpointError for missing layers, for a number of heads that nothing tells, and for names of the
+    Transformer Engine.
+    """
+    if foreign := [name for name in held if "fc1_weight" in name or ".attention.qkv." in name]:
+        raise CheckpointError(
+            f"{path}: {foreign[0]} was written through the Transformer Engine, which is not supported"
+        )
+    fused = f"{names.attention}.query_key_value.weight"
+    num_layers = _count_layers(held, names, fused, args, path)
+    first = names.first_block
+    for name in (
+        f"{names.embedding}.word_embeddings.weight",
+        f"{first}.{names.up}.weight",
+        f"{first}.{names.down}.weight",
+    ):
+        if name not in held:
+            raise CheckpointError(f"{path}: {name} is missing: this is no model of this family, or files are mixed")
+    embedding = held[f"{names.embedding}.word_embeddings.weight"]
+    hidden, tp = embedding[0].shape[1], len(embedding)
+    heads = args.get("num_attention_heads") or (config.num_heads if config else None)
+    if heads is None:
+        raise CheckpointError(
+            f"{path} does not say how many attention heads the model has; give its config with --config"
+        )
+    if hidden % heads or heads % tp:
+        raise CheckpointError(f"{path}: {heads} heads divide neither hidden size {hidden} nor {tp} tensor ranks")
+    head_size = hidden // heads
+    kv_heads, rest = divmod(held[f"{first}.{fused}"][0].shape[0] * tp // head_size - heads, 2)
+    if rest or kv_heads < 1 or heads % kv_heads:
+        rows = held[f"{first}.{fused}"][0].shape[0] * tp
+        raise CheckpointError(f"{path}: {rows} rows of {fused} do not fit {heads} heads of {head_size}")
+    up, down = held[f"{first}.{names.up}.weight"][0], held[f"{first}.{names.down}.weight"][0]
+    found = {
+        "num_layers": num_layers,
+        "hidden_size": hidden,
+        "num_heads": heads,
+        "num_kv_heads": None if kv_heads == heads else kv_heads,
+        "mlp_size": down.shape[1] * tp,
+        "norm": _norm(held, first),
+        "gated_mlp": names.gate is not None or up.shape[0] == 2 * down.shape[1],
+        "attention_bias": f"{first}.{names.attention}.query_key_value.bias" in held,
+        "mlp_bias": f"{first}.{names.up}.bias" in held,
+        "qk_norm": f"{first}.{names.attention}.qk_layernorm.weight" in held,
+        "tie_embeddings": names.head(num_layers) not in held,
+        "vocab_size": embedding[0].shape[0] * tp,
+        "vocab_multiple": _vocab_multiple(embedding[0].shape[0] * tp, args, tp),
+    }
+    return found | _position(held, names, first, head_size, args, config)
+
+
+def merge(
+    config: Model | None, found: Mapping[str, Any], defaults: Mapping[str, Any], path: Path, source: str
+) -> Model:
+    """The config's model with what the tensors tell. Raises CheckpointError where they are of different models."""
+    if config is None:
+        return Model(**{**defaults, **found})
+    ours = Model(**{**config.model_dump(), **found})
+    different = [name for name in MUST_AGREE if getattr(config, name) != getattr(ours, name)]
+    if not ours.gated_mlp and config.mlp_width != ours.mlp_width:
+        different.append("mlp_width")  # of gated models the original derives the width in several ways
+    if different:
+        lines = "".join(
+            f"\n  model.{name}: {getattr(ours, name)} in the tensors, {getattr(config, name)} in the config"
+            for name in different
+        )
+        raise CheckpointError(
+            f"{path}: the config {source} is of another model:{lines}\nName the right one with --config, "
+            "or move the wrong one out of the folder"
+        )
+    return ours
+
+
+def _count_layers(held: Held, names: Names, fused: str, args: Mapping[str, Any], path: Path) -> int:
+    """How many blocks there should be. Raises CheckpointError unless all of them, and all around them, are there."""
+    positions = {int(name.split(".")[0]) for name in held}
+    blocks = [position for position in positions if f"{position}.{fused}" in held]
+    norms = [p for p in positions for end in ("weight", "scale", "g") if f"{p}.{names.final_norm}{end}" in held]
+    if args.get("num_layers"):
+        count = args["num_layers"]
+    elif norms:
+        count = norms[0] - names.first_block - 1
+    else:
+        count = max(blocks, default=names.first_block) - names.first_block + 1
+    expected = {names.embedding, *range(names.first_block, names.first_block + count)}
+    if norms or _norm(held, min(blocks, default=0)) != "layernorm_no_params":
+        expected.add(names.norm_position(count))
+    if missing := sorted(expected - positions):
+        raise CheckpointError(
+            f"{path}: {len(missing)} of {len(expected)} layers are missing: "
+            f"{', '.join(f'layer_{position:02d}' for position in missing[:8])}; the model has {count} blocks. "
+            "Copy the missing files; nothing is loaded in part"
+        )
+    return count
+
+
+def _norm(held: Held, first: int) -> str:
+    suffixes = {name.rsplit(".", 1)[1] for name in held if name.startswith(f"{first}.input_layernorm.")}
+    return next(kind for kind, names in NORM_PARAMETERS.items() if set(names.values()) == suffixes or not names)
+
+
+def _position(
+    held: Held, names: Names, first: int, head_size: int, args: Mapping[str, Any], config: Model | None
+) -> dict[str, Any]:
+    learned = held.get(f"{names.embedding}.position_embeddings.weight")
+    longest = args.get("max_position_embeddings")
+    if learned is not None:
+        return {"position": "learned", "max_positions": learned[0].shape[0]}
+    found: dict[str, Any] = {"max_positions": longest} if longest else {}
+    if f"{first}.{names.attention}.alibi_embed.slopes" in held:
+        return found | {"position": "alibi"}
+    if config is not None and config.position != "learned":
+        found["position"] = config.position
+    else:
+        found["position"] = "rotary"
+    frequencies = held.get(f"{first}.{names.attention}.rotary_emb.inv_freq")
+    if frequencies is not None:
+        rotating = 2 * frequencies[0].shape[0]
+        if config is None or config.rotary_size // 2 != frequencies[0].shape[0]:
+            found["rotary_pct"] = rotating / head_size
+    return found
+
+
+def _vocab_multiple(rows: int, args: Mapping[str, Any], tp: int) -> int:
+    multiple = (args.get("make_vocab_size_divisible_by") or 1) * tp
+    return multiple if rows % multiple == 0 else 1
+
+
+def config_files(folder: Path) -> list[Path]:
+    """The config files that lie with a checkpoint: in `configs/`, else beside its files."""
+    for place in (folder / "configs", folder):
+        files = sorted(
+            path for path in place.glob("*") if re.fullmatch(r".*\.(yml|yaml)", path.name) and path.is_file()
+        )
+        if files:
+            return files
+    return []

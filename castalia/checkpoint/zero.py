@@ -1,0 +1,272 @@
+"""DeepSpeed's optimizer states, taken apart into one lazy tensor for each parameter.
+
+DeepSpeed keeps fp32 masters and Adam moments as flat vectors: all parameters of a group one after another, padded and
+cut over the data-parallel ranks. Nothing is read here: a parameter becomes a list of parts of vectors in files. One
+`RankState` is the state of one pipeline stage on one tensor rank, under the parameters' names in those files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+
+from castalia.checkpoint.lazy import Cast, Shaped, Zeros, join, part
+from castalia.checkpoint.tensors import TensorRef
+from castalia.errors import CheckpointError
+
+Shapes = Mapping[str, tuple[int, ...]]  # name -> shape, in the order of the flat vectors
+Measure = Callable[[tuple[int, ...]], int]  # what a parameter of this shape counts
+NO_DECAY = re.compile(r"\.bias$|norm\.|^\d+\.weight$")  # a bare weight is Megatron's final norm
+MOMENTS = ("exp_avg", "exp_avg_sq")
+MAX_ALIGNMENT = 2  # vectors are padded to a multiple of this times the number of data-parallel ranks
+
+
+@dataclass
+class RankState:
+    """Optimizer state of one stage and tensor rank: fp32 tensors by parameter name, and Adam's step counters."""
+
+    master: dict[str, TensorRef] = field(default_factory=dict)
+    exp_avg: dict[str, TensorRef] = field(default_factory=dict)
+    exp_avg_sq: dict[str, TensorRef] = field(default_factory=dict)
+    step: dict[str, int | None] = field(default_factory=dict)  # None: the files do not say
+
+
+def plain_state(
+    optimizer: Mapping, weights: Mapping[str, TensorRef], groups: Sequence[Shapes], where: str
+) -> RankState:
+    """A torch-style optimizer without ZeRO: `state` counts through the groups; the weights are the masters.
+
+    Only the last parameter of a group carries the true step, the others say 0. A parameter that never had a gradient
+    has no state.
+    """
+    state, result, index = optimizer["state"], RankState(), 0
+    for group in groups:
+        entries = [state.get(index + offset) for offset in range(len(group))]
+        index += len(group)
+        step = max((number(entry["step"]) for entry in entries if entry), default=0)
+        for (name, shape), entry in zip(group.items(), entries, strict=True):
+            result.master[name] = float32(weights[name])
+            result.step[name] = step
+            for role in MOMENTS:
+                moment = entry[role] if entry else Zeros(shape)
+                if moment.shape != shape:
+                    raise CheckpointError(
+                        f"{where}: the optimizer's states from number {index - len(group)} on do not fit the weights: "
+                        f"{name} has shape {shape}, its {role} {moment.shape}"
+                    )
+                getattr(result, role)[name] = float32(moment)
+    return result
+
+
+def fp16_state(optimizer: Mapping, groups: Sequence[Shapes], where: str) -> RankState:
+    """fp16 without ZeRO: one flat vector for each group, unpadded.
+
+    The stored step is one more than the updates done, because an initialisation step with zero gradients is counted.
+    It is the counter that the original goes on with, so it is kept.
+    """
+    inner, result = optimizer["optimizer_state_dict"], RankState()
+    for index, group in enumerate(groups):
+        entry = inner["state"][index]
+        vectors = {"master": optimizer["fp32_groups_flat"][index]} | {role: entry[role] for role in MOMENTS}
+        step = max(number(entry.get("step", 0)), number(inner["param_groups"][index].get("step", 0)))
+        for role, vector in vectors.items():
+            getattr(result, role).update(cut([vector], group, where))
+        result.step |= dict.fromkeys(group, step)
+    return result
+
+
+def zero_state(files: Sequence[Mapping], shapes: Shapes | Sequence[Shapes] | None, where: str) -> RankState:
+    """The state in the ZeRO files of all data-parallel ranks, in their order.
+
+    `shapes`: the model file's `param_shapes`, one mapping for each group. Old optimizer files carry a single mapping of
+    their own, in the order of the model.
+    """
+    states = [file["optimizer_state_dict"] for file in files]
+    first = states[0]
+    shapes = shapes or files[0].get("param_shapes")
+    if not shapes:
+        raise CheckpointError(f"{where}: neither the model file nor the optimizer files have the parameters' shapes")
+    if isinstance(shapes, Mapping):
+        vectors = first.get("local_sub_partitions_of_fp32_groups") or first["single_partition_of_fp32_groups"]
+        groups = parameter_groups(shapes, [0] * len(vectors), prod, where)
+    else:
+        groups = list(shapes)
+    expected = _partitions(first.get("partition_count"))
+    if expected is not None and expected != len(files):
+        raise CheckpointError(
+            f"{where}: {len(files)} optimizer files, but they were cut into {expected} parts: a data-parallel rank's "
+            "file is missing. To use the weights alone, move the other optimizer files out of the folder"
+        )
+    if "fp32_flat_groups" in first:
+        return _stage3(states, groups, where)
+    if "local_sub_partitions_of_fp32_groups" in first:
+        return _old_stage1(states, groups, where)
+    return _stage12(states, groups, where)
+
+
+def _stage12(states: Sequence[Mapping], groups: Sequence[Shapes], where: str) -> RankState:
+    """ZeRO 1 and 2, and the bf16 optimizer: part r of every group's vector on rank r."""
+    result = RankState()
+    for index, group in enumerate(groups):
+        adam = [_group_state(state["base_optimizer_state"], index) for state in states]
+        steps = {number(entry["step"]) for entry in adam if "step" in entry}
+        if not steps and "base_optimizer_state_step" in states[0]:
+            steps = {number(state["base_optimizer_state_step"]) for state in states}
+        if len(steps) > 1:
+            raise CheckpointError(f"{where}: the ranks' Adam steps differ ({sorted(steps)}): files of several steps")
+        masters = [state["single_partition_of_fp32_groups"][index] for state in states]
+        result.master |= cut(masters, group, where)
+        for role in MOMENTS:
+            getattr(result, role).update(cut([entry[role] for entry in adam], group, where))
+        result.step |= dict.fromkeys(group, steps.pop() if steps else None)
+    return result
+
+
+def _group_state(base: Any, index: int) -> Mapping:
+    """`base_optimizer_state` is torch-style, or with elastic checkpoints (and in old ZeRO-2) a list."""
+    if isinstance(base, Mapping):
+        return base["state"][index]
+    return base[index]
+
+
+def _old_stage1(states: Sequence[Mapping], groups: Sequence[Shapes], where: str) -> RankState:
+    """ZeRO 1 before 2023: groups are cut into intervals, and each of these over the ranks. Steps are not stored."""
+    result, first_index = RankState(), 0
+    for index, group in enumerate(groups):
+        pieces = [state["local_sub_partitions_of_fp32_groups"][index] for state in states]
+        order = [(rank, interval) for interval in range(len(pieces[0])) for rank in range(len(states))]
+        masters = [pieces[rank][interval] for rank, interval in order]
+        result.master |= cut(masters, group, where)
+        steps = set()
+        for role in MOMENTS:
+            moments = []
+            for (rank, interval), master in zip(order, masters, strict=True):
+                base = states[rank]["base_optimizer_state"]
+                elastic = not isinstance(base, Mapping)
+                entry = base[index][interval] if elastic else base["state"][first_index + interval]
+                steps |= {number(entry["step"])} if "step" in entry else set()
+                moments.append(part(entry[role], 0, master.shape[0]))  # the other form keeps the padding
+            getattr(result, role).update(cut(moments, group, where))
+        result.step |= dict.fromkeys(group, max(steps) if steps else None)
+        first_index += len(pieces[0])
+    return result
+
+
+def _stage3(states: Sequence[Mapping], groups: Sequence[Shapes], where: str) -> RankState:
+    """ZeRO 3: every parameter is cut over the ranks; a rank's vector holds its part of each, in several sub-groups."""
+    result = RankState()
+    shapes = {name: shape for group in groups for name, shape in group.items()}
+    adam = [
+        [state["optimizer_state_dict"]["state"][i] for i in range(len(state["fp32_flat_groups"]))] for state in states
+    ]
+    vectors = {"master": [join(state["fp32_flat_groups"]) for state in states]}
+    vectors |= {role: [join([entry[role] for entry in entries]) for entries in adam] for role in MOMENTS}
+    for role, ranks in vectors.items():
+        offset = 0
+        for name, shape in shapes.items():
+            share = -(-prod(shape) // len(ranks))
+            if any(offset + share > rank.shape[0] for rank in ranks):
+                raise _does_not_fit(where, name, sum(rank.shape[0] for rank in ranks))
+            whole = join([part(rank, offset, offset + share) for rank in ranks])
+            getattr(result, role)[name] = float32(Shaped(part(whole, 0, prod(shape)), shape))
+            offset += share
+    steps = {number(entry["step"]) for entries in adam for entry in entries if "step" in entry}
+    result.step = dict.fromkeys(shapes, max(steps) if steps else None)
+    return result
+
+
+def cut(pieces: Sequence[TensorRef], shapes: Shapes, where: str) -> dict[str, TensorRef]:
+    """The parameters in a flat vector that is given as consecutive pieces. Padding at its end is ignored."""
+    total, needed = sum(piece.shape[0] for piece in pieces), sum(prod(shape) for shape in shapes.values())
+    if not needed <= total < needed + MAX_ALIGNMENT * max(len(pieces), 1):
+        raise _does_not_fit(where, f"parameters with {needed} elements in all", total)
+    ends, end = [], 0
+    for piece in pieces:
+        end += piece.shape[0]
+        ends.append(end)
+    result: dict[str, TensorRef] = {}
+    start, index = 0, 0  # of this parameter in the vector; of the first piece that reaches beyond it
+    for name, shape in shapes.items():
+        stop = start + prod(shape)
+        while index < len(pieces) - 1 and ends[index] <= start:
+            index += 1
+        parts, at = [], index
+        while True:
+            begin = ends[at] - pieces[at].shape[0]
+            parts.append(part(pieces[at], max(start, begin) - begin, min(stop, ends[at]) - begin))
+            if ends[at] >= stop:
+                break
+            at += 1
+        result[name] = float32(Shaped(join(parts), tuple(shape)))
+        start = stop
+    return result
+
+
+def parameter_groups(shapes: Shapes, sizes: Sequence[int], measure: Measure, where: str) -> list[Shapes]:
+    """Parameters in the order of the model, divided as the optimizer's groups are.
+
+    One group holds all. Of several the last holds norms and biases, which have no weight decay, and the others hold the
+    rest in order, cut where `measure` adds up to each group's size.
+    """
+    if len(sizes) == 1:
+        return [shapes]
+    plain = {name: shape for name, shape in shapes.items() if NO_DECAY.search(name)}
+    rest = [(name, shape) for name, shape in shapes.items() if name not in plain]
+    groups: list[Shapes] = []
+    for size in sizes[:-2]:
+        group: dict[str, tuple[int, ...]] = {}
+        while rest and sum(map(measure, group.values())) < size:
+            name, shape = rest.pop(0)
+            group[name] = shape
+        if sum(map(measure, group.values())) != size:
+            raise CheckpointError(f"{where}: the optimizer's parameter groups do not fit the layers' weights")
+        groups.append(group)
+    return [*groups, dict(rest), plain]
+
+
+def split_stages(
+    layers: Mapping[int, Shapes], copy: Shapes, targets: Sequence[int], measure: Measure, where: str
+) -> list[Shapes]:
+    """Which layers' parameters each pipeline stage holds, found from what each stage's optimizer measures in all.
+
+    `copy`: parameters that the last of several stages holds once more, first in its order.
+    """
+    stages: list[Shapes] = []
+    remaining = list(layers.values())
+    for stage, target in enumerate(targets):
+        held = dict(copy) if stage and stage == len(targets) - 1 else {}
+        while remaining and sum(map(measure, held.values())) < target:
+            held |= remaining.pop(0)
+        if sum(map(measure, held.values())) != target:
+            raise CheckpointError(
+                f"{where}: the optimizer state of pipeline stage {stage} does not fit the layers' weights"
+            )
+        stages.append(held)
+    if remaining:
+        raise CheckpointError(f"{where}: the optimizer states cover only some of the layers: a stage's file is missing")
+    return stages
+
+
+def float32(ref: TensorRef) -> TensorRef:
+    return ref if ref.dtype == torch.float32 else Cast(ref, torch.float32)
+
+
+def number(value: Any) -> int:
+    """A step counter, which some writers store as a tensor of one element."""
+    return int(value.read().item()) if hasattr(value, "read") else int(value)
+
+
+def _partitions(count: Any) -> int | None:
+    return max(count) if isinstance(count, list) else count
+
+
+def _does_not_fit(where: str, what: str, total: int) -> CheckpointError:
+    return CheckpointError(
+        f"{where}: the optimizer's flat vectors have {total} elements, which does not fit {what}: a shard is missing, "
+        "or the files belong to different runs"
+    )
