@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from castalia.checkpoint.tensors import Checkpoint
     from collections.abc import Iterator
 
+    from castalia.checkpoint.tensors import Checkpoint
     from castalia.data.loader import Batch
     from castalia.data.tokenizer import Tokenizer
     from castalia.evaluate.corpus import Stream

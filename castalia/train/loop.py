@@ -62,7 +62,7 @@ def rehearse(config: RunConfig) -> None:
         show_first_loss(session, result.loss, display)
         remaining = duration(seconds * (session.last - done))
         display.line(
-            f"one step took {seconds:.2f} s ({session.tokens_per_step / seconds:,.0f} tokens/s; later ones are faster), "
+            f"one step took {seconds:.2f} s, {session.tokens_per_step / seconds:,.0f} tokens/s (later ones are faster); "
             f"{session.last - done:,} steps at this pace {remaining}"
         )
         display.line("dry run: nothing was written")
