@@ -135,8 +135,9 @@ def load_tokenizer_for(checkpoint: Checkpoint):  # noqa: ANN201 - any of the tok
 
 def describe(checkpoint: Checkpoint) -> str:
     """For instance "NeoX v1, TP 2 x PP 4, step 150000"."""
-    era, layout = checkpoint.details.get("era"), checkpoint.details.get("layout")
-    title = TITLES.get(checkpoint.format, checkpoint.format) + (f" {era}" if era else "")
+    kind, layout = (checkpoint.details.get(key) for key in ("era", "layout"))
+    kind = kind or checkpoint.details.get("model_type")
+    title = TITLES.get(checkpoint.format, checkpoint.format) + (f" {kind}" if kind else "")
     step = [] if checkpoint.format == "huggingface" else [f"step {checkpoint.progress.step}"]
     return ", ".join([title, *([str(layout)] if layout else []), *step])
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from castalia.checkpoint.container import CHUNK_BYTES, SAME_SIZE_INT
 from castalia.checkpoint.lazy import bounds
 from castalia.checkpoint.tensors import Slices
 from castalia.errors import CheckpointError
@@ -31,8 +32,6 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-SAME_SIZE_INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-CHUNK_BYTES = 4 << 20  # read and checksum in pieces that stay in the CPU's cache
 MAX_HEADER_BYTES = 100 << 20
 
 Region = Sequence[tuple[int, int]]  # first and one-past-last index of each dimension

@@ -12,8 +12,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from castalia.checkpoint.formats import open_checkpoint
-from castalia.checkpoint.load import load_model, load_tokenizer_for
+from castalia.checkpoint.load import load_model, load_tokenizer_for, load_weights
 from castalia.errors import CheckpointError
+from castalia.model.transformer import Transformer
 
 TOKENS = torch.arange(40).view(2, 20) % 97
 SMALL = {
@@ -38,6 +39,13 @@ def make(kind: str, folder: Path, *, max_shard_size: str = "5GB", **options: obj
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return model
+
+
+def test_one_line_says_what_came(tmp_path: Path) -> None:
+    make("llama", tmp_path, **LLAMA)
+    checkpoint = open_checkpoint(tmp_path)
+    report = load_weights(Transformer(checkpoint.config.model), checkpoint)
+    assert str(report) == "17 of 17 tensors, 21.73K parameters, Hugging Face llama"
 
 
 def assert_same_logits(folder: Path, model: transformers.PreTrainedModel) -> None:
