@@ -199,6 +199,12 @@ def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
         pass  # free again
 
 
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"cannot save checkpoints in .*file/checkpoints: Not a directory"):
+        Writer(tmp_path / "file" / "checkpoints")
+
+
 SCRIPT = """
     import resource, signal, sys, torch
     sys.path.insert(0, {tests!r})

@@ -58,9 +58,14 @@ class Writer:
     def __init__(self, folder: str | Path, *, keep_last: int | None = None, keep_every: int | None = None) -> None:
         self.folder = Path(folder)
         self.keep_last, self.keep_every = keep_last, keep_every
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.folder)
-        _clean(self.folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.folder)
+            _clean(self.folder)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot save checkpoints in {folder}: {error.strerror} ({error.filename})"
+            ) from error
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
 
