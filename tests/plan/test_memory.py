@@ -1,0 +1,107 @@
+"""The memory that plan predicts is the memory that a training step allocates, byte by byte."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from castalia.config.schema import Model, Optimizer
+from castalia.model.transformer import Transformer
+from castalia.parallel.apply import apply_recompute
+from castalia.plan.layout import Layout, Stage, problem, stages
+from castalia.plan.memory import Compute, Rank, memory_by_stage
+from castalia.train.optimizer import gradient_norm, gradients, make_optimizer
+
+LENGTH = 128
+BASE = {"num_layers": 3, "hidden_size": 64, "num_heads": 4, "vocab_size": 1024, "max_positions": LENGTH}
+FAMILIES = {
+    "neox": {"parallel_residual": True, "rotary_pct": 0.25},
+    "gpt2": {"position": "learned", "tie_embeddings": True},
+    "llama": {"norm": "rmsnorm", "gated_mlp": True, "activation": "silu", "num_kv_heads": 2, "mlp_size": 176},
+    "small vocabulary": {"vocab_size": 128, "num_layers": 6},
+    "large vocabulary": {"vocab_size": 50_000, "num_layers": 1},  # several chunks of logits
+}
+
+
+def peak_bytes(model: Model, layout: Layout, dtype: torch.dtype) -> int:
+    """Most bytes that tensors hold during a training step, parameters and optimizer state included."""
+    transformer = Transformer(model, compute_dtype=dtype)
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    apply_recompute(transformer, layout.recompute, dropout=False)
+    optimizer = make_optimizer(transformer, Optimizer())
+    state = 12 * sum(parameter.numel() for parameter in transformer.parameters())
+
+    def step() -> None:
+        tokens = torch.randint(0, 100, (layout.micro_batch, LENGTH))
+        for _ in range(layout.accumulation):
+            transformer(tokens, labels=tokens)[0].backward()
+        torch._foreach_mul_(gradients(transformer.parameters()), 1 / gradient_norm(gradients(transformer.parameters())))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step()  # tables of rotations and the like are made once
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return state + most
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_training_step_takes_the_planned_memory(family, dtype, recompute) -> None:
+    model = Model(**(BASE | FAMILIES[family]))
+    compute = Compute(dtype.itemsize, "cpu")
+    for micro_batch, accumulation in ((3, 1), (2, 2)):
+        layout = Layout(micro_batch=micro_batch, accumulation=accumulation, recompute=recompute)
+        planned = Rank(model, layout, Stage(0, model.num_layers, True, True), LENGTH, compute).memory().total
+        assert planned == pytest.approx(peak_bytes(model, layout, dtype), rel=0.05), (micro_batch, accumulation)
+
+
+def test_stages_hold_all_layers_and_the_head_counts() -> None:
+    model = Model(num_layers=12, hidden_size=64, num_heads=4, vocab_size=50_000)
+    parts = stages(model, 4, LENGTH)
+    assert sum(part.layers for part in parts) == 12
+    assert parts[-1].layers == 1, "the head is worth more than the blocks"
+    assert [part.first for part in parts] == [True, False, False, False]
+    assert [part.last for part in parts] == [False, False, False, True]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_ranks_hold_every_parameter(tied) -> None:
+    from castalia.plan.count import count, original_count
+
+    model = Model(**(BASE | {"tie_embeddings": tied}))
+    layout = Layout(tp=2, pp=3, dp=2, zero=1)
+    masters = sum(memory.masters for memory in memory_by_stage(model, layout, LENGTH, Compute()))
+    assert masters * layout.tp * layout.dp == 4 * original_count(model, tp=2, pp=3)
+    whole = memory_by_stage(model, Layout(), LENGTH, Compute())[0]
+    assert (whole.masters, whole.moments) == (4 * count(model).total, 8 * count(model).total)
+
+
+def test_sharding_and_recomputation_only_ever_save_memory() -> None:
+    model = Model(num_layers=16, hidden_size=512, num_heads=8, vocab_size=4096)
+    totals = {
+        (zero, recompute): memory_by_stage(
+            model, Layout(dp=8, zero=zero, accumulation=2, micro_batch=4, recompute=recompute), 1024, Compute()
+        )[0].total
+        for zero in (0, 1, 2, 3)
+        for recompute in ("none", "selective", "full")
+    }
+    for zero in (0, 1, 2, 3):
+        assert totals[zero, "none"] > totals[zero, "selective"] > totals[zero, "full"]
+    for recompute in ("none", "selective", "full"):
+        assert totals[1, recompute] > totals[2, recompute] > totals[3, recompute]
+
+
+def test_impossible_cuts_are_named() -> None:
+    model = Model(**BASE)
+    assert problem(model, Layout(tp=2)) is None
+    assert problem(model, Layout(tp=8)) == "parallel.tp=8 does not divide model.num_heads (4)"
+    assert "more than the model's 3 layers" in (problem(model, Layout(pp=4)) or "")
