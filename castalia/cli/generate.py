@@ -145,7 +145,7 @@ def _load(checkpoint: Checkpoint, tokenizer: str | None, dtype: str, device: str
     words = load_tokenizer(TokenizerConfig(path=tokenizer)) if tokenizer else load_tokenizer_for(checkpoint)
     place = choose_device(device)
     if dtype == "auto" and place.type == "cpu":
-        dtype = "fp32"  # CPUs multiply single rows slower in 16 bits
+        dtype = "fp32"  # the checkpoint's very values; for one row at a time CPUs gain little from 16 bits
     return build_model(checkpoint, place, choose_dtype(dtype, place)), words
 
 

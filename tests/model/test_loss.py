@@ -43,6 +43,14 @@ def test_a_frozen_head_and_no_gradients():
     assert hidden.grad is not None and hidden.grad.abs().sum() > 0
 
 
+def test_a_head_in_16_bits_gets_a_gradient_in_16_bits():
+    hidden, weight, labels = example(torch.bfloat16)
+    narrow = weight.detach().bfloat16().requires_grad_()
+    linear_cross_entropy(hidden, weight, labels)[0].backward()
+    linear_cross_entropy(hidden, narrow, labels)[0].backward()
+    assert torch.equal(narrow.grad, weight.grad.bfloat16())
+
+
 def test_nothing_to_learn_gives_zero_and_no_gradient():
     hidden, weight, labels = example(torch.float32)
     total, count = linear_cross_entropy(hidden, weight, torch.full_like(labels, -100))

@@ -261,6 +261,24 @@ def test_stages_of_a_pipeline_equal_the_whole():
         assert torch.equal(last(hidden, TOKENS)[0], whole(TOKENS, TOKENS)[0])
 
 
+@pytest.mark.parametrize("position", ["rotary", "alibi"])
+@torch.no_grad()
+def test_shards_of_the_heads_sum_to_the_whole(position):
+    """Attention with a part of the heads' rows works unchanged: what tensor parallelism needs."""
+    model, seen = model_of(num_layers=1, position=position, attention_bias=False), {}
+    attn = model.blocks["0"].attn
+    hook = attn.register_forward_hook(lambda _, args, result: seen.update(args=args, result=result))
+    model(TOKENS)
+    hook.remove()
+    whole_qkv, whole_out, slopes = attn.qkv.weight.data, attn.out.weight.data, attn.slopes
+    parts = []
+    for rank in range(3):
+        attn.qkv.weight.data, attn.out.weight.data = whole_qkv.chunk(3)[rank], whole_out.chunk(3, dim=1)[rank]
+        attn.slopes = slopes and slopes[2 * rank : 2 * rank + 2]
+        parts.append(attn(*seen["args"]))
+    close(sum(parts), seen["result"])
+
+
 def test_built_on_the_meta_device():
     with torch.device("meta"):
         model = Transformer(TINY)
