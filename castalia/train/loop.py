@@ -65,7 +65,7 @@ def rehearse(config: RunConfig) -> None:
             f"one step took {seconds:.2f} s, {session.tokens_per_step / seconds:,.0f} tokens/s (later ones are faster); "
             f"{session.last - done:,} steps at this pace {remaining}"
         )
-        display.line("dry run: nothing was written")
+        display.line("dry run: the folder of the run was not touched")
 
 
 class Run:

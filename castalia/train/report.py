@@ -35,7 +35,11 @@ def _changed(section: BaseModel, prefix: str) -> Iterator[tuple[str, Any]]:
 def show_report(session: Session, display: Display, folder: Path) -> None:
     config = session.config
     origins = {path: re.sub(r"\S*/", "", origin) for path, origin in config.origins.items()}  # files without folders
-    settings = [(path, _shown(value), origins.get(path, "settled here")) for path, value in changed_settings(config)]
+    elsewhere = "the checkpoint" if session.source else "settled here"
+    settings = [
+        (path, _shown(value), origins.get(path, elsewhere if path.startswith("model.") else "settled here"))
+        for path, value in changed_settings(config)
+    ]
     if display.fancy:
         table = Table("setting", "value", "from", title="settings that are not the default", title_justify="left")
         for row in settings:

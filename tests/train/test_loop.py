@@ -1,0 +1,318 @@
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from castalia.checkpoint.formats import open_checkpoint
+from castalia.cli.train import read_config, train
+from castalia.config.load import dump_config, load_config
+from castalia.data.loader import open_data
+from castalia.errors import CastaliaError, CheckpointError, ConfigError, TrainingError
+from castalia.evaluate.perplexity import evaluate
+from castalia.train.loop import StopSignals, rehearse
+from castalia.train.loop import train as run_with
+from castalia.train.metrics import read_metrics
+
+DROPOUT = ("model.hidden_dropout=0.1", "precision.compute=bf16")
+
+
+def losses(folder):
+    return [
+        (record["step"], record["loss"], record["grad_norm"], record["lr"]) for record in read_metrics(Path(folder))
+    ]
+
+
+def tensors(path):
+    """Everything that a checkpoint holds, by name."""
+    checkpoint = open_checkpoint(path)
+    found = {name: reference.read() for name, reference in checkpoint.model.items()}
+    for name, state in (checkpoint.optimizer or {}).items():
+        found |= {f"{name}.{kind}": state[kind].read() for kind in ("exp_avg", "exp_avg_sq")}
+        found[f"{name}.step"] = torch.tensor(state["step"])
+    return found
+
+
+def assert_equal_runs(first, second):
+    assert losses(first) == losses(second)
+    ours, theirs = tensors(first), tensors(second)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert open_checkpoint(first).progress == open_checkpoint(second).progress
+
+
+def events(folder):
+    return [json.loads(line) for line in (Path(folder) / "events.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("variant", ["pp0-mp1-z0-fp32-rotary-par", "pp1-mp1-z0-fp32-rotary-par"])
+def test_from_nothing_but_config_and_data_the_originals_losses_come_out(fixtures, tmp_path, variant):
+    source, data = fixtures / "neox" / variant, fixtures / "neox" / "data"
+    corpus = data / "enwik8_text_document"
+    paths = [f"{split}_data_paths=[{corpus}]" for split in ("train", "valid", "test")]
+    config = load_config(
+        source / "checkpoint" / "global_step5" / "configs" / "config.yml",
+        ["neox_exact=true", *paths, f"vocab_file={data / 'tok.json'}", f"save={tmp_path / 'run'}"],
+    )
+    expected = json.loads((source / "losses.json").read_text())["straight_step_1_to_10"]
+    assert [loss for _, loss, _, _ in losses(train(config))] == pytest.approx(expected, abs=2e-6)
+
+
+def test_a_run_leaves_a_complete_folder(straight, tiny, corpus):
+    assert sorted(path.name for path in straight.iterdir()) == [
+        "checkpoints", "config.yml", "events.jsonl", "metrics.jsonl", "tokenizer",
+    ]  # fmt: skip
+    records = list(read_metrics(straight))
+    assert [record["step"] for record in records] == list(range(1, 21))
+    assert records[-1].keys() >= {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds"}
+    assert records[-1]["tokens"] == 20 * 8 * 16
+    assert records[-1]["loss"] < records[0]["loss"] - 1
+    assert [record["step"] for record in records if "valid_loss" in record] == [5, 10, 15, 20]
+    assert [event["step"] for event in events(straight) if event["event"] == "save"] == [10, 20]
+    config = load_config(straight)
+    assert config.model.vocab_size == 257
+    assert config.model.max_positions == 16
+    assert config.data.path == str(corpus)
+    assert config.tokenizer.path == "tokenizer"
+
+
+def test_the_report_tells_all_that_matters(tiny, tmp_path, capsys):
+    rehearse(tiny(tmp_path / "run", "schedule.warmup=0.01", "schedule.decay_steps=10", "checkpoint.steps=[0,3]"))
+    said = capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+    for part in (
+        "data.seq_length: 16  (command line)",
+        "41,920 parameters, vocabulary 257 padded to 257",
+        "8 sequences x 16 = 128 tokens a step (micro-batch 4 x accumulation 2)",
+        "0.01 first, 0 last; warm-up 0.1 steps to 0.01, cosine until step 10",
+        "the warm-up is shorter than one step; the schedule ends before the run's 20 steps",
+        "gradients are scaled down to a norm of 1",
+        "fp32 compute",
+        "every 10 steps; steps 0, 3; the last step",
+        "TRAINING BEGINS FROM RANDOM WEIGHTS: 41.92K parameters, nothing was loaded",
+        "ln(vocabulary) = 5.5491",
+        "dry run: the folder of the run was not touched",
+    ):
+        assert part in said
+
+
+KILLED = """
+import os, sys, time
+from pathlib import Path
+from castalia.config.load import load_config
+from castalia.train.loop import train
+
+def die(model, batches, rows):  # called in step 15; the checkpoint of step 10 is being written
+    while not (Path(sys.argv[1]) / "run/checkpoints/latest").exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), 9)
+
+train(load_config(Path(sys.argv[1]) / "config.yml"), die)
+"""
+
+
+def test_killed_and_resumed_is_bit_equal_to_never_stopped(straight, tiny, tmp_path):
+    config = tiny(tmp_path / "run", *DROPOUT, "eval.every=15")
+    (tmp_path / "config.yml").write_text(dump_config(config))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], env=environment, stdout=subprocess.DEVNULL)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(losses(tmp_path / "run")) == 14  # more than the checkpoint holds
+    train(read_config([str(tmp_path / "run")]))
+    assert_equal_runs(tmp_path / "run", straight)
+
+
+def test_exit_interval_and_signals_save_and_stop(straight, tiny, tmp_path, capsys):
+    config = tiny(tmp_path / "run", *DROPOUT, "train.exit_interval=4")
+    train(config)
+    assert [step for step, *_ in losses(tmp_path / "run")] == [1, 2, 3, 4]
+
+    def terminate(model, batches, rows):
+        signal.raise_signal(signal.SIGTERM)
+        return evaluate(model, batches, rows)
+
+    again = read_config([str(tmp_path / "run"), "train.exit_interval=null", "eval.every=7"])
+    run_with(again, terminate)
+    assert [step for step, *_ in losses(tmp_path / "run")] == [1, 2, 3, 4, 5, 6, 7]
+    assert "stopped by SIGTERM after step 7, which is saved; go on with: castalia train" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    train(read_config([str(tmp_path / "run"), "eval.every=5"]))
+    assert_equal_runs(tmp_path / "run", straight)
+
+
+def test_the_second_signal_kills():
+    child = os.fork()
+    if child == 0:
+        with StopSignals():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGINT
+
+
+def test_resuming_from_an_earlier_step_rewrites_what_came_after(straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "run")
+    train(read_config([str(tmp_path / "run"), "checkpoint.step=10"]))
+    assert_equal_runs(tmp_path / "run", straight)
+
+
+def test_resuming_into_another_folder_leaves_the_first_alone(straight, tiny, tmp_path):
+    before = (straight / "metrics.jsonl").read_bytes()
+    resume = f"checkpoint.resume={straight / 'checkpoints' / 'step_000010'}"
+    train(tiny(tmp_path / "run", *DROPOUT, resume))
+    assert losses(tmp_path / "run") == losses(straight)[10:]
+    assert (straight / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_finished_run_says_so(straight, tmp_path, capsys):
+    shutil.copytree(straight, tmp_path / "run")
+    train(read_config([str(tmp_path / "run")]))
+    assert "the run is complete: 20 of 20 steps" in capsys.readouterr().out
+    assert len(losses(tmp_path / "run")) == 20
+
+
+def test_a_folder_that_holds_a_run_is_refused_naming_both_ways_out(straight, tiny):
+    before = (straight / "metrics.jsonl").read_bytes()
+    with pytest.raises(TrainingError, match=r"holds a run, saved last at step 20.*castalia train .*checkpoint\.dir"):
+        train(tiny(straight))
+    assert (straight / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_folder_in_use_is_refused(straight, tmp_path):
+    from castalia.checkpoint.formats.native import Writer
+
+    shutil.copytree(straight, tmp_path / "run")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with Writer(tmp_path / "run" / "checkpoints"), pytest.raises(CheckpointError, match="in use by another run"):
+        train(read_config([str(tmp_path / "run"), "checkpoint.step=10"]))
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_full_disk_costs_no_older_checkpoint(straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "run")
+    saved = tensors(tmp_path / "run" / "checkpoints" / "step_000010")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # weights take more
+    try:
+        with pytest.raises(CheckpointError, match="step 15 could not be saved"):
+            train(read_config([str(tmp_path / "run"), "checkpoint.step=10", "checkpoint.every=5"]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step*")) == [
+        "step_000010",
+        "step_000020",
+    ]
+    after = tensors(tmp_path / "run" / "checkpoints" / "step_000010")
+    assert all(torch.equal(saved[name], after[name]) for name in saved)
+
+
+def test_a_loss_that_is_not_finite_stops_and_leaves_its_data_in_the_events(tiny, tmp_path):
+    config = tiny(tmp_path / "run", "optimizer.lr=1e30", "optimizer.clip_norm=null")
+    with pytest.raises(TrainingError, match="is not finite.*first bad tensor is"):
+        train(config)
+    error = events(tmp_path / "run")[-1]
+    step = error["step"] - 1
+    data = open_data(config)
+    assert error["event"] == "error"
+    assert len(losses(tmp_path / "run")) == step
+    assert error["samples"] == data.positions(step).tolist()
+    assert error["pieces"] == [list(piece) for position in error["samples"] for piece in data.pieces(position)]
+
+
+def test_weights_alone_start_a_new_run(straight, tiny, tmp_path, capsys):
+    train(tiny(tmp_path / "run", f"checkpoint.init_from={straight}", "train.steps=2", "eval.every=null"))
+    said = capsys.readouterr().out
+    assert "loaded        28 of 28 tensors, 41.92K parameters, Castalia, step 20" in said
+    assert "only weights are taken" in said
+    assert "RANDOM" not in said
+    (first, loss, _, _), *_ = losses(tmp_path / "run")
+    assert first == 1
+    assert loss < losses(straight)[5][1]
+
+
+def test_the_architecture_comes_from_the_checkpoint_and_differences_are_listed(straight, tiny, corpus, tmp_path):
+    bare = [f"data.path={corpus}", "data.seq_length=16", "tokenizer.kind=bytes", "train.batch_size=4", "train.steps=1"]
+    bare += [f"checkpoint.init_from={straight}", "eval.every=null"]
+    train(load_config([], [*bare, f"checkpoint.dir={tmp_path / 'run'}"]))
+    assert load_config(tmp_path / "run").model.hidden_size == 32
+    config = tiny(tmp_path / "other", f"checkpoint.init_from={straight}", "model.num_heads=2", "model.norm=rmsnorm")
+    with pytest.raises(CheckpointError) as refusal:
+        train(config)
+    assert "model.num_heads: 4 in the checkpoint, 2 in the config (command line" in str(refusal.value)
+    assert "model.norm: layernorm in the checkpoint, rmsnorm in the config (command line)" in str(refusal.value)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_load_that_finds_nothing_is_an_error_but_for_the_first_start(tiny, tmp_path, capsys):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for key in ("resume", "init_from"):
+        with pytest.raises(CheckpointError):
+            train(tiny(tmp_path / "run", f"checkpoint.{key}={empty}"))
+        assert not (tmp_path / "run").exists()
+    (empty / "checkpoints").mkdir()
+    (empty / "checkpoints" / "latest").write_text("step_000005")  # a folder that only looks like one
+    with pytest.raises(CheckpointError):
+        train(tiny(empty, f"checkpoint.resume={empty}"))
+    fresh = tmp_path / "fresh"
+    train(tiny(fresh, f"checkpoint.resume={fresh}", "train.steps=2", "eval.every=null"))
+    assert "TRAINING BEGINS FROM RANDOM WEIGHTS" in capsys.readouterr().out
+    assert len(losses(fresh)) == 2
+
+
+def test_other_data_and_another_schedule_must_be_asked_for(straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "run")
+    run = str(tmp_path / "run")
+    with pytest.raises(TrainingError, match="schedule differs.*schedule_from"):
+        train(read_config([run, "checkpoint.step=10", "optimizer.lr=0.02"]))
+    with pytest.raises(TrainingError, match="other_data=true"):
+        train(read_config([run, "checkpoint.step=10", "data.split=80,20,0"]))
+    train(read_config([run, "checkpoint.step=10", "data.split=80,20,0", "checkpoint.other_data=true"]))
+    assert losses(run)[:10] == losses(straight)[:10]
+    assert losses(run)[10:] != losses(straight)[10:]
+
+
+def test_saves_follow_the_schedule_and_keep_milestones(tiny, tmp_path):
+    options = ["checkpoint.every=4", "checkpoint.steps=[0]", "checkpoint.keep_last=2", "checkpoint.keep_every=8"]
+    config = tiny(tmp_path / "run", *options, "checkpoint.save_optimizer=false", "eval.every=null", "train.steps=18")
+    train(config)
+    assert [event["step"] for event in events(tmp_path / "run") if event["event"] == "save"] == [0, 4, 8, 12, 16, 18]
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step*"))
+    assert kept == ["step_000000", "step_000008", "step_000016", "step_000018"]
+    assert open_checkpoint(tmp_path / "run").optimizer is None
+
+
+def test_a_run_without_a_folder_or_an_end_is_refused(tiny, tmp_path):
+    for override, message in (
+        ("checkpoint.dir=null", "checkpoint.dir is not set"),
+        ("train.steps=null", "train.steps or train.epochs"),
+        ("train.device=cuda", "no CUDA device"),
+        ("log.tensorboard=" + str(tmp_path / "board"), None),
+    ):
+        if message is None or (override == "train.device=cuda" and torch.cuda.is_available()):
+            continue
+        with pytest.raises((ConfigError, CastaliaError), match=message):
+            train(tiny(tmp_path / "run", override))
+    assert not (tmp_path / "run").exists()
+
+
+def test_epochs_become_steps(tiny, corpus, tmp_path):
+    config = tiny(tmp_path / "run", "train.steps=null", "train.epochs=1", "train.exit_interval=1", "eval.every=null")
+    train(config)
+    assert load_config(tmp_path / "run").train.steps == open_data(config).steps(1)
+
+
+def test_tensorboard_gets_what_metrics_get(tiny, tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(tiny(tmp_path / "run", f"log.tensorboard={tmp_path / 'board'}", "train.steps=2", "eval.every=null"))
+    board = EventAccumulator(str(tmp_path / "board")).Reload()
+    written = [(scalar.step, scalar.value) for scalar in board.Scalars("loss")]
+    assert written == [(step, pytest.approx(loss)) for step, loss, _, _ in losses(tmp_path / "run")]
