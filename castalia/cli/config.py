@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 from castalia.config.fields import FIELDS, SECTIONS, describe
 from castalia.config.load import load_config, suggest
 from castalia.config.neox_keys import KEYS, STALE
+from castalia.config.read import to_yaml
 from castalia.config.schema import RunConfig
 from castalia.errors import ConfigError
 
@@ -59,7 +59,7 @@ def convert(
     """The same config as a clean file of our own: only what differs from the defaults."""
     config = read(words)
     lines = [f"# {note}" for note in config.notes]
-    text = "\n".join([*lines, yaml.safe_dump(changes(config), sort_keys=False, width=120)])
+    text = "\n".join([*lines, to_yaml(changes(config))])
     if output is None:
         print(text, end="")
         return

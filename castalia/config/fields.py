@@ -31,10 +31,15 @@ def describe(path: str) -> str:
     """What a key may hold, in words: "a whole number above 0 (default 1000): batches of one evaluation"."""
     info = FIELDS.get(path) or SECTIONS.get(path)
     if info is None:
-        return "see the key's section"
-    default = "" if info.is_required() else f" (default {'null' if info.default is None else info.default})"
+        return "no key of ours"
+    default = "" if info.is_required() else f" (default {_text(info.default)})"
     meaning = f": {info.description}" if info.description else ""
     return f"{_kind(info.annotation, info.metadata)}{default}{meaning}"
+
+
+def _text(value: Any) -> str:
+    value = list(value) if isinstance(value, tuple) else value
+    return "null" if value is None else repr(value) if isinstance(value, str) and not value.strip() else str(value)
 
 
 def _kind(annotation: Any, metadata: list[Any]) -> str:
@@ -45,9 +50,11 @@ def _kind(annotation: Any, metadata: list[Any]) -> str:
         return _kind(annotation.__origin__, [*annotation.__metadata__, *metadata])
     if options and get_origin(annotation) is not tuple:
         return _kind(options[0], metadata) + (" or null" if type(None) in get_args(annotation) else "")
+    if get_origin(annotation) is tuple:
+        return "a list" if Ellipsis in get_args(annotation) else f"a list of {len(options)}"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     limits = [f"{word} {getattr(bound, key)}" for bound in metadata for key, word in _LIMITS if hasattr(bound, key)]
-    return " ".join([names.get(annotation, "a list"), " and ".join(limits)]).strip()
+    return " ".join([names.get(annotation, "a section"), " and ".join(limits)]).strip()
 
 
 _LIMITS = (("gt", "above"), ("ge", "of at least"), ("lt", "below"), ("le", "of at most"))

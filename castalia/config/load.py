@@ -13,12 +13,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from castalia.config import check, neox
 from castalia.config.fields import FIELDS, SECTIONS, describe
-from castalia.config.read import Findings, Table, merged, read_file, read_override, read_text
+from castalia.config.read import Findings, Table, merged, read_file, read_override, read_text, to_yaml
 from castalia.config.schema import RunConfig
 from castalia.config.settings import Setting, put
 from castalia.errors import ConfigError
@@ -60,7 +59,7 @@ def load_config(files: str | Path | Iterable[str | Path | RunConfig], overrides:
 
 def dump_config(config: RunConfig) -> str:
     """The complete YAML of a config; loading it gives an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
+    return to_yaml(config.model_dump(mode="json"))
 
 
 def preset_names() -> list[str]:
@@ -204,20 +203,19 @@ def _validate(settings: dict[str, Setting], found: Findings) -> RunConfig | None
 def _explain(problem: Any, settings: dict[str, Setting]) -> str:
     """One line for one of pydantic's complaints: where, which value, why, and what would do."""
     path = ".".join(str(part) for part in problem["loc"])
-    known = next((p for p in _ancestors(path) if p in settings), None)
+    given = next((p for p in _ancestors(path) if p in settings), "")  # the setting that holds the value
+    section = path.rpartition(".")[0]
+    origins = [s.origin for p, s in settings.items() if s.rank >= 0 and (p == given or p.startswith(section + "."))]
+    start = f"{settings[given].origin if given else origins[0] if origins else 'config'}: "
+    allowed = describe(path if path in FIELDS else given)
+    if problem["type"] == "missing" and given:
+        return f"{start}{path} is missing; {given} is {allowed}"
     if problem["type"] == "missing":
-        section = path.rpartition(".")[0]
-        origin = next((s.origin for p, s in settings.items() if p.startswith(section + ".") and s.rank >= 0), "config")
-        return (
-            f"{origin}: {path} is missing ({describe(path)}); give it, or name the file that holds it before this one"
-        )
-    origin = settings[known].origin if known else "config"
+        return f"{start}{path} is missing ({allowed}); give it, or name the file that holds it before this one"
     if problem["type"] == "extra_forbidden":
-        return f"{origin}: unknown key {path}{suggest(path)}"
-    value = (
-        "" if problem["type"].endswith("_type") and isinstance(problem["input"], dict) else f" {problem['input']!r}:"
-    )
-    return f"{origin}: {path}:{value} {_reason(problem)}; {describe(path)}"
+        return f"{start}unknown key {path}{suggest(path)}"
+    value = "" if isinstance(problem["input"], dict) else f" {problem['input']!r}:"
+    return f"{start}{path}:{value} {_reason(problem)}; {allowed}"
 
 
 def _reason(problem: Any) -> str:

@@ -17,6 +17,7 @@ import yaml
 from castalia.errors import ConfigError
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_TEXT = "tag:yaml.org,2002:str"
 _NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+|[-+]?\.[0-9]+[eE][-+]?[0-9]+")
 
 
@@ -82,11 +83,24 @@ def read_override(text: str, found: Findings) -> tuple[str, Any]:
     return key.strip(), None if root is None else _value(root, "command line", found, key.strip())
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that `_value` would take for a number."""
+
+
+_Dumper.add_representer(
+    str, lambda dumper, text: dumper.represent_scalar(_TEXT, text, style='"' if _NUMBER.fullmatch(text) else None)
+)
+
+
+def to_yaml(values: dict[str, Any]) -> str:
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
+
+
 def _compose(text: str, label: str) -> yaml.Node | None:
     try:
         return yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark and not label.startswith("command line") else ""
         context = f" ({error.context} from line {error.context_mark.line + 1})" if error.context_mark else ""
         raise ConfigError(
             f"{label}{line}: not valid YAML: {error.problem}{context}; "
@@ -117,7 +131,7 @@ def _value(node: yaml.Node, label: str, found: Findings, path: str) -> Any:
         return _mapping(node, label, found, path + ".")
     if isinstance(node, yaml.SequenceNode):
         return [_value(item, label, found, path) for item in node.value]
-    if node.tag == "tag:yaml.org,2002:str" and not node.style and _NUMBER.fullmatch(node.value):
+    if node.tag == _TEXT and not node.style and _NUMBER.fullmatch(node.value):
         number = float(node.value)
         origin = label if label == "command line" else f"{label}:{_line(node)}"
         if origin != "command line":

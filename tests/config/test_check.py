@@ -1,0 +1,76 @@
+"""Contradictions between values, and values without effect, are told with their places."""
+
+from __future__ import annotations
+
+import pytest
+
+from castalia.config.check import require_training
+from castalia.config.load import load_config
+from castalia.errors import ConfigError
+
+MODEL = ["model.num_layers=4", "model.hidden_size=64", "model.num_heads=4", "model.vocab_size=430"]
+
+CONTRADICTIONS = [
+    (["model.num_heads=5"], "model.hidden_size=64 does not divide into model.num_heads=5 heads; use 60 or 65"),
+    (["model.num_kv_heads=3"], "model.num_kv_heads=3 does not divide model.num_heads=4; use one of 1, 2, 4"),
+    (["model.rotary_pct=0.2"], "rotates 3 dimensions, but they rotate in pairs; model.rotary_pct=0.25 rotates 4"),
+    (["model.max_positions=64", "data.seq_length=128"], "data.seq_length=128 is longer than model.max_positions=64"),
+    (["parallel.gpus=6", "parallel.tp=4"], "parallel.gpus=6 does not divide by tp * pp * cp = 4 * 1 * 1; 4 would"),
+    (["parallel.tp=3"], "parallel.tp=3 does not divide model.num_heads=4; use one of 1, 2, 4"),
+    (["parallel.tp=4", "model.num_kv_heads=2"], "parallel.tp=4 does not divide model.num_kv_heads=2"),
+    (["parallel.tp=4", "model.mlp_size=6"], "parallel.tp=4 does not divide model.mlp_size=6"),
+    (["parallel.tp=4", "model.vocab_multiple=1"], "the vocabulary's 430 rows; model.vocab_multiple=4 fits"),
+    (["parallel.pp=5"], "parallel.pp=5 is more than model.num_layers=4"),
+    (["parallel.tp=4", "parallel.sequence_parallel=true", "data.seq_length=30"], "does not divide by parallel.tp=4"),
+    (["train.batch_size=10", "train.micro_batch_size=4"], "8 or 12 would fit"),
+    (["train.batch_size=8", "train.micro_batch_size=4", "parallel.gpus=4"], "does not divide into"),
+    (["schedule.min_lr=1", "optimizer.lr=0.5"], "schedule.min_lr=1 is above optimizer.lr=0.5"),
+    (["optimizer.betas=[0.9, 1.0]"], "both must be at least 0 and below 1"),
+    (["data.packing=unpacked", "data.train=[corpus]"], "needs labels in every source of data.train"),
+    (["generate.mode=input-file"], "generate.mode=input-file needs generate.input_file"),
+    (["checkpoint.init_from=a", "checkpoint.dir=a"], "give the new run a folder of its own"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), CONTRADICTIONS)
+def test_contradictions_are_refused(overrides, message):
+    with pytest.raises(ConfigError) as error:
+        load_config([], [*MODEL, *overrides])
+    assert [line for line in str(error.value).splitlines() if message in line and line.startswith("command line: ")]
+
+
+def test_all_contradictions_are_told_at_once():
+    with pytest.raises(ConfigError) as error:
+        load_config([], [*MODEL, "model.num_heads=5", "parallel.pp=9", "schedule.min_lr=1"])
+    assert len(str(error.value).splitlines()) == 3
+
+
+NOTES = [
+    (["model.shared_norm=true"], "model.shared_norm has no effect: no parallel_residual"),
+    (["model.rotary_pct=0.25", "model.position=learned"], "model.rotary_pct has no effect"),
+    (["parallel.sequence_parallel=true"], "parallel.sequence_parallel has no effect: parallel.tp is 1"),
+    (["data.train=[a]", "data.split='1,0,0'"], "data.split has no effect: data.train is given"),
+    (["data.train=[a]", "eval.every=5"], "eval.every has no effect: data.valid is empty"),
+    (["checkpoint.step=5"], "checkpoint.step has no effect: nothing is loaded"),
+    (["train.steps=100", "schedule.decay_steps=50"], "stays at its end for the last 50"),
+    (["train.steps=100", "schedule.decay_steps=150"], "never gets to its end at 150"),
+    (["train.steps=50"], "schedule.warmup=0.01 of 50 steps is less than one step"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), NOTES)
+def test_values_without_effect_are_told(overrides, message):
+    assert any(message in note for note in load_config([], [*MODEL, *overrides]).notes)
+
+
+def test_a_plain_config_has_no_notes():
+    config = load_config([], [*MODEL, "train.steps=1000", "data.path=corpus", "checkpoint.dir=runs/a"])
+    assert config.notes == ()
+
+
+def test_training_names_everything_that_is_missing():
+    with pytest.raises(ConfigError) as error:
+        require_training(load_config([]))
+    for part in ("no model", "no end", "no data", "the batch is unknown"):
+        assert part in str(error.value)
+    require_training(load_config([], [*MODEL, "train.steps=1000", "data.path=corpus", "train.batch_size=4"]))
