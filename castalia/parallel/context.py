@@ -1,4 +1,4 @@
-"""Context parallelism: each rank holds a run of every sequence; keys and values are gathered where attention needs them."""
+"""Context parallelism: each rank holds a run of every sequence; attention gathers the keys and values before it."""
 
 from __future__ import annotations
 

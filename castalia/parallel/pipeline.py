@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -119,9 +120,8 @@ class Pipeline:
         ]
         single = parallel.pipeline in ("gpipe", "1f1b")
         self.schedule = SCHEDULES[parallel.pipeline](
-            built[0] if single else built, num_micro_batches, loss_fn=self._scaled, scale_grads=False
+            built[0] if single else built, num_micro_batches, loss_fn=self._weighted, scale_grads=False
         )
-        self.scale = 1.0
         self.tied = [stages[i].embed.weight for i in (0, last) if i in stages and stages[i].cfg.tie_embeddings]
         self.tie_group = _ends_group(mesh) if self._needs_tie_group(stages, parallel) else None
 
@@ -129,21 +129,23 @@ class Pipeline:
     def _needs_tie_group(stages: dict[int, Transformer], parallel: Parallel) -> bool:
         return next(iter(stages.values())).cfg.tie_embeddings and parallel.pipeline != "zero-bubble"
 
-    def _scaled(self, output: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
-        return output[0] * self.scale
+    @staticmethod
+    def _weighted(output: tuple[Tensor, Tensor], weight: Tensor) -> Tensor:
+        return output[0] * weight[0]
 
-    def forward_backward(self, tokens: Tensor, labels: Tensor, scale: float) -> Tensor:
-        """Leaves gradients of `scale` times the sum of token losses; returns that sum, times `scale`, on every rank.
+    def forward_backward(self, tokens: Tensor, labels: Tensor, weights: Sequence[float], context: dict) -> Tensor:
+        """Leaves the gradients of sum over micro-batches of weight * (sum of token losses); returns that sum.
 
-        tokens, labels: [micro-batches * sequences, time], those of this data rank.
+        It is 0 on ranks without the last stage. tokens, labels: [micro-batches * sequences, time] of this data rank.
         """
-        self.scale = scale
         losses: list[Tensor] = []
         inputs = (tokens,) if self.has_first else ()
         if self.has_last:
-            self.schedule.step(*inputs, target=labels, losses=losses, return_outputs=False, labels=labels)
+            # Each micro-batch finds its weight beside its labels.
+            target = torch.tensor(weights, device=tokens.device)
+            self.schedule.step(*inputs, target=target, losses=losses, return_outputs=False, labels=labels, **context)
         else:
-            self.schedule.step(*inputs, return_outputs=False)
+            self.schedule.step(*inputs, return_outputs=False, **context)
         self._sum_tied_gradients()
         return torch.stack(losses).sum().detach() if losses else torch.zeros((), device=tokens.device)
 
@@ -169,12 +171,12 @@ def _ends_group(mesh: Mesh) -> dist.ProcessGroup | None:
 
 
 def check_micro_batches(parallel: Parallel, count: int) -> None:
-    """Refuses numbers of micro-batches that the schedule cannot take. Raises ConfigError naming the nearest that work."""
+    """Raises ConfigError where the schedule cannot take so many micro-batches, naming the nearest that work."""
     if parallel.pipeline == "interleaved" and count % parallel.pp:
         near = [n for n in (count // parallel.pp * parallel.pp, -(-count // parallel.pp) * parallel.pp) if n]
         raise ConfigError(
-            f"train.accumulation={count} micro-batches do not suit parallel.pipeline=interleaved, which takes multiples of "
-            f"parallel.pp={parallel.pp}; use {' or '.join(map(str, near))}"
+            f"train.accumulation={count} micro-batches do not suit parallel.pipeline=interleaved, which takes "
+            f"multiples of parallel.pp={parallel.pp}; use {' or '.join(map(str, near))}"
         )
     if parallel.pipeline == "zero-bubble" and count < 2 * parallel.pp:
         raise ConfigError(
