@@ -60,10 +60,10 @@ def rehearse(config: RunConfig) -> None:
         result = session.step(done, session.data.batch(done))
         seconds = time.perf_counter() - begin
         show_first_loss(session, result.loss, display)
-        remaining = duration(seconds * (session.last - done))
+        left = session.last - done
         display.line(
-            f"one step took {seconds:.2f} s, {session.tokens_per_step / seconds:,.0f} tokens/s (later ones are faster); "
-            f"{session.last - done:,} steps at this pace {remaining}"
+            f"one step took {seconds:.2f} s, {session.tokens_per_step / seconds:,.0f} tokens/s (the first is slow); "
+            f"{left:,} steps at this pace {duration(seconds * left)}"
         )
         display.line("dry run: the folder of the run was not touched")
 

@@ -81,6 +81,15 @@ def facts(session: Session, folder: Path) -> Iterator[tuple[str, str]]:
             f"(micro-batch {plan.micro_batch_size} x accumulation {plan.accumulation})"
         ),
     )
+    layout = config.parallel
+    if max(layout.tp, layout.pp, layout.cp, layout.gpus or 1) > 1:
+        yield (
+            "layout",
+            (
+                f"one process; the config's tp {layout.tp} x pp {layout.pp} x cp {layout.cp} on {layout.gpus or 'any'} devices "
+                "describes a larger job with the same results"
+            ),
+        )
     yield "steps", f"{session.progress.step:,} done of {last:,}, {tokens * last:,} tokens in all"
     yield "learning rate", describe_rate(rate, session.progress.step - session.progress.skipped, last)
     yield "clipping", _clipping(session)
@@ -107,12 +116,7 @@ def _restored(session: Session) -> str:
 
 def describe_rate(rate: LearningRate, updates: int, last: int) -> str:
     warmup = f"warm-up {rate.warmup:g} steps to {rate.peak:g}" if rate.warmup else f"no warm-up, {rate.peak:g}"
-    text = f"{rate(updates):.3g} first, {rate(last - 1):.3g} last; {warmup}, {rate.style} until step {rate.end:,}"
-    if 0 < rate.warmup < 1:
-        text += "; the warm-up is shorter than one step"
-    if rate.end != last and rate.style != "constant":
-        text += f"; the schedule ends {'before' if rate.end < last else 'after'} the run's {last:,} steps"
-    return text
+    return f"{rate(updates):.3g} first, {rate(last - 1):.3g} last; {warmup}, {rate.style} until step {rate.end:,}"
 
 
 def describe_saves(config: RunConfig) -> str:

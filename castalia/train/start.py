@@ -11,6 +11,7 @@ from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.load import LoadReport, load_optimizer, load_weights
 from castalia.checkpoint.tensors import Checkpoint, Progress
 from castalia.config.batch import BatchPlan, batch_plan
+from castalia.config.check import require_training
 from castalia.config.schema import Model, RunConfig
 from castalia.data.loader import Samples, open_data
 from castalia.data.tokenizer import Tokenizer, load_tokenizer
@@ -68,6 +69,7 @@ def start(config: RunConfig) -> Session:
     """Reads, builds and loads; writes nothing. Raises a CastaliaError for whatever is missing or does not fit."""
     source = find_source(config)
     config, tokenizer = resolve(config, source)
+    require_training(config)
     config = with_steps(config)
     assert config.model is not None and config.train.steps is not None
     plan = batch_plan(config)
@@ -145,8 +147,7 @@ def with_steps(config: RunConfig) -> RunConfig:
     """Epochs become steps."""
     if config.train.steps is not None:
         return config
-    if config.train.epochs is None:
-        raise ConfigError("how long to train is not said: give train.steps or train.epochs")
+    assert config.train.epochs is not None
     steps = open_data(config, "train").steps(config.train.epochs)
     return config.model_copy(update={"train": config.train.model_copy(update={"steps": steps, "epochs": None})})
 

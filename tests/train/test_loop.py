@@ -91,7 +91,7 @@ def test_the_report_tells_all_that_matters(tiny, tmp_path, capsys):
         "41,920 parameters, vocabulary 257 padded to 257",
         "8 sequences x 16 = 128 tokens a step (micro-batch 4 x accumulation 2)",
         "0.01 first, 0 last; warm-up 0.1 steps to 0.01, cosine until step 10",
-        "the warm-up is shorter than one step; the schedule ends before the run's 20 steps",
+        "less than one step: there is no warm-up",
         "gradients are scaled down to a norm of 1",
         "fp32 compute",
         "every 10 steps; steps 0, 3; the last step",

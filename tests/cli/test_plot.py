@@ -1,0 +1,46 @@
+import json
+
+import pytest
+
+from castalia.cli.plot import command, smoothed
+from castalia.errors import DataError
+
+
+def write_run(folder, losses, valid_every=10):
+    folder.mkdir()
+    with open(folder / "metrics.jsonl", "w") as file:
+        for step, loss in enumerate(losses, start=1):
+            record = {"step": step, "loss": loss, "lr": 1e-3, "grad_norm": None if step == 3 else 1.0}
+            record |= {"valid_loss": loss} if step % valid_every == 0 else {}
+            file.write(json.dumps(record) + "\n")
+        file.write('{"step": 99')  # a killed process
+    return str(folder)
+
+
+def test_runs_are_overlaid_in_a_picture_and_in_the_terminal(tmp_path, capsys):
+    runs = [
+        write_run(tmp_path / name, [5 / step + offset for step in range(1, 61)]) for offset, name in enumerate("ab")
+    ]
+    command(runs, output=tmp_path / "out" / "loss.png")
+    said = capsys.readouterr().out
+    assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert f"wrote {tmp_path / 'out' / 'loss.png'}" in said
+    assert all(label in said for label in (" a", " a, validation", " b", " b, validation", "step"))
+
+
+def test_the_picture_of_one_run_goes_into_its_folder(tmp_path, capsys):
+    command([write_run(tmp_path / "run", [3.0, 2.0])])
+    assert (tmp_path / "run" / "loss.png").is_file()
+
+
+def test_a_folder_without_metrics_is_refused(tmp_path):
+    with pytest.raises(DataError, match="holds no metrics.jsonl"):
+        command([str(tmp_path)])
+    with pytest.raises(DataError, match="no steps to plot yet"):
+        command([write_run(tmp_path / "run", [])])
+
+
+def test_smoothing_keeps_constants_ends_and_means():
+    assert smoothed([2.0] * 7, 5) == pytest.approx([2.0] * 7)
+    assert smoothed([0.0, 3.0, 6.0, 0.0], 3) == pytest.approx([0.0, 3.0, 3.0, 0.0])
+    assert smoothed([1.0, 5.0], 1) == [1.0, 5.0]

@@ -1,0 +1,133 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from castalia.checkpoint.load import load_model
+from castalia.cli.evaluate import command
+from castalia.data.indexed import open_dataset
+from castalia.data.loader import Batch
+from castalia.errors import CastaliaError
+from castalia.evaluate.perplexity import bits_per_byte, evaluate, windows
+
+
+@given(st.integers(2, 60), st.integers(1, 12), st.data(), st.integers(1, 5))
+def test_every_token_is_predicted_once_except_the_first(size, length, data, rows):
+    stride = data.draw(st.integers(1, length))
+    stream = np.arange(100, 100 + size)
+    predicted = []
+    for batch in windows(stream, length, stride, rows):
+        assert batch.tokens.shape == batch.labels.shape
+        assert len(batch.tokens) <= rows
+        assert ((batch.labels == batch.tokens + 1) | ~batch.loss_mask).all()
+        predicted += batch.labels[batch.loss_mask].tolist()
+    assert predicted == stream[1:].tolist()
+
+
+def test_overlapping_windows_give_at_least_the_context_that_the_stride_leaves():
+    for batch in windows(np.arange(50), length=8, stride=3, rows=1):
+        first_label = int(batch.loss_mask[0].argmax())
+        assert first_label == (0 if batch.tokens[0, 0] == 0 else 5)
+
+
+def reference(model, tokens, length):
+    """Mean loss, one window at a time."""
+    losses = []
+    for start in range(0, len(tokens) - 1, length):
+        window = torch.from_numpy(tokens[start : start + length + 1].astype(np.int64))
+        losses.append(F.cross_entropy(model(window[None, :-1])[0], window[1:], reduction="none"))
+    return torch.cat(losses).mean().item()
+
+
+def test_batches_are_weighted_by_their_tokens(run):
+    model = load_model(run)
+    model.train()
+    draw = np.random.default_rng(0)
+    labels = draw.integers(0, 257, (6, 16))
+    labels[:3, 2:] = -100
+    batch = Batch(draw.integers(0, 257, (6, 16)), labels, labels != -100)
+    halves = [Batch(*(array[part] for array in batch)) for part in (slice(3), slice(3, 6))]
+    with torch.no_grad():
+        losses = F.cross_entropy(
+            model.eval()(torch.from_numpy(batch.tokens)).flatten(0, 1),
+            torch.from_numpy(labels).flatten(),
+            reduction="sum",
+        )
+    model.train()
+    for batches, rows in (([batch], 8), ([batch], 1), (halves, 2)):
+        found = evaluate(model, batches, rows)
+        assert found["loss"] == pytest.approx(losses.item() / (3 * 2 + 3 * 16), rel=1e-6)
+        assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+        assert found["tokens"] == 54
+    assert model.training
+
+
+def said(capsys):
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_command_evaluates_all_validation_documents(run, corpus, capsys):
+    command(run, as_json=True)
+    found = said(capsys)
+    documents = list(open_dataset(corpus))[10:]
+    stream = np.concatenate(documents)
+    num_bytes = sum(len(document) - 1 for document in documents)  # an end of document is no text
+    assert found["tokens"] == len(stream) - 1
+    assert found["step"] == 12
+    assert found["loss"] == pytest.approx(reference(load_model(run), stream, 16), rel=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(found["loss"] * (len(stream) - 1) / math.log(2) / num_bytes)
+    assert found["loss"] < found["uniform_loss"] == math.log(257)
+    command(run)
+    assert f"tokens        {len(stream) - 1:,}" in capsys.readouterr().out
+
+
+def test_raw_text_gives_what_the_prepared_corpus_gives(run, corpus, tmp_path, capsys):
+    documents = [bytes(d[:-1].tolist()).decode() for d in open_dataset(corpus)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    results = []
+    for data in (str(corpus), str(tmp_path / "texts.jsonl")):
+        command(run, data=data, as_json=True)
+        results.append(said(capsys))
+    same = ("loss", "perplexity", "tokens", "bits_per_byte", "precision")
+    assert [results[0][key] for key in same] == [results[1][key] for key in same]
+
+
+def test_overrides_and_strides_are_obeyed(run, capsys):
+    command(run, ["precision.compute=bf16", "data.seq_length=8"], stride=4, as_json=True)
+    found = said(capsys)
+    command(run, as_json=True)
+    whole = said(capsys)
+    assert found["precision"] == "bf16"
+    assert found["tokens"] == whole["tokens"]
+    assert found["loss"] != whole["loss"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": "missing.txt"}, "missing.txt: neither a text file nor the prefix of a corpus"),
+        ({"stride": 17}, "--stride 17 must lie between 1 and the window's 16 tokens"),
+        ({"step": 7}, "no checkpoint of step 7"),
+    ],
+)
+def test_bad_input_is_one_clear_error(run, options, message):
+    with pytest.raises(CastaliaError, match=message):
+        command(run, **options)
+
+
+def test_tokens_beyond_the_vocabulary_are_refused(run, tmp_path):
+    from castalia.data.indexed import Writer
+
+    with Writer(tmp_path / "other", "uint16") as writer:
+        writer.add([1, 2, 300])
+    with pytest.raises(CastaliaError, match="token id 300 lies beyond the model's vocabulary of 257"):
+        command(run, data=str(tmp_path / "other"))
+
+
+def test_one_bit_per_byte_is_ln_2_nats():
+    assert bits_per_byte(math.log(2), tokens=30, num_bytes=30) == pytest.approx(1.0)
