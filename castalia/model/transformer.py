@@ -109,7 +109,8 @@ class Transformer(nn.Module):
         else:
             end = int(positions.max()) + 1
         x = tokens if tokens.is_floating_point() else self.embedded(tokens, positions, end)
-        context = self.context(places, start + t, positions, end, documents, x.dtype, cache)
+        rotary = None if self.rotary is None else self.rotary(positions, end, x.dtype)
+        context = self.context(rotary, places, start + t, documents, cache)
         for block in self.blocks.values():
             x = block(x, context)
         if cache is not None:
@@ -129,17 +130,14 @@ class Transformer(nn.Module):
 
     def context(
         self,
+        rotary: tuple[Tensor, Tensor] | None,
         places: Tensor,
         num_keys: int,
-        positions: Tensor,
-        end: int,
         documents: Tensor | None,
-        dtype: torch.dtype,
         cache: Cache | None,
     ) -> Context:
         """What the blocks share. A mask is built only where no fast path of the kernels says the same."""
         t, window, alibi = places.shape[1], self.cfg.sliding_window, self.cfg.position == "alibi"
-        rotary = None if self.rotary is None else self.rotary(positions, end, dtype)
         ragged = cache is not None and cache.lengths is not None
         needs_window = window is not None and num_keys > window + 1
         whole = t == num_keys or t == 1  # queries are all keys, or the last one: no mask says it
