@@ -19,10 +19,12 @@ import platform
 import re
 import shutil
 import socket
+import time
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from errno import ETIMEDOUT
 from pathlib import Path
 
 import torch
@@ -37,6 +39,7 @@ from castalia.errors import CheckpointError
 MANIFEST = "manifest.json"
 LATEST = "latest"
 VERSION = 1
+RANKS_TIMEOUT_S = 1800.0  # how long the ranks of a run wait for each other's parts
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -52,16 +55,29 @@ class Shard:
 class Writer:
     """Saves the checkpoints of one run. `save` copies and returns; a thread writes. One run at a time holds a folder.
 
-    Errors of the thread are raised by the next `save`, `join` or `close`.
+    Errors of the thread are raised by the next `save`, `join` or `close`. With several ranks each writes its own part
+    and the first joins them; the ranks meet in the folder alone, so that training's communication is left in peace.
+    The first rank's Writer must exist before the others save.
     """
 
-    def __init__(self, folder: str | Path, *, keep_last: int | None = None, keep_every: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+        rank: int = 0,
+        num_ranks: int = 1,
+    ) -> None:
         self.folder = Path(folder)
         self.keep_last, self.keep_every = keep_last, keep_every
+        self.rank, self.num_ranks = rank, num_ranks
+        self._lock = None
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.folder)
-            _clean(self.folder)
+            if rank == 0:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._lock = _lock(self.folder)
+                _clean(self.folder)
         except OSError as error:
             raise CheckpointError(
                 f"cannot save checkpoints in {folder}: {error.strerror} ({error.filename})"
@@ -103,7 +119,8 @@ class Writer:
             self.join()
         finally:
             self._thread.shutdown()
-            self._lock.close()
+            if self._lock is not None:
+                self._lock.close()
 
     def __enter__(self) -> Writer:
         return self
@@ -115,17 +132,48 @@ class Writer:
         target = self.folder / f"step_{step:06d}"
         temporary = target.with_name(target.name + ".tmp")
         try:
-            temporary.mkdir()
-            parts = {kind: write_part(temporary, kind, 0, shards) for kind, shards in tensors.items()}
-            write_manifest(temporary, about | {"optimizer_steps": steps}, [parts])
+            if self.rank == 0:
+                temporary.mkdir()
+            _wait_for(temporary)
+            parts = {kind: write_part(temporary, kind, self.rank, shards) for kind, shards in tensors.items()}
+            if self.num_ranks > 1:
+                _write_text(temporary / f"rank-{self.rank:05d}.tmp", json.dumps({"parts": parts, "steps": steps}))
+                os.replace(temporary / f"rank-{self.rank:05d}.tmp", temporary / f"rank-{self.rank:05d}.json")
+            if self.rank > 0:
+                return
+            everyone, steps = _gather(temporary, self.num_ranks) if self.num_ranks > 1 else ([parts], steps)
+            write_manifest(temporary, about | {"optimizer_steps": steps}, everyone)
             commit(temporary, target)
             prune(self.folder, self.keep_last, self.keep_every)
         except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)  # gives the space back; what is left goes at the next start
+            if self.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)  # gives the space back; the rest goes at the next start
             raise CheckpointError(
                 f"step {step} could not be saved in {self.folder}: {error.strerror} ({error.filename or target.name}). "
                 "Older checkpoints are as they were."
             ) from error
+
+
+def _wait_for(path: Path) -> None:
+    """Until another rank has made it. Raises TimeoutError (an OSError) if it does not."""
+    end = time.monotonic() + RANKS_TIMEOUT_S
+    while not path.exists():
+        if time.monotonic() > end:
+            raise TimeoutError(ETIMEDOUT, "another rank did not write its part", str(path))
+        time.sleep(0.01)
+
+
+def _gather(folder: Path, num_ranks: int) -> tuple[list[dict], dict | None]:
+    """What all ranks wrote, and the optimizer's steps of all tensors. Takes their notes away."""
+    everyone, steps = [], {}
+    for rank in range(num_ranks):
+        note = folder / f"rank-{rank:05d}.json"
+        _wait_for(note)
+        found = json.loads(note.read_text())
+        everyone.append(found["parts"])
+        steps = None if found["steps"] is None else (steps or {}) | found["steps"]
+        note.unlink()
+    return everyone, steps
 
 
 def write_part(folder: Path, kind: str, rank: int, shards: Mapping[str, Shard]) -> dict:
