@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from castalia.config.schema import Model, Parallel, RunConfig
+from castalia.config.schema import Parallel, RunConfig
 from castalia.model.transformer import Transformer
 from castalia.parallel.mesh import Mesh, stages_per_rank
 from castalia.parallel.pipeline import balanced_split, cut_stage, stages_of_rank
+from castalia.parallel.recompute import apply_recompute, has_dropout
 from castalia.parallel.tensor import apply_tensor_parallel, replicate_rest
-
-# What selective recomputation keeps: the results that cost matrix products. Norms, activations and casts run again.
-_KEPT = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-}
 
 
 def build_stages(
@@ -86,31 +73,3 @@ def assert_tied(model: Transformer) -> None:
     """A tied head is the embedding itself; nothing that was applied may have given it a copy."""
     if model.cfg.tie_embeddings and model.embed is not None:
         assert model.head is None and model.head_weight is model.embed.weight
-
-
-def has_dropout(cfg: Model) -> bool:
-    return any((cfg.embedding_dropout, cfg.hidden_dropout, cfg.attention_dropout))
-
-
-def apply_recompute(model: nn.Module, mode: str, *, dropout: bool) -> None:
-    """Makes every block forget its activations and compute them again in the backward pass.
-
-    `full` keeps a block's input alone, `selective` its matrix products too. Parameter names stay as they are.
-    """
-    if mode == "none":
-        return
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": dropout}
-    if mode == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
-    for block in model.blocks.values():
-        block.forward = partial(_recomputed, block.forward, options)
-
-
-def _recomputed(forward: Any, options: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    return checkpoint(forward, *args, **options, **kwargs)
-
-
-def _keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE

@@ -86,8 +86,8 @@ def facts(session: Session, folder: Path) -> Iterator[tuple[str, str]]:
         yield (
             "layout",
             (
-                f"one process; the config's tp {layout.tp} x pp {layout.pp} x cp {layout.cp} on {layout.gpus or 'any'} devices "
-                "describes a larger job with the same results"
+                f"one process; the config's tp {layout.tp} x pp {layout.pp} x cp {layout.cp} on {layout.gpus or 'any'} "
+                "devices describes a larger job with the same results"
             ),
         )
     yield "steps", f"{session.progress.step:,} done of {last:,}, {tokens * last:,} tokens in all"

@@ -18,7 +18,7 @@ from castalia.data.tokenizer import Tokenizer, load_tokenizer
 from castalia.errors import CheckpointError, ConfigError, TrainingError
 from castalia.model.init import initialize
 from castalia.model.transformer import Transformer
-from castalia.parallel.apply import apply_recompute, has_dropout
+from castalia.parallel.recompute import apply_recompute, has_dropout
 from castalia.train.folder import holds_checkpoint, run_folder
 from castalia.train.hardware import DTYPES, choose_device, choose_dtype
 from castalia.train.optimizer import LossScaler, make_optimizer
