@@ -142,12 +142,15 @@ class Samples:
         limit = self.vocab_size or np.iinfo(np.int64).max
         if text.min() < 0 or text.max() >= limit:
             bad = (text < 0) | (text >= limit)
-            row = int(bad.any(axis=1).argmax())
-            piece = self.pieces(int(positions[row]))[0]
+            row, at = (int(where) for where in np.argwhere(bad)[0])
+            for piece in self.pieces(int(positions[row])):
+                if at < piece.stop - piece.start:
+                    break
+                at -= piece.stop - piece.start
             raise DataError(
-                f"step {step}: token id {text[bad][0]} lies beyond the vocabulary of {self.vocab_size}, "
-                f"in or after document {piece.document} of {piece.prefix}; "
-                "the corpus was prepared with another tokenizer: prepare it with this one"
+                f"step {step}: token id {text[bad][0]} lies beyond the vocabulary of {self.vocab_size}; "
+                f"it is token {piece.start + at} of document {piece.document} of {piece.prefix}: "
+                "prepare the corpus with the tokenizer of this config"
             )
 
     @cached_property
@@ -222,7 +225,7 @@ def has_data(config: RunConfig, split: Split) -> bool:
 
 def _samples_wanted(config: RunConfig, split: Split, batch_size: int) -> int | None:
     """How many samples the original asks for; None is one epoch of whatever there is."""
-    if config.train.steps is None:
+    if config.train.steps is None or config.train.epochs is not None:
         return None
     evaluations = config.train.steps // config.eval.every + 1 if config.eval.every else 1
     batches = {

@@ -44,7 +44,7 @@ class Index:
     order: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.order) - 1  # the original never uses the last one
+        return max(0, len(self.order) - 1)  # the original never uses the last one
 
 
 def build_packed(
@@ -139,17 +139,17 @@ def _some(documents: np.ndarray) -> np.ndarray:
 def locate(index: Index, position: int) -> int:
     """Sample at a position of the data order. A position or sample that runs off the end is taken modulo the length,
     as often as needed: the original's retry rule, which decides what late positions of a blend hold."""
-    for _ in range(len(index.order) + 1):
+    if len(index) < 1:
+        raise DataError(
+            f"{len(index.documents)} documents do not give one whole sample: use more data or a smaller data.seq_length"
+        )
+    for _ in range(3):  # only the last sample can run off the end, and position 0 is where it leads
         if position < len(index.order):
             position = int(index.order[position])
             if index.bounds[position + 1, 0] < len(index.documents):
                 return position
-        if len(index) < 1:
-            break
         position %= len(index)
-    raise DataError(
-        f"{len(index.documents)} documents do not give one whole sample: use more data or a smaller data.seq_length"
-    )
+    return int(index.order[1])  # position 0 holds that very sample: the original never comes back from here
 
 
 def pieces(index: Index, sizes: np.ndarray, sample: int) -> list[tuple[int, int, int]]:

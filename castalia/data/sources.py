@@ -84,7 +84,7 @@ def chunks(files: Sequence[Path], key: str = "text") -> Iterator[Chunk]:
 def texts_of(chunk: Chunk, keys: Sequence[str], skip_bad: bool = False) -> Texts:
     """Parse a chunk. A record that is no document raises DataError with file and line, or is told of in `bad`."""
     found = Texts({key: [] for key in keys})
-    records = chunk.lines.replace(b"\r\n", b"\n").split(b"\n") if chunk.lines else chunk.records
+    records = [line.removesuffix(b"\r") for line in chunk.lines.split(b"\n")] if chunk.lines else chunk.records
     for number, record in enumerate(records, start=chunk.first):
         if chunk.is_json and not record.strip():
             continue  # blank lines, and what follows the last newline

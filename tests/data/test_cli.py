@@ -1,0 +1,78 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from castalia.cli import data as data_verbs
+from castalia.cli import tokenizer as tokenizer_verbs
+from castalia.data.indexed import open_dataset
+from castalia.errors import DataError
+
+
+def run(app, *words: object) -> Result:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a corpus, its tokenizer and a config, made with the commands of the documentation."""
+    monkeypatch.chdir(tmp_path)
+    lines = [json.dumps({"text": f"{i} green bottles hanging on the wall"}) + "\n" for i in range(200)]
+    Path("corpus.jsonl").write_text("".join(lines))
+    Path("corpus.txt").write_text("".join(lines))
+    made = run(tokenizer_verbs.app, "train", "corpus.txt", "--vocab-size", 270, "--output", "tokenizer.json")
+    assert "tokenizer.json: 270 entries" in made.output
+    options = ("--tokenizer", "tokenizer.json", "--output", "data/corpus", "--append-eod")
+    done = run(data_verbs.app, "prepare", "corpus.jsonl", *options)
+    assert "data/corpus_text_document: 200 documents" in done.output
+    Path("config.yml").write_text(
+        "model: {num_layers: 1, hidden_size: 8, num_heads: 1}\n"
+        "data: {path: data/corpus_text_document, seq_length: 16}\n"
+        "tokenizer: {path: tokenizer.json}\n"
+        "train: {steps: 20, batch_size: 3}\n"
+    )
+    return tmp_path
+
+
+def test_inspect(prepared: Path) -> None:
+    corpus = open_dataset("data/corpus_text_document")
+    text = run(data_verbs.app, "inspect", "data/corpus_text_document", "--tokenizer", "tokenizer.json").output
+    assert "0 green bottles hanging on the wall" in text and f"{len(corpus.tokens):,}" in text
+    facts = json.loads(run(data_verbs.app, "inspect", "data/corpus_text_document", "--json").output)
+    assert (facts["documents"], facts["tokens"], facts["dtype"]) == (200, len(corpus.tokens), "uint16")
+    assert facts["largest_id"] == corpus.tokens.max() and sum(row["documents"] for row in facts["lengths"]) == 200
+    assert all(row["from"] <= facts["longest"] and row["to"] >= facts["shortest"] for row in facts["lengths"])
+
+
+def test_batch_shows_documents_and_tokens(prepared: Path) -> None:
+    shown = json.loads(run(data_verbs.app, "batch", "config.yml", "--step", 7, "--json", "--npy", "ids.npy").output)
+    ids, corpus = np.load("ids.npy"), open_dataset("data/corpus_text_document")
+    assert ids.shape == (3, 17) and len(shown["samples"]) == 3
+    for row, sample in zip(ids, shown["samples"], strict=True):
+        pieces = [corpus[p["document"]][p["start"] : p["stop"]] for p in sample["pieces"]]
+        assert np.array_equal(np.concatenate(pieces), row)
+        assert sample["tokens"] == row[:-1].tolist() and sample["labels"] == row[1:].tolist()
+    text = run(data_verbs.app, "batch", "config.yml", "--step", 7, "data.seq_length=8").output
+    assert "step 7, sequence 2" in text and "8 of 8 labels count" in text and "green" in text
+
+
+def test_mistakes(prepared: Path) -> None:
+    for words, message in [
+        (("batch", "config.yml", "--split", "training"), "--split training is none of train, valid, test"),
+        (("prepare", "corpus.jsonl", "--output", "x", "--tokenizer-kind", "magic"), "--tokenizer-kind magic"),
+        (("prepare", "corpus.jsonl", "--output", "x", "--tokenizer-kind", "char", "--mask-before-token", "a"), "ids"),
+        (("inspect", "data/nothing"), "does not exist"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            run(data_verbs.app, *words)
+
+
+def test_skipped_lines_are_counted_and_shown(prepared: Path) -> None:
+    Path("bad.jsonl").write_text('"fine"\nbroken\n')
+    done = run(data_verbs.app, "prepare", "bad.jsonl", "--output", "x", "--tokenizer-kind", "bytes", "--skip-bad")
+    assert "left out: bad.jsonl:2: no JSON" in done.output and "left out 1 bad" in done.output

@@ -1,0 +1,197 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from castalia.config.load import load_config
+from castalia.config.schema import Data, Eval, Model, RunConfig, Source, Tokenizer, Train
+from castalia.data.indexed import Writer
+from castalia.data.loader import SPLITS, batch_at, has_data, open_data
+from castalia.errors import ConfigError, DataError
+
+MODEL = Model(num_layers=1, hidden_size=8, num_heads=1, vocab_size=50)
+
+
+def corpus(prefix: Path, items: list[list[int]]) -> Source:
+    with Writer(prefix, "i4") as writer:
+        for item in items:
+            writer.add(item)
+    return Source(path=str(prefix))
+
+
+def config(*sources: Source, steps: int | None = 4, batch: int = 2, length: int = 5, **data) -> RunConfig:
+    return RunConfig(
+        model=MODEL,
+        data=Data(train=sources, seq_length=length, **data),
+        train=Train(steps=steps, epochs=None if steps else 3, batch_size=batch),
+    )
+
+
+@pytest.mark.parametrize(
+    ("variant", "batch", "file"),
+    [
+        ("pp0-mp1-z0-fp32-rotary-par", 4, "batches-gbs4.npy"),
+        ("pp1-mp1-dp2-z1-fp16-rotary-par", 8, "batches-gbs8-dp2.npy"),
+    ],
+)
+def test_the_batches_that_the_original_trained_on(fixtures: Path, variant: str, batch: int, file: str) -> None:
+    neox = fixtures / "neox"
+    paths = [f'{split}_data_paths=["{neox}/data/enwik8_text_document"]' for split in SPLITS]
+    yml = neox / variant / "checkpoint" / "global_step5" / "configs" / "config.yml"
+    run = load_config(yml, [*paths, f"train.batch_size={batch}"])
+    expected = np.load(neox / "data" / file).reshape(10, batch, 33)
+    for step in reversed(range(10)):
+        tokens, labels, loss_mask = batch_at(run, step)
+        assert np.array_equal(tokens, expected[step, :, :-1]) and np.array_equal(labels, expected[step, :, 1:])
+        assert loss_mask.all() and tokens.dtype == labels.dtype == np.int64 and loss_mask.dtype == bool
+
+
+@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("split", SPLITS)
+def test_samples_of_one_corpus(fixtures: Path, corpora: Path, number: int, split) -> None:
+    known = json.loads((fixtures / "data" / "manifest.json").read_text())["sets"][number]
+    wanted = known.get("ns", [None] * 3)
+    run = RunConfig(
+        data=Data(path=str(corpora / known["corpus"]), split=known["split"], seq_length=known["seq"]),
+        train=Train(steps=wanted[0], batch_size=1),
+        eval=Eval(every=10**6, batches=wanted[SPLITS.index(split)] or 10),
+        seed=known["seed"],
+    )
+    assert has_data(run, split) == (known["datasets"][split] is not None)
+    if known["datasets"][split] is None:
+        with pytest.raises(DataError, match=f"no {split} data"):
+            open_data(run, split)
+        return
+    samples = open_data(run, split)
+    assert len(samples) == known["datasets"][split]["length"]
+    name = f"{known['corpus']}_{split}_sl{known['seq']}_s{known['seed']}_first50.npy"
+    expected = np.load(fixtures / "data" / "samples" / name)
+    assert all(np.array_equal(samples.sample(i)[0], row) for i, row in enumerate(expected))
+
+
+def test_blended_samples(fixtures: Path, corpora: Path) -> None:
+    sources = [
+        Source(path=str(corpora / f"{name}_text_document"), weight=w) for name, w in (("genesis", 3), ("proverbs", 7))
+    ]
+    samples = open_data(config(*sources, steps=400, batch=1, length=96))
+    blend = fixtures / "data" / "blend"
+    assert samples.blended is not None and [len(part.index) for part in samples.corpora] == [527, 283]
+    assert np.array_equal(samples.blended[0], np.load(blend / "dataset_index.npy"))
+    assert np.array_equal(samples.blended[1], np.load(blend / "dataset_sample_index.npy"))
+    for i, row in enumerate(np.load(blend / "first50_tokens.npy")):
+        assert np.array_equal(samples.sample(i)[0], row)
+
+
+@pytest.mark.parametrize(
+    ("packing", "chopped", "seed", "length"),
+    [
+        ("packed", True, 1234, 84),
+        ("pack_until_overflow", True, 1234, 59),
+        ("pack_until_overflow", False, 1255, 59),
+        ("unpacked", True, 1234, 59),
+        ("unpacked", False, 1234, 59),
+    ],
+)
+def test_fine_tuning_samples(fixtures: Path, tmp_path: Path, packing, chopped: bool, seed: int, length: int) -> None:
+    sft = fixtures / "data" / "sft"
+    source = Source(path=str(sft / "chat_text_document"), labels=str(sft / "chat_label_document"))
+    run = config(source, steps=59, batch=1, length=48, packing=packing, allow_chopped=chopped, cache_dir=str(tmp_path))
+    samples = open_data(run.model_copy(update={"seed": seed, "model": None}))  # 59 with the surplus of 0.5% are 60
+    stem = f"chat_text_document_train_0_indexmap_60ns_48sl_{seed}s_{packing}pi{'_ac' if chopped else ''}"
+    for part in ("doc_idx", "sample_idx", "shuffle_idx"):
+        assert (tmp_path / f"{stem}_{part}.npy").read_bytes() == (sft / f"{stem}_{part}.npy").read_bytes()
+    assert len(samples) == length
+    text = np.load(sft / f"{packing}_ac{int(chopped)}_text_first50.npy")
+    label = np.load(sft / f"{packing}_ac{int(chopped)}_label_first50.npy")
+    for i in range(50):
+        assert np.array_equal(samples.sample(i), [text[i], label[i]])
+    batch = samples.batch(0)
+    assert np.array_equal(batch.labels[0], np.where(label[0, 1:] < 0, -100, label[0, 1:]))
+    assert np.array_equal(batch.loss_mask, batch.labels != -100)
+
+
+def test_passes_drop_the_incomplete_micro_batch_and_start_again(fixtures: Path, tmp_path: Path) -> None:
+    known = json.loads((fixtures / "data" / "vectors.json").read_text())["loader"]
+    source = corpus(tmp_path / "x", [list(range(20))] * 30)
+    run = config(source, steps=None, batch=known["dp"] * known["mb"], length=11)
+    samples = open_data(run)
+    assert len(samples) > known["n"]
+    order = np.arange(known["n"] // 8 * 8)
+    per_step = [a + b for a, b in zip(known["rank0"]["batches"], known["rank1"]["batches"], strict=True)]
+    assert [samples.positions(step).tolist() for step in range(6)] == per_step == order.reshape(-1, 8).tolist()
+    one_pass = samples.steps(epochs=1)
+    assert one_pass == len(samples) // 8 and samples.steps(epochs=3) == 3 * one_pass
+    assert np.array_equal(samples.positions(one_pass + 2), samples.positions(2))
+
+
+def test_accumulation_takes_the_same_samples(tmp_path: Path) -> None:
+    source = corpus(tmp_path / "x", [list(range(40))] * 9)
+    whole = config(source, batch=4)
+    parts = whole.model_copy(update={"train": Train(steps=4, micro_batch_size=1, accumulation=4)})
+    assert all(np.array_equal(batch_at(whole, step), batch_at(parts, step)) for step in range(4))
+
+
+def test_no_loss_after_the_end_of_a_document(tmp_path: Path) -> None:
+    source = corpus(tmp_path / "x", [[7, 8, 9, 0]] * 20)
+    run = config(source, mask_after_eod=True).model_copy(update={"tokenizer": Tokenizer(kind="char")})
+    tokens, labels, loss_mask = batch_at(run, 0)
+    assert (
+        np.array_equal(loss_mask, tokens != 0)
+        and (labels[tokens == 9] == 0).all()
+        and (labels[~loss_mask] == -100).all()
+    )
+
+
+def test_padding_is_not_trained_on_unless_the_originals_numbers_are_asked_for(tmp_path: Path) -> None:
+    source = corpus(tmp_path / "x", [[7, 8, 9, 7, 8]] * 20)
+    run = config(source, length=12, packing="pack_until_overflow")
+    padded = batch_at(run, 0).tokens == 0
+    assert padded.any() and not batch_at(run, 0).loss_mask[:, -1].any()
+    assert batch_at(run.model_copy(update={"neox_exact": True}), 0).loss_mask.all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mask_documents": True}, "data.mask_documents"),
+        ({"packing": "unpacked"}, "needs labels"),
+        ({"length": 5000}, "one whole sample|do not fill"),
+    ],
+)
+def test_what_cannot_be_sampled(tmp_path: Path, change: dict, message: str) -> None:
+    run = config(corpus(tmp_path / "x", [[1, 2, 3]] * 20), steps=None, **change)
+    with pytest.raises((ConfigError, DataError), match=message):
+        open_data(run).batch(0)
+
+
+def test_ids_beyond_the_vocabulary_name_the_document(tmp_path: Path) -> None:
+    source = corpus(tmp_path / "x", [[1, 2, 3], [4, 50, 6]] * 9)
+    with pytest.raises(
+        DataError, match=r"step 0: token id 50 lies beyond the vocabulary of 50; it is token 1 of document \d+ of"
+    ):
+        batch_at(config(source), 0)
+
+
+def test_labels_must_match(tmp_path: Path) -> None:
+    corpus(tmp_path / "labels", [[1, 2]])
+    source = corpus(tmp_path / "x", [[1, 2, 3]]).model_copy(update={"labels": str(tmp_path / "labels")})
+    with pytest.raises(DataError, match="do not match"):
+        open_data(config(source))
+
+
+def test_missing_data(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no train data"):
+        open_data(config())
+    with pytest.raises(DataError, match=r"nowhere\.idx does not exist"):
+        open_data(config(Source(path=str(tmp_path / "nowhere"))))
+
+
+def test_fingerprint_tells_of_other_data_and_other_order(tmp_path: Path) -> None:
+    run = config(corpus(tmp_path / "x", [[1, 2, 3]] * 30))
+    shutil.copytree(tmp_path, tmp_path.parent / f"{tmp_path.name}-moved")
+    moved = config(Source(path=f"{tmp_path}-moved/x"))
+    other_text = config(corpus(tmp_path / "y", [[1, 2, 3]] * 29 + [[1, 2, 4]]))
+    prints = [open_data(c).fingerprint for c in (run, moved, other_text, run.model_copy(update={"seed": 5}))]
+    assert prints[0] == prints[1] and len(set(prints)) == 3

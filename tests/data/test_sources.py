@@ -1,0 +1,161 @@
+import gzip
+import io
+import json
+import lzma
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from castalia.data.sources import Chunk, _lines, chunks, documents, find_files, texts_of
+from castalia.errors import DataError
+
+TEXTS = ["First\ndocument.", "Zweites: äöü €", "third"]
+JSONL = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+
+
+def tar(members: dict[str, bytes], mode: str = "w") -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode=mode) as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return out.getvalue()
+
+
+def zipped(members: dict[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return out.getvalue()
+
+
+MEMBERS = {f"{i}.txt": text.encode() for i, text in enumerate(TEXTS)}
+FILES: dict[str, Callable[[], bytes]] = {
+    "a.jsonl": lambda: JSONL,
+    "a.jsonl.zst": lambda: zstandard.compress(JSONL[:40]) + zstandard.compress(JSONL[40:]),
+    "a.jsonl.gz": lambda: gzip.compress(JSONL[:40]) + gzip.compress(JSONL[40:]),
+    "a.json.gz": lambda: gzip.compress(JSONL),
+    "a.json.zst": lambda: zstandard.compress(json.dumps(TEXTS).encode()),
+    "a.dat.zst": lambda: zstandard.compress(b"".join(b"%016d" % len(t.encode()) + t.encode() for t in TEXTS)),
+    "a.zip": lambda: zipped(MEMBERS),
+    "a.tar.gz": lambda: tar(MEMBERS, "w:gz"),
+    "a.jsonl.zst.tar": lambda: tar({"x.jsonl.zst": zstandard.compress(JSONL)}),
+    "openwebtext.tar.xz": lambda: tar({"openwebtext/urlsf_subset00-1_data.xz": tar(MEMBERS, "w:xz")}, "w:xz"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_kind_of_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(FILES[name]())
+    assert list(documents([tmp_path / name])) == TEXTS
+
+
+def test_text_files(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    (tmp_path / "b.gz").write_bytes(gzip.compress(b"one\r\ntwo\n\nthree"))
+    assert list(documents([tmp_path / "a.txt", tmp_path / "b.gz"])) == ["one\ntwo\n", "one", "two", "three"]
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow")
+    parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "a.parquet")
+    assert list(documents([tmp_path / "a.parquet"])) == TEXTS
+    with pytest.raises(DataError, match="no column 'body'; it has 'text'"):
+        list(documents([tmp_path / "a.parquet"], "body"))
+
+
+def test_folders_and_unknown_endings(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.txt", "c.doc"):
+        (tmp_path / name).write_text(name)
+    assert list(documents(find_files([tmp_path]))) == ["a.txt", "b.txt"]
+    with pytest.raises(DataError, match=r"c\.doc: unknown ending"):
+        list(documents(find_files([tmp_path / "c.doc"])))
+    with pytest.raises(DataError, match="does not exist"):
+        find_files([tmp_path / "none"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no file"):
+        find_files([tmp_path / "empty"])
+
+
+def test_what_counts_as_a_text(tmp_path: Path) -> None:
+    lines = ['{"text": ["a", "b"], "body": "x"}', '"bare"', "", '\ufeff{"text": "mark", "body": ""}\r']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    first, last = (texts_of(chunk, ("text", "body")) for chunk in chunks([tmp_path / "a.jsonl"]))
+    assert first.texts == {"text": ["a\n\nb", "bare"], "body": ["x", "bare"]} and first.empty == 0
+    assert last.texts == {"text": ["mark"], "body": []} and last.empty == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"{not json", "no JSON"),
+        (b'{"text": "\xff"}', r"invalid UTF-8 at byte 10: b'\\xff"),
+        (b'{"body": "x"}', "no field 'text'; the record has 'body'"),
+        (b'{"text": 7}', "no text but int"),
+        (b"[1]", "no text but list"),
+        (b'{"text": "\\ud800"}', "surrogate"),
+    ],
+)
+def test_bad_lines_are_named_or_counted(tmp_path: Path, line: bytes, message: str) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'{"text": "good"}\n\n' + line + b'\n{"text": "fine"}\n')
+    with pytest.raises(DataError, match=rf"a\.jsonl:3: .*{message}"):
+        list(documents([file]))
+    (chunk,) = chunks([file])
+    found = texts_of(chunk, ("text",), skip_bad=True)
+    assert found.texts["text"] == ["good", "fine"] and len(found.bad) == 1 and "a.jsonl:3" in found.bad[0]
+
+
+def test_line_numbers_go_on_over_chunks(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "some words"}\n' * 50_000 + b"bad\n")
+    assert len(list(chunks([tmp_path / "a.jsonl"]))) > 3
+    with pytest.raises(DataError, match=r"a\.jsonl:50001: no JSON"):
+        list(documents([tmp_path / "a.jsonl"]))
+
+
+@given(st.lists(st.binary(max_size=6).map(lambda b: b.replace(b"\0", b"\n")), max_size=12))
+def test_cutting_at_newlines_loses_nothing(blocks: list[bytes]) -> None:
+    whole = b"".join(blocks)
+    found = list(_lines("x", [block for block in blocks if block], is_json=False))
+    records = [record for chunk in found if chunk.lines for record in chunk.lines.split(b"\n")]
+    assert [record for record in records if record] == [line for line in whole.split(b"\n") if line]
+    for chunk in found:
+        if chunk.lines:
+            assert whole.split(b"\n")[chunk.first - 1] == chunk.lines.split(b"\n")[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl.zst", zstandard.compress(JSONL)[:-4]),
+        ("a.jsonl.zst", b"no zstandard at all"),
+        ("a.jsonl.gz", gzip.compress(JSONL)[:-9]),
+        ("a.tar.gz", tar(MEMBERS, "w:gz")[:60]),
+        ("a.zip", zipped(MEMBERS)[:60]),
+        ("a.tar.xz", lzma.compress(b"no tar" * 400)),
+        ("a.json.zst", zstandard.compress(b'{"text": 1}')),
+        ("a.dat.zst", zstandard.compress(b"%016d" % 99 + b"short")),
+        ("a.dat.zst", zstandard.compress(b"no length at all")),
+    ],
+)
+def test_damaged_files(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=name.replace(".", r"\.")):
+        list(documents([tmp_path / name]))
+
+
+def test_progress_reaches_the_end(tmp_path: Path) -> None:
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for file in files:
+        file.write_bytes(JSONL)
+    found: list[Chunk] = list(chunks(files))
+    assert [chunk.done_bytes for chunk in found] == [len(JSONL), 2 * len(JSONL)]
