@@ -1,0 +1,86 @@
+"""`castalia plan` and `castalia doctor` as their users call them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from castalia.cli.plan import tokenizer_size
+from castalia.config.load import load_config
+
+
+def castalia(*words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([sys.executable, "-m", "castalia", *words], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def test_json_has_the_counts() -> None:
+    plan = json.loads(castalia("plan", "gpt-neox-20b", "--gpus", "96x40GB", "--json").stdout)
+    assert plan["parameters"]["total"] == 20554567680
+    assert plan["parameters"]["non_embedding"] == 19934859264
+    assert plan["parameters"]["as_the_original_counts"] == 20556201984
+    assert plan["checkpoint"]["original_slim"] == 41112403968
+    assert [stage["ranks"] for stage in plan["memory"]["stages"]] == [24] * 4
+    assert plan["memory"]["fits"] is True
+
+
+def test_planning_needs_no_torch() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None; sys.modules['numpy'] = None\n"
+        "sys.argv = ['castalia', 'plan', 'neox-175b', '--gpus', '8xH100']\n"
+        "from castalia.cli.main import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "175,197,806,592" in done.stdout
+
+
+def test_what_is_unknown_is_said_and_a_flag_fills_it_in(fixtures) -> None:
+    config = str(fixtures / "configs" / "pythia_14M.yml")
+    assert "not known: the vocabulary" in castalia("plan", config).stdout
+    assert "14,067,712" in castalia("plan", config, "--vocab-size", "50277").stdout
+
+
+def test_the_vocabulary_comes_from_the_tokenizers_file_or_kind(fixtures, tmp_path) -> None:
+    sizes = ["model.num_layers=1", "model.hidden_size=8", "model.num_heads=1"]
+    file = fixtures / "tokenizer" / "20B_tokenizer.json"
+    config = load_config([], [*sizes, f"tokenizer.path={file}"])
+    assert tokenizer_size(config) == (50277, str(file))
+    assert tokenizer_size(load_config([], [*sizes, "tokenizer.kind=gpt2"]))[0] == 50257
+    assert tokenizer_size(load_config([], [*sizes, "tokenizer.kind=hf"]))[0] is None
+    missing = load_config([], [*sizes, "tokenizer.kind=hf", f"tokenizer.path={tmp_path / 'none.json'}"])
+    assert tokenizer_size(missing)[0] is None
+
+
+def test_epochs_are_counted_from_the_index(fixtures) -> None:
+    corpus = fixtures / "data" / "corpora" / "genesis_text_document"
+    words = ["pythia-14m", f"data.path={corpus}", "data.split='1,0,0'", "train.steps=1", "train.batch_size=32"]
+    plan = json.loads(castalia("plan", *words, "--json").stdout)
+    assert plan["training"]["epochs"][str(corpus)] == pytest.approx(32 * 2048 / 51138, rel=0.2)
+
+
+def test_suggestions_name_what_binds() -> None:
+    done = castalia("plan", "gpt-neox-20b", "--gpus", "96x40GB", "--suggest")
+    assert "does not fit" in done.stdout and "slower" in done.stdout
+    assert "add --gpus" in castalia("plan", "pythia-14m", "--suggest", code=2).stderr
+    assert "on 16 of them some do" in castalia("plan", "gpt-neox-20b", "--gpus", "8x40GB").stdout
+
+
+def test_a_picture(tmp_path: Path) -> None:
+    picture = tmp_path / "memory.png"
+    castalia("plan", "pythia-410m", "--gpus", "8xA100", "--plot", str(picture))
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_doctor_explains_each_missing_path() -> None:
+    found = json.loads(castalia("doctor", "--json").stdout)
+    assert found["machine"]["cores"] >= 1
+    text = castalia("doctor").stdout
+    for path in found["fast_paths"]:
+        assert path["name"] in text
+        assert (f"missing: {path['name']}: {path['cost']}" in text) != path["available"]
