@@ -24,6 +24,15 @@ FAMILIES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads would only wait for each other on models of this size."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def peak_bytes(model: Model, layout: Layout, dtype: torch.dtype) -> int:
     """Most bytes that tensors hold during a training step, parameters and optimizer state included."""
     transformer = Transformer(model, compute_dtype=dtype)
