@@ -155,7 +155,7 @@ def _is_a(value: Any, expected: type) -> bool:
 
 def _is_off(value: Any, default: Any) -> bool:
     """Whether a value asks for nothing that its default does not."""
-    switched_off = isinstance(value, dict) and value.get("enabled", not value) is False
+    switched_off = isinstance(value, dict) and value.get("enabled") is False
     return (
         (value is False and default is not True) or value in ([], {}) or switched_off or lower(value) == lower(default)
     )

@@ -93,7 +93,7 @@ _Dumper.add_representer(
 
 
 def to_yaml(values: dict[str, Any]) -> str:
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=120)
 
 
 def _compose(text: str, label: str) -> yaml.Node | None:

@@ -21,7 +21,7 @@ class Setting(NamedTuple):
 def put(settings: dict[str, Setting], path: str, setting: Setting) -> None:
     """Set a value; a mapping's values and a value for the whole mapping (`null`) replace each other."""
     old = settings.get(path)
-    if old and old.rank >= 0 and old.rank != setting.rank:
+    if old and old.rank >= 0 and old.origin != setting.origin:
         setting = setting._replace(replaced=old.origin)
     for other in [other for other in settings if other.startswith(path + ".") or path.startswith(other + ".")]:
         del settings[other]

@@ -40,8 +40,8 @@ def test_declared_devices_fix_the_batch_and_other_ranks_change_the_accumulation(
 @pytest.mark.parametrize(
     ("overrides", "dp", "message"),
     [
-        (["train.batch_size=32", "train.micro_batch_size=4", "train.accumulation=3"], 2, "= 24; "),
-        (["train.batch_size=32", "train.micro_batch_size=4", "train.accumulation=3"], 2, "train.accumulation=4"),
+        (["train.batch_size=48", "train.micro_batch_size=4", "train.accumulation=3"], 2, "= 24; "),
+        (["train.batch_size=48", "train.micro_batch_size=4", "train.accumulation=3"], 2, "train.accumulation=6"),
         (["train.batch_size=30", "train.micro_batch_size=4"], 1, "28 or 32 would fit"),
         (["train.batch_size=30"], 4, "28 or 32 would fit"),
         (["train.accumulation=3"], 1, "the batch is unknown; give train.batch_size"),

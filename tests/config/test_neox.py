@@ -1,0 +1,305 @@
+"""NeoX's configs mean here what they were meant to mean there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from castalia.config.batch import batch_plan
+from castalia.config.load import dump_config, load_config
+from castalia.config.schema import RunConfig
+from castalia.errors import ConfigError
+
+CONFIGS = [
+    "1-3B",
+    "125M",
+    "20B",
+    "350M",
+    "cpu_mock_config",
+    "finetuning_configs_6-9B",
+    "llama2_7B",
+    "local_setup",
+    "pythia_1-4B",
+    "pythia_12B",
+    "pythia_14M",
+    "pythia_70M",
+    "slurm_125M",
+    "text_generation",
+]
+MODEL = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4}
+ADAM = {"type": "Adam", "params": {"lr": 0.001}}
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    """Loads mappings as if each were a file `0.yml`, `1.yml`, ... followed by overrides."""
+    monkeypatch.chdir(tmp_path)
+
+    def load(*files: dict[str, object], overrides: tuple[str, ...] = ()) -> RunConfig:
+        for number, values in enumerate(files):
+            Path(f"{number}.yml").write_text(yaml.safe_dump(values, sort_keys=False))
+        return load_config([f"{number}.yml" for number in range(len(files))], overrides)
+
+    return load
+
+
+def refusal(load, *files, overrides=()) -> str:
+    with pytest.raises(ConfigError) as error:
+        load(*files, overrides=overrides)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_public_config_is_accepted_and_survives_dumping(fixtures, tmp_path, name):
+    config = load_config(fixtures / "configs" / f"{name}.yml")
+    (tmp_path / "dump.yml").write_text(dump_config(config))
+    assert load_config(tmp_path / "dump.yml") == config
+
+
+def test_no_public_config_is_left_out(fixtures):
+    assert sorted(path.stem for path in (fixtures / "configs").iterdir()) == sorted(CONFIGS)
+
+
+def test_every_checkpoints_config_is_accepted(fixtures):
+    files = sorted(fixtures.glob("neox/*/checkpoint/global_step5/configs/config.yml"))
+    assert files
+    for file in files:
+        config = load_config(file)
+        assert config.model.num_layers == 2
+        assert config.train.steps == 10
+
+
+def test_the_20b_config(fixtures):
+    config = load_config(fixtures / "configs" / "20B.yml")
+    model = config.model
+    assert (model.num_layers, model.hidden_size, model.num_heads, model.mlp_width) == (44, 6144, 64, 24576)
+    assert (model.parallel_residual, model.shared_norm, model.tie_embeddings) == (True, False, False)
+    assert (model.activation, model.rotary_size, model.vocab_multiple) == ("gelu_tanh", 24, 256)
+    assert (config.parallel.tp, config.parallel.pp, config.parallel.zero) == (2, 4, 1)
+    assert batch_plan(config, dp=12) == (1536, 4, 32)
+    assert (config.precision.compute, config.precision.loss_scale.initial) == ("fp16", 4096.0)
+    assert config.checkpoint.resume == config.checkpoint.dir == "./20B_checkpoints"
+    assert config.checkpoint.starts_if_empty
+    assert config.origins["optimizer.lr"].endswith("20B.yml:44")
+
+
+def test_the_llama_config(fixtures):
+    model = load_config(fixtures / "configs" / "llama2_7B.yml").model
+    assert (model.norm, model.norm_eps, model.activation, model.gated_mlp) == ("rmsnorm", 1e-5, "silu", True)
+    assert (model.mlp_width, model.attention_bias, model.mlp_bias) == (11008, False, True)
+
+
+def test_overlays_do_not_reset_what_earlier_files_set(fixtures):
+    folder = fixtures / "configs"
+    base, both = load_config(folder / "125M.yml"), load_config([folder / "125M.yml", folder / "local_setup.yml"])
+    assert both.model == base.model
+    assert both.optimizer == base.optimizer
+    assert both.data.path == "data/enwik8/enwik8_text_document"
+    text = load_config([folder / "125M.yml", folder / "text_generation.yml"])
+    assert text.generate.max_tokens == 102
+    assert text.train == base.train
+
+
+def test_what_a_file_leaves_out_means_what_it_means_in_neox(load):
+    config = load({**MODEL, "optimizer": ADAM, "train_iters": 10})
+    model = config.model
+    assert (model.position, model.activation, model.tie_embeddings, model.init_passes) == ("learned", "gelu", True, 2)
+    assert (config.optimizer.betas, config.optimizer.weight_decay) == ((0.9, 0.999), 0.1)
+    assert (config.schedule.style, config.schedule.warmup, config.schedule.min_lr) == ("linear", 0.01, 0.0)
+    assert (config.precision.compute, config.log.every, config.eval.batches) == ("fp32", 100, 100)
+    assert config.origins["optimizer.betas"] == "NeoX default"
+
+
+def test_neox_defaults_do_not_touch_what_our_own_file_describes(load):
+    ours = {"model": {"num_layers": 4, "hidden_size": 64, "num_heads": 4}, "optimizer": {"lr": 0.5}}
+    config = load(ours, {"data_path": "corpus"}, overrides=("train_iters=5",))
+    assert config == load(ours, {"data": {"path": "corpus"}, "train": {"steps": 5}})
+
+
+def test_ours_and_neox_mix_and_the_later_wins(load):
+    neox, ours = {**MODEL, "optimizer": ADAM, "train_iters": 10}, {"optimizer": {"lr": 0.5}, "train": {"steps": 20}}
+    assert (load(neox, ours).optimizer.lr, load(neox, ours).train.steps) == (0.5, 20)
+    assert (load(ours, neox).optimizer.lr, load(ours, neox).train.steps) == (0.001, 10)
+    config = load(neox, overrides=("optimizer.lr=0.1", "optimizer.params.eps=1e-6", "train-iters=30"))
+    assert (config.optimizer.lr, config.optimizer.eps, config.train.steps) == (0.1, 1e-6, 30)
+
+
+def test_blocks_of_several_files_are_merged(load):
+    first = {"optimizer": {"type": "Adam", "params": {"lr": 0.001, "betas": [0.9, 0.95]}}}
+    config = load(first, {"optimizer": {"type": "Adam", "params": {"lr": 0.002}}})
+    assert (config.optimizer.lr, config.optimizer.betas) == (0.002, (0.9, 0.95))
+    assert config.origins["optimizer.lr"] == "1.yml:4, replacing 0.yml:4"
+
+
+def test_stale_keys_and_bare_exponents_are_accepted_with_a_note(load, tmp_path):
+    (tmp_path / "stale.yml").write_text('{"gas": 1, "optimizer": {"type": "Adam", "params": {"lr": 6e-4}},}')
+    config = load_config(tmp_path / "stale.yml")
+    assert config.optimizer.lr == 6e-4
+    assert any("gas: 1 has no effect: a leftover" in note for note in config.notes)
+    assert any("6e-4 is read as the number 0.0006" in note for note in config.notes)
+
+
+def test_clipping_at_the_default_clips_and_says_so(load):
+    config = load({"gradient_clipping": 1.0})
+    assert config.optimizer.clip_norm == 1.0
+    assert "clips here: the original leaves clipping off" in config.notes[0]
+    assert "is left off, as in the original" in load({"gradient_clipping": 1.0, "neox_exact": True}).notes[0]
+    assert load({"gradient_clipping": 0}).optimizer.clip_norm is None
+    assert load({"clip_grad": 0.5}).optimizer.clip_norm == 0.5
+
+
+def test_loading_is_explicit(load):
+    assert load({"load": "a"}).checkpoint.resume == "a"
+    assert load({"load": "a", "finetune": True}).checkpoint.init_from == "a"
+    assert load({"load": "a", "finetune": True}).checkpoint.resume is None
+    assert load({"load": "a", "save": "a"}).checkpoint.starts_if_empty
+    assert not load({"load": "a", "save": "b"}).checkpoint.starts_if_empty
+    assert "finetune: True has nothing to start from" in refusal(load, {"finetune": True})
+    assert load({"finetune": True}, overrides=("checkpoint.init_from=a",)).checkpoint.init_from == "a"
+
+
+@pytest.mark.parametrize(
+    ("keys", "compute"),
+    [
+        ({"fp16": {"enabled": True}}, "fp16"),
+        ({"fp16": {"enabled": False}, "bf16": {"enabled": True}}, "bf16"),
+        ({"fp16": {"type": "bfloat16", "enabled": True}}, "bf16"),
+        ({"precision": "bfloat16"}, "bf16"),
+        ({"precision": "fp16", "fp16": {"enabled": True}}, "fp16"),
+        ({"precision": "fp32"}, "fp32"),
+        ({"data_path": "x"}, "auto"),
+    ],
+)
+def test_precision(load, keys, compute):
+    assert load(keys).precision.compute == compute
+
+
+def test_a_later_file_changes_the_precision_and_one_file_may_not_contradict_itself(load):
+    assert load({"fp16": {"enabled": True}}, {"bf16": {"enabled": True}}).precision.compute == "bf16"
+    assert "contradicts fp16 (0.yml:1)" in refusal(load, {"fp16": {"enabled": True}, "precision": "fp32"})
+
+
+def test_loss_scale(load):
+    block = {"enabled": True, "loss_scale": 0, "initial_scale_power": 12, "hysteresis": 3, "min_loss_scale": 2}
+    scale = load({"fp16": block}).precision.loss_scale
+    assert (scale.static, scale.initial, scale.hysteresis, scale.minimum, scale.window) == (None, 4096.0, 3, 2.0, 1000)
+    assert load({"fp16": {"enabled": True, "loss_scale": 128}}).precision.loss_scale.static == 128.0
+
+
+@pytest.mark.parametrize(
+    ("keys", "name", "gated"),
+    [
+        ({"activation": "gelu"}, "gelu", False),
+        ({"activation": "GELU", "bias_gelu_fusion": True}, "gelu_tanh", False),
+        ({"activation": "gelu", "bias_gelu_fusion": True, "onnx_safe": True}, "gelu", False),
+        ({"activation": "swish"}, "silu", False),
+        ({"activation": "geglu", "intermediate_size": 192}, "gelu", True),
+        ({"activation": "bilinear", "intermediate_size": 192}, "identity", True),
+        ({"activation": "glu", "intermediate_size": 192}, "sigmoid", True),
+    ],
+)
+def test_activations(load, keys, name, gated):
+    model = load({**MODEL, **keys}).model
+    assert (model.activation, model.gated_mlp) == (name, gated)
+
+
+@pytest.mark.parametrize(
+    ("keys", "width"),
+    [
+        ({}, 256),
+        ({"expansion_factor": 3}, 192),
+        ({"intermediate_size": 100}, 100),
+        ({"activation": "swiglu", "intermediate_size": 300}, 100),
+        ({"activation": "swiglu", "intermediate_size": 192, "mlp_multiple_of": 8}, 64),
+        ({"activation": "swiglu", "mlp_multiple_of": 32}, 96),
+    ],
+)
+def test_mlp_widths(load, keys, width):
+    assert load({**MODEL, **keys}).model.mlp_width == width
+
+
+def test_mlp_widths_that_do_not_fit_together_are_refused(load):
+    text = refusal(load, {**MODEL, "activation": "swiglu", "intermediate_size": 14336})
+    assert "matrices of 9558 and 4778 columns that do not fit together; use intermediate_size: 43008" in text
+    assert "0.yml:5" in text
+
+
+def test_attention_layers(load):
+    for config in ([[["flash"], 4]], [[["global", "flash"], "all"]], ["global"] * 4, [[["global"], 2], [["flash"], 2]]):
+        assert load({**MODEL, "attention_config": config}) == load(MODEL)
+    assert "is refused: local, mamba layers" in refusal(
+        load, {**MODEL, "attention_config": [[["local", "mamba"], "all"]]}
+    )
+    assert "names 6 layers, num_layers (0.yml:1) is 4" in refusal(load, {**MODEL, "attention_config": [[["flash"], 6]]})
+    config = load({**MODEL, "attention_config": [[["flash"], 4]]}, {"num_layers": 2})
+    assert config.model.num_layers == 2
+    assert "as all are alike, it is taken for 2" in config.notes[0]
+
+
+def test_the_vocabularys_multiple_is_fixed_when_it_is_translated(load):
+    neox = {**MODEL, "make_vocab_size_divisible_by": 64, "model_parallel_size": 2}
+    assert load(neox).model.vocab_multiple == 128
+    assert load(neox, overrides=("parallel.tp=4",)).model.vocab_multiple == 128
+    assert load({**MODEL}, overrides=("parallel.tp=2",)).model.vocab_multiple == 128
+
+
+def test_pipeline_sizes_0_and_1_are_one_stage_with_other_initial_weights(load):
+    for size, passes, stages in ((0, 2, 1), (1, 1, 1), (2, 1, 2)):
+        config = load({**MODEL, "pipe_parallel_size": size})
+        assert (config.model.init_passes, config.parallel.pp) == (passes, stages)
+
+
+def test_optimizers(load):
+    optimizer = load({"optimizer": {"type": "AdamW", "params": {"lr": 0.1, "weight_decay": 0.2}}}).optimizer
+    assert (optimizer.name, optimizer.lr, optimizer.weight_decay) == ("adamw", 0.1, 0.2)
+    assert "is refused: sm3 is not built in" in refusal(load, {"optimizer": {"type": "sm3", "params": {"lr": 1}}})
+    assert "the parameter freeze_step: 3 is not built in" in refusal(
+        load, {"optimizer": {"type": "Adam", "params": {"lr": 1, "freeze_step": 3}}}
+    )
+    contradiction = {"optimizer": {"type": "Adam", "params": {"lr": 1, "weight_decay": 0}}, "weight_decay": 0.1}
+    assert "is contradicted by optimizer.params.weight_decay" in refusal(load, contradiction)
+    assert load({"lr": 0.1}).optimizer.lr == 0.1
+    assert load({"optimizer": ADAM}, {"lr": 0.1}).optimizer.lr == 0.1
+
+
+def test_save_schedules(load):
+    linear = load({"checkpoint_factor": 500, "extra_save_iters": [0, 1, 2]}).checkpoint
+    assert (linear.every, linear.log_base, linear.steps) == (500, None, (0, 1, 2))
+    log = load({"checkpoint_factor": 1.5, "checkpoint_scale": "log"}).checkpoint
+    assert (log.every, log.log_base) == (None, 1.5)
+    assert "checkpoint.every: 1.5: is no whole number" in refusal(load, {"checkpoint_factor": 1.5})
+
+
+def test_data_lists(load):
+    keys = {"train_data_paths": ["a", "b"], "train_data_weights": [1.0, 2], "train_label_data_paths": ["c", "d"]}
+    sources = load(keys).data.train
+    assert [(s.path, s.weight, s.labels) for s in sources] == [("a", 1.0, "c"), ("b", 2.0, "d")]
+    assert "has 1 entries, train_data_paths has 2" in refusal(load, {**keys, "train_data_weights": [1.0]})
+    assert "belongs to valid_data_paths, which is not given" in refusal(load, {"valid_data_weights": [1.0]})
+
+
+def test_the_rest_of_the_joint_keys(load):
+    assert load({"tokenizer_type": "spmtokenizer", "vocab_file": "m"}).tokenizer.kind == "sentencepiece"
+    assert load({"vocab_file": "v", "merge_file": "m"}).tokenizer.kind == "gpt2"
+    assert "tokenizer_type: 'Foo' is none of" in refusal(load, {"tokenizer_type": "Foo"})
+    model = load({**MODEL, "hidden_dropout": 0.1, "gpt_j_residual": True, "gpt_j_tied": True}).model
+    assert (model.hidden_dropout, model.embedding_dropout, model.shared_norm) == (0.1, 0.1, True)
+    assert "it needs gpt_j_residual" in load({**MODEL, "gpt_j_tied": True}).notes[0]
+    assert load({**MODEL, "norm": "RMSNorm"}).model.norm_eps == 1e-8
+    assert load({"zero_optimization": {"stage": 2}}).parallel.zero == 2
+    assert "needs a stage" in refusal(load, {"zero_optimization": {"cpu_offload": True}})
+    assert load({"lr_decay_fraction": 0.5}).schedule.decay_fraction == 0.5
+    assert "lr_decay_iters is given" in load({"lr_decay_fraction": 0.5, "lr_decay_iters": 5}).notes[0]
+    assert load({"override_lr_scheduler": True}).checkpoint.schedule_from == "config"
+    both = {"override_lr_scheduler": True, "use_checkpoint_lr_scheduler": True}
+    assert "exclude each other" in refusal(load, both)
+    assert "is no whole number" in refusal(load, {**MODEL, "pipe_parallel_size": True})
+
+
+def test_the_batch_is_inferred_where_the_original_refuses(load):
+    config = load({"train_batch_size": 32, "train_micro_batch_size_per_gpu": 4})
+    assert batch_plan(config) == (32, 4, 8)
+    config = load({"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2, "global_num_gpus": 2})
+    assert batch_plan(config, dp=1) == (16, 4, 4)
