@@ -15,7 +15,8 @@ from castalia.errors import CheckpointError
 Held = Mapping[str, Sequence[TensorRef]]  # position.name -> the tensor on each tensor rank
 # What a config cannot be wrong about without being another model's; the rest is taken from the tensors in silence.
 MUST_AGREE = (
-    "num_layers", "hidden_size", "num_heads", "kv_heads", "norm", "position", "tie_embeddings", "gated_mlp", "rotary_size",
+    "num_layers", "hidden_size", "num_heads", "kv_heads", "norm", "position", "rotary_size", "tie_embeddings",
+    "gated_mlp",
 )  # fmt: skip
 
 
