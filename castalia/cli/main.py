@@ -24,6 +24,7 @@ VERBS = {
     "doctor": ("castalia.cli.doctor", "What this machine offers, and what each missing fast path costs."),
     "inspect": ("castalia.cli.inspect", "What is inside a checkpoint of any format."),
     "plot": ("castalia.cli.plot", "Curves of one or more runs."),
+    "doctor": ("castalia.cli.doctor", "What this machine offers, and what each missing fast path costs."),
 }
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +49,13 @@ def test_a_verb_file_defines_one_command_or_a_group_with_described_commands(verb
         [command.callback for command in module.app.registered_commands] if hasattr(module, "app") else [module.command]
     )
     assert all(command.__doc__ for command in commands)
+
+
+def test_no_verb_file_is_forgotten():
+    files = [path.stem for path in Path(cli.__file__).parent.glob("*.py") if path.stem not in ("__init__", "main")]
+    modules = [import_module(f"castalia.cli.{name}") for name in files]
+    verbs = {module.__name__ for module in modules if hasattr(module, "app") or hasattr(module, "command")}
+    assert verbs == {module for module, _ in cli.VERBS.values()}
 
 
 def test_version():
