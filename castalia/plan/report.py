@@ -58,6 +58,8 @@ def report(config: RunConfig, known: Known, hardware: Hardware | None = None, co
         "assumed": assumed,
         "unknown": [],
     }
+    if config.precision.compute == "auto":
+        assumed.append("precision.compute=auto: bf16; for hardware without it plan with precision.compute=fp32")
     if model.vocab_size is None:
         result["unknown"].append(
             "the vocabulary, so no totals, memory or times: give --vocab-size N or a tokenizer's file"
