@@ -14,6 +14,8 @@ import typer
 from castalia.errors import DataError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from castalia.data.prepare import Report
     from castalia.data.tokenizer import Tokenizer
 
@@ -120,7 +122,7 @@ def inspect(
 ) -> None:
     """Documents, tokens, lengths, dtype, largest id and the beginning of the first document."""
     from castalia.data.indexed import open_dataset
-    from castalia.data.stats import describe
+    from castalia.data.tools import describe
 
     corpus = open_dataset(prefix)
     facts = describe(corpus)
@@ -133,12 +135,75 @@ def inspect(
         if name == "lengths":
             continue
         print(f"{name.replace('_', ' '):18} {f'{value:,}' if isinstance(value, int) else value}")
-    print("length (tokens)    documents")
-    most = max((row["documents"] for row in facts["lengths"]), default=1)
+    print("length (tokens)        items")
+    most = max((row["items"] for row in facts["lengths"]), default=1)
     for row in facts["lengths"]:
-        print(
-            f"{row['from']:>8,} to {row['to']:>8,} {row['documents']:>9,} {'#' * round(40 * row['documents'] / most)}"
-        )
+        print(f"{row['from']:>8,} to {row['to']:>8,} {row['items']:>9,} {'#' * round(40 * row['items'] / most)}")
+
+
+@app.command()
+def stats(
+    prefixes: Annotated[list[Path], typer.Argument(metavar="PREFIX...")],
+    plot: Annotated[Path | None, typer.Option(help="draw the lengths to this PNG")] = None,
+    as_json: Json = False,
+) -> None:
+    """Lengths, tokens, largest id and duplicates of one or more corpora."""
+    from castalia.data.indexed import open_dataset
+    from castalia.data.tools import describe, duplicates
+
+    corpora = [open_dataset(prefix) for prefix in prefixes]
+    rows = [describe(corpus) | {"duplicates": duplicates(corpus)} for corpus in corpora]
+    if plot is not None:
+        _plot_lengths({corpus.prefix: corpus.sizes for corpus in corpora}, plot)
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        counts = ", ".join(f"{row[name]:,} {name}" for name in ("documents", "tokens", "duplicates"))
+        lengths = f"lengths {row['shortest']:,} to {row['longest']:,}"
+        print(f"{row['prefix']}: {counts}, {lengths}, largest id {row['largest_id']}")
+
+
+def _plot_lengths(sizes: dict[str, np.ndarray], file: Path) -> None:
+    import matplotlib
+    import numpy as np
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    longest = max((int(lengths.max()) for lengths in sizes.values() if len(lengths)), default=1)
+    figure, axes = plt.subplots()
+    for name, lengths in sizes.items():
+        axes.hist(lengths, bins=np.geomspace(1, max(2, longest), 40).tolist(), histtype="step", label=name)
+    axes.set(xscale="log", xlabel="tokens", ylabel="items")
+    axes.legend()
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+@app.command()
+def merge(
+    prefixes: Annotated[list[Path], typer.Argument(metavar="PREFIX...")],
+    output: Annotated[Path, typer.Option(help="prefix of the corpus to write")],
+) -> None:
+    """Write corpora one after the other as one."""
+    from castalia.data.tools import merge as run
+
+    merged = run(prefixes, output)
+    print(f"{output}: {len(merged.doc_index) - 1:,} documents, {len(merged.tokens):,} tokens")
+
+
+@app.command()
+def split(
+    prefix: Annotated[Path, typer.Argument(help="the corpus to split")],
+    output: Annotated[Path, typer.Option(help="writes OUTPUT_train, OUTPUT_valid and OUTPUT_test")],
+    weights: Annotated[str, typer.Option(help="shares of the three")] = "969, 30, 1",
+) -> None:
+    """Write the shares of a corpus that data.split describes as corpora of their own."""
+    from castalia.data.tools import split as run
+
+    for part in run(prefix, weights, output):
+        print(f"{part.prefix}: {len(part.doc_index) - 1:,} documents, {len(part.tokens):,} tokens")
 
 
 @app.command()

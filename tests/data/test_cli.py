@@ -45,7 +45,7 @@ def test_inspect(prepared: Path) -> None:
     assert "0 green bottles hanging on the wall" in text and f"{len(corpus.tokens):,}" in text
     facts = json.loads(run(data_verbs.app, "inspect", "data/corpus_text_document", "--json").output)
     assert (facts["documents"], facts["tokens"], facts["dtype"]) == (200, len(corpus.tokens), "uint16")
-    assert facts["largest_id"] == corpus.tokens.max() and sum(row["documents"] for row in facts["lengths"]) == 200
+    assert facts["largest_id"] == corpus.tokens.max() and sum(row["items"] for row in facts["lengths"]) == 200
     assert all(row["from"] <= facts["longest"] and row["to"] >= facts["shortest"] for row in facts["lengths"])
 
 
@@ -59,6 +59,16 @@ def test_batch_shows_documents_and_tokens(prepared: Path) -> None:
         assert sample["tokens"] == row[:-1].tolist() and sample["labels"] == row[1:].tolist()
     text = run(data_verbs.app, "batch", "config.yml", "--step", 7, "data.seq_length=8").output
     assert "step 7, sequence 2" in text and "8 of 8 labels count" in text and "green" in text
+
+
+def test_stats_merge_and_split(prepared: Path) -> None:
+    corpus = Path("data/corpus_text_document")
+    assert "400 documents" in run(data_verbs.app, "merge", corpus, corpus, "--output", "twice").output
+    (facts,) = json.loads(run(data_verbs.app, "stats", "twice", "--json", "--plot", "lengths.png").output)
+    assert facts["duplicates"] == 200 and Path("lengths.png").read_bytes().startswith(b"\x89PNG")
+    assert "200 duplicates" in run(data_verbs.app, "stats", "twice", corpus).output
+    shown = run(data_verbs.app, "split", corpus, "--weights", "8,1,1", "--output", "part").output
+    assert "part_train: 160 documents" in shown and "part_test: 20 documents" in shown
 
 
 def test_mistakes(prepared: Path) -> None:
