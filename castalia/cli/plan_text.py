@@ -120,8 +120,9 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
         from rich.table import Table
 
         table = Table(title=title, title_justify="left", show_header=any(header))
-        for index, name in enumerate(header):
-            table.add_column(name, justify="left" if index == 0 or not any(header) else "right")
+        for column, name in enumerate(header):
+            numbers = all(row[column][:1].isdigit() for row in rows)
+            table.add_column(name, justify="right" if numbers and any(header) else "left")
         for row in rows:
             table.add_row(*row)
         Console().print(table)

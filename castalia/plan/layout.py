@@ -16,6 +16,7 @@ class Layout:
     pp: int = 1
     cp: int = 1
     dp: int = 1
+    dp_replicate: int = 1  # of the dp ranks, copies of the whole; the others shard
     zero: Literal[0, 1, 2, 3] = 0
     sequence_parallel: bool = False
     micro_batch: int = 1  # sequences of one forward pass on one rank

@@ -141,7 +141,7 @@ class Rank:
 
     @property
     def shards(self) -> int:
-        return self.layout.dp if self.layout.zero else 1
+        return self.layout.dp // self.layout.dp_replicate if self.layout.zero else 1
 
     def memory(self) -> Memory:
         moments = (self._at_loss(), self._entering_blocks(), self._in_first_block(), self._at_end())

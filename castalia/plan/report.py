@@ -120,6 +120,7 @@ def layout_of(config: RunConfig, gpus: int | None) -> tuple[Layout, list[str]]:
             pp=parallel.pp,
             cp=parallel.cp,
             dp=dp,
+            dp_replicate=parallel.dp_replicate or 1,
             zero=parallel.zero,
             sequence_parallel=parallel.sequence_parallel,
             micro_batch=micro,
