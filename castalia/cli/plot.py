@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -112,4 +113,5 @@ def draw_terminal(records: dict[str, list[dict[str, Any]]]) -> None:
             plotext.scatter(valid.steps, valid.values, label=f"{name}, validation", marker="x")
     plotext.title("loss")
     plotext.xlabel("step")
-    plotext.show()
+    picture = plotext.build()
+    print(picture if sys.stdout.isatty() else plotext.uncolorize(picture))
