@@ -1,4 +1,4 @@
-"""Shared fixtures. The genuine files of the original systems are found at $CASTALIA_FIXTURES, else beside the checkout."""
+"""Shared fixtures. The genuine files of the original systems lie at $CASTALIA_FIXTURES, else beside the checkout."""
 
 from __future__ import annotations
 

@@ -21,7 +21,6 @@ VERBS = {
     "tokenizer": ("castalia.cli.tokenizer", "Train a tokenizer."),
     "config": ("castalia.cli.config", "Show, check or convert configs."),
     "plan": ("castalia.cli.plan", "Parameters, memory, time and disk of a config, before it runs."),
-    "doctor": ("castalia.cli.doctor", "What this machine offers, and what each missing fast path costs."),
     "inspect": ("castalia.cli.inspect", "What is inside a checkpoint of any format."),
     "plot": ("castalia.cli.plot", "Curves of one or more runs."),
     "doctor": ("castalia.cli.doctor", "What this machine offers, and what each missing fast path costs."),
