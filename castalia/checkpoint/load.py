@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from castalia.checkpoint.formats import open_checkpoint
+from castalia.checkpoint.rules import drift
 from castalia.checkpoint.stored import StoredTensor
 from castalia.checkpoint.tensors import Checkpoint, TensorRef
 from castalia.config.schema import Model, Tokenizer
@@ -83,6 +84,12 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> LoadReport:
     with torch.no_grad():
         for name, parameter in targets.items():
             _fill(parameter, checkpoint.model[name])
+    if apart := drift(checkpoint.model):
+        farthest = max(apart, key=lambda name: apart[name])
+        notes += (
+            f"{len(apart)} tensors had drifted apart between tensor ranks and were averaged; the farthest is {farthest}, "
+            f"by {apart[farthest]:.2g}",
+        )
     elements = sum(parameter.numel() for parameter in targets.values())
     return LoadReport(len(targets), len(targets), elements, describe(checkpoint), notes=notes)
 

@@ -13,11 +13,12 @@ import torch
 
 from castalia.checkpoint.container import FileTensor, open_pt
 from castalia.checkpoint.formats import neox
-from castalia.checkpoint.load import build_model
+from castalia.checkpoint.load import build_model, load_weights
 from castalia.checkpoint.rules import drift
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.schema import Model
 from castalia.errors import CheckpointError
+from castalia.model.transformer import Transformer
 from tests.checkpoint.neox_writer import ITERATION, SKIPPED, STEP, Written, write
 
 TOLERANCE = {"fp32": 2e-6, "fp16": 4e-3, "bf16": 3e-2}
@@ -182,6 +183,8 @@ def test_norms_that_drifted_are_averaged_and_reported(tmp_path):
     name = "blocks.1.norm1.weight"
     found, expected = checkpoint.model[name].read(), written.weights[name] + 0.25
     assert torch.allclose(found, expected) and drift(checkpoint.model) == {name: pytest.approx(0.5)}
+    (note,) = load_weights(Transformer(checkpoint.config.model), checkpoint).notes
+    assert name in note and "averaged" in note
 
 
 def test_row_order_and_epsilon_are_guessed_with_a_note(tmp_path):
