@@ -57,9 +57,9 @@ def keep_freed_memory() -> None:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Operations a second that one device can do in matrix products: measured on CPUs, None for unknown GPUs."""
+    """Operations a second that one device can do in matrix products: measured on CPUs, None where nobody knows."""
     if device.type == "cpu":
-        return measured_flops(dtype)
+        return None if dtype == torch.float16 else measured_flops(dtype)  # CPUs emulate fp16, a thousand times slower
     name = torch.cuda.get_device_name(device)
     known = next((tflops for key, tflops in PEAK_TFLOPS.items() if key in name), None)
     return None if known is None or dtype == torch.float32 else known * 1e12

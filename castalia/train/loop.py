@@ -153,7 +153,7 @@ class Run:
             skipped=session.step.skipped,
             tokens=self.progress.tokens + session.tokens_per_step,
             loss_scale=session.step.scaler.state() if session.step.scaler else None,
-            schedule=session.step.rate.stored(),
+            schedule=session.step.rate.stored() | session.exact.stored(),
         )
         return result, seconds
 

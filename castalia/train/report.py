@@ -65,46 +65,37 @@ def show_first_loss(session: Session, loss: float, display: Display) -> None:
 
 
 def facts(session: Session, folder: Path) -> Iterator[tuple[str, str]]:
-    config, plan, rate = session.config, session.plan, session.step.rate
+    """What is about to happen, as pairs of a name and a text."""
+    config, plan, progress = session.config, session.plan, session.progress
     assert config.model is not None
-    length, last = config.data.seq_length, session.last
-    tokens = plan.batch_size * length
-    yield (
-        "model",
-        f"{parameter_count(session):,} parameters, vocabulary {config.model.vocab_size:,}"
-        + (f" padded to {config.model.padded_vocab_size:,}"),
-    )
-    yield (
-        "batch",
-        (
-            f"{plan.batch_size} sequences x {length} = {tokens:,} tokens a step "
-            f"(micro-batch {plan.micro_batch_size} x accumulation {plan.accumulation})"
-        ),
-    )
-    layout = config.parallel
-    if max(layout.tp, layout.pp, layout.cp, layout.gpus or 1) > 1:
-        yield (
-            "layout",
-            (
-                f"one process; the config's tp {layout.tp} x pp {layout.pp} x cp {layout.cp} on {layout.gpus or 'any'} "
-                "devices describes a larger job with the same results"
-            ),
-        )
-    yield "steps", f"{session.progress.step:,} done of {last:,}, {tokens * last:,} tokens in all"
-    yield "learning rate", describe_rate(rate, session.progress.step - session.progress.skipped, last)
+    tokens, last = session.tokens_per_step, session.last
+    vocabulary = f"vocabulary {config.model.vocab_size:,} padded to {config.model.padded_vocab_size:,}"
+    yield "model", f"{parameter_count(session):,} parameters, {vocabulary}"
+    split = f"micro-batch {plan.micro_batch_size} x accumulation {plan.accumulation}"
+    yield "batch", f"{plan.batch_size} sequences x {config.data.seq_length} = {tokens:,} tokens a step ({split})"
+    if larger := _larger_layout(config):
+        yield "layout", larger
+    yield "steps", f"{progress.step:,} done of {last:,}, {tokens * last:,} tokens in all"
+    yield "learning rate", describe_rate(session.step.rate, progress.step - progress.skipped, last)
     yield "clipping", _clipping(session)
-    yield (
-        "precision",
-        f"{config.precision.compute} compute, fp32 parameters and optimizer, on {session.device}"
-        + (f", loss scale {session.step.scaler.scale:g}" if session.step.scaler else ""),
-    )
+    scale = f", loss scale {session.step.scaler.scale:g}" if session.step.scaler else ""
+    compute = config.precision.compute
+    yield "precision", f"{compute} compute, fp32 parameters and optimizer, on {session.device}{scale}"
     yield "evaluation", _evaluation(config)
     yield "saved", f"{describe_saves(config)}, in {folder}"
-    if session.loaded is not None:
-        yield "loaded", f"{session.loaded} ({session.source.path if session.source else ''})"
-        for note in (*session.loaded.notes, *(session.source.notes if session.source else ())):
+    if session.loaded is not None and session.source is not None:
+        yield "loaded", f"{session.loaded} ({session.source.path})"
+        for note in (*session.loaded.notes, *session.source.notes):
             yield "", note
         yield "", _restored(session)
+
+
+def _larger_layout(config: RunConfig) -> str | None:
+    layout = config.parallel
+    sizes = f"tp {layout.tp} x pp {layout.pp} x cp {layout.cp} on {layout.gpus or 'any number of'} devices"
+    if max(layout.tp, layout.pp, layout.cp, layout.gpus or 1) == 1:
+        return None
+    return f"one process; the config's {sizes} is a larger job of the same batch and results"
 
 
 def _restored(session: Session) -> str:
@@ -140,7 +131,7 @@ def _clipping(session: Session) -> str:
     if session.step.clip_norm:
         return f"gradients are scaled down to a norm of {session.step.clip_norm:g}"
     if session.config.optimizer.clip_norm:
-        return "off, as the original has it where the config says 1.0 (neox_exact)"
+        return f"off: the original ignores clip_norm={session.config.optimizer.clip_norm:g} (neox_exact)"
     return "off"
 
 

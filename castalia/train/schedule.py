@@ -28,12 +28,14 @@ class LearningRate:
     warmup: float  # steps, not rounded
     end: int  # steps, warm-up included
     style: str
-    exact: bool = False  # the original's two defects: a first-step spike, and a cosine that rises again after its end
+    release: str | None = None  # "v1" or "head" of the original, with their defects; None: as it was meant
 
     def __call__(self, updates: int) -> float:
+        if self.release == "v1":
+            return self._first_release(updates)
         if self.warmup > 0 and updates <= self.warmup:
             rate = self.peak * max(1, updates) / self.warmup
-            return rate if self.exact else min(rate, self.peak)
+            return rate if self.release else min(rate, self.peak)
         span = self.end - self.warmup
         share = (updates - self.warmup) / span if span > 0 else 1.0
         if self.style == "constant":
@@ -42,15 +44,28 @@ class LearningRate:
             return max(self.minimum, self.peak * (1 - share))
         if self.style == "exponential":
             return max(self.minimum, self.peak * math.exp(-0.693 * share))
-        share = share if self.exact else min(share, 1.0)
+        share = share if self.release else min(share, 1.0)
         return self.minimum + (self.peak - self.minimum) / 2 * (math.cos(math.pi * share) + 1)
+
+    def _first_release(self, updates: int) -> float:
+        """From 0, and with the whole run's length where the decay's was meant, so that it ends too high."""
+        if self.warmup > 0 and updates <= self.warmup:
+            return self.peak * updates / self.warmup
+        share = (updates - self.warmup) / self.end
+        decays = {
+            "constant": 1.0,
+            "linear": 1 - share,
+            "cosine": (math.cos(math.pi * share) + 1) / 2,
+            "exponential": math.exp(-0.693 * share),
+        }
+        return max(self.minimum, self.peak * decays[self.style])
 
     def stored(self) -> dict[str, object]:
         """What a checkpoint remembers, under the original's names."""
         return {name: getattr(self, field) for field, name in STORED_NAMES.items()}
 
 
-def learning_rate(config: RunConfig, steps: int) -> LearningRate:
+def learning_rate(config: RunConfig, steps: int, release: str | None = None) -> LearningRate:
     """The schedule that the config describes for a run of `steps` optimizer steps."""
     schedule = config.schedule
     end = schedule.decay_steps or math.floor(steps * (schedule.decay_fraction or 1.0))
@@ -60,7 +75,7 @@ def learning_rate(config: RunConfig, steps: int) -> LearningRate:
         warmup=schedule.warmup * end,
         end=end,
         style=schedule.style,
-        exact=config.neox_exact,
+        release=release,
     )
 
 

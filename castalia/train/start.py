@@ -19,6 +19,7 @@ from castalia.errors import CheckpointError, ConfigError, TrainingError
 from castalia.model.init import initialize
 from castalia.model.transformer import Transformer
 from castalia.parallel.recompute import apply_recompute, has_dropout
+from castalia.train.exact import Exact, exact_behaviour
 from castalia.train.folder import holds_checkpoint, run_folder
 from castalia.train.hardware import DTYPES, choose_device, choose_dtype
 from castalia.train.optimizer import LossScaler, make_optimizer
@@ -43,6 +44,7 @@ class Session:
     step: TrainStep
     progress: Progress
     dtype: torch.dtype
+    exact: Exact
     source: Checkpoint | None = None  # what was loaded
     loaded: LoadReport | None = None
 
@@ -84,24 +86,28 @@ def start(config: RunConfig) -> Session:
     if source is None:
         initialize(model, config.model, config.seed)
     apply_recompute(model, config.train.recompute, dropout=has_dropout(config.model))
-    summed = source.summed_bias_ranks if source and resuming and config.neox_exact else 1
-    optimizer = make_optimizer(model, config.optimizer, summed)
+    exact = exact_behaviour(config, source if resuming else None)
+    optimizer = make_optimizer(model, config.optimizer, exact.summed_bias_ranks)
     progress = source.progress if source and resuming else Progress()
     if source and resuming and config.checkpoint.load_optimizer:
         load_optimizer(optimizer, model, source)
-    rate = learning_rate(config, config.train.steps)
+        for state in optimizer.state.values():
+            state["step"] += exact.adam_steps_ahead
+    rate = learning_rate(config, config.train.steps, exact.release)
     step = TrainStep(
         model,
         optimizer,
         resumed_learning_rate(rate, progress.schedule, config.checkpoint.schedule_from),
         plan,
         seed=config.seed,
-        clip_norm=clip_norm(config, source),
+        clip_norm=exact.clip_norm,
         scaler=loss_scaler(config, progress),
         micro_batch_means=config.neox_exact,
+        gradient_factor=exact.gradient_factor,
         skipped=progress.skipped,
     )
-    return Session(config, tokenizer, plan, data, model.train(), optimizer, step, progress, dtype, source, loaded)
+    model.train()
+    return Session(config, tokenizer, plan, data, model, optimizer, step, progress, dtype, exact, source, loaded)
 
 
 def find_source(config: RunConfig) -> Checkpoint | None:
@@ -191,14 +197,6 @@ def architecture(config: RunConfig, source: Checkpoint | None) -> Model:
 
 def _effective(model: Model) -> dict[str, Any]:
     return model.model_dump() | {"num_kv_heads": model.kv_heads, "mlp_size": model.mlp_width}
-
-
-def clip_norm(config: RunConfig, source: Checkpoint | None) -> float | None:
-    """The largest gradient norm. The original's current releases switch its default of 1.0 off; its v1 clips."""
-    era = source.details.get("era") if source else None
-    if config.neox_exact and config.optimizer.clip_norm == 1.0 and era != "v1":
-        return None
-    return config.optimizer.clip_norm
 
 
 def loss_scaler(config: RunConfig, progress: Progress) -> LossScaler | None:

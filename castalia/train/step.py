@@ -30,7 +30,7 @@ class TrainStep:
     """Owns what changes from step to step besides model and optimizer: the counters and the loss scale.
 
     The loss is the sum over all tokens of the global batch over their number; `micro_batch_means` takes the original's
-    mean of micro-batch means instead.
+    mean of micro-batch means instead. `gradient_factor` multiplies gradients, but not the loss that is reported.
     """
 
     def __init__(
@@ -44,10 +44,12 @@ class TrainStep:
         clip_norm: float | None,
         scaler: LossScaler | None = None,
         micro_batch_means: bool = False,
+        gradient_factor: int = 1,
         skipped: int = 0,
     ):
         self.model, self.optimizer, self.rate, self.plan = model, optimizer, rate, plan
-        self.seed, self.clip_norm, self.scaler, self.micro_batch_means = seed, clip_norm, scaler, micro_batch_means
+        self.seed, self.clip_norm, self.scaler = seed, clip_norm, scaler
+        self.micro_batch_means, self.gradient_factor = micro_batch_means, gradient_factor
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.skipped = skipped
         self.skipped_in_a_row = 0
@@ -88,7 +90,7 @@ class TrainStep:
             denominator = counts[rows].sum() * self.plan.accumulation if self.micro_batch_means else counts.sum()
             torch.manual_seed(dropout_seed(self.seed, step, micro))
             loss_sum, _ = self.model(tokens, labels=labels)
-            (loss_sum * (scale / float(denominator))).backward()
+            (loss_sum * (scale * self.gradient_factor / float(denominator))).backward()
             total += loss_sum.detach() / float(denominator)
         return total
 

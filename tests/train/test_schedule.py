@@ -13,21 +13,21 @@ def vectors(fixtures):
     return json.loads((fixtures / "data" / "vectors.json").read_text())
 
 
-def schedule_of(vector, exact):
+def schedule_of(vector, release=None):
     warmup = vector["warmup"] * vector["iters"]
-    return LearningRate(vector["lr"], vector["min_lr"], warmup, vector["iters"], vector["style"], exact)
+    return LearningRate(vector["lr"], vector["min_lr"], warmup, vector["iters"], vector["style"], release)
 
 
 def test_exact_rates_are_the_originals(vectors):
     for vector in vectors["lr"]:
-        rate = schedule_of(vector, exact=True)
+        rate = schedule_of(vector, "head")
         assert [rate(k) for k in range(len(vector["values"]))] == pytest.approx(vector["values"], rel=1e-12, abs=1e-18)
 
 
 def test_corrected_rates_differ_only_where_the_original_is_wrong(vectors):
     spikes = rises = 0
     for vector in vectors["lr"]:
-        rate = schedule_of(vector, exact=False)
+        rate = schedule_of(vector)
         for k, original in enumerate(vector["values"]):
             if original > vector["lr"] * (1 + 1e-12):
                 spikes += 1

@@ -1,0 +1,54 @@
+"""What `neox_exact` brings back: the original's defects that change numbers, by the release that a run follows.
+
+| | v1 | current |
+|---|---|---|
+| clipping at 1.0, its default | on | off |
+| gradients of micro-batches under the pipeline engine | averaged | summed |
+| learning rate | starts at 0, decays over `end` steps counted from the warm-up's end | spike, rising cosine |
+| Adam's step where the files lack it | one ahead: it counts an empty first step | stored |
+
+In both, row-parallel biases that were summed over T tensor ranks take T full steps at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from castalia.checkpoint.tensors import Checkpoint
+from castalia.config.batch import batch_plan, planned_dp
+from castalia.config.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class Exact:
+    clip_norm: float | None
+    release: str | None = None  # "v1", "head"; None: what was meant, without defects
+    gradient_factor: int = 1
+    summed_bias_ranks: int = 1
+    adam_steps_ahead: int = 0
+
+    def stored(self) -> dict[str, object]:
+        """What a checkpoint must remember, because the original's files are not read again."""
+        return {"release": self.release, "summed_bias_ranks": self.summed_bias_ranks} if self.release else {}
+
+
+def exact_behaviour(config: RunConfig, resumed: Checkpoint | None) -> Exact:
+    """`resumed`: the checkpoint that the run goes on from, None for new runs."""
+    clip_norm = config.optimizer.clip_norm
+    if not config.neox_exact:
+        return Exact(clip_norm)
+    known = (resumed.progress.schedule or {}) if resumed else {}
+    era = resumed.details.get("era", known.get("release")) if resumed else None
+    ranks = int(str(known.get("summed_bias_ranks", resumed.summed_bias_ranks))) if resumed else 1
+    steps_missing = resumed is not None and resumed.details.get("adam_steps_stored") is False
+    if era == "v1":
+        return Exact(clip_norm, "v1", summed_bias_ranks=ranks, adam_steps_ahead=int(steps_missing))
+    assert config.model is not None
+    has_pipeline_engine = config.model.init_passes == 1  # it has one even for a single stage, but not for none
+    accumulation = batch_plan(config, planned_dp(config) or 1).accumulation
+    return Exact(
+        clip_norm=None if clip_norm == 1.0 else clip_norm,
+        release="head",
+        gradient_factor=accumulation if has_pipeline_engine else 1,
+        summed_bias_ranks=ranks,
+    )
