@@ -87,8 +87,8 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> LoadReport:
     if apart := drift(checkpoint.model):
         farthest = max(apart, key=lambda name: apart[name])
         notes += (
-            f"{len(apart)} tensors had drifted apart between tensor ranks and were averaged; the farthest is {farthest}, "
-            f"by {apart[farthest]:.2g}",
+            f"{len(apart)} tensors had drifted apart between tensor ranks and were averaged; the farthest is "
+            f"{farthest}, by {apart[farthest]:.2g}",
         )
     elements = sum(parameter.numel() for parameter in targets.values())
     return LoadReport(len(targets), len(targets), elements, describe(checkpoint), notes=notes)

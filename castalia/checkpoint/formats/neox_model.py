@@ -51,9 +51,9 @@ def observed(held: Held, names: Names, args: Mapping[str, Any], config: Model | 
         raise CheckpointError(f"{path}: {heads} heads divide neither hidden size {hidden} nor {tp} tensor ranks")
     head_size = hidden // heads
     kv_heads, rest = divmod(held[f"{first}.{fused}"][0].shape[0] * tp // head_size - heads, 2)
-    if rest or kv_heads < 1 or heads % kv_heads:
+    if rest or kv_heads < 1 or heads % kv_heads or kv_heads % tp:
         rows = held[f"{first}.{fused}"][0].shape[0] * tp
-        raise CheckpointError(f"{path}: {rows} rows of {fused} do not fit {heads} heads of {head_size}")
+        raise CheckpointError(f"{path}: {rows} rows of {fused} do not fit {heads} heads of {head_size} on {tp} ranks")
     up, down = held[f"{first}.{names.up}.weight"][0], held[f"{first}.{names.down}.weight"][0]
     found = {
         "num_layers": num_layers,
