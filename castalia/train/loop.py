@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, closing
 from pathlib import Path
 from types import FrameType
 
@@ -41,8 +42,11 @@ def train(config: RunConfig, evaluate: Evaluate) -> Path:
     session = start(config)
     with Display() as display:
         show_report(session, display, folder)
-        with Run(session, folder, evaluate, display, in_place) as run:
-            run.to_the_end()
+        try:
+            with Run(session, folder, evaluate, display, in_place) as run:
+                run.to_the_end()
+        except OSError as error:  # a full disk, most often; checkpoints tell so themselves
+            raise TrainingError(f"{folder} cannot be written: {error}; checkpoints are as they were") from error
     return folder
 
 
@@ -73,29 +77,31 @@ class Run:
 
     def __init__(self, session: Session, folder: Path, evaluate: Evaluate, display: Display, in_place: bool):
         self.session, self.folder, self.evaluate, self.display = session, folder, evaluate, display
-        config = session.config
-        self.config = complete_config(config, folder, session.tokenizer is not None)
+        self.in_place = in_place
+        self.config = complete_config(session.config, folder, session.tokenizer is not None)
         self.progress = session.progress
         self.saved_step: int | None = session.progress.step if in_place and session.resumed else None
-        self.valid = _validation_data(config)
-        self.writer = Writer(
-            folder / "checkpoints", keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every
-        )
-        if session.tokenizer is not None:
-            session.tokenizer.save(folder / TOKENIZER)
-        write_config(folder, self.config)
-        if in_place:
-            truncate_metrics(folder, self.progress.step)
-        self.metrics = Metrics(folder, config.log.tensorboard)
-        source = session.source.path if session.source else None
-        write_event(folder, "start", step=self.progress.step, source=source, data_fingerprint=session.data.fingerprint)
+        self.valid = _validation_data(session.config)
 
     def __enter__(self) -> Run:
+        session, folder, saves = self.session, self.folder, self.config.checkpoint
+        with ExitStack() as opened:
+            writer = Writer(folder / "checkpoints", keep_last=saves.keep_last, keep_every=saves.keep_every)
+            self.writer = opened.enter_context(writer)
+            if session.tokenizer is not None:
+                session.tokenizer.save(folder / TOKENIZER)
+            write_config(folder, self.config)
+            if self.in_place:
+                truncate_metrics(folder, self.progress.step)
+            self.metrics = opened.enter_context(closing(Metrics(folder, self.config.log.tensorboard)))
+            source = session.source.path if session.source else None
+            fingerprint = session.data.fingerprint
+            write_event(folder, "start", step=self.progress.step, source=source, data_fingerprint=fingerprint)
+            self.opened = opened.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.metrics.close()
-        self.writer.close()
+        self.opened.close()
 
     def to_the_end(self) -> None:
         """Steps until the last one, the exit interval or a signal; then saves."""

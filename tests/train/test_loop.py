@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -181,16 +182,25 @@ def test_a_folder_in_use_is_refused(straight, tmp_path):
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_full_disk_costs_no_older_checkpoint(straight, tmp_path):
-    shutil.copytree(straight, tmp_path / "run")
-    saved = tensors(tmp_path / "run" / "checkpoints" / "step_000010")
+@contextmanager
+def small_files(num_bytes):
+    """No file may grow beyond so many bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # weights take more
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     try:
-        with pytest.raises(CheckpointError, match="step 15 could not be saved"):
-            train(read_config([str(tmp_path / "run"), "checkpoint.step=10", "checkpoint.every=5"]))
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_costs_no_older_checkpoint(straight, tmp_path, capsys):  # capsys: output goes to no file
+    shutil.copytree(straight, tmp_path / "run")
+    saved = tensors(tmp_path / "run" / "checkpoints" / "step_000010")
+    again = read_config([str(tmp_path / "run"), "checkpoint.step=10", "checkpoint.every=5"])
+    with small_files(100_000), pytest.raises(CheckpointError, match="step 15 could not be saved"):
+        train(again)  # weights take more
+    with small_files(1000), pytest.raises(TrainingError, match="cannot be written.*checkpoints are as they were"):
+        train(again)  # config.yml takes more
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step*")) == [
         "step_000010",
         "step_000020",
