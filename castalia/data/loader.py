@@ -47,6 +47,7 @@ class Batch(NamedTuple):
     tokens: np.ndarray  # int64
     labels: np.ndarray  # int64, -100 where no loss is taken
     loss_mask: np.ndarray  # bool, labels != -100
+    documents: np.ndarray | None = None  # int64, numbers each row's documents from 0; None: all tokens see each other
 
 
 class Piece(NamedTuple):
@@ -79,6 +80,7 @@ class Samples:
     accumulation: int
     vocab_size: int | None
     masked_after: int | None  # no loss on the token after this one
+    mask_documents: bool  # tokens see only their own document, and none predicts the next document's first
     exact: bool  # padding after the end of a text without labels is trained on, as the original does
 
     def __len__(self) -> int:
@@ -124,6 +126,17 @@ class Samples:
             labels[sum(stop - start for _, start, stop in parts) :] = IGNORE
         return text, labels
 
+    def documents(self, position: int) -> np.ndarray:
+        """Number of the document, counted within the sample, of each of its tokens and of the filling after them."""
+        corpus, position = self._corpus(position)
+        numbers = np.empty(self.seq_length + 1, np.int64)
+        at = number = 0
+        for number, (_, start, stop) in enumerate(corpus.parts(position), start=1):
+            numbers[at : at + stop - start] = number - 1
+            at += stop - start
+        numbers[at:] = number
+        return numbers
+
     def batch(self, step: int) -> Batch:
         """DataError if a token lies beyond the vocabulary."""
         positions = self.positions(step)
@@ -136,7 +149,11 @@ class Samples:
         labels[labels < 0] = IGNORE
         if self.masked_after is not None:
             labels[tokens == self.masked_after] = IGNORE
-        return Batch(tokens, labels, labels != IGNORE)
+        if not self.mask_documents:
+            return Batch(tokens, labels, labels != IGNORE)
+        documents = np.stack([self.documents(int(position)) for position in positions])
+        labels[documents[:, 1:] != documents[:, :-1]] = IGNORE
+        return Batch(tokens, labels, labels != IGNORE, np.ascontiguousarray(documents[:, :-1]))
 
     def _check_vocabulary(self, step: int, positions: np.ndarray, text: np.ndarray) -> None:
         limit = self.vocab_size or np.iinfo(np.int64).max
@@ -165,7 +182,7 @@ class Samples:
             digest.update(len(corpus.index.order).to_bytes(8, "little"))
         for array in self.blended or ():
             digest.update(np.ascontiguousarray(array).data)
-        digest.update(f"{self.seq_length} {self.masked_after}".encode())
+        digest.update(f"{self.seq_length} {self.masked_after} {self.mask_documents}".encode())
         return digest.hexdigest()
 
 
@@ -185,10 +202,6 @@ def batch_at(config: RunConfig, step: int, split: Split = "train") -> Batch:
 
 def open_data(config: RunConfig, split: Split = "train") -> Samples:
     """Open a split's corpora and build their index. DataError if the config gives that split no documents."""
-    if config.data.mask_documents:
-        raise ConfigError(
-            "data.mask_documents is not supported yet: leave it out, tokens then see the documents before theirs"
-        )
     plan = batch_plan(config)
     wanted = _samples_wanted(config, split, plan.batch_size)
     sources: Sequence[Source] = getattr(config.data, split)
@@ -208,6 +221,7 @@ def open_data(config: RunConfig, split: Split = "train") -> Samples:
         accumulation=accumulation if plan.batch_size % accumulation == 0 else 1,
         vocab_size=config.model.vocab_size if config.model else None,
         masked_after=load_tokenizer(config.tokenizer).eod_id if config.data.mask_after_eod else None,
+        mask_documents=config.data.mask_documents,
         exact=config.neox_exact,
     )
 

@@ -24,7 +24,8 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], rows_at_a_time: int = 8
         for start in range(0, len(batch.tokens), rows_at_a_time):
             rows = slice(start, start + rows_at_a_time)
             tokens, labels = (torch.from_numpy(array[rows]).to(device) for array in (batch.tokens, batch.labels))
-            loss, _ = model(tokens, labels=labels)
+            documents = None if batch.documents is None else torch.from_numpy(batch.documents[rows]).to(device)
+            loss, _ = model(tokens, labels=labels, documents=documents)
             total += loss
             count += int(batch.loss_mask[rows].sum())
     model.train(was_training)

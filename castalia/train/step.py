@@ -89,7 +89,8 @@ class TrainStep:
             labels = torch.from_numpy(batch.labels[rows]).to(device, non_blocking=True)
             denominator = counts[rows].sum() * self.plan.accumulation if self.micro_batch_means else counts.sum()
             torch.manual_seed(dropout_seed(self.seed, step, micro))
-            loss_sum, _ = self.model(tokens, labels=labels)
+            documents = None if batch.documents is None else torch.from_numpy(batch.documents[rows]).to(device)
+            loss_sum, _ = self.model(tokens, labels=labels, documents=documents)
             (loss_sum * (scale * self.gradient_factor / float(denominator))).backward()
             total += loss_sum.detach() / float(denominator)
         return total

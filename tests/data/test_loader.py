@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from castalia.config.load import load_config
 from castalia.config.schema import Data, Eval, Model, RunConfig, Source, Tokenizer, Train
@@ -43,7 +45,7 @@ def test_the_batches_that_the_original_trained_on(fixtures: Path, variant: str, 
     run = load_config(yml, [*paths, f"train.batch_size={batch}"])
     expected = np.load(neox / "data" / file).reshape(10, batch, 33)
     for step in reversed(range(10)):
-        tokens, labels, loss_mask = batch_at(run, step)
+        tokens, labels, loss_mask, _ = batch_at(run, step)
         assert np.array_equal(tokens, expected[step, :, :-1]) and np.array_equal(labels, expected[step, :, 1:])
         assert loss_mask.all() and tokens.dtype == labels.dtype == np.int64 and loss_mask.dtype == bool
 
@@ -130,14 +132,14 @@ def test_accumulation_takes_the_same_samples(tmp_path: Path) -> None:
     source = corpus(tmp_path / "x", [list(range(40))] * 9)
     whole = config(source, batch=4)
     parts = whole.model_copy(update={"train": Train(steps=4, micro_batch_size=1, accumulation=4)})
-    assert all(np.array_equal(batch_at(whole, step), batch_at(parts, step)) for step in range(4))
+    assert all(np.array_equal(batch_at(whole, step).tokens, batch_at(parts, step).tokens) for step in range(4))
 
 
 def test_no_loss_after_the_end_of_a_document(tmp_path: Path) -> None:
     source = corpus(tmp_path / "x", [[7, 8, 9, 0]] * 20)
     run = config(source, mask_after_eod=True).model_copy(update={"tokenizer": Tokenizer(kind="char")})
-    tokens, labels, loss_mask = batch_at(run, 0)
-    assert (
+    tokens, labels, loss_mask, documents = batch_at(run, 0)
+    assert documents is None and (
         np.array_equal(loss_mask, tokens != 0)
         and (labels[tokens == 9] == 0).all()
         and (labels[~loss_mask] == -100).all()
@@ -152,10 +154,71 @@ def test_padding_is_not_trained_on_unless_the_originals_numbers_are_asked_for(tm
     assert batch_at(run.model_copy(update={"neox_exact": True}), 0).loss_mask.all()
 
 
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=4, max_size=12),
+    packing=st.sampled_from(["packed", "pack_until_overflow"]),
+    length=st.integers(3, 12),
+    seed=st.integers(0, 99),
+)
+def test_documents_of_a_batch(tmp_path_factory, lengths: list[int], packing: str, length: int, seed: int) -> None:
+    """Against the pieces that each row is made of: numbers, labels at borders, and a number of its own for filling."""
+    folder = tmp_path_factory.mktemp("x")
+    source = corpus(folder / "x", [list(range(1, 1 + n)) for n in lengths])
+    run = config(source, length=length, packing=packing, mask_documents=True).model_copy(update={"seed": seed})
+    samples = open_data(run)
+    for step in range(4):
+        batch = samples.batch(step)
+        assert batch.documents is not None and batch.documents.dtype == np.int64
+        for row, position in enumerate(samples.positions(step).tolist()):
+            sizes = [piece.stop - piece.start for piece in samples.pieces(position)]
+            numbers = [number for number, size in enumerate(sizes) for _ in range(size)][: length + 1]
+            numbers += [len(sizes)] * (length + 1 - len(numbers))
+            assert batch.documents[row].tolist() == numbers[:-1]
+            text, aligned = samples.sample(position)
+            same = np.diff(numbers) == 0
+            assert np.array_equal(batch.labels[row], np.where(same, aligned[1:], -100))
+            assert np.array_equal(batch.tokens[row], text[:-1])
+
+
+@pytest.mark.parametrize("packing", ["packed", "pack_until_overflow"])
+def test_editing_a_document_never_changes_anothers_logits_or_losses(tmp_path: Path, packing: str) -> None:
+    torch = pytest.importorskip("torch", reason="needs torch")
+    from castalia.model.init import initialize
+    from castalia.model.transformer import Transformer
+
+    shape = Model(num_layers=2, hidden_size=16, num_heads=2, vocab_size=50, max_positions=24)
+    model = Transformer(shape).eval()
+    initialize(model, shape, seed=1)
+    random = np.random.RandomState(3)
+    documents = [random.randint(1, 40, size).tolist() for size in (5, 9, 3, 12, 7, 2, 30, 4)]
+    edited = [[49] * len(tokens) if number % 2 else tokens for number, tokens in enumerate(documents)]
+    found = []
+    for name, content in (("a", documents), ("b", edited)):
+        run = config(corpus(tmp_path / name, content), length=24, packing=packing, mask_documents=True)
+        samples = open_data(run)
+        batch = samples.batch(0)
+        tokens, numbers, labels = (torch.from_numpy(a) for a in (batch.tokens, batch.documents, batch.labels))
+        with torch.no_grad():
+            logits = model(tokens, documents=numbers)
+            alone = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0] * (labels >= 0)
+            total, count = model(tokens, labels, documents=numbers)
+        assert count == (labels >= 0).sum() and torch.allclose(-alone.sum(), total, atol=1e-3)
+        found.append((samples, batch, logits, alone))
+    kept = np.zeros(batch.tokens.shape, bool)
+    for row, position in enumerate(samples.positions(0).tolist()):
+        at = 0
+        for piece in samples.pieces(position):
+            kept[row, at : at + piece.stop - piece.start] = piece.document % 2 == 0
+            at += piece.stop - piece.start
+    assert kept.any() and not kept.all()
+    (_, _, logits, losses), (_, _, other_logits, other_losses) = found
+    assert torch.equal(logits[kept], other_logits[kept]) and torch.equal(losses[kept], other_losses[kept])
+    assert not torch.equal(logits[~kept], other_logits[~kept])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mask_documents": True}, "data.mask_documents"),
         ({"packing": "unpacked"}, "needs labels"),
         ({"length": 5000}, "one whole sample|do not fill"),
     ],
