@@ -81,6 +81,19 @@ class StoredTensor:
                 self._read_part(extent, here, out[there] if there else out)
         return out
 
+    def verify(self) -> None:
+        """Raises CheckpointError unless the bytes of all extents have the checksums that were written."""
+        for extent in self.extents:
+            if extent.crc32 is None:
+                continue
+            left, crc = math.prod(extent.shape) * self.dtype.itemsize, 0
+            with open(extent.path, "rb", buffering=0) as file:
+                file.seek(extent.offset)
+                while left and (data := file.read(min(left, CHUNK_BYTES))):
+                    crc, left = zlib.crc32(data, crc), left - len(data)
+            self._check_size(extent)
+            self._check_crc(extent, crc)
+
     def _read_part(self, extent: Extent, part: Region, out: torch.Tensor) -> None:
         try:
             if _is_one_run(part, extent.shape):
@@ -109,10 +122,15 @@ class StoredTensor:
                     self._check_size(extent)
                 crc = zlib.crc32(data[done : done + count], crc)
                 done += count
-        if extent.crc32 is not None and tuple(buffer.shape) == extent.shape and crc != extent.crc32:
+        if extent.crc32 is not None and tuple(buffer.shape) == extent.shape:
+            self._check_crc(extent, crc)
+
+    def _check_crc(self, extent: Extent, crc: int) -> None:
+        if crc != extent.crc32:
+            end = extent.offset + math.prod(extent.shape) * self.dtype.itemsize
             raise CheckpointError(
-                f"{self.name}: {extent.path} is damaged: bytes {extent.offset} to {extent.offset + len(data)} "
-                f"have checksum {crc:08x}, {extent.crc32:08x} was written. Use another step, or a copy of this file."
+                f"{self.name}: {extent.path} is damaged: bytes {extent.offset} to {end} have checksum {crc:08x}, "
+                f"{extent.crc32:08x} was written. Use another step, or a copy of this file."
             )
 
     def _check_size(self, extent: Extent) -> None:

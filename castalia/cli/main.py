@@ -22,6 +22,7 @@ VERBS = {
     "config": ("castalia.cli.config", "Show, check or convert configs."),
     "plan": ("castalia.cli.plan", "Parameters, memory, time and disk of a config, before it runs."),
     "inspect": ("castalia.cli.inspect", "What is inside a checkpoint of any format."),
+    "convert": ("castalia.cli.convert", "Write a checkpoint in another format, optimizer state included."),
     "plot": ("castalia.cli.plot", "Curves of one or more runs."),
     "doctor": ("castalia.cli.doctor", "What this machine offers, and what each missing fast path costs."),
 }

@@ -98,7 +98,7 @@ def test_any_part_of_any_sharding_is_read(case: tuple) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         parts = [{"model": native.write_part(folder, "model", i, {"x": shards[0]})} for i, shards in enumerate(ranks)]
-        about = native._describe(Progress(), CONFIG, "") | {"optimizer_steps": None}
+        about = native.describe(Progress(), CONFIG, "") | {"optimizer_steps": None}
         native.write_manifest(folder, about, parts)
         stored = open_checkpoint(folder).model["x"]
         assert stored.shape == tuple(tensor.shape) and stored.dtype == tensor.dtype

@@ -73,6 +73,14 @@ def find_folder(path: str | Path, step: int | None = None) -> Path:
     return folder
 
 
+def find_steps(path: str | Path) -> dict[int, Path]:
+    """The folders of steps in a run or in a folder of checkpoints, in order."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise CheckpointError(f"{path} is no folder")
+    return _steps(folder) or (_steps(folder / "checkpoints") if (folder / "checkpoints").is_dir() else {})
+
+
 def _latest(folder: Path, steps: dict[int, Path]) -> Path:
     name = (folder / "latest").read_text(errors="replace").strip()
     named = inside(folder, name)

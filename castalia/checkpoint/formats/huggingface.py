@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from castalia.checkpoint.container import open_pt
-from castalia.checkpoint.rules import Chain, Interleave, Op, PermuteRows, Rule, Same, Transpose, per_block, to_ours
+from castalia.checkpoint.rules import (
+    Chain,
+    Interleave,
+    Op,
+    PermuteRows,
+    Role,
+    Rule,
+    Same,
+    Transpose,
+    per_block,
+    to_ours,
+)
 from castalia.checkpoint.stored import inside, open_safetensors
-from castalia.checkpoint.tensors import Checkpoint, Progress, TensorRef
+from castalia.checkpoint.tensors import AdamState, Checkpoint, Progress, TensorRef
 from castalia.config.schema import Data, Model, RopeScaling, RunConfig, Tokenizer
 from castalia.errors import CheckpointError
 
 CONFIG = "config.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # each may be an index of shards instead: + ".index.json"
+OPTIMIZER_FILES = ("optimizer.safetensors",)
+BESIDE = "castalia.json"  # a conversion's: optimizer steps, progress and the run's config
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+ROLES: tuple[Role, ...] = ("master", "exp_avg", "exp_avg_sq")
 OLD_BUFFERS = re.compile(r"(^|\.)(attn|attention)\.(masked_)?bias$|(^|\.)rotary_emb\.inv_freq$")
 ACTIVATIONS = {
     "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
@@ -265,30 +280,84 @@ def read(path: Path, tokenizer: str | None = None) -> Checkpoint:
     config, family = _read_config(path / CONFIG)
     model = _model(config, family)
     tensors, files = _open_weights(path)
-    named = {name.removeprefix(family.prefix): [ref] for name, ref in tensors.items()}
-    rules, notes = family.rules(model), []
-    if not model.tie_embeddings:
-        rules.append(Rule("head.weight", family.head))
-    elif named.pop(family.head, None):
+    named = _by_rank(tensors, family)
+    notes = []
+    if model.tie_embeddings and named.pop(family.head, []):
         notes.append(f"{family.head} is stored, but the config ties it to the embedding, which is used")
+    beside = _read_json(path / BESIDE) if (path / BESIDE).is_file() else {}
     try:
-        ours = to_ours(rules, named, ignore=OLD_BUFFERS.pattern)
+        ours = to_ours(table(family, model), named, ignore=OLD_BUFFERS.pattern)
+        optimizer = _optimizer(path, beside, family, model, ours)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    tokens = {key: config[key] for key in TOKEN_IDS if config[key] is not None}
     return Checkpoint(
         str(path),
         "huggingface",
         ours,
-        None,
-        Progress(),
-        RunConfig(
-            model=model,
-            data=Data(seq_length=min(model.max_positions or 2048, 2048)),
-            tokenizer=_tokenizer(path, tokenizer),
-        ),
+        optimizer,
+        Progress(**beside.get("progress", {})),
+        _run_config(path, config, family, model, beside, tokenizer),
         tuple(notes),
-        {"model_type": config["model_type"], "files": files, "dtype": config["dtype"] or config["torch_dtype"]},
+        {
+            "model_type": config["model_type"],
+            "files": files,
+            "dtype": config["dtype"] or config["torch_dtype"],
+            "token_ids": tokens,
+        },
+        beside.get("summed_bias_ranks", 1),
     )
+
+
+def table(family: Family, model: Model) -> list[Rule]:
+    """All rules of a model; their names are without the family's prefix."""
+    return family.rules(model) + ([] if model.tie_embeddings else [Rule("head.weight", family.head)])
+
+
+def _by_rank(tensors: Mapping[str, TensorRef], family: Family) -> dict[str, list[TensorRef]]:
+    return {name.removeprefix(family.prefix): [ref] for name, ref in tensors.items()}
+
+
+def _optimizer(
+    path: Path, beside: Mapping[str, Any], family: Family, model: Model, weights: Mapping[str, TensorRef]
+) -> dict[str, AdamState] | None:
+    """What a conversion put beside the weights: tensors `name.role`, by the same names and rules."""
+    steps = beside.get("optimizer_steps")
+    if steps is None:
+        return None
+    tensors, _ = _open_weights(path, OPTIMIZER_FILES)
+    found: dict[str, dict[str, TensorRef]] = {role: {} for role in ROLES}
+    for name, ref in tensors.items():
+        stem, _, role = name.rpartition(".")
+        found.setdefault(role, {})[stem] = ref
+    ours: dict[str, Mapping[str, TensorRef]] = {"master": weights}
+    for role in ROLES:
+        if found[role] or role != "master":  # fp32 weights are the masters
+            ours[role] = to_ours(table(family, model), _by_rank(found[role], family), role)
+    return {
+        name: AdamState(
+            master=ours["master"][name], exp_avg=ours["exp_avg"][name], exp_avg_sq=ours["exp_avg_sq"][name], step=step
+        )
+        for name, step in steps.items()
+    }
+
+
+def _run_config(
+    path: Path, config: Config, family: Family, model: Model, beside: Mapping[str, Any], tokenizer: str | None
+) -> RunConfig:
+    """The architecture of config.json. What a conversion noted of the training is kept where the two agree."""
+    words = _tokenizer(path, tokenizer)
+    if not beside.get("config"):
+        return RunConfig(model=model, data=Data(seq_length=min(model.max_positions or 2048, 2048)), tokenizer=words)
+    try:
+        run = RunConfig.model_validate(beside["config"])
+    except ValueError as error:
+        raise CheckpointError(f"{path / BESIDE}: the config in it is not one of this version: {error}") from error
+    told = {key for key in family.architecture(config) if not key.endswith("dropout")} | {"tie_embeddings"}
+    if run.model is None or run.model.padded_vocab_size != model.vocab_size:
+        told |= {"vocab_size", "vocab_multiple"}
+    merged = model if run.model is None else run.model.model_copy(update={key: getattr(model, key) for key in told})
+    return run.model_copy(update={"model": merged} | ({"tokenizer": words} if words.path else {}))
 
 
 def _read_config(path: Path) -> tuple[Config, Family]:
@@ -314,16 +383,16 @@ def _model(config: Config, family: Family) -> Model:
         raise config.refuse(f"not a usable config: {error}") from error
 
 
-def _open_weights(path: Path) -> tuple[dict[str, TensorRef], list[str]]:
+def _open_weights(path: Path, names: Sequence[str] = WEIGHT_FILES) -> tuple[dict[str, TensorRef], list[str]]:
     """All tensors by name, and the files that they are in."""
-    for name in WEIGHT_FILES:
+    for name in names:
         index = path / f"{name}.index.json"
         if (path / name).is_file():
             return _open_file(path / name), [name]
         if index.is_file():
             return _open_shards(path, index)
     raise CheckpointError(
-        f"{path} has a config.json but no weights: expected one of {', '.join(WEIGHT_FILES)}, or an index of "
+        f"{path} has a config.json but no weights: expected one of {', '.join(names)}, or an index of "
         "its shards. If it comes from a hub, some files were not fetched."
     )
 

@@ -31,8 +31,9 @@ import torch
 from pydantic import ValidationError
 
 import castalia
+from castalia.checkpoint.lazy import Cast
 from castalia.checkpoint.stored import DTYPE_NAMES, DTYPES, Extent, StoredTensor, inside, write_safetensors
-from castalia.checkpoint.tensors import AdamState, Checkpoint, Progress
+from castalia.checkpoint.tensors import AdamState, Checkpoint, Progress, TensorRef
 from castalia.config.schema import RunConfig
 from castalia.errors import CheckpointError
 
@@ -95,9 +96,9 @@ class Writer:
     ) -> None:
         """Copy now, write later. `optimizer`: name -> {exp_avg, exp_avg_sq, step}, the parameters being the masters."""
         self.join()
-        about = _describe(progress, config, data_fingerprint)
+        about = describe(progress, config, data_fingerprint)
         tensors = {"model": {name: _copy(tensor) for name, tensor in model.items()}}
-        steps = None
+        steps: dict[str, int] | None = None
         if optimizer is not None:
             tensors["optimizer"] = {
                 f"{name}.{kind}": _copy(state[kind]) for name, state in optimizer.items() for kind in MOMENTS
@@ -194,7 +195,7 @@ def write_part(folder: Path, kind: str, rank: int, shards: Mapping[str, Shard]) 
 def write_manifest(folder: Path, about: Mapping, ranks: list[dict[str, dict]]) -> None:
     """Join what all ranks wrote to one manifest, with a checksum of its own."""
     sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
-    manifest: dict = {**about, "files": sizes, "model": {}, "optimizer": {}}
+    manifest: dict = {**about, "files": sizes, "model": {}, "optimizer": {}, "weights": {}}
     for parts in ranks:
         for kind in parts:
             for name, entry in parts[kind].items():
@@ -255,8 +256,9 @@ def read(path: Path) -> Checkpoint:
     try:
         sizes = {str(name): int(size) for name, size in manifest["files"].items()}
         _check_files(path, sizes)
-        model = {name: _stored(path, name, entry) for name, entry in manifest["model"].items()}
-        optimizer = _optimizer(path, manifest, model)
+        stored = {name: _stored(path, name, entry) for name, entry in manifest["model"].items()}
+        optimizer = _optimizer(path, manifest, stored)
+        model: dict[str, TensorRef] = {**stored, **_weights(path, manifest, stored)}
         progress = Progress(**manifest["progress"])
         config = None if manifest["config"] is None else RunConfig.model_validate(manifest["config"])
         versions = manifest["versions"]
@@ -265,7 +267,10 @@ def read(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path / MANIFEST}: the config in it is not one of this version: {error}") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / MANIFEST} is malformed: {error!r}") from error
-    return Checkpoint(str(path), "native", model, optimizer, progress, config, details=details)
+    summed = manifest.get("summed_bias_ranks", 1)
+    return Checkpoint(
+        str(path), "native", model, optimizer, progress, config, details=details, summed_bias_ranks=summed
+    )
 
 
 def _check_files(path: Path, sizes: Mapping[str, int]) -> None:
@@ -331,12 +336,25 @@ def _optimizer(path: Path, manifest: Mapping, model: Mapping[str, StoredTensor])
     }
 
 
-def _describe(progress: Progress, config: RunConfig, data_fingerprint: str) -> dict:
+def _weights(path: Path, manifest: Mapping, masters: Mapping[str, StoredTensor]) -> Mapping[str, TensorRef]:
+    """Converted checkpoints: 16-bit weights that are the masters rounded, or stored beside them where they are not."""
+    rounded = manifest.get("rounded_weights", {})
+    beside = manifest.get("weights", {})
+    stored = {name: _stored(path, name, entry) for name, entry in beside.items()}
+    return stored | {
+        name: Cast(masters[name], DTYPES[dtype])
+        for name, dtype in rounded.items()
+        if name not in stored and DTYPES[dtype] != masters[name].dtype
+    }
+
+
+def describe(progress: Progress, config: RunConfig | None, data_fingerprint: str) -> dict:
+    """The manifest's part that is not about tensors."""
     versions = {"castalia": castalia.__version__, "torch": torch.__version__, "python": platform.python_version()}
     return {
         "version": VERSION,
         "progress": asdict(progress),
-        "config": config.model_dump(mode="json"),
+        "config": None if config is None else config.model_dump(mode="json"),
         "data_fingerprint": data_fingerprint,
         "versions": versions,
     }

@@ -1,0 +1,225 @@
+"""From a checkpoint of any format to files of another: planned, written file by file, and complete or absent.
+
+The files are written into `DST.partial`, each under a temporary name, synced and renamed; a journal there says which
+are complete and what they were made from. The same command goes on from there. At the end the folder gets its name.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from importlib import import_module
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from castalia.checkpoint.lazy import Cast
+from castalia.checkpoint.stored import StoredTensor
+from castalia.checkpoint.tensors import AdamState, Checkpoint, TensorRef
+from castalia.checkpoint.writing import Advance, Output, Plan, Verified, WriteOptions, sync
+from castalia.errors import CheckpointError
+
+JOURNAL = "conversion.jsonl"
+LATEST = "latest"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A format to convert to: the module with its `plan`, and how its folders of single steps are called."""
+
+    module: str
+    step_folder: str
+    nested: bool = False  # whether one checkpoint too is a folder with `latest` and a step's folder
+
+    def plan(self, checkpoint: Checkpoint, options: WriteOptions) -> Plan:
+        return import_module(self.module).plan(checkpoint, options)
+
+
+TARGETS = {
+    "native": Target("castalia.checkpoint.formats.native_write", "step_{step:06d}"),
+    "hf": Target("castalia.checkpoint.formats.huggingface_write", "step{step}"),
+}
+
+
+def prepare(checkpoint: Checkpoint, dtype: torch.dtype | None = None, optimizer: bool = True) -> Checkpoint:
+    """The checkpoint as it is to be written: weights cast (from the masters where there are any), checksums verified.
+
+    Without `optimizer` there is no state; what is left then is enough to run the model and to train it on.
+    """
+    model, state = dict(checkpoint.model), checkpoint.optimizer
+    if checkpoint.format == "native":
+        checked: dict[int, Verified] = {}
+        model = {name: _checked(ref, checked) for name, ref in model.items()}
+        state = state and {
+            name: AdamState(
+                master=_checked(each["master"], checked),
+                exp_avg=_checked(each["exp_avg"], checked),
+                exp_avg_sq=_checked(each["exp_avg_sq"], checked),
+                step=each["step"],
+            )
+            for name, each in state.items()
+        }
+    if dtype is not None:
+        sources = {name: state[name]["master"] if state and name in state else ref for name, ref in model.items()}
+        model = {name: ref if ref.dtype == dtype else Cast(ref, dtype) for name, ref in sources.items()}
+    return replace(checkpoint, model=model, optimizer=state if optimizer else None)
+
+
+def _checked(ref: TensorRef, known: dict[int, Verified]) -> TensorRef:
+    """The tensor with its checksums verified. A tensor that is weight and master stays one."""
+    if isinstance(ref, Cast):
+        return Cast(_checked(ref.source, known), ref.dtype)
+    if not isinstance(ref, StoredTensor):
+        return ref
+    return known.setdefault(id(ref), Verified(ref))
+
+
+def identity(checkpoint: Checkpoint, options: WriteOptions, plan: Plan) -> str:
+    """A fingerprint of what is written from what: names, sizes and times of the source's files, options and plan."""
+    root = Path(checkpoint.path)
+    found = sorted((str(path.relative_to(root)), path.stat()) for path in root.rglob("*") if path.is_file())
+    source = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
+    kinds = [(name, str(ref.dtype)) for name, ref in checkpoint.model.items()]
+    files = [(output.name, output.num_bytes) for output in plan.outputs]
+    content = [str(root.resolve()), source, kinds, repr(options), files]
+    return blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+
+
+def check_destination(source: Path, target: Path, force: bool) -> None:
+    """Raises CheckpointError if something is in the way, or lies so that it would be destroyed."""
+    source, resolved = source.resolve(), target.resolve()
+    if resolved == source or resolved in source.parents or source in resolved.parents:
+        raise CheckpointError(f"{target}: a checkpoint cannot be converted into its own folder, nor around it")
+    if target.exists() and not force:
+        raise CheckpointError(f"{target} exists already; name another folder, or replace it with --force")
+    if target.is_file():
+        raise CheckpointError(f"{target} is a file, not a folder")
+
+
+def write(plan: Plan, target: Path, mark: str, advance: Advance, *, inside: str = "", force: bool = False) -> int:
+    """Write all files that are not there yet and give the folder its name. Returns how many were there already.
+
+    `inside`: name of a step's folder in `target`, to which `latest` then points. `mark`: see `identity`.
+    """
+    partial = target.with_name(target.name + ".partial")
+    with _open_journal(partial) as journal:
+        done = _completed(journal, partial, mark)
+        _check_space(partial, sum(output.num_bytes for output in plan.outputs if output.name not in done))
+        folder = partial / inside
+        folder.mkdir(parents=True, exist_ok=True)
+        results = {name: entry["result"] for name, entry in done.items()}
+        with ThreadPoolExecutor(1) as syncing:  # a file goes to disk while the next is written
+            waiting: list[Future[None]] = []
+            for output in plan.outputs:
+                if output.name in done:
+                    advance(output.num_bytes)
+                    continue
+                part, results[output.name] = _write_one(output, folder, advance)
+                entry = {"name": output.name, "result": results[output.name]}
+                waiting.append(syncing.submit(_complete, part, folder / output.name, journal, entry))
+            for each in waiting:
+                each.result()
+        plan.finish(folder, results)
+        if inside:
+            (partial / LATEST).write_text(inside)
+        for path in [*partial.rglob("*"), partial]:
+            sync(path)
+        (partial / JOURNAL).unlink()
+    _take_place(partial, target, force)
+    return len(done)
+
+
+def name_latest(folder: Path, step_folder: str) -> None:
+    """Let `latest` name the newest step of a series."""
+    temporary = folder / (LATEST + ".tmp")
+    temporary.write_text(step_folder)
+    os.replace(temporary, folder / LATEST)
+
+
+def _write_one(output: Output, folder: Path, advance: Advance) -> tuple[Path, Any]:
+    final = folder / output.name
+    final.parent.mkdir(parents=True, exist_ok=True)
+    part = final.with_name(final.name + ".part")
+    return part, output.write(part, advance)
+
+
+def _complete(part: Path, final: Path, journal: IO[str], entry: Mapping[str, Any]) -> None:
+    sync(part)
+    os.replace(part, final)
+    journal.write(json.dumps(entry) + "\n")
+    journal.flush()
+
+
+def _open_journal(partial: Path) -> IO[str]:
+    """The journal of an unfinished conversion, locked; a new one if there is none."""
+    if partial.exists() and not (partial / JOURNAL).is_file():
+        raise CheckpointError(f"{partial} is in the way, and it is no unfinished conversion; move it away")
+    partial.mkdir(parents=True, exist_ok=True)
+    journal = open(partial / JOURNAL, "a+")  # noqa: SIM115 - the caller closes it
+    try:
+        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        journal.close()
+        raise CheckpointError(f"{partial} is being written by another conversion; wait for it, or stop it") from None
+    return journal
+
+
+def _completed(journal: IO[str], partial: Path, mark: str) -> dict[str, dict]:
+    """The files that an earlier run of the same conversion finished. Leftovers of another one are removed."""
+    journal.seek(0)
+    entries = []
+    for line in journal.read().splitlines():
+        try:
+            entries.append(json.loads(line))
+        except ValueError:  # cut off when the program died
+            break
+    if entries[:1] != [{"mark": mark}]:
+        entries = [{"mark": mark}]
+        for path in partial.iterdir():
+            if path.name != JOURNAL:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    journal.truncate(0)
+    journal.writelines(json.dumps(entry) + "\n" for entry in entries)
+    journal.flush()
+    return {entry["name"]: entry for entry in entries[1:]}
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise CheckpointError(
+            f"{folder}: {needed / 1e9:.1f} GB are to be written, {free / 1e9:.1f} GB are free; nothing is written. "
+            "Make room, or leave out the optimizer state with --no-optimizer"
+        )
+
+
+def _take_place(partial: Path, target: Path, force: bool) -> None:
+    old = target.with_name(target.name + ".old")
+    if target.exists():
+        if not force:
+            raise CheckpointError(f"{target} has come into being meanwhile; the result is in {partial}")
+        target.rename(old)
+    partial.rename(target)
+    sync(target.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def steps_of(folder: Path, wanted: Sequence[int] | None, found: Mapping[int, Path]) -> dict[int, Path]:
+    """The steps of a run that a series is made of. Raises CheckpointError for a wanted one that is not there."""
+    if not found:
+        raise CheckpointError(f"{folder} holds no folders of steps; --all-steps needs a run, or a folder of steps")
+    if wanted is None:
+        return dict(found)
+    if missing := [step for step in wanted if step not in found]:
+        raise CheckpointError(
+            f"{folder} has no checkpoint of step {', '.join(map(str, missing))}; there are {', '.join(map(str, found))}"
+        )
+    return {step: found[step] for step in wanted}

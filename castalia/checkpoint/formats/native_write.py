@@ -1,0 +1,87 @@
+"""Writing checkpoints of other formats as Castalia's own. (A training run saves with `native.Writer`.)
+
+The masters are the model's tensors. 16-bit weights are their rounding, which the manifest notes; weights that are not
+the rounding of their masters (averages over ranks that drifted apart, say) are stored beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from castalia.checkpoint.formats.native import describe, write_manifest
+from castalia.checkpoint.stored import DTYPE_NAMES
+from castalia.checkpoint.tensors import Checkpoint, TensorRef
+from castalia.checkpoint.tokenizer_files import our_tokenizer
+from castalia.checkpoint.writing import (
+    Advance,
+    Output,
+    Plan,
+    Watched,
+    WriteOptions,
+    num_bytes,
+    shards,
+    write_tensors,
+)
+
+
+def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
+    """The files of a step's folder. The tokenizer lies in `tokenizer/`."""
+    state = checkpoint.optimizer or {}
+    apart = {name for name in state if state[name]["master"] != checkpoint.model[name]}
+    model: dict[str, TensorRef] = {
+        name: Watched(state[name]["master"], ref) if name in apart else ref for name, ref in checkpoint.model.items()
+    }
+    moments = {f"{name}.exp_avg": each["exp_avg"] for name, each in state.items()}
+    moments |= {f"{name}.exp_avg_sq": each["exp_avg_sq"] for name, each in state.items()}
+    parts = [
+        _part(kind, rank, group)
+        for kind, tensors in (("model", model), ("optimizer", moments))
+        for rank, group in enumerate(shards(tensors, options.shard_bytes) if tensors else [])
+    ]
+    about = describe(checkpoint.progress, checkpoint.config, str(checkpoint.details.get("data_fingerprint", "")))
+    about |= {
+        "optimizer_steps": None
+        if checkpoint.optimizer is None
+        else {name: each["step"] for name, each in state.items()},
+        "rounded_weights": {name: DTYPE_NAMES[checkpoint.model[name].dtype] for name in sorted(apart)},
+        "summed_bias_ranks": checkpoint.summed_bias_ranks,
+    }
+
+    def finish(folder: Path, results: Mapping[str, Any]) -> None:
+        entries = [results[part.name]["entries"] for part in parts]
+        if others := [name for part in parts for name in results[part.name]["not_rounded"]]:
+            weights = {name: checkpoint.model[name] for name in others}
+            entries.append(_write(folder / "weights-00000.safetensors", "weights", weights, lambda count: None))
+        write_manifest(folder, about, entries)
+
+    tokenizer, notes = our_tokenizer(checkpoint)
+    return Plan((*parts, *tokenizer), notes, finish)
+
+
+def _part(kind: str, rank: int, tensors: Mapping[str, TensorRef]) -> Output:
+    name = f"{kind}-{rank:05d}.safetensors"
+
+    def write(path: Path, advance: Advance) -> dict:
+        entries = _write(path, kind, tensors, advance, name)
+        others = [name for name, ref in tensors.items() if isinstance(ref, Watched) and not ref.rounds]
+        return {"entries": entries, "not_rounded": others}
+
+    return Output(name, sum(map(num_bytes, tensors.values())), write)
+
+
+def _write(
+    path: Path, kind: str, tensors: Mapping[str, TensorRef], advance: Advance, file: str | None = None
+) -> dict[str, dict]:
+    """Write a file and return what the manifest says of it. `file`: its name in the end."""
+    found = write_tensors(path, tensors, advance)
+    entries = {
+        name: {
+            "shape": list(ref.shape),
+            "dtype": DTYPE_NAMES[ref.dtype],
+            "extents": [{"file": file or path.name, "offset": found[name][0], "crc32": found[name][1]}],
+        }
+        for name, ref in tensors.items()
+    }
+    return {kind: entries}

@@ -1,0 +1,214 @@
+"""What the writers of all formats share: a plan of files, each written alone, piece by piece, in bounded memory.
+
+A format's `plan(checkpoint, options)` says which files a checkpoint becomes. Nothing is read until one is written.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from castalia.checkpoint.stored import DTYPE_NAMES, StoredTensor, as_bytes
+from castalia.checkpoint.tensors import Slices, TensorRef
+
+PIECE_BYTES = 32 << 20
+SHARD_BYTES = 4 << 30
+SAME_SIZE_INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+Advance = Callable[[int], None]  # called with the bytes written since the last call
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Over how many ranks files are laid out. `pp` 0 is the layout without a pipeline, one file of weights a rank."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    zero: Literal[0, 1] = 0
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    layout: Layout = Layout()
+    era: Literal["v1", "head"] = "head"
+    shard_bytes: int = SHARD_BYTES  # formats without ranks cut their weights into files of about this size
+
+
+@dataclass(frozen=True)
+class Output:
+    """A file to be written. `write` gives a JSON value that `Plan.finish` gets."""
+
+    name: str  # path below the checkpoint's folder
+    num_bytes: int
+    write: Callable[[Path, Advance], Any]
+
+
+def _nothing_left(folder: Path, results: Mapping[str, Any]) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Plan:
+    outputs: tuple[Output, ...]
+    notes: tuple[str, ...] = ()  # what this hop changes by nature, and what it leaves out
+    finish: Callable[[Path, Mapping[str, Any]], None] = _nothing_left  # writes what needs the results of all outputs
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(output.num_bytes for output in self.outputs)
+
+
+def pieces(ref: TensorRef, piece_bytes: int = PIECE_BYTES) -> Iterator[torch.Tensor]:
+    """The tensor in row-major order, some rows at a time."""
+    if not ref.shape:
+        yield ref.read()
+        return
+    step = max(1, piece_bytes // max(1, math.prod(ref.shape[1:]) * ref.dtype.itemsize))
+    for start in range(0, ref.shape[0], step):
+        yield ref.read([slice(start, min(start + step, ref.shape[0]))])
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items; each is made in another thread while the one before is in use."""
+    end = object()
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, items, end)
+            yield item  # type: ignore[misc]
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one shape and dtype are equal, NaNs and signs of zeros included."""
+    integers = SAME_SIZE_INT[a.dtype.itemsize]
+    return torch.equal(a.contiguous().view(integers), b.contiguous().view(integers))
+
+
+def num_bytes(ref: TensorRef) -> int:
+    return math.prod(ref.shape) * ref.dtype.itemsize
+
+
+def shards(tensors: Mapping[str, TensorRef], limit: int) -> list[dict[str, TensorRef]]:
+    """The tensors in order, in groups of at most `limit` bytes; a larger tensor is a group of its own."""
+    groups: list[dict[str, TensorRef]] = [{}]
+    size = 0
+    for name, ref in tensors.items():
+        if groups[-1] and size + num_bytes(ref) > limit:
+            groups.append({})
+            size = 0
+        groups[-1][name] = ref
+        size += num_bytes(ref)
+    return groups
+
+
+def write_tensors(path: Path, tensors: Mapping[str, TensorRef], advance: Advance) -> dict[str, list[int]]:
+    """Write a safetensors file and return the offset of the first byte and the CRC-32 of each tensor."""
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, ref in tensors.items():
+        start, end = end, end + num_bytes(ref)
+        header[name] = {"dtype": DTYPE_NAMES[ref.dtype], "shape": list(ref.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    base = 8 + len(text)
+    found = {name: [base + header[name]["data_offsets"][0], 0] for name in tensors}
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, data in ahead((name, as_bytes(piece)) for name, ref in tensors.items() for piece in pieces(ref)):
+            file.write(data)
+            found[name][1] = zlib.crc32(data, found[name][1])
+            advance(len(data))
+    return found
+
+
+def tensors_output(name: str, tensors: Mapping[str, TensorRef]) -> Output:
+    """A safetensors file."""
+    size = sum(num_bytes(ref) for ref in tensors.values())
+    return Output(name, size, lambda path, advance: write_tensors(path, tensors, advance))
+
+
+def bytes_output(name: str, data: bytes | str) -> Output:
+    """A small file whose content is known."""
+    content = data.encode() if isinstance(data, str) else data
+    return Output(name, len(content), lambda path, advance: write_bytes(path, content, advance))
+
+
+def json_output(name: str, value: object) -> Output:
+    return bytes_output(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_bytes(path: Path, content: bytes, advance: Advance) -> None:
+    path.write_bytes(content)
+    advance(len(content))
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's or folder's content is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass
+class Verified:
+    """A stored tensor whose checksums are verified before any part of it is read."""
+
+    source: StoredTensor
+    verified: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
+
+    def read(self, slices: Slices | None = None) -> torch.Tensor:
+        if not self.verified:
+            self.source.verify()
+            self.verified = True
+        return self.source.read(slices)
+
+
+@dataclass
+class Watched:
+    """A master that is read beside its weight and notes whether the weight is its rounding."""
+
+    master: TensorRef
+    weight: TensorRef
+    rounds: bool = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.master.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.master.dtype
+
+    def read(self, slices: Slices | None = None) -> torch.Tensor:
+        value = self.master.read(slices)
+        if self.rounds and not same_bits(value.to(self.weight.dtype), self.weight.read(slices)):
+            self.rounds = False
+        return value
+
+
+def named_groups(stem: str, groups: Sequence[Mapping[str, TensorRef]]) -> dict[str, Mapping[str, TensorRef]]:
+    """File names as Hugging Face has them: `stem.safetensors`, or numbered ones."""
+    if len(groups) == 1:
+        return {f"{stem}.safetensors": groups[0]}
+    return {f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}

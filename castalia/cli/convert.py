@@ -1,0 +1,188 @@
+"""`castalia convert`: a checkpoint in another format, with its optimizer state, and the proof that it is the same."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from castalia.checkpoint.tensors import Checkpoint
+    from castalia.checkpoint.writing import Advance, Layout, Plan, WriteOptions
+
+
+def command(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="a run, or a checkpoint of any format")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="the folder to be written")],
+    to: Annotated[Literal["native", "hf", "neox", "megatron-deepspeed"], typer.Option(help="the format of DST")],
+    layout: Annotated[
+        str | None, typer.Option(help="ranks of the files, as tp=2,pp=4,dp=8,zero=1; pp=0: no pipeline layout")
+    ] = None,
+    era: Annotated[Literal["v1", "head"] | None, typer.Option(help="of NeoX's files; default: head")] = None,
+    dtype: Annotated[
+        Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="of the weights; default: as they are")
+    ] = None,
+    optimizer: Annotated[bool, typer.Option("--optimizer/--no-optimizer", help="with masters and moments")] = True,
+    verify: Annotated[bool, typer.Option("--verify", help="run both on probe tokens and compare all tensors")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be written, and stop")] = False,
+    force: Annotated[bool, typer.Option("--force", help="replace DST")] = False,
+    all_steps: Annotated[bool, typer.Option("--all-steps", help="one folder in DST for each step of SRC")] = False,
+    steps: Annotated[str | None, typer.Option(help="with --all-steps: only these, as 0,1,2,4")] = None,
+    step: Annotated[int | None, typer.Option(help="which of several checkpoints; default: the latest")] = None,
+    config: Annotated[str | None, typer.Option(help="training config, where none lies with the files")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="tokenizer file, where SRC has none")] = None,
+    gqa_rows: Annotated[Literal["old", "new"] | None, typer.Option(help="NeoX: order of grouped queries")] = None,
+    rms_eps: Annotated[Literal["inside", "outside"] | None, typer.Option(help="NeoX: place of the epsilon")] = None,
+) -> None:
+    """Write a checkpoint in another format: weights, masters, moments, step, config and tokenizer.
+
+    DST is complete or absent. After an interruption the same command goes on where it stopped.
+    """
+    from castalia.checkpoint import convert
+    from castalia.checkpoint.formats import find_steps, open_checkpoint
+    from castalia.checkpoint.writing import WriteOptions
+    from castalia.errors import ConfigError
+
+    if to not in convert.TARGETS:
+        raise ConfigError(f"--to {to} is not there yet; use {' or '.join(convert.TARGETS)}")
+    if to in ("native", "hf") and (layout or era):
+        raise ConfigError(f"--to {to} has no ranks and no eras: leave out --layout and --era")
+    if all_steps and step is not None:
+        raise ConfigError("--all-steps and --step exclude each other; choose steps with --steps")
+    if steps and not all_steps:
+        raise ConfigError("--steps chooses among --all-steps; for one step use --step")
+    options = WriteOptions(layout=parse_layout(layout), era=era or "head")
+    hints = {"config": config, "tokenizer": tokenizer, "gqa_rows": gqa_rows, "rms_eps": rms_eps}
+    form = convert.TARGETS[to]
+
+    def opened(path: str | Path, which: int | None = None) -> Checkpoint:
+        return convert.prepare(open_checkpoint(path, step=which, **hints), _dtype(dtype), optimizer)
+
+    if not all_steps:
+        checkpoint = opened(source, step)
+        inside = form.step_folder.format(step=checkpoint.progress.step) if form.nested else ""
+        _one(checkpoint, form, target, options, inside, verify=verify, dry_run=dry_run, force=force)
+        return
+    wanted = _numbers(steps) if steps else None
+    for number, folder in convert.steps_of(Path(source), wanted, find_steps(source)).items():
+        name = form.step_folder.format(step=number)
+        if (target / name).exists() and not force:
+            print(f"{target / name} is there already", flush=True)
+            continue
+        checkpoint = opened(folder)
+        if not dry_run:
+            target.mkdir(parents=True, exist_ok=True)
+        _one(checkpoint, form, target / name, options, "", verify=verify, dry_run=dry_run, force=force)
+        if not dry_run:
+            convert.name_latest(target, name)
+
+
+def _one(
+    checkpoint: Checkpoint,
+    form: object,
+    target: Path,
+    options: WriteOptions,
+    inside: str,
+    *,
+    verify: bool,
+    dry_run: bool,
+    force: bool,
+) -> None:
+    """Plan, write, prove."""
+    from castalia.checkpoint import convert
+    from castalia.checkpoint.load import describe
+
+    assert isinstance(form, convert.Target)
+    convert.check_destination(Path(checkpoint.path), target, force)
+    plan = form.plan(checkpoint, options)
+    print(f"{describe(checkpoint)} -> {target}: {len(plan.outputs)} files, {_size(plan.num_bytes)}", flush=True)
+    for note in (*checkpoint.notes, *plan.notes):
+        print(f"  note: {note}")
+    if dry_run:
+        for output in plan.outputs:
+            print(f"  {Path(inside, output.name)}  {_size(output.num_bytes)}")
+        return
+    started = time.monotonic()
+    with _progress(plan) as advance:
+        try:
+            mark = convert.identity(checkpoint, options, plan)
+            kept = convert.write(plan, target, mark, advance, inside=inside, force=force)
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on from the files that are complete", file=sys.stderr)
+            raise
+    seconds = time.monotonic() - started
+    again = f" ({kept} files were complete already)" if kept else ""
+    print(f"wrote {target} in {seconds:.1f} s, {_size(plan.num_bytes / max(seconds, 1e-9))}/s{again}", flush=True)
+    if verify:
+        _verify(checkpoint, target)
+
+
+def _verify(checkpoint: Checkpoint, target: Path) -> None:
+    from castalia.checkpoint.formats import open_checkpoint
+    from castalia.checkpoint.verify import verify
+    from castalia.errors import CheckpointError
+
+    proof = verify(checkpoint, open_checkpoint(target))
+    print(proof)
+    if not proof.holds:
+        raise CheckpointError(f"{target} is written, but it is not the same model: {proof.difference}")
+
+
+def parse_layout(text: str | None) -> Layout:
+    """`tp=2,pp=4,dp=8,zero=1`; what is left out is one rank, without ZeRO."""
+    from castalia.checkpoint.writing import Layout
+    from castalia.errors import ConfigError
+
+    values: dict[str, int] = {}
+    for entry in (text or "").split(",") if text else ():
+        name, _, number = (word.strip() for word in entry.partition("="))
+        least = 0 if name in ("pp", "zero") else 1
+        if name not in ("tp", "pp", "dp", "zero") or not number.isdigit() or int(number) < least:
+            raise ConfigError(f"--layout {text}: {entry!r} is not understood; write for instance tp=2,pp=4,dp=8,zero=1")
+        values[name] = int(number)
+    if values.get("zero", 0) > 1:
+        raise ConfigError(
+            f"--layout {text}: files of ZeRO stage {values['zero']} are not written; use zero=0 or zero=1"
+        )
+    return Layout(**values)  # type: ignore[arg-type]
+
+
+def _numbers(text: str) -> list[int]:
+    from castalia.errors import ConfigError
+
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdigit() for word in words):
+        raise ConfigError(f"--steps {text}: give numbers separated by commas")
+    return [int(word) for word in words]
+
+
+def _dtype(name: str | None):  # noqa: ANN202 - a torch.dtype
+    import torch
+
+    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return names[name] if name else None
+
+
+@contextmanager
+def _progress(plan: Plan) -> Iterator[Advance]:
+    """A bar with the time left, on a terminal."""
+    if not sys.stdout.isatty():
+        yield lambda count: None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task("convert", total=plan.num_bytes)
+        yield lambda count: bar.advance(task, count)
+
+
+def _size(count: float) -> str:
+    exponent = min(3, int(math.log10(max(count, 1))) // 3)
+    return f"{count / 1000**exponent:.4g} {('B', 'KB', 'MB', 'GB')[exponent]}"
