@@ -10,7 +10,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # Test workers. Each runs torch on one thread.
 JOBS ?= 2
-DEMO_STEPS ?= 600
+DEMO_STEPS ?= 500
 PYTEST_ARGS ?=
 
 BIN := .venv/bin
