@@ -10,7 +10,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from castalia.config.schema import Parallel, RunConfig
 from castalia.model.transformer import Transformer
 from castalia.parallel.mesh import Mesh, stages_per_rank
-from castalia.parallel.pipeline import balanced_split, cut_stage, stages_of_rank
+from castalia.parallel.pipeline import cut_stage, stages_of_rank
 from castalia.parallel.recompute import apply_recompute, has_dropout
 from castalia.parallel.tensor import apply_tensor_parallel, replicate_rest
 
@@ -21,13 +21,12 @@ def build_stages(
     """This rank's part of the model by stage number (one stage, 0, without a pipeline), its parameters still unset."""
     assert cfg.model is not None
     num_stages = cfg.parallel.pp * stages_per_rank(cfg.parallel)
-    split = balanced_split(cfg.model, num_stages, cfg.data.seq_length)
     stages = {}
     for index in stages_of_rank(cfg.parallel, mesh.pp_rank):
         with torch.device("meta"):
             model = Transformer(cfg.model, compute_dtype=compute_dtype, exact=cfg.neox_exact)
         if num_stages > 1:
-            model = cut_stage(model, split[index], index == 0, index == num_stages - 1)
+            model = cut_stage(model, index, num_stages, cfg.data.seq_length)
         model = parallelize(model, mesh, cfg, compute_dtype)
         stages[index] = model.to_empty(device="cpu" if cfg.parallel.offload else device)
     return stages

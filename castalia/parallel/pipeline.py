@@ -16,11 +16,12 @@ from torch.distributed.pipelining.schedules import (
     ScheduleZBVZeroBubble,
 )
 
-from castalia.config.schema import Model, Parallel
+from castalia.config.schema import Parallel
 from castalia.errors import ConfigError
 from castalia.model.transformer import Transformer
 from castalia.parallel.mesh import Mesh, stages_per_rank
 from castalia.parallel.shards import local
+from castalia.plan.layout import stages
 
 SCHEDULES: dict[str, Any] = {
     "gpipe": ScheduleGPipe,
@@ -28,35 +29,6 @@ SCHEDULES: dict[str, Any] = {
     "interleaved": ScheduleInterleaved1F1B,
     "zero-bubble": ScheduleZBVZeroBubble,
 }
-
-
-def balanced_split(cfg: Model, num_stages: int, seq_length: int) -> list[range]:
-    """Blocks of each stage, so that the costliest stage is as cheap as can be. The head counts as the blocks it costs.
-
-    Cost in multiply-adds for each token; the embedding is a look-up and costs none.
-    """
-    h, d = cfg.hidden_size, cfg.head_size
-    block = (cfg.num_heads + 2 * cfg.kv_heads) * d * h + h * h + (3 if cfg.gated_mlp else 2) * h * cfg.mlp_width
-    block += seq_length * cfg.num_heads * d  # scores and their weighted sum, half of them masked
-    head = cfg.padded_vocab_size * h / block
-    best = None
-    for limit in range(1, cfg.num_layers + 1):  # blocks of a stage that is not the last
-        last = cfg.num_layers - limit * (num_stages - 1)
-        if last < 1:
-            last = 1
-        sizes = _sizes(cfg.num_layers - last, num_stages - 1) + [last]
-        if min(sizes) < 1:
-            continue
-        cost = max(*sizes[:-1], sizes[-1] + head) if num_stages > 1 else sizes[-1] + head
-        if best is None or cost < best[0]:
-            best = cost, sizes
-    assert best is not None
-    starts = [sum(best[1][:i]) for i in range(num_stages + 1)]
-    return [range(a, b) for a, b in zip(starts, starts[1:], strict=False)]
-
-
-def _sizes(total: int, parts: int) -> list[int]:
-    return [total // parts + (i < total % parts) for i in range(parts)] if parts else []
 
 
 def stages_of_rank(parallel: Parallel, pp_rank: int) -> list[int]:
@@ -67,17 +39,22 @@ def stages_of_rank(parallel: Parallel, pp_rank: int) -> list[int]:
     return [pp_rank + i * parallel.pp for i in range(count)]
 
 
-def cut_stage(model: Transformer, blocks: range, is_first: bool, is_last: bool) -> Transformer:
-    """Deletes from a model what other stages hold. Names stay those of the whole model."""
+def cut_stage(model: Transformer, index: int, num_stages: int, seq_length: int) -> Transformer:
+    """Deletes from a model what other stages hold. Names stay those of the whole model.
+
+    A tied embedding is kept by the first stage, which looks tokens up, and by the last one, whose head it is.
+    """
+    plan = stages(model.cfg, num_stages, seq_length)
+    first_block = sum(stage.layers for stage in plan[:index])
     for name in list(model.blocks):
-        if int(name) not in blocks:
+        if not first_block <= int(name) < first_block + plan[index].layers:
             del model.blocks[name]
-    if not is_first:
+    if not plan[index].first:
         model.positions = None
-        if not (is_last and model.cfg.tie_embeddings):
-            model.embed = None
-    if not is_last:
-        model.norm = None
+        if not (plan[index].last and model.cfg.tie_embeddings):
+            model.embed = None  # type: ignore[assignment]
+    if not plan[index].last:
+        model.norm = None  # type: ignore[assignment]
         model.head = None
     return model
 
@@ -87,7 +64,7 @@ class Pipeline:
 
     def __init__(
         self,
-        stages: dict[int, Transformer],
+        parts: dict[int, Transformer],
         mesh: Mesh,
         parallel: Parallel,
         num_micro_batches: int,
@@ -95,17 +72,16 @@ class Pipeline:
         compute_dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """`stages`: by their numbers. `micro_batch`: sequences of one, and their length on this context rank."""
+        """`parts`: this rank's stages by number. `micro_batch`: [sequences, their length on this context rank]."""
         check_micro_batches(parallel, num_micro_batches)
         num_stages = parallel.pp * stages_per_rank(parallel)
         last = num_stages - 1
-        hidden_size = next(iter(stages.values())).cfg.hidden_size
+        hidden_size = next(iter(parts.values())).cfg.hidden_size
         tokens = torch.empty(micro_batch, dtype=torch.int64, device="meta")
         between = torch.empty(*micro_batch, hidden_size, dtype=compute_dtype, device="meta", requires_grad=True)
         result = torch.empty((), device="meta"), torch.empty((), dtype=torch.int64, device="meta")
         self.group = mesh.pipeline.get_group()
-        self.stages, self.has_first, self.has_last = stages, 0 in stages, last in stages
-        self.last_rank = dist.get_global_rank(self.group, 0 if parallel.pipeline == "zero-bubble" else parallel.pp - 1)
+        self.has_first, self.has_last = 0 in parts, last in parts
         built = [
             PipelineStage(
                 stage,
@@ -116,18 +92,15 @@ class Pipeline:
                 output_args=result if index == last else (between,),
                 group=self.group,
             )
-            for index, stage in stages.items()
+            for index, stage in parts.items()
         ]
         single = parallel.pipeline in ("gpipe", "1f1b")
         self.schedule = SCHEDULES[parallel.pipeline](
             built[0] if single else built, num_micro_batches, loss_fn=self._weighted, scale_grads=False
         )
-        self.tied = [stages[i].embed.weight for i in (0, last) if i in stages and stages[i].cfg.tie_embeddings]
-        self.tie_group = _ends_group(mesh) if self._needs_tie_group(stages, parallel) else None
-
-    @staticmethod
-    def _needs_tie_group(stages: dict[int, Transformer], parallel: Parallel) -> bool:
-        return next(iter(stages.values())).cfg.tie_embeddings and parallel.pipeline != "zero-bubble"
+        self.tied = [parts[i].embed.weight for i in (0, last) if i in parts and parts[i].cfg.tie_embeddings]
+        tied = next(iter(parts.values())).cfg.tie_embeddings
+        self.tie_group = _ends_group(mesh) if tied and parallel.pipeline != "zero-bubble" else None
 
     @staticmethod
     def _weighted(output: tuple[Tensor, Tensor], weight: Tensor) -> Tensor:
@@ -151,7 +124,7 @@ class Pipeline:
 
     def _sum_tied_gradients(self) -> None:
         """The embedding's copies on the first and the last stage get the same gradient, so that they stay equal."""
-        grads = [local(weight.grad) for weight in self.tied]
+        grads = [local(weight.grad) for weight in self.tied if weight.grad is not None]
         if len(grads) == 2:  # both stages are on this rank
             grads[0] += grads[1]
             grads[1].copy_(grads[0])

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -58,7 +58,7 @@ def num_copies(tensor: Tensor) -> int:
     return copies
 
 
-def global_gradient_norm(parameters: Iterable[nn.Parameter], twice: Iterable[nn.Parameter] = ()) -> Tensor:
+def global_gradient_norm(parameters: Iterable[Tensor], twice: Iterable[Tensor] = ()) -> Tensor:
     """L2 norm of all gradients over all ranks of the run, each element counted once.
 
     `twice` are parameters whose equal gradients two pipeline stages hold: the tied embedding.

@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from castalia.model.loss import CHUNK_BYTES, IGNORE, scaled_gradients
-from castalia.model.transformer import Transformer
+from castalia.model.transformer import Block, Transformer
 
 
 class Replicated(ParallelStyle):
@@ -59,6 +59,7 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh, sequence_paralle
         "mlp.down": RowwiseParallel(output_layouts=inside),
     }
     for block in model.blocks.values():
+        assert isinstance(block, Block)
         present = {name: style for name, style in block_plan.items() if _find(block, name) is not None}
         parallelize_module(block, mesh, present)
         if block.attn.slopes is not None:
