@@ -26,7 +26,7 @@ demo: .venv/core.done
 	$(BIN)/castalia train demo/run
 	$(BIN)/castalia eval demo/run
 	$(BIN)/castalia plot demo/run --output demo/loss.png
-	$(BIN)/castalia generate demo/run --prompt "And the LORD said unto" --temperature 0.7 --max-tokens 160 --seed 1
+	$(BIN)/castalia generate demo/run --prompt "And the LORD said unto" --temperature 0.7 --max-tokens 160 --seed 2
 	@echo "-- all of it lies in $(CURDIR)/demo: tokenizer.json, kjv_text_document.bin and .idx, loss.png, run/ (config, metrics, checkpoints)"
 
 test: .venv/test.done
