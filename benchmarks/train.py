@@ -71,7 +71,7 @@ def ours(work: Work) -> Callable[[int], float]:
 
     keep_freed_memory()
     model = our_model(work, compute_dtype=DTYPES[work.precision]).train()
-    optimizer = make_optimizer(model, Optimizer(lr=1e-3, weight_decay=0.1))
+    optimizer = make_optimizer(dict(model.named_parameters()), Optimizer(lr=1e-3, weight_decay=0.1))
     rate = LearningRate(peak=1e-3, minimum=0.0, warmup=0.0, end=1, style="constant")
     step = TrainStep(model, optimizer, rate, BatchPlan(work.batch, work.batch, 1), seed=1, clip_norm=1.0)
     return lambda number: step(number, batch_of(number, work)).loss

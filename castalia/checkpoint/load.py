@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -24,6 +25,16 @@ TITLES = {
     "megatron-deepspeed": "Megatron-DeepSpeed",
     "huggingface": "Hugging Face",
 }
+
+
+class AnyOptimizer(Protocol):
+    """One of torch's, or several as one."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
+
+    @property
+    def state(self) -> Mapping[torch.Tensor, dict[str, Any]]: ...
 
 
 @dataclass(frozen=True)
@@ -94,35 +105,52 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> LoadReport:
     return LoadReport(len(targets), len(targets), elements, describe(checkpoint), notes=notes)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Fill AdamW's moments and steps, and the parameters from the fp32 masters. Call it after `load_weights`.
+def load_optimizer(optimizer: AnyOptimizer, model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Fill the optimizer's state, which must exist, and the parameters from the masters. Call it after `load_weights`.
 
-    Raises CheckpointError if the checkpoint has no state, or none for some parameter.
+    Raises CheckpointError if the checkpoint has no state, that of another optimizer, or none for some parameter.
     """
     if checkpoint.optimizer is None:
         raise CheckpointError(
             f"{checkpoint.path} holds no optimizer state, so it cannot be resumed. Start a new run from its weights "
             "with checkpoint.init_from, or go on with fresh moments with checkpoint.load_optimizer=false."
         )
-    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    targets = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in trained}
+    states = optimizer_state(optimizer, model)
+    targets = {name: parameter for name, parameter in model.named_parameters() if name in states}
+    saved = {name: state for name, state in checkpoint.optimizer.items() if name in targets}
     vocab_size = model.cfg.vocab_size if isinstance(model, Transformer) else None
-    moments = {name: state["exp_avg"] for name, state in checkpoint.optimizer.items() if name in targets}
-    _check(targets, moments, vocab_size, f"the optimizer state of {checkpoint.path}")
+    where = f"the optimizer state of {checkpoint.path}"
+    _check(targets, {name: state["master"] for name, state in saved.items()}, vocab_size, where)
+    for name, state in states.items():
+        theirs, ours = (set(each) - {"master", "step"} for each in (saved[name], state))
+        if theirs != ours:
+            raise CheckpointError(
+                f"{where} is that of another optimizer: {name} has {_listed(theirs)}, but this one needs "
+                f"{_listed(ours)}. Resume with the same optimizer.name and momentum, or go on with a fresh state with "
+                "checkpoint.load_optimizer=false."
+            )
+        for kind in ours:
+            _check({name: state[kind]}, {name: saved[name][kind]}, vocab_size, where)
     with torch.no_grad():
         for name, parameter in targets.items():
-            saved, state = checkpoint.optimizer[name], optimizer.state[parameter]
-            if saved["master"] is not checkpoint.model.get(name):
-                _fill(parameter, saved["master"])
-            _fill(state.setdefault("exp_avg", torch.empty_like(parameter)), saved["exp_avg"])
-            _fill(state.setdefault("exp_avg_sq", torch.empty_like(parameter)), saved["exp_avg_sq"])
-            state.setdefault("step", torch.zeros((), dtype=torch.float32)).fill_(saved["step"])
+            if saved[name]["master"] is not checkpoint.model.get(name):
+                _fill(parameter, saved[name]["master"])
+            for kind, tensor in states[name].items():
+                if kind == "step":
+                    tensor.fill_(saved[name]["step"])
+                else:
+                    _fill(tensor, saved[name][kind])
 
 
-def adam_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, dict]:
-    """AdamW's state by parameter name, as `Writer.save` takes it. Parameters that are not trained have none."""
-    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    return {names[parameter]: dict(state) for parameter, state in optimizer.state.items() if state}
+def _listed(kinds: set[str]) -> str:
+    return ", ".join(sorted(kinds)) or "nothing"
+
+
+def optimizer_state(optimizer: AnyOptimizer, model: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
+    """The state of each trained parameter by its name, as `Writer.save` takes it."""
+    trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    state = optimizer.state
+    return {name: state.get(parameter, {}) for name, parameter in model.named_parameters() if parameter in trained}
 
 
 def load_tokenizer_for(checkpoint: Checkpoint):  # noqa: ANN201 - any of the tokenizers of castalia.data.tokenizer

@@ -32,7 +32,10 @@ class TensorRef(Protocol):
 
 
 class AdamState(TypedDict):
-    """Optimizer state of one parameter; the three tensors are fp32 and have the parameter's shape."""
+    """Optimizer state of one parameter; the three tensors are fp32 and have the parameter's shape.
+
+    In our own checkpoints other optimizers than AdamW have other tensors beside `master`.
+    """
 
     master: TensorRef
     exp_avg: TensorRef

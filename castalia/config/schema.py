@@ -155,18 +155,35 @@ class Tokenizer(Section):
     merges: str | None = Field(None, description="merges.txt of GPT-2 BPE files")
 
 
+class ParameterGroup(Section):
+    match: str = Field(
+        description="regular expression, searched in the tensors' names; the first group that fits counts"
+    )
+    lr_scale: PositiveFloat = Field(1.0, description="times optimizer.lr")
+    weight_decay: NonNegativeFloat | None = Field(None, description="None: as without the group")
+
+
 class Optimizer(Section):
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "lion", "sgd", "adafactor", "muon"] = Field(
+        "adamw",
+        description="muon: on the matrices of the blocks, adamw on the rest; adafactor: lr is relative to the weights",
+    )
     lr: PositiveFloat = 3e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: PositiveFloat = 1e-8
+    betas: tuple[float, float] = Field((0.9, 0.95), description="of adamw, lion and muon's adamw")
+    eps: PositiveFloat = Field(1e-8, description="of adamw and muon's adamw")
+    momentum: Fraction = Field(0.95, lt=1.0, description="of sgd and muon")
     weight_decay: NonNegativeFloat = Field(0.1, description="on matrices and embeddings; never on norms and biases")
+    groups: tuple[ParameterGroup, ...] = Field((), description="tensors with a rate or a decay of their own")
     clip_norm: PositiveFloat | None = Field(1.0, description="largest gradient norm; None switches clipping off")
 
 
 class Schedule(Section):
-    style: Literal["constant", "linear", "cosine", "exponential"] = "cosine"
+    style: Literal["constant", "linear", "cosine", "exponential", "wsd", "inverse_sqrt"] = Field(
+        "cosine", description="wsd: constant, then linear over the last `cooldown`; inverse_sqrt: ~ 1 / sqrt(step)"
+    )
     warmup: Fraction = Field(0.01, le=1.0, description="share of the decay steps")
+    warmup_steps: NonNegativeInt | None = Field(None, description="the warm-up in steps; replaces warmup")
+    cooldown: Fraction = Field(0.2, le=1.0, description="of wsd: share of the decay steps in which the rate falls")
     decay_steps: PositiveInt | None = Field(None, description="None: train.steps * decay_fraction")
     decay_fraction: PositiveFloat | None = Field(None, le=1.0)
     min_lr: NonNegativeFloat = 0.0

@@ -14,7 +14,7 @@ from types import FrameType
 from torch import nn
 
 from castalia.checkpoint.formats.native import Writer
-from castalia.checkpoint.load import adam_state
+from castalia.checkpoint.load import optimizer_state
 from castalia.checkpoint.tensors import Progress
 from castalia.config.schema import RunConfig
 from castalia.data.loader import Batch, Samples, has_data, open_data
@@ -136,7 +136,7 @@ class Run:
     def save(self) -> None:
         """Copies and returns; the checkpoint is on disk after the next save, or when the run ends."""
         session = self.session
-        optimizer = adam_state(session.optimizer, session.model) if self.config.checkpoint.save_optimizer else None
+        optimizer = optimizer_state(session.optimizer, session.model) if self.config.checkpoint.save_optimizer else None
         parameters = dict(session.model.named_parameters())
         self.writer.save(parameters, optimizer, self.progress, self.config, session.data.fingerprint)
         self.saved_step = self.progress.step

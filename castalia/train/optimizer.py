@@ -1,15 +1,18 @@
-"""AdamW with the documented decay groups, the gradient norm, and fp16's loss scale."""
+"""The optimizer with its groups of parameters, the gradient norm, and fp16's loss scale."""
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from castalia.config.schema import LossScale, Optimizer
-from castalia.errors import TrainingError
+from castalia.config.schema import LossScale, Optimizer, ParameterGroup
+from castalia.errors import ConfigError, TrainingError
+from castalia.train.rules import AnyOptimizer, Lion, Together
 
 NORMS = {"norm", "norm1", "norm2", "qk_norm"}
 ROW_PARALLEL_BIASES = (".attn.out.bias", ".mlp.down.bias")
@@ -21,35 +24,88 @@ def decays(name: str) -> bool:
     return kind != "bias" and module not in NORMS
 
 
-def make_optimizer(model: nn.Module, cfg: Optimizer, summed_bias_ranks: int = 1) -> torch.optim.AdamW:
-    """AdamW whose state exists from the start, so that memory is taken at once and step 0 can be saved.
+def is_hidden_matrix(name: str) -> bool:
+    """Whether both dimensions grow with the model's width: all matrices inside the blocks."""
+    return name.startswith("blocks.") and decays(name)
+
+
+def make_optimizer(
+    parameters: Mapping[str, nn.Parameter],
+    cfg: Optimizer,
+    *,
+    summed_bias_ranks: int = 1,
+    width_multiplier: float = 1.0,
+) -> AnyOptimizer:
+    """The optimizer of the parameters that train. Its state exists from the start: memory is taken at once, and step 0
+    can be saved.
 
     `summed_bias_ranks` multiplies the rate of row-parallel biases: where the original added T copies of such a bias,
-    each of them took a full step.
+    each of them took a full step. `width_multiplier` is muP's: width over the width that the rates were found at.
+    Raises ConfigError if an entry of `optimizer.groups` matches nothing.
     """
-    groups: dict[tuple[float, int], list[nn.Parameter]] = defaultdict(list)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            scale = summed_bias_ranks if name.endswith(ROW_PARALLEL_BIASES) else 1
-            groups[cfg.weight_decay if decays(name) else 0.0, scale].append(parameter)
-    optimizer = torch.optim.AdamW(
-        [{"params": params, "weight_decay": decay, "lr_scale": scale} for (decay, scale), params in groups.items()],
-        lr=cfg.lr,
-        betas=cfg.betas,
-        eps=cfg.eps,
-        fused=True,
-    )
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-    return optimizer
+    trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+    for group in cfg.groups:
+        if not any(re.search(group.match, name) for name in trained):
+            known = ", ".join(dict.fromkeys(re.sub(r"^blocks\.\d+", "blocks.0", name) for name in trained))
+            raise ConfigError(f"optimizer.groups: {group.match!r} matches no tensor that trains; there are {known}")
+    kinds: dict[str, dict[tuple[float, float], list[nn.Parameter]]] = defaultdict(lambda: defaultdict(list))
+    for name, parameter in trained.items():
+        decay, scale = _decay_and_scale(name, cfg, width_multiplier)
+        if name.endswith(ROW_PARALLEL_BIASES):
+            scale *= summed_bias_ranks
+        kind = "adamw" if cfg.name == "muon" and not is_hidden_matrix(name) else cfg.name
+        kinds[kind][decay, scale].append(parameter)
+    optimizers = []
+    for kind, groups in kinds.items():
+        rows = [{"params": ps, "weight_decay": decay, "lr_scale": scale} for (decay, scale), ps in groups.items()]
+        optimizers.append(_optimizer(kind, rows, cfg))
+        for parameter in (p for row in rows for p in row["params"]):
+            optimizers[-1].state[parameter] = _fresh_state(kind, parameter, cfg)
+    return optimizers[0] if len(optimizers) == 1 else Together(optimizers)
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def _decay_and_scale(name: str, cfg: Optimizer, width_multiplier: float) -> tuple[float, float]:
+    """Weight decay and learning-rate factor of a tensor; of several matching groups the first counts.
+
+    Under muP adaptive rules take smaller steps in hidden matrices, SGD larger ones in all others; decay stays the same.
+    """
+    found = next((group for group in cfg.groups if re.search(group.match, name)), ParameterGroup(match=name))
+    wanted = cfg.weight_decay if found.weight_decay is None else found.weight_decay
+    decay = wanted if decays(name) or found.weight_decay is not None else 0.0
+    hidden = is_hidden_matrix(name)
+    matrices, others = (1.0, width_multiplier) if cfg.name == "sgd" else (1 / width_multiplier, 1.0)
+    factor = matrices if hidden else others
+    return decay / factor, found.lr_scale * factor
+
+
+def _optimizer(kind: str, groups: list[dict[str, Any]], cfg: Optimizer) -> torch.optim.Optimizer:
+    match kind:
+        case "lion":
+            return Lion(groups, lr=cfg.lr, betas=cfg.betas)
+        case "sgd":
+            return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum)
+        case "adafactor":
+            return torch.optim.Adafactor(groups, lr=cfg.lr)
+        case "muon":  # with steps as large as AdamW's, so that one rate and one decay suit both
+            return torch.optim.Muon(groups, lr=cfg.lr, momentum=cfg.momentum, adjust_lr_fn="match_rms_adamw")
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
+
+
+def _fresh_state(kind: str, parameter: nn.Parameter, cfg: Optimizer) -> dict[str, Tensor]:
+    if kind == "lion":
+        return {"exp_avg": torch.zeros_like(parameter)}
+    if kind in ("sgd", "muon"):
+        return {"momentum_buffer": torch.zeros_like(parameter)} if cfg.momentum else {}
+    step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+    if kind == "adamw":
+        return {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+    if parameter.dim() == 1:
+        return {"step": step, "variance": torch.zeros_like(parameter)}
+    rows, columns = parameter.shape
+    return {"step": step, "row_var": parameter.new_zeros(rows, 1), "col_var": parameter.new_zeros(1, columns)}
+
+
+def set_rate(optimizer: AnyOptimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
 

@@ -17,6 +17,7 @@ STORED_NAMES = {
     "end": "end_iter",
     "style": "decay_style",
 }
+COOLDOWN = {"cooldown": "cooldown_iter"}  # of the style that the original does not have
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class LearningRate:
     warmup: float  # steps, not rounded
     end: int  # steps, warm-up included
     style: str
+    cooldown: float = 0.0  # of wsd: steps before the end in which the rate falls
     release: str | None = None  # "v1" or "head" of the original, with their defects; None: as it was meant
 
     def __call__(self, updates: int) -> float:
@@ -40,6 +42,11 @@ class LearningRate:
         share = (updates - self.warmup) / span if span > 0 else 1.0
         if self.style == "constant":
             return self.peak
+        if self.style == "inverse_sqrt":
+            return max(self.minimum, self.peak * math.sqrt(max(1.0, self.warmup) / max(1, updates)))
+        if self.style == "wsd":
+            left = (self.end - updates) / self.cooldown if self.cooldown > 0 else 1.0
+            return self.minimum + (self.peak - self.minimum) * min(1.0, max(0.0, left))
         if self.style == "linear":
             return max(self.minimum, self.peak * (1 - share))
         if self.style == "exponential":
@@ -62,7 +69,8 @@ class LearningRate:
 
     def stored(self) -> dict[str, object]:
         """What a checkpoint remembers, under the original's names."""
-        return {name: getattr(self, field) for field, name in STORED_NAMES.items()}
+        names = STORED_NAMES | (COOLDOWN if self.style == "wsd" else {})
+        return {name: getattr(self, field) for field, name in names.items()}
 
 
 def learning_rate(config: RunConfig, steps: int, release: str | None = None) -> LearningRate:
@@ -72,9 +80,10 @@ def learning_rate(config: RunConfig, steps: int, release: str | None = None) -> 
     return LearningRate(
         peak=config.optimizer.lr,
         minimum=schedule.min_lr,
-        warmup=schedule.warmup * end,
+        warmup=schedule.warmup * end if schedule.warmup_steps is None else float(schedule.warmup_steps),
         end=end,
         style=schedule.style,
+        cooldown=schedule.cooldown * end if schedule.style == "wsd" else 0.0,
         release=release,
     )
 
@@ -85,7 +94,7 @@ def resumed_learning_rate(
     """The schedule of a resumed run. TrainingError if config and checkpoint differ and `choice` does not decide."""
     if not stored or choice == "config":
         return configured
-    known = {field: stored[name] for field, name in STORED_NAMES.items() if name in stored}
+    known = {field: stored[name] for field, name in (STORED_NAMES | COOLDOWN).items() if name in stored}
     theirs = replace(configured, **known)
     if theirs == configured or choice == "checkpoint":
         return theirs

@@ -23,6 +23,7 @@ from castalia.train.exact import Exact, exact_behaviour
 from castalia.train.folder import holds_checkpoint, run_folder
 from castalia.train.hardware import DTYPES, choose_device, choose_dtype
 from castalia.train.optimizer import LossScaler, make_optimizer
+from castalia.train.rules import AnyOptimizer
 from castalia.train.schedule import learning_rate, resumed_learning_rate
 from castalia.train.step import TrainStep
 
@@ -40,7 +41,7 @@ class Session:
     plan: BatchPlan
     data: Samples
     model: Transformer
-    optimizer: torch.optim.AdamW
+    optimizer: AnyOptimizer
     step: TrainStep
     progress: Progress
     dtype: torch.dtype
@@ -87,12 +88,15 @@ def start(config: RunConfig) -> Session:
         initialize(model, config.model, config.seed)
     apply_recompute(model, config.train.recompute, dropout=has_dropout(config.model))
     exact = exact_behaviour(config, source if resuming else None)
-    optimizer = make_optimizer(model, config.optimizer, exact.summed_bias_ranks)
+    optimizer = make_optimizer(
+        dict(model.named_parameters()), config.optimizer, summed_bias_ranks=exact.summed_bias_ranks
+    )
     progress = source.progress if source and resuming else Progress()
     if source and resuming and config.checkpoint.load_optimizer:
         load_optimizer(optimizer, model, source)
-        for state in optimizer.state.values():
-            state["step"] += exact.adam_steps_ahead
+        if exact.adam_steps_ahead:
+            for state in optimizer.state.values():
+                state["step"] += exact.adam_steps_ahead
     rate = learning_rate(config, config.train.steps, exact.release)
     step = TrainStep(
         model,

@@ -13,6 +13,7 @@ from castalia.config.batch import BatchPlan
 from castalia.data.loader import Batch
 from castalia.errors import TrainingError
 from castalia.train.optimizer import LossScaler, gradient_norm, gradients, set_rate
+from castalia.train.rules import AnyOptimizer
 from castalia.train.schedule import LearningRate
 from castalia.train.watch import first_bad_activation, first_bad_tensor
 
@@ -36,7 +37,7 @@ class TrainStep:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: AnyOptimizer,
         rate: LearningRate,
         plan: BatchPlan,
         *,

@@ -12,12 +12,14 @@ import torch
 
 from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.formats.native import Writer
-from castalia.checkpoint.load import adam_state, load_model, load_optimizer, load_weights, readable
+from castalia.checkpoint.load import load_model, load_optimizer, load_weights, optimizer_state, readable
 from castalia.checkpoint.tensors import Progress
-from castalia.config.schema import Model, RunConfig
+from castalia.config.schema import Model, Optimizer, RunConfig
 from castalia.errors import CheckpointError
 from castalia.model.init import initialize
 from castalia.model.transformer import Transformer
+from castalia.train.optimizer import make_optimizer
+from castalia.train.rules import AnyOptimizer
 
 MODEL = Model(num_layers=2, hidden_size=16, num_heads=2, vocab_size=60, vocab_multiple=64, max_positions=32)
 TOKENS = torch.arange(24).view(2, 12)
@@ -29,13 +31,17 @@ def build(cfg: Model = MODEL, seed: int = 1) -> Transformer:
     return model
 
 
-def trained(model: Transformer, steps: int = 3) -> torch.optim.AdamW:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+def fresh(model: Transformer, **settings) -> AnyOptimizer:
+    return make_optimizer(dict(model.named_parameters()), Optimizer(lr=1e-2, **settings))
+
+
+def trained(model: Transformer, steps: int = 3, **settings) -> AnyOptimizer:
+    optimizer = fresh(model, **settings)
     train(model, optimizer, steps)
     return optimizer
 
 
-def train(model: Transformer, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+def train(model: Transformer, optimizer: AnyOptimizer, steps: int) -> list[float]:
     losses = []
     for _ in range(steps):
         loss, count = model(TOKENS[:, :-1], TOKENS[:, 1:])
@@ -46,8 +52,8 @@ def train(model: Transformer, optimizer: torch.optim.Optimizer, steps: int) -> l
     return losses
 
 
-def save(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer | None = None) -> Path:
-    state = None if optimizer is None else adam_state(optimizer, model)
+def save(folder: Path, model: Transformer, optimizer: AnyOptimizer | None = None) -> Path:
+    state = None if optimizer is None else optimizer_state(optimizer, model)
     with Writer(folder) as writer:
         writer.save(dict(model.named_parameters()), state, Progress(step=3), RunConfig(model=model.cfg))
     return folder
@@ -68,15 +74,27 @@ def test_a_loaded_model_gives_the_same_logits(tmp_path: Path, changes: dict) -> 
         assert torch.allclose(half(TOKENS).float(), loaded(TOKENS), atol=0.05)
 
 
-def test_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"name": "lion"}, {"name": "sgd"}, {"name": "sgd", "momentum": 0.0}, {"name": "adafactor"}, {"name": "muon"}],
+)
+def test_training_goes_on_bit_for_bit(tmp_path: Path, settings: dict) -> None:
     model = build()
-    optimizer = trained(model)
+    optimizer = trained(model, **settings)
     checkpoint = open_checkpoint(save(tmp_path, model, optimizer))
     resumed = build(seed=2)
-    fresh = torch.optim.AdamW(resumed.parameters(), lr=1e-2, fused=True)
+    other = fresh(resumed, **settings)
     load_weights(resumed, checkpoint)
-    load_optimizer(fresh, resumed, checkpoint)
-    assert train(resumed, fresh, 3) == train(model, optimizer, 3)
+    load_optimizer(other, resumed, checkpoint)
+    assert train(resumed, other, 3) == train(model, optimizer, 3)
+
+
+def test_the_state_of_another_optimizer_is_refused(tmp_path: Path) -> None:
+    model = build()
+    checkpoint = open_checkpoint(save(tmp_path, model, trained(model)))
+    for settings in ({"name": "lion"}, {"name": "muon"}, {"name": "sgd", "momentum": 0.0}):
+        with pytest.raises(CheckpointError, match="that of another optimizer.*exp_avg_sq.*load_optimizer=false"):
+            load_optimizer(fresh(model, **settings), model, checkpoint)
 
 
 def test_the_report_says_what_came(tmp_path: Path) -> None:
@@ -107,7 +125,7 @@ def test_only_padding_of_the_vocabulary_may_differ(tmp_path: Path, multiple: int
     optimizer = trained(model)
     checkpoint = open_checkpoint(save(tmp_path, model, optimizer))
     other = build(MODEL.model_copy(update={"vocab_multiple": multiple}))
-    other_optimizer = torch.optim.AdamW(other.parameters())
+    other_optimizer = fresh(other)
     report = load_weights(other, checkpoint)
     load_optimizer(other_optimizer, other, checkpoint)
     assert f"embed.weight: 64 rows in the checkpoint, {rows} in the model" in report.notes[0]
@@ -127,7 +145,7 @@ def test_weights_alone_cannot_be_resumed(tmp_path: Path) -> None:
     model = build()
     checkpoint = open_checkpoint(save(tmp_path, model))
     with pytest.raises(CheckpointError, match="no optimizer state.*checkpoint.init_from"):
-        load_optimizer(torch.optim.AdamW(model.parameters()), model, checkpoint)
+        load_optimizer(fresh(model), model, checkpoint)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc to see anonymous memory")

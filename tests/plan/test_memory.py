@@ -39,7 +39,7 @@ def peak_bytes(model: Model, layout: Layout, dtype: torch.dtype) -> int:
     for parameter in transformer.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     apply_recompute(transformer, layout.recompute, dropout=False)
-    optimizer = make_optimizer(transformer, Optimizer())
+    optimizer = make_optimizer(dict(transformer.named_parameters()), Optimizer())
     state = 12 * sum(parameter.numel() for parameter in transformer.parameters())
 
     def step() -> None:

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from castalia.config.schema import LossScale, Model, Optimizer
-from castalia.errors import TrainingError
+from castalia.errors import ConfigError, TrainingError
 from castalia.model.transformer import Transformer
 from castalia.train.optimizer import LossScaler, decays, gradient_norm, make_optimizer, set_rate
 
@@ -23,7 +23,7 @@ def test_adamw_follows_the_documented_formula():
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.5)
     cfg = Optimizer(lr=0.1, betas=(0.9, 0.95), eps=1e-3, weight_decay=0.3)
-    optimizer = make_optimizer(model, cfg, summed_bias_ranks=2)
+    optimizer = make_optimizer(dict(model.named_parameters()), cfg, summed_bias_ranks=2)
     expected = {name: (p.detach().double(), 0.0, 0.0) for name, p in model.named_parameters()}
     for step in range(1, 4):
         set_rate(optimizer, rate := 0.1 / step)
@@ -42,10 +42,82 @@ def test_adamw_follows_the_documented_formula():
 
 
 def test_state_exists_before_the_first_step():
-    optimizer = make_optimizer(Transformer(SMALL), Optimizer())
+    optimizer = make_optimizer(dict(Transformer(SMALL).named_parameters()), Optimizer())
     states = list(optimizer.state.values())
     assert len(states) == sum(len(group["params"]) for group in optimizer.param_groups)
     assert all(state["step"] == 0 and not state["exp_avg"].any() for state in states)
+
+
+def moved(settings: dict, steps: int = 1, **others) -> dict[str, torch.Tensor]:
+    """How far each tensor goes from ones, with gradients of 1, 2, ..."""
+    model = Transformer(SMALL)
+    parameters = dict(model.named_parameters())
+    optimizer = make_optimizer(parameters, Optimizer(lr=0.5, **settings), **others)
+    for parameter in parameters.values():
+        nn.init.ones_(parameter)
+    for step in range(1, steps + 1):
+        set_rate(optimizer, 0.5)
+        for parameter in parameters.values():
+            parameter.grad = torch.full_like(parameter, float(step))
+        optimizer.step()
+    return {name: parameter.detach() - 1 for name, parameter in parameters.items()}
+
+
+def test_lion_moves_by_the_sign_of_its_moment_and_decays_matrices():
+    one = moved({"name": "lion", "weight_decay": 0.25})
+    assert (one["norm.bias"] == -0.5).all()
+    assert (one["embed.weight"] == -0.5 - 0.5 * 0.25).all()
+    opposite = Transformer(SMALL)
+    optimizer = make_optimizer(dict(opposite.named_parameters()), Optimizer(name="lion", lr=0.5, betas=(0.9, 0.5)))
+    moment = optimizer.state[opposite.norm.weight]["exp_avg"]
+    for gradient, direction, expected in ((1.0, -1, 0.5), (-1.0, -1, -0.25), (-8.0, 1, -4.125)):
+        before = opposite.norm.weight.detach().clone()
+        opposite.norm.weight.grad = torch.full_like(before, gradient)
+        optimizer.step()
+        assert (moment == expected).all()
+        assert (opposite.norm.weight - before == 0.5 * direction).all()
+
+
+def test_sgd_adds_up_its_momentum():
+    decay = {"name": "sgd", "weight_decay": 0.0}
+    assert (moved({**decay, "momentum": 0.5}, steps=2)["embed.weight"] == -0.5 * (1 + 2.5)).all()
+    assert (moved({**decay, "momentum": 0.0}, steps=2)["embed.weight"] == -0.5 * (1 + 2)).all()
+
+
+def test_muon_turns_the_blocks_matrices_and_leaves_the_rest_to_adamw():
+    model = Transformer(SMALL)
+    optimizer = make_optimizer(dict(model.named_parameters()), Optimizer(name="muon"))
+    turned = {name for name, p in model.named_parameters() if "momentum_buffer" in optimizer.state[p]}
+    assert turned == {f"blocks.0.{m}.weight" for m in ("attn.qkv", "attn.out", "mlp.up", "mlp.down")}
+    far = moved({"name": "muon", "weight_decay": 0.0})
+    ours, adamw = far["blocks.0.mlp.up.weight"], far["embed.weight"]
+    assert ours.square().mean().sqrt() == pytest.approx(0.5 * 0.2 * 32**0.5 / (8 * 32) ** 0.5, rel=0.4)  # rank one
+    torch.testing.assert_close(adamw, torch.full_like(adamw, -0.5))
+
+
+def test_adafactor_steps_are_relative_to_the_weights():
+    far = moved({"name": "adafactor", "weight_decay": 0.0})
+    torch.testing.assert_close(far["blocks.0.mlp.up.weight"], torch.full((32, 8), -0.5))
+
+
+def test_groups_have_rates_and_decays_of_their_own():
+    groups = [{"match": "embed|head", "lr_scale": 0.1, "weight_decay": 0.0}, {"match": "norm", "weight_decay": 0.5}]
+    far = moved({"name": "lion", "groups": groups, "weight_decay": 0.25})
+    for name, expected in (("head.weight", -0.05), ("norm.weight", -0.75), ("blocks.0.mlp.up.weight", -0.625)):
+        torch.testing.assert_close(far[name], torch.full_like(far[name], expected))
+    with pytest.raises(ConfigError, match=r"'hat' matches no tensor.*blocks.0.attn.qkv.weight"):
+        moved({"groups": [{"match": "hat"}]})
+
+
+@pytest.mark.parametrize(
+    "name, matrix, vector", [("adamw", 0.25, 1.0), ("lion", 0.25, 1.0), ("sgd", 1.0, 4.0)], ids=["adamw", "lion", "sgd"]
+)
+def test_rates_follow_the_width(name, matrix, vector):
+    narrow, wide = ({**moved({"name": name, "weight_decay": 0.0}, width_multiplier=m)} for m in (1.0, 4.0))
+    for tensor, factor in (("blocks.0.attn.qkv.weight", matrix), ("embed.weight", vector), ("norm.bias", vector)):
+        torch.testing.assert_close(wide[tensor], narrow[tensor] * factor)
+    decayed = moved({"name": name, "weight_decay": 0.1}, width_multiplier=4.0)["blocks.0.attn.qkv.weight"]
+    torch.testing.assert_close(decayed, wide["blocks.0.attn.qkv.weight"] - 0.5 * 0.1)  # as without muP
 
 
 def test_gradient_norm_is_not_finite_where_an_element_is_not():

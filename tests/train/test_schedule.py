@@ -1,11 +1,12 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
-from castalia.config.schema import Checkpoint
+from castalia.config.schema import Checkpoint, RunConfig
 from castalia.errors import TrainingError
-from castalia.train.schedule import LearningRate, is_save_step, resumed_learning_rate
+from castalia.train.schedule import LearningRate, is_save_step, learning_rate, resumed_learning_rate
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +16,7 @@ def vectors(fixtures):
 
 def schedule_of(vector, release=None):
     warmup = vector["warmup"] * vector["iters"]
-    return LearningRate(vector["lr"], vector["min_lr"], warmup, vector["iters"], vector["style"], release)
+    return LearningRate(vector["lr"], vector["min_lr"], warmup, vector["iters"], vector["style"], release=release)
 
 
 def test_exact_rates_are_the_originals(vectors):
@@ -46,6 +47,33 @@ def test_a_run_that_is_all_warmup_ends_at_the_minimum():
     rate = LearningRate(1.0, 0.1, 10.0, 10, "cosine")
     assert rate(10) == 1.0
     assert rate(11) == pytest.approx(0.1)
+
+
+def test_warmup_stable_decay_is_flat_and_then_falls_to_the_minimum():
+    rate = LearningRate(1.0, 0.1, 10.0, 100, "wsd", cooldown=20.0)
+    assert [rate(k) for k in (5, 10, 50, 80)] == [0.5, 1.0, 1.0, 1.0]
+    assert [rate(k) for k in (90, 100, 120)] == pytest.approx([0.55, 0.1, 0.1])
+    longer = replace(rate, end=200)
+    assert [longer(k) for k in range(80)] == [rate(k) for k in range(80)]  # the stable part does not know the end
+    assert resumed_learning_rate(rate, rate.stored(), None) == rate
+    with pytest.raises(TrainingError, match="end 200 -> 100"):
+        resumed_learning_rate(rate, longer.stored(), None)
+
+
+def test_inverse_square_root_goes_on_from_the_warmup():
+    rate = LearningRate(1.0, 0.05, 4.0, 100, "inverse_sqrt")
+    assert [rate(k) for k in (2, 4, 16, 64, 10**6)] == [0.5, 1.0, 0.5, 0.25, 0.05]
+    assert LearningRate(1.0, 0.0, 0.0, 100, "inverse_sqrt")(4) == 0.5
+
+
+def test_warmup_may_be_given_in_steps():
+    schedule = {"style": "wsd", "warmup_steps": 7, "cooldown": 0.5}
+    config = RunConfig.model_validate({"schedule": schedule, "optimizer": {"lr": 1.0}})
+    rate = learning_rate(config, 200)
+    assert (rate.warmup, rate.cooldown, rate.end) == (7.0, 100.0, 200)
+    assert rate(150) == 0.5
+    constant = learning_rate(RunConfig.model_validate({"schedule": {"style": "constant", "warmup_steps": 2}}), 10)
+    assert [constant(k) / constant.peak for k in (1, 2, 9)] == [0.5, 1.0, 1.0]
 
 
 def test_resuming_with_another_schedule_must_be_decided():

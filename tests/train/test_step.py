@@ -26,7 +26,7 @@ def build(micro_batch_size=8, model=CONFIG, dtype=torch.float32, rate=RATE, **op
     module = Transformer(model, compute_dtype=dtype)
     initialize(module, model, 1)
     plan = BatchPlan(8, micro_batch_size, 8 // micro_batch_size)
-    optimizer = make_optimizer(module, Optimizer(lr=0.01))
+    optimizer = make_optimizer(dict(module.named_parameters()), Optimizer(lr=0.01))
     options = {"clip_norm": None, "seed": 1, **options}
     return TrainStep(module, optimizer, rate, plan, **options)
 

@@ -5,7 +5,7 @@
       step_000200/
         manifest.json                 every tensor's shape, dtype, extents and checksums; config; progress; versions
         model-00000.safetensors       one of each kind for each writing rank
-        optimizer-00000.safetensors   exp_avg and exp_avg_sq; the masters are the parameters themselves
+        optimizer-00000.safetensors   what the optimizer remembers; the masters are the parameters themselves
 
 A folder without the ending `.tmp` is complete. Nothing of an older step is touched before the newer one is on disk.
 """
@@ -41,7 +41,6 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 VERSION = 1
 RANKS_TIMEOUT_S = 1800.0  # how long the ranks of a run wait for each other's parts
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -94,16 +93,19 @@ class Writer:
         config: RunConfig,
         data_fingerprint: str = "",
     ) -> None:
-        """Copy now, write later. `optimizer`: name -> {exp_avg, exp_avg_sq, step}, the parameters being the masters."""
+        """Copy now, write later. `optimizer`: name -> {exp_avg, ..., step}, the parameters being the masters."""
         self.join()
         about = describe(progress, config, data_fingerprint)
         tensors = {"model": {name: _copy(tensor) for name, tensor in model.items()}}
         steps: dict[str, int] | None = None
         if optimizer is not None:
             tensors["optimizer"] = {
-                f"{name}.{kind}": _copy(state[kind]) for name, state in optimizer.items() for kind in MOMENTS
+                f"{name}.{kind}": _copy(state[kind])
+                for name, state in optimizer.items()
+                for kind in state
+                if kind != "step"
             }
-            steps = {name: int(state["step"]) for name, state in optimizer.items()}
+            steps = {name: int(state.get("step", 0)) for name, state in optimizer.items()}
         if any(_tensor(given).is_cuda for given in model.values()):
             torch.cuda.synchronize()  # the copies to pinned memory are under way
         self._pending = self._thread.submit(self._write, progress.step, tensors, steps, about)
@@ -322,18 +324,14 @@ def _stored(path: Path, name: str, entry: Mapping) -> StoredTensor:
 
 
 def _optimizer(path: Path, manifest: Mapping, model: Mapping[str, StoredTensor]) -> dict[str, AdamState] | None:
+    """The state of AdamW, or what another optimizer remembers in place of its two moments."""
     if manifest["optimizer_steps"] is None:
         return None
-    entries = manifest["optimizer"]
-    return {
-        name: AdamState(
-            master=model[name],
-            exp_avg=_stored(path, f"{name}.exp_avg", entries[f"{name}.exp_avg"]),
-            exp_avg_sq=_stored(path, f"{name}.exp_avg_sq", entries[f"{name}.exp_avg_sq"]),
-            step=step,
-        )
-        for name, step in manifest["optimizer_steps"].items()
-    }
+    states: dict = {name: {"master": model[name], "step": step} for name, step in manifest["optimizer_steps"].items()}
+    for key, entry in manifest["optimizer"].items():
+        name, _, kind = key.rpartition(".")
+        states[name][kind] = _stored(path, key, entry)
+    return states
 
 
 def _weights(path: Path, manifest: Mapping, masters: Mapping[str, StoredTensor]) -> Mapping[str, TensorRef]:
