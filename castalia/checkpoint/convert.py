@@ -22,7 +22,7 @@ import torch
 
 from castalia.checkpoint.lazy import Cast
 from castalia.checkpoint.stored import StoredTensor
-from castalia.checkpoint.tensors import AdamState, Checkpoint, TensorRef
+from castalia.checkpoint.tensors import Checkpoint, TensorRef
 from castalia.checkpoint.writing import Advance, Output, Plan, Verified, WriteOptions, sync
 from castalia.errors import CheckpointError
 
@@ -39,6 +39,15 @@ class Target:
     nested: bool = False  # whether one checkpoint too is a folder with `latest` and a step's folder
 
     def plan(self, checkpoint: Checkpoint, options: WriteOptions) -> Plan:
+        """Raises CheckpointError for an optimizer state that the format cannot hold."""
+        states = (checkpoint.optimizer or {}).values()
+        strange = {kind for state in states for kind in state} - {"master", "exp_avg", "exp_avg_sq", "step"}
+        partial = any("exp_avg_sq" not in state for state in states)
+        if self.module != TARGETS["native"].module and (strange or partial):
+            raise CheckpointError(
+                f"{checkpoint.path} holds the state of another optimizer than AdamW, for which this format has no "
+                "place; convert the weights alone with --no-optimizer"
+            )
         return import_module(self.module).plan(checkpoint, options)
 
 
@@ -53,19 +62,16 @@ def prepare(checkpoint: Checkpoint, dtype: torch.dtype | None = None, optimizer:
 
     Without `optimizer` there is no state; what is left then is enough to run the model and to train it on.
     """
-    model, state = dict(checkpoint.model), checkpoint.optimizer
+    model: dict[str, TensorRef] = dict(checkpoint.model)
+    state: Mapping[str, Any] | None = checkpoint.optimizer
     if checkpoint.format == "native":
         checked: dict[int, Verified] = {}
         model = {name: _checked(ref, checked) for name, ref in model.items()}
-        state = state and {
-            name: AdamState(
-                master=_checked(each["master"], checked),
-                exp_avg=_checked(each["exp_avg"], checked),
-                exp_avg_sq=_checked(each["exp_avg_sq"], checked),
-                step=each["step"],
-            )
-            for name, each in state.items()
-        }
+        if state:  # of whatever optimizer
+            state = {
+                name: {kind: each[kind] if kind == "step" else _checked(each[kind], checked) for kind in each}
+                for name, each in state.items()
+            }
     if dtype is not None:
         sources = {name: state[name]["master"] if state and name in state else ref for name, ref in model.items()}
         model = {name: ref if ref.dtype == dtype else Cast(ref, dtype) for name, ref in sources.items()}
@@ -161,7 +167,10 @@ def _open_journal(partial: Path) -> IO[str]:
     """The journal of an unfinished conversion, locked; a new one if there is none."""
     if partial.exists() and not (partial / JOURNAL).is_file():
         raise CheckpointError(f"{partial} is in the way, and it is no unfinished conversion; move it away")
-    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {partial}: {error.strerror}") from error
     journal = open(partial / JOURNAL, "a+")  # noqa: SIM115 - the caller closes it
     try:
         fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -14,7 +14,7 @@ import typer
 
 if TYPE_CHECKING:
     from castalia.checkpoint.tensors import Checkpoint
-    from castalia.checkpoint.writing import Advance, Layout, Plan, WriteOptions
+    from castalia.checkpoint.writing import Advance, Layout, Plan
 
 
 def command(
@@ -61,13 +61,21 @@ def command(
     hints = {"config": config, "tokenizer": tokenizer, "gqa_rows": gqa_rows, "rms_eps": rms_eps}
     form = convert.TARGETS[to]
 
-    def opened(path: str | Path, which: int | None = None) -> Checkpoint:
-        return convert.prepare(open_checkpoint(path, step=which, **hints), _dtype(dtype), optimizer)
+    def one(checkpoint: Checkpoint, folder: Path, inside: str = "") -> None:
+        """Plan, write, prove."""
+        convert.check_destination(Path(checkpoint.path), folder, force)
+        prepared = convert.prepare(checkpoint, _dtype(dtype), optimizer)
+        plan = form.plan(prepared, options)
+        _describe(checkpoint, plan, folder, inside, with_files=dry_run)
+        if not dry_run:
+            _write(plan, folder, convert.identity(prepared, options, plan), inside, force)
+            if verify:
+                _verify(checkpoint, folder)
 
     if not all_steps:
-        checkpoint = opened(source, step)
+        checkpoint = open_checkpoint(source, step=step, **hints)
         inside = form.step_folder.format(step=checkpoint.progress.step) if form.nested else ""
-        _one(checkpoint, form, target, options, inside, verify=verify, dry_run=dry_run, force=force)
+        one(checkpoint, target, inside)
         return
     wanted = _numbers(steps) if steps else None
     for number, folder in convert.steps_of(Path(source), wanted, find_steps(source)).items():
@@ -75,43 +83,27 @@ def command(
         if (target / name).exists() and not force:
             print(f"{target / name} is there already", flush=True)
             continue
-        checkpoint = opened(folder)
-        if not dry_run:
-            target.mkdir(parents=True, exist_ok=True)
-        _one(checkpoint, form, target / name, options, "", verify=verify, dry_run=dry_run, force=force)
+        one(open_checkpoint(folder, **hints), target / name)
         if not dry_run:
             convert.name_latest(target, name)
 
 
-def _one(
-    checkpoint: Checkpoint,
-    form: object,
-    target: Path,
-    options: WriteOptions,
-    inside: str,
-    *,
-    verify: bool,
-    dry_run: bool,
-    force: bool,
-) -> None:
-    """Plan, write, prove."""
-    from castalia.checkpoint import convert
+def _describe(checkpoint: Checkpoint, plan: Plan, target: Path, inside: str, with_files: bool) -> None:
     from castalia.checkpoint.load import describe
 
-    assert isinstance(form, convert.Target)
-    convert.check_destination(Path(checkpoint.path), target, force)
-    plan = form.plan(checkpoint, options)
     print(f"{describe(checkpoint)} -> {target}: {len(plan.outputs)} files, {_size(plan.num_bytes)}", flush=True)
     for note in (*checkpoint.notes, *plan.notes):
         print(f"  note: {note}")
-    if dry_run:
-        for output in plan.outputs:
-            print(f"  {Path(inside, output.name)}  {_size(output.num_bytes)}")
-        return
+    for output in plan.outputs if with_files else ():
+        print(f"  {Path(inside, output.name)}  {_size(output.num_bytes)}")
+
+
+def _write(plan: Plan, target: Path, mark: str, inside: str, force: bool) -> None:
+    from castalia.checkpoint import convert
+
     started = time.monotonic()
     with _progress(plan) as advance:
         try:
-            mark = convert.identity(checkpoint, options, plan)
             kept = convert.write(plan, target, mark, advance, inside=inside, force=force)
         except KeyboardInterrupt:
             print("interrupted; the same command goes on from the files that are complete", file=sys.stderr)
@@ -119,8 +111,6 @@ def _one(
     seconds = time.monotonic() - started
     again = f" ({kept} files were complete already)" if kept else ""
     print(f"wrote {target} in {seconds:.1f} s, {_size(plan.num_bytes / max(seconds, 1e-9))}/s{again}", flush=True)
-    if verify:
-        _verify(checkpoint, target)
 
 
 def _verify(checkpoint: Checkpoint, target: Path) -> None:

@@ -1,0 +1,241 @@
+"""Two tensors side by side, piece by piece: figures, equality, and what a tensor that differs looks like."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from castalia.checkpoint.lazy import Scaled, Transposed, bounds, part
+from castalia.checkpoint.tensors import Slices, TensorRef
+from castalia.checkpoint.writing import ahead, same_bits
+from castalia.config.schema import Model
+
+PAIR_BYTES = 8 << 20
+NUM_PROBES = 16  # rows that are compared before all of a tensor is
+RELATED = 0.5  # correlation from which on two matrices are taken for descendants of one
+RANK_COUNTS = (2, 4, 8, 16)
+VOCABULARY = ("embed.weight", "head.weight")
+SUMMED_BIASES = ("attn.out.bias", "mlp.down.bias")
+
+Kind = Literal[
+    "identical", "dtype", "padding", "layout", "transposed", "bias_summed", "halves_swapped",
+    "moved", "unrelated", "shape",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of two tensors of one shape, in fp64."""
+
+    count: int
+    max_diff: float
+    rms_diff: float
+    rms_a: float
+    std_a: float
+    std_b: float
+    correlation: float  # of the values as they are, means not taken off: 0 for independent draws around 0
+
+    @property
+    def relative(self) -> float:
+        """Size of the change in units of A's size."""
+        return self.rms_diff / self.rms_a if self.rms_a else math.inf if self.rms_diff else 0.0
+
+
+@dataclass(frozen=True)
+class Relation:
+    """What tensor B is to tensor A."""
+
+    kind: Kind
+    detail: str = ""
+    figures: Figures | None = None  # None where shapes differ
+
+    @property
+    def exact(self) -> bool:
+        """Whether B's values are A's, in some form."""
+        return self.kind not in ("moved", "unrelated", "shape")
+
+    @property
+    def harmless(self) -> bool:
+        """Whether both compute the same, rounding aside."""
+        return self.kind in ("identical", "dtype", "padding")
+
+
+@dataclass(frozen=True)
+class Reordered:
+    """Rows of the source in a given order."""
+
+    source: TensorRef
+    order: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.source.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
+
+    def read(self, slices: Slices | None = None) -> torch.Tensor:
+        box = bounds(self.shape, slices)
+        rows = self.order[slice(*box[0])]
+        low, high = int(rows.min()), int(rows.max()) + 1
+        return self.source.read([slice(low, high), *(slice(*pair) for pair in box[1:])])[rows - low]
+
+
+def relate(
+    name: str, a: TensorRef, b: TensorRef, model: Model | None, others: Mapping[str, TensorRef] | None = None
+) -> Relation:
+    """What B's tensor of this name is to A's. `model`: A's; `others`: B's further tensors."""
+    same_shape = tuple(a.shape) == tuple(b.shape)
+    figures = measure(a, b) if same_shape else None
+    if same_shape and equal(a, b):
+        if a.dtype == b.dtype:
+            return Relation("identical", figures=figures)
+        return Relation("dtype", f"{_short(a.dtype)} here, {_short(b.dtype)} there", figures)
+    if name.endswith(VOCABULARY) and (detail := _only_padding(a, b, model)):
+        return Relation("padding", detail, figures)
+    if len(a.shape) == 2 and tuple(a.shape) == tuple(reversed(b.shape)) and equal(a, Transposed(b)):
+        return Relation("transposed", "[out, in] here, [in, out] there", figures)
+    if figures is None:
+        return Relation("shape", f"{list(a.shape)} here, {list(b.shape)} there")
+    if ".attn.qkv." in name and model is not None:
+        for detail, order in row_orders(model):
+            if equal(Reordered(a, order), b):
+                return Relation("layout", detail, figures)
+            if equal(a, Reordered(b, order)):
+                return Relation("layout", f"{detail}, undone", figures)
+    if name.endswith(SUMMED_BIASES):
+        for ranks in RANK_COUNTS:
+            if close(a, Scaled(b, ranks)):
+                return Relation("bias_summed", f"{ranks} times as large as here", figures)
+            if close(Scaled(a, ranks), b):
+                return Relation("bias_summed", f"1/{ranks} of what it is here", figures)
+    twin = name.replace(".mlp.up.", ".mlp.gate.") if ".mlp.up." in name else name.replace(".mlp.gate.", ".mlp.up.")
+    if others and twin != name and twin in others and equal(a, others[twin]):
+        return Relation("halves_swapped", f"what is {twin} there", figures)
+    kind: Kind = "moved" if figures.correlation > RELATED else "unrelated"
+    return Relation(kind, figures=figures)
+
+
+def equal(a: TensorRef, b: TensorRef) -> bool:
+    """Whether two tensors hold the same values, rounding to the coarser dtype aside. A few rows are tried first."""
+    if tuple(a.shape) != tuple(b.shape):
+        return False
+    return all(_alike(*pair) for pair in _probes(a, b)) and all(_alike(*pair) for pair in pairs(a, b))
+
+
+def close(a: TensorRef, b: TensorRef) -> bool:
+    """`equal` up to a rounding error of the coarser dtype, but not for tensors that are zero."""
+    tolerance = 2 * max(torch.finfo(ref.dtype).eps for ref in (a, b))
+    found = [(x.double(), y.double()) for x, y in pairs(a, b)]
+    return any(bool(x.any()) for x, _ in found) and all(
+        torch.allclose(x, y, rtol=tolerance, atol=tolerance * 1e-3) for x, y in found
+    )
+
+
+def measure(a: TensorRef, b: TensorRef) -> Figures:
+    """Figures of two tensors of one shape, in one pass over both."""
+    count, max_diff = 0, 0.0
+    sums = torch.zeros(6, dtype=torch.float64)
+    for left, right in ahead(pairs(a, b)):
+        x, y = left.double().flatten(), right.double().flatten()
+        count += x.numel()
+        max_diff = max(max_diff, float((x - y).abs().max()))
+        sums += torch.stack([x.sum(), y.sum(), x.dot(x), y.dot(y), x.dot(y), (x - y).square().sum()])
+    sum_a, sum_b, aa, bb, ab, dd = (sums / max(count, 1)).tolist()
+    size = math.sqrt(aa * bb)
+    return Figures(
+        count=count,
+        max_diff=max_diff,
+        rms_diff=math.sqrt(dd),
+        rms_a=math.sqrt(aa),
+        std_a=math.sqrt(max(aa - sum_a**2, 0.0)),
+        std_b=math.sqrt(max(bb - sum_b**2, 0.0)),
+        correlation=ab / size if size else 0.0,
+    )
+
+
+def pairs(a: TensorRef, b: TensorRef) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The same rows of both, some at a time."""
+    if not a.shape:
+        yield a.read(), b.read()
+        return
+    width = max(1, math.prod(a.shape[1:]) * max(a.dtype.itemsize, b.dtype.itemsize))
+    step = max(1, PAIR_BYTES // width)
+    for start in range(0, a.shape[0], step):
+        rows = [slice(start, min(start + step, a.shape[0]))]
+        yield a.read(rows), b.read(rows)
+
+
+def row_orders(model: Model) -> list[tuple[str, torch.Tensor]]:
+    """Orders that rows of `attn.qkv` have elsewhere: their row i is our row order[i]."""
+    n, kv, d = model.num_heads, model.kv_heads, model.head_size
+    group = n // kv
+    grid = torch.arange((n + 2 * kv) * d).view(kv, group + 2, d)
+    q, k, v = grid[:, :group].reshape(n, d), grid[:, group], grid[:, group + 1]
+    found = []
+    for ranks in (1, *RANK_COUNTS):
+        if kv % ranks == 0:
+            parts = [piece.chunk(ranks)[rank].flatten() for rank in range(ranks) for piece in (q, k, v)]
+            over = f" on each of {ranks} tensor ranks" if ranks > 1 else ""
+            found.append((f"rows are all queries, all keys, all values{over}", torch.cat(parts)))
+    if group == 1:
+        found.append(("rows of a head are query, key, value of each dimension", grid.permute(0, 2, 1).flatten()))
+    elif d * kv % n == 0:
+        per_head = [x.reshape(n, -1) for x in (q, k, v)]
+        found.append(("rows are in the old order of grouped queries", torch.cat(per_head, dim=1).flatten()))
+    if model.position == "rotary":
+        paired = grid.clone()
+        turning = grid[:, :-1, : model.rotary_size].unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+        paired[:, :-1, : turning.shape[-1]] = turning
+        found.append(("rotary dimensions are interleaved pairs, not halves", paired.flatten()))
+    return found
+
+
+def _only_padding(a: TensorRef, b: TensorRef, model: Model | None) -> str:
+    """A description if the rows of all tokens agree, else nothing."""
+    if tuple(a.shape[1:]) != tuple(b.shape[1:]):
+        return ""
+    rows = min(a.shape[0], b.shape[0])
+    if model is not None and model.vocab_size is not None:
+        rows = min(rows, model.vocab_size)
+    if rows == a.shape[0] == b.shape[0] or not equal(part(a, 0, rows), part(b, 0, rows)):
+        return ""
+    if a.shape[0] == b.shape[0]:
+        return f"rows {rows} to {a.shape[0] - 1}, which belong to no token"
+    return f"{a.shape[0]} rows here, {b.shape[0]} there, the first {rows} equal"
+
+
+def _probes(a: TensorRef, b: TensorRef) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    if a.shape and a.shape[0] > NUM_PROBES:
+        for row in torch.linspace(0, a.shape[0] - 1, NUM_PROBES).long().tolist():
+            yield a.read([slice(row, row + 1)]), b.read([slice(row, row + 1)])
+
+
+def _alike(x: torch.Tensor, y: torch.Tensor) -> bool:
+    if x.dtype == y.dtype:
+        return same_bits(x, y)
+    if x.dtype == torch.float32 or y.dtype == torch.float32:
+        coarser = y.dtype if x.dtype == torch.float32 else x.dtype
+        return same_bits(x.to(coarser), y.to(coarser))
+    eps = max(torch.finfo(dtype).eps for dtype in (x.dtype, y.dtype))  # both are roundings of something finer
+    return torch.allclose(x.double(), y.double(), rtol=eps, atol=1e-7)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def in_order(names: Sequence[str]) -> list[str]:
+    """Tensors in the order in which the model computes."""
+    first = {"embed": 0, "positions": 1, "blocks": 2, "norm": 3, "head": 4}
+
+    def place(name: str) -> tuple[int, int, str]:
+        words = name.split(".")
+        return first.get(words[0], 5), int(words[1]) if words[0] == "blocks" else 0, name
+
+    return sorted(names, key=place)

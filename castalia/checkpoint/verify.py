@@ -1,0 +1,188 @@
+"""The proof that two checkpoints are one model: both compute, block by block, and their tensors are compared.
+
+One block of each side is in memory at a time, the embedding only in the rows of the probe tokens, the head in slices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from castalia.checkpoint.compare import VOCABULARY, Relation, equal, in_order, relate
+from castalia.checkpoint.load import architecture
+from castalia.checkpoint.rules import Role
+from castalia.checkpoint.tensors import Checkpoint, TensorRef
+from castalia.config.schema import Model
+from castalia.model.positions import sinusoids
+from castalia.model.transformer import Transformer
+
+NUM_TOKENS = 64
+HEAD_ROWS = 2048
+ROLES: tuple[Role, ...] = ("master", "exp_avg", "exp_avg_sq")
+# Largest difference of logits in units of their size: what rounding the weights to a dtype may cost.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True)
+class Proof:
+    """`str()` is what the terminal shows."""
+
+    max_diff: float  # of logits
+    scale: float  # largest logit
+    kl: float  # nats for each token, mean
+    agreement: float  # share of tokens whose likeliest successor is the same
+    tokens: int
+    equal_tensors: int
+    num_tensors: int
+    equal_state: int | None  # tensors of the optimizer; None where a side has none
+    num_state: int
+    difference: str  # the first tensor that differs, and what it looks like; empty if none does
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether both are the same model, as far as the dtypes of their weights allow."""
+        same_state = self.equal_state is None or self.equal_state == self.num_state
+        return not self.difference and same_state and self.max_diff <= self.tolerance * max(self.scale, 1.0)
+
+    def __str__(self) -> str:
+        lines = [
+            f"verified on {self.tokens} tokens: max |Δlogit| {self.max_diff:.3g} (largest logit {self.scale:.3g}), "
+            f"KL {self.kl:.3g}, same likeliest token {self.agreement:.1%}",
+            f"weights: {self.equal_tensors} of {self.num_tensors} tensors equal",
+        ]
+        if self.equal_state is not None:
+            lines.append(f"optimizer: {self.equal_state} of {self.num_state} tensors bit-equal")
+        if self.difference:
+            lines.append(f"first difference: {self.difference}")
+        return "\n".join(lines)
+
+
+def verify(source: Checkpoint, result: Checkpoint) -> Proof:
+    """Compare two checkpoints of what should be one model."""
+    left, right = architecture(source), architecture(result)
+    vocab = min(left.vocab_size or 0, right.vocab_size or 0) or left.padded_vocab_size
+    tokens = probe_tokens(vocab, min(NUM_TOKENS, left.max_positions or NUM_TOKENS))
+    a, b = logits(source, tokens, vocab), logits(result, tokens, vocab)
+    log_a, log_b = a.log_softmax(-1), b.log_softmax(-1)
+    kl = (log_a.exp() * (log_a - log_b)).sum(-1).mean()
+    equal_tensors, difference = _compare(source, result, left)
+    equal_state, num_state = _compare_state(source, result)
+    dtypes = {ref.dtype for side in (source, result) for ref in side.model.values()}
+    # Weights of one dtype that are equal compute the same; others may be a rounding apart.
+    tolerance = TOLERANCE[torch.float32] if len(dtypes) == 1 else max(TOLERANCE[dtype] for dtype in dtypes)
+    return Proof(
+        max_diff=float((a - b).abs().max()),
+        scale=float(a.abs().max()),
+        kl=float(kl),
+        agreement=float((a.argmax(-1) == b.argmax(-1)).float().mean()),
+        tokens=tokens.numel(),
+        equal_tensors=equal_tensors,
+        num_tensors=len(source.model.keys() | result.model.keys()),
+        equal_state=equal_state,
+        num_state=num_state,
+        difference=difference,
+        tolerance=tolerance,
+    )
+
+
+def probe_tokens(vocab: int, length: int) -> Tensor:
+    """[2, length / 2] tokens, spread over the vocabulary; the same ones every time."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocab, (2, max(1, length // 2)), generator=generator)
+
+
+@torch.no_grad()
+def logits(checkpoint: Checkpoint, tokens: Tensor, vocab: int) -> Tensor:
+    """fp32 logits [b, t, vocab], computed with one block in memory."""
+    model = architecture(checkpoint)
+    exact = checkpoint.config is not None and checkpoint.config.neox_exact
+    with torch.device("meta"):
+        stage = Transformer(model.model_copy(update={"num_layers": 1}), exact=exact).eval()
+    norm, stage.norm = stage.norm, None  # type: ignore[assignment]  # a stage of a pipeline: hidden state in and out
+    block = stage.blocks["0"].to_empty(device="cpu")
+    x = _embedded(checkpoint, model, tokens)
+    for layer in range(model.num_layers):
+        _fill(block, checkpoint, f"blocks.{layer}.")
+        x = stage(x)
+    x = _fill(norm.to_empty(device="cpu"), checkpoint, "norm.")(x)
+    head = checkpoint.model["embed.weight" if model.tie_embeddings else "head.weight"]
+    rows = [slice(start, min(start + HEAD_ROWS, vocab)) for start in range(0, vocab, HEAD_ROWS)]
+    return torch.cat([F.linear(x, head.read([each]).float()) for each in rows], dim=-1)
+
+
+def _embedded(checkpoint: Checkpoint, model: Model, tokens: Tensor) -> Tensor:
+    def rows(name: str, wanted: Tensor) -> Tensor:
+        ref = checkpoint.model[name]
+        return torch.stack([ref.read([slice(row, row + 1)])[0].float() for row in wanted.flatten().tolist()])
+
+    places = torch.arange(tokens.shape[1])
+    x = rows("embed.weight", tokens).view(*tokens.shape, -1)
+    if model.position == "learned":
+        x = x + rows("positions.weight", places)
+    if model.position == "sinusoidal":
+        x = x + sinusoids(places[None], model.hidden_size)
+    return x
+
+
+def _fill(module: nn.Module, checkpoint: Checkpoint, prefix: str) -> nn.Module:
+    for name, parameter in module.named_parameters():
+        parameter.copy_(checkpoint.model[prefix + name].read())
+    return module
+
+
+def _compare(source: Checkpoint, result: Checkpoint, model: Model) -> tuple[int, str]:
+    """How many weights agree, and a description of the first that does not."""
+    same, difference = 0, ""
+    for name in in_order(sorted(source.model.keys() | result.model.keys())):
+        a, b = source.model.get(name), result.model.get(name)
+        if a is None or b is None:
+            difference = difference or f"{name} is only in the {'result' if a is None else 'source'}"
+        elif equal(a, b):
+            same += 1
+        elif not difference:
+            relation = relate(name, a, b, model, result.model)
+            if relation.harmless:
+                same += 1
+            else:
+                difference = f"{name}: {describe(relation)}"
+    return same, difference
+
+
+def _compare_state(source: Checkpoint, result: Checkpoint) -> tuple[int | None, int]:
+    """Tensors of the optimizer that agree, and their number. Padding rows that one side lacks are left out."""
+    if source.optimizer is None or result.optimizer is None:
+        return None, 0
+    same, names = 0, sorted(source.optimizer.keys() | result.optimizer.keys())
+    for name in names:
+        if name not in source.optimizer or name not in result.optimizer:
+            continue
+        left, right = source.optimizer[name], result.optimizer[name]
+        if left["step"] == right["step"]:
+            same += sum(_same(name, left[role], right[role]) for role in ROLES)  # type: ignore[literal-required, typeddict-item]
+    return same, len(names) * len(ROLES)
+
+
+def _same(name: str, a: TensorRef, b: TensorRef) -> bool:
+    if name in VOCABULARY and a.shape != b.shape:
+        return relate(name, a, b, None).harmless
+    return equal(a, b)
+
+
+def describe(relation: Relation) -> str:
+    """What a tensor that differs looks like, in words."""
+    looks = {
+        "transposed": "looks transposed",
+        "layout": "its rows are permuted",
+        "bias_summed": "a bias that was summed over tensor ranks once too often, or once too little",
+        "halves_swapped": "the halves of the gated MLP are swapped",
+        "shape": "shapes differ",
+        "moved": "the values are near, but not the same",
+        "unrelated": "the values have nothing to do with each other",
+    }
+    figures = relation.figures
+    size = f" (max |Δ| {figures.max_diff:.3g}, relative {figures.relative:.3g})" if figures else ""
+    return looks[relation.kind] + (f": {relation.detail}" if relation.detail else "") + size
