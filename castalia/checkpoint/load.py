@@ -117,6 +117,7 @@ def load_optimizer(optimizer: AnyOptimizer, model: nn.Module, checkpoint: Checkp
         )
     states = optimizer_state(optimizer, model)
     targets = {name: parameter for name, parameter in model.named_parameters() if name in states}
+    saved: dict[str, Mapping[str, Any]]
     saved = {name: state for name, state in checkpoint.optimizer.items() if name in targets}
     vocab_size = model.cfg.vocab_size if isinstance(model, Transformer) else None
     where = f"the optimizer state of {checkpoint.path}"

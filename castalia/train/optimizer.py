@@ -53,11 +53,13 @@ def make_optimizer(
         decay, scale = _decay_and_scale(name, cfg, width_multiplier)
         if name.endswith(ROW_PARALLEL_BIASES):
             scale *= summed_bias_ranks
-        kind = "adamw" if cfg.name == "muon" and not is_hidden_matrix(name) else cfg.name
+        kind: str = "adamw" if cfg.name == "muon" and not is_hidden_matrix(name) else cfg.name
         kinds[kind][decay, scale].append(parameter)
-    optimizers = []
+    optimizers: list[torch.optim.Optimizer] = []
     for kind, groups in kinds.items():
-        rows = [{"params": ps, "weight_decay": decay, "lr_scale": scale} for (decay, scale), ps in groups.items()]
+        rows: list[dict[str, Any]] = [
+            {"params": ps, "weight_decay": decay, "lr_scale": scale} for (decay, scale), ps in groups.items()
+        ]
         optimizers.append(_optimizer(kind, rows, cfg))
         for parameter in (p for row in rows for p in row["params"]):
             optimizers[-1].state[parameter] = _fresh_state(kind, parameter, cfg)

@@ -33,8 +33,12 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     model: dict[str, TensorRef] = {
         name: Watched(state[name]["master"], ref) if name in apart else ref for name, ref in checkpoint.model.items()
     }
-    moments = {f"{name}.exp_avg": each["exp_avg"] for name, each in state.items()}
-    moments |= {f"{name}.exp_avg_sq": each["exp_avg_sq"] for name, each in state.items()}
+    moments: dict[str, TensorRef] = {
+        f"{name}.{kind}": each[kind]  # type: ignore[literal-required]
+        for name, each in state.items()
+        for kind in each
+        if kind not in ("master", "step")
+    }
     parts = [
         _part(kind, rank, group)
         for kind, tensors in (("model", model), ("optimizer", moments))
