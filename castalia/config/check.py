@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from os.path import normpath
 from typing import NamedTuple
@@ -146,6 +147,19 @@ def learning_rates(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             f"optimizer.betas={list(optimizer.betas)}: both must be at least 0 and below 1", ("optimizer.betas",)
         )
+    for group in optimizer.groups:
+        try:
+            re.compile(group.match)
+        except re.error as error:
+            yield Problem(f"optimizer.groups: {group.match!r} is no regular expression: {error}", ("optimizer.groups",))
+    if schedule.style == "wsd" and schedule.warmup_steps is None and schedule.warmup + schedule.cooldown > 1:
+        yield Problem(
+            f"schedule.warmup={schedule.warmup:g} and schedule.cooldown={schedule.cooldown:g} are more than the whole",
+            ("schedule.warmup", "schedule.cooldown"),
+        )
+    if config.neox_exact and (schedule.style in ("wsd", "inverse_sqrt") or schedule.warmup_steps is not None):
+        what = "schedule.warmup_steps" if schedule.warmup_steps is not None else f"schedule.style={schedule.style}"
+        yield Problem(f"neox_exact: the original has no {what}", ("schedule.style", "schedule.warmup_steps"))
 
 
 def corpora(config: RunConfig) -> Iterator[Problem]:
@@ -174,11 +188,11 @@ def decay(config: RunConfig) -> Iterator[Problem]:
     if not steps:
         return
     end = schedule.decay_steps or int(steps * (schedule.decay_fraction or 1.0))
-    if end != steps and schedule.style != "constant":
+    if end != steps and schedule.ends:
         what = f"stays at its end for the last {steps - end}" if end < steps else f"never gets to its end at {end}"
         yield Problem(f"the learning rate of {steps} steps {what}; schedule.decay_steps={steps} would end with them",
                       ("schedule.decay_steps", "train.steps"))  # fmt: skip
-    if 0 < schedule.warmup * end < 1:
+    if 0 < schedule.warmup_length(end) < 1:
         yield Problem(
             f"schedule.warmup={schedule.warmup:g} of {end} steps is less than one step: there is no warm-up",
             ("schedule.warmup",),
@@ -188,6 +202,7 @@ def decay(config: RunConfig) -> Iterator[Problem]:
 def without_effect(config: RunConfig) -> Iterator[Problem]:
     """Values that were given and that another value switches off."""
     model, data, checkpoint, parallel = config.model, config.data, config.checkpoint, config.parallel
+    rule, schedule = config.optimizer.name, config.schedule
     loads = checkpoint.resume or checkpoint.init_from
     idle = {
         "model.shared_norm": model and model.shared_norm and not model.parallel_residual and "no parallel_residual",
@@ -196,6 +211,11 @@ def without_effect(config: RunConfig) -> Iterator[Problem]:
         and model.position != "rotary"
         and "positions do not rotate",
         "model.rope_scaling": model and model.rope_scaling and model.position != "rotary" and "positions do not rotate",
+        "optimizer.betas": rule in ("sgd", "adafactor") and f"{rule} has none",
+        "optimizer.eps": rule in ("lion", "sgd", "adafactor") and f"{rule} has none",
+        "optimizer.momentum": rule not in ("sgd", "muon") and f"{rule} has none",
+        "schedule.warmup": schedule.warmup_steps is not None and "schedule.warmup_steps replaces it",
+        "schedule.cooldown": schedule.style != "wsd" and f"schedule.style is {schedule.style}",
         "data.split": data.train and "data.train is given",
         "data.weight_alpha": data.weight_alpha != 1 and not data.weight_by_documents and "no weight_by_documents",
         "parallel.sequence_parallel": parallel.sequence_parallel and parallel.tp == 1 and "parallel.tp is 1",

@@ -31,6 +31,20 @@ NORMS = {
     "scalenorm": ("scalenorm", "scalenorm_epsilon"),
     "non_parametric_layernorm": ("layernorm_no_params", "layernorm_epsilon"),
 }
+OPTIMIZERS = {"adam": "adamw", "adamw": "adamw", "cpu_adam": "adamw", "cpu_torch_adam": "adamw"}
+OPTIMIZERS |= {name: name for name in ("lion", "sgd", "adafactor", "muon")}
+OTHER_OPTIMIZERS = {
+    "onebitadam": "its gradients lose precision on the way between ranks",
+    "sm3": "adafactor saves as much memory",
+    "madgrad_wd": "nobody has needed it yet",
+}
+OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "adamw": {"betas": [0.9, 0.999], "eps": 1e-8},
+    "lion": {"betas": [0.9, 0.99]},
+    "sgd": {"momentum": 0.0},
+    "adafactor": {},
+    "muon": {"betas": [0.9, 0.999], "eps": 1e-8, "momentum": 0.95},
+}
 
 
 def is_neox(key: str, value: Any) -> bool:
@@ -300,14 +314,18 @@ def optimizer(work: Translation) -> None:
     if not isinstance(params, dict) or not isinstance(block.get("type"), str):
         work.error("optimizer", 'needs a type and params: {"type": "Adam", "params": {"lr": 6.0e-4}}')
         return
-    if block["type"].lower() not in ("adam", "adamw", "cpu_adam", "cpu_torch_adam"):
-        work.error("optimizer", f"is refused: {block['type']} is not built in; use Adam")
+    name = OPTIMIZERS.get(block["type"].lower())
+    if name is None:
+        why = OTHER_OPTIMIZERS.get(block["type"].lower(), "it is not built in")
+        work.error("optimizer", f"is refused: {block['type']}: {why}; use one of {', '.join(OPTIMIZERS)}")
         return
-    for name, default in (("lr", None), ("betas", [0.9, 0.999]), ("eps", 1e-8)):
-        if name in params:
-            work.set_inner(f"optimizer.{name}", params[name], "optimizer", params, name)
+    work.set("optimizer.name", name, "optimizer")
+    known = {"lr": None, **OPTIMIZER_DEFAULTS[name]}
+    for key, default in known.items():
+        if key in params:
+            work.set_inner(f"optimizer.{key}", params[key], "optimizer", params, key)
         elif default is not None:
-            work.set(f"optimizer.{name}", default)
+            work.set(f"optimizer.{key}", default)
     if "weight_decay" in params:
         if work.has("weight_decay") and work["weight_decay"] != params["weight_decay"]:
             work.error("weight_decay", f"is contradicted by optimizer.params.weight_decay: {params['weight_decay']}")
@@ -316,10 +334,11 @@ def optimizer(work: Translation) -> None:
         work.set("optimizer.lr", work["lr"], "lr")
     elif work.has("lr") and work["lr"] != params.get("lr"):
         work.note("lr", "has no effect here: optimizer.params.lr replaces it")
-    harmless = {"adam_w_mode": True, "bias_correction": True, "amsgrad": False, "torch_adam": params.get("torch_adam")}
-    for name in params.keys() - {"lr", "betas", "eps", "weight_decay"}:
-        if name not in harmless or params[name] != harmless[name]:
-            work.error("optimizer", f"is refused: the parameter {name}: {params[name]!r} is not built in; remove it")
+    harmless = {"adam_w_mode": True, "bias_correction": True, "amsgrad": False, "nesterov": False, "dampening": 0}
+    for key in params.keys() - known.keys() - {"weight_decay", "torch_adam"}:
+        if key not in harmless or params[key] != harmless[key]:
+            text = f"the parameter {key}: {params[key]!r} is not built in for {block['type']}"
+            work.error("optimizer", f"is refused: {text}; remove it")
 
 
 def clipping(work: Translation) -> None:

@@ -89,7 +89,7 @@ KEYS: dict[str, Key] = {
     "train_batch_size": to("train.batch_size"),
     "train_micro_batch_size_per_gpu": to("train.micro_batch_size"),
     "gradient_accumulation_steps": joint("train.accumulation", int, 1),
-    "optimizer": joint("optimizer.name, lr, betas, eps", dict),
+    "optimizer": joint("optimizer.name, lr, betas, eps, momentum", dict),
     "scheduler": idle(DEEPSPEED),
     "fp32_allreduce": idle(REDUCTION, False),
     "prescale_gradients": idle(REDUCTION, False),

@@ -188,6 +188,15 @@ class Schedule(Section):
     decay_fraction: PositiveFloat | None = Field(None, le=1.0)
     min_lr: NonNegativeFloat = 0.0
 
+    @property
+    def ends(self) -> bool:
+        """Whether the rate comes to an end at all."""
+        return self.style not in ("constant", "inverse_sqrt")
+
+    def warmup_length(self, end: int) -> float:
+        """Steps, not rounded, of a decay that ends at step `end`."""
+        return self.warmup * end if self.warmup_steps is None else float(self.warmup_steps)
+
 
 class Parallel(Section):
     """The layout: world = pp * dp * cp * tp, where dp is what the other three leave of the ranks."""

@@ -135,7 +135,8 @@ def training(config: RunConfig, known: Known, layout: Layout) -> dict:
     """The run in numbers: batch, tokens, epochs, schedule, what is saved. None for what is unknown."""
     tokens_per_step = layout.batch * config.data.seq_length
     steps = run_steps(config, known, layout)
-    warmup = schedule_end(config, steps) * config.schedule.warmup if steps or config.schedule.decay_steps else None
+    end = schedule_end(config, steps)
+    warmup = config.schedule.warmup_length(end) if end else None
     checkpoints = known.kept_checkpoints
     return {
         "sequences_per_step": layout.batch,
@@ -177,18 +178,18 @@ def warnings(config: RunConfig, known: Known, layout: Layout) -> list[str]:
     found = []
     steps = run_steps(config, known, layout)
     end, schedule = schedule_end(config, steps), config.schedule
-    if steps and end < steps and schedule.style != "constant":
+    if steps and end < steps and schedule.ends:
         found.append(
             f"the learning rate's decay ends at step {end:,} of {steps:,}: the last {steps - end:,} steps train at "
             f"{schedule.min_lr:g}; set schedule.decay_steps={steps} to decay over the whole run"
         )
-    if steps and end > steps and schedule.style != "constant":
+    if steps and end > steps and schedule.ends:
         last = f", at {known.rate(steps - 1):.3g} instead of {schedule.min_lr:g}" if known.rate else ""
         found.append(
             f"the run stops at step {steps:,}, before its learning rate has decayed (step {end:,}){last}; "
             f"set schedule.decay_steps={steps}, or null"
         )
-    if steps and 0 < schedule.warmup * end < 1:
+    if steps and 0 < schedule.warmup_length(end) < 1:
         found.append(
             f"the warm-up is shorter than a step ({schedule.warmup:g} of {end:,} steps), so there is none; "
             f"set schedule.warmup={1 / end:.2g} or more, or 0"

@@ -80,7 +80,7 @@ def learning_rate(config: RunConfig, steps: int, release: str | None = None) -> 
     return LearningRate(
         peak=config.optimizer.lr,
         minimum=schedule.min_lr,
-        warmup=schedule.warmup * end if schedule.warmup_steps is None else float(schedule.warmup_steps),
+        warmup=schedule.warmup_length(end),
         end=end,
         style=schedule.style,
         cooldown=schedule.cooldown * end if schedule.style == "wsd" else 0.0,

@@ -254,7 +254,16 @@ def test_pipeline_sizes_0_and_1_are_one_stage_with_other_initial_weights(load):
 def test_optimizers(load):
     optimizer = load({"optimizer": {"type": "AdamW", "params": {"lr": 0.1, "weight_decay": 0.2}}}).optimizer
     assert (optimizer.name, optimizer.lr, optimizer.weight_decay) == ("adamw", 0.1, 0.2)
-    assert "is refused: sm3 is not built in" in refusal(load, {"optimizer": {"type": "sm3", "params": {"lr": 1}}})
+    for kind, ours in (("cpu_torch_adam", "adamw"), ("Lion", "lion"), ("sgd", "sgd"), ("muon", "muon")):
+        assert load({"optimizer": {"type": kind, "params": {"lr": 0.1}}}).optimizer.name == ours
+    assert load({"optimizer": {"type": "lion", "params": {"lr": 0.1}}}).optimizer.betas == (0.9, 0.99)
+    sgd = load({"optimizer": {"type": "sgd", "params": {"lr": 0.1, "momentum": 0.8, "nesterov": False}}}).optimizer
+    assert (sgd.momentum, load({"optimizer": {"type": "sgd", "params": {"lr": 1}}}).optimizer.momentum) == (0.8, 0.0)
+    for kind in ("sm3", "madgrad_wd", "onebitadam", "lamb"):
+        found = refusal(load, {"optimizer": {"type": kind, "params": {"lr": 1}}})
+        assert f"optimizer is refused: {kind}: " in found
+        assert "use one of adam, " in found
+    assert "eps: 0.1 is not built in for sgd" in refusal(load, {"optimizer": {"type": "sgd", "params": {"eps": 0.1}}})
     assert "the parameter freeze_step: 3 is not built in" in refusal(
         load, {"optimizer": {"type": "Adam", "params": {"lr": 1, "freeze_step": 3}}}
     )
