@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from castalia.checkpoint.lazy import Scaled, Transposed, bounds, part
-from castalia.checkpoint.tensors import Slices, TensorRef
+from castalia.checkpoint.tensors import Slices, TensorRef, Typed
 from castalia.checkpoint.writing import ahead, same_bits
 from castalia.config.schema import Model
 
@@ -29,7 +29,7 @@ Kind = Literal[
 
 @dataclass(frozen=True)
 class Figures:
-    """Of two tensors of one shape, in fp64."""
+    """Of two tensors of one shape, in fp64. Of vocabularies of different sizes: of the rows that both have."""
 
     count: int
     max_diff: float
@@ -65,7 +65,7 @@ class Relation:
 
 
 @dataclass(frozen=True)
-class Reordered:
+class Reordered(Typed):
     """Rows of the source in a given order."""
 
     source: TensorRef
@@ -76,8 +76,8 @@ class Reordered:
         return tuple(self.source.shape)
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.source.dtype
+    def dtype_name(self) -> str:
+        return self.source.dtype_name
 
     def read(self, slices: Slices | None = None) -> torch.Tensor:
         box = bounds(self.shape, slices)
@@ -91,12 +91,14 @@ def relate(
 ) -> Relation:
     """What B's tensor of this name is to A's. `model`: A's; `others`: B's further tensors."""
     same_shape = tuple(a.shape) == tuple(b.shape)
-    figures = measure(a, b) if same_shape else None
+    rows = min(a.shape[0], b.shape[0]) if a.shape and b.shape else 0
+    only_rows = name.endswith(VOCABULARY) and tuple(a.shape[1:]) == tuple(b.shape[1:])  # padded differently, if at all
+    figures = measure(part(a, 0, rows), part(b, 0, rows)) if only_rows else measure(a, b) if same_shape else None
     if same_shape and equal(a, b):
         if a.dtype == b.dtype:
             return Relation("identical", figures=figures)
-        return Relation("dtype", f"{_short(a.dtype)} here, {_short(b.dtype)} there", figures)
-    if name.endswith(VOCABULARY) and (detail := _only_padding(a, b, model)):
+        return Relation("dtype", f"{a.dtype_name} here, {b.dtype_name} there", figures)
+    if only_rows and (detail := _only_padding(a, b, model)):
         return Relation("padding", detail, figures)
     if len(a.shape) == 2 and tuple(a.shape) == tuple(reversed(b.shape)) and equal(a, Transposed(b)):
         return Relation("transposed", "[out, in] here, [in, out] there", figures)
@@ -118,7 +120,7 @@ def relate(
     if others and twin != name and twin in others and equal(a, others[twin]):
         return Relation("halves_swapped", f"what is {twin} there", figures)
     kind: Kind = "moved" if figures.correlation > RELATED else "unrelated"
-    return Relation(kind, figures=figures)
+    return Relation(kind, "" if same_shape else f"{a.shape[0]} rows here, {b.shape[0]} there", figures)
 
 
 def equal(a: TensorRef, b: TensorRef) -> bool:
@@ -198,8 +200,6 @@ def row_orders(model: Model) -> list[tuple[str, torch.Tensor]]:
 
 def _only_padding(a: TensorRef, b: TensorRef, model: Model | None) -> str:
     """A description if the rows of all tokens agree, else nothing."""
-    if tuple(a.shape[1:]) != tuple(b.shape[1:]):
-        return ""
     rows = min(a.shape[0], b.shape[0])
     if model is not None and model.vocab_size is not None:
         rows = min(rows, model.vocab_size)
@@ -224,10 +224,6 @@ def _alike(x: torch.Tensor, y: torch.Tensor) -> bool:
         return same_bits(x.to(coarser), y.to(coarser))
     eps = max(torch.finfo(dtype).eps for dtype in (x.dtype, y.dtype))  # both are roundings of something finer
     return torch.allclose(x.double(), y.double(), rtol=eps, atol=1e-7)
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def in_order(names: Sequence[str]) -> list[str]:

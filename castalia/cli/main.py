@@ -23,6 +23,7 @@ VERBS = {
     "plan": ("castalia.cli.plan", "Parameters, memory, time and disk of a config, before it runs."),
     "inspect": ("castalia.cli.inspect", "What is inside a checkpoint of any format."),
     "convert": ("castalia.cli.convert", "Write a checkpoint in another format, optimizer state included."),
+    "diff": ("castalia.cli.diff", "What two checkpoints of any formats have in common."),
     "plot": ("castalia.cli.plot", "Curves of one or more runs."),
     "doctor": ("castalia.cli.doctor", "What this machine offers, and what each missing fast path costs."),
 }

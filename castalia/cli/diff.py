@@ -1,0 +1,117 @@
+"""`castalia diff`: what two checkpoints have in common, and a verdict in words."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from castalia.checkpoint.diff import Diff
+
+SHOWN = 12  # tensors in the table
+
+
+def command(
+    a: Annotated[str, typer.Argument(metavar="A", help="a run, or a checkpoint of any format")],
+    b: Annotated[str, typer.Argument(metavar="B", help="another one; its format may be another")],
+    step_a: Annotated[int | None, typer.Option(help="which checkpoint of A; default: the latest")] = None,
+    step_b: Annotated[int | None, typer.Option(help="which checkpoint of B; default: the latest")] = None,
+    config_a: Annotated[str | None, typer.Option(help="A's training config, where none lies with the files")] = None,
+    config_b: Annotated[str | None, typer.Option(help="B's training config, where none lies with the files")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="counts, figures of each tensor and the verdict")] = False,
+    plot: Annotated[Path | None, typer.Option(help="a picture of the change in each layer: PNG or SVG")] = None,
+) -> None:
+    """Compare two checkpoints: structure, tensors, verdict. Formats, eras and layouts may differ."""
+    from castalia.checkpoint.diff import diff
+    from castalia.checkpoint.formats import open_checkpoint
+    from castalia.checkpoint.load import describe
+
+    left = open_checkpoint(a, step=step_a, config=config_a)
+    right = open_checkpoint(b, step=step_b, config=config_b)
+    with _progress(len(left.model.keys() & right.model.keys()), shown=not as_json) as advance:
+        found = diff(left, right, advance)
+    if as_json:
+        print(json.dumps({"a": str(left.path), "b": str(right.path), **found.as_json()}, indent=2))
+    else:
+        print(f"A: {a}  ({describe(left)})\nB: {b}  ({describe(right)})\n")
+        _show(found)
+    if plot is not None:
+        plot.parent.mkdir(parents=True, exist_ok=True)
+        _plot(found, plot, left.path, right.path)
+        if not as_json:
+            print(f"\nwrote {plot}")
+
+
+def _show(found: Diff) -> None:
+    from castalia.checkpoint.diff import CAUSES
+
+    for line in found.structure:
+        print(f"  {line}")
+    counts = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in found.counts.items())
+    print(f"{len(found.relations)} tensors in both: {counts or 'none'}")
+    print(found.optimizer)
+    differing = [
+        (name, relation)
+        for name, relation in found.relations.items()
+        if relation.kind != "identical" and relation.figures
+    ]
+    if differing:
+        print(f"\n{'tensor':34} {'relation':15} {'max |Δ|':>9} {'relative':>9} {'corr.':>7}")
+    for name, relation in differing[:SHOWN]:
+        figures = relation.figures
+        assert figures is not None
+        numbers = f"{figures.max_diff:9.3g} {figures.relative:9.3g} {figures.correlation:7.3f}"
+        print(f"{name:34} {relation.kind:15} {numbers}")
+    if len(differing) > SHOWN:
+        print(f"... and {len(differing) - SHOWN} more; --json lists all")
+    if found.verdict in ("same_init", "unrelated", "fine_tune"):
+        print(f"\n{'kind':16} {'tensors':>7} {'std A':>10} {'std B':>10} {'B / A':>8}")
+        for part in found.parts:
+            print(f"{part.part:16} {part.tensors:7} {part.std_a:10.5f} {part.std_b:10.5f} {part.ratio:8.4f}")
+    if found.verdict == "fine_tune":
+        print("\nrelative change by layer")
+        for layer, change in found.updates.items():
+            print(f"{layer:16} {change:8.4f}")
+    print(f"\nverdict: {found.words}")
+    if found.verdict == "same_init":
+        print("what is known to cause this with equal seeds:")
+        for cause in CAUSES:
+            print(f"  - {cause}")
+
+
+@contextmanager
+def _progress(total: int, shown: bool) -> Iterator[Callable[[str], None]]:
+    if not (shown and sys.stdout.isatty()):
+        yield lambda name: None
+        return
+    from rich.progress import Progress
+
+    with Progress(transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda name: bar.update(task, description=name, advance=1)
+
+
+def _plot(found: Diff, path: Path, a: str, b: str) -> None:
+    """Bars: the relative change of each layer, or the ratio of standard deviations of each kind."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    if found.verdict == "same_init":
+        bars, label = {part.part: part.ratio for part in found.parts}, "standard deviation, B / A"
+    else:
+        bars, label = dict(found.updates), "relative change |B - A| / |A|"
+    figure, axes = plt.subplots(figsize=(max(6.0, 0.35 * len(bars) + 2), 4), layout="constrained")
+    axes.bar(range(len(bars)), list(bars.values()), color="#1f77b4")
+    axes.set_xticks(range(len(bars)), list(bars), rotation=90)
+    axes.set_ylabel(label)
+    axes.set_title(f"{Path(a).name} | {Path(b).name}: {found.verdict.replace('_', ' ')}")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
