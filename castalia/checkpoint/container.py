@@ -17,17 +17,18 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from castalia.checkpoint.lazy import bounds
-from castalia.checkpoint.tensors import Slices
+from castalia.checkpoint.tensors import ITEM_BYTES, Slices, Typed
 from castalia.checkpoint.unpickle import unpickle
 from castalia.errors import CheckpointError
 
-SAME_SIZE_INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+if TYPE_CHECKING:
+    import torch
+
 MAX_PICKLE_BYTES = 256 << 20  # names and shapes of a million tensors
 CHUNK_BYTES = 4 << 20
 LOCAL_HEADER = struct.Struct("<4s22xHH")
@@ -66,24 +67,26 @@ class Blob:
 
 
 @dataclass(frozen=True)
-class FileTensor:
+class FileTensor(Typed):
     """A tensor in a file: a view of a storage, which may be larger. Offset and strides count elements."""
 
     blob: Blob
-    dtype: torch.dtype
+    dtype_name: str
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int = 0
 
     def read(self, slices: Slices | None = None) -> torch.Tensor:
+        import torch
+
         box = bounds(self.shape, slices)
         lengths = [stop - start for start, stop in box]
         out = torch.empty(lengths, dtype=self.dtype)
         if out.numel():
-            integers = out.view(SAME_SIZE_INT[self.dtype.itemsize]).numpy()
+            integers, size = as_integers(out), ITEM_BYTES[self.dtype_name]
             first = self.offset + sum(start * step for (start, _), step in zip(box, self.stride, strict=True))
-            strides = [step * self.dtype.itemsize for step in self.stride]
-            data = self.blob.map()[first * self.dtype.itemsize :]
+            strides = [step * size for step in self.stride]
+            data = self.blob.map()[first * size :]
             np.copyto(integers, np.ndarray(lengths, integers.dtype, data, strides=strides))
         return out
 
@@ -91,13 +94,11 @@ class FileTensor:
 @dataclass(frozen=True)
 class _Storage:
     blob: Blob
-    dtype: torch.dtype
+    dtype: str
     size: int  # elements
 
-    def tensor(
-        self, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype | None
-    ) -> FileTensor:
-        size = self.size * self.dtype.itemsize // (dtype or self.dtype).itemsize
+    def tensor(self, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], dtype: str | None) -> FileTensor:
+        size = self.size * ITEM_BYTES[self.dtype] // ITEM_BYTES[dtype or self.dtype]
         numbers = (offset, *shape, *stride)
         if len(shape) != len(stride) or not all(type(number) is int and number >= 0 for number in numbers):
             raise ValueError(f"a tensor at {offset} with shape {shape} and strides {stride}")
@@ -109,6 +110,13 @@ class _Storage:
                 f"does not fit into its storage of {size} elements"
             )
         return FileTensor(self.blob, dtype or self.dtype, shape, stride, offset)
+
+
+def as_integers(tensor: torch.Tensor) -> np.ndarray:
+    """The bits of a CPU tensor of any dtype, shared: integers of the same size. NumPy has no bfloat16."""
+    import torch
+
+    return tensor.view(getattr(torch, f"int{8 * tensor.dtype.itemsize}")).numpy()
 
 
 def open_pt(path: Path | str) -> Any:
@@ -154,7 +162,7 @@ def _open_zip(path: Path, file: Any) -> Any:
             if member is None:
                 raise CheckpointError(f"{path} is damaged: the storage {key!r} is missing")
             blobs[key] = _blob(path, file, member, size)
-        if blobs[key].size != count * dtype.itemsize:
+        if blobs[key].size != count * ITEM_BYTES[dtype]:
             raise CheckpointError(
                 f"{path} is damaged: storage {key!r} has {blobs[key].size} bytes instead of {count} elements of {dtype}"
             )
@@ -197,7 +205,7 @@ def _blob(path: Path, file: Any, info: zipfile.ZipInfo, file_size: int) -> Blob:
 
 def _open_legacy(path: Path, file: Any) -> Any:
     """Five pickles one after another (magic number, version, system, object, storage keys), then the storages."""
-    blobs: dict[str, tuple[Blob, torch.dtype, int]] = {}
+    blobs: dict[str, tuple[Blob, str, int]] = {}
 
     def storage(identity: Sequence) -> _Storage:
         key, dtype, count = _identity(identity)
@@ -219,7 +227,7 @@ def _open_legacy(path: Path, file: Any) -> Any:
         for key in keys:
             blob, dtype, count = blobs[str(key)]
             stored = int.from_bytes(data[at : at + 8], "little")
-            blob.offset, blob.size = at + 8, count * dtype.itemsize
+            blob.offset, blob.size = at + 8, count * ITEM_BYTES[dtype]
             at = blob.offset + blob.size
             if at > len(data):
                 raise CheckpointError(f"{path} is truncated: {len(data)} bytes, storage {key!r} ends at {at}")
@@ -228,11 +236,11 @@ def _open_legacy(path: Path, file: Any) -> Any:
     return result
 
 
-def _identity(identity: Sequence) -> tuple[str, torch.dtype, int]:
+def _identity(identity: Sequence) -> tuple[str, str, int]:
     """(key, dtype, elements) of a persistent id ('storage', class, key, location, elements, ...)."""
     if not isinstance(identity, tuple) or len(identity) < 5 or identity[0] != "storage":
         raise ValueError(f"persistent id {identity!r}")
     _, dtype, key, _, count = identity[:5]
-    if not isinstance(dtype, torch.dtype) or type(count) is not int or count < 0 or not isinstance(key, (str, int)):
+    if dtype not in ITEM_BYTES or type(count) is not int or count < 0 or not isinstance(key, (str, int)):
         raise ValueError(f"persistent id {identity!r}")
     return str(key), dtype, count

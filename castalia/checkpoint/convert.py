@@ -22,7 +22,7 @@ import torch
 
 from castalia.checkpoint.lazy import Cast
 from castalia.checkpoint.stored import StoredTensor
-from castalia.checkpoint.tensors import Checkpoint, TensorRef
+from castalia.checkpoint.tensors import Checkpoint, TensorRef, name_of
 from castalia.checkpoint.writing import Advance, Output, Plan, Verified, WriteOptions, sync
 from castalia.errors import CheckpointError
 
@@ -74,14 +74,14 @@ def prepare(checkpoint: Checkpoint, dtype: torch.dtype | None = None, optimizer:
             }
     if dtype is not None:
         sources = {name: state[name]["master"] if state and name in state else ref for name, ref in model.items()}
-        model = {name: ref if ref.dtype == dtype else Cast(ref, dtype) for name, ref in sources.items()}
+        model = {name: ref if ref.dtype == dtype else Cast(ref, name_of(dtype)) for name, ref in sources.items()}
     return replace(checkpoint, model=model, optimizer=state if optimizer else None)
 
 
 def _checked(ref: TensorRef, known: dict[int, Verified]) -> TensorRef:
     """The tensor with its checksums verified. A tensor that is weight and master stays one."""
     if isinstance(ref, Cast):
-        return Cast(_checked(ref.source, known), ref.dtype)
+        return Cast(_checked(ref.source, known), ref.dtype_name)
     if not isinstance(ref, StoredTensor):
         return ref
     return known.setdefault(id(ref), Verified(ref))
@@ -92,7 +92,7 @@ def identity(checkpoint: Checkpoint, options: WriteOptions, plan: Plan) -> str:
     root = Path(checkpoint.path)
     found = sorted((str(path.relative_to(root)), path.stat()) for path in root.rglob("*") if path.is_file())
     source = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
-    kinds = [(name, str(ref.dtype)) for name, ref in checkpoint.model.items()]
+    kinds = [(name, ref.dtype_name) for name, ref in checkpoint.model.items()]
     files = [(output.name, output.num_bytes) for output in plan.outputs]
     content = [str(root.resolve()), source, kinds, repr(options), files]
     return blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()

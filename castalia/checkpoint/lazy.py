@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
+from castalia.checkpoint.tensors import Slices, TensorRef, Typed, name_of
 
-from castalia.checkpoint.tensors import Slices, TensorRef
+if TYPE_CHECKING:
+    import torch
 
 CHUNK_ELEMENTS = 1 << 22
 
@@ -33,7 +34,7 @@ def bounds(shape: Sequence[int], slices: Slices | None) -> list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
-class Held:
+class Held(Typed):
     """A tensor that is in memory already."""
 
     tensor: torch.Tensor
@@ -43,16 +44,18 @@ class Held:
         return tuple(self.tensor.shape)
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.tensor.dtype
+    def dtype_name(self) -> str:
+        return name_of(self.tensor.dtype)
 
     def read(self, slices: Slices | None = None) -> torch.Tensor:
+        import torch
+
         box = bounds(self.shape, slices)
         return self.tensor[tuple(slice(*pair) for pair in box)].clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)
-class Part:
+class Part(Typed):
     """`source[..., start:stop, ...]` along one dimension."""
 
     source: TensorRef
@@ -67,8 +70,8 @@ class Part:
         return tuple(shape)
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.source.dtype
+    def dtype_name(self) -> str:
+        return self.source.dtype_name
 
     def read(self, slices: Slices | None = None) -> torch.Tensor:
         box = bounds(self.shape, slices)
@@ -78,7 +81,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Joined:
+class Joined(Typed):
     """The sources one after another along one dimension."""
 
     sources: tuple[TensorRef, ...]
@@ -91,10 +94,12 @@ class Joined:
         return tuple(shape)
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.sources[0].dtype
+    def dtype_name(self) -> str:
+        return self.sources[0].dtype_name
 
     def read(self, slices: Slices | None = None) -> torch.Tensor:
+        import torch
+
         box = bounds(self.shape, slices)
         first, last = box[self.dim]
         result = torch.empty([stop - start for start, stop in box], dtype=self.dtype)
@@ -111,7 +116,7 @@ class Joined:
 
 
 @dataclass(frozen=True)
-class Permuted:
+class Permuted(Typed):
     """Rows seen as a grid of shape `view` (its product is the number of rows), with the grid's axes put in `order`."""
 
     source: TensorRef
@@ -123,10 +128,12 @@ class Permuted:
         return tuple(self.source.shape)
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.source.dtype
+    def dtype_name(self) -> str:
+        return self.source.dtype_name
 
     def read(self, slices: Slices | None = None) -> torch.Tensor:
+        import torch
+
         box = bounds(self.shape, slices)
         rows = torch.arange(prod(self.view)).view(self.view).permute(self.order).flatten()[slice(*box[0])]
         if rows.numel() == 0:
@@ -136,7 +143,7 @@ class Permuted:
 
 
 @dataclass(frozen=True)
-class Transposed:
+class Transposed(Typed):
     source: TensorRef
 
     @property
@@ -144,8 +151,8 @@ class Transposed:
         return tuple(reversed(self.source.shape))
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.source.dtype
+    def dtype_name(self) -> str:
+        return self.source.dtype_name
 
     def read(self, slices: Slices | None = None) -> torch.Tensor:
         box = reversed(bounds(self.shape, slices))
@@ -153,7 +160,7 @@ class Transposed:
 
 
 @dataclass(frozen=True)
-class Combined:
+class Combined(Typed):
     """Sum or mean of equally shaped sources, computed in fp64: replicas that agree give their own bits back."""
 
     sources: tuple[TensorRef, ...]
@@ -164,8 +171,8 @@ class Combined:
         return tuple(self.sources[0].shape)
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.sources[0].dtype
+    def dtype_name(self) -> str:
+        return self.sources[0].dtype_name
 
     def read(self, slices: Slices | None = None) -> torch.Tensor:
         total = self.sources[0].read(slices).double()
@@ -180,7 +187,7 @@ class Combined:
 
 
 @dataclass(frozen=True)
-class Scaled:
+class Scaled(Typed):
     source: TensorRef
     divisor: int
 
@@ -189,15 +196,15 @@ class Scaled:
         return tuple(self.source.shape)
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.source.dtype
+    def dtype_name(self) -> str:
+        return self.source.dtype_name
 
     def read(self, slices: Slices | None = None) -> torch.Tensor:
         return (self.source.read(slices).double() / self.divisor).to(self.dtype)
 
 
 @dataclass(frozen=True)
-class Padded:
+class Padded(Typed):
     """The source with rows of zeros added at the end."""
 
     source: TensorRef
@@ -208,10 +215,12 @@ class Padded:
         return (self.rows, *self.source.shape[1:])
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.source.dtype
+    def dtype_name(self) -> str:
+        return self.source.dtype_name
 
     def read(self, slices: Slices | None = None) -> torch.Tensor:
+        import torch
+
         box = bounds(self.shape, slices)
         start, stop = box[0]
         result = torch.zeros([last - first for first, last in box], dtype=self.dtype)
@@ -223,17 +232,19 @@ class Padded:
 
 
 @dataclass(frozen=True)
-class Shaped:
+class Shaped(Typed):
     """A vector seen as a tensor of another shape. Rows are read in chunks, so that narrow columns stay cheap."""
 
     vector: TensorRef
     shape: tuple[int, ...]
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.vector.dtype
+    def dtype_name(self) -> str:
+        return self.vector.dtype_name
 
     def read(self, slices: Slices | None = None) -> torch.Tensor:
+        import torch
+
         box = bounds(self.shape, slices)
         lengths = [stop - start for start, stop in box]
         row = prod(self.shape[1:]) if self.shape else 1
@@ -250,11 +261,11 @@ class Shaped:
 
 
 @dataclass(frozen=True)
-class Cast:
+class Cast(Typed):
     """The source in another dtype."""
 
     source: TensorRef
-    dtype: torch.dtype
+    dtype_name: str
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -265,11 +276,13 @@ class Cast:
 
 
 @dataclass(frozen=True)
-class Zeros:
+class Zeros(Typed):
     shape: tuple[int, ...]
-    dtype: torch.dtype = torch.float32
+    dtype_name: str = "float32"
 
     def read(self, slices: Slices | None = None) -> torch.Tensor:
+        import torch
+
         return torch.zeros([stop - start for start, stop in bounds(self.shape, slices)], dtype=self.dtype)
 
 

@@ -10,28 +10,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from castalia.checkpoint.container import CHUNK_BYTES, SAME_SIZE_INT
+from castalia.checkpoint.container import CHUNK_BYTES, as_integers
 from castalia.checkpoint.lazy import bounds
-from castalia.checkpoint.tensors import Slices
+from castalia.checkpoint.tensors import ITEM_BYTES, Slices, Typed, name_of
 from castalia.errors import CheckpointError
 
+if TYPE_CHECKING:
+    import torch
+
 DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+DTYPE_CODES = {name: code for code, name in DTYPES.items()}
 MAX_HEADER_BYTES = 100 << 20
 
 Region = Sequence[tuple[int, int]]  # first and one-past-last index of each dimension
@@ -49,12 +44,12 @@ class Extent:
 
 
 @dataclass(frozen=True)
-class StoredTensor:
+class StoredTensor(Typed):
     """A tensor in one or more extents that cover it once. Reads only the bytes that are asked for."""
 
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype_name: str
     extents: tuple[Extent, ...]
 
     def __post_init__(self) -> None:
@@ -70,6 +65,8 @@ class StoredTensor:
 
         Raises CheckpointError for missing, truncated or damaged files.
         """
+        import torch
+
         wanted = bounds(self.shape, slices)
         out = torch.empty([stop - start for start, stop in wanted], dtype=self.dtype) if out is None else out
         for extent in self.extents:
@@ -86,7 +83,7 @@ class StoredTensor:
         for extent in self.extents:
             if extent.crc32 is None:
                 continue
-            left, crc = math.prod(extent.shape) * self.dtype.itemsize, 0
+            left, crc = math.prod(extent.shape) * ITEM_BYTES[self.dtype_name], 0
             with open(extent.path, "rb", buffering=0) as file:
                 file.seek(extent.offset)
                 while left and (data := file.read(min(left, CHUNK_BYTES))):
@@ -95,6 +92,8 @@ class StoredTensor:
             self._check_crc(extent, crc)
 
     def _read_part(self, extent: Extent, part: Region, out: torch.Tensor) -> None:
+        import torch
+
         try:
             if _is_one_run(part, extent.shape):
                 buffer = out if out.is_contiguous() else torch.empty(out.shape, dtype=self.dtype)
@@ -103,7 +102,7 @@ class StoredTensor:
                     out.copy_(buffer)
             else:
                 self._check_size(extent)
-                integers = out.view(SAME_SIZE_INT[self.dtype.itemsize]).numpy()
+                integers = as_integers(out)
                 source = np.memmap(extent.path, integers.dtype, "r", extent.offset, extent.shape)
                 np.copyto(integers, source[tuple(slice(*pair) for pair in part)])
         except OSError as error:
@@ -115,7 +114,7 @@ class StoredTensor:
         skipped = sum(start * stride for (start, _), stride in zip(part, strides, strict=True))
         data, crc, done = as_bytes(buffer), 0, 0
         with open(extent.path, "rb", buffering=0) as file:
-            file.seek(extent.offset + skipped * self.dtype.itemsize)
+            file.seek(extent.offset + skipped * ITEM_BYTES[self.dtype_name])
             while done < len(data):
                 count = file.readinto(data[done : done + CHUNK_BYTES])
                 if not count:
@@ -127,14 +126,14 @@ class StoredTensor:
 
     def _check_crc(self, extent: Extent, crc: int) -> None:
         if crc != extent.crc32:
-            end = extent.offset + math.prod(extent.shape) * self.dtype.itemsize
+            end = extent.offset + math.prod(extent.shape) * ITEM_BYTES[self.dtype_name]
             raise CheckpointError(
                 f"{self.name}: {extent.path} is damaged: bytes {extent.offset} to {end} have checksum {crc:08x}, "
                 f"{extent.crc32:08x} was written. Use another step, or a copy of this file."
             )
 
     def _check_size(self, extent: Extent) -> None:
-        needed = extent.offset + math.prod(extent.shape) * self.dtype.itemsize
+        needed = extent.offset + math.prod(extent.shape) * ITEM_BYTES[self.dtype_name]
         if (found := os.stat(extent.path).st_size) < needed:
             raise CheckpointError(
                 f"{self.name}: {extent.path} is truncated: {found} bytes, but this tensor ends at byte {needed}. "
@@ -159,6 +158,8 @@ def inside(folder: Path, name: str) -> Path:
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, shared."""
+    import torch
+
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
@@ -189,7 +190,7 @@ def _entry(path: Path, name: str, fields: Mapping, base: int, file_size: int) ->
         raise CheckpointError(f"{path}: the header's entry for {name} is malformed: {fields}") from error
     if dtype not in DTYPES:
         raise CheckpointError(f"{path}: {name} has dtype {dtype}; known are {', '.join(DTYPES)}")
-    if not numbers or stop - start != math.prod(shape) * DTYPES[dtype].itemsize:
+    if not numbers or stop - start != math.prod(shape) * ITEM_BYTES[DTYPES[dtype]]:
         raise CheckpointError(f"{path}: {name} has shape {list(shape)} of {dtype}, but bytes {start} to {stop}")
     if base + stop > file_size:
         raise CheckpointError(f"{path} is truncated: {file_size} bytes, but {name} ends at byte {base + stop}")
@@ -206,7 +207,8 @@ def write_safetensors(path: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -
     end = 0
     for name, tensor in tensors:
         start, end = end, end + tensor.numel() * tensor.dtype.itemsize
-        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        code = DTYPE_CODES[name_of(tensor.dtype)]
+        header[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     data = [as_bytes(tensor) for _, tensor in tensors]

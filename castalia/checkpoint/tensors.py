@@ -7,13 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypedDict, runtime_checkable
-
-import torch
+from typing import TYPE_CHECKING, Protocol, TypedDict, runtime_checkable
 
 from castalia.config.schema import RunConfig
 
+if TYPE_CHECKING:
+    import torch
+
 Slices = Sequence[slice]
+ITEM_BYTES = {
+    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1,
+    "bool": 1,
+}  # fmt: skip
 
 
 @runtime_checkable
@@ -24,11 +29,36 @@ class TensorRef(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
     @property
+    def dtype_name(self) -> str:
+        """A key of `ITEM_BYTES`; asking for it, unlike `dtype`, imports no torch."""
+        ...
+
+    @property
     def dtype(self) -> torch.dtype: ...
 
     def read(self, slices: Slices | None = None) -> torch.Tensor:
         """A fresh CPU tensor: all of it, or the part that one slice for each dimension selects."""
         ...
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """float32 for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+class Typed:
+    """Gives lazy tensors `dtype` from `dtype_name`, so that opening and describing files goes without torch."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def dtype_name(self) -> str: ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        import torch
+
+        return getattr(torch, self.dtype_name)
 
 
 class AdamState(TypedDict):

@@ -13,8 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
-
+from castalia.checkpoint.tensors import ITEM_BYTES
 from castalia.errors import CheckpointError
 
 Buffer = Any  # bytes or mmap: indexing gives ints, slicing gives bytes
@@ -25,7 +24,7 @@ DAMAGE = (IndexError, KeyError, TypeError, ValueError, AttributeError, OverflowE
 class Storage(Protocol):
     """What a pickle's persistent id stands for: the bytes of one or more tensors."""
 
-    def tensor(self, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype | None) -> object:
+    def tensor(self, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], dtype: str | None) -> object:
         """A tensor in these bytes; offset and strides in elements; `dtype` None: the storage's own."""
         ...
 
@@ -94,15 +93,13 @@ INERT_CLASSES = (
     "torch.nn.parameter.Parameter",
 )
 STORAGE_DTYPES = {
-    "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16,
-    "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
-    "Bool": torch.bool, "Untyped": torch.uint8,
+    "Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16", "Long": "int64", "Int": "int32",
+    "Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool", "Untyped": "uint8",
 }  # fmt: skip
-DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 
 
 def _table() -> dict[str, Any]:
-    table: dict[str, Any] = {f"torch.{name}": getattr(torch, name) for name in DTYPES}
+    table: dict[str, Any] = {f"torch.{name}": name for name in ITEM_BYTES}
     for module in ("torch", "torch.cuda", "torch.storage"):
         table |= {f"{module}.{name}Storage": dtype for name, dtype in STORAGE_DTYPES.items()}
     builders: dict[str, Callable[..., Any]] = {

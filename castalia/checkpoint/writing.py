@@ -15,14 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 
-from castalia.checkpoint.stored import DTYPE_NAMES, StoredTensor, as_bytes
-from castalia.checkpoint.tensors import Slices, TensorRef
+from castalia.checkpoint.container import as_integers
+from castalia.checkpoint.stored import DTYPE_CODES, StoredTensor, as_bytes
+from castalia.checkpoint.tensors import ITEM_BYTES, Slices, TensorRef, Typed
 
 PIECE_BYTES = 32 << 20
 SHARD_BYTES = 4 << 30
-SAME_SIZE_INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 Advance = Callable[[int], None]  # called with the bytes written since the last call
 T = TypeVar("T")
@@ -91,12 +92,11 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors of one shape and dtype are equal, NaNs and signs of zeros included."""
-    integers = SAME_SIZE_INT[a.dtype.itemsize]
-    return torch.equal(a.contiguous().view(integers), b.contiguous().view(integers))
+    return np.array_equal(as_integers(a.contiguous()), as_integers(b.contiguous()))
 
 
 def num_bytes(ref: TensorRef) -> int:
-    return math.prod(ref.shape) * ref.dtype.itemsize
+    return math.prod(ref.shape) * ITEM_BYTES[ref.dtype_name]
 
 
 def shards(tensors: Mapping[str, TensorRef], limit: int) -> list[dict[str, TensorRef]]:
@@ -118,7 +118,7 @@ def write_tensors(path: Path, tensors: Mapping[str, TensorRef], advance: Advance
     end = 0
     for name, ref in tensors.items():
         start, end = end, end + num_bytes(ref)
-        header[name] = {"dtype": DTYPE_NAMES[ref.dtype], "shape": list(ref.shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": DTYPE_CODES[ref.dtype_name], "shape": list(ref.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     base = 8 + len(text)
@@ -163,7 +163,7 @@ def sync(path: Path) -> None:
 
 
 @dataclass
-class Verified:
+class Verified(Typed):
     """A stored tensor whose checksums are verified before any part of it is read."""
 
     source: StoredTensor
@@ -174,8 +174,8 @@ class Verified:
         return self.source.shape
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.source.dtype
+    def dtype_name(self) -> str:
+        return self.source.dtype_name
 
     def read(self, slices: Slices | None = None) -> torch.Tensor:
         if not self.verified:
@@ -185,7 +185,7 @@ class Verified:
 
 
 @dataclass
-class Watched:
+class Watched(Typed):
     """A master that is read beside its weight and notes whether the weight is its rounding."""
 
     master: TensorRef
@@ -197,8 +197,8 @@ class Watched:
         return self.master.shape
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.master.dtype
+    def dtype_name(self) -> str:
+        return self.master.dtype_name
 
     def read(self, slices: Slices | None = None) -> torch.Tensor:
         value = self.master.read(slices)

@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-import torch
-
 from castalia.checkpoint.lazy import Cast, Shaped, Zeros, join, part
 from castalia.checkpoint.tensors import TensorRef
 from castalia.errors import CheckpointError
@@ -253,7 +251,7 @@ def split_stages(
 
 
 def float32(ref: TensorRef) -> TensorRef:
-    return ref if ref.dtype == torch.float32 else Cast(ref, torch.float32)
+    return ref if ref.dtype_name == "float32" else Cast(ref, "float32")
 
 
 def number(value: Any) -> int:

@@ -35,7 +35,7 @@ class Counting:
     """A held tensor that counts the elements read of it."""
 
     def __init__(self, tensor: torch.Tensor):
-        self.held, self.shape, self.dtype, self.read_elements = Held(tensor), tuple(tensor.shape), tensor.dtype, 0
+        self.held, self.shape, self.dtype_name, self.read_elements = Held(tensor), tuple(tensor.shape), "float32", 0
 
     def read(self, slices=None):
         result = self.held.read(slices)

@@ -46,7 +46,7 @@ def test_what_the_writers_use_becomes_plain_or_inert():
         size=torch.Size([2, 3]), names={"a"}, dtype=torch.bfloat16, rng=np.arange(4, dtype="u4")
     )
     result = load(pickle.dumps(value, 2))
-    assert (result["size"], result["names"], result["dtype"]) == ((2, 3), {"a"}, torch.bfloat16)
+    assert (result["size"], result["names"], result["dtype"]) == ((2, 3), {"a"}, "bfloat16")
     assert isinstance(result["rng"], Inert)
 
 

@@ -16,7 +16,7 @@ from castalia.errors import CheckpointError
 
 class Counting:
     def __init__(self, tensor: torch.Tensor):
-        self.held, self.shape, self.dtype, self.read_elements = Held(tensor), tuple(tensor.shape), tensor.dtype, 0
+        self.held, self.shape, self.dtype_name, self.read_elements = Held(tensor), tuple(tensor.shape), "float32", 0
 
     def read(self, slices=None):
         result = self.held.read(slices)

@@ -75,4 +75,4 @@ def _by_name(ranks: Iterable[Mapping]) -> dict[str, list]:
 
 
 def weight_dtype(held: Mapping[str, Sequence[TensorRef]]) -> str:
-    return str(next(iter(held.values()))[0].dtype).removeprefix("torch.")
+    return next(iter(held.values()))[0].dtype_name

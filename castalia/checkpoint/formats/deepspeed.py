@@ -137,8 +137,8 @@ def weights(folder: Folder) -> dict[str, list[TensorRef]]:
 def stage3_weights(folder: Folder, state: RankState) -> dict[str, list[TensorRef]]:
     """ZeRO 3 stores no whole weight: they are the masters, rounded to the dtype of the empty tensors in their place."""
     stored = {global_name(name, 0): ref for name, ref in _tensors(folder.first["module"]).items()}
-    dtypes = {name: ref.dtype for name, ref in stored.items()}
-    return {name: [Cast(ref, dtypes.get(name, ref.dtype))] for name, ref in state.master.items()}
+    dtypes = {name: ref.dtype_name for name, ref in stored.items()}
+    return {name: [Cast(ref, dtypes.get(name, ref.dtype_name))] for name, ref in state.master.items()}
 
 
 def global_name(name: str, embedding: int) -> str:

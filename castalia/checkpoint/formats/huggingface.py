@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from castalia.checkpoint.container import open_pt
+from castalia.checkpoint.container import FileTensor, open_pt
 from castalia.checkpoint.rules import (
     Chain,
     Interleave,
@@ -416,7 +416,7 @@ def _open_file(path: Path) -> dict[str, TensorRef]:
     if path.suffix == ".safetensors":
         return dict(open_safetensors(path))
     loaded = open_pt(path)
-    if not isinstance(loaded, dict) or not all(isinstance(ref, TensorRef) for ref in loaded.values()):
+    if not isinstance(loaded, dict) or not all(isinstance(ref, FileTensor) for ref in loaded.values()):
         raise CheckpointError(f"{path} does not hold a table of tensors")
     return loaded
 

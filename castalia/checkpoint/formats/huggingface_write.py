@@ -66,7 +66,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     weights = _named(checkpoint.model, family, model, "weight")
     ids = dict(checkpoint.details.get("token_ids") or {"bos_token_id": eod, "eos_token_id": eod})  # type: ignore[call-overload]
     config = hf_config(kind, model, _longest(checkpoint, model), ids)
-    config["torch_dtype"] = config["dtype"] = str(checkpoint.model["embed.weight"].dtype).removeprefix("torch.")
+    config["torch_dtype"] = config["dtype"] = checkpoint.model["embed.weight"].dtype_name
     outputs = [json_output(CONFIG, config), json_output("generation_config.json", {"_from_model_config": True, **ids})]
     outputs += tokenizer + _safetensors("model", weights, options)
     outputs += _optimizer(checkpoint, family, model, options)

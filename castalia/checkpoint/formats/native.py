@@ -26,16 +26,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from errno import ETIMEDOUT
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from pydantic import ValidationError
 
 import castalia
 from castalia.checkpoint.lazy import Cast
-from castalia.checkpoint.stored import DTYPE_NAMES, DTYPES, Extent, StoredTensor, inside, write_safetensors
-from castalia.checkpoint.tensors import AdamState, Checkpoint, Progress, TensorRef
+from castalia.checkpoint.stored import DTYPE_CODES, DTYPES, Extent, StoredTensor, inside, write_safetensors
+from castalia.checkpoint.tensors import AdamState, Checkpoint, Progress, TensorRef, name_of
 from castalia.config.schema import RunConfig
 from castalia.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -107,6 +110,8 @@ class Writer:
             }
             steps = {name: int(state.get("step", 0)) for name, state in optimizer.items()}
         if any(_tensor(given).is_cuda for given in model.values()):
+            import torch
+
             torch.cuda.synchronize()  # the copies to pinned memory are under way
         self._pending = self._thread.submit(self._write, progress.step, tensors, steps, about)
 
@@ -189,7 +194,7 @@ def write_part(folder: Path, kind: str, rank: int, shards: Mapping[str, Shard]) 
         extent = {"file": name, "offset": offset, "crc32": crc}
         if tuple(shard.tensor.shape) != shard.shape:
             extent |= {"start": list(shard.start), "shape": list(shard.tensor.shape)}
-        dtype = DTYPE_NAMES[shard.tensor.dtype]
+        dtype = DTYPE_CODES[name_of(shard.tensor.dtype)]
         entries[key] = {"shape": list(shard.shape), "dtype": dtype, "extents": [extent]}
     return entries
 
@@ -342,12 +347,14 @@ def _weights(path: Path, manifest: Mapping, masters: Mapping[str, StoredTensor])
     return stored | {
         name: Cast(masters[name], DTYPES[dtype])
         for name, dtype in rounded.items()
-        if name not in stored and DTYPES[dtype] != masters[name].dtype
+        if name not in stored and DTYPES[dtype] != masters[name].dtype_name
     }
 
 
 def describe(progress: Progress, config: RunConfig | None, data_fingerprint: str) -> dict:
     """The manifest's part that is not about tensors."""
+    import torch
+
     versions = {"castalia": castalia.__version__, "torch": torch.__version__, "python": platform.python_version()}
     return {
         "version": VERSION,
@@ -363,6 +370,8 @@ def _tensor(given: torch.Tensor | Shard) -> torch.Tensor:
 
 
 def _copy(given: torch.Tensor | Shard) -> Shard:
+    import torch
+
     source = _tensor(given).detach()
     copy = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
     copy.copy_(source, non_blocking=True)

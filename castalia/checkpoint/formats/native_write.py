@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from castalia.checkpoint.formats.native import describe, write_manifest
-from castalia.checkpoint.stored import DTYPE_NAMES
+from castalia.checkpoint.stored import DTYPE_CODES
 from castalia.checkpoint.tensors import Checkpoint, TensorRef
 from castalia.checkpoint.tokenizer_files import our_tokenizer
 from castalia.checkpoint.writing import (
@@ -49,7 +49,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         "optimizer_steps": None
         if checkpoint.optimizer is None
         else {name: each["step"] for name, each in state.items()},
-        "rounded_weights": {name: DTYPE_NAMES[checkpoint.model[name].dtype] for name in sorted(apart)},
+        "rounded_weights": {name: DTYPE_CODES[checkpoint.model[name].dtype_name] for name in sorted(apart)},
         "summed_bias_ranks": checkpoint.summed_bias_ranks,
     }
 
@@ -83,7 +83,7 @@ def _write(
     entries = {
         name: {
             "shape": list(ref.shape),
-            "dtype": DTYPE_NAMES[ref.dtype],
+            "dtype": DTYPE_CODES[ref.dtype_name],
             "extents": [{"file": file or path.name, "offset": found[name][0], "crc32": found[name][1]}],
         }
         for name, ref in tensors.items()
