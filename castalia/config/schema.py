@@ -238,6 +238,9 @@ class Train(Section):
     batch_size: PositiveInt | None = Field(None, description="sequences of a step over all ranks")
     micro_batch_size: PositiveInt | None = Field(None, description="sequences of one forward pass on one rank")
     accumulation: PositiveInt | None = Field(None, description="forward passes of a step")
+    z_loss: NonNegativeFloat = Field(
+        0.0, description="times the square of log(sum of exp(logits)): added to each token's loss in training"
+    )
     recompute: Literal["none", "selective", "full"] = "none"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     exit_interval: PositiveInt | None = Field(None, description="save and stop at the next multiple of this step")

@@ -11,26 +11,32 @@ IGNORE = -100
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}  # of one chunk's fp32 logits
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
     """Sum over the tokens of -log softmax(hidden weight^T)[label] in fp32, and the number of labels that are not -100.
 
+    `z_loss` times the square of log(sum of exp(logits)) is added for each token, which keeps the logits from drifting.
     hidden: [..., h] in the compute dtype; weight: [V, h] in any dtype, its gradient accumulates in fp32; labels: [...].
     """
     rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    return _LinearCrossEntropy.apply(rows, weight, targets, torch.is_grad_enabled()), (targets != IGNORE).sum()
+    total = _LinearCrossEntropy.apply(rows, weight, targets, z_loss, torch.is_grad_enabled())
+    return total, (targets != IGNORE).sum()
 
 
-def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy_reference(
+    hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """The same in plain operations, with all logits in memory."""
     logits = F.linear(hidden, weight.to(hidden.dtype)).float().flatten(0, -2)
-    return F.cross_entropy(logits, labels.flatten(), reduction="sum", ignore_index=IGNORE), (labels != IGNORE).sum()
+    real = labels.flatten() != IGNORE
+    total = F.cross_entropy(logits, labels.flatten(), reduction="sum", ignore_index=IGNORE)
+    return total + z_loss * (logits.logsumexp(-1)[real] ** 2).sum(), real.sum()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Gradients are computed in the forward pass, chunk by chunk, while the chunk's logits are at hand."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, grad_enabled: bool) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float, grad_enabled: bool) -> Tensor:
         cast = weight.to(hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if grad_enabled and ctx.needs_input_grad[0] else None
@@ -40,11 +46,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part = slice(start, start + num_rows)
             x, real = hidden[part], labels[part] != IGNORE
             targets = labels[part].clamp(min=0)[:, None]
-            log_probs = F.log_softmax(x @ cast.T, dim=-1, dtype=torch.float32)
+            logits = x @ cast.T
+            log_probs = F.log_softmax(logits, dim=-1, dtype=torch.float32)
             total -= (log_probs.gather(1, targets)[:, 0] * real).sum()
+            if z_loss:
+                log_sums = logits[:, :1].float() - log_probs[:, :1]
+                total += z_loss * (log_sums[:, 0].square() * real).sum()
+            del logits
             if d_hidden is None and d_weight is None:
                 continue
-            d_logits = log_probs.exp_().scatter_add_(1, targets, torch.full_like(log_probs[:, :1], -1.0))
+            d_logits = log_probs.exp_()
+            if z_loss:
+                d_logits.mul_(1 + 2 * z_loss * log_sums)
+            d_logits.scatter_add_(1, targets, torch.full_like(log_probs[:, :1], -1.0))
             d_logits = d_logits.mul_(real[:, None]).to(x.dtype)
             if d_hidden is not None:
                 torch.mm(d_logits, cast, out=d_hidden[part])
@@ -58,7 +72,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, scale: Tensor):
-        return *scaled_gradients(ctx, scale), None, None
+        return *scaled_gradients(ctx, scale), None, None, None
 
 
 def scaled_gradients(ctx, scale: Tensor) -> tuple[Tensor | None, ...]:

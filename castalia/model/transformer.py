@@ -58,10 +58,20 @@ class Transformer(nn.Module):
     it takes the hidden state [b, t, h] in place of tokens, and without `norm` gives it.
     """
 
-    def __init__(self, cfg: Model, *, compute_dtype: torch.dtype | None = None, exact: bool = False) -> None:
-        """`compute_dtype`: of the activations, None for the parameters'; `exact`: the original's defects in numbers."""
+    def __init__(
+        self,
+        cfg: Model,
+        *,
+        compute_dtype: torch.dtype | None = None,
+        exact: bool = False,
+        z_loss: float = 0.0,
+    ) -> None:
+        """`compute_dtype`: of the activations, None for the parameters'; `exact`: the original's defects in numbers.
+
+        `z_loss`: see `linear_cross_entropy`; it is part of the loss in training mode alone.
+        """
         super().__init__()
-        self.cfg, self.compute_dtype, self.exact = cfg, compute_dtype, exact
+        self.cfg, self.compute_dtype, self.exact, self.z_loss = cfg, compute_dtype, exact, z_loss
         self.embed = Embedding(cfg.padded_vocab_size, cfg.hidden_size)
         self.positions = _learned_positions(cfg) if cfg.position == "learned" else None
         self.blocks = nn.ModuleDict({str(i): Block(cfg, i, exact) for i in range(cfg.num_layers)})
@@ -88,7 +98,9 @@ class Transformer(nn.Module):
         x = self.hidden(tokens, cache=cache, positions=positions, documents=documents)
         if self.norm is None:
             return x
-        return self.logits(x) if labels is None else self.loss(x, self.head_weight, labels)
+        if labels is None:
+            return self.logits(x)
+        return self.loss(x, self.head_weight, labels, z_loss=self.z_loss if self.training else 0.0)
 
     def hidden(
         self,

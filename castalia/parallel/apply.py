@@ -24,7 +24,7 @@ def build_stages(
     stages = {}
     for index in stages_of_rank(cfg.parallel, mesh.pp_rank):
         with torch.device("meta"):
-            model = Transformer(cfg.model, compute_dtype=compute_dtype, exact=cfg.neox_exact)
+            model = Transformer(cfg.model, compute_dtype=compute_dtype, exact=cfg.neox_exact, z_loss=cfg.train.z_loss)
         if num_stages > 1:
             model = cut_stage(model, index, num_stages, cfg.data.seq_length)
         model = parallelize(model, mesh, cfg, compute_dtype)

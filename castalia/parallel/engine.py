@@ -22,7 +22,7 @@ class Engine:
     def __init__(self, config: RunConfig, dtype: torch.dtype, device: torch.device) -> None:
         assert config.model is not None
         with torch.device(device):
-            model = Transformer(config.model, compute_dtype=dtype, exact=config.neox_exact)
+            model = Transformer(config.model, compute_dtype=dtype, exact=config.neox_exact, z_loss=config.train.z_loss)
         apply_recompute(model, config.train.recompute, dropout=has_dropout(config.model))
         self.config, self.device, self.models = config, device, [model]
 

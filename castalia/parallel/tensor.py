@@ -97,7 +97,7 @@ def _gather_sequence(mesh: DeviceMesh, block: nn.Module, args: tuple, output: Te
 
 
 def vocabulary_parallel_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, mesh: DeviceMesh
+    hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float = 0.0, *, mesh: DeviceMesh
 ) -> tuple[Tensor, Tensor]:
     """`castalia.model.loss.linear_cross_entropy` where each rank holds its rows of `weight`: [V / tp, h]."""
     assert isinstance(weight, DTensor)
@@ -106,7 +106,7 @@ def vocabulary_parallel_cross_entropy(
     rows = DTensor.from_local(rows, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
     local = weight.to_local()
     first = mesh.get_local_rank() * local.shape[0]
-    total = _VocabularyParallel.apply(rows, local, targets, first, mesh.get_group(), torch.is_grad_enabled())
+    total = _VocabularyParallel.apply(rows, local, targets, first, mesh.get_group(), z_loss, torch.is_grad_enabled())
     return total, (targets != IGNORE).sum()
 
 
@@ -115,7 +115,14 @@ class _VocabularyParallel(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, first: int, group: Any, grad_enabled: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        first: int,
+        group: Any,
+        z_loss: float,
+        grad_enabled: bool,
     ) -> Tensor:
         cast = weight.to(hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -136,9 +143,11 @@ class _VocabularyParallel(torch.autograd.Function):
             sums = torch.stack((exponentials.sum(dim=-1), target_logits))
             dist.all_reduce(sums, dist.ReduceOp.SUM, group)
             total += ((sums[0].log() - sums[1]) * real).sum()
+            log_sums = sums[0].log() + largest[:, 0]
+            total += z_loss * (log_sums.square() * real).sum()
             if d_hidden is None or d_weight is None:
                 continue
-            d_logits = exponentials.div_(sums[0][:, None])
+            d_logits = exponentials.mul_(((1 + 2 * z_loss * log_sums) / sums[0])[:, None])
             d_logits.scatter_add_(1, targets, -here.float()[:, None])
             d_logits = d_logits.mul_(real[:, None]).to(x.dtype)
             torch.mm(d_logits, cast, out=d_hidden[part])
@@ -149,7 +158,7 @@ class _VocabularyParallel(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Any, ...]:
-        return *scaled_gradients(ctx, scale), None, None, None, None
+        return *scaled_gradients(ctx, scale), None, None, None, None, None
 
 
 def replicate_rest(model: nn.Module, mesh: DeviceMesh) -> None:

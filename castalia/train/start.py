@@ -81,7 +81,9 @@ def start(config: RunConfig) -> Session:
     device = choose_device(config.train.device)
     dtype = DTYPES[config.precision.compute]
     with torch.device(device):
-        model = Transformer(config.model, compute_dtype=dtype, exact=config.neox_exact)
+        model = Transformer(
+            config.model, compute_dtype=dtype, exact=config.neox_exact, z_loss=config.train.z_loss
+        )
     resuming = source is not None and config.checkpoint.init_from is None
     loaded = load_weights(model, source) if source else None
     if source is None:

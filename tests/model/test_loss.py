@@ -17,12 +17,13 @@ def example(dtype: torch.dtype):
 
 @pytest.mark.parametrize("rows", [7, 64, 1000])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_chunked_equals_reference(monkeypatch, rows, dtype, tolerance):
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_chunked_equals_reference(monkeypatch, rows, dtype, tolerance, z_loss):
     monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", rows * 4 * 70)
     results = []
     for function in (linear_cross_entropy, linear_cross_entropy_reference):
         hidden, weight, labels = example(dtype)
-        total, count = function(hidden, weight, labels)
+        total, count = function(hidden, weight, labels, z_loss)
         (total / count).backward()
         results.append((total, count, hidden.grad, weight.grad))
     (total, count, d_hidden, d_weight), (expected, expected_count, expected_hidden, expected_weight) = results
@@ -31,6 +32,14 @@ def test_chunked_equals_reference(monkeypatch, rows, dtype, tolerance):
     torch.testing.assert_close(total, expected, rtol=1e-6, atol=0)
     for ours, theirs in ((d_hidden, expected_hidden), (d_weight, expected_weight)):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * theirs.abs().max().item())
+
+
+def test_z_loss_draws_the_sum_of_exponentials_to_one():
+    hidden, weight, labels = example(torch.float32)
+    plain, count = linear_cross_entropy(hidden, weight, labels)
+    log_sums = (hidden @ weight.T).logsumexp(-1)[labels != -100]
+    total, _ = linear_cross_entropy(hidden, weight, labels, z_loss=0.5)
+    torch.testing.assert_close(total - plain, 0.5 * log_sums.square().sum(), rtol=1e-4, atol=0)
 
 
 def test_a_frozen_head_and_no_gradients():

@@ -318,3 +318,12 @@ def test_activations(activation, gated):
     act, up = formulas[activation], x @ mlp.up.weight.T + mlp.up.bias
     inner = act(x @ mlp.gate.weight.T + mlp.gate.bias) * up if gated else act(up)
     close(mlp(x), inner @ mlp.down.weight.T + mlp.down.bias)
+
+
+def test_z_loss_belongs_to_training_alone():
+    plain, with_z = Transformer(TINY), Transformer(TINY, z_loss=0.1)
+    for model in (plain, with_z):
+        initialize(model, TINY, seed=1)
+    loss, expected = (model(TOKENS, TOKENS)[0] for model in (with_z, plain))
+    torch.testing.assert_close(loss - expected, 0.1 * plain(TOKENS).logsumexp(-1).square().sum(), atol=1e-2, rtol=0)
+    assert with_z.eval()(TOKENS, TOKENS)[0] == plain.eval()(TOKENS, TOKENS)[0]
