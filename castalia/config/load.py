@@ -31,11 +31,13 @@ ALTERNATIVES = (
 )
 
 
-def load_config(files: str | Path | Iterable[str | Path | RunConfig], overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    files: str | Path | Iterable[str | Path | RunConfig | dict], overrides: Sequence[str] = ()
+) -> RunConfig:
     """The config that `files` (paths, run folders, names of presets; the later one wins) and then `overrides` describe.
 
     Files are ours (nested) or NeoX's (flat), overrides are `optimizer.lr=6e-4` or NeoX's `train_iters=200`. A config
-    at hand, such as a checkpoint's, may stand for a file.
+    at hand, such as a checkpoint's, or a mapping of keys may stand for a file.
     Raises ConfigError with one line for each problem found.
     """
     found = Findings()
@@ -66,9 +68,11 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yml"))
 
 
-def _read(name: str | Path | RunConfig, found: Findings) -> Table:
+def _read(name: str | Path | RunConfig | dict, found: Findings) -> Table:
     if isinstance(name, RunConfig):
         return read_text(dump_config(name), "checkpoint", found)
+    if isinstance(name, dict):
+        return read_text(to_yaml(name), "keys", found)
     path = Path(name)
     if (path / "config.yml").is_file():
         path = path / "config.yml"

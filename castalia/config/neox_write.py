@@ -1,0 +1,163 @@
+"""Our config in NeoX's keys: the table of `neox_keys.py` and the functions of `neox.py`, backwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import log2
+from typing import Any
+
+from castalia.config import neox
+from castalia.config.load import load_config
+from castalia.config.neox_keys import KEYS, lower, nonzero, opposite, position, recomputed
+from castalia.config.schema import Model, RunConfig, Source
+from castalia.errors import ConfigError
+
+TOKENIZER_TYPES = {
+    "gpt2": "GPT2BPETokenizer", "hf": "HFTokenizer", "hf_gpt2": "HFGPT2Tokenizer", "sentencepiece": "SPMTokenizer",
+    "char": "CharLevelTokenizer", "tiktoken": "TiktokenTokenizer",
+}  # fmt: skip
+GATED = {ours: theirs for theirs, ours in neox.GATED.items()}
+NORMS = {"layernorm_no_params": "non_parametric_layernorm"}
+BACK: dict[Any, Callable[[Any], Any]] = {
+    None: lambda value: list(value) if isinstance(value, tuple) else value,
+    lower: lambda value: value,
+    position: lambda value: value,
+    opposite: lambda value: not value,
+    recomputed: lambda value: value != "none",
+    nonzero: lambda value: value or 0,
+}
+# What belongs to the tokenizer's files or to the program rather than to NeoX's config.
+ELSEWHERE = {"model.vocab_size", "model.init", "neox_exact", "tokenizer.path", "tokenizer.merges"}
+
+
+def to_neox(config: RunConfig) -> dict[str, Any]:
+    """NeoX's keys for a training config. What they cannot say is left out; see `lost`."""
+    model = config.model
+    keys: dict[str, Any] = {}
+    if model:
+        keys = {"pipe_parallel_size": 0 if model.init_passes == 2 and config.parallel.pp == 1 else config.parallel.pp}
+        keys |= {"model_parallel_size": config.parallel.tp}
+    for key, row in KEYS.items():
+        if row.kind != "to" or (row.target.startswith("model.") and not model):
+            continue
+        value = _get(config, row.target)
+        written = BACK[row.convert](value)
+        if written is not None and (row.target.startswith("model.") or written != row.default):
+            keys[key] = written
+    if model:
+        keys |= _model(model, config)
+    return keys | _training(config) | _precision(config) | _data(config) | _saving(config)
+
+
+def lost(config: RunConfig, keys: dict[str, Any]) -> dict[str, Any]:
+    """Our settings that these keys do not give back, by their paths. Raises ConfigError for keys that do not load."""
+    again = load_config([keys])
+    before, after = (_flat(_plain(each).model_dump()) for each in (config, again))
+    return {path: value for path, value in before.items() if path not in ELSEWHERE and after.get(path) != value}
+
+
+def _model(model: Model, config: RunConfig) -> dict[str, Any]:
+    keys: dict[str, Any] = {"max_position_embeddings": model.max_positions or config.data.seq_length}
+    keys["norm"] = NORMS.get(model.norm, model.norm)
+    keys[neox.NORMS[keys["norm"]][1]] = model.norm_eps
+    if model.gated_mlp:
+        keys |= {"activation": GATED.get(model.activation, model.activation), "intermediate_size": 3 * model.mlp_width}
+    else:
+        keys |= {"activation": model.activation.removesuffix("_tanh")}
+        keys |= {"intermediate_size": model.mlp_width} if model.mlp_width != 4 * model.hidden_size else {}
+        keys |= {"bias_gelu_fusion": True} if model.activation == "gelu_tanh" else {}
+    if model.shared_norm:
+        keys["gpt_j_tied"] = True
+    if model.sliding_window:
+        keys["attention_config"] = [[["flash"], model.num_layers]]
+    keys["hidden_dropout"] = model.hidden_dropout
+    keys["make_vocab_size_divisible_by"] = max(1, model.vocab_multiple // config.parallel.tp)
+    return keys
+
+
+def _training(config: RunConfig) -> dict[str, Any]:
+    optimizer, schedule = config.optimizer, config.schedule
+    params = {"lr": optimizer.lr, "betas": list(optimizer.betas), "eps": optimizer.eps}
+    keys: dict[str, Any] = {
+        "optimizer": {"type": "Adam", "params": params},
+        "gradient_clipping": optimizer.clip_norm or 0.0,
+        "zero_optimization": {"stage": config.parallel.zero},
+    }
+    if config.train.accumulation:
+        keys["gradient_accumulation_steps"] = config.train.accumulation
+    if schedule.decay_fraction and not schedule.decay_steps:
+        keys["lr_decay_fraction"] = schedule.decay_fraction
+    choices = {"config": "override_lr_scheduler", "checkpoint": "use_checkpoint_lr_scheduler"}
+    if config.checkpoint.schedule_from:
+        keys[choices[config.checkpoint.schedule_from]] = True
+    return keys
+
+
+def _precision(config: RunConfig) -> dict[str, Any]:
+    scale = config.precision.loss_scale
+    if config.precision.compute == "bf16":  # without fp32 accumulation the original has another optimizer
+        return {"precision": "bfloat16", "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    if config.precision.compute != "fp16":
+        return {"precision": "fp32"}
+    block = {
+        "enabled": True,
+        "loss_scale": scale.static or 0,
+        "loss_scale_window": scale.window,
+        "initial_scale_power": round(log2(scale.initial)),
+        "hysteresis": scale.hysteresis,
+        "min_loss_scale": scale.minimum,
+    }
+    if scale.consecutive_hysteresis:
+        block["consecutive_hysteresis"] = True
+    return {"precision": "fp16", "fp16": block}
+
+
+def _data(config: RunConfig) -> dict[str, Any]:
+    keys: dict[str, Any] = {}
+    for split in ("train", "valid", "test"):
+        sources: tuple[Source, ...] = getattr(config.data, split)
+        if sources:
+            keys[f"{split}_data_paths"] = [source.path for source in sources]
+            keys[f"{split}_data_weights"] = [source.weight for source in sources]
+        if any(source.labels for source in sources):
+            keys[f"{split}_label_data_paths"] = [source.labels for source in sources]
+    if config.tokenizer.kind in TOKENIZER_TYPES:
+        keys["tokenizer_type"] = TOKENIZER_TYPES[config.tokenizer.kind]
+    return keys
+
+
+def _saving(config: RunConfig) -> dict[str, Any]:
+    checkpoint = config.checkpoint
+    keys: dict[str, Any] = {}
+    if checkpoint.resume or checkpoint.init_from:
+        keys = {"load": checkpoint.resume or checkpoint.init_from, "finetune": checkpoint.init_from is not None}
+    if checkpoint.every:
+        keys["checkpoint_factor"] = checkpoint.every
+    elif checkpoint.log_base:
+        keys |= {"checkpoint_factor": checkpoint.log_base, "checkpoint_scale": "log"}
+    return keys | ({"sample_output_file": config.generate.output_file} if config.generate.output_file else {})
+
+
+def _plain(config: RunConfig) -> RunConfig:
+    """The config with values that say the same written alike."""
+    model = config.model
+    if model is None:
+        return config
+    width = {"mlp_size": model.mlp_width, "num_kv_heads": model.kv_heads}
+    longest = {"max_positions": model.max_positions or config.data.seq_length}
+    shared = {"shared_norm": model.parallel_residual and model.shared_norm}
+    return config.model_copy(update={"model": model.model_copy(update=width | longest | shared)})
+
+
+def _get(config: RunConfig, path: str) -> Any:
+    value: Any = config
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    result = {}
+    for name, value in values.items():
+        result |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return result
