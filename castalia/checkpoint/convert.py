@@ -20,6 +20,7 @@ from typing import IO, Any
 
 import torch
 
+from castalia.checkpoint.formats import find_steps
 from castalia.checkpoint.lazy import Cast
 from castalia.checkpoint.stored import StoredTensor
 from castalia.checkpoint.tensors import Checkpoint, TensorRef, name_of
@@ -142,10 +143,10 @@ def write(plan: Plan, target: Path, mark: str, advance: Advance, *, inside: str 
     return len(done)
 
 
-def name_latest(folder: Path, step_folder: str) -> None:
+def name_latest(folder: Path) -> None:
     """Let `latest` name the newest step of a series."""
     temporary = folder / (LATEST + ".tmp")
-    temporary.write_text(step_folder)
+    temporary.write_text(list(find_steps(folder).values())[-1].name)
     os.replace(temporary, folder / LATEST)
 
 

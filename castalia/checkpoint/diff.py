@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from castalia.checkpoint.compare import Relation, equal, in_order, relate
-from castalia.checkpoint.tensors import Checkpoint, TensorRef
-from castalia.checkpoint.verify import ROLES
+from castalia.checkpoint.tensors import AdamState, Checkpoint
+from castalia.checkpoint.verify import state_tensors
 from castalia.config.schema import Model
 
 Verdict = Literal[
@@ -257,6 +257,8 @@ def _optimizer(a: Checkpoint, b: Checkpoint, relations: Mapping[str, Relation]) 
     return f"optimizer state: {same} of {total} parameters equal (masters, moments, step)"
 
 
-def _same_state(a: Mapping, b: Mapping) -> bool:
-    refs: list[tuple[TensorRef, TensorRef]] = [(a[role], b[role]) for role in ROLES]
-    return a["step"] == b["step"] and all(equal(*pair) for pair in refs)
+def _same_state(a: AdamState, b: AdamState) -> bool:
+    left, right = state_tensors(a), state_tensors(b)
+    return (
+        a["step"] == b["step"] and left.keys() == right.keys() and all(equal(left[kind], right[kind]) for kind in left)
+    )

@@ -33,9 +33,9 @@ def bounds(shape: Sequence[int], slices: Slices | None) -> list[tuple[int, int]]
     return result
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Held(Typed):
-    """A tensor that is in memory already."""
+    """A tensor that is in memory already. Equal is only the very same one."""
 
     tensor: torch.Tensor
 

@@ -13,15 +13,13 @@ from torch.nn import functional as F
 
 from castalia.checkpoint.compare import VOCABULARY, Relation, equal, in_order, relate
 from castalia.checkpoint.load import architecture
-from castalia.checkpoint.rules import Role
-from castalia.checkpoint.tensors import Checkpoint, TensorRef
+from castalia.checkpoint.tensors import AdamState, Checkpoint, TensorRef
 from castalia.config.schema import Model
 from castalia.model.positions import sinusoids
 from castalia.model.transformer import Transformer
 
 NUM_TOKENS = 64
 HEAD_ROWS = 2048
-ROLES: tuple[Role, ...] = ("master", "exp_avg", "exp_avg_sq")
 # Largest difference of logits in units of their size: what rounding the weights to a dtype may cost.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
@@ -156,14 +154,18 @@ def _compare_state(source: Checkpoint, result: Checkpoint) -> tuple[int | None, 
     """Tensors of the optimizer that agree, and their number. Padding rows that one side lacks are left out."""
     if source.optimizer is None or result.optimizer is None:
         return None, 0
-    same, names = 0, sorted(source.optimizer.keys() | result.optimizer.keys())
-    for name in names:
-        if name not in source.optimizer or name not in result.optimizer:
-            continue
-        left, right = source.optimizer[name], result.optimizer[name]
-        if left["step"] == right["step"]:
-            same += sum(_same(name, left[role], right[role]) for role in ROLES)  # type: ignore[literal-required, typeddict-item]
-    return same, len(names) * len(ROLES)
+    same = total = 0
+    for name in source.optimizer.keys() | result.optimizer.keys():
+        left, right = (state_tensors(side.optimizer.get(name)) for side in (source, result) if side.optimizer)
+        total += len(left.keys() | right.keys())
+        if left and right and source.optimizer[name]["step"] == result.optimizer[name]["step"]:
+            same += sum(_same(name, left[kind], right[kind]) for kind in left.keys() & right.keys())
+    return same, total
+
+
+def state_tensors(state: AdamState | None) -> dict[str, TensorRef]:
+    """The optimizer's tensors of one parameter, whatever the optimizer."""
+    return {kind: value for kind, value in (state or {}).items() if kind != "step"}  # type: ignore[misc]
 
 
 def _same(name: str, a: TensorRef, b: TensorRef) -> bool:

@@ -85,7 +85,7 @@ def command(
             continue
         one(open_checkpoint(folder, **hints), target / name)
         if not dry_run:
-            convert.name_latest(target, name)
+            convert.name_latest(target)
 
 
 def _describe(checkpoint: Checkpoint, plan: Plan, target: Path, inside: str, with_files: bool) -> None:

@@ -357,7 +357,16 @@ def _run_config(
     if run.model is None or run.model.padded_vocab_size != model.vocab_size:
         told |= {"vocab_size", "vocab_multiple"}
     merged = model if run.model is None else run.model.model_copy(update={key: getattr(model, key) for key in told})
+    if run.model is not None and _spelled_out(run.model, run) == _spelled_out(merged, run):
+        merged = run.model
     return run.model_copy(update={"model": merged} | ({"tokenizer": words} if words.path else {}))
+
+
+def _spelled_out(model: Model, run: RunConfig) -> Model:
+    """With the values that None stands for."""
+    longest = model.max_positions or run.data.seq_length
+    explicit = {"mlp_size": model.mlp_width, "num_kv_heads": model.kv_heads, "max_positions": longest}
+    return model.model_copy(update=explicit)
 
 
 def _read_config(path: Path) -> tuple[Config, Family]:

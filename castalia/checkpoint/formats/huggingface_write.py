@@ -50,6 +50,13 @@ HOLDS: dict[str, dict[str, set]] = {
     "llama": LLAMA | {"sliding_window": {None}},
     "mistral": LLAMA | {"attention_bias": {False}, "mlp_bias": {False}},
 }  # fmt: skip
+# What every class has a key for, or what changes nothing about the function. Other settings must have their defaults.
+FREE = {
+    "num_layers", "hidden_size", "num_heads", "mlp_size", "vocab_size", "vocab_multiple", "max_positions", "norm_eps",
+    "rotary_base", "rotary_pct", "rope_scaling", "activation", "attention_bias", "parallel_residual", "tie_embeddings",
+    "shared_norm", "mlp_bias", "rms_eps_inside", "embedding_dropout", "hidden_dropout", "attention_dropout", "init",
+    "init_passes", "init_method", "output_init_method", "init_std", "num_kv_heads", "sliding_window",
+}  # fmt: skip
 ACTIVATIONS = {
     "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "silu": "silu", "mish": "mish",
     "sigmoid": "sigmoid", "identity": "linear",
@@ -97,6 +104,11 @@ def _lacking(model: Model, kind: str) -> list[str]:
         f"model.{key}={found[key]} (only {' or '.join(str(value) for value in allowed)})"
         for key, allowed in HOLDS[kind].items()
         if found[key] not in allowed
+    ]
+    result += [
+        f"model.{key}={found[key]}"
+        for key, field in Model.model_fields.items()
+        if key not in FREE and key not in HOLDS[kind] and found[key] != field.default
     ]
     if model.activation not in ACTIVATIONS:
         result.append(f"model.activation={model.activation} (only {', '.join(ACTIVATIONS)})")

@@ -1,0 +1,208 @@
+"""Conversions: exact in both directions, complete or absent, interrupted and continued."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from castalia.checkpoint import convert
+from castalia.checkpoint.formats import open_checkpoint
+from castalia.checkpoint.lazy import Held
+from castalia.checkpoint.writing import WriteOptions, pieces, shards
+from castalia.config.schema import Model
+from castalia.errors import CheckpointError, ConfigError
+from tests.checkpoint.made import FAMILIES, SIZES, assert_same, changed, made, written
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_native_and_hugging_face_hold_the_same(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    source = made(FAMILIES[kind], dtype=dtype)
+    folder = written(source, tmp_path / "hf", "hf", shard_bytes=20_000)
+    assert_same(source, folder)
+    ours = written(folder, tmp_path / "native", "native", shard_bytes=20_000)
+    assert_same(source, ours)
+    assert_same(folder, written(ours, tmp_path / "again", "hf"))
+
+
+def test_every_genuine_checkpoint_comes_back(fixtures: Path, tmp_path: Path) -> None:
+    variants = sorted(path.parent for path in (fixtures / "neox").glob("*/checkpoint"))
+    assert len(variants) >= 15
+    for variant in variants:
+        source = open_checkpoint(variant / "checkpoint", tokenizer=str(fixtures / "neox" / "data" / "tok.json"))
+        folder = written(source, tmp_path / variant.name / "hf", "hf")
+        assert_same(source, folder)
+        assert_same(source, written(folder, tmp_path / variant.name / "native", "native"))
+        assert folder.summed_bias_ranks == source.summed_bias_ranks
+
+
+def test_weights_that_are_not_the_rounded_masters_are_kept(tmp_path: Path) -> None:
+    source = made(FAMILIES["gpt_neox"], dtype=torch.bfloat16)
+    other = source.model["blocks.1.mlp.down.bias"].read() * 1.5
+    source = changed(source, blocks__1__mlp__down__bias=other)
+    assert_same(source, written(source, tmp_path / "native", "native"))
+    manifest = json.loads((tmp_path / "native" / "manifest.json").read_text())
+    assert list(manifest["weights"]) == ["blocks.1.mlp.down.bias"]
+    assert_same(source, written(source, tmp_path / "hf", "hf"))
+
+
+def test_without_optimizer_and_in_another_dtype(tmp_path: Path) -> None:
+    source = made(FAMILIES["llama"], dtype=torch.float16)
+    wide = convert.prepare(source, torch.float32)
+    assert torch.equal(wide.model["head.weight"].read(), source.optimizer["head.weight"]["master"].read())
+    slim = convert.prepare(source, torch.bfloat16, optimizer=False)
+    result = written(slim, tmp_path / "slim", "native")
+    assert result.optimizer is None
+    assert result.model["head.weight"].dtype == torch.bfloat16
+    assert torch.equal(result.model["head.weight"].read(), wide.model["head.weight"].read().bfloat16())
+
+
+def test_interrupted_and_continued(tmp_path: Path) -> None:
+    source = convert.prepare(made(FAMILIES["gpt_neox"]))
+    options = WriteOptions(shard_bytes=30_000)
+    plan = convert.TARGETS["native"].plan(source, options)
+    total = 0
+
+    def stop_half_way(count: int) -> None:
+        nonlocal total
+        total += count
+        if total > plan.num_bytes / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert.write(plan, tmp_path / "out", "mark", stop_half_way)
+    assert not (tmp_path / "out").exists()
+    complete = list((tmp_path / "out.partial").glob("*.safetensors"))
+    times = {path.name: path.stat().st_mtime_ns for path in complete}
+    assert complete
+    assert convert.write(plan, tmp_path / "out", "mark", lambda count: None) == len(complete)
+    assert all((tmp_path / "out" / name).stat().st_mtime_ns == time for name, time in times.items())
+    assert_same(source, open_checkpoint(tmp_path / "out"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert not list((tmp_path / "out").glob("*.jsonl"))
+
+
+def test_leftovers_of_another_conversion_are_not_used(tmp_path: Path) -> None:
+    first, second = (convert.prepare(made(FAMILIES["gpt_neox"], seed)) for seed in (1, 2))
+    options = WriteOptions(shard_bytes=30_000)
+
+    def stop(count: int) -> None:
+        raise KeyboardInterrupt
+
+    plan = convert.TARGETS["native"].plan(first, options)
+    with pytest.raises(KeyboardInterrupt):
+        convert.write(plan, tmp_path / "out", "first", stop)
+    convert.write(convert.TARGETS["native"].plan(second, options), tmp_path / "out", "second", lambda count: None)
+    assert_same(second, open_checkpoint(tmp_path / "out"))
+
+
+def test_an_existing_destination_is_refused_and_replaced_with_force(tmp_path: Path) -> None:
+    source = made(FAMILIES["gpt2"])
+    written(source, tmp_path / "out", "hf")
+    with pytest.raises(CheckpointError, match="exists already.*--force"):
+        convert.check_destination(tmp_path / "elsewhere", tmp_path / "out", force=False)
+    other = convert.prepare(made(FAMILIES["gpt2"], 5))
+    plan = convert.TARGETS["hf"].plan(other, WriteOptions())
+    convert.write(plan, tmp_path / "out", "mark", lambda count: None, force=True)
+    assert_same(other, open_checkpoint(tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("target", ["run", "run/step_1", "run/step_1/out", "."])
+def test_a_destination_around_or_inside_the_source_is_refused(target: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="its own folder"):
+        convert.check_destination(tmp_path / "run" / "step_1", tmp_path / target, force=True)
+
+
+def test_a_folder_in_the_way_is_not_deleted(tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "precious").write_text("x")
+    with pytest.raises(CheckpointError, match="no unfinished conversion"):
+        written(made(FAMILIES["gpt2"]), tmp_path / "out", "hf")
+    assert (tmp_path / "out.partial" / "precious").exists()
+
+
+def test_a_damaged_source_is_noticed(tmp_path: Path) -> None:
+    written(made(FAMILIES["gpt_neox"]), tmp_path / "source", "native")
+    file = tmp_path / "source" / "optimizer-00000.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match="damaged"):
+        written(open_checkpoint(tmp_path / "source"), tmp_path / "out", "hf")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"position": "alibi"}, "GPTNeoXForCausalLM, cannot do model.position=alibi .only rotary"),
+        ({"position": "learned", "parallel_residual": True}, "model.p(osition=learned|arallel_residual=True)"),
+        ({"gated_mlp": True}, "model.gated_mlp=True"),
+        ({"norm": "scalenorm"}, "model.norm=scalenorm"),
+        ({"parallel_residual": True, "shared_norm": True}, "model.shared_norm=True"),
+        ({"qk_norm": True}, "model.qk_norm=True"),
+        ({"mlp_bias": False}, "model.mlp_bias=False"),
+        ({"num_kv_heads": 2}, "model.num_kv_heads=2"),
+        ({"activation": "softsign"}, "model.activation=softsign"),
+        ({"sliding_window": 8}, "model.sliding_window=8"),
+        ({"norm": "rmsnorm", "rms_eps_inside": False, "gated_mlp": True, "mlp_bias": False}, "rms_eps_inside=False"),
+    ],
+    ids=str,
+)
+def test_what_no_hugging_face_class_computes_is_refused_by_name(changes: dict, message: str, tmp_path: Path) -> None:
+    source = made(Model(**SIZES | changes), optimizer=False)
+    with pytest.raises(CheckpointError, match=message):
+        written(source, tmp_path / "out", "hf")
+    assert_same(source, written(source, tmp_path / "native", "native"))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 5)), min_size=1), st.integers(1, 60), st.integers(1, 60))
+def test_pieces_and_shards_lose_nothing(shapes: list[tuple[int, int]], piece: int, limit: int) -> None:
+    tensors = {str(i): Held(torch.randn(shape)) for i, shape in enumerate(shapes)}
+    groups = shards(tensors, limit)
+    assert [name for group in groups for name in group] == list(tensors)
+    assert all(len(group) == 1 or sum(ref.tensor.numel() * 4 for ref in group.values()) <= limit for group in groups)
+    for ref in tensors.values():
+        parts = list(pieces(ref, piece))
+        assert torch.equal(torch.cat(parts) if parts else torch.empty(ref.shape), ref.tensor)
+
+
+def test_layouts_are_read_and_refused_by_name() -> None:
+    from castalia.checkpoint.writing import Layout
+    from castalia.cli.convert import parse_layout
+
+    assert parse_layout("tp=2, pp=4,dp=8,zero=1") == Layout(2, 4, 8, 1)
+    assert parse_layout("pp=0") == Layout(pp=0)
+    for wrong in ("tp=0", "sp=2", "tp", "zero=3", "tp=2;pp=2"):
+        with pytest.raises(ConfigError, match="--layout"):
+            parse_layout(wrong)
+
+
+def test_the_command_writes_a_series_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from castalia.cli.convert import command
+
+    for step in (0, 2, 4):
+        source = made(FAMILIES["gpt_neox"], step)
+        source = replace(source, progress=replace(source.progress, step=step))
+        written(source, tmp_path / "run" / f"step_{step:06d}", "native")
+    options = {"dtype": None, "layout": None, "era": None, "gqa_rows": None, "rms_eps": None, "config": None}
+    command(str(tmp_path / "run"), tmp_path / "out", "hf", all_steps=True, steps="0,4", verify=True, **options)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["latest", "step0", "step4"]
+    assert capsys.readouterr().out.count("84 of 84 tensors bit-equal") == 2
+    command(str(tmp_path / "run"), tmp_path / "out", "hf", all_steps=True, **options)
+    assert "step4 is there already" in capsys.readouterr().out
+    assert open_checkpoint(tmp_path / "out", step=2).progress.step == 2
+    assert open_checkpoint(tmp_path / "out").progress.step == 4
+    with pytest.raises(CheckpointError, match="no checkpoint of step 3; there are 0, 2, 4"):
+        command(str(tmp_path / "run"), tmp_path / "other", "hf", all_steps=True, steps="3", **options)
+    command(str(tmp_path / "run" / "step_000002"), tmp_path / "dry", "hf", dry_run=True, **options)
+    assert "model.safetensors" in capsys.readouterr().out
+    assert not (tmp_path / "dry").exists()
