@@ -74,6 +74,23 @@ def heads(config: RunConfig) -> Iterator[Problem]:
         )
 
 
+def mup(config: RunConfig) -> Iterator[Problem]:
+    model, rule = config.model, config.optimizer.name
+    if model is None or model.mup is None:
+        return
+    if rule in ("muon", "adafactor"):
+        text = f"model.mup has no rates for optimizer.name={rule}; use adamw, lion or sgd"
+        yield Problem(text, ("model.mup", "optimizer.name"))
+    for name in ("init_method", "output_init_method"):
+        if getattr(model, name).startswith(("xavier", "orthogonal", "scaled_orthogonal")):
+            text = (
+                f"model.mup needs initial values of a given deviation: model.{name}={getattr(model, name)} has its own"
+            )
+            yield Problem(f"{text}; use normal", (f"model.{name}", "model.mup"))
+    if model.init == "neox" or config.neox_exact:
+        yield Problem("model.mup draws its own initial values; neox_exact and model.init=neox do not go with it", ())
+
+
 def lengths(config: RunConfig) -> Iterator[Problem]:
     model, length = config.model, config.data.seq_length
     if model and model.max_positions and model.max_positions < length:
@@ -176,26 +193,9 @@ def folders(config: RunConfig) -> Iterator[Problem]:
     checkpoint = config.checkpoint
     if checkpoint.init_from and checkpoint.dir and normpath(checkpoint.init_from) == normpath(checkpoint.dir):
         yield Problem(
-            f"checkpoint.init_from and checkpoint.dir are both {checkpoint.dir}; give the new run a folder of its own",
+            f"checkpoint.init_from and checkpoint.dir are both {checkpoint.dir}; training will want a folder of its "
+            "own for the new run: set another checkpoint.dir (NeoX: save)",
             ("checkpoint.init_from", "checkpoint.dir"),
-        )
-
-
-def decay(config: RunConfig) -> Iterator[Problem]:
-    schedule, steps = config.schedule, config.train.steps
-    if schedule.decay_steps and schedule.decay_fraction:
-        yield Problem("schedule.decay_fraction has no effect: decay_steps is given", ("schedule.decay_fraction",))
-    if not steps:
-        return
-    end = schedule.decay_steps or int(steps * (schedule.decay_fraction or 1.0))
-    if end != steps and schedule.ends:
-        what = f"stays at its end for the last {steps - end}" if end < steps else f"never gets to its end at {end}"
-        yield Problem(f"the learning rate of {steps} steps {what}; schedule.decay_steps={steps} would end with them",
-                      ("schedule.decay_steps", "train.steps"))  # fmt: skip
-    if 0 < schedule.warmup_length(end) < 1:
-        yield Problem(
-            f"schedule.warmup={schedule.warmup:g} of {end} steps is less than one step: there is no warm-up",
-            ("schedule.warmup",),
         )
 
 
@@ -216,6 +216,7 @@ def without_effect(config: RunConfig) -> Iterator[Problem]:
         "optimizer.momentum": rule not in ("sgd", "muon") and f"{rule} has none",
         "schedule.warmup": schedule.warmup_steps is not None and "schedule.warmup_steps replaces it",
         "schedule.cooldown": schedule.style != "wsd" and f"schedule.style is {schedule.style}",
+        "schedule.decay_fraction": schedule.decay_steps and schedule.decay_fraction and "decay_steps is given",
         "data.split": data.train and "data.train is given",
         "data.weight_alpha": data.weight_alpha != 1 and not data.weight_by_documents and "no weight_by_documents",
         "parallel.sequence_parallel": parallel.sequence_parallel and parallel.tp == 1 and "parallel.tp is 1",
@@ -231,5 +232,5 @@ def without_effect(config: RunConfig) -> Iterator[Problem]:
             yield Problem(f"{path} has no effect: {reason}", (path,))
 
 
-CONTRADICTIONS = (heads, lengths, layout, batch, learning_rates, corpora, folders)
-SURPRISES = (decay, without_effect)
+CONTRADICTIONS = (heads, mup, lengths, layout, batch, learning_rates, corpora)
+SURPRISES = (folders, without_effect)

@@ -289,6 +289,26 @@ def vocabulary(work: Translation) -> None:
             work.set("model.vocab_multiple", work[keys[0]] * work[keys[1]], *keys)
 
 
+def mup(work: Translation) -> None:
+    """The original keeps the base model's shapes in a file of its own; here its width is enough."""
+    fields = {
+        "mup_init_scale": "init_scale",
+        "mup_attn_temp": "attention_temperature",
+        "mup_output_temp": "output_temperature",
+        "mup_embedding_mult": "embedding_multiplier",
+        "mup_rp_embedding_mult": "position_multiplier",
+    }
+    if not work["use_mup"]:
+        for key in (*fields, "base_shapes_file"):
+            if work.has(key) and work[key] != KEYS[key].default:
+                work.note(key, "has no effect here: use_mup is off")
+        return
+    for key, name in fields.items():
+        work.set(f"model.mup.{name}", float(work[key]), "use_mup", key)
+    if work.has("base_shapes_file") and "model.mup.base_width" not in work.ours:
+        work.error("base_shapes_file", "cannot be read: give model.mup.base_width, the base model's hidden_size")
+
+
 def dropout(work: Translation) -> None:
     if work.has("hidden_dropout"):
         for path in ("model.hidden_dropout", "model.embedding_dropout"):
@@ -474,7 +494,7 @@ def schedule(work: Translation) -> None:
 
 def loading(work: Translation) -> None:
     """`load` resumes; with `finetune` it only gives the initial weights of a new run."""
-    if work.has("load"):
+    if work.has("load") and work["load"] != "":
         target = "checkpoint.init_from" if work["finetune"] else "checkpoint.resume"
         work.set(target, work["load"], "load", "finetune")
     elif work["finetune"] and not {"checkpoint.init_from", "checkpoint.resume"} & work.ours.keys():
@@ -502,6 +522,6 @@ def text_file(work: Translation) -> None:
 
 
 JOINT = (
-    attention, activation, mlp_width, norm, residual, vocabulary, dropout, stages, optimizer, clipping, zero,
+    attention, activation, mlp_width, norm, residual, vocabulary, mup, dropout, stages, optimizer, clipping, zero,
     precision, data, tokenizer, batch, schedule, loading, saving, text_file,
 )  # fmt: skip

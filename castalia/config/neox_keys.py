@@ -73,8 +73,6 @@ LOSS_SCALE = "as in the original, the fp16 block alone counts"
 FP32_MATH = "softmax and loss are always computed in fp32"
 PREFERENCES = "reward models and preference tuning are not built in"
 POST_TRAINING = "reward models and preference tuning are not built in, and none is asked for"
-MUP = "muP is not built in"
-MUP_OFF = "muP is off"
 MAMBA = "Mamba layers are not built in, and none is used"
 RWKV = "RWKV layers are not built in"
 MOE = "mixtures of experts are not built in"
@@ -385,16 +383,16 @@ KEYS: dict[str, Key] = {
     "loss_scale_window": idle(LOSS_SCALE, 1000.0),
     "min_scale": idle(LOSS_SCALE, 1.0),
     "char_level_ppl": idle("evaluation always reports bits per byte", False),
-    "use_mup": refused(MUP, False),
-    "coord_check": idle(MUP_OFF, False),
-    "save_base_shapes": idle(MUP_OFF, False),
-    "base_shapes_file": idle(MUP_OFF),
-    "mup_init_scale": idle(MUP_OFF, 1.0),
-    "mup_attn_temp": idle(MUP_OFF, 1.0),
-    "mup_output_temp": idle(MUP_OFF, 1.0),
-    "mup_embedding_mult": idle(MUP_OFF, 1.0),
-    "mup_rp_embedding_mult": idle(MUP_OFF, 1.0),
-    "mup_width_scale": idle(MUP_OFF, 2),
+    "use_mup": joint("model.mup.base_width", bool, False),
+    "coord_check": idle("`castalia mup check` draws it", False),
+    "save_base_shapes": idle("model.mup.base_width says what the shapes are relative to", False),
+    "base_shapes_file": joint("model.mup.base_width", str),
+    "mup_init_scale": joint("model.mup.init_scale", float, 1.0),
+    "mup_attn_temp": joint("model.mup.attention_temperature", float, 1.0),
+    "mup_output_temp": joint("model.mup.output_temperature", float, 1.0),
+    "mup_embedding_mult": joint("model.mup.embedding_multiplier", float, 1.0),
+    "mup_rp_embedding_mult": joint("model.mup.position_multiplier", float, 1.0),
+    "mup_width_scale": idle("`castalia mup check --widths` names the widths", 2),
     # Textgen
     "text_gen_type": to("generate.mode", None, lower),
     "precompute_model_name": idle("names no checkpoint of ours"),

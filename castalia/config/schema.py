@@ -47,6 +47,17 @@ class RopeScaling(Section):
     attention_factor: float | None = None
 
 
+class MuP(Section):
+    """Maximal-update parametrization: learning rates that were found at one width hold at all others."""
+
+    base_width: PositiveInt | None = Field(None, description="hidden_size that the rates were found at; None: this one")
+    embedding_multiplier: PositiveFloat = Field(1.0, description="of the embedded tokens and positions")
+    position_multiplier: PositiveFloat = Field(1.0, description="of learned or sinusoidal positions")
+    attention_temperature: PositiveFloat = Field(1.0, description="scores are q k / (head size * this)")
+    output_temperature: PositiveFloat = Field(1.0, description="logits are divided by it, and by the width's ratio")
+    init_scale: PositiveFloat = Field(1.0, description="of all random initial values")
+
+
 class Model(Section):
     num_layers: PositiveInt
     hidden_size: PositiveInt
@@ -79,6 +90,8 @@ class Model(Section):
     hidden_dropout: Fraction = Field(0.0, lt=1.0)
     attention_dropout: Fraction = Field(0.0, lt=1.0)
 
+    mup: MuP | None = Field(None, description="None: the standard parametrization")
+
     init: Literal["seeded", "neox"] | None = Field(
         None,
         description="seeded: by (seed, name, position); neox: the original's CPU stream for one process; "
@@ -100,6 +113,11 @@ class Model(Section):
     @property
     def mlp_width(self) -> int:
         return self.mlp_size or 4 * self.hidden_size
+
+    @property
+    def width_multiplier(self) -> float:
+        """Under muP the width over the one that the rates were found at, else 1."""
+        return self.hidden_size / (self.mup.base_width or self.hidden_size) if self.mup else 1.0
 
     @property
     def rotary_size(self) -> int:

@@ -50,6 +50,8 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_size, self.group = layer, cfg.head_size, cfg.num_heads // cfg.kv_heads
         self.dropout = cfg.attention_dropout
+        # muP: products of correlated vectors grow like their size, so they are divided by all of it, not by its root.
+        self.scale = 1 / (cfg.head_size * cfg.mup.attention_temperature) if cfg.mup else None
         rows = (cfg.num_heads + 2 * cfg.kv_heads) * cfg.head_size
         self.qkv = Linear(cfg.hidden_size, rows, cfg.attention_bias)
         self.out = Linear(cfg.num_heads * cfg.head_size, cfg.hidden_size, cfg.attention_bias)
@@ -75,6 +77,7 @@ class Attention(nn.Module):
             attn_mask=self.mask(context, q),
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=context.causal and context.mask is None,
+            scale=self.scale,
             enable_gqa=self.group > 1,
         )
         return self.out(mixed.transpose(1, 2).reshape(b, t, -1))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from castalia.config.schema import Model
+from castalia.model.deviations import standard_deviation
 from castalia.model.transformer import Transformer
 
 TILE_ROWS, TILE_COLUMNS = 64, 256
@@ -52,7 +53,7 @@ def seeded_tensor(
         whole = torch.zeros(*shape)  # padding rows are zero: an orthogonal matrix cannot be continued
         whole[: logical[0]] = _orthogonal(seed, name, logical) * (1.0 if method == "orthogonal" else _depth_gain(cfg))
         return whole[rows, columns].clone()
-    scale = standard_deviation(cfg, method, logical)
+    scale = standard_deviation(cfg, method, logical) * _mup_scale(cfg, method, name)
     return (_drawn(seed, name, shape, rows, columns, uniform=method == "xavier_uniform") * scale).float()
 
 
@@ -63,18 +64,13 @@ def constant_value(name: str) -> float | None:
     return 1.0 if name.split(".")[-2] in ("norm", "norm1", "norm2", "qk_norm") else None
 
 
-def standard_deviation(cfg: Model, method: str, shape: Sequence[int]) -> float:
-    """Of a matrix [out, in] under every method but the orthogonal ones."""
-    deviations = {
-        "normal": cfg.init_std,
-        "scaled_normal": cfg.init_std / math.sqrt(2 * cfg.num_layers),
-        "single_residual_scaled_normal": cfg.init_std / math.sqrt(cfg.num_layers),
-        "small_init": math.sqrt(2 / (5 * cfg.hidden_size)),
-        "wang_init": 2 / cfg.num_layers / math.sqrt(cfg.hidden_size),
-        "xavier_uniform": math.sqrt(2 / sum(shape)),
-        "xavier_normal": math.sqrt(2 / sum(shape)),
-    }
-    return deviations[method]
+def _mup_scale(cfg: Model, method: str, name: str) -> float:
+    """muP: hidden matrices shrink like 1 / sqrt(width), the others keep the values that they have at the base width."""
+    if cfg.mup is None:
+        return 1.0
+    follows_width = method in ("small_init", "wang_init")  # on their own
+    power = 0.5 * follows_width - 0.5 * name.startswith("blocks.")
+    return cfg.mup.init_scale * cfg.width_multiplier**power
 
 
 def _method(cfg: Model, name: str) -> str:

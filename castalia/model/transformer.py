@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from castalia.config.schema import Model
+from castalia.config.schema import Model, MuP
 from castalia.errors import ConfigError
 from castalia.model.attention import Attention, Cache, Context
 from castalia.model.layers import MLP, Embedding, Linear, build_norm
@@ -127,17 +127,23 @@ class Transformer(nn.Module):
             x = block(x, context)
         if cache is not None:
             cache.advance(t)
-        return x if self.norm is None else self.norm(x)
+        if self.norm is None:
+            return x
+        x = self.norm(x)
+        return x / (self.cfg.width_multiplier * self.cfg.mup.output_temperature) if self.cfg.mup else x
 
     def embedded(self, tokens: Tensor, positions: Tensor, end: int) -> Tensor:
         if self.positions is not None and end > self.positions.num_embeddings:
             limit = self.positions.num_embeddings
             raise ConfigError(f"a sequence of {end} tokens is longer than model.max_positions={limit}")
         x = self.embed(tokens).to(self.compute_dtype or self.embed.weight.dtype)
+        mup = self.cfg.mup or MuP()
         if self.positions is not None:
-            x = x + self.positions(positions).to(x.dtype)
+            x = x + self.positions(positions).to(x.dtype) * mup.position_multiplier
         if self.cfg.position == "sinusoidal":
-            x = x + sinusoids(positions, self.cfg.hidden_size).to(x.dtype)
+            x = x + sinusoids(positions, self.cfg.hidden_size).to(x.dtype) * mup.position_multiplier
+        if mup.embedding_multiplier != 1.0:
+            x = x * mup.embedding_multiplier
         return F.dropout(x, self.cfg.embedding_dropout, self.training)
 
     def context(

@@ -41,13 +41,15 @@ def make_optimizer(
 
     `summed_bias_ranks` multiplies the rate of row-parallel biases: where the original added T copies of such a bias,
     each of them took a full step. `width_multiplier` is muP's: width over the width that the rates were found at.
-    Raises ConfigError if an entry of `optimizer.groups` matches nothing.
+    Raises ConfigError if an entry of `optimizer.groups` matches nothing, or the optimizer cannot have sharded tensors.
     """
     trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
     for group in cfg.groups:
         if not any(re.search(group.match, name) for name in trained):
             known = ", ".join(dict.fromkeys(re.sub(r"^blocks\.\d+", "blocks.0", name) for name in trained))
             raise ConfigError(f"optimizer.groups: {group.match!r} matches no tensor that trains; there are {known}")
+    if cfg.name == "adafactor" and any(map(_is_sharded, trained.values())):
+        raise ConfigError("optimizer.name=adafactor needs whole tensors, which sharded ranks do not hold; use adamw")
     kinds: dict[str, dict[tuple[float, float], list[nn.Parameter]]] = defaultdict(lambda: defaultdict(list))
     for name, parameter in trained.items():
         decay, scale = _decay_and_scale(name, cfg, width_multiplier)
@@ -78,6 +80,10 @@ def _decay_and_scale(name: str, cfg: Optimizer, width_multiplier: float) -> tupl
     matrices, others = (1.0, width_multiplier) if cfg.name == "sgd" else (1 / width_multiplier, 1.0)
     factor = matrices if hidden else others
     return decay / factor, found.lr_scale * factor
+
+
+def _is_sharded(parameter: nn.Parameter) -> bool:
+    return not all(placement.is_replicate() for placement in getattr(parameter, "placements", ()))
 
 
 def _optimizer(kind: str, groups: list[dict[str, Any]], cfg: Optimizer) -> torch.optim.Optimizer:

@@ -26,13 +26,14 @@ CONTRADICTIONS = [
     (["train.batch_size=8", "train.micro_batch_size=4", "parallel.gpus=4"], "does not divide into"),
     (["schedule.min_lr=1", "optimizer.lr=0.5"], "schedule.min_lr=1 is above optimizer.lr=0.5"),
     (["optimizer.betas=[0.9, 1.0]"], "both must be at least 0 and below 1"),
+    (["model.mup.base_width=32", "optimizer.name=muon"], "model.mup has no rates for optimizer.name=muon"),
+    (["model.mup.base_width=32", "model.init_method=xavier_normal"], "model.init_method=xavier_normal has its own"),
     (["optimizer.groups=[{match: 'a('}]"], "optimizer.groups: 'a(' is no regular expression"),
     (["schedule.style=wsd", "schedule.warmup=0.5", "schedule.cooldown=0.6"], "are more than the whole"),
     (["neox_exact=true", "schedule.style=wsd"], "neox_exact: the original has no schedule.style=wsd"),
     (["neox_exact=true", "schedule.warmup_steps=5"], "neox_exact: the original has no schedule.warmup_steps"),
     (["data.packing=unpacked", "data.train=[corpus]"], "needs labels in every source of data.train"),
     (["generate.mode=input-file"], "generate.mode=input-file needs generate.input_file"),
-    (["checkpoint.init_from=a", "checkpoint.dir=a"], "give the new run a folder of its own"),
 ]
 
 
@@ -61,9 +62,8 @@ NOTES = [
     (["schedule.warmup=0.5", "schedule.warmup_steps=5"], "schedule.warmup has no effect: schedule.warmup_steps"),
     (["schedule.cooldown=0.5"], "schedule.cooldown has no effect: schedule.style is cosine"),
     (["checkpoint.step=5"], "checkpoint.step has no effect: nothing is loaded"),
-    (["train.steps=100", "schedule.decay_steps=50"], "stays at its end for the last 50"),
-    (["train.steps=100", "schedule.decay_steps=150"], "never gets to its end at 150"),
-    (["train.steps=50"], "schedule.warmup=0.01 of 50 steps is less than one step"),
+    (["schedule.decay_steps=50", "schedule.decay_fraction=0.5"], "schedule.decay_fraction has no effect"),
+    (["checkpoint.init_from=a", "checkpoint.dir=a"], "a folder of its own for the new run"),
 ]
 
 

@@ -83,7 +83,7 @@ def test_convert_writes_only_what_differs(run):
         ("optimizer.lr", "optimizer.lr: a number above 0 (default 0.0003)"),
         ("gradient-clipping", "gradient_clipping (GPT-NeoX, default 1.0): becomes optimizer.clip_norm"),
         ("log_dir", "no effect here: metrics.jsonl"),
-        ("use_mup", "refused unless it is off: muP"),
+        ("moe_num_experts", "refused unless it is off: mixtures of experts"),
         ("gas", "a leftover of older releases"),
     ],
 )

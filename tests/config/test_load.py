@@ -165,7 +165,7 @@ def test_mistakes_on_the_command_line(override, message):
 
 
 def test_all_mistakes_are_told_at_once(write):
-    file = write("a.yml", MODEL + "train: {stepz: 1}\noptimizer: {lr: x}\nactivation: tanhh\nuse_mup: true\n")
+    file = write("a.yml", MODEL + "train: {stepz: 1}\noptimizer: {lr: x}\nactivation: tanhh\nmoe_num_experts: 8\n")
     lines = refusal(file, ["seed=0"])
     assert len(lines) == 5
     assert sum("a.yml:" in line for line in lines) == 4

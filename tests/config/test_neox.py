@@ -9,7 +9,7 @@ import yaml
 
 from castalia.config.batch import batch_plan
 from castalia.config.load import dump_config, load_config
-from castalia.config.schema import RunConfig
+from castalia.config.schema import MuP, RunConfig
 from castalia.errors import ConfigError
 
 CONFIGS = [
@@ -312,3 +312,19 @@ def test_the_batch_is_inferred_where_the_original_refuses(load):
     assert batch_plan(config) == (32, 4, 8)
     config = load({"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2, "global_num_gpus": 2})
     assert batch_plan(config, dp=1) == (16, 4, 4)
+
+
+def test_mup(load):
+    keys = {**MODEL, "use_mup": True, "mup_attn_temp": 2, "mup_embedding_mult": 10.0, "mup_rp_embedding_mult": 0.5}
+    mup = load({**keys, "mup_output_temp": 4.0, "mup_init_scale": 3.0}).model.mup
+    assert (mup.attention_temperature, mup.embedding_multiplier, mup.position_multiplier) == (2.0, 10.0, 0.5)
+    assert (mup.output_temperature, mup.init_scale, mup.base_width) == (4.0, 3.0, None)
+    assert load({**MODEL, "use_mup": True}).model.mup == MuP()
+    assert load({**MODEL, "use_mup": False}).model.mup is None
+    off = load({**MODEL, "mup_init_scale": 3.0})
+    assert off.model.mup is None
+    assert any("mup_init_scale: 3.0 has no effect here: use_mup is off" in note for note in off.notes)
+    shapes = {**MODEL, "use_mup": True, "base_shapes_file": "base-shapes"}
+    assert "base_shapes_file: 'base-shapes' cannot be read: give model.mup.base_width" in refusal(load, shapes)
+    based = load(shapes, overrides=("model.mup.base_width=32",)).model
+    assert based.width_multiplier == based.hidden_size / 32

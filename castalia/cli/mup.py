@@ -1,0 +1,117 @@
+"""`castalia mup`: does a config's parametrization let learning rates carry over from one width to another?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Check the maximal-update parametrization.")
+
+
+@app.callback()
+def _mup() -> None:
+    """Check the maximal-update parametrization."""
+
+
+@app.command()
+def check(
+    words: Annotated[list[str], typer.Argument(metavar="CONFIG... [KEY=VALUE...]", show_default=False)],
+    widths: Annotated[str, typer.Option(help="hidden sizes, heads keep theirs")] = "64,128,256",
+    steps: Annotated[int, typer.Option(min=1, help="of training, on one random batch")] = 3,
+    output: Annotated[Path | None, typer.Option(help="also a picture: PNG or SVG")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one object instead of a table")] = False,
+) -> None:
+    """Train the config's model at several widths for a few steps and compare how far activations move.
+
+    Under muP they move alike at every width; exits with 2 if one grows. Beside it: the standard parametrization.
+    """
+    from castalia.cli.config import read
+    from castalia.errors import ConfigError, TrainingError
+    from castalia.train.coordinates import MAX_SLOPE, coordinate_check, slopes
+
+    config = read(words)
+    if config.model is None:
+        raise ConfigError("the config describes no model: give model.num_layers, hidden_size, num_heads, ...")
+    sizes = _widths(widths)
+    model = config.model.model_copy(
+        update={
+            "vocab_size": min(config.model.vocab_size or 256, 1024),
+            "max_positions": config.model.max_positions or config.data.seq_length,
+        }
+    )
+    found = {
+        name: coordinate_check(model, config.optimizer, sizes, mup=mup, steps=steps, seed=config.seed)
+        for name, mup in (("muP", True), ("standard", False))
+    }
+    exponents = {name: slopes(sizes, rows) for name, rows in found.items()}
+    if as_json:
+        print(json.dumps({"widths": sizes, "movement": found, "slopes": exponents}))
+    else:
+        _table(sizes, found, exponents)
+        _draw_terminal(sizes, {f"{kind} logits": rows["logits"] for kind, rows in found.items()})
+    if output:
+        _draw_picture(sizes, found, output)
+    growing = {name: slope for name, slope in exponents["muP"].items() if slope > MAX_SLOPE}
+    if growing:
+        named = ", ".join(f"{name} like width^{slope:.2f}" for name, slope in growing.items())
+        raise TrainingError(f"under muP nothing may grow with the width, but these do: {named}; lower optimizer.lr")
+
+
+def _widths(text: str) -> list[int]:
+    from castalia.errors import ConfigError
+
+    parts = text.split(",")
+    if len(parts) < 2 or not all(part.strip().isdecimal() and int(part) for part in parts):
+        raise ConfigError(f"--widths {text}: give two or more whole numbers such as 64,128,256")
+    return sorted(int(part) for part in parts)
+
+
+def _table(widths: list[int], found: dict, exponents: dict) -> None:
+    print(f"{'movement of':<20}" + "".join(f"{width:>11}" for width in widths) + "     grows like")
+    for kind, rows in found.items():
+        for name, values in rows.items():
+            numbers = "".join(f"{value:11.4g}" for value in values)
+            print(f"{kind + ' ' + name:<20}{numbers}     width^{exponents[kind][name]:+.2f}")
+
+
+def _draw_terminal(widths: list[int], curves: dict[str, list[float]]) -> None:
+    import math
+    import sys
+
+    import plotext
+
+    plotext.clear_figure()
+    plotext.theme("clear")
+    plotext.plotsize(72, 16)
+    for name, values in curves.items():
+        plotext.plot([math.log2(w) for w in widths], [math.log2(v) for v in values], label=name, marker="braille")
+    plotext.title("log2 of the movement, over log2 of the width")
+    picture = plotext.build()
+    print(picture if sys.stdout.isatty() else plotext.uncolorize(picture))
+
+
+def _draw_picture(widths: list[int], found: dict, target: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(found), figsize=(10, 4), sharey=True, layout="constrained")
+    for panel, (kind, rows) in zip(axes, found.items(), strict=True):
+        for name, values in rows.items():
+            panel.plot(widths, values, marker="o", markersize=4, linewidth=1.4, label=name)
+        panel.set_title(kind)
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log", base=2)
+        panel.set_xticks(widths, [str(width) for width in widths])
+        panel.set_xlabel("width")
+        panel.grid(True, alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("mean |change of the activation|")
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.savefig(target, dpi=130)
+    pyplot.close(figure)
+    print(f"wrote {target}")

@@ -1,0 +1,24 @@
+"""How widely each method of initialisation spreads the values of a matrix. Needs no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from castalia.config.schema import Model
+
+
+def standard_deviation(cfg: Model, method: str, shape: Sequence[int]) -> float:
+    """Of a matrix [out, in]. Those of the orthogonal methods are exact, the others are expected."""
+    deviations = {
+        "normal": cfg.init_std,
+        "scaled_normal": cfg.init_std / math.sqrt(2 * cfg.num_layers),
+        "single_residual_scaled_normal": cfg.init_std / math.sqrt(cfg.num_layers),
+        "small_init": math.sqrt(2 / (5 * cfg.hidden_size)),
+        "wang_init": 2 / cfg.num_layers / math.sqrt(cfg.hidden_size),
+        "xavier_uniform": math.sqrt(2 / sum(shape)),
+        "xavier_normal": math.sqrt(2 / sum(shape)),
+        "orthogonal": 1 / math.sqrt(max(shape)),
+        "scaled_orthogonal": math.sqrt(2 / cfg.num_layers) / math.sqrt(max(shape)),
+    }
+    return deviations[method]
