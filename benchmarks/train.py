@@ -64,6 +64,7 @@ def our_model(work: Work, **options):
 def ours(work: Work) -> Callable[[int], float]:
     """A step as `castalia train` takes it."""
     from castalia.config.schema import Optimizer
+    from castalia.parallel.engine import Engine
     from castalia.train.hardware import DTYPES, keep_freed_memory
     from castalia.train.optimizer import make_optimizer
     from castalia.train.schedule import LearningRate
@@ -73,7 +74,7 @@ def ours(work: Work) -> Callable[[int], float]:
     model = our_model(work, compute_dtype=DTYPES[work.precision]).train()
     optimizer = make_optimizer(dict(model.named_parameters()), Optimizer(lr=1e-3, weight_decay=0.1))
     rate = LearningRate(peak=1e-3, minimum=0.0, warmup=0.0, end=1, style="constant")
-    step = TrainStep(model, optimizer, rate, BatchPlan(work.batch, work.batch, 1), seed=1, clip_norm=1.0)
+    step = TrainStep(Engine(model), optimizer, rate, BatchPlan(work.batch, work.batch, 1), seed=1, clip_norm=1.0)
     return lambda number: step(number, batch_of(number, work)).loss
 
 

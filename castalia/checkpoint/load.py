@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
+from castalia.checkpoint.describe import describe, readable
 from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.rules import drift
 from castalia.checkpoint.stored import StoredTensor
-from castalia.checkpoint.tensors import Checkpoint, TensorRef
+from castalia.checkpoint.tensors import Checkpoint, Shard, TensorRef
 from castalia.config.schema import Model, Tokenizer
 from castalia.errors import CheckpointError
 from castalia.model.transformer import Transformer
+from castalia.plan.count import tensor_shapes
 
 VOCABULARY = ("embed.weight", "head.weight")  # tensors with a row for each token
-TITLES = {
-    "native": "Castalia",
-    "neox": "NeoX",
-    "megatron-deepspeed": "Megatron-DeepSpeed",
-    "huggingface": "Hugging Face",
-}
 
 
 class AnyOptimizer(Protocol):
@@ -84,44 +80,54 @@ def architecture(checkpoint: Checkpoint) -> Model:
     return model
 
 
-def load_weights(model: nn.Module, checkpoint: Checkpoint) -> LoadReport:
+def load_weights(model: Transformer, checkpoint: Checkpoint) -> LoadReport:
     """Fill every parameter, one at a time. The padding of the vocabulary may differ; anything else must match.
 
     Raises CheckpointError listing all missing, unexpected and mis-shaped tensors; the model is untouched then.
     """
-    targets = dict(model.named_parameters())
-    vocab_size = model.cfg.vocab_size if isinstance(model, Transformer) else None
-    notes = _check(targets, checkpoint.model, vocab_size, checkpoint.path)
+    return load_shards({name: Shard.whole(p) for name, p in model.named_parameters()}, model.cfg, checkpoint)
+
+
+def load_shards(shards: Mapping[str, Shard], cfg: Model, checkpoint: Checkpoint) -> LoadReport:
+    """`load_weights` where this process holds only parts of the model `cfg`. The whole checkpoint must fit it."""
+    expected = tensor_shapes(cfg)
+    notes = _check(expected, checkpoint.model, cfg.vocab_size, checkpoint.path)
     with torch.no_grad():
-        for name, parameter in targets.items():
-            _fill(parameter, checkpoint.model[name])
+        for name, shard in shards.items():
+            _fill(shard, checkpoint.model[name])
     if apart := drift(checkpoint.model):
         farthest = max(apart, key=lambda name: apart[name])
         notes += (
             f"{len(apart)} tensors had drifted apart between tensor ranks and were averaged; the farthest is "
             f"{farthest}, by {apart[farthest]:.2g}",
         )
-    elements = sum(parameter.numel() for parameter in targets.values())
-    return LoadReport(len(targets), len(targets), elements, describe(checkpoint), notes=notes)
+    elements = sum(math.prod(shape) for shape in expected.values())
+    return LoadReport(len(expected), len(expected), elements, describe(checkpoint), notes=notes)
 
 
-def load_optimizer(optimizer: AnyOptimizer, model: nn.Module, checkpoint: Checkpoint) -> None:
+def load_optimizer(
+    optimizer: AnyOptimizer,
+    parameters: Mapping[str, torch.Tensor],
+    checkpoint: Checkpoint,
+    vocab_size: int | None = None,
+    shard: Callable[[torch.Tensor], Shard] = Shard.whole,
+) -> None:
     """Fill the optimizer's state, which must exist, and the parameters from the masters. Call it after `load_weights`.
 
-    Raises CheckpointError if the checkpoint has no state, that of another optimizer, or none for some parameter.
+    `shard` tells which part of the whole tensor a parameter or a state is. Raises CheckpointError if the checkpoint has
+    no state, that of another optimizer, or none for some parameter.
     """
     if checkpoint.optimizer is None:
         raise CheckpointError(
             f"{checkpoint.path} holds no optimizer state, so it cannot be resumed. Start a new run from its weights "
             "with checkpoint.init_from, or go on with fresh moments with checkpoint.load_optimizer=false."
         )
-    states = optimizer_state(optimizer, model)
-    targets = {name: parameter for name, parameter in model.named_parameters() if name in states}
-    saved: dict[str, Mapping[str, Any]]
+    states = optimizer_state(optimizer, parameters)
+    targets = {name: shard(parameter) for name, parameter in parameters.items() if name in states}
     saved = {name: state for name, state in checkpoint.optimizer.items() if name in targets}
-    vocab_size = model.cfg.vocab_size if isinstance(model, Transformer) else None
     where = f"the optimizer state of {checkpoint.path}"
-    _check(targets, {name: state["master"] for name, state in saved.items()}, vocab_size, where)
+    masters = {name: state["master"] for name, state in saved.items()}
+    _check({name: target.shape for name, target in targets.items()}, masters, vocab_size, where)
     for name, state in states.items():
         theirs, ours = (set(each) - {"master", "step"} for each in (saved[name], state))
         if theirs != ours:
@@ -131,27 +137,29 @@ def load_optimizer(optimizer: AnyOptimizer, model: nn.Module, checkpoint: Checkp
                 "checkpoint.load_optimizer=false."
             )
         for kind in ours:
-            _check({name: state[kind]}, {name: saved[name][kind]}, vocab_size, where)
+            _check({name: shard(state[kind]).shape}, {name: saved[name][kind]}, vocab_size, where)
     with torch.no_grad():
-        for name, parameter in targets.items():
+        for name, target in targets.items():
             if saved[name]["master"] is not checkpoint.model.get(name):
-                _fill(parameter, saved[name]["master"])
+                _fill(target, saved[name]["master"])
             for kind, tensor in states[name].items():
                 if kind == "step":
                     tensor.fill_(saved[name]["step"])
                 else:
-                    _fill(tensor, saved[name][kind])
+                    _fill(shard(tensor), saved[name][kind])
 
 
 def _listed(kinds: set[str]) -> str:
     return ", ".join(sorted(kinds)) or "nothing"
 
 
-def optimizer_state(optimizer: AnyOptimizer, model: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
+def optimizer_state(
+    optimizer: AnyOptimizer, parameters: Mapping[str, torch.Tensor]
+) -> dict[str, dict[str, torch.Tensor]]:
     """The state of each trained parameter by its name, as `Writer.save` takes it."""
     trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     state = optimizer.state
-    return {name: state.get(parameter, {}) for name, parameter in model.named_parameters() if parameter in trained}
+    return {name: state.get(parameter, {}) for name, parameter in parameters.items() if parameter in trained}
 
 
 def load_tokenizer_for(checkpoint: Checkpoint):  # noqa: ANN201 - any of the tokenizers of castalia.data.tokenizer
@@ -169,32 +177,15 @@ def load_tokenizer_for(checkpoint: Checkpoint):  # noqa: ANN201 - any of the tok
     return load_tokenizer(given.model_copy(update=found))
 
 
-def describe(checkpoint: Checkpoint) -> str:
-    """For instance "NeoX v1, TP 2 x PP 4, step 150000"."""
-    kind, layout = (checkpoint.details.get(key) for key in ("era", "layout"))
-    kind = kind or checkpoint.details.get("model_type")
-    title = TITLES.get(checkpoint.format, checkpoint.format) + (f" {kind}" if kind else "")
-    step = [] if checkpoint.format == "huggingface" else [f"step {checkpoint.progress.step}"]
-    return ", ".join([title, *([str(layout)] if layout else []), *step])
-
-
-def readable(count: int) -> str:
-    """162.5M, 20.55B."""
-    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
-        if count >= size:
-            return f"{count / size:.4g}{unit}"
-    return str(count)
-
-
 def _check(
-    targets: Mapping[str, torch.Tensor], found: Mapping[str, TensorRef], vocab_size: int | None, where: str
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, TensorRef], vocab_size: int | None, where: str
 ) -> tuple[str, ...]:
     """Notes on vocabularies that are padded differently. Raises CheckpointError for every other difference."""
-    problems = [f"missing: {name} {list(targets[name].shape)}" for name in targets if name not in found]
-    problems += [f"unexpected: {name} {list(found[name].shape)}" for name in found if name not in targets]
+    problems = [f"missing: {name} {list(expected[name])}" for name in expected if name not in found]
+    problems += [f"unexpected: {name} {list(found[name].shape)}" for name in found if name not in expected]
     notes = []
-    for name in targets.keys() & found.keys():
-        have, want = tuple(found[name].shape), tuple(targets[name].shape)
+    for name in expected.keys() & found.keys():
+        have, want = tuple(found[name].shape), tuple(expected[name])
         if have == want:
             continue
         if name in VOCABULARY and have[1:] == want[1:] and vocab_size and min(have[0], want[0]) >= vocab_size:
@@ -203,22 +194,28 @@ def _check(
         else:
             problems.append(f"{name} has shape {list(have)} in the checkpoint, {list(want)} in the model")
     if problems:
-        both = len(targets.keys() & found.keys())
+        both = len(expected.keys() & found.keys())
         lines = "".join(f"\n  {problem}" for problem in sorted(problems))
-        raise CheckpointError(f"{where} does not fit the model: {both} of {len(targets)} tensors are in both{lines}")
+        raise CheckpointError(f"{where} does not fit the model: {both} of {len(expected)} tensors are in both{lines}")
     return tuple(sorted(notes))
 
 
-def _fill(target: torch.Tensor, source: TensorRef) -> None:
-    """Copy; where the vocabulary's padding differs, common rows are copied and further ones are zero."""
-    if tuple(source.shape) != tuple(target.shape):
-        rows = min(target.shape[0], source.shape[0])
-        target[:rows].copy_(source.read([slice(0, rows), *(slice(None) for _ in source.shape[1:])]))
-        target[rows:].zero_()
-    elif isinstance(source, StoredTensor) and source.dtype == target.dtype and target.device.type == "cpu":
-        source.read(out=target.detach())  # without a second copy
-    else:
+def _fill(shard: Shard, source: TensorRef) -> None:
+    """Copy this part of the source; where the source has fewer rows, they are padding and further ones are zero."""
+    target = shard.tensor.detach()
+    whole = tuple(source.shape) == tuple(target.shape)
+    if whole and isinstance(source, StoredTensor) and source.dtype == target.dtype and target.device.type == "cpu":
+        source.read(out=target)  # without a second copy
+    elif target.dim() == 0:
         target.copy_(source.read())
+    else:
+        slices = [
+            slice(s, min(s + n, size)) for s, n, size in zip(shard.start, target.shape, source.shape, strict=True)
+        ]
+        rows = max(0, slices[0].stop - slices[0].start)
+        if rows:
+            target[:rows].copy_(source.read(slices))
+        target[rows:].zero_()
 
 
 def _beside(folder: Path, path: str | None) -> str | None:

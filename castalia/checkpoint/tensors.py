@@ -41,6 +41,19 @@ class TensorRef(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Shard:
+    """The part of a tensor that this process holds: it fills it or writes it."""
+
+    tensor: torch.Tensor
+    shape: tuple[int, ...]  # of the whole tensor
+    start: tuple[int, ...]  # where the part begins in it
+
+    @classmethod
+    def whole(cls, tensor: torch.Tensor) -> Shard:
+        return cls(tensor, tuple(tensor.shape), (0,) * tensor.dim())
+
+
 def name_of(dtype: torch.dtype) -> str:
     """float32 for torch.float32."""
     return str(dtype).removeprefix("torch.")

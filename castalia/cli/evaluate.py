@@ -58,6 +58,7 @@ def evaluate_checkpoint(
     from castalia.errors import ConfigError
     from castalia.evaluate.corpus import read_stream, validation_stream
     from castalia.evaluate.perplexity import bits_per_byte, evaluate, windows
+    from castalia.parallel.engine import Engine
     from castalia.train.hardware import DTYPES, choose_device, choose_dtype, keep_freed_memory
 
     config = checkpoint.config or RunConfig()
@@ -74,7 +75,7 @@ def evaluate_checkpoint(
     if stride is not None and not 0 < stride <= length:
         raise ConfigError(f"--stride {stride} must lie between 1 and the window's {length} tokens (data.seq_length)")
     rows = config.train.micro_batch_size or 8
-    found = evaluate(model, shown(windows(stream.tokens, length, stride or length, rows), stream), rows)
+    found = evaluate(Engine(model, rows), shown(windows(stream.tokens, length, stride or length, rows), stream))
     spelled = {}
     if stream.num_bytes:
         spelled = {"bits_per_byte": bits_per_byte(found["loss"], int(found["tokens"]), stream.num_bytes)}

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from castalia.config.files import require_files
+
 if TYPE_CHECKING:
     from castalia.config.schema import RunConfig
 
@@ -19,6 +21,9 @@ def command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="everything up to and including one step, and a report; writes nothing")
     ] = False,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="start so many processes on this machine, one for each rank")
+    ] = None,
 ) -> None:
     """Train, fine-tune or resume a run.
 
@@ -26,7 +31,12 @@ def command(
     that goes on where it was saved last.
     """
     config = read_config(configs)
+    if nproc is not None and nproc > 1:
+        from castalia.parallel.process import relaunch
+
+        relaunch(nproc, ["train", *configs, *(["--dry-run"] if dry_run else [])])
     if dry_run:
+        require_files(config)
         from castalia.train.loop import rehearse
 
         rehearse(config)
@@ -36,6 +46,7 @@ def command(
 
 def train(config: RunConfig) -> str:
     """Train as the config says and return the run's folder."""
+    require_files(config)  # first, because torch takes a second to import
     from castalia.evaluate.perplexity import evaluate
     from castalia.train.loop import train as run
 

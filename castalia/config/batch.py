@@ -15,6 +15,12 @@ class BatchPlan(NamedTuple):
     micro_batch_size: int  # sequences of one forward pass on one rank
     accumulation: int  # forward passes of a step
 
+    def rows_of(self, data_rank: int) -> list[int]:
+        """The rows of the step's batch that one data rank takes, micro-batch by micro-batch."""
+        micro, ranks = self.micro_batch_size, self.batch_size // self.micro_batch_size // self.accumulation
+        firsts = [(number * ranks + data_rank) * micro for number in range(self.accumulation)]
+        return [row for first in firsts for row in range(first, first + micro)]
+
 
 def planned_dp(config: RunConfig) -> int | None:
     """Data-parallel ranks of the devices that the config declares; None if it declares none."""

@@ -7,6 +7,7 @@ up the order starts again, after dropping the incomplete micro-batch at its end 
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from castalia.data.samples import (
 from castalia.data.tokenizer import load_tokenizer
 from castalia.errors import ConfigError, DataError
 
+log = logging.getLogger(__name__)
 Split = Literal["train", "valid", "test"]
 BLEND_CACHED_FROM = 1 << 20  # samples; fewer are blended faster than a file is found
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
@@ -137,10 +139,10 @@ class Samples:
         numbers[at:] = number
         return numbers
 
-    def batch(self, step: int) -> Batch:
-        """DataError if a token lies beyond the vocabulary."""
-        positions = self.positions(step)
-        text = np.empty((self.batch_size, self.seq_length + 1), np.int64)
+    def batch(self, step: int, rows: Sequence[int] | np.ndarray | None = None) -> Batch:
+        """The step's batch, or those rows of it. DataError if a token lies beyond the vocabulary."""
+        positions = self.positions(step) if rows is None else self.positions(step)[rows]
+        text = np.empty((len(positions), self.seq_length + 1), np.int64)
         labels = np.empty_like(text)
         for row, position in enumerate(positions):
             text[row], labels[row] = self.sample(int(position))
@@ -187,9 +189,12 @@ class Samples:
 
 
 def dataset_fingerprint(data: IndexedDataset) -> str:
-    """Of the sizes and of 64 blocks of 4 KiB spread over the tokens: cheap for any length."""
-    digest = hashlib.blake2b(np.ascontiguousarray(data.sizes).data, digest_size=16)
+    """Of the whole index (every size, the dtype and the documents), the length of the `.bin` and 64 blocks of 4 KiB
+    spread over it: cheap for any length. An edit within the tokens that keeps all lengths can escape it."""
     raw = data.tokens.view(np.uint8)
+    digest = hashlib.blake2b(f"{data.dtype.str} {len(raw)}".encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(data.sizes).data)
+    digest.update(np.ascontiguousarray(data.doc_index).data)
     for start in np.linspace(0, max(0, len(raw) - 4096), 64).astype(np.int64):
         digest.update(raw[start : start + 4096].data)
     return digest.hexdigest()
@@ -324,6 +329,16 @@ def _index(
     return Corpus(text, labels, Index(*cached(text.prefix, data.cache_dir, names, parts, fingerprint, build)))
 
 
+def _tell_of_lost_labels(text: IndexedDataset, documents: np.ndarray, usable: np.ndarray, seq_length: int) -> None:
+    unseen, cut = len(usable) - int(usable.sum()), int((text.sizes[documents[usable]] > seq_length + 1).sum())
+    if unseen or cut:
+        log.warning(
+            "%s: of %d documents %d are left out, as all their labels within data.seq_length=%d are masked, and %d are "
+            "cut there with the labels that follow",
+            *(text.prefix, len(documents), unseen, seq_length, cut),
+        )
+
+
 def _usable(
     config: RunConfig, text: IndexedDataset, labels: IndexedDataset | None, documents: np.ndarray
 ) -> np.ndarray:
@@ -336,6 +351,7 @@ def _usable(
         raise ConfigError("data.packing=unpacked needs labels: give each source of data.train its `labels`")
     if labels is not None:
         usable &= trainable(labels, documents, data.seq_length + (data.packing != "unpacked"))
+        _tell_of_lost_labels(text, documents, usable, data.seq_length)
     if not data.allow_chopped:
         usable &= text.sizes[documents] <= data.seq_length + 1
     return usable

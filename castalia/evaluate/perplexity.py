@@ -7,28 +7,20 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
-from torch import nn
 
 from castalia.data.loader import Batch
 from castalia.data.samples import IGNORE
+from castalia.parallel.engine import Engine
+from castalia.train.step import as_rows
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[Batch], rows_at_a_time: int = 8) -> dict[str, float]:
-    """Mean loss over all predicted tokens, whatever their batch; the model's mode is as it was afterwards."""
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    total, count = torch.zeros((), dtype=torch.float64, device=device), 0
-    for batch in batches:
-        for start in range(0, len(batch.tokens), rows_at_a_time):
-            rows = slice(start, start + rows_at_a_time)
-            tokens, labels = (torch.from_numpy(array[rows]).to(device) for array in (batch.tokens, batch.labels))
-            documents = None if batch.documents is None else torch.from_numpy(batch.documents[rows]).to(device)
-            loss, _ = model(tokens, labels=labels, documents=documents)
-            total += loss
-            count += int(batch.loss_mask[rows].sum())
-    model.train(was_training)
+def evaluate(engine: Engine, batches: Iterable[Batch]) -> dict[str, float]:
+    """Mean loss over all predicted tokens, whatever their batch. Every rank is given the whole batches."""
+    total, count = torch.zeros((), dtype=torch.float64, device=engine.device), 0
+    with engine.evaluating():
+        for batch in batches:
+            total += engine.loss_sum(as_rows(batch))
+            count += int(batch.loss_mask.sum())
     mean = total.item() / count if count else math.nan
     return {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "tokens": count}
 

@@ -9,7 +9,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from castalia.config.schema import Parallel, RunConfig
 from castalia.model.transformer import Transformer
-from castalia.parallel.mesh import Mesh, stages_per_rank
+from castalia.parallel.layout import stages_per_rank
+from castalia.parallel.mesh import Mesh
 from castalia.parallel.pipeline import cut_stage, stages_of_rank
 from castalia.parallel.recompute import apply_recompute, has_dropout
 from castalia.parallel.tensor import apply_tensor_parallel, replicate_rest

@@ -1,69 +1,153 @@
-"""What a training step asks of the ranks that hold the model: one process, or a mesh of them, behind the same calls."""
+"""What training and evaluation ask of the ranks that hold a model: one process here, a mesh of them in `ranks.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from castalia.config.batch import BatchPlan
 from castalia.config.schema import RunConfig
 from castalia.model.init import initialize
 from castalia.model.transformer import Transformer
 from castalia.parallel.recompute import apply_recompute, has_dropout
-from castalia.parallel.shards import Part, local, part
+
+
+class Rows(NamedTuple):
+    """Sequences on the host, each tensor [sequences, time]."""
+
+    tokens: Tensor
+    labels: Tensor
+    documents: Tensor | None = None
+
+    def chunk(self, count: int) -> Iterator[Rows]:
+        documents = self.documents.chunk(count) if self.documents is not None else (None,) * count
+        return map(Rows, self.tokens.chunk(count), self.labels.chunk(count), documents)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Rows:
+        documents = None if self.documents is None else change(self.documents)
+        return Rows(change(self.tokens), change(self.labels), documents)
+
+    def rows(self, start: int, stop: int) -> Rows:
+        return self.map(lambda tensor: tensor[start:stop])
+
+    def to(self, device: torch.device) -> Rows:
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def model_arguments(self) -> dict[str, Any]:
+        return {"labels": self.labels} | ({} if self.documents is None else {"documents": self.documents})
+
+
+class Part(NamedTuple):
+    """A rank's part of a whole tensor."""
+
+    local: Tensor
+    shape: tuple[int, ...]  # of the whole
+    start: tuple[int, ...]
+    writes: bool  # whether this is the one rank, of all that hold the part, that saves it
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        return tuple(slice(s, s + n) for s, n in zip(self.start, self.local.shape, strict=True))
 
 
 class Engine:
     """The whole model in one process. No process group, no DTensor, no `fully_shard`."""
 
+    rank, world = 0, 1
     data_rank, data_size = 0, 1
+    duplicates: Mapping[str, nn.Parameter] = {}  # further copies of parameters that this rank has to keep equal
 
-    def __init__(self, config: RunConfig, dtype: torch.dtype, device: torch.device) -> None:
-        assert config.model is not None
-        with torch.device(device):
-            model = Transformer(config.model, compute_dtype=dtype, exact=config.neox_exact, z_loss=config.train.z_loss)
-        apply_recompute(model, config.train.recompute, dropout=has_dropout(config.model))
-        self.config, self.device, self.models = config, device, [model]
+    def __init__(self, model: Transformer, micro_batch_size: int = 8) -> None:
+        self.model, self.device = model, next(model.parameters()).device
+        self.micro_batch_size = micro_batch_size
+
+    @property
+    def models(self) -> Sequence[Transformer]:
+        """What of the model this rank holds: the whole, or its pipeline stages."""
+        return [self.model]
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """This rank's parameters by name."""
-        return dict(self.models[0].named_parameters())
+        """This rank's parameters, each name once."""
+        return dict(self.model.named_parameters())
 
-    def initialize(self) -> None:
-        """Random weights, the same for every layout."""
-        assert self.config.model is not None
-        initialize(self.models[0], self.config.model, self.config.seed)
+    def part(self, tensor: Tensor) -> Part:
+        """Where a parameter, or a tensor of its optimizer state, lies in the whole one."""
+        return Part(tensor.detach(), tuple(tensor.shape), (0,) * tensor.dim(), True)
 
-    def forward_backward(
-        self, tokens: Tensor, labels: Tensor, weights: Sequence[float], seeds: Sequence[int]
-    ) -> Tensor:
-        """Leaves the gradients of sum over micro-batches of weight * (sum of token losses); returns that sum.
+    def saves(self, name: str) -> bool:
+        """False where another rank saves this rank's parameter of that name."""
+        return True
 
-        tokens, labels: this data rank's rows [micro-batches * sequences, time] on the host. `seeds` are for dropout.
+    def initialize(self, config: RunConfig) -> None:
+        """Random weights; those of a seed are the same for every layout."""
+        assert config.model is not None
+        initialize(self.model, config.model, config.seed)
+
+    def forward_backward(self, rows: Rows, weights: Sequence[float], scale: float, seeds: Sequence[int]) -> Tensor:
+        """Leaves the gradients of scale * sum over micro-batches of weight * (sum of token losses).
+
+        `rows` are this data rank's; `seeds` are for dropout. Returns the loss of all ranks, without the scale.
         """
         total = torch.zeros((), device=self.device)
-        count = len(weights)
-        for micro, (x, y) in enumerate(zip(tokens.chunk(count), labels.chunk(count), strict=True)):
+        for micro, part in enumerate(rows.chunk(len(weights))):
             torch.manual_seed(seeds[micro])
-            x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
-            loss_sum, _ = self.models[0](x, labels=y)
-            (loss_sum * weights[micro]).backward()
+            part = part.to(self.device)
+            loss_sum, _ = self.model(part.tokens, **part.model_arguments())
+            (loss_sum * (weights[micro] * scale)).backward()
             total += loss_sum.detach() * weights[micro]
         return total
 
-    def sum(self, value: float) -> float:
-        """Summed over the data ranks."""
-        return value
+    def loss_sum(self, rows: Rows) -> Tensor:
+        """Sum of the token losses of any number of sequences, given whole to every rank. Without gradients."""
+        total = torch.zeros((), device=self.device)
+        for start in range(0, len(rows.tokens), self.micro_batch_size):
+            part = rows.rows(start, start + self.micro_batch_size).to(self.device)
+            total += self.model(part.tokens, **part.model_arguments())[0]
+        return total
 
     def gradients(self) -> list[Tensor]:
         """What of the gradients lies on this rank."""
-        return [local(p.grad) for p in self.parameters.values() if p.grad is not None]
+        return [p.grad for p in self.model.parameters() if p.grad is not None]
 
     def gradient_norm(self) -> Tensor:
+        """L2 norm of the gradients of all ranks; not finite if any element is not."""
         return torch.nn.utils.get_total_norm(self.gradients())
 
-    def parts(self) -> dict[str, Part]:
-        """Where this rank's parameters lie in the whole ones."""
-        return {name: part(parameter) for name, parameter in self.parameters.items()}
+    def sum_over_data(self, value: float) -> float:
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on some rank."""
+        return flag
+
+    def gather(self, text: str) -> list[str]:
+        """What each rank says."""
+        return [text]
+
+    def barrier(self) -> None:
+        """Wait for the other ranks."""
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Eval mode, without gradients; the mode is as it was afterwards."""
+        before = [model.training for model in self.models]
+        for model in self.models:
+            model.eval()
+        with torch.no_grad():
+            yield
+        for model, training in zip(self.models, before, strict=True):
+            model.train(training)
+
+
+def one_process(config: RunConfig, dtype: torch.dtype, device: torch.device, plan: BatchPlan) -> Engine:
+    """The model of a config, its parameters still unset."""
+    assert config.model is not None
+    with torch.device(device):
+        model = Transformer(config.model, compute_dtype=dtype, exact=config.neox_exact, z_loss=config.train.z_loss)
+    apply_recompute(model, config.train.recompute, dropout=has_dropout(config.model))
+    return Engine(model, plan.micro_batch_size)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
     Schedule1F1B,
@@ -19,7 +19,9 @@ from torch.distributed.pipelining.schedules import (
 from castalia.config.schema import Parallel
 from castalia.errors import ConfigError
 from castalia.model.transformer import Transformer
-from castalia.parallel.mesh import Mesh, stages_per_rank
+from castalia.parallel.engine import Rows
+from castalia.parallel.layout import stages_per_rank
+from castalia.parallel.mesh import Mesh
 from castalia.parallel.shards import local
 from castalia.plan.layout import stages
 
@@ -82,6 +84,7 @@ class Pipeline:
         result = torch.empty((), device="meta"), torch.empty((), dtype=torch.int64, device="meta")
         self.group = mesh.pipeline.get_group()
         self.has_first, self.has_last = 0 in parts, last in parts
+        self.num_micro_batches = num_micro_batches
         built = [
             PipelineStage(
                 stage,
@@ -98,29 +101,37 @@ class Pipeline:
         self.schedule = SCHEDULES[parallel.pipeline](
             built[0] if single else built, num_micro_batches, loss_fn=self._weighted, scale_grads=False
         )
-        self.tied = [parts[i].embed.weight for i in (0, last) if i in parts and parts[i].cfg.tie_embeddings]
         tied = next(iter(parts.values())).cfg.tie_embeddings
+        self.tied: list[nn.Parameter] = [parts[i].embed.weight for i in (0, last) if tied and i in parts]
         self.tie_group = _ends_group(mesh) if tied and parallel.pipeline != "zero-bubble" else None
 
     @staticmethod
     def _weighted(output: tuple[Tensor, Tensor], weight: Tensor) -> Tensor:
         return output[0] * weight[0]
 
-    def forward_backward(self, tokens: Tensor, labels: Tensor, weights: Sequence[float], context: dict) -> Tensor:
+    def forward_backward(self, rows: Rows, weights: Sequence[float], context: dict[str, Any]) -> Tensor:
         """Leaves the gradients of sum over micro-batches of weight * (sum of token losses); returns that sum.
 
-        It is 0 on ranks without the last stage. tokens, labels: [micro-batches * sequences, time] of this data rank.
+        It is 0 on ranks without the last stage. rows: [micro-batches * sequences, time] of this data rank.
         """
-        losses: list[Tensor] = []
-        inputs = (tokens,) if self.has_first else ()
-        if self.has_last:
-            # Each micro-batch finds its weight beside its labels.
-            target = torch.tensor(weights, device=tokens.device)
-            self.schedule.step(*inputs, target=target, losses=losses, return_outputs=False, labels=labels, **context)
-        else:
-            self.schedule.step(*inputs, return_outputs=False, **context)
+        losses = self._run(self.schedule.step, rows, weights, context)
         self._sum_tied_gradients()
-        return torch.stack(losses).sum().detach() if losses else torch.zeros((), device=tokens.device)
+        return losses
+
+    def loss_sum(self, rows: Rows, context: dict[str, Any]) -> Tensor:
+        """Sum of token losses, without gradients; 0 on ranks without the last stage."""
+        return self._run(self.schedule.eval, rows, [1.0] * self.num_micro_batches, context)
+
+    def _run(self, schedule: Callable, rows: Rows, weights: Sequence[float], context: dict[str, Any]) -> Tensor:
+        losses: list[Tensor] = []
+        inputs = (rows.tokens,) if self.has_first else ()
+        arguments = rows.model_arguments() | context
+        if self.has_last:
+            target = torch.tensor(weights, device=rows.tokens.device)  # each micro-batch finds its weight in it
+            schedule(*inputs, target=target, losses=losses, return_outputs=False, **arguments)
+        else:
+            schedule(*inputs, return_outputs=False, **arguments)
+        return torch.stack(losses).sum().detach() if losses else torch.zeros((), device=rows.tokens.device)
 
     def _sum_tied_gradients(self) -> None:
         """The embedding's copies on the first and the last stage get the same gradient, so that they stay equal."""

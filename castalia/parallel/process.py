@@ -27,6 +27,18 @@ def is_main() -> bool:
 
 
 @contextmanager
+def main_first() -> Iterator[None]:
+    """The main process runs the block before the others do."""
+    if world_size() > 1 and not is_main():
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if world_size() > 1 and is_main():
+            dist.barrier()
+
+
+@contextmanager
 def process_group(device: str) -> Iterator[None]:
     """Joins the other processes, if there are any, and leaves them at the end."""
     if world_size() == 1 or dist.is_initialized():

@@ -1,91 +1,151 @@
-"""The engine's calls on a mesh of ranks."""
+"""The engine's calls on a mesh of ranks. Every method is called on all ranks together."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from castalia.config.batch import BatchPlan
 from castalia.config.schema import RunConfig
-from castalia.model.init import seeded_tensor
+from castalia.model.init import constant_value, neox_matrices, seeded_tensor
+from castalia.model.loss import IGNORE
+from castalia.model.transformer import Transformer
 from castalia.parallel.apply import build_stages
 from castalia.parallel.context import GatheredKeys
-from castalia.parallel.engine import Engine
-from castalia.parallel.mesh import Mesh, build_mesh, check_model, layout
+from castalia.parallel.engine import Engine, Part, Rows
+from castalia.parallel.layout import check_run, layout
+from castalia.parallel.mesh import build_mesh
 from castalia.parallel.pipeline import Pipeline
-from castalia.parallel.shards import global_gradient_norm, part
+from castalia.parallel.shards import global_gradient_norm, local, part
 
 
 class Ranks(Engine):
-    """One rank of a mesh. Every method is called on all ranks together."""
+    """One rank of a mesh."""
 
     def __init__(self, config: RunConfig, dtype: torch.dtype, device: torch.device, plan: BatchPlan) -> None:
         assert config.model is not None
-        self.config, self.device = config, device
-        check_model(config.model, config.parallel, config.data.seq_length)
-        self.mesh: Mesh = build_mesh(layout(config.parallel, dist.get_world_size()), device.type)
+        self.config, self.device, self.plan = config, device, plan
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        check_run(config)
+        self.mesh = build_mesh(layout(config.parallel, self.world), device.type)
         sizes = self.mesh.layout
         self.data_rank, self.data_size = self.mesh.dp_rank, sizes.dp
-        stages = build_stages(config, self.mesh, dtype, device)
-        self.models = list(stages.values())
+        self.stages = build_stages(config, self.mesh, dtype, device)
         self.time = config.data.seq_length // sizes.cp
         self.pipeline = None
         if sizes.pp > 1:
             shape = plan.micro_batch_size, self.time
-            self.pipeline = Pipeline(stages, self.mesh, config.parallel, plan.accumulation, shape, dtype, device)
+            self.pipeline = Pipeline(self.stages, self.mesh, config.parallel, plan.accumulation, shape, dtype, device)
+        # Where first and last stage are on one rank, a tied embedding is there twice.
+        tied = self.pipeline.tied if self.pipeline else []
+        self.duplicates = {"embed.weight": tied[1]} if len(tied) == 2 else {}
+
+    @property
+    def models(self) -> Sequence[Transformer]:
+        return list(self.stages.values())
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """This rank's parameters by name. A tied embedding that two stages hold appears once, as the first one's."""
         return {name: p for model in reversed(self.models) for name, p in model.named_parameters()}
 
-    def initialize(self) -> None:
-        config = self.config
-        assert config.model is not None
-        with torch.no_grad():
-            for model in self.models:
-                for name, parameter in model.named_parameters():
-                    piece = part(parameter)
-                    piece.local.copy_(seeded_tensor(config.model, config.seed, name, piece.shape, piece.slices))
+    def part(self, tensor: Tensor) -> Part:
+        return part(tensor)
 
-    def forward_backward(
-        self, tokens: Tensor, labels: Tensor, weights: Sequence[float], seeds: Sequence[int]
-    ) -> Tensor:
-        mine = slice(self.mesh.cp_rank * self.time, (self.mesh.cp_rank + 1) * self.time)
-        tokens, labels = tokens[:, mine].to(self.device), labels[:, mine].to(self.device)
-        context = {"cache": GatheredKeys(self.mesh.context, self.time)} if self.mesh.layout.cp > 1 else {}
+    def saves(self, name: str) -> bool:
+        return not (name == "embed.weight" and self.pipeline is not None and not self.pipeline.has_first)
+
+    def initialize(self, config: RunConfig) -> None:
+        cfg = config.model
+        assert cfg is not None
+        pieces = [(name, part(p)) for model in self.models for name, p in model.named_parameters()]
+        if (cfg.init or ("neox" if config.neox_exact else "seeded")) == "seeded":
+            for name, piece in pieces:
+                piece.local.copy_(seeded_tensor(cfg, config.seed, name, piece.shape, piece.slices))
+            return
+        for name, piece in pieces:
+            if (value := constant_value(name)) is not None:
+                piece.local.fill_(value)
+        for drawn, matrix in neox_matrices(cfg, config.seed):  # one stream: every rank draws all and keeps its parts
+            for name, piece in pieces:
+                if name == drawn:
+                    piece.local.copy_(matrix[piece.slices])
+
+    def forward_backward(self, rows: Rows, weights: Sequence[float], scale: float, seeds: Sequence[int]) -> Tensor:
+        rows, context = self._local(rows)
         if self.pipeline:
             torch.manual_seed(seeds[0])
-            total = self.pipeline.forward_backward(tokens, labels, weights, context)
+            total = self.pipeline.forward_backward(rows, [weight * scale for weight in weights], context) / scale
         else:
-            total = self._micro_batches(tokens, labels, weights, seeds, context)
-        dist.all_reduce(total)
-        return total / self.mesh.layout.tp  # tensor ranks hold the same losses
+            total = self._micro_batches(rows, weights, scale, seeds, context)
+        return self._total(total)
 
     def _micro_batches(
-        self, tokens: Tensor, labels: Tensor, weights: Sequence[float], seeds: Sequence[int], context: dict
+        self, rows: Rows, weights: Sequence[float], scale: float, seeds: Sequence[int], context: dict[str, Any]
     ) -> Tensor:
-        model, count = self.models[0], len(weights)
-        total = torch.zeros((), device=self.device)
-        for micro, (x, y) in enumerate(zip(tokens.chunk(count), labels.chunk(count), strict=True)):
-            model.set_requires_gradient_sync(micro == count - 1)
+        model: Any = self.models[0]
+        total, count = torch.zeros((), device=self.device), len(weights)
+        for micro, mine in enumerate(rows.chunk(count)):
+            model.set_requires_gradient_sync(micro == count - 1)  # gradients are reduced once, with the last one
             model.set_is_last_backward(micro == count - 1)
             torch.manual_seed(seeds[micro])
-            loss_sum, _ = model(x, labels=y, **context)
-            (loss_sum * weights[micro]).backward()
+            loss_sum, _ = model(mine.tokens, **mine.model_arguments(), **context)
+            (loss_sum * (weights[micro] * scale)).backward()
             total += loss_sum.detach() * weights[micro]
         return total
 
-    def sum(self, value: float) -> float:
-        """Summed over the data ranks: others hold the same value."""
-        total = torch.tensor(value, dtype=torch.float64)  # on the host: the group has gloo beside NCCL
-        dist.all_reduce(total)
-        copies = self.mesh.layout.world // self.data_size
-        return float(total) / copies
+    def loss_sum(self, rows: Rows) -> Tensor:
+        """Ranks take equal shares; sequences without labels fill them up."""
+        share = self.plan.micro_batch_size * (self.plan.accumulation if self.pipeline else 1)
+        missing = -len(rows.tokens) % (share * self.data_size)
+        rows = rows.map(lambda t: F.pad(t, (0, 0, 0, missing)))
+        rows.labels[len(rows.labels) - missing :] = IGNORE
+        total = torch.zeros((), device=self.device)
+        for start in range(self.data_rank * share, len(rows.tokens), share * self.data_size):
+            mine, context = self._local(rows.rows(start, start + share))
+            if self.pipeline:
+                total += self.pipeline.loss_sum(mine, context)
+            else:
+                total += self.models[0](mine.tokens, **mine.model_arguments(), **context)[0]
+        return self._total(total)
+
+    def _local(self, rows: Rows) -> tuple[Rows, dict[str, Any]]:
+        """This context rank's part of the sequences on the device, and what its attention needs besides."""
+        time = rows.tokens.shape[1] // self.mesh.layout.cp
+        first = self.mesh.cp_rank * time
+        context = {"cache": GatheredKeys(self.mesh.context, time)} if self.mesh.layout.cp > 1 else {}
+        return rows.map(lambda t: t[:, first : first + time]).to(self.device), context
+
+    def _total(self, value: Tensor) -> Tensor:
+        """Summed over data, context and pipeline ranks; tensor ranks hold the same value."""
+        dist.all_reduce(value)
+        return value / self.mesh.layout.tp
+
+    def gradients(self) -> list[Tensor]:
+        return [local(p.grad) for model in self.models for p in model.parameters() if p.grad is not None]
 
     def gradient_norm(self) -> Tensor:
         every = [p for model in self.models for p in model.parameters()]
         return global_gradient_norm(every, twice=self.pipeline.tied if self.pipeline else ())
+
+    def sum_over_data(self, value: float) -> float:
+        total = torch.tensor(value, dtype=torch.float64)  # on the host: the group has gloo beside NCCL
+        dist.all_reduce(total)
+        return float(total) / (self.world // self.data_size)
+
+    def any(self, flag: bool) -> bool:
+        found = torch.tensor(int(flag))
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return bool(found)
+
+    def gather(self, text: str) -> list[str]:
+        answers: list[Any] = [None] * self.world
+        dist.all_gather_object(answers, text)
+        return answers
+
+    def barrier(self) -> None:
+        dist.barrier()

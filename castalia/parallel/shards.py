@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -11,18 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-
-class Part(NamedTuple):
-    """This rank's part of a whole tensor."""
-
-    local: Tensor
-    shape: tuple[int, ...]  # of the whole
-    start: tuple[int, ...]
-    writes: bool  # one rank of all that hold the same part
-
-    @property
-    def slices(self) -> tuple[slice, ...]:
-        return tuple(slice(s, s + n) for s, n in zip(self.start, self.local.shape, strict=True))
+from castalia.parallel.engine import Part
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -40,10 +28,6 @@ def part(tensor: Tensor) -> Part:
     assert coordinate is not None
     writes = all(not p.is_replicate() or i == 0 for p, i in zip(tensor.placements, coordinate, strict=True))
     return Part(tensor.to_local().detach(), tuple(tensor.shape), tuple(start), writes)
-
-
-def parts(tensors: Mapping[str, Tensor]) -> dict[str, Part]:
-    return {name: part(tensor) for name, tensor in tensors.items()}
 
 
 def num_copies(tensor: Tensor) -> int:

@@ -14,9 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 class Display:
     """Prints to standard output. A context manager: the bar is there while it is open."""
 
-    def __init__(self) -> None:
-        self.console = Console(highlight=False, soft_wrap=True)
-        self.fancy = sys.stdout.isatty()
+    def __init__(self, silent: bool = False) -> None:
+        self.console = Console(highlight=False, soft_wrap=True, quiet=silent)
+        self.fancy = sys.stdout.isatty() and not silent
         self.bar: Progress | None = None
 
     def start(self, done: int, last: int) -> None:

@@ -10,26 +10,27 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
 from types import FrameType
-
-from torch import nn
+from typing import Any
 
 from castalia.checkpoint.formats.native import Writer
 from castalia.checkpoint.load import optimizer_state
-from castalia.checkpoint.tensors import Progress
+from castalia.checkpoint.tensors import Progress, Shard
 from castalia.config.schema import RunConfig
 from castalia.data.loader import Batch, Samples, has_data, open_data
 from castalia.errors import TrainingError
+from castalia.parallel.engine import Engine
+from castalia.parallel.process import process_group
 from castalia.plan.flops import training_flops
 from castalia.train.display import Display, duration
 from castalia.train.folder import TOKENIZER, complete_config, continues, refuse_second_start, run_folder, write_config
-from castalia.train.hardware import keep_freed_memory, peak_flops
+from castalia.train.hardware import choose_device, keep_freed_memory, peak_flops
 from castalia.train.metrics import Metrics, truncate_metrics, write_event
 from castalia.train.report import show_first_loss, show_report
 from castalia.train.schedule import is_save_step
 from castalia.train.start import Session, start
 from castalia.train.step import StepResult
 
-Evaluate = Callable[[nn.Module, Iterable[Batch], int], Mapping[str, float]]  # model, batches, rows at a time
+Evaluate = Callable[[Engine, Iterable[Batch]], Mapping[str, float]]
 
 
 def train(config: RunConfig, evaluate: Evaluate) -> Path:
@@ -39,14 +40,15 @@ def train(config: RunConfig, evaluate: Evaluate) -> Path:
     in_place = continues(config, folder)
     if not in_place:
         refuse_second_start(folder)
-    session = start(config)
-    with Display() as display:
-        show_report(session, display, folder)
-        try:
-            with Run(session, folder, evaluate, display, in_place) as run:
-                run.to_the_end()
-        except OSError as error:  # a full disk, most often; checkpoints tell so themselves
-            raise TrainingError(f"{folder} cannot be written: {error}; checkpoints are as they were") from error
+    with process_group(choose_device(config.train.device).type):
+        session = start(config)
+        with Display(silent=session.engine.rank > 0) as display:
+            show_report(session, display, folder)
+            try:
+                with Run(session, folder, evaluate, display, in_place) as run:
+                    run.to_the_end()
+            except OSError as error:  # a full disk, most often; checkpoints tell so themselves
+                raise TrainingError(f"{folder} cannot be written: {error}; checkpoints are as they were") from error
     return folder
 
 
@@ -56,12 +58,16 @@ def rehearse(config: RunConfig) -> None:
     folder = run_folder(config)
     if not continues(config, folder):
         refuse_second_start(folder)
-    session = start(config)
-    with Display() as display:
+    with process_group(choose_device(config.train.device).type):
+        _rehearse(start(config), folder)
+
+
+def _rehearse(session: Session, folder: Path) -> None:
+    with Display(silent=session.engine.rank > 0) as display:
         show_report(session, display, folder)
         done = session.progress.step
         begin = time.perf_counter()
-        result = session.step(done, session.data.batch(done))
+        result = session.step(done, session.batch(done))
         seconds = time.perf_counter() - begin
         show_first_loss(session, result.loss, display)
         left = session.last - done
@@ -77,28 +83,43 @@ class Run:
 
     def __init__(self, session: Session, folder: Path, evaluate: Evaluate, display: Display, in_place: bool):
         self.session, self.folder, self.evaluate, self.display = session, folder, evaluate, display
-        self.in_place = in_place
+        self.in_place, self.is_main = in_place, session.engine.rank == 0
         self.config = complete_config(session.config, folder, session.tokenizer is not None)
         self.progress = session.progress
         self.saved_step: int | None = session.progress.step if in_place and session.resumed else None
         self.valid = _validation_data(session.config)
 
     def __enter__(self) -> Run:
-        session, folder, saves = self.session, self.folder, self.config.checkpoint
+        engine, saves = self.session.engine, self.config.checkpoint
         with ExitStack() as opened:
-            writer = Writer(folder / "checkpoints", keep_last=saves.keep_last, keep_every=saves.keep_every)
+            writer = Writer(
+                self.folder / "checkpoints",
+                keep_last=saves.keep_last,
+                keep_every=saves.keep_every,
+                rank=engine.rank,
+                num_ranks=engine.world,
+            )
             self.writer = opened.enter_context(writer)
-            if session.tokenizer is not None:
-                session.tokenizer.save(folder / TOKENIZER)
-            write_config(folder, self.config)
-            if self.in_place:
-                truncate_metrics(folder, self.progress.step)
-            self.metrics = opened.enter_context(closing(Metrics(folder, self.config.log.tensorboard)))
-            source = session.source.path if session.source else None
-            fingerprint = session.data.fingerprint
-            write_event(folder, "start", step=self.progress.step, source=source, data_fingerprint=fingerprint)
+            if self.is_main:
+                self.metrics = opened.enter_context(closing(self._open_folder()))
+            engine.barrier()  # what dead ranks left is gone before anybody saves
             self.opened = opened.pop_all()
         return self
+
+    def _open_folder(self) -> Metrics:
+        session, folder = self.session, self.folder
+        if session.tokenizer is not None:
+            session.tokenizer.save(folder / TOKENIZER)
+        write_config(folder, self.config)
+        if self.in_place:
+            truncate_metrics(folder, self.progress.step)
+        source = session.source.path if session.source else None
+        self._event("start", step=self.progress.step, source=source, data_fingerprint=session.data.fingerprint)
+        return Metrics(folder, self.config.log.tensorboard)
+
+    def _event(self, event: str, **facts: Any) -> None:
+        if self.is_main:
+            write_event(self.folder, event, **facts)
 
     def __exit__(self, *_: object) -> None:
         self.opened.close()
@@ -121,7 +142,8 @@ class Run:
                 record = self._record(result, seconds)
                 if self._evaluates(done):
                     record |= self._evaluation()
-                self.metrics.write(record)
+                if self.is_main:
+                    self.metrics.write(record)
                 if done == first:
                     show_first_loss(session, result.loss, self.display)
                 self.display.advance(record)
@@ -129,29 +151,43 @@ class Run:
                     self.display.step(record, session.tokens_per_step, peak)
                 if is_save_step(config.checkpoint, done, last):
                     self.save()
-                if signals.received or (config.train.exit_interval and done % config.train.exit_interval == 0):
+                interval = config.train.exit_interval
+                if session.engine.any(bool(signals.received)) or (interval and done % interval == 0):
                     break
-        self._finish(signals.received)
+        self._finish(next(filter(None, session.engine.gather(signals.received or "")), None))
 
     def save(self) -> None:
         """Copies and returns; the checkpoint is on disk after the next save, or when the run ends."""
         session = self.session
-        optimizer = optimizer_state(session.optimizer, session.model) if self.config.checkpoint.save_optimizer else None
-        parameters = dict(session.model.named_parameters())
-        self.writer.save(parameters, optimizer, self.progress, self.config, session.data.fingerprint)
+        parameters = {name: p for name, p in session.engine.parameters.items() if session.engine.saves(name)}
+        states = optimizer_state(session.optimizer, parameters) if self.config.checkpoint.save_optimizer else None
+        if states is not None:
+            states = {name: self._own(state) for name, state in states.items()}
+        self.writer.save(self._own(parameters), states, self.progress, self.config, session.data.fingerprint)
         self.saved_step = self.progress.step
-        write_event(self.folder, "save", step=self.progress.step)
+        self._event("save", step=self.progress.step)
+
+    def _own(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """The parts of the tensors that this rank writes; an optimizer's step counters are everybody's."""
+        found: dict[str, Any] = {}
+        for name, tensor in tensors.items():
+            part = self.session.engine.part(tensor)
+            if name == "step":
+                found[name] = tensor
+            elif part.writes:
+                found[name] = Shard(part.local, part.shape, part.start)
+        return found
 
     def _step(self) -> tuple[StepResult, float]:
         session, done = self.session, self.progress.step
         begin = time.perf_counter()
         try:
-            result = session.step(done, session.data.batch(done))
+            result = session.step(done, session.batch(done))
         except TrainingError as error:
             positions = session.data.positions(done)
             pieces = [[*piece] for position in positions for piece in session.data.pieces(int(position))]
             data = {"samples": positions.tolist(), "pieces": pieces}  # a piece: corpus, document, first token, end
-            write_event(self.folder, "error", step=done + 1, message=str(error), **data)
+            self._event("error", step=done + 1, message=str(error), **data)
             raise
         seconds = time.perf_counter() - begin
         self.progress = Progress(
@@ -189,8 +225,8 @@ class Run:
         every, batches = self.session.config.eval.every, self.session.config.eval.batches
         first = (self.progress.step // every - 1) * batches if every else 0
         data = (self.valid.batch(number) for number in range(max(0, first), max(0, first) + batches))
-        found = self.evaluate(self.session.model, data, self.session.plan.micro_batch_size)
-        write_event(self.folder, "evaluation", step=self.progress.step, **found)
+        found = self.evaluate(self.session.engine, data)
+        self._event("evaluation", step=self.progress.step, **found)
         return {"valid_loss": found["loss"], "valid_perplexity": found["perplexity"]}
 
     def _peak_speed(self) -> float | None:
@@ -206,7 +242,7 @@ class Run:
             self.save()
         self.writer.join()
         step, last = self.progress.step, self.session.last
-        write_event(self.folder, "stop" if step < last else "end", step=step, signal=stopped_by)
+        self._event("stop" if step < last else "end", step=step, signal=stopped_by)
         why = f"stopped by {stopped_by}" if stopped_by else "stopped as train.exit_interval says"
         if step < last:
             self.display.line(f"{why} after step {step}, which is saved; go on with: castalia train {self.folder}")

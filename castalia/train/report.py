@@ -11,8 +11,11 @@ from typing import Any
 from pydantic import BaseModel
 from rich.table import Table
 
-from castalia.checkpoint.load import readable
+from castalia.checkpoint.describe import readable
 from castalia.config.schema import RunConfig, Section
+from castalia.parallel.layout import layout as parallel_layout
+from castalia.parallel.process import world_size
+from castalia.plan.count import count
 from castalia.train.display import Display
 from castalia.train.schedule import LearningRate
 from castalia.train.start import Session
@@ -93,6 +96,8 @@ def facts(session: Session, folder: Path) -> Iterator[tuple[str, str]]:
 def _larger_layout(config: RunConfig) -> str | None:
     layout = config.parallel
     sizes = f"tp {layout.tp} x pp {layout.pp} x cp {layout.cp} on {layout.gpus or 'any number of'} devices"
+    if world_size() > 1:
+        return f"{parallel_layout(layout, world_size())} on {world_size()} processes"
     if max(layout.tp, layout.pp, layout.cp, layout.gpus or 1) == 1:
         return None
     return f"one process; the config's {sizes} is a larger job of the same batch and results"
@@ -124,7 +129,8 @@ def describe_saves(config: RunConfig) -> str:
 
 
 def parameter_count(session: Session) -> int:
-    return sum(parameter.numel() for parameter in session.model.parameters())
+    assert session.config.model is not None
+    return count(session.config.model).total
 
 
 def _clipping(session: Session) -> str:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from castalia.checkpoint.formats import open_checkpoint
-from castalia.checkpoint.load import LoadReport, load_optimizer, load_weights
-from castalia.checkpoint.tensors import Checkpoint, Progress
+from castalia.checkpoint.load import LoadReport, load_optimizer, load_shards
+from castalia.checkpoint.tensors import Checkpoint, Progress, Shard
 from castalia.config.batch import BatchPlan, batch_plan
 from castalia.config.check import require_training
 from castalia.config.schema import Model, RunConfig
-from castalia.data.loader import Samples, open_data
+from castalia.data.loader import Batch, Samples, open_data
 from castalia.data.tokenizer import Tokenizer, load_tokenizer
 from castalia.errors import CheckpointError, ConfigError, TrainingError
-from castalia.model.init import initialize
-from castalia.model.transformer import Transformer
-from castalia.parallel.recompute import apply_recompute, has_dropout
+from castalia.parallel.engine import Engine, one_process
+from castalia.parallel.layout import layout
+from castalia.parallel.process import main_first, world_size
 from castalia.train.exact import Exact, exact_behaviour
 from castalia.train.folder import holds_checkpoint, run_folder
 from castalia.train.hardware import DTYPES, choose_device, choose_dtype
@@ -40,7 +41,7 @@ class Session:
     tokenizer: Tokenizer | None
     plan: BatchPlan
     data: Samples
-    model: Transformer
+    engine: Engine
     optimizer: AnyOptimizer
     step: TrainStep
     progress: Progress
@@ -51,7 +52,11 @@ class Session:
 
     @property
     def device(self) -> torch.device:
-        return self.model.embed.weight.device
+        return self.engine.device
+
+    def batch(self, step: int) -> Batch:
+        """This data rank's part of the batch of a step (from 0)."""
+        return self.data.batch(step, self.plan.rows_of(self.engine.data_rank))
 
     @property
     def last(self) -> int:
@@ -75,33 +80,35 @@ def start(config: RunConfig) -> Session:
     require_training(config)
     config = with_steps(config)
     assert config.model is not None and config.train.steps is not None
-    plan = batch_plan(config)
-    data = open_data(config, "train")
+    ranks = world_size()
+    plan = batch_plan(config, layout(config.parallel, ranks).dp if ranks > 1 else 1)
+    with main_first():  # it builds the index files that the others then find
+        data = open_data(config, "train")
     refuse_other_data(config, data, source)
     device = choose_device(config.train.device)
     dtype = DTYPES[config.precision.compute]
-    with torch.device(device):
-        model = Transformer(
-            config.model, compute_dtype=dtype, exact=config.neox_exact, z_loss=config.train.z_loss
-        )
+    engine = make_engine(config, dtype, device, plan)
     resuming = source is not None and config.checkpoint.init_from is None
-    loaded = load_weights(model, source) if source else None
+    loaded = load_engine(engine, config.model, source) if source else None
     if source is None:
-        initialize(model, config.model, config.seed)
-    apply_recompute(model, config.train.recompute, dropout=has_dropout(config.model))
+        engine.initialize(config)
     exact = exact_behaviour(config, source if resuming else None)
     optimizer = make_optimizer(
-        dict(model.named_parameters()), config.optimizer, summed_bias_ranks=exact.summed_bias_ranks
+        engine.parameters | {f"duplicate.{name}": p for name, p in engine.duplicates.items()},
+        config.optimizer,
+        summed_bias_ranks=exact.summed_bias_ranks,
+        width_multiplier=config.model.width_multiplier,
     )
     progress = source.progress if source and resuming else Progress()
     if source and resuming and config.checkpoint.load_optimizer:
-        load_optimizer(optimizer, model, source)
+        for parameters in (engine.parameters, engine.duplicates):
+            load_optimizer(optimizer, parameters, source, config.model.vocab_size, engine_shard(engine))
         if exact.adam_steps_ahead:
             for state in optimizer.state.values():
                 state["step"] += exact.adam_steps_ahead
     rate = learning_rate(config, config.train.steps, exact.release)
     step = TrainStep(
-        model,
+        engine,
         optimizer,
         resumed_learning_rate(rate, progress.schedule, config.checkpoint.schedule_from),
         plan,
@@ -112,8 +119,36 @@ def start(config: RunConfig) -> Session:
         gradient_factor=exact.gradient_factor,
         skipped=progress.skipped,
     )
-    model.train()
-    return Session(config, tokenizer, plan, data, model, optimizer, step, progress, dtype, exact, source, loaded)
+    for model in engine.models:
+        model.train()
+    return Session(config, tokenizer, plan, data, engine, optimizer, step, progress, dtype, exact, source, loaded)
+
+
+def make_engine(config: RunConfig, dtype: torch.dtype, device: torch.device, plan: BatchPlan) -> Engine:
+    """The model on this process alone, or this process's part of it, its parameters still unset."""
+    if world_size() == 1:
+        return one_process(config, dtype, device, plan)
+    from castalia.parallel.ranks import Ranks  # brings in pipelining and sharding, which take a second to import
+
+    return Ranks(config, dtype, device, plan)
+
+
+def load_engine(engine: Engine, model: Model, source: Checkpoint) -> LoadReport:
+    """Fills this rank's parameters with its slices of the checkpoint."""
+    shard = engine_shard(engine)
+    for name, parameter in engine.duplicates.items():
+        load_shards({name: shard(parameter)}, model, source)
+    return load_shards({name: shard(p) for name, p in engine.parameters.items()}, model, source)
+
+
+def engine_shard(engine: Engine) -> Callable[[torch.Tensor], Shard]:
+    """How the checkpoint room sees this rank's tensors."""
+
+    def shard(tensor: torch.Tensor) -> Shard:
+        piece = engine.part(tensor)
+        return Shard(piece.local, piece.shape, piece.start)
+
+    return shard
 
 
 def find_source(config: RunConfig) -> Checkpoint | None:

@@ -7,15 +7,15 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from castalia.config.batch import BatchPlan
 from castalia.data.loader import Batch
 from castalia.errors import TrainingError
-from castalia.train.optimizer import LossScaler, gradient_norm, gradients, set_rate
+from castalia.parallel.engine import Engine, Rows
+from castalia.train.optimizer import LossScaler, set_rate
 from castalia.train.rules import AnyOptimizer
 from castalia.train.schedule import LearningRate
-from castalia.train.watch import first_bad_activation, first_bad_tensor
+from castalia.train.watch import NONE, first_bad_activation, first_bad_tensor
 
 MAX_SKIPPED_IN_A_ROW = 50
 
@@ -36,7 +36,7 @@ class TrainStep:
 
     def __init__(
         self,
-        model: nn.Module,
+        engine: Engine,
         optimizer: AnyOptimizer,
         rate: LearningRate,
         plan: BatchPlan,
@@ -48,26 +48,28 @@ class TrainStep:
         gradient_factor: int = 1,
         skipped: int = 0,
     ):
-        self.model, self.optimizer, self.rate, self.plan = model, optimizer, rate, plan
+        self.engine, self.optimizer, self.rate, self.plan = engine, optimizer, rate, plan
         self.seed, self.clip_norm, self.scaler = seed, clip_norm, scaler
         self.micro_batch_means, self.gradient_factor = micro_batch_means, gradient_factor
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.skipped = skipped
         self.skipped_in_a_row = 0
 
     def __call__(self, step: int, batch: Batch) -> StepResult:
-        """Trains on the batch of `step` (from 0). Raises TrainingError where loss or gradients are not finite."""
+        """Trains on this data rank's part of the batch of `step` (from 0).
+
+        Raises TrainingError, on all ranks, where loss or gradients are not finite.
+        """
         lr = self.rate(step - self.skipped)
         scale = self.scaler.scale if self.scaler else 1.0
         loss_tensor = self._forward_backward(step, batch, scale)
-        grads = gradients(self.parameters)
-        loss, norm = torch.stack([loss_tensor, gradient_norm(grads)]).tolist()  # the step's only wait for the device
+        norm_tensor = self.engine.gradient_norm()
+        loss, norm = torch.stack([loss_tensor, norm_tensor]).tolist()  # the step's only wait for the device
         norm /= scale
         applied = math.isfinite(loss) and math.isfinite(norm)
         if applied:
             clip = max(1.0, (norm + 1e-6) / self.clip_norm) if self.clip_norm else 1.0
             if scale * clip != 1.0:
-                torch._foreach_mul_(grads, 1.0 / (scale * clip))
+                torch._foreach_mul_(self.engine.gradients(), 1.0 / (scale * clip))
             set_rate(self.optimizer, lr)
             self.optimizer.step()
         elif self.scaler is None:
@@ -78,23 +80,18 @@ class TrainStep:
 
     def _forward_backward(self, step: int, batch: Batch, scale: float) -> torch.Tensor:
         """Leaves scaled gradients of the loss in the parameters; returns the loss, unscaled, on the device."""
-        device = self.parameters[0].device
-        size = self.plan.micro_batch_size
+        plan, ranks = self.plan, self.engine.data_size
         counts = batch.loss_mask.sum(axis=1)  # tokens with a loss, by sequence
-        if not counts.sum():
+        everywhere = self.engine.sum_over_data(float(counts.sum()))
+        if not everywhere:
             raise TrainingError(f"step {step + 1}: every label of the batch is masked, there is nothing to learn from")
-        total = torch.zeros((), device=device)
-        for micro in range(self.plan.accumulation):
-            rows = slice(micro * size, (micro + 1) * size)
-            tokens = torch.from_numpy(batch.tokens[rows]).to(device, non_blocking=True)
-            labels = torch.from_numpy(batch.labels[rows]).to(device, non_blocking=True)
-            denominator = counts[rows].sum() * self.plan.accumulation if self.micro_batch_means else counts.sum()
-            torch.manual_seed(dropout_seed(self.seed, step, micro))
-            documents = None if batch.documents is None else torch.from_numpy(batch.documents[rows]).to(device)
-            loss_sum, _ = self.model(tokens, labels=labels, documents=documents)
-            (loss_sum * (scale * self.gradient_factor / float(denominator))).backward()
-            total += loss_sum.detach() / float(denominator)
-        return total
+        if self.micro_batch_means:
+            denominators = counts.reshape(plan.accumulation, -1).sum(axis=1) * (plan.accumulation * ranks)
+            weights = [1.0 / float(count) for count in denominators]
+        else:
+            weights = [1.0 / everywhere] * plan.accumulation
+        seeds = [dropout_seed(self.seed, step, micro, self.engine.data_rank) for micro in range(plan.accumulation)]
+        return self.engine.forward_backward(as_rows(batch), weights, scale * self.gradient_factor, seeds)
 
     def _count(self, step: int, applied: bool) -> None:
         if self.scaler:
@@ -108,16 +105,27 @@ class TrainStep:
             )
 
     def _explain(self, step: int, batch: Batch, loss: float) -> str:
-        culprit = first_bad_tensor(self.model, loss)
-        if culprit == "the loss":
-            micro_batches = torch.from_numpy(batch.tokens).split(self.plan.micro_batch_size)
-            module = first_bad_activation(self.model, micro_batches)
-            culprit += f", after the output of {module}" if module else ""
+        culprits = self.engine.gather(self._culprit(batch, loss))
+        culprit = next((f"{what} on rank {rank}" for rank, what in enumerate(culprits) if what != NONE), NONE)
+        culprit = culprit if self.engine.world > 1 else culprits[0]
         return (
             f"step {step + 1} is not finite (loss {loss:g}): the first bad tensor is {culprit}. The weights are those "
             f"of step {step} and the run's events.jsonl names the data; lower optimizer.lr, or look at the data with "
             f"`castalia data batch CONFIG --step {step}`"
         )
+
+    def _culprit(self, batch: Batch, loss: float) -> str:
+        found = first_bad_tensor(self.engine.models, loss)
+        if found != "the loss" or self.engine.world > 1:  # looking further needs the whole model
+            return found
+        micro_batches = torch.from_numpy(batch.tokens).split(self.plan.micro_batch_size)
+        module = first_bad_activation(self.engine.models[0], micro_batches)
+        return found + (f", after the output of {module}" if module else "")
+
+
+def as_rows(batch: Batch) -> Rows:
+    documents = None if batch.documents is None else torch.from_numpy(batch.documents)
+    return Rows(torch.from_numpy(batch.tokens), torch.from_numpy(batch.labels), documents)
 
 
 def dropout_seed(seed: int, step: int, micro: int, rank: int = 0) -> int:

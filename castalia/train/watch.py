@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+NONE = "none by itself: the norm of all gradients overflows"
 
-def first_bad_tensor(model: nn.Module, loss: float) -> str:
+
+def first_bad_tensor(models: Sequence[nn.Module], loss: float) -> str:
     """Names the first tensor that is not finite, in the order of cause and effect: parameters, loss, gradients."""
-    parameters = dict(model.named_parameters())
-    for name, parameter in parameters.items():
-        if not parameter.isfinite().all():
+    parameters = [named for model in models for named in model.named_parameters()]
+    for name, parameter in parameters:
+        if not _is_finite(parameter):
             return f"the parameter {name}"
     if not math.isfinite(loss):
         return "the loss"
-    for name, parameter in reversed(parameters.items()):  # as backward goes
-        if parameter.grad is not None and not parameter.grad.isfinite().all():
+    for name, parameter in reversed(parameters):  # as backward goes
+        if parameter.grad is not None and not _is_finite(parameter.grad):
             return f"the gradient of {name}"
-    return "none by itself: the norm of all gradients overflows"
+    return NONE
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Of a sharded tensor this rank's part counts."""
+    return bool(getattr(tensor, "_local_tensor", tensor).isfinite().all())
 
 
 @torch.no_grad()

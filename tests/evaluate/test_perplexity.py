@@ -14,6 +14,7 @@ from castalia.data.indexed import open_dataset
 from castalia.data.loader import Batch
 from castalia.errors import CastaliaError
 from castalia.evaluate.perplexity import bits_per_byte, evaluate, windows
+from castalia.parallel.engine import Engine
 
 
 @given(st.integers(2, 60), st.integers(1, 12), st.data(), st.integers(1, 5))
@@ -60,7 +61,7 @@ def test_batches_are_weighted_by_their_tokens(run):
         )
     model.train()
     for batches, rows in (([batch], 8), ([batch], 1), (halves, 2)):
-        found = evaluate(model, batches, rows)
+        found = evaluate(Engine(model, rows), batches)
         assert found["loss"] == pytest.approx(losses.item() / (3 * 2 + 3 * 16), rel=1e-6)
         assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
         assert found["tokens"] == 54

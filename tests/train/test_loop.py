@@ -96,7 +96,7 @@ from pathlib import Path
 from castalia.config.load import load_config
 from castalia.train.loop import train
 
-def die(model, batches, rows):  # called in step 15; the checkpoint of step 10 is being written
+def die(engine, batches):  # called in step 15; the checkpoint of step 10 is being written
     while not (Path(sys.argv[1]) / "run/checkpoints/latest").exists():
         time.sleep(0.01)
     os.kill(os.getpid(), 9)
@@ -121,9 +121,9 @@ def test_exit_interval_and_signals_save_and_stop(straight, tiny, tmp_path, capsy
     train(config)
     assert [step for step, *_ in losses(tmp_path / "run")] == [1, 2, 3, 4]
 
-    def terminate(model, batches, rows):
+    def terminate(engine, batches):
         signal.raise_signal(signal.SIGTERM)
-        return evaluate(model, batches, rows)
+        return evaluate(engine, batches)
 
     again = read_config([str(tmp_path / "run"), "train.exit_interval=null", "eval.every=7"])
     run_with(again, terminate)

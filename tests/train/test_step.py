@@ -12,6 +12,7 @@ from castalia.data.loader import Batch
 from castalia.errors import TrainingError
 from castalia.model.init import initialize
 from castalia.model.transformer import Transformer
+from castalia.parallel.engine import Engine
 from castalia.parallel.recompute import apply_recompute
 from castalia.train.optimizer import LossScaler, make_optimizer
 from castalia.train.schedule import LearningRate
@@ -28,7 +29,7 @@ def build(micro_batch_size=8, model=CONFIG, dtype=torch.float32, rate=RATE, **op
     plan = BatchPlan(8, micro_batch_size, 8 // micro_batch_size)
     optimizer = make_optimizer(dict(module.named_parameters()), Optimizer(lr=0.01))
     options = {"clip_norm": None, "seed": 1, **options}
-    return TrainStep(module, optimizer, rate, plan, **options)
+    return TrainStep(Engine(module), optimizer, rate, plan, **options)
 
 
 def batch(step=0):
@@ -49,13 +50,13 @@ def token_losses(module, data):
 
 
 def weights(step):
-    return torch.cat([parameter.detach().flatten() for parameter in step.model.parameters()])
+    return torch.cat([parameter.detach().flatten() for parameter in step.engine.model.parameters()])
 
 
 def test_loss_is_the_mean_over_all_tokens_whatever_the_micro_batch():
     reference = build()
     data = batch()
-    losses = token_losses(reference.model, data)
+    losses = token_losses(reference.engine.model, data)
     expected = (losses.sum() / data.loss_mask.sum()).item()
     results, after = [], []
     for micro_batch_size in (8, 4, 2, 1):
@@ -70,7 +71,7 @@ def test_loss_is_the_mean_over_all_tokens_whatever_the_micro_batch():
 
 def test_the_originals_mean_of_micro_batch_means_is_another_number():
     step, data = build(2, micro_batch_means=True), batch()
-    losses = token_losses(step.model, data)
+    losses = token_losses(step.engine.model, data)
     rows = [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 8)]
     expected = np.mean([(losses[r].sum() / data.loss_mask[r].sum()).item() for r in rows])
     assert step(0, data).loss == pytest.approx(expected, rel=1e-6)
@@ -104,7 +105,7 @@ class Recorder:
 def test_recomputation_changes_no_bit(mode):
     model = CONFIG.model_copy(update={"hidden_dropout": 0.1, "attention_dropout": 0.1})
     plain, recomputed = build(4, model), build(4, model)
-    apply_recompute(recomputed.model, mode, dropout=True)
+    apply_recompute(recomputed.engine.model, mode, dropout=True)
     for number in range(2):
         assert plain(number, batch(number)) == recomputed(number, batch(number))
     assert torch.equal(weights(plain), weights(recomputed))
@@ -167,7 +168,7 @@ def fill(name, value):
 )
 def test_the_first_bad_tensor_is_named_and_weights_stay(spoil, culprit):
     step = build(4)
-    spoil(step.model)
+    spoil(step.engine.model)
     before = weights(step)
     with pytest.raises(TrainingError, match=f"step 4 is not finite .* is {culprit}"):
         step(3, batch())
@@ -176,7 +177,7 @@ def test_the_first_bad_tensor_is_named_and_weights_stay(spoil, culprit):
 
 def test_a_bad_gradient_is_named():
     step = build()
-    step.model.get_parameter("blocks.0.attn.qkv.bias").register_hook(lambda gradient: gradient * math.inf)
+    step.engine.model.get_parameter("blocks.0.attn.qkv.bias").register_hook(lambda gradient: gradient * math.inf)
     with pytest.raises(TrainingError, match="the gradient of blocks.0.attn.qkv.bias"):
         step(0, batch())
 

@@ -23,7 +23,7 @@ import time
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from errno import ETIMEDOUT
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +33,7 @@ from pydantic import ValidationError
 import castalia
 from castalia.checkpoint.lazy import Cast
 from castalia.checkpoint.stored import DTYPE_CODES, DTYPES, Extent, StoredTensor, inside, write_safetensors
-from castalia.checkpoint.tensors import AdamState, Checkpoint, Progress, TensorRef, name_of
+from castalia.checkpoint.tensors import AdamState, Checkpoint, Progress, Shard, TensorRef, name_of
 from castalia.config.schema import RunConfig
 from castalia.errors import CheckpointError
 
@@ -44,15 +44,6 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 VERSION = 1
 RANKS_TIMEOUT_S = 1800.0  # how long the ranks of a run wait for each other's parts
-
-
-@dataclass(frozen=True)
-class Shard:
-    """The part of a tensor that this process holds and writes."""
-
-    tensor: torch.Tensor
-    shape: tuple[int, ...]  # of the whole tensor
-    start: tuple[int, ...]  # where the part begins in it
 
 
 class Writer:
