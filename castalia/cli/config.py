@@ -47,9 +47,17 @@ def show(
 @app.command()
 def check(words: Words) -> None:
     """Exit with 0 if the config is accepted (warnings included), with 2 and a line for each problem otherwise."""
+    from castalia.plan.report import layout_of, warnings
+    from castalia.train.known import gather
+
     config = read(words)
+    layout, _ = layout_of(config, None)
+    found = warnings(config, gather(config), layout)
     print_notes(config)
-    print(f"accepted: {' '.join(words)}" + (f" ({len(config.notes)} notes)" if config.notes else ""))
+    for warning in found:
+        print(f"warning: {warning}", file=sys.stderr)
+    number = len(config.notes) + len(found)
+    print(f"accepted: {' '.join(words)}" + (f" ({number} notes)" if number else ""))
 
 
 @app.command()

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-
-from castalia.plan.report import Corpus, Known
 
 if TYPE_CHECKING:
     from castalia.config.schema import RunConfig
@@ -40,6 +38,7 @@ def command(
     from castalia.config.load import load_config
     from castalia.errors import ConfigError
     from castalia.plan.report import Hardware, report
+    from castalia.train.known import gather
 
     config, assumed = with_vocabulary(load_config(*split_words(configs)), vocab_size)
     hardware = None
@@ -52,8 +51,11 @@ def command(
     if suggest and hardware is None:
         raise ConfigError("--suggest compares layouts on given devices: add --gpus, for example --gpus 8xH100")
     known = gather(config)
+    if hardware:
+        known = replace(known, device="cpu" if hardware.device.name == "cpu" else "cuda")
     result = report(config, known, hardware)
     result["assumed"] = assumed + result["assumed"]
+    result["warnings"] = [*config.notes, *result["warnings"]]
     if hardware and "memory" in result and (suggest or not result["memory"]["fits"]):
         result["suggestions"] = suggestions(config, result, hardware, all_of_them=suggest)
     if as_json:
@@ -95,44 +97,6 @@ def tokenizer_size(config: RunConfig) -> tuple[int | None, str]:
     if kind == "gpt2":
         return 50257, "GPT-2's, by the tokenizer's kind; its files are not here"
     return None, ""
-
-
-def gather(config: RunConfig) -> Known:
-    """What plan cannot know by itself: the corpora that are here, the schedule, disk space."""
-    from castalia.train.schedule import is_save_step, learning_rate
-
-    steps, checkpoint = config.train.steps, config.checkpoint
-    rate = kept = None
-    if steps:
-        rate = learning_rate(config, steps)
-        powers = {int(checkpoint.log_base**n) for n in range(64)} if checkpoint.log_base else set()
-        multiples = range(0, steps + 1, checkpoint.every or steps)
-        candidates = {*checkpoint.steps, *multiples, *(step for step in powers if step <= steps), steps}
-        saved = [step for step in candidates if is_save_step(checkpoint, step, steps)]
-        kept = len(saved)
-        if checkpoint.keep_last:
-            every = checkpoint.keep_every
-            milestones = sum(step in checkpoint.steps or bool(every and step % every == 0) for step in saved)
-            kept = min(kept, milestones + checkpoint.keep_last)
-    folder = Path(checkpoint.dir or ".").absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return Known(corpora(config), rate, kept, shutil.disk_usage(folder).free)
-
-
-def corpora(config: RunConfig) -> tuple[Corpus, ...]:
-    """Sizes of the training corpora whose files are here; none if any is missing."""
-    sources = [(config.data.path, 1.0)] if config.data.path else [(s.path, s.weight) for s in config.data.train]
-    if not sources or not all(Path(f"{path}.{end}").is_file() for path, _ in sources for end in ("bin", "idx")):
-        return ()
-    from castalia.data.indexed import open_dataset
-
-    found = []
-    for path, weight in sources:
-        data = open_dataset(path)
-        documents = max(len(data.doc_index) - 1, 0) or len(data)
-        found.append(Corpus(str(path), int(data.sizes.sum(dtype="int64")), documents, weight))
-    return tuple(found)
 
 
 def suggestions(config: RunConfig, result: dict, hardware: Hardware, *, all_of_them: bool) -> dict:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 
-GiB = 2**30
+from castalia.plan.words import GiB, describe_training, gib
+
 CATEGORIES = ("masters", "moments", "gradients", "compute_copies", "activations", "logits", "buffers")
 
 
@@ -39,7 +40,7 @@ def print_suggestions(found: dict) -> None:
 
 
 def _facts(plan: dict) -> None:
-    model, parameters, training = plan["model"], plan["parameters"], plan["training"]
+    model, parameters = plan["model"], plan["parameters"]
     rows = [
         ["model", f"{model['layers']} layers x {model['hidden_size']}, {model['heads']} heads"],
         ["hidden size / layers", f"{model['hidden_per_layer']:.0f}"],
@@ -54,7 +55,7 @@ def _facts(plan: dict) -> None:
         kinds = sorted(parameters["by_kind"].items(), key=lambda item: -item[1])
         rows += [[f"  {name}", f"{size:,}"] for name, size in kinds if size * 200 >= parameters["total"]]
         rows += _costs(plan)
-    rows += _training(training)
+    rows += [list(row) for row in describe_training(plan["training"])]
     print_table("plan", ["", ""], rows)
 
 
@@ -71,25 +72,6 @@ def _costs(plan: dict) -> Iterable[list[str]]:
         ]
         whole = f", {seconds(time['seconds'])} in all" if time["seconds"] else ""
         yield ["time", f"{seconds(time['seconds_per_step'])} a step{whole}"]
-
-
-def _training(training: dict) -> Iterable[list[str]]:
-    yield ["a step", f"{training['sequences_per_step']:,} sequences, {training['tokens_per_step']:,} tokens"]
-    if training["steps"]:
-        yield ["the run", f"{training['steps']:,} steps, {training['tokens']:,} tokens"]
-    yield from (["epochs", f"{epochs:.2f} of {path}"] for path, epochs in training["epochs"].items())
-    if training["first_lr"] is not None:
-        rates = [f"{training[name]:.3g}" for name in ("first_lr", "peak_lr", "last_lr")]
-        yield ["learning rate", f"{rates[0]} first, {rates[1]} peak, {rates[2]} last"]
-    if training["warmup_steps"] is not None:
-        yield ["warm-up", f"{training['warmup_steps']:,.0f} steps, {training['warmup_tokens']:,.0f} tokens"]
-    clip = training["clip_norm"]
-    yield ["precision", f"{training['precision']} compute; fp32 masters, moments, gradients, norms, softmax and loss"]
-    yield ["clipping", f"gradient norm {clip:g}" if clip else "none"]
-    if training["checkpoints_bytes"]:
-        yield ["checkpoints", f"{training['checkpoints_kept']:,} kept, {gib(training['checkpoints_bytes'])} on disk"]
-    if training["random_loss"]:
-        yield ["loss of a random model", f"{training['random_loss']:.2f}"]
 
 
 def _memory(plan: dict) -> None:
@@ -132,12 +114,6 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     print(f"{title}:")
     for line in lines:
         print("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-
-
-def gib(size: float) -> str:
-    if size < 2**20:
-        return f"{size / 2**10:.1f} KiB"
-    return f"{size / GiB:,.2f} GiB" if size >= 0.1 * GiB else f"{size / 2**20:.1f} MiB"
 
 
 def seconds(value: float) -> str:

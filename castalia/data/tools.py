@@ -42,6 +42,17 @@ def largest_id(data: IndexedDataset) -> int | float | None:
     return max((data.tokens[first : first + BLOCK_TOKENS].max().item() for first in blocks), default=None)
 
 
+def sampled_largest_id(data: IndexedDataset, tokens: int) -> tuple[int | None, int]:
+    """The largest id among up to `tokens` ids in 64 stretches of the corpus, and how many were looked at."""
+    if len(data.tokens) <= tokens:
+        stretches = [data.tokens]
+    else:
+        firsts = np.linspace(0, len(data.tokens) - tokens // 64, 64).astype(np.int64)
+        stretches = [data.tokens[first : first + tokens // 64] for first in firsts]
+    found = [int(stretch.max()) for stretch in stretches if len(stretch)]
+    return max(found, default=None), sum(map(len, stretches))
+
+
 def duplicates(data: IndexedDataset) -> int:
     """Items that equal an earlier one."""
     return len(data) - len({hashlib.blake2b(item.data, digest_size=16).digest() for item in data})

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from math import log
+from typing import Protocol
 
 from castalia.config.batch import batch_plan
 from castalia.config.schema import Model, RunConfig
@@ -14,8 +14,9 @@ from castalia.plan.devices import Device, GiB
 from castalia.plan.flops import executed_flops, kv_cache_bytes, original_flops, training_flops
 from castalia.plan.layout import Layout, problem, stages
 from castalia.plan.memory import Compute, checkpoint_bytes, memory_by_stage
+from castalia.plan.words import MANY_EPOCHS, attention, clipping, evaluation, logging, precision, saves
 
-MANY_EPOCHS = 4  # repeating data more often than this is known to teach little
+ENOUGH_TOKENS = 20  # for each id of the vocabulary, before the largest one that was seen says anything
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,26 @@ class Corpus:
     tokens: int
     documents: int
     weight: float = 1.0
+    largest_id: int | None = None  # among the tokens that were looked at
+    looked_at: int = 0
+
+
+class Rate(Protocol):
+    """A learning-rate schedule: the rate after so many updates."""
+
+    @property
+    def peak(self) -> float: ...
+
+    @property
+    def warmup(self) -> float: ...
+
+    @property
+    def end(self) -> int: ...
+
+    @property
+    def style(self) -> str: ...
+
+    def __call__(self, updates: int) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -31,9 +52,10 @@ class Known:
     """What only other rooms can tell. Everything is optional; what is missing is reported as unknown."""
 
     corpora: tuple[Corpus, ...] = ()
-    rate: Callable[[int], float] | None = None  # learning rate after so many updates
+    rate: Rate | None = None
     kept_checkpoints: int | None = None  # of the whole run, at the moment when there are most
     free_bytes: int | None = None  # where the run will be saved
+    device: str | None = None  # "cpu" or "cuda"
 
 
 @dataclass(frozen=True)
@@ -100,7 +122,7 @@ def layout_of(config: RunConfig, gpus: int | None) -> tuple[Layout, list[str]]:
     """The config's layout on so many devices, and what had to be assumed."""
     parallel, assumed = config.parallel, []
     copy = parallel.tp * parallel.pp * parallel.cp
-    gpus = gpus or parallel.gpus or copy
+    gpus = gpus or parallel.gpus or copy * _implied_data_ranks(config)
     if gpus % copy:
         raise ConfigError(
             f"{gpus} devices do not divide into tp {parallel.tp} x pp {parallel.pp} x cp {parallel.cp} = {copy}; "
@@ -131,30 +153,45 @@ def layout_of(config: RunConfig, gpus: int | None) -> tuple[Layout, list[str]]:
     )
 
 
+def _implied_data_ranks(config: RunConfig) -> int:
+    """How many data ranks a batch wants that is given with both its parts."""
+    train = config.train
+    if train.batch_size and train.micro_batch_size and train.accumulation:
+        return max(1, train.batch_size // (train.micro_batch_size * train.accumulation))
+    return 1
+
+
 def training(config: RunConfig, known: Known, layout: Layout) -> dict:
     """The run in numbers: batch, tokens, epochs, schedule, what is saved. None for what is unknown."""
     tokens_per_step = layout.batch * config.data.seq_length
     steps = run_steps(config, known, layout)
-    end = schedule_end(config, steps)
-    warmup = config.schedule.warmup_length(end) if end else None
-    checkpoints = known.kept_checkpoints
+    end, warmup = decay(config, known, steps)
     return {
         "sequences_per_step": layout.batch,
+        "micro_batch": layout.micro_batch,
+        "accumulation": layout.accumulation,
+        "data_ranks": layout.dp,
+        "seq_length": config.data.seq_length,
         "tokens_per_step": tokens_per_step,
         "steps": steps,
         "tokens": steps * tokens_per_step if steps else None,
         "epochs": {corpus.path: epochs for corpus, epochs in _epochs(config, known, steps, tokens_per_step)},
         "first_lr": known.rate(0) if known.rate else None,
-        "peak_lr": config.optimizer.lr,
+        "peak_lr": known.rate.peak if known.rate else config.optimizer.lr,
         "last_lr": known.rate(steps - 1) if known.rate and steps else None,
+        "style": known.rate.style if known.rate else config.schedule.style,
+        "decay_end": end,
         "warmup_steps": warmup,
         "warmup_tokens": warmup * tokens_per_step if warmup is not None else None,
-        "precision": {"auto": "bf16 where the hardware has it, else fp32"}.get(
-            config.precision.compute, config.precision.compute
-        ),
-        "clip_norm": config.optimizer.clip_norm,
-        "checkpoints_kept": checkpoints,
+        "clipping": clipping(config),
+        "precision": precision(config),
+        "attention": attention(config, known.device),
+        "logged": logging(config),
+        "evaluated": evaluation(config),
+        "saved": saves(config),
+        "checkpoints_kept": known.kept_checkpoints,
         "checkpoints_bytes": _run_bytes(config, known),
+        "free_bytes": known.free_bytes,
         "random_loss": log(config.model.vocab_size) if config.model and config.model.vocab_size else None,
     }
 
@@ -168,34 +205,21 @@ def run_steps(config: RunConfig, known: Known, layout: Layout) -> int | None:
     return None
 
 
-def schedule_end(config: RunConfig, steps: int | None) -> int:
-    """The step at which the learning rate's decay ends."""
-    return config.schedule.decay_steps or int((steps or 0) * (config.schedule.decay_fraction or 1.0))
+def decay(config: RunConfig, known: Known, steps: int | None) -> tuple[int | None, float | None]:
+    """The step at which the learning rate's decay ends, and the steps of its warm-up."""
+    if known.rate:
+        return known.rate.end, known.rate.warmup
+    end = config.schedule.decay_steps or int((steps or 0) * (config.schedule.decay_fraction or 1.0)) or None
+    return end, config.schedule.warmup_length(end) if end else None
 
 
 def warnings(config: RunConfig, known: Known, layout: Layout) -> list[str]:
     """What will surprise, each with a remedy. `train` prints the same before its first step."""
-    found = []
     steps = run_steps(config, known, layout)
-    end, schedule = schedule_end(config, steps), config.schedule
-    if steps and end < steps and schedule.ends:
-        found.append(
-            f"the learning rate's decay ends at step {end:,} of {steps:,}: the last {steps - end:,} steps train at "
-            f"{schedule.min_lr:g}; set schedule.decay_steps={steps} to decay over the whole run"
-        )
-    if steps and end > steps and schedule.ends:
-        last = f", at {known.rate(steps - 1):.3g} instead of {schedule.min_lr:g}" if known.rate else ""
-        found.append(
-            f"the run stops at step {steps:,}, before its learning rate has decayed (step {end:,}){last}; "
-            f"set schedule.decay_steps={steps}, or null"
-        )
-    if steps and 0 < schedule.warmup_length(end) < 1:
-        found.append(
-            f"the warm-up is shorter than a step ({schedule.warmup:g} of {end:,} steps), so there is none; "
-            f"set schedule.warmup={1 / end:.2g} or more, or 0"
-        )
+    found = _schedule_warnings(config, known, steps)
     if config.optimizer.clip_norm is None:
-        found.append("gradients are not clipped: one bad batch can undo the run; set optimizer.clip_norm=1.0")
+        place = config.place("optimizer.clip_norm")
+        found.append(f"{place}gradients are not clipped: one bad batch can undo the run; set optimizer.clip_norm=1.0")
     needed = _run_bytes(config, known)
     if needed and known.free_bytes is not None and needed > known.free_bytes:
         found.append(
@@ -209,11 +233,55 @@ def warnings(config: RunConfig, known: Known, layout: Layout) -> list[str]:
                 "fewer steps, give it a smaller weight or add data"
             )
     for corpus in known.corpora:
-        if corpus.documents == 1:
-            found.append(
-                f"{corpus.path} is a single document, so valid and test parts are empty; prepare it with one document "
-                "for each text, or give data.train, data.valid and data.test"
-            )
+        found += _corpus_warnings(config, corpus)
+    return found
+
+
+def _schedule_warnings(config: RunConfig, known: Known, steps: int | None) -> list[str]:
+    schedule, (end, warmup) = config.schedule, decay(config, known, steps)
+    if not steps or end is None:
+        return []
+    found, places = [], config.place("schedule.decay_steps", "schedule.decay_fraction", "train.steps")
+    if end < steps and schedule.ends:
+        found.append(
+            f"{places}the learning rate's decay ends at step {end:,} of {steps:,}: the last {steps - end:,} steps "
+            f"train at {schedule.min_lr:g}; set schedule.decay_steps={steps} to decay over the whole run"
+        )
+    if end > steps and schedule.ends:
+        last = f", at {known.rate(steps - 1):.3g} instead of {schedule.min_lr:g}" if known.rate else ""
+        found.append(
+            f"{places}the run stops at step {steps:,}, before its learning rate has decayed (step {end:,}){last}; "
+            f"set schedule.decay_steps={steps}, or null"
+        )
+    if warmup and warmup < 1:
+        found.append(
+            f"{config.place('schedule.warmup')}the warm-up is shorter than a step ({warmup:g} of {end:,} steps), so "
+            "there is none; "
+            f"set schedule.warmup={1 / end:.2g} or more, or 0"
+        )
+    return found
+
+
+def _corpus_warnings(config: RunConfig, corpus: Corpus) -> list[str]:
+    found, vocabulary = [], config.model.vocab_size if config.model else None
+    largest, looked_at = corpus.largest_id, corpus.looked_at
+    if largest is not None and vocabulary and largest >= vocabulary:
+        found.append(
+            f"{corpus.path} holds the token id {largest:,}, but the vocabulary has {vocabulary:,}, so training will "
+            "not start: the corpus belongs to another tokenizer; prepare it with this config's, or name the one it was "
+            "prepared with (tokenizer.path)"
+        )
+    elif largest is not None and vocabulary and 2 * largest < vocabulary and looked_at > ENOUGH_TOKENS * vocabulary:
+        found.append(
+            f"the largest of {looked_at:,} token ids of {corpus.path} is {largest:,}, but the vocabulary has "
+            f"{vocabulary:,}: the corpus may belong to another tokenizer; look at its text with "
+            "`castalia data batch CONFIG --step 0`, or name its tokenizer (tokenizer.path)"
+        )
+    if corpus.documents == 1:
+        found.append(
+            f"{corpus.path} is a single document, so valid and test parts are empty; prepare it with one document "
+            "for each text, or give data.train, data.valid and data.test"
+        )
     return found
 
 

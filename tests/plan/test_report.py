@@ -8,6 +8,7 @@ from castalia.config.load import load_config
 from castalia.errors import ConfigError
 from castalia.plan.devices import DEVICES
 from castalia.plan.report import Corpus, Hardware, Known, layout_of, report, warnings
+from castalia.train.schedule import LearningRate
 
 TINY = ["train.steps=1000", "train.batch_size=8", "train.micro_batch_size=8", "data.seq_length=128"]
 
@@ -29,8 +30,9 @@ def test_a_schedule_that_ends_before_the_run() -> None:
 
 
 def test_a_schedule_that_ends_after_the_run() -> None:
-    (message,) = warned("schedule.decay_steps=143000", known=Known(rate=lambda step: 0.00099))
-    assert "stops at step 1,000" in message and "0.00099 instead of 0.0001" in message
+    rate = LearningRate(peak=0.001, minimum=0.0001, warmup=1430, end=143_000, style="cosine")
+    (message,) = warned("schedule.decay_steps=143000", known=Known(rate=rate))
+    assert "stops at step 1,000" in message and "0.000699 instead of 0.0001" in message
 
 
 def test_a_constant_rate_cannot_end_early() -> None:

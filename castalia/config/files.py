@@ -1,0 +1,71 @@
+"""Whether what a run starts from is there at all: asked before anything heavy is imported, answered in milliseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from castalia.config.schema import RunConfig
+from castalia.errors import CheckpointError, DataError
+
+
+def require_files(config: RunConfig) -> None:
+    """Raises CheckpointError if there is nothing to load from, DataError if a new run lacks data or tokenizer.
+
+    Where something is to be loaded, its architecture is compared before data are looked for; other rooms do both.
+    """
+    missing = [*_missing_data(config), *_missing_tokenizer(config)]
+    if nothing := _nothing_to_load(config):
+        raise CheckpointError("\n".join([nothing, *missing]))
+    loads = config.checkpoint.init_from or (config.checkpoint.resume and not config.checkpoint.starts_if_empty)
+    if missing and not loads:
+        raise DataError("\n".join(missing))
+
+
+def _nothing_to_load(config: RunConfig) -> str | None:
+    wanted = config.checkpoint
+    key, path = ("init_from", wanted.init_from) if wanted.init_from else ("resume", wanted.resume)
+    if path is None or wanted.starts_if_empty:
+        return None
+    folder = Path(path).expanduser()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    if not folder.exists() and path.count("/") == 1 and not path.startswith(("/", ".", "~")):
+        return None  # perhaps a model of the hub, which the checkpoint room looks up in the local cache
+    start = f"{config.place(f'checkpoint.{key}')}checkpoint.{key}={path}: "
+    what = "the folder is empty" if folder.exists() else "there is no such folder"
+    if key == "resume":
+        return f"{start}{what}, so there is nothing to resume; name the run's folder, or leave it out for a new run"
+    model = config.model
+    random = "" if model is None else f" The {model.num_layers} layers x {model.hidden_size} of this config would be a "
+    random += "new model with random weights." if model else ""
+    return (
+        f"{start}{what}, so there is nothing to fine-tune.{random} Name the folder that holds the checkpoint (NeoX: "
+        "load); to train a new model from scratch, leave checkpoint.init_from out (NeoX: load and finetune)."
+    )
+
+
+def _missing_data(config: RunConfig) -> Iterator[str]:
+    sources = {"data.path": [config.data.path] if config.data.path else []}
+    for split in ("train", "valid", "test"):
+        given = getattr(config.data, split)
+        sources[f"data.{split}"] = [path for source in given for path in (source.path, source.labels) if path]
+    for key, prefixes in sources.items():
+        for prefix in prefixes:
+            gone = [f"{prefix}.{end}" for end in ("bin", "idx") if not Path(f"{prefix}.{end}").is_file()]
+            if gone:
+                yield (
+                    f"{config.place(key)}{key}={prefix}: {' and '.join(gone)} {_are(gone)} missing; make the "
+                    "corpus with `castalia data prepare`, or name it as its files are called, without .bin and .idx"
+                )
+
+
+def _missing_tokenizer(config: RunConfig) -> Iterator[str]:
+    for key in ("path", "merges"):
+        path = getattr(config.tokenizer, key)
+        if path and not Path(path).expanduser().exists():
+            yield f"{config.place(f'tokenizer.{key}')}tokenizer.{key}={path}: there is no such file; correct the path"
+
+
+def _are(things: list[str]) -> str:
+    return "are" if len(things) > 1 else "is"

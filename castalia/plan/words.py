@@ -1,0 +1,131 @@
+"""What a run will do, in words that `plan` and the start of training share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from castalia.config.schema import Model, RunConfig
+
+GiB = 2**30
+MANY_EPOCHS = 4  # repeating data more often than this is known to teach little
+LARGEST_FLASH_HEAD = 256  # of the flash kernel on GPUs
+
+
+def describe_training(training: dict) -> Iterator[tuple[str, str]]:
+    """Rows of a name and a text for the `training` part of a plan."""
+    split = f"micro-batch {training['micro_batch']} x accumulation {training['accumulation']}"
+    if training["data_ranks"] > 1:
+        split += f" x {training['data_ranks']} data ranks"
+    size = f"{training['sequences_per_step']:,} sequences x {training['seq_length']}"
+    yield "batch", f"{size} = {training['tokens_per_step']:,} tokens a step ({split})"
+    if training["steps"]:
+        yield "the run", f"{training['steps']:,} steps, {training['tokens']:,} tokens"
+    for path, epochs in training["epochs"].items():
+        yield "epochs", f"{epochs:.2f} of {path}" + (f": more than {MANY_EPOCHS}" if epochs > MANY_EPOCHS else "")
+    if training["first_lr"] is not None and training["last_lr"] is not None:
+        style = "" if training["style"] == "constant" else f" until step {training['decay_end']:,}"
+        yield (
+            "learning rate",
+            f"{training['first_lr']:.3g} first, {training['last_lr']:.3g} last, {training['peak_lr']:.3g} at most; "
+            f"{training['style']}{style}",
+        )
+    if training["warmup_steps"]:
+        yield "warm-up", f"{training['warmup_steps']:,g} steps, {training['warmup_tokens']:,.0f} tokens"
+    elif training["warmup_steps"] is not None:
+        yield "warm-up", "none"
+    for name in ("clipping", "precision", "attention", "logged", "evaluated", "saved"):
+        yield name, training[name]
+    if training["checkpoints_bytes"] is not None:
+        free = "" if training["free_bytes"] is None else f"; {gib(training['free_bytes'])} are free there"
+        yield "disk", f"{training['checkpoints_kept']:,} checkpoints take {gib(training['checkpoints_bytes'])}{free}"
+    if training["random_loss"]:
+        yield "random loss", f"{training['random_loss']:.2f}: ln(vocabulary), what a model has that knows nothing"
+
+
+def clipping(config: RunConfig) -> str:
+    clip = config.optimizer.clip_norm
+    if clip is None:
+        return "off"
+    if config.neox_exact and clip == 1.0:
+        return "off as in the original, which ignores its default of 1 (neox_exact; its first release clips)"
+    return f"gradients are scaled down to a norm of {clip:g}"
+
+
+def precision(config: RunConfig) -> str:
+    compute = {"auto": "bf16 where the hardware has it, else fp32,"}.get(
+        config.precision.compute, config.precision.compute
+    )
+    rest = "fp32 weights, gradients and optimizer state; norms, softmax and loss are summed in fp32"
+    return f"{compute} compute; {rest}" + (f"; {loss_scale(config)}" if compute == "fp16" else "")
+
+
+def loss_scale(config: RunConfig) -> str:
+    scale = config.precision.loss_scale
+    return f"loss scale {scale.static:g}" if scale.static else f"dynamic loss scale from {scale.initial:g}"
+
+
+def attention(config: RunConfig, device: str | None = None) -> str:
+    """Which of PyTorch's attention kernels training takes, and why. `device`: "cpu" or "cuda", None: not known."""
+    model = config.model
+    if model is None:
+        return "unknown: no model is described"
+    masked = _mask(model, config)
+    what = f"causal with a mask for {masked}" if masked else "causal, without a mask"
+    if device is None:
+        return f"scaled_dot_product_attention, {what}; the kernel is chosen for the device"
+    return f"{_kernel(model, config.precision.compute, device, masked)}; {what}"
+
+
+def _mask(model: Model, config: RunConfig) -> str:
+    needs = {
+        "ALiBi's distances": model.position == "alibi",
+        f"a window of {model.sliding_window} tokens": (model.sliding_window or config.data.seq_length)
+        < config.data.seq_length - 1,
+        "documents that do not see each other": config.data.mask_documents,
+    }
+    return " and ".join(name for name, needed in needs.items() if needed)
+
+
+def _kernel(model: Model, compute: str, device: str, masked: str) -> str:
+    if device == "cpu":
+        return "the plain kernel: CPUs' flash kernel has no dropout" if model.attention_dropout else "flash kernel"
+    reasons = {
+        "it takes no mask": masked,
+        "it needs 16-bit compute": compute == "fp32",
+        f"heads of {model.head_size} are too large for it": model.head_size > LARGEST_FLASH_HEAD,
+    }
+    against = next((why for why, holds in reasons.items() if holds), None)
+    return f"memory-efficient kernel instead of flash: {against}" if against else "flash kernel"
+
+
+def logging(config: RunConfig) -> str:
+    board = f" and TensorBoard files in {config.log.tensorboard}" if config.log.tensorboard else ""
+    return f"every step to metrics.jsonl{board}, a line here every {config.log.every} steps"
+
+
+def evaluation(config: RunConfig) -> str:
+    if not config.eval.batches or not (config.data.path or config.data.valid):
+        return "never"
+    when = [f"every {config.eval.every} steps"] if config.eval.every else []
+    when += ["at the end"] if config.eval.at_end else []
+    return f"{' and '.join(when)} on {config.eval.batches} batches" if when else "never"
+
+
+def saves(config: RunConfig) -> str:
+    """When checkpoints are saved, and which are kept."""
+    saves = config.checkpoint
+    parts = [f"every {saves.every} steps"] if saves.every else []
+    if saves.log_base:
+        parts.append(f"powers of {saves.log_base:g}" + (f" up to {saves.log_until}" if saves.log_until else ""))
+    if saves.steps:
+        parts.append("steps " + ", ".join(map(str, saves.steps[:12])) + (", ..." if len(saves.steps) > 12 else ""))
+    if saves.keep_last:
+        milestones = f" and multiples of {saves.keep_every}" if saves.keep_every else ""
+        parts.append(f"keeping the last {saves.keep_last}{milestones}")
+    return "; ".join([*parts, "the last step"]) + ("" if saves.save_optimizer else "; without optimizer state")
+
+
+def gib(size: float) -> str:
+    if size < 2**20:
+        return f"{size / 2**10:.1f} KiB"
+    return f"{size / GiB:,.2f} GiB" if size >= 0.1 * GiB else f"{size / 2**20:.1f} MiB"

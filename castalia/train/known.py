@@ -1,0 +1,76 @@
+"""What only a run's other rooms can tell `castalia.plan`: schedule, checkpoints, disk, corpora. Needs no torch."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from castalia.config.schema import Checkpoint, RunConfig
+from castalia.errors import DataError
+from castalia.plan.report import Corpus, Known
+from castalia.train.schedule import is_save_step, learning_rate
+
+LOOKED_AT = 1 << 22  # token ids of all corpora together: a few milliseconds, also where they are terabytes
+
+
+def gather(config: RunConfig) -> Known:
+    """What can be found out about the run here and now; what is not here stays unknown."""
+    steps = config.train.steps
+    return Known(
+        corpora=corpora(config),
+        rate=learning_rate(config, steps) if steps else None,
+        kept_checkpoints=kept_checkpoints(config.checkpoint, steps) if steps else None,
+        free_bytes=shutil.disk_usage(_existing(Path(config.checkpoint.dir or "."))).free,
+    )
+
+
+def kept_checkpoints(checkpoint: Checkpoint, steps: int) -> int:
+    """How many checkpoints a run leaves."""
+    powers = {int(checkpoint.log_base**n) for n in range(64)} if checkpoint.log_base else set()
+    multiples = range(0, steps + 1, checkpoint.every or steps)
+    candidates = {*checkpoint.steps, *multiples, *powers, steps}
+    saved = [step for step in candidates if step <= steps and is_save_step(checkpoint, step, steps)]
+    if not checkpoint.keep_last:
+        return len(saved)
+    every = checkpoint.keep_every
+    milestones = sum(step in checkpoint.steps or bool(every and step % every == 0) for step in saved)
+    return min(len(saved), milestones + checkpoint.keep_last)
+
+
+def corpora(config: RunConfig) -> tuple[Corpus, ...]:
+    """The training corpora whose files are here; none if any is missing."""
+    sources = [(config.data.path, 1.0)] if config.data.path else [(s.path, s.weight) for s in config.data.train]
+    if not sources or not all(Path(f"{path}.{end}").is_file() for path, _ in sources for end in ("bin", "idx")):
+        return ()
+    from castalia.data.indexed import open_dataset  # here, because a plan without data shall not wait for NumPy
+    from castalia.data.tools import sampled_largest_id
+
+    found = []
+    for path, weight in sources:
+        data = open_dataset(path)
+        largest, looked_at = sampled_largest_id(data, LOOKED_AT // len(sources))
+        documents = max(len(data.doc_index) - 1, 0) or len(data)
+        tokens = int(data.sizes.sum(dtype="int64"))
+        found.append(Corpus(str(path), tokens, documents, weight, largest, looked_at))
+    return tuple(found)
+
+
+def refuse_foreign_tokens(config: RunConfig, found: tuple[Corpus, ...]) -> None:
+    """Raises DataError if a corpus holds ids beyond the vocabulary: another tokenizer made it."""
+    vocabulary = config.model.vocab_size if config.model else None
+    for corpus in found:
+        if vocabulary and corpus.largest_id is not None and corpus.largest_id >= vocabulary:
+            place = config.place("data.path", "data.train")
+            named = f" of {config.tokenizer.path}" if config.tokenizer.path else ""
+            raise DataError(
+                f"{place}{corpus.path} holds the token id {corpus.largest_id}, but the vocabulary{named} has "
+                f"{vocabulary} entries: the corpus was tokenised with another tokenizer. Prepare it with the tokenizer "
+                "of this config, or name the one that it was prepared with (tokenizer.path)"
+            )
+
+
+def _existing(folder: Path) -> Path:
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return folder
