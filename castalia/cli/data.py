@@ -38,7 +38,9 @@ def prepare(
         str | None, typer.Option(help="hf, gpt2, hf_gpt2, sentencepiece, tiktoken, char, bytes")
     ] = None,
     merges: Annotated[Path | None, typer.Option(help="merges.txt of GPT-2 BPE files")] = None,
-    jsonl_keys: Annotated[str, typer.Option(help="fields to prepare, separated by commas; one corpus each")] = "text",
+    jsonl_keys: Annotated[
+        str | None, typer.Option(help="fields to prepare, separated by commas; one corpus each  [default: text]")
+    ] = None,
     append_eod: Annotated[
         bool, typer.Option("--append-eod", help="end each document with the end-of-document id")
     ] = False,
@@ -50,19 +52,40 @@ def prepare(
     mask_before_token: Annotated[
         str | None, typer.Option(help="ids a,b,c: also write labels without what precedes their first occurrence")
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="processes; all cores if left out", min=1)] = None,
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(
+            help="the fields (default: conversation) hold lists of {role, content}: a Jinja file, or a tokenizer_config"
+            ".json or folder with a template; also writes labels"
+        ),
+    ] = None,
+    generation_role: Annotated[str, typer.Option(help="whose turns of a conversation are trained on")] = "assistant",
+    only_last: Annotated[bool, typer.Option("--only-last", help="train on the conversation's last turn alone")] = False,
+    for_rm: Annotated[bool, typer.Option("--for-rm", help="reward models: only a last end-of-document counts")] = False,
+    workers: Annotated[int | None, typer.Option(help="at once; all cores if left out", min=1)] = None,
 ) -> None:
-    """Tokenize text into OUTPUT_text_document.{bin,idx}. The files are the same for any number of workers."""
+    """Tokenize text into OUTPUT_text_document.{bin,idx}. The files are the same for any number of workers.
+
+    When it was interrupted, the same command continues.
+    """
+    from castalia.data.chat import Chat, read_template
     from castalia.data.prepare import Recipe
     from castalia.data.prepare import prepare as run
 
+    chat = None
+    if chat_template is not None:
+        chat = Chat(*read_template(chat_template), role=generation_role, only_last=only_last, for_rm=for_rm)
+    elif only_last or for_rm:
+        raise DataError("--only-last and --for-rm need --chat-template")
+    keys = jsonl_keys or ("conversation" if chat else "text")
     recipe = Recipe(
         tokenizer=_tokenizer_config(tokenizer, tokenizer_kind, merges),
-        keys=tuple(key.strip() for key in jsonl_keys.split(",")),
+        keys=tuple(key.strip() for key in keys.split(",")),
         append_eod=append_eod,
         skip_bad=skip_bad,
         ftfy=ftfy,
         mask_before=_ids(mask_before_token),
+        chat=chat,
     )
     start = time.monotonic()
     with _Progress() as progress:
@@ -72,10 +95,16 @@ def prepare(
         print(f"left out: {message}", file=sys.stderr)
     dropped = f", dropped {report.empty} empty" if report.empty else ""
     dropped += f", left out {len(report.bad)} bad" if report.bad else ""
+    before = report.continued
+    if before:
+        print(f"continued after {before['documents']:,} documents of an interrupted run", file=sys.stderr)
+    megabytes = (report.text_bytes - before.get("text_bytes", 0)) / 1e6
     print(
         f"{', '.join(report.outputs)}: {report.documents:,} documents, {report.tokens:,} tokens{dropped}, "
-        f"{report.text_bytes / 1e6:.1f} MB in {seconds:.1f} s ({report.text_bytes / 1e6 / seconds:.1f} MB/s)"
+        f"{megabytes:.1f} MB in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s)"
     )
+    if report.engine:
+        print(f"ids from {report.engine}")
 
 
 class _Progress:
@@ -216,7 +245,8 @@ def batch(
     npy: Annotated[Path | None, typer.Option(help="write the ids, [batch, seq_length + 1], to this file")] = None,
     as_json: Json = False,
 ) -> None:
-    """Exactly which documents and tokens a step sees, decoded when the config names a tokenizer."""
+    """Exactly which documents and tokens a step sees, decoded when the config names a tokenizer, and what of it counts
+    for the loss: bright, the rest dim; without a terminal in [[double brackets]]."""
     import numpy as np
 
     from castalia.config.load import load_config
@@ -254,7 +284,32 @@ def batch(
             print(f"    {piece['prefix']} document {piece['document']}, tokens {piece['start']} to {piece['stop'] - 1}")
         masked = sum(label < 0 for label in row["labels"])
         print(f"    {len(row['labels']) - masked} of {len(row['labels'])} labels count for the loss")
-        print(row["text"] if decoder else " ".join(map(str, row["tokens"])))
+        _show_trained(row["tokens"], row["labels"], decoder)
+
+
+def _show_trained(tokens: list[int], labels: list[int], tokenizer: Tokenizer | None) -> None:
+    """The sequence with what the loss counts bright and the rest dim; marked [[...]] where there is no terminal.
+
+    A label stands at the token before it, so token t is trained on if labels[t - 1] counts.
+    """
+    from itertools import groupby
+
+    from rich.console import Console
+    from rich.text import Text
+
+    from castalia.data.tokenizer import spelled
+
+    console, line = Console(soft_wrap=True), Text()
+    learned = [False, *(label >= 0 for label in labels)]
+    ids = [*tokens, labels[-1]] if labels[-1] >= 0 else tokens
+    for counts, run in groupby(zip(ids, learned, strict=False), key=lambda pair: pair[1]):
+        part = [token for token, _ in run]
+        text = spelled(tokenizer, part) if tokenizer else " ".join(map(str, part)) + " "
+        if console.is_terminal:
+            line.append(text, "bold green" if counts else "dim")
+        else:
+            line.append(f"[[{text}]]" if counts else text)
+    console.print(line, highlight=False)
 
 
 def _ids(text: str | None) -> tuple[int, ...]:

@@ -10,13 +10,16 @@ import hashlib
 import logging
 import os
 import stat
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 log = logging.getLogger(__name__)
+SECONDS_TO_WRITE = 3600  # no process is silent for so long between two writes to an index file
 Arrays = tuple[np.ndarray, ...]
 
 
@@ -93,6 +96,10 @@ def _load(stem: Path, parts: tuple[str, ...]) -> Arrays | None:
 
 def _replace(path: Path, write: Callable) -> None:
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    for other in path.parent.glob(f"{path.name}.tmp-*"):
+        with suppress(FileNotFoundError):  # it may get its final name at this moment
+            if time.time() - other.stat().st_mtime > SECONDS_TO_WRITE:
+                other.unlink()  # of a process that was killed
     with temporary.open("wb") as file:
         write(file)
     os.replace(temporary, path)

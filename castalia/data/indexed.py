@@ -8,6 +8,7 @@ All integers are little-endian. The older layout with the magic "TNTIDX" can be 
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 from array import array
@@ -176,28 +177,65 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class Writer:
-    """Writes `PREFIX.bin` and `.idx` under temporary names; leaving the `with` block without error renames them."""
+    """Writes `PREFIX.bin` and `.idx` as `.partial` files; leaving the `with` block without error renames them.
 
-    def __init__(self, prefix: str | os.PathLike[str], dtype: np.dtype | type | str):
-        self.prefix = os.fspath(prefix)
+    One process at a time may write a prefix: DataError for a second one. What a killed one left is overwritten, unless
+    `resumable`: then the caller says with `take_up` how much of it is good, and an interruption leaves it once more.
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str], dtype: np.dtype | type | str, *, resumable: bool = False):
+        self.prefix, self.resumable = os.fspath(prefix), resumable
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self.sizes = array("i")
         self.documents = array("q", [0])
-        self._bin, self._idx = (Path(f"{self.prefix}{end}.tmp-{os.getpid()}") for end in (".bin", ".idx"))
+        self.num_tokens = 0
+        self._bin, self._idx = (Path(f"{self.prefix}{end}.partial") for end in (".bin", ".idx"))
         self._bin.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._bin.open("wb")
+        self._file = self._bin.open("ab")  # creates the file, or leaves it as it is
+        self._lock()
+        if not resumable:
+            self._file.truncate(0)
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if self._bin.exists() and os.path.samestat(self._bin.stat(), os.fstat(self._file.fileno())):
+                return  # else the other process was just done: the file that we opened bears its final name
+        except BlockingIOError:
+            pass
+        self._file.close()
+        raise DataError(f"another process is writing {self.prefix} at this moment; wait for it or choose another name")
+
+    def holds(self, sizes: np.ndarray) -> bool:
+        """Whether an interrupted writer left room enough for items of these sizes."""
+        return os.fstat(self._file.fileno()).st_size >= int(sizes.sum(dtype=np.int64)) * self.dtype.itemsize
+
+    def take_up(self, sizes: np.ndarray) -> None:
+        """Go on after the items of these sizes, each a document, that an interrupted writer left."""
+        self.num_tokens = int(sizes.sum(dtype=np.int64))
+        self._file.truncate(self.num_tokens * self.dtype.itemsize)
+        self._count(sizes)
+
+    def flush(self) -> None:
+        """What has been added is on disk afterwards."""
+        self._file.flush()
+        os.fdatasync(self._file.fileno())
 
     def add(self, tokens: np.ndarray | Sequence[int], *, end_document: bool = True) -> None:
         """Append one item; a document may have several."""
         self.add_many(np.asarray(tokens, self.dtype), [len(tokens)], end_document=end_document)
 
-    def add_many(self, tokens: np.ndarray, sizes: Sequence[int], *, end_document: bool = True) -> None:
+    def add_many(self, tokens: np.ndarray, sizes: Sequence[int] | np.ndarray, *, end_document: bool = True) -> None:
         """Append the items of these sizes that lie back to back in `tokens`; each is a document of its own."""
         self._file.write(np.ascontiguousarray(tokens, self.dtype).data)
-        for size in sizes:
-            self.sizes.append(size)
-            if end_document:
-                self.documents.append(len(self.sizes))
+        self.num_tokens += len(tokens)
+        self._count(np.asarray(sizes), end_document)
+
+    def _count(self, sizes: np.ndarray, end_document: bool = True) -> None:
+        first = len(self.sizes) + 1
+        self.sizes.frombytes(sizes.astype("i4").tobytes())
+        if end_document:
+            self.documents.frombytes(np.arange(first, first + len(sizes), dtype="i8").tobytes())
 
     def __enter__(self) -> Writer:
         return self
@@ -205,15 +243,18 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        interrupted = kind is not None and not issubclass(kind, Exception)
         try:
             if kind is None:
+                self._file.flush()
                 self._write_index()
                 os.replace(self._bin, bin_path(self.prefix))
                 os.replace(self._idx, idx_path(self.prefix))
         finally:
-            self._bin.unlink(missing_ok=True)
+            if not (interrupted and self.resumable):
+                self._bin.unlink(missing_ok=True)
             self._idx.unlink(missing_ok=True)
+            self._file.close()  # last, because it lets go of the lock
 
     def _write_index(self) -> None:
         sizes = np.frombuffer(self.sizes, "i4").astype("<i4") if self.sizes else np.empty(0, "<i4")

@@ -6,26 +6,31 @@ from __future__ import annotations
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import import_module
-from itertools import chain
+from itertools import chain, islice
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
 from castalia.config.schema import Tokenizer as TokenizerConfig
+from castalia.data.chat import Chat, conversations, renderer
+from castalia.data.engine import Encode, fast, flat, reference
 from castalia.data.indexed import Writer, token_dtype
+from castalia.data.journal import Journal, identity
 from castalia.data.samples import IGNORE
 from castalia.data.sources import BLOCK_BYTES, Chunk, chunks, find_files, texts_of
 from castalia.data.tokenizer import Tokenizer, load_tokenizer
 from castalia.errors import DataError
 
 CHUNKS_IN_FLIGHT = 4  # for each worker
+BYTES_PER_WORKER = 4 * BLOCK_BYTES  # below that a process takes longer to start than to do its work
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,14 @@ class Recipe:
     skip_bad: bool = False
     ftfy: bool = False
     mask_before: tuple[int, ...] = ()  # labels: no loss up to and including the first occurrence of these ids
+    chat: Chat | None = None  # the fields hold conversations instead of texts
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """What is written: `{output}_{name}_document` for each of these names."""
+        if self.chat:
+            return tuple(name for key in self.keys for name in (key, f"{key}_label"))
+        return (*self.keys, "label") if self.mask_before else self.keys
 
 
 @dataclass
@@ -52,14 +65,15 @@ class Report:
     empty: int = 0
     bad: list[str] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
+    engine: str = ""  # what turned text into ids
+    continued: dict[str, int] = field(default_factory=dict)  # the counts above as an interrupted run left them
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A tokenized chunk: for each key the ids back to back and the number of ids of each document."""
+    """A tokenized chunk: for each output the ids back to back and the number of ids of each document."""
 
-    tokens: dict[str, np.ndarray]
-    sizes: dict[str, list[int]]
+    outputs: dict[str, tuple[np.ndarray, np.ndarray]]
     text_bytes: int
     empty: int
     bad: list[str]
@@ -75,43 +89,61 @@ def prepare(
     num_docs: int | None = None,
     on_progress: Callable[[Report], None] = lambda report: None,
 ) -> Report:
-    """Write `{output}_{key}_document.{bin,idx}`, and `{output}_label_document` when labels are masked.
+    """Write `{output}_{key}_document.{bin,idx}`, and labels beside them where the recipe has some.
 
-    `num_docs` stops after so many documents. `workers` None takes all cores. DataError leaves nothing half-written.
+    `num_docs` stops after so many documents. `workers` None takes all cores. DataError leaves nothing half-written;
+    an interrupted call is continued by the same call.
     """
     tokenizer = load_tokenizer(recipe.tokenizer)
     _check(recipe, tokenizer)
     files = find_files(inputs)
     report = Report(sum(file.stat().st_size for file in files))
-    stream = chunks(files, recipe.keys[0])
-    workers = min(workers or len(os.sched_getaffinity(0)), 1 + report.total_bytes // (4 * BLOCK_BYTES))
-    dtype = np.dtype("<i4") if recipe.mask_before else token_dtype(tokenizer.vocab_size)
+    dtype = np.dtype("<i4") if recipe.mask_before or recipe.chat else token_dtype(tokenizer.vocab_size)
     try:
         with ExitStack() as stack:
-            writers = {key: stack.enter_context(Writer(f"{output}_{key}_document", dtype)) for key in recipe.keys}
-            labels = stack.enter_context(Writer(f"{output}_label_document", dtype)) if recipe.mask_before else None
-            results = stack.enter_context(closing(_encode_all(stream, recipe, tokenizer, workers)))
-            for encoded in results:
+            prefixes = {name: f"{output}_{name}_document" for name in recipe.outputs}
+            writers = {name: stack.enter_context(Writer(p, dtype, resumable=True)) for name, p in prefixes.items()}
+            known = identity([*files, *_tokenizer_files(recipe.tokenizer)], recipe, num_docs, BLOCK_BYTES)
+            journal = stack.enter_context(Journal(output, known, list(writers.values())))
+            done, counts = journal.restore()
+            report = replace(report, **counts, continued=counts)
+            stream = islice(chunks(files, recipe.keys[0]), done, None)
+            results = stack.enter_context(closing(_encode_all(stream, recipe, tokenizer, workers, report)))
+            for number, encoded in enumerate(results, start=done + 1):
                 left = None if num_docs is None else num_docs - report.documents
-                _write(encoded, writers, labels, recipe, report, left)
+                _write(encoded, writers, recipe.keys, report, left)
                 on_progress(report)
                 if num_docs is not None and report.documents >= num_docs:
                     break
+                journal.note(number, {name: getattr(report, name) for name in NOTED})
             if not report.documents:
                 raise DataError(
                     f"no documents in {', '.join(map(str, files))} ({report.empty} empty, {len(report.bad)} bad)"
                 )
     except OSError as error:
         raise DataError(f"cannot prepare {output}: {error}") from error
-    report.outputs = [writer.prefix for writer in (*writers.values(), *([labels] if labels else []))]
+    report.outputs = list(prefixes.values())
     return report
 
 
+NOTED = ("done_bytes", "text_bytes", "documents", "tokens", "empty", "bad")
+
+
+def _tokenizer_files(config: TokenizerConfig) -> list[Path]:
+    given = [Path(path) for path in (config.path, config.merges) if path]
+    return [file for path in given for file in ([path] if path.is_file() else sorted(path.glob("*")))]
+
+
 def _check(recipe: Recipe, tokenizer: Tokenizer) -> None:
-    if recipe.append_eod and tokenizer.eod_id is None:
-        raise DataError("--append-eod: the tokenizer has no end-of-document token such as <|endoftext|>")
+    if (recipe.append_eod or (recipe.chat and recipe.chat.for_rm)) and tokenizer.eod_id is None:
+        option = "--append-eod" if recipe.append_eod else "--for-rm"
+        raise DataError(f"{option}: the tokenizer has no end-of-document token such as <|endoftext|>")
     if recipe.mask_before and len(recipe.keys) > 1:
         raise DataError(f"--mask-before-token works on one key, not on {', '.join(recipe.keys)}")
+    if recipe.chat:
+        if recipe.mask_before or recipe.append_eod or recipe.ftfy:
+            raise DataError("--chat-template excludes --mask-before-token, --append-eod and --ftfy")
+        renderer(recipe.chat)
     if recipe.ftfy:
         _fix_text()
 
@@ -123,27 +155,42 @@ def _fix_text() -> Callable[[str], str]:
         raise DataError("--ftfy needs the package ftfy: pip install ftfy") from None
 
 
-def encode(chunk: Chunk, recipe: Recipe, tokenizer: Tokenizer) -> Encoded:
-    found = texts_of(chunk, recipe.keys, recipe.skip_bad)
-    tokens, sizes, empty, text_bytes = {}, {}, found.empty, 0
+def encode(chunk: Chunk, recipe: Recipe, tokenizer: Tokenizer, encode_texts: Encode) -> Encoded:
+    """`encode_texts` gives the ids of texts; conversations are encoded turn by turn with the tokenizer itself."""
+    parse = conversations(recipe.chat, tokenizer) if recipe.chat else None
+    found = texts_of(chunk, recipe.keys, recipe.skip_bad, parse)
+    outputs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    empty, text_bytes = found.empty, len(chunk.lines) if recipe.chat else 0
     for key, texts in found.texts.items():
+        if recipe.chat:
+            for name, rows in zip((key, f"{key}_label"), zip(*texts, strict=True) if texts else ((), ()), strict=True):
+                outputs[name] = flat(rows)
+            _check_ids(outputs[key][0], chunk, tokenizer)
+            continue
         text_bytes += sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
         if recipe.ftfy:
             texts = [_fix_text()(text) for text in texts]
-        ids = [row for row in tokenizer.encode_batch(texts) if row]
-        empty += len(texts) - len(ids)  # a tokenizer may drop all of a text
+        ids, sizes = encode_texts(texts)
+        sizes = sizes[sizes > 0]
+        empty += len(texts) - len(sizes)  # a tokenizer may drop all of a text
+        _check_ids(ids, chunk, tokenizer)
+        ids = ids.astype(token_dtype(tokenizer.vocab_size))
         if recipe.append_eod and tokenizer.eod_id is not None:
-            for row in ids:
-                row.append(tokenizer.eod_id)
-        sizes[key] = [len(row) for row in ids]
-        flat = np.fromiter(chain.from_iterable(ids), np.int64, sum(sizes[key]))
-        if len(flat) and flat.max() >= tokenizer.vocab_size:
-            raise DataError(
-                f"{chunk.path}: the tokenizer gave id {flat.max()}, beyond its vocabulary of {tokenizer.vocab_size}; "
-                "its file is damaged"
-            )
-        tokens[key] = flat.astype(token_dtype(tokenizer.vocab_size))
-    return Encoded(tokens, sizes, text_bytes, empty, found.bad, chunk.done_bytes)
+            ids, sizes = np.insert(ids, np.cumsum(sizes), tokenizer.eod_id), sizes + 1
+        outputs[key] = ids, sizes
+        if recipe.mask_before:
+            documents = np.split(ids, np.cumsum(sizes)[:-1])
+            labels = [mask_labels(document, recipe.mask_before) for document in documents]
+            outputs["label"] = np.concatenate(labels), sizes
+    return Encoded(outputs, text_bytes, empty, found.bad, chunk.done_bytes)
+
+
+def _check_ids(ids: np.ndarray, chunk: Chunk, tokenizer: Tokenizer) -> None:
+    if len(ids) and ids.max() >= tokenizer.vocab_size:
+        raise DataError(
+            f"{chunk.path}: the tokenizer gave id {ids.max()}, beyond its vocabulary of {tokenizer.vocab_size}; "
+            "its file is damaged"
+        )
 
 
 def mask_labels(tokens: np.ndarray, before: Sequence[int]) -> np.ndarray:
@@ -157,24 +204,14 @@ def mask_labels(tokens: np.ndarray, before: Sequence[int]) -> np.ndarray:
     return labels
 
 
-def _write(
-    encoded: Encoded,
-    writers: dict[str, Writer],
-    labels: Writer | None,
-    recipe: Recipe,
-    report: Report,
-    left: int | None,
-) -> None:
+def _write(encoded: Encoded, writers: dict[str, Writer], keys: Sequence[str], report: Report, left: int | None) -> None:
     """Append a chunk to the files, at most `left` documents of it."""
-    for key, writer in writers.items():
-        sizes = encoded.sizes[key][:left]
-        tokens = encoded.tokens[key][: sum(sizes)]
-        writer.add_many(tokens, sizes)
-        if labels is not None:
-            for document in np.split(tokens, np.cumsum(sizes)[:-1]) if sizes else ():
-                labels.add(mask_labels(document, recipe.mask_before))
-        report.tokens += len(tokens)
-    report.documents += len(encoded.sizes[recipe.keys[0]][:left])
+    for name, writer in writers.items():
+        ids, sizes = encoded.outputs[name]
+        sizes = sizes[:left]
+        writer.add_many(ids[: int(sizes.sum())], sizes)
+    report.documents = len(writers[keys[0]].sizes)
+    report.tokens = sum(writers[key].num_tokens for key in keys)
     report.text_bytes += encoded.text_bytes
     report.empty += encoded.empty
     report.bad += encoded.bad
@@ -182,17 +219,33 @@ def _write(
 
 
 def _encode_all(
-    stream: Iterable[Chunk], recipe: Recipe, tokenizer: Tokenizer, workers: int
+    stream: Iterator[Chunk], recipe: Recipe, tokenizer: Tokenizer, workers: int | None, report: Report
 ) -> Generator[Encoded, None, None]:
-    """Encoded chunks in the order of the stream."""
+    """Encoded chunks in the order of the stream: by threads with an engine that lets go of the interpreter's lock,
+    else by processes."""
+    first = list(islice(stream, 1))
+    encode_texts = None
+    if first and not recipe.chat:
+        texts = texts_of(first[0], recipe.keys, recipe.skip_bad).texts
+        encode_texts, report.engine = fast(tokenizer, [text for found in texts.values() for text in found])
+    share = BYTES_PER_WORKER * (16 if encode_texts else 1)
+    workers = min(workers or len(os.sched_getaffinity(0)), 1 + report.total_bytes // share)
+    stream = chain(first, stream)
     if workers == 1:
-        yield from (encode(chunk, recipe, tokenizer) for chunk in stream)
+        yield from (encode(chunk, recipe, tokenizer, encode_texts or reference(tokenizer)) for chunk in stream)
         return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(recipe,))
+    pool: Executor
+    work: Callable[[Chunk], Encoded]
+    if encode_texts:
+        pool = ThreadPoolExecutor(workers)
+        work = partial(encode, recipe=recipe, tokenizer=tokenizer, encode_texts=encode_texts)
+    else:
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(recipe,))
+        work = _encode_in_worker
     waiting: deque[Future[Encoded]] = deque()
     try:
         for chunk in stream:
-            waiting.append(pool.submit(_encode_in_worker, chunk))
+            waiting.append(pool.submit(work, chunk))
             if len(waiting) >= workers * CHUNKS_IN_FLIGHT:
                 yield waiting.popleft().result()
         while waiting:
@@ -203,14 +256,15 @@ def _encode_all(
         pool.shutdown(cancel_futures=True)
 
 
-_worker: tuple[Recipe, Tokenizer]  # in a worker process: set once when it starts
+_worker: tuple[Recipe, Tokenizer, Encode]  # in a worker process: set once when it starts
 
 
 def _start_worker(recipe: Recipe) -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops us
-    _worker = recipe, load_tokenizer(recipe.tokenizer)
+    tokenizer = load_tokenizer(recipe.tokenizer)
+    _worker = recipe, tokenizer, reference(tokenizer)
 
 
 def _encode_in_worker(chunk: Chunk) -> Encoded:

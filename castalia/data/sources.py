@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import re
 import tarfile
 import zipfile
 import zlib
@@ -16,13 +17,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import zstandard
 
 from castalia.errors import DataError
 
 BLOCK_BYTES = 1 << 18
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Chunk:
 class Texts:
     """What a chunk holds: texts of each key, and messages about records that were no documents."""
 
-    texts: dict[str, list[str]]
+    texts: dict[str, list[Any]]  # strings, or what another `parse` makes of a record
     bad: list[str] = field(default_factory=list)
     empty: int = 0
 
@@ -81,15 +83,28 @@ def chunks(files: Sequence[Path], key: str = "text") -> Iterator[Chunk]:
         before += path.stat().st_size
 
 
-def texts_of(chunk: Chunk, keys: Sequence[str], skip_bad: bool = False) -> Texts:
-    """Parse a chunk. A record that is no document raises DataError with file and line, or is told of in `bad`."""
+def texts_of(
+    chunk: Chunk,
+    keys: Sequence[str],
+    skip_bad: bool = False,
+    parse: Callable[[Any, Sequence[str]], dict[str, Any]] | None = None,
+) -> Texts:
+    """Parse a chunk. A record that is no document raises DataError with file and line, or is told of in `bad`.
+
+    `parse` turns a JSON value into something else than one text for each key; it raises ValueError for a bad one.
+    """
     found = Texts({key: [] for key in keys})
     records = [line.removesuffix(b"\r") for line in chunk.lines.split(b"\n")] if chunk.lines else chunk.records
     for number, record in enumerate(records, start=chunk.first):
         if chunk.is_json and not record.strip():
             continue  # blank lines, and what follows the last newline
         try:
-            texts = _parse(record, keys) if chunk.is_json else dict.fromkeys(keys, _decode(record))
+            if chunk.is_json:
+                texts = (parse or _texts)(_json(record), keys)
+            elif parse is None:
+                texts = dict.fromkeys(keys, _decode(record))
+            else:
+                raise ValueError("expected JSON records, found plain text")
         except ValueError as error:
             message = f"{chunk.path}:{number}: {error}"
             if not skip_bad:
@@ -117,23 +132,31 @@ def _decode(record: bytes) -> str:
         raise ValueError(f"invalid UTF-8 at byte {error.start}: {record[error.start : error.start + 4]!r}") from None
 
 
-def _parse(record: bytes, keys: Sequence[str]) -> dict[str, str]:
+def _json(record: bytes) -> Any:
     try:
-        value = json.loads(_decode(record))
+        return json.loads(_decode(record))
     except json.JSONDecodeError as error:
         raise ValueError(f"no JSON: {error}") from None
+
+
+def field_of(value: Any, key: str) -> Any:
+    """A field of a record; a record that is no object is the field itself."""
+    if not isinstance(value, dict):
+        return value
+    if key not in value:
+        raise ValueError(f"no field {key!r}; the record has {', '.join(map(repr, value)) or 'none'}")
+    return value[key]
+
+
+def _texts(value: Any, keys: Sequence[str]) -> dict[str, str]:
     texts = {}
     for key in keys:
-        text = value
-        if isinstance(value, dict):
-            if key not in value:
-                raise ValueError(f"no field {key!r}; the record has {', '.join(map(repr, value)) or 'none'}")
-            text = value[key]
+        text = field_of(value, key)
         if isinstance(text, list) and all(isinstance(part, str) for part in text):
             text = "\n\n".join(text)
         if not isinstance(text, str):
             raise ValueError(f"field {key!r} is no text but {type(text).__name__}")
-        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        if not text.isascii() and SURROGATE.search(text):
             raise ValueError(f"field {key!r} holds half of a surrogate pair, which no UTF-8 can express")
         texts[key] = text
     return texts

@@ -226,6 +226,13 @@ def _load_hf_gpt2(folder: Path) -> RustTokenizer:
     return RustTokenizer(engine, {}, drop_special=False)
 
 
+def spelled(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+    """The text of the ids with special tokens, which `decode` may leave out."""
+    if isinstance(tokenizer, RustTokenizer):
+        return tokenizer.engine.decode([int(i) for i in ids], skip_special_tokens=False)
+    return tokenizer.decode(ids)
+
+
 def _save_settings(folder: str | os.PathLike[str], **settings: str) -> None:
     Path(folder).mkdir(parents=True, exist_ok=True)
     (Path(folder) / SETTINGS).write_text(json.dumps(settings) + "\n")

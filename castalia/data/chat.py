@@ -1,0 +1,143 @@
+"""Conversations to token ids and labels, with the Jinja templates that Hugging Face's tokenizers carry."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from castalia.data.samples import IGNORE
+from castalia.data.sources import SURROGATE, field_of
+from castalia.data.tokenizer import RustTokenizer, Tokenizer
+from castalia.errors import DataError
+
+Conversation = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Chat:
+    """How a conversation becomes text, and which of it is trained on."""
+
+    template: str
+    names: tuple[tuple[str, str], ...] = ()  # what the template may use besides the messages: bos_token, eos_token
+    role: str = "assistant"  # whose turns are trained on
+    only_last: bool = False  # of these only one that ends the conversation
+    for_rm: bool = False  # reward models: two end-of-document ids, and only the last of them is labelled
+
+
+def read_template(path: str | Path) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """Template and special tokens: from a Jinja file, from a tokenizer_config.json, or from a folder with either."""
+    path = Path(path)
+    jinja, settings = (path, None) if path.is_file() and path.suffix != ".json" else (None, path)
+    if path.is_dir():
+        jinja, settings = path / "chat_template.jinja", path / "tokenizer_config.json"
+    known: dict[str, Any] = {}
+    try:
+        if settings is not None and settings.is_file():
+            known = json.loads(settings.read_text(encoding="utf-8"))
+        template = jinja.read_text(encoding="utf-8") if jinja and jinja.is_file() else known.get("chat_template")
+    except ValueError as error:
+        raise DataError(f"{settings or jinja} cannot be read as a chat template: {error}") from error
+    if isinstance(template, list):
+        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+    if not isinstance(template, str):
+        raise DataError(
+            f"no chat template in {path}: give a Jinja file, a tokenizer_config.json with `chat_template`, or a folder "
+            "with tokenizer_config.json or chat_template.jinja"
+        )
+    tokens = {name: _content(value) for name, value in known.items() if name.endswith("_token")}
+    return template, tuple((name, text) for name, text in tokens.items() if isinstance(text, str))
+
+
+def _content(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+@lru_cache(maxsize=4)
+def renderer(chat: Chat) -> Callable[[Conversation, bool], str]:
+    """Text of the messages, ready for an answer if the flag says so. DataError if the template is no Jinja."""
+    sandbox, jinja = import_module("jinja2.sandbox"), import_module("jinja2")
+    environment = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+
+    def refuse(message: str) -> None:
+        raise jinja.TemplateError(message)
+
+    environment.globals["raise_exception"] = refuse
+    try:
+        template = environment.from_string(chat.template)
+    except jinja.TemplateSyntaxError as error:
+        raise DataError(f"the chat template is no Jinja: line {error.lineno}: {error.message}") from error
+
+    def render(messages: Conversation, ready: bool) -> str:
+        try:
+            text = template.render(messages=messages, add_generation_prompt=ready, **dict(chat.names))
+        except (jinja.TemplateError, TypeError) as error:
+            raise ValueError(f"the chat template does not render: {error}") from None
+        if SURROGATE.search(text):
+            raise ValueError("the conversation holds half of a surrogate pair, which no UTF-8 can express")
+        return text
+
+    return render
+
+
+def conversations(chat: Chat, tokenizer: Tokenizer) -> Callable[[Any, Sequence[str]], dict[str, Any]]:
+    """A `parse` for `texts_of`: for each key the token ids and labels of the record's conversation.
+
+    It raises ValueError for what is no conversation, has no answer to learn from, or does not render.
+    """
+
+    def parse(value: Any, keys: Sequence[str]) -> dict[str, Any]:
+        return {key: encode_chat(_messages(field_of(value, key), key), chat, tokenizer) for key in keys}
+
+    return parse
+
+
+def _messages(found: Any, key: str) -> Conversation:
+    if not (isinstance(found, list) and found and all(isinstance(turn, dict) for turn in found)):
+        raise ValueError(f"field {key!r} is no conversation: expected a list of {{role, content}}")
+    for number, turn in enumerate(found, start=1):
+        missing = {"role", "content"} - turn.keys()
+        if missing:
+            raise ValueError(f"turn {number} of {key!r} has no {' and no '.join(map(repr, sorted(missing)))}")
+    return found
+
+
+def encode_chat(messages: Conversation, chat: Chat, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Token ids and labels, -100 where nothing is learned. What asks for an answer belongs to the turn before it."""
+    render, end = renderer(chat), [] if tokenizer.eod_id is None else [tokenizer.eod_id]
+    if chat.for_rm:
+        (whole,) = _encode(tokenizer, [render(messages, False)])
+        return whole + 2 * end, [IGNORE] * (len(whole) + 1) + end
+    learned = [turn["role"] == chat.role for turn in messages]
+    if chat.only_last:
+        learned = [False] * (len(messages) - 1) + learned[-1:]
+    if not any(learned):
+        where = "at its end" if chat.only_last else "in it"
+        raise ValueError(f"a conversation without an answer: no turn of role {chat.role!r} {where}")
+    asked = [after["role"] == chat.role for _, after in pairwise(messages)] + [False]
+    texts = [render(messages[: turn + 1], ready) for turn, ready in enumerate(asked)]
+    ids: list[int] = []
+    labels: list[int] = []
+    for turn, (now, learns) in enumerate(zip(_encode(tokenizer, texts), learned, strict=True), start=1):
+        if now[: len(ids)] != ids:
+            raise ValueError(f"turn {turn} changes the tokens of those before it: the template must add turn by turn")
+        labels += now[len(ids) :] if learns else [IGNORE] * (len(now) - len(ids))
+        ids = now
+    return ids + end, labels + (end if learned[-1] else [IGNORE] * len(end))
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """Without what a tokenizer puts around a text: the template has it already."""
+    if isinstance(tokenizer, RustTokenizer):
+        return [found.ids for found in tokenizer.engine.encode_batch_fast(texts, add_special_tokens=False)]
+    return tokenizer.encode_batch(texts)

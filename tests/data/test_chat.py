@@ -1,0 +1,162 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from castalia.config.schema import Data, RunConfig, Source, Tokenizer, Train
+from castalia.data.chat import Chat, encode_chat, read_template
+from castalia.data.indexed import open_dataset
+from castalia.data.loader import open_data
+from castalia.data.prepare import Recipe, prepare
+from castalia.data.tokenizer import ByteTokenizer
+from castalia.errors import DataError
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+)
+QUESTION, ANSWER = {"role": "user", "content": "how?"}, {"role": "assistant", "content": "so."}
+BYTES = Tokenizer(kind="bytes")
+
+
+def spell(ids: list[int]) -> str:
+    """Ids of the byte tokenizer, masked ones as _, the end of a document as $."""
+    return "".join("_" if i == -100 else "$" if i == 256 else chr(i) for i in ids)
+
+
+@pytest.mark.parametrize(
+    ("options", "messages", "text", "labels"),
+    [
+        ({}, [QUESTION, ANSWER], "<u>how?\n<a>so.\n$", "___________so.\n$"),
+        ({}, [QUESTION, ANSWER] * 2, "<u>how?\n<a>so.\n" * 2 + "$", "___________so.\n" * 2 + "$"),
+        ({"only_last": True}, [QUESTION, ANSWER] * 2, "<u>how?\n<a>so.\n" * 2 + "$", "_" * 26 + "so.\n$"),
+        ({}, [QUESTION, ANSWER, QUESTION], "<u>how?\n<a>so.\n<u>how?\n$", "___________so.\n" + "_" * 9),
+        ({"for_rm": True}, [QUESTION, ANSWER], "<u>how?\n<a>so.\n$$", "_" * 16 + "$"),
+    ],
+)
+def test_what_of_a_conversation_is_learned(options: dict, messages: list, text: str, labels: str) -> None:
+    ids, learned = encode_chat(messages, Chat(TEMPLATE, **options), ByteTokenizer("bytes"))
+    assert (spell(ids), spell(learned)) == (text, labels)
+
+
+def test_a_template_must_add_turn_by_turn() -> None:
+    with pytest.raises(ValueError, match="turn 2 changes the tokens"):  # TEMPLATE asks with <a>, whoever is to answer
+        encode_chat([ANSWER, QUESTION], Chat(TEMPLATE, role="user"), ByteTokenizer("bytes"))
+
+
+@given(st.lists(st.tuples(st.sampled_from(["user", "assistant", "system"]), st.text(max_size=6)), min_size=1))
+def test_labels_are_the_ids_of_the_answers(turns: list[tuple[str, str]]) -> None:
+    messages = [{"role": role, "content": content} for role, content in turns]
+    template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    if not any(role == "assistant" for role, _ in turns):
+        with pytest.raises(ValueError, match="without an answer"):
+            encode_chat(messages, Chat(template), ByteTokenizer("bytes"))
+        return
+    ids, labels = encode_chat(messages, Chat(template), ByteTokenizer("bytes"))
+    ends_with_answer = turns[-1][0] == "assistant"
+    parts = [(role == "assistant", f"[{content}]".encode()) for role, content in turns] + [(ends_with_answer, [256])]
+    assert ids == [i for _, part in parts for i in part]
+    assert labels == [i if learned else -100 for learned, part in parts for i in part]
+
+
+def test_equal_to_transformers(fixtures: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    from castalia.data.tokenizer import load_tokenizer
+
+    template = (
+        "{{ bos_token }}{% for m in messages %}\n    {% if loop.first and m.role == 'user' %}Q{% endif %}\n"
+        "    {{ m.content | trim | tojson }}\n{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
+    )
+    (tmp_path / "tokenizer.json").write_bytes((fixtures / "tokenizer" / "20B_tokenizer.json").read_bytes())
+    settings = {"bos_token": {"content": "<|endoftext|>"}, "chat_template": [{"name": "default", "template": template}]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    messages = [{"role": "user", "content": " Wie schön? "}, {"role": "assistant", "content": "So.\n"}]
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "tokenizer.json"), bos_token="<|endoftext|>", chat_template=template
+    )
+    chat = Chat(*read_template(tmp_path))
+    tokenizer = load_tokenizer(Tokenizer(path=str(tmp_path)))
+    whole = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
+    asked = theirs.apply_chat_template(messages[:1], tokenize=True, add_generation_prompt=True, return_dict=False)
+    assert whole[: len(asked)] != asked  # the second turn stands where the first one asked: no turn-by-turn template
+    with pytest.raises(ValueError, match="turn 2 changes the tokens"):
+        encode_chat(messages, chat, tokenizer)
+    steady = Chat(template.replace("{% if add_generation_prompt %}A:{% endif %}", ""), chat.names)
+    theirs.chat_template = steady.template
+    ids, labels = encode_chat(messages, steady, tokenizer)
+    asked = theirs.apply_chat_template(messages[:1], tokenize=True, return_dict=False)
+    whole = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
+    assert ids == [*whole, 0] and labels == [-100] * len(asked) + whole[len(asked) :] + [0]
+
+
+def records(path: Path, *conversations: object) -> Path:
+    path.write_text("".join(json.dumps({"conversation": found}) + "\n" for found in conversations))
+    return path
+
+
+def test_prepared_conversations_are_sampled_with_their_labels(tmp_path: Path) -> None:
+    source = records(tmp_path / "chat.jsonl", *([QUESTION, {**ANSWER, "content": f"{i}"}] for i in range(50)))
+    recipe = Recipe(BYTES, keys=("conversation",), chat=Chat(TEMPLATE))
+    report = prepare([source], tmp_path / "x", recipe)
+    prefix, labels = report.outputs
+    assert labels.endswith("x_conversation_label_document") and report.documents == 50
+    assert open_dataset(prefix).dtype == open_dataset(labels).dtype == np.int32
+    run = RunConfig(
+        data=Data(
+            train=(Source(path=prefix, labels=labels),),
+            seq_length=32,
+            packing="pack_until_overflow",
+            mask_documents=True,
+            cache_dir=str(tmp_path),
+        ),
+        train=Train(steps=3, batch_size=4),
+    )
+    batch = open_data(run).batch(0)
+    assert all(spell(row[row >= 0].tolist()).replace("\n$", "").isdigit() for row in batch.labels)
+
+
+@pytest.mark.parametrize(
+    ("conversation", "message"),
+    [
+        ([QUESTION], "without an answer"),
+        ("hello", "is no conversation"),
+        ([{"role": "user"}], "turn 1 of 'conversation' has no 'content'"),
+        ([{"role": "user", "content": "boo"}, ANSWER], "does not render: no boo"),
+        ([{"role": "user", "content": "\ud800"}, ANSWER], "half of a surrogate pair"),
+    ],
+)
+def test_bad_conversations(tmp_path: Path, conversation: object, message: str) -> None:
+    source = records(tmp_path / "chat.jsonl", [QUESTION, ANSWER], conversation)
+    template = "{% if messages[0].content == 'boo' %}{{ raise_exception('no boo') }}{% endif %}" + TEMPLATE
+    recipe = Recipe(BYTES, keys=("conversation",), chat=Chat(template))
+    with pytest.raises(DataError, match=rf"chat\.jsonl:2: .*{message}"):
+        prepare([source], tmp_path / "x", recipe)
+    report = prepare([source], tmp_path / "x", Recipe(BYTES, ("conversation",), skip_bad=True, chat=Chat(template)))
+    assert report.documents == 1 and message in report.bad[0]
+
+
+def test_bad_templates(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "broken.json").write_text("{")
+    for path, message in [(tmp_path, "no chat template in"), (tmp_path / "broken.json", "cannot be read")]:
+        with pytest.raises(DataError, match=message):
+            read_template(path)
+    source = records(tmp_path / "chat.jsonl", [QUESTION, ANSWER])
+    with pytest.raises(DataError, match="no Jinja: line 1"):
+        prepare([source], tmp_path / "x", Recipe(BYTES, ("conversation",), chat=Chat("{% for %}")))
+
+
+def test_answers_beyond_the_context_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    long = {"role": "user", "content": "why " * 30}
+    source = records(
+        tmp_path / "chat.jsonl", [long, ANSWER], [QUESTION, {**ANSWER, "content": "so " * 30}], [QUESTION, ANSWER]
+    )
+    prefix, labels = prepare([source], tmp_path / "x", Recipe(BYTES, ("conversation",), chat=Chat(TEMPLATE))).outputs
+    run = RunConfig(
+        data=Data(train=(Source(path=prefix, labels=labels),), seq_length=40, packing="unpacked"),
+        train=Train(steps=2, batch_size=1),
+    )
+    open_data(run)
+    assert "of 3 documents 1 are left out" in caplog.text and "1 are cut there" in caplog.text
