@@ -190,7 +190,7 @@ def row_orders(model: Model) -> list[tuple[str, torch.Tensor]]:
     elif d * kv % n == 0:
         per_head = [x.reshape(n, -1) for x in (q, k, v)]
         found.append(("rows are in the old order of grouped queries", torch.cat(per_head, dim=1).flatten()))
-    if model.position == "rotary":
+    if model.position == "rotary" and model.rotary_size % 2 == 0:
         paired = grid.clone()
         turning = grid[:, :-1, : model.rotary_size].unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
         paired[:, :-1, : turning.shape[-1]] = turning
