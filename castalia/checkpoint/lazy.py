@@ -261,6 +261,28 @@ class Shaped(Typed):
 
 
 @dataclass(frozen=True)
+class Flattened(Typed):
+    """A tensor seen as a vector, in row-major order. Reads the whole rows in which lies what is asked for."""
+
+    source: TensorRef
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (prod(self.source.shape),)
+
+    @property
+    def dtype_name(self) -> str:
+        return self.source.dtype_name
+
+    def read(self, slices: Slices | None = None) -> torch.Tensor:
+        ((start, stop),) = bounds(self.shape, slices)
+        row = max(1, prod(self.source.shape[1:]))
+        first = start // row
+        rows = self.source.read([slice(first, -(-stop // row))] if self.source.shape else None)
+        return rows.reshape(-1)[start - first * row : stop - first * row]
+
+
+@dataclass(frozen=True)
 class Cast(Typed):
     """The source in another dtype."""
 
@@ -284,6 +306,13 @@ class Zeros(Typed):
         import torch
 
         return torch.zeros([stop - start for start, stop in bounds(self.shape, slices)], dtype=self.dtype)
+
+
+def flat(source: TensorRef) -> TensorRef:
+    """`Flattened`, or the vector that the tensor is made of."""
+    if isinstance(source, Shaped):
+        return source.vector
+    return source if len(source.shape) == 1 else Flattened(source)
 
 
 def part(source: TensorRef, start: int, stop: int, dim: int = 0) -> TensorRef:

@@ -10,7 +10,6 @@ from castalia.config import neox
 from castalia.config.load import load_config
 from castalia.config.neox_keys import KEYS, lower, nonzero, opposite, position, recomputed
 from castalia.config.schema import Model, RunConfig, Source
-from castalia.errors import ConfigError
 
 TOKENIZER_TYPES = {
     "gpt2": "GPT2BPETokenizer", "hf": "HFTokenizer", "hf_gpt2": "HFGPT2Tokenizer", "sentencepiece": "SPMTokenizer",

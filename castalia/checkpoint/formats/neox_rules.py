@@ -71,15 +71,15 @@ def table(names: Names, model: Model, tp: int, qkv: Op) -> list[Rule]:
         rules = [Rule(f"blocks.{{i}}.{ours}.weight", f"{{layer}}.{theirs}.weight", weight)]
         return rules + ([Rule(f"blocks.{{i}}.{ours}.bias", f"{{layer}}.{theirs}.bias", bias)] if bias else [])
 
+    # In the order of the original's modules, which is that of its optimizer too.
     block = norm("blocks.{i}.norm1", "{layer}.input_layernorm.")
-    if not (model.parallel_residual and model.shared_norm):
-        block += norm("blocks.{i}.norm2", "{layer}.post_attention_layernorm.")
     biased = model.attention_bias
-    block += linear("attn.qkv", f"{names.attention}.query_key_value", qkv, qkv if biased else None)
-    block += linear("attn.out", f"{names.attention}.dense", columns, added if biased else None)
     if model.qk_norm:
         block += linear("attn.qk_norm", f"{names.attention}.qk_layernorm", shards, shards)
-    block += linear("mlp.down", names.down, columns, added if model.mlp_bias else None)
+    block += linear("attn.qkv", f"{names.attention}.query_key_value", qkv, qkv if biased else None)
+    block += linear("attn.out", f"{names.attention}.dense", columns, added if biased else None)
+    if not (model.parallel_residual and model.shared_norm):
+        block += norm("blocks.{i}.norm2", "{layer}.post_attention_layernorm.")
     if model.gated_mlp and names.gate is None:
         half = model.mlp_width // tp
         halves = OnEachRank(Inverse(Interleave((half, half))), shards)
@@ -90,6 +90,7 @@ def table(names: Names, model: Model, tp: int, qkv: Op) -> list[Rule]:
         block += linear("mlp.up", names.up, shards, shards if model.mlp_bias else None)
         if model.gated_mlp and names.gate:
             block += linear("mlp.gate", names.gate, shards, shards if model.mlp_bias else None)
+    block += linear("mlp.down", names.down, columns, added if model.mlp_bias else None)
 
     rules = [Rule("embed.weight", f"{names.embedding}.word_embeddings.weight", shards)]
     if model.position == "learned":

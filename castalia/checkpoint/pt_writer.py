@@ -1,0 +1,185 @@
+"""Files that `torch.load` opens, written tensor by tensor: nothing but small values is ever held in memory.
+
+A value is made of plain Python, `TensorRef`s (which become tensors), torch dtypes, `Size`, `Named` (an OrderedDict) and
+`Instance`s, which stand for objects of classes that are not ours. Classes are named in the file, never imported.
+"""
+
+from __future__ import annotations
+
+import pickle
+import struct
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from castalia.checkpoint.stored import as_bytes
+from castalia.checkpoint.tensors import TensorRef
+from castalia.checkpoint.unpickle import STORAGE_DTYPES
+from castalia.checkpoint.writing import Advance, Output, ahead, num_bytes, pieces
+
+ALIGNMENT = 64  # of storages, as torch.save has it
+LOCAL_HEADER_BYTES, ZIP64_BYTES = 30, 20
+STORAGES = {dtype: name for name, dtype in STORAGE_DTYPES.items() if name != "Untyped"}
+
+
+class Named(dict):
+    """A dict that becomes an OrderedDict."""
+
+
+class Size(tuple):
+    """A tuple that becomes a torch.Size."""
+
+
+@dataclass(frozen=True)
+class Instance:
+    """An object of the class with this dotted name: made from `args`, as enum members are, or with these attributes."""
+
+    name: str
+    args: tuple | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+def pt_output(name: str, value: Any) -> Output:
+    """A file of `torch.save`."""
+    size = sum(map(num_bytes, _Pickler(value).tensors))
+    return Output(name, size, lambda path, advance: write_pt(path, Path(name).stem, value, advance))
+
+
+def write_pt(path: Path, title: str, value: Any, advance: Advance) -> None:
+    """Write the file. `title`: the folder inside the archive, by custom the file's name without ending."""
+    pickler = _Pickler(value)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in (("data.pkl", pickler.finish()), ("byteorder", b"little")):
+            _add(archive, f"{title}/{name}", len(content), [content])
+        for key, ref in enumerate(pickler.tensors):
+            data = (as_bytes(piece) for piece in pieces(ref))
+            _add(archive, f"{title}/data/{key}", num_bytes(ref), data, advance)
+        _add(archive, f"{title}/version", 2, [b"3\n"])
+
+
+def _add(
+    archive: zipfile.ZipFile, name: str, size: int, data: Iterable[Any], advance: Advance = lambda count: None
+) -> None:
+    """A stored member whose content begins at a multiple of `ALIGNMENT`, by means of an extra field of its header."""
+    info = zipfile.ZipInfo(name)
+    info.file_size = size
+    large = size * 1.05 > zipfile.ZIP64_LIMIT
+    start = archive.fp.tell() + LOCAL_HEADER_BYTES + len(name) + (ZIP64_BYTES if large else 0)  # type: ignore[union-attr]
+    padding = -(start + 4) % ALIGNMENT
+    info.extra = b"FB" + struct.pack("<H", padding) + b"Z" * padding
+    with archive.open(info, "w", force_zip64=large) as member:
+        for piece in ahead(iter(data)):
+            member.write(piece)
+            advance(len(piece))
+    if info.file_size != size:
+        raise ValueError(f"{name} has {info.file_size} bytes instead of {size}")
+    info.extra = b""  # the directory needs no padding
+
+
+class _Pickler:
+    """Pickle protocol 2 of one value, with a persistent id for each tensor's storage."""
+
+    def __init__(self, value: Any):
+        self.out = bytearray(pickle.PROTO + b"\x02")
+        self.tensors: list[TensorRef] = []
+        self.put(value)
+
+    def finish(self) -> bytes:
+        return bytes(self.out + pickle.STOP)
+
+    def put(self, value: Any) -> None:
+        kind = type(value)
+        if value is None:
+            self.out += pickle.NONE
+        elif kind is bool:
+            self.out += pickle.NEWTRUE if value else pickle.NEWFALSE
+        elif kind is int:
+            self._integer(value)
+        elif kind is float:
+            self.out += pickle.BINFLOAT + struct.pack(">d", value)
+        elif kind is str:
+            text = value.encode()
+            self.out += pickle.BINUNICODE + struct.pack("<I", len(text)) + text
+        elif kind is torch.dtype:
+            self._name(str(value))
+        elif kind is list:
+            self.out += pickle.EMPTY_LIST
+            self._sequence(value, pickle.APPENDS)
+        elif kind is dict:
+            self.out += pickle.EMPTY_DICT
+            self._items(value)
+        elif kind is Named:
+            self._call("collections.OrderedDict", ())
+            self._items(value)
+        elif kind is set:
+            self._call("__builtin__.set", (sorted(value),))
+        elif kind is Size:
+            self._call("torch.Size", (tuple(value),))
+        elif kind is tuple:
+            self._tuple(value)
+        elif kind is Instance:
+            self._instance(value)
+        elif isinstance(value, TensorRef):
+            self._tensor(value)
+        else:
+            raise TypeError(f"a {kind.__name__} cannot be written")
+
+    def _integer(self, value: int) -> None:
+        if -(2**31) <= value < 2**31:
+            self.out += pickle.BININT + struct.pack("<i", value)
+        else:
+            data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+            self.out += pickle.LONG1 + bytes([len(data)]) + data
+
+    def _name(self, dotted: str) -> None:
+        module, _, name = dotted.rpartition(".")
+        self.out += pickle.GLOBAL + f"{module}\n{name}\n".encode()
+
+    def _sequence(self, values: Iterable[Any], code: bytes) -> None:
+        self.out += pickle.MARK
+        for value in values:
+            self.put(value)
+        self.out += code
+
+    def _tuple(self, values: tuple) -> None:
+        if values:
+            self._sequence(values, pickle.TUPLE)
+        else:
+            self.out += pickle.EMPTY_TUPLE
+
+    def _items(self, values: Mapping) -> None:
+        self._sequence((part for item in values.items() for part in item), pickle.SETITEMS)
+
+    def _call(self, name: str, args: tuple) -> None:
+        self._name(name)
+        self._tuple(args)
+        self.out += pickle.REDUCE
+
+    def _instance(self, value: Instance) -> None:
+        if value.args is not None:
+            self._call(value.name, value.args)
+            return
+        self._name(value.name)
+        self.out += pickle.EMPTY_TUPLE + pickle.NEWOBJ
+        self.put(dict(value.fields))
+        self.out += pickle.BUILD
+
+    def _tensor(self, ref: TensorRef) -> None:
+        shape = tuple(ref.shape)
+        self._name("torch._utils._rebuild_tensor_v2")
+        self.out += pickle.MARK + pickle.MARK
+        self.put("storage")
+        self._name(f"torch.{STORAGES[ref.dtype_name]}Storage")
+        for part in (str(len(self.tensors)), "cpu", prod(shape)):
+            self.put(part)
+        self.out += pickle.TUPLE + pickle.BINPERSID
+        stride = tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
+        for part in (0, shape, stride, False, Named()):
+            self.put(part)
+        self.out += pickle.TUPLE + pickle.REDUCE
+        self.tensors.append(ref)
