@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 
 class Display:
     """Prints to standard output. A context manager: the bar is there while it is open."""
 
     def __init__(self, silent: bool = False) -> None:
-        self.console = Console(highlight=False, soft_wrap=True, quiet=silent)
+        self.console = Console(highlight=False, soft_wrap=True, markup=False, quiet=silent)
+        self.silent = silent
         self.fancy = sys.stdout.isatty() and not silent
         self.bar: Progress | None = None
 
@@ -30,7 +32,19 @@ class Display:
             self.bar.start()
 
     def line(self, text: str, style: str | None = None) -> None:
-        self.console.print(text, style=style if self.fancy else None, markup=False)
+        self.console.print(text, style=style if self.fancy else None)
+
+    def table(self, title: str, header: Sequence[str], rows: Sequence[tuple[str, str, str]]) -> None:
+        """With borders on a terminal, a line for each row elsewhere."""
+        if self.fancy:
+            table = Table(*header, title=title, title_justify="left")
+            for row in rows:
+                table.add_row(*row)
+            self.console.print(table)
+            return
+        self.line(f"{title}:")
+        for name, value, why in rows:
+            self.line(f"  {name}: {value}  ({why})")
 
     def advance(self, record: Mapping[str, Any]) -> None:
         """Takes note of one step."""

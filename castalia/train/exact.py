@@ -52,3 +52,16 @@ def exact_behaviour(config: RunConfig, resumed: Checkpoint | None) -> Exact:
         gradient_factor=accumulation if has_pipeline_engine else 1,
         summed_bias_ranks=ranks,
     )
+
+
+def summed_micro_batches(resumed: Checkpoint) -> int:
+    """How many micro-batches' gradients its moments hold the sum of, where a mean was meant; 1 for a mean.
+
+    The current original's pipeline engine adds them up, and it has one even for a single stage.
+    """
+    known, config = resumed.progress.schedule or {}, resumed.config
+    if config is None or resumed.details.get("era", known.get("release")) != "head":
+        return 1
+    if "pipeline_files" in resumed.details:
+        return (config.train.accumulation or 1) if resumed.details["pipeline_files"] else 1
+    return exact_behaviour(config, resumed).gradient_factor  # our own checkpoint of a run that followed the original

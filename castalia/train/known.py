@@ -55,10 +55,10 @@ def corpora(config: RunConfig) -> tuple[Corpus, ...]:
     return tuple(found)
 
 
-def refuse_foreign_tokens(config: RunConfig, found: tuple[Corpus, ...]) -> None:
+def refuse_foreign_tokens(config: RunConfig) -> None:
     """Raises DataError if a corpus holds ids beyond the vocabulary: another tokenizer made it."""
     vocabulary = config.model.vocab_size if config.model else None
-    for corpus in found:
+    for corpus in corpora(config):
         if vocabulary and corpus.largest_id is not None and corpus.largest_id >= vocabulary:
             place = config.place("data.path", "data.train")
             named = f" of {config.tokenizer.path}" if config.tokenizer.path else ""

@@ -17,17 +17,26 @@ from castalia.checkpoint.load import optimizer_state
 from castalia.checkpoint.tensors import Progress, Shard
 from castalia.config.schema import RunConfig
 from castalia.data.loader import Batch, Samples, has_data, open_data
-from castalia.errors import TrainingError
+from castalia.errors import ConfigError, TrainingError
 from castalia.parallel.engine import Engine
 from castalia.parallel.process import process_group
 from castalia.plan.flops import training_flops
 from castalia.train.display import Display, duration
-from castalia.train.folder import TOKENIZER, complete_config, continues, refuse_second_start, run_folder, write_config
+from castalia.train.folder import (
+    TOKENIZER,
+    complete_config,
+    continues,
+    holds_checkpoint,
+    refuse_second_start,
+    run_folder,
+    write_config,
+)
 from castalia.train.hardware import choose_device, keep_freed_memory, peak_flops
+from castalia.train.instruments import Instruments
 from castalia.train.metrics import Metrics, truncate_metrics, write_event
 from castalia.train.report import show_first_loss, show_report
 from castalia.train.schedule import is_save_step
-from castalia.train.start import Session, start
+from castalia.train.start import Session, architecture, find_source, start
 from castalia.train.step import StepResult
 
 Evaluate = Callable[[Engine, Iterable[Batch]], Mapping[str, float]]
@@ -39,7 +48,7 @@ def train(config: RunConfig, evaluate: Evaluate) -> Path:
     folder = run_folder(config)
     in_place = continues(config, folder)
     if not in_place:
-        refuse_second_start(folder)
+        _refuse_folder_in_use(config, folder)
     with process_group(choose_device(config.train.device).type):
         session = start(config)
         with Display(silent=session.engine.rank > 0) as display:
@@ -52,12 +61,18 @@ def train(config: RunConfig, evaluate: Evaluate) -> Path:
     return folder
 
 
+def _refuse_folder_in_use(config: RunConfig, folder: Path) -> None:
+    if config.checkpoint.init_from and holds_checkpoint(folder):
+        architecture(config, find_source(config))  # worse than a folder in use is a checkpoint of another model
+    refuse_second_start(folder)
+
+
 def rehearse(config: RunConfig) -> None:
     """Everything up to and including one step, and a report. Nothing is written."""
     keep_freed_memory()
     folder = run_folder(config)
     if not continues(config, folder):
-        refuse_second_start(folder)
+        _refuse_folder_in_use(config, folder)
     with process_group(choose_device(config.train.device).type):
         _rehearse(start(config), folder)
 
@@ -102,6 +117,7 @@ class Run:
             self.writer = opened.enter_context(writer)
             if self.is_main:
                 self.metrics = opened.enter_context(closing(self._open_folder()))
+            self.instruments = opened.enter_context(self._instruments())
             engine.barrier()  # what dead ranks left is gone before anybody saves
             self.opened = opened.pop_all()
         return self
@@ -115,7 +131,15 @@ class Run:
             truncate_metrics(folder, self.progress.step)
         source = session.source.path if session.source else None
         self._event("start", step=self.progress.step, source=source, data_fingerprint=session.data.fingerprint)
-        return Metrics(folder, self.config.log.tensorboard)
+        return Metrics(folder, self.config)
+
+    def _instruments(self) -> Instruments:
+        engine = self.session.engine
+        if engine.world > 1 and self.config.log.layers_every:
+            raise ConfigError("log.layers_every looks at whole tensors; use one process, or remove it")
+        log = self.config.log if self.is_main else self.config.log.model_copy(update={"profile": None})
+        modules = {f"blocks.{i}": block for model in engine.models for i, block in model.blocks.items()}
+        return Instruments(log, self.folder, modules, engine.parameters)
 
     def _event(self, event: str, **facts: Any) -> None:
         if self.is_main:
@@ -182,7 +206,8 @@ class Run:
         session, done = self.session, self.progress.step
         begin = time.perf_counter()
         try:
-            result = session.step(done, session.batch(done))
+            with self.instruments.around(done + 1, session.step.scaler.scale if session.step.scaler else 1.0):
+                result = session.step(done, session.batch(done))
         except TrainingError as error:
             positions = session.data.positions(done)
             pieces = [[*piece] for position in positions for piece in session.data.pieces(int(position))]

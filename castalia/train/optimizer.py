@@ -113,6 +113,15 @@ def _fresh_state(kind: str, parameter: nn.Parameter, cfg: Optimizer) -> dict[str
     return {"step": step, "row_var": parameter.new_zeros(rows, 1), "col_var": parameter.new_zeros(1, columns)}
 
 
+def average_moments(optimizer: AnyOptimizer, summed: int) -> None:
+    """Turns Adam's averages of sums over so many micro-batches into averages of their means."""
+    for state in optimizer.state.values():
+        if summed > 1 and "exp_avg" in state:
+            state["exp_avg"].div_(summed)
+        if summed > 1 and "exp_avg_sq" in state:
+            state["exp_avg_sq"].div_(summed**2)
+
+
 def set_rate(optimizer: AnyOptimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]

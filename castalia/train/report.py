@@ -5,20 +5,26 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
-from rich.table import Table
 
 from castalia.checkpoint.describe import readable
 from castalia.config.schema import RunConfig, Section
 from castalia.parallel.layout import layout as parallel_layout
 from castalia.parallel.process import world_size
 from castalia.plan.count import count
+from castalia.plan.layout import Layout
+from castalia.plan.report import Known, layout_of, training, warnings
+from castalia.plan.words import clipping, describe_training
 from castalia.train.display import Display
-from castalia.train.schedule import LearningRate
+from castalia.train.exact import summed_micro_batches
+from castalia.train.known import gather
 from castalia.train.start import Session
+
+KNOWS_NOTHING = 0.9  # of ln(vocabulary): above this a model has learnt next to nothing
 
 
 def changed_settings(config: RunConfig) -> Iterator[tuple[str, Any]]:
@@ -36,96 +42,129 @@ def _changed(section: BaseModel, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def show_report(session: Session, display: Display, folder: Path) -> None:
-    config = session.config
+    """Settings, what was loaded, what will happen, and what may surprise. Nothing where the display is silent."""
+    if display.silent:
+        return
+    config, known, layout = session.config, known_to(session), planned_layout(session)
     origins = {path: re.sub(r"\S*/", "", origin) for path, origin in config.origins.items()}  # files without folders
     elsewhere = "the checkpoint" if session.source else "settled here"
-    settings = [
-        (path, _shown(value), origins.get(path, elsewhere if path.startswith("model.") else "settled here"))
-        for path, value in changed_settings(config)
-    ]
-    if display.fancy:
-        table = Table("setting", "value", "from", title="settings that are not the default", title_justify="left")
-        for row in settings:
-            table.add_row(*row)
-        display.console.print(table)
-    else:
-        display.line("settings that are not the default:")
-        for path, value, origin in settings:
-            display.line(f"  {path}: {value}  ({origin})")
+    display.table(
+        "settings that are not the default",
+        ("setting", "value", "from"),
+        [
+            (path, _shown(value), origins.get(path, elsewhere if path.startswith("model.") else "settled here"))
+            for path, value in changed_settings(config)
+        ],
+    )
     for note in config.notes:
         display.line(f"note: {note}", "yellow")
-    for name, text in facts(session, folder):
+    for name, text in facts(session, folder, known, layout):
         display.line(f"{name:<14}{text}")
-    if session.loaded is None:
-        count = readable(parameter_count(session))
-        display.line(f"TRAINING BEGINS FROM RANDOM WEIGHTS: {count} parameters, nothing was loaded", "bold yellow")
+    for warning in warnings(config, known, layout):
+        display.line(f"warning: {warning}", "yellow")
+    if session.source is None:
+        number = readable(parameter_count(session))
+        display.line(f"TRAINING BEGINS FROM RANDOM WEIGHTS: {number} parameters, nothing was loaded", "bold yellow")
+        return
+    display.line(f"{'loaded':<14}{session.loaded} ({session.source.path})")
+    for note in (*(session.loaded.notes if session.loaded else ()), *session.source.notes):
+        display.line(f"{'':<14}{note}")
+    display.table("restored and reset", ("what", "how", "because"), list(restored(session)))
 
 
 def show_first_loss(session: Session, loss: float, display: Display) -> None:
+    """The first loss beside that of a model which knows nothing: what was loaded is expected to know something."""
     assert session.config.model is not None and session.config.model.vocab_size is not None
     uniform = math.log(session.config.model.vocab_size)
     display.line(f"first batch: loss {loss:.4f}; a model that knows nothing has ln(vocabulary) = {uniform:.4f}")
+    if session.source is not None and loss > KNOWS_NOTHING * uniform:
+        display.line(
+            "warning: what was loaded knows no more about this data than random weights: the corpus may belong to "
+            "another tokenizer, or the checkpoint may hold a model that was never trained; "
+            f"see `castalia inspect {session.source.path}` and `castalia data batch CONFIG --step 0`",
+            "bold yellow",
+        )
 
 
-def facts(session: Session, folder: Path) -> Iterator[tuple[str, str]]:
+def known_to(session: Session) -> Known:
+    return replace(gather(session.config), rate=session.step.rate, device=session.device.type)
+
+
+def planned_layout(session: Session) -> Layout:
+    """The layout of this run as plan describes it. One process takes any config: it does the work of all ranks."""
+    config, engine, plan = session.config, session.engine, session.plan
+    if engine.world > 1:
+        return layout_of(config, engine.world)[0]
+    recompute = config.train.recompute
+    return Layout(micro_batch=plan.micro_batch_size, accumulation=plan.accumulation, recompute=recompute)
+
+
+def facts(session: Session, folder: Path, known: Known, layout: Layout) -> Iterator[tuple[str, str]]:
     """What is about to happen, as pairs of a name and a text."""
-    config, plan, progress = session.config, session.plan, session.progress
+    config, progress = session.config, session.progress
     assert config.model is not None
-    tokens, last = session.tokens_per_step, session.last
     vocabulary = f"vocabulary {config.model.vocab_size:,} padded to {config.model.padded_vocab_size:,}"
     yield "model", f"{parameter_count(session):,} parameters, {vocabulary}"
-    split = f"micro-batch {plan.micro_batch_size} x accumulation {plan.accumulation}"
-    yield "batch", f"{plan.batch_size} sequences x {config.data.seq_length} = {tokens:,} tokens a step ({split})"
-    if larger := _larger_layout(config):
-        yield "layout", larger
-    yield "steps", f"{progress.step:,} done of {last:,}, {tokens * last:,} tokens in all"
-    yield "learning rate", describe_rate(session.step.rate, progress.step - progress.skipped, last)
-    yield "clipping", _clipping(session)
-    scale = f", loss scale {session.step.scaler.scale:g}" if session.step.scaler else ""
-    compute = config.precision.compute
-    yield "precision", f"{compute} compute, fp32 parameters and optimizer, on {session.device}{scale}"
-    yield "evaluation", _evaluation(config)
-    yield "saved", f"{describe_saves(config)}, in {folder}"
-    if session.loaded is not None and session.source is not None:
-        yield "loaded", f"{session.loaded} ({session.source.path})"
-        for note in (*session.loaded.notes, *session.source.notes):
-            yield "", note
-        yield "", _restored(session)
+    yield "device", f"{session.device}, {_processes(config)}"
+    planned = training(config, known, layout)
+    planned["clipping"] = _clipping(session)
+    if session.step.scaler:
+        planned["precision"] += f", now {session.step.scaler.scale:g}"
+    planned["saved"] += f", in {folder}"
+    for name, text in describe_training(planned):
+        yield name, text
+        if name == "the run" and progress.step:
+            now = session.step.rate(progress.step - progress.skipped)
+            yield "", f"{progress.step:,} steps are done; the next one's learning rate is {now:.3g}"
 
 
-def _larger_layout(config: RunConfig) -> str | None:
-    layout = config.parallel
-    sizes = f"tp {layout.tp} x pp {layout.pp} x cp {layout.cp} on {layout.gpus or 'any number of'} devices"
-    if world_size() > 1:
-        return f"{parallel_layout(layout, world_size())} on {world_size()} processes"
+def _processes(config: RunConfig) -> str:
+    layout, world = config.parallel, world_size()
+    if world > 1:
+        return f"{parallel_layout(layout, world)} on {world} processes"
     if max(layout.tp, layout.pp, layout.cp, layout.gpus or 1) == 1:
-        return None
-    return f"one process; the config's {sizes} is a larger job of the same batch and results"
+        return "one process"
+    sizes = f"tp {layout.tp} x pp {layout.pp} x cp {layout.cp} on {layout.gpus or 'any number of'} devices"
+    number = layout.gpus or layout.tp * layout.pp * layout.cp
+    return f"one process: {sizes} makes the same batches and results sooner (--nproc {number} starts it here)"
 
 
-def _restored(session: Session) -> str:
+def restored(session: Session) -> Iterator[tuple[str, str, str]]:
+    """What a checkpoint gave the run and what starts anew: thing, what became of it, why."""
+    config, source, progress = session.config, session.source, session.progress
+    assert source is not None and session.loaded is not None
+    yield "weights", "restored", f"{session.loaded.loaded} of {session.loaded.expected} tensors"
     if not session.resumed:
-        return "init_from: only weights are taken; optimizer, schedule and data position start anew"
-    moments = "restored" if session.config.checkpoint.load_optimizer else "start anew (checkpoint.load_optimizer=false)"
-    return f"resume: optimizer moments {moments}; schedule and data go on after step {session.progress.step}"
-
-
-def describe_rate(rate: LearningRate, updates: int, last: int) -> str:
-    warmup = f"warm-up {rate.warmup:g} steps to {rate.peak:g}" if rate.warmup else f"no warm-up, {rate.peak:g}"
-    return f"{rate(updates):.3g} first, {rate(last - 1):.3g} last; {warmup}, {rate.style} until step {rate.end:,}"
-
-
-def describe_saves(config: RunConfig) -> str:
-    saves = config.checkpoint
-    parts = [f"every {saves.every} steps"] if saves.every else []
-    if saves.log_base:
-        parts.append(f"powers of {saves.log_base:g}" + (f" up to {saves.log_until}" if saves.log_until else ""))
-    if saves.steps:
-        parts.append("steps " + ", ".join(map(str, saves.steps[:12])) + (", ..." if len(saves.steps) > 12 else ""))
-    if saves.keep_last:
-        milestones = f" and multiples of {saves.keep_every}" if saves.keep_every else ""
-        parts.append(f"keeping the last {saves.keep_last}{milestones}")
-    return "; ".join([*parts, "the last step"]) + ("" if saves.save_optimizer else "; without optimizer state")
+        new = "init_from begins a new run"
+        yield "fp32 masters", "reset", "made from the weights, which they then are"
+        yield "moments", "reset", f"{new}: averages of other gradients would mislead it"
+        if session.step.scaler:
+            yield "loss scale", "reset", f"{new}: it starts at {session.step.scaler.scale:g}"
+        yield "schedule", "reset", f"{new}: its learning rate warms up and decays by this config"
+        yield "step", "reset", f"{new}: the first step is 1 of {session.last:,}"
+        yield "data position", "reset", f"{new}: it begins with the first batch of its own data"
+        yield "randomness", "reset", f"{new}: dropout follows from seed {config.seed}, step and micro-batch"
+        return
+    if config.checkpoint.load_optimizer:
+        yield "fp32 masters", "restored", "the optimizer's own copies" if source.format != "native" else "the weights"
+        summed = 1 if config.neox_exact else summed_micro_batches(source)
+        why = f"of {len(source.optimizer or ())} tensors"
+        if summed > 1:
+            why += f", divided by {summed} and {summed}^2: the original's pipeline engine had added up {summed} micro-"
+            why += "batches where their mean was meant"
+        yield "moments", "restored", why
+    else:
+        yield "fp32 masters", "reset", "checkpoint.load_optimizer=false: made from the weights"
+        yield "moments", "reset", "checkpoint.load_optimizer=false"
+    if session.step.scaler:
+        how = "restored" if progress.loss_scale else "reset"
+        why = "" if progress.loss_scale else "the checkpoint stores none: "
+        yield "loss scale", how, f"{why}{session.step.scaler.scale:g}"
+    by = "the config's" if config.checkpoint.schedule_from == "config" or not progress.schedule else "the checkpoint's"
+    yield "schedule", "restored", f"after {progress.step - progress.skipped:,} updates, by {by}"
+    yield "step", "restored", f"the next one is {progress.step + 1:,} of {session.last:,}"
+    yield "data position", "restored", "a batch is a function of the step, so nothing is read twice or left out"
+    yield "randomness", "restored", f"dropout follows from seed {config.seed}, step and micro-batch"
 
 
 def parameter_count(session: Session) -> int:
@@ -134,17 +173,10 @@ def parameter_count(session: Session) -> int:
 
 
 def _clipping(session: Session) -> str:
-    if session.step.clip_norm:
-        return f"gradients are scaled down to a norm of {session.step.clip_norm:g}"
-    if session.config.optimizer.clip_norm:
-        return f"off: the original ignores clip_norm={session.config.optimizer.clip_norm:g} (neox_exact)"
-    return "off"
-
-
-def _evaluation(config: RunConfig) -> str:
-    if not config.eval.every or not config.eval.batches:
-        return "none during training"
-    return f"every {config.eval.every} steps on {config.eval.batches} batches"
+    wanted = session.config.optimizer.clip_norm
+    if session.step.clip_norm is None and wanted:
+        return f"off: the original ignores clip_norm={wanted:g} (neox_exact)"
+    return clipping(session.config.model_copy(update={"neox_exact": False}))
 
 
 def _shown(value: Any) -> str:

@@ -20,10 +20,11 @@ from castalia.errors import CheckpointError, ConfigError, TrainingError
 from castalia.parallel.engine import Engine, one_process
 from castalia.parallel.layout import layout
 from castalia.parallel.process import main_first, world_size
-from castalia.train.exact import Exact, exact_behaviour
+from castalia.train.exact import Exact, exact_behaviour, summed_micro_batches
 from castalia.train.folder import holds_checkpoint, run_folder
 from castalia.train.hardware import DTYPES, choose_device, choose_dtype
-from castalia.train.optimizer import LossScaler, make_optimizer
+from castalia.train.known import refuse_foreign_tokens
+from castalia.train.optimizer import LossScaler, average_moments, make_optimizer
 from castalia.train.rules import AnyOptimizer
 from castalia.train.schedule import learning_rate, resumed_learning_rate
 from castalia.train.step import TrainStep
@@ -85,6 +86,7 @@ def start(config: RunConfig) -> Session:
     with main_first():  # it builds the index files that the others then find
         data = open_data(config, "train")
     refuse_other_data(config, data, source)
+    refuse_foreign_tokens(config)
     device = choose_device(config.train.device)
     dtype = DTYPES[config.precision.compute]
     engine = make_engine(config, dtype, device, plan)
@@ -106,6 +108,8 @@ def start(config: RunConfig) -> Session:
         if exact.adam_steps_ahead:
             for state in optimizer.state.values():
                 state["step"] += exact.adam_steps_ahead
+        if not config.neox_exact:
+            average_moments(optimizer, summed_micro_batches(source))
     rate = learning_rate(config, config.train.steps, exact.release)
     step = TrainStep(
         engine,
@@ -162,8 +166,8 @@ def find_source(config: RunConfig) -> Checkpoint | None:
 
 def resolve(config: RunConfig, source: Checkpoint | None) -> tuple[RunConfig, Tokenizer | None]:
     """The config with nothing left to infer, and the tokenizer that it names."""
+    model = architecture(config, source)  # first: training another model than meant is the worst of all mistakes
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer.path or config.tokenizer.kind else None
-    model = architecture(config, source)
     vocab_size = model.vocab_size or (tokenizer.vocab_size if tokenizer else None)
     if vocab_size is None:
         raise ConfigError("the vocabulary is unknown: give tokenizer.path, or model.vocab_size without a tokenizer")

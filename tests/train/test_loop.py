@@ -78,8 +78,8 @@ def test_the_report_tells_all_that_matters(tiny, tmp_path, capsys):
         "data.seq_length: 16  (command line)",
         "41,920 parameters, vocabulary 257 padded to 257",
         "8 sequences x 16 = 128 tokens a step (micro-batch 4 x accumulation 2)",
-        "0.01 first, 0 last; warm-up 0.1 steps to 0.01, cosine until step 10",
-        "less than one step: there is no warm-up",
+        "0.01 first, 0 last, 0.01 at most; cosine until step 10",
+        "the warm-up is shorter than a step",
         "gradients are scaled down to a norm of 1",
         "fp32 compute",
         "every 10 steps; steps 0, 3; the last step",
@@ -226,7 +226,7 @@ def test_weights_alone_start_a_new_run(straight, tiny, tmp_path, capsys):
     train(tiny(tmp_path / "run", f"checkpoint.init_from={straight}", "train.steps=2", "eval.every=null"))
     said = capsys.readouterr().out
     assert "loaded        28 of 28 tensors, 41.92K parameters, Castalia, step 20" in said
-    assert "only weights are taken" in said
+    assert "moments: reset  (init_from begins a new run" in said
     assert "RANDOM" not in said
     (first, loss, _, _), *_ = losses(tmp_path / "run")
     assert first == 1
