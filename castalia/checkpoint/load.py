@@ -10,12 +10,12 @@ from typing import Any, Protocol
 
 import torch
 
-from castalia.checkpoint.describe import describe, readable
+from castalia.checkpoint.describe import describe, readable, tokenizer_settings
 from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.rules import drift
 from castalia.checkpoint.stored import StoredTensor
 from castalia.checkpoint.tensors import Checkpoint, Shard, TensorRef
-from castalia.config.schema import Model, Tokenizer
+from castalia.config.schema import Model
 from castalia.errors import CheckpointError
 from castalia.model.transformer import Transformer
 from castalia.plan.count import tensor_shapes
@@ -166,15 +166,10 @@ def load_tokenizer_for(checkpoint: Checkpoint):  # noqa: ANN201 - any of the tok
     """The tokenizer that a checkpoint was trained with: the run's copy, else what the config names."""
     from castalia.data.tokenizer import load_tokenizer
 
-    if checkpoint.config is None:
+    settings = tokenizer_settings(checkpoint)
+    if settings is None:
         raise CheckpointError(f"{checkpoint.path} does not name its tokenizer; give one with --tokenizer")
-    folder = Path(checkpoint.path)
-    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
-    if (run / "tokenizer").is_dir():
-        return load_tokenizer(Tokenizer(path=str(run / "tokenizer")))
-    given = checkpoint.config.tokenizer
-    found = {key: _beside(run, getattr(given, key)) for key in ("path", "merges")}
-    return load_tokenizer(given.model_copy(update=found))
+    return load_tokenizer(settings)
 
 
 def _check(
@@ -216,8 +211,3 @@ def _fill(shard: Shard, source: TensorRef) -> None:
         if rows:
             target[:rows].copy_(source.read(slices))
         target[rows:].zero_()
-
-
-def _beside(folder: Path, path: str | None) -> str | None:
-    """A relative path means one below `folder` where that exists, else one below the working directory."""
-    return str(folder / path) if path is not None and (folder / path).exists() else path

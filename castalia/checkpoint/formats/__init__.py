@@ -22,11 +22,14 @@ STEP_FOLDER = re.compile(r"(?:global_)?step_?(\d+)")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w.-]+(/[\w.-]+)*)?")
 
 
-def open_checkpoint(path: str | Path, *, step: int | None = None, **hints: object) -> Checkpoint:
+def open_checkpoint(
+    path: str | Path, *, step: int | None = None, tolerant: bool = False, **hints: object
+) -> Checkpoint:
     """Open any checkpoint; nothing but directories and headers is read.
 
     `step` selects one of several. Other hints are the reader's: `config`, `tokenizer`, `gqa_rows`, `rms_eps`; None is
-    no hint. Raises CheckpointError when there is no checkpoint, or when a hint does not apply to its format.
+    no hint. `tolerant`: a config that is of another model is told in the details instead of refused, so that the files
+    can be looked into. Raises CheckpointError when there is no checkpoint, or when a hint does not apply to its format.
     """
     folder = find_folder(path, step)
     name = detect(folder)
@@ -34,7 +37,10 @@ def open_checkpoint(path: str | Path, *, step: int | None = None, **hints: objec
         raise CheckpointError(_nothing_found(folder))
     reader = import_module(FORMATS[name]).read
     hints = {key: value for key, value in hints.items() if value is not None}
-    if unknown := hints.keys() - inspect.signature(reader).parameters.keys():
+    accepted = inspect.signature(reader).parameters.keys()
+    if tolerant and "tolerant" in accepted:
+        hints["tolerant"] = True
+    if unknown := hints.keys() - accepted:
         raise CheckpointError(f"{folder} is a {name} checkpoint, for which {', '.join(sorted(unknown))} has no meaning")
     checkpoint = reader(folder, **hints)
     if step is not None and checkpoint.progress.step != step:

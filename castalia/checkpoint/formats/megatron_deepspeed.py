@@ -9,7 +9,7 @@ from typing import Any
 from castalia.checkpoint.formats import deepspeed
 from castalia.checkpoint.formats.assemble import adam_states, layout, progress, weight_dtype
 from castalia.checkpoint.formats.deepspeed import BUFFERS, LAYER, Folder
-from castalia.checkpoint.formats.neox_model import Held, merge, observed
+from castalia.checkpoint.formats.neox_model import Held, compare, merge, observed, stored_arguments
 from castalia.checkpoint.formats.neox_rules import MEGATRON, megatron_qkv, table
 from castalia.checkpoint.rules import to_ours
 from castalia.checkpoint.tensors import Checkpoint
@@ -27,17 +27,21 @@ def detect(path: Path) -> bool:
     return bool({1, 3} & positions) and not {0, 2} & positions
 
 
-def read(path: str | Path, config: str | Path | None = None, tokenizer: str | None = None) -> Checkpoint:
+def read(
+    path: str | Path, config: str | Path | None = None, tokenizer: str | None = None, tolerant: bool = False
+) -> Checkpoint:
     """Open a step's folder; no tensor is read. `config`, `tokenizer`: in place of what the files say.
 
-    Raises CheckpointError for gaps, damage, and models that ours has no equal of.
+    Raises CheckpointError for gaps, damage, models that ours has no equal of, and a config of another model;
+    `tolerant` lists the differences in the checkpoint's details instead.
     """
     folder = deepspeed.scan(Path(path))
     held = deepspeed.weights(folder)
     given = load_config(config) if config else None
     found = observed(held, MEGATRON, folder.args, given.model if given else None, folder.path)
     settings = found | _from_arguments(folder, held)
-    model = merge(given.model if given else None, settings, {}, folder.path, str(config))
+    model = merge(given.model if given else None, settings, {})
+    other = compare(given.model if given else None, model, folder.path, str(config), tolerant)
     version = float(folder.first.get("checkpoint_version", 0 if folder.states else 3))
     rules = table(MEGATRON, model, folder.tp, megatron_qkv(model, folder.tp, version))
     ranks = deepspeed.optimizer_ranks(folder, held, MEGATRON.embedding, model.tie_embeddings)
@@ -56,7 +60,13 @@ def read(path: str | Path, config: str | Path | None = None, tokenizer: str | No
         progress=progress(folder, run, fp16=dtype == "float16"),
         config=run,
         notes=tuple(notes),
-        details={**layout(folder), "dtype": dtype, "checkpoint_version": version},
+        details={
+            **layout(folder),
+            "dtype": dtype,
+            "checkpoint_version": version,
+            **stored_arguments(folder.args),
+            **other,
+        },
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from castalia.checkpoint.formats import deepspeed
 from castalia.checkpoint.formats.assemble import adam_states, layout, progress, weight_dtype
 from castalia.checkpoint.formats.deepspeed import BUFFERS, LAYER, RANK_STATE, STATE, Folder
-from castalia.checkpoint.formats.neox_model import Held, config_files, merge, observed
+from castalia.checkpoint.formats.neox_model import Held, compare, config_files, merge, observed, stored_arguments
 from castalia.checkpoint.formats.neox_rules import HEAD, LEGACY, W123, GqaRows, Names, neox_qkv, table
 from castalia.checkpoint.rules import to_ours
 from castalia.checkpoint.tensors import Checkpoint
@@ -38,13 +38,14 @@ def read(
     tokenizer: str | None = None,
     gqa_rows: GqaRows | None = None,
     rms_eps: Literal["inside", "outside"] | None = None,
+    tolerant: bool = False,
 ) -> Checkpoint:
     """Open a step's folder; no tensor is read.
 
     `config`, `tokenizer`: in place of the training config in the folder, and of the tokenizer that it names.
     `gqa_rows`, `rms_eps`: how grouped queries are ordered and where RMSNorm's epsilon stands, which the files do not
     tell; without these hints both are guessed from DeepSpeed's version, with a note. Raises CheckpointError for gaps,
-    damage and a config of another model.
+    damage and a config of another model; `tolerant` lists the differences in the checkpoint's details instead.
     """
     folder = deepspeed.scan(Path(path))
     run = _config(folder, config)
@@ -58,7 +59,11 @@ def read(
         held = deepspeed.weights(folder)
     era = _era(folder, held)
     found = observed(held, ERAS[era], folder.args, run.model if run else None, folder.path)
-    model, guess_note = _model(folder, run, found, config)
+    given = run.model if run else None
+    guesses = {} if given else {name: value for name, value in _guesses(found).items() if name not in found}
+    model = merge(given, found, guesses)
+    source = str(config or ", ".join(file.name for file in config_files(folder.path)))
+    other = compare(given, model, folder.path, source, tolerant)
     model, epsilon_note = _place_epsilon(folder, era, model, run, rms_eps)
     rows, rows_note = _rows(folder, era, model, gqa_rows)
     rules = table(ERAS[era], model, folder.tp, neox_qkv(model, folder.tp, rows))
@@ -71,8 +76,8 @@ def read(
     run = (run or RunConfig(data=_data(folder))).model_copy(update=changes)
     dtype = weight_dtype(held)
     stored_steps = ranks is not None and all(step is not None for rank in ranks for step in rank.step.values())
-    facts = {"era": era, "dtype": dtype, "gqa_rows": rows, "adam_steps_stored": stored_steps}
-    notes = (guess_note, epsilon_note, rows_note, optimizer_note, summed_note)
+    facts = {"era": era, "dtype": dtype, "gqa_rows": rows, "adam_steps_stored": stored_steps, "guess": tuple(guesses)}
+    notes = (_guess_note(guesses) if guesses else "", epsilon_note, rows_note, optimizer_note, summed_note)
     return Checkpoint(
         path=str(path),
         format="neox",
@@ -81,7 +86,7 @@ def read(
         progress=progress(folder, run, fp16=dtype == "float16"),
         config=run,
         notes=tuple(note for note in notes if note),
-        details={**layout(folder), **facts},
+        details={**layout(folder), **facts, **stored_arguments(folder.args), **other},
         summed_bias_ranks=summed,
     )
 
@@ -99,15 +104,9 @@ def _era(folder: Folder, held: Held) -> str:
     return "v2" if folder.version else "v1"
 
 
-def _model(folder: Folder, run: RunConfig | None, found: Mapping[str, Any], given: object) -> tuple[Model, str]:
-    """The architecture, and what to say about guesses in it."""
-    if run is None or run.model is None:
-        guesses = {name: value for name, value in _guesses(found).items() if name not in found}
-        listed = ", ".join(f"{name}={value}" for name, value in guesses.items())
-        note = f"no training config lies with the files, so {listed} are guesses; give the config with --config"
-        return merge(None, found, guesses, folder.path, ""), note
-    source = str(given) if given else ", ".join(file.name for file in config_files(folder.path))
-    return merge(run.model, found, {}, folder.path, source), ""
+def _guess_note(guesses: Mapping[str, Any]) -> str:
+    listed = ", ".join(f"{name}={value}" for name, value in guesses.items())
+    return f"no training config lies with the files, so {listed} are guesses; give the config with --config"
 
 
 def _guesses(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -73,26 +73,39 @@ def observed(held: Held, names: Names, args: Mapping[str, Any], config: Model | 
     return found | _position(held, names, first, head_size, args, config)
 
 
-def merge(
-    config: Model | None, found: Mapping[str, Any], defaults: Mapping[str, Any], path: Path, source: str
-) -> Model:
-    """The config's model with what the tensors tell. Raises CheckpointError where they are of different models."""
+def merge(config: Model | None, found: Mapping[str, Any], defaults: Mapping[str, Any]) -> Model:
+    """The config's model, or the defaults, with what the tensors tell in place of what they contradict."""
+    return Model(**{**(defaults if config is None else config.model_dump()), **found})
+
+
+def compare(config: Model | None, model: Model, path: Path, source: str, tolerant: bool) -> dict[str, object]:
+    """Raises CheckpointError if a config cannot be that of the tensors' model.
+
+    `tolerant`: gives instead what a checkpoint's details should tell of it.
+    """
     if config is None:
-        return Model(**{**defaults, **found})
-    ours = Model(**{**config.model_dump(), **found})
-    different = [name for name in MUST_AGREE if getattr(config, name) != getattr(ours, name)]
-    if not ours.gated_mlp and config.mlp_width != ours.mlp_width:
-        different.append("mlp_width")  # of gated models the original derives the width in several ways
-    if different:
-        lines = "".join(
-            f"\n  model.{name}: {getattr(ours, name)} in the tensors, {getattr(config, name)} in the config"
-            for name in different
-        )
+        return {}
+    names = list(MUST_AGREE)
+    if not model.gated_mlp:
+        names.append("mlp_width")  # of gated models the original derives the width in several ways
+    lines = [
+        f"{name}: {getattr(model, name)} in the tensors, {getattr(config, name)} in the config {source}"
+        for name in names
+        if getattr(model, name) != getattr(config, name)
+    ]
+    if lines and not tolerant:
         raise CheckpointError(
-            f"{path}: the config {source} is of another model:{lines}\nName the right one with --config, "
-            "or move the wrong one out of the folder"
+            f"{path}: the config is of another model:"
+            + "".join(f"\n  model.{line}" for line in lines)
+            + "\nName the right one with --config, or move the wrong one out of the folder"
         )
-    return ours
+    return {"disagreements": lines, "other_model": config} if lines else {}
+
+
+def stored_arguments(args: Mapping[str, Any]) -> dict[str, object]:
+    """For a checkpoint's details: the settings that the training program's stored arguments tell."""
+    names = {"num_attention_heads": "num_heads", "max_position_embeddings": "max_positions"}
+    return {"stored arguments": tuple(ours for theirs, ours in names.items() if args.get(theirs))}
 
 
 def _count_layers(held: Held, names: Names, fused: str, args: Mapping[str, Any], path: Path) -> int:

@@ -1,0 +1,182 @@
+"""`castalia inspect`: what is inside a checkpoint of any format, in words and figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from castalia.checkpoint.tensors import Checkpoint
+
+ERAS = {
+    "v1": "v1, the stack of Pythia and the 20B (to early 2023)",
+    "v2": "v2, DeepSpeed 0.8 or later (from March 2023)",
+    "w1-w3": "v2 with the matrices w1, w2, w3 of gated MLPs (May 2023 to September 2024)",
+    "head": "the newest, one MLP class for all (from September 2024)",
+}
+
+
+def command(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="a run, a checkpoint of any format, a cached hub id")],
+    tensors: Annotated[bool, typer.Option("--tensors", help="list every tensor; read all values, verify them")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one object with everything")] = False,
+    config: Annotated[str | None, typer.Option(help="the training config, in place of the folder's")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="tokenizer file; tells the size without padding")] = None,
+    gqa_rows: Annotated[Literal["old", "new"] | None, typer.Option(help="row order of NeoX's grouped queries")] = None,
+    rms_eps: Annotated[
+        Literal["inside", "outside"] | None, typer.Option(help="where NeoX's RMSNorm has its epsilon")
+    ] = None,
+    step: Annotated[int | None, typer.Option(help="which of several checkpoints; default: the latest")] = None,
+) -> None:
+    """What is inside a checkpoint of any format.
+
+    Names and headers are read, and a sample of the values: hundreds of gigabytes take a second or two.
+    """
+    from castalia.checkpoint.formats import open_checkpoint
+    from castalia.checkpoint.inspect import report
+
+    hints = {"config": config, "gqa_rows": gqa_rows, "rms_eps": rms_eps}
+    checkpoint = open_checkpoint(path, step=step, tolerant=True, **hints)
+    found = report(checkpoint, _vocabulary(checkpoint, tokenizer), full=tensors)
+    if as_json:
+        print(json.dumps(found, indent=1, default=str))
+    else:
+        print_report(found)
+
+
+def _vocabulary(checkpoint: Checkpoint, given: str | None) -> tuple[int | None, str]:
+    """The number of ids without padding, and where it is known from. Raises DataError for a file that is not there."""
+    from castalia.checkpoint.describe import tokenizer_settings
+    from castalia.cli.plan import tokenizer_size
+    from castalia.config.schema import RunConfig, Tokenizer
+    from castalia.errors import DataError
+
+    if given and not Path(given).exists():
+        raise DataError(f"--tokenizer {given}: there is no such file or folder")
+    settings = Tokenizer(path=given) if given else tokenizer_settings(checkpoint)
+    return tokenizer_size(RunConfig(tokenizer=settings)) if settings else (None, "")
+
+
+def print_report(found: Mapping[str, Any]) -> None:
+    from castalia.cli.plan_text import print_table
+
+    print(f"{found['path']}\n{found['meaning']}\n")
+    print_table("checkpoint", ["", ""], list(_about(found)))
+    facts = found["architecture"]
+    rows = [[name.replace("_", " "), _shown(fact["value"]), fact["source"]] for name, fact in facts.items()]
+    print_table("architecture", ["", "value", "from"], rows)
+    header = ["", "tensors", "mean", "std", "lowest", "highest", "beside its start"]
+    print_table("values" + _how_many(found), header, list(_values(found)))
+    if "tensors" in found:
+        header = ["tensor", "shape", "dtype", "mean", "std", "lowest", "highest", "zero rows"]
+        print_table("tensors", header, [_tensor(each) for each in found["tensors"]])
+    for title, key in (("DISAGREEMENT", "disagreements"), ("ANOMALY", "anomalies"), ("note", "notes")):
+        for line in found[key]:
+            print(f"{title}: {line}")
+    if not found["anomalies"]:
+        print("no anomalies" + ("" if "tensors" in found else " in the sample; --tensors reads everything"))
+
+
+def _about(found: Mapping[str, Any]) -> Iterator[list[str]]:
+    from castalia.cli.plan_text import gib
+
+    files, progress, sizes, counts = found["files"], found["progress"], found["bytes"], found["parameters"]
+    yield ["format", _title(found)]
+    yield ["layout", _layout(files)]
+    if found["format"] != "huggingface" or progress["step"]:
+        skipped = f", {progress['skipped']:,} of them skipped" if progress["skipped"] else ""
+        tokens = f", {progress['tokens']:,} tokens" if progress["tokens"] else ""
+        yield ["step", f"{progress['step']:,}{skipped}{tokens}"]
+    yield ["parameters", f"{counts['total']:,}"]
+    yield ["  without embeddings", f"{counts['non_embedding']:,}"]
+    if counts["as_the_original_counts"] not in (None, counts["total"]):
+        yield ["  as GPT-NeoX counts", f"{counts['as_the_original_counts']:,} (copies on every rank)"]
+    yield ["bytes", f"{sizes['total']:,} ({gib(sizes['total'])})"]
+    for kind in ("weights", "masters", "moments", "rest"):
+        each = f", {sizes[kind] / counts['total']:.3g} for each parameter" if kind != "rest" and counts["total"] else ""
+        if sizes[kind]:
+            yield [f"  {kind}", f"{sizes[kind]:,}{each}"]
+    yield ["precision", ", ".join(f"{kind} {dtype}" for kind, dtype in found["precision"].items())]
+    yield from _training(found)
+
+
+def _training(found: Mapping[str, Any]) -> Iterator[list[str]]:
+    optimizer, words = found["optimizer"], found["vocabulary"]
+    if optimizer:
+        steps = ", ".join(f"{step:,}" for step in optimizer["steps"])
+        yield ["optimizer", f"{optimizer['name']}, step {steps}, {optimizer['tensors']} of {optimizer['of']} tensors"]
+        if optimizer["loss_scale"]:
+            yield ["loss scale", ", ".join(f"{name} {value:g}" for name, value in optimizer["loss_scale"].items())]
+    else:
+        yield ["optimizer", "none stored"]
+    if schedule := found["progress"]["stored_schedule"]:
+        yield ["stored schedule", ", ".join(f"{name} {_shown(value)}" for name, value in schedule.items())]
+    if words["rows"]:
+        logical = f", {words['logical']:,} of them used ({words['source']})" if words["logical"] else ""
+        yield ["vocabulary", f"{words['rows']:,} rows{logical}"]
+    if words["tokenizer"] and any(words["tokenizer"].values()):
+        yield ["tokenizer", " ".join(str(value) for value in words["tokenizer"].values() if value)]
+
+
+def _title(found: Mapping[str, Any]) -> str:
+    from castalia.checkpoint.describe import TITLES
+
+    files = found["files"]
+    kind = ERAS.get(files.get("era"), "") or files.get("model_type", "")
+    version = f"DeepSpeed {files['version']}" if "version" in files else ""
+    return ", ".join(part for part in (TITLES[found["format"]], kind, version) if part)
+
+
+def _layout(files: Mapping[str, Any]) -> str:
+    parts = [f"{axis.upper()} {files[axis]}" for axis in ("tp", "pp", "dp") if axis in files]
+    parts += [f"ZeRO {files['zero']}"] if files.get("zero") else []
+    parts += ["layer files" if files["pipeline_files"] else "one file a rank"] if "pipeline_files" in files else []
+    return ", ".join([*parts, f"{files['count']:,} files"])
+
+
+def _how_many(found: Mapping[str, Any]) -> str:
+    if "tensors" in found:
+        return f" (all {found['parameters']['total']:,})"
+    return f" (a sample of {found['sampled_values']:,}; --tensors reads all)"
+
+
+def _values(found: Mapping[str, Any]) -> Iterator[list[str]]:
+    for row in found["statistics"]:
+        figures = [_shown(row[name]) for name in ("mean", "std", "low", "high")]
+        yield [row["kind"], str(row["tensors"]), *figures, _start(row, found["step"])]
+
+
+def _start(row: Mapping[str, Any], step: int) -> str:
+    """How the values compare with what they began as."""
+    if not row["methods"]:
+        return ""
+    start, fits = row["start"], row["fits"]
+    if step > 0 and start:
+        began = row["methods"][start]
+        return f"{row['std'] / began:.2f} x {start}'s {began:.3g}"
+    if start and start in fits:
+        return f"{start}, {row['methods'][start]:.3g}: fits"
+    if start:
+        also = f", but {', '.join(fits)} does" if fits else ""
+        return f"{start}, {row['methods'][start]:.3g}: does not fit{also}"
+    if step == 0 and fits:
+        return f"like {', '.join(fits)}"
+    nearest = min(row["methods"], key=lambda name: abs(row["std"] - row["methods"][name]))
+    return f"nearest {nearest}, {row['methods'][nearest]:.3g}"
+
+
+def _tensor(each: Mapping[str, Any]) -> list[str]:
+    shape = " x ".join(map(str, each["shape"])) or "1"
+    return [each["name"], shape, each["dtype"], *(_shown(each[n]) for n in ("mean", "std", "low", "high", "zero_rows"))]
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
