@@ -23,6 +23,7 @@ import numpy as np
 from castalia.config.batch import BatchPlan
 from castalia.config.load import load_config
 from castalia.config.schema import Model
+from castalia.data.loader import Batch
 from castalia.plan.flops import training_flops
 
 # Largest relative difference of losses: fp32 sums in another order; bf16 rounds every activation.
@@ -39,17 +40,11 @@ class Work:
     allocator: str
 
 
-@dataclass(frozen=True)
-class Batch:
-    tokens: np.ndarray
-    labels: np.ndarray
-
-
 def batch_of(step: int, work: Work) -> Batch:
     """Random tokens; the last of each row predicts nothing, as transformers has it."""
     tokens = np.random.default_rng(step).integers(0, work.model.vocab_size, (work.batch, work.seq))
     labels = np.concatenate([tokens[:, 1:], np.full((work.batch, 1), -100)], axis=1)
-    return Batch(tokens, labels)
+    return Batch(tokens, labels, labels != -100)
 
 
 def our_model(work: Work, **options):
