@@ -288,9 +288,34 @@ class Checkpoint(Section):
         return None not in (self.resume, self.dir) and normpath(str(self.resume)) == normpath(str(self.dir))
 
 
+class Wandb(Section):
+    """Weights & Biases. Its key comes from `wandb login` or the environment, never from a config."""
+
+    project: str = "castalia"
+    name: str | None = None
+    group: str | None = None
+    team: str | None = None
+    host: str | None = Field(None, description="address of a server of your own")
+    mode: Literal["online", "offline", "disabled"] | None = Field(None, description="None: as WANDB_MODE says")
+
+
+class Profile(Section):
+    """A trace and a summary of some steps; on a GPU also a snapshot of its memory."""
+
+    start: PositiveInt = Field(10, description="first step")
+    stop: PositiveInt = Field(12, description="last step")
+    dir: str | None = Field(None, description="None: profile/ in the run's folder")
+
+
 class Log(Section):
     every: PositiveInt = 10
     tensorboard: str | None = Field(None, description="folder of TensorBoard event files")
+    wandb: Wandb | None = Field(None, description="None: nothing goes to Weights & Biases")
+    csv: bool = Field(False, description="metrics.csv beside metrics.jsonl")
+    layers_every: PositiveInt | None = Field(
+        None, description="every so many steps, each layer's activations, gradients and weights go to layers.jsonl"
+    )
+    profile: Profile | None = Field(None, description="None: no profile; {} for steps 10 to 12")
     peak_tflops: PositiveFloat | None = Field(
         None, description="of one device, for MFU; None: known devices and measured CPUs"
     )

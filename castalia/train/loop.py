@@ -33,8 +33,9 @@ from castalia.train.folder import (
 )
 from castalia.train.hardware import choose_device, keep_freed_memory, peak_flops
 from castalia.train.instruments import Instruments
+from castalia.train.measure import PeakMemory, describe_memory
 from castalia.train.metrics import Metrics, truncate_metrics, write_event
-from castalia.train.report import show_first_loss, show_report
+from castalia.train.report import planned_layout, show_first_loss, show_report
 from castalia.train.schedule import is_save_step
 from castalia.train.start import Session, architecture, find_source, start
 from castalia.train.step import StepResult
@@ -82,9 +83,11 @@ def _rehearse(session: Session, folder: Path) -> None:
         show_report(session, display, folder)
         done = session.progress.step
         begin = time.perf_counter()
-        result = session.step(done, session.batch(done))
+        with PeakMemory(session.device) as memory:
+            result = session.step(done, session.batch(done))
         seconds = time.perf_counter() - begin
         show_first_loss(session, result.loss, display)
+        display.line(describe_memory(session, planned_layout(session), memory.bytes))
         left = session.last - done
         display.line(
             f"one step took {seconds:.2f} s, {session.tokens_per_step / seconds:,.0f} tokens/s (the first is slow); "

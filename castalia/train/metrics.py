@@ -1,4 +1,4 @@
-"""The record of a run: metrics.jsonl with one object a step, events.jsonl, and TensorBoard where asked for."""
+"""The record of a run: metrics.jsonl with one object a step, events.jsonl, and further sinks where asked for."""
 
 from __future__ import annotations
 
@@ -10,27 +10,26 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from castalia.errors import ConfigError
+from castalia.config.schema import RunConfig
+from castalia.train.sinks import open_sinks
 
 
 class Metrics:
     """Appends one line to metrics.jsonl for each step, written out at once."""
 
-    def __init__(self, folder: Path, tensorboard: str | None = None):
+    def __init__(self, folder: Path, config: RunConfig):
+        self.sinks = open_sinks(config, folder, read_metrics(folder))
         self.file = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - open as long as the run
-        self.board = _summary_writer(tensorboard) if tensorboard else None
 
     def write(self, record: Mapping[str, Any]) -> None:
         self.file.write(_line(record))
-        if self.board:
-            for name, value in record.items():
-                if name != "step" and value is not None:
-                    self.board.add_scalar(name, value, record["step"])
+        for sink in self.sinks:
+            sink.write(record)
 
     def close(self) -> None:
         self.file.close()
-        if self.board:
-            self.board.close()
+        for sink in self.sinks:
+            sink.close()
 
 
 def write_event(folder: Path, event: str, **facts: Any) -> None:
@@ -66,13 +65,3 @@ def _line(record: Mapping[str, Any]) -> str:
 def _or_null(value: Any) -> Any:
     """JSON has no infinity: a skipped step's gradient norm is null."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _summary_writer(folder: str) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ConfigError(
-            f"log.tensorboard={folder} needs the tensorboard package: pip install 'castalia[tensorboard]' ({error})"
-        ) from error
-    return SummaryWriter(folder)

@@ -1,0 +1,109 @@
+"""Where the record of each step goes besides metrics.jsonl: TensorBoard, W&B, a table."""
+
+from __future__ import annotations
+
+import csv
+import math
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from castalia.config.schema import RunConfig, Wandb
+from castalia.errors import ConfigError
+
+Record = Mapping[str, Any]
+COLUMNS = (
+    "step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds", "loss_scale", "skipped",
+    "valid_loss", "valid_perplexity",
+)  # fmt: skip
+
+
+class Sink(Protocol):
+    def write(self, record: Record) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def open_sinks(config: RunConfig, folder: Path, past: Iterable[Record]) -> list[Sink]:
+    """Those that the config asks for. `past`: what an earlier start of this run has recorded."""
+    log, sinks = config.log, list[Sink]()
+    if log.csv:
+        sinks.append(Table(folder / "metrics.csv", past))
+    if log.tensorboard:
+        sinks.append(TensorBoard(log.tensorboard))
+    if log.wandb:
+        sinks.append(WeightsAndBiases(log.wandb, folder, config))
+    return sinks
+
+
+class Table:
+    """metrics.csv, a line a step."""
+
+    def __init__(self, path: Path, past: Iterable[Record]) -> None:
+        self.file = open(path, "w", buffering=1, newline="")  # noqa: SIM115 - open as long as the run
+        self.rows = csv.DictWriter(self.file, COLUMNS, extrasaction="ignore")
+        self.rows.writeheader()
+        self.rows.writerows(past)
+
+    def write(self, record: Record) -> None:
+        self.rows.writerow(record)
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class TensorBoard:
+    def __init__(self, folder: str) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ConfigError(
+                f"log.tensorboard={folder} needs the tensorboard package: pip install 'castalia[tensorboard]' ({error})"
+            ) from error
+        self.board = SummaryWriter(folder)
+
+    def write(self, record: Record) -> None:
+        for name, value in values(record).items():
+            self.board.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        self.board.close()
+
+
+class WeightsAndBiases:
+    """A resumed run goes on under its old id, which lies in the run's folder."""
+
+    def __init__(self, cfg: Wandb, folder: Path, config: RunConfig) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError(f"log.wandb needs the wandb package: pip install 'castalia[wandb]' ({error})") from error
+        id_file = folder / "wandb.id"
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex[:16])
+        self.run = wandb.init(
+            project=cfg.project,
+            name=cfg.name,
+            group=cfg.group,
+            entity=cfg.team,
+            mode=cfg.mode,
+            dir=str(folder),
+            id=id_file.read_text().strip(),
+            resume="allow",
+            config=config.model_dump(mode="json"),
+            settings=wandb.Settings(base_url=cfg.host, silent=True) if cfg.host else wandb.Settings(silent=True),
+        )
+
+    def write(self, record: Record) -> None:
+        self.run.log(values(record), step=record["step"])
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def values(record: Record) -> dict[str, float]:
+    """What can be drawn: a skipped step has no gradient norm."""
+    return {
+        name: value for name, value in record.items() if name != "step" and value is not None and math.isfinite(value)
+    }
