@@ -1,0 +1,53 @@
+"""The memory of a step as it is, beside what plan says of it."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from castalia.plan.layout import Layout
+from castalia.plan.memory import Compute, memory_by_stage
+from castalia.plan.words import gib
+from castalia.train.start import Session
+
+
+class PeakMemory:
+    """While open, notes the most bytes that tensors on a device hold beyond those that were there before."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.bytes = device, 0
+
+    def __enter__(self) -> PeakMemory:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.before = torch.cuda.memory_allocated(self.device)
+        else:
+            self.profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+            self.profiler.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self.device) - self.before
+            return
+        self.profiler.__exit__(*error)
+        results = self.profiler.profiler.kineto_results  # type: ignore[union-attr]
+        events = [event for event in results.events() if event.name() == "[memory]"]
+        held = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            held += event.nbytes()
+            self.bytes = max(self.bytes, held)
+
+
+def describe_memory(session: Session, layout: Layout, peak_bytes: int) -> str:
+    """`peak_bytes`: of the step, beyond parameters and optimizer state."""
+    assert session.config.model is not None
+    states = chain.from_iterable(state.values() for state in session.optimizer.state.values())
+    local = (session.engine.part(t).local for t in chain(session.engine.parameters.values(), states))
+    measured = peak_bytes + sum(tensor.numel() * tensor.element_size() for tensor in local)
+    compute = Compute(session.dtype.itemsize, session.device.type)
+    stage = memory_by_stage(session.config.model, layout, session.config.data.seq_length, compute)[0]
+    return f"memory: tensors took {gib(measured)}, plan says {gib(stage.total)} ({measured / stage.total - 1:+.1%})"
