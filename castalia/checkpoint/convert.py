@@ -56,6 +56,7 @@ TARGETS = {
     "native": Target("castalia.checkpoint.formats.native_write", "step_{step:06d}"),
     "hf": Target("castalia.checkpoint.formats.huggingface_write", "step{step}"),
     "neox": Target("castalia.checkpoint.formats.neox_write", "global_step{step}", nested=True),
+    "megatron-deepspeed": Target("castalia.checkpoint.formats.megatron_write", "global_step{step}", nested=True),
 }
 
 

@@ -17,7 +17,7 @@ import torch
 from castalia.checkpoint.lazy import Zeros, flat, join, part
 from castalia.checkpoint.pt_writer import Instance, Named, Size, pt_output
 from castalia.checkpoint.rules import Role
-from castalia.checkpoint.tensors import TensorRef
+from castalia.checkpoint.tensors import Progress, TensorRef
 from castalia.checkpoint.writing import Layout, Output
 from castalia.checkpoint.zero import MAX_ALIGNMENT, MOMENTS, NO_DECAY
 from castalia.errors import CheckpointError
@@ -348,3 +348,42 @@ class Job:
                 pt_output(optimizer_file(self.kind, rank, model_rank), {"optimizer_state_dict": state, **beside})
             )
         return result
+
+
+def model_state(
+    job: Job,
+    groups: Sequence[Group],
+    rank: int,
+    progress: Progress,
+    seq_length: int,
+    schedule: Mapping[str, Any] | None,
+    config: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What DeepSpeed itself puts into an `mp_rank` file, in its order. `config`: the part that it is given."""
+    sharded = job.kind in ("zero", "bf16")
+    return {
+        "module": job.module(rank),
+        "buffer_names": [],
+        "optimizer": job.optimizer(groups),
+        "param_shapes": param_shapes(groups) if sharded else None,
+        "frozen_param_shapes": None,
+        "shared_params": {} if sharded else None,
+        "frozen_param_fragments": None,
+        "lr_scheduler": schedule,
+        "data_sampler": None,
+        "random_ltd": None,
+        "sparse_tensor_module_names": set(),
+        **counters(job, progress, seq_length),
+        "ds_config": config,
+        "ds_version": VERSION,
+    }
+
+
+def counters(job: Job, progress: Progress, seq_length: int) -> dict[str, int]:
+    return {
+        "skipped_steps": progress.skipped,
+        "global_steps": progress.step,
+        "global_samples": progress.tokens // seq_length,
+        "dp_world_size": job.layout.dp,
+        "mp_world_size": job.layout.tp * len(job.stages),
+    }

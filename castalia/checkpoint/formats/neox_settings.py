@@ -29,6 +29,13 @@ STYLES = ("constant", "linear", "cosine", "exponential")
 
 
 @dataclass(frozen=True)
+class Vocabulary:
+    logical: int  # tokens
+    multiple: int  # on each tensor rank: `make_vocab_size_divisible_by`
+    rows: int  # of the embedding, on all ranks together
+
+
+@dataclass(frozen=True)
 class Target:
     """The run as NeoX has it."""
 
@@ -36,7 +43,7 @@ class Target:
     model: Model
     keys: dict[str, Any]  # of its config file
     dtype: torch.dtype
-    vocab_rows: int
+    vocabulary: Vocabulary
     notes: tuple[str, ...]
 
 
@@ -46,12 +53,16 @@ def adapted(checkpoint: Checkpoint, options: WriteOptions) -> Target:
     assert checkpoint.config is not None
     check_layout(model, layout, path)
     dtype = weight_dtype(checkpoint)
-    multiple, rows = vocabulary(checkpoint, model, layout.tp)
-    train, batch_note = _batch(checkpoint, layout)
+    words = vocabulary(checkpoint, model, layout.tp)
+    train, batch_note = step_batch(checkpoint, layout)
     epsilon = options.era == "head" or model.norm != "rmsnorm"  # where this release has it: inside the root or not
     if model.norm == "rmsnorm" and model.rms_eps_inside != epsilon:
         raise _refused(path, {"model.rms_eps_inside": model.rms_eps_inside})
-    changes = {"vocab_multiple": multiple * layout.tp, "init_passes": 1 if layout.pp else 2, "rms_eps_inside": True}
+    changes = {
+        "vocab_multiple": words.multiple * layout.tp,
+        "init_passes": 1 if layout.pp else 2,
+        "rms_eps_inside": True,
+    }
     ranks = {"tp": layout.tp, "pp": max(1, layout.pp), "cp": 1, "zero": layout.zero}
     ranks["gpus"] = layout.tp * max(1, layout.pp) * layout.dp
     config = checkpoint.config.model_copy(
@@ -66,11 +77,7 @@ def adapted(checkpoint: Checkpoint, options: WriteOptions) -> Target:
     if options.era == "v1":
         _check_first_release(model, path)
         keys = {key: value for key, value in keys.items() if key not in LATER_KEYS}
-    notes = [batch_note] if batch_note else []
-    notes += _left_out(checkpoint, config, keys)
-    old_rows = checkpoint.model["embed.weight"].shape[0]
-    if rows > old_rows:
-        notes.append(f"{rows - old_rows} rows of zeros pad the vocabulary to {rows}, which divides over the ranks")
+    notes = [batch_note, *_left_out(checkpoint, config, keys), rows_note(checkpoint, words)]
     if layout.tp & (layout.tp - 1) and model.parallel_residual and (model.attention_bias or model.mlp_bias):
         notes.append(
             f"attn.out.bias and mlp.down.bias are divided by {layout.tp}, which rounds: their sum may differ in the "
@@ -78,7 +85,7 @@ def adapted(checkpoint: Checkpoint, options: WriteOptions) -> Target:
         )
     if checkpoint.optimizer is None:
         notes.append("there is no optimizer state: the original can only start from these weights, with finetune: true")
-    return Target(config, config.model or model, keys, dtype, rows, tuple(notes))
+    return Target(config, config.model or model, keys, dtype, words, tuple(note for note in notes if note))
 
 
 def check_layout(model: Model, layout: Layout, path: str) -> None:
@@ -102,11 +109,10 @@ def weight_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return found.pop()
 
 
-def vocabulary(checkpoint: Checkpoint, model: Model, tp: int) -> tuple[int, int]:
-    """`make_vocab_size_divisible_by`, and the rows of the embedding on all `tp` ranks together.
+def vocabulary(checkpoint: Checkpoint, model: Model, tp: int) -> Vocabulary:
+    """The rows stay what they are if they divide over the ranks.
 
-    The rows stay what they are if they divide; the multiple is one with which the original, which pads its tokenizer's
-    vocabulary, comes to the same.
+    The multiple is one with which the original, which pads its tokenizer's vocabulary, comes to the same.
     """
     rows, logical = checkpoint.model["embed.weight"].shape[0], model.vocab_size or 1
     with suppress(CastaliaError):  # that the tokenizer is missing is said where its files are written
@@ -114,7 +120,12 @@ def vocabulary(checkpoint: Checkpoint, model: Model, tp: int) -> tuple[int, int]
     target = rows if rows % tp == 0 else _padded(rows, MULTIPLES[0] * tp)
     own = model.vocab_multiple // tp if model.vocab_multiple > tp and model.vocab_multiple % tp == 0 else MULTIPLES[0]
     fitting = (multiple for multiple in (own, *MULTIPLES) if _padded(logical, multiple * tp) == target)
-    return next(fitting, target // tp), target
+    return Vocabulary(logical, next(fitting, target // tp), target)
+
+
+def rows_note(checkpoint: Checkpoint, words: Vocabulary) -> str:
+    added = words.rows - checkpoint.model["embed.weight"].shape[0]
+    return f"{added} rows of zeros pad the vocabulary to {words.rows}, which divides over the ranks" if added else ""
 
 
 def schedule(checkpoint: Checkpoint, config: RunConfig) -> dict[str, Any] | None:
@@ -190,7 +201,7 @@ def deepspeed_config(keys: Mapping[str, Any], config: RunConfig) -> dict[str, An
     return result if clip == 1.0 else result | {"gradient_clipping": clip}
 
 
-def _batch(checkpoint: Checkpoint, layout: Layout) -> tuple[Train, str]:
+def step_batch(checkpoint: Checkpoint, layout: Layout) -> tuple[Train, str]:
     """The step's batch on these ranks, and what to say where it does not divide."""
     config = checkpoint.config
     assert config is not None

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from castalia.checkpoint.formats.deepspeed_write import VERSION, Group, Job, cut_stages, kind_of, param_shapes
+from castalia.checkpoint.formats.deepspeed_write import Group, Job, counters, cut_stages, kind_of, model_state
 from castalia.checkpoint.formats.neox_rules import HEAD, LEGACY, NORM_PARAMETERS, neox_qkv, table
 from castalia.checkpoint.formats.neox_settings import (
     Target,
@@ -81,22 +81,26 @@ def _job(checkpoint: Checkpoint, target: Target, options: WriteOptions) -> Job:
     )
 
 
+def padded(ours: Mapping[str, TensorRef], rows: int) -> dict[str, TensorRef]:
+    """The tensors with this many rows of the vocabulary; what is added is zero."""
+    return {
+        name: Padded(ref, rows) if name in VOCABULARY and ref.shape[0] < rows else ref for name, ref in ours.items()
+    }
+
+
 def _theirs(
     rules: Sequence[Rule], ours: Mapping[str, TensorRef], role: Role, target: Target
 ) -> dict[str, Sequence[TensorRef]]:
     """NeoX's tensors of one role, with its rows of the vocabulary, and with the norms that it never uses."""
-    model, rows = target.model, target.vocab_rows
-    ours = {
-        name: Padded(ref, rows) if name in VOCABULARY and ref.shape[0] < rows else ref for name, ref in ours.items()
-    }
+    model, all_ours = target.model, padded(ours, target.vocabulary.rows)
     if model.parallel_residual and model.shared_norm:
         dtype = target.dtype if role == "weight" else torch.float32
         for kind in NORM_PARAMETERS[model.norm]:
             begins = 1.0 if kind == "weight" and role in ("weight", "master") else 0.0
             for block in range(model.num_layers):
                 size = ours[f"blocks.{block}.norm1.{kind}"].shape
-                ours[f"blocks.{block}.norm2.{kind}"] = Held(torch.full(size, begins, dtype=dtype))
-    return to_theirs(rules, ours, role)
+                all_ours[f"blocks.{block}.norm2.{kind}"] = Held(torch.full(size, begins, dtype=dtype))
+    return to_theirs(rules, all_ours, role)
 
 
 def _with_buffers(
@@ -146,37 +150,17 @@ def _group_settings(checkpoint: Checkpoint, target: Target, era: str) -> list[di
 def _model_state(
     job: Job, checkpoint: Checkpoint, target: Target, groups: Sequence[Group], rank: int, era: str
 ) -> dict[str, Any]:
-    """An `mp_rank` file, in the original's order."""
-    config, progress, layout = target.config, checkpoint.progress, job.layout
-    sharded = job.kind in ("zero", "bf16")
-    counters = {
-        "skipped_steps": progress.skipped,
-        "global_steps": progress.step,
-        "global_samples": progress.tokens // config.data.seq_length,
-        "dp_world_size": layout.dp,
-        "mp_world_size": layout.tp * len(job.stages),
-    }
-    state: dict[str, Any] = {"module": job.module(rank)}
-    if era == "v1":
-        state |= {"optimizer": job.optimizer(groups), "lr_scheduler": schedule(checkpoint, config)}
-        state |= {"csr_tensor_module_names": set(), **counters}
+    """An `mp_rank` file."""
+    config, progress = target.config, checkpoint.progress
+    rates = schedule(checkpoint, config)
+    state: dict[str, Any]
+    if era == "head":
+        given = deepspeed_config(target.keys, config)
+        state = model_state(job, groups, rank, progress, config.data.seq_length, rates, given)
     else:
-        state |= {
-            "buffer_names": [],
-            "optimizer": job.optimizer(groups),
-            "param_shapes": param_shapes(groups) if sharded else None,
-            "frozen_param_shapes": None,
-            "shared_params": {} if sharded else None,
-            "frozen_param_fragments": None,
-            "lr_scheduler": schedule(checkpoint, config),
-            "data_sampler": None,
-            "random_ltd": None,
-            "sparse_tensor_module_names": set(),
-            **counters,
-            "ds_config": deepspeed_config(target.keys, config),
-            "ds_version": VERSION,
-        }
-    return state | {"iteration": progress.step, "args": _arguments(target, layout.tp)}
+        state = {"module": job.module(rank), "optimizer": job.optimizer(groups), "lr_scheduler": rates}
+        state |= {"csr_tensor_module_names": set(), **counters(job, progress, config.data.seq_length)}
+    return state | {"iteration": progress.step, "args": _arguments(target, job.layout.tp)}
 
 
 def _arguments(target: Target, tp: int) -> dict[str, Any]:
@@ -184,7 +168,7 @@ def _arguments(target: Target, tp: int) -> dict[str, Any]:
     names = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
     return {name: target.keys[name] for name in names} | {
         "make_vocab_size_divisible_by": target.keys["make_vocab_size_divisible_by"],
-        "padded_vocab_size": target.vocab_rows,
+        "padded_vocab_size": target.vocabulary.rows,
         "tokenizer_type": target.keys.get("tokenizer_type", TOKENIZER_TYPES["gpt2"]),
         "model_parallel_size": tp,
     }

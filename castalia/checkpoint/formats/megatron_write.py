@@ -1,0 +1,185 @@
+"""Writing the folders of Megatron-DeepSpeed (the bigscience line): GPT models with tied embeddings, as layer files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from castalia.checkpoint.formats.deepspeed_write import Job, cut_stages, kind_of, model_state
+from castalia.checkpoint.formats.megatron_deepspeed import GATED, POSITIONS
+from castalia.checkpoint.formats.neox_rules import MEGATRON, megatron_qkv, table
+from castalia.checkpoint.formats.neox_settings import (
+    PRECISIONS,
+    Vocabulary,
+    check_layout,
+    loss_scaler,
+    next_rate,
+    rows_note,
+    schedule,
+    step_batch,
+    vocabulary,
+    weight_dtype,
+)
+from castalia.checkpoint.formats.neox_write import STATE_ROLES, padded
+from castalia.checkpoint.load import architecture
+from castalia.checkpoint.pt_writer import Instance, pt_output
+from castalia.checkpoint.rules import to_theirs
+from castalia.checkpoint.tensors import Checkpoint
+from castalia.checkpoint.tokenizer_files import our_tokenizer
+from castalia.checkpoint.writing import Layout, Plan, WriteOptions
+from castalia.config.schema import Model, RunConfig, Train
+from castalia.errors import CheckpointError
+
+VERSION = 3.0  # of the order of fused rows
+# What the program computes. A key that is not listed may have any value.
+HOLDS: dict[str, set[Any]] = {
+    "tie_embeddings": {True}, "parallel_residual": {False}, "norm": {"layernorm"}, "qk_norm": {False},
+    "position": set(POSITIONS.values()), "rotary_pct": {1.0}, "rope_scaling": {None}, "sliding_window": {None},
+    "attention_bias": {True}, "mlp_bias": {True},
+}  # fmt: skip
+
+
+def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
+    """The files of a step's folder. Raises CheckpointError for what the program cannot compute."""
+    model, layout, config = architecture(checkpoint), options.layout, checkpoint.config
+    assert config is not None
+    check(model, layout, options.era, checkpoint.path)
+    dtype, words = weight_dtype(checkpoint), vocabulary(checkpoint, model, layout.tp)
+    train, batch_note = step_batch(checkpoint, layout)
+    job = _job(checkpoint, model, words, dtype, layout)
+    arguments = Instance(
+        "argparse.Namespace", fields=_arguments(checkpoint, config, model, words, dtype, train, layout)
+    )
+    rates, given = schedule(checkpoint, config), {"zero_optimization": {"stage": layout.zero}}
+    tokenizer, notes = our_tokenizer(checkpoint)
+    outputs = [*tokenizer, *job.layer_files()]
+    for number, stage, rank in job.model_ranks():
+        groups = job.parameter_groups(stage, rank, checkpoint.path)
+        state = model_state(job, groups, rank, checkpoint.progress, config.data.seq_length, rates, given) | {
+            "args": arguments,
+            "checkpoint_version": VERSION,
+            "iteration": checkpoint.progress.step,
+            "tokens": checkpoint.progress.tokens,
+            "checkpoint_info": {"padded_vocab_size": words.rows, "original_vocab_size": words.logical},
+        }
+        outputs.append(pt_output(f"mp_rank_{number:02d}_model_states.pt", state))
+        outputs += job.optimizer_files(number, groups, {key: state[key] for key in ("ds_config", "ds_version")})
+    return Plan(tuple(outputs), (*notes, *filter(None, (batch_note, rows_note(checkpoint, words)))))
+
+
+def check(model: Model, layout: Layout, era: str, path: str) -> None:
+    """Raises CheckpointError for what the program cannot compute, by name."""
+    found = model.model_dump()
+    wrong = [
+        f"model.{key}={found[key]} (only {' or '.join(map(str, allowed))})"
+        for key, allowed in HOLDS.items()
+        if found[key] not in allowed and not (key == "rotary_pct" and model.position != "rotary")
+    ]
+    activations = set(GATED.values()) if model.gated_mlp else {"gelu", "gelu_tanh"}
+    if model.activation not in activations:
+        wrong.append(f"model.activation={model.activation} (only {' or '.join(sorted(activations))})")
+    if model.kv_heads != model.num_heads:
+        wrong.append(f"model.num_kv_heads={model.num_kv_heads}")
+    if wrong:
+        raise CheckpointError(
+            f"{path}: Megatron-DeepSpeed cannot hold {'; '.join(wrong)}. --to native keeps everything, --to neox most"
+        )
+    if era != "head" or layout.pp < 1:
+        raise CheckpointError("--to megatron-deepspeed has one era, and pipeline files only: use pp=1 or more")
+    check_layout(model, layout, path)
+
+
+def _job(checkpoint: Checkpoint, model: Model, words: Vocabulary, dtype: torch.dtype, layout: Layout) -> Job:
+    config, state, tp = checkpoint.config, checkpoint.optimizer, layout.tp
+    assert config is not None
+    rules = table(MEGATRON, model, tp, megatron_qkv(model, tp, VERSION))
+    tensors = {"weight": to_theirs(rules, padded(checkpoint.model, words.rows))}
+    for role in STATE_ROLES if state else ():
+        ours = {name: each[role] for name, each in state.items()}  # type: ignore[union-attr, literal-required]
+        tensors[role] = to_theirs(rules, padded(ours, words.rows), role)
+    rates, optimizer = schedule(checkpoint, config), config.optimizer
+    common = {
+        "lr": next_rate(rates) if rates else optimizer.lr,
+        "bias_correction": True,
+        "betas": optimizer.betas,
+        "eps": optimizer.eps,
+        "step": 0,
+    }
+    decays = (optimizer.weight_decay, optimizer.weight_decay, 0.0)
+    return Job(
+        layout=layout,
+        kind=kind_of(dtype, layout.zero, "head") if state else None,
+        tensors=tensors,
+        steps={name: state[r.ours.split()[0]]["step"] for r in rules for name in r.theirs.split()} if state else {},
+        stages=cut_stages([0] * 3 + [1] * model.num_layers + [0] * 4, layout.pp, "head"),
+        tied=f"{MEGATRON.embedding}.",
+        groups=[{**common, "weight_decay": decay} for decay in decays],
+        scaler=loss_scaler(checkpoint, config, dtype, "head"),
+        clip=optimizer.clip_norm or 0.0,
+    )
+
+
+def _arguments(
+    checkpoint: Checkpoint,
+    config: RunConfig,
+    model: Model,
+    words: Vocabulary,
+    dtype: torch.dtype,
+    train: Train,
+    layout: Layout,
+) -> dict[str, Any]:
+    """The program's arguments, as far as a config tells them."""
+    positions = {name: number for number, name in POSITIONS.items()}
+    gates = {ours: theirs for theirs, ours in GATED.items()}
+    optimizer, own = config.optimizer, config.schedule
+    return {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.mlp_width,
+        "num_attention_heads": model.num_heads,
+        "kv_channels": model.head_size,
+        "max_position_embeddings": model.max_positions or config.data.seq_length,
+        "make_vocab_size_divisible_by": words.multiple,
+        "padded_vocab_size": words.rows,
+        "layernorm_epsilon": model.norm_eps,
+        "apply_residual_connection_post_layernorm": False,
+        "embed_layernorm": False,
+        "openai_gelu": False,
+        "onnx_safe": None,
+        "position_embedding_type": Instance("megatron.enums.PositionEmbeddingType", (positions[model.position],)),
+        "glu_activation": gates[model.activation] if model.gated_mlp else None,
+        "bias_gelu_fusion": model.activation == "gelu_tanh",
+        "attention_dropout": model.attention_dropout,
+        "hidden_dropout": model.hidden_dropout,
+        "init_method_std": model.init_std,
+        "weight_decay": optimizer.weight_decay,
+        "clip_grad": optimizer.clip_norm or 0.0,
+        "adam_beta1": optimizer.betas[0],
+        "adam_beta2": optimizer.betas[1],
+        "adam_eps": optimizer.eps,
+        "optimizer": "adam",
+        "lr": optimizer.lr,
+        "lr_decay_style": own.style,
+        "lr_decay_iters": own.decay_steps,
+        "min_lr": own.min_lr,
+        "train_iters": config.train.steps,
+        "micro_batch_size": train.micro_batch_size,
+        "global_batch_size": train.batch_size,
+        "seq_length": config.data.seq_length,
+        "seed": config.seed,
+        "fp16": PRECISIONS[dtype] == "fp16",
+        "bf16": PRECISIONS[dtype] == "bf16",
+        "params_dtype": dtype,
+        "tokenizer_type": "GPT2BPETokenizer" if config.tokenizer.kind in ("gpt2", None) else "PretrainedFromHF",
+        "vocab_file": config.tokenizer.path,
+        "merge_file": config.tokenizer.merges,
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "data_parallel_size": layout.dp,
+        "world_size": layout.tp * layout.pp * layout.dp,
+        "zero_stage": layout.zero,
+        "consumed_train_samples": checkpoint.progress.tokens // config.data.seq_length,
+        "consumed_valid_samples": 0,
+        "consumed_train_tokens": checkpoint.progress.tokens,
+    }
