@@ -30,6 +30,7 @@ from castalia.data.samples import (
     build_packed,
     build_unpacked,
     locate,
+    number_documents,
     pieces,
     split_bounds,
     trainable,
@@ -119,7 +120,10 @@ class Samples:
     def sample(self, position: int) -> tuple[np.ndarray, np.ndarray]:
         """Text and labels aligned with it, both int64 [seq_length + 1]."""
         corpus, position = self._corpus(position)
-        parts, length = corpus.parts(position), self.seq_length + 1
+        return self._sample(corpus, corpus.parts(position))
+
+    def _sample(self, corpus: Corpus, parts: list[tuple[int, int, int]]) -> tuple[np.ndarray, np.ndarray]:
+        length = self.seq_length + 1
         text = assemble(corpus.text, parts, length, fill=0)
         if corpus.labels is not None:
             return text, assemble(corpus.labels, parts, length, fill=IGNORE)
@@ -128,32 +132,25 @@ class Samples:
             labels[sum(stop - start for _, start, stop in parts) :] = IGNORE
         return text, labels
 
-    def documents(self, position: int) -> np.ndarray:
-        """Number of the document, counted within the sample, of each of its tokens and of the filling after them."""
-        corpus, position = self._corpus(position)
-        numbers = np.empty(self.seq_length + 1, np.int64)
-        at = number = 0
-        for number, (_, start, stop) in enumerate(corpus.parts(position), start=1):
-            numbers[at : at + stop - start] = number - 1
-            at += stop - start
-        numbers[at:] = number
-        return numbers
-
     def batch(self, step: int, rows: Sequence[int] | np.ndarray | None = None) -> Batch:
         """The step's batch, or those rows of it. DataError if a token lies beyond the vocabulary."""
         positions = self.positions(step) if rows is None else self.positions(step)[rows]
         text = np.empty((len(positions), self.seq_length + 1), np.int64)
         labels = np.empty_like(text)
+        documents = np.empty_like(text) if self.mask_documents else None
         for row, position in enumerate(positions):
-            text[row], labels[row] = self.sample(int(position))
+            corpus, inside = self._corpus(int(position))
+            parts = corpus.parts(inside)
+            text[row], labels[row] = self._sample(corpus, parts)
+            if documents is not None:
+                documents[row] = number_documents(parts, self.seq_length + 1)
         self._check_vocabulary(step, positions, text)
         tokens, labels = np.ascontiguousarray(text[:, :-1]), np.ascontiguousarray(labels[:, 1:])
         labels[labels < 0] = IGNORE
         if self.masked_after is not None:
             labels[tokens == self.masked_after] = IGNORE
-        if not self.mask_documents:
+        if documents is None:
             return Batch(tokens, labels, labels != IGNORE)
-        documents = np.stack([self.documents(int(position)) for position in positions])
         labels[documents[:, 1:] != documents[:, :-1]] = IGNORE
         return Batch(tokens, labels, labels != IGNORE, np.ascontiguousarray(documents[:, :-1]))
 

@@ -15,6 +15,7 @@ from castalia.data.indexed import IndexedDataset
 from castalia.errors import DataError
 
 IGNORE = -100
+BLOCK = 1 << 18
 
 
 def split_bounds(split: str, num_documents: int) -> list[int]:
@@ -59,17 +60,21 @@ def build_packed(
         raise DataError(f"{len(documents)} documents hold {tokens} tokens: nothing to train on")
     epochs = 1 if num_samples is None else max(1, -(-(num_samples * seq_length + 1) // tokens))
     rng = np.random.RandomState(seed)
-    order = np.tile(documents.astype(np.int32), epochs)
+    order = np.tile(documents.astype(np.int32, copy=False), epochs)
     rng.shuffle(order)
     count = (epochs * tokens - 1) // seq_length
     wide = 2 * ((epochs * tokens - 1) / seq_length + 1) >= np.iinfo(np.int32).max - 1
     bounds = np.empty((count + 1, 2), np.int64 if wide else np.int32)
-    ends = np.cumsum(sizes[order], dtype=np.int64)
-    for first in range(0, count + 1, 1 << 20):  # in blocks: the temporaries stay small beside the index
-        cuts = np.arange(first, min(first + (1 << 20), count + 1), dtype=np.int64) * seq_length
+    ends = np.empty(len(order), np.int64)
+    for first in range(0, len(order), BLOCK):  # in blocks: the temporaries stay small beside the index
+        ends[first : first + BLOCK] = sizes[order[first : first + BLOCK]]
+    np.cumsum(ends, out=ends)
+    for first in range(0, count + 1, BLOCK):
+        cuts = np.arange(first, min(first + BLOCK, count + 1), dtype=np.int64) * seq_length
         at = np.searchsorted(ends, cuts, side="right")
         bounds[first : first + len(cuts), 0] = at
         bounds[first : first + len(cuts), 1] = cuts - np.where(at > 0, ends[at - 1], 0)
+    del ends
     shuffle = np.arange(count, dtype=np.uint32 if count < np.iinfo(np.uint32).max - 1 else np.int64)
     rng.shuffle(shuffle)
     return Index(order, bounds, shuffle)
@@ -169,3 +174,13 @@ def assemble(data: IndexedDataset, parts: list[tuple[int, int, int]], length: in
         out[at : at + len(tokens)] = tokens
         at += len(tokens)
     return out
+
+
+def number_documents(parts: list[tuple[int, int, int]], length: int) -> np.ndarray:
+    """The number of the part, from 0, that each token of a sample belongs to; what fills it up counts as one more."""
+    numbers = np.full(length, len(parts), np.int64)
+    at = 0
+    for number, (_, start, stop) in enumerate(parts):
+        numbers[at : at + stop - start] = number
+        at += stop - start
+    return numbers
