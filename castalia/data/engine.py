@@ -11,7 +11,7 @@ from castalia.data.tokenizer import RustTokenizer, Tokenizer
 
 Encode = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]  # ids of all texts back to back, and each one's count
 
-COMPARED_TEXTS, COMPARED_CHARACTERS = 64, 1 << 18
+COMPARED_TEXTS, COMPARED_CHARACTERS = 64, 1 << 16
 # Where engines disagree if anywhere: whitespace, contractions, digits, composed and decomposed letters, other scripts.
 HARD_TEXT = (
     " a  b   c\n\n\n  \t\td\r\ne\u00a0f\u2028g\u3000h \x00\x85 I'll don't WE'RE it’s 1234567890 3.14159e-10 \n"

@@ -1,0 +1,155 @@
+"""Preparing a corpus side by side: ours, Hugging Face's `tokenizers` in batches, and a loop that encodes one by one.
+
+    python benchmarks/prepare.py [--tokenizer FILE_OR_FOLDER ...] [--megabytes 40] [--rounds 5] [--workers N] [--quick]
+
+The text is real: the King James Bible that is shipped with the examples, and the Python standard library's sources.
+Each side runs in a process of its own, in turn, reads the same jsonl and must write the same `.bin` and `.idx` byte for
+byte. The loop is what GPT-NeoX's preprocess_data does for each document, without its imports and progress lines.
+Figures are medians: MB of text per second while preparing, and per second of CPU, threads and worker processes
+included. Without --tokenizer one is trained on the text; a folder with vocab.json and merges.txt is GPT-2 BPE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from castalia.config.schema import Tokenizer
+from castalia.data.indexed import Writer, token_dtype
+from castalia.data.prepare import Recipe, prepare
+from castalia.data.tokenizer import load_tokenizer, train_bpe
+
+BATCH_DOCUMENTS = 512
+KJV = Path(__file__).parents[1] / "examples" / "kjv" / "kjv.jsonl"
+
+
+def ours(source: Path, output: Path, tokenizer: Tokenizer, workers: int | None) -> None:
+    prepare([source], output, Recipe(tokenizer, append_eod=True), workers=workers)
+
+
+def batches(source: Path, output: Path, config: Tokenizer, workers: int | None) -> None:
+    """`encode_batch_fast` on all cores, the rest as plain as it gets."""
+    tokenizer = load_tokenizer(config)
+    with Writer(f"{output}_text_document", token_dtype(tokenizer.vocab_size)) as writer, source.open("rb") as lines:
+        while texts := [json.loads(line)["text"] for line in islice(lines, BATCH_DOCUMENTS)]:
+            rows = [np.array([*ids, tokenizer.eod_id], writer.dtype) for ids in tokenizer.encode_batch(texts)]
+            writer.add_many(np.concatenate(rows), [len(row) for row in rows])
+
+
+def loop(source: Path, output: Path, config: Tokenizer, workers: int | None) -> None:
+    """One document after the other, as the original's tool does with one worker."""
+    tokenizer = load_tokenizer(config)
+    with Writer(f"{output}_text_document", token_dtype(tokenizer.vocab_size)) as writer, source.open("rb") as lines:
+        for line in lines:
+            writer.add(np.array([*tokenizer.encode(json.loads(line)["text"]), tokenizer.eod_id], writer.dtype))
+
+
+SIDES = {"ours": ours, "tokenizers, batches": batches, "one by one": loop}
+
+
+def python_sources() -> Iterator[str]:
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
+        if "site-packages" not in path.parts:
+            try:
+                yield path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                continue  # some test files are of other encodings on purpose
+
+
+def write_text(path: Path, texts: Iterator[str], megabytes: float) -> float:
+    """Documents up to so many MB; returns the MB that there were."""
+    written = 0
+    with path.open("w", encoding="utf-8") as file:
+        for text in filter(None, texts):
+            file.write(json.dumps({"text": text}) + "\n")
+            written += len(text.encode())
+            if written > megabytes * 1e6:
+                break
+    return written / 1e6
+
+
+def measure(side: str, source: Path, output: Path, tokenizer: Path, workers: int | None) -> tuple[float, float, str]:
+    """Seconds, CPU seconds and a digest of the files, from a process of its own."""
+    words = [sys.executable, __file__, "--side", side, "--source", source, "--output", output, "--tokenizer", tokenizer]
+    words += ["--workers", workers] if workers else []
+    done = subprocess.run(list(map(str, words)), check=True, capture_output=True, text=True)
+    digest = hashlib.sha256()
+    for ending in (".bin", ".idx"):
+        digest.update(Path(f"{output}_text_document{ending}").read_bytes())
+    seconds, cpu = map(float, done.stdout.split())
+    return seconds, cpu, digest.hexdigest()
+
+
+def run_side(side: str, source: Path, output: Path, tokenizer: Path, workers: int | None) -> None:
+    begin, config = time.perf_counter(), Tokenizer(path=str(tokenizer))
+    before = os.times()
+    SIDES[side](source, output, config, workers)
+    after = os.times()
+    cpu = sum(after[:4]) - sum(before[:4])  # user and system, of this process and of its workers
+    print(time.perf_counter() - begin, cpu)
+
+
+def compare(name: str, source: Path, megabytes: float, tokenizer: Path, rounds: int, workers: int | None) -> None:
+    found: dict[str, list[tuple[float, float]]] = {side: [] for side in SIDES}
+    digests = set()
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(rounds):
+            for number, side in enumerate(SIDES):
+                seconds, cpu, digest = measure(side, source, Path(folder) / f"{number}", tokenizer, workers)
+                found[side].append((seconds, cpu))
+                digests.add(digest)
+    assert len(digests) == 1, "the sides wrote different files"
+    median = {side: [megabytes / statistics.median(column) for column in zip(*rows)] for side, rows in found.items()}  # noqa: B905
+    print(f"{name}, {megabytes:.1f} MB, {tokenizer.name}, median of {rounds}, same files:")
+    for side, (speed, per_cpu) in median.items():
+        ratio = median["ours"][1] / per_cpu
+        print(f"  {side:20} {speed:7.1f} MB/s   {per_cpu:7.1f} MB per CPU-second   ours is {ratio:5.1f}x a core of it")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", type=Path, action="append", default=[])
+    parser.add_argument("--megabytes", type=float, default=40.0, help="at most, of each kind of text")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workers", type=int, help="of ours; all cores if left out")
+    parser.add_argument("--quick", action="store_true", help="1 MB of each, one round")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--source", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        run_side(options.side, options.source, options.output, options.tokenizer[0], options.workers)
+        return
+    megabytes, rounds = (1.0, 1) if options.quick else (options.megabytes, options.rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        sources = {"English": map(_text, KJV.read_text(encoding="utf-8").splitlines()), "code": python_sources()}
+        paths = {name: Path(folder) / f"{name}.jsonl" for name in sources}
+        sizes = {name: write_text(paths[name], texts, megabytes) for name, texts in sources.items()}
+        if not options.tokenizer:
+            texts = (_text(line) for path in paths.values() for line in path.open(encoding="utf-8"))
+            options.tokenizer = [Path(folder) / "trained"]
+            train_bpe(texts, 2_000 if options.quick else 16_000).save(options.tokenizer[0])
+        for tokenizer in options.tokenizer:
+            for name, path in paths.items():
+                compare(name, path, sizes[name], tokenizer, rounds, options.workers)
+
+
+def _text(line: str) -> str:
+    return json.loads(line)["text"]
+
+
+if __name__ == "__main__":
+    main()
