@@ -189,6 +189,15 @@ def corpora(config: RunConfig) -> Iterator[Problem]:
         yield Problem("generate.mode=input-file needs generate.input_file", ("generate.mode",))
 
 
+def profile(config: RunConfig) -> Iterator[Problem]:
+    wanted = config.log.profile
+    if wanted and wanted.stop < wanted.start:
+        yield Problem(
+            f"log.profile.stop={wanted.stop} is before log.profile.start={wanted.start}",
+            ("log.profile.start", "log.profile.stop"),
+        )
+
+
 def folders(config: RunConfig) -> Iterator[Problem]:
     checkpoint = config.checkpoint
     if checkpoint.init_from and checkpoint.dir and normpath(checkpoint.init_from) == normpath(checkpoint.dir):
@@ -232,5 +241,5 @@ def without_effect(config: RunConfig) -> Iterator[Problem]:
             yield Problem(f"{path} has no effect: {reason}", (path,))
 
 
-CONTRADICTIONS = (heads, mup, lengths, layout, batch, learning_rates, corpora)
+CONTRADICTIONS = (heads, mup, lengths, layout, batch, learning_rates, corpora, profile)
 SURPRISES = (folders, without_effect)

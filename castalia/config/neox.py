@@ -515,6 +515,44 @@ def saving(work: Translation) -> None:
         work.error("checkpoint_scale", "is none of linear, log")
 
 
+def trackers(work: Translation) -> None:
+    """The plain keys and DeepSpeed's blocks of monitors, which need `enabled`."""
+    fields = {"wandb_group": "group", "wandb_run_name": "name", "wandb_team": "team", "wandb_project": "project"}
+    fields["wandb_host"] = "host"
+    if work["use_wandb"]:
+        for key, name in fields.items():
+            work.set(f"log.wandb.{name}", work[key], "use_wandb", key)
+    for key in fields if not work["use_wandb"] else ():
+        if work.has(key):
+            work.note(key, "has no effect here: use_wandb is off")
+    for key in ("wandb", "csv_monitor", "tensorboard"):
+        block = work[key] or {}
+        if not block.get("enabled"):
+            continue
+        if key == "wandb":
+            for name in ("project", "group", "team"):
+                work.set(f"log.wandb.{name}", block.get(name, FIELDS[f"log.wandb.{name}"].default), key)
+        elif key == "csv_monitor":
+            work.set("log.csv", True, key)
+        elif not work.has("tensorboard_dir"):
+            work.set("log.tensorboard", f"{block.get('output_path') or 'tensorboard'}", key)
+
+
+def looking_inside(work: Translation) -> None:
+    """Statistics of layers, and profiles."""
+    layers = [key for key in ("log_grad_norm", "log_param_norm", "log_grad_pct_zeros") if work[key]]
+    if layers:
+        work.set("log.layers_every", work["log_interval"], *layers)
+    wanted = [key for key in ("profile", "memory_profiling") if work[key]]
+    details = ("profile_step_start", "profile_step_stop", "memory_profiling_path")
+    if wanted:
+        for key, name in zip(details, ("start", "stop", "dir"), strict=True):
+            work.set(f"log.profile.{name}", work[key], *wanted, key)
+    for key in details if not wanted else ():
+        if work.has(key) and work[key] != KEYS[key].default:
+            work.note(key, "has no effect here: profile is off")
+
+
 def text_file(work: Translation) -> None:
     """The original writes its samples to a file unless told otherwise; only configs that generate take that over."""
     if work.has("sample_output_file", "text_gen_type"):
@@ -523,5 +561,5 @@ def text_file(work: Translation) -> None:
 
 JOINT = (
     attention, activation, mlp_width, norm, residual, vocabulary, mup, dropout, stages, optimizer, clipping, zero,
-    precision, data, tokenizer, batch, schedule, loading, saving, text_file,
+    precision, data, tokenizer, batch, schedule, loading, saving, trackers, looking_inside, text_file,
 )  # fmt: skip

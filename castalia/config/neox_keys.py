@@ -64,13 +64,14 @@ DERIVED = "the original derives it from other keys"
 REDUCTION = "gradients are accumulated and reduced in fp32"
 FUSION = "PyTorch's own kernels and torch.compile do it, with the same result"
 FP8 = "no layer of Transformer Engine is used"
-TRACKER = "metrics go to metrics.jsonl and TensorBoard"
+TRACKER = "metrics go to metrics.jsonl, TensorBoard, W&B and CSV"
 METRICS = "metrics.jsonl in the run's folder holds what is logged, the global gradient norm included"
-PROFILE = "no profiler is built in; metrics.jsonl holds the time of every step"
+PROFILE = "metrics.jsonl holds the time of every step, log.profile the time of every operation"
 RECOMPUTE = "each block is recomputed by itself"
 RANDOM = "no generator state is stored: random numbers depend on seed, step and rank alone"
 LOSS_SCALE = "as in the original, the fp16 block alone counts"
 FP32_MATH = "softmax and loss are always computed in fp32"
+CURRICULUM = "every step has the same batch and length, so that its tokens follow from its number alone"
 PREFERENCES = "reward models and preference tuning are not built in"
 POST_TRAINING = "reward models and preference tuning are not built in, and none is asked for"
 MAMBA = "Mamba layers are not built in, and none is used"
@@ -98,8 +99,8 @@ KEYS: dict[str, Key] = {
     "amp": refused("Apex mixed precision is not built in: use fp16 or bf16"),
     "gradient_clipping": joint("optimizer.clip_norm", float, 1.0),
     "zero_optimization": joint("parallel.zero", dict),
-    "curriculum_learning": refused("curriculum learning is not built in"),
-    "curriculum_seqlen": refused("curriculum learning is not built in", 0),
+    "curriculum_learning": refused(CURRICULUM),
+    "curriculum_seqlen": refused(CURRICULUM, 0),
     "steps_per_print": idle(DEEPSPEED, 10),
     "wall_clock_breakdown": idle(PROFILE, False),
     "dump_state": idle(DEEPSPEED, False),
@@ -108,10 +109,10 @@ KEYS: dict[str, Key] = {
     "autotuning": refused("autotuning is not built in: `castalia plan` names layouts that fit"),
     "activation_checkpointing": idle(DEEPSPEED),
     "sparse_attention": idle(SPARSE),
-    "data_efficiency": refused("curriculum learning is not built in"),
-    "tensorboard": idle(TRACKER),
-    "wandb": idle(TRACKER),
-    "csv_monitor": idle(TRACKER),
+    "data_efficiency": refused(CURRICULUM),
+    "tensorboard": joint("log.tensorboard", dict),
+    "wandb": joint("log.wandb.project, group, team", dict),
+    "csv_monitor": joint("log.csv", dict),
     "elasticity": refused("an elastic batch size is not built in: the batch stays, ranks may change"),
     "comms_logger": idle(METRICS),
     "compression_training": refused("model compression is not built in"),
@@ -235,13 +236,13 @@ KEYS: dict[str, Key] = {
     "override_lr_scheduler": joint("checkpoint.schedule_from", bool, False),
     "use_checkpoint_lr_scheduler": joint("checkpoint.schedule_from", bool, False),
     # Logging
-    "use_wandb": idle(TRACKER),
-    "wandb_group": idle(TRACKER),
-    "wandb_run_name": idle(TRACKER),
-    "wandb_team": idle(TRACKER),
-    "wandb_project": idle(TRACKER, "neox"),
-    "wandb_host": idle(TRACKER, "https://api.wandb.ai"),
-    "wandb_init_all_ranks": idle(TRACKER, False),
+    "use_wandb": joint("log.wandb.project", bool),
+    "wandb_group": joint("log.wandb.group", str),
+    "wandb_run_name": joint("log.wandb.name", str),
+    "wandb_team": joint("log.wandb.team", str),
+    "wandb_project": joint("log.wandb.project", str, "neox"),
+    "wandb_host": joint("log.wandb.host", str, "https://api.wandb.ai"),
+    "wandb_init_all_ranks": idle("the first rank logs for all", False),
     "git_hash": idle(DERIVED),
     "log_dir": idle(METRICS),
     "tensorboard_writer": idle(DERIVED),
@@ -255,18 +256,18 @@ KEYS: dict[str, Key] = {
     "comet_experiment": idle(DERIVED),
     "peak_theoretical_tflops": to("log.peak_tflops"),
     "log_interval": to("log.every", 100),
-    "log_grad_pct_zeros": idle(METRICS, False),
-    "log_param_norm": idle(METRICS, False),
-    "log_grad_norm": idle(METRICS, False),
+    "log_grad_pct_zeros": joint("log.layers_every", bool, False),
+    "log_param_norm": joint("log.layers_every", bool, False),
+    "log_grad_norm": joint("log.layers_every", bool, False),
     "log_optimizer_states": idle(METRICS, False),
     "log_gradient_noise_scale": idle(METRICS, False),
     "gradient_noise_scale_n_batches": idle(METRICS, 5),
     "gradient_noise_scale_cpu_offload": idle(METRICS, False),
-    "memory_profiling": idle(PROFILE, False),
-    "memory_profiling_path": idle(PROFILE),
-    "profile": idle(PROFILE, False),
-    "profile_step_start": idle(PROFILE, 10),
-    "profile_step_stop": idle(PROFILE, 12),
+    "memory_profiling": joint("log.profile.start", bool, False),
+    "memory_profiling_path": joint("log.profile.dir", str),
+    "profile": joint("log.profile.start", bool, False),
+    "profile_step_start": joint("log.profile.start", int, 10),
+    "profile_step_stop": joint("log.profile.stop", int, 12),
     # Other
     "distributed_backend": idle(LAUNCH, "nccl"),
     "local_rank": idle(DERIVED),
@@ -374,7 +375,7 @@ KEYS: dict[str, Key] = {
     "contiguous_checkpointing": idle(RECOMPUTE, False),
     "checkpoint_in_cpu": idle(RECOMPUTE, False),
     "synchronize_each_layer": idle(FUSION, False),
-    "profile_backward": idle(PROFILE, False),
+    "profile_backward": idle("a profile holds both passes", False),
     "partition_activations": idle(RECOMPUTE, False),
     "clip_grad": joint("optimizer.clip_norm", float, 1.0),
     "hysteresis": idle(LOSS_SCALE, 2),

@@ -28,6 +28,7 @@ CONTRADICTIONS = [
     (["optimizer.betas=[0.9, 1.0]"], "both must be at least 0 and below 1"),
     (["model.mup.base_width=32", "optimizer.name=muon"], "model.mup has no rates for optimizer.name=muon"),
     (["model.mup.base_width=32", "model.init_method=xavier_normal"], "model.init_method=xavier_normal has its own"),
+    (["log.profile.start=9", "log.profile.stop=8"], "log.profile.stop=8 is before log.profile.start=9"),
     (["optimizer.groups=[{match: 'a('}]"], "optimizer.groups: 'a(' is no regular expression"),
     (["schedule.style=wsd", "schedule.warmup=0.5", "schedule.cooldown=0.6"], "are more than the whole"),
     (["neox_exact=true", "schedule.style=wsd"], "neox_exact: the original has no schedule.style=wsd"),

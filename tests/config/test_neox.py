@@ -9,7 +9,7 @@ import yaml
 
 from castalia.config.batch import batch_plan
 from castalia.config.load import dump_config, load_config
-from castalia.config.schema import MuP, RunConfig
+from castalia.config.schema import MuP, Profile, RunConfig, Wandb
 from castalia.errors import ConfigError
 
 CONFIGS = [
@@ -328,3 +328,39 @@ def test_mup(load):
     assert "base_shapes_file: 'base-shapes' cannot be read: give model.mup.base_width" in refusal(load, shapes)
     based = load(shapes, overrides=("model.mup.base_width=32",)).model
     assert based.width_multiplier == based.hidden_size / 32
+
+
+def test_wandb(load):
+    keys = {"wandb_group": "g", "wandb_run_name": "r", "wandb_team": "t", "wandb_host": "https://w.example"}
+    wandb = load({**MODEL, "use_wandb": True, **keys, "wandb_project": "p"}).log.wandb
+    assert wandb == Wandb(project="p", group="g", name="r", team="t", host="https://w.example")
+    assert load({**MODEL, "use_wandb": True}).log.wandb.project == "neox"
+    for off in ({}, {"use_wandb": False}):
+        config = load({**MODEL, **off, "wandb_project": "p"})
+        assert config.log.wandb is None
+        assert any("wandb_project: 'p' has no effect here: use_wandb is off" in note for note in config.notes)
+    block = {"enabled": True, "project": "p", "team": "t", "group": "g"}
+    assert load({**MODEL, "wandb": block}).log.wandb == Wandb(project="p", group="g", team="t")
+    assert load({**MODEL, "wandb": {**block, "enabled": False}}).log.wandb is None
+
+
+def test_monitors(load):
+    assert load({**MODEL, "csv_monitor": {"enabled": True, "output_path": "logs"}}).log.csv
+    assert load({**MODEL, "tensorboard": {"enabled": True, "output_path": "tb"}}).log.tensorboard == "tb"
+    both = load({**MODEL, "tensorboard": {"enabled": True}, "tensorboard_dir": "here"})
+    assert both.log.tensorboard == "here"
+
+
+@pytest.mark.parametrize("key", ["log_grad_norm", "log_param_norm", "log_grad_pct_zeros"])
+def test_statistics_of_layers(load, key):
+    assert load({**MODEL, key: True, "log_interval": 7}).log.layers_every == 7
+    assert load({**MODEL, key: False, "log_interval": 7}).log.layers_every is None
+
+
+@pytest.mark.parametrize("key", ["profile", "memory_profiling"])
+def test_profiles(load, key):
+    config = load({**MODEL, key: True, "profile_step_start": 3, "memory_profiling_path": "here"})
+    assert config.log.profile == Profile(start=3, stop=12, dir="here")
+    off = load({**MODEL, "profile_step_stop": 40})
+    assert off.log.profile is None
+    assert any("profile_step_stop: 40 has no effect here: profile is off" in note for note in off.notes)
