@@ -60,7 +60,7 @@ def show_report(session: Session, display: Display, folder: Path) -> None:
         display.line(f"note: {note}", "yellow")
     for name, text in facts(session, folder, known, layout):
         display.line(f"{name:<14}{text}")
-    for warning in warnings(config, known, layout):
+    for warning in (*warnings(config, known, layout), *_tokenizer_warnings(session)):
         display.line(f"warning: {warning}", "yellow")
     if session.source is None:
         number = readable(parameter_count(session))
@@ -83,6 +83,15 @@ def show_first_loss(session: Session, loss: float, display: Display) -> None:
             "another tokenizer, or the checkpoint may hold a model that was never trained; "
             f"see `castalia inspect {session.source.path}` and `castalia data batch CONFIG --step 0`",
             "bold yellow",
+        )
+
+
+def _tokenizer_warnings(session: Session) -> Iterator[str]:
+    model, tokenizer = session.config.model, session.tokenizer
+    if model and tokenizer and 2 * tokenizer.vocab_size < model.padded_vocab_size and model.padded_vocab_size > 1024:
+        yield (
+            f"the tokenizer has {tokenizer.vocab_size:,} ids and the model {model.padded_vocab_size:,} rows for them: "
+            "it may be another model's; name the right one (tokenizer.path)"
         )
 
 

@@ -176,6 +176,13 @@ def resolve(config: RunConfig, source: Checkpoint | None) -> tuple[RunConfig, To
             f"model.vocab_size={vocab_size} is smaller than the tokenizer's vocabulary of {tokenizer.vocab_size}; "
             "leave model.vocab_size out, or name the tokenizer that belongs to the model"
         )
+    foreign = source is not None and source.format != "native" and not (config.model and config.model.vocab_size)
+    if foreign and tokenizer and tokenizer.vocab_size < vocab_size:  # such files tell the rows, padding included
+        rows = model.padded_vocab_size
+        model = model.model_copy(update={"vocab_size": tokenizer.vocab_size})
+        if model.padded_vocab_size != rows:
+            model = model.model_copy(update={"vocab_multiple": rows})
+        vocab_size = tokenizer.vocab_size
     model = model.model_copy(
         update={
             "vocab_size": vocab_size,
