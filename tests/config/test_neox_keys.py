@@ -11,6 +11,7 @@ import yaml
 from castalia.config.fields import FIELDS
 from castalia.config.load import load_config
 from castalia.config.neox_keys import KEYS, STALE
+from castalia.config.schema import Source
 from castalia.errors import ConfigError
 
 MODEL = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4}
@@ -157,11 +158,128 @@ def test_every_honoured_row_has_an_example():
 def test_an_honoured_key_arrives(tmp_path, key):
     theirs, ours = HONOURED[key]
     config = load(tmp_path, **{**MODEL, key: theirs})
-    value: object = config
-    for name in KEYS[key].target.split("."):
-        value = getattr(value, name)
-    assert value == ours
+    assert value_at(config, KEYS[key].target) == ours
     assert config.origins[KEYS[key].target].endswith(f"neox.yml:{1 + sorted({*MODEL, key}).index(key)}")
+
+
+WANDB = {"use_wandb": True}
+PROFILE = {"profile": True}
+GELU = {"activation": "gelu"}
+FP16 = {"type": "fp16", "enabled": True}
+# key -> (its value and the keys beside it that it needs, our path, what arrives there). One joint effect of each key.
+JOINT = {
+    "gradient_accumulation_steps": ({"gradient_accumulation_steps": 4}, "train.accumulation", 4),
+    "optimizer": ({"optimizer": {"type": "Lion", "params": {"lr": 0.1}}}, "optimizer.name", "lion"),
+    "fp16": ({"fp16": {**FP16, "hysteresis": 5}}, "precision.loss_scale.hysteresis", 5),
+    "bf16": ({"bf16": {"enabled": True}}, "precision.compute", "bf16"),
+    "gradient_clipping": ({"gradient_clipping": 0.5}, "optimizer.clip_norm", 0.5),
+    "zero_optimization": ({"zero_optimization": {"stage": 2}}, "parallel.zero", 2),
+    "tensorboard": ({"tensorboard": {"enabled": True, "output_path": "tb"}}, "log.tensorboard", "tb"),
+    "wandb": ({"wandb": {"enabled": True, "team": "t"}}, "log.wandb.team", "t"),
+    "csv_monitor": ({"csv_monitor": {"enabled": True}}, "log.csv", True),
+    "pipe_parallel_size": ({"pipe_parallel_size": 2}, "parallel.pp", 2),
+    "model_parallel_size": ({"model_parallel_size": 2}, "model.vocab_multiple", 256),
+    "precision": ({"precision": "bfloat16"}, "precision.compute", "bf16"),
+    "intermediate_size": ({"intermediate_size": 96}, "model.mlp_size", 96),
+    "mlp_multiple_of": ({"intermediate_size": 96, "mlp_multiple_of": 64}, "model.mlp_size", 128),
+    "expansion_factor": ({"expansion_factor": 2.0}, "model.mlp_size", 128),
+    "norm": ({"norm": "scalenorm"}, "model.norm", "scalenorm"),
+    "layernorm_epsilon": ({"layernorm_epsilon": 1e-3}, "model.norm_eps", 1e-3),
+    "rms_norm_epsilon": ({"norm": "rmsnorm", "rms_norm_epsilon": 1e-3}, "model.norm_eps", 1e-3),
+    "scalenorm_epsilon": ({"norm": "scalenorm", "scalenorm_epsilon": 1e-3}, "model.norm_eps", 1e-3),
+    "make_vocab_size_divisible_by": ({"make_vocab_size_divisible_by": 64}, "model.vocab_multiple", 64),
+    "activation": ({"activation": "SwiGLU"}, "model.gated_mlp", True),
+    "bias_gelu_fusion": ({**GELU, "bias_gelu_fusion": True}, "model.activation", "gelu_tanh"),
+    "onnx_safe": ({**GELU, "bias_gelu_fusion": True, "onnx_safe": True}, "model.activation", "gelu"),
+    "gpt_j_tied": ({"gpt_j_residual": True, "gpt_j_tied": True}, "model.shared_norm", True),
+    "lr": ({"lr": 0.5}, "optimizer.lr", 0.5),
+    "lr_decay_fraction": ({"lr_decay_fraction": 0.5}, "schedule.decay_fraction", 0.5),
+    "override_lr_scheduler": ({"override_lr_scheduler": True, "load": "a"}, "checkpoint.schedule_from", "config"),
+    "use_checkpoint_lr_scheduler": (
+        {"use_checkpoint_lr_scheduler": True, "load": "a"}, "checkpoint.schedule_from", "checkpoint"
+    ),
+    "use_wandb": (WANDB, "log.wandb.project", "neox"),
+    "wandb_group": ({**WANDB, "wandb_group": "g"}, "log.wandb.group", "g"),
+    "wandb_run_name": ({**WANDB, "wandb_run_name": "n"}, "log.wandb.name", "n"),
+    "wandb_team": ({**WANDB, "wandb_team": "t"}, "log.wandb.team", "t"),
+    "wandb_project": ({**WANDB, "wandb_project": "p"}, "log.wandb.project", "p"),
+    "wandb_host": ({**WANDB, "wandb_host": "https://w.example"}, "log.wandb.host", "https://w.example"),
+    "log_grad_pct_zeros": ({"log_grad_pct_zeros": True, "log_interval": 7}, "log.layers_every", 7),
+    "log_param_norm": ({"log_param_norm": True, "log_interval": 7}, "log.layers_every", 7),
+    "log_grad_norm": ({"log_grad_norm": True, "log_interval": 7}, "log.layers_every", 7),
+    "memory_profiling": ({"memory_profiling": True}, "log.profile.start", 10),
+    "memory_profiling_path": ({**PROFILE, "memory_profiling_path": "here"}, "log.profile.dir", "here"),
+    "profile": (PROFILE, "log.profile.stop", 12),
+    "profile_step_start": ({**PROFILE, "profile_step_start": 3}, "log.profile.start", 3),
+    "profile_step_stop": ({**PROFILE, "profile_step_stop": 30}, "log.profile.stop", 30),
+    "tokenizer_type": ({"tokenizer_type": "CharLevelTokenizer"}, "tokenizer.kind", "char"),
+    "train_data_paths": ({"train_data_paths": ["a"]}, "data.train", (Source(path="a"),)),
+    "train_label_data_paths": (
+        {"train_data_paths": ["a"], "train_label_data_paths": ["b"]}, "data.train", (Source(path="a", labels="b"),)
+    ),
+    "train_data_weights": (
+        {"train_data_paths": ["a"], "train_data_weights": [2.0]}, "data.train", (Source(path="a", weight=2.0),)
+    ),
+    "valid_data_paths": ({"valid_data_paths": ["a"]}, "data.valid", (Source(path="a"),)),
+    "valid_label_data_paths": (
+        {"valid_data_paths": ["a"], "valid_label_data_paths": ["b"]}, "data.valid", (Source(path="a", labels="b"),)
+    ),
+    "valid_data_weights": (
+        {"valid_data_paths": ["a"], "valid_data_weights": [2.0]}, "data.valid", (Source(path="a", weight=2.0),)
+    ),
+    "test_data_paths": ({"test_data_paths": ["a"]}, "data.test", (Source(path="a"),)),
+    "test_label_data_paths": (
+        {"test_data_paths": ["a"], "test_label_data_paths": ["b"]}, "data.test", (Source(path="a", labels="b"),)
+    ),
+    "test_data_weights": (
+        {"test_data_paths": ["a"], "test_data_weights": [2.0]}, "data.test", (Source(path="a", weight=2.0),)
+    ),
+    "load": ({"load": "a"}, "checkpoint.resume", "a"),
+    "finetune": ({"load": "a", "finetune": True}, "checkpoint.init_from", "a"),
+    "checkpoint_scale": ({"checkpoint_scale": "log", "checkpoint_factor": 2.0}, "checkpoint.log_base", 2.0),
+    "checkpoint_factor": ({"checkpoint_factor": 500}, "checkpoint.every", 500),
+    "hidden_dropout": ({"hidden_dropout": 0.1}, "model.embedding_dropout", 0.1),
+    "clip_grad": ({"clip_grad": 0.5}, "optimizer.clip_norm", 0.5),
+    "use_mup": ({"use_mup": True}, "model.mup.init_scale", 1.0),
+    "mup_init_scale": ({"use_mup": True, "mup_init_scale": 2.0}, "model.mup.init_scale", 2.0),
+    "mup_attn_temp": ({"use_mup": True, "mup_attn_temp": 2.0}, "model.mup.attention_temperature", 2.0),
+    "mup_output_temp": ({"use_mup": True, "mup_output_temp": 2.0}, "model.mup.output_temperature", 2.0),
+    "mup_embedding_mult": ({"use_mup": True, "mup_embedding_mult": 2.0}, "model.mup.embedding_multiplier", 2.0),
+    "mup_rp_embedding_mult": ({"use_mup": True, "mup_rp_embedding_mult": 2.0}, "model.mup.position_multiplier", 2.0),
+    "sample_output_file": ({"sample_output_file": "out.txt"}, "generate.output_file", "out.txt"),
+}  # fmt: skip
+REFUSALS = {  # keys that choose nothing here: one value is right, the others are refused
+    "attention_config": ([[["global"], 4]], [[["local"], 4]], "local layers are not built in"),
+    "num_unique_layers": (4, 2, "layers that share their weights are not built in"),
+    "base_shapes_file": (None, "shapes.yml", "give model.mup.base_width"),
+}
+
+
+def value_at(config: object, path: str) -> object:
+    for name in path.split("."):
+        config = getattr(config, name, None)
+    return config
+
+
+def test_every_joint_row_has_an_example():
+    assert JOINT.keys() | REFUSALS.keys() == set(of_kind("joint"))
+
+
+@pytest.mark.parametrize("key", JOINT)
+def test_a_joint_key_arrives_with_its_companions(tmp_path, key):
+    keys, path, expected = JOINT[key]
+    assert value_at(load(tmp_path, **MODEL, **keys), path) == expected
+    without = {name: value for name, value in keys.items() if name != key}
+    assert value_at(load(tmp_path, **MODEL, **without), path) != expected
+
+
+@pytest.mark.parametrize("key", REFUSALS)
+def test_a_key_with_one_right_value_refuses_the_others(tmp_path, key):
+    right, wrong, text = REFUSALS[key]
+    base = {**MODEL, "use_mup": key == "base_shapes_file"}
+    assert load(tmp_path, **base, **{key: right}) == load(tmp_path, **base)
+    with pytest.raises(ConfigError, match=text):
+        load(tmp_path, **base, **{key: wrong})
 
 
 STRANGE = (
