@@ -216,6 +216,34 @@ def test_editing_a_document_never_changes_anothers_logits_or_losses(tmp_path: Pa
     assert not torch.equal(logits[~kept], other_logits[~kept])
 
 
+def test_training_on_masked_documents_is_training_on_each_alone(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch", reason="needs torch")
+    from castalia.model.transformer import Transformer
+    from castalia.parallel.engine import Engine
+    from castalia.train.step import as_rows
+
+    shape = Model(num_layers=2, hidden_size=16, num_heads=2, vocab_size=50, max_positions=32)
+    random = np.random.RandomState(0)
+    documents = [random.randint(1, 50, size) for size in (5, 9, 3, 12, 7, 2, 30, 4)]
+    source = corpus(tmp_path / "x", [tokens.tolist() for tokens in documents])
+    run = config(source, length=32, packing="pack_until_overflow", mask_documents=True)
+    run = run.model_copy(update={"model": shape})
+    samples, engine = open_data(run), Engine(Transformer(shape))
+    engine.initialize(run)
+    loss = engine.forward_backward(as_rows(samples.batch(0)), [1.0], 1.0, [0])
+    gradient = engine.model.embed.weight.grad.clone()
+    engine.model.zero_grad()
+    alone = torch.zeros(())
+    for position in samples.positions(0).tolist():
+        for piece in samples.pieces(position):
+            tokens = torch.from_numpy(documents[piece.document][: piece.stop].astype(np.int64))[None]
+            if piece.stop > 1:  # the last piece of these samples is one foreign token
+                alone = alone + engine.model(tokens[:, :-1], tokens[:, 1:])[0]
+    alone.backward()
+    assert torch.allclose(loss, alone, rtol=1e-5)
+    assert torch.allclose(engine.model.embed.weight.grad, gradient, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
