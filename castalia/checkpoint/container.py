@@ -175,7 +175,10 @@ def _zip_members(path: Path, file: Any) -> dict[str, zipfile.ZipInfo]:
     try:
         infos = zipfile.ZipFile(file).infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error) as error:
-        raise CheckpointError(f"{path} is truncated or damaged: its zip directory cannot be read ({error})") from error
+        raise CheckpointError(
+            f"{path} is truncated or damaged: its zip directory cannot be read ({error}). "
+            "Get this file again, or use another step"
+        ) from error
     members = {}
     for info in infos:
         name = info.filename

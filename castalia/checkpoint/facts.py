@@ -65,7 +65,7 @@ def architecture(checkpoint: Checkpoint) -> tuple[dict[str, Fact], list[str]]:
     model = checkpoint.config.model if checkpoint.config else None
     told = from_tensors(checkpoint.model, model.num_heads if model else None)
     facts = {name: Fact(told[name], "tensors") for name in SHOWN if name in told}
-    differences = list(_disagreements(checkpoint))
+    differences = list(_names(checkpoint, "disagreements"))
     if model is not None:
         for name in SHOWN:
             value = None if name == "padded_vocab_size" and model.vocab_size is None else getattr(model, name)
@@ -77,11 +77,6 @@ def architecture(checkpoint: Checkpoint) -> tuple[dict[str, Fact], list[str]]:
                 )
     order = [name for name in SHOWN if name in facts and _matters(name, facts)]
     return {name: facts[name] for name in order}, differences
-
-
-def _disagreements(checkpoint: Checkpoint) -> list[str]:
-    found = checkpoint.details.get("disagreements")
-    return list(found) if isinstance(found, (list, tuple)) else []
 
 
 def _matters(name: str, facts: Mapping[str, Fact]) -> bool:
@@ -103,10 +98,14 @@ def _matters(name: str, facts: Mapping[str, Fact]) -> bool:
 
 def _source(checkpoint: Checkpoint, name: str) -> str:
     setting = SETTINGS.get(name, name)
+    if setting in _names(checkpoint, "stored arguments"):
+        return "stored arguments"
     origins = checkpoint.config.origins if checkpoint.config else {}
     if origin := origins.get(f"model.{setting}"):
-        return origin
-    for kind in ("stored arguments", "guess"):
-        if setting in (checkpoint.details.get(kind) or ()):  # type: ignore[operator]
-            return kind
-    return ELSEWHERE.get(checkpoint.format, "default")
+        return origin.removeprefix(f"{checkpoint.path}/")
+    return "guess" if setting in _names(checkpoint, "guess") else ELSEWHERE.get(checkpoint.format, "default")
+
+
+def _names(checkpoint: Checkpoint, kind: str) -> tuple[str, ...]:
+    names = checkpoint.details.get(kind)
+    return names if isinstance(names, tuple) else ()

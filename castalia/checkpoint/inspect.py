@@ -15,8 +15,8 @@ from castalia.checkpoint.facts import architecture
 from castalia.checkpoint.sample import Run, Sums, runs, sample
 from castalia.checkpoint.tensors import Checkpoint, TensorRef
 from castalia.config.schema import InitMethod, Model
-from castalia.model.deviations import standard_deviation
-from castalia.plan.count import count, original_count, tp_dim
+from castalia.model.deviations import mup_scale, standard_deviation
+from castalia.plan.count import count, non_embedding, original_count, tp_dim
 
 KINDS = {  # of tensors that start alike; the first pattern that is found in a name tells its kind
     "embedding": r"^embed\.weight",
@@ -139,10 +139,10 @@ def meaning(checkpoint: Checkpoint, total: int, stored: Mapping[str, int]) -> st
             text = text.replace("+ optimizer", "+ Adam")
     other = checkpoint.details.get("other_model")
     if isinstance(other, Model):
-        if other.vocab_size is None:
-            other = other.model_copy(update={"vocab_size": checkpoint.model["embed.weight"].shape[0]})
-        if abs((size := count(other).total) - total) > 0.02 * total:
-            text += f"; nothing of the {readable(size)}-parameter model that the config describes is in it"
+        text += (
+            f"; nothing of the {other.num_layers} x {other.hidden_size} model of {checkpoint.details['other_source']}, "
+            f"{readable(non_embedding(other))} parameters without embeddings, is in it"
+        )
     return text
 
 
@@ -213,7 +213,9 @@ def _statistics(checkpoint: Checkpoint, kind: str, names: list[str], sums: Mappi
     if model is None or kind in WITHOUT_METHOD:
         return result | {"methods": {}, "fits": [], "start": None}
     shape = _drawn_shape(checkpoint, names[0])
-    methods = {name: standard_deviation(model, name, shape) for name in get_args(InitMethod)}
+    methods = {
+        name: standard_deviation(model, name, shape) * mup_scale(model, name, names[0]) for name in get_args(InitMethod)
+    }
     fits = [name for name, expected in methods.items() if abs(together.std / expected - 1) < FITS]
     start = None
     if _knows_method(checkpoint):

@@ -22,3 +22,12 @@ def standard_deviation(cfg: Model, method: str, shape: Sequence[int]) -> float:
         "scaled_orthogonal": math.sqrt(2 / cfg.num_layers) / math.sqrt(max(shape)),
     }
     return deviations[method]
+
+
+def mup_scale(cfg: Model, method: str, name: str) -> float:
+    """muP: hidden matrices shrink like 1 / sqrt(width), the others keep the values that they have at the base width."""
+    if cfg.mup is None:
+        return 1.0
+    follows_width = method in ("small_init", "wang_init")  # on their own
+    power = 0.5 * follows_width - 0.5 * name.startswith("blocks.")
+    return cfg.mup.init_scale * cfg.width_multiplier**power

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from castalia.config.schema import Model
-from castalia.model.deviations import standard_deviation
+from castalia.model.deviations import mup_scale, standard_deviation
 from castalia.model.transformer import Transformer
 
 TILE_ROWS, TILE_COLUMNS = 64, 256
@@ -53,7 +53,7 @@ def seeded_tensor(
         whole = torch.zeros(*shape)  # padding rows are zero: an orthogonal matrix cannot be continued
         whole[: logical[0]] = _orthogonal(seed, name, logical) * (1.0 if method == "orthogonal" else _depth_gain(cfg))
         return whole[rows, columns].clone()
-    scale = standard_deviation(cfg, method, logical) * _mup_scale(cfg, method, name)
+    scale = standard_deviation(cfg, method, logical) * mup_scale(cfg, method, name)
     return (_drawn(seed, name, shape, rows, columns, uniform=method == "xavier_uniform") * scale).float()
 
 
@@ -62,15 +62,6 @@ def constant_value(name: str) -> float | None:
     if name.endswith(".bias"):
         return 0.0
     return 1.0 if name.split(".")[-2] in ("norm", "norm1", "norm2", "qk_norm") else None
-
-
-def _mup_scale(cfg: Model, method: str, name: str) -> float:
-    """muP: hidden matrices shrink like 1 / sqrt(width), the others keep the values that they have at the base width."""
-    if cfg.mup is None:
-        return 1.0
-    follows_width = method in ("small_init", "wang_init")  # on their own
-    power = 0.5 * follows_width - 0.5 * name.startswith("blocks.")
-    return cfg.mup.init_scale * cfg.width_multiplier**power
 
 
 def _method(cfg: Model, name: str) -> str:

@@ -99,7 +99,10 @@ def compare(config: Model | None, model: Model, path: Path, source: str, toleran
             + "".join(f"\n  model.{line}" for line in lines)
             + "\nName the right one with --config, or move the wrong one out of the folder"
         )
-    return {"disagreements": lines, "other_model": config} if lines else {}
+    if not lines:
+        return {}
+    lines.append(f"what tensors do not tell is taken from {source} all the same, and may be wrong")
+    return {"disagreements": tuple(lines), "other_model": config, "other_source": source}
 
 
 def stored_arguments(args: Mapping[str, Any]) -> dict[str, object]:
