@@ -13,6 +13,7 @@ from castalia.config.fields import FIELDS, SECTIONS, describe
 from castalia.config.load import load_config, suggest
 from castalia.config.neox_keys import KEYS, STALE
 from castalia.config.read import to_yaml
+from castalia.config.reference import markdown
 from castalia.config.schema import RunConfig
 from castalia.errors import ConfigError
 
@@ -80,8 +81,16 @@ def convert(
 
 
 @app.command()
-def explain(key: str) -> None:
+def explain(
+    key: Annotated[str | None, typer.Argument(help="one of ours, or of GPT-NeoX's")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="the reference of all keys, as Markdown")] = False,
+) -> None:
     """What a key means: one of ours (`optimizer.lr`) or one of NeoX's (`gradient_clipping`)."""
+    if everything:
+        print(markdown(), end="")
+        return
+    if key is None:
+        raise ConfigError("name a key, or ask for all with --all")
     name = key.replace("-", "_")
     row = KEYS.get(name)
     if key in FIELDS or key in SECTIONS:

@@ -23,6 +23,13 @@ def _section_of(annotation: Any) -> type[Section] | None:
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
 
 
+def section_in(annotation: Any) -> type[Section] | None:
+    """The section that the entries of a list are."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next(filter(None, map(section_in, get_args(annotation))), None)
+
+
 FIELDS = {path: info for path, info, is_section in _walk(RunConfig) if not is_section}
 SECTIONS = {path: info for path, info, is_section in _walk(RunConfig) if is_section}
 
@@ -32,8 +39,12 @@ def describe(path: str) -> str:
     info = FIELDS.get(path) or SECTIONS.get(path)
     if info is None:
         return "no key of ours"
+    return describe_field(info)
+
+
+def describe_field(info: FieldInfo) -> str:
     default = "" if info.is_required() else f" (default {_text(info.default)})"
-    meaning = f": {info.description}" if info.description else ""
+    meaning = f": {info.description}".replace("None:", "null:") if info.description else ""
     return f"{_kind(info.annotation, info.metadata)}{default}{meaning}"
 
 

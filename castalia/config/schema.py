@@ -38,13 +38,13 @@ class RopeScaling(Section):
     """How rotary frequencies are stretched beyond the length they were trained for."""
 
     kind: Literal["linear", "yarn", "llama3"]
-    factor: PositiveFloat
-    original_positions: PositiveInt | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    attention_factor: float | None = None
+    factor: PositiveFloat = Field(description="how many times longer sequences may become")
+    original_positions: PositiveInt | None = Field(None, description="length that the model was trained for")
+    beta_fast: float = Field(32.0, description="of yarn: dimensions that turn more often than this stay as they are")
+    beta_slow: float = Field(1.0, description="of yarn: dimensions that turn less often are stretched in full")
+    low_freq_factor: float = Field(1.0, description="of llama3")
+    high_freq_factor: float = Field(4.0, description="of llama3")
+    attention_factor: float | None = Field(None, description="of yarn; None: 0.1 ln(factor) + 1")
 
 
 class MuP(Section):
@@ -70,8 +70,8 @@ class Model(Section):
 
     position: Literal["rotary", "learned", "sinusoidal", "alibi", "none"] = "rotary"
     rotary_pct: PositiveFloat = Field(1.0, le=1.0, description="share of each head's dimensions that rotate")
-    rotary_base: PositiveFloat = 10000.0
-    rope_scaling: RopeScaling | None = None
+    rotary_base: PositiveFloat = Field(10000.0, description="longest wave length of the rotation, over 2 pi")
+    rope_scaling: RopeScaling | None = Field(None, description="None: rotary frequencies as they are")
     norm: Literal["layernorm", "rmsnorm", "scalenorm", "layernorm_no_params"] = "layernorm"
     norm_eps: PositiveFloat = 1e-5
     rms_eps_inside: bool = Field(True, description="x / sqrt(mean(x^2) + eps); false: x / (rms(x) + eps)")
@@ -82,13 +82,13 @@ class Model(Section):
     gated_mlp: bool = Field(False, description="activation(gate(x)) * up(x) instead of activation(up(x))")
     parallel_residual: bool = Field(False, description="x + attention(norm1 x) + mlp(norm2 x)")
     shared_norm: bool = Field(False, description="parallel residual with one norm for both branches")
-    attention_bias: bool = True
-    mlp_bias: bool = True
-    tie_embeddings: bool = False
+    attention_bias: bool = Field(True, description="in both matrices of the attention")
+    mlp_bias: bool = Field(True, description="in all matrices of the MLP")
+    tie_embeddings: bool = Field(False, description="the head is the embedding itself")
     sliding_window: PositiveInt | None = Field(None, description="a token sees itself and this many before it")
-    embedding_dropout: Fraction = Field(0.0, lt=1.0)
-    hidden_dropout: Fraction = Field(0.0, lt=1.0)
-    attention_dropout: Fraction = Field(0.0, lt=1.0)
+    embedding_dropout: Fraction = Field(0.0, lt=1.0, description="of the embedded tokens")
+    hidden_dropout: Fraction = Field(0.0, lt=1.0, description="of what attention and MLP add")
+    attention_dropout: Fraction = Field(0.0, lt=1.0, description="of the attention's weights")
 
     mup: MuP | None = Field(None, description="None: the standard parametrization")
 
@@ -98,9 +98,9 @@ class Model(Section):
         "None: neox under neox_exact",
     )
     init_passes: Literal[1, 2] = Field(1, description="with init=neox: 2 for pipe_parallel_size 0, which builds twice")
-    init_method: InitMethod = "normal"
+    init_method: InitMethod = Field("normal", description="embeddings, head, attention input, first MLP matrix")
     output_init_method: InitMethod = Field("scaled_normal", description="attention output and second MLP matrix")
-    init_std: PositiveFloat = 0.02
+    init_std: PositiveFloat = Field(0.02, description="of the methods whose name ends in normal")
 
     @property
     def kv_heads(self) -> int:
@@ -153,15 +153,17 @@ Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_sources)]
 
 class Data(Section):
     path: str | None = Field(None, description="one corpus that `split` divides; excludes train, valid and test")
-    split: str = "969, 30, 1"
+    split: str = Field("969, 30, 1", description="shares of training, validation and test")
     train: Sources = ()
     valid: Sources = ()
     test: Sources = ()
-    seq_length: PositiveInt = 2048
-    packing: Literal["packed", "pack_until_overflow", "unpacked"] = "packed"
+    seq_length: PositiveInt = Field(2048, description="tokens of a sequence")
+    packing: Literal["packed", "pack_until_overflow", "unpacked"] = Field(
+        "packed", description="documents end to end; whole ones until one does not fit; one a sample"
+    )
     allow_chopped: bool = Field(True, description="false: leave out documents longer than a sample")
     weight_by_documents: bool = Field(False, description="weights from document counts; replaces the given weights")
-    weight_alpha: PositiveFloat = 1.0
+    weight_alpha: PositiveFloat = Field(1.0, description="with weight_by_documents: below 1 favours small corpora")
     mask_after_eod: bool = Field(False, description="no loss on the token that follows an end-of-document token")
     mask_documents: bool = Field(False, description="tokens see only their own document; positions restart")
     cache_dir: str | None = Field(None, description="folder of index files; None: beside the data")
@@ -186,7 +188,7 @@ class Optimizer(Section):
         "adamw",
         description="muon: on the matrices of the blocks, adamw on the rest; adafactor: lr is relative to the weights",
     )
-    lr: PositiveFloat = 3e-4
+    lr: PositiveFloat = Field(3e-4, description="the highest learning rate")
     betas: tuple[float, float] = Field((0.9, 0.95), description="of adamw, lion and muon's adamw")
     eps: PositiveFloat = Field(1e-8, description="of adamw and muon's adamw")
     momentum: Fraction = Field(0.95, lt=1.0, description="of sgd and muon")
@@ -203,8 +205,8 @@ class Schedule(Section):
     warmup_steps: NonNegativeInt | None = Field(None, description="the warm-up in steps; replaces warmup")
     cooldown: Fraction = Field(0.2, le=1.0, description="of wsd: share of the decay steps in which the rate falls")
     decay_steps: PositiveInt | None = Field(None, description="None: train.steps * decay_fraction")
-    decay_fraction: PositiveFloat | None = Field(None, le=1.0)
-    min_lr: NonNegativeFloat = 0.0
+    decay_fraction: PositiveFloat | None = Field(None, le=1.0, description="share of train.steps until the decay ends")
+    min_lr: NonNegativeFloat = Field(0.0, description="the rate never falls below it after the warm-up")
 
     @property
     def ends(self) -> bool:
@@ -237,11 +239,11 @@ class LossScale(Section):
     """fp16 only. `rule` names which of DeepSpeed's two dynamic rules applies."""
 
     static: PositiveFloat | None = Field(None, description="a fixed scale; None: dynamic")
-    initial: PositiveFloat = 2.0**16
-    window: PositiveInt = 1000
-    hysteresis: PositiveInt = 2
-    minimum: PositiveFloat = 1.0
-    consecutive_hysteresis: bool = False
+    initial: PositiveFloat = Field(2.0**16, description="of the first step")
+    window: PositiveInt = Field(1000, description="it doubles after so many good steps")
+    hysteresis: PositiveInt = Field(2, description="of zero: it halves at the so-manieth overflow")
+    minimum: PositiveFloat = Field(1.0, description="it never gets smaller")
+    consecutive_hysteresis: bool = Field(False, description="of zero: every good step forgives earlier overflows")
     rule: Literal["zero", "stage0"] | None = Field(None, description="None: zero for parallel.zero >= 1, else stage0")
 
 
@@ -252,15 +254,17 @@ class Precision(Section):
 
 class Train(Section):
     steps: PositiveInt | None = Field(None, description="optimizer steps; or give epochs")
-    epochs: PositiveInt | None = None
+    epochs: PositiveInt | None = Field(None, description="passes over the data")
     batch_size: PositiveInt | None = Field(None, description="sequences of a step over all ranks")
     micro_batch_size: PositiveInt | None = Field(None, description="sequences of one forward pass on one rank")
     accumulation: PositiveInt | None = Field(None, description="forward passes of a step")
     z_loss: NonNegativeFloat = Field(
         0.0, description="times the square of log(sum of exp(logits)): added to each token's loss in training"
     )
-    recompute: Literal["none", "selective", "full"] = "none"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="what of a block the backward pass computes again: nothing, all but matrices, everything"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
     exit_interval: PositiveInt | None = Field(None, description="save and stop at the next multiple of this step")
 
 
@@ -275,8 +279,8 @@ class Checkpoint(Section):
     steps: tuple[NonNegativeInt, ...] = Field((), description="further steps to save; 0 is before the first step")
     keep_last: PositiveInt | None = Field(None, description="delete older checkpoints, milestones excepted")
     keep_every: PositiveInt | None = Field(None, description="milestones: multiples of this step are never deleted")
-    save_optimizer: bool = True
-    load_optimizer: bool = True
+    save_optimizer: bool = Field(True, description="without it a run cannot be resumed")
+    load_optimizer: bool = Field(True, description="false: resume with a fresh optimizer")
     other_data: bool = Field(False, description="resume although the data or their order have changed")
     schedule_from: Literal["config", "checkpoint"] | None = Field(
         None, description="which learning-rate schedule a resumed run follows; None: they must agree"
@@ -308,7 +312,7 @@ class Profile(Section):
 
 
 class Log(Section):
-    every: PositiveInt = 10
+    every: PositiveInt = Field(10, description="a line on the terminal after so many steps")
     tensorboard: str | None = Field(None, description="folder of TensorBoard event files")
     wandb: Wandb | None = Field(None, description="None: nothing goes to Weights & Biases")
     csv: bool = Field(False, description="metrics.csv beside metrics.jsonl")
@@ -322,21 +326,23 @@ class Log(Section):
 
 
 class Eval(Section):
-    every: PositiveInt | None = 1000
+    every: PositiveInt | None = Field(1000, description="evaluate after so many steps; None: never between")
     batches: NonNegativeInt = Field(10, description="global batches of one evaluation")
-    at_end: bool = True
+    at_end: bool = Field(True, description="evaluate after the last step")
 
 
 class Generate(Section):
-    temperature: NonNegativeFloat = 0.0
-    top_k: NonNegativeInt = 0
-    top_p: NonNegativeFloat = Field(0.0, le=1.0)
-    max_tokens: PositiveInt = 64
-    num_samples: PositiveInt = 1
-    mode: Literal["unconditional", "input-file", "interactive"] | None = None
-    input_file: str | None = None
-    output_file: str | None = None
-    prompt_end: str = "\n"
+    temperature: NonNegativeFloat = Field(0.0, description="0: always the likeliest token")
+    top_k: NonNegativeInt = Field(0, description="only the k likeliest tokens; 0: all")
+    top_p: NonNegativeFloat = Field(0.0, le=1.0, description="only the likeliest that hold this share; 0: all")
+    max_tokens: PositiveInt = Field(64, description="of one text")
+    num_samples: PositiveInt = Field(1, description="texts for each prompt")
+    mode: Literal["unconditional", "input-file", "interactive"] | None = Field(
+        None, description="where prompts come from"
+    )
+    input_file: str | None = Field(None, description="a prompt on each line")
+    output_file: str | None = Field(None, description="prompts and texts, a JSON object a line")
+    prompt_end: str = Field("\n", description="what ends a prompt that is typed")
 
 
 class RunConfig(Section):
@@ -354,7 +360,7 @@ class RunConfig(Section):
     log: Log = Log()
     eval: Eval = Eval()
     generate: Generate = Generate()
-    seed: PositiveInt = 1234
+    seed: PositiveInt = Field(1234, description="of initial weights, data order and dropout")
     neox_exact: bool = Field(False, description="bring back every defect of the original that changes numbers")
 
     _origins: Mapping[str, str] = PrivateAttr(default_factory=dict)
