@@ -273,7 +273,7 @@ def _open_blend(
         weights = normalized([source.weight for source in sources])
     corpora = []
     for number, (source, text, weight) in enumerate(zip(sources, texts, weights.tolist(), strict=True)):
-        labels = _open_labels(source, text) if source.labels else None
+        labels = open_labels(source, text)
         share = None if wanted is None else math.ceil(wanted * weight * 1.005)
         corpora.append(_index(config, text, labels, np.arange(len(text), dtype=np.int32), share, f"{split}_{number}"))
     size = sum(len(corpus.index) for corpus in corpora)
@@ -286,8 +286,10 @@ def _open_blend(
     return tuple(corpora), (index, sample)
 
 
-def _open_labels(source: Source, text: IndexedDataset) -> IndexedDataset:
-    assert source.labels is not None
+def open_labels(source: Source, text: IndexedDataset) -> IndexedDataset | None:
+    """None where the source names none. DataError unless each document has as many labels as tokens."""
+    if source.labels is None:
+        return None
     labels = open_dataset(source.labels)
     if not np.array_equal(labels.sizes, text.sizes):
         raise DataError(
