@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def command(
     path: Annotated[str, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="a run, or a checkpoint of any format")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE...]")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[OVERLAY.yml...] [KEY=VALUE...]")] = None,
     data: Annotated[
         str | None, typer.Option(help="prefix of .bin and .idx, or a text file; default: the run's validation data")
     ] = None,
@@ -53,6 +53,8 @@ def evaluate_checkpoint(
 ) -> dict[str, Any]:
     """What the command prints, by name."""
     from castalia.checkpoint.load import build_model
+    from castalia.cli.config import print_notes
+    from castalia.cli.train import split_words
     from castalia.config.load import load_config
     from castalia.config.schema import RunConfig
     from castalia.errors import ConfigError
@@ -63,7 +65,9 @@ def evaluate_checkpoint(
 
     config = checkpoint.config or RunConfig()
     if overrides:
-        config = load_config([config], overrides)
+        files, words = split_words(overrides)
+        config = load_config([config, *files], words)
+        print_notes(config)
     tokenizer = find_tokenizer(checkpoint, tokenizer_path)
     stream = read_stream(data, tokenizer) if data else validation_stream(config.data, tokenizer)
     keep_freed_memory()
@@ -75,7 +79,9 @@ def evaluate_checkpoint(
     if stride is not None and not 0 < stride <= length:
         raise ConfigError(f"--stride {stride} must lie between 1 and the window's {length} tokens (data.seq_length)")
     rows = config.train.micro_batch_size or 8
-    found = evaluate(Engine(model, rows), shown(windows(stream.tokens, length, stride or length, rows), stream))
+    sizes = stream.sizes if config.data.mask_documents else None
+    batches = windows(stream.tokens, length, stride or length, rows, sizes)
+    found = evaluate(Engine(model, rows), shown(batches, stream))
     spelled = {}
     if stream.num_bytes:
         spelled = {"bits_per_byte": bits_per_byte(found["loss"], int(found["tokens"]), stream.num_bytes)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from castalia.errors import DataError
 class Stream(NamedTuple):
     name: str
     tokens: np.ndarray  # all documents back to back
+    sizes: np.ndarray  # of the documents, in tokens
     num_bytes: int | None  # of the text that the tokens spell; None without a tokenizer
 
 
@@ -38,7 +39,7 @@ def read_stream(path: str, tokenizer: Tokenizer | None) -> Stream:
         num_bytes += len(text.encode())
     if not num_bytes:
         raise DataError(f"{path} holds no text")
-    return Stream(path, np.concatenate(pieces), num_bytes)
+    return _stream(path, pieces, num_bytes)
 
 
 def validation_stream(data: Data, tokenizer: Tokenizer | None) -> Stream:
@@ -53,6 +54,7 @@ def validation_stream(data: Data, tokenizer: Tokenizer | None) -> Stream:
     return Stream(
         ", ".join(part.name for part in parts),
         np.concatenate([part.tokens for part in parts]),
+        np.concatenate([part.sizes for part in parts]),
         sum(num_bytes) if len(num_bytes) == len(parts) else None,
     )
 
@@ -60,8 +62,12 @@ def validation_stream(data: Data, tokenizer: Tokenizer | None) -> Stream:
 def indexed_stream(prefix: str, which: Iterable[int] | None, tokenizer: Tokenizer | None) -> Stream:
     dataset = open_dataset(prefix)
     items = [dataset[i] for i in which] if which is not None else list(dataset)
-    tokens = np.concatenate(items) if items else np.zeros(0, np.int64)
-    if len(tokens) < 2:
-        raise DataError(f"{prefix}: {len(items)} documents with {len(tokens)} tokens are too few to evaluate")
+    num_tokens = sum(map(len, items))
+    if num_tokens < 2:
+        raise DataError(f"{prefix}: {len(items)} documents with {num_tokens} tokens are too few to evaluate")
     num_bytes = sum(len(tokenizer.decode(item.tolist()).encode()) for item in items) if tokenizer else None
-    return Stream(prefix, tokens, num_bytes)
+    return _stream(prefix, items, num_bytes)
+
+
+def _stream(name: str, items: Sequence[np.ndarray], num_bytes: int | None) -> Stream:
+    return Stream(name, np.concatenate(items), np.array([len(item) for item in items]), num_bytes)

@@ -25,11 +25,15 @@ def evaluate(engine: Engine, batches: Iterable[Batch]) -> dict[str, float]:
     return {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "tokens": count}
 
 
-def windows(tokens: np.ndarray, length: int, stride: int, rows: int) -> Iterator[Batch]:
+def windows(
+    tokens: np.ndarray, length: int, stride: int, rows: int, sizes: np.ndarray | None = None
+) -> Iterator[Batch]:
     """Batches of `rows` windows that predict every token of a stream once, except the first.
 
-    Windows begin `stride` apart; each predicts only what the one before it did not.
+    Windows begin `stride` apart; each predicts only what the one before it did not. With the `sizes` of the documents
+    tokens see only their own, and the first of each is not predicted.
     """
+    numbers = None if sizes is None else np.repeat(np.arange(len(sizes)), sizes)
     starts = range(0, max(1, len(tokens) - 1 - (length - stride)), stride)
     for first in range(0, len(starts), rows):
         part = starts[first : first + rows]
@@ -40,7 +44,12 @@ def windows(tokens: np.ndarray, length: int, stride: int, rows: int) -> Iterator
             inputs[row, : len(window) - 1] = window[:-1]
             known = length - stride if start else 0
             labels[row, known : len(window) - 1] = window[1 + known :]
-        yield Batch(inputs, labels, labels != IGNORE)
+        documents = None
+        if numbers is not None:
+            at = np.minimum(np.array(part)[:, None] + np.arange(length + 1), len(numbers) - 1)
+            documents = np.ascontiguousarray(numbers[at[:, :-1]])
+            labels[documents != numbers[at[:, 1:]]] = IGNORE
+        yield Batch(inputs, labels, labels != IGNORE, documents)
 
 
 def bits_per_byte(loss: float, tokens: int, num_bytes: int) -> float:

@@ -30,6 +30,18 @@ def test_every_token_is_predicted_once_except_the_first(size, length, data, rows
     assert predicted == stream[1:].tolist()
 
 
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=9), st.integers(1, 12), st.integers(1, 5))
+def test_masked_documents_are_numbered_and_their_first_tokens_not_predicted(sizes, length, rows):
+    numbers = np.repeat(np.arange(len(sizes)), sizes)
+    stream = np.arange(len(numbers))  # each token is its place
+    predicted = []
+    for batch in windows(stream, length, length, rows, np.array(sizes)):
+        seen = batch.tokens[batch.loss_mask]
+        assert np.array_equal(batch.documents[batch.loss_mask], numbers[seen])
+        predicted += batch.labels[batch.loss_mask].tolist()
+    assert predicted == [place for place in stream[1:].tolist() if numbers[place] == numbers[place - 1]]
+
+
 def test_overlapping_windows_give_at_least_the_context_that_the_stride_leaves():
     for batch in windows(np.arange(50), length=8, stride=3, rows=1):
         first_label = int(batch.loss_mask[0].argmax())
@@ -106,6 +118,17 @@ def test_overrides_and_strides_are_obeyed(run, capsys):
     assert found["precision"] == "bf16"
     assert found["tokens"] == whole["tokens"]
     assert found["loss"] != whole["loss"]
+
+
+def test_an_overlay_is_obeyed_and_its_idle_keys_are_told(run, tmp_path, capsys):
+    """As the original's evaluation takes its overlays: flat keys over the checkpoint's own config."""
+    overlay = tmp_path / "evaluation.yml"
+    overlay.write_text('{"seq_length": 8, "eval_tasks": ["lambada"]}')
+    command(run, [str(overlay)], as_json=True)
+    captured = capsys.readouterr()
+    command(run, ["data.seq_length=8"], as_json=True)
+    assert json.loads(captured.out) == said(capsys)
+    assert f"{overlay}:1: eval_tasks has no effect here" in captured.err
 
 
 @pytest.mark.parametrize(
