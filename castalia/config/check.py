@@ -237,8 +237,15 @@ def without_effect(config: RunConfig) -> Iterator[Problem]:
         "eval.every": data.train and not data.valid and "data.valid is empty, so there is nothing to evaluate on",
     }
     for path, reason in idle.items():
-        if reason and path in config.origins:
+        if reason and path in config.origins and not _is_default(config, path):
             yield Problem(f"{path} has no effect: {reason}", (path,))
+
+
+def _is_default(config: RunConfig, path: str) -> bool:
+    """Whether a value says what goes without saying, as most do in the complete config of a run."""
+    section, name = path.split(".")
+    values = getattr(config, section)
+    return bool(getattr(values, name) == type(values).model_fields[name].default)
 
 
 CONTRADICTIONS = (heads, mup, lengths, layout, batch, learning_rates, corpora, profile)

@@ -29,12 +29,12 @@ def kept_checkpoints(checkpoint: Checkpoint, steps: int) -> int:
     powers = {int(checkpoint.log_base**n) for n in range(64)} if checkpoint.log_base else set()
     multiples = range(0, steps + 1, checkpoint.every or steps)
     candidates = {*checkpoint.steps, *multiples, *powers, steps}
-    saved = [step for step in candidates if step <= steps and is_save_step(checkpoint, step, steps)]
+    saved = sorted(step for step in candidates if step <= steps and is_save_step(checkpoint, step, steps))
     if not checkpoint.keep_last:
         return len(saved)
-    every = checkpoint.keep_every
-    milestones = sum(step in checkpoint.steps or bool(every and step % every == 0) for step in saved)
-    return min(len(saved), milestones + checkpoint.keep_last)
+    older = saved[: -checkpoint.keep_last]
+    milestones = sum(step % checkpoint.keep_every == 0 for step in older) if checkpoint.keep_every else 0
+    return milestones + len(saved) - len(older)
 
 
 def corpora(config: RunConfig) -> tuple[Corpus, ...]:
