@@ -5,6 +5,7 @@ import lzma
 import tarfile
 import zipfile
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,20 @@ def test_parquet(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow")
     parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "a.parquet")
     assert list(documents([tmp_path / "a.parquet"])) == TEXTS
+    columns = {
+        "title": ["T", None],
+        "body": ["one", "two"],
+        "turns": [[{"role": "user"}], []],
+        "at": [date(1, 1, 1)] * 2,
+    }
+    parquet.write_table(pyarrow.table(columns), tmp_path / "b.parquet")
+    (chunk,) = chunks([tmp_path / "b.parquet"], ("title", "body"))
+    found = texts_of(chunk, ("title", "body"))
+    assert found.texts == {"title": ["T"], "body": ["one", "two"]} and found.empty == 1
+    (chunk,) = chunks([tmp_path / "b.parquet"], ("turns",))
+    assert json.loads(chunk.records[0]) == {"turns": [{"role": "user"}]}
+    with pytest.raises(DataError, match=r"b\.parquet:1: field 'at' is no text but NoneType"):
+        list(documents([tmp_path / "b.parquet"], "at"))
     with pytest.raises(DataError, match="no column 'body'; it has 'text'"):
         list(documents([tmp_path / "a.parquet"], "body"))
 
@@ -146,6 +161,7 @@ def test_cutting_at_newlines_loses_nothing(blocks: list[bytes]) -> None:
         ("a.dat.zst", zstandard.compress(b"%016d" % 99 + b"short")),
         ("a.dat.zst", zstandard.compress(b"no length at all")),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",  # not the content, which holds the time
 )
 def test_damaged_files(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
