@@ -55,7 +55,7 @@ def report(checkpoint: Checkpoint, vocabulary: tuple[int | None, str] = (None, "
         "disagreements": differences,
         "parameters": _parameters(checkpoint, total),
         "bytes": stored,
-        "meaning": meaning(checkpoint, total, stored),
+        "meaning": meaning(checkpoint, total, stored, {name: fact.value for name, fact in facts.items()}),
         "precision": _precision(checkpoint),
         "optimizer": _optimizer(checkpoint),
         "vocabulary": _vocabulary(checkpoint, vocabulary),
@@ -122,12 +122,10 @@ def stored_bytes(checkpoint: Checkpoint) -> dict[str, int]:
     return result | {"rest": max(0, total - sum(result.values())), "total": total}
 
 
-def meaning(checkpoint: Checkpoint, total: int, stored: Mapping[str, int]) -> str:
+def meaning(checkpoint: Checkpoint, total: int, stored: Mapping[str, int], facts: Mapping[str, Any]) -> str:
     """One sentence about what the bytes are and what can be done with them."""
     used = sum(stored[kind] for kind in ("weights", "masters", "moments"))
-    shape = ""
-    if (config := checkpoint.config) and config.model:
-        shape = f" of a {config.model.num_layers} x {config.model.hidden_size} model"
+    shape = f" of a {facts.get('num_layers')} x {facts.get('hidden_size')} model"
     dtypes = " and ".join(sorted({ref.dtype_name for ref in checkpoint.model.values()}))
     each = f"{readable(total)} parameters x {used / max(total, 1):.3g} bytes"
     if checkpoint.optimizer is None:

@@ -177,6 +177,11 @@ class _Machine:
         self.at += count
         return result
 
+    def byte(self) -> int:
+        result = self.data[self.at]
+        self.at += 1
+        return result
+
     def number(self, layout: struct.Struct) -> Any:
         return layout.unpack(self.take(layout.size))[0]
 
@@ -293,7 +298,7 @@ def _integer(text: bytes) -> int | bool:
     return text == b"01" if text in (b"00", b"01") else int(text.rstrip(b"L"))
 
 
-U1, U2, U4, U8 = (struct.Struct("<" + code) for code in "BHIQ")
+U2, U4, U8 = (struct.Struct("<" + code) for code in "HIQ")
 I4, F8 = struct.Struct("<i"), struct.Struct(">d")
 STOP = ord(".")
 STEPS: dict[int, Callable[[_Machine], None]] = {
@@ -310,22 +315,22 @@ STEPS: dict[int, Callable[[_Machine], None]] = {
         "\x89": lambda m: m.push(False),
         "I": lambda m: m.push(_integer(m.line())),
         "J": lambda m: m.push(m.number(I4)),
-        "K": lambda m: m.push(m.number(U1)),
+        "K": lambda m: m.push(m.byte()),
         "M": lambda m: m.push(m.number(U2)),
         "L": lambda m: m.push(_integer(m.line())),
-        "\x8a": lambda m: m.push(int.from_bytes(m.take(m.number(U1)), "little", signed=True)),
+        "\x8a": lambda m: m.push(int.from_bytes(m.take(m.byte()), "little", signed=True)),
         "\x8b": lambda m: m.push(int.from_bytes(m.take(m.number(I4)), "little", signed=True)),
         "F": lambda m: m.push(float(m.line())),
         "G": lambda m: m.push(m.number(F8)),
         "S": lambda m: m.push(m.line().strip(b"'\"").decode("latin1")),
         "T": lambda m: m.push(m.take(m.number(I4)).decode("latin1")),
-        "U": lambda m: m.push(m.take(m.number(U1)).decode("latin1")),
+        "U": lambda m: m.push(m.take(m.byte()).decode("latin1")),
         "V": lambda m: m.push(m.line().decode("raw-unicode-escape")),
         "X": lambda m: m.push(m.take(m.number(U4)).decode("utf-8", "surrogatepass")),
-        "\x8c": lambda m: m.push(m.take(m.number(U1)).decode("utf-8", "surrogatepass")),
+        "\x8c": lambda m: m.push(m.take(m.byte()).decode("utf-8", "surrogatepass")),
         "\x8d": lambda m: m.push(m.take(m.number(U8)).decode("utf-8", "surrogatepass")),
         "B": lambda m: m.push(m.take(m.number(U4))),
-        "C": lambda m: m.push(m.take(m.number(U1))),
+        "C": lambda m: m.push(m.take(m.byte())),
         "\x8e": lambda m: m.push(m.take(m.number(U8))),
         "]": lambda m: m.push([]),
         "a": lambda m: m.extend([m.stack.pop()]),
@@ -351,11 +356,11 @@ STEPS: dict[int, Callable[[_Machine], None]] = {
         "i": _Machine.old_instance,
         "o": _Machine.old_object,
         "p": lambda m: m.put(int(m.line())),
-        "q": lambda m: m.put(m.number(U1)),
+        "q": lambda m: m.put(m.byte()),
         "r": lambda m: m.put(m.number(U4)),
         "\x94": lambda m: m.put(len(m.memo)),
         "g": lambda m: m.push(m.memo[int(m.line())]),
-        "h": lambda m: m.push(m.memo[m.number(U1)]),
+        "h": lambda m: m.push(m.memo[m.byte()]),
         "j": lambda m: m.push(m.memo[m.number(U4)]),
         "Q": lambda m: m.push(m.storage(m.stack.pop())),
     }.items()
