@@ -107,7 +107,7 @@ def prepare(
             journal = stack.enter_context(Journal(output, known, list(writers.values())))
             done, counts = journal.restore()
             report = replace(report, **counts, continued=counts)
-            stream = islice(chunks(files, recipe.keys[0]), done, None)
+            stream = islice(chunks(files, recipe.keys), done, None)
             results = stack.enter_context(closing(_encode_all(stream, recipe, tokenizer, workers, report)))
             for number, encoded in enumerate(results, start=done + 1):
                 left = None if num_docs is None else num_docs - report.documents

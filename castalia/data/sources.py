@@ -65,8 +65,8 @@ def find_files(inputs: Iterable[str | Path]) -> list[Path]:
     return files
 
 
-def chunks(files: Sequence[Path], key: str = "text") -> Iterator[Chunk]:
-    """All chunks of the files in order. `key` is the column of parquet files. DataError names a damaged file."""
+def chunks(files: Sequence[Path], keys: Sequence[str] = ("text",)) -> Iterator[Chunk]:
+    """All chunks of the files in order. `keys` are the columns of parquet files. DataError names a damaged file."""
     before = 0
     for path in files:
         reader = _reader(path)
@@ -74,7 +74,7 @@ def chunks(files: Sequence[Path], key: str = "text") -> Iterator[Chunk]:
             raise DataError(f"{path}: unknown ending; known are {', '.join(READERS)}")
         with path.open("rb") as file:
             try:
-                for chunk in reader(file, str(path), key):
+                for chunk in reader(file, str(path), keys):
                     yield replace(chunk, done_bytes=before + file.tell())
             except (zstandard.ZstdError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, EOFError) as error:
                 raise DataError(f"{path} is damaged: {error}") from error
@@ -121,7 +121,7 @@ def texts_of(
 
 def documents(files: Sequence[Path], key: str = "text", skip_bad: bool = False) -> Iterator[str]:
     """The texts alone, in this process."""
-    for chunk in chunks(files, key):
+    for chunk in chunks(files, (key,)):
         yield from texts_of(chunk, (key,), skip_bad).texts[key]
 
 
@@ -191,7 +191,7 @@ def _unzstd(file: IO[bytes]) -> Iterator[bytes]:
     return _decompress(file, lambda: zstandard.ZstdDecompressor().decompressobj())
 
 
-# --- records: each reader takes (open file, path for messages, key) ---
+# --- records: each reader takes (open file, path for messages, keys) ---
 
 
 def _lines(path: str, blocks: Iterable[bytes], is_json: bool) -> Iterator[Chunk]:
@@ -209,27 +209,27 @@ def _lines(path: str, blocks: Iterable[bytes], is_json: bool) -> Iterator[Chunk]
         yield Chunk(path, first, is_json, lines=rest)
 
 
-def _read_jsonl(file: IO[bytes], path: str, key: str) -> Iterator[Chunk]:
+def _read_jsonl(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chunk]:
     return _lines(path, _blocks(file), is_json=True)
 
 
-def _read_jsonl_zst(file: IO[bytes], path: str, key: str) -> Iterator[Chunk]:
+def _read_jsonl_zst(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chunk]:
     return _lines(path, _unzstd(file), is_json=True)
 
 
-def _read_json_gz(file: IO[bytes], path: str, key: str) -> Iterator[Chunk]:
+def _read_json_gz(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chunk]:
     return _lines(path, _gunzip(file), is_json=True)
 
 
-def _read_gz(file: IO[bytes], path: str, key: str) -> Iterator[Chunk]:
+def _read_gz(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chunk]:
     return _lines(path, _gunzip(file), is_json=False)
 
 
-def _read_txt(file: IO[bytes], path: str, key: str) -> Iterator[Chunk]:
+def _read_txt(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chunk]:
     yield Chunk(path, 1, is_json=False, records=(file.read(),))
 
 
-def _read_json_zst(file: IO[bytes], path: str, key: str) -> Iterator[Chunk]:
+def _read_json_zst(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chunk]:
     """One JSON array."""
     try:
         values = json.loads(b"".join(_unzstd(file)))
@@ -241,7 +241,7 @@ def _read_json_zst(file: IO[bytes], path: str, key: str) -> Iterator[Chunk]:
     return _grouped(path, records, is_json=True)
 
 
-def _read_dat_zst(file: IO[bytes], path: str, key: str) -> Iterator[Chunk]:
+def _read_dat_zst(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chunk]:
     """Records of 16 ASCII digits, the length in bytes, and a text."""
     return _grouped(path, _dat_records(path, _unzstd(file)), is_json=False)
 
@@ -270,33 +270,41 @@ def _dat_records(path: str, blocks: Iterator[bytes]) -> Iterator[bytes]:
         yield take(int(header))
 
 
-def _read_zip(file: IO[bytes], path: str, key: str) -> Iterator[Chunk]:
+def _read_zip(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chunk]:
     with zipfile.ZipFile(file) as archive:
         for info in archive.infolist():
             if not info.is_dir():
                 yield Chunk(f"{path}/{info.filename}", 1, is_json=False, records=(archive.read(info),))
 
 
-def _read_tar(file: IO[bytes], path: str, key: str) -> Iterator[Chunk]:
+def _read_tar(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chunk]:
     """Each member is a document; members that are archives of one of the known kinds are read as such."""
     with tarfile.open(fileobj=file, mode="r|*") as archive:
         for member in archive:
             inside = archive.extractfile(member) if member.isfile() else None
             if inside is not None:
                 reader = _reader(Path(member.name)) or _read_txt
-                yield from reader(inside, f"{path}/{member.name}", key)
+                yield from reader(inside, f"{path}/{member.name}", keys)
 
 
-def _read_parquet(file: IO[bytes], path: str, key: str) -> Iterator[Chunk]:
+def _read_parquet(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chunk]:
     try:
         parquet = import_module("pyarrow.parquet")
     except ImportError:
         raise DataError(f"{path}: reading parquet needs the package pyarrow: pip install pyarrow") from None
     table = parquet.ParquetFile(file)
-    if key not in table.schema_arrow.names:
-        raise DataError(f"{path}: no column {key!r}; it has {', '.join(map(repr, table.schema_arrow.names))}")
-    rows = (row for batch in table.iter_batches(columns=[key]) for row in batch.column(0).to_pylist())
-    return _grouped(path, ((row or "").encode() for row in rows), is_json=False)
+    missing = [key for key in keys if key not in table.schema_arrow.names]
+    if missing:
+        raise DataError(f"{path}: no column {missing[0]!r}; it has {', '.join(map(repr, table.schema_arrow.names))}")
+    return _grouped(path, _parquet_records(table, list(keys)), is_json=True)
+
+
+def _parquet_records(table: Any, keys: list[str]) -> Iterator[bytes]:
+    """Rows as JSON objects. Null is an empty text; what JSON cannot hold is refused when the row is parsed."""
+    for batch in table.iter_batches(columns=keys):
+        for row in batch.to_pylist():
+            record = {key: "" if row[key] is None else row[key] for key in keys}
+            yield json.dumps(record, ensure_ascii=False, default=lambda value: None).encode()
 
 
 def _grouped(path: str, records: Iterable[bytes], is_json: bool) -> Iterator[Chunk]:
@@ -311,7 +319,8 @@ def _grouped(path: str, records: Iterable[bytes], is_json: bool) -> Iterator[Chu
         yield Chunk(path, first, is_json, records=tuple(group))
 
 
-READERS: dict[str, Callable[[IO[bytes], str, str], Iterator[Chunk]]] = {
+Reader = Callable[[IO[bytes], str, Sequence[str]], Iterator[Chunk]]
+READERS: dict[str, Reader] = {
     ".jsonl": _read_jsonl,
     ".jsonl.zst": _read_jsonl_zst,
     ".jsonl.gz": _read_json_gz,
@@ -329,7 +338,7 @@ READERS: dict[str, Callable[[IO[bytes], str, str], Iterator[Chunk]]] = {
 }
 
 
-def _reader(path: Path) -> Callable[[IO[bytes], str, str], Iterator[Chunk]] | None:
+def _reader(path: Path) -> Reader | None:
     """The reader of the longest ending that fits."""
     endings = [ending for ending in READERS if path.name.endswith(ending)]
     return READERS[max(endings, key=len)] if endings else None
