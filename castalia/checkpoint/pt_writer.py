@@ -175,11 +175,13 @@ class _Pickler:
         self.out += pickle.MARK + pickle.MARK
         self.put("storage")
         self._name(f"torch.{STORAGES[ref.dtype_name]}Storage")
-        for part in (str(len(self.tensors)), "cpu", prod(shape)):
+        storage: tuple[Any, ...] = (str(len(self.tensors)), "cpu", prod(shape))
+        for part in storage:
             self.put(part)
         self.out += pickle.TUPLE + pickle.BINPERSID
         stride = tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
-        for part in (0, shape, stride, False, Named()):
+        view: tuple[Any, ...] = (0, shape, stride, False, Named())  # offset, ..., requires no gradient, no hooks
+        for part in view:
             self.put(part)
         self.out += pickle.TUPLE + pickle.REDUCE
         self.tensors.append(ref)

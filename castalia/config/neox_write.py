@@ -25,6 +25,8 @@ BACK: dict[Any, Callable[[Any], Any]] = {
     recomputed: lambda value: value != "none",
     nonzero: lambda value: value or 0,
 }
+# Values that our loader takes under NeoX's keys, and NeoX does not.
+OURS_ALONE = {"model.activation": ("sigmoid", "identity"), "schedule.style": ("wsd", "inverse_sqrt")}
 # What belongs to the tokenizer's files or to the program rather than to NeoX's config.
 ELSEWHERE = {"model.vocab_size", "model.init", "neox_exact", "tokenizer.path", "tokenizer.merges"}
 
@@ -52,7 +54,14 @@ def lost(config: RunConfig, keys: dict[str, Any]) -> dict[str, Any]:
     """Our settings that these keys do not give back, by their paths. Raises ConfigError for keys that do not load."""
     again = load_config([keys])
     before, after = (_flat(_plain(each).model_dump()) for each in (config, again))
-    return {path: value for path, value in before.items() if path not in ELSEWHERE and after.get(path) != value}
+    foreign = {path for path, values in OURS_ALONE.items() if before.get(path) in values}
+    if config.model and config.model.gated_mlp:  # there the original has all
+        foreign.discard("model.activation")
+    return {
+        path: value
+        for path, value in before.items()
+        if path not in ELSEWHERE and (path in foreign or after.get(path) != value)
+    }
 
 
 def _model(model: Model, config: RunConfig) -> dict[str, Any]:
@@ -156,7 +165,7 @@ def _get(config: RunConfig, path: str) -> Any:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    result = {}
+    result: dict[str, Any] = {}
     for name, value in values.items():
         result |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return result

@@ -8,7 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import inf, prod
 from typing import Any, Literal
 
@@ -16,13 +16,16 @@ import torch
 
 from castalia.checkpoint.lazy import Zeros, flat, join, part
 from castalia.checkpoint.pt_writer import Instance, Named, Size, pt_output
-from castalia.checkpoint.rules import Role
-from castalia.checkpoint.tensors import Progress, TensorRef
-from castalia.checkpoint.writing import Layout, Output
-from castalia.checkpoint.zero import MAX_ALIGNMENT, MOMENTS, NO_DECAY
+from castalia.checkpoint.rules import Role, Rule
+from castalia.checkpoint.tensors import Checkpoint, Progress, Slices, TensorRef, Typed
+from castalia.checkpoint.writing import Layout, Output, same_bits
+from castalia.checkpoint.zero import MAX_ALIGNMENT, NO_DECAY
 from castalia.errors import CheckpointError
 
 Kind = Literal["plain", "flat", "zero", "bf16", "old"]
+Tensors = Mapping[Role, Mapping[str, Sequence[TensorRef]]]  # by `position.name`, one for each tensor rank
+MOMENTS: tuple[Role, ...] = ("exp_avg", "exp_avg_sq")
+STATE_ROLES: tuple[Role, ...] = ("master", *MOMENTS)
 VERSION = "0.16.5"  # of DeepSpeed, whose files these are like
 OLD_BUCKET = 500_000_000  # elements that old ZeRO-1 communicates at once, by default
 PROBE_TOLERANCE = 1e-3
@@ -102,7 +105,8 @@ def plain_optimizer(groups: Sequence[Group]) -> dict[str, Any]:
     for group in groups:
         numbers.append(list(range(len(state), len(state) + len(group.shapes))))
         for name in group.shapes:
-            state[len(state)] = {"step": group.step} | {role: group.tensors[role][name] for role in MOMENTS}
+            moments = {role: group.tensors[role][name] for role in MOMENTS}
+            state[len(state)] = {"step": group.step, **moments}
     return {"state": state, "param_groups": _param_groups(groups, numbers)}
 
 
@@ -110,8 +114,8 @@ def flat_optimizer(groups: Sequence[Group], scaler: Mapping[str, Any], clip: flo
     """fp16 without ZeRO: one vector for each group."""
     dynamic = "scale_factor" in scaler
     counters = ("cur_scale", "cur_iter", "last_overflow_iter", "scale_factor", "scale_window")
-    state = {
-        index: {"step": group.step} | {role: group.vector(role, group.num_elements) for role in MOMENTS}
+    state: dict[int, dict[str, Any]] = {
+        index: {"step": group.step, **{role: group.vector(role, group.num_elements) for role in MOMENTS}}
         for index, group in enumerate(groups)
     }
     return {
@@ -127,12 +131,13 @@ def sharded_optimizer(
     kind: Kind, groups: Sequence[Group], rank: int, ranks: int, scaler: Mapping[str, Any], clip: float
 ) -> dict[str, Any]:
     """`optimizer_state_dict` of ZeRO-1 and of the bf16 optimizer, on one data-parallel rank."""
-    state, masters, paddings = {}, [], []
+    state: dict[int, dict[str, Any]] = {}
+    masters, paddings = [], []
     for index, group in enumerate(groups):
         share = share_of(group, ranks)
         padding = min(share, max(0, (rank + 1) * share - group.num_elements))
         vectors = {r: part(group.vector(r, share * ranks), rank * share, (rank + 1) * share) for r in group.tensors}
-        state[index] = {"step": group.step} | {role: vectors[role] for role in MOMENTS}
+        state[index] = {"step": group.step, **{role: vectors[role] for role in MOMENTS}}
         masters.append(vectors["master"] if kind == "bf16" else part(vectors["master"], 0, share - padding))
         paddings.append(padding)
     result: dict[str, Any] = {
@@ -208,7 +213,10 @@ def cut_stages(weights: Sequence[int], stages: int, era: str) -> list[range]:
     if len(weights) < stages:
         raise CheckpointError(f"{len(weights)} layers cannot be cut into {stages} pipeline stages")
     cuts = _cut_old(weights, stages) if era == "v1" else _cut_even(weights, stages)
-    return [range(start, stop) for start, stop in zip(cuts, cuts[1:], strict=False)]
+    ranges = [range(start, stop) for start, stop in pairwise(cuts)]
+    if not all(ranges):
+        raise CheckpointError(f"the original would leave one of pp={stages} stages without layers; use fewer stages")
+    return ranges
 
 
 def _cut_even(weights: Sequence[int], stages: int) -> list[int]:
@@ -259,12 +267,62 @@ def _filled(sums: Sequence[int], stages: int, limit: float) -> tuple[list[int], 
 
 
 @dataclass(frozen=True)
+class Agreeing(Typed):
+    """An fp32 weight that has to be its own master, because the files have no place for another."""
+
+    name: str
+    weight: TensorRef
+    master: TensorRef
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape)
+
+    @property
+    def dtype_name(self) -> str:
+        return self.weight.dtype_name
+
+    def read(self, slices: Slices | None = None) -> torch.Tensor:
+        """Raises CheckpointError where the two differ."""
+        value = self.weight.read(slices)
+        if not same_bits(value, self.master.read(slices)):
+            raise CheckpointError(
+                f"{self.name} is not equal to its fp32 master, for which fp32 files without ZeRO have no place; "
+                "write them with zero=1, or the masters alone with --dtype fp32"
+            )
+        return value
+
+
+def weights_of(checkpoint: Checkpoint, kind: Kind | None) -> dict[str, TensorRef]:
+    """The weights to be written; where they serve as masters too, they are compared when they are read."""
+    state = checkpoint.optimizer
+    if kind != "plain" or state is None:
+        return dict(checkpoint.model)
+    apart = {name for name, ref in checkpoint.model.items() if ref != state[name]["master"]}
+    return {
+        name: Agreeing(name, ref, state[name]["master"]) if name in apart else ref
+        for name, ref in checkpoint.model.items()
+    }
+
+
+def state_of(checkpoint: Checkpoint, role: Role) -> dict[str, TensorRef]:
+    return {name: each[role] for name, each in (checkpoint.optimizer or {}).items()}  # type: ignore[typeddict-item]
+
+
+def adam_steps(checkpoint: Checkpoint, rules: Iterable[Rule]) -> dict[str, int]:
+    """Adam's steps by their names. Parameters that are not ours have the highest."""
+    steps = {name: each["step"] for name, each in (checkpoint.optimizer or {}).items()}
+    last = max(steps.values(), default=0)
+    return {name: steps.get(rule.ours.split()[0], last) for rule in rules for name in rule.theirs.split()}
+
+
+@dataclass(frozen=True)
 class Job:
     """A checkpoint on its way into a folder: everything that its files are made of."""
 
     layout: Layout
     kind: Kind | None  # None: no optimizer state
-    tensors: Mapping[Role, Mapping[str, Sequence[TensorRef]]]  # by `position.name`, one for each tensor rank
+    tensors: Tensors
     steps: Mapping[str, int]  # Adam's, by `position.name`
     stages: Sequence[range]  # positions of each pipeline stage
     tied: str  # the position that the first and the last stage share, as "0."; empty: none
@@ -314,6 +372,8 @@ class Job:
         return {names.get(name, name): name for name in held}
 
     def parameter_groups(self, stage: int, rank: int, where: str) -> list[Group]:
+        if self.kind is None:
+            return []
         parameters = self.parameters(stage)
         divided = divide(parameters, len(self.groups))
         roles = [role for role in self.tensors if role != "weight"]

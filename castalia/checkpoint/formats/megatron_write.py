@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from castalia.checkpoint.formats.deepspeed_write import Job, cut_stages, kind_of, model_state
+from castalia.checkpoint.formats.deepspeed_write import (
+    STATE_ROLES,
+    Job,
+    adam_steps,
+    cut_stages,
+    kind_of,
+    model_state,
+    state_of,
+    weights_of,
+)
 from castalia.checkpoint.formats.megatron_deepspeed import GATED, POSITIONS
 from castalia.checkpoint.formats.neox_rules import MEGATRON, megatron_qkv, table
 from castalia.checkpoint.formats.neox_settings import (
@@ -21,11 +31,11 @@ from castalia.checkpoint.formats.neox_settings import (
     vocabulary,
     weight_dtype,
 )
-from castalia.checkpoint.formats.neox_write import STATE_ROLES, padded
+from castalia.checkpoint.formats.neox_write import padded
 from castalia.checkpoint.load import architecture
 from castalia.checkpoint.pt_writer import Instance, pt_output
-from castalia.checkpoint.rules import to_theirs
-from castalia.checkpoint.tensors import Checkpoint
+from castalia.checkpoint.rules import Role, to_theirs
+from castalia.checkpoint.tensors import Checkpoint, TensorRef
 from castalia.checkpoint.tokenizer_files import our_tokenizer
 from castalia.checkpoint.writing import Layout, Plan, WriteOptions
 from castalia.config.schema import Model, RunConfig, Train
@@ -94,10 +104,11 @@ def _job(checkpoint: Checkpoint, model: Model, words: Vocabulary, dtype: torch.d
     config, state, tp = checkpoint.config, checkpoint.optimizer, layout.tp
     assert config is not None
     rules = table(MEGATRON, model, tp, megatron_qkv(model, tp, VERSION))
-    tensors = {"weight": to_theirs(rules, padded(checkpoint.model, words.rows))}
+    kind = kind_of(dtype, layout.zero, "head") if state else None
+    tensors: dict[Role, Mapping[str, Sequence[TensorRef]]]
+    tensors = {"weight": to_theirs(rules, padded(weights_of(checkpoint, kind), words.rows))}
     for role in STATE_ROLES if state else ():
-        ours = {name: each[role] for name, each in state.items()}  # type: ignore[union-attr, literal-required]
-        tensors[role] = to_theirs(rules, padded(ours, words.rows), role)
+        tensors[role] = to_theirs(rules, padded(state_of(checkpoint, role), words.rows), role)
     rates, optimizer = schedule(checkpoint, config), config.optimizer
     common = {
         "lr": next_rate(rates) if rates else optimizer.lr,
@@ -109,9 +120,9 @@ def _job(checkpoint: Checkpoint, model: Model, words: Vocabulary, dtype: torch.d
     decays = (optimizer.weight_decay, optimizer.weight_decay, 0.0)
     return Job(
         layout=layout,
-        kind=kind_of(dtype, layout.zero, "head") if state else None,
+        kind=kind,
         tensors=tensors,
-        steps={name: state[r.ours.split()[0]]["step"] for r in rules for name in r.theirs.split()} if state else {},
+        steps=adam_steps(checkpoint, rules),
         stages=cut_stages([0] * 3 + [1] * model.num_layers + [0] * 4, layout.pp, "head"),
         tied=f"{MEGATRON.embedding}.",
         groups=[{**common, "weight_decay": decay} for decay in decays],

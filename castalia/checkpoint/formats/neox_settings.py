@@ -25,7 +25,6 @@ FIRST_RELEASE = {
     "gated_mlp": False, "qk_norm": False, "attention_bias": True, "mlp_bias": True, "sliding_window": None,
 }  # fmt: skip
 LATER_KEYS = ("use_bias_in_attn_linear", "use_bias_in_mlp", "use_qk_layernorm", "rms_norm_epsilon")
-STYLES = ("constant", "linear", "cosine", "exponential")
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,11 @@ def adapted(checkpoint: Checkpoint, options: WriteOptions) -> Target:
     }
     ranks = {"tp": layout.tp, "pp": max(1, layout.pp), "cp": 1, "zero": layout.zero}
     ranks["gpus"] = layout.tp * max(1, layout.pp) * layout.dp
+    data = checkpoint.config.data
+    longest = min(data.seq_length, model.max_positions or data.seq_length)  # configs that only describe a model differ
     config = checkpoint.config.model_copy(
         update={
+            "data": data.model_copy(update={"seq_length": longest}),
             "model": model.model_copy(update=changes),
             "parallel": checkpoint.config.parallel.model_copy(update=ranks),
             "precision": checkpoint.config.precision.model_copy(update={"compute": PRECISIONS[dtype]}),
@@ -78,10 +80,12 @@ def adapted(checkpoint: Checkpoint, options: WriteOptions) -> Target:
         _check_first_release(model, path)
         keys = {key: value for key, value in keys.items() if key not in LATER_KEYS}
     notes = [batch_note, *_left_out(checkpoint, config, keys), rows_note(checkpoint, words)]
-    if layout.tp & (layout.tp - 1) and model.parallel_residual and (model.attention_bias or model.mlp_bias):
+    rounds = layout.tp & (layout.tp - 1) or (layout.tp > 1 and dtype == torch.float16)
+    if rounds and model.parallel_residual and (model.attention_bias or model.mlp_bias):
         notes.append(
-            f"attn.out.bias and mlp.down.bias are divided by {layout.tp}, which rounds: their sum may differ in the "
-            "last bit"
+            f"attn.out.bias and mlp.down.bias are divided by {layout.tp}, which rounds"
+            + (" the smallest values of fp16" if not layout.tp & (layout.tp - 1) else "")
+            + ": their sum may differ in the last bit"
         )
     if checkpoint.optimizer is None:
         notes.append("there is no optimizer state: the original can only start from these weights, with finetune: true")
@@ -227,8 +231,6 @@ def _left_out(checkpoint: Checkpoint, config: RunConfig, keys: dict[str, Any]) -
         missing = lost(config, keys)
     except ConfigError as error:
         raise CheckpointError(f"{checkpoint.path}: NeoX cannot hold this run: {error}") from error
-    if config.schedule.style not in STYLES:
-        missing["schedule.style"] = config.schedule.style
     needed = ("model.", "optimizer.", "schedule.") if checkpoint.optimizer else ("model.",)
     if refused := {name: value for name, value in missing.items() if name.startswith(needed)}:
         raise _refused(checkpoint.path, refused)

@@ -11,7 +11,18 @@ from typing import Any
 
 import torch
 
-from castalia.checkpoint.formats.deepspeed_write import Group, Job, counters, cut_stages, kind_of, model_state
+from castalia.checkpoint.formats.deepspeed_write import (
+    STATE_ROLES,
+    Group,
+    Job,
+    adam_steps,
+    counters,
+    cut_stages,
+    kind_of,
+    model_state,
+    state_of,
+    weights_of,
+)
 from castalia.checkpoint.formats.neox_rules import HEAD, LEGACY, NORM_PARAMETERS, neox_qkv, table
 from castalia.checkpoint.formats.neox_settings import (
     Target,
@@ -33,7 +44,6 @@ from castalia.config.read import to_yaml
 from castalia.config.schema import Model
 from castalia.model.positions import alibi_slopes
 
-STATE_ROLES: tuple[Role, ...] = ("master", "exp_avg", "exp_avg_sq")
 VOCABULARY = ("embed.weight", "head.weight")
 
 
@@ -58,21 +68,18 @@ def _job(checkpoint: Checkpoint, target: Target, options: WriteOptions) -> Job:
     # The original has a second norm, and never uses it, where the branches share one.
     stored = model.model_copy(update={"shared_norm": False})
     rules = table(HEAD if options.era == "head" else LEGACY, stored, layout.tp, neox_qkv(model, layout.tp, "new"))
-    weights = _theirs(rules, checkpoint.model, "weight", target)
+    kind = kind_of(target.dtype, layout.zero, options.era) if state else None
+    weights = _theirs(rules, weights_of(checkpoint, kind), "weight", target)
+    tensors: dict[Role, Mapping[str, Sequence[TensorRef]]]
     tensors = {"weight": _with_buffers(weights, model, layout.tp, options.era, target.dtype)}
     for role in STATE_ROLES if state else ():
-        tensors[role] = _theirs(rules, {name: each[role] for name, each in state.items()}, role, target)
-    last = max((each["step"] for each in state.values()), default=0) if state else 0
+        tensors[role] = _theirs(rules, state_of(checkpoint, role), role, target)
     layers = [0, 1, *[1] * model.num_layers, 1, 0, 0]  # in the original's balance the functions around blocks count
     return Job(
         layout=layout,
-        kind=kind_of(target.dtype, layout.zero, options.era) if state else None,
+        kind=kind,
         tensors=tensors,
-        steps={
-            name: state[ours]["step"] if state and (ours := rule.ours.split()[0]) in state else last
-            for rule in rules
-            for name in rule.theirs.split()
-        },
+        steps=adam_steps(checkpoint, rules),
         stages=cut_stages(layers, layout.pp, options.era) if layout.pp else [range(len(layers))],
         tied="0." if model.tie_embeddings else "",
         groups=_group_settings(checkpoint, target, options.era),
@@ -90,7 +97,7 @@ def padded(ours: Mapping[str, TensorRef], rows: int) -> dict[str, TensorRef]:
 
 def _theirs(
     rules: Sequence[Rule], ours: Mapping[str, TensorRef], role: Role, target: Target
-) -> dict[str, Sequence[TensorRef]]:
+) -> Mapping[str, Sequence[TensorRef]]:
     """NeoX's tensors of one role, with its rows of the vocabulary, and with the norms that it never uses."""
     model, all_ours = target.model, padded(ours, target.vocabulary.rows)
     if model.parallel_residual and model.shared_norm:

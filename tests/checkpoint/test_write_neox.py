@@ -1,0 +1,311 @@
+"""NeoX and Megatron-DeepSpeed folders that we write: as the originals write them, and exact in every layout."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import combinations, pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from castalia.checkpoint import convert
+from castalia.checkpoint.container import FileTensor, open_pt
+from castalia.checkpoint.formats import open_checkpoint
+from castalia.checkpoint.formats.deepspeed_write import cut_stages
+from castalia.checkpoint.lazy import Held
+from castalia.checkpoint.tensors import Checkpoint, Progress
+from castalia.checkpoint.unpickle import Inert
+from castalia.checkpoint.writing import Layout, WriteOptions
+from castalia.config.load import load_config
+from castalia.config.schema import Model, RopeScaling
+from castalia.errors import CheckpointError
+from tests.checkpoint.made import assert_same, made
+
+NEOX = [
+    "pp0-mp1-dp2-z1-fp16-rotary-par", "pp0-mp1-z0-fp16-rotary-par", "pp0-mp1-z0-fp32-rotary-par",
+    "pp1-mp1-dp2-z1-bf16-learned-tied", "pp1-mp1-dp2-z1-fp16-rotary-par", "pp1-mp1-dp2-z1-fp32-rotary-par-nowd",
+    "pp1-mp1-dp3-z1-bf16-rotary-par", "pp1-mp1-z0-fp32-learned-tied", "pp1-mp1-z0-fp32-llama",
+    "pp1-mp1-z0-fp32-rotary-par", "pp1-mp2-z0-fp32-rotary-par", "pp2-mp1-z0-fp32-rotary-seqres",
+    "v1-pp1-mp1-dp2-z1-fp16-rotary-par",
+]  # fmt: skip
+MEGATRON = ["megds-pp1-mp1-dp2-z1-bf16", "megds-pp1-mp1-z0-fp32"]
+SIZES: dict[str, Any] = {"num_layers": 4, "hidden_size": 32, "num_heads": 8, "max_positions": 16}
+SIZES |= {"vocab_size": 120, "vocab_multiple": 8}
+MODELS = {
+    "parallel": Model(**SIZES, rotary_pct=0.5, parallel_residual=True),
+    "sequential tied": Model(**SIZES, position="learned", tie_embeddings=True, activation="gelu", mlp_size=48),
+    "llama": Model(
+        **SIZES, norm="rmsnorm", gated_mlp=True, mlp_size=24, activation="silu", num_kv_heads=4, attention_bias=False,
+        mlp_bias=False,
+    ),
+    "gated, biases": Model(**SIZES, gated_mlp=True, mlp_size=16, activation="silu", num_kv_heads=2, qk_norm=True),
+    "shared norm": Model(**SIZES, position="alibi", parallel_residual=True, shared_norm=True),
+    "without parameters": Model(**SIZES, position="sinusoidal", norm="layernorm_no_params", attention_bias=False),
+}  # fmt: skip
+OLD = ("parallel", "sequential tied wide", "shared norm")
+MODELS["sequential tied wide"] = MODELS["sequential tied"].model_copy(update={"mlp_size": None})
+BIASES = ("attn.out.bias", "mlp.down.bias")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# What a reader of another format does not learn, or what is no part of the checkpoint's content.
+RANDOM = {"random_rng_state", "np_rng_state", "torch_rng_state", "cuda_rng_state", "rng_tracker_states"}
+
+
+def write(source: Checkpoint, folder: Path, to: str = "neox", era: str = "head", **layout: int) -> Checkpoint:
+    """Converted, and opened again."""
+    plan = convert.TARGETS[to].plan(convert.prepare(source), WriteOptions(Layout(**layout), era))
+    convert.write(plan, folder, "mark", lambda count: None, inside="global_step9")
+    return open_checkpoint(folder)
+
+
+def differences(theirs: Any, ours: Any, where: str) -> list[str]:
+    """Where two opened files differ in keys, their order aside, in order where it counts, in types or values."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        keys = theirs.keys() - RANDOM
+        found = [f"{where}: {key} is there once" for key in keys ^ ours.keys()]
+        if "param_shapes" in where or "param_slice" in where or where.endswith("/module"):
+            found += [f"{where}: order"] if [key for key in theirs if key in keys] != list(ours) else []
+        return found + [d for key in keys & ours.keys() for d in differences(theirs[key], ours[key], f"{where}/{key}")]
+    if isinstance(theirs, (list, tuple)) and type(theirs) is type(ours) and len(theirs) == len(ours):
+        return [d for i, pair in enumerate(zip(theirs, ours, strict=True)) for d in differences(*pair, f"{where}/{i}")]
+    if isinstance(theirs, FileTensor) and isinstance(ours, FileTensor):
+        same = theirs.dtype == ours.dtype and theirs.shape == ours.shape and torch.equal(theirs.read(), ours.read())
+        return [] if same else [f"{where}: tensors"]
+    if isinstance(theirs, Inert) and isinstance(ours, Inert):
+        return differences([theirs.name, theirs.args, theirs.fields], [ours.name, ours.args, ours.fields], where)
+    return [] if theirs == ours else [f"{where}: {theirs!r} {ours!r}"]
+
+
+def rewritten(variant: str, to: str, fixtures: Path, folder: Path) -> tuple[list[str], Checkpoint, Checkpoint]:
+    """A genuine checkpoint written again in its own layout: what differs, what was read, what is read again."""
+    original = fixtures / "neox" / variant / "checkpoint" / "global_step5"
+    source = open_checkpoint(original)
+    known = source.details
+    layout = {"tp": known["tp"], "pp": known["pp"] if known["pipeline_files"] else 0, "dp": known["dp"]}
+    zero = 1 if "-z1-" in variant else 0
+    result = write(source, folder, to, "v1" if variant.startswith("v1") else "head", zero=zero, **layout)
+    files = sorted(path.name for path in original.glob("*.pt"))
+    assert files == sorted(path.name for path in Path(result.path).glob("*.pt"))
+    found = [d for n in files for d in differences(open_pt(original / n), open_pt(Path(result.path) / n), n)]
+    return found, source, result
+
+
+@pytest.mark.parametrize("variant", NEOX)
+def test_genuine_neox_files_are_reproduced(variant: str, fixtures: Path, tmp_path: Path) -> None:
+    """Key by key and bit by bit, except for the states of random generators and options of DeepSpeed's own."""
+    found, source, result = rewritten(variant, "neox", fixtures, tmp_path / "a")
+    own = ("steps_per_print", "bucket_size", "allgather_partitions", "overlap_comm", "reduce_scatter", "contiguous_gr")
+    found = [each for each in found if not ("/ds_config" in each and any(name in each for name in own))]
+    if "z0-fp32" in variant:  # only the last parameter of a group has the true step there, all have it here
+        found = [each for each in found if not each.endswith("/step: 0 5")]
+    assert [each for each in found if "ds_version" not in each] == []
+    assert_same(source, result)
+    configs = [load_config(Path(each.path) / "configs" / "config.yml") for each in (source, result)]
+    for section in ("model", "data", "optimizer", "schedule", "parallel", "precision", "seed"):
+        assert getattr(configs[0], section) == getattr(configs[1], section)
+
+
+@pytest.mark.parametrize("variant", MEGATRON)
+def test_genuine_megatron_files_are_reproduced(variant: str, fixtures: Path, tmp_path: Path) -> None:
+    """The program's arguments and rates aside, of which its reader takes only what tells the architecture."""
+    found, source, result = rewritten(variant, "megatron-deepspeed", fixtures, tmp_path / "a")
+    unknown = ("/args", "/lr: ", "ds_config", "ds_version", "/step: 0 5", "global_samples")
+    assert [each for each in found if not any(name in each for name in unknown)] == []
+    assert_same(source, result)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_every_layout_comes_back(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    era = data.draw(st.sampled_from(["head", "head", "v1"]))
+    kind = data.draw(st.sampled_from(OLD if era == "v1" else sorted(MODELS)))
+    model = MODELS[kind]
+    zero = data.draw(st.sampled_from([0, 1]))
+    dtypes = sorted(DTYPES) if era == "head" else ["fp16"] if zero else ["fp16", "fp32"]
+    dtype = DTYPES[data.draw(st.sampled_from(dtypes))]
+    tp = data.draw(st.sampled_from([size for size in (1, 2, 4, 8) if model.kv_heads % size == 0]))
+    pp, dp = (
+        data.draw(st.sampled_from([0, 1, 2, 4] if era == "head" else [0, 1, 2])),
+        data.draw(st.sampled_from([1, 2, 3])),
+    )
+    progress = Progress(step=9, skipped=2, tokens=2048 * 4)
+    source = replace(divisible(made(model, dtype=dtype)), progress=progress)
+    result = write(source, tmp_path_factory.mktemp("neox") / "a", era=era, tp=tp, pp=pp, dp=dp, zero=zero)
+    assert (result.details["tp"], result.details["pp"]) == (tp, max(1, pp)) and result.details["dp"] == dp
+    assert result.details["era"] == era or not model.gated_mlp
+    assert_exact(source, result)
+
+
+def divisible(source: Checkpoint) -> Checkpoint:
+    """With summed biases that no division by a power of two rounds, in fp16 either."""
+    model, state = dict(source.model), dict(source.optimizer)
+    for name in [name for name in model if name.endswith(BIASES)]:
+        value = (state[name]["master"].read() * 64).round() / 64
+        model[name] = Held(value.to(model[name].dtype))
+        state[name] = {**state[name], "master": model[name] if value.dtype == model[name].dtype else Held(value)}
+    return replace(source, model=model, optimizer=state)
+
+
+def assert_exact(source: Checkpoint, result: Checkpoint) -> None:
+    """All but the size of the vocabulary, which belongs to the tokenizer, and the scaler, which a made one lacks."""
+    vocabulary = {"vocab_size": source.config.model.vocab_size, "vocab_multiple": source.config.model.vocab_multiple}
+    assert result.config.model.padded_vocab_size == source.config.model.padded_vocab_size
+    model = result.config.model.model_copy(
+        update={**vocabulary, "init_passes": 1, "mlp_size": source.config.model.mlp_size}
+    )
+    config = source.config.model_copy(update={"model": model})
+    progress = replace(result.progress, loss_scale=None, schedule=None)
+    assert_same(source, replace(result, config=config, progress=progress))
+    for name in (
+        "position",
+        "rotary_size",
+        "norm",
+        "norm_eps",
+        "activation",
+        "parallel_residual",
+        "shared_norm",
+        "mlp_width",
+    ):
+        assert getattr(result.config.model, name) == getattr(source.config.model, name), name
+
+
+def test_small_biases_of_fp16_round(tmp_path: Path) -> None:
+    """By less than half of the smallest number on each rank; the masters stay exact."""
+    source = made(MODELS["parallel"], dtype=torch.float16, scale=0.001)
+    assert [note for note in convert.TARGETS["neox"].plan(source, WriteOptions(Layout(tp=4))).notes if "rounds" in note]
+    result = write(source, tmp_path / "a", tp=4)
+    for name in source.model:
+        error = (source.model[name].read().double() - result.model[name].read()).abs().max()
+        assert error <= (4 * 2**-25 if name.endswith(BIASES) else 0)
+        assert torch.equal(source.optimizer[name]["master"].read(), result.optimizer[name]["master"].read())
+
+
+@pytest.mark.parametrize("kind", ["parallel", "sequential tied"])
+def test_an_uneven_bias_and_vocabulary(kind: str, tmp_path: Path) -> None:
+    """On three ranks the rows grow by zeros, and summed biases may differ in the last bit."""
+    model = MODELS[kind].model_copy(update={"num_heads": 6, "hidden_size": 48, "mlp_size": None})
+    source = made(model)
+    plan = convert.TARGETS["neox"].plan(source, WriteOptions(Layout(tp=2, pp=1)))
+    assert not [note for note in plan.notes if "rows" in note or "rounds" in note]
+    result = write(source, tmp_path / "a", tp=3, pp=2)
+    embedding, before = result.model["embed.weight"].read(), source.model["embed.weight"].read()
+    assert embedding.shape[0] % 3 == 0 and torch.equal(embedding[:120], before) and not embedding[120:].any()
+    for name, ref in source.model.items():
+        if name.endswith(BIASES):
+            assert (ref.read() - result.model[name].read()).abs().max() <= ref.read().abs().max() * 2**-22
+        elif name not in ("embed.weight", "head.weight"):
+            assert torch.equal(ref.read(), result.model[name].read())
+
+
+def test_layer_files_are_plain_for_torch(tmp_path: Path) -> None:
+    result = write(made(MODELS["llama"], dtype=torch.bfloat16), tmp_path / "a", tp=2, pp=2)
+    files = sorted(Path(result.path).glob("layer_*"))
+    assert len(files) == 2 * (4 + 3)
+    layer = torch.load(files[2], weights_only=True)
+    assert list(layer) == [
+        "input_layernorm.scale", "attention.query_key_value.weight", "attention.dense.weight",
+        "post_attention_layernorm.scale", "mlp.linear1.weight", "mlp.linear2.weight",
+    ]  # fmt: skip
+    assert {tensor.dtype for tensor in layer.values()} == {torch.bfloat16}
+    assert (tmp_path / "a" / "latest").read_bytes() == b"global_step9"
+
+
+def test_the_same_every_time_and_without_optimizer(tmp_path: Path) -> None:
+    source = made(MODELS["parallel"], dtype=torch.float16)
+    folders = [Path(write(source, tmp_path / name, tp=2, pp=2, dp=2, zero=1).path) for name in "ab"]
+    for path in folders[0].rglob("*"):
+        assert path.is_dir() or path.read_bytes() == (folders[1] / path.relative_to(folders[0])).read_bytes()
+    slim = write(replace(source, optimizer=None), tmp_path / "slim", tp=2, pp=2, dp=2, zero=1)
+    assert slim.optimizer is None and not list(Path(slim.path).glob("*zero*"))
+    assert torch.equal(slim.model["head.weight"].read(), source.model["head.weight"].read())
+
+
+def test_a_tied_embedding_is_first_on_both_ends(tmp_path: Path) -> None:
+    result = write(made(MODELS["sequential tied"], dtype=torch.bfloat16), tmp_path / "a", pp=2, dp=1)
+    for rank in (0, 1):
+        shapes = open_pt(Path(result.path) / f"mp_rank_{rank:02d}_model_states.pt")["param_shapes"][0]
+        first = ["tied_modules.embed.word_embeddings.weight", "tied_modules.embed.position_embeddings.weight"]
+        assert list(shapes)[:2] == first and len([name for name in shapes if name.startswith("tied")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({"rope_scaling": RopeScaling(kind="linear", factor=2.0)}, {}, r"NeoX cannot hold model\.rope_scaling"),
+        ({"activation": "sigmoid"}, {}, r"NeoX cannot hold model\.activation=sigmoid"),
+        ({"norm": "rmsnorm", "rms_eps_inside": False}, {}, r"NeoX cannot hold model\.rms_eps_inside=False"),
+        ({"embedding_dropout": 0.1}, {}, r"NeoX cannot hold model\.embedding_dropout=0.1"),
+        ({"num_kv_heads": 2}, {"layout": Layout(tp=4)}, "2 key/value heads do not divide over tp=4"),
+        ({"num_kv_heads": 2}, {"era": "v1"}, r"the first release has no model\.num_kv_heads=2"),
+        ({}, {"layout": Layout(pp=4), "era": "v1"}, "leave one of pp=4 stages without layers"),
+        ({}, {"layout": Layout(pp=6)}, "4 blocks are too few for pp=6"),
+        ({}, {"layout": Layout(zero=1), "era": "v1"}, "the first release has no float32 files with ZeRO"),
+    ],
+)
+def test_what_neox_cannot_hold_is_named(change: dict, options: dict, message: str) -> None:
+    source = made(MODELS["parallel"].model_copy(update=change))
+    with pytest.raises(CheckpointError, match=message):
+        convert.TARGETS["neox"].plan(source, WriteOptions(**options))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tie_embeddings": False}, r"model\.tie_embeddings=False \(only True\)"),
+        ({"parallel_residual": True}, r"model\.parallel_residual=True"),
+        ({"activation": "relu"}, r"model\.activation=relu \(only gelu or gelu_tanh\)"),
+    ],
+)
+def test_what_megatron_cannot_hold_is_named(change: dict, message: str) -> None:
+    source = made(MODELS["sequential tied"].model_copy(update=change))
+    with pytest.raises(CheckpointError, match=f"Megatron-DeepSpeed cannot hold .*{message}"):
+        convert.TARGETS["megatron-deepspeed"].plan(source, WriteOptions())
+
+
+@pytest.mark.parametrize(
+    ("gated", "dtype", "layout"),
+    [
+        (False, "fp32", {"tp": 2, "pp": 2}),
+        (True, "bf16", {"tp": 2, "pp": 3, "dp": 2}),
+        (False, "fp16", {"tp": 4, "dp": 3, "zero": 1}),
+    ],
+)
+def test_megatron_layouts_come_back(layout: dict, dtype: str, gated: bool, tmp_path: Path) -> None:
+    model = MODELS["sequential tied"].model_copy(update={"gated_mlp": gated, "activation": "gelu"})
+    source = replace(made(model, dtype=DTYPES[dtype]), progress=Progress(step=9, skipped=2, tokens=4096))
+    result = write(source, tmp_path / "a", "megatron-deepspeed", **layout)
+    assert result.format == "megatron-deepspeed"
+    assert_exact(source, result)
+
+
+def test_state_that_has_no_place_is_refused(tmp_path: Path) -> None:
+    source = made(MODELS["parallel"])
+    steps = {name: {**state, "step": 8 if name == "head.weight" else 7} for name, state in source.optimizer.items()}
+    with pytest.raises(CheckpointError, match=r"Adam steps of the tensors differ \(\[7, 8\]\)"):
+        convert.TARGETS["neox"].plan(replace(source, optimizer=steps), WriteOptions())
+    name = "blocks.1.mlp.up.weight"
+    other = {**source.optimizer, name: {**source.optimizer[name], "master": Held(source.model[name].read() + 1)}}
+    with pytest.raises(CheckpointError, match=f"{name} is not equal to its fp32 master"):
+        write(replace(source, optimizer=other), tmp_path / "a")
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 4])
+@pytest.mark.parametrize("layers", [6, 11])
+@pytest.mark.parametrize("era", ["head", "v1"])
+def test_stages_are_balanced(layers: int, stages: int, era: str) -> None:
+    weights = [0, 1, *[1] * layers, 1, 0, 0]
+    ranges = cut_stages(weights, stages, era)
+    assert all(ranges) and [position for each in ranges for position in each] == list(range(len(weights)))
+    heaviest = max(sum(weights[position] for position in each) for each in ranges)
+    possible = [(0, *cuts, len(weights)) for cuts in combinations(range(1, len(weights)), stages - 1)]
+    assert heaviest == min(max(sum(weights[a:b]) for a, b in pairwise(cuts)) for cuts in possible)
+
+
+def test_the_20b_models_stages() -> None:
+    """Stages of the first release are filled up, those of today are even."""
+    weights = [0, 1, *[1] * 44, 1, 0, 0]
+    assert [sum(weights[i] for i in each) for each in cut_stages(weights, 4, "v1")] == [12, 12, 12, 10]
+    assert sorted(sum(weights[i] for i in each) for each in cut_stages(weights, 4, "head")) == [11, 11, 12, 12]
