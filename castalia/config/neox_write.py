@@ -69,7 +69,7 @@ def _model(model: Model, config: RunConfig) -> dict[str, Any]:
     keys["norm"] = NORMS.get(model.norm, model.norm)
     keys[neox.NORMS[keys["norm"]][1]] = model.norm_eps
     if model.gated_mlp:
-        keys |= {"activation": GATED.get(model.activation, model.activation), "intermediate_size": 3 * model.mlp_width}
+        keys |= {"activation": GATED.get(model.activation, "geglu"), "intermediate_size": 3 * model.mlp_width}
     else:
         keys |= {"activation": model.activation.removesuffix("_tanh")}
         keys |= {"intermediate_size": model.mlp_width} if model.mlp_width != 4 * model.hidden_size else {}
@@ -143,6 +143,8 @@ def _saving(config: RunConfig) -> dict[str, Any]:
         keys["checkpoint_factor"] = checkpoint.every
     elif checkpoint.log_base:
         keys |= {"checkpoint_factor": checkpoint.log_base, "checkpoint_scale": "log"}
+    if config.log.layers_every:
+        keys["log_grad_norm"] = True
     return keys | ({"sample_output_file": config.generate.output_file} if config.generate.output_file else {})
 
 
