@@ -10,13 +10,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
+from math import prod
+from typing import NamedTuple
 
-from castalia.config.schema import Model
+from castalia.config.schema import Model, Optimizer
 from castalia.plan.count import block_shapes, local_size, tensor_shapes
 from castalia.plan.layout import Layout, Stage, stages
 
 LOGIT_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}  # of one chunk's fp32 logits
 _KEEPS_OUTPUT = {"relu", "sigmoid", "identity"}  # their backward pass needs the output, which the next matrix keeps too
+
+
+class Moments(NamedTuple):
+    """fp32 values that the optimizer keeps for each parameter; vectors are not told from matrices."""
+
+    blocks: int = 2
+    outside: int = 2
+
+    def of(self, model: Model) -> int:
+        """Values for the whole model."""
+        blocks = model.num_layers * sum(map(prod, block_shapes(model).values()))
+        return self.blocks * blocks + self.outside * (sum(map(prod, tensor_shapes(model).values())) - blocks)
+
+
+def moments_of(cfg: Optimizer) -> Moments:
+    momentum = 1 if cfg.momentum else 0
+    kept = {"lion": (1, 1), "sgd": (momentum, momentum), "adafactor": (0, 0), "muon": (momentum, 2)}
+    return Moments(*kept.get(cfg.name, (2, 2)))
 
 
 @dataclass(frozen=True)
@@ -25,6 +45,7 @@ class Compute:
 
     element_bytes: int = 2  # of the compute dtype
     device: str = "cuda"  # or "cpu", whose RMSNorm is made of several operations
+    moments: Moments = Moments()
 
     @property
     def casts(self) -> bool:
@@ -181,8 +202,11 @@ class Rank:
         )
 
     def _memory(self, *, gradients: int, copies: int, activations: int, logits: int = 0) -> Memory:
-        masters = 4 * self.parameters // self.shards
-        return Memory(masters, 2 * masters, gradients, copies, activations, logits, self._buffers)
+        blocks, kept = self.stage.layers * self.block, self.compute.moments
+        moments = 4 * (kept.blocks * blocks + kept.outside * (self.parameters - blocks)) // self.shards
+        return Memory(
+            4 * self.parameters // self.shards, moments, gradients, copies, activations, logits, self._buffers
+        )
 
     @property
     def _kept(self) -> int:
@@ -251,16 +275,16 @@ def memory_by_stage(model: Model, layout: Layout, length: int, compute: Compute)
     return [Rank(model, layout, stage, length, compute).memory() for stage in stages(model, layout.pp, length)]
 
 
-def checkpoint_bytes(parameters: int, original: int, fp32: bool) -> dict[str, int]:
+def checkpoint_bytes(parameters: int, moments: int, original: int, fp32: bool) -> dict[str, int]:
     """Sizes of checkpoints: ours, and the original's from the sum of the parameters over its ranks.
 
-    Ours: fp32 weights, which are the masters, and two moments. The original's: weights in the compute dtype, fp32
+    Ours: fp32 weights, which are the masters, and so many moments. The original's: weights in the compute dtype, fp32
     masters where they differ from those, two moments.
     """
     slim, full = (4, 12) if fp32 else (2, 14)
     return {
         "weights": 4 * parameters,
-        "full": 12 * parameters,
+        "full": 4 * (parameters + moments),
         "original_slim": slim * original,
         "original_full": full * original,
     }

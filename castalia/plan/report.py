@@ -13,7 +13,7 @@ from castalia.plan.count import count, non_embedding, original_count
 from castalia.plan.devices import Device, GiB
 from castalia.plan.flops import executed_flops, kv_cache_bytes, original_flops, training_flops
 from castalia.plan.layout import Layout, problem, stages
-from castalia.plan.memory import Compute, checkpoint_bytes, memory_by_stage
+from castalia.plan.memory import Compute, checkpoint_bytes, memory_by_stage, moments_of
 from castalia.plan.words import MANY_EPOCHS, attention, clipping, evaluation, logging, precision, saves
 
 ENOUGH_TOKENS = 20  # for each id of the vocabulary, before the largest one that was seen says anything
@@ -95,7 +95,7 @@ def report(config: RunConfig, known: Known, hardware: Hardware | None = None, co
     original = original_count(model, layout.tp, layout.pp)
     result["parameters"] = asdict(parameters) | {"as_the_original_counts": original}
     result["memory"] = _memory(model, layout, length, compute, hardware)
-    result["checkpoint"] = checkpoint_bytes(parameters.total, original, not compute.casts)
+    result["checkpoint"] = checkpoint_bytes(parameters.total, compute.moments.of(model), original, not compute.casts)
     result["flops"] = {
         "per_token": training_flops(model, length),
         "executed_per_token": executed_flops(model, length, layout.recompute),
@@ -115,7 +115,7 @@ def described(config: RunConfig) -> Model:
 
 def default_compute(config: RunConfig, hardware: Hardware | None) -> Compute:
     device = "cpu" if hardware and hardware.device.name == "cpu" else "cuda"
-    return Compute(4 if config.precision.compute == "fp32" else 2, device)
+    return Compute(4 if config.precision.compute == "fp32" else 2, device, moments_of(config.optimizer))
 
 
 def layout_of(config: RunConfig, gpus: int | None) -> tuple[Layout, list[str]]:
@@ -367,5 +367,6 @@ def _epochs(config: RunConfig, known: Known, steps: int | None, tokens_per_step:
 def _run_bytes(config: RunConfig, known: Known) -> int | None:
     if known.kept_checkpoints is None or config.model is None or config.model.vocab_size is None:
         return None
-    per_parameter = 12 if config.checkpoint.save_optimizer else 4
-    return known.kept_checkpoints * per_parameter * count(described(config)).total
+    model = described(config)
+    moments = moments_of(config.optimizer).of(model) if config.checkpoint.save_optimizer else 0
+    return known.kept_checkpoints * 4 * (count(model).total + moments)

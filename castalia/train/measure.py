@@ -9,7 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from castalia.plan.layout import Layout
-from castalia.plan.memory import Compute, memory_by_stage
+from castalia.plan.memory import Compute, memory_by_stage, moments_of
 from castalia.plan.words import gib
 from castalia.train.start import Session
 
@@ -48,6 +48,6 @@ def describe_memory(session: Session, layout: Layout, peak_bytes: int) -> str:
     states = chain.from_iterable(state.values() for state in session.optimizer.state.values())
     local = (session.engine.part(t).local for t in chain(session.engine.parameters.values(), states))
     measured = peak_bytes + sum(tensor.numel() * tensor.element_size() for tensor in local)
-    compute = Compute(session.dtype.itemsize, session.device.type)
+    compute = Compute(session.dtype.itemsize, session.device.type, moments_of(session.config.optimizer))
     stage = memory_by_stage(session.config.model, layout, session.config.data.seq_length, compute)[0]
     return f"memory: tensors took {gib(measured)}, plan says {gib(stage.total)} ({measured / stage.total - 1:+.1%})"

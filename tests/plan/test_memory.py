@@ -10,7 +10,7 @@ from castalia.config.schema import Model, Optimizer
 from castalia.model.transformer import Transformer
 from castalia.parallel.apply import apply_recompute
 from castalia.plan.layout import Layout, Stage, problem, stages
-from castalia.plan.memory import Compute, Rank, memory_by_stage
+from castalia.plan.memory import Compute, Rank, memory_by_stage, moments_of
 from castalia.train.optimizer import gradient_norm, gradients, make_optimizer
 
 LENGTH = 128
@@ -71,6 +71,19 @@ def test_a_training_step_takes_the_planned_memory(family, dtype, recompute) -> N
         layout = Layout(micro_batch=micro_batch, accumulation=accumulation, recompute=recompute)
         planned = Rank(model, layout, Stage(0, model.num_layers, True, True), LENGTH, compute).memory().total
         assert planned == pytest.approx(peak_bytes(model, layout, dtype), rel=0.05), (micro_batch, accumulation)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "muon", "adafactor"])
+def test_the_state_of_every_optimizer_is_planned(name) -> None:
+    model, cfg = Model(**BASE), Optimizer(name=name)
+    with torch.device("meta"):
+        parameters = dict(Transformer(model).named_parameters())
+    state = make_optimizer(parameters, cfg).state.values()
+    kept = sum(tensor.numel() for each in state for kind, tensor in each.items() if kind != "step")
+    total = sum(parameter.numel() for parameter in parameters.values())
+    assert moments_of(cfg).of(model) == pytest.approx(kept, abs=0.03 * total)
+    rank = Rank(model, Layout(), Stage(0, model.num_layers, True, True), LENGTH, Compute(moments=moments_of(cfg)))
+    assert rank.memory().moments == 4 * moments_of(cfg).of(model)
 
 
 def test_stages_hold_all_layers_and_the_head_counts() -> None:
