@@ -84,7 +84,7 @@ def kind_of(name: str) -> str | None:
 
 def sample_sums(tensors: Mapping[str, TensorRef]) -> dict[str, Sums]:
     """Figures of a sample of every tensor; of a kind with more than `SPANS` tensors, of as many, evenly chosen."""
-    result = {}
+    result: dict[str, Sums] = {}
     for names in by_kind(tensors).values():
         chosen = names if len(names) <= SPANS else [names[len(names) * i // SPANS] for i in range(SPANS)]
         result |= {name: sample(tensors[name], max(1, SPANS // len(chosen))) for name in chosen}

@@ -139,7 +139,7 @@ def _layout(files: Mapping[str, Any]) -> str:
 
 
 def _how_many(found: Mapping[str, Any]) -> str:
-    if "tensors" in found:
+    if found["sampled_values"] >= found["parameters"]["total"]:
         return f" (all {found['parameters']['total']:,})"
     return f" (a sample of {found['sampled_values']:,}; --tensors reads all)"
 
