@@ -167,6 +167,7 @@ def find_source(config: RunConfig) -> Checkpoint | None:
 def resolve(config: RunConfig, source: Checkpoint | None) -> tuple[RunConfig, Tokenizer | None]:
     """The config with nothing left to infer, and the tokenizer that it names."""
     model = architecture(config, source)  # first: training another model than meant is the worst of all mistakes
+    notes = config.notes + (left_open(config, model) if source else ())
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer.path or config.tokenizer.kind else None
     vocab_size = model.vocab_size or (tokenizer.vocab_size if tokenizer else None)
     if vocab_size is None:
@@ -198,7 +199,9 @@ def resolve(config: RunConfig, source: Checkpoint | None) -> tuple[RunConfig, To
             "loss_scale": config.precision.loss_scale.model_copy(update={"rule": rule}),
         }
     )
-    return config.model_copy(update={"model": model, "precision": precision}), tokenizer
+    complete = config.model_copy(update={"model": model, "precision": precision})
+    complete._notes = notes
+    return complete, tokenizer
 
 
 def with_steps(config: RunConfig) -> RunConfig:
@@ -233,7 +236,8 @@ def architecture(config: RunConfig, source: Checkpoint | None) -> Model:
     assert source is not None
     given = {name for name in ours.model_fields_set if config.origins.get(f"model.{name}") != "NeoX default"}
     mine, its = _effective(ours), _effective(theirs)
-    different = [name for name in mine if name in given - FREE and mine[name] != its[name]]
+    free = FREE | set(source.details.get("guess", ()))  # type: ignore[call-overload] # neither tensors nor config told
+    different = [name for name in mine if name in given - free and mine[name] != its[name]]
     if different:
         lines = "\n".join(
             f"  model.{name}: {its[name]} in the checkpoint, {mine[name]} in the config"
@@ -244,7 +248,19 @@ def architecture(config: RunConfig, source: Checkpoint | None) -> Model:
             f"{source.path} is another model than the config describes:\n{lines}\n"
             "Correct these values, or leave them out: the architecture then comes from the checkpoint."
         )
-    return theirs.model_copy(update={name: getattr(ours, name) for name in FREE if name in given})
+    chosen = (given & FREE) | (ours.model_fields_set & free - FREE)
+    return theirs.model_copy(update={name: getattr(ours, name) for name in chosen})
+
+
+def left_open(config: RunConfig, model: Model) -> tuple[str, ...]:
+    """A note on values that the config leaves at a default and that the checkpoint's model has otherwise."""
+    if config.model is None:
+        return ()
+    mine, its = _effective(config.model), _effective(model)
+    names = [
+        f"{name}={its[name]} instead of {mine[name]}" for name in mine if name not in FREE and mine[name] != its[name]
+    ]
+    return (f"the checkpoint decides what the config leaves at its default: {', '.join(names)}",) if names else ()
 
 
 def _effective(model: Model) -> dict[str, Any]:

@@ -157,6 +157,18 @@ def test_with_the_right_config_it_fine_tunes(right, narrow_20b, corpus, tmp_path
     assert all(not torch.equal(trained[name], loaded[name]) for name in trained)
 
 
+def test_what_the_config_leaves_open_is_told(right, narrow_20b, tmp_path, capsys):
+    """GPT-NeoX would build another function from the same shapes, and say nothing."""
+    text = NARROW_CONFIG.replace('"gpt_j_residual": true, ', "").replace('"rotary_pct": 0.25,', "")
+    (tmp_path / "partial.yml").write_text(text)
+    words = [f"load={narrow_20b}", f"save={tmp_path / 'other'}", f"data_path={right.data.path}", "tokenizer.kind=bytes"]
+    rehearse(load_config(tmp_path / "partial.yml", [*words, "data.split=1,0,0", f"data.cache_dir={tmp_path}"]))
+    said = capsys.readouterr().out
+    assert "the checkpoint decides what the config leaves at its default: " in said
+    assert "rotary_pct=0.25 instead of 1.0" in said
+    assert "parallel_residual=True instead of False" in said
+
+
 def test_the_architecture_need_not_be_repeated(right, corpus, narrow_20b, tmp_path, capsys):
     words = [f"checkpoint.init_from={narrow_20b}", f"checkpoint.dir={tmp_path / 'bare'}", f"data.path={corpus}"]
     words += ["tokenizer.kind=bytes", "data.seq_length=32", "train.batch_size=2", "train.steps=1", "data.split=1,0,0"]
