@@ -88,8 +88,12 @@ def prepare(
         chat=chat,
     )
     start = time.monotonic()
-    with _Progress() as progress:
-        report = run(inputs, output, recipe, workers=workers, num_docs=num_docs, on_progress=progress)
+    try:
+        with _Progress() as progress:
+            report = run(inputs, output, recipe, workers=workers, num_docs=num_docs, on_progress=progress)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        raise
     seconds = time.monotonic() - start
     for message in report.bad:
         print(f"left out: {message}", file=sys.stderr)
