@@ -5,8 +5,11 @@ Every class here is a `TensorRef`: a slice of it reads only what that slice need
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from math import prod
 from typing import TYPE_CHECKING, Literal
 
@@ -87,10 +90,15 @@ class Joined(Typed):
     sources: tuple[TensorRef, ...]
     dim: int = 0
 
+    @cached_property
+    def ends(self) -> list[int]:
+        """Where each source ends in the joined dimension."""
+        return list(accumulate(source.shape[self.dim] for source in self.sources))
+
     @property
     def shape(self) -> tuple[int, ...]:
         shape = list(self.sources[0].shape)
-        shape[self.dim] = sum(source.shape[self.dim] for source in self.sources)
+        shape[self.dim] = self.ends[-1]
         return tuple(shape)
 
     @property
@@ -103,15 +111,17 @@ class Joined(Typed):
         box = bounds(self.shape, slices)
         first, last = box[self.dim]
         result = torch.empty([stop - start for start, stop in box], dtype=self.dtype)
-        begin = 0  # of this source in the joined dimension
-        for source in self.sources:
-            end = begin + source.shape[self.dim]
+        index = bisect_right(self.ends, first)  # of the first source that reaches beyond `first`
+        while first < last and index < len(self.sources):
+            begin, end = self.ends[index - 1] if index else 0, self.ends[index]
             start, stop = max(first, begin), min(last, end)
+            if start >= last:
+                break
             if start < stop:
                 box[self.dim] = (start - begin, stop - begin)
-                piece = source.read([slice(*pair) for pair in box])
+                piece = self.sources[index].read([slice(*pair) for pair in box])
                 result.narrow(self.dim, start - first, stop - start).copy_(piece)
-            begin = end
+            index += 1
         return result
 
 
