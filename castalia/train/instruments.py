@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,21 @@ from castalia.config.schema import Log
 
 LAYERS = "layers.jsonl"
 SUMMARY_ROWS = 20
+SHOWN = 6  # on the terminal
 
 
 class Instruments:
     """`around(step)` encloses each step, counted from 1. A context manager: a profile that is open is written then."""
 
     def __init__(
-        self, log: Log, folder: Path, modules: Mapping[str, nn.Module], parameters: Mapping[str, nn.Parameter]
+        self,
+        log: Log,
+        folder: Path,
+        modules: Mapping[str, nn.Module],
+        parameters: Mapping[str, nn.Parameter],
+        say: Callable[[str], None],
     ):
-        self.log, self.folder, self.modules, self.parameters = log, folder, modules, parameters
+        self.log, self.folder, self.modules, self.parameters, self.say = log, folder, modules, parameters, say
         self.profiler: profile | None = None
 
     @contextmanager
@@ -59,13 +65,17 @@ class Instruments:
         folder = Path(self.log.profile.dir) if self.log.profile.dir else self.folder / "profile"
         folder.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(folder / "trace.json"))
-        averages, place = profiler.key_averages(), "cuda" if torch.cuda.is_available() else "cpu"
+        averages, place = profiler.key_averages(), "device" if torch.cuda.is_available() else "cpu"
         tables = [
             f"By {key.replace('_', ' ')}\n{averages.table(sort_by=key, row_limit=SUMMARY_ROWS)}"
             for key in (f"self_{place}_time_total", f"self_{place}_memory_usage")
         ]
         (folder / "summary.txt").write_text("\n".join(tables))
-        if place == "cuda":
+        times = {event.key: getattr(event, f"self_{place}_time_total") for event in averages}
+        self.say(f"profile of steps {self.log.profile.start} to {self.log.profile.stop} in {folder}; most time went to")
+        for name, time in sorted(times.items(), key=lambda item: -item[1])[:SHOWN]:
+            self.say(f"  {time / max(1, sum(times.values())):6.1%}  {name}")
+        if place == "device":
             torch.cuda.memory._dump_snapshot(str(folder / "memory.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
 

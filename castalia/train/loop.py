@@ -142,7 +142,7 @@ class Run:
             raise ConfigError("log.layers_every looks at whole tensors; use one process, or remove it")
         log = self.config.log if self.is_main else self.config.log.model_copy(update={"profile": None})
         modules = {f"blocks.{i}": block for model in engine.models for i, block in model.blocks.items()}
-        return Instruments(log, self.folder, modules, engine.parameters)
+        return Instruments(log, self.folder, modules, engine.parameters, self.display.line)
 
     def _event(self, event: str, **facts: Any) -> None:
         if self.is_main:

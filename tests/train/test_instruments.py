@@ -47,7 +47,10 @@ def test_a_run_writes_layers_and_a_profile_and_trains_as_without(tiny, straight,
     assert json.loads((folder / "profile" / "trace.json").read_text())["traceEvents"]
 
 
-def test_a_profile_that_the_end_of_the_run_cuts_short_is_written(tiny, tmp_path):
+def test_a_profile_that_the_end_of_the_run_cuts_short_is_written(tiny, tmp_path, capsys):
     open_end = ["log.profile.start=2", "log.profile.stop=100", f"log.profile.dir={tmp_path / 'here'}"]
     train(tiny(tmp_path / "run", *open_end, "train.steps=2"), evaluate)
     assert (tmp_path / "here" / "trace.json").stat().st_size > 0
+    said = capsys.readouterr().out
+    assert f"profile of steps 2 to 100 in {tmp_path / 'here'}; most time went to" in said
+    assert "%  aten::" in said
