@@ -43,7 +43,7 @@ class Costs:
 
     @property
     def total(self) -> float:
-        return sum(getattr(self, field.name) for field in fields(self))
+        return self.compute + self.traffic + self.tensor + self.data + self.bubble
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ the backward pass enters the last block, in the first one, or when all gradients
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import prod
 from typing import NamedTuple
@@ -66,7 +66,8 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return sum(getattr(self, field.name) for field in fields(self))
+        state = self.masters + self.moments + self.gradients
+        return state + self.compute_copies + self.activations + self.logits + self.buffers
 
 
 @dataclass(frozen=True)

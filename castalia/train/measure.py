@@ -34,7 +34,7 @@ class PeakMemory:
             self.bytes = torch.cuda.max_memory_allocated(self.device) - self.before
             return
         self.profiler.__exit__(*error)
-        results = self.profiler.profiler.kineto_results  # type: ignore[union-attr]
+        results: Any = self.profiler.profiler.kineto_results  # type: ignore[union-attr]
         events = [event for event in results.events() if event.name() == "[memory]"]
         held = 0
         for event in sorted(events, key=lambda event: event.start_ns()):
