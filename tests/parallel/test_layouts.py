@@ -1,0 +1,95 @@
+"""Whatever the layout, training is that of one process: weights, batches, losses, gradient norms."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+
+from tests.parallel.training import Seen, assembled, assert_copies_are_equal, train_steps
+
+pytestmark = pytest.mark.xdist_group("pool")
+
+LAYOUTS = {
+    "dp2": (2, []),
+    "dp4": (4, []),
+    "zero1": (2, ["parallel.zero=1"]),
+    "zero2": (4, ["parallel.zero=2"]),
+    "zero3": (4, ["parallel.zero=3"]),
+    "tp2": (2, ["parallel.tp=2"]),
+    "tp2 sequence": (2, ["parallel.tp=2", "parallel.sequence_parallel=true"]),
+    "pp2": (2, ["parallel.pp=2"]),
+    "pp2 gpipe": (2, ["parallel.pp=2", "parallel.pipeline=gpipe"]),
+    "pp4 interleaved": (4, ["parallel.pp=4", "parallel.pipeline=interleaved", "model.num_layers=8"]),
+    "pp2 zero-bubble": (2, ["parallel.pp=2", "parallel.pipeline=zero-bubble"]),
+    "tp2 pp2": (4, ["parallel.tp=2", "parallel.pp=2"]),
+    "tp2 pp2 dp2 zero1": (8, ["parallel.tp=2", "parallel.pp=2", "parallel.zero=1"]),
+    "tp2 pp2 dp2 zero3": (8, ["parallel.tp=2", "parallel.pp=2", "parallel.zero=3"]),
+    "hsdp 2x2": (4, ["parallel.zero=2", "parallel.dp_replicate=2"]),
+    "cp2": (2, ["parallel.cp=2"]),
+    "cp2 tp2 zero3": (8, ["parallel.cp=2", "parallel.tp=2", "parallel.zero=3"]),
+}
+FAMILIES = ["neox-parallel", "neox-sequential", "gpt2-tied", "llama"]
+
+
+@pytest.fixture(scope="session")
+def alone(pool, tiny):
+    """A function: family and overrides -> what one process sees."""
+
+    @cache
+    def run(family: str, *overrides: str, steps: int = 10) -> Seen:
+        return pool.run(train_steps, 1, tiny(family, *overrides), steps)[0]
+
+    return run
+
+
+def same_for_all(overrides):
+    """Overrides that one process shares."""
+    return [override for override in overrides if not override.startswith("parallel.")]
+
+
+def assert_equal(ranks, one):
+    for seen in ranks:
+        assert seen.losses == ranks[0].losses and seen.norms == ranks[0].norms
+    np.testing.assert_allclose(ranks[0].losses, one.losses, rtol=2e-6)
+    np.testing.assert_allclose(ranks[0].norms, one.norms, rtol=2e-6)
+    assert_copies_are_equal(ranks)
+    tokens = {}
+    for seen in ranks:
+        for row, sequence in seen.tokens.items():
+            assert tokens.setdefault(row, sequence) == sequence
+    assert tokens == one.tokens
+    whole = {name: value for (name, _), value in one.first}
+    found = assembled(ranks)
+    assert found.keys() == whole.keys()
+    for name, parts in found.items():
+        covered = np.zeros(whole[name].shape, int)
+        for begin, value in parts.items():
+            place = tuple(slice(b, b + n) for b, n in zip(begin, value.shape, strict=True))
+            assert np.array_equal(whole[name][place], value), name
+            covered[place] += 1
+        assert (covered == 1).all(), name
+
+
+def check(pool, tiny, alone, family, name, *overrides):
+    world, layout = LAYOUTS[name]
+    everywhere = [*same_for_all(layout), *overrides]
+    assert_equal(pool.run(train_steps, world, tiny(family, *layout, *overrides)), alone(family, *everywhere))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_each_layout_trains_like_one_process(pool, tiny, alone, name):
+    check(pool, tiny, alone, "neox-parallel", name)
+
+
+@pytest.mark.parametrize("family", FAMILIES[1:])
+def test_each_family_trains_like_one_process(pool, tiny, alone, family):
+    check(pool, tiny, alone, family, "tp2 pp2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILIES[1:])
+def test_each_family_in_each_layout(pool, tiny, alone, family, name):
+    check(pool, tiny, alone, family, name)
