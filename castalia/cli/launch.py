@@ -1,0 +1,86 @@
+"""`castalia launch`: a script that starts a run on many machines."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from castalia.launch.hosts import Host
+
+
+def command(
+    kind: Annotated[Literal["slurm", "torchrun", "k8s"], typer.Argument(help="what starts it")],
+    configs: Annotated[
+        list[str], typer.Argument(metavar="CONFIG... [KEY=VALUE...] | RUN", help="as for `castalia train`")
+    ],
+    nodes: Annotated[int | None, typer.Option(min=1, help="machines; default: those of the hostfile, or 1")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="default: the hostfile's slots")] = None,
+    hostfile: Annotated[Path | None, typer.Option(help="lines such as: node1 slots=8")] = None,
+    name: Annotated[str | None, typer.Option(help="of the job; default: the first config's")] = None,
+    max_restarts: Annotated[int, typer.Option(min=0, help="how often dead processes are started again")] = 3,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="where machines meet, on the first one")] = 29500,
+    image: Annotated[str, typer.Option(help="k8s: container with castalia installed")] = "castalia:latest",
+    output: Annotated[Path | None, typer.Option(help="write the script to this file")] = None,
+) -> None:
+    """Print a script that starts a run on many machines, to read and to submit.
+
+    Nothing is started. The layout and the batch are checked against the number of processes first.
+    """
+    from castalia.cli.plan import with_vocabulary
+    from castalia.cli.train import read_config
+    from castalia.errors import ConfigError
+    from castalia.launch import render
+    from castalia.parallel.layout import check_run, layout
+
+    hosts = chosen_hosts(hostfile, nodes, gpus_per_node)
+    num_nodes = len(hosts) or nodes or 1
+    gpus = hosts[0].slots if hosts else gpus_per_node
+    if gpus is None:
+        raise ConfigError("how many processes does each machine start? Give --gpus-per-node, or a --hostfile")
+    if kind != "torchrun" and any(host.slots != gpus for host in hosts):
+        raise ConfigError(f"{kind} gives every machine as many GPUs, but {hostfile} has different slots")
+    if kind == "k8s" and hosts:
+        raise ConfigError("k8s chooses the machines itself; give --nodes and --gpus-per-node in place of --hostfile")
+    if kind == "torchrun" and num_nodes > 1 and not hosts:
+        raise ConfigError(f"torchrun on {num_nodes} machines needs their names: give --hostfile")
+    config = read_config(configs)
+    world = sum(host.slots for host in hosts) or num_nodes * gpus
+    if world > 1:
+        check_run(with_vocabulary(config, None)[0], world)
+    if config.parallel.tp > gpus:
+        print(
+            f"warning: parallel.tp={config.parallel.tp} spans machines of {gpus} GPUs, which is slow", file=sys.stderr
+        )
+    grid = str(layout(config.parallel, world))
+    job = render.Job(
+        name or Path(configs[0]).stem, ["train", *configs], num_nodes, gpus, grid, hosts, max_restarts, port
+    )
+    text = render.k8s(job, image) if kind == "k8s" else {"slurm": render.slurm, "torchrun": render.torchrun}[kind](job)
+    if output is None:
+        print(text, end="")
+        return
+    part = output.with_name(f"{output.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.rename(output)
+
+
+def chosen_hosts(hostfile: Path | None, nodes: int | None, gpus_per_node: int | None) -> list[Host]:
+    """The first `nodes` of the hostfile, with `gpus_per_node` slots where that is given. Empty without a file."""
+    from castalia.errors import ConfigError
+    from castalia.launch.hosts import read_hosts
+
+    if hostfile is None:
+        return []
+    hosts = read_hosts(hostfile)
+    if nodes and nodes > len(hosts):
+        raise ConfigError(f"--nodes {nodes} is more than the {len(hosts)} hosts of {hostfile}")
+    small = [host for host in hosts[:nodes] if host.slots < (gpus_per_node or 1)]
+    if small:
+        raise ConfigError(
+            f"{hostfile}: {small[0].name} has {small[0].slots} slots, not --gpus-per-node {gpus_per_node}"
+        )
+    return [host._replace(slots=gpus_per_node or host.slots) for host in hosts[:nodes]]
