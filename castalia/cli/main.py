@@ -20,6 +20,7 @@ VERBS = {
     "data": ("castalia.cli.data", "Prepare corpora, look into them, show what a step trains on."),
     "tokenizer": ("castalia.cli.tokenizer", "Train a tokenizer."),
     "config": ("castalia.cli.config", "Show, check or convert configs."),
+    "launch": ("castalia.cli.launch", "A script that starts a run on many machines."),
     "plan": ("castalia.cli.plan", "Parameters, memory, time and disk of a config, before it runs."),
     "inspect": ("castalia.cli.inspect", "What is inside a checkpoint of any format."),
     "convert": ("castalia.cli.convert", "Write a checkpoint in another format, optimizer state included."),

@@ -89,8 +89,8 @@ def torchrun(job: Job) -> str:
     endpoint = f"{job.hosts[0].name}:{job.port}"
     for i, host in enumerate(job.hosts):
         join = ["--rdzv-id", job.name, "--rdzv-endpoint", endpoint, "--rdzv-conf", f"is_host={str(i == 0).lower()}"]
-        command = shlex.join([*job.torchrun(host.slots), *join, *job.program])
-        lines.append(f'ssh {shlex.quote(host.name)} "$here" {shlex.quote(command)} &')
+        words = shlex.join([*job.torchrun(host.slots), *join, *job.program])
+        lines.append(f'ssh {shlex.quote(host.name)} "$here" {shlex.quote(words)} &')
     return "\n".join([*lines, 'for host in $(jobs -p); do wait "$host"; done', ""])
 
 
