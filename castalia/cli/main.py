@@ -91,5 +91,7 @@ def main() -> None:
 
 
 def _report(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    """Of processes that a launcher started, which read the same files, one of each machine speaks."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr)
     return 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +11,8 @@ from castalia.config.files import require_files
 
 if TYPE_CHECKING:
     from castalia.config.schema import RunConfig
+
+RESTARTS = 3  # how often the processes of --nproc are started again when one dies
 
 
 def command(
@@ -32,9 +33,13 @@ def command(
     """
     config = read_config(configs)
     if nproc is not None and nproc > 1:
+        from castalia.parallel.layout import check_run
         from castalia.parallel.process import relaunch
 
-        relaunch(nproc, ["train", *configs, *(["--dry-run"] if dry_run else [])])
+        require_files(config)
+        check_run(config, nproc)
+        arguments = ["train", *configs, *(["--dry-run"] if dry_run else [])]
+        relaunch(nproc, arguments, max_restarts=0 if dry_run else RESTARTS)
     if dry_run:
         require_files(config)
         from castalia.train.loop import rehearse
@@ -55,15 +60,11 @@ def train(config: RunConfig) -> str:
 
 def read_config(words: list[str]) -> RunConfig:
     """The config of a new run, or a run's own config told to go on."""
-    from castalia.config.load import load_config
+    from castalia.config.load import load_config, load_run
 
     files, overrides = split_words(words)
-    run = Path(files[0]) if files else Path()
-    if len(files) == 1 and (run / "config.yml").is_file():
-        places = {"checkpoint.dir": run, "checkpoint.resume": run}
-        if (run / "tokenizer").is_dir():
-            places["tokenizer.path"] = run / "tokenizer"
-        overrides = [f"{key}={json.dumps(str(path))}" for key, path in places.items()] + overrides
+    if len(files) == 1 and (Path(files[0]) / "config.yml").is_file():
+        return load_run(files[0], overrides)
     return load_config(files, overrides)
 
 

@@ -59,6 +59,15 @@ def load_config(
     return config
 
 
+def load_run(folder: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config with which the run in a folder goes on where it was saved last."""
+    run = Path(folder)
+    places = {"checkpoint.dir": run, "checkpoint.resume": run}
+    if (run / "tokenizer").is_dir():
+        places["tokenizer.path"] = run / "tokenizer"
+    return load_config(run, [*(f"{key}={json.dumps(str(path))}" for key, path in places.items()), *overrides])
+
+
 def dump_config(config: RunConfig) -> str:
     """The complete YAML of a config; loading it gives an equal one."""
     return to_yaml(config.model_dump(mode="json"))

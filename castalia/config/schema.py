@@ -232,6 +232,7 @@ class Parallel(Section):
     pipeline: Literal["gpipe", "1f1b", "interleaved", "zero-bubble"] = Field("1f1b", description="pipeline schedule")
     stages_per_rank: PositiveInt | None = Field(None, description="None: 2 for interleaved and zero-bubble, else 1")
     offload: bool = Field(False, description="keep sharded parameters and optimizer state in CPU memory")
+    timeout: PositiveFloat = Field(600.0, description="seconds that ranks wait for one that does not come")
     gpus: PositiveInt | None = Field(None, description="devices of the whole run, for planning; None: those it runs on")
 
 

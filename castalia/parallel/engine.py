@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from castalia.config.schema import RunConfig
 from castalia.model.init import initialize
 from castalia.model.transformer import Transformer
 from castalia.parallel.recompute import apply_recompute, has_dropout
+
+T = TypeVar("T")
 
 
 class Rows(NamedTuple):
@@ -125,9 +127,9 @@ class Engine:
         """Whether the flag is set on some rank."""
         return flag
 
-    def gather(self, text: str) -> list[str]:
+    def gather(self, answer: T) -> list[T]:
         """What each rank says."""
-        return [text]
+        return [answer]
 
     def barrier(self) -> None:
         """Wait for the other ranks."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from math import lcm
 from typing import NamedTuple
 
+from castalia.config.batch import batch_plan
 from castalia.config.schema import Parallel, RunConfig
 from castalia.errors import ConfigError
 
@@ -55,8 +56,31 @@ def layout(parallel: Parallel, world: int) -> Layout:
     return Layout(parallel.pp, replicate, dp // replicate, parallel.cp, parallel.tp)
 
 
-def check_run(config: RunConfig) -> None:
-    """Refuses what cannot be split as asked. Raises ConfigError naming all reasons and the nearest that works."""
+def check_run(config: RunConfig, world: int) -> None:
+    """Refuses what cannot be split over so many ranks as asked.
+
+    Raises ConfigError naming all reasons and the nearest that works. Needs neither tokenizer nor data: what is unknown
+    without them is checked when the run has them.
+    """
+    sizes = layout(config.parallel, world)
+    problems = _indivisible(config) if config.model else []
+    if config.parallel.cp > 1 and config.data.mask_documents:
+        problems.append("data.mask_documents needs whole sequences on each rank; use parallel.cp=1")
+    if config.optimizer.name in ("muon", "adafactor"):
+        problems.append(
+            f"optimizer.name={config.optimizer.name} looks at whole matrices, but several ranks hold parts of them; "
+            "use adamw, lion or sgd, or one process"
+        )
+    if config.log.layers_every:
+        problems.append("log.layers_every looks at whole tensors; remove it, or use one process")
+    if config.train.batch_size or config.train.micro_batch_size:
+        problems += _unsuitable(config.parallel, batch_plan(config, sizes.dp).accumulation)
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _indivisible(config: RunConfig) -> list[str]:
+    """What of the model does not split."""
     cfg, parallel, seq_length = config.model, config.parallel, config.data.seq_length
     assert cfg is not None
     tp, stages = parallel.tp, parallel.pp * stages_per_rank(parallel)
@@ -64,7 +88,7 @@ def check_run(config: RunConfig) -> None:
     for what, size in (("model.num_kv_heads", cfg.kv_heads), ("the MLP's width", cfg.mlp_width)):
         if size % tp:
             problems.append(f"parallel.tp={tp} does not divide {what}, {size}; use one of {_divisors(size)}")
-    if cfg.padded_vocab_size % tp:
+    if cfg.vocab_size and cfg.padded_vocab_size % tp:
         problems.append(
             f"parallel.tp={tp} does not divide the padded vocabulary, {cfg.padded_vocab_size}; set "
             f"model.vocab_multiple={lcm(cfg.vocab_multiple, tp)}"
@@ -76,21 +100,37 @@ def check_run(config: RunConfig) -> None:
             f"{stages} pipeline stages are more than model.num_layers={cfg.num_layers}; use parallel.pp <= "
             f"{max(1, cfg.num_layers // stages_per_rank(parallel))}"
         )
+    least, most = {"interleaved": (2, cfg.num_layers), "zero-bubble": (2, 2)}.get(parallel.pipeline, (1, 1))
+    if parallel.pp > 1 and not least <= stages_per_rank(parallel) <= max(least, most):
+        problems.append(
+            f"parallel.stages_per_rank={parallel.stages_per_rank} does not suit parallel.pipeline={parallel.pipeline}; "
+            f"use {least}"
+        )
     split = parallel.cp * (tp if parallel.sequence_parallel else 1)
     if seq_length % split:
         problems.append(
             f"data.seq_length={seq_length} does not split over {split} context and sequence-parallel ranks; "
             f"use {-(-seq_length // split) * split}"
         )
-    if parallel.cp > 1 and config.data.mask_documents:
-        problems.append("data.mask_documents needs whole sequences on each rank; use parallel.cp=1")
-    if config.optimizer.name in ("muon", "adafactor"):
-        problems.append(
-            f"optimizer.name={config.optimizer.name} looks at whole matrices, but several ranks hold parts of them; "
-            "use adamw, lion or sgd, or one process"
-        )
-    if problems:
-        raise ConfigError("\n".join(problems))
+    return problems
+
+
+def _unsuitable(parallel: Parallel, count: int) -> list[str]:
+    """Why the pipeline's schedule cannot take so many micro-batches."""
+    if parallel.pp == 1:
+        return []
+    if parallel.pipeline == "interleaved" and count % parallel.pp:
+        near = [n for n in (count // parallel.pp * parallel.pp, -(-count // parallel.pp) * parallel.pp) if n]
+        return [
+            f"train.accumulation={count} micro-batches do not suit parallel.pipeline=interleaved, which takes "
+            f"multiples of parallel.pp={parallel.pp}; use {' or '.join(map(str, near))}"
+        ]
+    if parallel.pipeline == "zero-bubble" and count < 2 * parallel.pp:
+        return [
+            f"train.accumulation={count} micro-batches are too few for parallel.pipeline=zero-bubble on "
+            f"parallel.pp={parallel.pp}; use at least {2 * parallel.pp}"
+        ]
+    return []
 
 
 def stages_per_rank(parallel: Parallel) -> int:

@@ -17,7 +17,6 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from castalia.config.schema import Parallel
-from castalia.errors import ConfigError
 from castalia.model.transformer import Transformer
 from castalia.parallel.engine import Rows
 from castalia.parallel.layout import stages_per_rank
@@ -75,7 +74,6 @@ class Pipeline:
         device: torch.device,
     ) -> None:
         """`parts`: this rank's stages by number. `micro_batch`: [sequences, their length on this context rank]."""
-        check_micro_batches(parallel, num_micro_batches)
         num_stages = parallel.pp * stages_per_rank(parallel)
         last = num_stages - 1
         hidden_size = next(iter(parts.values())).cfg.hidden_size
@@ -152,18 +150,3 @@ def _ends_group(mesh: Mesh) -> dist.ProcessGroup | None:
         if dist.get_rank() in (column[0], column[-1]):
             mine = group
     return mine
-
-
-def check_micro_batches(parallel: Parallel, count: int) -> None:
-    """Raises ConfigError where the schedule cannot take so many micro-batches, naming the nearest that work."""
-    if parallel.pipeline == "interleaved" and count % parallel.pp:
-        near = [n for n in (count // parallel.pp * parallel.pp, -(-count // parallel.pp) * parallel.pp) if n]
-        raise ConfigError(
-            f"train.accumulation={count} micro-batches do not suit parallel.pipeline=interleaved, which takes "
-            f"multiples of parallel.pp={parallel.pp}; use {' or '.join(map(str, near))}"
-        )
-    if parallel.pipeline == "zero-bubble" and count < 2 * parallel.pp:
-        raise ConfigError(
-            f"train.accumulation={count} micro-batches are too few for parallel.pipeline=zero-bubble on "
-            f"parallel.pp={parallel.pp}; use at least {2 * parallel.pp}"
-        )

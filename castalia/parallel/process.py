@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
+import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import NoReturn
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 
-from castalia.errors import ConfigError
+from castalia.errors import CastaliaError, ConfigError
 
-TIMEOUT = timedelta(minutes=10)
+SHUTDOWN_TIMEOUT_S = 120  # what processes have after a signal, to save before they are killed
 
 
 def world_size() -> int:
@@ -39,10 +44,15 @@ def main_first() -> Iterator[None]:
 
 
 @contextmanager
-def process_group(device: str) -> Iterator[None]:
-    """Joins the other processes, if there are any, and leaves them at the end."""
-    if world_size() == 1 or dist.is_initialized():
-        yield
+def process_group(device: str, timeout_s: float = 600.0) -> Iterator[str | None]:
+    """Joins the other processes, if there are any, and leaves them at the end.
+
+    Gives the job's name, which stays the same when torchrun starts the processes again, be it one that is left; None
+    for a process of its own.
+    An error that users can mend is printed once and ends the job, as does a collective that a rank does not come to.
+    """
+    if dist.is_initialized() or (world_size() == 1 and "TORCHELASTIC_RUN_ID" not in os.environ):
+        yield None
         return
     _fill_in_slurm()
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
@@ -53,15 +63,81 @@ def process_group(device: str) -> Iterator[None]:
         )
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    store, rank, world = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
-    # A restarted group must not read the addresses that the dead one left in the agent's store.
-    store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+    timeout = timedelta(seconds=timeout_s)
+    store, rank, world = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    if store.check([_ENDED]):
+        sys.exit(2)  # the launcher started the processes again, but the same error would come
+    job = store.compare_set("job", "", uuid4().hex).decode()
+    group = _fresh(store, rank, world)
+    if world > 1:
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, store=group, rank=rank, world_size=world, timeout=timeout)
     try:
-        yield
+        yield job
+    except CastaliaError as error:
+        _end_job(store, str(error))
+    except RuntimeError as error:
+        if world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        _explain_lost_rank(store, group, error)
     finally:
-        dist.destroy_process_group()
+        if world > 1:
+            dist.destroy_process_group()
+
+
+_ENDED = "ended by an error"
+_LAST_WORDS_S = 2.0  # how long ranks that lost another one wait for the others to say the same
+
+
+def _fresh(store: dist.Store, rank: int, world: int) -> dist.PrefixStore:
+    """A room in the launcher's store without what a dead group left, such as the addresses of its ranks.
+
+    Every process draws a name. The first rank answers each of the others under the name that it finds in its place,
+    which may be that of a dead one, until that rank confirms.
+    """
+    mine = uuid4().hex
+    if rank:
+        store.set(f"rank {rank}", mine)
+        name = store.get(mine).decode()
+        store.set(f"{name} {rank}", "")
+        return dist.PrefixStore(name, store)
+    for other in range(1, world):
+        while not store.check([f"{mine} {other}"]):
+            store.set(store.get(f"rank {other}").decode(), mine)
+            time.sleep(0.01)
+    return dist.PrefixStore(mine, store)
+
+
+def _end_job(store: dist.Store, message: str) -> NoReturn:
+    """Says what is wrong, once for all ranks that find the same, and sees to it that no restart tries again."""
+    store.set(_ENDED, "")
+    if store.add(hashlib.blake2b(message.encode()).hexdigest(), 1) == 1:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def _explain_lost_rank(store: dist.Store, group: dist.Store, error: RuntimeError) -> NoReturn:
+    """Names the operation in which communication failed and the ranks that do not say the same. Raises SystemExit."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    group.set(f"lost {rank}", "")
+    end = time.monotonic() + _LAST_WORDS_S
+    silent = [other for other in range(world) if not group.check([f"lost {other}"])]
+    while len(silent) > 1 and time.monotonic() < end:
+        time.sleep(0.05)
+        silent = [other for other in range(world) if not group.check([f"lost {other}"])]
+    if store.check([_ENDED]):
+        sys.exit(2)
+    if group.add("told", 1) == 1:
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = [frame for frame in frames if f"{os.sep}castalia{os.sep}" in frame.filename][-1]
+        who = f"rank {', '.join(map(str, silent))} did not come to" if silent else "all ranks gave up waiting in"
+        print(
+            f"error: {who} {frames[-1].name}, called by {ours.name} "
+            f"({os.path.basename(ours.filename)}:{ours.lineno}) on rank {rank}: {str(error).splitlines()[0]}",
+            file=sys.stderr,
+            flush=True,
+        )
+    sys.exit(1)
 
 
 def _fill_in_slurm() -> None:
@@ -71,9 +147,33 @@ def _fill_in_slurm() -> None:
             os.environ.setdefault(ours, os.environ[theirs])
 
 
-def relaunch(num_processes: int, arguments: Sequence[str]) -> None:
-    """Replaces this process by torchrun, which starts `castalia ARGUMENTS` on this machine so many times."""
-    threads = max(1, (os.cpu_count() or 1) // num_processes)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
-    os.execv(sys.executable, [*launcher, "-m", "castalia", *arguments])
+def relaunch(num_processes: int, arguments: Sequence[str], max_restarts: int = 0) -> NoReturn:
+    """Starts `castalia ARGUMENTS` so many times on this machine, all again when one dies, and exits as they do."""
+    import logging
+
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes speak for themselves
+    config = LaunchConfig(
+        1,
+        1,
+        num_processes,
+        run_id=uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=max_restarts,
+        shutdown_timeout=SHUTDOWN_TIMEOUT_S,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "castalia", *arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            print(f"error: rank {rank} was killed by signal {-failure.exitcode}", file=sys.stderr)
+        sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
+    except SignalException as stop:
+        sys.exit(128 + stop.sigval)
+    sys.exit(0)

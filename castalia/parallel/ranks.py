@@ -17,7 +17,7 @@ from castalia.model.loss import IGNORE
 from castalia.model.transformer import Transformer
 from castalia.parallel.apply import build_stages
 from castalia.parallel.context import GatheredKeys
-from castalia.parallel.engine import Engine, Part, Rows
+from castalia.parallel.engine import Engine, Part, Rows, T
 from castalia.parallel.layout import check_run, layout
 from castalia.parallel.mesh import build_mesh
 from castalia.parallel.pipeline import Pipeline
@@ -31,7 +31,7 @@ class Ranks(Engine):
         assert config.model is not None
         self.config, self.device, self.plan = config, device, plan
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        check_run(config)
+        check_run(config, self.world)
         self.mesh = build_mesh(layout(config.parallel, self.world), device.type)
         sizes = self.mesh.layout
         self.data_rank, self.data_size = self.mesh.dp_rank, sizes.dp
@@ -142,9 +142,9 @@ class Ranks(Engine):
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return bool(found)
 
-    def gather(self, text: str) -> list[str]:
+    def gather(self, answer: T) -> list[T]:
         answers: list[Any] = [None] * self.world
-        dist.all_gather_object(answers, text)
+        dist.all_gather_object(answers, answer)
         return answers
 
     def barrier(self) -> None:

@@ -10,6 +10,7 @@ from castalia.checkpoint.formats.native import saved_steps
 from castalia.config.load import dump_config
 from castalia.config.schema import RunConfig, Source, Tokenizer
 from castalia.errors import ConfigError, TrainingError
+from castalia.train.metrics import read_events
 
 TOKENIZER = "tokenizer"
 
@@ -31,6 +32,12 @@ def continues(config: RunConfig, folder: Path) -> bool:
         return False
     source, target = Path(config.checkpoint.resume).resolve(), folder.resolve()
     return source == target or target in source.parents
+
+
+def begun_by(job: str | None, folder: Path) -> bool:
+    """Whether the run in the folder was last started by this job: its launcher has started the processes again."""
+    starts = [event for event in read_events(folder) if event["event"] == "start"]
+    return job is not None and bool(starts) and starts[-1].get("job") == job
 
 
 def is_run(folder: Path) -> bool:
@@ -58,8 +65,11 @@ def refuse_second_start(folder: Path) -> None:
     )
 
 
-def complete_config(config: RunConfig, folder: Path, has_tokenizer: bool) -> RunConfig:
-    """The config that goes on from anywhere: data by absolute paths, the tokenizer by the copy in the run."""
+def complete_config(config: RunConfig, folder: Path, has_tokenizer: bool, batch_size: int) -> RunConfig:
+    """The config that goes on from anywhere: data by absolute paths, the tokenizer by the copy in the run.
+
+    It goes on with any number of ranks, too: the step's batch is settled, and accumulation follows from it.
+    """
     data = config.data.model_copy(
         update={
             "path": _absolute(config.data.path),
@@ -69,7 +79,11 @@ def complete_config(config: RunConfig, folder: Path, has_tokenizer: bool) -> Run
     )
     tokenizer = Tokenizer(path=TOKENIZER) if has_tokenizer else config.tokenizer
     checkpoint = config.checkpoint.model_copy(update={"dir": str(folder), "resume": None, "step": None})
-    return config.model_copy(update={"data": data, "tokenizer": tokenizer, "checkpoint": checkpoint})
+    train = config.train.model_copy(update={"batch_size": batch_size})
+    if train.micro_batch_size:
+        train = train.model_copy(update={"accumulation": None})
+    changed = {"data": data, "tokenizer": tokenizer, "checkpoint": checkpoint, "train": train}
+    return config.model_copy(update=changed)
 
 
 def write_config(folder: Path, config: RunConfig) -> None:

@@ -12,18 +12,20 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from castalia.checkpoint.formats.native import Writer
+from castalia.checkpoint.formats.native import Writer, saved_steps
 from castalia.checkpoint.load import optimizer_state
 from castalia.checkpoint.tensors import Progress, Shard
+from castalia.config.load import load_run
 from castalia.config.schema import RunConfig
 from castalia.data.loader import Batch, Samples, has_data, open_data
-from castalia.errors import ConfigError, TrainingError
+from castalia.errors import TrainingError
 from castalia.parallel.engine import Engine
 from castalia.parallel.process import process_group
 from castalia.plan.flops import training_flops
 from castalia.train.display import Display, duration
 from castalia.train.folder import (
     TOKENIZER,
+    begun_by,
     complete_config,
     continues,
     holds_checkpoint,
@@ -40,6 +42,7 @@ from castalia.train.schedule import is_save_step
 from castalia.train.start import Session, architecture, find_source, start
 from castalia.train.step import StepResult
 
+TOGETHER_S = 1.0  # signals within this time are one
 Evaluate = Callable[[Engine, Iterable[Batch]], Mapping[str, float]]
 
 
@@ -47,15 +50,18 @@ def train(config: RunConfig, evaluate: Evaluate) -> Path:
     """Trains, resumes or fine-tunes as the config says, and returns the run's folder."""
     keep_freed_memory()
     folder = run_folder(config)
-    in_place = continues(config, folder)
-    if not in_place:
-        _refuse_folder_in_use(config, folder)
-    with process_group(choose_device(config.train.device).type):
+    with process_group(choose_device(config.train.device).type, config.parallel.timeout) as job:
+        restarted = begun_by(job, folder)
+        if restarted and saved_steps(folder / "checkpoints"):
+            config = load_run(folder)
+        in_place = restarted or continues(config, folder)
+        if not in_place:
+            _refuse_folder_in_use(config, folder)
         session = start(config)
         with Display(silent=session.engine.rank > 0) as display:
             show_report(session, display, folder)
             try:
-                with Run(session, folder, evaluate, display, in_place) as run:
+                with Run(session, folder, evaluate, display, in_place, job) as run:
                     run.to_the_end()
             except OSError as error:  # a full disk, most often; checkpoints tell so themselves
                 raise TrainingError(f"{folder} cannot be written: {error}; checkpoints are as they were") from error
@@ -74,7 +80,7 @@ def rehearse(config: RunConfig) -> None:
     folder = run_folder(config)
     if not continues(config, folder):
         _refuse_folder_in_use(config, folder)
-    with process_group(choose_device(config.train.device).type):
+    with process_group(choose_device(config.train.device).type, config.parallel.timeout):
         _rehearse(start(config), folder)
 
 
@@ -99,10 +105,12 @@ def _rehearse(session: Session, folder: Path) -> None:
 class Run:
     """A session that writes into its folder: a context manager, so that the folder is let go of whatever happens."""
 
-    def __init__(self, session: Session, folder: Path, evaluate: Evaluate, display: Display, in_place: bool):
+    def __init__(
+        self, session: Session, folder: Path, evaluate: Evaluate, display: Display, in_place: bool, job: str | None
+    ):
         self.session, self.folder, self.evaluate, self.display = session, folder, evaluate, display
-        self.in_place, self.is_main = in_place, session.engine.rank == 0
-        self.config = complete_config(session.config, folder, session.tokenizer is not None)
+        self.in_place, self.job, self.is_main = in_place, job, session.engine.rank == 0
+        self.config = complete_config(session.config, folder, session.tokenizer is not None, session.plan.batch_size)
         self.progress = session.progress
         self.saved_step: int | None = session.progress.step if in_place and session.resumed else None
         self.valid = _validation_data(session.config)
@@ -133,13 +141,12 @@ class Run:
         if self.in_place:
             truncate_metrics(folder, self.progress.step)
         source = session.source.path if session.source else None
-        self._event("start", step=self.progress.step, source=source, data_fingerprint=session.data.fingerprint)
+        fingerprint = session.data.fingerprint
+        self._event("start", step=self.progress.step, source=source, data_fingerprint=fingerprint, job=self.job)
         return Metrics(folder, self.config)
 
     def _instruments(self) -> Instruments:
         engine = self.session.engine
-        if engine.world > 1 and self.config.log.layers_every:
-            raise ConfigError("log.layers_every looks at whole tensors; use one process, or remove it")
         log = self.config.log if self.is_main else self.config.log.model_copy(update={"profile": None})
         modules = {f"blocks.{i}": block for model in engine.models for i, block in model.blocks.items()}
         return Instruments(log, self.folder, modules, engine.parameters, self.display.line)
@@ -148,8 +155,8 @@ class Run:
         if self.is_main:
             write_event(self.folder, event, **facts)
 
-    def __exit__(self, *_: object) -> None:
-        self.opened.close()
+    def __exit__(self, *raised: Any) -> None:
+        self.opened.__exit__(*raised)
 
     def to_the_end(self) -> None:
         """Steps until the last one, the exit interval or a signal; then saves."""
@@ -279,10 +286,14 @@ class Run:
 
 
 class StopSignals:
-    """While open, the first SIGTERM or SIGINT is noted and the second one kills."""
+    """While open, the first SIGTERM or SIGINT is noted and a later one kills.
+
+    Launchers pass on what the terminal has sent to all already, so what comes with the first one does not count.
+    """
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self.since = 0.0
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopSignals:
@@ -296,10 +307,11 @@ class StopSignals:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received:
+        if self.received and time.monotonic() - self.since > TOGETHER_S:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.received = signal.Signals(number).name
+        if not self.received:
+            self.received, self.since = signal.Signals(number).name, time.monotonic()
 
 
 def _validation_data(config: RunConfig) -> Samples | None:

@@ -40,7 +40,15 @@ def write_event(folder: Path, event: str, **facts: Any) -> None:
 
 def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
     """The records in order. A last line that a killed process left unfinished is left out."""
-    path = folder / "metrics.jsonl"
+    return _read(folder / "metrics.jsonl")
+
+
+def read_events(folder: Path) -> Iterator[dict[str, Any]]:
+    """What happened, in order."""
+    return _read(folder / "events.jsonl")
+
+
+def _read(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
     with open(path) as file:

@@ -15,7 +15,7 @@ from castalia.parallel.engine import Engine, Rows
 from castalia.train.optimizer import LossScaler, set_rate
 from castalia.train.rules import AnyOptimizer
 from castalia.train.schedule import LearningRate
-from castalia.train.watch import NONE, first_bad_activation, first_bad_tensor
+from castalia.train.watch import first_cause
 
 MAX_SKIPPED_IN_A_ROW = 50
 
@@ -105,22 +105,15 @@ class TrainStep:
             )
 
     def _explain(self, step: int, batch: Batch, loss: float) -> str:
-        culprits = self.engine.gather(self._culprit(batch, loss))
-        culprit = next((f"{what} on rank {rank}" for rank, what in enumerate(culprits) if what != NONE), NONE)
-        culprit = culprit if self.engine.world > 1 else culprits[0]
+        cause = first_cause(self.engine.models, loss, lambda: self._forward_backward(step, batch, 1.0))
+        everyone = self.engine.gather(cause)
+        first = min(everyone)
+        where = f" on rank {everyone.index(first)}" if self.engine.world > 1 else ""
         return (
-            f"step {step + 1} is not finite (loss {loss:g}): the first bad tensor is {culprit}. The weights are those "
-            f"of step {step} and the run's events.jsonl names the data; lower optimizer.lr, or look at the data with "
-            f"`castalia data batch CONFIG --step {step}`"
+            f"step {step + 1} is not finite (loss {loss:g}): the first bad tensor is {first.what}{where}. The weights "
+            f"are those of step {step} and the run's events.jsonl names the data; lower optimizer.lr, or look at the "
+            f"data with `castalia data batch CONFIG --step {step}`"
         )
-
-    def _culprit(self, batch: Batch, loss: float) -> str:
-        found = first_bad_tensor(self.engine.models, loss)
-        if found != "the loss" or self.engine.world > 1:  # looking further needs the whole model
-            return found
-        micro_batches = torch.from_numpy(batch.tokens).split(self.plan.micro_batch_size)
-        module = first_bad_activation(self.engine.models[0], micro_batches)
-        return found + (f", after the output of {module}" if module else "")
 
 
 def as_rows(batch: Batch) -> Rows:

@@ -73,10 +73,10 @@ def assembled(ranks: list[Seen]) -> dict[str, Any]:
     """Whole tensors from all ranks' first pieces; a piece held by several must be the same everywhere."""
     whole: dict[str, dict[tuple[int, ...], np.ndarray]] = {}
     for rank in ranks:
-        for (name, start), value in rank.first:
+        for (name, begin), value in rank.first:
             if value.size:
-                known = whole.setdefault(name, {}).setdefault(start, value)
-                assert np.array_equal(known, value), f"{name} at {start} is not the same on all ranks"
+                known = whole.setdefault(name, {}).setdefault(begin, value)
+                assert np.array_equal(known, value), f"{name} at {begin} is not the same on all ranks"
     return whole
 
 

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from castalia.config.load import dump_config, load_config
 from castalia.data.loader import open_data
 from castalia.errors import CastaliaError, CheckpointError, ConfigError, TrainingError
 from castalia.evaluate.perplexity import evaluate
-from castalia.train.loop import StopSignals, rehearse
+from castalia.train.loop import TOGETHER_S, StopSignals, rehearse
 from castalia.train.loop import train as run_with
 from castalia.train.metrics import read_metrics
 
@@ -134,11 +135,13 @@ def test_exit_interval_and_signals_save_and_stop(straight, tiny, tmp_path, capsy
     assert_equal_runs(tmp_path / "run", straight)
 
 
-def test_the_second_signal_kills():
+def test_a_later_signal_kills():
     child = os.fork()
     if child == 0:
         with StopSignals():
             signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)  # a launcher passing it on
+            time.sleep(TOGETHER_S + 0.1)
             signal.raise_signal(signal.SIGINT)
             os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGINT

@@ -23,9 +23,11 @@ import time
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from errno import ETIMEDOUT
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
@@ -35,7 +37,7 @@ from castalia.checkpoint.lazy import Cast
 from castalia.checkpoint.stored import DTYPE_CODES, DTYPES, Extent, StoredTensor, inside, write_safetensors
 from castalia.checkpoint.tensors import AdamState, Checkpoint, Progress, Shard, TensorRef, name_of
 from castalia.config.schema import RunConfig
-from castalia.errors import CheckpointError
+from castalia.errors import CastaliaError, CheckpointError
 
 if TYPE_CHECKING:
     import torch
@@ -78,6 +80,7 @@ class Writer:
             ) from error
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
+        self._abandoned = Event()
 
     def save(
         self,
@@ -124,8 +127,13 @@ class Writer:
     def __enter__(self) -> Writer:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or issubclass(kind, CastaliaError):
+            self.close()
+            return
+        self._abandoned.set()  # another rank died, most likely: its part will not come
+        with suppress(CheckpointError):
+            self.close()
 
     def _write(self, step: int, tensors: dict[str, dict[str, Shard]], steps: dict | None, about: dict) -> None:
         target = self.folder / f"step_{step:06d}"
@@ -133,14 +141,16 @@ class Writer:
         try:
             if self.rank == 0:
                 temporary.mkdir()
-            _wait_for(temporary)
+            _wait_for(temporary, self._abandoned)
             parts = {kind: write_part(temporary, kind, self.rank, shards) for kind, shards in tensors.items()}
             if self.num_ranks > 1:
                 _write_text(temporary / f"rank-{self.rank:05d}.tmp", json.dumps({"parts": parts, "steps": steps}))
                 os.replace(temporary / f"rank-{self.rank:05d}.tmp", temporary / f"rank-{self.rank:05d}.json")
             if self.rank > 0:
                 return
-            everyone, steps = _gather(temporary, self.num_ranks) if self.num_ranks > 1 else ([parts], steps)
+            everyone, steps = (
+                _gather(temporary, self.num_ranks, self._abandoned) if self.num_ranks > 1 else ([parts], steps)
+            )
             write_manifest(temporary, about | {"optimizer_steps": steps}, everyone)
             commit(temporary, target)
             prune(self.folder, self.keep_last, self.keep_every)
@@ -153,21 +163,21 @@ class Writer:
             ) from error
 
 
-def _wait_for(path: Path) -> None:
+def _wait_for(path: Path, abandoned: Event) -> None:
     """Until another rank has made it. Raises TimeoutError (an OSError) if it does not."""
     end = time.monotonic() + RANKS_TIMEOUT_S
     while not path.exists():
-        if time.monotonic() > end:
+        if time.monotonic() > end or abandoned.is_set():
             raise TimeoutError(ETIMEDOUT, "another rank did not write its part", str(path))
         time.sleep(0.01)
 
 
-def _gather(folder: Path, num_ranks: int) -> tuple[list[dict], dict | None]:
+def _gather(folder: Path, num_ranks: int, abandoned: Event) -> tuple[list[dict], dict | None]:
     """What all ranks wrote, and the optimizer's steps of all tensors. Takes their notes away."""
     everyone, steps = [], {}
     for rank in range(num_ranks):
         note = folder / f"rank-{rank:05d}.json"
-        _wait_for(note)
+        _wait_for(note, abandoned)
         found = json.loads(note.read_text())
         everyone.append(found["parts"])
         steps = None if found["steps"] is None else (steps or {}) | found["steps"]

@@ -1,0 +1,156 @@
+"""What happens on a mesh besides plain steps: precision, overflow, recomputation, other layouts."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from castalia.config.load import load_config, load_run
+from castalia.errors import TrainingError
+from castalia.evaluate.perplexity import evaluate
+from castalia.train.loop import train
+from castalia.train.metrics import read_metrics
+from tests.parallel.training import train_steps
+
+pytestmark = pytest.mark.xdist_group("pool")
+
+EVERYTHING = ["parallel.tp=2", "parallel.pp=2", "parallel.zero=3"]
+
+
+def run_to_the_end(config):
+    """A task: the whole run, as `castalia train` does it."""
+    train(config, evaluate)
+
+
+def losses(folder):
+    return [record["loss"] for record in read_metrics(folder)]
+
+
+@pytest.mark.parametrize("layout", [["parallel.zero=2"], ["parallel.tp=2", "parallel.pp=2"]])
+def test_without_accumulation(pool, tiny, layout):
+    common = ["train.batch_size=16", "train.accumulation=1"]
+    ranks = pool.run(train_steps, 4, tiny("neox-parallel", *common, *layout))
+    one = pool.run(train_steps, 1, tiny("neox-parallel", *common))[0]
+    np.testing.assert_allclose(ranks[0].losses, one.losses, rtol=2e-6)
+    np.testing.assert_allclose(ranks[0].norms, one.norms, rtol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["model.position=alibi"],
+        ["model.sliding_window=5"],
+        ["model.position=learned", "train.recompute=full"],
+        ["train.z_loss=0.001", "train.recompute=selective"],
+    ],
+    ids=lambda more: more[-1],
+)
+def test_context_parallel_attends_to_the_same_tokens(pool, tiny, more):
+    ranks = pool.run(train_steps, 4, tiny("neox-parallel", "parallel.cp=2", "parallel.tp=2", *more), 4)
+    one = pool.run(train_steps, 1, tiny("neox-parallel", *more), 4)[0]
+    np.testing.assert_allclose(ranks[0].losses, one.losses, rtol=2e-6)
+    np.testing.assert_allclose(ranks[0].norms, one.norms, rtol=2e-6)
+
+
+def test_documents_do_not_see_each_other_in_tensor_and_pipeline_ranks(pool, tiny):
+    ranks = pool.run(train_steps, 4, tiny("llama", "data.mask_documents=true", "parallel.tp=2", "parallel.pp=2"), 4)
+    one = pool.run(train_steps, 1, tiny("llama", "data.mask_documents=true"), 4)[0]
+    np.testing.assert_allclose(ranks[0].losses, one.losses, rtol=2e-6)
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+@pytest.mark.parametrize(
+    "layout", [["parallel.zero=3"], ["parallel.tp=2", "parallel.sequence_parallel=true"], EVERYTHING]
+)
+def test_recomputation_changes_no_bit(pool, tiny, layout, recompute):
+    world = 8 if layout == EVERYTHING else 2
+    plain, again = (
+        pool.run(train_steps, world, tiny("gpt2-tied", *layout, f"train.recompute={how}"), 3)
+        for how in ("none", recompute)
+    )
+    assert [(rank.losses, rank.digests) for rank in plain] == [(rank.losses, rank.digests) for rank in again]
+
+
+@pytest.mark.parametrize("layout", [["parallel.zero=3", "parallel.tp=2"], ["parallel.pp=2", "parallel.tp=2"]])
+def test_bf16_stays_close_to_one_process(pool, tiny, layout):
+    ranks = pool.run(train_steps, 4, tiny("neox-parallel", "precision.compute=bf16", *layout))
+    one = pool.run(train_steps, 1, tiny("neox-parallel", "precision.compute=bf16"))[0]
+    np.testing.assert_allclose(ranks[0].losses, one.losses, rtol=2e-3)
+
+
+@pytest.mark.parametrize("layout", [["parallel.zero=1"], ["parallel.tp=2"], ["parallel.pp=2"]])
+def test_an_overflow_on_one_rank_is_skipped_by_all(pool, tiny, layout):
+    common = ["precision.compute=fp16", "precision.loss_scale.initial=1024", "precision.loss_scale.hysteresis=1"]
+    common += ["precision.loss_scale.window=3", "precision.loss_scale.rule=zero"]
+    ranks = pool.run(train_steps, 2, tiny("neox-parallel", *common, *layout), 10, (1, 4, float("inf")))
+    one = pool.run(train_steps, 1, tiny("neox-parallel", *common), 10, (0, 4, float("inf")))[0]
+    assert one.applied == [step != 4 for step in range(10)]
+    for rank in ranks:
+        assert rank.applied == one.applied and rank.scales == one.scales
+    good = np.array(one.applied)
+    np.testing.assert_allclose(np.array(ranks[0].losses)[good], np.array(one.losses)[good], rtol=2e-3)
+
+
+@pytest.mark.parametrize("layout", [["parallel.zero=1"], ["parallel.zero=3"], ["parallel.tp=2"], ["parallel.pp=2"]])
+def test_nan_on_one_rank_stops_all_and_names_it(pool, tiny, layout):
+    with pytest.raises(TrainingError, match=r"step 3 is not finite .* on rank 1\b"):
+        pool.run(train_steps, 2, tiny("neox-parallel", *layout), 10, (1, 2, float("nan")))
+
+
+@pytest.mark.parametrize("layout", [["parallel.zero=1", "parallel.tp=2"], ["parallel.pp=2"], EVERYTHING])
+def test_dropout_trains(pool, tiny, layout):
+    dropout = ["model.hidden_dropout=0.1", "model.attention_dropout=0.1", "model.embedding_dropout=0.1"]
+    world = 8 if layout == EVERYTHING else 4
+    seen = pool.run(train_steps, world, tiny("gpt2-tied", *dropout, *layout))[0]
+    assert seen.losses[-1] < seen.losses[0] - 0.05
+
+
+CHANGES = [
+    (1, [], 4, ["parallel.tp=2", "parallel.pp=2"]),
+    (8, EVERYTHING, 1, []),
+    (4, ["parallel.zero=3"], 2, ["parallel.pp=2", "parallel.pipeline=zero-bubble"]),
+    (2, ["parallel.tp=2", "parallel.sequence_parallel=true"], 4, ["parallel.cp=2", "parallel.zero=1"]),
+    (4, ["parallel.pp=2", "parallel.tp=2"], 8, ["parallel.zero=2", "parallel.dp_replicate=2", "parallel.tp=2"]),
+]
+NO_LAYOUT = ["parallel.tp=1", "parallel.pp=1", "parallel.cp=1", "parallel.zero=0", "parallel.dp_replicate=null"]
+NO_LAYOUT += ["parallel.pipeline=1f1b", "parallel.sequence_parallel=false"]
+
+
+@pytest.mark.parametrize("before, first, after, second", CHANGES, ids=["grow", "shrink", "v", "context", "hsdp"])
+def test_a_run_goes_on_under_another_layout(pool, tiny, tmp_path, before, first, after, second):
+    folder, straight = tmp_path / "run", tmp_path / "straight"
+    pool.run(run_to_the_end, 1, tiny("gpt2-tied", f"checkpoint.dir={straight}"))
+    stop = [f"checkpoint.dir={folder}", "train.exit_interval=5"]
+    pool.run(run_to_the_end, before, tiny("gpt2-tied", *stop, *first))
+    pool.run(run_to_the_end, after, load_run(folder, ["train.exit_interval=null", *NO_LAYOUT, *second]))
+    np.testing.assert_allclose(losses(folder), losses(straight), rtol=2e-6)
+
+
+ORIGINALS = [
+    ("pp1-mp2-z0-fp32-rotary-par", 4, ["parallel.pp=2"]),
+    ("pp1-mp2-z0-fp32-rotary-par", 2, ["parallel.tp=1", "parallel.zero=3"]),
+    ("pp2-mp1-z0-fp32-rotary-seqres", 2, ["parallel.pp=1", "parallel.tp=2"]),
+    ("pp2-mp1-z0-fp32-rotary-seqres", 2, []),
+]
+
+
+@pytest.mark.parametrize("variant, world, layout", ORIGINALS)
+def test_from_the_originals_checkpoints_its_losses_come_out(pool, fixtures, tmp_path, variant, world, layout):
+    folder, data = fixtures / "neox" / variant, fixtures / "neox" / "data"
+    paths = [f"{split}_data_paths=[{data / 'enwik8_text_document'}]" for split in ("train", "valid", "test")]
+    paths += [f"vocab_file={data / 'tok.json'}", f"save={tmp_path / 'run'}", f"data.cache_dir={tmp_path}"]
+    source = folder / "checkpoint" / "global_step5" / "configs" / "config.yml"
+    overrides = ["neox_exact=true", f"checkpoint.resume={folder / 'checkpoint'}", *paths, *layout]
+    pool.run(run_to_the_end, world, load_config(source, overrides))
+    original = json.loads((folder / "losses.json").read_text())["straight_step_1_to_10"]
+    assert losses(tmp_path / "run") == pytest.approx(original[5:], abs=2e-6)
+
+
+def test_parameters_may_lie_in_host_memory(pool, tiny):
+    plain, offloaded = (
+        pool.run(train_steps, 2, tiny("neox-parallel", "parallel.zero=3", f"parallel.offload={value}"), 3)
+        for value in ("false", "true")
+    )
+    assert [rank.losses for rank in plain] == [rank.losses for rank in offloaded]
