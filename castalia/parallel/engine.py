@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from castalia.config.batch import BatchPlan
 from castalia.config.schema import RunConfig
+from castalia.errors import ConfigError
 from castalia.model.init import initialize
 from castalia.model.transformer import Transformer
 from castalia.parallel.recompute import apply_recompute, has_dropout
@@ -149,6 +150,8 @@ class Engine:
 def one_process(config: RunConfig, dtype: torch.dtype, device: torch.device, plan: BatchPlan) -> Engine:
     """The model of a config, its parameters still unset."""
     assert config.model is not None
+    if config.parallel.offload:
+        raise ConfigError("parallel.offload comes with sharding over several processes; remove it, or start more")
     with torch.device(device):
         model = Transformer(config.model, compute_dtype=dtype, exact=config.neox_exact, z_loss=config.train.z_loss)
     apply_recompute(model, config.train.recompute, dropout=has_dropout(config.model))

@@ -96,7 +96,9 @@ class Pipeline:
             for index, stage in parts.items()
         ]
         single = parallel.pipeline in ("gpipe", "1f1b")
-        self.schedule = SCHEDULES[parallel.pipeline](
+        # 1F1B with fewer micro-batches than stages is what GPipe does, but torch refuses to call it so.
+        name = "gpipe" if parallel.pipeline == "1f1b" and num_micro_batches < num_stages else parallel.pipeline
+        self.schedule = SCHEDULES[name](
             built[0] if single else built, num_micro_batches, loss_fn=self._weighted, scale_grads=False
         )
         tied = next(iter(parts.values())).cfg.tie_embeddings

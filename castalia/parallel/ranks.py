@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from castalia.config.batch import BatchPlan
 from castalia.config.schema import RunConfig
+from castalia.errors import ConfigError
 from castalia.model.init import constant_value, neox_matrices, seeded_tensor
 from castalia.model.loss import IGNORE
 from castalia.model.transformer import Transformer
@@ -32,6 +33,8 @@ class Ranks(Engine):
         self.config, self.device, self.plan = config, device, plan
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         check_run(config, self.world)
+        if config.parallel.offload and device.type == "cpu":
+            raise ConfigError("parallel.offload keeps what a GPU need not hold in host memory; without a GPU remove it")
         self.mesh = build_mesh(layout(config.parallel, self.world), device.type)
         sizes = self.mesh.layout
         self.data_rank, self.data_size = self.mesh.dp_rank, sizes.dp
