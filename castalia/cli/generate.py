@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -15,8 +16,7 @@ if TYPE_CHECKING:
     from castalia.checkpoint.tensors import Checkpoint
     from castalia.config.schema import Generate
     from castalia.data.tokenizer import Tokenizer
-    from castalia.generate.engine import Piece
-    from castalia.model.transformer import Transformer
+    from castalia.generate.engine import Piece, Sampling, Writer
 
 
 def command(
@@ -41,13 +41,21 @@ def command(
     config: Annotated[
         str | None, typer.Option(help="a file with sampling settings, such as NeoX's text_generation.yml")
     ] = None,
+    tp: Annotated[int, typer.Option(min=1, help="split heads, MLP and vocabulary over so many processes")] = 1,
+    pp: Annotated[int, typer.Option(min=1, help="split the blocks over so many processes")] = 1,
+    nproc: Annotated[int | None, typer.Option(min=1, help="start so many; default: tp * pp")] = None,
     output: Annotated[Path | None, typer.Option(help="write prompts and texts to this file, one JSON a line")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line instead of text")] = False,
 ) -> None:
     """Write text with a checkpoint: after prompts, or whole documents when there is none."""
     from castalia.checkpoint.formats import open_checkpoint
-    from castalia.generate.engine import Sampling, stream
+    from castalia.cli.ranks import start_processes
+    from castalia.errors import ConfigError
+    from castalia.generate.engine import Sampling
+    from castalia.parallel.process import is_main, process_group
+    from castalia.train.hardware import choose_device
 
+    world = start_processes(tp, pp, nproc)
     checkpoint = open_checkpoint(path, step=step)
     given = {
         "mode": _mode(prompt, file, interactive),
@@ -60,8 +68,9 @@ def command(
         "num_samples": num_samples,
     }
     settings = _settings(checkpoint, config, given)
+    if world > 1 and settings.mode == "interactive":
+        raise ConfigError(f"{world} processes cannot all read the terminal; give --prompt or --file")
     batches = _typed(settings.prompt_end) if settings.mode == "interactive" else [prompt or _prompts(settings)]
-    model, words = _load(checkpoint, tokenizer, dtype, device)
     sampling = Sampling(
         max_tokens=settings.max_tokens,
         temperature=settings.temperature,
@@ -72,9 +81,31 @@ def command(
         stop=tuple(stop or ()),
         batch_size=batch_size,
     )
-    with open(settings.output_file or os.devnull, "w", encoding="utf-8") as saved:
+    with process_group(choose_device(device).type):
+        words = _tokenizer(checkpoint, tokenizer)
+        model = _load(checkpoint, dtype, device, tp, pp, world)
+        _write_all(model, words, batches, settings, sampling, as_json, quiet=not is_main())
+
+
+def _write_all(
+    model: Writer,
+    words: Tokenizer,
+    batches: Iterable[list[str]],
+    settings: Generate,
+    sampling: Sampling,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Every process writes the same; all but one keep it to themselves."""
+    from castalia.generate.engine import stream
+
+    with open(os.devnull if quiet else settings.output_file or os.devnull, "w", encoding="utf-8") as saved:
         for prompts in batches:
-            for record in _show(stream(model, words, prompts, sampling), prompts, settings, as_json):
+            pieces = stream(model, words, prompts, sampling)
+            if quiet:
+                deque(pieces, maxlen=0)
+                continue
+            for record in _show(pieces, prompts, settings, as_json):
                 print(record, file=saved, flush=True)
 
 
@@ -136,17 +167,24 @@ def _typed(end: str) -> Iterator[list[str]]:
             return
 
 
-def _load(checkpoint: Checkpoint, tokenizer: str | None, dtype: str, device: str) -> tuple[Transformer, Tokenizer]:
-    from castalia.checkpoint.load import build_model, load_tokenizer_for
+def _tokenizer(checkpoint: Checkpoint, path: str | None) -> Tokenizer:
+    from castalia.checkpoint.load import load_tokenizer_for
     from castalia.config.schema import Tokenizer as TokenizerConfig
     from castalia.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(TokenizerConfig(path=path)) if path else load_tokenizer_for(checkpoint)
+
+
+def _load(checkpoint: Checkpoint, dtype: str, device: str, tp: int, pp: int, world: int) -> Writer:
+    from castalia.checkpoint.load import build_model
+    from castalia.cli.ranks import load_split
     from castalia.train.hardware import choose_device, choose_dtype
 
-    words = load_tokenizer(TokenizerConfig(path=tokenizer)) if tokenizer else load_tokenizer_for(checkpoint)
     place = choose_device(device)
     if dtype == "auto" and place.type == "cpu":
         dtype = "fp32"  # the checkpoint's very values; for one row at a time CPUs gain little from 16 bits
-    return build_model(checkpoint, place, choose_dtype(dtype, place)), words
+    number = choose_dtype(dtype, place)
+    return build_model(checkpoint, place, number) if world == 1 else load_split(checkpoint, tp, pp, number, place)
 
 
 def _show(pieces: Iterator[Piece], prompts: Sequence[str], settings: Generate, as_json: bool) -> Iterator[str]:

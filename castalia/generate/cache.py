@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from castalia.config.schema import Model
-
 
 class KVCache:
     """Rows of one batch. All hold the same number of tokens until `set_lengths` says otherwise.
@@ -15,11 +13,8 @@ class KVCache:
     beyond a row's length is overwritten by its next tokens and never seen.
     """
 
-    def __init__(self, cfg: Model, rows: int, capacity: int, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (cfg.num_layers, rows, cfg.kv_heads, capacity, cfg.head_size)
-        # Zeros, because a masked value still takes part in a product with 0, where NaN would spread.
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+    def __init__(self, rows: int, capacity: int, device: torch.device) -> None:
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values of those layers and heads that are here
         self.capacity = capacity
         self.length = 0
         self.lengths: Tensor | None = None
@@ -39,12 +34,17 @@ class KVCache:
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store one layer's keys and values [rows, kv, t, d] at the reserved places; all so far, [rows, kv, k, d]."""
         end = self.length + k.shape[2]
-        for stored, new in ((self.keys[layer], k), (self.values[layer], v)):
+        if layer not in self.layers:
+            shape = (len(self.rows), k.shape[1], self.capacity, k.shape[3])
+            # Zeros, because a masked value still takes part in a product with 0, where NaN would spread.
+            self.layers[layer] = k.new_zeros(shape), v.new_zeros(shape)
+        keys, values = self.layers[layer]
+        for stored, new in ((keys, k), (values, v)):
             if self.lengths is None:
                 stored[:, :, self.length : end] = new
             else:
                 stored[self.rows, :, self.places] = new.transpose(1, 2)
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        return keys[:, :, :end], values[:, :, :end]
 
     def advance(self, count: int) -> None:
         """All layers have stored the reserved tokens."""

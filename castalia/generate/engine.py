@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Union
 
 import torch
 from torch import Tensor
@@ -15,7 +15,11 @@ from castalia.generate.sample import Noise, choose
 from castalia.generate.text import TextStream, Tokenizer
 from castalia.model.transformer import Transformer
 
+if TYPE_CHECKING:
+    from castalia.parallel.inference import SplitModel
+
 Prompt = str | Sequence[int]
+Writer = Union[Transformer, "SplitModel"]  # the whole model, or parts of it on several ranks
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Row:
         return Piece(self.number, text + (self.text.finish() if self.done else ""), self.done)
 
 
-def generate(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Prompt], **sampling) -> list[str]:
+def generate(model: Writer, tokenizer: Tokenizer, prompts: Sequence[Prompt], **sampling) -> list[str]:
     """The texts that follow the prompts, `num_samples` for each in turn. Keywords are the fields of `Sampling`."""
     options = Sampling(**sampling)
     texts = [""] * (len(prompts) * options.num_samples)
@@ -78,7 +82,7 @@ def generate(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Prompt]
 
 
 @torch.inference_mode()
-def stream(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Piece]:
+def stream(model: Writer, tokenizer: Tokenizer, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Piece]:
     """Write after each prompt (text or token ids; an empty one begins a document), yielding the pieces as they come.
 
     A row ends with the end-of-document token, before a stop string, or after `max_tokens`. What it holds depends on
@@ -94,10 +98,10 @@ def stream(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Prompt], 
         yield from _write(model, tokenizer, rows[first : first + sampling.batch_size], sampling)
 
 
-def _write(model: Transformer, tokenizer: Tokenizer, rows: list[Row], sampling: Sampling) -> Iterator[Piece]:
+def _write(model: Writer, tokenizer: Tokenizer, rows: list[Row], sampling: Sampling) -> Iterator[Piece]:
     """One batch of rows, until all are done."""
     vocab_size = min(model.cfg.vocab_size or tokenizer.vocab_size, tokenizer.vocab_size)  # padding is never chosen
-    device = model.embed.weight.device
+    device = next(model.parameters()).device
     noise = Noise(sampling.seed, [row.number for row in rows], device) if sampling.temperature else None
     cache, hidden = _read(model, rows, sampling.max_tokens)
     while True:
@@ -118,7 +122,7 @@ def _write(model: Transformer, tokenizer: Tokenizer, rows: list[Row], sampling: 
         cache, hidden = _read(model, rows, sampling.max_tokens)
 
 
-def _read(model: Transformer, rows: Sequence[Row], max_tokens: int) -> tuple[KVCache, Tensor]:
+def _read(model: Writer, rows: Sequence[Row], max_tokens: int) -> tuple[KVCache, Tensor]:
     """A cache filled with what the rows hold, and the hidden state [rows, h] of each one's last token."""
     limit = model.cfg.max_positions
     for row in rows:
@@ -126,25 +130,24 @@ def _read(model: Transformer, rows: Sequence[Row], max_tokens: int) -> tuple[KVC
             row.start = len(row.ids) - max(1, limit // 2)
     longest = max(row.length for row in rows)
     capacity = longest + max(max_tokens - row.count for row in rows)
-    weight = model.embed.weight
-    dtype = model.compute_dtype or weight.dtype
-    cache = KVCache(model.cfg, len(rows), min(capacity, limit or capacity), weight.device, dtype)
-    lengths = torch.tensor([row.length for row in rows], device=weight.device)
+    device = next(model.parameters()).device
+    cache = KVCache(len(rows), min(capacity, limit or capacity), device)
+    lengths = torch.tensor([row.length for row in rows], device=device)
     padded = [row.ids[row.start :] + [0] * (longest - row.length) for row in rows]
     # Padding lies behind each row's tokens, where causal attention keeps it out of sight.
-    hidden = model.hidden(torch.tensor(padded, device=weight.device), cache=cache)
+    hidden = model.hidden(torch.tensor(padded, device=device), cache=cache)
     if any(row.length < longest for row in rows):
         cache.set_lengths(lengths)
-    return cache, hidden[torch.arange(len(rows), device=weight.device), lengths - 1]
+    return cache, hidden[torch.arange(len(rows), device=device), lengths - 1]
 
 
-def _prompt_ids(model: Transformer, tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+def _prompt_ids(model: Writer, tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
     if not ids:
         if tokenizer.eod_id is None:
             raise DataError("an empty prompt begins with the end-of-document token, which this tokenizer does not have")
         ids = [tokenizer.eod_id]
-    limit, num_rows = model.cfg.max_positions, model.embed.weight.shape[0]
+    limit, num_rows = model.cfg.max_positions, model.cfg.padded_vocab_size
     shown = repr(prompt if len(prompt) <= 40 else f"{prompt[:40]}...")
     if limit is not None and len(ids) > limit:
         raise DataError(f"the prompt {shown} has {len(ids)} tokens; the model takes {limit} (model.max_positions)")

@@ -18,7 +18,7 @@ VARIANTS = [
 
 
 def cache_for(model, rows: int = 3, capacity: int = 30) -> KVCache:
-    return KVCache(model.cfg, rows, capacity, torch.device("cpu"), model.compute_dtype or torch.float32)
+    return KVCache(rows, capacity, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("update", VARIANTS, ids=str)

@@ -1,0 +1,70 @@
+"""A model in parts on several ranks, to write with: each rank runs its heads of its blocks, one stage after another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn import functional as F
+
+from castalia.config.schema import Model
+from castalia.errors import ConfigError
+from castalia.model.transformer import Transformer
+from castalia.parallel.layout import Layout
+from castalia.parallel.mesh import build_mesh
+from castalia.parallel.pipeline import cut_stage
+from castalia.parallel.shards import local
+from castalia.parallel.tensor import apply_tensor_parallel, replicate_rest
+
+
+class SplitModel(nn.Module):
+    """What generation asks of a `Transformer`. Every method is called on all ranks, with the same tokens.
+
+    Logits are bit-equal on all ranks, so that each can choose the same next tokens by itself.
+    """
+
+    def __init__(self, cfg: Model, layout: Layout, dtype: torch.dtype, device: torch.device, exact: bool) -> None:
+        """`dtype`: of the parameters and the computation. Parameters are left unset."""
+        super().__init__()
+        if layout.dp > 1:
+            raise ConfigError(
+                f"{layout.world} processes are more than tp {layout.tp} x pp {layout.pp}, which one copy of the model "
+                f"takes; start {layout.tp * layout.pp}"
+            )
+        self.cfg, self.compute_dtype = cfg, None
+        mesh = build_mesh(layout, device.type)
+        self.tensor, self.group = mesh.tensor, mesh.pipeline.get_group()
+        self.rank, self.last = mesh.pp_rank, layout.pp - 1
+        with torch.device("meta"):
+            stage = Transformer(cfg, exact=exact).to(dtype)
+        if layout.pp > 1:
+            stage = cut_stage(stage, self.rank, layout.pp, cfg.max_positions or 1)
+        apply_tensor_parallel(stage, self.tensor, sequence_parallel=False)
+        replicate_rest(stage, self.tensor)
+        self.stage: Any = stage.to_empty(device=device).eval()
+
+    def hidden(self, tokens: Tensor, *, cache: Any) -> Tensor:
+        """The hidden state [b, t, h] of this rank's stage, whose tokens the cache takes up."""
+        x = tokens
+        if self.rank > 0:
+            weight = next(self.parameters())
+            x = torch.empty(*tokens.shape, self.cfg.hidden_size, dtype=weight.dtype, device=weight.device)
+            dist.recv(x, group=self.group, group_src=self.rank - 1)
+        x = self.stage.hidden(x, cache=cache)
+        if self.rank < self.last:
+            dist.send(x.contiguous(), group=self.group, group_dst=self.rank + 1)
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[rows, h] -> [rows, V] on every rank; the last stage's are those that count."""
+        if self.rank == self.last:
+            part = F.linear(x, local(self.stage.head_weight).to(x.dtype))
+            whole = DTensor.from_local(part, self.tensor, [Shard(1)], run_check=False).full_tensor().contiguous()
+        else:
+            whole = x.new_empty(len(x), self.cfg.padded_vocab_size)
+        if self.last:
+            dist.broadcast(whole, group=self.group, group_src=self.last)
+        return whole
