@@ -12,10 +12,14 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import torch
+
     from castalia.checkpoint.tensors import Checkpoint
+    from castalia.config.batch import BatchPlan
     from castalia.data.loader import Batch
     from castalia.data.tokenizer import Tokenizer
     from castalia.evaluate.corpus import Stream
+    from castalia.parallel.engine import Engine
 
 
 def command(
@@ -29,6 +33,11 @@ def command(
     stride: Annotated[
         int | None, typer.Option(help="tokens from one window to the next; default: the window, without overlap")
     ] = None,
+    tp: Annotated[int, typer.Option(min=1, help="split heads, MLP and vocabulary over so many processes")] = 1,
+    pp: Annotated[int, typer.Option(min=1, help="split the blocks over so many processes")] = 1,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="start so many, which share the data; default: tp * pp")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
 ) -> None:
     """Loss, perplexity and bits per byte of a checkpoint.
@@ -36,10 +45,18 @@ def command(
     Every token of the data is predicted once, except the first. Smaller strides give each prediction more context.
     """
     from castalia.checkpoint.formats import open_checkpoint
+    from castalia.cli.ranks import start_processes
+    from castalia.parallel.process import is_main, process_group
+    from castalia.train.hardware import choose_device
 
-    result = evaluate_checkpoint(
-        open_checkpoint(path, step=step), overrides or [], data=data, tokenizer_path=tokenizer, stride=stride
-    )
+    start_processes(tp, pp, nproc)
+    with process_group(choose_device("auto").type):
+        checkpoint = open_checkpoint(path, step=step)
+        result = evaluate_checkpoint(
+            checkpoint, overrides or [], data=data, tokenizer_path=tokenizer, stride=stride, tp=tp, pp=pp
+        )
+    if not is_main():
+        return
     if as_json:
         print(json.dumps(result))
         return
@@ -49,10 +66,17 @@ def command(
 
 
 def evaluate_checkpoint(
-    checkpoint: Checkpoint, overrides: list[str], *, data: str | None, tokenizer_path: str | None, stride: int | None
+    checkpoint: Checkpoint,
+    overrides: list[str],
+    *,
+    data: str | None,
+    tokenizer_path: str | None,
+    stride: int | None,
+    tp: int = 1,
+    pp: int = 1,
 ) -> dict[str, Any]:
     """What the command prints, by name."""
-    from castalia.checkpoint.load import build_model
+    from castalia.checkpoint.load import architecture
     from castalia.cli.config import print_notes
     from castalia.cli.train import split_words
     from castalia.config.load import load_config
@@ -60,7 +84,6 @@ def evaluate_checkpoint(
     from castalia.errors import ConfigError
     from castalia.evaluate.corpus import read_stream, validation_stream
     from castalia.evaluate.perplexity import bits_per_byte, evaluate, windows
-    from castalia.parallel.engine import Engine
     from castalia.train.hardware import DTYPES, choose_device, choose_dtype, keep_freed_memory
 
     config = checkpoint.config or RunConfig()
@@ -72,22 +95,46 @@ def evaluate_checkpoint(
     stream = read_stream(data, tokenizer) if data else validation_stream(config.data, tokenizer)
     keep_freed_memory()
     device = choose_device(config.train.device)
-    model = build_model(checkpoint, device)
-    model.compute_dtype = choose_dtype(config.precision.compute, device)
-    check_vocabulary(stream, model.cfg.padded_vocab_size)
-    length = min(config.data.seq_length, model.cfg.max_positions or config.data.seq_length)
+    dtype, model = choose_dtype(config.precision.compute, device), architecture(checkpoint)
+    check_vocabulary(stream, model.padded_vocab_size)
+    length = min(config.data.seq_length, model.max_positions or config.data.seq_length)
     if stride is not None and not 0 < stride <= length:
         raise ConfigError(f"--stride {stride} must lie between 1 and the window's {length} tokens (data.seq_length)")
     rows = config.train.micro_batch_size or 8
     sizes = stream.sizes if config.data.mask_documents else None
-    batches = windows(stream.tokens, length, stride or length, rows, sizes)
-    found = evaluate(Engine(model, rows), shown(batches, stream))
+    engine, plan = load_engine(checkpoint, length, rows, dtype, device, tp, pp)
+    batches = windows(stream.tokens, length, stride or length, plan.batch_size, sizes)
+    found = evaluate(engine, shown(batches, stream))
     spelled = {}
     if stream.num_bytes:
         spelled = {"bits_per_byte": bits_per_byte(found["loss"], int(found["tokens"]), stream.num_bytes)}
-    precision = next(name for name, dtype in DTYPES.items() if dtype == model.compute_dtype)
+    precision = next(name for name, number in DTYPES.items() if number == dtype)
     where = {"checkpoint": checkpoint.path, "step": checkpoint.progress.step, "data": stream.name}
-    return {**where, "precision": precision, "uniform_loss": math.log(model.cfg.padded_vocab_size), **found, **spelled}
+    return {**where, "precision": precision, "uniform_loss": math.log(model.padded_vocab_size), **found, **spelled}
+
+
+def load_engine(
+    checkpoint: Checkpoint, length: int, rows: int, dtype: torch.dtype, device: torch.device, tp: int, pp: int
+) -> tuple[Engine, BatchPlan]:
+    """The model on this process or its part of it, for batches of windows of `length`; `rows` in a forward pass."""
+    from castalia.checkpoint.load import build_model
+    from castalia.cli.ranks import split_config
+    from castalia.config.batch import BatchPlan
+    from castalia.parallel.engine import Engine
+    from castalia.parallel.process import world_size
+    from castalia.train.start import load_engine, make_engine
+
+    world = world_size()
+    if world == 1:
+        model = build_model(checkpoint, device)
+        model.compute_dtype = dtype
+        return Engine(model, rows), BatchPlan(rows, rows, 1)
+    config = split_config(checkpoint, tp, pp, world, length)
+    assert config.model is not None
+    plan = BatchPlan(rows * world // tp, rows, pp)  # as many micro-batches as there are stages
+    engine = make_engine(config, dtype, device, plan)
+    load_engine(engine, config.model, checkpoint)
+    return engine, plan
 
 
 def find_tokenizer(checkpoint: Checkpoint, path: str | None) -> Tokenizer | None:
@@ -115,7 +162,9 @@ def check_vocabulary(stream: Stream, rows: int) -> None:
 
 def shown(batches: Iterator[Batch], stream: Stream) -> Iterator[Batch]:
     """The batches, with a progress bar on a terminal."""
-    if not sys.stderr.isatty():
+    from castalia.parallel.process import is_main
+
+    if not (sys.stderr.isatty() and is_main()):
         return batches
     from rich.console import Console
     from rich.progress import Progress
