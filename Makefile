@@ -1,5 +1,6 @@
 # make demo    train, resume and run a small model on the text in examples/kjv: a few minutes on two cores
-# make test    the whole test suite
+# make test    the test suite without what is marked slow
+# make test-slow   what is marked slow: all layouts of all families, dying processes, the documentation's commands
 # make setup   the environment alone, with all that tests and linters use
 #
 # Needs Python 3.10 or newer and make. Everything lands in .venv and demo.
@@ -15,7 +16,7 @@ PYTEST_ARGS ?=
 
 BIN := .venv/bin
 
-.PHONY: demo test setup lint clean
+.PHONY: demo test test-slow setup lint clean
 
 demo: .venv/core.done
 	rm -rf demo
@@ -30,7 +31,10 @@ demo: .venv/core.done
 	@echo "-- all of it lies in $(CURDIR)/demo: tokenizer.json, kjv_text_document.bin and .idx, loss.png, run/ (config, metrics, checkpoints)"
 
 test: .venv/test.done
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadgroup -m "not slow" $(PYTEST_ARGS)
+
+test-slow: .venv/test.done
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadgroup -m slow $(PYTEST_ARGS)
 
 setup: .venv/test.done
 

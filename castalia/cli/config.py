@@ -48,10 +48,13 @@ def show(
 @app.command()
 def check(words: Words) -> None:
     """Exit with 0 if the config is accepted (warnings included), with 2 and a line for each problem otherwise."""
+    from castalia.parallel.layout import check_run
     from castalia.plan.report import layout_of, warnings
     from castalia.train.known import gather
 
     config = read(words)
+    if config.parallel.gpus and config.parallel.gpus > 1:
+        check_run(config, config.parallel.gpus)
     layout, _ = layout_of(config, None)
     found = warnings(config, gather(config), layout)
     print_notes(config)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
     Schedule1F1B,
@@ -102,7 +102,7 @@ class Pipeline:
             built[0] if single else built, num_micro_batches, loss_fn=self._weighted, scale_grads=False
         )
         tied = next(iter(parts.values())).cfg.tie_embeddings
-        self.tied: list[nn.Parameter] = [parts[i].embed.weight for i in (0, last) if tied and i in parts]
+        self.tied: list[Any] = [parts[i].embed.weight for i in (0, last) if tied and i in parts]
         self.tie_group = _ends_group(mesh) if tied and parallel.pipeline != "zero-bubble" else None
 
     @staticmethod

@@ -37,7 +37,8 @@ def apply_recompute(model: nn.Module, mode: str, *, dropout: bool) -> None:
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": dropout}
     if mode == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
-    for block in model.blocks.values():
+    blocks: Any = model.blocks
+    for block in blocks.values():
         block.forward = partial(_recomputed, block.forward, options)
 
 

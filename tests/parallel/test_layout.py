@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from castalia.cli.main import main
+from castalia.config.load import dump_config
 from castalia.config.schema import Parallel
 from castalia.errors import ConfigError
 from castalia.parallel.layout import Layout, check_run, layout
@@ -65,6 +67,16 @@ def test_the_grid(world, parallel, expected):
 def test_refused_before_anything_is_allocated(tiny, world, overrides, message):
     with pytest.raises(ConfigError, match=message):
         check_run(tiny("neox-parallel", *overrides), world)
+
+
+def test_config_check_refuses_what_the_named_devices_cannot_hold(tiny, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "c.yml"
+    path.write_text(dump_config(tiny("neox-parallel", "parallel.cp=3", "parallel.gpus=3", "train.batch_size=12")))
+    monkeypatch.setattr("sys.argv", ["castalia", "config", "check", str(path)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert "data.seq_length=16 does not split over 3 context" in capsys.readouterr().err
 
 
 def test_heads_widths_and_vocabularies_that_do_not_divide_are_all_named(tiny):

@@ -16,6 +16,7 @@ from tests.parallel.training import assert_copies_are_equal, train_steps
 
 pytestmark = pytest.mark.xdist_group("pool")
 
+SLOW = pytest.mark.slow
 EVERYTHING = ["parallel.tp=2", "parallel.pp=2", "parallel.zero=3"]
 
 
@@ -62,7 +63,8 @@ def test_documents_do_not_see_each_other_in_tensor_and_pipeline_ranks(pool, tiny
 
 @pytest.mark.parametrize("recompute", ["full", "selective"])
 @pytest.mark.parametrize(
-    "layout", [["parallel.zero=3"], ["parallel.tp=2", "parallel.sequence_parallel=true"], EVERYTHING]
+    "layout",
+    [["parallel.zero=3"], ["parallel.tp=2", "parallel.sequence_parallel=true"], pytest.param(EVERYTHING, marks=SLOW)],
 )
 def test_recomputation_changes_no_bit(pool, tiny, layout, recompute):
     world = 8 if layout == EVERYTHING else 2
@@ -99,7 +101,9 @@ def test_nan_on_one_rank_stops_all_and_names_it(pool, tiny, layout):
         pool.run(train_steps, 2, tiny("neox-parallel", *layout), 10, (1, 2, float("nan")))
 
 
-@pytest.mark.parametrize("layout", [["parallel.zero=1", "parallel.tp=2"], ["parallel.pp=2"], EVERYTHING])
+@pytest.mark.parametrize(
+    "layout", [["parallel.zero=1", "parallel.tp=2"], ["parallel.pp=2"], pytest.param(EVERYTHING, marks=SLOW)]
+)
 def test_dropout_trains(pool, tiny, layout):
     dropout = ["model.hidden_dropout=0.1", "model.attention_dropout=0.1", "model.embedding_dropout=0.1"]
     world = 8 if layout == EVERYTHING else 4
@@ -111,17 +115,25 @@ def test_dropout_trains(pool, tiny, layout):
 
 
 CHANGES = [
-    (1, [], 4, ["parallel.tp=2", "parallel.pp=2"]),
-    (8, EVERYTHING, 1, []),
-    (4, ["parallel.zero=3"], 2, ["parallel.pp=2", "parallel.pipeline=zero-bubble"]),
-    (2, ["parallel.tp=2", "parallel.sequence_parallel=true"], 4, ["parallel.cp=2", "parallel.zero=1"]),
-    (4, ["parallel.pp=2", "parallel.tp=2"], 8, ["parallel.zero=2", "parallel.dp_replicate=2", "parallel.tp=2"]),
+    pytest.param(1, [], 4, ["parallel.tp=2", "parallel.pp=2"], id="grow"),
+    pytest.param(8, EVERYTHING, 1, [], id="shrink", marks=SLOW),
+    pytest.param(4, ["parallel.zero=3"], 2, ["parallel.pp=2", "parallel.pipeline=zero-bubble"], id="v"),
+    pytest.param(
+        *(2, ["parallel.tp=2", "parallel.sequence_parallel=true"], 4, ["parallel.cp=2", "parallel.zero=1"]),
+        id="context",
+        marks=SLOW,
+    ),
+    pytest.param(
+        *(4, ["parallel.pp=2", "parallel.tp=2"], 8, ["parallel.zero=2", "parallel.dp_replicate=2", "parallel.tp=2"]),
+        id="hsdp",
+        marks=SLOW,
+    ),
 ]
 NO_LAYOUT = ["parallel.tp=1", "parallel.pp=1", "parallel.cp=1", "parallel.zero=0", "parallel.dp_replicate=null"]
 NO_LAYOUT += ["parallel.pipeline=1f1b", "parallel.sequence_parallel=false"]
 
 
-@pytest.mark.parametrize("before, first, after, second", CHANGES, ids=["grow", "shrink", "v", "context", "hsdp"])
+@pytest.mark.parametrize("before, first, after, second", CHANGES)
 def test_a_run_goes_on_under_another_layout(pool, tiny, tmp_path, before, first, after, second):
     folder, straight = tmp_path / "run", tmp_path / "straight"
     pool.run(run_to_the_end, 1, tiny("gpt2-tied", f"checkpoint.dir={straight}"))

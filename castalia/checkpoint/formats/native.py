@@ -174,7 +174,8 @@ def _wait_for(path: Path, abandoned: Event) -> None:
 
 def _gather(folder: Path, num_ranks: int, abandoned: Event) -> tuple[list[dict], dict | None]:
     """What all ranks wrote, and the optimizer's steps of all tensors. Takes their notes away."""
-    everyone, steps = [], {}
+    everyone: list[dict] = []
+    steps: dict | None = {}
     for rank in range(num_ranks):
         note = folder / f"rank-{rank:05d}.json"
         _wait_for(note, abandoned)
