@@ -124,7 +124,7 @@ def load_optimizer(
         )
     states = optimizer_state(optimizer, parameters)
     targets = {name: shard(parameter) for name, parameter in parameters.items() if name in states}
-    saved = {name: state for name, state in checkpoint.optimizer.items() if name in targets}
+    saved: dict[str, Mapping[str, Any]] = {n: state for n, state in checkpoint.optimizer.items() if n in targets}
     where = f"the optimizer state of {checkpoint.path}"
     masters = {name: state["master"] for name, state in saved.items()}
     _check({name: target.shape for name, target in targets.items()}, masters, vocab_size, where)
