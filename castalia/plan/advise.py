@@ -9,7 +9,7 @@ from typing import Literal
 from castalia.config.schema import Model
 from castalia.plan.devices import NODE, Device, GiB
 from castalia.plan.flops import block_flops, executed_flops, head_flops
-from castalia.plan.layout import Layout, problem, stages
+from castalia.plan.layout import Layout, bubble, problem, rank_parts
 from castalia.plan.memory import Compute, Memory, Rank
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
@@ -57,7 +57,7 @@ class Verdict:
 
 def judge(job: Job, layout: Layout) -> Verdict:
     """Memory of the fullest stage and seconds of a step."""
-    parts = stages(job.model, layout.pp, job.length)
+    parts = rank_parts(job.model, layout, job.length)
     ends = {0, 1, layout.pp - 1} & set(range(layout.pp))  # no stage between holds more than one of these
     ranks = [Rank(job.model, layout, parts[i], job.length, job.compute) for i in sorted(ends)]
     memory, stage = max(((rank.memory(), rank.stage.index) for rank in ranks), key=lambda pair: pair[0].total)
@@ -66,7 +66,7 @@ def judge(job: Job, layout: Layout) -> Verdict:
 
 def step_costs(job: Job, layout: Layout, ranks: list[Rank]) -> Costs:
     model, device, size = job.model, job.device, job.compute.element_bytes
-    parts = stages(model, layout.pp, job.length)
+    parts = rank_parts(model, layout, job.length)
     block, head = block_flops(model, job.length), head_flops(model)
     slowest = max(part.layers * block + part.last * head for part in parts)
     balance = slowest * layout.pp / (model.num_layers * block + head)
@@ -93,7 +93,7 @@ def step_costs(job: Job, layout: Layout, ranks: list[Rank]) -> Costs:
         reductions = layout.accumulation if layout.zero == 2 else 1
         data = max(0.0, share * (4 * reductions + (size if layout.zero else 4)) - compute / 3 / layout.accumulation)
     busy = compute + traffic + tensor
-    return Costs(compute, traffic, tensor, data, busy * (layout.pp - 1) / layout.accumulation)
+    return Costs(compute, traffic, tensor, data, busy * bubble(layout))
 
 
 def layouts(job: Job) -> Iterator[Layout]:

@@ -22,6 +22,9 @@ class Layout:
     micro_batch: int = 1  # sequences of one forward pass on one rank
     accumulation: int = 1  # forward passes of a step
     recompute: Literal["none", "selective", "full"] = "none"
+    pipeline: Literal["gpipe", "1f1b", "interleaved", "zero-bubble"] = "1f1b"
+    stages_per_rank: int = 1
+    offload: bool = False  # parameters, gradients and optimizer state are on the host
 
     @property
     def gpus(self) -> int:
@@ -61,8 +64,9 @@ def problem(model: Model, layout: Layout) -> str | None:
     for what, size in cuts.items():
         if size % layout.tp:
             return f"parallel.tp={layout.tp} does not divide {what} ({size})"
-    if layout.pp > model.num_layers:
-        return f"parallel.pp={layout.pp} is more than the model's {model.num_layers} layers"
+    if layout.pp * layout.stages_per_rank > model.num_layers:
+        each = f" x {layout.stages_per_rank} stages" if layout.stages_per_rank > 1 else ""
+        return f"parallel.pp={layout.pp}{each} is more than the model's {model.num_layers} layers"
     return None
 
 
@@ -81,3 +85,48 @@ def stages(model: Model, pp: int, length: int) -> tuple[Stage, ...]:
     # The first stages hold the most micro-batches, so the odd blocks go to the later ones.
     layers = [each + (stage >= pp - 1 - more) for stage in range(pp - 1)] + [in_last]
     return tuple(Stage(i, n, i == 0, i == pp - 1) for i, n in enumerate(layers))
+
+
+def stages_per_rank(pp: int, pipeline: str, wanted: int | None) -> int:
+    if pp == 1:
+        return 1
+    return wanted or (2 if pipeline in ("interleaved", "zero-bubble") else 1)
+
+
+def stages_of_rank(pipeline: str, pp: int, stages_per_rank: int, rank: int) -> list[int]:
+    """Stage numbers on a pipeline rank: rank, rank + pp, ...; zero-bubble folds them into a V."""
+    if pipeline == "zero-bubble" and pp > 1:
+        return [rank, 2 * pp - 1 - rank]
+    return [rank + i * pp for i in range(stages_per_rank)]
+
+
+def rank_parts(model: Model, layout: Layout, length: int) -> list[Stage]:
+    """What each pipeline rank holds, all its stages together."""
+    cut = stages(model, layout.pp * layout.stages_per_rank, length)
+    parts = []
+    for rank in range(layout.pp):
+        mine = [cut[i] for i in stages_of_rank(layout.pipeline, layout.pp, layout.stages_per_rank, rank)]
+        layers = sum(stage.layers for stage in mine)
+        parts.append(Stage(rank, layers, any(s.first for s in mine), any(s.last for s in mine)))
+    return parts
+
+
+def in_flight(layout: Layout, rank: int) -> float:
+    """Micro-batches whose activations a pipeline rank holds at most, in units of all its layers."""
+    pp, chunks = layout.pp, layout.stages_per_rank
+    if pp == 1:
+        return 1
+    if layout.pipeline == "gpipe":
+        return layout.accumulation
+    if layout.pipeline == "interleaved":  # forward passes before the first backward pass, each of one stage
+        return min(layout.accumulation, (2 * (pp - rank - 1) + (chunks - 1) * pp + 1) / chunks)
+    if layout.pipeline == "zero-bubble":
+        return min(layout.accumulation, pp)
+    return min(layout.accumulation, pp - rank)
+
+
+def bubble(layout: Layout) -> float:
+    """Time that a rank waits for others in a step, as a share of the time that it works, if all stages take as long."""
+    if layout.pipeline == "zero-bubble" and layout.accumulation >= 2 * layout.pp:
+        return (layout.pp - 1) / (6 * layout.accumulation)  # one third of a stage, which is half of a rank's layers
+    return (layout.pp - 1) / (layout.accumulation * layout.stages_per_rank)

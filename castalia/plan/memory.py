@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from castalia.config.schema import Model, Optimizer
 from castalia.plan.count import block_shapes, local_size, tensor_shapes
-from castalia.plan.layout import Layout, Stage, stages
+from castalia.plan.layout import Layout, Stage, in_flight, rank_parts
 
 LOGIT_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}  # of one chunk's fp32 logits
 _KEEPS_OUTPUT = {"relu", "sigmoid", "identity"}  # their backward pass needs the output, which the next matrix keeps too
@@ -211,8 +211,7 @@ class Rank:
 
     @property
     def _kept(self) -> int:
-        in_flight = min(self.layout.accumulation, self.layout.pp - self.stage.index)  # one forward, one backward
-        return self.stage.layers * in_flight * self.one.kept
+        return int(self.stage.layers * in_flight(self.layout, self.stage.index) * self.one.kept)
 
     @property
     def _backward_work(self) -> int:
@@ -273,7 +272,7 @@ def _local_sizes(model: Model, tp: int) -> dict[str, int]:
 
 def memory_by_stage(model: Model, layout: Layout, length: int, compute: Compute) -> list[Memory]:
     """The memory of a rank of each pipeline stage."""
-    return [Rank(model, layout, stage, length, compute).memory() for stage in stages(model, layout.pp, length)]
+    return [Rank(model, layout, stage, length, compute).memory() for stage in rank_parts(model, layout, length)]
 
 
 def checkpoint_bytes(parameters: int, moments: int, original: int, fp32: bool) -> dict[str, int]:

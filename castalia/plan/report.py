@@ -12,7 +12,7 @@ from castalia.errors import ConfigError
 from castalia.plan.count import count, non_embedding, original_count
 from castalia.plan.devices import Device, GiB
 from castalia.plan.flops import executed_flops, kv_cache_bytes, original_flops, training_flops
-from castalia.plan.layout import Layout, problem, stages
+from castalia.plan.layout import Layout, problem, rank_parts, stages_per_rank
 from castalia.plan.memory import Compute, checkpoint_bytes, memory_by_stage, moments_of
 from castalia.plan.words import MANY_EPOCHS, attention, clipping, evaluation, logging, precision, saves
 
@@ -148,6 +148,9 @@ def layout_of(config: RunConfig, gpus: int | None) -> tuple[Layout, list[str]]:
             micro_batch=micro,
             accumulation=accumulation,
             recompute=config.train.recompute,
+            pipeline=parallel.pipeline,
+            stages_per_rank=stages_per_rank(parallel.pp, parallel.pipeline, parallel.stages_per_rank),
+            offload=parallel.offload,
         ),
         assumed,
     )
@@ -310,7 +313,7 @@ def _memory(model: Model, layout: Layout, length: int, compute: Compute, hardwar
             {"stage": stage.index, "layers": stage.layers, "ranks": layout.gpus // layout.pp}
             | asdict(memory)
             | {"total": memory.total}
-            for stage, memory in zip(stages(model, layout.pp, length), memories, strict=True)
+            for stage, memory in zip(rank_parts(model, layout, length), memories, strict=True)
         ],
         "largest": largest,
         "by_recompute": policies,
