@@ -203,6 +203,10 @@ class Rank:
         )
 
     def _memory(self, *, gradients: int, copies: int, activations: int, logits: int = 0) -> Memory:
+        if self.layout.offload:  # what is on the host does not count; a block's gradient is made here and leaves
+            return Memory(
+                0, 0, 4 * max(self.block, self._head_gradient // 4), copies, activations, logits, self._buffers
+            )
         blocks, kept = self.stage.layers * self.block, self.compute.moments
         moments = 4 * (kept.blocks * blocks + kept.outside * (self.parameters - blocks)) // self.shards
         return Memory(
@@ -238,10 +242,10 @@ class Rank:
 
     def _copies(self, blocks: int, head: bool) -> int:
         """Weights in the compute dtype, when so many blocks and the head hold theirs."""
-        size = self.compute.element_bytes
-        if self.layout.zero in (1, 2) and self.shards > 1:  # gathered for the whole step
+        size, elsewhere = self.compute.element_bytes, self.shards > 1 or self.layout.offload
+        if self.layout.zero < 3 and elsewhere:  # gathered for the whole step
             return size * self.parameters
-        if self.layout.zero == 3 and self.shards > 1:  # the block at work and the one fetched ahead
+        if self.layout.zero == 3 and elsewhere:  # the block at work and the one fetched ahead
             return size * (2 * self.block + (self.vocabulary if head else 0))
         return size * (blocks * self.block + (self.vocabulary if head else 0)) if self.compute.casts else 0
 
