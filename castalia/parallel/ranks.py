@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
 from castalia.config.batch import BatchPlan
@@ -92,9 +94,14 @@ class Ranks(Engine):
     ) -> Tensor:
         model: Any = self.models[0]
         total, count = torch.zeros((), device=self.device), len(weights)
+        zero = self.config.parallel.zero
         for micro, mine in enumerate(rows.chunk(count)):
-            model.set_requires_gradient_sync(micro == count - 1)  # gradients are reduced once, with the last one
-            model.set_is_last_backward(micro == count - 1)
+            last = micro == count - 1
+            # Gradients are reduced once, with the last micro-batch, unless they are not to be held in full until then.
+            model.set_requires_gradient_sync(last or zero >= 2)
+            model.set_is_last_backward(last or zero >= 2)
+            if zero < 3:  # parameters are gathered once
+                model.set_reshard_after_backward(last)
             torch.manual_seed(seeds[micro])
             loss_sum, _ = model(mine.tokens, **mine.model_arguments(), **context)
             (loss_sum * (weights[micro] * scale)).backward()
@@ -115,6 +122,16 @@ class Ranks(Engine):
             else:
                 total += self.models[0](mine.tokens, **mine.model_arguments(), **context)[0]
         return self._total(total)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """A forward pass that no backward pass follows leaves parameters gathered; they are sharded again."""
+        with super().evaluating():
+            yield
+        for model in self.models:
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
     def _local(self, rows: Rows) -> tuple[Rows, dict[str, Any]]:
         """This context rank's part of the sequences on the device, and what its attention needs besides."""
