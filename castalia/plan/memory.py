@@ -232,8 +232,9 @@ class Rank:
         """Bytes of fp32 gradients, those of earlier micro-batches included, once `done` parameters have theirs."""
         if self.layout.accumulation > 1:
             done = self.parameters
-        if self.layout.zero == 0 or (self.layout.zero == 1 and self.layout.accumulation > 1):
-            return 4 * done  # zero 1 sums in full and cuts once for each step
+        once = self.layout.zero == 1 or self.layout.pp > 1  # sums in full and cuts once for each step
+        if self.layout.zero == 0 or (once and self.layout.accumulation > 1):
+            return 4 * done
         return 4 * done // self.shards + 4 * self.block
 
     @property
@@ -242,7 +243,8 @@ class Rank:
 
     def _copies(self, blocks: int, head: bool) -> int:
         """Weights in the compute dtype, when so many blocks and the head hold theirs."""
-        size, elsewhere = self.compute.element_bytes, self.shards > 1 or self.layout.offload
+        # Several ranks copy their shards, even where a shard is the whole, into what the forward pass works with.
+        size, elsewhere = self.compute.element_bytes, self.layout.gpus > 1 or self.layout.offload
         if self.layout.zero < 3 and elsewhere:  # gathered for the whole step
             return size * self.parameters
         if self.layout.zero == 3 and elsewhere:  # the block at work and the one fetched ahead
