@@ -76,41 +76,57 @@ def ours(work: Work) -> Callable[[int], float]:
 def theirs(work: Work) -> Callable[[int], float]:
     """The loop that a user of transformers writes: autocast for bf16, fused AdamW, clipping."""
     import torch
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+    from transformers import GPTNeoXForCausalLM
 
-    from castalia.train.hardware import keep_freed_memory
+    from castalia.train.hardware import DTYPES, keep_freed_memory
 
     if work.allocator == "same":
         keep_freed_memory()
-    shape = work.model
-    config = GPTNeoXConfig(
+    model = GPTNeoXForCausalLM(their_config(work.model, work.seq)).train()
+    weights = our_model(work).state_dict()
+    model.get_output_embeddings().load_state_dict({"weight": weights.pop("head.weight")})
+    model.gpt_neox.load_state_dict(renamed(weights))
+    step = their_step(model, DTYPES[work.precision])
+    return lambda number: step(torch.from_numpy(batch_of(number, work).tokens))
+
+
+def their_config(shape: Model, positions: int, **options):
+    """transformers' description of a model of ours."""
+    from transformers import GPTNeoXConfig
+
+    return GPTNeoXConfig(
         vocab_size=shape.padded_vocab_size,
         hidden_size=shape.hidden_size,
         num_hidden_layers=shape.num_layers,
         num_attention_heads=shape.num_heads,
         intermediate_size=shape.mlp_width,
         rotary_pct=shape.rotary_pct,
-        max_position_embeddings=work.seq,
+        max_position_embeddings=positions,
         hidden_act="gelu_new",
         use_parallel_residual=shape.parallel_residual,
         attn_implementation="sdpa",
-        use_cache=False,
+        **{"use_cache": False} | options,
     )
-    model = GPTNeoXForCausalLM(config).train()
-    weights = our_model(work).state_dict()
-    model.get_output_embeddings().load_state_dict({"weight": weights.pop("head.weight")})
-    model.gpt_neox.load_state_dict(renamed(weights))
+
+
+def their_step(model, dtype, accumulation: int = 1) -> Callable:
+    """Takes tokens [batch, time] on the model's device; returns the loss."""
+    import torch
+
+    device = next(model.parameters()).device.type
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
-    def step(number: int) -> float:
-        tokens = torch.from_numpy(batch_of(number, work).tokens)
-        with torch.autocast("cpu", torch.bfloat16, enabled=work.precision == "bf16"):
-            loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
+    def step(tokens: torch.Tensor) -> float:
+        total = 0.0
+        for part in tokens.chunk(accumulation):
+            with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                loss = model(input_ids=part, labels=part).loss / accumulation
+            loss.backward()
+            total += loss.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        return float(total)
 
     return step
 

@@ -1,0 +1,412 @@
+"""One GPU: training, memory, decoding and correctness, beside transformers on the same work. Under 8 minutes.
+
+    python benchmarks/gpu.py [--seconds 450] [--only train|decode|check|attention] [--quick]
+
+Every row has a process of its own, so that one that fails or runs out of memory costs itself alone: its error stands
+in the row, and the program ends with exit status 1. Rows for which there is no time left say so. MFU counts 6N + causal
+attention, without recomputation, over 989 TFLOP/s (H100 and H200, dense bf16). Micro-batch and recomputation of each
+model are the first that fit by `castalia plan`'s arithmetic. transformers trains as its users do: fp32 parameters,
+autocast, fused AdamW, clipping, SDPA, `torch.compile` over the whole model. `--quick` goes through all of it on the CPU
+with tiny models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from train import Work, batch_of, their_config, their_step
+
+from castalia.config.batch import BatchPlan
+from castalia.config.load import load_config
+from castalia.config.schema import Model, Optimizer, RunConfig, Train
+from castalia.generate.engine import generate
+from castalia.model.init import constant_value, initialize
+from castalia.model.transformer import Transformer
+from castalia.parallel.engine import Engine, one_process
+from castalia.plan.count import count
+from castalia.plan.flops import kv_cache_bytes, training_flops
+from castalia.plan.layout import Layout
+from castalia.plan.memory import Compute, memory_by_stage
+from castalia.train.measure import PeakMemory
+from castalia.train.optimizer import make_optimizer
+from castalia.train.schedule import LearningRate
+from castalia.train.step import TrainStep
+
+PEAK_FLOPS = 989e12
+USABLE = 0.92  # of the device's memory
+WARMUP_STEPS, STEPS = 2, 5
+ROW_SECONDS = 100.0  # of one row, compilation included
+TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2, "bf16, compiled": 1e-2}  # of losses and gradient norms, relative
+HEADS = {
+    "machine": "what | measured",
+    "check": "what | CPU, fp32 | device | difference",
+    "train": "model | side | sequences x micro-batches | recompute | ms a step | tokens/s | TFLOP/s | MFU | peak GiB "
+    "| plan GiB | peak / plan",
+    "decode": "model | side | rows | prefill ms | decode tokens/s | ms a token | of the bandwidth",
+    "attention": "shape of q | back end | forward ms | with backward ms | TFLOP/s",
+}
+Row = Mapping[str, Any]
+
+
+class Bench:
+    """Sizes and device of a run of this program."""
+
+    def __init__(self, quick: bool) -> None:
+        self.quick = quick
+        self.device = torch.device("cpu" if quick else "cuda")
+        self.seq, self.sequences = (32, 4) if quick else (2048, 16)
+        self.prompt, self.new = (8, 4) if quick else (1024, 64)
+        self.backend = "aot_eager" if quick else "inductor"
+
+    def model(self, name: str) -> Model:
+        shape = load_config(name).model
+        assert shape is not None
+        tiny = {"num_layers": 2, "hidden_size": 32, "num_heads": 2, "vocab_size": 256, "mlp_size": None}
+        return shape.model_copy(update={"max_positions": self.seq} | (tiny if self.quick else {}))
+
+    def rows(self) -> list[Row]:
+        big = ("pythia-1.4b", "pythia-410m", "pythia-160m", "pythia-2.8b", "pythia-6.9b")
+        sides = ("eager", "compiled", "transformers")
+        trained = [{"kind": "train", "model": m, "side": s} for m in (big[:1] if self.quick else big) for s in sides]
+        decoded = [
+            {"kind": "decode", "model": model, "side": side, "rows": rows}
+            for model in (big[:1] if self.quick else ("pythia-1.4b", "pythia-160m"))
+            for rows in (1, 2 if self.quick else 64)
+            for side in ("ours", "transformers")
+        ]
+        decoded += [{"kind": "decode", "model": "gpt-neox-20b", "side": "ours", "rows": 1}]
+        attention = [{"kind": "attention", "backend": name} for name in ("flash", "cudnn", "efficient", "math")]
+        checks = [{"kind": "check", "what": what} for what in ("losses", "tokens")]
+        return [{"kind": "machine"}, *checks, *trained, *decoded, *(attention[-1:] if self.quick else attention)]
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def seconds(self, work: Callable[[], object], rounds: int = STEPS, warmup: int = WARMUP_STEPS) -> float:
+        """Median of the rounds."""
+        taken = []
+        for number in range(warmup + rounds):
+            self.synchronize()
+            start = time.perf_counter()
+            work()
+            self.synchronize()
+            if number >= warmup:
+                taken.append(time.perf_counter() - start)
+        return statistics.median(taken)
+
+    def peak_bytes(self, work: Callable[[], object]) -> int:
+        """Most bytes that tensors hold while the work is done; on the CPU, a dry run, beyond those of before."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            work()
+            return torch.cuda.max_memory_allocated()
+        with PeakMemory(self.device) as memory:
+            work()
+        return memory.bytes
+
+
+def machine_row(bench: Bench, row: Row) -> list[list[str]]:
+    """The two floors: matrix products of random numbers, and copying."""
+    size, count = (256, 1 << 20) if bench.quick else (8192, 1 << 30)
+    a, b = torch.randn(2, size, size, device=bench.device).bfloat16().unbind()
+    rate = 2 * size**3 / bench.seconds(lambda: a @ b, rounds=20)
+    seconds = copy_seconds(bench, count)
+    name = "CPU" if bench.quick else torch.cuda.get_device_name()
+    return [
+        ["device", f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda}"],
+        [f"bf16 product of {size}^2", f"{rate / 1e12:.1f} TFLOP/s, {rate / PEAK_FLOPS:.0%} of {PEAK_FLOPS / 1e12:.0f}"],
+        ["copying, read and written", f"{8 * count / seconds / 1e9:.0f} GB/s"],
+    ]
+
+
+def copy_seconds(bench: Bench, count: int) -> float:
+    source, target = torch.ones(2, count, device=bench.device).unbind()
+    return bench.seconds(lambda: target.copy_(source), rounds=10)
+
+
+def check_row(bench: Bench, row: Row) -> list[list[str]]:
+    """Raises AssertionError where the device computes something else than the CPU."""
+    shape = bench.model("pythia-160m")
+    host = Transformer(shape).eval()
+    initialize(host, shape, seed=1)
+    tokens = torch.randint(0, shape.vocab_size, (2, min(256, bench.seq)), generator=torch.Generator().manual_seed(0))
+    return (check_tokens if row["what"] == "tokens" else check_losses)(bench, shape, host, tokens)
+
+
+def check_losses(bench: Bench, shape: Model, host: Transformer, tokens: torch.Tensor) -> list[list[str]]:
+    wanted = loss_and_norm(host, tokens)
+    cells = []
+    for name, tolerance in TOLERANCE.items():
+        dtype = torch.float32 if name == "fp32" else torch.bfloat16
+        model = Transformer(shape, compute_dtype=dtype).to(bench.device).eval()
+        model.load_state_dict(host.state_dict())
+        if "compiled" in name:
+            compile_blocks(model, bench.backend)
+        found = loss_and_norm(model, tokens.to(bench.device))
+        for what, expected, value in zip(("loss", "gradient norm"), wanted, found, strict=True):
+            apart = abs(value / expected - 1)
+            # rounding to bf16 adds up in gradients
+            assert apart < tolerance * (5 if what != "loss" else 1), f"{name}: {what} {value}, on the CPU {expected}"
+            cells.append([f"{what}, {name}", f"{expected:.5f}", f"{value:.5f}", f"{apart:.1e}"])
+    return cells
+
+
+def loss_and_norm(model: Transformer, tokens: torch.Tensor) -> tuple[float, float]:
+    loss_sum, count = model(tokens[:, :-1], tokens[:, 1:])
+    loss = loss_sum / count
+    loss.backward()
+    return loss.item(), torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
+
+
+def check_tokens(bench: Bench, shape: Model, host: Transformer, tokens: torch.Tensor) -> list[list[str]]:
+    prompts, count = tokens[:, :16].tolist(), 2 * bench.new if bench.quick else 32
+    wanted = written(host, prompts, count)
+    cells = []
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        model = Transformer(shape).eval()
+        model.load_state_dict(host.state_dict())
+        found = written(model.to(bench.device, dtype), prompts, count)
+        same = sum(a == b for mine, its in zip(wanted, found, strict=True) for a, b in zip(mine, its, strict=True))
+        total = sum(map(len, wanted))
+        assert same == total or name == "bf16", f"{name}: {same} of {total} greedy tokens are those of the CPU"
+        cells.append([f"greedy tokens, {name}", f"{total}", f"{same} alike", f"{1 - same / total:.0%}"])
+    return cells
+
+
+class Numbers:
+    """A tokenizer whose text is the ids themselves, without an end of document, so that all tokens are written."""
+
+    eod_id = None
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def encode(self, text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(f"{number} " for number in ids)
+
+
+def written(model: Transformer, prompts: list[list[int]], count: int) -> list[list[int]]:
+    """Greedy tokens after each prompt."""
+    numbers = Numbers(model.cfg.padded_vocab_size)
+    return [
+        numbers.encode(text) for text in generate(model, numbers, prompts, max_tokens=count, batch_size=len(prompts))
+    ]
+
+
+def train_row(bench: Bench, row: Row) -> list[list[str]]:
+    shape, layout = bench.model(row["model"]), fitting(bench, bench.model(row["model"]))
+    build = their_training if row["side"] == "transformers" else our_training
+    step, micro = build(bench, shape, layout, row["side"])
+    seconds = bench.seconds(step)
+    peak = bench.peak_bytes(step)
+    tokens = bench.sequences * bench.seq
+    rate = tokens * training_flops(shape, bench.seq) / seconds
+    plan = planned(bench, shape, layout) if row["side"] != "transformers" else None
+    return [
+        [
+            *(row["model"], row["side"], f"{micro} x {bench.sequences // micro}", layout.recompute if plan else "none"),
+            *(f"{seconds * 1e3:.1f}", f"{tokens / seconds:,.0f}", f"{rate / 1e12:.1f}", f"{rate / PEAK_FLOPS:.1%}"),
+            *(f"{peak / 2**30:.2f}", f"{plan / 2**30:.2f}" if plan else "", f"{peak / plan:.2f}" if plan else ""),
+        ]
+    ]
+
+
+def fitting(bench: Bench, shape: Model) -> Layout:
+    """The first way to take the step's sequences that fits into memory."""
+    memory = torch.cuda.get_device_properties(0).total_memory if bench.device.type == "cuda" else 2**30
+    for recompute in ("none", "selective", "full"):
+        for micro in (16, 8, 4, 2, 1):
+            if bench.sequences % micro == 0:
+                layout = Layout(micro_batch=micro, accumulation=bench.sequences // micro, recompute=recompute)
+                if planned(bench, shape, layout) < USABLE * memory:
+                    return layout
+    raise SystemExit("does not fit into this device, whatever is recomputed")
+
+
+def planned(bench: Bench, shape: Model, layout: Layout) -> int:
+    return memory_by_stage(shape, layout, bench.seq, Compute(2, bench.device.type))[0].total
+
+
+def our_training(bench: Bench, shape: Model, layout: Layout, side: str) -> tuple[Callable[[], object], int]:
+    """A step as `castalia train` takes it, and its micro-batch."""
+    plan = BatchPlan(bench.sequences, layout.micro_batch, layout.accumulation)
+    engine = one_process(
+        RunConfig(model=shape, train=Train(recompute=layout.recompute)), torch.bfloat16, bench.device, plan
+    )
+    fill(engine)
+    if side == "compiled":
+        compile_blocks(engine.model, bench.backend)
+    engine.model.train()
+    optimizer = make_optimizer(engine.parameters, Optimizer(lr=1e-4, weight_decay=0.1))
+    rate = LearningRate(peak=1e-4, minimum=0.0, warmup=0.0, end=1, style="constant")
+    step = TrainStep(engine, optimizer, rate, plan, seed=1, clip_norm=1.0)
+    batch = batch_of(0, Work(shape, bench.sequences, bench.seq, "bf16", "same"))
+    return lambda: step(0, batch), layout.micro_batch
+
+
+@torch.no_grad()
+def fill(engine: Engine) -> None:
+    """Random weights, drawn on the device: those of a seed take minutes at this size."""
+    for name, parameter in engine.parameters.items():
+        constant = constant_value(name)
+        parameter.normal_(0.0, 0.02) if constant is None else parameter.fill_(constant)
+
+
+def compile_blocks(model: Transformer, backend: str) -> None:
+    for block in model.blocks.values():
+        block.compile(backend=backend, dynamic=False)
+
+
+def their_training(bench: Bench, shape: Model, layout: Layout, side: str) -> tuple[Callable[[], object], int]:
+    """transformers' step with the largest micro-batch, from ours downwards, that does not run out of memory."""
+    from transformers import GPTNeoXForCausalLM
+
+    with bench.device:
+        model = GPTNeoXForCausalLM(their_config(shape, bench.seq)).train()
+    model.compile(backend=bench.backend, dynamic=False)
+    tokens = torch.from_numpy(batch_of(0, Work(shape, bench.sequences, bench.seq, "bf16", "same")).tokens)
+    tokens, micro = tokens.to(bench.device), layout.micro_batch
+    while True:
+        step = partial(their_step(model, torch.bfloat16, bench.sequences // micro), tokens)
+        try:
+            step()
+            return step, micro
+        except torch.OutOfMemoryError:
+            if micro == 1:
+                raise
+            micro //= 2
+            model.zero_grad(set_to_none=True)
+
+
+def decode_row(bench: Bench, row: Row) -> list[list[str]]:
+    shape, rows = bench.model(row["model"]), row["rows"]
+    prompts = torch.randint(0, shape.vocab_size, (rows, bench.prompt)).tolist()
+    write = (their_writer if row["side"] == "transformers" else our_writer)(bench, shape, prompts)
+    first = bench.seconds(lambda: write(1), rounds=3, warmup=1)
+    whole = bench.seconds(lambda: write(1 + bench.new), rounds=3, warmup=1)
+    each = (whole - first) / bench.new
+    weights = 2 * (count(shape).total - shape.padded_vocab_size * shape.hidden_size)
+    needed = weights + rows * (bench.prompt + bench.new / 2) * kv_cache_bytes(shape)
+    size = 1 << (20 if bench.quick else 28)
+    share = needed / each / (8 * size / copy_seconds(bench, size))
+    cells = f"{first * 1e3:.1f}", f"{rows / each:,.0f}", f"{each * 1e3:.2f}", f"{share:.0%}"
+    return [[row["model"], row["side"], str(rows), *cells]]
+
+
+def our_writer(bench: Bench, shape: Model, prompts: list[list[int]]) -> Callable[[int], object]:
+    with torch.device("meta"):
+        model = Transformer(shape)
+    model = model.to(torch.bfloat16).to_empty(device=bench.device).eval()
+    fill(Engine(model))
+    return lambda count: written(model, prompts, count)
+
+
+def their_writer(bench: Bench, shape: Model, prompts: list[list[int]]) -> Callable[[int], object]:
+    from transformers import GPTNeoXForCausalLM
+
+    with bench.device:
+        model = GPTNeoXForCausalLM(their_config(shape, bench.seq, use_cache=True)).to(torch.bfloat16).eval()
+    tokens = torch.tensor(prompts, device=bench.device)
+    settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "attention_mask": torch.ones_like(tokens)}
+
+    @torch.inference_mode()
+    def write(count: int) -> object:
+        return model.generate(tokens, max_new_tokens=count, **settings).tolist()
+
+    return write
+
+
+def attention_row(bench: Bench, row: Row) -> list[list[str]]:
+    """SDPA's back ends on the 1.4B's heads."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    names = {"flash": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "math": "MATH"}
+    shape = (1, 2, bench.seq, 16) if bench.quick else (8, 16, bench.seq, 128)
+    q, k, v = (torch.randn(shape, device=bench.device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+
+    def forward() -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    with sdpa_kernel(getattr(SDPBackend, names[row["backend"]])):
+        gradient = torch.randn_like(forward())
+        once, both = bench.seconds(forward), bench.seconds(lambda: forward().backward(gradient))
+    flops = 3 * 2 * shape[0] * shape[1] * shape[2] ** 2 * shape[3]  # half of the scores
+    return [[str(list(shape)), row["backend"], f"{once * 1e3:.2f}", f"{both * 1e3:.2f}", f"{flops / both / 1e12:.1f}"]]
+
+
+WORK = {
+    "machine": machine_row, "check": check_row, "train": train_row, "decode": decode_row, "attention": attention_row,
+}  # fmt: skip
+
+
+def child(connection: Connection, errors: str, quick: bool, row: Row) -> None:
+    with open(errors, "w") as file:
+        os.dup2(file.fileno(), 2)
+    connection.send(WORK[row["kind"]](Bench(quick), row))
+
+
+def run_row(quick: bool, row: Row, limit_s: float) -> tuple[list[list[str]], str | None]:
+    """Lines of the table, or none and the reason. This process never touches the GPU, so its children can fork."""
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+    with tempfile.TemporaryDirectory() as folder:
+        errors = Path(folder) / "errors"
+        process = context.Process(target=child, args=(there, str(errors), quick, row))
+        process.start()
+        there.close()
+        answered = here.poll(limit_s)
+        try:
+            found = here.recv() if answered else []
+        except EOFError:  # it died without a word
+            found = []
+        if not answered:
+            process.kill()
+        process.join()
+        if found:
+            return found, None
+        lines = errors.read_text().strip().splitlines()
+    print("\n".join(lines[-30:]), file=sys.stderr)
+    if not answered:
+        return [], f"not done after {limit_s:.0f} s"
+    return [], lines[-1] if lines else f"exit status {process.exitcode}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=450, help="what is not done by then is left out")
+    parser.add_argument("--only", choices=HEADS, help="one of the tables")
+    parser.add_argument("--quick", action="store_true", help="tiny models on the CPU: does it run?")
+    args = parser.parse_args()
+    end, failed, table = time.monotonic() + args.seconds, 0, ""
+    for row in Bench(args.quick).rows():
+        if args.only not in (None, row["kind"]):
+            continue
+        if row["kind"] != table:
+            table = row["kind"]
+            print(f"\n| {HEADS[table]} |\n|{'---|' * len(HEADS[table].split('|'))}", flush=True)
+        left = end - time.monotonic()
+        found, problem = run_row(args.quick, row, min(ROW_SECONDS, left)) if left > 0 else ([], "no time was left")
+        failed += problem is not None
+        for cells in found or [[*(str(value) for key, value in row.items() if key != "kind"), f"failed: {problem}"]]:
+            print(f"| {' | '.join(cells)} |", flush=True)
+    sys.exit(f"{failed} rows failed" if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
