@@ -1,76 +1,15 @@
-"""Learning rates and save steps as pure functions of the step."""
+"""The learning rate that a run follows, and the steps at which it saves."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
+from castalia.config.schedule import COOLDOWN, STORED_NAMES, LearningRate
 from castalia.config.schema import Checkpoint, RunConfig
 from castalia.errors import TrainingError
-
-STORED_NAMES = {
-    "peak": "start_lr",
-    "minimum": "min_lr",
-    "warmup": "warmup_iter",
-    "end": "end_iter",
-    "style": "decay_style",
-}
-COOLDOWN = {"cooldown": "cooldown_iter"}  # of the style that the original does not have
-
-
-@dataclass(frozen=True)
-class LearningRate:
-    """The rate of each optimizer update, as a function of the updates done before it."""
-
-    peak: float
-    minimum: float
-    warmup: float  # steps, not rounded
-    end: int  # steps, warm-up included
-    style: str
-    cooldown: float = 0.0  # of wsd: steps before the end in which the rate falls
-    release: str | None = None  # "v1" or "head" of the original, with their defects; None: as it was meant
-
-    def __call__(self, updates: int) -> float:
-        if self.release == "v1":
-            return self._first_release(updates)
-        if self.warmup > 0 and updates <= self.warmup:
-            rate = self.peak * max(1, updates) / self.warmup
-            return rate if self.release else min(rate, self.peak)
-        span = self.end - self.warmup
-        share = (updates - self.warmup) / span if span > 0 else 1.0
-        if self.style == "constant":
-            return self.peak
-        if self.style == "inverse_sqrt":
-            return max(self.minimum, self.peak * math.sqrt(max(1.0, self.warmup) / max(1, updates)))
-        if self.style == "wsd":
-            left = (self.end - updates) / self.cooldown if self.cooldown > 0 else 1.0
-            return self.minimum + (self.peak - self.minimum) * min(1.0, max(0.0, left))
-        if self.style == "linear":
-            return max(self.minimum, self.peak * (1 - share))
-        if self.style == "exponential":
-            return max(self.minimum, self.peak * math.exp(-0.693 * share))
-        share = share if self.release else min(share, 1.0)
-        return self.minimum + (self.peak - self.minimum) / 2 * (math.cos(math.pi * share) + 1)
-
-    def _first_release(self, updates: int) -> float:
-        """From 0, and with the whole run's length where the decay's was meant, so that it ends too high."""
-        if self.warmup > 0 and updates <= self.warmup:
-            return self.peak * updates / self.warmup
-        share = (updates - self.warmup) / self.end
-        decays = {
-            "constant": 1.0,
-            "linear": 1 - share,
-            "cosine": (math.cos(math.pi * share) + 1) / 2,
-            "exponential": math.exp(-0.693 * share),
-        }
-        return max(self.minimum, self.peak * decays[self.style])
-
-    def stored(self) -> dict[str, object]:
-        """What a checkpoint remembers, under the original's names."""
-        names = STORED_NAMES | (COOLDOWN if self.style == "wsd" else {})
-        return {name: getattr(self, field) for field, name in names.items()}
 
 
 def learning_rate(config: RunConfig, steps: int, release: str | None = None) -> LearningRate:

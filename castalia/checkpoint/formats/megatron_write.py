@@ -111,7 +111,7 @@ def _job(checkpoint: Checkpoint, model: Model, words: Vocabulary, dtype: torch.d
         tensors[role] = to_theirs(rules, padded(state_of(checkpoint, role), words.rows), role)
     rates, optimizer = schedule(checkpoint, config), config.optimizer
     common = {
-        "lr": next_rate(rates) if rates else optimizer.lr,
+        "lr": next_rate(rates, "head") if rates else optimizer.lr,
         "bias_correction": True,
         "betas": optimizer.betas,
         "eps": optimizer.eps,

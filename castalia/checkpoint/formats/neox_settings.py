@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from math import cos, exp, floor, pi
+from math import floor
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from castalia.checkpoint.tensors import Checkpoint
 from castalia.checkpoint.writing import Layout, WriteOptions
 from castalia.config.batch import batch_plan, planned_dp
 from castalia.config.neox_write import lost, to_neox
+from castalia.config.schedule import LearningRate
 from castalia.config.schema import Model, RunConfig, Train
 from castalia.errors import CastaliaError, CheckpointError, ConfigError
 
@@ -143,7 +144,7 @@ def schedule(checkpoint: Checkpoint, config: RunConfig) -> dict[str, Any] | None
         return None
     return {
         "start_lr": config.optimizer.lr,
-        "warmup_iter": own.warmup * end,
+        "warmup_iter": own.warmup_length(end),
         "num_iters": updates,
         "decay_style": own.style,
         "end_iter": end,
@@ -151,16 +152,9 @@ def schedule(checkpoint: Checkpoint, config: RunConfig) -> dict[str, Any] | None
     }
 
 
-def next_rate(state: Mapping[str, Any]) -> float:
+def next_rate(state: Mapping[str, Any], era: str) -> float:
     """The rate of the next update, as the original computes it: ZeRO's files bring it along."""
-    peak, least, updates, warmup = (state[key] for key in ("start_lr", "min_lr", "num_iters", "warmup_iter"))
-    if warmup > 0 and updates <= warmup:
-        return peak * max(1, updates) / warmup
-    share = (updates - warmup) / (state["end_iter"] - warmup)
-    if state["decay_style"] == "cosine":
-        return least + (peak - least) / 2.0 * (cos(pi * share) + 1)
-    factor = {"linear": 1 - share, "exponential": exp(-0.693 * share), "constant": 1.0}[state["decay_style"]]
-    return max(least, peak * factor)
+    return LearningRate.of_stored(state, era)(state["num_iters"])
 
 
 def loss_scaler(checkpoint: Checkpoint, config: RunConfig, dtype: torch.dtype, era: str) -> dict[str, Any]:

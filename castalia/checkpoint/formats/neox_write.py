@@ -140,7 +140,7 @@ def _group_settings(checkpoint: Checkpoint, target: Target, era: str) -> list[di
     """Of each parameter group what `param_groups` says of it."""
     optimizer, state = target.config.optimizer, schedule(checkpoint, target.config)
     common = {
-        "lr": next_rate(state) if state else optimizer.lr,
+        "lr": next_rate(state, era) if state else optimizer.lr,
         "bias_correction": True,
         "betas": list(optimizer.betas),
         "eps": optimizer.eps,
