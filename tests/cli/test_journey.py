@@ -31,7 +31,7 @@ OVERLAY = """{
 
 def castalia(*args: str, cwd: Path) -> str:
     command = [sys.executable, "-m", "castalia", *args]
-    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=one_thread())
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=900, env=one_thread())
     assert result.returncode == 0, f"{args}\n{result.stdout}\n{result.stderr}"
     return result.stdout
 

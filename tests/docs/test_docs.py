@@ -40,7 +40,7 @@ def test_commands_of_the_documentation_work(document, tmp_path):
         script = shortened(block)
         result = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", script],
-            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL,
+            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         assert result.returncode == 0, f"{document.name}:\n{script}\n{result.stdout}\n{result.stderr}"
 

@@ -60,12 +60,15 @@ def losses(folder):
     return [(record["step"], record["loss"]) for record in read_metrics(folder)]
 
 
-def wait_for_step(process, folder, step, seconds=120):
+def last_step(folder):
+    return max((record["step"] for record in read_metrics(folder)), default=0)
+
+
+def wait_for_step(process, folder, step, seconds=300):
     """Until the run has recorded a step, or is over."""
     end = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < end:
-        last = max((record["step"] for record in read_metrics(folder)), default=0)
-        if last >= step:
+        if last_step(folder) >= step:
             return
         time.sleep(0.01)
     assert process.poll() is not None, f"step {step} did not come within {seconds} s"
@@ -79,7 +82,7 @@ def workers(launcher):
 
 def test_twenty_kills_change_nothing(written):
     overrides = [
-        "train.steps=120",
+        "train.steps=160",
         "train.accumulation=1",
         "checkpoint.every=3",
         "checkpoint.keep_last=2",
@@ -89,19 +92,16 @@ def test_twenty_kills_change_nothing(written):
     code, printed = finish(begin([*CASTALIA, str(path), "--nproc", "2"]))
     assert code == 0, printed
     path, killed = written("killed", *overrides)
-    draw, kills = random.Random(1), 0
+    draw = random.Random(1)
     launcher = begin([*TORCHRUN, "--standalone", "--nproc-per-node=2", "--max-restarts=30", *CASTALIA[1:], str(path)])
-    for number in range(20):
-        wait_for_step(launcher, killed, 1 + 5 * number + draw.randrange(5))
+    for _ in range(20):
+        wait_for_step(launcher, killed, last_step(killed) + 1 + draw.randrange(5))
         ranks = workers(launcher)
-        if launcher.poll() is None and ranks:
-            os.kill(draw.choice(ranks), signal.SIGKILL)
-            kills += 1
-            while set(workers(launcher)) & set(ranks):
-                time.sleep(0.05)
-    code, printed = finish(launcher, 120)
+        os.kill(draw.choice(ranks), signal.SIGKILL)
+        while set(workers(launcher)) & set(ranks):
+            time.sleep(0.05)
+    code, printed = finish(launcher, 300)
     assert code == 0, printed[-5000:]
-    assert kills == 20
     assert losses(killed) == losses(straight)
     assert sum(event["event"] == "start" for event in read_events(killed)) > 15
 
