@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -24,11 +24,12 @@ from castalia.checkpoint.formats import find_steps
 from castalia.checkpoint.lazy import Cast
 from castalia.checkpoint.stored import StoredTensor
 from castalia.checkpoint.tensors import Checkpoint, TensorRef, name_of
-from castalia.checkpoint.writing import Advance, Output, Plan, Verified, WriteOptions, sync
+from castalia.checkpoint.writing import Advance, Plan, Verified, WriteOptions, sync
 from castalia.errors import CheckpointError
 
 JOURNAL = "conversion.jsonl"
 LATEST = "latest"
+FLUSH_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -124,15 +125,18 @@ def write(plan: Plan, target: Path, mark: str, advance: Advance, *, inside: str 
         folder = partial / inside
         folder.mkdir(parents=True, exist_ok=True)
         results = {name: entry["result"] for name, entry in done.items()}
-        with ThreadPoolExecutor(1) as syncing:  # a file goes to disk while the next is written
+        with ThreadPoolExecutor(1) as syncing:  # what is written goes to disk while the rest is read
             waiting: list[Future[None]] = []
             for output in plan.outputs:
                 if output.name in done:
                     advance(output.num_bytes)
                     continue
-                part, results[output.name] = _write_one(output, folder, advance)
-                entry = {"name": output.name, "result": results[output.name]}
-                waiting.append(syncing.submit(_complete, part, folder / output.name, journal, entry))
+                final = folder / output.name
+                part = final.with_name(final.name + ".part")
+                final.parent.mkdir(parents=True, exist_ok=True)
+                entry = {"name": output.name, "result": output.write(part, _flushing(part, syncing, waiting, advance))}
+                results[output.name] = entry["result"]
+                waiting.append(syncing.submit(_complete, part, final, journal, entry))
             for each in waiting:
                 each.result()
         plan.finish(folder, results)
@@ -152,11 +156,21 @@ def name_latest(folder: Path) -> None:
     os.replace(temporary, folder / LATEST)
 
 
-def _write_one(output: Output, folder: Path, advance: Advance) -> tuple[Path, Any]:
-    final = folder / output.name
-    final.parent.mkdir(parents=True, exist_ok=True)
-    part = final.with_name(final.name + ".part")
-    return part, output.write(part, advance)
+def _flushing(
+    part: Path, syncing: ThreadPoolExecutor, waiting: list[Future[None]], advance: Advance
+) -> Callable[[int], None]:
+    """`advance`, which starts putting a file on disk each time that so many more bytes of it are written."""
+    written = 0
+
+    def more(count: int) -> None:
+        nonlocal written
+        written += count
+        if written >= FLUSH_BYTES:
+            written = 0
+            waiting.append(syncing.submit(sync, part))
+        advance(count)
+
+    return more
 
 
 def _complete(part: Path, final: Path, journal: IO[str], entry: Mapping[str, Any]) -> None:
