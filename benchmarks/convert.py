@@ -1,14 +1,17 @@
 """Conversions against `cp` and `sync` of the same bytes on the same disk, and against transformers.
 
-    python benchmarks/convert.py [--hidden 512] [--layers 4] [--rounds 3] [--folder .] [--quick]
+    python benchmarks/convert.py [--hidden 1024] [--layers 8] [--rounds 3] [--folder .] [--quick]
+    python benchmarks/convert.py --source CHECKPOINT [--layout tp=4,pp=2,dp=2,zero=1]    # of any format
 
 Every conversion runs in a process of its own, whose anonymous memory is sampled; it may use two of the largest tensors
-and 400 MB. The source is in the page cache for all. Times include the wait until everything is on disk.
+and 400 MB. Times include the wait until everything is on disk. Both sides are treated alike: before each, what is to be
+read is read into the page cache, and as many bytes are written and deleted, so that the memory is at hand.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import os
 import shutil
@@ -43,15 +46,16 @@ def make_source(folder: Path, model: Model) -> None:
         writer.save(weights, moments, Progress(step=1), RunConfig(model=model))
 
 
-def convert(source: Path, target: Path, form: str) -> None:
+def convert(source: Path, target: Path, form: str, layout: str | None = None) -> None:
     from castalia.checkpoint import convert
     from castalia.checkpoint.formats import open_checkpoint
     from castalia.checkpoint.writing import WriteOptions
+    from castalia.cli.convert import parse_layout
 
     checkpoint = convert.prepare(open_checkpoint(source))
-    chosen, options = convert.TARGETS[form], WriteOptions()
+    chosen, options = convert.TARGETS[form], WriteOptions(parse_layout(layout))
     plan = chosen.plan(checkpoint, options)
-    inside = chosen.step_folder.format(step=1) if chosen.nested else ""
+    inside = chosen.step_folder.format(step=checkpoint.progress.step) if chosen.nested else ""
     mark = convert.identity(checkpoint, options, plan)
     convert.write(plan, target, mark, lambda count: None, inside=inside)
 
@@ -75,7 +79,9 @@ def child(work: Callable[..., None], arguments: tuple, connection) -> None:
 
     import castalia.checkpoint.convert
     import castalia.checkpoint.formats.huggingface_write
-    import castalia.checkpoint.formats.native_write  # noqa: F401
+    import castalia.checkpoint.formats.native_write
+    import castalia.checkpoint.formats.neox_write
+    import castalia.cli.convert  # noqa: F401
 
     if work is resave:
         import transformers  # noqa: F401
@@ -119,13 +125,27 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+def settle(read: Path, written: Path, scratch: Path) -> None:
+    """Bring `read` into the page cache; write as many bytes as `written` has, and give their memory back."""
+    for path in read.rglob("*"):
+        if path.is_file():
+            with open(path, "rb", buffering=0) as file:
+                while file.read(1 << 24):
+                    pass
+    copy(written, scratch / "settled")
+    shutil.rmtree(scratch / "settled")
+
+
 def race(name: str, work: Callable[..., None], source: Path, arguments: tuple, rounds: int, scratch: Path) -> Path:
     """One row: the work and a copy of its result take turns. Returns the result's folder."""
     ratios, speeds, peaks = [], [], []
     result = scratch / name.replace(" ", "-")
     for _ in range(rounds):
+        written = result if result.exists() else source
+        settle(source, written, scratch)
         shutil.rmtree(result, ignore_errors=True)
         seconds, peak = timed(work, source, result, *arguments)
+        settle(result, result, scratch)
         start = time.perf_counter()
         copy(result, scratch / "copy")
         copied = time.perf_counter() - start
@@ -139,18 +159,16 @@ def race(name: str, work: Callable[..., None], source: Path, arguments: tuple, r
     return result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--vocab", type=int, default=8192)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", default=".", help="on the disk to be measured")
-    parser.add_argument("--quick", action="store_true", help="a tiny model, one round: does it run?")
-    args = parser.parse_args()
-    if args.quick:
-        args.hidden, args.layers, args.vocab, args.rounds = 64, 2, 512, 1
+def show_head(largest: int, rounds: int) -> None:
+    """`largest`: bytes of the largest tensor."""
+    print(f"{rounds} rounds, {os.cpu_count()} cores; memory: anonymous, above that at start;", end=" ")
+    print(f"allowed are {(2 * largest + ALLOWED_BYTES) / 1e6:.0f} MB\n")
+    print("| from, to | MB | MB/s | speed / cp+sync | range | memory MB |")
+    print("|---|---|---|---|---|---|")
 
+
+def between_formats(args: argparse.Namespace, scratch: Path) -> None:
+    """A made checkpoint to and from each format, and through transformers."""
     model = Model(
         num_layers=args.layers,
         hidden_size=args.hidden,
@@ -160,22 +178,45 @@ def main() -> None:
         parallel_residual=True,
         max_positions=256,
     )
-    largest = 4 * max(args.vocab * args.hidden, 4 * args.hidden**2)
+    make_source(scratch / "source", model)
+    print(f"native checkpoint with optimizer state, {size_of(scratch / 'source') / 1e6:.0f} MB;", end=" ")
+    show_head(4 * max(args.vocab * args.hidden, 4 * args.hidden**2), args.rounds)
+    results = {}
+    for form in FORMATS:
+        results[form] = race(f"native to {form}", convert, scratch / "source", (form,), args.rounds, scratch)
+    for form in FORMATS[1:]:
+        race(f"{form} to native", convert, results[form], ("native",), args.rounds, scratch)
+    race("hf in transformers", resave, results["hf"], (), args.rounds, scratch)
+
+
+def from_source(args: argparse.Namespace, scratch: Path) -> None:
+    """The checkpoint at hand to each format; to NeoX's on other ranks."""
+    from castalia.checkpoint.formats import open_checkpoint
+    from castalia.checkpoint.load import describe
+
+    checkpoint = open_checkpoint(args.source)
+    print(f"{describe(checkpoint)}, {size_of(args.source) / 1e6:.0f} MB;", end=" ")
+    show_head(max(4 * math.prod(ref.shape) for ref in checkpoint.model.values()), args.rounds)
+    for form in FORMATS:
+        arguments, words = ((form, args.layout), f" {args.layout}") if form == "neox" else ((form,), "")
+        shutil.rmtree(race(f"to {form}{words}", convert, args.source, arguments, args.rounds, scratch))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", type=Path, help="a checkpoint of any format, instead of a made one")
+    parser.add_argument("--layout", default="tp=4,pp=2,dp=2,zero=1", help="of NeoX's files made from --source")
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--vocab", type=int, default=16384)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", default=".", help="on the disk to be measured")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, one round: does it run?")
+    args = parser.parse_args()
+    if args.quick:
+        args.hidden, args.layers, args.vocab, args.rounds = 64, 2, 512, 1
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
-        scratch = Path(name)
-        make_source(scratch / "source", model)
-        size = size_of(scratch / "source") / 1e6
-        print(f"native checkpoint with optimizer state, {size:.0f} MB, {args.rounds} rounds, {os.cpu_count()} cores;")
-        print(f"memory: anonymous, above that at start; allowed are {(2 * largest + ALLOWED_BYTES) / 1e6:.0f} MB\n")
-        print("| from, to | MB | MB/s | speed / cp+sync | range | memory MB |")
-        print("|---|---|---|---|---|---|")
-        results = {}
-        for form in FORMATS:
-            work = (convert, scratch / "source", (form,))
-            results[form] = race(f"native to {form}", *work, args.rounds, scratch)
-        for form in FORMATS[1:]:
-            race(f"{form} to native", convert, results[form], ("native",), args.rounds, scratch)
-        race("hf in transformers", resave, results["hf"], (), args.rounds, scratch)
+        (from_source if args.source else between_formats)(args, Path(name))
 
 
 if __name__ == "__main__":
