@@ -91,10 +91,11 @@ class Progress:
     """How far the run was. A run that has not started yet has zeros."""
 
     step: int = 0  # steps done, skipped ones included
-    skipped: int = 0  # steps whose update was left out because the gradient was not finite
+    skipped: int = 0  # steps without an update: an overflow, a spike, or the run went back behind them
     tokens: int = 0
     loss_scale: Mapping[str, float] | None = None  # fp16: the scaler's own counters
     schedule: Mapping[str, object] | None = None  # the original's stored learning-rate schedule, where there is one
+    watch: Mapping[str, Sequence[float]] | None = None  # the last losses and gradient norms, by which spikes are told
 
 
 @dataclass(frozen=True)

@@ -198,6 +198,24 @@ def profile(config: RunConfig) -> Iterator[Problem]:
         )
 
 
+def watch(config: RunConfig) -> Iterator[Problem]:
+    wanted, checkpoint = config.watch, config.checkpoint
+    if wanted.policy != "rewind":
+        return
+    if not checkpoint.save_optimizer:
+        yield Problem(
+            "watch.policy=rewind goes back to checkpoints of its own, with the optimizer's state; remove "
+            "checkpoint.save_optimizer=false",
+            ("watch.policy", "checkpoint.save_optimizer"),
+        )
+    if checkpoint.keep_last and checkpoint.keep_last < wanted.back:
+        yield Problem(
+            f"watch.back={wanted.back} checkpoints are more than checkpoint.keep_last={checkpoint.keep_last}; "
+            f"keep {wanted.back}",
+            ("watch.back", "checkpoint.keep_last"),
+        )
+
+
 def folders(config: RunConfig) -> Iterator[Problem]:
     checkpoint = config.checkpoint
     if checkpoint.init_from and checkpoint.dir and normpath(checkpoint.init_from) == normpath(checkpoint.dir):
@@ -234,6 +252,7 @@ def without_effect(config: RunConfig) -> Iterator[Problem]:
         "checkpoint.step": checkpoint.step is not None and not loads and "nothing is loaded",
         "checkpoint.schedule_from": checkpoint.schedule_from and not checkpoint.resume and "nothing is resumed",
         "checkpoint.load_optimizer": not checkpoint.load_optimizer and not checkpoint.resume and "nothing is resumed",
+        "watch.back": config.watch.policy != "rewind" and f"watch.policy is {config.watch.policy}",
         "eval.every": data.train and not data.valid and "data.valid is empty, so there is nothing to evaluate on",
     }
     for path, reason in idle.items():
@@ -248,5 +267,5 @@ def _is_default(config: RunConfig, path: str) -> bool:
     return bool(getattr(values, name) == type(values).model_fields[name].default)
 
 
-CONTRADICTIONS = (heads, mup, lengths, layout, batch, learning_rates, corpora, profile)
+CONTRADICTIONS = (heads, mup, lengths, layout, batch, learning_rates, corpora, profile, watch)
 SURPRISES = (folders, without_effect)

@@ -326,6 +326,24 @@ class Log(Section):
     )
 
 
+class Watch(Section):
+    """What is noticed while training goes to events.jsonl; the policy says what becomes of spikes."""
+
+    policy: Literal["report", "stop", "skip", "rewind"] = Field(
+        "report",
+        description="of a step whose loss or gradient norm is a spike: apply it nevertheless; save what was before it "
+        "and stop; leave its update out; go back to an earlier checkpoint and leave out all batches since then",
+    )
+    window: int = Field(
+        100, ge=8, description="steps whose median is the usual value; until half of them are done nothing is a spike"
+    )
+    threshold: PositiveFloat = Field(
+        10.0, description="a spike is so many spreads above the median; the spread is told from changes step by step"
+    )
+    back: PositiveInt = Field(1, description="of rewind: how many checkpoints")
+    dead_every: PositiveInt | None = Field(100, description="look for MLP units without gradient after so many steps")
+
+
 class Eval(Section):
     every: PositiveInt | None = Field(1000, description="evaluate after so many steps; None: never between")
     batches: NonNegativeInt = Field(10, description="global batches of one evaluation")
@@ -359,6 +377,7 @@ class RunConfig(Section):
     train: Train = Train()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
+    watch: Watch = Watch()
     eval: Eval = Eval()
     generate: Generate = Generate()
     seed: PositiveInt = Field(1234, description="of initial weights, data order and dropout")

@@ -71,8 +71,6 @@ def check_run(config: RunConfig, world: int) -> None:
             f"optimizer.name={config.optimizer.name} looks at whole matrices, but several ranks hold parts of them; "
             "use adamw, lion or sgd, or one process"
         )
-    if config.log.layers_every:
-        problems.append("log.layers_every looks at whole tensors; remove it, or use one process")
     if config.train.batch_size or config.train.micro_batch_size:
         problems += _unsuitable(config.parallel, batch_plan(config, sizes.dp).accumulation)
     if problems:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from castalia.config.schema import Log
+from castalia.parallel.engine import Engine
+from castalia.train.layers import activation_statistics, tensor_statistics
+from castalia.train.metrics import as_line
 
 LAYERS = "layers.jsonl"
 SUMMARY_ROWS = 20
@@ -26,27 +26,36 @@ class Instruments:
         self,
         log: Log,
         folder: Path,
-        modules: Mapping[str, nn.Module],
-        parameters: Mapping[str, nn.Parameter],
+        engine: Engine,
         say: Callable[[str], None],
     ):
-        self.log, self.folder, self.modules, self.parameters, self.say = log, folder, modules, parameters, say
+        self.log, self.folder, self.engine, self.say = log, folder, engine, say
         self.profiler: profile | None = None
 
     @contextmanager
-    def around(self, step: int, loss_scale: float = 1.0) -> Iterator[None]:
+    def around(self, step: int) -> Iterator[None]:
         wanted = self.log.profile
         if wanted and self.profiler is None and wanted.start <= step <= wanted.stop:
             self._start_profile()
-        if self.log.layers_every and step % self.log.layers_every == 0:
-            with layer_statistics(self.modules, self.parameters, loss_scale) as found:
+        if self._shows_layers(step):
+            with activation_statistics(self.engine) as self.activations:
                 yield
-            with open(self.folder / LAYERS, "a") as file:
-                file.write(json.dumps({"step": step, **found}) + "\n")
         else:
             yield
         if wanted and step == wanted.stop:
             self._write_profile()
+
+    def before_update(self, step: int, loss_scale: float = 1.0) -> None:
+        """To be called when the step's gradients are complete."""
+        if not self._shows_layers(step):
+            return
+        found = {"activations": self.activations(), **tensor_statistics(self.engine, loss_scale)}
+        if self.engine.rank == 0:
+            with open(self.folder / LAYERS, "a") as file:
+                file.write(as_line({"step": step, **found}))
+
+    def _shows_layers(self, step: int) -> bool:
+        return self.log.layers_every is not None and step % self.log.layers_every == 0
 
     def _start_profile(self) -> None:
         activities = [ProfilerActivity.CPU]
@@ -84,48 +93,3 @@ class Instruments:
 
     def __exit__(self, *_: object) -> None:
         self._write_profile()
-
-
-@contextmanager
-def layer_statistics(
-    modules: Mapping[str, nn.Module], parameters: Mapping[str, nn.Parameter], loss_scale: float = 1.0
-) -> Iterator[dict[str, Any]]:
-    """Fills in, while it is open, what each module gave last, and each parameter's gradient before clipping.
-
-    `activations`: rms, largest magnitude and share of zeros; `gradients`: norm and share of zeros; `weights`: norms
-    at the start.
-    """
-    found: dict[str, Any] = {"activations": {}, "gradients": {}}
-    found["weights"] = {name: parameter.detach().norm().item() for name, parameter in parameters.items()}
-    handles = [
-        module.register_forward_hook(lambda _, __, output, name=name: _note_output(found, name, output))
-        for name, module in modules.items()
-    ]
-    handles += [
-        parameter.register_post_accumulate_grad_hook(lambda p, name=name: _note_gradient(found, name, p, loss_scale))
-        for name, parameter in parameters.items()
-        if parameter.requires_grad
-    ]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@torch.no_grad()
-def _note_output(found: dict[str, Any], name: str, output: Tensor) -> None:
-    wide = output.float()
-    found["activations"][name] = {
-        "rms": wide.square().mean().sqrt().item(),
-        "max": wide.abs().max().item(),
-        "zeros": (wide == 0).float().mean().item(),
-    }
-
-
-@torch.no_grad()
-def _note_gradient(found: dict[str, Any], name: str, parameter: Tensor, loss_scale: float) -> None:
-    """Called after each micro-batch; the last one has the whole gradient."""
-    assert parameter.grad is not None
-    zeros = (parameter.grad == 0).float().mean().item()
-    found["gradients"][name] = {"norm": parameter.grad.norm().item() / loss_scale, "zeros": zeros}

@@ -6,11 +6,13 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from castalia.checkpoint.formats.native import Writer, saved_steps
 from castalia.checkpoint.load import optimizer_state
@@ -34,15 +36,18 @@ from castalia.train.folder import (
     write_config,
 )
 from castalia.train.hardware import choose_device, keep_freed_memory, peak_flops
+from castalia.train.history import way_to
 from castalia.train.instruments import Instruments
 from castalia.train.measure import PeakMemory, describe_memory
-from castalia.train.metrics import Metrics, truncate_metrics, write_event
+from castalia.train.metrics import Metrics, read_events, truncate_metrics, write_event
 from castalia.train.report import planned_layout, show_first_loss, show_report
 from castalia.train.schedule import is_save_step
-from castalia.train.start import Session, architecture, find_source, start
+from castalia.train.start import Session, architecture, find_source, restore, start
 from castalia.train.step import StepResult
+from castalia.train.watch import Pace, Spikes, Watch, data_of_step
 
 TOGETHER_S = 1.0  # signals within this time are one
+MAX_REWINDS = 3  # to one and the same checkpoint
 Evaluate = Callable[[Engine, Iterable[Batch]], Mapping[str, float]]
 
 
@@ -114,6 +119,12 @@ class Run:
         self.progress = session.progress
         self.saved_step: int | None = session.progress.step if in_place and session.resumed else None
         self.valid = _validation_data(session.config)
+        self.pace, self.rewound = Pace(self.config.watch.window), Counter[int]()
+        self.watch = Watch(
+            *(self.config.watch, session.engine, session.data, session.tokenizer, session.progress.watch),
+            event=self._event,
+            say=display.line,
+        )
 
     def __enter__(self) -> Run:
         engine, saves = self.session.engine, self.config.checkpoint
@@ -148,8 +159,7 @@ class Run:
     def _instruments(self) -> Instruments:
         engine = self.session.engine
         log = self.config.log if self.is_main else self.config.log.model_copy(update={"profile": None})
-        modules = {f"blocks.{i}": block for model in engine.models for i, block in model.blocks.items()}
-        return Instruments(log, self.folder, modules, engine.parameters, self.display.line)
+        return Instruments(log, self.folder, engine, self.display.line)
 
     def _event(self, event: str, **facts: Any) -> None:
         if self.is_main:
@@ -216,23 +226,76 @@ class Run:
         session, done = self.session, self.progress.step
         begin = time.perf_counter()
         try:
-            with self.instruments.around(done + 1, session.step.scaler.scale if session.step.scaler else 1.0):
-                result = session.step(done, session.batch(done))
+            with self.instruments.around(done + 1):
+                result = session.step(done, session.batch(done), self._judge)
         except TrainingError as error:
-            positions = session.data.positions(done)
-            pieces = [[*piece] for position in positions for piece in session.data.pieces(int(position))]
-            data = {"samples": positions.tolist(), "pieces": pieces}  # a piece: corpus, document, first token, end
+            data = data_of_step(session.data, session.tokenizer, done)
             self._event("error", step=done + 1, message=str(error), **data)
             raise
         seconds = time.perf_counter() - begin
+        finding = self.watch.finding
+        if finding and self.config.watch.policy == "stop":
+            self._stop_at_spike()
         self.progress = Progress(
             step=done + 1,
             skipped=session.step.skipped,
             tokens=self.progress.tokens + session.tokens_per_step,
             loss_scale=session.step.scaler.state() if session.step.scaler else None,
             schedule=session.step.rate.stored() | session.exact.stored(),
+            watch=self.watch.spikes.stored(),
         )
+        if finding and self.config.watch.policy == "rewind":
+            self._rewind()
+        if usual := self.pace.look(seconds):
+            self._event("slow", step=done + 1, seconds=round(seconds, 6), usual_seconds=round(usual, 6))
+            self.display.line(f"step {done + 1}: steps take {seconds / usual:.1f} times as long as before")
         return result, seconds
+
+    def _judge(self, loss: float, norm: float) -> bool:
+        """Whether the update of the step that has its gradients is applied."""
+        scaler, step = self.session.step.scaler, self.progress.step + 1
+        self.instruments.before_update(step, scaler.scale if scaler else 1.0)
+        return self.watch.allows(step, loss, norm, scaler)
+
+    def _stop_at_spike(self) -> NoReturn:
+        before = self.progress.step
+        if self.saved_step != before:
+            self.save()
+        raise TrainingError(
+            f"step {before + 1} is a spike, and watch.policy=stop; the state before it is saved as step {before}. Look "
+            f"at it: castalia replay {self.folder} --step {before + 1}; go on without its update: castalia train "
+            f"{self.folder} watch.policy=skip"
+        )
+
+    def _rewind(self) -> None:
+        """Back to the weights of an earlier checkpoint. The steps since then are done, as data goes, but skipped."""
+        session, done = self.session, self.progress.step
+        self.writer.join()
+        path = session.engine.gather(self._checkpoint_to_return_to(done))[0]
+        if path is None:
+            raise TrainingError(
+                f"step {done} is a spike, but no checkpoint of this run is left to go back to; save more often "
+                "(checkpoint.every, checkpoint.steps=[0]), or set watch.policy=skip"
+            )
+        saved = restore(session, path)
+        self.rewound[saved.step] += 1
+        if self.rewound[saved.step] > MAX_REWINDS:
+            raise TrainingError(
+                f"step {done} is a spike, and going back to step {saved.step} did not help {MAX_REWINDS} times: these "
+                "data alone are not the cause. Go further back (watch.back), or lower optimizer.lr"
+            )
+        session.step.skipped = saved.skipped + done - saved.step
+        self.watch.spikes = Spikes(self.config.watch, saved.watch)
+        self.progress = replace(
+            self.progress, skipped=session.step.skipped, loss_scale=saved.loss_scale, watch=saved.watch
+        )
+        self._event("rewind", step=done, back_to=saved.step)
+        self.display.line(f"the weights are those of step {saved.step} again; batches up to step {done} are left out")
+
+    def _checkpoint_to_return_to(self, done: int) -> Path | None:
+        on_disk = saved_steps(self.folder / "checkpoints")
+        known = [step for step in way_to(read_events(self.folder), done).saved if step in on_disk]
+        return on_disk[known[-self.config.watch.back :][0]] if known else None
 
     def _record(self, result: StepResult, seconds: float) -> dict[str, float | int]:
         record = {
@@ -245,7 +308,9 @@ class Run:
             "seconds": round(seconds, 6),
         }
         if self.session.step.scaler:
-            record |= {"loss_scale": self.session.step.scaler.scale, "skipped": self.progress.skipped}
+            record["loss_scale"] = self.session.step.scaler.scale
+        if self.session.step.scaler or self.progress.skipped:
+            record["skipped"] = self.progress.skipped
         return record
 
     def _evaluates(self, done: int) -> bool:

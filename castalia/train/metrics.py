@@ -22,7 +22,7 @@ class Metrics:
         self.file = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - open as long as the run
 
     def write(self, record: Mapping[str, Any]) -> None:
-        self.file.write(_line(record))
+        self.file.write(as_line(record))
         for sink in self.sinks:
             sink.write(record)
 
@@ -35,7 +35,7 @@ class Metrics:
 def write_event(folder: Path, event: str, **facts: Any) -> None:
     """Appends what happened, with the time, to events.jsonl."""
     with open(folder / "events.jsonl", "a") as file:
-        file.write(_line({"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts}))
+        file.write(as_line({"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts}))
 
 
 def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
@@ -59,17 +59,18 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
 
 def truncate_metrics(folder: Path, step: int) -> None:
     """Drops the records after `step`: the resumed run writes them again."""
-    kept = "".join(_line(record) for record in read_metrics(folder) if record["step"] <= step)
+    kept = "".join(as_line(record) for record in read_metrics(folder) if record["step"] <= step)
     temporary = folder / "metrics.jsonl.tmp"
     temporary.write_text(kept)
     os.replace(temporary, folder / "metrics.jsonl")
 
 
-def _line(record: Mapping[str, Any]) -> str:
-    finite = {key: _or_null(value) for key, value in record.items()}
-    return json.dumps(finite, allow_nan=False) + "\n"
+def as_line(record: Mapping[str, Any]) -> str:
+    return json.dumps(_without_infinity(record), allow_nan=False) + "\n"
 
 
-def _or_null(value: Any) -> Any:
-    """JSON has no infinity: a skipped step's gradient norm is null."""
+def _without_infinity(value: Any) -> Any:
+    """JSON has none: a skipped step's gradient norm is null."""
+    if isinstance(value, Mapping):
+        return {key: _without_infinity(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -135,6 +136,18 @@ def make_engine(config: RunConfig, dtype: torch.dtype, device: torch.device, pla
     from castalia.parallel.ranks import Ranks  # brings in pipelining and sharding, which take a second to import
 
     return Ranks(config, dtype, device, plan)
+
+
+def restore(session: Session, path: Path) -> Progress:
+    """Puts weights, optimizer and loss scale back to a checkpoint of this run, and tells how far it was."""
+    saved, engine, model = open_checkpoint(path), session.engine, session.config.model
+    assert model is not None
+    load_engine(engine, model, saved)
+    for parameters in (engine.parameters, engine.duplicates):
+        load_optimizer(session.optimizer, parameters, saved, model.vocab_size, engine_shard(engine))
+    if session.step.scaler and saved.progress.loss_scale:
+        session.step.scaler.restore(saved.progress.loss_scale)
+    return saved.progress
 
 
 def load_engine(engine: Engine, model: Model, source: Checkpoint) -> LoadReport:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,13 +19,14 @@ from castalia.train.schedule import LearningRate
 from castalia.train.watch import first_cause
 
 MAX_SKIPPED_IN_A_ROW = 50
+Judge = Callable[[float, float], bool]  # of a step's loss and gradient norm: whether they may change the model
 
 
 class StepResult(NamedTuple):
     loss: float
     grad_norm: float  # before clipping
     lr: float
-    applied: bool  # False where an fp16 overflow left the update out
+    applied: bool  # False where an fp16 overflow or a judge left the update out
 
 
 class TrainStep:
@@ -54,10 +56,11 @@ class TrainStep:
         self.skipped = skipped
         self.skipped_in_a_row = 0
 
-    def __call__(self, step: int, batch: Batch) -> StepResult:
+    def __call__(self, step: int, batch: Batch, judge: Judge = lambda loss, norm: True) -> StepResult:
         """Trains on this data rank's part of the batch of `step` (from 0).
 
-        Raises TrainingError, on all ranks, where loss or gradients are not finite.
+        `judge` is called on all ranks once the gradients are complete; where it says no the update is left out.
+        Raises TrainingError, on all ranks, where it says yes though loss or gradients are not finite.
         """
         lr = self.rate(step - self.skipped)
         scale = self.scaler.scale if self.scaler else 1.0
@@ -65,18 +68,19 @@ class TrainStep:
         norm_tensor = self.engine.gradient_norm()
         loss, norm = torch.stack([loss_tensor, norm_tensor]).tolist()  # the step's only wait for the device
         norm /= scale
-        applied = math.isfinite(loss) and math.isfinite(norm)
-        if applied:
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        wanted = judge(loss, norm)
+        if finite and wanted:
             clip = max(1.0, (norm + 1e-6) / self.clip_norm) if self.clip_norm else 1.0
             if scale * clip != 1.0:
                 torch._foreach_mul_(self.engine.gradients(), 1.0 / (scale * clip))
             set_rate(self.optimizer, lr)
             self.optimizer.step()
-        elif self.scaler is None:
+        elif wanted and self.scaler is None:
             raise TrainingError(self._explain(step, batch, loss))
         self.optimizer.zero_grad(set_to_none=True)
-        self._count(step, applied)
-        return StepResult(loss, norm, lr, applied)
+        self._count(step, finite, finite and wanted)
+        return StepResult(loss, norm, lr, finite and wanted)
 
     def _forward_backward(self, step: int, batch: Batch, scale: float) -> torch.Tensor:
         """Leaves scaled gradients of the loss in the parameters; returns the loss, unscaled, on the device."""
@@ -93,15 +97,15 @@ class TrainStep:
         seeds = [dropout_seed(self.seed, step, micro, self.engine.data_rank) for micro in range(plan.accumulation)]
         return self.engine.forward_backward(as_rows(batch), weights, scale * self.gradient_factor, seeds)
 
-    def _count(self, step: int, applied: bool) -> None:
+    def _count(self, step: int, finite: bool, applied: bool) -> None:
         if self.scaler:
-            self.scaler.update(overflow=not applied)
+            self.scaler.update(overflow=not finite)
         self.skipped += not applied
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise TrainingError(
-                f"{MAX_SKIPPED_IN_A_ROW} steps in a row, up to step {step + 1}, overflowed and were skipped; "
-                "train in bf16 (precision.compute=bf16) or lower optimizer.lr"
+                f"{MAX_SKIPPED_IN_A_ROW} steps in a row, up to step {step + 1}, overflowed or were spikes and were "
+                "skipped; train in bf16 (precision.compute=bf16) or lower optimizer.lr"
             )
 
     def _explain(self, step: int, batch: Batch, loss: float) -> str:

@@ -60,7 +60,6 @@ def test_the_grid(world, parallel, expected):
         ),
         (2, ["parallel.tp=2", "model.qk_norm=true"], "model.qk_norm is one norm over all heads.* use tp=1"),
         (2, ["optimizer.name=muon"], "optimizer.name=muon looks at whole matrices.* use adamw, lion or sgd"),
-        (2, ["log.layers_every=1"], "log.layers_every looks at whole tensors; remove it, or use one process"),
         (3, ["train.batch_size=16"], "train.batch_size=16 does not divide into .*3 data-parallel ranks"),
     ],
 )

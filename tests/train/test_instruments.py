@@ -2,33 +2,49 @@ import json
 
 import pytest
 import torch
-from torch import nn
 
 from castalia.evaluate.perplexity import evaluate
-from castalia.train.instruments import layer_statistics
+from castalia.train.layers import activation_statistics, dead_units, tensor_statistics
 from castalia.train.loop import train
+from castalia.train.start import start
 
 
 def records(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_statistics_are_those_of_the_last_forward_and_the_whole_gradient():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
-    parameters = dict(model.named_parameters())
-    inputs = [torch.randn(5, 4), torch.randn(5, 4)]
-    with layer_statistics({"relu": model[1]}, parameters, loss_scale=8.0) as found:
-        for x in inputs:
-            (8.0 * model(x).sum()).backward()
-    output = model(inputs[1])
-    assert found["activations"]["relu"]["rms"] == pytest.approx(output.square().mean().sqrt().item())
-    assert found["activations"]["relu"]["zeros"] == pytest.approx((output == 0).float().mean().item())
-    assert found["activations"]["relu"]["max"] == pytest.approx(output.max().item())
-    assert found["gradients"]["0.weight"]["norm"] == pytest.approx(parameters["0.weight"].grad.norm().item() / 8)
-    assert found["weights"]["0.bias"] == pytest.approx(parameters["0.bias"].norm().item())
-    model(inputs[0]).sum().backward()
-    assert found["activations"]["relu"]["max"] == pytest.approx(output.max().item())  # no hook stayed
+def test_statistics_are_those_of_the_whole_step(tiny):
+    session = start(tiny("unused", "model.activation=relu"))
+    weights = {name: p.detach().clone() for name, p in session.engine.parameters.items()}
+    outputs, gradients = [], {}
+    block = session.engine.models[0].blocks["1"]
+    handle = block.register_forward_hook(lambda module, inputs, output: outputs.append(output.detach()))
+    with activation_statistics(session.engine) as activations:
+
+        def judge(loss, norm):
+            gradients.update({name: p.grad.clone() for name, p in session.engine.parameters.items()})
+            gradients["blocks.0.mlp.up.weight"][:3] = 0
+            session.engine.parameters["blocks.0.mlp.up.weight"].grad[:3] = 0
+            found.update(tensor_statistics(session.engine, 8.0), dead=dead_units(session.engine))
+            return True
+
+        found = {}
+        session.step(0, session.batch(0), judge)
+        blocks = activations()
+    handle.remove()
+    output = torch.stack(outputs)
+    assert output.shape == (2, 4, 16, 32)  # both micro-batches
+    assert blocks["blocks.1"]["rms"] == pytest.approx(output.square().mean().sqrt().item())
+    assert blocks["blocks.1"]["max"] == pytest.approx(output.abs().max().item())
+    assert blocks["blocks.1"]["zeros"] == 0
+    assert list(found["weights"]) == list(weights)
+    for name, weight in weights.items():
+        assert found["weights"][name] == pytest.approx(weight.norm().item(), rel=1e-5)
+        assert found["gradients"][name]["norm"] == pytest.approx(gradients[name].norm().item() / 8, rel=1e-5)
+        assert found["gradients"][name]["zeros"] == pytest.approx((gradients[name] == 0).float().mean().item())
+    assert found["dead"]["blocks.0.mlp.up.weight"] >= 3
+    session.step(1, session.batch(1))
+    assert activations()["blocks.1"] == blocks["blocks.1"]  # no hook stayed
 
 
 def test_a_run_writes_layers_and_a_profile_and_trains_as_without(tiny, straight, tmp_path):
