@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+import pickle
 import queue
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -17,7 +19,8 @@ import torch.multiprocessing as mp
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 SIZE = 8
-TIMEOUT_S = 120.0
+MEET_S = 240.0  # what ranks wait for each other: on a machine with other work seconds become minutes
+TIMEOUT_S = 600.0
 
 
 class Pool:
@@ -38,18 +41,13 @@ class Pool:
         if not self.workers:
             self._start()
         self.tasks += 1
+        job = pickle.dumps((task, args))
         for inbox in self.queues[:world]:
-            inbox.put((self.tasks, world, task, args))
-        answers: dict[int, tuple[Any, str | None]] = {}
-        try:
-            while len(answers) < world:
-                rank, result, failure = self.results.get(timeout=TIMEOUT_S)
-                answers[rank] = result, failure
-        except queue.Empty:
-            pass
+            inbox.put((self.tasks, world, job))
+        answers = self._answers(world)
         missing = set(range(world)) - set(answers)
         failures = [f"rank {rank}:\n{failure}" for rank, (_, failure) in sorted(answers.items()) if failure]
-        failures += [f"rank {rank}: no answer within {TIMEOUT_S:g} s" for rank in missing]
+        failures += [f"rank {rank}: no answer, exit code {self.workers[rank].exitcode}" for rank in missing]
         if missing:
             self.close()
         errors = [result for result, failure in answers.values() if failure]
@@ -57,6 +55,19 @@ class Pool:
             raise errors[0]
         assert not failures, "\n".join(failures)
         return [answers[rank][0] for rank in range(world)]
+
+    def _answers(self, world: int) -> dict[int, tuple[Any, str | None]]:
+        """Result and failure of each rank that answers: all of them, unless one dies or time runs out."""
+        answers: dict[int, tuple[Any, str | None]] = {}
+        end = time.monotonic() + TIMEOUT_S
+        while len(answers) < world and time.monotonic() < end:
+            try:
+                rank, result, failure = pickle.loads(self.results.get(timeout=1.0))
+                answers[rank] = result, failure
+            except queue.Empty:
+                if not all(worker.is_alive() for worker in self.workers[:world]):
+                    break
+        return answers
 
     def _start(self) -> None:
         self.results = self.context.Queue()
@@ -79,14 +90,15 @@ class Pool:
 
 def _work(rank: int, port: int, inbox: Any, results: Any) -> None:
     torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port)
+    store, timeout = dist.TCPStore("127.0.0.1", port), timedelta(seconds=MEET_S)
     while (job := inbox.get()) is not None:
-        number, world, task, args = job
+        number, world, call = job
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
         result, failure = None, None
         try:
+            task, args = pickle.loads(call)
             group = dist.PrefixStore(f"task{number}", store)
-            dist.init_process_group("gloo", store=group, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+            dist.init_process_group("gloo", store=group, rank=rank, world_size=world, timeout=timeout)
             result = task(*args)
         except BaseException as error:  # noqa: BLE001 - whatever it is, the test shows it
             result, failure = error, traceback.format_exc()
@@ -94,12 +106,20 @@ def _work(rank: int, port: int, inbox: Any, results: Any) -> None:
             if dist.is_initialized():
                 dist.destroy_process_group()
             _forget_meshes()
-        results.put((rank, result, failure))
+        results.put(_packed(rank, result, failure))
+
+
+def _packed(rank: int, result: Any, failure: str | None) -> bytes:
+    try:
+        return pickle.dumps((rank, result, failure))
+    except (pickle.PicklingError, AttributeError, TypeError) as error:  # which a queue would drop without a word
+        return pickle.dumps((rank, RuntimeError(str(error)), failure or traceback.format_exc()))
 
 
 def _forget_meshes() -> None:
     """DTensor remembers redistributions by mesh, and a later task's mesh equals that of a group that is gone."""
     _clear_sharding_prop_cache()
     for value in gc.get_objects():
-        if isinstance(value, _lru_cache_wrapper) and value.__module__.startswith("torch.distributed"):
+        # Not isinstance, which asks a weak proxy for the class of an object that may be gone.
+        if type(value) is _lru_cache_wrapper and value.__module__.startswith("torch.distributed"):
             value.cache_clear()
