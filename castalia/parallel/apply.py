@@ -9,11 +9,11 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from castalia.config.schema import Parallel, RunConfig
 from castalia.model.transformer import Transformer
-from castalia.parallel.layout import stages_per_rank
 from castalia.parallel.mesh import Mesh
-from castalia.parallel.pipeline import cut_stage, stages_of_rank
+from castalia.parallel.pipeline import cut_stage
 from castalia.parallel.recompute import apply_recompute, has_dropout
 from castalia.parallel.tensor import apply_tensor_parallel, replicate_rest
+from castalia.plan.layout import stages_of_rank, stages_per_rank
 
 
 def build_stages(
@@ -21,9 +21,10 @@ def build_stages(
 ) -> dict[int, Transformer]:
     """This rank's part of the model by stage number (one stage, 0, without a pipeline), its parameters still unset."""
     assert cfg.model is not None
-    num_stages = cfg.parallel.pp * stages_per_rank(cfg.parallel)
+    wanted, each = cfg.parallel, stages_per_rank(cfg.parallel)
+    num_stages = wanted.pp * each
     stages = {}
-    for index in stages_of_rank(cfg.parallel, mesh.pp_rank):
+    for index in stages_of_rank(wanted.pipeline, wanted.pp, each, mesh.pp_rank):
         with torch.device("meta"):
             model = Transformer(cfg.model, compute_dtype=compute_dtype, exact=cfg.neox_exact, z_loss=cfg.train.z_loss)
         if num_stages > 1:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from castalia.config.batch import batch_plan
 from castalia.config.schema import Parallel, RunConfig
 from castalia.errors import ConfigError
+from castalia.plan.layout import stages_per_rank
 
 
 class Layout(NamedTuple):
@@ -129,13 +130,6 @@ def _unsuitable(parallel: Parallel, count: int) -> list[str]:
             f"parallel.pp={parallel.pp}; use at least {2 * parallel.pp}"
         ]
     return []
-
-
-def stages_per_rank(parallel: Parallel) -> int:
-    """Pipeline stages on each pipeline rank."""
-    if parallel.pp == 1:
-        return 1
-    return parallel.stages_per_rank or (2 if parallel.pipeline in ("interleaved", "zero-bubble") else 1)
 
 
 def _divisors(number: int) -> list[int]:

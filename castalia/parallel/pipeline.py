@@ -19,10 +19,9 @@ from torch.distributed.pipelining.schedules import (
 from castalia.config.schema import Parallel
 from castalia.model.transformer import Transformer
 from castalia.parallel.engine import Rows
-from castalia.parallel.layout import stages_per_rank
 from castalia.parallel.mesh import Mesh
 from castalia.parallel.shards import local
-from castalia.plan.layout import stages
+from castalia.plan.layout import stages, stages_per_rank
 
 SCHEDULES: dict[str, Any] = {
     "gpipe": ScheduleGPipe,
@@ -30,14 +29,6 @@ SCHEDULES: dict[str, Any] = {
     "interleaved": ScheduleInterleaved1F1B,
     "zero-bubble": ScheduleZBVZeroBubble,
 }
-
-
-def stages_of_rank(parallel: Parallel, pp_rank: int) -> list[int]:
-    """Stage numbers on a pipeline rank: rank, rank + pp, ...; zero-bubble folds them into a V."""
-    count = stages_per_rank(parallel)
-    if parallel.pipeline == "zero-bubble" and parallel.pp > 1:
-        return [pp_rank, 2 * parallel.pp - 1 - pp_rank]
-    return [pp_rank + i * parallel.pp for i in range(count)]
 
 
 def cut_stage(model: Transformer, index: int, num_stages: int, seq_length: int) -> Transformer:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from castalia.config.schema import Model
+from castalia.config.schema import Model, Parallel
 from castalia.plan.flops import block_flops, head_flops
 
 
@@ -87,10 +87,11 @@ def stages(model: Model, pp: int, length: int) -> tuple[Stage, ...]:
     return tuple(Stage(i, n, i == 0, i == pp - 1) for i, n in enumerate(layers))
 
 
-def stages_per_rank(pp: int, pipeline: str, wanted: int | None) -> int:
-    if pp == 1:
+def stages_per_rank(parallel: Parallel) -> int:
+    """Pipeline stages on each pipeline rank."""
+    if parallel.pp == 1:
         return 1
-    return wanted or (2 if pipeline in ("interleaved", "zero-bubble") else 1)
+    return parallel.stages_per_rank or (2 if parallel.pipeline in ("interleaved", "zero-bubble") else 1)
 
 
 def stages_of_rank(pipeline: str, pp: int, stages_per_rank: int, rank: int) -> list[int]:

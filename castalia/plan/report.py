@@ -149,7 +149,7 @@ def layout_of(config: RunConfig, gpus: int | None) -> tuple[Layout, list[str]]:
             accumulation=accumulation,
             recompute=config.train.recompute,
             pipeline=parallel.pipeline,
-            stages_per_rank=stages_per_rank(parallel.pp, parallel.pipeline, parallel.stages_per_rank),
+            stages_per_rank=stages_per_rank(parallel),
             offload=parallel.offload,
         ),
         assumed,
