@@ -247,6 +247,7 @@ def without_effect(config: RunConfig) -> Iterator[Problem]:
         "data.split": data.train and "data.train is given",
         "data.weight_alpha": data.weight_alpha != 1 and not data.weight_by_documents and "no weight_by_documents",
         "parallel.sequence_parallel": parallel.sequence_parallel and parallel.tp == 1 and "parallel.tp is 1",
+        "parallel.cp_kind": parallel.cp == 1 and "parallel.cp is 1",
         "checkpoint.log_until": checkpoint.log_until and not checkpoint.log_base and "there is no log_base",
         "checkpoint.keep_every": checkpoint.keep_every and not checkpoint.keep_last and "there is no keep_last",
         "checkpoint.step": checkpoint.step is not None and not loads and "nothing is loaded",

@@ -224,6 +224,11 @@ class Parallel(Section):
     tp: PositiveInt = Field(1, description="tensor ranks: heads, MLP widths and vocabulary are split")
     pp: PositiveInt = Field(1, description="pipeline ranks: blocks are split")
     cp: PositiveInt = Field(1, description="context ranks: sequences are split")
+    cp_kind: Literal["gather", "ulysses", "ring"] = Field(
+        "gather",
+        description="how context ranks attend: all gather keys and values; each takes whole sequences of its share of "
+        "the heads; keys and values travel around (CUDA only)",
+    )
     zero: Literal[0, 1, 2, 3] = Field(
         0, description="0 replicate; 1, 2 shard optimizer and gradients; 3 parameters too"
     )

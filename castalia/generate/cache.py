@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class KVCache:
@@ -30,6 +33,13 @@ class KVCache:
         steps = torch.arange(count, device=self.rows.device)[None]
         self.places = steps + (self.length if self.lengths is None else self.lengths[:, None])
         return self.places
+
+    def num_keys(self, count: int) -> int:
+        return self.length + count
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """Attention with all tokens so far."""
+        return F.scaled_dot_product_attention(q, *self.append(layer, k, v), **options)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store one layer's keys and values [rows, kv, t, d] at the reserved places; all so far, [rows, kv, k, d]."""

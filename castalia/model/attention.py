@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,10 @@ from castalia.model.positions import alibi_slopes, rotate
 
 
 class Cache(Protocol):
-    """Keys and values of earlier tokens. `lengths` [b] where rows differ, else None and `length` holds for all."""
+    """What attention sees besides the tokens at hand: earlier ones, or those of other ranks.
+
+    `length` tokens come before these; where rows differ, `lengths` [b], which is None otherwise.
+    """
 
     length: int
     lengths: Tensor | None
@@ -24,8 +28,12 @@ class Cache(Protocol):
         """The places of the next `count` tokens: [b, count], or [1, count] where all rows are alike."""
         ...
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one layer's [b, kv, t, d] at the reserved places and return all that it has, [b, kv, k, d]."""
+    def num_keys(self, count: int) -> int:
+        """How many keys a mask has to tell of when `count` tokens are at hand."""
+        ...
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """One layer's scaled dot-product attention with these and all other tokens, each [b, heads, t, d]."""
         ...
 
     def advance(self, count: int) -> None:
@@ -68,9 +76,9 @@ class Attention(nn.Module):
         if context.rotary is not None:
             qk = rotate(qk, *context.rotary)
         q, k, v = qk[..., :-1, :].flatten(2, 3).transpose(1, 2), qk[..., -1, :].transpose(1, 2), v.transpose(1, 2)
-        if context.cache is not None:
-            k, v = context.cache.append(self.layer, k, v)
-        mixed = F.scaled_dot_product_attention(
+        cache = context.cache
+        attend = F.scaled_dot_product_attention if cache is None else partial(cache.attend, self.layer)
+        mixed = attend(
             q,
             k,
             v,

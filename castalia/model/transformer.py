@@ -112,7 +112,7 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """The hidden state [b, t, h] from which logits come, so that a caller can choose the tokens it needs."""
         t = tokens.shape[1]
-        start = 0 if cache is None else cache.length
+        start, num_keys = (0, t) if cache is None else (cache.length, cache.num_keys(t))
         # Places in the sequence, which say who sees whom; `positions` may differ from them.
         places = torch.arange(t, device=tokens.device)[None] if cache is None else cache.reserve(t)
         if positions is None:
@@ -122,7 +122,7 @@ class Transformer(nn.Module):
             end = int(positions.max()) + 1
         x = tokens if tokens.is_floating_point() else self.embedded(tokens, positions, end)
         rotary = None if self.rotary is None else self.rotary(positions, end, x.dtype)
-        context = self.context(rotary, places, start + t, documents, cache)
+        context = self.context(rotary, places, num_keys, documents, cache)
         for block in self.blocks.values():
             x = block(x, context)
         if cache is not None:

@@ -1,19 +1,25 @@
-"""Context parallelism: each rank holds a run of every sequence; attention gathers the keys and values before it."""
+"""Context parallelism: each rank holds a run of every sequence, and attention brings the runs together.
+
+Each way is a cache (see `castalia.model.attention.Cache`) whose other tokens are those of the other ranks. Nothing is
+kept from one forward pass to the next.
+"""
 
 from __future__ import annotations
 
+from math import lcm
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.experimental import _attention
+from torch.nn import functional as F
 
 
-class GatheredKeys:
-    """A cache (see `castalia.model.attention.Cache`) whose earlier tokens are those of the ranks before this one.
-
-    Every rank needs keys and values of its own and all earlier tokens; their gradients are summed back where they
-    came from. Works for any head count, grouped heads, windows and biases.
-    """
+class Runs:
+    """This rank's run of each sequence."""
 
     lengths = None
 
@@ -24,13 +30,62 @@ class GatheredKeys:
 
     def reserve(self, count: int) -> Tensor:
         """The places of this rank's tokens: [1, count]."""
-        return torch.arange(self.length, self.length + count)[None]
+        return torch.arange(self.length, self.end, device=self.mesh.device_type)[None]
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """[b, kv, t / cp, d] -> [b, kv, tokens up to this rank's last, d]."""
-        both = DTensor.from_local(torch.stack((k, v)), self.mesh, [Shard(3)], run_check=False)
-        k, v = both.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])[:, :, :, : self.end]
-        return k, v
+    def num_keys(self, count: int) -> int:
+        """Whole sequences are as causal as one run: no mask has to say where the run lies in them."""
+        return count
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        raise NotImplementedError
 
     def advance(self, count: int) -> None:
-        """Nothing is kept from one forward pass to the next."""
+        pass
+
+
+class Gather(Runs):
+    """Every rank gets keys and values of its own and all earlier tokens; their gradients are summed back where they
+    came from. Works for any head count, grouped heads, windows and biases."""
+
+    def num_keys(self, count: int) -> int:
+        return self.end
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        both = DTensor.from_local(torch.stack((k, v)), self.mesh, [Shard(3)], run_check=False)
+        k, v = both.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])[:, :, :, : self.end]
+        return F.scaled_dot_product_attention(q, k, v, **options)
+
+
+class Ulysses(Runs):
+    """Two exchanges: in between each rank holds whole sequences of its share of the heads. Plain causal attention."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        repeats = lcm(k.shape[1], self.mesh.size()) // k.shape[1]  # heads that ranks share are there for each of them
+        if repeats > 1:
+            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+        q, k, v = (self._exchange(x, split=1, join=2) for x in (q, k, v))
+        return self._exchange(F.scaled_dot_product_attention(q, k, v, **options), split=2, join=1)
+
+    def _exchange(self, x: Tensor, split: int, join: int) -> Tensor:
+        """[b, heads, t, d]: each rank hands out parts of one dimension and puts together what it gets along another."""
+        parts = x.unflatten(split, (self.mesh.size(), -1)).movedim(split, 0).contiguous()
+        parts = all_to_all_single_autograd(parts, None, None, self.mesh.get_group())
+        return parts.movedim(0, join).flatten(join, join + 1)
+
+
+class Ring(Runs):
+    """Keys and values travel around the ranks: torch's own ring, on the kernels of CUDA. Plain causal attention."""
+
+    def __init__(self, mesh: DeviceMesh, tokens_per_rank: int) -> None:
+        super().__init__(mesh, tokens_per_rank)
+        _attention._cp_options.enable_load_balance = False  # that is for sequences dealt out in halves
+        _attention._enable_context_parallel_dispatcher()
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        q, k, v = (DTensor.from_local(x, self.mesh, [Shard(2)], run_check=False) for x in (q, k, v))
+        mixed: Any = F.scaled_dot_product_attention(q, k, v, **options | {"enable_gqa": False})
+        return mixed.to_local()
+
+
+WAYS = {"gather": Gather, "ulysses": Ulysses, "ring": Ring}

@@ -9,7 +9,7 @@ from math import lcm
 from typing import NamedTuple
 
 from castalia.config.batch import batch_plan
-from castalia.config.schema import Parallel, RunConfig
+from castalia.config.schema import Model, Parallel, RunConfig
 from castalia.errors import ConfigError
 from castalia.plan.layout import stages_per_rank
 
@@ -92,6 +92,8 @@ def _indivisible(config: RunConfig) -> list[str]:
             f"parallel.tp={tp} does not divide the padded vocabulary, {cfg.padded_vocab_size}; set "
             f"model.vocab_multiple={lcm(cfg.vocab_multiple, tp)}"
         )
+    if parallel.cp > 1 and parallel.cp_kind != "gather":
+        problems += _not_plain(cfg, parallel)
     if tp > 1 and cfg.qk_norm:
         problems.append(f"model.qk_norm is one norm over all heads, which parallel.tp={tp} would split; use tp=1")
     if stages > cfg.num_layers:
@@ -110,6 +112,26 @@ def _indivisible(config: RunConfig) -> list[str]:
         problems.append(
             f"data.seq_length={seq_length} does not split over {split} context and sequence-parallel ranks; "
             f"use {-(-seq_length // split) * split}"
+        )
+    return problems
+
+
+def _not_plain(cfg: Model, parallel: Parallel) -> list[str]:
+    """Why context ranks have to gather keys and values."""
+    given = {
+        f"model.sliding_window={cfg.sliding_window}": cfg.sliding_window,
+        "model.position=alibi": cfg.position == "alibi",
+    }
+    problems = [
+        f"parallel.cp_kind={parallel.cp_kind} attends to all earlier tokens alike, but {name} does not; use gather"
+        for name, wanted in given.items()
+        if wanted
+    ]
+    heads = cfg.num_heads // parallel.tp
+    if parallel.cp_kind == "ulysses" and heads % parallel.cp:
+        problems.append(
+            f"parallel.cp_kind=ulysses gives each of parallel.cp={parallel.cp} ranks whole heads, but there are "
+            f"{heads} on each tensor rank; use one of {_divisors(heads)}, or parallel.cp_kind=gather"
         )
     return problems
 

@@ -19,7 +19,7 @@ from castalia.model.init import constant_value, neox_matrices, seeded_tensor
 from castalia.model.loss import IGNORE
 from castalia.model.transformer import Transformer
 from castalia.parallel.apply import build_stages
-from castalia.parallel.context import GatheredKeys
+from castalia.parallel.context import WAYS
 from castalia.parallel.engine import Engine, Part, Rows, T
 from castalia.parallel.layout import check_run, layout
 from castalia.parallel.mesh import build_mesh
@@ -37,11 +37,18 @@ class Ranks(Engine):
         check_run(config, self.world)
         if config.parallel.offload and device.type == "cpu":
             raise ConfigError("parallel.offload keeps what a GPU need not hold in host memory; without a GPU remove it")
+        if config.parallel.cp > 1 and config.parallel.cp_kind == "ring" and device.type == "cpu":
+            raise ConfigError(
+                "parallel.cp_kind=ring is torch's ring attention, which knows the kernels of CUDA only; "
+                "on CPUs use parallel.cp_kind=gather or ulysses"
+            )
         self.mesh = build_mesh(layout(config.parallel, self.world), device.type)
         sizes = self.mesh.layout
         self.data_rank, self.data_size = self.mesh.dp_rank, sizes.dp
         self.stages = build_stages(config, self.mesh, dtype, device)
         self.time = config.data.seq_length // sizes.cp
+        way = WAYS[config.parallel.cp_kind]
+        self.context = {"cache": way(self.mesh.context, self.time)} if sizes.cp > 1 else {}
         self.pipeline = None
         if sizes.pp > 1:
             shape = plan.micro_batch_size, self.time
@@ -137,8 +144,7 @@ class Ranks(Engine):
         """This context rank's part of the sequences on the device, and what its attention needs besides."""
         time = rows.tokens.shape[1] // self.mesh.layout.cp
         first = self.mesh.cp_rank * time
-        context = {"cache": GatheredKeys(self.mesh.context, time)} if self.mesh.layout.cp > 1 else {}
-        return rows.map(lambda t: t[:, first : first + time]).to(self.device), context
+        return rows.map(lambda t: t[:, first : first + time]).to(self.device), self.context
 
     def _total(self, value: Tensor) -> Tensor:
         """Summed over data, context and pipeline ranks; tensor ranks hold the same value."""

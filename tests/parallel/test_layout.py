@@ -53,6 +53,17 @@ def test_the_grid(world, parallel, expected):
         ),
         (3, ["parallel.cp=3"], "data.seq_length=16 does not split over 3 .* use 18"),
         (8, ["parallel.cp=8", "data.seq_length=12"], "data.seq_length=12 does not split over 8 .* use 16"),
+        (3, ["parallel.cp=3", "parallel.cp_kind=ulysses", "data.seq_length=15"], "4 on each tensor rank; use one of"),
+        (
+            2,
+            ["parallel.cp=2", "parallel.cp_kind=ulysses", "model.position=alibi"],
+            "position=alibi does not; use gather",
+        ),
+        (
+            2,
+            ["parallel.cp=2", "parallel.cp_kind=ring", "model.sliding_window=4"],
+            "sliding_window=4 does not; use gather",
+        ),
         (
             2,
             ["parallel.cp=2", "data.mask_documents=true"],

@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from tests.parallel.training import Seen, assembled, assert_copies_are_equal, train_steps
+from tests.parallel.training import Seen, assembled, assert_copies_are_equal, same_for_all, train_steps
 
 pytestmark = pytest.mark.xdist_group("pool")
 
@@ -28,6 +28,8 @@ LAYOUTS = {
     "tp2 pp2 dp2 zero3": (8, ["parallel.tp=2", "parallel.pp=2", "parallel.zero=3"]),
     "hsdp 2x2": (4, ["parallel.zero=2", "parallel.dp_replicate=2"]),
     "cp2": (2, ["parallel.cp=2"]),
+    "cp2 ulysses": (2, ["parallel.cp=2", "parallel.cp_kind=ulysses"]),
+    "cp2 ulysses tp2": (4, ["parallel.cp=2", "parallel.cp_kind=ulysses", "parallel.tp=2"]),
     "cp2 tp2 zero3": (8, ["parallel.cp=2", "parallel.tp=2", "parallel.zero=3"]),
 }
 FAMILIES = ["neox-parallel", "neox-sequential", "gpt2-tied", "llama"]
@@ -42,11 +44,6 @@ def alone(pool, tiny):
         return pool.run(train_steps, 1, tiny(family, *overrides), steps)[0]
 
     return run
-
-
-def same_for_all(overrides):
-    """Overrides that one process shares."""
-    return [override for override in overrides if not override.startswith("parallel.")]
 
 
 def assert_equal(ranks, one):

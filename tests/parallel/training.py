@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,11 @@ class Seen(NamedTuple):
     tokens: dict[int, bytes]  # row of the first step's batch -> its tokens
     first: list[tuple[Piece, np.ndarray]]  # weights before the first step
     digests: list[dict[Piece, str]]  # of the weights after each step
+
+
+def same_for_all(overrides: Iterable[str]) -> list[str]:
+    """Overrides that one process shares."""
+    return [override for override in overrides if not override.startswith("parallel.")]
 
 
 def train_steps(config: RunConfig, steps: int = 10, poisoned: tuple[int, int, float] | None = None) -> Seen:
