@@ -20,7 +20,7 @@ import torch
 from castalia.checkpoint.stored import as_bytes
 from castalia.checkpoint.tensors import TensorRef
 from castalia.checkpoint.unpickle import STORAGE_DTYPES
-from castalia.checkpoint.writing import Advance, Output, ahead, num_bytes, pieces
+from castalia.checkpoint.writing import Advance, Output, ahead, num_bytes, pieces, slices_of
 
 ALIGNMENT = 64  # of storages, as torch.save has it
 LOCAL_HEADER_BYTES, ZIP64_BYTES = 30, 20
@@ -74,7 +74,8 @@ def _add(
     info.extra = b"FB" + struct.pack("<H", padding) + b"Z" * padding
     with archive.open(info, "w", force_zip64=large) as member:
         for piece in ahead(iter(data)):
-            member.write(piece)
+            for part in slices_of(memoryview(piece)):
+                member.write(part)
             advance(len(piece))
     if info.file_size != size:
         raise ValueError(f"{name} has {info.file_size} bytes instead of {size}")

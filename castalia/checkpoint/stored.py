@@ -28,6 +28,7 @@ DTYPES = {
 }  # fmt: skip
 DTYPE_CODES = {name: code for code, name in DTYPES.items()}
 MAX_HEADER_BYTES = 100 << 20
+SLICE_BYTES = 256 << 10  # written at once: for larger writes the system takes large runs of memory, which are cold
 
 Region = Sequence[tuple[int, int]]  # first and one-past-last index of each dimension
 
@@ -227,4 +228,4 @@ def write_safetensors(path: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -
 def _write_all(descriptor: int, data: memoryview) -> None:
     done = 0
     while done < len(data):
-        done += os.write(descriptor, data[done:])
+        done += os.write(descriptor, data[done : done + SLICE_BYTES])

@@ -20,7 +20,7 @@ import torch
 
 from castalia.checkpoint.container import as_integers
 from castalia.checkpoint.lazy import bounds
-from castalia.checkpoint.stored import DTYPE_CODES, StoredTensor, as_bytes
+from castalia.checkpoint.stored import DTYPE_CODES, SLICE_BYTES, StoredTensor, as_bytes
 from castalia.checkpoint.tensors import ITEM_BYTES, Slices, TensorRef, Typed
 
 PIECE_BYTES = 8 << 20  # small enough for the processor's cache and for memory that is used again
@@ -81,6 +81,11 @@ def pieces(ref: TensorRef, piece_bytes: int = PIECE_BYTES) -> Iterator[torch.Ten
         yield ref.read([slice(start, min(start + step, ref.shape[0]))])
 
 
+def slices_of(data: memoryview) -> Iterator[memoryview]:
+    """The same bytes, so many at a time as are written at once."""
+    return (data[start : start + SLICE_BYTES] for start in range(0, len(data), SLICE_BYTES))
+
+
 def ahead(items: Iterator[T]) -> Iterator[T]:
     """The same items; each is made in another thread while the one before is in use."""
     end = object()
@@ -127,8 +132,9 @@ def write_tensors(path: Path, tensors: Mapping[str, TensorRef], advance: Advance
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, data in ahead((name, as_bytes(piece)) for name, ref in tensors.items() for piece in pieces(ref)):
-            file.write(data)
-            found[name][1] = zlib.crc32(data, found[name][1])
+            for part in slices_of(data):
+                file.write(part)
+                found[name][1] = zlib.crc32(part, found[name][1])
             advance(len(data))
     return found
 
