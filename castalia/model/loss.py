@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 IGNORE = -100
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}  # of one chunk's fp32 logits
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}  # of one chunk's logits
+BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20}  # of the part of them that is in fp32 at a time: CPUs cache it
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -41,31 +44,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if grad_enabled and ctx.needs_input_grad[0] else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if grad_enabled and ctx.needs_input_grad[1] else None
-        num_rows = max(1, CHUNK_BYTES.get(hidden.device.type, 64 << 20) // (4 * weight.shape[0]))
+        num_rows = _rows_of(CHUNK_BYTES, hidden.device, cast.itemsize * len(weight))
         for start in range(0, len(hidden), num_rows):
             part = slice(start, start + num_rows)
-            x, real = hidden[part], labels[part] != IGNORE
-            targets = labels[part].clamp(min=0)[:, None]
-            logits = x @ cast.T
-            log_probs = F.log_softmax(logits, dim=-1, dtype=torch.float32)
-            total -= (log_probs.gather(1, targets)[:, 0] * real).sum()
-            if z_loss:
-                log_sums = logits[:, :1].float() - log_probs[:, :1]
-                total += z_loss * (log_sums[:, 0].square() * real).sum()
-            del logits
-            if d_hidden is None and d_weight is None:
-                continue
-            d_logits = log_probs.exp_()
-            if z_loss:
-                d_logits.mul_(1 + 2 * z_loss * log_sums)
-            d_logits.scatter_add_(1, targets, torch.full_like(log_probs[:, :1], -1.0))
-            d_logits = d_logits.mul_(real[:, None]).to(x.dtype)
+            logits = hidden[part] @ cast.T
+            total += _loss_and_gradient(logits, labels[part], z_loss)
             if d_hidden is not None:
-                torch.mm(d_logits, cast, out=d_hidden[part])
+                torch.mm(logits, cast, out=d_hidden[part])
             if d_weight is not None:
-                _add_product(d_weight, d_logits.T, x)
-                del d_logits
-            del log_probs  # else they would live on beside the next chunk's
+                _add_product(d_weight, logits.T, hidden[part])
+            del logits  # else they would live on beside the next chunk's
         ctx.gradients = d_hidden, d_weight
         return total
 
@@ -73,6 +61,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, scale: Tensor):
         return *scaled_gradients(ctx, scale), None, None, None
+
+
+def _loss_and_gradient(logits: Tensor, labels: Tensor, z_loss: float) -> Tensor:
+    """The sum of the tokens' losses; the logits [n, V] are overwritten with their gradient."""
+    num_rows = _rows_of(BLOCK_BYTES, logits.device, 4 * logits.shape[1])
+    blocks = zip(logits.split(num_rows), labels.split(num_rows), strict=True)
+    return torch.stack([_block_loss(block, wanted, z_loss) for block, wanted in blocks]).sum()
+
+
+def _block_loss(logits: Tensor, labels: Tensor, z_loss: float) -> Tensor:
+    real, targets = (labels != IGNORE)[:, None].float(), labels.clamp(min=0)[:, None]
+    wide = logits.float()
+    found, largest = wide.gather(1, targets), wide.amax(dim=-1, keepdim=True)
+    probs = F.softmax(wide, dim=-1)
+    log_sums = largest - probs.amax(dim=-1, keepdim=True).log()  # the largest probability is 1 / sum of exp
+    logits.copy_(probs.mul_(real * (1 + 2 * z_loss * log_sums)).scatter_add_(1, targets, -real))
+    return ((log_sums - found + z_loss * log_sums.square()) * real).sum()
+
+
+def _rows_of(limits: Mapping[str, int], device: torch.device, row_bytes: int) -> int:
+    """How many rows of so many bytes are within the device's limit."""
+    return max(1, limits.get(device.type, limits["cpu"]) // row_bytes)
 
 
 def scaled_gradients(ctx, scale: Tensor) -> tuple[Tensor | None, ...]:

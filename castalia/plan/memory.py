@@ -2,8 +2,8 @@
 
 Parameters are fp32 and are the masters. In 16-bit compute each linear map casts its weight where it is used, and
 autograd keeps the cast until that block's backward pass. The head and the loss work through chunks of rows, so that
-fp32 logits exist for one chunk only. A step's memory is largest at one of four moments: when the loss is taken, when
-the backward pass enters the last block, in the first one, or when all gradients are there.
+logits exist for one chunk only, and in fp32 for a part of it. A step's memory is largest at one of four moments: when
+the loss is taken, when the backward pass enters the last block, in the first one, or when all gradients are there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from castalia.config.schema import Model, Optimizer
 from castalia.plan.count import block_shapes, local_size, tensor_shapes
 from castalia.plan.layout import Layout, Stage, in_flight, rank_parts
 
-LOGIT_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}  # of one chunk's fp32 logits
+LOGIT_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}  # of one chunk's logits
+LOGIT_BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20}  # of the part of them that is in fp32 at a time
 _KEEPS_OUTPUT = {"relu", "sigmoid", "identity"}  # their backward pass needs the output, which the next matrix keeps too
 
 
@@ -254,12 +255,19 @@ class Rank:
     def _loss_work(self) -> int:
         """Working memory of one chunk of logits."""
         vocabulary, size = self.model.padded_vocab_size // self.layout.tp, self.compute.element_bytes
-        rows = min(self.tokens, max(1, LOGIT_CHUNK_BYTES[self.compute.device] // (4 * vocabulary)))
-        if not self.compute.casts:
-            return 8 * rows * vocabulary
-        softmax = (size + (8 if self.compute.device == "cpu" else 4)) * rows * vocabulary
-        product = (4 + size) * rows * vocabulary + size * self.vocabulary
-        return max(softmax, product)
+        limit, product = LOGIT_CHUNK_BYTES[self.compute.device], 0  # of the head's gradient
+        if self.compute.casts:
+            product = (size + 4 * (self.compute.device == "cpu")) * self.vocabulary  # CPUs widen before they add
+        if self.layout.tp > 1:  # whole chunks in fp32
+            rows = min(self.tokens, max(1, limit // (4 * vocabulary)))
+            if not self.compute.casts:
+                return 8 * rows * vocabulary
+            softmax = (size + (8 if self.compute.device == "cpu" else 4)) * rows * vocabulary
+            return max(softmax, (4 + size) * rows * vocabulary + product)
+        rows = min(self.tokens, max(1, limit // (size * vocabulary)))
+        block = min(rows, max(1, LOGIT_BLOCK_BYTES[self.compute.device] // (4 * vocabulary)))
+        softmax = (8 if self.compute.casts else 4) * block * vocabulary
+        return size * rows * vocabulary + max(softmax, product)
 
     @property
     def _buffers(self) -> int:

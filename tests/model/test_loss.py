@@ -20,6 +20,7 @@ def example(dtype: torch.dtype):
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
 def test_chunked_equals_reference(monkeypatch, rows, dtype, tolerance, z_loss):
     monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", rows * 4 * 70)
+    monkeypatch.setitem(loss.BLOCK_BYTES, "cpu", 20 * 4 * 70)
     results = []
     for function in (linear_cross_entropy, linear_cross_entropy_reference):
         hidden, weight, labels = example(dtype)
@@ -69,13 +70,12 @@ def test_nothing_to_learn_gives_zero_and_no_gradient():
 
 
 def test_no_fp32_logits_of_all_tokens(monkeypatch):
-    """The largest fp32 tensor that the forward pass makes is one chunk."""
-    monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", 10 * 4 * 70)
+    """The largest fp32 tensor that the forward pass makes is one block, also within a larger chunk."""
+    monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", 20 * 2 * 70)
+    monkeypatch.setitem(loss.BLOCK_BYTES, "cpu", 10 * 4 * 70)
     hidden, weight, labels = example(torch.bfloat16)
     sizes = []
-    log_softmax = torch.nn.functional.log_softmax
-    monkeypatch.setattr(
-        loss.F, "log_softmax", lambda x, **options: sizes.append(x.numel()) or log_softmax(x, **options)
-    )
+    softmax = torch.nn.functional.softmax
+    monkeypatch.setattr(loss.F, "softmax", lambda x, **options: sizes.append(x.numel()) or softmax(x, **options))
     linear_cross_entropy(hidden, weight, labels)
     assert len(sizes) == 15 and max(sizes) == 10 * 70
