@@ -1,10 +1,13 @@
-"""Training steps side by side: ours against transformers' GPTNeoXForCausalLM with fused AdamW.
+"""Training steps side by side: ours against transformers' GPTNeoXForCausalLM and litgpt's GPT with fused AdamW.
 
-    python benchmarks/train.py [--model pythia-14m] [--batch 4] [--seq 512] [--rounds 7] [--quick]
+    python benchmarks/train.py [--model pythia-14m] [--batch 4] [--seq 512] [--precision bf16 ...] [--rounds 7]
+                               [--compiled] [--quick]
 
-Each side runs in a process of its own, and the two take turns step by step, so that both meet the same machine. Both
-start from the same weights, see the same batches, clip at 1.0 and must report the same losses. Allocator `default` is
-what a user of each side gets; `same` gives both sides the setting that `castalia train` makes.
+Each side runs in a process of its own, and they take turns step by step, so that all meet the same machine. All start
+from the same weights, see the same batches, clip at 1.0 and must report the same losses. litgpt takes part where it can
+be imported. Allocator `default` is what a user of each side gets; `same` gives all sides the setting that `castalia
+train` makes. The floor is the model's operations over the machine's matmul rate; memory is what tensors hold at most,
+parameters and optimizer state included, beside the sum of `castalia plan`.
 """
 
 from __future__ import annotations
@@ -14,9 +17,11 @@ import math
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from multiprocessing.connection import Connection
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,7 +29,10 @@ from castalia.config.batch import BatchPlan
 from castalia.config.load import load_config
 from castalia.config.schema import Model
 from castalia.data.loader import Batch
+from castalia.plan.count import count
 from castalia.plan.flops import training_flops
+from castalia.plan.layout import Layout
+from castalia.plan.memory import Compute, memory_by_stage
 
 # Largest relative difference of losses: fp32 sums in another order; bf16 rounds every activation.
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
@@ -38,6 +46,7 @@ class Work:
     seq: int
     precision: str
     allocator: str
+    compiled: bool = False  # the peers' model
 
 
 def batch_of(step: int, work: Work) -> Batch:
@@ -78,16 +87,67 @@ def theirs(work: Work) -> Callable[[int], float]:
     import torch
     from transformers import GPTNeoXForCausalLM
 
-    from castalia.train.hardware import DTYPES, keep_freed_memory
-
-    if work.allocator == "same":
-        keep_freed_memory()
+    prepare(work)
     model = GPTNeoXForCausalLM(their_config(work.model, work.seq)).train()
     weights = our_model(work).state_dict()
     model.get_output_embeddings().load_state_dict({"weight": weights.pop("head.weight")})
     model.gpt_neox.load_state_dict(renamed(weights))
-    step = their_step(model, DTYPES[work.precision])
+    if work.compiled:
+        model.compile(dynamic=False)
+    step = their_step(model, dtype_of(work))
     return lambda number: step(torch.from_numpy(batch_of(number, work).tokens))
+
+
+def litgpts(work: Work) -> Callable[[int], float]:
+    """The same loop around litgpt's model and the loss that its pretraining takes."""
+    import torch
+    from litgpt.config import Config
+    from litgpt.model import GPT
+    from litgpt.utils import chunked_cross_entropy
+
+    prepare(work)
+    shape = work.model
+    model = GPT(
+        Config(
+            vocab_size=shape.vocab_size,
+            padded_vocab_size=shape.padded_vocab_size,
+            n_embd=shape.hidden_size,
+            n_layer=shape.num_layers,
+            n_head=shape.num_heads,
+            intermediate_size=shape.mlp_width,
+            rotary_percentage=shape.rotary_pct,
+            parallel_residual=shape.parallel_residual,
+            block_size=work.seq,
+            gelu_approximate="tanh",
+        )
+    ).train()
+    weights = our_model(work).state_dict()
+    for name, tensor in weights.items():
+        if ".qkv." in name:  # ours: head by head; theirs: all queries, all keys, all values
+            weights[name] = tensor.unflatten(0, (shape.num_heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+    model.load_state_dict(renamed(weights, LITGPT))
+
+    if work.compiled:
+        model.compile(dynamic=False)
+
+    def loss(tokens: torch.Tensor) -> torch.Tensor:
+        return chunked_cross_entropy(model(tokens)[:, :-1], tokens[:, 1:])
+
+    step = their_step(model, dtype_of(work), loss=loss)
+    return lambda number: step(torch.from_numpy(batch_of(number, work).tokens))
+
+
+def prepare(work: Work) -> None:
+    from castalia.train.hardware import keep_freed_memory
+
+    if work.allocator == "same":
+        keep_freed_memory()
+
+
+def dtype_of(work: Work):
+    from castalia.train.hardware import DTYPES
+
+    return DTYPES[work.precision]
 
 
 def their_config(shape: Model, positions: int, **options):
@@ -109,20 +169,21 @@ def their_config(shape: Model, positions: int, **options):
     )
 
 
-def their_step(model, dtype, accumulation: int = 1) -> Callable:
-    """Takes tokens [batch, time] on the model's device; returns the loss."""
+def their_step(model, dtype, accumulation: int = 1, loss: Callable | None = None) -> Callable:
+    """Takes tokens [batch, time] on the model's device; returns the loss. `loss`: of tokens, None for transformers'."""
     import torch
 
     device = next(model.parameters()).device.type
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    loss = loss or (lambda part: model(input_ids=part, labels=part).loss)
 
     def step(tokens: torch.Tensor) -> float:
         total = 0.0
         for part in tokens.chunk(accumulation):
             with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
-                loss = model(input_ids=part, labels=part).loss / accumulation
-            loss.backward()
-            total += loss.detach()
+                found = loss(part) / accumulation
+            found.backward()
+            total += found.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -131,62 +192,100 @@ def their_step(model, dtype, accumulation: int = 1) -> Callable:
     return step
 
 
-def renamed(state: dict) -> dict:
-    """Canonical names -> transformers' names inside `gpt_neox`; the rows are in the same order."""
-    names = {
-        "embed.": "embed_in.",
-        "blocks.": "layers.",
-        ".norm1.": ".input_layernorm.",
-        ".norm2.": ".post_attention_layernorm.",
-        ".attn.qkv.": ".attention.query_key_value.",
-        ".attn.out.": ".attention.dense.",
-        ".mlp.up.": ".mlp.dense_h_to_4h.",
-        ".mlp.down.": ".mlp.dense_4h_to_h.",
-    }
+TRANSFORMERS = {
+    "embed.": "embed_in.",
+    "blocks.": "layers.",
+    ".norm1.": ".input_layernorm.",
+    ".norm2.": ".post_attention_layernorm.",
+    ".attn.qkv.": ".attention.query_key_value.",
+    ".attn.out.": ".attention.dense.",
+    ".mlp.up.": ".mlp.dense_h_to_4h.",
+    ".mlp.down.": ".mlp.dense_4h_to_h.",
+    "norm.": "final_layer_norm.",
+}
+LITGPT = {
+    "embed.": "transformer.wte.",
+    "blocks.": "transformer.h.",
+    ".norm1.": ".norm_1.",
+    ".norm2.": ".norm_2.",
+    ".attn.out.": ".attn.proj.",
+    ".mlp.up.": ".mlp.fc.",
+    ".mlp.down.": ".mlp.proj.",
+    "norm.": "transformer.ln_f.",
+    "head.": "lm_head.",
+}
+
+
+def renamed(state: dict, names: dict[str, str] = TRANSFORMERS) -> dict:
+    """Canonical names -> another library's; the rows are in the same order. A part without a dot begins the name."""
 
     def rename(name: str) -> str:
-        if name.startswith("norm."):
-            return name.replace("norm.", "final_layer_norm.")
         for ours, theirs in names.items():
-            name = name.replace(ours, theirs)
+            if ours.startswith("."):
+                name = name.replace(ours, theirs)
+            elif name.startswith(ours):
+                name = theirs + name.removeprefix(ours)
         return name
 
     return {rename(name): tensor for name, tensor in state.items()}
 
 
-def side(connection: Connection, build: Callable[[Work], Callable[[int], float]], work: Work) -> None:
-    """A side's process: answers each step number with (seconds, loss), None with the end."""
-    step = build(work)
+SIDES: dict[str, Callable[[Work], Callable[[int], float]]] = {
+    "castalia": ours,
+    "transformers": theirs,
+    "litgpt": litgpts,
+}
+
+
+class Timed(NamedTuple):
+    seconds: list[float]  # of each timed step
+    peak_bytes: int
+
+
+def side(connection: Connection, name: str, work: Work, compiled: bool) -> None:
+    """A side's process: answers each step number with (seconds, loss), None with the most bytes that a step holds."""
+    import torch
+
+    from castalia.train.measure import PeakMemory
+
+    step = SIDES[name](replace(work, compiled=compiled))
     connection.send("ready")
     while (number := connection.recv()) is not None:
         start = time.perf_counter()
         loss = step(number)
         connection.send((time.perf_counter() - start, loss))
+    with PeakMemory(torch.device("cpu")) as memory:
+        step(0)
+    connection.send(memory.bytes)
 
 
-def race(work: Work, rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds of each timed step of ours and of theirs. Raises AssertionError where the losses differ."""
+def race(work: Work, rounds: int, names: Sequence[str]) -> dict[str, Timed]:
+    """All sides' steps. Raises AssertionError where the losses differ."""
     context = multiprocessing.get_context("spawn")
-    connections, seconds = [], ([], [])
-    for build in (ours, theirs):
+    connections, seconds = {}, {name: [] for name in names}
+    for name in names:
         here, there = context.Pipe()
-        context.Process(target=side, args=(there, build, work), daemon=True).start()
+        library, _, compiled = name.partition(", ")
+        context.Process(target=side, args=(there, library, work, bool(compiled)), daemon=True).start()
         there.close()  # so that a side that dies ends our wait for it
         here.recv()
-        connections.append(here)
+        connections[name] = here
     for number in range(WARMUP_STEPS + rounds):
-        losses = []
-        for connection, taken in zip(connections, seconds, strict=True):
+        losses = {}
+        for name, connection in connections.items():
             connection.send(number)
-            second, loss = connection.recv()
-            losses.append(loss)
+            second, losses[name] = connection.recv()
             if number >= WARMUP_STEPS:
-                taken.append(second)
-        if not math.isclose(*losses, rel_tol=TOLERANCE[work.precision]):
-            raise AssertionError(f"{work.precision}, step {number}: our loss is {losses[0]}, theirs {losses[1]}")
-    for connection in connections:
+                seconds[name].append(second)
+        for name, loss in losses.items():
+            if not math.isclose(loss, losses[names[0]], rel_tol=TOLERANCE[work.precision]):
+                raise AssertionError(f"{work.precision}, step {number}: the loss of {name} among {losses}")
+    state = 12 * count(work.model).total  # parameters and AdamW's moments
+    found = {}
+    for name, connection in connections.items():
         connection.send(None)
-    return seconds
+        found[name] = Timed(seconds[name], state + connection.recv())
+    return found
 
 
 def main() -> None:
@@ -194,7 +293,9 @@ def main() -> None:
     parser.add_argument("--model", default="pythia-14m", help="a preset of the GPT-NeoX family")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq", type=int, default=512)
+    parser.add_argument("--precision", nargs="+", choices=TOLERANCE, default=list(TOLERANCE))
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each side")
+    parser.add_argument("--compiled", action="store_true", help="the peers also through torch.compile")
     parser.add_argument("--quick", action="store_true", help="1 x 64 tokens, 3 rounds: does it run and agree?")
     args = parser.parse_args()
     if args.quick:
@@ -204,30 +305,34 @@ def main() -> None:
 
     from castalia.train.hardware import DTYPES, measured_flops
 
+    names = [name for name in SIDES if name != "litgpt" or find_spec("litgpt")]
+    names += [f"{name}, compiled" for name in names[1:] if args.compiled]
     model = load_config(args.model).model
     tokens = args.batch * args.seq
     flops = tokens * training_flops(model, args.seq)
-    print(
-        f"{args.model}, {args.batch} x {args.seq} tokens, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
-    print(f"median (fastest) of {args.rounds} interleaved steps; share: of the machine's matmul rate\n")
-    print("| precision | allocator | ours ms | transformers ms | ratio | ours tokens/s | share | matmul TFLOP/s |")
-    print("|---|---|---|---|---|---|---|---|")
-    for precision in ("fp32", "bf16"):
+    print(f"{args.model}, {args.batch} x {args.seq}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"median (fastest) of {args.rounds} interleaved steps\n")
+    print("| precision | allocator | side | ms | over ours | tokens/s | floor ms | floor / ms | peak MiB | plan MiB |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for precision in args.precision:
         peak = measured_flops(DTYPES[precision])
+        compute = Compute(DTYPES[precision].itemsize, "cpu")
+        plan = memory_by_stage(model, Layout(micro_batch=args.batch), args.seq, compute)[0].total
         for allocator in ("default", "same"):
-            mine, peers = race(Work(model, args.batch, args.seq, precision, allocator), args.rounds)
-            median = statistics.median(mine)
-            cells = [
-                precision,
-                allocator,
-                *(f"{statistics.median(taken) * 1e3:.0f} ({min(taken) * 1e3:.0f})" for taken in (mine, peers)),
-                f"{statistics.median(peers) / median:.2f}",
-                f"{tokens / median:.0f}",
-                f"{flops / median / peak:.0%}",
-                f"{peak / 1e12:.2f}",
-            ]
-            print(f"| {' | '.join(cells)} |", flush=True)
+            found = race(Work(model, args.batch, args.seq, precision, allocator), args.rounds, names)
+            medians = {name: statistics.median(timed.seconds) for name, timed in found.items()}
+            for name, timed in found.items():
+                cells = [
+                    *(precision, allocator, name),
+                    f"{medians[name] * 1e3:.0f} ({min(timed.seconds) * 1e3:.0f})",
+                    f"{medians[name] / medians[names[0]]:.2f}",
+                    f"{tokens / medians[name]:,.0f}",
+                    f"{flops / peak * 1e3:.0f}",
+                    f"{flops / peak / medians[name]:.0%}",
+                    f"{timed.peak_bytes / 2**20:.0f}",
+                    f"{plan / 2**20:.0f}" if name == names[0] else "",
+                ]
+                print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
