@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from castalia.checkpoint.compare import VOCABULARY, Relation, equal, in_order, relate
+from castalia.checkpoint.compare import SUMMED_BIASES, VOCABULARY, Relation, equal, in_order, relate
 from castalia.checkpoint.load import architecture
 from castalia.checkpoint.tensors import AdamState, Checkpoint, TensorRef
 from castalia.config.schema import Model
@@ -37,6 +37,7 @@ class Proof:
     num_tensors: int
     equal_state: int | None  # tensors of the optimizer; None where a side has none
     num_state: int
+    rounded: int  # of these equal ones, biases that differ by no more than a division over tensor ranks rounds
     difference: str  # the first tensor that differs, and what it looks like; empty if none does
     tolerance: float
 
@@ -53,7 +54,11 @@ class Proof:
             f"weights: {self.equal_tensors} of {self.num_tensors} tensors equal",
         ]
         if self.equal_state is not None:
-            lines.append(f"optimizer: {self.equal_state} of {self.num_state} tensors bit-equal")
+            lines.append(
+                f"optimizer: {self.equal_state} of {self.num_state} tensors {'equal' if self.rounded else 'bit-equal'}"
+            )
+        if self.rounded:
+            lines.append(f"{self.rounded} of these are biases that dividing over tensor ranks has rounded, as it must")
         if self.difference:
             lines.append(f"first difference: {self.difference}")
         return "\n".join(lines)
@@ -67,11 +72,13 @@ def verify(source: Checkpoint, result: Checkpoint) -> Proof:
     a, b = logits(source, tokens, vocab), logits(result, tokens, vocab)
     log_a, log_b = a.log_softmax(-1), b.log_softmax(-1)
     kl = (log_a.exp() * (log_a - log_b)).sum(-1).mean()
-    equal_tensors, difference = _compare(source, result, left)
+    equal_tensors, rounded, difference = _compare(source, result, left)
     equal_state, num_state = _compare_state(source, result)
     dtypes = {ref.dtype for side in (source, result) for ref in side.model.values()}
     # Weights of one dtype that are equal compute the same; others may be a rounding apart.
-    tolerance = TOLERANCE[torch.float32] if len(dtypes) == 1 else max(TOLERANCE[dtype] for dtype in dtypes)
+    tolerance = (
+        TOLERANCE[torch.float32] if len(dtypes) == 1 and not rounded else max(TOLERANCE[dtype] for dtype in dtypes)
+    )
     return Proof(
         max_diff=float((a - b).abs().max()),
         scale=float(a.abs().max()),
@@ -82,6 +89,7 @@ def verify(source: Checkpoint, result: Checkpoint) -> Proof:
         num_tensors=len(source.model.keys() | result.model.keys()),
         equal_state=equal_state,
         num_state=num_state,
+        rounded=rounded,
         difference=difference,
         tolerance=tolerance,
     )
@@ -132,22 +140,34 @@ def _fill(module: nn.Module, checkpoint: Checkpoint, prefix: str) -> nn.Module:
     return module
 
 
-def _compare(source: Checkpoint, result: Checkpoint, model: Model) -> tuple[int, str]:
-    """How many weights agree, and a description of the first that does not."""
-    same, difference = 0, ""
+def _compare(source: Checkpoint, result: Checkpoint, model: Model) -> tuple[int, int, str]:
+    """How many weights agree, how many of them but for rounding, and a description of the first that does not."""
+    same, rounded, difference = 0, 0, ""
+    ranks = max(source.summed_bias_ranks, result.summed_bias_ranks)
     for name in in_order(sorted(source.model.keys() | result.model.keys())):
         a, b = source.model.get(name), result.model.get(name)
         if a is None or b is None:
             difference = difference or f"{name} is only in the {'result' if a is None else 'source'}"
         elif equal(a, b):
             same += 1
+        elif _rounded(name, a, b, ranks):
+            same, rounded = same + 1, rounded + 1
         elif not difference:
             relation = relate(name, a, b, model, result.model)
             if relation.harmless:
                 same += 1
             else:
                 difference = f"{name}: {describe(relation)}"
-    return same, difference
+    return same, rounded, difference
+
+
+def _rounded(name: str, a: TensorRef, b: TensorRef, ranks: int) -> bool:
+    """Whether b can be a bias a that was divided over the ranks, rounded on each, and summed again."""
+    if ranks == 1 or not name.endswith(SUMMED_BIASES) or a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    left, right, limits = a.read().double(), b.read().double(), torch.finfo(a.dtype)
+    smallest = limits.smallest_normal * limits.eps
+    return bool(((left - right).abs() <= left.abs() * limits.eps + ranks * smallest / 2).all())
 
 
 def _compare_state(source: Checkpoint, result: Checkpoint) -> tuple[int | None, int]:
@@ -155,11 +175,12 @@ def _compare_state(source: Checkpoint, result: Checkpoint) -> tuple[int | None, 
     if source.optimizer is None or result.optimizer is None:
         return None, 0
     same = total = 0
+    ranks = max(source.summed_bias_ranks, result.summed_bias_ranks)
     for name in source.optimizer.keys() | result.optimizer.keys():
         left, right = (state_tensors(side.optimizer.get(name)) for side in (source, result) if side.optimizer)
         total += len(left.keys() | right.keys())
         if left and right and source.optimizer[name]["step"] == result.optimizer[name]["step"]:
-            same += sum(_same(name, left[kind], right[kind]) for kind in left.keys() & right.keys())
+            same += sum(_same(name, kind, left[kind], right[kind], ranks) for kind in left.keys() & right.keys())
     return same, total
 
 
@@ -168,7 +189,9 @@ def state_tensors(state: AdamState | None) -> dict[str, TensorRef]:
     return {kind: value for kind, value in (state or {}).items() if kind != "step"}  # type: ignore[misc]
 
 
-def _same(name: str, a: TensorRef, b: TensorRef) -> bool:
+def _same(name: str, kind: str, a: TensorRef, b: TensorRef, ranks: int) -> bool:
+    if kind == "master" and _rounded(name, a, b, ranks):
+        return True
     if name in VOCABULARY and a.shape != b.shape:
         return relate(name, a, b, None).harmless
     return equal(a, b)

@@ -117,3 +117,14 @@ def test_the_command_fails_where_the_proof_does(tmp_path: Path) -> None:
     written(made(FAMILIES["gpt2"], 1), tmp_path / "b", "hf")
     with pytest.raises(CheckpointError, match="not the same model: embed.weight: the values have nothing"):
         convert._verify(open_checkpoint(tmp_path / "a"), tmp_path / "b")
+
+
+def test_only_what_ranks_round_is_forgiven() -> None:
+    """A bias that is off by more than that is named, and so is the same change of another tensor."""
+    source = replace(made(FAMILIES["gpt_neox"], dtype=torch.float16, optimizer=False), summed_bias_ranks=4)
+    bias, norm = (source.model[f"blocks.0.{name}"].read() for name in ("mlp.down.bias", "norm1.bias"))
+    step = 2.0**-24
+    assert verify(source, changed(source, blocks__0__mlp__down__bias=bias + 2 * step)).holds
+    for name, value in (("mlp__down__bias", bias * 1.01), ("norm1__bias", norm * 1.001)):
+        proof = verify(source, changed(source, **{f"blocks__0__{name}": value}))
+        assert not proof.holds and name.replace("__", ".") in proof.difference

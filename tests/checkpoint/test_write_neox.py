@@ -19,6 +19,7 @@ from castalia.checkpoint.formats.deepspeed_write import cut_stages
 from castalia.checkpoint.lazy import Held
 from castalia.checkpoint.tensors import Checkpoint, Progress
 from castalia.checkpoint.unpickle import Inert
+from castalia.checkpoint.verify import verify
 from castalia.checkpoint.writing import Layout, WriteOptions
 from castalia.config.load import load_config
 from castalia.config.schema import Model, RopeScaling
@@ -177,6 +178,8 @@ def test_small_biases_of_fp16_round(tmp_path: Path) -> None:
     source = made(MODELS["parallel"], dtype=torch.float16, scale=0.001)
     assert [note for note in convert.TARGETS["neox"].plan(source, WriteOptions(Layout(tp=4))).notes if "rounds" in note]
     result = write(source, tmp_path / "a", tp=4)
+    proof = verify(source, result)
+    assert proof.holds and 0 < proof.rounded <= 8 and "has rounded, as it must" in str(proof)
     for name in source.model:
         error = (source.model[name].read().double() - result.model[name].read()).abs().max()
         assert error <= (4 * 2**-25 if name.endswith(BIASES) else 0)
@@ -191,6 +194,7 @@ def test_an_uneven_bias_and_vocabulary(kind: str, tmp_path: Path) -> None:
     plan = convert.TARGETS["neox"].plan(source, WriteOptions(Layout(tp=2, pp=1)))
     assert not [note for note in plan.notes if "rows" in note or "rounds" in note]
     result = write(source, tmp_path / "a", tp=3, pp=2)
+    assert verify(source, result).holds
     embedding, before = result.model["embed.weight"].read(), source.model["embed.weight"].read()
     assert embedding.shape[0] % 3 == 0 and torch.equal(embedding[:120], before) and not embedding[120:].any()
     for name, ref in source.model.items():
