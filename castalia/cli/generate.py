@@ -36,7 +36,13 @@ def command(
     batch_size: Annotated[int, typer.Option(min=1, help="texts that are written at a time")] = 16,
     tokenizer: Annotated[str | None, typer.Option(help="tokenizer file, where the checkpoint has none")] = None,
     step: Annotated[int | None, typer.Option(help="which of several checkpoints; default: the latest")] = None,
-    dtype: Annotated[Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="of weights and computation")] = "auto",
+    dtype: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16", "int8"],
+        typer.Option(
+            help="of weights and computation; int8: weights only, on CPUs, each row rounded to 255 steps: "
+            "a quarter of fp32's memory and time, but logits are off by some percent of their spread"
+        ),
+    ] = "auto",
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option()] = "auto",
     config: Annotated[
         str | None, typer.Option(help="a file with sampling settings, such as NeoX's text_generation.yml")
@@ -55,6 +61,8 @@ def command(
     from castalia.parallel.process import is_main, process_group
     from castalia.train.hardware import choose_device
 
+    if dtype == "int8" and (tp * pp > 1 or choose_device(device).type != "cpu"):
+        raise ConfigError("--dtype int8 is for one process on a CPU; take bf16, or --device cpu without --tp and --pp")
     world = start_processes(tp, pp, nproc)
     checkpoint = open_checkpoint(path, step=step)
     given = {
@@ -176,15 +184,23 @@ def _tokenizer(checkpoint: Checkpoint, path: str | None) -> Tokenizer:
 
 
 def _load(checkpoint: Checkpoint, dtype: str, device: str, tp: int, pp: int, world: int) -> Writer:
+    import torch
+
     from castalia.checkpoint.load import build_model
     from castalia.cli.ranks import load_split
+    from castalia.generate.pack import pack
     from castalia.train.hardware import choose_device, choose_dtype
 
-    place = choose_device(device)
+    place, int8 = choose_device(device), dtype == "int8"
     if dtype == "auto" and place.type == "cpu":
-        dtype = "fp32"  # the checkpoint's very values; for one row at a time CPUs gain little from 16 bits
-    number = choose_dtype(dtype, place)
-    return build_model(checkpoint, place, number) if world == 1 else load_split(checkpoint, tp, pp, number, place)
+        dtype = "fp32"  # the checkpoint's very values
+    number = choose_dtype("bf16" if int8 else dtype, place)
+    if world > 1:
+        return load_split(checkpoint, tp, pp, number, place)
+    model = build_model(checkpoint, place, number)
+    if place.type == "cpu" and number != torch.float16:
+        pack(model, int8)
+    return model
 
 
 def _show(pieces: Iterator[Piece], prompts: Sequence[str], settings: Generate, as_json: bool) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -51,13 +52,23 @@ class KVCache:
         keys, values = self.layers[layer]
         for stored, new in ((keys, k), (values, v)):
             if self.lengths is None:
-                stored[:, :, self.length : end] = new
+                stored.narrow(2, self.length, k.shape[2]).copy_(new)
             else:
                 stored[self.rows, :, self.places] = new.transpose(1, 2)
-        return keys[:, :, :end], values[:, :, :end]
+        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
 
     def advance(self, count: int) -> None:
         """All layers have stored the reserved tokens."""
         self.length += count
         if self.lengths is not None:
             self.lengths = self.lengths + count
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows only, given by their places among the present ones."""
+        chosen = torch.tensor(rows, device=self.rows.device)
+        self.layers = {layer: (k[chosen], v[chosen]) for layer, (k, v) in self.layers.items()}
+        self.rows = self.rows[: len(rows)]
+        if self.lengths is not None:
+            lengths = self.lengths[chosen]
+            self.length = int(lengths.max())
+            self.lengths = lengths if int(lengths.min()) < self.length else None

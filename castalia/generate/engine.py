@@ -108,18 +108,19 @@ def _write(model: Writer, tokenizer: Tokenizer, rows: list[Row], sampling: Sampl
         logits = model.logits(hidden)[:, :vocab_size]
         tokens = choose(logits, noise, sampling.temperature, sampling.top_k, sampling.top_p)
         for row, token in zip(rows, tokens.tolist(), strict=True):
-            if not row.done:
-                yield row.take(token, tokenizer.eod_id, sampling.max_tokens)
+            yield row.take(token, tokenizer.eod_id, sampling.max_tokens)
         alive = [i for i, row in enumerate(rows) if not row.done]
         if not alive:
             return
+        if len(alive) < len(rows):
+            rows, tokens = [rows[i] for i in alive], tokens[alive]
+            cache.keep(alive)
+            if noise is not None:
+                noise.keep(alive)
         if cache.length < cache.capacity:
             hidden = model.hidden(tokens[:, None], cache=cache)[:, 0]
-            continue
-        rows = [rows[i] for i in alive]
-        if noise is not None:
-            noise.keep(alive)
-        cache, hidden = _read(model, rows, sampling.max_tokens)
+        else:
+            cache, hidden = _read(model, rows, sampling.max_tokens)
 
 
 def _read(model: Writer, rows: Sequence[Row], max_tokens: int) -> tuple[KVCache, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from hashlib import blake2b
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 256  # random numbers drawn at once for each row
+CANDIDATES = 256  # of the likeliest tokens, which hold the share of top_p in most rows: sorting all takes far longer
 
 
 class Noise:
@@ -41,18 +43,40 @@ def choose(logits: Tensor, noise: Noise | None, temperature: float, top_k: int, 
     probability; 0 switches either off.
     """
     if noise is None:
+        return likeliest(logits)
+    probabilities, numbers = (logits.float() / temperature).softmax(dim=-1), noise.next()
+    if not (top_k or top_p):
+        return _draw(probabilities, numbers)
+    likely, ids = probabilities.topk(min(top_k or CANDIDATES, logits.shape[-1]))  # in falling order
+    held = likely.sum(dim=-1, dtype=torch.float64)
+    share = held * (top_p or math.inf) if top_k else torch.full_like(held, top_p)
+    chosen = _draw_likely(likely, ids, share, numbers)
+    short = (held < share) & (top_k == 0)
+    if short.any():  # only these rows, so that no row's tokens depend on the others
+        likely, ids = probabilities[short].sort(dim=-1, descending=True)
+        chosen[short] = _draw_likely(likely, ids, share[short], numbers[short])
+    return chosen
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """The first of the largest of each row. NumPy finds it in a tenth of the time that torch takes on CPUs."""
+    if logits.device.type != "cpu":
         return logits.argmax(dim=-1)
-    ids = None
-    if top_k or top_p:
-        logits, ids = logits.topk(min(top_k, logits.shape[-1]) if top_k else logits.shape[-1])  # in falling order
-    probabilities = (logits.double() / temperature).softmax(dim=-1)
-    if top_p:
-        before = probabilities.cumsum(dim=-1) - probabilities
-        probabilities = probabilities.masked_fill(before >= top_p, 0.0)
-    cumulative = probabilities.cumsum(dim=-1)
-    target = noise.next()[:, None] * cumulative[:, -1:]
-    chosen = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[-1] - 1)
-    return (chosen if ids is None else ids.gather(1, chosen))[:, 0]
+    return torch.from_numpy(logits.float().numpy().argmax(axis=-1))
+
+
+def _draw_likely(likely: Tensor, ids: Tensor, share: Tensor, numbers: Tensor) -> Tensor:
+    """One of the ids [rows, n], whose probabilities fall, without those behind others that hold the share [rows]."""
+    before = likely.cumsum(dim=-1, dtype=torch.float64) - likely
+    chosen = _draw(likely.masked_fill(before >= share[:, None], 0.0), numbers)
+    return ids.gather(1, chosen[:, None])[:, 0]
+
+
+def _draw(probabilities: Tensor, numbers: Tensor) -> Tensor:
+    """Where each row's number in [0, 1) falls: [rows, n], of any sum, and [rows] -> indices [rows]."""
+    cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
+    chosen = torch.searchsorted(cumulative, numbers[:, None] * cumulative[:, -1:], right=True)
+    return chosen.clamp(max=probabilities.shape[-1] - 1)[:, 0]
 
 
 def _row_seed(seed: int, row: int) -> int:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from castalia.config.schema import Model
 from castalia.errors import ConfigError
 from castalia.model.layers import Linear
-from castalia.model.positions import alibi_slopes, rotate
+from castalia.model.positions import Rotation, alibi_slopes, rotate
 
 
 class Cache(Protocol):
@@ -44,7 +44,7 @@ class Cache(Protocol):
 class Context(NamedTuple):
     """What all blocks share in one forward pass."""
 
-    rotary: tuple[Tensor, Tensor] | None = None  # cosines and sines, each [rows, t, 1, 1, rotary_size / 2]
+    rotary: Rotation | None = None
     mask: Tensor | None = None  # bool [rows, 1, t, k]; None: see `causal`
     distance: Tensor | None = None  # ALiBi: fp32 [rows, 1, t, k], key's place minus query's
     causal: bool = True  # without a mask: the lower triangle; False: everything
@@ -74,7 +74,7 @@ class Attention(nn.Module):
         if self.qk_norm is not None:
             qk = self.qk_norm(qk)
         if context.rotary is not None:
-            qk = rotate(qk, *context.rotary)
+            qk = rotate(qk, context.rotary)
         q, k, v = qk[..., :-1, :].flatten(2, 3).transpose(1, 2), qk[..., -1, :].transpose(1, 2), v.transpose(1, 2)
         cache = context.cache
         attend = F.scaled_dot_product_attention if cache is None else partial(cache.attend, self.layer)

@@ -44,7 +44,9 @@ class LayerNorm(nn.LayerNorm):
     """Accumulates in fp32; the parameters take part in the input's dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = (None if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
+        if self.weight is None or self.weight.dtype == x.dtype:  # casts that do nothing take time too
+            return super().forward(x)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 

@@ -10,6 +10,10 @@ from torch import Tensor
 from castalia.config.schema import Model, RopeScaling
 from castalia.errors import ConfigError
 
+# Cosines and sines, each [rows, t, 1, 1, rotary_size / 2]; for one position a row, where calling a kernel costs more
+# than its work, the same as one matrix [rows, d, d].
+Rotation = tuple[Tensor, Tensor] | Tensor
+
 
 class Rotary:
     """Cosines and sines of all positions, computed in fp32 once for each device and again when longer ones come.
@@ -18,22 +22,30 @@ class Rotary:
     """
 
     def __init__(self, cfg: Model) -> None:
+        self.head_size = cfg.head_size
         self.frequencies, self.magnitude = rotary_frequencies(cfg)
         self.tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, positions: Tensor, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of `positions` [rows, t], all below `end`: each [rows, t, 1, 1, rotary_size / 2]."""
+    def __call__(self, positions: Tensor, end: int, dtype: torch.dtype) -> Rotation:
+        """What `rotate` needs to know of `positions` [rows, t], all below `end`."""
         table = self.tables.get(positions.device)
         if table is None or len(table[0]) < end:
             length = 1 << (max(end, 256) - 1).bit_length()  # a power of two: decoding rarely meets a longer one
             angles = torch.outer(torch.arange(length).float(), self.frequencies).to(positions.device)
             table = angles.cos() * self.magnitude, angles.sin() * self.magnitude
             self.tables[positions.device] = table
-        return table[0][positions][:, :, None, None].to(dtype), table[1][positions][:, :, None, None].to(dtype)
+        cos, sin = (part[positions][:, :, None, None].to(dtype) for part in table)
+        if positions.shape[1] > 1:
+            return cos, sin
+        basis = torch.eye(self.head_size, dtype=dtype, device=positions.device)[None, None, :, None]
+        return rotate(basis.expand(len(positions), -1, -1, -1, -1), (cos, sin)).flatten(1, 3)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first dimensions of every head, i paired with i + half; the rest stays. x: [b, t, ..., d]."""
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Rotate the first dimensions of every head, i paired with i + half; the rest stays. x: [b, t, kv, heads, d]."""
+    if isinstance(rotation, Tensor):
+        return (x.flatten(1, 3) @ rotation).view(x.shape)
+    cos, sin = rotation
     half = cos.shape[-1]
     first, second = x[..., :half], x[..., half : 2 * half]
     return torch.cat((first * cos - second * sin, second * cos + first * sin, x[..., 2 * half :]), dim=-1)

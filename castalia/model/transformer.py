@@ -21,7 +21,7 @@ from castalia.errors import ConfigError
 from castalia.model.attention import Attention, Cache, Context
 from castalia.model.layers import MLP, Embedding, Linear, build_norm
 from castalia.model.loss import linear_cross_entropy
-from castalia.model.positions import Rotary, restarted, sinusoids, visible
+from castalia.model.positions import Rotary, Rotation, restarted, sinusoids, visible
 
 
 class Block(nn.Module):
@@ -48,7 +48,7 @@ class Block(nn.Module):
         return x + (mixed + out) if self.parallel else x + out
 
     def drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
+        return F.dropout(x, self.dropout) if self.training else x
 
 
 class Transformer(nn.Module):
@@ -148,7 +148,7 @@ class Transformer(nn.Module):
 
     def context(
         self,
-        rotary: tuple[Tensor, Tensor] | None,
+        rotary: Rotation | None,
         places: Tensor,
         num_keys: int,
         documents: Tensor | None,

@@ -48,6 +48,22 @@ def test_ragged_rows_equal_each_row_alone(make_model, update):
         torch.testing.assert_close(logits, alone, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kept", [[0, 2], [1, 2], [1]], ids=str)
+@torch.inference_mode()
+def test_rows_that_are_kept_go_on_as_alone(make_model, kept):
+    model = make_model()
+    cache = cache_for(model)
+    lengths = torch.tensor([9, 3, 3])
+    model(TOKENS[:, :9].where(torch.arange(9) < lengths[:, None], 0), cache=cache)
+    cache.set_lengths(lengths)
+    cache.keep(kept)
+    assert cache.length == max(lengths[kept]) and (cache.lengths is None) == (len(set(lengths[kept].tolist())) == 1)
+    for step in range(3):
+        logits = model(torch.stack([TOKENS[i, lengths[i] + step] for i in kept])[:, None], cache=cache)[:, 0]
+        alone = torch.stack([model(TOKENS[i : i + 1, : lengths[i] + step + 1])[0, -1] for i in kept])
+        torch.testing.assert_close(logits, alone, atol=2e-5, rtol=1e-5)
+
+
 @torch.inference_mode()
 def test_cached_equals_uncached_in_bf16(make_model):
     model = make_model()

@@ -74,6 +74,11 @@ def test_a_file_of_prompts_and_an_overlay(run, texts, tmp_path):
     assert saved == [{"prompt": "In", "text": one}, {"prompt": "the beginning", "text": two}]
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_fewer_bits(run, dtype):
+    assert len(run("--prompt", "In", "--max-tokens", "9", "--dtype", dtype)) > len("In\n")
+
+
 def test_interactive_reads_prompts_until_the_end(run, texts, monkeypatch):
     lines = iter(["In\n", "the beginning\n", ""])
     monkeypatch.setattr(sys.stdin, "readline", lambda: next(lines))
@@ -89,6 +94,7 @@ def test_interactive_reads_prompts_until_the_end(run, texts, monkeypatch):
         (["--prompt", "x" * 49], "has 49 tokens; the model takes 48"),
         (["--file", "nowhere.txt"], "nowhere.txt: No such file"),
         (["--config", "nowhere.yml"], "nowhere.yml: no such file"),
+        (["--dtype", "int8", "--tp", "2"], "int8 is for one process on a CPU"),
     ],
 )
 def test_mistakes_are_one_message(folder, args, message, monkeypatch, capsys):

@@ -30,7 +30,9 @@ def shares(temperature: float = 1.0, top_k: int = 0, top_p: float = 0.0) -> torc
         ({"temperature": 1e-3}, [0, 1, 0, 0, 0]),
     ],
 )
-def test_shares_of_the_tokens(options, expected):
+@pytest.mark.parametrize("candidates", [2, 256])
+def test_shares_of_the_tokens(options, expected, candidates, monkeypatch):
+    monkeypatch.setattr("castalia.generate.sample.CANDIDATES", candidates)
     torch.testing.assert_close(shares(**options), torch.tensor(expected, dtype=torch.float32), atol=0.012, rtol=0)
     assert (shares(**options)[torch.tensor(expected) == 0] == 0).all()
 
