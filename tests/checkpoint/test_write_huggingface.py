@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.load import build_model, load_model
 from castalia.config.schema import Model, RopeScaling, Tokenizer
+from castalia.errors import CheckpointError
 from tests.checkpoint.made import FAMILIES, LLAMA, SIZES, assert_same, made, written
 
 TOKENS = torch.arange(40).view(2, 20) % 90
@@ -192,3 +193,14 @@ def test_a_changed_config_json_is_believed(tmp_path: Path) -> None:
     file.write_text(json.dumps(config | {"layer_norm_eps": 0.125, "use_parallel_residual": False}))
     found = open_checkpoint(tmp_path / "out").config.model
     assert (found.norm_eps, found.parallel_residual, found.vocab_size) == (0.125, False, 90)
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("kind", ["gpt_neox", "gpt2", "llama"])
+def test_a_wrong_number_of_layers_is_named(kind: str, blocks: int, tmp_path: Path) -> None:
+    written(made(FAMILIES[kind], optimizer=False), tmp_path / "out", "hf")
+    file = tmp_path / "out" / "config.json"
+    key = "n_layer" if kind == "gpt2" else "num_hidden_layers"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: blocks}))
+    with pytest.raises(CheckpointError, match=f"config.json describes {blocks} blocks, the weights have 2"):
+        open_checkpoint(tmp_path / "out")

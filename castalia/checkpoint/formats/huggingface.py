@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ OPTIMIZER_FILES = ("optimizer.safetensors",)
 BESIDE = "castalia.json"  # a conversion's: optimizer steps, progress and the run's config
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 ROLES: tuple[Role, ...] = ("master", "exp_avg", "exp_avg_sq")
+BLOCK = re.compile(r"(?:h|layers)\.(\d+)\.")
 OLD_BUFFERS = re.compile(r"(^|\.)(attn|attention)\.(masked_)?bias$|(^|\.)rotary_emb\.inv_freq$")
 ACTIVATIONS = {
     "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
@@ -281,6 +282,7 @@ def read(path: Path, tokenizer: str | None = None) -> Checkpoint:
     model = _model(config, family)
     tensors, files = _open_weights(path)
     named = _by_rank(tensors, family)
+    _check_blocks(path, named, model.num_layers)
     notes = []
     if model.tie_embeddings and named.pop(family.head, []):
         notes.append(f"{family.head} is stored, but the config ties it to the embedding, which is used")
@@ -312,6 +314,16 @@ def read(path: Path, tokenizer: str | None = None) -> Checkpoint:
 def table(family: Family, model: Model) -> list[Rule]:
     """All rules of a model; their names are without the family's prefix."""
     return family.rules(model) + ([] if model.tie_embeddings else [Rule("head.weight", family.head)])
+
+
+def _check_blocks(path: Path, names: Iterable[str], expected: int) -> None:
+    """Raises CheckpointError where config.json describes fewer or more blocks than there are."""
+    found = len({block[1] for name in names if (block := BLOCK.match(name))})
+    if found != expected:
+        raise CheckpointError(
+            f"{path / CONFIG} describes {expected} blocks, the weights have {found}: the two do not belong "
+            "together, or one was changed; set the number of layers to what the weights have, or get both again"
+        )
 
 
 def _by_rank(tensors: Mapping[str, TensorRef], family: Family) -> dict[str, list[TensorRef]]:
