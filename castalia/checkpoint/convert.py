@@ -21,7 +21,7 @@ from typing import IO, Any
 import torch
 
 from castalia.checkpoint.formats import find_steps
-from castalia.checkpoint.lazy import Cast
+from castalia.checkpoint.lazy import Adapted, Cast
 from castalia.checkpoint.stored import StoredTensor
 from castalia.checkpoint.tensors import Checkpoint, TensorRef, name_of
 from castalia.checkpoint.writing import Advance, Plan, Verified, WriteOptions, sync
@@ -55,6 +55,7 @@ class Target:
 
 TARGETS = {
     "native": Target("castalia.checkpoint.formats.native_write", "step_{step:06d}"),
+    "peft": Target("castalia.checkpoint.formats.peft_write", "step{step}"),
     "hf": Target("castalia.checkpoint.formats.huggingface_write", "step{step}"),
     "neox": Target("castalia.checkpoint.formats.neox_write", "global_step{step}", nested=True),
     "megatron-deepspeed": Target("castalia.checkpoint.formats.megatron_write", "global_step{step}", nested=True),
@@ -79,6 +80,8 @@ def prepare(checkpoint: Checkpoint, dtype: torch.dtype | None = None, optimizer:
     if dtype is not None:
         sources = {name: state[name]["master"] if state and name in state else ref for name, ref in model.items()}
         model = {name: ref if ref.dtype == dtype else Cast(ref, name_of(dtype)) for name, ref in sources.items()}
+    else:
+        model = {name: Cast(r, r.source.dtype_name) if isinstance(r, Adapted) else r for name, r in model.items()}
     return replace(checkpoint, model=model, optimizer=state if optimizer else None)
 
 
@@ -86,6 +89,9 @@ def _checked(ref: TensorRef, known: dict[int, Verified]) -> TensorRef:
     """The tensor with its checksums verified. A tensor that is weight and master stays one."""
     if isinstance(ref, Cast):
         return Cast(_checked(ref.source, known), ref.dtype_name)
+    if isinstance(ref, Adapted):
+        source, a, b = (_checked(each, known) for each in (ref.source, ref.a, ref.b))
+        return Adapted(source, a, b, ref.scale)
     if not isinstance(ref, StoredTensor):
         return ref
     return known.setdefault(id(ref), Verified(ref))

@@ -214,6 +214,26 @@ class Scaled(Typed):
 
 
 @dataclass(frozen=True)
+class Adapted(Typed):
+    """The source plus scale * B A, in fp32. Computed in fp64, so that a part has the bits that it has in the whole."""
+
+    source: TensorRef
+    a: TensorRef  # [rank, in]
+    b: TensorRef  # [out, rank]
+    scale: float
+    dtype_name: str = "float32"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.source.shape)
+
+    def read(self, slices: Slices | None = None) -> torch.Tensor:
+        rows, columns = (slice(*pair) for pair in bounds(self.shape, slices))
+        change = self.b.read([rows]).double() @ self.a.read([slice(None), columns]).double()
+        return (self.source.read([rows, columns]).double() + change * self.scale).float()
+
+
+@dataclass(frozen=True)
 class Padded(Typed):
     """The source with rows of zeros added at the end."""
 

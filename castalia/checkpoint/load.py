@@ -18,7 +18,7 @@ from castalia.checkpoint.tensors import Checkpoint, Shard, TensorRef
 from castalia.config.schema import Model
 from castalia.errors import CheckpointError
 from castalia.model.transformer import Transformer
-from castalia.plan.count import tensor_shapes
+from castalia.plan.count import adapter_shapes, tensor_shapes
 
 VOCABULARY = ("embed.weight", "head.weight")  # tensors with a row for each token
 
@@ -88,10 +88,13 @@ def load_weights(model: Transformer, checkpoint: Checkpoint) -> LoadReport:
     return load_shards({name: Shard.whole(p) for name, p in model.named_parameters()}, model.cfg, checkpoint)
 
 
-def load_shards(shards: Mapping[str, Shard], cfg: Model, checkpoint: Checkpoint) -> LoadReport:
-    """`load_weights` where this process holds only parts of the model `cfg`. The whole checkpoint must fit it."""
-    expected = tensor_shapes(cfg)
-    notes = _check(expected, checkpoint.model, cfg.vocab_size, checkpoint.path)
+def load_shards(shards: Mapping[str, Shard], cfg: Model, checkpoint: Checkpoint, added: int = 0) -> LoadReport:
+    """`load_weights` where this process holds only parts of the model `cfg`. The whole checkpoint must fit it.
+
+    The last `added` entries of the vocabulary may be missing.
+    """
+    expected = tensor_shapes(cfg) | adapter_shapes(cfg, checkpoint.config.finetune.lora if checkpoint.config else None)
+    notes = _check(expected, checkpoint.model, cfg.vocab_size and cfg.vocab_size - added, checkpoint.path)
     with torch.no_grad():
         for name, shard in shards.items():
             _fill(shard, checkpoint.model[name])
@@ -193,6 +196,14 @@ def _check(
         lines = "".join(f"\n  {problem}" for problem in sorted(problems))
         raise CheckpointError(f"{where} does not fit the model: {both} of {len(expected)} tensors are in both{lines}")
     return tuple(sorted(notes))
+
+
+def fill_with_mean(shard: Shard, source: TensorRef, first: int, stop: int) -> None:
+    """Rows `first` to `stop` of the whole tensor become the mean of the source's rows before them."""
+    begin, columns = shard.start[0], slice(shard.start[1], shard.start[1] + shard.tensor.shape[1])
+    rows = shard.tensor.detach()[max(first - begin, 0) : max(stop - begin, 0)]
+    if len(rows):
+        rows.copy_(source.read([slice(0, first), columns]).double().mean(dim=0))
 
 
 def _fill(shard: Shard, source: TensorRef) -> None:

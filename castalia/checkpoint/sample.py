@@ -15,14 +15,25 @@ from pathlib import Path
 import numpy as np
 
 from castalia.checkpoint.container import FileTensor
-from castalia.checkpoint.lazy import Cast, Combined, Joined, Padded, Part, Permuted, Scaled, Shaped, Transposed
+from castalia.checkpoint.lazy import (
+    Adapted,
+    Cast,
+    Combined,
+    Joined,
+    Padded,
+    Part,
+    Permuted,
+    Scaled,
+    Shaped,
+    Transposed,
+)
 from castalia.checkpoint.stored import StoredTensor
 from castalia.checkpoint.tensors import ITEM_BYTES, TensorRef
 from castalia.errors import CheckpointError
 
 SPAN_ELEMENTS = 4096
 MAX_ROW = 1 << 16  # of longer rows only the beginning is sampled
-WRAPPERS = (Cast, Permuted, Transposed, Scaled, Padded)
+WRAPPERS = (Adapted, Cast, Permuted, Transposed, Scaled, Padded)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 def command(
     source: Annotated[str, typer.Argument(metavar="SRC", help="a run, or a checkpoint of any format")],
     target: Annotated[Path, typer.Argument(metavar="DST", help="the folder to be written")],
-    to: Annotated[Literal["native", "hf", "neox", "megatron-deepspeed"], typer.Option(help="the format of DST")],
+    to: Annotated[
+        Literal["native", "hf", "neox", "megatron-deepspeed", "peft"],
+        typer.Option(help="the format of DST; peft: adapters alone, which all others merge"),
+    ],
     layout: Annotated[
         str | None, typer.Option(help="ranks of the files, as tp=2,pp=4,dp=8,zero=1; pp=0: no pipeline layout")
     ] = None,
@@ -37,6 +40,7 @@ def command(
     step: Annotated[int | None, typer.Option(help="which of several checkpoints; default: the latest")] = None,
     config: Annotated[str | None, typer.Option(help="training config, where none lies with the files")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="tokenizer file, where SRC has none")] = None,
+    base: Annotated[str | None, typer.Option(help="the model of an adapter that does not name it")] = None,
     gqa_rows: Annotated[Literal["old", "new"] | None, typer.Option(help="NeoX: order of grouped queries")] = None,
     rms_eps: Annotated[Literal["inside", "outside"] | None, typer.Option(help="NeoX: place of the epsilon")] = None,
 ) -> None:
@@ -51,7 +55,7 @@ def command(
 
     if to not in convert.TARGETS:
         raise ConfigError(f"--to {to} is not there yet; use {' or '.join(convert.TARGETS)}")
-    if to in ("native", "hf") and (layout or era):
+    if to in ("native", "hf", "peft") and (layout or era):
         raise ConfigError(f"--to {to} has no ranks and no eras: leave out --layout and --era")
     if all_steps and step is not None:
         raise ConfigError("--all-steps and --step exclude each other; choose steps with --steps")
@@ -73,7 +77,7 @@ def command(
                 _verify(checkpoint, folder)
 
     if not all_steps:
-        checkpoint = open_checkpoint(source, step=step, **hints)
+        checkpoint = open_checkpoint(source, step=step, adapters=to == "peft", **hints)
         inside = form.step_folder.format(step=checkpoint.progress.step) if form.nested else ""
         one(checkpoint, target, inside)
         return
@@ -83,7 +87,7 @@ def command(
         if (target / name).exists() and not force:
             print(f"{target / name} is there already", flush=True)
             continue
-        one(open_checkpoint(folder, **hints), target / name)
+        one(open_checkpoint(folder, adapters=to == "peft", **hints), target / name)
         if not dry_run:
             convert.name_latest(target)
 

@@ -39,7 +39,7 @@ def command(
     from castalia.checkpoint.formats import open_checkpoint
     from castalia.checkpoint.inspect import report
 
-    hints = {"config": config, "gqa_rows": gqa_rows, "rms_eps": rms_eps}
+    hints: dict[str, Any] = {"config": config, "gqa_rows": gqa_rows, "rms_eps": rms_eps}
     checkpoint = open_checkpoint(path, step=step, tolerant=True, **hints)
     found = report(checkpoint, _vocabulary(checkpoint, tokenizer), full=tensors)
     if as_json:

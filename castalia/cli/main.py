@@ -15,6 +15,8 @@ from castalia.errors import CastaliaError
 # verb -> (module, one line of help). The module defines `command`, a plain function, or `app`, a typer.Typer.
 VERBS = {
     "train": ("castalia.cli.train", "Train, fine-tune or resume a run."),
+    "finetune": ("castalia.cli.finetune", "Teach a model by texts or conversations: LoRA, or all weights."),
+    "merge-lora": ("castalia.cli.merge_lora", "Adapters and their model as one plain model."),
     "eval": ("castalia.cli.evaluate", "Loss, perplexity and bits per byte of a checkpoint."),
     "generate": ("castalia.cli.generate", "Write text with a checkpoint."),
     "data": ("castalia.cli.data", "Prepare corpora, look into them, show what a step trains on."),

@@ -127,6 +127,8 @@ def _sort(table: Table, rank: int, ours: dict[str, Setting], theirs: dict[str, S
 def _flatten(path: str, setting: Setting, ours: dict[str, Setting], found: Findings) -> None:
     value = setting.value
     if path in SECTIONS and isinstance(value, Table):
+        if not value and path != "model" and not any(other.startswith(path + ".") for other in ours):
+            put(ours, path, setting)  # `{}`: an optional section with its defaults
         for key, inner in value.items():
             _flatten(f"{path}.{key}", Setting(inner, value.origins[key], setting.rank), ours, found)
     elif path in FIELDS or (path in SECTIONS and value is None):

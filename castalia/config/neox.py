@@ -52,7 +52,7 @@ def is_neox(key: str, value: Any) -> bool:
     if key not in RunConfig.model_fields:
         return key in KEYS or key in STALE
     if not isinstance(value, dict):
-        return key == "precision" and isinstance(value, str)
+        return (key == "precision" and isinstance(value, str)) or (key == "finetune" and isinstance(value, bool))
     if key == "optimizer":
         return bool({"type", "params"} & value.keys())
     return key == "checkpoint" and bool(value) and not Checkpoint.model_fields.keys() & value.keys()

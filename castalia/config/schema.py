@@ -6,6 +6,7 @@ contradictions between values are `check.py`'s.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from os.path import normpath
 from types import MappingProxyType
@@ -183,6 +184,44 @@ class ParameterGroup(Section):
     weight_decay: NonNegativeFloat | None = Field(None, description="None: as without the group")
 
 
+class Lora(Section):
+    """Low-rank adapters: W x + alpha / rank * B (A x), with W as it was loaded."""
+
+    rank: PositiveInt = Field(16, description="columns of B and rows of A")
+    alpha: PositiveFloat | None = Field(None, description="what B (A x) is multiplied by, times the rank; None: 2 rank")
+    dropout: Fraction = Field(0.0, lt=1.0, description="of an adapter's input; the head's has none")
+    targets: tuple[Literal["attn.qkv", "attn.out", "mlp.up", "mlp.gate", "mlp.down", "head"], ...] = Field(
+        (), description="matrices with an adapter; none named: all of the blocks"
+    )
+
+    @property
+    def scale(self) -> float:
+        """What B (A x) is multiplied by."""
+        return (self.alpha or 2 * self.rank) / self.rank
+
+
+class Finetune(Section):
+    """What of the loaded model trains, and what is added to it."""
+
+    lora: Lora | None = Field(None, description="{}: adapters of rank 16; None: no adapters")
+    train: tuple[str, ...] = Field(
+        (), description="regular expressions, searched in the tensors' names: what trains; none: all, or the adapters"
+    )
+    freeze: tuple[str, ...] = Field((), description="regular expressions: what does not train")
+    add_tokens: tuple[str, ...] = Field(
+        (), description="new entries of the vocabulary; with init_from their rows begin as the mean of all others"
+    )
+
+    def trains(self, name: str) -> bool:
+        """Whether a tensor of this name learns. Adapters do, whatever `train` says."""
+        wanted = any(re.search(pattern, name) for pattern in self.train) if self.train else self.lora is None
+        return (wanted or is_adapter(name)) and not any(re.search(pattern, name) for pattern in self.freeze)
+
+
+def is_adapter(name: str) -> bool:
+    return name.endswith((".lora_a", ".lora_b"))
+
+
 class Optimizer(Section):
     name: Literal["adamw", "lion", "sgd", "adafactor", "muon"] = Field(
         "adamw",
@@ -194,6 +233,9 @@ class Optimizer(Section):
     momentum: Fraction = Field(0.95, lt=1.0, description="of sgd and muon")
     weight_decay: NonNegativeFloat = Field(0.1, description="on matrices and embeddings; never on norms and biases")
     groups: tuple[ParameterGroup, ...] = Field((), description="tensors with a rate or a decay of their own")
+    layer_decay: PositiveFloat = Field(
+        1.0, le=1.0, description="times the rate of a block for each block above it; embeddings lie below all blocks"
+    )
     clip_norm: PositiveFloat | None = Field(1.0, description="largest gradient norm; None switches clipping off")
 
 
@@ -375,6 +417,7 @@ class RunConfig(Section):
     model: Model | None = None
     data: Data = Data()
     tokenizer: Tokenizer = Tokenizer()
+    finetune: Finetune = Finetune()
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     parallel: Parallel = Parallel()

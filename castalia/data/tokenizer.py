@@ -226,6 +226,16 @@ def _load_hf_gpt2(folder: Path) -> RustTokenizer:
     return RustTokenizer(engine, {}, drop_special=False)
 
 
+def add_tokens(tokenizer: Tokenizer, tokens: Sequence[str]) -> None:
+    """Give texts ids of their own, behind all others. Those that have one keep it."""
+    if not isinstance(tokenizer, RustTokenizer):
+        kind = type(tokenizer).__name__
+        raise DataError(f"a {kind} takes no further tokens ({', '.join(tokens)}); only tokenizer.json and BPE files do")
+    tokenizer.engine.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in tokens])
+    tokenizer.vocab_size = tokenizer.engine.get_vocab_size(with_added_tokens=True)
+    tokenizer.files = {}  # those on disk lack the tokens
+
+
 def spelled(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
     """The text of the ids with special tokens, which `decode` may leave out."""
     if isinstance(tokenizer, RustTokenizer):

@@ -49,6 +49,8 @@ def seeded_tensor(
     logical = _logical_shape(cfg, name, shape)
     method = _method(cfg, name)
     rows, columns = slices if slices is not None else (slice(None), slice(None))
+    if name.endswith(".lora_a"):  # within +-1 / sqrt(columns), as the library PEFT draws them
+        return (_drawn(seed, name, shape, rows, columns, uniform=True) / math.sqrt(3 * shape[1])).float()
     if method.endswith("orthogonal"):
         whole = torch.zeros(*shape)  # padding rows are zero: an orthogonal matrix cannot be continued
         whole[: logical[0]] = _orthogonal(seed, name, logical) * (1.0 if method == "orthogonal" else _depth_gain(cfg))
@@ -58,8 +60,8 @@ def seeded_tensor(
 
 
 def constant_value(name: str) -> float | None:
-    """What a norm's weight or a bias starts as; None for a matrix, which is random."""
-    if name.endswith(".bias"):
+    """What a norm's weight, a bias or `lora_b` starts as; None for a matrix, which is random."""
+    if name.endswith((".bias", ".lora_b")):
         return 0.0
     return 1.0 if name.split(".")[-2] in ("norm", "norm1", "norm2", "qk_norm") else None
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from castalia.config.schema import Model
+from castalia.config.schema import Lora, Model
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -24,13 +24,41 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Linear(nn.Linear):
-    """Computes in the input's dtype, whatever the parameters' dtype. Its values come from `init.py` or a checkpoint."""
+    """Computes in the input's dtype, whatever the parameters' dtype. Its values come from `init.py` or a checkpoint.
+
+    With an adapter, `lora_a` [rank, in] and `lora_b` [out, rank], their product is added to the weight.
+    """
+
+    lora_a: nn.Parameter | None
+    lora_b: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.register_parameter("lora_a", None)
+        self.register_parameter("lora_b", None)
 
     def reset_parameters(self) -> None:
         pass
 
+    def add_adapter(self, cfg: Lora) -> None:
+        """Its values are left unset."""
+        self.lora_a = nn.Parameter(torch.empty(cfg.rank, self.in_features, device=self.weight.device))
+        self.lora_b = nn.Parameter(torch.empty(self.out_features, cfg.rank, device=self.weight.device))
+        self.lora_scale, self.lora_dropout = cfg.scale, cfg.dropout
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        out = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        if self.lora_a is None or self.lora_b is None:
+            return out
+        inner = F.linear(F.dropout(x, self.lora_dropout, self.training), self.lora_a.to(x.dtype))
+        return out + F.linear(inner, self.lora_b.to(x.dtype)) * self.lora_scale
+
+    @property
+    def whole_weight(self) -> Tensor:
+        """The weight with its adapter, for those that multiply by themselves."""
+        if self.lora_a is None or self.lora_b is None:
+            return self.weight
+        return self.weight + self.lora_b @ self.lora_a * self.lora_scale
 
 
 class Embedding(nn.Embedding):

@@ -174,7 +174,7 @@ class Transformer(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        return self.embed.weight if self.head is None else self.head.weight
+        return self.embed.weight if self.head is None else self.head.whole_weight
 
 
 def _learned_positions(cfg: Model) -> Embedding:

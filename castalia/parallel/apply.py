@@ -1,4 +1,4 @@
-"""What is applied to a finished model, in one visible order: tensor parallelism, recomputation, sharding."""
+"""What is applied to a finished model, in one visible order: tensor parallelism, adapters, recomputation, sharding."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import torch
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from castalia.config.schema import Parallel, RunConfig
+from castalia.model.adapters import add_adapters, freeze
 from castalia.model.transformer import Transformer
 from castalia.parallel.mesh import Mesh
 from castalia.parallel.pipeline import cut_stage
 from castalia.parallel.recompute import apply_recompute, has_dropout
-from castalia.parallel.tensor import apply_tensor_parallel, replicate_rest
+from castalia.parallel.tensor import apply_tensor_parallel, replicate_rest, split_adapters
 from castalia.plan.layout import stages_of_rank, stages_per_rank
 
 
@@ -38,7 +39,11 @@ def parallelize(model: Transformer, mesh: Mesh, cfg: RunConfig, compute_dtype: t
     """Splits, wraps and shards a model (or a pipeline stage of one) that is on the meta device, in this order."""
     if mesh.layout.tp > 1:
         apply_tensor_parallel(model, mesh.tensor, cfg.parallel.sequence_parallel)
+    add_adapters(model, cfg.finetune.lora)
+    if mesh.layout.tp > 1:
+        split_adapters(model, mesh.tensor)
         replicate_rest(model, mesh.tensor)
+    freeze(model, cfg.finetune)
     apply_recompute(model, cfg.train.recompute, dropout=has_dropout(model.cfg))
     apply_sharding(model, mesh, cfg.parallel, compute_dtype)
     assert_tied(model)

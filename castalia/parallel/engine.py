@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from castalia.config.batch import BatchPlan
 from castalia.config.schema import RunConfig
 from castalia.errors import ConfigError
+from castalia.model.adapters import add_adapters, freeze
 from castalia.model.init import initialize
 from castalia.model.transformer import Transformer
 from castalia.parallel.recompute import apply_recompute, has_dropout
@@ -154,5 +155,7 @@ def one_process(config: RunConfig, dtype: torch.dtype, device: torch.device, pla
         raise ConfigError("parallel.offload comes with sharding over several processes; remove it, or start more")
     with torch.device(device):
         model = Transformer(config.model, compute_dtype=dtype, exact=config.neox_exact, z_loss=config.train.z_loss)
+        add_adapters(model, config.finetune.lora)
+    freeze(model, config.finetune)
     apply_recompute(model, config.train.recompute, dropout=has_dropout(config.model))
     return Engine(model, plan.micro_batch_size)

@@ -19,6 +19,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from castalia.model.layers import Linear
 from castalia.model.loss import CHUNK_BYTES, IGNORE, scaled_gradients
 from castalia.model.transformer import Block, Transformer
 
@@ -159,6 +160,16 @@ class _VocabularyParallel(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Any, ...]:
         return *scaled_gradients(ctx, scale), None, None, None, None, None
+
+
+def split_adapters(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Cuts an adapter where its matrix is cut: the rows of `lora_b`, or the columns of `lora_a`."""
+    for module in model.modules():
+        if isinstance(module, Linear) and module.lora_a is not None:
+            (placement,) = module.weight.placements  # type: ignore[union-attr,attr-defined]
+            name = "lora_b" if placement.is_shard(0) else "lora_a"
+            cut = distribute_tensor(getattr(module, name), mesh, [placement])
+            module.register_parameter(name, nn.Parameter(cut))
 
 
 def replicate_rest(model: nn.Module, mesh: DeviceMesh) -> None:

@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 from math import prod
 
-from castalia.config.schema import Model
+from castalia.config.schema import Lora, Model
+from castalia.errors import ConfigError
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -26,6 +27,26 @@ def tensor_shapes(model: Model) -> Shapes:
     shapes |= _norm(model, "norm")
     if not model.tie_embeddings:
         shapes["head.weight"] = (vocab, hidden)
+    return shapes
+
+
+def adapter_shapes(model: Model, lora: Lora | None) -> Shapes:
+    """Names and shapes of the adapters. ConfigError if the model lacks one of their matrices."""
+    if lora is None:
+        return {}
+    linear = ("attn.qkv", "attn.out", "mlp.up", "mlp.gate", "mlp.down", "head")
+    every = ((name.removesuffix(".weight"), shape) for name, shape in tensor_shapes(model).items())
+    found = {matrix: shape for matrix, shape in every if matrix.endswith(linear)}
+    kinds = {matrix: re.sub(r"^blocks\.\d+\.", "", matrix) for matrix in found}
+    targets = set(lora.targets) or set(kinds.values()) - {"head"}
+    if lacking := targets - set(kinds.values()):
+        known = ", ".join(dict.fromkeys(kinds.values()))
+        tied = "; its head is the embedding" if "head" in lacking else ""
+        raise ConfigError(f"finetune.lora.targets: the model has no {', '.join(sorted(lacking))}{tied}; it has {known}")
+    shapes: Shapes = {}
+    for matrix, (rows, columns) in found.items():
+        if kinds[matrix] in targets:
+            shapes |= {f"{matrix}.lora_a": (lora.rank, columns), f"{matrix}.lora_b": (rows, lora.rank)}
     return shapes
 
 

@@ -35,6 +35,7 @@ def make_optimizer(
     *,
     summed_bias_ranks: int = 1,
     width_multiplier: float = 1.0,
+    num_layers: int = 0,
 ) -> AnyOptimizer:
     """The optimizer of the parameters that train. Its state exists from the start: memory is taken at once, and step 0
     can be saved.
@@ -53,6 +54,7 @@ def make_optimizer(
     kinds: dict[str, dict[tuple[float, float], list[nn.Parameter]]] = defaultdict(lambda: defaultdict(list))
     for name, parameter in trained.items():
         decay, scale = _decay_and_scale(name, cfg, width_multiplier)
+        scale *= cfg.layer_decay ** _blocks_above(name, num_layers)
         if name.endswith(ROW_PARALLEL_BIASES):
             scale *= summed_bias_ranks
         kind: str = "adamw" if cfg.name == "muon" and not is_hidden_matrix(name) else cfg.name
@@ -80,6 +82,14 @@ def _decay_and_scale(name: str, cfg: Optimizer, width_multiplier: float) -> tupl
     matrices, others = (1.0, width_multiplier) if cfg.name == "sgd" else (1 / width_multiplier, 1.0)
     factor = matrices if hidden else others
     return decay / factor, found.lr_scale * factor
+
+
+def _blocks_above(name: str, num_layers: int) -> int:
+    """How many blocks what a tensor computes goes through after it."""
+    kind, *rest = name.removeprefix("duplicate.").split(".")
+    if kind == "blocks":
+        return num_layers - 1 - int(rest[0])
+    return num_layers if kind in ("embed", "positions") else 0
 
 
 def _is_sharded(parameter: nn.Parameter) -> bool:

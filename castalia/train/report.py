@@ -11,11 +11,12 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from castalia.checkpoint.adapters import adapters_of
 from castalia.checkpoint.describe import readable
 from castalia.config.schema import RunConfig, Section
 from castalia.parallel.layout import layout as parallel_layout
 from castalia.parallel.process import world_size
-from castalia.plan.count import count
+from castalia.plan.count import adapter_shapes, count, tensor_shapes
 from castalia.plan.layout import Layout
 from castalia.plan.report import Known, layout_of, training, warnings
 from castalia.plan.words import clipping, describe_training
@@ -114,6 +115,12 @@ def facts(session: Session, folder: Path, known: Known, layout: Layout) -> Itera
     assert config.model is not None
     vocabulary = f"vocabulary {config.model.vocab_size:,} padded to {config.model.padded_vocab_size:,}"
     yield "model", f"{parameter_count(session):,} parameters, {vocabulary}"
+    shapes = tensor_shapes(config.model) | adapter_shapes(config.model, config.finetune.lora)
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    trained = sum(size for name, size in sizes.items() if config.finetune.trains(name))
+    if trained < sum(sizes.values()):
+        rank = f"; adapters of rank {config.finetune.lora.rank}" if config.finetune.lora else ""
+        yield "trains", f"{trained:,} of {sum(sizes.values()):,} parameters{rank}"
     yield "device", f"{session.device}, {_processes(config)}"
     planned = training(config, known, layout)
     planned["clipping"] = _clipping(session)
@@ -143,6 +150,8 @@ def restored(session: Session) -> Iterator[tuple[str, str, str]]:
     config, source, progress = session.config, session.source, session.progress
     assert source is not None and session.loaded is not None
     yield "weights", "restored", f"{session.loaded.loaded} of {session.loaded.expected} tensors"
+    if config.finetune.lora and adapters_of(source) is None:
+        yield "adapters", "new", f"seed {config.seed}; they change nothing yet"
     if not session.resumed:
         new = "init_from begins a new run"
         yield "fp32 masters", "reset", "made from the weights, which they then are"

@@ -9,19 +9,21 @@ from typing import Any
 
 import torch
 
+from castalia.checkpoint.adapters import adapters_of
 from castalia.checkpoint.formats import open_checkpoint
-from castalia.checkpoint.load import LoadReport, load_optimizer, load_shards
+from castalia.checkpoint.load import VOCABULARY, LoadReport, fill_with_mean, load_optimizer, load_shards
 from castalia.checkpoint.tensors import Checkpoint, Progress, Shard
 from castalia.config.batch import BatchPlan, batch_plan
 from castalia.config.check import require_training
-from castalia.config.schema import Model, RunConfig
+from castalia.config.schema import Model, RunConfig, is_adapter
 from castalia.data.loader import Batch, Samples, open_data
-from castalia.data.tokenizer import Tokenizer, load_tokenizer
+from castalia.data.tokenizer import Tokenizer, add_tokens, load_tokenizer
 from castalia.errors import CheckpointError, ConfigError, TrainingError
 from castalia.parallel.engine import Engine, one_process
 from castalia.parallel.layout import layout
 from castalia.parallel.process import main_first, world_size
 from castalia.train.exact import Exact, exact_behaviour, summed_micro_batches
+from castalia.train.finetune import new_tokens, start_adapters, what_trains
 from castalia.train.folder import holds_checkpoint, run_folder
 from castalia.train.hardware import DTYPES, choose_device, choose_dtype
 from castalia.train.known import refuse_foreign_tokens
@@ -92,7 +94,8 @@ def start(config: RunConfig) -> Session:
     dtype = DTYPES[config.precision.compute]
     engine = make_engine(config, dtype, device, plan)
     resuming = source is not None and config.checkpoint.init_from is None
-    loaded = load_engine(engine, config.model, source) if source else None
+    loaded = load_engine(engine, config.model, source, new_tokens(config, source)) if source else None
+    start_adapters(engine, config, source)
     if source is None:
         engine.initialize(config)
     exact = exact_behaviour(config, source if resuming else None)
@@ -101,6 +104,7 @@ def start(config: RunConfig) -> Session:
         config.optimizer,
         summed_bias_ranks=exact.summed_bias_ranks,
         width_multiplier=config.model.width_multiplier,
+        num_layers=config.model.num_layers,
     )
     progress = source.progress if source and resuming else Progress()
     if source and resuming and config.checkpoint.load_optimizer:
@@ -140,7 +144,7 @@ def make_engine(config: RunConfig, dtype: torch.dtype, device: torch.device, pla
 
 def restore(session: Session, path: Path) -> Progress:
     """Puts weights, optimizer and loss scale back to a checkpoint of this run, and tells how far it was."""
-    saved, engine, model = open_checkpoint(path), session.engine, session.config.model
+    saved, engine, model = open_checkpoint(path, adapters=True), session.engine, session.config.model
     assert model is not None
     load_engine(engine, model, saved)
     for parameters in (engine.parameters, engine.duplicates):
@@ -150,12 +154,23 @@ def restore(session: Session, path: Path) -> Progress:
     return saved.progress
 
 
-def load_engine(engine: Engine, model: Model, source: Checkpoint) -> LoadReport:
-    """Fills this rank's parameters with its slices of the checkpoint."""
-    shard = engine_shard(engine)
-    for name, parameter in engine.duplicates.items():
-        load_shards({name: shard(parameter)}, model, source)
-    return load_shards({name: shard(p) for name, p in engine.parameters.items()}, model, source)
+def load_engine(engine: Engine, model: Model, source: Checkpoint, added: int = 0) -> LoadReport:
+    """Fills this rank's parameters with its slices of the checkpoint, which may lack adapters.
+
+    The last `added` rows of the vocabulary are new to it: they become the mean of the others.
+    """
+    shard, lacks_adapters = engine_shard(engine), adapters_of(source) is None
+    shards = {n: shard(p) for n, p in engine.parameters.items() if not (is_adapter(n) and lacks_adapters)}
+    copies = {name: shard(parameter) for name, parameter in engine.duplicates.items()}
+    for name, parameter in copies.items():
+        load_shards({name: parameter}, model, source, added)
+    report = load_shards(shards, model, source, added)
+    if added:
+        assert model.vocab_size is not None
+        for name, part in (*shards.items(), *copies.items()):
+            if name in VOCABULARY:
+                fill_with_mean(part, source.model[name], model.vocab_size - added, model.vocab_size)
+    return report
 
 
 def engine_shard(engine: Engine) -> Callable[[torch.Tensor], Shard]:
@@ -174,17 +189,24 @@ def find_source(config: RunConfig) -> Checkpoint | None:
     path = wanted.init_from or wanted.resume
     if path is None or (wanted.starts_if_empty and not holds_checkpoint(run_folder(config))):
         return None
-    return open_checkpoint(path, step=wanted.step)
+    return open_checkpoint(path, step=wanted.step, adapters=True)
 
 
 def resolve(config: RunConfig, source: Checkpoint | None) -> tuple[RunConfig, Tokenizer | None]:
     """The config with nothing left to infer, and the tokenizer that it names."""
     model = architecture(config, source)  # first: training another model than meant is the worst of all mistakes
     notes = config.notes + (left_open(config, model) if source else ())
+    finetune = what_trains(config, source, model)
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer.path or config.tokenizer.kind else None
+    if finetune.add_tokens:
+        if tokenizer is None:
+            raise ConfigError("finetune.add_tokens needs the tokenizer that gets them: give tokenizer.path")
+        add_tokens(tokenizer, finetune.add_tokens)
     vocab_size = model.vocab_size or (tokenizer.vocab_size if tokenizer else None)
     if vocab_size is None:
         raise ConfigError("the vocabulary is unknown: give tokenizer.path, or model.vocab_size without a tokenizer")
+    if tokenizer and finetune.add_tokens:
+        vocab_size = max(vocab_size, tokenizer.vocab_size)
     if tokenizer and tokenizer.vocab_size > vocab_size:
         raise ConfigError(
             f"model.vocab_size={vocab_size} is smaller than the tokenizer's vocabulary of {tokenizer.vocab_size}; "
@@ -212,7 +234,7 @@ def resolve(config: RunConfig, source: Checkpoint | None) -> tuple[RunConfig, To
             "loss_scale": config.precision.loss_scale.model_copy(update={"rule": rule}),
         }
     )
-    complete = config.model_copy(update={"model": model, "precision": precision})
+    complete = config.model_copy(update={"model": model, "precision": precision, "finetune": finetune})
     complete._notes = notes
     return complete, tokenizer
 
@@ -223,6 +245,9 @@ def with_steps(config: RunConfig) -> RunConfig:
         return config
     assert config.train.epochs is not None
     steps = open_data(config, "train").steps(config.train.epochs)
+    if not steps:
+        text = f"train.epochs={config.train.epochs}: the data do not fill one step's batch; use a smaller "
+        raise ConfigError(f"{text}train.batch_size or data.seq_length, or give train.steps")
     return config.model_copy(update={"train": config.train.model_copy(update={"steps": steps, "epochs": None})})
 
 

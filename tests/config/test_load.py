@@ -255,3 +255,13 @@ def test_loading_two_files_is_loading_their_union(tmp_path_factory, first, secon
         (folder / name).write_text(to_yaml(nested), encoding="utf-8")
         files.append(folder / name)
     assert load_config(files) == as_yaml(first | second)
+
+
+def test_an_empty_section_is_one_with_its_defaults(tmp_path):
+    file = tmp_path / "a.yml"
+    file.write_text("log: {profile: {}}\nfinetune: {lora: {rank: 4}}\noptimizer: {}\n")
+    config = load_config(file, ["finetune.lora={}"])
+    assert config.log.profile is not None and config.log.profile.start == 10
+    assert config.finetune.lora is not None and config.finetune.lora.rank == 4
+    assert load_config([config], ["finetune.lora=null"]).finetune.lora is None
+    assert load_config([], []).finetune.lora is None

@@ -8,6 +8,7 @@ import re
 from importlib import import_module
 from pathlib import Path
 
+from castalia.checkpoint.adapters import merged
 from castalia.checkpoint.stored import inside
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.errors import CheckpointError
@@ -17,19 +18,21 @@ FORMATS = {  # name -> module; the first that detects its files reads them
     "huggingface": "castalia.checkpoint.formats.huggingface",
     "megatron-deepspeed": "castalia.checkpoint.formats.megatron_deepspeed",
     "neox": "castalia.checkpoint.formats.neox",
+    "peft": "castalia.checkpoint.formats.peft",
 }
 STEP_FOLDER = re.compile(r"(?:global_)?step_?(\d+)")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w.-]+(/[\w.-]+)*)?")
 
 
 def open_checkpoint(
-    path: str | Path, *, step: int | None = None, tolerant: bool = False, **hints: object
+    path: str | Path, *, step: int | None = None, tolerant: bool = False, adapters: bool = False, **hints: object
 ) -> Checkpoint:
     """Open any checkpoint; nothing but directories and headers is read.
 
-    `step` selects one of several. Other hints are the reader's: `config`, `tokenizer`, `gqa_rows`, `rms_eps`; None is
-    no hint. `tolerant`: a config that is of another model is told in the details instead of refused, so that the files
-    can be looked into. Raises CheckpointError when there is no checkpoint, or when a hint does not apply to its format.
+    `step` selects one of several. Adapters are merged into their matrices, unless `adapters` asks for them as they are.
+    Other hints are the reader's: `config`, `tokenizer`, `gqa_rows`, `rms_eps`, `base`; None is no hint. `tolerant`: a
+    config that is of another model is told in the details instead of refused, so that the files can be looked into.
+    Raises CheckpointError when there is no checkpoint, or when a hint does not apply to its format.
     """
     folder = find_folder(path, step)
     name = detect(folder)
@@ -45,7 +48,7 @@ def open_checkpoint(
     checkpoint = reader(folder, **hints)
     if step is not None and checkpoint.progress.step != step:
         raise CheckpointError(f"{folder} is of step {checkpoint.progress.step}, not {step}")
-    return checkpoint
+    return checkpoint if adapters else merged(checkpoint)
 
 
 def detect(path: str | Path) -> str | None:

@@ -273,7 +273,7 @@ FAMILIES = {
 
 
 def detect(path: Path) -> bool:
-    return (path / CONFIG).is_file() and bool(_read_json(path / CONFIG).keys() & {"model_type", "architectures"})
+    return (path / CONFIG).is_file() and bool(read_json(path / CONFIG).keys() & {"model_type", "architectures"})
 
 
 def read(path: Path, tokenizer: str | None = None) -> Checkpoint:
@@ -286,7 +286,7 @@ def read(path: Path, tokenizer: str | None = None) -> Checkpoint:
     notes = []
     if model.tie_embeddings and named.pop(family.head, []):
         notes.append(f"{family.head} is stored, but the config ties it to the embedding, which is used")
-    beside = _read_json(path / BESIDE) if (path / BESIDE).is_file() else {}
+    beside = read_json(path / BESIDE) if (path / BESIDE).is_file() else {}
     try:
         ours = to_ours(table(family, model), named, ignore=OLD_BUFFERS.pattern)
         optimizer = _optimizer(path, beside, family, model, ours)
@@ -382,7 +382,7 @@ def _spelled_out(model: Model, run: RunConfig) -> Model:
 
 
 def _read_config(path: Path) -> tuple[Config, Family]:
-    given = _read_json(path)
+    given = read_json(path)
     architectures = given.get("architectures") or []
     kind = given.get("model_type")
     family = FAMILIES.get(str(kind))
@@ -409,7 +409,7 @@ def _open_weights(path: Path, names: Sequence[str] = WEIGHT_FILES) -> tuple[dict
     for name in names:
         index = path / f"{name}.index.json"
         if (path / name).is_file():
-            return _open_file(path / name), [name]
+            return open_file(path / name), [name]
         if index.is_file():
             return _open_shards(path, index)
     raise CheckpointError(
@@ -419,7 +419,7 @@ def _open_weights(path: Path, names: Sequence[str] = WEIGHT_FILES) -> tuple[dict
 
 
 def _open_shards(path: Path, index: Path) -> tuple[dict[str, TensorRef], list[str]]:
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index} has no usable weight_map")
     files = sorted(set(weight_map.values()))
@@ -427,13 +427,13 @@ def _open_shards(path: Path, index: Path) -> tuple[dict[str, TensorRef], list[st
         raise CheckpointError(
             f"{path} is incomplete: {len(missing)} of {len(files)} shards missing: {', '.join(missing)}"
         )
-    shards = {name: _open_file(path / name) for name in files}
+    shards = {name: open_file(path / name) for name in files}
     if lost := [f"{name} in {file}" for name, file in weight_map.items() if name not in shards[file]]:
         raise CheckpointError(f"{index} names tensors that its files lack: {', '.join(lost[:5])}")
     return {name: shards[file][name] for name, file in weight_map.items()}, files
 
 
-def _open_file(path: Path) -> dict[str, TensorRef]:
+def open_file(path: Path) -> dict[str, TensorRef]:
     if path.suffix == ".safetensors":
         return dict(open_safetensors(path))
     loaded = open_pt(path)
@@ -454,7 +454,7 @@ def _tokenizer(path: Path, given: str | None) -> Tokenizer:
     return Tokenizer()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
     except OSError as error:

@@ -1,0 +1,38 @@
+"""Adapters that a checkpoint holds beside its matrices, and the plain model that both make together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from castalia.checkpoint.lazy import Adapted
+from castalia.checkpoint.tensors import Checkpoint, TensorRef
+from castalia.config.schema import Lora, is_adapter
+
+
+def adapters_of(checkpoint: Checkpoint | None) -> Lora | None:
+    return checkpoint.config.finetune.lora if checkpoint and checkpoint.config else None
+
+
+def merged(checkpoint: Checkpoint) -> Checkpoint:
+    """The same model without adapters, which are added to their matrices. It has no optimizer state."""
+    lora, held = adapters_of(checkpoint), checkpoint.model
+    if lora is None or checkpoint.config is None:
+        return checkpoint
+    model: dict[str, TensorRef] = {}
+    for name, ref in held.items():
+        matrix = name.removesuffix(".weight")
+        if f"{matrix}.lora_a" in held:
+            model[name] = Adapted(ref, held[f"{matrix}.lora_a"], held[f"{matrix}.lora_b"], lora.scale)
+        elif not is_adapter(name):
+            model[name] = ref
+    finetune = checkpoint.config.finetune.model_copy(update={"lora": None})
+    return replace(
+        checkpoint,
+        model=model,
+        optimizer=None,
+        config=checkpoint.config.model_copy(update={"finetune": finetune}),
+        notes=(
+            *checkpoint.notes,
+            f"adapters of rank {lora.rank} are merged into {len(held) - len(model) >> 1} matrices",
+        ),
+    )

@@ -1,0 +1,254 @@
+"""Adapters as the library PEFT stores them: adapter_config.json and adapter_model.safetensors, beside no model.
+
+Its matrices are those of the Hugging Face class. Where that has several for one of ours (queries, keys, values), ours
+has one `lora_a` that all of them share, or, if theirs differ, one with the ranks of all.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from castalia.checkpoint.adapters import adapters_of
+from castalia.checkpoint.describe import tokenizer_settings
+from castalia.checkpoint.formats import open_checkpoint
+from castalia.checkpoint.formats.huggingface import FAMILIES, Family, open_file, read_json, table
+from castalia.checkpoint.lazy import Held, Zeros
+from castalia.checkpoint.rules import Chain, Op, Same, Transpose
+from castalia.checkpoint.tensors import Checkpoint, TensorRef
+from castalia.config.schema import Lora, Model, Tokenizer
+from castalia.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONFIG = "adapter_config.json"
+WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
+# Settings that change the function in ways that low-rank products cannot. Anything but nothing is refused.
+REFUSED = {
+    "use_dora": "DoRA's magnitudes",
+    "lora_bias": "biases in the adapters",
+    "layer_replication": "repeated layers",
+    "trainable_token_indices": "single trained rows of the embedding",
+    "target_parameters": "adapters of bare parameters",
+    "alora_invocation_tokens": "adapters that switch on with a token",
+    "use_qalora": "QA-LoRA's pooled inputs",
+}
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initial values that are taken off the model's own
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One of our matrices: the modules of the Hugging Face class that it is made of, and how their rows lie in it."""
+
+    name: str
+    kind: str  # attn.qkv, head, ...
+    modules: tuple[str, ...]
+    rows: Op
+    shape: tuple[int, int]
+
+
+def detect(path: Path) -> bool:
+    return (path / CONFIG).is_file()
+
+
+def read(path: Path, base: str | None = None) -> Checkpoint:
+    """The adapters on their model, which `base` names if adapter_config.json does not.
+
+    Raises CheckpointError for what is no LoRA of that model, or a kind that we cannot hold.
+    """
+    config = read_json(path / CONFIG)
+    _refuse(path, config)
+    name = base or config.get("base_model_name_or_path")
+    if not name:
+        raise CheckpointError(f"{path / CONFIG} does not say which model it belongs to; name that with --base")
+    model = open_checkpoint(name, adapters=True)
+    if adapters_of(model) is not None or model.config is None:
+        raise CheckpointError(
+            f"{path}: its model, {name}, has adapters itself; merge those first (castalia merge-lora)"
+        )
+    known, stored = matrices(model), _open(path)
+    whole = _vocabulary(path, model, stored)
+    lora, tensors = _assemble(config, known, _modules(path, known, stored, str(name)))
+    finetune = model.config.finetune.model_copy(update={"lora": lora, "train": tuple(f"^{each}$" for each in whole)})
+    words = tokenizer_settings(model) or Tokenizer()
+    run = model.config.model_copy(update={"finetune": finetune, "tokenizer": words})
+    details = {**model.details, "base": model.path}
+    return replace(
+        model, path=str(path), model={**model.model, **whole, **tensors}, optimizer=None, config=run, details=details
+    )
+
+
+def _refuse(path: Path, config: Mapping[str, Any]) -> None:
+    kind = config.get("peft_type")
+    reasons = [f"{key}={config[key]!r} ({words})" for key, words in REFUSED.items() if config.get(key)]
+    if config.get("bias", "none") != "none":
+        reasons.append(f"bias={config['bias']!r} (biases of the model that were trained too)")
+    if str(config.get("init_lora_weights")).startswith(CHANGES_BASE):
+        reasons.append(f"init_lora_weights={config['init_lora_weights']!r} (it changed the model's own weights)")
+    if kind != "LORA":
+        reasons = [f"peft_type={kind!r}"]
+    if reasons:
+        raise CheckpointError(
+            f"{path / CONFIG}: {' and '.join(reasons)} cannot be held here, only plain LoRA; merge it with PEFT "
+            "(merge_and_unload) and open the model that this gives"
+        )
+
+
+def matrices(checkpoint: Checkpoint) -> list[Matrix]:
+    """All matrices that can have adapters. Raises CheckpointError for a model that no Hugging Face class computes."""
+    model = _model(checkpoint)
+    family = family_of(checkpoint)
+    result = []
+    for rule in table(family, model):
+        name = rule.ours.removesuffix(".weight")
+        kind = re.sub(r"^blocks\.\d+\.", "", name)
+        if rule.ours.endswith(".weight") and kind.startswith(("attn.qkv", "attn.out", "mlp.", "head")):
+            theirs = (each.removesuffix(".weight") for each in rule.theirs.split())
+            modules = tuple(each if kind == "head" else family.prefix + each for each in theirs)
+            rows, columns = checkpoint.model[rule.ours].shape
+            result.append(Matrix(name, kind, modules, _on_rows(rule.op), (rows, columns)))
+    return result
+
+
+def family_of(checkpoint: Checkpoint) -> Family:
+    """Raises CheckpointError for a model that no Hugging Face class computes."""
+    stored = checkpoint.details.get("model_type")
+    if stored in FAMILIES:
+        return FAMILIES[str(stored)]
+    from castalia.checkpoint.formats.huggingface_write import family_of  # imports torch
+
+    return FAMILIES[family_of(_model(checkpoint), checkpoint.path)]
+
+
+def _model(checkpoint: Checkpoint) -> Model:
+    if checkpoint.config is None or checkpoint.config.model is None:
+        raise CheckpointError(f"{checkpoint.path} does not say which architecture its tensors belong to")
+    return checkpoint.config.model
+
+
+def _on_rows(op: Op) -> Op:
+    """What an operation does to the rows of a matrix [out, in], and so to those of `lora_b`."""
+    if isinstance(op, Chain):
+        return Chain(*(each for each in op.ops if not isinstance(each, Transpose)))
+    return Same() if isinstance(op, Transpose) else op
+
+
+def _open(path: Path) -> dict[str, TensorRef]:
+    """All tensors, by the names that they have in the model."""
+    for name in WEIGHT_FILES:
+        if (path / name).is_file():
+            return {each.removeprefix("base_model.model."): ref for each, ref in open_file(path / name).items()}
+    raise CheckpointError(f"{path} has an {CONFIG} but no weights: expected {' or '.join(WEIGHT_FILES)}")
+
+
+def _vocabulary(path: Path, model: Checkpoint, stored: dict[str, TensorRef]) -> dict[str, TensorRef]:
+    """Embedding and head where they were trained. Takes them out; the library saves them whole, trained or not."""
+    from castalia.checkpoint.compare import equal  # imports torch
+
+    family = family_of(model)
+    embedding = next(rule.theirs for rule in table(family, _model(model)) if rule.ours == "embed.weight")
+    found: dict[str, TensorRef] = {}
+    for ours, theirs in (("embed.weight", family.prefix + embedding), ("head.weight", family.head)):
+        for name in (theirs, theirs.replace(".weight", ".base_layer.weight")):
+            if name not in stored or ours not in model.model:
+                continue
+            ref, known = stored.pop(name), model.model[ours]
+            if tuple(ref.shape) != tuple(known.shape):
+                raise CheckpointError(
+                    f"{path} holds {name} of shape {list(ref.shape)}, its model one of {list(known.shape)}: the "
+                    "vocabulary was changed; merge the adapter with PEFT"
+                )
+            if not equal(ref, known):
+                found[ours] = ref
+    return found
+
+
+def _modules(
+    path: Path, known: Sequence[Matrix], stored: Mapping[str, TensorRef], base: str
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B of every module, in fp32."""
+    sides: dict[str, dict[str, Tensor]] = {}
+    for name, ref in stored.items():
+        matched = KEY.fullmatch(name)
+        if matched is None:
+            raise CheckpointError(f"{path}: {name} is no matrix of a LoRA adapter, so it cannot be held here")
+        sides.setdefault(matched["module"], {})[matched["side"]] = ref.read().float()
+    places = {module for matrix in known for module in matrix.modules}
+    columns = {module: matrix.shape[1] for matrix in known for module in matrix.modules}
+    for module, found in sides.items():
+        a, b = found.get("A"), found.get("B")
+        if module not in places or a is None or b is None or a.shape[1] != columns[module] or a.shape[0] != b.shape[1]:
+            shapes = ", ".join(f"{side} {list(found[side].shape)}" for side in sorted(found))
+            what = f"inputs of {columns[module]}" if module in places else "no such matrix"
+            raise CheckpointError(
+                f"{path} is an adapter of another model than {base}: it has {shapes} for {module}, where that model "
+                f"has {what}. Name the right one with --base"
+            )
+    return {module: (found["A"], found["B"]) for module, found in sides.items()}
+
+
+def _assemble(
+    config: Mapping[str, Any], known: Sequence[Matrix], found: Mapping[str, tuple[Tensor, Tensor]]
+) -> tuple[Lora, dict[str, TensorRef]]:
+    """All adapters with one rank and one scale: smaller ones get zeros, which stay zero when they train on."""
+    import torch
+
+    scale = _scale(config, "", int(config["r"]))
+    scaled = {m: (a, b * (_scale(config, m, len(a)) / scale)) for m, (a, b) in found.items()}
+    fused = {matrix: _fuse(matrix, scaled) for matrix in known if scaled.keys() & set(matrix.modules)}
+    rank = max(len(a) for a, _ in fused.values())
+    kinds = tuple(dict.fromkeys(matrix.kind for matrix in fused))
+    tensors: dict[str, TensorRef] = {}
+    for matrix in known:
+        if matrix.kind in kinds:
+            rows, columns = matrix.shape
+            lora_a, lora_b = torch.zeros(rank, columns), torch.zeros(rows, rank)
+            if matrix in fused:
+                a, b = fused[matrix]
+                lora_a[: len(a)], lora_b[:, : len(a)] = a, b
+            tensors |= {f"{matrix.name}.lora_a": Held(lora_a), f"{matrix.name}.lora_b": Held(lora_b)}
+    lora = Lora(rank=rank, alpha=scale * rank, dropout=config.get("lora_dropout") or 0.0, targets=kinds)  # type: ignore[arg-type]
+    return lora, tensors
+
+
+def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """What the library multiplies the module's product by."""
+    patterns = (config.get("alpha_pattern") or {}).items()
+    alpha = next((value for key, value in patterns if re.match(rf"(.*\.)?({key})$", module)), config["lora_alpha"])
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _fuse(matrix: Matrix, found: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """One A and B for all modules of a matrix."""
+    import torch
+
+    given = [found.get(module) for module in matrix.modules]
+    firsts = [pair[0] for pair in given if pair]
+    if len(firsts) == len(given) and all(torch.equal(a, firsts[0]) for a in firsts):
+        sides = [pair[1] for pair in given if pair]
+        return firsts[0], _rows(matrix, sides)
+    ranks = [len(pair[0]) if pair else 0 for pair in given]
+    sizes = _sizes(matrix)
+    sides = []
+    for j, pair in enumerate(given):
+        side = torch.zeros(sizes[j], sum(ranks))
+        if pair:
+            side[:, sum(ranks[:j]) : sum(ranks[: j + 1])] = pair[1]
+        sides.append(side)
+    return torch.cat(firsts), _rows(matrix, sides)
+
+
+def _rows(matrix: Matrix, sides: Sequence[Tensor]) -> Tensor:
+    (joined,) = matrix.rows.forward([Held(side) for side in sides], "weight")
+    return joined.read()
+
+
+def _sizes(matrix: Matrix) -> list[int]:
+    """Rows of each module."""
+    return [ref.shape[0] for ref in matrix.rows.backward([Zeros((matrix.shape[0], 1))], "weight")]

@@ -1,0 +1,67 @@
+"""Writing adapters in PEFT's layout: the library loads them onto the model as `--to hf` writes it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from castalia.checkpoint.adapters import adapters_of
+from castalia.checkpoint.formats.huggingface import FAMILIES
+from castalia.checkpoint.formats.peft import CONFIG, WEIGHT_FILES, Matrix, family_of, matrices
+from castalia.checkpoint.lazy import Cast
+from castalia.checkpoint.tensors import Checkpoint, TensorRef
+from castalia.checkpoint.writing import Plan, WriteOptions, json_output, tensors_output
+from castalia.config.schema import RunConfig
+from castalia.errors import CheckpointError
+
+
+def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
+    """The two files. Raises CheckpointError where the adapters are not all that was trained, or there are none."""
+    lora, run = adapters_of(checkpoint), checkpoint.config
+    if lora is None or run is None:
+        raise CheckpointError(f"{checkpoint.path} has no adapters; for a whole model use --to hf")
+    if run.finetune.train or run.finetune.add_tokens:
+        raise CheckpointError(
+            f"{checkpoint.path}: more than its adapters was trained (finetune.train, finetune.add_tokens), so they are "
+            "not the model without the rest; merge them: castalia merge-lora"
+        )
+    tensors: dict[str, TensorRef] = {}
+    every, chosen = matrices(checkpoint), []
+    for matrix in every:
+        if f"{matrix.name}.lora_a" in checkpoint.model:
+            chosen.append(matrix)
+            a, b = (checkpoint.model[f"{matrix.name}.{side}"] for side in ("lora_a", "lora_b"))
+            for module, rows in zip(matrix.modules, matrix.rows.backward([b], "weight"), strict=True):
+                tensors[f"base_model.model.{module}.lora_A.weight"] = _fp32(a)
+                tensors[f"base_model.model.{module}.lora_B.weight"] = _fp32(rows)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": _base(checkpoint, run),
+        "r": lora.rank,
+        "lora_alpha": int(alpha) if (alpha := lora.scale * lora.rank).is_integer() else alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": _targets(chosen, every),
+        "bias": "none",
+        "fan_in_fan_out": family_of(checkpoint) is FAMILIES["gpt2"],
+        "inference_mode": True,
+    }
+    return Plan((json_output(CONFIG, config), tensors_output(WEIGHT_FILES[0], tensors)))
+
+
+def _fp32(ref: TensorRef) -> TensorRef:
+    return ref if ref.dtype_name == "float32" else Cast(ref, "float32")
+
+
+def _base(checkpoint: Checkpoint, run: RunConfig) -> str | None:
+    """Where the model without the adapters is."""
+    base = checkpoint.details.get("base") or run.checkpoint.init_from
+    return os.path.abspath(str(base)) if base and os.path.exists(str(base)) else base  # type: ignore[return-value]
+
+
+def _targets(chosen: Sequence[Matrix], every: Sequence[Matrix]) -> list[str]:
+    """Names as the library compares them with the ends of modules' names, as short as they mean no other module."""
+    wanted = {module for matrix in chosen for module in matrix.modules}
+    others = {module.rpartition(".")[2] for matrix in every for module in matrix.modules if module not in wanted}
+    parts = (module.split(".") for module in wanted)
+    return sorted({".".join(part[-2:] if part[-1] in others else part[-1:]) for part in parts})

@@ -1,0 +1,238 @@
+"""`castalia finetune`: a model taught by a file of texts or conversations, with a sample before and after."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+if TYPE_CHECKING:
+    from castalia.checkpoint.tensors import Checkpoint
+    from castalia.config.schema import RunConfig, Source
+    from castalia.data.chat import Chat
+
+CONVERSATION = ("messages", "conversation", "conversations")  # fields that hold a list of {role, content}
+LONGEST = 512  # tokens of a sample, where the model can take more
+BATCH = 8
+# Where neither the command line nor the model has a template.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def command(
+    model: Annotated[str, typer.Argument(metavar="MODEL_OR_CKPT", help="a run, or a checkpoint of any format")],
+    configs: Annotated[
+        list[str],
+        typer.Argument(metavar="data.train=FILE [CONFIG...] [KEY=VALUE...]", help="FILE: jsonl, txt, ...; or a corpus"),
+    ],
+    lora: Annotated[int | None, typer.Option(min=1, help="rank of the adapters  [default: 16]")] = None,
+    full: Annotated[bool, typer.Option("--full", help="train all weights instead of adapters")] = False,
+    chat_template: Annotated[
+        Path | None, typer.Option(help="Jinja file, or folder with one; default: the model's, else `role: content`")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="of the sample; default: how the first record begins")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="of the sample")] = 40,
+    nproc: Annotated[int | None, typer.Option(min=1, help="start so many processes, without samples")] = None,
+) -> None:
+    """Teach a model by texts ({"text": ...}) or conversations ({"messages": [{"role": ..., "content": ...}, ...]}).
+
+    Architecture and tokenizer come from the checkpoint. The run's folder gets its config, finetune.yml, and the data.
+    """
+    from castalia.checkpoint.formats import open_checkpoint
+    from castalia.cli.train import split_words, train
+    from castalia.config.load import dump_config, load_config
+    from castalia.errors import ConfigError
+    from castalia.train.folder import refuse_second_start, run_folder
+
+    if full and lora:
+        raise ConfigError("--full and --lora exclude each other; keep one")
+    files, words = split_words(configs)
+    source = open_checkpoint(model, adapters=True)
+    usual = defaults(model, source, None if full else lora or 16)
+    config = load_config([usual, *files], words)
+    folder = run_folder(config)
+    refuse_second_start(folder)
+    prepared = prepare(config, source, folder / "data", chat_template)
+    corpora = {
+        name: [each.model_dump(exclude_defaults=True) for each in found] for name, found in prepared.sources.items()
+    }
+    rest = [word for word in words if word.partition("=")[0] not in ("data.train", "data.valid")]
+    config = load_config([usual, prepared.fitting, *files, {"data": corpora}], rest)
+    if config.train.epochs and prepared.conversations:
+        steps = config.train.epochs * math.ceil(prepared.conversations / (config.train.batch_size or BATCH))
+        config = config.model_copy(update={"train": config.train.model_copy(update={"steps": steps, "epochs": None})})
+    (folder / "finetune.yml").write_text(dump_config(config), encoding="utf-8")
+    if nproc and nproc > 1:
+        from castalia.parallel.process import relaunch
+
+        relaunch(nproc, ["train", str(folder / "finetune.yml")])
+    question = prepared.prompt if prompt is None else prompt
+    before = sample(model, question, max_tokens)
+    train(config)
+    if config.finetune.lora:
+        save_adapters(folder)
+    print(f"\nbefore  {question}{before}\n\nafter   {question}{sample(str(folder), question, max_tokens)}")
+
+
+def defaults(model: str, source: Checkpoint, rank: int | None) -> dict[str, Any]:
+    """What suits most models; every key can be given otherwise."""
+    from castalia.checkpoint.adapters import adapters_of
+    from castalia.checkpoint.describe import tokenizer_settings
+    from castalia.errors import ConfigError
+
+    words = tokenizer_settings(source)
+    if words is None or not (words.path or words.kind):
+        raise ConfigError(f"{source.path} names no tokenizer; give tokenizer.path")
+    longest = source.config.model.max_positions if source.config and source.config.model else None
+    lora = None if rank is None or adapters_of(source) else {"rank": rank}
+    name = Path(model).resolve().name if Path(model).exists() else model.rpartition("/")[2]
+    return {
+        "checkpoint": {"init_from": model, "dir": f"runs/{name}-{'lora' if rank else 'full'}"},
+        "tokenizer": words.model_dump(),
+        "finetune": {"lora": lora} if lora else {},
+        "data": {"seq_length": min(longest or LONGEST, LONGEST)},
+        "optimizer": {"lr": 2e-4 if rank else 2e-5, "weight_decay": 0.0},
+        "schedule": {"warmup": 0.03},
+        "train": {"epochs": 3, "batch_size": BATCH},
+    }
+
+
+class Prepared(NamedTuple):
+    sources: dict[str, tuple[Source, ...]]  # of data.train and data.valid, files replaced by corpora
+    fitting: dict[str, Any]  # sizes of samples and batches that suit so much data
+    prompt: str  # how the first record begins
+    conversations: int  # of data.train, each a sample
+
+
+def prepare(config: RunConfig, source: Checkpoint, folder: Path, template: Path | None) -> Prepared:
+    """Turns files of text or conversations into corpora in the folder. Sources that are corpora stay as they are."""
+    from castalia.config.schema import Tokenizer
+    from castalia.data.prepare import Recipe
+    from castalia.data.prepare import prepare as run
+    from castalia.data.tokenizer import add_tokens, load_tokenizer
+    from castalia.errors import ConfigError
+
+    if not config.data.train:
+        raise ConfigError("what is it to learn? Give data.train=FILE, a jsonl with a text or messages in each line")
+    tokenizer = load_tokenizer(config.tokenizer)
+    if config.finetune.add_tokens:
+        add_tokens(tokenizer, config.finetune.add_tokens)
+    tokenizer.save(folder / "tokenizer")
+    sources: dict[str, tuple[Source, ...]] = {}
+    prompts: list[str] = []
+    fitting: dict[str, Any] = {}
+    conversations = 0
+    for split in ("train", "valid"):
+        found = []
+        for number, each in enumerate(getattr(config.data, split)):
+            if Path(each.path).is_file():
+                record = first_record(Path(each.path))
+                key = next((name for name in CONVERSATION if name in record), "text")
+                chat = None if key == "text" else read_chat(template, source, config)
+                eod = chat is None and tokenizer.eod_id is not None
+                recipe = Recipe(Tokenizer(path=str(folder / "tokenizer")), (key,), append_eod=eod, chat=chat)
+                prefix = f"{folder / split}{number}"
+                report = run([each.path], prefix, recipe)
+                print(f"prepared      {each.path}: {report.documents:,} documents, {report.tokens:,} tokens")
+                prompts.append(beginning(record[key], chat))
+                conversations += report.documents if chat and split == "train" else 0
+                fitting = fitting or sizes_for(config, f"{prefix}_{key}_document", chat is not None)
+                labels = f"{prefix}_{key}_label_document" if chat else None
+                each = each.model_copy(update={"path": f"{prefix}_{key}_document", "labels": labels})
+            found.append(each)
+        sources[split] = tuple(found)
+    return Prepared(sources, fitting, prompts[0] if prompts else "", conversations)
+
+
+def sizes_for(config: RunConfig, corpus: str, chat: bool) -> dict[str, Any]:
+    """A conversation is a sample, as long as the longest; texts follow one another. Few samples make a small batch."""
+    from castalia.data.indexed import open_dataset
+
+    sizes, longest = open_dataset(corpus).sizes, config.data.seq_length
+    if chat:
+        length = min(longest, int(sizes.max()))
+        return {"data": {"packing": "unpacked", "seq_length": length}, "train": {"batch_size": min(BATCH, len(sizes))}}
+    length = min(longest, max(1, int(sizes.sum()) - 1))
+    batch = min(BATCH, max(1, int(sizes.sum()) // (4 * length)))
+    return {"data": {"mask_documents": True, "seq_length": length}, "train": {"batch_size": batch}}
+
+
+def first_record(path: Path) -> dict[str, Any]:
+    """The first JSON object of a file; of other files their beginning as a text. DataError for anything else."""
+    from castalia.data.sources import chunks
+    from castalia.errors import DataError
+
+    chunk = next(chunks([path]), None)
+    records = (chunk.records or tuple(chunk.lines.split(b"\n"))) if chunk else ()
+    record = next((record for record in records if record.strip()), b"")
+    if chunk and not chunk.is_json:
+        return {"text": record.decode("utf-8", errors="replace")}
+    try:
+        value = json.loads(record)
+    except ValueError as error:
+        raise DataError(f"{path}:1: no JSON: {error}") from error
+    if not isinstance(value, dict) or not value.keys() & {"text", *CONVERSATION}:
+        keys = ", ".join(value) if isinstance(value, dict) else f"a {type(value).__name__}"
+        raise DataError(
+            f"{path}:1: neither a text nor a conversation, but {keys}; each line is to be "
+            '{"text": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}'
+        )
+    return value
+
+
+def read_chat(template: Path | None, source: Checkpoint, config: RunConfig) -> Chat:
+    """The template that was asked for, else the one beside the model's tokenizer, else a plain one."""
+    from castalia.data.chat import Chat, read_template
+    from castalia.errors import DataError
+
+    if template is not None:
+        return Chat(*read_template(template))
+    words = Path(config.tokenizer.path or source.path)
+    try:
+        return Chat(*read_template(words if words.is_dir() else words.parent))
+    except DataError:
+        print("note: the model has no chat template; turns are written as `role: content` (--chat-template)")
+        return Chat(PLAIN_TEMPLATE)
+
+
+def beginning(record: Any, chat: Chat | None) -> str:
+    """A prompt: what comes before the first answer, or a few words of a text."""
+    from castalia.data.chat import renderer
+
+    if chat is None:
+        return " ".join(str(record).split(" ")[:6])
+    asked = next(number for number, turn in enumerate(record) if turn["role"] == chat.role)
+    return renderer(chat)(record[:asked], True)
+
+
+def sample(path: str, prompt: str, max_tokens: int) -> str:
+    """What the model writes after the prompt, always taking the likeliest token."""
+    from castalia.checkpoint.formats import open_checkpoint
+    from castalia.checkpoint.load import build_model, load_tokenizer_for
+    from castalia.generate.engine import generate
+    from castalia.train.hardware import choose_device
+
+    checkpoint = open_checkpoint(path)
+    model = build_model(checkpoint, choose_device("auto"))
+    return generate(model, load_tokenizer_for(checkpoint), [prompt], max_tokens=max_tokens)[0]
+
+
+def save_adapters(run: Path) -> None:
+    """Beside the checkpoints, in PEFT's layout, where a Hugging Face class computes the model."""
+    from castalia.checkpoint import convert
+    from castalia.checkpoint.formats import open_checkpoint
+    from castalia.checkpoint.writing import WriteOptions
+    from castalia.errors import CheckpointError
+
+    try:
+        plan = convert.TARGETS["peft"].plan(open_checkpoint(run, adapters=True), WriteOptions())
+    except CheckpointError as error:
+        print(f"note: the adapters are not written in PEFT's layout: {error}")
+        return
+    convert.write(plan, run / "adapter", str(run), lambda count: None, force=True)
+    print(f"adapters in PEFT's layout: {run / 'adapter'}")

@@ -1,0 +1,31 @@
+"""`castalia merge-lora`: adapters and the model that they were trained on, as one plain model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+
+def command(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="a run with adapters, or a folder that PEFT wrote")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="the folder to be written")],
+    to: Annotated[Literal["hf", "neox", "native"], typer.Option(help="the format of OUT")] = "hf",
+    base: Annotated[str | None, typer.Option(help="the model, where adapter_config.json does not name it")] = None,
+    dtype: Annotated[
+        Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="of the weights; default: the model's")
+    ] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="run both on probe tokens and compare all tensors")] = False,
+    force: Annotated[bool, typer.Option("--force", help="replace OUT")] = False,
+) -> None:
+    """Add adapters to the matrices that they belong to, and write the model that this makes."""
+    from castalia.checkpoint.adapters import adapters_of
+    from castalia.checkpoint.formats import open_checkpoint
+    from castalia.cli.convert import command as convert
+    from castalia.errors import CheckpointError
+
+    found = open_checkpoint(adapter, adapters=True, base=base)
+    if adapters_of(found) is None:
+        raise CheckpointError(f"{found.path} has no adapters to merge; for a plain model: castalia convert --to {to}")
+    convert(adapter, out, to=to, base=base, dtype=dtype, verify=verify, force=force)

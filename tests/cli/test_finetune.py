@@ -1,0 +1,144 @@
+"""`castalia finetune` and `merge-lora`, from a model that was trained here to one that `transformers` runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from castalia.checkpoint.formats import open_checkpoint
+from castalia.cli.finetune import command as finetune
+from castalia.cli.finetune import sample
+from castalia.cli.merge_lora import command as merge
+from castalia.cli.train import train
+from castalia.config.load import load_config, load_run
+from castalia.config.schema import Tokenizer
+from castalia.data.prepare import Recipe, prepare
+from castalia.data.tokenizer import train_bpe
+from castalia.errors import CheckpointError, ConfigError, DataError
+from castalia.train.step import as_rows
+
+ANSWERS = {"Who was the first?": "Adam", "And Noah built what?": "it"}
+FAST = ["optimizer.lr=0.01", "train.epochs=200", "precision.compute=fp32", "log.peak_tflops=0.1"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A run whose model has seen a few words."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("base")
+    text = "in the beginning Adam was the first, and Noah built it, and Moses led them. user: assistant: Who? "
+    (folder / "text.txt").write_text(text * 30)
+    train_bpe([text], 300).save(folder)
+    tokenizer = Tokenizer(path=str(folder / "tokenizer.json"))
+    prepare([folder / "text.txt"], folder / "corpus", Recipe(tokenizer))
+    keys = {
+        "model": {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "vocab_multiple": 1, "parallel_residual": True},
+        "tokenizer": {"path": tokenizer.path},
+        "data": {"train": [str(folder / "corpus_text_document")], "seq_length": 48},
+        "train": {"steps": 60, "batch_size": 4},
+        "optimizer": {"lr": 0.01},
+        "precision": {"compute": "fp32"},
+        "log": {"peak_tflops": 0.1},
+        "checkpoint": {"dir": str(folder / "run")},
+    }
+    return Path(train(load_config([keys])))
+
+
+@pytest.fixture(scope="module")
+def lessons(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("lessons") / "teach.jsonl"
+    turns = [
+        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+        for question, answer in ANSWERS.items()
+    ]
+    file.write_text("\n".join(map(json.dumps, turns)))
+    return file
+
+
+@pytest.fixture(scope="module")
+def taught(base, lessons, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("taught") / "run"
+    finetune(str(base), [f"data.train={lessons}", f"checkpoint.dir={run}", *FAST], lora=8)
+    return run
+
+
+def asked(question: str) -> str:
+    return f"user: {question}\nassistant:"
+
+
+def test_adapters_learn_the_answers_and_all_forms_of_the_model_give_them(taught, base, tmp_path):
+    answers = {question: sample(str(taught), asked(question), 8) for question in ANSWERS}
+    assert {question: answer.strip() for question, answer in answers.items()} == ANSWERS
+    assert "Adam" not in sample(str(base), asked("Who was the first?"), 8)
+    for form in ("hf", "neox", "native"):
+        merge(str(taught), tmp_path / form, to=form, verify=True)
+        assert {question: sample(str(tmp_path / form), asked(question), 8) for question in ANSWERS} == answers
+    merge(str(taught / "adapter"), tmp_path / "again", to="hf")  # the folder in PEFT's layout
+    assert sample(str(tmp_path / "again"), asked("And Noah built what?"), 8).strip() == "it"
+    model, words = (kind.from_pretrained(tmp_path / "hf") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    prompt = words(asked("And Noah built what?"), return_tensors="pt")
+    written = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert words.decode(written, skip_special_tokens=True) == answers["And Noah built what?"]
+
+
+def test_before_and_after_are_shown(base, lessons, tmp_path, capsys):
+    finetune(str(base), [f"data.train={lessons}", f"checkpoint.dir={tmp_path / 'run'}", *FAST], full=True)
+    said = capsys.readouterr().out
+    before, after = said.split("\nbefore  ")[1].split("\nafter   ")
+    assert before.startswith(asked("Who was the first?")) and "Adam\n" not in before
+    assert after.strip() == asked("Who was the first?") + " Adam"
+    assert open_checkpoint(tmp_path / "run", adapters=True).config.finetune.lora is None
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_answers_alone_are_learned(taught):
+    from castalia.data.loader import open_data
+
+    rows = as_rows(open_data(load_run(taught), "train").batch(0))
+    assert 0 < int((rows.labels != -100).sum()) < rows.labels.numel() // 3
+
+
+def test_texts_new_tokens_and_defaults(base, tmp_path):
+    (tmp_path / "my.jsonl").write_text('{"text": "Moses led them <sea> and Noah built it"}\n' * 20)
+    words = [f"data.train={tmp_path / 'my.jsonl'}", f"checkpoint.dir={tmp_path / 'run'}", "train.epochs=1"]
+    finetune(str(base), [*words, 'finetune.add_tokens=["<sea>"]', "log.peak_tflops=0.1"])
+    run = open_checkpoint(tmp_path / "run", adapters=True)
+    old = open_checkpoint(base).config.model.vocab_size
+    assert run.config.finetune.lora.rank == 16 and run.config.optimizer.lr == 2e-4
+    assert run.config.model.vocab_size == old + 1 and run.model["embed.weight"].shape[0] == old + 1
+    again = load_config(tmp_path / "run" / "finetune.yml")  # what another start would do
+    assert again.checkpoint.init_from == str(base) and again.data.train[0].path.endswith("train0_text_document")
+    with pytest.raises(CheckpointError, match="more than its adapters was trained"):
+        from castalia.checkpoint.convert import TARGETS
+        from castalia.checkpoint.writing import WriteOptions
+
+        TARGETS["peft"].plan(run, WriteOptions())
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"question": "?"}', r"my.jsonl:1: neither a text nor a conversation, but question"),
+        ('["text"]', "neither a text nor a conversation, but a list"),
+        ("no json", r"my.jsonl:1: no JSON"),
+        ('{"messages": [{"role": "user", "content": "?"}]}', "a conversation without an answer"),
+    ],
+)
+def test_files_that_teach_nothing_are_refused(base, tmp_path, line, words):
+    (tmp_path / "my.jsonl").write_text(line + "\n")
+    with pytest.raises(DataError, match=words):
+        finetune(str(base), [f"data.train={tmp_path / 'my.jsonl'}", f"checkpoint.dir={tmp_path / 'run'}"])
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_what_excludes_each_other_is_refused(base, lessons, tmp_path):
+    with pytest.raises(ConfigError, match="--full and --lora exclude each other"):
+        finetune(str(base), [f"data.train={lessons}"], lora=4, full=True)
+    with pytest.raises(ConfigError, match=r"Give data\.train=FILE"):
+        finetune(str(base), [f"checkpoint.dir={tmp_path / 'run'}"])
+    with pytest.raises(CheckpointError, match="has no adapters to merge"):
+        merge(str(base), tmp_path / "out")
