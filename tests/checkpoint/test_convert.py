@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +18,7 @@ from hypothesis import strategies as st
 from castalia.checkpoint import convert
 from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.lazy import Held
-from castalia.checkpoint.writing import WriteOptions, pieces, shards
+from castalia.checkpoint.writing import Layout, WriteOptions, pieces, shards
 from castalia.config.schema import Model
 from castalia.errors import CheckpointError, ConfigError
 from tests.checkpoint.made import FAMILIES, SIZES, assert_same, changed, made, written
@@ -86,6 +90,45 @@ def test_interrupted_and_continued(tmp_path: Path) -> None:
     assert_same(source, open_checkpoint(tmp_path / "out"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     assert not list((tmp_path / "out").glob("*.jsonl"))
+
+
+@pytest.mark.slow
+def test_killed_and_continued(tmp_path: Path) -> None:
+    """By SIGKILL, in the middle of a file; the command is given again, and goes on with the files that are complete."""
+    source = made(FAMILIES["gpt_neox"], dtype=torch.float16)
+    written(source, tmp_path / "run", "native")
+    script = """
+        import os, signal, sys
+        from castalia.checkpoint import writing
+        from castalia.cli.main import main
+        pieces, written = writing.pieces, 0
+        def dying(ref, *rest):
+            global written
+            for piece in pieces(ref, *rest):
+                written += piece.nbytes
+                if written > 300_000:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                yield piece
+        if sys.argv.pop(1) == "die":
+            import castalia.checkpoint.pt_writer
+            castalia.checkpoint.pt_writer.pieces = dying
+        main()
+    """
+    command = ["convert", str(tmp_path / "run"), str(tmp_path / "out"), "--to", "neox", "--layout", "tp=2,pp=2,zero=1"]
+    dead, done = (
+        subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(script), mode, *command], capture_output=True, text=True, timeout=120
+        )
+        for mode in ("die", "live")
+    )
+    assert dead.returncode == -signal.SIGKILL
+    assert done.returncode == 0, done.stderr
+    assert "files were complete already" in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+    written(source, tmp_path / "whole", "neox", layout=Layout(tp=2, pp=2, zero=1))
+    folder = tmp_path / "out" / "global_step9"
+    for path in (tmp_path / "whole").rglob("*.pt"):
+        assert path.read_bytes() == (folder / path.relative_to(tmp_path / "whole")).read_bytes()
 
 
 def test_leftovers_of_another_conversion_are_not_used(tmp_path: Path) -> None:
@@ -176,7 +219,6 @@ def test_pieces_and_shards_lose_nothing(shapes: list[tuple[int, int]], piece: in
 
 
 def test_layouts_are_read_and_refused_by_name() -> None:
-    from castalia.checkpoint.writing import Layout
     from castalia.cli.convert import parse_layout
 
     assert parse_layout("tp=2, pp=4,dp=8,zero=1") == Layout(2, 4, 8, 1)
