@@ -1,4 +1,4 @@
-"""What is applied to a finished model, in one visible order: tensor parallelism, adapters, recomputation, sharding."""
+"""What is applied to a finished model, in one visible order: splits, adapters, recomputation, compiling, sharding."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from castalia.config.schema import Parallel, RunConfig
 from castalia.model.adapters import add_adapters, freeze
 from castalia.model.transformer import Transformer
+from castalia.parallel.compile import compile_blocks
 from castalia.parallel.mesh import Mesh
 from castalia.parallel.pipeline import cut_stage
 from castalia.parallel.recompute import apply_recompute, has_dropout
@@ -45,6 +46,7 @@ def parallelize(model: Transformer, mesh: Mesh, cfg: RunConfig, compute_dtype: t
         replicate_rest(model, mesh.tensor)
     freeze(model, cfg.finetune)
     apply_recompute(model, cfg.train.recompute, dropout=has_dropout(model.cfg))
+    compile_blocks(model, cfg, torch.device(mesh.data.device_type))
     apply_sharding(model, mesh, cfg.parallel, compute_dtype)
     assert_tied(model)
     return model

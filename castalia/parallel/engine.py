@@ -15,6 +15,7 @@ from castalia.errors import ConfigError
 from castalia.model.adapters import add_adapters, freeze
 from castalia.model.init import initialize
 from castalia.model.transformer import Transformer
+from castalia.parallel.compile import compile_blocks
 from castalia.parallel.recompute import apply_recompute, has_dropout
 
 T = TypeVar("T")
@@ -158,4 +159,5 @@ def one_process(config: RunConfig, dtype: torch.dtype, device: torch.device, pla
         add_adapters(model, config.finetune.lora)
     freeze(model, config.finetune)
     apply_recompute(model, config.train.recompute, dropout=has_dropout(config.model))
+    compile_blocks(model, config, device)
     return Engine(model, plan.micro_batch_size)
