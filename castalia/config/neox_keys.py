@@ -120,7 +120,7 @@ KEYS: dict[str, Key] = {
     "data_types": idle(REDUCTION),
     "deepspeed_extra_args": idle(DEEPSPEED),
     # DeepspeedRunner
-    "hostfile": idle(LAUNCH),
+    "hostfile": idle("`castalia launch --hostfile` takes it: a script names the machines, a config does not"),
     "include": idle(LAUNCH),
     "exclude": idle(LAUNCH),
     "num_nodes": idle(LAUNCH, -1),
