@@ -62,7 +62,8 @@ def command(
     if steps and not all_steps:
         raise ConfigError("--steps chooses among --all-steps; for one step use --step")
     options = WriteOptions(layout=parse_layout(layout), era=era or "head")
-    hints: dict[str, Any] = {"config": config, "tokenizer": tokenizer, "gqa_rows": gqa_rows, "rms_eps": rms_eps}
+    hints: dict[str, Any] = {"config": config, "tokenizer": tokenizer, "base": base}
+    hints |= {"gqa_rows": gqa_rows, "rms_eps": rms_eps}
     form = convert.TARGETS[to]
 
     def one(checkpoint: Checkpoint, folder: Path, inside: str = "") -> None:

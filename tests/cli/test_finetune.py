@@ -142,3 +142,16 @@ def test_what_excludes_each_other_is_refused(base, lessons, tmp_path):
         finetune(str(base), [f"checkpoint.dir={tmp_path / 'run'}"])
     with pytest.raises(CheckpointError, match="has no adapters to merge"):
         merge(str(base), tmp_path / "out")
+
+
+def test_an_adapter_that_names_no_model_is_merged_into_the_one_that_is_given(taught, base, tmp_path):
+    lost = tmp_path / "lost"
+    lost.mkdir()
+    config = json.loads((taught / "adapter" / "adapter_config.json").read_text())
+    (lost / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    name = "adapter_model.safetensors"
+    (lost / name).write_bytes((taught / "adapter" / name).read_bytes())
+    with pytest.raises(CheckpointError, match="--base"):
+        merge(str(lost), tmp_path / "out")
+    merge(str(lost), tmp_path / "out", base=str(base), dtype="bf16", verify=True)
+    assert sample(str(tmp_path / "out"), asked("Who was the first?"), 8).strip() == "Adam"
