@@ -1,13 +1,14 @@
 """Training steps side by side: ours against transformers' GPTNeoXForCausalLM and litgpt's GPT with fused AdamW.
 
     python benchmarks/train.py [--model pythia-14m] [--batch 4] [--seq 512] [--precision bf16 ...] [--rounds 7]
-                               [--compiled] [--quick]
+                               [--compiled] [--cpu-time] [--quick]
 
 Each side runs in a process of its own, and they take turns step by step, so that all meet the same machine. All start
 from the same weights, see the same batches, clip at 1.0 and must report the same losses. litgpt takes part where it can
 be imported. Allocator `default` is what a user of each side gets; `same` gives all sides the setting that `castalia
 train` makes. The floor is the model's operations over the machine's matmul rate; memory is what tensors hold at most,
-parameters and optimizer state included, beside the sum of `castalia plan`.
+parameters and optimizer state included, beside the sum of `castalia plan`. On a machine that is busy with other work
+`--cpu-time` takes one thread for each side and counts the seconds that it computes instead of those that pass.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class Work:
     precision: str
     allocator: str
     compiled: bool = False  # the peers' model
+    cpu_time: bool = False  # of one thread, instead of wall clock
 
 
 def batch_of(step: int, work: Work) -> Batch:
@@ -248,15 +250,38 @@ def side(connection: Connection, name: str, work: Work, compiled: bool) -> None:
 
     from castalia.train.measure import PeakMemory
 
+    clock = use_clock(work.cpu_time)
     step = SIDES[name](replace(work, compiled=compiled))
     connection.send("ready")
     while (number := connection.recv()) is not None:
-        start = time.perf_counter()
+        start = clock()
         loss = step(number)
-        connection.send((time.perf_counter() - start, loss))
+        connection.send((clock() - start, loss))
     with PeakMemory(torch.device("cpu")) as memory:
         step(0)
     connection.send(memory.bytes)
+
+
+def use_clock(cpu_time: bool) -> Callable[[], float]:
+    import torch
+
+    if cpu_time:
+        torch.set_num_threads(1)
+    return time.process_time if cpu_time else time.perf_counter
+
+
+def matmul_rate(dtype, clock: Callable[[], float], size: int = 1024) -> float:
+    """Operations a second: the best of some products."""
+    import torch
+
+    a, b = torch.randn(2, size, size).to(dtype).unbind()
+    a @ b
+    taken = []
+    for _ in range(20):
+        start = clock()
+        a @ b
+        taken.append(clock() - start)
+    return 2 * size**3 / min(taken)
 
 
 def race(work: Work, rounds: int, names: Sequence[str]) -> dict[str, Timed]:
@@ -296,6 +321,7 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", choices=TOLERANCE, default=list(TOLERANCE))
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each side")
     parser.add_argument("--compiled", action="store_true", help="the peers also through torch.compile")
+    parser.add_argument("--cpu-time", action="store_true", help="of one thread, for a machine that others share")
     parser.add_argument("--quick", action="store_true", help="1 x 64 tokens, 3 rounds: does it run and agree?")
     args = parser.parse_args()
     if args.quick:
@@ -303,23 +329,25 @@ def main() -> None:
 
     import torch
 
-    from castalia.train.hardware import DTYPES, measured_flops
+    from castalia.train.hardware import DTYPES
 
+    clock = use_clock(args.cpu_time)
     names = [name for name in SIDES if name != "litgpt" or find_spec("litgpt")]
     names += [f"{name}, compiled" for name in names[1:] if args.compiled]
     model = load_config(args.model).model
     tokens = args.batch * args.seq
     flops = tokens * training_flops(model, args.seq)
     print(f"{args.model}, {args.batch} x {args.seq}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"median (fastest) of {args.rounds} interleaved steps\n")
+    print(f"median (fastest) of {args.rounds} interleaved steps, {'CPU time' if args.cpu_time else 'wall clock'}\n")
     print("| precision | allocator | side | ms | over ours | tokens/s | floor ms | floor / ms | peak MiB | plan MiB |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for precision in args.precision:
-        peak = measured_flops(DTYPES[precision])
+        peak = matmul_rate(DTYPES[precision], clock)
         compute = Compute(DTYPES[precision].itemsize, "cpu")
         plan = memory_by_stage(model, Layout(micro_batch=args.batch), args.seq, compute)[0].total
         for allocator in ("default", "same"):
-            found = race(Work(model, args.batch, args.seq, precision, allocator), args.rounds, names)
+            work = Work(model, args.batch, args.seq, precision, allocator, cpu_time=args.cpu_time)
+            found = race(work, args.rounds, names)
             medians = {name: statistics.median(timed.seconds) for name, timed in found.items()}
             for name, timed in found.items():
                 cells = [
