@@ -62,7 +62,11 @@ def build_model(
     cfg = architecture(checkpoint)
     with torch.device("meta"):
         model = Transformer(cfg, exact=checkpoint.config is not None and checkpoint.config.neox_exact)
-    model.to(dtype or torch.float32).to_empty(device=device)
+    dtype = dtype or torch.float32
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            # `to_empty` does the same, but imports sympy for it, which takes half a second
+            setattr(module, name, torch.nn.Parameter(torch.empty(p.shape, dtype=dtype, device=device)))
     load_weights(model, checkpoint)
     return model.eval()
 

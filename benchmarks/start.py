@@ -1,0 +1,99 @@
+"""How long commands take from the shell's prompt: median of some runs, beside what Python and torch take by themselves.
+
+    python benchmarks/start.py [--rounds 10] [--quick]
+
+The checkpoint of many files is a Hugging Face folder of 1,000 safetensors files with 250 KB of weights each; that for
+the first token is a random Pythia 14M in fp32. Files are in the page cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+FILES = 1000
+
+
+def seconds(command: list[str]) -> float:
+    start = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - start
+
+
+def many_files(folder: Path, count: int) -> Path:
+    """A checkpoint of GPT-NeoX's architecture with one tensor, or a few, in each of `count` files."""
+    import torch
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    from castalia.checkpoint.stored import write_safetensors
+
+    layers = -(-count // 12)
+    config = GPTNeoXConfig(
+        num_hidden_layers=layers, hidden_size=128, num_attention_heads=4, intermediate_size=512, vocab_size=512
+    )
+    with torch.device("meta"):
+        model = GPTNeoXForCausalLM(config)
+        names = {name.replace("lm_head", "embed_out"): p.shape for name, p in model.named_parameters()}
+    files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    parts: list[dict[str, torch.Tensor]] = [{} for _ in files]
+    for i, (name, shape) in enumerate(names.items()):
+        parts[i % count][name] = torch.randn(shape)
+    for file, tensors in zip(files, parts, strict=True):
+        write_safetensors(folder / file, tensors.items())
+    index = {name: files[i % count] for i, name in enumerate(names)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    config.architectures = ["GPTNeoXForCausalLM"]
+    config.save_pretrained(folder)
+    return folder
+
+
+def small_model(folder: Path) -> Path:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    from castalia.data.tokenizer import ByteTokenizer
+
+    shape = {"num_hidden_layers": 6, "hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 512}
+    GPTNeoXForCausalLM(GPTNeoXConfig(**shape, vocab_size=50304)).save_pretrained(folder)
+    ByteTokenizer("bytes").save(folder / "tokenizer")
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--quick", action="store_true", help="one round, 10 files: does it run?")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folders = [Path(name) / "many", Path(name) / "small"]
+        for folder in folders:
+            folder.mkdir()
+        many, small = many_files(folders[0], 10 if args.quick else FILES), small_model(folders[1])
+        castalia = [sys.executable, "-m", "castalia"]
+        first = [str(small), "--tokenizer", str(small / "tokenizer"), "--prompt", "a", "--max-tokens", "1"]
+        commands = {
+            "python -c pass": [sys.executable, "-c", "pass"],
+            "castalia --help": [*castalia, "--help"],
+            "castalia plan pythia-160m": [*castalia, "plan", "pythia-160m"],
+            "python -c 'import torch'": [sys.executable, "-c", "import torch"],
+            f"castalia inspect, {len(list(many.glob('*.safetensors')))} files": [*castalia, "inspect", str(many)],
+            "castalia generate, first token of a 14M": [*castalia, "generate", *first],
+        }
+        taken: dict[str, list[float]] = {label: [] for label in commands}
+        for number in range(1 if args.quick else args.rounds + 1):
+            for label, command in commands.items():
+                second = seconds(command)
+                if number or args.quick:  # the first fills the page cache
+                    taken[label].append(second)
+    print("| command | median s | fastest s |\n|---|---|---|")
+    for label, found in taken.items():
+        print(f"| {label} | {statistics.median(found):.2f} | {min(found):.2f} |")
+
+
+if __name__ == "__main__":
+    main()
