@@ -17,6 +17,8 @@ VERBS = {
     "train": ("castalia.cli.train", "Train, fine-tune or resume a run."),
     "finetune": ("castalia.cli.finetune", "Teach a model by texts or conversations: LoRA, or all weights."),
     "merge-lora": ("castalia.cli.merge_lora", "Adapters and their model as one plain model."),
+    "replay": ("castalia.cli.replay", "One step of a run once more, with norms of all layers and its data."),
+    "lr-find": ("castalia.cli.lr_find", "Try rising learning rates and suggest one."),
     "eval": ("castalia.cli.evaluate", "Loss, perplexity and bits per byte of a checkpoint."),
     "generate": ("castalia.cli.generate", "Write text with a checkpoint."),
     "data": ("castalia.cli.data", "Prepare corpora, look into them, show what a step trains on."),

@@ -44,6 +44,11 @@ def is_run(folder: Path) -> bool:
     return (folder / "config.yml").is_file()
 
 
+def require_run(folder: Path) -> None:
+    if not is_run(folder):
+        raise TrainingError(f"{folder} holds no run: it has no config.yml")
+
+
 def holds_checkpoint(folder: Path) -> bool:
     """Whether anything in the folder looks like a checkpoint of any format, whole or not."""
     if not folder.is_dir():

@@ -5,10 +5,11 @@ Every function is called on all ranks, and waits for the device once.
 
 from __future__ import annotations
 
+import operator
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,12 +25,9 @@ UNITS = re.compile(r"blocks\.\d+\.mlp\.up\.weight")
 @torch.no_grad()
 def tensor_statistics(engine: Engine, loss_scale: float = 1.0) -> dict[str, Any]:
     """`weights`: the norm of each parameter; `gradients`: norm and share of zeros of each that is there."""
-    mine = {name: parameter for name, parameter in _own(engine).items() if parameter.numel()}
-    rows = [
-        torch.stack([_squares(part), *_of_gradient(engine, mine[name])])
-        for name, part in ((name, engine.part(parameter).local) for name, parameter in mine.items())
-    ]
-    found = _summed(engine, dict(zip(mine, _numbers(rows), strict=True)))
+    mine = _own(engine)
+    rows = [torch.stack([_squares(engine.part(p).local), *_of_gradient(engine, p)]) for p in mine.values()]
+    found = _over_ranks(engine, mine, rows)
     return {
         "weights": {name: weight**0.5 for name, (weight, *_) in found.items()},
         "gradients": {
@@ -45,7 +43,7 @@ def dead_units(engine: Engine) -> dict[str, int]:
     """How many units of each MLP got no gradient at all from a whole batch; layers without such units are left out."""
     matrices = {name: p.grad for name, p in _own(engine).items() if UNITS.fullmatch(name) and p.grad is not None}
     counts = [(engine.part(grad).local == 0).all(dim=1).sum()[None] for grad in matrices.values()]
-    found = _summed(engine, dict(zip(matrices, _numbers(counts), strict=True)))
+    found = _over_ranks(engine, matrices, counts)
     return {name: int(count) for name, (count,) in found.items() if count}
 
 
@@ -65,16 +63,10 @@ def activation_statistics(engine: Engine) -> Iterator[Callable[[], Statistics]]:
         return hook
 
     def told() -> Statistics:
-        totals = _summed(
-            engine, dict(zip(sums, _numbers([torch.stack(s).sum(dim=0) for s in sums.values()]), strict=True))
-        )
-        peaks = _numbers([torch.stack(found).amax(dim=0) for found in largest.values()])
-        most: dict[str, float] = defaultdict(float)
-        for rank in engine.gather(dict(zip(largest, peaks, strict=True))):
-            for name, (peak,) in rank.items():
-                most[name] = max(most[name], peak)
+        totals = _over_ranks(engine, sums, [torch.stack(found).sum(dim=0) for found in sums.values()])
+        most = _over_ranks(engine, largest, [torch.stack(found).amax(dim=0) for found in largest.values()], max)
         return {
-            name: {"rms": (squares / count) ** 0.5, "max": most[name], "zeros": zeros / count}
+            name: {"rms": (squares / count) ** 0.5, "max": most[name][0], "zeros": zeros / count}
             for name, (squares, zeros, count) in totals.items()
         }
 
@@ -105,17 +97,15 @@ def _of_gradient(engine: Engine, parameter: nn.Parameter) -> list[Tensor]:
     return [_squares(grad), (grad == 0).sum(dtype=torch.float64), count]
 
 
-def _numbers(rows: list[Tensor]) -> list[list[float]]:
-    return torch.stack(rows).tolist() if rows else []
-
-
-def _summed(engine: Engine, mine: Mapping[str, list[float]]) -> dict[str, list[float]]:
-    """By name the sums over all ranks, in the order in which a model computes."""
+def _over_ranks(
+    engine: Engine, names: Iterable[str], rows: list[Tensor], join: Callable[[float, float], float] = operator.add
+) -> dict[str, list[float]]:
+    """The rows of numbers by name, joined number by number over all ranks, in the order in which a model computes."""
+    mine = dict(zip(names, torch.stack(rows).tolist() if rows else (), strict=True))
     total: dict[str, list[float]] = {}
-    for rank in engine.gather(dict(mine)):
+    for rank in engine.gather(mine):
         for name, numbers in rank.items():
-            known = total.get(name, [0.0] * len(numbers))
-            total[name] = [a + b for a, b in zip(known, numbers, strict=True)]
+            total[name] = list(map(join, total[name], numbers)) if name in total else numbers
     return dict(sorted(total.items(), key=lambda item: place(item[0])))
 
 

@@ -54,7 +54,11 @@ def test_layers_are_those_of_one_process(pool, tiny, tmp_path, world, layout):
     for kind in ("activations", "gradients", "weights"):
         assert list(one[kind]) == list(many[kind])
         for name, numbers in one[kind].items():
-            assert many[kind][name] == pytest.approx(numbers, rel=1e-4), (kind, name)
+            found, zeros = many[kind][name], 0.0
+            if kind == "gradients":  # keys' biases have gradients that are all rounding, to zero or nearly
+                zeros = found.pop("zeros") - numbers.pop("zeros")
+            assert found == pytest.approx(numbers, rel=1e-4), (kind, name)
+            assert abs(zeros) < 0.05, (kind, name)
 
 
 def test_dead_units_are_counted_once(pool, tiny):

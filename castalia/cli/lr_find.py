@@ -1,0 +1,80 @@
+"""`castalia lr-find`: a learning-rate range test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from castalia.train.lr_find import Trial
+
+
+def command(
+    words: Annotated[list[str], typer.Argument(metavar="CONFIG... [KEY=VALUE...]", show_default=False)],
+    lowest: Annotated[float, typer.Option(help="the first rate")] = 1e-6,
+    highest: Annotated[float, typer.Option(help="the last rate, unless the loss diverges before")] = 1.0,
+    steps: Annotated[int, typer.Option(min=20, help="the rate rises by the same factor in each")] = 100,
+    plot: Annotated[Path | None, typer.Option(help="a picture: PNG or SVG")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one object instead of text")] = False,
+) -> None:
+    """Train the config's model with rising learning rates until the loss diverges, and suggest optimizer.lr.
+
+    No folder of a run is written. The same config and seed give the same suggestion.
+    """
+    from castalia.cli.train import split_words
+    from castalia.config.files import require_files
+    from castalia.config.load import load_config
+    from castalia.errors import ConfigError
+    from castalia.parallel.process import is_main, process_group
+
+    config = load_config(*split_words(words))
+    require_files(config)
+    if not 0 < lowest < highest:
+        raise ConfigError(f"--lowest {lowest:g} must be positive and below --highest {highest:g}")
+    from castalia.train.hardware import choose_device
+    from castalia.train.lr_find import find_rate
+
+    with process_group(choose_device(config.train.device).type, config.parallel.timeout):
+        trial = find_rate(config, lowest, highest, steps)
+    if not is_main():
+        return
+    if plot:
+        _draw(trial, plot)
+    if as_json:
+        from castalia.train.metrics import as_line
+
+        print(as_line(trial._asdict()), end="")
+    else:
+        _tell(trial)
+        if plot:
+            print(f"wrote {plot}")
+
+
+def _tell(trial: Trial) -> None:
+    for number in range(0, len(trial.rates), max(1, len(trial.rates) // 20)):
+        print(f"lr {trial.rates[number]:.2e}  loss {trial.losses[number]:.4f}")
+    end = "where the loss diverged" if trial.diverged else "the last one"
+    print(f"{len(trial.rates)} steps, up to lr {trial.rates[-1]:.2e}, {end}; lowest loss at {trial.lowest:.2e}")
+    print(f"the loss falls fastest at: optimizer.lr={trial.suggestion:.1e}")
+
+
+def _draw(trial: Trial, target: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot(trial.rates, trial.losses, linewidth=1.4)
+    axes.axvline(trial.suggestion, color="#d62728", linestyle="--", label=f"suggested: {trial.suggestion:.1e}")
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(True, alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=130)
+    pyplot.close(figure)

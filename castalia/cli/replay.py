@@ -1,0 +1,86 @@
+"""`castalia replay`: one step of a run once more, to see what happened in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+EXCERPT = 100  # characters
+
+
+def command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a run")],
+    step: Annotated[int, typer.Option(min=1, help="counted from 1, as in metrics.jsonl and events.jsonl")],
+    sequences: Annotated[int, typer.Option(min=0, help="show so many, those with the highest loss first")] = 8,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="processes; as many as the run had give the same bits")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one object, with all sequences")] = False,
+) -> None:
+    """Compute one step of a run again, from the nearest checkpoint before it; the run's folder is only read.
+
+    Shows loss and gradient norm beside the recorded ones, norms of all layers, and the batch, sequence by sequence.
+    """
+    from castalia.config.load import load_run
+    from castalia.parallel.process import is_main, process_group, relaunch, world_size
+    from castalia.train.folder import require_run
+    from castalia.train.hardware import choose_device
+    from castalia.train.replay import replay
+
+    require_run(run)
+    if nproc is not None and nproc > world_size():
+        words = ["--step", str(step), "--sequences", str(sequences), *(["--json"] if as_json else [])]
+        relaunch(nproc, ["replay", str(run), *words])
+    config = load_run(run)
+    with process_group(choose_device(config.train.device).type, config.parallel.timeout):
+        found = replay(run, step)
+    if not is_main():
+        return
+    if as_json:
+        from castalia.train.metrics import as_line
+
+        print(as_line(found), end="")
+    else:
+        _show(found, sequences)
+
+
+def _show(found: dict[str, Any], sequences: int) -> None:
+    step, begin = found["step"], found["checkpoint"]
+    between = f", steps {begin + 1} to {step - 1} computed again" if begin < step - 1 else ""
+    print(f"step {step}, from {f'the checkpoint of step {begin}' if begin else 'the beginning'}{between}")
+    print(f"loss          {found['loss']:.6f}  ({_compared(found['loss'], found['recorded_loss'])})")
+    print(f"gradient norm {found['grad_norm']:.6f}  ({_compared(found['grad_norm'], found['recorded_grad_norm'])})")
+    print(f"learning rate {found['lr']:.3e}")
+    _show_layers(found["layers"])
+    for row in found["sequences"][:sequences]:
+        print(
+            f"\nsequence {row['row']}, loss {row['loss']:.4f} over {row['tokens']} tokens, position {row['position']}"
+        )
+        for piece in row["pieces"]:
+            print(f"    {piece['prefix']} document {piece['document']}, tokens {piece['start']} to {piece['stop'] - 1}")
+        if row["text"] is not None:
+            print(f"    {row['text'][:EXCERPT]!r}")
+    hidden = len(found["sequences"]) - sequences
+    if sequences and hidden > 0:
+        print(f"\n{hidden} sequences of lower loss are not shown (--sequences, --json)")
+
+
+def _compared(value: float, recorded: float | None) -> str:
+    if recorded is None:
+        return "nothing is recorded of it"
+    if value == recorded:
+        return "as recorded, bit for bit"
+    return f"{recorded:.6f} is recorded, {abs(value / recorded - 1):.1e} away: another layout, machine or version"
+
+
+def _show_layers(layers: dict[str, Any]) -> None:
+    print(f"\n{'tensor':<34}{'weight norm':>13}{'gradient norm':>15}{'zeros in it':>13}")
+    for name, weight in layers["weights"].items():
+        gradient = layers["gradients"].get(name)
+        numbers = f"{gradient['norm']:>15.4g}{gradient['zeros']:>13.1%}" if gradient else f"{'frozen':>15}"
+        print(f"{name:<34}{weight:>13.4g}{numbers}")
+    print(f"\n{'output of':<34}{'rms':>13}{'largest':>15}{'zeros in it':>13}")
+    for name, output in layers["activations"].items():
+        print(f"{name:<34}{output['rms']:>13.4g}{output['max']:>15.4g}{output['zeros']:>13.1%}")

@@ -1,0 +1,104 @@
+"""One step of a run once more, from what was saved before it, with all that can be seen of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from castalia.checkpoint.formats.native import saved_steps
+from castalia.config.load import load_config, load_run
+from castalia.config.schema import RunConfig
+from castalia.data.tokenizer import Tokenizer
+from castalia.errors import TrainingError
+from castalia.train.history import Way, way_to
+from castalia.train.layers import activation_statistics, tensor_statistics
+from castalia.train.metrics import read_events, read_metrics
+from castalia.train.start import Session, start
+from castalia.train.step import StepResult, as_rows
+
+
+def replay(run: Path, step: int) -> dict[str, Any]:
+    """The step (from 1), from the nearest checkpoint before it, whose later steps are computed again.
+
+    Called on all ranks, as many as the run had for the same bits. The run's folder is only read. Raises TrainingError
+    if there is no such step, or nothing to begin from.
+    """
+    way = way_to(read_events(run), step)
+    config, begin = _beginning(run, way, step)
+    session = start(config)
+    if not 0 < step <= session.last:
+        raise TrainingError(f"--step {step}: the run's steps are 1 to {session.last}")
+    for number in range(begin + 1, step):
+        if number in way.rewound:
+            session.step.skipped += 1
+        else:
+            session.step(number - 1, session.batch(number - 1), _no if number in way.skipped else _yes)
+    sequences = _sequences(session, step - 1)
+    result, layers = _looked_at(session, step - 1)
+    record = next((record for record in read_metrics(run) if record["step"] == step), {})
+    return {
+        "step": step,
+        "checkpoint": begin,
+        "loss": result.loss,
+        "recorded_loss": record.get("loss"),
+        "grad_norm": result.grad_norm,
+        "recorded_grad_norm": record.get("grad_norm"),
+        "lr": result.lr,
+        "layers": layers,
+        "sequences": sequences,
+    }
+
+
+def _beginning(run: Path, way: Way, step: int) -> tuple[RunConfig, int]:
+    """The config that starts from the last state before a step which is still there, and how many steps that had."""
+    on_disk = saved_steps(run / "checkpoints")
+    known = [saved for saved in way.saved if saved in on_disk and saved < step]
+    if known:
+        return load_run(run, [f"checkpoint.step={known[-1]}"]), known[-1]
+    if way.begin > 0:
+        raise TrainingError(
+            f"{run} has no checkpoint before step {step}, and began with step {way.begin + 1}; "
+            f"it has checkpoints of steps {', '.join(map(str, on_disk)) or '(none)'}"
+        )
+    config = load_run(run)
+    first = {"resume": None, "step": None, "init_from": load_config(run).checkpoint.init_from}
+    return config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update=first)}), 0
+
+
+def _looked_at(session: Session, step: int) -> tuple[StepResult, dict[str, Any]]:
+    """The step (from 0) without its update, and the statistics of all layers."""
+    layers: dict[str, Any] = {}
+    scaler = session.step.scaler
+    with activation_statistics(session.engine) as activations:
+
+        def judge(loss: float, norm: float) -> bool:
+            layers.update(tensor_statistics(session.engine, scaler.scale if scaler else 1.0))
+            layers["activations"] = activations()
+            return False
+
+        return session.step(step, session.batch(step), judge), layers
+
+
+def _sequences(session: Session, step: int) -> list[dict[str, Any]]:
+    """The sequences of a step (from 0), the one with the highest mean loss, without dropout, first."""
+    batch, positions, rows = session.data.batch(step), session.data.positions(step).tolist(), []
+    with session.engine.evaluating():
+        for row in range(len(batch.tokens)):
+            position, tokens = positions[row * len(positions) // len(batch.tokens)], int(batch.loss_mask[row].sum())
+            loss = float(session.engine.loss_sum(as_rows(batch).rows(row, row + 1))) / max(1, tokens)
+            found = {"row": row, "position": position, "loss": loss, "tokens": tokens}
+            found["pieces"] = [piece._asdict() for piece in session.data.pieces(position)]
+            rows.append(found | {"text": _text(session.tokenizer, batch.tokens[row])})
+    return sorted(rows, key=lambda row: -row["loss"])
+
+
+def _yes(loss: float, norm: float) -> bool:
+    return True
+
+
+def _no(loss: float, norm: float) -> bool:
+    return False
+
+
+def _text(tokenizer: Tokenizer | None, tokens: Any) -> str | None:
+    return tokenizer.decode(tokens.tolist()) if tokenizer else None
