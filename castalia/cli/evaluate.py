@@ -38,12 +38,19 @@ def command(
     nproc: Annotated[
         int | None, typer.Option(min=1, help="start so many, which share the data; default: tp * pp")
     ] = None,
+    log_probs: Annotated[
+        str | None,
+        typer.Option(metavar="OUT", help="instead: write each token's log-probability to OUT.bin and OUT.idx"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
 ) -> None:
     """Loss, perplexity and bits per byte of a checkpoint.
 
     Every token of the data is predicted once, except the first. Smaller strides give each prediction more context.
     """
+    if log_probs:
+        write_log_probs(path, overrides or [], data, step, log_probs)
+        return
     from castalia.checkpoint.formats import open_checkpoint
     from castalia.cli.ranks import start_processes
     from castalia.parallel.process import is_main, process_group
@@ -63,6 +70,30 @@ def command(
     for name, value in result.items():
         shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if isinstance(value, float) else value
         print(f"{name.replace('_', ' '):<14}{shown}")
+
+
+def write_log_probs(path: str, overrides: list[str], data: str | None, step: int | None, output: str) -> None:
+    """Preference tuning takes what this writes for the `references` of a source."""
+    from castalia.checkpoint.formats import open_checkpoint
+    from castalia.checkpoint.load import build_model
+    from castalia.cli.train import split_words
+    from castalia.config.load import load_config
+    from castalia.config.schema import RunConfig
+    from castalia.errors import DataError
+    from castalia.evaluate.log_probs import write_log_probabilities
+    from castalia.train.hardware import choose_device, choose_dtype
+
+    if data is None:
+        raise DataError("--log-probs needs --data, the prefix of the corpus")
+    checkpoint = open_checkpoint(path, step=step)
+    files, words = split_words(overrides)
+    config = load_config([checkpoint.config or RunConfig(), *files], words)
+    device = choose_device(config.train.device)
+    model = build_model(checkpoint, device)
+    model.compute_dtype = choose_dtype(config.precision.compute, device)
+    length, rows = config.data.seq_length, config.train.micro_batch_size or 8
+    number = write_log_probabilities(model, data, output, min(length, model.cfg.max_positions or length), rows)
+    print(f"{output}: log-probabilities of {number:,} documents by {checkpoint.path}")
 
 
 def evaluate_checkpoint(

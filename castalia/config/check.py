@@ -180,13 +180,39 @@ def learning_rates(config: RunConfig) -> Iterator[Problem]:
 
 
 def corpora(config: RunConfig) -> Iterator[Problem]:
-    if config.data.packing == "unpacked" and not all(source.labels for source in config.data.train):
+    unlabelled = not all(source.labels for source in config.data.train)
+    if config.data.packing == "unpacked" and unlabelled and config.train.objective == "causal":
         yield Problem(
             "data.packing=unpacked takes one document a sample and needs labels in every source of data.train",
             ("data.packing", "data.train"),
         )
     if config.generate.mode == "input-file" and not config.generate.input_file:
         yield Problem("generate.mode=input-file needs generate.input_file", ("generate.mode",))
+
+
+def preferences(config: RunConfig) -> Iterator[Problem]:
+    objective, data, layout = config.train.objective, config.data, config.parallel
+    if objective == "causal":
+        return
+    key, sources = f"train.objective={objective}", [*data.train, *data.valid, *data.test]
+    paths = ("train.objective",)
+    if data.path:
+        yield Problem(f"{key} needs data.train: a single data.path has neither pairs nor rewards", paths)
+    if data.packing != "unpacked":
+        text = f"{key} judges each text by itself: data.packing={data.packing} puts several into one sample"
+        yield Problem(f"{text}; set data.packing=unpacked (NeoX: pack_impl)", (*paths, "data.packing"))
+    field = "rewards" if objective == "kto" else "rejected"
+    if not all(getattr(source, field) for source in sources):
+        yield Problem(f"{key} needs `{field}` in every source of data.train, data.valid and data.test", paths)
+    for name in ("pp", "cp"):
+        if getattr(layout, name) > 1:
+            text = f"{key} needs whole sequences and the whole model on the tensor ranks; set parallel.{name}=1"
+            yield Problem(text, (*paths, f"parallel.{name}"))
+    if objective == "kto" and config.train.micro_batch_size == 1:
+        text = f"{key} compares the sequences of a micro-batch; set train.micro_batch_size to 2 or more"
+        yield Problem(text, (*paths, "train.micro_batch_size"))
+    if config.neox_exact:
+        yield Problem(f"neox_exact covers train.objective=causal alone, not {key}", (*paths, "neox_exact"))
 
 
 def profile(config: RunConfig) -> Iterator[Problem]:
@@ -230,7 +256,7 @@ def without_effect(config: RunConfig) -> Iterator[Problem]:
     """Values that were given and that another value switches off."""
     model, data, checkpoint, parallel = config.model, config.data, config.checkpoint, config.parallel
     rule, schedule = config.optimizer.name, config.schedule
-    loads = checkpoint.resume or checkpoint.init_from
+    loads, goal = checkpoint.resume or checkpoint.init_from, config.train.objective
     idle = {
         "model.shared_norm": model and model.shared_norm and not model.parallel_residual and "no parallel_residual",
         "model.rotary_pct": model
@@ -244,6 +270,14 @@ def without_effect(config: RunConfig) -> Iterator[Problem]:
         "schedule.warmup": schedule.warmup_steps is not None and "schedule.warmup_steps replaces it",
         "schedule.cooldown": schedule.style != "wsd" and f"schedule.style is {schedule.style}",
         "schedule.decay_fraction": schedule.decay_steps and schedule.decay_fraction and "decay_steps is given",
+        "train.z_loss": goal in ("dpo", "kto") and f"train.objective is {goal}",
+        "preference.loss": goal != "dpo" and f"train.objective is {goal}",
+        "preference.reference_free": goal != "dpo" and f"train.objective is {goal}",
+        "preference.beta": goal not in ("dpo", "kto") and f"train.objective is {goal}",
+        "preference.reference": (goal not in ("dpo", "kto") or config.preference.reference_free)
+        and "no reference model is asked for",
+        "preference.desirable_weight": goal != "kto" and f"train.objective is {goal}",
+        "preference.undesirable_weight": goal != "kto" and f"train.objective is {goal}",
         "data.split": data.train and "data.train is given",
         "data.weight_alpha": data.weight_alpha != 1 and not data.weight_by_documents and "no weight_by_documents",
         "parallel.sequence_parallel": parallel.sequence_parallel and parallel.tp == 1 and "parallel.tp is 1",
@@ -268,5 +302,5 @@ def _is_default(config: RunConfig, path: str) -> bool:
     return bool(getattr(values, name) == type(values).model_fields[name].default)
 
 
-CONTRADICTIONS = (heads, mup, lengths, layout, batch, learning_rates, corpora, profile, watch)
+CONTRADICTIONS = (heads, mup, lengths, layout, batch, learning_rates, corpora, preferences, profile, watch)
 SURPRISES = (folders, without_effect)

@@ -49,7 +49,7 @@ def _missing_data(config: RunConfig) -> Iterator[str]:
     sources = {"data.path": [config.data.path] if config.data.path else []}
     for split in ("train", "valid", "test"):
         given = getattr(config.data, split)
-        sources[f"data.{split}"] = [path for source in given for path in (source.path, source.labels) if path]
+        sources[f"data.{split}"] = [prefix for source in given for prefix in source.prefixes]
     for key, prefixes in sources.items():
         for prefix in prefixes:
             gone = [f"{prefix}.{end}" for end in ("bin", "idx") if not Path(f"{prefix}.{end}").is_file()]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from castalia.config.fields import FIELDS
-from castalia.config.neox_keys import KEYS, STALE, lower
+from castalia.config.neox_keys import KEYS, ONLINE, STALE, lower
 from castalia.config.read import Findings
 from castalia.config.schema import Checkpoint, RunConfig
 from castalia.config.settings import NEOX_DEFAULT, Setting
@@ -442,24 +442,81 @@ def loss_scale(work: Translation) -> None:
 
 
 def data(work: Translation) -> None:
+    pairs = lower(work["dataset_impl"]) == "pairwise"
+    if lower(work["dataset_impl"]) not in ("gpt2", "pairwise"):
+        work.error("dataset_impl", f"is refused: {ONLINE}; use gpt2 or pairwise")
     for split in ("train", "valid", "test"):
-        key, label_key, weight_key = f"{split}_data_paths", f"{split}_label_data_paths", f"{split}_data_weights"
-        for other in (label_key, weight_key):
-            if work.has(other) and not work.has(key):
-                work.error(other, f"belongs to {key}, which is not given; add it or remove this key")
-        if not work.has(key):
-            continue
-        paths = [work[key]] if isinstance(work[key], str) else work[key]
-        sources = [{"path": path} for path in paths]
-        for other, name in ((label_key, "labels"), (weight_key, "weight")):
-            if not work.has(other):
-                continue
-            if len(work[other]) != len(paths):
-                work.error(other, f"has {len(work[other])} entries, {key} has {len(paths)}; they go in pairs")
-                continue
-            for source, value in zip(sources, work[other], strict=True):
-                source[name] = value
-        work.set(f"data.{split}", sources, key, label_key, weight_key)
+        plain = {"labels": f"{split}_label_data_paths", "rewards": f"{split}_reward_data_paths"}
+        chosen = {"labels": f"pos_{split}_label_data_paths"}
+        rejected = {"path": f"neg_{split}_data_paths", "labels": f"neg_{split}_label_data_paths"}
+        of_pairs = [f"pos_{split}_data_paths", *chosen.values(), *rejected.values()]
+        for key in [f"{split}_data_paths", *plain.values()] if pairs else of_pairs:
+            if work.has(key):
+                work.note(key, f"has no effect here: dataset_impl is {lower(work['dataset_impl'])}")
+        weights = {"weight": f"{split}_data_weights"}
+        if pairs:
+            _sources(work, split, f"pos_{split}_data_paths", chosen | weights, rejected)
+        else:
+            _sources(work, split, f"{split}_data_paths", plain | weights, {})
+
+
+def _sources(work: Translation, split: str, key: str, beside: dict[str, str], rejected: dict[str, str]) -> None:
+    """Our sources of one split: the paths of `key`, and what lists of the same length say of them (field -> list)."""
+    others = [*beside.values(), *rejected.values()]
+    owners = dict.fromkeys(others, key) | ({rejected["labels"]: rejected["path"]} if rejected else {})
+    orphans = [other for other in others if work.has(other) and not work.has(owners[other])]
+    for other in orphans:
+        work.error(other, f"belongs to {owners[other]}, which is not given; add it or remove this key")
+    if orphans or not work.has(key):
+        return
+    columns = {name: _listed(work[name]) for name in (key, *others) if work.has(name)}
+    for other, values in columns.items():
+        if len(values) != len(columns[key]):
+            work.error(other, f"has {len(values)} entries, {key} has {len(columns[key])}; they go in pairs")
+            return
+    reference = work["precompute_model_name"] if lower(work["train_impl"]) in ("dpo", "kto") else None
+    sources: list[dict[str, Any]] = []
+    for number, path in enumerate(columns[key]):
+        given, worse = (
+            {field: columns[name][number] for field, name in fields.items() if name in columns}
+            for fields in (beside, rejected)
+        )
+        sources.append({"path": path, **given} | ({"rejected": worse} if worse else {}))
+        for text in (sources[-1], worse) if reference else ():
+            text["references"] = f"{text.get('path')}_{reference}"
+    work.set(f"data.{split}", sources, *columns, "precompute_model_name")
+
+
+def _listed(value: Any) -> list[Any]:
+    return [value] if isinstance(value, str) else value
+
+
+OBJECTIVES = {"normal": "causal", "dpo": "dpo", "kto": "kto", "rm": "reward"}
+
+
+def preferences(work: Translation) -> None:
+    """Which loss is meant, and its settings; what belongs to another loss has no effect."""
+    name = lower(work["train_impl"])
+    if name not in OBJECTIVES:
+        work.error("train_impl", f"is refused: {name} is not built in; use one of {', '.join(OBJECTIVES)}")
+        return
+    if work.has("train_impl"):
+        work.set("train.objective", OBJECTIVES[name], "train_impl")
+    owners = {
+        "dpo_beta": ("dpo", "preference.beta"),
+        "dpo_reference_free": ("dpo", "preference.reference_free"),
+        "kto_beta": ("kto", "preference.beta"),
+        "kto_desirable_weight": ("kto", "preference.desirable_weight"),
+        "kto_undesirable_weight": ("kto", "preference.undesirable_weight"),
+        "z_loss": ("rm", "train.z_loss"),
+    }
+    for key, (owner, path) in owners.items():
+        if work.has(key) and owner == name:
+            work.set(path, work[key], key)
+        elif work.has(key) and work[key] != KEYS[key].default:
+            work.note(key, f"has no effect here: it belongs to train_impl: {owner}")
+    if work.has("precompute_model_name") and name not in ("dpo", "kto"):
+        work.note("precompute_model_name", "has no effect here: it belongs to train_impl: dpo and kto")
 
 
 def tokenizer(work: Translation) -> None:
@@ -561,5 +618,5 @@ def text_file(work: Translation) -> None:
 
 JOINT = (
     attention, activation, mlp_width, norm, residual, vocabulary, mup, dropout, stages, optimizer, clipping, zero,
-    precision, data, tokenizer, batch, schedule, loading, saving, trackers, looking_inside, text_file,
+    precision, data, preferences, tokenizer, batch, schedule, loading, saving, trackers, looking_inside, text_file,
 )  # fmt: skip

@@ -86,6 +86,7 @@ class Model(Section):
     attention_bias: bool = Field(True, description="in both matrices of the attention")
     mlp_bias: bool = Field(True, description="in all matrices of the MLP")
     tie_embeddings: bool = Field(False, description="the head is the embedding itself")
+    reward_head: bool = Field(False, description="a reward model: the head gives one number instead of logits")
     sliding_window: PositiveInt | None = Field(None, description="a token sees itself and this many before it")
     embedding_dropout: Fraction = Field(0.0, lt=1.0, description="of the embedded tokens")
     hidden_dropout: Fraction = Field(0.0, lt=1.0, description="of what attention and MLP add")
@@ -133,12 +134,40 @@ class Model(Section):
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 
-class Source(Section):
+class Text(Section):
     """One indexed corpus: the path of its `.bin` and `.idx` without the ending."""
 
     path: str
-    weight: PositiveFloat = 1.0
     labels: str | None = Field(None, description="prefix of label ids, -100 where no loss is taken")
+    references: str | None = Field(
+        None, description="prefix of the reference model's log-probabilities, fp32: number t is of token t + 1"
+    )
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """All corpora that are named here."""
+        return tuple(prefix for prefix in (self.path, self.labels, self.references) if prefix)
+
+
+def _as_text(value: object) -> object:
+    return {"path": value} if isinstance(value, str) else value
+
+
+class Source(Text):
+    """A corpus of the data, with what belongs to each of its documents."""
+
+    weight: PositiveFloat = 1.0
+    rejected: Annotated[Text | None, BeforeValidator(_as_text)] = Field(
+        None, description="of pairs: the worse text for each document of path; a prefix, or {path, labels, references}"
+    )
+    rewards: str | None = Field(
+        None, description="prefix of one number a document, for objective=kto: above 0 wanted, below 0 unwanted"
+    )
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        others = (self.rejected.prefixes if self.rejected else ()) + ((self.rewards,) if self.rewards else ())
+        return super().prefixes + others
 
 
 def _as_sources(value: object) -> object:
@@ -300,14 +329,35 @@ class Precision(Section):
     loss_scale: LossScale = LossScale()
 
 
+class Preference(Section):
+    """What train.objective=dpo, kto and reward learn from pairs or from judged texts."""
+
+    loss: Literal["sigmoid", "ipo"] = Field("sigmoid", description="of dpo")
+    beta: PositiveFloat = Field(0.1, description="of dpo and kto: how dear it is to leave the reference model")
+    reference: str | None = Field(
+        None,
+        description="of dpo and kto: checkpoint of the reference model; None: the weights that the run starts from",
+    )
+    reference_free: bool = Field(False, description="of dpo: the reference finds all texts equally likely")
+    desirable_weight: NonNegativeFloat = Field(1.0, description="of kto: of the loss of wanted texts")
+    undesirable_weight: NonNegativeFloat = Field(1.0, description="of kto: of the loss of unwanted texts")
+
+
 class Train(Section):
+    objective: Literal["causal", "dpo", "kto", "reward"] = Field(
+        "causal", description="the next token; or what `preference` describes"
+    )
     steps: PositiveInt | None = Field(None, description="optimizer steps; or give epochs")
     epochs: PositiveInt | None = Field(None, description="passes over the data")
-    batch_size: PositiveInt | None = Field(None, description="sequences of a step over all ranks")
-    micro_batch_size: PositiveInt | None = Field(None, description="sequences of one forward pass on one rank")
+    batch_size: PositiveInt | None = Field(None, description="sequences (or pairs) of a step over all ranks")
+    micro_batch_size: PositiveInt | None = Field(
+        None, description="sequences (or pairs) of one forward pass on one rank"
+    )
     accumulation: PositiveInt | None = Field(None, description="forward passes of a step")
     z_loss: NonNegativeFloat = Field(
-        0.0, description="times the square of log(sum of exp(logits)): added to each token's loss in training"
+        0.0,
+        description="times the square of log(sum of exp(logits)): added to each token's loss in training; "
+        "of objective=reward: times the squares of both rewards",
     )
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="what of a block the backward pass computes again: nothing, all but matrices, everything"
@@ -424,6 +474,7 @@ class RunConfig(Section):
     parallel: Parallel = Parallel()
     precision: Precision = Precision()
     train: Train = Train()
+    preference: Preference = Preference()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
     watch: Watch = Watch()

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from castalia.config.batch import batch_plan
-from castalia.config.schema import RunConfig, Source
+from castalia.config.schema import RunConfig, Source, Text
 from castalia.data.blend import blend, normalized, weights_by_documents
 from castalia.data.cache import cached, digest_of, index_names
 from castalia.data.indexed import IndexedDataset, open_dataset
@@ -51,6 +51,8 @@ class Batch(NamedTuple):
     labels: np.ndarray  # int64, -100 where no loss is taken
     loss_mask: np.ndarray  # bool, labels != -100
     documents: np.ndarray | None = None  # int64, numbers each row's documents from 0; None: all tokens see each other
+    references: np.ndarray | None = None  # float32 [sequences]: the labels' log-probability by the reference model
+    rewards: np.ndarray | None = None  # float32 [sequences]: what the texts are worth
 
 
 class Piece(NamedTuple):
@@ -67,9 +69,26 @@ class Corpus:
     text: IndexedDataset
     labels: IndexedDataset | None
     index: Index
+    references: IndexedDataset | None = None  # a log-probability of each token's successor
+    rewards: IndexedDataset | None = None  # a number for each document
+    alone: bool = False  # a sample is one document, without the first token of the next
 
     def parts(self, position: int) -> list[tuple[int, int, int]]:
-        return pieces(self.index, self.text.sizes, locate(self.index, position))
+        found = pieces(self.index, self.text.sizes, locate(self.index, position))
+        return found[:1] if self.alone else found
+
+    def reference(self, parts: list[tuple[int, int, int]], labels: np.ndarray) -> float:
+        """Log-probability of a sample's shifted labels [length] by the reference model."""
+        assert self.references is not None
+        each = assemble(self.references, parts, len(labels), fill=0, dtype=np.float64)
+        return float(each[labels != IGNORE].sum())
+
+    def reward(self, parts: list[tuple[int, int, int]]) -> float:
+        assert self.rewards is not None
+        return float(self.rewards[parts[0][0]][0])
+
+
+OpenCorpus = Callable[[RunConfig, Source, IndexedDataset, int | None, str], Corpus]
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,9 +157,11 @@ class Samples:
         text = np.empty((len(positions), self.seq_length + 1), np.int64)
         labels = np.empty_like(text)
         documents = np.empty_like(text) if self.mask_documents else None
+        found = []
         for row, position in enumerate(positions):
             corpus, inside = self._corpus(int(position))
             parts = corpus.parts(inside)
+            found.append((corpus, parts))
             text[row], labels[row] = self._sample(corpus, parts)
             if documents is not None:
                 documents[row] = number_documents(parts, self.seq_length + 1)
@@ -149,10 +170,16 @@ class Samples:
         labels[labels < 0] = IGNORE
         if self.masked_after is not None:
             labels[tokens == self.masked_after] = IGNORE
-        if documents is None:
-            return Batch(tokens, labels, labels != IGNORE)
-        labels[documents[:, 1:] != documents[:, :-1]] = IGNORE
-        return Batch(tokens, labels, labels != IGNORE, np.ascontiguousarray(documents[:, :-1]))
+        if documents is not None:
+            labels[documents[:, 1:] != documents[:, :-1]] = IGNORE
+            documents = np.ascontiguousarray(documents[:, :-1])
+        references = rewards = None
+        if all(corpus.references for corpus in self.corpora):
+            each = (corpus.reference(parts, row) for (corpus, parts), row in zip(found, labels, strict=True))
+            references = np.fromiter(each, np.float32, len(found))
+        if all(corpus.rewards for corpus in self.corpora):
+            rewards = np.array([corpus.reward(parts) for corpus, parts in found], np.float32)
+        return Batch(tokens, labels, labels != IGNORE, documents, references, rewards)
 
     def _check_vocabulary(self, step: int, positions: np.ndarray, text: np.ndarray) -> None:
         limit = self.vocab_size or np.iinfo(np.int64).max
@@ -176,6 +203,8 @@ class Samples:
         for corpus in self.corpora:
             digest.update(dataset_fingerprint(corpus.text).encode())
             digest.update(dataset_fingerprint(corpus.labels).encode() if corpus.labels else b"-")
+            for further in filter(None, (corpus.references, corpus.rewards)):
+                digest.update(dataset_fingerprint(further).encode())
             for array in (corpus.index.documents, corpus.index.bounds[-1:], corpus.index.order[:1024]):
                 digest.update(np.ascontiguousarray(array).data)
             digest.update(len(corpus.index.order).to_bytes(8, "little"))
@@ -202,7 +231,7 @@ def batch_at(config: RunConfig, step: int, split: Split = "train") -> Batch:
     return _opened(config, split).batch(step)
 
 
-def open_data(config: RunConfig, split: Split = "train") -> Samples:
+def open_data(config: RunConfig, split: Split = "train", open_corpus: OpenCorpus | None = None) -> Samples:
     """Open a split's corpora and build their index. DataError if the config gives that split no documents."""
     plan = batch_plan(config)
     wanted = _samples_wanted(config, split, plan.batch_size)
@@ -211,7 +240,7 @@ def open_data(config: RunConfig, split: Split = "train") -> Samples:
     if config.data.path is not None:
         corpora: tuple[Corpus, ...] = (_open_part(config, config.data.path, split, wanted),)
     elif sources:
-        corpora, blended = _open_blend(config, sources, split, wanted)
+        corpora, blended = _open_blend(config, sources, split, wanted, open_corpus or _open_corpus)
     else:
         raise DataError(f"no {split} data: give data.path or data.{split}")
     accumulation = config.train.accumulation or 1
@@ -264,7 +293,7 @@ def _open_part(config: RunConfig, prefix: str, split: Split, wanted: int | None)
 
 
 def _open_blend(
-    config: RunConfig, sources: Sequence[Source], split: str, wanted: int | None
+    config: RunConfig, sources: Sequence[Source], split: str, wanted: int | None, open_corpus: OpenCorpus
 ) -> tuple[tuple[Corpus, ...], tuple[np.ndarray, np.ndarray]]:
     texts = [open_dataset(source.path) for source in sources]
     if config.data.weight_by_documents:
@@ -273,9 +302,8 @@ def _open_blend(
         weights = normalized([source.weight for source in sources])
     corpora = []
     for number, (source, text, weight) in enumerate(zip(sources, texts, weights.tolist(), strict=True)):
-        labels = open_labels(source, text)
         share = None if wanted is None else math.ceil(wanted * weight * 1.005)
-        corpora.append(_index(config, text, labels, np.arange(len(text), dtype=np.int32), share, f"{split}_{number}"))
+        corpora.append(open_corpus(config, source, text, share, f"{split}_{number}"))
     size = sum(len(corpus.index) for corpus in corpora)
     if size < BLEND_CACHED_FROM:
         return tuple(corpora), blend(weights, size)
@@ -286,16 +314,38 @@ def _open_blend(
     return tuple(corpora), (index, sample)
 
 
-def open_labels(source: Source, text: IndexedDataset) -> IndexedDataset | None:
+def _open_corpus(config: RunConfig, source: Source, text: IndexedDataset, wanted: int | None, name: str) -> Corpus:
+    labels = open_labels(source, text)
+    corpus = _index(config, text, labels, np.arange(len(text), dtype=np.int32), wanted, name)
+    return with_judgements(corpus, source, source.rewards) if config.train.objective == "kto" else corpus
+
+
+def open_labels(source: Text, text: IndexedDataset) -> IndexedDataset | None:
     """None where the source names none. DataError unless each document has as many labels as tokens."""
-    if source.labels is None:
+    return _open_aligned(source.labels, source.path, text, "labels")
+
+
+def _open_aligned(prefix: str | None, path: str, text: IndexedDataset, what: str) -> IndexedDataset | None:
+    if prefix is None:
         return None
-    labels = open_dataset(source.labels)
-    if not np.array_equal(labels.sizes, text.sizes):
+    found = open_dataset(prefix)
+    if not np.array_equal(found.sizes, text.sizes):
+        raise DataError(f"{what} {prefix} do not match {path}: each document needs as many {what} as tokens")
+    return found
+
+
+def with_judgements(corpus: Corpus, source: Text, rewards: str | None = None) -> Corpus:
+    """The corpus as preference tuning reads it: each sample one document, with what is known of it."""
+    references = _open_aligned(source.references, source.path, corpus.text, "references")
+    if rewards is None:
+        return replace(corpus, references=references, alone=True)
+    judged = open_dataset(rewards)
+    if len(judged) != len(corpus.text) or (len(judged) and judged.sizes.min() < 1):
         raise DataError(
-            f"labels {source.labels} do not match {source.path}: each document needs as many labels as tokens"
+            f"rewards {rewards} hold {len(judged)} items for the {len(corpus.text)} documents of {source.path}: "
+            "each document needs its number"
         )
-    return labels
+    return replace(corpus, references=references, rewards=judged, alone=True)
 
 
 def _index(
@@ -328,7 +378,8 @@ def _index(
     return Corpus(text, labels, Index(*cached(text.prefix, data.cache_dir, names, parts, fingerprint, build)))
 
 
-def _tell_of_lost_labels(text: IndexedDataset, documents: np.ndarray, usable: np.ndarray, seq_length: int) -> None:
+def tell_of_lost_labels(text: IndexedDataset, documents: np.ndarray, usable: np.ndarray, seq_length: int) -> None:
+    """A warning that counts documents without a label within the context, and those that it cuts."""
     unseen, cut = len(usable) - int(usable.sum()), int((text.sizes[documents[usable]] > seq_length + 1).sum())
     if unseen or cut:
         log.warning(
@@ -350,7 +401,7 @@ def _usable(
         raise ConfigError("data.packing=unpacked needs labels: give each source of data.train its `labels`")
     if labels is not None:
         usable &= trainable(labels, documents, data.seq_length + (data.packing != "unpacked"))
-        _tell_of_lost_labels(text, documents, usable, data.seq_length)
+        tell_of_lost_labels(text, documents, usable, data.seq_length)
     if not data.allow_chopped:
         usable &= text.sizes[documents] <= data.seq_length + 1
     return usable

@@ -1,95 +1,129 @@
-"""Pairs of a preferred and a rejected text, packed alike: sample q holds the same pairs on both sides."""
+"""Pairs of a preferred and a rejected text: two corpora that are read in the same order."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
-from castalia.config.schema import Source
+from castalia.config.schema import RunConfig, Source, Text
 from castalia.data.indexed import IndexedDataset, open_dataset
-from castalia.data.loader import open_labels
-from castalia.data.samples import (
-    IGNORE,
-    Index,
-    assemble,
-    build_overflowing,
-    build_unpacked,
-    locate,
-    pieces,
-    trainable,
+from castalia.data.loader import (
+    Batch,
+    Corpus,
+    Piece,
+    Samples,
+    Split,
+    open_data,
+    open_labels,
+    tell_of_lost_labels,
+    with_judgements,
 )
+from castalia.data.samples import Index, build_unpacked, trainable
 from castalia.errors import DataError
 
 log = logging.getLogger(__name__)
 
 
-class Pair(NamedTuple):
-    """One sample of both sides: int64 [seq_length + 1], labels aligned with the text and -100 where none counts."""
-
-    pos: np.ndarray
-    neg: np.ndarray
-    pos_label: np.ndarray
-    neg_label: np.ndarray
-
-
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """All samples in data order. Positions beyond the end follow the rule of `samples.locate`."""
+    """`Samples` of two sides in the same order. A batch's rows are preferred, rejected, preferred, rejected, ..."""
 
-    texts: tuple[IndexedDataset, IndexedDataset]  # preferred, rejected
-    labels: tuple[IndexedDataset | None, IndexedDataset | None]
-    index: Index
-    seq_length: int
+    chosen: Samples
+    rejected: Samples
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.chosen)
 
-    def __getitem__(self, position: int) -> Pair:
-        sample, length = locate(self.index, position), self.seq_length + 1
-        parts = [pieces(self.index, text.sizes, sample) for text in self.texts]
-        pos, neg = (assemble(text, part, length, 0) for text, part in zip(self.texts, parts, strict=True))
-        pos_label, neg_label = (
-            # without labels of its own a text is its own label, and what fills it up counts for nothing
-            assemble(text if label is None else label, part, length, IGNORE)
-            for text, label, part in zip(self.texts, self.labels, parts, strict=True)
-        )
-        return Pair(pos, neg, pos_label, neg_label)
+    def steps(self, epochs: int) -> int:
+        return self.chosen.steps(epochs)
+
+    def positions(self, step: int) -> np.ndarray:
+        """Positions of the data order that a step takes, [batch_size]: one for each pair."""
+        return self.chosen.positions(step)
+
+    def pieces(self, position: int) -> list[Piece]:
+        return self.chosen.pieces(position) + self.rejected.pieces(position)
+
+    def batch(self, step: int, rows: Sequence[int] | np.ndarray | None = None) -> Batch:
+        """The step's batch, or those pairs of it: twice as many sequences."""
+        sides = self.chosen.batch(step, rows), self.rejected.batch(step, rows)
+        return Batch(*map(_interleaved, *sides))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        both = self.chosen.fingerprint + self.rejected.fingerprint
+        return hashlib.blake2b(both.encode(), digest_size=16).hexdigest()
 
 
-def open_pairs(
-    pos: Source,
-    neg: Source,
-    num_samples: int,
-    *,
-    seq_length: int,
-    seed: int,
-    packing: Literal["pack_until_overflow", "unpacked"] = "unpacked",
-    allow_chopped: bool = True,
-) -> Pairs:
-    """Pairs are packed by their longer side. DataError where the two corpora do not match.
+def _interleaved(chosen: Any, rejected: Any) -> Any:
+    """Row 0 of one array, row 0 of the other, row 1 of the one, ...; None if there are none."""
+    if chosen is None or rejected is None:
+        return None
+    return np.stack([chosen, rejected], axis=1).reshape(-1, *chosen.shape[1:])
 
-    A pair is used if both sides have a label to learn from within the context, and, unless `allow_chopped`, fit in it.
+
+def open_samples(config: RunConfig, split: Split = "train") -> Samples | Pairs:
+    """What the run's objective learns from: sequences or pairs of them."""
+    return open_pairs(config, split) if config.train.objective in ("dpo", "reward") else open_data(config, split)
+
+
+def open_pairs(config: RunConfig, split: Split = "train") -> Pairs:
+    """Pairs are used if both sides have a label to learn from within the context and, unless chopped, fit in it.
+
+    DataError where the two sides do not match.
     """
-    texts = open_dataset(pos.path), open_dataset(neg.path)
+    indices: dict[str, Index] = {}
+
+    def chosen(config: RunConfig, source: Source, text: IndexedDataset, wanted: int | None, name: str) -> Corpus:
+        indices[name] = _index(config, source, wanted)
+        return with_judgements(Corpus(text, open_labels(source, text), indices[name]), source)
+
+    def rejected(config: RunConfig, source: Source, text: IndexedDataset, wanted: int | None, name: str) -> Corpus:
+        return with_judgements(Corpus(text, open_labels(source, text), indices[name]), source)
+
+    sources: tuple[Source, ...] = getattr(config.data, split)
+    others = tuple(Source(**_rejected(source).model_dump(), weight=source.weight) for source in sources)
+    other_side = config.model_copy(update={"data": config.data.model_copy(update={split: others})})
+    return Pairs(open_data(config, split, chosen), open_data(other_side, split, rejected))
+
+
+def _rejected(source: Source) -> Text:
+    if source.rejected is None:
+        raise DataError(f"{source.path} has no rejected texts: name their corpus as `rejected`")
+    return source.rejected
+
+
+def _index(config: RunConfig, source: Source, wanted: int | None) -> Index:
+    """One pair a sample, in the original's order."""
+    sides, length = (source, _rejected(source)), config.data.seq_length
+    texts = [open_dataset(side.path) for side in sides]
     if len(texts[0]) != len(texts[1]):
         raise DataError(
-            f"{pos.path} holds {len(texts[0])} texts and {neg.path} {len(texts[1])}: each preferred text needs its "
-            "rejected one at the same place"
+            f"{sides[0].path} holds {len(texts[0])} texts and {sides[1].path} {len(texts[1])}: each preferred text "
+            "needs its rejected one at the same place"
         )
-    labels = tuple(open_labels(source, text) for source, text in zip((pos, neg), texts, strict=True))
+    if wanted is None:
+        raise DataError(f"pairs have no epochs: give train.steps for {source.path}")
     documents = np.arange(len(texts[0]))
-    sizes = np.maximum(*(text.sizes for text in texts))
-    usable = sizes <= seq_length + 1 if not allow_chopped else np.ones(len(documents), bool)
-    for label in filter(None, labels):
-        usable &= trainable(label, documents, seq_length + (packing != "unpacked"))
-    equal = sum(np.array_equal(a, b) for a, b in zip(*texts, strict=True))
+    usable = np.ones(len(documents), bool)
+    for side, text in zip(sides, texts, strict=True):
+        labels = open_labels(side, text)
+        learnable = trainable(labels, documents, length) if labels is not None else text.sizes > 1
+        tell_of_lost_labels(text, documents, learnable, length)
+        usable &= learnable
+        if not config.data.allow_chopped:
+            usable &= text.sizes <= length + 1
+    alike = np.flatnonzero(texts[0].sizes == texts[1].sizes)
+    equal = sum(np.array_equal(texts[0][pair], texts[1][pair]) for pair in alike.tolist())
     if equal:
-        log.warning("%d of %d pairs have equal sides, from which nothing is learned", equal, len(documents))
-    if packing == "unpacked":
-        index = build_unpacked(documents[usable], num_samples, seed)
-    else:
-        index = build_overflowing(sizes, documents, usable, num_samples, seq_length, seed)
-    return Pairs(texts, (labels[0], labels[1]), index, seq_length)
+        log.warning(
+            "%d of %d pairs of %s have equal sides, from which nothing is learned", equal, len(documents), source.path
+        )
+    index = build_unpacked(documents[usable], wanted, config.seed)
+    return replace(index, order=index.order % len(documents))  # the original turns in the pairs that there are

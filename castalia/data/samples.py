@@ -165,9 +165,11 @@ def pieces(index: Index, sizes: np.ndarray, sample: int) -> list[tuple[int, int,
     return list(zip(documents, [start] + [0] * (len(documents) - 1), ends, strict=True))
 
 
-def assemble(data: IndexedDataset, parts: list[tuple[int, int, int]], length: int, fill: int) -> np.ndarray:
-    """Tokens of the parts, int64, cut or filled up to `length`."""
-    out = np.full(length, fill, np.int64)
+def assemble(
+    data: IndexedDataset, parts: list[tuple[int, int, int]], length: int, fill: int, dtype: type = np.int64
+) -> np.ndarray:
+    """Tokens of the parts, cut or filled up to `length`."""
+    out: np.ndarray = np.full(length, fill, dtype)
     at = 0
     for document, start, stop in parts:
         tokens = data[document][start : min(stop, start + length - at)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,68 @@ def linear_cross_entropy_reference(
     real = labels.flatten() != IGNORE
     total = F.cross_entropy(logits, labels.flatten(), reduction="sum", ignore_index=IGNORE)
     return total + z_loss * (logits.logsumexp(-1)[real] ** 2).sum(), real.sum()
+
+
+def token_losses(
+    hidden: Tensor, weight: Tensor, labels: Tensor, first: int = 0, reduce: Callable[[Tensor, str], None] | None = None
+) -> Tensor:
+    """-log softmax(hidden weight^T)[label] of each token in fp32, 0 where the label is -100: the shape of `labels`.
+
+    Unlike the sum, each may get a gradient of its own; the backward pass computes the logits again, chunk by chunk.
+    A rank that holds only the rows of `weight` from `first` on gives `reduce`, which combines a tensor with those of
+    the other ranks in place by "max" or "sum".
+    """
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    return _TokenLosses.apply(rows, weight, labels.reshape(-1), first, reduce).view(labels.shape)
+
+
+class _TokenLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, first: int, reduce: Any) -> Tensor:
+        log_sums = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        found = torch.empty_like(log_sums)  # the labels' logits
+        cast = weight.to(hidden.dtype)
+        for part, targets, here in _chunks(labels, weight, first):
+            logits = (hidden[part] @ cast.T).float()
+            largest = logits.amax(dim=-1)
+            if reduce:
+                reduce(largest, "max")
+            sums = (logits - largest[:, None]).exp_().sum(dim=-1)
+            found[part] = logits.gather(1, targets)[:, 0] * here
+            if reduce:
+                reduce(sums, "sum")
+            log_sums[part] = sums.log() + largest
+        if reduce:
+            reduce(found, "sum")
+        ctx.save_for_backward(hidden, weight, labels, log_sums)
+        ctx.first = first
+        return (log_sums - found) * (labels != IGNORE)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        hidden, weight, labels, log_sums = ctx.saved_tensors
+        cast, grad = weight.to(hidden.dtype), grad * (labels != IGNORE)
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for part, targets, here in _chunks(labels, weight, ctx.first):
+            logits = (hidden[part] @ cast.T).float()
+            d_logits = logits.sub_(log_sums[part][:, None]).exp_()
+            d_logits.scatter_add_(1, targets, -here.float()[:, None])
+            d_logits = d_logits.mul_(grad[part][:, None]).to(hidden.dtype)
+            torch.mm(d_logits, cast, out=d_hidden[part])
+            if d_weight is not None:
+                _add_product(d_weight, d_logits.T, hidden[part])
+        return d_hidden, d_weight, None, None, None
+
+
+def _chunks(labels: Tensor, weight: Tensor, first: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Parts of the tokens whose fp32 logits fit, with their labels as rows of `weight` [n, 1] and whether they are."""
+    num_rows = max(1, CHUNK_BYTES.get(labels.device.type, 64 << 20) // (4 * weight.shape[0]))
+    for start in range(0, len(labels), num_rows):
+        part = slice(start, start + num_rows)
+        here = (labels[part] >= first) & (labels[part] < first + weight.shape[0])
+        yield part, (labels[part] - first).clamp(0, weight.shape[0] - 1)[:, None], here
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -8,6 +8,7 @@ Parameter names and shapes are an interface (initial values, conversion rules an
     blocks.{i}.attn.out.weight [h, n d], .bias                 blocks.{i}.attn.qk_norm.weight, .bias [n, d]
     blocks.{i}.mlp.up.weight [f, h], .bias     blocks.{i}.mlp.gate.weight [f, h], .bias (gated only)
     blocks.{i}.mlp.down.weight [h, f], .bias   norm.weight, .bias [h]    head.weight [V, h] (absent when tied)
+    reward.weight [1, h] (reward models, which have no other head)
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from castalia.config.schema import Model, MuP
 from castalia.errors import ConfigError
 from castalia.model.attention import Attention, Cache, Context
 from castalia.model.layers import MLP, Embedding, Linear, build_norm
-from castalia.model.loss import linear_cross_entropy
+from castalia.model.loss import IGNORE, linear_cross_entropy, token_losses
 from castalia.model.positions import Rotary, Rotation, restarted, sinusoids, visible
 
 
@@ -76,9 +77,11 @@ class Transformer(nn.Module):
         self.positions = _learned_positions(cfg) if cfg.position == "learned" else None
         self.blocks = nn.ModuleDict({str(i): Block(cfg, i, exact) for i in range(cfg.num_layers)})
         self.norm = build_norm(cfg)
-        self.head = None if cfg.tie_embeddings else Linear(cfg.hidden_size, cfg.padded_vocab_size, bias=False)
+        headless = cfg.tie_embeddings or cfg.reward_head
+        self.head = None if headless else Linear(cfg.hidden_size, cfg.padded_vocab_size, bias=False)
+        self.reward = Linear(cfg.hidden_size, 1, bias=False) if cfg.reward_head else None
         self.rotary = Rotary(cfg) if cfg.position == "rotary" else None
-        self.loss = linear_cross_entropy  # tensor parallelism replaces it
+        self.loss, self.token_losses = linear_cross_entropy, token_losses  # tensor parallelism replaces them
 
     def forward(
         self,
@@ -88,18 +91,22 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         positions: Tensor | None = None,
         documents: Tensor | None = None,
+        each: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits [b, t, V]; with `labels` [b, t] the fp32 sum of the tokens' losses and their number, -100 left out.
 
         `cache` holds earlier tokens and takes up these. `documents` [b, t] numbers the documents: tokens see only
         their own, where positions restart. `positions` [rows, t] replaces the position that a token is embedded at;
-        rows is b or 1.
+        rows is b or 1. With `each` it is one fp32 number for each sequence [b] instead of the sum: the log-probability
+        of all its labels together, or a reward model's reward at its last label.
         """
         x = self.hidden(tokens, cache=cache, positions=positions, documents=documents)
         if self.norm is None:
             return x
         if labels is None:
             return self.logits(x)
+        if each:
+            return self.reward_at(x, labels) if self.reward else -self.token_losses(x, self.head_weight, labels).sum(1)
         return self.loss(x, self.head_weight, labels, z_loss=self.z_loss if self.training else 0.0)
 
     def hidden(
@@ -168,8 +175,16 @@ class Transformer(nn.Module):
         distance = (keys[:, None, None, :] - places[:, None, :, None]).float() if alibi else None
         return Context(rotary, mask, distance, cache=cache)
 
+    def reward_at(self, x: Tensor, labels: Tensor) -> Tensor:
+        """The reward [b] that is read where the last label of each sequence is predicted."""
+        assert self.reward is not None
+        last = ((labels != IGNORE) * torch.arange(1, labels.shape[1] + 1, device=labels.device)).argmax(dim=1)
+        return self.reward(x[torch.arange(len(x), device=x.device), last])[:, 0].float()
+
     def logits(self, x: Tensor) -> Tensor:
         """[..., h] -> [..., V]."""
+        if self.reward is not None:
+            raise ConfigError("this is a reward model: it judges texts and predicts no tokens")
         return F.linear(x, self.head_weight.to(x.dtype)) if self.head is None else self.head(x)
 
     @property

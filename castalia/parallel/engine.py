@@ -19,6 +19,7 @@ from castalia.parallel.compile import compile_blocks
 from castalia.parallel.recompute import apply_recompute, has_dropout
 
 T = TypeVar("T")
+Objective = Callable[[Tensor, int], Tensor]  # a micro-batch's number for each sequence, and its index -> sum of losses
 
 
 class Rows(NamedTuple):
@@ -31,6 +32,10 @@ class Rows(NamedTuple):
     def chunk(self, count: int) -> Iterator[Rows]:
         documents = self.documents.chunk(count) if self.documents is not None else (None,) * count
         return map(Rows, self.tokens.chunk(count), self.labels.chunk(count), documents)
+
+    def split(self, size: int) -> Iterator[Rows]:
+        """Pieces of so many sequences; the last may have fewer."""
+        return (self.rows(start, start + size) for start in range(0, len(self.tokens), size))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Rows:
         documents = None if self.documents is None else change(self.documents)
@@ -93,16 +98,24 @@ class Engine:
         assert config.model is not None
         initialize(self.model, config.model, config.seed)
 
-    def forward_backward(self, rows: Rows, weights: Sequence[float], scale: float, seeds: Sequence[int]) -> Tensor:
+    def forward_backward(
+        self,
+        rows: Rows,
+        weights: Sequence[float],
+        scale: float,
+        seeds: Sequence[int],
+        objective: Objective | None = None,
+    ) -> Tensor:
         """Leaves the gradients of scale * sum over micro-batches of weight * (sum of token losses).
 
-        `rows` are this data rank's; `seeds` are for dropout. Returns the loss of all ranks, without the scale.
+        `rows` are this data rank's; `seeds` are for dropout. Returns the loss of all ranks, without the scale. An
+        `objective` makes other losses of what `Transformer.forward` gives for each sequence.
         """
         total = torch.zeros((), device=self.device)
         for micro, part in enumerate(rows.chunk(len(weights))):
             torch.manual_seed(seeds[micro])
             part = part.to(self.device)
-            loss_sum, _ = self.model(part.tokens, **part.model_arguments())
+            loss_sum = micro_loss(self.model, part, {}, objective, micro)
             (loss_sum * (weights[micro] * scale)).backward()
             total += loss_sum.detach() * weights[micro]
         return total
@@ -110,10 +123,15 @@ class Engine:
     def loss_sum(self, rows: Rows) -> Tensor:
         """Sum of the token losses of any number of sequences, given whole to every rank. Without gradients."""
         total = torch.zeros((), device=self.device)
-        for start in range(0, len(rows.tokens), self.micro_batch_size):
-            part = rows.rows(start, start + self.micro_batch_size).to(self.device)
+        for part in rows.split(self.micro_batch_size):
+            part = part.to(self.device)
             total += self.model(part.tokens, **part.model_arguments())[0]
         return total
+
+    def each_sequence(self, rows: Rows) -> Tensor:
+        """What `Transformer.forward` gives for each of this data rank's sequences, fp32 [n]. In `evaluating`."""
+        parts = (part.to(self.device) for part in rows.split(self.micro_batch_size))
+        return torch.cat([self.models[0](part.tokens, **part.model_arguments(), each=True) for part in parts])
 
     def gradients(self) -> list[Tensor]:
         """What of the gradients lies on this rank."""
@@ -147,6 +165,13 @@ class Engine:
             yield
         for model, training in zip(self.models, before, strict=True):
             model.train(training)
+
+
+def micro_loss(model: Any, part: Rows, context: Mapping[str, Any], objective: Objective | None, micro: int) -> Tensor:
+    """The sum of a micro-batch's losses."""
+    if objective is None:
+        return model(part.tokens, **part.model_arguments(), **context)[0]
+    return objective(model(part.tokens, **part.model_arguments(), **context, each=True), micro)
 
 
 def one_process(config: RunConfig, dtype: torch.dtype, device: torch.device, plan: BatchPlan) -> Engine:

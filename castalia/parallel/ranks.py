@@ -20,7 +20,7 @@ from castalia.model.loss import IGNORE
 from castalia.model.transformer import Transformer
 from castalia.parallel.apply import build_stages
 from castalia.parallel.context import WAYS
-from castalia.parallel.engine import Engine, Part, Rows, T
+from castalia.parallel.engine import Engine, Objective, Part, Rows, T, micro_loss
 from castalia.parallel.layout import check_run, layout
 from castalia.parallel.mesh import build_mesh
 from castalia.parallel.pipeline import Pipeline
@@ -32,7 +32,7 @@ class Ranks(Engine):
 
     def __init__(self, config: RunConfig, dtype: torch.dtype, device: torch.device, plan: BatchPlan) -> None:
         assert config.model is not None
-        self.config, self.device, self.plan = config, device, plan
+        self.config, self.device, self.plan, self.micro_batch_size = config, device, plan, plan.micro_batch_size
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         check_run(config, self.world)
         if config.parallel.offload and device.type == "cpu":
@@ -87,17 +87,31 @@ class Ranks(Engine):
                 if name == drawn:
                     piece.local.copy_(matrix[piece.slices])
 
-    def forward_backward(self, rows: Rows, weights: Sequence[float], scale: float, seeds: Sequence[int]) -> Tensor:
+    def forward_backward(
+        self,
+        rows: Rows,
+        weights: Sequence[float],
+        scale: float,
+        seeds: Sequence[int],
+        objective: Objective | None = None,
+    ) -> Tensor:
         rows, context = self._local(rows)
         if self.pipeline:
+            assert objective is None
             torch.manual_seed(seeds[0])
             total = self.pipeline.forward_backward(rows, [weight * scale for weight in weights], context) / scale
         else:
-            total = self._micro_batches(rows, weights, scale, seeds, context)
+            total = self._micro_batches(rows, weights, scale, seeds, context, objective)
         return self._total(total)
 
     def _micro_batches(
-        self, rows: Rows, weights: Sequence[float], scale: float, seeds: Sequence[int], context: dict[str, Any]
+        self,
+        rows: Rows,
+        weights: Sequence[float],
+        scale: float,
+        seeds: Sequence[int],
+        context: dict[str, Any],
+        objective: Objective | None,
     ) -> Tensor:
         model: Any = self.models[0]
         total, count = torch.zeros((), device=self.device), len(weights)
@@ -110,7 +124,7 @@ class Ranks(Engine):
             if zero < 3:  # parameters are gathered once
                 model.set_reshard_after_backward(last)
             torch.manual_seed(seeds[micro])
-            loss_sum, _ = model(mine.tokens, **mine.model_arguments(), **context)
+            loss_sum = micro_loss(model, mine, context, objective, micro)
             (loss_sum * (weights[micro] * scale)).backward()
             total += loss_sum.detach() * weights[micro]
         return total

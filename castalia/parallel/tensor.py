@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from castalia.model.layers import Linear
-from castalia.model.loss import CHUNK_BYTES, IGNORE, scaled_gradients
+from castalia.model.loss import CHUNK_BYTES, IGNORE, scaled_gradients, token_losses
 from castalia.model.transformer import Block, Transformer
 
 
@@ -71,6 +71,7 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh, sequence_paralle
         "positions": Replicated(Replicate()),
         "norm": Replicated(Replicate()),
         "head": ColwiseParallel(output_layouts=Replicate()),
+        "reward": Replicated(Replicate()),
     }
     parallelize_module(model, mesh, {name: style for name, style in ends.items() if _find(model, name) is not None})
     if sequence_parallel and model.blocks:
@@ -78,6 +79,7 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh, sequence_paralle
         blocks[0].register_forward_pre_hook(partial(_scatter_sequence, mesh))
         blocks[-1].register_forward_hook(partial(_gather_sequence, mesh))
     model.loss = partial(vocabulary_parallel_cross_entropy, mesh=mesh)
+    model.token_losses = partial(vocabulary_parallel_token_losses, mesh=mesh)
 
 
 def _find(module: nn.Module, name: str) -> nn.Module | None:
@@ -109,6 +111,18 @@ def vocabulary_parallel_cross_entropy(
     first = mesh.get_local_rank() * local.shape[0]
     total = _VocabularyParallel.apply(rows, local, targets, first, mesh.get_group(), z_loss, torch.is_grad_enabled())
     return total, (targets != IGNORE).sum()
+
+
+def vocabulary_parallel_token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, *, mesh: DeviceMesh) -> Tensor:
+    """`castalia.model.loss.token_losses` where each rank holds its rows of `weight`: [V / tp, h]."""
+    assert isinstance(weight, DTensor)
+    rows = DTensor.from_local(hidden, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
+    local, group, operations = weight.to_local(), mesh.get_group(), {"max": dist.ReduceOp.MAX, "sum": dist.ReduceOp.SUM}
+
+    def reduce(tensor: Tensor, how: str) -> None:
+        dist.all_reduce(tensor, operations[how], group)
+
+    return token_losses(rows, local, labels, mesh.get_local_rank() * local.shape[0], reduce)
 
 
 class _VocabularyParallel(torch.autograd.Function):

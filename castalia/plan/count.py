@@ -25,7 +25,9 @@ def tensor_shapes(model: Model) -> Shapes:
     for layer in range(model.num_layers):
         shapes |= {f"blocks.{layer}.{name}": shape for name, shape in block_shapes(model).items()}
     shapes |= _norm(model, "norm")
-    if not model.tie_embeddings:
+    if model.reward_head:
+        shapes["reward.weight"] = (1, hidden)
+    elif not model.tie_embeddings:
         shapes["head.weight"] = (vocab, hidden)
     return shapes
 

@@ -195,8 +195,13 @@ def training(config: RunConfig, known: Known, layout: Layout) -> dict:
         "checkpoints_kept": known.kept_checkpoints,
         "checkpoints_bytes": _run_bytes(config, known),
         "free_bytes": known.free_bytes,
-        "random_loss": log(config.model.vocab_size) if config.model and config.model.vocab_size else None,
+        "random_loss": _random_loss(config),
     }
+
+
+def _random_loss(config: RunConfig) -> float | None:
+    known = config.train.objective == "causal" and config.model and config.model.vocab_size
+    return log(known) if known else None
 
 
 def run_steps(config: RunConfig, known: Known, layout: Layout) -> int | None:

@@ -71,6 +71,7 @@ class Display:
         ]
         if peak is not None:
             parts.append(f"MFU {speed / peak:.1%}")
+        parts += [f"{name} {record[name]:.3f}" for name in ("margin", "accuracy") if name in record]
         if "valid_loss" in record:
             parts.append(f"valid loss {record['valid_loss']:.4f}")
         self.line("  ".join([*parts, f"ETA {duration(seconds_left)}"]))

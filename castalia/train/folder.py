@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from castalia.checkpoint.formats import detect
 from castalia.checkpoint.formats.native import saved_steps
@@ -102,7 +103,12 @@ def _absolute(path: str | None) -> str | None:
 
 
 def _absolute_sources(sources: tuple[Source, ...]) -> tuple[Source, ...]:
-    return tuple(
-        source.model_copy(update={"path": _absolute(source.path), "labels": _absolute(source.labels)})
-        for source in sources
-    )
+    return tuple(Source(**_absolute_prefixes(source.model_dump())) for source in sources)
+
+
+def _absolute_prefixes(values: dict[str, Any]) -> dict[str, Any]:
+    """A source's values; all of its texts are prefixes of corpora."""
+    changed: dict[str, Any] = {name: os.path.abspath(value) for name, value in values.items() if isinstance(value, str)}
+    if values.get("rejected"):
+        changed["rejected"] = _absolute_prefixes(values["rejected"])
+    return values | changed

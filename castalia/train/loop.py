@@ -19,7 +19,8 @@ from castalia.checkpoint.load import optimizer_state
 from castalia.checkpoint.tensors import Progress, Shard
 from castalia.config.load import load_run
 from castalia.config.schema import RunConfig
-from castalia.data.loader import Batch, Samples, has_data, open_data
+from castalia.data.loader import Batch, Samples, has_data
+from castalia.data.pairs import Pairs, open_samples
 from castalia.errors import TrainingError
 from castalia.parallel.engine import Engine
 from castalia.parallel.process import process_group
@@ -307,6 +308,8 @@ class Run:
             "tokens_per_second": round(self.session.tokens_per_step / seconds, 1),
             "seconds": round(seconds, 6),
         }
+        if self.session.step.preference:
+            record |= self.session.step.preference.report
         if self.session.step.scaler:
             record["loss_scale"] = self.session.step.scaler.scale
         if self.session.step.scaler or self.progress.skipped:
@@ -324,10 +327,15 @@ class Run:
         assert self.valid is not None
         every, batches = self.session.config.eval.every, self.session.config.eval.batches
         first = (self.progress.step // every - 1) * batches if every else 0
-        data = (self.valid.batch(number) for number in range(max(0, first), max(0, first) + batches))
-        found = self.evaluate(self.session.engine, data)
-        self._event("evaluation", step=self.progress.step, **found)
-        return {"valid_loss": found["loss"], "valid_perplexity": found["perplexity"]}
+        numbers, preference = range(max(0, first), max(0, first) + batches), self.session.step.preference
+        if preference:
+            rows = self.session.plan.rows_of(self.session.engine.data_rank)
+            found = preference.evaluate(self.valid.batch(number, rows) for number in numbers)
+            self._event("evaluation", step=self.progress.step, **found)
+            return {f"valid_{name}": value for name, value in found.items()}
+        result = self.evaluate(self.session.engine, map(self.valid.batch, numbers))
+        self._event("evaluation", step=self.progress.step, **result)
+        return {"valid_loss": result["loss"], "valid_perplexity": result["perplexity"]}
 
     def _peak_speed(self) -> float | None:
         """Tokens per second at the device's peak matmul rate."""
@@ -379,6 +387,6 @@ class StopSignals:
             self.received, self.since = signal.Signals(number).name, time.monotonic()
 
 
-def _validation_data(config: RunConfig) -> Samples | None:
+def _validation_data(config: RunConfig) -> Samples | Pairs | None:
     wanted = config.eval.batches > 0 and (config.eval.every is not None or config.eval.at_end)
-    return open_data(config, "valid") if wanted and has_data(config, "valid") else None
+    return open_samples(config, "valid") if wanted and has_data(config, "valid") else None

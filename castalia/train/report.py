@@ -76,6 +76,8 @@ def show_report(session: Session, display: Display, folder: Path) -> None:
 def show_first_loss(session: Session, loss: float, display: Display) -> None:
     """The first loss beside that of a model which knows nothing: what was loaded is expected to know something."""
     assert session.config.model is not None and session.config.model.vocab_size is not None
+    if session.step.preference:  # its loss says nothing about what the model knows
+        return
     uniform = math.log(session.config.model.vocab_size)
     display.line(f"first batch: loss {loss:.4f}; a model that knows nothing has ln(vocabulary) = {uniform:.4f}")
     if session.source is not None and loss > KNOWS_NOTHING * uniform:

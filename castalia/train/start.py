@@ -12,11 +12,13 @@ import torch
 from castalia.checkpoint.adapters import adapters_of
 from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.load import VOCABULARY, LoadReport, fill_with_mean, load_optimizer, load_shards
+from castalia.checkpoint.load import architecture as checkpoint_architecture
 from castalia.checkpoint.tensors import Checkpoint, Progress, Shard
 from castalia.config.batch import BatchPlan, batch_plan
 from castalia.config.check import require_training
 from castalia.config.schema import Model, RunConfig, is_adapter
-from castalia.data.loader import Batch, Samples, open_data
+from castalia.data.loader import Batch, Samples
+from castalia.data.pairs import Pairs, open_samples
 from castalia.data.tokenizer import Tokenizer, add_tokens, load_tokenizer
 from castalia.errors import CheckpointError, ConfigError, TrainingError
 from castalia.parallel.engine import Engine, one_process
@@ -28,13 +30,15 @@ from castalia.train.folder import holds_checkpoint, run_folder
 from castalia.train.hardware import DTYPES, choose_device, choose_dtype
 from castalia.train.known import refuse_foreign_tokens
 from castalia.train.optimizer import LossScaler, average_moments, make_optimizer
+from castalia.train.preference import PreferenceLoss
+from castalia.train.reference import as_reward_model, needs_reference, with_reference, with_reward_head
 from castalia.train.rules import AnyOptimizer
 from castalia.train.schedule import learning_rate, resumed_learning_rate
 from castalia.train.step import TrainStep
 
 # What a new run may choose differently from the checkpoint that it starts from.
 FREE = {"embedding_dropout", "hidden_dropout", "attention_dropout", "init", "init_passes", "init_method"}
-FREE |= {"output_init_method", "init_std", "vocab_size", "vocab_multiple", "max_positions"}
+FREE |= {"reward_head", "output_init_method", "init_std", "vocab_size", "vocab_multiple", "max_positions"}
 
 
 @dataclass
@@ -44,7 +48,7 @@ class Session:
     config: RunConfig
     tokenizer: Tokenizer | None
     plan: BatchPlan
-    data: Samples
+    data: Samples | Pairs
     engine: Engine
     optimizer: AnyOptimizer
     step: TrainStep
@@ -70,7 +74,8 @@ class Session:
 
     @property
     def tokens_per_step(self) -> int:
-        return self.plan.batch_size * self.config.data.seq_length
+        sides = 2 if isinstance(self.data, Pairs) else 1
+        return sides * self.plan.batch_size * self.config.data.seq_length
 
     @property
     def resumed(self) -> bool:
@@ -84,10 +89,11 @@ def start(config: RunConfig) -> Session:
     require_training(config)
     config = with_steps(config)
     assert config.model is not None and config.train.steps is not None
+    source = source and as_reward_model(source, config.model, config.seed)
     ranks = world_size()
     plan = batch_plan(config, layout(config.parallel, ranks).dp if ranks > 1 else 1)
     with main_first():  # it builds the index files that the others then find
-        data = open_data(config, "train")
+        data = open_samples(config, "train")
     refuse_other_data(config, data, source)
     refuse_foreign_tokens(config)
     device = choose_device(config.train.device)
@@ -127,6 +133,7 @@ def start(config: RunConfig) -> Session:
         micro_batch_means=config.neox_exact,
         gradient_factor=exact.gradient_factor,
         skipped=progress.skipped,
+        preference=preference_loss(config, engine, dtype, plan),
     )
     for model in engine.models:
         model.train()
@@ -152,6 +159,27 @@ def restore(session: Session, path: Path) -> Progress:
     if session.step.scaler and saved.progress.loss_scale:
         session.step.scaler.restore(saved.progress.loss_scale)
     return saved.progress
+
+
+def preference_loss(config: RunConfig, engine: Engine, dtype: torch.dtype, plan: BatchPlan) -> PreferenceLoss | None:
+    """What a run learns besides predicting tokens, with its reference model where it needs one."""
+    if config.train.objective == "causal":
+        return None
+    reference = None
+    if needs_reference(config):
+        plain = config
+        source = open_checkpoint(config.preference.reference) if config.preference.reference else None
+        if source:
+            plain = plain.model_copy(update={"model": checkpoint_architecture(source)})
+        assert plain.model is not None
+        reference = make_engine(plain, dtype, engine.device, plan)
+        if source:
+            load_engine(reference, plain.model, source)
+        else:
+            reference.initialize(plain)
+        for parameter in reference.parameters.values():
+            parameter.requires_grad_(False)
+    return PreferenceLoss(config, engine, reference, plan.accumulation)
 
 
 def load_engine(engine: Engine, model: Model, source: Checkpoint, added: int = 0) -> LoadReport:
@@ -195,6 +223,7 @@ def find_source(config: RunConfig) -> Checkpoint | None:
 def resolve(config: RunConfig, source: Checkpoint | None) -> tuple[RunConfig, Tokenizer | None]:
     """The config with nothing left to infer, and the tokenizer that it names."""
     model = architecture(config, source)  # first: training another model than meant is the worst of all mistakes
+    model = with_reward_head(model, config, source)
     notes = config.notes + (left_open(config, model) if source else ())
     finetune = what_trains(config, source, model)
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer.path or config.tokenizer.kind else None
@@ -235,6 +264,7 @@ def resolve(config: RunConfig, source: Checkpoint | None) -> tuple[RunConfig, To
         }
     )
     complete = config.model_copy(update={"model": model, "precision": precision, "finetune": finetune})
+    complete = with_reference(complete, source)
     complete._notes = notes
     return complete, tokenizer
 
@@ -244,14 +274,14 @@ def with_steps(config: RunConfig) -> RunConfig:
     if config.train.steps is not None:
         return config
     assert config.train.epochs is not None
-    steps = open_data(config, "train").steps(config.train.epochs)
+    steps = open_samples(config, "train").steps(config.train.epochs)
     if not steps:
         text = f"train.epochs={config.train.epochs}: the data do not fill one step's batch; use a smaller "
         raise ConfigError(f"{text}train.batch_size or data.seq_length, or give train.steps")
     return config.model_copy(update={"train": config.train.model_copy(update={"steps": steps, "epochs": None})})
 
 
-def refuse_other_data(config: RunConfig, data: Samples, source: Checkpoint | None) -> None:
+def refuse_other_data(config: RunConfig, data: Samples | Pairs, source: Checkpoint | None) -> None:
     """Raises TrainingError if a resumed run would see other samples than before, unless that is asked for."""
     known = source.details.get("data_fingerprint") if source else None
     if config.checkpoint.init_from or config.checkpoint.other_data or not known or known == data.fingerprint:

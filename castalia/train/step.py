@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -17,6 +17,9 @@ from castalia.train.optimizer import LossScaler, set_rate
 from castalia.train.rules import AnyOptimizer
 from castalia.train.schedule import LearningRate
 from castalia.train.watch import first_cause
+
+if TYPE_CHECKING:
+    from castalia.train.preference import PreferenceLoss
 
 MAX_SKIPPED_IN_A_ROW = 50
 Judge = Callable[[float, float], bool]  # of a step's loss and gradient norm: whether they may change the model
@@ -33,7 +36,8 @@ class TrainStep:
     """Owns what changes from step to step besides model and optimizer: the counters and the loss scale.
 
     The loss is the sum over all tokens of the global batch over their number; `micro_batch_means` takes the original's
-    mean of micro-batch means instead. `gradient_factor` multiplies gradients, but not the loss that is reported.
+    mean of micro-batch means instead, `preference` other losses altogether. `gradient_factor` multiplies gradients, but
+    not the loss that is reported.
     """
 
     def __init__(
@@ -49,11 +53,12 @@ class TrainStep:
         micro_batch_means: bool = False,
         gradient_factor: int = 1,
         skipped: int = 0,
+        preference: PreferenceLoss | None = None,
     ):
         self.engine, self.optimizer, self.rate, self.plan = engine, optimizer, rate, plan
         self.seed, self.clip_norm, self.scaler = seed, clip_norm, scaler
         self.micro_batch_means, self.gradient_factor = micro_batch_means, gradient_factor
-        self.skipped = skipped
+        self.skipped, self.preference = skipped, preference
         self.skipped_in_a_row = 0
 
     def __call__(self, step: int, batch: Batch, judge: Judge = lambda loss, norm: True) -> StepResult:
@@ -85,6 +90,9 @@ class TrainStep:
     def _forward_backward(self, step: int, batch: Batch, scale: float) -> torch.Tensor:
         """Leaves scaled gradients of the loss in the parameters; returns the loss, unscaled, on the device."""
         plan, ranks = self.plan, self.engine.data_size
+        seeds = [dropout_seed(self.seed, step, micro, self.engine.data_rank) for micro in range(plan.accumulation)]
+        if self.preference:
+            return self.preference.forward_backward(batch, scale * self.gradient_factor, seeds)
         counts = batch.loss_mask.sum(axis=1)  # tokens with a loss, by sequence
         everywhere = self.engine.sum_over_data(float(counts.sum()))
         if not everywhere:
@@ -94,7 +102,6 @@ class TrainStep:
             weights = [1.0 / float(count) for count in denominators]
         else:
             weights = [1.0 / everywhere] * plan.accumulation
-        seeds = [dropout_seed(self.seed, step, micro, self.engine.data_rank) for micro in range(plan.accumulation)]
         return self.engine.forward_backward(as_rows(batch), weights, scale * self.gradient_factor, seeds)
 
     def _count(self, step: int, finite: bool, applied: bool) -> None:

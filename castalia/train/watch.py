@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from castalia.config.schema import Watch as Settings
 from castalia.data.indexed import open_dataset
 from castalia.data.loader import Samples
+from castalia.data.pairs import Pairs
 from castalia.data.tokenizer import Tokenizer
 from castalia.parallel.engine import Engine
 from castalia.train.layers import dead_units, place, tensor_statistics
@@ -106,7 +107,7 @@ class Watch:
         self,
         cfg: Settings,
         engine: Engine,
-        data: Samples,
+        data: Samples | Pairs,
         tokenizer: Tokenizer | None,
         stored: Mapping[str, Sequence[float]] | None,
         event: Callable[..., None],
@@ -161,7 +162,7 @@ def describe(finding: Finding, loss: float, norm: float) -> str:
     )
 
 
-def data_of_step(data: Samples, tokenizer: Tokenizer | None, step: int) -> dict[str, Any]:
+def data_of_step(data: Samples | Pairs, tokenizer: Tokenizer | None, step: int) -> dict[str, Any]:
     """What a step (from 0) trains on: positions in the data order, pieces of documents, and how each begins."""
     positions = data.positions(step).tolist()
     pieces = [piece for position in positions for piece in data.pieces(position)]

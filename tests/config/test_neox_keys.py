@@ -166,6 +166,23 @@ WANDB = {"use_wandb": True}
 PROFILE = {"profile": True}
 GELU = {"activation": "gelu"}
 FP16 = {"type": "fp16", "enabled": True}
+PAIRWISE, UNPACKED = {"dataset_impl": "pairwise"}, {"pack_impl": "unpacked"}
+PAIRS = {"dataset_impl": "pairwise", "pos_train_data_paths": ["a"], "neg_train_data_paths": ["b"]}
+PAIR = Source(path="a", rejected={"path": "b"})
+DPO, KTO = {"train_impl": "dpo", **UNPACKED}, {"train_impl": "kto", **UNPACKED}
+
+
+def paths_of_pairs(split: str, labels: str) -> dict[str, object]:
+    paths = {f"pos_{split}_data_paths": ["a"], f"neg_{split}_data_paths": ["b"]}
+    return PAIRWISE | paths | {f"{side}_{split}_label_data_paths": [side] for side in ("pos", "neg") if labels}
+
+
+def pair_of(labels: str) -> Source:
+    if not labels:
+        return PAIR
+    return Source(path="a", labels="pos", rejected={"path": "b", "labels": "neg"})
+
+
 # key -> (its value and the keys beside it that it needs, our path, what arrives there). One joint effect of each key.
 JOINT = {
     "gradient_accumulation_steps": ({"gradient_accumulation_steps": 4}, "train.accumulation", 4),
@@ -247,6 +264,34 @@ JOINT = {
     "mup_embedding_mult": ({"use_mup": True, "mup_embedding_mult": 2.0}, "model.mup.embedding_multiplier", 2.0),
     "mup_rp_embedding_mult": ({"use_mup": True, "mup_rp_embedding_mult": 2.0}, "model.mup.position_multiplier", 2.0),
     "sample_output_file": ({"sample_output_file": "out.txt"}, "generate.output_file", "out.txt"),
+    "train_impl": ({"train_impl": "rm", **UNPACKED}, "train.objective", "reward"),
+    "dataset_impl": ({**PAIRS, "dataset_impl": "pairwise"}, "data.train", (PAIR,)),
+    "dpo_beta": ({**DPO, "dpo_beta": 0.3}, "preference.beta", 0.3),
+    "dpo_reference_free": ({**DPO, "dpo_reference_free": True}, "preference.reference_free", True),
+    "kto_beta": ({**KTO, "kto_beta": 0.3}, "preference.beta", 0.3),
+    "kto_desirable_weight": ({**KTO, "kto_desirable_weight": 2.0}, "preference.desirable_weight", 2.0),
+    "kto_undesirable_weight": ({**KTO, "kto_undesirable_weight": 2.0}, "preference.undesirable_weight", 2.0),
+    "z_loss": ({"train_impl": "rm", **UNPACKED, "z_loss": 0.1}, "train.z_loss", 0.1),
+    "precompute_model_name": (
+        {**DPO, **PAIRS, "precompute_model_name": "m"},
+        "data.train",
+        (Source(path="a", references="a_m", rejected={"path": "b", "references": "b_m"}),),
+    ),
+    "train_reward_data_paths": (
+        {"train_data_paths": ["a"], "train_reward_data_paths": ["b"]}, "data.train", (Source(path="a", rewards="b"),)
+    ),
+    "valid_reward_data_paths": (
+        {"valid_data_paths": ["a"], "valid_reward_data_paths": ["b"]}, "data.valid", (Source(path="a", rewards="b"),)
+    ),
+    "test_reward_data_paths": (
+        {"test_data_paths": ["a"], "test_reward_data_paths": ["b"]}, "data.test", (Source(path="a", rewards="b"),)
+    ),
+    **{
+        f"{side}_{split}_{labels}data_paths": (paths_of_pairs(split, labels), f"data.{split}", (pair_of(labels),))
+        for side in ("pos", "neg")
+        for split in ("train", "valid", "test")
+        for labels in ("", "label_")
+    },
 }  # fmt: skip
 REFUSALS = {  # keys that choose nothing here: one value is right, the others are refused
     "attention_config": ([[["global"], 4]], [[["local"], 4]], "local layers are not built in"),
@@ -270,7 +315,12 @@ def test_a_joint_key_arrives_with_its_companions(tmp_path, key):
     keys, path, expected = JOINT[key]
     assert value_at(load(tmp_path, **MODEL, **keys), path) == expected
     without = {name: value for name, value in keys.items() if name != key}
-    assert value_at(load(tmp_path, **MODEL, **without), path) != expected
+    try:
+        config = load(tmp_path, **MODEL, **without)
+    except ConfigError as error:  # its companions make no sense without it
+        assert f"belongs to {key}" in str(error)
+    else:
+        assert value_at(config, path) != expected
 
 
 @pytest.mark.parametrize("key", REFUSALS)

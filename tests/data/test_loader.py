@@ -45,7 +45,7 @@ def test_the_batches_that_the_original_trained_on(fixtures: Path, variant: str, 
     run = load_config(yml, [*paths, f"train.batch_size={batch}"])
     expected = np.load(neox / "data" / file).reshape(10, batch, 33)
     for step in reversed(range(10)):
-        tokens, labels, loss_mask, _ = batch_at(run, step)
+        tokens, labels, loss_mask, *_ = batch_at(run, step)
         assert np.array_equal(tokens, expected[step, :, :-1]) and np.array_equal(labels, expected[step, :, 1:])
         assert loss_mask.all() and tokens.dtype == labels.dtype == np.int64 and loss_mask.dtype == bool
 
@@ -138,7 +138,7 @@ def test_accumulation_takes_the_same_samples(tmp_path: Path) -> None:
 def test_no_loss_after_the_end_of_a_document(tmp_path: Path) -> None:
     source = corpus(tmp_path / "x", [[7, 8, 9, 0]] * 20)
     run = config(source, mask_after_eod=True).model_copy(update={"tokenizer": Tokenizer(kind="char")})
-    tokens, labels, loss_mask, documents = batch_at(run, 0)
+    tokens, labels, loss_mask, documents, *_ = batch_at(run, 0)
     assert documents is None and (
         np.array_equal(loss_mask, tokens != 0)
         and (labels[tokens == 9] == 0).all()

@@ -1,8 +1,9 @@
 import pytest
 import torch
+from torch.nn import functional as F
 
 from castalia.model import loss
-from castalia.model.loss import linear_cross_entropy, linear_cross_entropy_reference
+from castalia.model.loss import linear_cross_entropy, linear_cross_entropy_reference, token_losses
 
 
 def example(dtype: torch.dtype):
@@ -79,3 +80,28 @@ def test_no_fp32_logits_of_all_tokens(monkeypatch):
     monkeypatch.setattr(loss.F, "softmax", lambda x, **options: sizes.append(x.numel()) or softmax(x, **options))
     linear_cross_entropy(hidden, weight, labels)
     assert len(sizes) == 15 and max(sizes) == 10 * 70
+
+
+@pytest.mark.parametrize("rows", [7, 1000])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_losses_of_tokens_and_a_gradient_for_each(monkeypatch, rows, dtype, tolerance):
+    monkeypatch.setitem(loss.CHUNK_BYTES, "cpu", rows * 4 * 70)
+    hidden, weight, labels = example(dtype)
+    wishes = torch.randn(labels.shape, generator=torch.Generator().manual_seed(1))
+    losses = token_losses(hidden, weight, labels)
+    found = torch.autograd.grad(losses, (hidden, weight), wishes)
+    logits = (hidden @ weight.to(dtype).T).float()
+    plain = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    assert losses.shape == labels.shape and losses.dtype == torch.float32 and not losses[labels == -100].any()
+    torch.testing.assert_close(losses, plain, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(losses.sum(), linear_cross_entropy(hidden, weight, labels)[0], rtol=1e-6, atol=0)
+    for ours, theirs in zip(found, torch.autograd.grad(plain, (hidden, weight), wishes), strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * theirs.abs().max().item())
+
+
+def test_losses_of_tokens_with_a_frozen_head():
+    hidden, weight, labels = example(torch.float32)
+    expected, _ = torch.autograd.grad(token_losses(hidden, weight, labels).sum(), (hidden, weight))
+    (found,) = torch.autograd.grad(token_losses(hidden, weight.detach(), labels).sum(), (hidden,))
+    assert torch.equal(found, expected)

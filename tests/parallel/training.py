@@ -53,7 +53,7 @@ def train_steps(config: RunConfig, steps: int = 10, poisoned: tuple[int, int, fl
 
 def rows_of_first_batch(session: Session) -> dict[int, bytes]:
     rows = session.plan.rows_of(session.engine.data_rank)
-    tokens = session.batch(session.progress.step).tokens
+    tokens = session.batch(session.progress.step).tokens.reshape(len(rows), -1)  # of pairs both sides
     return {row: sequence.tobytes() for row, sequence in zip(rows, tokens, strict=True)}
 
 

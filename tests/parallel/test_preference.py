@@ -1,0 +1,72 @@
+"""Preference tuning on several ranks: losses and gradients are those of one process."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from castalia.data.indexed import Writer
+from castalia.errors import ConfigError
+from castalia.parallel.layout import check_run
+from tests.parallel.training import assert_copies_are_equal, train_steps
+
+pytestmark = pytest.mark.xdist_group("pool")
+
+STEPS = 3
+LAYOUTS = {
+    "dp2": ["parallel.zero=0"],
+    "zero1": ["parallel.zero=1"],
+    "zero3": ["parallel.zero=3"],
+    "tp2": ["parallel.tp=2"],
+    "sp2": ["parallel.tp=2", "parallel.sequence_parallel=true"],
+}
+QUICK = [("dpo", "zero3"), ("dpo", "sp2"), ("kto", "zero3"), ("reward", "tp2")]
+FULL = [(objective, layout) for objective in ("dpo", "kto", "reward") for layout in LAYOUTS]
+CASES = [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in FULL]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> dict[str, dict]:
+    folder, draw = tmp_path_factory.mktemp("pairs"), np.random.default_rng(2)
+    texts = [[draw.integers(0, 256, draw.integers(6, 16)) for _ in range(30)] for _ in range(2)]
+    for side, items in zip(("pos", "neg"), texts, strict=True):
+        with Writer(folder / side, "int32") as text, Writer(folder / f"{side}_label", "int32") as labels:
+            for item in items:
+                text.add(item)
+                labels.add(np.where(np.arange(len(item)) < 3, -100, item))
+    with Writer(folder / "rewards", "int32") as rewards:
+        for _ in range(30):
+            rewards.add([int(draw.choice([-1, 1]))])
+    pos, neg = ({"path": f"{folder}/{side}", "labels": f"{folder}/{side}_label"} for side in ("pos", "neg"))
+    return {"dpo": {**pos, "rejected": neg}, "kto": {**pos, "rewards": f"{folder}/rewards"}}
+
+
+@pytest.fixture
+def config(tiny, sources):
+    def make(objective: str, *overrides: str):
+        source = json.dumps([sources["kto" if objective == "kto" else "dpo"]])
+        family = "gpt2-tied" if objective == "reward" else "neox-parallel"
+        words = [f"train.objective={objective}", f"data.train={source}", "data.packing=unpacked"]
+        words += ["train.micro_batch_size=2", "train.accumulation=null", "optimizer.lr=0.01"]
+        return tiny(family, *words, *overrides)
+
+    return make
+
+
+@pytest.mark.parametrize(("objective", "layout"), CASES)
+def test_layouts_train_like_one_process(pool, config, objective, layout):
+    (alone,) = pool.run(train_steps, 1, config(objective), STEPS)
+    ranks = pool.run(train_steps, 2, config(objective, *LAYOUTS[layout]), STEPS)
+    assert_copies_are_equal(ranks)
+    for seen in ranks:
+        assert seen.losses == pytest.approx(alone.losses, rel=1e-4)
+        assert seen.norms == pytest.approx(alone.norms, rel=1e-3)
+    assert len(set(alone.losses)) == STEPS
+
+
+def test_layouts_that_cut_a_sequence_or_the_model_are_refused(config):
+    for key in ("pp", "cp"):
+        with pytest.raises(ConfigError, match=f"set parallel.{key}=1"):
+            check_run(config("dpo", f"parallel.{key}=2"), 2)
