@@ -10,6 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, get_args
 
+from castalia.checkpoint.adapters import adapters_of
 from castalia.checkpoint.describe import readable
 from castalia.checkpoint.facts import architecture
 from castalia.checkpoint.sample import Run, Sums, runs, sample
@@ -19,6 +20,7 @@ from castalia.model.deviations import mup_scale, standard_deviation
 from castalia.plan.count import count, non_embedding, original_count, tp_dim
 
 KINDS = {  # of tensors that start alike; the first pattern that is found in a name tells its kind
+    "adapters": r"\.lora_[ab]$",
     "embedding": r"^embed\.weight",
     "positions": r"^positions\.weight",
     "head": r"^head\.weight",
@@ -31,7 +33,7 @@ KINDS = {  # of tensors that start alike; the first pattern that is found in a n
     "biases": r"\.bias$",
 }
 OUTPUTS = ("attention out", "mlp down")  # kinds that have an init method of their own
-WITHOUT_METHOD = ("norms", "biases")
+WITHOUT_METHOD = ("adapters", "norms", "biases")
 SPANS = 64  # stretches of rows sampled of each kind
 FITS = 0.03  # relative difference of a standard deviation from its expected one
 
@@ -131,10 +133,15 @@ def meaning(checkpoint: Checkpoint, total: int, stored: Mapping[str, int], facts
     if checkpoint.optimizer is None:
         text = f"{each}: the weights alone{shape}, in {dtypes}; they run and can be trained on, not resumed"
     else:
-        complete = "a complete" if len(checkpoint.optimizer) == len(checkpoint.model) else "an incomplete"
+        trained = set(filter(checkpoint.config.finetune.trains, checkpoint.model)) if checkpoint.config else set()
+        complete = (
+            "a complete" if checkpoint.optimizer.keys() >= (trained or checkpoint.model.keys()) else "an incomplete"
+        )
         text = f"{each}: {complete} {dtypes} + optimizer checkpoint{shape}"
         if _is_adam(checkpoint):
             text = text.replace("+ optimizer", "+ Adam")
+    if lora := adapters_of(checkpoint):
+        text += f", with adapters of rank {lora.rank}, which everything but training sees merged"
     other = checkpoint.details.get("other_model")
     if isinstance(other, Model):
         text += (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -63,6 +64,7 @@ def command(
     }
     rest = [word for word in words if word.partition("=")[0] not in ("data.train", "data.valid")]
     config = load_config([usual, prepared.fitting, *files, {"data": corpora}], rest)
+    config._origins = {path: re.sub(r"\bkeys:\d+", "its default", where) for path, where in config.origins.items()}
     if config.train.epochs and prepared.conversations:
         steps = config.train.epochs * math.ceil(prepared.conversations / (config.train.batch_size or BATCH))
         config = config.model_copy(update={"train": config.train.model_copy(update={"steps": steps, "epochs": None})})

@@ -40,7 +40,7 @@ def command(
     from castalia.checkpoint.inspect import report
 
     hints: dict[str, Any] = {"config": config, "gqa_rows": gqa_rows, "rms_eps": rms_eps}
-    checkpoint = open_checkpoint(path, step=step, tolerant=True, **hints)
+    checkpoint = open_checkpoint(path, step=step, tolerant=True, adapters=True, **hints)
     found = report(checkpoint, _vocabulary(checkpoint, tokenizer), full=tensors)
     if as_json:
         print(json.dumps(found, indent=1, default=str))

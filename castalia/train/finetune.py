@@ -45,6 +45,13 @@ def what_trains(config: RunConfig, source: Checkpoint | None, model: Model) -> F
     return chosen
 
 
+def trained_names(config: RunConfig) -> list[str]:
+    """Of all tensors of the run. `config` is complete."""
+    assert config.model is not None
+    every = [*tensor_shapes(config.model), *adapter_shapes(config.model, config.finetune.lora)]
+    return [name for name in every if config.finetune.trains(name)]
+
+
 def new_tokens(config: RunConfig, source: Checkpoint | None) -> int:
     """How many entries of the vocabulary `finetune.add_tokens` adds to those of the checkpoint that a run begins from.
 

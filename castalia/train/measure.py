@@ -50,4 +50,6 @@ def describe_memory(session: Session, layout: Layout, peak_bytes: int) -> str:
     measured = peak_bytes + sum(tensor.numel() * tensor.element_size() for tensor in local)
     compute = Compute(session.dtype.itemsize, session.device.type, moments_of(session.config.optimizer))
     stage = memory_by_stage(session.config.model, layout, session.config.data.seq_length, compute)[0]
-    return f"memory: tensors took {gib(measured)}, plan says {gib(stage.total)} ({measured / stage.total - 1:+.1%})"
+    frozen = any(not parameter.requires_grad for parameter in session.engine.parameters.values())
+    plan = f"plan says {gib(stage.total)}{' for a run in which everything trains' if frozen else ''}"
+    return f"memory: tensors took {gib(measured)}, {plan} ({measured / stage.total - 1:+.1%})"

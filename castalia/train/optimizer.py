@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -36,18 +36,21 @@ def make_optimizer(
     summed_bias_ranks: int = 1,
     width_multiplier: float = 1.0,
     num_layers: int = 0,
+    elsewhere: Collection[str] = (),
 ) -> AnyOptimizer:
     """The optimizer of the parameters that train. Its state exists from the start: memory is taken at once, and step 0
     can be saved.
 
     `summed_bias_ranks` multiplies the rate of row-parallel biases: where the original added T copies of such a bias,
     each of them took a full step. `width_multiplier` is muP's: width over the width that the rates were found at.
+    `elsewhere`: names of tensors that train on other ranks.
     Raises ConfigError if an entry of `optimizer.groups` matches nothing, or the optimizer cannot have sharded tensors.
     """
     trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
     for group in cfg.groups:
-        if not any(re.search(group.match, name) for name in trained):
-            known = ", ".join(dict.fromkeys(re.sub(r"^blocks\.\d+", "blocks.0", name) for name in trained))
+        names = [*trained, *elsewhere]
+        if not any(re.search(group.match, name) for name in names):
+            known = ", ".join(dict.fromkeys(re.sub(r"^blocks\.\d+", "blocks.0", name) for name in names))
             raise ConfigError(f"optimizer.groups: {group.match!r} matches no tensor that trains; there are {known}")
     if cfg.name == "adafactor" and any(map(_is_sharded, trained.values())):
         raise ConfigError("optimizer.name=adafactor needs whole tensors, which sharded ranks do not hold; use adamw")

@@ -16,7 +16,7 @@ from castalia.checkpoint.load import architecture as checkpoint_architecture
 from castalia.checkpoint.tensors import Checkpoint, Progress, Shard
 from castalia.config.batch import BatchPlan, batch_plan
 from castalia.config.check import require_training
-from castalia.config.schema import Model, RunConfig, is_adapter
+from castalia.config.schema import Finetune, Model, RunConfig, is_adapter
 from castalia.data.loader import Batch, Samples
 from castalia.data.pairs import Pairs, open_samples
 from castalia.data.tokenizer import Tokenizer, add_tokens, load_tokenizer
@@ -25,7 +25,7 @@ from castalia.parallel.engine import Engine, one_process
 from castalia.parallel.layout import layout
 from castalia.parallel.process import main_first, world_size
 from castalia.train.exact import Exact, exact_behaviour, summed_micro_batches
-from castalia.train.finetune import new_tokens, start_adapters, what_trains
+from castalia.train.finetune import new_tokens, start_adapters, trained_names, what_trains
 from castalia.train.folder import holds_checkpoint, run_folder
 from castalia.train.hardware import DTYPES, choose_device, choose_dtype
 from castalia.train.known import refuse_foreign_tokens
@@ -111,6 +111,7 @@ def start(config: RunConfig) -> Session:
         summed_bias_ranks=exact.summed_bias_ranks,
         width_multiplier=config.model.width_multiplier,
         num_layers=config.model.num_layers,
+        elsewhere=trained_names(config),
     )
     progress = source.progress if source and resuming else Progress()
     if source and resuming and config.checkpoint.load_optimizer:
@@ -149,25 +150,13 @@ def make_engine(config: RunConfig, dtype: torch.dtype, device: torch.device, pla
     return Ranks(config, dtype, device, plan)
 
 
-def restore(session: Session, path: Path) -> Progress:
-    """Puts weights, optimizer and loss scale back to a checkpoint of this run, and tells how far it was."""
-    saved, engine, model = open_checkpoint(path, adapters=True), session.engine, session.config.model
-    assert model is not None
-    load_engine(engine, model, saved)
-    for parameters in (engine.parameters, engine.duplicates):
-        load_optimizer(session.optimizer, parameters, saved, model.vocab_size, engine_shard(engine))
-    if session.step.scaler and saved.progress.loss_scale:
-        session.step.scaler.restore(saved.progress.loss_scale)
-    return saved.progress
-
-
 def preference_loss(config: RunConfig, engine: Engine, dtype: torch.dtype, plan: BatchPlan) -> PreferenceLoss | None:
     """What a run learns besides predicting tokens, with its reference model where it needs one."""
     if config.train.objective == "causal":
         return None
     reference = None
     if needs_reference(config):
-        plain = config
+        plain = config.model_copy(update={"finetune": Finetune()})
         source = open_checkpoint(config.preference.reference) if config.preference.reference else None
         if source:
             plain = plain.model_copy(update={"model": checkpoint_architecture(source)})
@@ -180,6 +169,18 @@ def preference_loss(config: RunConfig, engine: Engine, dtype: torch.dtype, plan:
         for parameter in reference.parameters.values():
             parameter.requires_grad_(False)
     return PreferenceLoss(config, engine, reference, plan.accumulation)
+
+
+def restore(session: Session, path: Path) -> Progress:
+    """Puts weights, optimizer and loss scale back to a checkpoint of this run, and tells how far it was."""
+    saved, engine, model = open_checkpoint(path, adapters=True), session.engine, session.config.model
+    assert model is not None
+    load_engine(engine, model, saved)
+    for parameters in (engine.parameters, engine.duplicates):
+        load_optimizer(session.optimizer, parameters, saved, model.vocab_size, engine_shard(engine))
+    if session.step.scaler and saved.progress.loss_scale:
+        session.step.scaler.restore(saved.progress.loss_scale)
+    return saved.progress
 
 
 def load_engine(engine: Engine, model: Model, source: Checkpoint, added: int = 0) -> LoadReport:

@@ -58,7 +58,7 @@ def tuned(tmp_path_factory, corpus):
         pytest.param(
             "tied", LORA, ["parallel.pp=2", "parallel.pipeline=zero-bubble", "train.accumulation=8"], marks=SLOW
         ),
-        ("neox", HEAD, ["parallel.pp=2"]),
+        ("neox", [*HEAD, 'optimizer.groups=[{"match": "^head", "lr_scale": 0.5}]'], ["parallel.pp=2"]),
         pytest.param("neox", HEAD, ["parallel.zero=3"], marks=SLOW),
         pytest.param("tied", TOP, ["parallel.zero=1", "parallel.tp=2"], marks=SLOW),
         pytest.param(

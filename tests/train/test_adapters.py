@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from castalia.checkpoint.formats import open_checkpoint
+from castalia.checkpoint.inspect import report
 from castalia.checkpoint.load import build_model, load_model, load_tokenizer_for
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.load import load_config, load_run
@@ -182,6 +183,13 @@ def test_a_tokenizer_of_bytes_takes_no_tokens(tune, tmp_path):
 def test_what_cannot_be_is_refused(tune, tmp_path, overrides, error, words):
     with pytest.raises(error, match=words):
         start(tune(tmp_path / "run", *overrides))
+
+
+def test_inspection_tells_of_the_adapters(tune, tmp_path):
+    run = train(tune(tmp_path / "run", "finetune.lora.rank=2", "train.steps=1"), evaluate)
+    found = report(open_checkpoint(run, adapters=True))
+    assert "a complete float32 + Adam checkpoint" in found["meaning"] and "adapters of rank 2" in found["meaning"]
+    assert found["statistics"][0]["kind"] == "adapters" and found["statistics"][0]["tensors"] == 16
 
 
 def test_adapters_that_are_there_already_must_be_those_of_the_config(tune, tmp_path):
