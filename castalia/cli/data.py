@@ -61,6 +61,9 @@ def prepare(
     ] = None,
     generation_role: Annotated[str, typer.Option(help="whose turns of a conversation are trained on")] = "assistant",
     only_last: Annotated[bool, typer.Option("--only-last", help="train on the conversation's last turn alone")] = False,
+    reward_key: Annotated[
+        str | None, typer.Option(help="field (true, false or a number) that judges a conversation; also writes rewards")
+    ] = None,
     for_rm: Annotated[bool, typer.Option("--for-rm", help="reward models: only a last end-of-document counts")] = False,
     workers: Annotated[int | None, typer.Option(help="at once; all cores if left out", min=1)] = None,
 ) -> None:
@@ -75,8 +78,8 @@ def prepare(
     chat = None
     if chat_template is not None:
         chat = Chat(*read_template(chat_template), role=generation_role, only_last=only_last, for_rm=for_rm)
-    elif only_last or for_rm:
-        raise DataError("--only-last and --for-rm need --chat-template")
+    elif only_last or for_rm or reward_key:
+        raise DataError("--only-last, --for-rm and --reward-key need --chat-template")
     keys = jsonl_keys or ("conversation" if chat else "text")
     recipe = Recipe(
         tokenizer=_tokenizer_config(tokenizer, tokenizer_kind, merges),
@@ -86,6 +89,7 @@ def prepare(
         ftfy=ftfy,
         mask_before=_ids(mask_before_token),
         chat=chat,
+        reward=reward_key,
     )
     start = time.monotonic()
     try:
@@ -254,7 +258,8 @@ def batch(
     import numpy as np
 
     from castalia.config.load import load_config
-    from castalia.data.loader import SPLITS, open_data
+    from castalia.data.loader import SPLITS
+    from castalia.data.pairs import open_samples, sides_of
     from castalia.data.tokenizer import load_tokenizer
 
     files, overrides = [word for word in config if "=" not in word], [word for word in config if "=" in word]
@@ -262,28 +267,33 @@ def batch(
     chosen = next((name for name in SPLITS if name == split), None)
     if chosen is None:
         raise DataError(f"--split {split} is none of {', '.join(SPLITS)}")
-    samples = open_data(run, chosen)
-    arrays = samples.batch(step)
+    samples = open_samples(run, chosen)
+    sides, positions = sides_of(samples), samples.positions(step).tolist()
     if npy is not None:
         with npy.open("wb") as file:
-            np.save(file, np.stack([samples.sample(int(position))[0] for position in samples.positions(step)]))
+            np.save(file, np.stack([side.sample(position)[0] for position in positions for side in sides.values()]))
     named = run.tokenizer.path is not None or run.tokenizer.kind is not None
     decoder = load_tokenizer(run.tokenizer) if named else None
+    batches = {name: side.batch(step) for name, side in sides.items()}
     rows = [
         {
-            "position": int(position),
-            "pieces": [piece._asdict() for piece in samples.pieces(int(position))],
-            "tokens": tokens.tolist(),
-            "labels": labels.tolist(),
-            "text": decoder.decode(tokens) if decoder else None,
+            "position": position,
+            **({"side": name} if name else {}),
+            **({"reward": float(arrays.rewards[row])} if arrays.rewards is not None else {}),
+            "pieces": [piece._asdict() for piece in sides[name].pieces(position)],
+            "tokens": arrays.tokens[row].tolist(),
+            "labels": arrays.labels[row].tolist(),
+            "text": decoder.decode(arrays.tokens[row]) if decoder else None,
         }
-        for position, tokens, labels in zip(samples.positions(step), arrays.tokens, arrays.labels, strict=True)
+        for row, position in enumerate(positions)
+        for name, arrays in batches.items()
     ]
     if as_json:
         print(json.dumps({"step": step, "split": split, "fingerprint": samples.fingerprint, "samples": rows}))
         return
     for number, row in enumerate(rows):
-        print(f"--- step {step}, sequence {number}: position {row['position']} of the data order")
+        what = f", {row['side']}" if "side" in row else f", reward {row['reward']:g}" if "reward" in row else ""
+        print(f"--- step {step}, sequence {number}: position {row['position']} of the data order{what}")
         for piece in row["pieces"]:
             print(f"    {piece['prefix']} document {piece['document']}, tokens {piece['start']} to {piece['stop'] - 1}")
         masked = sum(label < 0 for label in row["labels"])

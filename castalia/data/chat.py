@@ -90,16 +90,31 @@ def renderer(chat: Chat) -> Callable[[Conversation, bool], str]:
     return render
 
 
-def conversations(chat: Chat, tokenizer: Tokenizer) -> Callable[[Any, Sequence[str]], dict[str, Any]]:
-    """A `parse` for `texts_of`: for each key the token ids and labels of the record's conversation.
+def conversations(
+    chat: Chat, tokenizer: Tokenizer, reward: str | None = None
+) -> Callable[[Any, Sequence[str]], dict[str, Any]]:
+    """A `parse` for `texts_of`: for each key the token ids and labels of the record's conversation, and its `reward`.
 
     It raises ValueError for what is no conversation, has no answer to learn from, or does not render.
     """
 
     def parse(value: Any, keys: Sequence[str]) -> dict[str, Any]:
-        return {key: encode_chat(_messages(field_of(value, key), key), chat, tokenizer) for key in keys}
+        found = {key: encode_chat(_messages(field_of(value, key), key), chat, tokenizer) for key in keys}
+        if reward is None:
+            return found
+        judged = _reward(field_of(value, reward), reward)
+        return {key: (*encoded, [judged]) for key, encoded in found.items()}
 
     return parse
+
+
+def _reward(found: Any, key: str) -> int:
+    """1 for what is wanted (true, or a number above 0), -1 for what is not."""
+    if isinstance(found, bool):
+        return 1 if found else -1
+    if not isinstance(found, int | float) or not found:
+        raise ValueError(f"field {key!r} judges nothing: expected true, false or a number other than 0, not {found!r}")
+    return 1 if found > 0 else -1
 
 
 def _messages(found: Any, key: str) -> Conversation:

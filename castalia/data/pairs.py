@@ -68,6 +68,13 @@ def _interleaved(chosen: Any, rejected: Any) -> Any:
     return np.stack([chosen, rejected], axis=1).reshape(-1, *chosen.shape[1:])
 
 
+def sides_of(samples: Samples | Pairs) -> dict[str, Samples]:
+    """The sides of pairs by name; plain samples have one, without a name."""
+    if isinstance(samples, Pairs):
+        return {"chosen": samples.chosen, "rejected": samples.rejected}
+    return {"": samples}
+
+
 def open_samples(config: RunConfig, split: Split = "train") -> Samples | Pairs:
     """What the run's objective learns from: sequences or pairs of them."""
     return open_pairs(config, split) if config.train.objective in ("dpo", "reward") else open_data(config, split)

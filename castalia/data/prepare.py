@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from castalia.config.schema import Source, Text
 from castalia.config.schema import Tokenizer as TokenizerConfig
 from castalia.data.chat import Chat, conversations, renderer
 from castalia.data.engine import Encode, fast, flat, reference
@@ -45,12 +46,14 @@ class Recipe:
     ftfy: bool = False
     mask_before: tuple[int, ...] = ()  # labels: no loss up to and including the first occurrence of these ids
     chat: Chat | None = None  # the fields hold conversations instead of texts
+    reward: str | None = None  # with chat: the field that says whether a conversation is wanted
 
     @property
     def outputs(self) -> tuple[str, ...]:
         """What is written: `{output}_{name}_document` for each of these names."""
         if self.chat:
-            return tuple(name for key in self.keys for name in (key, f"{key}_label"))
+            endings = ("", "_label", "_reward") if self.reward else ("", "_label")
+            return tuple(f"{key}{ending}" for key in self.keys for ending in endings)
         return (*self.keys, "label") if self.mask_before else self.keys
 
 
@@ -102,7 +105,7 @@ def prepare(
     dtype = np.dtype("<i4") if recipe.mask_before or recipe.chat else token_dtype(tokenizer.vocab_size)
     try:
         with ExitStack() as stack:
-            prefixes = {name: f"{output}_{name}_document" for name in recipe.outputs}
+            prefixes = {name: _prefix(output, name) for name in recipe.outputs}
             writers = {name: stack.enter_context(Writer(p, dtype, resumable=True)) for name, p in prefixes.items()}
             known = identity([*files, *_tokenizer_files(recipe.tokenizer)], recipe, num_docs, BLOCK_BYTES)
             journal = stack.enter_context(Journal(output, known, list(writers.values())))
@@ -149,6 +152,23 @@ def _check(recipe: Recipe, tokenizer: Tokenizer) -> None:
         _fix_text()
 
 
+def prepare_sources(inputs: Sequence[str | Path], output: str | Path, recipe: Recipe) -> tuple[Source, ...]:
+    """`prepare` for conversations, and the sources that a config takes of them for its data.
+
+    The fields `chosen` and `rejected` make one source of pairs, any others a source each.
+    """
+    prepare(inputs, output, recipe)
+    texts = {key: Text(path=_prefix(output, key), labels=_prefix(output, f"{key}_label")) for key in recipe.keys}
+    if set(recipe.keys) == {"chosen", "rejected"}:
+        return (Source(**texts["chosen"].model_dump(), rejected=texts["rejected"]),)
+    rewards = {key: _prefix(output, f"{key}_reward") if recipe.reward else None for key in recipe.keys}
+    return tuple(Source(**text.model_dump(), rewards=rewards[key]) for key, text in texts.items())
+
+
+def _prefix(output: str | Path, name: str) -> str:
+    return f"{output}_{name}_document"
+
+
 def _fix_text() -> Callable[[str], str]:
     try:
         return import_module("ftfy").fix_text
@@ -158,13 +178,14 @@ def _fix_text() -> Callable[[str], str]:
 
 def encode(chunk: Chunk, recipe: Recipe, tokenizer: Tokenizer, encode_texts: Encode) -> Encoded:
     """`encode_texts` gives the ids of texts; conversations are encoded turn by turn with the tokenizer itself."""
-    parse = conversations(recipe.chat, tokenizer) if recipe.chat else None
+    parse = conversations(recipe.chat, tokenizer, recipe.reward) if recipe.chat else None
     found = texts_of(chunk, recipe.keys, recipe.skip_bad, parse)
     outputs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     empty, text_bytes = found.empty, len(chunk.lines) if recipe.chat else 0
     for key, texts in found.texts.items():
         if recipe.chat:
-            for name, rows in zip((key, f"{key}_label"), zip(*texts, strict=True) if texts else ((), ()), strict=True):
+            names = [name for name in recipe.outputs if name in (key, f"{key}_label", f"{key}_reward")]
+            for name, rows in zip(names, zip(*texts, strict=True) if texts else [()] * len(names), strict=True):
                 outputs[name] = flat(rows)
             _check_ids(outputs[key][0], chunk, tokenizer)
             continue

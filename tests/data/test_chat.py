@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from castalia.config.schema import Data, RunConfig, Source, Tokenizer, Train
 from castalia.data.chat import Chat, encode_chat, read_template
-from castalia.data.indexed import open_dataset
+from castalia.data.indexed import Writer, open_dataset
 from castalia.data.loader import open_data
-from castalia.data.prepare import Recipe, prepare
+from castalia.data.prepare import Recipe, prepare, prepare_sources
 from castalia.data.tokenizer import ByteTokenizer
 from castalia.errors import DataError
 
@@ -160,3 +160,52 @@ def test_answers_beyond_the_context_are_told_of(tmp_path: Path, caplog: pytest.L
     )
     open_data(run)
     assert "of 3 documents 1 are left out" in caplog.text and "1 are cut there" in caplog.text
+
+
+def test_pairs_and_judged_conversations_become_sources(tmp_path: Path) -> None:
+    other = {**ANSWER, "content": "no."}
+    pairs = [{"chosen": [QUESTION, ANSWER], "rejected": [QUESTION, other]}] * 3
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    (source,) = prepare_sources([path], tmp_path / "p", Recipe(BYTES, ("chosen", "rejected"), chat=Chat(TEMPLATE)))
+    assert source.rejected and spell(open_dataset(source.rejected.path)[2].tolist()) == "<u>how?\n<a>no.\n$"
+    assert spell(open_dataset(source.rejected.labels or "")[0].tolist()) == "___________no.\n$"
+    path.write_text("".join(json.dumps({"text": [QUESTION, ANSWER], "good": good}) + "\n" for good in (True, -0.5, 2)))
+    (judged,) = prepare_sources([path], tmp_path / "j", Recipe(BYTES, ("text",), chat=Chat(TEMPLATE), reward="good"))
+    assert [item.tolist() for item in open_dataset(judged.rewards or "")] == [[1], [-1], [1]]
+    path.write_text(json.dumps({"text": [QUESTION, ANSWER], "good": "yes"}) + "\n")
+    with pytest.raises(DataError, match=r"pairs\.jsonl:1: .*'good' judges nothing: .* not 'yes'"):
+        prepare_sources([path], tmp_path / "b", Recipe(BYTES, ("text",), chat=Chat(TEMPLATE), reward="good"))
+
+
+def test_editing_the_labels_of_a_prompt_changes_nothing(tmp_path: Path) -> None:
+    """Loss and gradients come from the answers alone; an edit of one answer's label is felt."""
+    torch = pytest.importorskip("torch", reason="needs torch")
+    from castalia.config.schema import Model
+    from castalia.model.init import initialize
+    from castalia.model.transformer import Transformer
+
+    source = records(tmp_path / "chat.jsonl", *([QUESTION, {**ANSWER, "content": f"{i}"}] * 2 for i in range(8)))
+    texts, labels = prepare([source], tmp_path / "x", Recipe(BYTES, ("conversation",), chat=Chat(TEMPLATE))).outputs
+    model = Transformer(cfg := Model(num_layers=1, hidden_size=16, num_heads=2, vocab_size=257))
+    initialize(model, cfg, 1)
+
+    def step(prefix: str) -> tuple:
+        data = {"train": [{"path": texts, "labels": prefix}], "seq_length": 64, "packing": "pack_until_overflow"}
+        run = RunConfig(
+            data=Data(**data, mask_documents=True, cache_dir=str(tmp_path)), train=Train(steps=2, batch_size=4)
+        )
+        arrays = (torch.from_numpy(a) for a in open_data(run).batch(0)[:4])
+        tokens, targets, _, documents = arrays
+        loss, count = model(tokens, targets, documents=documents)
+        return loss.item(), int(count), [g.norm().item() for g in torch.autograd.grad(loss, list(model.parameters()))]
+
+    def edited(name: str, change) -> str:
+        with Writer(tmp_path / name, "i4") as writer:
+            for item in open_dataset(labels):
+                writer.add(change(item))
+        return str(tmp_path / name)
+
+    before = step(labels)
+    assert step(edited("prompts", lambda item: np.where(item < 0, -7, item))) == before
+    assert step(edited("answers", lambda item: np.where(item == ord("\n"), ord("?"), item)))[0] != before[0]

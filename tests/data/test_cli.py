@@ -61,6 +61,26 @@ def test_batch_shows_documents_and_tokens(prepared: Path) -> None:
     assert "step 7, sequence 2" in text and "8 of 8 labels count" in text and "green" in text
 
 
+def test_batch_shows_both_sides_of_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ask, *answers = ({"role": role, "content": text} for role, text in (("u", "2"), ("a", "4"), ("a", "5")))
+    record = {"chosen": [ask, answers[0]], "rejected": [ask, answers[1]]}
+    Path("pairs.jsonl").write_text(json.dumps(record) + "\n")
+    Path("chat.jinja").write_text("{% for m in messages %}{{ m.role }}{{ m.content }};{% endfor %}")
+    words = ("--output", "x", "--tokenizer-kind", "bytes", "--chat-template", "chat.jinja", "--generation-role", "a")
+    run(data_verbs.app, "prepare", "pairs.jsonl", *words, "--jsonl-keys", "chosen,rejected")
+    sides = [{"path": f"x_{side}_document", "labels": f"x_{side}_label_document"} for side in ("chosen", "rejected")]
+    source = json.dumps([{**sides[0], "rejected": sides[1]}])
+    config = (f"data.train={source}", "data.packing=unpacked", "data.seq_length=8", "tokenizer.kind=bytes")
+    config = (*config, "train.objective=dpo", "train.steps=2", "train.batch_size=1")
+    shown = json.loads(run(data_verbs.app, "batch", *config, "--json", "--npy", "ids.npy").output)["samples"]
+    assert [sample["side"] for sample in shown] == ["chosen", "rejected"]
+    assert [sample["text"][:6] for sample in shown] == ["u2;a4;", "u2;a5;"]
+    assert np.load("ids.npy")[:, 4].tolist() == [ord("4"), ord("5")]
+    text = run(data_verbs.app, "batch", *config).output
+    assert "data order, chosen" in text and "data order, rejected" in text and "4 of 8 labels count" in text
+
+
 def test_stats_merge_and_split(prepared: Path) -> None:
     corpus = Path("data/corpus_text_document")
     assert "400 documents" in run(data_verbs.app, "merge", corpus, corpus, "--output", "twice").output
