@@ -141,8 +141,8 @@ class _VocabularyParallel(torch.autograd.Function):
     ) -> Tensor:
         cast = weight.to(hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        d_hidden = torch.empty_like(hidden) if grad_enabled else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if grad_enabled else None
+        d_hidden = torch.empty_like(hidden) if grad_enabled and ctx.needs_input_grad[0] else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if grad_enabled and ctx.needs_input_grad[1] else None
         num_rows = max(1, CHUNK_BYTES.get(hidden.device.type, 64 << 20) // (4 * weight.shape[0]))
         for start in range(0, len(hidden), num_rows):
             part = slice(start, start + num_rows)
@@ -160,13 +160,15 @@ class _VocabularyParallel(torch.autograd.Function):
             total += ((sums[0].log() - sums[1]) * real).sum()
             log_sums = sums[0].log() + largest[:, 0]
             total += z_loss * (log_sums.square() * real).sum()
-            if d_hidden is None or d_weight is None:
+            if d_hidden is None and d_weight is None:
                 continue
             d_logits = exponentials.mul_(((1 + 2 * z_loss * log_sums) / sums[0])[:, None])
             d_logits.scatter_add_(1, targets, -here.float()[:, None])
             d_logits = d_logits.mul_(real[:, None]).to(x.dtype)
-            torch.mm(d_logits, cast, out=d_hidden[part])
-            d_weight += d_logits.T @ x
+            if d_hidden is not None:
+                torch.mm(d_logits, cast, out=d_hidden[part])
+            if d_weight is not None:
+                d_weight += d_logits.T @ x
         ctx.gradients = d_hidden, d_weight
         return total
 

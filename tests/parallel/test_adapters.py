@@ -60,6 +60,7 @@ def tuned(tmp_path_factory, corpus):
         ),
         ("neox", [*HEAD, 'optimizer.groups=[{"match": "^head", "lr_scale": 0.5}]'], ["parallel.pp=2"]),
         pytest.param("neox", HEAD, ["parallel.zero=3"], marks=SLOW),
+        pytest.param("neox", HEAD, ["parallel.tp=2"], marks=SLOW),
         pytest.param("tied", TOP, ["parallel.zero=1", "parallel.tp=2"], marks=SLOW),
         pytest.param(
             "neox",

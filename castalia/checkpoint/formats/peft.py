@@ -103,7 +103,7 @@ def _refuse(path: Path, config: Mapping[str, Any]) -> None:
 def matrices(checkpoint: Checkpoint) -> list[Matrix]:
     """All matrices that can have adapters. Raises CheckpointError for a model that no Hugging Face class computes."""
     model = _model(checkpoint)
-    family = family_of(checkpoint)
+    family = hf_family(checkpoint)
     result = []
     for rule in table(family, model):
         name = rule.ours.removesuffix(".weight")
@@ -116,7 +116,7 @@ def matrices(checkpoint: Checkpoint) -> list[Matrix]:
     return result
 
 
-def family_of(checkpoint: Checkpoint) -> Family:
+def hf_family(checkpoint: Checkpoint) -> Family:
     """Raises CheckpointError for a model that no Hugging Face class computes."""
     stored = checkpoint.details.get("model_type")
     if stored in FAMILIES:
@@ -151,7 +151,7 @@ def _vocabulary(path: Path, model: Checkpoint, stored: dict[str, TensorRef]) -> 
     """Embedding and head where they were trained. Takes them out; the library saves them whole, trained or not."""
     from castalia.checkpoint.compare import equal  # imports torch
 
-    family = family_of(model)
+    family = hf_family(model)
     embedding = next(rule.theirs for rule in table(family, _model(model)) if rule.ours == "embed.weight")
     found: dict[str, TensorRef] = {}
     for ours, theirs in (("embed.weight", family.prefix + embedding), ("head.weight", family.head)):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from castalia.checkpoint.adapters import adapters_of
 from castalia.checkpoint.formats.huggingface import FAMILIES
-from castalia.checkpoint.formats.peft import CONFIG, WEIGHT_FILES, Matrix, family_of, matrices
+from castalia.checkpoint.formats.peft import CONFIG, WEIGHT_FILES, Matrix, hf_family, matrices
 from castalia.checkpoint.lazy import Cast
 from castalia.checkpoint.tensors import Checkpoint, TensorRef
 from castalia.checkpoint.writing import Plan, WriteOptions, json_output, tensors_output
@@ -43,7 +43,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         "lora_dropout": lora.dropout,
         "target_modules": _targets(chosen, every),
         "bias": "none",
-        "fan_in_fan_out": family_of(checkpoint) is FAMILIES["gpt2"],
+        "fan_in_fan_out": hf_family(checkpoint) is FAMILIES["gpt2"],
         "inference_mode": True,
     }
     return Plan((json_output(CONFIG, config), tensors_output(WEIGHT_FILES[0], tensors)))
