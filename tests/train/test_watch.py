@@ -17,6 +17,7 @@ from castalia.data.loader import open_data
 from castalia.errors import ConfigError, TrainingError
 from castalia.train.history import way_to
 from castalia.train.metrics import read_events, read_metrics
+from castalia.train.replay import replay
 from castalia.train.watch import Pace, Spikes
 from tests.train.conftest import MODEL
 
@@ -141,6 +142,16 @@ def test_resuming_before_or_after_a_spike_is_bit_equal(runs, tmp_path, policy, s
     assert_equal_weights(weights(run, 40), weights(runs / policy, 40))
     again, straight = (open_checkpoint(folder).progress for folder in (run, runs / policy))
     assert again == straight
+
+
+def test_rewinding_takes_adapters_back(runs, poisoned, tmp_path):
+    run = tmp_path / "run"
+    adapters = [f"checkpoint.init_from={runs / 'skip'}", "finetune.lora.rank=4", "watch.policy=rewind"]
+    train(poisoned(run, *adapters))
+    assert [event["back_to"] for event in read_events(run) if event["event"] == "rewind"] == [BAD - 1]
+    assert_equal_weights(weights(run, BAD - 1), weights(run, BAD))
+    found = replay(run, BAD + 3)
+    assert found["loss"] == records(run)[BAD + 3]["loss"]
 
 
 def test_rewinding_again_and_again_ends_the_run(poisoned, tmp_path):
