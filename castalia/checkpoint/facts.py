@@ -28,6 +28,8 @@ def from_tensors(tensors: Mapping[str, TensorRef], num_heads: int | None) -> dic
     shapes = {name: tuple(ref.shape) for name, ref in tensors.items()}
     blocks = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
     found: dict[str, Any] = {"num_layers": len(blocks), "tie_embeddings": "head.weight" not in shapes}
+    if "reward.weight" in shapes:  # it needs no other head, so that none tells nothing
+        del found["tie_embeddings"]
     if "embed.weight" in shapes:
         found["padded_vocab_size"], found["hidden_size"] = shapes["embed.weight"]
     if "positions.weight" in shapes:

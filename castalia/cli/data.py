@@ -298,7 +298,8 @@ def batch(
             print(f"    {piece['prefix']} document {piece['document']}, tokens {piece['start']} to {piece['stop'] - 1}")
         masked = sum(label < 0 for label in row["labels"])
         print(f"    {len(row['labels']) - masked} of {len(row['labels'])} labels count for the loss")
-        _show_trained(row["tokens"], row["labels"], decoder)
+        end = sum(piece["stop"] - piece["start"] for piece in row["pieces"])  # what follows fills up
+        _show_trained(row["tokens"][:end], row["labels"][:end], decoder)
 
 
 def _show_trained(tokens: list[int], labels: list[int], tokenizer: Tokenizer | None) -> None:

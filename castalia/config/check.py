@@ -208,6 +208,9 @@ def preferences(config: RunConfig) -> Iterator[Problem]:
         if getattr(layout, name) > 1:
             text = f"{key} needs whole sequences and the whole model on the tensor ranks; set parallel.{name}=1"
             yield Problem(text, (*paths, f"parallel.{name}"))
+    if config.finetune.add_tokens and objective != "reward":
+        text = f"{key} compares with a reference model, which knows no token of finetune.add_tokens"
+        yield Problem(text, (*paths, "finetune.add_tokens"))
     if objective == "kto" and config.train.micro_batch_size == 1:
         text = f"{key} compares the sequences of a micro-batch; set train.micro_batch_size to 2 or more"
         yield Problem(text, (*paths, "train.micro_batch_size"))

@@ -105,8 +105,9 @@ class Transformer(nn.Module):
             return x
         if labels is None:
             return self.logits(x)
-        if each:
+        if each:  # the only thing that a reward model does with labels
             return self.reward_at(x, labels) if self.reward else -self.token_losses(x, self.head_weight, labels).sum(1)
+        self.refuse_tokens_of_a_reward_model()
         return self.loss(x, self.head_weight, labels, z_loss=self.z_loss if self.training else 0.0)
 
     def hidden(
@@ -183,9 +184,12 @@ class Transformer(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """[..., h] -> [..., V]."""
+        self.refuse_tokens_of_a_reward_model()
+        return F.linear(x, self.head_weight.to(x.dtype)) if self.head is None else self.head(x)
+
+    def refuse_tokens_of_a_reward_model(self) -> None:
         if self.reward is not None:
             raise ConfigError("this is a reward model: it judges texts and predicts no tokens")
-        return F.linear(x, self.head_weight.to(x.dtype)) if self.head is None else self.head(x)
 
     @property
     def head_weight(self) -> Tensor:

@@ -332,6 +332,29 @@ def test_a_key_with_one_right_value_refuses_the_others(tmp_path, key):
         load(tmp_path, **base, **{key: wrong})
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"train_impl": "reinforce"}, "train_impl: 'reinforce' is refused"),
+        ({"dataset_impl": "online"}, "dataset_impl: 'online' is refused: training on texts that the model writes"),
+        (
+            {**PAIRS, "neg_train_data_paths": ["b", "c"]},
+            "neg_train_data_paths has 2 entries, pos_train_data_paths has 1",
+        ),
+    ],
+)
+def test_tuning_that_is_not_built_in_is_refused(tmp_path, keys, message):
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, **MODEL, **keys)
+
+
+def test_keys_of_another_objective_are_told_of(tmp_path):
+    config = load(tmp_path, **MODEL, **DPO, kto_beta=0.5, train_data_paths=["a"], **PAIRS)
+    assert any("kto_beta: 0.5 has no effect here: it belongs to train_impl: kto" in note for note in config.notes)
+    assert any("train_data_paths has no effect here: dataset_impl is pairwise" in note for note in config.notes)
+    assert config.data.train == (PAIR,)
+
+
 STRANGE = (
     -1,
     True,

@@ -119,6 +119,7 @@ def test_judged_texts(tmp_path: Path) -> None:
         (["parallel.pp=2"], "set parallel.pp=1"),
         (["parallel.cp=2"], "set parallel.cp=1"),
         (["data.path=a"], "a single data.path has neither pairs nor rewards"),
+        (['finetune.add_tokens=["<x>"]'], "a reference model, which knows no token of finetune.add_tokens"),
         (["neox_exact=true"], "neox_exact covers train.objective=causal alone"),
     ],
 )

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from castalia.checkpoint.facts import from_tensors
+from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.load import load_model
 from castalia.cli.evaluate import write_log_probs
 from castalia.config.load import load_config, load_run
@@ -215,6 +217,18 @@ def test_without_a_checkpoint_the_initial_weights_are_the_reference(config, base
         break
 
 
+def test_only_adapters_learn_and_the_reference_has_none(config, tmp_path):
+    session = start(config("dpo", tmp_path / "run", "finetune.lora={}"))
+    reference = session.step.preference.reference.parameters
+    before = {name: parameter.clone() for name, parameter in session.engine.parameters.items()}
+    assert not [name for name in reference if "lora" in name]
+    assert session.step(0, session.batch(0)).loss == pytest.approx(math.log(2), abs=1e-6)
+    changed = {
+        name for name, parameter in session.engine.parameters.items() if not torch.equal(parameter, before[name])
+    }
+    assert changed and all(name.endswith((".lora_a", ".lora_b")) for name in changed)
+
+
 def test_a_reward_model_judges_and_predicts_no_tokens(config, base, tmp_path):
     run = train(config("reward", tmp_path / "run"), evaluate)
     model = load_model(run)
@@ -223,7 +237,9 @@ def test_a_reward_model_judges_and_predicts_no_tokens(config, base, tmp_path):
     tokens = torch.tensor([[63, 100, 101, 102], [63, 100, 100, 100]])
     rewards = model(tokens, torch.tensor([[-100, 101, 102, EOD], [-100, 100, 100, EOD]]), each=True)
     assert rewards.shape == (2,) and rewards[0] > rewards[1]
-    with pytest.raises(ConfigError, match="judges texts and predicts no tokens"):
-        model(tokens)
+    for labels in (None, tokens):
+        with pytest.raises(ConfigError, match="judges texts and predicts no tokens"):
+            model(tokens, labels)
+    assert "tie_embeddings" not in from_tensors(open_checkpoint(run).model, None)
     with pytest.raises(ConfigError, match="is a reward model: train it with train.objective=reward"):
         start(config("dpo", tmp_path / "other", f"checkpoint.init_from={run}"))
