@@ -157,8 +157,10 @@ def scaled_gradients(ctx, scale: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, where the total may be wider than the factors."""
+    """total += a @ b, where the total may be wider than the factors: then part by part, because CPUs widen a copy."""
     if total.dtype == b.dtype:
         total.addmm_(a, b)
-    else:
-        total += a @ b
+        return
+    num_rows = _rows_of(BLOCK_BYTES, total.device, 4 * total.shape[1])
+    for rows, factor in zip(total.split(num_rows), a.split(num_rows), strict=True):
+        rows += factor @ b

@@ -255,19 +255,16 @@ class Rank:
     def _loss_work(self) -> int:
         """Working memory of one chunk of logits."""
         vocabulary, size = self.model.padded_vocab_size // self.layout.tp, self.compute.element_bytes
-        limit, product = LOGIT_CHUNK_BYTES[self.compute.device], 0  # of the head's gradient
-        if self.compute.casts:
-            product = (size + 4 * (self.compute.device == "cpu")) * self.vocabulary  # CPUs widen before they add
+        limit = LOGIT_CHUNK_BYTES[self.compute.device]
         if self.layout.tp > 1:  # whole chunks in fp32
             rows = min(self.tokens, max(1, limit // (4 * vocabulary)))
             if not self.compute.casts:
                 return 8 * rows * vocabulary
             softmax = (size + (8 if self.compute.device == "cpu" else 4)) * rows * vocabulary
-            return max(softmax, (4 + size) * rows * vocabulary + product)
+            return max(softmax, (4 + size) * rows * vocabulary + size * self.vocabulary)
         rows = min(self.tokens, max(1, limit // (size * vocabulary)))
         block = min(rows, max(1, LOGIT_BLOCK_BYTES[self.compute.device] // (4 * vocabulary)))
-        softmax = (8 if self.compute.casts else 4) * block * vocabulary
-        return size * rows * vocabulary + max(softmax, product)
+        return (size * rows + (8 if self.compute.casts else 4) * block) * vocabulary
 
     @property
     def _buffers(self) -> int:
