@@ -55,16 +55,15 @@ def _show(found: dict[str, Any], sequences: int) -> None:
     print(f"learning rate {found['lr']:.3e}")
     _show_layers(found["layers"])
     for row in found["sequences"][:sequences]:
-        print(
-            f"\nsequence {row['row']}, loss {row['loss']:.4f} over {row['tokens']} tokens, position {row['position']}"
-        )
+        loss = f"loss {row['loss']:.4f} over " if row["loss"] is not None else ""
+        print(f"\nsequence {row['row']}: {loss}{row['tokens']} tokens")
         for piece in row["pieces"]:
             print(f"    {piece['prefix']} document {piece['document']}, tokens {piece['start']} to {piece['stop'] - 1}")
         if row["text"] is not None:
             print(f"    {row['text'][:EXCERPT]!r}")
     hidden = len(found["sequences"]) - sequences
     if sequences and hidden > 0:
-        print(f"\n{hidden} sequences of lower loss are not shown (--sequences, --json)")
+        print(f"\n{hidden} more sequences are not shown (--sequences, --json)")
 
 
 def _compared(value: float, recorded: float | None) -> str:

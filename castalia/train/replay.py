@@ -80,16 +80,21 @@ def _looked_at(session: Session, step: int) -> tuple[StepResult, dict[str, Any]]
 
 
 def _sequences(session: Session, step: int) -> list[dict[str, Any]]:
-    """The sequences of a step (from 0), the one with the highest mean loss, without dropout, first."""
+    """The sequences of a step (from 0), the one with the highest mean loss, without dropout, first.
+
+    Preferences have no losses of single sequences: those stay in their order, with loss None.
+    """
     batch, positions, rows = session.data.batch(step), session.data.positions(step).tolist(), []
     with session.engine.evaluating():
         for row in range(len(batch.tokens)):
             position, tokens = positions[row * len(positions) // len(batch.tokens)], int(batch.loss_mask[row].sum())
-            loss = float(session.engine.loss_sum(as_rows(batch).rows(row, row + 1))) / max(1, tokens)
+            loss = None
+            if session.step.preference is None:
+                loss = float(session.engine.loss_sum(as_rows(batch).rows(row, row + 1))) / max(1, tokens)
             found = {"row": row, "position": position, "loss": loss, "tokens": tokens}
             found["pieces"] = [piece._asdict() for piece in session.data.pieces(position)]
             rows.append(found | {"text": _text(session.tokenizer, batch.tokens[row])})
-    return sorted(rows, key=lambda row: -row["loss"])
+    return sorted(rows, key=lambda row: -(row["loss"] or 0.0))
 
 
 def _yes(loss: float, norm: float) -> bool:

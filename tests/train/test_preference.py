@@ -21,6 +21,7 @@ from castalia.errors import ConfigError
 from castalia.evaluate.perplexity import evaluate
 from castalia.train.loop import train
 from castalia.train.metrics import read_metrics
+from castalia.train.replay import replay
 from castalia.train.start import start
 from tests.train.conftest import MODEL
 
@@ -158,6 +159,8 @@ def test_a_run_learns_and_is_resumed_bit_for_bit(config, tmp_path, objective):
     straight = history(train(config(objective, tmp_path / "straight"), evaluate))
     train(config(objective, tmp_path / "run", "train.exit_interval=3"), evaluate)
     assert history(train(load_run(tmp_path / "run", ["train.exit_interval=null"]), evaluate)) == straight
+    again = replay(tmp_path / "run", 5)
+    assert again["loss"] == straight[4]["loss"] and len(again["sequences"]) == (8 if objective == "kto" else 16)
     assert len(straight) == STEPS and straight[-1]["loss"] < straight[0]["loss"]
     assert {"chosen_reward", "rejected_reward", "margin", "accuracy"} <= straight[-1].keys()
     assert straight[-1]["valid_margin"] > straight[0]["margin"] and straight[-1]["valid_accuracy"] > 0.6

@@ -82,7 +82,7 @@ def test_the_verb_shows_norms_and_sequences(runs):  # noqa: F811
     said = run_verb(runs / "report", "--step", BAD + 2, "--sequences", 3)
     assert f"step {BAD + 2}, from the checkpoint of step 25, steps 26 to 26 computed again" in said
     assert said.count("as recorded, bit for bit") == 2
-    assert "blocks.1.mlp.down.weight" in said and "5 sequences of lower loss are not shown" in said
+    assert "blocks.1.mlp.down.weight" in said and "5 more sequences are not shown" in said
     found = json.loads(run_verb(runs / "report", "--step", BAD + 2, "--json"))
     assert found["loss"] == records(runs / "report")[BAD + 2]["loss"] and len(found["sequences"]) == 8
 
