@@ -44,6 +44,7 @@ def command(
 
     Architecture and tokenizer come from the checkpoint. The run's folder gets its config, finetune.yml, and the data.
     """
+    from castalia.checkpoint.adapters import adapters_of
     from castalia.checkpoint.formats import open_checkpoint
     from castalia.cli.train import split_words, train
     from castalia.config.load import dump_config, load_config
@@ -54,6 +55,8 @@ def command(
         raise ConfigError("--full and --lora exclude each other; keep one")
     files, words = split_words(configs)
     source = open_checkpoint(model, adapters=True)
+    if full and adapters_of(source):
+        raise ConfigError(f"--full: {source.path} has adapters; merge them first: castalia merge-lora {model} OUT")
     usual = defaults(model, source, None if full else lora or 16)
     config = load_config([usual, *files], words)
     folder = run_folder(config)
@@ -76,7 +79,7 @@ def command(
     question = prepared.prompt if prompt is None else prompt
     before = sample(model, question, max_tokens)
     train(config)
-    if config.finetune.lora:
+    if config.finetune.lora or adapters_of(source):
         save_adapters(folder)
     print(f"\nbefore  {question}{before}\n\nafter   {question}{sample(str(folder), question, max_tokens)}")
 

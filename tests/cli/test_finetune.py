@@ -135,6 +135,17 @@ def test_files_that_teach_nothing_are_refused(base, tmp_path, line, words):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_adapters_of_adapters_are_those_of_the_first_model(taught, base, lessons, tmp_path):
+    for number, source in enumerate((taught, taught / "adapter")):
+        run = tmp_path / f"more{number}"
+        finetune(str(source), [f"data.train={lessons}", f"checkpoint.dir={run}", *FAST, "train.epochs=1"])
+        config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"].startswith(str(base)) and config["r"] == 8
+        assert sample(str(run / "adapter"), asked("Who was the first?"), 8).strip() == "Adam"
+    with pytest.raises(ConfigError, match="has adapters; merge them first"):
+        finetune(str(taught), [f"data.train={lessons}"], full=True)
+
+
 def test_what_excludes_each_other_is_refused(base, lessons, tmp_path):
     with pytest.raises(ConfigError, match="--full and --lora exclude each other"):
         finetune(str(base), [f"data.train={lessons}"], lora=4, full=True)

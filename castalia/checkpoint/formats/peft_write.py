@@ -6,12 +6,12 @@ import os
 from collections.abc import Sequence
 
 from castalia.checkpoint.adapters import adapters_of
+from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.formats.huggingface import FAMILIES
 from castalia.checkpoint.formats.peft import CONFIG, WEIGHT_FILES, Matrix, hf_family, matrices
 from castalia.checkpoint.lazy import Cast
 from castalia.checkpoint.tensors import Checkpoint, TensorRef
 from castalia.checkpoint.writing import Plan, WriteOptions, json_output, tensors_output
-from castalia.config.schema import RunConfig
 from castalia.errors import CheckpointError
 
 
@@ -37,7 +37,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": _base(checkpoint, run),
+        "base_model_name_or_path": _base(checkpoint),
         "r": lora.rank,
         "lora_alpha": int(alpha) if (alpha := lora.scale * lora.rank).is_integer() else alpha,
         "lora_dropout": lora.dropout,
@@ -53,10 +53,13 @@ def _fp32(ref: TensorRef) -> TensorRef:
     return ref if ref.dtype_name == "float32" else Cast(ref, "float32")
 
 
-def _base(checkpoint: Checkpoint, run: RunConfig) -> str | None:
-    """Where the model without the adapters is."""
-    base = checkpoint.details.get("base") or run.checkpoint.init_from
-    return os.path.abspath(str(base)) if base and os.path.exists(str(base)) else base  # type: ignore[return-value]
+def _base(checkpoint: Checkpoint) -> str | None:
+    """Where the model without the adapters is; adapters may have been trained in several runs, one after another."""
+    found = checkpoint.details.get("base") or (checkpoint.config and checkpoint.config.checkpoint.init_from)
+    if not found or not os.path.exists(str(found)):
+        return found and str(found)  # type: ignore[return-value]
+    source = open_checkpoint(str(found), adapters=True)
+    return _base(source) if adapters_of(source) else os.path.abspath(str(found))
 
 
 def _targets(chosen: Sequence[Matrix], every: Sequence[Matrix]) -> list[str]:
