@@ -107,6 +107,12 @@ def _indivisible(config: RunConfig) -> list[str]:
             f"parallel.stages_per_rank={parallel.stages_per_rank} does not suit parallel.pipeline={parallel.pipeline}; "
             f"use {least}"
         )
+    apart = cfg.attention_dropout or (parallel.sequence_parallel and cfg.hidden_dropout)
+    if config.train.compile and tp > 1 and apart:
+        problems.append(
+            "train.compile makes one graph of a block, in which tensor ranks cannot draw their own dropout; "
+            "set train.compile=false, or the dropout to 0"
+        )
     split = parallel.cp * (tp if parallel.sequence_parallel else 1)
     if seq_length % split:
         problems.append(

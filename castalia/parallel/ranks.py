@@ -96,6 +96,8 @@ class Ranks(Engine):
         objective: Objective | None = None,
     ) -> Tensor:
         rows, context = self._local(rows)
+        apart = self.mesh.pp_rank * self.mesh.layout.cp + self.mesh.cp_rank  # other blocks, other tokens: other dropout
+        seeds = [seed + apart for seed in seeds]
         if self.pipeline:
             assert objective is None
             torch.manual_seed(seeds[0])

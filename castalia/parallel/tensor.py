@@ -78,8 +78,28 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh, sequence_paralle
         blocks = list(model.blocks.values())
         blocks[0].register_forward_pre_hook(partial(_scatter_sequence, mesh))
         blocks[-1].register_forward_hook(partial(_gather_sequence, mesh))
+    for block in model.blocks.values():  # whose tensor ranks have other heads, or other tokens too
+        if sequence_parallel and model.cfg.hidden_dropout:
+            draw_apart(block, mesh.get_local_rank())
+        elif model.cfg.attention_dropout:
+            draw_apart(block.attn, mesh.get_local_rank())  # type: ignore[arg-type]
     model.loss = partial(vocabulary_parallel_cross_entropy, mesh=mesh)
     model.token_losses = partial(vocabulary_parallel_token_losses, mesh=mesh)
+
+
+def draw_apart(module: nn.Module, rank: int) -> None:
+    """Lets a module's forward draw other random numbers on each rank; what is drawn outside stays the same on all."""
+    forward = module.forward
+
+    def apart(*args: Any, **kwargs: Any) -> Any:
+        if not module.training:
+            return forward(*args, **kwargs)
+        seed = int(torch.randint(1 << 62, ()))
+        with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
+            torch.manual_seed(seed + rank)
+            return forward(*args, **kwargs)
+
+    module.forward = apart  # type: ignore[method-assign]
 
 
 def _find(module: nn.Module, name: str) -> nn.Module | None:

@@ -69,6 +69,7 @@ def test_the_grid(world, parallel, expected):
             ["parallel.cp=2", "data.mask_documents=true"],
             "data.mask_documents needs whole sequences .* parallel.cp=1",
         ),
+        (2, ["parallel.tp=2", "train.compile=true", "model.attention_dropout=0.1"], "train.compile makes one graph"),
         (2, ["parallel.tp=2", "model.qk_norm=true"], "model.qk_norm is one norm over all heads.* use tp=1"),
         (2, ["optimizer.name=muon"], "optimizer.name=muon looks at whole matrices.* use adamw, lion or sgd"),
         (3, ["train.batch_size=16"], "train.batch_size=16 does not divide into .*3 data-parallel ranks"),

@@ -6,12 +6,15 @@ import json
 
 import numpy as np
 import pytest
+import torch
+from torch.nn import functional as F
 
 from castalia.config.load import load_config, load_run
 from castalia.errors import ConfigError, TrainingError
 from castalia.evaluate.perplexity import evaluate
 from castalia.train.loop import train
 from castalia.train.metrics import read_metrics
+from castalia.train.start import start
 from tests.parallel.training import assert_copies_are_equal, train_steps
 
 pytestmark = pytest.mark.xdist_group("pool")
@@ -110,7 +113,12 @@ def test_nan_on_one_rank_stops_all_and_names_it(pool, tiny, layout):
 
 
 @pytest.mark.parametrize(
-    "layout", [["parallel.zero=1", "parallel.tp=2"], ["parallel.pp=2"], pytest.param(EVERYTHING, marks=SLOW)]
+    "layout",
+    [
+        ["parallel.zero=1", "parallel.tp=2", "parallel.sequence_parallel=true"],
+        ["parallel.pp=2"],
+        pytest.param(EVERYTHING, marks=SLOW),
+    ],
 )
 def test_dropout_trains(pool, tiny, layout):
     dropout = ["model.hidden_dropout=0.1", "model.attention_dropout=0.1", "model.embedding_dropout=0.1"]
@@ -120,6 +128,45 @@ def test_dropout_trains(pool, tiny, layout):
     np.testing.assert_allclose(ranks[0].losses, without.losses, rtol=0.05)
     assert ranks[0].losses[0] != pytest.approx(without.losses[0], rel=1e-4)
     assert_copies_are_equal(ranks)
+
+
+def masks(config) -> dict[str, list[bytes]]:
+    """A task: what the first step draws for the embedding, for what blocks add, and for attention's weights."""
+    session, drawn = start(config), {"embedding": [], "hidden": [], "attention": []}
+    dropout, attend = F.dropout, F.scaled_dot_product_attention
+
+    def drop(x, p, training=True):
+        mask = dropout(torch.ones_like(x), p, training)
+        drawn["hidden" if drawn["embedding"] else "embedding"].append(mask.numpy().tobytes())
+        return x * mask
+
+    def attending(*args, dropout_p, **kwargs):
+        drawn["attention"].append(torch.rand(8).numpy().tobytes())
+        return attend(*args, **kwargs)
+
+    F.dropout, F.scaled_dot_product_attention = drop, attending
+    try:
+        session.step(0, session.batch(0))
+    finally:
+        F.dropout, F.scaled_dot_product_attention = dropout, attend
+    return drawn
+
+
+@pytest.mark.parametrize(
+    "layout, shared",
+    [
+        (["parallel.cp=2"], []),
+        (["parallel.tp=2"], ["embedding", "hidden"]),
+        (["parallel.tp=2", "parallel.sequence_parallel=true"], ["embedding"]),
+    ],
+)
+def test_dropout_is_drawn_anew_for_other_tokens_and_heads(pool, tiny, layout, shared):
+    dropout = ["model.hidden_dropout=0.5", "model.attention_dropout=0.5", "model.embedding_dropout=0.5"]
+    one, two = pool.run(masks, 2, tiny("neox-parallel", "train.accumulation=1", *dropout, *layout))
+    assert {kind: len(drawn) for kind, drawn in one.items()} == {"embedding": 1, "hidden": 8, "attention": 4}
+    for kind, drawn in one.items():
+        assert len(set(drawn)) == len(drawn)
+        assert all((mine == other) == (kind in shared) for mine, other in zip(drawn, two[kind], strict=True)), kind
 
 
 CHANGES = [
