@@ -161,7 +161,8 @@ def measure_step(words: list[str]) -> None:
         bytes = 0
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN202
-            if func.namespace in ("c10d", "_c10d_functional") and "wait" not in str(func):
+            moves = func.namespace in ("c10d", "_c10d_functional")
+            if moves and not any(word in str(func) for word in ("wait_tensor", "wrap_tensor")):
                 tensors = [t for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
                 self.bytes += max((t.nbytes for t in tensors), default=0)
             return func(*args, **(kwargs or {}))
