@@ -23,6 +23,17 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight^T + bias in the dtype of x.
+
+    CPUs multiply fp16 10 to 40 times slower than fp32; there the same fp16 values are multiplied as fp32 numbers.
+    """
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if x.dtype == torch.float16 and x.device.type == "cpu":
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).half()
+    return F.linear(x, weight, bias)
+
+
 class Linear(nn.Linear):
     """Computes in the input's dtype, whatever the parameters' dtype. Its values come from `init.py` or a checkpoint.
 
@@ -47,11 +58,11 @@ class Linear(nn.Linear):
         self.lora_scale, self.lora_dropout = cfg.scale, cfg.dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        out = linear(x, self.weight, self.bias)
         if self.lora_a is None or self.lora_b is None:
             return out
-        inner = F.linear(F.dropout(x, self.lora_dropout, self.training), self.lora_a.to(x.dtype))
-        return out + F.linear(inner, self.lora_b.to(x.dtype)) * self.lora_scale
+        inner = linear(F.dropout(x, self.lora_dropout, self.training), self.lora_a)
+        return out + linear(inner, self.lora_b) * self.lora_scale
 
     @property
     def whole_weight(self) -> Tensor:

@@ -22,6 +22,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss:
     hidden: [..., h] in the compute dtype; weight: [V, h] in any dtype, its gradient accumulates in fp32; labels: [...].
     """
     rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    if rows.dtype == torch.float16 and rows.device.type == "cpu":
+        rows = rows.float()  # CPUs multiply fp16 10 to 40 times slower
     total = _LinearCrossEntropy.apply(rows, weight, targets, z_loss, torch.is_grad_enabled())
     return total, (targets != IGNORE).sum()
 

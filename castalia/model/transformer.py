@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from castalia.config.schema import Model, MuP
 from castalia.errors import ConfigError
 from castalia.model.attention import Attention, Cache, Context
-from castalia.model.layers import MLP, Embedding, Linear, build_norm
+from castalia.model.layers import MLP, Embedding, Linear, build_norm, linear
 from castalia.model.loss import IGNORE, linear_cross_entropy, token_losses
 from castalia.model.positions import Rotary, Rotation, restarted, sinusoids, visible
 
@@ -185,7 +185,7 @@ class Transformer(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """[..., h] -> [..., V]."""
         self.refuse_tokens_of_a_reward_model()
-        return F.linear(x, self.head_weight.to(x.dtype)) if self.head is None else self.head(x)
+        return linear(x, self.head_weight) if self.head is None else self.head(x)
 
     def refuse_tokens_of_a_reward_model(self) -> None:
         if self.reward is not None:
