@@ -1,4 +1,4 @@
-"""Our config in NeoX's keys: the table of `neox_keys.py` and the functions of `neox.py`, backwards."""
+"""Our config in NeoX's keys: the table of `neox_keys.py` and the functions beside it, backwards."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from math import log2
 from typing import Any
 
-from castalia.config import neox
+from castalia.config import neox_model
 from castalia.config.load import load_config
 from castalia.config.neox_keys import KEYS, lower, nonzero, opposite, position, recomputed
 from castalia.config.schema import Model, RunConfig, Source
@@ -15,7 +15,7 @@ TOKENIZER_TYPES = {
     "gpt2": "GPT2BPETokenizer", "hf": "HFTokenizer", "hf_gpt2": "HFGPT2Tokenizer", "sentencepiece": "SPMTokenizer",
     "char": "CharLevelTokenizer", "tiktoken": "TiktokenTokenizer",
 }  # fmt: skip
-GATED = {ours: theirs for theirs, ours in neox.GATED.items()}
+GATED = {ours: theirs for theirs, ours in neox_model.GATED.items()}
 NORMS = {"layernorm_no_params": "non_parametric_layernorm"}
 BACK: dict[Any, Callable[[Any], Any]] = {
     None: lambda value: list(value) if isinstance(value, tuple) else value,
@@ -67,7 +67,7 @@ def lost(config: RunConfig, keys: dict[str, Any]) -> dict[str, Any]:
 def _model(model: Model, config: RunConfig) -> dict[str, Any]:
     keys: dict[str, Any] = {"max_position_embeddings": model.max_positions or config.data.seq_length}
     keys["norm"] = NORMS.get(model.norm, model.norm)
-    keys[neox.NORMS[keys["norm"]][1]] = model.norm_eps
+    keys[neox_model.NORMS[keys["norm"]][1]] = model.norm_eps
     if model.gated_mlp:
         keys |= {"activation": GATED.get(model.activation, "geglu"), "intermediate_size": 3 * model.mlp_width}
     else:
