@@ -1,7 +1,8 @@
 """What each of GPT-NeoX's 321 arguments does here: one row each, with the original's default.
 
 `to`: honoured, goes to one of our keys. `joint`: honoured together with others, by a function of `neox_model.py` or
-`neox_training.py`. `idle`: accepted without effect, because... `refused`: accepted only while it is switched off, because...
+`neox_training.py`. `idle`: accepted without effect, because... `refused`: accepted only while it is switched off,
+because...
 """
 
 from __future__ import annotations
