@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from castalia.config.schema import Model
 from castalia.errors import ConfigError
-from castalia.model.layers import Linear
+from castalia.model.layers import Linear, is_slow_half
 from castalia.model.positions import Rotation, alibi_slopes, rotate
 
 
@@ -76,6 +76,8 @@ class Attention(nn.Module):
         if context.rotary is not None:
             qk = rotate(qk, context.rotary)
         q, k, v = qk[..., :-1, :].flatten(2, 3).transpose(1, 2), qk[..., -1, :].transpose(1, 2), v.transpose(1, 2)
+        if is_slow_half(q):
+            q, k, v = q.float(), k.float(), v.float()
         cache = context.cache
         attend = F.scaled_dot_product_attention if cache is None else partial(cache.attend, self.layer)
         mixed = attend(
@@ -88,7 +90,7 @@ class Attention(nn.Module):
             scale=self.scale,
             enable_gqa=self.group > 1,
         )
-        return self.out(mixed.transpose(1, 2).reshape(b, t, -1))
+        return self.out(mixed.transpose(1, 2).reshape(b, t, -1).to(x.dtype))
 
     def mask(self, context: Context, q: Tensor) -> Tensor | None:
         if self.slopes is None or context.distance is None:

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from castalia.model.layers import is_slow_half
+
 IGNORE = -100
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}  # of one chunk's logits
 BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20}  # of the part of them that is in fp32 at a time: CPUs cache it
@@ -22,8 +24,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss:
     hidden: [..., h] in the compute dtype; weight: [V, h] in any dtype, its gradient accumulates in fp32; labels: [...].
     """
     rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    if rows.dtype == torch.float16 and rows.device.type == "cpu":
-        rows = rows.float()  # CPUs multiply fp16 10 to 40 times slower
+    if is_slow_half(rows):
+        rows = rows.float()
     total = _LinearCrossEntropy.apply(rows, weight, targets, z_loss, torch.is_grad_enabled())
     return total, (targets != IGNORE).sum()
 
