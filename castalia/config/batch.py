@@ -1,10 +1,13 @@
-"""How a step's batch is made up: sequences of the step = micro-batch * accumulation * data-parallel ranks."""
+"""How a step's batch is made up: sequences of the step = micro-batch * accumulation * data-parallel ranks.
+
+Sizes that rise over the first steps are functions of the step alone, as everything else of a batch is.
+"""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from castalia.config.schema import RunConfig
+from castalia.config.schema import RunConfig, Warmup
 from castalia.errors import ConfigError
 
 _PATHS = ("train.batch_size", "train.micro_batch_size", "train.accumulation")
@@ -20,6 +23,22 @@ class BatchPlan(NamedTuple):
         micro, ranks = self.micro_batch_size, self.batch_size // self.micro_batch_size // self.accumulation
         firsts = [(number * ranks + data_rank) * micro for number in range(self.accumulation)]
         return [row for first in firsts for row in range(first, first + micro)]
+
+
+def size_at(warmup: Warmup | None, step: int, whole: int) -> int:
+    """A size in a step, from 0, that may be rising still."""
+    return warmup.at(step, whole) if warmup else whole
+
+
+def tokens_until(config: RunConfig, sequences: int, steps: int) -> int:
+    """Tokens of the first so many steps of so many sequences each."""
+    length, total = config.data.seq_length, 0
+    for step in range(steps):
+        now = size_at(config.data.seq_length_warmup, step, length)
+        if now == length:
+            return total + (steps - step) * sequences * length
+        total += sequences * now
+    return total
 
 
 def planned_dp(config: RunConfig) -> int | None:

@@ -101,6 +101,26 @@ def lengths(config: RunConfig) -> Iterator[Problem]:
         )
 
 
+def length_warmup(config: RunConfig) -> Iterator[Problem]:
+    warmup, length, parallel = config.data.seq_length_warmup, config.data.seq_length, config.parallel
+    if warmup is None:
+        return
+    path, multiple = "data.seq_length_warmup", warmup.multiple or warmup.start
+    if not multiple <= warmup.start <= length:
+        text = f"{path}.start={warmup.start} must lie between its multiple, {multiple}, and data.seq_length={length}"
+        yield Problem(text, (f"{path}.start", f"{path}.multiple", "data.seq_length"))
+    if config.train.objective != "causal":
+        text = f"train.objective={config.train.objective} judges whole texts: remove {path}"
+        yield Problem(text, ("train.objective", f"{path}.start"))
+    for name in ("pp", "cp"):
+        if getattr(parallel, name) > 1:
+            text = f"{path} changes the shape of what ranks exchange, which parallel.{name} does not; set it to 1"
+            yield Problem(text, (f"{path}.start", f"parallel.{name}"))
+    if parallel.sequence_parallel and multiple % parallel.tp:
+        text = f"parallel.sequence_parallel: the lengths of {path}, multiples of {multiple}, do not divide by"
+        yield Problem(f"{text} parallel.tp={parallel.tp}", ("parallel.sequence_parallel", f"{path}.multiple"))
+
+
 def layout(config: RunConfig) -> Iterator[Problem]:
     tp, pp, cp, gpus = config.parallel.tp, config.parallel.pp, config.parallel.cp, config.parallel.gpus
     if gpus and gpus % (tp * pp * cp):
@@ -305,5 +325,7 @@ def _is_default(config: RunConfig, path: str) -> bool:
     return bool(getattr(values, name) == type(values).model_fields[name].default)
 
 
-CONTRADICTIONS = (heads, mup, lengths, layout, batch, learning_rates, corpora, preferences, profile, watch)
+CONTRADICTIONS = (
+    heads, mup, lengths, length_warmup, layout, batch, learning_rates, corpora, preferences, profile, watch,
+)  # fmt: skip
 SURPRISES = (folders, without_effect)

@@ -72,7 +72,8 @@ RECOMPUTE = "each block is recomputed by itself"
 RANDOM = "no generator state is stored: random numbers depend on seed, step and rank alone"
 LOSS_SCALE = "as in the original, the fp16 block alone counts"
 FP32_MATH = "softmax and loss are always computed in fp32"
-CURRICULUM = "every step has the same batch and length, so that its tokens follow from its number alone"
+CURRENT_LENGTH = "internal to the original: the length follows from the step"
+DATA_EFFICIENCY = "samples keep their order and layers all their tokens; only curriculum_learning is built in"
 ONLINE = "training on texts that the model writes meanwhile is not built in"
 REINFORCE = "train_impl: reinforce is not built in, and refused where it is asked for"
 MAMBA = "Mamba layers are not built in, and none is used"
@@ -100,8 +101,8 @@ KEYS: dict[str, Key] = {
     "amp": refused("Apex mixed precision is not built in: use fp16 or bf16"),
     "gradient_clipping": joint("optimizer.clip_norm", float, 1.0),
     "zero_optimization": joint("parallel.zero", dict),
-    "curriculum_learning": refused(CURRICULUM),
-    "curriculum_seqlen": refused(CURRICULUM, 0),
+    "curriculum_learning": joint("data.seq_length_warmup.start, steps, multiple, root", dict),
+    "curriculum_seqlen": idle(CURRENT_LENGTH, 0),
     "steps_per_print": idle(DEEPSPEED, 10),
     "wall_clock_breakdown": idle(PROFILE, False),
     "dump_state": idle(DEEPSPEED, False),
@@ -110,7 +111,7 @@ KEYS: dict[str, Key] = {
     "autotuning": refused("autotuning is not built in: `castalia plan` names layouts that fit"),
     "activation_checkpointing": idle(DEEPSPEED),
     "sparse_attention": idle(SPARSE),
-    "data_efficiency": refused(CURRICULUM),
+    "data_efficiency": refused(DATA_EFFICIENCY),
     "tensorboard": joint("log.tensorboard", dict),
     "wandb": joint("log.wandb.project, group, team", dict),
     "csv_monitor": joint("log.csv", dict),

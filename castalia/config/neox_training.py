@@ -208,6 +208,34 @@ def _listed(value: Any) -> list[Any]:
     return [value] if isinstance(value, str) else value
 
 
+def curriculum(work: Translation) -> None:
+    """DeepSpeed's first curriculum: sequences that begin short."""
+    key = "curriculum_learning"
+    block = work[key] or {}
+    if not block.get("enabled"):
+        return
+    kind, style = block.get("curriculum_type"), block.get("schedule_type")
+    inner = block.get("schedule_config")
+    if kind != "seqlen" or style not in ("fixed_linear", "fixed_root") or not isinstance(inner, dict):
+        text = f"curriculum_type: {kind!r} with schedule_type: {style!r} is not built in"
+        work.error(key, f"is refused: {text}; use seqlen with fixed_linear or fixed_root and their schedule_config")
+        return
+    length = work.ours.get("data.seq_length", work.given.get("seq_length"))
+    whole = length.value if length else FIELDS["data.seq_length"].default
+    if block.get("max_difficulty") != whole:
+        text = f"max_difficulty: {block.get('max_difficulty')!r} is not the sequences' length"
+        work.error(key, f"is refused: {text}; set it and seq_length, now {whole}, to the same")
+    names = {"start": (block, "min_difficulty"), "steps": (inner, "total_curriculum_step")}
+    names["multiple"] = (inner, "difficulty_step")
+    if style == "fixed_root":
+        names["root"] = (inner, "root_degree")
+    for name, (where, theirs) in names.items():
+        if theirs in where:
+            work.set_inner(f"data.seq_length_warmup.{name}", where[theirs], key, where, theirs)
+        else:
+            work.error(key, f"needs {theirs}")
+
+
 OBJECTIVES = {"normal": "causal", "dpo": "dpo", "kto": "kto", "rm": "reward"}
 
 
@@ -334,6 +362,6 @@ def text_file(work: Translation) -> None:
 
 
 TRAINING = (
-    stages, optimizer, clipping, zero, precision, data, preferences, tokenizer, batch, schedule, loading, saving,
-    trackers, looking_inside, text_file,
+    stages, optimizer, clipping, zero, precision, data, curriculum, preferences, tokenizer, batch, schedule, loading,
+    saving, trackers, looking_inside, text_file,
 )  # fmt: skip

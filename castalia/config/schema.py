@@ -6,6 +6,7 @@ contradictions between values are `check.py`'s.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from os.path import normpath
@@ -181,6 +182,22 @@ def _as_sources(value: object) -> object:
 Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_sources)]
 
 
+class Warmup(Section):
+    """A size that rises over the first steps: floor(start + (whole - start) * (step / steps)^(1 / root)), with steps
+    counted from 1, rounded down to a multiple; from then on the whole."""
+
+    start: PositiveInt = Field(description="size of the first steps")
+    steps: PositiveInt = Field(description="about so many steps until the whole size is reached")
+    multiple: PositiveInt | None = Field(None, description="sizes are multiples of this; None: of start")
+    root: PositiveInt = Field(1, description="1: the size rises linearly; 2: with the square root of the step; ...")
+
+    def at(self, step: int, whole: int) -> int:
+        """The size in a step, from 0."""
+        share = ((step + 1) / self.steps) ** (1 / self.root)
+        size = math.floor(share * (whole - self.start) + self.start)
+        return min(whole, size - size % (self.multiple or self.start))
+
+
 class Data(Section):
     path: str | None = Field(None, description="one corpus that `split` divides; excludes train, valid and test")
     split: str = Field("969, 30, 1", description="shares of training, validation and test")
@@ -188,6 +205,9 @@ class Data(Section):
     valid: Sources = ()
     test: Sources = ()
     seq_length: PositiveInt = Field(2048, description="tokens of a sequence")
+    seq_length_warmup: Warmup | None = Field(
+        None, description="the first steps train on the beginning of each sequence only; None: on the whole"
+    )
     packing: Literal["packed", "pack_until_overflow", "unpacked"] = Field(
         "packed", description="documents end to end; whole ones until one does not fit; one a sample"
     )

@@ -17,8 +17,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from castalia.config.batch import batch_plan
-from castalia.config.schema import RunConfig, Source, Text
+from castalia.config.batch import batch_plan, size_at
+from castalia.config.schema import RunConfig, Source, Text, Warmup
 from castalia.data.blend import blend, normalized, weights_by_documents
 from castalia.data.cache import cached, digest_of, index_names
 from castalia.data.indexed import IndexedDataset, open_dataset
@@ -45,7 +45,7 @@ SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 
 
 class Batch(NamedTuple):
-    """Arrays [sequences, seq_length]. `labels` are shifted already: labels[:, t] follows tokens[:, t]."""
+    """Arrays [sequences, tokens]. `labels` are shifted already: labels[:, t] follows tokens[:, t]."""
 
     tokens: np.ndarray  # int64
     labels: np.ndarray  # int64, -100 where no loss is taken
@@ -104,6 +104,7 @@ class Samples:
     masked_after: int | None  # no loss on the token after this one
     mask_documents: bool  # tokens see only their own document, and none predicts the next document's first
     exact: bool  # padding after the end of a text without labels is trained on, as the original does
+    length_warmup: Warmup | None = None  # of training: batches hold the beginnings of the samples
 
     def __len__(self) -> int:
         return len(self.blended[0]) if self.blended else len(self.corpora[0].index)
@@ -126,6 +127,10 @@ class Samples:
         micro = np.arange(step * self.accumulation, (step + 1) * self.accumulation) % self._micro_batches
         return (micro[:, None] * size + np.arange(size)).reshape(-1)
 
+    def length(self, step: int) -> int:
+        """Tokens of a sequence in a step's batch."""
+        return size_at(self.length_warmup, step, self.seq_length)
+
     def pieces(self, position: int) -> list[Piece]:
         """Where the tokens of one sample lie."""
         corpus, position = self._corpus(position)
@@ -139,10 +144,9 @@ class Samples:
     def sample(self, position: int) -> tuple[np.ndarray, np.ndarray]:
         """Text and labels aligned with it, both int64 [seq_length + 1]."""
         corpus, position = self._corpus(position)
-        return self._sample(corpus, corpus.parts(position))
+        return self._sample(corpus, corpus.parts(position), self.seq_length + 1)
 
-    def _sample(self, corpus: Corpus, parts: list[tuple[int, int, int]]) -> tuple[np.ndarray, np.ndarray]:
-        length = self.seq_length + 1
+    def _sample(self, corpus: Corpus, parts: list[tuple[int, int, int]], length: int) -> tuple[np.ndarray, np.ndarray]:
         text = assemble(corpus.text, parts, length, fill=0)
         if corpus.labels is not None:
             return text, assemble(corpus.labels, parts, length, fill=IGNORE)
@@ -154,7 +158,8 @@ class Samples:
     def batch(self, step: int, rows: Sequence[int] | np.ndarray | None = None) -> Batch:
         """The step's batch, or those rows of it. DataError if a token lies beyond the vocabulary."""
         positions = self.positions(step) if rows is None else self.positions(step)[rows]
-        text = np.empty((len(positions), self.seq_length + 1), np.int64)
+        length = self.length(step) + 1
+        text = np.empty((len(positions), length), np.int64)
         labels = np.empty_like(text)
         documents = np.empty_like(text) if self.mask_documents else None
         found = []
@@ -162,9 +167,9 @@ class Samples:
             corpus, inside = self._corpus(int(position))
             parts = corpus.parts(inside)
             found.append((corpus, parts))
-            text[row], labels[row] = self._sample(corpus, parts)
+            text[row], labels[row] = self._sample(corpus, parts, length)
             if documents is not None:
-                documents[row] = number_documents(parts, self.seq_length + 1)
+                documents[row] = number_documents(parts, length)
         self._check_vocabulary(step, positions, text)
         tokens, labels = np.ascontiguousarray(text[:, :-1]), np.ascontiguousarray(labels[:, 1:])
         labels[labels < 0] = IGNORE
@@ -211,6 +216,8 @@ class Samples:
         for array in self.blended or ():
             digest.update(np.ascontiguousarray(array).data)
         digest.update(f"{self.seq_length} {self.masked_after} {self.mask_documents}".encode())
+        if self.length_warmup:
+            digest.update(f"{self.length_warmup}".encode())
         return digest.hexdigest()
 
 
@@ -254,6 +261,7 @@ def open_data(config: RunConfig, split: Split = "train", open_corpus: OpenCorpus
         masked_after=load_tokenizer(config.tokenizer).eod_id if config.data.mask_after_eod else None,
         mask_documents=config.data.mask_documents,
         exact=config.neox_exact,
+        length_warmup=config.data.seq_length_warmup if split == "train" else None,
     )
 
 

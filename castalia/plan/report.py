@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from math import log
 from typing import Protocol
 
-from castalia.config.batch import batch_plan
+from castalia.config.batch import batch_plan, tokens_until
 from castalia.config.schema import Model, RunConfig
 from castalia.errors import ConfigError
 from castalia.plan.count import count, non_embedding, original_count
@@ -177,7 +177,8 @@ def training(config: RunConfig, known: Known, layout: Layout) -> dict:
         "seq_length": config.data.seq_length,
         "tokens_per_step": tokens_per_step,
         "steps": steps,
-        "tokens": steps * tokens_per_step if steps else None,
+        "seq_length_warmup": config.data.seq_length_warmup and config.data.seq_length_warmup.model_dump(),
+        "tokens": int(_tokens(config, tokens_per_step, steps)) if steps else None,
         "epochs": {corpus.path: epochs for corpus, epochs in _epochs(config, known, steps, tokens_per_step)},
         "first_lr": known.rate(0) if known.rate else None,
         "peak_lr": known.rate.peak if known.rate else config.optimizer.lr,
@@ -185,7 +186,7 @@ def training(config: RunConfig, known: Known, layout: Layout) -> dict:
         "style": known.rate.style if known.rate else config.schedule.style,
         "decay_end": end,
         "warmup_steps": warmup,
-        "warmup_tokens": warmup * tokens_per_step if warmup is not None else None,
+        "warmup_tokens": _tokens(config, tokens_per_step, warmup) if warmup is not None else None,
         "clipping": clipping(config),
         "precision": precision(config),
         "attention": attention(config, known.device),
@@ -197,6 +198,13 @@ def training(config: RunConfig, known: Known, layout: Layout) -> dict:
         "free_bytes": known.free_bytes,
         "random_loss": _random_loss(config),
     }
+
+
+def _tokens(config: RunConfig, tokens_per_step: int, steps: float) -> float:
+    """Of the first steps, the last of which may be a part of one."""
+    sequences = tokens_per_step // config.data.seq_length
+    before, after = (tokens_until(config, sequences, whole) for whole in (int(steps), int(steps) + 1))
+    return before + (steps - int(steps)) * (after - before)
 
 
 def _random_loss(config: RunConfig) -> float | None:

@@ -21,10 +21,11 @@ class Display:
         self.fancy = sys.stdout.isatty() and not silent
         self.bar: Progress | None = None
 
-    def start(self, done: int, last: int) -> None:
+    def start(self, done: int, last: int, tokens: int) -> None:
+        """`done` of `last` steps and `tokens` lie behind."""
         self.last = last
         self.first, self.began = done, time.perf_counter()
-        self.marked_step, self.marked_seconds, self.seconds = done, 0.0, 0.0
+        self.marked_tokens, self.marked_seconds, self.seconds = tokens, 0.0, 0.0
         if self.fancy:
             columns = (TextColumn("training"), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn())
             self.bar = Progress(*columns, console=self.console, transient=True)
@@ -52,14 +53,14 @@ class Display:
         if self.bar:
             self.bar.update(self.task, completed=record["step"])
 
-    def step(self, record: Mapping[str, Any], tokens: int, peak: float | None) -> None:
+    def step(self, record: Mapping[str, Any], peak: float | None) -> None:
         """One line: the last step's values, and the speed since the line before.
 
-        `tokens`: of one step; `peak`: tokens per second at the device's peak matmul rate.
+        `peak`: tokens per second at the device's peak matmul rate.
         """
         done = record["step"]
-        speed = tokens * (done - self.marked_step) / (self.seconds - self.marked_seconds)
-        self.marked_step, self.marked_seconds = done, self.seconds
+        speed = (record["tokens"] - self.marked_tokens) / (self.seconds - self.marked_seconds)
+        self.marked_tokens, self.marked_seconds = record["tokens"], self.seconds
         seconds_left = (self.last - done) * (time.perf_counter() - self.began) / (done - self.first)
         norm = "overflow, skipped" if record["grad_norm"] is None else f"{record['grad_norm']:.3f}"
         parts = [

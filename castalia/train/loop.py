@@ -102,7 +102,7 @@ def _rehearse(session: Session, folder: Path) -> None:
         display.line(describe_memory(session, planned_layout(session), memory.bytes))
         left = session.last - done
         display.line(
-            f"one step took {seconds:.2f} s, {session.tokens_per_step / seconds:,.0f} tokens/s (the first is slow); "
+            f"one step took {seconds:.2f} s, {session.tokens_of(done) / seconds:,.0f} tokens/s (the first is slow); "
             f"{left:,} steps at this pace {duration(seconds * left)}"
         )
         display.line("dry run: the folder of the run was not touched")
@@ -178,7 +178,7 @@ class Run:
         if self.progress.step == 0 and is_save_step(config.checkpoint, 0, last):
             self.save()
         peak = self._peak_speed()
-        self.display.start(self.progress.step, last)
+        self.display.start(self.progress.step, last, self.progress.tokens)
         first = self.progress.step + 1
         with StopSignals() as signals:
             while self.progress.step < last:
@@ -193,7 +193,7 @@ class Run:
                     show_first_loss(session, result.loss, self.display)
                 self.display.advance(record)
                 if done % config.log.every == 0 or done in (first, last) or "valid_loss" in record:
-                    self.display.step(record, session.tokens_per_step, peak)
+                    self.display.step(record, peak)
                 if is_save_step(config.checkpoint, done, last):
                     self.save()
                 interval = config.train.exit_interval
@@ -240,7 +240,7 @@ class Run:
         self.progress = Progress(
             step=done + 1,
             skipped=session.step.skipped,
-            tokens=self.progress.tokens + session.tokens_per_step,
+            tokens=self.progress.tokens + session.tokens_of(done),
             loss_scale=session.step.scaler.state() if session.step.scaler else None,
             schedule=session.step.rate.stored() | session.exact.stored(),
             watch=self.watch.spikes.stored(),
@@ -305,7 +305,7 @@ class Run:
             "lr": result.lr,
             "grad_norm": result.grad_norm,
             "tokens": self.progress.tokens,
-            "tokens_per_second": round(self.session.tokens_per_step / seconds, 1),
+            "tokens_per_second": round(self.session.tokens_of(self.progress.step - 1) / seconds, 1),
             "seconds": round(seconds, 6),
         }
         if self.session.step.preference:

@@ -18,7 +18,7 @@ from castalia.config.batch import BatchPlan, batch_plan
 from castalia.config.check import require_training
 from castalia.config.schema import Finetune, Model, RunConfig, is_adapter
 from castalia.data.loader import Batch, Samples
-from castalia.data.pairs import Pairs, open_samples
+from castalia.data.pairs import Pairs, open_samples, sides_of
 from castalia.data.tokenizer import Tokenizer, add_tokens, load_tokenizer
 from castalia.errors import CheckpointError, ConfigError, TrainingError
 from castalia.parallel.engine import Engine, one_process
@@ -72,10 +72,9 @@ class Session:
         assert self.config.train.steps is not None
         return self.config.train.steps
 
-    @property
-    def tokens_per_step(self) -> int:
-        sides = 2 if isinstance(self.data, Pairs) else 1
-        return sides * self.plan.batch_size * self.config.data.seq_length
+    def tokens_of(self, step: int) -> int:
+        """Tokens of the batch of a step (from 0)."""
+        return sum(self.plan.batch_size * side.length(step) for side in sides_of(self.data).values())
 
     @property
     def resumed(self) -> bool:

@@ -9,6 +9,7 @@ from castalia.config.load import load_config
 from castalia.errors import ConfigError
 
 MODEL = ["model.num_layers=4", "model.hidden_size=64", "model.num_heads=4", "model.vocab_size=430"]
+LENGTHS = ["data.seq_length_warmup.steps=9"]
 
 CONTRADICTIONS = [
     (["model.num_heads=5"], "model.hidden_size=64 does not divide into model.num_heads=5 heads; use 60 or 65"),
@@ -34,6 +35,17 @@ CONTRADICTIONS = [
     (["neox_exact=true", "schedule.style=wsd"], "neox_exact: the original has no schedule.style=wsd"),
     (["neox_exact=true", "schedule.warmup_steps=5"], "neox_exact: the original has no schedule.warmup_steps"),
     (["data.packing=unpacked", "data.train=[corpus]"], "needs labels in every source of data.train"),
+    ([*LENGTHS, "data.seq_length_warmup.start=4096"], "data.seq_length_warmup.start=4096 must lie between"),
+    (
+        [*LENGTHS, "data.seq_length_warmup.start=8", "data.seq_length_warmup.multiple=16"],
+        "must lie between its multiple, 16, and",
+    ),
+    ([*LENGTHS, "data.seq_length_warmup.start=8", "parallel.pp=2"], "which parallel.pp does not; set it to 1"),
+    ([*LENGTHS, "data.seq_length_warmup.start=8", "parallel.cp=2"], "which parallel.cp does not; set it to 1"),
+    (
+        [*LENGTHS, "data.seq_length_warmup.start=6", "parallel.tp=4", "parallel.sequence_parallel=true"],
+        "multiples of 6, do not divide by parallel.tp=4",
+    ),
     (["generate.mode=input-file"], "generate.mode=input-file needs generate.input_file"),
 ]
 

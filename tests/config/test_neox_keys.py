@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from castalia.config.batch import size_at
 from castalia.config.fields import FIELDS
 from castalia.config.load import load_config
 from castalia.config.neox_keys import KEYS, STALE
@@ -183,6 +184,13 @@ def pair_of(labels: str) -> Source:
     return Source(path="a", labels="pos", rejected={"path": "b", "labels": "neg"})
 
 
+CURRICULUM = {
+    "enabled": True, "curriculum_type": "seqlen", "min_difficulty": 16, "max_difficulty": 2048,
+    "schedule_type": "fixed_root",
+    "schedule_config": {"total_curriculum_step": 100, "difficulty_step": 8, "root_degree": 2},
+}  # fmt: skip
+
+
 # key -> (its value and the keys beside it that it needs, our path, what arrives there). One joint effect of each key.
 JOINT = {
     "gradient_accumulation_steps": ({"gradient_accumulation_steps": 4}, "train.accumulation", 4),
@@ -191,6 +199,7 @@ JOINT = {
     "bf16": ({"bf16": {"enabled": True}}, "precision.compute", "bf16"),
     "gradient_clipping": ({"gradient_clipping": 0.5}, "optimizer.clip_norm", 0.5),
     "zero_optimization": ({"zero_optimization": {"stage": 2}}, "parallel.zero", 2),
+    "curriculum_learning": ({"curriculum_learning": CURRICULUM}, "data.seq_length_warmup.multiple", 8),
     "tensorboard": ({"tensorboard": {"enabled": True, "output_path": "tb"}}, "log.tensorboard", "tb"),
     "wandb": ({"wandb": {"enabled": True, "team": "t"}}, "log.wandb.team", "t"),
     "csv_monitor": ({"csv_monitor": {"enabled": True}}, "log.csv", True),
@@ -380,3 +389,36 @@ def test_strange_values_end_in_a_config_or_in_a_message(tmp_path, key):
                 load(tmp_path, **{**others, key: value})
             except ConfigError as error:
                 assert "neox.yml:" in str(error)
+
+
+def test_a_curriculum_gives_the_lengths_of_the_original(tmp_path):
+    config = load(tmp_path, **MODEL, curriculum_learning=CURRICULUM)
+    warmup = config.data.seq_length_warmup
+    assert warmup is not None and warmup.model_dump() == {"start": 16, "steps": 100, "multiple": 8, "root": 2}
+    lengths = [size_at(warmup, step, 2048) for step in range(200)]
+    # Of step 1: floor(sqrt(1 / 100) * 2032 + 16) = 219, of step 2: 303; then less what is over a multiple of 8.
+    assert lengths[:2] == [216, 296] and lengths[98:] == [2032, *[2048] * 101] and lengths == sorted(lengths)
+    linear = {**CURRICULUM, "schedule_type": "fixed_linear"}
+    warmup = load(tmp_path, **MODEL, curriculum_learning=linear).data.seq_length_warmup
+    assert warmup is not None and warmup.root == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"curriculum_type": "vocab"}, "curriculum_type: 'vocab' with schedule_type: 'fixed_root' is not built in"),
+        ({"schedule_type": "fixed_discrete"}, "schedule_type: 'fixed_discrete' is not built in"),
+        (
+            {"max_difficulty": 1024},
+            "max_difficulty: 1024 is not the sequences' length; set it and seq_length, now 2048",
+        ),
+        ({"schedule_config": {"total_curriculum_step": 9}}, "needs difficulty_step"),
+    ],
+)
+def test_other_curricula_are_refused_by_name(tmp_path, change, message):
+    with pytest.raises(ConfigError, match="curriculum_learning") as error:
+        load(tmp_path, **MODEL, curriculum_learning=CURRICULUM | change)
+    assert message in str(error.value)
+    assert load(tmp_path, **MODEL, curriculum_learning=CURRICULUM | change | {"enabled": False}) == load(
+        tmp_path, **MODEL
+    )

@@ -286,3 +286,17 @@ def test_fingerprint_tells_of_other_data_and_other_order(tmp_path: Path) -> None
     other_text = config(corpus(tmp_path / "y", [[1, 2, 3]] * 29 + [[1, 2, 4]]))
     prints = [open_data(c).fingerprint for c in (run, moved, other_text, run.model_copy(update={"seed": 5}))]
     assert prints[0] == prints[1] and len(set(prints)) == 3
+
+
+def test_sequences_that_begin_short_are_the_beginnings_of_the_same_samples(tmp_path):
+    source = corpus(tmp_path / "c", [[*range(start, start + 9)] for start in range(40)])
+    plain, warmup = config(source, steps=6, length=8), {"start": 2, "steps": 4, "multiple": 2}
+    short = config(source, steps=6, length=8, seq_length_warmup=warmup, valid=(source,))
+    assert [batch_at(short, step).tokens.shape[1] for step in range(6)] == [2, 4, 6, 8, 8, 8]
+    for step in range(6):
+        whole, cut = batch_at(plain, step), batch_at(short, step)
+        length = cut.tokens.shape[1]
+        assert np.array_equal(cut.tokens, whole.tokens[:, :length])
+        assert np.array_equal(cut.labels, whole.labels[:, :length])
+    assert batch_at(short, 0, "valid").tokens.shape[1] == 8
+    assert open_data(short).fingerprint != open_data(plain).fingerprint

@@ -18,6 +18,7 @@ from castalia.config.load import dump_config, load_config
 from castalia.data.loader import open_data
 from castalia.errors import CastaliaError, CheckpointError, ConfigError, TrainingError
 from castalia.evaluate.perplexity import evaluate
+from castalia.plan.report import Known, report
 from castalia.train.loop import TOGETHER_S, StopSignals, rehearse
 from castalia.train.loop import train as run_with
 from castalia.train.metrics import read_metrics
@@ -316,3 +317,15 @@ def test_tensorboard_gets_what_metrics_get(tiny, tmp_path):
     board = EventAccumulator(str(tmp_path / "board")).Reload()
     written = [(scalar.step, scalar.value) for scalar in board.Scalars("loss")]
     assert written == [(step, pytest.approx(loss)) for step, loss, _, _ in losses(tmp_path / "run")]
+
+
+def test_a_run_that_warms_up_goes_on_as_if_never_stopped(tiny, tmp_path):
+    warm = ["data.seq_length_warmup={start: 4, steps: 6}", "train.steps=8", "checkpoint.every=4"]
+    straight = run_with(tiny(tmp_path / "straight", *warm), evaluate)
+    run_with(tiny(tmp_path / "stopped", *warm, "train.exit_interval=4"), evaluate)
+    run_with(read_config([str(tmp_path / "stopped")]), evaluate)
+    assert_equal_runs(straight, tmp_path / "stopped")
+    lengths = [4, 8, 8, 12, 12, 16, 16, 16]
+    assert [record["tokens"] for record in read_metrics(straight)] == [8 * sum(lengths[:n]) for n in range(1, 9)]
+    planned = report(load_config(straight), Known())["training"]
+    assert planned["tokens"] == 8 * sum(lengths) and planned["tokens_per_step"] == 8 * 16
