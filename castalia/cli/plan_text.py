@@ -51,6 +51,8 @@ def _facts(plan: dict) -> None:
         rows.append(["parameters", f"{parameters['total']:,}"])
     rows.append(["  without embeddings", f"{parameters['non_embedding']:,}"])
     if parameters["total"]:
+        if parameters["trained"] != parameters["total"]:
+            rows.append(["  that train", f"{parameters['trained']:,}"])
         rows.append(["  as GPT-NeoX counts", f"{parameters['as_the_original_counts']:,}"])
         kinds = sorted(parameters["by_kind"].items(), key=lambda item: -item[1])
         rows += [[f"  {name}", f"{size:,}"] for name, size in kinds if size * 200 >= parameters["total"]]

@@ -66,19 +66,19 @@ def judge(job: Job, layout: Layout) -> Verdict:
 
 def step_costs(job: Job, layout: Layout, ranks: list[Rank]) -> Costs:
     model, device, size = job.model, job.device, job.compute.element_bytes
-    parts = rank_parts(model, layout, job.length)
+    parts, length = rank_parts(model, layout, job.length), job.compute.sides * job.length  # of a sample
     block, head = block_flops(model, job.length), head_flops(model)
     slowest = max(part.layers * block + part.last * head for part in parts)
     balance = slowest * layout.pp / (model.num_layers * block + head)
 
-    operations = executed_flops(model, job.length, layout.recompute) * layout.batch * job.length / layout.gpus
+    operations = executed_flops(model, job.length, layout.recompute) * layout.batch * length / layout.gpus
     compute = balance * operations / (device.tflops * 1e12 * job.mfu)
     parameters = max(rank.parameters for rank in ranks)
     layers = max(part.layers for part in parts)
     again = 2 * layers * ranks[0].one.again if layout.recompute == "selective" else 0  # full: counted as computing
     traffic = layout.accumulation * (parameters * (3 * size + 8) + again) / (device.bandwidth * 1e9)
 
-    tokens = layout.micro_batch * job.length // layout.cp
+    tokens = layout.micro_batch * length // layout.cp
     sums = (6.0 if layout.recompute == "full" else 4.0) * layers * layout.accumulation
     if model.parallel_residual:
         sums /= 2  # attention and MLP share one sum

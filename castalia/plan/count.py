@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from math import prod
 
-from castalia.config.schema import Lora, Model
+from castalia.config.schema import Finetune, Lora, Model
 from castalia.errors import ConfigError
 
 Shapes = dict[str, tuple[int, ...]]
@@ -88,6 +88,10 @@ def _linear(name: str, rows: int, columns: int, bias: bool) -> Shapes:
 
 def tp_dim(name: str) -> int | None:
     """The dimension that tensor parallelism cuts, None for a replicated tensor."""
+    matrix, _, kind = name.rpartition(".")
+    if kind in ("lora_a", "lora_b"):  # an adapter is cut where its matrix is
+        dim = tp_dim(f"{matrix}.weight")
+        return dim if dim == (1 if kind == "lora_a" else 0) else None
     if any(part in name for part in _ROWS):
         return 0
     return 1 if any(part in name for part in _COLUMNS) else None
@@ -96,6 +100,11 @@ def tp_dim(name: str) -> int | None:
 def local_size(name: str, shape: tuple[int, ...], tp: int) -> int:
     """Elements of the tensor on one of `tp` tensor ranks."""
     return prod(shape) if tp_dim(name) is None else prod(shape) // tp
+
+
+def all_shapes(model: Model, finetune: Finetune) -> Shapes:
+    """Of the model's tensors and of its adapters."""
+    return tensor_shapes(model) | adapter_shapes(model, finetune.lora)
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,21 @@ the loss is taken, when the backward pass enters the last block, in the first on
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from math import prod
 from typing import NamedTuple
 
-from castalia.config.schema import Model, Optimizer
-from castalia.plan.count import block_shapes, local_size, tensor_shapes
+from castalia.config.preference import PAIRED, needs_reference
+from castalia.config.schema import Finetune, Model, Optimizer, RunConfig
+from castalia.plan.count import adapter_shapes, all_shapes, local_size
 from castalia.plan.layout import Layout, Stage, in_flight, rank_parts
 
 LOGIT_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}  # of one chunk's logits
 LOGIT_BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20}  # of the part of them that is in fp32 at a time
 _KEEPS_OUTPUT = {"relu", "sigmoid", "identity"}  # their backward pass needs the output, which the next matrix keeps too
+EVERYTHING = Finetune()  # trains, and there are no adapters
 
 
 class Moments(NamedTuple):
@@ -28,10 +31,10 @@ class Moments(NamedTuple):
     blocks: int = 2
     outside: int = 2
 
-    def of(self, model: Model) -> int:
-        """Values for the whole model."""
-        blocks = model.num_layers * sum(map(prod, block_shapes(model).values()))
-        return self.blocks * blocks + self.outside * (sum(map(prod, tensor_shapes(model).values())) - blocks)
+    def of(self, model: Model, finetune: Finetune = EVERYTHING) -> int:
+        """Values for all of the model that trains."""
+        sizes = _local_sizes(model, 1, finetune, True)
+        return self.blocks * sizes["blocks"] + self.outside * (sum(sizes.values()) - sizes["blocks"])
 
 
 def moments_of(cfg: Optimizer) -> Moments:
@@ -47,10 +50,24 @@ class Compute:
     element_bytes: int = 2  # of the compute dtype
     device: str = "cuda"  # or "cpu", whose RMSNorm is made of several operations
     moments: Moments = Moments()
+    finetune: Finetune = EVERYTHING
+    objective: str = "causal"
+    reference: bool = False  # a frozen model beside the one that trains
+
+    @property
+    def sides(self) -> int:
+        """Sequences of a sample."""
+        return 2 if self.objective in PAIRED else 1
 
     @property
     def casts(self) -> bool:
         return self.element_bytes < 4
+
+
+def compute_of(config: RunConfig, element_bytes: int, device: str) -> Compute:
+    """Of a run that computes with so many bytes an element on "cuda" or "cpu"."""
+    moments = moments_of(config.optimizer)
+    return Compute(element_bytes, device, moments, config.finetune, config.train.objective, needs_reference(config))
 
 
 @dataclass(frozen=True)
@@ -87,29 +104,67 @@ def activations(model: Model, layout: Layout, tokens: int, compute: Compute) -> 
     inner = model.mlp_width * tokens // tp
     softmax = 4 * tokens * model.num_heads // tp
 
+    reads = _inputs_kept(model, compute.finetune)  # matrices that autograd keeps the input of
+    reading = ["attn.qkv" in reads, bool({"mlp.up", "mlp.gate"} & reads)]
     num_norms = 1 if model.shared_norm else 2
+    outputs = any(reading) if model.shared_norm else sum(reading)
     attention = 2 * heads + 2 * kv  # q, k and v in one tensor, and the output
     copies = heads + kv if model.position == "rotary" or model.qk_norm else 0
     copies += heads if model.kv_heads < model.num_heads else 0  # queries gathered from their groups
-    mlp = inner * (4 if model.gated_mlp else 1 if model.activation in _KEEPS_OUTPUT else 2)
+    own = model.activation in _KEEPS_OUTPUT and not model.gated_mlp
+    mlp = inner * ((3 if model.gated_mlp else 1) + ("mlp.down" in reads and not own))
     norms = _norm_inputs(model, 1 if model.parallel_residual else num_norms, stream, compute)
-    norms += num_norms * (stream * size + 8 * tokens)  # outputs, kept by the matrices that follow, and statistics
+    norms += outputs * stream * size + num_norms * 8 * tokens  # kept by the matrices that follow, and statistics
     masks = 2 * stream * (1 if compute.device == "cuda" else size) if model.hidden_dropout else 0
-    whole = norms + (attention + copies + mlp) * size + softmax + masks
+    adapters, adapted = _adapters(model, layout.tp, tokens, compute)
+    whole = norms + (attention + copies + mlp) * size + softmax + masks + adapters
 
     if layout.recompute == "none":
         return Activations(whole, whole, 0)
     if layout.recompute == "full":
         return Activations(whole, stream * size, whole - stream * size)
-    products = attention + inner * (2 if model.gated_mlp else 1)  # what the backward pass finds ready
+    products = attention + inner * (2 if model.gated_mlp else 1) + adapted  # what the backward pass finds ready
     kept = (stream + products + 2 * stream) * size + softmax  # the block's input, the results of all matrices
     return Activations(whole, kept, whole - (stream + products) * size - softmax)
 
 
+@lru_cache
+def _inputs_kept(model: Model, finetune: Finetune) -> frozenset[str]:
+    """Kinds of modules whose weight trains, or whose adapter does."""
+    names = (name for name in all_shapes(model, finetune) if finetune.trains(name))
+    return frozenset(
+        re.sub(r"^blocks\.\d+\.|\.\w+$", "", name) for name in names if name.endswith((".weight", ".lora_a", ".lora_b"))
+    )
+
+
+def _adapters(model: Model, tp: int, tokens: int, compute: Compute) -> tuple[int, int]:
+    """Of a block's adapters: bytes that the backward pass needs, and the elements of their products."""
+    lora, size = compute.finetune.lora, compute.element_bytes
+    if lora is None:
+        return 0, 0
+    one = model.model_copy(update={"num_layers": 1})
+    kept = products = 0
+    for name, shape in adapter_shapes(one, lora).items():
+        if name.startswith("blocks.") and name.endswith(".lora_a"):
+            width = local_size(name, shape, tp) // lora.rank
+            mask = 1 if compute.device == "cuda" else size
+            # What dropout makes is kept in place of its input, unless that is kept for something else.
+            twice = size if ".attn.out." in name or ".mlp.gate." in name else 0
+            kept += tokens * (lora.rank * size + (width * (mask + twice) if lora.dropout else 0))
+            products += tokens * lora.rank
+        elif name.startswith("blocks."):
+            products += tokens * local_size(name, shape, tp) // lora.rank
+    return kept, products
+
+
 def _norm_inputs(model: Model, number: int, stream: int, compute: Compute) -> int:
-    """What norms keep of their inputs: the input, or where a norm is made of single operations two fp32 tensors."""
+    """What norms keep of their inputs: the input, or where a norm is made of single operations two fp32 tensors.
+
+    The second one is for the gradient of the norm's weight.
+    """
     single_operations = model.norm == "scalenorm" or (model.norm == "rmsnorm" and compute.device == "cpu")
-    return number * stream * (8 if single_operations else compute.element_bytes)
+    wide = 8 if "norm1" in _inputs_kept(model, compute.finetune) else 4
+    return number * stream * (wide if single_operations else compute.element_bytes)
 
 
 @dataclass(frozen=True)
@@ -125,7 +180,7 @@ class Rank:
     @cached_property
     def tokens(self) -> int:
         """Of one micro-batch."""
-        return self.layout.micro_batch * self.length // self.layout.cp
+        return self.compute.sides * self.layout.micro_batch * self.length // self.layout.cp
 
     @cached_property
     def stream(self) -> int:
@@ -133,13 +188,27 @@ class Rank:
         return self.tokens * self.model.hidden_size * self.compute.element_bytes
 
     @cached_property
-    def sizes(self) -> dict[str, int]:
-        return _local_sizes(self.model, self.layout.tp)
+    def sizes(self) -> Counter[str]:
+        return _local_sizes(self.model, self.layout.tp, self.compute.finetune)
+
+    @cached_property
+    def training(self) -> Counter[str]:
+        """The sizes of what trains."""
+        return _local_sizes(self.model, self.layout.tp, self.compute.finetune, True)
 
     @property
     def block(self) -> int:
         """Parameters of one block before sharding over data ranks."""
-        return self.sizes["block"]
+        return self.sizes["blocks"] // self.model.num_layers
+
+    @property
+    def trained_block(self) -> int:
+        return self.training["blocks"] // self.model.num_layers
+
+    @cached_property
+    def live(self) -> int:
+        """Blocks that the backward pass reaches: those from the lowest one with something that trains."""
+        return -(-self.stage.layers * _live(self.model, self.compute.finetune) // self.model.num_layers)
 
     @property
     def vocabulary(self) -> int:
@@ -151,23 +220,49 @@ class Rank:
         """Of one block and one micro-batch."""
         return activations(self.model, self.layout, self.tokens, self.compute)
 
+    @property
+    def head_name(self) -> str:
+        return "reward" if self.model.reward_head else "embed" if self.model.tie_embeddings else "head"
+
+    @property
+    def head(self) -> int:
+        """Elements of the head's matrix."""
+        return self.sizes[f"{self.head_name}.weight"]
+
     @cached_property
     def parameters(self) -> int:
         """Of the stage before sharding over data ranks; a tied embedding is on its first and its last stage."""
+        return self._on_stage(self.sizes)
+
+    @cached_property
+    def trained(self) -> int:
+        return self._on_stage(self.training)
+
+    @cached_property
+    def reference(self) -> int:
+        """Parameters of the frozen reference model's stage."""
+        plain = _local_sizes(self.model, self.layout.tp, EVERYTHING)
+        return self._on_stage(plain) if self.compute.reference else 0
+
+    def _on_stage(self, sizes: Counter[str]) -> int:
         names: tuple[str, ...] = ()
         if self.stage.first:
             names += ("embed.", "positions.")
         if self.stage.last:
-            names += ("norm.", "embed." if self.model.tie_embeddings else "head.")
-        outside = sum(size for name, size in self.sizes.items() if name.startswith(names))
-        return self.stage.layers * self.block + outside
+            names += ("norm.", f"{self.head_name}.")
+        outside = sum(size for name, size in sizes.items() if name.startswith(names))
+        return self.stage.layers * sizes["blocks"] // self.model.num_layers + outside
 
     @property
     def shards(self) -> int:
         return self.layout.dp // self.layout.dp_replicate if self.layout.zero else 1
 
     def memory(self) -> Memory:
-        moments = (self._at_loss(), self._entering_blocks(), self._in_first_block(), self._at_end())
+        moments = [self._at_loss(), self._at_end()]
+        if self.live < self.stage.layers:
+            moments.append(self._in_frozen_block())
+        if self.live:
+            moments += [self._entering_blocks(), self._in_first_block()]
         return max(moments, key=lambda memory: memory.total)
 
     def _at_loss(self) -> Memory:
@@ -179,6 +274,15 @@ class Rank:
             logits=self._loss_work() if self.stage.last else 0,
         )
 
+    def _in_frozen_block(self) -> Memory:
+        """In the forward pass, of which nothing stays."""
+        inner = self.tokens * self.model.mlp_width // self.layout.tp * self.compute.element_bytes
+        return self._memory(
+            gradients=self._gradients(done=0),
+            copies=self._copies(0, head=False),
+            activations=(3 if self.model.gated_mlp else 2) * inner + 3 * self.stream,
+        )
+
     def _entering_blocks(self) -> Memory:
         return self._memory(
             gradients=self._gradients(done=0) + self._head_gradient,
@@ -187,7 +291,7 @@ class Rank:
         )
 
     def _in_first_block(self) -> Memory:
-        above = self.parameters - self.block - (self.vocabulary if self.stage.first else 0)
+        above = self.trained - self.trained_block - (self.training["embed.weight"] if self.stage.first else 0)
         return self._memory(
             gradients=self._gradients(done=above),
             copies=self._copies(1, head=False),
@@ -196,9 +300,9 @@ class Rank:
 
     def _at_end(self) -> Memory:
         # A tied embedding's own gradient is made whole before it is added to the head's.
-        tied = 4 * self.vocabulary if self.model.tie_embeddings and self.stage.first else 0
+        tied = 4 * self.training["embed.weight"] if self.model.tie_embeddings and self.stage.first else 0
         return self._memory(
-            gradients=self._gradients(done=self.parameters) + tied,
+            gradients=self._gradients(done=self.trained) + tied,
             copies=self._copies(0, head=False),
             activations=2 * self.stream,
         )
@@ -206,41 +310,46 @@ class Rank:
     def _memory(self, *, gradients: int, copies: int, activations: int, logits: int = 0) -> Memory:
         if self.layout.offload:  # what is on the host does not count; a block's gradient is made here and leaves
             return Memory(
-                0, 0, 4 * max(self.block, self._head_gradient // 4), copies, activations, logits, self._buffers
+                0, 0, 4 * max(self.trained_block, self._head_gradient // 4), copies, activations, logits, self._buffers
             )
-        blocks, kept = self.stage.layers * self.block, self.compute.moments
-        moments = 4 * (kept.blocks * blocks + kept.outside * (self.parameters - blocks)) // self.shards
-        return Memory(
-            4 * self.parameters // self.shards, moments, gradients, copies, activations, logits, self._buffers
-        )
+        blocks, kept = self.stage.layers * self.training["blocks"] // self.model.num_layers, self.compute.moments
+        moments = 4 * (kept.blocks * blocks + kept.outside * (self.trained - blocks)) // self.shards
+        masters = 4 * (self.parameters + self.reference) // self.shards
+        return Memory(masters, moments, gradients, copies, activations, logits, self._buffers)
 
     @property
     def _kept(self) -> int:
-        return int(self.stage.layers * in_flight(self.layout, self.stage.index) * self.one.kept)
+        return int(self.live * in_flight(self.layout, self.stage.index) * self.one.kept)
 
     @property
     def _backward_work(self) -> int:
         """Gradients of the inner width and of the stream; what they were made from is freed by then."""
         inner = self.tokens * self.model.mlp_width // self.layout.tp * self.compute.element_bytes
         still_needed = 2 if self.model.activation in _KEEPS_OUTPUT and not self.model.gated_mlp else 1
-        return still_needed * inner + 2 * self.stream
+        reads = _inputs_kept(self.model, self.compute.finetune)
+        scaled = inner if self.compute.finetune.lora and "mlp.up" in reads else 0  # the gradient of an adapter's output
+        return still_needed * inner + scaled + 2 * self.stream
 
     @property
     def _head_gradient(self) -> int:
-        return 4 * self.vocabulary if self.stage.last else 0
+        if not self.stage.last:
+            return 0
+        if "head.lora_a" in self.training:  # the matrix with its adapter, and the gradient of that
+            return 8 * self.head
+        return 4 * self.training[f"{self.head_name}.weight"]
 
     def _gradients(self, done: int) -> int:
         """Bytes of fp32 gradients, those of earlier micro-batches included, once `done` parameters have theirs."""
         if self.layout.accumulation > 1:
-            done = self.parameters
+            done = self.trained
         once = self.layout.zero == 1 or self.layout.pp > 1  # sums in full and cuts once for each step
         if self.layout.zero == 0 or (once and self.layout.accumulation > 1):
             return 4 * done
-        return 4 * done // self.shards + 4 * self.block
+        return 4 * done // self.shards + 4 * self.trained_block
 
     @property
     def _cast_blocks(self) -> int:
-        return self.stage.layers if self.layout.recompute == "none" else 0
+        return self.live if self.layout.recompute == "none" else 0
 
     def _copies(self, blocks: int, head: bool) -> int:
         """Weights in the compute dtype, when so many blocks and the head hold theirs."""
@@ -249,13 +358,19 @@ class Rank:
         if self.layout.zero < 3 and elsewhere:  # gathered for the whole step
             return size * self.parameters
         if self.layout.zero == 3 and elsewhere:  # the block at work and the one fetched ahead
-            return size * (2 * self.block + (self.vocabulary if head else 0))
-        return size * (blocks * self.block + (self.vocabulary if head else 0)) if self.compute.casts else 0
+            return size * (2 * self.block + (self.head if head else 0))
+        return size * (blocks * self.block + (self.head if head else 0)) if self.compute.casts else 0
 
     def _loss_work(self) -> int:
         """Working memory of one chunk of logits."""
+        if self.model.reward_head:
+            return 0
         vocabulary, size = self.model.padded_vocab_size // self.layout.tp, self.compute.element_bytes
         limit = LOGIT_CHUNK_BYTES[self.compute.device]
+        if self.compute.objective != "causal":  # losses of single sequences: the backward pass makes logits again
+            elements = min(self.tokens, max(1, limit // (4 * vocabulary))) * vocabulary
+            again = (4 + (size if self.compute.casts else 0)) * elements
+            return max(8 * elements - self._head_gradient, again)  # before there is a gradient of the head, and then
         if self.layout.tp > 1:  # whole chunks in fp32
             rows = min(self.tokens, max(1, limit // (4 * vocabulary)))
             if not self.compute.casts:
@@ -274,11 +389,24 @@ class Rank:
 
 
 @lru_cache
-def _local_sizes(model: Model, tp: int) -> dict[str, int]:
-    """Elements on one tensor rank of a block and of every tensor outside of the blocks."""
-    outside = tensor_shapes(model.model_copy(update={"num_layers": 0}))
-    sizes = {name: local_size(name, shape, tp) for name, shape in outside.items()}
-    return sizes | {"block": sum(local_size(name, shape, tp) for name, shape in block_shapes(model).items())}
+def _local_sizes(model: Model, tp: int, finetune: Finetune, trained: bool = False) -> Counter[str]:
+    """Elements on one tensor rank of all blocks together and of every tensor outside of them, or of what trains."""
+    sizes: Counter[str] = Counter()
+    for name, shape in all_shapes(model, finetune).items():
+        if not trained or finetune.trains(name):
+            sizes["blocks" if name.startswith("blocks.") else name] += local_size(name, shape, tp)
+    return sizes
+
+
+@lru_cache
+def _live(model: Model, finetune: Finetune) -> int:
+    """Blocks through which gradients flow."""
+    trained = [name for name in all_shapes(model, finetune) if finetune.trains(name)]
+    if any(name.startswith(("embed.", "positions.")) for name in trained):
+        return model.num_layers
+    return max(
+        (model.num_layers - int(name.split(".")[1]) for name in trained if name.startswith("blocks.")), default=0
+    )
 
 
 def memory_by_stage(model: Model, layout: Layout, length: int, compute: Compute) -> list[Memory]:

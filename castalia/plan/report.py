@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from math import log
+from math import log, prod
 from typing import Protocol
 
 from castalia.config.batch import batch_plan, tokens_until
+from castalia.config.preference import PAIRED
 from castalia.config.schema import Model, RunConfig
 from castalia.errors import ConfigError
-from castalia.plan.count import count, non_embedding, original_count
+from castalia.plan.count import all_shapes, count, non_embedding, original_count
 from castalia.plan.devices import Device, GiB
 from castalia.plan.flops import executed_flops, kv_cache_bytes, original_flops, training_flops
 from castalia.plan.layout import Layout, problem, rank_parts, stages_per_rank
-from castalia.plan.memory import Compute, checkpoint_bytes, memory_by_stage, moments_of
+from castalia.plan.memory import Compute, checkpoint_bytes, compute_of, memory_by_stage, moments_of
 from castalia.plan.words import MANY_EPOCHS, attention, clipping, evaluation, logging, precision, saves
 
 ENOUGH_TOKENS = 20  # for each id of the vocabulary, before the largest one that was seen says anything
@@ -93,9 +94,12 @@ def report(config: RunConfig, known: Known, hardware: Hardware | None = None, co
         )
     length, parameters = config.data.seq_length, count(model)
     original = original_count(model, layout.tp, layout.pp)
-    result["parameters"] = asdict(parameters) | {"as_the_original_counts": original}
+    sizes = {name: prod(shape) for name, shape in all_shapes(model, config.finetune).items()}
+    trained = sum(size for name, size in sizes.items() if config.finetune.trains(name))
+    result["parameters"] = asdict(parameters) | {"as_the_original_counts": original, "trained": trained}
     result["memory"] = _memory(model, layout, length, compute, hardware)
-    result["checkpoint"] = checkpoint_bytes(parameters.total, compute.moments.of(model), original, not compute.casts)
+    moments = compute.moments.of(model, config.finetune)
+    result["checkpoint"] = checkpoint_bytes(sum(sizes.values()), moments, original, not compute.casts)
     result["flops"] = {
         "per_token": training_flops(model, length),
         "executed_per_token": executed_flops(model, length, layout.recompute),
@@ -107,15 +111,16 @@ def report(config: RunConfig, known: Known, hardware: Hardware | None = None, co
 
 
 def described(config: RunConfig) -> Model:
-    """The architecture; learned positions as many as the sequence is long where the config leaves them open."""
+    """The architecture; what the config leaves open follows from the sequence and from what is to be learned."""
     if config.model is None:
         raise ConfigError("this config describes no model; name a file or preset that gives model.num_layers first")
-    return config.model.model_copy(update={"max_positions": config.model.max_positions or config.data.seq_length})
+    positions, reward = config.model.max_positions or config.data.seq_length, config.train.objective == "reward"
+    return config.model.model_copy(update={"max_positions": positions, "reward_head": reward})
 
 
 def default_compute(config: RunConfig, hardware: Hardware | None) -> Compute:
     device = "cpu" if hardware and hardware.device.name == "cpu" else "cuda"
-    return Compute(4 if config.precision.compute == "fp32" else 2, device, moments_of(config.optimizer))
+    return compute_of(config, 4 if config.precision.compute == "fp32" else 2, device)
 
 
 def layout_of(config: RunConfig, gpus: int | None) -> tuple[Layout, list[str]]:
@@ -166,11 +171,14 @@ def _implied_data_ranks(config: RunConfig) -> int:
 
 def training(config: RunConfig, known: Known, layout: Layout) -> dict:
     """The run in numbers: batch, tokens, epochs, schedule, what is saved. None for what is unknown."""
-    tokens_per_step = layout.batch * config.data.seq_length
+    paired = config.train.objective in PAIRED
+    one_side = layout.batch * config.data.seq_length
+    tokens_per_step = 2 * one_side if paired else one_side
     steps = run_steps(config, known, layout)
     end, warmup = decay(config, known, steps)
     return {
-        "sequences_per_step": layout.batch,
+        "sequences_per_step": layout.batch,  # or pairs
+        "samples": "pairs x 2" if paired else "sequences",
         "micro_batch": layout.micro_batch,
         "accumulation": layout.accumulation,
         "data_ranks": layout.dp,
@@ -179,7 +187,7 @@ def training(config: RunConfig, known: Known, layout: Layout) -> dict:
         "steps": steps,
         "seq_length_warmup": config.data.seq_length_warmup and config.data.seq_length_warmup.model_dump(),
         "tokens": int(_tokens(config, tokens_per_step, steps)) if steps else None,
-        "epochs": {corpus.path: epochs for corpus, epochs in _epochs(config, known, steps, tokens_per_step)},
+        "epochs": {corpus.path: epochs for corpus, epochs in _epochs(config, known, steps, one_side)},
         "first_lr": known.rate(0) if known.rate else None,
         "peak_lr": known.rate.peak if known.rate else config.optimizer.lr,
         "last_lr": known.rate(steps - 1) if known.rate and steps else None,
@@ -384,5 +392,5 @@ def _run_bytes(config: RunConfig, known: Known) -> int | None:
     if known.kept_checkpoints is None or config.model is None or config.model.vocab_size is None:
         return None
     model = described(config)
-    moments = moments_of(config.optimizer).of(model) if config.checkpoint.save_optimizer else 0
-    return known.kept_checkpoints * 4 * (count(model).total + moments)
+    moments = moments_of(config.optimizer).of(model, config.finetune) if config.checkpoint.save_optimizer else 0
+    return known.kept_checkpoints * 4 * (sum(map(prod, all_shapes(model, config.finetune).values())) + moments)

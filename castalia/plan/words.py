@@ -16,7 +16,7 @@ def describe_training(training: dict) -> Iterator[tuple[str, str]]:
     split = f"micro-batch {training['micro_batch']} x accumulation {training['accumulation']}"
     if training["data_ranks"] > 1:
         split += f" x {training['data_ranks']} data ranks"
-    size = f"{training['sequences_per_step']:,} sequences x {training['seq_length']}"
+    size = f"{training['sequences_per_step']:,} {training['samples']} x {training['seq_length']}"
     yield "batch", f"{size} = {training['tokens_per_step']:,} tokens a step ({split})"
     if warmup := training["seq_length_warmup"]:
         yield "lengths", f"from {warmup['start']} tokens to all {training['seq_length']} by step {warmup['steps']:,}"

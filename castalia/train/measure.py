@@ -9,7 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from castalia.plan.layout import Layout
-from castalia.plan.memory import Compute, memory_by_stage, moments_of
+from castalia.plan.memory import compute_of, memory_by_stage
 from castalia.plan.words import gib
 from castalia.train.start import Session
 
@@ -43,13 +43,13 @@ class PeakMemory:
 
 
 def describe_memory(session: Session, layout: Layout, peak_bytes: int) -> str:
-    """`peak_bytes`: of the step, beyond parameters and optimizer state."""
+    """`peak_bytes`: of the step, beyond parameters, optimizer state and a reference model."""
     assert session.config.model is not None
     states = chain.from_iterable(state.values() for state in session.optimizer.state.values())
-    local = (session.engine.part(t).local for t in chain(session.engine.parameters.values(), states))
+    reference = session.step.preference and session.step.preference.reference
+    frozen = reference.parameters.values() if reference else ()
+    local = (session.engine.part(t).local for t in chain(session.engine.parameters.values(), states, frozen))
     measured = peak_bytes + sum(tensor.numel() * tensor.element_size() for tensor in local)
-    compute = Compute(session.dtype.itemsize, session.device.type, moments_of(session.config.optimizer))
+    compute = compute_of(session.config, session.dtype.itemsize, session.device.type)
     stage = memory_by_stage(session.config.model, layout, session.config.data.seq_length, compute)[0]
-    frozen = any(not parameter.requires_grad for parameter in session.engine.parameters.values())
-    plan = f"plan says {gib(stage.total)}{' for a run in which everything trains' if frozen else ''}"
-    return f"memory: tensors took {gib(measured)}, {plan} ({measured / stage.total - 1:+.1%})"
+    return f"memory: tensors took {gib(measured)}, plan says {gib(stage.total)} ({measured / stage.total - 1:+.1%})"

@@ -6,24 +6,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from castalia.checkpoint.tensors import Checkpoint, Slices, Typed
-from castalia.config.schema import Model, RunConfig, Source
+from castalia.config.preference import needs_reference
+from castalia.config.schema import Model, RunConfig
 from castalia.errors import ConfigError
 from castalia.model.init import seeded_tensor
 
 if TYPE_CHECKING:
     import torch
-
-
-def needs_reference(config: RunConfig) -> bool:
-    """Whether a reference model has to compute what the data do not hold."""
-    objective, free = config.train.objective, config.preference.reference_free
-    if objective not in ("dpo", "kto") or (objective == "dpo" and free):
-        return False
-    return not all(_has_references(source) for source in (*config.data.train, *config.data.valid))
-
-
-def _has_references(source: Source) -> bool:
-    return bool(source.references) and (source.rejected is None or bool(source.rejected.references))
 
 
 def with_reference(config: RunConfig, source: Checkpoint | None) -> RunConfig:

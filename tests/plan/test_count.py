@@ -207,4 +207,6 @@ def test_every_preset_counts_like_the_model_on_the_meta_device(preset) -> None:
 def test_tensor_parallel_cuts() -> None:
     assert tp_dim("blocks.3.attn.qkv.bias") == tp_dim("embed.weight") == tp_dim("blocks.0.mlp.gate.weight") == 0
     assert tp_dim("blocks.0.attn.out.weight") == tp_dim("blocks.0.mlp.down.weight") == 1
+    assert (tp_dim("blocks.0.attn.qkv.lora_a"), tp_dim("blocks.0.attn.qkv.lora_b")) == (None, 0)
+    assert (tp_dim("blocks.0.mlp.down.lora_a"), tp_dim("blocks.0.mlp.down.lora_b")) == (1, None)
     assert tp_dim("blocks.0.attn.out.bias") is tp_dim("blocks.0.norm1.weight") is tp_dim("positions.weight") is None

@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from castalia.config.schema import Model, Optimizer
+from castalia.config.schema import Finetune, Lora, Model, Optimizer, Preference
+from castalia.model.adapters import add_adapters, freeze
 from castalia.model.transformer import Transformer
 from castalia.parallel.apply import apply_recompute
 from castalia.plan.layout import Layout, Stage, problem, stages
 from castalia.plan.memory import Compute, Rank, memory_by_stage, moments_of
 from castalia.train.optimizer import gradient_norm, gradients, make_optimizer
+from castalia.train.preference import dpo, reward_model
 
 LENGTH = 128
 BASE = {"num_layers": 3, "hidden_size": 64, "num_heads": 4, "vocab_size": 1024, "max_positions": LENGTH}
@@ -33,19 +35,39 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def peak_bytes(model: Model, layout: Layout, dtype: torch.dtype) -> int:
-    """Most bytes that tensors hold during a training step, parameters and optimizer state included."""
+def build(model: Model, dtype: torch.dtype, finetune: Finetune) -> Transformer:
     transformer = Transformer(model, compute_dtype=dtype)
+    add_adapters(transformer, finetune.lora)
+    freeze(transformer, finetune)
     for parameter in transformer.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
+    return transformer
+
+
+def peak_bytes(model: Model, layout: Layout, dtype: torch.dtype, compute: Compute | None = None) -> int:
+    """Most bytes that tensors hold during a training step, parameters and optimizer state included."""
+    compute = compute or Compute()
+    transformer = build(model, dtype, compute.finetune)
+    reference = build(model, dtype, Finetune()) if compute.reference else None
     apply_recompute(transformer, layout.recompute, dropout=False)
     optimizer = make_optimizer(dict(transformer.named_parameters()), Optimizer())
-    state = 12 * sum(parameter.numel() for parameter in transformer.parameters())
+    state = sum(4 * (3 if p.requires_grad else 1) * p.numel() for p in transformer.parameters())
+    state += sum(4 * p.numel() for p in reference.parameters()) if reference else 0
+
+    def loss(tokens: torch.Tensor) -> torch.Tensor:
+        if compute.objective == "causal":
+            return transformer(tokens, labels=tokens)[0]
+        with torch.no_grad():
+            logps = reference(tokens, labels=tokens, each=True) if reference else torch.zeros(len(tokens))
+        values = transformer(tokens, labels=tokens, each=True)
+        if compute.objective == "reward":
+            return reward_model(values, 0.0).losses.sum()
+        return dpo(values, logps, torch.full_like(values, LENGTH), Preference()).losses.sum()
 
     def step() -> None:
-        tokens = torch.randint(0, 100, (layout.micro_batch, LENGTH))
+        tokens = torch.randint(0, 100, (compute.sides * layout.micro_batch, LENGTH))
         for _ in range(layout.accumulation):
-            transformer(tokens, labels=tokens)[0].backward()
+            loss(tokens).backward()
         torch._foreach_mul_(gradients(transformer.parameters()), 1 / gradient_norm(gradients(transformer.parameters())))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -71,6 +93,33 @@ def test_a_training_step_takes_the_planned_memory(family, dtype, recompute) -> N
         layout = Layout(micro_batch=micro_batch, accumulation=accumulation, recompute=recompute)
         planned = Rank(model, layout, Stage(0, model.num_layers, True, True), LENGTH, compute).memory().total
         assert planned == pytest.approx(peak_bytes(model, layout, dtype), rel=0.05), (micro_batch, accumulation)
+
+
+PARTS = {
+    "adapters": {"finetune": Finetune(lora=Lora(rank=8))},
+    "adapters of some": {"finetune": Finetune(lora=Lora(rank=8, dropout=0.1, targets=("attn.qkv", "head")))},
+    "head alone": {"finetune": Finetune(train=("^head",))},
+    "last block": {"finetune": Finetune(train=("^blocks.2.", "^norm"))},
+    "frozen embedding": {"finetune": Finetune(freeze=("^embed",))},
+    "pairs": {"objective": "dpo", "reference": True},
+    "pairs with adapters": {"objective": "dpo", "reference": True, "finetune": Finetune(lora=Lora(rank=8))},
+    "reward": {"objective": "reward"},
+}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "recompute"),
+    [(torch.float32, "none"), (torch.bfloat16, "none"), (torch.bfloat16, "selective"), (torch.float32, "full")],
+    ids=["fp32", "bf16", "bf16-selective", "fp32-full"],
+)
+@pytest.mark.parametrize("part", PARTS)
+def test_so_does_a_step_of_which_parts_train_or_that_learns_from_pairs(part, dtype, recompute) -> None:
+    compute = Compute(dtype.itemsize, "cpu", **PARTS[part])
+    for family in ({"parallel_residual": True}, FAMILIES["llama"]):
+        model = Model(**(BASE | family), reward_head=compute.objective == "reward")
+        layout = Layout(micro_batch=3, recompute=recompute)
+        planned = memory_by_stage(model, layout, LENGTH, compute)[0].total
+        assert planned == pytest.approx(peak_bytes(model, layout, dtype, compute), rel=0.1), family
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "muon", "adafactor"])

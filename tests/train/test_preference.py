@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from castalia.config.load import load_config, load_run
 from castalia.data.indexed import Writer
 from castalia.errors import ConfigError
 from castalia.evaluate.perplexity import evaluate
-from castalia.train.loop import train
+from castalia.train.loop import rehearse, train
 from castalia.train.metrics import read_metrics
 from castalia.train.replay import replay
 from castalia.train.start import start
@@ -230,6 +231,15 @@ def test_only_adapters_learn_and_the_reference_has_none(config, tmp_path):
         name for name, parameter in session.engine.parameters.items() if not torch.equal(parameter, before[name])
     }
     assert changed and all(name.endswith((".lora_a", ".lora_b")) for name in changed)
+
+
+@pytest.mark.parametrize("objective", ["dpo", "reward"])
+def test_plan_knows_pairs_and_the_reference(config, tmp_path, capsys, objective):
+    rehearse(config(objective, tmp_path / "run"))
+    said = capsys.readouterr().out
+    assert "8 pairs x 2 x 12 = 192 tokens a step" in said
+    (off,) = re.findall(r"memory: .*\(([+-]\d+\.\d)%\)", said)
+    assert abs(float(off)) < 10
 
 
 def test_a_reward_model_judges_and_predicts_no_tokens(config, base, tmp_path):

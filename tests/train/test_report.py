@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -15,7 +16,7 @@ from castalia.cli.train import read_config, train
 from castalia.config.load import dump_config, load_config
 from castalia.data.indexed import Writer
 from castalia.errors import DataError
-from castalia.plan.report import warnings
+from castalia.plan.report import training, warnings
 from castalia.plan.words import attention
 from castalia.train.known import gather, kept_checkpoints
 from castalia.train.loop import rehearse
@@ -110,6 +111,26 @@ def test_kept_checkpoints_are_those_that_a_run_leaves(tiny, tmp_path):
     known = gather(load_config(tmp_path / "run"))
     assert known.kept_checkpoints == 4
     assert max(sizes) == pytest.approx(12 * 41_920, rel=0.1)  # what plan counts for each, manifest apart
+
+
+PARTS = {
+    "adapters": ["finetune.lora.rank=4"],
+    "head": ['finetune.train=["^head"]'],
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_run_of_which_a_part_trains_is_as_large_as_planned(tiny, straight, tmp_path, capsys, part):
+    options = [f"checkpoint.init_from={straight}", "train.steps=1", "eval.every=null", "precision.compute=fp32"]
+    config = tiny(tmp_path / "run", *options, *PARTS[part])
+    rehearse(config)
+    (off,) = re.findall(r"memory: .*\(([+-]\d+\.\d)%\)", capsys.readouterr().out)
+    assert abs(float(off)) < 10
+    session = start(config)
+    planned = training(session.config, known_to(session), planned_layout(session))["checkpoints_bytes"]
+    train(config)
+    tensors = (tmp_path / "run" / "checkpoints").glob("step_*/*.safetensors")
+    assert sum(file.stat().st_size for file in tensors) == pytest.approx(planned, rel=0.1)
 
 
 KERNELS = [
