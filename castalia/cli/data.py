@@ -250,7 +250,7 @@ def batch(
     ],
     step: Annotated[int, typer.Option(help="counted from 0", min=0)] = 0,
     split: Annotated[str, typer.Option(help="train, valid or test")] = "train",
-    npy: Annotated[Path | None, typer.Option(help="write the ids, [batch, seq_length + 1], to this file")] = None,
+    npy: Annotated[Path | None, typer.Option(help="write the ids, [batch, tokens + 1], to this file")] = None,
     as_json: Json = False,
 ) -> None:
     """Exactly which documents and tokens a step sees, decoded when the config names a tokenizer, and what of it counts
@@ -271,7 +271,8 @@ def batch(
     sides, positions = sides_of(samples), samples.positions(step).tolist()
     if npy is not None:
         with npy.open("wb") as file:
-            np.save(file, np.stack([side.sample(position)[0] for position in positions for side in sides.values()]))
+            texts = (side.sample(row)[0][: side.length(step) + 1] for row in positions for side in sides.values())
+            np.save(file, np.stack([*texts]))
     named = run.tokenizer.path is not None or run.tokenizer.kind is not None
     decoder = load_tokenizer(run.tokenizer) if named else None
     batches = {name: side.batch(step) for name, side in sides.items()}

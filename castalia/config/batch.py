@@ -5,11 +5,15 @@ Sizes that rise over the first steps are functions of the step alone, as everyth
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from functools import lru_cache
+from math import prod
 from typing import NamedTuple
 
 from castalia.config.schema import RunConfig, Warmup
 from castalia.errors import ConfigError
 
+_WARMUP = "train.batch_size_warmup"
 _PATHS = ("train.batch_size", "train.micro_batch_size", "train.accumulation")
 
 
@@ -17,6 +21,11 @@ class BatchPlan(NamedTuple):
     batch_size: int  # sequences of a step over all ranks
     micro_batch_size: int  # sequences of one forward pass on one rank
     accumulation: int  # forward passes of a step
+
+    def at(self, step: int, warmup: Warmup | None) -> BatchPlan:
+        """The same forward passes, but as many as a step (from 0) takes while the batch is rising."""
+        size = size_at(warmup, step, self.batch_size)
+        return self._replace(batch_size=size, accumulation=self.accumulation * size // self.batch_size)
 
     def rows_of(self, data_rank: int) -> list[int]:
         """The rows of the step's batch that one data rank takes, micro-batch by micro-batch."""
@@ -30,14 +39,39 @@ def size_at(warmup: Warmup | None, step: int, whole: int) -> int:
     return warmup.at(step, whole) if warmup else whole
 
 
+@lru_cache
+def _rising(warmup: Warmup, whole: int) -> tuple[int, ...]:
+    """The sums of the sizes before each step, up to the first step of the whole size."""
+    sums = [0]
+    while (size := warmup.at(len(sums) - 1, whole)) < whole:
+        sums.append(sums[-1] + size)
+    return tuple(sums)
+
+
+def sum_until(warmup: Warmup | None, steps: int, whole: int) -> int:
+    """The sum of the sizes of the first so many steps."""
+    sums = _rising(warmup, whole) if warmup else (0,)
+    rising = min(steps, len(sums) - 1)
+    return sums[rising] + (steps - rising) * whole
+
+
+def steps_within(warmup: Warmup | None, total: int, whole: int) -> int:
+    """How many steps' sizes add up to at most `total`."""
+    sums = _rising(warmup, whole) if warmup else (0,)
+    if total < sums[-1]:
+        return bisect_right(sums, total) - 1
+    return len(sums) - 1 + (total - sums[-1]) // whole
+
+
 def tokens_until(config: RunConfig, sequences: int, steps: int) -> int:
-    """Tokens of the first so many steps of so many sequences each."""
-    length, total = config.data.seq_length, 0
+    """Tokens of the first so many steps; `sequences`: of the whole batch."""
+    whole, total = (sequences, config.data.seq_length), 0
+    warmups = config.train.batch_size_warmup, config.data.seq_length_warmup
     for step in range(steps):
-        now = size_at(config.data.seq_length_warmup, step, length)
-        if now == length:
-            return total + (steps - step) * sequences * length
-        total += sequences * now
+        now = size_at(warmups[0], step, whole[0]), size_at(warmups[1], step, whole[1])
+        if now == whole:
+            return total + (steps - step) * prod(whole)
+        total += prod(now)
     return total
 
 
@@ -54,12 +88,20 @@ def batch_plan(config: RunConfig, dp: int = 1) -> BatchPlan:
     number of ranks changes the accumulation and never the batch. Raises ConfigError that says what would fit.
     """
     total, micro, steps = config.train.batch_size, config.train.micro_batch_size, config.train.accumulation
+    warmup = config.train.batch_size_warmup
     declared = planned_dp(config) or dp
     if total is None and micro is None:
         raise ConfigError(config.place(*_PATHS) + "the batch is unknown; give train.batch_size")
     if total is None:
         assert micro is not None
         total = micro * (steps or 1) * declared
+    if warmup and (total % warmup.unit or warmup.unit % ((micro or 1) * dp)):
+        place = config.place(f"{_WARMUP}.start", f"{_WARMUP}.multiple", *_PATHS)
+        raise ConfigError(
+            f"{place}{_WARMUP}: the multiple of its batches, {warmup.unit} sequences, must divide "
+            f"train.batch_size={total} and be a multiple of {_factors(config)}{dp} data-parallel ranks"
+        )
+    micro = micro or (warmup.unit // dp if warmup else None)
     if micro is None:
         micro = _divide(config, total, (steps or 1) * dp, dp)
     if steps is None or (dp != declared and total == micro * steps * declared):

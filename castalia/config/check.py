@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from castalia.config.batch import batch_plan, planned_dp
 from castalia.config.read import Findings
-from castalia.config.schema import Model, RunConfig
+from castalia.config.schema import Model, RunConfig, Warmup
 from castalia.errors import ConfigError
 
 
@@ -105,13 +105,8 @@ def length_warmup(config: RunConfig) -> Iterator[Problem]:
     warmup, length, parallel = config.data.seq_length_warmup, config.data.seq_length, config.parallel
     if warmup is None:
         return
-    path, multiple = "data.seq_length_warmup", warmup.multiple or warmup.start
-    if not multiple <= warmup.start <= length:
-        text = f"{path}.start={warmup.start} must lie between its multiple, {multiple}, and data.seq_length={length}"
-        yield Problem(text, (f"{path}.start", f"{path}.multiple", "data.seq_length"))
-    if config.train.objective != "causal":
-        text = f"train.objective={config.train.objective} judges whole texts: remove {path}"
-        yield Problem(text, ("train.objective", f"{path}.start"))
+    path, multiple = "data.seq_length_warmup", warmup.unit
+    yield from _warmup(config, warmup, path, "data.seq_length", length)
     for name in ("pp", "cp"):
         if getattr(parallel, name) > 1:
             text = f"{path} changes the shape of what ranks exchange, which parallel.{name} does not; set it to 1"
@@ -119,6 +114,31 @@ def length_warmup(config: RunConfig) -> Iterator[Problem]:
     if parallel.sequence_parallel and multiple % parallel.tp:
         text = f"parallel.sequence_parallel: the lengths of {path}, multiples of {multiple}, do not divide by"
         yield Problem(f"{text} parallel.tp={parallel.tp}", ("parallel.sequence_parallel", f"{path}.multiple"))
+
+
+def batch_warmup(config: RunConfig) -> Iterator[Problem]:
+    warmup, train, path = config.train.batch_size_warmup, config.train, "train.batch_size_warmup"
+    if warmup is None:
+        return
+    if train.batch_size is None or train.accumulation is not None:
+        text = f"{path} needs train.batch_size, which it rises to, and not train.accumulation, which rises with it"
+        yield Problem(text, (f"{path}.start", "train.accumulation"))
+        return
+    yield from _warmup(config, warmup, path, "train.batch_size", train.batch_size)
+    if config.parallel.pp > 1:
+        text = f"{path} changes the number of micro-batches, which a pipeline's schedule is made for; set parallel.pp=1"
+        yield Problem(text, (f"{path}.start", "parallel.pp"))
+    if config.neox_exact:
+        yield Problem(f"neox_exact: the original has no {path}", (f"{path}.start", "neox_exact"))
+
+
+def _warmup(config: RunConfig, warmup: Warmup, path: str, whole_path: str, whole: int) -> Iterator[Problem]:
+    if not warmup.unit <= warmup.start <= whole:
+        text = f"{path}.start={warmup.start} must lie between its multiple, {warmup.unit}, and {whole_path}={whole}"
+        yield Problem(text, (f"{path}.start", f"{path}.multiple", whole_path))
+    if config.train.objective != "causal":
+        text = f"train.objective={config.train.objective} judges whole texts in steps of one size: remove {path}"
+        yield Problem(text, ("train.objective", f"{path}.start"))
 
 
 def layout(config: RunConfig) -> Iterator[Problem]:
@@ -326,6 +346,7 @@ def _is_default(config: RunConfig, path: str) -> bool:
 
 
 CONTRADICTIONS = (
-    heads, mup, lengths, length_warmup, layout, batch, learning_rates, corpora, preferences, profile, watch,
+    heads, mup, lengths, length_warmup, batch_warmup, layout, batch, learning_rates, corpora, preferences, profile,
+    watch,
 )  # fmt: skip
 SURPRISES = (folders, without_effect)

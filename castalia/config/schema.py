@@ -191,11 +191,15 @@ class Warmup(Section):
     multiple: PositiveInt | None = Field(None, description="sizes are multiples of this; None: of start")
     root: PositiveInt = Field(1, description="1: the size rises linearly; 2: with the square root of the step; ...")
 
+    @property
+    def unit(self) -> int:
+        return self.multiple or self.start
+
     def at(self, step: int, whole: int) -> int:
         """The size in a step, from 0."""
         share = ((step + 1) / self.steps) ** (1 / self.root)
         size = math.floor(share * (whole - self.start) + self.start)
-        return min(whole, size - size % (self.multiple or self.start))
+        return min(whole, size - size % self.unit)
 
 
 class Data(Section):
@@ -206,7 +210,7 @@ class Data(Section):
     test: Sources = ()
     seq_length: PositiveInt = Field(2048, description="tokens of a sequence")
     seq_length_warmup: Warmup | None = Field(
-        None, description="the first steps train on the beginning of each sequence only; None: on the whole"
+        None, description="the first steps train on the beginning of each sequence only; None: on all of it"
     )
     packing: Literal["packed", "pack_until_overflow", "unpacked"] = Field(
         "packed", description="documents end to end; whole ones until one does not fit; one a sample"
@@ -370,6 +374,9 @@ class Train(Section):
     steps: PositiveInt | None = Field(None, description="optimizer steps; or give epochs")
     epochs: PositiveInt | None = Field(None, description="passes over the data")
     batch_size: PositiveInt | None = Field(None, description="sequences (or pairs) of a step over all ranks")
+    batch_size_warmup: Warmup | None = Field(
+        None, description="the first steps train on fewer sequences; None: on the whole batch"
+    )
     micro_batch_size: PositiveInt | None = Field(
         None, description="sequences (or pairs) of one forward pass on one rank"
     )

@@ -1,6 +1,7 @@
 """Batches as pure functions of config and step: no state, so that resuming at any step costs nothing.
 
-Step t takes positions [t * B, (t + 1) * B) of the data order, for every layout and micro-batch; when the data are used
+Step t takes positions [t * B, (t + 1) * B) of the data order, for every layout and micro-batch, and smaller batches of
+the first steps follow each other as closely; when the data are used
 up the order starts again, after dropping the incomplete micro-batch at its end as the original's loader does.
 """
 
@@ -17,7 +18,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from castalia.config.batch import batch_plan, size_at
+from castalia.config.batch import batch_plan, size_at, steps_within, sum_until
 from castalia.config.schema import RunConfig, Source, Text, Warmup
 from castalia.data.blend import blend, normalized, weights_by_documents
 from castalia.data.cache import cached, digest_of, index_names
@@ -105,26 +106,33 @@ class Samples:
     mask_documents: bool  # tokens see only their own document, and none predicts the next document's first
     exact: bool  # padding after the end of a text without labels is trained on, as the original does
     length_warmup: Warmup | None = None  # of training: batches hold the beginnings of the samples
+    batch_warmup: Warmup | None = None  # of training
 
     def __len__(self) -> int:
         return len(self.blended[0]) if self.blended else len(self.corpora[0].index)
 
     def steps(self, epochs: int) -> int:
         """Whole steps in so many passes over the data order."""
-        return self._micro_batches * epochs // self.accumulation
+        return steps_within(self.batch_warmup, self._micro_batches * epochs * self._micro_batch, self.batch_size)
+
+    @property
+    def _micro_batch(self) -> int:
+        """Sequences over all ranks, of which every step takes a multiple."""
+        return self.batch_warmup.unit if self.batch_warmup else self.batch_size // self.accumulation
 
     @property
     def _micro_batches(self) -> int:
-        return len(self) // (self.batch_size // self.accumulation)
+        return len(self) // self._micro_batch
 
     def positions(self, step: int) -> np.ndarray:
-        """Positions of the data order that a step takes, [batch_size]."""
-        size = self.batch_size // self.accumulation
+        """Positions of the data order that a step takes, [sequences]."""
+        size = self._micro_batch
         if not self._micro_batches:
             raise DataError(
                 f"{len(self)} samples do not fill one micro-batch of {size} sequences over all ranks: use more data"
             )
-        micro = np.arange(step * self.accumulation, (step + 1) * self.accumulation) % self._micro_batches
+        first, end = (sum_until(self.batch_warmup, steps, self.batch_size) // size for steps in (step, step + 1))
+        micro = np.arange(first, end) % self._micro_batches
         return (micro[:, None] * size + np.arange(size)).reshape(-1)
 
     def length(self, step: int) -> int:
@@ -216,8 +224,8 @@ class Samples:
         for array in self.blended or ():
             digest.update(np.ascontiguousarray(array).data)
         digest.update(f"{self.seq_length} {self.masked_after} {self.mask_documents}".encode())
-        if self.length_warmup:
-            digest.update(f"{self.length_warmup}".encode())
+        for warmup in filter(None, (self.length_warmup, self.batch_warmup)):
+            digest.update(f"{warmup}".encode())
         return digest.hexdigest()
 
 
@@ -262,6 +270,7 @@ def open_data(config: RunConfig, split: Split = "train", open_corpus: OpenCorpus
         mask_documents=config.data.mask_documents,
         exact=config.neox_exact,
         length_warmup=config.data.seq_length_warmup if split == "train" else None,
+        batch_warmup=config.train.batch_size_warmup if split == "train" else None,
     )
 
 
@@ -281,12 +290,11 @@ def _samples_wanted(config: RunConfig, split: Split, batch_size: int) -> int | N
     if config.train.steps is None or config.train.epochs is not None:
         return None
     evaluations = config.train.steps // config.eval.every + 1 if config.eval.every else 1
-    batches = {
-        "train": config.train.steps,
-        "valid": evaluations * config.eval.batches,
-        "test": config.eval.batches,
-    }
-    return batches[split] * batch_size
+    return {
+        "train": sum_until(config.train.batch_size_warmup, config.train.steps, batch_size),
+        "valid": evaluations * config.eval.batches * batch_size,
+        "test": config.eval.batches * batch_size,
+    }[split]
 
 
 def _open_part(config: RunConfig, prefix: str, split: Split, wanted: int | None) -> Corpus:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from math import log, prod
 from typing import Protocol
 
-from castalia.config.batch import batch_plan, tokens_until
+from castalia.config.batch import batch_plan, steps_within, sum_until, tokens_until
 from castalia.config.preference import PAIRED
 from castalia.config.schema import Model, RunConfig
 from castalia.errors import ConfigError
@@ -185,7 +185,14 @@ def training(config: RunConfig, known: Known, layout: Layout) -> dict:
         "seq_length": config.data.seq_length,
         "tokens_per_step": tokens_per_step,
         "steps": steps,
-        "seq_length_warmup": config.data.seq_length_warmup and config.data.seq_length_warmup.model_dump(),
+        "rising": {
+            name: (warmup.start, whole, warmup.steps)
+            for name, warmup, whole in (
+                ("sequences", config.train.batch_size_warmup, layout.batch),
+                ("tokens a sequence", config.data.seq_length_warmup, config.data.seq_length),
+            )
+            if warmup
+        },
         "tokens": int(_tokens(config, tokens_per_step, steps)) if steps else None,
         "epochs": {corpus.path: epochs for corpus, epochs in _epochs(config, known, steps, one_side)},
         "first_lr": known.rate(0) if known.rate else None,
@@ -225,7 +232,7 @@ def run_steps(config: RunConfig, known: Known, layout: Layout) -> int | None:
         return config.train.steps
     if config.train.epochs and known.corpora:
         tokens = config.train.epochs * sum(_training_tokens(config, corpus) for corpus in known.corpora)
-        return int(tokens // (layout.batch * config.data.seq_length))
+        return steps_within(config.train.batch_size_warmup, int(tokens // config.data.seq_length), layout.batch)
     return None
 
 
@@ -384,7 +391,8 @@ def _epochs(config: RunConfig, known: Known, steps: int | None, tokens_per_step:
     weights = sum(corpus.weight for corpus in known.corpora)
     if not steps:
         return []
-    seen = steps * tokens_per_step
+    length = config.data.seq_length
+    seen = sum_until(config.train.batch_size_warmup, steps, tokens_per_step // length) * length
     return [(c, seen * c.weight / weights / max(1.0, _training_tokens(config, c))) for c in known.corpora]
 
 

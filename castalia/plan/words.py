@@ -18,8 +18,8 @@ def describe_training(training: dict) -> Iterator[tuple[str, str]]:
         split += f" x {training['data_ranks']} data ranks"
     size = f"{training['sequences_per_step']:,} {training['samples']} x {training['seq_length']}"
     yield "batch", f"{size} = {training['tokens_per_step']:,} tokens a step ({split})"
-    if warmup := training["seq_length_warmup"]:
-        yield "lengths", f"from {warmup['start']} tokens to all {training['seq_length']} by step {warmup['steps']:,}"
+    for what, (start, whole, steps) in training["rising"].items():
+        yield "rising", f"from {start:,} {what} to {whole:,} in about {steps:,} steps"
     if training["steps"]:
         yield "the run", f"{training['steps']:,} steps, {training['tokens']:,} tokens"
     for path, epochs in training["epochs"].items():

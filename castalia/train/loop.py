@@ -247,9 +247,10 @@ class Run:
         )
         if finding and self.config.watch.policy == "rewind":
             self._rewind()
-        if usual := self.pace.look(seconds):
-            self._event("slow", step=done + 1, seconds=round(seconds, 6), usual_seconds=round(usual, 6))
-            self.display.line(f"step {done + 1}: steps take {seconds / usual:.1f} times as long as before")
+        alike = seconds * session.tokens_of(session.last) / session.tokens_of(done)  # as if all were of one size
+        if usual := self.pace.look(alike):
+            self._event("slow", step=done + 1, seconds=round(alike, 6), usual_seconds=round(usual, 6))
+            self.display.line(f"step {done + 1}: steps take {alike / usual:.1f} times as long as before")
         return result, seconds
 
     def _judge(self, loss: float, norm: float) -> bool:

@@ -64,7 +64,10 @@ class Session:
 
     def batch(self, step: int) -> Batch:
         """This data rank's part of the batch of a step (from 0)."""
-        return self.data.batch(step, self.plan.rows_of(self.engine.data_rank))
+        return self.data.batch(step, self.plan_at(step).rows_of(self.engine.data_rank))
+
+    def plan_at(self, step: int) -> BatchPlan:
+        return self.plan.at(step, self.config.train.batch_size_warmup)
 
     @property
     def last(self) -> int:
@@ -74,7 +77,7 @@ class Session:
 
     def tokens_of(self, step: int) -> int:
         """Tokens of the batch of a step (from 0)."""
-        return sum(self.plan.batch_size * side.length(step) for side in sides_of(self.data).values())
+        return sum(self.plan_at(step).batch_size * side.length(step) for side in sides_of(self.data).values())
 
     @property
     def resumed(self) -> bool:
@@ -134,6 +137,7 @@ def start(config: RunConfig) -> Session:
         gradient_factor=exact.gradient_factor,
         skipped=progress.skipped,
         preference=preference_loss(config, engine, dtype, plan),
+        batch_warmup=config.train.batch_size_warmup,
     )
     for model in engine.models:
         model.train()

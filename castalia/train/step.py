@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from castalia.config.batch import BatchPlan
+from castalia.config.schema import Warmup
 from castalia.data.loader import Batch
 from castalia.errors import TrainingError
 from castalia.parallel.engine import Engine, Rows
@@ -54,11 +55,12 @@ class TrainStep:
         gradient_factor: int = 1,
         skipped: int = 0,
         preference: PreferenceLoss | None = None,
+        batch_warmup: Warmup | None = None,
     ):
         self.engine, self.optimizer, self.rate, self.plan = engine, optimizer, rate, plan
         self.seed, self.clip_norm, self.scaler = seed, clip_norm, scaler
         self.micro_batch_means, self.gradient_factor = micro_batch_means, gradient_factor
-        self.skipped, self.preference = skipped, preference
+        self.skipped, self.preference, self.batch_warmup = skipped, preference, batch_warmup
         self.skipped_in_a_row = 0
 
     def __call__(self, step: int, batch: Batch, judge: Judge = lambda loss, norm: True) -> StepResult:
@@ -89,7 +91,7 @@ class TrainStep:
 
     def _forward_backward(self, step: int, batch: Batch, scale: float) -> torch.Tensor:
         """Leaves scaled gradients of the loss in the parameters; returns the loss, unscaled, on the device."""
-        plan, ranks = self.plan, self.engine.data_size
+        plan, ranks = self.plan.at(step, self.batch_warmup), self.engine.data_size
         seeds = [dropout_seed(self.seed, step, micro, self.engine.data_rank) for micro in range(plan.accumulation)]
         if self.preference:
             return self.preference.forward_backward(batch, scale * self.gradient_factor, seeds)

@@ -9,6 +9,7 @@ from castalia.config.load import load_config
 from castalia.errors import ConfigError
 
 MODEL = ["model.num_layers=4", "model.hidden_size=64", "model.num_heads=4", "model.vocab_size=430"]
+BATCHES = ["train.batch_size=16", "train.batch_size_warmup.steps=9"]
 LENGTHS = ["data.seq_length_warmup.steps=9"]
 
 CONTRADICTIONS = [
@@ -46,6 +47,12 @@ CONTRADICTIONS = [
         [*LENGTHS, "data.seq_length_warmup.start=6", "parallel.tp=4", "parallel.sequence_parallel=true"],
         "multiples of 6, do not divide by parallel.tp=4",
     ),
+    ([*BATCHES, "train.batch_size_warmup.start=32"], "train.batch_size_warmup.start=32 must lie between"),
+    ([*BATCHES, "train.batch_size_warmup.start=4", "train.accumulation=2"], "and not train.accumulation"),
+    ([*BATCHES, "train.batch_size_warmup.start=4", "parallel.pp=2"], "a pipeline's schedule is made for"),
+    ([*BATCHES, "train.batch_size_warmup.start=4", "neox_exact=true"], "the original has no train.batch_size_warmup"),
+    ([*BATCHES, "train.batch_size_warmup.start=4", "parallel.gpus=8"], "and be a multiple of 8 data-parallel ranks"),
+    ([*BATCHES, "train.batch_size_warmup.start=6", "parallel.gpus=2"], "6 sequences, must divide train.batch_size=16"),
     (["generate.mode=input-file"], "generate.mode=input-file needs generate.input_file"),
 ]
 

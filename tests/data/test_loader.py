@@ -4,11 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from castalia.config.batch import sum_until
 from castalia.config.load import load_config
-from castalia.config.schema import Data, Eval, Model, RunConfig, Source, Tokenizer, Train
+from castalia.config.schema import Data, Eval, Model, RunConfig, Source, Tokenizer, Train, Warmup
 from castalia.data.indexed import Writer
 from castalia.data.loader import SPLITS, batch_at, has_data, open_data
 from castalia.errors import ConfigError, DataError
@@ -300,3 +301,22 @@ def test_sequences_that_begin_short_are_the_beginnings_of_the_same_samples(tmp_p
         assert np.array_equal(cut.labels, whole.labels[:, :length])
     assert batch_at(short, 0, "valid").tokens.shape[1] == 8
     assert open_data(short).fingerprint != open_data(plain).fingerprint
+
+
+@given(batch=st.integers(1, 4), start=st.integers(1, 4), steps=st.integers(1, 12), root=st.integers(1, 2))
+@settings(max_examples=25, deadline=None)
+def test_small_batches_follow_each_other_through_the_same_order(tmp_path_factory, batch, start, steps, root):
+    path = tmp_path_factory.getbasetemp() / "order"
+    source = Source(path=str(path)) if path.with_suffix(".idx").exists() else corpus(path, [[*range(50)]] * 20)
+    unit, whole = start, start * batch
+    run = config(source, steps=15, batch=whole)
+    train = {"batch_size_warmup": Warmup(start=start, steps=steps, root=root)}
+    samples = open_data(run.model_copy(update={"train": run.train.model_copy(update=train)}))
+    taken = [samples.positions(step).tolist() for step in range(15)]
+    sizes, usable = [len(rows) for rows in taken], len(samples) // unit * unit
+    assert [position for rows in taken for position in rows] == [number % usable for number in range(sum(sizes))]
+    assert sizes == sorted(sizes) and sizes[0] >= start and set(sizes[steps:]) <= {whole}
+    assert all(size % unit == 0 for size in sizes)
+    one_pass = samples.steps(1)
+    assert sum_until(train["batch_size_warmup"], one_pass, whole) <= usable
+    assert sum_until(train["batch_size_warmup"], one_pass + 1, whole) > usable

@@ -320,12 +320,13 @@ def test_tensorboard_gets_what_metrics_get(tiny, tmp_path):
 
 
 def test_a_run_that_warms_up_goes_on_as_if_never_stopped(tiny, tmp_path):
-    warm = ["data.seq_length_warmup={start: 4, steps: 6}", "train.steps=8", "checkpoint.every=4"]
+    warm = ["data.seq_length_warmup={start: 4, steps: 6}", "train.batch_size_warmup={start: 4, steps: 3}"]
+    warm += ["train.steps=8", "train.micro_batch_size=2", "checkpoint.every=4", *DROPOUT]
     straight = run_with(tiny(tmp_path / "straight", *warm), evaluate)
     run_with(tiny(tmp_path / "stopped", *warm, "train.exit_interval=4"), evaluate)
     run_with(read_config([str(tmp_path / "stopped")]), evaluate)
     assert_equal_runs(straight, tmp_path / "stopped")
-    lengths = [4, 8, 8, 12, 12, 16, 16, 16]
-    assert [record["tokens"] for record in read_metrics(straight)] == [8 * sum(lengths[:n]) for n in range(1, 9)]
+    tokens = [4 * 4, 4 * 8, 8 * 8, 8 * 12, 8 * 12, 8 * 16, 8 * 16, 8 * 16]
+    assert [record["tokens"] for record in read_metrics(straight)] == [sum(tokens[:n]) for n in range(1, 9)]
     planned = report(load_config(straight), Known())["training"]
-    assert planned["tokens"] == 8 * sum(lengths) and planned["tokens_per_step"] == 8 * 16
+    assert planned["tokens"] == sum(tokens) and planned["tokens_per_step"] == 8 * 16
