@@ -93,6 +93,19 @@ def _training(config: RunConfig) -> dict[str, Any]:
     }
     if config.train.accumulation:
         keys["gradient_accumulation_steps"] = config.train.accumulation
+    if warmup := config.data.seq_length_warmup:
+        keys["curriculum_learning"] = {
+            "enabled": True,
+            "curriculum_type": "seqlen",
+            "min_difficulty": warmup.start,
+            "max_difficulty": config.data.seq_length,
+            "schedule_type": "fixed_root",
+            "schedule_config": {
+                "total_curriculum_step": warmup.steps,
+                "difficulty_step": warmup.unit,
+                "root_degree": warmup.root,
+            },
+        }
     if schedule.decay_fraction and not schedule.decay_steps:
         keys["lr_decay_fraction"] = schedule.decay_fraction
     choices = {"config": "override_lr_scheduler", "checkpoint": "use_checkpoint_lr_scheduler"}

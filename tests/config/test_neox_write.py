@@ -8,7 +8,7 @@ import pytest
 
 from castalia.config.load import load_config, preset_names
 from castalia.config.neox_write import lost, to_neox
-from castalia.config.schema import Data, Model, Optimizer, RunConfig, Schedule
+from castalia.config.schema import Data, Model, Optimizer, RunConfig, Schedule, Train, Warmup
 from castalia.errors import ConfigError
 
 SMALL = Model(num_layers=2, hidden_size=64, num_heads=4, max_positions=2048)
@@ -39,6 +39,8 @@ def test_presets_come_back(name: str) -> None:
         ("model", SMALL.model_copy(update={"vocab_multiple": 3}), None),
         ("schedule", Schedule(style="wsd"), "schedule.style"),
         ("data", Data(mask_documents=True), "data.mask_documents"),
+        ("data", Data(seq_length_warmup=Warmup(start=16, steps=9, multiple=8, root=2)), None),
+        ("train", Train(batch_size=8, batch_size_warmup=Warmup(start=2, steps=9)), "train.batch_size_warmup.start"),
         ("optimizer", Optimizer(clip_norm=None), None),
     ],
 )
