@@ -28,7 +28,8 @@ def test_two_ranks_go_back_together(pool, tiny, tmp_path, layout):
     events, losses = [], []
     for folder in (one, two):
         losses.append([record["loss"] for record in read_metrics(folder)])
-        events.append([(event["event"], event["step"], event.get("back_to")) for event in read_events(folder)])
+        found = [event for event in read_events(folder) if event["event"] != "slow"]  # which is the machine's doing
+        events.append([(event["event"], event["step"], event.get("back_to")) for event in found])
     assert events[0] == events[1] and "rewind" in {event for event, *_ in events[0]}
     np.testing.assert_allclose(losses[0], losses[1], rtol=2e-6)
     last = len(losses[1])
