@@ -345,7 +345,9 @@ class Rank:
         once = self.layout.zero == 1 or self.layout.pp > 1  # sums in full and cuts once for each step
         if self.layout.zero == 0 or (once and self.layout.accumulation > 1):
             return 4 * done
-        return 4 * done // self.shards + 4 * self.trained_block
+        # A block's gradients, the same laid out for the ranks that they go to, and on CPUs gloo's copy of that.
+        at_once = 1 if self.shards == 1 else 3 if self.compute.device == "cpu" else 2
+        return 4 * done // self.shards + 4 * at_once * self.trained_block
 
     @property
     def _cast_blocks(self) -> int:
