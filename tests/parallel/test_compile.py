@@ -16,6 +16,7 @@ LAYOUTS = {
     "one process": (1, []),
     "dp2 zero0": (2, []),
     "zero1": (2, ["parallel.zero=1"]),
+    "zero2": (2, ["parallel.zero=2"]),
     "zero3": (2, ["parallel.zero=3"]),
     "tp2": (2, ["parallel.tp=2"]),
     "tp2 zero3": (4, ["parallel.tp=2", "parallel.zero=3"]),
