@@ -17,8 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from train import Work, our_model, renamed
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from train import Work, our_model, renamed, their_config
 
 from castalia.config.load import load_config
 from castalia.config.schema import Model
@@ -57,21 +56,10 @@ class Numbers:
         return "".join(f"{number} " for number in ids)
 
 
-def their_model(shape: Model, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> GPTNeoXForCausalLM:
-    model = GPTNeoXForCausalLM(
-        GPTNeoXConfig(
-            vocab_size=shape.padded_vocab_size,
-            hidden_size=shape.hidden_size,
-            num_hidden_layers=shape.num_layers,
-            num_attention_heads=shape.num_heads,
-            intermediate_size=shape.mlp_width,
-            rotary_pct=shape.rotary_pct,
-            max_position_embeddings=2048,
-            hidden_act="gelu_new",
-            use_parallel_residual=shape.parallel_residual,
-            attn_implementation="sdpa",
-        )
-    )
+def their_model(shape: Model, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.nn.Module:
+    from transformers import GPTNeoXForCausalLM
+
+    model = GPTNeoXForCausalLM(their_config(shape, 2048, use_cache=True))
     weights = dict(weights)
     model.get_output_embeddings().load_state_dict({"weight": weights.pop("head.weight")})
     model.gpt_neox.load_state_dict(renamed(weights))

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from generate import Numbers
 from train import Work, batch_of, their_config, their_step
 
 from castalia.config.batch import BatchPlan
@@ -184,21 +185,6 @@ def check_tokens(bench: Bench, shape: Model, host: Transformer, tokens: torch.Te
         assert same == total or name == "bf16", f"{name}: {same} of {total} greedy tokens are those of the CPU"
         cells.append([f"greedy tokens, {name}", f"{total}", f"{same} alike", f"{1 - same / total:.0%}"])
     return cells
-
-
-class Numbers:
-    """A tokenizer whose text is the ids themselves, without an end of document, so that all tokens are written."""
-
-    eod_id = None
-
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-
-    def encode(self, text: str) -> list[int]:
-        return [int(word) for word in text.split()]
-
-    def decode(self, ids: list[int]) -> str:
-        return "".join(f"{number} " for number in ids)
 
 
 def written(model: Transformer, prompts: list[list[int]], count: int) -> list[list[int]]:
