@@ -11,7 +11,6 @@ import mmap
 import os
 import struct
 import zipfile
-import zlib
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from castalia.checkpoint.checksum import crc32
 from castalia.checkpoint.lazy import bounds
 from castalia.checkpoint.tensors import ITEM_BYTES, Slices, Typed
 from castalia.checkpoint.unpickle import unpickle
@@ -56,7 +56,7 @@ class Blob:
         if self.crc32 and not self.verified:
             crc = 0
             for start in range(0, self.size, CHUNK_BYTES):
-                crc = zlib.crc32(data[start : start + CHUNK_BYTES].data, crc)
+                crc = crc32(data[start : start + CHUNK_BYTES].data, crc)
             if crc != self.crc32:
                 raise CheckpointError(
                     f"{self.path} is damaged: bytes {self.offset} to {self.offset + self.size} have checksum "

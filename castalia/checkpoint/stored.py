@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from castalia.checkpoint.checksum import crc32
 from castalia.checkpoint.container import CHUNK_BYTES, as_integers
 from castalia.checkpoint.lazy import bounds
 from castalia.checkpoint.tensors import ITEM_BYTES, Slices, Typed, name_of
@@ -88,7 +88,7 @@ class StoredTensor(Typed):
             with open(extent.path, "rb", buffering=0) as file:
                 file.seek(extent.offset)
                 while left and (data := file.read(min(left, CHUNK_BYTES))):
-                    crc, left = zlib.crc32(data, crc), left - len(data)
+                    crc, left = crc32(data, crc), left - len(data)
             self._check_size(extent)
             self.check_crc(extent, crc)
 
@@ -122,7 +122,7 @@ class StoredTensor(Typed):
                 if not count:
                     self._check_size(extent)
                 if checked:
-                    crc = zlib.crc32(data[done : done + count], crc)
+                    crc = crc32(data[done : done + count], crc)
                 done += count
         if checked:
             self.check_crc(extent, crc)
@@ -217,7 +217,7 @@ def write_safetensors(path: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -
     text += b" " * (-len(text) % 8)
     data = [as_bytes(tensor) for _, tensor in tensors]
     with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
-        checksums = beside.map(zlib.crc32, data)
+        checksums = beside.map(crc32, data)
         for piece in (memoryview(len(text).to_bytes(8, "little") + text), *data):
             _write_all(file.fileno(), piece)
         os.fsync(file.fileno())

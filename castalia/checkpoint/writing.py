@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 
+from castalia.checkpoint.checksum import crc32
 from castalia.checkpoint.container import as_integers
 from castalia.checkpoint.lazy import bounds
 from castalia.checkpoint.stored import DTYPE_CODES, SLICE_BYTES, StoredTensor, as_bytes
@@ -137,7 +137,7 @@ def write_tensors(
             for part in slices_of(data):
                 file.write(part)
                 if checksums:
-                    found[name][1] = zlib.crc32(part, found[name][1])
+                    found[name][1] = crc32(part, found[name][1])
             advance(len(data))
     return found
 
@@ -199,7 +199,7 @@ class Verified(Typed):
             return value
         box, extents = bounds(self.shape, slices), self.source.extents
         if len(extents) == 1 and box and box[0][0] == self.rows and tuple(value.shape[1:]) == self.shape[1:]:
-            self.rows, self.crc32 = box[0][1], zlib.crc32(as_bytes(value), self.crc32)
+            self.rows, self.crc32 = box[0][1], crc32(as_bytes(value), self.crc32)
             if self.rows == self.shape[0] and extents[0].crc32 is not None:
                 self.source.check_crc(extents[0], self.crc32)
             self.verified = self.rows == self.shape[0]

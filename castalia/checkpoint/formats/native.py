@@ -20,7 +20,6 @@ import re
 import shutil
 import socket
 import time
-import zlib
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -33,6 +32,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 import castalia
+from castalia.checkpoint.checksum import crc32
 from castalia.checkpoint.lazy import Cast
 from castalia.checkpoint.stored import DTYPE_CODES, DTYPES, Extent, StoredTensor, inside, write_safetensors
 from castalia.checkpoint.tensors import AdamState, Checkpoint, Progress, Shard, TensorRef, name_of
@@ -211,7 +211,7 @@ def write_manifest(folder: Path, about: Mapping, ranks: list[dict[str, dict]]) -
                 known = manifest[kind].setdefault(name, entry)
                 if known is not entry:
                     known["extents"] += entry["extents"]
-    manifest["crc32"] = zlib.crc32(_canonical(manifest))
+    manifest["crc32"] = crc32(_canonical(manifest))
     _write_text(folder / MANIFEST, json.dumps(manifest))
 
 
@@ -304,7 +304,7 @@ def _read_manifest(path: Path) -> dict:
         raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{file} is damaged, it cannot be parsed: {error}. Use another step.") from error
-    if zlib.crc32(_canonical(manifest)) != written:
+    if crc32(_canonical(manifest)) != written:
         raise CheckpointError(
             f"{file} is damaged: its content does not have the checksum {written} in it. Use another step."
         )
