@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import pickle
 import struct
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -18,12 +17,11 @@ from typing import Any
 import torch
 
 from castalia.checkpoint.stored import as_bytes
+from castalia.checkpoint.stored_zip import StoredZip
 from castalia.checkpoint.tensors import TensorRef
 from castalia.checkpoint.unpickle import STORAGE_DTYPES
-from castalia.checkpoint.writing import Advance, Output, ahead, num_bytes, pieces, slices_of
+from castalia.checkpoint.writing import Advance, Output, ahead, num_bytes, pieces
 
-ALIGNMENT = 64  # of storages, as torch.save has it
-LOCAL_HEADER_BYTES, ZIP64_BYTES = 30, 20
 STORAGES = {dtype: name for name, dtype in STORAGE_DTYPES.items() if name != "Untyped"}
 
 
@@ -53,33 +51,19 @@ def pt_output(name: str, value: Any) -> Output:
 def write_pt(path: Path, title: str, value: Any, advance: Advance) -> None:
     """Write the file. `title`: the folder inside the archive, by custom the file's name without ending."""
     pickler = _Pickler(value)
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in (("data.pkl", pickler.finish()), ("byteorder", b"little")):
-            _add(archive, f"{title}/{name}", len(content), [content])
+    with open(path, "wb") as file:
+        archive = StoredZip(file)
+
+        def add_small(name: str, content: bytes) -> None:
+            archive.add(f"{title}/{name}", len(content), [memoryview(content)], lambda count: None)
+
+        add_small("data.pkl", pickler.finish())
+        add_small("byteorder", b"little")
         for key, ref in enumerate(pickler.tensors):
             data = (as_bytes(piece) for piece in pieces(ref))
-            _add(archive, f"{title}/data/{key}", num_bytes(ref), data, advance)
-        _add(archive, f"{title}/version", 2, [b"3\n"])
-
-
-def _add(
-    archive: zipfile.ZipFile, name: str, size: int, data: Iterable[Any], advance: Advance = lambda count: None
-) -> None:
-    """A stored member whose content begins at a multiple of `ALIGNMENT`, by means of an extra field of its header."""
-    info = zipfile.ZipInfo(name)
-    info.file_size = size
-    large = size * 1.05 > zipfile.ZIP64_LIMIT
-    start = archive.fp.tell() + LOCAL_HEADER_BYTES + len(name) + (ZIP64_BYTES if large else 0)  # type: ignore[union-attr]
-    padding = -(start + 4) % ALIGNMENT
-    info.extra = b"FB" + struct.pack("<H", padding) + b"Z" * padding
-    with archive.open(info, "w", force_zip64=large) as member:
-        for piece in ahead(iter(data)):
-            for part in slices_of(memoryview(piece)):
-                member.write(part)
-            advance(len(piece))
-    if info.file_size != size:
-        raise ValueError(f"{name} has {info.file_size} bytes instead of {size}")
-    info.extra = b""  # the directory needs no padding
+            archive.add(f"{title}/data/{key}", num_bytes(ref), ahead(data), advance)
+        add_small("version", b"3\n")
+        archive.finish()
 
 
 class _Pickler:

@@ -1,0 +1,75 @@
+"""Zip archives whose members are stored as they are and begin at multiples of 64 bytes, as `torch.save` writes them.
+
+Members are streamed. Python's zipfile could write them too, but takes its own checksums, which cost more than writing.
+Layout: PKWARE's .ZIP File Format Specification 6.3.10, sections 4.3.7 (local headers), 4.3.12 to 4.3.16 (directory).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import BinaryIO
+
+from castalia.checkpoint.checksum import crc32
+from castalia.checkpoint.writing import slices_of
+
+ALIGNMENT = 64
+IN_64_BITS = 0xFFFFFFFF  # stands where 32 bits do not hold a number
+WIDE = IN_64_BITS  # the first such number
+LOCAL = struct.Struct("<4s5H3L2H")
+ENTRY = struct.Struct("<4s6H3L5H2L")
+END_64 = struct.Struct("<4sQ2H2L4Q")
+LOCATOR = struct.Struct("<4sLQL")
+END = struct.Struct("<4s4H2LH")
+VERSION, UTF8_NAMES, STORED, TIME, DATE = 45, 0x800, 0, 0, 0x21  # 4.5 knows 64-bit sizes; midnight, January 1, 1980
+
+
+@dataclass
+class StoredZip:
+    file: BinaryIO  # new, open for writing
+    entries: list[bytes] = field(default_factory=list)  # of the directory
+
+    def add(self, name: str, size: int, pieces: Iterable[memoryview], advance: Callable[[int], None]) -> None:
+        """A member of `size` bytes. Raises ValueError if the pieces have others in sum."""
+        start, encoded = self.file.tell(), name.encode()
+        sizes = struct.pack("<2H2Q", 1, 16, size, size) if size >= WIDE else b""
+        padding = -(start + LOCAL.size + len(encoded) + len(sizes) + 4) % ALIGNMENT
+        extra = sizes + b"FB" + struct.pack("<H", padding) + b"Z" * padding
+        self.file.seek(start + LOCAL.size + len(encoded) + len(extra))
+        crc = done = 0
+        for piece in pieces:
+            for part in slices_of(piece):
+                self.file.write(part)
+                crc = crc32(part, crc)
+            done += len(piece)
+            advance(len(piece))
+        if done != size:
+            raise ValueError(f"{name} has {done} bytes instead of {size}")
+        end = self.file.tell()
+        self.file.seek(start)
+        short = _short(size)
+        common = (VERSION, UTF8_NAMES, STORED, TIME, DATE, crc, short, short, len(encoded))
+        self.file.write(LOCAL.pack(b"PK\3\4", *common, len(extra)) + encoded + extra)
+        self.file.seek(end)
+        self._enter(common, start, size, encoded)
+
+    def _enter(self, common: tuple[int, ...], start: int, size: int, name: bytes) -> None:
+        wide = [*([size, size] if size >= WIDE else []), *([start] if start >= WIDE else [])]
+        extra = struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
+        entry = ENTRY.pack(b"PK\1\2", VERSION, *common, len(extra), 0, 0, 0, 0, _short(start))
+        self.entries.append(entry + name + extra)
+
+    def finish(self) -> None:
+        """Write the directory, always with the record of 64-bit numbers."""
+        start, count, directory = self.file.tell(), len(self.entries), b"".join(self.entries)
+        end = start + len(directory)
+        self.file.write(directory)
+        record = (END_64.size - 12, VERSION, VERSION, 0, 0, count, count, len(directory), start)
+        self.file.write(END_64.pack(b"PK\6\6", *record) + LOCATOR.pack(b"PK\6\7", 0, end, 1))
+        short = (min(count, 0xFFFF), min(count, 0xFFFF), _short(len(directory)), _short(start))
+        self.file.write(END.pack(b"PK\5\6", 0, 0, *short, 0))
+
+
+def _short(number: int) -> int:
+    return number if number < WIDE else IN_64_BITS
