@@ -1,7 +1,7 @@
 """Training steps side by side: ours against transformers' GPTNeoXForCausalLM and litgpt's GPT with fused AdamW.
 
-    python benchmarks/train.py [--model pythia-14m] [--batch 4] [--seq 512] [--precision bf16 ...] [--rounds 7]
-                               [--compiled] [--cpu-time] [--quick]
+    python benchmarks/train.py [--model pythia-14m] [--batch 4] [--seq 512] [--precision bf16 ...]
+                               [--allocator same ...] [--rounds 7] [--recompute] [--compiled] [--cpu-time] [--quick]
 
 Each side runs in a process of its own, and they take turns step by step, so that all meet the same machine. All start
 from the same weights, see the same batches, clip at 1.0 and must report the same losses. litgpt takes part where it can
@@ -20,6 +20,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from typing import NamedTuple
@@ -37,6 +38,7 @@ from castalia.plan.memory import Compute, memory_by_stage
 
 # Largest relative difference of losses: fp32 sums in another order; bf16 rounds every activation.
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
+ALLOCATORS = ("default", "same")
 WARMUP_STEPS = 2
 
 
@@ -47,6 +49,7 @@ class Work:
     seq: int
     precision: str
     allocator: str
+    recompute: bool = False  # blocks keep their inputs alone
     compiled: bool = False  # the peers' model
     cpu_time: bool = False  # of one thread, instead of wall clock
 
@@ -71,6 +74,7 @@ def ours(work: Work) -> Callable[[int], float]:
     """A step as `castalia train` takes it."""
     from castalia.config.schema import Optimizer
     from castalia.parallel.engine import Engine
+    from castalia.parallel.recompute import apply_recompute
     from castalia.train.hardware import DTYPES, keep_freed_memory
     from castalia.train.optimizer import make_optimizer
     from castalia.train.schedule import LearningRate
@@ -78,6 +82,7 @@ def ours(work: Work) -> Callable[[int], float]:
 
     keep_freed_memory()
     model = our_model(work, compute_dtype=DTYPES[work.precision]).train()
+    apply_recompute(model, "full" if work.recompute else "none", dropout=False)
     optimizer = make_optimizer(dict(model.named_parameters()), Optimizer(lr=1e-3, weight_decay=0.1))
     rate = LearningRate(peak=1e-3, minimum=0.0, warmup=0.0, end=1, style="constant")
     step = TrainStep(Engine(model), optimizer, rate, BatchPlan(work.batch, work.batch, 1), seed=1, clip_norm=1.0)
@@ -94,6 +99,8 @@ def theirs(work: Work) -> Callable[[int], float]:
     weights = our_model(work).state_dict()
     model.get_output_embeddings().load_state_dict({"weight": weights.pop("head.weight")})
     model.gpt_neox.load_state_dict(renamed(weights))
+    if work.recompute:
+        model.gradient_checkpointing_enable()
     if work.compiled:
         model.compile(dynamic=False)
     step = their_step(model, dtype_of(work))
@@ -106,6 +113,7 @@ def litgpts(work: Work) -> Callable[[int], float]:
     from litgpt.config import Config
     from litgpt.model import GPT
     from litgpt.utils import chunked_cross_entropy
+    from torch.utils.checkpoint import checkpoint
 
     prepare(work)
     shape = work.model
@@ -128,7 +136,9 @@ def litgpts(work: Work) -> Callable[[int], float]:
         if ".qkv." in name:  # ours: head by head; theirs: all queries, all keys, all values
             weights[name] = tensor.unflatten(0, (shape.num_heads, 3, -1)).transpose(0, 1).flatten(0, 2)
     model.load_state_dict(renamed(weights, LITGPT))
-
+    if work.recompute:
+        for block in model.transformer.h:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if work.compiled:
         model.compile(dynamic=False)
 
@@ -319,7 +329,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq", type=int, default=512)
     parser.add_argument("--precision", nargs="+", choices=TOLERANCE, default=list(TOLERANCE))
+    parser.add_argument("--allocator", nargs="+", choices=ALLOCATORS, default=ALLOCATORS)
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each side")
+    parser.add_argument("--recompute", action="store_true", help="all sides forget the activations inside of blocks")
     parser.add_argument("--compiled", action="store_true", help="the peers also through torch.compile")
     parser.add_argument("--cpu-time", action="store_true", help="of one thread, for a machine that others share")
     parser.add_argument("--quick", action="store_true", help="1 x 64 tokens, 3 rounds: does it run and agree?")
@@ -344,9 +356,10 @@ def main() -> None:
     for precision in args.precision:
         peak = matmul_rate(DTYPES[precision], clock)
         compute = Compute(DTYPES[precision].itemsize, "cpu")
-        plan = memory_by_stage(model, Layout(micro_batch=args.batch), args.seq, compute)[0].total
-        for allocator in ("default", "same"):
-            work = Work(model, args.batch, args.seq, precision, allocator, cpu_time=args.cpu_time)
+        layout = Layout(micro_batch=args.batch, recompute="full" if args.recompute else "none")
+        plan = memory_by_stage(model, layout, args.seq, compute)[0].total
+        for allocator in args.allocator:
+            work = Work(model, args.batch, args.seq, precision, allocator, args.recompute, cpu_time=args.cpu_time)
             found = race(work, args.rounds, names)
             medians = {name: statistics.median(timed.seconds) for name, timed in found.items()}
             for name, timed in found.items():
