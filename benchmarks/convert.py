@@ -51,7 +51,9 @@ def convert(source: Path, target: Path, form: str, layout: str | None = None) ->
     from castalia.checkpoint.formats import open_checkpoint
     from castalia.checkpoint.writing import WriteOptions
     from castalia.cli.convert import parse_layout
+    from castalia.train.hardware import keep_freed_memory
 
+    keep_freed_memory()  # as the command does
     checkpoint = convert.prepare(open_checkpoint(source))
     chosen, options = convert.TARGETS[form], WriteOptions(parse_layout(layout))
     plan = chosen.plan(checkpoint, options)
@@ -81,7 +83,8 @@ def child(work: Callable[..., None], arguments: tuple, connection) -> None:
     import castalia.checkpoint.formats.huggingface_write
     import castalia.checkpoint.formats.native_write
     import castalia.checkpoint.formats.neox_write
-    import castalia.cli.convert  # noqa: F401
+    import castalia.cli.convert
+    import castalia.train.hardware  # noqa: F401
 
     if work is resave:
         import transformers  # noqa: F401

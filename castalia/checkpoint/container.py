@@ -46,6 +46,18 @@ class Blob:
     crc32: int = 0  # 0: none was written
     verified: bool = field(default=False, compare=False)
 
+    def read(self, start: int, out: memoryview) -> None:
+        """Fill `out` with the bytes from `start` on. Errors as for `map`."""
+        if not self.verified:
+            self.map()
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self.offset + start)
+            done = 0
+            while done < len(out):
+                if not (count := file.readinto(out[done:])):
+                    raise CheckpointError(f"{self.path} has become shorter while it was read")
+                done += count
+
     def map(self) -> np.memmap:
         """The bytes. Raises CheckpointError when the file is shorter now or the checksum does not fit."""
         if (found := os.stat(self.path).st_size) < self.offset + self.size:
@@ -62,7 +74,7 @@ class Blob:
                     f"{self.path} is damaged: bytes {self.offset} to {self.offset + self.size} have checksum "
                     f"{crc:08x}, {self.crc32:08x} was written. Use another copy of this file or another step"
                 )
-            self.verified = True
+        self.verified = True
         return data
 
 
@@ -85,6 +97,9 @@ class FileTensor(Typed):
         if out.numel():
             integers, size = as_integers(out), ITEM_BYTES[self.dtype_name]
             first = self.offset + sum(start * step for (start, _), step in zip(box, self.stride, strict=True))
+            if out.stride() == self.stride:  # consecutive in the file, too
+                self.blob.read(first * size, integers.reshape(-1).view(np.uint8).data)
+                return out
             strides = [step * size for step in self.stride]
             data = self.blob.map()[first * size :]
             np.copyto(integers, np.ndarray(lengths, integers.dtype, data, strides=strides))

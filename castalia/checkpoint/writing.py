@@ -23,7 +23,7 @@ from castalia.checkpoint.lazy import bounds
 from castalia.checkpoint.stored import DTYPE_CODES, SLICE_BYTES, StoredTensor, as_bytes
 from castalia.checkpoint.tensors import ITEM_BYTES, Slices, TensorRef, Typed
 
-PIECE_BYTES = 8 << 20  # small enough for the processor's cache and for memory that is used again
+PIECE_BYTES = 2 << 20  # small enough for the processor's cache and for memory that is used again
 SHARD_BYTES = 4 << 30
 
 Advance = Callable[[int], None]  # called with the bytes written since the last call

@@ -105,7 +105,9 @@ def _describe(checkpoint: Checkpoint, plan: Plan, target: Path, inside: str, wit
 
 def _write(plan: Plan, target: Path, mark: str, inside: str, force: bool) -> None:
     from castalia.checkpoint import convert
+    from castalia.train.hardware import keep_freed_memory
 
+    keep_freed_memory()  # each piece is as large as the one before
     started = time.monotonic()
     with _progress(plan) as advance:
         try:
