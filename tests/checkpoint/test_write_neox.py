@@ -186,6 +186,13 @@ def test_small_biases_of_fp16_round(tmp_path: Path) -> None:
         assert torch.equal(source.optimizer[name]["master"].read(), result.optimizer[name]["master"].read())
 
 
+def test_weights_cast_to_fp16_are_proved_against_their_masters(tmp_path: Path) -> None:
+    """Casting rounds once, dividing small biases over the ranks a second time."""
+    source = made(MODELS["parallel"], scale=0.001)
+    proof = verify(source, write(convert.prepare(source, torch.float16), tmp_path / "a", tp=4))
+    assert proof.holds and 0 < proof.rounded <= 8
+
+
 @pytest.mark.parametrize("kind", ["parallel", "sequential tied"])
 def test_an_uneven_bias_and_vocabulary(kind: str, tmp_path: Path) -> None:
     """On three ranks the rows grow by zeros, and summed biases may differ in the last bit."""
