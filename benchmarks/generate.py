@@ -14,6 +14,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -76,15 +77,19 @@ def sides(shape: Model, precision: str) -> tuple[Writer, Writer, Judge]:
     Both have the same weights; for int8 the peer has them in fp32.
     """
     dtype = DTYPES["bf16" if precision == "int8" else precision]
-    ours = our_model(Work(shape, 1, 1, precision.replace("int8", "bf16"), "same"))
-    theirs = their_model(shape, ours.state_dict(), torch.float32 if precision == "int8" else dtype)
-    ours = ours.to(dtype).eval()
-    pack(ours, int8=precision == "int8")
+    plain = our_model(Work(shape, 1, 1, precision.replace("int8", "bf16"), "same"))
+    theirs = their_model(shape, plain.state_dict(), torch.float32 if precision == "int8" else dtype)
+    plain.to(dtype).eval().requires_grad_(False)
     numbers = Numbers(shape.padded_vocab_size)
-    ours.cfg = shape.model_copy(update={"vocab_size": shape.padded_vocab_size})  # transformers writes padding rows too
+    plain.cfg = shape.model_copy(update={"vocab_size": shape.padded_vocab_size})  # transformers writes padding rows too
+    ours = {}
+    for count in (1, ROWS):
+        ours[count] = deepcopy(plain)
+        pack(ours[count], int8=precision == "int8", rows=count)
 
     def write_ours(row: Row) -> list[list[int]]:
-        texts = generate(ours, numbers, row.prompts, max_tokens=row.new, batch_size=len(row.prompts))
+        count = len(row.prompts)
+        texts = generate(ours[count], numbers, row.prompts, max_tokens=row.new, batch_size=count)
         return [numbers.encode(text) for text in texts]
 
     @torch.inference_mode()
@@ -170,6 +175,7 @@ def main() -> None:
     parser.add_argument("--model", default="pythia-14m", help="a preset of the GPT-NeoX family")
     parser.add_argument("--new", type=int, default=64, help="tokens written for each prompt")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--precision", choices=list(BYTES), action="append", help="default: all")
     parser.add_argument("--quick", action="store_true", help="8 tokens, 2 rounds: does it run and agree?")
     args = parser.parse_args()
     if args.quick:
@@ -179,7 +185,7 @@ def main() -> None:
     print(f"{args.model}, {args.new} tokens, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
     print("| precision | what | ours ms | ours tokens/s | transformers ms | ratio | of the floor |")
     print("|---|---|---|---|---|---|---|")
-    for precision in BYTES:
+    for precision in args.precision or BYTES:
         writers = sides(shape, precision)
         for row in rows(args.new, args.quick):
             mine, peers = race(writers, row, args.rounds, TOLERANCE[precision])

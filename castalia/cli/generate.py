@@ -78,7 +78,8 @@ def command(
     settings = _settings(checkpoint, config, given)
     if world > 1 and settings.mode == "interactive":
         raise ConfigError(f"{world} processes cannot all read the terminal; give --prompt or --file")
-    batches = _typed(settings.prompt_end) if settings.mode == "interactive" else [prompt or _prompts(settings)]
+    prompts = [""] if settings.mode == "interactive" else prompt or _prompts(settings)
+    batches = _typed(settings.prompt_end) if settings.mode == "interactive" else [prompts]
     sampling = Sampling(
         max_tokens=settings.max_tokens,
         temperature=settings.temperature,
@@ -91,7 +92,8 @@ def command(
     )
     with process_group(choose_device(device).type):
         words = _tokenizer(checkpoint, tokenizer)
-        model = _load(checkpoint, dtype, device, tp, pp, world)
+        rows = min(len(prompts) * settings.num_samples, batch_size)  # written at a time
+        model = _load(checkpoint, dtype, device, tp, pp, world, rows)
         _write_all(model, words, batches, settings, sampling, as_json, quiet=not is_main())
 
 
@@ -183,7 +185,7 @@ def _tokenizer(checkpoint: Checkpoint, path: str | None) -> Tokenizer:
     return load_tokenizer(TokenizerConfig(path=path)) if path else load_tokenizer_for(checkpoint)
 
 
-def _load(checkpoint: Checkpoint, dtype: str, device: str, tp: int, pp: int, world: int) -> Writer:
+def _load(checkpoint: Checkpoint, dtype: str, device: str, tp: int, pp: int, world: int, rows: int) -> Writer:
     import torch
 
     from castalia.checkpoint.load import build_model
@@ -199,7 +201,7 @@ def _load(checkpoint: Checkpoint, dtype: str, device: str, tp: int, pp: int, wor
         return load_split(checkpoint, tp, pp, number, place)
     model = build_model(checkpoint, place, number)
     if place.type == "cpu" and number != torch.float16:
-        pack(model, int8)
+        pack(model, int8, rows)
     return model
 
 

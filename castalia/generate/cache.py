@@ -9,66 +9,97 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+NOWHERE = 1 << 40  # a place behind all others, which no query sees
+
 
 class KVCache:
-    """Rows of one batch. All hold the same number of tokens until `set_lengths` says otherwise.
+    """Rows of one batch, each of which takes up as many tokens as the others.
 
-    A row's token lies at the place of its position, so that rows of unequal length need no padding in front; what lies
-    beyond a row's length is overwritten by its next tokens and never seen.
+    Tokens lie in slots, side by side for all rows. A slot's number is the place of its token, until `set_lengths`
+    leaves gaps in some rows.
     """
 
     def __init__(self, rows: int, capacity: int, device: torch.device) -> None:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values of those layers and heads that are here
-        self.capacity = capacity
-        self.length = 0
-        self.lengths: Tensor | None = None
-        self.rows = torch.arange(rows, device=device)[:, None]
-        self.places = self.rows
+        self.rows, self.capacity = rows, capacity
+        self.length = self.end = 0  # slots in use, without and with the reserved ones
+        self.places = torch.arange(capacity, device=device)[None]  # of the slots: [1 or rows, capacity]
+        self.gaps = False
+        self.keys = self.places[:, :0]
 
-    def set_lengths(self, lengths: Tensor) -> None:
-        """Only this many tokens of each row count; some row has all `length` of them. [rows]"""
-        self.lengths = lengths
+    def set_lengths(self, lengths: Sequence[int]) -> None:
+        """Only this many tokens of each row count, behind which the next ones are placed."""
+        if min(lengths) < self.length:
+            ends, slots = torch.tensor(lengths, device=self.places.device)[:, None], self.places
+            seen = slots.where(slots < ends, NOWHERE)
+            self.places, self.gaps = seen.where(slots < self.length, slots - self.length + ends), True
 
     def reserve(self, count: int) -> Tensor:
-        """The places of the next `count` tokens: [rows, count], or [1, count] where all rows are alike."""
-        steps = torch.arange(count, device=self.rows.device)[None]
-        self.places = steps + (self.length if self.lengths is None else self.lengths[:, None])
-        return self.places
-
-    def num_keys(self, count: int) -> int:
-        return self.length + count
+        """The places of the next `count` tokens: [rows or 1, count]."""
+        self.end = self.length + count
+        self.keys = self.places[:, : self.end]
+        return self.places[:, self.length : self.end]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """Attention with all tokens so far."""
-        return F.scaled_dot_product_attention(q, *self.append(layer, k, v), **options)
+        keys, values = self.layer(layer, k)
+        keys.narrow(2, self.length, k.shape[2]).copy_(k)
+        values.narrow(2, self.length, k.shape[2]).copy_(v)
+        keys, values = keys.narrow(2, 0, self.end), values.narrow(2, 0, self.end)
+        return F.scaled_dot_product_attention(q, keys, values, **options)
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one layer's keys and values [rows, kv, t, d] at the reserved places; all so far, [rows, kv, k, d]."""
-        end = self.length + k.shape[2]
+    def layer(self, layer: int, k: Tensor) -> tuple[Tensor, Tensor]:
+        """One layer's keys and values [rows, kv, capacity, d], for keys like `k` [..., kv, t, d]."""
         if layer not in self.layers:
-            shape = (len(self.rows), k.shape[1], self.capacity, k.shape[3])
+            shape = (self.rows, k.shape[1], self.capacity, k.shape[3])
             # Zeros, because a masked value still takes part in a product with 0, where NaN would spread.
-            self.layers[layer] = k.new_zeros(shape), v.new_zeros(shape)
-        keys, values = self.layers[layer]
-        for stored, new in ((keys, k), (values, v)):
-            if self.lengths is None:
-                stored.narrow(2, self.length, k.shape[2]).copy_(new)
-            else:
-                stored[self.rows, :, self.places] = new.transpose(1, 2)
-        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
+            self.layers[layer] = k.new_zeros(shape), k.new_zeros(shape)
+        return self.layers[layer]
 
     def advance(self, count: int) -> None:
         """All layers have stored the reserved tokens."""
         self.length += count
-        if self.lengths is not None:
-            self.lengths = self.lengths + count
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows only, given by their places among the present ones."""
-        chosen = torch.tensor(rows, device=self.rows.device)
+        chosen = torch.tensor(rows, device=self.places.device)
         self.layers = {layer: (k[chosen], v[chosen]) for layer, (k, v) in self.layers.items()}
-        self.rows = self.rows[: len(rows)]
-        if self.lengths is not None:
-            lengths = self.lengths[chosen]
-            self.length = int(lengths.max())
-            self.lengths = lengths if int(lengths.min()) < self.length else None
+        self.rows = len(rows)
+        if self.gaps:
+            self.places = self.places[chosen]
+
+
+class Prompts:
+    """Fills a cache: prompts go through the model one behind the other, as one sequence [1, total] without padding.
+
+    Each sees itself alone, and is stored in those rows of the cache that begin with it.
+    """
+
+    gaps = False
+
+    def __init__(self, cache: KVCache, rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> None:
+        self.cache, self.rows, self.lengths = cache, rows, list(lengths)
+        self.end = max(lengths)
+
+    def reserve(self, count: int) -> Tensor:
+        self.keys = torch.cat([self.cache.places[:, :length] for length in self.lengths], dim=1)
+        return self.keys
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options: Any
+    ) -> Tensor:
+        keys, values = self.cache.layer(layer, k)
+        mixed, end = [], 0
+        for rows, length in zip(self.rows, self.lengths, strict=True):
+            part = slice(end, end := end + length)
+            mask = None if attn_mask is None else attn_mask[..., part, part]
+            for row in rows:
+                keys[row, :, :length] = k[0, :, part]
+                values[row, :, :length] = v[0, :, part]
+            mixed.append(
+                F.scaled_dot_product_attention(q[:, :, part], k[:, :, part], v[:, :, part], attn_mask=mask, **options)
+            )
+        return torch.cat(mixed, dim=2)
+
+    def advance(self, count: int) -> None:
+        self.cache.length = max(self.cache.length, self.end)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple, Union
 
 import torch
 from torch import Tensor
 
 from castalia.errors import DataError
-from castalia.generate.cache import KVCache
+from castalia.generate.cache import KVCache, Prompts
 from castalia.generate.sample import Noise, choose
 from castalia.generate.text import TextStream, Tokenizer
 from castalia.model.transformer import Transformer
@@ -18,6 +19,7 @@ from castalia.model.transformer import Transformer
 if TYPE_CHECKING:
     from castalia.parallel.inference import SplitModel
 
+PORTION = 2048  # tokens of several prompts that are read at a time
 Prompt = str | Sequence[int]
 Writer = Union[Transformer, "SplitModel"]  # the whole model, or parts of it on several ranks
 
@@ -129,17 +131,32 @@ def _read(model: Writer, rows: Sequence[Row], max_tokens: int) -> tuple[KVCache,
     for row in rows:
         if limit is not None and row.length > limit:
             row.start = len(row.ids) - max(1, limit // 2)
-    longest = max(row.length for row in rows)
-    capacity = longest + max(max_tokens - row.count for row in rows)
+    capacity = max(row.length for row in rows) + max(max_tokens - row.count for row in rows)
     device = next(model.parameters()).device
     cache = KVCache(len(rows), min(capacity, limit or capacity), device)
-    lengths = torch.tensor([row.length for row in rows], device=device)
-    padded = [row.ids[row.start :] + [0] * (longest - row.length) for row in rows]
-    # Padding lies behind each row's tokens, where causal attention keeps it out of sight.
-    hidden = model.hidden(torch.tensor(padded, device=device), cache=cache)
-    if any(row.length < longest for row in rows):
-        cache.set_lengths(lengths)
-    return cache, hidden[torch.arange(len(rows), device=device), lengths - 1]
+    held = [tuple(row.ids[row.start :]) for row in rows]
+    prompts = list(dict.fromkeys(held))  # rows that hold the same are read once
+    states = []
+    for portion in _portions(prompts):
+        readers = [[i for i, ids in enumerate(held) if ids == prompt] for prompt in portion]
+        lengths = [len(prompt) for prompt in portion]
+        tokens = torch.tensor([list(chain(*portion))], device=device)
+        hidden = model.hidden(tokens, cache=Prompts(cache, readers, lengths))
+        states.append(hidden[0, torch.tensor(lengths, device=device).cumsum(0) - 1])
+    cache.set_lengths([len(ids) for ids in held])
+    order = [prompts.index(ids) for ids in held]
+    return cache, torch.cat(states)[torch.tensor(order, device=device)]
+
+
+def _portions(prompts: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
+    """Prompts that go through the model together: enough to keep it busy, few enough for its memory."""
+    portion: list[tuple[int, ...]] = []
+    for prompt in prompts:
+        if portion and sum(map(len, portion)) + len(prompt) > PORTION:
+            yield portion
+            portion = []
+        portion.append(prompt)
+    yield portion
 
 
 def _prompt_ids(model: Writer, tokenizer: Tokenizer, prompt: Prompt) -> list[int]:

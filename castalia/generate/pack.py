@@ -1,4 +1,4 @@
-"""Weights in the form in which a CPU multiplies few rows by them fastest: reading them once is all that should count.
+"""A model in the form in which a CPU writes fastest: few kernels, each of which reads its weights at full speed.
 
 The products of a packed model take the weights' precision; whatever lies between them is fp32, because kernels for
 bf16 rows are slower on CPUs than those for fp32, above all attention.
@@ -6,37 +6,45 @@ bf16 rows are slower on CPUs than those for fp32, above all attention.
 
 from __future__ import annotations
 
-import math
-from typing import cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from castalia.model.layers import Embedding, Linear
-from castalia.model.transformer import Transformer
+from castalia.generate.products import Bf16Product, Fp32Product, Int8Product
+from castalia.model.attention import Context
+from castalia.model.layers import MLP, Linear
+from castalia.model.transformer import Block, Transformer
 
-SMALL = 1 << 17  # elements: such matrices stay in a core's cache as fp32, whose products start soonest
-FEW = 64  # rows; with more it is the arithmetic that counts, which plain products do best
+SMALL = 1 << 18  # elements: such matrices stay in a core's cache as fp32, whose products start soonest
+
+Affine = tuple[Tensor, Tensor | None]  # weight [out, in] and bias [out]
+Maker = Callable[[Affine], Any]  # of a product's module
 
 
-def pack(model: Transformer, int8: bool = False) -> None:
+@torch.no_grad()
+def pack(model: Transformer, int8: bool = False, rows: int = 1) -> None:
     """Change a model on the CPU, with parameters in fp32 or bf16, so that it can do nothing but write, faster.
 
-    Weights keep their dtype, or become int8 with a scale for each row. A tied head gets a copy of its own.
+    Weights keep their dtype, or become int8 with a scale for each row. `rows`: so many texts are written at a time.
+    A tied head gets a copy of its own.
     """
     dtype = model.embed.weight.dtype
     if dtype == torch.bfloat16 and not (int8 or has_bf16_kernels()):
         return
     kind = Int8Product if int8 else {torch.float32: Fp32Product, torch.bfloat16: Bf16Product}[dtype]
-    if model.head is None:
-        model.head = cast(Linear, product(kind, model.embed.weight, None))
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, Linear):
-                setattr(module, name, product(kind, child.weight, child.bias))
-            elif not isinstance(child, Embedding) and not list(child.children()):
-                child.float()
+
+    def product(affine: Affine) -> nn.Module:
+        return (Fp32Product if affine[0].numel() < SMALL else kind)(*affine, rows)
+
+    for name, block in model.blocks.items():
+        assert isinstance(block, Block)
+        side_by_side = block.parallel and not block.drops_attention
+        model.blocks[name] = SideBySide(block, product) if side_by_side else _packed(block, product)
+    model.head = product((model.head_weight, None))  # type: ignore[assignment]
+    if model.norm is not None:
+        model.norm.float()
     model.compute_dtype = torch.float32
 
 
@@ -44,60 +52,91 @@ def has_bf16_kernels() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def product(kind: type[nn.Module], weight: Tensor, bias: Tensor | None) -> nn.Module:
-    weight, bias = weight.detach(), None if bias is None else bias.detach()
-    return (Fp32Product if weight.numel() < SMALL else kind)(weight, bias)
+class SideBySide(nn.Module):
+    """A block whose attention and MLP begin with one product and end in one, which sums what both give.
 
-
-class Fp32Product(nn.Module):
-    """A share of the rows for each thread, since libraries leave products with few rows to one.
-
-    Wide matrices lie column by column: read row by row they would not get near the memory's bandwidth.
+    Scales and shifts of the two norms have moved into the first.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, block: Block, product: Maker) -> None:
         super().__init__()
-        size, inner = weight.shape
-        self.weight = weight.float().T.contiguous().T if size > inner else weight.float()
-        self.bias = None if bias is None else bias.float()
-        shares = math.gcd(size, torch.get_num_threads())
-        self.shares = self.weight.view(shares, size // shares, inner).transpose(1, 2)
-        self.biases = torch.zeros(1) if self.bias is None else self.bias.view(shares, 1, -1)
+        attn, mlp = block.attn, block.mlp
+        self.attn, self.width, self.activate = attn, attn.qkv.out_features, _activation(mlp)
+        norm2 = block.norm2 or block.norm1
+        self.first = product(_stacked(_behind(block.norm1, attn.qkv), *(_behind(norm2, x) for x in _inner(mlp))))
+        self.last = product(_added(attn.out, mlp.down))
+        self.norm = block.norm1.float()
+        for name, parameter in self.norm.named_parameters():
+            parameter.fill_(name == "weight")
+        del attn.qkv, attn.out
+        attn.float()
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        both = self.first(self.norm(x))
+        mixed, inner = self.attn.mix(both[..., : self.width], context), self.activate(both[..., self.width :])
+        return x + self.last(torch.cat((mixed, inner), dim=-1))
+
+
+class PackedMLP(nn.Module):
+    """Gate and inner matrix are one product."""
+
+    def __init__(self, mlp: MLP, product: Maker) -> None:
+        super().__init__()
+        self.inner, self.activate = product(_stacked(*map(_affine, _inner(mlp)))), _activation(mlp)
+        self.down = product(_affine(mlp.down))
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        if len(rows) > FEW:
-            return F.linear(x, self.weight, self.bias)
-        out = torch.baddbmm(self.biases, rows.expand(len(self.shares), -1, -1), self.shares)
-        return out.transpose(0, 1).reshape(*x.shape[:-1], -1)
+        return self.down(self.activate(self.inner(x)))
 
 
-class Bf16Product(nn.Module):
-    """In the order that oneDNN's kernels want, who otherwise would reorder the weight each time."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight, 1), bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x.bfloat16(), self.weight, self.bias, "none", [], "").float()
+def _packed(block: Block, product: Maker) -> Block:
+    block.attn.qkv, block.attn.out = product(_affine(block.attn.qkv)), product(_affine(block.attn.out))
+    block.mlp = PackedMLP(block.mlp, product)  # type: ignore[assignment]
+    for part in (block.norm1, block.norm2, block.attn.qk_norm):
+        if part is not None:
+            part.float()
+    return block
 
 
-class Int8Product(nn.Module):
-    """The nearest of 255 multiples of each row's scale, which is bf16 as the kernel wants it."""
+def _inner(mlp: MLP) -> list[Linear]:
+    return [mlp.up] if mlp.gate is None else [mlp.up, mlp.gate]
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        wide = weight.float()
-        self.scale = (wide.abs().amax(dim=1) / 127).clamp(min=1e-30).bfloat16()
-        self.codes = (wide / self.scale[:, None].float()).round().clamp(-127, 127).char()
-        self.bias = None if bias is None else bias.float()
 
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]).bfloat16()
-        if len(rows) > FEW:
-            out = F.linear(rows, self.codes.bfloat16()) * self.scale
-        else:
-            out = torch._weight_int8pack_mm(rows, self.codes, self.scale)
-        out = out.view(*x.shape[:-1], -1).float()
-        return out if self.bias is None else out.add_(self.bias)
+def _activation(mlp: MLP) -> Callable[[Tensor], Tensor]:
+    activation = mlp.activation
+    if mlp.gate is None:
+        return activation
+
+    def gated(x: Tensor) -> Tensor:
+        up, gate = x.chunk(2, dim=-1)
+        return activation(gate) * up
+
+    return gated
+
+
+def _affine(linear: Linear) -> Affine:
+    return linear.whole_weight, linear.bias
+
+
+def _behind(norm: nn.Module, linear: Linear) -> Affine:
+    """What the linear map does to the norm's input when that lacks scale and shift."""
+    weight, bias = _affine(linear)
+    scale, shift = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    if shift is not None:
+        shifted = weight.float() @ shift.float()
+        bias = shifted if bias is None else bias + shifted
+    return weight if scale is None else weight.float() * scale.float(), bias
+
+
+def _stacked(*parts: Affine) -> Affine:
+    """All parts of the same input, one behind the other."""
+    weight = torch.cat([weight for weight, _ in parts])
+    if all(bias is None for _, bias in parts):
+        return weight, None
+    return weight, torch.cat([weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in parts])
+
+
+def _added(*linears: Linear) -> Affine:
+    """The sum of what they give, for their inputs one behind the other."""
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    return torch.cat([linear.whole_weight for linear in linears], dim=1), sum(biases[1:], biases[0]) if biases else None

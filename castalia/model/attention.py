@@ -16,20 +16,14 @@ from castalia.model.positions import Rotation, alibi_slopes, rotate
 
 
 class Cache(Protocol):
-    """What attention sees besides the tokens at hand: earlier ones, or those of other ranks.
+    """What attention sees besides the tokens at hand: earlier ones, or those of other ranks."""
 
-    `length` tokens come before these; where rows differ, `lengths` [b], which is None otherwise.
-    """
-
-    length: int
-    lengths: Tensor | None
+    keys: Tensor  # places of all tokens that attention sees, [b, k], or [1, k] where all rows are alike
+    gaps: bool  # keys at or before a query's place may be out of its sight, so that a mask has to say it
+    end: int  # all places lie before it
 
     def reserve(self, count: int) -> Tensor:
-        """The places of the next `count` tokens: [b, count], or [1, count] where all rows are alike."""
-        ...
-
-    def num_keys(self, count: int) -> int:
-        """How many keys a mask has to tell of when `count` tokens are at hand."""
+        """The places of the next `count` tokens, like `keys`, which has to be read after this."""
         ...
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -68,8 +62,13 @@ class Attention(nn.Module):
         self.slopes = alibi_slopes(cfg.num_heads) if cfg.position == "alibi" else None
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        b, t, _ = x.shape
-        qkv = self.qkv(x).view(b, t, -1, self.group + 2, self.head_size)  # batch, time, kv heads, group + k + v, d
+        return self.out(self.mix(self.qkv(x), context))
+
+    def mix(self, qkv: Tensor, context: Context) -> Tensor:
+        """What the heads find, [b, t, n d], from queries, keys and values [b, t, (n + 2 kv) d]."""
+        b, t, _ = qkv.shape
+        dtype = qkv.dtype
+        qkv = qkv.view(b, t, -1, self.group + 2, self.head_size)  # batch, time, kv heads, group + k + v, d
         qk, v = qkv[..., :-1, :], qkv[..., -1, :]
         if self.qk_norm is not None:
             qk = self.qk_norm(qk)
@@ -90,7 +89,7 @@ class Attention(nn.Module):
             scale=self.scale,
             enable_gqa=self.group > 1,
         )
-        return self.out(mixed.transpose(1, 2).reshape(b, t, -1).to(x.dtype))
+        return mixed.transpose(1, 2).reshape(b, t, -1).to(dtype)
 
     def mask(self, context: Context, q: Tensor) -> Tensor | None:
         if self.slopes is None or context.distance is None:

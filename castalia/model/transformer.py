@@ -120,17 +120,16 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """The hidden state [b, t, h] from which logits come, so that a caller can choose the tokens it needs."""
         t = tokens.shape[1]
-        start, num_keys = (0, t) if cache is None else (cache.length, cache.num_keys(t))
         # Places in the sequence, which say who sees whom; `positions` may differ from them.
         places = torch.arange(t, device=tokens.device)[None] if cache is None else cache.reserve(t)
         if positions is None:
             positions = places if documents is None else restarted(documents)
-            end = start + t
+            end = t if cache is None else cache.end
         else:
             end = int(positions.max()) + 1
         x = tokens if tokens.is_floating_point() else self.embedded(tokens, positions, end)
         rotary = None if self.rotary is None else self.rotary(positions, end, x.dtype)
-        context = self.context(rotary, places, num_keys, documents, cache)
+        context = self.context(rotary, places, documents, cache)
         for block in self.blocks.values():
             x = block(x, context)
         if cache is not None:
@@ -158,18 +157,16 @@ class Transformer(nn.Module):
         self,
         rotary: Rotation | None,
         places: Tensor,
-        num_keys: int,
         documents: Tensor | None,
         cache: Cache | None,
     ) -> Context:
         """What the blocks share. A mask is built only where no fast path of the kernels says the same."""
         t, window, alibi = places.shape[1], self.cfg.sliding_window, self.cfg.position == "alibi"
-        ragged = cache is not None and cache.lengths is not None
-        needs_window = window is not None and num_keys > window + 1
-        whole = t == num_keys or t == 1  # queries are all keys, or the last one: no mask says it
-        if whole and not (ragged or needs_window or alibi or documents is not None):
+        keys, gaps = (places, False) if cache is None else (cache.keys, cache.gaps)
+        needs_window = window is not None and keys.shape[1] > window + 1
+        whole = t == keys.shape[1] or t == 1  # queries are all keys, or the last one: no mask says it
+        if whole and not (gaps or needs_window or alibi or documents is not None):
             return Context(rotary, causal=t > 1, cache=cache)
-        keys = torch.arange(num_keys, device=places.device)[None]
         mask = visible(places, keys, window)
         if documents is not None:
             mask = mask & (documents[:, None, :, None] == documents[:, None, None, :])

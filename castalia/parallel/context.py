@@ -21,20 +21,21 @@ from torch.nn import functional as F
 class Runs:
     """This rank's run of each sequence."""
 
-    lengths = None
+    gaps = False
 
     def __init__(self, mesh: DeviceMesh, tokens_per_rank: int) -> None:
         self.mesh = mesh
-        self.length = mesh.get_local_rank() * tokens_per_rank
-        self.end = self.length + tokens_per_rank
+        self.start = mesh.get_local_rank() * tokens_per_rank
+        self.end = self.start + tokens_per_rank
 
     def reserve(self, count: int) -> Tensor:
         """The places of this rank's tokens: [1, count]."""
-        return torch.arange(self.length, self.end, device=self.mesh.device_type)[None]
+        return torch.arange(self.start, self.end, device=self.mesh.device_type)[None]
 
-    def num_keys(self, count: int) -> int:
+    @property
+    def keys(self) -> Tensor:
         """Whole sequences are as causal as one run: no mask has to say where the run lies in them."""
-        return count
+        return self.reserve(self.end - self.start)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         raise NotImplementedError
@@ -47,8 +48,9 @@ class Gather(Runs):
     """Every rank gets keys and values of its own and all earlier tokens; their gradients are summed back where they
     came from. Works for any head count, grouped heads, windows and biases."""
 
-    def num_keys(self, count: int) -> int:
-        return self.end
+    @property
+    def keys(self) -> Tensor:
+        return torch.arange(self.end, device=self.mesh.device_type)[None]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         both = DTensor.from_local(torch.stack((k, v)), self.mesh, [Shard(3)], run_check=False)
