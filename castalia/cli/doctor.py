@@ -8,11 +8,14 @@ import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from castalia.cli.plan_text import print_table
+
+if TYPE_CHECKING:
+    from castalia.train.fast_paths import FastPath
 
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8", "sve", "bf16")
 OPTIONAL = {
@@ -23,13 +26,6 @@ OPTIONAL = {
     "transformers": "comparisons with Hugging Face's models",
     "sentencepiece": "SentencePiece tokenizers",
 }
-
-
-class FastPath(NamedTuple):
-    name: str
-    available: bool
-    detail: str  # what makes it available, or what is missing
-    cost: str  # of doing without
 
 
 def command(as_json: Annotated[bool, typer.Option("--json", help="one object with everything")] = False) -> None:
@@ -68,64 +64,19 @@ def look_at_machine() -> dict:
 
 
 def fast_paths() -> list[FastPath]:
-    """Each with its reason. The figures are measured ratios of training steps on two AVX-512 cores."""
-    import torch
+    """Those of training on the device that `auto` would choose, and that of writing text on a CPU."""
+    from castalia.generate.pack import has_bf16_kernels
+    from castalia.train.fast_paths import FastPath, fast_paths
+    from castalia.train.hardware import choose_device
 
-    from castalia.parallel.compile import has_compiler
-    from castalia.train.hardware import choose_device, choose_dtype
-
-    device = choose_device("auto")
-    native = choose_dtype("auto", device) == torch.bfloat16
-    compiles = device.type == "cuda" or has_compiler()
-    glibc = platform.libc_ver()[0] == "glibc"
-    capability = torch.backends.cpu.get_cpu_capability()
+    able = has_bf16_kernels()
+    packed = "`castalia generate` on a CPU packs weights; with --dtype int8 it reads a quarter of fp32's bytes"
+    lacking = "oneDNN has no bf16 kernels for this processor"
+    cost = "`castalia generate --dtype bf16` is slower on the CPU than with fp32 or int8, whose weights are packed"
     return [
-        FastPath(
-            "GPU",
-            device.type == "cuda",
-            torch.cuda.get_device_name() if device.type == "cuda" else "torch sees no CUDA device",
-            "training is hundreds of times slower than on a data-centre GPU; small models remain practical",
-        ),
-        FastPath(
-            "bf16 compute",
-            native,
-            f"{device.type} multiplies bf16 " + ("natively" if native else "by emulation only, so fp32 is used"),
-            "matrix products run in fp32, which AMX and GPUs do at a fifth of bf16's rate or less",
-        ),
-        _attention_path(device.type),
-        FastPath(
-            "torch.compile",
-            compiles,
-            "train.compile=true compiles the blocks"
-            if compiles
-            else "CPUs need a C++ compiler: g++, or one that CXX names",
-            "compiled training steps are 1.1 to 2 times faster",
-        ),
-        FastPath(
-            "wide vectors",
-            capability.startswith("AVX512"),
-            f"torch uses {capability}",
-            "CPU kernels take up to twice as long",
-        ),
-        FastPath(
-            "allocator",
-            glibc,
-            "glibc is told to keep freed memory" if glibc else "this C library cannot be told to keep freed memory",
-            "CPU steps take 1.3 to 2 times as long, because memory goes back to the system after each",
-        ),
+        *fast_paths(choose_device("auto")),
+        FastPath("packed bf16 weights", able, packed if able else lacking, cost),
     ]
-
-
-def _attention_path(device: str) -> FastPath:
-    import torch
-
-    if device == "cpu":
-        able, detail = True, "PyTorch has the flash kernel for CPUs"
-    else:
-        able, name = torch.cuda.get_device_capability() >= (8, 0), torch.cuda.get_device_name()
-        detail = f"{name} runs the flash kernel" if able else f"{name} is older than the flash kernel's devices (8.0)"
-    cost = "attention takes the memory-efficient kernel, which needs more time for long sequences"
-    return FastPath("flash attention", able, detail, cost)
 
 
 def installed() -> dict[str, str | None]:

@@ -389,7 +389,10 @@ class Train(Section):
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="what of a block the backward pass computes again: nothing, all but matrices, everything"
     )
-    compile: bool = Field(False, description="compile the blocks: the first steps take minutes, the others less time")
+    compile: Literal["auto", True, False] = Field(
+        "auto",
+        description="compile the blocks; auto: after ten steps of runs on GPUs that are long enough to repay it",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
     exit_interval: PositiveInt | None = Field(None, description="save and stop at the next multiple of this step")
 

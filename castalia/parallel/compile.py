@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -14,13 +16,11 @@ from castalia.errors import ConfigError
 
 
 def compile_blocks(model: nn.Module, config: RunConfig, device: torch.device) -> None:
-    """Replaces every block's forward by a compiled one, if the config says so. The first steps then take minutes."""
-    if not config.train.compile:
+    """Replaces every block's forward by a compiled one, if the config says so (`auto` is for training to settle)."""
+    if config.train.compile is not True:
         return
-    if device.type == "cpu" and not has_compiler():
-        raise ConfigError(
-            "train.compile needs a C++ compiler on a CPU: install g++, or name another in CXX; or set it to false"
-        )
+    if missing := missing_compiler(device.type):
+        raise ConfigError(f"train.compile=true needs {missing}; install it, or set train.compile=auto")
     if config.parallel.pipeline == "zero-bubble":  # it goes through a graph twice: for the inputs, for the weights
         torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]
     blocks: Any = model.blocks
@@ -29,9 +29,19 @@ def compile_blocks(model: nn.Module, config: RunConfig, device: torch.device) ->
         block.register_forward_pre_hook(_arrived)
 
 
-def has_compiler() -> bool:
-    """Whether inductor finds what it needs for a CPU."""
-    return shutil.which(os.environ.get("CXX", "g++")) is not None
+def missing_compiler(device: str) -> str | None:
+    """What compiling for this kind of device lacks here."""
+    if device == "cpu":
+        return None if shutil.which(os.environ.get("CXX", "g++")) else "a C++ compiler: g++, or one that CXX names"
+    if find_spec("triton") is None:
+        return "Triton"
+    found = any(map(shutil.which, (os.environ.get("CC", "gcc"), "clang")))
+    return None if found else "a C compiler (for Triton): gcc, or one that CC names"
+
+
+def eager_before(first: int, step: int) -> AbstractContextManager:
+    """In the steps before the first compiled one, compiled blocks run as they are written."""
+    return torch.compiler.set_stance("force_eager") if step < first else nullcontext()
 
 
 def _arrived(block: nn.Module, args: tuple) -> tuple:

@@ -107,8 +107,7 @@ def _indivisible(config: RunConfig) -> list[str]:
             f"parallel.stages_per_rank={parallel.stages_per_rank} does not suit parallel.pipeline={parallel.pipeline}; "
             f"use {least}"
         )
-    apart = cfg.attention_dropout or (parallel.sequence_parallel and cfg.hidden_dropout)
-    if config.train.compile and tp > 1 and apart:
+    if config.train.compile is True and draws_apart(config):
         problems.append(
             "train.compile makes one graph of a block, in which tensor ranks cannot draw their own dropout; "
             "set train.compile=false, or the dropout to 0"
@@ -120,6 +119,13 @@ def _indivisible(config: RunConfig) -> list[str]:
             f"use {-(-seq_length // split) * split}"
         )
     return problems
+
+
+def draws_apart(config: RunConfig) -> bool:
+    """Whether the tensor ranks have dropout of their own, besides what they share."""
+    cfg, parallel = config.model, config.parallel
+    assert cfg is not None
+    return parallel.tp > 1 and bool(cfg.attention_dropout or (parallel.sequence_parallel and cfg.hidden_dropout))
 
 
 def _not_plain(cfg: Model, parallel: Parallel) -> list[str]:

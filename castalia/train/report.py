@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from castalia.checkpoint.adapters import adapters_of
 from castalia.checkpoint.describe import readable
 from castalia.config.schema import RunConfig, Section
+from castalia.model.loss import CHUNK_BYTES
 from castalia.parallel.layout import layout as parallel_layout
 from castalia.parallel.process import world_size
 from castalia.plan.count import adapter_shapes, count, tensor_shapes
@@ -22,6 +23,7 @@ from castalia.plan.report import Known, layout_of, training, warnings
 from castalia.plan.words import clipping, describe_training
 from castalia.train.display import Display
 from castalia.train.exact import summed_micro_batches
+from castalia.train.fast_paths import fast_paths
 from castalia.train.known import gather
 from castalia.train.start import Session
 
@@ -129,11 +131,22 @@ def facts(session: Session, folder: Path, known: Known, layout: Layout) -> Itera
     if session.step.scaler:
         planned["precision"] += f", now {session.step.scaler.scale:g}"
     planned["saved"] += f", in {folder}"
+    yield "fast paths", _fast_paths(session, planned["attention"].partition(";")[0])
     for name, text in describe_training(planned):
         yield name, text
         if name == "the run" and progress.step:
             now = session.step.rate(progress.step - progress.skipped)
             yield "", f"{progress.step:,} steps are done; the next one's learning rate is {now:.3g}"
+
+
+def _fast_paths(session: Session, kernel: str) -> str:
+    """What was chosen for this machine, and what each thing that it lacks costs."""
+    first, why = session.compiling
+    blocks = f"eager blocks: {why}" if first is None else f"compiled blocks from step {first + 1} on: {why}"
+    mib = CHUNK_BYTES[session.device.type] >> 20
+    lacking = [f"no {path.name}: {path.cost}" for path in fast_paths(session.device) if not path.available]
+    chosen = f"{session.config.precision.compute} compute, {kernel}, logits {mib} MiB at a time"
+    return "; ".join([chosen, blocks, *lacking])
 
 
 def _processes(config: RunConfig) -> str:

@@ -24,6 +24,7 @@ from castalia.errors import CheckpointError, ConfigError, TrainingError
 from castalia.parallel.engine import Engine, one_process
 from castalia.parallel.layout import layout
 from castalia.parallel.process import main_first, world_size
+from castalia.train.compiling import Compiling, plan_compiling, settled
 from castalia.train.exact import Exact, exact_behaviour, summed_micro_batches
 from castalia.train.finetune import new_tokens, start_adapters, trained_names, what_trains
 from castalia.train.folder import holds_checkpoint, run_folder
@@ -54,6 +55,7 @@ class Session:
     step: TrainStep
     progress: Progress
     dtype: torch.dtype
+    compiling: Compiling
     exact: Exact
     source: Checkpoint | None = None  # what was loaded
     loaded: LoadReport | None = None
@@ -100,7 +102,8 @@ def start(config: RunConfig) -> Session:
     refuse_foreign_tokens(config)
     device = choose_device(config.train.device)
     dtype = DTYPES[config.precision.compute]
-    engine = make_engine(config, dtype, device, plan)
+    compiling = plan_compiling(config, device, plan.batch_size)
+    engine = make_engine(settled(config, compiling), dtype, device, plan)
     resuming = source is not None and config.checkpoint.init_from is None
     loaded = load_engine(engine, config.model, source, new_tokens(config, source)) if source else None
     start_adapters(engine, config, source)
@@ -136,12 +139,14 @@ def start(config: RunConfig) -> Session:
         micro_batch_means=config.neox_exact,
         gradient_factor=exact.gradient_factor,
         skipped=progress.skipped,
-        preference=preference_loss(config, engine, dtype, plan),
+        preference=preference_loss(settled(config, compiling), engine, dtype, plan),
         batch_warmup=config.train.batch_size_warmup,
+        first_compiled=compiling.first or 0,
     )
     for model in engine.models:
         model.train()
-    return Session(config, tokenizer, plan, data, engine, optimizer, step, progress, dtype, exact, source, loaded)
+    run = (progress, dtype, compiling, exact, source, loaded)
+    return Session(config, tokenizer, plan, data, engine, optimizer, step, *run)
 
 
 def make_engine(config: RunConfig, dtype: torch.dtype, device: torch.device, plan: BatchPlan) -> Engine:

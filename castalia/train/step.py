@@ -13,6 +13,7 @@ from castalia.config.batch import BatchPlan
 from castalia.config.schema import Warmup
 from castalia.data.loader import Batch
 from castalia.errors import TrainingError
+from castalia.parallel.compile import eager_before
 from castalia.parallel.engine import Engine, Rows
 from castalia.train.optimizer import LossScaler, set_rate
 from castalia.train.rules import AnyOptimizer
@@ -56,12 +57,13 @@ class TrainStep:
         skipped: int = 0,
         preference: PreferenceLoss | None = None,
         batch_warmup: Warmup | None = None,
+        first_compiled: int = 0,
     ):
         self.engine, self.optimizer, self.rate, self.plan = engine, optimizer, rate, plan
         self.seed, self.clip_norm, self.scaler = seed, clip_norm, scaler
         self.micro_batch_means, self.gradient_factor = micro_batch_means, gradient_factor
         self.skipped, self.preference, self.batch_warmup = skipped, preference, batch_warmup
-        self.skipped_in_a_row = 0
+        self.skipped_in_a_row, self.first_compiled = 0, first_compiled
 
     def __call__(self, step: int, batch: Batch, judge: Judge = lambda loss, norm: True) -> StepResult:
         """Trains on this data rank's part of the batch of `step` (from 0).
@@ -71,7 +73,8 @@ class TrainStep:
         """
         lr = self.rate(step - self.skipped)
         scale = self.scaler.scale if self.scaler else 1.0
-        loss_tensor = self._forward_backward(step, batch, scale)
+        with eager_before(self.first_compiled, step):
+            loss_tensor = self._forward_backward(step, batch, scale)
         norm_tensor = self.engine.gradient_norm()
         loss, norm = torch.stack([loss_tensor, norm_tensor]).tolist()  # the step's only wait for the device
         norm /= scale

@@ -52,5 +52,5 @@ def test_compiled_blocks_train_like_eager_ones(pool, tiny, name):
 
 def test_without_a_compiler_compiling_is_refused(tiny, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ConfigError, match="train.compile needs a C.. compiler"):
+    with pytest.raises(ConfigError, match="train.compile=true needs a C.. compiler"):
         compile.compile_blocks(torch.nn.Module(), tiny("neox-parallel", "train.compile=true"), torch.device("cpu"))

@@ -1,0 +1,77 @@
+"""The fast paths that training can take on this machine, and what each missing one costs."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import platform
+import tempfile
+from typing import NamedTuple
+
+import torch
+
+from castalia.parallel.compile import missing_compiler
+from castalia.train.hardware import choose_dtype
+
+
+class FastPath(NamedTuple):
+    name: str
+    available: bool
+    detail: str  # what makes it available, or what is missing
+    cost: str  # of doing without
+
+
+def fast_paths(device: torch.device) -> list[FastPath]:
+    """Each with its reason. The figures are measured ratios of training steps on two AVX-512 cores."""
+    native = choose_dtype("auto", device) == torch.bfloat16
+    glibc = platform.libc_ver()[0] == "glibc"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return [
+        FastPath(
+            "GPU",
+            device.type == "cuda",
+            torch.cuda.get_device_name() if device.type == "cuda" else "torch sees no CUDA device",
+            "training is hundreds of times slower than on a data-centre GPU; small models remain practical",
+        ),
+        FastPath(
+            "bf16 compute",
+            native,
+            f"{device.type} multiplies bf16 " + ("natively" if native else "by emulation only, so fp32 is used"),
+            "matrix products run in fp32, which AMX and GPUs do at a fifth of bf16's rate or less",
+        ),
+        _attention(device.type),
+        _compiling(device.type),
+        FastPath(
+            "wide vectors",
+            capability.startswith("AVX512"),
+            f"torch uses {capability}",
+            "CPU kernels take up to twice as long",
+        ),
+        FastPath(
+            "allocator",
+            glibc,
+            "glibc is told to keep freed memory" if glibc else "this C library cannot be told to keep freed memory",
+            "CPU steps take 1.3 to 2 times as long, because memory goes back to the system after each",
+        ),
+    ]
+
+
+def _attention(device: str) -> FastPath:
+    if device == "cpu":
+        able, detail = True, "PyTorch has the flash kernel for CPUs"
+    else:
+        able, name = torch.cuda.get_device_capability() >= (8, 0), torch.cuda.get_device_name()
+        detail = f"{name} runs the flash kernel" if able else f"{name} is older than the flash kernel's devices (8.0)"
+    cost = "attention takes the memory-efficient kernel, which needs more time for long sequences"
+    return FastPath("flash attention", able, detail, cost)
+
+
+def _compiling(device: str) -> FastPath:
+    """What train.compile=auto decides is `compiling.py`'s; here it is what the machine could do."""
+    missing = missing_compiler(device)
+    when = "when train.compile=true" if device == "cpu" else "in runs that repay it"
+    usual = f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}"  # torch tells it only after a second's imports
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", usual)
+    detail = f"blocks are compiled {when}; their code is kept in {folder} (TORCHINDUCTOR_CACHE_DIR)"
+    cost = "1.01 to 1.07 times as long" if device == "cpu" else "an expected third longer (not measured)"
+    return FastPath("torch.compile", not missing, f"needs {missing}" if missing else detail, f"eager steps take {cost}")

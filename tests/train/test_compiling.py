@@ -1,0 +1,77 @@
+"""Whether blocks are compiled depends on the config and the kind of device, never on when or where a run goes on."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from castalia.checkpoint.load import load_model
+from castalia.evaluate.perplexity import evaluate
+from castalia.parallel import compile
+from castalia.train import compiling
+from castalia.train.compiling import EAGER_STEPS, Compiling, operations_left, plan_compiling
+from castalia.train.fast_paths import fast_paths
+from castalia.train.loop import train
+
+GPU, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+@pytest.fixture
+def able(monkeypatch):
+    """A machine with everything that compiling needs."""
+    monkeypatch.setattr(compiling, "missing_compiler", lambda device: None)
+
+
+def test_long_runs_on_gpus_are_compiled_after_some_eager_steps(tiny, able):
+    def first(*words, device=GPU):
+        return plan_compiling(tiny("run", "model.vocab_size=257", *words), device, 8).first
+
+    one_step = operations_left(tiny("run", "model.vocab_size=257", f"train.steps={EAGER_STEPS + 1}"), 8)
+    repaying = EAGER_STEPS + round(compiling.REPAYING / one_step)
+    assert first(f"train.steps={repaying - 2}") is None
+    assert first(f"train.steps={repaying + 2}") == EAGER_STEPS
+    assert first(f"train.steps={repaying + 2}", device=CPU) is None
+    assert first(f"train.steps={repaying + 2}", "train.compile=false") is None
+    assert first("train.steps=20", "train.compile=true", device=CPU) == 0
+
+
+def test_tensor_ranks_with_their_own_dropout_stay_eager(tiny, able):
+    words = ["model.vocab_size=258", "train.steps=1000000000000", "parallel.tp=2"]
+    assert plan_compiling(tiny("run", *words), GPU, 8).first == EAGER_STEPS
+    assert "dropout" in plan_compiling(tiny("run", *words, "model.attention_dropout=0.1"), GPU, 8).why
+
+
+def test_without_a_compiler_runs_stay_eager_and_say_what_that_costs(tiny, monkeypatch):
+    monkeypatch.setattr(compile, "find_spec", lambda name: None)
+    first, why = plan_compiling(tiny("run"), GPU, 8)
+    assert first is None and "need Triton" in why
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    lacking = next(path for path in fast_paths(CPU) if path.name == "torch.compile")
+    assert not lacking.available and "g++" in lacking.detail and "times as long" in lacking.cost
+
+
+def test_a_run_resumed_before_or_after_the_switch_equals_one_that_never_stopped(tiny, monkeypatch, tmp_path):
+    def skewed(graph, inputs):
+        """A compiler whose code is off by a thousandth, so that no compiled step goes unnoticed."""
+        return lambda *arguments: tuple(1.001 * out for out in graph(*arguments))
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=skewed))
+    monkeypatch.setattr(compile, "missing_compiler", lambda device: None)
+    monkeypatch.setattr("castalia.train.start.plan_compiling", lambda *_: Compiling(EAGER_STEPS, "a test"))
+
+    def weights(name, stop=None):
+        """What a run of 14 steps ends with that stops once and goes on."""
+        words, folder = ["train.steps=14", "eval.every=null", "checkpoint.every=null"], tmp_path / name
+        if stop:
+            train(tiny(folder, *words, f"train.exit_interval={stop}"), evaluate)
+            words.append(f"checkpoint.resume={folder}")
+        train(tiny(folder, *words), evaluate)
+        return dict(load_model(folder).named_parameters())
+
+    straight = weights("straight")
+    for name, stop in (("before", EAGER_STEPS - 3), ("after", EAGER_STEPS + 2)):
+        assert all(torch.equal(tensor, straight[key]) for key, tensor in weights(name, stop).items())
+    monkeypatch.setattr("castalia.train.start.plan_compiling", lambda *_: Compiling(None, "a test"))
+    assert not torch.equal(weights("eager")["head.weight"], straight["head.weight"])
