@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from castalia.errors import CheckpointError
 from castalia.model.transformer import Transformer
 from castalia.plan.count import adapter_shapes, tensor_shapes
 
+MAX_READERS = 4  # threads
 VOCABULARY = ("embed.weight", "head.weight")  # tensors with a row for each token
 
 
@@ -99,9 +101,7 @@ def load_shards(shards: Mapping[str, Shard], cfg: Model, checkpoint: Checkpoint,
     """
     expected = tensor_shapes(cfg) | adapter_shapes(cfg, checkpoint.config.finetune.lora if checkpoint.config else None)
     notes = _check(expected, checkpoint.model, cfg.vocab_size and cfg.vocab_size - added, checkpoint.path)
-    with torch.no_grad():
-        for name, shard in shards.items():
-            _fill(shard, checkpoint.model[name])
+    _fill_all([(shard, checkpoint.model[name]) for name, shard in shards.items()])
     if apart := drift(checkpoint.model):
         farthest = max(apart, key=lambda name: apart[name])
         notes += (
@@ -130,13 +130,11 @@ def load_optimizer(
             "with checkpoint.init_from, or go on with fresh moments with checkpoint.load_optimizer=false."
         )
     states = optimizer_state(optimizer, parameters)
-    targets = {name: shard(parameter) for name, parameter in parameters.items() if name in states}
-    saved: dict[str, Mapping[str, Any]] = {n: state for n, state in checkpoint.optimizer.items() if n in targets}
+    saved: dict[str, Mapping[str, Any]] = {n: state for n, state in checkpoint.optimizer.items() if n in states}
     where = f"the optimizer state of {checkpoint.path}"
-    masters = {name: state["master"] for name, state in saved.items()}
-    _check({name: target.shape for name, target in targets.items()}, masters, vocab_size, where)
+    targets: dict[str, dict[str, Shard]] = {"master": {name: shard(parameters[name]) for name in states}}
     for name, state in states.items():
-        theirs, ours = (set(each) - {"master", "step"} for each in (saved[name], state))
+        theirs, ours = (set(each) - {"master", "step"} for each in (saved.get(name, state), state))
         if theirs != ours:
             raise CheckpointError(
                 f"{where} is that of another optimizer: {name} has {_listed(theirs)}, but this one needs "
@@ -144,16 +142,16 @@ def load_optimizer(
                 "checkpoint.load_optimizer=false."
             )
         for kind in ours:
-            _check({name: shard(state[kind]).shape}, {name: saved[name][kind]}, vocab_size, where)
-    with torch.no_grad():
-        for name, target in targets.items():
-            if saved[name]["master"] is not checkpoint.model.get(name):
-                _fill(target, saved[name]["master"])
-            for kind, tensor in states[name].items():
-                if kind == "step":
-                    tensor.fill_(saved[name]["step"])
-                else:
-                    _fill(shard(tensor), saved[name][kind])
+            targets.setdefault(kind, {})[name] = shard(state[kind])
+    for kind, shards in targets.items():
+        sources = {name: saved[name][kind] for name in shards if name in saved}
+        _check({name: each.shape for name, each in shards.items()}, sources, vocab_size, where)
+    for name, state in states.items():
+        if saved[name]["master"] is checkpoint.model.get(name):
+            del targets["master"][name]  # the parameter itself, which is loaded
+        if "step" in state:
+            state["step"].fill_(saved[name]["step"])
+    _fill_all([(each, saved[name][kind]) for kind, shards in targets.items() for name, each in shards.items()])
 
 
 def _listed(kinds: set[str]) -> str:
@@ -210,19 +208,28 @@ def fill_with_mean(shard: Shard, source: TensorRef, first: int, stop: int) -> No
         rows.copy_(source.read([slice(0, first), columns]).double().mean(dim=0))
 
 
+def _fill_all(parts: Sequence[tuple[Shard, TensorRef]]) -> None:
+    """Fill them in a few threads, each of which holds one source at a time."""
+    num_readers, rest = min(MAX_READERS, torch.get_num_threads()), iter(parts)
+
+    def fill_some(_: int) -> None:
+        for part in rest:  # each thread takes the next one; a task for each would cost more than small tensors do
+            _fill(*part)
+
+    with ThreadPoolExecutor(num_readers) as readers:
+        list(readers.map(fill_some, range(num_readers)))  # raises what went wrong
+
+
 def _fill(shard: Shard, source: TensorRef) -> None:
     """Copy this part of the source; where the source has fewer rows, they are padding and further ones are zero."""
     target = shard.tensor.detach()
-    whole = tuple(source.shape) == tuple(target.shape)
-    if whole and isinstance(source, StoredTensor) and source.dtype == target.dtype and target.device.type == "cpu":
-        source.read(out=target)  # without a second copy
-    elif target.dim() == 0:
-        target.copy_(source.read())
-    else:
-        slices = [
-            slice(s, min(s + n, size)) for s, n, size in zip(shard.start, target.shape, source.shape, strict=True)
-        ]
-        rows = max(0, slices[0].stop - slices[0].start)
-        if rows:
-            target[:rows].copy_(source.read(slices))
-        target[rows:].zero_()
+    whole = tuple(source.shape) == tuple(target.shape) and not any(shard.start)
+    ends = zip(shard.start, target.shape, source.shape, strict=True)
+    slices = None if whole else [slice(start, min(start + size, end)) for start, size, end in ends]
+    there = target if slices is None else target[: max(0, slices[0].stop - slices[0].start)]
+    if isinstance(source, StoredTensor) and source.dtype == target.dtype and target.device.type == "cpu":
+        source.read(slices, out=there)  # without a second copy
+    elif there.numel():
+        there.copy_(source.read(slices))
+    if slices:
+        target[len(there) :].zero_()
