@@ -12,8 +12,8 @@ import torch
 
 from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.formats.native import Writer
-from castalia.checkpoint.load import load_model, load_optimizer, load_weights, optimizer_state, readable
-from castalia.checkpoint.tensors import Progress
+from castalia.checkpoint.load import load_model, load_optimizer, load_shards, load_weights, optimizer_state, readable
+from castalia.checkpoint.tensors import Progress, Shard
 from castalia.config.schema import Model, Optimizer, RunConfig
 from castalia.errors import CheckpointError
 from castalia.model.init import initialize
@@ -139,6 +139,15 @@ def test_only_padding_of_the_vocabulary_may_differ(tmp_path: Path, multiple: int
     larger = build(MODEL.model_copy(update={"vocab_size": 100}))
     with pytest.raises(CheckpointError, match=r"embed.weight has shape \[64, 16\] in the checkpoint, \[128, 16\]"):
         load_weights(larger, checkpoint)
+
+
+def test_a_part_that_is_all_padding_becomes_zero(tmp_path: Path) -> None:
+    """The second half of the padded rows is as large as all rows that were saved."""
+    checkpoint = open_checkpoint(save(tmp_path, build()))
+    half = torch.ones(64, 16)
+    cfg = MODEL.model_copy(update={"vocab_multiple": 128})
+    load_shards({"embed.weight": Shard(half, (128, 16), (64, 0))}, cfg, checkpoint)
+    assert not half.any()
 
 
 def test_weights_alone_cannot_be_resumed(tmp_path: Path) -> None:
