@@ -49,6 +49,24 @@ def test_samples_of_one_prompt_differ_and_are_in_order(make_model, tokenizer):
 
 
 @torch.inference_mode()
+def test_prompts_are_read_once_and_in_portions(make_model, tokenizer, monkeypatch):
+    """Rows that hold the same are read together; portions of at most 20 tokens, or of one prompt."""
+    model, read = make_model(), []
+    hidden = model.hidden
+    prompts = ["0123456789", "abc", "0123456789", "x" * 30, "defgh"]
+    expected = generate(model, tokenizer, prompts, max_tokens=5)
+
+    def spy(tokens, **options):
+        read.append(tokens.shape[1])
+        return hidden(tokens, **options)
+
+    monkeypatch.setattr(model, "hidden", spy)
+    monkeypatch.setattr("castalia.generate.engine.PORTION", 20)
+    assert generate(model, tokenizer, prompts, max_tokens=5) == expected
+    assert read[:4] == [13, 30, 5, 1]
+
+
+@torch.inference_mode()
 def test_padded_rows_are_never_chosen(make_model, tokenizer):
     model = make_model()
     model.head.weight[257:] = 100 * model.norm.bias.new_ones(32)

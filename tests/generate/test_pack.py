@@ -11,14 +11,17 @@ FAMILIES = {
     "llama": {"norm": "rmsnorm", "gated_mlp": True, "activation": "silu"},
     "gpt2": {"tie_embeddings": True, "position": "learned", "num_kv_heads": 4},
     "neox": {"parallel_residual": True, "rotary_pct": 0.5},
+    "shared norm, one kv head": {"parallel_residual": True, "shared_norm": True, "num_kv_heads": 1},
+    "gated, side by side": {"parallel_residual": True, "norm": "rmsnorm", "gated_mlp": True, "mlp_bias": False},
+    "alibi": {"parallel_residual": True, "position": "alibi", "norm": "scalenorm"},
+    "no parameters in norms": {
+        "parallel_residual": True,
+        "norm": "layernorm_no_params",
+        "num_kv_heads": 4,
+        "qk_norm": True,
+    },
 }
 TEXT = "She sells sea shells by the sea shore. The shells she sells are surely seashells. "
-
-
-@pytest.fixture(params=["as a whole", "small matrices in fp32"])
-def small(request, monkeypatch):
-    if request.param == "as a whole":
-        monkeypatch.setattr(packing, "SMALL", 0)
 
 
 @torch.inference_mode()
@@ -29,19 +32,46 @@ def apart(model, packed) -> float:
     return float((found - expected).square().mean().sqrt() / expected.std())
 
 
+@pytest.fixture
+def make_twins(make_model):
+    """Two equal models, with scales, shifts and biases that tell them from ones without."""
+
+    def make(family: str):
+        twins = make_model(**FAMILIES[family]), make_model(**FAMILIES[family])
+        for model in twins:
+            generator = torch.Generator().manual_seed(2)
+            for name, parameter in model.named_parameters():
+                if parameter.dim() == 1:
+                    noise = torch.randn(parameter.shape, generator=generator) * 0.2
+                    parameter.data = noise + ("norm" in name and name.endswith("weight"))
+        return twins
+
+    return make
+
+
+@pytest.mark.parametrize("rows", [1, 16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_packed_model_gives_the_same_logits(make_model, family, small):
-    model, packed = make_model(**FAMILIES[family]), make_model(**FAMILIES[family])
-    pack(packed)
+def test_a_packed_model_gives_the_same_logits(make_twins, family, rows):
+    model, packed = make_twins(family)
+    pack(packed, rows=rows)
     assert apart(model, packed) < 1e-6
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_packed_model_writes_the_same_tokens(make_twins, tokenizer, family, rows):
+    model, packed = make_twins(family)
+    pack(packed, rows=rows)
+    prompts = ["a", "some bytes", "three"][:rows]
+    assert generate(packed, tokenizer, prompts, max_tokens=20) == generate(model, tokenizer, prompts, max_tokens=20)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("int8", "bound"), [(False, 0.05), (True, 0.1)], ids=["bf16", "int8"])
-def test_fewer_bits_change_logits_little(make_model, family, int8, bound, monkeypatch):
+def test_fewer_bits_change_logits_little(make_twins, family, int8, bound, monkeypatch):
     monkeypatch.setattr(packing, "SMALL", 0)
-    model, packed = make_model(**FAMILIES[family]), make_model(**FAMILIES[family]).bfloat16()
-    pack(packed, int8=int8)
+    model, packed = make_twins(family)
+    pack(packed.bfloat16(), int8=int8)
     assert 0 < apart(model, packed) < bound
 
 
