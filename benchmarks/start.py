@@ -3,7 +3,8 @@
     python benchmarks/start.py [--rounds 10] [--quick]
 
 The checkpoint of many files is a Hugging Face folder of 1,000 safetensors files with 250 KB of weights each; that for
-the first token is a random Pythia 14M in fp32. Files are in the page cache.
+the first token is a random Pythia 14M in fp32. The first step is one of 4 x 512 tokens from random weights, ours with
+everything that `castalia train` does before it. Files are in the page cache.
 """
 
 from __future__ import annotations
@@ -18,6 +19,20 @@ import time
 from pathlib import Path
 
 FILES = 1000
+THEIR_FIRST_STEP = """
+import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+shape = dict(num_hidden_layers=6, hidden_size=128, num_attention_heads=4, intermediate_size=512, vocab_size=50304)
+model = GPTNeoXForCausalLM(GPTNeoXConfig(**shape)).train()
+optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+tokens = torch.randint(0, 50304, (4, 512))
+with torch.autocast("cpu", torch.bfloat16):
+    loss = model(input_ids=tokens, labels=tokens).loss
+loss.backward()
+torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+optimizer.step()
+print(loss.item())
+"""
 
 
 def seconds(command: list[str]) -> float:
@@ -64,6 +79,18 @@ def small_model(folder: Path) -> Path:
     return folder
 
 
+def small_corpus(folder: Path) -> Path:
+    """Random tokens, 100 documents of 1,000."""
+    import numpy as np
+
+    from castalia.data.indexed import Writer
+
+    with Writer(folder / "corpus", np.uint16) as corpus:
+        for number in range(100):
+            corpus.add(np.random.default_rng(number).integers(0, 50277, 1000))
+    return folder / "corpus"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10)
@@ -76,6 +103,8 @@ def main() -> None:
         many, small = many_files(folders[0], 10 if args.quick else FILES), small_model(folders[1])
         castalia = [sys.executable, "-m", "castalia"]
         first = [str(small), "--tokenizer", str(small / "tokenizer"), "--prompt", "a", "--max-tokens", "1"]
+        run = [f"data.path={small_corpus(Path(name))}", "data.split=1,0,0", "data.seq_length=512", "train.steps=10"]
+        run += ["train.batch_size=4", "train.micro_batch_size=4", f"checkpoint.dir={name}/run"]
         commands = {
             "python -c pass": [sys.executable, "-c", "pass"],
             "castalia --help": [*castalia, "--help"],
@@ -83,6 +112,8 @@ def main() -> None:
             "python -c 'import torch'": [sys.executable, "-c", "import torch"],
             f"castalia inspect, {len(list(many.glob('*.safetensors')))} files": [*castalia, "inspect", str(many)],
             "castalia generate, first token of a 14M": [*castalia, "generate", *first],
+            "castalia train --dry-run, first step of a 14M": [*castalia, "train", "pythia-14m", *run, "--dry-run"],
+            "transformers, first step of a 14M": [sys.executable, "-c", THEIR_FIRST_STEP],
         }
         taken: dict[str, list[float]] = {label: [] for label in commands}
         for number in range(1 if args.quick else args.rounds + 1):
