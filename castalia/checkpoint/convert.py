@@ -10,12 +10,13 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from importlib import import_module
 from pathlib import Path
+from threading import Event, Lock
 from typing import IO, Any
 
 import torch
@@ -24,12 +25,13 @@ from castalia.checkpoint.formats import find_steps
 from castalia.checkpoint.lazy import Adapted, Cast
 from castalia.checkpoint.stored import StoredTensor
 from castalia.checkpoint.tensors import Checkpoint, TensorRef, name_of
-from castalia.checkpoint.writing import Advance, Plan, Verified, WriteOptions, sync
+from castalia.checkpoint.writing import Advance, Output, Plan, Verified, WriteOptions, sync
 from castalia.errors import CheckpointError
 
 JOURNAL = "conversion.jsonl"
 LATEST = "latest"
 FLUSH_BYTES = 128 << 20
+MAX_WRITERS = 4  # threads, each with a piece of a file in memory
 
 
 @dataclass(frozen=True)
@@ -130,21 +132,10 @@ def write(plan: Plan, target: Path, mark: str, advance: Advance, *, inside: str 
         _check_space(partial, sum(output.num_bytes for output in plan.outputs if output.name not in done))
         folder = partial / inside
         folder.mkdir(parents=True, exist_ok=True)
-        results = {name: entry["result"] for name, entry in done.items()}
-        with ThreadPoolExecutor(1) as syncing:  # what is written goes to disk while the rest is read
-            waiting: list[Future[None]] = []
-            for output in plan.outputs:
-                if output.name in done:
-                    advance(output.num_bytes)
-                    continue
-                final = folder / output.name
-                part = final.with_name(final.name + ".part")
-                final.parent.mkdir(parents=True, exist_ok=True)
-                entry = {"name": output.name, "result": output.write(part, _flushing(part, syncing, waiting, advance))}
-                results[output.name] = entry["result"]
-                waiting.append(syncing.submit(_complete, part, final, journal, entry))
-            for each in waiting:
-                each.result()
+        advance(sum(output.num_bytes for output in plan.outputs if output.name in done))
+        missing = [output for output in plan.outputs if output.name not in done]
+        entries = {**done, **_write_files(missing, folder, journal, advance)}
+        results = {name: entry["result"] for name, entry in entries.items()}
         plan.finish(folder, results)
         if inside:
             (partial / LATEST).write_text(inside)
@@ -162,28 +153,47 @@ def name_latest(folder: Path) -> None:
     os.replace(temporary, folder / LATEST)
 
 
-def _flushing(
-    part: Path, syncing: ThreadPoolExecutor, waiting: list[Future[None]], advance: Advance
-) -> Callable[[int], None]:
-    """`advance`, which starts putting a file on disk each time that so many more bytes of it are written."""
-    written = 0
+def _write_files(outputs: Sequence[Output], folder: Path, journal: IO[str], advance: Advance) -> dict[str, dict]:
+    """Several at a time. Returns the journal's entry for each. When one fails, or on Ctrl-C, all stop at once."""
+    stopped, one_entry = Event(), Lock()
 
-    def more(count: int) -> None:
-        nonlocal written
-        written += count
-        if written >= FLUSH_BYTES:
-            written = 0
-            waiting.append(syncing.submit(sync, part))
-        advance(count)
+    def write_file(output: Output, flushing: ThreadPoolExecutor) -> dict[str, Any]:
+        final = folder / output.name
+        part = final.with_name(final.name + ".part")
+        final.parent.mkdir(parents=True, exist_ok=True)
+        waiting: list[Future[None]] = []
+        unflushed = 0
 
-    return more
+        def more(count: int) -> None:
+            """What is written goes to disk while the rest is read."""
+            nonlocal unflushed
+            if stopped.is_set():
+                raise CancelledError
+            unflushed += count
+            if unflushed >= FLUSH_BYTES:
+                unflushed = 0
+                waiting.append(flushing.submit(sync, part))
+            advance(count)
 
+        entry = {"name": output.name, "result": output.write(part, more)}
+        for each in waiting:
+            each.result()
+        sync(part)
+        os.replace(part, final)
+        with one_entry:
+            journal.write(json.dumps(entry) + "\n")
+            journal.flush()
+        return entry
 
-def _complete(part: Path, final: Path, journal: IO[str], entry: Mapping[str, Any]) -> None:
-    sync(part)
-    os.replace(part, final)
-    journal.write(json.dumps(entry) + "\n")
-    journal.flush()
+    with ThreadPoolExecutor(1) as flushing, ThreadPoolExecutor(min(MAX_WRITERS, os.cpu_count() or 1)) as writers:
+        futures = [writers.submit(write_file, output, flushing) for output in outputs]
+        try:
+            entries = [future.result() for future in as_completed(futures)]
+        except BaseException:
+            stopped.set()
+            writers.shutdown(cancel_futures=True)
+            raise
+    return {entry["name"]: entry for entry in entries}
 
 
 def _open_journal(partial: Path) -> IO[str]:

@@ -20,7 +20,7 @@ from castalia.checkpoint.stored import as_bytes
 from castalia.checkpoint.stored_zip import StoredZip
 from castalia.checkpoint.tensors import TensorRef
 from castalia.checkpoint.unpickle import STORAGE_DTYPES
-from castalia.checkpoint.writing import Advance, Output, ahead, num_bytes, pieces
+from castalia.checkpoint.writing import Advance, Output, num_bytes, pieces
 
 STORAGES = {dtype: name for name, dtype in STORAGE_DTYPES.items() if name != "Untyped"}
 
@@ -60,8 +60,7 @@ def write_pt(path: Path, title: str, value: Any, advance: Advance) -> None:
         add_small("data.pkl", pickler.finish())
         add_small("byteorder", b"little")
         for key, ref in enumerate(pickler.tensors):
-            data = (as_bytes(piece) for piece in pieces(ref))
-            archive.add(f"{title}/data/{key}", num_bytes(ref), ahead(data), advance)
+            archive.add(f"{title}/data/{key}", num_bytes(ref), map(as_bytes, pieces(ref)), advance)
         add_small("version", b"3\n")
         archive.finish()
 

@@ -10,8 +10,9 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 from castalia.checkpoint.checksum import crc32
 from castalia.checkpoint.container import as_integers
 from castalia.checkpoint.lazy import bounds
-from castalia.checkpoint.stored import DTYPE_CODES, SLICE_BYTES, StoredTensor, as_bytes
+from castalia.checkpoint.stored import ALIGNMENT, DTYPE_CODES, SLICE_BYTES, StoredTensor, as_bytes
 from castalia.checkpoint.tensors import ITEM_BYTES, Slices, TensorRef, Typed
 
 PIECE_BYTES = 2 << 20  # small enough for the processor's cache and for memory that is used again
@@ -128,7 +129,7 @@ def write_tensors(
         start, end = end, end + num_bytes(ref)
         header[name] = {"dtype": DTYPE_CODES[ref.dtype_name], "shape": list(ref.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
     base = 8 + len(text)
     found = {name: [base + header[name]["data_offsets"][0], 0] for name in tensors}
     with open(path, "wb") as file:
@@ -184,6 +185,7 @@ class Verified(Typed):
     verified: bool = False
     rows: int = 0  # that were read, one after another from the first
     crc32: int = 0  # of these
+    lock: Lock = field(default_factory=Lock, compare=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -195,18 +197,21 @@ class Verified(Typed):
 
     def read(self, slices: Slices | None = None) -> torch.Tensor:
         value = self.source.read(slices)
-        if self.verified:
-            return value
+        if not self.verified:
+            with self.lock:
+                self._verify(value, slices)
+        return value
+
+    def _verify(self, value: torch.Tensor, slices: Slices | None) -> None:
         box, extents = bounds(self.shape, slices), self.source.extents
         if len(extents) == 1 and box and box[0][0] == self.rows and tuple(value.shape[1:]) == self.shape[1:]:
             self.rows, self.crc32 = box[0][1], crc32(as_bytes(value), self.crc32)
             if self.rows == self.shape[0] and extents[0].crc32 is not None:
                 self.source.check_crc(extents[0], self.crc32)
             self.verified = self.rows == self.shape[0]
-        else:
+        elif not self.verified:
             self.source.verify()
             self.verified = True
-        return value
 
 
 @dataclass
