@@ -32,7 +32,6 @@ MAX_HEADER_BYTES = 100 << 20
 ALIGNMENT = 64  # of the first tensor's bytes in the file: memory is copied much faster between places alike aligned
 PIECE_BYTES = 1 << 20  # read or written at once: their checksum is computed while they are in the cache
 SYNC_BYTES = 32 << 20  # written before the disk is told to begin
-SLICE_BYTES = 256 << 10  # written at once: for larger writes the system takes large runs of memory, which are cold
 
 Region = Sequence[tuple[int, int]]  # first and one-past-last index of each dimension
 

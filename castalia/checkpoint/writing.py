@@ -21,10 +21,11 @@ import torch
 from castalia.checkpoint.checksum import crc32
 from castalia.checkpoint.container import as_integers
 from castalia.checkpoint.lazy import bounds
-from castalia.checkpoint.stored import ALIGNMENT, DTYPE_CODES, SLICE_BYTES, StoredTensor, as_bytes
+from castalia.checkpoint.stored import ALIGNMENT, DTYPE_CODES, StoredTensor, as_bytes
 from castalia.checkpoint.tensors import ITEM_BYTES, Slices, TensorRef, Typed
 
 PIECE_BYTES = 2 << 20  # small enough for the processor's cache and for memory that is used again
+SLICE_BYTES = 256 << 10  # written at once: for larger writes the system takes large runs of memory, which are cold
 SHARD_BYTES = 4 << 30
 
 Advance = Callable[[int], None]  # called with the bytes written since the last call
