@@ -1,12 +1,13 @@
 """Files of `torch.save`, opened without reading their tensors.
 
 `open_pt` reads a file's directory and its pickle, and gives the pickled object with a `FileTensor` in place of every
-tensor. Zip archives (torch 1.6 and later) and the older plain format are understood. Tensor bytes are read through
-memory maps when asked for; the first time that any part of a zip member is read, its checksum is verified.
+tensor. Zip archives (torch 1.6 and later) and the older plain format are understood. Tensor bytes are read when
+asked for; the first time that any part of a zip member is read, its checksum is verified.
 """
 
 from __future__ import annotations
 
+import io
 import mmap
 import os
 import struct
@@ -16,6 +17,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     import torch
 
 MAX_PICKLE_BYTES = 256 << 20  # names and shapes of a million tensors
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 1 << 20  # read to be verified: it stays in the processor's cache
 LOCAL_HEADER = struct.Struct("<4s22xHH")
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_START = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
@@ -38,44 +40,86 @@ LEGACY_START = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 
 @dataclass
 class Blob:
-    """Consecutive bytes of a file: one storage."""
+    """Consecutive bytes of a file: one storage. What is read is verified: by default before the first use.
+
+    Who sets `deferred` lets the checksum be computed on the way, while the bytes are read one after another, and calls
+    `finish` before anything made of them counts as good.
+    """
 
     path: Path
     offset: int
     size: int
     crc32: int = 0  # 0: none was written
-    verified: bool = field(default=False, compare=False)
+    deferred: bool = field(default=False, compare=False)
+    seen: int = field(default=0, compare=False)  # bytes, from the first on
+    seen_crc32: int = field(default=0, compare=False)  # of these
+    lock: Lock = field(default_factory=Lock, compare=False, repr=False)
+
+    @property
+    def verified(self) -> bool:
+        return not self.crc32 or self.seen == self.size
 
     def read(self, start: int, out: memoryview) -> None:
-        """Fill `out` with the bytes from `start` on. Errors as for `map`."""
-        if not self.verified:
-            self.map()
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(self.offset + start)
+        """Fill `out` with the bytes from `start` on.
+
+        Raises CheckpointError when the file is shorter now or the checksum does not fit.
+        """
+        if not self.verified and (start != self.seen or not (self.deferred or len(out) == self.size)):
+            self.verify()
+        with self._open(start) as file:
             done = 0
             while done < len(out):
                 if not (count := file.readinto(out[done:])):
-                    raise CheckpointError(f"{self.path} has become shorter while it was read")
+                    raise self._truncated(start + done)
                 done += count
+        with self.lock:
+            if not self.verified and start == self.seen:
+                self._see(out)
 
     def map(self) -> np.memmap:
-        """The bytes. Raises CheckpointError when the file is shorter now or the checksum does not fit."""
-        if (found := os.stat(self.path).st_size) < self.offset + self.size:
+        """The bytes, verified. Errors as for `read`."""
+        with self._open() as file:
+            if (found := os.fstat(file.fileno()).st_size - self.offset) < self.size:
+                raise self._truncated(found)
+        if not self.verified:
+            self.verify()
+        return np.memmap(self.path, np.uint8, "r", self.offset, (self.size,))
+
+    def verify(self) -> None:
+        """Read what was not seen yet. Errors as for `read`."""
+        with self.lock, self._open(self.seen) as file:
+            buffer = memoryview(bytearray(min(CHUNK_BYTES, self.size - self.seen)))
+            while not self.verified:
+                if not (count := file.readinto(buffer[: self.size - self.seen])):
+                    raise self._truncated(self.seen)
+                self._see(buffer[:count])
+
+    def finish(self) -> None:
+        """Verify the rest if some of the bytes were used. Errors as for `read`."""
+        if self.seen and not self.verified:
+            self.verify()
+
+    def _open(self, start: int = 0) -> io.FileIO:
+        try:
+            file = open(self.path, "rb", buffering=0)  # noqa: SIM115 - the caller closes it
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
+        file.seek(self.offset + start)
+        return file
+
+    def _see(self, data: memoryview) -> None:
+        crc = crc32(data, self.seen_crc32)
+        if self.seen + len(data) == self.size and crc != self.crc32:
             raise CheckpointError(
-                f"{self.path} is truncated: {found} bytes, a tensor ends at {self.offset + self.size}"
+                f"{self.path} is damaged: bytes {self.offset} to {self.offset + self.size} have checksum {crc:08x}, "
+                f"{self.crc32:08x} was written. Use another copy of this file or another step"
             )
-        data = np.memmap(self.path, np.uint8, "r", self.offset, (self.size,))
-        if self.crc32 and not self.verified:
-            crc = 0
-            for start in range(0, self.size, CHUNK_BYTES):
-                crc = crc32(data[start : start + CHUNK_BYTES].data, crc)
-            if crc != self.crc32:
-                raise CheckpointError(
-                    f"{self.path} is damaged: bytes {self.offset} to {self.offset + self.size} have checksum "
-                    f"{crc:08x}, {self.crc32:08x} was written. Use another copy of this file or another step"
-                )
-        self.verified = True
-        return data
+        self.seen, self.seen_crc32 = self.seen + len(data), crc
+
+    def _truncated(self, found: int) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path} is truncated: {self.offset + found} bytes, a tensor ends at {self.offset + self.size}"
+        )
 
 
 @dataclass(frozen=True)
@@ -125,6 +169,11 @@ class _Storage:
                 f"does not fit into its storage of {size} elements"
             )
         return FileTensor(self.blob, dtype or self.dtype, shape, stride, offset)
+
+
+def row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a contiguous tensor."""
+    return tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
 
 
 def as_integers(tensor: torch.Tensor) -> np.ndarray:

@@ -25,7 +25,7 @@ from castalia.checkpoint.formats import find_steps
 from castalia.checkpoint.lazy import Adapted, Cast
 from castalia.checkpoint.stored import StoredTensor
 from castalia.checkpoint.tensors import Checkpoint, TensorRef, name_of
-from castalia.checkpoint.writing import Advance, Output, Plan, Verified, WriteOptions, sync
+from castalia.checkpoint.writing import Advance, Output, Plan, WriteOptions, in_blobs, sync, verifying
 from castalia.errors import CheckpointError
 
 JOURNAL = "conversion.jsonl"
@@ -72,7 +72,7 @@ def prepare(checkpoint: Checkpoint, dtype: torch.dtype | None = None, optimizer:
     model: dict[str, TensorRef] = dict(checkpoint.model)
     state: Mapping[str, Any] | None = checkpoint.optimizer
     if checkpoint.format == "native":
-        checked: dict[int, Verified] = {}
+        checked: dict[int, TensorRef] = {}
         model = {name: _checked(ref, checked) for name, ref in model.items()}
         if state:  # of whatever optimizer
             state = {
@@ -87,7 +87,7 @@ def prepare(checkpoint: Checkpoint, dtype: torch.dtype | None = None, optimizer:
     return replace(checkpoint, model=model, optimizer=state if optimizer else None)
 
 
-def _checked(ref: TensorRef, known: dict[int, Verified]) -> TensorRef:
+def _checked(ref: TensorRef, known: dict[int, TensorRef]) -> TensorRef:
     """The tensor with its checksums verified. A tensor that is weight and master stays one."""
     if isinstance(ref, Cast):
         return Cast(_checked(ref.source, known), ref.dtype_name)
@@ -96,7 +96,7 @@ def _checked(ref: TensorRef, known: dict[int, Verified]) -> TensorRef:
         return Adapted(source, a, b, ref.scale)
     if not isinstance(ref, StoredTensor):
         return ref
-    return known.setdefault(id(ref), Verified(ref))
+    return known.setdefault(id(ref), in_blobs(ref))
 
 
 def identity(checkpoint: Checkpoint, options: WriteOptions, plan: Plan) -> str:
@@ -175,7 +175,8 @@ def _write_files(outputs: Sequence[Output], folder: Path, journal: IO[str], adva
                 waiting.append(flushing.submit(sync, part))
             advance(count)
 
-        entry = {"name": output.name, "result": output.write(part, more)}
+        with verifying(output.tensors):
+            entry = {"name": output.name, "result": output.write(part, more)}
         for each in waiting:
             each.result()
         sync(part)

@@ -12,13 +12,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
+from castalia.checkpoint.container import row_major
 from castalia.checkpoint.stored import as_bytes
 from castalia.checkpoint.stored_zip import StoredZip
-from castalia.checkpoint.tensors import TensorRef
+from castalia.checkpoint.tensors import TensorRef, Typed
 from castalia.checkpoint.unpickle import STORAGE_DTYPES
 from castalia.checkpoint.writing import Advance, Output, num_bytes, pieces
 
@@ -44,20 +45,24 @@ class Instance:
 
 def pt_output(name: str, value: Any) -> Output:
     """A file of `torch.save`."""
-    size = sum(map(num_bytes, _Pickler(value).tensors))
-    return Output(name, size, lambda path, advance: write_pt(path, Path(name).stem, value, advance))
+    pickler = _Pickler(value)
+    size = sum(map(num_bytes, pickler.tensors))
+    return Output(name, size, lambda path, advance: _write(path, Path(name).stem, pickler, advance), pickler.tensors)
 
 
 def write_pt(path: Path, title: str, value: Any, advance: Advance) -> None:
     """Write the file. `title`: the folder inside the archive, by custom the file's name without ending."""
-    pickler = _Pickler(value)
+    _write(path, title, _Pickler(value), advance)
+
+
+def _write(path: Path, title: str, pickler: _Pickler, advance: Advance) -> None:
     with open(path, "wb") as file:
         archive = StoredZip(file)
 
         def add_small(name: str, content: bytes) -> None:
             archive.add(f"{title}/{name}", len(content), [memoryview(content)], lambda count: None)
 
-        add_small("data.pkl", pickler.finish())
+        add_small("data.pkl", pickler.content)
         add_small("byteorder", b"little")
         for key, ref in enumerate(pickler.tensors):
             archive.add(f"{title}/data/{key}", num_bytes(ref), map(as_bytes, pieces(ref)), advance)
@@ -70,11 +75,10 @@ class _Pickler:
 
     def __init__(self, value: Any):
         self.out = bytearray(pickle.PROTO + b"\x02")
-        self.tensors: list[TensorRef] = []
+        self.found: list[TensorRef] = []
         self.put(value)
-
-    def finish(self) -> bytes:
-        return bytes(self.out + pickle.STOP)
+        self.content = bytes(self.out + pickle.STOP)
+        self.tensors = tuple(self.found)
 
     def put(self, value: Any) -> None:
         kind = type(value)
@@ -108,8 +112,8 @@ class _Pickler:
             self._tuple(value)
         elif kind is Instance:
             self._instance(value)
-        elif isinstance(value, TensorRef):
-            self._tensor(value)
+        elif isinstance(value, Typed):
+            self._tensor(cast(TensorRef, value))
         else:
             raise TypeError(f"a {kind.__name__} cannot be written")
 
@@ -159,13 +163,18 @@ class _Pickler:
         self.out += pickle.MARK + pickle.MARK
         self.put("storage")
         self._name(f"torch.{STORAGES[ref.dtype_name]}Storage")
-        storage: tuple[Any, ...] = (str(len(self.tensors)), "cpu", prod(shape))
+        storage: tuple[Any, ...] = (str(len(self.found)), "cpu", prod(shape))
         for part in storage:
             self.put(part)
         self.out += pickle.TUPLE + pickle.BINPERSID
-        stride = tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
-        view: tuple[Any, ...] = (0, shape, stride, False, Named())  # offset, ..., requires no gradient, no hooks
+        view: tuple[Any, ...] = (
+            0,
+            shape,
+            row_major(shape),
+            False,
+            Named(),
+        )  # offset, ..., requires no gradient, no hooks
         for part in view:
             self.put(part)
         self.out += pickle.TUPLE + pickle.REDUCE
-        self.tensors.append(ref)
+        self.found.append(ref)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from castalia.checkpoint.checksum import crc32
-from castalia.checkpoint.container import CHUNK_BYTES, as_integers
+from castalia.checkpoint.container import as_integers
 from castalia.checkpoint.lazy import bounds
 from castalia.checkpoint.tensors import ITEM_BYTES, Slices, Typed, name_of
 from castalia.errors import CheckpointError
@@ -83,19 +83,6 @@ class StoredTensor(Typed):
                 raise CheckpointError(f"{self.name}: cannot read {extent.path}: {error.strerror}") from error
         return out
 
-    def verify(self) -> None:
-        """Raises CheckpointError unless the bytes of all extents have the checksums that were written."""
-        for extent in self.extents:
-            if extent.crc32 is None:
-                continue
-            left, crc = math.prod(extent.shape) * ITEM_BYTES[self.dtype_name], 0
-            with open(extent.path, "rb", buffering=0) as file:
-                file.seek(extent.offset)
-                while left and (data := file.read(min(left, CHUNK_BYTES))):
-                    crc, left = crc32(data, crc), left - len(data)
-            self._check_size(extent)
-            self.check_crc(extent, crc)
-
     def _read_part(self, extent: Extent, wanted: Region, out: torch.Tensor) -> None:
         """Fill the part of `out`, which is that region of the tensor, that lies in the extent."""
         import torch
@@ -136,10 +123,9 @@ class StoredTensor(Typed):
         finally:
             os.close(file)
         if checked:
-            self.check_crc(extent, crc)
+            self._check_crc(extent, crc)
 
-    def check_crc(self, extent: Extent, crc: int) -> None:
-        """Raises CheckpointError unless an extent's bytes, of this checksum, are those that were written."""
+    def _check_crc(self, extent: Extent, crc: int) -> None:
         if crc != extent.crc32:
             end = extent.offset + math.prod(extent.shape) * ITEM_BYTES[self.dtype_name]
             raise CheckpointError(

@@ -8,21 +8,22 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 
 from castalia.checkpoint.checksum import crc32
-from castalia.checkpoint.container import as_integers
-from castalia.checkpoint.lazy import bounds
-from castalia.checkpoint.stored import ALIGNMENT, DTYPE_CODES, StoredTensor, as_bytes
+from castalia.checkpoint.container import Blob, FileTensor, as_integers, row_major
+from castalia.checkpoint.lazy import join
+from castalia.checkpoint.stored import ALIGNMENT, DTYPE_CODES, Extent, StoredTensor, as_bytes
 from castalia.checkpoint.tensors import ITEM_BYTES, Slices, TensorRef, Typed
+from castalia.errors import CheckpointError
 
 PIECE_BYTES = 2 << 20  # small enough for the processor's cache and for memory that is used again
 SLICE_BYTES = 256 << 10  # written at once: for larger writes the system takes large runs of memory, which are cold
@@ -56,6 +57,7 @@ class Output:
     name: str  # path below the checkpoint's folder
     num_bytes: int
     write: Callable[[Path, Advance], Any]
+    tensors: tuple[TensorRef, ...] = ()  # that are read for it
 
 
 def _nothing_left(folder: Path, results: Mapping[str, Any]) -> None:
@@ -151,7 +153,7 @@ def tensors_output(name: str, tensors: Mapping[str, TensorRef]) -> Output:
     def write(path: Path, advance: Advance) -> None:
         write_tensors(path, tensors, advance, checksums=False)
 
-    return Output(name, size, write)
+    return Output(name, size, write, tuple(tensors.values()))
 
 
 def bytes_output(name: str, data: bytes | str) -> Output:
@@ -178,41 +180,64 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-@dataclass
-class Verified(Typed):
-    """A stored tensor whose checksums are verified: on the way when it is read from end to end, else before."""
+@contextmanager
+def verifying(tensors: Iterable[TensorRef]) -> Iterator[None]:
+    """Within this, checksums of what is read for these tensors are computed on the way; at its end all are verified.
 
-    source: StoredTensor
-    verified: bool = False
-    rows: int = 0  # that were read, one after another from the first
-    crc32: int = 0  # of these
-    lock: Lock = field(default_factory=Lock, compare=False)
+    Raises CheckpointError for damage.
+    """
+    blobs = _blobs(tensors)
+    for blob in blobs:
+        blob.deferred = True
+    yield
+    for blob in blobs:
+        blob.finish()
+        blob.deferred = False
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.source.shape
 
-    @property
-    def dtype_name(self) -> str:
-        return self.source.dtype_name
+def _blobs(tensors: Iterable[TensorRef]) -> list[Blob]:
+    """What is read for these tensors in the end."""
+    seen: set[int] = set()
+    found: list[Blob] = []
+    todo: list[Any] = [*tensors]
+    while todo:
+        each = todo.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, Blob):
+            found.append(each)
+        elif isinstance(each, Typed):  # its fields have the tensors that it is made of
+            todo += vars(each).values()
+        elif isinstance(each, (tuple, list)):
+            todo += each
+    return found
 
-    def read(self, slices: Slices | None = None) -> torch.Tensor:
-        value = self.source.read(slices)
-        if not self.verified:
-            with self.lock:
-                self._verify(value, slices)
-        return value
 
-    def _verify(self, value: torch.Tensor, slices: Slices | None) -> None:
-        box, extents = bounds(self.shape, slices), self.source.extents
-        if len(extents) == 1 and box and box[0][0] == self.rows and tuple(value.shape[1:]) == self.shape[1:]:
-            self.rows, self.crc32 = box[0][1], crc32(as_bytes(value), self.crc32)
-            if self.rows == self.shape[0] and extents[0].crc32 is not None:
-                self.source.check_crc(extents[0], self.crc32)
-            self.verified = self.rows == self.shape[0]
-        elif not self.verified:
-            self.source.verify()
-            self.verified = True
+def in_blobs(tensor: StoredTensor) -> TensorRef:
+    """The same tensor, of which every byte is verified, whichever part is read.
+
+    Raises CheckpointError unless its extents are those of a tensor cut along one dimension after another.
+    """
+    size = ITEM_BYTES[tensor.dtype_name]
+
+    def joined(extents: list[Extent], dim: int) -> TensorRef:
+        """Extents that differ in their start from this dimension on."""
+        if dim == len(tensor.shape):
+            (extent,) = extents
+            blob = Blob(extent.path, extent.offset, math.prod(extent.shape) * size, extent.crc32 or 0)
+            return FileTensor(blob, tensor.dtype_name, extent.shape, row_major(extent.shape))
+        rows: dict[int, list[Extent]] = {}
+        for extent in sorted(extents, key=lambda extent: extent.start[dim]):
+            rows.setdefault(extent.start[dim], []).append(extent)
+        tensors = [joined(row, dim + 1) for row in rows.values()]
+        if len({(each.shape[:dim], each.shape[dim + 1 :]) for each in tensors}) > 1:
+            raise CheckpointError(
+                f"{tensor.name}: its parts are not those of a tensor cut along one dimension after another"
+            )
+        return join(tensors, dim)
+
+    return joined(list(tensor.extents), 0)
 
 
 @dataclass

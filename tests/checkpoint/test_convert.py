@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,9 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from castalia.checkpoint import convert
+from castalia.checkpoint.checksum import crc32
+from castalia.checkpoint.container import FileTensor, open_pt
 from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.lazy import Held
-from castalia.checkpoint.writing import Layout, WriteOptions, pieces, shards
+from castalia.checkpoint.stored import Extent, StoredTensor, as_bytes
+from castalia.checkpoint.writing import Layout, WriteOptions, in_blobs, pieces, shards, verifying
 from castalia.config.schema import Model
 from castalia.errors import CheckpointError, ConfigError
 from tests.checkpoint.made import FAMILIES, SIZES, assert_same, changed, made, written
@@ -180,6 +186,70 @@ def test_a_damaged_source_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="damaged"):
         written(open_checkpoint(tmp_path / "source"), tmp_path / "out", "hf")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("target", ["native", "neox"])
+def test_a_damaged_byte_in_any_storage_is_noticed_each_time(target: str, tmp_path: Path) -> None:
+    written(made(FAMILIES["gpt_neox"]), tmp_path / "source", "neox", layout=Layout(tp=2, pp=2, dp=2, zero=1))
+    folder = tmp_path / "source"
+    storages = [
+        blob
+        for name in ("layer_02-model_01-model_states.pt", "zero_pp_rank_1_mp_rank_03_optim_states.pt")
+        for blob in {id(ref.blob): ref.blob for ref in tensors_in(open_pt(folder / name))}.values()
+    ]
+    assert len(storages) > 15
+    for index, blob in enumerate(storages):
+        whole = blob.path.read_bytes()
+        damaged = bytearray(whole)
+        damaged[blob.offset + (blob.size - 1 if index % 3 else 0)] ^= 1  # a vector's last byte may be padding
+        blob.path.write_bytes(damaged)
+        for _ in range(2):  # no file that was made of it counts as complete
+            with pytest.raises(CheckpointError, match=f"{blob.path.name} is damaged"):
+                written(open_checkpoint(tmp_path / "source"), tmp_path / "out", target, layout=Layout(tp=4, zero=1))
+        shutil.rmtree(tmp_path / "out.partial")
+        blob.path.write_bytes(whole)
+    written(open_checkpoint(tmp_path / "source"), tmp_path / "out", target, layout=Layout(tp=4, zero=1))
+
+
+def tensors_in(value: object) -> list[FileTensor]:
+    if isinstance(value, FileTensor):
+        return [value]
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [ref for each in values for ref in tensors_in(each)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_each_byte_of_a_tensor_in_parts_is_verified(data: st.DataObject) -> None:
+    rows, columns = (sorted({0, size, *data.draw(st.sets(st.integers(1, size - 1)))}) for size in (6, 5))
+    whole = torch.randn(6, 5)
+    with tempfile.TemporaryDirectory() as folder:
+        path, extents, content = Path(folder, "file"), [], b""
+        for top, bottom in pairwise(rows):
+            for left, right in pairwise(columns):
+                part = bytes(as_bytes(whole[top:bottom, left:right].contiguous()))
+                extents.append(Extent(path, len(content), (top, left), (bottom - top, right - left), crc32(part)))
+                content += part
+        stored = StoredTensor("it", (6, 5), "float32", tuple(data.draw(st.permutations(extents))))
+        path.write_bytes(content)
+        start, stop = sorted(data.draw(st.tuples(st.integers(0, 6), st.integers(0, 6))))
+        assert torch.equal(in_blobs(stored).read([slice(start, stop)]), whole[start:stop])
+        damaged = bytearray(content)
+        damaged[data.draw(st.integers(0, len(content) - 1))] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="damaged"):
+            in_blobs(stored).read()
+        tensor = in_blobs(stored)
+        with pytest.raises(CheckpointError, match="damaged"), verifying([tensor]):
+            for row in range(6):
+                tensor.read([slice(row, row + 1)])
+
+
+def test_parts_that_are_no_grid_are_refused(tmp_path: Path) -> None:
+    places = [((0, 0), (2, 1)), ((0, 1), (1, 1)), ((1, 1), (1, 1))]
+    extents = tuple(Extent(tmp_path / "file", 0, *place) for place in places)
+    with pytest.raises(CheckpointError, match="it: its parts are not those of a tensor cut along one dimension"):
+        in_blobs(StoredTensor("it", (2, 2), "float32", extents))
 
 
 @pytest.mark.parametrize(

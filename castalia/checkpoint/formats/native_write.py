@@ -72,7 +72,7 @@ def _part(kind: str, rank: int, tensors: Mapping[str, TensorRef]) -> Output:
         others = [name for name, ref in tensors.items() if isinstance(ref, Watched) and not ref.rounds]
         return {"entries": entries, "not_rounded": others}
 
-    return Output(name, sum(map(num_bytes, tensors.values())), write)
+    return Output(name, sum(map(num_bytes, tensors.values())), write, tuple(tensors.values()))
 
 
 def _write(
