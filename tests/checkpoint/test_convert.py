@@ -22,7 +22,7 @@ from castalia.checkpoint import convert
 from castalia.checkpoint.checksum import crc32
 from castalia.checkpoint.container import FileTensor, open_pt
 from castalia.checkpoint.formats import open_checkpoint
-from castalia.checkpoint.lazy import Held
+from castalia.checkpoint.lazy import Held, Part, Transposed
 from castalia.checkpoint.stored import Extent, StoredTensor, as_bytes
 from castalia.checkpoint.writing import Layout, WriteOptions, in_blobs, pieces, shards, verifying
 from castalia.config.schema import Model
@@ -190,11 +190,11 @@ def test_a_damaged_source_is_noticed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", ["native", "neox"])
 def test_a_damaged_byte_in_any_storage_is_noticed_each_time(target: str, tmp_path: Path) -> None:
-    written(made(FAMILIES["gpt_neox"]), tmp_path / "source", "neox", layout=Layout(tp=2, pp=2, dp=2, zero=1))
+    written(made(FAMILIES["gpt_neox"]), tmp_path / "source", "neox", layout=Layout(tp=2, pp=2, dp=3, zero=1))
     folder = tmp_path / "source"
     storages = [
         blob
-        for name in ("layer_02-model_01-model_states.pt", "zero_pp_rank_1_mp_rank_03_optim_states.pt")
+        for name in ("layer_02-model_01-model_states.pt", "zero_pp_rank_2_mp_rank_03_optim_states.pt")
         for blob in {id(ref.blob): ref.blob for ref in tensors_in(open_pt(folder / name))}.values()
     ]
     assert len(storages) > 15
@@ -243,6 +243,21 @@ def test_each_byte_of_a_tensor_in_parts_is_verified(data: st.DataObject) -> None
         with pytest.raises(CheckpointError, match="damaged"), verifying([tensor]):
             for row in range(6):
                 tensor.read([slice(row, row + 1)])
+
+
+def test_what_was_read_in_part_is_verified_in_the_end(tmp_path: Path) -> None:
+    torch.save({"it": torch.zeros(6, 5)}, tmp_path / "a.pt")
+    blob = open_pt(tmp_path / "a.pt")["it"].blob
+    damaged = bytearray(blob.path.read_bytes())
+    damaged[blob.offset + blob.size - 1] ^= 1
+    blob.path.write_bytes(damaged)
+    tensor = Transposed(Part(open_pt(blob.path)["it"], 0, 2))
+    with verifying([tensor]):
+        pass  # nothing of it was used
+    with pytest.raises(CheckpointError, match="damaged"), verifying([tensor]):
+        tensor.read()
+    with pytest.raises(CheckpointError, match="damaged"):
+        tensor.read()
 
 
 def test_parts_that_are_no_grid_are_refused(tmp_path: Path) -> None:
