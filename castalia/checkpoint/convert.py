@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from importlib import import_module
 from pathlib import Path
-from threading import Event, Lock
+from threading import Event
 from typing import IO, Any
 
 import torch
@@ -155,9 +155,9 @@ def name_latest(folder: Path) -> None:
 
 def _write_files(outputs: Sequence[Output], folder: Path, journal: IO[str], advance: Advance) -> dict[str, dict]:
     """Several at a time. Returns the journal's entry for each. When one fails, or on Ctrl-C, all stop at once."""
-    stopped, one_entry = Event(), Lock()
+    stopped = Event()
 
-    def write_file(output: Output, flushing: ThreadPoolExecutor) -> dict[str, Any]:
+    def write_file(output: Output, disk: ThreadPoolExecutor) -> Future[dict[str, Any]]:
         final = folder / output.name
         part = final.with_name(final.name + ".part")
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -172,24 +172,26 @@ def _write_files(outputs: Sequence[Output], folder: Path, journal: IO[str], adva
             unflushed += count
             if unflushed >= FLUSH_BYTES:
                 unflushed = 0
-                waiting.append(flushing.submit(sync, part))
+                waiting.append(disk.submit(sync, part))
             advance(count)
 
-        with verifying(output.tensors):
-            entry = {"name": output.name, "result": output.write(part, more)}
-        for each in waiting:
-            each.result()
-        sync(part)
-        os.replace(part, final)
-        with one_entry:
+        def complete(entry: dict[str, Any]) -> dict[str, Any]:
+            for each in waiting:
+                each.result()  # an error is told once only, so not by the last sync again
+            sync(part)
+            os.replace(part, final)
             journal.write(json.dumps(entry) + "\n")
             journal.flush()
-        return entry
+            return entry
 
-    with ThreadPoolExecutor(1) as flushing, ThreadPoolExecutor(min(MAX_WRITERS, os.cpu_count() or 1)) as writers:
-        futures = [writers.submit(write_file, output, flushing) for output in outputs]
+        with verifying(output.tensors):
+            result = output.write(part, more)
+        return disk.submit(complete, {"name": output.name, "result": result})
+
+    with ThreadPoolExecutor(1) as disk, ThreadPoolExecutor(min(MAX_WRITERS, os.cpu_count() or 1)) as writers:
+        futures = [writers.submit(write_file, output, disk) for output in outputs]
         try:
-            entries = [future.result() for future in as_completed(futures)]
+            entries = [future.result().result() for future in as_completed(futures)]
         except BaseException:
             stopped.set()
             writers.shutdown(cancel_futures=True)
