@@ -11,7 +11,7 @@ import torch
 
 from castalia.checkpoint.lazy import Scaled, Transposed, bounds, part
 from castalia.checkpoint.tensors import Slices, TensorRef, Typed
-from castalia.checkpoint.writing import ahead, same_bits
+from castalia.checkpoint.writing import same_bits
 from castalia.config.schema import Model
 
 PAIR_BYTES = 8 << 20
@@ -143,7 +143,7 @@ def measure(a: TensorRef, b: TensorRef) -> Figures:
     """Figures of two tensors of one shape, in one pass over both."""
     count, max_diff = 0, 0.0
     sums = torch.zeros(6, dtype=torch.float64)
-    for left, right in ahead(pairs(a, b)):
+    for left, right in pairs(a, b):
         x, y = left.double().flatten(), right.double().flatten()
         count += x.numel()
         max_diff = max(max_diff, float((x - y).abs().max()))

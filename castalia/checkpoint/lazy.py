@@ -23,7 +23,9 @@ CHUNK_ELEMENTS = 1 << 22
 
 def bounds(shape: Sequence[int], slices: Slices | None) -> list[tuple[int, int]]:
     """(start, stop) for each dimension. Missing slices select everything; steps other than 1 raise ValueError."""
-    slices = list(slices or ())
+    if not slices:
+        return [(0, size) for size in shape]
+    slices = list(slices)
     if len(slices) > len(shape):
         raise ValueError(f"{len(slices)} slices for a tensor of shape {tuple(shape)}")
     slices += [slice(None)] * (len(shape) - len(slices))
@@ -66,7 +68,7 @@ class Part(Typed):
     stop: int
     dim: int = 0
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         shape = list(self.source.shape)
         shape[self.dim] = self.stop - self.start
@@ -95,7 +97,7 @@ class Joined(Typed):
         """Where each source ends in the joined dimension."""
         return list(accumulate(source.shape[self.dim] for source in self.sources))
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         shape = list(self.sources[0].shape)
         shape[self.dim] = self.ends[-1]
@@ -109,8 +111,9 @@ class Joined(Typed):
         import torch
 
         box = bounds(self.shape, slices)
+        lengths = [stop - start for start, stop in box]
         first, last = box[self.dim]
-        result = torch.empty([stop - start for start, stop in box], dtype=self.dtype)
+        result = None
         index = bisect_right(self.ends, first)  # of the first source that reaches beyond `first`
         while first < last and index < len(self.sources):
             begin, end = self.ends[index - 1] if index else 0, self.ends[index]
@@ -120,9 +123,12 @@ class Joined(Typed):
             if start < stop:
                 box[self.dim] = (start - begin, stop - begin)
                 piece = self.sources[index].read([slice(*pair) for pair in box])
+                if stop - start == last - first:
+                    return piece
+                result = torch.empty(lengths, dtype=self.dtype) if result is None else result
                 result.narrow(self.dim, start - first, stop - start).copy_(piece)
             index += 1
-        return result
+        return torch.empty(lengths, dtype=self.dtype) if result is None else result
 
 
 @dataclass(frozen=True)

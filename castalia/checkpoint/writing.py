@@ -9,11 +9,10 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,12 +24,11 @@ from castalia.checkpoint.stored import ALIGNMENT, DTYPE_CODES, Extent, StoredTen
 from castalia.checkpoint.tensors import ITEM_BYTES, Slices, TensorRef, Typed
 from castalia.errors import CheckpointError
 
-PIECE_BYTES = 2 << 20  # small enough for the processor's cache and for memory that is used again
+PIECE_BYTES = 4 << 20  # small enough for the processor's cache and for memory that is used again
 SLICE_BYTES = 256 << 10  # written at once: for larger writes the system takes large runs of memory, which are cold
 SHARD_BYTES = 4 << 30
 
 Advance = Callable[[int], None]  # called with the bytes written since the last call
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -90,16 +88,6 @@ def slices_of(data: memoryview) -> Iterator[memoryview]:
     return (data[start : start + SLICE_BYTES] for start in range(0, len(data), SLICE_BYTES))
 
 
-def ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items; each is made in another thread while the one before is in use."""
-    end = object()
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, items, end)
-        while (item := coming.result()) is not end:
-            coming = thread.submit(next, items, end)
-            yield item  # type: ignore[misc]
-
-
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors of one shape and dtype are equal, NaNs and signs of zeros included."""
     return np.array_equal(as_integers(a.contiguous()), as_integers(b.contiguous()))
@@ -137,12 +125,13 @@ def write_tensors(
     found = {name: [base + header[name]["data_offsets"][0], 0] for name in tensors}
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name, data in ahead((name, as_bytes(piece)) for name, ref in tensors.items() for piece in pieces(ref)):
-            for part in slices_of(data):
-                file.write(part)
-                if checksums:
-                    found[name][1] = crc32(part, found[name][1])
-            advance(len(data))
+        for name, ref in tensors.items():
+            for data in map(as_bytes, pieces(ref)):
+                for part in slices_of(data):
+                    file.write(part)
+                    if checksums:
+                        found[name][1] = crc32(part, found[name][1])
+                advance(len(data))
     return found
 
 
@@ -202,7 +191,7 @@ def _blobs(tensors: Iterable[TensorRef]) -> list[Blob]:
     todo: list[Any] = [*tensors]
     while todo:
         each = todo.pop()
-        if id(each) in seen:
+        if type(each) is int or id(each) in seen:  # most are numbers of shapes
             continue
         seen.add(id(each))
         if isinstance(each, Blob):
