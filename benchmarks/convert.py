@@ -18,7 +18,6 @@ import shutil
 import statistics
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -76,7 +75,7 @@ def resave(source: Path, target: Path) -> None:
 
 
 def child(work: Callable[..., None], arguments: tuple, connection) -> None:
-    """Run, and send the seconds and the growth of anonymous memory. Imports are done before."""
+    """Say when all is imported, run, and send the seconds."""
     import torch
 
     import castalia.checkpoint.convert
@@ -90,36 +89,30 @@ def child(work: Callable[..., None], arguments: tuple, connection) -> None:
         import transformers  # noqa: F401
         from transformers import GPTNeoXForCausalLM  # noqa: F401
     torch.set_num_threads(1)
-    before, peak, done = anonymous_bytes(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.005):
-            peak = max(peak, anonymous_bytes())
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
+    connection.send("ready")
     start = time.perf_counter()
     work(*arguments)
-    seconds = time.perf_counter() - start
-    done.set()
-    watcher.join()
-    connection.send((seconds, max(0, peak - before)))
+    connection.send(time.perf_counter() - start)
 
 
-def anonymous_bytes() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+def anonymous_bytes(process: int) -> int:
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
 
 
 def timed(work: Callable[..., None], *arguments: object) -> tuple[float, int]:
+    """Seconds, and the growth of anonymous memory."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=child, args=(work, arguments, there))
     process.start()
     there.close()
     try:
-        return here.recv()
+        here.recv()
+        before = peak = anonymous_bytes(process.pid)
+        while not here.poll(0.005):
+            peak = max(peak, anonymous_bytes(process.pid))
+        return here.recv(), peak - before
     finally:
         process.join()
 
