@@ -1,7 +1,8 @@
 """Training steps side by side: ours against transformers' GPTNeoXForCausalLM and litgpt's GPT with fused AdamW.
 
     python benchmarks/train.py [--model pythia-14m] [--batch 4] [--seq 512] [--precision bf16 ...]
-                               [--allocator same ...] [--rounds 7] [--recompute] [--compiled] [--cpu-time] [--quick]
+                               [--allocator same ...] [--peers "transformers, compiled" ...] [--rounds 7]
+                               [--recompute] [--cpu-time] [--quick]
 
 Each side runs in a process of its own, and they take turns step by step, so that all meet the same machine. All start
 from the same weights, see the same batches, clip at 1.0 and must report the same losses. litgpt takes part where it can
@@ -330,9 +331,11 @@ def main() -> None:
     parser.add_argument("--seq", type=int, default=512)
     parser.add_argument("--precision", nargs="+", choices=TOLERANCE, default=list(TOLERANCE))
     parser.add_argument("--allocator", nargs="+", choices=ALLOCATORS, default=ALLOCATORS)
+    eager = [name for name in SIDES if name != "castalia" and find_spec(name)]
+    peers = [*eager, *(f"{name}, compiled" for name in eager)]
+    parser.add_argument("--peers", nargs="+", choices=peers, default=eager)
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each side")
     parser.add_argument("--recompute", action="store_true", help="all sides forget the activations inside of blocks")
-    parser.add_argument("--compiled", action="store_true", help="the peers also through torch.compile")
     parser.add_argument("--cpu-time", action="store_true", help="of one thread, for a machine that others share")
     parser.add_argument("--quick", action="store_true", help="1 x 64 tokens, 3 rounds: does it run and agree?")
     args = parser.parse_args()
@@ -344,8 +347,7 @@ def main() -> None:
     from castalia.train.hardware import DTYPES
 
     clock = use_clock(args.cpu_time)
-    names = [name for name in SIDES if name != "litgpt" or find_spec("litgpt")]
-    names += [f"{name}, compiled" for name in names[1:] if args.compiled]
+    names = ["castalia", *args.peers]
     model = load_config(args.model).model
     tokens = args.batch * args.seq
     flops = tokens * training_flops(model, args.seq)
