@@ -1,8 +1,10 @@
 """Preparing a corpus side by side: ours, Hugging Face's `tokenizers` in batches, and a loop that encodes one by one.
 
-    python benchmarks/prepare.py [--tokenizer FILE_OR_FOLDER ...] [--megabytes 40] [--rounds 5] [--workers N] [--quick]
+    python benchmarks/prepare.py [--tokenizer FILE_OR_FOLDER ...] [--megabytes 40] [--english JSONL] [--rounds 5]
+                                 [--workers N] [--quick]
 
-The text is real: the King James Bible that is shipped with the examples, and the Python standard library's sources.
+The text is real: the King James Bible that is shipped with the examples, or a file with more, and the Python sources of
+the standard library and the installed packages.
 Each side runs in a process of its own, in turn, reads the same jsonl and must write the same `.bin` and `.idx` byte for
 byte. The loop is what GPT-NeoX's preprocess_data does for each document, without its imports and progress lines.
 Figures are medians: MB of text per second while preparing, and per second of CPU, threads and worker processes
@@ -62,12 +64,14 @@ SIDES = {"ours": ours, "tokenizers, batches": batches, "one by one": loop}
 
 
 def python_sources() -> Iterator[str]:
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
-        if "site-packages" not in path.parts:
-            try:
-                yield path.read_text(encoding="utf-8")
-            except UnicodeDecodeError:
-                continue  # some test files are of other encodings on purpose
+    """Of the standard library, then of the installed packages."""
+    paths = sysconfig.get_paths()
+    standard = [path for path in sorted(Path(paths["stdlib"]).rglob("*.py")) if "site-packages" not in path.parts]
+    for path in [*standard, *sorted(Path(paths["purelib"]).rglob("*.py"))]:
+        try:
+            yield path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue  # some test files are of other encodings on purpose
 
 
 def write_text(path: Path, texts: Iterator[str], megabytes: float) -> float:
@@ -136,6 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path, action="append", default=[])
     parser.add_argument("--megabytes", type=float, default=40.0, help="at most, of each kind of text")
+    parser.add_argument("--english", type=Path, default=KJV, help="lines with a text each")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, help="of ours; all cores if left out")
     parser.add_argument("--quick", action="store_true", help="1 MB of each, one round")
@@ -148,7 +153,7 @@ def main() -> None:
         return
     megabytes, rounds = (1.0, 1) if options.quick else (options.megabytes, options.rounds)
     with tempfile.TemporaryDirectory() as folder:
-        sources = {"English": map(_text, KJV.read_text(encoding="utf-8").splitlines()), "code": python_sources()}
+        sources = {"English": map(_text, options.english.open(encoding="utf-8")), "code": python_sources()}
         paths = {name: Path(folder) / f"{name}.jsonl" for name in sources}
         sizes = {name: write_text(paths[name], texts, megabytes) for name, texts in sources.items()}
         if not options.tokenizer:

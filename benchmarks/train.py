@@ -298,11 +298,12 @@ def matmul_rate(dtype, clock: Callable[[], float], size: int = 1024) -> float:
 def race(work: Work, rounds: int, names: Sequence[str]) -> dict[str, Timed]:
     """All sides' steps. Raises AssertionError where the losses differ."""
     context = multiprocessing.get_context("spawn")
-    connections, seconds = {}, {name: [] for name in names}
+    processes, connections, seconds = [], {}, {name: [] for name in names}
     for name in names:
         here, there = context.Pipe()
         library, _, compiled = name.partition(", ")
-        context.Process(target=side, args=(there, library, work, bool(compiled)), daemon=True).start()
+        processes.append(context.Process(target=side, args=(there, library, work, bool(compiled)), daemon=True))
+        processes[-1].start()
         there.close()  # so that a side that dies ends our wait for it
         here.recv()
         connections[name] = here
@@ -321,6 +322,8 @@ def race(work: Work, rounds: int, names: Sequence[str]) -> dict[str, Timed]:
     for name, connection in connections.items():
         connection.send(None)
         found[name] = Timed(seconds[name], state + connection.recv())
+    for process in processes:
+        process.join()  # what is measured next is to be alone
     return found
 
 

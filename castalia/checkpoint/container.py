@@ -64,7 +64,9 @@ class Blob:
 
         Raises CheckpointError when the file is shorter now or the checksum does not fit.
         """
-        if not self.verified and (start != self.seen or not (self.deferred or len(out) == self.size)):
+        next_in_order = start == self.seen and (self.deferred or len(out) == self.size)
+        again = self.deferred and start + len(out) <= self.seen
+        if not (self.verified or next_in_order or again):
             self.verify()
         with self._open(start) as file:
             done = 0

@@ -178,10 +178,13 @@ def verifying(tensors: Iterable[TensorRef]) -> Iterator[None]:
     blobs = _blobs(tensors)
     for blob in blobs:
         blob.deferred = True
-    yield
-    for blob in blobs:
-        blob.finish()
-        blob.deferred = False
+    try:
+        yield
+        for blob in blobs:
+            blob.finish()
+    finally:
+        for blob in blobs:
+            blob.deferred = False
 
 
 def _blobs(tensors: Iterable[TensorRef]) -> list[Blob]:
