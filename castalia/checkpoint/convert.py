@@ -23,9 +23,8 @@ import torch
 
 from castalia.checkpoint.formats import find_steps
 from castalia.checkpoint.lazy import Adapted, Cast
-from castalia.checkpoint.stored import StoredTensor
-from castalia.checkpoint.tensors import Checkpoint, TensorRef, name_of
-from castalia.checkpoint.writing import Advance, Output, Plan, WriteOptions, in_blobs, sync, verifying
+from castalia.checkpoint.tensors import Checkpoint, name_of
+from castalia.checkpoint.writing import Advance, Output, Plan, WriteOptions, sync, verified, verifying
 from castalia.errors import CheckpointError
 
 JOURNAL = "conversion.jsonl"
@@ -69,34 +68,14 @@ def prepare(checkpoint: Checkpoint, dtype: torch.dtype | None = None, optimizer:
 
     Without `optimizer` there is no state; what is left then is enough to run the model and to train it on.
     """
-    model: dict[str, TensorRef] = dict(checkpoint.model)
-    state: Mapping[str, Any] | None = checkpoint.optimizer
-    if checkpoint.format == "native":
-        checked: dict[int, TensorRef] = {}
-        model = {name: _checked(ref, checked) for name, ref in model.items()}
-        if state:  # of whatever optimizer
-            state = {
-                name: {kind: each[kind] if kind == "step" else _checked(each[kind], checked) for kind in each}
-                for name, each in state.items()
-            }
+    checkpoint = verified(checkpoint)
+    model, state = dict(checkpoint.model), checkpoint.optimizer
     if dtype is not None:
         sources = {name: state[name]["master"] if state and name in state else ref for name, ref in model.items()}
         model = {name: ref if ref.dtype == dtype else Cast(ref, name_of(dtype)) for name, ref in sources.items()}
     else:
         model = {name: Cast(r, r.source.dtype_name) if isinstance(r, Adapted) else r for name, r in model.items()}
     return replace(checkpoint, model=model, optimizer=state if optimizer else None)
-
-
-def _checked(ref: TensorRef, known: dict[int, TensorRef]) -> TensorRef:
-    """The tensor with its checksums verified. A tensor that is weight and master stays one."""
-    if isinstance(ref, Cast):
-        return Cast(_checked(ref.source, known), ref.dtype_name)
-    if isinstance(ref, Adapted):
-        source, a, b = (_checked(each, known) for each in (ref.source, ref.a, ref.b))
-        return Adapted(source, a, b, ref.scale)
-    if not isinstance(ref, StoredTensor):
-        return ref
-    return known.setdefault(id(ref), in_blobs(ref))
 
 
 def identity(checkpoint: Checkpoint, options: WriteOptions, plan: Plan) -> str:

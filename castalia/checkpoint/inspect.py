@@ -94,8 +94,18 @@ def sample_sums(tensors: Mapping[str, TensorRef]) -> dict[str, Sums]:
 
 
 def read_sums(checkpoint: Checkpoint) -> dict[str, Sums]:
-    """Figures of all values, read a piece at a time. Raises CheckpointError for damaged files."""
-    return {name: whole(ref) for name, ref in checkpoint.model.items()}
+    """Figures of all weights, read a piece at a time. The optimizer's state is verified with them.
+
+    Raises CheckpointError for damaged files.
+    """
+    from castalia.checkpoint.writing import verified, verify, verifying  # imports torch
+
+    checkpoint = verified(checkpoint)
+    with verifying(checkpoint.model.values()):
+        sums = {name: whole(ref) for name, ref in checkpoint.model.items()}
+    for state in (checkpoint.optimizer or {}).values():
+        verify(ref for kind, ref in state.items() if kind != "step")  # type: ignore[misc]
+    return sums
 
 
 def whole(ref: TensorRef) -> Sums:

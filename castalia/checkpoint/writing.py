@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +19,9 @@ import torch
 
 from castalia.checkpoint.checksum import crc32
 from castalia.checkpoint.container import Blob, FileTensor, as_integers, row_major
-from castalia.checkpoint.lazy import join
+from castalia.checkpoint.lazy import Adapted, Cast, join
 from castalia.checkpoint.stored import ALIGNMENT, DTYPE_CODES, Extent, StoredTensor, as_bytes
-from castalia.checkpoint.tensors import ITEM_BYTES, Slices, TensorRef, Typed
+from castalia.checkpoint.tensors import ITEM_BYTES, Checkpoint, Slices, TensorRef, Typed
 from castalia.errors import CheckpointError
 
 PIECE_BYTES = 4 << 20  # small enough for the processor's cache and for memory that is used again
@@ -204,6 +204,33 @@ def _blobs(tensors: Iterable[TensorRef]) -> list[Blob]:
         elif isinstance(each, (tuple, list)):
             todo += each
     return found
+
+
+def verified(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint, each byte of which is verified when it is used. Only native ones do not do so by themselves."""
+    if checkpoint.format != "native":
+        return checkpoint
+    known: dict[int, TensorRef] = {}  # a tensor that is weight and master stays one
+
+    def checked(ref: Any) -> Any:
+        if isinstance(ref, Cast):
+            return Cast(checked(ref.source), ref.dtype_name)
+        if isinstance(ref, Adapted):
+            return Adapted(checked(ref.source), checked(ref.a), checked(ref.b), ref.scale)
+        return known.setdefault(id(ref), in_blobs(ref)) if isinstance(ref, StoredTensor) else ref
+
+    model = {name: checked(ref) for name, ref in checkpoint.model.items()}
+    state: Any = checkpoint.optimizer  # of whatever optimizer
+    if state is not None:
+        state = {name: {kind: checked(ref) for kind, ref in each.items()} for name, each in state.items()}
+    return replace(checkpoint, model=model, optimizer=state)
+
+
+def verify(tensors: Iterable[TensorRef]) -> None:
+    """Read what was not read yet of these tensors. Raises CheckpointError for damage."""
+    for blob in _blobs(tensors):
+        if not blob.verified:
+            blob.verify()
 
 
 def in_blobs(tensor: StoredTensor) -> TensorRef:

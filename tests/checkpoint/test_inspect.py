@@ -19,10 +19,12 @@ from castalia.checkpoint.inspect import report
 from castalia.checkpoint.lazy import Zeros
 from castalia.checkpoint.load import load_model
 from castalia.checkpoint.sample import SPAN_ELEMENTS, Sums, as_float32, runs, sample
+from castalia.checkpoint.stored import open_safetensors
 from castalia.checkpoint.tensors import Checkpoint, Progress
-from castalia.config.schema import RunConfig
+from castalia.config.schema import Model, RunConfig
 from castalia.errors import CheckpointError
 from castalia.plan.count import tensor_shapes
+from tests.checkpoint.made import made, written
 from tests.checkpoint.neox_writer import ROLES
 from tests.checkpoint.synthetic import layer, shape_of_20b, write_20b
 
@@ -177,6 +179,23 @@ def test_the_full_reading_lists_tensors_and_finds_damage(broken):
     change(broken / "layer_03-model_01-model_states.pt", "mlp.dense_h_to_4h.weight", None, slice(0, 1))
     with pytest.raises(CheckpointError, match="layer_03-model_01.* is damaged"):
         inspected(broken, full=True)
+
+
+@pytest.mark.parametrize("file", ["model", "optimizer"])
+def test_the_full_reading_verifies_our_own_checkpoints(file, tmp_path):
+    model = Model(num_layers=1, hidden_size=64, num_heads=4, max_positions=48, vocab_size=20_000)
+    written(made(model), tmp_path / "native", "native")
+    assert inspected(tmp_path / "native", full=True)["anomalies"] == []
+    path = tmp_path / "native" / f"{file}-00000.safetensors"
+    for stored in open_safetensors(path).values():
+        (extent,) = stored.extents
+        data = bytearray(path.read_bytes())
+        data[extent.offset + 1] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(CheckpointError, match=f"{file}-00000.safetensors is damaged"):
+            inspected(tmp_path / "native", full=True)
+        data[extent.offset + 1] ^= 1
+        path.write_bytes(data)
 
 
 def test_files_of_another_step_are_found_by_their_masters(broken, tmp_path):
