@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import sys
 import time
 import traceback
@@ -77,7 +78,7 @@ def process_group(device: str, timeout_s: float = 600.0) -> Iterator[str | None]
     except CastaliaError as error:
         _end_job(store, str(error))
     except RuntimeError as error:
-        if world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if world == 1 or not (isinstance(error, dist.DistError) or _GLOO.search(str(error))):
             raise
         _explain_lost_rank(store, group, error)
     finally:
@@ -86,6 +87,7 @@ def process_group(device: str, timeout_s: float = 600.0) -> Iterator[str | None]
 
 
 _ENDED = "ended by an error"
+_GLOO = re.compile(r"gloo|Application timeout caused pair closure")  # most of its errors name its files, one does not
 _LAST_WORDS_S = 2.0  # how long ranks that lost another one wait for the others to say the same
 
 

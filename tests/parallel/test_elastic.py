@@ -120,7 +120,7 @@ def test_a_dead_rank_is_named_and_the_others_go_on_from_the_last_checkpoint(writ
 
 
 def test_a_rank_that_hangs_is_named_with_the_operation(written):
-    path, folder = written("run", "train.steps=10000", "parallel.tp=2", "parallel.timeout=40")
+    path, folder = written("run", "train.steps=10000", "parallel.tp=2", "parallel.timeout=20")
     launcher = begin([*TORCHRUN, "--standalone", "--nproc-per-node=2", *CASTALIA[1:], str(path)])
     wait_for_step(launcher, folder, 3)
     os.kill(workers(launcher)[1], signal.SIGSTOP)
