@@ -50,12 +50,8 @@ def pt_output(name: str, value: Any) -> Output:
     return Output(name, size, lambda path, advance: _write(path, Path(name).stem, pickler, advance), pickler.tensors)
 
 
-def write_pt(path: Path, title: str, value: Any, advance: Advance) -> None:
-    """Write the file. `title`: the folder inside the archive, by custom the file's name without ending."""
-    _write(path, title, _Pickler(value), advance)
-
-
 def _write(path: Path, title: str, pickler: _Pickler, advance: Advance) -> None:
+    """Write the file. `title`: the folder inside the archive, by custom the file's name without ending."""
     with open(path, "wb") as file:
         archive = StoredZip(file)
 
@@ -167,13 +163,7 @@ class _Pickler:
         for part in storage:
             self.put(part)
         self.out += pickle.TUPLE + pickle.BINPERSID
-        view: tuple[Any, ...] = (
-            0,
-            shape,
-            row_major(shape),
-            False,
-            Named(),
-        )  # offset, ..., requires no gradient, no hooks
+        view = (0, shape, row_major(shape), False, Named())  # offset, ..., requires no gradient, no hooks
         for part in view:
             self.put(part)
         self.out += pickle.TUPLE + pickle.REDUCE
