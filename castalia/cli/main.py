@@ -74,8 +74,18 @@ def _not_chosen() -> None:
     raise AssertionError("only the chosen verb can run")
 
 
+def growing_segments() -> None:
+    """Lets torch's CUDA allocator grow its segments, so that steps of other sizes leave no holes; before it is imported.
+
+    What the user gave under any of the names that torch reads stays as it is.
+    """
+    if not any(f"PYTORCH_{kind}ALLOC_CONF" in os.environ for kind in ("", "CUDA_", "HIP_")):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def main() -> None:
     """Run the verb of `sys.argv`. Exit codes: 0, 2 for what the user can mend, 130 when interrupted."""
+    growing_segments()
     verb = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
     try:
         try:

@@ -50,8 +50,8 @@ def _show(found: dict[str, Any], sequences: int) -> None:
     step, begin = found["step"], found["checkpoint"]
     between = f", steps {begin + 1} to {step - 1} computed again" if begin < step - 1 else ""
     print(f"step {step}, from {f'the checkpoint of step {begin}' if begin else 'the beginning'}{between}")
-    print(f"loss          {found['loss']:.6f}  ({_compared(found['loss'], found['recorded_loss'])})")
-    print(f"gradient norm {found['grad_norm']:.6f}  ({_compared(found['grad_norm'], found['recorded_grad_norm'])})")
+    print(f"loss          {found['loss']:.6f}  ({_compared(found, 'loss')})")
+    print(f"gradient norm {found['grad_norm']:.6f}  ({_compared(found, 'grad_norm')})")
     print(f"learning rate {found['lr']:.3e}")
     _show_layers(found["layers"])
     for row in found["sequences"][:sequences]:
@@ -66,12 +66,18 @@ def _show(found: dict[str, Any], sequences: int) -> None:
         print(f"\n{hidden} more sequences are not shown (--sequences, --json)")
 
 
-def _compared(value: float, recorded: float | None) -> str:
+def _compared(found: dict[str, Any], name: str) -> str:
+    recorded, distance = found[f"recorded_{name}"], found[f"{name}_distance"]
     if recorded is None:
         return "nothing is recorded of it"
-    if value == recorded:
+    if distance is None:
+        return f"{recorded:.6f} is recorded"
+    if distance == 0:
         return "as recorded, bit for bit"
-    return f"{recorded:.6f} is recorded, {abs(value / recorded - 1):.1e} away: another layout, machine or version"
+    reasons = "another layout, machine or version"
+    if not found["repeats_bits"]:
+        reasons = f"GPUs add in any order without train.deterministic=true; or {reasons}"
+    return f"{recorded:.6f} is recorded, {distance:.1e} away: {reasons}"
 
 
 def _show_layers(layers: dict[str, Any]) -> None:

@@ -394,6 +394,10 @@ class Train(Section):
         description="compile the blocks; auto: after ten steps of runs on GPUs that are long enough to repay it",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
+    deterministic: bool = Field(
+        False,
+        description="the same bits in every repetition on GPUs too, more slowly; on CPUs they are the same anyway",
+    )
     exit_interval: PositiveInt | None = Field(None, description="save and stop at the next multiple of this step")
 
 

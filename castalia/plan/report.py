@@ -15,7 +15,7 @@ from castalia.plan.devices import Device, GiB
 from castalia.plan.flops import executed_flops, kv_cache_bytes, original_flops, training_flops
 from castalia.plan.layout import Layout, problem, rank_parts, stages_per_rank
 from castalia.plan.memory import Compute, checkpoint_bytes, compute_of, memory_by_stage, moments_of
-from castalia.plan.words import MANY_EPOCHS, attention, clipping, evaluation, logging, precision, saves
+from castalia.plan.words import MANY_EPOCHS, attention, clipping, determinism, evaluation, logging, precision, saves
 
 ENOUGH_TOKENS = 20  # for each id of the vocabulary, before the largest one that was seen says anything
 
@@ -205,6 +205,7 @@ def training(config: RunConfig, known: Known, layout: Layout) -> dict:
         "clipping": clipping(config),
         "precision": precision(config),
         "attention": attention(config, known.device),
+        "determinism": determinism(config, known.device),
         "logged": logging(config),
         "evaluated": evaluation(config),
         "saved": saves(config),

@@ -35,7 +35,7 @@ def describe_training(training: dict) -> Iterator[tuple[str, str]]:
         yield "warm-up", f"{training['warmup_steps']:,g} steps, {training['warmup_tokens']:,.0f} tokens"
     elif training["warmup_steps"] is not None:
         yield "warm-up", "none"
-    for name in ("clipping", "precision", "attention", "logged", "evaluated", "saved"):
+    for name in ("clipping", "precision", "attention", "determinism", "logged", "evaluated", "saved"):
         yield name, training[name]
     if training["checkpoints_bytes"] is not None:
         free = "" if training["free_bytes"] is None else f"; {gib(training['free_bytes'])} are free there"
@@ -98,6 +98,19 @@ def _kernel(model: Model, compute: str, device: str, masked: str) -> str:
     }
     against = next((why for why, holds in reasons.items() if holds), None)
     return f"memory-efficient kernel instead of flash: {against}" if against else "flash kernel"
+
+
+def repeats_bits(config: RunConfig, device: str | None) -> bool:
+    return config.train.deterministic or device == "cpu"
+
+
+def determinism(config: RunConfig, device: str | None = None) -> str:
+    """Whether the run gives the same bits when it is repeated or resumed. `device`: "cpu" or "cuda", None: not known."""
+    if repeats_bits(config, device):
+        why = " (train.deterministic)" if config.train.deterministic else ""
+        return f"the same bits when a step is repeated on as many processes and threads{why}"
+    where = "on GPUs " if device is None else ""
+    return f"{where}the last bits differ when a step is repeated: kernels add in any order; train.deterministic=true"
 
 
 def logging(config: RunConfig) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import time
 
@@ -43,6 +44,19 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if native else torch.float32
+
+
+def repeat_bits() -> None:
+    """Has the kernels of every device give the same bits each time, or raise RuntimeError where they cannot.
+
+    Called before the first kernel and the first collective, because cuBLAS and NCCL read their variables then. With
+    `warn_only` attention would go on adding its gradients in any order, so it is not set. The sums that switches make
+    (NVLS) are left out as Megatron-LM's deterministic mode does.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "^NVLS")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it finds mistakes, and takes time
 
 
 def keep_freed_memory() -> None:

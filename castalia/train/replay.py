@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from castalia.config.load import load_config, load_run
 from castalia.config.schema import RunConfig
 from castalia.data.tokenizer import Tokenizer
 from castalia.errors import TrainingError
+from castalia.plan.words import repeats_bits
 from castalia.train.history import Way, way_to
 from castalia.train.layers import activation_statistics, tensor_statistics
 from castalia.train.metrics import read_events, read_metrics
@@ -39,14 +42,25 @@ def replay(run: Path, step: int) -> dict[str, Any]:
     return {
         "step": step,
         "checkpoint": begin,
-        "loss": result.loss,
-        "recorded_loss": record.get("loss"),
-        "grad_norm": result.grad_norm,
-        "recorded_grad_norm": record.get("grad_norm"),
+        **_compared("loss", result.loss, record),
+        **_compared("grad_norm", result.grad_norm, record),
+        "repeats_bits": repeats_bits(config, session.device.type),
         "lr": result.lr,
         "layers": layers,
         "sequences": sequences,
     }
+
+
+def _compared(name: str, value: float, record: Mapping[str, Any]) -> dict[str, float | None]:
+    """A value beside the recorded one, and how far it is from it, relative to it: 0.0 is bit for bit.
+
+    The distance is None where nothing is recorded, or something that is not finite, which records leave out.
+    """
+    recorded = record.get(name)
+    distance = None
+    if recorded is not None and isfinite(value):
+        distance = abs(value - recorded) / abs(recorded) if recorded else abs(value)
+    return {name: value, f"recorded_{name}": recorded, f"{name}_distance": distance}
 
 
 def _beginning(run: Path, way: Way, step: int) -> tuple[RunConfig, int]:

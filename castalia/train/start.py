@@ -28,7 +28,7 @@ from castalia.train.compiling import Compiling, plan_compiling, settled
 from castalia.train.exact import Exact, exact_behaviour, summed_micro_batches
 from castalia.train.finetune import new_tokens, start_adapters, trained_names, what_trains
 from castalia.train.folder import holds_checkpoint, run_folder
-from castalia.train.hardware import DTYPES, choose_device, choose_dtype
+from castalia.train.hardware import DTYPES, choose_device, choose_dtype, repeat_bits
 from castalia.train.known import refuse_foreign_tokens
 from castalia.train.optimizer import LossScaler, average_moments, make_optimizer
 from castalia.train.preference import PreferenceLoss
@@ -88,6 +88,8 @@ class Session:
 
 def start(config: RunConfig) -> Session:
     """Reads, builds and loads; writes nothing. Raises a CastaliaError for whatever is missing or does not fit."""
+    if config.train.deterministic:
+        repeat_bits()
     source = find_source(config)
     config, tokenizer = resolve(config, source)
     require_training(config)

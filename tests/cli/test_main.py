@@ -64,6 +64,23 @@ def test_version():
     assert castalia("--version").stdout == f"castalia {__version__}\n"
 
 
+@pytest.mark.parametrize("given", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"])
+def test_segments_grow_unless_the_user_says_otherwise(given, monkeypatch):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    if given:
+        monkeypatch.setenv(given, "max_split_size_mb:64")
+    cli.growing_segments()
+    found = {name: value for name, value in os.environ.items() if name.endswith("ALLOC_CONF")}
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    assert found == ({given: "max_split_size_mb:64"} if given else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
+
+
+def test_the_allocator_is_told_before_torch_is_imported():
+    code = "import sys; from castalia.cli import main; main.growing_segments(); print('torch' in sys.modules)"
+    assert python(code).stdout == "False\n"
+
+
 def test_unknown_verb_gets_a_suggestion():
     result = castalia("trian")
     assert result.returncode == 2

@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from castalia.cli.main import build
+from castalia.cli.replay import _compared
 from castalia.cli.train import read_config, train
 from castalia.data.loader import open_data
 from castalia.errors import TrainingError
@@ -85,6 +86,25 @@ def test_the_verb_shows_norms_and_sequences(runs):  # noqa: F811
     assert "blocks.1.mlp.down.weight" in said and "5 more sequences are not shown" in said
     found = json.loads(run_verb(runs / "report", "--step", BAD + 2, "--json"))
     assert found["loss"] == records(runs / "report")[BAD + 2]["loss"] and len(found["sequences"]) == 8
+
+
+def test_a_step_that_differs_tells_how_far_it_is_from_the_record(runs, tmp_path):  # noqa: F811
+    run = tmp_path / "run"
+    shutil.copytree(runs / "report", run)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines[11] |= {"loss": lines[11]["loss"] * (1 + 2**-20), "grad_norm": None}  # null: it was not finite
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = json.loads(run_verb(run, "--step", 12, "--json"))
+    assert found["loss_distance"] == pytest.approx(2**-20, rel=1e-3) and found["grad_norm_distance"] is None
+    said = run_verb(run, "--step", 12)
+    assert "is recorded, 9.5e-07 away: another layout, machine or version" in said and "bit for bit" not in said
+    assert "nothing is recorded of it" in said
+
+
+def test_gpus_are_named_as_a_reason_unless_the_run_was_deterministic():
+    found = {"loss": 2.0, "recorded_loss": 2.1, "loss_distance": 0.05, "repeats_bits": False}
+    assert "away: GPUs add in any order without train.deterministic=true" in _compared(found, "loss")
+    assert "away: another layout" in _compared(found | {"repeats_bits": True}, "loss")
 
 
 def test_what_cannot_be_replayed_is_refused(runs, straight, poisoned, tmp_path):  # noqa: F811
