@@ -75,7 +75,7 @@ def _not_chosen() -> None:
 
 
 def growing_segments() -> None:
-    """Lets torch's CUDA allocator grow its segments, so that steps of other sizes leave no holes; before it is imported.
+    """Lets torch's CUDA allocator grow its segments, so that steps of many sizes leave no holes. Before its import.
 
     What the user gave under any of the names that torch reads stays as it is.
     """

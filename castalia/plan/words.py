@@ -105,7 +105,7 @@ def repeats_bits(config: RunConfig, device: str | None) -> bool:
 
 
 def determinism(config: RunConfig, device: str | None = None) -> str:
-    """Whether the run gives the same bits when it is repeated or resumed. `device`: "cpu" or "cuda", None: not known."""
+    """Whether a step has the same bits when it is repeated. `device`: "cpu" or "cuda", None: not known."""
     if repeats_bits(config, device):
         why = " (train.deterministic)" if config.train.deterministic else ""
         return f"the same bits when a step is repeated on as many processes and threads{why}"
