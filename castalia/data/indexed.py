@@ -132,6 +132,11 @@ def _parse(name: str, index: mmap.mmap | bytes) -> tuple[np.dtype, np.ndarray, n
     _check_header(name, len(index), HEADER_BYTES, _integer(index, 9))
     dtype = _dtype(name, _integer(index, 17, 1))
     items, documents = _integer(index, 18), _integer(index, 26)
+    if items and len(index) == HEADER_BYTES + 13 * items + 8 * documents:
+        raise DataError(
+            f"{idx_path(name)} is a multimodal index of Megatron: behind its tables each of its {items} items has a "
+            "byte that tells whether it is text or something else; only corpora of text can be read"
+        )
     _check_length(name, len(index), HEADER_BYTES + 12 * items + 8 * documents, items)
     sizes = np.frombuffer(index, "<i4", items, HEADER_BYTES)
     starts = np.frombuffer(index, "<i8", items, HEADER_BYTES + 4 * items)

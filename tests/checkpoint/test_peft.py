@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from castalia.checkpoint import convert
 from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.lazy import Held
 from castalia.checkpoint.load import build_model, load_model
 from castalia.checkpoint.tensors import Checkpoint
+from castalia.checkpoint.writing import WriteOptions
 from castalia.config.schema import Finetune, Lora, Model
 from castalia.errors import CheckpointError
 from castalia.model.adapters import add_adapters
@@ -67,13 +69,22 @@ def made_by_peft(base: Path, folder: Path, **settings: object) -> torch.Tensor:
         return wrapped.eval()(TOKENS).logits
 
 
-@pytest.mark.parametrize("kind", ["gpt_neox", "gpt2 untied", "llama", "llama with biases", "mistral"])
-def test_peft_computes_the_same_with_our_adapters(kind: str, tmp_path: Path) -> None:
+HEAD = ("attn.qkv", "head")
+
+
+@pytest.mark.parametrize(
+    ("kind", "lora"),
+    [
+        *[(kind, Lora(rank=3, alpha=5.0)) for kind in ("gpt_neox", "gpt2 untied", "llama with biases", "mistral")],
+        *[(kind, Lora(rank=3, alpha=5.0, targets=HEAD)) for kind in ("gpt_neox", "llama")],
+    ],
+)
+def test_peft_computes_the_same_with_our_adapters(kind: str, lora: Lora, tmp_path: Path) -> None:
     base = hugging_face(tmp_path / "base", FAMILIES[kind])
-    source = adapted(FAMILIES[kind], Lora(rank=3, alpha=5.0), base)
+    source = adapted(FAMILIES[kind], lora, base)
     again = written(source, tmp_path / "adapter", "peft")
     ours = Transformer(FAMILIES[kind])
-    add_adapters(ours, Lora(rank=3, alpha=5.0))
+    add_adapters(ours, lora)
     ours.load_state_dict({name: ref.read() for name, ref in source.model.items()})
     with torch.no_grad():
         expected = ours.eval()(TOKENS)
@@ -99,6 +110,8 @@ def test_peft_adapts_the_matrices_that_were_meant(targets: tuple, tmp_path: Path
     [
         ("gpt_neox", {"r": 4, "target_modules": ALL["gpt_neox"], "lora_alpha": 6}),
         ("gpt_neox", {"r": 4, "target_modules": ["query_key_value"], "layers_to_transform": [1]}),
+        ("gpt_neox", {"r": 2, "target_modules": ["dense", "lm_head"], "alpha_pattern": {"lm_head": 3}}),
+        ("gpt_neox", {"r": 2, "target_modules": ["dense"], "modules_to_save": ["lm_head", "embed_in"]}),
         ("gpt2 untied", {"r": 2, "target_modules": ALL["gpt2"]}),
         ("llama", {"r": 3, "target_modules": ALL["llama"]}),
         ("llama", {"r": 3, "target_modules": ["q_proj", "v_proj"], "use_rslora": True}),
@@ -108,7 +121,17 @@ def test_peft_adapts_the_matrices_that_were_meant(targets: tuple, tmp_path: Path
             {"r": 2, "target_modules": ALL["llama"][:6], "rank_pattern": {"v_proj": 5}, "alpha_pattern": {"o_proj": 1}},
         ),
     ],
-    ids=["neox", "neox one layer", "gpt2", "llama", "rslora on q and v", "vocabulary", "patterns"],
+    ids=[
+        "neox",
+        "neox one layer",
+        "neox head",
+        "neox vocabulary",
+        "gpt2",
+        "llama",
+        "rslora on q and v",
+        "vocabulary",
+        "patterns",
+    ],
 )
 def test_adapters_made_by_peft_compute_the_same_here(kind: str, settings: dict, tmp_path: Path) -> None:
     base = hugging_face(tmp_path / "base", FAMILIES[kind])
@@ -117,10 +140,28 @@ def test_adapters_made_by_peft_compute_the_same_here(kind: str, settings: dict, 
         found = load_model(tmp_path / "adapter")(TOKENS)  # adapter_config.json names the model
     assert torch.allclose(found, expected, atol=2e-5)
     unmerged = open_checkpoint(tmp_path / "adapter", adapters=True)
-    if "modules_to_save" not in settings:
-        again = written(unmerged, tmp_path / "again", "peft")
-        with torch.no_grad():
-            assert torch.allclose(build_model(again)(TOKENS), expected, atol=2e-5)
+    again = written(unmerged, tmp_path / "again", "peft")
+    with torch.no_grad():
+        assert torch.allclose(build_model(again)(TOKENS), expected, atol=2e-5)
+    assert torch.allclose(with_peft(base, tmp_path / "again"), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("settings", [{"target_modules": ["dense", "lm_head"]}, {"modules_to_save": ["lm_head"]}])
+def test_the_head_of_gpt_neox_has_two_names(settings: dict, tmp_path: Path) -> None:
+    """Before transformers 5 it was embed_out, in both files."""
+    base = hugging_face(tmp_path / "base", FAMILIES["gpt_neox"])
+    settings = {"target_modules": ["dense"], "r": 2, **settings}
+    expected = made_by_peft(base, tmp_path / "adapter", **settings)
+    config, file = tmp_path / "adapter" / "adapter_config.json", tmp_path / "adapter" / "adapter_model.safetensors"
+    config.write_text(config.read_text().replace("lm_head", "embed_out"))
+    tensors = {name.replace("lm_head", "embed_out"): tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, file)
+    assert any("embed_out" in name for name in tensors)
+    source = open_checkpoint(tmp_path / "adapter", adapters=True)
+    with torch.no_grad():
+        assert torch.allclose(load_model(tmp_path / "adapter")(TOKENS), expected, atol=2e-5)
+    plan = convert.TARGETS["peft"].plan(source, WriteOptions())
+    assert any("the head is called lm_head, as transformers 5 does" in note for note in plan.notes)
 
 
 @pytest.fixture(scope="module")

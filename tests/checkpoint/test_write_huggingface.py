@@ -164,6 +164,17 @@ def test_defaults_that_differ_are_written(tmp_path: Path) -> None:
     assert config["rope_scaling"]["factor"] == config["rope_parameters"]["factor"] == 8.0
 
 
+def test_both_spellings_of_old_and_new_readers(tmp_path: Path) -> None:
+    """GPT-2's length was n_ctx; the kind of a linear scaling was called type."""
+    written(made(FAMILIES["gpt2"], optimizer=False), tmp_path / "gpt2", "hf")
+    config = json.loads((tmp_path / "gpt2" / "config.json").read_text())
+    assert config["n_ctx"] == config["n_positions"] == 48
+    written(made(MODELS["llama linear"], optimizer=False), tmp_path / "linear", "hf")
+    config = json.loads((tmp_path / "linear" / "config.json").read_text())
+    assert config["rope_scaling"] == {"rope_type": "linear", "type": "linear", "factor": 4.0}
+    assert open_checkpoint(tmp_path / "linear").config.model.rope_scaling.kind == "linear"
+
+
 def test_shards_have_an_index(tmp_path: Path) -> None:
     source = made(FAMILIES["gpt_neox"])
     written(source, tmp_path / "out", "hf", shard_bytes=20_000)

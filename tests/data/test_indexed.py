@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from castalia.data.indexed import Writer, open_dataset, token_dtype
@@ -52,6 +52,7 @@ def test_the_older_layout_holds_the_same(corpora: Path) -> None:
     assert [item.tolist() for item in legacy] == [item.tolist() for item in today]
 
 
+@settings(deadline=None)
 @given(
     items=st.lists(st.lists(st.integers(0, 120), max_size=9), max_size=9),
     dtype=st.sampled_from(["u1", "i1", "i2", "i4", "i8", "f4", "f8", "u2"]),
@@ -100,6 +101,7 @@ def patch(path: Path, at: int, value: bytes) -> None:
         (lambda b, i: i.write_bytes(i.read_bytes()[:-3]), r"x\.idx is truncated"),
         (lambda b, i: i.write_bytes(i.read_bytes()[:20]), r"x\.idx is truncated: 20 bytes"),
         (lambda b, i: i.write_bytes(i.read_bytes() + b"1"), r"x\.idx is too long"),
+        (lambda b, i: i.write_bytes(i.read_bytes() + bytes(3)), r"x\.idx is a multimodal index of Megatron"),
         (lambda b, i: i.write_bytes(b""), r"x\.idx is no index"),
         (lambda b, i: patch(i, 0, b"NONSENSE"), r"x\.idx is no index"),
         (lambda b, i: patch(i, 9, b"\2"), "version 2"),

@@ -51,6 +51,7 @@ class Family:
     defaults: Mapping[str, Any]  # what a missing key of config.json means; it differs between the types
     architecture: Callable[[Config], dict[str, Any]]
     rules: Callable[[Model], list[Rule]]
+    head_modules: tuple[str, ...] = ("lm_head",)  # as transformers calls it now, and as it did before
 
 
 class Config:
@@ -265,7 +266,9 @@ MISTRAL_DEFAULTS = LLAMA_DEFAULTS | {
     "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096,
 }  # fmt: skip
 FAMILIES = {
-    "gpt_neox": Family("gpt_neox.", "embed_out.weight", NEOX_DEFAULTS, _neox_architecture, _neox_rules),
+    "gpt_neox": Family(
+        "gpt_neox.", "embed_out.weight", NEOX_DEFAULTS, _neox_architecture, _neox_rules, ("lm_head", "embed_out")
+    ),
     "gpt2": Family("transformer.", "lm_head.weight", GPT2_DEFAULTS, _gpt2_architecture, _gpt2_rules),
     "llama": Family("model.", "lm_head.weight", LLAMA_DEFAULTS, _llama_architecture, _llama_rules),
     "mistral": Family("model.", "lm_head.weight", MISTRAL_DEFAULTS, _llama_architecture, _llama_rules),
@@ -327,7 +330,8 @@ def _check_blocks(path: Path, names: Iterable[str], expected: int) -> None:
 
 
 def _by_rank(tensors: Mapping[str, TensorRef], family: Family) -> dict[str, list[TensorRef]]:
-    return {name.removeprefix(family.prefix): [ref] for name, ref in tensors.items()}
+    heads = {f"{module}.weight": family.head for module in family.head_modules}
+    return {heads.get(name, name.removeprefix(family.prefix)): [ref] for name, ref in tensors.items()}
 
 
 def _optimizer(

@@ -129,6 +129,7 @@ def hf_config(kind: str, model: Model, longest: int, token_ids: Mapping[str, Any
             "n_head": model.num_heads,
             "n_inner": model.mlp_width,
             "n_positions": longest,
+            "n_ctx": longest,  # what it was called at first, which some programs still read
             "activation_function": activation,
             "layer_norm_epsilon": model.norm_eps,
             "embd_pdrop": model.embedding_dropout,
@@ -187,7 +188,8 @@ def _rope_scaling(scaling: RopeScaling) -> dict[str, Any]:
     values = {key: getattr(scaling, key) for key in keys if getattr(scaling, key) is not None}
     if scaling.original_positions and scaling.kind != "linear":
         values["original_max_position_embeddings"] = scaling.original_positions
-    return {"rope_type": scaling.kind, "factor": scaling.factor, **values}
+    former = {"type": "linear"} if scaling.kind == "linear" else {}  # the key before there were other kinds
+    return {"rope_type": scaling.kind, **former, "factor": scaling.factor, **values}
 
 
 def _longest(checkpoint: Checkpoint, model: Model) -> int:

@@ -72,9 +72,9 @@ def read(path: Path, base: str | None = None) -> Checkpoint:
         raise CheckpointError(
             f"{path}: its model, {name}, has adapters itself; merge those first (castalia merge-lora)"
         )
-    known, stored = matrices(model), _open(path)
+    known, stored = matrices(model), _open(path, hf_family(model))
     whole = _vocabulary(path, model, stored)
-    lora, tensors = _assemble(config, known, _modules(path, known, stored, str(name)))
+    lora, tensors = _assemble(config, known, _modules(path, known, stored, str(name)), hf_family(model))
     finetune = model.config.finetune.model_copy(update={"lora": lora, "train": tuple(f"^{each}$" for each in whole)})
     words = tokenizer_settings(model) or Tokenizer()
     run = model.config.model_copy(update={"finetune": finetune, "tokenizer": words})
@@ -110,10 +110,20 @@ def matrices(checkpoint: Checkpoint) -> list[Matrix]:
         kind = re.sub(r"^blocks\.\d+\.", "", name)
         if rule.ours.endswith(".weight") and kind.startswith(("attn.qkv", "attn.out", "mlp.", "head")):
             theirs = (each.removesuffix(".weight") for each in rule.theirs.split())
-            modules = tuple(each if kind == "head" else family.prefix + each for each in theirs)
+            modules = tuple(family.head_modules[0] if kind == "head" else family.prefix + each for each in theirs)
             rows, columns = checkpoint.model[rule.ours].shape
             result.append(Matrix(name, kind, modules, _on_rows(rule.op), (rows, columns)))
     return result
+
+
+def vocabulary_modules(checkpoint: Checkpoint) -> dict[str, str]:
+    """The modules of the tensors with a row for each token: ours -> where the Hugging Face class has it."""
+    family = hf_family(checkpoint)
+    embedding = next(rule.theirs for rule in table(family, _model(checkpoint)) if rule.ours == "embed.weight")
+    return {
+        "embed.weight": family.prefix + embedding.removesuffix(".weight"),
+        "head.weight": family.head_modules[0],
+    }
 
 
 def hf_family(checkpoint: Checkpoint) -> Family:
@@ -139,11 +149,16 @@ def _on_rows(op: Op) -> Op:
     return Same() if isinstance(op, Transpose) else op
 
 
-def _open(path: Path) -> dict[str, TensorRef]:
-    """All tensors, by the names that they have in the model."""
-    for name in WEIGHT_FILES:
-        if (path / name).is_file():
-            return {each.removeprefix("base_model.model."): ref for each, ref in open_file(path / name).items()}
+def _open(path: Path, family: Family) -> dict[str, TensorRef]:
+    """All tensors, by the names that they have in the model of today's transformers."""
+
+    def named(name: str) -> str:
+        module, _, rest = name.removeprefix("base_model.model.").partition(".")
+        return f"{family.head_modules[0] if module in family.head_modules else module}.{rest}"
+
+    for file in WEIGHT_FILES:
+        if (path / file).is_file():
+            return {named(name): ref for name, ref in open_file(path / file).items()}
     raise CheckpointError(f"{path} has an {CONFIG} but no weights: expected {' or '.join(WEIGHT_FILES)}")
 
 
@@ -151,11 +166,9 @@ def _vocabulary(path: Path, model: Checkpoint, stored: dict[str, TensorRef]) -> 
     """Embedding and head where they were trained. Takes them out; the library saves them whole, trained or not."""
     from castalia.checkpoint.compare import equal  # imports torch
 
-    family = hf_family(model)
-    embedding = next(rule.theirs for rule in table(family, _model(model)) if rule.ours == "embed.weight")
     found: dict[str, TensorRef] = {}
-    for ours, theirs in (("embed.weight", family.prefix + embedding), ("head.weight", family.head)):
-        for name in (theirs, theirs.replace(".weight", ".base_layer.weight")):
+    for ours, module in vocabulary_modules(model).items():
+        for name in (f"{module}.weight", f"{module}.base_layer.weight"):
             if name not in stored or ours not in model.model:
                 continue
             ref, known = stored.pop(name), model.model[ours]
@@ -194,13 +207,16 @@ def _modules(
 
 
 def _assemble(
-    config: Mapping[str, Any], known: Sequence[Matrix], found: Mapping[str, tuple[Tensor, Tensor]]
+    config: Mapping[str, Any], known: Sequence[Matrix], found: Mapping[str, tuple[Tensor, Tensor]], family: Family
 ) -> tuple[Lora, dict[str, TensorRef]]:
     """All adapters with one rank and one scale: smaller ones get zeros, which stay zero when they train on."""
     import torch
 
-    scale = _scale(config, "", int(config["r"]))
-    scaled = {m: (a, b * (_scale(config, m, len(a)) / scale)) for m, (a, b) in found.items()}
+    scale = _scale(config, (), int(config["r"]))
+    heads = family.head_modules
+    scaled = {
+        m: (a, b * (_scale(config, heads if m in heads else (m,), len(a)) / scale)) for m, (a, b) in found.items()
+    }
     fused = {matrix: _fuse(matrix, scaled) for matrix in known if scaled.keys() & set(matrix.modules)}
     rank = max(len(a) for a, _ in fused.values())
     kinds = tuple(dict.fromkeys(matrix.kind for matrix in fused))
@@ -217,10 +233,11 @@ def _assemble(
     return lora, tensors
 
 
-def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """What the library multiplies the module's product by."""
+def _scale(config: Mapping[str, Any], names: Sequence[str], rank: int) -> float:
+    """What the library multiplies the product of a module of these names by."""
     patterns = (config.get("alpha_pattern") or {}).items()
-    alpha = next((value for key, value in patterns if re.match(rf"(.*\.)?({key})$", module)), config["lora_alpha"])
+    fitting = (value for key, value in patterns if any(re.match(rf"(.*\.)?({key})$", name) for name in names))
+    alpha = next(fitting, config["lora_alpha"])
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from castalia.checkpoint.adapters import adapters_of
 from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.formats.huggingface import FAMILIES
-from castalia.checkpoint.formats.peft import CONFIG, WEIGHT_FILES, Matrix, hf_family, matrices
+from castalia.checkpoint.formats.peft import CONFIG, WEIGHT_FILES, Matrix, hf_family, matrices, vocabulary_modules
 from castalia.checkpoint.lazy import Cast
 from castalia.checkpoint.tensors import Checkpoint, TensorRef
 from castalia.checkpoint.writing import Plan, WriteOptions, json_output, tensors_output
+from castalia.config.schema import is_adapter
 from castalia.errors import CheckpointError
 
 
@@ -20,12 +21,17 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     lora, run = adapters_of(checkpoint), checkpoint.config
     if lora is None or run is None:
         raise CheckpointError(f"{checkpoint.path} has no adapters; for a whole model use --to hf")
-    if run.finetune.train or run.finetune.add_tokens:
+    vocabulary = vocabulary_modules(checkpoint)
+    trained = [name for name in checkpoint.model if not is_adapter(name) and run.finetune.trains(name)]
+    if run.finetune.add_tokens or not set(trained) <= vocabulary.keys():
         raise CheckpointError(
             f"{checkpoint.path}: more than its adapters was trained (finetune.train, finetune.add_tokens), so they are "
             "not the model without the rest; merge them: castalia merge-lora"
         )
-    tensors: dict[str, TensorRef] = {}
+    whole = {name: vocabulary[name] for name in trained}  # PEFT can keep these two beside its adapters
+    tensors: dict[str, TensorRef] = {
+        f"base_model.model.{module}.weight": _fp32(checkpoint.model[name]) for name, module in whole.items()
+    }
     every, chosen = matrices(checkpoint), []
     for matrix in every:
         if f"{matrix.name}.lora_a" in checkpoint.model:
@@ -42,11 +48,21 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         "lora_alpha": int(alpha) if (alpha := lora.scale * lora.rank).is_integer() else alpha,
         "lora_dropout": lora.dropout,
         "target_modules": _targets(chosen, every),
+        "modules_to_save": [module.rpartition(".")[2] for module in whole.values()] or None,
         "bias": "none",
         "fan_in_fan_out": hf_family(checkpoint) is FAMILIES["gpt2"],
         "inference_mode": True,
     }
-    return Plan((json_output(CONFIG, config), tensors_output(WEIGHT_FILES[0], tensors)))
+    notes = _head_note(checkpoint, {matrix.name for matrix in chosen} | {name.rpartition(".")[0] for name in whole})
+    return Plan((json_output(CONFIG, config), tensors_output(WEIGHT_FILES[0], tensors)), notes)
+
+
+def _head_note(checkpoint: Checkpoint, held: Collection[str]) -> tuple[str, ...]:
+    """Which name of the head is written, where versions of transformers differ: others pass over it in silence."""
+    name, *former = hf_family(checkpoint).head_modules
+    if "head" not in held or not former:
+        return ()
+    return (f"the head is called {name}, as transformers 5 does; before, it was {former[0]}, and PEFT finds nothing",)
 
 
 def _fp32(ref: TensorRef) -> TensorRef:
