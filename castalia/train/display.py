@@ -56,7 +56,7 @@ class Display:
     def step(self, record: Mapping[str, Any], peak: float | None) -> None:
         """One line: the last step's values, and the speed since the line before.
 
-        `peak`: tokens per second at the device's peak matmul rate.
+        `peak`: tokens per second at the peak matmul rate of all devices.
         """
         done = record["step"]
         speed = (record["tokens"] - self.marked_tokens) / (self.seconds - self.marked_seconds)

@@ -177,7 +177,7 @@ class Run:
             return
         if self.progress.step == 0 and is_save_step(config.checkpoint, 0, last):
             self.save()
-        peak = self._peak_speed()
+        peak = peak_speed(session)
         self.display.start(self.progress.step, last, self.progress.tokens)
         first = self.progress.step + 1
         with StopSignals() as signals:
@@ -248,9 +248,10 @@ class Run:
         if finding and self.config.watch.policy == "rewind":
             self._rewind()
         alike = seconds * session.tokens_of(session.last) / session.tokens_of(done)  # as if all were of one size
-        if usual := self.pace.look(alike):
-            self._event("slow", step=done + 1, seconds=round(alike, 6), usual_seconds=round(usual, 6))
-            self.display.line(f"step {done + 1}: steps take {alike / usual:.1f} times as long as before")
+        if slow := self.pace.look(alike):
+            now, usual = slow
+            self._event("slow", step=done + 1, seconds=round(now, 6), usual_seconds=round(usual, 6))
+            self.display.line(f"step {done + 1}: steps take {now / usual:.1f} times as long as before")
         return result, seconds
 
     def _judge(self, loss: float, norm: float) -> bool:
@@ -338,14 +339,6 @@ class Run:
         self._event("evaluation", step=self.progress.step, **result)
         return {"valid_loss": result["loss"], "valid_perplexity": result["perplexity"]}
 
-    def _peak_speed(self) -> float | None:
-        """Tokens per second at the device's peak matmul rate."""
-        session = self.session
-        assert session.config.model is not None
-        tflops = session.config.log.peak_tflops
-        peak = tflops * 1e12 if tflops else peak_flops(session.device, session.dtype)
-        return peak / training_flops(session.config.model, session.config.data.seq_length) if peak else None
-
     def _finish(self, stopped_by: str | None) -> None:
         if self.saved_step != self.progress.step:
             self.save()
@@ -357,6 +350,15 @@ class Run:
             self.display.line(f"{why} after step {step}, which is saved; go on with: castalia train {self.folder}")
         else:
             self.display.line(f"done: {step} steps, {self.progress.tokens:,} tokens, in {self.folder}")
+
+
+def peak_speed(session: Session) -> float | None:
+    """Tokens per second of the whole run at the peak matmul rate of all its devices, one for each rank."""
+    assert session.config.model is not None
+    tflops = session.config.log.peak_tflops
+    peak = tflops * 1e12 if tflops else peak_flops(session.device, session.dtype)
+    per_token = training_flops(session.config.model, session.config.data.seq_length)
+    return peak * session.engine.world / per_token if peak else None
 
 
 class StopSignals:

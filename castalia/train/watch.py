@@ -87,14 +87,15 @@ class Pace:
         self.seconds: deque[float] = deque(maxlen=window)
         self.slow = False
 
-    def look(self, seconds: float) -> float | None:
-        """The usual seconds of a step, where the last few have become slow; said once until they are fast again."""
+    def look(self, seconds: float) -> tuple[float, float] | None:
+        """Seconds of one of the last few steps and of a usual one, where those have become slow; said once until they
+        are fast again."""
         self.seconds.append(seconds)
         if 2 * len(self.seconds) < self.seconds.maxlen:  # type: ignore[operator]
             return None
         usual, now = median(self.seconds), median(list(self.seconds)[-SLOW_STEPS:])
         before, self.slow = self.slow, now > SLOWER * usual
-        return usual if self.slow and not before else None
+        return (now, usual) if self.slow and not before else None
 
 
 class Watch:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from castalia.config.load import load_config, load_run
 from castalia.errors import ConfigError, TrainingError
 from castalia.evaluate.perplexity import evaluate
-from castalia.train.loop import train
+from castalia.train.loop import peak_speed, train
 from castalia.train.metrics import read_metrics
 from castalia.train.start import start
 from tests.parallel.training import assert_copies_are_equal, train_steps
@@ -21,6 +21,16 @@ pytestmark = pytest.mark.xdist_group("pool")
 
 SLOW = pytest.mark.slow
 EVERYTHING = ["parallel.tp=2", "parallel.pp=2", "parallel.zero=3"]
+
+
+def peak_speed_of(config):
+    """A task."""
+    return peak_speed(start(config))
+
+
+def test_mfu_counts_the_devices_of_all_ranks(pool, tiny):
+    (alone,) = pool.run(peak_speed_of, 1, tiny())
+    assert pool.run(peak_speed_of, 2, tiny()) == [2 * alone] * 2
 
 
 def run_to_the_end(config):

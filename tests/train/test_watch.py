@@ -208,6 +208,8 @@ def test_a_change_of_pace_is_told_once():
     pace = Pace(20)
     told = [step for step in range(80) if pace.look(2.0 if step == 15 or 30 <= step < 37 or step >= 60 else 1.0)]
     assert told == [32, 62]
+    pace = Pace(20)
+    assert [told for seconds in [1.0] * 5 + [3.0] * 3 + [1.0, 0.8] if (told := pace.look(seconds))] == [(3.0, 1.0)]
 
 
 def test_the_way_to_a_step_knows_what_was_undone():
