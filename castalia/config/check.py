@@ -26,6 +26,15 @@ def check(config: RunConfig, found: Findings) -> None:
         found.notes += [config.place(*problem.paths) + problem.text for problem in rule(config)]
 
 
+def refuse_contradictions(config: RunConfig) -> None:
+    """Raise ConfigError where a config is complete at last, its model a checkpoint's, and does not hold together."""
+    found = Findings()
+    for rule in CONTRADICTIONS:
+        found.errors += [config.place(*problem.paths) + problem.text for problem in rule(config)]
+    if found.errors:
+        raise ConfigError("\n".join(dict.fromkeys(found.errors)))
+
+
 def require_training(config: RunConfig, dp: int = 1) -> None:
     """Raise ConfigError that names everything which a training run on `dp` data-parallel ranks lacks."""
     missing = []
@@ -94,9 +103,10 @@ def mup(config: RunConfig) -> Iterator[Problem]:
 def lengths(config: RunConfig) -> Iterator[Problem]:
     model, length = config.model, config.data.seq_length
     if model and model.max_positions and model.max_positions < length:
+        described = any(path.startswith("model.") for path in config.origins)  # not by a checkpoint alone
         yield Problem(
             f"data.seq_length={length} is longer than model.max_positions={model.max_positions}; "
-            f"shorten it or set model.max_positions={length}",
+            "shorten it" + (f" or set model.max_positions={length}" if described else ""),
             ("data.seq_length", "model.max_positions"),
         )
 

@@ -15,7 +15,7 @@ from castalia.checkpoint.load import VOCABULARY, LoadReport, fill_with_mean, loa
 from castalia.checkpoint.load import architecture as checkpoint_architecture
 from castalia.checkpoint.tensors import Checkpoint, Progress, Shard
 from castalia.config.batch import BatchPlan, batch_plan
-from castalia.config.check import require_training
+from castalia.config.check import refuse_contradictions, require_training
 from castalia.config.schema import Finetune, Model, RunConfig, is_adapter
 from castalia.data.loader import Batch, Samples
 from castalia.data.pairs import Pairs, open_samples, sides_of
@@ -92,6 +92,7 @@ def start(config: RunConfig) -> Session:
         repeat_bits()
     source = find_source(config)
     config, tokenizer = resolve(config, source)
+    refuse_contradictions(config)
     require_training(config)
     config = with_steps(config)
     assert config.model is not None and config.train.steps is not None

@@ -250,6 +250,18 @@ def test_the_architecture_comes_from_the_checkpoint_and_differences_are_listed(s
     assert not (tmp_path / "other").exists()
 
 
+def test_sequences_longer_than_the_models_positions_are_refused_before_anything_is_loaded(
+    straight, tiny, corpus, tmp_path
+):
+    bare = [f"data.path={corpus}", "data.seq_length=32", "tokenizer.kind=bytes", "train.batch_size=4", "train.steps=1"]
+    bare += [f"checkpoint.init_from={straight}", f"checkpoint.dir={tmp_path / 'run'}"]
+    with pytest.raises(ConfigError, match=r"data\.seq_length=32 is longer than model\.max_positions=16; shorten it$"):
+        train(load_config([], bare))
+    with pytest.raises(ConfigError, match="or set model.max_positions=32"):
+        train(tiny(tmp_path / "run", "data.seq_length=32", f"checkpoint.init_from={straight}"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_load_that_finds_nothing_is_an_error_but_for_the_first_start(tiny, tmp_path, capsys):
     empty = tmp_path / "empty"
     empty.mkdir()
