@@ -111,10 +111,22 @@ def _fresh(store: dist.Store, rank: int, world: int) -> dist.PrefixStore:
 
 
 def _end_job(store: dist.Store, message: str) -> NoReturn:
-    """Says what is wrong, once for all ranks that find the same, and sees to it that no restart tries again."""
-    store.set(_ENDED, "")
-    if store.add(hashlib.blake2b(message.encode()).hexdigest(), 1) == 1:
+    """Says what is wrong, once for all ranks that find the same, and sees to it that no restart tries again.
+
+    Where no agent of torchrun keeps the store, the first rank does: it stays until the others have had their say.
+    """
+    said = hashlib.blake2b(message.encode()).hexdigest()
+    try:
+        store.set(_ENDED, "")
+        is_first = store.add(said, 1) == 1
+    except dist.DistError:  # its keeper is gone already, perhaps without a word
+        is_first = True
+    if is_first:
         print(f"error: {message}", file=sys.stderr, flush=True)
+    if is_main() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        end = time.monotonic() + _LAST_WORDS_S
+        while store.add(said, 0) < world_size() and time.monotonic() < end:
+            time.sleep(0.05)
     sys.exit(2)
 
 
