@@ -39,17 +39,20 @@ def build(chosen: str | None) -> typer.Typer:
     """The whole command line. Only the chosen verb is imported; the others are names with a line of help."""
     app = typer.Typer(
         add_completion=False,
+        rich_markup_mode=None,  # which would take [brackets] for markup
         no_args_is_help=True,
         pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["--help", "-h"]},
+        context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 120},
     )
     app.callback()(_castalia)
     for verb, (module_name, line) in VERBS.items():
         if verb != chosen:
-            app.command(verb, help=line)(_not_chosen)
+            app.command(verb, help=line, short_help=line)(_not_chosen)
             continue
         module = import_module(module_name)
         if hasattr(module, "app"):
+            for command in module.app.registered_commands:  # in lists whole, not cut after so many characters
+                command.short_help = " ".join((command.callback.__doc__ or "").partition("\n\n")[0].split())
             app.add_typer(module.app, name=verb, help=line)
         else:
             app.command(verb)(module.command)

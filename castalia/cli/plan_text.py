@@ -109,7 +109,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
             table.add_column(name, justify="right" if numbers and any(header) else "left")
         for row in rows:
             table.add_row(*row)
-        Console().print(table)
+        Console(markup=False).print(table)
         return
     lines = [header, *rows] if any(header) else rows
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]

@@ -41,6 +41,19 @@ def test_every_verb_has_help(verb, capsys, monkeypatch):
     assert f"Usage: castalia {verb}" in capsys.readouterr().out
 
 
+def test_help_keeps_brackets_and_whole_lines(capsys, monkeypatch):
+    for words, told in [
+        (("finetune",), "rank of the adapters [default: 16]"),
+        (("data", "prepare"), "one corpus each [default: text]"),
+        (("data", "batch"), "without a terminal in [[double brackets]]."),
+        (("data",), "largest id and the beginning of the first document."),
+    ]:
+        monkeypatch.setattr(sys, "argv", ["castalia", *words, "--help"])
+        with pytest.raises(SystemExit):
+            cli.main()
+        assert told in " ".join(capsys.readouterr().out.split())  # however its lines are broken
+
+
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_a_verb_file_defines_one_command_or_a_group_with_described_commands(verb):
     module = import_module(cli.VERBS[verb][0])
