@@ -74,6 +74,7 @@ def prepare(
     from castalia.data.chat import Chat, read_template
     from castalia.data.prepare import Recipe
     from castalia.data.prepare import prepare as run
+    from castalia.data.sources import BadRecord
 
     chat = None
     if chat_template is not None:
@@ -98,6 +99,8 @@ def prepare(
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         raise
+    except BadRecord as error:
+        raise BadRecord(f"{error}, or leave such records out with --skip-bad") from None
     seconds = time.monotonic() - start
     for message in report.bad:
         print(f"left out: {message}", file=sys.stderr)
@@ -185,9 +188,11 @@ def stats(
     as_json: Json = False,
 ) -> None:
     """Lengths, tokens, largest id and duplicates of one or more corpora."""
+    from castalia.cli.picture import check_picture
     from castalia.data.indexed import open_dataset
     from castalia.data.tools import describe, duplicates
 
+    check_picture(plot, "--plot")
     corpora = [open_dataset(prefix) for prefix in prefixes]
     rows = [describe(corpus) | {"duplicates": duplicates(corpus)} for corpus in corpora]
     if plot is not None:

@@ -31,7 +31,9 @@ def command(
     from castalia.checkpoint.diff import diff
     from castalia.checkpoint.formats import open_checkpoint
     from castalia.checkpoint.load import describe
+    from castalia.cli.picture import check_picture
 
+    check_picture(plot, "--plot")
     left = open_checkpoint(a, step=step_a, config=config_a)
     right = open_checkpoint(b, step=step_b, config=config_b)
     with _progress(len(left.model.keys() & right.model.keys()), shown=not as_json) as advance:

@@ -141,7 +141,10 @@ def evaluate_checkpoint(
         spelled = {"bits_per_byte": bits_per_byte(found["loss"], int(found["tokens"]), stream.num_bytes)}
     precision = next(name for name, number in DTYPES.items() if number == dtype)
     where = {"checkpoint": checkpoint.path, "step": checkpoint.progress.step, "data": stream.name}
-    return {**where, "precision": precision, "uniform_loss": math.log(model.padded_vocab_size), **found, **spelled}
+    known = min(
+        model.vocab_size or model.padded_vocab_size, tokenizer.vocab_size if tokenizer else model.padded_vocab_size
+    )
+    return {**where, "precision": precision, "uniform_loss": math.log(known), **found, **spelled}
 
 
 def load_engine(

@@ -23,12 +23,14 @@ def command(
 
     No folder of a run is written. The same config and seed give the same suggestion.
     """
+    from castalia.cli.picture import check_picture
     from castalia.cli.train import split_words
     from castalia.config.files import require_files
     from castalia.config.load import load_config
     from castalia.errors import ConfigError
     from castalia.parallel.process import is_main, process_group
 
+    check_picture(plot, "--plot")
     config = load_config(*split_words(words))
     require_files(config)
     if not 0 < lowest < highest:

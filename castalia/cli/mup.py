@@ -29,9 +29,11 @@ def check(
     Under muP they move alike at every width; exits with 2 if one grows. Beside it: the standard parametrization.
     """
     from castalia.cli.config import read
+    from castalia.cli.picture import check_picture
     from castalia.errors import ConfigError, TrainingError
     from castalia.train.coordinates import MAX_SLOPE, coordinate_check, slopes
 
+    check_picture(output, "--output")
     config = read(words)
     if config.model is None:
         raise ConfigError("the config describes no model: give model.num_layers, hidden_size, num_heads, ...")

@@ -33,6 +33,7 @@ def command(
 
     The architecture alone is enough; what cannot be worked out from it is listed.
     """
+    from castalia.cli.picture import check_picture
     from castalia.cli.plan_text import print_report, print_suggestions
     from castalia.cli.train import split_words
     from castalia.config.load import load_config
@@ -40,6 +41,7 @@ def command(
     from castalia.plan.report import Hardware, report
     from castalia.train.known import gather
 
+    check_picture(plot, "--plot")
     config, assumed = with_vocabulary(load_config(*split_words(configs)), vocab_size)
     hardware = None
     if gpus:

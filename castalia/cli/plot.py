@@ -24,9 +24,11 @@ def command(
     ] = None,
 ) -> None:
     """Curves of one or more runs, overlaid: a picture, and one in the terminal."""
+    from castalia.cli.picture import check_picture
     from castalia.errors import DataError
     from castalia.train.metrics import read_metrics
 
+    check_picture(output, "--output")
     records = {}
     for run in runs:
         if not (Path(run) / "metrics.jsonl").is_file():

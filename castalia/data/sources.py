@@ -27,6 +27,10 @@ BLOCK_BYTES = 1 << 18
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
+class BadRecord(DataError):
+    """A record that is no document."""
+
+
 @dataclass(frozen=True)
 class Chunk:
     """Neighbouring records of one file. `lines` are cut at newlines when they are parsed; else each record is given."""
@@ -89,7 +93,7 @@ def texts_of(
     skip_bad: bool = False,
     parse: Callable[[Any, Sequence[str]], dict[str, Any]] | None = None,
 ) -> Texts:
-    """Parse a chunk. A record that is no document raises DataError with file and line, or is told of in `bad`.
+    """Parse a chunk. A record that is no document raises BadRecord with file and line, or is told of in `bad`.
 
     `parse` turns a JSON value into something else than one text for each key; it raises ValueError for a bad one.
     """
@@ -108,7 +112,7 @@ def texts_of(
         except ValueError as error:
             message = f"{chunk.path}:{number}: {error}"
             if not skip_bad:
-                raise DataError(f"{message}; mend it, or leave such records out with --skip-bad") from None
+                raise BadRecord(f"{message}; mend it or take it out") from None
             found.bad.append(message)
             continue
         for key, text in texts.items():

@@ -1,9 +1,10 @@
 import json
+from pathlib import Path
 
 import pytest
 
 from castalia.cli.plot import command, smoothed
-from castalia.errors import DataError
+from castalia.errors import ConfigError, DataError
 
 
 def write_run(folder, losses, valid_every=10):
@@ -31,6 +32,11 @@ def test_runs_are_overlaid_in_a_picture_and_in_the_terminal(tmp_path, capsys):
 def test_the_picture_of_one_run_goes_into_its_folder(tmp_path, capsys):
     command([write_run(tmp_path / "run", [3.0, 2.0])])
     assert (tmp_path / "run" / "loss.png").is_file()
+
+
+def test_a_file_that_is_no_picture_is_refused_before_anything_is_read():
+    with pytest.raises(ConfigError, match=r"--output x.xyz: a picture's name ends with .png"):
+        command(["nowhere"], output=Path("x.xyz"))
 
 
 def test_a_folder_without_metrics_is_refused(tmp_path):

@@ -8,6 +8,7 @@ from typer.testing import CliRunner, Result
 from castalia.cli import data as data_verbs
 from castalia.cli import tokenizer as tokenizer_verbs
 from castalia.data.indexed import open_dataset
+from castalia.data.sources import documents
 from castalia.errors import DataError
 
 
@@ -104,5 +105,9 @@ def test_mistakes(prepared: Path) -> None:
 
 def test_skipped_lines_are_counted_and_shown(prepared: Path) -> None:
     Path("bad.jsonl").write_text('"fine"\nbroken\n')
+    with pytest.raises(DataError, match="bad.jsonl:2: no JSON: .*; mend it or take it out, or leave .* --skip-bad"):
+        run(data_verbs.app, "prepare", "bad.jsonl", "--output", "x", "--tokenizer-kind", "bytes")
+    with pytest.raises(DataError, match="mend it or take it out$"):  # of a caller without the option
+        list(documents([Path("bad.jsonl")]))
     done = run(data_verbs.app, "prepare", "bad.jsonl", "--output", "x", "--tokenizer-kind", "bytes", "--skip-bad")
     assert "left out: bad.jsonl:2: no JSON" in done.output and "left out 1 bad" in done.output
