@@ -14,6 +14,14 @@ def fixtures_folder() -> Path | None:
     return folder if folder.is_dir() else None
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device, and torch sees none")
+
+
 @pytest.fixture(scope="session")
 def fixtures() -> Path:
     folder = fixtures_folder()

@@ -89,8 +89,7 @@ def write_log_probs(path: str, overrides: list[str], data: str | None, step: int
     files, words = split_words(overrides)
     config = load_config([checkpoint.config or RunConfig(), *files], words)
     device = choose_device(config.train.device)
-    model = build_model(checkpoint, device)
-    model.compute_dtype = choose_dtype(config.precision.compute, device)
+    model = build_model(checkpoint, device, choose_dtype(config.precision.compute, device))
     length, rows = config.data.seq_length, config.train.micro_batch_size or 8
     number = write_log_probabilities(model, data, output, min(length, model.cfg.max_positions or length), rows)
     print(f"{output}: log-probabilities of {number:,} documents by {checkpoint.path}")
@@ -150,7 +149,10 @@ def evaluate_checkpoint(
 def load_engine(
     checkpoint: Checkpoint, length: int, rows: int, dtype: torch.dtype, device: torch.device, tp: int, pp: int
 ) -> tuple[Engine, BatchPlan]:
-    """The model on this process or its part of it, for batches of windows of `length`; `rows` in a forward pass."""
+    """The model on this process or its part of it, for batches of windows of `length`; `rows` in a forward pass.
+
+    Its parameters are in the compute dtype, to which the blocks would round them each time.
+    """
     from castalia.checkpoint.load import build_model
     from castalia.cli.ranks import split_config
     from castalia.config.batch import BatchPlan
@@ -160,13 +162,11 @@ def load_engine(
 
     world = world_size()
     if world == 1:
-        model = build_model(checkpoint, device)
-        model.compute_dtype = dtype
-        return Engine(model, rows), BatchPlan(rows, rows, 1)
+        return Engine(build_model(checkpoint, device, dtype), rows), BatchPlan(rows, rows, 1)
     config = split_config(checkpoint, tp, pp, world, length)
     assert config.model is not None
     plan = BatchPlan(rows * world // tp, rows, pp)  # as many micro-batches as there are stages
-    engine = make_engine(config, dtype, device, plan)
+    engine = make_engine(config, dtype, device, plan, frozen=True)
     load_engine(engine, config.model, checkpoint)
     return engine, plan
 

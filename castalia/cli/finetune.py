@@ -220,10 +220,11 @@ def sample(path: str, prompt: str, max_tokens: int) -> str:
     from castalia.checkpoint.formats import open_checkpoint
     from castalia.checkpoint.load import build_model, load_tokenizer_for
     from castalia.generate.engine import generate
-    from castalia.train.hardware import choose_device
+    from castalia.train.hardware import choose_device, choose_dtype
 
     checkpoint = open_checkpoint(path)
-    model = build_model(checkpoint, choose_device("auto"))
+    device = choose_device("auto")
+    model = build_model(checkpoint, device, choose_dtype("auto" if device.type == "cuda" else "fp32", device))
     return generate(model, load_tokenizer_for(checkpoint), [prompt], max_tokens=max_tokens)[0]
 
 

@@ -19,9 +19,12 @@ from castalia.plan.layout import stages_of_rank, stages_per_rank
 
 
 def build_stages(
-    cfg: RunConfig, mesh: Mesh, compute_dtype: torch.dtype, device: torch.device
+    cfg: RunConfig, mesh: Mesh, compute_dtype: torch.dtype, device: torch.device, frozen: bool = False
 ) -> dict[int, Transformer]:
-    """This rank's part of the model by stage number (one stage, 0, without a pipeline), its parameters still unset."""
+    """This rank's part of the model by stage number (one stage, 0, without a pipeline), its parameters still unset.
+
+    Those of a `frozen` model are in the compute dtype.
+    """
     assert cfg.model is not None
     wanted, each = cfg.parallel, stages_per_rank(cfg.parallel)
     num_stages = wanted.pp * each
@@ -31,6 +34,8 @@ def build_stages(
             model = Transformer(cfg.model, compute_dtype=compute_dtype, exact=cfg.neox_exact, z_loss=cfg.train.z_loss)
         if num_stages > 1:
             model = cut_stage(model, index, num_stages, cfg.data.seq_length)
+        if frozen:
+            model.to(compute_dtype)
         model = parallelize(model, mesh, cfg, compute_dtype)
         stages[index] = model.to_empty(device="cpu" if cfg.parallel.offload else device)
     return stages

@@ -45,10 +45,15 @@ class Rows(NamedTuple):
         return self.map(lambda tensor: tensor[start:stop])
 
     def to(self, device: torch.device) -> Rows:
-        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.map(lambda tensor: to_device(tensor, device))
 
     def model_arguments(self) -> dict[str, Any]:
         return {"labels": self.labels} | ({} if self.documents is None else {"documents": self.documents})
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor's copy that no GPU has to finish its work for: it leaves from page-locked memory."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 class Part(NamedTuple):
@@ -112,9 +117,8 @@ class Engine:
         `objective` makes other losses of what `Transformer.forward` gives for each sequence.
         """
         total = torch.zeros((), device=self.device)
-        for micro, part in enumerate(rows.chunk(len(weights))):
+        for micro, part in enumerate(rows.to(self.device).chunk(len(weights))):
             torch.manual_seed(seeds[micro])
-            part = part.to(self.device)
             loss_sum = micro_loss(self.model, part, {}, objective, micro)
             (loss_sum * (weights[micro] * scale)).backward()
             total += loss_sum.detach() * weights[micro]
@@ -138,7 +142,7 @@ class Engine:
         return [p.grad for p in self.model.parameters() if p.grad is not None]
 
     def gradient_norm(self) -> Tensor:
-        """L2 norm of the gradients of all ranks; not finite if any element is not."""
+        """L2 norm of the gradients of all ranks, on the engine's device; not finite if any element is not."""
         return torch.nn.utils.get_total_norm(self.gradients())
 
     def sum_over_data(self, value: float) -> float:
@@ -174,14 +178,21 @@ def micro_loss(model: Any, part: Rows, context: Mapping[str, Any], objective: Ob
     return objective(model(part.tokens, **part.model_arguments(), **context, each=True), micro)
 
 
-def one_process(config: RunConfig, dtype: torch.dtype, device: torch.device, plan: BatchPlan) -> Engine:
-    """The model of a config, its parameters still unset."""
+def one_process(
+    config: RunConfig, dtype: torch.dtype, device: torch.device, plan: BatchPlan, frozen: bool = False
+) -> Engine:
+    """The model of a config, its parameters still unset.
+
+    Those of a `frozen` one are in the compute dtype, to which the others are rounded wherever they are used.
+    """
     assert config.model is not None
     if config.parallel.offload:
         raise ConfigError("parallel.offload comes with sharding over several processes; remove it, or start more")
     with torch.device(device):
         model = Transformer(config.model, compute_dtype=dtype, exact=config.neox_exact, z_loss=config.train.z_loss)
         add_adapters(model, config.finetune.lora)
+    if frozen:
+        model.to(dtype)
     freeze(model, config.finetune)
     apply_recompute(model, config.train.recompute, dropout=has_dropout(config.model))
     compile_blocks(model, config, device)

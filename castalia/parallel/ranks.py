@@ -30,7 +30,9 @@ from castalia.parallel.shards import global_gradient_norm, local, part
 class Ranks(Engine):
     """One rank of a mesh."""
 
-    def __init__(self, config: RunConfig, dtype: torch.dtype, device: torch.device, plan: BatchPlan) -> None:
+    def __init__(
+        self, config: RunConfig, dtype: torch.dtype, device: torch.device, plan: BatchPlan, frozen: bool = False
+    ) -> None:
         assert config.model is not None
         self.config, self.device, self.plan, self.micro_batch_size = config, device, plan, plan.micro_batch_size
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -45,7 +47,7 @@ class Ranks(Engine):
         self.mesh = build_mesh(layout(config.parallel, self.world), device.type)
         sizes = self.mesh.layout
         self.data_rank, self.data_size = self.mesh.dp_rank, sizes.dp
-        self.stages = build_stages(config, self.mesh, dtype, device)
+        self.stages = build_stages(config, self.mesh, dtype, device, frozen)
         self.time = config.data.seq_length // sizes.cp
         way = WAYS[config.parallel.cp_kind]
         self.context = {"cache": way(self.mesh.context, self.time)} if sizes.cp > 1 else {}
@@ -172,7 +174,8 @@ class Ranks(Engine):
 
     def gradient_norm(self) -> Tensor:
         every = [p for model in self.models for p in model.parameters()]
-        return global_gradient_norm(every, twice=self.pipeline.tied if self.pipeline else ())
+        norm = global_gradient_norm(every, twice=self.pipeline.tied if self.pipeline else ())
+        return norm.to(self.device)  # offloaded gradients are on the host
 
     def sum_over_data(self, value: float) -> float:
         total = torch.tensor(value, dtype=torch.float64)  # on the host: the group has gloo beside NCCL

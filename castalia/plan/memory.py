@@ -314,7 +314,7 @@ class Rank:
             )
         blocks, kept = self.stage.layers * self.training["blocks"] // self.model.num_layers, self.compute.moments
         moments = 4 * (kept.blocks * blocks + kept.outside * (self.trained - blocks)) // self.shards
-        masters = 4 * (self.parameters + self.reference) // self.shards
+        masters = (4 * self.parameters + self.compute.element_bytes * self.reference) // self.shards
         return Memory(masters, moments, gradients, copies, activations, logits, self._buffers)
 
     @property
@@ -387,7 +387,8 @@ class Rank:
     def _buffers(self) -> int:
         """Tokens, labels and rotary tables."""
         rotary = self.model.rotary_size if self.model.position == "rotary" else 0
-        return 16 * self.tokens + self.length * rotary * (8 + self.compute.element_bytes)
+        micro_batches = self.layout.accumulation if self.compute.device == "cuda" else 1  # a CPU copies none
+        return 16 * self.tokens * micro_batches + self.length * rotary * (8 + self.compute.element_bytes)
 
 
 @lru_cache

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from castalia.config.schema import Preference, RunConfig
 from castalia.data.loader import Batch
 from castalia.errors import DataError
-from castalia.parallel.engine import Engine
+from castalia.parallel.engine import Engine, to_device
 from castalia.train.step import as_rows
 
 
@@ -89,34 +89,37 @@ class PreferenceLoss:
     def __init__(self, config: RunConfig, engine: Engine, reference: Engine | None, accumulation: int) -> None:
         self.objective, self.settings, self.square = config.train.objective, config.preference, config.train.z_loss
         self.engine, self.reference, self.accumulation = engine, reference, accumulation
+        self.tally = _Tally()
         self.report: dict[str, float] = {}  # of the last step
 
     def forward_backward(self, batch: Batch, scale: float, seeds: list[int]) -> Tensor:
-        """As `Engine.forward_backward`, for the mean loss of the step. `report` then tells about it."""
-        judge, tally = self._judge(batch), _Tally()
+        """As `Engine.forward_backward`, for the mean loss of the step. `make_report` then tells about it."""
+        judge, self.tally = self._judge(batch), _Tally()
 
         def losses(values: Tensor, micro: int) -> Tensor:
             judged = judge(values, micro)
-            tally.add(judged)
+            self.tally.add(judged)
             return judged.losses.sum()
 
         number = self.engine.sum_over_data(self._num_losses(batch))
-        loss = self.engine.forward_backward(as_rows(batch), [1 / number] * self.accumulation, scale, seeds, losses)
-        self.report = tally.means(self.engine)
-        return loss
+        return self.engine.forward_backward(as_rows(batch), [1 / number] * self.accumulation, scale, seeds, losses)
+
+    def make_report(self) -> None:
+        """On all ranks together. It waits for the device, so it comes after the whole step is under way."""
+        self.report = self.tally.means(self.engine)
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Loss and rewards of this data rank's parts of batches, over all ranks; batches have a step's layout."""
-        tally, total, number = _Tally(), 0.0, 0.0
+        tally, total, number = _Tally(), torch.zeros((), dtype=torch.float64, device=self.engine.device), 0.0
         with self.engine.evaluating():
             for batch in batches:
                 judge = self._judge(batch)
                 for micro, values in enumerate(self.engine.each_sequence(as_rows(batch)).chunk(self.accumulation)):
                     judged = judge(values, micro)
                     tally.add(judged)
-                    total += float(judged.losses.sum())
+                    total += judged.losses.sum()
                 number += self._num_losses(batch)
-        loss = self.engine.sum_over_data(total) / self.engine.sum_over_data(number)
+        loss = self.engine.sum_over_data(float(total)) / self.engine.sum_over_data(number)
         return {"loss": loss} | tally.means(self.engine)
 
     def _num_losses(self, batch: Batch) -> float:
@@ -130,9 +133,9 @@ class PreferenceLoss:
         references = self._references(batch).chunk(parts)
         if self.objective == "kto":
             assert batch.rewards is not None
-            wanted = (torch.from_numpy(batch.rewards) > 0).to(device).chunk(parts)
+            wanted = to_device(torch.from_numpy(batch.rewards) > 0, device).chunk(parts)
             return lambda values, micro: kto(values, references[micro], wanted[micro], self.settings)
-        lengths = torch.from_numpy(batch.loss_mask.sum(axis=1)).to(device).chunk(parts)
+        lengths = to_device(torch.from_numpy(batch.loss_mask.sum(axis=1)), device).chunk(parts)
         return lambda values, micro: dpo(values, references[micro], lengths[micro], self.settings)
 
     def _references(self, batch: Batch) -> Tensor:
@@ -140,7 +143,7 @@ class PreferenceLoss:
         if self.objective == "dpo" and self.settings.reference_free:
             return torch.zeros(len(batch.tokens), device=self.engine.device)
         if batch.references is not None:
-            return torch.from_numpy(batch.references).to(self.engine.device)
+            return to_device(torch.from_numpy(batch.references), self.engine.device)
         assert self.reference is not None
         with self.reference.evaluating():
             return self.reference.each_sequence(as_rows(batch))
@@ -154,14 +157,15 @@ class _Tally:
 
     def add(self, judged: Judged) -> None:
         rewards, wanted = judged.rewards, judged.wanted
-        self._add("chosen_reward", rewards[wanted])
-        self._add("rejected_reward", rewards[~wanted])
-        self._add("accuracy", judged.right.float())
+        self._add("chosen_reward", rewards, wanted)
+        self._add("rejected_reward", rewards, ~wanted)
+        self._add("accuracy", judged.right.float(), torch.ones_like(judged.right))
         if judged.kl is not None:
-            self._add("kl", judged.kl)
+            self._add("kl", judged.kl, torch.ones_like(wanted))
 
-    def _add(self, name: str, values: Tensor) -> None:
-        found = torch.stack([values.sum(), values.new_tensor(len(values))]).double()
+    def _add(self, name: str, values: Tensor, counted: Tensor) -> None:
+        """`counted`: bool, of which values. To select them would be to wait for the device, which knows how many."""
+        found = torch.stack([values.where(counted, 0).sum(dtype=torch.float64), counted.sum(dtype=torch.float64)])
         self.sums[name] = self.sums[name] + found if name in self.sums else found
 
     def means(self, engine: Engine) -> dict[str, float]:

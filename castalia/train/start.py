@@ -152,13 +152,18 @@ def start(config: RunConfig) -> Session:
     return Session(config, tokenizer, plan, data, engine, optimizer, step, *run)
 
 
-def make_engine(config: RunConfig, dtype: torch.dtype, device: torch.device, plan: BatchPlan) -> Engine:
-    """The model on this process alone, or this process's part of it, its parameters still unset."""
+def make_engine(
+    config: RunConfig, dtype: torch.dtype, device: torch.device, plan: BatchPlan, frozen: bool = False
+) -> Engine:
+    """The model on this process alone, or this process's part of it, its parameters still unset.
+
+    `frozen`: it will not train, so the parameters are held in the compute dtype `dtype` instead of fp32.
+    """
     if world_size() == 1:
-        return one_process(config, dtype, device, plan)
+        return one_process(config, dtype, device, plan, frozen)
     from castalia.parallel.ranks import Ranks  # brings in pipelining and sharding, which take a second to import
 
-    return Ranks(config, dtype, device, plan)
+    return Ranks(config, dtype, device, plan, frozen)
 
 
 def preference_loss(config: RunConfig, engine: Engine, dtype: torch.dtype, plan: BatchPlan) -> PreferenceLoss | None:
@@ -172,7 +177,7 @@ def preference_loss(config: RunConfig, engine: Engine, dtype: torch.dtype, plan:
         if source:
             plain = plain.model_copy(update={"model": checkpoint_architecture(source)})
         assert plain.model is not None
-        reference = make_engine(plain, dtype, engine.device, plan)
+        reference = make_engine(plain, dtype, engine.device, plan, frozen=True)
         if source:
             load_engine(reference, plain.model, source)
         else:

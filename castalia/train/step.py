@@ -77,6 +77,8 @@ class TrainStep:
             loss_tensor = self._forward_backward(step, batch, scale)
         norm_tensor = self.engine.gradient_norm()
         loss, norm = torch.stack([loss_tensor, norm_tensor]).tolist()  # the step's only wait for the device
+        if self.preference:
+            self.preference.make_report()
         norm /= scale
         finite = math.isfinite(loss) and math.isfinite(norm)
         wanted = judge(loss, norm)

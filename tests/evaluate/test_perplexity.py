@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.load import load_model
-from castalia.cli.evaluate import command
+from castalia.cli.evaluate import command, load_engine
 from castalia.data.indexed import open_dataset
 from castalia.data.loader import Batch
 from castalia.errors import CastaliaError
@@ -118,6 +119,15 @@ def test_overrides_and_strides_are_obeyed(run, capsys):
     assert found["precision"] == "bf16"
     assert found["tokens"] == whole["tokens"]
     assert found["loss"] != whole["loss"]
+
+
+def test_weights_are_held_in_the_compute_dtype(run, capsys):
+    engine, _ = load_engine(open_checkpoint(run), 16, 8, torch.bfloat16, torch.device("cpu"), 1, 1)
+    assert {parameter.dtype for parameter in engine.parameters.values()} == {torch.bfloat16}
+    model = load_model(run)
+    model.compute_dtype = torch.bfloat16  # fp32 weights that are cast where they are used
+    rows = [Batch(*np.random.default_rng(0).integers(0, 257, (2, 6, 16)), np.ones((6, 16), bool))]
+    assert evaluate(engine, rows) == evaluate(Engine(model), rows)
 
 
 def test_an_overlay_is_obeyed_and_its_idle_keys_are_told(run, tmp_path, capsys):

@@ -245,6 +245,29 @@ def test_16_bit_computation_keeps_fp32_parameters():
     assert wide.to(torch.bfloat16)(TOKENS).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "update",
+    [
+        {"position": "learned", "tie_embeddings": True},
+        {"norm": "rmsnorm", "rms_eps_inside": False, "gated_mlp": True, "activation": "silu"},
+        {"norm": "scalenorm", "position": "alibi", "num_kv_heads": 6, "qk_norm": True},
+        {"position": "sinusoidal", "embedding_dropout": 0.1, "reward_head": True},
+    ],
+)
+@torch.no_grad()
+def test_parameters_in_the_compute_dtype_change_no_bit(update, dtype):
+    model = model_of(**update)
+    model.compute_dtype = dtype
+    labels, losses = TOKENS.roll(-1, 1), []
+    for each in (model, model.to(dtype)):
+        losses.append(each(TOKENS, labels, each=True))
+        if not model.cfg.reward_head:
+            losses.append(each(TOKENS, labels)[0])
+    half = len(losses) // 2
+    assert all(torch.equal(a, b) for a, b in zip(losses[:half], losses[half:], strict=True))
+
+
 @torch.no_grad()
 def test_stages_of_a_pipeline_equal_the_whole():
     for tied in (False, True):

@@ -7,7 +7,7 @@ import torch
 
 from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.load import build_model, load_tokenizer_for
-from castalia.cli.evaluate import evaluate_checkpoint
+from castalia.cli.evaluate import evaluate_checkpoint, load_engine
 from castalia.cli.ranks import load_split
 from castalia.cli.train import train
 from castalia.errors import ConfigError
@@ -59,6 +59,21 @@ def test_evaluation_gives_the_same_loss_on_every_rank(pool, runs, corpus, world,
         (alone,) = pool.run(loss, 1, runs[family], 1, 1, stride, str(corpus / "text"))
         for found in pool.run(loss, world, runs[family], tp, pp, stride, str(corpus / "text")):
             assert found["loss"] == pytest.approx(alone["loss"], rel=1e-6) and found["tokens"] == alone["tokens"]
+
+
+def narrow(run: str, tp: int, pp: int, data: str) -> tuple[set[torch.dtype], float]:
+    """Dtypes of the parameters that `eval` holds, and the loss, in bf16."""
+    checkpoint = open_checkpoint(run)
+    engine, _ = load_engine(checkpoint, 16, 2, torch.bfloat16, torch.device("cpu"), tp, pp)
+    words = ["precision.compute=bf16"]
+    found = evaluate_checkpoint(checkpoint, words, data=data, tokenizer_path=None, stride=None, tp=tp, pp=pp)
+    return {parameter.dtype for parameter in engine.parameters.values()}, found["loss"]
+
+
+def test_ranks_hold_weights_in_the_compute_dtype(pool, runs, corpus):
+    (alone,) = pool.run(narrow, 1, runs["llama"], 1, 1, str(corpus / "text"))
+    for dtypes, loss in pool.run(narrow, 8, runs["llama"], 2, 2, str(corpus / "text")):
+        assert dtypes == {torch.bfloat16} and loss == pytest.approx(alone[1], rel=1e-3)
 
 
 def test_processes_that_have_no_part_of_the_model_are_refused(pool, runs):

@@ -155,6 +155,13 @@ def test_the_first_loss_is_that_of_the_reference(config, tmp_path, objective, se
     assert session.step.preference.report["margin"] == pytest.approx(0.0, abs=1e-6)
 
 
+def test_the_reference_is_held_in_the_compute_dtype(config, tmp_path):
+    session = start(config("dpo", tmp_path / "run", "precision.compute=bf16"))
+    assert {p.dtype for p in session.step.preference.reference.parameters.values()} == {torch.bfloat16}
+    assert {p.dtype for p in session.engine.parameters.values()} == {torch.float32}
+    assert session.step(0, session.batch(0)).loss == pytest.approx(math.log(2), abs=1e-6)
+
+
 @pytest.mark.parametrize("objective", ["dpo", "kto", "reward"])
 def test_a_run_learns_and_is_resumed_bit_for_bit(config, tmp_path, objective):
     straight = history(train(config(objective, tmp_path / "straight"), evaluate))
