@@ -24,10 +24,11 @@ import torch
 from castalia.checkpoint.formats import find_steps
 from castalia.checkpoint.lazy import Adapted, Cast
 from castalia.checkpoint.tensors import Checkpoint, name_of
-from castalia.checkpoint.writing import Advance, Output, Plan, WriteOptions, sync, verified, verifying
+from castalia.checkpoint.writing import Advance, Output, Plan, WriteOptions, verified, verifying
 from castalia.errors import CheckpointError
+from castalia.files import behind_links, clean, put_in_place, remove, sync, write_text
 
-JOURNAL = "conversion.jsonl"
+JOURNAL = ".castalia-conversion.jsonl"
 LATEST = "latest"
 FLUSH_BYTES = 128 << 20
 MAX_WRITERS = 4  # threads, each with a piece of a file in memory
@@ -92,6 +93,7 @@ def identity(checkpoint: Checkpoint, options: WriteOptions, plan: Plan) -> str:
 def check_destination(source: Path, target: Path, force: bool) -> None:
     """Raises CheckpointError if something is in the way, or lies so that it would be destroyed."""
     source, resolved = source.resolve(), target.resolve()
+    (resolved / JOURNAL).unlink(missing_ok=True)  # of a conversion that was killed once the folder had its name
     if resolved == source or resolved in source.parents or source in resolved.parents:
         raise CheckpointError(f"{target}: a checkpoint cannot be converted into its own folder, nor around it")
     if target.exists() and not force:
@@ -105,7 +107,9 @@ def write(plan: Plan, target: Path, mark: str, advance: Advance, *, inside: str 
 
     `inside`: name of a step's folder in `target`, to which `latest` then points. `mark`: see `identity`.
     """
+    target = behind_links(target)
     partial = target.with_name(target.name + ".partial")
+    clean(target.parent, target.name)
     with _open_journal(partial) as journal:
         done = _completed(journal, partial, mark)
         _check_space(partial, sum(output.num_bytes for output in plan.outputs if output.name not in done))
@@ -120,16 +124,13 @@ def write(plan: Plan, target: Path, mark: str, advance: Advance, *, inside: str 
             (partial / LATEST).write_text(inside)
         for path in [*partial.rglob("*"), partial]:
             sync(path)
-        (partial / JOURNAL).unlink()
-    _take_place(partial, target, force)
+        _take_place(partial, target, force)
     return len(done)
 
 
 def name_latest(folder: Path) -> None:
     """Let `latest` name the newest step of a series."""
-    temporary = folder / (LATEST + ".tmp")
-    temporary.write_text(list(find_steps(folder).values())[-1].name)
-    os.replace(temporary, folder / LATEST)
+    write_text(folder / LATEST, list(find_steps(folder).values())[-1].name)
 
 
 def _write_files(outputs: Sequence[Output], folder: Path, journal: IO[str], advance: Advance) -> dict[str, dict]:
@@ -225,15 +226,12 @@ def _check_space(folder: Path, needed: int) -> None:
 
 
 def _take_place(partial: Path, target: Path, force: bool) -> None:
-    old = target.with_name(target.name + ".old")
-    if target.exists():
-        if not force:
-            raise CheckpointError(f"{target} has come into being meanwhile; the result is in {partial}")
-        target.rename(old)
-    partial.rename(target)
-    sync(target.parent)
-    if old.exists():
-        shutil.rmtree(old)
+    if target.exists() and not force:
+        raise CheckpointError(f"{target} has come into being meanwhile; the result is in {partial}")
+    old = put_in_place(partial, target)
+    (target / JOURNAL).unlink()  # until here it told that the folder is ours
+    if old:
+        remove(old)
 
 
 def steps_of(folder: Path, wanted: Sequence[int] | None, found: Mapping[int, Path]) -> dict[int, Path]:

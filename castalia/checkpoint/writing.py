@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -158,15 +157,6 @@ def json_output(name: str, value: object) -> Output:
 def write_bytes(path: Path, content: bytes, advance: Advance) -> None:
     path.write_bytes(content)
     advance(len(content))
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's or folder's content is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from castalia.config.read import to_yaml
 from castalia.config.reference import markdown
 from castalia.config.schema import RunConfig
 from castalia.errors import ConfigError
+from castalia.files import write_text
 
 app = typer.Typer(no_args_is_help=True, help="Show, check or convert configs.")
 Words = Annotated[list[str], typer.Argument(metavar="CONFIG... [KEY=VALUE...]", show_default=False)]
@@ -77,9 +78,7 @@ def convert(
         return
     if output.exists():
         raise ConfigError(f"{output}: exists already; name another file or remove it")
-    partial = output.with_name(output.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.rename(output)
+    write_text(output, text)
     print(f"wrote {output}")
 
 

@@ -23,14 +23,11 @@ def train(
     jsonl_keys: Annotated[str, typer.Option(help="field of the JSON records that holds the text")] = "text",
 ) -> None:
     """Byte-level BPE learned from text. The same input gives the same file."""
-    import os
-
     from castalia.data.sources import documents, find_files
     from castalia.data.tokenizer import train_bpe
+    from castalia.files import write_text
 
     bpe = train_bpe(documents(find_files(inputs), jsonl_keys), vocab_size)
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
-    bpe.engine.save(str(temporary))
-    os.replace(temporary, output)
+    write_text(output, bpe.engine.to_str(pretty=True))
     print(f"{output}: {bpe.vocab_size} entries")

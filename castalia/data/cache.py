@@ -10,16 +10,15 @@ import hashlib
 import logging
 import os
 import stat
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 
+from castalia.files import appearing, write_text
+
 log = logging.getLogger(__name__)
-SECONDS_TO_WRITE = 3600  # no process is silent for so long between two writes to an index file
 Arrays = tuple[np.ndarray, ...]
 
 
@@ -63,7 +62,7 @@ def cached(
             continue
         if all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in zip(found, built, strict=True)):
             if stem.parent == home:
-                _replace(_fingerprint_file(stem), lambda file: file.write(f"{fingerprint}\n".encode()))
+                write_text(_fingerprint_file(stem), f"{fingerprint}\n")
                 return found
         else:
             log.warning("index files %s_*.npy are of other data or another split: built anew", stem)
@@ -72,8 +71,9 @@ def cached(
     home.mkdir(parents=True, exist_ok=True)
     _fingerprint_file(home / names[0]).unlink(missing_ok=True)
     for part, array in zip(parts, built, strict=True):
-        _replace(home / f"{names[0]}_{part}.npy", lambda file, array=array: np.save(file, array))
-    _replace(_fingerprint_file(home / names[0]), lambda file: file.write(f"{fingerprint}\n".encode()))
+        with appearing(home / f"{names[0]}_{part}.npy") as file:
+            np.save(file, array)
+    write_text(_fingerprint_file(home / names[0]), f"{fingerprint}\n")
     return _load(home / names[0], parts) or built
 
 
@@ -92,17 +92,6 @@ def _load(stem: Path, parts: tuple[str, ...]) -> Arrays | None:
         return tuple(np.asarray(np.load(f"{stem}_{part}.npy", mmap_mode="r")) for part in parts)
     except (FileNotFoundError, ValueError, EOFError):
         return None
-
-
-def _replace(path: Path, write: Callable) -> None:
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    for other in path.parent.glob(f"{path.name}.tmp-*"):
-        with suppress(FileNotFoundError):  # it may get its final name at this moment
-            if time.time() - other.stat().st_mtime > SECONDS_TO_WRITE:
-                other.unlink()  # of a process that was killed
-    with temporary.open("wb") as file:
-        write(file)
-    os.replace(temporary, path)
 
 
 def _writable(folder: Path) -> bool:

@@ -21,6 +21,7 @@ from typing import overload
 import numpy as np
 
 from castalia.errors import DataError
+from castalia.files import beside
 
 MAGIC = b"MMIDIDX\x00\x00"
 LEGACY_MAGIC = b"TNTIDX\x00\x00"
@@ -182,7 +183,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class Writer:
-    """Writes `PREFIX.bin` and `.idx` as `.partial` files; leaving the `with` block without error renames them.
+    """Writes `PREFIX.bin` and `.idx` under other names beside; leaving the `with` block without error renames them.
 
     One process at a time may write a prefix: DataError for a second one. What a killed one left is overwritten, unless
     `resumable`: then the caller says with `take_up` how much of it is good, and an interruption leaves it once more.
@@ -194,7 +195,7 @@ class Writer:
         self.sizes = array("i")
         self.documents = array("q", [0])
         self.num_tokens = 0
-        self._bin, self._idx = (Path(f"{self.prefix}{end}.partial") for end in (".bin", ".idx"))
+        self._bin, self._idx = (beside(Path(f"{self.prefix}{end}"), "partial") for end in (".bin", ".idx"))
         self._bin.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._bin.open("ab")  # creates the file, or leaves it as it is
         self._lock()

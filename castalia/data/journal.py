@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from castalia.data.indexed import Writer
+from castalia.files import beside, write_text
 
 SECONDS_BETWEEN_NOTES = 5.0
 
@@ -28,13 +29,13 @@ def identity(files: Sequence[Path], *settings: object) -> str:
 
 
 class Journal:
-    """`OUTPUT.journal` says how many chunks are in the partial files, and `PREFIX.sizes.partial` the sizes of their
-    items. Both go when the work is done or has failed, and stay when it is interrupted, however hard."""
+    """The journal says how many chunks are in the partial files, and a file beside each of those the sizes of its
+    items. All go when the work is done or has failed, and stay when it is interrupted, however hard."""
 
     def __init__(self, output: str | os.PathLike[str], identity: str, writers: Sequence[Writer]):
-        self.path = Path(f"{os.fspath(output)}.journal")
+        self.path = beside(Path(output), "journal")
         self.identity, self.writers = identity, writers
-        self.sizes = [Path(f"{writer.prefix}.sizes.partial") for writer in writers]
+        self.sizes = [beside(Path(writer.prefix), "sizes") for writer in writers]
         self.noted = [0] * len(writers)  # items whose sizes are on disk
         self.due = time.monotonic() + SECONDS_BETWEEN_NOTES
 
@@ -66,10 +67,8 @@ class Journal:
                 file.flush()
                 os.fdatasync(file.fileno())
             self.noted[number] = len(writer.sizes)
-        temporary = self.path.with_name(f"{self.path.name}.partial")
         state = {"identity": self.identity, "chunks": chunks, "items": self.noted, "note": note}
-        temporary.write_text(json.dumps(state))
-        os.replace(temporary, self.path)
+        write_text(self.path, json.dumps(state))
         self.due = time.monotonic() + SECONDS_BETWEEN_NOTES
 
     def _forget(self) -> None:

@@ -11,6 +11,7 @@ from castalia.checkpoint.formats.native import saved_steps
 from castalia.config.load import dump_config
 from castalia.config.schema import RunConfig, Source, Tokenizer
 from castalia.errors import ConfigError, TrainingError
+from castalia.files import write_text
 from castalia.train.metrics import read_events
 
 TOKENIZER = "tokenizer"
@@ -93,9 +94,7 @@ def complete_config(config: RunConfig, folder: Path, has_tokenizer: bool, batch_
 
 
 def write_config(folder: Path, config: RunConfig) -> None:
-    temporary = folder / "config.yml.tmp"
-    temporary.write_text(dump_config(config))
-    os.replace(temporary, folder / "config.yml")
+    write_text(folder / "config.yml", dump_config(config))
 
 
 def _absolute(path: str | None) -> str | None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from castalia.config.schema import RunConfig
+from castalia.files import write_text
 from castalia.train.sinks import open_sinks
 
 
@@ -60,9 +60,7 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
 def truncate_metrics(folder: Path, step: int) -> None:
     """Drops the records after `step`: the resumed run writes them again."""
     kept = "".join(as_line(record) for record in read_metrics(folder) if record["step"] <= step)
-    temporary = folder / "metrics.jsonl.tmp"
-    temporary.write_text(kept)
-    os.replace(temporary, folder / "metrics.jsonl")
+    write_text(folder / "metrics.jsonl", kept)
 
 
 def as_line(record: Mapping[str, Any]) -> str:

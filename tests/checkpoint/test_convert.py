@@ -27,6 +27,7 @@ from castalia.checkpoint.stored import Extent, StoredTensor, as_bytes
 from castalia.checkpoint.writing import Layout, WriteOptions, in_blobs, pieces, shards, verifying
 from castalia.config.schema import Model
 from castalia.errors import CheckpointError, ConfigError
+from castalia.files import REPLACED, workplace
 from tests.checkpoint.made import FAMILIES, SIZES, assert_same, changed, made, written
 
 
@@ -175,6 +176,48 @@ def test_a_folder_in_the_way_is_not_deleted(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no unfinished conversion"):
         written(made(FAMILIES["gpt2"]), tmp_path / "out", "hf")
     assert (tmp_path / "out.partial" / "precious").exists()
+
+
+def test_only_what_is_named_is_replaced(tmp_path: Path) -> None:
+    source = made(FAMILIES["gpt2"])
+    for name in ("out", "out.old", "out.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "precious").write_text("x")
+    plan = convert.TARGETS["native"].plan(convert.prepare(source), WriteOptions())
+    convert.write(plan, tmp_path / "out", "mark", lambda count: None, force=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.old", "out.tmp"]
+    assert not (tmp_path / "out" / "precious").exists()
+    assert (tmp_path / "out.old" / "precious").exists()
+    assert_same(source, open_checkpoint(tmp_path / "out"))
+
+
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None:
+    source = made(FAMILIES["gpt2"])
+    (tmp_path / "disk" / "model").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "model")
+    plan = convert.TARGETS["native"].plan(convert.prepare(source), WriteOptions())
+    convert.write(plan, tmp_path / "out", "mark", lambda count: None, force=True)
+    assert (tmp_path / "out").is_symlink()
+    assert_same(source, open_checkpoint(tmp_path / "disk" / "model"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "out"]
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["model"]
+
+
+def test_a_replacement_that_was_killed_is_undone_and_done_again(tmp_path: Path) -> None:
+    plan = convert.TARGETS["native"].plan(convert.prepare(made(FAMILIES["gpt2"])), WriteOptions())
+    out = tmp_path / "out"
+
+    def stop(count: int) -> None:
+        raise KeyboardInterrupt
+
+    convert.write(plan, out, "old", lambda count: None)
+    before = (out / "manifest.json").stat().st_mtime_ns
+    with pytest.raises(KeyboardInterrupt):
+        convert.write(plan, out, "new", stop, force=True)
+    out.rename(workplace(out, REPLACED) / "out")  # what a kill between the two renames leaves
+    convert.write(plan, out, "new", lambda count: None, force=True)
+    assert (out / "manifest.json").stat().st_mtime_ns != before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_damaged_source_is_noticed(tmp_path: Path) -> None:

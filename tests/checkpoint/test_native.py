@@ -19,6 +19,7 @@ from castalia.checkpoint.formats.native import Shard, Writer
 from castalia.checkpoint.tensors import Progress
 from castalia.config.schema import Model, RunConfig
 from castalia.errors import CheckpointError
+from castalia.files import NEW, REPLACED, workplace
 
 CONFIG = RunConfig(model=Model(num_layers=1, hidden_size=8, num_heads=2, vocab_size=10), seed=7)
 
@@ -183,12 +184,23 @@ def test_a_step_saved_again_replaces_the_first(tmp_path: Path) -> None:
 
 def test_a_replacement_that_was_interrupted_is_undone(tmp_path: Path) -> None:
     step = save(tmp_path, 3, a_model())
-    step.rename(step.with_name("step_000003.old"))
-    (tmp_path / "step_000003.tmp").mkdir()
+    step.rename(workplace(step, REPLACED) / step.name)
+    workplace(step, NEW)
     with Writer(tmp_path):
         pass
     assert open_checkpoint(tmp_path).progress.step == 3
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not left_overs(tmp_path)
+
+
+def test_what_lies_beside_the_steps_is_left_alone(tmp_path: Path) -> None:
+    kept = ("step_000002.old", "step_000003.tmp", "latest.tmp", "best.old", "step_000003.old")
+    for name in kept:
+        save(tmp_path / name, 7, a_model())
+    with Writer(tmp_path, keep_last=1) as writer:
+        for step in (2, 3, 3):
+            writer.save(a_model(), None, Progress(step=step), CONFIG)
+    assert list(native.saved_steps(tmp_path)) == [3]
+    assert all(open_checkpoint(tmp_path / name).progress.step == 7 for name in kept)
 
 
 def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
@@ -203,6 +215,10 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"cannot save checkpoints in .*file/checkpoints: Not a directory"):
         Writer(tmp_path / "file" / "checkpoints")
+
+
+def left_overs(folder: Path) -> list[Path]:
+    return list(folder.glob(".*.castalia-*"))
 
 
 SCRIPT = """
@@ -234,12 +250,14 @@ def test_errors_of_the_thread_are_raised_and_cost_nothing(tmp_path: Path) -> Non
     """)
     assert "CheckpointError step 2 could not be saved" in done.stdout, done.stderr
     assert "Older checkpoints are as they were" in done.stdout
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob(".*/step_*"))  # the space is given back
     assert open_checkpoint(tmp_path).progress.step == 1
 
 
 def test_a_kill_never_costs_an_older_checkpoint(tmp_path: Path) -> None:
-    moments_of_death = ["write_manifest", "commit", "_sync_folder", "os.replace", "prune"]
+    before = ["write_manifest", "commit", "sync", "put_in_place"]
+    after = ["remove", "prune"]
+    moments_of_death = before + after
     for moment in moments_of_death:
         save(tmp_path / moment, 1, a_model())
     done = run_script(f"""
@@ -257,11 +275,11 @@ def test_a_kill_never_costs_an_older_checkpoint(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for moment in moments_of_death:
         folder = tmp_path / moment
-        assert open_checkpoint(folder).progress.step == (2 if moment == "prune" else 1)
+        assert open_checkpoint(folder).progress.step == (2 if moment in after else 1)
         assert torch.equal(open_checkpoint(folder, step=1).model["norm.weight"].read(), a_model()["norm.weight"])
         save(folder, 2, a_model(2))  # the lock of the dead is free, its leftovers are gone
         assert torch.equal(open_checkpoint(folder).model["norm.weight"].read(), a_model(2)["norm.weight"])
-        assert not list(folder.glob("*.tmp"))
+        assert not left_overs(folder)
 
 
 def test_latest_that_dangles_says_what_is_there(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_killed_and_continued_gives_the_same_bytes(killed: HalfDone, tmp_path: Path) -> None:
     source, parts = killed.source, shutil.copytree(killed.folder, tmp_path / "parts")
     prepare([source], tmp_path / "whole" / "x", RECIPE, workers=1)
-    with (parts / "x_text_document.bin.partial").open("ab") as file:
+    with (parts / ".x_text_document.bin.castalia-partial").open("ab") as file:
         file.write(b"written after the last note")
     seen: list[Report] = []
     report = prepare([source], parts / "x", RECIPE, workers=1, on_progress=seen.append)
@@ -102,9 +102,9 @@ def test_what_has_changed_starts_over(killed: HalfDone, tmp_path: Path, change: 
     elif change == "recipe":
         recipe = Recipe(RECIPE.tokenizer, mask_before=(58,))
     elif change == "journal":
-        (parts / "x.journal").write_text("{")
+        (parts / ".x.castalia-journal").write_text("{")
     else:
-        os.truncate(parts / "x_label_document.bin.partial", 100)
+        os.truncate(parts / ".x_label_document.bin.castalia-partial", 100)
     report = prepare([source], parts / "x", recipe, workers=1)
     os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))  # as the other tests know it
     assert report.continued == {}
@@ -128,7 +128,7 @@ def test_an_interrupt_from_the_keyboard_keeps_what_is_done(source: Path, tmp_pat
 
 
 def test_leftovers_are_overwritten_and_writers_exclude_each_other(tmp_path: Path) -> None:
-    (tmp_path / "x.bin.partial").write_bytes(b"left by a killed process")
+    (tmp_path / ".x.bin.castalia-partial").write_bytes(b"left by a killed process")
     with Writer(tmp_path / "x", "u2") as writer:
         writer.add([1, 2])
         with pytest.raises(DataError, match="another process is writing"):

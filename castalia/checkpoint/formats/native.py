@@ -7,7 +7,8 @@
         model-00000.safetensors       one of each kind for each writing rank
         optimizer-00000.safetensors   what the optimizer remembers; the masters are the parameters themselves
 
-A folder without the ending `.tmp` is complete. Nothing of an older step is touched before the newer one is on disk.
+A folder of this name is complete; until then it lies in a workplace (see `castalia.files`). Nothing of an older step is
+touched before the newer one is on disk.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from castalia.checkpoint.stored import DTYPE_CODES, DTYPES, Extent, StoredTensor
 from castalia.checkpoint.tensors import AdamState, Checkpoint, Progress, Shard, TensorRef, name_of
 from castalia.config.schema import RunConfig
 from castalia.errors import CastaliaError, CheckpointError
+from castalia.files import NEW, beside, clean, delete, put_in_place, remove, sync, workplace, write_text
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +75,7 @@ class Writer:
             if rank == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._lock = _lock(self.folder)
-                _clean(self.folder)
+                clean(self.folder)
         except OSError as error:
             raise CheckpointError(
                 f"cannot save checkpoints in {folder}: {error.strerror} ({error.filename})"
@@ -137,15 +139,15 @@ class Writer:
 
     def _write(self, step: int, tensors: dict[str, dict[str, Shard]], steps: dict | None, about: dict) -> None:
         target = self.folder / f"step_{step:06d}"
-        temporary = target.with_name(target.name + ".tmp")
+        temporary = beside(target, NEW) / target.name
         try:
             if self.rank == 0:
+                workplace(target, NEW)
                 temporary.mkdir()
             _wait_for(temporary, self._abandoned)
             parts = {kind: write_part(temporary, kind, self.rank, shards) for kind, shards in tensors.items()}
             if self.num_ranks > 1:
-                _write_text(temporary / f"rank-{self.rank:05d}.tmp", json.dumps({"parts": parts, "steps": steps}))
-                os.replace(temporary / f"rank-{self.rank:05d}.tmp", temporary / f"rank-{self.rank:05d}.json")
+                write_text(temporary / f"rank-{self.rank:05d}.json", json.dumps({"parts": parts, "steps": steps}))
             if self.rank > 0:
                 return
             everyone, steps = (
@@ -212,22 +214,17 @@ def write_manifest(folder: Path, about: Mapping, ranks: list[dict[str, dict]]) -
                 if known is not entry:
                     known["extents"] += entry["extents"]
     manifest["crc32"] = crc32(_canonical(manifest))
-    _write_text(folder / MANIFEST, json.dumps(manifest))
+    write_text(folder / MANIFEST, json.dumps(manifest))
 
 
 def commit(temporary: Path, target: Path) -> None:
     """Make a complete temporary folder a checkpoint, and the latest one."""
-    _sync_folder(temporary)
-    old = target.with_name(target.name + ".old")
-    if target.exists():  # the run went back and came to this step again
-        target.rename(old)
-    temporary.rename(target)
-    _sync_folder(target.parent)
-    _write_text(target.parent / (LATEST + ".tmp"), target.name)
-    os.replace(target.parent / (LATEST + ".tmp"), target.parent / LATEST)
-    _sync_folder(target.parent)
-    if old.exists():
-        shutil.rmtree(old)
+    sync(temporary)
+    old = put_in_place(temporary, target)  # there is one if the run went back and came to this step again
+    write_text(target.parent / LATEST, target.name)
+    for folder in (old, temporary.parent):
+        if folder:
+            remove(folder)
 
 
 def saved_steps(folder: str | Path) -> dict[int, Path]:
@@ -250,9 +247,7 @@ def prune(folder: str | Path, keep_last: int | None, keep_every: int | None = No
     for step in oldest_first[:-keep_last]:
         path = saved[step]
         if step != current and not (keep_every and step % keep_every == 0):
-            doomed = path.with_name(path.name + ".tmp")
-            path.rename(doomed)  # a half-deleted folder must not look like a checkpoint
-            shutil.rmtree(doomed)
+            delete(path)
 
 
 def detect(path: Path) -> bool:
@@ -399,34 +394,5 @@ def _lock(folder: Path):  # noqa: ANN202 - an open file
     return file
 
 
-def _clean(folder: Path) -> None:
-    """Put right what a writer left that died: finish or undo a replaced step, remove what is incomplete."""
-    for old in folder.glob("step_*.old"):
-        if old.with_suffix("").exists():
-            shutil.rmtree(old)
-        else:
-            old.rename(old.with_suffix(""))
-    for path in folder.glob("*.tmp"):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
 def _canonical(manifest: Mapping) -> bytes:
     return json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _write_text(path: Path, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
