@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from castalia.model.attention import attend
+from castalia.model.positions import aligned_rows
 
 NOWHERE = 1 << 40  # a place behind all others, which no query sees
 
@@ -18,6 +21,8 @@ class KVCache:
     Tokens lie in slots, side by side for all rows. A slot's number is the place of its token, until `set_lengths`
     leaves gaps in some rows.
     """
+
+    grows = True
 
     def __init__(self, rows: int, capacity: int, device: torch.device) -> None:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values of those layers and heads that are here
@@ -46,7 +51,7 @@ class KVCache:
         keys.narrow(2, self.length, k.shape[2]).copy_(k)
         values.narrow(2, self.length, k.shape[2]).copy_(v)
         keys, values = keys.narrow(2, 0, self.end), values.narrow(2, 0, self.end)
-        return F.scaled_dot_product_attention(q, keys, values, **options)
+        return attend(q, keys, values, **options)
 
     def layer(self, layer: int, k: Tensor) -> tuple[Tensor, Tensor]:
         """One layer's keys and values [rows, kv, capacity, d], for keys like `k` [..., kv, t, d]."""
@@ -61,9 +66,13 @@ class KVCache:
         self.length += count
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows only, given by their places among the present ones."""
+        """Go on with these rows only, given by their places among the present ones.
+
+        One layer after another, so that no more than one layer is in memory twice.
+        """
         chosen = torch.tensor(rows, device=self.places.device)
-        self.layers = {layer: (k[chosen], v[chosen]) for layer, (k, v) in self.layers.items()}
+        for layer, (k, v) in self.layers.items():
+            self.layers[layer] = k[chosen], v[chosen]
         self.rows = len(rows)
         if self.gaps:
             self.places = self.places[chosen]
@@ -75,31 +84,40 @@ class Prompts:
     Each sees itself alone, and is stored in those rows of the cache that begin with it.
     """
 
-    gaps = False
+    gaps, grows = False, True
 
     def __init__(self, cache: KVCache, rows: Sequence[Sequence[int]], lengths: Sequence[int]) -> None:
         self.cache, self.rows, self.lengths = cache, rows, list(lengths)
         self.end = max(lengths)
+        self.biases: list[Tensor] = []  # one for each prompt
 
     def reserve(self, count: int) -> Tensor:
         self.keys = torch.cat([self.cache.places[:, :length] for length in self.lengths], dim=1)
         return self.keys
 
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options: Any
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
         keys, values = self.cache.layer(layer, k)
-        mixed, end = [], 0
-        for rows, length in zip(self.rows, self.lengths, strict=True):
-            part = slice(end, end := end + length)
-            mask = None if attn_mask is None else attn_mask[..., part, part]
+        if bias is not None and not self.biases:
+            self.biases = [_copy(bias[..., part, part]) for part in self.parts]
+        mixed = []
+        for number, (rows, part) in enumerate(zip(self.rows, self.parts, strict=True)):
             for row in rows:
-                keys[row, :, :length] = k[0, :, part]
-                values[row, :, :length] = v[0, :, part]
-            mixed.append(
-                F.scaled_dot_product_attention(q[:, :, part], k[:, :, part], v[:, :, part], attn_mask=mask, **options)
-            )
+                keys[row, :, : self.lengths[number]] = k[0, :, part]
+                values[row, :, : self.lengths[number]] = v[0, :, part]
+            own = self.biases[number] if self.biases else None
+            mixed.append(attend(q[:, :, part], k[:, :, part], v[:, :, part], bias=own, **options))
         return torch.cat(mixed, dim=2)
+
+    @property
+    def parts(self) -> list[slice]:
+        """Where each prompt lies in the sequence."""
+        ends = list(accumulate(self.lengths))
+        return [slice(end - length, end) for end, length in zip(ends, self.lengths, strict=True)]
 
     def advance(self, count: int) -> None:
         self.cache.length = max(self.cache.length, self.end)
+
+
+def _copy(bias: Tensor) -> Tensor:
+    """A part of a bias begins anywhere, a kernel's own has to be aligned."""
+    return aligned_rows(bias, bias.shape, bias.dtype).copy_(bias)

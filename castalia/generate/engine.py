@@ -110,19 +110,22 @@ def _write(model: Writer, tokenizer: Tokenizer, rows: list[Row], sampling: Sampl
         logits = model.logits(hidden)[:, :vocab_size]
         tokens = choose(logits, noise, sampling.temperature, sampling.top_k, sampling.top_p)
         for row, token in zip(rows, tokens.tolist(), strict=True):
-            yield row.take(token, tokenizer.eod_id, sampling.max_tokens)
+            if not row.done:
+                yield row.take(token, tokenizer.eod_id, sampling.max_tokens)
         alive = [i for i, row in enumerate(rows) if not row.done]
         if not alive:
             return
-        if len(alive) < len(rows):
+        full = cache.length == cache.capacity
+        if full or 2 * len(alive) <= len(rows):  # rows that are done go along until they are half: dropping them copies
             rows, tokens = [rows[i] for i in alive], tokens[alive]
-            cache.keep(alive)
             if noise is not None:
                 noise.keep(alive)
-        if cache.length < cache.capacity:
-            hidden = model.hidden(tokens[:, None], cache=cache)[:, 0]
-        else:
+            if not full:
+                cache.keep(alive)
+        if full:
             cache, hidden = _read(model, rows, sampling.max_tokens)
+        else:
+            hidden = model.hidden(tokens[:, None], cache=cache)[:, 0]
 
 
 def _read(model: Writer, rows: Sequence[Row], max_tokens: int) -> tuple[KVCache, Tensor]:

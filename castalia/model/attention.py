@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
 
+from castalia.config.kernels import Capability, Choice, Sight
 from castalia.config.schema import Model
 from castalia.errors import ConfigError
 from castalia.model.layers import Linear, is_slow_half
-from castalia.model.positions import Rotation, alibi_slopes, rotate
+from castalia.model.positions import Rotation, rotate
+
+DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+FIRST_PREFERRED_CUDNN = 91501  # from this version on torch tries cuDNN first, on devices that it suits
 
 
 class Cache(Protocol):
     """What attention sees besides the tokens at hand: earlier ones, or those of other ranks."""
 
     keys: Tensor  # places of all tokens that attention sees, [b, k], or [1, k] where all rows are alike
-    gaps: bool  # keys at or before a query's place may be out of its sight, so that a mask has to say it
+    gaps: bool  # keys at or before a query's place may be out of its sight, so that a bias has to say it
+    grows: bool  # text is being written: every call brings a new number of keys
     end: int  # all places lie before it
 
     def reserve(self, count: int) -> Tensor:
@@ -27,7 +35,7 @@ class Cache(Protocol):
         ...
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        """One layer's scaled dot-product attention with these and all other tokens, each [b, heads, t, d]."""
+        """One layer's `attend` with these and all other tokens, each [b, heads, t, d]."""
         ...
 
     def advance(self, count: int) -> None:
@@ -39,10 +47,83 @@ class Context(NamedTuple):
     """What all blocks share in one forward pass."""
 
     rotary: Rotation | None = None
-    mask: Tensor | None = None  # bool [rows, 1, t, k]; None: see `causal`
-    distance: Tensor | None = None  # ALiBi: fp32 [rows, 1, t, k], key's place minus query's
-    causal: bool = True  # without a mask: the lower triangle; False: everything
+    sight: Sight = "causal"
+    bias: Tensor | None = None  # [rows, 1 or heads, t, k] in the dtype of the queries; -inf hides a key
+    choice: Choice = Choice("flash")
     cache: Cache | None = None
+
+
+def capability(device: torch.device) -> Capability | None:
+    """Of a GPU; None for CPUs."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def prefers_cudnn() -> bool:
+    """Whether torch tries cuDNN's kernel first on GPUs that it suits. Deterministic algorithms rule it out."""
+    strict = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    known = torch.backends.cudnn.is_available() and (torch.backends.cudnn.version() or 0) >= FIRST_PREFERRED_CUDNN
+    return known and torch.backends.cuda.cudnn_sdp_enabled() and not strict
+
+
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """What `choose_kernel` leaves out where text is written, told to torch. Costs as much as two calls in Python."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    sight: Sight,
+    choice: Choice,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+) -> Tensor:
+    """Scaled dot-product attention by the chosen kernel: q [b, n, t, d], k and v [b, kv, k, d] -> [b, n, t, d]."""
+    b, n, t, d = q.shape
+    groups = n // k.shape[1]
+    if groups > 1 and choice.repeats:
+        if t == 1:  # the queries of a group are as good as queries of one head, which sees the same keys
+            if bias is not None and bias.shape[1] > 1:
+                bias = bias.reshape(len(bias), n // groups, groups, -1)
+            return _kernel(q.view(b, -1, groups, d), k, v, sight, choice, bias, dropout_p, scale).reshape(q.shape)
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    return _kernel(q, k, v, sight, choice, bias, dropout_p, scale)
+
+
+def _kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sight: Sight,
+    choice: Choice,
+    bias: Tensor | None,
+    dropout_p: float,
+    scale: float | None,
+) -> Tensor:
+    if bias is not None and choice.kernel == "memory-efficient":  # which torch prefers cuDNN to, where it can
+        bias = bias.expand(*q.shape[:3], k.shape[2])
+        keeps = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        return efficient(q, k, v, bias, keeps, dropout_p, False, scale=scale)[0]
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=causal_lower_right(q.shape[2], k.shape[2]) if sight == "last causal" else bias,
+        dropout_p=dropout_p,
+        is_causal=sight == "causal",
+        scale=scale,
+        enable_gqa=q.shape[1] > k.shape[1],
+    )
 
 
 class Attention(nn.Module):
@@ -58,8 +139,6 @@ class Attention(nn.Module):
         self.qkv = Linear(cfg.hidden_size, rows, cfg.attention_bias)
         self.out = Linear(cfg.num_heads * cfg.head_size, cfg.hidden_size, cfg.attention_bias)
         self.qk_norm = HeadsNorm(cfg) if cfg.qk_norm else None
-        # One slope for each query head at hand: a shard of the heads keeps its own part.
-        self.slopes = alibi_slopes(cfg.num_heads) if cfg.position == "alibi" else None
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         return self.out(self.mix(self.qkv(x), context))
@@ -77,26 +156,17 @@ class Attention(nn.Module):
         q, k, v = qk[..., :-1, :].flatten(2, 3).transpose(1, 2), qk[..., -1, :].transpose(1, 2), v.transpose(1, 2)
         if is_slow_half(q):
             q, k, v = q.float(), k.float(), v.float()
-        cache = context.cache
-        attend = F.scaled_dot_product_attention if cache is None else partial(cache.attend, self.layer)
-        mixed = attend(
+        mixed = (attend if context.cache is None else partial(context.cache.attend, self.layer))(
             q,
             k,
             v,
-            attn_mask=self.mask(context, q),
+            sight=context.sight,
+            choice=context.choice,
+            bias=None if context.bias is None else context.bias.to(q.dtype),  # sharding casts what blocks are given
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=context.causal and context.mask is None,
             scale=self.scale,
-            enable_gqa=self.group > 1,
         )
         return mixed.transpose(1, 2).reshape(b, t, -1).to(dtype)
-
-    def mask(self, context: Context, q: Tensor) -> Tensor | None:
-        if self.slopes is None or context.distance is None:
-            return context.mask
-        slopes = torch.tensor(self.slopes, device=q.device)[:, None, None]
-        bias = slopes * context.distance
-        return (bias if context.mask is None else bias.masked_fill(~context.mask, -torch.inf)).to(q.dtype)
 
 
 class HeadsNorm(nn.Module):

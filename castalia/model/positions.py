@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -105,6 +106,27 @@ def sinusoids(positions: Tensor, size: int) -> Tensor:
     return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
 
+class Alibi:
+    """Scores fall with the distance of query and key, in each head by a slope of its own (Press et al., 2108.12409).
+
+    A shard of the heads keeps its part of the slopes.
+    """
+
+    def __init__(self, num_heads: int) -> None:
+        self.slopes = alibi_slopes(num_heads)
+        self.tables: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        """fp32 [heads, 1, 1]. Copied once, because a copy from the host waits for all that the device has to do."""
+        if device not in self.tables:
+            self.tables[device] = torch.tensor(self.slopes, device=device)[:, None, None]
+        return self.tables[device]
+
+    def shard(self, rank: int, size: int) -> None:
+        heads = len(self.slopes) // size
+        self.slopes = self.slopes[rank * heads :][:heads]
+
+
 def alibi_slopes(num_heads: int) -> list[float]:
     """Geometric slopes of ALiBi; beyond a power of two the odd members of the next finer series follow."""
     power = 2 ** math.floor(math.log2(num_heads))
@@ -124,3 +146,28 @@ def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
     """Causal, and at most `window` tokens back. Places in the sequence [rows, t], [rows, k] -> bool [rows, 1, t, k]."""
     distance = queries[:, None, :, None] - keys[:, None, None, :]
     return distance >= 0 if window is None else (distance >= 0) & (distance <= window)
+
+
+def score_bias(queries: Tensor, keys: Tensor, seen: Tensor, alibi: Alibi | None, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores: -inf where a key is not seen, else ALiBi's part of it, or nothing.
+
+    Places in the sequence [rows, t], [rows, k], `seen` bool [rows, 1, t, k] -> [rows, 1 or heads, t, k].
+    """
+    rows, _, t, k = seen.shape
+    bias = aligned_rows(seen, (rows, 1 if alibi is None else len(alibi.slopes), t, k), dtype)
+    if alibi is None:
+        bias.zero_()
+    else:
+        distance = (keys[:, None, None, :] - queries[:, None, :, None]).float()
+        torch.mul(alibi.on(seen.device), distance.expand(rows, -1, -1, -1), out=bias)
+    return bias.masked_fill_(~seen, -torch.inf)
+
+
+def aligned_rows(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An empty tensor on the device of `like`; on GPUs its rows begin at multiples of 16 bytes.
+
+    The memory-efficient kernel wants that of a bias. Torch would pad one in every layer.
+    """
+    *rest, width = shape
+    room = -width % 8 if like.is_cuda else 0
+    return torch.empty((*rest, width + room), dtype=dtype, device=like.device)[..., :width]

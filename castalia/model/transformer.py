@@ -13,16 +13,27 @@ Parameter names and shapes are an interface (initial values, conversion rules an
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from castalia.config.kernels import Choice, Sight, choose_kernel
 from castalia.config.schema import Model, MuP
 from castalia.errors import ConfigError
-from castalia.model.attention import Attention, Cache, Context
-from castalia.model.layers import MLP, Embedding, Linear, build_norm, linear
+from castalia.model.attention import (
+    DTYPE_NAMES,
+    Attention,
+    Cache,
+    Context,
+    capability,
+    prefers_cudnn,
+    without_cudnn,
+)
+from castalia.model.layers import MLP, Embedding, Linear, build_norm, is_slow_half, linear
 from castalia.model.loss import IGNORE, linear_cross_entropy, token_losses
-from castalia.model.positions import Rotary, Rotation, restarted, sinusoids, visible
+from castalia.model.positions import Alibi, Rotary, Rotation, restarted, score_bias, sinusoids, visible
 
 
 class Block(nn.Module):
@@ -81,6 +92,7 @@ class Transformer(nn.Module):
         self.head = None if headless else Linear(cfg.hidden_size, cfg.padded_vocab_size, bias=False)
         self.reward = Linear(cfg.hidden_size, 1, bias=False) if cfg.reward_head else None
         self.rotary = Rotary(cfg) if cfg.position == "rotary" else None
+        self.alibi = Alibi(cfg.num_heads) if cfg.position == "alibi" else None
         self.loss, self.token_losses = linear_cross_entropy, token_losses  # tensor parallelism replaces them
 
     def forward(
@@ -129,9 +141,10 @@ class Transformer(nn.Module):
             end = int(positions.max()) + 1
         x = tokens if tokens.is_floating_point() else self.embedded(tokens, positions, end)
         rotary = None if self.rotary is None else self.rotary(positions, end, x.dtype)
-        context = self.context(rotary, places, documents, cache)
-        for block in self.blocks.values():
-            x = block(x, context)
+        context = self.context(x, rotary, places, documents, cache)
+        with without_cudnn() if cache is not None and cache.grows and x.is_cuda else nullcontext():
+            for block in self.blocks.values():
+                x = block(x, context)
         if cache is not None:
             cache.advance(t)
         if self.norm is None:
@@ -155,23 +168,43 @@ class Transformer(nn.Module):
 
     def context(
         self,
+        x: Tensor,
         rotary: Rotation | None,
         places: Tensor,
         documents: Tensor | None,
         cache: Cache | None,
     ) -> Context:
-        """What the blocks share. A mask is built only where no fast path of the kernels says the same."""
-        t, window, alibi = places.shape[1], self.cfg.sliding_window, self.cfg.position == "alibi"
+        """What the blocks share. A bias is built, once for all of them, only where no kernel says the same without."""
+        t, window = places.shape[1], self.cfg.sliding_window
         keys, gaps = (places, False) if cache is None else (cache.keys, cache.gaps)
         needs_window = window is not None and keys.shape[1] > window + 1
-        whole = t == keys.shape[1] or t == 1  # queries are all keys, or the last one: no mask says it
-        if whole and not (gaps or needs_window or alibi or documents is not None):
-            return Context(rotary, causal=t > 1, cache=cache)
-        mask = visible(places, keys, window)
+        sight: Sight = "everything" if t == 1 else "causal" if t == keys.shape[1] else "last causal"
+        if gaps or needs_window or self.alibi or documents is not None:
+            sight = "bias"
+        choice = self.choice(x, sight, cache)
+        if sight == "last causal" and not choice.takes_last_causal:
+            sight, choice = "bias", self.choice(x, "bias", cache)
+        if sight != "bias":
+            return Context(rotary, sight, None, choice, cache)
+        seen = visible(places, keys, window)
         if documents is not None:
-            mask = mask & (documents[:, None, :, None] == documents[:, None, None, :])
-        distance = (keys[:, None, None, :] - places[:, None, :, None]).float() if alibi else None
-        return Context(rotary, mask, distance, cache=cache)
+            seen = seen & (documents[:, None, :, None] == documents[:, None, None, :])
+        dtype = torch.float32 if is_slow_half(x) else x.dtype
+        return Context(rotary, sight, score_bias(places, keys, seen, self.alibi, dtype), choice, cache)
+
+    def choice(self, x: Tensor, sight: Sight, cache: Cache | None) -> Choice:
+        """The kernel of all blocks for hidden states like x."""
+        return choose_kernel(
+            capability(x.device),
+            DTYPE_NAMES.get(x.dtype, str(x.dtype)),
+            sight,
+            head_size=self.cfg.head_size,
+            grouped=self.cfg.kv_heads < self.cfg.num_heads,
+            dropout=self.cfg.attention_dropout if self.training else 0.0,
+            training=torch.is_grad_enabled(),
+            writing=cache is not None and cache.grows,
+            cudnn=x.is_cuda and prefers_cudnn(),
+        )
 
     def reward_at(self, x: Tensor, labels: Tensor) -> Tensor:
         """The reward [b] that is read where the last label of each sequence is predicted."""

@@ -14,14 +14,18 @@ from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-from torch.distributed.tensor.experimental import _attention
-from torch.nn import functional as F
+
+from castalia.config.kernels import choose_kernel
+from castalia.config.schema import Model
+from castalia.errors import ConfigError
+from castalia.model.attention import DTYPE_NAMES, attend, capability
+from castalia.parallel.ring import ring_attention
 
 
 class Runs:
     """This rank's run of each sequence."""
 
-    gaps = False
+    gaps = grows = False
 
     def __init__(self, mesh: DeviceMesh, tokens_per_rank: int) -> None:
         self.mesh = mesh
@@ -55,7 +59,7 @@ class Gather(Runs):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         both = DTensor.from_local(torch.stack((k, v)), self.mesh, [Shard(3)], run_check=False)
         k, v = both.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])[:, :, :, : self.end]
-        return F.scaled_dot_product_attention(q, k, v, **options)
+        return attend(q, k, v, **options)
 
 
 class Ulysses(Runs):
@@ -66,7 +70,7 @@ class Ulysses(Runs):
         if repeats > 1:
             k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         q, k, v = (self._exchange(x, split=1, join=2) for x in (q, k, v))
-        return self._exchange(F.scaled_dot_product_attention(q, k, v, **options), split=2, join=1)
+        return self._exchange(attend(q, k, v, **options), split=2, join=1)
 
     def _exchange(self, x: Tensor, split: int, join: int) -> Tensor:
         """[b, heads, t, d]: each rank hands out parts of one dimension and puts together what it gets along another."""
@@ -76,18 +80,20 @@ class Ulysses(Runs):
 
 
 class Ring(Runs):
-    """Keys and values travel around the ranks: torch's own ring, on the kernels of CUDA. Plain causal attention."""
-
-    def __init__(self, mesh: DeviceMesh, tokens_per_rank: int) -> None:
-        super().__init__(mesh, tokens_per_rank)
-        _attention._cp_options.enable_load_balance = False  # that is for sequences dealt out in halves
-        _attention._enable_context_parallel_dispatcher()
+    """Keys and values travel around the ranks. Plain causal attention by the flash kernel, without dropout."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        q, k, v = (DTensor.from_local(x, self.mesh, [Shard(2)], run_check=False) for x in (q, k, v))
-        mixed: Any = F.scaled_dot_product_attention(q, k, v, **options | {"enable_gqa": False})
-        return mixed.to_local()
+        return ring_attention(q, k, v, self.mesh, options["scale"])
 
 
 WAYS = {"gather": Gather, "ulysses": Ulysses, "ring": Ring}
+
+
+def refuse_ring(cfg: Model, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises ConfigError where the ring's kernel, flash, cannot take the model's heads."""
+    choice = choose_kernel(
+        capability(device), DTYPE_NAMES[dtype], "last causal", head_size=cfg.head_size, training=True
+    )
+    if choice.kernel != "flash" or (device.type == "cuda" and cfg.head_size % 8):
+        why = choice.why or f"heads of {cfg.head_size} are no multiple of 8"
+        raise ConfigError(f"parallel.cp_kind=ring takes the flash kernel, but {why}; use parallel.cp_kind=gather")

@@ -107,11 +107,8 @@ def _indivisible(config: RunConfig) -> list[str]:
             f"parallel.stages_per_rank={parallel.stages_per_rank} does not suit parallel.pipeline={parallel.pipeline}; "
             f"use {least}"
         )
-    if config.train.compile is True and draws_apart(config):
-        problems.append(
-            "train.compile makes one graph of a block, in which tensor ranks cannot draw their own dropout; "
-            "set train.compile=false, or the dropout to 0"
-        )
+    if config.train.compile is True and (why := why_not_compiled(config)):
+        problems.append(f"train.compile makes one graph of a block, in which {why}; set train.compile=false")
     split = parallel.cp * (tp if parallel.sequence_parallel else 1)
     if seq_length % split:
         problems.append(
@@ -121,11 +118,15 @@ def _indivisible(config: RunConfig) -> list[str]:
     return problems
 
 
-def draws_apart(config: RunConfig) -> bool:
-    """Whether the tensor ranks have dropout of their own, besides what they share."""
+def why_not_compiled(config: RunConfig) -> str | None:
+    """What a compiled block cannot do that this run needs."""
     cfg, parallel = config.model, config.parallel
     assert cfg is not None
-    return parallel.tp > 1 and bool(cfg.attention_dropout or (parallel.sequence_parallel and cfg.hidden_dropout))
+    if parallel.tp > 1 and (cfg.attention_dropout or (parallel.sequence_parallel and cfg.hidden_dropout)):
+        return "tensor ranks cannot draw their own dropout"
+    if parallel.cp > 1 and parallel.cp_kind == "ring":
+        return "keys and values cannot travel around (parallel.cp_kind=ring)"
+    return None
 
 
 def _not_plain(cfg: Model, parallel: Parallel) -> list[str]:
@@ -139,6 +140,11 @@ def _not_plain(cfg: Model, parallel: Parallel) -> list[str]:
         for name, wanted in given.items()
         if wanted
     ]
+    if parallel.cp_kind == "ring" and cfg.attention_dropout:
+        problems.append(
+            f"parallel.cp_kind=ring has no model.attention_dropout={cfg.attention_dropout:g}; set it to 0, or use "
+            "parallel.cp_kind=gather or ulysses"
+        )
     heads = cfg.num_heads // parallel.tp
     if parallel.cp_kind == "ulysses" and heads % parallel.cp:
         problems.append(

@@ -19,7 +19,7 @@ from castalia.model.init import constant_value, neox_matrices, seeded_tensor
 from castalia.model.loss import IGNORE
 from castalia.model.transformer import Transformer
 from castalia.parallel.apply import build_stages
-from castalia.parallel.context import WAYS
+from castalia.parallel.context import WAYS, refuse_ring
 from castalia.parallel.engine import Engine, Objective, Part, Rows, T, micro_loss
 from castalia.parallel.layout import check_run, layout
 from castalia.parallel.mesh import build_mesh
@@ -39,11 +39,8 @@ class Ranks(Engine):
         check_run(config, self.world)
         if config.parallel.offload and device.type == "cpu":
             raise ConfigError("parallel.offload keeps what a GPU need not hold in host memory; without a GPU remove it")
-        if config.parallel.cp > 1 and config.parallel.cp_kind == "ring" and device.type == "cpu":
-            raise ConfigError(
-                "parallel.cp_kind=ring is torch's ring attention, which knows the kernels of CUDA only; "
-                "on CPUs use parallel.cp_kind=gather or ulysses"
-            )
+        if config.parallel.cp > 1 and config.parallel.cp_kind == "ring":
+            refuse_ring(config.model, dtype, device)
         self.mesh = build_mesh(layout(config.parallel, self.world), device.type)
         sizes = self.mesh.layout
         self.data_rank, self.data_size = self.mesh.dp_rank, sizes.dp

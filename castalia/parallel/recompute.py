@@ -11,14 +11,15 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from castalia.config.schema import Model
 
-# What selective recomputation keeps: the results that cost matrix products. Norms, activations and casts run again.
+# What selective recomputation keeps: the results that cost matrix products. Norms, activations and casts run again, and
+# so do the scores of the plain attention (bmm), which no memory has room for.
 _KEPT = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._efficient_attention_forward.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 }
 

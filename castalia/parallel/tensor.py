@@ -63,9 +63,8 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh, sequence_paralle
         assert isinstance(block, Block)
         present = {name: style for name, style in block_plan.items() if _find(block, name) is not None}
         parallelize_module(block, mesh, present)
-        if block.attn.slopes is not None:
-            heads = len(block.attn.slopes) // mesh.size()
-            block.attn.slopes = block.attn.slopes[mesh.get_local_rank() * heads :][:heads]
+    if model.alibi is not None:
+        model.alibi.shard(mesh.get_local_rank(), mesh.size())
     ends: dict[str, ParallelStyle] = {
         "embed": RowwiseParallel(input_layouts=Replicate()),
         "positions": Replicated(Replicate()),

@@ -8,7 +8,7 @@ import torch
 
 from castalia.config.schema import RunConfig
 from castalia.parallel.compile import missing_compiler
-from castalia.parallel.layout import draws_apart
+from castalia.parallel.layout import why_not_compiled
 from castalia.parallel.process import world_size
 from castalia.plan.flops import training_flops
 
@@ -34,8 +34,8 @@ def plan_compiling(config: RunConfig, device: torch.device, batch_size: int) -> 
         return Compiling(None, "on CPUs compiled ones take 0.93 to 0.99 of the time (train.compile=true)")
     if missing:
         return Compiling(None, f"compiled ones are expected to take three quarters of the time, but need {missing}")
-    if draws_apart(config):
-        return Compiling(None, "in compiled ones tensor ranks cannot draw their own dropout")
+    if why := why_not_compiled(config):
+        return Compiling(None, f"in compiled ones {why}")
     if operations_left(config, batch_size) < REPAYING:
         return Compiling(None, "the run is too short to repay compiling")
     return Compiling(EAGER_STEPS, "the run repays compiling")

@@ -293,12 +293,12 @@ def test_shards_of_the_heads_sum_to_the_whole(position):
     hook = attn.register_forward_hook(lambda _, args, result: seen.update(args=args, result=result))
     model(TOKENS)
     hook.remove()
-    whole_qkv, whole_out, slopes = attn.qkv.weight.data, attn.out.weight.data, attn.slopes
+    whole_qkv, whole_out, (x, context) = attn.qkv.weight.data, attn.out.weight.data, seen["args"]
     parts = []
     for rank in range(3):
         attn.qkv.weight.data, attn.out.weight.data = whole_qkv.chunk(3)[rank], whole_out.chunk(3, dim=1)[rank]
-        attn.slopes = slopes and slopes[2 * rank : 2 * rank + 2]
-        parts.append(attn(*seen["args"]))
+        bias = None if context.bias is None else context.bias.chunk(3, dim=1)[rank]
+        parts.append(attn(x, context._replace(bias=bias)))
     close(sum(parts), seen["result"])
 
 

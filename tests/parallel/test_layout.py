@@ -66,6 +66,11 @@ def test_the_grid(world, parallel, expected):
         ),
         (
             2,
+            ["parallel.cp=2", "parallel.cp_kind=ring", "model.attention_dropout=0.1"],
+            "ring has no model.attention_dropout=0.1",
+        ),
+        (
+            2,
             ["parallel.cp=2", "data.mask_documents=true"],
             "data.mask_documents needs whole sequences .* parallel.cp=1",
         ),

@@ -29,6 +29,7 @@ LAYOUTS = {
     "hsdp 2x2": (4, ["parallel.zero=2", "parallel.dp_replicate=2"]),
     "cp2": (2, ["parallel.cp=2"]),
     "cp2 ulysses": (2, ["parallel.cp=2", "parallel.cp_kind=ulysses"]),
+    "cp4 ring": (4, ["parallel.cp=4", "parallel.cp_kind=ring"]),
     "cp2 ulysses tp2": (4, ["parallel.cp=2", "parallel.cp_kind=ulysses", "parallel.tp=2"]),
     "cp2 tp2 zero3": (8, ["parallel.cp=2", "parallel.tp=2", "parallel.zero=3"]),
 }

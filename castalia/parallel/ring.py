@@ -1,0 +1,111 @@
+"""Ring attention: queries stay, keys and values travel around the ranks (Liu et al., 2310.01889).
+
+Each rank holds the same number of neighbouring tokens of every sequence. In turn i it has the keys and values of the
+rank i places before it: its own at first, which it sees causally, then earlier ones, which it sees whole. What comes
+after its own it only passes on, so that the last rank works most.
+
+    turn      rank 0    rank 1    rank 2
+    0         0         1         2
+    1         -         0         1
+    2         -         -         0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed._functional_collectives import all_to_all_single
+from torch.distributed.device_mesh import DeviceMesh
+
+aten: Any = torch.ops.aten
+FlashResult = tuple[Tensor, Tensor, tuple]  # output, log of the sum of exponentials, what the backward pass needs
+
+
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, mesh: DeviceMesh, scale: float | None = None) -> Tensor:
+    """Causal attention by the flash kernel over all ranks of a mesh: q [b, n, t, d], k and v [b, kv, t, d]."""
+    return _Ring.apply(q, k, v, mesh, scale)
+
+
+class _Ring(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mesh: DeviceMesh, scale: float | None) -> Tensor:
+        ctx.mesh, ctx.scale = mesh, scale
+        pairs = (pair for pair in travelling(torch.stack((k, v)), mesh) if pair is not None)
+        out, sums, ctx.rest = attend_in_turn(q, pairs, scale)
+        ctx.save_for_backward(q, k, v, out, sums)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, sums = ctx.saved_tensors
+        pair = torch.stack((k, v))
+        d_q, d_pair = torch.zeros_like(q, dtype=torch.float32), torch.zeros_like(pair, dtype=torch.float32)
+        for turn, seen in enumerate(travelling(pair, ctx.mesh)):
+            if seen is not None:
+                parts = _flash_gradients(d_out, q, *seen, out, sums, ctx.rest, turn == 0, ctx.scale)
+                d_q += parts[0]
+                d_pair = d_pair + torch.stack(parts[1:])
+            d_pair = passed_on(d_pair, ctx.mesh)  # beside the keys; the last time it comes home
+        d_k, d_v = d_pair.to(k.dtype).unbind()
+        return d_q.to(q.dtype), d_k, d_v, None, None
+
+
+def travelling(pair: Tensor, mesh: DeviceMesh) -> Iterator[Tensor | None]:
+    """Keys and values [2, b, kv, t, d] of this rank and of those before it; None for those of ranks behind it."""
+    size, rank = mesh.size(), mesh.get_local_rank()
+    for turn in range(size):
+        coming = passed_on(pair, mesh) if turn + 1 < size else pair  # while this pair is worked on
+        yield pair if turn <= rank else None
+        pair = coming
+
+
+def passed_on(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """What the rank before this one has in x, which goes to the next one."""
+    size, rank, flat = mesh.size(), mesh.get_local_rank(), x.contiguous().view(-1)
+    given, got = [0] * size, [0] * size
+    given[(rank + 1) % size] = got[(rank - 1) % size] = flat.numel()
+    return all_to_all_single(flat, got, given, mesh.get_group()).view(x.shape)
+
+
+def attend_in_turn(q: Tensor, pairs: Iterator[Tensor], scale: float | None) -> FlashResult:
+    """Attention to keys and values that come pair by pair; only the first pair, the queries' own, is seen causally."""
+    own, own_sums, rest = _flash(q, *next(pairs), True, scale)
+    out, sums = own.float(), own_sums
+    for pair in pairs:
+        part, part_sums, _ = _flash(q, *pair, False, scale)
+        both = torch.logaddexp(sums, part_sums)
+        out = out * (sums - both).exp()[..., None] + part * (part_sums - both).exp()[..., None]
+        sums = both
+    return out.to(q.dtype), sums, rest
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> FlashResult:
+    if q.is_cuda:
+        out, sums, *rest, _ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)
+        return out, sums, tuple(rest)
+    return *aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale), ()
+
+
+def _flash_gradients(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    rest: tuple,
+    causal: bool,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of q, k and v. `out` and `sums` are those of all keys, so that the parts add up."""
+    if q.is_cuda:
+        *lengths, seed, offset = rest
+        backward = aten._scaled_dot_product_flash_attention_backward
+        return backward(d_out, q, k, v, out, sums, *lengths, 0.0, causal, seed, offset, scale=scale)
+    backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return backward(d_out, q, k, v, out, sums, 0.0, causal, scale=scale)
