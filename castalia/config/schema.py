@@ -322,7 +322,7 @@ class Parallel(Section):
     cp_kind: Literal["gather", "ulysses", "ring"] = Field(
         "gather",
         description="how context ranks attend: all gather keys and values; each takes whole sequences of its share of "
-        "the heads; keys and values travel around (CUDA only)",
+        "the heads; keys and values travel around",
     )
     zero: Literal[0, 1, 2, 3] = Field(
         0, description="0 replicate; 1, 2 shard optimizer and gradients; 3 parameters too"

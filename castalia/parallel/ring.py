@@ -47,7 +47,7 @@ class _Ring(torch.autograd.Function):
         d_q, d_pair = torch.zeros_like(q, dtype=torch.float32), torch.zeros_like(pair, dtype=torch.float32)
         for turn, seen in enumerate(travelling(pair, ctx.mesh)):
             if seen is not None:
-                parts = _flash_gradients(d_out, q, *seen, out, sums, ctx.rest, turn == 0, ctx.scale)
+                parts = _flash_gradients(d_out, q, seen[0], seen[1], out, sums, ctx.rest, turn == 0, ctx.scale)
                 d_q += parts[0]
                 d_pair = d_pair + torch.stack(parts[1:])
             d_pair = passed_on(d_pair, ctx.mesh)  # beside the keys; the last time it comes home
@@ -74,10 +74,11 @@ def passed_on(x: Tensor, mesh: DeviceMesh) -> Tensor:
 
 def attend_in_turn(q: Tensor, pairs: Iterator[Tensor], scale: float | None) -> FlashResult:
     """Attention to keys and values that come pair by pair; only the first pair, the queries' own, is seen causally."""
-    own, own_sums, rest = _flash(q, *next(pairs), True, scale)
+    k, v = next(pairs).unbind()
+    own, own_sums, rest = _flash(q, k, v, True, scale)
     out, sums = own.float(), own_sums
     for pair in pairs:
-        part, part_sums, _ = _flash(q, *pair, False, scale)
+        part, part_sums, _ = _flash(q, pair[0], pair[1], False, scale)
         both = torch.logaddexp(sums, part_sums)
         out = out * (sums - both).exp()[..., None] + part * (part_sums - both).exp()[..., None]
         sums = both
