@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import shutil
+import tempfile
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import Any
@@ -23,6 +25,7 @@ def compile_blocks(model: nn.Module, config: RunConfig, device: torch.device) ->
         raise ConfigError(f"train.compile=true needs {missing}; install it, or set train.compile=auto")
     if config.parallel.pipeline == "zero-bubble":  # it goes through a graph twice: for the inputs, for the weights
         torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = code_folder()
     blocks: Any = model.blocks
     for block in blocks.values():
         block.forward = torch.compile(block.forward, fullgraph=True)
@@ -37,6 +40,15 @@ def missing_compiler(device: str) -> str | None:
         return "Triton"
     found = any(map(shutil.which, (os.environ.get("CC", "gcc"), "clang")))
     return None if found else "a C compiler (for Triton): gcc, or one that CC names"
+
+
+def code_folder() -> str:
+    """Where compiled code is kept: torch's own choice, which torch 2.11 cannot make for a user without a name."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user id that no passwd file knows
+        user = f"uid_{os.getuid()}"
+    return os.environ.get("TORCHINDUCTOR_CACHE_DIR") or f"{tempfile.gettempdir()}/torchinductor_{user}"
 
 
 def eager_before(first: int, step: int) -> AbstractContextManager:

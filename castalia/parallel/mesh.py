@@ -25,8 +25,8 @@ class Mesh:
 
     @property
     def data(self) -> DeviceMesh:
-        """Where `fully_shard` lives: replicas x shards."""
-        return self.sharding["dp_replicate", "dp_shard"]
+        """Where `fully_shard` lives: replicas x shards. Without replicas it must not be asked to reduce over them."""
+        return self.sharding["dp_shard"] if self.layout.dp_replicate == 1 else self.sharding["dp_replicate", "dp_shard"]
 
     @property
     def tensor(self) -> DeviceMesh:

@@ -8,16 +8,19 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 
 from castalia.errors import CastaliaError, ConfigError
+
+if TYPE_CHECKING:
+    from torch.distributed.launcher.api import LaunchConfig
 
 SHUTDOWN_TIMEOUT_S = 120  # what processes have after a signal, to save before they are killed
 
@@ -62,18 +65,18 @@ def process_group(device: str, timeout_s: float = 600.0) -> Iterator[str | None]
             f"WORLD_SIZE={world_size()} says that this is one of several processes, but {', '.join(missing)} "
             "is not set: start them with torchrun, with --nproc, or with a script of `castalia launch`"
         )
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     timeout = timedelta(seconds=timeout_s)
     store, rank, world = next(iter(dist.rendezvous("env://", timeout=timeout)))
     if store.check([_ENDED]):
         sys.exit(2)  # the launcher started the processes again, but the same error would come
     job = store.compare_set("job", "", uuid4().hex).decode()
     group = _fresh(store, rank, world)
-    if world > 1:
-        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, store=group, rank=rank, world_size=world, timeout=timeout)
     try:
+        if device == "cuda":
+            torch.cuda.set_device(local_device(os.environ, torch.cuda.device_count()))
+        if world > 1:
+            backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+            dist.init_process_group(backend, store=group, rank=rank, world_size=world, timeout=timeout)
         yield job
     except CastaliaError as error:
         _end_job(store, str(error))
@@ -82,8 +85,23 @@ def process_group(device: str, timeout_s: float = 600.0) -> Iterator[str | None]
             raise
         _explain_lost_rank(store, group, error)
     finally:
-        if world > 1:
+        if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def local_device(environment: Mapping[str, str], visible: int) -> int:
+    """Which of the visible GPUs is this process's. Raises ConfigError if its machine has more processes than GPUs.
+
+    Slurm may show each of its tasks other GPUs: of those that it sees a task takes one.
+    """
+    local, together = int(environment.get("LOCAL_RANK", 0)), int(environment.get("LOCAL_WORLD_SIZE", 0))
+    if together > visible:
+        raise ConfigError(
+            f"{together} processes were started on this machine, which shows {visible} "
+            f"{'GPU' if visible == 1 else 'GPUs'}, and each needs one: start {visible}, or train with "
+            "train.device=cpu"
+        )
+    return local % visible
 
 
 _ENDED = "ended by an error"
@@ -161,26 +179,33 @@ def _fill_in_slurm() -> None:
             os.environ.setdefault(ours, os.environ[theirs])
 
 
+def launch_config(num_processes: int, max_restarts: int) -> LaunchConfig:
+    """What torch's launcher is told: this machine alone, and time to save after a signal (torch 2.11 allows 30 s)."""
+    from torch.distributed.launcher.api import LaunchConfig
+
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_TIMEOUT_S))
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_processes,
+        run_id=uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=max_restarts,
+    )
+
+
 def relaunch(num_processes: int, arguments: Sequence[str], max_restarts: int = 0) -> NoReturn:
     """Starts `castalia ARGUMENTS` so many times on this machine, all again when one dies, and exits as they do."""
     import logging
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.launcher.api import elastic_launch
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes speak for themselves
-    config = LaunchConfig(
-        1,
-        1,
-        num_processes,
-        run_id=uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=max_restarts,
-        shutdown_timeout=SHUTDOWN_TIMEOUT_S,
-    )
+    config = launch_config(num_processes, max_restarts)
     try:
         elastic_launch(config, sys.executable)("-m", "castalia", *arguments)
     except ChildFailedError as error:

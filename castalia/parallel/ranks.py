@@ -171,8 +171,7 @@ class Ranks(Engine):
 
     def gradient_norm(self) -> Tensor:
         every = [p for model in self.models for p in model.parameters()]
-        norm = global_gradient_norm(every, twice=self.pipeline.tied if self.pipeline else ())
-        return norm.to(self.device)  # offloaded gradients are on the host
+        return global_gradient_norm(every, self.device, twice=self.pipeline.tied if self.pipeline else ())
 
     def sum_over_data(self, value: float) -> float:
         total = torch.tensor(value, dtype=torch.float64)  # on the host: the group has gloo beside NCCL

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
@@ -42,18 +43,20 @@ def num_copies(tensor: Tensor) -> int:
     return copies
 
 
-def global_gradient_norm(parameters: Iterable[Tensor], twice: Iterable[Tensor] = ()) -> Tensor:
-    """L2 norm of all gradients over all ranks of the run, each element counted once.
+def global_gradient_norm(parameters: Iterable[Tensor], device: torch.device, twice: Iterable[Tensor] = ()) -> Tensor:
+    """L2 norm of all gradients over all ranks of the run, each element counted once. On `device`, without waiting.
 
-    `twice` are parameters whose equal gradients two pipeline stages hold: the tied embedding.
+    `twice` are parameters whose equal gradients two pipeline stages hold: the tied embedding. A rank without gradients
+    takes part with 0.
     """
     shared = {id(parameter) for parameter in twice}
-    total = torch.zeros((), dtype=torch.float64)
+    held: dict[int, list[Tensor]] = defaultdict(list)  # by the number of ranks that hold the same
     for parameter in parameters:
-        if parameter.grad is None:
-            continue
-        grad = local(parameter.grad)
-        copies = num_copies(parameter.grad) * (2 if id(parameter) in shared else 1)
-        total = total.to(grad.device) + grad.float().square().sum(dtype=torch.float64) / copies
+        if parameter.grad is not None:
+            held[num_copies(parameter.grad) * (2 if id(parameter) in shared else 1)].append(local(parameter.grad))
+    total = torch.zeros((), dtype=torch.float64, device=device)  # all ranks' on one kind: it chooses gloo or NCCL
+    for copies, gradients in held.items():
+        norms = torch.stack(torch._foreach_norm(gradients, 2.0, dtype=torch.float64))
+        total += (norms.square().sum() / copies).to(device)
     dist.all_reduce(total)
     return total.sqrt().float()

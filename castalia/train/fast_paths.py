@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import getpass
-import os
 import platform
-import tempfile
 from typing import NamedTuple
 
 import torch
 
-from castalia.parallel.compile import missing_compiler
+from castalia.parallel.compile import code_folder, missing_compiler
 from castalia.train.hardware import choose_dtype
 
 
@@ -70,8 +67,6 @@ def _compiling(device: str) -> FastPath:
     """What train.compile=auto decides is `compiling.py`'s; here it is what the machine could do."""
     missing = missing_compiler(device)
     when = "when train.compile=true" if device == "cpu" else "in runs that repay it"
-    usual = f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}"  # torch tells it only after a second's imports
-    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", usual)
-    detail = f"blocks are compiled {when}; their code is kept in {folder} (TORCHINDUCTOR_CACHE_DIR)"
+    detail = f"blocks are compiled {when}; their code is kept in {code_folder()} (TORCHINDUCTOR_CACHE_DIR)"
     cost = "1.01 to 1.07 times as long" if device == "cpu" else "an expected third longer (not measured)"
     return FastPath("torch.compile", not missing, f"needs {missing}" if missing else detail, f"eager steps take {cost}")

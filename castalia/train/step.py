@@ -84,8 +84,9 @@ class TrainStep:
         wanted = judge(loss, norm)
         if finite and wanted:
             clip = max(1.0, (norm + 1e-6) / self.clip_norm) if self.clip_norm else 1.0
-            if scale * clip != 1.0:
-                torch._foreach_mul_(self.engine.gradients(), 1.0 / (scale * clip))
+            gradients = self.engine.gradients()
+            if gradients and scale * clip != 1.0:  # a pipeline stage may train nothing
+                torch._foreach_mul_(gradients, 1.0 / (scale * clip))
             set_rate(self.optimizer, lr)
             self.optimizer.step()
         elif wanted and self.scaler is None:

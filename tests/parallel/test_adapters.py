@@ -27,6 +27,7 @@ MODELS = {
 LORA = ["finetune.lora.rank=3", "optimizer.lr=0.02"]
 WITH_HEAD = [*LORA, 'finetune.lora.targets=["attn.qkv", "attn.out", "mlp.down", "head"]']
 HEAD = ['finetune.train=["^head"]']
+LAST = ['finetune.train=["^blocks.3"]', "optimizer.clip_norm=0.01"]
 TOP = ['finetune.train=["^blocks.[23]", "^norm", "^embed"]', "optimizer.layer_decay=0.7"]
 
 
@@ -59,6 +60,7 @@ def tuned(tmp_path_factory, corpus):
             "tied", LORA, ["parallel.pp=2", "parallel.pipeline=zero-bubble", "train.accumulation=8"], marks=SLOW
         ),
         ("neox", [*HEAD, 'optimizer.groups=[{"match": "^head", "lr_scale": 0.5}]'], ["parallel.pp=2"]),
+        ("neox", LAST, ["parallel.pp=2"]),  # the first stage trains nothing, and every step is clipped
         pytest.param("neox", HEAD, ["parallel.zero=3"], marks=SLOW),
         pytest.param("neox", HEAD, ["parallel.tp=2"], marks=SLOW),
         pytest.param("tied", TOP, ["parallel.zero=1", "parallel.tp=2"], marks=SLOW),

@@ -1,11 +1,42 @@
-"""Joining and leaving the group of processes."""
+"""Joining and leaving the group: launchers of every torch, devices, and errors that end in one line."""
 
 from __future__ import annotations
+
+import os
+from dataclasses import fields
 
 import pytest
 import torch.distributed as dist
 
-from castalia.parallel.process import _end_job
+from castalia.errors import ConfigError
+from castalia.parallel.process import SHUTDOWN_TIMEOUT_S, _end_job, launch_config, local_device
+
+
+def test_launchers_of_every_torch_take_what_they_are_told(monkeypatch):
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    config = launch_config(3, 2)
+    assert (config.min_nodes, config.max_nodes, config.nproc_per_node, config.max_restarts) == (1, 1, 3, 2)
+    if "shutdown_timeout" in {field.name for field in fields(config)}:  # since torch 2.13
+        assert config.shutdown_timeout == SHUTDOWN_TIMEOUT_S
+
+
+@pytest.mark.parametrize(
+    ("environment", "visible", "device"),
+    [
+        ({}, 8, 0),
+        ({"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}, 4, 3),
+        ({"LOCAL_RANK": "3", "SLURM_LOCALID": "3"}, 1, 0),  # srun --gpus-per-task=1
+        ({"LOCAL_RANK": "5"}, 8, 5),
+    ],
+)
+def test_each_process_takes_a_gpu_that_it_sees(environment, visible, device):
+    assert local_device(environment, visible) == device
+
+
+def test_more_processes_than_gpus_are_refused():
+    with pytest.raises(ConfigError, match="4 processes were started on this machine, which shows 2 GPUs.* start 2"):
+        local_device({"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}, 2)
 
 
 def test_an_error_is_told_though_the_rank_that_kept_the_store_is_gone(capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 
 import pytest
@@ -50,6 +51,13 @@ def test_without_a_compiler_runs_stay_eager_and_say_what_that_costs(tiny, monkey
     monkeypatch.setenv("CXX", "no-such-compiler")
     lacking = next(path for path in fast_paths(CPU) if path.name == "torch.compile")
     assert not lacking.available and "g++" in lacking.detail and "times as long" in lacking.cost
+
+
+def test_compiled_code_has_a_folder_when_the_user_has_no_name(monkeypatch):
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    assert compile.code_folder().endswith(f"torchinductor_uid_{os.getuid()}")
 
 
 def test_a_run_resumed_before_or_after_the_switch_equals_one_that_never_stopped(tiny, monkeypatch, tmp_path):
