@@ -11,7 +11,7 @@ import typer
 
 from castalia.config.fields import FIELDS, SECTIONS, describe
 from castalia.config.load import load_config, suggest
-from castalia.config.neox_keys import KEYS, STALE
+from castalia.config.neox_keys import FORMER, KEYS
 from castalia.config.read import to_yaml
 from castalia.config.reference import markdown
 from castalia.config.schema import RunConfig
@@ -94,16 +94,15 @@ def explain(
     if key is None:
         raise ConfigError("name a key, or ask for all with --all")
     name = key.replace("-", "_")
-    row = KEYS.get(name)
+    row = KEYS.get(name) or FORMER.get(name)
     if key in FIELDS or key in SECTIONS:
         print(f"{key}: {describe(key)}")
     if row:
-        verb = {"idle": "no effect here: ", "refused": "refused unless it is off: "}.get(row.kind, "becomes ")
-        print(f"{name} (GPT-NeoX, default {row.default}): {verb}{row.target}")
+        verbs = {"idle": "no effect here: ", "refused": "refused unless it is off: ", "renamed": "now "}
+        since = f"default {row.default}" if name in KEYS else "formerly"
+        print(f"{name} (GPT-NeoX, {since}): {verbs.get(row.kind, 'becomes ')}{row.target}")
         for path in row.target.split(", ") if row.kind == "to" else []:
             print(f"{path}: {describe(path)}")
-    elif name in STALE:
-        print(f"{name}: {STALE[name]}")
     elif key not in FIELDS and key not in SECTIONS:
         raise ConfigError(f"unknown key {key}{suggest(key)}")
 

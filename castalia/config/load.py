@@ -113,6 +113,9 @@ def _sort(table: Table, rank: int, ours: dict[str, Setting], theirs: dict[str, S
             for name in reversed(inner):  # zero_optimization.stage=2
                 value = Table({name: value}, {name: origin})
             key = block
+        if key in neox.FORMER and neox.FORMER[key].kind == "renamed":
+            found.notes.append(f"{origin}: {written} is called {neox.FORMER[key].target} today")
+            key = neox.FORMER[key].target
         if neox.is_neox(key, value):
             if key in theirs and theirs[key].rank == rank:
                 found.errors.append(f"{origin}: {written} is already given at {theirs[key].origin}; keep one")

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from castalia.config.neox_keys import KEYS, STALE
+from castalia.config.neox_keys import FORMER, KEYS
 from castalia.config.neox_model import MODEL
 from castalia.config.neox_training import TRAINING
-from castalia.config.neox_translation import Translation
+from castalia.config.neox_translation import Translation, row_of
 from castalia.config.read import Findings
 from castalia.config.schema import Checkpoint, RunConfig
 from castalia.config.settings import Setting
@@ -20,7 +20,7 @@ from castalia.config.settings import Setting
 def is_neox(key: str, value: Any) -> bool:
     """Whether a top-level key (with underscores) is NeoX's; a few names are also sections of ours."""
     if key not in RunConfig.model_fields:
-        return key in KEYS or key in STALE
+        return key in KEYS or key in FORMER
     if not isinstance(value, dict):
         return (key == "precision" and isinstance(value, str)) or (key == "finetune" and isinstance(value, bool))
     if key == "optimizer":
@@ -34,11 +34,10 @@ def translate(
     """Our settings for NeoX's merged keys. `ours` holds what is given in our own terms; files' ranks < num_files."""
     work = Translation(theirs, ours, num_files, found)
     for key in dict.fromkeys([*work.given, *KEYS]):  # what is given first, so that messages follow the files
-        if key in STALE:
-            work.note(key, f"has no effect: {STALE[key]}")
-        elif KEYS[key].kind == "to":
+        kind = row_of(key).kind
+        if kind == "to":
             work.honour(key)
-        elif KEYS[key].kind == "joint":
+        elif kind == "joint":
             work.require_type(key)
         else:
             work.report(key)

@@ -12,8 +12,8 @@ from typing import Any, Literal, NamedTuple
 
 
 class Key(NamedTuple):
-    kind: Literal["to", "joint", "idle", "refused"]
-    target: str  # our key or keys; for `idle` and `refused` the reason
+    kind: Literal["to", "joint", "idle", "refused", "renamed"]
+    target: str  # our key or keys; for `idle` and `refused` the reason; for `renamed` the original's key of today
     default: Any = None
     convert: Callable[[Any], Any] | None = None  # of `to`; raises ValueError with the reason
     type: type | None = None  # of `joint`: what its function may rely on
@@ -33,6 +33,10 @@ def idle(reason: str, default: Any = None) -> Key:
 
 def refused(reason: str, default: Any = None) -> Key:
     return Key("refused", reason, default)
+
+
+def renamed(name: str) -> Key:
+    return Key("renamed", name)
 
 
 def lower(value: Any) -> Any:
@@ -80,6 +84,7 @@ MAMBA = "Mamba layers are not built in, and none is used"
 RWKV = "RWKV layers are not built in"
 MOE = "mixtures of experts are not built in"
 MOE_OFF = "there are no experts"
+MOE_DEEPSPEED = "the original gave up DeepSpeed's experts for moe_num_experts, moe_expert_interval and moe_top_k"
 SPARSE = "sparse attention is not built in, and no layer uses it"
 RPE = "T5's relative positions are not used"
 
@@ -421,4 +426,26 @@ KEYS: dict[str, Key] = {
 # fmt: on
 
 # Keys of older releases that public configs still carry; the current original refuses them.
-STALE = {"gas": "a leftover of older releases: gradient_accumulation_steps is what counts"}
+FORMER: dict[str, Key] = {
+    "gas": idle("a leftover of older releases: gradient_accumulation_steps is what counts"),
+    "save_interval": renamed("checkpoint_factor"),
+    "label_data_paths": renamed("train_label_data_paths"),
+    "mlp_type": refused(
+        "`llama` became activation: swiglu with mlp_multiple_of: 256, and an intermediate_size of three times the "
+        "inner width",
+        "regular",
+    ),
+    "expert_interval": idle(MOE_DEEPSPEED, 2),
+    "use_tutel": idle(MOE_DEEPSPEED, False),
+    "moe_loss_coeff": idle(MOE_DEEPSPEED, 0.1),
+    "moe_train_capacity_factor": idle(MOE_DEEPSPEED, 1.0),
+    "moe_eval_capacity_factor": idle(MOE_DEEPSPEED, 1.0),
+    "moe_min_capacity": idle(MOE_DEEPSPEED, 4),
+    "moe_token_dropping": idle(MOE_DEEPSPEED, False),
+    "create_moe_param_group": idle(MOE_DEEPSPEED, True),
+    "moe_use_residual": idle(MOE_DEEPSPEED, True),
+    "moe_expert_parallel_size": idle(MOE_DEEPSPEED, 1),
+    "moe_type": idle(MOE_DEEPSPEED, "megablocks"),
+    "moe_glu": idle(MOE_DEEPSPEED, False),
+    "enable_expert_tensor_parallelism": idle(MOE_DEEPSPEED, False),
+}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from castalia.config.fields import FIELDS
-from castalia.config.neox_keys import KEYS, lower
+from castalia.config.neox_keys import FORMER, KEYS, Key, lower
 from castalia.config.read import Findings
 from castalia.config.settings import NEOX_DEFAULT, Setting
 
@@ -73,14 +73,19 @@ class Translation:
             del self.given[key]
 
     def report(self, key: str) -> None:
-        row = KEYS[key]
-        if key not in self.given or is_off(self[key], row.default):
+        row = row_of(key)
+        if key not in self.given or is_off(self.given[key].value, row.default):
             return
         if row.kind == "idle":
             self.note(key, f"has no effect here: {row.target}")
         else:
             off = "" if row.default is None else f" or set it to {row.default}"
             self.error(key, f"is refused: {row.target}; remove the key{off}")
+
+
+def row_of(key: str) -> Key:
+    """What the table says of a key of today's or of an older release."""
+    return KEYS.get(key) or FORMER[key]
 
 
 TYPE_NAMES = {

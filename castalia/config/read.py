@@ -17,7 +17,7 @@ import yaml
 from castalia.errors import ConfigError
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_TEXT = "tag:yaml.org,2002:str"
+_TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 _NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+|[-+]?\.[0-9]+[eE][-+]?[0-9]+")
 
 
@@ -71,7 +71,12 @@ def read_text(text: str, label: str, found: Findings) -> Table:
         raise ConfigError(
             f"{label}:{_line(root)}: holds no keys; a config is a mapping such as `train: {{steps: 200}}`"
         )
-    return _mapping(root, label, found, "")
+    try:
+        return _mapping(root, label, found, "")
+    except RecursionError as error:
+        raise ConfigError(
+            f"{label}: an anchor (&name) holds an alias (*name) of itself, or mappings nest endlessly"
+        ) from error
 
 
 def read_override(text: str, found: Findings) -> tuple[str, Any]:
@@ -112,7 +117,7 @@ def _compose(text: str, label: str) -> yaml.Node | None:
 
 def _mapping(node: yaml.MappingNode, label: str, found: Findings, prefix: str) -> Table:
     table = Table()
-    for key_node, value_node in node.value:
+    for key_node, value_node in _pairs(node, label, found):
         key, origin = str(key_node.value), f"{label}:{_line(key_node)}"
         if not isinstance(key_node, yaml.ScalarNode):
             found.errors.append(f"{origin}: a key must be a word, not a list or a mapping")
@@ -124,6 +129,23 @@ def _mapping(node: yaml.MappingNode, label: str, found: Findings, prefix: str) -
             table[key] = _value(value_node, label, found, f"{prefix}{key}")
             table.origins[key] = origin
     return table
+
+
+def _pairs(node: yaml.MappingNode, label: str, found: Findings) -> list[tuple[yaml.Node, yaml.Node]]:
+    """A mapping's own keys, then of those that it merges (`<<: *defaults`, or a list) what nobody before says."""
+    pairs = [pair for pair in node.value if pair[0].tag != _MERGE]
+    for key_node, merged_node in node.value:
+        if key_node.tag != _MERGE:
+            continue
+        for source in merged_node.value if isinstance(merged_node, yaml.SequenceNode) else [merged_node]:
+            if not isinstance(source, yaml.MappingNode):
+                found.errors.append(
+                    f"{label}:{_line(key_node)}: << merges mappings, such as *defaults, and lists of them"
+                )
+                continue
+            known = {key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode)}
+            pairs += [pair for pair in _pairs(source, label, found) if pair[0].value not in known]
+    return pairs
 
 
 def _value(node: yaml.Node, label: str, found: Findings, path: str) -> Any:

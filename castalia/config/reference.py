@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from castalia.config.fields import FIELDS, SECTIONS, describe, describe_field, section_in
-from castalia.config.neox_keys import KEYS, STALE, Key
+from castalia.config.neox_keys import FORMER, KEYS, Key
 
 HEAD = """# Config reference
 
@@ -25,15 +25,21 @@ it is switched off. The defaults are GPT-NeoX's, and apply wherever a file in it
 | key | default | here |
 |---|---|---|
 """
-KINDS = {"to": "honoured: `{}`", "joint": "honoured: {}", "idle": "no effect: {}", "refused": "refused: {}"}
+KINDS = {
+    "to": "honoured: `{}`",
+    "joint": "honoured: {}",
+    "idle": "no effect: {}",
+    "refused": "refused: {}",
+    "renamed": "now `{}`",
+}
 
 
 def markdown() -> str:
     parts = [HEAD, *(_section(name) for name in ["", *_top_sections()])]
     parts.append(NEOX_HEAD.format(count=len(KEYS)))
     parts += [f"| `{key}` | {_cell(_code(row.default))} | {_cell(_meaning(row))} |\n" for key, row in KEYS.items()]
-    parts.append("\nOf older releases:\n\n")
-    parts += [f"* `{key}`: {reason}\n" for key, reason in STALE.items()]
+    parts.append("\nOf older releases:\n\n| key | default | here |\n|---|---|---|\n")
+    parts += [f"| `{key}` | {_cell(_code(row.default))} | {_cell(_meaning(row))} |\n" for key, row in FORMER.items()]
     return "".join(parts)
 
 

@@ -85,6 +85,8 @@ def test_convert_writes_only_what_differs(run):
         ("log_dir", "no effect here: metrics.jsonl"),
         ("moe_num_experts", "refused unless it is off: mixtures of experts"),
         ("gas", "a leftover of older releases"),
+        ("save-interval", "save_interval (GPT-NeoX, formerly): now checkpoint_factor"),
+        ("mlp_type", "refused unless it is off: `llama` became activation: swiglu"),
     ],
 )
 def test_explain(run, key, text):

@@ -141,6 +141,8 @@ MISTAKES = [
     ("- 1\n- 2\n", "a.yml:1: holds no keys; a config is a mapping"),
     ("? [a, b]\n: 3\n", "a.yml:1: a key must be a word"),
     ("seed: !!python/name:os.system\n", "a.yml:1: seed:"),
+    ("train: {<<: 3}\n", "a.yml:1: << merges mappings, such as *defaults"),
+    ("train: &t {<<: *t}\n", "a.yml: an anchor (&name) holds an alias (*name) of itself"),
 ]
 
 
@@ -162,6 +164,16 @@ def test_each_mistake_has_its_message(write, text, message):
 )
 def test_mistakes_on_the_command_line(override, message):
     assert any(message in line for line in refusal([], [override]))
+
+
+def test_merge_keys_give_what_nobody_before_them_says(write):
+    text = "log: {<<: [{every: 2, csv: true}, {every: 4, csv: false}], csv: false}\n"
+    log = load_config(write("a.yml", MODEL + text)).log
+    assert (log.every, log.csv) == (2, False)
+    train = "train:\n  steps: 5\n  <<: &shared\n    steps: 3\n    batch_size: 4\n"
+    config = load_config(write("b.yml", train))
+    assert (config.train.steps, config.train.batch_size) == (5, 4)
+    assert config.origins["train.steps"] == "b.yml:2" and config.origins["train.batch_size"] == "b.yml:5"
 
 
 def test_all_mistakes_are_told_at_once(write):

@@ -29,6 +29,7 @@ CONFIGS = [
     "text_generation",
 ]
 MODEL = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4}
+FORMER = {"moe_loss_coeff": 0.2, "moe_type": "megablocks", "expert_interval": 2, "mlp_type": "regular"}
 ADAM = {"type": "Adam", "params": {"lr": 0.001}}
 
 
@@ -137,8 +138,21 @@ def test_stale_keys_and_bare_exponents_are_accepted_with_a_note(load, tmp_path):
     (tmp_path / "stale.yml").write_text('{"gas": 1, "optimizer": {"type": "Adam", "params": {"lr": 6e-4}},}')
     config = load_config(tmp_path / "stale.yml")
     assert config.optimizer.lr == 6e-4
-    assert any("gas: 1 has no effect: a leftover" in note for note in config.notes)
+    assert any("gas: 1 has no effect here: a leftover" in note for note in config.notes)
     assert any("6e-4 is read as the number 0.0006" in note for note in config.notes)
+
+
+def test_former_keys_are_known_with_what_they_became(load):
+    config = load(MODEL | {"save-interval": 7, "train_data_paths": ["text"], "label_data_paths": ["labels"], **FORMER})
+    assert config.checkpoint.every == 7 and config.data.train[0].labels == "labels"
+    notes = "\n".join(config.notes)
+    assert "save-interval is called checkpoint_factor today" in notes
+    assert "moe_loss_coeff: 0.2 has no effect here: the original gave up DeepSpeed's experts" in notes
+    assert not any(f": {key}" in notes for key in ("moe_type", "expert_interval", "mlp_type"))  # all at their defaults
+    with pytest.raises(ConfigError, match="mlp_type: 'llama' is refused: `llama` became activation: swiglu"):
+        load(MODEL | {"mlp_type": "llama"})
+    with pytest.raises(ConfigError, match="checkpoint_factor is already given at 0.yml:4"):
+        load(MODEL | {"save_interval": 7, "checkpoint_factor": 8})
 
 
 def test_clipping_at_the_default_clips_and_says_so(load):

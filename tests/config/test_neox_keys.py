@@ -11,7 +11,7 @@ import yaml
 from castalia.config.batch import size_at
 from castalia.config.fields import FIELDS
 from castalia.config.load import load_config
-from castalia.config.neox_keys import KEYS, STALE
+from castalia.config.neox_keys import FORMER, KEYS
 from castalia.config.schema import Source
 from castalia.errors import ConfigError
 
@@ -42,7 +42,7 @@ def other_than(key: str) -> object:
 
 def test_the_table_has_321_rows():
     assert len(KEYS) == 321
-    assert not STALE.keys() & KEYS.keys()
+    assert not FORMER.keys() & KEYS.keys()
 
 
 def test_rows_and_defaults_are_those_of_the_reference(fixtures):
