@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -12,11 +14,45 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 
+class Output(io.TextIOBase):
+    """Standard output. When its reader goes away (`| head`, a closed terminal) what follows goes nowhere: a run is not
+    lost because nobody looks at it any more."""
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stdout.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stdout.flush)
+
+    def isatty(self) -> bool:
+        return self._stdout.isatty()
+
+    def fileno(self) -> int:
+        return self._stdout.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stdout.encoding
+
+    @property
+    def _stdout(self) -> Any:
+        return getattr(sys.stdout, "rich_proxied_file", sys.stdout)  # what lies behind an open bar
+
+    def _try(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())  # for whoever prints, and for what is buffered still
+            os.close(nowhere)
+
+
 class Display:
     """Prints to standard output. A context manager: the bar is there while it is open."""
 
     def __init__(self, silent: bool = False) -> None:
-        self.console = Console(highlight=False, soft_wrap=True, markup=False, quiet=silent)
+        self.console = Console(file=Output(), highlight=False, soft_wrap=True, markup=False, quiet=silent)
         self.silent = silent
         self.fancy = sys.stdout.isatty() and not silent
         self.bar: Progress | None = None

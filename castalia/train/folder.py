@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from castalia.checkpoint.formats import detect
 from castalia.checkpoint.formats.native import saved_steps
@@ -36,10 +38,30 @@ def continues(config: RunConfig, folder: Path) -> bool:
     return source == target or target in source.parents
 
 
-def begun_by(job: str | None, folder: Path) -> bool:
-    """Whether the run in the folder was last started by this job: its launcher has started the processes again."""
-    starts = [event for event in read_events(folder) if event["event"] == "start"]
-    return job is not None and bool(starts) and starts[-1].get("job") == job
+class Job(NamedTuple):
+    """What starts a run, as its events tell it."""
+
+    job: str | None  # the launcher that is running, which starts processes again when one dies
+    scheduled: str | None  # the scheduler's job, which starts launchers again when a machine goes
+    asked: str  # tells one config from another: a scheduler's job may start several runs
+
+
+def this_job(launcher: str | None, config: RunConfig) -> Job:
+    """The job of this process; `config` is what its command asks for."""
+    asked = json.dumps(config.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
+    run = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # of torchrun --rdzv-id
+    slurm = os.environ.get("SLURM_JOB_ID")
+    scheduled = f"slurm {slurm}" if slurm else None if run == "none" else run
+    return Job(launcher, scheduled, hashlib.blake2b(asked.encode(), digest_size=16).hexdigest())
+
+
+def begun_by(job: Job, folder: Path) -> bool:
+    """Whether the run in the folder was last started by this job, which is starting it again."""
+    last = next((event for event in reversed(list(read_events(folder))) if event["event"] == "start"), {})
+    if job.job is not None and last.get("job") == job.job:
+        return True
+    same = (last.get("scheduled"), last.get("asked")) == (job.scheduled, job.asked)
+    return job.scheduled is not None and same
 
 
 def is_run(folder: Path) -> bool:

@@ -6,15 +6,15 @@ import os
 import signal
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from castalia.checkpoint.formats.native import Writer, saved_steps
+from castalia.checkpoint.formats.native import Writer, refuse_if_in_use, saved_steps
 from castalia.checkpoint.load import optimizer_state
 from castalia.checkpoint.tensors import Progress, Shard
 from castalia.config.load import load_run
@@ -23,24 +23,26 @@ from castalia.data.loader import Batch, Samples, has_data
 from castalia.data.pairs import Pairs, open_samples
 from castalia.errors import TrainingError
 from castalia.parallel.engine import Engine
-from castalia.parallel.process import process_group
+from castalia.parallel.process import is_main, process_group
 from castalia.plan.flops import training_flops
 from castalia.train.display import Display, duration
 from castalia.train.folder import (
     TOKENIZER,
+    Job,
     begun_by,
     complete_config,
     continues,
     holds_checkpoint,
     refuse_second_start,
     run_folder,
+    this_job,
     write_config,
 )
 from castalia.train.hardware import choose_device, keep_freed_memory, peak_flops
 from castalia.train.history import way_to
 from castalia.train.instruments import Instruments
 from castalia.train.measure import PeakMemory, describe_memory
-from castalia.train.metrics import Metrics, read_events, truncate_metrics, write_event
+from castalia.train.metrics import Metrics, read_events, read_metrics, truncate_metrics, write_event
 from castalia.train.report import planned_layout, show_first_loss, show_report
 from castalia.train.schedule import is_save_step
 from castalia.train.start import Session, architecture, find_source, restore, start
@@ -56,13 +58,16 @@ def train(config: RunConfig, evaluate: Evaluate) -> Path:
     """Trains, resumes or fine-tunes as the config says, and returns the run's folder."""
     keep_freed_memory()
     folder = run_folder(config)
-    with process_group(choose_device(config.train.device).type, config.parallel.timeout) as job:
+    with process_group(choose_device(config.train.device).type, config.parallel.timeout) as launcher:
+        job = this_job(launcher, config)
         restarted = begun_by(job, folder)
         if restarted and saved_steps(folder / "checkpoints"):
             config = load_run(folder)
         in_place = restarted or continues(config, folder)
         if not in_place:
             _refuse_folder_in_use(config, folder)
+        if is_main():
+            refuse_if_in_use(folder / "checkpoints")  # the Writer asks again, but when all is loaded
         session = start(config)
         with Display(silent=session.engine.rank > 0) as display:
             show_report(session, display, folder)
@@ -111,15 +116,15 @@ def _rehearse(session: Session, folder: Path) -> None:
 class Run:
     """A session that writes into its folder: a context manager, so that the folder is let go of whatever happens."""
 
-    def __init__(
-        self, session: Session, folder: Path, evaluate: Evaluate, display: Display, in_place: bool, job: str | None
-    ):
+    def __init__(self, session: Session, folder: Path, evaluate: Evaluate, display: Display, in_place: bool, job: Job):
         self.session, self.folder, self.evaluate, self.display = session, folder, evaluate, display
         self.in_place, self.job, self.is_main = in_place, job, session.engine.rank == 0
         self.config = complete_config(session.config, folder, session.tokenizer is not None, session.plan.batch_size)
         self.progress = session.progress
         self.saved_step: int | None = session.progress.step if in_place and session.resumed else None
         self.valid = _validation_data(session.config)
+        self.signals, self.cut_short = StopSignals(), False
+        self.unevaluated: dict[str, Any] | None = None  # the last step's record, where its evaluation was cut short
         self.pace, self.rewound = Pace(self.config.watch.window), Counter[int]()
         self.watch = Watch(
             *(self.config.watch, session.engine, session.data, session.tokenizer, session.progress.watch),
@@ -152,10 +157,13 @@ class Run:
         write_config(folder, self.config)
         if self.in_place:
             truncate_metrics(folder, self.progress.step)
+            last = next(iter(deque(read_metrics(folder), maxlen=1)), {"step": 0})
+            due = last["step"] == self.progress.step and self._evaluates(self.progress.step)
+            self.unevaluated = last if due and "valid_loss" not in last else None
         source = session.source.path if session.source else None
-        fingerprint = session.data.fingerprint
-        self._event("start", step=self.progress.step, source=source, data_fingerprint=fingerprint, job=self.job)
-        return Metrics(folder, self.config)
+        facts = {"source": source, "data_fingerprint": session.data.fingerprint, **self.job._asdict()}
+        self._event("start", step=self.progress.step, **facts)
+        return Metrics(folder, self.config, incomplete=self.unevaluated is not None)
 
     def _instruments(self) -> Instruments:
         engine = self.session.engine
@@ -172,6 +180,10 @@ class Run:
     def to_the_end(self) -> None:
         """Steps until the last one, the exit interval or a signal; then saves."""
         session, last, config = self.session, self.session.last, self.session.config
+        if session.engine.any(self.unevaluated is not None):
+            self.display.line(f"step {self.progress.step} is evaluated first, as it was to be")
+            with self.signals:
+                self._evaluated(self.unevaluated or {})
         if self.progress.step >= last:
             self.display.line(f"the run is complete: {self.progress.step} of {last} steps; raise train.steps to go on")
             return
@@ -180,26 +192,30 @@ class Run:
         peak = peak_speed(session)
         self.display.start(self.progress.step, last, self.progress.tokens)
         first = self.progress.step + 1
-        with StopSignals() as signals:
-            while self.progress.step < last:
+        with self.signals:
+            while self.progress.step < last and not self._is_to_stop():
                 result, seconds = self._step()
                 done = self.progress.step
                 record = self._record(result, seconds)
-                if self._evaluates(done):
-                    record |= self._evaluation()
+                evaluates = self._evaluates(done)
                 if self.is_main:
-                    self.metrics.write(record)
+                    (self.metrics.note if evaluates else self.metrics.write)(record)
                 if done == first:
                     show_first_loss(session, result.loss, self.display)
                 self.display.advance(record)
+                if is_save_step(config.checkpoint, done, last):
+                    self.save()  # before the evaluation, which may take long
+                if evaluates:
+                    record = self._evaluated(record)
                 if done % config.log.every == 0 or done in (first, last) or "valid_loss" in record:
                     self.display.step(record, peak)
-                if is_save_step(config.checkpoint, done, last):
-                    self.save()
-                interval = config.train.exit_interval
-                if session.engine.any(bool(signals.received)) or (interval and done % interval == 0):
+                if config.train.exit_interval and done % config.train.exit_interval == 0:
                     break
-        self._finish(next(filter(None, session.engine.gather(signals.received or "")), None))
+        self._finish(next(filter(None, session.engine.gather(self.signals.received or "")), None))
+
+    def _is_to_stop(self) -> bool:
+        """Whether some rank was told to. Asked on all ranks together."""
+        return self.session.engine.any(bool(self.signals.received))
 
     def save(self) -> None:
         """Copies and returns; the checkpoint is on disk after the next save, or when the run ends."""
@@ -324,20 +340,38 @@ class Run:
             bool(every and done % every == 0) or (self.session.config.eval.at_end and done == self.session.last)
         )
 
+    def _evaluated(self, record: dict[str, Any]) -> dict[str, Any]:
+        """The last step's record, with what the evaluation finds unless a signal cuts it short; it is written."""
+        record = record | self._evaluation()
+        if self.is_main:
+            self.metrics.write(record)
+        return record
+
     def _evaluation(self) -> dict[str, float]:
         """The n-th evaluation takes the n-th stretch of the validation data, as the original's iterator does."""
-        assert self.valid is not None
+        self.cut_short = self._is_to_stop()
+        if self.cut_short:
+            return {}
         every, batches = self.session.config.eval.every, self.session.config.eval.batches
         first = (self.progress.step // every - 1) * batches if every else 0
         numbers, preference = range(max(0, first), max(0, first) + batches), self.session.step.preference
-        if preference:
-            rows = self.session.plan.rows_of(self.session.engine.data_rank)
-            found = preference.evaluate(self.valid.batch(number, rows) for number in numbers)
-            self._event("evaluation", step=self.progress.step, **found)
-            return {f"valid_{name}": value for name, value in found.items()}
-        result = self.evaluate(self.session.engine, map(self.valid.batch, numbers))
+        rows = self.session.plan.rows_of(self.session.engine.data_rank) if preference else None
+        shown = self._until_stopped(numbers, rows)
+        result = preference.evaluate(shown) if preference else self.evaluate(self.session.engine, shown)
+        if self.cut_short:
+            return {}
         self._event("evaluation", step=self.progress.step, **result)
-        return {"valid_loss": result["loss"], "valid_perplexity": result["perplexity"]}
+        names = result if preference else ("loss", "perplexity")
+        return {f"valid_{name}": result[name] for name in names}
+
+    def _until_stopped(self, numbers: range, rows: list[int] | None) -> Iterator[Batch]:
+        """Batches of the validation data; none follows a signal."""
+        assert self.valid is not None
+        for number in numbers:
+            yield self.valid.batch(number, rows)
+            self.cut_short = number < numbers[-1] and self._is_to_stop()
+            if self.cut_short:
+                return
 
     def _finish(self, stopped_by: str | None) -> None:
         if self.saved_step != self.progress.step:
@@ -362,7 +396,7 @@ def peak_speed(session: Session) -> float | None:
 
 
 class StopSignals:
-    """While open, the first SIGTERM or SIGINT is noted and a later one kills.
+    """While open, the first SIGTERM, SIGINT or SIGHUP (the terminal is closed) is noted and a later one kills.
 
     Launchers pass on what the terminal has sent to all already, so what comes with the first one does not count.
     """
@@ -374,8 +408,9 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():  # signals reach no other thread
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup: it is to go on
+                    self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:

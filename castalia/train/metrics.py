@@ -15,13 +15,30 @@ from castalia.train.sinks import open_sinks
 
 
 class Metrics:
-    """Appends one line to metrics.jsonl for each step, written out at once."""
+    """Appends one line to metrics.jsonl for each step, written out at once.
 
-    def __init__(self, folder: Path, config: RunConfig):
-        self.sinks = open_sinks(config, folder, read_metrics(folder))
+    A step that is evaluated is noted before it is, and written with what the evaluation found. `incomplete`: the last
+    one of an earlier start was noted only.
+    """
+
+    def __init__(self, folder: Path, config: RunConfig, incomplete: bool = False):
+        past = list(read_metrics(folder))
+        self.noted: int | None = None  # where the line begins that the next record of its step replaces
         self.file = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - open as long as the run
+        if incomplete:
+            self.noted = self.file.tell() - len(as_line(past.pop()))
+        self.sinks = open_sinks(config, folder, past)
+
+    def note(self, record: Mapping[str, Any]) -> None:
+        """Of a step whose record is not complete."""
+        self.noted = self.file.tell()
+        self.file.write(as_line(record))
 
     def write(self, record: Mapping[str, Any]) -> None:
+        if self.noted is not None:
+            self.file.truncate(self.noted)
+            self.file.seek(self.noted)
+            self.noted = None
         self.file.write(as_line(record))
         for sink in self.sinks:
             sink.write(record)

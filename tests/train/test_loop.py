@@ -19,9 +19,10 @@ from castalia.data.loader import open_data
 from castalia.errors import CastaliaError, CheckpointError, ConfigError, TrainingError
 from castalia.evaluate.perplexity import evaluate
 from castalia.plan.report import Known, report
+from castalia.train.folder import begun_by, this_job
 from castalia.train.loop import TOGETHER_S, StopSignals, rehearse
 from castalia.train.loop import train as run_with
-from castalia.train.metrics import read_metrics
+from castalia.train.metrics import read_metrics, write_event
 
 DROPOUT = ("model.hidden_dropout=0.1", "precision.compute=bf16")
 
@@ -113,7 +114,7 @@ def test_killed_and_resumed_is_bit_equal_to_never_stopped(straight, tiny, tmp_pa
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], env=environment, stdout=subprocess.DEVNULL)
     assert killed.returncode == -signal.SIGKILL
-    assert len(losses(tmp_path / "run")) == 14  # more than the checkpoint holds
+    assert len(losses(tmp_path / "run")) == 15  # more than the checkpoint holds
     train(read_config([str(tmp_path / "run")]))
     assert_equal_runs(tmp_path / "run", straight)
 
@@ -134,6 +135,57 @@ def test_exit_interval_and_signals_save_and_stop(straight, tiny, tmp_path, capsy
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     train(read_config([str(tmp_path / "run"), "eval.every=5"]))
     assert_equal_runs(tmp_path / "run", straight)
+
+
+@pytest.mark.parametrize("options", [[], ["checkpoint.every=5"]], ids=["unsaved", "saved"])
+def test_a_signal_cuts_an_evaluation_short_and_the_next_start_makes_up_for_it(tiny, tmp_path, options):
+    config = tiny(tmp_path / "run", "eval.batches=3", "log.csv=true", "train.steps=10", *options)
+    straight = run_with(tiny(tmp_path / "straight", "eval.batches=3", "log.csv=true", "train.steps=10"), evaluate)
+    seen = []
+
+    def stopped(engine, batches):
+        for _batch in batches:
+            seen.append([event["event"] for event in events(tmp_path / "run")])
+            signal.raise_signal(signal.SIGTERM)
+        return {"loss": 0.0, "perplexity": 0.0}
+
+    run_with(config, stopped)
+    assert len(seen) == 1 and ("save" in seen[0]) == bool(options)  # what is to be saved is saved first
+    assert open_checkpoint(tmp_path / "run").progress.step == 5
+    records = list(read_metrics(tmp_path / "run"))
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5]
+    assert "valid_loss" not in records[-1]
+    run_with(read_config([str(tmp_path / "run")]), evaluate)
+    found, wanted = ([r.get("valid_loss") for r in read_metrics(folder)] for folder in (tmp_path / "run", straight))
+    assert found == wanted and found[4] is not None
+    rows, expected = ((folder / "metrics.csv").read_text().splitlines() for folder in (tmp_path / "run", straight))
+    assert [row.split(",")[0] for row in rows] == [row.split(",")[0] for row in expected]
+
+
+HUNG_UP = """
+import signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_IGN if sys.argv[1] == "nohup" else signal.SIG_DFL)
+from castalia.train.loop import StopSignals
+with StopSignals() as signals:
+    signal.raise_signal(signal.SIGHUP)
+    print(signals.received)
+"""
+
+
+def test_a_closed_terminal_stops_a_run_unless_it_is_to_go_on():
+    for how, told in (("shell", "SIGHUP"), ("nohup", "None")):
+        done = subprocess.run([sys.executable, "-c", HUNG_UP, how], capture_output=True, text=True)
+        assert done.stdout == told + "\n"
+
+
+def test_a_run_goes_on_when_its_reader_goes_away(tiny, tmp_path):
+    (tmp_path / "config.yml").write_text(dump_config(tiny(tmp_path / "run", "train.steps=3", "log.every=1")))
+    command = [sys.executable, "-m", "castalia", "train", str(tmp_path / "config.yml")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(timeout=120)) == (b"", 0)
+    assert open_checkpoint(tmp_path / "run").progress.step == 3
 
 
 def test_a_later_signal_kills():
@@ -176,11 +228,37 @@ def test_a_folder_that_holds_a_run_is_refused_naming_both_ways_out(straight, tin
     assert (straight / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("variable", ["SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"])
+def test_a_job_is_known_by_what_survives_a_requeue(tiny, tmp_path, monkeypatch, variable):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setenv(variable, "4711")
+    config = tiny(tmp_path / "run")
+    assert not begun_by(this_job("a launcher", config), tmp_path)
+    write_event(tmp_path, "start", step=0, **this_job("a launcher", config)._asdict())
+    assert begun_by(this_job("another launcher", config), tmp_path)
+    assert not begun_by(this_job("another launcher", tiny(tmp_path / "run", "seed=2")), tmp_path)  # not what was asked
+    monkeypatch.setenv(variable, "4712")
+    assert not begun_by(this_job("another launcher", config), tmp_path)
+    assert begun_by(this_job("a launcher", config), tmp_path)
+
+
+def test_the_same_command_of_a_requeued_job_begins_or_goes_on(tiny, tmp_path, monkeypatch):
+    config = tiny(tmp_path / "run", "eval.every=null", "train.steps=2", "train.exit_interval=1")
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    for steps in (1, 2):
+        train(config)
+        assert len(losses(tmp_path / "run")) == steps
+    monkeypatch.setenv("SLURM_JOB_ID", "4712")
+    with pytest.raises(TrainingError, match="holds a run, saved last at step 2"):
+        train(config)
+
+
 def test_a_folder_in_use_is_refused(straight, tmp_path):
     from castalia.checkpoint.formats.native import Writer
 
     shutil.copytree(straight, tmp_path / "run")
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    (tmp_path / "run" / "checkpoints" / "step_000010" / "manifest.json").write_text("never read")
     with Writer(tmp_path / "run" / "checkpoints"), pytest.raises(CheckpointError, match="in use by another run"):
         train(read_config([str(tmp_path / "run"), "checkpoint.step=10"]))
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before

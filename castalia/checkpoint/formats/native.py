@@ -376,6 +376,12 @@ def _copy(given: torch.Tensor | Shard) -> Shard:
     return Shard(copy, tuple(shape), tuple(start))
 
 
+def refuse_if_in_use(folder: str | Path) -> None:
+    """Raises CheckpointError if a Writer, of whatever process, holds the folder now."""
+    if (Path(folder) / ".lock").is_file():
+        _lock(Path(folder)).close()
+
+
 def _lock(folder: Path):  # noqa: ANN202 - an open file
     """Hold the folder until the file is closed; the system lets go of it when the process dies."""
     file = open(folder / ".lock", "a+")  # noqa: SIM115 - stays open as long as the writer lives
