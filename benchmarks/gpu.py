@@ -226,7 +226,7 @@ def fitting(bench: Bench, shape: Model) -> Layout:
 
 
 def planned(bench: Bench, shape: Model, layout: Layout) -> int:
-    return memory_by_stage(shape, layout, bench.seq, Compute(2, bench.device.type))[0].total
+    return memory_by_stage(shape, layout, bench.seq, Compute("bf16", bench.device.type))[0].total
 
 
 def our_training(bench: Bench, shape: Model, layout: Layout, side: str) -> tuple[Callable[[], object], int]:

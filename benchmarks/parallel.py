@@ -180,7 +180,7 @@ def measure_step(words: list[str]) -> None:
             session.step(2, session.batch(2))
         with Sent() as sent:
             session.step(3, session.batch(3))
-        compute = Compute(session.dtype.itemsize, "cpu", moments_of(config.optimizer))
+        compute = Compute(session.config.precision.compute, "cpu", moments_of(config.optimizer))
         rank = dist.get_rank() * layout.pp // engine.world
         planned = memory_by_stage(session.config.model, layout, config.data.seq_length, compute)[rank]
         found = {"rank": engine.rank, "measured": sum(held) + peak.bytes, "planned": planned.total, "sent": sent.bytes}

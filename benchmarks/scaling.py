@@ -36,7 +36,7 @@ from castalia.plan.count import count
 from castalia.plan.flops import training_flops
 from castalia.plan.layout import Layout
 from castalia.plan.memory import Compute, memory_by_stage
-from castalia.train.hardware import DTYPES, choose_dtype
+from castalia.train.hardware import choose_dtype, name_of
 from castalia.train.measure import PeakMemory
 
 ALLOWED = 1.25
@@ -61,7 +61,7 @@ class Point(NamedTuple):
 
 
 def steps(name: str, sizes: list[int], others: dict[str, int]) -> Iterator[Point]:
-    precision = next(known for known, dtype in DTYPES.items() if dtype == choose_dtype("auto", torch.device("cpu")))
+    precision = name_of(choose_dtype("auto", torch.device("cpu")))
     for size in sizes:
         chosen = BASE | others | {name: size}
         model = Model(
@@ -82,7 +82,7 @@ def step_point(size: int, work: Work) -> Point:
     seconds = median_seconds(step)
     with PeakMemory(torch.device("cpu")) as peak:
         step()
-    compute = Compute(DTYPES[work.precision].itemsize, "cpu")
+    compute = Compute(work.precision, "cpu")
     planned = memory_by_stage(work.model, layout, work.seq, compute)[0].total
     operations = work.batch * work.seq * training_flops(work.model, work.seq)
     state = 12 * count(work.model).total  # masters and AdamW's moments

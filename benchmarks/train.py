@@ -360,7 +360,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|---|")
     for precision in args.precision:
         peak = matmul_rate(DTYPES[precision], clock)
-        compute = Compute(DTYPES[precision].itemsize, "cpu")
+        compute = Compute(precision, "cpu")
         layout = Layout(micro_batch=args.batch, recompute="full" if args.recompute else "none")
         plan = memory_by_stage(model, layout, args.seq, compute)[0].total
         for allocator in args.allocator:

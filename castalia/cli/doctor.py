@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from castalia.cli.plan_text import print_table
+from castalia.plan.devices import cpu_flags, find_device
 
 if TYPE_CHECKING:
     from castalia.train.fast_paths import FastPath
@@ -35,7 +36,8 @@ def command(as_json: Annotated[bool, typer.Option("--json", help="one object wit
         found = {"machine": machine, "fast_paths": [path._asdict() for path in paths], "packages": packages}
         print(json.dumps(found, indent=1))
         return
-    print_table("machine", ["", ""], [[name, _text(value)] for name, value in machine.items()])
+    shown = machine | {"gpus": [gpu_text(gpu) for gpu in machine["gpus"]]}
+    print_table("machine", ["", ""], [[name, _text(value)] for name, value in shown.items()])
     rows = [[path.name, "yes" if path.available else "no", path.detail] for path in paths]
     print_table("fast paths", ["path", "available", "why"], rows)
     for path in paths:
@@ -83,12 +85,6 @@ def installed() -> dict[str, str | None]:
     return {name: _version(name) for name in OPTIONAL}
 
 
-def cpu_flags() -> set[str]:
-    """Instruction sets of the first core; empty where the system does not list them."""
-    lines = _cpuinfo()
-    return set(next((line.split(":", 1)[1] for line in lines if line.startswith(("flags", "Features"))), "").split())
-
-
 def _cpu_name() -> str:
     named = next((line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")), "")
     return named or platform.processor() or platform.machine()
@@ -103,11 +99,20 @@ def _gpu(index: int) -> dict:
     import torch
 
     about = torch.cuda.get_device_properties(index)
+    known = find_device(about.name)
     return {
         "name": about.name,
         "memory_gib": round(about.total_memory / 2**30, 1),
         "capability": f"{about.major}.{about.minor}",
+        "tflops": known and {name: known.peak_tflops(name) for name in ("bf16", "fp16", "fp32")},
     }
+
+
+def gpu_text(gpu: dict) -> str:
+    """In one line: NVIDIA A100-SXM4-40GB, 39.4 GiB, capability 8.0, bf16 312 fp16 312 fp32 19.5 TFLOP/s."""
+    rates = " ".join(f"{name} {rate:g}" for name, rate in (gpu["tflops"] or {}).items())
+    peak = f"{rates} TFLOP/s" if rates else "of unknown speed: MFU needs log.peak_tflops"
+    return f"{gpu['name']}, {gpu['memory_gib']} GiB, capability {gpu['capability']}, {peak}"
 
 
 def _version(name: str) -> str | None:
@@ -118,6 +123,4 @@ def _version(name: str) -> str | None:
 
 
 def _text(value: object) -> str:
-    if isinstance(value, list):
-        return ", ".join(_text(entry) for entry in value) or "none"
-    return " ".join(str(entry) for entry in value.values()) if isinstance(value, dict) else str(value)
+    return ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)

@@ -61,7 +61,8 @@ def judge(job: Job, layout: Layout) -> Verdict:
     ends = {0, 1, layout.pp - 1} & set(range(layout.pp))  # no stage between holds more than one of these
     ranks = [Rank(job.model, layout, parts[i], job.length, job.compute) for i in sorted(ends)]
     memory, stage = max(((rank.memory(), rank.stage.index) for rank in ranks), key=lambda pair: pair[0].total)
-    return Verdict(layout, memory, stage, memory.total <= job.device.usable_bytes, step_costs(job, layout, ranks))
+    fits = memory.total <= job.device.usable_bytes(layout.communicators)
+    return Verdict(layout, memory, stage, fits, step_costs(job, layout, ranks))
 
 
 def step_costs(job: Job, layout: Layout, ranks: list[Rank]) -> Costs:
@@ -72,7 +73,7 @@ def step_costs(job: Job, layout: Layout, ranks: list[Rank]) -> Costs:
     balance = slowest * layout.pp / (model.num_layers * block + head)
 
     operations = executed_flops(model, job.length, layout.recompute) * layout.batch * length / layout.gpus
-    compute = balance * operations / (device.tflops * 1e12 * job.mfu)
+    compute = balance * operations / (device.peak_tflops(job.compute.precision) * 1e12 * job.mfu)
     parameters = max(rank.parameters for rank in ranks)
     layers = max(part.layers for part in parts)
     again = 2 * layers * ranks[0].one.again if layout.recompute == "selective" else 0  # full: counted as computing
@@ -147,9 +148,9 @@ def losers(job: Job, best: Verdict) -> list[tuple[str, str]]:
 
 def why_not(job: Job, best: Verdict, other: Verdict) -> str:
     if not other.fits:
-        name, size = binding(other.memory)
+        (name, size), usable = binding(other.memory), job.device.usable_bytes(other.layout.communicators)
         return (
-            f"does not fit: {other.memory.total / GiB:.1f} of {job.device.usable_bytes / GiB:.1f} GiB "
+            f"does not fit: {other.memory.total / GiB:.1f} of {usable / GiB:.1f} GiB "
             f"on stage {other.stage}, {size / GiB:.1f} of them {name.replace('_', ' ')}"
         )
     extra = {f.name: getattr(other.costs, f.name) - getattr(best.costs, f.name) for f in fields(Costs)}

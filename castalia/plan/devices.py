@@ -1,15 +1,23 @@
-"""Devices by name: what plans need to know of them. Vendors' figures for dense 16-bit matrices."""
+"""Devices by name: what plans, MFU and doctor need to know of them.
+
+Rates are the makers' data sheets' for dense matrices that are summed in fp32; GeForce's of the 16-bit formats are half
+of what they reach with sums in fp16. Memory is what the driver reports, which is less than what cards are sold by.
+"""
 
 from __future__ import annotations
 
 import os
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
 
 from castalia.errors import ConfigError
 
 GiB = 2**30
-USABLE = 0.92  # of a device's memory; the rest goes to the driver's context, communication buffers and fragmentation
+CONTEXT_GIB = 1.0  # the driver's context, the kernels' code and cuBLAS's workspace
+COMMUNICATOR_GIB = 0.3  # the buffers of one NCCL communicator
+USABLE = 0.92  # of what these leave; the rest goes to fragmentation
 NODE = 8  # devices that share the fast link
 
 
@@ -17,49 +25,97 @@ NODE = 8  # devices that share the fast link
 class Device:
     name: str
     memory_gib: float
-    tflops: float  # dense bf16, fp16 on V100 and T4
+    tflops: float  # dense bf16 and fp16
+    fp32_tflops: float  # without TF32
     bandwidth: float  # GB/s of its memory
     link: float  # GB/s in one direction to the devices of its node
     network: float  # GB/s in one direction to other nodes, its share
+    bf16: bool = True  # whether it multiplies bf16; those that do not emulate it in fp32
+
+    def usable_bytes(self, communicators: int) -> int:
+        """What a rank can allocate that belongs to so many process groups."""
+        reserved = 0.0 if self.name == "cpu" else CONTEXT_GIB + COMMUNICATOR_GIB * communicators
+        return int((self.memory_gib - reserved) * USABLE * GiB)
+
+    def peak_tflops(self, compute: str) -> float:
+        """Of matrix products in "fp32", "bf16" or "fp16"."""
+        return self.tflops if compute == "fp16" or (compute == "bf16" and self.bf16) else self.fp32_tflops
 
     @property
-    def usable_bytes(self) -> int:
-        return int(self.memory_gib * USABLE * GiB)
+    def words(self) -> frozenset[str]:
+        return _words(self.name)
 
 
 DEVICES = {
     device.name.lower(): device
     for device in (
-        Device("V100-16", 16, 125, 900, 150, 12.5),
-        Device("V100-32", 32, 125, 900, 150, 12.5),
-        Device("A100-40", 40, 312, 1555, 300, 25),
-        Device("A100-80", 80, 312, 2039, 300, 25),
-        Device("H100", 80, 989, 3350, 450, 50),
-        Device("H200", 141, 989, 4800, 450, 50),
-        Device("B200", 180, 2250, 8000, 900, 50),
-        Device("L40S", 48, 362, 864, 32, 12.5),
-        Device("4090", 24, 165, 1008, 32, 12.5),
-        Device("3090", 24, 71, 936, 32, 12.5),
-        Device("T4", 16, 65, 320, 16, 6),
+        Device("V100-16", 15.8, 125, 15.7, 900, 150, 12.5, bf16=False),
+        Device("V100-32", 31.7, 125, 15.7, 900, 150, 12.5, bf16=False),
+        Device("V100-PCIe-16", 15.8, 112, 14, 900, 16, 12.5, bf16=False),
+        Device("V100-PCIe-32", 31.7, 112, 14, 900, 16, 12.5, bf16=False),
+        Device("T4", 14.6, 65, 8.1, 320, 16, 6, bf16=False),
+        Device("A100-40", 39.4, 312, 19.5, 1555, 300, 25),
+        Device("A100-80", 79.1, 312, 19.5, 2039, 300, 25),
+        Device("A30", 23.5, 165, 10.3, 933, 32, 12.5),
+        Device("A40", 44.4, 150, 37.4, 696, 32, 12.5),
+        Device("A10", 22.0, 125, 31.2, 600, 32, 12.5),
+        Device("A10G", 22.0, 70, 35, 600, 32, 12.5),
+        Device("A6000", 47.4, 155, 38.7, 768, 32, 12.5),
+        Device("3090", 23.6, 71, 35.6, 936, 32, 12.5),
+        Device("L4", 22.0, 121, 30.3, 300, 32, 12.5),
+        Device("L40", 44.4, 181, 90.5, 864, 32, 12.5),
+        Device("L40S", 44.4, 362, 91.6, 864, 32, 12.5),
+        Device("6000-Ada", 47.4, 364, 91.1, 960, 32, 12.5),
+        Device("4090", 23.6, 165, 82.6, 1008, 32, 12.5),
+        Device("H20", 95.0, 148, 44, 4000, 450, 50),
+        Device("H100", 79.1, 989, 67, 3350, 450, 50),
+        Device("H100-PCIe", 79.1, 756, 51, 2000, 64, 25),
+        Device("H100-NVL", 93.1, 835, 60, 3938, 64, 25),
+        Device("GH200", 94.5, 989, 67, 4000, 450, 50),
+        Device("H200", 139.8, 989, 67, 4800, 450, 50),
+        Device("H200-NVL", 139.8, 835, 60, 4800, 64, 25),
+        Device("5090", 31.3, 209, 104.8, 1792, 64, 12.5),
+        Device("B200", 178.3, 2250, 75, 8000, 900, 50),
+        Device("GB200", 184.0, 2500, 80, 8000, 900, 50),
+        Device("B300", 267.0, 2250, 75, 8000, 900, 100),
     )
 }
-_SHORT = {"v100": "v100-32", "a100": "a100-80", "rtx4090": "4090", "rtx3090": "3090"}
+_USUAL = {frozenset({"v100"}): "v100-32", frozenset({"a100"}): "a100-80"}  # where a name tells no memory
+_OTHERS = re.compile(r"mig|laptop|max|ti|super|d|\d+[abcq]")  # words that make a part, or another device, of a name
+
+
+def find_device(name: str) -> Device | None:
+    """The device of that name, its own or the driver's: "A100-80", "rtx4090", "NVIDIA H100 80GB HBM3".
+
+    Whole words count, so that an L40 is no L4; of several devices the one with the most words in common is meant.
+    """
+    words = _words(name)
+    if any(map(_OTHERS.fullmatch, words)):
+        return None
+    matching = [device for device in DEVICES.values() if device.words <= words]
+    usual = next((DEVICES[usual] for key, usual in _USUAL.items() if key <= words), None)
+    return max(matching, key=lambda device: len(device.words), default=usual)
+
+
+def _words(name: str) -> frozenset[str]:
+    """In lower case; "80GB" is 80, "rtx4090" is 4090."""
+    words = re.split(r"[^a-z0-9]+", name.lower())
+    return frozenset(re.sub(r"^rtx(?=\d)|(?<=\d)(gb|gib)$", "", word) for word in words) - {""}
 
 
 def parse_gpus(text: str) -> tuple[int, Device, str | None]:
     """`96x40GB`, `8xH100`, `H200` or `cpu` -> (number, device, what had to be assumed)."""
-    match = re.fullmatch(r"(?:(\d+)\s*x\s*)?(cpu|[\w-]+?)", text.strip().lower())
+    match = re.fullmatch(r"(?:(\d+)\s*x\s*)?(\S.*)", text.strip())
     number, name = (int(match[1] or 1), match[2]) if match else (0, "")
-    name = _SHORT.get(name, name)
-    if number and name == "cpu":
+    if number and name.lower() == "cpu":
         device = this_cpu()
         return number, device, f"cpu: {device.tflops:.1f} TFLOP/s, 0.1 for each core of this machine"
-    if number and name in DEVICES:
-        return number, DEVICES[name], None
-    size = re.fullmatch(r"(\d+)(?:gb|gib|g)", name)
+    if number and (known := find_device(name)):
+        return number, known, None
+    size = re.fullmatch(r"(\d+)\s*(?:gb|gib|g)", name.lower())
     if not number or not size:
-        known = ", ".join(device.name for device in DEVICES.values())
-        raise ConfigError(f"--gpus {text}: write NUMBERxDEVICE, as in 96x40GB, 8xH100 or cpu; known devices: {known}")
+        names = ", ".join(device.name for device in DEVICES.values())
+        raise ConfigError(f"--gpus {text}: write NUMBERxDEVICE, as in 96x40GB, 8xH100 or cpu; known devices: {names}")
     memory = int(size[1])
     like = DEVICES["a100-80" if memory > 40 else "a100-40"]
     device = replace(like, name=f"{memory}GB", memory_gib=memory)
@@ -68,4 +124,21 @@ def parse_gpus(text: str) -> tuple[int, Device, str | None]:
 
 def this_cpu() -> Device:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GiB
-    return Device("cpu", memory, 0.1 * (os.cpu_count() or 1), 20, 1, 1)
+    tflops = 0.1 * (os.cpu_count() or 1)
+    return Device("cpu", memory, tflops, tflops, 20, 1, 1, bf16=bool({"amx_tile", "avx512_bf16"} & cpu_flags()))
+
+
+def cpu_flags() -> set[str]:
+    """Instruction sets of the first core; empty where the system does not list them."""
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return set()
+    with path.open() as lines:
+        return set(
+            next((line.split(":", 1)[1] for line in lines if line.startswith(("flags", "Features"))), "").split()
+        )
+
+
+def auto_precision(has_bf16: bool) -> Literal["bf16", "fp32"]:
+    """What precision.compute=auto is. Never fp16: its loss scale can overflow, which is for the user to choose."""
+    return "bf16" if has_bf16 else "fp32"

@@ -34,6 +34,13 @@ class Layout:
     def batch(self) -> int:
         return self.micro_batch * self.accumulation * self.dp
 
+    @property
+    def communicators(self) -> int:
+        """Process groups of several ranks that a rank belongs to: all ranks, and a row for each axis of the grid."""
+        replicas = self.dp if self.zero == 0 else self.dp_replicate
+        axes = (self.pp, replicas, self.dp // replicas * self.cp, self.cp, self.tp)
+        return sum(size > 1 for size in (self.gpus, *axes))
+
     def __str__(self) -> str:
         axes = " ".join(f"{n}{getattr(self, n)}" for n in ("tp", "pp", "cp", "dp") if getattr(self, n) > 1)
         return (

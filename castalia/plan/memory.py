@@ -47,12 +47,16 @@ def moments_of(cfg: Optimizer) -> Moments:
 class Compute:
     """What memory depends on besides model and layout."""
 
-    element_bytes: int = 2  # of the compute dtype
+    precision: str = "bf16"  # or "fp16" or "fp32"
     device: str = "cuda"  # or "cpu", whose RMSNorm is made of several operations
     moments: Moments = Moments()
     finetune: Finetune = EVERYTHING
     objective: str = "causal"
     reference: bool = False  # a frozen model beside the one that trains
+
+    @property
+    def element_bytes(self) -> int:
+        return 4 if self.precision == "fp32" else 2
 
     @property
     def sides(self) -> int:
@@ -64,10 +68,10 @@ class Compute:
         return self.element_bytes < 4
 
 
-def compute_of(config: RunConfig, element_bytes: int, device: str) -> Compute:
-    """Of a run that computes with so many bytes an element on "cuda" or "cpu"."""
+def compute_of(config: RunConfig, precision: str, device: str) -> Compute:
+    """Of a run that computes in "bf16", "fp16" or "fp32" on "cuda" or "cpu"."""
     moments = moments_of(config.optimizer)
-    return Compute(element_bytes, device, moments, config.finetune, config.train.objective, needs_reference(config))
+    return Compute(precision, device, moments, config.finetune, config.train.objective, needs_reference(config))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from castalia.config.preference import PAIRED
 from castalia.config.schema import Model, RunConfig
 from castalia.errors import ConfigError
 from castalia.plan.count import all_shapes, count, non_embedding, original_count
-from castalia.plan.devices import Device, GiB
+from castalia.plan.devices import Device, GiB, auto_precision
 from castalia.plan.flops import executed_flops, kv_cache_bytes, original_flops, training_flops
 from castalia.plan.layout import Layout, problem, rank_parts, stages_per_rank
 from castalia.plan.memory import Compute, checkpoint_bytes, compute_of, memory_by_stage, moments_of
@@ -68,7 +68,7 @@ class Hardware:
 
 def report(config: RunConfig, known: Known, hardware: Hardware | None = None, compute: Compute | None = None) -> dict:
     """Everything that can be worked out, JSON-ready. Raises ConfigError where the config describes no model."""
-    model = described(config)
+    model, wanted, config = described(config), config.precision.compute, settled(config, hardware)
     compute = compute or default_compute(config, hardware)
     layout, assumed = layout_of(config, hardware.gpus if hardware else None)
     result: dict = {
@@ -82,7 +82,9 @@ def report(config: RunConfig, known: Known, hardware: Hardware | None = None, co
         "unknown": [],
     }
     if config.precision.compute == "auto":
-        assumed.append("precision.compute=auto: bf16; for hardware without it plan with precision.compute=fp32")
+        assumed.append("precision.compute=auto: bf16; GPUs older than Ampere take fp32, name them (--gpus)")
+    if wanted == "auto" and hardware and config.precision.compute == "fp32":
+        assumed.append(_without_bf16(hardware.device))
     if model.vocab_size is None:
         result["unknown"].append(
             "the vocabulary, so no totals, memory or times: give --vocab-size N or a tokenizer's file"
@@ -105,7 +107,7 @@ def report(config: RunConfig, known: Known, hardware: Hardware | None = None, co
         "executed_per_token": executed_flops(model, length, layout.recompute),
         "original_per_token": original_flops(model, length),
     }
-    result["time"] = _time(result, hardware) if hardware else None
+    result["time"] = _time(result, hardware, compute.precision) if hardware else None
     result["unknown"] += _unknown(result, known, hardware)
     return result
 
@@ -118,9 +120,23 @@ def described(config: RunConfig) -> Model:
     return config.model.model_copy(update={"max_positions": positions, "reward_head": reward})
 
 
+def settled(config: RunConfig, hardware: Hardware | None) -> RunConfig:
+    """With what precision.compute=auto is on the devices, if they are known."""
+    if hardware is None or config.precision.compute != "auto":
+        return config
+    precision = config.precision.model_copy(update={"compute": auto_precision(hardware.device.bf16)})
+    return config.model_copy(update={"precision": precision})
+
+
+def _without_bf16(device: Device) -> str:
+    faster = f"; fp16 multiplies at {device.tflops:g} TFLOP/s instead of {device.fp32_tflops:g}"
+    return f"precision.compute=auto: fp32, because {device.name} has no bf16" + (faster if device.name != "cpu" else "")
+
+
 def default_compute(config: RunConfig, hardware: Hardware | None) -> Compute:
     device = "cpu" if hardware and hardware.device.name == "cpu" else "cuda"
-    return compute_of(config, 4 if config.precision.compute == "fp32" else 2, device)
+    precision = settled(config, hardware).precision.compute
+    return compute_of(config, "bf16" if precision == "auto" else precision, device)
 
 
 def layout_of(config: RunConfig, gpus: int | None) -> tuple[Layout, list[str]]:
@@ -203,7 +219,7 @@ def training(config: RunConfig, known: Known, layout: Layout) -> dict:
         "warmup_steps": warmup,
         "warmup_tokens": _tokens(config, tokens_per_step, warmup) if warmup is not None else None,
         "clipping": clipping(config),
-        "precision": precision(config),
+        "precision": precision(config, known.device),
         "attention": attention(config, known.device),
         "determinism": determinism(config, known.device),
         "logged": logging(config),
@@ -337,6 +353,7 @@ def _memory(model: Model, layout: Layout, length: int, compute: Compute, hardwar
         other = memory_by_stage(model, replace(layout, recompute=policy), length, compute)
         policies[policy] = max(memory.total for memory in other)
     largest = max(memory.total for memory in memories)
+    usable = hardware.device.usable_bytes(layout.communicators) if hardware else None
     return {
         "stages": [
             {"stage": stage.index, "layers": stage.layers, "ranks": layout.gpus // layout.pp}
@@ -346,8 +363,8 @@ def _memory(model: Model, layout: Layout, length: int, compute: Compute, hardwar
         ],
         "largest": largest,
         "by_recompute": policies,
-        "usable": hardware.device.usable_bytes if hardware else None,
-        "fits": largest <= hardware.device.usable_bytes if hardware else None,
+        "usable": usable,
+        "fits": largest <= usable if usable is not None else None,
     }
 
 
@@ -356,8 +373,8 @@ def _kv_cache(model: Model, length: int, compute: Compute) -> dict:
     return {"bytes_per_token": per_token, "bytes_per_sequence": per_token * (model.max_positions or length)}
 
 
-def _time(result: dict, hardware: Hardware) -> dict:
-    rate = hardware.gpus * hardware.device.tflops * 1e12 * hardware.mfu
+def _time(result: dict, hardware: Hardware, precision: str) -> dict:
+    rate = hardware.gpus * hardware.device.peak_tflops(precision) * 1e12 * hardware.mfu
     tokens_per_second = rate / result["flops"]["per_token"]
     tokens = result["training"]["tokens"]
     return {

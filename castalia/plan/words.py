@@ -53,12 +53,15 @@ def clipping(config: RunConfig) -> str:
     return f"gradients are scaled down to a norm of {clip:g}"
 
 
-def precision(config: RunConfig) -> str:
+def precision(config: RunConfig, device: str | None = None) -> str:
     compute = {"auto": "bf16 where the hardware has it, else fp32,"}.get(
         config.precision.compute, config.precision.compute
     )
     rest = "fp32 weights, gradients and optimizer state; norms, softmax and loss are summed in fp32"
-    return f"{compute} compute; {rest}" + (f"; {loss_scale(config)}" if compute == "fp16" else "")
+    more = {"fp16": f"; {loss_scale(config)}"}
+    if device == "cuda":
+        more["fp32"] = "; matrices are not rounded to TF32 (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1: faster, 10 bits)"
+    return f"{compute} compute; {rest}{more.get(compute, '')}"
 
 
 def loss_scale(config: RunConfig) -> str:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from castalia.parallel.compile import code_folder, missing_compiler
-from castalia.train.hardware import choose_dtype
+from castalia.train.hardware import has_bf16
 
 
 class FastPath(NamedTuple):
@@ -20,21 +20,22 @@ class FastPath(NamedTuple):
 
 def fast_paths(device: torch.device) -> list[FastPath]:
     """Each with its reason. The figures are measured ratios of training steps on two AVX-512 cores."""
-    native = choose_dtype("auto", device) == torch.bfloat16
+    native, lacking = has_bf16(device), lacking_kernels() if device.type == "cuda" else None
     glibc = platform.libc_ver()[0] == "glibc"
     capability = torch.backends.cpu.get_cpu_capability()
     return [
         FastPath(
             "GPU",
-            device.type == "cuda",
-            torch.cuda.get_device_name() if device.type == "cuda" else "torch sees no CUDA device",
+            device.type == "cuda" and not lacking,
+            lacking or (torch.cuda.get_device_name() if device.type == "cuda" else "torch sees no CUDA device"),
             "training is hundreds of times slower than on a data-centre GPU; small models remain practical",
         ),
         FastPath(
             "bf16 compute",
             native,
             f"{device.type} multiplies bf16 " + ("natively" if native else "by emulation only, so fp32 is used"),
-            "matrix products run in fp32, which AMX and GPUs do at a fifth of bf16's rate or less",
+            "matrix products run in fp32, which AMX and GPUs do at a fifth of bf16's rate or less"
+            + ("; precision.compute=fp16 is fast on this GPU" if device.type == "cuda" else ""),
         ),
         _attention(device.type),
         _compiling(device.type),
@@ -51,6 +52,34 @@ def fast_paths(device: torch.device) -> list[FastPath]:
             "CPU steps take 1.3 to 2 times as long, because memory goes back to the system after each",
         ),
     ]
+
+
+def lacking_kernels() -> str | None:
+    """Says so if this build of torch was not compiled for the GPU: those for CUDA 13 know none older than sm_75."""
+    capability, built = torch.cuda.get_device_capability(), torch.cuda.get_arch_list()
+    if torch.version.hip or runs_on(capability, built):
+        return None
+    name, sm = torch.cuda.get_device_name(), "sm_{}{}".format(*capability)
+    return (
+        f"{name} is {sm}, but torch {torch.__version__} has kernels for {', '.join(built)}; install a build of "
+        "torch for another CUDA (cu126 has sm_70)"
+    )
+
+
+def runs_on(capability: tuple[int, int], built: list[str]) -> bool:
+    """Whether a GPU runs kernels built for such architectures: "sm_86" its own generation from 8.6 on, PTX later ones.
+
+    Source: "Application compatibility" in NVIDIA's CUDA programming guide.
+    """
+    for architecture in built:
+        kind, _, number = architecture.rstrip("af").partition("_")
+        major, minor = int(number[:-1]), int(number[-1])
+        exact = architecture[-1] == "a"  # for one architecture alone
+        if (major, minor) == capability or (not exact and major == capability[0] and minor <= capability[1]):
+            return True
+        if kind == "compute" and not exact and (major, minor) <= capability:
+            return True
+    return False
 
 
 def _attention(device: str) -> FastPath:

@@ -10,22 +10,13 @@ import time
 import torch
 
 from castalia.errors import ConfigError
+from castalia.plan.devices import auto_precision, find_device, this_cpu
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Dense 16-bit TFLOP/s of one device, from the makers' data sheets; the first name contained in the device's counts.
-PEAK_TFLOPS = {
-    "B200": 2250.0,
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "L4": 121.0,
-    "A10": 125.0,
-    "V100": 125.0,
-    "RTX 4090": 165.0,
-    "RTX 3090": 71.0,
-}
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -38,12 +29,16 @@ def choose_device(wanted: str) -> torch.device:
 
 def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
     """The type of activations; `auto` is bf16 where the device multiplies it natively, else fp32."""
-    if wanted != "auto":
-        return DTYPES[wanted]
+    if wanted == "auto":
+        wanted = auto_precision(has_bf16(device))
+    return DTYPES[wanted]
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 itself."""
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if native else torch.float32
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return this_cpu().bf16
 
 
 def repeat_bits() -> None:
@@ -56,7 +51,8 @@ def repeat_bits() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("NCCL_ALGO", "^NVLS")
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # it finds mistakes, and takes time
+    # What this fills is read by mistake only, and filling takes time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def keep_freed_memory() -> None:
@@ -74,9 +70,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Operations a second that one device can do in matrix products: measured on CPUs, None where nobody knows."""
     if device.type == "cpu":
         return None if dtype == torch.float16 else measured_flops(dtype)  # CPUs emulate fp16, a thousand times slower
-    name = torch.cuda.get_device_name(device)
-    known = next((tflops for key, tflops in PEAK_TFLOPS.items() if key in name), None)
-    return None if known is None or dtype == torch.float32 else known * 1e12
+    known = find_device(torch.cuda.get_device_name(device))
+    if known is None or (dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"):
+        return None
+    return known.peak_tflops(name_of(dtype)) * 1e12
 
 
 def measured_flops(dtype: torch.dtype, size: int = 1024) -> float:

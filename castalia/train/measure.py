@@ -50,6 +50,6 @@ def describe_memory(session: Session, layout: Layout, peak_bytes: int) -> str:
     frozen = reference.parameters.values() if reference else ()
     local = (session.engine.part(t).local for t in chain(session.engine.parameters.values(), states, frozen))
     measured = peak_bytes + sum(tensor.numel() * tensor.element_size() for tensor in local)
-    compute = compute_of(session.config, session.dtype.itemsize, session.device.type)
+    compute = compute_of(session.config, session.config.precision.compute, session.device.type)
     stage = memory_by_stage(session.config.model, layout, session.config.data.seq_length, compute)[0]
     return f"memory: tensors took {gib(measured)}, plan says {gib(stage.total)} ({measured / stage.total - 1:+.1%})"

@@ -28,7 +28,7 @@ from castalia.train.compiling import Compiling, plan_compiling, settled
 from castalia.train.exact import Exact, exact_behaviour, summed_micro_batches
 from castalia.train.finetune import new_tokens, start_adapters, trained_names, what_trains
 from castalia.train.folder import holds_checkpoint, run_folder
-from castalia.train.hardware import DTYPES, choose_device, choose_dtype, repeat_bits
+from castalia.train.hardware import DTYPES, choose_device, choose_dtype, name_of, repeat_bits
 from castalia.train.known import refuse_foreign_tokens
 from castalia.train.optimizer import LossScaler, average_moments, make_optimizer
 from castalia.train.preference import PreferenceLoss
@@ -276,7 +276,7 @@ def resolve(config: RunConfig, source: Checkpoint | None) -> tuple[RunConfig, To
     rule = config.precision.loss_scale.rule or ("zero" if config.parallel.zero else "stage0")
     precision = config.precision.model_copy(
         update={
-            "compute": next(name for name, known in DTYPES.items() if known == dtype),
+            "compute": name_of(dtype),
             "loss_scale": config.precision.loss_scale.model_copy(update={"rule": rule}),
         }
     )

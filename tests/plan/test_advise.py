@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 
 from castalia.config.load import load_config
-from castalia.errors import ConfigError
 from castalia.plan.advise import Job, binding, enough, judge, layouts, losers, nearest, suggest
 from castalia.plan.devices import DEVICES, parse_gpus
 from castalia.plan.layout import Layout
@@ -74,24 +73,3 @@ def test_each_cost_grows_with_what_causes_it() -> None:
 
 def test_the_binding_constraint_is_the_largest_category() -> None:
     assert binding(Memory(1, 2, 3, 4, 9, 5, 6)) == ("activations", 9)
-
-
-@pytest.mark.parametrize(
-    ("text", "number", "name", "gib"),
-    [("8xH100", 8, "H100", 80), ("H200", 1, "H200", 141), ("96x40GB", 96, "40GB", 40), ("4 x 24gb", 4, "24GB", 24)],
-)
-def test_devices_by_name_and_by_memory(text, number, name, gib) -> None:
-    found, device, assumed = parse_gpus(text)
-    assert (found, device.name, device.memory_gib) == (number, name, gib)
-    assert bool(assumed) == ("gb" in text.lower())
-
-
-def test_the_cpu_is_a_device_too() -> None:
-    number, device, assumed = parse_gpus("cpu")
-    assert number == 1 and device.name == "cpu" and device.memory_gib > 0 and "core" in (assumed or "")
-
-
-@pytest.mark.parametrize("text", ["8xQ100", "0xH100", "", "H100x8"])
-def test_unknown_devices_are_refused_with_the_known_ones(text) -> None:
-    with pytest.raises(ConfigError, match=r"NUMBERxDEVICE.*H100"):
-        parse_gpus(text)

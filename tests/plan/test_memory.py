@@ -12,6 +12,7 @@ from castalia.model.transformer import Transformer
 from castalia.parallel.apply import apply_recompute
 from castalia.plan.layout import Layout, Stage, problem, stages
 from castalia.plan.memory import Compute, Rank, memory_by_stage, moments_of
+from castalia.train.hardware import name_of
 from castalia.train.optimizer import gradient_norm, gradients, make_optimizer
 from castalia.train.preference import dpo, reward_model
 
@@ -88,7 +89,7 @@ def peak_bytes(model: Model, layout: Layout, dtype: torch.dtype, compute: Comput
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_training_step_takes_the_planned_memory(family, dtype, recompute) -> None:
     model = Model(**(BASE | FAMILIES[family]))
-    compute = Compute(dtype.itemsize, "cpu")
+    compute = Compute(name_of(dtype), "cpu")
     for micro_batch, accumulation in ((3, 1), (2, 2)):
         layout = Layout(micro_batch=micro_batch, accumulation=accumulation, recompute=recompute)
         planned = Rank(model, layout, Stage(0, model.num_layers, True, True), LENGTH, compute).memory().total
@@ -114,7 +115,7 @@ PARTS = {
 )
 @pytest.mark.parametrize("part", PARTS)
 def test_so_does_a_step_of_which_parts_train_or_that_learns_from_pairs(part, dtype, recompute) -> None:
-    compute = Compute(dtype.itemsize, "cpu", **PARTS[part])
+    compute = Compute(name_of(dtype), "cpu", **PARTS[part])
     for family in ({"parallel_residual": True}, FAMILIES["llama"]):
         model = Model(**(BASE | family), reward_head=compute.objective == "reward")
         layout = Layout(micro_batch=3, recompute=recompute)

@@ -1,0 +1,35 @@
+"""Which kernels a build of torch brings for a device."""
+
+from __future__ import annotations
+
+import pytest
+
+from castalia.cli.doctor import gpu_text
+from castalia.train.fast_paths import runs_on
+
+CU130 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "able"),
+    [
+        ((7, 0), CU130, False),  # a V100
+        ((7, 5), CU130, True),
+        ((8, 9), CU130, True),  # by sm_86
+        ((12, 1), CU130, True),
+        ((13, 0), CU130, True),  # by compute_120
+        ((13, 0), CU130[:-1], False),
+        ((9, 0), ["sm_90a"], True),
+        ((10, 3), ["sm_100a"], False),
+        ((10, 3), ["sm_100f"], True),
+    ],
+)
+def test_a_gpu_runs_what_was_built_for_its_generation(capability, built, able):
+    assert runs_on(capability, built) is able
+
+
+def test_doctor_says_what_a_gpu_can_do():
+    gpu = {"name": "NVIDIA A100-SXM4-40GB", "memory_gib": 39.4, "capability": "8.0"}
+    rates = {"bf16": 312, "fp16": 312, "fp32": 19.5}
+    assert gpu_text(gpu | {"tflops": rates}).endswith("capability 8.0, bf16 312 fp16 312 fp32 19.5 TFLOP/s")
+    assert gpu_text(gpu | {"tflops": None}).endswith("of unknown speed: MFU needs log.peak_tflops")
