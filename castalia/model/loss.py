@@ -14,6 +14,7 @@ from castalia.model.layers import is_slow_half
 
 IGNORE = -100
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}  # of one chunk's logits
+HALF_GAIN = 2.0**10  # fp16 gradients of logits are held so many times as large: else those below 6e-8 would be zero
 BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20}  # of the part of them that is in fp32 at a time: CPUs cache it
 
 
@@ -107,7 +108,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float, grad_enabled: bool) -> Tensor:
-        cast = weight.to(hidden.dtype)
+        cast, factor = weight.to(hidden.dtype), 1 / gain(hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if grad_enabled and ctx.needs_input_grad[0] else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if grad_enabled and ctx.needs_input_grad[1] else None
@@ -117,9 +118,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = hidden[part] @ cast.T
             total += _loss_and_gradient(logits, labels[part], z_loss)
             if d_hidden is not None:
-                torch.mm(logits, cast, out=d_hidden[part])
+                torch.addmm(d_hidden[part], logits, cast, beta=0, alpha=factor, out=d_hidden[part])
             if d_weight is not None:
-                _add_product(d_weight, logits.T, hidden[part])
+                _add_product(d_weight, logits.T, hidden[part], factor)
             del logits  # else they would live on beside the next chunk's
         ctx.gradients = d_hidden, d_weight
         return total
@@ -131,7 +132,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _loss_and_gradient(logits: Tensor, labels: Tensor, z_loss: float) -> Tensor:
-    """The sum of the tokens' losses; the logits [n, V] are overwritten with their gradient."""
+    """The sum of the tokens' losses; the logits [n, V] are overwritten with their gradient times `gain`."""
     num_rows = _rows_of(BLOCK_BYTES, logits.device, 4 * logits.shape[1])
     blocks = zip(logits.split(num_rows), labels.split(num_rows), strict=True)
     return torch.stack([_block_loss(block, wanted, z_loss) for block, wanted in blocks]).sum()
@@ -143,8 +144,19 @@ def _block_loss(logits: Tensor, labels: Tensor, z_loss: float) -> Tensor:
     found, largest = wide.gather(1, targets), wide.amax(dim=-1, keepdim=True)
     probs = F.softmax(wide, dim=-1)
     log_sums = largest - probs.amax(dim=-1, keepdim=True).log()  # the largest probability is 1 / sum of exp
-    logits.copy_(probs.mul_(real * (1 + 2 * z_loss * log_sums)).scatter_add_(1, targets, -real))
+    held = real * gain(logits.dtype)
+    logits.copy_(probs.mul_(held * (1 + 2 * z_loss * log_sums)).scatter_add_(1, targets, -held))
     return ((log_sums - found + z_loss * log_sums.square()) * real).sum()
+
+
+def gain(dtype: torch.dtype) -> float:
+    """How many times as large the gradients of logits are held in this dtype. Of products with them it is taken off."""
+    return HALF_GAIN if dtype == torch.float16 else 1.0
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b; on GPUs that of fp16 matrices is in fp32, since a sum over many tokens may be too large for fp16."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype == torch.float16 else a @ b
 
 
 def _rows_of(limits: Mapping[str, int], device: torch.device, row_bytes: int) -> int:
@@ -160,11 +172,11 @@ def scaled_gradients(ctx, scale: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(None if d is None else d.mul_(scale) for d in gradients)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, where the total may be wider than the factors: then part by part, because CPUs widen a copy."""
+def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: float = 1.0) -> None:
+    """total += factor * (a @ b), where the total may be wider than a and b: then part by part, as CPUs widen a copy."""
     if total.dtype == b.dtype:
-        total.addmm_(a, b)
+        total.addmm_(a, b, alpha=factor)
         return
     num_rows = _rows_of(BLOCK_BYTES, total.device, 4 * total.shape[1])
-    for rows, factor in zip(total.split(num_rows), a.split(num_rows), strict=True):
-        rows += factor @ b
+    for rows, part in zip(total.split(num_rows), a.split(num_rows), strict=True):
+        rows.add_(product(part, b), alpha=factor)

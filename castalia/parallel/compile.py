@@ -5,9 +5,14 @@ from __future__ import annotations
 import getpass
 import os
 import shutil
+import sys
+import sysconfig
 import tempfile
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,8 +33,41 @@ def compile_blocks(model: nn.Module, config: RunConfig, device: torch.device) ->
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = code_folder()
     blocks: Any = model.blocks
     for block in blocks.values():
+        block.eager = block.forward
         block.forward = torch.compile(block.forward, fullgraph=True)
         block.register_forward_pre_hook(_arrived)
+
+
+def allow_eager(models: Iterable[Sequence[nn.Module]]) -> None:
+    """From the first block on whose compiling fails, all blocks run as they are written; a line on stderr says why.
+
+    Each rank decides for itself: a block communicates in the same order either way. Where only the backward pass cannot
+    be compiled, which shows when half of a step is done, its error stands.
+    """
+    from torch._dynamo.exc import TorchDynamoException  # inductor's errors are some, too
+
+    every: Any = chain.from_iterable(models)
+    blocks: list[Any] = [block for model in every for block in model.blocks.values()]
+
+    def attempted(block: Any, compiled: Any) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return compiled(*args, **kwargs)
+            except TorchDynamoException as error:
+                reason = " ".join(str(error).strip().split("\n\n")[0].split())
+                print(
+                    f"note: blocks cannot be compiled here and stay eager (train.compile=auto): {reason}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            for each in blocks:
+                each.forward = each.eager
+            return block.eager(*args, **kwargs)
+
+        return forward
+
+    for block in blocks:
+        block.forward = attempted(block, block.forward)
 
 
 def missing_compiler(device: str) -> str | None:
@@ -38,8 +76,10 @@ def missing_compiler(device: str) -> str | None:
         return None if shutil.which(os.environ.get("CXX", "g++")) else "a C++ compiler: g++, or one that CXX names"
     if find_spec("triton") is None:
         return "Triton"
-    found = any(map(shutil.which, (os.environ.get("CC", "gcc"), "clang")))
-    return None if found else "a C compiler (for Triton): gcc, or one that CC names"
+    if not any(map(shutil.which, (os.environ.get("CC", "gcc"), "clang"))):
+        return "a C compiler (for Triton): gcc, or one that CC names"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return None if header.exists() else f"Python's headers (for Triton): {header}, from python3-dev or the like"
 
 
 def code_folder() -> str:

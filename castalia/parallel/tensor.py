@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from castalia.model.layers import Linear
-from castalia.model.loss import CHUNK_BYTES, IGNORE, scaled_gradients, token_losses
+from castalia.model.loss import CHUNK_BYTES, IGNORE, gain, product, scaled_gradients, token_losses
 from castalia.model.transformer import Block, Transformer
 
 
@@ -158,7 +158,7 @@ class _VocabularyParallel(torch.autograd.Function):
         z_loss: float,
         grad_enabled: bool,
     ) -> Tensor:
-        cast = weight.to(hidden.dtype)
+        cast, held = weight.to(hidden.dtype), gain(hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if grad_enabled and ctx.needs_input_grad[0] else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if grad_enabled and ctx.needs_input_grad[1] else None
@@ -183,11 +183,11 @@ class _VocabularyParallel(torch.autograd.Function):
                 continue
             d_logits = exponentials.mul_(((1 + 2 * z_loss * log_sums) / sums[0])[:, None])
             d_logits.scatter_add_(1, targets, -here.float()[:, None])
-            d_logits = d_logits.mul_(real[:, None]).to(x.dtype)
+            d_logits = d_logits.mul_(real[:, None] * held).to(x.dtype)
             if d_hidden is not None:
-                torch.mm(d_logits, cast, out=d_hidden[part])
+                torch.addmm(d_hidden[part], d_logits, cast, beta=0, alpha=1 / held, out=d_hidden[part])
             if d_weight is not None:
-                d_weight += d_logits.T @ x
+                d_weight.add_(product(d_logits.T, x), alpha=1 / held)
         ctx.gradients = d_hidden, d_weight
         return total
 

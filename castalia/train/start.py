@@ -21,6 +21,7 @@ from castalia.data.loader import Batch, Samples
 from castalia.data.pairs import Pairs, open_samples, sides_of
 from castalia.data.tokenizer import Tokenizer, add_tokens, load_tokenizer
 from castalia.errors import CheckpointError, ConfigError, TrainingError
+from castalia.parallel.compile import allow_eager
 from castalia.parallel.engine import Engine, one_process
 from castalia.parallel.layout import layout
 from castalia.parallel.process import main_first, world_size
@@ -146,6 +147,8 @@ def start(config: RunConfig) -> Session:
         batch_warmup=config.train.batch_size_warmup,
         first_compiled=compiling.first or 0,
     )
+    if compiling.first is not None and config.train.compile == "auto":
+        allow_eager(e.models for e in (engine, step.preference and step.preference.reference) if e)
     for model in engine.models:
         model.train()
     run = (progress, dtype, compiling, exact, source, loaded)

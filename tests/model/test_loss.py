@@ -105,3 +105,40 @@ def test_losses_of_tokens_with_a_frozen_head():
     expected, _ = torch.autograd.grad(token_losses(hidden, weight, labels).sum(), (hidden, weight))
     (found,) = torch.autograd.grad(token_losses(hidden, weight.detach(), labels).sum(), (hidden,))
     assert torch.equal(found, expected)
+
+
+def test_fp16_gradients_of_unlikely_tokens_are_kept():
+    """The function that GPUs take, beside fp32: half of the tokens have probabilities that fp16 rounds to zero."""
+    hidden, weight, labels = example(torch.float32)
+    with torch.no_grad():
+        weight[35:] = 0.01 * weight[35:]
+        weight[:, 0], hidden[..., 0] = 10.0, 1.0
+        weight[35:, 0] = -4.0
+    found = []
+    for dtype in (torch.float32, torch.float16):
+        rows = hidden.detach().to(dtype).flatten(0, 1).requires_grad_()
+        head = weight.detach().requires_grad_()
+        loss._LinearCrossEntropy.apply(rows, head, labels.flatten() % 35, 0.0, True).backward()
+        found.append((rows.grad.float(), head.grad))
+    (expected, wide), (d_hidden, d_weight) = found
+    assert 0 < wide[35:].abs().max() < 150 * 3e-8  # sums over 150 tokens
+    torch.testing.assert_close(d_weight[35:], wide[35:], rtol=0, atol=0.05 * wide[35:].abs().max().item())
+    torch.testing.assert_close(d_weight[:35], wide[:35], rtol=0, atol=0.01 * wide.abs().max().item())
+    torch.testing.assert_close(d_hidden, expected, rtol=0, atol=0.01 * expected.abs().max().item())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("function", [linear_cross_entropy, lambda *args: (token_losses(*args).sum(), None)])
+def test_fp16_gradients_on_a_gpu_are_those_of_fp32(function):
+    """Features that are large and alike for many tokens, whose sum is beyond fp16's range."""
+    generator, found = torch.Generator().manual_seed(0), []
+    start = torch.randn(4096, 64, generator=generator)
+    start[:, 0] = 40.0
+    head, labels = torch.randn(1000, 64, generator=generator) * 0.02, torch.full((4096,), 7)
+    for dtype in (torch.float32, torch.float16):
+        rows, weight = start.cuda().to(dtype).requires_grad_(), head.cuda().requires_grad_()
+        function(rows, weight, labels.cuda())[0].backward()
+        found.append((rows.grad.float(), weight.grad))
+    assert found[0][1].abs().max() > 65504
+    for wide, narrow in zip(*found, strict=True):
+        torch.testing.assert_close(narrow, wide, rtol=0, atol=0.01 * wide.abs().max().item())

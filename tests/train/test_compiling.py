@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
 
 from castalia.checkpoint.load import load_model
 from castalia.evaluate.perplexity import evaluate
@@ -58,6 +59,33 @@ def test_compiled_code_has_a_folder_when_the_user_has_no_name(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
     assert compile.code_folder().endswith(f"torchinductor_uid_{os.getuid()}")
+
+
+def test_blocks_that_cannot_be_compiled_stay_eager_under_auto_alone(tiny, monkeypatch, tmp_path, capfd):
+    def broken(graph, inputs):
+        raise OSError("no Python.h")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
+    monkeypatch.setattr(compile, "missing_compiler", lambda device: None)
+    monkeypatch.setattr("castalia.train.start.plan_compiling", lambda *_: Compiling(1, "a test"))
+    words = ["train.steps=3", "eval.every=null", "checkpoint.every=null"]
+    train(tiny(tmp_path / "auto", *words), evaluate)
+    assert capfd.readouterr().err.count("no Python.h") == 1
+    with pytest.raises(BackendCompilerFailed, match="no Python.h"):
+        train(tiny(tmp_path / "true", *words, "train.compile=true"), evaluate)
+    monkeypatch.setattr("castalia.train.start.plan_compiling", lambda *_: Compiling(None, "a test"))
+    train(tiny(tmp_path / "eager", *words), evaluate)
+    pairs = zip(*(load_model(tmp_path / name).parameters() for name in ("auto", "eager")), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_python_headers_are_looked_for(monkeypatch, tmp_path):
+    monkeypatch.setattr(compile, "find_spec", lambda name: True)
+    monkeypatch.setenv("CC", "true")
+    monkeypatch.setattr(compile.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert "Python.h" in compile.missing_compiler("cuda")
+    (tmp_path / "Python.h").touch()
+    assert compile.missing_compiler("cuda") is None
 
 
 def test_a_run_resumed_before_or_after_the_switch_equals_one_that_never_stopped(tiny, monkeypatch, tmp_path):
