@@ -1,9 +1,10 @@
 # make demo    train, resume and run a small model on the text in examples/kjv: a few minutes on two cores
 # make test    the test suite without what is marked slow
 # make test-slow   what is marked slow: all layouts of all families, dying processes, the documentation's commands
+# make test-torch TORCH=torch==2.11.0   both suites with another version of torch, in an environment of its own
 # make setup   the environment alone, with all that tests and linters use
 #
-# Needs Python 3.10 or newer and make. Everything lands in .venv and demo.
+# Needs Python 3.10 or newer and make. Everything lands in .venv, .venv-torch-* and demo.
 
 PYTHON ?= python3
 # What pip is told about torch. A machine without GPU may prefer the small build:
@@ -14,11 +15,12 @@ JOBS ?= 2
 DEMO_STEPS ?= 500
 PYTEST_ARGS ?=
 
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow setup lint clean
+.PHONY: demo test test-slow test-torch table-and-suite setup lint clean
 
-demo: .venv/core.done
+demo: $(VENV)/core.done
 	rm -rf demo
 	$(BIN)/castalia tokenizer train examples/kjv/kjv.jsonl --vocab-size 2048 --output demo/tokenizer.json
 	$(BIN)/castalia data prepare examples/kjv/kjv.jsonl --tokenizer demo/tokenizer.json --output demo/kjv --append-eod
@@ -30,35 +32,43 @@ demo: .venv/core.done
 	$(BIN)/castalia generate demo/run --prompt "And the LORD said unto" --temperature 0.7 --max-tokens 160 --seed 2
 	@echo "-- all of it lies in $(CURDIR)/demo: tokenizer.json, kjv_text_document.bin and .idx, loss.png, run/ (config, metrics, checkpoints)"
 
-test: .venv/test.done
+test: $(VENV)/test.done
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadgroup -m "not slow" $(PYTEST_ARGS)
 
-test-slow: .venv/test.done
+test-slow: $(VENV)/test.done
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadgroup -m slow $(PYTEST_ARGS)
 
-setup: .venv/test.done
+# Wheels of other versions may bring a GPU's libraries along: gigabytes.
+test-torch:
+	$(MAKE) table-and-suite VENV=.venv-$(subst ==,-,$(firstword $(TORCH))) PYTEST_ARGS="$(PYTEST_ARGS)"
 
-lint: .venv/test.done
+table-and-suite: $(VENV)/test.done
+	$(BIN)/python tests/torch_names.py --write
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
+
+setup: $(VENV)/test.done
+
+lint: $(VENV)/test.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf .venv demo build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-* demo build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 		echo "error: needs Python 3.10 or newer, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1);" \
 			"name another: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
 
-.venv/core.done: pyproject.toml | $(BIN)/python
+$(VENV)/core.done: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install $(TORCH)
 	$(BIN)/python -m pip install --editable .
 	touch $@
 
-.venv/test.done: .venv/core.done
+$(VENV)/test.done: $(VENV)/core.done
 	$(BIN)/python -m pip install --editable '.[test]'
 	touch $@

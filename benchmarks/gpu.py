@@ -1,13 +1,13 @@
-"""One GPU: training, memory, decoding and correctness, beside transformers on the same work. Under 8 minutes.
+"""One GPU: training, memory, saving, decoding and correctness, beside transformers on the same work. Under 8 minutes.
 
-    python benchmarks/gpu.py [--seconds 450] [--only train|decode|check|attention] [--quick]
+    python benchmarks/gpu.py [--seconds 450] [--only train|save|decode|check|attention] [--quick]
 
 Every row has a process of its own, so that one that fails or runs out of memory costs itself alone: its error stands
 in the row, and the program ends with exit status 1. Rows for which there is no time left say so. MFU counts 6N + causal
 attention, without recomputation, over 989 TFLOP/s (H100 and H200, dense bf16). Micro-batch and recomputation of each
 model are the first that fit by `castalia plan`'s arithmetic. transformers trains as its users do: fp32 parameters,
-autocast, fused AdamW, clipping, SDPA, `torch.compile` over the whole model. `--quick` goes through all of it on the CPU
-with tiny models.
+autocast, fused AdamW, clipping, SDPA, `torch.compile` over the whole model. Each timed round of decoding has lengths
+that no round before it had, as texts do. `--quick` goes through all of it on the CPU with tiny models.
 """
 
 from __future__ import annotations
@@ -29,19 +29,24 @@ import torch
 from generate import Numbers
 from train import Work, batch_of, their_config, their_step
 
+from castalia.checkpoint.formats.native import Writer
+from castalia.checkpoint.load import optimizer_state
+from castalia.checkpoint.tensors import Progress
 from castalia.config.batch import BatchPlan
 from castalia.config.load import load_config
 from castalia.config.schema import Model, Optimizer, RunConfig, Train
 from castalia.generate.engine import generate
 from castalia.model.init import constant_value, initialize
 from castalia.model.transformer import Transformer
+from castalia.parallel.compile import compile_blocks
 from castalia.parallel.engine import Engine, one_process
 from castalia.plan.count import count
 from castalia.plan.flops import kv_cache_bytes, training_flops
 from castalia.plan.layout import Layout
 from castalia.plan.memory import Compute, memory_by_stage
+from castalia.train.hardware import DTYPES
 from castalia.train.measure import PeakMemory
-from castalia.train.optimizer import make_optimizer
+from castalia.train.optimizer import LossScaler, make_optimizer
 from castalia.train.schedule import LearningRate
 from castalia.train.step import TrainStep
 
@@ -49,16 +54,20 @@ PEAK_FLOPS = 989e12
 USABLE = 0.92  # of the device's memory
 WARMUP_STEPS, STEPS = 2, 5
 ROW_SECONDS = 100.0  # of one row, compilation included
-TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2, "bf16, compiled": 1e-2}  # of losses and gradient norms, relative
+# Of losses and gradient norms, relative.
+TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2, "fp16": 1e-2, "bf16, compiled": 1e-2}
+FP16_SCALE = 2.0**16
 HEADS = {
     "machine": "what | measured",
     "check": "what | CPU, fp32 | device | difference",
     "train": "model | side | sequences x micro-batches | recompute | ms a step | tokens/s | TFLOP/s | MFU | peak GiB "
     "| plan GiB | peak / plan",
+    "save": "model | save | training waits ms | a plain copy to the host ms | on disk after s | GB | host memory GB",
     "decode": "model | side | rows | prefill ms | decode tokens/s | ms a token | of the bandwidth",
     "attention": "shape of q | back end | forward ms | with backward ms | TFLOP/s",
 }
 Row = Mapping[str, Any]
+Write = Callable[[list[list[int]], int], object]  # prompts, and how many tokens follow each
 
 
 class Bench:
@@ -69,7 +78,6 @@ class Bench:
         self.device = torch.device("cpu" if quick else "cuda")
         self.seq, self.sequences = (32, 4) if quick else (2048, 16)
         self.prompt, self.new = (8, 4) if quick else (1024, 64)
-        self.backend = "aot_eager" if quick else "inductor"
 
     def model(self, name: str) -> Model:
         shape = load_config(name).model
@@ -81,6 +89,11 @@ class Bench:
         big = ("pythia-1.4b", "pythia-410m", "pythia-160m", "pythia-2.8b", "pythia-6.9b")
         sides = ("eager", "compiled", "transformers")
         trained = [{"kind": "train", "model": m, "side": s} for m in (big[:1] if self.quick else big) for s in sides]
+        ours = sides[: 1 if self.quick else 2]
+        grouped = {"num_kv_heads": 1 if self.quick else 4, "sliding_window": self.seq // 4}
+        for variant in ({"shape": grouped}, {"precision": "fp16"}):
+            trained += [{"kind": "train", "model": big[1], "side": side} | variant for side in ours]
+        saved = [{"kind": "save", "model": big[0]}]
         decoded = [
             {"kind": "decode", "model": model, "side": side, "rows": rows}
             for model in (big[:1] if self.quick else ("pythia-1.4b", "pythia-160m"))
@@ -90,7 +103,8 @@ class Bench:
         decoded += [{"kind": "decode", "model": "gpt-neox-20b", "side": "ours", "rows": 1}]
         attention = [{"kind": "attention", "backend": name} for name in ("flash", "cudnn", "efficient", "math")]
         checks = [{"kind": "check", "what": what} for what in ("losses", "tokens")]
-        return [{"kind": "machine"}, *checks, *trained, *decoded, *(attention[-1:] if self.quick else attention)]
+        last = attention[-1:] if self.quick else attention
+        return [{"kind": "machine"}, *checks, *trained, *saved, *decoded, *last]
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -151,12 +165,11 @@ def check_losses(bench: Bench, shape: Model, host: Transformer, tokens: torch.Te
     wanted = loss_and_norm(host, tokens)
     cells = []
     for name, tolerance in TOLERANCE.items():
-        dtype = torch.float32 if name == "fp32" else torch.bfloat16
+        dtype = DTYPES[name.split(",")[0]]
         model = Transformer(shape, compute_dtype=dtype).to(bench.device).eval()
         model.load_state_dict(host.state_dict())
-        if "compiled" in name:
-            compile_blocks(model, bench.backend)
-        found = loss_and_norm(model, tokens.to(bench.device))
+        compile_blocks(model, RunConfig(train=Train(compile="compiled" in name)), bench.device)
+        found = loss_and_norm(model, tokens.to(bench.device), FP16_SCALE if name == "fp16" else 1.0)
         for what, expected, value in zip(("loss", "gradient norm"), wanted, found, strict=True):
             apart = abs(value / expected - 1)
             # rounding to bf16 adds up in gradients
@@ -165,11 +178,11 @@ def check_losses(bench: Bench, shape: Model, host: Transformer, tokens: torch.Te
     return cells
 
 
-def loss_and_norm(model: Transformer, tokens: torch.Tensor) -> tuple[float, float]:
+def loss_and_norm(model: Transformer, tokens: torch.Tensor, scale: float = 1.0) -> tuple[float, float]:
     loss_sum, count = model(tokens[:, :-1], tokens[:, 1:])
     loss = loss_sum / count
-    loss.backward()
-    return loss.item(), torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
+    (loss * scale).backward()
+    return loss.item(), torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item() / scale
 
 
 def check_tokens(bench: Bench, shape: Model, host: Transformer, tokens: torch.Tensor) -> list[list[str]]:
@@ -196,21 +209,31 @@ def written(model: Transformer, prompts: list[list[int]], count: int) -> list[li
 
 
 def train_row(bench: Bench, row: Row) -> list[list[str]]:
-    shape, layout = bench.model(row["model"]), fitting(bench, bench.model(row["model"]))
-    build = their_training if row["side"] == "transformers" else our_training
-    step, micro = build(bench, shape, layout, row["side"])
+    shape = bench.model(row["model"]).model_copy(update=row.get("shape", {}))
+    layout, precision = fitting(bench, shape), row.get("precision", "bf16")
+    if row["side"] == "transformers":
+        step, micro = their_training(bench, shape, layout)
+    else:
+        step, micro = our_training(bench, shape, layout, row["side"] == "compiled", precision)
     seconds = bench.seconds(step)
     peak = bench.peak_bytes(step)
     tokens = bench.sequences * bench.seq
     rate = tokens * training_flops(shape, bench.seq) / seconds
     plan = planned(bench, shape, layout) if row["side"] != "transformers" else None
+    split = f"{micro} x {bench.sequences // micro}"
     return [
         [
-            *(row["model"], row["side"], f"{micro} x {bench.sequences // micro}", layout.recompute if plan else "none"),
+            *(variant_name(row), row["side"], split, layout.recompute if plan else "none"),
             *(f"{seconds * 1e3:.1f}", f"{tokens / seconds:,.0f}", f"{rate / 1e12:.1f}", f"{rate / PEAK_FLOPS:.1%}"),
             *(f"{peak / 2**30:.2f}", f"{plan / 2**30:.2f}" if plan else "", f"{peak / plan:.2f}" if plan else ""),
         ]
     ]
+
+
+def variant_name(row: Row) -> str:
+    shape = row.get("shape", {})
+    parts = [row["model"], *(f"{key}={value}" for key, value in shape.items())]
+    return ", ".join([*parts, row["precision"]] if "precision" in row else parts)
 
 
 def fitting(bench: Bench, shape: Model) -> Layout:
@@ -229,21 +252,25 @@ def planned(bench: Bench, shape: Model, layout: Layout) -> int:
     return memory_by_stage(shape, layout, bench.seq, Compute("bf16", bench.device.type))[0].total
 
 
-def our_training(bench: Bench, shape: Model, layout: Layout, side: str) -> tuple[Callable[[], object], int]:
+def our_training(
+    bench: Bench, shape: Model, layout: Layout, compiled: bool, precision: str
+) -> tuple[Callable[[], object], int]:
     """A step as `castalia train` takes it, and its micro-batch."""
+    step = our_step(bench, shape, layout, compiled, precision)
+    batch = batch_of(0, Work(shape, bench.sequences, bench.seq, precision, "same"))
+    return lambda: step(0, batch), layout.micro_batch
+
+
+def our_step(bench: Bench, shape: Model, layout: Layout, compiled: bool, precision: str) -> TrainStep:
     plan = BatchPlan(bench.sequences, layout.micro_batch, layout.accumulation)
-    engine = one_process(
-        RunConfig(model=shape, train=Train(recompute=layout.recompute)), torch.bfloat16, bench.device, plan
-    )
+    config = RunConfig(model=shape, train=Train(recompute=layout.recompute, compile=compiled))
+    engine = one_process(config, DTYPES[precision], bench.device, plan)
     fill(engine)
-    if side == "compiled":
-        compile_blocks(engine.model, bench.backend)
     engine.model.train()
     optimizer = make_optimizer(engine.parameters, Optimizer(lr=1e-4, weight_decay=0.1))
     rate = LearningRate(peak=1e-4, minimum=0.0, warmup=0.0, end=1, style="constant")
-    step = TrainStep(engine, optimizer, rate, plan, seed=1, clip_norm=1.0)
-    batch = batch_of(0, Work(shape, bench.sequences, bench.seq, "bf16", "same"))
-    return lambda: step(0, batch), layout.micro_batch
+    scaler = LossScaler(config.precision.loss_scale, "stage0") if precision == "fp16" else None
+    return TrainStep(engine, optimizer, rate, plan, seed=1, clip_norm=1.0, scaler=scaler)
 
 
 @torch.no_grad()
@@ -254,18 +281,13 @@ def fill(engine: Engine) -> None:
         parameter.normal_(0.0, 0.02) if constant is None else parameter.fill_(constant)
 
 
-def compile_blocks(model: Transformer, backend: str) -> None:
-    for block in model.blocks.values():
-        block.compile(backend=backend, dynamic=False)
-
-
-def their_training(bench: Bench, shape: Model, layout: Layout, side: str) -> tuple[Callable[[], object], int]:
+def their_training(bench: Bench, shape: Model, layout: Layout) -> tuple[Callable[[], object], int]:
     """transformers' step with the largest micro-batch, from ours downwards, that does not run out of memory."""
     from transformers import GPTNeoXForCausalLM
 
     with bench.device:
         model = GPTNeoXForCausalLM(their_config(shape, bench.seq)).train()
-    model.compile(backend=bench.backend, dynamic=False)
+    model.compile(backend="aot_eager" if bench.quick else "inductor", dynamic=False)
     tokens = torch.from_numpy(batch_of(0, Work(shape, bench.sequences, bench.seq, "bf16", "same")).tokens)
     tokens, micro = tokens.to(bench.device), layout.micro_batch
     while True:
@@ -280,13 +302,44 @@ def their_training(bench: Bench, shape: Model, layout: Layout, side: str) -> tup
             model.zero_grad(set_to_none=True)
 
 
+def save_row(bench: Bench, row: Row) -> list[list[str]]:
+    """What a run waits for when it saves, the first time and later; beside it one plain copy of as many bytes."""
+    shape = bench.model(row["model"])
+    layout = fitting(bench, shape)
+    step = our_step(bench, shape, layout, compiled=False, precision="bf16")
+    batch = batch_of(0, Work(shape, bench.sequences, bench.seq, "bf16", "same"))
+    step(0, batch)
+    config, parameters = RunConfig(model=shape), step.engine.parameters
+    states = optimizer_state(step.optimizer, parameters)
+    tensors = [*parameters.values(), *(t for state in states.values() for k, t in state.items() if k != "step")]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    copied = bench.seconds(lambda: [tensor.detach().to("cpu", copy=True) for tensor in tensors], rounds=2, warmup=1)
+    before, cells = host_bytes(), []
+    with tempfile.TemporaryDirectory() as folder, Writer(folder, keep_last=1) as writer:
+        for number, name in enumerate(("first", "second", "third"), 1):
+            bench.synchronize()
+            start = time.perf_counter()
+            writer.save(parameters, states, Progress(step=number), config)
+            waited = time.perf_counter() - start
+            step(number, batch)
+            writer.join()
+            written = time.perf_counter() - start
+            held = (host_bytes() - before) / 1e9
+            times = f"{waited * 1e3:.0f}", f"{copied * 1e3:.0f}", f"{written:.1f}"
+            cells.append([row["model"], name, *times, f"{size / 1e9:.2f}", f"{held:.1f}"])
+    return cells
+
+
+def host_bytes() -> int:
+    """This process's memory on the host, page-locked memory included."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def decode_row(bench: Bench, row: Row) -> list[list[str]]:
     shape, rows = bench.model(row["model"]), row["rows"]
-    prompts = torch.randint(0, shape.vocab_size, (rows, bench.prompt)).tolist()
-    write = (their_writer if row["side"] == "transformers" else our_writer)(bench, shape, prompts)
-    first = bench.seconds(lambda: write(1), rounds=3, warmup=1)
-    whole = bench.seconds(lambda: write(1 + bench.new), rounds=3, warmup=1)
-    each = (whole - first) / bench.new
+    write = (their_writer if row["side"] == "transformers" else our_writer)(bench, shape)
+    rounds = [decode_round(bench, shape, write, rows, bench.prompt + number * (bench.new + 2)) for number in range(4)]
+    first, each = (statistics.median(seconds) for seconds in zip(*rounds[1:], strict=True))
     weights = 2 * (count(shape).total - shape.padded_vocab_size * shape.hidden_size)
     needed = weights + rows * (bench.prompt + bench.new / 2) * kv_cache_bytes(shape)
     size = 1 << (20 if bench.quick else 28)
@@ -295,24 +348,33 @@ def decode_row(bench: Bench, row: Row) -> list[list[str]]:
     return [[row["model"], row["side"], str(rows), *cells]]
 
 
-def our_writer(bench: Bench, shape: Model, prompts: list[list[int]]) -> Callable[[int], object]:
+def decode_round(bench: Bench, shape: Model, write: Write, rows: int, length: int) -> tuple[float, float]:
+    """Seconds until the first token, and for each further one: the first time that keys are so many."""
+    prompts = torch.randint(0, shape.vocab_size, (rows, length)).tolist()
+    first = bench.seconds(lambda: write(prompts, 1), rounds=1, warmup=1)
+    whole = bench.seconds(lambda: write(prompts, 1 + bench.new), rounds=1, warmup=0)
+    return first, (whole - first) / bench.new
+
+
+def our_writer(bench: Bench, shape: Model) -> Write:
     with torch.device("meta"):
         model = Transformer(shape)
     model = model.to(torch.bfloat16).to_empty(device=bench.device).eval()
     fill(Engine(model))
-    return lambda count: written(model, prompts, count)
+    return lambda prompts, count: written(model, prompts, count)
 
 
-def their_writer(bench: Bench, shape: Model, prompts: list[list[int]]) -> Callable[[int], object]:
+def their_writer(bench: Bench, shape: Model) -> Write:
     from transformers import GPTNeoXForCausalLM
 
     with bench.device:
         model = GPTNeoXForCausalLM(their_config(shape, bench.seq, use_cache=True)).to(torch.bfloat16).eval()
-    tokens = torch.tensor(prompts, device=bench.device)
-    settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "attention_mask": torch.ones_like(tokens)}
+    settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
     @torch.inference_mode()
-    def write(count: int) -> object:
+    def write(prompts: list[list[int]], count: int) -> object:
+        tokens = torch.tensor(prompts, device=bench.device)
+        settings["attention_mask"] = torch.ones_like(tokens)
         return model.generate(tokens, max_new_tokens=count, **settings).tolist()
 
     return write
@@ -337,7 +399,8 @@ def attention_row(bench: Bench, row: Row) -> list[list[str]]:
 
 
 WORK = {
-    "machine": machine_row, "check": check_row, "train": train_row, "decode": decode_row, "attention": attention_row,
+    "machine": machine_row, "check": check_row, "train": train_row, "save": save_row, "decode": decode_row,
+    "attention": attention_row,
 }  # fmt: skip
 
 
