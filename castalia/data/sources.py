@@ -6,13 +6,14 @@ UTF-8 happens in `texts_of`, wherever the chunk has gone to.
 
 from __future__ import annotations
 
-import gzip
 import json
+import logging
 import lzma
 import re
 import tarfile
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -23,6 +24,7 @@ import zstandard
 
 from castalia.errors import DataError
 
+log = logging.getLogger(__name__)
 BLOCK_BYTES = 1 << 18
 SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -31,15 +33,23 @@ class BadRecord(DataError):
     """A record that is no document."""
 
 
+class Damaged(Exception):
+    """What cannot be read: a file from some place on, or a member of an archive."""
+
+
 @dataclass(frozen=True)
 class Chunk:
-    """Neighbouring records of one file. `lines` are cut at newlines when they are parsed; else each record is given."""
+    """Neighbouring records of one file. `lines` are cut at newlines when they are parsed; else each record is given.
+
+    `damage` says, in place of records, why there are none from here on.
+    """
 
     path: str
     first: int  # number of the first record: a line, an entry or a member, counted from 1
     is_json: bool
     lines: bytes = b""
     records: tuple[bytes, ...] = ()
+    damage: str = ""
     done_bytes: int = 0  # bytes of all inputs read so far
 
 
@@ -53,15 +63,15 @@ class Texts:
 
 
 def find_files(inputs: Iterable[str | Path]) -> list[Path]:
-    """The files themselves, and of each folder the files with a known ending, sorted by name."""
+    """The files themselves, and of each folder and its subfolders those with a known ending, in order of their paths.
+
+    What of a folder is left out, hidden files and others, is counted in a warning.
+    """
     files: list[Path] = []
     for given in inputs:
         path = Path(given)
         if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.is_file() and _reader(file) is not None)
-            if not inside:
-                raise DataError(f"folder {path} holds no file with a known ending: {', '.join(READERS)}")
-            files += inside
+            files += _files_inside(path)
         elif path.is_file():
             files.append(path)
         else:
@@ -69,8 +79,30 @@ def find_files(inputs: Iterable[str | Path]) -> list[Path]:
     return files
 
 
+def _files_inside(folder: Path) -> list[Path]:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    hidden = [file for file in files if any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    seen = [file for file in files if file not in set(hidden)]
+    known = [file for file in seen if _reader(file) is not None]
+    others = Counter(file.suffix or "no ending" for file in seen if _reader(file) is None)
+    if not known:
+        raise DataError(f"folder {folder} holds no file with a known ending: {', '.join(READERS)}")
+    left_out = [f"{count} {ending}" for ending, count in others.most_common()]
+    if hidden:
+        left_out.append(f"{len(hidden)} hidden")
+    if left_out:
+        log.warning("folder %s: %d files are read, left out are %s", folder, len(known), ", ".join(left_out))
+    return known
+
+
+DAMAGE = (Damaged, zstandard.ZstdError, zlib.error, lzma.LZMAError, EOFError, tarfile.TarError, zipfile.BadZipFile)
+
+
 def chunks(files: Sequence[Path], keys: Sequence[str] = ("text",)) -> Iterator[Chunk]:
-    """All chunks of the files in order. `keys` are the columns of parquet files. DataError names a damaged file."""
+    """All chunks of the files in order. `keys` are the columns of parquet files.
+
+    A damaged file ends with a chunk that says so. Raises DataError for an unknown kind and for columns that lack.
+    """
     before = 0
     for path in files:
         reader = _reader(path)
@@ -80,10 +112,9 @@ def chunks(files: Sequence[Path], keys: Sequence[str] = ("text",)) -> Iterator[C
             try:
                 for chunk in reader(file, str(path), keys):
                     yield replace(chunk, done_bytes=before + file.tell())
-            except (zstandard.ZstdError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, EOFError) as error:
-                raise DataError(f"{path} is damaged: {error}") from error
-            except (tarfile.TarError, zipfile.BadZipFile) as error:
-                raise DataError(f"{path} is damaged: {error}") from error
+            except DAMAGE as error:
+                done = before + path.stat().st_size
+                yield Chunk(str(path), 1, False, damage=f"{path} is damaged: {error}", done_bytes=done)
         before += path.stat().st_size
 
 
@@ -98,6 +129,11 @@ def texts_of(
     `parse` turns a JSON value into something else than one text for each key; it raises ValueError for a bad one.
     """
     found = Texts({key: [] for key in keys})
+    if chunk.damage:
+        if not skip_bad:
+            raise BadRecord(chunk.damage)
+        found.bad.append(f"{chunk.damage}; what is left of it is left out")
+        return found
     records = [line.removesuffix(b"\r") for line in chunk.lines.split(b"\n")] if chunk.lines else chunk.records
     for number, record in enumerate(records, start=chunk.first):
         if chunk.is_json and not record.strip():
@@ -141,6 +177,8 @@ def _json(record: bytes) -> Any:
         return json.loads(_decode(record))
     except json.JSONDecodeError as error:
         raise ValueError(f"no JSON: {error}") from None
+    except RecursionError:
+        raise ValueError("JSON that is nested too deep") from None
 
 
 def field_of(value: Any, key: str) -> Any:
@@ -156,6 +194,8 @@ def _texts(value: Any, keys: Sequence[str]) -> dict[str, str]:
     texts = {}
     for key in keys:
         text = field_of(value, key)
+        if text is None:
+            text = ""
         if isinstance(text, list) and all(isinstance(part, str) for part in text):
             text = "\n\n".join(text)
         if not isinstance(text, str):
@@ -175,11 +215,16 @@ def _blocks(file: IO[bytes]) -> Iterator[bytes]:
 
 
 def _decompress(file: IO[bytes], new: Callable) -> Iterator[bytes]:
-    """Decompressed blocks of one or more streams back to back. EOFError if the last one is cut off."""
-    stream = None
+    """Decompressed blocks of one or more streams back to back, which zeros may follow, as tapes and disks pad files.
+
+    Raises EOFError if the last stream is cut off.
+    """
+    stream, begun = None, False
     for block in _blocks(file):
         while block:
-            stream = stream or new()
+            if stream is None and begun and not (block := block.lstrip(b"\0")):
+                break
+            stream, begun = stream or new(), True
             yield stream.decompress(block)
             block = stream.unused_data if stream.eof else b""
             stream = None if stream.eof else stream
@@ -192,7 +237,8 @@ def _gunzip(file: IO[bytes]) -> Iterator[bytes]:
 
 
 def _unzstd(file: IO[bytes]) -> Iterator[bytes]:
-    return _decompress(file, lambda: zstandard.ZstdDecompressor().decompressobj())
+    """Also what was compressed with the longest window, `zstd --long=31`."""
+    return _decompress(file, lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj())
 
 
 # --- records: each reader takes (open file, path for messages, keys) ---
@@ -237,27 +283,27 @@ def _read_json_zst(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[
     """One JSON array."""
     try:
         values = json.loads(b"".join(_unzstd(file)))
-    except ValueError as error:
-        raise DataError(f"{path}: no JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"no JSON: {error}") from error
     if not isinstance(values, list):
-        raise DataError(f"{path}: expected a JSON array of texts, found {type(values).__name__}")
+        raise Damaged(f"expected a JSON array of texts, found {type(values).__name__}")
     records = (json.dumps(value).encode() for value in values)
     return _grouped(path, records, is_json=True)
 
 
 def _read_dat_zst(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chunk]:
     """Records of 16 ASCII digits, the length in bytes, and a text."""
-    return _grouped(path, _dat_records(path, _unzstd(file)), is_json=False)
+    return _grouped(path, _dat_records(_unzstd(file)), is_json=False)
 
 
-def _dat_records(path: str, blocks: Iterator[bytes]) -> Iterator[bytes]:
+def _dat_records(blocks: Iterator[bytes]) -> Iterator[bytes]:
     buffer, number = bytearray(), 0
 
     def take(size: int) -> bytes:
         while len(buffer) < size and (block := next(blocks, None)) is not None:
             buffer.extend(block)
         if len(buffer) < size:
-            raise DataError(f"{path}: record {number} ends too early: {len(buffer)} of {size} bytes")
+            raise Damaged(f"record {number} ends too early: {len(buffer)} of {size} bytes")
         taken = bytes(buffer[:size])
         del buffer[:size]
         return taken
@@ -270,7 +316,7 @@ def _dat_records(path: str, blocks: Iterator[bytes]) -> Iterator[bytes]:
         number += 1
         header = take(16)
         if not header.strip().isdigit():
-            raise DataError(f"{path}: record {number} begins with {header!r} instead of its length")
+            raise Damaged(f"record {number} begins with {header!r} instead of its length")
         yield take(int(header))
 
 
@@ -278,7 +324,16 @@ def _read_zip(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chunk
     with zipfile.ZipFile(file) as archive:
         for info in archive.infolist():
             if not info.is_dir():
-                yield Chunk(f"{path}/{info.filename}", 1, is_json=False, records=(archive.read(info),))
+                yield _zip_member(archive, info, f"{path}/{info.filename}")
+
+
+def _zip_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: str) -> Chunk:
+    if info.flag_bits & 1:
+        return Chunk(path, 1, False, damage=f"{path} needs a password; unpack the archive first")
+    try:
+        return Chunk(path, 1, is_json=False, records=(archive.read(info),))
+    except (NotImplementedError, *DAMAGE) as error:  # the former: a compression that Python does not know
+        return Chunk(path, 1, False, damage=f"{path} cannot be read: {error}")
 
 
 def _read_tar(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chunk]:
@@ -296,7 +351,10 @@ def _read_parquet(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[C
         parquet = import_module("pyarrow.parquet")
     except ImportError:
         raise DataError(f"{path}: reading parquet needs the package pyarrow: pip install pyarrow") from None
-    table = parquet.ParquetFile(file)
+    try:
+        table = parquet.ParquetFile(file)
+    except (OSError, ValueError) as error:  # pyarrow's errors are kinds of these
+        raise Damaged(f"no parquet: {error}") from error
     missing = [key for key in keys if key not in table.schema_arrow.names]
     if missing:
         raise DataError(f"{path}: no column {missing[0]!r}; it has {', '.join(map(repr, table.schema_arrow.names))}")
@@ -304,11 +362,21 @@ def _read_parquet(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[C
 
 
 def _parquet_records(table: Any, keys: list[str]) -> Iterator[bytes]:
-    """Rows as JSON objects. Null is an empty text; what JSON cannot hold is refused when the row is parsed."""
-    for batch in table.iter_batches(columns=keys):
+    """Rows as JSON objects. What JSON cannot hold becomes an object, which is refused when the row is parsed."""
+    batches = table.iter_batches(columns=keys)
+    while True:
+        try:
+            batch = next(batches, None)
+        except (OSError, ValueError) as error:
+            raise Damaged(str(error)) from error
+        if batch is None:
+            return
         for row in batch.to_pylist():
-            record = {key: "" if row[key] is None else row[key] for key in keys}
-            yield json.dumps(record, ensure_ascii=False, default=lambda value: None).encode()
+            yield json.dumps({key: row[key] for key in keys}, ensure_ascii=False, default=_no_json).encode()
+
+
+def _no_json(value: Any) -> dict[str, str]:
+    return {"no JSON": type(value).__name__}
 
 
 def _grouped(path: str, records: Iterable[bytes], is_json: bool) -> Iterator[Chunk]:
@@ -334,7 +402,9 @@ READERS: dict[str, Reader] = {
     ".json.zst": _read_json_zst,
     ".dat.zst": _read_dat_zst,
     ".zip": _read_zip,
+    ".tar": _read_tar,
     ".tar.gz": _read_tar,
+    ".tgz": _read_tar,
     ".tar.xz": _read_tar,
     "_data.xz": _read_tar,  # OpenWebText: urlsf_subset*_data.xz, archives within openwebtext.tar.xz
     ".parquet": _read_parquet,

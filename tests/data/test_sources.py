@@ -38,6 +38,13 @@ def zipped(members: dict[str, bytes]) -> bytes:
     return out.getvalue()
 
 
+def long_window(content: bytes) -> bytes:
+    """As `zstd --long=31` does: a frame whose header asks for a window of 2 GiB."""
+    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=31, enable_ldm=True)
+    stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    return stream.compress(content) + stream.flush()
+
+
 MEMBERS = {f"{i}.txt": text.encode() for i, text in enumerate(TEXTS)}
 FILES: dict[str, Callable[[], bytes]] = {
     "a.jsonl": lambda: JSONL,
@@ -48,6 +55,10 @@ FILES: dict[str, Callable[[], bytes]] = {
     "a.dat.zst": lambda: zstandard.compress(b"".join(b"%016d" % len(t.encode()) + t.encode() for t in TEXTS)),
     "a.zip": lambda: zipped(MEMBERS),
     "a.tar.gz": lambda: tar(MEMBERS, "w:gz"),
+    "a.tgz": lambda: tar(MEMBERS, "w:gz"),
+    "a.tar": lambda: tar(MEMBERS),
+    "padded.jsonl.gz": lambda: gzip.compress(JSONL[:40]) + bytes(700) + gzip.compress(JSONL[40:]) + bytes(400_000),
+    "long.jsonl.zst": lambda: long_window(JSONL),
     "a.jsonl.zst.tar": lambda: tar({"x.jsonl.zst": zstandard.compress(JSONL)}),
     "openwebtext.tar.xz": lambda: tar({"openwebtext/urlsf_subset00-1_data.xz": tar(MEMBERS, "w:xz")}, "w:xz"),
 }
@@ -82,7 +93,7 @@ def test_parquet(tmp_path: Path) -> None:
     assert found.texts == {"title": ["T"], "body": ["one", "two"]} and found.empty == 1
     (chunk,) = chunks([tmp_path / "b.parquet"], ("turns",))
     assert json.loads(chunk.records[0]) == {"turns": [{"role": "user"}]}
-    with pytest.raises(DataError, match=r"b\.parquet:1: field 'at' is no text but NoneType"):
+    with pytest.raises(DataError, match=r"b\.parquet:1: field 'at' is no text but dict"):
         list(documents([tmp_path / "b.parquet"], "at"))
     with pytest.raises(DataError, match="no column 'body'; it has 'text'"):
         list(documents([tmp_path / "a.parquet"], "body"))
@@ -99,6 +110,31 @@ def test_folders_and_unknown_endings(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no file"):
         find_files([tmp_path / "empty"])
+
+
+def test_what_of_a_folder_is_taken_and_what_is_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("b.txt", "sub/deep/a.txt", "c.doc", "sub/d.doc", "README", ".hidden.txt", ".git/x.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert list(documents(find_files([tmp_path]))) == ["b.txt", "sub/deep/a.txt"]
+    (line,) = caplog.messages
+    assert line == f"folder {tmp_path}: 2 files are read, left out are 2 .doc, 1 no ending, 2 hidden"
+    caplog.clear()
+    find_files([tmp_path / "sub" / "deep"])
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_a_null_text_is_an_empty_one_in_every_kind_of_file(tmp_path: Path, name: str) -> None:
+    if name.endswith("parquet"):
+        pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow")
+        parquet.write_table(pyarrow.table({"text": ["one", None]}), tmp_path / name)
+    else:
+        (tmp_path / name).write_text('{"text": "one"}\n{"text": null}')
+    found = [texts_of(chunk, ("text",)) for chunk in chunks([tmp_path / name])]
+    assert sum((texts.texts["text"] for texts in found), []) == ["one"]
+    assert sum(texts.empty for texts in found) == 1
 
 
 def test_what_counts_as_a_text(tmp_path: Path) -> None:
@@ -118,6 +154,7 @@ def test_what_counts_as_a_text(tmp_path: Path) -> None:
         (b'{"text": 7}', "no text but int"),
         (b"[1]", "no text but list"),
         (b'{"text": "\\ud800"}', "surrogate"),
+        (b"[" * 100_000, "nested too deep"),
     ],
 )
 def test_bad_lines_are_named_or_counted(tmp_path: Path, line: bytes, message: str) -> None:
@@ -160,13 +197,32 @@ def test_cutting_at_newlines_loses_nothing(blocks: list[bytes]) -> None:
         ("a.json.zst", zstandard.compress(b'{"text": 1}')),
         ("a.dat.zst", zstandard.compress(b"%016d" % 99 + b"short")),
         ("a.dat.zst", zstandard.compress(b"no length at all")),
+        ("a.parquet", b""),
+        ("a.parquet", b"PAR1 no parquet at all PAR1"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",  # not the content, which holds the time
 )
 def test_damaged_files(tmp_path: Path, name: str, content: bytes) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=name.replace(".", r"\.")):
-        list(documents([tmp_path / name]))
+    files = [tmp_path / name, tmp_path / "whole.jsonl"]
+    files[0].write_bytes(content)
+    files[1].write_bytes(JSONL)
+    with pytest.raises(DataError, match=rf"{name.replace('.', '[.]')} is damaged: "):
+        list(documents(files))
+    found = [texts_of(chunk, ("text",), skip_bad=True) for chunk in chunks(files)]
+    bad = [message for texts in found for message in texts.bad]
+    assert len(bad) == 1 and str(files[0]) in bad[0]
+    assert found[-1].texts["text"] == TEXTS
+
+
+def test_a_zip_with_a_password_names_the_member(tmp_path: Path) -> None:
+    content = bytearray(zipped(MEMBERS))
+    for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # of the second member, in both directories
+        second = content.index(signature, content.index(signature) + 1)
+        content[second + flags] |= 1
+    (tmp_path / "a.zip").write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.zip/1\.txt needs a password"):
+        list(documents([tmp_path / "a.zip"]))
+    assert list(documents([tmp_path / "a.zip"], skip_bad=True)) == [TEXTS[0], TEXTS[2]]
 
 
 def test_progress_reaches_the_end(tmp_path: Path) -> None:
