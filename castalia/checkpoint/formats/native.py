@@ -24,7 +24,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from errno import ETIMEDOUT
 from pathlib import Path
 from threading import Event
@@ -80,6 +80,9 @@ class Writer:
             raise CheckpointError(
                 f"cannot save checkpoints in {folder}: {error.strerror} ({error.filename})"
             ) from error
+        from castalia.checkpoint.copies import HostCopies  # here, as reading goes without torch
+
+        self._copies = HostCopies()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
         self._abandoned = Event()
@@ -95,20 +98,18 @@ class Writer:
         """Copy now, write later. `optimizer`: name -> {exp_avg, ..., step}, the parameters being the masters."""
         self.join()
         about = describe(progress, config, data_fingerprint)
-        tensors = {"model": {name: _copy(tensor) for name, tensor in model.items()}}
+        given = {("model", name): _shard(tensor) for name, tensor in model.items()}
         steps: dict[str, int] | None = None
+        tensors: dict[str, dict[str, Shard]] = {"model": {}}
         if optimizer is not None:
-            tensors["optimizer"] = {
-                f"{name}.{kind}": _copy(state[kind])
-                for name, state in optimizer.items()
-                for kind in state
-                if kind != "step"
-            }
+            for name, state in optimizer.items():
+                kinds = (kind for kind in state if kind != "step")
+                given |= {("optimizer", f"{name}.{kind}"): _shard(state[kind]) for kind in kinds}
             steps = {name: int(state.get("step", 0)) for name, state in optimizer.items()}
-        if any(_tensor(given).is_cuda for given in model.values()):
-            import torch
-
-            torch.cuda.synchronize()  # the copies to pinned memory are under way
+            tensors["optimizer"] = {}
+        copies = self._copies.take({key: shard.tensor for key, shard in given.items()})
+        for (part, name), shard in given.items():
+            tensors[part][name] = replace(shard, tensor=copies[part, name])
         self._pending = self._thread.submit(self._write, progress.step, tensors, steps, about)
 
     def join(self) -> None:
@@ -362,18 +363,8 @@ def describe(progress: Progress, config: RunConfig | None, data_fingerprint: str
     }
 
 
-def _tensor(given: torch.Tensor | Shard) -> torch.Tensor:
-    return given.tensor if isinstance(given, Shard) else given
-
-
-def _copy(given: torch.Tensor | Shard) -> Shard:
-    import torch
-
-    source = _tensor(given).detach()
-    copy = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
-    copy.copy_(source, non_blocking=True)
-    shape, start = (given.shape, given.start) if isinstance(given, Shard) else (source.shape, (0,) * source.dim())
-    return Shard(copy, tuple(shape), tuple(start))
+def _shard(given: torch.Tensor | Shard) -> Shard:
+    return given if isinstance(given, Shard) else Shard.whole(given)
 
 
 def refuse_if_in_use(folder: str | Path) -> None:
