@@ -69,7 +69,7 @@ def command(
     config = load_config([usual, prepared.fitting, *files, {"data": corpora}], rest)
     config._origins = {path: re.sub(r"\bkeys:\d+", "its default", where) for path, where in config.origins.items()}
     if config.train.epochs and prepared.conversations:
-        steps = config.train.epochs * math.ceil(prepared.conversations / (config.train.batch_size or BATCH))
+        steps = math.ceil(config.train.epochs * prepared.conversations / (config.train.batch_size or BATCH))
         config = config.model_copy(update={"train": config.train.model_copy(update={"steps": steps, "epochs": None})})
     (folder / "finetune.yml").write_text(dump_config(config), encoding="utf-8")
     if nproc and nproc > 1:

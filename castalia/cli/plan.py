@@ -24,7 +24,7 @@ def command(
     ],
     gpus: Annotated[str | None, typer.Option(help="96x40GB, 8xH100, cpu")] = None,
     vocab_size: Annotated[int | None, typer.Option(min=1, help="when the tokenizer's file is not here")] = None,
-    mfu: Annotated[float, typer.Option(min=0.01, max=1.0, help="share of the devices' peak to plan times with")] = 0.4,
+    mfu: Annotated[float, typer.Option(min=0.01, max=1.0, help="share of the peak that matrix products reach")] = 0.4,
     suggest: Annotated[bool, typer.Option("--suggest", help="layouts that fit, and why the others lose")] = False,
     plot: Annotated[Path | None, typer.Option(help="picture of the memory, for example memory.png")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one object with everything")] = False,
@@ -103,23 +103,15 @@ def tokenizer_size(config: RunConfig) -> tuple[int | None, str]:
 
 def suggestions(config: RunConfig, result: dict, hardware: Hardware, *, all_of_them: bool) -> dict:
     """The best layouts, or those that fit nearest to the config's own; JSON-ready."""
-    from castalia.plan.advise import Job, enough, losers, nearest, suggest
+    from castalia.plan.advise import enough, losers, nearest, suggest
     from castalia.plan.layout import Layout
-    from castalia.plan.report import default_compute, described
+    from castalia.plan.report import default_compute, job_of
 
     layout = {name: value for name, value in result["layout"].items() if name != "gpus"}
     batch = result["training"]["sequences_per_step"]
     if config.train.batch_size is None and batch % hardware.gpus:
         batch = -(-batch // hardware.gpus) * hardware.gpus
-    job = Job(
-        described(config),
-        config.data.seq_length,
-        batch,
-        hardware.gpus,
-        hardware.device,
-        default_compute(config, hardware),
-        hardware.mfu,
-    )
+    job = job_of(config, hardware, batch, default_compute(config, hardware))
     ranked = suggest(job) if all_of_them else nearest(job, Layout(**layout))
     fitting = [verdict for verdict in ranked if verdict.fits]
     return {

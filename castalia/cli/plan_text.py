@@ -70,7 +70,7 @@ def _costs(plan: dict) -> Iterable[list[str]]:
     if time:
         yield [
             "speed",
-            f"{time['tokens_per_second']:,.0f} tokens/s at {time['mfu']:.0%} of peak ({time['device']})",
+            f"{time['tokens_per_second']:,.0f} tokens/s, {time['mfu']:.0%} of the devices' peak ({time['device']})",
         ]
         whole = f", {seconds(time['seconds'])} in all" if time["seconds"] else ""
         yield ["time", f"{seconds(time['seconds_per_step'])} a step{whole}"]

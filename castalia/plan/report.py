@@ -10,6 +10,7 @@ from castalia.config.batch import batch_plan, steps_within, sum_until, tokens_un
 from castalia.config.preference import PAIRED
 from castalia.config.schema import Model, RunConfig
 from castalia.errors import ConfigError
+from castalia.plan.advise import Job, judge
 from castalia.plan.count import all_shapes, count, non_embedding, original_count
 from castalia.plan.devices import Device, GiB, auto_precision
 from castalia.plan.flops import executed_flops, kv_cache_bytes, original_flops, training_flops
@@ -28,6 +29,7 @@ class Corpus:
     weight: float = 1.0
     largest_id: int | None = None  # among the tokens that were looked at
     looked_at: int = 0
+    samples: float | None = None  # of a pass, where samples hold whole documents; None: they are cut from all tokens
 
 
 class Rate(Protocol):
@@ -107,7 +109,7 @@ def report(config: RunConfig, known: Known, hardware: Hardware | None = None, co
         "executed_per_token": executed_flops(model, length, layout.recompute),
         "original_per_token": original_flops(model, length),
     }
-    result["time"] = _time(result, hardware, compute.precision) if hardware else None
+    result["time"] = _time(result, job_of(config, hardware, layout.batch, compute), layout) if hardware else None
     result["unknown"] += _unknown(result, known, hardware)
     return result
 
@@ -210,7 +212,7 @@ def training(config: RunConfig, known: Known, layout: Layout) -> dict:
             if warmup
         },
         "tokens": int(_tokens(config, tokens_per_step, steps)) if steps else None,
-        "epochs": {corpus.path: epochs for corpus, epochs in _epochs(config, known, steps, one_side)},
+        "epochs": {corpus.path: epochs for corpus, epochs in _epochs(config, known, steps, layout.batch)},
         "first_lr": known.rate(0) if known.rate else None,
         "peak_lr": known.rate.peak if known.rate else config.optimizer.lr,
         "last_lr": known.rate(steps - 1) if known.rate and steps else None,
@@ -248,8 +250,8 @@ def run_steps(config: RunConfig, known: Known, layout: Layout) -> int | None:
     if config.train.steps:
         return config.train.steps
     if config.train.epochs and known.corpora:
-        tokens = config.train.epochs * sum(_training_tokens(config, corpus) for corpus in known.corpora)
-        return steps_within(config.train.batch_size_warmup, int(tokens // config.data.seq_length), layout.batch)
+        samples = config.train.epochs * sum(_samples_of_a_pass(config, corpus) for corpus in known.corpora)
+        return steps_within(config.train.batch_size_warmup, int(samples), layout.batch, config.train.earlier_batches)
     return None
 
 
@@ -274,7 +276,7 @@ def warnings(config: RunConfig, known: Known, layout: Layout) -> list[str]:
             f"the run's checkpoints need {needed / GiB:,.0f} GiB and {known.free_bytes / GiB:,.0f} GiB are free here; "
             "save less often (checkpoint.every), keep fewer (checkpoint.keep_last) or use another disk (checkpoint.dir)"
         )
-    for corpus, epochs in _epochs(config, known, steps, layout.batch * config.data.seq_length):
+    for corpus, epochs in _epochs(config, known, steps, layout.batch):
         if epochs > MANY_EPOCHS:
             found.append(
                 f"{corpus.path} is seen {epochs:.1f} times; more than {MANY_EPOCHS} passes teach little: train for "
@@ -373,15 +375,22 @@ def _kv_cache(model: Model, length: int, compute: Compute) -> dict:
     return {"bytes_per_token": per_token, "bytes_per_sequence": per_token * (model.max_positions or length)}
 
 
-def _time(result: dict, hardware: Hardware, precision: str) -> dict:
-    rate = hardware.gpus * hardware.device.peak_tflops(precision) * 1e12 * hardware.mfu
-    tokens_per_second = rate / result["flops"]["per_token"]
+def job_of(config: RunConfig, hardware: Hardware, batch: int, compute: Compute) -> Job:
+    """What all layouts of a comparison have in common; `batch`: sequences of a step."""
+    model, length = described(config), config.data.seq_length
+    return Job(model, length, batch, hardware.gpus, hardware.device, compute, hardware.mfu)
+
+
+def _time(result: dict, job: Job, layout: Layout) -> dict:
+    seconds_per_step = judge(job, layout).costs.total
+    tokens_per_second = result["training"]["tokens_per_step"] / seconds_per_step
+    peak = job.gpus * job.device.peak_tflops(job.compute.precision) * 1e12
     tokens = result["training"]["tokens"]
     return {
-        "device": hardware.device.name,
-        "mfu": hardware.mfu,
+        "device": job.device.name,
+        "mfu": tokens_per_second * result["flops"]["per_token"] / peak,
         "tokens_per_second": tokens_per_second,
-        "seconds_per_step": result["training"]["tokens_per_step"] / tokens_per_second,
+        "seconds_per_step": seconds_per_step,
         "seconds": tokens / tokens_per_second if tokens else None,
     }
 
@@ -397,21 +406,21 @@ def _unknown(result: dict, known: Known, hardware: Hardware | None) -> list[str]
     return missing
 
 
-def _training_tokens(config: RunConfig, corpus: Corpus) -> float:
-    """Tokens of the training part; the split counts documents, so this is an estimate."""
+def _samples_of_a_pass(config: RunConfig, corpus: Corpus) -> float:
+    """Samples of the training part; the split counts documents, so this is an estimate."""
+    samples = corpus.tokens / config.data.seq_length if corpus.samples is None else corpus.samples
     if config.data.path is None:
-        return corpus.tokens
+        return samples
     parts = [float(part) for part in config.data.split.replace("/", ",").split(",")]
-    return corpus.tokens * parts[0] / sum(parts)
+    return samples * parts[0] / sum(parts)
 
 
-def _epochs(config: RunConfig, known: Known, steps: int | None, tokens_per_step: int) -> list[tuple[Corpus, float]]:
+def _epochs(config: RunConfig, known: Known, steps: int | None, batch_size: int) -> list[tuple[Corpus, float]]:
     weights = sum(corpus.weight for corpus in known.corpora)
     if not steps:
         return []
-    length = config.data.seq_length
-    seen = sum_until(config.train.batch_size_warmup, steps, tokens_per_step // length) * length
-    return [(c, seen * c.weight / weights / max(1.0, _training_tokens(config, c))) for c in known.corpora]
+    seen = sum_until(config.train.batch_size_warmup, steps, batch_size, config.train.earlier_batches)
+    return [(c, seen * c.weight / weights / (_samples_of_a_pass(config, c) or 1.0)) for c in known.corpora]
 
 
 def _run_bytes(config: RunConfig, known: Known) -> int | None:

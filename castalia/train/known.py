@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from castalia.config.schema import Checkpoint, RunConfig
+from castalia.config.schema import Checkpoint, Data, RunConfig
 from castalia.errors import DataError
 from castalia.plan.report import Corpus, Known
 from castalia.train.schedule import is_save_step, learning_rate
 
+if TYPE_CHECKING:
+    import numpy as np
+
+LOOKED_AT_DOCUMENTS = 10_000
 LOOKED_AT = 1 << 22  # token ids of all corpora together: a few milliseconds, also where they are terabytes
 
 
@@ -51,8 +56,23 @@ def corpora(config: RunConfig) -> tuple[Corpus, ...]:
         largest, looked_at = sampled_largest_id(data, LOOKED_AT // len(sources))
         documents = max(len(data.doc_index) - 1, 0) or len(data)
         tokens = int(data.sizes.sum(dtype="int64"))
-        found.append(Corpus(str(path), tokens, documents, weight, largest, looked_at))
+        samples = None if config.data.packing == "packed" else whole_documents(data.sizes, config.data)
+        found.append(Corpus(str(path), tokens, documents, weight, largest, looked_at, samples))
     return tuple(found)
+
+
+def whole_documents(sizes: np.ndarray, data: Data) -> float:
+    """Samples of one pass over documents of these sizes [documents], which are not cut. Of many documents the first
+    ones tell how many fit into a sample."""
+    usable = sizes if data.allow_chopped else sizes[sizes <= data.seq_length + 1]
+    if data.packing == "unpacked":
+        return len(usable)
+    samples, room = 0, -1
+    for size in usable[:LOOKED_AT_DOCUMENTS].tolist():
+        if size > room:
+            samples, room = samples + 1, data.seq_length + 1
+        room -= size
+    return samples * max(1.0, len(usable) / LOOKED_AT_DOCUMENTS)
 
 
 def refuse_foreign_tokens(config: RunConfig) -> None:

@@ -6,8 +6,9 @@ import pytest
 
 from castalia.config.load import load_config
 from castalia.errors import ConfigError
+from castalia.plan.advise import suggest
 from castalia.plan.devices import DEVICES
-from castalia.plan.report import Corpus, Hardware, Known, layout_of, report, warnings
+from castalia.plan.report import Corpus, Hardware, Known, default_compute, job_of, layout_of, report, warnings
 from castalia.train.schedule import LearningRate
 
 TINY = ["train.steps=1000", "train.batch_size=8", "train.micro_batch_size=8", "data.seq_length=128"]
@@ -71,6 +72,14 @@ def test_epochs_follow_weights_and_the_split() -> None:
     assert report(config, known)["training"]["epochs"] == {"a": pytest.approx(1.0), "b": pytest.approx(0.5)}
 
 
+def test_epochs_of_whole_documents_count_samples_not_padded_places() -> None:
+    words = [*TINY, "data.train=[{path: a, labels: l}]", "data.packing=unpacked"]
+    config = load_config("pythia-14m", words)
+    steps, batch = config.train.steps, report(config, Known())["training"]["sequences_per_step"]
+    known = Known(corpora=(Corpus("a", tokens=700, documents=100, samples=100.0),))
+    assert report(config, known)["training"]["epochs"] == {"a": pytest.approx(steps * batch / 100)}
+
+
 def test_epochs_give_the_steps() -> None:
     config = load_config("pythia-14m", [*TINY[1:], "train.epochs=2", "data.train=[{path: a}]"])
     plan = report(config, Known(corpora=(Corpus("a", 1_024_000, 10),)))
@@ -88,12 +97,21 @@ def test_the_architecture_alone_is_enough() -> None:
     assert any("--gpus" in line for line in plan["unknown"])
 
 
-def test_time_is_operations_over_the_stated_rate() -> None:
+def test_a_layout_has_one_time_wherever_it_is_told() -> None:
+    hardware = Hardware(64, DEVICES["a100-40"], mfu=0.5)
     config = load_config("pythia-1b")
-    plan = report(config, Known(), Hardware(64, DEVICES["a100-40"], mfu=0.5))
-    seconds = plan["training"]["tokens"] * plan["flops"]["per_token"] / (64 * 312e12 * 0.5)
-    assert plan["time"]["seconds"] == pytest.approx(seconds)
-    assert plan["memory"]["fits"] is False or plan["memory"]["largest"] <= plan["memory"]["usable"]
+    best = suggest(job_of(config, hardware, 1024, default_compute(config, hardware)))[0]
+    knobs = {"micro_batch_size": best.layout.micro_batch, "accumulation": best.layout.accumulation}
+    words = [f"train.{name}={value}" for name, value in knobs.items()] + [f"train.recompute={best.layout.recompute}"]
+    words += [f"parallel.{name}={getattr(best.layout, name)}" for name in ("tp", "pp", "zero")]
+    words += ["train.batch_size=1024", f"parallel.sequence_parallel={best.layout.sequence_parallel}".lower()]
+    plan = report(load_config("pythia-1b", words), Known(), hardware)
+    time, training = plan["time"], plan["training"]
+    assert time["seconds_per_step"] == best.costs.total
+    assert time["tokens_per_second"] == pytest.approx(1024 * 2048 / best.costs.total)
+    assert time["mfu"] == pytest.approx(time["tokens_per_second"] * plan["flops"]["per_token"] / (64 * 312e12))
+    assert time["seconds"] == pytest.approx(training["steps"] * best.costs.total)
+    assert time["mfu"] < 0.5 and plan["memory"]["fits"]
 
 
 def test_the_same_batch_on_any_number_of_devices() -> None:
