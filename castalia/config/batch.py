@@ -6,11 +6,13 @@ Sizes that rise over the first steps are functions of the step alone, as everyth
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
-from castalia.config.schema import RunConfig, Warmup
+from castalia.config.preference import PAIRED
+from castalia.config.schema import EarlierBatch, RunConfig, Warmup
 from castalia.errors import ConfigError
 
 _WARMUP = "train.batch_size_warmup"
@@ -48,28 +50,39 @@ def _rising(warmup: Warmup, whole: int) -> tuple[int, ...]:
     return tuple(sums)
 
 
-def sum_until(warmup: Warmup | None, steps: int, whole: int) -> int:
+def spans(earlier: Sequence[EarlierBatch], steps: int, whole: int) -> Iterator[tuple[int, int, int]]:
+    """First step (from 0), end and whole size of each stretch of the first so many steps that has a size of its own."""
+    begin = 0
+    for until, size in (*((span.until, span.batch_size) for span in earlier), (steps, whole)):
+        yield begin, max(begin, min(until, steps)), size
+        begin = max(begin, min(until, steps))
+
+
+def sum_until(warmup: Warmup | None, steps: int, whole: int, earlier: Sequence[EarlierBatch] = ()) -> int:
     """The sum of the sizes of the first so many steps."""
+    return sum(_sum(warmup, end, size) - _sum(warmup, begin, size) for begin, end, size in spans(earlier, steps, whole))
+
+
+def _sum(warmup: Warmup | None, steps: int, whole: int) -> int:
     sums = _rising(warmup, whole) if warmup else (0,)
     rising = min(steps, len(sums) - 1)
     return sums[rising] + (steps - rising) * whole
 
 
-def steps_within(warmup: Warmup | None, total: int, whole: int) -> int:
+def steps_within(warmup: Warmup | None, total: int, whole: int, earlier: Sequence[EarlierBatch] = ()) -> int:
     """How many steps' sizes add up to at most `total`."""
-    sums = _rising(warmup, whole) if warmup else (0,)
-    if total < sums[-1]:
-        return bisect_right(sums, total) - 1
-    return len(sums) - 1 + (total - sums[-1]) // whole
+    return bisect_right(range(total + 1), total, key=lambda steps: sum_until(warmup, steps, whole, earlier)) - 1
 
 
 def tokens_until(config: RunConfig, sequences: int, steps: int) -> int:
-    """Tokens of the first so many steps; `sequences`: of the whole batch."""
+    """Tokens of the first so many steps; `sequences`: of the whole batch, both sides of pairs counted."""
     whole, total = (sequences, config.data.seq_length), 0
     warmups = config.train.batch_size_warmup, config.data.seq_length_warmup
+    sides, earlier = 2 if config.train.objective in PAIRED else 1, config.train.earlier_batches
     for step in range(steps):
-        now = size_at(warmups[0], step, whole[0]), size_at(warmups[1], step, whole[1])
-        if now == whole:
+        size = next((span.batch_size * sides for span in earlier if step < span.until), sequences)
+        now = size_at(warmups[0], step, size), size_at(warmups[1], step, whole[1])
+        if now == whole and step >= max((span.until for span in earlier), default=0):
             return total + (steps - step) * prod(whole)
         total += prod(now)
     return total

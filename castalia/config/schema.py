@@ -367,6 +367,13 @@ class Preference(Section):
     undesirable_weight: NonNegativeFloat = Field(1.0, description="of kto: of the loss of unwanted texts")
 
 
+class EarlierBatch(Section):
+    """The size of the batches before a resumed run was given another one."""
+
+    until: PositiveInt = Field(description="the last step, from 1, of this size")
+    batch_size: PositiveInt = Field(description="sequences (or pairs) of a step over all ranks")
+
+
 class Train(Section):
     objective: Literal["causal", "dpo", "kto", "reward"] = Field(
         "causal", description="the next token; or what `preference` describes"
@@ -376,6 +383,9 @@ class Train(Section):
     batch_size: PositiveInt | None = Field(None, description="sequences (or pairs) of a step over all ranks")
     batch_size_warmup: Warmup | None = Field(
         None, description="the first steps train on fewer sequences; None: on the whole batch"
+    )
+    earlier_batches: tuple[EarlierBatch, ...] = Field(
+        (), description="a resumed run writes here what batch_size was until when, so that it reads on where it was"
     )
     micro_batch_size: PositiveInt | None = Field(
         None, description="sequences (or pairs) of one forward pass on one rank"

@@ -18,8 +18,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from castalia.config.batch import batch_plan, size_at, steps_within, sum_until
-from castalia.config.schema import RunConfig, Source, Text, Warmup
+from castalia.config.batch import batch_plan, size_at, spans, steps_within, sum_until
+from castalia.config.schema import EarlierBatch, RunConfig, Source, Text, Warmup
 from castalia.data.blend import blend, normalized, weights_by_documents
 from castalia.data.cache import cached, digest_of, index_names
 from castalia.data.indexed import IndexedDataset, open_dataset
@@ -107,33 +107,40 @@ class Samples:
     exact: bool  # padding after the end of a text without labels is trained on, as the original does
     length_warmup: Warmup | None = None  # of training: batches hold the beginnings of the samples
     batch_warmup: Warmup | None = None  # of training
+    earlier: tuple[EarlierBatch, ...] = ()  # of training
 
     def __len__(self) -> int:
         return len(self.blended[0]) if self.blended else len(self.corpora[0].index)
 
     def steps(self, epochs: int) -> int:
         """Whole steps in so many passes over the data order."""
-        return steps_within(self.batch_warmup, self._micro_batches * epochs * self._micro_batch, self.batch_size)
+        return steps_within(self.batch_warmup, epochs * self._pass(self.batch_size), self.batch_size, self.earlier)
 
-    @property
-    def _micro_batch(self) -> int:
+    def _micro_batch(self, batch_size: int) -> int:
         """Sequences over all ranks, of which every step takes a multiple."""
-        return self.batch_warmup.unit if self.batch_warmup else self.batch_size // self.accumulation
+        if self.batch_warmup:
+            return self.batch_warmup.unit
+        return batch_size // (1 if batch_size % self.accumulation else self.accumulation)
 
-    @property
-    def _micro_batches(self) -> int:
-        return len(self) // self._micro_batch
+    def _pass(self, batch_size: int) -> int:
+        """Samples of one pass over the data order: whole micro-batches."""
+        return len(self) - len(self) % self._micro_batch(batch_size)
 
     def positions(self, step: int) -> np.ndarray:
         """Positions of the data order that a step takes, [sequences]."""
-        size = self._micro_batch
-        if not self._micro_batches:
-            raise DataError(
-                f"{len(self)} samples do not fill one micro-batch of {size} sequences over all ranks: use more data"
-            )
-        first, end = (sum_until(self.batch_warmup, steps, self.batch_size) // size for steps in (step, step + 1))
-        micro = np.arange(first, end) % self._micro_batches
-        return (micro[:, None] * size + np.arange(size)).reshape(-1)
+        first, warmup, size = 0, self.batch_warmup, self.batch_size
+        for begin, end, size in spans(self.earlier, step + 1, self.batch_size):
+            if not (whole := self._pass(size)):
+                raise DataError(
+                    f"{len(self)} samples do not fill one micro-batch of {self._micro_batch(size)} sequences over all "
+                    "ranks: use more data"
+                )
+            first = first if first < whole else 0
+            done = min(end, step)
+            first = (first + sum_until(warmup, done, size) - sum_until(warmup, begin, size)) % whole
+            if step < end:
+                break
+        return (first + np.arange(size_at(warmup, step, size))) % whole
 
     def length(self, step: int) -> int:
         """Tokens of a sequence in a step's batch."""
@@ -271,6 +278,7 @@ def open_data(config: RunConfig, split: Split = "train", open_corpus: OpenCorpus
         exact=config.neox_exact,
         length_warmup=config.data.seq_length_warmup if split == "train" else None,
         batch_warmup=config.train.batch_size_warmup if split == "train" else None,
+        earlier=config.train.earlier_batches if split == "train" else (),
     )
 
 
@@ -291,7 +299,9 @@ def _samples_wanted(config: RunConfig, split: Split, batch_size: int) -> int | N
         return None
     evaluations = config.train.steps // config.eval.every + 1 if config.eval.every else 1
     return {
-        "train": sum_until(config.train.batch_size_warmup, config.train.steps, batch_size),
+        "train": sum_until(
+            config.train.batch_size_warmup, config.train.steps, batch_size, config.train.earlier_batches
+        ),
         "valid": evaluations * config.eval.batches * batch_size,
         "test": config.eval.batches * batch_size,
     }[split]

@@ -68,15 +68,27 @@ def _beginning(run: Path, way: Way, step: int) -> tuple[RunConfig, int]:
     on_disk = saved_steps(run / "checkpoints")
     known = [saved for saved in way.saved if saved in on_disk and saved < step]
     if known:
-        return load_run(run, [f"checkpoint.step={known[-1]}"]), known[-1]
+        begin = known[-1]
+        return load_run(run, [f"checkpoint.step={begin}", *_batch_size_then(run, begin, step)]), begin
     if way.begin > 0:
         raise TrainingError(
             f"{run} has no checkpoint before step {step}, and began with step {way.begin + 1}; "
             f"it has checkpoints of steps {', '.join(map(str, on_disk)) or '(none)'}"
         )
-    config = load_run(run)
+    config = load_run(run, _batch_size_then(run, 0, step))
     first = {"resume": None, "step": None, "init_from": load_config(run).checkpoint.init_from}
     return config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update=first)}), 0
+
+
+def _batch_size_then(run: Path, begin: int, step: int) -> list[str]:
+    """An override where the run was given another batch size after the step."""
+    later = [span for span in load_config(run).train.earlier_batches if span.until > begin]
+    if later and later[0].until < step:
+        raise TrainingError(
+            f"{run} has no checkpoint between step {step} and step {later[0].until}, after which train.batch_size was "
+            "changed"
+        )
+    return [f"train.batch_size={later[0].batch_size}"] if later else []
 
 
 def _looked_at(session: Session, step: int) -> tuple[StepResult, dict[str, Any]]:

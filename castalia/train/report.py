@@ -13,7 +13,10 @@ from pydantic import BaseModel
 
 from castalia.checkpoint.adapters import adapters_of
 from castalia.checkpoint.describe import readable
+from castalia.checkpoint.tensors import Checkpoint
+from castalia.config.batch import sum_until
 from castalia.config.schema import RunConfig, Section
+from castalia.data.pairs import Pairs
 from castalia.model.loss import CHUNK_BYTES
 from castalia.parallel.layout import layout as parallel_layout
 from castalia.parallel.process import world_size
@@ -196,8 +199,26 @@ def restored(session: Session) -> Iterator[tuple[str, str, str]]:
     by = "the config's" if config.checkpoint.schedule_from == "config" or not progress.schedule else "the checkpoint's"
     yield "schedule", "restored", f"after {progress.step - progress.skipped:,} updates, by {by}"
     yield "step", "restored", f"the next one is {progress.step + 1:,} of {session.last:,}"
-    yield "data position", "restored", "a batch is a function of the step, so nothing is read twice or left out"
+    yield "data position", *_data_position(session, source)
     yield "randomness", "restored", f"dropout follows from seed {config.seed}, step and micro-batch"
+
+
+def _data_position(session: Session, source: Checkpoint) -> tuple[str, str]:
+    """Where a resumed run reads on, counted in samples: what became of the place, and why it is the right one."""
+    step, train, size = session.progress.step, session.config.train, session.plan.batch_size
+    read = sum_until(train.batch_size_warmup, step, size, train.earlier_batches)
+    what = "pairs" if isinstance(session.data, Pairs) else "samples"
+    known = source.details.get("data_fingerprint")
+    if known and known != session.data.fingerprint:
+        return "moved", f"checkpoint.other_data: it goes on after {read:,} {what}, but of other data"
+    before = source.config.train.batch_size if source.config else None
+    if session.config.neox_exact and before and before != size:
+        return "moved", f"after {step:,} batches of {size:,}, as the original goes on (neox_exact); they had {before:,}"
+    if before is None:
+        return "restored", f"after {read:,} {what}, if a batch had {size:,} before as well"
+    changed = [span for span in train.earlier_batches if span.until == step]
+    sizes = f": a batch had {changed[0].batch_size:,} until here and has {size:,} from here on" if changed else ""
+    return "restored", f"{read:,} {what} are read, and none is read twice or left out{sizes}"
 
 
 def parameter_count(session: Session) -> int:

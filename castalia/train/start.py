@@ -16,7 +16,7 @@ from castalia.checkpoint.load import architecture as checkpoint_architecture
 from castalia.checkpoint.tensors import Checkpoint, Progress, Shard
 from castalia.config.batch import BatchPlan, batch_plan
 from castalia.config.check import refuse_contradictions, require_training
-from castalia.config.schema import Finetune, Model, RunConfig, is_adapter
+from castalia.config.schema import EarlierBatch, Finetune, Model, RunConfig, is_adapter
 from castalia.data.loader import Batch, Samples
 from castalia.data.pairs import Pairs, open_samples, sides_of
 from castalia.data.tokenizer import Tokenizer, add_tokens, load_tokenizer
@@ -95,11 +95,11 @@ def start(config: RunConfig) -> Session:
     config, tokenizer = resolve(config, source)
     refuse_contradictions(config)
     require_training(config)
-    config = with_steps(config)
-    assert config.model is not None and config.train.steps is not None
-    source = source and as_reward_model(source, config.model, config.seed)
     ranks = world_size()
     plan = batch_plan(config, layout(config.parallel, ranks).dp if ranks > 1 else 1)
+    config = with_steps(with_earlier_batches(config, source, plan.batch_size))
+    assert config.model is not None and config.train.steps is not None
+    source = source and as_reward_model(source, config.model, config.seed)
     with main_first():  # it builds the index files that the others then find
         data = open_samples(config, "train")
     refuse_other_data(config, data, source)
@@ -301,6 +301,22 @@ def with_steps(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"train": config.train.model_copy(update={"steps": steps, "epochs": None})})
 
 
+def with_earlier_batches(config: RunConfig, source: Checkpoint | None, batch_size: int) -> RunConfig:
+    """What a resumed run has read so far, if it was in batches of other sizes, becomes part of its config.
+
+    The original counts steps alone, and goes on elsewhere in the data (neox_exact).
+    """
+    found: list[EarlierBatch] = []
+    if source and source.config and source.progress.step and config.checkpoint.init_from is None:
+        done, before = source.progress.step, source.config.train
+        past = [*before.earlier_batches, EarlierBatch(until=done, batch_size=before.batch_size or 1)]
+        found = [span for span in past if span.until < done]
+        at = next(span for span in past if span.until >= done)
+        if before.batch_size and at.batch_size != batch_size and not config.neox_exact:
+            found.append(EarlierBatch(until=done, batch_size=at.batch_size))
+    return config.model_copy(update={"train": config.train.model_copy(update={"earlier_batches": tuple(found)})})
+
+
 def refuse_other_data(config: RunConfig, data: Samples | Pairs, source: Checkpoint | None) -> None:
     """Raises TrainingError if a resumed run would see other samples than before, unless that is asked for."""
     known = source.details.get("data_fingerprint") if source else None
@@ -309,8 +325,8 @@ def refuse_other_data(config: RunConfig, data: Samples | Pairs, source: Checkpoi
     assert source is not None
     raise TrainingError(
         f"the data or their order are not those that {source.path} was trained on (another corpus, split, seed or "
-        "data.seq_length; another train.steps too where it changes the number of epochs, which are shuffled as one). "
-        "To go on with them nevertheless: checkpoint.other_data=true"
+        "data.seq_length; another train.steps or train.batch_size too where it changes the number of epochs, which are "
+        "shuffled as one). To go on with them nevertheless: checkpoint.other_data=true"
     )
 
 

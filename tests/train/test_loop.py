@@ -23,6 +23,7 @@ from castalia.train.folder import begun_by, this_job
 from castalia.train.loop import TOGETHER_S, StopSignals, rehearse
 from castalia.train.loop import train as run_with
 from castalia.train.metrics import read_metrics, write_event
+from castalia.train.replay import replay
 
 DROPOUT = ("model.hidden_dropout=0.1", "precision.compute=bf16")
 
@@ -203,6 +204,28 @@ def test_a_later_signal_kills():
 def test_resuming_from_an_earlier_step_rewrites_what_came_after(straight, tmp_path):
     shutil.copytree(straight, tmp_path / "run")
     train(read_config([str(tmp_path / "run"), "checkpoint.step=10"]))
+    assert_equal_runs(tmp_path / "run", straight)
+
+
+def test_another_batch_size_reads_on_where_the_data_were(straight, tmp_path, capsys):
+    shutil.copytree(straight, tmp_path / "run")
+    run = str(tmp_path / "run")
+    train(read_config([run, "checkpoint.step=10", "train.batch_size=4", "train.exit_interval=12"]))
+    assert "80 samples are read, and none is read twice or left out: a batch had 8 until here and has 4" in (
+        capsys.readouterr().out
+    )
+    train(read_config([run, "train.batch_size=12", "train.exit_interval=14"]))
+    train(read_config([run, "train.exit_interval=15"]))
+    data, order = open_data(load_config(run)), open_data(load_config(straight))
+    read = [data.positions(step).tolist() for step in range(15)]
+    assert [len(batch) for batch in read] == [8] * 10 + [4] * 2 + [12] * 3
+    everything = [position for step in range(20) for position in order.positions(step).tolist()]
+    assert sum(read, []) == everything[: 80 + 8 + 36]
+    told = replay(Path(run), 11)
+    assert [row["position"] for row in sorted(told["sequences"], key=lambda row: row["row"])] == read[10]
+    assert told["loss"] == told["recorded_loss"]
+    train(read_config([run, "checkpoint.step=10", "train.batch_size=8", "train.exit_interval=null"]))
+    assert load_config(run).train.earlier_batches == ()
     assert_equal_runs(tmp_path / "run", straight)
 
 
