@@ -22,7 +22,7 @@ from castalia.parallel.apply import build_stages
 from castalia.parallel.context import WAYS, refuse_ring
 from castalia.parallel.engine import Engine, Objective, Part, Rows, T, micro_loss
 from castalia.parallel.layout import check_run, layout
-from castalia.parallel.mesh import build_mesh
+from castalia.parallel.mesh import Mesh, build_mesh
 from castalia.parallel.pipeline import Pipeline
 from castalia.parallel.shards import global_gradient_norm, local, part
 
@@ -31,7 +31,13 @@ class Ranks(Engine):
     """One rank of a mesh."""
 
     def __init__(
-        self, config: RunConfig, dtype: torch.dtype, device: torch.device, plan: BatchPlan, frozen: bool = False
+        self,
+        config: RunConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        plan: BatchPlan,
+        frozen: bool = False,
+        mesh: Mesh | None = None,  # None: a new one
     ) -> None:
         assert config.model is not None
         self.config, self.device, self.plan, self.micro_batch_size = config, device, plan, plan.micro_batch_size
@@ -41,7 +47,7 @@ class Ranks(Engine):
             raise ConfigError("parallel.offload keeps what a GPU need not hold in host memory; without a GPU remove it")
         if config.parallel.cp > 1 and config.parallel.cp_kind == "ring":
             refuse_ring(config.model, dtype, device)
-        self.mesh = build_mesh(layout(config.parallel, self.world), device.type)
+        self.mesh = mesh or build_mesh(layout(config.parallel, self.world), device.type)
         sizes = self.mesh.layout
         self.data_rank, self.data_size = self.mesh.dp_rank, sizes.dp
         self.stages = build_stages(config, self.mesh, dtype, device, frozen)

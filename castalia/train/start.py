@@ -156,17 +156,23 @@ def start(config: RunConfig) -> Session:
 
 
 def make_engine(
-    config: RunConfig, dtype: torch.dtype, device: torch.device, plan: BatchPlan, frozen: bool = False
+    config: RunConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    plan: BatchPlan,
+    frozen: bool = False,
+    beside: Engine | None = None,
 ) -> Engine:
     """The model on this process alone, or this process's part of it, its parameters still unset.
 
-    `frozen`: it will not train, so the parameters are held in the compute dtype `dtype` instead of fp32.
+    `frozen`: it will not train, so the parameters are held in the compute dtype `dtype` instead of fp32. `beside`: an
+    engine of the same layout, whose process groups serve both, because each takes memory on GPUs.
     """
     if world_size() == 1:
         return one_process(config, dtype, device, plan, frozen)
     from castalia.parallel.ranks import Ranks  # brings in pipelining and sharding, which take a second to import
 
-    return Ranks(config, dtype, device, plan, frozen)
+    return Ranks(config, dtype, device, plan, frozen, beside.mesh if isinstance(beside, Ranks) else None)
 
 
 def preference_loss(config: RunConfig, engine: Engine, dtype: torch.dtype, plan: BatchPlan) -> PreferenceLoss | None:
@@ -180,7 +186,7 @@ def preference_loss(config: RunConfig, engine: Engine, dtype: torch.dtype, plan:
         if source:
             plain = plain.model_copy(update={"model": checkpoint_architecture(source)})
         assert plain.model is not None
-        reference = make_engine(plain, dtype, engine.device, plan, frozen=True)
+        reference = make_engine(plain, dtype, engine.device, plan, frozen=True, beside=engine)
         if source:
             load_engine(reference, plain.model, source)
         else:

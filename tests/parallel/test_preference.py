@@ -7,9 +7,11 @@ import json
 import numpy as np
 import pytest
 
+from castalia.config.schema import RunConfig
 from castalia.data.indexed import Writer
 from castalia.errors import ConfigError
 from castalia.parallel.layout import check_run
+from castalia.train.start import start
 from tests.parallel.training import assert_copies_are_equal, train_steps
 
 pytestmark = pytest.mark.xdist_group("pool")
@@ -64,6 +66,16 @@ def test_layouts_train_like_one_process(pool, config, objective, layout):
         assert seen.losses == pytest.approx(alone.losses, rel=1e-4)
         assert seen.norms == pytest.approx(alone.norms, rel=1e-3)
     assert len(set(alone.losses)) == STEPS
+
+
+def shares_the_mesh(config: RunConfig) -> bool:
+    session = start(config)
+    assert session.step.preference is not None and session.step.preference.reference is not None
+    return session.step.preference.reference.mesh is session.engine.mesh  # type: ignore[attr-defined]
+
+
+def test_a_reference_model_brings_no_process_groups_of_its_own(pool, config):
+    assert pool.run(shares_the_mesh, 2, config("dpo", "parallel.zero=3")) == [True, True]
 
 
 def test_layouts_that_cut_a_sequence_or_the_model_are_refused(config):
