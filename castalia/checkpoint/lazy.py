@@ -14,6 +14,7 @@ from math import prod
 from typing import TYPE_CHECKING, Literal
 
 from castalia.checkpoint.tensors import Slices, TensorRef, Typed, name_of
+from castalia.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
@@ -357,5 +358,10 @@ def part(source: TensorRef, start: int, stop: int, dim: int = 0) -> TensorRef:
 
 
 def join(sources: Sequence[TensorRef], dim: int = 0) -> TensorRef:
-    """`Joined`, or the source itself when there is only one."""
-    return sources[0] if len(sources) == 1 else Joined(tuple(sources), dim)
+    """`Joined`, or the source itself when there is only one. Raises CheckpointError for shapes that do not fit."""
+    if len(sources) == 1:
+        return sources[0]
+    shapes = [tuple(source.shape) for source in sources]
+    if min(map(len, shapes)) <= dim or len({shape[:dim] + shape[dim + 1 :] for shape in shapes}) > 1:
+        raise CheckpointError(f"tensors of shapes {', '.join(str(list(shape)) for shape in shapes)} cannot be parts of one")
+    return Joined(tuple(sources), dim)

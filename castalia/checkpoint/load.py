@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from castalia.checkpoint.agreement import mismatches
 from castalia.checkpoint.describe import describe, readable, tokenizer_settings
 from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.rules import drift
@@ -22,7 +23,7 @@ from castalia.model.transformer import Transformer
 from castalia.plan.count import adapter_shapes, tensor_shapes
 
 MAX_READERS = 4  # threads
-VOCABULARY = ("embed.weight", "head.weight")  # tensors with a row for each token
+VOCABULARY = {"embed.weight", "head.weight"}  # tensors with a row for each token
 
 
 class AnyOptimizer(Protocol):
@@ -181,19 +182,14 @@ def _check(
     expected: Mapping[str, tuple[int, ...]], found: Mapping[str, TensorRef], vocab_size: int | None, where: str
 ) -> tuple[str, ...]:
     """Notes on vocabularies that are padded differently. Raises CheckpointError for every other difference."""
-    problems = [f"missing: {name} {list(expected[name])}" for name in expected if name not in found]
-    problems += [f"unexpected: {name} {list(found[name].shape)}" for name in found if name not in expected]
-    notes = []
-    for name in expected.keys() & found.keys():
+    notes, fitting = [], dict(expected)
+    for name in VOCABULARY & expected.keys() & found.keys():
         have, want = tuple(found[name].shape), tuple(expected[name])
-        if have == want:
-            continue
-        if name in VOCABULARY and have[1:] == want[1:] and vocab_size and min(have[0], want[0]) >= vocab_size:
+        if have != want and have[1:] == want[1:] and vocab_size and min(have[0], want[0]) >= vocab_size:
             change = "zeros added" if have[0] < want[0] else "the others left out"
             notes.append(f"{name}: {have[0]} rows in the checkpoint, {want[0]} in the model: {change}, all padding")
-        else:
-            problems.append(f"{name} has shape {list(have)} in the checkpoint, {list(want)} in the model")
-    if problems:
+            fitting[name] = have
+    if problems := mismatches(fitting, found, "the model"):
         both = len(expected.keys() & found.keys())
         lines = "".join(f"\n  {problem}" for problem in sorted(problems))
         raise CheckpointError(f"{where} does not fit the model: {both} of {len(expected)} tensors are in both{lines}")

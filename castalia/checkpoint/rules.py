@@ -246,7 +246,10 @@ def to_ours(
         )
     ours: dict[str, TensorRef] = {}
     for rule in rules:
-        refs = rule.op.forward([ref for name in rule.theirs.split() for ref in theirs[name]], role)
+        try:
+            refs = rule.op.forward([ref for name in rule.theirs.split() for ref in theirs[name]], role)
+        except CheckpointError as error:
+            raise CheckpointError(f"{rule.theirs}: {error}") from error
         ours.update(zip(rule.ours.split(), refs, strict=True))
     return ours
 
@@ -283,7 +286,7 @@ def drift(ours: Mapping[str, TensorRef]) -> dict[str, float]:
 
 
 def _expect_rows(ref: TensorRef, rows: int) -> None:
-    if ref.shape[0] != rows:
+    if tuple(ref.shape[:1]) != (rows,):
         raise CheckpointError(f"a tensor of shape {tuple(ref.shape)} should have {rows} rows")
 
 

@@ -232,17 +232,26 @@ def change(name, **values):
 
 
 DAMAGE = {
-    "layer": (remove("layer_03-model_00-model_states.pt"), "layer 3 has no file of tensor rank 0"),
+    "layer": (
+        remove("layer_03-model_00-model_states.pt"),
+        "1 of 18 files: layer_03-model_00-.*There are layer files .*00-00, 00-01, 02-00",
+    ),
     "all of a layer": (
         lambda path: [file.unlink() for file in path.glob("layer_03*")],
-        r"1 of 5 layers are missing: layer_03",
+        "files: layer_03-model_00-model_states.pt, layer_03-model_01-model_states.pt",
     ),
     "last layer": (lambda path: [file.unlink() for file in path.glob("layer_04*")], "layer_04"),
     "norm": (lambda path: [file.unlink() for file in path.glob("layer_06*")], "layer_06"),
-    "tensor rank": (lambda path: [file.unlink() for file in path.glob("*model_01*")], "2 tensor ranks|had 2"),
-    "model state": (remove("mp_rank_01_model_states.pt"), "mp_rank"),
-    "shard": (remove("zero_pp_rank_0_mp_rank_01_optim_states.pt"), "mp_rank 1 has no file of data-parallel rank 0"),
-    "all last shards": (lambda path: [f.unlink() for f in path.glob("zero_pp_rank_1*")], "the run had 2"),
+    "tensor rank": (
+        lambda path: [file.unlink() for file in path.glob("*model_01*")],
+        "lacks 6 of 18 files: layer_00-model_01-",
+    ),
+    "model state": (remove("mp_rank_01_model_states.pt"), "files: mp_rank_01_model_states.pt"),
+    "shard": (remove("zero_pp_rank_0_mp_rank_01_optim_states.pt"), "files: zero_pp_rank_0_mp_rank_01_optim_states.pt"),
+    "all last shards": (
+        lambda path: [f.unlink() for f in path.glob("zero_pp_rank_1*")],
+        "zero_pp_rank_1_mp_rank_00_.*use the weights alone",
+    ),
     "mixed steps": (change("mp_rank_01_model_states.pt", iteration=4), "different steps are mixed"),
     "empty": (lambda path: (path / "mp_rank_01_model_states.pt").write_bytes(b""), "empty"),
     "truncated": (

@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import os
 import re
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
 from castalia.checkpoint.adapters import merged
+from castalia.checkpoint.agreement import differences, refuse
 from castalia.checkpoint.stored import inside
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.errors import CheckpointError
@@ -45,10 +47,26 @@ def open_checkpoint(
         hints["tolerant"] = True
     if unknown := hints.keys() - accepted:
         raise CheckpointError(f"{folder} is a {name} checkpoint, for which {', '.join(sorted(unknown))} has no meaning")
-    checkpoint = reader(folder, **hints)
+    try:
+        checkpoint = reader(folder, **hints)
+    except CheckpointError as error:
+        if str(folder) in str(error):
+            raise
+        raise CheckpointError(f"{folder}: {error}") from error
+    checkpoint = _agreed(checkpoint, tolerant)
     if step is not None and checkpoint.progress.step != step:
         raise CheckpointError(f"{folder} is of step {checkpoint.progress.step}, not {step}")
     return checkpoint if adapters else merged(checkpoint)
+
+
+def _agreed(checkpoint: Checkpoint, tolerant: bool) -> Checkpoint:
+    lines = differences(checkpoint)
+    if not tolerant:
+        refuse(checkpoint, lines)
+    if not lines:
+        return checkpoint
+    told = (*checkpoint.details.get("disagreements", ()), *lines)  # type: ignore[misc]
+    return replace(checkpoint, details={**checkpoint.details, "disagreements": told})
 
 
 def detect(path: str | Path) -> str | None:

@@ -12,7 +12,7 @@ XX = pipeline stage * T + tensor rank.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -52,6 +52,7 @@ class Folder:
     tp: int = 1
     pp: int = 1
     stage3: bool = False
+    listed: frozenset[str] = frozenset()  # the parameters that an optimizer's shapes name, as they are named there
 
     @property
     def dp(self) -> int | None:
@@ -88,26 +89,127 @@ def names_of(path: Path) -> list[str]:
     return [entry.name for entry in path.iterdir()] if path.is_dir() else []
 
 
+def is_megatron(path: Path) -> bool:
+    """Whether a folder has Megatron's layer files: the embedding is layer 1, the first block layer 3.
+
+    Where NeoX's first layers, 0 and 2, may have been lost, the names in a layer tell.
+    """
+    files = {int(match[1]): name for name in names_of(path) if (match := LAYER.fullmatch(name))}
+    if not {1, 3} & files.keys() or {0, 2} & files.keys():
+        return False
+    return 1 in files or any(str(name).startswith("self_attention.") for name in _opened(path / files[3], dict))
+
+
 def scan(path: Path) -> Folder:
-    """Look at the file names and open the model states. Raises CheckpointError for gaps and for mixed steps."""
+    """Look at the file names and open the model states.
+
+    Raises CheckpointError that names every file which the others show to be missing, and for mixed steps and runs.
+    """
     names = names_of(path)
     layers = _grid(path, _matches(LAYER, names), "layer", "tensor rank")
     states = {int(match[1]): path / name for name in names if (match := STATE.fullmatch(name))}
+    by_rank = [(mp_rank, rank, name) for rank, mp_rank, name in _matches(SHARD, names)]
+    shards = _grid(path, by_rank, "mp_rank", "data-parallel rank")
     folder = Folder(path, num_files=sum(name.endswith(".pt") for name in names))
-    folder.layers = layers
     if not states and not layers:
         rank_states = sorted((int(m[1]), path / name) for name in names if (m := RANK_STATE.fullmatch(name)))
         states = {0: rank_states[0][1]} if rank_states else {}
         folder.stage3 = bool(rank_states)
-    _expect_range(path, sorted(states), "mp_rank_XX_model_states.pt")
     folder.states = [_opened(states[rank], dict) for rank in sorted(states)]
-    folder.tp = max((len(files) for files in layers.values()), default=len(states))
-    folder.pp = max(1, len(states) // folder.tp) if layers else 1
-    by_rank = [(mp_rank, rank, name) for rank, mp_rank, name in _matches(SHARD, names)]
-    shards = _grid(path, by_rank, "mp_rank", "data-parallel rank")
-    folder.shards = [shards[rank] for rank in sorted(shards)]
-    _check_ranks(folder)
+    pipeline = bool(layers) or not any(isinstance(state.get("module"), dict) for state in folder.states)
+    mp_ranks = max([folder.first.get("mp_world_size") or 0, *(rank + 1 for rank in (*states, *shards))])
+    tensor_ranks = [rank for files in layers.values() for rank in files] if pipeline else list(range(mp_ranks))
+    folder.tp = max([1, _stored_tp(folder) or 0, *(rank + 1 for rank in tensor_ranks)])
+    folder.pp = max(1, -(-mp_ranks // folder.tp))
+    mp_ranks = folder.pp * folder.tp
+    _check_ranks(folder, mp_ranks)
+    _require_files(folder, layers, states, shards, mp_ranks, pipeline)
+    folder.layers = {position: [files[rank] for rank in range(folder.tp)] for position, files in layers.items()}
+    folder.shards = [[shards[rank][dp_rank] for dp_rank in sorted(shards[rank])] for rank in sorted(shards)]
     return folder
+
+
+def _stored_tp(folder: Folder) -> int | None:
+    return folder.args.get("model_parallel_size") or folder.args.get("tensor_model_parallel_size")
+
+
+def _require_files(
+    folder: Folder,
+    layers: Mapping[int, Mapping[int, Path]],
+    states: Mapping[int, Path],
+    shards: Mapping[int, Mapping[int, Path]],
+    mp_ranks: int,
+    pipeline: bool,
+) -> None:
+    """Raises CheckpointError naming what is missing of every kind of file of which there should be some.
+
+    Layers and optimizer shards that no file tells of are not missed: weights may come alone.
+    """
+    shapes = [state["param_shapes"] for state in folder.states if state.get("param_shapes")]
+    if not shapes:  # the first releases keep them in the optimizer's files
+        files = [files[min(files)] for files in shards.values() if files]
+        shapes = [each["param_shapes"] for file in files if (each := _opened(file, dict)).get("param_shapes")]
+    folder.listed = frozenset(
+        name for each in shapes for group in ([each] if isinstance(each, Mapping) else each) for name in group
+    )
+    there = [path.name for files in (*layers.values(), *shards.values()) for path in files.values()]
+    there += [path.name for path in states.values()]
+    needed = {f"mp_rank_{rank:02d}_model_states.pt" for rank in range(mp_ranks)} if states or shards else set()
+    if folder.stage3:
+        needed = {next(iter(states.values())).name}
+    if pipeline:
+        positions = {*layers, *_positions(folder.listed)} - {TIED}
+        needed |= {layer_file(position, rank) for position in positions for rank in range(folder.tp)}
+    weights_alone = not set(needed) - set(there)
+    width = max([folder.first.get("dp_world_size") or 0, *(rank + 1 for files in shards.values() for rank in files)])
+    if shards:
+        prefix = "bf16_" if any(name.startswith("bf16_") for name in there) else ""
+        needed |= {
+            f"{prefix}zero_pp_rank_{rank}_mp_rank_{mp_rank:02d}_optim_states.pt"
+            for mp_rank in range(mp_ranks)
+            for rank in range(width)
+        }
+    refuse_missing(folder.path, needed, there, weights_alone)
+
+
+def layer_file(position: int, rank: int) -> str:
+    return f"layer_{position:02d}-model_{rank:02d}-model_states.pt"
+
+
+TIED = -1  # the position of a parameter that several stages hold
+
+
+def _positions(names: Iterable[str]) -> set[int]:
+    plain = (name.removeprefix("module.").removeprefix("sequential.") for name in names)
+    return {int(match[1]) if (match := re.match(r"(\d+)\.", name)) else TIED for name in plain}
+
+
+def refuse_missing(path: Path, needed: Collection[str], there: Collection[str], weights_alone: bool = False) -> None:
+    """Raises CheckpointError if files that are needed are not there: it names them, and says which ones are."""
+    missing = sorted(set(needed) - set(there))
+    if not missing:
+        return
+    more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+    way = "; to use the weights alone, move the *_optim_states.pt files out of the folder" if weights_alone else ""
+    raise CheckpointError(
+        f"{path} lacks {len(missing)} of {len(set(needed) | set(there))} files: {', '.join(missing[:8])}{more}. "
+        f"There are {_summary(there)}. Copy the missing files, nothing is loaded in part; if two runs share the "
+        f"folder, give each its own{way}"
+    )
+
+
+def _summary(names: Collection[str]) -> str:
+    """The files of each kind by their numbers."""
+    kinds = {
+        "layer files (layer-tensor rank)": [f"{m[1]}-{m[2]}" for m in map(LAYER.fullmatch, names) if m],
+        "mp_rank files": [m[1] for m in map(STATE.fullmatch, names) if m],
+        "optimizer files (mp_rank-data rank)": [f"{m[2]}-{m[1]}" for m in map(SHARD.fullmatch, names) if m],
+    }
+    return "; ".join(f"{kind} {_some(sorted(found))}" for kind, found in kinds.items() if found) or "none of them"
+
+
+def _some(numbers: Sequence[str]) -> str:
+    return ", ".join(numbers if len(numbers) <= 24 else [*numbers[:20], "...", *numbers[-3:]])
 
 
 def weights(folder: Folder) -> dict[str, list[TensorRef]]:
@@ -120,7 +222,8 @@ def weights(folder: Folder) -> dict[str, list[TensorRef]]:
         for held, state in zip(ranks, folder.states, strict=True):
             if not isinstance(state.get("module"), dict):
                 raise CheckpointError(
-                    f"{folder.path}: mp_rank_* holds no weights, and the layer_* files that should are missing"
+                    f"{folder.path}: mp_rank_* holds no weights, and all layer_*-model_*-model_states.pt files, which "
+                    "should, are missing: copy them"
                 )
             held |= {global_name(name, 0): ref for name, ref in _tensors(state["module"]).items()}
     for rank, held in enumerate(ranks):
@@ -248,47 +351,27 @@ def _matches(pattern: re.Pattern, names: Sequence[str]) -> list[tuple[int, int, 
     return [(int(match[1]), int(match[2]), name) for name in names if (match := pattern.fullmatch(name))]
 
 
-def _grid(path: Path, cells: Sequence[tuple[int, int, str]], row: str, column: str) -> dict[int, list[Path]]:
-    """Files by row and column. Raises CheckpointError where the grid has holes."""
+def _grid(path: Path, cells: Sequence[tuple[int, int, str]], row: str, column: str) -> dict[int, dict[int, Path]]:
+    """Files by row and column. Raises CheckpointError where two claim one place."""
     found: dict[int, dict[int, Path]] = {}
-    for y, x, name in cells:
+    for y, x, name in sorted(cells):
         if x in found.setdefault(y, {}):
             raise CheckpointError(f"{path}: {name} and {found[y][x].name} are both {row} {y}, {column} {x}: keep one")
         found[y][x] = path / name
-    width = max((max(files) + 1 for files in found.values()), default=0)
-    for y, files in sorted(found.items()):
-        if missing := sorted(set(range(width)) - set(files)):
+    return found
+
+
+def _check_ranks(folder: Folder, mp_ranks: int) -> None:
+    """Raises CheckpointError where there are more ranks than the run had, and for files of several steps."""
+    for found, had, kind in (
+        (mp_ranks, folder.first.get("mp_world_size"), "model"),
+        (folder.tp, _stored_tp(folder), "tensor"),
+    ):
+        if had and found > had:
             raise CheckpointError(
-                f"{path}: {row} {y} has no file of {column} {missing[0]}, where other files show {width} ranks. "
-                "Copy the missing files; if two runs share the folder, give each its own"
+                f"{folder.path}: there are files of {found} {kind} ranks, but the run had {had}: two runs share the "
+                "folder; give each its own"
             )
-    return {y: [files[x] for x in range(width)] for y, files in found.items()}
-
-
-def _expect_range(path: Path, ranks: Sequence[int], pattern: str) -> None:
-    missing = sorted(set(range(max(ranks, default=-1) + 1)) - set(ranks))
-    if missing:
-        raise CheckpointError(f"{path}: {pattern} is missing for XX = {missing[0]:02d}; there are {list(ranks)}")
-
-
-def _check_ranks(folder: Folder) -> None:
-    count, found = folder.first.get("mp_world_size"), len(folder.states)
-    if folder.states and folder.layers and (found % folder.tp or (count or found) != found):
-        raise CheckpointError(
-            f"{folder.path}: {found} mp_rank_* files and layer files of {folder.tp} tensor ranks, but the run had "
-            f"{count} model ranks: files are missing, or two runs share the folder"
-        )
-    tp = folder.args.get("model_parallel_size") or folder.args.get("tensor_model_parallel_size")
-    if tp is not None and tp != folder.tp:
-        raise CheckpointError(
-            f"{folder.path}: the files are of {folder.tp} tensor ranks, but the run had {tp}: "
-            "the other ranks' files are missing"
-        )
-    if folder.shards and len(folder.shards) != max(found, 1):
-        raise CheckpointError(
-            f"{folder.path}: optimizer files of {len(folder.shards)} model ranks, but {found} mp_rank_* files. "
-            "To use the weights alone, move the optimizer files out of the folder"
-        )
     if folder.states:
         steps = {state.get("iteration", state.get("global_steps")) for state in folder.states}
         if len(steps) > 1:
@@ -296,10 +379,10 @@ def _check_ranks(folder: Folder) -> None:
                 f"{folder.path}: mp_rank_* files of different steps are mixed: {sorted(steps, key=str)}"
             )
     world = folder.first.get("dp_world_size")
-    if folder.shards and world is not None and world != len(folder.shards[0]):
+    if world is not None and any(rank >= world for rank, _, _ in _matches(SHARD, names_of(folder.path))):
         raise CheckpointError(
-            f"{folder.path}: optimizer files of {len(folder.shards[0])} data-parallel ranks, but the run had {world}: "
-            "a shard is missing. To use the weights alone, move the optimizer files out of the folder"
+            f"{folder.path}: there are optimizer files of more data-parallel ranks than the {world} that the run had: "
+            "two runs share the folder. To use the weights alone, move the *_optim_states.pt files out of it"
         )
 
 

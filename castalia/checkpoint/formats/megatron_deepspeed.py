@@ -8,7 +8,7 @@ from typing import Any
 
 from castalia.checkpoint.formats import deepspeed
 from castalia.checkpoint.formats.assemble import adam_states, layout, progress, weight_dtype
-from castalia.checkpoint.formats.deepspeed import BUFFERS, LAYER, Folder
+from castalia.checkpoint.formats.deepspeed import BUFFERS, Folder
 from castalia.checkpoint.formats.neox_model import Held, compare, merge, observed, stored_arguments
 from castalia.checkpoint.formats.neox_rules import MEGATRON, megatron_qkv, table
 from castalia.checkpoint.rules import to_ours
@@ -22,9 +22,7 @@ GATED = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "liglu": "identity"
 
 
 def detect(path: Path) -> bool:
-    """Whether a folder has Megatron's layer files: the embedding is layer 1, the first block layer 3."""
-    positions = {int(match[1]) for name in deepspeed.names_of(path) if (match := LAYER.fullmatch(name))}
-    return bool({1, 3} & positions) and not {0, 2} & positions
+    return deepspeed.is_megatron(path)
 
 
 def read(
@@ -38,10 +36,10 @@ def read(
     folder = deepspeed.scan(Path(path))
     held = deepspeed.weights(folder)
     given = load_config(config) if config else None
-    found = observed(held, MEGATRON, folder.args, given.model if given else None, folder.path)
+    found = observed(held, MEGATRON, folder, given.model if given else None)
     settings = found | _from_arguments(folder, held)
     model = merge(given.model if given else None, settings, {})
-    other = compare(given.model if given else None, model, folder.path, str(config), tolerant)
+    other = compare(given.model if given else None, model, folder, MEGATRON, str(config), tolerant)
     version = float(folder.first.get("checkpoint_version", 0 if folder.states else 3))
     rules = table(MEGATRON, model, folder.tp, megatron_qkv(model, folder.tp, version))
     ranks = deepspeed.optimizer_ranks(folder, held, MEGATRON.embedding, model.tie_embeddings)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from castalia.checkpoint.formats import deepspeed
 from castalia.checkpoint.formats.assemble import adam_states, layout, progress, weight_dtype
-from castalia.checkpoint.formats.deepspeed import BUFFERS, LAYER, RANK_STATE, STATE, Folder
+from castalia.checkpoint.formats.deepspeed import BUFFERS, LAYER, RANK_STATE, SHARD, STATE, Folder
 from castalia.checkpoint.formats.neox_model import Held, compare, config_files, merge, observed, stored_arguments
 from castalia.checkpoint.formats.neox_rules import HEAD, LEGACY, W123, GqaRows, Names, neox_qkv, table
 from castalia.checkpoint.rules import to_ours
@@ -24,12 +24,10 @@ FIRST_WITH_NEW_ROWS = (0, 16)  # of DeepSpeed; grouped queries and RMSNorm chang
 
 
 def detect(path: Path) -> bool:
-    """Whether a folder has DeepSpeed's files and is not Megatron's, whose layers are numbered from 1."""
-    names = deepspeed.names_of(path)
-    positions = {int(match[1]) for name in names if (match := LAYER.fullmatch(name))}
-    if positions:
-        return 0 in positions or 2 in positions or not {1, 3} & positions
-    return any(pattern.fullmatch(name) for name in names for pattern in (STATE, RANK_STATE))
+    """Whether a folder has DeepSpeed's files and is not Megatron's."""
+    kinds = (LAYER, STATE, RANK_STATE, SHARD)
+    found = any(pattern.fullmatch(name) for name in deepspeed.names_of(path) for pattern in kinds)
+    return found and not deepspeed.is_megatron(path)
 
 
 def read(
@@ -58,12 +56,14 @@ def read(
     else:
         held = deepspeed.weights(folder)
     era = _era(folder, held)
-    found = observed(held, ERAS[era], folder.args, run.model if run else None, folder.path)
+    found = observed(held, ERAS[era], folder, run.model if run else None)
     given = run.model if run else None
     guesses = {} if given else {name: value for name, value in _guesses(found).items() if name not in found}
+    if not given and found["tie_embeddings"] and not folder.listed:  # a head's file may have been lost
+        guesses["tie_embeddings"] = True
     model = merge(given, found, guesses)
     source = str(config or ", ".join(file.name for file in config_files(folder.path)))
-    other = compare(given, model, folder.path, source, tolerant)
+    other = compare(given, model, folder, ERAS[era], source, tolerant)
     model, epsilon_note = _place_epsilon(folder, era, model, run, rms_eps)
     rows, rows_note = _rows(folder, era, model, gqa_rows)
     rules = table(ERAS[era], model, folder.tp, neox_qkv(model, folder.tp, rows))

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from castalia.checkpoint.formats.deepspeed import Folder, global_name, layer_file, refuse_missing
 from castalia.checkpoint.formats.neox_rules import NORM_PARAMETERS, Names
 from castalia.checkpoint.tensors import TensorRef
 from castalia.config.schema import Model
@@ -20,26 +21,30 @@ MUST_AGREE = (
 )  # fmt: skip
 
 
-def observed(held: Held, names: Names, args: Mapping[str, Any], config: Model | None, path: Path) -> dict[str, Any]:
+def observed(held: Held, names: Names, folder: Folder, config: Model | None) -> dict[str, Any]:
     """What tensors and stored arguments say about the model, as values of its config.
 
     Raises CheckpointError for missing layers, for a number of heads that nothing tells, and for names of the
     Transformer Engine.
     """
+    path, args = folder.path, folder.args
     if foreign := [name for name in held if "fc1_weight" in name or ".attention.qkv." in name]:
         raise CheckpointError(
             f"{path}: {foreign[0]} was written through the Transformer Engine, which is not supported"
         )
     fused = f"{names.attention}.query_key_value.weight"
-    num_layers = _count_layers(held, names, fused, args, path)
+    num_layers = _count_layers(held, names, fused, folder)
     first = names.first_block
     for name in (
         f"{names.embedding}.word_embeddings.weight",
+        f"{first}.{fused}",
         f"{first}.{names.up}.weight",
         f"{first}.{names.down}.weight",
     ):
         if name not in held:
             raise CheckpointError(f"{path}: {name} is missing: this is no model of this family, or files are mixed")
+        if len(held[name][0].shape) != 2:
+            raise CheckpointError(f"{path}: {name} has shape {list(held[name][0].shape)}, where a matrix is expected")
     embedding = held[f"{names.embedding}.word_embeddings.weight"]
     hidden, tp = embedding[0].shape[1], len(embedding)
     heads = args.get("num_attention_heads") or (config.num_heads if config else None)
@@ -78,24 +83,29 @@ def merge(config: Model | None, found: Mapping[str, Any], defaults: Mapping[str,
     return Model(**{**(defaults if config is None else config.model_dump()), **found})
 
 
-def compare(config: Model | None, model: Model, path: Path, source: str, tolerant: bool) -> dict[str, object]:
+def compare(
+    config: Model | None, model: Model, folder: Folder, names: Names, source: str, tolerant: bool
+) -> dict[str, object]:
     """Raises CheckpointError if a config cannot be that of the tensors' model.
 
     `tolerant`: gives instead what a checkpoint's details should tell of it.
     """
     if config is None:
         return {}
-    names = list(MUST_AGREE)
+    settings = list(MUST_AGREE)
     if not model.gated_mlp:
-        names.append("mlp_width")  # of gated models the original derives the width in several ways
+        settings.append("mlp_width")  # of gated models the original derives the width in several ways
     lines = [
         f"{name}: {getattr(model, name)} in the tensors, {getattr(config, name)} in the config {source}"
-        for name in names
+        for name in settings
         if getattr(model, name) != getattr(config, name)
     ]
+    if model.tie_embeddings and not config.tie_embeddings:
+        head = names.head(model.num_layers)
+        lines.append(f"the head, {head}, is in no file" + (f": {_file_of(head)} is missing" if folder.layers else ""))
     if lines and not tolerant:
         raise CheckpointError(
-            f"{path}: the config is of another model:"
+            f"{folder.path}: the config is of another model:"
             + "".join(f"\n  model.{line}" for line in lines)
             + "\nName the right one with --config, or move the wrong one out of the folder"
         )
@@ -105,31 +115,40 @@ def compare(config: Model | None, model: Model, path: Path, source: str, toleran
     return {"disagreements": tuple(lines), "other_model": config, "other_source": source}
 
 
+def _file_of(name: str) -> str:
+    return layer_file(int(name.split(".")[0]), 0)
+
+
 def stored_arguments(args: Mapping[str, Any]) -> dict[str, object]:
     """For a checkpoint's details: the settings that the training program's stored arguments tell."""
     names = {"num_attention_heads": "num_heads", "max_position_embeddings": "max_positions"}
     return {"stored arguments": tuple(ours for theirs, ours in names.items() if args.get(theirs))}
 
 
-def _count_layers(held: Held, names: Names, fused: str, args: Mapping[str, Any], path: Path) -> int:
+def _count_layers(held: Held, names: Names, fused: str, folder: Folder) -> int:
     """How many blocks there should be. Raises CheckpointError unless all of them, and all around them, are there."""
     positions = {int(name.split(".")[0]) for name in held}
     blocks = [position for position in positions if f"{position}.{fused}" in held]
     norms = [p for p in positions for end in ("weight", "scale", "g") if f"{p}.{names.final_norm}{end}" in held]
-    if args.get("num_layers"):
-        count = args["num_layers"]
+    if folder.args.get("num_layers"):
+        count = folder.args["num_layers"]
     elif norms:
         count = norms[0] - names.first_block - 1
     else:
         count = max(blocks, default=names.first_block) - names.first_block + 1
+    listed = {global_name(name, names.embedding) for name in folder.listed}
     expected = {names.embedding, *range(names.first_block, names.first_block + count)}
+    expected |= {int(name.split(".")[0]) for name in listed}
     if norms or _norm(held, min(blocks, default=0)) != "layernorm_no_params":
         expected.add(names.norm_position(count))
-    if missing := sorted(expected - positions):
+    if (missing := sorted(expected - positions)) and folder.layers:
+        there = [layer_file(position, rank) for position in positions for rank in range(folder.tp)]
+        refuse_missing(folder.path, [layer_file(p, rank) for p in missing for rank in range(folder.tp)], there)
+    if lacking := [f"{position}.*" for position in missing] or sorted(listed - held.keys()):
+        more = f" and {len(lacking) - 8} more" if len(lacking) > 8 else ""
         raise CheckpointError(
-            f"{path}: {len(missing)} of {len(expected)} layers are missing: "
-            f"{', '.join(f'layer_{position:02d}' for position in missing[:8])}; the model has {count} blocks. "
-            "Copy the missing files; nothing is loaded in part"
+            f"{folder.path}: the files lack tensors of a model of {count} blocks: {', '.join(lacking[:8])}{more}. "
+            "Copy the right files; nothing is loaded in part"
         )
     return count
 
