@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
+
 from castalia.checkpoint.adapters import adapters_of
+from castalia.checkpoint.container import FileTensor, row_major
+from castalia.checkpoint.sample import middle, rounded, runs
 from castalia.checkpoint.tensors import Checkpoint, TensorRef
 from castalia.errors import CheckpointError
 from castalia.plan.count import adapter_shapes, tensor_shapes
@@ -55,6 +59,26 @@ def mismatches(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tens
         if name in found and tuple(found[name].shape) != tuple(shape)
     ]
     return lines
+
+
+def unrounded(weights: Mapping[str, TensorRef], masters: Mapping[str, TensorRef]) -> list[str]:
+    """Weights that are not their fp32 masters rounded, judged by a few values of each.
+
+    Both are as they are stored, before any rule: one that permutes or transposes would compare other values.
+    """
+    apart = []
+    for name in weights.keys() & masters.keys():
+        weight, master = weights[name], masters[name]
+        places = runs(weight)
+        if places == runs(master) or not all(map(_in_order, (weight, master))):
+            continue
+        if not np.array_equal(middle(weight), rounded(middle(master), weight.dtype_name), equal_nan=True):
+            apart.append(name)
+    return sorted(apart)
+
+
+def _in_order(ref: TensorRef) -> bool:
+    return not isinstance(ref, FileTensor) or ref.stride == row_major(ref.shape)
 
 
 def refuse(checkpoint: Checkpoint, lines: list[str]) -> None:

@@ -200,11 +200,16 @@ def open_pt(path: Path | str) -> Any:
                 return _open_legacy(path, file)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    if start.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{path} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`")
+    refuse_pointer(path, start)
     raise CheckpointError(
         f"{path} is no file of torch.save: it starts with {start[:8]!r}" if start else f"{path} is empty"
     )
+
+
+def refuse_pointer(path: Path, start: bytes) -> None:
+    """Raises CheckpointError where a file holds the few lines that Git LFS puts in the place of a large one."""
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`")
 
 
 def _open_zip(path: Path, file: Any) -> Any:

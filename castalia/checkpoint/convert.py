@@ -65,14 +65,15 @@ TARGETS = {
 
 
 def prepare(checkpoint: Checkpoint, dtype: torch.dtype | None = None, optimizer: bool = True) -> Checkpoint:
-    """The checkpoint as it is to be written: weights cast (from the masters where there are any), checksums verified.
+    """The checkpoint as it is to be written: weights cast (from the masters that belong to them), checksums verified.
 
     Without `optimizer` there is no state; what is left then is enough to run the model and to train it on.
     """
     checkpoint = verified(checkpoint)
     model, state = dict(checkpoint.model), checkpoint.optimizer
     if dtype is not None:
-        sources = {name: state[name]["master"] if state and name in state else ref for name, ref in model.items()}
+        masters = {} if checkpoint.details.get("masters_apart") else state or {}
+        sources = {name: masters[name]["master"] if name in masters else ref for name, ref in model.items()}
         model = {name: ref if ref.dtype == dtype else Cast(ref, name_of(dtype)) for name, ref in sources.items()}
     else:
         model = {name: Cast(r, r.source.dtype_name) if isinstance(r, Adapted) else r for name, r in model.items()}

@@ -64,7 +64,7 @@ def report(checkpoint: Checkpoint, vocabulary: tuple[int | None, str] = (None, "
         "statistics": [_statistics(checkpoint, kind, names, sums) for kind, names in by_kind(checkpoint.model).items()],
         "sampled_values": sum(each.count for each in sums.values()),
         "anomalies": list(anomalies(checkpoint, sums, full)),
-        "notes": list(checkpoint.notes),
+        "notes": [*checkpoint.notes, *checkpoint.state_notes],
     }
     if full:
         result["tensors"] = [_listed(name, ref, sums[name]) for name, ref in checkpoint.model.items()]

@@ -363,5 +363,7 @@ def join(sources: Sequence[TensorRef], dim: int = 0) -> TensorRef:
         return sources[0]
     shapes = [tuple(source.shape) for source in sources]
     if min(map(len, shapes)) <= dim or len({shape[:dim] + shape[dim + 1 :] for shape in shapes}) > 1:
-        raise CheckpointError(f"tensors of shapes {', '.join(str(list(shape)) for shape in shapes)} cannot be parts of one")
+        raise CheckpointError(
+            f"tensors of shapes {', '.join(str(list(shape)) for shape in shapes)} cannot be parts of one"
+        )
     return Joined(tuple(sources), dim)

@@ -127,8 +127,9 @@ def load_optimizer(
     """
     if checkpoint.optimizer is None:
         raise CheckpointError(
-            f"{checkpoint.path} holds no optimizer state, so it cannot be resumed. Start a new run from its weights "
-            "with checkpoint.init_from, or go on with fresh moments with checkpoint.load_optimizer=false."
+            f"{checkpoint.path} holds no optimizer state, so it cannot be resumed{_because(checkpoint)}. Start a new "
+            "run from its weights with checkpoint.init_from, or go on with fresh moments with "
+            "checkpoint.load_optimizer=false."
         )
     states = optimizer_state(optimizer, parameters)
     saved: dict[str, Mapping[str, Any]] = {n: state for n, state in checkpoint.optimizer.items() if n in states}
@@ -153,6 +154,10 @@ def load_optimizer(
         if "step" in state:
             state["step"].fill_(saved[name]["step"])
     _fill_all([(each, saved[name][kind]) for kind, shards in targets.items() for name, each in shards.items()])
+
+
+def _because(checkpoint: Checkpoint) -> str:
+    return f" ({'; '.join(checkpoint.state_notes)})" if checkpoint.state_notes else ""
 
 
 def _listed(kinds: set[str]) -> str:

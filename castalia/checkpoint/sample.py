@@ -7,8 +7,9 @@ no longer than looking into a few.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from math import prod, sqrt
 from pathlib import Path
 
@@ -79,6 +80,33 @@ def _cut(source: Iterable[Run], start: int, stop: int) -> Iterator[Run]:
             offset = run.offset + first * ITEM_BYTES[run.dtype_name]
             yield Run(run.path, offset, last - first, run.dtype_name, run.row)
         begin += run.count
+
+
+def middle(ref: TensorRef, count: int = 256) -> np.ndarray:
+    """At most so many stored values from the middle on, in fp32. Of tensors that are stored in row-major order."""
+    start = prod(ref.shape) // 2
+    found = [value for run in _cut(runs(ref), start, start + count) for value in _read(run, [(0, run.count)])]
+    return np.concatenate(found) if found else np.zeros(0, np.float32)
+
+
+def rounded(values: np.ndarray, dtype_name: str) -> np.ndarray:
+    """fp32 values rounded to a dtype, to the nearest and to even ones as torch does; in fp32 again."""
+    if dtype_name == "float16":
+        with np.errstate(over="ignore"):
+            return values.astype(np.float16).astype(np.float32)
+    if dtype_name == "bfloat16":
+        bits = values.view("<u4")
+        return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype("<u4").view("<f4")
+    return values
+
+
+def fingerprint(tensors: Mapping[str, TensorRef]) -> str:
+    """Of a few stored values of each tensor, and of names, shapes and dtypes."""
+    mark = blake2b(digest_size=16)
+    for name, ref in sorted(tensors.items()):
+        mark.update(f"{name} {ref.dtype_name} {tuple(ref.shape)}".encode())
+        mark.update(middle(ref).tobytes())
+    return mark.hexdigest()
 
 
 @dataclass

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from castalia.checkpoint.checksum import crc32
-from castalia.checkpoint.container import as_integers
+from castalia.checkpoint.container import as_integers, refuse_pointer
 from castalia.checkpoint.lazy import bounds
 from castalia.checkpoint.tensors import ITEM_BYTES, Slices, Typed, name_of
 from castalia.errors import CheckpointError
@@ -170,7 +170,10 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
+            start = file.read(64)
+            refuse_pointer(path, start)
+            file.seek(8)
+            length = int.from_bytes(start[:8], "little")
             if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 raise CheckpointError(f"{path}: no safetensors file, or truncated: {size} bytes, header of {length}")
             header = json.loads(file.read(length))

@@ -108,6 +108,7 @@ class Checkpoint:
     optimizer: Mapping[str, AdamState] | None
     progress: Progress
     config: RunConfig | None
-    notes: tuple[str, ...] = ()  # what a reader should know: drift, guesses, what was left out
+    notes: tuple[str, ...] = ()  # what whoever computes with the model should know: guesses, what was taken for what
+    state_notes: tuple[str, ...] = ()  # what only matters to who trains on: of the optimizer state
     details: Mapping[str, object] = field(default_factory=dict)  # the format's own facts: era, layout, files
     summed_bias_ranks: int = 1  # T when row-parallel biases were summed over T tensor ranks

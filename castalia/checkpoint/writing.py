@@ -22,6 +22,7 @@ from castalia.checkpoint.lazy import Adapted, Cast, join
 from castalia.checkpoint.stored import ALIGNMENT, DTYPE_CODES, Extent, StoredTensor, as_bytes
 from castalia.checkpoint.tensors import ITEM_BYTES, Checkpoint, Slices, TensorRef, Typed
 from castalia.errors import CheckpointError
+from castalia.strict_json import to_json
 
 PIECE_BYTES = 4 << 20  # small enough for the processor's cache and for memory that is used again
 SLICE_BYTES = 256 << 10  # written at once: for larger writes the system takes large runs of memory, which are cold
@@ -151,7 +152,11 @@ def bytes_output(name: str, data: bytes | str) -> Output:
 
 
 def json_output(name: str, value: object) -> Output:
-    return bytes_output(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    return bytes_output(name, json_text(value))
+
+
+def json_text(value: object) -> str:
+    return to_json(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def write_bytes(path: Path, content: bytes, advance: Advance) -> None:

@@ -17,6 +17,7 @@ from castalia.config.reference import markdown
 from castalia.config.schema import RunConfig
 from castalia.errors import ConfigError
 from castalia.files import write_text
+from castalia.strict_json import to_json
 
 app = typer.Typer(no_args_is_help=True, help="Show, check or convert configs.")
 Words = Annotated[list[str], typer.Argument(metavar="CONFIG... [KEY=VALUE...]", show_default=False)]
@@ -37,7 +38,7 @@ def show(
     rows = [(path, value, config.origins.get(path, "default")) for path, value in values(config).items()]
     if as_json:
         table = {path: {"value": value, "origin": origin} for path, value, origin in rows}
-        print(json.dumps({"values": table, "notes": config.notes}, indent=1))
+        print(to_json({"values": table, "notes": config.notes}, indent=1))
         return
     changed = [row for row in rows if not is_default(row[0], row[1])]
     for mark, part in (("*", changed), (" ", [row for row in rows if row not in changed])):

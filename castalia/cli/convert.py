@@ -97,7 +97,7 @@ def _describe(checkpoint: Checkpoint, plan: Plan, target: Path, inside: str, wit
     from castalia.checkpoint.load import describe
 
     print(f"{describe(checkpoint)} -> {target}: {len(plan.outputs)} files, {_size(plan.num_bytes)}", flush=True)
-    for note in (*checkpoint.notes, *plan.notes):
+    for note in (*checkpoint.notes, *checkpoint.state_notes, *plan.notes):
         print(f"  note: {note}")
     for output in plan.outputs if with_files else ():
         print(f"  {Path(inside, output.name)}  {_size(output.num_bytes)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from castalia.errors import DataError
+from castalia.strict_json import to_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -169,7 +169,7 @@ def inspect(
     first = corpus[0][:64].tolist() if len(corpus) else []
     facts["first_document"] = _load(tokenizer).decode(first) if tokenizer else first
     if as_json:
-        print(json.dumps(facts, indent=2))
+        print(to_json(facts, indent=2))
         return
     for name, value in facts.items():
         if name == "lengths":
@@ -198,7 +198,7 @@ def stats(
     if plot is not None:
         _plot_lengths({corpus.prefix: corpus.sizes for corpus in corpora}, plot)
     if as_json:
-        print(json.dumps(rows, indent=2))
+        print(to_json(rows, indent=2))
         return
     for row in rows:
         counts = ", ".join(f"{row[name]:,} {name}" for name in ("documents", "tokens", "duplicates"))
@@ -295,7 +295,7 @@ def batch(
         for name, arrays in batches.items()
     ]
     if as_json:
-        print(json.dumps({"step": step, "split": split, "fingerprint": samples.fingerprint, "samples": rows}))
+        print(to_json({"step": step, "split": split, "fingerprint": samples.fingerprint, "samples": rows}))
         return
     for number, row in enumerate(rows):
         what = f", {row['side']}" if "side" in row else f", reward {row['reward']:g}" if "reward" in row else ""

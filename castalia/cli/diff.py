@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from castalia.strict_json import to_json
 
 if TYPE_CHECKING:
     from castalia.checkpoint.diff import Diff
@@ -39,7 +40,7 @@ def command(
     with _progress(len(left.model.keys() & right.model.keys()), shown=not as_json) as advance:
         found = diff(left, right, advance)
     if as_json:
-        print(json.dumps({"a": str(left.path), "b": str(right.path), **found.as_json()}, indent=2))
+        print(to_json({"a": str(left.path), "b": str(right.path), **found.as_json()}, indent=2))
     else:
         print(f"A: {a}  ({describe(left)})\nB: {b}  ({describe(right)})\n")
         _show(found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -14,6 +13,7 @@ import typer
 
 from castalia.cli.plan_text import print_table
 from castalia.plan.devices import cpu_flags, find_device
+from castalia.strict_json import to_json
 
 if TYPE_CHECKING:
     from castalia.train.fast_paths import FastPath
@@ -34,7 +34,7 @@ def command(as_json: Annotated[bool, typer.Option("--json", help="one object wit
     machine, paths, packages = look_at_machine(), fast_paths(), installed()
     if as_json:
         found = {"machine": machine, "fast_paths": [path._asdict() for path in paths], "packages": packages}
-        print(json.dumps(found, indent=1))
+        print(to_json(found, indent=1))
         return
     shown = machine | {"gpus": [gpu_text(gpu) for gpu in machine["gpus"]]}
     print_table("machine", ["", ""], [[name, _text(value)] for name, value in shown.items()])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from castalia.strict_json import to_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,7 +66,7 @@ def command(
     if not is_main():
         return
     if as_json:
-        print(json.dumps(result))
+        print(to_json(result))
         return
     for name, value in result.items():
         shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if isinstance(value, float) else value

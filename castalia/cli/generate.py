@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections import deque
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+from castalia.strict_json import to_json
 
 if TYPE_CHECKING:
     from castalia.checkpoint.tensors import Checkpoint
@@ -220,7 +221,7 @@ def _show(pieces: Iterator[Piece], prompts: Sequence[str], settings: Generate, a
         if not as_json:
             print(piece.text, end="\n" if piece.last else "", flush=True)
         if piece.last:
-            record = json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False)
+            record = to_json({"prompt": prompt, "text": text}, ensure_ascii=False)
             if as_json:
                 print(record, flush=True)
             yield record

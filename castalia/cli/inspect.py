@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+from castalia.strict_json import to_json
 
 if TYPE_CHECKING:
     from castalia.checkpoint.tensors import Checkpoint
@@ -43,7 +44,7 @@ def command(
     checkpoint = open_checkpoint(path, step=step, tolerant=True, adapters=True, **hints)
     found = report(checkpoint, _vocabulary(checkpoint, tokenizer), full=tensors)
     if as_json:
-        print(json.dumps(found, indent=1, default=str))
+        print(to_json(found, indent=1, default=str))
     else:
         print_report(found)
 

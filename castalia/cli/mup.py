@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from castalia.strict_json import to_json
 
 app = typer.Typer(no_args_is_help=True, help="Check the maximal-update parametrization.")
 
@@ -50,7 +51,7 @@ def check(
     }
     exponents = {name: slopes(sizes, rows) for name, rows in found.items()}
     if as_json:
-        print(json.dumps({"widths": sizes, "movement": found, "slopes": exponents}))
+        print(to_json({"widths": sizes, "movement": found, "slopes": exponents}))
     else:
         _table(sizes, found, exponents)
         _draw_terminal(sizes, {f"{kind} logits": rows["logits"] for kind, rows in found.items()})

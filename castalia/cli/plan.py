@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from castalia.strict_json import to_json
+
 if TYPE_CHECKING:
     from castalia.config.schema import RunConfig
     from castalia.plan.advise import Verdict
@@ -61,7 +63,7 @@ def command(
     if hardware and "memory" in result and (suggest or not result["memory"]["fits"]):
         result["suggestions"] = suggestions(config, result, hardware, all_of_them=suggest)
     if as_json:
-        print(json.dumps(result, indent=1))
+        print(to_json(result, indent=1))
     else:
         print_report(result)
         if "suggestions" in result:

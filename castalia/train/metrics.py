@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from castalia.config.schema import RunConfig
 from castalia.files import write_text
+from castalia.strict_json import to_json
 from castalia.train.sinks import open_sinks
 
 
@@ -81,11 +81,4 @@ def truncate_metrics(folder: Path, step: int) -> None:
 
 
 def as_line(record: Mapping[str, Any]) -> str:
-    return json.dumps(_without_infinity(record), allow_nan=False) + "\n"
-
-
-def _without_infinity(value: Any) -> Any:
-    """JSON has none: a skipped step's gradient norm is null."""
-    if isinstance(value, Mapping):
-        return {key: _without_infinity(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return to_json(record) + "\n"  # a skipped step's gradient norm is null

@@ -73,7 +73,7 @@ def show_report(session: Session, display: Display, folder: Path) -> None:
         display.line(f"TRAINING BEGINS FROM RANDOM WEIGHTS: {number} parameters, nothing was loaded", "bold yellow")
         return
     display.line(f"{'loaded':<14}{session.loaded} ({session.source.path})")
-    for note in (*(session.loaded.notes if session.loaded else ()), *session.source.notes):
+    for note in (*(session.loaded.notes if session.loaded else ()), *session.source.notes, *session.source.state_notes):
         display.line(f"{'':<14}{note}")
     display.table("restored and reset", ("what", "how", "because"), list(restored(session)))
 

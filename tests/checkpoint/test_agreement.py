@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -10,16 +11,21 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from castalia.checkpoint import convert
 from castalia.checkpoint.formats import open_checkpoint
+from castalia.checkpoint.load import load_model, load_optimizer
+from castalia.checkpoint.tensors import Progress
 from castalia.errors import CheckpointError
 from tests.checkpoint.made import FAMILIES, made, written
 from tests.checkpoint.neox_writer import config_yml, write
 from tests.checkpoint.test_neox import MODELS
 
+TOKENS = torch.arange(40).view(2, 20) % 90
 RESHAPED = {
     "a row less": lambda tensor: tensor[:-1],
     "a vector": lambda tensor: tensor.flatten() if tensor.dim() > 1 else tensor[None],
@@ -121,3 +127,95 @@ def test_a_head_whose_file_is_missing_is_no_tied_embedding(tmp_path: Path) -> No
     (source / "config.yml").write_text(config_yml(MODELS["parallel"]))
     with pytest.raises(CheckpointError, match="7.final_linear.weight, is in no file: layer_07-model_00-model_states"):
         open_checkpoint(source)
+
+
+def folder_of(kind: str, folder: Path, **changes: object) -> dict[str, torch.Tensor]:
+    """A converted model without an optimizer, its config.json changed; gives its tensors."""
+    written(made(FAMILIES[kind], optimizer=False), folder, "hf")
+    (folder / "castalia.json").unlink()
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    return load_file(folder / "model.safetensors")
+
+
+def assert_as_transformers(folder: Path, tokens: torch.Tensor = TOKENS) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        assert torch.allclose(load_model(folder)(tokens), model.eval()(tokens).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "gpt2 untied", "llama"])
+def test_another_head_than_the_embedding_is_used_whatever_the_config_says(kind: str, tmp_path: Path) -> None:
+    folder_of(kind, tmp_path / "a", tie_word_embeddings=True)
+    checkpoint = open_checkpoint(tmp_path / "a")
+    assert not checkpoint.config.model.tie_embeddings and "is used, as transformers" in checkpoint.notes[0]
+    assert_as_transformers(tmp_path / "a")
+    again = written(checkpoint, tmp_path / "again", "hf")
+    assert not again.config.model.tie_embeddings and not again.notes
+
+
+@pytest.mark.parametrize("kind, head", [("gpt_neox sequential tied", "embed_out.weight"), ("gpt2", "lm_head.weight")])
+def test_a_tied_model_may_store_its_head_alone_or_both(kind: str, head: str, tmp_path: Path) -> None:
+    tensors = folder_of(kind, tmp_path / "a")
+    (embedding,) = (name for name in tensors if name.endswith(("embed_in.weight", "wte.weight")))
+    save_file(tensors | {head: tensors[embedding].clone()}, tmp_path / "a" / "model.safetensors")
+    both = open_checkpoint(tmp_path / "a")
+    assert both.config.model.tie_embeddings and not both.notes
+    tensors[head] = tensors.pop(embedding)
+    save_file(tensors, tmp_path / "a" / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = open_checkpoint(tmp_path / "a")
+    assert f"only {head} is stored" in checkpoint.notes[0]
+    assert_as_transformers(tmp_path / "a")
+
+
+def test_keys_of_a_related_class_are_ignored_as_its_own_class_does(tmp_path: Path) -> None:
+    folder_of("llama", tmp_path / "llama", sliding_window=3)
+    checkpoint = open_checkpoint(tmp_path / "llama")
+    assert checkpoint.config.model.sliding_window is None
+    assert "sliding_window=3 of config.json means nothing in a llama model" in checkpoint.notes[0]
+    assert_as_transformers(tmp_path / "llama")
+    written(checkpoint, tmp_path / "again", "hf")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["model_type"] == "llama"
+    folder_of("mistral", tmp_path / "mistral", attention_bias=True, mlp_bias=True)
+    assert "attention_bias=True, mlp_bias=True" in open_checkpoint(tmp_path / "mistral").notes[0]
+    assert_as_transformers(tmp_path / "mistral")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_state_of_weights_that_were_trained_on_elsewhere_is_not_theirs(
+    dtype: torch.dtype, marked: bool, tmp_path: Path
+) -> None:
+    """Folders of earlier conversions have no fingerprint: there the masters tell, where there are any."""
+    source = written(made(FAMILIES["gpt_neox"], dtype=dtype), tmp_path / "a", "hf")
+    assert source.optimizer is not None and not source.state_notes
+    beside = json.loads((tmp_path / "a" / "castalia.json").read_text())
+    if not marked:
+        del beside["fingerprint"]
+        (tmp_path / "a" / "castalia.json").write_text(json.dumps(beside))
+        assert open_checkpoint(tmp_path / "a").optimizer is not None
+    file = tmp_path / "a" / "model.safetensors"
+    tensors = {name: tensor * 1.5 for name, tensor in load_file(file).items()}
+    save_file(tensors, file)
+    changed = open_checkpoint(tmp_path / "a")
+    if not marked and dtype == torch.float32:
+        return
+    assert changed.optimizer is None and changed.progress == Progress()
+    assert "changed after castalia.json" in changed.state_notes[0]
+    cast = convert.prepare(changed, torch.float32)
+    assert torch.equal(cast.model["embed.weight"].read(), tensors["gpt_neox.embed_in.weight"].float())
+    optimizer = torch.optim.AdamW([torch.zeros(1)])
+    with pytest.raises(CheckpointError, match="cannot be resumed .*changed after castalia.json"):
+        load_optimizer(optimizer, {}, changed)
+
+
+def test_weights_of_deepspeed_that_are_not_the_masters_rounded_win(tmp_path: Path) -> None:
+    source = write(tmp_path / "a", MODELS["parallel"], tp=2, dp=2, kind="zero", dtype=torch.float16).path
+    assert not open_checkpoint(source).notes
+    for file in source.glob("layer_03*"):
+        torch.save({name: tensor * 2 for name, tensor in torch.load(file).items()}, file)
+    checkpoint = open_checkpoint(source)
+    assert "3.attention.dense.bias is the first" in checkpoint.notes[0] and "12 of 40" in checkpoint.notes[0]
+    name = "blocks.1.mlp.up.weight"
+    cast = convert.prepare(checkpoint, torch.float32).model[name]
+    assert torch.equal(cast.read(), checkpoint.model[name].read().float())

@@ -17,10 +17,10 @@ from castalia.errors import CheckpointError
 
 FORMATS = {  # name -> module; the first that detects its files reads them
     "native": "castalia.checkpoint.formats.native",
+    "peft": "castalia.checkpoint.formats.peft",  # before the model's own, whose config.json may lie beside it
     "huggingface": "castalia.checkpoint.formats.huggingface",
     "megatron-deepspeed": "castalia.checkpoint.formats.megatron_deepspeed",
     "neox": "castalia.checkpoint.formats.neox",
-    "peft": "castalia.checkpoint.formats.peft",
 }
 STEP_FOLDER = re.compile(r"(?:global_)?step_?(\d+)")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w.-]+(/[\w.-]+)*)?")
@@ -70,8 +70,12 @@ def _agreed(checkpoint: Checkpoint, tolerant: bool) -> Checkpoint:
 
 
 def detect(path: str | Path) -> str | None:
-    """The format of the files in a folder, or None."""
-    return next((name for name, module in FORMATS.items() if import_module(module).detect(Path(path))), None)
+    """The format of the files in a folder, or None. A config.json without weights gives way to any other format."""
+    found = (name for name, module in FORMATS.items() if import_module(module).detect(Path(path)))
+    first = next(found, None)
+    if first == "huggingface" and not import_module(FORMATS[first]).has_weights(Path(path)):
+        return next(found, first)
+    return first
 
 
 def find_folder(path: str | Path, step: int | None = None) -> Path:
@@ -90,8 +94,8 @@ def find_folder(path: str | Path, step: int | None = None) -> Path:
         if step not in steps:
             raise CheckpointError(f"{folder} has no checkpoint of step {step}; {_listed(steps)}")
         return steps[step]
-    if (folder / "latest").is_file():
-        return _latest(folder, steps)
+    if (folder / "latest").is_file():  # transformers' Trainer writes it, too, where it uses DeepSpeed
+        return folder if detect(folder) == "huggingface" else _latest(folder, steps)
     if steps and detect(folder) is None:
         raise CheckpointError(
             f"{folder} has no file `latest` that names the newest step; {_listed(steps)}. "
@@ -110,6 +114,11 @@ def find_steps(path: str | Path) -> dict[int, Path]:
 
 def _latest(folder: Path, steps: dict[int, Path]) -> Path:
     name = (folder / "latest").read_text(errors="replace").strip()
+    if not name:
+        raise CheckpointError(
+            f"{folder / 'latest'} is empty, where the newest step's folder should be named; {_listed(steps)}. Give one "
+            "of them instead, or write its name into the file"
+        )
     named = inside(folder, name)
     if not named.is_dir():
         raise CheckpointError(
@@ -133,8 +142,12 @@ def _listed(steps: dict[int, Path]) -> str:
 
 
 def _nothing_found(folder: Path) -> str:
+    from castalia.checkpoint.formats.native import has_foreign_manifest  # which reads through this module's siblings
+
     entries = sorted(entry.name for entry in folder.iterdir())
     found = "it is empty" if not entries else f"it holds {', '.join(entries[:8])}{', ...' if len(entries) > 8 else ''}"
+    if has_foreign_manifest(folder):
+        found += "; its manifest.json is another program's"
     return (
         f"{folder} does not look like a checkpoint: {found}. Expected a run's folder, a folder with `latest`, a "
         "step's folder with manifest.json, NeoX's or Megatron-DeepSpeed's layer_* or mp_rank_* files, or a Hugging "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from castalia.checkpoint.agreement import unrounded
 from castalia.checkpoint.formats.deepspeed import Folder, loss_scale
 from castalia.checkpoint.rules import Role, Rule, to_ours
 from castalia.checkpoint.tensors import AdamState, Progress, TensorRef
@@ -38,6 +39,22 @@ def adam_states(
                 step=default_step if step is None else step,
             )
     return result
+
+
+def masters_apart(
+    held: Mapping[str, Sequence[TensorRef]], ranks: Sequence[RankState] | None
+) -> tuple[tuple[str, ...], str]:
+    """Tensors, by their names in the files, that are not their masters rounded, and what to say of them."""
+    names: dict[str, None] = {}
+    for number, rank in enumerate(ranks or ()):
+        names |= dict.fromkeys(unrounded({name: refs[number] for name, refs in held.items()}, rank.master))
+    if not names:
+        return (), ""
+    return tuple(names), (
+        f"{len(names)} of {len(held)} stored weights are not the fp32 masters rounded ({next(iter(names))} is the "
+        "first): the ones or the others were changed. Running and converting take the weights, resuming takes the "
+        "masters, as the original does; without the *_optim_states.pt files there are only the weights"
+    )
 
 
 def progress(folder: Folder, config: RunConfig | None, fp16: bool) -> Progress:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from castalia.checkpoint.container import FileTensor, open_pt
+from castalia.checkpoint.agreement import unrounded
+from castalia.checkpoint.container import FileTensor, open_pt, refuse_pointer
 from castalia.checkpoint.rules import (
     Chain,
     Interleave,
@@ -22,6 +23,7 @@ from castalia.checkpoint.rules import (
     per_block,
     to_ours,
 )
+from castalia.checkpoint.sample import fingerprint
 from castalia.checkpoint.stored import inside, open_safetensors
 from castalia.checkpoint.tensors import AdamState, Checkpoint, Progress, TensorRef
 from castalia.config.schema import Data, Model, RopeScaling, RunConfig, Tokenizer
@@ -52,13 +54,20 @@ class Family:
     architecture: Callable[[Config], dict[str, Any]]
     rules: Callable[[Model], list[Rule]]
     head_modules: tuple[str, ...] = ("lm_head",)  # as transformers calls it now, and as it did before
+    foreign: tuple[str, ...] = ()  # keys of related types that this class does not read
 
 
 class Config:
-    """config.json with the defaults of its type. Errors name the file."""
+    """config.json as its class reads it: with the defaults of its type. Errors name the file."""
 
-    def __init__(self, path: Path, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-        self.path, self.given, self.values = path, given, {**defaults, **given}
+    def __init__(self, path: Path, given: Mapping[str, Any], family: Family) -> None:
+        self.path, self.given = path, {key: value for key, value in given.items() if key not in family.foreign}
+        self.values = {**family.defaults, **self.given}
+        left = [f"{key}={given[key]}" for key in family.foreign if given.get(key)]
+        kind = given.get("model_type")
+        self.notes = (
+            [f"{', '.join(left)} of config.json means nothing in a {kind} model: it is ignored"] if left else []
+        )
 
     def __getitem__(self, key: str) -> Any:
         return self.values.get(key)
@@ -270,8 +279,17 @@ FAMILIES = {
         "gpt_neox.", "embed_out.weight", NEOX_DEFAULTS, _neox_architecture, _neox_rules, ("lm_head", "embed_out")
     ),
     "gpt2": Family("transformer.", "lm_head.weight", GPT2_DEFAULTS, _gpt2_architecture, _gpt2_rules),
-    "llama": Family("model.", "lm_head.weight", LLAMA_DEFAULTS, _llama_architecture, _llama_rules),
-    "mistral": Family("model.", "lm_head.weight", MISTRAL_DEFAULTS, _llama_architecture, _llama_rules),
+    "llama": Family(
+        "model.", "lm_head.weight", LLAMA_DEFAULTS, _llama_architecture, _llama_rules, foreign=("sliding_window",)
+    ),
+    "mistral": Family(
+        "model.",
+        "lm_head.weight",
+        MISTRAL_DEFAULTS,
+        _llama_architecture,
+        _llama_rules,
+        foreign=("attention_bias", "mlp_bias"),
+    ),
 }
 
 
@@ -279,31 +297,29 @@ def detect(path: Path) -> bool:
     return (path / CONFIG).is_file() and bool(read_json(path / CONFIG).keys() & {"model_type", "architectures"})
 
 
+def has_weights(path: Path) -> bool:
+    return any((path / name).is_file() or (path / f"{name}.index.json").is_file() for name in WEIGHT_FILES)
+
+
 def read(path: Path, tokenizer: str | None = None) -> Checkpoint:
-    """Open a folder. Only config.json and the headers of the weights' files are read."""
+    """Open a folder. Only config.json and the headers of the weights' files are read, and a few values."""
     config, family = _read_config(path / CONFIG)
-    model = _model(config, family)
     tensors, files = _open_weights(path)
     named = _by_rank(tensors, family)
+    model, tie_note = _tied_as_transformers_does(_model(config, family), family, named)
     _check_blocks(path, named, model.num_layers)
-    notes = []
-    if model.tie_embeddings and named.pop(family.head, []):
-        notes.append(f"{family.head} is stored, but the config ties it to the embedding, which is used")
-    beside = read_json(path / BESIDE) if (path / BESIDE).is_file() else {}
-    try:
-        ours = to_ours(table(family, model), named, ignore=OLD_BUFFERS.pattern)
-        optimizer = _optimizer(path, beside, family, model, ours)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+    beside, beside_note = _beside(path, tensors)
+    ours = to_ours(table(family, model), named, ignore=OLD_BUFFERS.pattern)
     tokens = {key: config[key] for key in TOKEN_IDS if config[key] is not None}
     return Checkpoint(
         str(path),
         "huggingface",
         ours,
-        optimizer,
+        _optimizer(path, beside, family, model, ours),
         Progress(**beside.get("progress", {})),
         _run_config(path, config, family, model, beside, tokenizer),
-        tuple(notes),
+        (*config.notes, *([tie_note] if tie_note else [])),
+        (beside_note,) if beside_note else (),
         {
             "model_type": config["model_type"],
             "files": files,
@@ -311,6 +327,60 @@ def read(path: Path, tokenizer: str | None = None) -> Checkpoint:
             "token_ids": tokens,
         },
         beside.get("summed_bias_ranks", 1),
+    )
+
+
+def _tied_as_transformers_does(model: Model, family: Family, named: dict[str, list[TensorRef]]) -> tuple[Model, str]:
+    """The model with the head that it has there, and what to say of it; a head that is the embedding is taken out.
+
+    Source: `PreTrainedModel.tie_weights` of transformers 5. A stored head that differs from the embedding is used,
+    whatever the config says; older versions used the embedding. Of a tied model either of the two may be stored.
+    """
+    if not model.tie_embeddings or family.head not in named:
+        return model, ""
+    embedding = next(rule.theirs for rule in family.rules(model) if rule.ours == "embed.weight")
+    if embedding not in named:
+        named[embedding] = named.pop(family.head)
+        return (
+            model,
+            f"of the embedding and the head, which are one, only {family.head} is stored: it is taken for both",
+        )
+    if _same(named[embedding][0], named[family.head][0]):
+        del named[family.head]
+        return model, ""
+    return model.model_copy(update={"tie_embeddings": False}), (
+        f"config.json ties the head to the embedding, but another {family.head} is stored: it is used, as transformers "
+        "does since version 5; before, the embedding was"
+    )
+
+
+def _same(a: TensorRef, b: TensorRef) -> bool:
+    if a == b:  # one storage under two names
+        return True
+    from castalia.checkpoint.compare import equal  # imports torch
+
+    return equal(a, b)
+
+
+def _beside(path: Path, tensors: Mapping[str, TensorRef]) -> tuple[dict[str, Any], str]:
+    """What a conversion noted beside the weights, and what to say where these are others now.
+
+    Of weights that were changed since, the optimizer state and the progress say nothing any more.
+    """
+    if not (path / BESIDE).is_file():
+        return {}, ""
+    beside = read_json(path / BESIDE)
+    if beside.get("optimizer_steps") is None:
+        masters = {}
+    else:
+        stored, _ = _open_weights(path, OPTIMIZER_FILES)
+        masters = {n.removesuffix(".master"): ref for n, ref in stored.items() if n.endswith(".master")}
+    known = beside.get("fingerprint")
+    if not (unrounded(tensors, masters) if known is None else known != fingerprint(tensors)):  # None: an older one's
+        return beside, ""
+    return {"config": beside.get("config")}, (
+        f"the weights were changed after {BESIDE} and the optimizer state were written (by training elsewhere, say): "
+        "the weights count; optimizer state, step and progress, which belong to the old ones, are left out"
     )
 
 
@@ -393,7 +463,7 @@ def _read_config(path: Path) -> tuple[Config, Family]:
     if family is None:
         name = f"model_type {kind!r}" + (f" ({', '.join(map(str, architectures))})" if architectures else "")
         raise CheckpointError(f"{path}: {name} is not supported; supported are {', '.join(FAMILIES)}")
-    config = Config(path, given, family.defaults)
+    config = Config(path, given, family)
     if config["quantization_config"]:
         method = config["quantization_config"].get("quant_method")
         raise config.refuse(f"the weights are quantized ({method}), which is not supported; use the original weights")
@@ -417,8 +487,13 @@ def _open_weights(path: Path, names: Sequence[str] = WEIGHT_FILES) -> tuple[dict
         if index.is_file():
             return _open_shards(path, index)
     raise CheckpointError(
-        f"{path} has a config.json but no weights: expected one of {', '.join(names)}, or an index of "
-        "its shards. If it comes from a hub, some files were not fetched."
+        f"{path} has a config.json but no weights: expected one of {', '.join(names)}, or an index of its shards. "
+        + (
+            f"They may lie in DeepSpeed's files in {parts[0].name}, whose names are not NeoX's: zero_to_fp32.py, which "
+            "DeepSpeed puts beside them, makes one file of them"
+            if (parts := sorted(path.glob("global_step*")))
+            else "If it comes from a hub, some files were not fetched."
+        )
     )
 
 
@@ -460,7 +535,9 @@ def _tokenizer(path: Path, given: str | None) -> Tokenizer:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
+        content = path.read_bytes()
+        refuse_pointer(path, content)
+        value = json.loads(content)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:

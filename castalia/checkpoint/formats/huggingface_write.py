@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from castalia.checkpoint.formats.huggingface import BESIDE, CONFIG, FAMILIES, ROLES, Family, table
 from castalia.checkpoint.load import architecture
 from castalia.checkpoint.rules import Role, to_theirs
+from castalia.checkpoint.sample import fingerprint
+from castalia.checkpoint.stored import open_safetensors
 from castalia.checkpoint.tensors import Checkpoint, TensorRef
 from castalia.checkpoint.tokenizer_files import hf_tokenizer
 from castalia.checkpoint.writing import (
@@ -20,10 +23,12 @@ from castalia.checkpoint.writing import (
     Plan,
     WriteOptions,
     json_output,
+    json_text,
     named_groups,
     num_bytes,
     shards,
     tensors_output,
+    write_bytes,
 )
 from castalia.config.schema import Model, RopeScaling
 from castalia.errors import CheckpointError
@@ -75,12 +80,21 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     config = hf_config(kind, model, _longest(checkpoint, model), ids)
     config["torch_dtype"] = config["dtype"] = checkpoint.model["embed.weight"].dtype_name
     outputs = [json_output(CONFIG, config), json_output("generation_config.json", {"_from_model_config": True, **ids})]
-    outputs += tokenizer + _safetensors("model", weights, options)
+    weight_outputs = _safetensors("model", weights, options)
+    weight_files = [output.name for output in weight_outputs if output.name.endswith(".safetensors")]
+    outputs += tokenizer + weight_outputs
     outputs += _optimizer(checkpoint, family, model, options)
     if kind == "gpt_neox" and model.embedding_dropout != model.hidden_dropout:
         dropout = f"one dropout for embedding and blocks: {model.hidden_dropout}, not {model.embedding_dropout}"
         notes = (*notes, f"config.json has {dropout}")
-    return Plan((*outputs, json_output(BESIDE, _beside(checkpoint))), notes)
+
+    def finish(folder: Path, results: Mapping[str, Any]) -> None:
+        """What is beside the weights says of which weights it is, so that it is not believed of others."""
+        written = {name: ref for file in weight_files for name, ref in open_safetensors(folder / file).items()}
+        value = {**_beside(checkpoint), "fingerprint": fingerprint(written)}
+        write_bytes(folder / BESIDE, json_text(value).encode(), lambda count: None)
+
+    return Plan(tuple(outputs), notes, finish)
 
 
 def family_of(model: Model, path: str) -> str:

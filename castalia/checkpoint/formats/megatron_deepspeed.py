@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from castalia.checkpoint.formats import deepspeed
-from castalia.checkpoint.formats.assemble import adam_states, layout, progress, weight_dtype
+from castalia.checkpoint.formats.assemble import adam_states, layout, masters_apart, progress, weight_dtype
 from castalia.checkpoint.formats.deepspeed import BUFFERS, Folder
 from castalia.checkpoint.formats.neox_model import Held, compare, merge, observed, stored_arguments
 from castalia.checkpoint.formats.neox_rules import MEGATRON, megatron_qkv, table
@@ -47,9 +47,11 @@ def read(
     run = run.model_copy(update={"model": model} | ({"tokenizer": Tokenizer(path=tokenizer)} if tokenizer else {}))
     dtype = weight_dtype(held)
     step = folder.step - int(folder.first.get("skipped_steps") or 0)
-    notes = [] if folder.states else ["there is no mp_rank_* file: activation, version and step are guesses"]
-    if ranks is None:
-        notes.append("there is no optimizer state: the weights can be used and trained on, but not resumed exactly")
+    apart, apart_note = masters_apart(held, ranks)
+    notes = [apart_note] if apart_note else []
+    if not folder.states:
+        notes.append("there is no mp_rank_* file: activation, version and step are guesses")
+    state_notes = [] if ranks else ["there is no optimizer state: the weights can be trained on, but not resumed"]
     return Checkpoint(
         path=str(path),
         format="megatron-deepspeed",
@@ -58,12 +60,14 @@ def read(
         progress=progress(folder, run, fp16=dtype == "float16"),
         config=run,
         notes=tuple(notes),
+        state_notes=tuple(state_notes),
         details={
             **layout(folder),
             "dtype": dtype,
             "checkpoint_version": version,
             **stored_arguments(folder.args),
             **other,
+            "masters_apart": apart,
         },
     )
 

@@ -34,6 +34,7 @@ from pydantic import ValidationError
 
 import castalia
 from castalia.checkpoint.checksum import crc32
+from castalia.checkpoint.container import refuse_pointer
 from castalia.checkpoint.lazy import Cast
 from castalia.checkpoint.stored import DTYPE_CODES, DTYPES, Extent, StoredTensor, inside, write_safetensors
 from castalia.checkpoint.tensors import AdamState, Checkpoint, Progress, Shard, TensorRef, name_of
@@ -252,7 +253,16 @@ def prune(folder: str | Path, keep_last: int | None, keep_every: int | None = No
 
 
 def detect(path: Path) -> bool:
-    return (path / MANIFEST).is_file()
+    """Whether there is a manifest of ours, or one that cannot be read; other programs have files of this name, too."""
+    return (path / MANIFEST).is_file() and not has_foreign_manifest(path)
+
+
+def has_foreign_manifest(path: Path) -> bool:
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+    except (OSError, ValueError):  # not there, or damaged: reading it says more
+        return False
+    return not isinstance(manifest, dict) or not {"progress", "optimizer_steps", "crc32"} & manifest.keys()
 
 
 def read(path: Path) -> Checkpoint:
@@ -294,7 +304,9 @@ def _check_files(path: Path, sizes: Mapping[str, int]) -> None:
 def _read_manifest(path: Path) -> dict:
     file = path / MANIFEST
     try:
-        manifest = json.loads(file.read_bytes())
+        content = file.read_bytes()
+        refuse_pointer(file, content)
+        manifest = json.loads(content)
         written = manifest.pop("crc32")
     except OSError as error:
         raise CheckpointError(f"cannot read {file}: {error.strerror}") from error

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from castalia.checkpoint.formats import deepspeed
-from castalia.checkpoint.formats.assemble import adam_states, layout, progress, weight_dtype
+from castalia.checkpoint.formats.assemble import adam_states, layout, masters_apart, progress, weight_dtype
 from castalia.checkpoint.formats.deepspeed import BUFFERS, LAYER, RANK_STATE, SHARD, STATE, Folder
 from castalia.checkpoint.formats.neox_model import Held, compare, config_files, merge, observed, stored_arguments
 from castalia.checkpoint.formats.neox_rules import HEAD, LEGACY, W123, GqaRows, Names, neox_qkv, table
@@ -77,7 +77,8 @@ def read(
     dtype = weight_dtype(held)
     stored_steps = ranks is not None and all(step is not None for rank in ranks for step in rank.step.values())
     facts = {"era": era, "dtype": dtype, "gqa_rows": rows, "adam_steps_stored": stored_steps, "guess": tuple(guesses)}
-    notes = (_guess_note(guesses) if guesses else "", epsilon_note, rows_note, optimizer_note, summed_note)
+    apart, apart_note = masters_apart(held, ranks)
+    notes = (_guess_note(guesses) if guesses else "", epsilon_note, rows_note, apart_note)
     return Checkpoint(
         path=str(path),
         format="neox",
@@ -86,7 +87,8 @@ def read(
         progress=progress(folder, run, fp16=dtype == "float16"),
         config=run,
         notes=tuple(note for note in notes if note),
-        details={**layout(folder), **facts, **stored_arguments(folder.args), **other},
+        state_notes=tuple(note for note in (optimizer_note, summed_note) if note),
+        details={**layout(folder), **facts, **stored_arguments(folder.args), **other, "masters_apart": apart},
         summed_bias_ranks=summed,
     )
 

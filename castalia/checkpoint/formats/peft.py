@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from castalia.checkpoint.adapters import adapters_of
 from castalia.checkpoint.describe import tokenizer_settings
-from castalia.checkpoint.formats import open_checkpoint
-from castalia.checkpoint.formats.huggingface import FAMILIES, Family, open_file, read_json, table
+from castalia.checkpoint.formats import huggingface, open_checkpoint
+from castalia.checkpoint.formats.huggingface import FAMILIES, Family, has_weights, open_file, read_json, table
 from castalia.checkpoint.lazy import Held, Zeros
 from castalia.checkpoint.rules import Chain, Op, Same, Transpose
 from castalia.checkpoint.tensors import Checkpoint, TensorRef
@@ -54,7 +54,10 @@ class Matrix:
 
 
 def detect(path: Path) -> bool:
-    return (path / CONFIG).is_file()
+    """Whether there are adapters; a folder that only names some beside a whole model is the model's."""
+    if not (path / CONFIG).is_file():
+        return False
+    return any((path / name).is_file() for name in WEIGHT_FILES) or not has_weights(path)
 
 
 def read(path: Path, base: str | None = None) -> Checkpoint:
@@ -67,7 +70,8 @@ def read(path: Path, base: str | None = None) -> Checkpoint:
     name = base or config.get("base_model_name_or_path")
     if not name:
         raise CheckpointError(f"{path / CONFIG} does not say which model it belongs to; name that with --base")
-    model = open_checkpoint(name, adapters=True)
+    beside = Path(name).exists() and path.samefile(name)  # the model's own files, in the adapter's folder
+    model = huggingface.read(path) if beside else open_checkpoint(name, adapters=True)
     if adapters_of(model) is not None or model.config is None:
         raise CheckpointError(
             f"{path}: its model, {name}, has adapters itself; merge those first (castalia merge-lora)"
