@@ -158,7 +158,7 @@ def test_files_at_the_root_without_config_or_optimizer(tmp_path):
     check(checkpoint, written)
     assert checkpoint.config.model.rotary_pct == 0.5  # from inv_freq
     assert any("parallel_residual=True" in note for note in checkpoint.notes)
-    assert any("no optimizer state" in note for note in checkpoint.notes)
+    assert any("no optimizer state" in note for note in checkpoint.state_notes)
     (written.path / "12B.yml").write_text("model: {num_layers: 3, hidden_size: 16, num_heads: 4, rotary_pct: 0.5}\n")
     assert neox.read(written.path).config.model.parallel_residual is False
 

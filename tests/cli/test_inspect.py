@@ -69,17 +69,27 @@ def lead_out(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("variant", "harm", "found", "way_out"),
     [
-        (TP2, remove("layer_03-*"), "1 of 4 layers are missing: layer_03", "Copy the missing files"),
-        (TP2, remove("layer_03-model_01*"), "layer 3 has no file of tensor rank 1", "Copy the missing files"),
-        (TP2, remove("*model_01*"), "files are of 1 tensor ranks, but the run had 2", "the other ranks' files"),
-        (TP2, remove("mp_rank_01*"), "1 mp_rank_* files and layer files of 2 tensor ranks", "files are missing"),
+        (
+            TP2,
+            remove("layer_03-*"),
+            "files: layer_03-model_00-model_states.pt, layer_03-model_01",
+            "Copy the missing files",
+        ),
+        (
+            TP2,
+            remove("layer_03-model_01*"),
+            "files: layer_03-model_01-model_states.pt. There are",
+            "Copy the missing files",
+        ),
+        (TP2, remove("*model_01*"), "lacks 5 of 12 files: layer_00-model_01-model_states.pt", "Copy the missing"),
+        (TP2, remove("mp_rank_01*"), "lacks 1 of 12 files: mp_rank_01_model_states.pt", "Copy the missing"),
         (TP2, truncate, "layer_03-model_01-model_states.pt is truncated", "use another step"),
         (TP2, point_elsewhere, "names 'global_step99', but there is no such folder", "there are global_step5"),
         (TP2, lead_out, "'../../elsewhere', which is not a path inside this folder", "refused"),
         (
             ZERO,
             remove("zero_pp_rank_1*"),
-            "optimizer files of 1 data-parallel ranks, but the run had 2",
+            "files: zero_pp_rank_1_mp_rank_00_optim_states.pt",
             "weights alone",
         ),
     ],
