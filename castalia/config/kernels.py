@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+from castalia.config.schema import Model
+
 Kernel = Literal["flash", "cuDNN", "memory-efficient", "plain"]
 # What a query sees: everything; what is not behind it, where queries are all keys, or the last of them; what a bias,
 # which is added to the scores, leaves.
@@ -27,9 +29,9 @@ AMPERE: Capability = (8, 0)
 
 class Choice(NamedTuple):
     kernel: Kernel
+    sight: Sight  # as wanted, or "bias" where only a bias tells the kernel
     why: str = ""  # the kernel is not flash or cuDNN
     repeats: bool = False  # keys and values are copied for each query head of their group
-    takes_last_causal: bool = False  # without a bias that says it
 
 
 def choose_kernel(
@@ -50,16 +52,51 @@ def choose_kernel(
     0 outside of training; `training`: a backward pass follows; `writing`: there are more keys with every call; `cudnn`:
     torch prefers cuDNN on devices that it suits.
     """
+    told: Sight = "bias" if sight == "last causal" else sight
     if capability is None:
-        return Choice("plain", "CPUs' flash kernel has no dropout") if dropout else Choice("flash")
+        return Choice("plain", told, "CPUs' flash kernel has no dropout") if dropout else Choice("flash", told)
     if not (why_not_flash := _why_not_flash(capability, dtype, sight, head_size, dropout, training)):
         suits = capability[0] in (9, 10) and head_size <= LARGEST_CUDNN_HEAD and head_size % 8 == 0
         if suits and cudnn and not writing and sight != "last causal" and (16 * dropout).is_integer():
-            return Choice("cuDNN")
-        return Choice("flash", takes_last_causal=True)
+            return Choice("cuDNN", sight)
+        return Choice("flash", sight)
     if why_not_efficient := _why_not_efficient(capability, dtype, head_size):
-        return Choice("plain", f"{why_not_flash}, and for the memory-efficient kernel {why_not_efficient}")
-    return Choice("memory-efficient", why_not_flash, repeats=grouped, takes_last_causal=True)
+        return Choice("plain", told, f"{why_not_flash}, and for the memory-efficient kernel {why_not_efficient}")
+    return Choice("memory-efficient", sight, why_not_flash, repeats=grouped)
+
+
+def reasons_for_bias(cfg: Model, keys: int, documents: bool) -> list[str]:
+    """What of a model that sees so many keys, and of its data, only a bias can say."""
+    reasons = {
+        "ALiBi's distances": cfg.position == "alibi",
+        f"a window of {cfg.sliding_window} tokens": cfg.sliding_window is not None and keys > cfg.sliding_window + 1,
+        "documents that do not see each other": documents,
+    }
+    return [name for name, needed in reasons.items() if needed]
+
+
+def training_choice(
+    cfg: Model,
+    capability: Capability | None,
+    dtype: str,
+    length: int,
+    *,
+    documents: bool = False,
+    gathers: bool = False,
+    cudnn: bool = True,
+) -> Choice:
+    """What a training step does with sequences of that length; `gathers`: on the last of several context ranks."""
+    bias = reasons_for_bias(cfg, length, documents)
+    return choose_kernel(
+        capability,
+        dtype,
+        "bias" if bias else "last causal" if gathers else "causal",
+        head_size=cfg.head_size,
+        grouped=cfg.kv_heads < cfg.num_heads,
+        dropout=cfg.attention_dropout,
+        training=True,
+        cudnn=cudnn,
+    )
 
 
 def _why_not_flash(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
-from castalia.config.kernels import Capability, Choice, Sight
+from castalia.config.kernels import Capability, Choice
 from castalia.config.schema import Model
 from castalia.errors import ConfigError
 from castalia.model.layers import Linear, is_slow_half
@@ -47,9 +47,8 @@ class Context(NamedTuple):
     """What all blocks share in one forward pass."""
 
     rotary: Rotation | None = None
-    sight: Sight = "causal"
+    choice: Choice = Choice("flash", "causal")
     bias: Tensor | None = None  # [rows, 1 or heads, t, k] in the dtype of the queries; -inf hides a key
-    choice: Choice = Choice("flash")
     cache: Cache | None = None
 
 
@@ -81,7 +80,6 @@ def attend(
     k: Tensor,
     v: Tensor,
     *,
-    sight: Sight,
     choice: Choice,
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -94,16 +92,15 @@ def attend(
         if t == 1:  # the queries of a group are as good as queries of one head, which sees the same keys
             if bias is not None and bias.shape[1] > 1:
                 bias = bias.reshape(len(bias), n // groups, groups, -1)
-            return _kernel(q.view(b, -1, groups, d), k, v, sight, choice, bias, dropout_p, scale).reshape(q.shape)
+            return _kernel(q.view(b, -1, groups, d), k, v, choice, bias, dropout_p, scale).reshape(q.shape)
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    return _kernel(q, k, v, sight, choice, bias, dropout_p, scale)
+    return _kernel(q, k, v, choice, bias, dropout_p, scale)
 
 
 def _kernel(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    sight: Sight,
     choice: Choice,
     bias: Tensor | None,
     dropout_p: float,
@@ -118,9 +115,9 @@ def _kernel(
         q,
         k,
         v,
-        attn_mask=causal_lower_right(q.shape[2], k.shape[2]) if sight == "last causal" else bias,
+        attn_mask=causal_lower_right(q.shape[2], k.shape[2]) if choice.sight == "last causal" else bias,
         dropout_p=dropout_p,
-        is_causal=sight == "causal",
+        is_causal=choice.sight == "causal",
         scale=scale,
         enable_gqa=q.shape[1] > k.shape[1],
     )
@@ -160,7 +157,6 @@ class Attention(nn.Module):
             q,
             k,
             v,
-            sight=context.sight,
             choice=context.choice,
             bias=None if context.bias is None else context.bias.to(q.dtype),  # sharding casts what blocks are given
             dropout_p=self.dropout if self.training else 0.0,

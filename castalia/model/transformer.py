@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from castalia.config.kernels import Choice, Sight, choose_kernel
+from castalia.config.kernels import Choice, Sight, choose_kernel, reasons_for_bias
 from castalia.config.schema import Model, MuP
 from castalia.errors import ConfigError
 from castalia.model.attention import (
@@ -175,22 +175,19 @@ class Transformer(nn.Module):
         cache: Cache | None,
     ) -> Context:
         """What the blocks share. A bias is built, once for all of them, only where no kernel says the same without."""
-        t, window = places.shape[1], self.cfg.sliding_window
+        t = places.shape[1]
         keys, gaps = (places, False) if cache is None else (cache.keys, cache.gaps)
-        needs_window = window is not None and keys.shape[1] > window + 1
         sight: Sight = "everything" if t == 1 else "causal" if t == keys.shape[1] else "last causal"
-        if gaps or needs_window or self.alibi or documents is not None:
+        if gaps or reasons_for_bias(self.cfg, keys.shape[1], documents is not None):
             sight = "bias"
         choice = self.choice(x, sight, cache)
-        if sight == "last causal" and not choice.takes_last_causal:
-            sight, choice = "bias", self.choice(x, "bias", cache)
-        if sight != "bias":
-            return Context(rotary, sight, None, choice, cache)
-        seen = visible(places, keys, window)
+        if choice.sight != "bias":
+            return Context(rotary, choice, None, cache)
+        seen = visible(places, keys, self.cfg.sliding_window)
         if documents is not None:
             seen = seen & (documents[:, None, :, None] == documents[:, None, None, :])
         dtype = torch.float32 if is_slow_half(x) else x.dtype
-        return Context(rotary, sight, score_bias(places, keys, seen, self.alibi, dtype), choice, cache)
+        return Context(rotary, choice, score_bias(places, keys, seen, self.alibi, dtype), cache)
 
     def choice(self, x: Tensor, sight: Sight, cache: Cache | None) -> Choice:
         """The kernel of all blocks for hidden states like x."""

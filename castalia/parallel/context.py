@@ -92,7 +92,7 @@ WAYS = {"gather": Gather, "ulysses": Ulysses, "ring": Ring}
 def refuse_ring(cfg: Model, dtype: torch.dtype, device: torch.device) -> None:
     """Raises ConfigError where the ring's kernel, flash, cannot take the model's heads."""
     choice = choose_kernel(
-        capability(device), DTYPE_NAMES[dtype], "last causal", head_size=cfg.head_size, training=True
+        capability(device), DTYPE_NAMES[dtype], "causal", head_size=cfg.head_size, training=True, cudnn=False
     )
     if choice.kernel != "flash" or (device.type == "cuda" and cfg.head_size % 8):
         why = choice.why or f"heads of {cfg.head_size} are no multiple of 8"

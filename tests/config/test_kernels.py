@@ -45,15 +45,17 @@ def test_each_case_has_its_kernel(device, dtype, sight, rest, kernel, repeats):
 
 
 def test_kernels_of_gpus_know_the_last_queries_and_others_take_a_bias():
-    assert not choose_kernel(CPU, "fp32", "last causal", head_size=64).takes_last_causal
-    assert not choose_kernel(V100, "bf16", "last causal", head_size=64).takes_last_causal
+    assert choose_kernel(CPU, "fp32", "last causal", head_size=64).sight == "bias"
+    assert choose_kernel(V100, "bf16", "last causal", head_size=64).sight == "bias"
     for device in (V100, A100, H100):
-        assert choose_kernel(device, "fp16", "last causal", head_size=64).takes_last_causal
+        assert choose_kernel(device, "fp16", "last causal", head_size=64).sight == "last causal"
+        for sight in ("everything", "causal", "bias"):
+            assert choose_kernel(device, "fp16", sight, head_size=64).sight == sight
 
 
 def test_reasons_name_what_is_in_the_way():
     assert choose_kernel(A100, "fp32", "causal", head_size=64).why == "flash needs 16-bit compute"
     assert choose_kernel(A100, "bf16", "bias", head_size=64).why == "flash takes no mask"
     assert choose_kernel(A100, "bf16", "bias", head_size=60) == Choice(
-        "plain", "flash takes no mask, and for the memory-efficient kernel heads of 60 are no multiple of 8"
+        "plain", "bias", "flash takes no mask, and for the memory-efficient kernel heads of 60 are no multiple of 8"
     )

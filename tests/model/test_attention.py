@@ -58,12 +58,12 @@ def test_repeated_or_folded_groups_attend_as_the_groups_do(heads, t):
     bias = bias_for(heads, t, 9)
     expected = plain(q, k, v, bias)
     for repeats in (False, True):
-        close(attend(q, k, v, sight="bias", choice=Choice("plain", repeats=repeats), bias=bias), expected)
+        close(attend(q, k, v, choice=Choice("plain", "bias", repeats=repeats), bias=bias), expected)
 
 
 def test_the_last_queries_are_causal_without_a_bias_where_a_kernel_knows_them():
     q, k, v = inputs(4, 2, 6, 9)
-    close(attend(q, k, v, sight="last causal", choice=Choice("flash")), plain(q, k, v, bias_for(1, 6, 9)))
+    close(attend(q, k, v, choice=Choice("flash", "last causal")), plain(q, k, v, bias_for(1, 6, 9)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -110,7 +110,7 @@ def test_a_part_of_the_sequence_needs_a_bias_on_cpus_alone(device, sight, kernel
     model.hidden(TOKENS[:, :12], cache=cache)
     monkeypatch.setattr(transformer, "capability", lambda _: device)  # a stand-in: only the choice is looked at
     context = model.context(torch.zeros(2, 8, 64).bfloat16(), None, cache.reserve(8), None, cache)
-    assert (context.sight, context.choice.kernel, context.bias is None) == (sight, kernel, device is not None)
+    assert (context.choice.sight, context.choice.kernel, context.bias is None) == (sight, kernel, device is not None)
 
 
 CASES: list[tuple[Sight, int, int]] = [("causal", 64, 64), ("everything", 1, 64), ("bias", 64, 64), ("bias", 40, 64)]
@@ -171,9 +171,9 @@ def test_each_way_gives_the_same_attention_on_this_gpu(kind, t, k, kv, dtype):
     sight: Sight = "bias" if kind != "plain" else "everything" if t == 1 else "causal" if t == k else "last causal"
     name, size = DTYPE_NAMES[dtype], {"head_size": 64, "grouped": kv < 4, "training": True}
     choice = choose_kernel(capability(q.device), name, sight, **size, cudnn=prefers_cudnn())
-    assert choice.kernel != "plain" and (choice.takes_last_causal or sight != "last causal")
+    assert choice.kernel != "plain" and choice.sight == sight
     given = aligned_rows(bias, bias.shape, dtype).copy_(bias) if sight == "bias" else None
-    out = attend(q, keys, v, sight=sight, choice=choice, bias=given)
+    out = attend(q, keys, v, choice=choice, bias=given)
     expected = plain(q, keys, v, bias)
     close_to = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 3e-2, "rtol": 3e-2}
     torch.testing.assert_close(out.float(), expected, **close_to)
