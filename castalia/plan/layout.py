@@ -25,6 +25,7 @@ class Layout:
     pipeline: Literal["gpipe", "1f1b", "interleaved", "zero-bubble"] = "1f1b"
     stages_per_rank: int = 1
     offload: bool = False  # parameters, gradients and optimizer state are on the host
+    cp_kind: Literal["gather", "ulysses", "ring"] = "gather"
 
     @property
     def gpus(self) -> int:

@@ -12,8 +12,10 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from math import ceil
 from typing import NamedTuple
 
+from castalia.config.kernels import AMPERE, Capability, Choice, training_choice
 from castalia.config.preference import PAIRED, needs_reference
 from castalia.config.schema import Finetune, Model, Optimizer, RunConfig
 from castalia.plan.count import adapter_shapes, all_shapes, local_size
@@ -53,6 +55,8 @@ class Compute:
     finetune: Finetune = EVERYTHING
     objective: str = "causal"
     reference: bool = False  # a frozen model beside the one that trains
+    capability: Capability = AMPERE  # of the GPUs
+    documents: bool = False  # do not see each other
 
     @property
     def element_bytes(self) -> int:
@@ -68,10 +72,18 @@ class Compute:
         return self.element_bytes < 4
 
 
-def compute_of(config: RunConfig, precision: str, device: str) -> Compute:
+def compute_of(config: RunConfig, precision: str, device: str, capability: Capability = AMPERE) -> Compute:
     """Of a run that computes in "bf16", "fp16" or "fp32" on "cuda" or "cpu"."""
-    moments = moments_of(config.optimizer)
-    return Compute(precision, device, moments, config.finetune, config.train.objective, needs_reference(config))
+    return Compute(
+        precision,
+        device,
+        moments_of(config.optimizer),
+        config.finetune,
+        config.train.objective,
+        needs_reference(config),
+        capability,
+        config.data.mask_documents,
+    )
 
 
 @dataclass(frozen=True)
@@ -101,7 +113,34 @@ class Activations:
     again: int  # what the backward pass makes once more
 
 
-def activations(model: Model, layout: Layout, tokens: int, compute: Compute) -> Activations:
+@dataclass(frozen=True)
+class Attending:
+    """What attention keeps in memory besides its inputs and its output, on the last context rank."""
+
+    choice: Choice
+    bias: int  # bytes of the one bias that all blocks of a forward pass share
+    scores: int  # elements of one tensor of scores, where there are any
+
+
+def attending(model: Model, layout: Layout, tokens: int, length: int, compute: Compute) -> Attending:
+    capability = None if compute.device == "cpu" else compute.capability
+    gathers = layout.cp > 1 and layout.cp_kind == "gather"
+    choice = training_choice(
+        model, capability, compute.precision, length, documents=compute.documents, gathers=gathers
+    )
+    heads = model.num_heads // layout.tp
+    here = heads // layout.cp if layout.cp_kind == "ulysses" else heads
+    queries = length // layout.cp if gathers else length
+    rows, shared = tokens * layout.cp // length, 1 if model.position != "alibi" else heads
+    width = length if compute.device == "cpu" else -(-length // 8) * 8
+    size = 4 if compute.device == "cpu" and compute.precision == "fp16" else compute.element_bytes
+    bias = (rows if compute.documents else 1) * shared * queries * width * size
+    plain = choice.kernel == "plain"  # which only adds the bias: but recomputation keeps it
+    held = choice.sight == "bias" and not (plain and layout.recompute == "none")
+    return Attending(choice, bias if held else 0, rows * here * queries * length if plain else 0)
+
+
+def activations(model: Model, layout: Layout, tokens: int, length: int, compute: Compute) -> Activations:
     size, tp = compute.element_bytes, layout.tp
     stream = tokens * model.hidden_size // (tp if layout.sequence_parallel else 1)  # one [tokens, hidden]
     heads, kv = (n * model.head_size * tokens // tp for n in (model.num_heads, model.kv_heads))
@@ -112,24 +151,46 @@ def activations(model: Model, layout: Layout, tokens: int, compute: Compute) -> 
     reading = ["attn.qkv" in reads, bool({"mlp.up", "mlp.gate"} & reads)]
     num_norms = 1 if model.shared_norm else 2
     outputs = any(reading) if model.shared_norm else sum(reading)
+    how = attending(model, layout, tokens, length, compute)
     attention = 2 * heads + 2 * kv  # q, k and v in one tensor, and the output
     copies = heads + kv if model.position == "rotary" or model.qk_norm else 0
-    copies += heads if model.kv_heads < model.num_heads else 0  # queries gathered from their groups
+    grouped = model.kv_heads < model.num_heads
+    copies += heads if grouped else 0  # queries gathered from their groups
+    if how.choice.repeats:  # queries, repeated keys and values, and the output
+        copies = 4 * heads - attention
+    if layout.cp > 1 and layout.cp_kind == "gather":  # keys and values of all ranks
+        copies += 2 * layout.cp * (heads if how.choice.repeats else kv)
+    scores = 0
+    if how.choice.kernel == "plain":  # which copies them: at most values are still those of the one tensor
+        copies = -(heads + 2 * kv if compute.casts or grouped else 0)
+        softmax, scores = 0, _kept_scores(model, how, heads, kv, compute)
     own = model.activation in _KEEPS_OUTPUT and not model.gated_mlp
     mlp = inner * ((3 if model.gated_mlp else 1) + ("mlp.down" in reads and not own))
     norms = _norm_inputs(model, 1 if model.parallel_residual else num_norms, stream, compute)
     norms += outputs * stream * size + num_norms * 8 * tokens  # kept by the matrices that follow, and statistics
     masks = 2 * stream * (1 if compute.device == "cuda" else size) if model.hidden_dropout else 0
     adapters, adapted = _adapters(model, layout.tp, tokens, compute)
-    whole = norms + (attention + copies + mlp) * size + softmax + masks + adapters
+    whole = norms + (attention + copies + mlp) * size + softmax + scores + masks + adapters
 
     if layout.recompute == "none":
         return Activations(whole, whole, 0)
     if layout.recompute == "full":
         return Activations(whole, stream * size, whole - stream * size)
-    products = attention + inner * (2 if model.gated_mlp else 1) + adapted  # what the backward pass finds ready
+    found = attention - (heads if how.choice.kernel == "plain" else 0)  # scores and what they give are made again
+    products = found + inner * (2 if model.gated_mlp else 1) + adapted  # what the backward pass finds ready
     kept = (stream + products + 2 * stream) * size + softmax  # the block's input, the results of all matrices
     return Activations(whole, kept, whole - (stream + products) * size - softmax)
+
+
+def _kept_scores(model: Model, how: Attending, heads: int, kv: int, compute: Compute) -> int:
+    """Bytes that the plain kernel keeps, all in fp32: queries and keys times the scale, values, and scores.
+
+    Of the scores there are the softmax's, and with dropout its mask and what it leaves.
+    """
+    kv = heads if model.kv_heads < model.num_heads else kv
+    dropped = 0 if not model.attention_dropout else 4 + (1 if compute.device == "cuda" else 4)
+    values = kv if compute.casts or model.kv_heads < model.num_heads else 0
+    return 4 * (heads + kv + values) + (4 + dropped) * how.scores
 
 
 @lru_cache
@@ -222,7 +283,11 @@ class Rank:
     @cached_property
     def one(self) -> Activations:
         """Of one block and one micro-batch."""
-        return activations(self.model, self.layout, self.tokens, self.compute)
+        return activations(self.model, self.layout, self.tokens, self.length, self.compute)
+
+    @cached_property
+    def attending(self) -> Attending:
+        return attending(self.model, self.layout, self.tokens, self.length, self.compute)
 
     @property
     def head_name(self) -> str:
@@ -284,7 +349,7 @@ class Rank:
         return self._memory(
             gradients=self._gradients(done=0),
             copies=self._copies(0, head=False),
-            activations=(3 if self.model.gated_mlp else 2) * inner + 3 * self.stream,
+            activations=(3 if self.model.gated_mlp else 2) * inner + 3 * self.stream + self.attending.bias,
         )
 
     def _entering_blocks(self) -> Memory:
@@ -299,7 +364,7 @@ class Rank:
         return self._memory(
             gradients=self._gradients(done=above),
             copies=self._copies(1, head=False),
-            activations=self.one.whole + self._backward_work,
+            activations=self.one.whole + self.attending.bias + self._backward_work,
         )
 
     def _at_end(self) -> Memory:
@@ -323,7 +388,8 @@ class Rank:
 
     @property
     def _kept(self) -> int:
-        return int(self.live * in_flight(self.layout, self.stage.index) * self.one.kept)
+        held = in_flight(self.layout, self.stage.index)
+        return int(self.live * held * self.one.kept) + ceil(held) * self.attending.bias * self.layout.stages_per_rank
 
     @property
     def _backward_work(self) -> int:
@@ -332,7 +398,8 @@ class Rank:
         still_needed = 2 if self.model.activation in _KEEPS_OUTPUT and not self.model.gated_mlp else 1
         reads = _inputs_kept(self.model, self.compute.finetune)
         scaled = inner if self.compute.finetune.lora and "mlp.up" in reads else 0  # the gradient of an adapter's output
-        return still_needed * inner + scaled + 2 * self.stream
+        mlp = still_needed * inner + scaled + 2 * self.stream
+        return max(mlp, 4 * self.attending.scores + 2 * self.stream)  # the scores' gradient comes after the MLP's
 
     @property
     def _head_gradient(self) -> int:

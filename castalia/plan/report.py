@@ -174,6 +174,7 @@ def layout_of(config: RunConfig, gpus: int | None) -> tuple[Layout, list[str]]:
             pipeline=parallel.pipeline,
             stages_per_rank=stages_per_rank(parallel),
             offload=parallel.offload,
+            cp_kind=parallel.cp_kind,
         ),
         assumed,
     )

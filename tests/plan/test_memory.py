@@ -7,11 +7,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from castalia.config.schema import Finetune, Lora, Model, Optimizer, Preference
+from castalia.model import transformer
 from castalia.model.adapters import add_adapters, freeze
 from castalia.model.transformer import Transformer
 from castalia.parallel.apply import apply_recompute
 from castalia.plan.layout import Layout, Stage, problem, stages
-from castalia.plan.memory import Compute, Rank, memory_by_stage, moments_of
+from castalia.plan.memory import Compute, Rank, activations, attending, memory_by_stage, moments_of
 from castalia.train.hardware import name_of
 from castalia.train.optimizer import gradient_norm, gradients, make_optimizer
 from castalia.train.preference import dpo, reward_model
@@ -94,6 +95,65 @@ def test_a_training_step_takes_the_planned_memory(family, dtype, recompute) -> N
         layout = Layout(micro_batch=micro_batch, accumulation=accumulation, recompute=recompute)
         planned = Rank(model, layout, Stage(0, model.num_layers, True, True), LENGTH, compute).memory().total
         assert planned == pytest.approx(peak_bytes(model, layout, dtype), rel=0.05), (micro_batch, accumulation)
+
+
+ATTENTION = {
+    "alibi": {"position": "alibi"},
+    "window": {"sliding_window": 16},
+    "groups in a window": {"sliding_window": 16, "num_kv_heads": 2},
+    "plain": {"attention_dropout": 0.1},
+    "plain, alibi": {"attention_dropout": 0.1, "position": "alibi"},
+    "plain, groups": {"attention_dropout": 0.1, "num_kv_heads": 2},
+}
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ATTENTION)
+def test_so_do_a_bias_and_the_scores_of_the_plain_kernel(kind, dtype, recompute) -> None:
+    model = Model(**(BASE | {"num_heads": 16} | ATTENTION[kind]))
+    compute, layout = Compute(name_of(dtype), "cpu"), Layout(micro_batch=2, recompute=recompute)
+    planned = memory_by_stage(model, layout, LENGTH, compute)[0].total
+    assert planned == pytest.approx(peak_bytes(model, layout, dtype), rel=0.06)
+
+
+def test_so_do_keys_and_values_that_are_repeated_for_their_groups(monkeypatch) -> None:
+    """As the memory-efficient kernel of GPUs wants them; here the CPU's kernel gets them."""
+    model, layout = Model(**(BASE | {"num_kv_heads": 2, "num_heads": 8})), Layout(micro_batch=3)
+    on_cpu, on_gpu = (activations(model, layout, 3 * LENGTH, LENGTH, Compute("fp32", d)).whole for d in ("cpu", "cuda"))
+    before = peak_bytes(model, layout, torch.float32)
+    monkeypatch.setattr(transformer, "capability", lambda _: (8, 0))
+    more = peak_bytes(model, layout, torch.float32) - before
+    assert more == pytest.approx(model.num_layers * (on_gpu - on_cpu), rel=0.1)
+    assert attending(model, layout, 3 * LENGTH, LENGTH, Compute("fp32", "cuda")).choice.repeats
+
+
+def test_gathering_context_ranks_hold_all_keys_and_their_part_of_a_bias() -> None:
+    model = Model(**(BASE | {"position": "alibi"}))
+    parts = {kind: Layout(cp=2, cp_kind=kind, micro_batch=3) for kind in ("gather", "ulysses", "ring")}
+    tokens, compute = 3 * LENGTH // 2, Compute("fp32", "cuda")
+    one = attending(model, Layout(micro_batch=3), 3 * LENGTH, LENGTH, compute).bias
+    assert one == 4 * 4 * LENGTH**2 and attending(model, parts["gather"], tokens, LENGTH, compute).bias == one // 2
+    model = Model(**BASE)
+    whole = {kind: activations(model, layout, tokens, LENGTH, compute).whole for kind, layout in parts.items()}
+    assert whole["gather"] - whole["ring"] == 2 * 3 * LENGTH * 64 * 4 and whole["ulysses"] == whole["ring"]
+
+
+def test_masks_and_slow_ways_of_gpus_are_in_the_plan() -> None:
+    """Beside the same model with flash: one bias, or scores in every layer where no fast kernel takes the case."""
+
+    def more(capability: tuple[int, int], **update) -> int:
+        used, usual = (
+            memory_by_stage(model.model_copy(update=changes), Layout(), LENGTH, Compute(capability=device))[0].total
+            for changes, device in ((update, capability), ({}, (8, 0)))
+        )
+        return used - usual
+
+    model, scores = Model(**BASE), 4 * LENGTH**2
+    assert more((9, 0), sliding_window=16) == 2 * LENGTH**2
+    assert more((7, 0)) > 3 * 4 * scores  # bf16 on a V100
+    model = Model(**(BASE | {"hidden_size": 240}))
+    assert more((8, 0), sliding_window=16) > 3 * 4 * scores  # heads of 60
 
 
 PARTS = {
