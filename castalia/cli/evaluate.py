@@ -47,7 +47,8 @@ def command(
 ) -> None:
     """Loss, perplexity and bits per byte of a checkpoint.
 
-    Every token of the data is predicted once, except the first. Smaller strides give each prediction more context.
+    Every token of the data is predicted once, except the first; of a run that learns from labels, what they leave.
+    Smaller strides give each prediction more context.
     """
     if log_probs:
         write_log_probs(path, overrides or [], data, step, log_probs)
@@ -107,6 +108,8 @@ def evaluate_checkpoint(
     pp: int = 1,
 ) -> dict[str, Any]:
     """What the command prints, by name."""
+    import numpy as np
+
     from castalia.checkpoint.load import architecture
     from castalia.cli.config import print_notes
     from castalia.cli.train import split_words
@@ -133,11 +136,15 @@ def evaluate_checkpoint(
         raise ConfigError(f"--stride {stride} must lie between 1 and the window's {length} tokens (data.seq_length)")
     rows = config.train.micro_batch_size or 8
     sizes = stream.sizes if config.data.mask_documents else None
+    ends = np.cumsum(stream.sizes).tolist() if config.data.packing == "unpacked" and not data else ()
+    spells_all = stream.labels is None  # else some of the text's bytes are not predicted
+    if config.data.mask_after_eod and tokenizer and tokenizer.eod_id is not None:
+        stream = stream.masked_after(tokenizer.eod_id)
     engine, plan = load_engine(checkpoint, length, rows, dtype, device, tp, pp)
-    batches = windows(stream.tokens, length, stride or length, plan.batch_size, sizes)
+    batches = windows(stream.tokens, length, stride or length, plan.batch_size, sizes, stream.labels, ends)
     found = evaluate(engine, shown(batches, stream))
     spelled = {}
-    if stream.num_bytes:
+    if stream.num_bytes and spells_all:
         spelled = {"bits_per_byte": bits_per_byte(found["loss"], int(found["tokens"]), stream.num_bytes)}
     precision = next(name for name, number in DTYPES.items() if number == dtype)
     where = {"checkpoint": checkpoint.path, "step": checkpoint.progress.step, "data": stream.name}
@@ -206,7 +213,7 @@ def shown(batches: Iterator[Batch], stream: Stream) -> Iterator[Batch]:
 
     def watched() -> Iterator[Batch]:
         with Progress(console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("evaluating", total=len(stream.tokens) - 1)
+            task = bar.add_task("evaluating", total=stream.num_counted)
             for batch in batches:
                 yield batch
                 bar.advance(task, int(batch.loss_mask.sum()))

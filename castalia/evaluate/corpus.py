@@ -10,8 +10,8 @@ import numpy as np
 
 from castalia.config.schema import Data
 from castalia.data.indexed import open_dataset
-from castalia.data.loader import SPLITS
-from castalia.data.samples import split_bounds
+from castalia.data.loader import SPLITS, open_labels
+from castalia.data.samples import IGNORE, split_bounds
 from castalia.data.sources import documents
 from castalia.data.tokenizer import Tokenizer
 from castalia.errors import DataError
@@ -22,6 +22,18 @@ class Stream(NamedTuple):
     tokens: np.ndarray  # all documents back to back
     sizes: np.ndarray  # of the documents, in tokens
     num_bytes: int | None  # of the text that the tokens spell; None without a tokenizer
+    labels: np.ndarray | None = None  # for each token itself or -100 where it does not count; None: all count
+
+    @property
+    def num_counted(self) -> int:
+        """Tokens that are predicted: not the first."""
+        return len(self.tokens) - 1 if self.labels is None else int((self.labels[1:] != IGNORE).sum())
+
+    def masked_after(self, token: int) -> Stream:
+        """Without what follows this token: a document that has nothing to do with the one before."""
+        labels = (self.tokens if self.labels is None else self.labels).astype(np.int64)
+        labels[1:][self.tokens[:-1] == token] = IGNORE
+        return self._replace(labels=labels)
 
 
 def read_stream(path: str, tokenizer: Tokenizer | None) -> Stream:
@@ -50,12 +62,15 @@ def validation_stream(data: Data, tokenizer: Tokenizer | None) -> Stream:
     if not data.valid:
         raise DataError("the run has no validation data (data.valid, or a part of data.split); name some with --data")
     parts = [indexed_stream(source.path, None, tokenizer) for source in data.valid]
+    found = [open_labels(source, open_dataset(source.path)) for source in data.valid]
+    labels = [part.tokens if own is None else np.concatenate(list(own)) for part, own in zip(parts, found, strict=True)]
     num_bytes = [part.num_bytes for part in parts if part.num_bytes is not None]
     return Stream(
         ", ".join(part.name for part in parts),
         np.concatenate([part.tokens for part in parts]),
         np.concatenate([part.sizes for part in parts]),
         sum(num_bytes) if len(num_bytes) == len(parts) else None,
+        np.concatenate(labels) if any(found) else None,
     )
 
 

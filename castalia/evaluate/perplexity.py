@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice, pairwise
 
 import numpy as np
 import torch
@@ -26,30 +27,43 @@ def evaluate(engine: Engine, batches: Iterable[Batch]) -> dict[str, float]:
 
 
 def windows(
-    tokens: np.ndarray, length: int, stride: int, rows: int, sizes: np.ndarray | None = None
+    tokens: np.ndarray,
+    length: int,
+    stride: int,
+    rows: int,
+    sizes: np.ndarray | None = None,
+    labels: np.ndarray | None = None,
+    ends: Sequence[int] = (),
 ) -> Iterator[Batch]:
     """Batches of `rows` windows that predict every token of a stream once, except the first.
 
     Windows begin `stride` apart; each predicts only what the one before it did not. With the `sizes` of the documents
-    tokens see only their own, and the first of each is not predicted.
+    tokens see only their own, and the first of each is not predicted. `labels` [tokens] are -100 where a token does not
+    count. The stream starts anew after each of the `ends`.
     """
     numbers = None if sizes is None else np.repeat(np.arange(len(sizes)), sizes)
-    starts = range(0, max(1, len(tokens) - 1 - (length - stride)), stride)
-    for first in range(0, len(starts), rows):
-        part = starts[first : first + rows]
+    wanted, left = tokens if labels is None else labels, _places(ends or (len(tokens),), length, stride)
+    while part := list(islice(left, rows)):
         inputs = np.zeros((len(part), length), np.int64)
-        labels = np.full((len(part), length), IGNORE, np.int64)
-        for row, start in enumerate(part):
-            window = tokens[start : start + length + 1]
-            inputs[row, : len(window) - 1] = window[:-1]
-            known = length - stride if start else 0
-            labels[row, known : len(window) - 1] = window[1 + known :]
+        targets = np.full((len(part), length), IGNORE, np.int64)
+        for row, (start, stop, known) in enumerate(part):
+            inputs[row, : stop - start - 1] = tokens[start : stop - 1]
+            targets[row, known : stop - start - 1] = wanted[start + 1 + known : stop]
         documents = None
         if numbers is not None:
-            at = np.minimum(np.array(part)[:, None] + np.arange(length + 1), len(numbers) - 1)
+            at = np.minimum(
+                np.array([start for start, _, _ in part])[:, None] + np.arange(length + 1), len(numbers) - 1
+            )
             documents = np.ascontiguousarray(numbers[at[:, :-1]])
-            labels[documents != numbers[at[:, 1:]]] = IGNORE
-        yield Batch(inputs, labels, labels != IGNORE, documents)
+            targets[documents != numbers[at[:, 1:]]] = IGNORE
+        yield Batch(inputs, targets, targets != IGNORE, documents)
+
+
+def _places(ends: Sequence[int], length: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """First token, the one after the last, and the number of predictions that others make, of each window."""
+    for begin, end in pairwise((0, *ends)):
+        for start in range(begin, max(begin + 1, end - 1 - (length - stride)), stride):
+            yield start, min(start + length + 1, end), length - stride if start > begin else 0
 
 
 def bits_per_byte(loss: float, tokens: int, num_bytes: int) -> float:

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -52,7 +52,9 @@ class Display:
     """Prints to standard output. A context manager: the bar is there while it is open."""
 
     def __init__(self, silent: bool = False) -> None:
-        self.console = Console(file=Output(), highlight=False, soft_wrap=True, markup=False, quiet=silent)
+        self.console = Console(
+            file=cast("IO[str]", Output()), highlight=False, soft_wrap=True, markup=False, quiet=silent
+        )
         self.silent = silent
         self.fancy = sys.stdout.isatty() and not silent
         self.bar: Progress | None = None

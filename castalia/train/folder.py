@@ -57,7 +57,8 @@ def this_job(launcher: str | None, config: RunConfig) -> Job:
 
 def begun_by(job: Job, folder: Path) -> bool:
     """Whether the run in the folder was last started by this job, which is starting it again."""
-    last = next((event for event in reversed(list(read_events(folder))) if event["event"] == "start"), {})
+    starts = [event for event in read_events(folder) if event["event"] == "start"]
+    last = starts[-1] if starts else {}
     if job.job is not None and last.get("job") == job.job:
         return True
     same = (last.get("scheduled"), last.get("asked")) == (job.scheduled, job.asked)

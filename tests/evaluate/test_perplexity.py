@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.load import load_model
 from castalia.cli.evaluate import command, load_engine
-from castalia.data.indexed import open_dataset
+from castalia.data.indexed import Writer, open_dataset
 from castalia.data.loader import Batch
 from castalia.errors import CastaliaError
 from castalia.evaluate.perplexity import bits_per_byte, evaluate, windows
@@ -98,6 +98,32 @@ def test_the_command_evaluates_all_validation_documents(run, corpus, capsys):
     assert found["loss"] < found["uniform_loss"] == math.log(257)
     command(run)
     assert f"tokens        {len(stream) - 1:,}" in capsys.readouterr().out
+
+
+def test_a_run_on_answers_is_judged_by_its_answers(run, tmp_path, capsys):
+    draw = np.random.default_rng(3)
+    with Writer(tmp_path / "text", "uint16") as text, Writer(tmp_path / "labels", "int32") as labels:
+        for size in (9, 14, 30, 1):
+            document = draw.integers(0, 256, size)
+            text.add(document)
+            labels.add(np.where(np.arange(size) < 5, -100, document))
+    source = json.dumps([{"path": str(tmp_path / "text"), "labels": str(tmp_path / "labels")}])
+    answers = [f"data.train={source}", f"data.valid={source}", "data.packing=unpacked"]
+    command(run, answers, as_json=True)
+    found, model, losses = said(capsys), load_model(run), []
+    for tokens, wanted in zip(open_dataset(tmp_path / "text"), open_dataset(tmp_path / "labels"), strict=True):
+        for first in range(0, len(tokens) - 1, 16):
+            window, label = (torch.from_numpy(part[first : first + 17].astype(np.int64)) for part in (tokens, wanted))
+            loss = F.cross_entropy(model(window[None, :-1])[0], label[1:], reduction="none")
+            losses.append(loss[label[1:] != -100])
+    assert found["tokens"] == len(torch.cat(losses)) == 4 + 9 + 25
+    assert found["loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
+    assert "bits_per_byte" not in found
+
+
+def test_what_a_run_masks_after_an_end_of_document_is_not_judged(run, corpus, capsys):
+    command(run, ["data.mask_after_eod=true"], as_json=True)
+    assert said(capsys)["tokens"] == sum(len(document) for document in list(open_dataset(corpus))[10:]) - 10
 
 
 def test_raw_text_gives_what_the_prepared_corpus_gives(run, corpus, tmp_path, capsys):
