@@ -99,7 +99,10 @@ def conversations(
     """
 
     def parse(value: Any, keys: Sequence[str]) -> dict[str, Any]:
-        found = {key: encode_chat(_messages(field_of(value, key), key), chat, tokenizer) for key in keys}
+        found = {}
+        for key in keys:
+            messages, given = conversation_of(value, key, chat.role)
+            found[key] = encode_chat(messages, chat, tokenizer, given)
         if reward is None:
             return found
         judged = _reward(field_of(value, reward), reward)
@@ -117,6 +120,17 @@ def _reward(found: Any, key: str) -> int:
     return 1 if found > 0 else -1
 
 
+def conversation_of(record: Any, key: str, role: str) -> tuple[Conversation, int]:
+    """A field's messages, after those of the record's `prompt` (messages, or a user's words) if they begin with an
+    answer, and how many came from there: nothing of these is learned."""
+    messages = _messages(field_of(record, key), key)
+    prompt = record.get("prompt") if isinstance(record, dict) and key != "prompt" else None
+    if not prompt or messages[0]["role"] != role:
+        return messages, 0
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages(prompt, "prompt")
+    return [*asked, *messages], len(asked)
+
+
 def _messages(found: Any, key: str) -> Conversation:
     if not (isinstance(found, list) and found and all(isinstance(turn, dict) for turn in found)):
         raise ValueError(f"field {key!r} is no conversation: expected a list of {{role, content}}")
@@ -127,13 +141,16 @@ def _messages(found: Any, key: str) -> Conversation:
     return found
 
 
-def encode_chat(messages: Conversation, chat: Chat, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Token ids and labels, -100 where nothing is learned. What asks for an answer belongs to the turn before it."""
+def encode_chat(
+    messages: Conversation, chat: Chat, tokenizer: Tokenizer, given: int = 0
+) -> tuple[list[int], list[int]]:
+    """Token ids and labels, -100 where nothing is learned, as of the first `given` messages. What asks for an answer
+    belongs to the turn before it."""
     render, end = renderer(chat), [] if tokenizer.eod_id is None else [tokenizer.eod_id]
     if chat.for_rm:
         (whole,) = _encode(tokenizer, [render(messages, False)])
         return whole + 2 * end, [IGNORE] * (len(whole) + 1) + end
-    learned = [turn["role"] == chat.role for turn in messages]
+    learned = [turn["role"] == chat.role and number >= given for number, turn in enumerate(messages)]
     if chat.only_last:
         learned = [False] * (len(messages) - 1) + learned[-1:]
     if not any(learned):

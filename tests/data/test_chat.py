@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from castalia.config.schema import Data, RunConfig, Source, Tokenizer, Train
-from castalia.data.chat import Chat, encode_chat, read_template
+from castalia.data.chat import Chat, conversation_of, encode_chat, read_template
 from castalia.data.indexed import Writer, open_dataset
 from castalia.data.loader import open_data
 from castalia.data.prepare import Recipe, prepare, prepare_sources
@@ -176,6 +176,32 @@ def test_pairs_and_judged_conversations_become_sources(tmp_path: Path) -> None:
     path.write_text(json.dumps({"text": [QUESTION, ANSWER], "good": "yes"}) + "\n")
     with pytest.raises(DataError, match=r"pairs\.jsonl:1: .*'good' judges nothing: .* not 'yes'"):
         prepare_sources([path], tmp_path / "b", Recipe(BYTES, ("text",), chat=Chat(TEMPLATE), reward="good"))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "before"),
+    [
+        ("how?", "<u>how?\n"),  # a user's words
+        ([QUESTION], "<u>how?\n"),
+        ([QUESTION, {**ANSWER, "content": "hm."}, QUESTION], "<u>how?\n<a>hm.\n<u>how?\n"),  # no answer to learn
+        (None, ""),
+    ],
+)
+def test_answers_follow_the_prompt_beside_them(tmp_path: Path, prompt: object, before: str) -> None:
+    record = {"prompt": prompt, "chosen": [ANSWER], "rejected": [{**ANSWER, "content": "no."}]}
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(record) + "\n")
+    (source,) = prepare_sources([path], tmp_path / "p", Recipe(BYTES, ("chosen", "rejected"), chat=Chat(TEMPLATE)))
+    assert source.rejected
+    for side, answer in ((source, "so."), (source.rejected, "no.")):
+        assert spell(open_dataset(side.path)[0].tolist()) == f"{before}<a>{answer}\n$"
+        learned = "_" * len(before + "<a>") if before else "<a>"
+        assert spell(open_dataset(side.labels or "")[0].tolist()) == f"{learned}{answer}\n$"
+
+
+def test_a_whole_conversation_is_taken_without_the_prompt_beside_it() -> None:
+    record = {"prompt": "how?", "chosen": [QUESTION, ANSWER]}
+    assert conversation_of(record, "chosen", "assistant") == ([QUESTION, ANSWER], 0)
 
 
 def test_editing_the_labels_of_a_prompt_changes_nothing(tmp_path: Path) -> None:
