@@ -12,7 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from castalia.checkpoint.tensors import Checkpoint
-    from castalia.config.schema import RunConfig, Source
+    from castalia.config.schema import RunConfig, Source, Tokenizer
     from castalia.data.chat import Chat
 
 CONVERSATION = ("messages", "conversation", "conversations")  # fields that hold a list of {role, content}
@@ -59,6 +59,9 @@ def command(
         raise ConfigError(f"--full: {source.path} has adapters; merge them first: castalia merge-lora {model} OUT")
     usual = defaults(model, source, None if full else lora or 16)
     config = load_config([usual, *files], words)
+    if not any(path.startswith("tokenizer.") and by != "NeoX default" for path, by in config.origins.items()):
+        usual["tokenizer"] = own_tokenizer(source).model_dump()
+        config = load_config([usual, *files], words)
     folder = run_folder(config)
     refuse_second_start(folder)
     prepared = prepare(config, source, folder / "data", chat_template)
@@ -77,7 +80,7 @@ def command(
 
         relaunch(nproc, ["train", str(folder / "finetune.yml")])
     question = prepared.prompt if prompt is None else prompt
-    before = sample(model, question, max_tokens)
+    before = sample(model, question, max_tokens, config.tokenizer)
     train(config)
     if config.finetune.lora or adapters_of(source):
         save_adapters(folder)
@@ -87,24 +90,29 @@ def command(
 def defaults(model: str, source: Checkpoint, rank: int | None) -> dict[str, Any]:
     """What suits most models; every key can be given otherwise."""
     from castalia.checkpoint.adapters import adapters_of
-    from castalia.checkpoint.describe import tokenizer_settings
-    from castalia.errors import ConfigError
 
-    words = tokenizer_settings(source)
-    if words is None or not (words.path or words.kind):
-        raise ConfigError(f"{source.path} names no tokenizer; give tokenizer.path")
     longest = source.config.model.max_positions if source.config and source.config.model else None
     lora = None if rank is None or adapters_of(source) else {"rank": rank}
     name = Path(model).resolve().name if Path(model).exists() else model.rpartition("/")[2]
     return {
         "checkpoint": {"init_from": model, "dir": f"runs/{name}-{'lora' if rank else 'full'}"},
-        "tokenizer": words.model_dump(),
         "finetune": {"lora": lora} if lora else {},
         "data": {"seq_length": min(longest or LONGEST, LONGEST)},
         "optimizer": {"lr": 2e-4 if rank else 2e-5, "weight_decay": 0.0},
         "schedule": {"warmup": 0.03},
         "train": {"epochs": 3, "batch_size": BATCH},
     }
+
+
+def own_tokenizer(source: Checkpoint) -> Tokenizer:
+    """That of the checkpoint."""
+    from castalia.checkpoint.describe import tokenizer_settings
+    from castalia.errors import ConfigError
+
+    words = tokenizer_settings(source)
+    if words is None or not (words.path or words.kind):
+        raise ConfigError(f"{source.path} names no tokenizer; give tokenizer.path")
+    return words
 
 
 class Prepared(NamedTuple):
@@ -144,7 +152,7 @@ def prepare(config: RunConfig, source: Checkpoint, folder: Path, template: Path 
                 prefix = f"{folder / split}{number}"
                 report = run([each.path], prefix, recipe)
                 print(f"prepared      {each.path}: {report.documents:,} documents, {report.tokens:,} tokens")
-                prompts.append(beginning(record[key], chat))
+                prompts.append(beginning(record, key, chat))
                 conversations += report.documents if chat and split == "train" else 0
                 fitting = fitting or sizes_for(config, f"{prefix}_{key}_document", chat is not None)
                 labels = f"{prefix}_{key}_label_document" if chat else None
@@ -205,27 +213,30 @@ def read_chat(template: Path | None, source: Checkpoint, config: RunConfig) -> C
         return Chat(PLAIN_TEMPLATE)
 
 
-def beginning(record: Any, chat: Chat | None) -> str:
+def beginning(record: dict[str, Any], key: str, chat: Chat | None) -> str:
     """A prompt: what comes before the first answer, or a few words of a text."""
-    from castalia.data.chat import renderer
+    from castalia.data.chat import conversation_of, renderer
 
     if chat is None:
-        return " ".join(str(record).split(" ")[:6])
-    asked = next(number for number, turn in enumerate(record) if turn["role"] == chat.role)
-    return renderer(chat)(record[:asked], True)
+        return " ".join(str(record[key]).split(" ")[:6])
+    messages, _ = conversation_of(record, key, chat.role)
+    asked = next(number for number, turn in enumerate(messages) if turn["role"] == chat.role)
+    return renderer(chat)(messages[:asked], True)
 
 
-def sample(path: str, prompt: str, max_tokens: int) -> str:
-    """What the model writes after the prompt, always taking the likeliest token."""
+def sample(path: str, prompt: str, max_tokens: int, tokenizer: Tokenizer | None = None) -> str:
+    """What the model writes after the prompt, always taking the likeliest token. `tokenizer`: instead of its own."""
     from castalia.checkpoint.formats import open_checkpoint
     from castalia.checkpoint.load import build_model, load_tokenizer_for
+    from castalia.data.tokenizer import load_tokenizer
     from castalia.generate.engine import generate
     from castalia.train.hardware import choose_device, choose_dtype
 
     checkpoint = open_checkpoint(path)
     device = choose_device("auto")
     model = build_model(checkpoint, device, choose_dtype("auto" if device.type == "cuda" else "fp32", device))
-    return generate(model, load_tokenizer_for(checkpoint), [prompt], max_tokens=max_tokens)[0]
+    words = load_tokenizer(tokenizer) if tokenizer else load_tokenizer_for(checkpoint)
+    return generate(model, words, [prompt], max_tokens=max_tokens)[0]
 
 
 def save_adapters(run: Path) -> None:

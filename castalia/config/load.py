@@ -22,6 +22,7 @@ from castalia.config.schema import RunConfig
 from castalia.config.settings import Setting, put
 from castalia.errors import ConfigError
 
+TOKENIZER = "tokenizer"  # the folder of a run that holds its tokenizer
 PRESETS = Path(__file__).parent / "presets"
 # Groups of which a config uses one; a later file's choice replaces an earlier file's.
 ALTERNATIVES = (
@@ -63,8 +64,6 @@ def load_run(folder: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The config with which the run in a folder goes on where it was saved last."""
     run = Path(folder)
     places = {"checkpoint.dir": run, "checkpoint.resume": run}
-    if (run / "tokenizer").is_dir():
-        places["tokenizer.path"] = run / "tokenizer"
     return load_config(run, [*(f"{key}={json.dumps(str(path))}" for key, path in places.items()), *overrides])
 
 
@@ -86,7 +85,7 @@ def _read(name: str | Path | RunConfig | dict, found: Findings) -> Table:
     if (path / "config.yml").is_file():
         path = path / "config.yml"
     if path.is_file():
-        return read_file(path, str(path), found)
+        return _with_own_tokenizer(read_file(path, str(path), found), path.parent)
     preset = PRESETS / f"{str(name).removesuffix('.yml').lower()}.yml"
     if preset.is_file():
         return read_file(preset, f"preset {preset.stem}", found)
@@ -97,6 +96,14 @@ def _read(name: str | Path | RunConfig | dict, found: Findings) -> Table:
         raise ConfigError(f"{name}: this folder holds no config.yml; name a config file, a run's folder or a preset")
     close = get_close_matches(str(name).lower(), preset_names(), cutoff=0.5) or preset_names()
     raise ConfigError(f"{name}: no such file, and no preset has this name; presets: {', '.join(close)}")
+
+
+def _with_own_tokenizer(table: Table, run: Path) -> Table:
+    """A run's config names the tokenizer in its folder, wherever that has gone and wherever it is read from."""
+    words = table.get("tokenizer")
+    if isinstance(words, Table) and words.get("path") == TOKENIZER and (run / TOKENIZER).is_dir():
+        words["path"] = str(run / TOKENIZER)
+    return table
 
 
 def _override(text: str, found: Findings) -> Table:

@@ -10,13 +10,11 @@ from typing import Any, NamedTuple
 
 from castalia.checkpoint.formats import detect
 from castalia.checkpoint.formats.native import saved_steps
-from castalia.config.load import dump_config
+from castalia.config.load import TOKENIZER, dump_config
 from castalia.config.schema import RunConfig, Source, Tokenizer
 from castalia.errors import ConfigError, TrainingError
 from castalia.files import write_text
 from castalia.train.metrics import read_events
-
-TOKENIZER = "tokenizer"
 
 
 def run_folder(config: RunConfig) -> Path:

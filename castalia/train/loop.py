@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from castalia.checkpoint.formats.native import Writer, refuse_if_in_use, saved_steps
 from castalia.checkpoint.load import optimizer_state
 from castalia.checkpoint.tensors import Progress, Shard
-from castalia.config.load import load_run
+from castalia.config.load import TOKENIZER, load_run
 from castalia.config.schema import RunConfig
 from castalia.data.loader import Batch, Samples, has_data
 from castalia.data.pairs import Pairs, open_samples
@@ -27,7 +27,6 @@ from castalia.parallel.process import is_main, process_group
 from castalia.plan.flops import training_flops
 from castalia.train.display import Display, duration
 from castalia.train.folder import (
-    TOKENIZER,
     Job,
     begun_by,
     complete_config,

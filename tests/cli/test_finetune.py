@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from castalia.config.load import load_config, load_run
 from castalia.config.schema import Tokenizer
 from castalia.data.prepare import Recipe, prepare
 from castalia.data.tokenizer import train_bpe
-from castalia.errors import CheckpointError, ConfigError, DataError
+from castalia.errors import CastaliaError, CheckpointError, ConfigError, DataError
 from castalia.train.step import as_rows
 
 ANSWERS = {"Who was the first?": "Adam", "And Noah built what?": "it"}
@@ -64,6 +65,17 @@ def taught(base, lessons, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("taught") / "run"
     finetune(str(base), [f"data.train={lessons}", f"checkpoint.dir={run}", *FAST], lora=8)
     return run
+
+
+def test_another_tokenizer_takes_the_place_of_the_models_own(base, lessons, tmp_path):
+    copy, words = tmp_path / "base", tmp_path / "words"
+    shutil.copytree(base, copy)
+    (copy / "tokenizer").rename(words)
+    options = [f"data.train={lessons}", f"checkpoint.dir={tmp_path / 'run'}", "train.steps=1", "log.peak_tflops=0.1"]
+    with pytest.raises(CastaliaError, match="tokenizer"):
+        finetune(str(copy), options)
+    finetune(str(copy), [*options, f"tokenizer.path={words}"])
+    assert load_run(tmp_path / "run").tokenizer.path == str(tmp_path / "run" / "tokenizer")
 
 
 def asked(question: str) -> str:

@@ -71,7 +71,8 @@ def test_a_run_leaves_a_complete_folder(straight, tiny, corpus):
     assert config.model.vocab_size == 257
     assert config.model.max_positions == 16
     assert config.data.path == str(corpus)
-    assert config.tokenizer.path == "tokenizer"
+    assert "path: tokenizer\n" in (straight / "config.yml").read_text()
+    assert config.tokenizer.path == str(straight / "tokenizer")
 
 
 def test_the_report_tells_all_that_matters(tiny, tmp_path, capsys):
