@@ -464,7 +464,7 @@ class Log(Section):
     )
     profile: Profile | None = Field(None, description="None: no profile; {} for steps 10 to 12")
     peak_tflops: PositiveFloat | None = Field(
-        None, description="of one device, for MFU; None: known devices and measured CPUs"
+        None, description="of one device, for MFU; None: of known devices, and of CPUs as measured if they are idle"
     )
 
 

@@ -108,7 +108,7 @@ class Display:
             f"grad norm {norm}",
             f"{speed:,.0f} tokens/s",
         ]
-        if peak is not None:
+        if peak is not None and speed <= peak:  # else the peak is wrong, as one of a CPU that was busy meanwhile
             parts.append(f"MFU {speed / peak:.1%}")
         parts += [f"{name} {record[name]:.3f}" for name in ("margin", "accuracy") if name in record]
         if "valid_loss" in record:

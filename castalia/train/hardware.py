@@ -76,13 +76,18 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return known.peak_tflops(name_of(dtype)) * 1e12
 
 
-def measured_flops(dtype: torch.dtype, size: int = 1024) -> float:
-    """Best of a few matrix products, about a tenth of a second in all."""
+def measured_flops(dtype: torch.dtype, size: int = 1024) -> float | None:
+    """Best of a few matrix products, about a tenth of a second in all. None where other work slowed them down."""
     a, b = torch.randn(2, size, size).to(dtype).unbind()
     a @ b
-    best = float("inf")
-    end = time.perf_counter() + 0.1
-    while (start := time.perf_counter()) < end:
+    best, begin, busy_s = float("inf"), time.perf_counter(), time.process_time()
+    while (start := time.perf_counter()) < begin + 0.1:
         a @ b
         best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    busy_s, seconds = time.process_time() - busy_s, time.perf_counter() - begin
+    return 2 * size**3 / best if had_its_cores(busy_s, seconds, torch.get_num_threads()) else None
+
+
+def had_its_cores(busy_s: float, seconds: float, threads: int) -> bool:
+    """Whether a process that was busy all the time had a core for each of its threads."""
+    return busy_s > 0.9 * seconds * threads

@@ -9,7 +9,8 @@ import torch
 
 from castalia.cli.train import read_config
 from castalia.evaluate.perplexity import evaluate
-from castalia.train.hardware import repeat_bits
+from castalia.train.display import Display
+from castalia.train.hardware import had_its_cores, measured_flops, repeat_bits
 from castalia.train.loop import train
 from castalia.train.metrics import read_metrics
 
@@ -53,6 +54,24 @@ def test_a_run_that_asks_for_determinism_has_it_and_the_same_losses_on_a_cpu(swi
     train(tiny(tmp_path / "strict", *options, "train.deterministic=true"), evaluate)
     assert torch.are_deterministic_algorithms_enabled()
     assert losses(tmp_path / "plain") == losses(tmp_path / "strict") != []
+
+
+def test_a_peak_is_measured_only_where_other_work_leaves_the_cores_alone():
+    assert had_its_cores(busy_s=0.39, seconds=0.1, threads=4)
+    assert not had_its_cores(busy_s=0.3, seconds=0.1, threads=4)
+    assert (measured_flops(torch.float32, size=64) or 1e11) > 1e8
+
+
+def test_an_mfu_above_one_is_not_shown(capsys):
+    display = Display()
+    display.start(0, 2, 0)
+    record = {"step": 1, "loss": 2.0, "lr": 0.1, "grad_norm": 1.0, "tokens": 100, "seconds": 1.0}
+    display.advance(record)
+    display.step(record, peak=400.0)
+    display.advance(record | {"step": 2})
+    display.step(record | {"step": 2, "tokens": 200}, peak=50.0)
+    first, second = capsys.readouterr().out.splitlines()
+    assert "100 tokens/s  MFU 25.0%" in first and "100 tokens/s  ETA" in second
 
 
 @pytest.mark.gpu
