@@ -27,6 +27,7 @@ from castalia.checkpoint.tensors import Checkpoint, name_of
 from castalia.checkpoint.writing import Advance, Output, Plan, WriteOptions, verified, verifying
 from castalia.errors import CheckpointError
 from castalia.files import behind_links, clean, put_in_place, remove, sync, write_text
+from castalia.plan.words import gib
 
 JOURNAL = ".castalia-conversion.jsonl"
 LATEST = "latest"
@@ -221,7 +222,7 @@ def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise CheckpointError(
-            f"{folder}: {needed / 1e9:.1f} GB are to be written, {free / 1e9:.1f} GB are free; nothing is written. "
+            f"{folder}: {gib(needed)} are to be written, {gib(free)} are free; nothing is written. "
             "Make room, or leave out the optimizer state with --no-optimizer"
         )
 

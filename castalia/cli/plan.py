@@ -44,7 +44,7 @@ def command(
     from castalia.train.known import gather
 
     check_picture(plot, "--plot")
-    config, assumed = with_vocabulary(load_config(*split_words(configs)), vocab_size)
+    config, assumed = with_vocabulary(load_config(*split_words(configs), any_batch=True), vocab_size)
     hardware = None
     if gpus:
         from castalia.plan.devices import parse_gpus

@@ -81,14 +81,15 @@ def _memory(plan: dict) -> None:
     shape = (
         " x ".join(f"{name} {layout[name]}" for name in ("tp", "pp", "cp", "dp") if layout[name] > 1) or "one device"
     )
+    name, unit = ("GiB", GiB) if memory["largest"] >= 0.1 * GiB else ("MiB", 2**20)
     title = (
-        f"GiB on each rank ({shape}, zero {layout['zero']}, micro-batch {layout['micro_batch']} x "
+        f"{name} on each rank ({shape}, zero {layout['zero']}, micro-batch {layout['micro_batch']} x "
         f"{layout['accumulation']}, recompute {layout['recompute']})"
     )
     header = ["stage", "layers", "ranks", *(name.replace("_", " ") for name in CATEGORIES), "total"]
     rows = []
     for stage in plan["memory"]["stages"]:
-        sizes = [f"{stage[name] / GiB:.2f}" for name in (*CATEGORIES, "total")]
+        sizes = [f"{stage[category] / unit:.2f}" for category in (*CATEGORIES, "total")]
         rows.append([str(stage["stage"]), str(stage["layers"]), str(stage["ranks"]), *sizes])
     print_table(title, header, rows)
     others = ", ".join(f"{policy} {gib(size)}" for policy, size in memory["by_recompute"].items())

@@ -124,6 +124,18 @@ def batch_plan(config: RunConfig, dp: int = 1) -> BatchPlan:
     return BatchPlan(total, micro, steps)
 
 
+def fitting_batch(config: RunConfig, dp: int) -> RunConfig:
+    """The config with the nearest train.batch_size, not below its own, that `dp` data-parallel ranks can divide.
+
+    A micro-batch stays as it is, and the accumulation where there is none.
+    """
+    train = config.train
+    unit = (train.micro_batch_size or train.accumulation or 1) * dp
+    update = {"batch_size": -(-(train.batch_size or unit) // unit) * unit}
+    kept = {"accumulation": None if train.micro_batch_size else train.accumulation}
+    return config.model_copy(update={"train": train.model_copy(update=update | kept)})
+
+
 def _divide(config: RunConfig, total: int, parts: int, dp: int) -> int:
     if total % parts:
         lower, upper = total // parts * parts, -(-total // parts) * parts

@@ -18,9 +18,14 @@ class Problem(NamedTuple):
     paths: tuple[str, ...]  # the values that are involved
 
 
-def check(config: RunConfig, found: Findings) -> None:
-    """Add an error for each contradiction and a note for each value that has no effect or will surprise."""
+def check(config: RunConfig, found: Findings, any_batch: bool = False) -> None:
+    """Add an error for each contradiction and a note for each value that has no effect or will surprise.
+
+    `any_batch`: one that does not divide is for the caller to mend.
+    """
     for rule in CONTRADICTIONS:
+        if rule is batch and any_batch:
+            continue
         found.errors += [config.place(*problem.paths) + problem.text for problem in rule(config)]
     for rule in SURPRISES:
         found.notes += [config.place(*problem.paths) + problem.text for problem in rule(config)]

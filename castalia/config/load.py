@@ -33,12 +33,13 @@ ALTERNATIVES = (
 
 
 def load_config(
-    files: str | Path | Iterable[str | Path | RunConfig | dict], overrides: Sequence[str] = ()
+    files: str | Path | Iterable[str | Path | RunConfig | dict], overrides: Sequence[str] = (), any_batch: bool = False
 ) -> RunConfig:
     """The config that `files` (paths, run folders, names of presets; the later one wins) and then `overrides` describe.
 
     Files are ours (nested) or NeoX's (flat), overrides are `optimizer.lr=6e-4` or NeoX's `train_iters=200`. A config
-    at hand, such as a checkpoint's, or a mapping of keys may stand for a file.
+    at hand, such as a checkpoint's, or a mapping of keys may stand for a file. `any_batch` lets a batch pass that does
+    not divide into its parts.
     Raises ConfigError with one line for each problem found.
     """
     found = Findings()
@@ -53,7 +54,7 @@ def load_config(
     config = _validate(settings, found)
     if config is not None:
         config._origins = {path: setting.where for path, setting in settings.items()}
-        check.check(config, found)
+        check.check(config, found, any_batch)
     if found.errors or config is None:
         raise ConfigError("\n".join(dict.fromkeys(found.errors)))
     config._notes = tuple(dict.fromkeys(found.notes))

@@ -6,17 +6,27 @@ from dataclasses import asdict, dataclass, replace
 from math import log, prod
 from typing import Protocol
 
-from castalia.config.batch import batch_plan, steps_within, sum_until, tokens_until
+from castalia.config.batch import batch_plan, fitting_batch, steps_within, sum_until, tokens_until
 from castalia.config.preference import PAIRED
 from castalia.config.schema import Model, RunConfig
 from castalia.errors import ConfigError
 from castalia.plan.advise import Job, judge
 from castalia.plan.count import all_shapes, count, non_embedding, original_count
-from castalia.plan.devices import Device, GiB, auto_precision
+from castalia.plan.devices import Device, auto_precision
 from castalia.plan.flops import executed_flops, kv_cache_bytes, original_flops, training_flops
 from castalia.plan.layout import Layout, problem, rank_parts, stages_per_rank
 from castalia.plan.memory import Compute, checkpoint_bytes, compute_of, memory_by_stage, moments_of
-from castalia.plan.words import MANY_EPOCHS, attention, clipping, determinism, evaluation, logging, precision, saves
+from castalia.plan.words import (
+    MANY_EPOCHS,
+    attention,
+    clipping,
+    determinism,
+    evaluation,
+    gib,
+    logging,
+    precision,
+    saves,
+)
 
 ENOUGH_TOKENS = 20  # for each id of the vocabulary, before the largest one that was seen says anything
 
@@ -72,6 +82,7 @@ def report(config: RunConfig, known: Known, hardware: Hardware | None = None, co
     """Everything that can be worked out, JSON-ready. Raises ConfigError where the config describes no model."""
     model, wanted, config = described(config), config.precision.compute, settled(config, hardware)
     compute = compute or default_compute(config, hardware)
+    config, indivisible = divisible(config, hardware.gpus if hardware else None)
     layout, assumed = layout_of(config, hardware.gpus if hardware else None)
     result: dict = {
         "model": _architecture(model),
@@ -79,7 +90,7 @@ def report(config: RunConfig, known: Known, hardware: Hardware | None = None, co
         "layout": asdict(layout) | {"gpus": layout.gpus},
         "training": training(config, known, layout),
         "kv_cache": _kv_cache(model, config.data.seq_length, compute),
-        "warnings": warnings(config, known, layout),
+        "warnings": [*indivisible, *warnings(config, known, layout)],
         "assumed": assumed,
         "unknown": [],
     }
@@ -141,9 +152,22 @@ def default_compute(config: RunConfig, hardware: Hardware | None) -> Compute:
     return compute_of(config, "bf16" if precision == "auto" else precision, device)
 
 
-def layout_of(config: RunConfig, gpus: int | None) -> tuple[Layout, list[str]]:
-    """The config's layout on so many devices, and what had to be assumed."""
-    parallel, assumed = config.parallel, []
+def divisible(config: RunConfig, gpus: int | None) -> tuple[RunConfig, list[str]]:
+    """With the nearest batch that so many devices can divide, and a warning where that is not the config's own."""
+    train, dp = config.train, _data_ranks(config, gpus)
+    if train.batch_size is None and (train.micro_batch_size is None or config.parallel.gpus is None):
+        return config, []
+    try:
+        batch_plan(config, dp)
+    except ConfigError as error:
+        fitting = fitting_batch(config, dp)
+        batch_plan(fitting, dp)
+        return fitting, [f"{error}. So the run does not start; this plan has {fitting.train.batch_size} sequences"]
+    return config, []
+
+
+def _data_ranks(config: RunConfig, gpus: int | None) -> int:
+    parallel = config.parallel
     copy = parallel.tp * parallel.pp * parallel.cp
     gpus = gpus or parallel.gpus or copy * _implied_data_ranks(config)
     if gpus % copy:
@@ -151,12 +175,18 @@ def layout_of(config: RunConfig, gpus: int | None) -> tuple[Layout, list[str]]:
             f"{gpus} devices do not divide into tp {parallel.tp} x pp {parallel.pp} x cp {parallel.cp} = {copy}; "
             f"{gpus // copy * copy or copy} or {(gpus // copy + 1) * copy} would"
         )
-    dp = gpus // copy
+    return gpus // copy
+
+
+def layout_of(config: RunConfig, gpus: int | None) -> tuple[Layout, list[str]]:
+    """The config's layout on so many devices, and what had to be assumed."""
+    parallel, assumed, dp = config.parallel, [], _data_ranks(config, gpus)
     if config.train.batch_size is None and config.train.micro_batch_size is None:
         micro, accumulation = 1, config.train.accumulation or 1
         assumed.append("train.micro_batch_size is not given: 1 sequence for each data-parallel rank")
     else:
         if config.train.batch_size is None and parallel.gpus is None:  # as many sequences as these devices make
+            gpus = dp * parallel.tp * parallel.pp * parallel.cp
             config = config.model_copy(update={"parallel": parallel.model_copy(update={"gpus": gpus})})
         _, micro, accumulation = batch_plan(config, dp)
     return (
@@ -274,7 +304,7 @@ def warnings(config: RunConfig, known: Known, layout: Layout) -> list[str]:
     needed = _run_bytes(config, known)
     if needed and known.free_bytes is not None and needed > known.free_bytes:
         found.append(
-            f"the run's checkpoints need {needed / GiB:,.0f} GiB and {known.free_bytes / GiB:,.0f} GiB are free here; "
+            f"the run's checkpoints need {gib(needed)} and {gib(known.free_bytes)} are free here; "
             "save less often (checkpoint.every), keep fewer (checkpoint.keep_last) or use another disk (checkpoint.dir)"
         )
     for corpus, epochs in _epochs(config, known, steps, layout.batch):

@@ -60,7 +60,7 @@ def precision(config: RunConfig, device: str | None = None) -> str:
     rest = "fp32 weights, gradients and optimizer state; norms, softmax and loss are summed in fp32"
     more = {"fp16": f"; {loss_scale(config)}"}
     if device == "cuda":
-        more["fp32"] = "; matrices are not rounded to TF32 (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1: faster, 10 bits)"
+        more["fp32"] = "; no TF32 (10 bits, faster, Ampere and later: TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1)"
     return f"{compute} compute; {rest}{more.get(compute, '')}"
 
 

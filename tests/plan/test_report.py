@@ -52,7 +52,7 @@ def test_gradients_that_are_not_clipped() -> None:
 
 def test_a_disk_that_is_too_small() -> None:
     (message,) = warned(known=Known(kept_checkpoints=1000, free_bytes=2**30))
-    assert "157 GiB" in message and "1 GiB are free" in message
+    assert "157.22 GiB" in message and "1.00 GiB are free" in message
     assert warned(known=Known(kept_checkpoints=1, free_bytes=2**30)) == []
 
 
@@ -118,6 +118,30 @@ def test_the_same_batch_on_any_number_of_devices() -> None:
     for gpus in (8, 96):
         layout, _ = layout_of(load_config("gpt-neox-20b"), gpus)
         assert (layout.gpus, layout.batch) == (gpus, 1536)
+
+
+@pytest.mark.parametrize(
+    ("batch", "whole", "would"),
+    [
+        (["train.batch_size=100"], 108, "96 or 108 would fit"),
+        (["train.batch_size=100", "train.micro_batch_size=4"], 144, "96 or 144 would fit"),
+        (["train.batch_size=100", "train.accumulation=2"], 120, "96 or 120 would fit"),
+        (["train.batch_size=100", "train.micro_batch_size=4", "train.accumulation=1"], 144, "train.batch_size=48 "),
+    ],
+)
+def test_a_batch_that_does_not_divide_is_planned_with_the_nearest_that_does(batch, whole, would) -> None:
+    free = ["train.micro_batch_size=null", "train.accumulation=null"]
+    config = load_config("pythia-14m", [*free, *batch], any_batch=True)
+    plan = report(config, Known(), Hardware(12, DEVICES["h100"]))
+    assert plan["training"]["sequences_per_step"] == whole and plan["memory"]["largest"] > 0
+    assert would in plan["warnings"][0] and f"this plan has {whole} sequences" in plan["warnings"][0]
+
+
+def test_what_a_disk_lacks_is_told_in_figures_that_say_something() -> None:
+    config = load_config("pythia-14m")
+    config = config.model_copy(update={"model": config.model.model_copy(update={"num_layers": 1, "vocab_size": 512})})
+    told = report(config, Known(kept_checkpoints=1, free_bytes=3 * 2**20))["warnings"]
+    assert any("checkpoints need 3.8 MiB and 3.0 MiB are free here" in warning for warning in told), told
 
 
 def test_devices_that_do_not_divide_are_refused() -> None:
