@@ -35,7 +35,7 @@ class Device:
     def usable_bytes(self, communicators: int) -> int:
         """What a rank can allocate that belongs to so many process groups."""
         reserved = 0.0 if self.name == "cpu" else CONTEXT_GIB + COMMUNICATOR_GIB * communicators
-        return int((self.memory_gib - reserved) * USABLE * GiB)
+        return max(0, int((self.memory_gib - reserved) * USABLE * GiB))
 
     def peak_tflops(self, compute: str) -> float:
         """Of matrix products in "fp32", "bf16" or "fp16"."""

@@ -98,7 +98,7 @@ def test_a_card_without_bf16_is_planned_in_the_fp32_that_it_trains_in() -> None:
         "precision.compute=auto: fp32, because V100-32 has no bf16; fp16 multiplies at 125 TFLOP/s instead of 15.7"
     ]
     rate = [plan["time"]["tokens_per_second"] for plan in plans.values()]
-    assert rate[1] / rate[0] == pytest.approx(312 / 15.7)
+    assert rate[1] / rate[0] == pytest.approx(312 / 15.7, rel=0.05)  # memory traffic does not grow as computing does
 
 
 def fp32(config):
@@ -109,6 +109,7 @@ def test_the_context_and_each_communicator_take_their_memory_first() -> None:
     device = DEVICES["a100-40"]
     assert device.usable_bytes(0) == pytest.approx((39.4 - 1.0) * 0.92 * 2**30, abs=1)
     assert device.usable_bytes(0) - device.usable_bytes(3) == pytest.approx(0.9 * 0.92 * 2**30, abs=1)
+    assert parse_gpus("1GB")[1].usable_bytes(2) == 0
     cpu = parse_gpus("cpu")[1]
     assert cpu.usable_bytes(8) == pytest.approx(cpu.memory_gib * 0.92 * 2**30, abs=1)
 
