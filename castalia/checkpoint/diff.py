@@ -16,7 +16,7 @@ from castalia.config.schema import Model
 
 Verdict = Literal[
     "identical", "dtype", "padding", "layout", "transposed", "bias_summed", "halves_swapped", "tied",
-    "fine_tune", "same_init", "unrelated", "other_architecture",
+    "fine_tune", "siblings", "same_init", "unrelated", "other_architecture",
 ]  # fmt: skip
 PARTS = {  # kinds of layers that are drawn at random, in the order of the tables
     "embed.weight": "embedding",
@@ -160,8 +160,10 @@ def _judge(
         return _exact(a, b, relations, kinds, tied)
     matrices = {name: r for name, r in relations.items() if name.endswith(tuple(PARTS)) and not r.exact}
     moved = [name for name, relation in matrices.items() if relation.kind == "moved"]
+    if moved and (one_seed := _one_seed(a, b)):
+        return "siblings", f"{one_seed}: {_moved(relations, matrices, moved)}"
     if len(moved) * 2 >= len(matrices):
-        return "fine_tune", _fine_tune(relations, matrices, moved)
+        return "fine_tune", f"{_descent(a, b)}: {_moved(relations, matrices, moved)}"
     constant = {name: r for name, r in relations.items() if not name.endswith(tuple(PARTS))}
     untouched = all(relation.harmless for relation in constant.values())
     if untouched and not moved and all(abs(part.ratio - 1) < SAME_STD + 4 * part.error for part in parts):
@@ -213,14 +215,50 @@ def _tied(a: Checkpoint, b: Checkpoint) -> str:
     return f"tied against untied: only {side} has a head, which {copy}"
 
 
-def _fine_tune(relations: Mapping[str, Relation], matrices: Mapping[str, Relation], moved: list[str]) -> str:
+def _one_seed(a: Checkpoint, b: Checkpoint) -> str:
+    """What their configs tell of two runs of ours that drew the same weights and then learned apart, else nothing."""
+    if not (a.config and b.config and a.details.get("data_fingerprint") and b.details.get("data_fingerprint")):
+        return ""  # at least one was not trained here
+    if a.config.checkpoint.init_from or b.config.checkpoint.init_from or not (a.progress.step and b.progress.step):
+        return ""
+    drawn = [(each.seed, _drawn(each.model), each.neox_exact) for each in (a.config, b.config) if each.model]
+    if drawn[0] != drawn[1] or (_same_run(a, b) and a.progress.step != b.progress.step):
+        return ""
+    return f"two runs from the same initial weights (seed {a.config.seed}), after {a.progress.step:,} and " + (
+        f"{b.progress.step:,} steps" if a.progress.step != b.progress.step else "as many steps"
+    )
+
+
+def _drawn(model: Model) -> dict[str, object]:
+    """What initial weights depend on, beside the seed."""
+    return {key: value for key, value in model.model_dump().items() if "dropout" not in key}
+
+
+def _same_run(a: Checkpoint, b: Checkpoint) -> bool:
+    """Whether both learned the same from the same data, as far as their configs tell."""
+    assert a.config and b.config
+    known = a.details.get("data_fingerprint")
+    alike = ("model", "optimizer", "schedule", "precision", "finetune", "seed", "neox_exact")
+    return bool(known and known == b.details.get("data_fingerprint")) and all(
+        getattr(a.config, name) == getattr(b.config, name) for name in alike
+    )
+
+
+def _descent(a: Checkpoint, b: Checkpoint) -> str:
+    if a.config and b.config and a.progress.step != b.progress.step and _same_run(a, b):
+        later, earlier = ("A", "B") if a.progress.step > b.progress.step else ("B", "A")
+        return f"{later} is a later step of {earlier}'s run, or of the same run once more"
+    return "they come from the same weights: one is a fine-tune or a later step of the other, or both are of a third"
+
+
+def _moved(relations: Mapping[str, Relation], matrices: Mapping[str, Relation], moved: list[str]) -> str:
     sizes = [r.figures.relative for name in moved if (r := matrices[name]).figures]
     kept = sum(relation.exact for relation in relations.values())
     others = [name for name in matrices if name not in moved]
     return (
-        f"one is a fine-tune or a later step of the other: {kept} of {len(relations)} tensors are the same, "
-        f"{len(moved)} matrices moved by {min(sizes, default=0):.2%} to {max(sizes, default=0):.2%} of their size"
-        + (f"; new draws: {', '.join(others[:5])}" if others else "")
+        f"{kept} of {len(relations)} tensors are the same"
+        + (f", {len(moved)} matrices moved by {min(sizes):.2%} to {max(sizes):.2%} of their size" if sizes else "")
+        + (f"; {len(others)} have little in common any more or are new: {', '.join(others[:5])}" if others else "")
     )
 
 

@@ -73,11 +73,11 @@ def _show(found: Diff) -> None:
         print(f"{name:34} {relation.kind:15} {numbers}")
     if len(differing) > SHOWN:
         print(f"... and {len(differing) - SHOWN} more; --json lists all")
-    if found.verdict in ("same_init", "unrelated", "fine_tune"):
+    if found.verdict in ("same_init", "unrelated", "fine_tune", "siblings"):
         print(f"\n{'kind':16} {'tensors':>7} {'std A':>10} {'std B':>10} {'B / A':>8}")
         for part in found.parts:
             print(f"{part.part:16} {part.tensors:7} {part.std_a:10.5f} {part.std_b:10.5f} {part.ratio:8.4f}")
-    if found.verdict == "fine_tune":
+    if found.verdict in ("fine_tune", "siblings"):
         print("\nrelative change by layer")
         for layer, change in found.updates.items():
             print(f"{layer:16} {change:8.4f}")

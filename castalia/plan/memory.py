@@ -125,9 +125,7 @@ class Attending:
 def attending(model: Model, layout: Layout, tokens: int, length: int, compute: Compute) -> Attending:
     capability = None if compute.device == "cpu" else compute.capability
     gathers = layout.cp > 1 and layout.cp_kind == "gather"
-    choice = training_choice(
-        model, capability, compute.precision, length, documents=compute.documents, gathers=gathers
-    )
+    choice = training_choice(model, capability, compute.precision, length, documents=compute.documents, gathers=gathers)
     heads = model.num_heads // layout.tp
     here = heads // layout.cp if layout.cp_kind == "ulysses" else heads
     queries = length // layout.cp if gathers else length

@@ -16,7 +16,7 @@ from castalia.checkpoint.diff import diff
 from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.lazy import Held
 from castalia.checkpoint.tensors import Checkpoint, Progress
-from castalia.config.schema import Model, RunConfig
+from castalia.config.schema import Model, Optimizer, RunConfig
 from castalia.model.init import initialize
 from castalia.model.transformer import Transformer
 from tests.checkpoint.made import FAMILIES, SIZES, made, written
@@ -165,6 +165,32 @@ def test_a_fine_tune_has_its_change_layer_by_layer() -> None:
     assert list(found.updates) == ["embed", "blocks.0", "blocks.1", "norm", "head"]
     assert found.updates["blocks.0"] == pytest.approx(0.05, rel=0.05)
     assert found.updates["blocks.1"] == pytest.approx(0.2, rel=0.05)
+
+
+def trained(source: Checkpoint, step: int, lr: float, size: float, seed: int = 1) -> Checkpoint:
+    """A step of a run of ours that took the source's weights so far that some have little in common with them."""
+    torch.manual_seed(step)
+    assert source.config
+    config = source.config.model_copy(update={"seed": seed, "optimizer": Optimizer(lr=lr)})
+    far = {"embed.weight": 3.0}
+    moved = mapped(source, lambda name, w: w + far.get(name, size) * w.square().mean().sqrt() * torch.randn_like(w))
+    progress, details = Progress(step=step), {"data_fingerprint": "words"}
+    return replace(moved, format="native", config=config, progress=progress, details=details)
+
+
+def test_runs_of_one_seed_are_no_later_steps_of_each_other() -> None:
+    source = made(NEOX)
+    run = trained(source, 10, 0.1, 0.1)
+    found = diff(run, trained(source, 12, 0.2, 0.1))
+    assert found.verdict == "siblings"
+    assert found.words.startswith("two runs from the same initial weights (seed 1), after 10 and 12 steps: 0 of 28")
+    assert "1 have little in common any more or are new: embed.weight" in found.words
+    assert diff(run, trained(source, 10, 0.1, 0.2)).verdict == "siblings"  # the same step, but other values
+    later = diff(run, trained(source, 12, 0.1, 0.1))
+    assert later.verdict == "fine_tune"
+    assert later.words.startswith("B is a later step of A's run, or of the same run once more: ")
+    unknown = diff(run, trained(source, 12, 0.1, 0.1, seed=2))
+    assert unknown.words.startswith("they come from the same weights: one is a fine-tune or a later step of the other,")
 
 
 def test_equal_init_methods_with_different_draws() -> None:
