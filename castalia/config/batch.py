@@ -74,6 +74,12 @@ def steps_within(warmup: Warmup | None, total: int, whole: int, earlier: Sequenc
     return bisect_right(range(total + 1), total, key=lambda steps: sum_until(warmup, steps, whole, earlier)) - 1
 
 
+def pass_multiple(config: RunConfig, batch_size: int) -> int:
+    """Sequences of which a pass over the data takes a multiple; a micro-batch of all ranks, when a run begins."""
+    accumulation = config.train.accumulation or 1
+    return config.data.pass_multiple or batch_size // (1 if batch_size % accumulation else accumulation)
+
+
 def tokens_until(config: RunConfig, sequences: int, steps: int) -> int:
     """Tokens of the first so many steps; `sequences`: of the whole batch, both sides of pairs counted."""
     whole, total = (sequences, config.data.seq_length), 0

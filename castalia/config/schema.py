@@ -221,6 +221,11 @@ class Data(Section):
     mask_after_eod: bool = Field(False, description="no loss on the token that follows an end-of-document token")
     mask_documents: bool = Field(False, description="tokens see only their own document; positions restart")
     cache_dir: str | None = Field(None, description="folder of index files; None: beside the data")
+    pass_multiple: PositiveInt | None = Field(
+        None,
+        description="a pass over the data ends with a multiple of so many sequences; None: of a forward pass of all "
+        "ranks, which is what a run goes on with",
+    )
 
 
 class Tokenizer(Section):

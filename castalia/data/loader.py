@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from castalia.config.batch import batch_plan, size_at, spans, steps_within, sum_until
+from castalia.config.batch import batch_plan, pass_multiple, size_at, steps_within, sum_until
 from castalia.config.schema import EarlierBatch, RunConfig, Source, Text, Warmup
 from castalia.data.blend import blend, normalized, weights_by_documents
 from castalia.data.cache import cached, digest_of, index_names
@@ -100,7 +100,7 @@ class Samples:
     blended: tuple[np.ndarray, np.ndarray] | None  # corpus and position in it, for each position of the data order
     seq_length: int
     batch_size: int
-    accumulation: int
+    unit: int  # sequences of which a pass over the data order takes a multiple
     vocab_size: int | None
     masked_after: int | None  # no loss on the token after this one
     mask_documents: bool  # tokens see only their own document, and none predicts the next document's first
@@ -114,33 +114,22 @@ class Samples:
 
     def steps(self, epochs: int) -> int:
         """Whole steps in so many passes over the data order."""
-        return steps_within(self.batch_warmup, epochs * self._pass(self.batch_size), self.batch_size, self.earlier)
+        return steps_within(self.batch_warmup, epochs * self._pass, self.batch_size, self.earlier)
 
-    def _micro_batch(self, batch_size: int) -> int:
-        """Sequences over all ranks, of which every step takes a multiple."""
-        if self.batch_warmup:
-            return self.batch_warmup.unit
-        return batch_size // (1 if batch_size % self.accumulation else self.accumulation)
-
-    def _pass(self, batch_size: int) -> int:
-        """Samples of one pass over the data order: whole micro-batches."""
-        return len(self) - len(self) % self._micro_batch(batch_size)
+    @property
+    def _pass(self) -> int:
+        """Samples of one pass over the data order."""
+        return len(self) - len(self) % self.unit
 
     def positions(self, step: int) -> np.ndarray:
         """Positions of the data order that a step takes, [sequences]."""
-        first, warmup, size = 0, self.batch_warmup, self.batch_size
-        for begin, end, size in spans(self.earlier, step + 1, self.batch_size):
-            if not (whole := self._pass(size)):
-                raise DataError(
-                    f"{len(self)} samples do not fill one micro-batch of {self._micro_batch(size)} sequences over all "
-                    "ranks: use more data"
-                )
-            first = first if first < whole else 0
-            done = min(end, step)
-            first = (first + sum_until(warmup, done, size) - sum_until(warmup, begin, size)) % whole
-            if step < end:
-                break
-        return (first + np.arange(size_at(warmup, step, size))) % whole
+        if not self._pass:
+            raise DataError(
+                f"{len(self)} samples do not fill one micro-batch of {self.unit} sequences over all ranks: "
+                "use more data"
+            )
+        first, end = (sum_until(self.batch_warmup, n, self.batch_size, self.earlier) for n in (step, step + 1))
+        return np.arange(first, end) % self._pass
 
     def length(self, step: int) -> int:
         """Tokens of a sequence in a step's batch."""
@@ -265,19 +254,19 @@ def open_data(config: RunConfig, split: Split = "train", open_corpus: OpenCorpus
         corpora, blended = _open_blend(config, sources, split, wanted, open_corpus or _open_corpus)
     else:
         raise DataError(f"no {split} data: give data.path or data.{split}")
-    accumulation = config.train.accumulation or 1
+    warmup = config.train.batch_size_warmup if split == "train" else None
     return Samples(
         corpora=corpora,
         blended=blended,
         seq_length=config.data.seq_length,
         batch_size=plan.batch_size,
-        accumulation=accumulation if plan.batch_size % accumulation == 0 else 1,
+        unit=warmup.unit if warmup else pass_multiple(config, plan.batch_size),
         vocab_size=config.model.vocab_size if config.model else None,
         masked_after=load_tokenizer(config.tokenizer).eod_id if config.data.mask_after_eod else None,
         mask_documents=config.data.mask_documents,
         exact=config.neox_exact,
         length_warmup=config.data.seq_length_warmup if split == "train" else None,
-        batch_warmup=config.train.batch_size_warmup if split == "train" else None,
+        batch_warmup=warmup,
         earlier=config.train.earlier_batches if split == "train" else (),
     )
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from castalia.checkpoint.formats import detect
 from castalia.checkpoint.formats.native import saved_steps
+from castalia.config.batch import pass_multiple
 from castalia.config.load import TOKENIZER, dump_config
 from castalia.config.schema import RunConfig, Source, Tokenizer
 from castalia.errors import ConfigError, TrainingError
@@ -102,6 +103,7 @@ def complete_config(config: RunConfig, folder: Path, has_tokenizer: bool, batch_
         update={
             "path": _absolute(config.data.path),
             "cache_dir": _absolute(config.data.cache_dir),
+            "pass_multiple": pass_multiple(config, batch_size),  # it goes on alike with other micro-batches
             **{split: _absolute_sources(getattr(config.data, split)) for split in ("train", "valid", "test")},
         }
     )

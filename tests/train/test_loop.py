@@ -19,7 +19,7 @@ from castalia.data.loader import open_data
 from castalia.errors import CastaliaError, CheckpointError, ConfigError, TrainingError
 from castalia.evaluate.perplexity import evaluate
 from castalia.plan.report import Known, report
-from castalia.train.folder import begun_by, this_job
+from castalia.train.folder import begun_by, complete_config, this_job
 from castalia.train.loop import TOGETHER_S, StopSignals, rehearse
 from castalia.train.loop import train as run_with
 from castalia.train.metrics import read_metrics, write_event
@@ -228,6 +228,14 @@ def test_another_batch_size_reads_on_where_the_data_were(straight, tmp_path, cap
     train(read_config([run, "checkpoint.step=10", "train.batch_size=8", "train.exit_interval=null"]))
     assert load_config(run).train.earlier_batches == ()
     assert_equal_runs(tmp_path / "run", straight)
+
+
+def test_passes_over_the_data_end_alike_however_a_run_goes_on(tiny, tmp_path):
+    config = tiny(tmp_path / "run", "train.accumulation=2", "data.seq_length=24")
+    began, goes_on = open_data(config), open_data(complete_config(config, tmp_path, False, 8))
+    assert len(began) % 8 >= 4  # the last micro-batch of a pass is no half of a step
+    steps = range(3 * len(began) // 8)
+    assert [goes_on.positions(n).tolist() for n in steps] == [began.positions(n).tolist() for n in steps]
 
 
 def test_resuming_into_another_folder_leaves_the_first_alone(straight, tiny, tmp_path):
