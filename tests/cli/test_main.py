@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 
 from castalia.cli import main as cli
 
@@ -92,6 +93,13 @@ def test_segments_grow_unless_the_user_says_otherwise(given, monkeypatch):
 def test_the_allocator_is_told_before_torch_is_imported():
     code = "import sys; from castalia.cli import main; main.growing_segments(); print('torch' in sys.modules)"
     assert python(code).stdout == "False\n"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_segments_grow_on_a_gpu():
+    code = "from castalia.cli import main; main.growing_segments(); import torch; torch.ones(1, device='cuda'); "
+    assert python(code + "print(torch.cuda.memory_snapshot()[0]['is_expandable'])").stdout == "True\n"
 
 
 def test_unknown_verb_gets_a_suggestion():

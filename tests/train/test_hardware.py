@@ -13,6 +13,7 @@ from castalia.train.display import Display
 from castalia.train.hardware import had_its_cores, measured_flops, repeat_bits
 from castalia.train.loop import train
 from castalia.train.metrics import read_metrics
+from castalia.train.replay import replay
 
 
 @pytest.fixture
@@ -85,3 +86,5 @@ def test_a_stopped_run_goes_on_bit_for_bit_on_a_gpu(switches, tiny, tmp_path, op
     train(tiny(tmp_path / "stopped", *options, "train.exit_interval=10"), evaluate)
     train(read_config([str(tmp_path / "stopped"), "train.exit_interval=null"]), evaluate)
     assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
+    found = replay(tmp_path / "straight", 15)
+    assert found["loss_distance"] == found["grad_norm_distance"] == 0
