@@ -7,14 +7,15 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
+# No name of a room among them: Python would put the room in its place as soon as anything imports that.
 _PUBLIC = {
-    "load_config": "castalia.config.load",
-    "open_dataset": "castalia.data.indexed",
-    "batch_at": "castalia.data.loader",
-    "open_checkpoint": "castalia.checkpoint.formats",
-    "load_model": "castalia.checkpoint.load",
-    "train": "castalia.cli.train",
-    "generate": "castalia.generate.engine",
+    "load_config": ("castalia.config.load", "load_config"),
+    "open_dataset": ("castalia.data.indexed", "open_dataset"),
+    "batch_at": ("castalia.data.loader", "batch_at"),
+    "open_checkpoint": ("castalia.checkpoint.formats", "open_checkpoint"),
+    "load_model": ("castalia.checkpoint.load", "load_model"),
+    "run_training": ("castalia.cli.train", "train"),
+    "generate_text": ("castalia.generate.engine", "generate"),
 }
 __all__ = [*_PUBLIC, "__version__"]
 
@@ -22,4 +23,5 @@ __all__ = [*_PUBLIC, "__version__"]
 def __getattr__(name: str) -> object:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'castalia' has no attribute {name!r}")
-    return getattr(import_module(_PUBLIC[name]), name)
+    module, attribute = _PUBLIC[name]
+    return getattr(import_module(module), attribute)

@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A busy machine is no reason to fail: no test is about time.
+settings.register_profile("castalia", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("castalia")
 
 
 def fixtures_folder() -> Path | None:

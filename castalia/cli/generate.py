@@ -77,6 +77,8 @@ def command(
         "num_samples": num_samples,
     }
     settings = _settings(checkpoint, config, given)
+    if "" in (stop or ()):
+        raise ConfigError("--stop is empty, and would end every text before its first letter; leave it out")
     if world > 1 and settings.mode == "interactive":
         raise ConfigError(f"{world} processes cannot all read the terminal; give --prompt or --file")
     prompts = [""] if settings.mode == "interactive" else prompt or _prompts(settings)
@@ -112,12 +114,23 @@ def _write_all(
 
     with open(os.devnull if quiet else settings.output_file or os.devnull, "w", encoding="utf-8") as saved:
         for prompts in batches:
+            _refuse_broken_text(prompts)
             pieces = stream(model, words, prompts, sampling)
             if quiet:
                 deque(pieces, maxlen=0)
                 continue
             for record in _show(pieces, prompts, settings, as_json):
                 print(record, file=saved, flush=True)
+
+
+def _refuse_broken_text(prompts: list[str]) -> None:
+    from castalia.errors import DataError
+
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:  # Python keeps bytes that it cannot decode as lone surrogates
+            raise DataError(f"prompt {number} is not UTF-8 at character {error.start}: {prompt!a}") from error
 
 
 def _mode(prompt: list[str] | None, file: Path | None, interactive: bool) -> str | None:
@@ -153,7 +166,7 @@ def _prompts(settings: Generate) -> list[str]:
     if settings.input_file is None:
         raise ConfigError("generate.mode=input-file needs generate.input_file, a file with a prompt on each line")
     try:
-        lines = Path(settings.input_file).read_text(encoding="utf-8").splitlines()
+        lines = Path(settings.input_file).read_text(encoding="utf-8-sig").split("\n")  # at no other kind of line end
     except UnicodeDecodeError as error:
         raise DataError(f"{settings.input_file}: not UTF-8 at byte {error.start}") from error
     prompts = [line.strip() for line in lines if line.strip()]
@@ -221,10 +234,10 @@ def _show(pieces: Iterator[Piece], prompts: Sequence[str], settings: Generate, a
         if not as_json:
             print(piece.text, end="\n" if piece.last else "", flush=True)
         if piece.last:
-            record = to_json({"prompt": prompt, "text": text}, ensure_ascii=False)
+            record = {"prompt": prompt, "text": text}
             if as_json:
-                print(record, flush=True)
-            yield record
+                print(to_json(record, ensure_ascii=sys.stdout.encoding.lower() != "utf-8"), flush=True)
+            yield to_json(record, ensure_ascii=False)
 
 
 def in_order(pieces: Iterable[Piece]) -> Iterator[Piece]:

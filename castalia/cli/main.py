@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from importlib import import_module
@@ -86,9 +87,20 @@ def growing_segments() -> None:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
+def keep_all_characters() -> None:
+    """Terminals and pipes that are not UTF-8 get a question mark for what they cannot show, and no traceback.
+
+    Bytes that are no UTF-8 come in as lone surrogates, which are refused where text is expected, and go out as bytes.
+    """
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape" if stream.encoding.lower() == "utf-8" else "replace")
+
+
 def main() -> None:
     """Run the verb of `sys.argv`. Exit codes: 0, 2 for what the user can mend, 130 when interrupted."""
     growing_segments()
+    keep_all_characters()
     verb = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
     try:
         try:

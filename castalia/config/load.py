@@ -261,7 +261,9 @@ def _reason(problem: Any) -> str:
             pass
     if problem["type"] == "literal_error":
         return f"is none of {problem['ctx']['expected']}"
-    return reasons.get(problem["type"], problem["msg"].replace("Input should be", "is not"))
+    return reasons.get(
+        problem["type"], problem["msg"].removeprefix("Value error, ").replace("Input should be", "is not")
+    )
 
 
 def _ancestors(path: str) -> list[str]:

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Annotated, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -202,9 +203,33 @@ class Warmup(Section):
         return min(whole, size - size % self.unit)
 
 
+def split_shares(split: str) -> list[float]:
+    """The three numbers of texts such as "969, 30, 1", "8/1/1" or "1", where two are 0. Raises ValueError.
+
+    Like GPT-NeoX this reads over a fourth one, which a config may not have.
+    """
+    try:
+        shares = [float(part) for part in re.split("[,/]", split)]
+    except ValueError:
+        raise ValueError("no list of numbers such as '969, 30, 1'") from None
+    shares = (shares + [0.0, 0.0])[:3]
+    if not 0 < sum(shares) < math.inf or min(shares) < 0:
+        raise ValueError("it leaves no documents: its parts must not be negative nor all zero")
+    return shares
+
+
+def _split(value: str) -> str:
+    split_shares(value)
+    if (count := len(re.split("[,/]", value))) > 3:
+        raise ValueError(f"{count} parts; there are three: training, validation and test")
+    return value
+
+
 class Data(Section):
     path: str | None = Field(None, description="one corpus that `split` divides; excludes train, valid and test")
-    split: str = Field("969, 30, 1", description="shares of training, validation and test")
+    split: Annotated[str, AfterValidator(_split)] = Field(
+        "969, 30, 1", description="shares of training, validation and test"
+    )
     train: Sources = ()
     valid: Sources = ()
     test: Sources = ()

@@ -6,11 +6,11 @@ tokens, so that inputs and shifted labels both have S. Each item of a corpus cou
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import numpy as np
 
+from castalia.config.schema import split_shares
 from castalia.data.indexed import IndexedDataset
 from castalia.errors import DataError
 
@@ -21,14 +21,10 @@ BLOCK = 1 << 18
 def split_bounds(split: str, num_documents: int) -> list[int]:
     """Borders [0, b1, b2, n] of train, valid and test documents for weights such as "969, 30, 1" or "8/1/1"."""
     try:
-        weights = [float(part) for part in re.split("[,/]", split)]
-    except ValueError:
-        raise DataError(f"data.split={split!r} is no list of numbers such as '969, 30, 1'") from None
-    weights = (weights + [0.0, 0.0])[:3]
-    total = sum(weights)
-    if not total > 0 or min(weights) < 0:
-        raise DataError(f"data.split={split!r} leaves no documents: its parts must not be negative nor all zero")
-    bounds = [0]
+        weights = split_shares(split)
+    except ValueError as error:
+        raise DataError(f"data.split={split!r}: {error}") from None
+    total, bounds = sum(weights), [0]
     for weight in weights:
         bounds.append(bounds[-1] + int(round(weight / total * num_documents)))
     surplus = bounds[-1] - num_documents

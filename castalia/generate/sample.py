@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 256  # random numbers drawn at once for each row
+COLDEST = 1e-30  # any lower temperature, whose division would overflow, leaves the likeliest token alone
 CANDIDATES = 256  # of the likeliest tokens, which hold the share of top_p in most rows: sorting all takes far longer
 
 
@@ -42,7 +43,7 @@ def choose(logits: Tensor, noise: Noise | None, temperature: float, top_k: int, 
     `top_k` keeps the k likeliest tokens, `top_p` then the fewest likeliest ones that hold this share of the
     probability; 0 switches either off.
     """
-    if noise is None:
+    if noise is None or temperature < COLDEST:
         return likeliest(logits)
     probabilities, numbers = (logits.float() / temperature).softmax(dim=-1), noise.next()
     if not (top_k or top_p):

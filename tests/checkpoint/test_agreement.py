@@ -84,7 +84,7 @@ def whole_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     return write(tmp_path_factory.mktemp("whole") / "a", MODELS["parallel"], **LAYOUTS[request.param]).path
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(data=st.data())
 def test_every_combination_of_missing_files_is_named(whole_folder: Path, data: st.DataObject) -> None:
     names = sorted(path.name for path in whole_folder.glob("*.pt"))

@@ -182,3 +182,15 @@ def test_light_commands_import_nothing_heavy(args):
 def test_importing_castalia_loads_neither_torch_nor_numpy_nor_pydantic():
     code = "import castalia, sys; print([name for name in ('torch', 'numpy', 'pydantic') if name in sys.modules])"
     assert python(code).stdout == "[]\n"
+
+
+def test_public_names_stay_what_they_are_whatever_is_imported():
+    code = """
+import castalia, pkgutil, importlib
+before = {name: getattr(castalia, name) for name in castalia.__all__}
+for module in pkgutil.iter_modules(castalia.__path__, "castalia."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+assert all(getattr(castalia, name) is value for name, value in before.items())
+"""
+    assert python(code).returncode == 0

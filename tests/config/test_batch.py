@@ -55,7 +55,7 @@ def test_a_batch_that_does_not_come_out_is_refused_with_what_would(overrides, dp
 
 
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 64), st.sets(st.integers(0, 2), max_size=2))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_two_of_the_three_give_the_third(micro, accumulation, dp, left_out):
     """With the batch size given, or the other two, nothing is lost by leaving the rest out."""
     given = {"batch_size": micro * accumulation * dp, "micro_batch_size": micro, "accumulation": accumulation}

@@ -246,7 +246,7 @@ def as_yaml(values: dict[str, object]) -> RunConfig:
 
 
 @given(VALUES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_dumping_and_loading_is_the_identity(tmp_path_factory, values):
     file = tmp_path_factory.getbasetemp() / "dump.yml"
     config = as_yaml(values)
@@ -255,7 +255,7 @@ def test_dumping_and_loading_is_the_identity(tmp_path_factory, values):
 
 
 @given(VALUES, VALUES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_loading_two_files_is_loading_their_union(tmp_path_factory, first, second):
     folder = tmp_path_factory.getbasetemp()
     files = []

@@ -24,6 +24,11 @@ MISTAKES = {
     "misspelt key": ("log: {evry: 1}\n", ["a.yml:6: unknown key log.evry; did you mean log.every?"]),
     "wrong type": ("log: {every: often}\n", ["a.yml:6: log.every: 'often': is no whole number"]),
     "impossible value": ("optimizer: {lr: -1}\n", ["a.yml:6: optimizer.lr: -1: is not greater than 0", "above 0"]),
+    "too many shares": (
+        (("1, 0, 0", "1, 2, 3, 4"),),
+        ["a.yml:3: data.split: '1, 2, 3, 4': 4 parts; there are three: training, validation and test"],
+    ),
+    "shares that are no numbers": ((("1, 0, 0", "most"),), ["a.yml:3: data.split: 'most': no list of numbers such as"]),
     "impossible layout": (
         "parallel: {tp: 3}\n",
         ["a.yml:6, a.yml:1: parallel.tp=3 does not divide model.num_heads=2; use one of 1, 2"],

@@ -32,7 +32,7 @@ PIECES = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(texts=st.lists(st.lists(PIECES, max_size=12).map("".join), max_size=5))
 def test_equal_ids_for_any_text(engines: list[Encode], texts: list[str]) -> None:
     found, expected = (encode(texts) for encode in engines)

@@ -304,7 +304,7 @@ def test_sequences_that_begin_short_are_the_beginnings_of_the_same_samples(tmp_p
 
 
 @given(batch=st.integers(1, 4), start=st.integers(1, 4), steps=st.integers(1, 12), root=st.integers(1, 2))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_small_batches_follow_each_other_through_the_same_order(tmp_path_factory, batch, start, steps, root):
     path = tmp_path_factory.getbasetemp() / "order"
     source = Source(path=str(path)) if path.with_suffix(".idx").exists() else corpus(path, [[*range(50)]] * 20)

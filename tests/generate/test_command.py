@@ -1,6 +1,8 @@
 """`castalia generate` on a small Hugging Face folder with a byte tokenizer."""
 
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -74,6 +76,22 @@ def test_a_file_of_prompts_and_an_overlay(run, texts, tmp_path):
     assert saved == [{"prompt": "In", "text": one}, {"prompt": "the beginning", "text": two}]
 
 
+def test_a_file_of_prompts_is_cut_at_newlines_alone(run, texts, tmp_path):
+    (tmp_path / "prompts.txt").write_bytes("\ufeffIn\u2028deed\r\nthe\x0b beginning\n".encode())
+    out = run("--file", str(tmp_path / "prompts.txt"), "--max-tokens", "3", "--json")
+    assert [json.loads(line)["prompt"] for line in out.strip().split("\n")] == ["In\u2028deed", "the\x0b beginning"]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_terminal_of_any_encoding(folder, encoding):
+    """What it cannot show becomes a question mark; JSON loses nothing."""
+    words = ["generate", str(folder), "--tokenizer", str(folder / "tokenizer"), "--device", "cpu", "--max-tokens", "2"]
+    command = [sys.executable, "-m", "castalia", *words, "--prompt", "Größe 語", "--json"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": encoding}, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.decode(encoding))["prompt"] == "Größe 語"
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])
 def test_fewer_bits(run, dtype):
     assert len(run("--prompt", "In", "--max-tokens", "9", "--dtype", dtype)) > len("In\n")
@@ -95,6 +113,8 @@ def test_interactive_reads_prompts_until_the_end(run, texts, monkeypatch):
         (["--file", "nowhere.txt"], "nowhere.txt: No such file"),
         (["--config", "nowhere.yml"], "nowhere.yml: no such file"),
         (["--dtype", "int8", "--tp", "2"], "int8 is for one process on a CPU"),
+        (["--prompt", "a", "--stop", ""], "--stop is empty"),
+        (["--prompt", "a", "--prompt", "b\udcff"], "prompt 2 is not UTF-8 at character 1: 'b\\udcff'"),
     ],
 )
 def test_mistakes_are_one_message(folder, args, message, monkeypatch, capsys):

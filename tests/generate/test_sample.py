@@ -41,6 +41,12 @@ def test_without_noise_the_likeliest():
     assert choose(torch.tensor([[0.0, 3, 1], [2, 0, 1]]), None, 0.0, 0, 0.0).tolist() == [1, 0]
 
 
+@pytest.mark.parametrize("temperature", [1e-20, 1e-40, 5e-324])
+def test_as_cold_as_numbers_go_the_likeliest(temperature):
+    logits = torch.tensor([[0.0, 3e4, 1], [-2e4, 0, -1]])
+    assert choose(logits, Noise(0, [0, 1], CPU), temperature, 0, 0.0).tolist() == [1, 1]
+
+
 def test_noise_depends_on_seed_and_row_only():
     def numbers(seed, rows, count=BLOCK + 3):
         noise = Noise(seed, rows, CPU)

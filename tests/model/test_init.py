@@ -66,7 +66,7 @@ def test_the_originals_order_of_draws():
     assert "head.weight" not in matrices
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.data(), st.sampled_from(["normal", "xavier_uniform", "orthogonal"]))
 def test_a_slice_is_a_part_of_the_whole(data, method):
     cfg = TINY.model_copy(update={"init_method": method})
