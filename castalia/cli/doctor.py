@@ -31,9 +31,10 @@ OPTIONAL = {
 
 def command(as_json: Annotated[bool, typer.Option("--json", help="one object with everything")] = False) -> None:
     """What this machine offers, which fast paths it can take, and what each missing one costs."""
-    machine, paths, packages = look_at_machine(), fast_paths(), installed()
+    machine, paths, kernels, packages = look_at_machine(), fast_paths(), attention_kernels(), installed()
     if as_json:
-        found = {"machine": machine, "fast_paths": [path._asdict() for path in paths], "packages": packages}
+        found = {"machine": machine, "fast_paths": [path._asdict() for path in paths]}
+        found |= {"attention_kernels": dict(kernels), "packages": packages}
         print(to_json(found, indent=1))
         return
     shown = machine | {"gpus": [gpu_text(gpu) for gpu in machine["gpus"]]}
@@ -43,6 +44,8 @@ def command(as_json: Annotated[bool, typer.Option("--json", help="one object wit
     for path in paths:
         if not path.available:
             print(f"missing: {path.name}: {path.cost}")
+    cases = [[name, *by_dtype.values()] for name, by_dtype in kernels]
+    print_table("kernels of attention, for heads of 128", ["case", "bf16", "fp16", "fp32"], cases)
     rows = [[name, found or "not installed", OPTIONAL[name]] for name, found in packages.items()]
     print_table("optional packages", ["package", "version", "used for"], rows)
 
@@ -79,6 +82,15 @@ def fast_paths() -> list[FastPath]:
         *fast_paths(choose_device("auto")),
         FastPath("packed bf16 weights", able, packed if able else lacking, cost),
     ]
+
+
+def attention_kernels() -> list[tuple[str, dict[str, str]]]:
+    """What attention takes on the device that `auto` would choose."""
+    from castalia.model.attention import capability, prefers_cudnn
+    from castalia.train import fast_paths
+    from castalia.train.hardware import choose_device
+
+    return fast_paths.attention_kernels(capability(choose_device("auto")), prefers_cudnn())
 
 
 def installed() -> dict[str, str | None]:

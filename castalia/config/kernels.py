@@ -62,7 +62,7 @@ def choose_kernel(
         return Choice("flash", sight)
     if why_not_efficient := _why_not_efficient(capability, dtype, head_size):
         return Choice("plain", told, f"{why_not_flash}, and for the memory-efficient kernel {why_not_efficient}")
-    return Choice("memory-efficient", sight, why_not_flash, repeats=grouped)
+    return Choice("memory-efficient", told, why_not_flash, repeats=grouped)
 
 
 def reasons_for_bias(cfg: Model, keys: int, documents: bool) -> list[str]:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 from castalia.config.kernels import Capability, Choice
 from castalia.config.schema import Model
@@ -18,6 +17,7 @@ from castalia.errors import ConfigError
 from castalia.model.layers import Linear, is_slow_half
 from castalia.model.positions import Rotation, rotate
 
+aten: Any = torch.ops.aten
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 FIRST_PREFERRED_CUDNN = 91501  # from this version on torch tries cuDNN first, on devices that it suits
 
@@ -106,21 +106,34 @@ def _kernel(
     dropout_p: float,
     scale: float | None,
 ) -> Tensor:
+    if choice.sight == "last causal":
+        return _last_causal(q, k, v, dropout_p, scale)
     if bias is not None and choice.kernel == "memory-efficient":  # which torch prefers cuDNN to, where it can
         bias = bias.expand(*q.shape[:3], k.shape[2])
-        keeps = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-        return efficient(q, k, v, bias, keeps, dropout_p, False, scale=scale)[0]
+        keeps = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))  # what the backward pass needs
+        return aten._scaled_dot_product_efficient_attention(q, k, v, bias, keeps, dropout_p, False, scale=scale)[0]
     return F.scaled_dot_product_attention(
         q,
         k,
         v,
-        attn_mask=causal_lower_right(q.shape[2], k.shape[2]) if choice.sight == "last causal" else bias,
+        attn_mask=bias,
         dropout_p=dropout_p,
         is_causal=choice.sight == "causal",
         scale=scale,
         enable_gqa=q.shape[1] > k.shape[1],
     )
+
+
+def _last_causal(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, scale: float | None) -> Tensor:
+    """Of queries that are the last of the keys, by GPUs' flash kernel, whose triangle ends with the last row.
+
+    As `torch.nn.attention.bias.causal_lower_right` does it, which cannot be compiled.
+    """
+    d = q.shape[-1]
+    scale = d**-0.5 if scale is None else scale
+    if d % 8:
+        q, k, v = (F.pad(x, (0, -d % 8)) for x in (q, k, v))
+    return aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, True, scale=scale)[0][..., :d]
 
 
 class Attention(nn.Module):

@@ -19,7 +19,6 @@ _KEPT = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._efficient_attention_forward.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 }
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from castalia.config.kernels import AMPERE, Capability
 from castalia.errors import ConfigError
 
 GiB = 2**30
@@ -30,7 +31,7 @@ class Device:
     bandwidth: float  # GB/s of its memory
     link: float  # GB/s in one direction to the devices of its node
     network: float  # GB/s in one direction to other nodes, its share
-    bf16: bool = True  # whether it multiplies bf16; those that do not emulate it in fp32
+    capability: Capability | None  # None: a CPU
 
     def usable_bytes(self, communicators: int) -> int:
         """What a rank can allocate that belongs to so many process groups."""
@@ -42,6 +43,11 @@ class Device:
         return self.tflops if compute == "fp16" or (compute == "bf16" and self.bf16) else self.fp32_tflops
 
     @property
+    def bf16(self) -> bool:
+        """Whether it multiplies bf16; those that do not emulate it in fp32."""
+        return bool({"amx_tile", "avx512_bf16"} & cpu_flags()) if self.capability is None else self.capability >= AMPERE
+
+    @property
     def words(self) -> frozenset[str]:
         return _words(self.name)
 
@@ -49,35 +55,35 @@ class Device:
 DEVICES = {
     device.name.lower(): device
     for device in (
-        Device("V100-16", 15.8, 125, 15.7, 900, 150, 12.5, bf16=False),
-        Device("V100-32", 31.7, 125, 15.7, 900, 150, 12.5, bf16=False),
-        Device("V100-PCIe-16", 15.8, 112, 14, 900, 16, 12.5, bf16=False),
-        Device("V100-PCIe-32", 31.7, 112, 14, 900, 16, 12.5, bf16=False),
-        Device("T4", 14.6, 65, 8.1, 320, 16, 6, bf16=False),
-        Device("A100-40", 39.4, 312, 19.5, 1555, 300, 25),
-        Device("A100-80", 79.1, 312, 19.5, 2039, 300, 25),
-        Device("A30", 23.5, 165, 10.3, 933, 32, 12.5),
-        Device("A40", 44.4, 150, 37.4, 696, 32, 12.5),
-        Device("A10", 22.0, 125, 31.2, 600, 32, 12.5),
-        Device("A10G", 22.0, 70, 35, 600, 32, 12.5),
-        Device("A6000", 47.4, 155, 38.7, 768, 32, 12.5),
-        Device("3090", 23.6, 71, 35.6, 936, 32, 12.5),
-        Device("L4", 22.0, 121, 30.3, 300, 32, 12.5),
-        Device("L40", 44.4, 181, 90.5, 864, 32, 12.5),
-        Device("L40S", 44.4, 362, 91.6, 864, 32, 12.5),
-        Device("6000-Ada", 47.4, 364, 91.1, 960, 32, 12.5),
-        Device("4090", 23.6, 165, 82.6, 1008, 32, 12.5),
-        Device("H20", 95.0, 148, 44, 4000, 450, 50),
-        Device("H100", 79.1, 989, 67, 3350, 450, 50),
-        Device("H100-PCIe", 79.1, 756, 51, 2000, 64, 25),
-        Device("H100-NVL", 93.1, 835, 60, 3938, 64, 25),
-        Device("GH200", 94.5, 989, 67, 4000, 450, 50),
-        Device("H200", 139.8, 989, 67, 4800, 450, 50),
-        Device("H200-NVL", 139.8, 835, 60, 4800, 64, 25),
-        Device("5090", 31.3, 209, 104.8, 1792, 64, 12.5),
-        Device("B200", 178.3, 2250, 75, 8000, 900, 50),
-        Device("GB200", 184.0, 2500, 80, 8000, 900, 50),
-        Device("B300", 267.0, 2250, 75, 8000, 900, 100),
+        Device("V100-16", 15.8, 125, 15.7, 900, 150, 12.5, (7, 0)),
+        Device("V100-32", 31.7, 125, 15.7, 900, 150, 12.5, (7, 0)),
+        Device("V100-PCIe-16", 15.8, 112, 14, 900, 16, 12.5, (7, 0)),
+        Device("V100-PCIe-32", 31.7, 112, 14, 900, 16, 12.5, (7, 0)),
+        Device("T4", 14.6, 65, 8.1, 320, 16, 6, (7, 5)),
+        Device("A100-40", 39.4, 312, 19.5, 1555, 300, 25, (8, 0)),
+        Device("A100-80", 79.1, 312, 19.5, 2039, 300, 25, (8, 0)),
+        Device("A30", 23.5, 165, 10.3, 933, 32, 12.5, (8, 0)),
+        Device("A40", 44.4, 150, 37.4, 696, 32, 12.5, (8, 6)),
+        Device("A10", 22.0, 125, 31.2, 600, 32, 12.5, (8, 6)),
+        Device("A10G", 22.0, 70, 35, 600, 32, 12.5, (8, 6)),
+        Device("A6000", 47.4, 155, 38.7, 768, 32, 12.5, (8, 6)),
+        Device("3090", 23.6, 71, 35.6, 936, 32, 12.5, (8, 6)),
+        Device("L4", 22.0, 121, 30.3, 300, 32, 12.5, (8, 9)),
+        Device("L40", 44.4, 181, 90.5, 864, 32, 12.5, (8, 9)),
+        Device("L40S", 44.4, 362, 91.6, 864, 32, 12.5, (8, 9)),
+        Device("6000-Ada", 47.4, 364, 91.1, 960, 32, 12.5, (8, 9)),
+        Device("4090", 23.6, 165, 82.6, 1008, 32, 12.5, (8, 9)),
+        Device("H20", 95.0, 148, 44, 4000, 450, 50, (9, 0)),
+        Device("H100", 79.1, 989, 67, 3350, 450, 50, (9, 0)),
+        Device("H100-PCIe", 79.1, 756, 51, 2000, 64, 25, (9, 0)),
+        Device("H100-NVL", 93.1, 835, 60, 3938, 64, 25, (9, 0)),
+        Device("GH200", 94.5, 989, 67, 4000, 450, 50, (9, 0)),
+        Device("H200", 139.8, 989, 67, 4800, 450, 50, (9, 0)),
+        Device("H200-NVL", 139.8, 835, 60, 4800, 64, 25, (9, 0)),
+        Device("5090", 31.3, 209, 104.8, 1792, 64, 12.5, (12, 0)),
+        Device("B200", 178.3, 2250, 75, 8000, 900, 50, (10, 0)),
+        Device("GB200", 184.0, 2500, 80, 8000, 900, 50, (10, 0)),
+        Device("B300", 267.0, 2250, 75, 8000, 900, 100, (10, 3)),
     )
 }
 _USUAL = {frozenset({"v100"}): "v100-32", frozenset({"a100"}): "a100-80"}  # where a name tells no memory
@@ -125,7 +131,7 @@ def parse_gpus(text: str) -> tuple[int, Device, str | None]:
 def this_cpu() -> Device:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GiB
     tflops = 0.1 * (os.cpu_count() or 1)
-    return Device("cpu", memory, tflops, tflops, 20, 1, 1, bf16=bool({"amx_tile", "avx512_bf16"} & cpu_flags()))
+    return Device("cpu", memory, tflops, tflops, 20, 1, 1, None)
 
 
 def cpu_flags() -> set[str]:

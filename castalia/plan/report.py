@@ -7,6 +7,7 @@ from math import log, prod
 from typing import Protocol
 
 from castalia.config.batch import batch_plan, fitting_batch, steps_within, sum_until, tokens_until
+from castalia.config.kernels import AMPERE, Capability
 from castalia.config.preference import PAIRED
 from castalia.config.schema import Model, RunConfig
 from castalia.errors import ConfigError
@@ -69,6 +70,7 @@ class Known:
     kept_checkpoints: int | None = None  # of the whole run, at the moment when there are most
     free_bytes: int | None = None  # where the run will be saved
     device: str | None = None  # "cpu" or "cuda"
+    capability: Capability = AMPERE  # of the GPUs
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ def report(config: RunConfig, known: Known, hardware: Hardware | None = None, co
     """Everything that can be worked out, JSON-ready. Raises ConfigError where the config describes no model."""
     model, wanted, config = described(config), config.precision.compute, settled(config, hardware)
     compute = compute or default_compute(config, hardware)
+    if hardware:
+        known = replace(known, device=compute.device, capability=compute.capability)
     config, indivisible = divisible(config, hardware.gpus if hardware else None)
     layout, assumed = layout_of(config, hardware.gpus if hardware else None)
     result: dict = {
@@ -147,9 +151,10 @@ def _without_bf16(device: Device) -> str:
 
 
 def default_compute(config: RunConfig, hardware: Hardware | None) -> Compute:
-    device = "cpu" if hardware and hardware.device.name == "cpu" else "cuda"
+    capability = hardware.device.capability if hardware else AMPERE
     precision = settled(config, hardware).precision.compute
-    return compute_of(config, "bf16" if precision == "auto" else precision, device)
+    device = "cpu" if capability is None else "cuda"
+    return compute_of(config, "bf16" if precision == "auto" else precision, device, capability or AMPERE)
 
 
 def divisible(config: RunConfig, gpus: int | None) -> tuple[RunConfig, list[str]]:
@@ -253,7 +258,7 @@ def training(config: RunConfig, known: Known, layout: Layout) -> dict:
         "warmup_tokens": _tokens(config, tokens_per_step, warmup) if warmup is not None else None,
         "clipping": clipping(config),
         "precision": precision(config, known.device),
-        "attention": attention(config, known.device),
+        "attention": attention(config, known.device, known.capability),
         "determinism": determinism(config, known.device),
         "logged": logging(config),
         "evaluated": evaluation(config),

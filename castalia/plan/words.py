@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from castalia.config.schema import Model, RunConfig
+from castalia.config.kernels import AMPERE, Capability, Choice, reasons_for_bias, training_choice
+from castalia.config.schema import RunConfig
+from castalia.plan.devices import auto_precision
 
 GiB = 2**30
 MANY_EPOCHS = 4  # repeating data more often than this is known to teach little
-LARGEST_FLASH_HEAD = 256  # of the flash kernel on GPUs
 
 
 def describe_training(training: dict) -> Iterator[tuple[str, str]]:
@@ -69,38 +70,43 @@ def loss_scale(config: RunConfig) -> str:
     return f"loss scale {scale.static:g}" if scale.static else f"dynamic loss scale from {scale.initial:g}"
 
 
-def attention(config: RunConfig, device: str | None = None) -> str:
-    """Which of PyTorch's attention kernels training takes, and why. `device`: "cpu" or "cuda", None: not known."""
-    model = config.model
+def attention(config: RunConfig, device: str | None = None, capability: Capability = AMPERE) -> str:
+    """Which of PyTorch's attention kernels training takes, and why.
+
+    `device`: "cpu" or "cuda", None: not known; `capability`: of the GPUs.
+    """
+    model, length, parallel = config.model, config.data.seq_length, config.parallel
     if model is None:
         return "unknown: no model is described"
-    masked = _mask(model, config)
+    masked = " and ".join(reasons_for_bias(model, length, config.data.mask_documents))
     what = f"causal with a mask for {masked}" if masked else "causal, without a mask"
+    if parallel.cp > 1 and parallel.cp_kind != "ulysses":
+        share = 2 - 1 / parallel.cp
+        what += f"; the last of {parallel.cp} context ranks attends {share:.3g} times as much as the mean"
     if device is None:
         return f"scaled_dot_product_attention, {what}; the kernel is chosen for the device"
-    return f"{_kernel(model, config.precision.compute, device, masked)}; {what}"
+    choice = training_choice(
+        model,
+        None if device == "cpu" else capability,
+        auto_precision(capability >= AMPERE) if config.precision.compute == "auto" else config.precision.compute,
+        length,
+        documents=config.data.mask_documents,
+        gathers=parallel.cp > 1 and parallel.cp_kind == "gather",
+        cudnn=not (config.train.deterministic or (parallel.cp > 1 and parallel.cp_kind == "ring")),
+    )
+    return f"{kernel(choice)}; {what}"
 
 
-def _mask(model: Model, config: RunConfig) -> str:
-    needs = {
-        "ALiBi's distances": model.position == "alibi",
-        f"a window of {model.sliding_window} tokens": (model.sliding_window or config.data.seq_length)
-        < config.data.seq_length - 1,
-        "documents that do not see each other": config.data.mask_documents,
-    }
-    return " and ".join(name for name, needed in needs.items() if needed)
-
-
-def _kernel(model: Model, compute: str, device: str, masked: str) -> str:
-    if device == "cpu":
-        return "the plain kernel: CPUs' flash kernel has no dropout" if model.attention_dropout else "flash kernel"
-    reasons = {
-        "it takes no mask": masked,
-        "it needs 16-bit compute": compute == "fp32",
-        f"heads of {model.head_size} are too large for it": model.head_size > LARGEST_FLASH_HEAD,
-    }
-    against = next((why for why, holds in reasons.items() if holds), None)
-    return f"memory-efficient kernel instead of flash: {against}" if against else "flash kernel"
+def kernel(choice: Choice) -> str:
+    """A kernel with what it costs where it is not flash or cuDNN."""
+    parts = [f"{choice.kernel} kernel"]
+    if choice.why:
+        parts.append(f"instead of flash: {choice.why}")
+    if choice.repeats:
+        parts.append("keys and values repeated for each query head")
+    if choice.kernel == "plain":
+        parts.append("all scores are made")
+    return ", ".join(parts)
 
 
 def repeats_bits(config: RunConfig, device: str | None) -> bool:

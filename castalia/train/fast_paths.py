@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import platform
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from castalia.config.kernels import Capability, choose_kernel
+from castalia.model.attention import capability, prefers_cudnn
 from castalia.parallel.compile import code_folder, missing_compiler
 from castalia.train.hardware import has_bf16
+
+# What attention is asked for: names with the arguments of `choose_kernel`.
+TRAINING: dict[str, Any] = {"sight": "causal", "training": True}
+CASES: dict[str, dict[str, Any]] = {
+    "training": TRAINING,
+    "training, grouped heads": TRAINING | {"grouped": True},
+    "training with dropout 0.1": TRAINING | {"dropout": 0.1},
+    "training with ALiBi, a window or masked documents": TRAINING | {"sight": "bias"},
+    "the same, grouped heads": TRAINING | {"sight": "bias", "grouped": True},
+    "training on context ranks that gather": TRAINING | {"sight": "last causal"},
+    "writing": {"sight": "everything", "writing": True},
+    "writing after prompts of different lengths": {"sight": "bias", "writing": True},
+}
 
 
 class FastPath(NamedTuple):
@@ -37,7 +52,7 @@ def fast_paths(device: torch.device) -> list[FastPath]:
             "matrix products run in fp32, which AMX and GPUs do at a fifth of bf16's rate or less"
             + ("; precision.compute=fp16 is fast on this GPU" if device.type == "cuda" else ""),
         ),
-        _attention(device.type),
+        _attention(device),
         _compiling(device.type),
         FastPath(
             "wide vectors",
@@ -82,14 +97,27 @@ def runs_on(capability: tuple[int, int], built: list[str]) -> bool:
     return False
 
 
-def _attention(device: str) -> FastPath:
-    if device == "cpu":
-        able, detail = True, "PyTorch has the flash kernel for CPUs"
-    else:
-        able, name = torch.cuda.get_device_capability() >= (8, 0), torch.cuda.get_device_name()
-        detail = f"{name} runs the flash kernel" if able else f"{name} is older than the flash kernel's devices (8.0)"
+def _attention(device: torch.device) -> FastPath:
+    dtype = "bf16" if has_bf16(device) else "fp32"
+    choice = choose_kernel(capability(device), dtype, "causal", head_size=64, training=True, cudnn=prefers_cudnn())
+    name = "this CPU" if device.type == "cpu" else torch.cuda.get_device_name()
+    detail = f"{name} runs the {choice.kernel} kernel in {dtype}" + (f": {choice.why}" if choice.why else "")
     cost = "attention takes the memory-efficient kernel, which needs more time for long sequences"
-    return FastPath("flash attention", able, detail, cost)
+    return FastPath("flash attention", choice.kernel in ("flash", "cuDNN"), detail, cost)
+
+
+def attention_kernels(gpu: Capability | None, cudnn: bool) -> list[tuple[str, dict[str, str]]]:
+    """Cases of attention with the kernel that each takes in bf16, fp16 and fp32, for heads of 128."""
+    return [
+        (name, {dtype: _kernel_in(gpu, dtype, cudnn, case) for dtype in ("bf16", "fp16", "fp32")})
+        for name, case in CASES.items()
+    ]
+
+
+def _kernel_in(gpu: Capability | None, dtype: str, cudnn: bool, case: dict[str, Any]) -> str:
+    choice = choose_kernel(gpu, dtype, head_size=128, cudnn=cudnn, **case)
+    notes = {"a bias": choice.sight == "bias", "keys repeated": choice.repeats}
+    return ", ".join([choice.kernel, *(note for note, holds in notes.items() if holds)])
 
 
 def _compiling(device: str) -> FastPath:

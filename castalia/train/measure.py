@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from castalia.config.kernels import AMPERE
+from castalia.model.attention import capability
 from castalia.plan.layout import Layout
 from castalia.plan.memory import compute_of, memory_by_stage
 from castalia.plan.words import gib
@@ -50,6 +52,8 @@ def describe_memory(session: Session, layout: Layout, peak_bytes: int) -> str:
     frozen = reference.parameters.values() if reference else ()
     local = (session.engine.part(t).local for t in chain(session.engine.parameters.values(), states, frozen))
     measured = peak_bytes + sum(tensor.numel() * tensor.element_size() for tensor in local)
-    compute = compute_of(session.config, session.config.precision.compute, session.device.type)
+    compute = compute_of(
+        session.config, session.config.precision.compute, session.device.type, capability(session.device) or AMPERE
+    )
     stage = memory_by_stage(session.config.model, layout, session.config.data.seq_length, compute)[0]
     return f"memory: tensors took {gib(measured)}, plan says {gib(stage.total)} ({measured / stage.total - 1:+.1%})"

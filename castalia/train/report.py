@@ -15,8 +15,10 @@ from castalia.checkpoint.adapters import adapters_of
 from castalia.checkpoint.describe import readable
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.batch import sum_until
+from castalia.config.kernels import AMPERE
 from castalia.config.schema import RunConfig, Section
 from castalia.data.pairs import Pairs
+from castalia.model.attention import capability
 from castalia.model.loss import CHUNK_BYTES
 from castalia.parallel.layout import layout as parallel_layout
 from castalia.parallel.process import world_size
@@ -104,7 +106,8 @@ def _tokenizer_warnings(session: Session) -> Iterator[str]:
 
 
 def known_to(session: Session) -> Known:
-    return replace(gather(session.config), rate=session.step.rate, device=session.device.type)
+    known = replace(gather(session.config), rate=session.step.rate, device=session.device.type)
+    return replace(known, capability=capability(session.device) or AMPERE)
 
 
 def planned_layout(session: Session) -> Layout:

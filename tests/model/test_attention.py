@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from castalia.config.kernels import Choice, Sight, choose_kernel
 from castalia.config.schema import Model
@@ -61,9 +62,43 @@ def test_repeated_or_folded_groups_attend_as_the_groups_do(heads, t):
         close(attend(q, k, v, choice=Choice("plain", "bias", repeats=repeats), bias=bias), expected)
 
 
-def test_the_last_queries_are_causal_without_a_bias_where_a_kernel_knows_them():
-    q, k, v = inputs(4, 2, 6, 9)
-    close(attend(q, k, v, choice=Choice("flash", "last causal")), plain(q, k, v, bias_for(1, 6, 9)))
+class Operations(TorchDispatchMode):
+    """Names of the kernels of attention that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "attention" in (name := func.__name__):
+            self.names.append(name.removesuffix(".default"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "capability, dtype, sight, kernel",
+    [
+        ((8, 0), "bf16", "last causal", "_scaled_dot_product_flash_attention"),
+        ((9, 0), "bf16", "last causal", "_scaled_dot_product_flash_attention"),
+        ((9, 0), "bf16", "bias", "_scaled_dot_product_efficient_attention"),
+        ((8, 0), "fp32", "bias", "_scaled_dot_product_efficient_attention"),
+    ],
+    ids=str,
+)
+def test_kernels_that_are_called_by_name_take_what_they_are_given(capability, dtype, sight, kernel):
+    """On tensors without values, the backward pass included; compiled they are one graph."""
+    types = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+    choice = choose_kernel(capability, dtype, sight, head_size=16, grouped=True, training=True)
+    sizes = (4, 6), (2, 9), (2, 9)
+    q, k, v = (torch.empty(2, n, t, 16, device="meta", dtype=types[dtype], requires_grad=True) for n, t in sizes)
+    bias = aligned_rows(q, (1, 1, 6, 9), q.dtype) if sight == "bias" else None
+    with Operations() as seen:
+        out = attend(q, k, v, choice=choice, bias=bias)
+        gradients = torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
+    assert out.shape == (2, 4, 6, 16) and [x.shape for x in gradients] == [x.shape for x in (q, k, v)]
+    assert seen.names[0] == kernel and choice.sight == sight
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")(q, k, v, choice=choice, bias=bias)
+    assert compiled.shape == out.shape
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -171,8 +206,8 @@ def test_each_way_gives_the_same_attention_on_this_gpu(kind, t, k, kv, dtype):
     sight: Sight = "bias" if kind != "plain" else "everything" if t == 1 else "causal" if t == k else "last causal"
     name, size = DTYPE_NAMES[dtype], {"head_size": 64, "grouped": kv < 4, "training": True}
     choice = choose_kernel(capability(q.device), name, sight, **size, cudnn=prefers_cudnn())
-    assert choice.kernel != "plain" and choice.sight == sight
-    given = aligned_rows(bias, bias.shape, dtype).copy_(bias) if sight == "bias" else None
+    assert choice.kernel != "plain" and choice.sight in (sight, "bias")
+    given = aligned_rows(bias, bias.shape, dtype).copy_(bias) if choice.sight == "bias" else None
     out = attend(q, keys, v, choice=choice, bias=given)
     expected = plain(q, keys, v, bias)
     close_to = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 3e-2, "rtol": 3e-2}

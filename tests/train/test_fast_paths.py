@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from castalia.cli.doctor import gpu_text
-from castalia.train.fast_paths import runs_on
+from castalia.train.fast_paths import attention_kernels, runs_on
 
 CU130 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
 
@@ -33,3 +33,17 @@ def test_doctor_says_what_a_gpu_can_do():
     rates = {"bf16": 312, "fp16": 312, "fp32": 19.5}
     assert gpu_text(gpu | {"tflops": rates}).endswith("capability 8.0, bf16 312 fp16 312 fp32 19.5 TFLOP/s")
     assert gpu_text(gpu | {"tflops": None}).endswith("of unknown speed: MFU needs log.peak_tflops")
+
+
+def test_doctor_names_the_kernel_of_each_case():
+    on_hopper = dict(attention_kernels((9, 0), cudnn=True))
+    assert on_hopper["training, grouped heads"] == {
+        "bf16": "cuDNN",
+        "fp16": "cuDNN",
+        "fp32": "memory-efficient, keys repeated",
+    }
+    assert on_hopper["writing"]["bf16"] == "flash"
+    assert on_hopper["the same, grouped heads"]["bf16"] == "memory-efficient, a bias, keys repeated"
+    on_cpu = dict(attention_kernels(None, cudnn=False))
+    assert on_cpu["training"]["fp32"] == "flash" and on_cpu["training with dropout 0.1"]["fp32"] == "plain"
+    assert on_cpu["training on context ranks that gather"]["bf16"] == "flash, a bias"

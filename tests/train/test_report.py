@@ -152,14 +152,21 @@ def test_the_named_kernel_is_the_one_that_torch_takes_on_cpus(tiny, tmp_path, ov
     grouped = model.kv_heads < model.num_heads
     took = torch._fused_sdp_choice(q, k, k, mask, model.attention_dropout, mask is None, enable_gqa=grouped)
     assert took == chosen
-    assert text.startswith("flash kernel" if chosen else "the plain kernel")
+    assert text.startswith("flash kernel" if chosen else "plain kernel")
     assert ("with a mask" in text) == any("alibi" in o or "window" in o for o in overrides)
 
 
 def test_kernels_of_gpus_name_their_reason(tiny, tmp_path):
-    def text(*overrides):
-        return attention(tiny(tmp_path / "run", *overrides), "cuda")
+    def text(*overrides, capability=(8, 0)):
+        return attention(tiny(tmp_path / "run", *overrides), "cuda", capability)
 
-    assert text("precision.compute=bf16").startswith("flash kernel; causal")
-    assert "instead of flash: it needs 16-bit compute" in text()
-    assert "instead of flash: it takes no mask" in text("precision.compute=bf16", "data.mask_documents=true")
+    bf16 = "precision.compute=bf16"
+    assert text(bf16, "model.num_heads=2").startswith("flash kernel; causal")
+    assert text(bf16, "model.num_heads=2", capability=(9, 0)).startswith("cuDNN kernel; causal")
+    assert text(bf16, "model.num_heads=2", "train.deterministic=true", capability=(9, 0)).startswith("flash kernel;")
+    assert "memory-efficient kernel, instead of flash: flash needs 16-bit compute;" in text()
+    masked = text(bf16, "model.num_heads=2", "data.mask_documents=true")
+    assert "memory-efficient kernel, instead of flash: flash takes no mask; causal with a mask for doc" in masked
+    assert "keys and values repeated for each query head" in text("model.num_kv_heads=2")
+    assert "all scores are made" in text(bf16, capability=(7, 0))
+    assert "the last of 4 context ranks attends 1.75 times as much as the mean" in text("parallel.cp=4")
