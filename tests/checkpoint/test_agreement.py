@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import peft
 import pytest
 import torch
 import transformers
@@ -219,3 +220,72 @@ def test_weights_of_deepspeed_that_are_not_the_masters_rounded_win(tmp_path: Pat
     name = "blocks.1.mlp.up.weight"
     cast = convert.prepare(checkpoint, torch.float32).model[name]
     assert torch.equal(cast.read(), checkpoint.model[name].read().float())
+
+
+def test_a_folder_of_the_trainer_with_deepspeed_is_a_hugging_face_model(tmp_path: Path) -> None:
+    folder_of("llama", tmp_path / "a")
+    (tmp_path / "a" / "latest").write_text("global_step500")
+    parts = tmp_path / "a" / "global_step500"
+    parts.mkdir()
+    torch.save({"module": {}, "param_shapes": [{"model.norm.weight": (32,)}]}, parts / "mp_rank_00_model_states.pt")
+    assert open_checkpoint(tmp_path / "a").format == "huggingface"
+    (tmp_path / "a" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="no weights: .*global_step500.*zero_to_fp32.py"):
+        open_checkpoint(tmp_path / "a")
+
+
+def test_adapters_open_beside_a_config_or_beside_their_whole_model(tmp_path: Path) -> None:
+    written(made(FAMILIES["llama"], optimizer=False), tmp_path / "base", "hf")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, target_modules=["o_proj"])
+    adapted = peft.get_peft_model(model, settings).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    shutil.copy(tmp_path / "base" / "config.json", tmp_path / "adapter")
+    with torch.no_grad():
+        expected = adapted(TOKENS).logits
+        assert torch.allclose(load_model(tmp_path / "adapter")(TOKENS), expected, atol=1e-4)
+        shutil.copytree(tmp_path / "base", tmp_path / "adapter", dirs_exist_ok=True)
+        config = tmp_path / "adapter" / "adapter_config.json"
+        named = json.loads(config.read_text()) | {"base_model_name_or_path": str(tmp_path / "adapter")}
+        config.write_text(json.dumps(named))
+        assert torch.allclose(load_model(tmp_path / "adapter")(TOKENS), expected, atol=1e-4)
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    assert open_checkpoint(tmp_path / "adapter").config.finetune.lora is None
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "castalia.json", "model.safetensors.index.json"])
+def test_pointers_of_git_lfs_are_said_to_be_such(name: str, tmp_path: Path) -> None:
+    folder_of("gpt2", tmp_path / "a")
+    if "index" in name:
+        (tmp_path / "a" / "model.safetensors").unlink()
+    (tmp_path / "a" / name).write_text(POINTER)
+    with pytest.raises(CheckpointError, match=rf"{name} is a Git LFS pointer.*git lfs pull"):
+        open_checkpoint(tmp_path / "a")
+
+
+def test_pointers_among_our_own_and_deepspeeds_files(tmp_path: Path) -> None:
+    written(made(FAMILIES["gpt2"]), tmp_path / "native", "native")
+    (tmp_path / "native" / "manifest.json").write_text(POINTER)
+    with pytest.raises(CheckpointError, match="manifest.json is a Git LFS pointer"):
+        open_checkpoint(tmp_path / "native")
+    source = write(tmp_path / "a", MODELS["parallel"], kind="none").path
+    (source / "layer_03-model_00-model_states.pt").write_text(POINTER)
+    with pytest.raises(CheckpointError, match="layer_03-model_00-model_states.pt is a Git LFS pointer"):
+        open_checkpoint(source)
+
+
+def test_an_empty_latest_and_a_manifest_of_another_program_are_said_to_be_such(tmp_path: Path) -> None:
+    write(tmp_path / "run" / "global_step9", MODELS["parallel"], kind="none")
+    (tmp_path / "run" / "latest").write_text("\n")
+    with pytest.raises(CheckpointError, match="latest is empty, .*there are global_step9"):
+        open_checkpoint(tmp_path / "run")
+    folder_of("gpt2", tmp_path / "a")
+    for other in ('{"name": "an app", "version": 1}', "[]", '{"layers": []}'):
+        (tmp_path / "a" / "manifest.json").write_text(other)
+        assert open_checkpoint(tmp_path / "a").format == "huggingface"
+    (tmp_path / "a" / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="its manifest.json is another program's"):
+        open_checkpoint(tmp_path / "a")
