@@ -22,9 +22,9 @@ from typing import IO, Any
 import torch
 
 from castalia.checkpoint.formats import find_steps
-from castalia.checkpoint.lazy import Adapted, Cast
+from castalia.checkpoint.lazy import Adapted, Narrowed
 from castalia.checkpoint.tensors import Checkpoint, name_of
-from castalia.checkpoint.writing import Advance, Output, Plan, WriteOptions, verified, verifying
+from castalia.checkpoint.writing import Advance, Output, Plan, WriteOptions, reached, verified, verifying
 from castalia.errors import CheckpointError
 from castalia.files import behind_links, clean, put_in_place, remove, sync, write_text
 from castalia.plan.words import gib
@@ -75,9 +75,9 @@ def prepare(checkpoint: Checkpoint, dtype: torch.dtype | None = None, optimizer:
     if dtype is not None:
         masters = {} if checkpoint.details.get("masters_apart") else state or {}
         sources = {name: masters[name]["master"] if name in masters else ref for name, ref in model.items()}
-        model = {name: ref if ref.dtype == dtype else Cast(ref, name_of(dtype)) for name, ref in sources.items()}
+        model = {n: r if r.dtype == dtype else Narrowed(r, name_of(dtype), n) for n, r in sources.items()}
     else:
-        model = {name: Cast(r, r.source.dtype_name) if isinstance(r, Adapted) else r for name, r in model.items()}
+        model = {n: Narrowed(r, r.source.dtype_name, n) if isinstance(r, Adapted) else r for n, r in model.items()}
     return replace(checkpoint, model=model, optimizer=state if optimizer else None)
 
 
@@ -104,10 +104,20 @@ def check_destination(source: Path, target: Path, force: bool) -> None:
         raise CheckpointError(f"{target} is a file, not a folder")
 
 
-def write(plan: Plan, target: Path, mark: str, advance: Advance, *, inside: str = "", force: bool = False) -> int:
+def write(
+    plan: Plan,
+    target: Path,
+    mark: str,
+    advance: Advance,
+    *,
+    inside: str = "",
+    force: bool = False,
+    allow_inf: bool = False,
+) -> int:
     """Write all files that are not there yet and give the folder its name. Returns how many were there already.
 
-    `inside`: name of a step's folder in `target`, to which `latest` then points. `mark`: see `identity`.
+    `inside`: name of a step's folder in `target`, to which `latest` then points. `mark`: see `identity`. Raises
+    CheckpointError for values that are too large for their new dtype, unless `allow_inf`.
     """
     target = behind_links(target)
     partial = target.with_name(target.name + ".partial")
@@ -119,7 +129,7 @@ def write(plan: Plan, target: Path, mark: str, advance: Advance, *, inside: str 
         folder.mkdir(parents=True, exist_ok=True)
         advance(sum(output.num_bytes for output in plan.outputs if output.name in done))
         missing = [output for output in plan.outputs if output.name not in done]
-        entries = {**done, **_write_files(missing, folder, journal, advance)}
+        entries = {**done, **_write_files(missing, folder, journal, advance, allow_inf)}
         results = {name: entry["result"] for name, entry in entries.items()}
         plan.finish(folder, results)
         if inside:
@@ -135,7 +145,25 @@ def name_latest(folder: Path) -> None:
     write_text(folder / LATEST, list(find_steps(folder).values())[-1].name)
 
 
-def _write_files(outputs: Sequence[Output], folder: Path, journal: IO[str], advance: Advance) -> dict[str, dict]:
+def infinite_values(plan: Plan) -> dict[str, int]:
+    """Tensors, of those written in this process, with values that became infinite in their new dtype: how many."""
+    every = reached((ref for output in plan.outputs for ref in output.tensors), Narrowed)
+    return {each.name: sum(each.infinite.values()) for each in every if each.infinite}
+
+
+def _refuse_infinite(output: Output) -> None:
+    if found := [each for each in reached(output.tensors, Narrowed) if each.infinite]:
+        count = sum(sum(each.infinite.values()) for each in found)
+        raise CheckpointError(
+            f"{output.name}: {count} values, in {', '.join(each.name for each in found[:3])}"
+            f"{' and others' if len(found) > 3 else ''}, are too large for {found[0].dtype_name} and would become "
+            "infinite. Choose bf16 or fp32 (--dtype), or let `castalia convert` write them so with --allow-inf"
+        )
+
+
+def _write_files(
+    outputs: Sequence[Output], folder: Path, journal: IO[str], advance: Advance, allow_inf: bool
+) -> dict[str, dict]:
     """Several at a time. Returns the journal's entry for each. When one fails, or on Ctrl-C, all stop at once."""
     stopped = Event()
 
@@ -168,6 +196,8 @@ def _write_files(outputs: Sequence[Output], folder: Path, journal: IO[str], adva
 
         with verifying(output.tensors):
             result = output.write(part, more)
+        if not allow_inf:
+            _refuse_infinite(output)
         return disk.submit(complete, {"name": output.name, "result": result})
 
     with ThreadPoolExecutor(1) as disk, ThreadPoolExecutor(min(MAX_WRITERS, os.cpu_count() or 1)) as writers:

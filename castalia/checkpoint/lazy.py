@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from math import prod
@@ -332,6 +332,22 @@ class Cast(Typed):
 
     def read(self, slices: Slices | None = None) -> torch.Tensor:
         return self.source.read(slices).to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Narrowed(Cast):
+    """A cast that keeps count of the finite values, in all parts read so far, that are too large for the dtype."""
+
+    name: str
+    infinite: dict[tuple[tuple[int, int], ...], int] = field(default_factory=dict, compare=False, repr=False)
+
+    def read(self, slices: Slices | None = None) -> torch.Tensor:
+        value = self.source.read(slices)
+        result = value.to(self.dtype)
+        where = result.isinf()
+        if bool(where.any()) and (count := int((where & value.isfinite()).sum())):
+            self.infinite[tuple(bounds(self.shape, slices))] = count
+        return result
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from castalia.checkpoint.describe import describe, readable, tokenizer_settings
 from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.rules import drift
 from castalia.checkpoint.stored import StoredTensor
-from castalia.checkpoint.tensors import Checkpoint, Shard, TensorRef
+from castalia.checkpoint.tensors import Checkpoint, Shard, TensorRef, name_of
 from castalia.config.schema import Model
 from castalia.errors import CheckpointError
 from castalia.model.transformer import Transformer
@@ -171,6 +172,27 @@ def optimizer_state(
     trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     state = optimizer.state
     return {name: state.get(parameter, {}) for name, parameter in parameters.items() if parameter in trained}
+
+
+def require_finite(parameters: Mapping[str, torch.Tensor], where: str) -> None:
+    """Raises CheckpointError that names the first block with NaN or infinite weights. `parameters` in order."""
+    bad = [name for name, p in parameters.items() if p.numel() and not _all_finite(p.detach())]
+    if not bad:
+        return
+    first = parameters[bad[0]].detach()
+    count = int((~first.isfinite()).sum())
+    block = re.match(r"blocks\.\d+|\w+", bad[0])
+    narrow = first.dtype != torch.float32
+    held = f" in {name_of(first.dtype)} (--dtype fp32 may hold what that cannot)" if narrow else ""
+    raise CheckpointError(
+        f"{where}: {bad[0]} has {count} NaN or infinite values of {first.numel()}{held}, and {len(bad) - 1} other "
+        f"tensors have some. The first place is {block[0] if block else bad[0]}; nothing that this model computes "
+        "means anything. `castalia inspect --tensors` lists them all; take an earlier step, or a sound copy"
+    )
+
+
+def _all_finite(tensor: torch.Tensor) -> bool:
+    return all(bool(end.isfinite()) for end in tensor.aminmax())  # NaN spreads to both; no copy is made
 
 
 def load_tokenizer_for(checkpoint: Checkpoint):  # noqa: ANN201 - any of the tokenizers of castalia.data.tokenizer

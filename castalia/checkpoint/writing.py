@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ PIECE_BYTES = 4 << 20  # small enough for the processor's cache and for memory t
 SLICE_BYTES = 256 << 10  # written at once: for larger writes the system takes large runs of memory, which are cold
 SHARD_BYTES = 4 << 30
 
+Kind = TypeVar("Kind")
 Advance = Callable[[int], None]  # called with the bytes written since the last call
 
 
@@ -170,7 +171,7 @@ def verifying(tensors: Iterable[TensorRef]) -> Iterator[None]:
 
     Raises CheckpointError for damage.
     """
-    blobs = _blobs(tensors)
+    blobs = reached(tensors, Blob)
     for blob in blobs:
         blob.deferred = True
     try:
@@ -182,19 +183,19 @@ def verifying(tensors: Iterable[TensorRef]) -> Iterator[None]:
             blob.deferred = False
 
 
-def _blobs(tensors: Iterable[TensorRef]) -> list[Blob]:
-    """What is read for these tensors in the end."""
+def reached(tensors: Iterable[TensorRef], kind: type[Kind]) -> list[Kind]:
+    """What of this kind is read for these tensors in the end, or on the way."""
     seen: set[int] = set()
-    found: list[Blob] = []
+    found: list[Kind] = []
     todo: list[Any] = [*tensors]
     while todo:
         each = todo.pop()
         if type(each) is int or id(each) in seen:  # most are numbers of shapes
             continue
         seen.add(id(each))
-        if isinstance(each, Blob):
+        if isinstance(each, kind):
             found.append(each)
-        elif isinstance(each, Typed):  # its fields have the tensors that it is made of
+        if isinstance(each, Typed):  # its fields have the tensors that it is made of
             todo += vars(each).values()
         elif isinstance(each, (tuple, list)):
             todo += each
@@ -223,7 +224,7 @@ def verified(checkpoint: Checkpoint) -> Checkpoint:
 
 def verify(tensors: Iterable[TensorRef]) -> None:
     """Read what was not read yet of these tensors. Raises CheckpointError for damage."""
-    for blob in _blobs(tensors):
+    for blob in reached(tensors, Blob):
         if not blob.verified:
             blob.verify()
 

@@ -31,6 +31,9 @@ def command(
     dtype: Annotated[
         Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="of the weights; default: as they are")
     ] = None,
+    allow_inf: Annotated[
+        bool, typer.Option("--allow-inf", help="let values that are too large for --dtype become infinite")
+    ] = False,
     optimizer: Annotated[bool, typer.Option("--optimizer/--no-optimizer", help="with masters and moments")] = True,
     verify: Annotated[bool, typer.Option("--verify", help="run both on probe tokens and compare all tensors")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be written, and stop")] = False,
@@ -73,7 +76,7 @@ def command(
         plan = form.plan(prepared, options)
         _describe(checkpoint, plan, folder, inside, with_files=dry_run)
         if not dry_run:
-            _write(plan, folder, convert.identity(prepared, options, plan), inside, force)
+            _write(plan, folder, convert.identity(prepared, options, plan), inside, force, allow_inf)
             if verify:
                 _verify(checkpoint, folder)
 
@@ -103,7 +106,7 @@ def _describe(checkpoint: Checkpoint, plan: Plan, target: Path, inside: str, wit
         print(f"  {Path(inside, output.name)}  {_size(output.num_bytes)}")
 
 
-def _write(plan: Plan, target: Path, mark: str, inside: str, force: bool) -> None:
+def _write(plan: Plan, target: Path, mark: str, inside: str, force: bool, allow_inf: bool) -> None:
     from castalia.checkpoint import convert
     from castalia.train.hardware import keep_freed_memory
 
@@ -111,10 +114,12 @@ def _write(plan: Plan, target: Path, mark: str, inside: str, force: bool) -> Non
     started = time.monotonic()
     with _progress(plan) as advance:
         try:
-            kept = convert.write(plan, target, mark, advance, inside=inside, force=force)
+            kept = convert.write(plan, target, mark, advance, inside=inside, force=force, allow_inf=allow_inf)
         except KeyboardInterrupt:
             print("interrupted; the same command goes on from the files that are complete", file=sys.stderr)
             raise
+    for name, count in convert.infinite_values(plan).items():
+        print(f"  note: {name}: {count} values were too large for their new dtype and became infinite")
     seconds = time.monotonic() - started
     again = f" ({kept} files were complete already)" if kept else ""
     print(f"wrote {target} in {seconds:.1f} s, {_size(plan.num_bytes / max(seconds, 1e-9))}/s{again}", flush=True)

@@ -30,13 +30,13 @@ def command(
 ) -> None:
     """Compare two checkpoints: structure, tensors, verdict. Formats, eras and layouts may differ."""
     from castalia.checkpoint.diff import diff
-    from castalia.checkpoint.formats import open_checkpoint
     from castalia.checkpoint.load import describe
+    from castalia.cli.opening import open_and_tell
     from castalia.cli.picture import check_picture
 
     check_picture(plot, "--plot")
-    left = open_checkpoint(a, step=step_a, config=config_a)
-    right = open_checkpoint(b, step=step_b, config=config_b)
+    left = open_and_tell(a, step=step_a, config=config_a)
+    right = open_and_tell(b, step=step_b, config=config_b)
     with _progress(len(left.model.keys() & right.model.keys()), shown=not as_json) as advance:
         found = diff(left, right, advance)
     if as_json:

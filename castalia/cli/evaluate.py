@@ -53,14 +53,14 @@ def command(
     if log_probs:
         write_log_probs(path, overrides or [], data, step, log_probs)
         return
-    from castalia.checkpoint.formats import open_checkpoint
+    from castalia.cli.opening import open_and_tell
     from castalia.cli.ranks import start_processes
     from castalia.parallel.process import is_main, process_group
     from castalia.train.hardware import choose_device
 
     start_processes(tp, pp, nproc)
     with process_group(choose_device("auto").type):
-        checkpoint = open_checkpoint(path, step=step)
+        checkpoint = open_and_tell(path, step=step)
         result = evaluate_checkpoint(
             checkpoint, overrides or [], data=data, tokenizer_path=tokenizer, stride=stride, tp=tp, pp=pp
         )
@@ -76,8 +76,8 @@ def command(
 
 def write_log_probs(path: str, overrides: list[str], data: str | None, step: int | None, output: str) -> None:
     """Preference tuning takes what this writes for the `references` of a source."""
-    from castalia.checkpoint.formats import open_checkpoint
     from castalia.checkpoint.load import build_model
+    from castalia.cli.opening import open_and_tell
     from castalia.cli.train import split_words
     from castalia.config.load import load_config
     from castalia.config.schema import RunConfig
@@ -87,7 +87,7 @@ def write_log_probs(path: str, overrides: list[str], data: str | None, step: int
 
     if data is None:
         raise DataError("--log-probs needs --data, the prefix of the corpus")
-    checkpoint = open_checkpoint(path, step=step)
+    checkpoint = open_and_tell(path, step=step)
     files, words = split_words(overrides)
     config = load_config([checkpoint.config or RunConfig(), *files], words)
     device = choose_device(config.train.device)

@@ -55,7 +55,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line instead of text")] = False,
 ) -> None:
     """Write text with a checkpoint: after prompts, or whole documents when there is none."""
-    from castalia.checkpoint.formats import open_checkpoint
+    from castalia.cli.opening import open_and_tell
     from castalia.cli.ranks import start_processes
     from castalia.errors import ConfigError
     from castalia.generate.engine import Sampling
@@ -65,7 +65,7 @@ def command(
     if dtype == "int8" and (tp * pp > 1 or choose_device(device).type != "cpu"):
         raise ConfigError("--dtype int8 is for one process on a CPU; take bf16, or --device cpu without --tp and --pp")
     world = start_processes(tp, pp, nproc)
-    checkpoint = open_checkpoint(path, step=step)
+    checkpoint = open_and_tell(path, step=step)
     given = {
         "mode": _mode(prompt, file, interactive),
         "input_file": str(file) if file else None,
@@ -202,7 +202,7 @@ def _tokenizer(checkpoint: Checkpoint, path: str | None) -> Tokenizer:
 def _load(checkpoint: Checkpoint, dtype: str, device: str, tp: int, pp: int, world: int, rows: int) -> Writer:
     import torch
 
-    from castalia.checkpoint.load import build_model
+    from castalia.checkpoint.load import build_model, require_finite
     from castalia.cli.ranks import load_split
     from castalia.generate.pack import pack
     from castalia.train.hardware import choose_device, choose_dtype
@@ -214,6 +214,7 @@ def _load(checkpoint: Checkpoint, dtype: str, device: str, tp: int, pp: int, wor
     if world > 1:
         return load_split(checkpoint, tp, pp, number, place)
     model = build_model(checkpoint, place, number)
+    require_finite(dict(model.named_parameters()), checkpoint.path)
     if place.type == "cpu" and number != torch.float16:
         pack(model, int8, rows)
     return model

@@ -23,6 +23,7 @@ def command(
 
     No folder of a run is written. The same config and seed give the same suggestion.
     """
+    from castalia.cli.opening import tell
     from castalia.cli.picture import check_picture
     from castalia.cli.train import split_words
     from castalia.config.files import require_files
@@ -42,6 +43,7 @@ def command(
         trial = find_rate(config, lowest, highest, steps)
     if not is_main():
         return
+    tell(trial.notes, str(config.checkpoint.init_from))
     if plot:
         _draw(trial, plot)
     if as_json:

@@ -49,7 +49,7 @@ def split_config(checkpoint: Checkpoint, tp: int, pp: int, world: int, seq_lengt
 
 def load_split(checkpoint: Checkpoint, tp: int, pp: int, dtype: torch.dtype, device: torch.device) -> SplitModel:
     """This process's part of the checkpoint's model, for writing."""
-    from castalia.checkpoint.load import load_shards
+    from castalia.checkpoint.load import load_shards, require_finite
     from castalia.checkpoint.tensors import Shard
     from castalia.parallel.inference import SplitModel
     from castalia.parallel.layout import layout
@@ -61,4 +61,5 @@ def load_split(checkpoint: Checkpoint, tp: int, pp: int, dtype: torch.dtype, dev
     model = SplitModel(config.model, layout(config.parallel, world_size()), dtype, device, config.neox_exact)
     shards = {name: Shard(*part(parameter)[:3]) for name, parameter in model.stage.named_parameters()}
     load_shards(shards, config.model, checkpoint)
+    require_finite({name: shard.tensor for name, shard in shards.items()}, checkpoint.path)
     return model

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple, Union
 import torch
 from torch import Tensor
 
-from castalia.errors import DataError
+from castalia.checkpoint.load import require_finite
+from castalia.checkpoint.tensors import name_of
+from castalia.errors import CheckpointError, DataError
 from castalia.generate.cache import KVCache, Prompts
 from castalia.generate.sample import Noise, choose
 from castalia.generate.text import TextStream, Tokenizer
@@ -108,6 +110,8 @@ def _write(model: Writer, tokenizer: Tokenizer, rows: list[Row], sampling: Sampl
     cache, hidden = _read(model, rows, sampling.max_tokens)
     while True:
         logits = model.logits(hidden)[:, :vocab_size]
+        if not logits.isfinite().all():
+            raise _not_finite(model, logits)
         tokens = choose(logits, noise, sampling.temperature, sampling.top_k, sampling.top_p)
         for row, token in zip(rows, tokens.tolist(), strict=True):
             if not row.done:
@@ -126,6 +130,14 @@ def _write(model: Writer, tokenizer: Tokenizer, rows: list[Row], sampling: Sampl
             cache, hidden = _read(model, rows, sampling.max_tokens)
         else:
             hidden = model.hidden(tokens[:, None], cache=cache)[:, 0]
+
+
+def _not_finite(model: Writer, logits: Tensor) -> CheckpointError:
+    require_finite(dict(model.named_parameters()), "the model")
+    return CheckpointError(
+        f"the model's logits are NaN or infinite though its weights are not: computing in {name_of(logits.dtype)} "
+        "overflows; choose bf16 or fp32 (--dtype)"
+    )
 
 
 def _read(model: Writer, rows: Sequence[Row], max_tokens: int) -> tuple[KVCache, Tensor]:

@@ -25,6 +25,7 @@ class Trial(NamedTuple):
     suggestion: float
     lowest: float  # the rate at which the loss was lowest
     diverged: bool
+    notes: tuple[str, ...] = ()  # on the checkpoint that the trial began from
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ def find_rate(config: RunConfig, lowest: float = 1e-6, highest: float = 1.0, ste
         losses.append(result.loss if math.isfinite(result.grad_norm) or session.step.scaler else math.inf)
     rates = [session.step.rate(number) for number in range(len(losses))]
     suggestion, at_lowest = suggest(rates, losses)
-    return Trial(rates, losses, suggestion, at_lowest, _diverges(losses, steps))
+    notes = session.source.notes if session.source else ()
+    return Trial(rates, losses, suggestion, at_lowest, _diverges(losses, steps), notes)
 
 
 def _of_length(config: RunConfig, steps: int) -> RunConfig:

@@ -132,6 +132,9 @@ def start(config: RunConfig) -> Session:
         if not config.neox_exact:
             average_moments(optimizer, summed_micro_batches(source))
     rate = learning_rate(config, config.train.steps, exact.release)
+    reference = open_reference(config)
+    if reference:
+        config._notes += tuple(f"preference.reference: {note}" for note in reference.notes)
     step = TrainStep(
         engine,
         optimizer,
@@ -143,7 +146,7 @@ def start(config: RunConfig) -> Session:
         micro_batch_means=config.neox_exact,
         gradient_factor=exact.gradient_factor,
         skipped=progress.skipped,
-        preference=preference_loss(settled(config, compiling), engine, dtype, plan),
+        preference=preference_loss(settled(config, compiling), engine, dtype, plan, reference),
         batch_warmup=config.train.batch_size_warmup,
         first_compiled=compiling.first or 0,
     )
@@ -175,14 +178,21 @@ def make_engine(
     return Ranks(config, dtype, device, plan, frozen, beside.mesh if isinstance(beside, Ranks) else None)
 
 
-def preference_loss(config: RunConfig, engine: Engine, dtype: torch.dtype, plan: BatchPlan) -> PreferenceLoss | None:
-    """What a run learns besides predicting tokens, with its reference model where it needs one."""
+def open_reference(config: RunConfig) -> Checkpoint | None:
+    """The checkpoint of the reference model, where the objective needs one and the config names it."""
+    path = config.preference.reference
+    return open_checkpoint(path) if path and config.train.objective != "causal" and needs_reference(config) else None
+
+
+def preference_loss(
+    config: RunConfig, engine: Engine, dtype: torch.dtype, plan: BatchPlan, source: Checkpoint | None
+) -> PreferenceLoss | None:
+    """What a run learns besides predicting tokens, with its reference model, from `source`, where it needs one."""
     if config.train.objective == "causal":
         return None
     reference = None
     if needs_reference(config):
         plain = config.model_copy(update={"finetune": Finetune()})
-        source = open_checkpoint(config.preference.reference) if config.preference.reference else None
         if source:
             plain = plain.model_copy(update={"model": checkpoint_architecture(source)})
         assert plain.model is not None

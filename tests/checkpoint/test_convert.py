@@ -376,3 +376,26 @@ def test_the_command_writes_a_series_and_goes_on(tmp_path: Path, capsys: pytest.
     command(str(tmp_path / "run" / "step_000002"), tmp_path / "dry", "hf", dry_run=True, **options)
     assert "model.safetensors" in capsys.readouterr().out
     assert not (tmp_path / "dry").exists()
+
+
+@pytest.mark.parametrize("to, inside", [("hf", ""), ("native", ""), ("neox", "global_step9")])
+def test_values_too_large_for_the_new_dtype_are_counted_and_refused(to: str, inside: str, tmp_path: Path) -> None:
+    large = torch.full((32, 32), 1e-3)
+    large[3, 5], large[7, 9], large[8, 8] = 1e5, -7e4, float("inf")  # the last one was infinite before
+    source = changed(made(FAMILIES["gpt_neox"], optimizer=False), blocks__0__attn__out__weight=large)
+    prepared = convert.prepare(source, torch.float16)
+    plan = convert.TARGETS[to].plan(prepared, WriteOptions())
+    with pytest.raises(CheckpointError, match="2 values, in blocks.0.attn.out.weight, are too large.*bf16"):
+        convert.write(plan, tmp_path / "out", "mark", lambda count: None, inside=inside)
+    assert not (tmp_path / "out").exists()
+    convert.write(plan, tmp_path / "out", "mark", lambda count: None, inside=inside, allow_inf=True)
+    assert convert.infinite_values(plan) == {"blocks.0.attn.out.weight": 2}
+    found = open_checkpoint(tmp_path / "out").model["blocks.0.attn.out.weight"].read()
+    assert found.dtype == torch.float16 and found.isinf().sum() == 3
+
+
+def test_a_cast_that_holds_everything_is_not_refused(tmp_path: Path) -> None:
+    source = changed(made(FAMILIES["gpt_neox"]), norm__weight=torch.full((32,), float("nan")))
+    plan = convert.TARGETS["hf"].plan(convert.prepare(source, torch.float16), WriteOptions())
+    convert.write(plan, tmp_path / "out", "mark", lambda count: None)
+    assert not convert.infinite_values(plan)

@@ -2,17 +2,20 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from castalia.checkpoint.load import load_model
 from castalia.cli import main as cli
 from castalia.cli.generate import in_order
 from castalia.data.tokenizer import ByteTokenizer
+from castalia.errors import CheckpointError
 from castalia.generate.engine import Piece, generate
 
 
@@ -138,3 +141,30 @@ def test_rows_come_in_order():
         (1, "!", True),
         (2, "c", True),
     ]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_write_nothing(folder, value, tmp_path, monkeypatch, capsys):
+    """Also where the prompt never meets them: in the row of another token, in a block's bias."""
+    shutil.copytree(folder, tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors["gpt_neox.layers.1.attention.dense.bias"][3:5] = value
+    tensors["embed_out.weight"][255, 0] = value
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    words = ["castalia", "generate", str(tmp_path / "model"), "--tokenizer", str(folder / "tokenizer")]
+    monkeypatch.setattr(sys, "argv", [*words, "--device", "cpu", "--prompt", "In"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and not out
+    assert "blocks.1.attn.out.bias has 2 NaN or infinite values of 32, and 1 other tensors" in err
+    assert "The first place is blocks.1;" in err
+
+
+def test_a_model_that_overflows_says_so(folder):
+    model = load_model(folder)
+    with torch.no_grad():
+        model.norm.weight.fill_(3e38)
+        model.head.weight.fill_(3e38)
+    with pytest.raises(CheckpointError, match="logits are NaN or infinite though its weights are not"):
+        generate(model, ByteTokenizer("bytes"), ["In"], max_tokens=2)
