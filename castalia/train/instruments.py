@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
 from castalia.config.schema import Log
 from castalia.parallel.engine import Engine
 from castalia.train.layers import activation_statistics, tensor_statistics
+from castalia.train.measure import open_profile
 from castalia.train.metrics import as_line
 
 LAYERS = "layers.jsonl"
@@ -58,11 +59,9 @@ class Instruments:
         return self.log.layers_every is not None and step % self.log.layers_every == 0
 
     def _start_profile(self) -> None:
-        activities = [ProfilerActivity.CPU]
-        if torch.cuda.is_available():
-            activities.append(ProfilerActivity.CUDA)
+        if self.engine.device.type == "cuda":
             torch.cuda.memory._record_memory_history()
-        self.profiler = profile(activities=activities, profile_memory=True)
+        self.profiler = open_profile(self.engine.device)
         self.profiler.__enter__()
 
     def _write_profile(self) -> None:
@@ -74,7 +73,7 @@ class Instruments:
         folder = Path(self.log.profile.dir) if self.log.profile.dir else self.folder / "profile"
         folder.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(folder / "trace.json"))
-        averages, place = profiler.key_averages(), "device" if torch.cuda.is_available() else "cpu"
+        averages, place = profiler.key_averages(), "device" if self.engine.device.type == "cuda" else "cpu"
         tables = [
             f"By {key.replace('_', ' ')}\n{averages.table(sort_by=key, row_limit=SUMMARY_ROWS)}"
             for key in (f"self_{place}_time_total", f"self_{place}_memory_usage")

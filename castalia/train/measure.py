@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import chain
 from typing import Any
 
@@ -16,6 +17,15 @@ from castalia.plan.words import gib
 from castalia.train.start import Session
 
 
+def open_profile(device: torch.device) -> profile:
+    """torch's profiler of operations and memory on the CPU and the device; not begun yet."""
+    if device.type == "cuda":
+        return profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], profile_memory=True)
+    # Without a GPU its library has nothing to tell, but writes two lines about a tracing system, "USDT", to stderr.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    return profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+
+
 class PeakMemory:
     """While open, notes the most bytes that tensors on a device hold beyond those that were there before."""
 
@@ -27,7 +37,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self.before = torch.cuda.memory_allocated(self.device)
         else:
-            self.profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+            self.profiler = open_profile(self.device)
             self.profiler.__enter__()
         return self
 

@@ -75,9 +75,10 @@ def test_a_run_leaves_a_complete_folder(straight, tiny, corpus):
     assert config.tokenizer.path == str(straight / "tokenizer")
 
 
-def test_the_report_tells_all_that_matters(tiny, tmp_path, capsys):
+def test_the_report_tells_all_that_matters(tiny, tmp_path, capfd):
     rehearse(tiny(tmp_path / "run", "schedule.warmup=0.01", "schedule.decay_steps=10", "checkpoint.steps=[0,3]"))
-    said = capsys.readouterr().out
+    said, errors = capfd.readouterr()
+    assert "USDT" not in errors
     assert not (tmp_path / "run").exists()
     for part in (
         "data.seq_length: 16  (command line)",
