@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from castalia.checkpoint.tensors import Checkpoint
     from castalia.config.batch import BatchPlan
+    from castalia.config.schema import Model
     from castalia.data.loader import Batch
     from castalia.data.tokenizer import Tokenizer
     from castalia.evaluate.corpus import Stream
@@ -148,10 +149,13 @@ def evaluate_checkpoint(
         spelled = {"bits_per_byte": bits_per_byte(found["loss"], int(found["tokens"]), stream.num_bytes)}
     precision = next(name for name, number in DTYPES.items() if number == dtype)
     where = {"checkpoint": checkpoint.path, "step": checkpoint.progress.step, "data": stream.name}
-    known = min(
-        model.vocab_size or model.padded_vocab_size, tokenizer.vocab_size if tokenizer else model.padded_vocab_size
-    )
-    return {**where, "precision": precision, "uniform_loss": math.log(known), **found, **spelled}
+    return {**where, "precision": precision, "uniform_loss": uniform_loss(model, tokenizer), **found, **spelled}
+
+
+def uniform_loss(model: Model, tokenizer: Tokenizer | None) -> float:
+    """Of a model that gives all ids the same chance; the rows that only fill the vocabulary up are none."""
+    known = model.vocab_size or model.padded_vocab_size  # of other formats with the filling
+    return math.log(min(known, tokenizer.vocab_size) if tokenizer else known)
 
 
 def load_engine(

@@ -10,9 +10,11 @@ from torch.nn import functional as F
 
 from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.load import load_model
-from castalia.cli.evaluate import command, load_engine
+from castalia.cli.evaluate import command, load_engine, uniform_loss
+from castalia.config.schema import Model, Tokenizer
 from castalia.data.indexed import Writer, open_dataset
 from castalia.data.loader import Batch
+from castalia.data.tokenizer import load_tokenizer
 from castalia.errors import CastaliaError
 from castalia.evaluate.perplexity import bits_per_byte, evaluate, windows
 from castalia.parallel.engine import Engine
@@ -124,6 +126,12 @@ def test_a_run_on_answers_is_judged_by_its_answers(run, tmp_path, capsys):
 def test_what_a_run_masks_after_an_end_of_document_is_not_judged(run, corpus, capsys):
     command(run, ["data.mask_after_eod=true"], as_json=True)
     assert said(capsys)["tokens"] == sum(len(document) for document in list(open_dataset(corpus))[10:]) - 10
+
+
+def test_rows_that_fill_the_vocabulary_up_are_no_guesses():
+    model = Model(num_layers=1, hidden_size=8, num_heads=1, vocab_size=300, vocab_multiple=128)
+    assert uniform_loss(model, None) == math.log(300)
+    assert uniform_loss(model, load_tokenizer(Tokenizer(kind="bytes"))) == math.log(257)
 
 
 def test_raw_text_gives_what_the_prepared_corpus_gives(run, corpus, tmp_path, capsys):

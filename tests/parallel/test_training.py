@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
+from castalia.checkpoint.formats import open_checkpoint
 from castalia.config.load import load_config, load_run
 from castalia.errors import ConfigError, TrainingError
 from castalia.evaluate.perplexity import evaluate
@@ -31,6 +33,29 @@ def peak_speed_of(config):
 def test_mfu_counts_the_devices_of_all_ranks(pool, tiny):
     (alone,) = pool.run(peak_speed_of, 1, tiny())
     assert pool.run(peak_speed_of, 2, tiny()) == [2 * alone] * 2
+
+
+def train_until_a_signal_in_the_evaluation(config):
+    """A task: rank 1 alone gets a signal. Returns how many evaluation batches this rank saw."""
+    seen = []
+
+    def stopped(engine, batches):
+        for batch in batches:
+            seen.append(batch)
+            if engine.rank == 1:
+                signal.raise_signal(signal.SIGTERM)
+        return {"loss": 0.0, "perplexity": 0.0}
+
+    train(config, stopped)
+    return len(seen)
+
+
+def test_a_signal_on_one_rank_cuts_the_evaluation_of_all_short(pool, tiny, corpus, tmp_path):
+    valid = f'data.valid=[{{"path": "{corpus / "text"}", "labels": "{corpus / "labels"}"}}]'
+    config = tiny("neox-parallel", valid, "eval.every=2", "eval.batches=3", f"checkpoint.dir={tmp_path / 'run'}")
+    assert pool.run(train_until_a_signal_in_the_evaluation, 2, config) == [1, 1]
+    assert [record["step"] for record in read_metrics(tmp_path / "run")] == [1, 2]
+    assert open_checkpoint(tmp_path / "run").progress.step == 2
 
 
 def run_to_the_end(config):
