@@ -1,5 +1,9 @@
+import weakref
+from itertools import chain
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from castalia.generate.cache import KVCache
 
@@ -61,6 +65,29 @@ def test_rows_that_are_kept_go_on_as_alone(make_model, kept):
         logits = model(torch.stack([TOKENS[i, lengths[i] + step] for i in kept])[:, None], cache=cache)[:, 0]
         alone = torch.stack([model(TOKENS[i : i + 1, : lengths[i] + step + 1])[0, -1] for i in kept])
         torch.testing.assert_close(logits, alone, atol=2e-5, rtol=1e-5)
+
+
+class Living(TorchDispatchMode):
+    """How many of some tensors there are whenever rows are chosen."""
+
+    def __init__(self, tensors) -> None:
+        super().__init__()
+        self.references, self.numbers = [weakref.ref(tensor) for tensor in tensors], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.index.Tensor:
+            self.numbers.append(sum(reference() is not None for reference in self.references))
+        return func(*args, **(kwargs or {}))
+
+
+@torch.inference_mode()
+def test_dropping_rows_copies_one_layer_at_a_time(make_model):
+    model = make_model(num_layers=4)
+    cache = cache_for(model)
+    model(TOKENS, cache=cache)
+    with Living(chain(*cache.layers.values())) as living:
+        cache.keep([0, 2])
+    assert living.numbers == [8, 8, 6, 6, 4, 4, 2, 2]
 
 
 @torch.inference_mode()

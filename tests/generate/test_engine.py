@@ -40,6 +40,30 @@ def test_a_sampled_row_does_not_depend_on_its_batch(make_model, tokenizer, sampl
         assert whole.startswith(text.rstrip("\ufffd"))
 
 
+def test_rows_that_are_done_go_along_until_they_are_half(make_model, tokenizer, monkeypatch):
+    """Many letters end a text, so that rows end one by one; each drop of rows copies the cache."""
+    model, sizes = make_model(init_std=0.15), []
+    hidden = model.hidden
+
+    def spy(tokens, **options):
+        sizes.append(len(tokens))
+        return hidden(tokens, **options)
+
+    options = {
+        "temperature": 1.0,
+        "seed": 5,
+        "max_tokens": 40,
+        "num_samples": 16,
+        "stop": tuple(map(chr, range(1, 128, 9))),
+    }
+    alone = generate(model, tokenizer, ["ab"], batch_size=1, **options)
+    monkeypatch.setattr(model, "hidden", spy)
+    assert generate(model, tokenizer, ["ab"], batch_size=16, **options) == alone
+    steps = sizes[1:]  # the first call reads the prompt
+    drops = [(before, after) for before, after in zip(steps, steps[1:], strict=False) if before != after]
+    assert steps[0] == 16 and drops and all(2 * after <= before for before, after in drops)
+
+
 def test_samples_of_one_prompt_differ_and_are_in_order(make_model, tokenizer):
     model = make_model(init_std=0.15)
     options = {"temperature": 1.0, "seed": 5, "max_tokens": 12}
