@@ -1,14 +1,16 @@
 """Initial weights: a function of (seed, tensor name, position), or the original's stream of random numbers.
 
 A matrix is cut into tiles of 64 x 256. Each is drawn whole, in fp64, from a CPU generator of its own, so that a rank
-draws only the tiles that its slice touches, and every layout and machine gets bit-equal weights. (fp32 draws differ
-between instruction sets.)
+draws only the tiles that its slice touches, all of its processor's cores draw at once, and every layout and machine
+gets bit-equal weights. (fp32 draws differ between instruction sets.)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 
 import torch
@@ -50,13 +52,13 @@ def seeded_tensor(
     method = _method(cfg, name)
     rows, columns = slices if slices is not None else (slice(None), slice(None))
     if name.endswith(".lora_a"):  # within +-1 / sqrt(columns), as the library PEFT draws them
-        return (_drawn(seed, name, shape, rows, columns, uniform=True) / math.sqrt(3 * shape[1])).float()
+        return _drawn(seed, name, shape, rows, columns, lambda tile: tile / math.sqrt(3 * shape[1]), uniform=True)
     if method.endswith("orthogonal"):
         whole = torch.zeros(*shape)  # padding rows are zero: an orthogonal matrix cannot be continued
         whole[: logical[0]] = _orthogonal(seed, name, logical) * (1.0 if method == "orthogonal" else _depth_gain(cfg))
         return whole[rows, columns].clone()
     scale = standard_deviation(cfg, method, logical) * mup_scale(cfg, method, name)
-    return (_drawn(seed, name, shape, rows, columns, uniform=method == "xavier_uniform") * scale).float()
+    return _drawn(seed, name, shape, rows, columns, lambda tile: tile * scale, uniform=method == "xavier_uniform")
 
 
 def constant_value(name: str) -> float | None:
@@ -80,15 +82,28 @@ def _logical_shape(cfg: Model, name: str, shape: Sequence[int]) -> tuple[int, in
     return rows, shape[1]
 
 
-def _drawn(seed: int, name: str, shape: Sequence[int], rows: slice, columns: slice, uniform: bool) -> Tensor:
-    """fp64 draws of variance 1 for a part of the matrix, from the tiles that it touches."""
+def _drawn(
+    seed: int,
+    name: str,
+    shape: Sequence[int],
+    rows: slice,
+    columns: slice,
+    scaled: Callable[[Tensor], Tensor],
+    uniform: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """A part of the matrix from the tiles that it touches: `scaled` fp64 draws of variance 1, then as `dtype`."""
     top, bottom, _ = rows.indices(shape[0])
     left, right, _ = columns.indices(shape[1])
-    part = torch.empty(bottom - top, right - left, dtype=torch.float64)
-    tile = torch.empty(TILE_ROWS, TILE_COLUMNS, dtype=torch.float64)
-    for i in range(top // TILE_ROWS, -(-bottom // TILE_ROWS)):
-        r0, r1 = max(top, i * TILE_ROWS), min(bottom, (i + 1) * TILE_ROWS)
-        for j in range(left // TILE_COLUMNS, -(-right // TILE_COLUMNS)):
+    part = torch.empty(bottom - top, right - left, dtype=dtype)
+    bands = range(top // TILE_ROWS, -(-bottom // TILE_ROWS))
+    tiles = [(i, j) for i in bands for j in range(left // TILE_COLUMNS, -(-right // TILE_COLUMNS))]
+    rest = iter(tiles)
+
+    def draw_some(_: int) -> None:
+        tile = torch.empty(TILE_ROWS, TILE_COLUMNS, dtype=torch.float64)
+        for i, j in rest:  # each thread takes the next one
+            r0, r1 = max(top, i * TILE_ROWS), min(bottom, (i + 1) * TILE_ROWS)
             c0, c1 = max(left, j * TILE_COLUMNS), min(right, (j + 1) * TILE_COLUMNS)
             generator = _generator(seed, name, i, j)
             if uniform:
@@ -96,13 +111,26 @@ def _drawn(seed: int, name: str, shape: Sequence[int], rows: slice, columns: sli
             else:
                 tile.normal_(generator=generator)
             cut = tile[r0 - i * TILE_ROWS : r1 - i * TILE_ROWS, c0 - j * TILE_COLUMNS : c1 - j * TILE_COLUMNS]
-            part[r0 - top : r1 - top, c0 - left : c1 - left] = cut
+            part[r0 - top : r1 - top, c0 - left : c1 - left] = scaled(cut)
+
+    threads = min(_cores(), len(tiles))
+    if threads < 2:
+        draw_some(0)
+        return part
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(draw_some, range(threads)))  # raises what went wrong
     return part
+
+
+def _cores() -> int:
+    """This process's share of those that it and the other ranks on its machine may run on."""
+    able = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, able // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
 
 
 def _orthogonal(seed: int, name: str, shape: tuple[int, int]) -> Tensor:
     """A matrix with orthonormal rows or columns, whichever are fewer."""
-    drawn = _drawn(seed, name, shape, slice(None), slice(None), uniform=False)
+    drawn = _drawn(seed, name, shape, slice(None), slice(None), lambda tile: tile, dtype=torch.float64)
     q, r = torch.linalg.qr(drawn if shape[0] >= shape[1] else drawn.T)
     q = q * r.diagonal().sign()  # makes the distribution uniform
     return (q if shape[0] >= shape[1] else q.T).float()
