@@ -1,6 +1,10 @@
 """How long commands take from the shell's prompt: median of some runs, beside what Python and torch take by themselves.
 
-    python benchmarks/start.py [--rounds 10] [--quick]
+    python benchmarks/start.py [--rounds 10] [--quick] [--values]
+
+With --values instead: how many initial values are drawn in a second, from a seed by one core and by all, and as one
+stream as GPT-NeoX does it; by the fastest of the rounds, and by the processor's time, which other processes take no
+part of; and how long that takes for models of three sizes on as many cores as plans assume.
 
 The checkpoint of many files is a Hugging Face folder of 1,000 safetensors files with 250 KB of weights each; that for
 the first token is a random Pythia 14M in fp32. The first step is one of 4 x 512 tokens from random weights, ours with
@@ -91,11 +95,53 @@ def small_corpus(folder: Path) -> Path:
     return folder / "corpus"
 
 
+def initial_values(rounds: int) -> None:
+    """Prints the rates in millions of values, and seconds for known models."""
+    import torch
+
+    from castalia.config.load import load_config
+    from castalia.model import init
+    from castalia.plan.count import count
+    from castalia.plan.host import CORES, SEEDED_RATE
+
+    torch.set_num_threads(1)
+    shape, cores = (2048, 1024), init._cores()
+    config = load_config("pythia-410m").model
+    matrix, generator = torch.empty(shape), torch.Generator().manual_seed(1)
+
+    def seeded(threads: int) -> None:
+        init._cores = lambda: threads
+        init.seeded_tensor(config, 1, "blocks.0.mlp.up.weight", shape)
+
+    ways = {"one core": lambda: seeded(1), f"all {cores} cores": lambda: seeded(cores)}
+    ways["GPT-NeoX's stream"] = lambda: matrix.normal_(0, 0.02, generator=generator)
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, draw in ways.items():
+            before, spent = time.perf_counter(), time.process_time()
+            draw()
+            taken[name].append((time.perf_counter() - before, time.process_time() - spent))
+    print("| millions of values a second | fastest | median | of the processor's time |\n|---|---|---|---|")
+    for name, found in taken.items():
+        walls, spent_s = zip(*found, strict=True)
+        numbers = (min(walls), statistics.median(walls), statistics.median(spent_s))
+        print(f"| {name} | {' | '.join(f'{matrix.numel() / s / 1e6:.1f}' for s in numbers)} |")
+    for name in ("pythia-1.4b", "pythia-6.9b", "gpt-neox-20b"):
+        model = load_config(name).model
+        assert model is not None
+        s = count(model.model_copy(update={"vocab_size": model.vocab_size or 50277})).total / SEEDED_RATE
+        print(f"{name}: {s:.0f} core-seconds, so {s / CORES:.0f} s on {CORES} cores")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--quick", action="store_true", help="one round, 10 files: does it run?")
+    parser.add_argument("--values", action="store_true", help="initial values alone")
     args = parser.parse_args()
+    if args.values:
+        initial_values(1 if args.quick else args.rounds)
+        return
     with tempfile.TemporaryDirectory() as name:
         folders = [Path(name) / "many", Path(name) / "small"]
         for folder in folders:

@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-HALF_RING_BYTES = 256 << 20
+from castalia.plan.host import HALF_RING_BYTES
+
 K = TypeVar("K")
 Pair = tuple[Tensor, Tensor]  # the bytes of a tensor, and where they go to: both flat, uint8
 

@@ -67,6 +67,13 @@ def _costs(plan: dict) -> Iterable[list[str]]:
     yield ["  GPT-NeoX's", f"{gib(files['original_full'])} full, {gib(files['original_slim'])} slim"]
     yield ["operations per token", f"{flops['per_token']:.4g} (GPT-NeoX's formula: {flops['original_per_token']:.4g})"]
     yield ["KV cache", f"{cache['bytes_per_token']:,} bytes a token, {gib(cache['bytes_per_sequence'])} a sequence"]
+    host, drawn = plan["host_memory"], plan["initial_values"]
+    offloaded = f", and {gib(host['offloaded'])} of parameters, gradients and moments" if host["offloaded"] else ""
+    machine = f"at most, on a machine with {host['ranks']} of the ranks" if host["ranks"] > 1 else "on this machine"
+    yield ["host memory", f"{gib(host['save'])} for the copies of a save{offloaded} {machine}"]
+    if drawn:
+        cores = f"{drawn['cores']} cores for each rank" if drawn["cores"] > 1 else "one core"
+        yield ["initial values", f"{seconds(drawn['seconds'])} on {cores}"]
     if time:
         yield [
             "speed",

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from castalia.config.batch import BatchPlan
 from castalia.config.schema import RunConfig
 from castalia.errors import ConfigError
-from castalia.model.init import constant_value, neox_matrices, seeded_tensor
+from castalia.model.init import TILE_ROWS, constant_value, neox_matrices, seeded_tensor
 from castalia.model.loss import IGNORE
 from castalia.model.transformer import Transformer
 from castalia.parallel.apply import build_stages
@@ -82,7 +82,7 @@ class Ranks(Engine):
         pieces = [(name, part(p)) for model in self.models for name, p in model.named_parameters()]
         if (cfg.init or ("neox" if config.neox_exact else "seeded")) == "seeded":
             for name, piece in pieces:
-                piece.local.copy_(seeded_tensor(cfg, config.seed, name, piece.shape, piece.slices))
+                self._draw(config, name, piece)
             return
         for name, piece in pieces:
             if (value := constant_value(name)) is not None:
@@ -91,6 +91,23 @@ class Ranks(Engine):
             for name, piece in pieces:
                 if name == drawn:
                     piece.local.copy_(matrix[piece.slices])
+
+    def _draw(self, config: RunConfig, name: str, piece: Part) -> None:
+        """Ranks that hold the same part of a matrix draw a share of its rows each and add up what they have."""
+        assert config.model is not None
+        replicas, rows = self.mesh.layout.dp_replicate, piece.local.shape[0]
+        if replicas == 1 or constant_value(name) is not None:
+            piece.local.copy_(seeded_tensor(config.model, config.seed, name, piece.shape, piece.slices))
+            return
+        share = -(-rows // (replicas * TILE_ROWS)) * TILE_ROWS
+        first = min(rows, self.mesh.sharding.get_local_rank("dp_replicate") * share)
+        last = min(rows, first + share)
+        whole = torch.zeros(piece.local.shape, device=piece.local.device)
+        if last > first:
+            mine = (slice(piece.start[0] + first, piece.start[0] + last), *piece.slices[1:])
+            whole[first:last] = seeded_tensor(config.model, config.seed, name, piece.shape, mine)
+        dist.all_reduce(whole, group=self.mesh.sharding.get_group("dp_replicate"))
+        piece.local.copy_(whole)
 
     def forward_backward(
         self,

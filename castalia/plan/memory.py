@@ -321,6 +321,17 @@ class Rank:
         return self.stage.layers * sizes["blocks"] // self.model.num_layers + outside
 
     @property
+    def masters(self) -> int:
+        """Bytes of the parameters, before they are sharded, and of a reference model's, in the compute dtype."""
+        return 4 * self.parameters + self.compute.element_bytes * self.reference
+
+    @property
+    def moments(self) -> int:
+        """Bytes before they are sharded."""
+        blocks, kept = self.stage.layers * self.training["blocks"] // self.model.num_layers, self.compute.moments
+        return 4 * (kept.blocks * blocks + kept.outside * (self.trained - blocks))
+
+    @property
     def shards(self) -> int:
         return self.layout.dp // self.layout.dp_replicate if self.layout.zero else 1
 
@@ -379,9 +390,7 @@ class Rank:
             return Memory(
                 0, 0, 4 * max(self.trained_block, self._head_gradient // 4), copies, activations, logits, self._buffers
             )
-        blocks, kept = self.stage.layers * self.training["blocks"] // self.model.num_layers, self.compute.moments
-        moments = 4 * (kept.blocks * blocks + kept.outside * (self.trained - blocks)) // self.shards
-        masters = (4 * self.parameters + self.compute.element_bytes * self.reference) // self.shards
+        masters, moments = self.masters // self.shards, self.moments // self.shards
         return Memory(masters, moments, gradients, copies, activations, logits, self._buffers)
 
     @property

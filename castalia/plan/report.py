@@ -15,6 +15,7 @@ from castalia.plan.advise import Job, judge
 from castalia.plan.count import all_shapes, count, non_embedding, original_count
 from castalia.plan.devices import Device, auto_precision
 from castalia.plan.flops import executed_flops, kv_cache_bytes, original_flops, training_flops
+from castalia.plan.host import host_memory, initial_values
 from castalia.plan.layout import Layout, problem, rank_parts, stages_per_rank
 from castalia.plan.memory import Compute, checkpoint_bytes, compute_of, memory_by_stage, moments_of
 from castalia.plan.words import (
@@ -117,6 +118,9 @@ def report(config: RunConfig, known: Known, hardware: Hardware | None = None, co
     trained = sum(size for name, size in sizes.items() if config.finetune.trains(name))
     result["parameters"] = asdict(parameters) | {"as_the_original_counts": original, "trained": trained}
     result["memory"] = _memory(model, layout, length, compute, hardware)
+    host, drawn = host_memory(config, model, layout, compute), initial_values(config, model, layout, compute)
+    result["host_memory"] = asdict(host) | {"total": host.total}
+    result["initial_values"] = drawn and asdict(drawn) | {"seconds": drawn.seconds}
     moments = compute.moments.of(model, config.finetune)
     result["checkpoint"] = checkpoint_bytes(sum(sizes.values()), moments, original, not compute.casts)
     result["flops"] = {

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from castalia.config.schema import Model
+from castalia.model import init
 from castalia.model.init import initialize, neox_matrices, seeded_tensor
 from castalia.model.transformer import Transformer
 
@@ -85,6 +86,21 @@ def test_a_tile_comes_from_its_name_and_place():
     seed = int.from_bytes(blake2b(b"5:blocks.1.mlp.up.weight:1:2").digest()[:8], "little") >> 1
     tile = torch.empty(64, 256, dtype=torch.float64).normal_(generator=torch.Generator().manual_seed(seed))
     assert torch.equal(drawn[64:128, 512:], (tile[:, :8] * 0.02).float())
+
+
+def test_any_number_of_threads_draws_the_same(monkeypatch):
+    drawn = []
+    for cores in (1, 3, 50):
+        monkeypatch.setattr(init, "_cores", lambda cores=cores: cores)
+        drawn.append(seeded_tensor(TINY, 5, "blocks.1.mlp.up.weight", (300, 520)))
+    assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], drawn[2])
+
+
+def test_ranks_of_a_machine_share_its_cores(monkeypatch):
+    monkeypatch.setattr(init.os, "sched_getaffinity", lambda process: range(12), raising=False)
+    for ranks, cores in (("", 12), ("4", 3), ("24", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        assert init._cores() == cores
 
 
 def test_padding_of_the_vocabulary_changes_no_row():
