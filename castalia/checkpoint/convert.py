@@ -81,6 +81,25 @@ def prepare(checkpoint: Checkpoint, dtype: torch.dtype | None = None, optimizer:
     return replace(checkpoint, model=model, optimizer=state if optimizer else None)
 
 
+def own_precision(checkpoint: Checkpoint, to: str, optimizer: bool) -> tuple[torch.dtype | None, str]:
+    """The dtype of the weights where none is asked for, and what to say about it; None: as they are.
+
+    A run's own checkpoints hold its fp32 masters alone. The programs of other formats go on in the precision that the
+    files have, which is then the run's.
+    """
+    compute = checkpoint.config.precision.compute if checkpoint.config else None
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(compute))
+    held = {ref.dtype for ref in checkpoint.model.values()}
+    if to in ("native", "peft") or checkpoint.format != "native" or dtype is None or held != {torch.float32}:
+        return None, ""
+    kept = (
+        "the fp32 masters are kept"
+        if optimizer and checkpoint.optimizer
+        else "without an optimizer state the masters are lost"
+    )
+    return dtype, f"weights are rounded to {compute}, in which the run computes; {kept}. --dtype fp32 leaves them alone"
+
+
 def identity(checkpoint: Checkpoint, options: WriteOptions, plan: Plan) -> str:
     """A fingerprint of what is written from what: names, sizes and times of the source's files, options and plan."""
     root = Path(checkpoint.path)

@@ -207,6 +207,7 @@ class Combined(Typed):
 class Scaled(Typed):
     source: TensorRef
     divisor: int
+    factor: int = 1
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -217,7 +218,7 @@ class Scaled(Typed):
         return self.source.dtype_name
 
     def read(self, slices: Slices | None = None) -> torch.Tensor:
-        return (self.source.read(slices).double() / self.divisor).to(self.dtype)
+        return (self.source.read(slices).double() * self.factor / self.divisor).to(self.dtype)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TypedDict, runtime_checkable
 
+from castalia.checkpoint.original import INHERITED
 from castalia.config.schema import RunConfig
 
 if TYPE_CHECKING:
@@ -111,4 +112,12 @@ class Checkpoint:
     notes: tuple[str, ...] = ()  # what whoever computes with the model should know: guesses, what was taken for what
     state_notes: tuple[str, ...] = ()  # what only matters to who trains on: of the optimizer state
     details: Mapping[str, object] = field(default_factory=dict)  # the format's own facts: era, layout, files
+    # What the original's defects left in the state (see `castalia.checkpoint.original`):
+    release: str | None = None  # "v1" or "head": the one that trained it, or that its run follows
     summed_bias_ranks: int = 1  # T when row-parallel biases were summed over T tensor ranks
+    summed_micro_batches: int = 1  # n when Adam's moments are of gradients summed over n micro-batches, 1: of means
+
+    @property
+    def inherited(self) -> dict[str, object]:
+        """What a conversion carries on of it."""
+        return {name: getattr(self, name) for name in INHERITED}

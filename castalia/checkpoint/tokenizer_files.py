@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 from castalia.checkpoint.load import load_tokenizer_for
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.checkpoint.writing import Output, bytes_output, json_output
-from castalia.data.tokenizer import PADDING, RustTokenizer, SentencePieceTokenizer, Tokenizer
+from castalia.config.schema import Tokenizer as TokenizerSettings
+from castalia.data.tokenizer import PADDING, RustTokenizer, SentencePieceTokenizer, Tokenizer, engine_text
 from castalia.errors import CastaliaError
 
 # What a tokenizer of `transformers` consists of. Such files are copied as they are, templates included.
@@ -25,6 +27,19 @@ def our_tokenizer(checkpoint: Checkpoint) -> tuple[list[Output], tuple[str, ...]
     return _saved(tokenizer, "tokenizer/") if tokenizer else [], notes
 
 
+def written_tokenizer(checkpoint: Checkpoint, outputs: Sequence[Output], folder: Path | None) -> TokenizerSettings:
+    """The settings of the tokenizer whose files `our_tokenizer` gave, in `folder`; without files, the source's."""
+    assert checkpoint.config is not None
+    names = {Path(output.name).name: str(Path(folder or "", output.name)) for output in outputs}
+    if "tokenizer.json" in names:
+        return TokenizerSettings(kind="hf", path=names["tokenizer.json"])
+    if "vocab.json" in names:
+        return TokenizerSettings(kind="gpt2", path=names["vocab.json"], merges=names["merges.txt"])
+    if "tokenizer.model" in names:
+        return TokenizerSettings(kind="sentencepiece", path=names["tokenizer.model"])
+    return checkpoint.config.tokenizer  # names an encoding, or is missing, as was said
+
+
 def hf_tokenizer(checkpoint: Checkpoint) -> tuple[list[Output], int | None, tuple[str, ...]]:
     """Files that `AutoTokenizer` opens, the id that ends a document, and what to say where there are none."""
     tokenizer, notes = _load(checkpoint)
@@ -38,7 +53,8 @@ def hf_tokenizer(checkpoint: Checkpoint) -> tuple[list[Output], int | None, tupl
         )
     if isinstance(tokenizer, RustTokenizer):
         config, special = _hf_settings(tokenizer, checkpoint)
-        files = [bytes_output("tokenizer.json", tokenizer.engine.to_str(pretty=True))]
+        file = tokenizer.files.get("tokenizer.json")
+        files = [bytes_output("tokenizer.json", file.read_bytes() if file else engine_text(tokenizer.engine))]
         files += [json_output("tokenizer_config.json", config), json_output("special_tokens_map.json", special)]
         return files, tokenizer.eod_id, ()
     if isinstance(tokenizer, SentencePieceTokenizer):

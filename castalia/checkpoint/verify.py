@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from castalia.checkpoint.compare import SUMMED_BIASES, VOCABULARY, Relation, equal, in_order, relate
 from castalia.checkpoint.load import architecture
+from castalia.checkpoint.original import with_micro_batches
 from castalia.checkpoint.tensors import AdamState, Checkpoint, TensorRef
 from castalia.config.schema import Model
 from castalia.model.positions import sinusoids
@@ -66,6 +67,7 @@ class Proof:
 
 def verify(source: Checkpoint, result: Checkpoint) -> Proof:
     """Compare two checkpoints of what should be one model."""
+    source = with_micro_batches(source, result.summed_micro_batches)
     left, right = architecture(source), architecture(result)
     vocab = min(left.vocab_size or 0, right.vocab_size or 0) or left.padded_vocab_size
     tokens = probe_tokens(vocab, min(NUM_TOKENS, left.max_positions or NUM_TOKENS))

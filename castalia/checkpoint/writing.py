@@ -46,6 +46,7 @@ class Layout:
 class WriteOptions:
     layout: Layout = Layout()
     era: Literal["v1", "head"] = "head"
+    folder: Path | None = None  # where the files will lie, which the original's config names; None: it names nothing
     shard_bytes: int = SHARD_BYTES  # formats without ranks cut their weights into files of about this size
 
 

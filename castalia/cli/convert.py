@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -29,7 +30,8 @@ def command(
     ] = None,
     era: Annotated[Literal["v1", "head"] | None, typer.Option(help="of NeoX's files; default: head")] = None,
     dtype: Annotated[
-        Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="of the weights; default: as they are")
+        Literal["fp32", "bf16", "fp16"] | None,
+        typer.Option(help="of the weights; default: as they are, of a run its own"),
     ] = None,
     allow_inf: Annotated[
         bool, typer.Option("--allow-inf", help="let values that are too large for --dtype become infinite")
@@ -72,8 +74,11 @@ def command(
     def one(checkpoint: Checkpoint, folder: Path, inside: str = "") -> None:
         """Plan, write, prove."""
         convert.check_destination(Path(checkpoint.path), folder, force)
-        prepared = convert.prepare(checkpoint, _dtype(dtype), optimizer)
-        plan = form.plan(prepared, options)
+        chosen, note = (_dtype(dtype), "") if dtype else convert.own_precision(checkpoint, to, optimizer)
+        prepared = convert.prepare(checkpoint, chosen, optimizer)
+        notes = (note,) if note else ()
+        plan = form.plan(prepared, replace(options, folder=(folder / inside).resolve()))
+        plan = replace(plan, notes=(*notes, *plan.notes))
         _describe(checkpoint, plan, folder, inside, with_files=dry_run)
         if not dry_run:
             _write(plan, folder, convert.identity(prepared, options, plan), inside, force, allow_inf)

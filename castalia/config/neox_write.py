@@ -42,12 +42,27 @@ def to_neox(config: RunConfig) -> dict[str, Any]:
         if row.kind != "to" or (row.target.startswith("model.") and not model):
             continue
         value = _get(config, row.target)
-        written = BACK[row.convert](value)
+        written = _typed(BACK[row.convert](value), row.default)
         if written is not None and (row.target.startswith("model.") or written != row.default):
             keys[key] = written
     if model:
         keys |= _model(model, config)
     return keys | _training(config) | _precision(config) | _data(config) | _saving(config)
+
+
+def trainable(config: RunConfig) -> RunConfig:
+    """The run with everything that the original asks for before it trains, so that it does what this one does."""
+    data, eval, checkpoint, steps = config.data, config.eval, config.checkpoint, config.train.steps or 1000
+    if not (data.valid if data.train else data.path):
+        eval = eval.model_copy(update={"batches": 0})
+    if data.train:  # all three are given or none
+        valid = data.valid or data.train
+        data = data.model_copy(update={"valid": valid, "test": data.test or valid})
+    if eval.every is None:  # it divides by the number of steps
+        eval = eval.model_copy(update={"every": steps + 1})
+    if not (checkpoint.every or checkpoint.log_base):  # it saves nowhere without
+        checkpoint = checkpoint.model_copy(update={"every": steps})
+    return config.model_copy(update={"data": data, "eval": eval, "checkpoint": checkpoint})
 
 
 def lost(config: RunConfig, keys: dict[str, Any]) -> dict[str, Any]:
@@ -126,7 +141,7 @@ def _precision(config: RunConfig) -> dict[str, Any]:
         "loss_scale_window": scale.window,
         "initial_scale_power": round(log2(scale.initial)),
         "hysteresis": scale.hysteresis,
-        "min_loss_scale": scale.minimum,
+        "min_loss_scale": _typed(scale.minimum, 1),
     }
     if scale.consecutive_hysteresis:
         block["consecutive_hysteresis"] = True
@@ -134,7 +149,7 @@ def _precision(config: RunConfig) -> dict[str, Any]:
 
 
 def _data(config: RunConfig) -> dict[str, Any]:
-    keys: dict[str, Any] = {}
+    keys: dict[str, Any] = {"data_impl": "mmap"}  # the original's own default fails there
     for split in ("train", "valid", "test"):
         sources: tuple[Source, ...] = getattr(config.data, split)
         if sources:
@@ -170,6 +185,12 @@ def _plain(config: RunConfig) -> RunConfig:
     longest = {"max_positions": model.max_positions or config.data.seq_length}
     shared = {"shared_norm": model.parallel_residual and model.shared_norm}
     return config.model_copy(update={"model": model.model_copy(update=width | longest | shared)})
+
+
+def _typed(value: Any, default: Any) -> Any:
+    """As an integer where the original takes nothing else."""
+    takes_integers = isinstance(default, int) and not isinstance(default, bool)
+    return int(value) if takes_integers and isinstance(value, float) and value.is_integer() else value
 
 
 def _get(config: RunConfig, path: str) -> Any:

@@ -62,7 +62,7 @@ class RustTokenizer:
             if source.resolve() != (Path(folder) / name).resolve():
                 shutil.copyfile(source, Path(folder) / name)
         if not self.files:
-            self.engine.save(str(Path(folder) / "tokenizer.json"))
+            (Path(folder) / "tokenizer.json").write_text(engine_text(self.engine), encoding="utf-8")
 
 
 class ByteTokenizer:
@@ -135,6 +135,15 @@ class TiktokenTokenizer:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         _save_settings(folder, kind="tiktoken", path=self.engine.name)
+
+
+def engine_text(engine: tokenizers.Tokenizer) -> str:
+    """A tokenizer.json. Merges are written as texts, "a b", which versions of `tokenizers` before 0.20 read, too."""
+    content = json.loads(engine.to_str())
+    merges = content["model"].get("merges") or []
+    if not any(" " in part for merge in merges for part in merge):  # of bytes as characters there is none
+        content["model"]["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def load_tokenizer(config: TokenizerConfig) -> Tokenizer:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from castalia.checkpoint.original import clip_norm
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.batch import batch_plan, planned_dp
 from castalia.config.schema import RunConfig
@@ -29,39 +30,31 @@ class Exact:
 
     def stored(self) -> dict[str, object]:
         """What a checkpoint must remember, because the original's files are not read again."""
-        return {"release": self.release, "summed_bias_ranks": self.summed_bias_ranks} if self.release else {}
+        if self.release is None:
+            return {}
+        return {
+            "release": self.release,
+            "summed_bias_ranks": self.summed_bias_ranks,
+            "summed_micro_batches": self.gradient_factor,
+        }
 
 
 def exact_behaviour(config: RunConfig, resumed: Checkpoint | None) -> Exact:
     """`resumed`: the checkpoint that the run goes on from, None for new runs."""
-    clip_norm = config.optimizer.clip_norm
+    wanted = config.optimizer.clip_norm
     if not config.neox_exact:
-        return Exact(clip_norm)
-    known = (resumed.progress.schedule or {}) if resumed else {}
-    era = resumed.details.get("era", known.get("release")) if resumed else None
-    ranks = int(str(known.get("summed_bias_ranks", resumed.summed_bias_ranks))) if resumed else 1
+        return Exact(wanted)
+    release = (resumed.release if resumed else None) or "head"
+    ranks = resumed.summed_bias_ranks if resumed else 1
     steps_missing = resumed is not None and resumed.details.get("adam_steps_stored") is False
-    if era == "v1":
-        return Exact(clip_norm, "v1", summed_bias_ranks=ranks, adam_steps_ahead=int(steps_missing))
+    if release == "v1":
+        return Exact(wanted, "v1", summed_bias_ranks=ranks, adam_steps_ahead=int(steps_missing))
     assert config.model is not None
     has_pipeline_engine = config.model.init_passes == 1  # it has one even for a single stage, but not for none
     accumulation = batch_plan(config, planned_dp(config) or 1).accumulation
     return Exact(
-        clip_norm=None if clip_norm == 1.0 else clip_norm,
+        clip_norm=clip_norm(wanted, "head"),
         release="head",
         gradient_factor=accumulation if has_pipeline_engine else 1,
         summed_bias_ranks=ranks,
     )
-
-
-def summed_micro_batches(resumed: Checkpoint) -> int:
-    """How many micro-batches' gradients its moments hold the sum of, where a mean was meant; 1 for a mean.
-
-    The current original's pipeline engine adds them up, and it has one even for a single stage.
-    """
-    known, config = resumed.progress.schedule or {}, resumed.config
-    if config is None or resumed.details.get("era", known.get("release")) != "head":
-        return 1
-    if "pipeline_files" in resumed.details:
-        return (config.train.accumulation or 1) if resumed.details["pipeline_files"] else 1
-    return exact_behaviour(config, resumed).gradient_factor  # our own checkpoint of a run that followed the original

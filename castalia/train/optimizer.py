@@ -126,13 +126,13 @@ def _fresh_state(kind: str, parameter: nn.Parameter, cfg: Optimizer) -> dict[str
     return {"step": step, "row_var": parameter.new_zeros(rows, 1), "col_var": parameter.new_zeros(1, columns)}
 
 
-def average_moments(optimizer: AnyOptimizer, summed: int) -> None:
-    """Turns Adam's averages of sums over so many micro-batches into averages of their means."""
-    for state in optimizer.state.values():
-        if summed > 1 and "exp_avg" in state:
-            state["exp_avg"].div_(summed)
-        if summed > 1 and "exp_avg_sq" in state:
-            state["exp_avg_sq"].div_(summed**2)
+def rescale_moments(optimizer: AnyOptimizer, old: int, new: int) -> None:
+    """Turns Adam's averages of gradients summed over `old` micro-batches into those of sums over `new`; 1: the mean."""
+    for state in optimizer.state.values() if old != new else ():
+        if "exp_avg" in state:
+            state["exp_avg"].mul_(new).div_(old)
+        if "exp_avg_sq" in state:
+            state["exp_avg_sq"].mul_(new**2).div_(old**2)
 
 
 def set_rate(optimizer: AnyOptimizer, rate: float) -> None:

@@ -27,7 +27,6 @@ from castalia.plan.layout import Layout
 from castalia.plan.report import Known, layout_of, training, warnings
 from castalia.plan.words import clipping, describe_training
 from castalia.train.display import Display
-from castalia.train.exact import summed_micro_batches
 from castalia.train.fast_paths import fast_paths
 from castalia.train.known import gather
 from castalia.train.start import Session
@@ -186,11 +185,12 @@ def restored(session: Session) -> Iterator[tuple[str, str, str]]:
         return
     if config.checkpoint.load_optimizer:
         yield "fp32 masters", "restored", "the optimizer's own copies" if source.format != "native" else "the weights"
-        summed = 1 if config.neox_exact else summed_micro_batches(source)
+        old, now = source.summed_micro_batches, session.exact.gradient_factor
         why = f"of {len(source.optimizer or ())} tensors"
-        if summed > 1:
-            why += f", divided by {summed} and {summed}^2: the original's pipeline engine had added up {summed} micro-"
-            why += "batches where their mean was meant"
+        if old != now:
+            factor = f"divided by {old} and {old}^2" if now == 1 else f"multiplied by {now}/{old} and its square"
+            why += f", {factor}: the original's pipeline engine had added up {old} micro-batches where their mean was "
+            why += "meant" if now == 1 else f"meant, and now adds up {now}"
         yield "moments", "restored", why
     else:
         yield "fp32 masters", "reset", "checkpoint.load_optimizer=false: made from the weights"

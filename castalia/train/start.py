@@ -26,12 +26,12 @@ from castalia.parallel.engine import Engine, one_process
 from castalia.parallel.layout import layout
 from castalia.parallel.process import main_first, world_size
 from castalia.train.compiling import Compiling, plan_compiling, settled
-from castalia.train.exact import Exact, exact_behaviour, summed_micro_batches
+from castalia.train.exact import Exact, exact_behaviour
 from castalia.train.finetune import new_tokens, start_adapters, trained_names, what_trains
 from castalia.train.folder import holds_checkpoint, run_folder
 from castalia.train.hardware import DTYPES, choose_device, choose_dtype, name_of, repeat_bits
 from castalia.train.known import refuse_foreign_tokens
-from castalia.train.optimizer import LossScaler, average_moments, make_optimizer
+from castalia.train.optimizer import LossScaler, make_optimizer, rescale_moments
 from castalia.train.preference import PreferenceLoss
 from castalia.train.reference import as_reward_model, needs_reference, with_reference, with_reward_head
 from castalia.train.rules import AnyOptimizer
@@ -129,8 +129,7 @@ def start(config: RunConfig) -> Session:
         if exact.adam_steps_ahead:
             for state in optimizer.state.values():
                 state["step"] += exact.adam_steps_ahead
-        if not config.neox_exact:
-            average_moments(optimizer, summed_micro_batches(source))
+        rescale_moments(optimizer, source.summed_micro_batches, exact.gradient_factor)
     rate = learning_rate(config, config.train.steps, exact.release)
     reference = open_reference(config)
     if reference:

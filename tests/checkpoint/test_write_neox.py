@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 from dataclasses import replace
 from itertools import combinations, pairwise
+from math import nextafter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -22,9 +25,23 @@ from castalia.checkpoint.unpickle import Inert
 from castalia.checkpoint.verify import verify
 from castalia.checkpoint.writing import Layout, WriteOptions
 from castalia.config.load import load_config
-from castalia.config.schema import Model, RopeScaling
+from castalia.config.schema import Checkpoint as Saving
+from castalia.config.schema import (
+    Data,
+    Eval,
+    Model,
+    Optimizer,
+    Precision,
+    RopeScaling,
+    Schedule,
+    Source,
+    Tokenizer,
+    Train,
+)  # fmt: skip
+from castalia.data.tokenizer import train_bpe
 from castalia.errors import CheckpointError
-from tests.checkpoint.made import assert_same, made
+from tests.checkpoint.made import assert_same, made, written
+from tests.checkpoint.neox_rules import BLOCKS, CHOICES, INTEGERS, LISTS, TEXTS, mistakes
 
 NEOX = [
     "pp0-mp1-dp2-z1-fp16-rotary-par", "pp0-mp1-z0-fp16-rotary-par", "pp0-mp1-z0-fp32-rotary-par",
@@ -111,11 +128,11 @@ def test_genuine_neox_files_are_reproduced(variant: str, fixtures: Path, tmp_pat
 
 @pytest.mark.parametrize("variant", MEGATRON)
 def test_genuine_megatron_files_are_reproduced(variant: str, fixtures: Path, tmp_path: Path) -> None:
-    """The program's arguments and rates aside, of which its reader takes only what tells the architecture."""
+    """The program's arguments aside, and the schedule, which the loop that wrote these did not have."""
     found, source, result = rewritten(variant, "megatron-deepspeed", fixtures, tmp_path / "a")
-    unknown = ("/args", "/lr: ", "ds_config", "ds_version", "/step: 0 5", "global_samples")
+    unknown = ("/args", "/lr: ", "/lr_scheduler: ", "ds_config", "ds_version", "/step: 0 5", "global_samples")
     assert [each for each in found if not any(name in each for name in unknown)] == []
-    assert_same(source, result)
+    assert_same(source, replace(result, progress=replace(result.progress, schedule=None)))
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -171,6 +188,186 @@ def assert_exact(source: Checkpoint, result: Checkpoint) -> None:
         "mlp_width",
     ):
         assert getattr(result.config.model, name) == getattr(source.config.model, name), name
+
+
+TRAINING = {
+    "data": Data(train=(Source(path="corpus"),), seq_length=16),
+    "train": Train(steps=40, batch_size=8, micro_batch_size=1),
+    "eval": Eval(every=None),
+    "checkpoint": Saving(steps=(3,)),
+    "optimizer": Optimizer(lr=1e-3),
+    "precision": Precision(compute="fp16"),
+}
+
+
+def run(model: Model, dtype: torch.dtype = torch.float16, **changes: Any) -> Checkpoint:
+    """A checkpoint of a training run, the tokenizer's file included."""
+    source = divisible(made(model, dtype=dtype))
+    config = source.config.model_copy(update={**TRAINING, **changes})
+    return replace(source, config=config, progress=Progress(step=9, skipped=2, tokens=7 * 8 * 16))
+
+
+def files_of(
+    source: Checkpoint, folder: Path, to: str = "neox", era: str = "head", **layout: int
+) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
+    """Of a folder that is to be: the config's keys, the first model state, what the optimizer files hold."""
+    options = WriteOptions(Layout(**layout), era, folder=folder / "global_step9")
+    outputs = {o.name: o for o in convert.TARGETS[to].plan(convert.prepare(source), options).outputs}
+    folder.mkdir(exist_ok=True)
+
+    def opened(name: str) -> Any:
+        file = folder / Path(name).name
+        outputs[name].write(file, lambda count: None)
+        return file.read_bytes() if file.suffix != ".pt" else open_pt(file)
+
+    keys = yaml.safe_load(opened("configs/config.yml")) if to == "neox" else {}
+    shards = [opened(name)["optimizer_state_dict"] for name in outputs if name.endswith("optim_states.pt")]
+    return keys, opened("mp_rank_00_model_states.pt"), shards
+
+
+def written_for(source: Checkpoint, folder: Path, to: str = "neox", era: str = "head", **layout: int) -> Checkpoint:
+    """As the command does: the files know their folder."""
+    inside = folder / "global_step9"
+    plan = convert.TARGETS[to].plan(convert.prepare(source), WriteOptions(Layout(**layout), era, folder=inside))
+    convert.write(plan, folder, "mark", lambda count: None, inside=inside.name)
+    return open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), zip(sorted(MODELS), ["fp16", "bf16", "fp32"] * 3, strict=False))
+def test_neox_accepts_the_config_as_it_is_written(kind: str, dtype: str, tmp_path: Path) -> None:
+    """By its own rules: types, required keys, the batch, and the arguments that its checkpoints store."""
+    engine = train_bpe(["In the beginning was the word"] * 3, 260)
+    engine.save(tmp_path / "words")
+    words = Tokenizer(path=str(tmp_path / "words" / "tokenizer.json"))
+    model = MODELS[kind].model_copy(update={"vocab_size": 260})
+    source = run(model, DTYPES[dtype], tokenizer=words, precision=Precision(compute=dtype))
+    keys, state, _ = files_of(source, tmp_path / "out", tp=2, pp=2, dp=2, zero=1)
+    assert mistakes(keys, state["args"]) == []
+    assert keys["load"] == keys["save"] == str(tmp_path / "out") and keys["tokenizer_type"] == "HFTokenizer"
+    assert keys["vocab_file"] == str(tmp_path / "out" / "global_step9" / "tokenizer" / "tokenizer.json")
+    slim, _, _ = files_of(replace(source, optimizer=None), tmp_path / "slim", tp=2)
+    assert slim["finetune"] is True and slim["load"] == str(tmp_path / "slim")
+
+
+def test_the_rules_of_neox_are_those_of_its_list_of_arguments(fixtures: Path) -> None:
+    table = fixtures.parent / "reference" / "neox-arguments.tsv"
+    if not table.is_file():
+        pytest.skip(f"needs the list of arguments beside the fixtures: {table}")
+    with table.open(encoding="utf-8") as file:
+        rows = {row["name"]: row for row in csv.DictReader(file, delimiter="\t")}
+    assert {name for name in INTEGERS if rows[name]["type"] != "int"} == set()
+    assert {name for name in LISTS if rows[name]["type"] != "list"} == set()
+    assert {name for name in TEXTS if rows[name]["type"] != "str"} == set()
+    assert {name for name in BLOCKS if rows[name]["type"] != "dict"} == set()
+    for name, choices in CHOICES.items():
+        assert choices | {"infer"} >= set(rows[name]["allowed"].split("|")) >= choices
+
+
+@pytest.mark.parametrize("kind", ["zero", "flat", "bf16"])
+@pytest.mark.parametrize(
+    ("release", "norm", "era", "written", "in_files"),
+    [
+        (None, 1.0, "head", nextafter(1.0, 2.0), nextafter(1.0, 2.0)),  # 1.0 is what its config hands on to nobody
+        (None, 0.5, "head", 0.5, 0.5),
+        (None, None, "head", 0.0, 0.0),
+        ("head", 1.0, "head", 1.0, 0.0),  # a run of the original, which did not clip
+        ("head", 0.5, "head", 0.5, 0.5),
+        ("head", 1.0, "v1", 0.0, 0.0),
+        ("v1", 1.0, "v1", 1.0, 1.0),
+        ("v1", 1.0, "head", nextafter(1.0, 2.0), nextafter(1.0, 2.0)),
+    ],
+)
+def test_neox_clips_as_the_run_did(
+    release: str | None, norm: float | None, era: str, written: float, in_files: float, kind: str, tmp_path: Path
+) -> None:
+    if kind == "bf16" and era == "v1":
+        return  # the first release has none
+    source = run(MODELS["parallel"], DTYPES["bf16" if kind == "bf16" else "fp16"], optimizer=Optimizer(clip_norm=norm))
+    source = replace(source, release=release)
+    keys, state, shards = files_of(source, tmp_path / "a", era=era, zero=int(kind == "zero"))
+    assert keys["gradient_clipping"] == written
+    if era == "head":
+        assert state["ds_config"].get("gradient_clipping", 0.0) == in_files
+    found = [shard["clip_grad"] for shard in shards if "clip_grad" in shard]  # old ZeRO has no place for it
+    assert found == [in_files] * len(found) and (found or kind != "bf16")
+    if kind == "flat":
+        assert state["optimizer"]["clip_grad"] == in_files
+
+
+def test_what_was_never_clipped_stays_so_on_the_way_through_other_formats(fixtures: Path, tmp_path: Path) -> None:
+    variant = fixtures / "neox" / "pp1-mp1-dp2-z1-fp16-rotary-par" / "checkpoint"
+    for middle in ("native", "hf"):
+        keys, state, _ = files_of(written(open_checkpoint(variant), tmp_path / middle, middle), tmp_path / "back")
+        assert keys["gradient_clipping"] == 1.0 and "gradient_clipping" not in state["ds_config"]
+        assert state["optimizer"]["clip_grad"] == 0.0
+
+
+@pytest.mark.parametrize(("old", "new"), [(1, 4), (3, 2)])
+def test_moments_follow_the_micro_batches_that_a_pipeline_engine_sums(old: int, new: int, tmp_path: Path) -> None:
+    """The first moment grows with their number, the second with its square, whatever lies between."""
+    config = Train(steps=40, batch_size=24, micro_batch_size=24 // old)
+    source = run(MODELS["parallel"], torch.float32, train=config, precision=Precision(compute="fp32"))
+    first = written_for(source, tmp_path / "first", pp=1)
+    assert first.summed_micro_batches == old
+    train = Train(steps=40, batch_size=24, micro_batch_size=24 // new)
+    middle = first
+    for to in ("native", "hf", "native"):
+        middle = written(middle, tmp_path / f"{to}{middle.format}", to)
+        assert middle.summed_micro_batches == old
+    middle = replace(middle, config=middle.config.model_copy(update={"train": train}))
+    second = written_for(middle, tmp_path / "second", pp=2)
+    plain = written_for(middle, tmp_path / "plain", pp=0, dp=2, zero=1)
+    assert (second.summed_micro_batches, plain.summed_micro_batches) == (new, 1)
+    assert verify(middle, second).holds and verify(first, plain).holds
+    for name, state in source.optimizer.items():
+        for kind, power in (("exp_avg", 1), ("exp_avg_sq", 2)):
+            for result, number in ((first, old), (second, new), (plain, 1)):
+                expected, found = state[kind].read() * number**power, result.optimizer[name][kind].read()
+                assert torch.allclose(found, expected, rtol=1e-6, atol=0), (name, kind, number)
+
+
+def test_a_change_of_the_moments_is_said(tmp_path: Path) -> None:
+    source = run(MODELS["parallel"], train=Train(steps=40, batch_size=8, micro_batch_size=2))
+    notes = convert.TARGETS["neox"].plan(source, WriteOptions(Layout(pp=1))).notes
+    assert [note for note in notes if note.startswith("Adam's moments are multiplied by 4 and its square")]
+    assert not [n for n in convert.TARGETS["neox"].plan(source, WriteOptions(Layout(pp=0))).notes if "moments" in n]
+    again = write(source, tmp_path / "a", pp=1)
+    assert not [n for n in convert.TARGETS["neox"].plan(again, WriteOptions(Layout(pp=2))).notes if "moments" in n]
+
+
+def test_a_runs_own_notes_stay_out_of_the_originals_files(tmp_path: Path) -> None:
+    rates = {"start_lr": 1e-3, "warmup_iter": 0.5, "end_iter": 40, "decay_style": "cosine", "min_lr": 0.0}
+    source = run(MODELS["sequential tied"])
+    source = replace(source, progress=replace(source.progress, schedule={**rates, "release": "head", "x": 1}))
+    for to in ("neox", "megatron-deepspeed"):
+        state = files_of(source, tmp_path / to, to)[1]
+        stored = state["lr_scheduler"]
+        assert not {"release", "summed_bias_ranks", "summed_micro_batches", "x"} & stored.keys()
+        assert len(stored) == (6 if to == "neox" else 8)
+    args = state["args"].fields
+    assert (args["lr_warmup_fraction"], stored["warmup_steps"]) == (0.5 / 40, 0.5 * 8)
+
+
+def test_megatrons_schedule_counts_samples(tmp_path: Path) -> None:
+    """`AnnealingLR`, whose steps DeepSpeed's pipeline engine makes as large as the batch."""
+    schedule = Schedule(style="linear", warmup_steps=4, decay_steps=30, min_lr=1e-5)
+    source = run(MODELS["sequential tied"], schedule=schedule, optimizer=Optimizer(lr=1e-3, clip_norm=1.0))
+    result = written_for(source, tmp_path / "a", "megatron-deepspeed", dp=2, zero=1)
+    state = open_pt(Path(result.path) / "mp_rank_00_model_states.pt")
+    assert state["lr_scheduler"] == {
+        "max_lr": 1e-3, "warmup_steps": 4 * 8, "num_steps": 7 * 8, "warmup_tokens": 0, "num_tokens": 7 * 8 * 16,
+        "decay_style": "linear", "decay_steps": 30 * 8, "min_lr": 1e-5,
+    }  # fmt: skip
+    args = state["args"].fields
+    assert (args["lr_warmup_iters"], args["lr_decay_iters"], args["lr_warmup_fraction"]) == (4, 30, None)
+    assert (args["clip_grad"], args["consumed_train_samples"]) == (1.0, 56)
+    assert result.progress.schedule == {
+        "start_lr": 1e-3, "warmup_iter": 4, "num_iters": 7, "decay_style": "linear", "end_iter": 30, "min_lr": 1e-5,
+    }  # fmt: skip
+    assert result.summed_micro_batches == 4
+    for section in ("optimizer", "schedule"):
+        assert getattr(result.config, section) == getattr(source.config, section)
+    assert result.config.train.steps == 40 and result.config.precision.compute == "fp16"
 
 
 def test_small_biases_of_fp16_round(tmp_path: Path) -> None:

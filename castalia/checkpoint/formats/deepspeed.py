@@ -272,13 +272,30 @@ def optimizer_ranks(
 
 def loss_scale(folder: Folder) -> dict[str, float] | None:
     """The counters of fp16's loss scaler, under DeepSpeed's names."""
-    fields: Mapping[str, Any] = folder.first.get("optimizer") or {}
+    fields: Mapping[str, Any] = _first_optimizer(folder)
     if folder.shards:
-        stored = _opened(folder.shards[0][0], dict)["optimizer_state_dict"].get("loss_scaler")
+        stored = fields.get("loss_scaler")
         fields = stored.fields if isinstance(stored, Inert) else {}
     names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
     found = {name: float(fields[name]) for name in names if isinstance(fields.get(name), (int, float))}
     return found if "cur_scale" in found else None
+
+
+def optimizer_settings(folder: Folder) -> dict[str, Any]:
+    """What the optimizer's files say of it: `betas`, `eps`, `weight_decay`, `clip_grad`, as far as they do."""
+    fields = _first_optimizer(folder)
+    inner = fields.get("base_optimizer_state") or fields.get("optimizer_state_dict") or fields
+    groups = inner.get("param_groups") if isinstance(inner, dict) else None
+    first = groups[0] if groups and isinstance(groups[0], dict) else {}
+    found = {name: first[name] for name in ("betas", "eps", "weight_decay") if name in first}
+    return found | ({"clip_grad": fields["clip_grad"]} if "clip_grad" in fields else {})
+
+
+def _first_optimizer(folder: Folder) -> Mapping[str, Any]:
+    """The optimizer's state of the first rank, empty without one."""
+    if folder.shards:
+        return _opened(folder.shards[0][0], dict)["optimizer_state_dict"]
+    return folder.first.get("optimizer") or {}
 
 
 def round_robin(folder: Folder) -> bool:

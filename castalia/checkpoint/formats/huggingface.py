@@ -11,6 +11,7 @@ from typing import Any
 
 from castalia.checkpoint.agreement import unrounded
 from castalia.checkpoint.container import FileTensor, open_pt, refuse_pointer
+from castalia.checkpoint.original import take_inherited
 from castalia.checkpoint.rules import (
     Chain,
     Interleave,
@@ -310,14 +311,16 @@ def read(path: Path, tokenizer: str | None = None) -> Checkpoint:
     _check_blocks(path, named, model.num_layers)
     beside, beside_note = _beside(path, tensors)
     ours = to_ours(table(family, model), named, ignore=OLD_BUFFERS.pattern)
+    run = _run_config(path, config, family, model, beside, tokenizer)
+    progress, inherited = take_inherited(Progress(**beside.get("progress", {})), beside, run)
     tokens = {key: config[key] for key in TOKEN_IDS if config[key] is not None}
     return Checkpoint(
         str(path),
         "huggingface",
         ours,
         _optimizer(path, beside, family, model, ours),
-        Progress(**beside.get("progress", {})),
-        _run_config(path, config, family, model, beside, tokenizer),
+        progress,
+        run,
         (*config.notes, *([tie_note] if tie_note else [])),
         (beside_note,) if beside_note else (),
         {
@@ -326,7 +329,7 @@ def read(path: Path, tokenizer: str | None = None) -> Checkpoint:
             "dtype": config["dtype"] or config["torch_dtype"],
             "token_ids": tokens,
         },
-        beside.get("summed_bias_ranks", 1),
+        **inherited,
     )
 
 

@@ -246,6 +246,6 @@ def _beside(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "progress": asdict(checkpoint.progress),
         "optimizer_steps": None if state is None else {name: each["step"] for name, each in state.items()},
-        "summed_bias_ranks": checkpoint.summed_bias_ranks,
+        **checkpoint.inherited,
         "config": checkpoint.config.model_dump(mode="json") if checkpoint.config else None,
     }

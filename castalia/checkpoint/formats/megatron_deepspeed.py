@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from castalia.checkpoint.formats import deepspeed
 from castalia.checkpoint.formats.assemble import adam_states, layout, masters_apart, progress, weight_dtype
 from castalia.checkpoint.formats.deepspeed import BUFFERS, Folder
 from castalia.checkpoint.formats.neox_model import Held, compare, merge, observed, stored_arguments
 from castalia.checkpoint.formats.neox_rules import MEGATRON, megatron_qkv, table
+from castalia.checkpoint.original import summed_micro_batches
 from castalia.checkpoint.rules import to_ours
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.load import load_config
-from castalia.config.schema import Data, RunConfig, Tokenizer
+from castalia.config.schema import Data, Model, Optimizer, RunConfig, Schedule, Tokenizer, Train
 from castalia.errors import CheckpointError
 
 POSITIONS = {1: "rotary", 2: "learned", 3: "alibi"}  # of megatron.enums.PositionEmbeddingType
@@ -43,9 +47,10 @@ def read(
     version = float(folder.first.get("checkpoint_version", 0 if folder.states else 3))
     rules = table(MEGATRON, model, folder.tp, megatron_qkv(model, folder.tp, version))
     ranks = deepspeed.optimizer_ranks(folder, held, MEGATRON.embedding, model.tie_embeddings)
-    run = given or RunConfig(data=Data(seq_length=folder.args.get("seq_length") or model.max_positions or 2048))
+    run = given or _training(folder, model)
     run = run.model_copy(update={"model": model} | ({"tokenizer": Tokenizer(path=tokenizer)} if tokenizer else {}))
     dtype = weight_dtype(held)
+    reached = progress(folder, run, fp16=dtype == "float16")
     step = folder.step - int(folder.first.get("skipped_steps") or 0)
     apart, apart_note = masters_apart(held, ranks)
     notes = [apart_note] if apart_note else []
@@ -57,7 +62,7 @@ def read(
         format="megatron-deepspeed",
         model=to_ours(rules, held, "weight", BUFFERS),
         optimizer=adam_states(rules, ranks, step, BUFFERS),
-        progress=progress(folder, run, fp16=dtype == "float16"),
+        progress=replace(reached, schedule=_in_steps(reached.schedule, folder.args)),
         config=run,
         notes=tuple(notes),
         state_notes=tuple(state_notes),
@@ -69,7 +74,58 @@ def read(
             **other,
             "masters_apart": apart,
         },
+        summed_micro_batches=summed_micro_batches(folder.version, bool(folder.layers), run, folder.dp or 1),
     )
+
+
+def _training(folder: Folder, model: Model) -> RunConfig:
+    """The training run that the program's arguments describe, as far as they do."""
+    args: Mapping[str, Any] = folder.args
+    told = {"eps": args.get("adam_eps"), "weight_decay": args.get("weight_decay"), "clip_grad": args.get("clip_grad")}
+    told["betas"] = tuple(args[key] for key in ("adam_beta1", "adam_beta2") if key in args) or None
+    optimizer: dict[str, Any] = {"lr": args.get("lr")} | told | deepspeed.optimizer_settings(folder)
+    norm = optimizer.pop("clip_grad")
+    clip = {} if norm is None else {"clip_norm": norm or None}
+    schedule = {"style": args.get("lr_decay_style"), "decay_steps": args.get("lr_decay_iters")}
+    schedule |= {"min_lr": args.get("min_lr"), "warmup": args.get("lr_warmup_fraction")}
+    schedule["warmup_steps"] = args.get("lr_warmup_iters") or None
+    train = {"steps": args.get("train_iters"), "batch_size": args.get("global_batch_size")}
+    train["micro_batch_size"] = args.get("micro_batch_size")
+    if args.get("lr_warmup_iters") == 0 and schedule["warmup"] is None:
+        schedule["warmup"] = 0.0
+    length = args.get("seq_length") or model.max_positions or 2048
+    compute = "bf16" if args.get("bf16") else "fp16" if args.get("fp16") else "fp32"
+    try:
+        return RunConfig(
+            data=Data(seq_length=length),
+            optimizer=Optimizer(**_given(optimizer), **clip),
+            schedule=Schedule(**_given(schedule)),
+            train=Train(**_given(train)),
+            precision={"compute": compute} if args else {},
+            **_given({"seed": args.get("seed")}),
+        )
+    except ValidationError as error:
+        raise CheckpointError(f"{folder.path}: its stored arguments describe no possible run: {error}") from error
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _in_steps(stored: Mapping[str, Any] | None, args: Mapping[str, Any]) -> dict[str, object] | None:
+    """The state of the program's schedule, which counts samples, under NeoX's names and in steps."""
+    names = {"start_lr": "max_lr", "warmup_iter": "warmup_steps", "num_iters": "num_steps", "end_iter": "decay_steps"}
+    batch = args.get("global_batch_size")
+    if not stored or not batch or not {*names.values(), "decay_style", "min_lr"} <= stored.keys():
+        return None
+    found = {ours: stored[theirs] for ours, theirs in names.items()}
+    steps = {name: whole(found[name] / batch) for name in names if name != "start_lr"}
+    return {**found, **steps, "decay_style": stored["decay_style"], "min_lr": stored["min_lr"]}
+
+
+def whole(value: float) -> float:
+    """As an integer where it is one."""
+    return int(value) if float(value).is_integer() else value
 
 
 def _from_arguments(folder: Folder, held: Held) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,18 +31,21 @@ from castalia.checkpoint.formats.neox_settings import (
     step_batch,
     vocabulary,
     weight_dtype,
+    whole,
 )
 from castalia.checkpoint.formats.neox_write import padded
 from castalia.checkpoint.load import architecture
+from castalia.checkpoint.original import clip_norm_of, micro_batches_note, with_micro_batches
 from castalia.checkpoint.pt_writer import Instance, pt_output
 from castalia.checkpoint.rules import Role, to_theirs
 from castalia.checkpoint.tensors import Checkpoint, TensorRef
-from castalia.checkpoint.tokenizer_files import our_tokenizer
+from castalia.checkpoint.tokenizer_files import our_tokenizer, written_tokenizer
 from castalia.checkpoint.writing import Layout, Plan, WriteOptions
-from castalia.config.schema import Model, RunConfig, Train
+from castalia.config.schema import Model, RunConfig, Tokenizer, Train
 from castalia.errors import CheckpointError
 
 VERSION = 3.0  # of the order of fused rows
+RANDOM = "there are no states of random generators: start Megatron-DeepSpeed with --no-load-rng"
 # What the program computes. A key that is not listed may have any value.
 HOLDS: dict[str, set[Any]] = {
     "tie_embeddings": {True}, "parallel_residual": {False}, "norm": {"layernorm"}, "qk_norm": {False},
@@ -57,12 +61,14 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     check(model, layout, options.era, checkpoint.path)
     dtype, words = weight_dtype(checkpoint), vocabulary(checkpoint, model, layout.tp)
     train, batch_note = step_batch(checkpoint, layout)
+    source, micro_batches = checkpoint, train.accumulation or 1
+    checkpoint = with_micro_batches(checkpoint, micro_batches)  # the program always has a pipeline engine
     job = _job(checkpoint, model, words, dtype, layout)
-    arguments = Instance(
-        "argparse.Namespace", fields=_arguments(checkpoint, config, model, words, dtype, train, layout)
-    )
-    rates, given = schedule(checkpoint, config), {"zero_optimization": {"stage": layout.zero}}
     tokenizer, notes = our_tokenizer(checkpoint)
+    fields = _arguments(checkpoint, config, model, words, dtype, train, layout)
+    fields |= _tokenizer_arguments(written_tokenizer(checkpoint, tokenizer, options.folder))
+    arguments = Instance("argparse.Namespace", fields=fields)
+    rates, given = _in_samples(checkpoint, config, train), {"zero_optimization": {"stage": layout.zero}}
     outputs = [*tokenizer, *job.layer_files()]
     for number, stage, rank in job.model_ranks():
         groups = job.parameter_groups(stage, rank, checkpoint.path)
@@ -75,7 +81,8 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         }
         outputs.append(pt_output(f"mp_rank_{number:02d}_model_states.pt", state))
         outputs += job.optimizer_files(number, groups, {key: state[key] for key in ("ds_config", "ds_version")})
-    return Plan(tuple(outputs), (*notes, *filter(None, (batch_note, rows_note(checkpoint, words)))))
+    own_notes = (batch_note, rows_note(checkpoint, words), micro_batches_note(source, micro_batches), RANDOM)
+    return Plan(tuple(outputs), (*notes, *filter(None, own_notes)))
 
 
 def check(model: Model, layout: Layout, era: str, path: str) -> None:
@@ -111,7 +118,7 @@ def _job(checkpoint: Checkpoint, model: Model, words: Vocabulary, dtype: torch.d
         tensors[role] = to_theirs(rules, padded(state_of(checkpoint, role), words.rows), role)
     rates, optimizer = schedule(checkpoint, config), config.optimizer
     common = {
-        "lr": next_rate(rates, "head") if rates else optimizer.lr,
+        "lr": next_rate(rates) if rates else optimizer.lr,
         "bias_correction": True,
         "betas": optimizer.betas,
         "eps": optimizer.eps,
@@ -127,8 +134,46 @@ def _job(checkpoint: Checkpoint, model: Model, words: Vocabulary, dtype: torch.d
         tied=f"{MEGATRON.embedding}.",
         groups=[{**common, "weight_decay": decay} for decay in decays],
         scaler=loss_scaler(checkpoint, config, dtype, "head"),
-        clip=optimizer.clip_norm or 0.0,
+        clip=clip_norm_of(checkpoint) or 0.0,
     )
+
+
+def _in_samples(checkpoint: Checkpoint, config: RunConfig, train: Train) -> dict[str, Any] | None:
+    """The state of the program's schedule, which counts samples (`AnnealingLR`). None where their number is unknown."""
+    rates, batch = schedule(checkpoint, config), train.batch_size
+    if rates is None or batch is None:
+        return None
+    warmup = _warmup(rates, config)
+    steps, fraction = warmup["lr_warmup_iters"], warmup["lr_warmup_fraction"]
+    return {
+        "max_lr": rates["start_lr"],
+        "warmup_steps": steps * batch if fraction is None else fraction * (rates["end_iter"] * batch),
+        "num_steps": rates["num_iters"] * batch,
+        "warmup_tokens": 0,
+        "num_tokens": checkpoint.progress.tokens,
+        "decay_style": rates.get("decay_style", config.schedule.style),
+        "decay_steps": rates["end_iter"] * batch,
+        "min_lr": rates["min_lr"],
+    }
+
+
+def _warmup(rates: Mapping[str, Any] | None, config: RunConfig) -> dict[str, Any]:
+    """Its length in the program's terms: whole steps, or a share of the decay."""
+    steps = whole(rates["warmup_iter"]) if rates else 0
+    if rates is None or isinstance(steps, int):
+        return {"lr_warmup_fraction": None, "lr_warmup_iters": steps}
+    share = config.schedule.warmup
+    known = config.schedule.warmup_steps is None and share * rates["end_iter"] == steps
+    return {"lr_warmup_fraction": share if known else steps / rates["end_iter"], "lr_warmup_iters": 0}
+
+
+def _tokenizer_arguments(words: Tokenizer) -> dict[str, Any]:
+    """Which of the program's tokenizers reads the files, and where they are."""
+    if words.kind == "gpt2" or words.merges:
+        return {"tokenizer_type": "GPT2BPETokenizer", "vocab_file": words.path, "merge_file": words.merges}
+    folder = str(Path(words.path).parent) if words.path else None
+    none = {"vocab_file": None, "merge_file": None}
+    return {"tokenizer_type": "PretrainedFromHF", "tokenizer_name_or_path": folder, **none}
 
 
 def _arguments(
@@ -143,7 +188,7 @@ def _arguments(
     """The program's arguments, as far as a config tells them."""
     positions = {name: number for number, name in POSITIONS.items()}
     gates = {ours: theirs for theirs, ours in GATED.items()}
-    optimizer, own = config.optimizer, config.schedule
+    optimizer, own, rates = config.optimizer, config.schedule, schedule(checkpoint, config)
     return {
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
@@ -165,14 +210,17 @@ def _arguments(
         "hidden_dropout": model.hidden_dropout,
         "init_method_std": model.init_std,
         "weight_decay": optimizer.weight_decay,
-        "clip_grad": optimizer.clip_norm or 0.0,
+        "clip_grad": clip_norm_of(checkpoint) or 0.0,
         "adam_beta1": optimizer.betas[0],
         "adam_beta2": optimizer.betas[1],
         "adam_eps": optimizer.eps,
         "optimizer": "adam",
         "lr": optimizer.lr,
         "lr_decay_style": own.style,
-        "lr_decay_iters": own.decay_steps,
+        "lr_decay_iters": rates["end_iter"] if rates else own.decay_steps,
+        "lr_decay_samples": None,
+        **_warmup(rates, config),
+        "lr_warmup_samples": 0,
         "min_lr": own.min_lr,
         "train_iters": config.train.steps,
         "micro_batch_size": train.micro_batch_size,
@@ -182,9 +230,6 @@ def _arguments(
         "fp16": PRECISIONS[dtype] == "fp16",
         "bf16": PRECISIONS[dtype] == "bf16",
         "params_dtype": dtype,
-        "tokenizer_type": "GPT2BPETokenizer" if config.tokenizer.kind in ("gpt2", None) else "PretrainedFromHF",
-        "vocab_file": config.tokenizer.path,
-        "merge_file": config.tokenizer.merges,
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
         "data_parallel_size": layout.dp,

@@ -36,6 +36,7 @@ import castalia
 from castalia.checkpoint.checksum import crc32
 from castalia.checkpoint.container import refuse_pointer
 from castalia.checkpoint.lazy import Cast
+from castalia.checkpoint.original import take_inherited
 from castalia.checkpoint.stored import DTYPE_CODES, DTYPES, Extent, StoredTensor, inside, write_safetensors
 from castalia.checkpoint.tensors import AdamState, Checkpoint, Progress, Shard, TensorRef, name_of
 from castalia.config.schema import RunConfig
@@ -282,10 +283,8 @@ def read(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path / MANIFEST}: the config in it is not one of this version: {error}") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / MANIFEST} is malformed: {error!r}") from error
-    summed = manifest.get("summed_bias_ranks", 1)
-    return Checkpoint(
-        str(path), "native", model, optimizer, progress, config, details=details, summed_bias_ranks=summed
-    )
+    progress, inherited = take_inherited(progress, manifest, config)
+    return Checkpoint(str(path), "native", model, optimizer, progress, config, details=details, **inherited)
 
 
 def _check_files(path: Path, sizes: Mapping[str, int]) -> None:

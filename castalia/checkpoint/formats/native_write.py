@@ -50,7 +50,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         if checkpoint.optimizer is None
         else {name: each["step"] for name, each in state.items()},
         "rounded_weights": {name: DTYPE_CODES[checkpoint.model[name].dtype_name] for name in sorted(apart)},
-        "summed_bias_ranks": checkpoint.summed_bias_ranks,
+        **checkpoint.inherited,
     }
 
     def finish(folder: Path, results: Mapping[str, Any]) -> None:

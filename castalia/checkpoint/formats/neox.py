@@ -12,6 +12,7 @@ from castalia.checkpoint.formats.assemble import adam_states, layout, masters_ap
 from castalia.checkpoint.formats.deepspeed import BUFFERS, LAYER, RANK_STATE, SHARD, STATE, Folder
 from castalia.checkpoint.formats.neox_model import Held, compare, config_files, merge, observed, stored_arguments
 from castalia.checkpoint.formats.neox_rules import HEAD, LEGACY, W123, GqaRows, Names, neox_qkv, table
+from castalia.checkpoint.original import summed_micro_batches
 from castalia.checkpoint.rules import to_ours
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.checkpoint.zero import RankState
@@ -89,7 +90,9 @@ def read(
         notes=tuple(note for note in notes if note),
         state_notes=tuple(note for note in (optimizer_note, summed_note) if note),
         details={**layout(folder), **facts, **stored_arguments(folder.args), **other, "masters_apart": apart},
+        release="v1" if era == "v1" else "head",
         summed_bias_ranks=summed,
+        summed_micro_batches=summed_micro_batches(folder.version, bool(folder.layers), run, folder.dp or 1),
     )
 
 

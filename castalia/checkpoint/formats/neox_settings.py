@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from math import floor
+from math import floor, inf, nextafter
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from castalia.checkpoint.load import architecture, load_tokenizer_for
+from castalia.checkpoint.original import UNSEEN_CLIP_NORM, clip_norm_of
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.checkpoint.writing import Layout, WriteOptions
 from castalia.config.batch import batch_plan, planned_dp
-from castalia.config.neox_write import lost, to_neox
+from castalia.config.neox_write import lost, to_neox, trainable
 from castalia.config.schedule import LearningRate
-from castalia.config.schema import Model, RunConfig, Train
+from castalia.config.schema import Checkpoint as Saving
+from castalia.config.schema import Model, Optimizer, RunConfig, Tokenizer, Train
 from castalia.errors import CastaliaError, CheckpointError, ConfigError
 
 PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -25,6 +28,7 @@ MULTIPLES = (128, 64, 256, 512, 1024, 32, 16, 8, 4, 2, 1)  # of the vocabulary, 
 FIRST_RELEASE = {
     "gated_mlp": False, "qk_norm": False, "attention_bias": True, "mlp_bias": True, "sliding_window": None,
 }  # fmt: skip
+SCHEDULE = ("start_lr", "warmup_iter", "num_iters", "decay_style", "end_iter", "min_lr")  # of its stored state
 LATER_KEYS = ("use_bias_in_attn_linear", "use_bias_in_mlp", "use_qk_layernorm", "rms_norm_epsilon")
 
 
@@ -44,22 +48,23 @@ class Target:
     keys: dict[str, Any]  # of its config file
     dtype: torch.dtype
     vocabulary: Vocabulary
+    clip: float  # the largest gradient norm, as optimizer files have it; 0.0 for none
     notes: tuple[str, ...]
 
 
-def adapted(checkpoint: Checkpoint, options: WriteOptions) -> Target:
-    """Raises CheckpointError for what NeoX cannot hold, by name."""
+def adapted(checkpoint: Checkpoint, options: WriteOptions, words: Tokenizer) -> Target:
+    """`words`: the tokenizer as it is written. Raises CheckpointError for what NeoX cannot hold, by name."""
     model, layout, path = architecture(checkpoint), options.layout, checkpoint.path
     assert checkpoint.config is not None
     check_layout(model, layout, path)
     dtype = weight_dtype(checkpoint)
-    words = vocabulary(checkpoint, model, layout.tp)
+    rows = vocabulary(checkpoint, model, layout.tp)
     train, batch_note = step_batch(checkpoint, layout)
     epsilon = options.era == "head" or model.norm != "rmsnorm"  # where this release has it: inside the root or not
     if model.norm == "rmsnorm" and model.rms_eps_inside != epsilon:
         raise _refused(path, {"model.rms_eps_inside": model.rms_eps_inside})
     changes = {
-        "vocab_multiple": words.multiple * layout.tp,
+        "vocab_multiple": rows.multiple * layout.tp,
         "init_passes": 1 if layout.pp else 2,
         "rms_eps_inside": True,
     }
@@ -67,8 +72,12 @@ def adapted(checkpoint: Checkpoint, options: WriteOptions) -> Target:
     ranks["gpus"] = layout.tp * max(1, layout.pp) * layout.dp
     data = checkpoint.config.data
     longest = min(data.seq_length, model.max_positions or data.seq_length)  # configs that only describe a model differ
+    optimizer, clip, clip_note = _clipping(checkpoint, options.era)
     config = checkpoint.config.model_copy(
         update={
+            "checkpoint": _saving(checkpoint, options.folder),
+            "optimizer": optimizer,
+            "tokenizer": words,
             "data": data.model_copy(update={"seq_length": longest}),
             "model": model.model_copy(update=changes),
             "parallel": checkpoint.config.parallel.model_copy(update=ranks),
@@ -76,11 +85,12 @@ def adapted(checkpoint: Checkpoint, options: WriteOptions) -> Target:
             "train": train,
         }
     )
+    config = trainable(config)
     keys = to_neox(config) | {"no_load_rng": True}
     if options.era == "v1":
         _check_first_release(model, path)
         keys = {key: value for key, value in keys.items() if key not in LATER_KEYS}
-    notes = [batch_note, *_left_out(checkpoint, config, keys), rows_note(checkpoint, words)]
+    notes = [batch_note, clip_note, *_left_out(checkpoint, config, keys), rows_note(checkpoint, rows)]
     rounds = layout.tp & (layout.tp - 1) or (layout.tp > 1 and dtype == torch.float16)
     if rounds and model.parallel_residual and (model.attention_bias or model.mlp_bias):
         notes.append(
@@ -90,7 +100,34 @@ def adapted(checkpoint: Checkpoint, options: WriteOptions) -> Target:
         )
     if checkpoint.optimizer is None:
         notes.append("there is no optimizer state: the original can only start from these weights, with finetune: true")
-    return Target(config, config.model or model, keys, dtype, words, tuple(note for note in notes if note))
+    if not (config.train.steps or config.train.epochs):
+        notes.append("how many steps to train is not known: set train_iters in configs/config.yml")
+    return Target(config, config.model or model, keys, dtype, rows, clip, tuple(note for note in notes if note))
+
+
+def _saving(checkpoint: Checkpoint, folder: Path | None) -> Saving:
+    """Where the original loads from and saves: the folder that is being written."""
+    assert checkpoint.config is not None
+    saving = checkpoint.config.checkpoint.model_copy(update={"resume": None, "init_from": None, "step": None})
+    if folder is None:
+        return saving
+    run = str(folder.parent)  # which has `latest`
+    start = "init_from" if checkpoint.optimizer is None else "resume"
+    return saving.model_copy(update={start: run, "dir": run})
+
+
+def _clipping(checkpoint: Checkpoint, era: str) -> tuple[Optimizer, float, str]:
+    """The optimizer's settings with which the original clips as the run did, that norm, and what to say about it."""
+    assert checkpoint.config is not None
+    optimizer, norm = checkpoint.config.optimizer, clip_norm_of(checkpoint)
+    if norm is None:
+        unseen = era == "head" and optimizer.clip_norm == UNSEEN_CLIP_NORM
+        return optimizer if unseen else optimizer.model_copy(update={"clip_norm": None}), 0.0, ""
+    if norm != UNSEEN_CLIP_NORM or era == "v1":
+        return optimizer, norm, ""
+    above = nextafter(norm, inf)
+    note = f"gradients are clipped at {norm}: written as {above}, since the original does not clip at its default"
+    return optimizer.model_copy(update={"clip_norm": above}), above, note
 
 
 def check_layout(model: Model, layout: Layout, path: str) -> None:
@@ -137,8 +174,9 @@ def schedule(checkpoint: Checkpoint, config: RunConfig) -> dict[str, Any] | None
     """The state of the original's learning-rate schedule. None where the config does not tell its length."""
     progress, own = checkpoint.progress, config.schedule
     updates = progress.step - progress.skipped
-    if progress.schedule and {"start_lr", "warmup_iter", "end_iter", "min_lr"} <= progress.schedule.keys():
-        return {**progress.schedule, "num_iters": updates}
+    stored = {name: value for name, value in (progress.schedule or {}).items() if name in SCHEDULE}
+    if {"start_lr", "warmup_iter", "end_iter", "min_lr"} <= stored.keys():
+        return {**stored, "num_iters": updates}
     end = own.decay_steps or floor((config.train.steps or 0) * (own.decay_fraction or 1.0))
     if not end:
         return None
@@ -152,7 +190,7 @@ def schedule(checkpoint: Checkpoint, config: RunConfig) -> dict[str, Any] | None
     }
 
 
-def next_rate(state: Mapping[str, Any], era: str) -> float:
+def next_rate(state: Mapping[str, Any], era: str | None = None) -> float:
     """The rate of the next update, as the original computes it: ZeRO's files bring it along."""
     return LearningRate.of_stored(state, era)(state["num_iters"])
 
@@ -167,24 +205,18 @@ def loss_scaler(checkpoint: Checkpoint, config: RunConfig, dtype: torch.dtype, e
     stored = checkpoint.progress.loss_scale or {}
     counters = {"cur_scale": scale.initial, "cur_iter": checkpoint.progress.step, "last_overflow_iter": -1}
     counters["cur_hysteresis"] = scale.hysteresis
-    found = {name: _whole(stored.get(name, value)) for name, value in counters.items()}
+    found = {name: whole(stored.get(name, value)) for name, value in counters.items()}
     return {
         **found,
         "scale_factor": 2.0,
         "scale_window": scale.window,
-        "min_scale": _whole(scale.minimum),
+        "min_scale": whole(scale.minimum),
         "delayed_shift": scale.hysteresis,
         "consecutive_hysteresis": scale.consecutive_hysteresis,
         "raise_error_at_min_scale": True,
         **marks,
         **({"dtype": dtype} if era == "head" else {}),
     }
-
-
-def clipping(checkpoint: Checkpoint, config: RunConfig, era: str) -> float:
-    """The gradient norm that files name; the original at HEAD trains without where its default is given."""
-    norm = config.optimizer.clip_norm or 0.0
-    return 0.0 if norm == 1.0 and era == "head" and checkpoint.format == "neox" else norm
 
 
 def deepspeed_config(keys: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
@@ -196,7 +228,7 @@ def deepspeed_config(keys: Mapping[str, Any], config: RunConfig) -> dict[str, An
         batch["gradient_accumulation_steps"] = train.accumulation
     result = {key: value for key, value in batch.items() if value} | {key: keys[key] for key in names if key in keys}
     clip = keys["gradient_clipping"]
-    return result if clip == 1.0 else result | {"gradient_clipping": clip}
+    return result if clip == UNSEEN_CLIP_NORM else result | {"gradient_clipping": clip}
 
 
 def step_batch(checkpoint: Checkpoint, layout: Layout) -> tuple[Train, str]:
@@ -257,5 +289,6 @@ def _padded(rows: int, multiple: int) -> int:
     return -(-rows // multiple) * multiple
 
 
-def _whole(value: float) -> float:
+def whole(value: float) -> float:
+    """As an integer where it is one."""
     return int(value) if float(value).is_integer() else value

@@ -27,17 +27,17 @@ from castalia.checkpoint.formats.neox_rules import HEAD, LEGACY, NORM_PARAMETERS
 from castalia.checkpoint.formats.neox_settings import (
     Target,
     adapted,
-    clipping,
     deepspeed_config,
     loss_scaler,
     next_rate,
     schedule,
 )
 from castalia.checkpoint.lazy import Held, Padded
+from castalia.checkpoint.original import micro_batches_note, with_micro_batches
 from castalia.checkpoint.pt_writer import Named, Size, pt_output
 from castalia.checkpoint.rules import Role, Rule, to_theirs
 from castalia.checkpoint.tensors import Checkpoint, TensorRef
-from castalia.checkpoint.tokenizer_files import our_tokenizer
+from castalia.checkpoint.tokenizer_files import our_tokenizer, written_tokenizer
 from castalia.checkpoint.writing import Plan, WriteOptions, bytes_output
 from castalia.config.neox_write import TOKENIZER_TYPES
 from castalia.config.read import to_yaml
@@ -49,9 +49,12 @@ VOCABULARY = ("embed.weight", "head.weight")
 
 def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     """The files of a step's folder. Raises CheckpointError for what NeoX cannot hold."""
-    target = adapted(checkpoint, options)
+    source, (tokenizer, notes) = checkpoint, our_tokenizer(checkpoint)
+    target = adapted(checkpoint, options, written_tokenizer(checkpoint, tokenizer, options.folder))
+    sums = options.era == "head" and options.layout.pp > 0  # as its pipeline engine does
+    micro_batches = (target.config.train.accumulation or 1) if sums else 1
+    checkpoint = with_micro_batches(checkpoint, micro_batches)
     job = _job(checkpoint, target, options)
-    tokenizer, notes = our_tokenizer(checkpoint)
     outputs = [bytes_output("configs/config.yml", to_yaml(target.keys)), *tokenizer]
     outputs += job.layer_files() if job.pipeline else []
     for number, stage, rank in job.model_ranks():
@@ -60,7 +63,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         beside = _beside_optimizer(job, state, stage, rank)
         outputs.append(pt_output(f"mp_rank_{number:02d}_model_states.pt", state))
         outputs += job.optimizer_files(number, groups, beside)
-    return Plan(tuple(outputs), (*target.notes, *notes))
+    return Plan(tuple(outputs), (*target.notes, *filter(None, (micro_batches_note(source, micro_batches),)), *notes))
 
 
 def _job(checkpoint: Checkpoint, target: Target, options: WriteOptions) -> Job:
@@ -84,7 +87,7 @@ def _job(checkpoint: Checkpoint, target: Target, options: WriteOptions) -> Job:
         tied="0." if model.tie_embeddings else "",
         groups=_group_settings(checkpoint, target, options.era),
         scaler=loss_scaler(checkpoint, target.config, target.dtype, options.era),
-        clip=clipping(checkpoint, target.config, options.era),
+        clip=target.clip,
     )
 
 
