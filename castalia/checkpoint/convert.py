@@ -92,12 +92,8 @@ def own_precision(checkpoint: Checkpoint, to: str, optimizer: bool) -> tuple[tor
     held = {ref.dtype for ref in checkpoint.model.values()}
     if to in ("native", "peft") or checkpoint.format != "native" or dtype is None or held != {torch.float32}:
         return None, ""
-    kept = (
-        "the fp32 masters are kept"
-        if optimizer and checkpoint.optimizer
-        else "without an optimizer state the masters are lost"
-    )
-    return dtype, f"weights are rounded to {compute}, in which the run computes; {kept}. --dtype fp32 leaves them alone"
+    kept = "with their fp32 masters beside them" if optimizer and checkpoint.optimizer else "without masters"
+    return dtype, f"weights become {compute}, in which the run computes, {kept}; --dtype fp32 leaves them as they are"
 
 
 def identity(checkpoint: Checkpoint, options: WriteOptions, plan: Plan) -> str:

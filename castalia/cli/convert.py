@@ -31,7 +31,7 @@ def command(
     era: Annotated[Literal["v1", "head"] | None, typer.Option(help="of NeoX's files; default: head")] = None,
     dtype: Annotated[
         Literal["fp32", "bf16", "fp16"] | None,
-        typer.Option(help="of the weights; default: as they are, of a run its own"),
+        typer.Option(help="of the weights; default: as they are; a run's own"),
     ] = None,
     allow_inf: Annotated[
         bool, typer.Option("--allow-inf", help="let values that are too large for --dtype become infinite")

@@ -25,7 +25,7 @@ from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.lazy import Held, Part, Transposed
 from castalia.checkpoint.stored import Extent, StoredTensor, as_bytes
 from castalia.checkpoint.writing import Layout, WriteOptions, in_blobs, pieces, shards, verifying
-from castalia.config.schema import Model
+from castalia.config.schema import Model, Precision
 from castalia.errors import CheckpointError, ConfigError
 from castalia.files import REPLACED, workplace
 from tests.checkpoint.made import FAMILIES, SIZES, assert_same, changed, made, written
@@ -399,3 +399,25 @@ def test_a_cast_that_holds_everything_is_not_refused(tmp_path: Path) -> None:
     plan = convert.TARGETS["hf"].plan(convert.prepare(source, torch.float16), WriteOptions())
     convert.write(plan, tmp_path / "out", "mark", lambda count: None)
     assert not convert.infinite_values(plan)
+
+
+@pytest.mark.parametrize(("compute", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", None)])
+def test_a_run_converts_to_files_of_its_own_precision(
+    compute: str, dtype: torch.dtype | None, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A run's own files hold its fp32 masters, which other formats keep beside the weights."""
+    from castalia.cli.convert import command
+
+    source = made(FAMILIES["gpt_neox"])
+    config = source.config.model_copy(update={"precision": Precision(compute=compute)})
+    source = written(replace(source, config=config), tmp_path / "run", "native")
+    command(str(tmp_path / "run"), tmp_path / "out", to="hf", verify=True)
+    said = f"weights become {compute}, in which the run computes, with their fp32 masters beside them"
+    assert (said in capsys.readouterr().out) == (dtype is not None)
+    result = open_checkpoint(tmp_path / "out")
+    for name, ref in source.model.items():
+        assert torch.equal(result.model[name].read(), ref.read().to(dtype or torch.float32))
+        assert torch.equal(result.optimizer[name]["master"].read(), ref.read())
+    for to in ("native", "peft"):
+        assert convert.own_precision(source, to, True) == (None, "")
+    assert convert.own_precision(result, "neox", True) == (None, "")  # its files have a precision already

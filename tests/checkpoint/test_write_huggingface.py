@@ -136,6 +136,14 @@ def test_tokenizer_files_of_transformers_are_copied(fixtures: Path, tmp_path: Pa
         assert (tmp_path / "out" / name).read_bytes() == (saved / name).read_bytes()
 
 
+def test_a_tokenizer_json_is_copied_byte_for_byte(fixtures: Path, tmp_path: Path) -> None:
+    given = fixtures / "neox" / "data" / "tok.json"
+    source = made(FAMILIES["gpt2"], optimizer=False)
+    config = source.config.model_copy(update={"tokenizer": Tokenizer(path=str(given))})
+    written(replace(source, config=config), tmp_path / "out", "hf")
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == given.read_bytes()
+
+
 def test_defaults_that_differ_are_written(tmp_path: Path) -> None:
     written(made(FAMILIES["gpt_neox sequential tied"]), tmp_path / "neox", "hf")
     config = json.loads((tmp_path / "neox" / "config.json").read_text())

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from castalia.config.schema import Tokenizer as Config
-from castalia.data.tokenizer import PADDING, load_tokenizer, train_bpe
+from castalia.data.tokenizer import PADDING, engine_text, load_tokenizer, train_bpe
 from castalia.errors import DataError
 
 TEXTS = ["the cat sat on the mat", "the dog sat on the log", "Käse und Brot"] * 20
@@ -82,6 +82,17 @@ def test_training_is_repeatable_and_loses_no_text(tmp_path: Path) -> None:
     assert load_tokenizer(Config(path=str(tmp_path / "tokenizer.json"))).encode("the cat") == first.encode("the cat")
     with pytest.raises(DataError, match="256 bytes"):
         train_bpe(TEXTS, 100)
+
+
+def test_merges_are_texts_that_old_readers_know(tmp_path: Path) -> None:
+    """Pairs came with tokenizers 0.20, whose own files older versions cannot open."""
+    trained = train_bpe(["In the beginning was the word"] * 3, 280)
+    trained.save(tmp_path)
+    merges = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["merges"]
+    assert merges and all(isinstance(merge, str) and merge.count(" ") == 1 for merge in merges)
+    again = load_tokenizer(Config(path=str(tmp_path)))
+    assert again.encode("the beginning") == trained.encode("the beginning")
+    assert json.loads(engine_text(again.engine)) == json.loads((tmp_path / "tokenizer.json").read_text())
 
 
 def test_tiktoken_with_an_encoding_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
