@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 UNSEEN_CLIP_NORM = 1.0  # its config's default, which it does not hand on to DeepSpeed
 FIRST_SUMMING = (0, 16)  # DeepSpeed's release from which a pipeline engine adds up what it should average
-INHERITED: Mapping[str, Any] = {"release": None, "summed_bias_ranks": 1, "summed_micro_batches": 1}  # names, neutral
+# What is carried on, and what it is where there is nothing of it.
+INHERITED: Mapping[str, Any] = {
+    "release": None, "summed_bias_ranks": 1, "summed_micro_batches": 1, "norm_ranks": (1, 1),
+}  # fmt: skip
 
 
 def clip_norm(norm: float | None, release: str | None) -> float | None:
@@ -49,9 +52,10 @@ def take_inherited(
     progress: Progress, stored: Mapping[str, Any], config: RunConfig | None
 ) -> tuple[Progress, dict[str, Any]]:
     """What a conversion `stored`, or a run that follows the original noted in its schedule, which is freed of it."""
-    schedule = dict(progress.schedule or {})
+    schedule: dict[str, Any] = dict(progress.schedule or {})
     found = {name: schedule.pop(name, stored.get(name, neutral)) for name, neutral in INHERITED.items()}
-    noted = progress.schedule or {}
+    found["norm_ranks"] = tuple(found["norm_ranks"])  # a list in JSON
+    noted = dict(progress.schedule or {})
     if noted.get("release") == "head" and "summed_micro_batches" not in noted and config and config.model:
         # our own checkpoints did not note the number at first; a model made in one pass has the pipeline engine
         dp = planned_dp(config) or 1

@@ -115,6 +115,7 @@ class Checkpoint:
     # What the original's defects left in the state (see `castalia.checkpoint.original`):
     release: str | None = None  # "v1" or "head": the one that trained it, or that its run follows
     summed_bias_ranks: int = 1  # T when row-parallel biases were summed over T tensor ranks
+    norm_ranks: tuple[int, int] = (1, 1)  # (T, P) when gradient norms are of the first tensor rank and stage alone
     summed_micro_batches: int = 1  # n when Adam's moments are of gradients summed over n micro-batches, 1: of means
 
     @property

@@ -19,6 +19,7 @@ from castalia.parallel.compile import compile_blocks
 from castalia.parallel.recompute import apply_recompute, has_dropout
 
 T = TypeVar("T")
+Counted = Mapping[str, tuple[int, int] | None]  # name -> the first `size` entries in dimension `dim`, or all
 Objective = Callable[[Tensor, int], Tensor]  # a micro-batch's number for each sequence, and its index -> sum of losses
 
 
@@ -67,6 +68,14 @@ class Part(NamedTuple):
     @property
     def slices(self) -> tuple[slice, ...]:
         return tuple(slice(s, s + n) for s, n in zip(self.start, self.local.shape, strict=True))
+
+
+def first(part: Part, limit: tuple[int, int] | None) -> Tensor:
+    """Of a part what lies within the first `size` entries of the whole tensor in dimension `dim`; None: all of it."""
+    if limit is None:
+        return part.local
+    dim, size = limit
+    return part.local.narrow(dim, 0, max(0, min(size - part.start[dim], part.local.shape[dim])))
 
 
 class Engine:
@@ -141,9 +150,15 @@ class Engine:
         """What of the gradients lies on this rank."""
         return [p.grad for p in self.model.parameters() if p.grad is not None]
 
-    def gradient_norm(self) -> Tensor:
-        """L2 norm of the gradients of all ranks, on the engine's device; not finite if any element is not."""
-        return torch.nn.utils.get_total_norm(self.gradients())
+    def gradient_norm(self, counted: Counted | None = None) -> Tensor:
+        """L2 norm of the gradients of all ranks, on the engine's device; not finite if any element is not.
+
+        `counted`: the tensors that alone count, and of each either all (None) or the first entries in one dimension.
+        """
+        if counted is None:
+            return torch.nn.utils.get_total_norm(self.gradients())
+        named = {name: p.grad for name, p in self.parameters.items() if name in counted and p.grad is not None}
+        return torch.nn.utils.get_total_norm([first(self.part(grad), counted[name]) for name, grad in named.items()])
 
     def sum_over_data(self, value: float) -> float:
         return value

@@ -20,7 +20,7 @@ from castalia.model.loss import IGNORE
 from castalia.model.transformer import Transformer
 from castalia.parallel.apply import build_stages
 from castalia.parallel.context import WAYS, refuse_ring
-from castalia.parallel.engine import Engine, Objective, Part, Rows, T, micro_loss
+from castalia.parallel.engine import Counted, Engine, Objective, Part, Rows, T, micro_loss
 from castalia.parallel.layout import check_run, layout
 from castalia.parallel.mesh import Mesh, build_mesh
 from castalia.parallel.pipeline import Pipeline
@@ -192,8 +192,9 @@ class Ranks(Engine):
     def gradients(self) -> list[Tensor]:
         return [local(p.grad) for model in self.models for p in model.parameters() if p.grad is not None]
 
-    def gradient_norm(self) -> Tensor:
-        every = [p for model in self.models for p in model.parameters()]
+    def gradient_norm(self, counted: Counted | None = None) -> Tensor:
+        named = [(name, p) for model in self.models for name, p in model.named_parameters()]
+        every = [(p, counted[name] if counted else None) for name, p in named if counted is None or name in counted]
         return global_gradient_norm(every, self.device, twice=self.pipeline.tied if self.pipeline else ())
 
     def sum_over_data(self, value: float) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from castalia.parallel.engine import Part
+from castalia.parallel.engine import Part, first
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -43,17 +43,21 @@ def num_copies(tensor: Tensor) -> int:
     return copies
 
 
-def global_gradient_norm(parameters: Iterable[Tensor], device: torch.device, twice: Iterable[Tensor] = ()) -> Tensor:
+def global_gradient_norm(
+    parameters: Iterable[tuple[Tensor, tuple[int, int] | None]], device: torch.device, twice: Iterable[Tensor] = ()
+) -> Tensor:
     """L2 norm of all gradients over all ranks of the run, each element counted once. On `device`, without waiting.
 
+    Beside a parameter stands what counts of it: the first `size` entries of the whole in dimension `dim`; None: all.
     `twice` are parameters whose equal gradients two pipeline stages hold: the tied embedding. A rank without gradients
     takes part with 0.
     """
     shared = {id(parameter) for parameter in twice}
     held: dict[int, list[Tensor]] = defaultdict(list)  # by the number of ranks that hold the same
-    for parameter in parameters:
+    for parameter, limit in parameters:
         if parameter.grad is not None:
-            held[num_copies(parameter.grad) * (2 if id(parameter) in shared else 1)].append(local(parameter.grad))
+            mine = local(parameter.grad) if limit is None else first(part(parameter.grad), limit)
+            held[num_copies(parameter.grad) * (2 if id(parameter) in shared else 1)].append(mine)
     total = torch.zeros((), dtype=torch.float64, device=device)  # all ranks' on one kind: it chooses gloo or NCCL
     for copies, gradients in held.items():
         norms = torch.stack(torch._foreach_norm(gradients, 2.0, dtype=torch.float64))

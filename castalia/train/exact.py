@@ -6,6 +6,7 @@
 | gradients of micro-batches under the pipeline engine | averaged | summed |
 | learning rate | starts at 0, decays over `end` steps counted from the warm-up's end | spike, rising cosine |
 | Adam's step where the files lack it | one ahead: it counts an empty first step | stored |
+| norm for clipping in fp16 without ZeRO | of the first tensor rank and stage alone | of all ranks |
 
 In both, row-parallel biases that were summed over T tensor ranks take T full steps at once.
 """
@@ -27,6 +28,7 @@ class Exact:
     gradient_factor: int = 1
     summed_bias_ranks: int = 1
     adam_steps_ahead: int = 0
+    norm_ranks: tuple[int, int] = (1, 1)  # tensor ranks and stages, of the first of which alone the norm is taken
 
     def stored(self) -> dict[str, object]:
         """What a checkpoint must remember, because the original's files are not read again."""
@@ -36,6 +38,7 @@ class Exact:
             "release": self.release,
             "summed_bias_ranks": self.summed_bias_ranks,
             "summed_micro_batches": self.gradient_factor,
+            "norm_ranks": self.norm_ranks,
         }
 
 
@@ -48,7 +51,8 @@ def exact_behaviour(config: RunConfig, resumed: Checkpoint | None) -> Exact:
     ranks = resumed.summed_bias_ranks if resumed else 1
     steps_missing = resumed is not None and resumed.details.get("adam_steps_stored") is False
     if release == "v1":
-        return Exact(wanted, "v1", summed_bias_ranks=ranks, adam_steps_ahead=int(steps_missing))
+        assert resumed is not None
+        return Exact(wanted, "v1", 1, ranks, int(steps_missing), resumed.norm_ranks)
     assert config.model is not None
     has_pipeline_engine = config.model.init_passes == 1  # it has one even for a single stage, but not for none
     accumulation = batch_plan(config, planned_dp(config) or 1).accumulation

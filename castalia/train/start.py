@@ -11,6 +11,7 @@ import torch
 
 from castalia.checkpoint.adapters import adapters_of
 from castalia.checkpoint.formats import open_checkpoint
+from castalia.checkpoint.formats.neox_rules import first_rank
 from castalia.checkpoint.load import VOCABULARY, LoadReport, fill_with_mean, load_optimizer, load_shards
 from castalia.checkpoint.load import architecture as checkpoint_architecture
 from castalia.checkpoint.tensors import Checkpoint, Progress, Shard
@@ -148,6 +149,7 @@ def start(config: RunConfig) -> Session:
         preference=preference_loss(settled(config, compiling), engine, dtype, plan, reference),
         batch_warmup=config.train.batch_size_warmup,
         first_compiled=compiling.first or 0,
+        counted_in_norm=None if exact.norm_ranks == (1, 1) else first_rank(config.model, *exact.norm_ranks),
     )
     if compiling.first is not None and config.train.compile == "auto":
         allow_eager(e.models for e in (engine, step.preference and step.preference.reference) if e)

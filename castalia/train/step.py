@@ -14,7 +14,7 @@ from castalia.config.schema import Warmup
 from castalia.data.loader import Batch
 from castalia.errors import TrainingError
 from castalia.parallel.compile import eager_before
-from castalia.parallel.engine import Engine, Rows
+from castalia.parallel.engine import Counted, Engine, Rows
 from castalia.train.optimizer import LossScaler, set_rate
 from castalia.train.rules import AnyOptimizer
 from castalia.train.schedule import LearningRate
@@ -58,11 +58,13 @@ class TrainStep:
         preference: PreferenceLoss | None = None,
         batch_warmup: Warmup | None = None,
         first_compiled: int = 0,
+        counted_in_norm: Counted | None = None,
     ):
         self.engine, self.optimizer, self.rate, self.plan = engine, optimizer, rate, plan
         self.seed, self.clip_norm, self.scaler = seed, clip_norm, scaler
         self.micro_batch_means, self.gradient_factor = micro_batch_means, gradient_factor
         self.skipped, self.preference, self.batch_warmup = skipped, preference, batch_warmup
+        self.counted_in_norm = counted_in_norm  # what clipping takes the norm of; None: all gradients
         self.skipped_in_a_row, self.first_compiled = 0, first_compiled
 
     def __call__(self, step: int, batch: Batch, judge: Judge = lambda loss, norm: True) -> StepResult:
@@ -76,14 +78,16 @@ class TrainStep:
         with eager_before(self.first_compiled, step):
             loss_tensor = self._forward_backward(step, batch, scale)
         norm_tensor = self.engine.gradient_norm()
-        loss, norm = torch.stack([loss_tensor, norm_tensor]).tolist()  # the step's only wait for the device
+        clipped_tensor = self.engine.gradient_norm(self.counted_in_norm) if self.counted_in_norm else norm_tensor
+        figures = torch.stack([loss_tensor, norm_tensor, clipped_tensor])
+        loss, norm, clipped = figures.tolist()  # the step's only wait for the device
         if self.preference:
             self.preference.make_report()
-        norm /= scale
+        norm, clipped = norm / scale, clipped / scale
         finite = math.isfinite(loss) and math.isfinite(norm)
         wanted = judge(loss, norm)
         if finite and wanted:
-            clip = max(1.0, (norm + 1e-6) / self.clip_norm) if self.clip_norm else 1.0
+            clip = max(1.0, (clipped + 1e-6) / self.clip_norm) if self.clip_norm else 1.0
             gradients = self.engine.gradients()
             if gradients and scale * clip != 1.0:  # a pipeline stage may train nothing
                 torch._foreach_mul_(gradients, 1.0 / (scale * clip))

@@ -12,7 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from castalia.config.batch import BatchPlan
 from castalia.config.schema import Data, Model, Optimizer, Parallel, RunConfig
 from castalia.data.loader import Batch
-from castalia.parallel.engine import one_process
+from castalia.parallel.engine import Part, first, one_process
 from castalia.parallel.ranks import Ranks
 from castalia.train.optimizer import make_optimizer
 from castalia.train.schedule import LearningRate
@@ -36,6 +36,14 @@ def test_the_norm_of_offloaded_gradients_is_on_the_device_of_the_loss(one_of_two
     assert ranks.gradient_norm().device.type == "meta"
     ranks.device = torch.device("cpu")
     assert ranks.gradient_norm() == 12**0.5
+    assert ranks.gradient_norm({"weight": (1, 2)}) == 6**0.5  # the first two columns alone
+    assert ranks.gradient_norm({"weight": (0, 1), "bias": None}) == 6**0.5
+
+
+def test_the_first_entries_of_a_part():
+    part = Part(torch.arange(6.0).view(2, 3), (8, 3), (4, 0), True)  # rows 4 and 5
+    assert [first(part, (0, size)).numel() for size in (4, 5, 8)] == [0, 3, 6]
+    assert first(part, (1, 1)).flatten().tolist() == [0.0, 3.0] and first(part, None) is part.local
 
 
 @pytest.mark.gpu

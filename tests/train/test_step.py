@@ -186,3 +186,23 @@ def test_a_batch_without_labels_is_refused():
     nothing = Batch(np.zeros((8, 12), np.int64), np.full((8, 12), -100), np.zeros((8, 12), bool))
     with pytest.raises(TrainingError, match="step 3: every label of the batch is masked"):
         build()(2, nothing)
+
+
+def test_clipping_by_the_norm_of_a_part():
+    """Of the tensors that count, and of their first entries; what is reported is the norm of all."""
+    plain, part = (
+        build(clip_norm=1e-3),
+        build(clip_norm=1e-3, counted_in_norm={"norm.weight": None, "embed.weight": (0, 4)}),
+    )
+    grads = {}
+    for step in (plain, part):
+        before = {name: p.detach().clone() for name, p in step.engine.parameters.items()}
+        step.optimizer = torch.optim.SGD(step.engine.model.parameters(), lr=1.0)
+        step.optimizer.param_groups[0]["lr_scale"] = 100.0  # times the rate of 0.01
+        grads[step] = step(0, batch()).grad_norm, {n: before[n] - p.detach() for n, p in step.engine.parameters.items()}
+    (norm, whole), (reported, counted) = grads[plain], grads[part]
+    assert norm == reported
+    size = torch.cat([counted["norm.weight"], counted["embed.weight"][:4].flatten()]).norm()
+    assert size.item() == pytest.approx(1e-3, rel=1e-3)
+    ratio = counted["head.weight"].norm() / whole["head.weight"].norm()
+    assert ratio.item() > 1.5

@@ -92,6 +92,7 @@ def read(
         details={**layout(folder), **facts, **stored_arguments(folder.args), **other, "masters_apart": apart},
         release="v1" if era == "v1" else "head",
         summed_bias_ranks=summed,
+        norm_ranks=(folder.tp, folder.pp) if era == "v1" and dtype == "float16" and not folder.shards else (1, 1),
         summed_micro_batches=summed_micro_batches(folder.version, bool(folder.layers), run, folder.dp or 1),
     )
 

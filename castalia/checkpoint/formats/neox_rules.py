@@ -22,6 +22,7 @@ from castalia.checkpoint.rules import (
     per_block,
 )
 from castalia.config.schema import Model
+from castalia.plan.count import tensor_shapes
 
 NORM_PARAMETERS = {
     "layernorm": {"weight": "weight", "bias": "bias"},
@@ -100,6 +101,20 @@ def table(names: Names, model: Model, tp: int, qkv: Op) -> list[Rule]:
     if not model.tie_embeddings:
         rules.append(Rule("head.weight", names.head(model.num_layers), shards))
     return rules
+
+
+def first_rank(model: Model, tp: int, pp: int) -> dict[str, tuple[int, int] | None]:
+    """What the first tensor rank of the first stage holds in the first release: of a tensor the first `size` entries
+    in dimension `dim`, or all of it (None)."""
+    from castalia.checkpoint.formats.deepspeed_write import cut_stages  # imports torch
+
+    stage = cut_stages([0, 1, *[1] * model.num_layers, 1, 0, 0], pp, "v1")[0]
+    shapes, held = tensor_shapes(model), {}
+    for rule in table(LEGACY, model, tp, neox_qkv(model, tp, "new")):
+        if int(rule.theirs.partition(".")[0]) in stage:
+            dim = rule.op.dim if isinstance(rule.op, ConcatRanks) else None
+            held[rule.ours] = None if dim is None else (dim, shapes[rule.ours][dim] // tp)
+    return held
 
 
 def neox_qkv(model: Model, tp: int, rows: GqaRows) -> Op:
