@@ -45,6 +45,11 @@ def tokenizer_settings(checkpoint: Checkpoint) -> Tokenizer | None:
     return given.model_copy(update=found)
 
 
+def model_folder(checkpoint: Checkpoint) -> Path | None:
+    """Where files say which tokens end the model's text, whichever tokenizer is used."""
+    return Path(checkpoint.path) if checkpoint.format == "huggingface" else None
+
+
 def _beside(folder: Path, path: str | None) -> str | None:
     """A relative path means one below `folder` where that exists, else one below the working directory."""
     return str(folder / path) if path is not None and (folder / path).exists() else path

@@ -8,20 +8,23 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from castalia.checkpoint.agreement import mismatches
-from castalia.checkpoint.describe import describe, readable, tokenizer_settings
+from castalia.checkpoint.describe import describe, model_folder, readable, tokenizer_settings
 from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.rules import drift
 from castalia.checkpoint.stored import StoredTensor
 from castalia.checkpoint.tensors import Checkpoint, Shard, TensorRef, name_of
-from castalia.config.schema import Model
+from castalia.config.schema import Model, Tokenizer
 from castalia.errors import CheckpointError
 from castalia.model.transformer import Transformer
 from castalia.plan.count import adapter_shapes, tensor_shapes
+
+if TYPE_CHECKING:
+    from castalia.data.tokenizer import Tokenizer as AnyTokenizer
 
 MAX_READERS = 4  # threads
 VOCABULARY = {"embed.weight", "head.weight"}  # tensors with a row for each token
@@ -195,14 +198,15 @@ def _all_finite(tensor: torch.Tensor) -> bool:
     return all(bool(end.isfinite()) for end in tensor.aminmax())  # NaN spreads to both; no copy is made
 
 
-def load_tokenizer_for(checkpoint: Checkpoint):  # noqa: ANN201 - any of the tokenizers of castalia.data.tokenizer
-    """The tokenizer that a checkpoint was trained with: the run's copy, else what the config names."""
+def load_tokenizer_for(checkpoint: Checkpoint, path: str | None = None) -> AnyTokenizer:
+    """The tokenizer at `path`, else that of the checkpoint's training: the run's copy, or what the config names."""
     from castalia.data.tokenizer import load_tokenizer
 
-    settings = tokenizer_settings(checkpoint)
+    settings = Tokenizer(path=path) if path else tokenizer_settings(checkpoint)
     if settings is None:
         raise CheckpointError(f"{checkpoint.path} does not name its tokenizer; give one with --tokenizer")
-    return load_tokenizer(settings)
+    neox = checkpoint.config is not None and checkpoint.config.neox_exact
+    return load_tokenizer(settings, neox=neox, model=model_folder(checkpoint))
 
 
 def _check(

@@ -1,4 +1,7 @@
-"""The tokenizer's files beside converted weights: ours, or those that `AutoTokenizer` opens."""
+"""The tokenizer's files beside converted weights: ours, or those that `AutoTokenizer` opens.
+
+Files that the source has are copied byte for byte; only what it lacks is made up.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +10,24 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from castalia.checkpoint.describe import model_folder, tokenizer_settings
 from castalia.checkpoint.load import load_tokenizer_for
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.checkpoint.writing import Output, bytes_output, json_output
 from castalia.config.schema import Tokenizer as TokenizerSettings
 from castalia.data.tokenizer import PADDING, RustTokenizer, SentencePieceTokenizer, Tokenizer, engine_text
+from castalia.data.words import GENERATION, MODEL, SPECIAL, Words, read_words
+from castalia.data.words import SETTINGS as HF_SETTINGS
 from castalia.errors import CastaliaError
 
-# What a tokenizer of `transformers` consists of. Such files are copied as they are, templates included.
-HF_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
+FOLDER = "tokenizer"  # of a run, or of a converted checkpoint
 
 
 def our_tokenizer(checkpoint: Checkpoint) -> tuple[list[Output], tuple[str, ...]]:
     """Files in `tokenizer/`, as a run has them, and what to say where there are none."""
     tokenizer, notes = _load(checkpoint)
-    return _saved(tokenizer, "tokenizer/") if tokenizer else [], notes
+    files = _saved(tokenizer) if tokenizer else dict(_words(checkpoint).files)
+    return [bytes_output(f"{FOLDER}/{name}", data) for name, data in sorted(files.items())], notes
 
 
 def written_tokenizer(checkpoint: Checkpoint, outputs: Sequence[Output], folder: Path | None) -> TokenizerSettings:
@@ -40,29 +43,28 @@ def written_tokenizer(checkpoint: Checkpoint, outputs: Sequence[Output], folder:
     return checkpoint.config.tokenizer  # names an encoding, or is missing, as was said
 
 
-def hf_tokenizer(checkpoint: Checkpoint) -> tuple[list[Output], int | None, tuple[str, ...]]:
-    """Files that `AutoTokenizer` opens, the id that ends a document, and what to say where there are none."""
+def hf_tokenizer(checkpoint: Checkpoint) -> tuple[list[Output], dict[str, Any], tuple[str, ...]]:
+    """Files that `AutoTokenizer` opens, the ids for config.json, and what to say where there are no files."""
     tokenizer, notes = _load(checkpoint)
-    if tokenizer is None:
-        return [], None, notes
-    if folder := _hf_folder(checkpoint):
-        return (
-            [bytes_output(name, (folder / name).read_bytes()) for name in HF_FILES if (folder / name).is_file()],
-            (tokenizer.eod_id),
-            (),
-        )
+    words = tokenizer.words if tokenizer else _words(checkpoint)
+    ids = dict(words.token_ids) or _token_ids(tokenizer)
+    files = {name: data for name, data in words.files.items() if name != MODEL}
+    outputs = [bytes_output(name, data) for name, data in files.items()]
+    if GENERATION not in files:
+        outputs.append(json_output(GENERATION, {"_from_model_config": True, **ids}))
+    if tokenizer is None or HF_SETTINGS in files:
+        return outputs, ids, notes
     if isinstance(tokenizer, RustTokenizer):
         config, special = _hf_settings(tokenizer, checkpoint)
-        file = tokenizer.files.get("tokenizer.json")
-        files = [bytes_output("tokenizer.json", file.read_bytes() if file else engine_text(tokenizer.engine))]
-        files += [json_output("tokenizer_config.json", config), json_output("special_tokens_map.json", special)]
-        return files, tokenizer.eod_id, ()
+        made = [json_output(HF_SETTINGS, config)]
+        made += [json_output(SPECIAL, special)] if SPECIAL not in files else []
+        if "tokenizer.json" not in files:
+            made.append(bytes_output("tokenizer.json", engine_text(tokenizer.engine)))
+        return outputs + made, ids, ()
     if isinstance(tokenizer, SentencePieceTokenizer):
-        config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": False}
-        files = [*_saved(tokenizer, ""), json_output("tokenizer_config.json", config)]
-        return files, tokenizer.eod_id, ()
+        return [*outputs, json_output(HF_SETTINGS, _sentencepiece_settings(tokenizer))], ids, ()
     kind = type(tokenizer).__name__
-    return [], tokenizer.eod_id, (f"no tokenizer files are written: transformers has nothing like our {kind}",)
+    return outputs, ids, (f"no tokenizer files are written: transformers has nothing like our {kind}",)
 
 
 def _load(checkpoint: Checkpoint) -> tuple[Tokenizer | None, tuple[str, ...]]:
@@ -72,18 +74,33 @@ def _load(checkpoint: Checkpoint) -> tuple[Tokenizer | None, tuple[str, ...]]:
         return None, (f"no tokenizer files are written ({error}); name the tokenizer with --tokenizer",)
 
 
-def _saved(tokenizer: Tokenizer, prefix: str) -> list[Output]:
+def _words(checkpoint: Checkpoint) -> Words:
+    """What the files say where there is no tokenizer."""
+    settings = tokenizer_settings(checkpoint)
+    folder = Path(settings.path) if settings and settings.path else model_folder(checkpoint)
+    return read_words({}, folder if folder and folder.is_dir() else model_folder(checkpoint))
+
+
+def _saved(tokenizer: Tokenizer) -> dict[str, bytes]:
     with TemporaryDirectory() as folder:
         tokenizer.save(folder)
-        return [bytes_output(prefix + file.name, file.read_bytes()) for file in sorted(Path(folder).iterdir())]
+        files = (path for path in Path(folder).rglob("*") if path.is_file())
+        return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def _hf_folder(checkpoint: Checkpoint) -> Path | None:
-    """The folder of a tokenizer that `transformers` saved."""
-    path = checkpoint.config.tokenizer.path if checkpoint.config else None
-    folder = Path(path or "")
-    folder = folder if folder.is_dir() else folder.parent
-    return folder if path and (folder / "tokenizer_config.json").is_file() else None
+def _token_ids(tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Where no config says them."""
+    if tokenizer is None:
+        return {"bos_token_id": None, "eos_token_id": None}
+    begin = tokenizer.eod_id if tokenizer.bos_id is None else tokenizer.bos_id
+    return {"bos_token_id": begin, "eos_token_id": tokenizer.eod_id}
+
+
+def _sentencepiece_settings(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
+    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eod_id, "unk_token": tokenizer.engine.unk_id()}
+    special = {name: tokenizer.token(index) for name, index in ids.items() if index is not None}
+    begins = {"add_bos_token": not tokenizer.neox and tokenizer.bos_id is not None}
+    return {"tokenizer_class": "LlamaTokenizer", "legacy": False, **begins, **special}
 
 
 def _hf_settings(tokenizer: RustTokenizer, checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, str | None]]:
@@ -95,6 +112,7 @@ def _hf_settings(tokenizer: RustTokenizer, checkpoint: Checkpoint) -> tuple[dict
         rows = checkpoint.model["embed.weight"].shape[0]
         padding = PADDING if known is not None and known < rows else end
         special = {"bos_token": end, "eos_token": end, "unk_token": end, "pad_token": padding}
+    special |= tokenizer.words.special
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,

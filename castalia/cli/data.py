@@ -35,7 +35,7 @@ def prepare(
     output: Annotated[Path, typer.Option(help="writes OUTPUT_text_document.bin and .idx")],
     tokenizer: TokenizerPath = None,
     tokenizer_kind: Annotated[
-        str | None, typer.Option(help="hf, gpt2, hf_gpt2, sentencepiece, tiktoken, char, bytes")
+        str | None, typer.Option(help="hf, gpt2, hf_gpt2, sentencepiece, neox_sentencepiece, tiktoken, char, bytes")
     ] = None,
     merges: Annotated[Path | None, typer.Option(help="merges.txt of GPT-2 BPE files")] = None,
     jsonl_keys: Annotated[
@@ -116,6 +116,10 @@ def prepare(
     )
     if report.engine:
         print(f"ids from {report.engine}")
+    if report.note:
+        print(f"note: {report.note}")
+    if report.end:
+        print(f"each {'conversation' if chat else 'document'} ends with id {report.end}")
 
 
 class _Progress:
@@ -279,7 +283,7 @@ def batch(
             texts = (side.sample(row)[0][: side.length(step) + 1] for row in positions for side in sides.values())
             np.save(file, np.stack([*texts]))
     named = run.tokenizer.path is not None or run.tokenizer.kind is not None
-    decoder = load_tokenizer(run.tokenizer) if named else None
+    decoder = load_tokenizer(run.tokenizer, neox=run.neox_exact) if named else None
     batches = {name: side.batch(step) for name, side in sides.items()}
     rows = [
         {

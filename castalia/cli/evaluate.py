@@ -186,13 +186,9 @@ def load_engine(
 def find_tokenizer(checkpoint: Checkpoint, path: str | None) -> Tokenizer | None:
     """The one that is asked for, else the checkpoint's; None where it names none."""
     from castalia.checkpoint.load import load_tokenizer_for
-    from castalia.config.schema import Tokenizer as TokenizerConfig
-    from castalia.data.tokenizer import load_tokenizer
 
-    if path:
-        return load_tokenizer(TokenizerConfig(path=path))
     named = checkpoint.config.tokenizer if checkpoint.config else None
-    return load_tokenizer_for(checkpoint) if named and (named.path or named.kind) else None
+    return load_tokenizer_for(checkpoint, path) if path or (named and (named.path or named.kind)) else None
 
 
 def check_vocabulary(stream: Stream, rows: int) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from castalia.checkpoint.tensors import Checkpoint
     from castalia.config.schema import RunConfig, Source, Tokenizer
     from castalia.data.chat import Chat
+    from castalia.data.words import Words
 
 CONVERSATION = ("messages", "conversation", "conversations")  # fields that hold a list of {role, content}
 LONGEST = 512  # tokens of a sample, where the model can take more
@@ -124,6 +125,7 @@ class Prepared(NamedTuple):
 
 def prepare(config: RunConfig, source: Checkpoint, folder: Path, template: Path | None) -> Prepared:
     """Turns files of text or conversations into corpora in the folder. Sources that are corpora stay as they are."""
+    from castalia.checkpoint.describe import model_folder
     from castalia.config.schema import Tokenizer
     from castalia.data.prepare import Recipe
     from castalia.data.prepare import prepare as run
@@ -132,7 +134,7 @@ def prepare(config: RunConfig, source: Checkpoint, folder: Path, template: Path 
 
     if not config.data.train:
         raise ConfigError("what is it to learn? Give data.train=FILE, a jsonl with a text or messages in each line")
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer, neox=config.neox_exact, model=model_folder(source))
     if config.finetune.add_tokens:
         add_tokens(tokenizer, config.finetune.add_tokens)
     tokenizer.save(folder / "tokenizer")
@@ -146,7 +148,7 @@ def prepare(config: RunConfig, source: Checkpoint, folder: Path, template: Path 
             if Path(each.path).is_file():
                 record = first_record(Path(each.path))
                 key = next((name for name in CONVERSATION if name in record), "text")
-                chat = None if key == "text" else read_chat(template, source, config)
+                chat = None if key == "text" else read_chat(template, tokenizer.words)
                 eod = chat is None and tokenizer.eod_id is not None
                 recipe = Recipe(Tokenizer(path=str(folder / "tokenizer")), (key,), append_eod=eod, chat=chat)
                 prefix = f"{folder / split}{number}"
@@ -198,19 +200,16 @@ def first_record(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_chat(template: Path | None, source: Checkpoint, config: RunConfig) -> Chat:
+def read_chat(template: Path | None, words: Words) -> Chat:
     """The template that was asked for, else the one beside the model's tokenizer, else a plain one."""
     from castalia.data.chat import Chat, read_template
-    from castalia.errors import DataError
 
     if template is not None:
         return Chat(*read_template(template))
-    words = Path(config.tokenizer.path or source.path)
-    try:
-        return Chat(*read_template(words if words.is_dir() else words.parent))
-    except DataError:
-        print("note: the model has no chat template; turns are written as `role: content` (--chat-template)")
-        return Chat(PLAIN_TEMPLATE)
+    if words.template is not None:
+        return Chat(words.template, tuple(words.special.items()))
+    print("note: the model has no chat template; turns are written as `role: content` (--chat-template)")
+    return Chat(PLAIN_TEMPLATE)
 
 
 def beginning(record: dict[str, Any], key: str, chat: Chat | None) -> str:

@@ -55,6 +55,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line instead of text")] = False,
 ) -> None:
     """Write text with a checkpoint: after prompts, or whole documents when there is none."""
+    from castalia.checkpoint.load import load_tokenizer_for
     from castalia.cli.opening import open_and_tell
     from castalia.cli.ranks import start_processes
     from castalia.errors import ConfigError
@@ -94,7 +95,7 @@ def command(
         batch_size=batch_size,
     )
     with process_group(choose_device(device).type):
-        words = _tokenizer(checkpoint, tokenizer)
+        words = load_tokenizer_for(checkpoint, tokenizer)
         rows = min(len(prompts) * settings.num_samples, batch_size)  # written at a time
         model = _load(checkpoint, dtype, device, tp, pp, world, rows)
         _write_all(model, words, batches, settings, sampling, as_json, quiet=not is_main())
@@ -189,14 +190,6 @@ def _typed(end: str) -> Iterator[list[str]]:
             text = ""
         if not line:
             return
-
-
-def _tokenizer(checkpoint: Checkpoint, path: str | None) -> Tokenizer:
-    from castalia.checkpoint.load import load_tokenizer_for
-    from castalia.config.schema import Tokenizer as TokenizerConfig
-    from castalia.data.tokenizer import load_tokenizer
-
-    return load_tokenizer(TokenizerConfig(path=path)) if path else load_tokenizer_for(checkpoint)
 
 
 def _load(checkpoint: Checkpoint, dtype: str, device: str, tp: int, pp: int, world: int, rows: int) -> Writer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -92,10 +91,9 @@ def tokenizer_size(config: RunConfig) -> tuple[int | None, str]:
     files = [path / "tokenizer.json", path / "vocab.json"] if path.is_dir() else [path]
     file = next((file for file in files if file.is_file() and file.suffix == ".json"), None)
     if config.tokenizer.path and file:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        ids = set(content["model"]["vocab"]) if "model" in content else set(content)
-        ids |= {token["content"] for token in content.get("added_tokens", ())} if "model" in content else set()
-        return len(ids), str(file)
+        from castalia.data.words import count_ids
+
+        return count_ids(file), str(file)
     if kind in BYTE_VOCABULARIES:
         return BYTE_VOCABULARIES[kind], f"every {kind} tokenizer has it"
     if kind == "gpt2":

@@ -12,7 +12,7 @@ TOKENIZERS = {
     "gpt2bpetokenizer": "gpt2",
     "hftokenizer": "hf",
     "hfgpt2tokenizer": "hf_gpt2",
-    "spmtokenizer": "sentencepiece",
+    "spmtokenizer": "neox_sentencepiece",
     "charleveltokenizer": "char",
     "tiktokentokenizer": "tiktoken",
 }

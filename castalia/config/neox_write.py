@@ -13,7 +13,7 @@ from castalia.config.schema import Model, RunConfig, Source
 
 TOKENIZER_TYPES = {
     "gpt2": "GPT2BPETokenizer", "hf": "HFTokenizer", "hf_gpt2": "HFGPT2Tokenizer", "sentencepiece": "SPMTokenizer",
-    "char": "CharLevelTokenizer", "tiktoken": "TiktokenTokenizer",
+    "neox_sentencepiece": "SPMTokenizer", "char": "CharLevelTokenizer", "tiktoken": "TiktokenTokenizer",
 }  # fmt: skip
 GATED = {ours: theirs for theirs, ours in neox_model.GATED.items()}
 NORMS = {"layernorm_no_params": "non_parametric_layernorm"}

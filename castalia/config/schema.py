@@ -254,7 +254,9 @@ class Data(Section):
 
 
 class Tokenizer(Section):
-    kind: Literal["hf", "gpt2", "hf_gpt2", "sentencepiece", "tiktoken", "char", "bytes"] | None = None
+    kind: (
+        Literal["hf", "gpt2", "hf_gpt2", "sentencepiece", "neox_sentencepiece", "tiktoken", "char", "bytes"] | None
+    ) = None
     path: str | None = Field(None, description="tokenizer.json, vocab.json, model file or folder")
     merges: str | None = Field(None, description="merges.txt of GPT-2 BPE files")
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from castalia.data.samples import IGNORE
 from castalia.data.sources import SURROGATE, field_of
-from castalia.data.tokenizer import RustTokenizer, Tokenizer
+from castalia.data.tokenizer import Tokenizer
+from castalia.data.words import JINJA, SETTINGS, TEMPLATE, read_words
 from castalia.errors import DataError
 
 Conversation = list[dict[str, Any]]
@@ -34,29 +35,16 @@ class Chat:
 def read_template(path: str | Path) -> tuple[str, tuple[tuple[str, str], ...]]:
     """Template and special tokens: from a Jinja file, from a tokenizer_config.json, or from a folder with either."""
     path = Path(path)
-    jinja, settings = (path, None) if path.is_file() and path.suffix != ".json" else (None, path)
+    given = {SETTINGS if path.suffix == ".json" else JINJA: path}
     if path.is_dir():
-        jinja, settings = path / "chat_template.jinja", path / "tokenizer_config.json"
-    known: dict[str, Any] = {}
-    try:
-        if settings is not None and settings.is_file():
-            known = json.loads(settings.read_text(encoding="utf-8"))
-        template = jinja.read_text(encoding="utf-8") if jinja and jinja.is_file() else known.get("chat_template")
-    except ValueError as error:
-        raise DataError(f"{settings or jinja} cannot be read as a chat template: {error}") from error
-    if isinstance(template, list):
-        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
-    if not isinstance(template, str):
+        given = {name: path / name for name in (JINJA, SETTINGS, TEMPLATE) if (path / name).is_file()}
+    words = read_words(given)
+    if words.template is None:
         raise DataError(
             f"no chat template in {path}: give a Jinja file, a tokenizer_config.json with `chat_template`, or a folder "
             "with tokenizer_config.json or chat_template.jinja"
         )
-    tokens = {name: _content(value) for name, value in known.items() if name.endswith("_token")}
-    return template, tuple((name, text) for name, text in tokens.items() if isinstance(text, str))
-
-
-def _content(token: Any) -> Any:
-    return token.get("content") if isinstance(token, dict) else token
+    return words.template, tuple(words.special.items())
 
 
 @lru_cache(maxsize=4)
@@ -148,7 +136,7 @@ def encode_chat(
     belongs to the turn before it."""
     render, end = renderer(chat), [] if tokenizer.eod_id is None else [tokenizer.eod_id]
     if chat.for_rm:
-        (whole,) = _encode(tokenizer, [render(messages, False)])
+        (whole,) = tokenizer.encode_batch([render(messages, False)], bare=True)
         return whole + 2 * end, [IGNORE] * (len(whole) + 1) + end
     learned = [turn["role"] == chat.role and number >= given for number, turn in enumerate(messages)]
     if chat.only_last:
@@ -160,16 +148,9 @@ def encode_chat(
     texts = [render(messages[: turn + 1], ready) for turn, ready in enumerate(asked)]
     ids: list[int] = []
     labels: list[int] = []
-    for turn, (now, learns) in enumerate(zip(_encode(tokenizer, texts), learned, strict=True), start=1):
+    for turn, (now, learns) in enumerate(zip(tokenizer.encode_batch(texts, bare=True), learned, strict=True), start=1):
         if now[: len(ids)] != ids:
             raise ValueError(f"turn {turn} changes the tokens of those before it: the template must add turn by turn")
         labels += now[len(ids) :] if learns else [IGNORE] * (len(now) - len(ids))
         ids = now
     return ids + end, labels + (end if learned[-1] else [IGNORE] * len(end))
-
-
-def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """Without what a tokenizer puts around a text: the template has it already."""
-    if isinstance(tokenizer, RustTokenizer):
-        return [found.ids for found in tokenizer.engine.encode_batch_fast(texts, add_special_tokens=False)]
-    return tokenizer.encode_batch(texts)

@@ -36,8 +36,6 @@ def fast(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[Encode | None, str
     and for `HARD_TEXT` with all added tokens in it; None where there is none. And what works then, in words."""
     if not isinstance(tokenizer, RustTokenizer):
         return None, "the tokenizer's own engine"
-    if tokenizer.engine.truncation or tokenizer.engine.padding:
-        return None, "tokenizers, as this tokenizer cuts or fills its texts"
     try:
         import fastokens
     except ImportError:

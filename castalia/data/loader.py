@@ -262,7 +262,9 @@ def open_data(config: RunConfig, split: Split = "train", open_corpus: OpenCorpus
         batch_size=plan.batch_size,
         unit=warmup.unit if warmup else pass_multiple(config, plan.batch_size),
         vocab_size=config.model.vocab_size if config.model else None,
-        masked_after=load_tokenizer(config.tokenizer).eod_id if config.data.mask_after_eod else None,
+        masked_after=load_tokenizer(config.tokenizer, neox=config.neox_exact).eod_id
+        if config.data.mask_after_eod
+        else None,
         mask_documents=config.data.mask_documents,
         exact=config.neox_exact,
         length_warmup=config.data.seq_length_warmup if split == "train" else None,

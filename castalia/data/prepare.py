@@ -29,6 +29,7 @@ from castalia.data.journal import Journal, identity
 from castalia.data.samples import IGNORE
 from castalia.data.sources import BLOCK_BYTES, Chunk, chunks, find_files, texts_of
 from castalia.data.tokenizer import Tokenizer, load_tokenizer
+from castalia.data.words import listed
 from castalia.errors import DataError
 
 CHUNKS_IN_FLIGHT = 4  # for each worker
@@ -70,6 +71,8 @@ class Report:
     bad: list[str] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
     engine: str = ""  # what turned text into ids
+    end: str = ""  # the id that ends each document, and how the vocabulary writes it
+    note: str = ""  # the tokenizer's
     continued: dict[str, int] = field(default_factory=dict)  # the counts above as an interrupted run left them
 
 
@@ -107,7 +110,8 @@ def prepare(
         with ExitStack() as stack:
             prefixes = {name: _prefix(output, name) for name in recipe.outputs}
             writers = {name: stack.enter_context(Writer(p, dtype, resumable=True)) for name, p in prefixes.items()}
-            known = identity([*files, *_tokenizer_files(recipe.tokenizer)], recipe, num_docs, BLOCK_BYTES)
+            sources = [*files, *_tokenizer_files(recipe.tokenizer)]
+            known = identity(sources, recipe, tokenizer.ends, num_docs, BLOCK_BYTES)
             journal = stack.enter_context(Journal(output, known, list(writers.values())))
             done, counts = journal.restore()
             report = replace(report, **counts, continued=counts)
@@ -127,6 +131,9 @@ def prepare(
     except OSError as error:
         raise DataError(f"cannot prepare {output}: {error}") from error
     report.outputs = list(prefixes.values())
+    report.note = tokenizer.note
+    if tokenizer.eod_id is not None and (recipe.append_eod or recipe.chat):
+        report.end = listed([tokenizer.eod_id], tokenizer.token)
     return report
 
 

@@ -1,83 +1,116 @@
 """Text to token ids and back: one small class for each engine, all with the same methods.
 
-An id beyond `vocab_size` never comes out. `eod_id` ends a document; it is None when the vocabulary has no such token.
+An id beyond `vocab_size` never comes out, though some below it may name no token. `eod_id` ends a document; it is None
+when the vocabulary has no such token.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
+from itertools import groupby
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
 
 import tokenizers
 
 from castalia.config.schema import Tokenizer as TokenizerConfig
+from castalia.data.words import Added, Words, listed, read_words, write_files
 from castalia.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
-EOD_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
+EOD_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # where no file names the end
 PADDING = "<|padding|>"
-SETTINGS = "tokenizer_kind.json"  # written by tokenizers that have no files of their own
+SETTINGS = "tokenizer_kind.json"  # written by tokenizers whose files do not tell their kind
+# Appended to a SentencePiece model, whose parts are then merged: normalizer_spec.add_dummy_prefix = false ...
+NO_SPACE_IN_FRONT = b"\x1a\x02\x18\x00"
+KEEPS_SPACES = b"\x1a\x04\x18\x00\x20\x00"  # ... and remove_extra_whitespaces = false
 
 
-class Tokenizer(Protocol):
+class Tokenizer:
+    """What all engines have in common."""
+
     vocab_size: int
-    eod_id: int | None
-
-    def encode(self, text: str) -> list[int]: ...
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
-    def decode(self, ids: Iterable[int]) -> str: ...
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write into `folder` what `load_tokenizer` needs to find the same tokenizer there."""
-
-
-class RustTokenizer:
-    """Hugging Face's `tokenizers`: tokenizer.json, GPT-2's vocab.json with merges.txt."""
-
-    def __init__(self, engine: tokenizers.Tokenizer, files: dict[str, Path], *, drop_special: bool):
-        self.engine = engine
-        self.files = files  # name in a saved folder -> where it lies; empty: the engine writes itself
-        self.drop_special = drop_special
-        self.vocab_size = engine.get_vocab_size(with_added_tokens=True)
-        found = (engine.token_to_id(name) for name in EOD_NAMES)
-        self.eod_id: int | None = next((i for i in found if i is not None), None)
+    eod_id: int | None = None
+    end_ids: frozenset[int] = frozenset()  # each of these ends a text, `eod_id` among them
+    bos_id: int | None = None  # the token that begins a text, whether `encode` puts it there or not
+    byte_ids: frozenset[int] = frozenset()  # tokens of one byte, of which only a run that is whole can be decoded
+    words: Words = Words()  # what the folder says beside the vocabulary, and its files
+    note: str = ""  # a rule that differs from what other programs do with the same files
 
     def encode(self, text: str) -> list[int]:
-        return self.engine.encode(text).ids
+        return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self.engine.encode_batch_fast(texts)]
+    def encode_batch(self, texts: Sequence[str], *, bare: bool = False) -> list[list[int]]:
+        """`bare`: texts spell out their special tokens, as conversations do, so that nothing is put around them."""
+        raise NotImplementedError
+
+    def decode(self, ids: Iterable[int]) -> str:
+        raise NotImplementedError
+
+    def token(self, index: int) -> str | None:
+        """How the id is written in the vocabulary."""
+        return None
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write into `folder` what `load_tokenizer` needs to find the same tokenizer there, and what lies beside it."""
+        write_files(Path(folder), self.words.files)
+
+    @property
+    def ends(self) -> str:
+        """All ends in words, the document's first."""
+        first = [] if self.eod_id is None else [self.eod_id]
+        return listed([*first, *sorted(self.end_ids - set(first))], self.token)
+
+    def _end(self, named: Sequence[int]) -> None:
+        """`named`: ids that end a text, that of a document first."""
+        self.eod_id, self.end_ids = (named[0] if named else None), frozenset(named)
+
+
+class RustTokenizer(Tokenizer):
+    """Hugging Face's `tokenizers`: tokenizer.json, GPT-2's vocab.json with merges.txt."""
+
+    def __init__(self, engine: tokenizers.Tokenizer, words: Words | None = None, *, drop_special: bool = True):
+        self.engine = engine
+        self.words = words or Words()  # without a file of the vocabulary the engine writes itself
+        self.drop_special = drop_special
+        self.vocab_size = max(engine.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.bos_id = engine.token_to_id(self.words.special.get("bos_token", ""))
+        by_name = [i for name in EOD_NAMES if (i := engine.token_to_id(name)) is not None]
+        self._end(self.words.ends(engine.token_to_id, self.vocab_size) or by_name[:1])
+        if "ByteFallback" in str(engine.decoder):
+            found = (engine.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+            self.byte_ids = frozenset(i for i in found if i is not None)
+
+    def encode_batch(self, texts: Sequence[str], *, bare: bool = False) -> list[list[int]]:
+        return [each.ids for each in self.engine.encode_batch_fast(texts, add_special_tokens=not bare)]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.engine.decode([int(i) for i in ids], skip_special_tokens=self.drop_special)
 
+    def token(self, index: int) -> str | None:
+        return self.engine.id_to_token(index)
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        for name, source in self.files.items():
-            if source.resolve() != (Path(folder) / name).resolve():
-                shutil.copyfile(source, Path(folder) / name)
-        if not self.files:
+        super().save(folder)
+        if not self.words.files.keys() & {"tokenizer.json", "vocab.json"}:
             (Path(folder) / "tokenizer.json").write_text(engine_text(self.engine), encoding="utf-8")
 
 
-class ByteTokenizer:
+class ByteTokenizer(Tokenizer):
     """UTF-8 bytes as ids. `char` is NeoX's: 512 entries, 0 ends a document, every id is shown as one code point."""
 
     def __init__(self, kind: str):
         self.kind = kind
         self.vocab_size = 512 if kind == "char" else 257
-        self.eod_id: int | None = 0 if kind == "char" else 256
+        self._end([0 if kind == "char" else 256])
 
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode("utf-8"))
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
+    def encode_batch(self, texts: Sequence[str], *, bare: bool = False) -> list[list[int]]:
+        return [list(text.encode("utf-8")) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
         if self.kind == "char":
@@ -88,29 +121,106 @@ class ByteTokenizer:
         _save_settings(folder, kind=self.kind)
 
 
-class SentencePieceTokenizer:
-    def __init__(self, path: Path):
-        self.path = path
-        self.engine = _optional("sentencepiece").SentencePieceProcessor(model_file=str(path))
-        self.vocab_size: int = self.engine.vocab_size()
-        self.eod_id: int | None = self.engine.piece_to_id(END_OF_TEXT)  # the unknown id where there is no such piece
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model. Control pieces and added tokens that a text spells out become their ids, a text begins
+    with the model's own beginning, and its end ends a document: what `transformers` does with such a file.
 
-    def encode(self, text: str) -> list[int]:
-        return self.engine.encode(text)
+    `neox`: GPT-NeoX's rule. There, `<s>` is three characters, nothing begins a text, and documents end with the piece
+    `<|endoftext|>`, which for most models means the unknown piece.
+    """
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.engine.encode(list(texts))
+    def __init__(self, words: Words, *, neox: bool = False):
+        self.words, self.neox = words, neox
+        model = words.files["tokenizer.model"]
+        processor = _optional("sentencepiece").SentencePieceProcessor
+        try:
+            self.engine = processor(model_proto=model)
+            self.inner = processor(model_proto=model + NO_SPACE_IN_FRONT)  # encodes what is behind a special token
+            self.tail = processor(model_proto=model + KEEPS_SPACES)  # decodes what is not the beginning
+        except (RuntimeError, ValueError) as error:
+            raise DataError(f"this is no SentencePiece model: {error}") from error
+        size: int = self.engine.vocab_size()
+        self.byte_ids = frozenset(i for i in range(size) if self.engine.is_byte(i))
+        self.added: dict[str, tuple[int, Added]] = {}
+        self.by_id: dict[int, Added] = {}
+        self.vocab_size = size
+        if neox:
+            self._end([self.engine.piece_to_id(END_OF_TEXT)])  # the unknown id where there is no such piece
+            rule = "GPT-NeoX's rule for SentencePiece"
+            self.note = f"documents end with id {self.ends} and no token begins them, which is {rule}"
+            return
+        self._add_tokens(size)
+        settings = words.settings
+        self.bos_id = self._id(words.special.get("bos_token"), self.engine.bos_id())
+        self._end(words.ends(self._id, self.vocab_size) or [i for i in (self.engine.eos_id(),) if i >= 0])
+        self.before = [self.bos_id] if self.bos_id is not None and settings.get("add_bos_token", True) else []
+        self.after = [self.eod_id] if self.eod_id is not None and settings.get("add_eos_token", False) else []
+
+    def _add_tokens(self, size: int) -> None:
+        pieces = {i: Added(self.engine.id_to_piece(i), True) for i in range(size) if self._is_special(i)}
+        self.by_id = pieces | dict(self.words.added)
+        self.added = {token.content: (i, token) for i, token in self.by_id.items()}
+        self.vocab_size = max(size, *(i + 1 for i in self.by_id), 0)
+        longest_first = sorted(self.added.values(), key=lambda each: -len(each[1].content))
+        self.spelled = [index for index, _ in longest_first]  # by the groups of the pattern
+        self.pattern = re.compile("|".join(_pattern(token) for _, token in longest_first) or r"(?!)")
+
+    def _is_special(self, index: int) -> bool:
+        return self.engine.is_control(index) or self.engine.is_unknown(index)
+
+    def _id(self, piece: str | None, otherwise: int = -1) -> int | None:
+        """The id of a token that is written so."""
+        if piece in self.added:
+            return self.added[piece][0]
+        found = self.engine.piece_to_id(piece) if piece is not None else otherwise
+        known = found >= 0 and (piece is None or self.engine.id_to_piece(found) == piece)
+        return found if known else None
+
+    def encode_batch(self, texts: Sequence[str], *, bare: bool = False) -> list[list[int]]:
+        if self.neox:
+            return self.engine.encode(list(texts))
+        found = map(self._encode, texts)
+        return list(found) if bare else [[*self.before, *ids, *self.after] for ids in found]
+
+    def _encode(self, text: str) -> list[int]:
+        """Piece by piece between the tokens that the text spells out."""
+        ids: list[int] = []
+        start, engine = 0, self.engine
+        for match in self.pattern.finditer(text):
+            ids += engine.encode(text[start : match.start()])
+            ids.append(self.spelled[(match.lastindex or 0) - 1])
+            start, engine = match.end(), self.engine if self.words.settings.get("legacy") else self.inner
+        return ids + (engine.encode(text[start:]) if start < len(text) else [])
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self.engine.decode([int(i) for i in ids])
+        ids = [int(i) for i in ids]
+        if not self.words.added or self.neox:
+            return self.engine.decode([i for i in ids if i < self.engine.vocab_size()])
+        text = ""
+        for is_piece, run in groupby(self._shown(ids), key=lambda i: i not in self.by_id):
+            found = list(run)
+            pieces = (self.tail if text else self.engine).decode(found) if is_piece else None
+            text += "".join(self.by_id[i].content for i in found) if pieces is None else pieces
+        return text
+
+    def _shown(self, ids: Sequence[int]) -> list[int]:
+        """Without special tokens and ids that name nothing."""
+        size = self.engine.vocab_size()
+        return [i for i in ids if (not self.by_id[i].special if i in self.by_id else i < size)]
+
+    def token(self, index: int) -> str | None:
+        if index in self.by_id:
+            return self.by_id[index].content
+        return self.engine.id_to_piece(index) if index < self.engine.vocab_size() else None
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(self.path, Path(folder) / "tokenizer.model")
+        super().save(folder)
+        if self.neox:
+            _save_settings(folder, kind="neox_sentencepiece")
 
 
-class TiktokenTokenizer:
-    """An encoding that tiktoken knows by name. Special tokens inside a text raise DataError."""
+class TiktokenTokenizer(Tokenizer):
+    """An encoding that tiktoken knows by name. Special tokens inside a text raise DataError, unless it is `bare`."""
 
     def __init__(self, name: str):
         tiktoken = _optional("tiktoken")
@@ -119,16 +229,13 @@ class TiktokenTokenizer:
         except (ValueError, OSError) as error:
             raise DataError(f"tokenizer.path={name!r}: tiktoken cannot give this encoding: {error}") from error
         self.vocab_size: int = self.engine.n_vocab
-        self.eod_id: int | None = self.engine.eot_token
+        self._end([self.engine.eot_token])
 
-    def encode(self, text: str) -> list[int]:
+    def encode_batch(self, texts: Sequence[str], *, bare: bool = False) -> list[list[int]]:
         try:
-            return self.engine.encode(text)
+            return [self.engine.encode(text, allowed_special="all" if bare else set()) for text in texts]
         except ValueError as error:
             raise DataError(f"tiktoken refuses a text: {error}") from error
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.engine.decode([int(i) for i in ids])
@@ -146,10 +253,15 @@ def engine_text(engine: tokenizers.Tokenizer) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
-    """The tokenizer that the config names; without `kind` the files tell. DataError when there is none."""
+def load_tokenizer(config: TokenizerConfig, *, neox: bool = False, model: Path | None = None) -> Tokenizer:
+    """The tokenizer that the config names; without `kind` the files tell. DataError when there is none.
+
+    `neox`: where GPT-NeoX has a rule of its own for the files, that counts. `model`: the folder of the model, whose
+    config.json and generation_config.json count where none lie beside the tokenizer.
+    """
     if config.path and (Path(config.path) / SETTINGS).is_file():
-        config = TokenizerConfig(**json.loads((Path(config.path) / SETTINGS).read_text()))
+        kept = json.loads((Path(config.path) / SETTINGS).read_text())
+        config = TokenizerConfig(**{"path": config.path, **kept})
     kind = config.kind or _guess_kind(config)
     if kind in ("char", "bytes"):
         return ByteTokenizer(kind)
@@ -159,15 +271,22 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
         raise DataError(f"tokenizer.kind={kind} needs tokenizer.path: {_FILES[kind]}")
     path = Path(config.path)
     if kind == "hf":
-        file = _find(path, "tokenizer.json")
-        return RustTokenizer(_read_json(file), {"tokenizer.json": file}, drop_special=True)
+        words = read_words({"tokenizer.json": _find(path, "tokenizer.json")}, model)
+        return RustTokenizer(_read_json(_find(path, "tokenizer.json"), words), words)
     if kind == "gpt2":
         vocab = _find(path, "vocab.json")
         merges = _find(Path(config.merges), "merges.txt") if config.merges else _find(vocab.parent, "merges.txt")
-        return RustTokenizer(_read_bpe(vocab, merges), {"vocab.json": vocab, "merges.txt": merges}, drop_special=False)
+        words = read_words({"vocab.json": vocab, "merges.txt": merges}, model)
+        return RustTokenizer(_read_bpe(vocab, merges, words), words, drop_special=False)
     if kind == "hf_gpt2":
-        return _load_hf_gpt2(path)
-    return SentencePieceTokenizer(_find(path, "tokenizer.model"))
+        return _load_hf_gpt2(path, model)
+    file = _find(path, "tokenizer.model")
+    try:
+        return SentencePieceTokenizer(
+            read_words({"tokenizer.model": file}, model), neox=neox or kind == "neox_sentencepiece"
+        )
+    except DataError as error:
+        raise DataError(f"{file}: {error}") from error
 
 
 _FILES = {
@@ -175,6 +294,7 @@ _FILES = {
     "gpt2": "a vocab.json (and tokenizer.merges, a merges.txt)",
     "hf_gpt2": "a folder with tokenizer.json, or vocab.json and merges.txt",
     "sentencepiece": "a .model file",
+    "neox_sentencepiece": "a .model file",
 }
 
 
@@ -202,37 +322,96 @@ def _find(path: Path, name: str) -> Path:
     return file
 
 
-def _read_json(file: Path) -> tokenizers.Tokenizer:
+def _read_json(file: Path, words: Words) -> tokenizers.Tokenizer:
+    """Stored truncation and padding are what somebody's last batch needed, no property of the vocabulary: off."""
     try:
-        text = file.read_text(encoding="utf-8")
-        return tokenizers.Tokenizer.from_str(text)
+        engine = tokenizers.Tokenizer.from_str(_with_gaps(words.files["tokenizer.json"].decode("utf-8")))
     except Exception as error:  # noqa: BLE001  the engine raises bare Exception for files that it cannot read
         raise DataError(f"{file} is no tokenizer.json: {error}") from error
-
-
-def _read_bpe(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
-    try:
-        engine = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocab), str(merges)))
-    except Exception as error:  # noqa: BLE001  as above
-        raise DataError(f"{vocab} and {merges} are no GPT-2 BPE files: {error}") from error
-    engine.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    engine.decoder = tokenizers.decoders.ByteLevel()
-    if engine.token_to_id(END_OF_TEXT) is not None:
-        engine.add_special_tokens([END_OF_TEXT])  # the literal text becomes this one id
+    engine.no_truncation()
+    engine.no_padding()
+    _complete(engine, {i: token for i, token in words.added.items() if engine.token_to_id(token.content) is None}, file)
+    _set_edges(engine, words)
     return engine
 
 
-def _load_hf_gpt2(folder: Path) -> RustTokenizer:
+def _with_gaps(text: str) -> str:
+    """The engine numbers added tokens through, whatever ids they have; those that the model knows keep theirs."""
+    content = json.loads(text)
+    vocab, added = content.get("model", {}).get("vocab"), content.get("added_tokens") or []
+    if not isinstance(vocab, dict):
+        return text
+    ids = {token["content"]: token["id"] for token in added if token["content"] not in vocab}
+    if sorted(ids.values()) == list(range(len(vocab), len(vocab) + len(ids))):
+        return text
+    vocab |= ids
+    return json.dumps(content)
+
+
+def _set_edges(engine: tokenizers.Tokenizer, words: Words) -> None:
+    """What tokenizer_config.json says of a text's first and last token counts, where it says something."""
+    asked = [
+        (words.special.get(f"{name}_token"), words.settings.get(f"add_{name}_token"), index)
+        for name, index in (("bos", 0), ("eos", -1))
+    ]
+    around = engine.encode("").ids
+    has = [bool(around) and engine.token_to_id(token or "") == around[index] for token, _, index in asked]
+    wants = [
+        here if flag is None or engine.token_to_id(token or "") is None else bool(flag)
+        for here, (token, flag, _) in zip(has, asked, strict=True)
+    ]
+    if wants == has:
+        return
+    (bos, *_), (eos, *_) = asked
+    parts = [str(bos)] * wants[0] + ["$A"] + [str(eos)] * wants[1]
+    tokens = [(token, engine.token_to_id(token)) for token in parts if token != "$A"]
+    engine.post_processor = tokenizers.processors.TemplateProcessing(single=" ".join(parts), special_tokens=tokens)
+
+
+def _read_bpe(vocab: Path, merges: Path, words: Words) -> tokenizers.Tokenizer:
+    try:
+        ids, pairs = tokenizers.models.BPE.read_file(str(vocab), str(merges))
+        beside = {token.content: i for i, token in words.added.items() if token.content not in ids}
+        engine = tokenizers.Tokenizer(tokenizers.models.BPE(ids | beside, pairs))
+    except Exception as error:  # noqa: BLE001  as above
+        raise DataError(f"{vocab} and {merges} are no GPT-2 BPE files: {error}") from error
+    engine.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+        add_prefix_space=bool(words.settings.get("add_prefix_space"))
+    )
+    engine.decoder = tokenizers.decoders.ByteLevel()
+    _complete(engine, words.added, vocab)
+    special = dict.fromkeys((END_OF_TEXT, *words.special.values()))
+    engine.add_special_tokens([token for token in special if engine.token_to_id(token) is not None])  # in a text: an id
+    _set_edges(engine, words)
+    return engine
+
+
+def _complete(engine: tokenizers.Tokenizer, added: Mapping[int, Added], file: Path) -> None:
+    """Add tokens that the files beside a vocabulary name. DataError where they do not get the ids that are meant."""
+    for index, token in added.items():
+        flags = {name: value for name, value in token._asdict().items() if name != "content"}
+        engine.add_tokens([tokenizers.AddedToken(token.content, **flags)])
+        if (found := engine.token_to_id(token.content)) != index:
+            raise DataError(
+                f"{file}: the files beside it give {token.content!r} the id {index}, but in this vocabulary it is "
+                f"{found}; they belong to another tokenizer, or were edited"
+            )
+
+
+def _load_hf_gpt2(folder: Path, model: Path | None) -> RustTokenizer:
     if not folder.is_dir():
         raise DataError(
             f"tokenizer.path={str(folder)!r} is no folder; tokenizer.kind=hf_gpt2 needs {_FILES['hf_gpt2']}"
         )
     if (folder / "tokenizer.json").is_file():
-        engine = _read_json(folder / "tokenizer.json")
+        words = read_words({"tokenizer.json": folder / "tokenizer.json"}, model)
+        engine = _read_json(folder / "tokenizer.json", words)
     else:
-        engine = _read_bpe(_find(folder, "vocab.json"), _find(folder, "merges.txt"))
+        vocab, merges = _find(folder, "vocab.json"), _find(folder, "merges.txt")
+        words = read_words({"vocab.json": vocab, "merges.txt": merges}, model)
+        engine = _read_bpe(vocab, merges, words)
     engine.add_special_tokens([PADDING])
-    return RustTokenizer(engine, {}, drop_special=False)
+    return RustTokenizer(engine, words.without_vocabulary(), drop_special=False)
 
 
 def add_tokens(tokenizer: Tokenizer, tokens: Sequence[str]) -> None:
@@ -240,9 +419,22 @@ def add_tokens(tokenizer: Tokenizer, tokens: Sequence[str]) -> None:
     if not isinstance(tokenizer, RustTokenizer):
         kind = type(tokenizer).__name__
         raise DataError(f"a {kind} takes no further tokens ({', '.join(tokens)}); only tokenizer.json and BPE files do")
-    tokenizer.engine.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in tokens])
-    tokenizer.vocab_size = tokenizer.engine.get_vocab_size(with_added_tokens=True)
-    tokenizer.files = {}  # those on disk lack the tokens
+    engine, size = tokenizer.engine, tokenizer.vocab_size
+    new = [token for token in tokens if engine.token_to_id(token) is None]
+    engine.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in tokens])
+    if inside := [token for token in new if (engine.token_to_id(token) or 0) < size]:
+        raise DataError(
+            f"{', '.join(inside)} cannot be added behind all others: the ids of this vocabulary have gaps, where the "
+            "engine puts new tokens; fill the gaps with unused tokens first"
+        )
+    tokenizer.vocab_size = max(engine.get_vocab(with_added_tokens=True).values()) + 1
+    tokenizer.words = tokenizer.words.without_vocabulary()  # whose files lack the tokens
+
+
+def _pattern(token: Added) -> str:
+    body = f"({re.escape(token.content)})"
+    body = rf"\b{body}\b" if token.single_word else body
+    return (r"\s*" if token.lstrip else "") + body + (r"\s*" if token.rstrip else "")
 
 
 def spelled(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
@@ -278,4 +470,4 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> RustTokenizer:
         show_progress=False,
     )
     engine.train_from_iterator(texts, trainer)
-    return RustTokenizer(engine, {}, drop_special=True)
+    return RustTokenizer(engine)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple, Union
@@ -63,11 +63,11 @@ class Row:
     def length(self) -> int:
         return len(self.ids) - self.start
 
-    def take(self, token: int, eod_id: int | None, max_tokens: int) -> Piece:
+    def take(self, token: int, ends: Collection[int], max_tokens: int) -> Piece:
         """Add the next token; the text that it makes certain."""
         self.count += 1
         text = ""
-        if token == eod_id:
+        if token in ends:
             self.done = True
         else:
             self.ids.append(token)
@@ -89,9 +89,10 @@ def generate(model: Writer, tokenizer: Tokenizer, prompts: Sequence[Prompt], **s
 def stream(model: Writer, tokenizer: Tokenizer, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Piece]:
     """Write after each prompt (text or token ids; an empty one begins a document), yielding the pieces as they come.
 
-    A row ends with the end-of-document token, before a stop string, or after `max_tokens`. What it holds depends on
-    the prompt, the seed and the row's number, not on the other rows. A row that outgrows the model's positions goes on
-    with the later half of them in view. The model should be in eval mode. DataError for a prompt it cannot take.
+    A row ends with any of the tokens that end a text, before a stop string, or after `max_tokens`. What it holds
+    depends on the prompt, the seed and the row's number, not on the other rows. A row that outgrows the model's
+    positions goes on with the later half of them in view. The model should be in eval mode. DataError for a prompt it
+    cannot take.
     """
     rows: list[Row] = []
     for prompt in prompts:
@@ -115,7 +116,7 @@ def _write(model: Writer, tokenizer: Tokenizer, rows: list[Row], sampling: Sampl
         tokens = choose(logits, noise, sampling.temperature, sampling.top_k, sampling.top_p)
         for row, token in zip(rows, tokens.tolist(), strict=True):
             if not row.done:
-                yield row.take(token, tokenizer.eod_id, sampling.max_tokens)
+                yield row.take(token, tokenizer.end_ids, sampling.max_tokens)
         alive = [i for i, row in enumerate(rows) if not row.done]
         if not alive:
             return

@@ -97,6 +97,8 @@ def show_first_loss(session: Session, loss: float, display: Display) -> None:
 
 def _tokenizer_warnings(session: Session) -> Iterator[str]:
     model, tokenizer = session.config.model, session.tokenizer
+    if tokenizer and tokenizer.note:
+        yield tokenizer.note
     if model and tokenizer and 2 * tokenizer.vocab_size < model.padded_vocab_size and model.padded_vocab_size > 1024:
         yield (
             f"the tokenizer has {tokenizer.vocab_size:,} ids and the model {model.padded_vocab_size:,} rows for them: "

@@ -263,7 +263,8 @@ def resolve(config: RunConfig, source: Checkpoint | None) -> tuple[RunConfig, To
     model = with_reward_head(model, config, source)
     notes = config.notes + (left_open(config, model) if source else ())
     finetune = what_trains(config, source, model)
-    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer.path or config.tokenizer.kind else None
+    named = config.tokenizer.path or config.tokenizer.kind
+    tokenizer = load_tokenizer(config.tokenizer, neox=config.neox_exact) if named else None
     if finetune.add_tokens:
         if tokenizer is None:
             raise ConfigError("finetune.add_tokens needs the tokenizer that gets them: give tokenizer.path")

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from castalia.checkpoint.formats import open_checkpoint
-from castalia.checkpoint.load import build_model, load_model
+from castalia.checkpoint.load import build_model, load_model, load_tokenizer_for
 from castalia.config.schema import Model, RopeScaling, Tokenizer
+from castalia.data.tokenizer import train_bpe
 from castalia.errors import CheckpointError
 from tests.checkpoint.made import FAMILIES, LLAMA, SIZES, assert_same, made, written
 
@@ -142,6 +143,63 @@ def test_a_tokenizer_json_is_copied_byte_for_byte(fixtures: Path, tmp_path: Path
     config = source.config.model_copy(update={"tokenizer": Tokenizer(path=str(given))})
     written(replace(source, config=config), tmp_path / "out", "hf")
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == given.read_bytes()
+
+
+def words_folder(folder: Path, template: str = "{{ messages }}") -> dict[str, bytes]:
+    """Tokenizer files, ids and generation defaults as a published chat model has them; all but config.json's."""
+    tokenizer = train_bpe(["the cat sat on the mat"] * 20, 270)
+    tokenizer.save(folder)
+    contents = {
+        "tokenizer_config.json": {"eos_token": "<|endoftext|>", "chat_template": template, "x": [1]},
+        "special_tokens_map.json": {"eos_token": "<|endoftext|>"},
+        "added_tokens.json": {"<x>": tokenizer.vocab_size},
+        "generation_config.json": {"eos_token_id": [5, 0], "do_sample": True, "temperature": 0.6},
+    }
+    for name, content in contents.items():
+        (folder / name).write_text(json.dumps(content, indent=3))
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("{{ documents }}")
+    names = (*contents, "tokenizer.json", "additional_chat_templates/rag.jinja")
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def with_ids(folder: Path, **ids: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    kept = {key: value for key, value in config.items() if not key.endswith("_token_id")}
+    (folder / "config.json").write_text(json.dumps(kept | ids))
+
+
+def token_ids(folder: Path) -> dict[str, object]:
+    config = json.loads((folder / "config.json").read_text())
+    return {key: value for key, value in config.items() if key.endswith("_token_id")}
+
+
+@pytest.mark.parametrize("way", [["hf"], ["native", "hf"], ["native", "native", "hf"]])
+def test_converted_back_is_the_identity_for_words(tmp_path: Path, way: list[str]) -> None:
+    """Each source is moved away before the next conversion."""
+    ids = {"bos_token_id": 3, "eos_token_id": [4, 7], "pad_token_id": 9}
+    written(made(FAMILIES["gpt_neox"], optimizer=False), tmp_path / "0", "hf")
+    files = words_folder(tmp_path / "0")
+    with_ids(tmp_path / "0", **ids)
+    for number, form in enumerate(way):
+        written(open_checkpoint(tmp_path / str(number)), tmp_path / str(number + 1), form)
+        shutil.rmtree(tmp_path / str(number))
+        ends = load_tokenizer_for(open_checkpoint(tmp_path / str(number + 1))).end_ids
+        assert ends == {0, 4, 5, 7}
+    last = tmp_path / str(len(way))
+    assert token_ids(last) == ids
+    assert {name: (last / name).read_bytes() for name in files} == files
+
+
+def test_ids_survive_without_a_tokenizer(tmp_path: Path) -> None:
+    written(made(FAMILIES["gpt_neox"], optimizer=False), tmp_path / "0", "hf")
+    with_ids(tmp_path / "0", eos_token_id=7)
+    (tmp_path / "0" / "generation_config.json").write_text('{"eos_token_id": 7}  ')
+    for number, form in enumerate(["native", "hf"]):
+        written(open_checkpoint(tmp_path / str(number)), tmp_path / str(number + 1), form)
+        shutil.rmtree(tmp_path / str(number))
+    assert token_ids(tmp_path / "2") == {"eos_token_id": 7}
+    assert (tmp_path / "2" / "generation_config.json").read_text() == '{"eos_token_id": 7}  '
 
 
 def test_defaults_that_differ_are_written(tmp_path: Path) -> None:

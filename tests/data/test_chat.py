@@ -140,7 +140,7 @@ def test_bad_conversations(tmp_path: Path, conversation: object, message: str) -
 def test_bad_templates(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("{}")
     (tmp_path / "broken.json").write_text("{")
-    for path, message in [(tmp_path, "no chat template in"), (tmp_path / "broken.json", "cannot be read")]:
+    for path, message in [(tmp_path, "no chat template in"), (tmp_path / "broken.json", "broken.json is damaged")]:
         with pytest.raises(DataError, match=message):
             read_template(path)
     source = records(tmp_path / "chat.jsonl", [QUESTION, ANSWER])

@@ -58,12 +58,10 @@ class OtherVocabulary:
 
 
 def test_where_no_engine_applies(monkeypatch: pytest.MonkeyPatch) -> None:
-    cut, unigram = train_bpe(["some words and some more words"], 280), train_bpe(["a"], 280)
-    cut.engine.enable_truncation(5)
+    unigram = train_bpe(["a"], 280)
     unigram.engine = tokenizers.Tokenizer(tokenizers.models.Unigram([("a", 0.0)]))
     for tokenizer, why in [
         (load_tokenizer(Tokenizer(kind="bytes")), "own engine"),
-        (cut, "cuts or fills"),
         (unigram, "fastokens cannot read this tokenizer"),
     ]:
         encode, words = fast(tokenizer, ["some words"])

@@ -6,10 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from castalia.config.schema import Tokenizer as Config
-from castalia.data.tokenizer import PADDING, engine_text, load_tokenizer, train_bpe
+from castalia.data.tokenizer import PADDING, add_tokens, engine_text, load_tokenizer, train_bpe
+from castalia.data.words import count_ids
 from castalia.errors import DataError
 
 TEXTS = ["the cat sat on the mat", "the dog sat on the log", "Käse und Brot"] * 20
+
+
+def save_json(folder: Path, name: str, content: object) -> None:
+    (folder / name).write_text(json.dumps(content))
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +122,24 @@ def test_sentencepiece(tmp_path: Path) -> None:
         sentence_iterator=iter(TEXTS), model_prefix=str(tmp_path / "m"), vocab_size=24, minloglevel=2
     )
     tokenizer = load_tokenizer(Config(path=str(tmp_path / "m.model")))
-    assert tokenizer.vocab_size == 24 and tokenizer.eod_id == 0  # the unknown piece stands in
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.ends) == (24, 1, "2 (</s>)") and not tokenizer.note
     assert tokenizer.decode(tokenizer.encode("the cat sat")) == "the cat sat"
+    pieces = tokenizer.engine.encode
+    assert tokenizer.encode("the cat") == [1, *pieces("the cat")]
+    spelled = tokenizer.encode_batch(["<s>the cat</s>"], bare=True)[0]
+    assert (spelled[0], spelled[-1]) == (1, 2) and tokenizer.decode(spelled) == "the cat"
     assert tokenizer.encode_batch(["the", "cat"]) == [tokenizer.encode("the"), tokenizer.encode("cat")]
     tokenizer.save(tmp_path / "saved")
     assert load_tokenizer(Config(path=str(tmp_path / "saved"))).vocab_size == 24
+    exact = load_tokenizer(Config(path=str(tmp_path / "m.model")), neox=True)
+    exact.save(tmp_path / "exact")
+    for neox in (exact, load_tokenizer(Config(path=str(tmp_path / "exact")))):
+        assert neox.ends == "0 (<unk>)" and "GPT-NeoX's rule" in neox.note
+        assert neox.encode("</s>the") == pieces("</s>the")
+    save_json(tmp_path / "saved", "tokenizer_config.json", {"added_tokens_decoder": {"30": {"content": "<x>"}}})
+    more = load_tokenizer(Config(path=str(tmp_path / "saved")))
+    ids = more.encode("the<x>cat")
+    assert more.vocab_size == 31 and ids.count(30) == 1 and more.decode(ids) == "the<x>cat"
 
 
 @pytest.mark.parametrize(
@@ -147,3 +165,100 @@ def test_files_that_are_no_tokenizers(tmp_path: Path) -> None:
         (tmp_path / name).write_text("[")
     with pytest.raises(DataError, match="no GPT-2 BPE files"):
         load_tokenizer(Config(kind="gpt2", path=str(tmp_path)))
+
+
+def test_stored_truncation_and_padding_are_off(tmp_path: Path) -> None:
+    engine = train_bpe(TEXTS, 280).engine
+    whole = engine.encode("the cat sat on the mat").ids
+    engine.enable_truncation(2)
+    engine.enable_padding(length=40)
+    engine.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(Config(path=str(tmp_path)))
+    assert tokenizer.encode("the cat sat on the mat") == whole
+    assert tokenizer.encode_batch(["the cat sat on the mat"]) == [whole]
+    tokenizer.save(tmp_path / "saved")
+    assert (tmp_path / "saved" / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("added_tokens.json", {"<x>": 281, "<y>": 280}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"281": {"content": "<x>"}, "280": {"content": "<y>"}}}),
+        ("added_tokens.json", {"<x>": 300, "<y>": 290}),  # with gaps
+    ],
+)
+def test_tokens_beside_the_vocabulary_of_slow_tokenizers(
+    bpe_files: Path, tmp_path: Path, name: str, content: dict
+) -> None:
+    for file in bpe_files.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    save_json(tmp_path, name, content)
+    tokenizer = load_tokenizer(Config(path=str(tmp_path)))
+    x, y = (300, 290) if content.get("<x>") == 300 else (281, 280)
+    assert tokenizer.encode("<y><x>") == [y, x] and tokenizer.vocab_size == x + 1
+    assert tokenizer.decode([x]) == "<x>"
+
+
+def test_ids_may_have_gaps(tmp_path: Path) -> None:
+    engine = train_bpe(TEXTS, 270).engine
+    content = json.loads(engine.to_str())
+    content["added_tokens"].append(content["added_tokens"][0] | {"id": 400, "content": "<far>"})
+    save_json(tmp_path, "tokenizer.json", content)
+    tokenizer = load_tokenizer(Config(path=str(tmp_path)))
+    assert tokenizer.encode("the<far>") == [*engine.encode("the").ids, 400]
+    assert tokenizer.vocab_size == count_ids(tmp_path / "tokenizer.json") == 401
+    add_tokens(tokenizer, ["<new>"])
+    assert tokenizer.encode("<new>") == [401] and tokenizer.vocab_size == 402
+
+
+@pytest.mark.parametrize(
+    ("files", "ends"),
+    [
+        ({}, [0]),
+        ({"tokenizer_config.json": {"eos_token": "cat"}}, ["cat"]),
+        ({"special_tokens_map.json": {"eos_token": {"content": "cat"}}}, ["cat"]),
+        ({"config.json": {"eos_token_id": 5}}, [5]),
+        ({"config.json": {"eos_token_id": [5, 4]}, "generation_config.json": {"eos_token_id": [7, 5]}}, [5, 4, 7]),
+        ({"tokenizer_config.json": {"eos_token": "cat"}, "generation_config.json": {"eos_token_id": 6}}, ["cat", 6]),
+        ({"config.json": {"eos_token_id": 50256}}, [0]),  # beyond the vocabulary
+        ({"tokenizer_config.json": {"eos_token": None}}, [0]),
+    ],
+)
+def test_all_ends_that_a_folder_names(tmp_path: Path, files: dict[str, dict], ends: list) -> None:
+    engine = train_bpe(["cat cat cat"] * 20, 270).engine
+    engine.save(str(tmp_path / "tokenizer.json"))
+    for name, content in files.items():
+        save_json(tmp_path, name, content)
+    expected = [engine.token_to_id(end) if isinstance(end, str) else end for end in ends]
+    for place in (tmp_path, tmp_path / "tokenizer.json"):
+        tokenizer = load_tokenizer(Config(path=str(place)))
+        assert (tokenizer.eod_id, tokenizer.end_ids) == (expected[0], set(expected))
+    tokenizer.save(tmp_path / "saved")
+    assert load_tokenizer(Config(path=str(tmp_path / "saved"))).end_ids == set(expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "around"),
+    [
+        ({"bos_token": "<|endoftext|>", "add_bos_token": True}, [0]),
+        ({"bos_token": "<|endoftext|>"}, []),
+        ({"bos_token": "none", "add_bos_token": True}, []),
+    ],
+)
+def test_whether_a_token_begins_a_text(tmp_path: Path, settings: dict, around: list[int]) -> None:
+    first = train_bpe(TEXTS, 270)
+    first.save(tmp_path)
+    save_json(tmp_path, "tokenizer_config.json", settings)
+    tokenizer = load_tokenizer(Config(path=str(tmp_path)))
+    assert tokenizer.encode("the") == around + first.encode("the")
+    assert tokenizer.encode_batch(["the"], bare=True) == [first.encode("the")]
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json", "added_tokens.json"])
+@pytest.mark.parametrize("damage", ["{", "[]", "\udcff"])
+def test_damaged_files_beside_a_vocabulary_are_named(tmp_path: Path, name: str, damage: str) -> None:
+    train_bpe(TEXTS, 270).save(tmp_path)
+    (tmp_path / name).write_bytes(damage.encode(errors="surrogateescape"))
+    with pytest.raises(DataError, match=f"{name} is damaged"):
+        load_tokenizer(Config(path=str(tmp_path)))

@@ -23,7 +23,7 @@ TINY = Model(
 class Bytes:
     """UTF-8 bytes; 256 ends a document."""
 
-    vocab_size, eod_id = 257, 256
+    vocab_size, eod_id, end_ids, byte_ids = 257, 256, frozenset({256}), frozenset()
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())

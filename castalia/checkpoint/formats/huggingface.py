@@ -34,7 +34,6 @@ CONFIG = "config.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # each may be an index of shards instead: + ".index.json"
 OPTIMIZER_FILES = ("optimizer.safetensors",)
 BESIDE = "castalia.json"  # a conversion's: optimizer steps, progress and the run's config
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 ROLES: tuple[Role, ...] = ("master", "exp_avg", "exp_avg_sq")
 BLOCK = re.compile(r"(?:h|layers)\.(\d+)\.")
 OLD_BUFFERS = re.compile(r"(^|\.)(attn|attention)\.(masked_)?bias$|(^|\.)rotary_emb\.inv_freq$")
@@ -313,7 +312,6 @@ def read(path: Path, tokenizer: str | None = None) -> Checkpoint:
     ours = to_ours(table(family, model), named, ignore=OLD_BUFFERS.pattern)
     run = _run_config(path, config, family, model, beside, tokenizer)
     progress, inherited = take_inherited(Progress(**beside.get("progress", {})), beside, run)
-    tokens = {key: config[key] for key in TOKEN_IDS if config[key] is not None}
     return Checkpoint(
         str(path),
         "huggingface",
@@ -327,7 +325,6 @@ def read(path: Path, tokenizer: str | None = None) -> Checkpoint:
             "model_type": config["model_type"],
             "files": files,
             "dtype": config["dtype"] or config["torch_dtype"],
-            "token_ids": tokens,
         },
         **inherited,
     )
@@ -527,13 +524,9 @@ def open_file(path: Path) -> dict[str, TensorRef]:
 def _tokenizer(path: Path, given: str | None) -> Tokenizer:
     if given is not None:
         return Tokenizer(path=given)
-    if (path / "tokenizer.json").is_file():
-        return Tokenizer(path=str(path / "tokenizer.json"))
-    if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
-        return Tokenizer(path=str(path / "vocab.json"), merges=str(path / "merges.txt"))
-    if (path / "tokenizer.model").is_file():
-        return Tokenizer(path=str(path / "tokenizer.model"))
-    return Tokenizer()
+    kinds = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
+    found = any(all((path / name).is_file() for name in names) for names in kinds)
+    return Tokenizer(path=str(path)) if found else Tokenizer()
 
 
 def read_json(path: Path) -> dict[str, Any]:

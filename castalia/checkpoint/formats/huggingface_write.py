@@ -74,15 +74,13 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     model = architecture(checkpoint)
     kind = family_of(model, checkpoint.path)
     family = FAMILIES[kind]
-    tokenizer, eod, notes = hf_tokenizer(checkpoint)
+    tokenizer, ids, notes = hf_tokenizer(checkpoint)
     weights = _named(checkpoint.model, family, model, "weight")
-    ids = dict(checkpoint.details.get("token_ids") or {"bos_token_id": eod, "eos_token_id": eod})  # type: ignore[call-overload]
     config = hf_config(kind, model, _longest(checkpoint, model), ids)
     config["torch_dtype"] = config["dtype"] = checkpoint.model["embed.weight"].dtype_name
-    outputs = [json_output(CONFIG, config), json_output("generation_config.json", {"_from_model_config": True, **ids})]
     weight_outputs = _safetensors("model", weights, options)
     weight_files = [output.name for output in weight_outputs if output.name.endswith(".safetensors")]
-    outputs += tokenizer + weight_outputs
+    outputs = [json_output(CONFIG, config), *tokenizer, *weight_outputs]
     outputs += _optimizer(checkpoint, family, model, options)
     if kind == "gpt_neox" and model.embedding_dropout != model.hidden_dropout:
         dropout = f"one dropout for embedding and blocks: {model.hidden_dropout}, not {model.embedding_dropout}"

@@ -13,7 +13,7 @@ from typing import Any
 from castalia.checkpoint.formats.native import describe, write_manifest
 from castalia.checkpoint.stored import DTYPE_CODES
 from castalia.checkpoint.tensors import Checkpoint, TensorRef
-from castalia.checkpoint.tokenizer_files import our_tokenizer
+from castalia.checkpoint.tokenizer_files import FOLDER, our_tokenizer
 from castalia.checkpoint.writing import (
     Advance,
     Output,
@@ -24,6 +24,7 @@ from castalia.checkpoint.writing import (
     shards,
     write_tensors,
 )
+from castalia.config.schema import Tokenizer
 
 
 def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
@@ -44,7 +45,11 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         for kind, tensors in (("model", model), ("optimizer", moments))
         for rank, group in enumerate(shards(tensors, options.shard_bytes) if tensors else [])
     ]
-    about = describe(checkpoint.progress, checkpoint.config, str(checkpoint.details.get("data_fingerprint", "")))
+    tokenizer, notes = our_tokenizer(checkpoint)
+    config = checkpoint.config
+    if config and not notes:  # the copy counts, wherever the original goes
+        config = config.model_copy(update={"tokenizer": Tokenizer(path=FOLDER)})
+    about = describe(checkpoint.progress, config, str(checkpoint.details.get("data_fingerprint", "")))
     about |= {
         "optimizer_steps": None
         if checkpoint.optimizer is None
@@ -60,7 +65,6 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
             entries.append(_write(folder / "weights-00000.safetensors", "weights", weights, lambda count: None))
         write_manifest(folder, about, entries)
 
-    tokenizer, notes = our_tokenizer(checkpoint)
     return Plan((*parts, *tokenizer), notes, finish)
 
 

@@ -1,0 +1,176 @@
+"""What a model's folder says of its text, beside the vocabulary itself: special tokens, ends, chat template, defaults.
+
+The files are those that the library `transformers` writes. They are read here, once, and kept byte for byte, so that a
+copy of the model says the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from castalia.errors import DataError
+
+VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model")
+SETTINGS, SPECIAL, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+JINJA, TEMPLATE = "chat_template.jinja", "chat_template.json"
+GENERATION = "generation_config.json"
+MODEL = "config.json"  # of the whole model; a copy holds its token ids alone
+FILES = (*VOCABULARIES, SETTINGS, SPECIAL, ADDED, JINJA, TEMPLATE, GENERATION)
+MORE_TEMPLATES = "additional_chat_templates"  # a folder
+
+
+class Added(NamedTuple):
+    """A token beside the vocabulary, as `transformers` describes it."""
+
+    content: str
+    special: bool = False
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = True
+
+
+@dataclass(frozen=True)
+class Words:
+    """One account of a folder. What it does not say is empty."""
+
+    files: Mapping[str, bytes] = field(default_factory=dict)  # as they are, by their names in a folder
+    settings: Mapping[str, Any] = field(default_factory=dict)  # tokenizer_config.json
+    special: Mapping[str, str] = field(default_factory=dict)  # bos_token, eos_token, ...: its text
+    added: Mapping[int, Added] = field(default_factory=dict)  # ids of tokens beside the vocabulary
+    token_ids: Mapping[str, Any] = field(default_factory=dict)  # of config.json: bos_token_id, ...: an id or several
+    generation: Mapping[str, Any] = field(default_factory=dict)  # generation_config.json
+    template: str | None = None  # Jinja, for conversations
+
+    def ends(self, id_of: Callable[[str], int | None], size: int) -> tuple[int, ...]:
+        """All ids that end a text, the one that ends a document first. `id_of` knows the vocabulary of `size` ids."""
+        named = [id_of(self.special["eos_token"])] if "eos_token" in self.special else []
+        for ids in (self.token_ids.get("eos_token_id"), self.generation.get("eos_token_id")):
+            named += ids if isinstance(ids, list) else [ids]
+        return tuple(dict.fromkeys(i for i in named if type(i) is int and 0 <= i < size))
+
+    def without_vocabulary(self) -> Words:
+        """For a vocabulary that has changed: what describes the old one is left out."""
+        kept = {name: data for name, data in self.files.items() if name not in (*VOCABULARIES, ADDED)}
+        return replace(self, files=kept)
+
+
+def read_words(given: Mapping[str, Path], model: Path | None = None) -> Words:
+    """Of the vocabulary's files, by their names in a folder, and of what lies beside those that have these very names.
+
+    `model`: the folder of the model, where config.json and generation_config.json are if not beside the vocabulary.
+    Raises DataError for a file that is damaged.
+    """
+    found = dict(given)
+    folders = {path.parent for name, path in given.items() if path.name == name}
+    for folder in (*folders, *([model] if model else ())):
+        names = FILES if folder in folders else (GENERATION,)
+        found |= {name: folder / name for name in names if name not in found and (folder / name).is_file()}
+        if folder in folders:
+            found |= {
+                f"{MORE_TEMPLATES}/{path.name}": path for path in sorted(folder.glob(f"{MORE_TEMPLATES}/*.jinja"))
+            }
+        if MODEL not in found and (folder / MODEL).is_file():
+            found[MODEL] = folder / MODEL
+    ids = {key: value for key, value in _json(found.pop(MODEL, None)).items() if key.endswith("_token_id")}
+    files = {name: _read(path) for name, path in found.items()}
+    if ids:
+        files[MODEL] = (json.dumps(ids, indent=2) + "\n").encode()
+    settings = _json(found.get(SETTINGS))
+    special = _special(_json(found.get(SPECIAL))) | _special(settings)
+    template = _template(files.get(JINJA), settings, _json(found.get(TEMPLATE)), found)
+    try:
+        added = _added(settings, _json(found.get(ADDED)), set(special.values()))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{found.get(SETTINGS)}: added_tokens_decoder is not understood: {error}") from error
+    return Words(files, settings, special, added, ids, _json(found.get(GENERATION)), template)
+
+
+def count_ids(vocabulary: Path) -> int:
+    """One more than the largest id of a tokenizer.json or vocab.json and the files beside it, without building it."""
+    content, words = _json(vocabulary), read_words({vocabulary.name: vocabulary})
+    model = content.get("model", {"vocab": content})
+    entries = model["vocab"]
+    ids = set(entries.values()) if isinstance(entries, dict) else {len(entries) - 1}
+    ids |= {token["id"] for token in content.get("added_tokens", ())} if "model" in content else set()
+    return max(ids | words.added.keys(), default=-1) + 1
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _json(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        value = json.loads(_read(path).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is damaged, it cannot be parsed: {error}; get it again") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path} is damaged: it holds a {type(value).__name__} instead of an object; get it again")
+    return value
+
+
+def _special(settings: Mapping[str, Any]) -> dict[str, str]:
+    found = {name: _content(value) for name, value in settings.items() if name.endswith("_token")}
+    return {name: text for name, text in found.items() if isinstance(text, str)}
+
+
+def _content(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _added(settings: Mapping[str, Any], simple: Mapping[str, Any], special: set[str]) -> dict[int, Added]:
+    """`added_tokens_decoder`, and what only the older added_tokens.json knows."""
+    further = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or ()
+    special = special | set(map(_content, further)) if isinstance(further, list | tuple) else special
+    found = {
+        index: Added(content, content in special, normalized=content not in special)
+        for content, index in simple.items()
+        if type(index) is int
+    }
+    for index, token in (settings.get("added_tokens_decoder") or {}).items():
+        known = {name: token[name] for name in Added._fields if name in token}
+        found[int(index)] = Added(**known)
+    return dict(sorted(found.items()))
+
+
+def _template(
+    jinja: bytes | None, settings: Mapping[str, Any], alone: Mapping[str, Any], found: Mapping[str, Path]
+) -> str | None:
+    if jinja is not None:
+        return decoded(jinja, found[JINJA])
+    template = settings.get("chat_template") or alone.get("chat_template")
+    if isinstance(template, list):  # several with names
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def decoded(data: bytes, path: Path) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 at byte {error.start}") from error
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """All of them into the folder; those that are there already and the same stay untouched."""
+    for name, data in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not (path.is_file() and path.read_bytes() == data):
+            path.write_bytes(data)
+
+
+def listed(ids: Iterable[int], text_of: Callable[[int], str | None]) -> str:
+    """`2 (</s>), 7`"""
+    return ", ".join(f"{i} ({text})" if (text := text_of(i)) else str(i) for i in ids)
