@@ -234,7 +234,7 @@ def written_for(source: Checkpoint, folder: Path, to: str = "neox", era: str = "
     return open_checkpoint(folder)
 
 
-@pytest.mark.parametrize(("kind", "dtype"), zip(sorted(MODELS), ["fp16", "bf16", "fp32"] * 3, strict=False))
+@pytest.mark.parametrize(("kind", "dtype"), list(zip(sorted(MODELS), ["fp16", "bf16", "fp32"] * 3, strict=False)))
 def test_neox_accepts_the_config_as_it_is_written(kind: str, dtype: str, tmp_path: Path) -> None:
     """By its own rules: types, required keys, the batch, and the arguments that its checkpoints store."""
     engine = train_bpe(["In the beginning was the word"] * 3, 260)
