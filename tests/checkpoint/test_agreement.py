@@ -210,6 +210,14 @@ def test_a_state_of_weights_that_were_trained_on_elsewhere_is_not_theirs(
         load_optimizer(optimizer, {}, changed)
 
 
+def test_a_state_whose_file_was_removed_is_said_to_be_missing(tmp_path: Path) -> None:
+    written(made(FAMILIES["gpt_neox"]), tmp_path / "a", "hf")
+    (tmp_path / "a" / "optimizer.safetensors").unlink()
+    checkpoint = open_checkpoint(tmp_path / "a")
+    assert checkpoint.optimizer is None and checkpoint.progress.step == 9
+    assert "optimizer.safetensors, the optimizer state that castalia.json tells of, is" in checkpoint.state_notes[0]
+
+
 def test_weights_of_deepspeed_that_are_not_the_masters_rounded_win(tmp_path: Path) -> None:
     source = write(tmp_path / "a", MODELS["parallel"], tp=2, dp=2, kind="zero", dtype=torch.float16).path
     assert not open_checkpoint(source).notes

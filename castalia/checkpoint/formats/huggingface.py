@@ -297,8 +297,8 @@ def detect(path: Path) -> bool:
     return (path / CONFIG).is_file() and bool(read_json(path / CONFIG).keys() & {"model_type", "architectures"})
 
 
-def has_weights(path: Path) -> bool:
-    return any((path / name).is_file() or (path / f"{name}.index.json").is_file() for name in WEIGHT_FILES)
+def has_weights(path: Path, names: Sequence[str] = WEIGHT_FILES) -> bool:
+    return any((path / name).is_file() or (path / f"{name}.index.json").is_file() for name in names)
 
 
 def read(path: Path, tokenizer: str | None = None) -> Checkpoint:
@@ -363,20 +363,26 @@ def _same(a: TensorRef, b: TensorRef) -> bool:
 
 
 def _beside(path: Path, tensors: Mapping[str, TensorRef]) -> tuple[dict[str, Any], str]:
-    """What a conversion noted beside the weights, and what to say where these are others now.
+    """What a conversion noted beside the weights, and what to say where that is not all there, or of other weights.
 
     Of weights that were changed since, the optimizer state and the progress say nothing any more.
     """
     if not (path / BESIDE).is_file():
         return {}, ""
     beside = read_json(path / BESIDE)
-    if beside.get("optimizer_steps") is None:
-        masters = {}
-    else:
-        stored, _ = _open_weights(path, OPTIMIZER_FILES)
-        masters = {n.removesuffix(".master"): ref for n, ref in stored.items() if n.endswith(".master")}
-    known = beside.get("fingerprint")
-    if not (unrounded(tensors, masters) if known is None else known != fingerprint(tensors)):  # None: an older one's
+    stateful, known = beside.get("optimizer_steps") is not None, beside.get("fingerprint")
+    if stateful and not has_weights(path, OPTIMIZER_FILES):
+        return beside | {"optimizer_steps": None}, (
+            f"{OPTIMIZER_FILES[0]}, the optimizer state that {BESIDE} tells of, is missing: the weights can be used "
+            "and trained on, but not resumed"
+        )
+    if known is not None:
+        changed = known != fingerprint(tensors)
+    else:  # an older conversion's: only masters can tell
+        stored = _open_weights(path, OPTIMIZER_FILES)[0] if stateful else {}
+        masters = {name.removesuffix(".master"): ref for name, ref in stored.items() if name.endswith(".master")}
+        changed = bool(unrounded(tensors, masters))
+    if not changed:
         return beside, ""
     return {"config": beside.get("config")}, (
         f"the weights were changed after {BESIDE} and the optimizer state were written (by training elsewhere, say): "
