@@ -30,13 +30,15 @@ def from_tensors(tensors: Mapping[str, TensorRef], num_heads: int | None) -> dic
     found: dict[str, Any] = {"num_layers": len(blocks), "tie_embeddings": "head.weight" not in shapes}
     if "reward.weight" in shapes:  # it needs no other head, so that none tells nothing
         del found["tie_embeddings"]
-    if "embed.weight" in shapes:
-        found["padded_vocab_size"], found["hidden_size"] = shapes["embed.weight"]
-    if "positions.weight" in shapes:
-        found |= {"position": "learned", "max_positions": shapes["positions.weight"][0]}
+    matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2}  # others are of a damaged file
+    if "embed.weight" in matrices:
+        found["padded_vocab_size"], found["hidden_size"] = matrices["embed.weight"]
+    if "positions.weight" in matrices:
+        found |= {"position": "learned", "max_positions": matrices["positions.weight"][0]}
     if not blocks:
         return found
     block = {name.removeprefix("blocks.0."): shape for name, shape in shapes.items() if name.startswith("blocks.0.")}
+    matrices = {name: shape for name, shape in block.items() if len(shape) == 2}
     found |= {
         "norm": _norm(block),
         "qk_norm": "attn.qk_norm.weight" in block,
@@ -44,12 +46,12 @@ def from_tensors(tensors: Mapping[str, TensorRef], num_heads: int | None) -> dic
         "attention_bias": "attn.qkv.bias" in block,
         "mlp_bias": "mlp.up.bias" in block,
     }
-    if "mlp.down.weight" in block:
-        found["mlp_width"] = block["mlp.down.weight"][1]
-    if "attn.qk_norm.weight" in block:
-        num_heads = found["num_heads"] = block["attn.qk_norm.weight"][0]
-    if num_heads and "attn.qkv.weight" in block and found.get("hidden_size", 0) >= num_heads:
-        rows = block["attn.qkv.weight"][0] // (found["hidden_size"] // num_heads)
+    if "mlp.down.weight" in matrices:
+        found["mlp_width"] = matrices["mlp.down.weight"][1]
+    if "attn.qk_norm.weight" in matrices:
+        num_heads = found["num_heads"] = matrices["attn.qk_norm.weight"][0]
+    if num_heads and "attn.qkv.weight" in matrices and found.get("hidden_size", 0) >= num_heads:
+        rows = matrices["attn.qkv.weight"][0] // (found["hidden_size"] // num_heads)
         found["kv_heads"] = (rows - num_heads) // 2
     return found
 

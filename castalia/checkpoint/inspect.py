@@ -225,7 +225,7 @@ def _statistics(checkpoint: Checkpoint, kind: str, names: list[str], sums: Mappi
         "not_finite": together.not_finite, "values": together.count,
     }  # fmt: skip
     model = checkpoint.config.model if checkpoint.config else None
-    if model is None or kind in WITHOUT_METHOD:
+    if model is None or kind in WITHOUT_METHOD or len(checkpoint.model[names[0]].shape) != 2:
         return result | {"methods": {}, "fits": [], "start": None}
     shape = _drawn_shape(checkpoint, names[0])
     methods = {
@@ -320,7 +320,7 @@ def _vocabulary(checkpoint: Checkpoint, known: tuple[int | None, str]) -> dict[s
     embedding = checkpoint.model.get("embed.weight")
     tokenizer = checkpoint.config.tokenizer if checkpoint.config else None
     return {
-        "rows": embedding.shape[0] if embedding is not None else None,
+        "rows": embedding.shape[0] if embedding is not None and embedding.shape else None,
         "logical": known[0],
         "source": known[1],
         "tokenizer": {"kind": tokenizer.kind, "path": tokenizer.path} if tokenizer else None,

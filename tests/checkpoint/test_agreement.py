@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from castalia.checkpoint import convert
 from castalia.checkpoint.formats import open_checkpoint
+from castalia.checkpoint.inspect import report
 from castalia.checkpoint.load import load_model, load_optimizer
 from castalia.checkpoint.tensors import Progress
 from castalia.errors import CheckpointError
@@ -297,3 +298,31 @@ def test_an_empty_latest_and_a_manifest_of_another_program_are_said_to_be_such(t
     (tmp_path / "a" / "config.json").unlink()
     with pytest.raises(CheckpointError, match="its manifest.json is another program's"):
         open_checkpoint(tmp_path / "a")
+
+
+def test_a_missing_part_of_zero_3_is_named(tmp_path: Path) -> None:
+    """One file of model states tells everything; of the weights, each rank's file has a part."""
+    layout = {"pipeline": False, "dp": 3, "kind": "stage3", "dtype": torch.float16}
+    source = write(tmp_path / "a", MODELS["parallel"], **layout).path
+    for rank in (0, 2):
+        (source / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt").unlink()
+    open_checkpoint(source)
+    for rank in (2, 0):
+        (source / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").unlink()
+        with pytest.raises(CheckpointError, match=f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt.*There are"):
+            open_checkpoint(source)
+    (source / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+    with pytest.raises(CheckpointError, match="ZeRO 3 keeps the weights in the optimizer files, which are missing"):
+        open_checkpoint(source)
+
+
+@pytest.mark.parametrize("what", RESHAPED)
+@pytest.mark.parametrize("kind", ["gpt_neox", "gpt2", "llama"])
+def test_inspect_goes_on_and_lists_what_disagrees(kind: str, what: str, tmp_path: Path) -> None:
+    tensors = folder_of(kind, tmp_path / "a")
+    file = tmp_path / "a" / "model.safetensors"
+    for name in (name for name in tensors if name.endswith(("embed_in.weight", "wte.weight", "mlp.down_proj.weight"))):
+        odd = RESHAPED[what](tensors[name]).clone(memory_format=torch.contiguous_format)
+        save_file(tensors | {name: odd}, file)
+        found = report(open_checkpoint(tmp_path / "a", tolerant=True))
+        assert any("has shape" in line for line in found["disagreements"])
