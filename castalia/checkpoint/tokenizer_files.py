@@ -15,7 +15,15 @@ from castalia.checkpoint.load import load_tokenizer_for
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.checkpoint.writing import Output, bytes_output, json_output
 from castalia.config.schema import Tokenizer as TokenizerSettings
-from castalia.data.tokenizer import PADDING, RustTokenizer, SentencePieceTokenizer, Tokenizer, engine_text
+from castalia.data.tokenizer import (
+    PADDING,
+    ByteTokenizer,
+    RustTokenizer,
+    SentencePieceTokenizer,
+    TiktokenTokenizer,
+    Tokenizer,
+    engine_text,
+)
 from castalia.data.words import GENERATION, MODEL, SPECIAL, Words, read_words
 from castalia.data.words import SETTINGS as HF_SETTINGS
 from castalia.errors import CastaliaError
@@ -40,7 +48,12 @@ def written_tokenizer(checkpoint: Checkpoint, outputs: Sequence[Output], folder:
         return TokenizerSettings(kind="gpt2", path=names["vocab.json"], merges=names["merges.txt"])
     if "tokenizer.model" in names:
         return TokenizerSettings(kind="sentencepiece", path=names["tokenizer.model"])
-    return checkpoint.config.tokenizer  # names an encoding, or is missing, as was said
+    tokenizer, _ = _load(checkpoint)
+    if isinstance(tokenizer, ByteTokenizer):
+        return TokenizerSettings(kind=tokenizer.kind)  # type: ignore[arg-type]
+    if isinstance(tokenizer, TiktokenTokenizer):
+        return TokenizerSettings(kind="tiktoken", path=tokenizer.engine.name)
+    return checkpoint.config.tokenizer  # it is missing, as was said
 
 
 def hf_tokenizer(checkpoint: Checkpoint) -> tuple[list[Output], dict[str, Any], tuple[str, ...]]:

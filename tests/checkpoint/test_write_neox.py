@@ -250,6 +250,13 @@ def test_neox_accepts_the_config_as_it_is_written(kind: str, dtype: str, tmp_pat
     assert slim["finetune"] is True and slim["load"] == str(tmp_path / "slim")
 
 
+def test_tokenizers_without_files_are_named(tmp_path: Path) -> None:
+    for kind, name in (("char", "CharLevelTokenizer"), ("bytes", "GPT2BPETokenizer")):  # NeoX has no bytes
+        keys, state, _ = files_of(run(SMALL, tokenizer=Tokenizer(kind=kind)), tmp_path / kind)
+        assert keys.get("tokenizer_type", "GPT2BPETokenizer") == state["args"]["tokenizer_type"] == name
+        assert "vocab_file" not in keys
+
+
 def test_the_rules_of_neox_are_those_of_its_list_of_arguments(fixtures: Path) -> None:
     table = fixtures.parent / "reference" / "neox-arguments.tsv"
     if not table.is_file():
