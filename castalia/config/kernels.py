@@ -57,7 +57,8 @@ def choose_kernel(
         return Choice("plain", told, "CPUs' flash kernel has no dropout") if dropout else Choice("flash", told)
     if not (why_not_flash := _why_not_flash(capability, dtype, sight, head_size, dropout, training)):
         suits = capability[0] in (9, 10) and head_size <= LARGEST_CUDNN_HEAD and head_size % 8 == 0
-        if suits and cudnn and not writing and sight != "last causal" and (16 * dropout).is_integer():
+        able = sight == "causal" or (sight == "everything" and not dropout)
+        if suits and able and cudnn and not writing:
             return Choice("cuDNN", sight)
         return Choice("flash", sight)
     if why_not_efficient := _why_not_efficient(capability, dtype, head_size):

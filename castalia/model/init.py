@@ -100,6 +100,9 @@ def _drawn(
     tiles = [(i, j) for i in bands for j in range(left // TILE_COLUMNS, -(-right // TILE_COLUMNS))]
     rest = iter(tiles)
 
+    inference = torch.is_inference_mode_enabled()  # a thread of its own has its own mode
+
+    @torch.inference_mode(inference)
     def draw_some(_: int) -> None:
         tile = torch.empty(TILE_ROWS, TILE_COLUMNS, dtype=torch.float64)
         for i, j in rest:  # each thread takes the next one

@@ -186,8 +186,9 @@ def test_torch_chooses_as_told_on_this_gpu(sight, t, k, writing, dropout, dtype,
                 chosen = torch_kernel(q, keys, v, sight, None, dropout)
         else:
             chosen = torch_kernel(q, keys, v, sight, None, dropout)
-        if head_size > 128 and choice.kernel == "flash" and chosen == BACKENDS["cuDNN"]:
-            continue  # newer versions of cuDNN take larger heads, which need as much memory
+        alike = {BACKENDS["flash"], BACKENDS["cuDNN"]}  # in what memory they need
+        if (head_size > 128 or dropout) and {chosen, BACKENDS[choice.kernel]} == alike:
+            continue  # versions of torch and cuDNN differ in which heads and rates of dropout cuDNN takes
         assert chosen == BACKENDS[choice.kernel], (kv, choice)
 
 

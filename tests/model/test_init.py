@@ -96,6 +96,12 @@ def test_any_number_of_threads_draws_the_same(monkeypatch):
     assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], drawn[2])
 
 
+def test_several_threads_draw_in_inference_mode_too(monkeypatch):
+    monkeypatch.setattr(init, "_cores", lambda: 3)
+    with torch.inference_mode():
+        assert seeded_tensor(TINY, 1, "blocks.0.mlp.up.weight", (200, 300)).is_inference()
+
+
 def test_ranks_of_a_machine_share_its_cores(monkeypatch):
     monkeypatch.setattr(init.os, "sched_getaffinity", lambda process: range(12), raising=False)
     for ranks, cores in (("", 12), ("4", 3), ("24", 1)):
