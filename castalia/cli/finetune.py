@@ -220,7 +220,7 @@ def beginning(record: dict[str, Any], key: str, chat: Chat | None) -> str:
         return " ".join(str(record[key]).split(" ")[:6])
     messages, _ = conversation_of(record, key, chat.role)
     asked = next(number for number, turn in enumerate(messages) if turn["role"] == chat.role)
-    return renderer(chat)(messages[:asked], True)
+    return renderer(chat)(messages[:asked], True).text
 
 
 def sample(path: str, prompt: str, max_tokens: int, tokenizer: Tokenizer | None = None) -> str:
@@ -235,7 +235,9 @@ def sample(path: str, prompt: str, max_tokens: int, tokenizer: Tokenizer | None 
     device = choose_device("auto")
     model = build_model(checkpoint, device, choose_dtype("auto" if device.type == "cuda" else "fp32", device))
     words = load_tokenizer(tokenizer) if tokenizer else load_tokenizer_for(checkpoint)
-    return generate(model, words, [prompt], max_tokens=max_tokens)[0]
+    begins = prompt.startswith(words.words.special.get("bos_token") or "\0")  # as templates spell it out
+    (ids,) = words.encode_batch([prompt], bare=begins)
+    return generate(model, words, [ids], max_tokens=max_tokens)[0]
 
 
 def save_adapters(run: Path) -> None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import lru_cache
-from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from castalia.data.samples import IGNORE
 from castalia.data.sources import SURROGATE, field_of
+from castalia.data.template import Rendered, compile_template
 from castalia.data.tokenizer import Tokenizer
 from castalia.data.words import JINJA, SETTINGS, TEMPLATE, read_words
 from castalia.errors import DataError
@@ -48,32 +46,16 @@ def read_template(path: str | Path) -> tuple[str, tuple[tuple[str, str], ...]]:
 
 
 @lru_cache(maxsize=4)
-def renderer(chat: Chat) -> Callable[[Conversation, bool], str]:
+def renderer(chat: Chat) -> Callable[[Conversation, bool], Rendered]:
     """Text of the messages, ready for an answer if the flag says so. DataError if the template is no Jinja."""
-    sandbox, jinja = import_module("jinja2.sandbox"), import_module("jinja2")
-    environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    template, content = compile_template(chat.template)
 
-    def refuse(message: str) -> None:
-        raise jinja.TemplateError(message)
-
-    environment.globals["raise_exception"] = refuse
-    try:
-        template = environment.from_string(chat.template)
-    except jinja.TemplateSyntaxError as error:
-        raise DataError(f"the chat template is no Jinja: line {error.lineno}: {error.message}") from error
-
-    def render(messages: Conversation, ready: bool) -> str:
-        try:
-            text = template.render(messages=messages, add_generation_prompt=ready, **dict(chat.names))
-        except (jinja.TemplateError, TypeError) as error:
-            raise ValueError(f"the chat template does not render: {error}") from None
-        if SURROGATE.search(text):
+    def render(messages: Conversation, ready: bool) -> Rendered:
+        shown = [turn | {"content": content(turn["content"])} for turn in messages]
+        found = template(messages=shown, add_generation_prompt=ready, **dict(chat.names))
+        if SURROGATE.search(found.text):
             raise ValueError("the conversation holds half of a surrogate pair, which no UTF-8 can express")
-        return text
+        return found
 
     return render
 
@@ -136,7 +118,7 @@ def encode_chat(
     belongs to the turn before it."""
     render, end = renderer(chat), [] if tokenizer.eod_id is None else [tokenizer.eod_id]
     if chat.for_rm:
-        (whole,) = tokenizer.encode_batch([render(messages, False)], bare=True)
+        (whole,) = tokenizer.encode_batch([render(messages, False).text], bare=True)
         return whole + 2 * end, [IGNORE] * (len(whole) + 1) + end
     learned = [turn["role"] == chat.role and number >= given for number, turn in enumerate(messages)]
     if chat.only_last:
@@ -144,13 +126,41 @@ def encode_chat(
     if not any(learned):
         where = "at its end" if chat.only_last else "in it"
         raise ValueError(f"a conversation without an answer: no turn of role {chat.role!r} {where}")
-    asked = [after["role"] == chat.role for _, after in pairwise(messages)] + [False]
-    texts = [render(messages[: turn + 1], ready) for turn, ready in enumerate(asked)]
-    ids: list[int] = []
-    labels: list[int] = []
-    for turn, (now, learns) in enumerate(zip(tokenizer.encode_batch(texts, bare=True), learned, strict=True), start=1):
-        if now[: len(ids)] != ids:
+    rendered = render(messages, False)
+    bounds = _generated(rendered, messages, chat, learned) or _turns(render, messages, chat, learned)
+    prefixes = [text for pair in bounds for text in pair]
+    *parts, ids = tokenizer.encode_batch([*prefixes, rendered.text], bare=True)
+    labels = [IGNORE] * len(ids)
+    before: list[int] = []
+    for number, now in enumerate([*parts, ids]):
+        if now[: len(before)] != before or ids[: len(now)] != now:
+            turn = [place for place, learns in enumerate(learned, start=1) if learns][min(number // 2, len(bounds) - 1)]
             raise ValueError(f"turn {turn} changes the tokens of those before it: the template must add turn by turn")
-        labels += now[len(ids) :] if learns else [IGNORE] * (len(now) - len(ids))
-        ids = now
+        before = now
+    for start, stop in zip(parts[::2], parts[1::2], strict=True):
+        labels[len(start) : len(stop)] = ids[len(start) : len(stop)]
     return ids + end, labels + (end if learned[-1] else [IGNORE] * len(end))
+
+
+def _turns(
+    render: Callable[[Conversation, bool], Rendered], messages: Conversation, chat: Chat, learned: Sequence[bool]
+) -> list[tuple[str, str]]:
+    """The text before and after each turn that is learned. No other beginnings are rendered: some templates refuse
+    a system message alone, or a question without its answer."""
+    asked = [after["role"] == chat.role for _, after in pairwise(messages)] + [False]
+
+    def until(turn: int) -> str:
+        return render(messages[:turn], asked[turn - 1]).text if turn else ""
+
+    return [(until(turn), until(turn + 1)) for turn, learns in enumerate(learned) if learns]
+
+
+def _generated(
+    rendered: Rendered, messages: Conversation, chat: Chat, learned: Sequence[bool]
+) -> list[tuple[str, str]] | None:
+    """The same where the template itself marks what the model writes, one mark for each turn of the role."""
+    turns = [learns for turn, learns in zip(messages, learned, strict=True) if turn["role"] == chat.role]
+    if len(turns) != len(rendered.generated):
+        return None
+    spans = [span for span, learns in zip(rendered.generated, turns, strict=True) if learns]
+    return [(rendered.text[:start], rendered.text[:stop]) for start, stop in spans]

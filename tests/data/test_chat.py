@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from castalia.config.schema import Data, RunConfig, Source, Tokenizer, Train
-from castalia.data.chat import Chat, conversation_of, encode_chat, read_template
+from castalia.data.chat import Chat, conversation_of, encode_chat, read_template, renderer
 from castalia.data.indexed import Writer, open_dataset
 from castalia.data.loader import open_data
 from castalia.data.prepare import Recipe, prepare, prepare_sources
@@ -235,3 +235,77 @@ def test_editing_the_labels_of_a_prompt_changes_nothing(tmp_path: Path) -> None:
     before = step(labels)
     assert step(edited("prompts", lambda item: np.where(item < 0, -7, item))) == before
     assert step(edited("answers", lambda item: np.where(item == ord("\n"), ord("?"), item)))[0] != before[0]
+
+
+TURNS = [{"role": "system", "content": "be brief"}, QUESTION, ANSWER]
+STRICT = (
+    "{% if messages | length == 1 and messages[0].role == 'system' %}{{ raise_exception('a system message alone') }}"
+    "{% endif %}" + TEMPLATE
+)
+PARTS = "{% for m in messages %}{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %}"
+
+
+def test_a_template_may_refuse_a_system_message_alone() -> None:
+    ids, labels = encode_chat(TURNS, Chat(STRICT), ByteTokenizer("bytes"))
+    assert spell(ids) == "<s>be brief\n<u>how?\n<a>so.\n$" and spell(labels).strip("_") == "so.\n$"
+
+
+def test_a_template_may_mark_what_is_generated() -> None:
+    template = (
+        "{% for m in messages %}<{{ m.role[0] }}>{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}!{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+    )
+    talk, words = [*TURNS, QUESTION, ANSWER], ByteTokenizer("bytes")
+    ids, labels = encode_chat(talk, Chat(template), words)
+    assert spell(ids) == "<s>be brief<u>how?<a>so.!<u>how?<a>so.!$"
+    assert [part for part in spell(labels).split("_") if part] == ["so.!", "so.!", "$"]
+    last = spell(encode_chat(talk, Chat(template, only_last=True), words)[1])
+    assert [part for part in last.split("_") if part] == ["so.!", "$"]
+
+
+@pytest.mark.parametrize(
+    ("content", "template", "text"),
+    [
+        (None, TEMPLATE, "<a>\n"),
+        (None, "{% for m in messages %}{{ m.content | trim }}|{% endfor %}", "|"),
+        (None, "{% for m in messages %}{{ 'null' if m.content is none else m.content }}{% endfor %}", "null"),
+        ([{"type": "text", "text": "so"}, " it is"], TEMPLATE, "<a>so it is\n"),
+        ([{"type": "text", "text": "so"}], PARTS, "so"),
+    ],
+)
+def test_content_that_is_no_text(content: object, template: str, text: str) -> None:
+    assert renderer(Chat(template))([{"role": "assistant", "content": content}], False).text == text
+
+
+def test_parts_that_are_no_text_are_refused() -> None:
+    with pytest.raises(ValueError, match="a part of type 'image'"):
+        encode_chat([{"role": "assistant", "content": [{"type": "image"}]}], Chat(TEMPLATE), ByteTokenizer("bytes"))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 1 / 0 }}",
+        "{{ range(10 ** 9) | list }}",
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+        "{{ messages[9].content.x }}",
+        "{{ 'a' * 10 ** 11 }}",
+        "{{ 9 ** 99999999 }}",
+        "{{ 'a' | center(10 ** 10) }}",
+        "{{ '%99999999999d' % 1 }}",
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% set ns = namespace(x='aaaaaaaa') %}{% for a in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+        "{% set ns = namespace(x='aaaaaaaa') %}{% for a in range(99) %}{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}"
+        "{% endfor %}",
+    ],
+)
+def test_what_does_not_render_is_one_line_within_bounds(template: str) -> None:
+    with pytest.raises(ValueError, match=r"^the chat template does not render: [^\n]+$"):
+        renderer(Chat(template))([QUESTION], False)
+
+
+def test_a_damaged_tokenizer_config_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(DataError, match="tokenizer_config.json is damaged"):
+        read_template(tmp_path)
