@@ -56,7 +56,8 @@ def command(
         return
     from castalia.cli.opening import open_and_tell
     from castalia.cli.ranks import start_processes
-    from castalia.parallel.process import is_main, process_group
+    from castalia.parallel.process import process_group
+    from castalia.parallel.rendezvous import is_main
     from castalia.train.hardware import choose_device
 
     start_processes(tp, pp, nproc)
@@ -169,7 +170,7 @@ def load_engine(
     from castalia.cli.ranks import split_config
     from castalia.config.batch import BatchPlan
     from castalia.parallel.engine import Engine
-    from castalia.parallel.process import world_size
+    from castalia.parallel.rendezvous import world_size
     from castalia.train.start import load_engine, make_engine
 
     world = world_size()
@@ -204,7 +205,7 @@ def check_vocabulary(stream: Stream, rows: int) -> None:
 
 def shown(batches: Iterator[Batch], stream: Stream) -> Iterator[Batch]:
     """The batches, with a progress bar on a terminal."""
-    from castalia.parallel.process import is_main
+    from castalia.parallel.rendezvous import is_main
 
     if not (sys.stderr.isatty() and is_main()):
         return batches

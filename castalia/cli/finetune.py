@@ -77,7 +77,7 @@ def command(
         config = config.model_copy(update={"train": config.train.model_copy(update={"steps": steps, "epochs": None})})
     (folder / "finetune.yml").write_text(dump_config(config), encoding="utf-8")
     if nproc and nproc > 1:
-        from castalia.parallel.process import relaunch
+        from castalia.parallel.launcher import relaunch
 
         relaunch(nproc, ["train", str(folder / "finetune.yml")])
     question = prepared.prompt if prompt is None else prompt

@@ -60,7 +60,8 @@ def command(
     from castalia.cli.ranks import start_processes
     from castalia.errors import ConfigError
     from castalia.generate.engine import Sampling
-    from castalia.parallel.process import is_main, process_group
+    from castalia.parallel.process import process_group
+    from castalia.parallel.rendezvous import is_main
     from castalia.train.hardware import choose_device
 
     if dtype == "int8" and (tp * pp > 1 or choose_device(device).type != "cpu"):

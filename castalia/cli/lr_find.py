@@ -29,7 +29,8 @@ def command(
     from castalia.config.files import require_files
     from castalia.config.load import load_config
     from castalia.errors import ConfigError
-    from castalia.parallel.process import is_main, process_group
+    from castalia.parallel.process import process_group
+    from castalia.parallel.rendezvous import is_main
 
     check_picture(plot, "--plot")
     config = load_config(*split_words(words))

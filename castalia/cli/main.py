@@ -101,6 +101,7 @@ def main() -> None:
     """Run the verb of `sys.argv`. Exit codes: 0, 2 for what the user can mend, 130 when interrupted."""
     growing_segments()
     keep_all_characters()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a warning of a lost connection is a C++ stack of 20 lines
     verb = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
     try:
         try:

@@ -19,8 +19,9 @@ def start_processes(tp: int, pp: int, nproc: int | None) -> int:
     As many as the layout takes, unless `nproc` or a launcher says otherwise.
     """
     from castalia.config.schema import Parallel
+    from castalia.parallel.launcher import relaunch
     from castalia.parallel.layout import layout
-    from castalia.parallel.process import relaunch, world_size
+    from castalia.parallel.rendezvous import world_size
 
     started = world_size()
     wanted = started if started > 1 else nproc or tp * pp
@@ -53,7 +54,7 @@ def load_split(checkpoint: Checkpoint, tp: int, pp: int, dtype: torch.dtype, dev
     from castalia.checkpoint.tensors import Shard
     from castalia.parallel.inference import SplitModel
     from castalia.parallel.layout import layout
-    from castalia.parallel.process import world_size
+    from castalia.parallel.rendezvous import world_size
     from castalia.parallel.shards import part
 
     config = split_config(checkpoint, tp, pp, world_size())

@@ -24,7 +24,9 @@ def command(
     Shows loss and gradient norm beside the recorded ones, norms of all layers, and the batch, sequence by sequence.
     """
     from castalia.config.load import load_run
-    from castalia.parallel.process import is_main, process_group, relaunch, world_size
+    from castalia.parallel.launcher import relaunch
+    from castalia.parallel.process import process_group
+    from castalia.parallel.rendezvous import is_main, world_size
     from castalia.train.folder import require_run
     from castalia.train.hardware import choose_device
     from castalia.train.replay import replay

@@ -33,8 +33,8 @@ def command(
     """
     config = read_config(configs)
     if nproc is not None and nproc > 1:
+        from castalia.parallel.launcher import relaunch
         from castalia.parallel.layout import check_run
-        from castalia.parallel.process import relaunch
 
         require_files(config)
         check_run(config, nproc)

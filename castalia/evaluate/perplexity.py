@@ -22,7 +22,7 @@ def evaluate(engine: Engine, batches: Iterable[Batch]) -> dict[str, float]:
         for batch in batches:
             total += engine.loss_sum(as_rows(batch))
             count += int(batch.loss_mask.sum())
-    mean = total.item() / count if count else math.nan
+    mean = engine.numbers(total)[0] / count if count else math.nan
     return {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "tokens": count}
 
 

@@ -13,6 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from castalia.launch.hosts import Host
+from castalia.parallel.launcher import SHUTDOWN_TIMEOUT, SHUTDOWN_TIMEOUT_S
+
+PATIENCE = f"{SHUTDOWN_TIMEOUT}={SHUTDOWN_TIMEOUT_S}"  # of torchrun with processes that were told to stop
+SIGNAL_BEFORE_END_S = 300  # Slurm's own signal comes 30 s before it kills: no time to end a step and write it
 
 
 @dataclass(frozen=True)
@@ -54,13 +58,14 @@ def slurm(job: Job) -> str:
         f"#SBATCH --gpus-per-node={job.gpus}",
         "#SBATCH --exclusive",
         "#SBATCH --requeue",
+        f"#SBATCH --signal=TERM@{SIGNAL_BEFORE_END_S}",
         "#SBATCH --open-mode=append",
         "#SBATCH --output=%x-%j.log",
         "# Add what your cluster wants: --partition, --account, --time.",
         "set -euo pipefail",
         "# Submit from the environment that castalia is installed in; the job inherits it.",
         'read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")',
-        "export first",
+        f"export first {PATIENCE}",
     ]
     # The inner shell runs on each node, where SLURM_NODEID tells which one it is.
     join = f'--rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$first:{job.port}" --rdzv-conf "is_host=$is_host"'
@@ -77,14 +82,14 @@ def torchrun(job: Job) -> str:
     """A line for each host, all started from here."""
     if len(job.hosts) <= 1:
         command = ["--standalone", "--nproc-per-node", str(job.gpus), "--max-restarts", str(job.restarts)]
-        return f"#!/bin/bash\n# {job.about}\nexec torchrun {shlex.join([*command, *job.program])}\n"
+        return f"#!/bin/bash\n# {job.about}\nexport {PATIENCE}\nexec torchrun {shlex.join([*command, *job.program])}\n"
     lines = [
         "#!/bin/bash",
         f"# {job.about}",
         "# Start it in a folder that all hosts share, in the environment that castalia is installed in. Or paste each",
         "# host's line into a shell there. Another run at the same time needs another --rdzv-id and another port.",
         "set -eu",
-        'here=$(printf \'cd %q && exec %q\' "$PWD" "$(command -v torchrun)")',
+        f'here=$(printf \'cd %q && exec env {PATIENCE} %q\' "$PWD" "$(command -v torchrun)")',
     ]
     endpoint = f"{job.hosts[0].name}:{job.port}"
     for i, host in enumerate(job.hosts):
@@ -135,11 +140,14 @@ spec:
     spec:
       subdomain: {name}
       restartPolicy: OnFailure
+      terminationGracePeriodSeconds: {SHUTDOWN_TIMEOUT_S + 30}
       containers:
         - name: castalia
           image: {_yaml(image)}
           command:{words}
           env:
+            - name: {SHUTDOWN_TIMEOUT}
+              value: "{SHUTDOWN_TIMEOUT_S}"
             - name: JOB_UID
               valueFrom:
                 fieldRef:

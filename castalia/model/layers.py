@@ -63,8 +63,11 @@ class Linear(nn.Linear):
         out = linear(x, self.weight, self.bias)
         if self.lora_a is None or self.lora_b is None:
             return out
-        inner = linear(F.dropout(x, self.lora_dropout, self.training), self.lora_a)
-        return out + linear(inner, self.lora_b) * self.lora_scale
+        return out + linear(linear(self.dropped(x), self.lora_a), self.lora_b) * self.lora_scale
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """What the adapter sees of the input while it trains."""
+        return F.dropout(x, self.lora_dropout, self.training)
 
     @property
     def whole_weight(self) -> Tensor:

@@ -122,7 +122,8 @@ def why_not_compiled(config: RunConfig) -> str | None:
     """What a compiled block cannot do that this run needs."""
     cfg, parallel = config.model, config.parallel
     assert cfg is not None
-    if parallel.tp > 1 and (cfg.attention_dropout or (parallel.sequence_parallel and cfg.hidden_dropout)):
+    adapters = config.finetune.lora is not None and config.finetune.lora.dropout
+    if parallel.tp > 1 and (adapters or cfg.attention_dropout or (parallel.sequence_parallel and cfg.hidden_dropout)):
         return "tensor ranks cannot draw their own dropout"
     if parallel.cp > 1 and parallel.cp_kind == "ring":
         return "keys and values cannot travel around (parallel.cp_kind=ring)"

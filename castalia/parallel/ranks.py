@@ -22,6 +22,7 @@ from castalia.parallel.apply import build_stages
 from castalia.parallel.context import WAYS, refuse_ring
 from castalia.parallel.engine import Counted, Engine, Objective, Part, Rows, T, micro_loss
 from castalia.parallel.layout import check_run, layout
+from castalia.parallel.lookout import wait_until
 from castalia.parallel.mesh import Mesh, build_mesh
 from castalia.parallel.pipeline import Pipeline
 from castalia.parallel.shards import global_gradient_norm, local, part
@@ -196,6 +197,15 @@ class Ranks(Engine):
         named = [(name, p) for model in self.models for name, p in model.named_parameters()]
         every = [(p, counted[name] if counted else None) for name, p in named if counted is None or name in counted]
         return global_gradient_norm(every, self.device, twice=self.pipeline.tied if self.pipeline else ())
+
+    def numbers(self, *values: Tensor) -> list[float]:
+        """NCCL's collectives return at once: a rank that is lost shows where the device is waited for."""
+        together = torch.stack(values)
+        if together.is_cuda:
+            computed = torch.cuda.Event()
+            computed.record()
+            wait_until(computed.query, self.config.parallel.timeout)
+        return together.tolist()
 
     def sum_over_data(self, value: float) -> float:
         total = torch.tensor(value, dtype=torch.float64)  # on the host: the group has gloo beside NCCL

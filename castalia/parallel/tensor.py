@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
+from torch.nn import functional as F
 
 from castalia.model.layers import Linear
 from castalia.model.loss import CHUNK_BYTES, IGNORE, gain, product, scaled_gradients, token_losses
@@ -93,12 +96,19 @@ def draw_apart(module: nn.Module, rank: int) -> None:
     def apart(*args: Any, **kwargs: Any) -> Any:
         if not module.training:
             return forward(*args, **kwargs)
-        seed = int(torch.randint(1 << 62, ()))
-        with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
-            torch.manual_seed(seed + rank)
+        with _other_numbers(rank):
             return forward(*args, **kwargs)
 
     module.forward = apart  # type: ignore[method-assign]
+
+
+@contextmanager
+def _other_numbers(rank: int) -> Iterator[None]:
+    """Random numbers that are this rank's own; those afterwards are again the same on all."""
+    seed = int(torch.randint(1 << 62, ()))
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
+        torch.manual_seed(seed + rank)
+        yield
 
 
 def _find(module: nn.Module, name: str) -> nn.Module | None:
@@ -205,6 +215,20 @@ def split_adapters(model: nn.Module, mesh: DeviceMesh) -> None:
             name = "lora_b" if placement.is_shard(0) else "lora_a"
             cut = distribute_tensor(getattr(module, name), mesh, [placement])
             module.register_parameter(name, nn.Parameter(cut))
+            if module.lora_dropout:
+                module.dropped = partial(_dropped, module)  # type: ignore[method-assign]
+
+
+def _dropped(module: Linear, x: DTensor) -> DTensor:
+    """`Linear.dropped` of this rank's part of the input; where ranks hold different parts they drop different ones.
+
+    Not by torch's dropout of a DTensor: on GPUs its first one broadcasts the generator's state over all ranks of the
+    run, in the midst of a pipeline stage's work, for which the other stages wait.
+    """
+    mesh, (placement,) = x.device_mesh, x.placements
+    with _other_numbers(mesh.get_local_rank()) if placement.is_shard() and module.training else nullcontext():
+        part = F.dropout(x.to_local(), module.lora_dropout, module.training)
+    return DTensor.from_local(part, mesh, [placement], run_check=False)
 
 
 def replicate_rest(model: nn.Module, mesh: DeviceMesh) -> None:

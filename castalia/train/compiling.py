@@ -9,7 +9,7 @@ import torch
 from castalia.config.schema import RunConfig
 from castalia.parallel.compile import missing_compiler
 from castalia.parallel.layout import why_not_compiled
-from castalia.parallel.process import world_size
+from castalia.parallel.rendezvous import world_size
 from castalia.plan.flops import training_flops
 
 EAGER_STEPS = 10  # until then the first loss, and most mistakes, have shown

@@ -23,7 +23,8 @@ from castalia.data.loader import Batch, Samples, has_data
 from castalia.data.pairs import Pairs, open_samples
 from castalia.errors import TrainingError
 from castalia.parallel.engine import Engine
-from castalia.parallel.process import is_main, process_group
+from castalia.parallel.process import process_group
+from castalia.parallel.rendezvous import is_main
 from castalia.plan.flops import training_flops
 from castalia.train.display import Display, duration
 from castalia.train.folder import (
@@ -223,9 +224,16 @@ class Run:
         states = optimizer_state(session.optimizer, parameters) if self.config.checkpoint.save_optimizer else None
         if states is not None:
             states = {name: self._own(state) for name, state in states.items()}
+        self._wait_for_writes()
         self.writer.save(self._own(parameters), states, self.progress, self.config, session.data.fingerprint)
         self.saved_step = self.progress.step
         self._event("save", step=self.progress.step)
+
+    def _wait_for_writes(self) -> None:
+        """Until what was saved is on disk, on all ranks together: one that waits alone keeps the others in a collective
+        of the device, which is given less time than a slow disk."""
+        while self.session.engine.any(self.writer.is_writing):
+            time.sleep(0.05)
 
     def _own(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
         """The parts of the tensors that this rank writes; an optimizer's step counters are everybody's."""
@@ -288,6 +296,7 @@ class Run:
     def _rewind(self) -> None:
         """Back to the weights of an earlier checkpoint. The steps since then are done, as data goes, but skipped."""
         session, done = self.session, self.progress.step
+        self._wait_for_writes()
         self.writer.join()
         path = session.engine.gather(self._checkpoint_to_return_to(done))[0]
         if path is None:

@@ -21,7 +21,7 @@ from castalia.data.pairs import Pairs
 from castalia.model.attention import capability
 from castalia.model.loss import CHUNK_BYTES
 from castalia.parallel.layout import layout as parallel_layout
-from castalia.parallel.process import world_size
+from castalia.parallel.rendezvous import world_size
 from castalia.plan.count import adapter_shapes, count, tensor_shapes
 from castalia.plan.layout import Layout
 from castalia.plan.report import Known, layout_of, training, warnings

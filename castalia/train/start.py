@@ -25,7 +25,8 @@ from castalia.errors import CheckpointError, ConfigError, TrainingError
 from castalia.parallel.compile import allow_eager
 from castalia.parallel.engine import Engine, one_process
 from castalia.parallel.layout import layout
-from castalia.parallel.process import main_first, world_size
+from castalia.parallel.process import main_first
+from castalia.parallel.rendezvous import world_size
 from castalia.train.compiling import Compiling, plan_compiling, settled
 from castalia.train.exact import Exact, exact_behaviour
 from castalia.train.finetune import new_tokens, start_adapters, trained_names, what_trains

@@ -79,8 +79,8 @@ class TrainStep:
             loss_tensor = self._forward_backward(step, batch, scale)
         norm_tensor = self.engine.gradient_norm()
         clipped_tensor = self.engine.gradient_norm(self.counted_in_norm) if self.counted_in_norm else norm_tensor
-        figures = torch.stack([loss_tensor, norm_tensor, clipped_tensor])
-        loss, norm, clipped = figures.tolist()  # the step's only wait for the device
+        # The step's only wait for the device.
+        loss, norm, clipped = self.engine.numbers(loss_tensor, norm_tensor, clipped_tensor)
         if self.preference:
             self.preference.make_report()
         norm, clipped = norm / scale, clipped / scale

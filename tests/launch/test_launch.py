@@ -103,6 +103,20 @@ def test_torchrun_has_a_line_for_each_host_with_its_slots(script, hostfile, tmp_
     assert sorted(value(command, "--rdzv-conf") for command in commands) == ["is_host=false"] * 2 + ["is_host=true"]
 
 
+def test_processes_have_time_to_save_when_they_are_told_to_stop(script, hostfile):
+    run = ["pythia-14m", "train.batch_size=640"]
+    slurm = script("slurm", *run, "--nodes", "2", "--gpus-per-node", "8")
+    one = script("torchrun", *run, "--gpus-per-node", "8")
+    many = script("torchrun", *run, "--hostfile", str(hostfile))
+    for text in (slurm, one, many):
+        assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=120" in text
+    assert "\n#SBATCH --signal=TERM@300\n" in slurm
+    _, job = yaml.safe_load_all(script("k8s", *run, "--gpus-per-node", "8"))
+    pod = job["spec"]["template"]["spec"]
+    assert {"name": "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "value": "120"} in pod["containers"][0]["env"]
+    assert pod["terminationGracePeriodSeconds"] == 150
+
+
 def test_torchrun_on_one_machine_needs_no_host(script, tmp_path):
     text = script("torchrun", "pythia-14m", "train.batch_size=256", "--gpus-per-node", "8")
     (command,) = ran(text, tmp_path)

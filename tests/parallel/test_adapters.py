@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from castalia.checkpoint.formats import open_checkpoint
 from castalia.config.schema import Model
+from castalia.errors import ConfigError
 from castalia.evaluate.perplexity import evaluate
 from castalia.train.loop import train
 from tests.checkpoint.made import made, written
@@ -97,6 +99,35 @@ def test_layouts_begin_with_the_same_adapters(pool, tuned):
             if other == name:
                 cut = tuple(slice(s, s + n) for s, n in zip(start, value.shape, strict=True))
                 assert np.array_equal(whole[cut], value), name
+
+
+class Drawn(TorchDispatchMode):
+    """Notes the inputs of dropout, whole ones that torch would see to among all ranks included."""
+
+    def __init__(self):
+        super().__init__()
+        self.inputs = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(word in str(function) for word in ("dropout", "bernoulli", "rand")):
+            self.inputs += [type(arg) for arg in args if isinstance(arg, torch.Tensor)]
+        return function(*args, **(kwargs or {}))
+
+
+def train_and_note(config):
+    """A task: two steps, and the types of tensors that were dropped out."""
+    with Drawn() as drawn:
+        return train_steps(config, 2), {kind.__name__ for kind in drawn.inputs}
+
+
+def test_dropout_of_adapters_takes_place_on_each_rank_alone(pool, tuned):
+    words = [*LORA, "finetune.lora.dropout=0.5", "parallel.tp=2"]
+    ranks = pool.run(train_and_note, 2, tuned("neox", *words))
+    assert [kinds for _, kinds in ranks] == [{"Tensor"}] * 2
+    assert_copies_are_equal([seen for seen, _ in ranks])
+    assert ranks[0][0].losses == ranks[1][0].losses
+    with pytest.raises(ConfigError, match="tensor ranks cannot draw their own dropout"):
+        pool.run(train_steps, 2, tuned("neox", *words, "train.compile=true"))
 
 
 def run_to_the_end(config):

@@ -129,6 +129,18 @@ def test_a_rank_that_hangs_is_named_with_the_operation(written):
     assert "error: rank 1 did not come to" in printed and "on rank 0" in printed
 
 
+def test_sigterm_ends_a_rank_that_waits_for_one_that_hangs(written):
+    path, folder = written("run", "train.steps=10000", "parallel.tp=2")
+    words = [*TORCHRUN, "--standalone", "--nproc-per-node=2", *CASTALIA[1:], str(path)]
+    launcher = begin(words, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="40")
+    wait_for_step(launcher, folder, 3)
+    os.kill(workers(launcher)[1], signal.SIGSTOP)
+    launcher.send_signal(signal.SIGTERM)
+    code, printed = finish(launcher)
+    assert code != 0
+    assert "error: SIGTERM came, but rank 1 does not answer, and rank 0 waits in" in printed, printed
+
+
 def test_sigterm_to_the_launcher_saves_on_all_ranks(written):
     path, folder = written("run", "train.steps=10000", "parallel.tp=2", "parallel.zero=1")
     launcher = begin([*CASTALIA, str(path), "--nproc", "4"])

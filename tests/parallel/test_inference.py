@@ -12,7 +12,7 @@ from castalia.cli.ranks import load_split
 from castalia.cli.train import train
 from castalia.errors import ConfigError
 from castalia.generate.engine import generate
-from castalia.parallel.process import world_size
+from castalia.parallel.rendezvous import world_size
 
 pytestmark = pytest.mark.xdist_group("pool")
 PROMPTS = ["a first prompt", "x", "a longer prompt than the others"]

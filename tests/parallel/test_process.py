@@ -9,7 +9,8 @@ import pytest
 import torch.distributed as dist
 
 from castalia.errors import ConfigError
-from castalia.parallel.process import SHUTDOWN_TIMEOUT_S, _end_job, launch_config, local_device
+from castalia.parallel.launcher import SHUTDOWN_TIMEOUT_S, launch_config
+from castalia.parallel.process import _end_job, local_device
 
 
 def test_launchers_of_every_torch_take_what_they_are_told(monkeypatch):
@@ -30,13 +31,19 @@ def test_launchers_of_every_torch_take_what_they_are_told(monkeypatch):
         ({"LOCAL_RANK": "5"}, 8, 5),
     ],
 )
-def test_each_process_takes_a_gpu_that_it_sees(environment, visible, device):
-    assert local_device(environment, visible) == device
+def test_each_process_takes_a_gpu_that_it_sees(monkeypatch, environment, visible, device):
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert local_device(visible) == device
 
 
-def test_more_processes_than_gpus_are_refused():
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(ConfigError, match="4 processes were started on this machine, which shows 2 GPUs.* start 2"):
-        local_device({"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}, 2)
+        local_device(2)
 
 
 def test_an_error_is_told_though_the_rank_that_kept_the_store_is_gone(capsys, monkeypatch):

@@ -114,6 +114,10 @@ class Writer:
             tensors[part][name] = replace(shard, tensor=copies[part, name])
         self._pending = self._thread.submit(self._write, progress.step, tensors, steps, about)
 
+    @property
+    def is_writing(self) -> bool:
+        return self._pending is not None and not self._pending.done()
+
     def join(self) -> None:
         """Wait until what was saved is on disk. Raises what went wrong."""
         pending, self._pending = self._pending, None
