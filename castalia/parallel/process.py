@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -153,6 +155,10 @@ def _explain_lost_rank(store: dist.Store, group: dist.Store, here: Place, error:
 
     At once, because to leave a group that has lost a rank may take as long as to wait for it.
     """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(
+            signal.SIGTERM, signal.SIG_IGN
+        )  # the launcher's, for the same loss: it leaves time for last words
     stack = traceback.extract_tb(error.__traceback__)
     line = f"{operation(stack)} on rank {here.rank}: {str(error).splitlines()[0]}"
     try:
