@@ -104,10 +104,10 @@ def test_torchrun_has_a_line_for_each_host_with_its_slots(script, hostfile, tmp_
 
 
 def test_processes_have_time_to_save_when_they_are_told_to_stop(script, hostfile):
-    run = ["pythia-14m", "train.batch_size=640"]
+    run = ["pythia-14m", "train.batch_size=512"]
     slurm = script("slurm", *run, "--nodes", "2", "--gpus-per-node", "8")
     one = script("torchrun", *run, "--gpus-per-node", "8")
-    many = script("torchrun", *run, "--hostfile", str(hostfile))
+    many = script("torchrun", "pythia-14m", "train.batch_size=640", "--hostfile", str(hostfile))
     for text in (slurm, one, many):
         assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=120" in text
     assert "\n#SBATCH --signal=TERM@300\n" in slurm
