@@ -33,10 +33,10 @@ demo: $(VENV)/core.done
 	@echo "-- all of it lies in $(CURDIR)/demo: tokenizer.json, kjv_text_document.bin and .idx, loss.png, run/ (config, metrics, checkpoints)"
 
 test: $(VENV)/test.done
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadgroup -m "not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m "not slow" $(PYTEST_ARGS)
 
 test-slow: $(VENV)/test.done
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadgroup -m slow $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m slow $(PYTEST_ARGS)
 
 # Wheels of other versions may bring a GPU's libraries along: gigabytes.
 test-torch:
@@ -44,7 +44,7 @@ test-torch:
 
 table-and-suite: $(VENV)/test.done
 	$(BIN)/python tests/torch_names.py --write
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) $(PYTEST_ARGS)
 
 setup: $(VENV)/test.done
 

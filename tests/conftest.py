@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -25,6 +27,25 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device, and torch sees none")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Test files that are marked with `xdist_group` go to one worker, whose pool of processes they share.
+
+    xdist's own way, `--dist loadgroup`, marks nothing under pytest 9.2 (xdist 3.8): it sets a field that is gone.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    @cache
+    def is_pooled(file: str) -> bool:
+        return "pytest.mark.xdist_group(" in (config.rootpath / file).read_text(encoding="utf-8")
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "pool" if is_pooled(nodeid.split("::")[0]) else nodeid
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ def command(
     from castalia.cli.opening import tell
     from castalia.cli.picture import check_picture
     from castalia.cli.train import split_words
-    from castalia.config.files import require_files
+    from castalia.config.inputs import require_files
     from castalia.config.load import load_config
     from castalia.errors import ConfigError
     from castalia.parallel.process import process_group

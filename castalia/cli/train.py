@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from castalia.config.files import require_files
+from castalia.config.inputs import require_files
 
 if TYPE_CHECKING:
     from castalia.config.schema import RunConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from castalia.cli.main import main
-from castalia.config.files import require_files
+from castalia.config.inputs import require_files
 from castalia.config.load import load_config
 from castalia.data.indexed import Writer
 from castalia.errors import CheckpointError, DataError
