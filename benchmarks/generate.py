@@ -46,6 +46,8 @@ class Numbers:
     """A tokenizer whose text is the ids themselves, without an end of document, so that all tokens are written."""
 
     eod_id = None
+    end_ids: frozenset[int] = frozenset()
+    byte_ids: frozenset[int] = frozenset()
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
