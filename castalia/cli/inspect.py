@@ -42,7 +42,9 @@ def command(
 
     hints: dict[str, Any] = {"config": config, "gqa_rows": gqa_rows, "rms_eps": rms_eps}
     checkpoint = open_checkpoint(path, step=step, tolerant=True, adapters=True, **hints)
-    found = report(checkpoint, _vocabulary(checkpoint, tokenizer), full=tensors)
+    found = report(checkpoint, _vocabulary(checkpoint, tokenizer), full=tensors) | {
+        "words": _words(checkpoint, tokenizer)
+    }
     if as_json:
         print(to_json(found, indent=1, default=str))
     else:
@@ -62,11 +64,29 @@ def _vocabulary(checkpoint: Checkpoint, given: str | None) -> tuple[int | None, 
     return tokenizer_size(RunConfig(tokenizer=settings)) if settings else (None, "")
 
 
+def _words(checkpoint: Checkpoint, given: str | None) -> dict[str, Any]:
+    """What the folder says of its text, or why it cannot be read."""
+    from castalia.checkpoint.describe import model_folder, tokenizer_settings
+    from castalia.config.schema import Tokenizer
+    from castalia.data.tokenizer import account, load_tokenizer
+    from castalia.errors import CastaliaError
+
+    settings = Tokenizer(path=given) if given else tokenizer_settings(checkpoint)
+    neox = checkpoint.config is not None and checkpoint.config.neox_exact
+    if settings is None:
+        return {"unread": "no tokenizer is named; give one with --tokenizer"}
+    try:
+        return account(load_tokenizer(settings, neox=neox, model=model_folder(checkpoint)))
+    except CastaliaError as error:
+        return {"unread": str(error)}
+
+
 def print_report(found: Mapping[str, Any]) -> None:
     from castalia.cli.plan_text import print_table
 
     print(f"{found['path']}\n{found['meaning']}\n")
     print_table("checkpoint", ["", ""], list(_about(found)))
+    print_table("words", ["", ""], list(_said(found["words"])))
     facts = found["architecture"]
     rows = [[name.replace("_", " "), _shown(fact["value"]), fact["source"]] for name, fact in facts.items()]
     print_table("architecture", ["", "value", "from"], rows)
@@ -121,6 +141,26 @@ def _training(found: Mapping[str, Any]) -> Iterator[list[str]]:
         yield ["vocabulary", f"{words['rows']:,} rows{logical}"]
     if words["tokenizer"] and any(words["tokenizer"].values()):
         yield ["tokenizer", " ".join(str(value) for value in words["tokenizer"].values() if value)]
+
+
+def _said(words: Mapping[str, Any]) -> Iterator[list[str]]:
+    if "unread" in words:
+        yield ["tokenizer", f"not read: {words['unread']}"]
+        return
+    yield ["tokenizer", f"{words['kind']}, {words['ids']:,} ids"]
+    yield ["texts begin with", _token(words["begins"]) if words["begins"] else "no token of their own"]
+    yield ["texts end at", ", ".join(map(_token, words["ends"])) or "no token"]
+    for name, token in words["special"].items():
+        yield [name, _token(token)]
+    yield ["chat template", "yes" if words["chat_template"] else "no"]
+    if words["generation"]:
+        yield ["generation defaults", ", ".join(f"{key} {_shown(value)}" for key, value in words["generation"].items())]
+    if words["note"]:
+        yield ["note", words["note"]]
+
+
+def _token(token: Mapping[str, Any]) -> str:
+    return " ".join(str(part) for part in (token["id"], f"({token['text']})" if token["text"] else "") if part != "")
 
 
 def _title(found: Mapping[str, Any]) -> str:

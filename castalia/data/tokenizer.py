@@ -14,6 +14,7 @@ from importlib import import_module
 from itertools import groupby
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import tokenizers
 
@@ -442,6 +443,28 @@ def spelled(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
     if isinstance(tokenizer, RustTokenizer):
         return tokenizer.engine.decode([int(i) for i in ids], skip_special_tokens=False)
     return tokenizer.decode(ids)
+
+
+def account(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What is known of its text, JSON-ready; tokens as {id, text}."""
+    words, first = tokenizer.words, tokenizer.encode("a")[:1]
+    ends = [*([] if tokenizer.eod_id is None else [tokenizer.eod_id]), *sorted(tokenizer.end_ids)]
+    bos = tokenizer.bos_id
+
+    def shown(index: int | None, text: str | None = None) -> dict[str, Any]:
+        return {"id": index, "text": text or (None if index is None else tokenizer.token(index))}
+
+    special = {name: (text, tokenizer.encode_batch([text], bare=True)[0]) for name, text in words.special.items()}
+    return {
+        "kind": type(tokenizer).__name__.removesuffix("Tokenizer"),
+        "ids": tokenizer.vocab_size,
+        "begins": shown(bos) if bos is not None and first == [bos] else None,
+        "ends": [shown(index) for index in dict.fromkeys(ends)],
+        "special": {name: shown(ids[0] if len(ids) == 1 else None, text) for name, (text, ids) in special.items()},
+        "chat_template": words.template is not None,
+        "generation": {name: value for name, value in words.generation.items() if not name.endswith("_token_id")},
+        "note": tokenizer.note,
+    }
 
 
 def _save_settings(folder: str | os.PathLike[str], **settings: str) -> None:

@@ -31,6 +31,7 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     options = ("--tokenizer", "tokenizer.json", "--output", "data/corpus", "--append-eod")
     done = run(data_verbs.app, "prepare", "corpus.jsonl", *options)
     assert "data/corpus_text_document: 200 documents" in done.output
+    assert done.output.splitlines()[-1] == "each document ends with id 0 (<|endoftext|>)"
     Path("config.yml").write_text(
         "model: {num_layers: 1, hidden_size: 8, num_heads: 1}\n"
         "data: {path: data/corpus_text_document, seq_length: 16}\n"

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from castalia.config.schema import Tokenizer as Config
-from castalia.data.tokenizer import PADDING, add_tokens, engine_text, load_tokenizer, train_bpe
+from castalia.data.tokenizer import PADDING, account, add_tokens, engine_text, load_tokenizer, train_bpe
 from castalia.data.words import count_ids
 from castalia.errors import DataError
 
@@ -262,3 +262,19 @@ def test_damaged_files_beside_a_vocabulary_are_named(tmp_path: Path, name: str, 
     (tmp_path / name).write_bytes(damage.encode(errors="surrogateescape"))
     with pytest.raises(DataError, match=f"{name} is damaged"):
         load_tokenizer(Config(path=str(tmp_path)))
+
+
+def test_account_says_what_the_files_say(tmp_path: Path) -> None:
+    train_bpe(["a cat"], 270).save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(
+            {"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>", "add_bos_token": True, "chat_template": "x"}
+        )
+    )
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 0], "do_sample": true, "temperature": 0.6}')
+    said = account(load_tokenizer(Config(path=str(tmp_path))))
+    end = {"id": 0, "text": "<|endoftext|>"}
+    assert (said["kind"], said["begins"], said["chat_template"]) == ("Rust", end, True)
+    assert [each["id"] for each in said["ends"]] == [0, 5]
+    assert said["special"] == {"eos_token": end, "bos_token": end}
+    assert said["generation"] == {"do_sample": True, "temperature": 0.6}
