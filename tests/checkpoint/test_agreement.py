@@ -112,6 +112,15 @@ def test_every_combination_of_missing_files_is_named(whole_folder: Path, data: s
     assert {name.rstrip(",.") for name in named if "*" not in name} <= lost, str(caught.value)
 
 
+def test_a_head_tells_how_many_blocks_there_were(tmp_path: Path) -> None:
+    source = write(tmp_path / "a", MODELS["parallel"], kind="none", yml=False).path
+    for name in ("layer_04-model_00-model_states.pt", "layer_06-model_00-model_states.pt"):  # the last block, the norm
+        (source / name).unlink()
+    with pytest.raises(CheckpointError, match="lacks 2 of .* files: layer_04-.*, layer_06-") as caught:
+        open_checkpoint(source)
+    assert "layer_05" not in str(caught.value)
+
+
 def test_a_head_whose_file_is_missing_is_no_tied_embedding(tmp_path: Path) -> None:
     """The optimizer's shapes list it. Without them nothing tells, and the guess is said."""
     for kind, dtype in {"zero": torch.float16, "bf16": torch.bfloat16, "old1": torch.float16}.items():

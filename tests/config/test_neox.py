@@ -304,7 +304,7 @@ def test_data_lists(load):
 
 
 def test_the_rest_of_the_joint_keys(load):
-    assert load({"tokenizer_type": "spmtokenizer", "vocab_file": "m"}).tokenizer.kind == "sentencepiece"
+    assert load({"tokenizer_type": "spmtokenizer", "vocab_file": "m"}).tokenizer.kind == "neox_sentencepiece"
     assert load({"vocab_file": "v", "merge_file": "m"}).tokenizer.kind == "gpt2"
     assert "tokenizer_type: 'Foo' is none of" in refusal(load, {"tokenizer_type": "Foo"})
     model = load({**MODEL, "hidden_dropout": 0.1, "gpt_j_residual": True, "gpt_j_tied": True}).model

@@ -130,10 +130,13 @@ def _count_layers(held: Held, names: Names, fused: str, folder: Folder) -> int:
     positions = {int(name.split(".")[0]) for name in held}
     blocks = [position for position in positions if f"{position}.{fused}" in held]
     norms = [p for p in positions for end in ("weight", "scale", "g") if f"{p}.{names.final_norm}{end}" in held]
+    heads = [number for number in range(1, max(positions, default=0)) if names.head(number) in held]
     if folder.args.get("num_layers"):
         count = folder.args["num_layers"]
     elif norms:
         count = norms[0] - names.first_block - 1
+    elif heads:
+        count = heads[0]
     else:
         count = max(blocks, default=names.first_block) - names.first_block + 1
     listed = {global_name(name, names.embedding) for name in folder.listed}
