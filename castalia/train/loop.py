@@ -157,9 +157,9 @@ class Run:
         write_config(folder, self.config)
         if self.in_place:
             truncate_metrics(folder, self.progress.step)
-            last = next(iter(deque(read_metrics(folder), maxlen=1)), {"step": 0})
-            due = last["step"] == self.progress.step and self._evaluates(self.progress.step)
-            self.unevaluated = last if due and "valid_loss" not in last else None
+            last = next(iter(deque(read_metrics(folder), maxlen=1)), None)
+            if last and last["step"] == self.progress.step and self._evaluates(last["step"]):
+                self.unevaluated = last if "valid_loss" not in last else None
         source = session.source.path if session.source else None
         facts = {"source": source, "data_fingerprint": session.data.fingerprint, **self.job._asdict()}
         self._event("start", step=self.progress.step, **facts)
