@@ -97,7 +97,7 @@ def test_the_report_tells_all_that_matters(tiny, tmp_path, capfd):
 
 
 def test_a_first_start_of_a_config_that_resumes_its_own_folder(tiny, tmp_path):
-    """As GPT-NeoX's files have it, with `load` and `save` alike: there is no step yet whose evaluation was cut short."""
+    """As GPT-NeoX has it, with `load` and `save` alike: there is no step yet whose evaluation was cut short."""
     run = tmp_path / "run"
     train(tiny(run, f"checkpoint.resume={run}", "train.steps=2", "eval.every=1"))
     assert ["valid_loss" in record for record in read_metrics(run)] == [True, True]
