@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import log2
+from math import floor, log2
 from typing import Any
 
 from castalia.config import neox_model
@@ -62,7 +62,12 @@ def trainable(config: RunConfig) -> RunConfig:
         eval = eval.model_copy(update={"every": steps + 1})
     if not (checkpoint.every or checkpoint.log_base):  # it saves nowhere without
         checkpoint = checkpoint.model_copy(update={"every": steps})
-    return config.model_copy(update={"data": data, "eval": eval, "checkpoint": checkpoint})
+    schedule = config.schedule
+    if schedule.warmup_steps is not None and (schedule.decay_steps or config.train.steps):  # it knows a share alone
+        end = schedule.decay_steps or floor(steps * (schedule.decay_fraction or 1.0))
+        share = min(1.0, schedule.warmup_steps / end)
+        schedule = schedule.model_copy(update={"warmup": share, "warmup_steps": None})
+    return config.model_copy(update={"data": data, "eval": eval, "checkpoint": checkpoint, "schedule": schedule})
 
 
 def lost(config: RunConfig, keys: dict[str, Any]) -> dict[str, Any]:

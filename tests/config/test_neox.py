@@ -9,6 +9,7 @@ import yaml
 
 from castalia.config.batch import batch_plan
 from castalia.config.load import dump_config, load_config
+from castalia.config.neox_write import to_neox, trainable
 from castalia.config.schema import MuP, Profile, RunConfig, Wandb
 from castalia.errors import ConfigError
 
@@ -378,3 +379,11 @@ def test_profiles(load, key):
     off = load({**MODEL, "profile_step_stop": 40})
     assert off.log.profile is None
     assert any("profile_step_stop: 40 has no effect here: profile is off" in note for note in off.notes)
+
+
+def test_a_warm_up_in_steps_is_written_as_the_share_that_neox_knows():
+    words = ["model.num_layers=2", "model.hidden_size=64", "model.num_heads=4", "train.steps=200"]
+    config = load_config([], [*words, "schedule.decay_steps=100", "schedule.warmup_steps=5"])
+    keys = to_neox(trainable(config))
+    assert keys["warmup"] == 0.05
+    assert load_config([keys]).schedule.warmup_length(100) == 5
