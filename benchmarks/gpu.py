@@ -41,6 +41,7 @@ from castalia.model.transformer import Transformer
 from castalia.parallel.compile import compile_blocks
 from castalia.parallel.engine import Engine, one_process
 from castalia.plan.count import count
+from castalia.plan.devices import USABLE
 from castalia.plan.flops import kv_cache_bytes, training_flops
 from castalia.plan.layout import Layout
 from castalia.plan.memory import Compute, memory_by_stage
@@ -51,7 +52,6 @@ from castalia.train.schedule import LearningRate
 from castalia.train.step import TrainStep
 
 PEAK_FLOPS = 989e12
-USABLE = 0.92  # of the device's memory
 WARMUP_STEPS, STEPS = 2, 5
 ROW_SECONDS = 100.0  # of one row, compilation included
 # Of losses and gradient norms, relative.

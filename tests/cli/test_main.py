@@ -10,7 +10,6 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-import torch
 
 from castalia.cli import main as cli
 
@@ -96,7 +95,6 @@ def test_the_allocator_is_told_before_torch_is_imported():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_segments_grow_on_a_gpu():
     code = "from castalia.cli import main; main.growing_segments(); import torch; torch.ones(1, device='cuda'); "
     assert python(code + "print(torch.cuda.memory_snapshot()[0]['is_expandable'])").stdout == "True\n"

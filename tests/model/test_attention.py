@@ -20,7 +20,6 @@ from castalia.model.transformer import Transformer
 BACKENDS = {"plain": 0, "flash": 1, "memory-efficient": 2, "cuDNN": 3}  # torch.nn.attention.SDPBackend
 TINY = Model(num_layers=3, hidden_size=64, num_heads=4, num_kv_heads=2, vocab_size=90, max_positions=64, init_std=0.3)
 TOKENS = torch.randint(90, (2, 20), generator=torch.Generator().manual_seed(0))
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def model_of(**update) -> Transformer:
@@ -168,7 +167,6 @@ def test_torch_chooses_as_told_on_cpus(sight, t, k, kv, dropout):
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("head_size", [60, 64, 128, 224, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.1, 0.125])
@@ -193,7 +191,6 @@ def test_torch_chooses_as_told_on_this_gpu(sight, t, k, writing, dropout, dtype,
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("kv", [2, 4])
 @pytest.mark.parametrize("t, k", [(192, 192), (64, 192), (1, 192), (1, 193), (45, 77)])
@@ -220,7 +217,6 @@ def test_each_way_gives_the_same_attention_on_this_gpu(kind, t, k, kv, dtype):
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("update", [{"sliding_window": 64}, {"position": "alibi"}], ids=str)
 def test_no_scores_are_made_for_groups_with_a_bias_on_this_gpu(update, dtype):
@@ -238,7 +234,6 @@ def test_no_scores_are_made_for_groups_with_a_bias_on_this_gpu(update, dtype):
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("update", [{}, {"sliding_window": 5}, {"position": "alibi"}], ids=str)
 @torch.inference_mode()
 def test_writing_on_this_gpu_gives_what_reading_does(update):
@@ -259,7 +254,6 @@ def test_writing_on_this_gpu_gives_what_reading_does(update):
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_writing_leaves_cudnn_as_it_was_on_this_gpu(monkeypatch):
     model, seen = model_of().cuda(), []
     attending = F.scaled_dot_product_attention

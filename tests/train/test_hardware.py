@@ -76,7 +76,6 @@ def test_an_mfu_above_one_is_not_shown(capsys):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("options", [[], ["model.num_kv_heads=2", "data.mask_documents=true"]])
 def test_a_stopped_run_goes_on_bit_for_bit_on_a_gpu(switches, tiny, tmp_path, options):
     """Heads of 64 and sequences of 512, so that several blocks of keys add to one gradient of the queries."""
