@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -58,6 +59,22 @@ def write_event(folder: Path, event: str, **facts: Any) -> None:
 def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
     """The records in order. A last line that a killed process left unfinished is left out."""
     return _read(folder / "metrics.jsonl")
+
+
+def read_last_metrics(folder: Path, count: int) -> list[dict[str, Any]]:
+    """The last records, without reading those before them."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    with open(path, "rb") as file:
+        size, taken = file.seek(0, os.SEEK_END), 0
+        lines: list[bytes] = []
+        while len(lines) <= count and taken < size:
+            taken = min(size, 2 * taken or 1 << 16)
+            file.seek(size - taken)
+            lines = file.read(taken).splitlines(keepends=True)
+    whole = [line for line in lines[taken < size :] if line.endswith(b"\n")]  # the first one may be cut
+    return [json.loads(line) for line in whole[-count:]]
 
 
 def read_events(folder: Path) -> Iterator[dict[str, Any]]:

@@ -50,6 +50,7 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 VERSION = 1
 RANKS_TIMEOUT_S = 1800.0  # how long the ranks of a run wait for each other's parts
+LOCK_TRIES = 10
 
 
 class Writer:
@@ -384,26 +385,46 @@ def _shard(given: torch.Tensor | Shard) -> Shard:
 
 def refuse_if_in_use(folder: str | Path) -> None:
     """Raises CheckpointError if a Writer, of whatever process, holds the folder now."""
-    if (Path(folder) / ".lock").is_file():
-        _lock(Path(folder)).close()
+    if holder := in_use(folder):
+        raise _in_use(Path(folder), holder)
+
+
+def in_use(folder: str | Path) -> str | None:
+    """Who holds the folder now, as "process 12 on host"; None: nobody does."""
+    try:
+        with open(Path(folder) / ".lock") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().strip()
+    except FileNotFoundError:
+        pass
+    return None
 
 
 def _lock(folder: Path):  # noqa: ANN202 - an open file
     """Hold the folder until the file is closed; the system lets go of it when the process dies."""
     file = open(folder / ".lock", "a+")  # noqa: SIM115 - stays open as long as the writer lives
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    for _ in range(LOCK_TRIES):
+        with suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        time.sleep(0.05)  # who only asks whether the folder is in use lets go at once
+    else:
         file.seek(0)
         holder = file.read().strip()
         file.close()
-        raise CheckpointError(
-            f"{folder} is in use by another run ({holder}). Wait for it or stop it, or set another checkpoint.dir."
-        ) from None
+        raise _in_use(folder, holder)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
     return file
+
+
+def _in_use(folder: Path, holder: str) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} is in use by another run ({holder}). Wait for it or stop it, or set another checkpoint.dir."
+    )
 
 
 def _canonical(manifest: Mapping) -> bytes:

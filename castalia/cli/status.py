@@ -1,0 +1,97 @@
+"""`castalia status`: where runs stand."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from castalia.strict_json import to_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from castalia.train.status import RunStatus
+
+STYLES = {"training": "green", "starting": "green", "failed": "red", "died": "red"}
+FOLLOW_S = 2.0
+
+
+def command(
+    folders: Annotated[
+        list[str] | None, typer.Argument(metavar="RUN|FOLDER...", help="runs, or folders with runs; default: here")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="an array with one object for each run")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="look again every two seconds while a run trains")] = False,
+) -> None:
+    """Where runs stand: step, pace, time left, last loss, last save, and whether they are alive.
+
+    castalia status runs
+
+    castalia status runs/first --follow
+    """
+    from rich.console import Console
+    from rich.live import Live
+
+    from castalia.train.status import find_runs, read_status
+
+    def look() -> list[RunStatus]:
+        return [read_status(run) for path in folders or ["."] for run in find_runs(path)]
+
+    found = look()
+    if as_json:
+        print(to_json([asdict(status) for status in found], indent=1))
+        return
+    console = Console()
+    if not follow:
+        console.print(_table(found))
+    else:
+        with Live(_table(found), console=console, auto_refresh=False) as live:
+            while any(status.by for status in found):
+                time.sleep(FOLLOW_S)
+                found = look()
+                live.update(_table(found), refresh=True)
+    for status in found:
+        if status.message:
+            print(f"{status.folder}: {status.message}")
+
+
+def _table(found: Sequence[RunStatus]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("run", "state", "step", "loss", "valid", "tokens/s", "left", "saved", "events"):
+        table.add_column(name, justify="left" if name in ("run", "state", "saved", "events") else "right")
+    for status in found:
+        table.add_row(
+            Text(status.folder, overflow="fold"),
+            Text(status.state, style=STYLES.get(status.state, "")),
+            f"{status.step:,}" + (f"/{status.steps:,}" if status.steps else ""),
+            _number(status.loss, ".4f"),
+            _number(status.valid_loss, ".4f"),
+            _number(status.tokens_per_second, ",.0f"),
+            "-" if status.seconds_left is None else _span(status.seconds_left),
+            "never"
+            if status.saved_step is None
+            else f"step {status.saved_step:,}, {_span(status.saved_seconds_ago)} ago",
+            ", ".join(f"{count} {kind}" for kind, count in status.events.items()) or "-",
+        )
+    return table
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _span(seconds: float | None) -> str:
+    """45 s, 12 min, 3.5 h, 2.1 d"""
+    value, unit = seconds or 0.0, "s"
+    for size, name in ((60.0, "min"), (60.0, "h"), (24.0, "d")):
+        if value < size * 1.5:
+            break
+        value, unit = value / size, name
+    return f"{value:.1f} {unit}" if unit in ("h", "d") else f"{value:.0f} {unit}"
