@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.goldens import Goldens
+
 # A busy machine is no reason to fail: no test is about time.
 settings.register_profile("castalia", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("castalia")
@@ -54,3 +56,12 @@ def fixtures() -> Path:
     if folder is None:
         pytest.skip("needs the genuine fixtures: set CASTALIA_FIXTURES to their folder")
     return folder
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-goldens", action="store_true", help="rewrite what lies in tests/goldens; without -n")
+
+
+@pytest.fixture(scope="session")
+def golden(request: pytest.FixtureRequest) -> Goldens:
+    return Goldens(request.config.getoption("--write-goldens"))

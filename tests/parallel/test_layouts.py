@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests.parallel.training import Seen, assembled, assert_copies_are_equal, same_for_all, train_steps
 
@@ -70,24 +73,48 @@ def assert_equal(ranks, one):
         assert (covered == 1).all(), name
 
 
-def check(pool, tiny, alone, family, name, *overrides):
+def check(pool, tiny, alone, golden, family, name):
     world, layout = LAYOUTS[name]
-    everywhere = [*same_for_all(layout), *overrides]
-    assert_equal(pool.run(train_steps, world, tiny(family, *layout, *overrides)), alone(family, *everywhere))
+    ranks = pool.run(train_steps, world, tiny(family, *layout))
+    assert_equal(ranks, alone(family, *same_for_all(layout)))
+    check_recorded(golden, f"{family}: {name}", ranks[0])
+
+
+def cpu():
+    """What decides which instructions, and so which bits: the kind of CPU that torch sees, and the model."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().partition("\n\n")[0].splitlines() if info.exists() else []
+    words = [line.partition(":")[2].strip() for line in lines if line.startswith(("cpu family", "model"))]
+    return " ".join([torch.backends.cpu.get_cpu_capability(), *words])
+
+
+def check_recorded(golden, name, seen):
+    """Losses and norms are those that were recorded: bit for bit where they were recorded on a CPU like this one."""
+    here = {"torch": torch.__version__.partition("+")[0], "cpu": cpu()}
+    found = here | {kind: " ".join(x.hex() for x in getattr(seen, kind)) for kind in ("losses", "norms")}
+    recorded = golden.recorded("losses", name, found)
+    if here.items() <= recorded.items():
+        assert found == recorded
+        return
+    elsewhere = f"torch {recorded['torch']}, {recorded['cpu']}"
+    warnings.warn(f"losses compared within 2e-6, not bit for bit: recorded with {elsewhere}", stacklevel=1)
+    for kind in ("losses", "norms"):
+        before = [float.fromhex(value) for value in recorded[kind].split()]
+        np.testing.assert_allclose(getattr(seen, kind), before, rtol=2e-6)
 
 
 @pytest.mark.parametrize("name", [*LAYOUTS][:-1])
-def test_each_layout_trains_like_one_process(pool, tiny, alone, name):
-    check(pool, tiny, alone, "neox-parallel", name)
+def test_each_layout_trains_like_one_process(pool, tiny, alone, golden, name):
+    check(pool, tiny, alone, golden, "neox-parallel", name)
 
 
 @pytest.mark.parametrize("family", FAMILIES[1:])
-def test_each_family_trains_like_one_process(pool, tiny, alone, family):
-    check(pool, tiny, alone, family, "tp2 pp2")
+def test_each_family_trains_like_one_process(pool, tiny, alone, golden, family):
+    check(pool, tiny, alone, golden, family, "tp2 pp2")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_family_in_each_layout(pool, tiny, alone, family, name):
-    check(pool, tiny, alone, family, name)
+def test_each_family_in_each_layout(pool, tiny, alone, golden, family, name):
+    check(pool, tiny, alone, golden, family, name)

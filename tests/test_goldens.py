@@ -1,0 +1,175 @@
+"""What users see and get, compared with what is recorded: configs, plans, error texts, converted files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
+from hashlib import sha256
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from castalia.checkpoint import convert
+from castalia.checkpoint.formats import open_checkpoint
+from castalia.checkpoint.lazy import Held
+from castalia.checkpoint.tensors import AdamState, Checkpoint
+from castalia.checkpoint.writing import Layout, WriteOptions
+from castalia.cli.config import explain
+from castalia.cli.main import build
+from castalia.config.fields import FIELDS, SECTIONS
+from castalia.config.load import load_config, preset_names
+from castalia.config.neox_keys import FORMER, KEYS
+from castalia.errors import CheckpointError
+from castalia.plan.devices import parse_gpus
+from castalia.plan.report import Hardware, Known, report
+from tests.checkpoint.made import FAMILIES, made
+from tests.error_texts import error_texts
+from tests.goldens import Goldens
+
+ROOT = Path(__file__).parents[1]
+OURS = [*preset_names(), *(f"configs/{path.name}" for path in sorted((ROOT / "configs").glob("*.yml")))]
+CASES = {  # of each family: target, dtype of the weights, layout
+    "hf fp32": ("hf", torch.float32, Layout()),
+    "hf bf16": ("hf", torch.bfloat16, Layout()),
+    "native fp32": ("native", torch.float32, Layout()),
+    "native bf16": ("native", torch.bfloat16, Layout()),
+    "neox fp32 tp2": ("neox", torch.float32, Layout(tp=2)),
+    "neox bf16 pp2 dp2 zero1": ("neox", torch.bfloat16, Layout(pp=2, dp=2, zero=1)),
+    "neox fp16 pp0": ("neox", torch.float16, Layout(pp=0)),
+    "megatron bf16 tp2 dp2 zero1": ("megatron-deepspeed", torch.bfloat16, Layout(tp=2, dp=2, zero=1)),
+}
+
+
+def output(*words: str) -> str:
+    """What a verb says in a terminal."""
+    result = CliRunner().invoke(build(words[0]), list(words))
+    return result.output if result.exception is None else f"{type(result.exception).__name__}: {result.exception}\n"
+
+
+@contextmanager
+def inside(folder: Path) -> Iterator[None]:
+    """Origins name files as they were given: by names that are the same on each machine."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def digest(content: str | bytes) -> str:
+    return sha256(content.encode() if isinstance(content, str) else content).hexdigest()
+
+
+def test_effective_values_of_our_configs(golden: Goldens) -> None:
+    """What differs from a default in each preset and config; the defaults themselves are the same for all."""
+    lines = ["# every default", *output("config", "show", "neox_exact=false").splitlines()]
+    with inside(ROOT):
+        for name in OURS:
+            shown = output("config", "show", name).splitlines()
+            lines += [f"# {name}", *(line for line in shown if not line.startswith("  "))]
+    golden.check_lines("configs", [" ".join(line.split()) for line in lines])
+
+
+def test_effective_values_of_genuine_configs(golden: Goldens, fixtures: Path) -> None:
+    found = sorted((fixtures / "configs").glob("*.yml"))
+    assert found
+    with inside(fixtures / "configs"):
+        for path in found:
+            golden.check("genuine_configs", path.name, digest(output("config", "show", path.name)))
+    for path in sorted(fixtures.glob("*/*/checkpoint/*/configs/*.yml")):
+        with inside(path.parent):
+            golden.check(
+                "genuine_configs", str(path.relative_to(fixtures)), digest(output("config", "show", path.name))
+            )
+
+
+def test_explanation_of_every_key(golden: Goldens) -> None:
+    found = {}
+    for key in sorted({*FIELDS, *SECTIONS, *KEYS, *FORMER}):
+        with redirect_stdout(StringIO()) as shown:
+            explain(key)
+        found[key] = digest(shown.getvalue())[:12]
+    golden.check("explanations", "config explain", found)
+
+
+@pytest.mark.parametrize("gpus", [None, "8xH100", "96x40GB"])
+def test_plans(golden: Goldens, gpus: str | None) -> None:
+    hardware = None
+    if gpus:
+        number, device, _ = parse_gpus(gpus)
+        hardware = Hardware(number, device)
+    for name in preset_names():
+        words = ["train.batch_size=96", "data.path=corpus", "train.steps=1000"]
+        if load_config(name).model.vocab_size is None:
+            words.append("model.vocab_size=50257")
+        golden.check("plans", f"{name} {gpus}", numbers(report(load_config(name, words), Known(), hardware)))
+
+
+def numbers(plan: dict[str, Any]) -> dict[str, Any]:
+    """The totals, which a review reads, and a digest of each part with all of its numbers."""
+    totals = {
+        "total parameters": plan["parameters"]["total"],
+        "bytes of a rank": plan["memory"]["largest"],
+        "bytes of a host": plan["host_memory"]["total"],
+        "seconds of a step": plan["time"] and plan["time"]["seconds_per_step"],
+    }
+    return totals | {name: digest(repr(part))[:8] for name, part in plan.items()}
+
+
+def test_error_texts(golden: Goldens) -> None:
+    golden.check_lines("errors", error_texts())
+
+
+def exact(source: Checkpoint) -> Checkpoint:
+    """Values that are the same on every CPU: whole numbers over a power of two, which its dtypes hold as they are."""
+    draw = torch.Generator().manual_seed(0)
+
+    def held(like: Any, dtype: torch.dtype, least: int = -120) -> Held:
+        return Held((torch.randint(least, 120, tuple(like.shape), generator=draw) / 512).to(dtype))
+
+    model = {name: held(ref, ref.dtype) for name, ref in source.model.items()}
+    state = {
+        name: AdamState(
+            master=Held(ref.read().float()),
+            exp_avg=held(ref, torch.float32),
+            exp_avg_sq=held(ref, torch.float32, 0),
+            step=7,
+        )
+        for name, ref in model.items()
+    }
+    return replace(source, model=model, optimizer=state)
+
+
+def written_files(source: Checkpoint, to: str, folder: Path, layout: Layout) -> dict[str, str] | str:
+    """The first digits of each file's digest, or why this model cannot be written so."""
+    try:
+        plan = convert.TARGETS[to].plan(convert.prepare(source), WriteOptions(layout=layout))
+    except CheckpointError as error:
+        return str(error)
+    convert.write(plan, folder, "mark", lambda count: None)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): digest(path.read_bytes())[:16] for path in files}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_converted_files(golden: Goldens, family: str, tmp_path: Path) -> None:
+    for number, (case, (to, dtype, layout)) in enumerate(CASES.items()):
+        source = exact(made(FAMILIES[family], dtype=dtype))
+        golden.check("conversions", f"{family}: {case}", written_files(source, to, tmp_path / str(number), layout))
+
+
+def test_files_converted_from_genuine_checkpoints(golden: Goldens, fixtures: Path, tmp_path: Path) -> None:
+    variants = sorted(path.parent for path in (fixtures / "neox").glob("*/checkpoint"))
+    assert len(variants) >= 15
+    for variant in variants:
+        source = open_checkpoint(variant / "checkpoint", tokenizer=str(fixtures / "neox" / "data" / "tok.json"))
+        for to in ("native", "hf", "neox"):
+            found = written_files(source, to, tmp_path / variant.name / to, Layout())
+            golden.check("genuine_conversions", f"{variant.name}: {to}", found)
