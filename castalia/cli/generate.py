@@ -7,7 +7,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from castalia.checkpoint.tensors import Checkpoint
     from castalia.config.schema import Generate
     from castalia.data.tokenizer import Tokenizer
+    from castalia.data.words import Words
     from castalia.generate.engine import Piece, Sampling, Writer
 
 
@@ -25,13 +26,20 @@ def command(
     prompt: Annotated[list[str] | None, typer.Option(help="may be repeated; without one: whole documents")] = None,
     file: Annotated[Path | None, typer.Option(help="a prompt on each line")] = None,
     interactive: Annotated[bool, typer.Option("--interactive", help="read prompts from the terminal")] = False,
-    temperature: Annotated[float | None, typer.Option(min=0, help="0: always the likeliest token")] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="0: always the likeliest token. What is given neither here nor in a config is as the model's "
+            "generation_config.json says, which samples with do_sample alone; else 0",
+        ),
+    ] = None,
     top_k: Annotated[int | None, typer.Option(min=0, help="only the k likeliest tokens; 0: all")] = None,
     top_p: Annotated[
         float | None, typer.Option(min=0, max=1, help="only the likeliest tokens that hold this share; 0: all")
     ] = None,
     seed: Annotated[int, typer.Option(help="of the random choices")] = 0,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="of one text")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="of one text; else max_new_tokens, or 64")] = None,
     num_samples: Annotated[int | None, typer.Option(min=1, help="texts for each prompt")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="end the text before this string; may be repeated")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="texts that are written at a time")] = 16,
@@ -85,18 +93,15 @@ def command(
         raise ConfigError(f"{world} processes cannot all read the terminal; give --prompt or --file")
     prompts = [""] if settings.mode == "interactive" else prompt or _prompts(settings)
     batches = _typed(settings.prompt_end) if settings.mode == "interactive" else [prompts]
-    sampling = Sampling(
-        max_tokens=settings.max_tokens,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        num_samples=settings.num_samples,
-        seed=seed,
-        stop=tuple(stop or ()),
-        batch_size=batch_size,
-    )
     with process_group(choose_device(device).type):
         words = load_tokenizer_for(checkpoint, tokenizer)
+        sampling = Sampling(
+            **_sampling(settings, words.words),
+            num_samples=settings.num_samples,
+            seed=seed,
+            stop=tuple(stop or ()),
+            batch_size=batch_size,
+        )
         rows = min(len(prompts) * settings.num_samples, batch_size)  # written at a time
         model = _load(checkpoint, dtype, device, tp, pp, world, rows)
         _write_all(model, words, batches, settings, sampling, as_json, quiet=not is_main())
@@ -157,6 +162,35 @@ def _settings(checkpoint: Checkpoint, overlay: str | None, given: dict) -> Gener
         base = load_config([base, overlay])
         print_notes(base)
     return base.generate.model_copy(update={name: value for name, value in given.items() if value is not None})
+
+
+def _sampling(settings: Generate, words: Words) -> dict[str, Any]:
+    """What is set, else what the model's files say, which is told, else nothing."""
+    from pydantic import ValidationError
+
+    from castalia.cli.opening import tell
+    from castalia.config.schema import Generate
+    from castalia.data.words import GENERATION, SAMPLED, SAMPLING
+    from castalia.errors import DataError
+
+    given = {name: value for name in SAMPLING.values() if (value := getattr(settings, name)) is not None}
+    found, idle = words.sampling()
+    taken = {name: value for name, value in found.items() if name not in given}
+    place = str(words.places.get(GENERATION))
+    try:
+        Generate.model_validate(taken, strict=True)
+    except ValidationError as error:
+        name = str(error.errors()[0]["loc"][0])
+        raise DataError(
+            f"{place}: {name} is {taken[name]!r}: {error.errors()[0]['msg']}; correct it, or give "
+            f"--{name.replace('_', '-')}"
+        ) from error
+    parts = [f"{', '.join(f'{name} {value}' for name, value in taken.items())}"] if taken else []
+    if idle:
+        greedy = " (without do_sample: the likeliest token)" if idle.keys() & SAMPLED.keys() else ""
+        parts.append(f"of no effect here: {', '.join(f'{name} {value}' for name, value in idle.items())}{greedy}")
+    tell([f"sampling as it says: {'; '.join(parts)}"] if parts else [], place)
+    return taken | given
 
 
 def _prompts(settings: Generate) -> list[str]:

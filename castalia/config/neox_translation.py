@@ -56,6 +56,7 @@ class Translation:
     def honour(self, key: str) -> None:
         row = KEYS[key]
         active = self.architecture if row.target.startswith("model.") else self.training
+        active = active and not row.target.startswith("generate.")  # what a model's own files say comes before these
         if key not in self.given and not (active and row.default is not None):
             return
         try:

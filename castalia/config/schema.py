@@ -525,10 +525,18 @@ class Eval(Section):
 
 
 class Generate(Section):
-    temperature: NonNegativeFloat = Field(0.0, description="0: always the likeliest token")
-    top_k: NonNegativeInt = Field(0, description="only the k likeliest tokens; 0: all")
-    top_p: NonNegativeFloat = Field(0.0, le=1.0, description="only the likeliest that hold this share; 0: all")
-    max_tokens: PositiveInt = Field(64, description="of one text")
+    """None: what the model's generation_config.json says, else greedy with 64 tokens."""
+
+    temperature: NonNegativeFloat | None = Field(
+        None, description="0: always the likeliest token; null: as the model's generation_config.json says, else 0"
+    )
+    top_k: NonNegativeInt | None = Field(
+        None, description="only the k likeliest tokens, 0: all; null: as that file says, else 0"
+    )
+    top_p: NonNegativeFloat | None = Field(
+        None, le=1.0, description="only the likeliest that hold this share, 0: all; null: as that file says, else 0"
+    )
+    max_tokens: PositiveInt | None = Field(None, description="of one text; null: as that file says, else 64")
     num_samples: PositiveInt = Field(1, description="texts for each prompt")
     mode: Literal["unconditional", "input-file", "interactive"] | None = Field(
         None, description="where prompts come from"

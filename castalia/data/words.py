@@ -21,6 +21,9 @@ GENERATION = "generation_config.json"
 MODEL = "config.json"  # of the whole model; a copy holds its token ids alone
 FILES = (*VOCABULARIES, SETTINGS, SPECIAL, ADDED, JINJA, TEMPLATE, GENERATION)
 MORE_TEMPLATES = "additional_chat_templates"  # a folder
+# Of generation_config.json: names of ours for those of `transformers`, and what it samples with where a file is silent.
+SAMPLING = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "max_new_tokens": "max_tokens"}
+SAMPLED = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
 
 
 class Added(NamedTuple):
@@ -45,6 +48,26 @@ class Words:
     token_ids: Mapping[str, Any] = field(default_factory=dict)  # of config.json: bos_token_id, ...: an id or several
     generation: Mapping[str, Any] = field(default_factory=dict)  # generation_config.json
     template: str | None = None  # Jinja, for conversations
+    places: Mapping[str, Path] = field(default_factory=dict)  # where the files lie
+
+    def sampling(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """How `transformers` would write texts, by our names, and what else the file asks for, by its own.
+
+        Without `do_sample` it always takes the likeliest token, whatever the temperature.
+        """
+        sampled = self.generation.get("do_sample") is True
+        given = {name: value for name, value in self.generation.items() if value is not None}
+        taken = (SAMPLED if sampled else {}) | {
+            ours: given[name] for name, ours in SAMPLING.items() if name in given and (sampled or name not in SAMPLED)
+        }
+        rest = {
+            name: value
+            for name, value in given.items()
+            if not (name.endswith("_token_id") or name.startswith("_") or name in ("do_sample", "transformers_version"))
+            and SAMPLING.get(name) not in taken
+            and value not in (0, 1, "", [], {})  # each of which asks for nothing
+        }
+        return taken, rest
 
     def ends(self, id_of: Callable[[str], int | None], size: int) -> tuple[int, ...]:
         """All ids that end a text, the one that ends a document first. `id_of` knows the vocabulary of `size` ids."""
@@ -87,7 +110,7 @@ def read_words(given: Mapping[str, Path], model: Path | None = None) -> Words:
         added = _added(settings, _json(found.get(ADDED)), set(special.values()))
     except (ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{found.get(SETTINGS)}: added_tokens_decoder is not understood: {error}") from error
-    return Words(files, settings, special, added, ids, _json(found.get(GENERATION)), template)
+    return Words(files, settings, special, added, ids, _json(found.get(GENERATION)), template, found)
 
 
 def count_ids(vocabulary: Path) -> int:

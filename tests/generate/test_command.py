@@ -14,7 +14,8 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from castalia.checkpoint.load import load_model
 from castalia.cli import main as cli
 from castalia.cli.generate import in_order
-from castalia.data.tokenizer import ByteTokenizer
+from castalia.config.schema import Tokenizer
+from castalia.data.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
 from castalia.errors import CheckpointError
 from castalia.generate.engine import Piece, generate
 
@@ -98,6 +99,57 @@ def test_a_terminal_of_any_encoding(folder, encoding):
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])
 def test_fewer_bits(run, dtype):
     assert len(run("--prompt", "In", "--max-tokens", "9", "--dtype", dtype)) > len("In\n")
+
+
+@pytest.fixture
+def sampled(folder, tmp_path, monkeypatch, capsys):
+    """Runs `generate` on a model whose generation_config.json holds the values; text and what stderr says."""
+    place = tmp_path / "sampled"
+    shutil.copytree(folder, place, ignore=shutil.ignore_patterns("tokenizer"))
+    train_bpe(["a"], 257).save(place)
+
+    def call(values, *args, code=0):
+        (place / "generation_config.json").write_text(json.dumps({"eos_token_id": 0, **values}))
+        monkeypatch.setattr(sys, "argv", ["castalia", "generate", str(place), "--prompt", "In", "--seed", "4", *args])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert stop.value.code == code, err
+        return out, err
+
+    call.expected = lambda **sampling: (
+        f"In{generate(load_model(place), load_tokenizer(Tokenizer(path=str(place))), ['In'], seed=4, **sampling)[0]}\n"
+    )
+    return call
+
+
+def test_what_the_models_files_say_of_sampling_happens(sampled):
+    values = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "max_new_tokens": 20, "repetition_penalty": 1.2}
+    out, err = sampled(values)
+    assert out == sampled.expected(temperature=0.7, top_k=50, top_p=0.9, max_tokens=20)
+    said = "sampling as it says: temperature 0.7, top_k 50, top_p 0.9, max_tokens 20; of no effect here: repetition"
+    assert said in err and "generation_config.json" in err and err.count("\n") == 1
+
+
+def test_it_stands_below_the_command_line_and_the_config(sampled, tmp_path):
+    (tmp_path / "own.yml").write_text("generate: {top_p: 0.0}")
+    values = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0}
+    out, err = sampled(values, "--config", str(tmp_path / "own.yml"), "--temperature", "1.5", "--max-tokens", "20")
+    assert out == sampled.expected(temperature=1.5, max_tokens=20)
+    assert err.endswith("sampling as it says: top_k 0\n")
+
+
+def test_without_do_sample_it_is_greedy_and_says_what_does_not_act(sampled):
+    out, err = sampled({"temperature": 0.7, "max_new_tokens": 9})
+    assert out == sampled.expected(max_tokens=9)
+    assert "max_tokens 9; of no effect here: temperature 0.7 (without do_sample: the likeliest token)" in err
+    assert sampled({}) == (sampled.expected(), "")
+
+
+def test_a_value_that_cannot_be_is_named_with_its_file(sampled):
+    out, err = sampled({"do_sample": True, "top_p": 2}, code=2)
+    assert out == "" and "generation_config.json: top_p is 2: " in err and "--top-p" in err
+    assert sampled({"do_sample": True, "top_p": 2}, "--top-p", "0.9")[1].startswith("note")
 
 
 def test_interactive_reads_prompts_until_the_end(run, texts, monkeypatch):
