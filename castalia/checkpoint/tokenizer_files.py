@@ -76,8 +76,7 @@ def hf_tokenizer(checkpoint: Checkpoint) -> tuple[list[Output], dict[str, Any], 
         return outputs + made, ids, ()
     if isinstance(tokenizer, SentencePieceTokenizer):
         return [*outputs, json_output(HF_SETTINGS, _sentencepiece_settings(tokenizer))], ids, ()
-    kind = type(tokenizer).__name__
-    return outputs, ids, (f"no tokenizer files are written: transformers has nothing like our {kind}",)
+    return outputs, ids, (f"no tokenizer files are written: transformers has nothing like {tokenizer.kind}",)
 
 
 def _load(checkpoint: Checkpoint) -> tuple[Tokenizer | None, tuple[str, ...]]:

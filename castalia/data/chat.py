@@ -12,7 +12,7 @@ from typing import Any
 from castalia.data.samples import IGNORE
 from castalia.data.sources import SURROGATE, field_of
 from castalia.data.template import Rendered, compile_template
-from castalia.data.tokenizer import Tokenizer
+from castalia.data.tokenizer import Tokenizer, spelled
 from castalia.data.words import JINJA, SETTINGS, TEMPLATE, read_words
 from castalia.errors import DataError
 
@@ -115,7 +115,7 @@ def encode_chat(
     messages: Conversation, chat: Chat, tokenizer: Tokenizer, given: int = 0
 ) -> tuple[list[int], list[int]]:
     """Token ids and labels, -100 where nothing is learned, as of the first `given` messages. What asks for an answer
-    belongs to the turn before it."""
+    belongs to the turn before it. The end of a document follows, unless the template writes it."""
     render, end = renderer(chat), [] if tokenizer.eod_id is None else [tokenizer.eod_id]
     if chat.for_rm:
         (whole,) = tokenizer.encode_batch([render(messages, False).text], bare=True)
@@ -139,7 +139,17 @@ def encode_chat(
         before = now
     for start, stop in zip(parts[::2], parts[1::2], strict=True):
         labels[len(start) : len(stop)] = ids[len(start) : len(stop)]
+    if _ends(ids, tokenizer):
+        return ids, labels
     return ids + end, labels + (end if learned[-1] else [IGNORE] * len(end))
+
+
+def _ends(ids: Sequence[int], tokenizer: Tokenizer) -> bool:
+    """Whether the end of a document is there, with nothing but spaces and lines behind it."""
+    if tokenizer.eod_id not in ids:
+        return False
+    last = len(ids) - 1 - ids[::-1].index(tokenizer.eod_id)
+    return not spelled(tokenizer, ids[last + 1 :]).strip()
 
 
 def _turns(

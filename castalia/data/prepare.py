@@ -204,8 +204,9 @@ def encode(chunk: Chunk, recipe: Recipe, tokenizer: Tokenizer, encode_texts: Enc
         empty += len(texts) - len(sizes)  # a tokenizer may drop all of a text
         _check_ids(ids, chunk, tokenizer)
         ids = ids.astype(token_dtype(tokenizer.vocab_size))
-        if recipe.append_eod and tokenizer.eod_id is not None:
-            ids, sizes = np.insert(ids, np.cumsum(sizes), tokenizer.eod_id), sizes + 1
+        end = tokenizer.eod_id if recipe.append_eod else None
+        if end is not None and tokenizer.encode("")[-1:] != [end]:  # some end every text themselves
+            ids, sizes = np.insert(ids, np.cumsum(sizes), end), sizes + 1
         outputs[key] = ids, sizes
         if recipe.mask_before:
             documents = np.split(ids, np.cumsum(sizes)[:-1])

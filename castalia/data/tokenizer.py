@@ -34,6 +34,7 @@ KEEPS_SPACES = b"\x1a\x04\x18\x00\x20\x00"  # ... and remove_extra_whitespaces =
 class Tokenizer:
     """What all engines have in common."""
 
+    kind: str  # in words, or of `tokenizer.kind`
     vocab_size: int
     eod_id: int | None = None
     end_ids: frozenset[int] = frozenset()  # each of these ends a text, `eod_id` among them
@@ -78,11 +79,15 @@ class RustTokenizer(Tokenizer):
         self.engine = engine
         self.words = words or Words()  # without a file of the vocabulary the engine writes itself
         self.drop_special = drop_special
+        parts = str(engine.pre_tokenizer) + str(engine.decoder)
+        model = type(engine.model).__name__  # BPE, Unigram, WordPiece, WordLevel
+        self.kind = f"byte-level {model}" if "ByteLevel" in parts else model
         self.vocab_size = max(engine.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.bos_id = engine.token_to_id(self.words.special.get("bos_token", ""))
         by_name = [i for name in EOD_NAMES if (i := engine.token_to_id(name)) is not None]
         self._end(self.words.ends(engine.token_to_id, self.vocab_size) or by_name[:1])
-        if "ByteFallback" in str(engine.decoder):
+        if "ByteFallback" in parts:
+            self.kind += " with bytes for what it lacks"
             found = (engine.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
             self.byte_ids = frozenset(i for i in found if i is not None)
 
@@ -129,6 +134,8 @@ class SentencePieceTokenizer(Tokenizer):
     `neox`: GPT-NeoX's rule. There, `<s>` is three characters, nothing begins a text, and documents end with the piece
     `<|endoftext|>`, which for most models means the unknown piece.
     """
+
+    kind = "SentencePiece"
 
     def __init__(self, words: Words, *, neox: bool = False):
         self.words, self.neox = words, neox
@@ -229,6 +236,7 @@ class TiktokenTokenizer(Tokenizer):
             self.engine = tiktoken.get_encoding(name)
         except (ValueError, OSError) as error:
             raise DataError(f"tokenizer.path={name!r}: tiktoken cannot give this encoding: {error}") from error
+        self.kind = f"tiktoken {self.engine.name}"
         self.vocab_size: int = self.engine.n_vocab
         self._end([self.engine.eot_token])
 
@@ -418,8 +426,10 @@ def _load_hf_gpt2(folder: Path, model: Path | None) -> RustTokenizer:
 def add_tokens(tokenizer: Tokenizer, tokens: Sequence[str]) -> None:
     """Give texts ids of their own, behind all others. Those that have one keep it."""
     if not isinstance(tokenizer, RustTokenizer):
-        kind = type(tokenizer).__name__
-        raise DataError(f"a {kind} takes no further tokens ({', '.join(tokens)}); only tokenizer.json and BPE files do")
+        raise DataError(
+            f"a {tokenizer.kind} vocabulary takes no further tokens ({', '.join(tokens)}); only tokenizer.json and BPE "
+            "files do"
+        )
     engine, size = tokenizer.engine, tokenizer.vocab_size
     new = [token for token in tokens if engine.token_to_id(token) is None]
     engine.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in tokens])
@@ -456,7 +466,7 @@ def account(tokenizer: Tokenizer) -> dict[str, Any]:
 
     special = {name: (text, tokenizer.encode_batch([text], bare=True)[0]) for name, text in words.special.items()}
     return {
-        "kind": type(tokenizer).__name__.removesuffix("Tokenizer"),
+        "kind": tokenizer.kind,
         "ids": tokenizer.vocab_size,
         "begins": shown(bos) if bos is not None and first == [bos] else None,
         "ends": [shown(index) for index in dict.fromkeys(ends)],

@@ -11,7 +11,7 @@ from castalia.data.chat import Chat, conversation_of, encode_chat, read_template
 from castalia.data.indexed import Writer, open_dataset
 from castalia.data.loader import open_data
 from castalia.data.prepare import Recipe, prepare, prepare_sources
-from castalia.data.tokenizer import ByteTokenizer
+from castalia.data.tokenizer import ByteTokenizer, train_bpe
 from castalia.errors import DataError
 
 TEMPLATE = (
@@ -89,6 +89,21 @@ def test_equal_to_transformers(fixtures: Path, tmp_path: Path) -> None:
     asked = theirs.apply_chat_template(messages[:1], tokenize=True, return_dict=False)
     whole = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
     assert ids == [*whole, 0] and labels == [-100] * len(asked) + whole[len(asked) :] + [0]
+
+
+@pytest.mark.parametrize("behind", ["", "\n"])
+def test_an_end_that_the_template_writes_is_not_doubled(behind: str) -> None:
+    tokenizer = train_bpe(["a"], 270)
+    end = "<|endoftext|>" + behind
+    template = "{% for m in messages %}{{ m.content }}" + end + "{% endfor %}"
+    question, answer = (tokenizer.encode_batch([text], bare=True)[0] for text in ("how?" + end, "so." + end))
+    messages = [QUESTION, ANSWER]
+    assert encode_chat(messages, Chat(template), tokenizer) == (question + answer, [-100] * len(question) + answer)
+    messages.append(QUESTION)
+    assert encode_chat(messages, Chat(template.replace(end, end + "!")), tokenizer)[0][-2:] == [
+        *tokenizer.encode("!"),
+        0,
+    ]
 
 
 def records(path: Path, *conversations: object) -> Path:

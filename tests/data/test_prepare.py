@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from castalia.config.schema import Tokenizer
 from castalia.data.indexed import open_dataset
 from castalia.data.prepare import Recipe, mask_labels, prepare
+from castalia.data.tokenizer import load_tokenizer, train_bpe
 from castalia.errors import DataError
 
 CHAR = Tokenizer(kind="char")
@@ -66,6 +67,17 @@ def test_an_error_in_a_worker_leaves_nothing(tmp_path: Path) -> None:
     assert not list(out.iterdir())
     report = prepare([source], out / "x", Recipe(CHAR, skip_bad=True), workers=2)
     assert report.documents == 60_000 and len(report.bad) == 1
+
+
+def test_an_end_that_the_tokenizer_writes_is_not_doubled(tmp_path: Path) -> None:
+    train_bpe(["a"], 270).save(tmp_path)
+    settings = {"eos_token": "<|endoftext|>", "add_eos_token": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = Tokenizer(path=str(tmp_path))
+    source = jsonl(tmp_path / "x.jsonl", {"text": "a b"}, {"text": "c"})
+    (prefix,) = prepare([source], tmp_path / "x", Recipe(tokenizer, append_eod=True)).outputs
+    assert [list(document) for document in open_dataset(prefix)] == load_tokenizer(tokenizer).encode_batch(["a b", "c"])
+    assert open_dataset(prefix)[1][-1] == 0
 
 
 def test_several_keys_give_a_corpus_each(tmp_path: Path) -> None:

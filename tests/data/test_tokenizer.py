@@ -274,7 +274,7 @@ def test_account_says_what_the_files_say(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 0], "do_sample": true, "temperature": 0.6}')
     said = account(load_tokenizer(Config(path=str(tmp_path))))
     end = {"id": 0, "text": "<|endoftext|>"}
-    assert (said["kind"], said["begins"], said["chat_template"]) == ("Rust", end, True)
+    assert (said["kind"], said["begins"], said["chat_template"]) == ("byte-level BPE", end, True)
     assert [each["id"] for each in said["ends"]] == [0, 5]
     assert said["special"] == {"eos_token": end, "bos_token": end}
     assert said["generation"] == {"do_sample": True, "temperature": 0.6}

@@ -166,7 +166,7 @@ def test_new_tokens_begin_as_the_mean_of_all_others(words, tmp_path):
 
 
 def test_a_tokenizer_of_bytes_takes_no_tokens(tune, tmp_path):
-    with pytest.raises(DataError, match=r"a ByteTokenizer takes no further tokens \(<x>\)"):
+    with pytest.raises(DataError, match=r"a bytes vocabulary takes no further tokens \(<x>\)"):
         start(tune(tmp_path / "run", 'finetune.add_tokens=["<x>"]'))
     assert load_tokenizer(TokenizerConfig(kind="bytes")).vocab_size == 257
 
