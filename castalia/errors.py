@@ -19,3 +19,9 @@ class CheckpointError(CastaliaError):
 
 class TrainingError(CastaliaError):
     """A run that cannot go on, such as a loss that is no longer finite."""
+
+
+def refuse_pointer(path: object, start: bytes, kind: type[Exception]) -> None:
+    """Raises `kind` where a file holds the few lines that Git LFS puts in the place of a large one."""
+    if start.startswith(b"version https://git-lfs"):
+        raise kind(f"{path} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`")

@@ -26,7 +26,7 @@ from castalia.checkpoint.checksum import crc32
 from castalia.checkpoint.lazy import bounds
 from castalia.checkpoint.tensors import ITEM_BYTES, Slices, Typed
 from castalia.checkpoint.unpickle import unpickle
-from castalia.errors import CheckpointError
+from castalia.errors import CheckpointError, refuse_pointer
 
 if TYPE_CHECKING:
     import torch
@@ -200,16 +200,10 @@ def open_pt(path: Path | str) -> Any:
                 return _open_legacy(path, file)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    refuse_pointer(path, start)
+    refuse_pointer(path, start, CheckpointError)
     raise CheckpointError(
         f"{path} is no file of torch.save: it starts with {start[:8]!r}" if start else f"{path} is empty"
     )
-
-
-def refuse_pointer(path: Path, start: bytes) -> None:
-    """Raises CheckpointError where a file holds the few lines that Git LFS puts in the place of a large one."""
-    if start.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{path} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`")
 
 
 def _open_zip(path: Path, file: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -57,9 +58,13 @@ class LoadReport:
 def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Transformer:
     """The model of a checkpoint of any format, in eval mode; `module(tokens)` gives logits [batch, time, padded vocab].
 
-    `dtype`: of the parameters and the computation; None for fp32, which holds every stored value exactly.
+    `dtype`: of the parameters and the computation; None for fp32, which holds every stored value exactly. Warns of
+    settings that had to be guessed, and of what was taken for something else.
     """
-    return build_model(open_checkpoint(path), device, dtype)
+    checkpoint = open_checkpoint(path)
+    for note in checkpoint.notes:
+        warnings.warn(f"{path}: {note}", stacklevel=2)
+    return build_model(checkpoint, device, dtype)
 
 
 def build_model(

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from castalia.checkpoint.checksum import crc32
-from castalia.checkpoint.container import as_integers, refuse_pointer
+from castalia.checkpoint.container import as_integers
 from castalia.checkpoint.lazy import bounds
 from castalia.checkpoint.tensors import ITEM_BYTES, Slices, Typed, name_of
-from castalia.errors import CheckpointError
+from castalia.errors import CheckpointError, refuse_pointer
 
 if TYPE_CHECKING:
     import torch
@@ -171,7 +171,7 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             start = file.read(64)
-            refuse_pointer(path, start)
+            refuse_pointer(path, start, CheckpointError)
             file.seek(8)
             length = int.from_bytes(start[:8], "little")
             if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):

@@ -78,7 +78,7 @@ def command(
 
 def write_log_probs(path: str, overrides: list[str], data: str | None, step: int | None, output: str) -> None:
     """Preference tuning takes what this writes for the `references` of a source."""
-    from castalia.checkpoint.load import build_model
+    from castalia.checkpoint.load import build_model, require_finite
     from castalia.cli.opening import open_and_tell
     from castalia.cli.train import split_words
     from castalia.config.load import load_config
@@ -94,6 +94,7 @@ def write_log_probs(path: str, overrides: list[str], data: str | None, step: int
     config = load_config([checkpoint.config or RunConfig(), *files], words)
     device = choose_device(config.train.device)
     model = build_model(checkpoint, device, choose_dtype(config.precision.compute, device))
+    require_finite(dict(model.named_parameters()), checkpoint.path)
     length, rows = config.data.seq_length, config.train.micro_batch_size or 8
     number = write_log_probabilities(model, data, output, min(length, model.cfg.max_positions or length), rows)
     print(f"{output}: log-probabilities of {number:,} documents by {checkpoint.path}")
@@ -166,21 +167,25 @@ def load_engine(
 
     Its parameters are in the compute dtype, to which the blocks would round them each time.
     """
-    from castalia.checkpoint.load import build_model
+    from castalia.checkpoint.load import build_model, require_finite
     from castalia.cli.ranks import split_config
     from castalia.config.batch import BatchPlan
     from castalia.parallel.engine import Engine
     from castalia.parallel.rendezvous import world_size
-    from castalia.train.start import load_engine, make_engine
+    from castalia.train.start import engine_shard, load_engine, make_engine
 
     world = world_size()
     if world == 1:
-        return Engine(build_model(checkpoint, device, dtype), rows), BatchPlan(rows, rows, 1)
+        model = build_model(checkpoint, device, dtype)
+        require_finite(dict(model.named_parameters()), checkpoint.path)
+        return Engine(model, rows), BatchPlan(rows, rows, 1)
     config = split_config(checkpoint, tp, pp, world, length)
     assert config.model is not None
     plan = BatchPlan(rows * world // tp, rows, pp)  # as many micro-batches as there are stages
     engine = make_engine(config, dtype, device, plan, frozen=True)
     load_engine(engine, config.model, checkpoint)
+    shard = engine_shard(engine)
+    require_finite({name: shard(each).tensor for name, each in engine.parameters.items()}, checkpoint.path)
     return engine, plan
 
 

@@ -23,6 +23,7 @@ def command(
 
     Shows loss and gradient norm beside the recorded ones, norms of all layers, and the batch, sequence by sequence.
     """
+    from castalia.cli.opening import tell
     from castalia.config.load import load_run
     from castalia.parallel.launcher import relaunch
     from castalia.parallel.process import process_group
@@ -40,6 +41,7 @@ def command(
         found = replay(run, step)
     if not is_main():
         return
+    tell(found["notes"], str(run))
     if as_json:
         from castalia.train.metrics import as_line
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from castalia.errors import ConfigError
+from castalia.errors import ConfigError, refuse_pointer
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
@@ -57,6 +57,7 @@ def read_file(path: Path, label: str, found: Findings) -> Table:
     """The top-level mapping of one file; `label` is how messages call the file. Syntax errors raise ConfigError."""
     try:
         text = path.read_text(encoding="utf-8")
+        refuse_pointer(label, text[:64].encode(), ConfigError)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{label}: not UTF-8 text (byte {error.start}); a config is a YAML text file") from error
     return read_text(text, label, found)

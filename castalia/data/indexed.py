@@ -20,7 +20,7 @@ from typing import overload
 
 import numpy as np
 
-from castalia.errors import DataError
+from castalia.errors import DataError, refuse_pointer
 from castalia.files import beside
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -97,6 +97,7 @@ def open_dataset(prefix: str | os.PathLike[str]) -> IndexedDataset:
 def _map(path: Path) -> mmap.mmap | bytes:
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
+        refuse_pointer(path, os.pread(file.fileno(), 64, 0), DataError)
         return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else b""  # nothing cannot be mapped
 
 

@@ -22,7 +22,7 @@ from typing import IO, Any
 
 import zstandard
 
-from castalia.errors import DataError
+from castalia.errors import DataError, refuse_pointer
 
 log = logging.getLogger(__name__)
 BLOCK_BYTES = 1 << 18
@@ -110,6 +110,7 @@ def chunks(files: Sequence[Path], keys: Sequence[str] = ("text",)) -> Iterator[C
             raise DataError(f"{path}: unknown ending; known are {', '.join(READERS)}")
         with path.open("rb") as file:
             try:
+                refuse_pointer("it", file.peek(), Damaged)
                 for chunk in reader(file, str(path), keys):
                     yield replace(chunk, done_bytes=before + file.tell())
             except DAMAGE as error:

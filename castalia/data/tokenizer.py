@@ -19,7 +19,7 @@ from typing import Any
 import tokenizers
 
 from castalia.config.schema import Tokenizer as TokenizerConfig
-from castalia.data.words import Added, Words, listed, read_words, write_files
+from castalia.data.words import Added, Words, listed, read_json, read_words, write_files
 from castalia.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -268,9 +268,13 @@ def load_tokenizer(config: TokenizerConfig, *, neox: bool = False, model: Path |
     `neox`: where GPT-NeoX has a rule of its own for the files, that counts. `model`: the folder of the model, whose
     config.json and generation_config.json count where none lie beside the tokenizer.
     """
-    if config.path and (Path(config.path) / SETTINGS).is_file():
-        kept = json.loads((Path(config.path) / SETTINGS).read_text())
-        config = TokenizerConfig(**{"path": config.path, **kept})
+    settings = Path(config.path or "") / SETTINGS
+    if config.path and settings.is_file():
+        kept = read_json(settings)
+        try:
+            config = TokenizerConfig(**{"path": config.path, **kept})
+        except ValueError as error:
+            raise DataError(f"{settings} names no kind of tokenizer: {kept}") from error
     kind = config.kind or _guess_kind(config)
     if kind in ("char", "bytes"):
         return ByteTokenizer(kind)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from castalia.errors import DataError
+from castalia.errors import DataError, refuse_pointer
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model")
 SETTINGS, SPECIAL, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
@@ -99,23 +99,23 @@ def read_words(given: Mapping[str, Path], model: Path | None = None) -> Words:
             }
         if MODEL not in found and (folder / MODEL).is_file():
             found[MODEL] = folder / MODEL
-    ids = {key: value for key, value in _json(found.pop(MODEL, None)).items() if key.endswith("_token_id")}
+    ids = {key: value for key, value in read_json(found.pop(MODEL, None)).items() if key.endswith("_token_id")}
     files = {name: _read(path) for name, path in found.items()}
     if ids:
         files[MODEL] = (json.dumps(ids, indent=2) + "\n").encode()
-    settings = _json(found.get(SETTINGS))
-    special = _special(_json(found.get(SPECIAL))) | _special(settings)
-    template = _template(files.get(JINJA), settings, _json(found.get(TEMPLATE)), found)
+    settings = read_json(found.get(SETTINGS))
+    special = _special(read_json(found.get(SPECIAL))) | _special(settings)
+    template = _template(files.get(JINJA), settings, read_json(found.get(TEMPLATE)), found)
     try:
-        added = _added(settings, _json(found.get(ADDED)), set(special.values()))
+        added = _added(settings, read_json(found.get(ADDED)), set(special.values()))
     except (ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{found.get(SETTINGS)}: added_tokens_decoder is not understood: {error}") from error
-    return Words(files, settings, special, added, ids, _json(found.get(GENERATION)), template, found)
+    return Words(files, settings, special, added, ids, read_json(found.get(GENERATION)), template, found)
 
 
 def count_ids(vocabulary: Path) -> int:
     """One more than the largest id of a tokenizer.json or vocab.json and the files beside it, without building it."""
-    content, words = _json(vocabulary), read_words({vocabulary.name: vocabulary})
+    content, words = read_json(vocabulary), read_words({vocabulary.name: vocabulary})
     model = content.get("model", {"vocab": content})
     entries = model["vocab"]
     ids = set(entries.values()) if isinstance(entries, dict) else {len(entries) - 1}
@@ -125,12 +125,14 @@ def count_ids(vocabulary: Path) -> int:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        content = path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
+    refuse_pointer(path, content, DataError)
+    return content
 
 
-def _json(path: Path | None) -> dict[str, Any]:
+def read_json(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:

@@ -48,6 +48,7 @@ def replay(run: Path, step: int) -> dict[str, Any]:
         "lr": result.lr,
         "layers": layers,
         "sequences": sequences,
+        "notes": list(session.source.notes) if session.source else [],
     }
 
 

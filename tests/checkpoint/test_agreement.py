@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -18,11 +19,18 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from castalia.checkpoint import convert
+from castalia.checkpoint.container import open_pt
 from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.inspect import report
 from castalia.checkpoint.load import load_model, load_optimizer
 from castalia.checkpoint.tensors import Progress
-from castalia.errors import CheckpointError
+from castalia.config.load import load_config
+from castalia.config.schema import Tokenizer
+from castalia.data.chat import read_template
+from castalia.data.indexed import Writer, open_dataset
+from castalia.data.sources import documents
+from castalia.data.tokenizer import load_tokenizer
+from castalia.errors import CastaliaError, CheckpointError
 from tests.checkpoint.made import FAMILIES, made, written
 from tests.checkpoint.neox_writer import config_yml, write
 from tests.checkpoint.test_neox import MODELS
@@ -282,6 +290,33 @@ def test_pointers_of_git_lfs_are_said_to_be_such(name: str, tmp_path: Path) -> N
     (tmp_path / "a" / name).write_text(POINTER)
     with pytest.raises(CheckpointError, match=rf"{name} is a Git LFS pointer.*git lfs pull"):
         open_checkpoint(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("a.idx", lambda folder: open_dataset(folder / "a")),
+        ("a.bin", lambda folder: open_dataset(folder / "a")),
+        ("tokenizer.json", lambda folder: load_tokenizer(Tokenizer(path=str(folder)))),
+        ("tokenizer_kind.json", lambda folder: load_tokenizer(Tokenizer(path=str(folder)))),
+        ("tokenizer.model", lambda folder: load_tokenizer(Tokenizer(path=str(folder / "tokenizer.model")))),
+        ("chat.jinja", lambda folder: read_template(folder / "chat.jinja")),
+        ("text.txt", lambda folder: list(documents([folder / "text.txt"]))),
+        ("records.jsonl.gz", lambda folder: list(documents([folder / "records.jsonl.gz"]))),
+        ("run.yml", lambda folder: load_config(folder / "run.yml")),
+        ("pytorch_model.bin", lambda folder: open_pt(folder / "pytorch_model.bin")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_pointers_are_said_to_be_such_wherever_files_are_read(
+    name: str, read: Callable[[Path], object], tmp_path: Path
+) -> None:
+    if name.startswith("a."):
+        with Writer(tmp_path / "a", np.uint16) as writer:
+            writer.add(np.arange(9))
+    (tmp_path / name).write_text(POINTER)
+    with pytest.raises(CastaliaError, match=f"{name}.* a Git LFS pointer.*git lfs pull"):
+        read(tmp_path)
 
 
 def test_pointers_among_our_own_and_deepspeeds_files(tmp_path: Path) -> None:

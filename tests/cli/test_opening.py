@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import castalia
 from castalia.cli import main as cli
 from castalia.config.schema import Model
 from castalia.data.tokenizer import ByteTokenizer
@@ -21,6 +22,7 @@ MODEL = Model(
 @pytest.mark.parametrize(
     "words",
     [
+        ["replay", "run", "--step", "2"],
         ["generate", "model", "--prompt", "In", "--max-tokens", "2", "--tokenizer", "tokenizer"],
         ["eval", "model", "--data", "text.txt", "--tokenizer", "tokenizer", "--json"],
         ["diff", "model", "model", "--json"],
@@ -44,6 +46,10 @@ def test_settings_that_are_guesses_are_noted(
         "data: {path: corpus_text_document, seq_length: 16}\ntokenizer: {path: tokenizer}\n"
         "train: {steps: 4, batch_size: 2, device: cpu}\noptimizer: {lr: 1.0e-3}\n"
     )
+    if words[0] == "replay":
+        train = ["castalia", "train", "run.yml", "checkpoint.init_from=model", "checkpoint.dir=run"]
+        monkeypatch.setattr(sys, "argv", train)
+        assert exit_code() == 0, capsys.readouterr()
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["castalia", *words])
     code = exit_code()
@@ -51,6 +57,12 @@ def test_settings_that_are_guesses_are_noted(
     assert "parallel_residual=True" in out + err and "are guesses" in out + err, out + err
     if "--json" in words and not code:
         assert isinstance(json.loads(out), dict)
+
+
+def test_the_library_warns_of_guesses(tmp_path: Path) -> None:
+    write(tmp_path / "model", MODEL, kind="none", yml=False)
+    with pytest.warns(UserWarning, match="parallel_residual=True.*are guesses"):
+        castalia.load_model(tmp_path / "model")
 
 
 def exit_code() -> int:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,6 +16,7 @@ from castalia.checkpoint.load import load_model
 from castalia.cli import main as cli
 from castalia.cli.generate import in_order
 from castalia.config.schema import Tokenizer
+from castalia.data.indexed import Writer
 from castalia.data.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
 from castalia.errors import CheckpointError
 from castalia.generate.engine import Piece, generate
@@ -195,16 +197,29 @@ def test_rows_come_in_order():
     ]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_write_nothing(folder, value, tmp_path, monkeypatch, capsys):
-    """Also where the prompt never meets them: in the row of another token, in a block's bias."""
+@pytest.mark.parametrize(
+    ("value", "verb"),
+    [
+        (float("nan"), ["generate", "--device", "cpu", "--prompt", "In"]),
+        (float("inf"), ["generate", "--device", "cpu", "--prompt", "In"]),
+        (float("nan"), ["eval", "--data", "text.txt", "data.seq_length=16", "train.device=cpu"]),
+        (float("inf"), ["eval", "--data", "corpus", "--log-probs", "out", "data.seq_length=16", "train.device=cpu"]),
+    ],
+    ids=["generate nan", "generate inf", "eval", "log-probs"],
+)
+def test_nothing_is_computed_with_weights_that_are_not_finite(folder, value, verb, tmp_path, monkeypatch, capsys):
+    """Also where the text never meets them: in the row of another token, in a block's bias."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("In the beginning " * 9)
+    with Writer(tmp_path / "corpus", np.uint16) as writer:
+        writer.add(np.arange(1, 60))
     shutil.copytree(folder, tmp_path / "model")
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     tensors["gpt_neox.layers.1.attention.dense.bias"][3:5] = value
     tensors["embed_out.weight"][255, 0] = value
     save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    words = ["castalia", "generate", str(tmp_path / "model"), "--tokenizer", str(folder / "tokenizer")]
-    monkeypatch.setattr(sys, "argv", [*words, "--device", "cpu", "--prompt", "In"])
+    words = [verb[0], str(tmp_path / "model"), "--tokenizer", str(folder / "tokenizer"), *verb[1:]]
+    monkeypatch.setattr(sys, "argv", ["castalia", *words])
     with pytest.raises(SystemExit) as stop:
         cli.main()
     out, err = capsys.readouterr()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from castalia.checkpoint.agreement import unrounded
-from castalia.checkpoint.container import FileTensor, open_pt, refuse_pointer
+from castalia.checkpoint.container import FileTensor, open_pt
 from castalia.checkpoint.original import take_inherited
 from castalia.checkpoint.rules import (
     Chain,
@@ -28,7 +28,7 @@ from castalia.checkpoint.sample import fingerprint
 from castalia.checkpoint.stored import inside, open_safetensors
 from castalia.checkpoint.tensors import AdamState, Checkpoint, Progress, TensorRef
 from castalia.config.schema import Data, Model, RopeScaling, RunConfig, Tokenizer
-from castalia.errors import CheckpointError
+from castalia.errors import CheckpointError, refuse_pointer
 
 CONFIG = "config.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # each may be an index of shards instead: + ".index.json"
@@ -538,7 +538,7 @@ def _tokenizer(path: Path, given: str | None) -> Tokenizer:
 def read_json(path: Path) -> dict[str, Any]:
     try:
         content = path.read_bytes()
-        refuse_pointer(path, content)
+        refuse_pointer(path, content, CheckpointError)
         value = json.loads(content)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error

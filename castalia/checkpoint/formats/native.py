@@ -34,13 +34,12 @@ from pydantic import ValidationError
 
 import castalia
 from castalia.checkpoint.checksum import crc32
-from castalia.checkpoint.container import refuse_pointer
 from castalia.checkpoint.lazy import Cast
 from castalia.checkpoint.original import take_inherited
 from castalia.checkpoint.stored import DTYPE_CODES, DTYPES, Extent, StoredTensor, inside, write_safetensors
 from castalia.checkpoint.tensors import AdamState, Checkpoint, Progress, Shard, TensorRef, name_of
 from castalia.config.schema import RunConfig
-from castalia.errors import CastaliaError, CheckpointError
+from castalia.errors import CastaliaError, CheckpointError, refuse_pointer
 from castalia.files import NEW, beside, clean, delete, put_in_place, remove, sync, workplace, write_text
 
 if TYPE_CHECKING:
@@ -309,7 +308,7 @@ def _read_manifest(path: Path) -> dict:
     file = path / MANIFEST
     try:
         content = file.read_bytes()
-        refuse_pointer(file, content)
+        refuse_pointer(file, content, CheckpointError)
         manifest = json.loads(content)
         written = manifest.pop("crc32")
     except OSError as error:
