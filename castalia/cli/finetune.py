@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 CONVERSATION = ("messages", "conversation", "conversations")  # fields that hold a list of {role, content}
 LONGEST = 512  # tokens of a sample, where the model can take more
 BATCH = 8
+ASKED = "data/asked.yml"  # of a run: what the command asked for, of which the data beside it were made
 # Where neither the command line nor the model has a template.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
@@ -64,8 +65,12 @@ def command(
         usual["tokenizer"] = own_tokenizer(source).model_dump()
         config = load_config([usual, *files], words)
     folder = run_folder(config)
-    refuse_second_start(folder)
-    prepared = prepare(config, source, folder / "data", chat_template)
+    asked = f"{dump_config(config)}# chat template: {chat_template}\n"
+    begun = has_begun(folder, asked)
+    if not begun:
+        refuse_second_start(folder)
+    prepared = prepare(config, source, folder / "data", chat_template, begun)
+    (folder / ASKED).write_text(asked, encoding="utf-8")
     corpora = {
         name: [each.model_dump(exclude_defaults=True) for each in found] for name, found in prepared.sources.items()
     }
@@ -86,6 +91,17 @@ def command(
     if config.finetune.lora or adapters_of(source):
         save_adapters(folder)
     print(f"\nbefore  {question}{before}\n\nafter   {question}{sample(str(folder), question, max_tokens)}")
+
+
+def has_begun(folder: Path, asked: str) -> bool:
+    """Whether this very command began the run in the folder, in a job that starts it again."""
+    from castalia.config.load import load_config
+    from castalia.train.folder import begun_by, is_run, this_job
+
+    files = folder / ASKED, folder / "finetune.yml"
+    if not is_run(folder) or not all(file.is_file() for file in files) or files[0].read_text("utf-8") != asked:
+        return False
+    return begun_by(this_job(None, load_config(files[1])), folder)
 
 
 def defaults(model: str, source: Checkpoint, rank: int | None) -> dict[str, Any]:
@@ -123,10 +139,14 @@ class Prepared(NamedTuple):
     conversations: int  # of data.train, each a sample
 
 
-def prepare(config: RunConfig, source: Checkpoint, folder: Path, template: Path | None) -> Prepared:
-    """Turns files of text or conversations into corpora in the folder. Sources that are corpora stay as they are."""
+def prepare(config: RunConfig, source: Checkpoint, folder: Path, template: Path | None, done: bool = False) -> Prepared:
+    """Turns files of text or conversations into corpora in the folder, where they are already if it is `done`.
+
+    Sources that are corpora stay as they are.
+    """
     from castalia.checkpoint.describe import model_folder
     from castalia.config.schema import Tokenizer
+    from castalia.data.indexed import open_dataset
     from castalia.data.prepare import Recipe
     from castalia.data.prepare import prepare as run
     from castalia.data.tokenizer import add_tokens, load_tokenizer
@@ -152,13 +172,15 @@ def prepare(config: RunConfig, source: Checkpoint, folder: Path, template: Path 
                 eod = chat is None and tokenizer.eod_id is not None
                 recipe = Recipe(Tokenizer(path=str(folder / "tokenizer")), (key,), append_eod=eod, chat=chat)
                 prefix = f"{folder / split}{number}"
-                report = run([each.path], prefix, recipe)
-                print(f"prepared      {each.path}: {report.documents:,} documents, {report.tokens:,} tokens")
+                if not done:
+                    report = run([each.path], prefix, recipe)
+                    print(f"prepared      {each.path}: {report.documents:,} documents, {report.tokens:,} tokens")
                 prompts.append(beginning(record, key, chat))
-                conversations += report.documents if chat and split == "train" else 0
-                fitting = fitting or sizes_for(config, f"{prefix}_{key}_document", chat is not None)
+                corpus = f"{prefix}_{key}_document"
+                conversations += len(open_dataset(corpus)) if chat and split == "train" else 0
+                fitting = fitting or sizes_for(config, corpus, chat is not None)
                 labels = f"{prefix}_{key}_label_document" if chat else None
-                each = each.model_copy(update={"path": f"{prefix}_{key}_document", "labels": labels})
+                each = each.model_copy(update={"path": corpus, "labels": labels})
             found.append(each)
         sources[split] = tuple(found)
     return Prepared(sources, fitting, prompts[0] if prompts else "", conversations)

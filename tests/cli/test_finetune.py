@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from castalia.checkpoint.formats import open_checkpoint
+from castalia.checkpoint.formats.native import saved_steps
 from castalia.cli.finetune import command as finetune
 from castalia.cli.finetune import sample
 from castalia.cli.merge_lora import command as merge
@@ -19,7 +20,7 @@ from castalia.config.load import load_config, load_run
 from castalia.config.schema import Tokenizer
 from castalia.data.prepare import Recipe, prepare
 from castalia.data.tokenizer import train_bpe
-from castalia.errors import CastaliaError, CheckpointError, ConfigError, DataError
+from castalia.errors import CastaliaError, CheckpointError, ConfigError, DataError, TrainingError
 from castalia.train.step import as_rows
 
 ANSWERS = {"Who was the first?": "Adam", "And Noah built what?": "it"}
@@ -105,6 +106,22 @@ def test_before_and_after_are_shown(base, lessons, tmp_path, capsys):
     assert after.strip() == asked("Who was the first?") + " Adam"
     assert open_checkpoint(tmp_path / "run", adapters=True).config.finetune.lora is None
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_the_same_command_of_a_requeued_job_goes_on(base, lessons, tmp_path, monkeypatch, capsys):
+    words = [f"data.train={lessons}", f"checkpoint.dir={tmp_path / 'run'}", "log.peak_tflops=0.1"]
+    words += ["train.epochs=6", "train.exit_interval=4"]
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    finetune(str(base), words, prompt="user:")
+    corpus = tmp_path / "run" / "data" / "train0_messages_document.bin"
+    before = corpus.stat()
+    finetune(str(base), words, prompt="user:")
+    assert corpus.stat() == before and set(saved_steps(tmp_path / "run" / "checkpoints")) == {4, 6}
+    for job, given in (("4711", [*words, "optimizer.lr=0.1"]), ("4712", words)):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        with pytest.raises(TrainingError, match="holds a run, saved last at step 6"):
+            finetune(str(base), given)
+    assert corpus.stat() == before
 
 
 def test_answers_alone_are_learned(taught):
