@@ -15,7 +15,13 @@ def error_texts() -> list[str]:
     functions: dict[str, list[ast.FunctionDef]] = defaultdict(list)
     for node in (node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
         functions[node.name].append(node)
-    found: set[str] = set()
+    tables = [
+        node
+        for tree in trees
+        for node in tree.body
+        if isinstance(node, ast.Assign) and {"REASONS", "REFUSED"} & {ast.unparse(target) for target in node.targets}
+    ]
+    found: set[str] = {text for table in tables for text in _literals(table)}
     seen: set[ast.AST] = set()
     for function in [each for same in functions.values() for each in same]:
         for place in filter(_says_an_error, ast.walk(function)):

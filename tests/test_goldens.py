@@ -168,8 +168,9 @@ def test_converted_files(golden: Goldens, family: str, tmp_path: Path) -> None:
 def test_files_converted_from_genuine_checkpoints(golden: Goldens, fixtures: Path, tmp_path: Path) -> None:
     variants = sorted(path.parent for path in (fixtures / "neox").glob("*/checkpoint"))
     assert len(variants) >= 15
-    for variant in variants:
-        source = open_checkpoint(variant / "checkpoint", tokenizer=str(fixtures / "neox" / "data" / "tok.json"))
-        for to in ("native", "hf", "neox"):
-            found = written_files(source, to, tmp_path / variant.name / to, Layout())
-            golden.check("genuine_conversions", f"{variant.name}: {to}", found)
+    with inside(fixtures):
+        for variant in variants:
+            source = open_checkpoint(f"neox/{variant.name}/checkpoint", tokenizer="neox/data/tok.json")
+            for to in ("native", "hf", "neox"):
+                found = written_files(source, to, tmp_path / variant.name / to, Layout())
+                golden.check("genuine_conversions", f"{variant.name}: {to}", found)
