@@ -13,8 +13,10 @@ from castalia.config.neox_model import MODEL
 from castalia.config.neox_training import TRAINING
 from castalia.config.neox_translation import Translation, row_of
 from castalia.config.read import Findings
-from castalia.config.schema import Checkpoint, RunConfig
+from castalia.config.schema import RunConfig
 from castalia.config.settings import Setting
+
+DEEPSPEED_CHECKPOINT = {"tag_validation", "load_universal", "use_node_local_storage", "parallel_write"}
 
 
 def is_neox(key: str, value: Any) -> bool:
@@ -25,7 +27,7 @@ def is_neox(key: str, value: Any) -> bool:
         return (key == "precision" and isinstance(value, str)) or (key == "finetune" and isinstance(value, bool))
     if key == "optimizer":
         return bool({"type", "params"} & value.keys())
-    return key == "checkpoint" and bool(value) and not Checkpoint.model_fields.keys() & value.keys()
+    return key == "checkpoint" and bool(DEEPSPEED_CHECKPOINT & value.keys())
 
 
 def translate(
