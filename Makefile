@@ -1,6 +1,7 @@
 # make demo    train, resume and run a small model on the text in examples/kjv: a few minutes on two cores
 # make test    the test suite without what is marked slow
 # make test-slow   what is marked slow: all layouts of all families, dying processes, the documentation's commands
+# make campaign    attacks at length: killed at each file operation, damaged files, bad configs; figures in docs/reliability.md
 # make test-torch TORCH=torch==2.11.0   both suites with another version of torch, in an environment of its own
 # make setup   the environment alone, with all that tests and linters use
 #
@@ -18,7 +19,7 @@ PYTEST_ARGS ?=
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-torch table-and-suite setup lint clean
+.PHONY: demo test test-slow campaign test-torch table-and-suite setup lint clean
 
 demo: $(VENV)/core.done
 	rm -rf demo
@@ -33,10 +34,13 @@ demo: $(VENV)/core.done
 	@echo "-- all of it lies in $(CURDIR)/demo: tokenizer.json, kjv_text_document.bin and .idx, loss.png, run/ (config, metrics, checkpoints)"
 
 test: $(VENV)/test.done
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m "not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m "not slow and not campaign" $(PYTEST_ARGS)
 
 test-slow: $(VENV)/test.done
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m slow $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m "slow and not campaign" $(PYTEST_ARGS)
+
+campaign: $(VENV)/test.done
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m campaign -s $(PYTEST_ARGS)
 
 # Wheels of other versions may bring a GPU's libraries along: gigabytes.
 test-torch:
@@ -44,7 +48,7 @@ test-torch:
 
 table-and-suite: $(VENV)/test.done
 	$(BIN)/python tests/torch_names.py --write
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m "not campaign" $(PYTEST_ARGS)
 
 setup: $(VENV)/test.done
 

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from castalia.checkpoint.container import as_integers
 from castalia.checkpoint.lazy import bounds
 from castalia.checkpoint.tensors import ITEM_BYTES, Slices, Typed, name_of
 from castalia.errors import CheckpointError, refuse_pointer
+from castalia.reading import keys, parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -158,6 +159,9 @@ def inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
+ENTRY: Any = keys({"dtype": str, "shape": list[int], "data_offsets": list[int]})  # and __metadata__, of texts
+
+
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, shared."""
     import torch
@@ -176,13 +180,10 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
             length = int.from_bytes(start[:8], "little")
             if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 raise CheckpointError(f"{path}: no safetensors file, or truncated: {size} bytes, header of {length}")
-            header = json.loads(file.read(length))
+            content = file.read(length)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:  # neither JSON nor UTF-8
-        raise CheckpointError(f"{path}: the safetensors header cannot be read: {error}") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: the safetensors header is no table of tensors")
+    header = parse_json(content, f"{path}: the safetensors header", CheckpointError, dict[str, ENTRY])
     header.pop("__metadata__", None)
     return {name: _entry(path, name, fields, 8 + length, size) for name, fields in header.items()}
 

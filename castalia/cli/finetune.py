@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -203,6 +202,7 @@ def first_record(path: Path) -> dict[str, Any]:
     """The first JSON object of a file; of other files their beginning as a text. DataError for anything else."""
     from castalia.data.sources import chunks
     from castalia.errors import DataError
+    from castalia.reading import plain_json
 
     chunk = next(chunks([path]), None)
     records = (chunk.records or tuple(chunk.lines.split(b"\n"))) if chunk else ()
@@ -210,7 +210,7 @@ def first_record(path: Path) -> dict[str, Any]:
     if chunk and not chunk.is_json:
         return {"text": record.decode("utf-8", errors="replace")}
     try:
-        value = json.loads(record)
+        value = plain_json(record)
     except ValueError as error:
         raise DataError(f"{path}:1: no JSON: {error}") from error
     if not isinstance(value, dict) or not value.keys() & {"text", *CONVERSATION}:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os.path import exists
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -70,5 +71,5 @@ def read_config(words: list[str]) -> RunConfig:
 
 def split_words(words: list[str]) -> tuple[list[str], list[str]]:
     """Files and overrides: a word with an equals sign is an override unless a file has that name."""
-    overrides = [word for word in words if "=" in word and not Path(word).exists()]
+    overrides = [word for word in words if "=" in word and not exists(word)]
     return [word for word in words if word not in overrides], overrides

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
+from math import isqrt
 from os.path import normpath
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from castalia.config.batch import batch_plan, planned_dp
 from castalia.config.read import Findings
 from castalia.config.schema import Model, RunConfig, Warmup
 from castalia.errors import ConfigError
+from castalia.reading import expression_problem, short
 
 
 class Problem(NamedTuple):
@@ -58,7 +59,9 @@ def require_training(config: RunConfig, dp: int = 1) -> None:
 
 
 def divisors(number: int) -> str:
-    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+    """The smaller ones, should there be many."""
+    low = [n for n in range(1, min(isqrt(number), 10_000) + 1) if number % n == 0]
+    return ", ".join(str(n) for n in sorted({*low, *(number // n for n in low)})[:24])
 
 
 def heads(config: RunConfig) -> Iterator[Problem]:
@@ -219,11 +222,6 @@ def learning_rates(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             f"optimizer.betas={list(optimizer.betas)}: both must be at least 0 and below 1", ("optimizer.betas",)
         )
-    for group in optimizer.groups:
-        try:
-            re.compile(group.match)
-        except re.error as error:
-            yield Problem(f"optimizer.groups: {group.match!r} is no regular expression: {error}", ("optimizer.groups",))
     if schedule.style == "wsd" and schedule.warmup_steps is None and schedule.warmup + schedule.cooldown > 1:
         yield Problem(
             f"schedule.warmup={schedule.warmup:g} and schedule.cooldown={schedule.cooldown:g} are more than the whole",
@@ -234,8 +232,17 @@ def learning_rates(config: RunConfig) -> Iterator[Problem]:
         yield Problem(f"neox_exact: the original has no {what}", ("schedule.style", "schedule.warmup_steps"))
 
 
+def expressions(config: RunConfig) -> Iterator[Problem]:
+    finetune = config.finetune
+    given = {"finetune.train": finetune.train, "finetune.freeze": finetune.freeze}
+    for path, patterns in (given | {"optimizer.groups": [group.match for group in config.optimizer.groups]}).items():
+        for pattern in patterns:
+            if reason := expression_problem(pattern):
+                yield Problem(f"{path}: {short(pattern)} is no regular expression: {reason}", (path,))
+
+
 def corpora(config: RunConfig) -> Iterator[Problem]:
-    unlabelled = not all(source.labels for source in config.data.train)
+    unlabelled = bool(config.data.path) or not all(source.labels for source in config.data.train)
     if config.data.packing == "unpacked" and unlabelled and config.train.objective == "causal":
         yield Problem(
             "data.packing=unpacked takes one document a sample and needs labels in every source of data.train",
@@ -364,7 +371,7 @@ def _is_default(config: RunConfig, path: str) -> bool:
 
 
 CONTRADICTIONS = (
-    heads, mup, lengths, length_warmup, batch_warmup, layout, batch, learning_rates, corpora, preferences, profile,
-    watch,
+    heads, mup, lengths, length_warmup, batch_warmup, layout, batch, learning_rates, expressions, corpora, preferences,
+    profile, watch,
 )  # fmt: skip
 SURPRISES = (folders, without_effect)

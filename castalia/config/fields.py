@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from castalia.config.schema import RunConfig, Section
+from castalia.config.schema import LARGEST, RunConfig, Section
 
 
 def _walk(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo, bool]]:
@@ -64,7 +64,12 @@ def _kind(annotation: Any, metadata: list[Any]) -> str:
     if get_origin(annotation) is tuple:
         return "a list" if Ellipsis in get_args(annotation) else f"a list of {len(options)}"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    limits = [f"{word} {getattr(bound, key)}" for bound in metadata for key, word in _LIMITS if hasattr(bound, key)]
+    limits = [
+        f"{word} {value}"
+        for bound in metadata
+        for key, word in _LIMITS
+        if (value := getattr(bound, key, None)) is not None and value != LARGEST
+    ]
     return " ".join([names.get(annotation, "a section"), " and ".join(limits)]).strip()
 
 

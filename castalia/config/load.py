@@ -21,6 +21,7 @@ from castalia.config.read import Findings, Table, merged, read_file, read_overri
 from castalia.config.schema import RunConfig
 from castalia.config.settings import Setting, put
 from castalia.errors import ConfigError
+from castalia.reading import reason, short
 
 TOKENIZER = "tokenizer"  # the folder of a run that holds its tokenizer
 PRESETS = Path(__file__).parent / "presets"
@@ -146,7 +147,7 @@ def _flatten(path: str, setting: Setting, ours: dict[str, Setting], found: Findi
         put(ours, path, setting)
     elif path in SECTIONS:
         found.errors.append(
-            f"{setting.origin}: {path}: {value!r} is no section; write `{path}:` and indent its keys below it"
+            f"{setting.origin}: {path}: {short(value)} is no section; write `{path}:` and indent its keys below it"
         )
     else:
         found.errors.append(f"{setting.origin}: unknown key {path}{suggest(path)}")
@@ -240,19 +241,11 @@ def _explain(problem: Any, settings: dict[str, Setting]) -> str:
         return f"{start}{path} is missing ({allowed}); give it, or name the file that holds it before this one"
     if problem["type"] == "extra_forbidden":
         return f"{start}unknown key {path}{suggest(path)}"
-    value = "" if isinstance(problem["input"], dict) else f" {problem['input']!r}:"
+    value = "" if isinstance(problem["input"], dict) else f" {short(problem['input'])}:"
     return f"{start}{path}:{value} {_reason(problem)}; {allowed}"
 
 
 def _reason(problem: Any) -> str:
-    reasons = {
-        "int_type": "is no whole number",
-        "int_from_float": "is no whole number",
-        "float_type": "is no number",
-        "bool_type": "is neither true nor false",
-        "string_type": "is no text",
-        "tuple_type": "is no list",
-    }
     if problem["type"] in ("int_type", "float_type") and isinstance(problem["input"], str):
         try:
             float(problem["input"])
@@ -261,9 +254,7 @@ def _reason(problem: Any) -> str:
             pass
     if problem["type"] == "literal_error":
         return f"is none of {problem['ctx']['expected']}"
-    return reasons.get(
-        problem["type"], problem["msg"].removeprefix("Value error, ").replace("Input should be", "is not")
-    )
+    return reason(problem)
 
 
 def _ancestors(path: str) -> list[str]:

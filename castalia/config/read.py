@@ -15,9 +15,10 @@ from typing import Any
 import yaml
 
 from castalia.errors import ConfigError, refuse_pointer
+from castalia.reading import MAX_DEPTH, MAX_DIGITS, MAX_SHOWN, MAX_YAML_VALUES, YamlLoader, short, yaml_problem
 
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")  # in base 60 as well
 _NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+|[-+]?\.[0-9]+[eE][-+]?[0-9]+")
 
 
@@ -27,6 +28,7 @@ class Findings:
 
     errors: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    values: int = 0  # of YAML that were read
 
 
 class Table(dict[str, Any]):
@@ -72,12 +74,7 @@ def read_text(text: str, label: str, found: Findings) -> Table:
         raise ConfigError(
             f"{label}:{_line(root)}: holds no keys; a config is a mapping such as `train: {{steps: 200}}`"
         )
-    try:
-        return _mapping(root, label, found, "")
-    except RecursionError as error:
-        raise ConfigError(
-            f"{label}: an anchor (&name) holds an alias (*name) of itself, or mappings nest endlessly"
-        ) from error
+    return _mapping(root, label, found, "", 0)
 
 
 def read_override(text: str, found: Findings) -> tuple[str, Any]:
@@ -85,8 +82,8 @@ def read_override(text: str, found: Findings) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"command line: {text!r} is no override; write key=value, for example train.steps=200")
-    root = _compose(value, f"command line: {text}")
-    return key.strip(), None if root is None else _value(root, "command line", found, key.strip())
+    root = _compose(value, f"command line: {text if len(text) <= MAX_SHOWN else short(text)}")
+    return key.strip(), None if root is None else _value(root, "command line", found, key.strip(), 0)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -103,8 +100,10 @@ def to_yaml(values: dict[str, Any]) -> str:
 
 
 def _compose(text: str, label: str) -> yaml.Node | None:
+    if problem := yaml_problem(text):
+        raise ConfigError(f"{label}: refused: {problem}")
     try:
-        return yaml.compose(text, Loader=_Loader)
+        return yaml.compose(text, Loader=YamlLoader)
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark and not label.startswith("command line") else ""
         context = f" ({error.context} from line {error.context_mark.line + 1})" if error.context_mark else ""
@@ -116,9 +115,10 @@ def _compose(text: str, label: str) -> yaml.Node | None:
         raise ConfigError(f"{label}: not valid YAML: {error}".replace("\n", " ")) from error
 
 
-def _mapping(node: yaml.MappingNode, label: str, found: Findings, prefix: str) -> Table:
+def _mapping(node: yaml.MappingNode, label: str, found: Findings, prefix: str, depth: int) -> Table:
+    _count(label, found, depth)
     table = Table()
-    for key_node, value_node in _pairs(node, label, found):
+    for key_node, value_node in _pairs(node, label, found, depth):
         key, origin = str(key_node.value), f"{label}:{_line(key_node)}"
         if not isinstance(key_node, yaml.ScalarNode):
             found.errors.append(f"{origin}: a key must be a word, not a list or a mapping")
@@ -127,13 +127,24 @@ def _mapping(node: yaml.MappingNode, label: str, found: Findings, prefix: str) -
                 f"{origin}: {prefix}{key} is already given on line {table.origins[key].rpartition(':')[2]}; keep one"
             )
         else:
-            table[key] = _value(value_node, label, found, f"{prefix}{key}")
+            table[key] = _value(value_node, label, found, f"{prefix}{key}", depth + 1)
             table.origins[key] = origin
     return table
 
 
-def _pairs(node: yaml.MappingNode, label: str, found: Findings) -> list[tuple[yaml.Node, yaml.Node]]:
+def _count(label: str, found: Findings, depth: int) -> None:
+    """Aliases let a short text stand for endless values, or for a value in itself."""
+    found.values += 1
+    if found.values > MAX_YAML_VALUES or depth > MAX_DEPTH:
+        raise ConfigError(
+            f"{label}: an anchor (&name) holds an alias (*name) of itself, or aliases make endless values of a few; "
+            "write the values out"
+        )
+
+
+def _pairs(node: yaml.MappingNode, label: str, found: Findings, depth: int) -> list[tuple[yaml.Node, yaml.Node]]:
     """A mapping's own keys, then of those that it merges (`<<: *defaults`, or a list) what nobody before says."""
+    _count(label, found, depth)
     pairs = [pair for pair in node.value if pair[0].tag != _MERGE]
     for key_node, merged_node in node.value:
         if key_node.tag != _MERGE:
@@ -145,15 +156,16 @@ def _pairs(node: yaml.MappingNode, label: str, found: Findings) -> list[tuple[ya
                 )
                 continue
             known = {key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode)}
-            pairs += [pair for pair in _pairs(source, label, found) if pair[0].value not in known]
+            pairs += [pair for pair in _pairs(source, label, found, depth + 1) if pair[0].value not in known]
     return pairs
 
 
-def _value(node: yaml.Node, label: str, found: Findings, path: str) -> Any:
+def _value(node: yaml.Node, label: str, found: Findings, path: str, depth: int) -> Any:
+    _count(label, found, depth)
     if isinstance(node, yaml.MappingNode):
-        return _mapping(node, label, found, path + ".")
+        return _mapping(node, label, found, path + ".", depth)
     if isinstance(node, yaml.SequenceNode):
-        return [_value(item, label, found, path) for item in node.value]
+        return [_value(item, label, found, path, depth + 1) for item in node.value]
     if node.tag == _TEXT and not node.style and _NUMBER.fullmatch(node.value):
         number = float(node.value)
         origin = label if label == "command line" else f"{label}:{_line(node)}"
@@ -167,10 +179,12 @@ def _value(node: yaml.Node, label: str, found: Findings, path: str) -> Any:
 
 def _scalar(node: yaml.Node, label: str, found: Findings, path: str) -> Any:
     try:
+        if node.tag in _NUMBERS and len(node.value) > MAX_DIGITS:
+            raise ValueError(f"a number of {len(node.value)} characters")
         return yaml.constructor.SafeConstructor().construct_object(node)
-    except (yaml.constructor.ConstructorError, ValueError) as error:
+    except (yaml.constructor.ConstructorError, ValueError, LookupError, AttributeError, OverflowError) as error:
         reason = getattr(error, "problem", None) or error
-        found.errors.append(f"{label}:{_line(node)}: {path}: {node.value!r} cannot be read: {reason}")
+        found.errors.append(f"{label}:{_line(node)}: {path}: {short(node.value)} cannot be read: {reason}")
         return None
 
 

@@ -13,6 +13,7 @@ from os.path import normpath
 from types import MappingProxyType
 from typing import Annotated, Literal
 
+from annotated_types import Ge, Gt, Le
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -20,12 +21,15 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
     PrivateAttr,
 )
 
+from castalia.reading import fits
+
+LARGEST = (1 << 32) - 1  # of whole numbers: what a generator's seed can be, and more than there is of anything
+PositiveInt = Annotated[int, Gt(0), Le(LARGEST)]
+NonNegativeInt = Annotated[int, Ge(0), Le(LARGEST)]
 Fraction = NonNegativeFloat
 InitMethod = Literal[
     "normal", "scaled_normal", "single_residual_scaled_normal", "small_init", "wang_init",
@@ -62,9 +66,9 @@ class MuP(Section):
 
 
 class Model(Section):
-    num_layers: PositiveInt
-    hidden_size: PositiveInt
-    num_heads: PositiveInt
+    num_layers: Annotated[int, Gt(0), Le(10_000)]
+    hidden_size: Annotated[int, Gt(0), Le(1 << 24)]
+    num_heads: Annotated[int, Gt(0), Le(1 << 16)]
     num_kv_heads: PositiveInt | None = Field(None, description="key/value heads; None: as many as query heads")
     mlp_size: PositiveInt | None = Field(None, description="inner width of the MLP; None: 4 * hidden_size")
     vocab_size: PositiveInt | None = Field(None, description="logical vocabulary; None: the tokenizer's")
@@ -299,8 +303,8 @@ class Finetune(Section):
 
     def trains(self, name: str) -> bool:
         """Whether a tensor of this name learns. Adapters do, whatever `train` says."""
-        wanted = any(re.search(pattern, name) for pattern in self.train) if self.train else self.lora is None
-        return (wanted or is_adapter(name)) and not any(re.search(pattern, name) for pattern in self.freeze)
+        wanted = any(fits(pattern, name) for pattern in self.train) if self.train else self.lora is None
+        return (wanted or is_adapter(name)) and not any(fits(pattern, name) for pattern in self.freeze)
 
 
 def is_adapter(name: str) -> bool:
@@ -508,8 +512,8 @@ class Watch(Section):
         description="of a step whose loss or gradient norm is a spike: apply it nevertheless; save what was before it "
         "and stop; leave its update out; go back to an earlier checkpoint and leave out all batches since then",
     )
-    window: int = Field(
-        100, ge=8, description="steps whose median is the usual value; until half of them are done nothing is a spike"
+    window: Annotated[int, Ge(8), Le(LARGEST)] = Field(
+        100, description="steps whose median is the usual value; until half of them are done nothing is a spike"
     )
     threshold: PositiveFloat = Field(
         10.0, description="a spike is so many spreads above the median; the spread is told from changes step by step"

@@ -14,9 +14,13 @@ from typing import Any
 import numpy as np
 
 from castalia.data.indexed import Writer
+from castalia.errors import DataError
 from castalia.files import beside, write_text
+from castalia.reading import keys, read_json
 
 SECONDS_BETWEEN_NOTES = 5.0
+KINDS = {"identity": str, "chunks": int, "items": list[int], "note": dict[str, Any]}
+STATE = keys(KINDS, required=KINDS)
 
 
 def identity(files: Sequence[Path], *settings: object) -> str:
@@ -42,8 +46,8 @@ class Journal:
     def restore(self) -> tuple[int, dict[str, Any]]:
         """How many chunks the partial files hold already, and what was noted with them. (0, {}) for a fresh start."""
         try:
-            state = json.loads(self.path.read_text())
-        except (FileNotFoundError, ValueError):
+            state = read_json(self.path, DataError, STATE)
+        except DataError:  # not there, or not ours: from the start
             state = {}
         items = state["items"] if state.get("identity") == self.identity else [0] * len(self.writers)
         sizes = [_read_sizes(path)[:count] for path, count in zip(self.sizes, items, strict=True)]

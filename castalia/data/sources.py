@@ -23,6 +23,7 @@ from typing import IO, Any
 import zstandard
 
 from castalia.errors import DataError, refuse_pointer
+from castalia.reading import plain_json
 
 log = logging.getLogger(__name__)
 BLOCK_BYTES = 1 << 18
@@ -174,12 +175,11 @@ def _decode(record: bytes) -> str:
 
 
 def _json(record: bytes) -> Any:
+    text = _decode(record)
     try:
-        return json.loads(_decode(record))
-    except json.JSONDecodeError as error:
+        return plain_json(text)
+    except ValueError as error:
         raise ValueError(f"no JSON: {error}") from None
-    except RecursionError:
-        raise ValueError("JSON that is nested too deep") from None
 
 
 def field_of(value: Any, key: str) -> Any:
@@ -283,8 +283,8 @@ def _read_txt(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chunk
 def _read_json_zst(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chunk]:
     """One JSON array."""
     try:
-        values = json.loads(b"".join(_unzstd(file)))
-    except (ValueError, RecursionError) as error:
+        values = plain_json(b"".join(_unzstd(file)))
+    except ValueError as error:
         raise Damaged(f"no JSON: {error}") from error
     if not isinstance(values, list):
         raise Damaged(f"expected a JSON array of texts, found {type(values).__name__}")

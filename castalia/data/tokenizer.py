@@ -19,8 +19,9 @@ from typing import Any
 import tokenizers
 
 from castalia.config.schema import Tokenizer as TokenizerConfig
-from castalia.data.words import Added, Words, listed, read_json, read_words, write_files
+from castalia.data.words import VOCABULARY, Added, Words, decoded, listed, read_words, write_files
 from castalia.errors import DataError
+from castalia.reading import keys, parse_json, read_json, typed
 
 END_OF_TEXT = "<|endoftext|>"
 EOD_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # where no file names the end
@@ -268,13 +269,10 @@ def load_tokenizer(config: TokenizerConfig, *, neox: bool = False, model: Path |
     `neox`: where GPT-NeoX has a rule of its own for the files, that counts. `model`: the folder of the model, whose
     config.json and generation_config.json count where none lie beside the tokenizer.
     """
-    settings = Path(config.path or "") / SETTINGS
-    if config.path and settings.is_file():
-        kept = read_json(settings)
-        try:
-            config = TokenizerConfig(**{"path": config.path, **kept})
-        except ValueError as error:
-            raise DataError(f"{settings} names no kind of tokenizer: {kept}") from error
+    if config.path and (Path(config.path) / SETTINGS).is_file():
+        file = Path(config.path) / SETTINGS
+        kept = read_json(file, DataError, keys({"kind": str, "path": str}))
+        config = typed({"path": config.path, **kept}, str(file), DataError, TokenizerConfig)
     kind = config.kind or _guess_kind(config)
     if kind in ("char", "bytes"):
         return ByteTokenizer(kind)
@@ -337,8 +335,9 @@ def _find(path: Path, name: str) -> Path:
 
 def _read_json(file: Path, words: Words) -> tokenizers.Tokenizer:
     """Stored truncation and padding are what somebody's last batch needed, no property of the vocabulary: off."""
+    text = _with_gaps(decoded(words.files["tokenizer.json"], file), file)
     try:
-        engine = tokenizers.Tokenizer.from_str(_with_gaps(words.files["tokenizer.json"].decode("utf-8")))
+        engine = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # noqa: BLE001  the engine raises bare Exception for files that it cannot read
         raise DataError(f"{file} is no tokenizer.json: {error}") from error
     engine.no_truncation()
@@ -348,9 +347,9 @@ def _read_json(file: Path, words: Words) -> tokenizers.Tokenizer:
     return engine
 
 
-def _with_gaps(text: str) -> str:
+def _with_gaps(text: str, file: Path) -> str:
     """The engine numbers added tokens through, whatever ids they have; those that the model knows keep theirs."""
-    content = json.loads(text)
+    content = parse_json(text, str(file), DataError, VOCABULARY)
     vocab, added = content.get("model", {}).get("vocab"), content.get("added_tokens") or []
     if not isinstance(vocab, dict):
         return text

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from castalia.errors import DataError, refuse_pointer
+from castalia.errors import DataError
+from castalia.reading import keys, read_bytes, read_json
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model")
 SETTINGS, SPECIAL, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
@@ -24,6 +25,9 @@ MORE_TEMPLATES = "additional_chat_templates"  # a folder
 # Of generation_config.json: names of ours for those of `transformers`, and what it samples with where a file is silent.
 SAMPLING = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "max_new_tokens": "max_tokens"}
 SAMPLED = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
+
+ADDED_TOKEN: Any = keys({"id": int, "content": str}, required=["id", "content"])
+VOCABULARY = keys({"model": keys({"vocab": dict[str, int] | list}), "added_tokens": list[ADDED_TOKEN] | None})
 
 
 class Added(NamedTuple):
@@ -99,49 +103,32 @@ def read_words(given: Mapping[str, Path], model: Path | None = None) -> Words:
             }
         if MODEL not in found and (folder / MODEL).is_file():
             found[MODEL] = folder / MODEL
-    ids = {key: value for key, value in read_json(found.pop(MODEL, None)).items() if key.endswith("_token_id")}
-    files = {name: _read(path) for name, path in found.items()}
+    ids = {key: value for key, value in _table(found.pop(MODEL, None)).items() if key.endswith("_token_id")}
+    files = {name: read_bytes(path, DataError) for name, path in found.items()}
     if ids:
         files[MODEL] = (json.dumps(ids, indent=2) + "\n").encode()
-    settings = read_json(found.get(SETTINGS))
-    special = _special(read_json(found.get(SPECIAL))) | _special(settings)
-    template = _template(files.get(JINJA), settings, read_json(found.get(TEMPLATE)), found)
+    settings = _table(found.get(SETTINGS))
+    special = _special(_table(found.get(SPECIAL))) | _special(settings)
+    template = _template(files.get(JINJA), settings, _table(found.get(TEMPLATE)), found)
     try:
-        added = _added(settings, read_json(found.get(ADDED)), set(special.values()))
+        added = _added(settings, _table(found.get(ADDED)), set(special.values()))
     except (ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{found.get(SETTINGS)}: added_tokens_decoder is not understood: {error}") from error
-    return Words(files, settings, special, added, ids, read_json(found.get(GENERATION)), template, found)
+    return Words(files, settings, special, added, ids, _table(found.get(GENERATION)), template, found)
 
 
 def count_ids(vocabulary: Path) -> int:
     """One more than the largest id of a tokenizer.json or vocab.json and the files beside it, without building it."""
-    content, words = read_json(vocabulary), read_words({vocabulary.name: vocabulary})
+    content, words = _table(vocabulary, VOCABULARY), read_words({vocabulary.name: vocabulary})
     model = content.get("model", {"vocab": content})
-    entries = model["vocab"]
-    ids = set(entries.values()) if isinstance(entries, dict) else {len(entries) - 1}
-    ids |= {token["id"] for token in content.get("added_tokens", ())} if "model" in content else set()
+    entries = model.get("vocab", ())
+    ids = {i for i in entries.values() if type(i) is int} if isinstance(entries, dict) else {len(entries) - 1}
+    ids |= {token["id"] for token in content.get("added_tokens") or ()} if "model" in content else set()
     return max(ids | words.added.keys(), default=-1) + 1
 
 
-def _read(path: Path) -> bytes:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    refuse_pointer(path, content, DataError)
-    return content
-
-
-def read_json(path: Path | None) -> dict[str, Any]:
-    if path is None:
-        return {}
-    try:
-        value = json.loads(_read(path).decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is damaged, it cannot be parsed: {error}; get it again") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path} is damaged: it holds a {type(value).__name__} instead of an object; get it again")
-    return value
+def _table(path: Path | None, shape: Any = dict[str, Any]) -> dict[str, Any]:
+    return {} if path is None else read_json(path, DataError, shape)
 
 
 def _special(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -12,6 +12,7 @@ from castalia.errors import CheckpointError, ConfigError
 from castalia.model.init import seeded_tensor
 from castalia.parallel.engine import Engine
 from castalia.plan.count import adapter_shapes, tensor_shapes
+from castalia.reading import fits
 
 
 def what_trains(config: RunConfig, source: Checkpoint | None, model: Model) -> Finetune:
@@ -38,7 +39,7 @@ def what_trains(config: RunConfig, source: Checkpoint | None, model: Model) -> F
     kinds = ", ".join(dict.fromkeys(re.sub(r"^blocks\.\d+", "blocks.0", name) for name in names))
     for key in ("train", "freeze"):
         for pattern in getattr(chosen, key):
-            if not any(re.search(pattern, name) for name in names):
+            if not any(fits(pattern, name) for name in names):
                 raise ConfigError(f"finetune.{key}: {pattern!r} matches no tensor; there are {kinds}")
     if not any(map(chosen.trains, names)):
         raise ConfigError("finetune.train and finetune.freeze leave nothing that trains")

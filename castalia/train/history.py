@@ -33,9 +33,9 @@ def way_to(events: Iterable[Mapping[str, Any]], step: int) -> Way:
                 undone = None if at < step else undone
             case "save":
                 way.saved = [*way.until(at - 1).saved, at]
-            case "spike" if event["action"] == "skip":
+            case "spike" if event.get("action") == "skip":
                 way.skipped.add(at)
-            case "rewind":
+            case "rewind" if "back_to" in event:
                 if event["back_to"] < step <= at:
                     undone = way.until(step - 1)
                 way.saved = way.until(event["back_to"]).saved

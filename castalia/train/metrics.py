@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -11,8 +10,13 @@ from typing import Any
 
 from castalia.config.schema import RunConfig
 from castalia.files import write_text
+from castalia.reading import keys, read_records
 from castalia.strict_json import to_json
 from castalia.train.sinks import open_sinks
+
+NUMBERS = ("loss", "valid_loss", "grad_norm", "lr", "tokens", "seconds")
+METRIC = keys({"step": int, **dict.fromkeys(NUMBERS, float | None)}, required=["step"])
+EVENT = keys({"event": str, "step": int, "back_to": int, "action": str}, required=["event"])
 
 
 class Metrics:
@@ -58,7 +62,7 @@ def write_event(folder: Path, event: str, **facts: Any) -> None:
 
 def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
     """The records in order. A last line that a killed process left unfinished is left out."""
-    return _read(folder / "metrics.jsonl")
+    return _read(folder / "metrics.jsonl", METRIC)
 
 
 def read_last_metrics(folder: Path, count: int) -> list[dict[str, Any]]:
@@ -73,22 +77,20 @@ def read_last_metrics(folder: Path, count: int) -> list[dict[str, Any]]:
             taken = min(size, 2 * taken or 1 << 16)
             file.seek(size - taken)
             lines = file.read(taken).splitlines(keepends=True)
-    whole = [line for line in lines[taken < size :] if line.endswith(b"\n")]  # the first one may be cut
-    return [json.loads(line) for line in whole[-count:]]
+    whole = lines[taken < size :]  # the first one may be cut
+    return list(read_records(whole, "metrics.jsonl, near its end", METRIC))[-count:]
 
 
 def read_events(folder: Path) -> Iterator[dict[str, Any]]:
     """What happened, in order."""
-    return _read(folder / "events.jsonl")
+    return _read(folder / "events.jsonl", EVENT)
 
 
-def _read(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.exists():
-        return
-    with open(path) as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
+def _read(path: Path, shape: Any) -> Iterator[dict[str, Any]]:
+    """A bad line is named and left out: a run does not end for its record."""
+    if path.exists():
+        with open(path, "rb") as file:
+            yield from read_records(file, str(path), shape)
 
 
 def truncate_metrics(folder: Path, step: int) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from castalia.config.schema import LossScale, Optimizer, ParameterGroup
 from castalia.errors import ConfigError, TrainingError
+from castalia.reading import fits
 from castalia.train.rules import AnyOptimizer, Lion, Together
 
 NORMS = {"norm", "norm1", "norm2", "qk_norm"}
@@ -49,7 +50,7 @@ def make_optimizer(
     trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
     for group in cfg.groups:
         names = [*trained, *elsewhere]
-        if not any(re.search(group.match, name) for name in names):
+        if not any(fits(group.match, name) for name in names):
             known = ", ".join(dict.fromkeys(re.sub(r"^blocks\.\d+", "blocks.0", name) for name in names))
             raise ConfigError(f"optimizer.groups: {group.match!r} matches no tensor that trains; there are {known}")
     if cfg.name == "adafactor" and any(map(_is_sharded, trained.values())):
@@ -78,7 +79,7 @@ def _decay_and_scale(name: str, cfg: Optimizer, width_multiplier: float) -> tupl
 
     Under muP adaptive rules take smaller steps in hidden matrices, SGD larger ones in all others; decay stays the same.
     """
-    found = next((group for group in cfg.groups if re.search(group.match, name)), ParameterGroup(match=name))
+    found = next((group for group in cfg.groups if fits(group.match, name)), ParameterGroup(match=name))
     wanted = cfg.weight_decay if found.weight_decay is None else found.weight_decay
     decay = wanted if decays(name) or found.weight_decay is not None else 0.0
     hidden = is_hidden_matrix(name)

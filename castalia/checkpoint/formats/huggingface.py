@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from castalia.checkpoint.agreement import unrounded
 from castalia.checkpoint.container import FileTensor, open_pt
@@ -28,7 +29,8 @@ from castalia.checkpoint.sample import fingerprint
 from castalia.checkpoint.stored import inside, open_safetensors
 from castalia.checkpoint.tensors import AdamState, Checkpoint, Progress, TensorRef
 from castalia.config.schema import Data, Model, RopeScaling, RunConfig, Tokenizer
-from castalia.errors import CheckpointError, refuse_pointer
+from castalia.errors import CheckpointError
+from castalia.reading import keys, read_json, short, typed
 
 CONFIG = "config.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # each may be an index of shards instead: + ".index.json"
@@ -42,6 +44,41 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu", "mish": "mish",
     "sigmoid": "sigmoid", "linear": "identity",
 }  # fmt: skip
+
+COUNTS = (
+    "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
+    "max_position_embeddings", "sliding_window", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "head_dim",
+)  # fmt: skip
+SHARES = (
+    "layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "rope_theta", "rotary_emb_base", "rotary_pct", "embd_pdrop",
+    "partial_rotary_factor", "attention_dropout", "hidden_dropout", "resid_pdrop", "attn_pdrop",
+)  # fmt: skip
+FLAGS = ("use_parallel_residual", "attention_bias", "mlp_bias", "tie_word_embeddings")
+WORDS = ("model_type", "hidden_act", "activation_function", "dtype", "torch_dtype")
+TABLES = ("rope_parameters", "rope_scaling", "quantization_config")
+Count = Annotated[int, Field(gt=0, lt=1 << 40)]
+GIVEN = keys(  # of config.json
+    {
+        "architectures": list | None,
+        **dict.fromkeys(COUNTS, Count | None),
+        **dict.fromkeys(SHARES, float | None),
+        **dict.fromkeys(FLAGS, bool | None),
+        **dict.fromkeys(WORDS, str | None),
+        **dict.fromkeys(TABLES, dict[str, Any] | None),
+    }
+)
+NOTED = keys(  # of castalia.json
+    {
+        "progress": dict[str, Any] | None,
+        "optimizer_steps": dict[str, int] | None,
+        "fingerprint": str | None,
+        "config": dict[str, Any] | None,
+        "release": str | None,
+        "summed_bias_ranks": Count,
+        "summed_micro_batches": Count,
+        "norm_ranks": Annotated[list[Count], Field(min_length=2, max_length=2)],
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -294,7 +331,7 @@ FAMILIES = {
 
 
 def detect(path: Path) -> bool:
-    return (path / CONFIG).is_file() and bool(read_json(path / CONFIG).keys() & {"model_type", "architectures"})
+    return (path / CONFIG).is_file() and bool(read_table(path / CONFIG).keys() & {"model_type", "architectures"})
 
 
 def has_weights(path: Path, names: Sequence[str] = WEIGHT_FILES) -> bool:
@@ -311,7 +348,8 @@ def read(path: Path, tokenizer: str | None = None) -> Checkpoint:
     beside, beside_note = _beside(path, tensors)
     ours = to_ours(table(family, model), named, ignore=OLD_BUFFERS.pattern)
     run = _run_config(path, config, family, model, beside, tokenizer)
-    progress, inherited = take_inherited(Progress(**beside.get("progress", {})), beside, run)
+    noted = typed(beside.get("progress") or {}, f"{path / BESIDE}: progress", CheckpointError, Progress)
+    progress, inherited = take_inherited(noted, beside, run)
     return Checkpoint(
         str(path),
         "huggingface",
@@ -369,7 +407,7 @@ def _beside(path: Path, tensors: Mapping[str, TensorRef]) -> tuple[dict[str, Any
     """
     if not (path / BESIDE).is_file():
         return {}, ""
-    beside = read_json(path / BESIDE)
+    beside = read_table(path / BESIDE, NOTED)
     stateful, known = beside.get("optimizer_steps") is not None, beside.get("fingerprint")
     if stateful and not has_weights(path, OPTIMIZER_FILES):
         return beside | {"optimizer_steps": None}, (
@@ -426,6 +464,8 @@ def _optimizer(
     for role in ROLES:
         if found[role] or role != "master":  # fp32 weights are the masters
             ours[role] = to_ours(table(family, model), _by_rank(found[role], family), role)
+    if unknown := sorted(steps.keys() - ours["exp_avg"].keys()):
+        raise CheckpointError(f"{path / BESIDE}: optimizer_steps has {short(unknown[0])}, which no tensor is called")
     return {
         name: AdamState(
             master=ours["master"][name], exp_avg=ours["exp_avg"][name], exp_avg_sq=ours["exp_avg_sq"][name], step=step
@@ -462,7 +502,7 @@ def _spelled_out(model: Model, run: RunConfig) -> Model:
 
 
 def _read_config(path: Path) -> tuple[Config, Family]:
-    given = read_json(path)
+    given = read_table(path, GIVEN)
     architectures = given.get("architectures") or []
     kind = given.get("model_type")
     family = FAMILIES.get(str(kind))
@@ -504,9 +544,7 @@ def _open_weights(path: Path, names: Sequence[str] = WEIGHT_FILES) -> tuple[dict
 
 
 def _open_shards(path: Path, index: Path) -> tuple[dict[str, TensorRef], list[str]]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError(f"{index} has no usable weight_map")
+    weight_map = read_table(index, keys({"weight_map": dict[str, str]}, ["weight_map"]))["weight_map"]
     files = sorted(set(weight_map.values()))
     if missing := [name for name in files if not inside(path, name).is_file()]:
         raise CheckpointError(
@@ -535,13 +573,6 @@ def _tokenizer(path: Path, given: str | None) -> Tokenizer:
     return Tokenizer(path=str(path)) if found else Tokenizer()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = path.read_bytes()
-        refuse_pointer(path, content, CheckpointError)
-        value = json.loads(content)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is no JSON: {error}") from error
-    return value if isinstance(value, dict) else {}
+def read_table(path: Path, shape: Any = dict[str, Any]) -> dict[str, Any]:
+    """A file with one JSON object. Raises CheckpointError for another, or one whose keys are not of these types."""
+    return read_json(path, CheckpointError, shape)

@@ -39,13 +39,15 @@ from castalia.checkpoint.original import take_inherited
 from castalia.checkpoint.stored import DTYPE_CODES, DTYPES, Extent, StoredTensor, inside, write_safetensors
 from castalia.checkpoint.tensors import AdamState, Checkpoint, Progress, Shard, TensorRef, name_of
 from castalia.config.schema import RunConfig
-from castalia.errors import CastaliaError, CheckpointError, refuse_pointer
+from castalia.errors import CastaliaError, CheckpointError
 from castalia.files import NEW, beside, clean, delete, put_in_place, remove, sync, workplace, write_text
+from castalia.reading import keys, plain_json, read_json, typed
 
 if TYPE_CHECKING:
     import torch
 
 MANIFEST = "manifest.json"
+WHOLE = keys({"crc32": int}, ["crc32"])  # a manifest
 LATEST = "latest"
 VERSION = 1
 RANKS_TIMEOUT_S = 1800.0  # how long the ranks of a run wait for each other's parts
@@ -264,7 +266,7 @@ def detect(path: Path) -> bool:
 
 def has_foreign_manifest(path: Path) -> bool:
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
+        manifest = plain_json((path / MANIFEST).read_bytes())
     except (OSError, ValueError):  # not there, or damaged: reading it says more
         return False
     return not isinstance(manifest, dict) or not {"progress", "optimizer_steps", "crc32"} & manifest.keys()
@@ -279,7 +281,7 @@ def read(path: Path) -> Checkpoint:
         stored = {name: _stored(path, name, entry) for name, entry in manifest["model"].items()}
         optimizer = _optimizer(path, manifest, stored)
         model: dict[str, TensorRef] = {**stored, **_weights(path, manifest, stored)}
-        progress = Progress(**manifest["progress"])
+        progress = typed(manifest["progress"], f"{path / MANIFEST}: progress", CheckpointError, Progress)
         config = None if manifest["config"] is None else RunConfig.model_validate(manifest["config"])
         versions = manifest["versions"]
         details = {"versions": versions, "data_fingerprint": manifest["data_fingerprint"], "files": sorted(sizes)}
@@ -306,15 +308,8 @@ def _check_files(path: Path, sizes: Mapping[str, int]) -> None:
 
 def _read_manifest(path: Path) -> dict:
     file = path / MANIFEST
-    try:
-        content = file.read_bytes()
-        refuse_pointer(file, content, CheckpointError)
-        manifest = json.loads(content)
-        written = manifest.pop("crc32")
-    except OSError as error:
-        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{file} is damaged, it cannot be parsed: {error}. Use another step.") from error
+    manifest = read_json(file, CheckpointError, WHOLE)
+    written = manifest.pop("crc32")
     if crc32(_canonical(manifest)) != written:
         raise CheckpointError(
             f"{file} is damaged: its content does not have the checksum {written} in it. Use another step."

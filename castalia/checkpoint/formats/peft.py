@@ -11,17 +11,20 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import AfterValidator, Field
 
 from castalia.checkpoint.adapters import adapters_of
 from castalia.checkpoint.describe import tokenizer_settings
 from castalia.checkpoint.formats import huggingface, open_checkpoint
-from castalia.checkpoint.formats.huggingface import FAMILIES, Family, has_weights, open_file, read_json, table
+from castalia.checkpoint.formats.huggingface import FAMILIES, Family, has_weights, open_file, read_table, table
 from castalia.checkpoint.lazy import Held, Zeros
 from castalia.checkpoint.rules import Chain, Op, Same, Transpose
 from castalia.checkpoint.tensors import Checkpoint, TensorRef
 from castalia.config.schema import Lora, Model, Tokenizer
 from castalia.errors import CheckpointError
+from castalia.reading import expression, fits, keys, typed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +42,18 @@ REFUSED = {
     "alora_invocation_tokens": "adapters that switch on with a token",
     "use_qalora": "QA-LoRA's pooled inputs",
 }
+Scale = Annotated[float, Field(gt=0, lt=1e9)]
+GIVEN = keys(
+    {
+        "r": Annotated[int, Field(gt=0, lt=1 << 40)],
+        "lora_alpha": Scale,
+        "lora_dropout": Annotated[float, Field(ge=0, lt=1)] | None,
+        "base_model_name_or_path": str | None,
+        "alpha_pattern": dict[Annotated[str, AfterValidator(expression)], Scale] | None,
+        "use_rslora": bool | None,
+    },
+    required=["r", "lora_alpha"],
+)
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initial values that are taken off the model's own
 
 
@@ -65,8 +80,9 @@ def read(path: Path, base: str | None = None) -> Checkpoint:
 
     Raises CheckpointError for what is no LoRA of that model, or a kind that we cannot hold.
     """
-    config = read_json(path / CONFIG)
+    config = read_table(path / CONFIG)
     _refuse(path, config)
+    config = typed(config, str(path / CONFIG), CheckpointError, GIVEN)
     name = base or config.get("base_model_name_or_path")
     if not name:
         raise CheckpointError(f"{path / CONFIG} does not say which model it belongs to; name that with --base")
@@ -240,7 +256,7 @@ def _assemble(
 def _scale(config: Mapping[str, Any], names: Sequence[str], rank: int) -> float:
     """What the library multiplies the product of a module of these names by."""
     patterns = (config.get("alpha_pattern") or {}).items()
-    fitting = (value for key, value in patterns if any(re.match(rf"(.*\.)?({key})$", name) for name in names))
+    fitting = (value for key, value in patterns if any(fits(rf"^(.*\.)?({key})$", name) for name in names))
     alpha = next(fitting, config["lora_alpha"])
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
