@@ -50,7 +50,7 @@ def many_files(folder: Path, count: int) -> Path:
     import torch
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-    from castalia.checkpoint.stored import write_safetensors
+    from castalia.storage.safetensors import write_safetensors
 
     layers = -(-count // 12)
     config = GPTNeoXConfig(

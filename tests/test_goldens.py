@@ -18,7 +18,6 @@ from typer.testing import CliRunner
 
 from castalia.checkpoint import convert
 from castalia.checkpoint.formats import open_checkpoint
-from castalia.checkpoint.lazy import Held
 from castalia.checkpoint.tensors import AdamState, Checkpoint
 from castalia.checkpoint.writing import Layout, WriteOptions
 from castalia.cli.config import changes, explain
@@ -30,6 +29,7 @@ from castalia.config.schema import RunConfig
 from castalia.errors import CheckpointError
 from castalia.plan.devices import parse_gpus
 from castalia.plan.report import Hardware, Known, report
+from castalia.storage.tensor import Held
 from tests.checkpoint.made import FAMILIES, made
 from tests.error_texts import error_texts
 from tests.goldens import Goldens

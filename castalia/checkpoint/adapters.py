@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from castalia.checkpoint.lazy import Adapted
-from castalia.checkpoint.tensors import Checkpoint, TensorRef
+from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.schema import Lora, is_adapter
+from castalia.storage.tensor import Adapted, TensorRef
 
 
 def adapters_of(checkpoint: Checkpoint | None) -> Lora | None:

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 import numpy as np
 
 from castalia.checkpoint.adapters import adapters_of
-from castalia.checkpoint.container import FileTensor, row_major
-from castalia.checkpoint.sample import middle, rounded, runs
-from castalia.checkpoint.tensors import Checkpoint, TensorRef
+from castalia.checkpoint.sample import middle, rounded
+from castalia.checkpoint.tensors import Checkpoint
 from castalia.errors import CheckpointError
 from castalia.plan.count import adapter_shapes, tensor_shapes
+from castalia.storage.extent import FileTensor
+from castalia.storage.tensor import TensorRef
 
 FULL = ("master", "exp_avg", "exp_avg_sq")  # of the optimizer's tensors these have the parameter's shape
 MAX_LINES = 12
@@ -69,8 +70,7 @@ def unrounded(weights: Mapping[str, TensorRef], masters: Mapping[str, TensorRef]
     apart = []
     for name in weights.keys() & masters.keys():
         weight, master = weights[name], masters[name]
-        places = runs(weight)
-        if places == runs(master) or not all(map(_in_order, (weight, master))):
+        if weight.runs() == master.runs() or not all(map(_in_order, (weight, master))):
             continue
         if not np.array_equal(middle(weight), rounded(middle(master), weight.dtype_name), equal_nan=True):
             apart.append(name)
@@ -78,7 +78,7 @@ def unrounded(weights: Mapping[str, TensorRef], masters: Mapping[str, TensorRef]
 
 
 def _in_order(ref: TensorRef) -> bool:
-    return not isinstance(ref, FileTensor) or ref.stride == row_major(ref.shape)
+    return not isinstance(ref, FileTensor) or ref.in_order
 
 
 def refuse(checkpoint: Checkpoint, lines: list[str]) -> None:

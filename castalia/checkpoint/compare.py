@@ -9,10 +9,8 @@ from typing import Literal
 
 import torch
 
-from castalia.checkpoint.lazy import Scaled, Transposed, bounds, part
-from castalia.checkpoint.tensors import Slices, TensorRef, Typed
-from castalia.checkpoint.writing import same_bits
 from castalia.config.schema import Model
+from castalia.storage.tensor import Reordered, Scaled, TensorRef, Transposed, part, same_bits
 
 PAIR_BYTES = 8 << 20
 NUM_PROBES = 16  # rows that are compared before all of a tensor is
@@ -62,28 +60,6 @@ class Relation:
     def harmless(self) -> bool:
         """Whether both compute the same, rounding aside."""
         return self.kind in ("identical", "dtype", "padding")
-
-
-@dataclass(frozen=True)
-class Reordered(Typed):
-    """Rows of the source in a given order."""
-
-    source: TensorRef
-    order: torch.Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.source.shape)
-
-    @property
-    def dtype_name(self) -> str:
-        return self.source.dtype_name
-
-    def read(self, slices: Slices | None = None) -> torch.Tensor:
-        box = bounds(self.shape, slices)
-        rows = self.order[slice(*box[0])]
-        low, high = int(rows.min()), int(rows.max()) + 1
-        return self.source.read([slice(low, high), *(slice(*pair) for pair in box[1:])])[rows - low]
 
 
 def relate(

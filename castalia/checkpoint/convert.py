@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -22,12 +22,14 @@ from typing import IO, Any
 import torch
 
 from castalia.checkpoint.formats import find_steps
-from castalia.checkpoint.lazy import Adapted, Narrowed
-from castalia.checkpoint.tensors import Checkpoint, name_of
-from castalia.checkpoint.writing import Advance, Output, Plan, WriteOptions, reached, verified, verifying
+from castalia.checkpoint.tensors import Checkpoint
+from castalia.checkpoint.writing import Output, Plan, WriteOptions
 from castalia.errors import CheckpointError
 from castalia.files import behind_links, clean, put_in_place, remove, sync, write_text
 from castalia.plan.words import gib
+from castalia.storage.extent import verifying
+from castalia.storage.safetensors import Advance
+from castalia.storage.tensor import Adapted, Narrowed, TensorRef, everything, name_of
 
 JOURNAL = ".castalia-conversion.jsonl"
 LATEST = "latest"
@@ -66,11 +68,10 @@ TARGETS = {
 
 
 def prepare(checkpoint: Checkpoint, dtype: torch.dtype | None = None, optimizer: bool = True) -> Checkpoint:
-    """The checkpoint as it is to be written: weights cast (from the masters that belong to them), checksums verified.
+    """The checkpoint as it is to be written: weights cast (from the masters that belong to them).
 
     Without `optimizer` there is no state; what is left then is enough to run the model and to train it on.
     """
-    checkpoint = verified(checkpoint)
     model, state = dict(checkpoint.model), checkpoint.optimizer
     if dtype is not None:
         masters = {} if checkpoint.details.get("masters_apart") else state or {}
@@ -162,12 +163,17 @@ def name_latest(folder: Path) -> None:
 
 def infinite_values(plan: Plan) -> dict[str, int]:
     """Tensors, of those written in this process, with values that became infinite in their new dtype: how many."""
-    every = reached((ref for output in plan.outputs for ref in output.tensors), Narrowed)
-    return {each.name: sum(each.infinite.values()) for each in every if each.infinite}
+    every = (ref for output in plan.outputs for ref in output.tensors)
+    return {each.name: sum(each.infinite.values()) for each in _narrowed(every)}
+
+
+def _narrowed(tensors: Iterable[TensorRef]) -> list[Narrowed]:
+    """Those that have lost values to infinity."""
+    return [each for each in everything(tensors) if isinstance(each, Narrowed) and each.infinite]
 
 
 def _refuse_infinite(output: Output) -> None:
-    if found := [each for each in reached(output.tensors, Narrowed) if each.infinite]:
+    if found := _narrowed(output.tensors):
         count = sum(sum(each.infinite.values()) for each in found)
         raise CheckpointError(
             f"{output.name}: {count} values, in {', '.join(each.name for each in found[:3])}"

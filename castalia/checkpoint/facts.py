@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from castalia.checkpoint.tensors import Checkpoint, TensorRef
+from castalia.checkpoint.tensors import Checkpoint
+from castalia.storage.tensor import TensorRef
 
 SHOWN = (
     "num_layers", "hidden_size", "num_heads", "kv_heads", "mlp_width", "padded_vocab_size", "max_positions", "position",

@@ -13,11 +13,13 @@ from typing import Any, get_args
 from castalia.checkpoint.adapters import adapters_of
 from castalia.checkpoint.describe import readable
 from castalia.checkpoint.facts import architecture
-from castalia.checkpoint.sample import Run, Sums, runs, sample
-from castalia.checkpoint.tensors import Checkpoint, TensorRef
+from castalia.checkpoint.sample import Sums, sample
+from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.schema import InitMethod, Model
 from castalia.model.deviations import mup_scale, standard_deviation
 from castalia.plan.count import count, non_embedding, original_count, tp_dim
+from castalia.storage.extent import verify, verifying
+from castalia.storage.tensor import Run, TensorRef, same_bits
 
 KINDS = {  # of tensors that start alike; the first pattern that is found in a name tells its kind
     "adapters": r"\.lora_[ab]$",
@@ -98,9 +100,6 @@ def read_sums(checkpoint: Checkpoint) -> dict[str, Sums]:
 
     Raises CheckpointError for damaged files.
     """
-    from castalia.checkpoint.writing import verified, verify, verifying  # imports torch
-
-    checkpoint = verified(checkpoint)
     with verifying(checkpoint.model.values()):
         sums = {name: whole(ref) for name, ref in checkpoint.model.items()}
     for state in (checkpoint.optimizer or {}).values():
@@ -109,10 +108,8 @@ def read_sums(checkpoint: Checkpoint) -> dict[str, Sums]:
 
 
 def whole(ref: TensorRef) -> Sums:
-    from castalia.checkpoint.writing import pieces  # imports torch
-
     result = Sums()
-    for piece in pieces(ref):
+    for piece in ref.pieces():
         result.add(piece.float().flatten().numpy(), prod(ref.shape[1:]))
     return result
 
@@ -127,7 +124,7 @@ def stored_bytes(checkpoint: Checkpoint) -> dict[str, int]:
     seen: set[Run] = set()
     result = {}
     for kind, refs in groups.items():
-        found = {run for ref in refs for run in runs(ref)} - seen
+        found = {run for ref in refs for run in ref.runs()} - seen
         seen |= found
         result[kind] = sum(run.num_bytes for run in found)
     total = sum(size for _, size in _listed_files(Path(checkpoint.path)))
@@ -200,13 +197,12 @@ def _more(others: int) -> str:
 def _inexact(checkpoint: Checkpoint) -> Iterator[str]:
     """Weights that are not their masters rounded, and copies that drifted apart between ranks."""
     from castalia.checkpoint.rules import drift
-    from castalia.checkpoint.writing import pieces, same_bits
 
     for name, state in (checkpoint.optimizer or {}).items():
         weight, master = checkpoint.model.get(name), state.get("master")
         if weight is None or master is None or master is weight or name.endswith(".bias"):
             continue
-        both = zip(pieces(weight), pieces(master), strict=True)
+        both = zip(weight.pieces(), master.pieces(), strict=True)
         if tuple(master.shape) != tuple(weight.shape) or not all(same_bits(w, m.to(w.dtype)) for w, m in both):
             yield f"{name}: the stored weights are not the fp32 masters rounded"
     for name, distance in drift(checkpoint.model).items():

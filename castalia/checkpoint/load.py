@@ -17,12 +17,12 @@ from castalia.checkpoint.agreement import mismatches
 from castalia.checkpoint.describe import describe, model_folder, readable, tokenizer_settings
 from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.rules import drift
-from castalia.checkpoint.stored import StoredTensor
-from castalia.checkpoint.tensors import Checkpoint, Shard, TensorRef, name_of
+from castalia.checkpoint.tensors import Checkpoint, Shard
 from castalia.config.schema import Model, Tokenizer
 from castalia.errors import CheckpointError
 from castalia.model.transformer import Transformer
 from castalia.plan.count import adapter_shapes, tensor_shapes
+from castalia.storage.tensor import TensorRef, name_of
 
 if TYPE_CHECKING:
     from castalia.data.tokenizer import Tokenizer as AnyTokenizer
@@ -259,9 +259,7 @@ def _fill(shard: Shard, source: TensorRef) -> None:
     ends = zip(shard.start, target.shape, source.shape, strict=True)
     slices = None if whole else [slice(start, min(start + size, end)) for start, size, end in ends]
     there = target if slices is None else target[: max(0, slices[0].stop - slices[0].start)]
-    if isinstance(source, StoredTensor) and source.dtype == target.dtype and target.device.type == "cpu":
-        source.read(slices, out=there)  # without a second copy
-    elif there.numel():
-        there.copy_(source.read(slices))
+    if there.numel():
+        source.read(slices, out=there)
     if slices:
         target[len(there) :].zero_()

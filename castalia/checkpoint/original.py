@@ -66,7 +66,7 @@ def take_inherited(
 def with_micro_batches(checkpoint: Checkpoint, number: int) -> Checkpoint:
     """The same state for an engine that sums `number` micro-batches: gradients, and so Adam's first moment, grow with
     the number, the second moment with its square."""
-    from castalia.checkpoint.lazy import Scaled  # imports torch
+    from castalia.storage.tensor import Scaled  # imports torch
 
     old = checkpoint.summed_micro_batches
     if number == old:

@@ -13,9 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from castalia.checkpoint.lazy import Combined, Padded, Permuted, Scaled, Transposed, join, part
-from castalia.checkpoint.tensors import TensorRef
 from castalia.errors import CheckpointError
+from castalia.storage.tensor import Combined, Padded, Permuted, Scaled, TensorRef, Transposed, join, part
 
 Role = Literal["weight", "master", "exp_avg", "exp_avg_sq"]
 Refs = Sequence[TensorRef]

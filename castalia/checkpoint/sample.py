@@ -1,4 +1,4 @@
-"""Where a lazy tensor's values lie in files, and samples and sums of them that need no torch.
+"""Samples and sums of stored values, which need no torch.
 
 A sample reads some rows here and there without verifying checksums, so that looking into hundreds of gigabytes takes
 no longer than looking into a few.
@@ -7,85 +7,24 @@ no longer than looking into a few.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from math import prod, sqrt
-from pathlib import Path
 
 import numpy as np
 
-from castalia.checkpoint.container import FileTensor
-from castalia.checkpoint.lazy import (
-    Adapted,
-    Cast,
-    Combined,
-    Joined,
-    Padded,
-    Part,
-    Permuted,
-    Scaled,
-    Shaped,
-    Transposed,
-)
-from castalia.checkpoint.stored import StoredTensor
-from castalia.checkpoint.tensors import ITEM_BYTES, TensorRef
 from castalia.errors import CheckpointError
+from castalia.storage.tensor import ITEM_BYTES, Run, TensorRef, cut_runs
 
 SPAN_ELEMENTS = 4096
 MAX_ROW = 1 << 16  # of longer rows only the beginning is sampled
-WRAPPERS = (Adapted, Cast, Permuted, Transposed, Scaled, Padded)
-
-
-@dataclass(frozen=True)
-class Run:
-    """Consecutive values in a file."""
-
-    path: Path
-    offset: int  # of the first byte
-    count: int
-    dtype_name: str
-    row: int  # values that belong together; a run begins with a whole row
-
-    @property
-    def num_bytes(self) -> int:
-        return self.count * ITEM_BYTES[self.dtype_name]
-
-
-def runs(ref: TensorRef) -> list[Run]:
-    """The stored values that a tensor is made of, copies on other ranks included; their order may differ."""
-    if isinstance(ref, FileTensor):
-        start = ref.blob.offset + ref.offset * ITEM_BYTES[ref.dtype_name]
-        return [Run(ref.blob.path, start, prod(ref.shape), ref.dtype_name, prod(ref.shape[1:]))]
-    if isinstance(ref, StoredTensor):
-        return [Run(e.path, e.offset, prod(e.shape), ref.dtype_name, prod(e.shape[1:])) for e in ref.extents]
-    if isinstance(ref, WRAPPERS):
-        return runs(ref.source)
-    if isinstance(ref, Shaped):
-        return runs(ref.vector)
-    if isinstance(ref, (Joined, Combined)):
-        return [run for source in ref.sources for run in runs(source)]
-    if isinstance(ref, Part):
-        row = prod(ref.source.shape) // ref.source.shape[ref.dim] if ref.source.shape[ref.dim] else 0
-        return list(_cut(runs(ref.source), ref.start * row, ref.stop * row))
-    return []  # zeros, and what is in memory
-
-
-def _cut(source: Iterable[Run], start: int, stop: int) -> Iterator[Run]:
-    """The values from `start` to `stop` of consecutive runs."""
-    begin = 0
-    for run in source:
-        first, last = max(start - begin, 0), min(stop - begin, run.count)
-        if first < last:
-            offset = run.offset + first * ITEM_BYTES[run.dtype_name]
-            yield Run(run.path, offset, last - first, run.dtype_name, run.row)
-        begin += run.count
 
 
 def middle(ref: TensorRef, count: int = 256) -> np.ndarray:
     """At most so many stored values from the middle on, in fp32. Of tensors that are stored in row-major order."""
     start = prod(ref.shape) // 2
-    found = [value for run in _cut(runs(ref), start, start + count) for value in _read(run, [(0, run.count)])]
+    found = [value for run in cut_runs(ref.runs(), start, start + count) for value in _read(run, [(0, run.count)])]
     return np.concatenate(found) if found else np.zeros(0, np.float32)
 
 
@@ -163,7 +102,7 @@ def sample(ref: TensorRef, spans: int) -> Sums:
 
     The file may be damaged where this does not look.
     """
-    parts, result = runs(ref), Sums()
+    parts, result = ref.runs(), Sums()
     total = sum(run.count for run in parts)
     wanted = [total * i // spans for i in range(spans)] if total > spans * SPAN_ELEMENTS else None
     begin = 0

@@ -7,39 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, TypedDict, runtime_checkable
+from typing import TYPE_CHECKING, TypedDict
 
 from castalia.checkpoint.original import INHERITED
 from castalia.config.schema import RunConfig
+from castalia.storage.tensor import TensorRef
 
 if TYPE_CHECKING:
     import torch
-
-Slices = Sequence[slice]
-ITEM_BYTES = {
-    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1,
-    "bool": 1,
-}  # fmt: skip
-
-
-@runtime_checkable
-class TensorRef(Protocol):
-    """A tensor that is read only when asked for."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype_name(self) -> str:
-        """A key of `ITEM_BYTES`; asking for it, unlike `dtype`, imports no torch."""
-        ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    def read(self, slices: Slices | None = None) -> torch.Tensor:
-        """A fresh CPU tensor: all of it, or the part that one slice for each dimension selects."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -53,26 +28,6 @@ class Shard:
     @classmethod
     def whole(cls, tensor: torch.Tensor) -> Shard:
         return cls(tensor, tuple(tensor.shape), (0,) * tensor.dim())
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """float32 for torch.float32."""
-    return str(dtype).removeprefix("torch.")
-
-
-class Typed:
-    """Gives lazy tensors `dtype` from `dtype_name`, so that opening and describing files goes without torch."""
-
-    if TYPE_CHECKING:
-
-        @property
-        def dtype_name(self) -> str: ...
-
-    @property
-    def dtype(self) -> torch.dtype:
-        import torch
-
-        return getattr(torch, self.dtype_name)
 
 
 class AdamState(TypedDict):

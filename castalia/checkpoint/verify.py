@@ -14,10 +14,11 @@ from torch.nn import functional as F
 from castalia.checkpoint.compare import SUMMED_BIASES, VOCABULARY, Relation, equal, in_order, relate
 from castalia.checkpoint.load import architecture
 from castalia.checkpoint.original import with_micro_batches
-from castalia.checkpoint.tensors import AdamState, Checkpoint, TensorRef
+from castalia.checkpoint.tensors import AdamState, Checkpoint
 from castalia.config.schema import Model
 from castalia.model.positions import sinusoids
 from castalia.model.transformer import Transformer
+from castalia.storage.tensor import TensorRef
 
 NUM_TOKENS = 64
 HEAD_ROWS = 2048

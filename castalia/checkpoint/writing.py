@@ -5,31 +5,17 @@ A format's `plan(checkpoint, options)` says which files a checkpoint becomes. No
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-import numpy as np
-import torch
-
-from castalia.checkpoint.checksum import crc32
-from castalia.checkpoint.container import Blob, FileTensor, as_integers, row_major
-from castalia.checkpoint.lazy import Adapted, Cast, join
-from castalia.checkpoint.stored import ALIGNMENT, DTYPE_CODES, Extent, StoredTensor, as_bytes
-from castalia.checkpoint.tensors import ITEM_BYTES, Checkpoint, Slices, TensorRef, Typed
-from castalia.errors import CheckpointError
+from castalia.storage.pt_writer import PtFile
+from castalia.storage.safetensors import Advance, write_safetensors
+from castalia.storage.tensor import TensorRef
 from castalia.strict_json import to_json
 
-PIECE_BYTES = 4 << 20  # small enough for the processor's cache and for memory that is used again
-SLICE_BYTES = 256 << 10  # written at once: for larger writes the system takes large runs of memory, which are cold
 SHARD_BYTES = 4 << 30
-
-Kind = TypeVar("Kind")
-Advance = Callable[[int], None]  # called with the bytes written since the last call
 
 
 @dataclass(frozen=True)
@@ -75,76 +61,34 @@ class Plan:
         return sum(output.num_bytes for output in self.outputs)
 
 
-def pieces(ref: TensorRef, piece_bytes: int = PIECE_BYTES) -> Iterator[torch.Tensor]:
-    """The tensor in row-major order, some rows at a time."""
-    if not ref.shape:
-        yield ref.read()
-        return
-    step = max(1, piece_bytes // max(1, math.prod(ref.shape[1:]) * ref.dtype.itemsize))
-    for start in range(0, ref.shape[0], step):
-        yield ref.read([slice(start, min(start + step, ref.shape[0]))])
-
-
-def slices_of(data: memoryview) -> Iterator[memoryview]:
-    """The same bytes, so many at a time as are written at once."""
-    return (data[start : start + SLICE_BYTES] for start in range(0, len(data), SLICE_BYTES))
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors of one shape and dtype are equal, NaNs and signs of zeros included."""
-    return np.array_equal(as_integers(a.contiguous()), as_integers(b.contiguous()))
-
-
-def num_bytes(ref: TensorRef) -> int:
-    return math.prod(ref.shape) * ITEM_BYTES[ref.dtype_name]
-
-
 def shards(tensors: Mapping[str, TensorRef], limit: int) -> list[dict[str, TensorRef]]:
     """The tensors in order, in groups of at most `limit` bytes; a larger tensor is a group of its own."""
     groups: list[dict[str, TensorRef]] = [{}]
     size = 0
     for name, ref in tensors.items():
-        if groups[-1] and size + num_bytes(ref) > limit:
+        if groups[-1] and size + ref.num_bytes > limit:
             groups.append({})
             size = 0
         groups[-1][name] = ref
-        size += num_bytes(ref)
+        size += ref.num_bytes
     return groups
-
-
-def write_tensors(
-    path: Path, tensors: Mapping[str, TensorRef], advance: Advance, checksums: bool = True
-) -> dict[str, list[int]]:
-    """Write a safetensors file and return the offset of the first byte and the CRC-32 (or 0) of each tensor."""
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, ref in tensors.items():
-        start, end = end, end + num_bytes(ref)
-        header[name] = {"dtype": DTYPE_CODES[ref.dtype_name], "shape": list(ref.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    base = 8 + len(text)
-    found = {name: [base + header[name]["data_offsets"][0], 0] for name in tensors}
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, ref in tensors.items():
-            for data in map(as_bytes, pieces(ref)):
-                for part in slices_of(data):
-                    file.write(part)
-                    if checksums:
-                        found[name][1] = crc32(part, found[name][1])
-                advance(len(data))
-    return found
 
 
 def tensors_output(name: str, tensors: Mapping[str, TensorRef]) -> Output:
     """A safetensors file, whose format has no place for checksums."""
-    size = sum(num_bytes(ref) for ref in tensors.values())
+    size = sum(ref.num_bytes for ref in tensors.values())
 
     def write(path: Path, advance: Advance) -> None:
-        write_tensors(path, tensors, advance, checksums=False)
+        write_safetensors(path, tensors, advance, checksums=False)
 
     return Output(name, size, write, tuple(tensors.values()))
+
+
+def pt_output(name: str, value: Any) -> Output:
+    """A file of `torch.save`; see `castalia.storage.pt_writer` for what the value may be made of."""
+    file = PtFile(value)
+    title = Path(name).stem
+    return Output(name, file.num_bytes, lambda path, advance: file.write(path, title, advance), file.tensors)
 
 
 def bytes_output(name: str, data: bytes | str) -> Output:
@@ -164,119 +108,6 @@ def json_text(value: object) -> str:
 def write_bytes(path: Path, content: bytes, advance: Advance) -> None:
     path.write_bytes(content)
     advance(len(content))
-
-
-@contextmanager
-def verifying(tensors: Iterable[TensorRef]) -> Iterator[None]:
-    """Within this, checksums of what is read for these tensors are computed on the way; at its end all are verified.
-
-    Raises CheckpointError for damage.
-    """
-    blobs = reached(tensors, Blob)
-    for blob in blobs:
-        blob.deferred = True
-    try:
-        yield
-        for blob in blobs:
-            blob.finish()
-    finally:
-        for blob in blobs:
-            blob.deferred = False
-
-
-def reached(tensors: Iterable[TensorRef], kind: type[Kind]) -> list[Kind]:
-    """What of this kind is read for these tensors in the end, or on the way."""
-    seen: set[int] = set()
-    found: list[Kind] = []
-    todo: list[Any] = [*tensors]
-    while todo:
-        each = todo.pop()
-        if type(each) is int or id(each) in seen:  # most are numbers of shapes
-            continue
-        seen.add(id(each))
-        if isinstance(each, kind):
-            found.append(each)
-        if isinstance(each, Typed):  # its fields have the tensors that it is made of
-            todo += vars(each).values()
-        elif isinstance(each, (tuple, list)):
-            todo += each
-    return found
-
-
-def verified(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint, each byte of which is verified when it is used. Only native ones do not do so by themselves."""
-    if checkpoint.format != "native":
-        return checkpoint
-    known: dict[int, TensorRef] = {}  # a tensor that is weight and master stays one
-
-    def checked(ref: Any) -> Any:
-        if isinstance(ref, Cast):
-            return Cast(checked(ref.source), ref.dtype_name)
-        if isinstance(ref, Adapted):
-            return Adapted(checked(ref.source), checked(ref.a), checked(ref.b), ref.scale)
-        return known.setdefault(id(ref), in_blobs(ref)) if isinstance(ref, StoredTensor) else ref
-
-    model = {name: checked(ref) for name, ref in checkpoint.model.items()}
-    state: Any = checkpoint.optimizer  # of whatever optimizer
-    if state is not None:
-        state = {name: {kind: checked(ref) for kind, ref in each.items()} for name, each in state.items()}
-    return replace(checkpoint, model=model, optimizer=state)
-
-
-def verify(tensors: Iterable[TensorRef]) -> None:
-    """Read what was not read yet of these tensors. Raises CheckpointError for damage."""
-    for blob in reached(tensors, Blob):
-        if not blob.verified:
-            blob.verify()
-
-
-def in_blobs(tensor: StoredTensor) -> TensorRef:
-    """The same tensor, of which every byte is verified, whichever part is read.
-
-    Raises CheckpointError unless its extents are those of a tensor cut along one dimension after another.
-    """
-    size = ITEM_BYTES[tensor.dtype_name]
-
-    def joined(extents: list[Extent], dim: int) -> TensorRef:
-        """Extents that differ in their start from this dimension on."""
-        if dim == len(tensor.shape):
-            (extent,) = extents
-            blob = Blob(extent.path, extent.offset, math.prod(extent.shape) * size, extent.crc32 or 0)
-            return FileTensor(blob, tensor.dtype_name, extent.shape, row_major(extent.shape))
-        rows: dict[int, list[Extent]] = {}
-        for extent in sorted(extents, key=lambda extent: extent.start[dim]):
-            rows.setdefault(extent.start[dim], []).append(extent)
-        tensors = [joined(row, dim + 1) for row in rows.values()]
-        if len({(each.shape[:dim], each.shape[dim + 1 :]) for each in tensors}) > 1:
-            raise CheckpointError(
-                f"{tensor.name}: its parts are not those of a tensor cut along one dimension after another"
-            )
-        return join(tensors, dim)
-
-    return joined(list(tensor.extents), 0)
-
-
-@dataclass
-class Watched(Typed):
-    """A master that is read beside its weight and notes whether the weight is its rounding."""
-
-    master: TensorRef
-    weight: TensorRef
-    rounds: bool = True
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.master.shape
-
-    @property
-    def dtype_name(self) -> str:
-        return self.master.dtype_name
-
-    def read(self, slices: Slices | None = None) -> torch.Tensor:
-        value = self.master.read(slices)
-        if self.rounds and not same_bits(value.to(self.weight.dtype), self.weight.read(slices)):
-            self.rounds = False
-        return value
 
 
 def named_groups(stem: str, groups: Sequence[Mapping[str, TensorRef]]) -> dict[str, Mapping[str, TensorRef]]:

@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from castalia.checkpoint.lazy import Cast, Shaped, Zeros, join, part
-from castalia.checkpoint.tensors import TensorRef
 from castalia.errors import CheckpointError
+from castalia.storage.tensor import Cast, Shaped, TensorRef, Zeros, join, part
 
 Shapes = Mapping[str, tuple[int, ...]]  # name -> shape, in the order of the flat vectors
 Measure = Callable[[tuple[int, ...]], int]  # what a parameter of this shape counts

@@ -15,7 +15,8 @@ import typer
 
 if TYPE_CHECKING:
     from castalia.checkpoint.tensors import Checkpoint
-    from castalia.checkpoint.writing import Advance, Layout, Plan
+    from castalia.checkpoint.writing import Layout, Plan
+    from castalia.storage.safetensors import Advance
 
 
 def command(

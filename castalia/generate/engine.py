@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from castalia.checkpoint.load import require_finite
-from castalia.checkpoint.tensors import name_of
 from castalia.errors import CheckpointError, DataError
 from castalia.generate.cache import KVCache, Prompts
 from castalia.generate.sample import Noise, choose
 from castalia.generate.text import TextStream, Tokenizer
 from castalia.model.transformer import Transformer
+from castalia.storage.tensor import name_of
 
 if TYPE_CHECKING:
     from castalia.parallel.inference import SplitModel

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from castalia.checkpoint.tensors import Checkpoint, Slices, Typed
+from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.preference import needs_reference
 from castalia.config.schema import Model, RunConfig
 from castalia.errors import ConfigError
 from castalia.model.init import seeded_tensor
+from castalia.storage.tensor import Box, Leaf, as_slices
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +53,7 @@ def as_reward_model(source: Checkpoint, model: Model, seed: int) -> Checkpoint:
 
 
 @dataclass(frozen=True)
-class _Drawn(Typed):
+class _Drawn(Leaf):
     """The initial value of the reward's matrix."""
 
     model: Model
@@ -63,5 +64,5 @@ class _Drawn(Typed):
     def shape(self) -> tuple[int, ...]:
         return 1, self.model.hidden_size
 
-    def read(self, slices: Slices | None = None) -> torch.Tensor:
-        return seeded_tensor(self.model, self.seed, "reward.weight", self.shape, slices)
+    def _take(self, box: Box) -> torch.Tensor:
+        return seeded_tensor(self.model, self.seed, "reward.weight", self.shape, as_slices(box))

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from castalia.checkpoint import convert
-from castalia.checkpoint.container import open_pt
 from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.inspect import report
 from castalia.checkpoint.load import load_model, load_optimizer
@@ -31,6 +30,7 @@ from castalia.data.indexed import Writer, open_dataset
 from castalia.data.sources import documents
 from castalia.data.tokenizer import load_tokenizer
 from castalia.errors import CastaliaError, CheckpointError
+from castalia.storage.torchfile import open_pt
 from tests.checkpoint.made import FAMILIES, made, written
 from tests.checkpoint.neox_writer import config_yml, write
 from tests.checkpoint.test_neox import MODELS

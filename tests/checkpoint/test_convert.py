@@ -7,10 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import textwrap
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -19,15 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from castalia.checkpoint import convert
-from castalia.checkpoint.checksum import crc32
-from castalia.checkpoint.container import FileTensor, open_pt
 from castalia.checkpoint.formats import open_checkpoint
-from castalia.checkpoint.lazy import Held, Part, Transposed
-from castalia.checkpoint.stored import Extent, StoredTensor, as_bytes
-from castalia.checkpoint.writing import Layout, WriteOptions, in_blobs, pieces, shards, verifying
+from castalia.checkpoint.writing import Layout, WriteOptions, shards
 from castalia.config.schema import Model, Precision
 from castalia.errors import CheckpointError, ConfigError
 from castalia.files import REPLACED, workplace
+from castalia.storage.extent import FileTensor
+from castalia.storage.tensor import Held
+from castalia.storage.torchfile import open_pt
 from tests.checkpoint.made import FAMILIES, SIZES, assert_same, changed, made, written
 
 
@@ -106,9 +103,9 @@ def test_killed_and_continued(tmp_path: Path) -> None:
     written(source, tmp_path / "run", "native")
     script = """
         import os, signal, sys
-        from castalia.checkpoint import writing
         from castalia.cli.main import main
-        pieces, written = writing.pieces, 0
+        from castalia.storage.tensor import TensorRef
+        pieces, written = TensorRef.pieces, 0
         def dying(ref, *rest):
             global written
             for piece in pieces(ref, *rest):
@@ -117,8 +114,7 @@ def test_killed_and_continued(tmp_path: Path) -> None:
                     os.kill(os.getpid(), signal.SIGKILL)
                 yield piece
         if sys.argv.pop(1) == "die":
-            import castalia.checkpoint.pt_writer
-            castalia.checkpoint.pt_writer.pieces = dying
+            TensorRef.pieces = dying
         main()
     """
     command = ["convert", str(tmp_path / "run"), str(tmp_path / "out"), "--to", "neox", "--layout", "tp=2,pp=2,zero=1"]
@@ -236,21 +232,21 @@ def test_a_damaged_byte_in_any_storage_is_noticed_each_time(target: str, tmp_pat
     written(made(FAMILIES["gpt_neox"]), tmp_path / "source", "neox", layout=Layout(tp=2, pp=2, dp=3, zero=1))
     folder = tmp_path / "source"
     storages = [
-        blob
+        extent
         for name in ("layer_02-model_01-model_states.pt", "zero_pp_rank_2_mp_rank_03_optim_states.pt")
-        for blob in {id(ref.blob): ref.blob for ref in tensors_in(open_pt(folder / name))}.values()
+        for extent in {id(ref.extent): ref.extent for ref in tensors_in(open_pt(folder / name))}.values()
     ]
     assert len(storages) > 15
-    for index, blob in enumerate(storages):
-        whole = blob.path.read_bytes()
+    for index, extent in enumerate(storages):
+        whole = extent.path.read_bytes()
         damaged = bytearray(whole)
-        damaged[blob.offset + (blob.size - 1 if index % 3 else 0)] ^= 1  # a vector's last byte may be padding
-        blob.path.write_bytes(damaged)
+        damaged[extent.offset + (extent.size - 1 if index % 3 else 0)] ^= 1  # a vector's last byte may be padding
+        extent.path.write_bytes(damaged)
         for _ in range(2):  # no file that was made of it counts as complete
-            with pytest.raises(CheckpointError, match=f"{blob.path.name} is damaged"):
+            with pytest.raises(CheckpointError, match=f"{extent.path.name} is damaged"):
                 written(open_checkpoint(tmp_path / "source"), tmp_path / "out", target, layout=Layout(tp=4, zero=1))
         shutil.rmtree(tmp_path / "out.partial")
-        blob.path.write_bytes(whole)
+        extent.path.write_bytes(whole)
     written(open_checkpoint(tmp_path / "source"), tmp_path / "out", target, layout=Layout(tp=4, zero=1))
 
 
@@ -259,55 +255,6 @@ def tensors_in(value: object) -> list[FileTensor]:
         return [value]
     values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
     return [ref for each in values for ref in tensors_in(each)]
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.data())
-def test_each_byte_of_a_tensor_in_parts_is_verified(data: st.DataObject) -> None:
-    rows, columns = (sorted({0, size, *data.draw(st.sets(st.integers(1, size - 1)))}) for size in (6, 5))
-    whole = torch.randn(6, 5)
-    with tempfile.TemporaryDirectory() as folder:
-        path, extents, content = Path(folder, "file"), [], b""
-        for top, bottom in pairwise(rows):
-            for left, right in pairwise(columns):
-                part = bytes(as_bytes(whole[top:bottom, left:right].contiguous()))
-                extents.append(Extent(path, len(content), (top, left), (bottom - top, right - left), crc32(part)))
-                content += part
-        stored = StoredTensor("it", (6, 5), "float32", tuple(data.draw(st.permutations(extents))))
-        path.write_bytes(content)
-        start, stop = sorted(data.draw(st.tuples(st.integers(0, 6), st.integers(0, 6))))
-        assert torch.equal(in_blobs(stored).read([slice(start, stop)]), whole[start:stop])
-        damaged = bytearray(content)
-        damaged[data.draw(st.integers(0, len(content) - 1))] ^= 1
-        path.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match="damaged"):
-            in_blobs(stored).read()
-        tensor = in_blobs(stored)
-        with pytest.raises(CheckpointError, match="damaged"), verifying([tensor]):
-            for row in range(6):
-                tensor.read([slice(row, row + 1)])
-
-
-def test_what_was_read_in_part_is_verified_in_the_end(tmp_path: Path) -> None:
-    torch.save({"it": torch.zeros(6, 5)}, tmp_path / "a.pt")
-    blob = open_pt(tmp_path / "a.pt")["it"].blob
-    damaged = bytearray(blob.path.read_bytes())
-    damaged[blob.offset + blob.size - 1] ^= 1
-    blob.path.write_bytes(damaged)
-    tensor = Transposed(Part(open_pt(blob.path)["it"], 0, 2))
-    with verifying([tensor]):
-        pass  # nothing of it was used
-    with pytest.raises(CheckpointError, match="damaged"), verifying([tensor]):
-        tensor.read()
-    with pytest.raises(CheckpointError, match="damaged"):
-        tensor.read()
-
-
-def test_parts_that_are_no_grid_are_refused(tmp_path: Path) -> None:
-    places = [((0, 0), (2, 1)), ((0, 1), (1, 1)), ((1, 1), (1, 1))]
-    extents = tuple(Extent(tmp_path / "file", 0, *place) for place in places)
-    with pytest.raises(CheckpointError, match="it: its parts are not those of a tensor cut along one dimension"):
-        in_blobs(StoredTensor("it", (2, 2), "float32", extents))
 
 
 @pytest.mark.parametrize(
@@ -342,7 +289,7 @@ def test_pieces_and_shards_lose_nothing(shapes: list[tuple[int, int]], piece: in
     assert [name for group in groups for name in group] == list(tensors)
     assert all(len(group) == 1 or sum(ref.tensor.numel() * 4 for ref in group.values()) <= limit for group in groups)
     for ref in tensors.values():
-        parts = list(pieces(ref, piece))
+        parts = list(ref.pieces(piece))
         assert torch.equal(torch.cat(parts) if parts else torch.empty(ref.shape), ref.tensor)
 
 

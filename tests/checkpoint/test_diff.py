@@ -14,11 +14,11 @@ from torch import Tensor
 from castalia.checkpoint.compare import close, equal, measure, row_orders
 from castalia.checkpoint.diff import diff
 from castalia.checkpoint.formats import open_checkpoint
-from castalia.checkpoint.lazy import Held
 from castalia.checkpoint.tensors import Checkpoint, Progress
 from castalia.config.schema import Model, Optimizer, RunConfig
 from castalia.model.init import initialize
 from castalia.model.transformer import Transformer
+from castalia.storage.tensor import Held
 from tests.checkpoint.made import FAMILIES, SIZES, made, written
 
 NEOX = FAMILIES["gpt_neox"]

@@ -12,18 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-from castalia.checkpoint.container import FileTensor, open_pt
 from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.formats.native import Writer
 from castalia.checkpoint.inspect import report
-from castalia.checkpoint.lazy import Zeros
 from castalia.checkpoint.load import load_model
-from castalia.checkpoint.sample import SPAN_ELEMENTS, Sums, as_float32, runs, sample
-from castalia.checkpoint.stored import open_safetensors
+from castalia.checkpoint.sample import SPAN_ELEMENTS, Sums, as_float32, sample
 from castalia.checkpoint.tensors import Checkpoint, Progress
 from castalia.config.schema import Model, RunConfig
 from castalia.errors import CheckpointError
 from castalia.plan.count import tensor_shapes
+from castalia.storage.extent import FileTensor
+from castalia.storage.safetensors import open_safetensors
+from castalia.storage.tensor import Zeros
+from castalia.storage.torchfile import open_pt
 from tests.checkpoint.made import made, written
 from tests.checkpoint.neox_writer import ROLES
 from tests.checkpoint.synthetic import layer, shape_of_20b, write_20b
@@ -132,7 +133,9 @@ def change(path: Path, name: str, values: np.ndarray | None, rows: slice = slice
     tensor = open_pt(path)[name]
     assert isinstance(tensor, FileTensor)
     data = (
-        np.memmap(path, np.uint8, "r+", tensor.blob.offset, (tensor.blob.size,)).view(np.float16).reshape(tensor.shape)
+        np.memmap(path, np.uint8, "r+", tensor.extent.offset, (tensor.extent.size,))
+        .view(np.float16)
+        .reshape(tensor.shape)
     )
     data[rows] = ~data[rows].view(np.int16).copy() if values is None else values
     data.flush()
@@ -188,7 +191,7 @@ def test_the_full_reading_verifies_our_own_checkpoints(file, tmp_path):
     assert inspected(tmp_path / "native", full=True)["anomalies"] == []
     path = tmp_path / "native" / f"{file}-00000.safetensors"
     for stored in open_safetensors(path).values():
-        (extent,) = stored.extents
+        extent = stored.extent
         data = bytearray(path.read_bytes())
         data[extent.offset + 1] ^= 1
         path.write_bytes(data)
@@ -214,7 +217,7 @@ def test_samples_decode_what_is_stored(dtype, tmp_path):
     tensor = torch.randn(300, 200, generator=torch.Generator().manual_seed(0)).to(dtype)
     torch.save({"x": tensor, "columns": tensor.t()}, tmp_path / "x.pt")
     ref = open_pt(tmp_path / "x.pt")["x"]
-    (run,) = runs(ref)
+    (run,) = ref.runs()
     raw = run.path.read_bytes()[run.offset : run.offset + run.num_bytes]
     assert torch.equal(torch.from_numpy(as_float32(raw, run.dtype_name)), tensor.float().flatten())
     whole, some = sample(ref, 64), sample(ref, 4)

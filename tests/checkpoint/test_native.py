@@ -121,7 +121,7 @@ def test_a_flipped_byte_is_noticed(tmp_path: Path) -> None:
     step = save(tmp_path, 5, model)
     file = step / "model-00000.safetensors"
     good = file.read_bytes()
-    offset = open_checkpoint(step).model["norm.weight"].extents[0].offset
+    offset = open_checkpoint(step).model["norm.weight"].extent.offset
     file.write_bytes(good[:offset] + bytes([good[offset] ^ 1]) + good[offset + 1 :])
     with pytest.raises(CheckpointError, match=r"norm.weight: .*model-00000.safetensors is damaged.*checksum"):
         open_checkpoint(step).model["norm.weight"].read()

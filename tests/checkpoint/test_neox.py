@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from castalia.checkpoint.container import FileTensor, open_pt
 from castalia.checkpoint.formats import neox
 from castalia.checkpoint.load import build_model, load_weights
 from castalia.checkpoint.rules import drift
@@ -19,6 +18,8 @@ from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.schema import Model
 from castalia.errors import CheckpointError
 from castalia.model.transformer import Transformer
+from castalia.storage.extent import FileTensor
+from castalia.storage.torchfile import open_pt
 from tests.checkpoint.neox_writer import ITERATION, SKIPPED, STEP, Written, write
 
 TOLERANCE = {"fp32": 2e-6, "fp16": 4e-3, "bf16": 3e-2}
@@ -291,7 +292,7 @@ def test_flipped_bits_in_a_flat_vector_are_found(tmp_path):
     path = written.path / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     vector = open_pt(path)["optimizer_state_dict"]["single_partition_of_fp32_groups"][0]
     data = bytearray(path.read_bytes())
-    data[vector.blob.offset + 1000] ^= 1
+    data[vector.extent.offset + 1000] ^= 1
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match="checksum"):
         [state["master"].read() for state in neox.read(written.path).optimizer.values()]

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 
 from castalia.checkpoint import convert
 from castalia.checkpoint.formats import open_checkpoint
-from castalia.checkpoint.lazy import Held
 from castalia.checkpoint.load import build_model, load_model
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.checkpoint.writing import WriteOptions
@@ -23,6 +22,7 @@ from castalia.errors import CheckpointError
 from castalia.model.adapters import add_adapters
 from castalia.model.transformer import Transformer
 from castalia.plan.count import adapter_shapes
+from castalia.storage.tensor import Held
 from tests.checkpoint.made import FAMILIES, SIZES, made, written
 
 TOKENS = torch.arange(40).view(2, 20) % 90

@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from castalia.checkpoint.lazy import Held, Joined, Padded, Part, Permuted, Transposed
 from castalia.checkpoint.rules import (
     Chain,
     ConcatRanks,
@@ -27,6 +26,7 @@ from castalia.checkpoint.rules import (
     to_theirs,
 )
 from castalia.errors import CheckpointError
+from castalia.storage.tensor import Held, Joined, Padded, Part, Permuted, Transposed
 
 ROLES = ("weight", "master", "exp_avg", "exp_avg_sq")
 
@@ -37,8 +37,8 @@ class Counting:
     def __init__(self, tensor: torch.Tensor):
         self.held, self.shape, self.dtype_name, self.read_elements = Held(tensor), tuple(tensor.shape), "float32", 0
 
-    def read(self, slices=None):
-        result = self.held.read(slices)
+    def read(self, slices=None, out=None):
+        result = self.held.read(slices, out)
         self.read_elements += result.numel()
         return result
 

@@ -9,17 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from castalia.checkpoint.lazy import Held
 from castalia.checkpoint.zero import cut, parameter_groups, split_stages
 from castalia.errors import CheckpointError
+from castalia.storage.tensor import Held
 
 
 class Counting:
     def __init__(self, tensor: torch.Tensor):
         self.held, self.shape, self.dtype_name, self.read_elements = Held(tensor), tuple(tensor.shape), "float32", 0
 
-    def read(self, slices=None):
-        result = self.held.read(slices)
+    def read(self, slices=None, out=None):
+        result = self.held.read(slices, out)
         self.read_elements += result.numel()
         return result
 

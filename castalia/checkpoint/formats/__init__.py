@@ -11,9 +11,9 @@ from pathlib import Path
 
 from castalia.checkpoint.adapters import merged
 from castalia.checkpoint.agreement import differences, refuse
-from castalia.checkpoint.stored import inside
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.errors import CheckpointError
+from castalia.storage.safetensors import inside
 
 FORMATS = {  # name -> module; the first that detects its files reads them
     "native": "castalia.checkpoint.formats.native",

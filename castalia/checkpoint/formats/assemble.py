@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from castalia.checkpoint.agreement import unrounded
 from castalia.checkpoint.formats.deepspeed import Folder, loss_scale
 from castalia.checkpoint.rules import Role, Rule, to_ours
-from castalia.checkpoint.tensors import AdamState, Progress, TensorRef
+from castalia.checkpoint.tensors import AdamState, Progress
 from castalia.checkpoint.zero import RankState
 from castalia.config.schema import RunConfig
 from castalia.errors import CheckpointError
+from castalia.storage.tensor import TensorRef
 
 ROLES: tuple[Role, ...] = ("master", "exp_avg", "exp_avg_sq")
 

@@ -18,10 +18,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from castalia.checkpoint.container import FileTensor, open_pt
-from castalia.checkpoint.lazy import Cast
-from castalia.checkpoint.tensors import TensorRef
-from castalia.checkpoint.unpickle import Inert
 from castalia.checkpoint.zero import (
     RankState,
     fp16_state,
@@ -32,6 +28,10 @@ from castalia.checkpoint.zero import (
     zero_state,
 )
 from castalia.errors import CheckpointError
+from castalia.storage.extent import FileTensor
+from castalia.storage.tensor import Cast, TensorRef
+from castalia.storage.torchfile import open_pt
+from castalia.storage.unpickle import Inert
 
 LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 STATE = re.compile(r"mp_rank_(\d+)_model_states\.pt")

@@ -14,13 +14,13 @@ from typing import Any, Literal
 
 import torch
 
-from castalia.checkpoint.lazy import Zeros, flat, join, part
-from castalia.checkpoint.pt_writer import Instance, Named, Size, pt_output
 from castalia.checkpoint.rules import Role, Rule
-from castalia.checkpoint.tensors import Checkpoint, Progress, Slices, TensorRef, Typed
-from castalia.checkpoint.writing import Layout, Output, same_bits
+from castalia.checkpoint.tensors import Checkpoint, Progress
+from castalia.checkpoint.writing import Layout, Output, pt_output
 from castalia.checkpoint.zero import MAX_ALIGNMENT, NO_DECAY
 from castalia.errors import CheckpointError
+from castalia.storage.pt_writer import Instance, Named, Size
+from castalia.storage.tensor import Box, TensorRef, Wrapper, Zeros, as_slices, flat, join, part, same_bits
 
 Kind = Literal["plain", "flat", "zero", "bf16", "old"]
 Tensors = Mapping[Role, Mapping[str, Sequence[TensorRef]]]  # by `position.name`, one for each tensor rank
@@ -267,24 +267,21 @@ def _filled(sums: Sequence[int], stages: int, limit: float) -> tuple[list[int], 
 
 
 @dataclass(frozen=True)
-class Agreeing(Typed):
+class Agreeing(Wrapper):
     """An fp32 weight that has to be its own master, because the files have no place for another."""
 
     name: str
-    weight: TensorRef
+    source: TensorRef
     master: TensorRef
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.weight.shape)
+    def sources(self) -> tuple[TensorRef, ...]:  # type: ignore[override]
+        return self.source, self.master
 
-    @property
-    def dtype_name(self) -> str:
-        return self.weight.dtype_name
-
-    def read(self, slices: Slices | None = None) -> torch.Tensor:
+    def _take(self, box: Box) -> torch.Tensor:
         """Raises CheckpointError where the two differ."""
-        value = self.weight.read(slices)
+        slices = as_slices(box)
+        value = self.source.read(slices)
         if not same_bits(value, self.master.read(slices)):
             raise CheckpointError(
                 f"{self.name} is not equal to its fp32 master, for which fp32 files without ZeRO have no place; "

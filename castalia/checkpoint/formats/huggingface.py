@@ -11,7 +11,6 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from castalia.checkpoint.agreement import unrounded
-from castalia.checkpoint.container import FileTensor, open_pt
 from castalia.checkpoint.original import take_inherited
 from castalia.checkpoint.rules import (
     Chain,
@@ -26,11 +25,14 @@ from castalia.checkpoint.rules import (
     to_ours,
 )
 from castalia.checkpoint.sample import fingerprint
-from castalia.checkpoint.stored import inside, open_safetensors
-from castalia.checkpoint.tensors import AdamState, Checkpoint, Progress, TensorRef
+from castalia.checkpoint.tensors import AdamState, Checkpoint, Progress
 from castalia.config.schema import Data, Model, RopeScaling, RunConfig, Tokenizer
 from castalia.errors import CheckpointError
 from castalia.reading import keys, read_json, short, typed
+from castalia.storage.extent import FileTensor
+from castalia.storage.safetensors import inside, open_safetensors
+from castalia.storage.tensor import TensorRef
+from castalia.storage.torchfile import open_pt
 
 CONFIG = "config.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # each may be an index of shards instead: + ".index.json"

@@ -15,8 +15,7 @@ from castalia.checkpoint.formats.huggingface import BESIDE, CONFIG, FAMILIES, RO
 from castalia.checkpoint.load import architecture
 from castalia.checkpoint.rules import Role, to_theirs
 from castalia.checkpoint.sample import fingerprint
-from castalia.checkpoint.stored import open_safetensors
-from castalia.checkpoint.tensors import Checkpoint, TensorRef
+from castalia.checkpoint.tensors import Checkpoint
 from castalia.checkpoint.tokenizer_files import hf_tokenizer
 from castalia.checkpoint.writing import (
     Output,
@@ -25,13 +24,14 @@ from castalia.checkpoint.writing import (
     json_output,
     json_text,
     named_groups,
-    num_bytes,
     shards,
     tensors_output,
     write_bytes,
 )
 from castalia.config.schema import Model, RopeScaling
 from castalia.errors import CheckpointError
+from castalia.storage.safetensors import open_safetensors
+from castalia.storage.tensor import TensorRef
 
 CLASSES = {
     "gpt_neox": "GPTNeoXForCausalLM", "gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM",
@@ -219,7 +219,7 @@ def _safetensors(stem: str, tensors: Mapping[str, TensorRef], options: WriteOpti
     outputs = [tensors_output(file, group) for file, group in files.items()]
     if len(files) > 1:
         index = {
-            "metadata": {"total_size": sum(map(num_bytes, tensors.values()))},
+            "metadata": {"total_size": sum(ref.num_bytes for ref in tensors.values())},
             "weight_map": {name: file for file, group in files.items() for name in group},
         }
         outputs.append(json_output(f"{stem}.safetensors.index.json", index))

@@ -36,13 +36,14 @@ from castalia.checkpoint.formats.neox_settings import (
 from castalia.checkpoint.formats.neox_write import padded
 from castalia.checkpoint.load import architecture
 from castalia.checkpoint.original import clip_norm_of, micro_batches_note, with_micro_batches
-from castalia.checkpoint.pt_writer import Instance, pt_output
 from castalia.checkpoint.rules import Role, to_theirs
-from castalia.checkpoint.tensors import Checkpoint, TensorRef
+from castalia.checkpoint.tensors import Checkpoint
 from castalia.checkpoint.tokenizer_files import our_tokenizer, written_tokenizer
-from castalia.checkpoint.writing import Layout, Plan, WriteOptions
+from castalia.checkpoint.writing import Layout, Plan, WriteOptions, pt_output
 from castalia.config.schema import Model, RunConfig, Tokenizer, Train
 from castalia.errors import CheckpointError
+from castalia.storage.pt_writer import Instance
+from castalia.storage.tensor import TensorRef
 
 VERSION = 3.0  # of the order of fused rows
 RANDOM = "there are no states of random generators: start Megatron-DeepSpeed with --no-load-rng"

@@ -26,22 +26,24 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, replace
 from errno import ETIMEDOUT
+from math import prod
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 import castalia
-from castalia.checkpoint.checksum import crc32
-from castalia.checkpoint.lazy import Cast
 from castalia.checkpoint.original import take_inherited
-from castalia.checkpoint.stored import DTYPE_CODES, DTYPES, Extent, StoredTensor, inside, write_safetensors
-from castalia.checkpoint.tensors import AdamState, Checkpoint, Progress, Shard, TensorRef, name_of
+from castalia.checkpoint.tensors import AdamState, Checkpoint, Progress, Shard
 from castalia.config.schema import RunConfig
 from castalia.errors import CastaliaError, CheckpointError
 from castalia.files import NEW, beside, clean, delete, put_in_place, remove, sync, workplace, write_text
 from castalia.reading import keys, plain_json, read_json, typed
+from castalia.storage.checksum import BLOCK_BYTES, crc32
+from castalia.storage.extent import Extent, FileTensor, Tile, tiled
+from castalia.storage.safetensors import DTYPE_CODES, DTYPES, Advance, inside, write_safetensors
+from castalia.storage.tensor import ITEM_BYTES, Cast, Held, TensorRef
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +51,8 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 WHOLE = keys({"crc32": int}, ["crc32"])  # a manifest
 LATEST = "latest"
-VERSION = 1
+VERSIONS = (1, 2)  # that are read; the last one is written. 1 had one checksum for each extent, and none of headers
+SYNC_BYTES = 32 << 20  # written before the disk is told to begin
 RANKS_TIMEOUT_S = 1800.0  # how long the ranks of a run wait for each other's parts
 LOCK_TRIES = 10
 
@@ -198,24 +201,47 @@ def _gather(folder: Path, num_ranks: int, abandoned: Event) -> tuple[list[dict],
 
 
 def write_part(folder: Path, kind: str, rank: int, shards: Mapping[str, Shard]) -> dict:
-    """Write one rank's file of one kind, and return what the manifest says of it."""
+    """Write one rank's file of one kind, bring it to disk, and return what the manifest says of it."""
     name = f"{kind}-{rank:05d}.safetensors"
-    written = write_safetensors(folder / name, [(key, shard.tensor) for key, shard in shards.items()])
-    entries = {}
+    with ThreadPoolExecutor(1) as beside_writing:
+        unsynced, syncs = 0, []
+
+        def more(count: int) -> None:
+            """What is written goes to disk while the rest is copied."""
+            nonlocal unsynced
+            unsynced += count
+            if unsynced >= SYNC_BYTES:
+                unsynced = 0
+                syncs.append(beside_writing.submit(sync, folder / name))
+
+        entries = write_chunk(folder / name, name, {key: Held(shard.tensor) for key, shard in shards.items()}, more)
+        for each in syncs:
+            each.result()  # an error is told once only, so not by the last sync again
+    sync(folder / name)
     for key, shard in shards.items():
-        offset, crc = written[key]
-        extent = {"file": name, "offset": offset, "crc32": crc}
         if tuple(shard.tensor.shape) != shard.shape:
-            extent |= {"start": list(shard.start), "shape": list(shard.tensor.shape)}
-        dtype = DTYPE_CODES[name_of(shard.tensor.dtype)]
-        entries[key] = {"shape": list(shard.shape), "dtype": dtype, "extents": [extent]}
+            place = {"start": list(shard.start), "shape": list(shard.tensor.shape)}
+            entries[key] |= {"shape": list(shard.shape), "extents": [entries[key]["extents"][0] | place]}
     return entries
+
+
+def write_chunk(path: Path, name: str, tensors: Mapping[str, TensorRef], advance: Advance) -> dict[str, dict]:
+    """Write a file and return what the manifest says of its tensors. `name`: the file's in the end."""
+    written = write_safetensors(path, tensors, advance)
+    return {
+        key: {
+            "shape": list(ref.shape),
+            "dtype": DTYPE_CODES[ref.dtype_name],
+            "extents": [{"file": name, "offset": written.offsets[key], "crc32": written.sums[key]}],
+        }
+        for key, ref in tensors.items()
+    }
 
 
 def write_manifest(folder: Path, about: Mapping, ranks: list[dict[str, dict]]) -> None:
     """Join what all ranks wrote to one manifest, with a checksum of its own."""
-    sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
-    manifest: dict = {**about, "files": sizes, "model": {}, "optimizer": {}, "weights": {}}
+    files = {path.name: _file_entry(path) for path in sorted(folder.glob("*.safetensors"))}
+    manifest: dict = {**about, "block_bytes": BLOCK_BYTES, "files": files, "model": {}, "optimizer": {}, "weights": {}}
     for parts in ranks:
         for kind in parts:
             for name, entry in parts[kind].items():
@@ -224,6 +250,14 @@ def write_manifest(folder: Path, about: Mapping, ranks: list[dict[str, dict]]) -
                     known["extents"] += entry["extents"]
     manifest["crc32"] = crc32(_canonical(manifest))
     write_text(folder / MANIFEST, json.dumps(manifest))
+
+
+def _file_entry(path: Path) -> dict[str, int]:
+    """Of a file of tensors: its size, and the checksum of its header, which other programs read."""
+    with open(path, "rb") as file:
+        head = file.read(8)
+        head += file.read(int.from_bytes(head, "little"))
+    return {"bytes": path.stat().st_size, "head_bytes": len(head), "head_crc32": crc32(head)}
 
 
 def commit(temporary: Path, target: Path) -> None:
@@ -276,34 +310,90 @@ def read(path: Path) -> Checkpoint:
     """Open a step's folder. Only the manifest is read; the files' presence and sizes are checked."""
     manifest = _read_manifest(path)
     try:
-        sizes = {str(name): int(size) for name, size in manifest["files"].items()}
-        _check_files(path, sizes)
-        stored = {name: _stored(path, name, entry) for name, entry in manifest["model"].items()}
-        optimizer = _optimizer(path, manifest, stored)
-        model: dict[str, TensorRef] = {**stored, **_weights(path, manifest, stored)}
+        chunks = Chunks(path, manifest)
+        stored = {name: chunks.tensor(name, entry) for name, entry in manifest["model"].items()}
+        optimizer = _optimizer(chunks, manifest, stored)
+        model: dict[str, TensorRef] = {**stored, **_weights(chunks, manifest, stored)}
+        chunks.require_disjoint()
         progress = typed(manifest["progress"], f"{path / MANIFEST}: progress", CheckpointError, Progress)
         config = None if manifest["config"] is None else RunConfig.model_validate(manifest["config"])
-        versions = manifest["versions"]
-        details = {"versions": versions, "data_fingerprint": manifest["data_fingerprint"], "files": sorted(sizes)}
+        details = {name: manifest[name] for name in ("versions", "data_fingerprint")} | {"files": sorted(chunks.files)}
     except ValidationError as error:
         raise CheckpointError(f"{path / MANIFEST}: the config in it is not one of this version: {error}") from error
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path / MANIFEST} is malformed: {error!r}") from error
     progress, inherited = take_inherited(progress, manifest, config)
     return Checkpoint(str(path), "native", model, optimizer, progress, config, details=details, **inherited)
 
 
-def _check_files(path: Path, sizes: Mapping[str, int]) -> None:
-    for name, size in sizes.items():
-        file = inside(path, name)
-        if not file.is_file():
+class Chunks:
+    """The files of a step's folder as its manifest describes them, which is checked before anything is read."""
+
+    def __init__(self, folder: Path, manifest: Mapping) -> None:
+        """Raises CheckpointError for files that are missing or not as long as they were."""
+        self.folder, self.manifest = folder, folder / MANIFEST
+        self.block = manifest.get("block_bytes")  # None: an older manifest, with one checksum for each extent
+        self.files: dict[str, int] = {}  # name -> bytes
+        self.heads: dict[str, Extent | None] = {}
+        self.taken: dict[str, list[tuple[int, int, str]]] = {}  # by file: first and last byte of each tensor's part
+        for name, entry in manifest["files"].items():
+            plain = isinstance(entry, int)  # an older manifest
+            self.files[name] = size = _whole(entry if plain else entry["bytes"])
+            path = inside(folder, name)
+            _check_file(folder, name, size)
+            if not plain:
+                head = _whole(entry["head_bytes"])
+                self.heads[name] = Extent(path, 0, head, (entry["head_crc32"],), max(head, 1), "its header")
+                self.taken[name] = [(0, head, "the header")]
+
+    def tensor(self, name: str, entry: Mapping) -> TensorRef:
+        """A tensor of the manifest. Raises CheckpointError unless its extents are whole, in their files, and fit."""
+        shape, dtype = tuple(map(_whole, entry["shape"])), DTYPES[entry["dtype"]]
+        parts = [self._part(name, extent, shape, dtype) for extent in entry["extents"]]
+        return tiled(f"{self.manifest}: {name}", parts, shape, dtype)
+
+    def _part(self, name: str, entry: Mapping, whole: tuple[int, ...], dtype: str) -> Tile:
+        start = tuple(map(_whole, entry.get("start", (0,) * len(whole))))
+        shape = tuple(map(_whole, entry.get("shape", whole)))
+        file, offset, size = entry["file"], _whole(entry["offset"]), prod(shape) * ITEM_BYTES[dtype]
+        path = inside(self.folder, file)
+        if file not in self.files or offset + size > self.files[file]:
             raise CheckpointError(
-                f"{path} is incomplete: {name} is missing. Use another step, or copy the folder again."
+                f"{self.manifest}: {name} is to end at byte {offset + size} of {file}, which has "
+                f"{self.files.get(file, 'no place in it')}; refused"
             )
-        if (found := file.stat().st_size) != size:
-            raise CheckpointError(
-                f"{file} is truncated: {found} bytes, {size} were written. Use another step, or a copy."
-            )
+        if self.block is None:
+            sums, block = [entry["crc32"]] if size else [], max(size, 1)
+        else:
+            sums, block = entry["crc32"], max(_whole(self.block), 1)
+        if len(sums) != -(-size // block):
+            raise CheckpointError(f"{self.manifest}: {name} has {len(sums)} checksums for {size} bytes; refused")
+        sums = list(map(_whole, sums))
+        self.taken.setdefault(file, []).append((offset, offset + size, name))
+        extent = Extent(path, offset, size, sums, block, name, self.heads.get(file))
+        return Tile(start, FileTensor.of(extent, dtype, shape))
+
+    def require_disjoint(self) -> None:
+        """Raises CheckpointError where two tensors, or one and a file's header, are to lie in the same bytes."""
+        for file, taken in self.taken.items():
+            ordered = sorted(taken)
+            for (_, end, before), (start, _, name) in zip(ordered, ordered[1:], strict=False):
+                if start < end:
+                    raise CheckpointError(f"{self.manifest}: {name} is to lie in bytes of {before} in {file}; refused")
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} where a whole number is expected")
+    return value
+
+
+def _check_file(path: Path, name: str, size: int) -> None:
+    file = inside(path, name)
+    if not file.is_file():
+        raise CheckpointError(f"{path} is incomplete: {name} is missing. Use another step, or copy the folder again.")
+    if (found := file.stat().st_size) != size:
+        raise CheckpointError(f"{file} is truncated: {found} bytes, {size} were written. Use another step, or a copy.")
 
 
 def _read_manifest(path: Path) -> dict:
@@ -314,44 +404,30 @@ def _read_manifest(path: Path) -> dict:
         raise CheckpointError(
             f"{file} is damaged: its content does not have the checksum {written} in it. Use another step."
         )
-    if manifest.get("version") != VERSION:
+    if manifest.get("version") not in VERSIONS:
         raise CheckpointError(
-            f"{file} has version {manifest.get('version')}, this program reads {VERSION}; update castalia"
+            f"{file} has version {manifest.get('version')}, this program reads {' and '.join(map(str, VERSIONS))}; "
+            "update castalia"
         )
     return manifest
 
 
-def _stored(path: Path, name: str, entry: Mapping) -> StoredTensor:
-    shape = tuple(entry["shape"])
-    extents = tuple(
-        Extent(
-            inside(path, extent["file"]),
-            extent["offset"],
-            tuple(extent.get("start", (0,) * len(shape))),
-            tuple(extent.get("shape", shape)),
-            extent["crc32"],
-        )
-        for extent in entry["extents"]
-    )
-    return StoredTensor(name, shape, DTYPES[entry["dtype"]], extents)
-
-
-def _optimizer(path: Path, manifest: Mapping, model: Mapping[str, StoredTensor]) -> dict[str, AdamState] | None:
+def _optimizer(chunks: Chunks, manifest: Mapping, model: Mapping[str, TensorRef]) -> dict[str, AdamState] | None:
     """The state of AdamW, or what another optimizer remembers in place of its two moments."""
     if manifest["optimizer_steps"] is None:
         return None
     states: dict = {name: {"master": model[name], "step": step} for name, step in manifest["optimizer_steps"].items()}
     for key, entry in manifest["optimizer"].items():
         name, _, kind = key.rpartition(".")
-        states[name][kind] = _stored(path, key, entry)
+        states[name][kind] = chunks.tensor(key, entry)
     return states
 
 
-def _weights(path: Path, manifest: Mapping, masters: Mapping[str, StoredTensor]) -> Mapping[str, TensorRef]:
+def _weights(chunks: Chunks, manifest: Mapping, masters: Mapping[str, TensorRef]) -> Mapping[str, TensorRef]:
     """Converted checkpoints: 16-bit weights that are the masters rounded, or stored beside them where they are not."""
     rounded = manifest.get("rounded_weights", {})
     beside = manifest.get("weights", {})
-    stored = {name: _stored(path, name, entry) for name, entry in beside.items()}
+    stored = {name: chunks.tensor(name, entry) for name, entry in beside.items()}
     return stored | {
         name: Cast(masters[name], DTYPES[dtype])
         for name, dtype in rounded.items()
@@ -365,7 +441,7 @@ def describe(progress: Progress, config: RunConfig | None, data_fingerprint: str
 
     versions = {"castalia": castalia.__version__, "torch": torch.__version__, "python": platform.python_version()}
     return {
-        "version": VERSION,
+        "version": VERSIONS[-1],
         "progress": asdict(progress),
         "config": None if config is None else config.model_dump(mode="json"),
         "data_fingerprint": data_fingerprint,

@@ -10,21 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from castalia.checkpoint.formats.native import describe, write_manifest
-from castalia.checkpoint.stored import DTYPE_CODES
-from castalia.checkpoint.tensors import Checkpoint, TensorRef
+from castalia.checkpoint.formats.native import describe, write_chunk, write_manifest
+from castalia.checkpoint.tensors import Checkpoint
 from castalia.checkpoint.tokenizer_files import FOLDER, our_tokenizer
-from castalia.checkpoint.writing import (
-    Advance,
-    Output,
-    Plan,
-    Watched,
-    WriteOptions,
-    num_bytes,
-    shards,
-    write_tensors,
-)
+from castalia.checkpoint.writing import Output, Plan, WriteOptions, shards
 from castalia.config.schema import Tokenizer
+from castalia.storage.safetensors import DTYPE_CODES, Advance
+from castalia.storage.tensor import TensorRef, Watched
 
 
 def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
@@ -62,7 +54,8 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         entries = [results[part.name]["entries"] for part in parts]
         if others := [name for part in parts for name in results[part.name]["not_rounded"]]:
             weights = {name: checkpoint.model[name] for name in others}
-            entries.append(_write(folder / "weights-00000.safetensors", "weights", weights, lambda count: None))
+            file = "weights-00000.safetensors"
+            entries.append({"weights": write_chunk(folder / file, file, weights, lambda count: None)})
         write_manifest(folder, about, entries)
 
     return Plan((*parts, *tokenizer), notes, finish)
@@ -72,24 +65,8 @@ def _part(kind: str, rank: int, tensors: Mapping[str, TensorRef]) -> Output:
     name = f"{kind}-{rank:05d}.safetensors"
 
     def write(path: Path, advance: Advance) -> dict:
-        entries = _write(path, kind, tensors, advance, name)
+        entries = {kind: write_chunk(path, name, tensors, advance)}
         others = [name for name, ref in tensors.items() if isinstance(ref, Watched) and not ref.rounds]
         return {"entries": entries, "not_rounded": others}
 
-    return Output(name, sum(map(num_bytes, tensors.values())), write, tuple(tensors.values()))
-
-
-def _write(
-    path: Path, kind: str, tensors: Mapping[str, TensorRef], advance: Advance, file: str | None = None
-) -> dict[str, dict]:
-    """Write a file and return what the manifest says of it. `file`: its name in the end."""
-    found = write_tensors(path, tensors, advance)
-    entries = {
-        name: {
-            "shape": list(ref.shape),
-            "dtype": DTYPE_CODES[ref.dtype_name],
-            "extents": [{"file": file or path.name, "offset": found[name][0], "crc32": found[name][1]}],
-        }
-        for name, ref in tensors.items()
-    }
-    return {kind: entries}
+    return Output(name, sum(ref.num_bytes for ref in tensors.values()), write, tuple(tensors.values()))

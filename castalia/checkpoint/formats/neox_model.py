@@ -9,9 +9,9 @@ from typing import Any
 
 from castalia.checkpoint.formats.deepspeed import Folder, global_name, layer_file, refuse_missing
 from castalia.checkpoint.formats.neox_rules import NORM_PARAMETERS, Names
-from castalia.checkpoint.tensors import TensorRef
 from castalia.config.schema import Model
 from castalia.errors import CheckpointError
+from castalia.storage.tensor import TensorRef
 
 Held = Mapping[str, Sequence[TensorRef]]  # position.name -> the tensor on each tensor rank
 # What a config cannot be wrong about without being another model's; the rest is taken from the tensors in silence.

@@ -32,17 +32,17 @@ from castalia.checkpoint.formats.neox_settings import (
     next_rate,
     schedule,
 )
-from castalia.checkpoint.lazy import Held, Padded
 from castalia.checkpoint.original import micro_batches_note, with_micro_batches
-from castalia.checkpoint.pt_writer import Named, Size, pt_output
 from castalia.checkpoint.rules import Role, Rule, to_theirs
-from castalia.checkpoint.tensors import Checkpoint, TensorRef
+from castalia.checkpoint.tensors import Checkpoint
 from castalia.checkpoint.tokenizer_files import our_tokenizer, written_tokenizer
-from castalia.checkpoint.writing import Plan, WriteOptions, bytes_output
+from castalia.checkpoint.writing import Plan, WriteOptions, bytes_output, pt_output
 from castalia.config.neox_write import TOKENIZER_TYPES
 from castalia.config.read import to_yaml
 from castalia.config.schema import Model
 from castalia.model.positions import alibi_slopes
+from castalia.storage.pt_writer import Named, Size
+from castalia.storage.tensor import Held, Padded, TensorRef
 
 VOCABULARY = ("embed.weight", "head.weight")
 

@@ -19,12 +19,12 @@ from castalia.checkpoint.adapters import adapters_of
 from castalia.checkpoint.describe import tokenizer_settings
 from castalia.checkpoint.formats import huggingface, open_checkpoint
 from castalia.checkpoint.formats.huggingface import FAMILIES, Family, has_weights, open_file, read_table, table
-from castalia.checkpoint.lazy import Held, Zeros
 from castalia.checkpoint.rules import Chain, Op, Same, Transpose
-from castalia.checkpoint.tensors import Checkpoint, TensorRef
+from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.schema import Lora, Model, Tokenizer
 from castalia.errors import CheckpointError
 from castalia.reading import expression, fits, keys, typed
+from castalia.storage.tensor import Held, TensorRef, Zeros
 
 if TYPE_CHECKING:
     from torch import Tensor

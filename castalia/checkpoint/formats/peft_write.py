@@ -9,11 +9,11 @@ from castalia.checkpoint.adapters import adapters_of
 from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.formats.huggingface import FAMILIES
 from castalia.checkpoint.formats.peft import CONFIG, WEIGHT_FILES, Matrix, hf_family, matrices, vocabulary_modules
-from castalia.checkpoint.lazy import Cast
-from castalia.checkpoint.tensors import Checkpoint, TensorRef
+from castalia.checkpoint.tensors import Checkpoint
 from castalia.checkpoint.writing import Plan, WriteOptions, json_output, tensors_output
 from castalia.config.schema import is_adapter
 from castalia.errors import CheckpointError
+from castalia.storage.tensor import Cast, TensorRef
 
 
 def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:

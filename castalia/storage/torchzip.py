@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
-from castalia.checkpoint.checksum import crc32
-from castalia.checkpoint.writing import slices_of
+from castalia.storage.checksum import crc32
+from castalia.storage.safetensors import SLICE_BYTES
 
 ALIGNMENT = 64
 IN_64_BITS = 0xFFFFFFFF  # stands where 32 bits do not hold a number
@@ -39,7 +39,8 @@ class StoredZip:
         self.file.seek(start + LOCAL.size + len(encoded) + len(extra))
         crc = done = 0
         for piece in pieces:
-            for part in slices_of(piece):
+            for at in range(0, len(piece), SLICE_BYTES):
+                part = piece[at : at + SLICE_BYTES]
                 self.file.write(part)
                 crc = crc32(part, crc)
             done += len(piece)

@@ -12,16 +12,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from castalia.checkpoint.container import row_major
-from castalia.checkpoint.stored import as_bytes
-from castalia.checkpoint.stored_zip import StoredZip
-from castalia.checkpoint.tensors import TensorRef, Typed
-from castalia.checkpoint.unpickle import STORAGE_DTYPES
-from castalia.checkpoint.writing import Advance, Output, num_bytes, pieces
+from castalia.storage.extent import row_major
+from castalia.storage.safetensors import Advance
+from castalia.storage.tensor import TensorRef, as_bytes
+from castalia.storage.torchzip import StoredZip
+from castalia.storage.unpickle import STORAGE_DTYPES
 
 STORAGES = {dtype: name for name, dtype in STORAGE_DTYPES.items() if name != "Untyped"}
 
@@ -43,27 +42,32 @@ class Instance:
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
-def pt_output(name: str, value: Any) -> Output:
-    """A file of `torch.save`."""
-    pickler = _Pickler(value)
-    size = sum(map(num_bytes, pickler.tensors))
-    return Output(name, size, lambda path, advance: _write(path, Path(name).stem, pickler, advance), pickler.tensors)
+class PtFile:
+    """A file as `torch.save` writes it, that is to be: its value is pickled already, its tensors are not read yet."""
 
+    def __init__(self, value: Any) -> None:
+        self._pickler = _Pickler(value)
+        self.tensors = self._pickler.tensors
 
-def _write(path: Path, title: str, pickler: _Pickler, advance: Advance) -> None:
-    """Write the file. `title`: the folder inside the archive, by custom the file's name without ending."""
-    with open(path, "wb") as file:
-        archive = StoredZip(file)
+    @property
+    def num_bytes(self) -> int:
+        """Of the tensors."""
+        return sum(ref.num_bytes for ref in self.tensors)
 
-        def add_small(name: str, content: bytes) -> None:
-            archive.add(f"{title}/{name}", len(content), [memoryview(content)], lambda count: None)
+    def write(self, path: Path, title: str, advance: Advance) -> None:
+        """`title`: the folder inside the archive, by custom the file's name without ending."""
+        with open(path, "wb") as file:
+            archive = StoredZip(file)
 
-        add_small("data.pkl", pickler.content)
-        add_small("byteorder", b"little")
-        for key, ref in enumerate(pickler.tensors):
-            archive.add(f"{title}/data/{key}", num_bytes(ref), map(as_bytes, pieces(ref)), advance)
-        add_small("version", b"3\n")
-        archive.finish()
+            def add_small(name: str, content: bytes) -> None:
+                archive.add(f"{title}/{name}", len(content), [memoryview(content)], lambda count: None)
+
+            add_small("data.pkl", self._pickler.content)
+            add_small("byteorder", b"little")
+            for key, ref in enumerate(self.tensors):
+                archive.add(f"{title}/data/{key}", ref.num_bytes, map(as_bytes, ref.pieces()), advance)
+            add_small("version", b"3\n")
+            archive.finish()
 
 
 class _Pickler:
@@ -108,8 +112,8 @@ class _Pickler:
             self._tuple(value)
         elif kind is Instance:
             self._instance(value)
-        elif isinstance(value, Typed):
-            self._tensor(cast(TensorRef, value))
+        elif isinstance(value, TensorRef):
+            self._tensor(value)
         else:
             raise TypeError(f"a {kind.__name__} cannot be written")
 

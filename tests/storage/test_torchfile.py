@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from castalia.checkpoint.container import FileTensor, open_pt
 from castalia.errors import CheckpointError
+from castalia.storage.extent import FileTensor
+from castalia.storage.torchfile import open_pt
 
 LEGACY = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 
@@ -73,11 +74,13 @@ def test_what_was_read_can_be_changed(tmp_path):
 @LEGACY
 def test_opening_maps_no_tensor(zipped, tmp_path, monkeypatch):
     path = save({"big": torch.zeros(1 << 18), "small": torch.ones(2)}, tmp_path / "a.pt", zipped)
-    import castalia.checkpoint.container as container
+    import castalia.storage.torchfile as container
 
     mapped = []
-    real = container.Blob.map
-    monkeypatch.setattr(container.Blob, "map", lambda blob: mapped.append(blob.size) or real(blob))
+    real = container.Extent.map
+    monkeypatch.setattr(
+        container.Extent, "map", lambda extent, *part: mapped.append(extent.size) or real(extent, *part)
+    )
     found = open_pt(path)
     assert sum(mapped) < 4000
     found["small"].read()
@@ -110,7 +113,7 @@ def flip(path: Path, offset: int) -> None:
 
 def test_flipped_bits_are_found_even_by_partial_reads(tmp_path):
     path = save({"a": torch.zeros(1000)}, tmp_path / "a.pt")
-    flip(path, open_pt(path)["a"].blob.offset + 3999)
+    flip(path, open_pt(path)["a"].extent.offset + 3999)
     with pytest.raises(CheckpointError, match="checksum"):
         open_pt(path)["a"].read([slice(0, 2)])
     path = save({"a": torch.zeros(1000)}, tmp_path / "b.pt")

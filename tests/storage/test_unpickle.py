@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from castalia.checkpoint.unpickle import Inert, unpickle
 from castalia.errors import CheckpointError
+from castalia.storage.unpickle import Inert, unpickle
 
 
 def load(data: bytes):

@@ -11,12 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from castalia.checkpoint import stored_zip
-from castalia.checkpoint.container import FileTensor, open_pt
-from castalia.checkpoint.lazy import Flattened, Held
-from castalia.checkpoint.pt_writer import Instance, Named, Size, pt_output
-from castalia.checkpoint.unpickle import Inert
+from castalia.checkpoint.writing import pt_output
 from castalia.errors import CheckpointError
+from castalia.storage import torchzip
+from castalia.storage.extent import FileTensor
+from castalia.storage.pt_writer import Instance, Named, Size
+from castalia.storage.tensor import Flattened, Held
+from castalia.storage.torchfile import open_pt
+from castalia.storage.unpickle import Inert
 
 TENSORS = {
     "matrix": torch.arange(15.0).view(3, 5), "half": torch.tensor([1.5, -0.0], dtype=torch.float16),
@@ -50,20 +52,20 @@ def test_torch_opens_plain_values(tmp_path: Path) -> None:
             assert tensors[name].dtype == tensor.dtype and torch.equal(tensors[name], tensor)
 
 
-@pytest.mark.parametrize("wide", [stored_zip.WIDE, 20])
+@pytest.mark.parametrize("wide", [torchzip.WIDE, 20])
 def test_members_are_aligned_and_checked(wide: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also as files beyond 4 GB have it: with 64-bit sizes and offsets."""
-    monkeypatch.setattr(stored_zip, "WIDE", wide)
+    monkeypatch.setattr(torchzip, "WIDE", wide)
     path = tmp_path / "a.pt"
     write(path, {name: Held(tensor) for name, tensor in TENSORS.items()})
     assert zipfile.ZipFile(path).testzip() is None
     assert torch.load(path, weights_only=True)["matrix"].sum() == 105
     opened = open_pt(path)
     for name, ref in opened.items():
-        assert isinstance(ref, FileTensor) and ref.blob.offset % stored_zip.ALIGNMENT == 0
+        assert isinstance(ref, FileTensor) and ref.extent.offset % torchzip.ALIGNMENT == 0
         assert torch.equal(ref.read(), TENSORS[name])
     data = bytearray(path.read_bytes())
-    data[opened["matrix"].blob.offset] ^= 1
+    data[opened["matrix"].extent.offset] ^= 1
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match="checksum"):
         open_pt(path)["matrix"].read()

@@ -1,0 +1,350 @@
+"""The one reader of tensors' bytes: whatever part of a file is asked for, the checksums that cover it are verified.
+
+Zip members have one checksum, our own files one for each block, safetensors none (see `docs/reliability.md`). Where a
+checksum covers more than is asked for, all of that is read, once, before any of it is given out; what is read from
+beginning to end within `verifying` is verified on the way.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from threading import RLock
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from castalia.errors import CheckpointError
+from castalia.storage.checksum import BLOCK_BYTES, crc32
+from castalia.storage.tensor import (
+    ITEM_BYTES,
+    Box,
+    Leaf,
+    Run,
+    TensorRef,
+    Zeros,
+    as_bytes,
+    as_integers,
+    as_slices,
+    join,
+    leaves,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+_File = int  # a descriptor
+READ_BYTES = 1 << 20  # at once: their checksum is computed while they are in the processor's cache
+ROWS_BYTES = 4 << 20  # of whole rows that are read for the sake of some columns
+
+
+@dataclass
+class Extent:
+    """Consecutive bytes of a file and the checksums that were written with them."""
+
+    path: Path
+    offset: int  # of the first byte in the file
+    size: int
+    sums: Sequence[int] = ()  # CRC-32 of each block, in order; none: the format has no checksums
+    block: int = BLOCK_BYTES  # bytes that a checksum covers; the last one covers what is left
+    name: str = field(default="", compare=False)  # of the tensor, for errors
+    head: Extent | None = field(default=None, compare=False, repr=False)  # of the same file; verified before all others
+    deferred: bool = field(default=False, compare=False, repr=False)  # see `verifying`
+    verified: set[int] = field(default_factory=set, compare=False, repr=False)  # numbers of blocks
+    seen: int = field(default=0, compare=False, repr=False)  # where reading on in the block that is begun is expected
+    seen_crc32: int = field(default=0, compare=False, repr=False)  # of that block up to there
+    lock: RLock = field(default_factory=RLock, compare=False, repr=False)
+
+    def read(self, start: int, out: memoryview) -> None:
+        """Fill `out` with the bytes from `start` on.
+
+        Raises CheckpointError when the file is gone, shorter now, or damaged in one of the blocks in question.
+        """
+        stop = start + len(out)
+        if self.head:
+            self.head.verify()
+        with self._open() as file:
+            if not self.sums:
+                self._read(file, start, out)
+                return
+            for first in range(start - start % self.block, stop, self.block):
+                last = min(first + self.block, self.size)
+                begin, end = max(first, start), min(last, stop)
+                self._read_in_block(file, first, last, begin, out[begin - start : end - start])
+
+    def verify(self, start: int = 0, stop: int | None = None) -> None:
+        """Read the blocks that these bytes lie in, unless they are known to be good. Errors as for `read`."""
+        if self.head:
+            self.head.verify()
+        if not self.sums:
+            return
+        stop = self.size if stop is None else stop
+        numbers = range(start // self.block, -(-stop // self.block))
+        if not self.verified.issuperset(numbers):
+            with self._open() as file:
+                for number in numbers:
+                    self._verify(file, number)
+
+    def map(self, start: int, stop: int) -> np.ndarray:
+        """These bytes, verified. Errors as for `read`."""
+        if start == stop:
+            return np.empty(0, np.uint8)
+        self.verify(start, stop)
+        with self._open() as file:
+            if os.fstat(file).st_size < self.offset + stop:
+                raise self._truncated(file)
+        return np.memmap(self.path, np.uint8, "r", self.offset + start, (stop - start,))
+
+    def finish(self) -> None:
+        """Verify the rest of the block of which only a part was read. Errors as for `read`."""
+        if self.sums and self.seen % self.block:
+            self.verify(self.seen, self.seen + 1)
+
+    def _read_in_block(self, file: _File, first: int, last: int, begin: int, out: memoryview) -> None:
+        """Bytes that lie in the block from `first` to `last`."""
+        end, number = begin + len(out), first // self.block
+        if number in self.verified:
+            self._read(file, begin, out)
+        elif (begin, end) == (first, last):
+            self._check(number, self._read(file, begin, out, 0))
+        elif self.deferred and self._goes_on(first, last, begin):
+            crc = self._read(file, begin, out, self.seen_crc32 if begin > first else 0)
+            with self.lock:
+                if self.seen == begin:  # else another thread read the same, or verified the block
+                    self.seen, self.seen_crc32 = end, crc
+                    if end == last:
+                        self._check(number, crc)
+        else:
+            if not (self.deferred and first < end <= self.seen <= last):  # what was seen before, and is verified yet
+                self._verify(file, number)
+            self._read(file, begin, out)
+
+    def _goes_on(self, first: int, last: int, begin: int) -> bool:
+        """Whether reading from `begin` on continues what was read of this block, or begins with it."""
+        with self.lock:
+            if begin == first and not first < self.seen <= last:
+                self.finish()
+                self.seen = first
+            return self.seen == begin
+
+    def _verify(self, file: _File, number: int) -> None:
+        with self.lock:
+            if number in self.verified:
+                return
+            first = number * self.block
+            last = min(first + self.block, self.size)
+            at, crc = (self.seen, self.seen_crc32) if first < self.seen < last else (first, 0)
+            buffer = memoryview(bytearray(min(READ_BYTES, last - at)))
+            while at < last:
+                data = buffer[: last - at]
+                crc = self._read(file, at, data, crc)
+                at += len(data)
+            self._check(number, crc)
+
+    def _check(self, number: int, crc: int) -> None:
+        if crc != self.sums[number]:
+            first = self.offset + number * self.block
+            last = min(first + self.block, self.offset + self.size)
+            raise CheckpointError(
+                f"{self._named()} is damaged: bytes {first} to {last} have checksum {crc:08x}, "
+                f"{self.sums[number]:08x} was written. Use another step, or a copy of this file."
+            )
+        self.verified.add(number)
+
+    def _read(self, file: _File, start: int, out: memoryview, crc: int | None = None) -> int:
+        """Fill `out`, and return the checksum that began with `crc`, if it is wanted."""
+        done, total = 0, crc or 0
+        while done < len(out):
+            try:
+                count = os.preadv(file, [out[done : done + READ_BYTES]], self.offset + start + done)
+            except OSError as error:
+                raise self._unreadable(error) from error
+            if not count:
+                raise self._truncated(file)
+            if crc is not None:
+                total = crc32(out[done : done + count], total)
+            done += count
+        return total
+
+    @contextmanager
+    def _open(self) -> Iterator[_File]:
+        try:
+            file = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise self._unreadable(error) from error
+        try:
+            yield file
+        finally:
+            os.close(file)
+
+    def _named(self) -> str:
+        return f"{self.name}: {self.path}" if self.name else str(self.path)
+
+    def _unreadable(self, error: OSError) -> CheckpointError:
+        prefix = f"{self.name}: " if self.name else ""
+        return CheckpointError(f"{prefix}cannot read {self.path}: {error.strerror}")
+
+    def _truncated(self, file: _File) -> CheckpointError:
+        return CheckpointError(
+            f"{self._named()} is truncated: {os.fstat(file).st_size} bytes, but this tensor ends at byte "
+            f"{self.offset + self.size}. Use another step, or a copy of this file."
+        )
+
+
+@dataclass(frozen=True)
+class FileTensor(Leaf):
+    """A tensor in a file: a view of an extent, which may be larger. Offset and strides count elements."""
+
+    extent: Extent
+    dtype_name: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int = 0
+
+    @classmethod
+    def of(cls, extent: Extent, dtype_name: str, shape: tuple[int, ...]) -> FileTensor:
+        """All of the extent, in row-major order."""
+        return cls(extent, dtype_name, shape, row_major(shape))
+
+    @property
+    def in_order(self) -> bool:
+        return self.stride == row_major(self.shape)
+
+    def runs(self) -> list[Run]:
+        start = self.extent.offset + self.offset * ITEM_BYTES[self.dtype_name]
+        return [Run(self.extent.path, start, prod(self.shape), self.dtype_name, prod(self.shape[1:]))]
+
+    def _fill(self, box: Box, out: torch.Tensor) -> None:
+        if not out.numel():
+            return
+        if self.in_order:
+            self._fill_from(self.offset, self.shape, box, out)
+            return
+        size = ITEM_BYTES[self.dtype_name]
+        first = self.offset + sum(start * step for (start, _), step in zip(box, self.stride, strict=True))
+        last = self.offset + sum((stop - 1) * step for (_, stop), step in zip(box, self.stride, strict=True))
+        integers, data = as_integers(out), self.extent.map(first * size, (last + 1) * size)
+        strides = [step * size for step in self.stride]
+        np.copyto(integers, np.ndarray(tuple(out.shape), integers.dtype, data, strides=strides))
+
+    def _fill_from(self, offset: int, shape: tuple[int, ...], box: Box, out: torch.Tensor) -> None:
+        """The box of a tensor of this shape that begins at an element of the extent."""
+        import torch
+
+        size = ITEM_BYTES[self.dtype_name]
+        row = prod(shape[1:])
+        if _is_one_run(box, shape):
+            strides = row_major(shape)
+            first = offset + sum(start * step for (start, _), step in zip(box, strides, strict=True))
+            buffer = out if out.is_contiguous() else torch.empty(out.shape, dtype=self.dtype)
+            self.extent.read(first * size, as_bytes(buffer))
+            if buffer is not out:
+                out.copy_(buffer)
+        elif row * size >= ROWS_BYTES:
+            for index in range(*box[0]):
+                self._fill_from(offset + index * row, shape[1:], box[1:], out[index - box[0][0]])
+        else:
+            step = ROWS_BYTES // (row * size)
+            columns = as_slices(box[1:])
+            for start in range(*box[0], step):
+                count = min(step, box[0][1] - start)
+                rows = torch.empty((count, *shape[1:]), dtype=self.dtype)
+                self.extent.read((offset + start * row) * size, as_bytes(rows))
+                out[start - box[0][0] :][:count] = rows[(slice(None), *columns)]
+
+
+def row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a contiguous tensor."""
+    return tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
+
+
+def _is_one_run(box: Box, shape: tuple[int, ...]) -> bool:
+    """Whether a part's elements are consecutive: single indices, then one range, then whole dimensions."""
+    lengths = [stop - start for start, stop in box]
+    partial = [dim for dim, (length, size) in enumerate(zip(lengths, shape, strict=True)) if length != size]
+    return not partial or all(length == 1 for length in lengths[: partial[-1]])
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A rectangular part of a tensor, and where it begins in it."""
+
+    start: tuple[int, ...]
+    part: TensorRef
+
+
+def tiled(name: str, tiles: Sequence[Tile], shape: tuple[int, ...], dtype_name: str) -> TensorRef:
+    """The tensor that parts make together. Raises CheckpointError unless they cover it once.
+
+    They must be those of a tensor that was cut in two along a dimension, and so were the halves, as often as you like.
+    """
+    filled = [tile for tile in tiles if prod(tile.part.shape)]
+    if not filled and not prod(shape):
+        return Zeros(shape, dtype_name)
+
+    def joined(some: list[Tile], start: tuple[int, ...], stop: tuple[int, ...]) -> TensorRef:
+        if len(some) == 1 and some[0].start == start and _ends(some[0]) == stop:
+            return some[0].part
+        for dim in range(len(shape)):
+            groups: list[list[Tile]] = []
+            end = 0
+            for tile in sorted(some, key=lambda tile: tile.start[dim]):
+                if not groups or tile.start[dim] >= end:
+                    groups.append([])
+                groups[-1].append(tile)
+                end = max(end, _ends(tile)[dim])
+            if len(groups) > 1:
+                cuts = [start[dim], *(group[0].start[dim] for group in groups[1:]), stop[dim]]
+                ends = zip(groups, cuts, cuts[1:], strict=False)
+                return join([joined(g, _put(start, dim, a), _put(stop, dim, b)) for g, a, b in ends], dim)
+        covered = sum(prod(tile.part.shape) for tile in tiles)
+        raise CheckpointError(
+            f"{name}: its {len(tiles)} parts, which hold {covered} elements, do not make up a tensor of shape "
+            f"{list(shape)}, which has {prod(shape)}"
+        )
+
+    if any(len(tile.start) != len(shape) or len(tile.part.shape) != len(shape) for tile in filled):
+        raise CheckpointError(f"{name}: a part of it has another number of dimensions than shape {list(shape)}")
+    return joined(filled, (0,) * len(shape), shape)
+
+
+def _ends(tile: Tile) -> tuple[int, ...]:
+    return tuple(start + size for start, size in zip(tile.start, tile.part.shape, strict=True))
+
+
+def _put(numbers: tuple[int, ...], dim: int, number: int) -> tuple[int, ...]:
+    return (*numbers[:dim], number, *numbers[dim + 1 :])
+
+
+@contextmanager
+def verifying(tensors: Iterable[TensorRef]) -> Iterator[None]:
+    """Within this, checksums of what is read for these tensors are computed on the way; at its end all are verified.
+
+    Nothing that was made of the tensors counts as good before that. Raises CheckpointError for damage.
+    """
+    extents = extents_of(tensors)
+    for extent in extents:
+        extent.deferred = True
+    try:
+        yield
+        for extent in extents:
+            extent.finish()
+    finally:
+        for extent in extents:
+            extent.deferred = False
+
+
+def verify(tensors: Iterable[TensorRef]) -> None:
+    """Read what was not read yet of these tensors. Raises CheckpointError for damage."""
+    for extent in extents_of(tensors):
+        extent.verify()
+
+
+def extents_of(tensors: Iterable[TensorRef]) -> list[Extent]:
+    """What is read for these tensors in the end, each once."""
+    found = (leaf.extent for leaf in leaves(tensors) if isinstance(leaf, FileTensor))
+    return list({id(extent): extent for extent in found}.values())
