@@ -13,6 +13,7 @@ import stat
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 
@@ -52,8 +53,7 @@ def cached(
     home = near if _writable(near) else _fallback(near)
     stems = [folder / name for folder in dict.fromkeys((home, near)) for name in names]
     for stem in stems:
-        fits = _fingerprint_file(stem).is_file() and _fingerprint_file(stem).read_text().strip() == fingerprint
-        if fits and (arrays := _load(stem, parts)) is not None:
+        if (arrays := _load_known(stem, parts, fingerprint)) is not None:
             return arrays
     built = build()
     for stem in stems:
@@ -62,7 +62,7 @@ def cached(
             continue
         if all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in zip(found, built, strict=True)):
             if stem.parent == home:
-                write_text(_fingerprint_file(stem), f"{fingerprint}\n")
+                _write_fingerprint(stem, fingerprint, built)
                 return found
         else:
             log.warning("index files %s_*.npy are of other data or another split: built anew", stem)
@@ -73,7 +73,7 @@ def cached(
     for part, array in zip(parts, built, strict=True):
         with appearing(home / f"{names[0]}_{part}.npy") as file:
             np.save(file, array)
-    write_text(_fingerprint_file(home / names[0]), f"{fingerprint}\n")
+    _write_fingerprint(home / names[0], fingerprint, built)
     return _load(home / names[0], parts) or built
 
 
@@ -86,12 +86,36 @@ def _fingerprint_file(stem: Path) -> Path:
     return stem.with_name(f"{stem.name}_fingerprint.txt")
 
 
+def _write_fingerprint(stem: Path, fingerprint: str, arrays: Arrays) -> None:
+    """Of what the arrays were made from, and of the arrays themselves."""
+    write_text(_fingerprint_file(stem), f"{fingerprint}\n{_content(arrays)}\n")
+
+
+def _content(arrays: Arrays) -> str:
+    return digest_of(*(value for array in arrays for value in (str(array.dtype), array.shape, array)))
+
+
+def _load_known(stem: Path, parts: tuple[str, ...], fingerprint: str) -> Arrays | None:
+    """Files that were made from the same, and are as they were written. A line says so if they are not."""
+    try:
+        known = _fingerprint_file(stem).read_bytes().decode("ascii", "replace").split("\n")
+    except OSError:
+        return None
+    if known[0] != fingerprint or len(known) < 3:  # of other data; or an older release's, without the second line
+        return None
+    arrays = _load(stem, parts)
+    if arrays is None or _content(arrays) != known[1]:
+        log.warning("index files %s_*.npy are damaged: built anew", stem)
+        return None
+    return arrays
+
+
 def _load(stem: Path, parts: tuple[str, ...]) -> Arrays | None:
     """None if a file is missing or is no array."""
     try:
-        return tuple(np.asarray(np.load(f"{stem}_{part}.npy", mmap_mode="r")) for part in parts)
-    except (FileNotFoundError, ValueError, EOFError):
-        return None
+        return tuple(np.asarray(np.lib.format.open_memmap(f"{stem}_{part}.npy", mode="r")) for part in parts)
+    except (OSError, ValueError, TypeError, OverflowError, SyntaxError, TokenError, RecursionError, MemoryError):
+        return None  # whatever a strange header leads to
 
 
 def _writable(folder: Path) -> bool:

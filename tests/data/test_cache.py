@@ -55,10 +55,28 @@ def test_files_of_another_split_are_noticed(folder: Path, caplog: pytest.LogCapt
     assert np.array_equal(np.load(folder / f"{STEM}_doc_idx.npy"), other.documents)
 
 
-def test_damaged_files_are_built_anew(folder: Path) -> None:
+def test_damaged_files_are_built_anew(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     expected = np.array(open_data(run(folder)).corpora[0].index.order)
-    (folder / f"{STEM}_shuffle_idx.npy").write_bytes(b"\x93NUMPY")
-    assert np.array_equal(open_data(run(folder)).corpora[0].index.order, expected)
+    file = folder / f"{STEM}_shuffle_idx.npy"
+    good = file.read_bytes()
+    bombs = (b"", b"\x93NUMPY", b"PK\3\4", good[:-1], good[:10] + b"(" * 100 + good[110:])
+    flipped = [good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :] for at in (3, 60, 150, len(good) - 1)]
+    for content in (*bombs, *flipped):
+        caplog.clear()
+        file.write_bytes(content)
+        assert np.array_equal(open_data(run(folder)).corpora[0].index.order, expected)
+        assert "are damaged: built anew" in caplog.text
+        assert file.read_bytes() == good
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\n\n", None], ids=repr)
+def test_fingerprints_that_do_not_tell_are_written_again(folder: Path, content: bytes | None) -> None:
+    open_data(run(folder))
+    file = folder / f"{STEM}_fingerprint.txt"
+    good = file.read_bytes()
+    file.write_bytes(good.split(b"\n")[0] + b"\n" if content is None else content)  # None: an older release's
+    open_data(run(folder))
+    assert file.read_bytes() == good
 
 
 def test_a_folder_of_ones_own(folder: Path, tmp_path: Path) -> None:
