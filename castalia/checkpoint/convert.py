@@ -21,7 +21,7 @@ from typing import IO, Any
 
 import torch
 
-from castalia.checkpoint.formats import find_steps
+from castalia.checkpoint.formats import detect, find_steps
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.checkpoint.writing import Output, Plan, WriteOptions
 from castalia.errors import CheckpointError
@@ -111,13 +111,18 @@ def identity(checkpoint: Checkpoint, options: WriteOptions, plan: Plan) -> str:
 def check_destination(source: Path, target: Path, force: bool) -> None:
     """Raises CheckpointError if something is in the way, or lies so that it would be destroyed."""
     source, resolved = source.resolve(), target.resolve()
+    if target.is_file():
+        raise CheckpointError(f"{target} is a file, not a folder; name a folder that is not there yet")
     (resolved / JOURNAL).unlink(missing_ok=True)  # of a conversion that was killed once the folder had its name
     if resolved == source or resolved in source.parents or source in resolved.parents:
         raise CheckpointError(f"{target}: a checkpoint cannot be converted into its own folder, nor around it")
     if target.exists() and not force:
         raise CheckpointError(f"{target} exists already; name another folder, or replace it with --force")
-    if target.is_file():
-        raise CheckpointError(f"{target} is a file, not a folder")
+    if target.exists() and any(target.iterdir()) and detect(target) is None and not (target / LATEST).is_file():
+        raise CheckpointError(
+            f"{target} holds {', '.join(sorted(path.name for path in target.iterdir())[:4])}, which is no checkpoint; "
+            "--force replaces checkpoints alone: name another folder, or move this one away"
+        )
 
 
 def write(

@@ -61,7 +61,10 @@ def _vocabulary(checkpoint: Checkpoint, given: str | None) -> tuple[int | None, 
     if given and not Path(given).exists():
         raise DataError(f"--tokenizer {given}: there is no such file or folder")
     settings = Tokenizer(path=given) if given else tokenizer_settings(checkpoint)
-    return tokenizer_size(RunConfig(tokenizer=settings)) if settings else (None, "")
+    try:
+        return tokenizer_size(RunConfig(tokenizer=settings)) if settings else (None, "")
+    except DataError:  # damaged, as `_words` tells
+        return None, ""
 
 
 def _words(checkpoint: Checkpoint, given: str | None) -> dict[str, Any]:

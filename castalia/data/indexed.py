@@ -90,8 +90,9 @@ def open_dataset(prefix: str | os.PathLike[str]) -> IndexedDataset:
             f"{idx_path(name)} is no index of a corpus: it begins with {bytes(index[:9])!r}, "
             f"not {MAGIC!r} or {LEGACY_MAGIC!r}"
         )
+    tokens = _map(bin_path(name))
     _check(name, dtype, sizes, starts)
-    return IndexedDataset(name, np.frombuffer(_map(bin_path(name)), dtype), sizes, starts, documents)
+    return IndexedDataset(name, np.frombuffer(tokens, dtype), sizes, starts, documents)
 
 
 def _map(path: Path) -> mmap.mmap | bytes:

@@ -313,7 +313,7 @@ def test_pointers_are_said_to_be_such_wherever_files_are_read(
 ) -> None:
     if name.startswith("a."):
         with Writer(tmp_path / "a", np.uint16) as writer:
-            writer.add(np.arange(9))
+            writer.add(np.arange(999))
     (tmp_path / name).write_text(POINTER)
     with pytest.raises(CastaliaError, match=f"{name}.* a Git LFS pointer.*git lfs pull"):
         read(tmp_path)

@@ -160,6 +160,15 @@ def test_an_existing_destination_is_refused_and_replaced_with_force(tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_force_replaces_nothing_but_checkpoints(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(CheckpointError, match="mine holds thesis.tex, which is no checkpoint"):
+        convert.check_destination(tmp_path / "source", tmp_path / "mine", force=True)
+    with pytest.raises(CheckpointError, match="thesis.tex is a file"):
+        convert.check_destination(tmp_path / "source", tmp_path / "mine" / "thesis.tex", force=True)
+
+
 @pytest.mark.parametrize("target", ["run", "run/step_1", "run/step_1/out", "."])
 def test_a_destination_around_or_inside_the_source_is_refused(target: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="its own folder"):

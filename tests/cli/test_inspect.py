@@ -136,6 +136,14 @@ def test_it_is_said_in_words_and_in_json(castalia, fixtures, variant):
     assert found["sampled_values"] == found["parameters"]["total"]
 
 
+def test_a_damaged_tokenizer_is_said_beside_all_the_rest(castalia, fixtures, tmp_path):
+    shutil.copytree(fixtures / "neox" / TP2 / "hf", tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer_config.json").write_text('{"chat_template": ')
+    shutil.copy(fixtures / "neox" / "data" / "tok.json", tmp_path / "hf" / "tokenizer.json")
+    code, said, _ = castalia("inspect", tmp_path / "hf")
+    assert code == 0 and "tokenizer_config.json is damaged" in said and "parallel residual" in said
+
+
 def test_hugging_face_folders_and_wrong_things(castalia, fixtures, tmp_path):
     code, said, _ = castalia("inspect", fixtures / "neox" / TP2 / "hf")
     assert code == 0 and "the weights alone" in said and "Hugging Face, gpt_neox" in said
