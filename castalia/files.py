@@ -15,11 +15,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from uuid import uuid4
 
 MARK = "made-by-castalia"
 NEW, REPLACED, DELETED = "new", "replaced", "deleted"  # kinds of workplaces; see `clean`
+UNFINISHED = "unfinished"  # a workplace that stays until the same is begun again; its MARK says how far it is
 
 
 def beside(path: Path, kind: str) -> Path:
@@ -42,6 +43,16 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of open files name the path, which the system tells only where it was given one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextmanager
 def appearing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """A file that has its name, with all of its content on disk, once the block has ended without an error.
 
@@ -50,22 +61,44 @@ def appearing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     path = behind_links(Path(path))
     for other in path.parent.glob(f"{escape(beside(path, NEW).name)}-*"):
         _remove_if_dead(other)
-    with _locked(beside(path, f"{NEW}-{uuid4().hex}")) as (temporary, file):
-        try:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    sync(path.parent)
+    folder = os.open(path.parent, os.O_RDONLY)  # before: whoever waits for the file may rename its folder at once
+    try:
+        with naming(path), _locked(beside(path, f"{NEW}-{uuid4().hex}")) as (temporary, file):
+            try:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(temporary, path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def appearing_whole(path: Path) -> Iterator[Path]:
+    """The same for what other programs write: a path for them, in a workplace."""
+    place = workplace(path, NEW)
+    try:
+        yield place / path.name
+        sync(place / path.name)
+        os.replace(place / path.name, path)
+        sync(path.parent)
+    finally:
+        remove(place)
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Replace a file's content, or leave it as it is."""
+    with appearing(path) as file:
+        file.write(content)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Replace a file's content, as UTF-8, or leave it as it is."""
-    with appearing(path) as file:
-        file.write(text.encode())
+    """The same for a text, as UTF-8."""
+    write_bytes(path, text.encode())
 
 
 @contextmanager
@@ -79,10 +112,22 @@ def _locked(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
                 return
 
 
+def lock(file: IO[Any], shared: bool = False) -> bool:
+    """Hold an open file until it is closed; the system lets go of it when the process dies. False: another holds it.
+
+    `shared`: beside others that ask so.
+    """
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def _remove_if_dead(path: Path) -> None:
-    with suppress(FileNotFoundError, BlockingIOError), open(path, "rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink()
+    with suppress(FileNotFoundError), open(path, "rb") as file:
+        if lock(file):
+            path.unlink()
 
 
 def workplace(target: Path, kind: str) -> Path:
@@ -91,22 +136,33 @@ def workplace(target: Path, kind: str) -> Path:
     Raises FileExistsError where another program has taken the name.
     """
     folder = beside(target, kind)
-    if folder.exists():
+    if folder.exists() and kind != UNFINISHED:
         remove(folder)
-    folder.mkdir()
-    (folder / MARK).touch()
+    folder.mkdir(exist_ok=True)
+    if not (folder / MARK).exists():
+        _refuse_strange(folder)
+        (folder / MARK).touch()
     return folder
+
+
+def _refuse_strange(folder: Path) -> None:
+    if any(folder.iterdir()) and not (folder / MARK).is_file():
+        raise FileExistsError(17, "the name is taken by a folder that is not castalia's", str(folder))
 
 
 def remove(folder: Path) -> None:
     """A workplace, with all that is in it. Raises FileExistsError for a folder that is none."""
-    if any(folder.iterdir()) and not (folder / MARK).is_file():
-        raise FileExistsError(17, "the name is taken by a folder that is not castalia's", str(folder))
+    _refuse_strange(folder)
+    clear(folder)
+    (folder / MARK).unlink(missing_ok=True)  # last: what a kill leaves half removed still bears it
+    folder.rmdir()
+
+
+def clear(folder: Path) -> None:
+    """Remove what is in a workplace."""
     for path in folder.iterdir():
         if path.name != MARK:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    (folder / MARK).unlink(missing_ok=True)  # last: what a kill leaves half removed still bears it
-    folder.rmdir()
 
 
 def put_in_place(new: Path, target: Path) -> Path | None:
@@ -118,6 +174,12 @@ def put_in_place(new: Path, target: Path) -> Path | None:
     new.rename(target)
     sync(target.parent)
     return old
+
+
+def standing(path: Path) -> Path:
+    """Where a folder stands: under its name, or, while it is being replaced, in the workplace beside it."""
+    old = beside(path, REPLACED)
+    return old / path.name if not path.exists() and (old / MARK).is_file() and (old / path.name).exists() else path
 
 
 def delete(folder: Path) -> None:

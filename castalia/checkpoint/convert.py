@@ -1,12 +1,12 @@
 """From a checkpoint of any format to files of another: planned, written file by file, and complete or absent.
 
-The files are written into `DST.partial`, each under a temporary name, synced and renamed; a journal there says which
-are complete and what they were made from. The same command goes on from there. At the end the folder gets its name.
+The files are written into a workplace beside DST (see `castalia.files`), each under a temporary name, synced and
+renamed; its journal says which are complete and what they were made from. The same command goes on from there. At the
+end the folder gets its name.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -25,14 +25,27 @@ from castalia.checkpoint.formats import detect, find_steps
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.checkpoint.writing import Output, Plan, WriteOptions
 from castalia.errors import CheckpointError
-from castalia.files import behind_links, clean, put_in_place, remove, sync, write_text
+from castalia.files import (
+    MARK,
+    UNFINISHED,
+    behind_links,
+    beside,
+    clean,
+    clear,
+    lock,
+    put_in_place,
+    remove,
+    sync,
+    workplace,
+    write_text,
+)
 from castalia.plan.words import gib
 from castalia.storage.extent import verifying
 from castalia.storage.safetensors import Advance
 from castalia.storage.tensor import Adapted, Narrowed, TensorRef, everything, name_of
 
-JOURNAL = ".castalia-conversion.jsonl"
 LATEST = "latest"
+COMPLETE = ""  # in the journal, in place of a file's name: nothing is left but to give the folder its name
 FLUSH_BYTES = 128 << 20
 MAX_WRITERS = 4  # threads, each with a piece of a file in memory
 
@@ -113,10 +126,9 @@ def check_destination(source: Path, target: Path, force: bool) -> None:
     source, resolved = source.resolve(), target.resolve()
     if target.is_file():
         raise CheckpointError(f"{target} is a file, not a folder; name a folder that is not there yet")
-    (resolved / JOURNAL).unlink(missing_ok=True)  # of a conversion that was killed once the folder had its name
     if resolved == source or resolved in source.parents or source in resolved.parents:
         raise CheckpointError(f"{target}: a checkpoint cannot be converted into its own folder, nor around it")
-    if target.exists() and not force:
+    if target.exists() and not (force or is_unfinished(target)):
         raise CheckpointError(f"{target} exists already; name another folder, or replace it with --force")
     if target.exists() and any(target.iterdir()) and detect(target) is None and not (target / LATEST).is_file():
         raise CheckpointError(
@@ -141,24 +153,52 @@ def write(
     CheckpointError for values that are too large for their new dtype, unless `allow_inf`.
     """
     target = behind_links(target)
-    partial = target.with_name(target.name + ".partial")
-    clean(target.parent, target.name)
-    with _open_journal(partial) as journal:
-        done = _completed(journal, partial, mark)
-        _check_space(partial, sum(output.num_bytes for output in plan.outputs if output.name not in done))
-        folder = partial / inside
-        folder.mkdir(parents=True, exist_ok=True)
-        advance(sum(output.num_bytes for output in plan.outputs if output.name in done))
-        missing = [output for output in plan.outputs if output.name not in done]
-        entries = {**done, **_write_files(missing, folder, journal, advance, allow_inf)}
-        results = {name: entry["result"] for name, entry in entries.items()}
-        plan.finish(folder, results)
-        if inside:
-            (partial / LATEST).write_text(inside)
-        for path in [*partial.rglob("*"), partial]:
-            sync(path)
-        _take_place(partial, target, force)
-    return len(done)
+    try:
+        with _open_journal(target) as journal:
+            clean(target.parent, target.name)
+            return _write(plan, target, mark, advance, journal, inside, force, allow_inf)
+    except OSError as error:
+        raise CheckpointError(
+            f"{target} could not be written: {error.strerror} ({error.filename or beside(target, UNFINISHED)}); "
+            "what stood there is as it was"
+        ) from error
+
+
+def _write(
+    plan: Plan, target: Path, mark: str, advance: Advance, journal: IO[str], inside: str, force: bool, allow_inf: bool
+) -> int:
+    place = beside(target, UNFINISHED)
+    result, done = place / target.name, _completed(journal, place, mark)
+    if COMPLETE in done and not result.exists():  # it was killed when the folder had its name already
+        remove(place)
+        return len(plan.outputs)
+    if target.exists() and not force:
+        remove(place)
+        raise CheckpointError(f"{target} exists already; name another folder, or replace it with --force")
+    missing = [output for output in plan.outputs if output.name not in done]
+    _check_space(place, sum(output.num_bytes for output in missing))
+    folder = result / inside
+    folder.mkdir(parents=True, exist_ok=True)
+    advance(sum(output.num_bytes for output in plan.outputs) - sum(output.num_bytes for output in missing))
+    entries = {**done, **_write_files(missing, folder, journal, advance, allow_inf)}
+    plan.finish(folder, {name: entry["result"] for name, entry in entries.items()})
+    if inside:
+        write_text(result / LATEST, inside)
+    for path in [*result.rglob("*"), result]:
+        sync(path)
+    _note(journal, {"name": COMPLETE, "result": None})
+    sync(place / MARK)  # else a power cut could leave the folder in its place and the journal without a word of it
+    old = put_in_place(result, target)
+    if old:
+        remove(old)
+    remove(place)
+    return len(plan.outputs) - len(missing)
+
+
+def is_unfinished(target: Path) -> bool:
+    """Whether a conversion to this folder was cut off, be it in its last moment, when the folder had its name."""
+    place = beside(behind_links(target), UNFINISHED)
+    return place.is_dir() and ((place / MARK).is_file() or not any(place.iterdir()))
 
 
 def name_latest(folder: Path) -> None:
@@ -216,8 +256,7 @@ def _write_files(
                 each.result()  # an error is told once only, so not by the last sync again
             sync(part)
             os.replace(part, final)
-            journal.write(json.dumps(entry) + "\n")
-            journal.flush()
+            _note(journal, entry)
             return entry
 
         with verifying(output.tensors):
@@ -237,24 +276,21 @@ def _write_files(
     return {entry["name"]: entry for entry in entries}
 
 
-def _open_journal(partial: Path) -> IO[str]:
+def _open_journal(target: Path) -> IO[str]:
     """The journal of an unfinished conversion, locked; a new one if there is none."""
-    if partial.exists() and not (partial / JOURNAL).is_file():
-        raise CheckpointError(f"{partial} is in the way, and it is no unfinished conversion; move it away")
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {partial}: {error.strerror}") from error
-    journal = open(partial / JOURNAL, "a+")  # noqa: SIM115 - the caller closes it
-    try:
-        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        journal.close()
-        raise CheckpointError(f"{partial} is being written by another conversion; wait for it, or stop it") from None
-    return journal
+    target.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        path = workplace(target, UNFINISHED) / MARK
+        journal = open(path, "a+")  # noqa: SIM115 - the caller closes it
+        if not lock(journal):
+            journal.close()
+            raise CheckpointError(f"{target} is being written by another conversion; wait for it, or stop it")
+        if path.exists() and os.path.samefile(path, journal.fileno()):
+            return journal
+        journal.close()  # the other one has just finished
 
 
-def _completed(journal: IO[str], partial: Path, mark: str) -> dict[str, dict]:
+def _completed(journal: IO[str], place: Path, mark: str) -> dict[str, dict]:
     """The files that an earlier run of the same conversion finished. Leftovers of another one are removed."""
     journal.seek(0)
     entries = []
@@ -265,13 +301,16 @@ def _completed(journal: IO[str], partial: Path, mark: str) -> dict[str, dict]:
             break
     if entries[:1] != [{"mark": mark}]:
         entries = [{"mark": mark}]
-        for path in partial.iterdir():
-            if path.name != JOURNAL:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        clear(place)
     journal.truncate(0)
-    journal.writelines(json.dumps(entry) + "\n" for entry in entries)
-    journal.flush()
+    for entry in entries:
+        _note(journal, entry)
     return {entry["name"]: entry for entry in entries[1:]}
+
+
+def _note(journal: IO[str], entry: dict[str, Any]) -> None:
+    journal.write(json.dumps(entry) + "\n")
+    journal.flush()
 
 
 def _check_space(folder: Path, needed: int) -> None:
@@ -281,15 +320,6 @@ def _check_space(folder: Path, needed: int) -> None:
             f"{folder}: {gib(needed)} are to be written, {gib(free)} are free; nothing is written. "
             "Make room, or leave out the optimizer state with --no-optimizer"
         )
-
-
-def _take_place(partial: Path, target: Path, force: bool) -> None:
-    if target.exists() and not force:
-        raise CheckpointError(f"{target} has come into being meanwhile; the result is in {partial}")
-    old = put_in_place(partial, target)
-    (target / JOURNAL).unlink()  # until here it told that the folder is ours
-    if old:
-        remove(old)
 
 
 def steps_of(folder: Path, wanted: Sequence[int] | None, found: Mapping[int, Path]) -> dict[int, Path]:

@@ -94,10 +94,10 @@ def command(
     wanted = _numbers(steps) if steps else None
     for number, folder in convert.steps_of(Path(source), wanted, find_steps(source)).items():
         name = form.step_folder.format(step=number)
-        if (target / name).exists() and not force:
+        if (target / name).exists() and not force and not convert.is_unfinished(target / name):
             print(f"{target / name} is there already", flush=True)
-            continue
-        one(open_checkpoint(folder, adapters=to == "peft", **hints), target / name)
+        else:
+            one(open_checkpoint(folder, adapters=to == "peft", **hints), target / name)
         if not dry_run:
             convert.name_latest(target)
 

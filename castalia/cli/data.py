@@ -217,14 +217,15 @@ def _plot_lengths(sizes: dict[str, np.ndarray], file: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    from castalia.cli.picture import write_picture
+
     longest = max((int(lengths.max()) for lengths in sizes.values() if len(lengths)), default=1)
     figure, axes = plt.subplots()
     for name, lengths in sizes.items():
         axes.hist(lengths, bins=np.geomspace(1, max(2, longest), 40).tolist(), histtype="step", label=name)
     axes.set(xscale="log", xlabel="tokens", ylabel="items")
     axes.legend()
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+    write_picture(figure, file)
 
 
 @app.command()
@@ -270,6 +271,7 @@ def batch(
     from castalia.data.loader import SPLITS
     from castalia.data.pairs import open_samples, sides_of
     from castalia.data.tokenizer import load_tokenizer
+    from castalia.files import appearing
 
     files, overrides = [word for word in config if "=" not in word], [word for word in config if "=" in word]
     run = load_config(files, overrides)
@@ -279,7 +281,7 @@ def batch(
     samples = open_samples(run, chosen)
     sides, positions = sides_of(samples), samples.positions(step).tolist()
     if npy is not None:
-        with npy.open("wb") as file:
+        with appearing(npy) as file:
             texts = (side.sample(row)[0][: side.length(step) + 1] for row in positions for side in sides.values())
             np.save(file, np.stack([*texts]))
     named = run.tokenizer.path is not None or run.tokenizer.kind is not None

@@ -45,7 +45,6 @@ def command(
         print(f"A: {a}  ({describe(left)})\nB: {b}  ({describe(right)})\n")
         _show(found)
     if plot is not None:
-        plot.parent.mkdir(parents=True, exist_ok=True)
         _plot(found, plot, left.path, right.path)
         if not as_json:
             print(f"\nwrote {plot}")
@@ -107,6 +106,8 @@ def _plot(found: Diff, path: Path, a: str, b: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    from castalia.cli.picture import write_picture
+
     if found.verdict == "same_init":
         bars, label = {part.part: part.ratio for part in found.parts}, "standard deviation, B / A"
     else:
@@ -116,5 +117,4 @@ def _plot(found: Diff, path: Path, a: str, b: str) -> None:
     axes.set_xticks(range(len(bars)), list(bars), rotation=90)
     axes.set_ylabel(label)
     axes.set_title(f"{Path(a).name} | {Path(b).name}: {found.verdict.replace('_', ' ')}")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    write_picture(figure, path)

@@ -50,6 +50,7 @@ def command(
     from castalia.cli.train import split_words, train
     from castalia.config.load import dump_config, load_config
     from castalia.errors import ConfigError
+    from castalia.files import write_text
     from castalia.train.folder import refuse_second_start, run_folder
 
     if full and lora:
@@ -69,7 +70,7 @@ def command(
     if not begun:
         refuse_second_start(folder)
     prepared = prepare(config, source, folder / "data", chat_template, begun)
-    (folder / ASKED).write_text(asked, encoding="utf-8")
+    write_text(folder / ASKED, asked)
     corpora = {
         name: [each.model_dump(exclude_defaults=True) for each in found] for name, found in prepared.sources.items()
     }
@@ -79,7 +80,7 @@ def command(
     if config.train.epochs and prepared.conversations:
         steps = math.ceil(config.train.epochs * prepared.conversations / (config.train.batch_size or BATCH))
         config = config.model_copy(update={"train": config.train.model_copy(update={"steps": steps, "epochs": None})})
-    (folder / "finetune.yml").write_text(dump_config(config), encoding="utf-8")
+    write_text(folder / "finetune.yml", dump_config(config))
     if nproc and nproc > 1:
         from castalia.parallel.launcher import relaunch
 
@@ -269,10 +270,12 @@ def save_adapters(run: Path) -> None:
     from castalia.checkpoint.writing import WriteOptions
     from castalia.errors import CheckpointError
 
+    checkpoint, options = open_checkpoint(run, adapters=True), WriteOptions()
     try:
-        plan = convert.TARGETS["peft"].plan(open_checkpoint(run, adapters=True), WriteOptions())
+        plan = convert.TARGETS["peft"].plan(checkpoint, options)
     except CheckpointError as error:
         print(f"note: the adapters are not written in PEFT's layout: {error}")
         return
-    convert.write(plan, run / "adapter", str(run), lambda count: None, force=True)
+    mark = convert.identity(checkpoint, options, plan)
+    convert.write(plan, run / "adapter", mark, lambda count: None, force=True)
     print(f"adapters in PEFT's layout: {run / 'adapter'}")

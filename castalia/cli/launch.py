@@ -33,6 +33,7 @@ def command(
     from castalia.cli.plan import with_vocabulary
     from castalia.cli.train import read_config
     from castalia.errors import ConfigError
+    from castalia.files import write_text
     from castalia.launch import render
     from castalia.parallel.layout import check_run, layout
 
@@ -63,9 +64,7 @@ def command(
     if output is None:
         print(text, end="")
         return
-    part = output.with_name(f"{output.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.rename(output)
+    write_text(output, text)
 
 
 def chosen_hosts(hostfile: Path | None, nodes: int | None, gpus_per_node: int | None) -> list[Host]:

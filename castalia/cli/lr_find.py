@@ -71,6 +71,8 @@ def _draw(trial: Trial, target: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    from castalia.cli.picture import write_picture
+
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot(trial.rates, trial.losses, linewidth=1.4)
     axes.axvline(trial.suggestion, color="#d62728", linestyle="--", label=f"suggested: {trial.suggestion:.1e}")
@@ -80,6 +82,4 @@ def _draw(trial: Trial, target: Path) -> None:
     axes.grid(True, alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=130)
-    pyplot.close(figure)
+    write_picture(figure, target)

@@ -102,6 +102,8 @@ def _draw_picture(widths: list[int], found: dict, target: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    from castalia.cli.picture import write_picture
+
     figure, axes = pyplot.subplots(1, len(found), figsize=(10, 4), sharey=True, layout="constrained")
     for panel, (kind, rows) in zip(axes, found.items(), strict=True):
         for name, values in rows.items():
@@ -115,6 +117,5 @@ def _draw_picture(widths: list[int], found: dict, target: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("mean |change of the activation|")
     axes[0].legend(frameon=False, fontsize=8)
-    figure.savefig(target, dpi=130)
-    pyplot.close(figure)
+    write_picture(figure, target)
     print(f"wrote {target}")

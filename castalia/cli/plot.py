@@ -39,7 +39,6 @@ def command(
     if not any(curve(found, "loss").steps for found in records.values()):
         raise DataError(f"no steps to plot yet in {', '.join(runs)}")
     target = output or Path(runs[0]) / "loss.png"
-    target.parent.mkdir(parents=True, exist_ok=True)
     draw_picture(records, target)
     draw_terminal(records)
     print(f"wrote {target}")
@@ -67,6 +66,8 @@ def draw_picture(records: dict[str, list[dict[str, Any]]], target: Path) -> None
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+
+    from castalia.cli.picture import write_picture
 
     figure, (top, middle, bottom) = pyplot.subplots(
         3, 1, figsize=(9, 8), sharex=True, height_ratios=(4, 1.3, 1.3), layout="constrained"
@@ -96,8 +97,7 @@ def draw_picture(records: dict[str, list[dict[str, Any]]], target: Path) -> None
         axes.grid(True, alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.01)
-    figure.savefig(target, dpi=130)
-    pyplot.close(figure)
+    write_picture(figure, target)
 
 
 def draw_terminal(records: dict[str, list[dict[str, Any]]]) -> None:

@@ -63,10 +63,16 @@ def load_config(
 
 
 def load_run(folder: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The config with which the run in a folder goes on where it was saved last."""
+    """The config with which the run in a folder goes on where it was saved last; before that it begins again."""
     run = Path(folder)
     places = {"checkpoint.dir": run, "checkpoint.resume": run}
-    return load_config(run, [*(f"{key}={json.dumps(str(path))}" for key, path in places.items()), *overrides])
+    config = load_config(run, [*(f"{key}={json.dumps(str(path))}" for key, path in places.items()), *overrides])
+    if config.checkpoint.resume and not any(run.glob("checkpoints/step_*/manifest.json")):
+        began_from = load_config(run).checkpoint.init_from
+        config = config.model_copy(
+            update={"checkpoint": config.checkpoint.model_copy(update={"init_from": began_from})}
+        )
+    return config
 
 
 def dump_config(config: RunConfig) -> str:

@@ -8,7 +8,6 @@ All integers are little-endian. The older layout with the magic "TNTIDX" can be 
 
 from __future__ import annotations
 
-import fcntl
 import mmap
 import os
 from array import array
@@ -16,12 +15,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import overload
+from typing import IO, overload
 
 import numpy as np
 
 from castalia.errors import DataError, refuse_pointer
-from castalia.files import beside
+from castalia.files import appearing, behind_links, beside, lock, naming
 
 MAGIC = b"MMIDIDX\x00\x00"
 LEGACY_MAGIC = b"TNTIDX\x00\x00"
@@ -197,20 +196,17 @@ class Writer:
         self.sizes = array("i")
         self.documents = array("q", [0])
         self.num_tokens = 0
-        self._bin, self._idx = (beside(Path(f"{self.prefix}{end}"), "partial") for end in (".bin", ".idx"))
+        self._bin = beside(behind_links(bin_path(self.prefix)), "partial")
         self._bin.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._bin.open("ab")  # creates the file, or leaves it as it is
         self._lock()
         if not resumable:
-            self._file.truncate(0)
+            with naming(self._bin):
+                self._file.truncate(0)
 
     def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if self._bin.exists() and os.path.samestat(self._bin.stat(), os.fstat(self._file.fileno())):
-                return  # else the other process was just done: the file that we opened bears its final name
-        except BlockingIOError:
-            pass
+        if lock(self._file) and self._bin.exists() and os.path.samefile(self._bin, self._file.fileno()):
+            return  # else the other process was just done: the file that we opened bears its final name
         self._file.close()
         raise DataError(f"another process is writing {self.prefix} at this moment; wait for it or choose another name")
 
@@ -252,25 +248,34 @@ class Writer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         interrupted = kind is not None and not issubclass(kind, Exception)
-        try:
-            if kind is None:
-                self._file.flush()
-                self._write_index()
-                os.replace(self._bin, bin_path(self.prefix))
-                os.replace(self._idx, idx_path(self.prefix))
-        finally:
-            if not (interrupted and self.resumable):
-                self._bin.unlink(missing_ok=True)
-            self._idx.unlink(missing_ok=True)
-            self._file.close()  # last, because it lets go of the lock
+        with naming(self._bin):
+            try:
+                if isinstance(error, OSError):  # of a write
+                    raise error
+                if kind is None:
+                    self._publish()
+            finally:
+                if not (interrupted and self.resumable):
+                    self._bin.unlink(missing_ok=True)
+                self._file.close()  # last, because it lets go of the lock
 
-    def _write_index(self) -> None:
+    def _publish(self) -> None:
+        """Both are on disk before one has its name, and between them there is no index: none that is of other ids."""
+        with appearing(idx_path(self.prefix)) as file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._write_index(file)
+            file.flush()
+            os.fsync(file.fileno())
+            behind_links(idx_path(self.prefix)).unlink(missing_ok=True)
+            os.replace(self._bin, behind_links(bin_path(self.prefix)))
+
+    def _write_index(self, file: IO[bytes]) -> None:
         sizes = np.frombuffer(self.sizes, "i4").astype("<i4") if self.sizes else np.empty(0, "<i4")
         starts = np.zeros(len(sizes), "<i8")
         np.cumsum(sizes[:-1], out=starts[1:])
         starts *= self.dtype.itemsize
-        with self._idx.open("wb") as file:
-            file.write(MAGIC + (1).to_bytes(8, "little") + bytes([CODES[self.dtype]]))
-            file.write(len(sizes).to_bytes(8, "little") + len(self.documents).to_bytes(8, "little"))
-            for part in (sizes, starts, np.frombuffer(self.documents, "i8").astype("<i8")):
-                file.write(part.data)
+        file.write(MAGIC + (1).to_bytes(8, "little") + bytes([CODES[self.dtype]]))
+        file.write(len(sizes).to_bytes(8, "little") + len(self.documents).to_bytes(8, "little"))
+        for part in (sizes, starts, np.frombuffer(self.documents, "i8").astype("<i8")):
+            file.write(part.data)

@@ -105,7 +105,7 @@ class RustTokenizer(Tokenizer):
         Path(folder).mkdir(parents=True, exist_ok=True)
         super().save(folder)
         if not self.words.files.keys() & {"tokenizer.json", "vocab.json"}:
-            (Path(folder) / "tokenizer.json").write_text(engine_text(self.engine), encoding="utf-8")
+            write_files(Path(folder), {"tokenizer.json": engine_text(self.engine).encode()})
 
 
 class ByteTokenizer(Tokenizer):
@@ -481,8 +481,7 @@ def account(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _save_settings(folder: str | os.PathLike[str], **settings: str) -> None:
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / SETTINGS).write_text(json.dumps(settings) + "\n")
+    write_files(Path(folder), {SETTINGS: (json.dumps(settings) + "\n").encode()})
 
 
 def _optional(name: str) -> ModuleType:

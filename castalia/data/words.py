@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from castalia.errors import DataError
+from castalia.files import write_bytes
 from castalia.reading import keys, read_bytes, read_json
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model")
@@ -180,7 +181,7 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if not (path.is_file() and path.read_bytes() == data):
-            path.write_bytes(data)
+            write_bytes(path, data)
 
 
 def listed(ids: Iterable[int], text_of: Callable[[int], str | None]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from castalia.files import appearing
 from castalia.plan.devices import GiB
 
 CATEGORIES = {  # in the order of stacking, with colours that stay apart in print and for colour-blind eyes
@@ -71,7 +72,8 @@ def plot_memory(plan: dict, path: Path) -> None:
     room = "" if limit or not usable else f"; {usable / GiB:.1f} GiB are usable"
     title = f"{plan['parameters']['total'] / 1e6:,.4g}M parameters{room}"
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
-    figure.savefig(path, dpi=130)
+    with appearing(path) as file:
+        figure.savefig(file, format=Path(path).suffix.lower().removeprefix("."), dpi=130)
     plt.close(figure)
 
 

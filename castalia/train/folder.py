@@ -15,7 +15,7 @@ from castalia.config.load import TOKENIZER, dump_config
 from castalia.config.schema import RunConfig, Source, Tokenizer
 from castalia.errors import ConfigError, TrainingError
 from castalia.files import write_text
-from castalia.train.metrics import read_events
+from castalia.train.metrics import read_events, read_metrics
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -83,8 +83,8 @@ def holds_checkpoint(folder: Path) -> bool:
 
 
 def refuse_second_start(folder: Path) -> None:
-    """Raises TrainingError if a new run would begin in a folder that holds one."""
-    if not is_run(folder) and not holds_checkpoint(folder):
+    """Raises TrainingError if a new run would begin in a folder that holds one; what died before a step is none."""
+    if not holds_checkpoint(folder) and not (is_run(folder) and any(read_metrics(folder))):
         return
     steps = saved_steps(folder / "checkpoints")
     last = f", saved last at step {max(steps)}" if steps else ""
@@ -94,9 +94,12 @@ def refuse_second_start(folder: Path) -> None:
     )
 
 
-def complete_config(config: RunConfig, folder: Path, has_tokenizer: bool, batch_size: int) -> RunConfig:
+def complete_config(
+    config: RunConfig, folder: Path, has_tokenizer: bool, batch_size: int, began_from: str | None = None
+) -> RunConfig:
     """The config that goes on from anywhere: data by absolute paths, the tokenizer by the copy in the run.
 
+    A resumed run still says which weights it `began_from`, whose adapters it may train.
     It goes on with any number of ranks, too: the step's batch is settled, and accumulation follows from it.
     """
     data = config.data.model_copy(
@@ -108,7 +111,9 @@ def complete_config(config: RunConfig, folder: Path, has_tokenizer: bool, batch_
         }
     )
     tokenizer = Tokenizer(path=TOKENIZER) if has_tokenizer else config.tokenizer
-    checkpoint = config.checkpoint.model_copy(update={"dir": str(folder), "resume": None, "step": None})
+    began_from = config.checkpoint.init_from or began_from
+    places = {"dir": str(folder), "resume": None, "step": None, "init_from": began_from}
+    checkpoint = config.checkpoint.model_copy(update=places)
     train = config.train.model_copy(update={"batch_size": batch_size})
     if train.micro_batch_size:
         train = train.model_copy(update={"accumulation": None})

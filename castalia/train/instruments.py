@@ -10,6 +10,7 @@ import torch
 from torch.profiler import profile
 
 from castalia.config.schema import Log
+from castalia.files import appearing_whole, write_text
 from castalia.parallel.engine import Engine
 from castalia.train.layers import activation_statistics, tensor_statistics
 from castalia.train.measure import open_profile
@@ -72,19 +73,21 @@ class Instruments:
         profiler.__exit__(None, None, None)
         folder = Path(self.log.profile.dir) if self.log.profile.dir else self.folder / "profile"
         folder.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(folder / "trace.json"))
+        with appearing_whole(folder / "trace.json") as path:
+            profiler.export_chrome_trace(str(path))
         averages, place = profiler.key_averages(), "device" if self.engine.device.type == "cuda" else "cpu"
         tables = [
             f"By {key.replace('_', ' ')}\n{averages.table(sort_by=key, row_limit=SUMMARY_ROWS)}"
             for key in (f"self_{place}_time_total", f"self_{place}_memory_usage")
         ]
-        (folder / "summary.txt").write_text("\n".join(tables))
+        write_text(folder / "summary.txt", "\n".join(tables))
         times = {event.key: getattr(event, f"self_{place}_time_total") for event in averages}
         self.say(f"profile of steps {self.log.profile.start} to {self.log.profile.stop} in {folder}; most time went to")
         for name, time in sorted(times.items(), key=lambda item: -item[1])[:SHOWN]:
             self.say(f"  {time / max(1, sum(times.values())):6.1%}  {name}")
         if place == "device":
-            torch.cuda.memory._dump_snapshot(str(folder / "memory.pickle"))
+            with appearing_whole(folder / "memory.pickle") as path:
+                torch.cuda.memory._dump_snapshot(str(path))
             torch.cuda.memory._record_memory_history(enabled=None)
 
     def __enter__(self) -> Instruments:

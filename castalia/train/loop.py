@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from castalia.checkpoint.formats.native import Writer, refuse_if_in_use, saved_steps
+from castalia.checkpoint.formats.native import Writer, prune, refuse_if_in_use, saved_steps
 from castalia.checkpoint.load import optimizer_state
 from castalia.checkpoint.tensors import Progress, Shard
 from castalia.config.load import TOKENIZER, load_run
@@ -23,7 +23,7 @@ from castalia.data.loader import Batch, Samples, has_data
 from castalia.data.pairs import Pairs, open_samples
 from castalia.errors import TrainingError
 from castalia.parallel.engine import Engine
-from castalia.parallel.process import process_group
+from castalia.parallel.process import main_first, process_group
 from castalia.parallel.rendezvous import is_main
 from castalia.plan.flops import training_flops
 from castalia.train.display import Display, duration
@@ -40,9 +40,9 @@ from castalia.train.folder import (
 )
 from castalia.train.hardware import choose_device, keep_freed_memory, peak_flops
 from castalia.train.history import way_to
-from castalia.train.instruments import Instruments
+from castalia.train.instruments import LAYERS, Instruments
 from castalia.train.measure import PeakMemory, describe_memory
-from castalia.train.metrics import Metrics, read_events, read_metrics, truncate_metrics, write_event
+from castalia.train.metrics import Metrics, read_events, truncate_metrics, truncate_records, write_event
 from castalia.train.report import planned_layout, show_first_loss, show_report
 from castalia.train.schedule import is_save_step
 from castalia.train.start import Session, architecture, find_source, restore, start
@@ -119,10 +119,14 @@ class Run:
     def __init__(self, session: Session, folder: Path, evaluate: Evaluate, display: Display, in_place: bool, job: Job):
         self.session, self.folder, self.evaluate, self.display = session, folder, evaluate, display
         self.in_place, self.job, self.is_main = in_place, job, session.engine.rank == 0
-        self.config = complete_config(session.config, folder, session.tokenizer is not None, session.plan.batch_size)
+        before = session.source.config if session.source and session.resumed else None
+        has_tokenizer, batch_size = session.tokenizer is not None, session.plan.batch_size
+        began_from = before.checkpoint.init_from if before else None
+        self.config = complete_config(session.config, folder, has_tokenizer, batch_size, began_from)
         self.progress = session.progress
         self.saved_step: int | None = session.progress.step if in_place and session.resumed else None
-        self.valid = _validation_data(session.config)
+        with main_first():  # as the training data: it builds the index files that the others then find
+            self.valid = _validation_data(session.config)
         self.signals, self.cut_short = StopSignals(), False
         self.unevaluated: dict[str, Any] | None = None  # the last step's record, where its evaluation was cut short
         self.pace, self.rewound = Pace(self.config.watch.window), Counter[int]()
@@ -155,15 +159,13 @@ class Run:
         if session.tokenizer is not None:
             session.tokenizer.save(folder / TOKENIZER)
         write_config(folder, self.config)
-        if self.in_place:
-            truncate_metrics(folder, self.progress.step)
-            last = next(iter(deque(read_metrics(folder), maxlen=1)), None)
-            if last and last["step"] == self.progress.step and self._evaluates(last["step"]):
-                self.unevaluated = last if "valid_loss" not in last else None
+        truncate_records(folder / "events.jsonl")
+        truncate_records(folder / LAYERS, self.progress.step)
+        self.unevaluated = truncate_metrics(folder, self.progress.step, self._evaluates(self.progress.step))
         source = session.source.path if session.source else None
         facts = {"source": source, "data_fingerprint": session.data.fingerprint, **self.job._asdict()}
         self._event("start", step=self.progress.step, **facts)
-        return Metrics(folder, self.config, incomplete=self.unevaluated is not None)
+        return Metrics(folder, self.config, self.unevaluated)
 
     def _instruments(self) -> Instruments:
         engine = self.session.engine
@@ -185,6 +187,8 @@ class Run:
             with self.signals:
                 self._evaluated(self.unevaluated or {})
         if self.progress.step >= last:
+            if self.is_main:  # the last save may have been cut off before it did this
+                prune(self.folder / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_every)
             self.display.line(f"the run is complete: {self.progress.step} of {last} steps; raise train.steps to go on")
             return
         if self.progress.step == 0 and is_save_step(config.checkpoint, 0, last):
@@ -225,6 +229,8 @@ class Run:
         if states is not None:
             states = {name: self._own(state) for name, state in states.items()}
         self._wait_for_writes()
+        if self.is_main:
+            self.metrics.sync()
         self.writer.save(self._own(parameters), states, self.progress, self.config, session.data.fingerprint)
         self.saved_step = self.progress.step
         self._event("save", step=self.progress.step)

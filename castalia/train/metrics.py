@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -9,44 +10,47 @@ from pathlib import Path
 from typing import Any
 
 from castalia.config.schema import RunConfig
-from castalia.files import write_text
+from castalia.files import sync, write_text
 from castalia.reading import keys, read_records
 from castalia.strict_json import to_json
 from castalia.train.sinks import open_sinks
 
-NUMBERS = ("loss", "valid_loss", "grad_norm", "lr", "tokens", "seconds")
-METRIC = keys({"step": int, **dict.fromkeys(NUMBERS, float | None)}, required=["step"])
+NUMBERS = ("loss", "valid_loss", "grad_norm", "lr", "seconds")
+METRIC = keys({"step": int, "tokens": int | None, **dict.fromkeys(NUMBERS, float | None)}, required=["step"])
 EVENT = keys({"event": str, "step": int, "back_to": int, "action": str}, required=["event"])
+NOTED = b" "  # ends what is noted of a record; nowhere else is there a space between a value and what follows it
 
 
 class Metrics:
-    """Appends one line to metrics.jsonl for each step, written out at once.
+    """Appends one line to metrics.jsonl for each step, written out at once. Nothing in it is ever taken back.
 
-    A step that is evaluated is noted before it is, and written with what the evaluation found. `incomplete`: the last
-    one of an earlier start was noted only.
+    A step that is evaluated is noted before it is, as a line without its end, which then gets what the evaluation
+    found. `noted`: that of an earlier start, as `truncate_metrics` gives it.
     """
 
-    def __init__(self, folder: Path, config: RunConfig, incomplete: bool = False):
-        past = list(read_metrics(folder))
-        self.noted: int | None = None  # where the line begins that the next record of its step replaces
+    def __init__(self, folder: Path, config: RunConfig, noted: Mapping[str, Any] | None = None):
+        self.folder, self.noted = folder, noted
         self.file = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - open as long as the run
-        if incomplete:
-            self.noted = self.file.tell() - len(as_line(past.pop()))
-        self.sinks = open_sinks(config, folder, past)
+        past = list(read_metrics(folder))
+        self.sinks = open_sinks(config, folder, past[:-1] if noted else past)
 
     def note(self, record: Mapping[str, Any]) -> None:
         """Of a step whose record is not complete."""
-        self.noted = self.file.tell()
-        self.file.write(as_line(record))
+        self.noted = record
+        self.file.write(as_noted(record))
+        self.file.flush()
 
     def write(self, record: Mapping[str, Any]) -> None:
-        if self.noted is not None:
-            self.file.truncate(self.noted)
-            self.file.seek(self.noted)
-            self.noted = None
-        self.file.write(as_line(record))
+        begun = as_noted(self.noted).removesuffix(NOTED.decode()) if self.noted else ""
+        self.noted = None
+        self.file.write(as_line(record).removeprefix(begun))
         for sink in self.sinks:
             sink.write(record)
+
+    def sync(self) -> None:
+        """Wait until all records are on disk, as they must be before the checkpoint that they lead to."""
+        for path in self.folder.glob("*.jsonl"):
+            sync(path)
 
     def close(self) -> None:
         self.file.close()
@@ -78,7 +82,7 @@ def read_last_metrics(folder: Path, count: int) -> list[dict[str, Any]]:
             file.seek(size - taken)
             lines = file.read(taken).splitlines(keepends=True)
     whole = lines[taken < size :]  # the first one may be cut
-    return list(read_records(whole, "metrics.jsonl, near its end", METRIC))[-count:]
+    return list(read_records(map(_finished, whole), "metrics.jsonl, near its end", METRIC))[-count:]
 
 
 def read_events(folder: Path) -> Iterator[dict[str, Any]]:
@@ -90,14 +94,45 @@ def _read(path: Path, shape: Any) -> Iterator[dict[str, Any]]:
     """A bad line is named and left out: a run does not end for its record."""
     if path.exists():
         with open(path, "rb") as file:
-            yield from read_records(file, str(path), shape)
+            yield from read_records(map(_finished, file), str(path), shape)
 
 
-def truncate_metrics(folder: Path, step: int) -> None:
-    """Drops the records after `step`: the resumed run writes them again."""
-    kept = "".join(as_line(record) for record in read_metrics(folder) if record["step"] <= step)
-    write_text(folder / "metrics.jsonl", kept)
+def _finished(line: bytes) -> bytes:
+    """Gives its end to a line that `note` has written, even if a part of it is there. Others are as they are."""
+    if line.endswith(b"\n"):
+        return line
+    begun, mark, _ = line.partition(NOTED + b",") if NOTED + b"," in line else line.rpartition(NOTED)
+    try:
+        json.loads(begun + b"}")
+    except ValueError:  # a killed process left it unfinished
+        return line
+    return begun + b"}\n" if mark else line
+
+
+def truncate_metrics(folder: Path, step: int, evaluates: bool) -> dict[str, Any] | None:
+    """Drops the records after `step`, which the resumed run writes again, and whatever is unfinished.
+
+    `evaluates`: `step` is a step that is evaluated. If it has not been, its record is returned, as one that is noted.
+    """
+    records = [record for record in read_metrics(folder) if record["step"] <= step]
+    is_noted = evaluates and records[-1:] != [] and records[-1]["step"] == step and "valid_loss" not in records[-1]
+    noted = records.pop() if is_noted else None
+    write_text(folder / "metrics.jsonl", "".join(map(as_line, records)) + (as_noted(noted) if noted else ""))
+    return noted
+
+
+def truncate_records(path: Path, step: int | None = None) -> None:
+    """Drops the records after `step` and an unfinished last line, to which the next one would be added."""
+    if path.exists():
+        records = _read(path, EVENT if step is None else METRIC)
+        kept = (record for record in records if step is None or record["step"] <= step)
+        write_text(path, "".join(map(as_line, kept)))
 
 
 def as_line(record: Mapping[str, Any]) -> str:
     return to_json(record) + "\n"  # a skipped step's gradient norm is null
+
+
+def as_noted(record: Mapping[str, Any]) -> str:
+    """The line without its end."""
+    return as_line(record).removesuffix("}\n") + NOTED.decode()

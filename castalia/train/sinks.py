@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import uuid
 from collections.abc import Iterable, Mapping
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 
 from castalia.config.schema import RunConfig, Wandb
 from castalia.errors import ConfigError
+from castalia.files import write_text
 
 Record = Mapping[str, Any]
 COLUMNS = (
@@ -41,10 +43,13 @@ class Table:
     """metrics.csv, a line a step."""
 
     def __init__(self, path: Path, past: Iterable[Record]) -> None:
-        self.file = open(path, "w", buffering=1, newline="")  # noqa: SIM115 - open as long as the run
+        table = io.StringIO(newline="")
+        rows = csv.DictWriter(table, COLUMNS, extrasaction="ignore")
+        rows.writeheader()
+        rows.writerows(past)
+        write_text(path, table.getvalue())
+        self.file = open(path, "a", buffering=1, newline="")  # noqa: SIM115 - open as long as the run
         self.rows = csv.DictWriter(self.file, COLUMNS, extrasaction="ignore")
-        self.rows.writeheader()
-        self.rows.writerows(past)
 
     def write(self, record: Record) -> None:
         self.rows.writerow(record)
@@ -81,7 +86,7 @@ class WeightsAndBiases:
             raise ConfigError(f"log.wandb needs the wandb package: pip install 'castalia[wandb]' ({error})") from error
         id_file = folder / "wandb.id"
         if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex[:16])
+            write_text(id_file, uuid.uuid4().hex[:16])
         self.run = wandb.init(
             project=cfg.project,
             name=cfg.name,

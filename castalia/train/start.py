@@ -253,7 +253,9 @@ def find_source(config: RunConfig) -> Checkpoint | None:
     """The checkpoint to resume or to start from. None for random weights."""
     wanted = config.checkpoint
     path = wanted.init_from or wanted.resume
-    if path is None or (wanted.starts_if_empty and not holds_checkpoint(run_folder(config))):
+    if wanted.starts_if_empty and not holds_checkpoint(run_folder(config)):
+        path = wanted.init_from  # of a run that died before its first save
+    if path is None:
         return None
     return open_checkpoint(path, step=wanted.step, adapters=True)
 

@@ -86,14 +86,13 @@ def test_interrupted_and_continued(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         convert.write(plan, tmp_path / "out", "mark", stop_half_way)
     assert not (tmp_path / "out").exists()
-    complete = list((tmp_path / "out.partial").glob("*.safetensors"))
+    complete = list((tmp_path / ".out.castalia-unfinished" / "out").glob("*.safetensors"))
     times = {path.name: path.stat().st_mtime_ns for path in complete}
     assert complete
     assert convert.write(plan, tmp_path / "out", "mark", lambda count: None) == len(complete)
     assert all((tmp_path / "out" / name).stat().st_mtime_ns == time for name, time in times.items())
     assert_same(source, open_checkpoint(tmp_path / "out"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-    assert not list((tmp_path / "out").glob("*.jsonl"))
 
 
 @pytest.mark.slow
@@ -176,11 +175,12 @@ def test_a_destination_around_or_inside_the_source_is_refused(target: str, tmp_p
 
 
 def test_a_folder_in_the_way_is_not_deleted(tmp_path: Path) -> None:
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "precious").write_text("x")
-    with pytest.raises(CheckpointError, match="no unfinished conversion"):
+    strange = tmp_path / ".out.castalia-unfinished"
+    strange.mkdir()
+    (strange / "precious").write_text("x")
+    with pytest.raises(CheckpointError, match="taken by a folder that is not castalia's"):
         written(made(FAMILIES["gpt2"]), tmp_path / "out", "hf")
-    assert (tmp_path / "out.partial" / "precious").exists()
+    assert (strange / "precious").exists()
 
 
 def test_only_what_is_named_is_replaced(tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_a_damaged_byte_in_any_storage_is_noticed_each_time(target: str, tmp_pat
         for _ in range(2):  # no file that was made of it counts as complete
             with pytest.raises(CheckpointError, match=f"{extent.path.name} is damaged"):
                 written(open_checkpoint(tmp_path / "source"), tmp_path / "out", target, layout=Layout(tp=4, zero=1))
-        shutil.rmtree(tmp_path / "out.partial")
+        shutil.rmtree(tmp_path / ".out.castalia-unfinished")
         extent.path.write_bytes(whole)
     written(open_checkpoint(tmp_path / "source"), tmp_path / "out", target, layout=Layout(tp=4, zero=1))
 

@@ -306,8 +306,7 @@ def test_paths_to_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no checkpoint of step 7; there are step_000001, step_000002"):
         open_checkpoint(checkpoints, step=7)
     (checkpoints / "latest").unlink()
-    with pytest.raises(CheckpointError, match="no file `latest`.*step_000001, step_000002"):
-        open_checkpoint(checkpoints)
+    assert open_checkpoint(checkpoints).progress.step == 2  # the newest, as only whole ones have such a name
     with pytest.raises(CheckpointError, match="is a file"):
         open_checkpoint(checkpoints / "step_000001" / "manifest.json")
     with pytest.raises(CheckpointError, match="does not exist; beside it, there are step_000001"):

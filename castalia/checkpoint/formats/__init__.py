@@ -13,6 +13,7 @@ from castalia.checkpoint.adapters import merged
 from castalia.checkpoint.agreement import differences, refuse
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.errors import CheckpointError
+from castalia.files import standing
 from castalia.storage.safetensors import inside
 
 FORMATS = {  # name -> module; the first that detects its files reads them
@@ -80,7 +81,7 @@ def detect(path: str | Path) -> str | None:
 
 def find_folder(path: str | Path, step: int | None = None) -> Path:
     """The folder that holds a checkpoint's files."""
-    folder = Path(path).expanduser()
+    folder = standing(Path(path).expanduser())
     if not folder.exists():
         if HUB_ID.fullmatch(str(path)):
             return find_folder(_cached(str(path)), step)
@@ -97,6 +98,9 @@ def find_folder(path: str | Path, step: int | None = None) -> Path:
     if (folder / "latest").is_file():  # transformers' Trainer writes it, too, where it uses DeepSpeed
         return folder if detect(folder) == "huggingface" else _latest(folder, steps)
     if steps and detect(folder) is None:
+        newest = list(steps.values())[-1]
+        if detect(newest) == "native":  # only whole ones have this name, and `latest` comes after the first
+            return newest
         raise CheckpointError(
             f"{folder} has no file `latest` that names the newest step; {_listed(steps)}. "
             "Name one of these folders, or the step."
@@ -119,7 +123,7 @@ def _latest(folder: Path, steps: dict[int, Path]) -> Path:
             f"{folder / 'latest'} is empty, where the newest step's folder should be named; {_listed(steps)}. Give one "
             "of them instead, or write its name into the file"
         )
-    named = inside(folder, name)
+    named = standing(inside(folder, name))
     if not named.is_dir():
         raise CheckpointError(
             f"{folder / 'latest'} names {name!r}, but there is no such folder; {_listed(steps)}. "

@@ -13,7 +13,6 @@ touched before the newer one is on disk.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -38,7 +37,7 @@ from castalia.checkpoint.original import take_inherited
 from castalia.checkpoint.tensors import AdamState, Checkpoint, Progress, Shard
 from castalia.config.schema import RunConfig
 from castalia.errors import CastaliaError, CheckpointError
-from castalia.files import NEW, beside, clean, delete, put_in_place, remove, sync, workplace, write_text
+from castalia.files import NEW, beside, clean, delete, lock, put_in_place, remove, sync, workplace, write_text
 from castalia.reading import keys, plain_json, read_json, typed
 from castalia.storage.checksum import BLOCK_BYTES, crc32
 from castalia.storage.extent import Extent, FileTensor, Tile, tiled
@@ -83,6 +82,8 @@ class Writer:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._lock = _lock(self.folder)
                 clean(self.folder)
+                if (steps := saved_steps(self.folder)) and not (self.folder / LATEST).exists():
+                    write_text(self.folder / LATEST, steps[max(steps)].name)  # the first save was cut off before it
         except OSError as error:
             raise CheckpointError(
                 f"cannot save checkpoints in {folder}: {error.strerror} ({error.filename})"
@@ -463,21 +464,16 @@ def in_use(folder: str | Path) -> str | None:
     """Who holds the folder now, as "process 12 on host"; None: nobody does."""
     try:
         with open(Path(folder) / ".lock") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return file.read().strip()
+            return None if lock(file, shared=True) else file.read().strip()
     except FileNotFoundError:
-        pass
-    return None
+        return None
 
 
 def _lock(folder: Path):  # noqa: ANN202 - an open file
     """Hold the folder until the file is closed; the system lets go of it when the process dies."""
     file = open(folder / ".lock", "a+")  # noqa: SIM115 - stays open as long as the writer lives
     for _ in range(LOCK_TRIES):
-        with suppress(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if lock(file):
             break
         time.sleep(0.05)  # who only asks whether the folder is in use lets go at once
     else:

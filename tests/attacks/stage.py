@@ -1,0 +1,183 @@
+"""Commands run in forks of one process that has imported everything, so that a kill costs a tenth of a second.
+
+with Stage() as stage:
+    done = stage.run(["train", "config.yml"], folder, how="kill", number=17)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+MODULES = (
+    "castalia.cli.main", "castalia.cli.train", "castalia.cli.finetune", "castalia.cli.convert",
+    "castalia.cli.merge_lora", "castalia.cli.data", "castalia.cli.tokenizer", "castalia.cli.diff",
+    "castalia.cli.plot", "castalia.cli.evaluate", "castalia.train.loop", "castalia.evaluate.perplexity",
+    "castalia.checkpoint.convert", "castalia.checkpoint.diff", "castalia.checkpoint.verify",
+    "castalia.checkpoint.formats.huggingface_write", "castalia.checkpoint.formats.neox_write",
+    "castalia.checkpoint.formats.native_write", "castalia.checkpoint.formats.peft_write",
+    "castalia.generate.engine", "castalia.parallel.ranks", "castalia.data.prepare", "castalia.data.tools",
+    "tests.attacks.disk", "tokenizers", "jinja2", "matplotlib.pyplot", "plotext", "torch.distributed", "rich.progress",
+)  # fmt: skip
+PATIENCE_S = 240.0
+
+
+class Done(NamedTuple):
+    """`code`: the first rank's exit code, negative for the signal that killed it. `operations`: of the attacked rank,
+    as (kind, path), where it was not killed."""
+
+    code: int
+    said: str
+    operations: list[tuple[str, str]]
+
+    @property
+    def was_killed(self) -> bool:
+        return self.code == -signal.SIGKILL
+
+
+class Stage:
+    def __enter__(self) -> Stage:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "TOKENIZERS_PARALLELISM": "false"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.attacks.stage"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True,
+            cwd=Path(__file__).parents[2],
+        )  # fmt: skip
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+    def run(self, words: Sequence[str], folder: Path, *attack: Any, **settings: Any) -> Done:
+        """`castalia WORDS` in the folder. What follows is as in `together`."""
+        (done,) = self.together([words], folder, *attack, **settings)
+        return done
+
+    def together(
+        self, commands: Sequence[Sequence[str]], folder: Path, how: str = "", number: int | None = None,
+        ranks: int = 1, rank: int = 0, job: str = "",
+    ) -> list[Done]:  # fmt: skip
+        """Several commands that begin at one moment, each on so many ranks, of which `rank` has the disk that fails.
+
+        `job`: the scheduler's, in which they run.
+        """
+        assert self.process.stdin and self.process.stdout
+        wanted = {"commands": [list(words) for words in commands], "folder": str(folder), "how": how, "number": number}
+        self.process.stdin.write(json.dumps(wanted | {"ranks": ranks, "rank": rank, "job": job}) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        assert answer, f"the stage has died with exit code {self.process.wait()}"
+        return [Done(code, said, [(kind, path) for kind, path in each]) for code, said, each in json.loads(answer)]
+
+
+def main() -> None:
+    """Answers each line of standard input."""
+    from importlib import import_module
+
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for name in MODULES:
+        import_module(name)
+    import torch
+
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        answers.write(json.dumps(_act(**json.loads(line))) + "\n")
+        answers.flush()
+
+
+def _act(commands: list[list[str]], **settings: Any) -> list[list[Any]]:
+    children = [_begin(words, **settings) for words in commands]
+    return [_finish(*child) for child in children]
+
+
+def _begin(words: list[str], folder: str, ranks: int, **attack: Any) -> tuple[list[int], str]:
+    notes = tempfile.mkdtemp()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    numbers = []
+    for rank in range(ranks):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+        number = os.fork()
+        if number == 0:
+            _play(words, folder, notes, place | {"MASTER_ADDR": "127.0.0.1"} if ranks > 1 else {}, rank, **attack)
+        numbers.append(number)
+    return numbers, notes
+
+
+def _finish(numbers: list[int], notes: str) -> list[Any]:
+    """When a rank is killed, so are the others, as if the machine had gone."""
+    codes: dict[int, int] = {}
+    end = time.monotonic() + PATIENCE_S
+    while len(codes) < len(numbers):
+        for number in numbers:
+            if number in codes:
+                continue
+            found, status = os.waitpid(number, os.WNOHANG)
+            if found:
+                codes[number] = os.waitstatus_to_exitcode(status)
+        if any(code < 0 for code in codes.values()) or time.monotonic() > end:
+            for number in set(numbers) - set(codes):
+                os.kill(number, signal.SIGKILL)
+        time.sleep(0.002)
+    said = Path(notes, "said").read_text(errors="replace")
+    operations = Path(notes, "operations")
+    found = json.loads(operations.read_text()) if operations.exists() else []
+    subprocess.run(["rm", "-r", notes], check=True)
+    return [min(codes.values()) if min(codes.values()) < 0 else max(codes.values()), said, found]
+
+
+def _play(
+    words: list[str], folder: str, notes: str, place: dict[str, Any], own: int, how: str, number: int | None, rank: int,
+    job: str,
+) -> None:  # fmt: skip
+    """In the child, which does not return."""
+    from castalia.cli.main import main as castalia
+    from tests.attacks.disk import Disk
+
+    code = 1
+    try:
+        os.environ.update({name: str(value) for name, value in place.items()} | ({"SLURM_JOB_ID": job} if job else {}))
+        os.chdir(folder)
+        said = os.open(f"{notes}/said", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(said, 1)
+        os.dup2(said, 2)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        sys.stdin = os.fdopen(0, closefd=False)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        sys.argv = ["castalia", *words]
+        disk = Disk(Path(folder), how, number)
+        if own == rank:
+            disk.attach()
+        try:
+            castalia()
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if own == rank:
+            with disk.real_open(f"{notes}/operations", "w") as file:
+                json.dump(disk.operations, file)
+    except BaseException:  # noqa: BLE001 - whatever it is, the test shows it
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

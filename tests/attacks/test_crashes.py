@@ -1,0 +1,95 @@
+"""Whatever writes is killed before its n-th operation on files, for every n; the same command then makes up for it.
+
+`make test` tries a few of the attacks, drawn with a seed, `make test-slow` more, `make campaign` all of them.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from castalia.files import clean, put_in_place, workplace
+from tests.attacks.scenes import ERRORS, SCENES, TRAIN, Theatre, attacks, faults, snapshot
+from tests.attacks.stage import Stage
+
+QUICK = ("train", "train RUN from an earlier step, keep_last", "convert --force", "data prepare over a corpus", "plot")
+TOGETHER = "another run|another conversion|another process|holds a run|exists already"
+
+
+@pytest.fixture(scope="session")
+def theatre(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Theatre]:
+    with Stage() as stage:
+        yield Theatre(tmp_path_factory.mktemp("theatre"), stage)
+
+
+def play(theatre: Theatre, name: str, count: int | None) -> None:
+    """So many of a scene's attacks, or all of them. What is wrong after one is told with how to do it again."""
+    operations = theatre.open(name)[2]
+    todo = [(how, n, rank) for rank, done in enumerate(operations) for how, n in (*attacks(done), *faults(done))]
+    if count is not None:
+        todo = random.Random(name).sample(todo, min(count, len(todo)))
+    wrong = {attack: found for attack in todo if (found := theatre.attack(name, *attack))}
+    counts = [str(sum(each[0] == how for each in todo)) for how in ("kill", "torn", "power", *ERRORS)]
+    print(f"| {name} | {' | '.join(counts)} | {len(wrong)} |")
+    assert not wrong, "\n".join(
+        f"{how} before operation {n} of rank {rank}, {operations[rank][n - 1]}: {'; '.join(found)}"
+        for (how, n, rank), found in wrong.items()
+    )
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_few_attacks(theatre: Theatre, name: str) -> None:
+    play(theatre, name, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in SCENES if name not in QUICK])
+def test_some_attacks(theatre: Theatre, name: str) -> None:
+    play(theatre, name, 4)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("name", SCENES)
+def test_all_attacks(theatre: Theatre, name: str) -> None:
+    play(theatre, name, None)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        TRAIN,
+        ["convert", "done", "out", "--to", "hf"],
+        ["data", "merge", "words", "words", "--output", "made"],
+        ["data", "prepare", "texts.jsonl", "--tokenizer-kind", "bytes", "--output", "made"],
+    ],
+    ids=["new runs", "conversions", "merges", "preparations"],
+)
+def test_two_at_one_moment(theatre: Theatre, words: list[str]) -> None:
+    """One of them does it. The other is refused with a line, or comes so late that it does the same again."""
+    theatre.set_up(())
+    theatre.play([*TRAIN[:-1], "checkpoint.dir=done"])
+    before = snapshot(theatre.work)
+    alone = theatre.play(words) and snapshot(theatre.work)
+    theatre.keep(words)
+    for path in set(alone) - set(before):
+        os.unlink(theatre.work / path)
+    done = theatre.stage.together([words, words], theatre.work)
+    assert 0 in {each.code for each in done} <= {0, 2}, [each.said[-500:] for each in done]
+    assert snapshot(theatre.work) == alone
+
+
+def test_a_folder_that_is_being_replaced_is_found(tmp_path: Path) -> None:
+    from castalia.files import standing
+
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "old").rename(workplace(tmp_path / "model", "replaced") / "model")
+    assert standing(tmp_path / "model").is_dir()
+    clean(tmp_path)
+    assert standing(tmp_path / "model") == tmp_path / "model"
+    old = put_in_place(tmp_path / "new", tmp_path / "model")
+    assert old is not None and standing(tmp_path / "model") == tmp_path / "model"
