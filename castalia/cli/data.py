@@ -278,6 +278,8 @@ def batch(
     chosen = next((name for name in SPLITS if name == split), None)
     if chosen is None:
         raise DataError(f"--split {split} is none of {', '.join(SPLITS)}")
+    if chosen == "train" and run.train.steps and step >= run.train.steps:
+        raise DataError(f"--step {step}: the run's steps are 0 to {run.train.steps - 1} (train.steps)")
     samples = open_samples(run, chosen)
     sides, positions = sides_of(samples), samples.positions(step).tolist()
     if npy is not None:

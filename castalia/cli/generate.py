@@ -195,7 +195,7 @@ def _sampling(settings: Generate, words: Words) -> dict[str, Any]:
 
 def _prompts(settings: Generate) -> list[str]:
     """Those of the input file, or an empty one for a whole document."""
-    from castalia.errors import ConfigError, DataError
+    from castalia.errors import ConfigError, DataError, refuse_pointer
 
     if settings.mode != "input-file":
         return [""]
@@ -205,6 +205,7 @@ def _prompts(settings: Generate) -> list[str]:
         lines = Path(settings.input_file).read_text(encoding="utf-8-sig").split("\n")  # at no other kind of line end
     except UnicodeDecodeError as error:
         raise DataError(f"{settings.input_file}: not UTF-8 at byte {error.start}") from error
+    refuse_pointer(settings.input_file, lines[0].encode(), DataError)
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise DataError(f"{settings.input_file} has no prompt; write one on each line")
@@ -265,7 +266,7 @@ def _show(pieces: Iterator[Piece], prompts: Sequence[str], settings: Generate, a
         if piece.last:
             record = {"prompt": prompt, "text": text}
             if as_json:
-                print(to_json(record, ensure_ascii=sys.stdout.encoding.lower() != "utf-8"), flush=True)
+                print(to_json(record, ensure_ascii=(sys.stdout.encoding or "utf-8").lower() != "utf-8"), flush=True)
             yield to_json(record, ensure_ascii=False)
 
 

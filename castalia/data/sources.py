@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
+from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
 
@@ -322,29 +323,34 @@ def _dat_records(blocks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _read_zip(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chunk]:
+    """Members are read as files of their ending are, and as a document where that says nothing."""
     with zipfile.ZipFile(file) as archive:
         for info in archive.infolist():
             if not info.is_dir():
-                yield _zip_member(archive, info, f"{path}/{info.filename}")
+                yield from _zip_member(archive, info, f"{path}/{info.filename}", keys)
 
 
-def _zip_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: str) -> Chunk:
+def _zip_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: str, keys: Sequence[str]) -> Iterator[Chunk]:
     if info.flag_bits & 1:
-        return Chunk(path, 1, False, damage=f"{path} needs a password; unpack the archive first")
+        yield Chunk(path, 1, False, damage=f"{path} needs a password; unpack the archive first")
+        return
+    reader = _reader(Path(info.filename)) or _read_txt
     try:
-        return Chunk(path, 1, is_json=False, records=(archive.read(info),))
+        with archive.open(info) as inside:
+            yield from reader(inside, path, keys)
     except (NotImplementedError, *DAMAGE) as error:  # the former: a compression that Python does not know
-        return Chunk(path, 1, False, damage=f"{path} cannot be read: {error}")
+        yield Chunk(path, 1, False, damage=f"{path} cannot be read: {error}")
 
 
 def _read_tar(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chunk]:
-    """Each member is a document; members that are archives of one of the known kinds are read as such."""
+    """Members are read as files of their ending are, and as a document where that says nothing."""
     with tarfile.open(fileobj=file, mode="r|*") as archive:
         for member in archive:
             inside = archive.extractfile(member) if member.isfile() else None
             if inside is not None:
                 reader = _reader(Path(member.name)) or _read_txt
-                yield from reader(inside, f"{path}/{member.name}", keys)
+                whole = BytesIO(inside.read()) if reader is _read_parquet else inside  # it is not read in one go
+                yield from reader(whole, f"{path}/{member.name}", keys)
 
 
 def _read_parquet(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chunk]:

@@ -95,6 +95,7 @@ def test_stats_merge_and_split(prepared: Path) -> None:
 
 def test_mistakes(prepared: Path) -> None:
     for words, message in [
+        (("batch", "config.yml", "--step", "9999"), "--step 9999: the run's steps are 0 to "),
         (("batch", "config.yml", "--split", "training"), "--split training is none of train, valid, test"),
         (("prepare", "corpus.jsonl", "--output", "x", "--tokenizer-kind", "magic"), "--tokenizer-kind magic"),
         (("prepare", "corpus.jsonl", "--output", "x", "--tokenizer-kind", "char", "--mask-before-token", "a"), "ids"),

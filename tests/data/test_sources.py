@@ -214,6 +214,16 @@ def test_damaged_files(tmp_path: Path, name: str, content: bytes) -> None:
     assert found[-1].texts["text"] == TEXTS
 
 
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_members_of_archives_are_read_by_their_endings(tmp_path: Path, kind: str) -> None:
+    pa, pq = pytest.importorskip("pyarrow", reason="needs pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"text": ["three"]}), tmp_path / "c.parquet")
+    members = {"a.jsonl": b'{"text": "one"}\n{"text": "two"}\n', "c.parquet": (tmp_path / "c.parquet").read_bytes()}
+    members |= {"d": b"four"}
+    (tmp_path / f"x.{kind}").write_bytes({"zip": zipped, "tar": tar}[kind](members))
+    assert list(documents([tmp_path / f"x.{kind}"])) == ["one", "two", "three", "four"]
+
+
 def test_a_zip_with_a_password_names_the_member(tmp_path: Path) -> None:
     content = bytearray(zipped(MEMBERS))
     for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # of the second member, in both directories
