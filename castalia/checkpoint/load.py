@@ -191,7 +191,7 @@ def require_finite(parameters: Mapping[str, torch.Tensor], where: str) -> None:
     count = int((~first.isfinite()).sum())
     block = re.match(r"blocks\.\d+|\w+", bad[0])
     narrow = first.dtype != torch.float32
-    held = f" in {name_of(first.dtype)} (--dtype fp32 may hold what that cannot)" if narrow else ""
+    held = f" in {name_of(first.dtype)} (fp32 may hold what that cannot)" if narrow else ""
     raise CheckpointError(
         f"{where}: {bad[0]} has {count} NaN or infinite values of {first.numel()}{held}, and {len(bad) - 1} other "
         f"tensors have some. The first place is {block[0] if block else bad[0]}; nothing that this model computes "
