@@ -37,7 +37,8 @@ def sync(path: Path) -> None:
     """Wait until a file's or folder's content is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -72,7 +73,8 @@ def appearing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
-        os.fsync(folder)
+        with naming(path.parent):
+            os.fsync(folder)
     finally:
         os.close(folder)
 

@@ -238,7 +238,10 @@ class Run:
     def _wait_for_writes(self) -> None:
         """Until what was saved is on disk, on all ranks together: one that waits alone keeps the others in a collective
         of the device, which is given less time than a slow disk."""
-        while self.session.engine.any(self.writer.is_writing):
+        engine = self.session.engine
+        while engine.any(self.writer.is_writing):
+            if engine.any(self.writer.has_failed):  # on a full disk, say; the others would wait for its part
+                self.writer.abandon()
             time.sleep(0.05)
 
     def _own(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -390,6 +393,7 @@ class Run:
     def _finish(self, stopped_by: str | None) -> None:
         if self.saved_step != self.progress.step:
             self.save()
+        self._wait_for_writes()
         self.writer.join()
         step, last = self.progress.step, self.session.last
         self._event("stop" if step < last else "end", step=step, signal=stopped_by)

@@ -69,7 +69,7 @@ class Disk:
             if self.number is None or here < self.number:
                 return
             if self.how in ERRORS:
-                if self.how == "gone" and here > self.number:
+                if self.how == "gone" and (here > self.number or kind in ("unlink", "rmdir")):  # those want it gone
                     return
                 if self.how == "full" and kind not in GROWING:
                     return

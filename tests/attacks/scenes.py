@@ -229,7 +229,8 @@ def told_badly(done: Done) -> list[str]:
     errors = [line for line in done.said.splitlines() if line.startswith("error: ")]
     found = [f"exit code {done.code}"] if done.code not in (1, 2) else []  # 1: of a rank that lost another
     found += [done.said[-1500:]] if "Traceback" in done.said else []
-    own = [line for line in errors if "is lost" not in line and "did not come to" not in line]  # than of other ranks
+    others = ("is lost", "did not come to", "another rank did not")  # said of other ranks
+    own = [line for line in errors if not any(words in line for words in others)]
     found += [f"{len(own)} errors: {done.said[-300:]}"] if len(own) != 1 else []
     causes = ("No space left", "Read-only file system", "No such file")
     return found + [line for line in own if not (any(cause in line for cause in causes) and WRITTEN.search(line))]

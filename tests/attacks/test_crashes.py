@@ -5,25 +5,16 @@
 
 from __future__ import annotations
 
-import os
 import random
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
 
 import pytest
 
 from castalia.files import clean, put_in_place, workplace
-from tests.attacks.scenes import ERRORS, SCENES, TRAIN, Theatre, attacks, faults, snapshot
-from tests.attacks.stage import Stage
+from tests.attacks.scenes import ERRORS, SCENES, TINY, TRAIN, Theatre, attacks, differences, faults, snapshot
 
-QUICK = ("train", "train RUN from an earlier step, keep_last", "convert --force", "data prepare over a corpus", "plot")
-TOGETHER = "another run|another conversion|another process|holds a run|exists already"
-
-
-@pytest.fixture(scope="session")
-def theatre(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Theatre]:
-    with Stage() as stage:
-        yield Theatre(tmp_path_factory.mktemp("theatre"), stage)
+QUICK = ("train", "train RUN from an earlier step, keep_last", "convert --force", "data prepare over a corpus")
 
 
 def play(theatre: Theatre, name: str, count: int | None) -> None:
@@ -43,7 +34,7 @@ def play(theatre: Theatre, name: str, count: int | None) -> None:
 
 @pytest.mark.parametrize("name", QUICK)
 def test_a_few_attacks(theatre: Theatre, name: str) -> None:
-    play(theatre, name, 4)
+    play(theatre, name, 3)
 
 
 @pytest.mark.slow
@@ -58,28 +49,37 @@ def test_all_attacks(theatre: Theatre, name: str) -> None:
     play(theatre, name, None)
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        TRAIN,
-        ["convert", "done", "out", "--to", "hf"],
-        ["data", "merge", "words", "words", "--output", "made"],
-        ["data", "prepare", "texts.jsonl", "--tokenizer-kind", "bytes", "--output", "made"],
-    ],
-    ids=["new runs", "conversions", "merges", "preparations"],
-)
-def test_two_at_one_moment(theatre: Theatre, words: list[str]) -> None:
-    """One of them does it. The other is refused with a line, or comes so late that it does the same again."""
-    theatre.set_up(())
-    theatre.play([*TRAIN[:-1], "checkpoint.dir=done"])
-    before = snapshot(theatre.work)
-    alone = theatre.play(words) and snapshot(theatre.work)
-    theatre.keep(words)
-    for path in set(alone) - set(before):
-        os.unlink(theatre.work / path)
-    done = theatre.stage.together([words, words], theatre.work)
+EVALUATE, INDEX = ["eval", "done"], ["data", "batch", *TINY]
+TOGETHER = {
+    "new runs": [TRAIN] * 2,
+    "resumed runs": [["train", "stopped"]] * 2,
+    "conversions": [["convert", "done", "out", "--to", "hf"]] * 2,
+    "merges": [["data", "merge", "words", "words", "--output", "made"]] * 2,
+    "preparations": [["data", "prepare", "texts.jsonl", "--tokenizer-kind", "bytes", "--output", "made"]] * 2,
+    "index builders": [INDEX] * 4,
+    "an evaluation and a run": [["train", "stopped"], EVALUATE],
+}
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_at_one_moment(theatre: Theatre, name: str) -> None:
+    """One of them does it. The others are refused with a line, or come so late that they do the same again."""
+    commands, begin = TOGETHER[name], ["together"]
+    if not theatre.kept(begin).exists():
+        theatre.set_up(())
+        theatre.play([*TRAIN[:-1], "checkpoint.dir=done"])
+        theatre.play([*TRAIN[:-1], "checkpoint.dir=stopped", "train.exit_interval=3"])
+        shutil.rmtree(theatre.work / "cache")
+        theatre.keep(begin)
+    theatre.set_up(begin)
+    for words in {tuple(words): words for words in commands}.values():
+        theatre.play(words)
+    alone = snapshot(theatre.work)
+    theatre.set_up(begin)
+    done = theatre.stage.together(commands, theatre.work)
     assert 0 in {each.code for each in done} <= {0, 2}, [each.said[-500:] for each in done]
-    assert snapshot(theatre.work) == alone
+    assert all(each.code == 0 or each.said.count("error: ") == 1 for each in done), [each.said for each in done]
+    assert differences(alone, snapshot(theatre.work)) == []
 
 
 def test_a_folder_that_is_being_replaced_is_found(tmp_path: Path) -> None:

@@ -124,6 +124,14 @@ class Writer:
     def is_writing(self) -> bool:
         return self._pending is not None and not self._pending.done()
 
+    @property
+    def has_failed(self) -> bool:
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
+    def abandon(self) -> None:
+        """Another rank has failed: wait no longer for its part."""
+        self._abandoned.set()
+
     def join(self) -> None:
         """Wait until what was saved is on disk. Raises what went wrong."""
         pending, self._pending = self._pending, None
