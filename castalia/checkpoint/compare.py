@@ -21,7 +21,7 @@ SUMMED_BIASES = ("attn.out.bias", "mlp.down.bias")
 
 Kind = Literal[
     "identical", "dtype", "padding", "layout", "transposed", "bias_summed", "halves_swapped",
-    "moved", "unrelated", "shape",
+    "moved", "unrelated", "shape", "not_finite",
 ]  # fmt: skip
 
 
@@ -54,7 +54,7 @@ class Relation:
     @property
     def exact(self) -> bool:
         """Whether B's values are A's, in some form."""
-        return self.kind not in ("moved", "unrelated", "shape")
+        return self.kind not in ("moved", "unrelated", "shape", "not_finite")
 
     @property
     def harmless(self) -> bool:
@@ -95,6 +95,8 @@ def relate(
     twin = name.replace(".mlp.up.", ".mlp.gate.") if ".mlp.up." in name else name.replace(".mlp.gate.", ".mlp.up.")
     if others and twin != name and twin in others and equal(a, others[twin]):
         return Relation("halves_swapped", f"what is {twin} there", figures)
+    if not math.isfinite(figures.rms_diff):
+        return Relation("not_finite", figures=figures)
     kind: Kind = "moved" if figures.correlation > RELATED else "unrelated"
     return Relation(kind, "" if same_shape else f"{a.shape[0]} rows here, {b.shape[0]} there", figures)
 

@@ -16,7 +16,7 @@ from castalia.config.schema import Model
 
 Verdict = Literal[
     "identical", "dtype", "padding", "layout", "transposed", "bias_summed", "halves_swapped", "tied",
-    "fine_tune", "siblings", "same_init", "unrelated", "other_architecture",
+    "fine_tune", "siblings", "same_init", "unrelated", "other_architecture", "not_finite",
 ]  # fmt: skip
 PARTS = {  # kinds of layers that are drawn at random, in the order of the tables
     "embed.weight": "embedding",
@@ -158,6 +158,10 @@ def _judge(
         return "other_architecture", _other_architecture(relations, alone)
     if all(relation.exact for relation in relations.values()):
         return _exact(a, b, relations, kinds, tied)
+    if broken := [name for name, relation in relations.items() if relation.kind == "not_finite"]:
+        sound = {name: relation for name, relation in relations.items() if name not in broken}
+        rest = f"; the others: {_judge(a, b, sound, _parts(sound))[1]}" if sound else ""
+        return "not_finite", f"{len(broken)} tensors hold NaN or infinite values, {broken[0]} first{rest}"
     matrices = {name: r for name, r in relations.items() if name.endswith(tuple(PARTS)) and not r.exact}
     moved = [name for name, relation in matrices.items() if relation.kind == "moved"]
     if moved and (one_seed := _one_seed(a, b)):

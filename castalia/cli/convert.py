@@ -139,7 +139,7 @@ def _verify(checkpoint: Checkpoint, target: Path) -> None:
     proof = verify(checkpoint, open_checkpoint(target))
     print(proof)
     if not proof.holds:
-        raise CheckpointError(f"{target} is written, but it is not the same model: {proof.difference}")
+        raise CheckpointError(f"{target} is written, but it is not the same model: {proof.difference or 'see above'}")
 
 
 def parse_layout(text: str | None) -> Layout:

@@ -79,6 +79,11 @@ def _smoothed(losses: list[float], steps: int) -> np.ndarray:
 
 def suggest(rates: list[float], losses: list[float]) -> tuple[float, float]:
     """The rate at which the smoothed loss falls fastest, and the one at which it is lowest; rates rise by a factor."""
+    if not math.isfinite(losses[0]):
+        raise TrainingError(
+            f"the loss is {losses[0]} before anything was learned: where the run begins from a checkpoint, "
+            "`castalia inspect --tensors` lists its weights that are NaN or infinite"
+        )
     finite = [loss for loss in losses if math.isfinite(loss)]
     curve = _smoothed(finite, len(finite)) if finite else np.zeros(1)
     bottom = int(curve.argmin())

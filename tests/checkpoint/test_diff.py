@@ -15,6 +15,7 @@ from castalia.checkpoint.compare import close, equal, measure, row_orders
 from castalia.checkpoint.diff import diff
 from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.tensors import Checkpoint, Progress
+from castalia.checkpoint.verify import verify
 from castalia.config.schema import Model, Optimizer, RunConfig
 from castalia.model.init import initialize
 from castalia.model.transformer import Transformer
@@ -207,6 +208,16 @@ def test_equal_init_methods_with_different_draws() -> None:
     assert wider.verdict == "same_init"
     scaled = diff(at_step_0(cfg, 1), at_step_0(cfg.model_copy(update={"output_init_method": "normal"}), 2))
     assert scaled.verdict == "unrelated"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_said_and_the_others_judged(value: float) -> None:
+    broken = mapped(made(NEOX), only("0.mlp.down.weight", lambda weight: weight.clone().fill_(value)))
+    found = diff(made(NEOX), broken)
+    assert found.verdict == "not_finite"
+    assert found.words.startswith("1 tensors hold NaN or infinite values, blocks.0.mlp.down.weight first; the others: ")
+    assert diff(broken, broken).verdict == "identical" and verify(broken, broken).holds
+    assert not verify(made(NEOX), broken).holds and not verify(broken, made(NEOX)).holds
 
 
 def test_unrelated_weights_and_other_architectures() -> None:

@@ -63,6 +63,8 @@ def test_the_verb_draws_and_suggests(tiny, tmp_path):
 def test_what_finds_nothing_is_an_error(tiny, corpus):
     with pytest.raises(TrainingError, match="the loss did not fall at any rate from 1.0e-12"):
         find_rate(tiny("unused"), 1e-12, 1e-11, 20)
+    with pytest.raises(TrainingError, match="the loss is nan before anything was learned"):
+        suggest([1e-6], [math.nan])
     with pytest.raises(ConfigError, match="--lowest 1 must be positive and below --highest 0.1"):
         run_verb("pythia-14m", f"data.path={corpus}", "tokenizer.kind=bytes", "--lowest", "1", "--highest", "0.1")
     with pytest.raises(ConfigError, match="no data"):
