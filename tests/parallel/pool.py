@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.tensor._redistribute import clear_redistribute_planner_cache
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 SIZE = 8
@@ -117,9 +118,15 @@ def _packed(rank: int, result: Any, failure: str | None) -> bytes:
 
 
 def _forget_meshes() -> None:
-    """DTensor remembers redistributions by mesh, and a later task's mesh equals that of a group that is gone."""
+    """DTensor remembers redistributions by mesh, and a later task's mesh equals that of a group that is gone.
+
+    A group that is remembered lives on: gloo's threads wake a hundred times a second, and after some hundred tasks the
+    machine does little else.
+    """
     _clear_sharding_prop_cache()
+    clear_redistribute_planner_cache()
     for value in gc.get_objects():
         # Not isinstance, which asks a weak proxy for the class of an object that may be gone.
         if type(value) is _lru_cache_wrapper and value.__module__.startswith("torch.distributed"):
             value.cache_clear()
+    gc.collect()
