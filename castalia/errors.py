@@ -17,6 +17,14 @@ class CheckpointError(CastaliaError):
     """A checkpoint that is missing, damaged, unsafe, or of another model than asked for."""
 
 
+class Stopped(CastaliaError):
+    """A run that a signal ended, saved. Its message says how to go on."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
 class TrainingError(CastaliaError):
     """A run that cannot go on, such as a loss that is no longer finite."""
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from castalia import __version__
-from castalia.errors import CastaliaError
+from castalia.errors import CastaliaError, Stopped
 
 # verb -> (module, one line of help). The module defines `command`, a plain function, or `app`, a typer.Typer.
 VERBS = {
@@ -99,7 +99,12 @@ def keep_all_characters() -> None:
 
 
 def main() -> None:
-    """Run the verb of `sys.argv`. Exit codes: 0, 2 for what the user can mend, 130 when interrupted."""
+    """Run the verb of `sys.argv`.
+
+    Exit codes: 0 when done; 1 when the reader of a pipe has gone; 2 for what the user can mend; 128 and the signal's
+    number when one ended it, a run having been saved. A launcher that was not told would start its processes again
+    for that, so that they end with 0; it says 128 and the number itself where it was told.
+    """
     growing_segments()
     keep_all_characters()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a warning of a lost connection is a C++ stack of 20 lines
@@ -109,6 +114,8 @@ def main() -> None:
             build(verb)()
         finally:
             sys.stdout.flush()
+    except Stopped as stop:  # which the run has said
+        sys.exit(0 if "TORCHELASTIC_RUN_ID" in os.environ else 128 + stop.signal)
     except CastaliaError as error:
         sys.exit(_report(str(error)))
     except BrokenPipeError:

@@ -445,6 +445,9 @@ class Train(Section):
         description="the same bits in every repetition on GPUs too, more slowly; on CPUs they are the same anyway",
     )
     exit_interval: PositiveInt | None = Field(None, description="save and stop at the next multiple of this step")
+    max_hours: PositiveFloat | None = Field(
+        None, description="save and stop before so many hours have passed since this start; the run can go on"
+    )
 
 
 class Checkpoint(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 # What processes have after a signal, to save before they are killed. torch 2.11 does not know the variable: 30 s there.
 SHUTDOWN_TIMEOUT_S = 120
 SHUTDOWN_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+
+# What asks a run to save and end. Schedulers warn by the last two.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def launch_config(num_processes: int, max_restarts: int) -> LaunchConfig:
@@ -29,6 +33,7 @@ def launch_config(num_processes: int, max_restarts: int) -> LaunchConfig:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=max_restarts,
+        signals_to_handle=",".join(stop.name for stop in STOP_SIGNALS),
     )
 
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 import torch.distributed as dist
 
 import castalia
+from castalia.parallel.launcher import STOP_SIGNALS
 
 LOOK_S = 0.5  # between two looks at the store
 PATIENCE_S = 15.0  # after a signal, for the others to answer; torchrun kills after 30 s or more
@@ -121,7 +122,7 @@ class Lookout:
             came = self.ear.recv(64)
         except BlockingIOError:
             return 0
-        return next((number for number in came if number in (signal.SIGTERM, signal.SIGINT)), 0)
+        return next((number for number in came if number in STOP_SIGNALS), 0)
 
     def _stack(self) -> traceback.StackSummary:
         return traceback.extract_stack(sys._current_frames()[self.caller])

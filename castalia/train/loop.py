@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -21,8 +22,9 @@ from castalia.config.load import TOKENIZER, load_run
 from castalia.config.schema import RunConfig
 from castalia.data.loader import Batch, Samples, has_data
 from castalia.data.pairs import Pairs, open_samples
-from castalia.errors import TrainingError
+from castalia.errors import Stopped, TrainingError
 from castalia.parallel.engine import Engine
+from castalia.parallel.launcher import STOP_SIGNALS
 from castalia.parallel.process import main_first, process_group
 from castalia.parallel.rendezvous import is_main
 from castalia.plan.flops import training_flops
@@ -55,7 +57,11 @@ Evaluate = Callable[[Engine, Iterable[Batch]], Mapping[str, float]]
 
 
 def train(config: RunConfig, evaluate: Evaluate) -> Path:
-    """Trains, resumes or fine-tunes as the config says, and returns the run's folder."""
+    """Trains, resumes or fine-tunes as the config says, and returns the run's folder.
+
+    Raises Stopped where a signal ended the run, which is saved.
+    """
+    begin = time.monotonic()
     keep_freed_memory()
     folder = run_folder(config)
     with process_group(choose_device(config.train.device).type, config.parallel.timeout) as launcher:
@@ -72,10 +78,12 @@ def train(config: RunConfig, evaluate: Evaluate) -> Path:
         with Display(silent=session.engine.rank > 0) as display:
             show_report(session, display, folder)
             try:
-                with Run(session, folder, evaluate, display, in_place, job) as run:
-                    run.to_the_end()
+                with Run(session, folder, evaluate, display, in_place, job, begin) as run:
+                    stopped_by = run.to_the_end()
             except OSError as error:  # a full disk, most often; checkpoints tell so themselves
                 raise TrainingError(f"{folder} cannot be written: {error}; checkpoints are as they were") from error
+    if stopped_by:
+        raise Stopped(f"stopped; go on with: castalia train {folder}", signal.Signals[stopped_by])
     return folder
 
 
@@ -116,7 +124,16 @@ def _rehearse(session: Session, folder: Path) -> None:
 class Run:
     """A session that writes into its folder: a context manager, so that the folder is let go of whatever happens."""
 
-    def __init__(self, session: Session, folder: Path, evaluate: Evaluate, display: Display, in_place: bool, job: Job):
+    def __init__(
+        self,
+        session: Session,
+        folder: Path,
+        evaluate: Evaluate,
+        display: Display,
+        in_place: bool,
+        job: Job,
+        begin: float,  # of the start, by time.monotonic
+    ):
         self.session, self.folder, self.evaluate, self.display = session, folder, evaluate, display
         self.in_place, self.job, self.is_main = in_place, job, session.engine.rank == 0
         before = session.source.config if session.source and session.resumed else None
@@ -128,6 +145,8 @@ class Run:
         with main_first():  # as the training data: it builds the index files that the others then find
             self.valid = _validation_data(session.config)
         self.signals, self.cut_short = StopSignals(), False
+        hours = session.config.train.max_hours
+        self.end = begin + hours * 3600 if hours else math.inf
         self.unevaluated: dict[str, Any] | None = None  # the last step's record, where its evaluation was cut short
         self.pace, self.rewound = Pace(self.config.watch.window), Counter[int]()
         self.watch = Watch(
@@ -179,8 +198,8 @@ class Run:
     def __exit__(self, *raised: Any) -> None:
         self.opened.__exit__(*raised)
 
-    def to_the_end(self) -> None:
-        """Steps until the last one, the exit interval or a signal; then saves."""
+    def to_the_end(self) -> str | None:
+        """Steps until the last one, the exit interval or a signal, whose name is returned; then saves."""
         session, last, config = self.session, self.session.last, self.session.config
         if session.engine.any(self.unevaluated is not None):
             self.display.line(f"step {self.progress.step} is evaluated first, as it was to be")
@@ -190,14 +209,14 @@ class Run:
             if self.is_main:  # the last save may have been cut off before it did this
                 prune(self.folder / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_every)
             self.display.line(f"the run is complete: {self.progress.step} of {last} steps; raise train.steps to go on")
-            return
+            return None
         if self.progress.step == 0 and is_save_step(config.checkpoint, 0, last):
             self.save()
         peak = peak_speed(session)
         self.display.start(self.progress.step, last, self.progress.tokens)
-        first = self.progress.step + 1
+        first, seconds, limit = self.progress.step + 1, 0.0, "train.max_hours"
         with self.signals:
-            while self.progress.step < last and not self._is_to_stop():
+            while self.progress.step < last and not self._is_to_stop(seconds):
                 result, seconds = self._step()
                 done = self.progress.step
                 record = self._record(result, seconds)
@@ -214,12 +233,15 @@ class Run:
                 if done % config.log.every == 0 or done in (first, last) or "valid_loss" in record:
                     self.display.step(record, peak)
                 if config.train.exit_interval and done % config.train.exit_interval == 0:
+                    limit = "train.exit_interval"
                     break
-        self._finish(next(filter(None, session.engine.gather(self.signals.received or "")), None))
+        stopped_by = next(filter(None, session.engine.gather(self.signals.received or "")), None)
+        self._finish(stopped_by, f"by {stopped_by}" if stopped_by else f"as {limit} says")
+        return stopped_by
 
-    def _is_to_stop(self) -> bool:
-        """Whether some rank was told to. Asked on all ranks together."""
-        return self.session.engine.any(bool(self.signals.received))
+    def _is_to_stop(self, seconds: float = 0.0) -> bool:
+        """Whether some rank was told to, or what takes so many seconds would end too late. Asked on all ranks."""
+        return self.session.engine.any(bool(self.signals.received) or time.monotonic() + seconds > self.end)
 
     def save(self) -> None:
         """Copies and returns; the checkpoint is on disk after the next save, or when the run ends."""
@@ -390,16 +412,17 @@ class Run:
             if self.cut_short:
                 return
 
-    def _finish(self, stopped_by: str | None) -> None:
+    def _finish(self, stopped_by: str | None, why: str) -> None:
         if self.saved_step != self.progress.step:
             self.save()
         self._wait_for_writes()
         self.writer.join()
         step, last = self.progress.step, self.session.last
         self._event("stop" if step < last else "end", step=step, signal=stopped_by)
-        why = f"stopped by {stopped_by}" if stopped_by else "stopped as train.exit_interval says"
         if step < last:
-            self.display.line(f"{why} after step {step}, which is saved; go on with: castalia train {self.folder}")
+            self.display.line(
+                f"stopped {why} after step {step}, which is saved; go on with: castalia train {self.folder}"
+            )
         else:
             self.display.line(f"done: {step} steps, {self.progress.tokens:,} tokens, in {self.folder}")
 
@@ -414,7 +437,7 @@ def peak_speed(session: Session) -> float | None:
 
 
 class StopSignals:
-    """While open, the first SIGTERM, SIGINT or SIGHUP (the terminal is closed) is noted and a later one kills.
+    """While open, the first of the signals that ask for an end is noted and a later one kills.
 
     Launchers pass on what the terminal has sent to all already, so what comes with the first one does not count.
     """
@@ -426,7 +449,7 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():  # signals reach no other thread
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            for number in STOP_SIGNALS:
                 if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup: it is to go on
                     self._before[number] = signal.signal(number, self._note)
         return self
@@ -441,6 +464,8 @@ class StopSignals:
             os.kill(os.getpid(), number)
         if not self.received:
             self.received, self.since = signal.Signals(number).name, time.monotonic()
+            if is_main():
+                os.write(2, f"{self.received}: this step ends and is saved; again to stop at once\n".encode())
 
 
 def _validation_data(config: RunConfig) -> Samples | Pairs | None:

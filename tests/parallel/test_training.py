@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from castalia.checkpoint.formats import open_checkpoint
 from castalia.config.load import load_config, load_run
-from castalia.errors import ConfigError, TrainingError
+from castalia.errors import ConfigError, Stopped, TrainingError
 from castalia.evaluate.perplexity import evaluate
 from castalia.train.loop import peak_speed, train
 from castalia.train.metrics import read_metrics
@@ -46,7 +46,8 @@ def train_until_a_signal_in_the_evaluation(config):
                 signal.raise_signal(signal.SIGTERM)
         return {"loss": 0.0, "perplexity": 0.0}
 
-    train(config, stopped)
+    with pytest.raises(Stopped):
+        train(config, stopped)
     return len(seen)
 
 

@@ -3,6 +3,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from castalia.checkpoint.formats import open_checkpoint
 from castalia.cli.train import read_config, train
 from castalia.config.load import dump_config, load_config
 from castalia.data.loader import open_data
-from castalia.errors import CastaliaError, CheckpointError, ConfigError, TrainingError
+from castalia.errors import CastaliaError, CheckpointError, ConfigError, Stopped, TrainingError
 from castalia.evaluate.perplexity import evaluate
 from castalia.plan.report import Known, report
 from castalia.train.folder import begun_by, complete_config, this_job
@@ -139,7 +140,9 @@ def test_exit_interval_and_signals_save_and_stop(straight, tiny, tmp_path, capsy
         return evaluate(engine, batches)
 
     again = read_config([str(tmp_path / "run"), "train.exit_interval=null", "eval.every=7"])
-    run_with(again, terminate)
+    with pytest.raises(Stopped) as stopped:
+        run_with(again, terminate)
+    assert stopped.value.signal == signal.SIGTERM
     assert [step for step, *_ in losses(tmp_path / "run")] == [1, 2, 3, 4, 5, 6, 7]
     assert "stopped by SIGTERM after step 7, which is saved; go on with: castalia train" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -159,7 +162,8 @@ def test_a_signal_cuts_an_evaluation_short_and_the_next_start_makes_up_for_it(ti
             signal.raise_signal(signal.SIGTERM)
         return {"loss": 0.0, "perplexity": 0.0}
 
-    run_with(config, stopped)
+    with pytest.raises(Stopped):
+        run_with(config, stopped)
     assert len(seen) == 1 and ("save" in seen[0]) == bool(options)  # what is to be saved is saved first
     assert open_checkpoint(tmp_path / "run").progress.step == 5
     records = list(read_metrics(tmp_path / "run"))
@@ -170,6 +174,36 @@ def test_a_signal_cuts_an_evaluation_short_and_the_next_start_makes_up_for_it(ti
     assert found == wanted and found[4] is not None
     rows, expected = ((folder / "metrics.csv").read_text().splitlines() for folder in (tmp_path / "run", straight))
     assert [row.split(",")[0] for row in rows] == [row.split(",")[0] for row in expected]
+
+
+@pytest.mark.parametrize(("name", "launched"), [("SIGUSR1", False), ("SIGINT", False), ("SIGUSR2", True)])
+def test_a_run_that_a_signal_ends_is_saved_and_says_so_by_its_exit_code(tiny, tmp_path, name, launched):
+    (tmp_path / "config.yml").write_text(dump_config(tiny(tmp_path / "run", "train.steps=100000", "log.every=1")))
+    command = [sys.executable, "-m", "castalia", "train", str(tmp_path / "config.yml")]
+    with socket.create_server(("localhost", 0)) as server:
+        port = str(server.getsockname()[1])
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    environment = os.environ | (alone | {"TORCHELASTIC_RUN_ID": "job"} if launched else {})
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    while not process.stdout.readline().startswith("step"):
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(signal.Signals[name])
+    printed, errors = process.communicate(timeout=120)
+    # A launcher that was not told would start a process again that fails.
+    assert process.returncode == (0 if launched else 128 + signal.Signals[name])
+    assert errors == f"{name}: this step ends and is saved; again to stop at once\n"
+    assert f"stopped by {name} after step" in printed
+    assert open_checkpoint(tmp_path / "run").progress.step == len(losses(tmp_path / "run"))
+
+
+def test_a_run_ends_when_its_hours_are_over(tiny, tmp_path, capsys):
+    begin = time.monotonic()
+    train(tiny(tmp_path / "run", "train.steps=20000", f"train.max_hours={3 / 3600}"))
+    assert time.monotonic() - begin >= 2  # the step that would end too late is not begun
+    done = open_checkpoint(tmp_path / "run").progress.step
+    assert done == len(losses(tmp_path / "run")) < 20_000
+    assert f"stopped as train.max_hours says after step {done}, which is saved" in capsys.readouterr().out
+    assert events(tmp_path / "run")[-1] | {"time": 0} == {"event": "stop", "time": 0, "step": done, "signal": None}
 
 
 HUNG_UP = """
