@@ -56,7 +56,8 @@ def test_a_link_is_followed_not_replaced(tmp_path):
 
 def test_what_a_killed_writer_left_goes_with_the_next_one_and_a_live_one_keeps_its(tmp_path):
     code = (
-        "import sys, time; from castalia.files import appearing\n"
+        "import signal, sys, time; from castalia.files import appearing\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it\n"
         "with appearing(sys.argv[1]) as file:\n    print('ready', flush=True)\n    time.sleep(99)"
     )
     writers = [

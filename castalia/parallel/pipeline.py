@@ -17,6 +17,7 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from castalia.config.schema import Parallel
+from castalia.errors import ConfigError
 from castalia.model.transformer import Transformer
 from castalia.parallel.engine import Rows
 from castalia.parallel.mesh import Mesh
@@ -71,6 +72,11 @@ class Pipeline:
         tokens = torch.empty(micro_batch, dtype=torch.int64, device="meta")
         between = torch.empty(*micro_batch, hidden_size, dtype=compute_dtype, device="meta", requires_grad=True)
         result = torch.empty((), device="meta"), torch.empty((), dtype=torch.int64, device="meta")
+        if parallel.pipeline == "zero-bubble" and torch.__version__ < (2, 12):
+            raise ConfigError(
+                f"parallel.pipeline=zero-bubble needs a newer torch than {torch.__version__}, which cannot compute the "
+                "gradients of inputs and of weights one after the other; update torch, or take interleaved"
+            )
         self.group = mesh.pipeline.get_group()
         self.has_first, self.has_last = 0 in parts, last in parts
         self.num_micro_batches = num_micro_batches
