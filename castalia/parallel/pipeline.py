@@ -72,7 +72,7 @@ class Pipeline:
         tokens = torch.empty(micro_batch, dtype=torch.int64, device="meta")
         between = torch.empty(*micro_batch, hidden_size, dtype=compute_dtype, device="meta", requires_grad=True)
         result = torch.empty((), device="meta"), torch.empty((), dtype=torch.int64, device="meta")
-        if parallel.pipeline == "zero-bubble" and torch.__version__ < (2, 12):
+        if parallel.pipeline == "zero-bubble" and torch.__version__ < "2.12":
             raise ConfigError(
                 f"parallel.pipeline=zero-bubble needs a newer torch than {torch.__version__}, which cannot compute the "
                 "gradients of inputs and of weights one after the other; update torch, or take interleaved"

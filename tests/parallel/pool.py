@@ -40,7 +40,7 @@ class Pool:
 
         Raises the ranks' error where all raised the same, else AssertionError with the tracebacks of those that failed.
         """
-        if torch.__version__ < (2, 12) and any("'zero-bubble'" in repr(arg) for arg in args):
+        if torch.__version__ < "2.12" and any("'zero-bubble'" in repr(arg) for arg in args):
             pytest.skip("zero-bubble schedules are refused under torch 2.11")
         if not self.workers:
             self._start()
