@@ -144,8 +144,16 @@ def test_a_head_whose_file_is_missing_is_no_tied_embedding(tmp_path: Path) -> No
     torch.save(state | {"param_shapes": None}, source / "mp_rank_00_model_states.pt")
     assert any("tie_embeddings=True" in note and "guesses" in note for note in open_checkpoint(source).notes)
     (source / "config.yml").write_text(config_yml(MODELS["parallel"]))
-    with pytest.raises(CheckpointError, match="7.final_linear.weight, is in no file: layer_07-model_00-model_states"):
+    with pytest.raises(
+        CheckpointError, match="7.final_linear.weight, is in no file: layer_07-model_00-model_states.*Copy it"
+    ):
         open_checkpoint(source)
+    source = write(tmp_path / "state", MODELS["parallel"], kind="zero", dtype=torch.float16).path
+    (source / "layer_07-model_00-model_states.pt").unlink()
+    for file in source.glob("mp_rank*"):
+        torch.save(torch.load(file, weights_only=False) | {"param_shapes": None}, file)
+    seen = open_checkpoint(source, tolerant=True)
+    assert any("layer_07-model_00-model_states.pt is missing" in line for line in seen.details["disagreements"])
 
 
 def folder_of(kind: str, folder: Path, **changes: object) -> dict[str, torch.Tensor]:

@@ -71,7 +71,12 @@ def read(
     ignore = BUFFERS + (r"|\.post_attention_layernorm\." if model.parallel_residual and model.shared_norm else "")
     optimizer_note = ""
     if ranks is None:
-        ranks, optimizer_note = _optimizer(folder, held, model)
+        try:
+            ranks, optimizer_note = _optimizer(folder, held, model)
+        except CheckpointError as error:
+            if not other:
+                raise
+            optimizer_note = f"the optimizer state is not read: {error}"  # `inspect` tells what else is wrong
     summed, summed_note = _summed_ranks(folder, model)
     changes = {"model": model} | ({"tokenizer": Tokenizer(path=tokenizer)} if tokenizer else {})
     run = (run or RunConfig(data=_data(folder))).model_copy(update=changes)

@@ -101,12 +101,18 @@ def compare(
         if getattr(model, name) != getattr(config, name)
     ]
     if model.tie_embeddings and not config.tie_embeddings:
-        head = names.head(model.num_layers)
-        lines.append(f"the head, {head}, is in no file" + (f": {_file_of(head)} is missing" if folder.layers else ""))
+        head, tied = names.head(model.num_layers), [line for line in lines if line.startswith("tie_embeddings")]
+        lost = f"the head, {head}, is in no file" + (f": {_file_of(head)} is missing" if folder.layers else "")
+        if lines == tied and not tolerant:
+            raise CheckpointError(
+                f"{folder.path}: {lost}. Copy it; if the model has no head of its own, its config should say so "
+                "(no_weight_tying: false)"
+            )
+        lines = [lost, *(line for line in lines if line not in tied)]
     if lines and not tolerant:
         raise CheckpointError(
             f"{folder.path}: the config is of another model:"
-            + "".join(f"\n  model.{line}" for line in lines)
+            + "".join(f"\n  {'' if line.startswith('the head') else 'model.'}{line}" for line in lines)
             + "\nName the right one with --config, or move the wrong one out of the folder"
         )
     if not lines:
