@@ -1,6 +1,6 @@
 # make demo    train, resume and run a small model on the text in examples/kjv: a few minutes on two cores
 # make test    the test suite without what is marked slow
-# make test-slow   what is marked slow: all layouts of all families, dying processes, the documentation's commands
+# make test-slow   what is marked slow: layouts of all families, dying processes, the documentation's commands
 # make campaign    attacks at length: killed at each file operation, damaged files, bad configs; figures in docs/reliability.md
 # make test-torch TORCH=torch==2.11.0   both suites with another version of torch, in an environment of its own
 # make setup   the environment alone, with all that tests and linters use
@@ -13,6 +13,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # Test workers. Each runs torch on one thread.
 JOBS ?= 2
+# The slow tests: "slow and not grid" leaves out what crosses all layouts with all families, or compiles them all.
+SLOW ?= slow
 DEMO_STEPS ?= 500
 PYTEST_ARGS ?=
 
@@ -37,7 +39,7 @@ test: $(VENV)/test.done
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m "not slow and not campaign" $(PYTEST_ARGS)
 
 test-slow: $(VENV)/test.done
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m "slow and not campaign" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m "$(SLOW) and not campaign" $(PYTEST_ARGS)
 
 campaign: $(VENV)/test.done
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m campaign -s $(PYTEST_ARGS)

@@ -114,6 +114,7 @@ def test_each_family_trains_like_one_process(pool, tiny, alone, golden, family):
 
 
 @pytest.mark.slow
+@pytest.mark.grid
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_family_in_each_layout(pool, tiny, alone, golden, family, name):
