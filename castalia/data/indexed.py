@@ -196,6 +196,7 @@ class Writer:
         self.sizes = array("i")
         self.documents = array("q", [0])
         self.num_tokens = 0
+        self.published = False
         self._bin = beside(behind_links(bin_path(self.prefix)), "partial")
         self._bin.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._bin.open("ab")  # creates the file, or leaves it as it is
@@ -206,7 +207,12 @@ class Writer:
 
     def _lock(self) -> None:
         if lock(self._file) and self._bin.exists() and os.path.samefile(self._bin, self._file.fileno()):
-            return  # else the other process was just done: the file that we opened bears its final name
+            # else the other process was just done: the file that we opened bears its final name
+            if not bin_path(self.prefix).exists():
+                return
+            with open(bin_path(self.prefix), "rb") as published:
+                if lock(published, shared=True):  # else another process has still to give the index its name
+                    return
         self._file.close()
         raise DataError(f"another process is writing {self.prefix} at this moment; wait for it or choose another name")
 
@@ -255,8 +261,8 @@ class Writer:
                 if kind is None:
                     self._publish()
             finally:
-                if not (interrupted and self.resumable):
-                    self._bin.unlink(missing_ok=True)
+                if not (self.published or (interrupted and self.resumable)):
+                    self._bin.unlink(missing_ok=True)  # once it is published the name may be another process's
                 self._file.close()  # last, because it lets go of the lock
 
     def _publish(self) -> None:
@@ -269,6 +275,7 @@ class Writer:
             os.fsync(file.fileno())
             behind_links(idx_path(self.prefix)).unlink(missing_ok=True)
             os.replace(self._bin, behind_links(bin_path(self.prefix)))
+            self.published = True
 
     def _write_index(self, file: IO[bytes]) -> None:
         sizes = np.frombuffer(self.sizes, "i4").astype("<i4") if self.sizes else np.empty(0, "<i4")

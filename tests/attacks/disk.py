@@ -56,7 +56,8 @@ class Disk:
         else:
             start = os.readlink(f"/proc/self/fd/{dir_fd}") if dir_fd is not None else os.getcwd()
             whole = os.path.normpath(os.path.join(start, os.fsdecode(path)))
-        return whole.removeprefix(self.folder) if whole.startswith(self.folder) else None
+        inside = (whole + "/").startswith(self.folder)
+        return (whole.removeprefix(self.folder) if whole + "/" != self.folder else ".") if inside else None
 
     def count(self, kind: str, path: Any, dir_fd: int | None = None, tear: Any = None) -> None:
         """To be called before the operation."""
@@ -79,6 +80,12 @@ class Disk:
                 tear()
             if self.how == "power":
                 self._lose()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def end(self) -> None:
+        """To be called when all is done: the power may be cut then, too."""
+        if self.how == "power" and self.number == len(self.operations) + 1:
+            self._lose()
             os.kill(os.getpid(), signal.SIGKILL)
 
     def _lose(self) -> None:

@@ -19,6 +19,7 @@ from tests.attacks.stage import Done, Stage
 
 OURS = re.compile(r"\.castalia-|\.part(ial)?$")
 WRITTEN = re.compile(r"\b(run|tuned|out|made|cache)")  # what an error's line must name, or a path below it
+GROWS = ("latest", ".jsonl", ".csv")  # what stands there may be of any step
 NOT_COMPARED = {"seconds", "tokens_per_second"}
 TINY = [
     "model.num_layers=2", "model.hidden_size=16", "model.num_heads=2", "model.vocab_multiple=2", "data.path=words",
@@ -210,11 +211,11 @@ class Theatre:
             if done.code not in (0, -9):
                 wrong.append(f"ended with {done.code}: {done.said[-600:]}")
         else:
-            wrong += [f"told badly: {line}" for line in told_badly(done)]
-            for path, digest in snapshot(self.work).items():
-                known = {first.get(path), last.get(path)} - {None}
-                if known and digest not in known and not path.endswith(("latest", ".jsonl", ".csv", "manifest.json")):
-                    wrong.append(f"neither old nor new: {path}")
+            wrong += [f"told badly: {line}" for line in told_badly(done, scene.ranks)]
+        for path, digest in snapshot(self.work).items():
+            known = {first.get(path), last.get(path)} - {None}
+            if known and digest not in known and not path.endswith(GROWS):
+                wrong.append(f"neither old nor new: {path}")
         if done.code != 0:
             words = scene.again(self.work) if scene.again else scene.words
             done = self.stage.run(words or (), self.work, ranks=scene.ranks, job=scene.job)
@@ -223,7 +224,7 @@ class Theatre:
         return wrong + differences(last, snapshot(self.work))
 
 
-def told_badly(done: Done) -> list[str]:
+def told_badly(done: Done, ranks: int) -> list[str]:
     if done.code == 0:
         return []
     errors = [line for line in done.said.splitlines() if line.startswith("error: ")]
@@ -231,7 +232,7 @@ def told_badly(done: Done) -> list[str]:
     found += [done.said[-1500:]] if "Traceback" in done.said else []
     others = ("is lost", "did not come to", "another rank did not")  # said of other ranks
     own = [line for line in errors if not any(words in line for words in others)]
-    found += [f"{len(own)} errors: {done.said[-300:]}"] if len(own) != 1 else []
+    found += [f"{len(own)} errors: {done.said[-300:]}"] if not 1 <= len(own) <= ranks else []
     causes = ("No space left", "Read-only file system", "No such file")
     return found + [line for line in own if not (any(cause in line for cause in causes) and WRITTEN.search(line))]
 
@@ -253,6 +254,7 @@ def attacks(operations: Sequence[tuple[str, str]]) -> Iterator[tuple[str, int]]:
         yield "power", number
         if operations[number - 1][0] == "write":
             yield "torn", number
+    yield "power", len(operations) + 1  # when all is done
 
 
 def faults(operations: Sequence[tuple[str, str]]) -> Iterator[tuple[str, int]]:

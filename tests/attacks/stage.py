@@ -169,6 +169,8 @@ def _play(
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
         if own == rank:
+            if code == 0:
+                disk.end()
             with disk.real_open(f"{notes}/operations", "w") as file:
                 json.dump(disk.operations, file)
     except BaseException:  # noqa: BLE001 - whatever it is, the test shows it

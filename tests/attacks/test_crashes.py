@@ -27,7 +27,7 @@ def play(theatre: Theatre, name: str, count: int | None) -> None:
     counts = [str(sum(each[0] == how for each in todo)) for how in ("kill", "torn", "power", *ERRORS)]
     print(f"| {name} | {' | '.join(counts)} | {len(wrong)} |")
     assert not wrong, "\n".join(
-        f"{how} before operation {n} of rank {rank}, {operations[rank][n - 1]}: {'; '.join(found)}"
+        f"{how} before operation {n} of rank {rank}, {(operations[rank] + [('end', '')])[n - 1]}: {'; '.join(found)}"
         for (how, n, rank), found in wrong.items()
     )
 
