@@ -27,6 +27,17 @@ MORE_TEMPLATES = "additional_chat_templates"  # a folder
 SAMPLING = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "max_new_tokens": "max_tokens"}
 SAMPLED = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
 
+FLAGS = ("special", "single_word", "lstrip", "rstrip", "normalized")
+TOKEN: Any = keys({"content": str, **dict.fromkeys(FLAGS, bool)}, required=["content"])
+TEMPLATE_ENTRY: Any = keys({"name": str, "template": str}, required=["name", "template"])
+TOLD = keys(  # of tokenizer_config.json and chat_template.json
+    {
+        "added_tokens_decoder": dict[str, TOKEN] | None,
+        "additional_special_tokens": list[str | TOKEN] | None,
+        "extra_special_tokens": list[str | TOKEN] | dict[str, Any] | None,
+        "chat_template": str | list[TEMPLATE_ENTRY] | None,
+    }
+)
 ADDED_TOKEN: Any = keys({"id": int, "content": str}, required=["id", "content"])
 VOCABULARY = keys({"model": keys({"vocab": dict[str, int] | list}), "added_tokens": list[ADDED_TOKEN] | None})
 
@@ -108,9 +119,9 @@ def read_words(given: Mapping[str, Path], model: Path | None = None) -> Words:
     files = {name: read_bytes(path, DataError) for name, path in found.items()}
     if ids:
         files[MODEL] = (json.dumps(ids, indent=2) + "\n").encode()
-    settings = _table(found.get(SETTINGS))
+    settings = _table(found.get(SETTINGS), TOLD)
     special = _special(_table(found.get(SPECIAL))) | _special(settings)
-    template = _template(files.get(JINJA), settings, _table(found.get(TEMPLATE)), found)
+    template = _template(files.get(JINJA), settings, _table(found.get(TEMPLATE), TOLD), found)
     try:
         added = _added(settings, _table(found.get(ADDED)), set(special.values()))
     except (ValueError, TypeError, AttributeError) as error:
@@ -163,9 +174,8 @@ def _template(
         return decoded(jinja, found[JINJA])
     template = settings.get("chat_template") or alone.get("chat_template")
     if isinstance(template, list):  # several with names
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
 
 
 def decoded(data: bytes, path: Path) -> str:

@@ -158,7 +158,9 @@ def _open_legacy(path: Path, file: Any) -> Any:
         key, dtype, count = _identity(identity)
         if len(identity) > 5 and identity[5] is not None:
             raise CheckpointError(f"{path}: storages that are views of others (torch 0.3) cannot be read")
-        extent, *_ = extents.setdefault(key, (Extent(path, 0, 0), dtype, count))
+        extent, *known = extents.setdefault(key, (Extent(path, 0, 0), dtype, count))
+        if known != [dtype, count]:
+            raise CheckpointError(f"{path} is damaged: storage {key!r} is there in two sizes or types")
         return _Storage(extent, dtype, count)
 
     with closing(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)) as data:
@@ -169,7 +171,7 @@ def _open_legacy(path: Path, file: Any) -> Any:
         magic, _, system, result, keys = parts
         if magic != LEGACY_MAGIC or not isinstance(system, dict) or not system.get("little_endian"):
             raise CheckpointError(f"{path} was written on a big-endian machine or is damaged")
-        if not isinstance(keys, list) or set(map(str, keys)) != set(extents):
+        if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(extents):
             raise CheckpointError(f"{path} is damaged: its list of storages does not fit its tensors")
         for key in keys:
             extent, dtype, count = extents[str(key)]

@@ -39,5 +39,5 @@ def way_to(events: Iterable[Mapping[str, Any]], step: int) -> Way:
                 if event["back_to"] < step <= at:
                     undone = way.until(step - 1)
                 way.saved = way.until(event["back_to"]).saved
-                way.rewound |= set(range(event["back_to"] + 1, at + 1))
+                way.rewound |= set(range(event["back_to"] + 1, min(at, step) + 1))
     return (undone or way).until(step - 1)

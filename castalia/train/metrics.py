@@ -7,17 +7,20 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from castalia.config.schema import RunConfig
+from pydantic import Field
+
+from castalia.config.schema import LARGEST, RunConfig
 from castalia.files import sync, write_text
 from castalia.reading import keys, read_records
 from castalia.strict_json import to_json
 from castalia.train.sinks import open_sinks
 
 NUMBERS = ("loss", "valid_loss", "grad_norm", "lr", "seconds")
-METRIC = keys({"step": int, "tokens": int | None, **dict.fromkeys(NUMBERS, float | None)}, required=["step"])
-EVENT = keys({"event": str, "step": int, "back_to": int, "action": str}, required=["event"])
+Step = Annotated[int, Field(ge=0, le=LARGEST)]
+METRIC = keys({"step": Step, "tokens": int | None, **dict.fromkeys(NUMBERS, float | None)}, required=["step"])
+EVENT = keys({"event": str, "step": Step, "back_to": Step, "action": str}, required=["event"])
 NOTED = b" "  # ends what is noted of a record; nowhere else is there a space between a value and what follows it
 
 
