@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from castalia.errors import CastaliaError, refuse_pointer
@@ -37,6 +37,7 @@ REASONS = {
     "list_type": "is no list",
     "dict_type": "is no table of names and values",
     "missing": "is missing",
+    "extra_forbidden": "is unknown to this version of castalia",
 }
 YamlLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -135,7 +136,8 @@ def typed(value: Any, where: str, error: type[CastaliaError], shape: Any) -> Any
         return value
     try:
         adapter = _adapter(shape)
-        if is_dataclass(shape):  # which strict checking takes from JSON alone
+        if is_dataclass(shape) or (isinstance(shape, type) and issubclass(shape, BaseModel)):
+            # from JSON, because only there does strict checking take lists for tuples and tables for classes
             return adapter.validate_json(json.dumps(value), strict=True)
         return adapter.validate_python(value, strict=True)
     except ValidationError as problems:

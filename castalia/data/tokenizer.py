@@ -338,7 +338,9 @@ def _read_json(file: Path, words: Words) -> tokenizers.Tokenizer:
     text = _with_gaps(decoded(words.files["tokenizer.json"], file), file)
     try:
         engine = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # noqa: BLE001  the engine raises bare Exception for files that it cannot read
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001  the engine raises bare Exception, and what it panics with is none
         raise DataError(f"{file} is no tokenizer.json: {error}") from error
     engine.no_truncation()
     engine.no_padding()

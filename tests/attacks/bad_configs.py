@@ -43,7 +43,7 @@ def _bomb(first: str, entry: str) -> str:
 
 
 TEXTS = (  # whole files
-    "", "- a\n", "model: [", "model: {num_layers: 2", "a: &a [*a]\n", "model: &m {num_layers: *m}\n", "\tmodel: 1\n",
+    "- a\n", "model: [", "model: {num_layers: 2", "a: &a [*a]\n", "model: &m {num_layers: *m}\n", "\tmodel: 1\n",
     "{" * 5000, "[" * 100_000, "- " * 50_000, "train: " + "{a: " * 90 + "1" + "}" * 90, "x" * 100_000 + ": 1",
     "train: {steps: 1:1" + ":1" * 50_000 + "}\n", "train: {steps: 0x" + "f" * 100_000 + "}\n", "seed: " + "x" * 100_000,
     "seed: !!python/object/apply:os.system ['true']\n", "seed: !!int x\n", "seed: !!timestamp x\n", "seed: !!bool x\n",

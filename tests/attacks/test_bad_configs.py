@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -43,15 +43,21 @@ def test_more_bad_configs_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.campaign
 def test_bad_configs_on_the_command_line(tmp_path: Path) -> None:
-    """Each in a process of its own, as a user meets it; the slowest one's seconds are printed."""
+    """Each in a process of its own, as a user meets it; the seconds of the slowest one on a CPU are printed."""
     slowest = 0.0
     for number in range(NUMBER):
         told = judged(number, tmp_path)
-        started = time.monotonic()
+        before = seconds_of_processes()
         words = [sys.executable, "-m", "castalia", "config", "check", f"{number}.yml"]
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-        slowest = max(slowest, time.monotonic() - started)
+        slowest = max(slowest, seconds_of_processes() - before)
         assert (done.returncode, done.stdout) == (2, ""), (number, done)
         expected = "error: " + told.replace(f"{tmp_path}/", "")
         assert done.stderr.splitlines() == expected.splitlines(), (number, done.stderr)
     print(f"{NUMBER} bad configs: exit code 2 and a line for each problem; the slowest took {slowest:.2f} s")
+
+
+def seconds_of_processes() -> float:
+    """Of the processes that have ended, on CPUs: what others do on this machine is no part of it."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime

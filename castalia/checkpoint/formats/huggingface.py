@@ -483,12 +483,9 @@ def _run_config(
     words = _tokenizer(path, tokenizer)
     if not beside.get("config"):
         return RunConfig(model=model, data=Data(seq_length=min(model.max_positions or 2048, 2048)), tokenizer=words)
-    try:
-        run = RunConfig.model_validate(beside["config"])
-    except ValueError as error:
-        raise CheckpointError(f"{path / BESIDE}: the config in it is not one of this version: {error}") from error
+    run = typed(beside["config"], f"{path / BESIDE}: the config in it", CheckpointError, RunConfig)
     told = {key for key in family.architecture(config) if not key.endswith("dropout")} | {"tie_embeddings"}
-    if run.model is None or run.model.padded_vocab_size != model.vocab_size:
+    if run.model is None or run.model.vocab_size is None or run.model.padded_vocab_size != model.vocab_size:
         told |= {"vocab_size", "vocab_multiple"}
     merged = model if run.model is None else run.model.model_copy(update={key: getattr(model, key) for key in told})
     if run.model is not None and _spelled_out(run.model, run) == _spelled_out(merged, run):

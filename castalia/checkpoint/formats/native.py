@@ -30,8 +30,6 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 import castalia
 from castalia.checkpoint.original import take_inherited
 from castalia.checkpoint.tensors import AdamState, Checkpoint, Progress, Shard
@@ -325,10 +323,9 @@ def read(path: Path) -> Checkpoint:
         model: dict[str, TensorRef] = {**stored, **_weights(chunks, manifest, stored)}
         chunks.require_disjoint()
         progress = typed(manifest["progress"], f"{path / MANIFEST}: progress", CheckpointError, Progress)
-        config = None if manifest["config"] is None else RunConfig.model_validate(manifest["config"])
+        stored_config, where = manifest["config"], f"{path / MANIFEST}: the config in it"
+        config = None if stored_config is None else typed(stored_config, where, CheckpointError, RunConfig)
         details = {name: manifest[name] for name in ("versions", "data_fingerprint")} | {"files": sorted(chunks.files)}
-    except ValidationError as error:
-        raise CheckpointError(f"{path / MANIFEST}: the config in it is not one of this version: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path / MANIFEST} is malformed: {error!r}") from error
     progress, inherited = take_inherited(progress, manifest, config)
