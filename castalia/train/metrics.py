@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -13,7 +12,7 @@ from pydantic import Field
 
 from castalia.config.schema import LARGEST, RunConfig
 from castalia.files import sync, write_text
-from castalia.reading import keys, read_records
+from castalia.reading import keys, plain_json, read_records
 from castalia.strict_json import to_json
 from castalia.train.sinks import open_sinks
 
@@ -106,7 +105,7 @@ def _finished(line: bytes) -> bytes:
         return line
     begun, mark, _ = line.partition(NOTED + b",") if NOTED + b"," in line else line.rpartition(NOTED)
     try:
-        json.loads(begun + b"}")
+        plain_json(begun + b"}")
     except ValueError:  # a killed process left it unfinished
         return line
     return begun + b"}\n" if mark else line

@@ -129,7 +129,7 @@ def test_bad_lines_of_records_are_named_and_left_out(tmp_path: Path, capsys: pyt
     told = capsys.readouterr().err.splitlines()
     assert len(told) == len(lines) - 2 and all("metrics.jsonl:" in line for line in told)
     assert [record["step"] for record in read_last_metrics(tmp_path, 2)][-1] == 4
-    truncate_metrics(tmp_path, 3)
+    truncate_metrics(tmp_path, 3, False)
     assert [record["step"] for record in read_metrics(tmp_path)] == [3]
 
 
