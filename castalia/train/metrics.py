@@ -16,7 +16,7 @@ from castalia.reading import keys, plain_json, read_records
 from castalia.strict_json import to_json
 from castalia.train.sinks import open_sinks
 
-NUMBERS = ("loss", "valid_loss", "grad_norm", "lr", "seconds")
+NUMBERS = ("loss", "valid_loss", "grad_norm", "lr", "seconds", "tokens_per_second")
 Step = Annotated[int, Field(ge=0, le=LARGEST)]
 METRIC = keys({"step": Step, "tokens": int | None, **dict.fromkeys(NUMBERS, float | None)}, required=["step"])
 EVENT = keys({"event": str, "step": Step, "back_to": Step, "action": str}, required=["event"])

@@ -62,8 +62,7 @@ def read_status(folder: Path) -> RunStatus:
     saved = saved_steps(folder / "checkpoints")
     newest = max(saved, default=None)
     state = _state(by, events, bool(last))
-    pace = median(record["seconds"] for record in last) if last else None
-    rate = median(record["tokens_per_second"] for record in last) if last else None
+    pace, rate = _median(last, "seconds"), _median(last, "tokens_per_second")
     valid = next((event.get("loss") for event in reversed(events) if event["event"] == "evaluation"), None)
     return RunStatus(
         folder=os.fspath(folder),
@@ -71,7 +70,7 @@ def read_status(folder: Path) -> RunStatus:
         by=by,
         step=step,
         steps=steps,
-        loss=last[-1]["loss"] if last else None,
+        loss=last[-1].get("loss") if last else None,
         valid_loss=valid,
         tokens_per_second=rate,
         seconds_left=pace * (steps - step) if state == "training" and pace and steps else None,
@@ -81,6 +80,12 @@ def read_status(folder: Path) -> RunStatus:
         events=Counter(event["event"] for event in events if event["event"] in NOTABLE),
         message=events[-1].get("message") if state == "failed" else None,
     )
+
+
+def _median(records: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """Of a figure that is not in every record: a loss that was infinite is written as null, say."""
+    known = [record[name] for record in records if record.get(name) is not None]
+    return median(known) if known else None
 
 
 def _state(by: str | None, events: Sequence[Mapping[str, Any]], has_steps: bool) -> State:
