@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
 
 from castalia.config.batch import batch_plan, planned_dp
-from castalia.config.schema import RunConfig
-from castalia.errors import ConfigError
+from castalia.config.schema import LARGEST, RunConfig
+from castalia.errors import CheckpointError, ConfigError
+from castalia.reading import keys, typed
 
 if TYPE_CHECKING:
     from castalia.checkpoint.tensors import Checkpoint, Progress
@@ -20,6 +23,16 @@ FIRST_SUMMING = (0, 16)  # DeepSpeed's release from which a pipeline engine adds
 INHERITED: Mapping[str, Any] = {
     "release": None, "summed_bias_ranks": 1, "summed_micro_batches": 1, "norm_ranks": (1, 1),
 }  # fmt: skip
+
+Count = Annotated[int, Field(gt=0, le=LARGEST)]
+NOTED = keys(
+    {
+        "release": str | None,
+        "summed_bias_ranks": Count,
+        "summed_micro_batches": Count,
+        "norm_ranks": tuple[Count, Count] | Annotated[list[Count], Field(min_length=2, max_length=2)],
+    }
+)
 
 
 def clip_norm(norm: float | None, release: str | None) -> float | None:
@@ -54,6 +67,7 @@ def take_inherited(
     """What a conversion `stored`, or a run that follows the original noted in its schedule, which is freed of it."""
     schedule: dict[str, Any] = dict(progress.schedule or {})
     found = {name: schedule.pop(name, stored.get(name, neutral)) for name, neutral in INHERITED.items()}
+    found = typed(found, "what the checkpoint notes of the original", CheckpointError, NOTED)
     found["norm_ranks"] = tuple(found["norm_ranks"])  # a list in JSON
     noted = dict(progress.schedule or {})
     if noted.get("release") == "head" and "summed_micro_batches" not in noted and config and config.model:
