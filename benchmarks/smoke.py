@@ -137,7 +137,7 @@ def run(row: Row, folder: Path, logs: Path) -> tuple[bool, str]:
         log.seek(0)
         lines = [line.strip() for line in log.read().splitlines() if line.strip()]
     last = lines[-1][:100] if lines else ""
-    if status:
+    if status != (128 + signal.SIGTERM if row.stop else 0):
         return False, f"exit status {status}: {last}"
     if not row.trains or row.stop:
         return True, last
