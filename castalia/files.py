@@ -73,7 +73,7 @@ def appearing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
-        with naming(path.parent):
+        with naming(path):
             os.fsync(folder)
     finally:
         os.close(folder)
@@ -87,7 +87,7 @@ def appearing_whole(path: Path) -> Iterator[Path]:
         yield place / path.name
         sync(place / path.name)
         os.replace(place / path.name, path)
-        sync(path.parent)
+        sync(path.parent.absolute())  # which an error then names by more than a dot
     finally:
         remove(place)
 
