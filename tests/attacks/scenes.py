@@ -18,7 +18,8 @@ from tests.attacks.disk import ERRORS
 from tests.attacks.stage import Done, Stage
 
 OURS = re.compile(r"\.castalia-|\.part(ial)?$")
-WRITTEN = re.compile(r"\b(run|tuned|out|made|cache)")  # what an error's line must name, or a path below it
+# What an error's line must name: a path below these, or the folder that they are in.
+WRITTEN = re.compile(r"\b(run|tuned|out|made|cache)|/work/\.:")
 GROWS = ("latest", ".jsonl", ".csv")  # what stands there may be of any step
 NOT_COMPARED = {"seconds", "tokens_per_second"}
 TINY = [
