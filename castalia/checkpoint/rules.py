@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from castalia.errors import CheckpointError
-from castalia.storage.tensor import Combined, Padded, Permuted, Scaled, TensorRef, Transposed, join, part
+from castalia.storage.tensor import Combined, Permuted, Scaled, TensorRef, Transposed, join, part
 
 Role = Literal["weight", "master", "exp_avg", "exp_avg_sq"]
 Refs = Sequence[TensorRef]
@@ -122,20 +122,6 @@ class Interleave:
             result.append(join([part(ref, start, start + size) for start in starts]))
             offset += size
         return result
-
-
-@dataclass(frozen=True)
-class PadRows:
-    """Their `theirs` rows become `ours`: rows of zeros are added, or rows at the end cut off."""
-
-    ours: int
-    theirs: int
-
-    def forward(self, theirs: Refs, role: Role) -> Refs:
-        return [_with_rows(ref, self.theirs, self.ours) for ref in theirs]
-
-    def backward(self, ours: Refs, role: Role) -> Refs:
-        return [_with_rows(ref, self.ours, self.theirs) for ref in ours]
 
 
 @dataclass(frozen=True)
@@ -287,11 +273,6 @@ def drift(ours: Mapping[str, TensorRef]) -> dict[str, float]:
 def _expect_rows(ref: TensorRef, rows: int) -> None:
     if tuple(ref.shape[:1]) != (rows,):
         raise CheckpointError(f"a tensor of shape {tuple(ref.shape)} should have {rows} rows")
-
-
-def _with_rows(ref: TensorRef, have: int, want: int) -> TensorRef:
-    _expect_rows(ref, have)
-    return Padded(ref, want) if want > have else part(ref, 0, want)
 
 
 def _some(names: list[str]) -> str:

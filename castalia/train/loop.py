@@ -150,7 +150,11 @@ class Run:
         self.unevaluated: dict[str, Any] | None = None  # the last step's record, where its evaluation was cut short
         self.pace, self.rewound = Pace(self.config.watch.window), Counter[int]()
         self.watch = Watch(
-            *(self.config.watch, session.engine, session.data, session.tokenizer, session.progress.watch),
+            self.config.watch,
+            session.engine,
+            session.data,
+            session.tokenizer,
+            stored=session.progress.watch,
             event=self._event,
             say=display.line,
         )

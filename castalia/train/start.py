@@ -156,8 +156,21 @@ def start(config: RunConfig) -> Session:
         allow_eager(e.models for e in (engine, step.preference and step.preference.reference) if e)
     for model in engine.models:
         model.train()
-    run = (progress, dtype, compiling, exact, source, loaded)
-    return Session(config, tokenizer, plan, data, engine, optimizer, step, *run)
+    return Session(
+        config=config,
+        tokenizer=tokenizer,
+        plan=plan,
+        data=data,
+        engine=engine,
+        optimizer=optimizer,
+        step=step,
+        progress=progress,
+        dtype=dtype,
+        compiling=compiling,
+        exact=exact,
+        source=source,
+        loaded=loaded,
+    )
 
 
 def make_engine(
