@@ -307,6 +307,27 @@ def watch(config: RunConfig) -> Iterator[Problem]:
         )
 
 
+def idle_layout(config: RunConfig) -> Iterator[Problem]:
+    """Layout settings whose switch nobody has touched: forgotten, most likely.
+
+    Where the switch itself was given (`parallel.pp: 1`, as in the config of each run) they are only noted as without
+    effect: the same config must go on with fewer ranks.
+    """
+    parallel = config.parallel
+    switches = {
+        "pipeline": ("pp", "2 or more"),
+        "stages_per_rank": ("pp", "2 or more"),
+        "cp_kind": ("cp", "2 or more"),
+        "dp_replicate": ("zero", "1, 2 or 3"),
+    }
+    for name, (switch, values) in switches.items():
+        path, by = f"parallel.{name}", f"parallel.{switch}"
+        if path in config.origins and by not in config.origins and not _is_default(config, path):
+            value, default = getattr(parallel, name), getattr(parallel, switch)
+            text = f"{path}={value} needs {by} of {values}, which is not set; set it, or remove {path}"
+            yield Problem(f"{text} (with {by}={default} written out it may stay, without effect)", (path,))
+
+
 def folders(config: RunConfig) -> Iterator[Problem]:
     checkpoint = config.checkpoint
     if checkpoint.init_from and checkpoint.dir and normpath(checkpoint.init_from) == normpath(checkpoint.dir):
@@ -372,6 +393,6 @@ def _is_default(config: RunConfig, path: str) -> bool:
 
 CONTRADICTIONS = (
     heads, mup, lengths, length_warmup, batch_warmup, layout, batch, learning_rates, expressions, corpora, preferences,
-    profile, watch,
+    profile, watch, idle_layout,
 )  # fmt: skip
 SURPRISES = (folders, without_effect)

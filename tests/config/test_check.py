@@ -54,6 +54,10 @@ CONTRADICTIONS = [
     ([*BATCHES, "train.batch_size_warmup.start=4", "parallel.gpus=8"], "and be a multiple of 8 data-parallel ranks"),
     ([*BATCHES, "train.batch_size_warmup.start=6", "parallel.gpus=2"], "6 sequences, must divide train.batch_size=16"),
     (["generate.mode=input-file"], "generate.mode=input-file needs generate.input_file"),
+    (["parallel.dp_replicate=2"], "parallel.dp_replicate=2 needs parallel.zero of 1, 2 or 3, which is not set"),
+    (["parallel.pipeline=gpipe"], "parallel.pipeline=gpipe needs parallel.pp of 2 or more, which is not set"),
+    (["parallel.stages_per_rank=1"], "parallel.stages_per_rank=1 needs parallel.pp of 2 or more"),
+    (["parallel.cp_kind=ring"], "parallel.cp_kind=ring needs parallel.cp of 2 or more"),
 ]
 
 
@@ -74,9 +78,9 @@ NOTES = [
     (["model.shared_norm=true"], "model.shared_norm has no effect: no parallel_residual"),
     (["model.rotary_pct=0.25", "model.position=learned"], "model.rotary_pct has no effect"),
     (["parallel.sequence_parallel=true"], "parallel.sequence_parallel has no effect: parallel.tp is 1"),
-    (["parallel.dp_replicate=2"], "parallel.dp_replicate has no effect: parallel.zero is 0"),
-    (["parallel.pipeline=gpipe"], "parallel.pipeline has no effect: parallel.pp is 1"),
-    (["parallel.stages_per_rank=1"], "parallel.stages_per_rank has no effect: parallel.pp is 1"),
+    (["parallel.dp_replicate=2", "parallel.zero=0"], "parallel.dp_replicate has no effect: parallel.zero is 0"),
+    (["parallel.pipeline=gpipe", "parallel.pp=1"], "parallel.pipeline has no effect: parallel.pp is 1"),
+    (["parallel.stages_per_rank=1", "parallel.pp=1"], "parallel.stages_per_rank has no effect: parallel.pp is 1"),
     (["data.train=[a]", "data.split='1,0,0'"], "data.split has no effect: data.train is given"),
     (["data.train=[a]", "eval.every=5"], "eval.every has no effect: data.valid is empty"),
     (["optimizer.name=lion", "optimizer.eps=1e-9"], "optimizer.eps has no effect: lion has none"),
