@@ -32,8 +32,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as Rows
 
 from castalia.checkpoint.formats import open_checkpoint
-from castalia.checkpoint.formats.native import Writer
-from castalia.checkpoint.load import load_optimizer, load_shards, optimizer_state
+from castalia.checkpoint.formats.native.save import CheckpointSaver
+from castalia.checkpoint.restore import load_optimizer, load_shards, optimizer_state
 from castalia.checkpoint.tensors import Progress, Shard
 from castalia.config.schema import Model, Optimizer, RunConfig
 from castalia.plan.count import count, tensor_shapes
@@ -93,7 +93,7 @@ class Saver:
 
     def __init__(self, folder: Path, model: Model) -> None:
         self.folder, self.model, self.step = folder, model, 0
-        self.writer = Writer(folder / "castalia", keep_last=1)
+        self.writer = CheckpointSaver(folder / "castalia", keep_last=1)
 
     def start(self, side: str, state: State) -> Callable[[], object]:
         path = self.folder / side

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from castalia.checkpoint.formats.native.save import CheckpointSaver
 from castalia.config.schema import Model
 
 ALLOWED_BYTES = 400 << 20
@@ -32,7 +33,6 @@ def make_source(folder: Path, model: Model) -> None:
     """A native checkpoint of random tensors with moments."""
     import torch
 
-    from castalia.checkpoint.formats.native import Writer
     from castalia.checkpoint.tensors import Progress
     from castalia.config.schema import RunConfig
     from castalia.plan.count import tensor_shapes
@@ -41,14 +41,14 @@ def make_source(folder: Path, model: Model) -> None:
     moments = {
         name: {"exp_avg": weight * 1e-3, "exp_avg_sq": weight.square(), "step": 1} for name, weight in weights.items()
     }
-    with Writer(folder) as writer:
+    with CheckpointSaver(folder) as writer:
         writer.save(weights, moments, Progress(step=1), RunConfig(model=model))
 
 
 def convert(source: Path, target: Path, form: str, layout: str | None = None) -> None:
     from castalia.checkpoint import convert
+    from castalia.checkpoint.file_plan import WriteOptions
     from castalia.checkpoint.formats import open_checkpoint
-    from castalia.checkpoint.writing import WriteOptions
     from castalia.cli.convert import parse_layout
     from castalia.train.hardware import keep_freed_memory
 
@@ -79,9 +79,9 @@ def child(work: Callable[..., None], arguments: tuple, connection) -> None:
     import torch
 
     import castalia.checkpoint.convert
-    import castalia.checkpoint.formats.huggingface_write
-    import castalia.checkpoint.formats.native_write
-    import castalia.checkpoint.formats.neox_write
+    import castalia.checkpoint.formats.huggingface.write
+    import castalia.checkpoint.formats.native.write
+    import castalia.checkpoint.formats.neox.write
     import castalia.cli.convert
     import castalia.train.hardware  # noqa: F401
 
@@ -188,7 +188,7 @@ def between_formats(args: argparse.Namespace, scratch: Path) -> None:
 def from_source(args: argparse.Namespace, scratch: Path) -> None:
     """The checkpoint at hand to each format; to NeoX's on other ranks."""
     from castalia.checkpoint.formats import open_checkpoint
-    from castalia.checkpoint.load import describe
+    from castalia.checkpoint.restore import describe
 
     checkpoint = open_checkpoint(args.source)
     print(f"{describe(checkpoint)}, {size_of(args.source) / 1e6:.0f} MB;", end=" ")

@@ -22,9 +22,9 @@ import numpy as np
 
 from castalia.config.schema import Data, RunConfig, Source, Train
 from castalia.data.blend import blend
-from castalia.data.indexed import Writer
+from castalia.data.indexed import DatasetWriter
 from castalia.data.loader import open_data
-from castalia.data.samples import build_packed
+from castalia.data.sample_index import build_packed
 
 SEQ_LENGTH, SEED = 2048, 1234
 STEP_TOKENS_PER_SECOND = 1e6  # of the training that the loader is to feed
@@ -92,7 +92,7 @@ def blend_row(size: int, rounds: int) -> None:
 def loader_row(rounds: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         sizes = np.random.default_rng(0).integers(1, 2000, 20_000)
-        with Writer(f"{folder}/x", "u2") as writer:
+        with DatasetWriter(f"{folder}/x", "u2") as writer:
             writer.add_many(np.random.default_rng(1).integers(0, 50_000, int(sizes.sum()), np.uint16), sizes)
         for mask in (False, True):
             _loader_row(folder, mask, rounds)

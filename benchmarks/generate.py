@@ -22,8 +22,8 @@ from train import Work, our_model, renamed, their_config
 
 from castalia.config.load import load_config
 from castalia.config.schema import Model
-from castalia.generate.engine import generate
-from castalia.generate.pack import pack
+from castalia.generate.generation import generate
+from castalia.generate.packed_model import pack
 from castalia.train.hardware import DTYPES, keep_freed_memory, measured_flops
 
 # Share of tokens that may differ. The logits of random weights lie close together, and after one near tie that falls

@@ -29,27 +29,27 @@ import torch
 from generate import Numbers
 from train import Work, batch_of, their_config, their_step
 
-from castalia.checkpoint.formats.native import Writer
-from castalia.checkpoint.load import optimizer_state
+from castalia.checkpoint.formats.native.save import CheckpointSaver
+from castalia.checkpoint.restore import optimizer_state
 from castalia.checkpoint.tensors import Progress
 from castalia.config.batch import BatchPlan
 from castalia.config.load import load_config
 from castalia.config.schema import Model, Optimizer, RunConfig, Train
-from castalia.generate.engine import generate
+from castalia.generate.generation import generate
 from castalia.model.init import constant_value, initialize
 from castalia.model.transformer import Transformer
 from castalia.parallel.compile import compile_blocks
-from castalia.parallel.engine import Engine, one_process
+from castalia.parallel.executor import Engine, one_process
 from castalia.plan.count import count
 from castalia.plan.devices import USABLE
 from castalia.plan.flops import kv_cache_bytes, training_flops
 from castalia.plan.layout import Layout
 from castalia.plan.memory import Compute, memory_by_stage
 from castalia.train.hardware import DTYPES
-from castalia.train.measure import PeakMemory
 from castalia.train.optimizer import LossScaler, make_optimizer
 from castalia.train.schedule import LearningRate
 from castalia.train.step import TrainStep
+from castalia.train.step_memory import PeakMemory
 
 PEAK_FLOPS = 989e12
 WARMUP_STEPS, STEPS = 2, 5
@@ -314,7 +314,7 @@ def save_row(bench: Bench, row: Row) -> list[list[str]]:
     tensors = [*parameters.values(), *(t for state in states.values() for k, t in state.items() if k != "step")]
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     before, cells = host_bytes(), []
-    with tempfile.TemporaryDirectory() as folder, Writer(folder, keep_last=1) as writer:
+    with tempfile.TemporaryDirectory() as folder, CheckpointSaver(folder, keep_last=1) as writer:
         for number, name in enumerate(("first", "second", "third"), 1):
             bench.synchronize()
             start = time.perf_counter()

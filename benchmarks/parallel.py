@@ -122,9 +122,9 @@ def actions(name: str, pp: int, count: int) -> tuple[list[list[tuple[str, int, i
 def write_corpus(folder: Path) -> None:
     import numpy as np
 
-    from castalia.data.indexed import Writer
+    from castalia.data.indexed import DatasetWriter
 
-    with Writer(folder / "text", "uint16") as text:
+    with DatasetWriter(folder / "text", "uint16") as text:
         text.add(np.random.default_rng(0).integers(0, 256, 100_000))
 
 
@@ -151,11 +151,11 @@ def measure_step(words: list[str]) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from castalia.config.load import load_config
-    from castalia.parallel.process import process_group
+    from castalia.parallel.process_group import process_group
     from castalia.plan.memory import Compute, memory_by_stage, moments_of
-    from castalia.plan.report import layout_of
-    from castalia.train.measure import PeakMemory
-    from castalia.train.start import start
+    from castalia.plan.run_plan import layout_of
+    from castalia.train.setup import start
+    from castalia.train.step_memory import PeakMemory
 
     class Sent(TorchDispatchMode):
         bytes = 0

@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 
 from castalia.config.schema import Tokenizer
-from castalia.data.indexed import Writer, token_dtype
+from castalia.data.indexed import DatasetWriter, token_dtype
 from castalia.data.prepare import Recipe, prepare
 from castalia.data.tokenizer import load_tokenizer, train_bpe
 
@@ -46,7 +46,10 @@ def ours(source: Path, output: Path, tokenizer: Tokenizer, workers: int | None) 
 def batches(source: Path, output: Path, config: Tokenizer, workers: int | None) -> None:
     """`encode_batch_fast` on all cores, the rest as plain as it gets."""
     tokenizer = load_tokenizer(config)
-    with Writer(f"{output}_text_document", token_dtype(tokenizer.vocab_size)) as writer, source.open("rb") as lines:
+    with (
+        DatasetWriter(f"{output}_text_document", token_dtype(tokenizer.vocab_size)) as writer,
+        source.open("rb") as lines,
+    ):
         while texts := [json.loads(line)["text"] for line in islice(lines, BATCH_DOCUMENTS)]:
             rows = [np.array([*ids, tokenizer.eod_id], writer.dtype) for ids in tokenizer.encode_batch(texts)]
             writer.add_many(np.concatenate(rows), [len(row) for row in rows])
@@ -55,7 +58,10 @@ def batches(source: Path, output: Path, config: Tokenizer, workers: int | None) 
 def loop(source: Path, output: Path, config: Tokenizer, workers: int | None) -> None:
     """One document after the other, as the original's tool does with one worker."""
     tokenizer = load_tokenizer(config)
-    with Writer(f"{output}_text_document", token_dtype(tokenizer.vocab_size)) as writer, source.open("rb") as lines:
+    with (
+        DatasetWriter(f"{output}_text_document", token_dtype(tokenizer.vocab_size)) as writer,
+        source.open("rb") as lines,
+    ):
         for line in lines:
             writer.add(np.array([*tokenizer.encode(json.loads(line)["text"]), tokenizer.eod_id], writer.dtype))
 

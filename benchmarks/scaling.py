@@ -30,14 +30,14 @@ from train import Work
 from train import ours as training
 
 from castalia.config.schema import Model, Tokenizer
-from castalia.data.samples import build_packed
+from castalia.data.sample_index import build_packed
 from castalia.data.tokenizer import train_bpe
 from castalia.plan.count import count
 from castalia.plan.flops import training_flops
 from castalia.plan.layout import Layout
 from castalia.plan.memory import Compute, memory_by_stage
 from castalia.train.hardware import choose_dtype, name_of
-from castalia.train.measure import PeakMemory
+from castalia.train.step_memory import PeakMemory
 
 ALLOWED = 1.25
 BASE = {"seq": 512, "batch": 2, "vocabulary": 8192, "depth": 4, "width": 128}

@@ -177,7 +177,7 @@ def attention_memory(num_kv_heads: int, dtype: str, quick: bool) -> tuple[bool, 
     from castalia.config.schema import Model
     from castalia.model.init import initialize
     from castalia.model.transformer import Transformer
-    from castalia.train.measure import PeakMemory
+    from castalia.train.step_memory import PeakMemory
 
     keys, heads, size = (64, 4, 8) if quick else (KEYS, 32, HEAD_SIZE)
     device, kind = torch.device("cpu" if quick else "cuda"), getattr(torch, dtype)
@@ -201,7 +201,7 @@ def decode_new_lengths(quick: bool) -> tuple[bool, str]:
     import torch
 
     from castalia.config.schema import Model
-    from castalia.generate.cache import KVCache
+    from castalia.generate.kv_cache import KVCache
     from castalia.model.transformer import Transformer
 
     heads, size, start, count = (2, 8, 16, 4) if quick else (16, HEAD_SIZE, 1000, 48)

@@ -87,9 +87,9 @@ def small_corpus(folder: Path) -> Path:
     """Random tokens, 100 documents of 1,000."""
     import numpy as np
 
-    from castalia.data.indexed import Writer
+    from castalia.data.indexed import DatasetWriter
 
-    with Writer(folder / "corpus", np.uint16) as corpus:
+    with DatasetWriter(folder / "corpus", np.uint16) as corpus:
         for number in range(100):
             corpus.add(np.random.default_rng(number).integers(0, 50277, 1000))
     return folder / "corpus"

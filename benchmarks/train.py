@@ -74,8 +74,8 @@ def our_model(work: Work, **options):
 def ours(work: Work) -> Callable[[int], float]:
     """A step as `castalia train` takes it."""
     from castalia.config.schema import Optimizer
-    from castalia.parallel.engine import Engine
-    from castalia.parallel.recompute import apply_recompute
+    from castalia.parallel.activation_checkpointing import apply_recompute
+    from castalia.parallel.executor import Engine
     from castalia.train.hardware import DTYPES, keep_freed_memory
     from castalia.train.optimizer import make_optimizer
     from castalia.train.schedule import LearningRate
@@ -259,7 +259,7 @@ def side(connection: Connection, name: str, work: Work, compiled: bool) -> None:
     """A side's process: answers each step number with (seconds, loss), None with the most bytes that a step holds."""
     import torch
 
-    from castalia.train.measure import PeakMemory
+    from castalia.train.step_memory import PeakMemory
 
     clock = use_clock(work.cpu_time)
     step = SIDES[name](replace(work, compiled=compiled))

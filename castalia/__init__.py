@@ -13,9 +13,9 @@ _PUBLIC = {
     "open_dataset": ("castalia.data.indexed", "open_dataset"),
     "batch_at": ("castalia.data.loader", "batch_at"),
     "open_checkpoint": ("castalia.checkpoint.formats", "open_checkpoint"),
-    "load_model": ("castalia.checkpoint.load", "load_model"),
+    "load_model": ("castalia.checkpoint.restore", "load_model"),
     "run_training": ("castalia.cli.train", "train"),
-    "generate_text": ("castalia.generate.engine", "generate"),
+    "generate_text": ("castalia.generate.generation", "generate"),
 }
 __all__ = [*_PUBLIC, "__version__"]
 

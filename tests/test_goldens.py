@@ -17,19 +17,19 @@ import torch
 from typer.testing import CliRunner
 
 from castalia.checkpoint import convert
+from castalia.checkpoint.file_plan import Layout, WriteOptions
 from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.tensors import AdamState, Checkpoint
-from castalia.checkpoint.writing import Layout, WriteOptions
 from castalia.cli.config import changes, explain
 from castalia.cli.main import build
 from castalia.config.fields import FIELDS, SECTIONS
 from castalia.config.load import load_config, preset_names
-from castalia.config.neox_keys import FORMER, KEYS
+from castalia.config.neox.keys import FORMER, KEYS
 from castalia.config.schema import RunConfig
 from castalia.errors import CheckpointError
 from castalia.plan.devices import parse_gpus
-from castalia.plan.report import Hardware, Known, report
-from castalia.storage.tensor import Held
+from castalia.plan.run_plan import Hardware, Known, report
+from castalia.storage.lazy import Held
 from tests.checkpoint.made import FAMILIES, made
 from tests.error_texts import error_texts
 from tests.goldens import Goldens

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.schema import Lora, is_adapter
-from castalia.storage.tensor import Adapted, TensorRef
+from castalia.storage.lazy import Adapted, TensorRef
 
 
 def adapters_of(checkpoint: Checkpoint | None) -> Lora | None:

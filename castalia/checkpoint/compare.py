@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from castalia.config.schema import Model
-from castalia.storage.tensor import Reordered, Scaled, TensorRef, Transposed, part, same_bits
+from castalia.storage.lazy import Reordered, Scaled, TensorRef, Transposed, part, same_bits
 
 PAIR_BYTES = 8 << 20
 NUM_PROBES = 16  # rows that are compared before all of a tensor is

@@ -21,9 +21,9 @@ from typing import IO, Any
 
 import torch
 
+from castalia.checkpoint.file_plan import Output, Plan, WriteOptions
 from castalia.checkpoint.formats import detect, find_steps
 from castalia.checkpoint.tensors import Checkpoint
-from castalia.checkpoint.writing import Output, Plan, WriteOptions
 from castalia.errors import CheckpointError
 from castalia.files import (
     MARK,
@@ -39,10 +39,10 @@ from castalia.files import (
     workplace,
     write_text,
 )
-from castalia.plan.words import gib
+from castalia.plan.run_description import gib
 from castalia.storage.extent import verifying
+from castalia.storage.lazy import Adapted, Narrowed, TensorRef, everything, name_of
 from castalia.storage.safetensors import Advance
-from castalia.storage.tensor import Adapted, Narrowed, TensorRef, everything, name_of
 
 LATEST = "latest"
 COMPLETE = ""  # in the journal, in place of a file's name: nothing is left but to give the folder its name
@@ -72,11 +72,11 @@ class Target:
 
 
 TARGETS = {
-    "native": Target("castalia.checkpoint.formats.native_write", "step_{step:06d}"),
-    "peft": Target("castalia.checkpoint.formats.peft_write", "step{step}"),
-    "hf": Target("castalia.checkpoint.formats.huggingface_write", "step{step}"),
-    "neox": Target("castalia.checkpoint.formats.neox_write", "global_step{step}", nested=True),
-    "megatron-deepspeed": Target("castalia.checkpoint.formats.megatron_write", "global_step{step}", nested=True),
+    "native": Target("castalia.checkpoint.formats.native.write", "step_{step:06d}"),
+    "peft": Target("castalia.checkpoint.formats.peft.write", "step{step}"),
+    "hf": Target("castalia.checkpoint.formats.huggingface.write", "step{step}"),
+    "neox": Target("castalia.checkpoint.formats.neox.write", "global_step{step}", nested=True),
+    "megatron-deepspeed": Target("castalia.checkpoint.formats.megatron.write", "global_step{step}", nested=True),
 }
 
 

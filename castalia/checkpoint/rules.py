@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from castalia.errors import CheckpointError
-from castalia.storage.tensor import Combined, Permuted, Scaled, TensorRef, Transposed, join, part
+from castalia.storage.lazy import Combined, Permuted, Scaled, TensorRef, Transposed, join, part
 
 Role = Literal["weight", "master", "exp_avg", "exp_avg_sq"]
 Refs = Sequence[TensorRef]

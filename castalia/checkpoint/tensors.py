@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypedDict
 
-from castalia.checkpoint.original import INHERITED
+from castalia.checkpoint.neox_defects import INHERITED
 from castalia.config.schema import RunConfig
-from castalia.storage.tensor import TensorRef
+from castalia.storage.lazy import TensorRef
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +67,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()  # what whoever computes with the model should know: guesses, what was taken for what
     state_notes: tuple[str, ...] = ()  # what only matters to who trains on: of the optimizer state
     details: Mapping[str, object] = field(default_factory=dict)  # the format's own facts: era, layout, files
-    # What the original's defects left in the state (see `castalia.checkpoint.original`):
+    # What the original's defects left in the state (see `castalia.checkpoint.neox_defects`):
     release: str | None = None  # "v1" or "head": the one that trained it, or that its run follows
     summed_bias_ranks: int = 1  # T when row-parallel biases were summed over T tensor ranks
     norm_ranks: tuple[int, int] = (1, 1)  # (T, P) when gradient norms are of the first tensor rank and stage alone

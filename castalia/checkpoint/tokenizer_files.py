@@ -10,10 +10,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from castalia.checkpoint.describe import model_folder, tokenizer_settings
-from castalia.checkpoint.load import load_tokenizer_for
+from castalia.checkpoint.description import model_folder, tokenizer_settings
+from castalia.checkpoint.file_plan import Output, bytes_output, json_output
+from castalia.checkpoint.restore import load_tokenizer_for
 from castalia.checkpoint.tensors import Checkpoint
-from castalia.checkpoint.writing import Output, bytes_output, json_output
 from castalia.config.schema import Tokenizer as TokenizerSettings
 from castalia.data.tokenizer import (
     PADDING,
@@ -24,8 +24,8 @@ from castalia.data.tokenizer import (
     Tokenizer,
     engine_text,
 )
-from castalia.data.words import GENERATION, MODEL, SPECIAL, Words, read_words
-from castalia.data.words import SETTINGS as HF_SETTINGS
+from castalia.data.tokenizer_folder import GENERATION, MODEL, SPECIAL, Words, read_words
+from castalia.data.tokenizer_folder import SETTINGS as HF_SETTINGS
 from castalia.errors import CastaliaError
 
 FOLDER = "tokenizer"  # of a run, or of a converted checkpoint

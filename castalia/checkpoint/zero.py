@@ -14,7 +14,7 @@ from math import prod
 from typing import Any
 
 from castalia.errors import CheckpointError
-from castalia.storage.tensor import Cast, Shaped, TensorRef, Zeros, join, part
+from castalia.storage.lazy import Cast, Shaped, TensorRef, Zeros, join, part
 
 Shapes = Mapping[str, tuple[int, ...]]  # name -> shape, in the order of the flat vectors
 Measure = Callable[[tuple[int, ...]], int]  # what a parameter of this shape counts

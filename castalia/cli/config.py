@@ -10,11 +10,11 @@ from typing import Annotated, Any
 import typer
 
 from castalia.config.fields import FIELDS, SECTIONS, describe
+from castalia.config.key_reference import markdown
 from castalia.config.load import load_config, suggest
-from castalia.config.neox_keys import FORMER, KEYS
-from castalia.config.read import to_yaml
-from castalia.config.reference import markdown
+from castalia.config.neox.keys import FORMER, KEYS
 from castalia.config.schema import RunConfig
+from castalia.config.yaml_files import to_yaml
 from castalia.errors import ConfigError
 from castalia.files import write_text
 from castalia.strict_json import to_json
@@ -50,9 +50,9 @@ def show(
 @app.command()
 def check(words: Words) -> None:
     """Exit with 0 if the config is accepted (warnings included), with 2 and a line for each problem otherwise."""
-    from castalia.parallel.layout import check_run
-    from castalia.plan.report import layout_of, warnings
-    from castalia.train.known import gather
+    from castalia.parallel.rank_grid import check_run
+    from castalia.plan.run_plan import layout_of, warnings
+    from castalia.train.run_facts import gather
 
     config = read(words)
     if config.parallel.gpus and config.parallel.gpus > 1:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
+    from castalia.checkpoint.file_plan import Layout, Plan
     from castalia.checkpoint.tensors import Checkpoint
-    from castalia.checkpoint.writing import Layout, Plan
     from castalia.storage.safetensors import Advance
 
 
@@ -55,8 +55,8 @@ def command(
     DST is complete or absent. After an interruption the same command goes on where it stopped.
     """
     from castalia.checkpoint import convert
+    from castalia.checkpoint.file_plan import WriteOptions
     from castalia.checkpoint.formats import find_steps, open_checkpoint
-    from castalia.checkpoint.writing import WriteOptions
     from castalia.errors import ConfigError
 
     if to not in convert.TARGETS:
@@ -103,7 +103,7 @@ def command(
 
 
 def _describe(checkpoint: Checkpoint, plan: Plan, target: Path, inside: str, with_files: bool) -> None:
-    from castalia.checkpoint.load import describe
+    from castalia.checkpoint.restore import describe
 
     print(f"{describe(checkpoint)} -> {target}: {len(plan.outputs)} files, {_size(plan.num_bytes)}", flush=True)
     for note in (*checkpoint.notes, *checkpoint.state_notes, *plan.notes):
@@ -133,8 +133,8 @@ def _write(plan: Plan, target: Path, mark: str, inside: str, force: bool, allow_
 
 def _verify(checkpoint: Checkpoint, target: Path) -> None:
     from castalia.checkpoint.formats import open_checkpoint
-    from castalia.checkpoint.verify import verify
     from castalia.errors import CheckpointError
+    from castalia.examine.verify import verify
 
     proof = verify(checkpoint, open_checkpoint(target))
     print(proof)
@@ -144,7 +144,7 @@ def _verify(checkpoint: Checkpoint, target: Path) -> None:
 
 def parse_layout(text: str | None) -> Layout:
     """`tp=2,pp=4,dp=8,zero=1`; what is left out is one rank, without ZeRO."""
-    from castalia.checkpoint.writing import Layout
+    from castalia.checkpoint.file_plan import Layout
     from castalia.errors import ConfigError
 
     values: dict[str, int] = {}

@@ -165,8 +165,8 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Documents, tokens, lengths, dtype, largest id and the beginning of the first document."""
+    from castalia.data.corpora import describe
     from castalia.data.indexed import open_dataset
-    from castalia.data.tools import describe
 
     corpus = open_dataset(prefix)
     facts = describe(corpus)
@@ -193,8 +193,8 @@ def stats(
 ) -> None:
     """Lengths, tokens, largest id and duplicates of one or more corpora."""
     from castalia.cli.picture import check_picture
+    from castalia.data.corpora import describe, duplicates
     from castalia.data.indexed import open_dataset
-    from castalia.data.tools import describe, duplicates
 
     check_picture(plot, "--plot")
     corpora = [open_dataset(prefix) for prefix in prefixes]
@@ -234,7 +234,7 @@ def merge(
     output: Annotated[Path, typer.Option(help="prefix of the corpus to write")],
 ) -> None:
     """Write corpora one after the other as one."""
-    from castalia.data.tools import merge as run
+    from castalia.data.corpora import merge as run
 
     merged = run(prefixes, output)
     print(f"{output}: {len(merged.doc_index) - 1:,} documents, {len(merged.tokens):,} tokens")
@@ -247,7 +247,7 @@ def split(
     weights: Annotated[str, typer.Option(help="shares of the three")] = "969, 30, 1",
 ) -> None:
     """Write the shares of a corpus that data.split describes as corpora of their own."""
-    from castalia.data.tools import split as run
+    from castalia.data.corpora import split as run
 
     for part in run(prefix, weights, output):
         print(f"{part.prefix}: {len(part.doc_index) - 1:,} documents, {len(part.tokens):,} tokens")

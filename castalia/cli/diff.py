@@ -13,7 +13,7 @@ import typer
 from castalia.strict_json import to_json
 
 if TYPE_CHECKING:
-    from castalia.checkpoint.diff import Diff
+    from castalia.examine.diff import Diff
 
 SHOWN = 12  # tensors in the table
 
@@ -29,10 +29,10 @@ def command(
     plot: Annotated[Path | None, typer.Option(help="a picture of the change in each layer: PNG or SVG")] = None,
 ) -> None:
     """Compare two checkpoints: structure, tensors, verdict. Formats, eras and layouts may differ."""
-    from castalia.checkpoint.diff import diff
-    from castalia.checkpoint.load import describe
+    from castalia.checkpoint.restore import describe
     from castalia.cli.opening import open_and_tell
     from castalia.cli.picture import check_picture
+    from castalia.examine.diff import diff
 
     check_picture(plot, "--plot")
     left = open_and_tell(a, step=step_a, config=config_a)
@@ -51,7 +51,7 @@ def command(
 
 
 def _show(found: Diff) -> None:
-    from castalia.checkpoint.diff import CAUSES
+    from castalia.examine.diff import CAUSES
 
     for line in found.structure:
         print(f"  {line}")

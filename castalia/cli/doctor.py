@@ -70,7 +70,7 @@ def look_at_machine() -> dict:
 
 def fast_paths() -> list[FastPath]:
     """Those of training on the device that `auto` would choose, and that of writing text on a CPU."""
-    from castalia.generate.pack import has_bf16_kernels
+    from castalia.generate.packed_model import has_bf16_kernels
     from castalia.train.fast_paths import FastPath, fast_paths
     from castalia.train.hardware import choose_device
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from castalia.data.loader import Batch
     from castalia.data.tokenizer import Tokenizer
     from castalia.evaluate.corpus import Stream
-    from castalia.parallel.engine import Engine
+    from castalia.parallel.executor import Engine
 
 
 def command(
@@ -56,7 +56,7 @@ def command(
         return
     from castalia.cli.opening import open_and_tell
     from castalia.cli.ranks import start_processes
-    from castalia.parallel.process import process_group
+    from castalia.parallel.process_group import process_group
     from castalia.parallel.rendezvous import is_main
     from castalia.train.hardware import choose_device
 
@@ -78,7 +78,7 @@ def command(
 
 def write_log_probs(path: str, overrides: list[str], data: str | None, step: int | None, output: str) -> None:
     """Preference tuning takes what this writes for the `references` of a source."""
-    from castalia.checkpoint.load import build_model, require_finite
+    from castalia.checkpoint.restore import build_model, require_finite
     from castalia.cli.opening import open_and_tell
     from castalia.cli.train import split_words
     from castalia.config.load import load_config
@@ -113,7 +113,7 @@ def evaluate_checkpoint(
     """What the command prints, by name."""
     import numpy as np
 
-    from castalia.checkpoint.load import architecture
+    from castalia.checkpoint.restore import architecture
     from castalia.cli.config import print_notes
     from castalia.cli.train import split_words
     from castalia.config.load import load_config
@@ -167,12 +167,12 @@ def load_engine(
 
     Its parameters are in the compute dtype, to which the blocks would round them each time.
     """
-    from castalia.checkpoint.load import build_model, require_finite
+    from castalia.checkpoint.restore import build_model, require_finite
     from castalia.cli.ranks import split_config
     from castalia.config.batch import BatchPlan
-    from castalia.parallel.engine import Engine
+    from castalia.parallel.executor import Engine
     from castalia.parallel.rendezvous import world_size
-    from castalia.train.start import engine_shard, load_engine, make_engine
+    from castalia.train.setup import engine_shard, load_engine, make_engine
 
     world = world_size()
     if world == 1:
@@ -191,7 +191,7 @@ def load_engine(
 
 def find_tokenizer(checkpoint: Checkpoint, path: str | None) -> Tokenizer | None:
     """The one that is asked for, else the checkpoint's; None where it names none."""
-    from castalia.checkpoint.load import load_tokenizer_for
+    from castalia.checkpoint.restore import load_tokenizer_for
 
     named = checkpoint.config.tokenizer if checkpoint.config else None
     return load_tokenizer_for(checkpoint, path) if path or (named and (named.path or named.kind)) else None

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from castalia.checkpoint.tensors import Checkpoint
     from castalia.config.schema import RunConfig, Source, Tokenizer
     from castalia.data.chat import Chat
-    from castalia.data.words import Words
+    from castalia.data.tokenizer_folder import Words
 
 CONVERSATION = ("messages", "conversation", "conversations")  # fields that hold a list of {role, content}
 LONGEST = 512  # tokens of a sample, where the model can take more
@@ -51,7 +51,7 @@ def command(
     from castalia.config.load import dump_config, load_config
     from castalia.errors import ConfigError
     from castalia.files import write_text
-    from castalia.train.folder import refuse_second_start, run_folder
+    from castalia.train.run_folder import refuse_second_start, run_folder
 
     if full and lora:
         raise ConfigError("--full and --lora exclude each other; keep one")
@@ -96,7 +96,7 @@ def command(
 def has_begun(folder: Path, asked: str) -> bool:
     """Whether this very command began the run in the folder, in a job that starts it again."""
     from castalia.config.load import load_config
-    from castalia.train.folder import begun_by, is_run, this_job
+    from castalia.train.run_folder import begun_by, is_run, this_job
 
     files = folder / ASKED, folder / "finetune.yml"
     if not is_run(folder) or not all(file.is_file() for file in files) or files[0].read_text("utf-8") != asked:
@@ -123,7 +123,7 @@ def defaults(model: str, source: Checkpoint, rank: int | None) -> dict[str, Any]
 
 def own_tokenizer(source: Checkpoint) -> Tokenizer:
     """That of the checkpoint."""
-    from castalia.checkpoint.describe import tokenizer_settings
+    from castalia.checkpoint.description import tokenizer_settings
     from castalia.errors import ConfigError
 
     words = tokenizer_settings(source)
@@ -144,7 +144,7 @@ def prepare(config: RunConfig, source: Checkpoint, folder: Path, template: Path 
 
     Sources that are corpora stay as they are.
     """
-    from castalia.checkpoint.describe import model_folder
+    from castalia.checkpoint.description import model_folder
     from castalia.config.schema import Tokenizer
     from castalia.data.indexed import open_dataset
     from castalia.data.prepare import Recipe
@@ -249,9 +249,9 @@ def beginning(record: dict[str, Any], key: str, chat: Chat | None) -> str:
 def sample(path: str, prompt: str, max_tokens: int, tokenizer: Tokenizer | None = None) -> str:
     """What the model writes after the prompt, always taking the likeliest token. `tokenizer`: instead of its own."""
     from castalia.checkpoint.formats import open_checkpoint
-    from castalia.checkpoint.load import build_model, load_tokenizer_for
+    from castalia.checkpoint.restore import build_model, load_tokenizer_for
     from castalia.data.tokenizer import load_tokenizer
-    from castalia.generate.engine import generate
+    from castalia.generate.generation import generate
     from castalia.train.hardware import choose_device, choose_dtype
 
     checkpoint = open_checkpoint(path)
@@ -266,8 +266,8 @@ def sample(path: str, prompt: str, max_tokens: int, tokenizer: Tokenizer | None 
 def save_adapters(run: Path) -> None:
     """Beside the checkpoints, in PEFT's layout, where a Hugging Face class computes the model."""
     from castalia.checkpoint import convert
+    from castalia.checkpoint.file_plan import WriteOptions
     from castalia.checkpoint.formats import open_checkpoint
-    from castalia.checkpoint.writing import WriteOptions
     from castalia.errors import CheckpointError
 
     checkpoint, options = open_checkpoint(run, adapters=True), WriteOptions()

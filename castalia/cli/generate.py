@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from castalia.checkpoint.tensors import Checkpoint
     from castalia.config.schema import Generate
     from castalia.data.tokenizer import Tokenizer
-    from castalia.data.words import Words
-    from castalia.generate.engine import Piece, Sampling, Writer
+    from castalia.data.tokenizer_folder import Words
+    from castalia.generate.generation import Piece, Sampling, Writer
 
 
 def command(
@@ -63,12 +63,12 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line instead of text")] = False,
 ) -> None:
     """Write text with a checkpoint: after prompts, or whole documents when there is none."""
-    from castalia.checkpoint.load import load_tokenizer_for
+    from castalia.checkpoint.restore import load_tokenizer_for
     from castalia.cli.opening import open_and_tell
     from castalia.cli.ranks import start_processes
     from castalia.errors import ConfigError
-    from castalia.generate.engine import Sampling
-    from castalia.parallel.process import process_group
+    from castalia.generate.generation import Sampling
+    from castalia.parallel.process_group import process_group
     from castalia.parallel.rendezvous import is_main
     from castalia.train.hardware import choose_device
 
@@ -117,7 +117,7 @@ def _write_all(
     quiet: bool,
 ) -> None:
     """Every process writes the same; all but one keep it to themselves."""
-    from castalia.generate.engine import stream
+    from castalia.generate.generation import stream
 
     with open(os.devnull if quiet else settings.output_file or os.devnull, "w", encoding="utf-8") as saved:
         for prompts in batches:
@@ -170,7 +170,7 @@ def _sampling(settings: Generate, words: Words) -> dict[str, Any]:
 
     from castalia.cli.opening import tell
     from castalia.config.schema import Generate
-    from castalia.data.words import GENERATION, SAMPLED, SAMPLING
+    from castalia.data.tokenizer_folder import GENERATION, SAMPLED, SAMPLING
     from castalia.errors import DataError
 
     given = {name: value for name in SAMPLING.values() if (value := getattr(settings, name)) is not None}
@@ -231,9 +231,9 @@ def _typed(end: str) -> Iterator[list[str]]:
 def _load(checkpoint: Checkpoint, dtype: str, device: str, tp: int, pp: int, world: int, rows: int) -> Writer:
     import torch
 
-    from castalia.checkpoint.load import build_model, require_finite
+    from castalia.checkpoint.restore import build_model, require_finite
     from castalia.cli.ranks import load_split
-    from castalia.generate.pack import pack
+    from castalia.generate.packed_model import pack
     from castalia.train.hardware import choose_device, choose_dtype
 
     place, int8 = choose_device(device), dtype == "int8"

@@ -38,7 +38,7 @@ def command(
     Names and headers are read, and a sample of the values: hundreds of gigabytes take a second or two.
     """
     from castalia.checkpoint.formats import open_checkpoint
-    from castalia.checkpoint.inspect import report
+    from castalia.examine.inspect import report
 
     hints: dict[str, Any] = {"config": config, "gqa_rows": gqa_rows, "rms_eps": rms_eps}
     checkpoint = open_checkpoint(path, step=step, tolerant=True, adapters=True, **hints)
@@ -53,7 +53,7 @@ def command(
 
 def _vocabulary(checkpoint: Checkpoint, given: str | None) -> tuple[int | None, str]:
     """The number of ids without padding, and where it is known from. Raises DataError for a file that is not there."""
-    from castalia.checkpoint.describe import tokenizer_settings
+    from castalia.checkpoint.description import tokenizer_settings
     from castalia.cli.plan import tokenizer_size
     from castalia.config.schema import RunConfig, Tokenizer
     from castalia.errors import DataError
@@ -69,7 +69,7 @@ def _vocabulary(checkpoint: Checkpoint, given: str | None) -> tuple[int | None, 
 
 def _words(checkpoint: Checkpoint, given: str | None) -> dict[str, Any]:
     """What the folder says of its text, or why it cannot be read."""
-    from castalia.checkpoint.describe import model_folder, tokenizer_settings
+    from castalia.checkpoint.description import model_folder, tokenizer_settings
     from castalia.config.schema import Tokenizer
     from castalia.data.tokenizer import account, load_tokenizer
     from castalia.errors import CastaliaError
@@ -167,7 +167,7 @@ def _token(token: Mapping[str, Any]) -> str:
 
 
 def _title(found: Mapping[str, Any]) -> str:
-    from castalia.checkpoint.describe import TITLES
+    from castalia.checkpoint.description import TITLES
 
     files = found["files"]
     kind = ERAS.get(files.get("era"), "") or files.get("model_type", "")

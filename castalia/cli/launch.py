@@ -35,7 +35,7 @@ def command(
     from castalia.errors import ConfigError
     from castalia.files import write_text
     from castalia.launch import render
-    from castalia.parallel.layout import check_run, layout
+    from castalia.parallel.rank_grid import check_run, layout
 
     hosts = chosen_hosts(hostfile, nodes, gpus_per_node)
     num_nodes = len(hosts) or nodes or 1

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from castalia.train.lr_find import Trial
+    from castalia.tune.lr_find import Trial
 
 
 def command(
@@ -26,10 +26,10 @@ def command(
     from castalia.cli.opening import tell
     from castalia.cli.picture import check_picture
     from castalia.cli.train import split_words
-    from castalia.config.inputs import require_files
+    from castalia.config.input_files import require_files
     from castalia.config.load import load_config
     from castalia.errors import ConfigError
-    from castalia.parallel.process import process_group
+    from castalia.parallel.process_group import process_group
     from castalia.parallel.rendezvous import is_main
 
     check_picture(plot, "--plot")
@@ -38,7 +38,7 @@ def command(
     if not 0 < lowest < highest:
         raise ConfigError(f"--lowest {lowest:g} must be positive and below --highest {highest:g}")
     from castalia.train.hardware import choose_device
-    from castalia.train.lr_find import find_rate
+    from castalia.tune.lr_find import find_rate
 
     with process_group(choose_device(config.train.device).type, config.parallel.timeout):
         trial = find_rate(config, lowest, highest, steps)
@@ -48,7 +48,7 @@ def command(
     if plot:
         _draw(trial, plot)
     if as_json:
-        from castalia.train.metrics import as_line
+        from castalia.observe.metrics import as_line
 
         print(as_line(trial._asdict()), end="")
     else:

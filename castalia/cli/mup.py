@@ -32,7 +32,7 @@ def check(
     from castalia.cli.config import read
     from castalia.cli.picture import check_picture
     from castalia.errors import ConfigError, TrainingError
-    from castalia.train.coordinates import MAX_SLOPE, coordinate_check, slopes
+    from castalia.tune.mup_check import MAX_SLOPE, coordinate_check, slopes
 
     check_picture(output, "--output")
     config = read(words)

@@ -22,7 +22,7 @@ def open_and_tell(path: str, **options: Any) -> Checkpoint:
 
 def tell(notes: Iterable[str], path: str) -> None:
     """On standard error, by one process."""
-    from castalia.parallel.process import is_main
+    from castalia.parallel.process_group import is_main
 
     if is_main():
         for note in notes:

@@ -13,8 +13,8 @@ from castalia.strict_json import to_json
 
 if TYPE_CHECKING:
     from castalia.config.schema import RunConfig
-    from castalia.plan.advise import Verdict
-    from castalia.plan.report import Hardware
+    from castalia.plan.run_plan import Hardware
+    from castalia.plan.suggest import Verdict
 
 BYTE_VOCABULARIES = {"char": 512, "bytes": 257}
 
@@ -39,8 +39,8 @@ def command(
     from castalia.cli.train import split_words
     from castalia.config.load import load_config
     from castalia.errors import ConfigError
-    from castalia.plan.report import Hardware, report
-    from castalia.train.known import gather
+    from castalia.plan.run_plan import Hardware, report
+    from castalia.train.run_facts import gather
 
     check_picture(plot, "--plot")
     config, assumed = with_vocabulary(load_config(*split_words(configs), any_batch=True), vocab_size)
@@ -70,7 +70,7 @@ def command(
     if plot:
         if "memory" not in result:
             raise ConfigError(f"--plot {plot}: there is no memory to show; {result['unknown'][0]}")
-        from castalia.plan.plot import plot_memory
+        from castalia.plan.memory_plot import plot_memory
 
         plot_memory(result, plot)
         print(f"wrote {plot}", file=sys.stderr)
@@ -91,7 +91,7 @@ def tokenizer_size(config: RunConfig) -> tuple[int | None, str]:
     files = [path / "tokenizer.json", path / "vocab.json"] if path.is_dir() else [path]
     file = next((file for file in files if file.is_file() and file.suffix == ".json"), None)
     if config.tokenizer.path and file:
-        from castalia.data.words import count_ids
+        from castalia.data.tokenizer_folder import count_ids
 
         return count_ids(file), str(file)
     if kind in BYTE_VOCABULARIES:
@@ -103,9 +103,9 @@ def tokenizer_size(config: RunConfig) -> tuple[int | None, str]:
 
 def suggestions(config: RunConfig, result: dict, hardware: Hardware, *, all_of_them: bool) -> dict:
     """The best layouts, or those that fit nearest to the config's own; JSON-ready."""
-    from castalia.plan.advise import enough, losers, nearest, suggest
     from castalia.plan.layout import Layout
-    from castalia.plan.report import default_compute, job_of
+    from castalia.plan.run_plan import default_compute, job_of
+    from castalia.plan.suggest import enough, losers, nearest, suggest
 
     layout = {name: value for name, value in result["layout"].items() if name != "gpus"}
     batch = result["training"]["sequences_per_step"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 
-from castalia.plan.words import GiB, describe_training, gib
+from castalia.plan.run_description import GiB, describe_training, gib
 
 CATEGORIES = ("masters", "moments", "gradients", "compute_copies", "activations", "logits", "buffers")
 

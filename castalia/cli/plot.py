@@ -26,7 +26,7 @@ def command(
     """Curves of one or more runs, overlaid: a picture, and one in the terminal."""
     from castalia.cli.picture import check_picture
     from castalia.errors import DataError
-    from castalia.train.metrics import read_metrics
+    from castalia.observe.metrics import read_metrics
 
     check_picture(output, "--output")
     records = {}

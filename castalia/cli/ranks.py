@@ -20,7 +20,7 @@ def start_processes(tp: int, pp: int, nproc: int | None) -> int:
     """
     from castalia.config.schema import Parallel
     from castalia.parallel.launcher import relaunch
-    from castalia.parallel.layout import layout
+    from castalia.parallel.rank_grid import layout
     from castalia.parallel.rendezvous import world_size
 
     started = world_size()
@@ -33,9 +33,9 @@ def start_processes(tp: int, pp: int, nproc: int | None) -> int:
 
 def split_config(checkpoint: Checkpoint, tp: int, pp: int, world: int, seq_length: int | None = None) -> RunConfig:
     """A config that says how the checkpoint's model lies on `world` ranks. ConfigError where it cannot."""
-    from castalia.checkpoint.load import architecture
+    from castalia.checkpoint.restore import architecture
     from castalia.config.schema import Data, Parallel, RunConfig
-    from castalia.parallel.layout import check_run
+    from castalia.parallel.rank_grid import check_run
 
     model = architecture(checkpoint)
     config = RunConfig(
@@ -50,10 +50,10 @@ def split_config(checkpoint: Checkpoint, tp: int, pp: int, world: int, seq_lengt
 
 def load_split(checkpoint: Checkpoint, tp: int, pp: int, dtype: torch.dtype, device: torch.device) -> SplitModel:
     """This process's part of the checkpoint's model, for writing."""
-    from castalia.checkpoint.load import load_shards, require_finite
+    from castalia.checkpoint.restore import load_shards, require_finite
     from castalia.checkpoint.tensors import Shard
     from castalia.parallel.inference import SplitModel
-    from castalia.parallel.layout import layout
+    from castalia.parallel.rank_grid import layout
     from castalia.parallel.rendezvous import world_size
     from castalia.parallel.shards import part
 

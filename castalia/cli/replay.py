@@ -26,11 +26,11 @@ def command(
     from castalia.cli.opening import tell
     from castalia.config.load import load_run
     from castalia.parallel.launcher import relaunch
-    from castalia.parallel.process import process_group
+    from castalia.parallel.process_group import process_group
     from castalia.parallel.rendezvous import is_main, world_size
-    from castalia.train.folder import require_run
     from castalia.train.hardware import choose_device
-    from castalia.train.replay import replay
+    from castalia.train.run_folder import require_run
+    from castalia.tune.replay import replay
 
     require_run(run)
     if nproc is not None and nproc > world_size():
@@ -43,7 +43,7 @@ def command(
         return
     tell(found["notes"], str(run))
     if as_json:
-        from castalia.train.metrics import as_line
+        from castalia.observe.metrics import as_line
 
         print(as_line(found), end="")
     else:

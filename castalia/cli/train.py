@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from castalia.config.inputs import require_files
+from castalia.config.input_files import require_files
 
 if TYPE_CHECKING:
     from castalia.config.schema import RunConfig
@@ -35,7 +35,7 @@ def command(
     config = read_config(configs)
     if nproc is not None and nproc > 1:
         from castalia.parallel.launcher import relaunch
-        from castalia.parallel.layout import check_run
+        from castalia.parallel.rank_grid import check_run
 
         require_files(config)
         check_run(config, nproc)

@@ -11,7 +11,7 @@ from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
-from castalia.config.preference import PAIRED
+from castalia.config.objective import PAIRED
 from castalia.config.schema import EarlierBatch, RunConfig, Warmup
 from castalia.errors import ConfigError
 

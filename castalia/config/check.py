@@ -8,8 +8,8 @@ from os.path import normpath
 from typing import NamedTuple
 
 from castalia.config.batch import batch_plan, planned_dp
-from castalia.config.read import Findings
 from castalia.config.schema import Model, RunConfig, Warmup
+from castalia.config.yaml_files import Findings
 from castalia.errors import ConfigError
 from castalia.reading import expression_problem, short
 

@@ -1,7 +1,7 @@
 """Config files and overrides become one `RunConfig` in which every value knows where it came from.
 
-The order of events: read all files (`read.py`), sort their keys into ours and NeoX's, merge each kind (the later
-one wins), translate NeoX's keys once (`neox.py`), validate (`schema.py`), look for contradictions (`check.py`).
+The order of events: read all files (`yaml_files.py`), sort their keys into ours and NeoX's, merge each kind (the later
+one wins), translate NeoX's keys once (`neox/read.py`), validate (`schema.py`), look for contradictions (`check.py`).
 All problems are reported together, one line each.
 """
 
@@ -15,11 +15,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from castalia.config import check, neox
+from castalia.config import check
 from castalia.config.fields import FIELDS, SECTIONS, describe
-from castalia.config.read import Findings, Table, merged, read_file, read_override, read_text, to_yaml
+from castalia.config.neox import read as neox_read
 from castalia.config.schema import RunConfig
-from castalia.config.settings import Setting, put
+from castalia.config.setting import Setting, put
+from castalia.config.yaml_files import Findings, Table, merged, read_file, read_override, read_text, to_yaml
 from castalia.errors import ConfigError
 from castalia.reading import reason, short
 
@@ -50,7 +51,7 @@ def load_config(
     theirs: dict[str, Setting] = {}
     for rank, table in enumerate(sources):
         _sort(table, rank, ours, theirs, found)
-    settings = _combine(ours, neox.translate(theirs, ours, num_files=len(names), found=found), found)
+    settings = _combine(ours, neox_read.translate(theirs, ours, num_files=len(names), found=found), found)
     _choose_alternatives(settings, found)
     config = _validate(settings, found)
     if config is not None:
@@ -124,14 +125,14 @@ def _sort(table: Table, rank: int, ours: dict[str, Setting], theirs: dict[str, S
     for written, value in table.items():
         key, origin = written.replace("-", "_"), table.origins[written]
         block, *inner = key.split(".")
-        if inner and key not in FIELDS and key not in SECTIONS and block in neox.KEYS:
+        if inner and key not in FIELDS and key not in SECTIONS and block in neox_read.KEYS:
             for name in reversed(inner):  # zero_optimization.stage=2
                 value = Table({name: value}, {name: origin})
             key = block
-        if key in neox.FORMER and neox.FORMER[key].kind == "renamed":
-            found.notes.append(f"{origin}: {written} is called {neox.FORMER[key].target} today")
-            key = neox.FORMER[key].target
-        if neox.is_neox(key, value):
+        if key in neox_read.FORMER and neox_read.FORMER[key].kind == "renamed":
+            found.notes.append(f"{origin}: {written} is called {neox_read.FORMER[key].target} today")
+            key = neox_read.FORMER[key].target
+        if neox_read.is_neox(key, value):
             if key in theirs and theirs[key].rank == rank:
                 found.errors.append(f"{origin}: {written} is already given at {theirs[key].origin}; keep one")
             else:
@@ -166,7 +167,7 @@ def suggest(path: str) -> str:
     same_name = [field for field in FIELDS if field.rpartition(".")[2] == name.replace("-", "_")]
     close = [siblings[match] for match in get_close_matches(name.replace("-", "_"), siblings, n=2, cutoff=0.6)]
     if not close and not same_name and not section:
-        close = get_close_matches(name.replace("-", "_"), [*neox.KEYS, *SECTIONS], n=2, cutoff=0.6)
+        close = get_close_matches(name.replace("-", "_"), [*neox_read.KEYS, *SECTIONS], n=2, cutoff=0.6)
     if not close and not same_name:
         close = get_close_matches(path.replace("-", "_"), FIELDS, n=2, cutoff=0.6)
     names = list(dict.fromkeys(close + same_name))[:3]

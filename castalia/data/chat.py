@@ -9,11 +9,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from castalia.data.samples import IGNORE
+from castalia.data.sample_index import IGNORE
 from castalia.data.sources import SURROGATE, field_of
 from castalia.data.template import Rendered, compile_template
 from castalia.data.tokenizer import Tokenizer, spelled
-from castalia.data.words import JINJA, SETTINGS, TEMPLATE, read_words
+from castalia.data.tokenizer_folder import JINJA, SETTINGS, TEMPLATE, read_words
 from castalia.errors import DataError
 
 Conversation = list[dict[str, Any]]

@@ -183,7 +183,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size < 65500 else "<i4")
 
 
-class Writer:
+class DatasetWriter:
     """Writes `PREFIX.bin` and `.idx` under other names beside; leaving the `with` block without error renames them.
 
     One process at a time may write a prefix: DataError for a second one. What a killed one left is overwritten, unless
@@ -247,7 +247,7 @@ class Writer:
         if end_document:
             self.documents.frombytes(np.arange(first, first + len(sizes), dtype="i8").tobytes())
 
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> DatasetWriter:
         return self
 
     def __exit__(

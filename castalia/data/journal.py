@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from castalia.data.indexed import Writer
+from castalia.data.indexed import DatasetWriter
 from castalia.errors import DataError
 from castalia.files import beside, write_text
 from castalia.reading import keys, read_json
@@ -36,7 +36,7 @@ class Journal:
     """The journal says how many chunks are in the partial files, and a file beside each of those the sizes of its
     items. All go when the work is done or has failed, and stay when it is interrupted, however hard."""
 
-    def __init__(self, output: str | os.PathLike[str], identity: str, writers: Sequence[Writer]):
+    def __init__(self, output: str | os.PathLike[str], identity: str, writers: Sequence[DatasetWriter]):
         self.path = beside(Path(output), "journal")
         self.identity, self.writers = identity, writers
         self.sizes = [beside(Path(writer.prefix), "sizes") for writer in writers]
@@ -51,7 +51,7 @@ class Journal:
             state = {}
         items = state["items"] if state.get("identity") == self.identity else [0] * len(self.writers)
         sizes = [_read_sizes(path)[:count] for path, count in zip(self.sizes, items, strict=True)]
-        whole = [len(found) for found in sizes] == items and all(map(Writer.holds, self.writers, sizes))
+        whole = [len(found) for found in sizes] == items and all(map(DatasetWriter.holds, self.writers, sizes))
         if not (any(items) and whole):
             state, sizes = {}, [found[:0] for found in sizes]
         for writer, path, found in zip(self.writers, self.sizes, sizes, strict=True):

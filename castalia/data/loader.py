@@ -21,9 +21,9 @@ import numpy as np
 from castalia.config.batch import batch_plan, pass_multiple, size_at, steps_within, sum_until
 from castalia.config.schema import EarlierBatch, RunConfig, Source, Text, Warmup
 from castalia.data.blend import blend, normalized, weights_by_documents
-from castalia.data.cache import cached, digest_of, index_names
+from castalia.data.index_cache import cached, digest_of, index_names
 from castalia.data.indexed import IndexedDataset, open_dataset
-from castalia.data.samples import (
+from castalia.data.sample_index import (
     IGNORE,
     Index,
     assemble,

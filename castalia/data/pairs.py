@@ -24,7 +24,7 @@ from castalia.data.loader import (
     tell_of_lost_labels,
     with_judgements,
 )
-from castalia.data.samples import Index, build_unpacked, trainable
+from castalia.data.sample_index import Index, build_unpacked, trainable
 from castalia.errors import DataError
 
 log = logging.getLogger(__name__)

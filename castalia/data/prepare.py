@@ -23,13 +23,13 @@ import numpy as np
 from castalia.config.schema import Source, Text
 from castalia.config.schema import Tokenizer as TokenizerConfig
 from castalia.data.chat import Chat, conversations, renderer
-from castalia.data.engine import Encode, fast, flat, reference
-from castalia.data.indexed import Writer, token_dtype
+from castalia.data.fast_tokenizer import Encode, fast, flat, reference
+from castalia.data.indexed import DatasetWriter, token_dtype
 from castalia.data.journal import Journal, identity
-from castalia.data.samples import IGNORE
+from castalia.data.sample_index import IGNORE
 from castalia.data.sources import BLOCK_BYTES, Chunk, chunks, find_files, texts_of
 from castalia.data.tokenizer import Tokenizer, load_tokenizer
-from castalia.data.words import listed
+from castalia.data.tokenizer_folder import listed
 from castalia.errors import DataError
 
 CHUNKS_IN_FLIGHT = 4  # for each worker
@@ -109,7 +109,9 @@ def prepare(
     try:
         with ExitStack() as stack:
             prefixes = {name: _prefix(output, name) for name in recipe.outputs}
-            writers = {name: stack.enter_context(Writer(p, dtype, resumable=True)) for name, p in prefixes.items()}
+            writers = {
+                name: stack.enter_context(DatasetWriter(p, dtype, resumable=True)) for name, p in prefixes.items()
+            }
             sources = [*files, *_tokenizer_files(recipe.tokenizer)]
             known = identity(sources, recipe, tokenizer.ends, num_docs, BLOCK_BYTES)
             journal = stack.enter_context(Journal(output, known, list(writers.values())))
@@ -234,7 +236,9 @@ def mask_labels(tokens: np.ndarray, before: Sequence[int]) -> np.ndarray:
     return labels
 
 
-def _write(encoded: Encoded, writers: dict[str, Writer], keys: Sequence[str], report: Report, left: int | None) -> None:
+def _write(
+    encoded: Encoded, writers: dict[str, DatasetWriter], keys: Sequence[str], report: Report, left: int | None
+) -> None:
     """Append a chunk to the files, at most `left` documents of it."""
     for name, writer in writers.items():
         ids, sizes = encoded.outputs[name]

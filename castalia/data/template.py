@@ -1,6 +1,6 @@
 """Chat templates in Jinja, as `transformers` renders them, but within bounds of time and size.
 
-The bounds are those of `castalia.data.bounds`.
+The bounds are those of `castalia.data.template_bounds`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from datetime import datetime
 from importlib import import_module
 from typing import Any, NamedTuple
 
-from castalia.data.bounds import Counter, bounded_environment, count_nodes, counted
+from castalia.data.template_bounds import Counter, bounded_environment, count_nodes, counted
 from castalia.errors import DataError
 
 FAILURES = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError, MemoryError)

@@ -19,7 +19,7 @@ from typing import Any
 import tokenizers
 
 from castalia.config.schema import Tokenizer as TokenizerConfig
-from castalia.data.words import VOCABULARY, Added, Words, decoded, listed, read_words, write_files
+from castalia.data.tokenizer_folder import VOCABULARY, Added, Words, decoded, listed, read_words, write_files
 from castalia.errors import DataError
 from castalia.reading import keys, parse_json, read_json, typed
 

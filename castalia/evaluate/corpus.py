@@ -11,7 +11,7 @@ import numpy as np
 from castalia.config.schema import Data
 from castalia.data.indexed import open_dataset
 from castalia.data.loader import SPLITS, open_labels
-from castalia.data.samples import IGNORE, split_bounds
+from castalia.data.sample_index import IGNORE, split_bounds
 from castalia.data.sources import documents
 from castalia.data.tokenizer import Tokenizer
 from castalia.errors import DataError

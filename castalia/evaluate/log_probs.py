@@ -8,7 +8,7 @@ from itertools import islice
 import numpy as np
 import torch
 
-from castalia.data.indexed import IndexedDataset, Writer, open_dataset
+from castalia.data.indexed import DatasetWriter, IndexedDataset, open_dataset
 from castalia.errors import DataError
 from castalia.model.loss import IGNORE
 from castalia.model.transformer import Transformer
@@ -23,7 +23,7 @@ def write_log_probabilities(model: Transformer, corpus: str, output: str, length
     """
     documents, limit = open_dataset(corpus), model.cfg.padded_vocab_size
     device = next(model.parameters()).device
-    with Writer(output, np.float32) as writer:
+    with DatasetWriter(output, np.float32) as writer:
         for items in _batches(documents, rows):
             tokens = _padded(items, length + 1, 0)
             labels = torch.from_numpy(_padded(items, length + 1, IGNORE)[:, 1:]).to(device)

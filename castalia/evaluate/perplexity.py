@@ -10,9 +10,8 @@ import numpy as np
 import torch
 
 from castalia.data.loader import Batch
-from castalia.data.samples import IGNORE
-from castalia.parallel.engine import Engine
-from castalia.train.step import as_rows
+from castalia.data.sample_index import IGNORE
+from castalia.parallel.executor import Engine, Rows
 
 
 def evaluate(engine: Engine, batches: Iterable[Batch]) -> dict[str, float]:
@@ -20,7 +19,7 @@ def evaluate(engine: Engine, batches: Iterable[Batch]) -> dict[str, float]:
     total, count = torch.zeros((), dtype=torch.float64, device=engine.device), 0
     with engine.evaluating():
         for batch in batches:
-            total += engine.loss_sum(as_rows(batch))
+            total += engine.loss_sum(Rows.of(batch))
             count += int(batch.loss_mask.sum())
     mean = engine.numbers(total)[0] / count if count else math.nan
     return {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "tokens": count}

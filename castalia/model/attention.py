@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from castalia.config.kernels import Capability, Choice
+from castalia.config.attention_kernels import Capability, Choice
 from castalia.config.schema import Model
 from castalia.errors import ConfigError
 from castalia.model.layers import Linear, is_slow_half

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from castalia.config.schema import Model
-from castalia.model.deviations import mup_scale, standard_deviation
+from castalia.model.init_std import mup_scale, standard_deviation
 from castalia.model.transformer import Transformer
 
 TILE_ROWS, TILE_COLUMNS = 64, 256

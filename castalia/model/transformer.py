@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from castalia.config.kernels import Choice, Sight, choose_kernel, reasons_for_bias
+from castalia.config.attention_kernels import Choice, Sight, choose_kernel, reasons_for_bias
 from castalia.config.schema import Model, MuP
 from castalia.errors import ConfigError
 from castalia.model.attention import (

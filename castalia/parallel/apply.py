@@ -8,13 +8,13 @@ import torch
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from castalia.config.schema import Parallel, RunConfig
-from castalia.model.adapters import add_adapters, freeze
+from castalia.model.lora import add_adapters, freeze
 from castalia.model.transformer import Transformer
+from castalia.parallel.activation_checkpointing import apply_recompute, has_dropout
 from castalia.parallel.compile import compile_blocks
 from castalia.parallel.mesh import Mesh
 from castalia.parallel.pipeline import cut_stage
-from castalia.parallel.recompute import apply_recompute, has_dropout
-from castalia.parallel.tensor import apply_tensor_parallel, replicate_rest, split_adapters
+from castalia.parallel.tensor_parallel import apply_tensor_parallel, replicate_rest, split_adapters
 from castalia.plan.layout import stages_of_rank, stages_per_rank
 
 

@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from castalia.config.schema import Model
 from castalia.errors import ConfigError
 from castalia.model.transformer import Transformer
-from castalia.parallel.layout import Layout
 from castalia.parallel.mesh import build_mesh
 from castalia.parallel.pipeline import cut_stage
+from castalia.parallel.rank_grid import Layout
 from castalia.parallel.shards import local
-from castalia.parallel.tensor import apply_tensor_parallel, replicate_rest
+from castalia.parallel.tensor_parallel import apply_tensor_parallel, replicate_rest
 
 
 class SplitModel(nn.Module):

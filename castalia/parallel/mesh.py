@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from castalia.parallel.layout import Layout
+from castalia.parallel.rank_grid import Layout
 
 
 @dataclass(frozen=True)

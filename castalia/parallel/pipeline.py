@@ -19,7 +19,7 @@ from torch.distributed.pipelining.schedules import (
 from castalia.config.schema import Parallel
 from castalia.errors import ConfigError
 from castalia.model.transformer import Transformer
-from castalia.parallel.engine import Rows
+from castalia.parallel.executor import Rows
 from castalia.parallel.mesh import Mesh
 from castalia.parallel.shards import local
 from castalia.plan.layout import stages, stages_per_rank

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from castalia.parallel.engine import Part, first
+from castalia.parallel.executor import Part, first
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from castalia.config.kernels import AMPERE, Capability
+from castalia.config.attention_kernels import AMPERE, Capability
 from castalia.errors import ConfigError
 
 GiB = 2**30

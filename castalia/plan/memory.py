@@ -15,8 +15,8 @@ from functools import cached_property, lru_cache
 from math import ceil
 from typing import NamedTuple
 
-from castalia.config.kernels import AMPERE, Capability, Choice, training_choice
-from castalia.config.preference import PAIRED, needs_reference
+from castalia.config.attention_kernels import AMPERE, Capability, Choice, training_choice
+from castalia.config.objective import PAIRED, needs_reference
 from castalia.config.schema import Finetune, Model, Optimizer, RunConfig
 from castalia.plan.count import adapter_shapes, all_shapes, local_size
 from castalia.plan.layout import Layout, Stage, in_flight, rank_parts

@@ -20,7 +20,7 @@ import numpy as np
 
 from castalia.errors import CheckpointError
 from castalia.storage.checksum import BLOCK_BYTES, crc32
-from castalia.storage.tensor import (
+from castalia.storage.lazy import (
     ITEM_BYTES,
     Box,
     Leaf,

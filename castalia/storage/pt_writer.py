@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from castalia.storage.extent import row_major
+from castalia.storage.lazy import TensorRef, as_bytes
 from castalia.storage.safetensors import Advance
-from castalia.storage.tensor import TensorRef, as_bytes
-from castalia.storage.torchzip import StoredZip
+from castalia.storage.torch_zip import StoredZip
 from castalia.storage.unpickle import STORAGE_DTYPES
 
 STORAGES = {dtype: name for name, dtype in STORAGE_DTYPES.items() if name != "Untyped"}

@@ -19,7 +19,7 @@ from castalia.errors import CheckpointError, refuse_pointer
 from castalia.reading import keys, parse_json
 from castalia.storage.checksum import BlockSums
 from castalia.storage.extent import Extent, FileTensor
-from castalia.storage.tensor import ITEM_BYTES, TensorRef, as_bytes
+from castalia.storage.lazy import ITEM_BYTES, TensorRef, as_bytes
 
 Advance = Callable[[int], None]  # called with the bytes written since the last call
 DTYPES = {

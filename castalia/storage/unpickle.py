@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from castalia.errors import CheckpointError
-from castalia.storage.tensor import ITEM_BYTES
+from castalia.storage.lazy import ITEM_BYTES
 
 Buffer = Any  # bytes or mmap: indexing gives ints, slicing gives bytes
 MAX_COPIED_ITEMS = 1 << 26  # by constructors; a small pickle could name one long list over and over

@@ -8,7 +8,7 @@ import torch
 
 from castalia.config.schema import RunConfig
 from castalia.parallel.compile import missing_compiler
-from castalia.parallel.layout import why_not_compiled
+from castalia.parallel.rank_grid import why_not_compiled
 from castalia.parallel.rendezvous import world_size
 from castalia.plan.flops import training_flops
 

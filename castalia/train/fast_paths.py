@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from castalia.config.kernels import Capability, choose_kernel
+from castalia.config.attention_kernels import Capability, choose_kernel
 from castalia.model.attention import capability, prefers_cudnn
 from castalia.parallel.compile import code_folder, missing_compiler
 from castalia.train.hardware import has_bf16

@@ -11,10 +11,10 @@ from torch.profiler import profile
 
 from castalia.config.schema import Log
 from castalia.files import appearing_whole, write_text
-from castalia.parallel.engine import Engine
-from castalia.train.layers import activation_statistics, tensor_statistics
-from castalia.train.measure import open_profile
-from castalia.train.metrics import as_line
+from castalia.observe.layer_stats import activation_statistics, tensor_statistics
+from castalia.observe.metrics import as_line
+from castalia.parallel.executor import Engine
+from castalia.train.step_memory import open_profile
 
 LAYERS = "layers.jsonl"
 SUMMARY_ROWS = 20

@@ -15,21 +15,26 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from castalia.checkpoint.formats.native import Writer, prune, refuse_if_in_use, saved_steps
-from castalia.checkpoint.load import optimizer_state
+from castalia.checkpoint.formats.native.read import saved_steps
+from castalia.checkpoint.formats.native.save import CheckpointSaver, prune, refuse_if_in_use
+from castalia.checkpoint.restore import optimizer_state
 from castalia.checkpoint.tensors import Progress, Shard
 from castalia.config.load import TOKENIZER, load_run
 from castalia.config.schema import RunConfig
 from castalia.data.loader import Batch, Samples, has_data
 from castalia.data.pairs import Pairs, open_samples
 from castalia.errors import Stopped, TrainingError
-from castalia.parallel.engine import Engine
+from castalia.observe.display import Display, duration
+from castalia.observe.metrics import Metrics, read_events, truncate_metrics, truncate_records, write_event
+from castalia.observe.watch import Pace, Spikes, Watch, data_of_step
+from castalia.parallel.executor import Engine
 from castalia.parallel.launcher import STOP_SIGNALS
-from castalia.parallel.process import main_first, process_group
+from castalia.parallel.process_group import main_first, process_group
 from castalia.parallel.rendezvous import is_main
 from castalia.plan.flops import training_flops
-from castalia.train.display import Display, duration
-from castalia.train.folder import (
+from castalia.train.hardware import choose_device, keep_freed_memory, peak_flops
+from castalia.train.instruments import LAYERS, Instruments
+from castalia.train.run_folder import (
     Job,
     begun_by,
     complete_config,
@@ -40,16 +45,12 @@ from castalia.train.folder import (
     this_job,
     write_config,
 )
-from castalia.train.hardware import choose_device, keep_freed_memory, peak_flops
-from castalia.train.history import way_to
-from castalia.train.instruments import LAYERS, Instruments
-from castalia.train.measure import PeakMemory, describe_memory
-from castalia.train.metrics import Metrics, read_events, truncate_metrics, truncate_records, write_event
-from castalia.train.report import planned_layout, show_first_loss, show_report
+from castalia.train.run_header import planned_layout, show_first_loss, show_report
 from castalia.train.schedule import is_save_step
-from castalia.train.start import Session, architecture, find_source, restore, start
+from castalia.train.setup import Session, architecture, find_source, restore, start
 from castalia.train.step import StepResult
-from castalia.train.watch import Pace, Spikes, Watch, data_of_step
+from castalia.train.step_memory import PeakMemory, describe_memory
+from castalia.train.update_history import way_to
 
 TOGETHER_S = 1.0  # signals within this time are one
 MAX_REWINDS = 3  # to one and the same checkpoint
@@ -73,7 +74,7 @@ def train(config: RunConfig, evaluate: Evaluate) -> Path:
         if not in_place:
             _refuse_folder_in_use(config, folder)
         if is_main():
-            refuse_if_in_use(folder / "checkpoints")  # the Writer asks again, but when all is loaded
+            refuse_if_in_use(folder / "checkpoints")  # the saver asks again, but when all is loaded
         session = start(config)
         with Display(silent=session.engine.rank > 0) as display:
             show_report(session, display, folder)
@@ -162,7 +163,7 @@ class Run:
     def __enter__(self) -> Run:
         engine, saves = self.session.engine, self.config.checkpoint
         with ExitStack() as opened:
-            writer = Writer(
+            writer = CheckpointSaver(
                 self.folder / "checkpoints",
                 keep_last=saves.keep_last,
                 keep_every=saves.keep_every,
@@ -315,8 +316,9 @@ class Run:
     def _judge(self, loss: float, norm: float) -> bool:
         """Whether the update of the step that has its gradients is applied."""
         scaler, step = self.session.step.scaler, self.progress.step + 1
-        self.instruments.before_update(step, scaler.scale if scaler else 1.0)
-        return self.watch.allows(step, loss, norm, scaler)
+        scale = scaler.scale if scaler else None
+        self.instruments.before_update(step, scale or 1.0)
+        return self.watch.allows(step, loss, norm, scale)
 
     def _stop_at_spike(self) -> NoReturn:
         before = self.progress.step

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from castalia.config.schema import LossScale, Optimizer, ParameterGroup
 from castalia.errors import ConfigError, TrainingError
 from castalia.reading import fits
-from castalia.train.rules import AnyOptimizer, Lion, Together
+from castalia.train.update_rules import AnyOptimizer, Lion, Together
 
 NORMS = {"norm", "norm1", "norm2", "qk_norm"}
 ROW_PARALLEL_BIASES = (".attn.out.bias", ".mlp.down.bias")

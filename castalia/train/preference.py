@@ -16,8 +16,7 @@ from torch.nn import functional as F
 from castalia.config.schema import Preference, RunConfig
 from castalia.data.loader import Batch
 from castalia.errors import DataError
-from castalia.parallel.engine import Engine, to_device
-from castalia.train.step import as_rows
+from castalia.parallel.executor import Engine, Rows, to_device
 
 
 class Judged(NamedTuple):
@@ -102,7 +101,7 @@ class PreferenceLoss:
             return judged.losses.sum()
 
         number = self.engine.sum_over_data(self._num_losses(batch))
-        return self.engine.forward_backward(as_rows(batch), [1 / number] * self.accumulation, scale, seeds, losses)
+        return self.engine.forward_backward(Rows.of(batch), [1 / number] * self.accumulation, scale, seeds, losses)
 
     def make_report(self) -> None:
         """On all ranks together. It waits for the device, so it comes after the whole step is under way."""
@@ -114,7 +113,7 @@ class PreferenceLoss:
         with self.engine.evaluating():
             for batch in batches:
                 judge = self._judge(batch)
-                for micro, values in enumerate(self.engine.each_sequence(as_rows(batch)).chunk(self.accumulation)):
+                for micro, values in enumerate(self.engine.each_sequence(Rows.of(batch)).chunk(self.accumulation)):
                     judged = judge(values, micro)
                     tally.add(judged)
                     total += judged.losses.sum()
@@ -146,7 +145,7 @@ class PreferenceLoss:
             return to_device(torch.from_numpy(batch.references), self.engine.device)
         assert self.reference is not None
         with self.reference.evaluating():
-            return self.reference.each_sequence(as_rows(batch))
+            return self.reference.each_sequence(Rows.of(batch))
 
 
 class _Tally:

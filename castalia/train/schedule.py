@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from castalia.config.schedule import COOLDOWN, STORED_NAMES, LearningRate
+from castalia.config.lr_schedule import COOLDOWN, STORED_NAMES, LearningRate
 from castalia.config.schema import Checkpoint, RunConfig
 from castalia.errors import TrainingError
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from castalia.checkpoint.formats.native import in_use, saved_steps
+from castalia.checkpoint.formats.native.read import saved_steps
+from castalia.checkpoint.formats.native.save import in_use
 from castalia.config.load import load_config
 from castalia.errors import DataError
-from castalia.train.folder import is_run
-from castalia.train.metrics import read_events, read_last_metrics
+from castalia.observe.metrics import read_events, read_last_metrics
+from castalia.train.run_folder import is_run
 
 State = Literal["starting", "training", "complete", "stopped", "failed", "died"]
 RECENT = 20  # steps whose median tells the pace

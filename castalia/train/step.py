@@ -13,12 +13,12 @@ from castalia.config.batch import BatchPlan
 from castalia.config.schema import Warmup
 from castalia.data.loader import Batch
 from castalia.errors import TrainingError
+from castalia.observe.watch import first_cause
 from castalia.parallel.compile import eager_before
-from castalia.parallel.engine import Counted, Engine, Rows
+from castalia.parallel.executor import Counted, Engine, Rows
 from castalia.train.optimizer import LossScaler, set_rate
-from castalia.train.rules import AnyOptimizer
 from castalia.train.schedule import LearningRate
-from castalia.train.watch import first_cause
+from castalia.train.update_rules import AnyOptimizer
 
 if TYPE_CHECKING:
     from castalia.train.preference import PreferenceLoss
@@ -114,7 +114,7 @@ class TrainStep:
             weights = [1.0 / float(count) for count in denominators]
         else:
             weights = [1.0 / everywhere] * plan.accumulation
-        return self.engine.forward_backward(as_rows(batch), weights, scale * self.gradient_factor, seeds)
+        return self.engine.forward_backward(Rows.of(batch), weights, scale * self.gradient_factor, seeds)
 
     def _count(self, step: int, finite: bool, applied: bool) -> None:
         if self.scaler:
@@ -137,11 +137,6 @@ class TrainStep:
             f"are those of step {step} and the run's events.jsonl names the data; lower optimizer.lr, or look at the "
             f"data with `castalia data batch CONFIG --step {step}`"
         )
-
-
-def as_rows(batch: Batch) -> Rows:
-    documents = None if batch.documents is None else torch.from_numpy(batch.documents)
-    return Rows(torch.from_numpy(batch.tokens), torch.from_numpy(batch.labels), documents)
 
 
 def dropout_seed(seed: int, step: int, micro: int, rank: int = 0) -> int:

@@ -34,17 +34,17 @@ import yaml
 from typer.testing import CliRunner
 
 from castalia.checkpoint import convert
+from castalia.checkpoint.file_plan import Layout, WriteOptions
 from castalia.checkpoint.formats import open_checkpoint
-from castalia.checkpoint.load import load_model, load_tokenizer_for
+from castalia.checkpoint.restore import load_model, load_tokenizer_for
 from castalia.checkpoint.tensors import Checkpoint
-from castalia.checkpoint.writing import Layout, WriteOptions
 from castalia.cli.main import build
 from castalia.config.load import load_config
-from castalia.data.indexed import Writer
+from castalia.data.indexed import DatasetWriter
 from castalia.data.loader import open_data
 from castalia.errors import CastaliaError
 from castalia.storage.checksum import crc32
-from castalia.storage.tensor import as_bytes
+from castalia.storage.lazy import as_bytes
 
 MEMORY_BYTES = 2 << 30  # more than the process has at its start
 CPU_SECONDS = 30  # a case takes less than two; the limit is one of work, not of a busy machine's clock
@@ -209,7 +209,7 @@ def make_sources(root: Path) -> None:
     corpus.mkdir()
     draw = random.Random(1)
     words = ["the", "light", "was", "good", "and", "there", "evening", "morning", "day", "waters"]
-    with Writer(corpus / "words", "uint16") as writer:
+    with DatasetWriter(corpus / "words", "uint16") as writer:
         for _ in range(40):
             writer.add([*" ".join(draw.choices(words, k=draw.randint(8, 20))).encode(), 256])
     (root / "words.jsonl").write_text("\n".join(json.dumps({"text": " ".join(words)}) for _ in range(9)))

@@ -23,10 +23,10 @@ MODULES = (
     "castalia.cli.main", "castalia.cli.train", "castalia.cli.finetune", "castalia.cli.convert",
     "castalia.cli.merge_lora", "castalia.cli.data", "castalia.cli.tokenizer", "castalia.cli.diff",
     "castalia.cli.plot", "castalia.cli.evaluate", "castalia.train.loop", "castalia.evaluate.perplexity",
-    "castalia.checkpoint.convert", "castalia.checkpoint.diff", "castalia.checkpoint.verify",
-    "castalia.checkpoint.formats.huggingface_write", "castalia.checkpoint.formats.neox_write",
-    "castalia.checkpoint.formats.native_write", "castalia.checkpoint.formats.peft_write",
-    "castalia.generate.engine", "castalia.parallel.ranks", "castalia.data.prepare", "castalia.data.tools",
+    "castalia.checkpoint.convert", "castalia.examine.diff", "castalia.examine.verify",
+    "castalia.checkpoint.formats.huggingface.write", "castalia.checkpoint.formats.neox.write",
+    "castalia.checkpoint.formats.native.write", "castalia.checkpoint.formats.peft.write",
+    "castalia.generate.generation", "castalia.parallel.mesh_executor", "castalia.data.prepare", "castalia.data.corpora",
     "tests.attacks.disk", "tokenizers", "jinja2", "matplotlib.pyplot", "plotext", "torch.distributed", "rich.progress",
 )  # fmt: skip
 PATIENCE_S = 240.0

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from castalia.checkpoint.formats import open_checkpoint
-from castalia.data.indexed import Writer
+from castalia.data.indexed import DatasetWriter
 from castalia.storage.extent import FileTensor
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +32,7 @@ def castalia(*words: object) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("flipped")
-    with Writer(folder / "words", "uint16") as writer:
+    with DatasetWriter(folder / "words", "uint16") as writer:
         draw = random.Random(0)
         for _ in range(40):
             writer.add([*draw.randbytes(20), 256])

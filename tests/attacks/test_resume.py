@@ -16,7 +16,7 @@ import torch
 from castalia.config.load import load_run
 from castalia.evaluate.perplexity import evaluate
 from castalia.train.loop import train
-from castalia.train.start import Session, start
+from castalia.train.setup import Session, start
 from tests.attacks.scenes import TINY, Theatre, differences, snapshot
 
 OPTIMIZERS = ("adamw", "lion", "sgd", "adafactor", "muon")

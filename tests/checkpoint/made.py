@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from castalia.checkpoint import convert
+from castalia.checkpoint.file_plan import WriteOptions
 from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.tensors import AdamState, Checkpoint, Progress
-from castalia.checkpoint.writing import WriteOptions
 from castalia.config.schema import Model, RunConfig
 from castalia.plan.count import tensor_shapes
-from castalia.storage.tensor import Held, same_bits
+from castalia.storage.lazy import Held, same_bits
 
 SIZES = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "max_positions": 48, "vocab_size": 90}
 SIZES["vocab_multiple"] = 32

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from castalia.config.neox_keys import KEYS
+from castalia.config.neox.keys import KEYS
 
 INTEGERS = {
     "train_batch_size", "train_micro_batch_size_per_gpu", "num_layers", "hidden_size", "num_attention_heads",

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from castalia.config.schema import Model
-from castalia.model.deviations import standard_deviation
+from castalia.model.init_std import standard_deviation
 from castalia.plan.count import block_shapes
 from tests.checkpoint.neox_writer import ROLES, config_yml, write_rank
 

@@ -17,14 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from castalia.checkpoint import convert
+from castalia.checkpoint.file_plan import Layout, WriteOptions, shards
 from castalia.checkpoint.formats import open_checkpoint
-from castalia.checkpoint.writing import Layout, WriteOptions, shards
 from castalia.config.schema import Model, Precision
 from castalia.errors import CheckpointError, ConfigError
 from castalia.files import REPLACED, workplace
 from castalia.storage.extent import FileTensor
-from castalia.storage.tensor import Held
-from castalia.storage.torchfile import open_pt
+from castalia.storage.lazy import Held
+from castalia.storage.torch_file import open_pt
 from tests.checkpoint.made import FAMILIES, SIZES, assert_same, changed, made, written
 
 
@@ -103,7 +103,7 @@ def test_killed_and_continued(tmp_path: Path) -> None:
     script = """
         import os, signal, sys
         from castalia.cli.main import main
-        from castalia.storage.tensor import TensorRef
+        from castalia.storage.lazy import TensorRef
         pieces, written = TensorRef.pieces, 0
         def dying(ref, *rest):
             global written

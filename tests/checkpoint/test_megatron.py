@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from castalia.checkpoint.formats import megatron_deepspeed, neox
-from castalia.checkpoint.load import build_model
+from castalia.checkpoint.formats.megatron import read as megatron_read
+from castalia.checkpoint.formats.neox import read as neox_read
+from castalia.checkpoint.restore import build_model
 from castalia.errors import CheckpointError
 
 GENUINE = ["megds-pp1-mp1-dp2-z1-bf16", "megds-pp1-mp1-z0-fp32"]
@@ -20,7 +21,7 @@ N, D, H, V, LAYERS = 4, 4, 16, 64, 2
 @pytest.mark.parametrize("variant", GENUINE)
 def test_genuine_checkpoints(variant, fixtures):
     path = fixtures / "neox" / variant / "checkpoint" / "global_step5"
-    checkpoint = megatron_deepspeed.read(path)
+    checkpoint = megatron_read.read(path)
     expected = np.load(fixtures / "neox" / variant / "expected_logits.npz")
     with torch.no_grad():
         logits = build_model(checkpoint)(torch.from_numpy(expected["input_ids"]))
@@ -76,7 +77,7 @@ def write(path: Path, tp: int, version: float | None) -> dict[str, torch.Tensor]
 @pytest.mark.parametrize("version", [None, 0, 1.0, 2.0, 3.0])
 def test_fused_rows_of_every_version(tp, version, tmp_path):
     fused = write(tmp_path / "a", tp, 0 if version is None else version)
-    checkpoint = megatron_deepspeed.read(tmp_path / "a")
+    checkpoint = megatron_read.read(tmp_path / "a")
     for name, expected in fused.items():
         assert torch.equal(checkpoint.model[name].read(), expected)
     assert torch.equal(checkpoint.model["blocks.1.attn.out.bias"].read(), torch.ones(H))  # taken once
@@ -86,9 +87,9 @@ def test_fused_rows_of_every_version(tp, version, tmp_path):
 def test_only_its_own_folders_are_detected(tmp_path, fixtures):
     write(tmp_path / "a", 1, 3.0)
     theirs = fixtures / "neox" / "pp1-mp1-z0-fp32-rotary-par" / "checkpoint" / "global_step5"
-    assert megatron_deepspeed.detect(tmp_path / "a") and not neox.detect(tmp_path / "a")
-    assert neox.detect(theirs) and not megatron_deepspeed.detect(theirs)
-    assert not neox.detect(tmp_path) and not megatron_deepspeed.detect(tmp_path)
+    assert megatron_read.detect(tmp_path / "a") and not neox_read.detect(tmp_path / "a")
+    assert neox_read.detect(theirs) and not megatron_read.detect(theirs)
+    assert not neox_read.detect(tmp_path) and not megatron_read.detect(tmp_path)
 
 
 def test_a_norm_after_the_embedding_is_refused(tmp_path):
@@ -96,4 +97,4 @@ def test_a_norm_after_the_embedding_is_refused(tmp_path):
     path = tmp_path / "a" / "layer_01-model_00-model_states.pt"
     torch.save(torch.load(path) | {"word_embeddings.norm.weight": torch.ones(H)}, path)
     with pytest.raises(CheckpointError, match="BLOOM"):
-        megatron_deepspeed.read(tmp_path / "a")
+        megatron_read.read(tmp_path / "a")

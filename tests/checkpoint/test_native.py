@@ -14,9 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from castalia.checkpoint.formats import native, open_checkpoint
-from castalia.checkpoint.formats.native import Shard, Writer
-from castalia.checkpoint.tensors import Progress
+from castalia.checkpoint.formats import open_checkpoint
+from castalia.checkpoint.formats.native import read as native_read
+from castalia.checkpoint.formats.native import save as native_save
+from castalia.checkpoint.formats.native.save import CheckpointSaver
+from castalia.checkpoint.tensors import Progress, Shard
 from castalia.config.schema import Model, RunConfig
 from castalia.errors import CheckpointError
 from castalia.files import NEW, REPLACED, workplace
@@ -36,7 +38,7 @@ def moments(model: dict[str, torch.Tensor], step: int) -> dict[str, dict]:
 
 
 def save(folder: Path, step: int, model: dict[str, torch.Tensor], **options: int) -> Path:
-    with Writer(folder, **options) as writer:
+    with CheckpointSaver(folder, **options) as writer:
         writer.save(model, moments(model, step), Progress(step=step, tokens=100 * step), CONFIG, "fingerprint")
     return folder / f"step_{step:06d}"
 
@@ -62,7 +64,7 @@ def test_what_was_saved_is_read(tmp_path: Path) -> None:
 def test_the_copy_is_taken_when_save_is_called(tmp_path: Path) -> None:
     model = a_model()
     before = {name: tensor.clone() for name, tensor in model.items()}
-    with Writer(tmp_path) as writer:
+    with CheckpointSaver(tmp_path) as writer:
         writer.save(model, None, Progress(step=1), CONFIG)
         for tensor in model.values():
             tensor.zero_()
@@ -99,10 +101,12 @@ def test_any_part_of_any_sharding_is_read(case: tuple) -> None:
     tensor, ranks, part = case
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        parts = [{"model": native.write_part(folder, "model", i, {"x": shards[0]})} for i, shards in enumerate(ranks)]
-        about = native.describe(Progress(), CONFIG, "") | {"optimizer_steps": None}
-        native.write_manifest(folder, about, parts)
-        stored = native.read(folder).model["x"]
+        parts = [
+            {"model": native_save.write_part(folder, "model", i, {"x": shards[0]})} for i, shards in enumerate(ranks)
+        ]
+        about = native_save.describe(Progress(), CONFIG, "") | {"optimizer_steps": None}
+        native_save.write_manifest(folder, about, parts)
+        stored = native_read.read(folder).model["x"]
         assert stored.shape == tuple(tensor.shape) and stored.dtype == tensor.dtype
         assert torch.equal(stored.read(), tensor)
         assert torch.equal(stored.read(part), tensor[tuple(part)])
@@ -154,16 +158,16 @@ def test_manifest_cannot_name_files_elsewhere(tmp_path: Path) -> None:
     del manifest["crc32"]
     manifest["model"]["norm.weight"]["extents"][0]["file"] = "../secret"
     kinds = {kind: manifest.pop(kind) for kind in ("model", "optimizer")}
-    native.write_manifest(step, manifest, [kinds])
+    native_save.write_manifest(step, manifest, [kinds])
     with pytest.raises(CheckpointError, match=r"'../secret'.*refused"):
         open_checkpoint(step)
 
 
 def test_only_the_newest_and_milestones_are_kept(tmp_path: Path) -> None:
-    with Writer(tmp_path, keep_last=2, keep_every=4) as writer:
+    with CheckpointSaver(tmp_path, keep_last=2, keep_every=4) as writer:
         for step in range(1, 8):
             writer.save(a_model(), None, Progress(step=step), CONFIG)
-    assert list(native.saved_steps(tmp_path)) == [4, 6, 7]
+    assert list(native_read.saved_steps(tmp_path)) == [4, 6, 7]
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("step")) == [
         "step_000004", "step_000006", "step_000007",
     ]  # fmt: skip
@@ -171,10 +175,10 @@ def test_only_the_newest_and_milestones_are_kept(tmp_path: Path) -> None:
 
 def test_after_going_back_the_steps_left_behind_go_first(tmp_path: Path) -> None:
     for keep_last, steps in ((9, (1, 2, 3, 4, 5)), (3, (2, 3))):
-        with Writer(tmp_path, keep_last=keep_last) as writer:
+        with CheckpointSaver(tmp_path, keep_last=keep_last) as writer:
             for step in steps:
                 writer.save(a_model(), None, Progress(step=step), CONFIG)
-    assert list(native.saved_steps(tmp_path)) == [1, 2, 3]
+    assert list(native_read.saved_steps(tmp_path)) == [1, 2, 3]
 
 
 def test_a_step_saved_again_replaces_the_first(tmp_path: Path) -> None:
@@ -187,7 +191,7 @@ def test_a_replacement_that_was_interrupted_is_undone(tmp_path: Path) -> None:
     step = save(tmp_path, 3, a_model())
     step.rename(workplace(step, REPLACED) / step.name)
     workplace(step, NEW)
-    with Writer(tmp_path):
+    with CheckpointSaver(tmp_path):
         pass
     assert open_checkpoint(tmp_path).progress.step == 3
     assert not left_overs(tmp_path)
@@ -197,25 +201,25 @@ def test_what_lies_beside_the_steps_is_left_alone(tmp_path: Path) -> None:
     kept = ("step_000002.old", "step_000003.tmp", "latest.tmp", "best.old", "step_000003.old")
     for name in kept:
         save(tmp_path / name, 7, a_model())
-    with Writer(tmp_path, keep_last=1) as writer:
+    with CheckpointSaver(tmp_path, keep_last=1) as writer:
         for step in (2, 3, 3):
             writer.save(a_model(), None, Progress(step=step), CONFIG)
-    assert list(native.saved_steps(tmp_path)) == [3]
+    assert list(native_read.saved_steps(tmp_path)) == [3]
     assert all(open_checkpoint(tmp_path / name).progress.step == 7 for name in kept)
 
 
 def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
     in_use = rf"in use by another run \(process {os.getpid()} on "
-    with Writer(tmp_path), pytest.raises(CheckpointError, match=in_use):
-        Writer(tmp_path)
-    with Writer(tmp_path):
+    with CheckpointSaver(tmp_path), pytest.raises(CheckpointError, match=in_use):
+        CheckpointSaver(tmp_path)
+    with CheckpointSaver(tmp_path):
         pass  # free again
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"cannot save checkpoints in .*file/checkpoints: Not a directory"):
-        Writer(tmp_path / "file" / "checkpoints")
+        CheckpointSaver(tmp_path / "file" / "checkpoints")
 
 
 def left_overs(folder: Path) -> list[Path]:
@@ -226,7 +230,7 @@ SCRIPT = """
     import resource, signal, sys, torch
     sys.path.insert(0, {tests!r})
     from checkpoint.test_native import CONFIG, a_model, moments
-    from castalia.checkpoint.formats.native import Writer
+    from castalia.checkpoint.formats.native.save import CheckpointSaver
     from castalia.checkpoint.tensors import Progress
 """
 
@@ -241,7 +245,7 @@ def test_errors_of_the_thread_are_raised_and_cost_nothing(tmp_path: Path) -> Non
     save(tmp_path, 1, a_model())
     done = run_script(f"""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    writer = Writer({str(tmp_path)!r})
+    writer = CheckpointSaver({str(tmp_path)!r})
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
     writer.save(a_model(), moments(a_model(), 2), Progress(step=2), CONFIG)
     try:
@@ -264,11 +268,11 @@ def test_a_kill_never_costs_an_older_checkpoint(tmp_path: Path) -> None:
     done = run_script(f"""
     import os
     from pathlib import Path
-    from castalia.checkpoint.formats import native
+    from castalia.checkpoint.formats.native import save
     for moment in {moments_of_death}:
         if os.fork() == 0:
-            exec(f"native.{{moment}} = lambda *args: os.kill(os.getpid(), signal.SIGKILL)")
-            with Writer(Path({str(tmp_path)!r}) / moment) as writer:
+            exec(f"save.{{moment}} = lambda *args: os.kill(os.getpid(), signal.SIGKILL)")
+            with CheckpointSaver(Path({str(tmp_path)!r}) / moment) as writer:
                 writer.save(a_model(1), moments(a_model(1), 2), Progress(step=2), CONFIG)
             os._exit(0)
         assert os.wait()[1] == signal.SIGKILL

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from castalia.checkpoint.formats import neox
-from castalia.checkpoint.load import build_model, load_weights
+from castalia.checkpoint.formats.neox import read as neox_read
+from castalia.checkpoint.restore import build_model, load_weights
 from castalia.checkpoint.rules import drift
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.schema import Model
 from castalia.errors import CheckpointError
 from castalia.model.transformer import Transformer
 from castalia.storage.extent import FileTensor
-from castalia.storage.torchfile import open_pt
+from castalia.storage.torch_file import open_pt
 from tests.checkpoint.neox_writer import ITERATION, SKIPPED, STEP, Written, write
 
 TOLERANCE = {"fp32": 2e-6, "fp16": 4e-3, "bf16": 3e-2}
@@ -51,7 +51,7 @@ def step5(fixtures: Path, variant: str) -> Path:
 
 @pytest.mark.parametrize("variant", GENUINE)
 def test_genuine_checkpoints_give_the_originals_logits(variant, fixtures):
-    checkpoint = neox.read(step5(fixtures, variant))
+    checkpoint = neox_read.read(step5(fixtures, variant))
     expected = np.load(fixtures / "neox" / variant / "expected_logits.npz")
     with torch.no_grad():
         logits = build_model(checkpoint)(torch.from_numpy(expected["input_ids"]))
@@ -61,7 +61,7 @@ def test_genuine_checkpoints_give_the_originals_logits(variant, fixtures):
 
 @pytest.mark.parametrize("variant", GENUINE)
 def test_genuine_optimizer_states_belong_to_the_weights(variant, fixtures):
-    checkpoint = neox.read(step5(fixtures, variant))
+    checkpoint = neox_read.read(step5(fixtures, variant))
     assert checkpoint.progress.step == 5 and checkpoint.progress.skipped == 0
     assert checkpoint.optimizer is not None and checkpoint.optimizer.keys() == checkpoint.model.keys()
     for name, state in checkpoint.optimizer.items():
@@ -130,7 +130,7 @@ def check(checkpoint: Checkpoint, written: Written) -> None:
 def test_every_layout_gives_back_every_tensor(kind, layout, tmp_path):
     written = write(tmp_path / "global_step9", MODELS[kind], **layout)
     hints = {"gqa_rows": "old"} if layout.get("rows") == "old" else {}
-    checkpoint = neox.read(written.path, **hints)
+    checkpoint = neox_read.read(written.path, **hints)
     check(checkpoint, written)
     assert checkpoint.config.model.model_dump(exclude={"vocab_multiple", "rms_eps_inside"}) == MODELS[kind].model_dump(
         exclude={"vocab_multiple", "rms_eps_inside"}
@@ -155,23 +155,23 @@ def test_every_layout_gives_back_every_tensor(kind, layout, tmp_path):
 def test_files_at_the_root_without_config_or_optimizer(tmp_path):
     """As released weights often come: nothing but layer files, heads from the arguments, the rest guessed and noted."""
     written = write(tmp_path / "weights", MODELS["parallel"], tp=2, kind="none", yml=False, era="v1")
-    checkpoint = neox.read(written.path)
+    checkpoint = neox_read.read(written.path)
     check(checkpoint, written)
     assert checkpoint.config.model.rotary_pct == 0.5  # from inv_freq
     assert any("parallel_residual=True" in note for note in checkpoint.notes)
     assert any("no optimizer state" in note for note in checkpoint.state_notes)
     (written.path / "12B.yml").write_text("model: {num_layers: 3, hidden_size: 16, num_heads: 4, rotary_pct: 0.5}\n")
-    assert neox.read(written.path).config.model.parallel_residual is False
+    assert neox_read.read(written.path).config.model.parallel_residual is False
 
 
 def test_layer_files_alone_need_only_a_config(tmp_path):
     written = write(tmp_path / "weights", MODELS["sequential"], tp=2, kind="none")
     for path in written.path.glob("mp_rank_*"):
         path.unlink()
-    check(neox.read(written.path), written)
+    check(neox_read.read(written.path), written)
     shutil.rmtree(written.path / "configs")
     with pytest.raises(CheckpointError, match="how many attention heads"):
-        neox.read(written.path)
+        neox_read.read(written.path)
 
 
 def test_norms_that_drifted_are_averaged_and_reported(tmp_path):
@@ -180,7 +180,7 @@ def test_norms_that_drifted_are_averaged_and_reported(tmp_path):
     layer = torch.load(path)
     layer["input_layernorm.weight"] += 0.5
     torch.save(layer, path)
-    checkpoint = neox.read(written.path)
+    checkpoint = neox_read.read(written.path)
     name = "blocks.1.norm1.weight"
     found, expected = checkpoint.model[name].read(), written.weights[name] + 0.25
     assert torch.allclose(found, expected) and drift(checkpoint.model) == {name: pytest.approx(0.5)}
@@ -190,11 +190,11 @@ def test_norms_that_drifted_are_averaged_and_reported(tmp_path):
 
 def test_row_order_and_epsilon_are_guessed_with_a_note(tmp_path):
     old = write(tmp_path / "old", MODELS["llama"], tp=2, rows="old", era="w1-w3")
-    checkpoint = neox.read(old.path)
+    checkpoint = neox_read.read(old.path)
     check(checkpoint, old)
     assert not checkpoint.config.model.rms_eps_inside
     assert [note.split()[0] for note in checkpoint.notes] == ["RMSNorm's", "grouped"]
-    told = neox.read(old.path, gqa_rows="new", rms_eps="inside")
+    told = neox_read.read(old.path, gqa_rows="new", rms_eps="inside")
     assert told.config.model.rms_eps_inside and not told.notes
     name = "blocks.0.attn.qkv.weight"
     assert not torch.equal(told.model[name].read(), checkpoint.model[name].read())
@@ -207,7 +207,7 @@ def test_parameters_without_gradient_have_empty_moments(tmp_path):
     state = torch.load(path)
     del state["optimizer"]["state"][1]
     torch.save(state, path)
-    entry = neox.read(written.path).optimizer["blocks.0.attn.qkv.weight"]
+    entry = neox_read.read(written.path).optimizer["blocks.0.attn.qkv.weight"]
     assert entry["step"] == STEP and not entry["exp_avg"].read().any()
 
 
@@ -217,7 +217,7 @@ def test_tied_copies_that_differ_on_the_last_stage_are_ignored(tmp_path):
     state = torch.load(path)
     state["optimizer"]["state"][1]["exp_avg"] += 1  # the copy of the position embedding
     torch.save(state, path)
-    check(neox.read(written.path), written)
+    check(neox_read.read(written.path), written)
 
 
 def remove(name):
@@ -284,7 +284,7 @@ def test_damage_is_named(kind, tmp_path):
     damage, message = DAMAGE[kind]
     damage(written.path)
     with pytest.raises(CheckpointError, match=message):
-        neox.read(written.path)
+        neox_read.read(written.path)
 
 
 def test_flipped_bits_in_a_flat_vector_are_found(tmp_path):
@@ -295,7 +295,7 @@ def test_flipped_bits_in_a_flat_vector_are_found(tmp_path):
     data[vector.extent.offset + 1000] ^= 1
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match="checksum"):
-        [state["master"].read() for state in neox.read(written.path).optimizer.values()]
+        [state["master"].read() for state in neox_read.read(written.path).optimizer.values()]
 
 
 class Runs:
@@ -312,7 +312,7 @@ def test_executable_pickles_are_refused_in_every_file(pattern, tmp_path):
     (path,) = written.path.glob(pattern)
     torch.save({"a": torch.ones(2), "b": Runs(tmp_path / "ran")}, path)
     with pytest.raises(CheckpointError, match=rf"{path.name}.*{os.name}\.system"):
-        neox.read(written.path)
+        neox_read.read(written.path)
     assert not (tmp_path / "ran").exists()
 
 
@@ -320,7 +320,7 @@ def test_opening_reads_no_tensor(tmp_path, monkeypatch):
     written = write(tmp_path / "a", MODELS["parallel"], tp=2, pp=2, dp=2, kind="zero", dtype=torch.float16)
     read = []
     monkeypatch.setattr(FileTensor, "read", lambda self, slices=None: read.append(self))
-    neox.read(written.path)
+    neox_read.read(written.path)
     assert not read
 
 

@@ -13,16 +13,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from castalia.checkpoint import convert
+from castalia.checkpoint.file_plan import WriteOptions
 from castalia.checkpoint.formats import open_checkpoint
-from castalia.checkpoint.load import build_model, load_model
+from castalia.checkpoint.restore import build_model, load_model
 from castalia.checkpoint.tensors import Checkpoint
-from castalia.checkpoint.writing import WriteOptions
 from castalia.config.schema import Finetune, Lora, Model
 from castalia.errors import CheckpointError
-from castalia.model.adapters import add_adapters
+from castalia.model.lora import add_adapters
 from castalia.model.transformer import Transformer
 from castalia.plan.count import adapter_shapes
-from castalia.storage.tensor import Held
+from castalia.storage.lazy import Held
 from tests.checkpoint.made import FAMILIES, SIZES, made, written
 
 TOKENS = torch.arange(40).view(2, 20) % 90
@@ -232,8 +232,8 @@ def test_other_tensors_are_refused_by_name(neox: Path, tmp_path: Path) -> None:
 
 
 def test_whole_models_have_no_adapters_to_write() -> None:
-    from castalia.checkpoint.formats.peft_write import plan
-    from castalia.checkpoint.writing import WriteOptions
+    from castalia.checkpoint.file_plan import WriteOptions
+    from castalia.checkpoint.formats.peft.write import plan
 
     with pytest.raises(CheckpointError, match="has no adapters; for a whole model use --to hf"):
         plan(made(Model(**SIZES)), WriteOptions())

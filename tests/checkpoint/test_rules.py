@@ -25,7 +25,7 @@ from castalia.checkpoint.rules import (
     to_theirs,
 )
 from castalia.errors import CheckpointError
-from castalia.storage.tensor import Held, Joined, Padded, Part, Permuted, Transposed
+from castalia.storage.lazy import Held, Joined, Padded, Part, Permuted, Transposed
 
 ROLES = ("weight", "master", "exp_avg", "exp_avg_sq")
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from castalia.checkpoint.formats import open_checkpoint
-from castalia.checkpoint.load import build_model, load_model, load_tokenizer_for
+from castalia.checkpoint.restore import build_model, load_model, load_tokenizer_for
 from castalia.config.schema import Model, RopeScaling, Tokenizer
 from castalia.data.tokenizer import train_bpe
 from castalia.errors import CheckpointError
@@ -115,7 +115,7 @@ def test_batches_are_padded_without_further_settings(fixtures: Path, tmp_path: P
     batch = tokenizer(["Hello", "Hello, my dog is cute"], return_tensors="pt", padding=True)
     assert set(batch) == {"input_ids", "attention_mask"}
     assert batch["input_ids"].shape[0] == 2
-    from castalia.checkpoint.load import load_tokenizer_for
+    from castalia.checkpoint.restore import load_tokenizer_for
 
     ours = load_tokenizer_for(open_checkpoint(tmp_path / "out"))
     text = "A page, with 3 figures.\n\n [[Wiki]]"

@@ -16,11 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from castalia.checkpoint import convert
+from castalia.checkpoint.file_plan import Layout, WriteOptions
 from castalia.checkpoint.formats import open_checkpoint
-from castalia.checkpoint.formats.deepspeed_write import cut_stages
+from castalia.checkpoint.formats.deepspeed.write import cut_stages
 from castalia.checkpoint.tensors import Checkpoint, Progress
-from castalia.checkpoint.verify import verify
-from castalia.checkpoint.writing import Layout, WriteOptions
 from castalia.config.load import load_config
 from castalia.config.schema import Checkpoint as Saving
 from castalia.config.schema import (
@@ -37,9 +36,10 @@ from castalia.config.schema import (
 )  # fmt: skip
 from castalia.data.tokenizer import train_bpe
 from castalia.errors import CheckpointError
+from castalia.examine.verify import verify
 from castalia.storage.extent import FileTensor
-from castalia.storage.tensor import Held
-from castalia.storage.torchfile import open_pt
+from castalia.storage.lazy import Held
+from castalia.storage.torch_file import open_pt
 from castalia.storage.unpickle import Inert
 from tests.checkpoint.made import assert_same, made, written
 from tests.checkpoint.neox_rules import BLOCKS, CHOICES, INTEGERS, LISTS, TEXTS, mistakes

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from castalia.checkpoint.zero import cut, parameter_groups, split_stages
 from castalia.errors import CheckpointError
-from castalia.storage.tensor import Held
+from castalia.storage.lazy import Held
 
 
 class Counting:

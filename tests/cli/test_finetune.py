@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from castalia.checkpoint.formats import open_checkpoint
-from castalia.checkpoint.formats.native import saved_steps
+from castalia.checkpoint.formats.native.read import saved_steps
 from castalia.cli.finetune import command as finetune
 from castalia.cli.finetune import sample
 from castalia.cli.merge_lora import command as merge
@@ -21,7 +21,7 @@ from castalia.config.schema import Tokenizer
 from castalia.data.prepare import Recipe, prepare
 from castalia.data.tokenizer import train_bpe
 from castalia.errors import CastaliaError, CheckpointError, ConfigError, DataError, TrainingError
-from castalia.train.step import as_rows
+from castalia.parallel.executor import Rows
 
 ANSWERS = {"Who was the first?": "Adam", "And Noah built what?": "it"}
 FAST = ["optimizer.lr=0.01", "train.epochs=200", "precision.compute=fp32", "log.peak_tflops=0.1"]
@@ -127,7 +127,7 @@ def test_the_same_command_of_a_requeued_job_goes_on(base, lessons, tmp_path, mon
 def test_answers_alone_are_learned(taught):
     from castalia.data.loader import open_data
 
-    rows = as_rows(open_data(load_run(taught), "train").batch(0))
+    rows = Rows.of(open_data(load_run(taught), "train").batch(0))
     assert 0 < int((rows.labels != -100).sum()) < rows.labels.numel() // 3
 
 
@@ -143,7 +143,7 @@ def test_texts_new_tokens_and_defaults(base, tmp_path):
     assert again.checkpoint.init_from == str(base) and again.data.train[0].path.endswith("train0_text_document")
     with pytest.raises(CheckpointError, match="more than its adapters was trained"):
         from castalia.checkpoint.convert import TARGETS
-        from castalia.checkpoint.writing import WriteOptions
+        from castalia.checkpoint.file_plan import WriteOptions
 
         TARGETS["peft"].plan(run, WriteOptions())
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from castalia.config.load import dump_config, load_config, preset_names
-from castalia.config.read import to_yaml
 from castalia.config.schema import RunConfig
+from castalia.config.yaml_files import to_yaml
 from castalia.errors import ConfigError
 
 MODEL = "model: {num_layers: 2, hidden_size: 64, num_heads: 4}\n"

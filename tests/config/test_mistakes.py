@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from castalia.cli.main import main
-from castalia.config.inputs import require_files
+from castalia.config.input_files import require_files
 from castalia.config.load import load_config
-from castalia.data.indexed import Writer
+from castalia.data.indexed import DatasetWriter
 from castalia.errors import CheckpointError, DataError
 
 SOUND = """\
@@ -76,7 +76,7 @@ MISTAKES = {
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, token in (("words", 7), ("foreign", 9000)):
-        with Writer(name, "uint16") as writer:
+        with DatasetWriter(name, "uint16") as writer:
             for _ in range(8):
                 writer.add([token] * 16)
     (tmp_path / "torn.bin").write_bytes(b"\0\0")

@@ -9,7 +9,7 @@ import yaml
 
 from castalia.config.batch import batch_plan
 from castalia.config.load import dump_config, load_config
-from castalia.config.neox_write import to_neox, trainable
+from castalia.config.neox.write import to_neox, trainable
 from castalia.config.schema import MuP, Profile, RunConfig, Wandb
 from castalia.errors import ConfigError
 

@@ -11,7 +11,7 @@ import yaml
 from castalia.config.batch import size_at
 from castalia.config.fields import FIELDS
 from castalia.config.load import load_config
-from castalia.config.neox_keys import FORMER, KEYS
+from castalia.config.neox.keys import FORMER, KEYS
 from castalia.config.schema import Source
 from castalia.errors import ConfigError
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from castalia.config.load import load_config, preset_names
-from castalia.config.neox_write import lost, to_neox
+from castalia.config.neox.write import lost, to_neox
 from castalia.config.schema import Data, Model, Optimizer, RunConfig, Schedule, Train, Warmup
 from castalia.errors import ConfigError
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from castalia.config.schema import Data, RunConfig, Source, Tokenizer, Train
 from castalia.data.chat import Chat, conversation_of, encode_chat, read_template, renderer
-from castalia.data.indexed import Writer, open_dataset
+from castalia.data.indexed import DatasetWriter, open_dataset
 from castalia.data.loader import open_data
 from castalia.data.prepare import Recipe, prepare, prepare_sources
 from castalia.data.tokenizer import ByteTokenizer, train_bpe
@@ -242,7 +242,7 @@ def test_editing_the_labels_of_a_prompt_changes_nothing(tmp_path: Path) -> None:
         return loss.item(), int(count), [g.norm().item() for g in torch.autograd.grad(loss, list(model.parameters()))]
 
     def edited(name: str, change) -> str:
-        with Writer(tmp_path / name, "i4") as writer:
+        with DatasetWriter(tmp_path / name, "i4") as writer:
             for item in open_dataset(labels):
                 writer.add(change(item))
         return str(tmp_path / name)

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from castalia.data.indexed import Writer, open_dataset, token_dtype
+from castalia.data.indexed import DatasetWriter, open_dataset, token_dtype
 from castalia.errors import DataError
 
 
 def write(prefix: Path, items: list[list[int]], dtype: str = "u2") -> Path:
-    with Writer(prefix, dtype) as writer:
+    with DatasetWriter(prefix, dtype) as writer:
         for item in items:
             writer.add(item)
     return prefix
@@ -24,7 +24,7 @@ def same_files(a: Path, b: Path) -> bool:
 @pytest.mark.parametrize("name", ["genesis_text_document", "proverbs_text_document", "proverbs_int32_document"])
 def test_genuine_files_are_written_again_byte_for_byte(corpora: Path, tmp_path: Path, name: str) -> None:
     corpus = open_dataset(corpora / name)
-    with Writer(tmp_path / "copy", corpus.dtype) as writer:
+    with DatasetWriter(tmp_path / "copy", corpus.dtype) as writer:
         for item in corpus:
             writer.add(item)
     assert same_files(tmp_path / "copy", corpora / name)
@@ -36,7 +36,7 @@ def test_documents_of_several_items(corpora: Path, tmp_path: Path) -> None:
         open_dataset(corpora / "proverbs_int32_document"),
     )
     assert len(corpus.doc_index) == 9 and len(corpus) > 8
-    with Writer(tmp_path / "copy", corpus.dtype) as writer:
+    with DatasetWriter(tmp_path / "copy", corpus.dtype) as writer:
         for i, item in enumerate(corpus):
             writer.add(item, end_document=i + 1 in corpus.doc_index)
     assert same_files(tmp_path / "copy", corpora / "proverbs_multi_item_document")
@@ -78,7 +78,7 @@ def test_dtype_follows_the_vocabulary() -> None:
 
 def test_an_error_while_writing_leaves_the_older_files(tmp_path: Path) -> None:
     write(tmp_path / "x", [[1, 2]])
-    with pytest.raises(RuntimeError), Writer(tmp_path / "x", "u2") as writer:
+    with pytest.raises(RuntimeError), DatasetWriter(tmp_path / "x", "u2") as writer:
         writer.add([3])
         raise RuntimeError
     assert open_dataset(tmp_path / "x")[0].tolist() == [1, 2]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 
 from castalia.config.schema import Tokenizer
-from castalia.data.indexed import Writer, open_dataset
+from castalia.data.indexed import DatasetWriter, open_dataset
 from castalia.data.prepare import Recipe, Report, prepare
 from castalia.errors import DataError
 
@@ -129,9 +129,9 @@ def test_an_interrupt_from_the_keyboard_keeps_what_is_done(source: Path, tmp_pat
 
 def test_leftovers_are_overwritten_and_writers_exclude_each_other(tmp_path: Path) -> None:
     (tmp_path / ".x.bin.castalia-partial").write_bytes(b"left by a killed process")
-    with Writer(tmp_path / "x", "u2") as writer:
+    with DatasetWriter(tmp_path / "x", "u2") as writer:
         writer.add([1, 2])
         with pytest.raises(DataError, match="another process is writing"):
-            Writer(tmp_path / "x", "u2")
+            DatasetWriter(tmp_path / "x", "u2")
     assert open_dataset(tmp_path / "x")[0].tolist() == [1, 2]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.idx"]

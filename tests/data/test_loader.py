@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from castalia.config.batch import sum_until
 from castalia.config.load import load_config
 from castalia.config.schema import Data, Eval, Model, RunConfig, Source, Tokenizer, Train, Warmup
-from castalia.data.indexed import Writer
+from castalia.data.indexed import DatasetWriter
 from castalia.data.loader import SPLITS, batch_at, has_data, open_data
 from castalia.errors import ConfigError, DataError
 
@@ -18,7 +18,7 @@ MODEL = Model(num_layers=1, hidden_size=8, num_heads=1, vocab_size=50)
 
 
 def corpus(prefix: Path, items: list[list[int]]) -> Source:
-    with Writer(prefix, "i4") as writer:
+    with DatasetWriter(prefix, "i4") as writer:
         for item in items:
             writer.add(item)
     return Source(path=str(prefix))
@@ -220,8 +220,7 @@ def test_editing_a_document_never_changes_anothers_logits_or_losses(tmp_path: Pa
 def test_training_on_masked_documents_is_training_on_each_alone(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch", reason="needs torch")
     from castalia.model.transformer import Transformer
-    from castalia.parallel.engine import Engine
-    from castalia.train.step import as_rows
+    from castalia.parallel.executor import Engine, Rows
 
     shape = Model(num_layers=2, hidden_size=16, num_heads=2, vocab_size=50, max_positions=32)
     random = np.random.RandomState(0)
@@ -231,7 +230,7 @@ def test_training_on_masked_documents_is_training_on_each_alone(tmp_path: Path) 
     run = run.model_copy(update={"model": shape})
     samples, engine = open_data(run), Engine(Transformer(shape))
     engine.initialize(run)
-    loss = engine.forward_backward(as_rows(samples.batch(0)), [1.0], 1.0, [0])
+    loss = engine.forward_backward(Rows.of(samples.batch(0)), [1.0], 1.0, [0])
     gradient = engine.model.embed.weight.grad.clone()
     engine.model.zero_grad()
     alone = torch.zeros(())

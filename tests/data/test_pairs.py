@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 
 from castalia.config.load import load_config
 from castalia.config.schema import RunConfig, Source, Text
-from castalia.data.indexed import Writer
+from castalia.data.indexed import DatasetWriter
 from castalia.data.pairs import open_pairs, open_samples
 from castalia.errors import ConfigError, DataError
 
 
 def corpus(prefix: Path, items: list[list[float]], dtype: str = "i4") -> str:
-    with Writer(prefix, dtype) as writer:
+    with DatasetWriter(prefix, dtype) as writer:
         for item in items:
             writer.add(item)
     return str(prefix)

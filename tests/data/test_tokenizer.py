@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from castalia.config.schema import Tokenizer as Config
 from castalia.data.tokenizer import PADDING, account, add_tokens, engine_text, load_tokenizer, train_bpe
-from castalia.data.words import count_ids
+from castalia.data.tokenizer_folder import count_ids
 from castalia.errors import DataError
 
 TEXTS = ["the cat sat on the mat", "the dog sat on the log", "Käse und Brot"] * 20

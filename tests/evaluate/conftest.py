@@ -2,7 +2,7 @@ import pytest
 
 from castalia.cli.train import train
 from castalia.config.load import load_config
-from castalia.data.indexed import Writer
+from castalia.data.indexed import DatasetWriter
 
 TEXTS = ["a small text, twice over. " * 4, "naïve café, in two bytes each. " * 3, "and the third one. " * 5]
 
@@ -11,7 +11,7 @@ TEXTS = ["a small text, twice over. " * 4, "naïve café, in two bytes each. " *
 def corpus(tmp_path_factory):
     """Prefix of 20 documents; the last ten are for validation, each in bytes with an end of its own."""
     prefix = tmp_path_factory.mktemp("corpus") / "texts"
-    with Writer(prefix, "uint16") as writer:
+    with DatasetWriter(prefix, "uint16") as writer:
         for number in range(20):
             writer.add([*TEXTS[number % 3].encode(), 256])
     return prefix

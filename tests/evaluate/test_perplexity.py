@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from castalia.checkpoint.formats import open_checkpoint
-from castalia.checkpoint.load import load_model
+from castalia.checkpoint.restore import load_model
 from castalia.cli.evaluate import command, load_engine, uniform_loss
 from castalia.config.schema import Model, Tokenizer
-from castalia.data.indexed import Writer, open_dataset
+from castalia.data.indexed import DatasetWriter, open_dataset
 from castalia.data.loader import Batch
 from castalia.data.tokenizer import load_tokenizer
 from castalia.errors import CastaliaError
 from castalia.evaluate.perplexity import bits_per_byte, evaluate, windows
-from castalia.parallel.engine import Engine
+from castalia.parallel.executor import Engine
 
 
 @given(st.integers(2, 60), st.integers(1, 12), st.data(), st.integers(1, 5))
@@ -104,7 +104,7 @@ def test_the_command_evaluates_all_validation_documents(run, corpus, capsys):
 
 def test_a_run_on_answers_is_judged_by_its_answers(run, tmp_path, capsys):
     draw = np.random.default_rng(3)
-    with Writer(tmp_path / "text", "uint16") as text, Writer(tmp_path / "labels", "int32") as labels:
+    with DatasetWriter(tmp_path / "text", "uint16") as text, DatasetWriter(tmp_path / "labels", "int32") as labels:
         for size in (9, 14, 30, 1):
             document = draw.integers(0, 256, size)
             text.add(document)
@@ -189,9 +189,9 @@ def test_bad_input_is_one_clear_error(run, options, message):
 
 
 def test_tokens_beyond_the_vocabulary_are_refused(run, tmp_path):
-    from castalia.data.indexed import Writer
+    from castalia.data.indexed import DatasetWriter
 
-    with Writer(tmp_path / "other", "uint16") as writer:
+    with DatasetWriter(tmp_path / "other", "uint16") as writer:
         writer.add([1, 2, 300])
     with pytest.raises(CastaliaError, match="token id 300 lies beyond the model's vocabulary of 257"):
         command(run, data=str(tmp_path / "other"))

@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from castalia.checkpoint.load import load_model
+from castalia.checkpoint.restore import load_model
 from castalia.cli import main as cli
 from castalia.cli.generate import in_order
 from castalia.config.schema import Tokenizer
-from castalia.data.indexed import Writer
+from castalia.data.indexed import DatasetWriter
 from castalia.data.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
 from castalia.errors import CheckpointError
-from castalia.generate.engine import Piece, generate
+from castalia.generate.generation import Piece, generate
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +211,7 @@ def test_nothing_is_computed_with_weights_that_are_not_finite(folder, value, ver
     """Also where the text never meets them: in the row of another token, in a block's bias."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("In the beginning " * 9)
-    with Writer(tmp_path / "corpus", np.uint16) as writer:
+    with DatasetWriter(tmp_path / "corpus", np.uint16) as writer:
         writer.add(np.arange(1, 60))
     shutil.copytree(folder, tmp_path / "model")
     tensors = load_file(tmp_path / "model" / "model.safetensors")

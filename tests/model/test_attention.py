@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from castalia.config.kernels import Choice, Sight, choose_kernel
+from castalia.config.attention_kernels import Choice, Sight, choose_kernel
 from castalia.config.schema import Model
-from castalia.generate.cache import KVCache
+from castalia.generate.kv_cache import KVCache
 from castalia.model import attention, transformer
 from castalia.model.attention import DTYPE_NAMES, attend, capability, prefers_cudnn, without_cudnn
 from castalia.model.init import initialize
@@ -238,7 +238,7 @@ def test_no_scores_are_made_for_groups_with_a_bias_on_this_gpu(update, dtype):
 @torch.inference_mode()
 def test_writing_on_this_gpu_gives_what_reading_does(update):
     """Two prompts of 13 and 7 tokens, whose parts of a bias begin at odd places, then single tokens."""
-    from castalia.generate.cache import Prompts
+    from castalia.generate.kv_cache import Prompts
 
     model = model_of(**update).cuda()
     model.compute_dtype = torch.bfloat16

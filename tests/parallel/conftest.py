@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from castalia.config.load import load_config
-from castalia.data.indexed import Writer
+from castalia.data.indexed import DatasetWriter
 from tests.parallel.pool import Pool
 
 FAMILIES = {
@@ -33,7 +33,7 @@ def pool() -> Iterator[Pool]:
 def corpus(tmp_path_factory):
     """Prefixes of 200 documents of random bytes and of their labels: the share that is masked grows from 0 to 0.9."""
     folder, draw = tmp_path_factory.mktemp("corpus"), np.random.default_rng(1)
-    with Writer(folder / "text", "uint16") as text, Writer(folder / "labels", "int32") as labels:
+    with DatasetWriter(folder / "text", "uint16") as text, DatasetWriter(folder / "labels", "int32") as labels:
         for number in range(200):
             tokens = draw.integers(0, 256, draw.integers(20, 80))
             text.add(tokens)

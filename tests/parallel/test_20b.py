@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from castalia.train.metrics import read_metrics
+from castalia.observe.metrics import read_metrics
 
 OVERLAY = {
     "num_layers": 4,

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from castalia.config.load import dump_config, load_config
-from castalia.train.metrics import read_events, read_metrics
+from castalia.observe.metrics import read_events, read_metrics
 
 pytestmark = pytest.mark.slow
 

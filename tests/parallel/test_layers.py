@@ -7,9 +7,9 @@ import json
 import pytest
 
 from castalia.evaluate.perplexity import evaluate
-from castalia.train.layers import dead_units
+from castalia.observe.layer_stats import dead_units
 from castalia.train.loop import train
-from castalia.train.start import start
+from castalia.train.setup import start
 
 pytestmark = pytest.mark.xdist_group("pool")
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from castalia.config.schema import RunConfig
-from castalia.data.indexed import Writer
+from castalia.data.indexed import DatasetWriter
 from castalia.errors import ConfigError
-from castalia.parallel.layout import check_run
-from castalia.train.start import start
+from castalia.parallel.rank_grid import check_run
+from castalia.train.setup import start
 from tests.parallel.training import assert_copies_are_equal, train_steps
 
 pytestmark = pytest.mark.xdist_group("pool")
@@ -34,11 +34,11 @@ def sources(tmp_path_factory) -> dict[str, dict]:
     folder, draw = tmp_path_factory.mktemp("pairs"), np.random.default_rng(2)
     texts = [[draw.integers(0, 256, draw.integers(6, 16)) for _ in range(30)] for _ in range(2)]
     for side, items in zip(("pos", "neg"), texts, strict=True):
-        with Writer(folder / side, "int32") as text, Writer(folder / f"{side}_label", "int32") as labels:
+        with DatasetWriter(folder / side, "int32") as text, DatasetWriter(folder / f"{side}_label", "int32") as labels:
             for item in items:
                 text.add(item)
                 labels.add(np.where(np.arange(len(item)) < 3, -100, item))
-    with Writer(folder / "rewards", "int32") as rewards:
+    with DatasetWriter(folder / "rewards", "int32") as rewards:
         for _ in range(30):
             rewards.add([int(draw.choice([-1, 1]))])
     pos, neg = ({"path": f"{folder}/{side}", "labels": f"{folder}/{side}_label"} for side in ("pos", "neg"))

@@ -14,9 +14,9 @@ from castalia.checkpoint.formats import open_checkpoint
 from castalia.config.load import load_config, load_run
 from castalia.errors import ConfigError, Stopped, TrainingError
 from castalia.evaluate.perplexity import evaluate
+from castalia.observe.metrics import read_metrics
 from castalia.train.loop import peak_speed, train
-from castalia.train.metrics import read_metrics
-from castalia.train.start import start
+from castalia.train.setup import start
 from tests.parallel.training import assert_copies_are_equal, train_steps
 
 pytestmark = pytest.mark.xdist_group("pool")

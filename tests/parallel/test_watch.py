@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from castalia.evaluate.perplexity import evaluate
+from castalia.observe.metrics import read_events, read_metrics
 from castalia.train.loop import train
-from castalia.train.metrics import read_events, read_metrics
-from castalia.train.replay import replay
+from castalia.tune.replay import replay
 
 pytestmark = pytest.mark.xdist_group("pool")
 

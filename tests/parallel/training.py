@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from castalia.config.schema import RunConfig
-from castalia.train.start import Session, start
+from castalia.train.setup import Session, start
 
 Piece = tuple[str, tuple[int, ...]]  # a tensor's name, and where in it the piece begins
 

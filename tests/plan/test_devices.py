@@ -9,7 +9,7 @@ from castalia.errors import ConfigError
 from castalia.plan.devices import DEVICES, find_device, parse_gpus
 from castalia.plan.layout import Layout
 from castalia.plan.memory import Compute
-from castalia.plan.report import Hardware, Known, report
+from castalia.plan.run_plan import Hardware, Known, report
 
 # What torch.cuda.get_device_name() says -> dense bf16 TFLOP/s (fp16 before Ampere), of the makers' data sheets.
 NAMES = {

@@ -7,7 +7,7 @@ import pytest
 from castalia.config.load import load_config
 from castalia.plan.devices import DEVICES
 from castalia.plan.host import CORES, HALF_RING_BYTES, SEEDED_RATE, STREAM_RATE, initial_values
-from castalia.plan.report import Hardware, Known, default_compute, described, layout_of, report
+from castalia.plan.run_plan import Hardware, Known, default_compute, described, layout_of, report
 
 
 def plan(name: str, gpus: int, *overrides: str, device: str = "h100") -> dict:

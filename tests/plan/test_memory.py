@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from castalia.config.schema import Finetune, Lora, Model, Optimizer, Preference
 from castalia.model import transformer
-from castalia.model.adapters import add_adapters, freeze
+from castalia.model.lora import add_adapters, freeze
 from castalia.model.transformer import Transformer
 from castalia.parallel.apply import apply_recompute
 from castalia.plan.layout import Layout, Stage, problem, stages

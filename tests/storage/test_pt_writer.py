@@ -11,13 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from castalia.checkpoint.writing import pt_output
+from castalia.checkpoint.file_plan import pt_output
 from castalia.errors import CheckpointError
-from castalia.storage import torchzip
+from castalia.storage import torch_zip
 from castalia.storage.extent import FileTensor
+from castalia.storage.lazy import Flattened, Held
 from castalia.storage.pt_writer import Instance, Named, Size
-from castalia.storage.tensor import Flattened, Held
-from castalia.storage.torchfile import open_pt
+from castalia.storage.torch_file import open_pt
 from castalia.storage.unpickle import Inert
 
 TENSORS = {
@@ -52,17 +52,17 @@ def test_torch_opens_plain_values(tmp_path: Path) -> None:
             assert tensors[name].dtype == tensor.dtype and torch.equal(tensors[name], tensor)
 
 
-@pytest.mark.parametrize("wide", [torchzip.WIDE, 20])
+@pytest.mark.parametrize("wide", [torch_zip.WIDE, 20])
 def test_members_are_aligned_and_checked(wide: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also as files beyond 4 GB have it: with 64-bit sizes and offsets."""
-    monkeypatch.setattr(torchzip, "WIDE", wide)
+    monkeypatch.setattr(torch_zip, "WIDE", wide)
     path = tmp_path / "a.pt"
     write(path, {name: Held(tensor) for name, tensor in TENSORS.items()})
     assert zipfile.ZipFile(path).testzip() is None
     assert torch.load(path, weights_only=True)["matrix"].sum() == 105
     opened = open_pt(path)
     for name, ref in opened.items():
-        assert isinstance(ref, FileTensor) and ref.extent.offset % torchzip.ALIGNMENT == 0
+        assert isinstance(ref, FileTensor) and ref.extent.offset % torch_zip.ALIGNMENT == 0
         assert torch.equal(ref.read(), TENSORS[name])
     data = bytearray(path.read_bytes())
     data[opened["matrix"].extent.offset] ^= 1

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from castalia.config.load import load_config
-from castalia.data.indexed import Writer
+from castalia.data.indexed import DatasetWriter
 from castalia.evaluate.perplexity import evaluate
 from castalia.train.loop import train
 
@@ -26,7 +26,7 @@ def corpus(tmp_path_factory):
     prefix = tmp_path_factory.mktemp("corpus") / "words"
     words = ["the", "light", "was", "good", "and", "there", "evening", "morning", "day", "waters"]
     draw = random.Random(1)
-    with Writer(prefix, "uint16") as writer:
+    with DatasetWriter(prefix, "uint16") as writer:
         for _ in range(60):
             writer.add([*" ".join(draw.choices(words, k=draw.randint(20, 60))).encode(), 256])
     return prefix

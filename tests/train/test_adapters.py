@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from castalia.checkpoint.formats import open_checkpoint
-from castalia.checkpoint.inspect import report
-from castalia.checkpoint.load import build_model, load_model, load_tokenizer_for
+from castalia.checkpoint.restore import build_model, load_model, load_tokenizer_for
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.load import load_config, load_run
 from castalia.config.schema import Tokenizer as TokenizerConfig
 from castalia.data.tokenizer import load_tokenizer, train_bpe
 from castalia.errors import CheckpointError, ConfigError, DataError
 from castalia.evaluate.perplexity import evaluate
+from castalia.examine.inspect import report
+from castalia.observe.metrics import read_metrics
 from castalia.train.loop import train
-from castalia.train.metrics import read_metrics
-from castalia.train.start import start
+from castalia.train.setup import start
 
 LORA = ["finetune.lora.rank=4", "finetune.lora.dropout=0.2", "model.hidden_dropout=0.1"]
 

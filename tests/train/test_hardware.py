@@ -9,11 +9,11 @@ import torch
 
 from castalia.cli.train import read_config
 from castalia.evaluate.perplexity import evaluate
-from castalia.train.display import Display
+from castalia.observe.display import Display
+from castalia.observe.metrics import read_metrics
 from castalia.train.hardware import had_its_cores, measured_flops, repeat_bits
 from castalia.train.loop import train
-from castalia.train.metrics import read_metrics
-from castalia.train.replay import replay
+from castalia.tune.replay import replay
 
 
 @pytest.fixture

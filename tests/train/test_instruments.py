@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from castalia.evaluate.perplexity import evaluate
-from castalia.train.layers import activation_statistics, dead_units, tensor_statistics
+from castalia.observe.layer_stats import activation_statistics, dead_units, tensor_statistics
 from castalia.train.loop import train
-from castalia.train.start import start
+from castalia.train.setup import start
 
 
 def records(path):

@@ -14,17 +14,18 @@ import pytest
 import torch
 
 from castalia.checkpoint.formats import open_checkpoint
+from castalia.checkpoint.formats.native.save import CheckpointSaver
 from castalia.cli.train import read_config, train
 from castalia.config.load import dump_config, load_config
 from castalia.data.loader import open_data
 from castalia.errors import CastaliaError, CheckpointError, ConfigError, Stopped, TrainingError
 from castalia.evaluate.perplexity import evaluate
-from castalia.plan.report import Known, report
-from castalia.train.folder import begun_by, complete_config, this_job
+from castalia.observe.metrics import read_metrics, write_event
+from castalia.plan.run_plan import Known, report
 from castalia.train.loop import TOGETHER_S, StopSignals, rehearse
 from castalia.train.loop import train as run_with
-from castalia.train.metrics import read_metrics, write_event
-from castalia.train.replay import replay
+from castalia.train.run_folder import begun_by, complete_config, this_job
+from castalia.tune.replay import replay
 
 DROPOUT = ("model.hidden_dropout=0.1", "precision.compute=bf16")
 
@@ -328,12 +329,14 @@ def test_the_same_command_of_a_requeued_job_begins_or_goes_on(tiny, tmp_path, mo
 
 
 def test_a_folder_in_use_is_refused(straight, tmp_path):
-    from castalia.checkpoint.formats.native import Writer
 
     shutil.copytree(straight, tmp_path / "run")
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     (tmp_path / "run" / "checkpoints" / "step_000010" / "manifest.json").write_text("never read")
-    with Writer(tmp_path / "run" / "checkpoints"), pytest.raises(CheckpointError, match="in use by another run"):
+    with (
+        CheckpointSaver(tmp_path / "run" / "checkpoints"),
+        pytest.raises(CheckpointError, match="in use by another run"),
+    ):
         train(read_config([str(tmp_path / "run"), "checkpoint.step=10"]))
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 

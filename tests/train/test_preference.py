@@ -12,18 +12,18 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from castalia.checkpoint.facts import from_tensors
 from castalia.checkpoint.formats import open_checkpoint
-from castalia.checkpoint.load import load_model
+from castalia.checkpoint.restore import load_model
 from castalia.cli.evaluate import write_log_probs
 from castalia.config.load import load_config, load_run
-from castalia.data.indexed import Writer
+from castalia.data.indexed import DatasetWriter
 from castalia.errors import ConfigError
 from castalia.evaluate.perplexity import evaluate
+from castalia.examine.facts import from_tensors
+from castalia.observe.metrics import read_metrics
 from castalia.train.loop import rehearse, train
-from castalia.train.metrics import read_metrics
-from castalia.train.replay import replay
-from castalia.train.start import start
+from castalia.train.setup import start
+from castalia.tune.replay import replay
 from tests.train.conftest import MODEL
 
 ALPHABET, EOD = 97, 256
@@ -31,7 +31,7 @@ STEPS = 6
 
 
 def write(prefix: Path, items: list, dtype: str = "int32") -> str:
-    with Writer(prefix, dtype) as writer:
+    with DatasetWriter(prefix, dtype) as writer:
         for item in items:
             writer.add(item)
     return str(prefix)

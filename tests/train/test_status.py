@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from castalia.checkpoint.formats.native import Writer
+from castalia.checkpoint.formats.native.save import CheckpointSaver
 from castalia.errors import DataError
-from castalia.train.metrics import read_last_metrics, read_metrics, write_event
+from castalia.observe.metrics import read_last_metrics, read_metrics, write_event
 from castalia.train.status import find_runs, read_status
 
 
@@ -35,7 +35,7 @@ def test_a_folder_that_is_held_is_training_and_is_not_disturbed(straight, tmp_pa
     run = shutil.copytree(straight, tmp_path / "run")
     config = (run / "config.yml").read_text()
     (run / "config.yml").write_text(config.replace("steps: 20", "steps: 30", 1))
-    with Writer(run / "checkpoints"):
+    with CheckpointSaver(run / "checkpoints"):
         status = read_status(run)
         assert status.state == "training" and status.by.startswith("process ")
         assert status.seconds_left > 0 and status.steps == 30
@@ -47,12 +47,13 @@ def test_a_folder_that_is_held_is_training_and_is_not_disturbed(straight, tmp_pa
 def test_asking_who_holds_a_folder_keeps_no_run_from_starting(tmp_path):
     """A process asks all the time while runs take the folder and let it go."""
     folder = tmp_path / "checkpoints"
-    Writer(folder).close()
-    ask = f"from castalia.checkpoint.formats.native import in_use\nwhile True: in_use({str(folder)!r})"
+    CheckpointSaver(folder).close()
+    imports = "from castalia.checkpoint.formats.native.save import in_use"
+    ask = f"{imports}\nwhile True: in_use({str(folder)!r})"
     with subprocess.Popen([sys.executable, "-c", ask]) as asking:
         time.sleep(1)
         for _ in range(50):
-            Writer(folder).close()
+            CheckpointSaver(folder).close()
         assert asking.poll() is None
         asking.kill()
 

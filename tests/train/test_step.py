@@ -12,8 +12,8 @@ from castalia.data.loader import Batch
 from castalia.errors import TrainingError
 from castalia.model.init import initialize
 from castalia.model.transformer import Transformer
-from castalia.parallel.engine import Engine
-from castalia.parallel.recompute import apply_recompute
+from castalia.parallel.activation_checkpointing import apply_recompute
+from castalia.parallel.executor import Engine
 from castalia.train.optimizer import LossScaler, make_optimizer
 from castalia.train.schedule import LearningRate
 from castalia.train.step import MAX_SKIPPED_IN_A_ROW, TrainStep, dropout_seed

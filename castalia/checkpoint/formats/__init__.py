@@ -10,18 +10,18 @@ from importlib import import_module
 from pathlib import Path
 
 from castalia.checkpoint.adapters import merged
-from castalia.checkpoint.agreement import differences, refuse
+from castalia.checkpoint.architecture_check import differences, refuse
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.errors import CheckpointError
 from castalia.files import standing
 from castalia.storage.safetensors import inside
 
 FORMATS = {  # name -> module; the first that detects its files reads them
-    "native": "castalia.checkpoint.formats.native",
-    "peft": "castalia.checkpoint.formats.peft",  # before the model's own, whose config.json may lie beside it
-    "huggingface": "castalia.checkpoint.formats.huggingface",
-    "megatron-deepspeed": "castalia.checkpoint.formats.megatron_deepspeed",
-    "neox": "castalia.checkpoint.formats.neox",
+    "native": "castalia.checkpoint.formats.native.read",
+    "peft": "castalia.checkpoint.formats.peft.read",  # before the model's own, whose config.json may lie beside it
+    "huggingface": "castalia.checkpoint.formats.huggingface.read",
+    "megatron-deepspeed": "castalia.checkpoint.formats.megatron.read",
+    "neox": "castalia.checkpoint.formats.neox.read",
 }
 STEP_FOLDER = re.compile(r"(?:global_)?step_?(\d+)")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w.-]+(/[\w.-]+)*)?")
@@ -146,7 +146,9 @@ def _listed(steps: dict[int, Path]) -> str:
 
 
 def _nothing_found(folder: Path) -> str:
-    from castalia.checkpoint.formats.native import has_foreign_manifest  # which reads through this module's siblings
+    from castalia.checkpoint.formats.native.read import (
+        has_foreign_manifest,  # which reads through this module's siblings
+    )
 
     entries = sorted(entry.name for entry in folder.iterdir())
     found = "it is empty" if not entries else f"it holds {', '.join(entries[:8])}{', ...' if len(entries) > 8 else ''}"

@@ -1,0 +1,92 @@
+"""Whether a checkpoint's tensors are those of its architecture: asked once, when it is opened, for every verb."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from castalia.checkpoint.adapters import adapters_of
+from castalia.checkpoint.sampled_values import middle, rounded
+from castalia.checkpoint.tensors import Checkpoint
+from castalia.errors import CheckpointError
+from castalia.plan.count import adapter_shapes, tensor_shapes
+from castalia.storage.extent import FileTensor
+from castalia.storage.lazy import TensorRef
+
+FULL = ("master", "exp_avg", "exp_avg_sq")  # of the optimizer's tensors these have the parameter's shape
+MAX_LINES = 12
+
+
+def differences(checkpoint: Checkpoint) -> list[str]:
+    """A line for each tensor of the model, and of its optimizer, that the architecture has no place for or lacks.
+
+    None where nothing says which architecture it is.
+    """
+    model = checkpoint.config.model if checkpoint.config else None
+    if model is None:
+        return []
+    if model.vocab_size is None:  # then it is what the embedding has
+        embedding = checkpoint.model.get("embed.weight")
+        rows = embedding.shape[0] if embedding is not None and embedding.shape else 1
+        model = model.model_copy(update={"vocab_size": rows, "vocab_multiple": 1})
+    expected = tensor_shapes(model) | adapter_shapes(model, adapters_of(checkpoint))
+    return [*mismatches(expected, checkpoint.model, "the architecture"), *_strange_state(checkpoint)]
+
+
+def _strange_state(checkpoint: Checkpoint) -> list[str]:
+    lines = []
+    for name, state in (checkpoint.optimizer or {}).items():
+        weight = checkpoint.model.get(name)
+        shapes = {kind: tuple(state[kind].shape) for kind in FULL if kind in state}  # type: ignore[literal-required]
+        if weight is None:
+            lines.append(f"the optimizer has a state for {name}, which the model does not have")
+        else:
+            lines += [
+                f"{name} has shape {list(weight.shape)}, its {kind} in the optimizer {list(shape)}"
+                for kind, shape in shapes.items()
+                if shape != tuple(weight.shape)
+            ]
+    return lines
+
+
+def mismatches(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, TensorRef], by: str) -> list[str]:
+    """A line for each tensor that is missing, unexpected, or of another shape than it has `by` (the model, say)."""
+    lines = [f"missing: {name} {list(expected[name])}" for name in expected if name not in found]
+    lines += [f"unexpected: {name} {list(found[name].shape)}" for name in found if name not in expected]
+    lines += [
+        f"{name} has shape {list(found[name].shape)} in the checkpoint, {list(shape)} in {by}"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name].shape) != tuple(shape)
+    ]
+    return lines
+
+
+def unrounded(weights: Mapping[str, TensorRef], masters: Mapping[str, TensorRef]) -> list[str]:
+    """Weights that are not their fp32 masters rounded, judged by a few values of each.
+
+    Both are as they are stored, before any rule: one that permutes or transposes would compare other values.
+    """
+    apart = []
+    for name in weights.keys() & masters.keys():
+        weight, master = weights[name], masters[name]
+        if weight.runs() == master.runs() or not all(map(_in_order, (weight, master))):
+            continue
+        if not np.array_equal(middle(weight), rounded(middle(master), weight.dtype_name), equal_nan=True):
+            apart.append(name)
+    return sorted(apart)
+
+
+def _in_order(ref: TensorRef) -> bool:
+    return not isinstance(ref, FileTensor) or ref.in_order
+
+
+def refuse(checkpoint: Checkpoint, lines: list[str]) -> None:
+    """Raises CheckpointError if there are any."""
+    if lines:
+        rest = [f"and {len(lines) - MAX_LINES} more"] if len(lines) > MAX_LINES else []
+        raise CheckpointError(
+            f"{checkpoint.path}: the tensors are not those of the architecture that its config or stored arguments "
+            "describe: one of the two was changed, or files of two models are mixed"
+            + "".join(f"\n  {line}" for line in [*lines[:MAX_LINES], *rest])
+        )

@@ -1,0 +1,117 @@
+"""What the writers of all formats share: a plan of files, each written alone, piece by piece, in bounded memory.
+
+A format's `plan(checkpoint, options)` says which files a checkpoint becomes. Nothing is read until one is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from castalia.storage.lazy import TensorRef
+from castalia.storage.pt_writer import PtFile
+from castalia.storage.safetensors import Advance, write_safetensors
+from castalia.strict_json import to_json
+
+SHARD_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Over how many ranks files are laid out. `pp` 0 is the layout without a pipeline, one file of weights a rank."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    zero: Literal[0, 1] = 0
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    layout: Layout = Layout()
+    era: Literal["v1", "head"] = "head"
+    folder: Path | None = None  # where the files will lie, which the original's config names; None: it names nothing
+    shard_bytes: int = SHARD_BYTES  # formats without ranks cut their weights into files of about this size
+
+
+@dataclass(frozen=True)
+class Output:
+    """A file to be written. `write` gives a JSON value that `Plan.finish` gets."""
+
+    name: str  # path below the checkpoint's folder
+    num_bytes: int
+    write: Callable[[Path, Advance], Any]
+    tensors: tuple[TensorRef, ...] = ()  # that are read for it
+
+
+def _nothing_left(folder: Path, results: Mapping[str, Any]) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Plan:
+    outputs: tuple[Output, ...]
+    notes: tuple[str, ...] = ()  # what this hop changes by nature, and what it leaves out
+    finish: Callable[[Path, Mapping[str, Any]], None] = _nothing_left  # writes what needs the results of all outputs
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(output.num_bytes for output in self.outputs)
+
+
+def shards(tensors: Mapping[str, TensorRef], limit: int) -> list[dict[str, TensorRef]]:
+    """The tensors in order, in groups of at most `limit` bytes; a larger tensor is a group of its own."""
+    groups: list[dict[str, TensorRef]] = [{}]
+    size = 0
+    for name, ref in tensors.items():
+        if groups[-1] and size + ref.num_bytes > limit:
+            groups.append({})
+            size = 0
+        groups[-1][name] = ref
+        size += ref.num_bytes
+    return groups
+
+
+def tensors_output(name: str, tensors: Mapping[str, TensorRef]) -> Output:
+    """A safetensors file, whose format has no place for checksums."""
+    size = sum(ref.num_bytes for ref in tensors.values())
+
+    def write(path: Path, advance: Advance) -> None:
+        write_safetensors(path, tensors, advance, checksums=False)
+
+    return Output(name, size, write, tuple(tensors.values()))
+
+
+def pt_output(name: str, value: Any) -> Output:
+    """A file of `torch.save`; see `castalia.storage.pt_writer` for what the value may be made of."""
+    file = PtFile(value)
+    title = Path(name).stem
+    return Output(name, file.num_bytes, lambda path, advance: file.write(path, title, advance), file.tensors)
+
+
+def bytes_output(name: str, data: bytes | str) -> Output:
+    """A small file whose content is known."""
+    content = data.encode() if isinstance(data, str) else data
+    return Output(name, len(content), lambda path, advance: write_bytes(path, content, advance))
+
+
+def json_output(name: str, value: object) -> Output:
+    return bytes_output(name, json_text(value))
+
+
+def json_text(value: object) -> str:
+    return to_json(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def write_bytes(path: Path, content: bytes, advance: Advance) -> None:
+    path.write_bytes(content)
+    advance(len(content))
+
+
+def named_groups(stem: str, groups: Sequence[Mapping[str, TensorRef]]) -> dict[str, Mapping[str, TensorRef]]:
+    """File names as Hugging Face has them: `stem.safetensors`, or numbered ones."""
+    if len(groups) == 1:
+        return {f"{stem}.safetensors": groups[0]}
+    return {f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}

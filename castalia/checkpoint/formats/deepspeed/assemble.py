@@ -1,0 +1,96 @@
+"""From names, rules and opened files to a `Checkpoint`, for the formats that DeepSpeed wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from castalia.checkpoint.architecture_check import unrounded
+from castalia.checkpoint.formats.deepspeed.files import Folder, loss_scale
+from castalia.checkpoint.rules import Role, Rule, to_ours
+from castalia.checkpoint.tensors import AdamState, Progress
+from castalia.checkpoint.zero import RankState
+from castalia.config.schema import RunConfig
+from castalia.errors import CheckpointError
+from castalia.storage.lazy import TensorRef
+
+ROLES: tuple[Role, ...] = ("master", "exp_avg", "exp_avg_sq")
+
+
+def adam_states(
+    rules: Sequence[Rule], ranks: Sequence[RankState] | None, default_step: int, ignore: str
+) -> dict[str, AdamState] | None:
+    """Our optimizer state from that of every tensor rank. `default_step` stands where none is stored."""
+    if ranks is None:
+        return None
+    found = {role: to_ours(rules, _by_name(getattr(rank, role) for rank in ranks), role, ignore) for role in ROLES}
+    steps = _by_name(rank.step for rank in ranks)
+    result: dict[str, AdamState] = {}
+    for rule in rules:
+        stored = {step for name in rule.theirs.split() for step in steps[name]}
+        if len(stored) > 1:
+            raise CheckpointError(
+                f"the Adam steps of {rule.theirs} differ between tensor ranks: {sorted(stored, key=str)}"
+            )
+        step = stored.pop()
+        for name in rule.ours.split():
+            result[name] = AdamState(
+                master=found["master"][name],
+                exp_avg=found["exp_avg"][name],
+                exp_avg_sq=found["exp_avg_sq"][name],
+                step=default_step if step is None else step,
+            )
+    return result
+
+
+def masters_apart(
+    held: Mapping[str, Sequence[TensorRef]], ranks: Sequence[RankState] | None
+) -> tuple[tuple[str, ...], str]:
+    """Tensors, by their names in the files, that are not their masters rounded, and what to say of them."""
+    names: dict[str, None] = {}
+    for number, rank in enumerate(ranks or ()):
+        names |= dict.fromkeys(unrounded({name: refs[number] for name, refs in held.items()}, rank.master))
+    if not names:
+        return (), ""
+    return tuple(names), (
+        f"{len(names)} of {len(held)} stored weights are not the fp32 masters rounded ({next(iter(names))} is the "
+        "first): the ones or the others were changed. Running and converting take the weights, resuming takes the "
+        "masters, as the original does; without the *_optim_states.pt files there are only the weights"
+    )
+
+
+def progress(folder: Folder, config: RunConfig | None, fp16: bool) -> Progress:
+    """How far the run was. Tokens are the samples seen times the config's sequence length, 0 if either is unknown."""
+    stored = folder.first
+    tokens = stored.get("tokens") or (stored.get("global_samples") or 0) * (config.data.seq_length if config else 0)
+    schedule = stored.get("lr_scheduler")
+    return Progress(
+        step=folder.step,
+        skipped=stored.get("skipped_steps") or 0,
+        tokens=tokens,
+        loss_scale=loss_scale(folder) if fp16 else None,
+        schedule=schedule if isinstance(schedule, dict) else None,
+    )
+
+
+def layout(folder: Folder) -> dict[str, object]:
+    """What inspection shows of the files."""
+    return {
+        "layout": f"TP {folder.tp} x PP {folder.pp}",
+        "tp": folder.tp,
+        "pp": folder.pp,
+        "dp": folder.dp,
+        "zero": folder.zero_stage,
+        "version": folder.version,
+        "files": folder.num_files,
+        "optimizer_files": sum(map(len, folder.shards)),
+        "pipeline_files": bool(folder.layers),
+    }
+
+
+def _by_name(ranks: Iterable[Mapping]) -> dict[str, list]:
+    ranks = list(ranks)
+    return {name: [rank[name] for rank in ranks if name in rank] for rank in ranks[:1] for name in rank}
+
+
+def weight_dtype(held: Mapping[str, Sequence[TensorRef]]) -> str:
+    return next(iter(held.values()))[0].dtype_name

@@ -1,0 +1,151 @@
+"""Checkpoints of GPT models that Megatron-DeepSpeed (the bigscience line) wrote in DeepSpeed's pipeline layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from castalia.checkpoint.formats.deepspeed import files
+from castalia.checkpoint.formats.deepspeed.assemble import adam_states, layout, masters_apart, progress, weight_dtype
+from castalia.checkpoint.formats.deepspeed.files import BUFFERS, Folder
+from castalia.checkpoint.formats.neox.architecture import Held, compare, merge, observed, stored_arguments
+from castalia.checkpoint.formats.neox.names import MEGATRON, megatron_qkv, table
+from castalia.checkpoint.neox_defects import summed_micro_batches
+from castalia.checkpoint.rules import to_ours
+from castalia.checkpoint.tensors import Checkpoint
+from castalia.config.load import load_config
+from castalia.config.schema import Data, Model, Optimizer, RunConfig, Schedule, Tokenizer, Train
+from castalia.errors import CheckpointError
+
+POSITIONS = {1: "rotary", 2: "learned", 3: "alibi"}  # of megatron.enums.PositionEmbeddingType
+GATED = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "liglu": "identity"}
+
+
+def detect(path: Path) -> bool:
+    return files.is_megatron(path)
+
+
+def read(
+    path: str | Path, config: str | Path | None = None, tokenizer: str | None = None, tolerant: bool = False
+) -> Checkpoint:
+    """Open a step's folder; no tensor is read. `config`, `tokenizer`: in place of what the files say.
+
+    Raises CheckpointError for gaps, damage, models that ours has no equal of, and a config of another model;
+    `tolerant` lists the differences in the checkpoint's details instead.
+    """
+    folder = files.scan(Path(path))
+    held = files.weights(folder)
+    given = load_config(config) if config else None
+    found = observed(held, MEGATRON, folder, given.model if given else None)
+    settings = found | _from_arguments(folder, held)
+    model = merge(given.model if given else None, settings, {})
+    other = compare(given.model if given else None, model, folder, MEGATRON, str(config), tolerant)
+    version = float(folder.first.get("checkpoint_version", 0 if folder.states else 3))
+    rules = table(MEGATRON, model, folder.tp, megatron_qkv(model, folder.tp, version))
+    ranks = files.optimizer_ranks(folder, held, MEGATRON.embedding, model.tie_embeddings)
+    run = given or _training(folder, model)
+    run = run.model_copy(update={"model": model} | ({"tokenizer": Tokenizer(path=tokenizer)} if tokenizer else {}))
+    dtype = weight_dtype(held)
+    reached = progress(folder, run, fp16=dtype == "float16")
+    step = folder.step - int(folder.first.get("skipped_steps") or 0)
+    apart, apart_note = masters_apart(held, ranks)
+    notes = [apart_note] if apart_note else []
+    if not folder.states:
+        notes.append("there is no mp_rank_* file: activation, version and step are guesses")
+    state_notes = [] if ranks else ["there is no optimizer state: the weights can be trained on, but not resumed"]
+    return Checkpoint(
+        path=str(path),
+        format="megatron-deepspeed",
+        model=to_ours(rules, held, "weight", BUFFERS),
+        optimizer=adam_states(rules, ranks, step, BUFFERS),
+        progress=replace(reached, schedule=_in_steps(reached.schedule, folder.args)),
+        config=run,
+        notes=tuple(notes),
+        state_notes=tuple(state_notes),
+        details={
+            **layout(folder),
+            "dtype": dtype,
+            "checkpoint_version": version,
+            **stored_arguments(folder.args),
+            **other,
+            "masters_apart": apart,
+        },
+        summed_micro_batches=summed_micro_batches(folder.version, bool(folder.layers), run, folder.dp or 1),
+    )
+
+
+def _training(folder: Folder, model: Model) -> RunConfig:
+    """The training run that the program's arguments describe, as far as they do."""
+    args: Mapping[str, Any] = folder.args
+    told = {"eps": args.get("adam_eps"), "weight_decay": args.get("weight_decay"), "clip_grad": args.get("clip_grad")}
+    told["betas"] = tuple(args[key] for key in ("adam_beta1", "adam_beta2") if key in args) or None
+    optimizer: dict[str, Any] = {"lr": args.get("lr")} | told | files.optimizer_settings(folder)
+    norm = optimizer.pop("clip_grad")
+    clip = {} if norm is None else {"clip_norm": norm or None}
+    schedule = {"style": args.get("lr_decay_style"), "decay_steps": args.get("lr_decay_iters")}
+    schedule |= {"min_lr": args.get("min_lr"), "warmup": args.get("lr_warmup_fraction")}
+    schedule["warmup_steps"] = args.get("lr_warmup_iters") or None
+    train = {"steps": args.get("train_iters"), "batch_size": args.get("global_batch_size")}
+    train["micro_batch_size"] = args.get("micro_batch_size")
+    if args.get("lr_warmup_iters") == 0 and schedule["warmup"] is None:
+        schedule["warmup"] = 0.0
+    length = args.get("seq_length") or model.max_positions or 2048
+    compute = "bf16" if args.get("bf16") else "fp16" if args.get("fp16") else "fp32"
+    try:
+        return RunConfig(
+            data=Data(seq_length=length),
+            optimizer=Optimizer(**_given(optimizer), **clip),
+            schedule=Schedule(**_given(schedule)),
+            train=Train(**_given(train)),
+            precision={"compute": compute} if args else {},
+            **_given({"seed": args.get("seed")}),
+        )
+    except ValidationError as error:
+        raise CheckpointError(f"{folder.path}: its stored arguments describe no possible run: {error}") from error
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _in_steps(stored: Mapping[str, Any] | None, args: Mapping[str, Any]) -> dict[str, object] | None:
+    """The state of the program's schedule, which counts samples, under NeoX's names and in steps."""
+    names = {"start_lr": "max_lr", "warmup_iter": "warmup_steps", "num_iters": "num_steps", "end_iter": "decay_steps"}
+    batch = args.get("global_batch_size")
+    if not stored or not batch or not {*names.values(), "decay_style", "min_lr"} <= stored.keys():
+        return None
+    found = {ours: stored[theirs] for ours, theirs in names.items()}
+    steps = {name: whole(found[name] / batch) for name in names if name != "start_lr"}
+    return {**found, **steps, "decay_style": stored["decay_style"], "min_lr": stored["min_lr"]}
+
+
+def whole(value: float) -> float:
+    """As an integer where it is one."""
+    return int(value) if float(value).is_integer() else value
+
+
+def _from_arguments(folder: Folder, held: Held) -> dict[str, Any]:
+    """What the training program's arguments add to the tensors."""
+    args: Mapping[str, Any] = folder.args
+    if args.get("apply_residual_connection_post_layernorm"):
+        raise CheckpointError(f"{folder.path}: residual connections after the norm are not supported")
+    if any("word_embeddings.norm." in name for name in held):
+        raise CheckpointError(
+            f"{folder.path}: the model has a norm after its embedding (BLOOM), which is not supported"
+        )
+    found: dict[str, Any] = {"parallel_residual": False, "norm_eps": args.get("layernorm_epsilon", 1e-5)}
+    kind = args.get("position_embedding_type")
+    if kind is not None and f"{MEGATRON.embedding}.position_embeddings.weight" not in held:
+        found["position"] = POSITIONS.get(kind.value, "rotary")
+    gated = args.get("glu_activation")
+    fused = not args or args.get("bias_gelu_fusion") or args.get("openai_gelu")
+    found["activation"] = GATED[gated] if gated else "gelu_tanh" if fused else "gelu"
+    for ours in ("attention_dropout", "hidden_dropout"):
+        found[ours] = args.get(ours) or 0.0
+    if logical := (folder.first.get("checkpoint_info") or {}).get("original_vocab_size"):
+        found["vocab_size"] = logical
+    return found

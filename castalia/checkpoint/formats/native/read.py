@@ -1,0 +1,193 @@
+"""Castalia's own checkpoints: safetensors files and a manifest, written beside the training and renamed into place.
+
+    checkpoints/
+      latest                          "step_000200"
+      step_000200/
+        manifest.json                 every tensor's shape, dtype, extents and checksums; config; progress; versions
+        model-00000.safetensors       one of each kind for each writing rank
+        optimizer-00000.safetensors   what the optimizer remembers; the masters are the parameters themselves
+
+A folder of this name is complete; until then it lies in a workplace (see `castalia.files`). Nothing of an older step is
+touched before the newer one is on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from castalia.checkpoint.neox_defects import take_inherited
+from castalia.checkpoint.tensors import AdamState, Checkpoint, Progress
+from castalia.config.schema import RunConfig
+from castalia.errors import CheckpointError
+from castalia.reading import keys, plain_json, read_json, typed
+from castalia.storage.checksum import crc32
+from castalia.storage.extent import Extent, FileTensor, Tile, tiled
+from castalia.storage.lazy import ITEM_BYTES, Cast, TensorRef
+from castalia.storage.safetensors import DTYPES, inside
+
+if TYPE_CHECKING:
+    pass
+
+MANIFEST = "manifest.json"
+WHOLE = keys({"crc32": int}, ["crc32"])  # a manifest
+LATEST = "latest"
+VERSIONS = (1, 2)  # that are read; the last one is written. 1 had one checksum for each extent, and none of headers
+
+
+def saved_steps(folder: str | Path) -> dict[int, Path]:
+    """The complete checkpoints of a folder, in order of their steps."""
+    found = {}
+    for path in Path(folder).glob("step_*/" + MANIFEST):
+        if match := re.fullmatch(r"step_(\d+)", path.parent.name):
+            found[int(match[1])] = path.parent
+    return dict(sorted(found.items()))
+
+
+def detect(path: Path) -> bool:
+    """Whether there is a manifest of ours, or one that cannot be read; other programs have files of this name, too."""
+    return (path / MANIFEST).is_file() and not has_foreign_manifest(path)
+
+
+def has_foreign_manifest(path: Path) -> bool:
+    try:
+        manifest = plain_json((path / MANIFEST).read_bytes())
+    except (OSError, ValueError):  # not there, or damaged: reading it says more
+        return False
+    return not isinstance(manifest, dict) or not {"progress", "optimizer_steps", "crc32"} & manifest.keys()
+
+
+def read(path: Path) -> Checkpoint:
+    """Open a step's folder. Only the manifest is read; the files' presence and sizes are checked."""
+    manifest = _read_manifest(path)
+    try:
+        chunks = Chunks(path, manifest)
+        stored = {name: chunks.tensor(name, entry) for name, entry in manifest["model"].items()}
+        optimizer = _optimizer(chunks, manifest, stored)
+        model: dict[str, TensorRef] = {**stored, **_weights(chunks, manifest, stored)}
+        chunks.require_disjoint()
+        progress = typed(manifest["progress"], f"{path / MANIFEST}: progress", CheckpointError, Progress)
+        stored_config, where = manifest["config"], f"{path / MANIFEST}: the config in it"
+        config = None if stored_config is None else typed(stored_config, where, CheckpointError, RunConfig)
+        details = {name: manifest[name] for name in ("versions", "data_fingerprint")} | {"files": sorted(chunks.files)}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path / MANIFEST} is malformed: {error!r}") from error
+    progress, inherited = take_inherited(progress, manifest, config)
+    return Checkpoint(str(path), "native", model, optimizer, progress, config, details=details, **inherited)
+
+
+class Chunks:
+    """The files of a step's folder as its manifest describes them, which is checked before anything is read."""
+
+    def __init__(self, folder: Path, manifest: Mapping) -> None:
+        """Raises CheckpointError for files that are missing or not as long as they were."""
+        self.folder, self.manifest = folder, folder / MANIFEST
+        self.block = manifest.get("block_bytes")  # None: an older manifest, with one checksum for each extent
+        self.files: dict[str, int] = {}  # name -> bytes
+        self.heads: dict[str, Extent | None] = {}
+        self.taken: dict[str, list[tuple[int, int, str]]] = {}  # by file: first and last byte of each tensor's part
+        for name, entry in manifest["files"].items():
+            plain = isinstance(entry, int)  # an older manifest
+            self.files[name] = size = _whole(entry if plain else entry["bytes"])
+            path = inside(folder, name)
+            _check_file(folder, name, size)
+            if not plain:
+                head = _whole(entry["head_bytes"])
+                self.heads[name] = Extent(path, 0, head, (entry["head_crc32"],), max(head, 1), "its header")
+                self.taken[name] = [(0, head, "the header")]
+
+    def tensor(self, name: str, entry: Mapping) -> TensorRef:
+        """A tensor of the manifest. Raises CheckpointError unless its extents are whole, in their files, and fit."""
+        shape, dtype = tuple(map(_whole, entry["shape"])), DTYPES[entry["dtype"]]
+        parts = [self._part(name, extent, shape, dtype) for extent in entry["extents"]]
+        return tiled(f"{self.manifest}: {name}", parts, shape, dtype)
+
+    def _part(self, name: str, entry: Mapping, whole: tuple[int, ...], dtype: str) -> Tile:
+        start = tuple(map(_whole, entry.get("start", (0,) * len(whole))))
+        shape = tuple(map(_whole, entry.get("shape", whole)))
+        file, offset, size = entry["file"], _whole(entry["offset"]), prod(shape) * ITEM_BYTES[dtype]
+        path = inside(self.folder, file)
+        if file not in self.files or offset + size > self.files[file]:
+            raise CheckpointError(
+                f"{self.manifest}: {name} is to end at byte {offset + size} of {file}, which has "
+                f"{self.files.get(file, 'no place in it')}; refused"
+            )
+        if self.block is None:
+            sums, block = [entry["crc32"]] if size else [], max(size, 1)
+        else:
+            sums, block = entry["crc32"], max(_whole(self.block), 1)
+        if len(sums) != -(-size // block):
+            raise CheckpointError(f"{self.manifest}: {name} has {len(sums)} checksums for {size} bytes; refused")
+        sums = list(map(_whole, sums))
+        self.taken.setdefault(file, []).append((offset, offset + size, name))
+        extent = Extent(path, offset, size, sums, block, name, self.heads.get(file))
+        return Tile(start, FileTensor.of(extent, dtype, shape))
+
+    def require_disjoint(self) -> None:
+        """Raises CheckpointError where two tensors, or one and a file's header, are to lie in the same bytes."""
+        for file, taken in self.taken.items():
+            ordered = sorted(taken)
+            for (_, end, before), (start, _, name) in zip(ordered, ordered[1:], strict=False):
+                if start < end:
+                    raise CheckpointError(f"{self.manifest}: {name} is to lie in bytes of {before} in {file}; refused")
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} where a whole number is expected")
+    return value
+
+
+def _check_file(path: Path, name: str, size: int) -> None:
+    file = inside(path, name)
+    if not file.is_file():
+        raise CheckpointError(f"{path} is incomplete: {name} is missing. Use another step, or copy the folder again.")
+    if (found := file.stat().st_size) != size:
+        raise CheckpointError(f"{file} is truncated: {found} bytes, {size} were written. Use another step, or a copy.")
+
+
+def _read_manifest(path: Path) -> dict:
+    file = path / MANIFEST
+    manifest = read_json(file, CheckpointError, WHOLE)
+    written = manifest.pop("crc32")
+    if crc32(canonical(manifest)) != written:
+        raise CheckpointError(
+            f"{file} is damaged: its content does not have the checksum {written} in it. Use another step."
+        )
+    if manifest.get("version") not in VERSIONS:
+        raise CheckpointError(
+            f"{file} has version {manifest.get('version')}, this program reads {' and '.join(map(str, VERSIONS))}; "
+            "update castalia"
+        )
+    return manifest
+
+
+def _optimizer(chunks: Chunks, manifest: Mapping, model: Mapping[str, TensorRef]) -> dict[str, AdamState] | None:
+    """The state of AdamW, or what another optimizer remembers in place of its two moments."""
+    if manifest["optimizer_steps"] is None:
+        return None
+    states: dict = {name: {"master": model[name], "step": step} for name, step in manifest["optimizer_steps"].items()}
+    for key, entry in manifest["optimizer"].items():
+        name, _, kind = key.rpartition(".")
+        states[name][kind] = chunks.tensor(key, entry)
+    return states
+
+
+def _weights(chunks: Chunks, manifest: Mapping, masters: Mapping[str, TensorRef]) -> Mapping[str, TensorRef]:
+    """Converted checkpoints: 16-bit weights that are the masters rounded, or stored beside them where they are not."""
+    rounded = manifest.get("rounded_weights", {})
+    beside = manifest.get("weights", {})
+    stored = {name: chunks.tensor(name, entry) for name, entry in beside.items()}
+    return stored | {
+        name: Cast(masters[name], DTYPES[dtype])
+        for name, dtype in rounded.items()
+        if name not in stored and DTYPES[dtype] != masters[name].dtype_name
+    }
+
+
+def canonical(manifest: Mapping) -> bytes:
+    return json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()

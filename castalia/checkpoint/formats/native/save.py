@@ -1,0 +1,329 @@
+"""Saving a run's checkpoints: `save` copies and returns, a thread writes; `read.py` says what the files are."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import socket
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, replace
+from errno import ETIMEDOUT
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING
+
+import castalia
+from castalia.checkpoint.formats.native.read import LATEST, MANIFEST, VERSIONS, canonical, saved_steps
+from castalia.checkpoint.tensors import Progress, Shard
+from castalia.config.schema import RunConfig
+from castalia.errors import CastaliaError, CheckpointError
+from castalia.files import NEW, beside, clean, delete, lock, put_in_place, remove, sync, workplace, write_text
+from castalia.storage.checksum import BLOCK_BYTES, crc32
+from castalia.storage.lazy import Held, TensorRef
+from castalia.storage.safetensors import DTYPE_CODES, Advance, write_safetensors
+
+if TYPE_CHECKING:
+    import torch
+
+SYNC_BYTES = 32 << 20  # written before the disk is told to begin
+RANKS_TIMEOUT_S = 1800.0  # how long the ranks of a run wait for each other's parts
+LOCK_TRIES = 10
+
+
+class CheckpointSaver:
+    """Saves the checkpoints of one run. `save` copies and returns; a thread writes. One run at a time holds a folder.
+
+    Errors of the thread are raised by the next `save`, `join` or `close`. With several ranks each writes its own part
+    and the first joins them; the ranks meet in the folder alone, so that training's communication is left in peace.
+    The first rank's saver must exist before the others save.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+        rank: int = 0,
+        num_ranks: int = 1,
+    ) -> None:
+        self.folder = Path(folder)
+        self.keep_last, self.keep_every = keep_last, keep_every
+        self.rank, self.num_ranks = rank, num_ranks
+        self._lock = None
+        try:
+            if rank == 0:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._lock = _lock(self.folder)
+                clean(self.folder)
+                if (steps := saved_steps(self.folder)) and not (self.folder / LATEST).exists():
+                    write_text(self.folder / LATEST, steps[max(steps)].name)  # the first save was cut off before it
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot save checkpoints in {folder}: {error.strerror} ({error.filename})"
+            ) from error
+        from castalia.checkpoint.host_copies import HostCopies  # here, as reading goes without torch
+
+        self._copies = HostCopies()
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+        self._abandoned = Event()
+
+    def save(
+        self,
+        model: Mapping[str, torch.Tensor | Shard],
+        optimizer: Mapping[str, Mapping] | None,
+        progress: Progress,
+        config: RunConfig,
+        data_fingerprint: str = "",
+    ) -> None:
+        """Copy now, write later. `optimizer`: name -> {exp_avg, ..., step}, the parameters being the masters."""
+        self.join()
+        about = describe(progress, config, data_fingerprint)
+        given = {("model", name): _shard(tensor) for name, tensor in model.items()}
+        steps: dict[str, int] | None = None
+        tensors: dict[str, dict[str, Shard]] = {"model": {}}
+        if optimizer is not None:
+            for name, state in optimizer.items():
+                kinds = (kind for kind in state if kind != "step")
+                given |= {("optimizer", f"{name}.{kind}"): _shard(state[kind]) for kind in kinds}
+            steps = {name: int(state.get("step", 0)) for name, state in optimizer.items()}
+            tensors["optimizer"] = {}
+        copies = self._copies.take({key: shard.tensor for key, shard in given.items()})
+        for (part, name), shard in given.items():
+            tensors[part][name] = replace(shard, tensor=copies[part, name])
+        self._pending = self._thread.submit(self._write, progress.step, tensors, steps, about)
+
+    @property
+    def is_writing(self) -> bool:
+        return self._pending is not None and not self._pending.done()
+
+    @property
+    def has_failed(self) -> bool:
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
+    def abandon(self) -> None:
+        """Another rank has failed: wait no longer for its part."""
+        self._abandoned.set()
+
+    def join(self) -> None:
+        """Wait until what was saved is on disk. Raises what went wrong."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Join, and let go of the folder."""
+        try:
+            self.join()
+        finally:
+            self._thread.shutdown()
+            if self._lock is not None:
+                self._lock.close()
+
+    def __enter__(self) -> CheckpointSaver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or issubclass(kind, CastaliaError):
+            self.close()
+            return
+        self._abandoned.set()  # another rank died, most likely: its part will not come
+        with suppress(CheckpointError):
+            self.close()
+
+    def _write(self, step: int, tensors: dict[str, dict[str, Shard]], steps: dict | None, about: dict) -> None:
+        target = self.folder / f"step_{step:06d}"
+        temporary = beside(target, NEW) / target.name
+        try:
+            if self.rank == 0:
+                workplace(target, NEW)
+                temporary.mkdir()
+            _wait_for(temporary, self._abandoned)
+            parts = {kind: write_part(temporary, kind, self.rank, shards) for kind, shards in tensors.items()}
+            if self.num_ranks > 1:
+                write_text(temporary / f"rank-{self.rank:05d}.json", json.dumps({"parts": parts, "steps": steps}))
+            if self.rank > 0:
+                return
+            everyone, steps = (
+                _gather(temporary, self.num_ranks, self._abandoned) if self.num_ranks > 1 else ([parts], steps)
+            )
+            write_manifest(temporary, about | {"optimizer_steps": steps}, everyone)
+            commit(temporary, target)
+            prune(self.folder, self.keep_last, self.keep_every)
+        except OSError as error:
+            if self.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)  # gives the space back; the rest goes at the next start
+            raise CheckpointError(
+                f"step {step} could not be saved in {self.folder}: {error.strerror} ({error.filename or target.name}). "
+                "Older checkpoints are as they were."
+            ) from error
+
+
+def _wait_for(path: Path, abandoned: Event) -> None:
+    """Until another rank has made it. Raises TimeoutError (an OSError) if it does not."""
+    end = time.monotonic() + RANKS_TIMEOUT_S
+    while not path.exists():
+        if time.monotonic() > end or abandoned.is_set():
+            raise TimeoutError(ETIMEDOUT, "another rank did not write its part", str(path))
+        time.sleep(0.01)
+
+
+def _gather(folder: Path, num_ranks: int, abandoned: Event) -> tuple[list[dict], dict | None]:
+    """What all ranks wrote, and the optimizer's steps of all tensors. Takes their notes away."""
+    everyone: list[dict] = []
+    steps: dict | None = {}
+    for rank in range(num_ranks):
+        note = folder / f"rank-{rank:05d}.json"
+        _wait_for(note, abandoned)
+        found = json.loads(note.read_text())
+        everyone.append(found["parts"])
+        steps = None if found["steps"] is None else (steps or {}) | found["steps"]
+        note.unlink()
+    return everyone, steps
+
+
+def write_part(folder: Path, kind: str, rank: int, shards: Mapping[str, Shard]) -> dict:
+    """Write one rank's file of one kind, bring it to disk, and return what the manifest says of it."""
+    name = f"{kind}-{rank:05d}.safetensors"
+    with ThreadPoolExecutor(1) as beside_writing:
+        unsynced, syncs = 0, []
+
+        def more(count: int) -> None:
+            """What is written goes to disk while the rest is copied."""
+            nonlocal unsynced
+            unsynced += count
+            if unsynced >= SYNC_BYTES:
+                unsynced = 0
+                syncs.append(beside_writing.submit(sync, folder / name))
+
+        entries = write_chunk(folder / name, name, {key: Held(shard.tensor) for key, shard in shards.items()}, more)
+        for each in syncs:
+            each.result()  # an error is told once only, so not by the last sync again
+    sync(folder / name)
+    for key, shard in shards.items():
+        if tuple(shard.tensor.shape) != shard.shape:
+            place = {"start": list(shard.start), "shape": list(shard.tensor.shape)}
+            entries[key] |= {"shape": list(shard.shape), "extents": [entries[key]["extents"][0] | place]}
+    return entries
+
+
+def write_chunk(path: Path, name: str, tensors: Mapping[str, TensorRef], advance: Advance) -> dict[str, dict]:
+    """Write a file and return what the manifest says of its tensors. `name`: the file's in the end."""
+    written = write_safetensors(path, tensors, advance)
+    return {
+        key: {
+            "shape": list(ref.shape),
+            "dtype": DTYPE_CODES[ref.dtype_name],
+            "extents": [{"file": name, "offset": written.offsets[key], "crc32": written.sums[key]}],
+        }
+        for key, ref in tensors.items()
+    }
+
+
+def write_manifest(folder: Path, about: Mapping, ranks: list[dict[str, dict]]) -> None:
+    """Join what all ranks wrote to one manifest, with a checksum of its own."""
+    files = {path.name: _file_entry(path) for path in sorted(folder.glob("*.safetensors"))}
+    manifest: dict = {**about, "block_bytes": BLOCK_BYTES, "files": files, "model": {}, "optimizer": {}, "weights": {}}
+    for parts in ranks:
+        for kind in parts:
+            for name, entry in parts[kind].items():
+                known = manifest[kind].setdefault(name, entry)
+                if known is not entry:
+                    known["extents"] += entry["extents"]
+    manifest["crc32"] = crc32(canonical(manifest))
+    write_text(folder / MANIFEST, json.dumps(manifest))
+
+
+def _file_entry(path: Path) -> dict[str, int]:
+    """Of a file of tensors: its size, and the checksum of its header, which other programs read."""
+    with open(path, "rb") as file:
+        head = file.read(8)
+        head += file.read(int.from_bytes(head, "little"))
+    return {"bytes": path.stat().st_size, "head_bytes": len(head), "head_crc32": crc32(head)}
+
+
+def commit(temporary: Path, target: Path) -> None:
+    """Make a complete temporary folder a checkpoint, and the latest one."""
+    sync(temporary)
+    old = put_in_place(temporary, target)  # there is one if the run went back and came to this step again
+    write_text(target.parent / LATEST, target.name)
+    for folder in (old, temporary.parent):
+        if folder:
+            remove(folder)
+
+
+def prune(folder: str | Path, keep_last: int | None, keep_every: int | None = None) -> None:
+    """Delete all but the newest `keep_last` checkpoints, multiples of `keep_every` and the one that `latest` names."""
+    if keep_last is None:
+        return
+    saved = saved_steps(folder)
+    named = (Path(folder) / LATEST).read_text().strip()
+    current = next((step for step, path in saved.items() if path.name == named), 0)
+    oldest_first = sorted(saved, key=lambda step: (step <= current, step))  # later ones are of a way not gone on
+    for step in oldest_first[:-keep_last]:
+        path = saved[step]
+        if step != current and not (keep_every and step % keep_every == 0):
+            delete(path)
+
+
+def describe(progress: Progress, config: RunConfig | None, data_fingerprint: str) -> dict:
+    """The manifest's part that is not about tensors."""
+    import torch
+
+    versions = {"castalia": castalia.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {
+        "version": VERSIONS[-1],
+        "progress": asdict(progress),
+        "config": None if config is None else config.model_dump(mode="json"),
+        "data_fingerprint": data_fingerprint,
+        "versions": versions,
+    }
+
+
+def _shard(given: torch.Tensor | Shard) -> Shard:
+    return given if isinstance(given, Shard) else Shard.whole(given)
+
+
+def refuse_if_in_use(folder: str | Path) -> None:
+    """Raises CheckpointError if a run, of whatever process, holds the folder now."""
+    if holder := in_use(folder):
+        raise _in_use(Path(folder), holder)
+
+
+def in_use(folder: str | Path) -> str | None:
+    """Who holds the folder now, as "process 12 on host"; None: nobody does."""
+    try:
+        with open(Path(folder) / ".lock") as file:
+            return None if lock(file, shared=True) else file.read().strip()
+    except FileNotFoundError:
+        return None
+
+
+def _lock(folder: Path):  # noqa: ANN202 - an open file
+    """Hold the folder until the file is closed; the system lets go of it when the process dies."""
+    file = open(folder / ".lock", "a+")  # noqa: SIM115 - stays open as long as the writer lives
+    for _ in range(LOCK_TRIES):
+        if lock(file):
+            break
+        time.sleep(0.05)  # who only asks whether the folder is in use lets go at once
+    else:
+        file.seek(0)
+        holder = file.read().strip()
+        file.close()
+        raise _in_use(folder, holder)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
+
+
+def _in_use(folder: Path, holder: str) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} is in use by another run ({holder}). Wait for it or stop it, or set another checkpoint.dir."
+    )

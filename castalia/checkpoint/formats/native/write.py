@@ -1,0 +1,72 @@
+"""Writing checkpoints of other formats as Castalia's own. (A training run saves with `save.CheckpointSaver`.)
+
+The masters are the model's tensors. 16-bit weights are their rounding, which the manifest notes; weights that are not
+the rounding of their masters (averages over ranks that drifted apart, say) are stored beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from castalia.checkpoint.file_plan import Output, Plan, WriteOptions, shards
+from castalia.checkpoint.formats.native.save import describe, write_chunk, write_manifest
+from castalia.checkpoint.tensors import Checkpoint
+from castalia.checkpoint.tokenizer_files import FOLDER, our_tokenizer
+from castalia.config.schema import Tokenizer
+from castalia.storage.lazy import TensorRef, Watched
+from castalia.storage.safetensors import DTYPE_CODES, Advance
+
+
+def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
+    """The files of a step's folder. The tokenizer lies in `tokenizer/`."""
+    state = checkpoint.optimizer or {}
+    apart = {name for name in state if state[name]["master"] != checkpoint.model[name]}
+    model: dict[str, TensorRef] = {
+        name: Watched(state[name]["master"], ref) if name in apart else ref for name, ref in checkpoint.model.items()
+    }
+    moments: dict[str, TensorRef] = {
+        f"{name}.{kind}": each[kind]  # type: ignore[literal-required]
+        for name, each in state.items()
+        for kind in each
+        if kind not in ("master", "step")
+    }
+    parts = [
+        _part(kind, rank, group)
+        for kind, tensors in (("model", model), ("optimizer", moments))
+        for rank, group in enumerate(shards(tensors, options.shard_bytes) if tensors else [])
+    ]
+    tokenizer, notes = our_tokenizer(checkpoint)
+    config = checkpoint.config
+    if config and not notes:  # the copy counts, wherever the original goes
+        config = config.model_copy(update={"tokenizer": Tokenizer(path=FOLDER)})
+    about = describe(checkpoint.progress, config, str(checkpoint.details.get("data_fingerprint", "")))
+    about |= {
+        "optimizer_steps": None
+        if checkpoint.optimizer is None
+        else {name: each["step"] for name, each in state.items()},
+        "rounded_weights": {name: DTYPE_CODES[checkpoint.model[name].dtype_name] for name in sorted(apart)},
+        **checkpoint.inherited,
+    }
+
+    def finish(folder: Path, results: Mapping[str, Any]) -> None:
+        entries = [results[part.name]["entries"] for part in parts]
+        if others := [name for part in parts for name in results[part.name]["not_rounded"]]:
+            weights = {name: checkpoint.model[name] for name in others}
+            file = "weights-00000.safetensors"
+            entries.append({"weights": write_chunk(folder / file, file, weights, lambda count: None)})
+        write_manifest(folder, about, entries)
+
+    return Plan((*parts, *tokenizer), notes, finish)
+
+
+def _part(kind: str, rank: int, tensors: Mapping[str, TensorRef]) -> Output:
+    name = f"{kind}-{rank:05d}.safetensors"
+
+    def write(path: Path, advance: Advance) -> dict:
+        entries = {kind: write_chunk(path, name, tensors, advance)}
+        others = [name for name, ref in tensors.items() if isinstance(ref, Watched) and not ref.rounds]
+        return {"entries": entries, "not_rounded": others}
+
+    return Output(name, sum(ref.num_bytes for ref in tensors.values()), write, tuple(tensors.values()))

@@ -1,0 +1,205 @@
+"""The architecture behind NeoX's and Megatron-DeepSpeed's tensors, which are believed before any config."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from castalia.checkpoint.formats.deepspeed.files import Folder, global_name, layer_file, refuse_missing
+from castalia.checkpoint.formats.neox.names import NORM_PARAMETERS, Names
+from castalia.config.schema import Model
+from castalia.errors import CheckpointError
+from castalia.storage.lazy import TensorRef
+
+Held = Mapping[str, Sequence[TensorRef]]  # position.name -> the tensor on each tensor rank
+# What a config cannot be wrong about without being another model's; the rest is taken from the tensors in silence.
+MUST_AGREE = (
+    "num_layers", "hidden_size", "num_heads", "kv_heads", "norm", "position", "rotary_size", "tie_embeddings",
+    "gated_mlp",
+)  # fmt: skip
+
+
+def observed(held: Held, names: Names, folder: Folder, config: Model | None) -> dict[str, Any]:
+    """What tensors and stored arguments say about the model, as values of its config.
+
+    Raises CheckpointError for missing layers, for a number of heads that nothing tells, and for names of the
+    Transformer Engine.
+    """
+    path, args = folder.path, folder.args
+    if foreign := [name for name in held if "fc1_weight" in name or ".attention.qkv." in name]:
+        raise CheckpointError(
+            f"{path}: {foreign[0]} was written through the Transformer Engine, which is not supported"
+        )
+    fused = f"{names.attention}.query_key_value.weight"
+    num_layers = _count_layers(held, names, fused, folder)
+    first = names.first_block
+    for name in (
+        f"{names.embedding}.word_embeddings.weight",
+        f"{first}.{fused}",
+        f"{first}.{names.up}.weight",
+        f"{first}.{names.down}.weight",
+    ):
+        if name not in held:
+            raise CheckpointError(f"{path}: {name} is missing: this is no model of this family, or files are mixed")
+        if len(held[name][0].shape) != 2:
+            raise CheckpointError(f"{path}: {name} has shape {list(held[name][0].shape)}, where a matrix is expected")
+    embedding = held[f"{names.embedding}.word_embeddings.weight"]
+    hidden, tp = embedding[0].shape[1], len(embedding)
+    heads = args.get("num_attention_heads") or (config.num_heads if config else None)
+    if heads is None:
+        raise CheckpointError(
+            f"{path} does not say how many attention heads the model has; give its config with --config"
+        )
+    if hidden % heads or heads % tp:
+        raise CheckpointError(f"{path}: {heads} heads divide neither hidden size {hidden} nor {tp} tensor ranks")
+    head_size = hidden // heads
+    kv_heads, rest = divmod(held[f"{first}.{fused}"][0].shape[0] * tp // head_size - heads, 2)
+    if rest or kv_heads < 1 or heads % kv_heads or kv_heads % tp:
+        rows = held[f"{first}.{fused}"][0].shape[0] * tp
+        raise CheckpointError(f"{path}: {rows} rows of {fused} do not fit {heads} heads of {head_size} on {tp} ranks")
+    up, down = held[f"{first}.{names.up}.weight"][0], held[f"{first}.{names.down}.weight"][0]
+    found = {
+        "num_layers": num_layers,
+        "hidden_size": hidden,
+        "num_heads": heads,
+        "num_kv_heads": None if kv_heads == heads else kv_heads,
+        "mlp_size": down.shape[1] * tp,
+        "norm": _norm(held, first),
+        "gated_mlp": names.gate is not None or up.shape[0] == 2 * down.shape[1],
+        "attention_bias": f"{first}.{names.attention}.query_key_value.bias" in held,
+        "mlp_bias": f"{first}.{names.up}.bias" in held,
+        "qk_norm": f"{first}.{names.attention}.qk_layernorm.weight" in held,
+        "tie_embeddings": names.head(num_layers) not in held,
+        "vocab_size": embedding[0].shape[0] * tp,
+        "vocab_multiple": _vocab_multiple(embedding[0].shape[0] * tp, args, tp),
+    }
+    return found | _position(held, names, first, head_size, args, config)
+
+
+def merge(config: Model | None, found: Mapping[str, Any], defaults: Mapping[str, Any]) -> Model:
+    """The config's model, or the defaults, with what the tensors tell in place of what they contradict."""
+    return Model(**{**(defaults if config is None else config.model_dump()), **found})
+
+
+def compare(
+    config: Model | None, model: Model, folder: Folder, names: Names, source: str, tolerant: bool
+) -> dict[str, object]:
+    """Raises CheckpointError if a config cannot be that of the tensors' model.
+
+    `tolerant`: gives instead what a checkpoint's details should tell of it.
+    """
+    if config is None:
+        return {}
+    settings = list(MUST_AGREE)
+    if not model.gated_mlp:
+        settings.append("mlp_width")  # of gated models the original derives the width in several ways
+    lines = [
+        f"{name}: {getattr(model, name)} in the tensors, {getattr(config, name)} in the config {source}"
+        for name in settings
+        if getattr(model, name) != getattr(config, name)
+    ]
+    if model.tie_embeddings and not config.tie_embeddings:
+        head, tied = names.head(model.num_layers), [line for line in lines if line.startswith("tie_embeddings")]
+        lost = f"the head, {head}, is in no file" + (f": {_file_of(head)} is missing" if folder.layers else "")
+        if lines == tied and not tolerant:
+            raise CheckpointError(
+                f"{folder.path}: {lost}. Copy it; if the model has no head of its own, its config should say so "
+                "(no_weight_tying: false)"
+            )
+        lines = [lost, *(line for line in lines if line not in tied)]
+    if lines and not tolerant:
+        raise CheckpointError(
+            f"{folder.path}: the config is of another model:"
+            + "".join(f"\n  {'' if line.startswith('the head') else 'model.'}{line}" for line in lines)
+            + "\nName the right one with --config, or move the wrong one out of the folder"
+        )
+    if not lines:
+        return {}
+    lines.append(f"what tensors do not tell is taken from {source} all the same, and may be wrong")
+    return {"disagreements": tuple(lines), "other_model": config, "other_source": source}
+
+
+def _file_of(name: str) -> str:
+    return layer_file(int(name.split(".")[0]), 0)
+
+
+def stored_arguments(args: Mapping[str, Any]) -> dict[str, object]:
+    """For a checkpoint's details: the settings that the training program's stored arguments tell."""
+    names = {"num_attention_heads": "num_heads", "max_position_embeddings": "max_positions"}
+    return {"stored arguments": tuple(ours for theirs, ours in names.items() if args.get(theirs))}
+
+
+def _count_layers(held: Held, names: Names, fused: str, folder: Folder) -> int:
+    """How many blocks there should be. Raises CheckpointError unless all of them, and all around them, are there."""
+    positions = {int(name.split(".")[0]) for name in held}
+    blocks = [position for position in positions if f"{position}.{fused}" in held]
+    norms = [p for p in positions for end in ("weight", "scale", "g") if f"{p}.{names.final_norm}{end}" in held]
+    heads = [number for number in range(1, max(positions, default=0)) if names.head(number) in held]
+    if folder.args.get("num_layers"):
+        count = folder.args["num_layers"]
+    elif norms:
+        count = norms[0] - names.first_block - 1
+    elif heads:
+        count = heads[0]
+    else:
+        count = max(blocks, default=names.first_block) - names.first_block + 1
+    listed = {global_name(name, names.embedding) for name in folder.listed}
+    expected = {names.embedding, *range(names.first_block, names.first_block + count)}
+    expected |= {int(name.split(".")[0]) for name in listed}
+    if norms or _norm(held, min(blocks, default=0)) != "layernorm_no_params":
+        expected.add(names.norm_position(count))
+    if (missing := sorted(expected - positions)) and folder.layers:
+        there = [layer_file(position, rank) for position in positions for rank in range(folder.tp)]
+        refuse_missing(folder.path, [layer_file(p, rank) for p in missing for rank in range(folder.tp)], there)
+    if lacking := [f"{position}.*" for position in missing] or sorted(listed - held.keys()):
+        more = f" and {len(lacking) - 8} more" if len(lacking) > 8 else ""
+        raise CheckpointError(
+            f"{folder.path}: the files lack tensors of a model of {count} blocks: {', '.join(lacking[:8])}{more}. "
+            "Copy the right files; nothing is loaded in part"
+        )
+    return count
+
+
+def _norm(held: Held, first: int) -> str:
+    suffixes = {name.rsplit(".", 1)[1] for name in held if name.startswith(f"{first}.input_layernorm.")}
+    return next(kind for kind, names in NORM_PARAMETERS.items() if set(names.values()) == suffixes or not names)
+
+
+def _position(
+    held: Held, names: Names, first: int, head_size: int, args: Mapping[str, Any], config: Model | None
+) -> dict[str, Any]:
+    learned = held.get(f"{names.embedding}.position_embeddings.weight")
+    longest = args.get("max_position_embeddings")
+    if learned is not None:
+        return {"position": "learned", "max_positions": learned[0].shape[0]}
+    found: dict[str, Any] = {"max_positions": longest} if longest else {}
+    if f"{first}.{names.attention}.alibi_embed.slopes" in held:
+        return found | {"position": "alibi"}
+    if config is not None and config.position != "learned":
+        found["position"] = config.position
+    else:
+        found["position"] = "rotary"
+    frequencies = held.get(f"{first}.{names.attention}.rotary_emb.inv_freq")
+    if frequencies is not None:
+        rotating = 2 * frequencies[0].shape[0]
+        if config is None or config.rotary_size // 2 != frequencies[0].shape[0]:
+            found["rotary_pct"] = rotating / head_size
+    return found
+
+
+def _vocab_multiple(rows: int, args: Mapping[str, Any], tp: int) -> int:
+    multiple = (args.get("make_vocab_size_divisible_by") or 1) * tp
+    return multiple if rows % multiple == 0 else 1
+
+
+def config_files(folder: Path) -> list[Path]:
+    """The config files that lie with a checkpoint: in `configs/`, else beside its files."""
+    for place in (folder / "configs", folder):
+        files = sorted(
+            path for path in place.glob("*") if re.fullmatch(r".*\.(yml|yaml)", path.name) and path.is_file()
+        )
+        if files:
+            return files
+    return []

@@ -1,0 +1,144 @@
+"""Where NeoX and Megatron-DeepSpeed put each of our tensors, and how their tensor ranks share it.
+
+Their names are `position.name`: the position in the pipeline's list of layers, then the name inside the layer's file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from castalia.checkpoint.rules import (
+    Chain,
+    ConcatRanks,
+    Interleave,
+    Inverse,
+    OnEachRank,
+    Op,
+    PermuteRows,
+    Rule,
+    SameOnRanks,
+    SumOverRanks,
+    per_block,
+)
+from castalia.config.schema import Model
+from castalia.plan.count import tensor_shapes
+
+NORM_PARAMETERS = {
+    "layernorm": {"weight": "weight", "bias": "bias"},
+    "rmsnorm": {"weight": "scale"},
+    "scalenorm": {"weight": "g"},
+    "layernorm_no_params": {},
+}
+GqaRows = Literal["old", "new"]
+
+
+@dataclass(frozen=True)
+class Names:
+    """What differs between the programs, and between NeoX's eras."""
+
+    embedding: int = 0  # positions
+    first_block: int = 2
+    attention: str = "attention"
+    up: str = "mlp.linear1"
+    down: str = "mlp.linear2"
+    gate: str | None = None  # None: gated models store [up; gate] as one
+    final_norm: str = "norm."
+
+    def norm_position(self, num_layers: int) -> int:
+        return self.first_block + num_layers + 1
+
+    def head(self, num_layers: int) -> str:
+        return f"{self.first_block + num_layers + 2}.final_linear.weight"
+
+
+HEAD = Names()
+LEGACY = Names(up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h")
+W123 = Names(up="mlp.w3", down="mlp.w2", gate="mlp.w1")
+MEGATRON = Names(1, 3, "self_attention", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", final_norm="")
+
+
+def table(names: Names, model: Model, tp: int, qkv: Op) -> list[Rule]:
+    """The rules of a model on `tp` tensor ranks; `qkv` is the operation on the fused attention matrix."""
+    shards, columns, copies = ConcatRanks(tp), ConcatRanks(tp, dim=1), SameOnRanks(tp)
+    # A parallel residual adds every rank's copy before the all-reduce, a sequential one adds one copy after it.
+    added: Op = SumOverRanks(tp) if model.parallel_residual else copies
+
+    def norm(ours: str, theirs: str) -> list[Rule]:
+        parameters = NORM_PARAMETERS[model.norm].items()
+        return [Rule(f"{ours}.{mine}", f"{theirs}{its}", copies) for mine, its in parameters]
+
+    def linear(ours: str, theirs: str, weight: Op, bias: Op | None) -> list[Rule]:
+        rules = [Rule(f"blocks.{{i}}.{ours}.weight", f"{{layer}}.{theirs}.weight", weight)]
+        return rules + ([Rule(f"blocks.{{i}}.{ours}.bias", f"{{layer}}.{theirs}.bias", bias)] if bias else [])
+
+    # In the order of the original's modules, which is that of its optimizer too.
+    block = norm("blocks.{i}.norm1", "{layer}.input_layernorm.")
+    biased = model.attention_bias
+    if model.qk_norm:
+        block += linear("attn.qk_norm", f"{names.attention}.qk_layernorm", shards, shards)
+    block += linear("attn.qkv", f"{names.attention}.query_key_value", qkv, qkv if biased else None)
+    block += linear("attn.out", f"{names.attention}.dense", columns, added if biased else None)
+    if not (model.parallel_residual and model.shared_norm):
+        block += norm("blocks.{i}.norm2", "{layer}.post_attention_layernorm.")
+    if model.gated_mlp and names.gate is None:
+        half = model.mlp_width // tp
+        halves = OnEachRank(Inverse(Interleave((half, half))), shards)
+        for kind in ["weight", "bias"] if model.mlp_bias else ["weight"]:
+            ours = f"blocks.{{i}}.mlp.up.{kind} blocks.{{i}}.mlp.gate.{kind}"
+            block.append(Rule(ours, f"{{layer}}.{names.up}.{kind}", halves))
+    else:
+        block += linear("mlp.up", names.up, shards, shards if model.mlp_bias else None)
+        if model.gated_mlp and names.gate:
+            block += linear("mlp.gate", names.gate, shards, shards if model.mlp_bias else None)
+    block += linear("mlp.down", names.down, columns, added if model.mlp_bias else None)
+
+    rules = [Rule("embed.weight", f"{names.embedding}.word_embeddings.weight", shards)]
+    if model.position == "learned":
+        rules.append(Rule("positions.weight", f"{names.embedding}.position_embeddings.weight", copies))
+    rules += per_block(block, model.num_layers, names.first_block)
+    rules += norm("norm", f"{names.norm_position(model.num_layers)}.{names.final_norm}")
+    if not model.tie_embeddings:
+        rules.append(Rule("head.weight", names.head(model.num_layers), shards))
+    return rules
+
+
+def first_rank(model: Model, tp: int, pp: int) -> dict[str, tuple[int, int] | None]:
+    """What the first tensor rank of the first stage holds in the first release: of a tensor the first `size` entries
+    in dimension `dim`, or all of it (None)."""
+    from castalia.checkpoint.formats.deepspeed.write import cut_stages  # imports torch
+
+    stage = cut_stages([0, 1, *[1] * model.num_layers, 1, 0, 0], pp, "v1")[0]
+    shapes, held = tensor_shapes(model), {}
+    for rule in table(LEGACY, model, tp, neox_qkv(model, tp, "new")):
+        if int(rule.theirs.partition(".")[0]) in stage:
+            dim = rule.op.dim if isinstance(rule.op, ConcatRanks) else None
+            held[rule.ours] = None if dim is None else (dim, shapes[rule.ours][dim] // tp)
+    return held
+
+
+def neox_qkv(model: Model, tp: int, rows: GqaRows) -> Op:
+    """NeoX's fused rows to ours, which are grouped by key/value head: its queries, then its key and value.
+
+    Without grouped queries both are the same. With them each rank holds all its queries, then keys, then values
+    ("new"), or for each query head its query and its share of a key and a value ("old").
+    """
+    n, kv, d = model.num_heads, model.kv_heads, model.head_size
+    if kv == n:
+        return ConcatRanks(tp)
+    grouped = Interleave((n // kv * d, d, d), kv // tp)
+    split = (
+        Interleave((n // tp * d, kv // tp * d, kv // tp * d))
+        if rows == "new"
+        else Interleave((d, d * kv // n, d * kv // n), n // tp)
+    )
+    return OnEachRank(Chain(Inverse(split), grouped), ConcatRanks(tp))
+
+
+def megatron_qkv(model: Model, tp: int, version: float) -> Op:
+    """Megatron's fused rows: (3, n, d) in version 0, (n, d, 3) in 1.0, our (n, 3, d) since 2.0, on each rank."""
+    n, d = model.num_heads // tp, model.head_size
+    if version >= 2:
+        return ConcatRanks(tp)
+    order = PermuteRows((n, d, 3), (0, 2, 1)) if version >= 1 else PermuteRows((3, n, d), (1, 0, 2))
+    return OnEachRank(order, ConcatRanks(tp))

@@ -1,0 +1,195 @@
+"""Checkpoints of GPT-NeoX: every era, sequential and pipeline layouts, any number of tensor and pipeline ranks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from castalia.checkpoint.formats.deepspeed import files
+from castalia.checkpoint.formats.deepspeed.assemble import adam_states, layout, masters_apart, progress, weight_dtype
+from castalia.checkpoint.formats.deepspeed.files import BUFFERS, LAYER, RANK_STATE, SHARD, STATE, Folder
+from castalia.checkpoint.formats.neox.architecture import Held, compare, config_files, merge, observed, stored_arguments
+from castalia.checkpoint.formats.neox.names import HEAD, LEGACY, W123, GqaRows, Names, neox_qkv, table
+from castalia.checkpoint.neox_defects import summed_micro_batches
+from castalia.checkpoint.rules import to_ours
+from castalia.checkpoint.tensors import Checkpoint
+from castalia.checkpoint.zero import RankState
+from castalia.config.load import load_config
+from castalia.config.schema import Data, Model, RunConfig, Tokenizer
+from castalia.errors import CheckpointError
+
+ERAS: dict[str, Names] = {"head": HEAD, "w1-w3": W123, "v2": LEGACY, "v1": LEGACY}
+FIRST_WITH_NEW_ROWS = (0, 16)  # of DeepSpeed; grouped queries and RMSNorm changed without a mark in the files
+
+
+def detect(path: Path) -> bool:
+    """Whether a folder has DeepSpeed's files and is not Megatron's."""
+    kinds = (LAYER, STATE, RANK_STATE, SHARD)
+    found = any(pattern.fullmatch(name) for name in files.names_of(path) for pattern in kinds)
+    return found and not files.is_megatron(path)
+
+
+def read(
+    path: str | Path,
+    config: str | Path | None = None,
+    tokenizer: str | None = None,
+    gqa_rows: GqaRows | None = None,
+    rms_eps: Literal["inside", "outside"] | None = None,
+    tolerant: bool = False,
+) -> Checkpoint:
+    """Open a step's folder; no tensor is read.
+
+    `config`, `tokenizer`: in place of the training config in the folder, and of the tokenizer that it names.
+    `gqa_rows`, `rms_eps`: how grouped queries are ordered and where RMSNorm's epsilon stands, which the files do not
+    tell; without these hints both are guessed from DeepSpeed's version, with a note. Raises CheckpointError for gaps,
+    damage and a config of another model; `tolerant` lists the differences in the checkpoint's details instead.
+    """
+    folder = files.scan(Path(path))
+    run = _config(folder, config)
+    ranks: list[RankState] | None = None
+    if folder.stage3:
+        ranks = files.optimizer_ranks(folder, {}, HEAD.embedding, tied=False)
+        if ranks is None:
+            raise CheckpointError(f"{folder.path}: ZeRO 3 keeps the weights in the optimizer files, which are missing")
+        held = files.stage3_weights(folder, ranks[0])
+    else:
+        held = files.weights(folder)
+    era = _era(folder, held)
+    found = observed(held, ERAS[era], folder, run.model if run else None)
+    given = run.model if run else None
+    guesses = {} if given else {name: value for name, value in _guesses(found).items() if name not in found}
+    if not given and found["tie_embeddings"] and not folder.listed:  # a head's file may have been lost
+        guesses["tie_embeddings"] = True
+    model = merge(given, found, guesses)
+    source = str(config or ", ".join(file.name for file in config_files(folder.path)))
+    other = compare(given, model, folder, ERAS[era], source, tolerant)
+    model, epsilon_note = _place_epsilon(folder, era, model, run, rms_eps)
+    rows, rows_note = _rows(folder, era, model, gqa_rows)
+    rules = table(ERAS[era], model, folder.tp, neox_qkv(model, folder.tp, rows))
+    ignore = BUFFERS + (r"|\.post_attention_layernorm\." if model.parallel_residual and model.shared_norm else "")
+    optimizer_note = ""
+    if ranks is None:
+        try:
+            ranks, optimizer_note = _optimizer(folder, held, model)
+        except CheckpointError as error:
+            if not other:
+                raise
+            optimizer_note = f"the optimizer state is not read: {error}"  # `inspect` tells what else is wrong
+    summed, summed_note = _summed_ranks(folder, model)
+    changes = {"model": model} | ({"tokenizer": Tokenizer(path=tokenizer)} if tokenizer else {})
+    run = (run or RunConfig(data=_data(folder))).model_copy(update=changes)
+    dtype = weight_dtype(held)
+    stored_steps = ranks is not None and all(step is not None for rank in ranks for step in rank.step.values())
+    facts = {"era": era, "dtype": dtype, "gqa_rows": rows, "adam_steps_stored": stored_steps, "guess": tuple(guesses)}
+    apart, apart_note = masters_apart(held, ranks)
+    notes = (_guess_note(guesses) if guesses else "", epsilon_note, rows_note, apart_note)
+    return Checkpoint(
+        path=str(path),
+        format="neox",
+        model=to_ours(rules, held, "weight", ignore),
+        optimizer=adam_states(rules, ranks, _unstored_step(folder), ignore),
+        progress=progress(folder, run, fp16=dtype == "float16"),
+        config=run,
+        notes=tuple(note for note in notes if note),
+        state_notes=tuple(note for note in (optimizer_note, summed_note) if note),
+        details={**layout(folder), **facts, **stored_arguments(folder.args), **other, "masters_apart": apart},
+        release="v1" if era == "v1" else "head",
+        summed_bias_ranks=summed,
+        norm_ranks=(folder.tp, folder.pp) if era == "v1" and dtype == "float16" and not folder.shards else (1, 1),
+        summed_micro_batches=summed_micro_batches(folder.version, bool(folder.layers), run, folder.dp or 1),
+    )
+
+
+def _config(folder: Folder, given: str | Path | None) -> RunConfig | None:
+    files = [given] if given else config_files(folder.path)
+    return load_config(files) if files else None
+
+
+def _era(folder: Folder, held: Held) -> str:
+    if any(name.endswith(".mlp.w1.weight") for name in held):
+        return "w1-w3"
+    if not any(name.endswith(".mlp.dense_h_to_4h.weight") for name in held):
+        return "head"
+    return "v2" if folder.version else "v1"
+
+
+def _guess_note(guesses: Mapping[str, Any]) -> str:
+    listed = ", ".join(f"{name}={value}" for name, value in guesses.items())
+    return f"no training config lies with the files, so {listed} are guesses; give the config with --config"
+
+
+def _guesses(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What the known models of an architecture have in common where neither tensors nor a config tell."""
+    if found["gated_mlp"] or found["norm"] == "rmsnorm":
+        return {"activation": "silu", "parallel_residual": False, "norm_eps": 1e-5, "rotary_pct": 1.0}
+    if found["position"] == "learned":
+        return {"activation": "gelu_tanh", "parallel_residual": False, "norm_eps": 1e-5}
+    return {"activation": "gelu_tanh", "parallel_residual": True, "norm_eps": 1e-5, "rotary_pct": 0.25}
+
+
+def _data(folder: Folder) -> Data:
+    longest = folder.args.get("max_position_embeddings")
+    return Data(seq_length=longest) if longest else Data()
+
+
+def _is_recent(folder: Folder, era: str) -> bool:
+    numbers = [int(number) for number in re.findall(r"\d+", folder.version or "0")[:2]]
+    return era == "head" and tuple(numbers) >= FIRST_WITH_NEW_ROWS
+
+
+def _place_epsilon(
+    folder: Folder, era: str, model: Model, run: RunConfig | None, hint: str | None
+) -> tuple[Model, str]:
+    """The model with RMSNorm's epsilon where it was in training, and what to say about it."""
+    if model.norm != "rmsnorm" or (hint is None and run and "model.rms_eps_inside" in run.origins):
+        return model, ""
+    inside = hint == "inside" if hint else _is_recent(folder, era)
+    place = "inside" if inside else "outside"
+    note = f"RMSNorm's epsilon is taken to stand {place} the root, judging by DeepSpeed {folder.version}: the files do "
+    note += f"not tell; --rms-eps {'outside' if inside else 'inside'} reads it the other way"
+    return model.model_copy(update={"rms_eps_inside": inside}), "" if hint else note
+
+
+def _rows(folder: Folder, era: str, model: Model, hint: GqaRows | None) -> tuple[GqaRows, str]:
+    """The order of the rows of grouped queries, and what to say about it."""
+    if model.kv_heads == model.num_heads:
+        return "new", ""
+    rows: GqaRows = hint or ("new" if _is_recent(folder, era) else "old")
+    note = f"grouped queries are taken to be in the {rows} row order, judging by DeepSpeed {folder.version}: the files "
+    note += f"do not tell; --gqa-rows {'old' if rows == 'new' else 'new'} reads them the other way"
+    return rows, "" if hint else note
+
+
+def _optimizer(folder: Folder, held: Held, model: Model) -> tuple[list[RankState] | None, str]:
+    """The optimizer state of each tensor rank, and what to say about it."""
+    if files.round_robin(folder):
+        return None, "the optimizer state was written with round_robin_gradients, which nothing undoes: it is left out"
+    ranks = files.universal_state(folder, held, HEAD.embedding) or files.optimizer_ranks(
+        folder, held, HEAD.embedding, model.tie_embeddings
+    )
+    if ranks is None:
+        return None, "there is no optimizer state: the weights can be used and trained on, but not resumed exactly"
+    if any(step is None for rank in ranks for step in rank.step.values()):
+        return ranks, (
+            f"Adam's step is not stored; {_unstored_step(folder)} is taken, from the iteration. The original starts "
+            "again at 1, which changes the run"
+        )
+    if any(step == _unstored_step(folder) + 1 for rank in ranks for step in rank.step.values()):
+        return ranks, "Adam's step is one more than the updates: the original counts its initialisation, and goes on so"
+    return ranks, ""
+
+
+def _unstored_step(folder: Folder) -> int:
+    """Adam's step where it is not stored: the updates done."""
+    return folder.step - int(folder.first.get("skipped_steps") or 0)
+
+
+def _summed_ranks(folder: Folder, model: Model) -> tuple[int, str]:
+    if folder.tp == 1 or not model.parallel_residual or not (model.attention_bias or model.mlp_bias):
+        return 1, ""
+    return folder.tp, (
+        f"attn.out.bias and mlp.down.bias are the sums over {folder.tp} tensor ranks, as the original computes with "
+        f"parallel residuals; there they learn {folder.tp} times as fast as any other parameter"
+    )

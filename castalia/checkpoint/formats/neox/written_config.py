@@ -1,0 +1,294 @@
+"""A checkpoint's config as NeoX has it for given ranks and era: vocabulary, batch, schedule, loss scale. No tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from math import floor, inf, nextafter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from castalia.checkpoint.file_plan import Layout, WriteOptions
+from castalia.checkpoint.neox_defects import UNSEEN_CLIP_NORM, clip_norm_of
+from castalia.checkpoint.restore import architecture, load_tokenizer_for
+from castalia.checkpoint.tensors import Checkpoint
+from castalia.config.batch import batch_plan, planned_dp
+from castalia.config.lr_schedule import LearningRate
+from castalia.config.neox.write import lost, to_neox, trainable
+from castalia.config.schema import Checkpoint as Saving
+from castalia.config.schema import Model, Optimizer, RunConfig, Tokenizer, Train
+from castalia.errors import CastaliaError, CheckpointError, ConfigError
+
+PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+MULTIPLES = (128, 64, 256, 512, 1024, 32, 16, 8, 4, 2, 1)  # of the vocabulary, as people choose them
+# What the first release always has, and what it has no setting for.
+FIRST_RELEASE = {
+    "gated_mlp": False, "qk_norm": False, "attention_bias": True, "mlp_bias": True, "sliding_window": None,
+}  # fmt: skip
+SCHEDULE = ("start_lr", "warmup_iter", "num_iters", "decay_style", "end_iter", "min_lr")  # of its stored state
+LATER_KEYS = ("use_bias_in_attn_linear", "use_bias_in_mlp", "use_qk_layernorm", "rms_norm_epsilon")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    logical: int  # tokens
+    multiple: int  # on each tensor rank: `make_vocab_size_divisible_by`
+    rows: int  # of the embedding, on all ranks together
+
+
+@dataclass(frozen=True)
+class Target:
+    """The run as NeoX has it."""
+
+    config: RunConfig
+    model: Model
+    keys: dict[str, Any]  # of its config file
+    dtype: torch.dtype
+    vocabulary: Vocabulary
+    clip: float  # the largest gradient norm, as optimizer files have it; 0.0 for none
+    notes: tuple[str, ...]
+
+
+def adapted(checkpoint: Checkpoint, options: WriteOptions, words: Tokenizer) -> Target:
+    """`words`: the tokenizer as it is written. Raises CheckpointError for what NeoX cannot hold, by name."""
+    model, layout, path = architecture(checkpoint), options.layout, checkpoint.path
+    assert checkpoint.config is not None
+    check_layout(model, layout, path)
+    dtype = weight_dtype(checkpoint)
+    rows = vocabulary(checkpoint, model, layout.tp)
+    train, batch_note = step_batch(checkpoint, layout)
+    epsilon = options.era == "head" or model.norm != "rmsnorm"  # where this release has it: inside the root or not
+    if model.norm == "rmsnorm" and model.rms_eps_inside != epsilon:
+        raise _refused(path, {"model.rms_eps_inside": model.rms_eps_inside})
+    changes = {
+        "vocab_multiple": rows.multiple * layout.tp,
+        "init_passes": 1 if layout.pp else 2,
+        "rms_eps_inside": True,
+    }
+    ranks = {"tp": layout.tp, "pp": max(1, layout.pp), "cp": 1, "zero": layout.zero}
+    ranks["gpus"] = layout.tp * max(1, layout.pp) * layout.dp
+    data = checkpoint.config.data
+    longest = min(data.seq_length, model.max_positions or data.seq_length)  # configs that only describe a model differ
+    optimizer, clip, clip_note = _clipping(checkpoint, options.era)
+    config = checkpoint.config.model_copy(
+        update={
+            "checkpoint": _saving(checkpoint, options.folder),
+            "optimizer": optimizer,
+            "tokenizer": words,
+            "data": data.model_copy(update={"seq_length": longest}),
+            "model": model.model_copy(update=changes),
+            "parallel": checkpoint.config.parallel.model_copy(update=ranks),
+            "precision": checkpoint.config.precision.model_copy(update={"compute": PRECISIONS[dtype]}),
+            "train": train,
+        }
+    )
+    config = trainable(config)
+    keys = to_neox(config) | {"no_load_rng": True}
+    if options.era == "v1":
+        _check_first_release(model, path)
+        keys = {key: value for key, value in keys.items() if key not in LATER_KEYS}
+    notes = [batch_note, clip_note, *_left_out(checkpoint, config, keys), rows_note(checkpoint, rows)]
+    rounds = layout.tp & (layout.tp - 1) or (layout.tp > 1 and dtype == torch.float16)
+    if rounds and model.parallel_residual and (model.attention_bias or model.mlp_bias):
+        notes.append(
+            f"attn.out.bias and mlp.down.bias are divided by {layout.tp}, which rounds"
+            + (" the smallest values of fp16" if not layout.tp & (layout.tp - 1) else "")
+            + ": their sum may differ in the last bit"
+        )
+    if checkpoint.optimizer is None:
+        notes.append("there is no optimizer state: the original can only start from these weights, with finetune: true")
+    if not (config.train.steps or config.train.epochs):
+        notes.append("how many steps to train is not known: set train_iters in configs/config.yml")
+    return Target(config, config.model or model, keys, dtype, rows, clip, tuple(note for note in notes if note))
+
+
+def _saving(checkpoint: Checkpoint, folder: Path | None) -> Saving:
+    """Where the original loads from and saves: the folder that is being written."""
+    assert checkpoint.config is not None
+    saving = checkpoint.config.checkpoint.model_copy(update={"resume": None, "init_from": None, "step": None})
+    if folder is None:
+        return saving
+    run = str(folder.parent)  # which has `latest`
+    start = "init_from" if checkpoint.optimizer is None else "resume"
+    return saving.model_copy(update={start: run, "dir": run})
+
+
+def _clipping(checkpoint: Checkpoint, era: str) -> tuple[Optimizer, float, str]:
+    """The optimizer's settings with which the original clips as the run did, that norm, and what to say about it."""
+    assert checkpoint.config is not None
+    optimizer, norm = checkpoint.config.optimizer, clip_norm_of(checkpoint)
+    if norm is None:
+        unseen = era == "head" and optimizer.clip_norm == UNSEEN_CLIP_NORM
+        return optimizer if unseen else optimizer.model_copy(update={"clip_norm": None}), 0.0, ""
+    if norm != UNSEEN_CLIP_NORM or era == "v1":
+        return optimizer, norm, ""
+    above = nextafter(norm, inf)
+    note = f"gradients are clipped at {norm}: written as {above}, since the original does not clip at its default"
+    return optimizer.model_copy(update={"clip_norm": above}), above, note
+
+
+def check_layout(model: Model, layout: Layout, path: str) -> None:
+    """Raises CheckpointError unless the ranks divide the model."""
+    sizes = {"heads": model.num_heads, "key/value heads": model.kv_heads, "columns of the MLP": model.mlp_width}
+    for name, size in sizes.items():
+        if size % layout.tp:
+            raise CheckpointError(f"{path}: {size} {name} do not divide over tp={layout.tp}; use a divisor")
+    if layout.pp > model.num_layers:
+        raise CheckpointError(f"{path}: {model.num_layers} blocks are too few for pp={layout.pp} stages")
+
+
+def weight_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The one dtype of the weights. Raises CheckpointError where there are several, or a strange one."""
+    found = {ref.dtype for ref in checkpoint.model.values()}
+    if len(found) > 1 or not found <= PRECISIONS.keys():
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
+        raise CheckpointError(
+            f"{checkpoint.path}: the weights are of {names}; choose one of fp32, bf16, fp16 (--dtype)"
+        )
+    return found.pop()
+
+
+def vocabulary(checkpoint: Checkpoint, model: Model, tp: int) -> Vocabulary:
+    """The rows stay what they are if they divide over the ranks.
+
+    The multiple is one with which the original, which pads its tokenizer's vocabulary, comes to the same.
+    """
+    rows, logical = checkpoint.model["embed.weight"].shape[0], model.vocab_size or 1
+    with suppress(CastaliaError):  # that the tokenizer is missing is said where its files are written
+        logical = load_tokenizer_for(checkpoint).vocab_size
+    target = rows if rows % tp == 0 else _padded(rows, MULTIPLES[0] * tp)
+    own = model.vocab_multiple // tp if model.vocab_multiple > tp and model.vocab_multiple % tp == 0 else MULTIPLES[0]
+    fitting = (multiple for multiple in (own, *MULTIPLES) if _padded(logical, multiple * tp) == target)
+    return Vocabulary(logical, next(fitting, target // tp), target)
+
+
+def rows_note(checkpoint: Checkpoint, words: Vocabulary) -> str:
+    added = words.rows - checkpoint.model["embed.weight"].shape[0]
+    return f"{added} rows of zeros pad the vocabulary to {words.rows}, which divides over the ranks" if added else ""
+
+
+def schedule(checkpoint: Checkpoint, config: RunConfig) -> dict[str, Any] | None:
+    """The state of the original's learning-rate schedule. None where the config does not tell its length."""
+    progress, own = checkpoint.progress, config.schedule
+    updates = progress.step - progress.skipped
+    stored = {name: value for name, value in (progress.schedule or {}).items() if name in SCHEDULE}
+    if {"start_lr", "warmup_iter", "end_iter", "min_lr"} <= stored.keys():
+        return {**stored, "num_iters": updates}
+    end = own.decay_steps or floor((config.train.steps or 0) * (own.decay_fraction or 1.0))
+    if not end:
+        return None
+    return {
+        "start_lr": config.optimizer.lr,
+        "warmup_iter": own.warmup_length(end),
+        "num_iters": updates,
+        "decay_style": own.style,
+        "end_iter": end,
+        "min_lr": own.min_lr,
+    }
+
+
+def next_rate(state: Mapping[str, Any], era: str | None = None) -> float:
+    """The rate of the next update, as the original computes it: ZeRO's files bring it along."""
+    return LearningRate.of_stored(state, era)(state["num_iters"])
+
+
+def loss_scaler(checkpoint: Checkpoint, config: RunConfig, dtype: torch.dtype, era: str) -> dict[str, Any]:
+    """The attributes of DeepSpeed's loss scaler."""
+    scale = config.precision.loss_scale
+    dynamic = dtype == torch.float16 and scale.static is None
+    marks: dict[str, Any] = {"dynamic": dynamic} if era == "head" else {}
+    if not dynamic:
+        return {"cur_scale": scale.static or 1.0, **marks} if dtype == torch.float16 else {"cur_scale": 1.0, **marks}
+    stored = checkpoint.progress.loss_scale or {}
+    counters = {"cur_scale": scale.initial, "cur_iter": checkpoint.progress.step, "last_overflow_iter": -1}
+    counters["cur_hysteresis"] = scale.hysteresis
+    found = {name: whole(stored.get(name, value)) for name, value in counters.items()}
+    return {
+        **found,
+        "scale_factor": 2.0,
+        "scale_window": scale.window,
+        "min_scale": whole(scale.minimum),
+        "delayed_shift": scale.hysteresis,
+        "consecutive_hysteresis": scale.consecutive_hysteresis,
+        "raise_error_at_min_scale": True,
+        **marks,
+        **({"dtype": dtype} if era == "head" else {}),
+    }
+
+
+def deepspeed_config(keys: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
+    """The part of NeoX's config that it hands on."""
+    names = ("optimizer", "fp16", "bf16", "zero_optimization", "data_types")
+    train = config.train
+    batch = {"train_batch_size": train.batch_size, "train_micro_batch_size_per_gpu": train.micro_batch_size}
+    if train.accumulation != 1:
+        batch["gradient_accumulation_steps"] = train.accumulation
+    result = {key: value for key, value in batch.items() if value} | {key: keys[key] for key in names if key in keys}
+    clip = keys["gradient_clipping"]
+    return result if clip == UNSEEN_CLIP_NORM else result | {"gradient_clipping": clip}
+
+
+def step_batch(checkpoint: Checkpoint, layout: Layout) -> tuple[Train, str]:
+    """The step's batch on these ranks, and what to say where it does not divide."""
+    config = checkpoint.config
+    assert config is not None
+    old = checkpoint.details.get("dp") or planned_dp(config) or 1
+    assert isinstance(old, int)
+    try:
+        batch, micro, _ = batch_plan(config, old)
+    except ConfigError:
+        return config.train, ""
+    if batch % layout.dp:
+        none = {"batch_size": None, "accumulation": None, "micro_batch_size": micro}
+        note = f"a batch of {batch} sequences does not divide over dp={layout.dp}: set another in configs/config.yml"
+        return config.train.model_copy(update=none), note
+    share = batch // layout.dp
+    micro = next(size for size in range(min(micro, share), 0, -1) if share % size == 0)
+    sizes = {"batch_size": batch, "micro_batch_size": micro, "accumulation": share // micro}
+    return config.train.model_copy(update=sizes), ""
+
+
+def _left_out(checkpoint: Checkpoint, config: RunConfig, keys: dict[str, Any]) -> list[str]:
+    """What to say about settings without a key of NeoX. The model's, and those of a state's optimizer, are refused."""
+    try:
+        missing = lost(config, keys)
+    except ConfigError as error:
+        raise CheckpointError(f"{checkpoint.path}: NeoX cannot hold this run: {error}") from error
+    needed = ("model.", "optimizer.", "schedule.") if checkpoint.optimizer else ("model.",)
+    if refused := {name: value for name, value in missing.items() if name.startswith(needed)}:
+        raise _refused(checkpoint.path, refused)
+    if not missing:
+        return []
+    return [f"NeoX has no key for {_listed(missing)}: left out of configs/config.yml"]
+
+
+def _check_first_release(model: Model, path: str) -> None:
+    wrong = {
+        f"model.{key}": getattr(model, key) for key, value in FIRST_RELEASE.items() if getattr(model, key) != value
+    }
+    if model.kv_heads != model.num_heads:
+        wrong["model.num_kv_heads"] = model.num_kv_heads
+    if model.mlp_width != 4 * model.hidden_size:
+        wrong["model.mlp_size"] = model.mlp_size
+    if wrong:
+        raise CheckpointError(f"{path}: the first release has no {_listed(wrong)}; use --era head")
+
+
+def _refused(path: str, settings: Mapping[str, Any]) -> CheckpointError:
+    return CheckpointError(f"{path}: NeoX cannot hold {_listed(settings)}; --to native keeps everything")
+
+
+def _listed(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in settings.items())
+
+
+def _padded(rows: int, multiple: int) -> int:
+    return -(-rows // multiple) * multiple
+
+
+def whole(value: float) -> float:
+    """As an integer where it is one."""
+    return int(value) if float(value).is_integer() else value

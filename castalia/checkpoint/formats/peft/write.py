@@ -1,0 +1,86 @@
+"""Writing adapters in PEFT's layout: the library loads them onto the model as `--to hf` writes it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Sequence
+
+from castalia.checkpoint.adapters import adapters_of
+from castalia.checkpoint.file_plan import Plan, WriteOptions, json_output, tensors_output
+from castalia.checkpoint.formats import open_checkpoint
+from castalia.checkpoint.formats.huggingface.read import FAMILIES
+from castalia.checkpoint.formats.peft.read import CONFIG, WEIGHT_FILES, Matrix, hf_family, matrices, vocabulary_modules
+from castalia.checkpoint.tensors import Checkpoint
+from castalia.config.schema import is_adapter
+from castalia.errors import CheckpointError
+from castalia.storage.lazy import Cast, TensorRef
+
+
+def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
+    """The two files. Raises CheckpointError where the adapters are not all that was trained, or there are none."""
+    lora, run = adapters_of(checkpoint), checkpoint.config
+    if lora is None or run is None:
+        raise CheckpointError(f"{checkpoint.path} has no adapters; for a whole model use --to hf")
+    vocabulary = vocabulary_modules(checkpoint)
+    trained = [name for name in checkpoint.model if not is_adapter(name) and run.finetune.trains(name)]
+    if run.finetune.add_tokens or not set(trained) <= vocabulary.keys():
+        raise CheckpointError(
+            f"{checkpoint.path}: more than its adapters was trained (finetune.train, finetune.add_tokens), so they are "
+            "not the model without the rest; merge them: castalia merge-lora"
+        )
+    whole = {name: vocabulary[name] for name in trained}  # PEFT can keep these two beside its adapters
+    tensors: dict[str, TensorRef] = {
+        f"base_model.model.{module}.weight": _fp32(checkpoint.model[name]) for name, module in whole.items()
+    }
+    every, chosen = matrices(checkpoint), []
+    for matrix in every:
+        if f"{matrix.name}.lora_a" in checkpoint.model:
+            chosen.append(matrix)
+            a, b = (checkpoint.model[f"{matrix.name}.{side}"] for side in ("lora_a", "lora_b"))
+            for module, rows in zip(matrix.modules, matrix.rows.backward([b], "weight"), strict=True):
+                tensors[f"base_model.model.{module}.lora_A.weight"] = _fp32(a)
+                tensors[f"base_model.model.{module}.lora_B.weight"] = _fp32(rows)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": _base(checkpoint),
+        "r": lora.rank,
+        "lora_alpha": int(alpha) if (alpha := lora.scale * lora.rank).is_integer() else alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": _targets(chosen, every),
+        "modules_to_save": [module.rpartition(".")[2] for module in whole.values()] or None,
+        "bias": "none",
+        "fan_in_fan_out": hf_family(checkpoint) is FAMILIES["gpt2"],
+        "inference_mode": True,
+    }
+    notes = _head_note(checkpoint, {matrix.name for matrix in chosen} | {name.rpartition(".")[0] for name in whole})
+    return Plan((json_output(CONFIG, config), tensors_output(WEIGHT_FILES[0], tensors)), notes)
+
+
+def _head_note(checkpoint: Checkpoint, held: Collection[str]) -> tuple[str, ...]:
+    """Which name of the head is written, where versions of transformers differ: others pass over it in silence."""
+    name, *former = hf_family(checkpoint).head_modules
+    if "head" not in held or not former:
+        return ()
+    return (f"the head is called {name}, as transformers 5 does; before, it was {former[0]}, and PEFT finds nothing",)
+
+
+def _fp32(ref: TensorRef) -> TensorRef:
+    return ref if ref.dtype_name == "float32" else Cast(ref, "float32")
+
+
+def _base(checkpoint: Checkpoint) -> str | None:
+    """Where the model without the adapters is; adapters may have been trained in several runs, one after another."""
+    found = checkpoint.details.get("base") or (checkpoint.config and checkpoint.config.checkpoint.init_from)
+    if not found or not os.path.exists(str(found)):
+        return found and str(found)  # type: ignore[return-value]
+    source = open_checkpoint(str(found), adapters=True)
+    return _base(source) if adapters_of(source) else os.path.abspath(str(found))
+
+
+def _targets(chosen: Sequence[Matrix], every: Sequence[Matrix]) -> list[str]:
+    """Names as the library compares them with the ends of modules' names, as short as they mean no other module."""
+    wanted = {module for matrix in chosen for module in matrix.modules}
+    others = {module.rpartition(".")[2] for matrix in every for module in matrix.modules if module not in wanted}
+    parts = (module.split(".") for module in wanted)
+    return sorted({".".join(part[-2:] if part[-1] in others else part[-1:]) for part in parts})

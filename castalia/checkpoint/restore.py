@@ -1,0 +1,265 @@
+"""From a checkpoint of any format into modules and optimizers: strictly, tensor by tensor, and saying what came."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from castalia.checkpoint.architecture_check import mismatches
+from castalia.checkpoint.description import describe, model_folder, readable, tokenizer_settings
+from castalia.checkpoint.formats import open_checkpoint
+from castalia.checkpoint.rules import drift
+from castalia.checkpoint.tensors import Checkpoint, Shard
+from castalia.config.schema import Model, Tokenizer
+from castalia.errors import CheckpointError
+from castalia.model.transformer import Transformer
+from castalia.plan.count import adapter_shapes, tensor_shapes
+from castalia.storage.lazy import TensorRef, name_of
+
+if TYPE_CHECKING:
+    from castalia.data.tokenizer import Tokenizer as AnyTokenizer
+
+MAX_READERS = 4  # threads
+VOCABULARY = {"embed.weight", "head.weight"}  # tensors with a row for each token
+
+
+class AnyOptimizer(Protocol):
+    """One of torch's, or several as one."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
+
+    @property
+    def state(self) -> Mapping[torch.Tensor, dict[str, Any]]: ...
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What was loaded. `str()` is one line for the terminal; `notes` are further ones."""
+
+    loaded: int
+    expected: int
+    parameters: int
+    source: str
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.loaded} of {self.expected} tensors, {readable(self.parameters)} parameters, {self.source}"
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Transformer:
+    """The model of a checkpoint of any format, in eval mode; `module(tokens)` gives logits [batch, time, padded vocab].
+
+    `dtype`: of the parameters and the computation; None for fp32, which holds every stored value exactly. Warns of
+    settings that had to be guessed, and of what was taken for something else.
+    """
+    checkpoint = open_checkpoint(path)
+    for note in checkpoint.notes:
+        warnings.warn(f"{path}: {note}", stacklevel=2)
+    return build_model(checkpoint, device, dtype)
+
+
+def build_model(
+    checkpoint: Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> Transformer:
+    """`load_model` for a checkpoint that is open already."""
+    cfg = architecture(checkpoint)
+    with torch.device("meta"):
+        model = Transformer(cfg, exact=checkpoint.config is not None and checkpoint.config.neox_exact)
+    dtype = dtype or torch.float32
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            # `to_empty` does the same, but imports sympy for it, which takes half a second
+            setattr(module, name, torch.nn.Parameter(torch.empty(p.shape, dtype=dtype, device=device)))
+    load_weights(model, checkpoint)
+    return model.eval()
+
+
+def architecture(checkpoint: Checkpoint) -> Model:
+    """The model that the tensors belong to. Where the vocabulary is unknown, it is all rows of the embedding."""
+    if checkpoint.config is None or checkpoint.config.model is None:
+        raise CheckpointError(
+            f"{checkpoint.path} does not say which architecture its tensors belong to; give its config with --config"
+        )
+    model = checkpoint.config.model
+    if model.vocab_size is None and "embed.weight" in checkpoint.model:
+        rows = checkpoint.model["embed.weight"].shape[0]
+        model = model.model_copy(update={"vocab_size": rows, "vocab_multiple": 1})
+    return model
+
+
+def load_weights(model: Transformer, checkpoint: Checkpoint) -> LoadReport:
+    """Fill every parameter, one at a time. The padding of the vocabulary may differ; anything else must match.
+
+    Raises CheckpointError listing all missing, unexpected and mis-shaped tensors; the model is untouched then.
+    """
+    return load_shards({name: Shard.whole(p) for name, p in model.named_parameters()}, model.cfg, checkpoint)
+
+
+def load_shards(shards: Mapping[str, Shard], cfg: Model, checkpoint: Checkpoint, added: int = 0) -> LoadReport:
+    """`load_weights` where this process holds only parts of the model `cfg`. The whole checkpoint must fit it.
+
+    The last `added` entries of the vocabulary may be missing.
+    """
+    expected = tensor_shapes(cfg) | adapter_shapes(cfg, checkpoint.config.finetune.lora if checkpoint.config else None)
+    notes = _check(expected, checkpoint.model, cfg.vocab_size and cfg.vocab_size - added, checkpoint.path)
+    _fill_all([(shard, checkpoint.model[name]) for name, shard in shards.items()])
+    if apart := drift(checkpoint.model):
+        farthest = max(apart, key=lambda name: apart[name])
+        notes += (
+            f"{len(apart)} tensors had drifted apart between tensor ranks and were averaged; the farthest is "
+            f"{farthest}, by {apart[farthest]:.2g}",
+        )
+    elements = sum(math.prod(shape) for shape in expected.values())
+    return LoadReport(len(expected), len(expected), elements, describe(checkpoint), notes=notes)
+
+
+def load_optimizer(
+    optimizer: AnyOptimizer,
+    parameters: Mapping[str, torch.Tensor],
+    checkpoint: Checkpoint,
+    vocab_size: int | None = None,
+    shard: Callable[[torch.Tensor], Shard] = Shard.whole,
+) -> None:
+    """Fill the optimizer's state, which must exist, and the parameters from the masters. Call it after `load_weights`.
+
+    `shard` tells which part of the whole tensor a parameter or a state is. Raises CheckpointError if the checkpoint has
+    no state, that of another optimizer, or none for some parameter.
+    """
+    if checkpoint.optimizer is None:
+        raise CheckpointError(
+            f"{checkpoint.path} holds no optimizer state, so it cannot be resumed{_because(checkpoint)}. Start a new "
+            "run from its weights with checkpoint.init_from, or go on with fresh moments with "
+            "checkpoint.load_optimizer=false."
+        )
+    states = optimizer_state(optimizer, parameters)
+    saved: dict[str, Mapping[str, Any]] = {n: state for n, state in checkpoint.optimizer.items() if n in states}
+    where = f"the optimizer state of {checkpoint.path}"
+    targets: dict[str, dict[str, Shard]] = {"master": {name: shard(parameters[name]) for name in states}}
+    for name, state in states.items():
+        theirs, ours = (set(each) - {"master", "step"} for each in (saved.get(name, state), state))
+        if theirs != ours:
+            raise CheckpointError(
+                f"{where} is that of another optimizer: {name} has {_listed(theirs)}, but this one needs "
+                f"{_listed(ours)}. Resume with the same optimizer.name and momentum, or go on with a fresh state with "
+                "checkpoint.load_optimizer=false."
+            )
+        for kind in ours:
+            targets.setdefault(kind, {})[name] = shard(state[kind])
+    for kind, shards in targets.items():
+        sources = {name: saved[name][kind] for name in shards if name in saved}
+        _check({name: each.shape for name, each in shards.items()}, sources, vocab_size, where)
+    for name, state in states.items():
+        if saved[name]["master"] is checkpoint.model.get(name):
+            del targets["master"][name]  # the parameter itself, which is loaded
+        if "step" in state:
+            state["step"].fill_(saved[name]["step"])
+    _fill_all([(each, saved[name][kind]) for kind, shards in targets.items() for name, each in shards.items()])
+
+
+def _because(checkpoint: Checkpoint) -> str:
+    return f" ({'; '.join(checkpoint.state_notes)})" if checkpoint.state_notes else ""
+
+
+def _listed(kinds: set[str]) -> str:
+    return ", ".join(sorted(kinds)) or "nothing"
+
+
+def optimizer_state(
+    optimizer: AnyOptimizer, parameters: Mapping[str, torch.Tensor]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """The state of each trained parameter by its name, as `CheckpointSaver.save` takes it."""
+    trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    state = optimizer.state
+    return {name: state.get(parameter, {}) for name, parameter in parameters.items() if parameter in trained}
+
+
+def require_finite(parameters: Mapping[str, torch.Tensor], where: str) -> None:
+    """Raises CheckpointError that names the first block with NaN or infinite weights. `parameters` in order."""
+    bad = [name for name, p in parameters.items() if p.numel() and not _all_finite(p.detach())]
+    if not bad:
+        return
+    first = parameters[bad[0]].detach()
+    count = int((~first.isfinite()).sum())
+    block = re.match(r"blocks\.\d+|\w+", bad[0])
+    narrow = first.dtype != torch.float32
+    held = f" in {name_of(first.dtype)} (fp32 may hold what that cannot)" if narrow else ""
+    raise CheckpointError(
+        f"{where}: {bad[0]} has {count} NaN or infinite values of {first.numel()}{held}, and {len(bad) - 1} other "
+        f"tensors have some. The first place is {block[0] if block else bad[0]}; nothing that this model computes "
+        "means anything. `castalia inspect --tensors` lists them all; take an earlier step, or a sound copy"
+    )
+
+
+def _all_finite(tensor: torch.Tensor) -> bool:
+    return all(bool(end.isfinite()) for end in tensor.aminmax())  # NaN spreads to both; no copy is made
+
+
+def load_tokenizer_for(checkpoint: Checkpoint, path: str | None = None) -> AnyTokenizer:
+    """The tokenizer at `path`, else that of the checkpoint's training: the run's copy, or what the config names."""
+    from castalia.data.tokenizer import load_tokenizer
+
+    settings = Tokenizer(path=path) if path else tokenizer_settings(checkpoint)
+    if settings is None:
+        raise CheckpointError(f"{checkpoint.path} does not name its tokenizer; give one with --tokenizer")
+    neox = checkpoint.config is not None and checkpoint.config.neox_exact
+    return load_tokenizer(settings, neox=neox, model=model_folder(checkpoint))
+
+
+def _check(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, TensorRef], vocab_size: int | None, where: str
+) -> tuple[str, ...]:
+    """Notes on vocabularies that are padded differently. Raises CheckpointError for every other difference."""
+    notes, fitting = [], dict(expected)
+    for name in VOCABULARY & expected.keys() & found.keys():
+        have, want = tuple(found[name].shape), tuple(expected[name])
+        if have != want and have[1:] == want[1:] and vocab_size and min(have[0], want[0]) >= vocab_size:
+            change = "zeros added" if have[0] < want[0] else "the others left out"
+            notes.append(f"{name}: {have[0]} rows in the checkpoint, {want[0]} in the model: {change}, all padding")
+            fitting[name] = have
+    if problems := mismatches(fitting, found, "the model"):
+        both = len(expected.keys() & found.keys())
+        lines = "".join(f"\n  {problem}" for problem in sorted(problems))
+        raise CheckpointError(f"{where} does not fit the model: {both} of {len(expected)} tensors are in both{lines}")
+    return tuple(sorted(notes))
+
+
+def fill_with_mean(shard: Shard, source: TensorRef, first: int, stop: int) -> None:
+    """Rows `first` to `stop` of the whole tensor become the mean of the source's rows before them."""
+    begin, columns = shard.start[0], slice(shard.start[1], shard.start[1] + shard.tensor.shape[1])
+    rows = shard.tensor.detach()[max(first - begin, 0) : max(stop - begin, 0)]
+    if len(rows):
+        rows.copy_(source.read([slice(0, first), columns]).double().mean(dim=0))
+
+
+def _fill_all(parts: Sequence[tuple[Shard, TensorRef]]) -> None:
+    """Fill them in a few threads, each of which holds one source at a time."""
+    num_readers, rest = min(MAX_READERS, torch.get_num_threads()), iter(parts)
+
+    def fill_some(_: int) -> None:
+        for part in rest:  # each thread takes the next one; a task for each would cost more than small tensors do
+            _fill(*part)
+
+    with ThreadPoolExecutor(num_readers) as readers:
+        list(readers.map(fill_some, range(num_readers)))  # raises what went wrong
+
+
+def _fill(shard: Shard, source: TensorRef) -> None:
+    """Copy this part of the source; where the source has fewer rows, they are padding and further ones are zero."""
+    target = shard.tensor.detach()
+    whole = tuple(source.shape) == tuple(target.shape) and not any(shard.start)
+    ends = zip(shard.start, target.shape, source.shape, strict=True)
+    slices = None if whole else [slice(start, min(start + size, end)) for start, size, end in ends]
+    there = target if slices is None else target[: max(0, slices[0].stop - slices[0].start)]
+    if there.numel():
+        source.read(slices, out=there)
+    if slices:
+        target[len(there) :].zero_()

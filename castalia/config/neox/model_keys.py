@@ -1,0 +1,161 @@
+"""NeoX's keys that describe an architecture and only make sense together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from castalia.config.neox.keys import KEYS, lower
+from castalia.config.neox.translation import Translation, is_a
+
+GATED = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "bilinear": "identity", "glu": "sigmoid"}
+NORMS = {
+    "layernorm": ("layernorm", "layernorm_epsilon"),
+    "te_layernorm": ("layernorm", "layernorm_epsilon"),
+    "rmsnorm": ("rmsnorm", "rms_norm_epsilon"),
+    "te_rmsnorm": ("rmsnorm", "rms_norm_epsilon"),
+    "scalenorm": ("scalenorm", "scalenorm_epsilon"),
+    "non_parametric_layernorm": ("layernorm_no_params", "layernorm_epsilon"),
+}
+
+
+def attention(work: Translation) -> None:
+    """Layers of the kinds `global` and `flash` are one thing here; others are refused by name."""
+    layers, unique = work["num_layers"], work["num_unique_layers"]
+    if work.has("num_unique_layers") and unique != layers:
+        work.error("num_unique_layers", "is refused: layers that share their weights are not built in; remove the key")
+    if not work.has("attention_config"):
+        return
+    try:
+        kinds = _expand(work["attention_config"], layers if is_a(layers, int) else None)
+    except (TypeError, ValueError, ZeroDivisionError):
+        work.error("attention_config", 'is no list of [[kinds], repeat] pairs such as [[["flash"], 12]]')
+        return
+    strange = sorted({str(kind) for kind in kinds} - {"global", "flash"})
+    if strange:
+        work.error("attention_config", f"is refused: {', '.join(strange)} layers are not built in; use global or flash")
+    elif is_a(layers, int) and len(kinds) != layers:
+        text = f"names {len(kinds)} layers, num_layers ({work.given['num_layers'].origin}) is {layers}"
+        if work.given["num_layers"].rank > work.given["attention_config"].rank:
+            work.note("attention_config", f"{text}: as all are alike, it is taken for {layers}")
+        else:
+            work.error("attention_config", f"{text}; make them agree or remove attention_config")
+
+
+def _expand(config: Any, layers: int | None) -> list[Any]:
+    """`[[["flash"], 2], [["local", "global"], "all"]]` as one kind per layer."""
+    if not isinstance(config, list):
+        raise TypeError
+    if all(isinstance(kind, str) for kind in config):
+        return config
+    kinds: list[Any] = []
+    for pattern, repeat in config:
+        if not isinstance(pattern, list):
+            raise TypeError
+        if lower(repeat) == "all":
+            left = layers - len(kinds) if layers else len(pattern)
+            return kinds + pattern * (left // len(pattern))
+        kinds += pattern * repeat
+    return kinds
+
+
+def activation(work: Translation) -> None:
+    if not (work.architecture or work.has("activation")):
+        return
+    name = lower(work["activation"])
+    keys = ("activation", "bias_gelu_fusion", "onnx_safe")
+    tanh = work["bias_gelu_fusion"] and not work["onnx_safe"]
+    plain = {"gelu": "gelu_tanh" if tanh else "gelu", "swish": "silu"}.get(name, name)
+    work.set("model.activation", GATED.get(name, plain), *keys)
+    work.set("model.gated_mlp", name in GATED, "activation")
+
+
+def mlp_width(work: Translation) -> None:
+    """The exact inner width, by the original's rules: 2/3 of the size for gated activations, then rounding up."""
+    keys = ("intermediate_size", "expansion_factor", "mlp_multiple_of", "hidden_size", "activation")
+    hidden, multiple = work["hidden_size"], work["mlp_multiple_of"]
+    gated = lower(work["activation"]) in GATED
+    if not (gated or work.has("intermediate_size", "expansion_factor", "mlp_multiple_of")):
+        return
+    key = "intermediate_size" if work.has("intermediate_size") else "expansion_factor"
+    if work.has("intermediate_size"):
+        size = work["intermediate_size"]
+    elif is_a(hidden, int):
+        size = int((work["expansion_factor"] or 4) * hidden)
+    else:
+        return
+    if size <= 0 or multiple <= 0:
+        named = next(k for k in (key, "mlp_multiple_of", "hidden_size") if work.has(k))
+        work.error(named, "gives no MLP width: hidden_size, expansion_factor and mlp_multiple_of must be positive")
+        return
+    base = size * 2 // 3 if gated else size
+    first = _round_up(base, 2 * multiple)
+    second = _round_up(base // 2 if gated else base, multiple)
+    if first != second * (2 if gated else 1):
+        named = next(k for k in (key, "mlp_multiple_of", "activation") if work.has(k))
+        wish = f"intermediate_size: {3 * size} for an inner width of {size}" if gated else "an even width"
+        work.error(named, f"gives MLP matrices of {first} and {second} columns that do not fit together; use {wish}")
+        return
+    if gated and work.has("intermediate_size"):
+        work.note("intermediate_size", f"gives an inner width of {second} (a third, as gated MLPs are counted there)")
+    if work.architecture or work.has("intermediate_size", "expansion_factor"):
+        work.set("model.mlp_size", second if second != 4 * (hidden or 0) else None, *keys)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def norm(work: Translation) -> None:
+    if not (work.architecture or work.has("norm")):
+        return
+    if lower(work["norm"]) not in NORMS:
+        work.error("norm", f"is none of {', '.join(NORMS)}")
+        return
+    name, epsilon = NORMS[lower(work["norm"])]
+    work.set("model.norm", name, "norm")
+    work.set("model.norm_eps", work[epsilon], epsilon)
+
+
+def residual(work: Translation) -> None:
+    if work["gpt_j_tied"] and not work["gpt_j_residual"]:
+        work.note("gpt_j_tied", "has no effect here: it needs gpt_j_residual: true")
+    elif work.has("gpt_j_tied"):
+        work.set("model.shared_norm", work["gpt_j_tied"], "gpt_j_tied")
+
+
+def vocabulary(work: Translation) -> None:
+    if work.has("model_parallel_size"):
+        work.set("parallel.tp", work["model_parallel_size"], "model_parallel_size")
+    if work.architecture or work.has("make_vocab_size_divisible_by"):
+        keys = ("make_vocab_size_divisible_by", "model_parallel_size")
+        if all(isinstance(work[key], int) for key in keys):
+            work.set("model.vocab_multiple", work[keys[0]] * work[keys[1]], *keys)
+
+
+def mup(work: Translation) -> None:
+    """The original keeps the base model's shapes in a file of its own; here its width is enough."""
+    fields = {
+        "mup_init_scale": "init_scale",
+        "mup_attn_temp": "attention_temperature",
+        "mup_output_temp": "output_temperature",
+        "mup_embedding_mult": "embedding_multiplier",
+        "mup_rp_embedding_mult": "position_multiplier",
+    }
+    if not work["use_mup"]:
+        for key in (*fields, "base_shapes_file"):
+            if work.has(key) and work[key] != KEYS[key].default:
+                work.note(key, "has no effect here: use_mup is off")
+        return
+    for key, name in fields.items():
+        work.set(f"model.mup.{name}", float(work[key]), "use_mup", key)
+    if work.has("base_shapes_file") and "model.mup.base_width" not in work.ours:
+        work.error("base_shapes_file", "cannot be read: give model.mup.base_width, the base model's hidden_size")
+
+
+def dropout(work: Translation) -> None:
+    if work.has("hidden_dropout"):
+        for path in ("model.hidden_dropout", "model.embedding_dropout"):
+            work.set(path, work["hidden_dropout"], "hidden_dropout")
+
+
+MODEL = (attention, activation, mlp_width, norm, residual, vocabulary, mup, dropout)

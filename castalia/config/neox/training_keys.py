@@ -1,0 +1,367 @@
+"""NeoX's keys that describe a run and only make sense together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from castalia.config.fields import FIELDS
+from castalia.config.neox.keys import KEYS, ONLINE, lower
+from castalia.config.neox.translation import Translation, is_a
+
+TOKENIZERS = {
+    "gpt2bpetokenizer": "gpt2",
+    "hftokenizer": "hf",
+    "hfgpt2tokenizer": "hf_gpt2",
+    "spmtokenizer": "neox_sentencepiece",
+    "charleveltokenizer": "char",
+    "tiktokentokenizer": "tiktoken",
+}
+OPTIMIZERS = {"adam": "adamw", "adamw": "adamw", "cpu_adam": "adamw", "cpu_torch_adam": "adamw"}
+OPTIMIZERS |= {name: name for name in ("lion", "sgd", "adafactor", "muon")}
+OTHER_OPTIMIZERS = {
+    "onebitadam": "its gradients lose precision on the way between ranks",
+    "sm3": "adafactor saves as much memory",
+    "madgrad_wd": "nobody has needed it yet",
+}
+OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "adamw": {"betas": [0.9, 0.999], "eps": 1e-8},
+    "lion": {"betas": [0.9, 0.99]},
+    "sgd": {"momentum": 0.0},
+    "adafactor": {},
+    "muon": {"betas": [0.9, 0.999], "eps": 1e-8, "momentum": 0.95},
+}
+
+
+def stages(work: Translation) -> None:
+    """0 and 1 both mean no pipeline; 0 draws the original's initial weights a second time."""
+    key = "pipe_parallel_size"
+    if work.has(key):
+        work.set("parallel.pp", work[key] or 1, key)
+    if work.architecture:
+        work.set("model.init_passes", 1 if work[key] else 2, key)
+
+
+def optimizer(work: Translation) -> None:
+    if not work.has("optimizer"):
+        if work.has("lr"):
+            work.set("optimizer.lr", work["lr"], "lr")
+        return
+    block = work["optimizer"]
+    params = block.get("params")
+    if not isinstance(params, dict) or not isinstance(block.get("type"), str):
+        work.error("optimizer", 'needs a type and params: {"type": "Adam", "params": {"lr": 6.0e-4}}')
+        return
+    name = OPTIMIZERS.get(block["type"].lower())
+    if name is None:
+        why = OTHER_OPTIMIZERS.get(block["type"].lower(), "it is not built in")
+        work.error("optimizer", f"is refused: {block['type']}: {why}; use one of {', '.join(OPTIMIZERS)}")
+        return
+    work.set("optimizer.name", name, "optimizer")
+    known = {"lr": None, **OPTIMIZER_DEFAULTS[name]}
+    for key, default in known.items():
+        if key in params:
+            work.set_inner(f"optimizer.{key}", params[key], "optimizer", params, key)
+        elif default is not None:
+            work.set(f"optimizer.{key}", default)
+    if "weight_decay" in params:
+        if work.has("weight_decay") and work["weight_decay"] != params["weight_decay"]:
+            work.error("weight_decay", f"is contradicted by optimizer.params.weight_decay: {params['weight_decay']}")
+        work.set_inner("optimizer.weight_decay", params["weight_decay"], "optimizer", params, "weight_decay")
+    if work.has("lr") and work.given["lr"].rank > work.given["optimizer"].rank:
+        work.set("optimizer.lr", work["lr"], "lr")
+    elif work.has("lr") and work["lr"] != params.get("lr"):
+        work.note("lr", "has no effect here: optimizer.params.lr replaces it")
+    harmless = {"adam_w_mode": True, "bias_correction": True, "amsgrad": False, "nesterov": False, "dampening": 0}
+    for key in params.keys() - known.keys() - {"weight_decay", "torch_adam"}:
+        if key not in harmless or params[key] != harmless[key]:
+            text = f"the parameter {key}: {params[key]!r} is not built in for {block['type']}"
+            work.error("optimizer", f"is refused: {text}; remove it")
+
+
+def clipping(work: Translation) -> None:
+    key = "gradient_clipping" if work.has("gradient_clipping") or not work.has("clip_grad") else "clip_grad"
+    if key == "gradient_clipping" and work.has("clip_grad") and work["clip_grad"] != work[key]:
+        work.note("clip_grad", "has no effect here: gradient_clipping replaces it")
+    if not work.has(key):
+        return
+    work.set("optimizer.clip_norm", work[key] or None, key)
+    if work[key] == 1.0:
+        exact = work.ours.get("neox_exact")
+        done = "is left off, as in the original" if exact and exact.value else "clips here"
+        work.note(key, f"{done}: the original leaves clipping off at exactly its default, 1.0 (neox_exact)")
+
+
+def zero(work: Translation) -> None:
+    if not work.has("zero_optimization"):
+        return
+    block = work["zero_optimization"]
+    if "stage" not in block:
+        work.error("zero_optimization", "needs a stage from 0 to 3: {stage: 1}")
+        return
+    work.set_inner("parallel.zero", block["stage"], "zero_optimization", block, "stage")
+    hints = sorted(block.keys() - {"stage"})
+    if hints:
+        origin = work.given["zero_optimization"].origin
+        work.found.notes.append(
+            f"{origin}: zero_optimization: {', '.join(hints)} have no effect here: "
+            "they tune DeepSpeed's buffers, FSDP sizes its own"
+        )
+
+
+def precision(work: Translation) -> None:
+    """Of the blocks that are enabled and the plain `precision` the latest file's wins; one file must not disagree."""
+    names = {"fp16": "fp16", "bf16": "bf16", "bfloat16": "bf16", "fp32": "fp32"}
+    wishes: list[tuple[int, str, str]] = []
+    for key in ("fp16", "bf16", "precision"):
+        if not work.has(key):
+            continue
+        value, rank = work[key], work.given[key].rank
+        if key == "precision":
+            wish = names.get(str(lower(value)))
+        elif isinstance(value, dict) and isinstance(value.get("enabled"), bool):
+            wish = names.get(str(value.get("type", key)))
+            if not value["enabled"]:
+                continue
+        else:
+            work.error(key, f"needs a block: {key}: {{enabled: true}}")
+            continue
+        if wish is None:
+            work.error(key, "is none of fp16, bfloat16, fp32")
+        else:
+            wishes.append((rank, wish, key))
+    latest = [wish for wish in wishes if wish[0] == max(wishes)[0]]
+    if len({wish for _, wish, _ in latest}) > 1:
+        work.error(latest[-1][2], f"contradicts {latest[0][2]} ({work.given[latest[0][2]].origin}); keep one")
+    elif latest:
+        work.set("precision.compute", latest[0][1], latest[0][2])
+        if latest[0][1] == "fp16" and work.has("fp16"):
+            loss_scale(work)
+    elif work.training:
+        work.set("precision.compute", "fp32")
+
+
+def loss_scale(work: Translation) -> None:
+    fields = {"loss_scale_window": "window", "min_loss_scale": "minimum"}
+    fields |= {name: name for name in ("hysteresis", "consecutive_hysteresis")}
+    block = work["fp16"]
+    for key, value in block.items():
+        if key in fields:
+            work.set_inner(f"precision.loss_scale.{fields[key]}", value, "fp16", block, key)
+        elif key == "loss_scale":  # 0 means dynamic
+            work.set_inner("precision.loss_scale.static", value or None, "fp16", block, key)
+        elif key == "initial_scale_power":
+            if is_a(value, int) and 0 <= value <= 127:
+                work.set_inner("precision.loss_scale.initial", 2.0**value, "fp16", block, key)
+            else:
+                work.error("fp16", f"needs a whole initial_scale_power from 0 to 127, not {value!r}")
+        elif key not in ("fp16", "enabled", "type"):
+            work.note("fp16", f"{key} has no effect here: it is DeepSpeed's own option")
+
+
+def data(work: Translation) -> None:
+    pairs = lower(work["dataset_impl"]) == "pairwise"
+    if lower(work["dataset_impl"]) not in ("gpt2", "pairwise"):
+        work.error("dataset_impl", f"is refused: {ONLINE}; use gpt2 or pairwise")
+    for split in ("train", "valid", "test"):
+        plain = {"labels": f"{split}_label_data_paths", "rewards": f"{split}_reward_data_paths"}
+        chosen = {"labels": f"pos_{split}_label_data_paths"}
+        rejected = {"path": f"neg_{split}_data_paths", "labels": f"neg_{split}_label_data_paths"}
+        of_pairs = [f"pos_{split}_data_paths", *chosen.values(), *rejected.values()]
+        for key in [f"{split}_data_paths", *plain.values()] if pairs else of_pairs:
+            if work.has(key):
+                work.note(key, f"has no effect here: dataset_impl is {lower(work['dataset_impl'])}")
+        weights = {"weight": f"{split}_data_weights"}
+        if pairs:
+            _sources(work, split, f"pos_{split}_data_paths", chosen | weights, rejected)
+        else:
+            _sources(work, split, f"{split}_data_paths", plain | weights, {})
+
+
+def _sources(work: Translation, split: str, key: str, beside: dict[str, str], rejected: dict[str, str]) -> None:
+    """Our sources of one split: the paths of `key`, and what lists of the same length say of them (field -> list)."""
+    others = [*beside.values(), *rejected.values()]
+    owners = dict.fromkeys(others, key) | ({rejected["labels"]: rejected["path"]} if rejected else {})
+    orphans = [other for other in others if work.has(other) and not work.has(owners[other])]
+    for other in orphans:
+        work.error(other, f"belongs to {owners[other]}, which is not given; add it or remove this key")
+    if orphans or not work.has(key):
+        return
+    columns = {name: _listed(work[name]) for name in (key, *others) if work.has(name)}
+    for other, values in columns.items():
+        if len(values) != len(columns[key]):
+            work.error(other, f"has {len(values)} entries, {key} has {len(columns[key])}; they go in pairs")
+            return
+    reference = work["precompute_model_name"] if lower(work["train_impl"]) in ("dpo", "kto") else None
+    sources: list[dict[str, Any]] = []
+    for number, path in enumerate(columns[key]):
+        given, worse = (
+            {field: columns[name][number] for field, name in fields.items() if name in columns}
+            for fields in (beside, rejected)
+        )
+        sources.append({"path": path, **given} | ({"rejected": worse} if worse else {}))
+        for text in (sources[-1], worse) if reference else ():
+            text["references"] = f"{text.get('path')}_{reference}"
+    work.set(f"data.{split}", sources, *columns, "precompute_model_name")
+
+
+def _listed(value: Any) -> list[Any]:
+    return [value] if isinstance(value, str) else value
+
+
+def curriculum(work: Translation) -> None:
+    """DeepSpeed's first curriculum: sequences that begin short."""
+    key = "curriculum_learning"
+    block = work[key] or {}
+    if not block.get("enabled"):
+        return
+    kind, style = block.get("curriculum_type"), block.get("schedule_type")
+    inner = block.get("schedule_config")
+    if kind != "seqlen" or style not in ("fixed_linear", "fixed_root") or not isinstance(inner, dict):
+        text = f"curriculum_type: {kind!r} with schedule_type: {style!r} is not built in"
+        work.error(key, f"is refused: {text}; use seqlen with fixed_linear or fixed_root and their schedule_config")
+        return
+    length = work.ours.get("data.seq_length", work.given.get("seq_length"))
+    whole = length.value if length else FIELDS["data.seq_length"].default
+    if block.get("max_difficulty") != whole:
+        text = f"max_difficulty: {block.get('max_difficulty')!r} is not the sequences' length"
+        work.error(key, f"is refused: {text}; set it and seq_length, now {whole}, to the same")
+    names = {"start": (block, "min_difficulty"), "steps": (inner, "total_curriculum_step")}
+    names["multiple"] = (inner, "difficulty_step")
+    if style == "fixed_root":
+        names["root"] = (inner, "root_degree")
+    for name, (where, theirs) in names.items():
+        if theirs in where:
+            work.set_inner(f"data.seq_length_warmup.{name}", where[theirs], key, where, theirs)
+        else:
+            work.error(key, f"needs {theirs}")
+
+
+OBJECTIVES = {"normal": "causal", "dpo": "dpo", "kto": "kto", "rm": "reward"}
+
+
+def preferences(work: Translation) -> None:
+    """Which loss is meant, and its settings; what belongs to another loss has no effect."""
+    name = lower(work["train_impl"])
+    if name not in OBJECTIVES:
+        work.error("train_impl", f"is refused: {name} is not built in; use one of {', '.join(OBJECTIVES)}")
+        return
+    if work.has("train_impl"):
+        work.set("train.objective", OBJECTIVES[name], "train_impl")
+    owners = {
+        "dpo_beta": ("dpo", "preference.beta"),
+        "dpo_reference_free": ("dpo", "preference.reference_free"),
+        "kto_beta": ("kto", "preference.beta"),
+        "kto_desirable_weight": ("kto", "preference.desirable_weight"),
+        "kto_undesirable_weight": ("kto", "preference.undesirable_weight"),
+        "z_loss": ("rm", "train.z_loss"),
+    }
+    for key, (owner, path) in owners.items():
+        if work.has(key) and owner == name:
+            work.set(path, work[key], key)
+        elif work.has(key) and work[key] != KEYS[key].default:
+            work.note(key, f"has no effect here: it belongs to train_impl: {owner}")
+    if work.has("precompute_model_name") and name not in ("dpo", "kto"):
+        work.note("precompute_model_name", "has no effect here: it belongs to train_impl: dpo and kto")
+
+
+def tokenizer(work: Translation) -> None:
+    if not work.has("tokenizer_type", "vocab_file", "merge_file"):
+        return
+    kind = TOKENIZERS.get(str(lower(work["tokenizer_type"])))
+    if kind is None:
+        work.error("tokenizer_type", f"is none of {', '.join(TOKENIZERS)} (case does not matter)")
+    elif work.has("tokenizer_type") or "tokenizer.kind" not in work.ours:
+        work.set("tokenizer.kind", kind, "tokenizer_type")
+
+
+def batch(work: Translation) -> None:
+    """The original's default of 1 would stand in the way of inferring the accumulation, so it is not applied."""
+    key = "gradient_accumulation_steps"
+    if work.has(key):
+        work.set("train.accumulation", work[key], key)
+
+
+def schedule(work: Translation) -> None:
+    if work.has("lr_decay_fraction") and not work.has("lr_decay_iters"):
+        work.set("schedule.decay_fraction", work["lr_decay_fraction"], "lr_decay_fraction")
+    elif work.has("lr_decay_fraction"):
+        work.note("lr_decay_fraction", "has no effect here: lr_decay_iters is given")
+    choices = {"override_lr_scheduler": "config", "use_checkpoint_lr_scheduler": "checkpoint"}
+    chosen = [key for key in choices if work[key]]
+    if len(chosen) == 2:
+        work.error(chosen[0], f"and {chosen[1]} exclude each other; keep one")
+    elif chosen:
+        work.set("checkpoint.schedule_from", choices[chosen[0]], chosen[0])
+
+
+def loading(work: Translation) -> None:
+    """`load` resumes; with `finetune` it only gives the initial weights of a new run."""
+    if work.has("load") and work["load"] != "":
+        target = "checkpoint.init_from" if work["finetune"] else "checkpoint.resume"
+        work.set(target, work["load"], "load", "finetune")
+    elif work["finetune"] and not {"checkpoint.init_from", "checkpoint.resume"} & work.ours.keys():
+        work.error("finetune", "has nothing to start from: give load (or checkpoint.init_from), or remove finetune")
+
+
+def saving(work: Translation) -> None:
+    if not work.has("checkpoint_factor"):
+        return
+    keys = ("checkpoint_factor", "checkpoint_scale")
+    scale, factor = lower(work["checkpoint_scale"]), work["checkpoint_factor"]
+    if scale == "log":
+        work.set("checkpoint.log_base", factor, *keys)
+    elif scale == "linear":
+        whole = isinstance(factor, float) and factor.is_integer()
+        work.set("checkpoint.every", int(factor) if whole else factor, *keys)
+    else:
+        work.error("checkpoint_scale", "is none of linear, log")
+
+
+def trackers(work: Translation) -> None:
+    """The plain keys and DeepSpeed's blocks of monitors, which need `enabled`."""
+    fields = {"wandb_group": "group", "wandb_run_name": "name", "wandb_team": "team", "wandb_project": "project"}
+    fields["wandb_host"] = "host"
+    if work["use_wandb"]:
+        for key, name in fields.items():
+            work.set(f"log.wandb.{name}", work[key], "use_wandb", key)
+    for key in fields if not work["use_wandb"] else ():
+        if work.has(key):
+            work.note(key, "has no effect here: use_wandb is off")
+    for key in ("wandb", "csv_monitor", "tensorboard"):
+        block = work[key] or {}
+        if not block.get("enabled"):
+            continue
+        if key == "wandb":
+            for name in ("project", "group", "team"):
+                work.set(f"log.wandb.{name}", block.get(name, FIELDS[f"log.wandb.{name}"].default), key)
+        elif key == "csv_monitor":
+            work.set("log.csv", True, key)
+        elif not work.has("tensorboard_dir"):
+            work.set("log.tensorboard", f"{block.get('output_path') or 'tensorboard'}", key)
+
+
+def looking_inside(work: Translation) -> None:
+    """Statistics of layers, and profiles."""
+    layers = [key for key in ("log_grad_norm", "log_param_norm", "log_grad_pct_zeros") if work[key]]
+    if layers:
+        work.set("log.layers_every", work["log_interval"], *layers)
+    wanted = [key for key in ("profile", "memory_profiling") if work[key]]
+    details = ("profile_step_start", "profile_step_stop", "memory_profiling_path")
+    if wanted:
+        for key, name in zip(details, ("start", "stop", "dir"), strict=True):
+            work.set(f"log.profile.{name}", work[key], *wanted, key)
+    for key in details if not wanted else ():
+        if work.has(key) and work[key] != KEYS[key].default:
+            work.note(key, "has no effect here: profile is off")
+
+
+def text_file(work: Translation) -> None:
+    """The original writes its samples to a file unless told otherwise; only configs that generate take that over."""
+    if work.has("sample_output_file", "text_gen_type"):
+        work.set("generate.output_file", work["sample_output_file"], "sample_output_file")
+
+
+TRAINING = (
+    stages, optimizer, clipping, zero, precision, data, curriculum, preferences, tokenizer, batch, schedule, loading,
+    saving, trackers, looking_inside, text_file,
+)  # fmt: skip

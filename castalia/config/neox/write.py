@@ -1,0 +1,212 @@
+"""Our config in NeoX's keys: the table of `keys.py` and the functions beside it, backwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import floor, log2
+from typing import Any
+
+from castalia.config.load import load_config
+from castalia.config.neox import model_keys
+from castalia.config.neox.keys import KEYS, lower, nonzero, opposite, position, recomputed
+from castalia.config.schema import Model, RunConfig, Source
+
+TOKENIZER_TYPES = {
+    "gpt2": "GPT2BPETokenizer", "hf": "HFTokenizer", "hf_gpt2": "HFGPT2Tokenizer", "sentencepiece": "SPMTokenizer",
+    "neox_sentencepiece": "SPMTokenizer", "char": "CharLevelTokenizer", "tiktoken": "TiktokenTokenizer",
+}  # fmt: skip
+GATED = {ours: theirs for theirs, ours in model_keys.GATED.items()}
+NORMS = {"layernorm_no_params": "non_parametric_layernorm"}
+BACK: dict[Any, Callable[[Any], Any]] = {
+    None: lambda value: list(value) if isinstance(value, tuple) else value,
+    lower: lambda value: value,
+    position: lambda value: value,
+    opposite: lambda value: not value,
+    recomputed: lambda value: value != "none",
+    nonzero: lambda value: value or 0,
+}
+# Values that our loader takes under NeoX's keys, and NeoX does not.
+OURS_ALONE = {"model.activation": ("sigmoid", "identity"), "schedule.style": ("wsd", "inverse_sqrt")}
+# What belongs to the tokenizer's files or to the program rather than to NeoX's config.
+ELSEWHERE = {"model.vocab_size", "model.init", "neox_exact", "tokenizer.path", "tokenizer.merges"}
+
+
+def to_neox(config: RunConfig) -> dict[str, Any]:
+    """NeoX's keys for a training config. What they cannot say is left out; see `lost`."""
+    model = config.model
+    keys: dict[str, Any] = {}
+    if model:
+        keys = {"pipe_parallel_size": 0 if model.init_passes == 2 and config.parallel.pp == 1 else config.parallel.pp}
+        keys |= {"model_parallel_size": config.parallel.tp}
+    for key, row in KEYS.items():
+        if row.kind != "to" or (row.target.startswith("model.") and not model):
+            continue
+        value = _get(config, row.target)
+        written = _typed(BACK[row.convert](value), row.default)
+        if written is not None and (row.target.startswith("model.") or written != row.default):
+            keys[key] = written
+    if model:
+        keys |= _model(model, config)
+    return keys | _training(config) | _precision(config) | _data(config) | _saving(config)
+
+
+def trainable(config: RunConfig) -> RunConfig:
+    """The run with everything that the original asks for before it trains, so that it does what this one does."""
+    data, eval, checkpoint, steps = config.data, config.eval, config.checkpoint, config.train.steps or 1000
+    if not (data.valid if data.train else data.path):
+        eval = eval.model_copy(update={"batches": 0})
+    if data.train:  # all three are given or none
+        valid = data.valid or data.train
+        data = data.model_copy(update={"valid": valid, "test": data.test or valid})
+    if eval.every is None:  # it divides by the number of steps
+        eval = eval.model_copy(update={"every": steps + 1})
+    if not (checkpoint.every or checkpoint.log_base):  # it saves nowhere without
+        checkpoint = checkpoint.model_copy(update={"every": steps})
+    schedule = config.schedule
+    if schedule.warmup_steps is not None and (schedule.decay_steps or config.train.steps):  # it knows a share alone
+        end = schedule.decay_steps or floor(steps * (schedule.decay_fraction or 1.0))
+        share = min(1.0, schedule.warmup_steps / end)
+        schedule = schedule.model_copy(update={"warmup": share, "warmup_steps": None})
+    return config.model_copy(update={"data": data, "eval": eval, "checkpoint": checkpoint, "schedule": schedule})
+
+
+def lost(config: RunConfig, keys: dict[str, Any]) -> dict[str, Any]:
+    """Our settings that these keys do not give back, by their paths. Raises ConfigError for keys that do not load."""
+    again = load_config([keys])
+    before, after = (_flat(_plain(each).model_dump()) for each in (config, again))
+    foreign = {path for path, values in OURS_ALONE.items() if before.get(path) in values}
+    if config.model and config.model.gated_mlp:  # there the original has all
+        foreign.discard("model.activation")
+    return {
+        path: value
+        for path, value in before.items()
+        if path not in ELSEWHERE and (path in foreign or after.get(path) != value)
+    }
+
+
+def _model(model: Model, config: RunConfig) -> dict[str, Any]:
+    keys: dict[str, Any] = {"max_position_embeddings": model.max_positions or config.data.seq_length}
+    keys["norm"] = NORMS.get(model.norm, model.norm)
+    keys[model_keys.NORMS[keys["norm"]][1]] = model.norm_eps
+    if model.gated_mlp:
+        keys |= {"activation": GATED.get(model.activation, "geglu"), "intermediate_size": 3 * model.mlp_width}
+    else:
+        keys |= {"activation": model.activation.removesuffix("_tanh")}
+        keys |= {"intermediate_size": model.mlp_width} if model.mlp_width != 4 * model.hidden_size else {}
+        keys |= {"bias_gelu_fusion": True} if model.activation == "gelu_tanh" else {}
+    if model.shared_norm:
+        keys["gpt_j_tied"] = True
+    if model.sliding_window:
+        keys["attention_config"] = [[["flash"], model.num_layers]]
+    keys["hidden_dropout"] = model.hidden_dropout
+    keys["make_vocab_size_divisible_by"] = max(1, model.vocab_multiple // config.parallel.tp)
+    return keys
+
+
+def _training(config: RunConfig) -> dict[str, Any]:
+    optimizer, schedule = config.optimizer, config.schedule
+    params = {"lr": optimizer.lr, "betas": list(optimizer.betas), "eps": optimizer.eps}
+    keys: dict[str, Any] = {
+        "optimizer": {"type": "Adam", "params": params},
+        "gradient_clipping": optimizer.clip_norm or 0.0,
+        "zero_optimization": {"stage": config.parallel.zero},
+    }
+    if config.train.accumulation:
+        keys["gradient_accumulation_steps"] = config.train.accumulation
+    if warmup := config.data.seq_length_warmup:
+        keys["curriculum_learning"] = {
+            "enabled": True,
+            "curriculum_type": "seqlen",
+            "min_difficulty": warmup.start,
+            "max_difficulty": config.data.seq_length,
+            "schedule_type": "fixed_root",
+            "schedule_config": {
+                "total_curriculum_step": warmup.steps,
+                "difficulty_step": warmup.unit,
+                "root_degree": warmup.root,
+            },
+        }
+    if schedule.decay_fraction and not schedule.decay_steps:
+        keys["lr_decay_fraction"] = schedule.decay_fraction
+    choices = {"config": "override_lr_scheduler", "checkpoint": "use_checkpoint_lr_scheduler"}
+    if config.checkpoint.schedule_from:
+        keys[choices[config.checkpoint.schedule_from]] = True
+    return keys
+
+
+def _precision(config: RunConfig) -> dict[str, Any]:
+    scale = config.precision.loss_scale
+    if config.precision.compute == "bf16":  # without fp32 accumulation the original has another optimizer
+        return {"precision": "bfloat16", "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    if config.precision.compute != "fp16":
+        return {"precision": "fp32"}
+    block = {
+        "enabled": True,
+        "loss_scale": scale.static or 0,
+        "loss_scale_window": scale.window,
+        "initial_scale_power": round(log2(scale.initial)),
+        "hysteresis": scale.hysteresis,
+        "min_loss_scale": _typed(scale.minimum, 1),
+    }
+    if scale.consecutive_hysteresis:
+        block["consecutive_hysteresis"] = True
+    return {"precision": "fp16", "fp16": block}
+
+
+def _data(config: RunConfig) -> dict[str, Any]:
+    keys: dict[str, Any] = {"data_impl": "mmap"}  # the original's own default fails there
+    for split in ("train", "valid", "test"):
+        sources: tuple[Source, ...] = getattr(config.data, split)
+        if sources:
+            keys[f"{split}_data_paths"] = [source.path for source in sources]
+            keys[f"{split}_data_weights"] = [source.weight for source in sources]
+        if any(source.labels for source in sources):
+            keys[f"{split}_label_data_paths"] = [source.labels for source in sources]
+    if config.tokenizer.kind in TOKENIZER_TYPES:
+        keys["tokenizer_type"] = TOKENIZER_TYPES[config.tokenizer.kind]
+    return keys
+
+
+def _saving(config: RunConfig) -> dict[str, Any]:
+    checkpoint = config.checkpoint
+    keys: dict[str, Any] = {}
+    if checkpoint.resume or checkpoint.init_from:
+        keys = {"load": checkpoint.resume or checkpoint.init_from, "finetune": checkpoint.init_from is not None}
+    if checkpoint.every:
+        keys["checkpoint_factor"] = checkpoint.every
+    elif checkpoint.log_base:
+        keys |= {"checkpoint_factor": checkpoint.log_base, "checkpoint_scale": "log"}
+    if config.log.layers_every:
+        keys["log_grad_norm"] = True
+    return keys | ({"sample_output_file": config.generate.output_file} if config.generate.output_file else {})
+
+
+def _plain(config: RunConfig) -> RunConfig:
+    """The config with values that say the same written alike."""
+    model = config.model
+    if model is None:
+        return config
+    width = {"mlp_size": model.mlp_width, "num_kv_heads": model.kv_heads}
+    longest = {"max_positions": model.max_positions or config.data.seq_length}
+    shared = {"shared_norm": model.parallel_residual and model.shared_norm}
+    return config.model_copy(update={"model": model.model_copy(update=width | longest | shared)})
+
+
+def _typed(value: Any, default: Any) -> Any:
+    """As an integer where the original takes nothing else."""
+    takes_integers = isinstance(default, int) and not isinstance(default, bool)
+    return int(value) if takes_integers and isinstance(value, float) and value.is_integer() else value
+
+
+def _get(config: RunConfig, path: str) -> Any:
+    value: Any = config
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name, value in values.items():
+        result |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return result

@@ -1,0 +1,107 @@
+"""Whole corpora: merge them, split them, count what they hold."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from castalia.data.indexed import DatasetWriter, IndexedDataset, bin_path, open_dataset
+from castalia.data.sample_index import split_bounds
+from castalia.errors import DataError
+
+BLOCK_TOKENS = 1 << 22
+
+
+def describe(data: IndexedDataset) -> dict[str, Any]:
+    """Counts, dtype, largest id and a histogram of lengths whose bins are powers of two."""
+    sizes = data.sizes
+    counts = np.bincount(np.frexp(sizes)[1])  # bin k: lengths 2^(k-1) to 2^k - 1
+    return {
+        "prefix": data.prefix,
+        "documents": len(_documents(data)) - 1,
+        "items": len(data),
+        "tokens": int(sizes.sum(dtype=np.int64)),
+        "dtype": data.dtype.name,
+        "bytes": data.tokens.nbytes,
+        "largest_id": largest_id(data),
+        "shortest": int(sizes.min()) if len(data) else 0,
+        "longest": int(sizes.max()) if len(data) else 0,
+        "lengths": [
+            {"from": 1 << k >> 1, "to": (1 << k) - 1, "items": int(count)} for k, count in enumerate(counts) if count
+        ],
+    }
+
+
+def largest_id(data: IndexedDataset) -> int | float | None:
+    """None for an empty corpus."""
+    blocks = range(0, len(data.tokens), BLOCK_TOKENS)
+    return max((data.tokens[first : first + BLOCK_TOKENS].max().item() for first in blocks), default=None)
+
+
+def sampled_largest_id(data: IndexedDataset, tokens: int) -> tuple[int | None, int]:
+    """The largest id among up to `tokens` ids in 64 stretches of the corpus, and how many were looked at."""
+    if len(data.tokens) <= tokens:
+        stretches = [data.tokens]
+    else:
+        firsts = np.linspace(0, len(data.tokens) - tokens // 64, 64).astype(np.int64)
+        stretches = [data.tokens[first : first + tokens // 64] for first in firsts]
+    found = [int(stretch.max()) for stretch in stretches if len(stretch)]
+    return max(found, default=None), sum(map(len, stretches))
+
+
+def duplicates(data: IndexedDataset) -> int:
+    """Items that equal an earlier one."""
+    return len(data) - len({hashlib.blake2b(item.data, digest_size=16).digest() for item in data})
+
+
+def merge(prefixes: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str]) -> IndexedDataset:
+    """Corpora one after the other. Unlike the original's tool, this one carries the documents over as well."""
+    parts = [open_dataset(prefix) for prefix in prefixes]
+    _refuse_input_as_output(parts, [os.fspath(output)])
+    with DatasetWriter(output, np.result_type(*(part.dtype for part in parts))) as writer:
+        for part in parts:
+            _copy(writer, part, 0, len(_documents(part)) - 1)
+    return open_dataset(output)
+
+
+def split(prefix: str | os.PathLike[str], weights: str, output: str | os.PathLike[str]) -> list[IndexedDataset]:
+    """Write `{output}_train`, `_valid` and `_test`, each with its share of the documents, without the empty ones."""
+    data = open_dataset(prefix)
+    bounds = split_bounds(weights, len(_documents(data)) - 1)
+    names = [f"{os.fspath(output)}_{part}" for part in ("train", "valid", "test")]
+    written = [part for part in zip(names, bounds, bounds[1:], strict=False) if part[1] < part[2]]
+    _refuse_input_as_output([data], [name for name, _, _ in written])
+    for name, first, stop in written:
+        with DatasetWriter(name, data.dtype) as writer:
+            _copy(writer, data, first, stop)
+    return [open_dataset(name) for name, _, _ in written]
+
+
+def _documents(data: IndexedDataset) -> np.ndarray:
+    """First item of each document and a last N; every item where the original's merge lost the table."""
+    complete = len(data.doc_index) and data.doc_index[-1] == len(data)
+    return data.doc_index if complete else np.arange(len(data) + 1)
+
+
+def _copy(writer: DatasetWriter, data: IndexedDataset, first: int, stop: int) -> None:
+    """Append the documents first..stop-1."""
+    table = _documents(data)
+    low, high = int(table[first]), int(table[stop])
+    ends = np.cumsum(data.sizes, dtype=np.int64)
+    begin, end = (int(ends[item - 1]) if item else 0 for item in (low, high))
+    before = len(writer.sizes)
+    for at in range(begin, end, BLOCK_TOKENS):
+        writer.add_many(data.tokens[at : min(at + BLOCK_TOKENS, end)], ())
+    writer.sizes.extend(data.sizes[low:high].tolist())
+    writer.documents.extend((table[first + 1 : stop + 1] - low + before).tolist())
+
+
+def _refuse_input_as_output(inputs: Sequence[IndexedDataset], outputs: Sequence[str]) -> None:
+    for output in outputs:
+        for data in inputs:
+            if bin_path(output).exists() and bin_path(output).samefile(bin_path(data.prefix)):
+                raise DataError(f"{output} is an input as well; write to another name")

@@ -1,0 +1,306 @@
+"""What two checkpoints have in common: structure, then figures tensor by tensor, then a verdict in words."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from castalia.checkpoint.compare import Relation, equal, in_order, relate
+from castalia.checkpoint.tensors import AdamState, Checkpoint
+from castalia.config.schema import Model
+from castalia.examine.verify import state_tensors
+
+Verdict = Literal[
+    "identical", "dtype", "padding", "layout", "transposed", "bias_summed", "halves_swapped", "tied",
+    "fine_tune", "siblings", "same_init", "unrelated", "other_architecture", "not_finite",
+]  # fmt: skip
+PARTS = {  # kinds of layers that are drawn at random, in the order of the tables
+    "embed.weight": "embedding",
+    "positions.weight": "positions",
+    "attn.qkv.weight": "QKV",
+    "attn.out.weight": "attention out",
+    "mlp.up.weight": "MLP up",
+    "mlp.gate.weight": "MLP gate",
+    "mlp.down.weight": "MLP down",
+    "head.weight": "head",
+}
+EXPLAINED = ("transposed", "layout", "bias_summed", "halves_swapped")  # exact, but another model if read alike
+# Settings that change the random draw of a run with the same seed, in programs that draw on each rank or device.
+CAUSES = (
+    "the number of tensor ranks: shards have other shapes, and each rank a stream of its own",
+    "the number of pipeline stages: each starts a stream, and interior stages another seed",
+    "pipe_parallel_size 0 instead of 1: layers are built twice, and the weights are the second draw",
+    "the GPU model: CUDA's generator numbers its streams by the threads that a device runs",
+    "padding of the vocabulary, dtype, optional layers, library versions: other shapes, order or count of draws",
+)
+SAME_STD = 0.03  # largest difference of standard deviations from one init method, beside the error of the estimate
+ARCHITECTURE_ONLY = re.compile("init|dropout|vocab|max_positions")  # settings that leave the function as it is
+
+
+@dataclass(frozen=True)
+class PartRatio:
+    """Standard deviations of one kind of layer over all blocks."""
+
+    part: str
+    tensors: int
+    std_a: float
+    std_b: float
+    error: float  # relative standard error of the ratio, from the number of elements
+
+    @property
+    def ratio(self) -> float:
+        return self.std_b / self.std_a if self.std_a else math.inf
+
+
+@dataclass(frozen=True)
+class Diff:
+    verdict: Verdict
+    words: str
+    structure: tuple[str, ...]  # settings and tensors that only one side has, or that differ
+    relations: Mapping[str, Relation]  # of the tensors that both have
+    parts: tuple[PartRatio, ...]
+    updates: Mapping[str, float]  # relative change of each layer, in the order of the model
+    optimizer: str
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return dict(Counter(relation.kind for relation in self.relations.values()))
+
+    def as_json(self) -> dict:
+        tensors = {
+            name: {"relation": relation.kind, "detail": relation.detail}
+            | (asdict(relation.figures) | {"relative": relation.figures.relative} if relation.figures else {})
+            for name, relation in self.relations.items()
+        }
+        return {
+            "verdict": self.verdict,
+            "words": self.words,
+            "tensors_compared": len(self.relations),
+            "counts": self.counts,
+            "structure": list(self.structure),
+            "parts": [asdict(part) | {"ratio": part.ratio} for part in self.parts],
+            "updates": dict(self.updates),
+            "causes": list(CAUSES) if self.verdict == "same_init" else [],
+            "optimizer": self.optimizer,
+            "tensors": tensors,
+        }
+
+
+def diff(a: Checkpoint, b: Checkpoint, advance: Callable[[str], None] = lambda name: None) -> Diff:
+    """Compare two checkpoints, one piece of a tensor at a time. `advance` is told the name of each tensor in turn."""
+    model = a.config.model if a.config else None
+    relations = {}
+    for name in in_order(sorted(a.model.keys() & b.model.keys())):
+        advance(name)
+        relations[name] = relate(name, a.model[name], b.model[name], model, b.model)
+    structure = _structure(a, b)
+    parts = _parts(relations)
+    verdict, words = _judge(a, b, relations, parts)
+    updates = _updates(relations)
+    return Diff(verdict, words, structure, relations, parts, updates, _optimizer(a, b, relations))
+
+
+def _structure(a: Checkpoint, b: Checkpoint) -> tuple[str, ...]:
+    found = []
+    if a.config and b.config and a.config.model and b.config.model:
+        left, right = _told(a.config.model), _told(b.config.model)
+        found += [f"model.{key}: {left[key]} | {right[key]}" for key in left if left[key] != right[key]]
+    found += [f"only in A: {name} {list(a.model[name].shape)}" for name in in_order(list(a.model.keys() - b.model))]
+    found += [f"only in B: {name} {list(b.model[name].shape)}" for name in in_order(list(b.model.keys() - a.model))]
+    if a.progress.step != b.progress.step:
+        found.append(f"step: {a.progress.step} | {b.progress.step}")
+    return tuple(found)
+
+
+def _told(model: Model) -> dict[str, object]:
+    values = {key: value for key, value in model.model_dump().items() if not ARCHITECTURE_ONLY.search(key)}
+    return values | {"num_kv_heads": model.kv_heads, "mlp_size": model.mlp_width}
+
+
+def _parts(relations: Mapping[str, Relation]) -> tuple[PartRatio, ...]:
+    found = []
+    for ending, part in PARTS.items():
+        figures = [r.figures for name, r in relations.items() if name.endswith(ending) and r.figures]
+        if figures:
+            count = sum(each.count for each in figures)
+            std_a, std_b = (
+                math.sqrt(sum(getattr(each, key) ** 2 * each.count for each in figures) / count)
+                for key in ("std_a", "std_b")
+            )
+            found.append(PartRatio(part, len(figures), std_a, std_b, 1 / math.sqrt(count)))
+    return tuple(found)
+
+
+def _updates(relations: Mapping[str, Relation]) -> dict[str, float]:
+    """Relative change of each block, of the embedding, positions, norm and head."""
+    change: dict[str, list[float]] = {}
+    for name, relation in relations.items():
+        if relation.figures:
+            words = name.split(".")
+            layer = ".".join(words[:2]) if words[0] == "blocks" else words[0]
+            sums = change.setdefault(layer, [0.0, 0.0])
+            sums[0] += relation.figures.count * relation.figures.rms_diff**2
+            sums[1] += relation.figures.count * relation.figures.rms_a**2
+    return {layer: math.sqrt(changed / size) if size else 0.0 for layer, (changed, size) in change.items()}
+
+
+def _judge(
+    a: Checkpoint, b: Checkpoint, relations: Mapping[str, Relation], parts: Iterable[PartRatio]
+) -> tuple[Verdict, str]:
+    kinds = Counter(relation.kind for relation in relations.values())
+    alone = a.model.keys() ^ b.model.keys()
+    tied = alone == {"head.weight"}
+    if not relations or kinds["shape"] or (alone and not tied):
+        return "other_architecture", _other_architecture(relations, alone)
+    if all(relation.exact for relation in relations.values()):
+        return _exact(a, b, relations, kinds, tied)
+    if broken := [name for name, relation in relations.items() if relation.kind == "not_finite"]:
+        sound = {name: relation for name, relation in relations.items() if name not in broken}
+        rest = f"; the others: {_judge(a, b, sound, _parts(sound))[1]}" if sound else ""
+        return "not_finite", f"{len(broken)} tensors hold NaN or infinite values, {broken[0]} first{rest}"
+    matrices = {name: r for name, r in relations.items() if name.endswith(tuple(PARTS)) and not r.exact}
+    moved = [name for name, relation in matrices.items() if relation.kind == "moved"]
+    if moved and (one_seed := _one_seed(a, b)):
+        return "siblings", f"{one_seed}: {_moved(relations, matrices, moved)}"
+    if len(moved) * 2 >= len(matrices):
+        return "fine_tune", f"{_descent(a, b)}: {_moved(relations, matrices, moved)}"
+    constant = {name: r for name, r in relations.items() if not name.endswith(tuple(PARTS))}
+    untouched = all(relation.harmless for relation in constant.values())
+    if untouched and not moved and all(abs(part.ratio - 1) < SAME_STD + 4 * part.error for part in parts):
+        return "same_init", _same_init(relations, matrices, parts)
+    correlation = max((abs(r.figures.correlation) for r in matrices.values() if r.figures), default=0.0)
+    scale = max((abs(part.ratio - 1) for part in parts), default=0.0)
+    return "unrelated", (
+        f"unrelated weights of one architecture: {len(matrices)} matrices have nothing to do with each other "
+        f"(correlations up to {correlation:.3f}); standard deviations differ by up to {scale:.1%}"
+    )
+
+
+def _exact(
+    a: Checkpoint, b: Checkpoint, relations: Mapping[str, Relation], kinds: Counter, tied: bool
+) -> tuple[Verdict, str]:
+    """Both hold the same values, in some form."""
+    total = len(relations)
+    details = {
+        kind: sorted({r.detail for r in relations.values() if r.kind == kind}) for kind in kinds if kind != "identical"
+    }
+    listed = "; ".join(f"{kinds[kind]} {_PHRASES[kind]} ({'; '.join(texts)})" for kind, texts in details.items())
+    same = f"{kinds.get('identical', 0)} of {total} tensors bit-identical"
+    for kind in EXPLAINED:
+        if kinds.get(kind):
+            return kind, f"the same values in another form: {same}; {listed}. Read alike, they are two models"  # type: ignore[return-value]
+    if tied:
+        return "tied", f"{_tied(a, b)}; else {same}" + (f"; {listed}" if listed else "")
+    if kinds.get("padding"):
+        return "padding", f"the same model with other padding of the vocabulary: {same}; {listed}"
+    if kinds.get("dtype"):
+        return "dtype", f"the same weights in another dtype: {listed}" + (f"; {same}" if "identical" in kinds else "")
+    return "identical", f"identical: all {total} tensors, bit for bit"
+
+
+_PHRASES = {
+    "dtype": "equal after rounding",
+    "padding": "differ in padding only",
+    "layout": "with permuted rows",
+    "transposed": "transposed",
+    "bias_summed": "biases summed over tensor ranks, or divided by them, once too often",
+    "halves_swapped": "with the halves of the gated MLP swapped",
+}
+
+
+def _tied(a: Checkpoint, b: Checkpoint) -> str:
+    side, other = ("A", a) if "head.weight" in a.model else ("B", b)
+    head, embedding = other.model["head.weight"], other.model["embed.weight"]
+    copy = "is its embedding, so both compute the same" if equal(head, embedding) else "is not its embedding"
+    return f"tied against untied: only {side} has a head, which {copy}"
+
+
+def _one_seed(a: Checkpoint, b: Checkpoint) -> str:
+    """What their configs tell of two runs of ours that drew the same weights and then learned apart, else nothing."""
+    if not (a.config and b.config and a.details.get("data_fingerprint") and b.details.get("data_fingerprint")):
+        return ""  # at least one was not trained here
+    if a.config.checkpoint.init_from or b.config.checkpoint.init_from or not (a.progress.step and b.progress.step):
+        return ""
+    drawn = [(each.seed, _drawn(each.model), each.neox_exact) for each in (a.config, b.config) if each.model]
+    if drawn[0] != drawn[1] or (_same_run(a, b) and a.progress.step != b.progress.step):
+        return ""
+    return f"two runs from the same initial weights (seed {a.config.seed}), after {a.progress.step:,} and " + (
+        f"{b.progress.step:,} steps" if a.progress.step != b.progress.step else "as many steps"
+    )
+
+
+def _drawn(model: Model) -> dict[str, object]:
+    """What initial weights depend on, beside the seed."""
+    return {key: value for key, value in model.model_dump().items() if "dropout" not in key}
+
+
+def _same_run(a: Checkpoint, b: Checkpoint) -> bool:
+    """Whether both learned the same from the same data, as far as their configs tell."""
+    assert a.config and b.config
+    known = a.details.get("data_fingerprint")
+    alike = ("model", "optimizer", "schedule", "precision", "finetune", "seed", "neox_exact")
+    return bool(known and known == b.details.get("data_fingerprint")) and all(
+        getattr(a.config, name) == getattr(b.config, name) for name in alike
+    )
+
+
+def _descent(a: Checkpoint, b: Checkpoint) -> str:
+    if a.config and b.config and a.progress.step != b.progress.step and _same_run(a, b):
+        later, earlier = ("A", "B") if a.progress.step > b.progress.step else ("B", "A")
+        return f"{later} is a later step of {earlier}'s run, or of the same run once more"
+    return "they come from the same weights: one is a fine-tune or a later step of the other, or both are of a third"
+
+
+def _moved(relations: Mapping[str, Relation], matrices: Mapping[str, Relation], moved: list[str]) -> str:
+    sizes = [r.figures.relative for name in moved if (r := matrices[name]).figures]
+    kept = sum(relation.exact for relation in relations.values())
+    others = [name for name in matrices if name not in moved]
+    return (
+        f"{kept} of {len(relations)} tensors are the same"
+        + (f", {len(moved)} matrices moved by {min(sizes):.2%} to {max(sizes):.2%} of their size" if sizes else "")
+        + (f"; {len(others)} have little in common any more or are new: {', '.join(others[:5])}" if others else "")
+    )
+
+
+def _same_init(relations: Mapping[str, Relation], matrices: Mapping[str, Relation], parts: Iterable[PartRatio]) -> str:
+    same = sum(relation.kind == "identical" for relation in relations.values())
+    constants = "all norms and biases" if same == len(relations) - len(matrices) else "norms and biases"
+    spread = max((abs(part.ratio - 1) for part in parts), default=0.0)
+    return (
+        f"{same} of {len(relations)} tensors bit-identical: {constants}; the {len(matrices)} that differ are exactly "
+        f"the random matrices; standard deviations agree within {max(1, math.ceil(spread * 100))}%: "
+        "same init method, different random draw"
+    )
+
+
+def _other_architecture(relations: Mapping[str, Relation], alone: Iterable[str]) -> str:
+    shapes = [f"{name} {relation.detail}" for name, relation in relations.items() if relation.kind == "shape"]
+    few = shapes[:3] + [f"{name} on one side only" for name in in_order(list(alone))[:3]]
+    return (
+        f"models of different architectures: {len(shapes)} shapes differ, {len(list(alone))} tensors stand alone: "
+        + ("; ".join(few) or "no tensor has a counterpart")
+    )
+
+
+def _optimizer(a: Checkpoint, b: Checkpoint, relations: Mapping[str, Relation]) -> str:
+    """Compared where the weights are the same; else it would tell nothing new."""
+    if a.optimizer is None or b.optimizer is None:
+        sides = " and ".join(name for name, each in (("A", a), ("B", b)) if each.optimizer is not None)
+        return f"optimizer state: {f'only in {sides}' if sides else 'none'}"
+    if not all(relation.harmless for relation in relations.values()):
+        return "optimizer state: in both, not compared since the weights differ"
+    names = a.optimizer.keys() & b.optimizer.keys()
+    total = len({**a.optimizer, **b.optimizer})
+    same = sum(_same_state(a.optimizer[name], b.optimizer[name]) for name in names)
+    return f"optimizer state: {same} of {total} parameters equal (masters, moments, step)"
+
+
+def _same_state(a: AdamState, b: AdamState) -> bool:
+    left, right = state_tensors(a), state_tensors(b)
+    return (
+        a["step"] == b["step"] and left.keys() == right.keys() and all(equal(left[kind], right[kind]) for kind in left)
+    )

@@ -1,0 +1,116 @@
+"""The architecture that canonical tensors show by themselves, beside what configs say of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from castalia.checkpoint.tensors import Checkpoint
+from castalia.storage.lazy import TensorRef
+
+SHOWN = (
+    "num_layers", "hidden_size", "num_heads", "kv_heads", "mlp_width", "padded_vocab_size", "max_positions", "position",
+    "rotary_pct", "rotary_base", "norm", "norm_eps", "rms_eps_inside", "qk_norm", "activation", "gated_mlp",
+    "parallel_residual", "shared_norm", "attention_bias", "mlp_bias", "tie_embeddings", "sliding_window",
+)  # fmt: skip
+SETTINGS = {"kv_heads": "num_kv_heads", "mlp_width": "mlp_size", "padded_vocab_size": "vocab_size"}  # what sets them
+ELSEWHERE = {"native": "manifest.json", "huggingface": "config.json"}
+
+
+@dataclass(frozen=True)
+class Fact:
+    value: Any
+    source: str
+
+
+def from_tensors(tensors: Mapping[str, TensorRef], num_heads: int | None) -> dict[str, Any]:
+    """Properties of `Model` that the tensors tell. The number of heads is not one, unless each has a norm."""
+    shapes = {name: tuple(ref.shape) for name, ref in tensors.items()}
+    blocks = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
+    found: dict[str, Any] = {"num_layers": len(blocks), "tie_embeddings": "head.weight" not in shapes}
+    if "reward.weight" in shapes:  # it needs no other head, so that none tells nothing
+        del found["tie_embeddings"]
+    matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2}  # others are of a damaged file
+    if "embed.weight" in matrices:
+        found["padded_vocab_size"], found["hidden_size"] = matrices["embed.weight"]
+    if "positions.weight" in matrices:
+        found |= {"position": "learned", "max_positions": matrices["positions.weight"][0]}
+    if not blocks:
+        return found
+    block = {name.removeprefix("blocks.0."): shape for name, shape in shapes.items() if name.startswith("blocks.0.")}
+    matrices = {name: shape for name, shape in block.items() if len(shape) == 2}
+    found |= {
+        "norm": _norm(block),
+        "qk_norm": "attn.qk_norm.weight" in block,
+        "gated_mlp": "mlp.gate.weight" in block,
+        "attention_bias": "attn.qkv.bias" in block,
+        "mlp_bias": "mlp.up.bias" in block,
+    }
+    if "mlp.down.weight" in matrices:
+        found["mlp_width"] = matrices["mlp.down.weight"][1]
+    if "attn.qk_norm.weight" in matrices:
+        num_heads = found["num_heads"] = matrices["attn.qk_norm.weight"][0]
+    if num_heads and "attn.qkv.weight" in matrices and found.get("hidden_size", 0) >= num_heads:
+        rows = matrices["attn.qkv.weight"][0] // (found["hidden_size"] // num_heads)
+        found["kv_heads"] = (rows - num_heads) // 2
+    return found
+
+
+def _norm(block: Mapping[str, tuple[int, ...]]) -> str:
+    if "norm1.weight" not in block:
+        return "layernorm_no_params"
+    if "norm1.bias" in block:
+        return "layernorm"
+    return "scalenorm" if block["norm1.weight"] == (1,) else "rmsnorm"
+
+
+def architecture(checkpoint: Checkpoint) -> tuple[dict[str, Fact], list[str]]:
+    """What the model is, every value with where it is from, and how configs and tensors disagree."""
+    model = checkpoint.config.model if checkpoint.config else None
+    told = from_tensors(checkpoint.model, model.num_heads if model else None)
+    facts = {name: Fact(told[name], "tensors") for name in SHOWN if name in told}
+    differences = list(_names(checkpoint, "disagreements"))
+    if model is not None:
+        for name in SHOWN:
+            value = None if name == "padded_vocab_size" and model.vocab_size is None else getattr(model, name)
+            if name not in facts:
+                facts[name] = Fact(value, _source(checkpoint, name))
+            elif value is not None and value != facts[name].value:
+                differences.append(
+                    f"{name}: {facts[name].value} in the tensors, {value} in {_source(checkpoint, name)}"
+                )
+    order = [name for name in SHOWN if name in facts and _matters(name, facts)]
+    return {name: facts[name] for name in order}, differences
+
+
+def _matters(name: str, facts: Mapping[str, Fact]) -> bool:
+    """Whether the model has a use for a setting."""
+
+    def value(of: str) -> Any:
+        return facts[of].value if of in facts else None
+
+    uses = {
+        "rotary_pct": value("position") == "rotary",
+        "rotary_base": value("position") == "rotary",
+        "rms_eps_inside": value("norm") == "rmsnorm",
+        "shared_norm": value("shared_norm"),
+        "qk_norm": value("qk_norm"),
+        "sliding_window": value("sliding_window"),
+    }
+    return bool(uses.get(name, True))
+
+
+def _source(checkpoint: Checkpoint, name: str) -> str:
+    setting = SETTINGS.get(name, name)
+    if setting in _names(checkpoint, "stored arguments"):
+        return "stored arguments"
+    origins = checkpoint.config.origins if checkpoint.config else {}
+    if origin := origins.get(f"model.{setting}"):
+        return origin.removeprefix(f"{checkpoint.path}/")
+    return "guess" if setting in _names(checkpoint, "guess") else ELSEWHERE.get(checkpoint.format, "default")
+
+
+def _names(checkpoint: Checkpoint, kind: str) -> tuple[str, ...]:
+    names = checkpoint.details.get(kind)
+    return names if isinstance(names, tuple) else ()

@@ -1,0 +1,331 @@
+"""What is inside a checkpoint: all that directories and a sample of the values tell, without torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from math import prod
+from pathlib import Path
+from typing import Any, get_args
+
+from castalia.checkpoint.adapters import adapters_of
+from castalia.checkpoint.description import readable
+from castalia.checkpoint.sampled_values import Sums, sample
+from castalia.checkpoint.tensors import Checkpoint
+from castalia.config.schema import InitMethod, Model
+from castalia.examine.facts import architecture
+from castalia.model.init_std import mup_scale, standard_deviation
+from castalia.plan.count import count, non_embedding, original_count, tp_dim
+from castalia.storage.extent import verify, verifying
+from castalia.storage.lazy import Run, TensorRef, same_bits
+
+KINDS = {  # of tensors that start alike; the first pattern that is found in a name tells its kind
+    "adapters": r"\.lora_[ab]$",
+    "embedding": r"^embed\.weight",
+    "positions": r"^positions\.weight",
+    "head": r"^head\.weight",
+    "attention qkv": r"attn\.qkv\.weight",
+    "attention out": r"attn\.out\.weight",
+    "mlp up": r"mlp\.up\.weight",
+    "mlp gate": r"mlp\.gate\.weight",
+    "mlp down": r"mlp\.down\.weight",
+    "norms": r"norm\w*\.weight$",
+    "biases": r"\.bias$",
+}
+OUTPUTS = ("attention out", "mlp down")  # kinds that have an init method of their own
+WITHOUT_METHOD = ("adapters", "norms", "biases")
+SPANS = 64  # stretches of rows sampled of each kind
+FITS = 0.03  # relative difference of a standard deviation from its expected one
+
+
+def report(checkpoint: Checkpoint, vocabulary: tuple[int | None, str] = (None, ""), *, full: bool = False) -> dict:
+    """Everything, JSON-ready. `vocabulary`: the tokenizer's size and where it is known from.
+
+    Values are sampled; `full` reads all of every tensor instead, verifies checksums and lists each tensor.
+    """
+    facts, differences = architecture(checkpoint)
+    total = sum(prod(ref.shape) for ref in checkpoint.model.values())
+    stored = stored_bytes(checkpoint)
+    sums = read_sums(checkpoint) if full else sample_sums(checkpoint.model)
+    result = {
+        "path": checkpoint.path,
+        "format": checkpoint.format,
+        "step": checkpoint.progress.step,
+        "progress": _progress(checkpoint),
+        "files": _files(checkpoint),
+        "architecture": {name: asdict(fact) for name, fact in facts.items()},
+        "disagreements": differences,
+        "parameters": _parameters(checkpoint, total),
+        "bytes": stored,
+        "meaning": meaning(checkpoint, total, stored, {name: fact.value for name, fact in facts.items()}),
+        "precision": _precision(checkpoint),
+        "optimizer": _optimizer(checkpoint),
+        "vocabulary": _vocabulary(checkpoint, vocabulary),
+        "statistics": [_statistics(checkpoint, kind, names, sums) for kind, names in by_kind(checkpoint.model).items()],
+        "sampled_values": sum(each.count for each in sums.values()),
+        "anomalies": list(anomalies(checkpoint, sums, full)),
+        "notes": [*checkpoint.notes, *checkpoint.state_notes],
+    }
+    if full:
+        result["tensors"] = [_listed(name, ref, sums[name]) for name, ref in checkpoint.model.items()]
+    return result
+
+
+def by_kind(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names of canonical tensors by kind, in the order of `KINDS`; what is of no kind is left out."""
+    found: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    for name in names:
+        if kind := kind_of(name):
+            found[kind].append(name)
+    return {kind: members for kind, members in found.items() if members}
+
+
+def kind_of(name: str) -> str | None:
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), None)
+
+
+def sample_sums(tensors: Mapping[str, TensorRef]) -> dict[str, Sums]:
+    """Figures of a sample of every tensor; of a kind with more than `SPANS` tensors, of as many, evenly chosen."""
+    result: dict[str, Sums] = {}
+    for names in by_kind(tensors).values():
+        chosen = names if len(names) <= SPANS else [names[len(names) * i // SPANS] for i in range(SPANS)]
+        result |= {name: sample(tensors[name], max(1, SPANS // len(chosen))) for name in chosen}
+    return result
+
+
+def read_sums(checkpoint: Checkpoint) -> dict[str, Sums]:
+    """Figures of all weights, read a piece at a time. The optimizer's state is verified with them.
+
+    Raises CheckpointError for damaged files.
+    """
+    with verifying(checkpoint.model.values()):
+        sums = {name: whole(ref) for name, ref in checkpoint.model.items()}
+    for state in (checkpoint.optimizer or {}).values():
+        verify(ref for kind, ref in state.items() if kind != "step")  # type: ignore[misc]
+    return sums
+
+
+def whole(ref: TensorRef) -> Sums:
+    result = Sums()
+    for piece in ref.pieces():
+        result.add(piece.float().flatten().numpy(), prod(ref.shape[1:]))
+    return result
+
+
+def stored_bytes(checkpoint: Checkpoint) -> dict[str, int]:
+    """Bytes on disk by what they are, copies on other ranks included. Masters that are the weights count as weights."""
+    groups: dict[str, list[TensorRef]] = {"weights": list(checkpoint.model.values()), "masters": [], "moments": []}
+    for state in (checkpoint.optimizer or {}).values():
+        for kind, ref in state.items():
+            if kind != "step":
+                groups["masters" if kind == "master" else "moments"].append(ref)  # type: ignore[arg-type]
+    seen: set[Run] = set()
+    result = {}
+    for kind, refs in groups.items():
+        found = {run for ref in refs for run in ref.runs()} - seen
+        seen |= found
+        result[kind] = sum(run.num_bytes for run in found)
+    total = sum(size for _, size in _listed_files(Path(checkpoint.path)))
+    return result | {"rest": max(0, total - sum(result.values())), "total": total}
+
+
+def meaning(checkpoint: Checkpoint, total: int, stored: Mapping[str, int], facts: Mapping[str, Any]) -> str:
+    """One sentence about what the bytes are and what can be done with them."""
+    used = sum(stored[kind] for kind in ("weights", "masters", "moments"))
+    shape = f" of a {facts.get('num_layers')} x {facts.get('hidden_size')} model"
+    dtypes = " and ".join(sorted({ref.dtype_name for ref in checkpoint.model.values()}))
+    each = f"{readable(total)} parameters x {used / max(total, 1):.3g} bytes"
+    if checkpoint.optimizer is None:
+        text = f"{each}: the weights alone{shape}, in {dtypes}; they run and can be trained on, not resumed"
+    else:
+        trained = set(filter(checkpoint.config.finetune.trains, checkpoint.model)) if checkpoint.config else set()
+        complete = (
+            "a complete" if checkpoint.optimizer.keys() >= (trained or checkpoint.model.keys()) else "an incomplete"
+        )
+        text = f"{each}: {complete} {dtypes} + optimizer checkpoint{shape}"
+        if _is_adam(checkpoint):
+            text = text.replace("+ optimizer", "+ Adam")
+    if lora := adapters_of(checkpoint):
+        text += f", with adapters of rank {lora.rank}, which everything but training sees merged"
+    other = checkpoint.details.get("other_model")
+    if isinstance(other, Model):
+        text += (
+            f"; nothing of the {other.num_layers} x {other.hidden_size} model of {checkpoint.details['other_source']}, "
+            f"{readable(non_embedding(other))} parameters without embeddings, is in it"
+        )
+    return text
+
+
+def anomalies(checkpoint: Checkpoint, sums: Mapping[str, Sums], full: bool) -> Iterator[str]:
+    """What a healthy checkpoint does not have, one line each."""
+    started = checkpoint.progress.step > 0
+    values = "values" if full else "sampled values"
+    for name, seen in sums.items():
+        matrix = kind_of(name) not in WITHOUT_METHOD
+        if seen.not_finite:
+            yield f"{name}: {seen.not_finite:,} of {seen.count:,} {values} are NaN or infinite"
+        if seen.all_zero and (started or matrix or name.endswith("norm.weight")):
+            yield f"{name}: all {seen.count:,} {values} are zero"
+        elif matrix and seen.zero_rows:
+            yield f"{name}: {seen.zero_rows:,} of {seen.rows:,} {'rows' if full else 'sampled rows'} are zero"
+    yield from _without_gradient(checkpoint)
+    if full:
+        yield from _inexact(checkpoint)
+
+
+def _without_gradient(checkpoint: Checkpoint) -> Iterator[str]:
+    """Kinds of tensors whose second moments are zero in every sampled place, which never had a gradient."""
+    states = {name: state for name, state in (checkpoint.optimizer or {}).items() if "exp_avg_sq" in state}
+    if not any(state.get("step") for state in states.values()):
+        return
+    seen = sample_sums({name: state["exp_avg_sq"] for name, state in states.items()})
+    for kind, names in by_kind(seen).items():
+        idle = [name for name in names if seen[name].all_zero]
+        if idle and len(idle) == len(names):
+            why = "attention had no part in training" if kind.startswith("attention") else "they were never trained"
+            yield f"{kind}: second moments are zero in all {len(idle)} tensors: no gradient ever came, {why}"
+        elif idle:
+            yield f"{idle[0]}: second moments are zero, no gradient ever came" + _more(len(idle) - 1)
+
+
+def _more(others: int) -> str:
+    return f"; {others} more like it" if others else ""
+
+
+def _inexact(checkpoint: Checkpoint) -> Iterator[str]:
+    """Weights that are not their masters rounded, and copies that drifted apart between ranks."""
+    from castalia.checkpoint.rules import drift
+
+    for name, state in (checkpoint.optimizer or {}).items():
+        weight, master = checkpoint.model.get(name), state.get("master")
+        if weight is None or master is None or master is weight or name.endswith(".bias"):
+            continue
+        both = zip(weight.pieces(), master.pieces(), strict=True)
+        if tuple(master.shape) != tuple(weight.shape) or not all(same_bits(w, m.to(w.dtype)) for w, m in both):
+            yield f"{name}: the stored weights are not the fp32 masters rounded"
+    for name, distance in drift(checkpoint.model).items():
+        yield f"{name}: its copies on the tensor ranks differ by up to {distance:.3g}; their mean is taken"
+
+
+def _statistics(checkpoint: Checkpoint, kind: str, names: list[str], sums: Mapping[str, Sums]) -> dict[str, Any]:
+    """Figures of one kind, and how they compare with the start of training."""
+    together = Sums()
+    for name in names:
+        if name in sums:
+            together.merge(sums[name])
+    result: dict[str, Any] = {
+        "kind": kind, "tensors": len(names), "mean": together.mean, "std": together.std,
+        "low": together.low if together.finite else None, "high": together.high if together.finite else None,
+        "not_finite": together.not_finite, "values": together.count,
+    }  # fmt: skip
+    model = checkpoint.config.model if checkpoint.config else None
+    if model is None or kind in WITHOUT_METHOD or len(checkpoint.model[names[0]].shape) != 2:
+        return result | {"methods": {}, "fits": [], "start": None}
+    shape = _drawn_shape(checkpoint, names[0])
+    methods = {
+        name: standard_deviation(model, name, shape) * mup_scale(model, name, names[0]) for name in get_args(InitMethod)
+    }
+    fits = [name for name, expected in methods.items() if abs(together.std / expected - 1) < FITS]
+    start = None
+    if _knows_method(checkpoint):
+        start = model.output_init_method if kind in OUTPUTS else model.init_method
+    return result | {"methods": methods, "fits": fits, "start": start}
+
+
+def _drawn_shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
+    """Of the matrix that was drawn: NeoX draws on each tensor rank, with the fans of the part."""
+    shape = list(checkpoint.model[name].shape)
+    dim = tp_dim(name)
+    if dim is not None and isinstance(tp := checkpoint.details.get("tp"), int):
+        shape[dim] //= tp
+    return tuple(shape)
+
+
+def _knows_method(checkpoint: Checkpoint) -> bool:
+    """Whether the config says how the weights began, or its format's defaults do."""
+    return checkpoint.format == "native" or bool(checkpoint.config and checkpoint.config.origins)
+
+
+def _parameters(checkpoint: Checkpoint, total: int) -> dict[str, int | None]:
+    model = checkpoint.config.model if checkpoint.config else None
+    outside = sum(
+        prod(r.shape) for n, r in checkpoint.model.items() if kind_of(n) in ("embedding", "positions", "head")
+    )
+    original = None
+    if model is not None and model.vocab_size is not None and count(model).total == total:
+        tp, pp = (checkpoint.details.get(axis) or 1 for axis in ("tp", "pp"))
+        original = original_count(model, int(str(tp)), int(str(pp)))
+    return {"total": total, "non_embedding": total - outside, "as_the_original_counts": original}
+
+
+def _precision(checkpoint: Checkpoint) -> dict[str, str]:
+    found: dict[str, set[str]] = {"weights": {ref.dtype_name for ref in checkpoint.model.values()}}
+    for state in (checkpoint.optimizer or {}).values():
+        for kind, ref in state.items():
+            if kind != "step":
+                found.setdefault(kind, set()).add(ref.dtype_name)  # type: ignore[attr-defined]
+    return {kind: ", ".join(sorted(names)) for kind, names in found.items()}
+
+
+def _optimizer(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    if checkpoint.optimizer is None:
+        return None
+    steps = sorted({state["step"] for state in checkpoint.optimizer.values()})
+    return {
+        "name": "adam" if _is_adam(checkpoint) else checkpoint.config.optimizer.name if checkpoint.config else None,
+        "steps": steps,
+        "tensors": len(checkpoint.optimizer),
+        "of": len(checkpoint.model),
+        "loss_scale": checkpoint.progress.loss_scale,
+    }
+
+
+def _is_adam(checkpoint: Checkpoint) -> bool:
+    return all({"exp_avg", "exp_avg_sq"} <= state.keys() for state in (checkpoint.optimizer or {}).values())
+
+
+def _progress(checkpoint: Checkpoint) -> dict[str, Any]:
+    progress = checkpoint.progress
+    schedule = progress.schedule and {
+        name: value for name, value in progress.schedule.items() if isinstance(value, (int, float, str))
+    }
+    return {"step": progress.step, "skipped": progress.skipped, "tokens": progress.tokens, "stored_schedule": schedule}
+
+
+def _files(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The folder's files, and how the format spread the model over them."""
+    details = checkpoint.details
+    names = ("era", "version", "tp", "pp", "dp", "zero", "pipeline_files", "optimizer_files", "model_type", "versions")
+    known = {name: details[name] for name in names if details.get(name) is not None}
+    return {"count": len(_listed_files(Path(checkpoint.path))), **known}
+
+
+def _listed_files(folder: Path) -> list[tuple[str, int]]:
+    """(path, bytes) of all files below a folder, hidden ones left out."""
+    found = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = [os.path.join(place, name) for name in names if not name.startswith(".")]
+        found += [(path, os.stat(path).st_size) for path in paths if os.path.isfile(path)]
+    return found
+
+
+def _vocabulary(checkpoint: Checkpoint, known: tuple[int | None, str]) -> dict[str, Any]:
+    embedding = checkpoint.model.get("embed.weight")
+    tokenizer = checkpoint.config.tokenizer if checkpoint.config else None
+    return {
+        "rows": embedding.shape[0] if embedding is not None and embedding.shape else None,
+        "logical": known[0],
+        "source": known[1],
+        "tokenizer": {"kind": tokenizer.kind, "path": tokenizer.path} if tokenizer else None,
+    }
+
+
+def _listed(name: str, ref: TensorRef, seen: Sums) -> dict[str, Any]:
+    return {
+        "name": name, "shape": list(ref.shape), "dtype": ref.dtype_name, "mean": seen.mean, "std": seen.std,
+        "low": seen.low if seen.finite else None, "high": seen.high if seen.finite else None,
+        "not_finite": seen.not_finite, "zero_rows": seen.zero_rows,
+    }  # fmt: skip

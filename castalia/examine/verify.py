@@ -1,0 +1,219 @@
+"""The proof that two checkpoints are one model: both compute, block by block, and their tensors are compared.
+
+One block of each side is in memory at a time, the embedding only in the rows of the probe tokens, the head in slices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from castalia.checkpoint.compare import SUMMED_BIASES, VOCABULARY, Relation, equal, in_order, relate
+from castalia.checkpoint.neox_defects import with_micro_batches
+from castalia.checkpoint.restore import architecture
+from castalia.checkpoint.tensors import AdamState, Checkpoint
+from castalia.config.schema import Model
+from castalia.model.positions import sinusoids
+from castalia.model.transformer import Transformer
+from castalia.storage.lazy import TensorRef
+
+NUM_TOKENS = 64
+HEAD_ROWS = 2048
+# Largest difference of logits in units of their size: what rounding the weights to a dtype may cost.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True)
+class Proof:
+    """`str()` is what the terminal shows."""
+
+    max_diff: float  # of logits
+    scale: float  # largest logit
+    kl: float  # nats for each token, mean
+    agreement: float  # share of tokens whose likeliest successor is the same
+    tokens: int
+    equal_tensors: int
+    num_tensors: int
+    equal_state: int | None  # tensors of the optimizer; None where a side has none
+    num_state: int
+    rounded: int  # of these equal ones, biases that differ by no more than a division over tensor ranks rounds
+    difference: str  # the first tensor that differs, and what it looks like; empty if none does
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether both are the same model, as far as the dtypes of their weights allow."""
+        same_state = self.equal_state is None or self.equal_state == self.num_state
+        return not self.difference and same_state and self.max_diff <= self.tolerance * max(self.scale, 1.0)
+
+    def __str__(self) -> str:
+        lines = [
+            f"verified on {self.tokens} tokens: max |Δlogit| {self.max_diff:.3g} (largest logit {self.scale:.3g}), "
+            f"KL {self.kl:.3g}, same likeliest token {self.agreement:.1%}",
+            f"weights: {self.equal_tensors} of {self.num_tensors} tensors equal",
+        ]
+        if self.equal_state is not None:
+            lines.append(
+                f"optimizer: {self.equal_state} of {self.num_state} tensors {'equal' if self.rounded else 'bit-equal'}"
+            )
+        if self.rounded:
+            lines.append(f"{self.rounded} of these are biases that dividing over tensor ranks has rounded, as it must")
+        if self.difference:
+            lines.append(f"first difference: {self.difference}")
+        return "\n".join(lines)
+
+
+def verify(source: Checkpoint, result: Checkpoint) -> Proof:
+    """Compare two checkpoints of what should be one model."""
+    source = with_micro_batches(source, result.summed_micro_batches)
+    left, right = architecture(source), architecture(result)
+    vocab = min(left.vocab_size or 0, right.vocab_size or 0) or left.padded_vocab_size
+    tokens = probe_tokens(vocab, min(NUM_TOKENS, left.max_positions or NUM_TOKENS))
+    a, b = logits(source, tokens, vocab), logits(result, tokens, vocab)
+    log_a, log_b = a.log_softmax(-1), b.log_softmax(-1)
+    kl = (log_a.exp() * (log_a - log_b)).sum(-1).mean()
+    equal_tensors, rounded, difference = _compare(source, result, left)
+    equal_state, num_state = _compare_state(source, result)
+    dtypes = {ref.dtype for side in (source, result) for ref in side.model.values()}
+    # Weights of one dtype that are equal compute the same; others may be a rounding apart.
+    tolerance = (
+        TOLERANCE[torch.float32] if len(dtypes) == 1 and not rounded else max(TOLERANCE[dtype] for dtype in dtypes)
+    )
+    alike = (a == b) | (a.isnan() & b.isnan())  # a model of weights that are no numbers can be written as well
+    return Proof(
+        max_diff=float((a - b).abs().masked_fill(alike, 0.0).max()),
+        scale=float(a.abs().nan_to_num(0.0).max()),
+        kl=float(kl),
+        agreement=float((a.argmax(-1) == b.argmax(-1)).float().mean()),
+        tokens=tokens.numel(),
+        equal_tensors=equal_tensors,
+        num_tensors=len(source.model.keys() | result.model.keys()),
+        equal_state=equal_state,
+        num_state=num_state,
+        rounded=rounded,
+        difference=difference,
+        tolerance=tolerance,
+    )
+
+
+def probe_tokens(vocab: int, length: int) -> Tensor:
+    """[2, length / 2] tokens, spread over the vocabulary; the same ones every time."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocab, (2, max(1, length // 2)), generator=generator)
+
+
+@torch.no_grad()
+def logits(checkpoint: Checkpoint, tokens: Tensor, vocab: int) -> Tensor:
+    """fp32 logits [b, t, vocab], computed with one block in memory."""
+    model = architecture(checkpoint)
+    exact = checkpoint.config is not None and checkpoint.config.neox_exact
+    with torch.device("meta"):
+        stage = Transformer(model.model_copy(update={"num_layers": 1}), exact=exact).eval()
+    norm, stage.norm = stage.norm, None  # type: ignore[assignment]  # a stage of a pipeline: hidden state in and out
+    block = stage.blocks["0"].to_empty(device="cpu")
+    x = _embedded(checkpoint, model, tokens)
+    for layer in range(model.num_layers):
+        _fill(block, checkpoint, f"blocks.{layer}.")
+        x = stage(x)
+    x = _fill(norm.to_empty(device="cpu"), checkpoint, "norm.")(x)
+    head = checkpoint.model["embed.weight" if model.tie_embeddings else "head.weight"]
+    rows = [slice(start, min(start + HEAD_ROWS, vocab)) for start in range(0, vocab, HEAD_ROWS)]
+    return torch.cat([F.linear(x, head.read([each]).float()) for each in rows], dim=-1)
+
+
+def _embedded(checkpoint: Checkpoint, model: Model, tokens: Tensor) -> Tensor:
+    def rows(name: str, wanted: Tensor) -> Tensor:
+        ref = checkpoint.model[name]
+        return torch.stack([ref.read([slice(row, row + 1)])[0].float() for row in wanted.flatten().tolist()])
+
+    places = torch.arange(tokens.shape[1])
+    x = rows("embed.weight", tokens).view(*tokens.shape, -1)
+    if model.position == "learned":
+        x = x + rows("positions.weight", places)
+    if model.position == "sinusoidal":
+        x = x + sinusoids(places[None], model.hidden_size)
+    return x
+
+
+def _fill(module: nn.Module, checkpoint: Checkpoint, prefix: str) -> nn.Module:
+    for name, parameter in module.named_parameters():
+        parameter.copy_(checkpoint.model[prefix + name].read())
+    return module
+
+
+def _compare(source: Checkpoint, result: Checkpoint, model: Model) -> tuple[int, int, str]:
+    """How many weights agree, how many of them but for rounding, and a description of the first that does not."""
+    same, rounded, difference = 0, 0, ""
+    ranks = max(source.summed_bias_ranks, result.summed_bias_ranks)
+    for name in in_order(sorted(source.model.keys() | result.model.keys())):
+        a, b = source.model.get(name), result.model.get(name)
+        if a is None or b is None:
+            difference = difference or f"{name} is only in the {'result' if a is None else 'source'}"
+        elif equal(a, b):
+            same += 1
+        elif _rounded(name, a, b, ranks):
+            same, rounded = same + 1, rounded + 1
+        elif not difference:
+            relation = relate(name, a, b, model, result.model)
+            if relation.harmless:
+                same += 1
+            else:
+                difference = f"{name}: {describe(relation)}"
+    return same, rounded, difference
+
+
+def _rounded(name: str, a: TensorRef, b: TensorRef, ranks: int) -> bool:
+    """Whether b can be a bias a that was divided over the ranks, rounded on each, and summed again."""
+    if ranks == 1 or not name.endswith(SUMMED_BIASES) or a.shape != b.shape:
+        return False
+    dtype = max(a.dtype, b.dtype, key=lambda each: torch.finfo(each).eps)  # the one that was rounded to
+    left, right, limits = a.read().to(dtype).double(), b.read().double(), torch.finfo(dtype)
+    smallest = limits.smallest_normal * limits.eps
+    return bool(((left - right).abs() <= left.abs() * limits.eps + ranks * smallest / 2).all())
+
+
+def _compare_state(source: Checkpoint, result: Checkpoint) -> tuple[int | None, int]:
+    """Tensors of the optimizer that agree, and their number. Padding rows that one side lacks are left out."""
+    if source.optimizer is None or result.optimizer is None:
+        return None, 0
+    same = total = 0
+    ranks = max(source.summed_bias_ranks, result.summed_bias_ranks)
+    for name in source.optimizer.keys() | result.optimizer.keys():
+        left, right = (state_tensors(side.optimizer.get(name)) for side in (source, result) if side.optimizer)
+        total += len(left.keys() | right.keys())
+        if left and right and source.optimizer[name]["step"] == result.optimizer[name]["step"]:
+            same += sum(_same(name, kind, left[kind], right[kind], ranks) for kind in left.keys() & right.keys())
+    return same, total
+
+
+def state_tensors(state: AdamState | None) -> dict[str, TensorRef]:
+    """The optimizer's tensors of one parameter, whatever the optimizer."""
+    return {kind: value for kind, value in (state or {}).items() if kind != "step"}  # type: ignore[misc]
+
+
+def _same(name: str, kind: str, a: TensorRef, b: TensorRef, ranks: int) -> bool:
+    if kind == "master" and _rounded(name, a, b, ranks):
+        return True
+    if name in VOCABULARY and a.shape != b.shape:
+        return relate(name, a, b, None).harmless
+    return equal(a, b)
+
+
+def describe(relation: Relation) -> str:
+    """What a tensor that differs looks like, in words."""
+    looks = {
+        "transposed": "looks transposed",
+        "layout": "its rows are permuted",
+        "bias_summed": "a bias that was summed over tensor ranks once too often, or once too little",
+        "halves_swapped": "the halves of the gated MLP are swapped",
+        "shape": "shapes differ",
+        "moved": "the values are near, but not the same",
+        "not_finite": "some values are NaN or infinite",
+        "unrelated": "the values have nothing to do with each other",
+    }
+    figures = relation.figures
+    size = f" (max |Δ| {figures.max_diff:.3g}, relative {figures.relative:.3g})" if figures else ""
+    return looks[relation.kind] + (f": {relation.detail}" if relation.detail else "") + size

@@ -1,0 +1,115 @@
+"""Statistics of every layer of a model, the same in every layout: each rank sums up its part, all put it together.
+
+Every function is called on all ranks, and waits for the device once.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from castalia.parallel.executor import Engine
+
+Statistics = dict[str, dict[str, float]]
+UNITS = re.compile(r"blocks\.\d+\.mlp\.up\.weight")
+
+
+@torch.no_grad()
+def tensor_statistics(engine: Engine, loss_scale: float = 1.0) -> dict[str, Any]:
+    """`weights`: the norm of each parameter; `gradients`: norm and share of zeros of each that is there."""
+    mine = _own(engine)
+    rows = [torch.stack([_squares(engine.part(p).local), *_of_gradient(engine, p)]) for p in mine.values()]
+    found = _over_ranks(engine, mine, rows)
+    return {
+        "weights": {name: weight**0.5 for name, (weight, *_) in found.items()},
+        "gradients": {
+            name: {"norm": squares**0.5 / loss_scale, "zeros": zeros / count}
+            for name, (_, squares, zeros, count) in found.items()
+            if count
+        },
+    }
+
+
+@torch.no_grad()
+def dead_units(engine: Engine) -> dict[str, int]:
+    """How many units of each MLP got no gradient at all from a whole batch; layers without such units are left out."""
+    matrices = {name: p.grad for name, p in _own(engine).items() if UNITS.fullmatch(name) and p.grad is not None}
+    counts = [(engine.part(grad).local == 0).all(dim=1).sum()[None] for grad in matrices.values()]
+    found = _over_ranks(engine, matrices, counts)
+    return {name: int(count) for name, (count,) in found.items() if count}
+
+
+@contextmanager
+def activation_statistics(engine: Engine) -> Iterator[Callable[[], Statistics]]:
+    """While open, what each block hands on is noted; the function tells: rms, largest magnitude and share of zeros."""
+    sums: dict[str, list[Tensor]] = defaultdict(list)
+    largest: dict[str, list[Tensor]] = defaultdict(list)
+
+    def look(name: str) -> Callable[..., None]:
+        @torch.no_grad()
+        def hook(module: nn.Module, args: object, output: Tensor) -> None:
+            count = torch.tensor(output.numel(), dtype=torch.float64, device=output.device)
+            sums[name].append(torch.stack([_squares(output), (output == 0).sum(dtype=torch.float64), count]))
+            largest[name].append(output.abs().max().double()[None])
+
+        return hook
+
+    def told() -> Statistics:
+        totals = _over_ranks(engine, sums, [torch.stack(found).sum(dim=0) for found in sums.values()])
+        most = _over_ranks(engine, largest, [torch.stack(found).amax(dim=0) for found in largest.values()], max)
+        return {
+            name: {"rms": (squares / count) ** 0.5, "max": most[name][0], "zeros": zeros / count}
+            for name, (squares, zeros, count) in totals.items()
+        }
+
+    blocks = {f"blocks.{i}": block for model in engine.models for i, block in model.blocks.items()}
+    handles = [block.register_forward_hook(look(name)) for name, block in blocks.items()]
+    try:
+        yield told
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _own(engine: Engine) -> dict[str, nn.Parameter]:
+    """The parameters of which no other rank counts the same elements."""
+    return {n: p for n, p in engine.parameters.items() if engine.saves(n) and engine.part(p).writes}
+
+
+def _squares(tensor: Tensor) -> Tensor:
+    return tensor.float().square().sum(dtype=torch.float64)
+
+
+def _of_gradient(engine: Engine, parameter: nn.Parameter) -> list[Tensor]:
+    """Sum of squares, number of zeros, number of elements."""
+    if parameter.grad is None:
+        return [torch.zeros((), dtype=torch.float64, device=engine.part(parameter).local.device)] * 3
+    grad = engine.part(parameter.grad).local
+    count = torch.tensor(grad.numel(), dtype=torch.float64, device=grad.device)
+    return [_squares(grad), (grad == 0).sum(dtype=torch.float64), count]
+
+
+def _over_ranks(
+    engine: Engine, names: Iterable[str], rows: list[Tensor], join: Callable[[float, float], float] = operator.add
+) -> dict[str, list[float]]:
+    """The rows of numbers by name, joined number by number over all ranks, in the order in which a model computes."""
+    mine = dict(zip(names, torch.stack(rows).tolist() if rows else (), strict=True))
+    total: dict[str, list[float]] = {}
+    for rank in engine.gather(mine):
+        for name, numbers in rank.items():
+            total[name] = list(map(join, total[name], numbers)) if name in total else numbers
+    return dict(sorted(total.items(), key=lambda item: place(item[0])))
+
+
+def place(name: str) -> int:
+    """Where in the model a tensor or module is: the number of its block, -1 before the first, a huge one at the end."""
+    block = re.match(r"blocks\.(\d+)", name)
+    return int(block[1]) if block else -1 if name.split(".")[0] in ("embed", "positions") else sys.maxsize

@@ -1,0 +1,140 @@
+"""The record of a run: metrics.jsonl with one object a step, events.jsonl, and further sinks where asked for."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from castalia.config.schema import LARGEST, RunConfig
+from castalia.files import sync, write_text
+from castalia.observe.sinks import open_sinks
+from castalia.reading import keys, plain_json, read_records
+from castalia.strict_json import to_json
+
+NUMBERS = ("loss", "valid_loss", "grad_norm", "lr", "seconds", "tokens_per_second")
+Step = Annotated[int, Field(ge=0, le=LARGEST)]
+METRIC = keys({"step": Step, "tokens": int | None, **dict.fromkeys(NUMBERS, float | None)}, required=["step"])
+EVENT = keys({"event": str, "step": Step, "back_to": Step, "action": str}, required=["event"])
+NOTED = b" "  # ends what is noted of a record; nowhere else is there a space between a value and what follows it
+
+
+class Metrics:
+    """Appends one line to metrics.jsonl for each step, written out at once. Nothing in it is ever taken back.
+
+    A step that is evaluated is noted before it is, as a line without its end, which then gets what the evaluation
+    found. `noted`: that of an earlier start, as `truncate_metrics` gives it.
+    """
+
+    def __init__(self, folder: Path, config: RunConfig, noted: Mapping[str, Any] | None = None):
+        self.folder, self.noted = folder, noted
+        self.file = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - open as long as the run
+        past = list(read_metrics(folder))
+        self.sinks = open_sinks(config, folder, past[:-1] if noted else past)
+
+    def note(self, record: Mapping[str, Any]) -> None:
+        """Of a step whose record is not complete."""
+        self.noted = record
+        self.file.write(as_noted(record))
+        self.file.flush()
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        begun = as_noted(self.noted).removesuffix(NOTED.decode()) if self.noted else ""
+        self.noted = None
+        self.file.write(as_line(record).removeprefix(begun))
+        for sink in self.sinks:
+            sink.write(record)
+
+    def sync(self) -> None:
+        """Wait until all records are on disk, as they must be before the checkpoint that they lead to."""
+        for path in self.folder.glob("*.jsonl"):
+            sync(path)
+
+    def close(self) -> None:
+        self.file.close()
+        for sink in self.sinks:
+            sink.close()
+
+
+def write_event(folder: Path, event: str, **facts: Any) -> None:
+    """Appends what happened, with the time, to events.jsonl."""
+    with open(folder / "events.jsonl", "a") as file:
+        file.write(as_line({"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts}))
+
+
+def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
+    """The records in order. A last line that a killed process left unfinished is left out."""
+    return _read(folder / "metrics.jsonl", METRIC)
+
+
+def read_last_metrics(folder: Path, count: int) -> list[dict[str, Any]]:
+    """The last records, without reading those before them."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    with open(path, "rb") as file:
+        size, taken = file.seek(0, os.SEEK_END), 0
+        lines: list[bytes] = []
+        while len(lines) <= count and taken < size:
+            taken = min(size, 2 * taken or 1 << 16)
+            file.seek(size - taken)
+            lines = file.read(taken).splitlines(keepends=True)
+    whole = lines[taken < size :]  # the first one may be cut
+    return list(read_records(map(_finished, whole), "metrics.jsonl, near its end", METRIC))[-count:]
+
+
+def read_events(folder: Path) -> Iterator[dict[str, Any]]:
+    """What happened, in order."""
+    return _read(folder / "events.jsonl", EVENT)
+
+
+def _read(path: Path, shape: Any) -> Iterator[dict[str, Any]]:
+    """A bad line is named and left out: a run does not end for its record."""
+    if path.exists():
+        with open(path, "rb") as file:
+            yield from read_records(map(_finished, file), str(path), shape)
+
+
+def _finished(line: bytes) -> bytes:
+    """Gives its end to a line that `note` has written, even if a part of it is there. Others are as they are."""
+    if line.endswith(b"\n"):
+        return line
+    begun, mark, _ = line.partition(NOTED + b",") if NOTED + b"," in line else line.rpartition(NOTED)
+    try:
+        plain_json(begun + b"}")
+    except ValueError:  # a killed process left it unfinished
+        return line
+    return begun + b"}\n" if mark else line
+
+
+def truncate_metrics(folder: Path, step: int, evaluates: bool) -> dict[str, Any] | None:
+    """Drops the records after `step`, which the resumed run writes again, and whatever is unfinished.
+
+    `evaluates`: `step` is a step that is evaluated. If it has not been, its record is returned, as one that is noted.
+    """
+    records = [record for record in read_metrics(folder) if record["step"] <= step]
+    is_noted = evaluates and records[-1:] != [] and records[-1]["step"] == step and "valid_loss" not in records[-1]
+    noted = records.pop() if is_noted else None
+    write_text(folder / "metrics.jsonl", "".join(map(as_line, records)) + (as_noted(noted) if noted else ""))
+    return noted
+
+
+def truncate_records(path: Path, step: int | None = None) -> None:
+    """Drops the records after `step` and an unfinished last line, to which the next one would be added."""
+    if path.exists():
+        records = _read(path, EVENT if step is None else METRIC)
+        kept = (record for record in records if step is None or record["step"] <= step)
+        write_text(path, "".join(map(as_line, kept)))
+
+
+def as_line(record: Mapping[str, Any]) -> str:
+    return to_json(record) + "\n"  # a skipped step's gradient norm is null
+
+
+def as_noted(record: Mapping[str, Any]) -> str:
+    """The line without its end."""
+    return as_line(record).removesuffix("}\n") + NOTED.decode()

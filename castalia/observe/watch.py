@@ -1,0 +1,233 @@
+"""Noticing that a run goes wrong, and finding where it did."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from statistics import median
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from castalia.config.schema import Watch as Settings
+from castalia.data.indexed import open_dataset
+from castalia.data.loader import Samples
+from castalia.data.pairs import Pairs
+from castalia.data.tokenizer import Tokenizer
+from castalia.observe.layer_stats import dead_units, place, tensor_statistics
+from castalia.parallel.executor import Engine
+
+SPREAD = 1.4826 / math.sqrt(2)  # standard deviation of normal noise over the median change from value to value
+LEAST_SPREAD = {"loss": 0.01, "grad_norm": 0.1}  # of logarithms: no smaller change is called unusual
+EXCERPT_TOKENS = 32
+SLOWER = 1.5  # times the usual seconds of a step
+SLOW_STEPS = 5
+ACTIONS = {
+    "report": "it is applied nevertheless",
+    "stop": "stopping before its update",
+    "skip": "its update is left out",
+    "rewind": "going back",
+}
+
+
+class Finding(NamedTuple):
+    """What is unusual about a step, and the usual values."""
+
+    what: tuple[str, ...]  # of "loss", "grad_norm"
+    usual: dict[str, float]
+
+
+class Spikes:
+    """Compares loss and gradient norm, which all ranks have in common, with the medians of the steps before.
+
+    What it remembers is part of a checkpoint, so that a resumed run finds what one that never stopped would have found.
+    """
+
+    def __init__(self, cfg: Settings, stored: Mapping[str, Sequence[float]] | None = None) -> None:
+        self.cfg = cfg
+        self.seen = {name: deque((stored or {}).get(name, ()), maxlen=cfg.window) for name in LEAST_SPREAD}
+
+    def look(self, loss: float, norm: float) -> Finding | None:
+        found = {"loss": loss, "grad_norm": norm}
+        usual = {name: median(values) for name, values in self.seen.items() if values}
+        what = tuple(name for name, value in found.items() if self._is_spike(name, value))
+        return Finding(what, usual) if what else None
+
+    def _is_spike(self, name: str, value: float) -> bool:
+        if not math.isfinite(value):
+            return True
+        if 2 * len(self.seen[name]) < self.cfg.window:
+            return False
+        logs = [_log(seen) for seen in self.seen[name]]
+        changes = [abs(after - before) for before, after in itertools.pairwise(logs)]  # a falling loss is no noise
+        spread = max(SPREAD * median(changes), LEAST_SPREAD[name])
+        return _log(value) > median(logs) + self.cfg.threshold * spread
+
+    def remember(self, loss: float, norm: float) -> None:
+        """A step that was applied; others say nothing about what is usual."""
+        self.seen["loss"].append(loss)
+        self.seen["grad_norm"].append(norm)
+
+    def stored(self) -> dict[str, list[float]]:
+        return {name: list(values) for name, values in self.seen.items()}
+
+
+def _log(value: float) -> float:
+    return math.log(max(value, 1e-30))
+
+
+class Pace:
+    """Notices when steps begin to take longer than usual."""
+
+    def __init__(self, window: int) -> None:
+        self.seconds: deque[float] = deque(maxlen=window)
+        self.slow = False
+
+    def look(self, seconds: float) -> tuple[float, float] | None:
+        """Seconds of one of the last few steps and of a usual one, where those have become slow; said once until they
+        are fast again."""
+        self.seconds.append(seconds)
+        if 2 * len(self.seconds) < self.seconds.maxlen:  # type: ignore[operator]
+            return None
+        usual, now = median(self.seconds), median(list(self.seconds)[-SLOW_STEPS:])
+        before, self.slow = self.slow, now > SLOWER * usual
+        return (now, usual) if self.slow and not before else None
+
+
+class Watch:
+    """Looks at each step when its gradients are there: what to write down, and whether the update may be applied.
+
+    Every method is called on all ranks together, and finds the same on all.
+    """
+
+    def __init__(
+        self,
+        cfg: Settings,
+        engine: Engine,
+        data: Samples | Pairs,
+        tokenizer: Tokenizer | None,
+        stored: Mapping[str, Sequence[float]] | None,
+        event: Callable[..., None],
+        say: Callable[[str], None],
+    ) -> None:
+        """`event` writes down an event's name and facts; `stored`: what the checkpoint says of earlier steps."""
+        self.cfg, self.engine, self.data, self.tokenizer = cfg, engine, data, tokenizer
+        self.event, self.say = event, say
+        self.spikes = Spikes(cfg, stored)
+        self.dead: dict[str, int] = {}
+        self.finding: Finding | None = None  # of the last step
+
+    def allows(self, step: int, loss: float, norm: float, loss_scale: float | None) -> bool:
+        """Whether the update of a step (from 1) is to be applied. A loss that is not finite is a spike like others,
+        but for fp16, whose overflows are left out anyway, and for policies that have no answer to it."""
+        if self.cfg.dead_every and step % self.cfg.dead_every == 0:
+            self._look_for_dead_units(step)
+        finite, policy = math.isfinite(loss) and math.isfinite(norm), self.cfg.policy
+        self.finding = None
+        if not finite and loss_scale:
+            self._tell("overflow", step, loss, norm, loss_scale, loss_scale=loss_scale)
+            return True
+        finding = self.spikes.look(loss, norm)
+        if finite and (finding is None or policy == "report"):
+            self.spikes.remember(loss, norm)
+        if finding is None or (not finite and policy in ("report", "stop")):
+            return True
+        self.finding = finding
+        self._tell("spike", step, loss, norm, loss_scale, what=finding.what, usual=finding.usual, action=policy)
+        self.say(f"step {step}: {describe(finding, loss, norm)}; {ACTIONS[policy]}; its data are in events.jsonl")
+        return policy == "report"
+
+    def _tell(self, event: str, step: int, loss: float, norm: float, scale: float | None, **facts: Any) -> None:
+        layers = tensor_statistics(self.engine, scale or 1.0)
+        data = data_of_step(self.data, self.tokenizer, step - 1) if self.engine.rank == 0 else {}
+        self.event(event, step=step, loss=loss, grad_norm=norm, **facts, **data, **layers)
+
+    def _look_for_dead_units(self, step: int) -> None:
+        found = dead_units(self.engine)
+        if any(count > self.dead.get(name, 0) for name, count in found.items()):
+            self.event("dead units", step=step, units=found)
+            self.say(f"step {step}: {sum(found.values())} MLP units in {len(found)} layers get no gradient")
+        self.dead = found
+
+
+def describe(finding: Finding, loss: float, norm: float) -> str:
+    values = {"loss": loss, "grad_norm": norm}
+    usual = (f" (usually {finding.usual[name]:.4g})" if name in finding.usual else "" for name in finding.what)
+    return " and ".join(
+        f"{name.replace('grad_norm', 'gradient norm')} {values[name]:.4g}{known}"
+        for name, known in zip(finding.what, usual, strict=True)
+    )
+
+
+def data_of_step(data: Samples | Pairs, tokenizer: Tokenizer | None, step: int) -> dict[str, Any]:
+    """What a step (from 0) trains on: positions in the data order, pieces of documents, and how each begins."""
+    positions = data.positions(step).tolist()
+    pieces = [piece for position in positions for piece in data.pieces(position)]
+    found: dict[str, Any] = {"samples": positions, "pieces": [[*piece] for piece in pieces]}
+    if tokenizer is not None:
+        corpora = {prefix: open_dataset(prefix) for prefix in {piece.prefix for piece in pieces}}
+        begins = [corpora[prefix][document][start:stop][:EXCERPT_TOKENS] for prefix, document, start, stop in pieces]
+        found["texts"] = [tokenizer.decode(tokens.tolist()) for tokens in begins]
+    return found
+
+
+class Cause(NamedTuple):
+    """What went wrong on a rank; the smallest of all ranks' came first."""
+
+    order: tuple[int, int, int]
+    what: str
+
+
+def first_cause(models: Sequence[nn.Module], loss: float, again: Callable[[], object]) -> Cause:
+    """Names the first tensor that is not finite, in the order of cause and effect: parameters, loss, gradients.
+
+    `again` computes the step once more, so that one can see which activation was the first.
+    """
+    parameters = [named for model in models for named in model.named_parameters()]
+    gradients = {name: parameter.grad for name, parameter in reversed(parameters)}  # as backward goes
+    bad = next((name for name, grad in gradients.items() if grad is not None and not _is_finite(grad)), None)
+    with first_bad_activation(models) as found:
+        again()
+    for name, parameter in parameters:
+        if not _is_finite(parameter):
+            return Cause((0, 0, 0), f"the parameter {name}")
+    if found and not math.isfinite(loss):
+        block, done, module = found[0]
+        return Cause((1, block, done), f"the loss, after the output of {module}")
+    if not math.isfinite(loss):
+        return Cause((2, 0, 0), "the loss")
+    if bad:
+        return Cause((3, 0, 0), f"the gradient of {bad}")
+    return Cause((4, 0, 0), "none by itself: the norm of all gradients overflows")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Of a sharded tensor this rank's part counts."""
+    return bool(getattr(tensor, "_local_tensor", tensor).isfinite().all())
+
+
+@contextmanager
+def first_bad_activation(models: Sequence[nn.Module]) -> Iterator[list[tuple[int, int, str]]]:
+    """Watches forward passes; afterwards the list tells the first module whose output is not finite, or is empty.
+
+    Block (-1 before the first), modules that were done before, name: the smallest of all ranks' is where it began.
+    """
+    found: list[tuple[int, int, str]] = []
+    calls = itertools.count()
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: object, output: object) -> None:
+            done = next(calls)
+            if not found and isinstance(output, Tensor) and not _is_finite(output):
+                found.append((place(name), done, name))
+
+        return hook
+
+    named = [(name, module) for model in models for name, module in model.named_modules() if name]
+    handles = [module.register_forward_hook(look(name)) for name, module in named]
+    yield found
+    for handle in handles:
+        handle.remove()

@@ -1,0 +1,226 @@
+"""The engine's calls on a mesh of ranks. Every method is called on all ranks together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn import functional as F
+
+from castalia.config.batch import BatchPlan
+from castalia.config.schema import RunConfig
+from castalia.errors import ConfigError
+from castalia.model.init import TILE_ROWS, constant_value, neox_matrices, seeded_tensor
+from castalia.model.loss import IGNORE
+from castalia.model.transformer import Transformer
+from castalia.parallel.apply import build_stages
+from castalia.parallel.context_parallel import WAYS, refuse_ring
+from castalia.parallel.executor import Counted, Engine, Objective, Part, Rows, T, micro_loss
+from castalia.parallel.mesh import Mesh, build_mesh
+from castalia.parallel.pipeline import Pipeline
+from castalia.parallel.rank_grid import check_run, layout
+from castalia.parallel.shards import global_gradient_norm, local, part
+from castalia.parallel.watchdog import wait_until
+
+
+class Ranks(Engine):
+    """One rank of a mesh."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        plan: BatchPlan,
+        frozen: bool = False,
+        mesh: Mesh | None = None,  # None: a new one
+    ) -> None:
+        assert config.model is not None
+        self.config, self.device, self.plan, self.micro_batch_size = config, device, plan, plan.micro_batch_size
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        check_run(config, self.world)
+        if config.parallel.offload and device.type == "cpu":
+            raise ConfigError("parallel.offload keeps what a GPU need not hold in host memory; without a GPU remove it")
+        if config.parallel.cp > 1 and config.parallel.cp_kind == "ring":
+            refuse_ring(config.model, dtype, device)
+        self.mesh = mesh or build_mesh(layout(config.parallel, self.world), device.type)
+        sizes = self.mesh.layout
+        self.data_rank, self.data_size = self.mesh.dp_rank, sizes.dp
+        self.stages = build_stages(config, self.mesh, dtype, device, frozen)
+        self.time = config.data.seq_length // sizes.cp
+        way = WAYS[config.parallel.cp_kind]
+        self.context = {"cache": way(self.mesh.context, self.time)} if sizes.cp > 1 else {}
+        self.pipeline = None
+        if sizes.pp > 1:
+            shape = plan.micro_batch_size, self.time
+            self.pipeline = Pipeline(self.stages, self.mesh, config.parallel, plan.accumulation, shape, dtype, device)
+        # Where first and last stage are on one rank, a tied embedding is there twice.
+        tied = self.pipeline.tied if self.pipeline else []
+        self.duplicates = {"embed.weight": tied[1]} if len(tied) == 2 else {}
+
+    @property
+    def models(self) -> Sequence[Transformer]:
+        return list(self.stages.values())
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for model in reversed(self.models) for name, p in model.named_parameters()}
+
+    def part(self, tensor: Tensor) -> Part:
+        return part(tensor)
+
+    def saves(self, name: str) -> bool:
+        return not (name == "embed.weight" and self.pipeline is not None and not self.pipeline.has_first)
+
+    def initialize(self, config: RunConfig) -> None:
+        cfg = config.model
+        assert cfg is not None
+        pieces = [(name, part(p)) for model in self.models for name, p in model.named_parameters()]
+        if (cfg.init or ("neox" if config.neox_exact else "seeded")) == "seeded":
+            for name, piece in pieces:
+                self._draw(config, name, piece)
+            return
+        for name, piece in pieces:
+            if (value := constant_value(name)) is not None:
+                piece.local.fill_(value)
+        for drawn, matrix in neox_matrices(cfg, config.seed):  # one stream: every rank draws all and keeps its parts
+            for name, piece in pieces:
+                if name == drawn:
+                    piece.local.copy_(matrix[piece.slices])
+
+    def _draw(self, config: RunConfig, name: str, piece: Part) -> None:
+        """Ranks that hold the same part of a matrix draw a share of its rows each and add up what they have."""
+        assert config.model is not None
+        replicas, rows = self.mesh.layout.dp_replicate, piece.local.shape[0]
+        if replicas == 1 or constant_value(name) is not None:
+            piece.local.copy_(seeded_tensor(config.model, config.seed, name, piece.shape, piece.slices))
+            return
+        share = -(-rows // (replicas * TILE_ROWS)) * TILE_ROWS
+        first = min(rows, self.mesh.sharding.get_local_rank("dp_replicate") * share)
+        last = min(rows, first + share)
+        whole = torch.zeros(piece.local.shape, device=piece.local.device)
+        if last > first:
+            mine = (slice(piece.start[0] + first, piece.start[0] + last), *piece.slices[1:])
+            whole[first:last] = seeded_tensor(config.model, config.seed, name, piece.shape, mine)
+        dist.all_reduce(whole, group=self.mesh.sharding.get_group("dp_replicate"))
+        piece.local.copy_(whole)
+
+    def forward_backward(
+        self,
+        rows: Rows,
+        weights: Sequence[float],
+        scale: float,
+        seeds: Sequence[int],
+        objective: Objective | None = None,
+    ) -> Tensor:
+        rows, context = self._local(rows)
+        apart = self.mesh.pp_rank * self.mesh.layout.cp + self.mesh.cp_rank  # other blocks, other tokens: other dropout
+        seeds = [seed + apart for seed in seeds]
+        if self.pipeline:
+            assert objective is None
+            torch.manual_seed(seeds[0])
+            total = self.pipeline.forward_backward(rows, [weight * scale for weight in weights], context) / scale
+        else:
+            total = self._micro_batches(rows, weights, scale, seeds, context, objective)
+        return self._total(total)
+
+    def _micro_batches(
+        self,
+        rows: Rows,
+        weights: Sequence[float],
+        scale: float,
+        seeds: Sequence[int],
+        context: dict[str, Any],
+        objective: Objective | None,
+    ) -> Tensor:
+        model: Any = self.models[0]
+        total, count = torch.zeros((), device=self.device), len(weights)
+        zero = self.config.parallel.zero
+        for micro, mine in enumerate(rows.chunk(count)):
+            last = micro == count - 1
+            # Gradients are reduced once, with the last micro-batch, unless they are not to be held in full until then.
+            model.set_requires_gradient_sync(last or zero >= 2)
+            model.set_is_last_backward(last or zero >= 2)
+            if zero < 3:  # parameters are gathered once
+                model.set_reshard_after_backward(last)
+            torch.manual_seed(seeds[micro])
+            loss_sum = micro_loss(model, mine, context, objective, micro)
+            (loss_sum * (weights[micro] * scale)).backward()
+            total += loss_sum.detach() * weights[micro]
+        return total
+
+    def loss_sum(self, rows: Rows) -> Tensor:
+        """Ranks take equal shares; sequences without labels fill them up."""
+        share = self.plan.micro_batch_size * (self.plan.accumulation if self.pipeline else 1)
+        missing = -len(rows.tokens) % (share * self.data_size)
+        rows = rows.map(lambda t: F.pad(t, (0, 0, 0, missing)))
+        rows.labels[len(rows.labels) - missing :] = IGNORE
+        total = torch.zeros((), device=self.device)
+        for start in range(self.data_rank * share, len(rows.tokens), share * self.data_size):
+            mine, context = self._local(rows.rows(start, start + share))
+            if self.pipeline:
+                total += self.pipeline.loss_sum(mine, context)
+            else:
+                total += self.models[0](mine.tokens, **mine.model_arguments(), **context)[0]
+        return self._total(total)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """A forward pass that no backward pass follows leaves parameters gathered; they are sharded again."""
+        with super().evaluating():
+            yield
+        for model in self.models:
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+
+    def _local(self, rows: Rows) -> tuple[Rows, dict[str, Any]]:
+        """This context rank's part of the sequences on the device, and what its attention needs besides."""
+        time = rows.tokens.shape[1] // self.mesh.layout.cp
+        first = self.mesh.cp_rank * time
+        return rows.map(lambda t: t[:, first : first + time]).to(self.device), self.context
+
+    def _total(self, value: Tensor) -> Tensor:
+        """Summed over data, context and pipeline ranks; tensor ranks hold the same value."""
+        dist.all_reduce(value)
+        return value / self.mesh.layout.tp
+
+    def gradients(self) -> list[Tensor]:
+        return [local(p.grad) for model in self.models for p in model.parameters() if p.grad is not None]
+
+    def gradient_norm(self, counted: Counted | None = None) -> Tensor:
+        named = [(name, p) for model in self.models for name, p in model.named_parameters()]
+        every = [(p, counted[name] if counted else None) for name, p in named if counted is None or name in counted]
+        return global_gradient_norm(every, self.device, twice=self.pipeline.tied if self.pipeline else ())
+
+    def numbers(self, *values: Tensor) -> list[float]:
+        """NCCL's collectives return at once: a rank that is lost shows where the device is waited for."""
+        together = torch.stack(values)
+        if together.is_cuda:
+            computed = torch.cuda.Event()
+            computed.record()
+            wait_until(computed.query, self.config.parallel.timeout)
+        return together.tolist()
+
+    def sum_over_data(self, value: float) -> float:
+        total = torch.tensor(value, dtype=torch.float64)  # on the host: the group has gloo beside NCCL
+        dist.all_reduce(total)
+        return float(total) / (self.world // self.data_size)
+
+    def any(self, flag: bool) -> bool:
+        found = torch.tensor(int(flag))
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return bool(found)
+
+    def gather(self, answer: T) -> list[T]:
+        answers: list[Any] = [None] * self.world
+        dist.all_gather_object(answers, answer)
+        return answers
+
+    def barrier(self) -> None:
+        dist.barrier()

@@ -1,0 +1,155 @@
+"""What a run will do, in words that `plan` and the start of training share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from castalia.config.attention_kernels import AMPERE, Capability, Choice, reasons_for_bias, training_choice
+from castalia.config.schema import RunConfig
+from castalia.plan.devices import auto_precision
+
+GiB = 2**30
+MANY_EPOCHS = 4  # repeating data more often than this is known to teach little
+
+
+def describe_training(training: dict) -> Iterator[tuple[str, str]]:
+    """Rows of a name and a text for the `training` part of a plan."""
+    split = f"micro-batch {training['micro_batch']} x accumulation {training['accumulation']}"
+    if training["data_ranks"] > 1:
+        split += f" x {training['data_ranks']} data ranks"
+    size = f"{training['sequences_per_step']:,} {training['samples']} x {training['seq_length']}"
+    yield "batch", f"{size} = {training['tokens_per_step']:,} tokens a step ({split})"
+    for what, (start, whole, steps) in training["rising"].items():
+        yield "rising", f"from {start:,} {what} to {whole:,} in about {steps:,} steps"
+    if training["steps"]:
+        yield "the run", f"{training['steps']:,} steps, {training['tokens']:,} tokens"
+    for path, epochs in training["epochs"].items():
+        yield "epochs", f"{epochs:.2f} of {path}" + (f": more than {MANY_EPOCHS}" if epochs > MANY_EPOCHS else "")
+    if training["first_lr"] is not None and training["last_lr"] is not None:
+        style = "" if training["style"] == "constant" else f" until step {training['decay_end']:,}"
+        yield (
+            "learning rate",
+            f"{training['first_lr']:.3g} first, {training['last_lr']:.3g} last, {training['peak_lr']:.3g} at most; "
+            f"{training['style']}{style}",
+        )
+    if training["warmup_steps"]:
+        yield "warm-up", f"{training['warmup_steps']:,g} steps, {training['warmup_tokens']:,.0f} tokens"
+    elif training["warmup_steps"] is not None:
+        yield "warm-up", "none"
+    for name in ("clipping", "precision", "attention", "determinism", "logged", "evaluated", "saved"):
+        yield name, training[name]
+    if training["checkpoints_bytes"] is not None:
+        free = "" if training["free_bytes"] is None else f"; {gib(training['free_bytes'])} are free there"
+        yield "disk", f"{training['checkpoints_kept']:,} checkpoints take {gib(training['checkpoints_bytes'])}{free}"
+    if training["random_loss"]:
+        yield "random loss", f"{training['random_loss']:.2f}: ln(vocabulary), what a model has that knows nothing"
+
+
+def clipping(config: RunConfig) -> str:
+    clip = config.optimizer.clip_norm
+    if clip is None:
+        return "off"
+    if config.neox_exact and clip == 1.0:
+        return "off as in the original, which ignores its default of 1 (neox_exact; its first release clips)"
+    return f"gradients are scaled down to a norm of {clip:g}"
+
+
+def precision(config: RunConfig, device: str | None = None) -> str:
+    compute = {"auto": "bf16 where the hardware has it, else fp32,"}.get(
+        config.precision.compute, config.precision.compute
+    )
+    rest = "fp32 weights, gradients and optimizer state; norms, softmax and loss are summed in fp32"
+    more = {"fp16": f"; {loss_scale(config)}"}
+    if device == "cuda":
+        more["fp32"] = "; no TF32 (10 bits, faster, Ampere and later: TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1)"
+    return f"{compute} compute; {rest}{more.get(compute, '')}"
+
+
+def loss_scale(config: RunConfig) -> str:
+    scale = config.precision.loss_scale
+    return f"loss scale {scale.static:g}" if scale.static else f"dynamic loss scale from {scale.initial:g}"
+
+
+def attention(config: RunConfig, device: str | None = None, capability: Capability = AMPERE) -> str:
+    """Which of PyTorch's attention kernels training takes, and why.
+
+    `device`: "cpu" or "cuda", None: not known; `capability`: of the GPUs.
+    """
+    model, length, parallel = config.model, config.data.seq_length, config.parallel
+    if model is None:
+        return "unknown: no model is described"
+    masked = " and ".join(reasons_for_bias(model, length, config.data.mask_documents))
+    what = f"causal with a mask for {masked}" if masked else "causal, without a mask"
+    if parallel.cp > 1 and parallel.cp_kind != "ulysses":
+        share = 2 - 1 / parallel.cp
+        what += f"; the last of {parallel.cp} context ranks attends {share:.3g} times as much as the mean"
+    if device is None:
+        return f"scaled_dot_product_attention, {what}; the kernel is chosen for the device"
+    choice = training_choice(
+        model,
+        None if device == "cpu" else capability,
+        auto_precision(capability >= AMPERE) if config.precision.compute == "auto" else config.precision.compute,
+        length,
+        documents=config.data.mask_documents,
+        gathers=parallel.cp > 1 and parallel.cp_kind == "gather",
+        cudnn=not (config.train.deterministic or (parallel.cp > 1 and parallel.cp_kind == "ring")),
+    )
+    return f"{kernel(choice)}; {what}"
+
+
+def kernel(choice: Choice) -> str:
+    """A kernel with what it costs where it is not flash or cuDNN."""
+    parts = [f"{choice.kernel} kernel"]
+    if choice.why:
+        parts.append(f"instead of flash: {choice.why}")
+    if choice.repeats:
+        parts.append("keys and values repeated for each query head")
+    if choice.kernel == "plain":
+        parts.append("all scores are made")
+    return ", ".join(parts)
+
+
+def repeats_bits(config: RunConfig, device: str | None) -> bool:
+    return config.train.deterministic or device == "cpu"
+
+
+def determinism(config: RunConfig, device: str | None = None) -> str:
+    """Whether a step has the same bits when it is repeated. `device`: "cpu" or "cuda", None: not known."""
+    if repeats_bits(config, device):
+        why = " (train.deterministic)" if config.train.deterministic else ""
+        return f"the same bits when a step is repeated on as many processes and threads{why}"
+    where = "on GPUs " if device is None else ""
+    return f"{where}the last bits differ when a step is repeated: kernels add in any order; train.deterministic=true"
+
+
+def logging(config: RunConfig) -> str:
+    board = f" and TensorBoard files in {config.log.tensorboard}" if config.log.tensorboard else ""
+    return f"every step to metrics.jsonl{board}, a line here every {config.log.every} steps"
+
+
+def evaluation(config: RunConfig) -> str:
+    if not config.eval.batches or not (config.data.path or config.data.valid):
+        return "never"
+    when = [f"every {config.eval.every} steps"] if config.eval.every else []
+    when += ["at the end"] if config.eval.at_end else []
+    return f"{' and '.join(when)} on {config.eval.batches} batches" if when else "never"
+
+
+def saves(config: RunConfig) -> str:
+    """When checkpoints are saved, and which are kept."""
+    saves = config.checkpoint
+    parts = [f"every {saves.every} steps"] if saves.every else []
+    if saves.log_base:
+        parts.append(f"powers of {saves.log_base:g}" + (f" up to {saves.log_until}" if saves.log_until else ""))
+    if saves.steps:
+        parts.append("steps " + ", ".join(map(str, saves.steps[:12])) + (", ..." if len(saves.steps) > 12 else ""))
+    if saves.keep_last:
+        milestones = f" and multiples of {saves.keep_every}" if saves.keep_every else ""
+        parts.append(f"keeping the last {saves.keep_last}{milestones}")
+    return "; ".join([*parts, "the last step"]) + ("" if saves.save_optimizer else "; without optimizer state")
+
+
+def gib(size: float) -> str:
+    if size < 2**20:
+        return f"{size / 2**10:.1f} KiB"
+    return f"{size / GiB:,.2f} GiB" if size >= 0.1 * GiB else f"{size / 2**20:.1f} MiB"

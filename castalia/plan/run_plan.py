@@ -1,0 +1,471 @@
+"""The whole plan of a run as plain values, and the warnings that a config earns before its first step."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from math import log, prod
+from typing import Protocol
+
+from castalia.config.attention_kernels import AMPERE, Capability
+from castalia.config.batch import batch_plan, fitting_batch, steps_within, sum_until, tokens_until
+from castalia.config.objective import PAIRED
+from castalia.config.schema import Model, RunConfig
+from castalia.errors import ConfigError
+from castalia.plan.count import all_shapes, count, non_embedding, original_count
+from castalia.plan.devices import Device, auto_precision
+from castalia.plan.flops import executed_flops, kv_cache_bytes, original_flops, training_flops
+from castalia.plan.host import host_memory, initial_values
+from castalia.plan.layout import Layout, problem, rank_parts, stages_per_rank
+from castalia.plan.memory import Compute, checkpoint_bytes, compute_of, memory_by_stage, moments_of
+from castalia.plan.run_description import (
+    MANY_EPOCHS,
+    attention,
+    clipping,
+    determinism,
+    evaluation,
+    gib,
+    logging,
+    precision,
+    saves,
+)
+from castalia.plan.suggest import Job, judge
+
+ENOUGH_TOKENS = 20  # for each id of the vocabulary, before the largest one that was seen says anything
+
+
+@dataclass(frozen=True)
+class Corpus:
+    path: str
+    tokens: int
+    documents: int
+    weight: float = 1.0
+    largest_id: int | None = None  # among the tokens that were looked at
+    looked_at: int = 0
+    samples: float | None = None  # of a pass, where samples hold whole documents; None: they are cut from all tokens
+
+
+class Rate(Protocol):
+    """A learning-rate schedule: the rate after so many updates."""
+
+    @property
+    def peak(self) -> float: ...
+
+    @property
+    def warmup(self) -> float: ...
+
+    @property
+    def end(self) -> int: ...
+
+    @property
+    def style(self) -> str: ...
+
+    def __call__(self, updates: int) -> float: ...
+
+
+@dataclass(frozen=True)
+class Known:
+    """What only other rooms can tell. Everything is optional; what is missing is reported as unknown."""
+
+    corpora: tuple[Corpus, ...] = ()
+    rate: Rate | None = None
+    kept_checkpoints: int | None = None  # of the whole run, at the moment when there are most
+    free_bytes: int | None = None  # where the run will be saved
+    device: str | None = None  # "cpu" or "cuda"
+    capability: Capability = AMPERE  # of the GPUs
+
+
+@dataclass(frozen=True)
+class Hardware:
+    gpus: int
+    device: Device
+    mfu: float = 0.4
+
+
+def report(config: RunConfig, known: Known, hardware: Hardware | None = None, compute: Compute | None = None) -> dict:
+    """Everything that can be worked out, JSON-ready. Raises ConfigError where the config describes no model."""
+    model, wanted, config = described(config), config.precision.compute, settled(config, hardware)
+    compute = compute or default_compute(config, hardware)
+    if hardware:
+        known = replace(known, device=compute.device, capability=compute.capability)
+    config, indivisible = divisible(config, hardware.gpus if hardware else None)
+    layout, assumed = layout_of(config, hardware.gpus if hardware else None)
+    result: dict = {
+        "model": _architecture(model),
+        "parameters": {"total": None, "non_embedding": non_embedding(model)},
+        "layout": asdict(layout) | {"gpus": layout.gpus},
+        "training": training(config, known, layout),
+        "kv_cache": _kv_cache(model, config.data.seq_length, compute),
+        "warnings": [*indivisible, *warnings(config, known, layout)],
+        "assumed": assumed,
+        "unknown": [],
+    }
+    if config.precision.compute == "auto":
+        assumed.append("precision.compute=auto: bf16; GPUs older than Ampere take fp32, name them (--gpus)")
+    if wanted == "auto" and hardware and config.precision.compute == "fp32":
+        assumed.append(_without_bf16(hardware.device))
+    if model.vocab_size is None:
+        result["unknown"].append(
+            "the vocabulary, so no totals, memory or times: give --vocab-size N or a tokenizer's file"
+        )
+        return result
+    if reason := problem(model, layout):
+        raise ConfigError(
+            f"{reason}; choose another layout, `castalia plan CONFIG --gpus NUMBERxDEVICE --suggest` lists them"
+        )
+    length, parameters = config.data.seq_length, count(model)
+    original = original_count(model, layout.tp, layout.pp)
+    sizes = {name: prod(shape) for name, shape in all_shapes(model, config.finetune).items()}
+    trained = sum(size for name, size in sizes.items() if config.finetune.trains(name))
+    result["parameters"] = asdict(parameters) | {"as_the_original_counts": original, "trained": trained}
+    result["memory"] = _memory(model, layout, length, compute, hardware)
+    host, drawn = host_memory(config, model, layout, compute), initial_values(config, model, layout, compute)
+    result["host_memory"] = asdict(host) | {"total": host.total}
+    result["initial_values"] = drawn and asdict(drawn) | {"seconds": drawn.seconds}
+    moments = compute.moments.of(model, config.finetune)
+    result["checkpoint"] = checkpoint_bytes(sum(sizes.values()), moments, original, not compute.casts)
+    result["flops"] = {
+        "per_token": training_flops(model, length),
+        "executed_per_token": executed_flops(model, length, layout.recompute),
+        "original_per_token": original_flops(model, length),
+    }
+    result["time"] = _time(result, job_of(config, hardware, layout.batch, compute), layout) if hardware else None
+    result["unknown"] += _unknown(result, known, hardware)
+    return result
+
+
+def described(config: RunConfig) -> Model:
+    """The architecture; what the config leaves open follows from the sequence and from what is to be learned."""
+    if config.model is None:
+        raise ConfigError("this config describes no model; name a file or preset that gives model.num_layers first")
+    positions, reward = config.model.max_positions or config.data.seq_length, config.train.objective == "reward"
+    return config.model.model_copy(update={"max_positions": positions, "reward_head": reward})
+
+
+def settled(config: RunConfig, hardware: Hardware | None) -> RunConfig:
+    """With what precision.compute=auto is on the devices, if they are known."""
+    if hardware is None or config.precision.compute != "auto":
+        return config
+    precision = config.precision.model_copy(update={"compute": auto_precision(hardware.device.bf16)})
+    return config.model_copy(update={"precision": precision})
+
+
+def _without_bf16(device: Device) -> str:
+    faster = f"; fp16 multiplies at {device.tflops:g} TFLOP/s instead of {device.fp32_tflops:g}"
+    return f"precision.compute=auto: fp32, because {device.name} has no bf16" + (faster if device.name != "cpu" else "")
+
+
+def default_compute(config: RunConfig, hardware: Hardware | None) -> Compute:
+    capability = hardware.device.capability if hardware else AMPERE
+    precision = settled(config, hardware).precision.compute
+    device = "cpu" if capability is None else "cuda"
+    return compute_of(config, "bf16" if precision == "auto" else precision, device, capability or AMPERE)
+
+
+def divisible(config: RunConfig, gpus: int | None) -> tuple[RunConfig, list[str]]:
+    """With the nearest batch that so many devices can divide, and a warning where that is not the config's own."""
+    train, dp = config.train, _data_ranks(config, gpus)
+    if train.batch_size is None and (train.micro_batch_size is None or config.parallel.gpus is None):
+        return config, []
+    try:
+        batch_plan(config, dp)
+    except ConfigError as error:
+        fitting = fitting_batch(config, dp)
+        batch_plan(fitting, dp)
+        return fitting, [f"{error}. So the run does not start; this plan has {fitting.train.batch_size} sequences"]
+    return config, []
+
+
+def _data_ranks(config: RunConfig, gpus: int | None) -> int:
+    parallel = config.parallel
+    copy = parallel.tp * parallel.pp * parallel.cp
+    gpus = gpus or parallel.gpus or copy * _implied_data_ranks(config)
+    if gpus % copy:
+        raise ConfigError(
+            f"{gpus} devices do not divide into tp {parallel.tp} x pp {parallel.pp} x cp {parallel.cp} = {copy}; "
+            f"{gpus // copy * copy or copy} or {(gpus // copy + 1) * copy} would"
+        )
+    return gpus // copy
+
+
+def layout_of(config: RunConfig, gpus: int | None) -> tuple[Layout, list[str]]:
+    """The config's layout on so many devices, and what had to be assumed."""
+    parallel, assumed, dp = config.parallel, [], _data_ranks(config, gpus)
+    if config.train.batch_size is None and config.train.micro_batch_size is None:
+        micro, accumulation = 1, config.train.accumulation or 1
+        assumed.append("train.micro_batch_size is not given: 1 sequence for each data-parallel rank")
+    else:
+        if config.train.batch_size is None and parallel.gpus is None:  # as many sequences as these devices make
+            gpus = dp * parallel.tp * parallel.pp * parallel.cp
+            config = config.model_copy(update={"parallel": parallel.model_copy(update={"gpus": gpus})})
+        _, micro, accumulation = batch_plan(config, dp)
+    return (
+        Layout(
+            tp=parallel.tp,
+            pp=parallel.pp,
+            cp=parallel.cp,
+            dp=dp,
+            dp_replicate=parallel.dp_replicate or 1,
+            zero=parallel.zero,
+            sequence_parallel=parallel.sequence_parallel,
+            micro_batch=micro,
+            accumulation=accumulation,
+            recompute=config.train.recompute,
+            pipeline=parallel.pipeline,
+            stages_per_rank=stages_per_rank(parallel),
+            offload=parallel.offload,
+            cp_kind=parallel.cp_kind,
+        ),
+        assumed,
+    )
+
+
+def _implied_data_ranks(config: RunConfig) -> int:
+    """How many data ranks a batch wants that is given with both its parts."""
+    train = config.train
+    if train.batch_size and train.micro_batch_size and train.accumulation:
+        return max(1, train.batch_size // (train.micro_batch_size * train.accumulation))
+    return 1
+
+
+def training(config: RunConfig, known: Known, layout: Layout) -> dict:
+    """The run in numbers: batch, tokens, epochs, schedule, what is saved. None for what is unknown."""
+    paired = config.train.objective in PAIRED
+    one_side = layout.batch * config.data.seq_length
+    tokens_per_step = 2 * one_side if paired else one_side
+    steps = run_steps(config, known, layout)
+    end, warmup = decay(config, known, steps)
+    return {
+        "sequences_per_step": layout.batch,  # or pairs
+        "samples": "pairs x 2" if paired else "sequences",
+        "micro_batch": layout.micro_batch,
+        "accumulation": layout.accumulation,
+        "data_ranks": layout.dp,
+        "seq_length": config.data.seq_length,
+        "tokens_per_step": tokens_per_step,
+        "steps": steps,
+        "rising": {
+            name: (warmup.start, whole, warmup.steps)
+            for name, warmup, whole in (
+                ("sequences", config.train.batch_size_warmup, layout.batch),
+                ("tokens a sequence", config.data.seq_length_warmup, config.data.seq_length),
+            )
+            if warmup
+        },
+        "tokens": int(_tokens(config, tokens_per_step, steps)) if steps else None,
+        "epochs": {corpus.path: epochs for corpus, epochs in _epochs(config, known, steps, layout.batch)},
+        "first_lr": known.rate(0) if known.rate else None,
+        "peak_lr": known.rate.peak if known.rate else config.optimizer.lr,
+        "last_lr": known.rate(steps - 1) if known.rate and steps else None,
+        "style": known.rate.style if known.rate else config.schedule.style,
+        "decay_end": end,
+        "warmup_steps": warmup,
+        "warmup_tokens": _tokens(config, tokens_per_step, warmup) if warmup is not None else None,
+        "clipping": clipping(config),
+        "precision": precision(config, known.device),
+        "attention": attention(config, known.device, known.capability),
+        "determinism": determinism(config, known.device),
+        "logged": logging(config),
+        "evaluated": evaluation(config),
+        "saved": saves(config),
+        "checkpoints_kept": known.kept_checkpoints,
+        "checkpoints_bytes": _run_bytes(config, known),
+        "free_bytes": known.free_bytes,
+        "random_loss": _random_loss(config),
+    }
+
+
+def _tokens(config: RunConfig, tokens_per_step: int, steps: float) -> float:
+    """Of the first steps, the last of which may be a part of one."""
+    sequences = tokens_per_step // config.data.seq_length
+    before, after = (tokens_until(config, sequences, whole) for whole in (int(steps), int(steps) + 1))
+    return before + (steps - int(steps)) * (after - before)
+
+
+def _random_loss(config: RunConfig) -> float | None:
+    known = config.train.objective == "causal" and config.model and config.model.vocab_size
+    return log(known) if known else None
+
+
+def run_steps(config: RunConfig, known: Known, layout: Layout) -> int | None:
+    if config.train.steps:
+        return config.train.steps
+    if config.train.epochs and known.corpora:
+        samples = config.train.epochs * sum(_samples_of_a_pass(config, corpus) for corpus in known.corpora)
+        return steps_within(config.train.batch_size_warmup, int(samples), layout.batch, config.train.earlier_batches)
+    return None
+
+
+def decay(config: RunConfig, known: Known, steps: int | None) -> tuple[int | None, float | None]:
+    """The step at which the learning rate's decay ends, and the steps of its warm-up."""
+    if known.rate:
+        return known.rate.end, known.rate.warmup
+    end = config.schedule.decay_steps or int((steps or 0) * (config.schedule.decay_fraction or 1.0)) or None
+    return end, config.schedule.warmup_length(end) if end else None
+
+
+def warnings(config: RunConfig, known: Known, layout: Layout) -> list[str]:
+    """What will surprise, each with a remedy. `train` prints the same before its first step."""
+    steps = run_steps(config, known, layout)
+    found = _schedule_warnings(config, known, steps)
+    if config.optimizer.clip_norm is None:
+        place = config.place("optimizer.clip_norm")
+        found.append(f"{place}gradients are not clipped: one bad batch can undo the run; set optimizer.clip_norm=1.0")
+    needed = _run_bytes(config, known)
+    if needed and known.free_bytes is not None and needed > known.free_bytes:
+        found.append(
+            f"the run's checkpoints need {gib(needed)} and {gib(known.free_bytes)} are free here; "
+            "save less often (checkpoint.every), keep fewer (checkpoint.keep_last) or use another disk (checkpoint.dir)"
+        )
+    for corpus, epochs in _epochs(config, known, steps, layout.batch):
+        if epochs > MANY_EPOCHS:
+            found.append(
+                f"{corpus.path} is seen {epochs:.1f} times; more than {MANY_EPOCHS} passes teach little: train for "
+                "fewer steps, give it a smaller weight or add data"
+            )
+    for corpus in known.corpora:
+        found += _corpus_warnings(config, corpus)
+    return found
+
+
+def _schedule_warnings(config: RunConfig, known: Known, steps: int | None) -> list[str]:
+    schedule, (end, warmup) = config.schedule, decay(config, known, steps)
+    if not steps or end is None:
+        return []
+    found, places = [], config.place("schedule.decay_steps", "schedule.decay_fraction", "train.steps")
+    if end < steps and schedule.ends:
+        found.append(
+            f"{places}the learning rate's decay ends at step {end:,} of {steps:,}: the last {steps - end:,} steps "
+            f"train at {schedule.min_lr:g}; set schedule.decay_steps={steps} to decay over the whole run"
+        )
+    if end > steps and schedule.ends:
+        last = f", at {known.rate(steps - 1):.3g} instead of {schedule.min_lr:g}" if known.rate else ""
+        found.append(
+            f"{places}the run stops at step {steps:,}, before its learning rate has decayed (step {end:,}){last}; "
+            f"set schedule.decay_steps={steps}, or null"
+        )
+    if warmup and warmup < 1:
+        found.append(
+            f"{config.place('schedule.warmup')}the warm-up is shorter than a step ({warmup:g} of {end:,} steps), so "
+            "there is none; "
+            f"set schedule.warmup={1 / end:.2g} or more, or 0"
+        )
+    return found
+
+
+def _corpus_warnings(config: RunConfig, corpus: Corpus) -> list[str]:
+    found, vocabulary = [], config.model.vocab_size if config.model else None
+    largest, looked_at = corpus.largest_id, corpus.looked_at
+    if largest is not None and vocabulary and largest >= vocabulary:
+        found.append(
+            f"{corpus.path} holds the token id {largest:,}, but the vocabulary has {vocabulary:,}, so training will "
+            "not start: the corpus belongs to another tokenizer; prepare it with this config's, or name the one it was "
+            "prepared with (tokenizer.path)"
+        )
+    elif largest is not None and vocabulary and 2 * largest < vocabulary and looked_at > ENOUGH_TOKENS * vocabulary:
+        found.append(
+            f"the largest of {looked_at:,} token ids of {corpus.path} is {largest:,}, but the vocabulary has "
+            f"{vocabulary:,}: the corpus may belong to another tokenizer; look at its text with "
+            "`castalia data batch CONFIG --step 0`, or name its tokenizer (tokenizer.path)"
+        )
+    if corpus.documents == 1:
+        found.append(
+            f"{corpus.path} is a single document, so valid and test parts are empty; prepare it with one document "
+            "for each text, or give data.train, data.valid and data.test"
+        )
+    return found
+
+
+def _architecture(model: Model) -> dict:
+    return {
+        "layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "heads": model.num_heads,
+        "kv_heads": model.kv_heads,
+        "mlp_width": model.mlp_width,
+        "vocab_size": model.vocab_size,
+        "padded_vocab_size": model.padded_vocab_size if model.vocab_size else None,
+        "hidden_per_layer": model.hidden_size / model.num_layers,
+    }
+
+
+def _memory(model: Model, layout: Layout, length: int, compute: Compute, hardware: Hardware | None) -> dict:
+    memories = memory_by_stage(model, layout, length, compute)
+    policies = {}
+    for policy in ("none", "selective", "full"):
+        other = memory_by_stage(model, replace(layout, recompute=policy), length, compute)
+        policies[policy] = max(memory.total for memory in other)
+    largest = max(memory.total for memory in memories)
+    usable = hardware.device.usable_bytes(layout.communicators) if hardware else None
+    return {
+        "stages": [
+            {"stage": stage.index, "layers": stage.layers, "ranks": layout.gpus // layout.pp}
+            | asdict(memory)
+            | {"total": memory.total}
+            for stage, memory in zip(rank_parts(model, layout, length), memories, strict=True)
+        ],
+        "largest": largest,
+        "by_recompute": policies,
+        "usable": usable,
+        "fits": largest <= usable if usable is not None else None,
+    }
+
+
+def _kv_cache(model: Model, length: int, compute: Compute) -> dict:
+    per_token = kv_cache_bytes(model, compute.element_bytes)
+    return {"bytes_per_token": per_token, "bytes_per_sequence": per_token * (model.max_positions or length)}
+
+
+def job_of(config: RunConfig, hardware: Hardware, batch: int, compute: Compute) -> Job:
+    """What all layouts of a comparison have in common; `batch`: sequences of a step."""
+    model, length = described(config), config.data.seq_length
+    return Job(model, length, batch, hardware.gpus, hardware.device, compute, hardware.mfu)
+
+
+def _time(result: dict, job: Job, layout: Layout) -> dict:
+    seconds_per_step = judge(job, layout).costs.total
+    tokens_per_second = result["training"]["tokens_per_step"] / seconds_per_step
+    peak = job.gpus * job.device.peak_tflops(job.compute.precision) * 1e12
+    tokens = result["training"]["tokens"]
+    return {
+        "device": job.device.name,
+        "mfu": tokens_per_second * result["flops"]["per_token"] / peak,
+        "tokens_per_second": tokens_per_second,
+        "seconds_per_step": seconds_per_step,
+        "seconds": tokens / tokens_per_second if tokens else None,
+    }
+
+
+def _unknown(result: dict, known: Known, hardware: Hardware | None) -> list[str]:
+    missing = []
+    if result["training"]["steps"] is None:
+        missing.append("the length of the run: give train.steps=N")
+    if not known.corpora:
+        missing.append("epochs: the data's .idx files are not here")
+    if hardware is None:
+        missing.append("times, and whether it fits: give --gpus, for example 8xH100")
+    return missing
+
+
+def _samples_of_a_pass(config: RunConfig, corpus: Corpus) -> float:
+    """Samples of the training part; the split counts documents, so this is an estimate."""
+    samples = corpus.tokens / config.data.seq_length if corpus.samples is None else corpus.samples
+    if config.data.path is None:
+        return samples
+    parts = [float(part) for part in config.data.split.replace("/", ",").split(",")]
+    return samples * parts[0] / sum(parts)
+
+
+def _epochs(config: RunConfig, known: Known, steps: int | None, batch_size: int) -> list[tuple[Corpus, float]]:
+    weights = sum(corpus.weight for corpus in known.corpora)
+    if not steps:
+        return []
+    seen = sum_until(config.train.batch_size_warmup, steps, batch_size, config.train.earlier_batches)
+    return [(c, seen * c.weight / weights / (_samples_of_a_pass(config, c) or 1.0)) for c in known.corpora]
+
+
+def _run_bytes(config: RunConfig, known: Known) -> int | None:
+    if known.kept_checkpoints is None or config.model is None or config.model.vocab_size is None:
+        return None
+    model = described(config)
+    moments = moments_of(config.optimizer).of(model, config.finetune) if config.checkpoint.save_optimizer else 0
+    return known.kept_checkpoints * 4 * (sum(map(prod, all_shapes(model, config.finetune).values())) + moments)

@@ -1,0 +1,64 @@
+"""What `neox_exact` brings back: the original's defects that change numbers, by the release that a run follows.
+
+| | v1 | current |
+|---|---|---|
+| clipping at 1.0, its default | on | off |
+| gradients of micro-batches under the pipeline engine | averaged | summed |
+| learning rate | starts at 0, decays over `end` steps counted from the warm-up's end | spike, rising cosine |
+| Adam's step where the files lack it | one ahead: it counts an empty first step | stored |
+| norm for clipping in fp16 without ZeRO | of the first tensor rank and stage alone | of all ranks |
+
+In both, row-parallel biases that were summed over T tensor ranks take T full steps at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from castalia.checkpoint.neox_defects import clip_norm
+from castalia.checkpoint.tensors import Checkpoint
+from castalia.config.batch import batch_plan, planned_dp
+from castalia.config.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class Exact:
+    clip_norm: float | None
+    release: str | None = None  # "v1", "head"; None: what was meant, without defects
+    gradient_factor: int = 1
+    summed_bias_ranks: int = 1
+    adam_steps_ahead: int = 0
+    norm_ranks: tuple[int, int] = (1, 1)  # tensor ranks and stages, of the first of which alone the norm is taken
+
+    def stored(self) -> dict[str, object]:
+        """What a checkpoint must remember, because the original's files are not read again."""
+        if self.release is None:
+            return {}
+        return {
+            "release": self.release,
+            "summed_bias_ranks": self.summed_bias_ranks,
+            "summed_micro_batches": self.gradient_factor,
+            "norm_ranks": self.norm_ranks,
+        }
+
+
+def exact_behaviour(config: RunConfig, resumed: Checkpoint | None) -> Exact:
+    """`resumed`: the checkpoint that the run goes on from, None for new runs."""
+    wanted = config.optimizer.clip_norm
+    if not config.neox_exact:
+        return Exact(wanted)
+    release = (resumed.release if resumed else None) or "head"
+    ranks = resumed.summed_bias_ranks if resumed else 1
+    steps_missing = resumed is not None and resumed.details.get("adam_steps_stored") is False
+    if release == "v1":
+        assert resumed is not None
+        return Exact(wanted, "v1", 1, ranks, int(steps_missing), resumed.norm_ranks)
+    assert config.model is not None
+    has_pipeline_engine = config.model.init_passes == 1  # it has one even for a single stage, but not for none
+    accumulation = batch_plan(config, planned_dp(config) or 1).accumulation
+    return Exact(
+        clip_norm=clip_norm(wanted, "head"),
+        release="head",
+        gradient_factor=accumulation if has_pipeline_engine else 1,
+        summed_bias_ranks=ranks,
+    )

@@ -1,0 +1,68 @@
+"""What preference tuning needs besides the model that it trains: the reference model, and the reward's matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from castalia.checkpoint.tensors import Checkpoint
+from castalia.config.objective import needs_reference
+from castalia.config.schema import Model, RunConfig
+from castalia.errors import ConfigError
+from castalia.model.init import seeded_tensor
+from castalia.storage.lazy import Box, Leaf, as_slices
+
+if TYPE_CHECKING:
+    import torch
+
+
+def with_reference(config: RunConfig, source: Checkpoint | None) -> RunConfig:
+    """The config with the checkpoint of the reference model, which a resumed run has to find again.
+
+    None is left for random initial weights, which the seed gives again.
+    """
+    if not needs_reference(config) or config.preference.reference or source is None:
+        return config
+    if config.checkpoint.init_from is None:
+        if source.format == "native":
+            return config
+        raise ConfigError(
+            f"train.objective={config.train.objective} goes on from {source.path}, which does not tell what its "
+            "reference model was: name it with preference.reference"
+        )
+    preference = config.preference.model_copy(update={"reference": source.path})
+    return config.model_copy(update={"preference": preference})
+
+
+def with_reward_head(model: Model, config: RunConfig, source: Checkpoint | None) -> Model:
+    """The model that the objective trains. ConfigError for a reward model that is to predict tokens."""
+    wanted = config.train.objective == "reward"
+    if model.reward_head and not wanted:
+        where = source.path if source else "model.reward_head=true"
+        raise ConfigError(f"{where} is a reward model: train it with train.objective=reward")
+    return model.model_copy(update={"reward_head": wanted})
+
+
+def as_reward_model(source: Checkpoint, model: Model, seed: int) -> Checkpoint:
+    """A checkpoint of a language model as that of a reward model which has not learnt anything yet."""
+    if not model.reward_head or "reward.weight" in source.model:
+        return source
+    tensors = {name: ref for name, ref in source.model.items() if name != "head.weight"}
+    note = "the head is left out; reward.weight, which takes its place, begins with random values"
+    return replace(source, model=tensors | {"reward.weight": _Drawn(model, seed)}, notes=(*source.notes, note))
+
+
+@dataclass(frozen=True)
+class _Drawn(Leaf):
+    """The initial value of the reward's matrix."""
+
+    model: Model
+    seed: int
+    dtype_name = "float32"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return 1, self.model.hidden_size
+
+    def _take(self, box: Box) -> torch.Tensor:
+        return seeded_tensor(self.model, self.seed, "reward.weight", self.shape, as_slices(box))

@@ -1,0 +1,96 @@
+"""What only a run's other rooms can tell `castalia.plan`: schedule, checkpoints, disk, corpora. Needs no torch."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from castalia.config.schema import Checkpoint, Data, RunConfig
+from castalia.errors import DataError
+from castalia.plan.run_plan import Corpus, Known
+from castalia.train.schedule import is_save_step, learning_rate
+
+if TYPE_CHECKING:
+    import numpy as np
+
+LOOKED_AT_DOCUMENTS = 10_000
+LOOKED_AT = 1 << 22  # token ids of all corpora together: a few milliseconds, also where they are terabytes
+
+
+def gather(config: RunConfig) -> Known:
+    """What can be found out about the run here and now; what is not here stays unknown."""
+    steps = config.train.steps
+    return Known(
+        corpora=corpora(config),
+        rate=learning_rate(config, steps) if steps else None,
+        kept_checkpoints=kept_checkpoints(config.checkpoint, steps) if steps else None,
+        free_bytes=shutil.disk_usage(_existing(Path(config.checkpoint.dir or "."))).free,
+    )
+
+
+def kept_checkpoints(checkpoint: Checkpoint, steps: int) -> int:
+    """How many checkpoints a run leaves."""
+    powers = {int(checkpoint.log_base**n) for n in range(64)} if checkpoint.log_base else set()
+    multiples = range(0, steps + 1, checkpoint.every or steps)
+    candidates = {*checkpoint.steps, *multiples, *powers, steps}
+    saved = sorted(step for step in candidates if step <= steps and is_save_step(checkpoint, step, steps))
+    if not checkpoint.keep_last:
+        return len(saved)
+    older = saved[: -checkpoint.keep_last]
+    milestones = sum(step % checkpoint.keep_every == 0 for step in older) if checkpoint.keep_every else 0
+    return milestones + len(saved) - len(older)
+
+
+def corpora(config: RunConfig) -> tuple[Corpus, ...]:
+    """The training corpora whose files are here; none if any is missing."""
+    sources = [(config.data.path, 1.0)] if config.data.path else [(s.path, s.weight) for s in config.data.train]
+    if not sources or not all(Path(f"{path}.{end}").is_file() for path, _ in sources for end in ("bin", "idx")):
+        return ()
+    from castalia.data.corpora import sampled_largest_id
+    from castalia.data.indexed import open_dataset  # here, because a plan without data shall not wait for NumPy
+
+    found = []
+    for path, weight in sources:
+        data = open_dataset(path)
+        largest, looked_at = sampled_largest_id(data, LOOKED_AT // len(sources))
+        documents = max(len(data.doc_index) - 1, 0) or len(data)
+        tokens = int(data.sizes.sum(dtype="int64"))
+        samples = None if config.data.packing == "packed" else whole_documents(data.sizes, config.data)
+        found.append(Corpus(str(path), tokens, documents, weight, largest, looked_at, samples))
+    return tuple(found)
+
+
+def whole_documents(sizes: np.ndarray, data: Data) -> float:
+    """Samples of one pass over documents of these sizes [documents], which are not cut. Of many documents the first
+    ones tell how many fit into a sample."""
+    usable = sizes if data.allow_chopped else sizes[sizes <= data.seq_length + 1]
+    if data.packing == "unpacked":
+        return len(usable)
+    samples, room = 0, -1
+    for size in usable[:LOOKED_AT_DOCUMENTS].tolist():
+        if size > room:
+            samples, room = samples + 1, data.seq_length + 1
+        room -= size
+    return samples * max(1.0, len(usable) / LOOKED_AT_DOCUMENTS)
+
+
+def refuse_foreign_tokens(config: RunConfig) -> None:
+    """Raises DataError if a corpus holds ids beyond the vocabulary: another tokenizer made it."""
+    vocabulary = config.model.vocab_size if config.model else None
+    for corpus in corpora(config):
+        if vocabulary and corpus.largest_id is not None and corpus.largest_id >= vocabulary:
+            place = config.place("data.path", "data.train")
+            named = f" of {config.tokenizer.path}" if config.tokenizer.path else ""
+            raise DataError(
+                f"{place}{corpus.path} holds the token id {corpus.largest_id}, but the vocabulary{named} has "
+                f"{vocabulary} entries: the corpus was tokenised with another tokenizer. Prepare it with the tokenizer "
+                "of this config, or name the one that it was prepared with (tokenizer.path)"
+            )
+
+
+def _existing(folder: Path) -> Path:
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return folder

@@ -1,0 +1,246 @@
+"""What a run says before its first step, so that nobody trains something else than they meant to."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from castalia.checkpoint.adapters import adapters_of
+from castalia.checkpoint.description import readable
+from castalia.checkpoint.tensors import Checkpoint
+from castalia.config.attention_kernels import AMPERE
+from castalia.config.batch import sum_until
+from castalia.config.schema import RunConfig, Section
+from castalia.data.pairs import Pairs
+from castalia.model.attention import capability
+from castalia.model.loss import CHUNK_BYTES
+from castalia.observe.display import Display
+from castalia.parallel.rank_grid import layout as parallel_layout
+from castalia.parallel.rendezvous import world_size
+from castalia.plan.count import adapter_shapes, count, tensor_shapes
+from castalia.plan.layout import Layout
+from castalia.plan.run_description import clipping, describe_training
+from castalia.plan.run_plan import Known, layout_of, training, warnings
+from castalia.train.fast_paths import fast_paths
+from castalia.train.run_facts import gather
+from castalia.train.setup import Session
+
+KNOWS_NOTHING = 0.9  # of ln(vocabulary): above this a model has learnt next to nothing
+
+
+def changed_settings(config: RunConfig) -> Iterator[tuple[str, Any]]:
+    """Dotted path and value of everything that differs from the defaults."""
+    yield from _changed(config, "")
+
+
+def _changed(section: BaseModel, prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, info in type(section).model_fields.items():
+        value, path = getattr(section, name), prefix + name
+        if isinstance(value, Section):
+            yield from _changed(value, path + ".")
+        elif info.is_required() or value != info.default:
+            yield path, value
+
+
+def show_report(session: Session, display: Display, folder: Path) -> None:
+    """Settings, what was loaded, what will happen, and what may surprise. Nothing where the display is silent."""
+    if display.silent:
+        return
+    config, known, layout = session.config, known_to(session), planned_layout(session)
+    origins = {path: re.sub(r"\S*/", "", origin) for path, origin in config.origins.items()}  # files without folders
+    elsewhere = "the checkpoint" if session.source else "settled here"
+    display.table(
+        "settings that are not the default",
+        ("setting", "value", "from"),
+        [
+            (path, _shown(value), origins.get(path, elsewhere if path.startswith("model.") else "settled here"))
+            for path, value in changed_settings(config)
+        ],
+    )
+    for note in config.notes:
+        display.line(f"note: {note}", "yellow")
+    for name, text in facts(session, folder, known, layout):
+        display.line(f"{name:<14}{text}")
+    for warning in (*warnings(config, known, layout), *_tokenizer_warnings(session)):
+        display.line(f"warning: {warning}", "yellow")
+    if session.source is None:
+        number = readable(parameter_count(session))
+        display.line(f"TRAINING BEGINS FROM RANDOM WEIGHTS: {number} parameters, nothing was loaded", "bold yellow")
+        return
+    display.line(f"{'loaded':<14}{session.loaded} ({session.source.path})")
+    for note in (*(session.loaded.notes if session.loaded else ()), *session.source.notes, *session.source.state_notes):
+        display.line(f"{'':<14}{note}")
+    display.table("restored and reset", ("what", "how", "because"), list(restored(session)))
+
+
+def show_first_loss(session: Session, loss: float, display: Display) -> None:
+    """The first loss beside that of a model which knows nothing: what was loaded is expected to know something."""
+    assert session.config.model is not None and session.config.model.vocab_size is not None
+    if session.step.preference:  # its loss says nothing about what the model knows
+        return
+    uniform = math.log(session.config.model.vocab_size)
+    display.line(f"first batch: loss {loss:.4f}; a model that knows nothing has ln(vocabulary) = {uniform:.4f}")
+    if session.source is not None and loss > KNOWS_NOTHING * uniform:
+        display.line(
+            "warning: what was loaded knows no more about this data than random weights: the corpus may belong to "
+            "another tokenizer, or the checkpoint may hold a model that was never trained; "
+            f"see `castalia inspect {session.source.path}` and `castalia data batch CONFIG --step 0`",
+            "bold yellow",
+        )
+
+
+def _tokenizer_warnings(session: Session) -> Iterator[str]:
+    model, tokenizer = session.config.model, session.tokenizer
+    if tokenizer and tokenizer.note:
+        yield tokenizer.note
+    if model and tokenizer and 2 * tokenizer.vocab_size < model.padded_vocab_size and model.padded_vocab_size > 1024:
+        yield (
+            f"the tokenizer has {tokenizer.vocab_size:,} ids and the model {model.padded_vocab_size:,} rows for them: "
+            "it may be another model's; name the right one (tokenizer.path)"
+        )
+
+
+def known_to(session: Session) -> Known:
+    known = replace(gather(session.config), rate=session.step.rate, device=session.device.type)
+    return replace(known, capability=capability(session.device) or AMPERE)
+
+
+def planned_layout(session: Session) -> Layout:
+    """The layout of this run as plan describes it. One process takes any config: it does the work of all ranks."""
+    config, engine, plan = session.config, session.engine, session.plan
+    if engine.world > 1:
+        return layout_of(config, engine.world)[0]
+    recompute = config.train.recompute
+    return Layout(micro_batch=plan.micro_batch_size, accumulation=plan.accumulation, recompute=recompute)
+
+
+def facts(session: Session, folder: Path, known: Known, layout: Layout) -> Iterator[tuple[str, str]]:
+    """What is about to happen, as pairs of a name and a text."""
+    config, progress = session.config, session.progress
+    assert config.model is not None
+    vocabulary = f"vocabulary {config.model.vocab_size:,} padded to {config.model.padded_vocab_size:,}"
+    yield "model", f"{parameter_count(session):,} parameters, {vocabulary}"
+    shapes = tensor_shapes(config.model) | adapter_shapes(config.model, config.finetune.lora)
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    trained = sum(size for name, size in sizes.items() if config.finetune.trains(name))
+    if trained < sum(sizes.values()):
+        rank = f"; adapters of rank {config.finetune.lora.rank}" if config.finetune.lora else ""
+        yield "trains", f"{trained:,} of {sum(sizes.values()):,} parameters{rank}"
+    yield "device", f"{session.device}, {_processes(config)}"
+    planned = training(config, known, layout)
+    planned["clipping"] = _clipping(session)
+    if session.step.scaler:
+        planned["precision"] += f", now {session.step.scaler.scale:g}"
+    planned["saved"] += f", in {folder}"
+    yield "fast paths", _fast_paths(session, planned["attention"].partition(";")[0])
+    for name, text in describe_training(planned):
+        yield name, text
+        if name == "the run" and progress.step:
+            now = session.step.rate(progress.step - progress.skipped)
+            yield "", f"{progress.step:,} steps are done; the next one's learning rate is {now:.3g}"
+
+
+def _fast_paths(session: Session, kernel: str) -> str:
+    """What was chosen for this machine, and what each thing that it lacks costs."""
+    first, why = session.compiling
+    blocks = f"eager blocks: {why}" if first is None else f"compiled blocks from step {first + 1} on: {why}"
+    mib = CHUNK_BYTES[session.device.type] >> 20
+    lacking = [f"no {path.name}: {path.cost}" for path in fast_paths(session.device) if not path.available]
+    chosen = f"{session.config.precision.compute} compute, {kernel}, logits {mib} MiB at a time"
+    return "; ".join([chosen, blocks, *lacking])
+
+
+def _processes(config: RunConfig) -> str:
+    layout, world = config.parallel, world_size()
+    if world > 1:
+        return f"{parallel_layout(layout, world)} on {world} processes"
+    if max(layout.tp, layout.pp, layout.cp, layout.gpus or 1) == 1:
+        return "one process"
+    sizes = f"tp {layout.tp} x pp {layout.pp} x cp {layout.cp} on {layout.gpus or 'any number of'} devices"
+    number = layout.gpus or layout.tp * layout.pp * layout.cp
+    return f"one process: {sizes} makes the same batches and results sooner (--nproc {number} starts it here)"
+
+
+def restored(session: Session) -> Iterator[tuple[str, str, str]]:
+    """What a checkpoint gave the run and what starts anew: thing, what became of it, why."""
+    config, source, progress = session.config, session.source, session.progress
+    assert source is not None and session.loaded is not None
+    yield "weights", "restored", f"{session.loaded.loaded} of {session.loaded.expected} tensors"
+    if config.finetune.lora and adapters_of(source) is None:
+        yield "adapters", "new", f"seed {config.seed}; they change nothing yet"
+    if not session.resumed:
+        new = "init_from begins a new run"
+        yield "fp32 masters", "reset", "made from the weights, which they then are"
+        yield "moments", "reset", f"{new}: averages of other gradients would mislead it"
+        if session.step.scaler:
+            yield "loss scale", "reset", f"{new}: it starts at {session.step.scaler.scale:g}"
+        yield "schedule", "reset", f"{new}: its learning rate warms up and decays by this config"
+        yield "step", "reset", f"{new}: the first step is 1 of {session.last:,}"
+        yield "data position", "reset", f"{new}: it begins with the first batch of its own data"
+        yield "randomness", "reset", f"{new}: dropout follows from seed {config.seed}, step and micro-batch"
+        return
+    if config.checkpoint.load_optimizer:
+        yield "fp32 masters", "restored", "the optimizer's own copies" if source.format != "native" else "the weights"
+        old, now = source.summed_micro_batches, session.exact.gradient_factor
+        why = f"of {len(source.optimizer or ())} tensors"
+        if old != now:
+            factor = f"divided by {old} and {old}^2" if now == 1 else f"multiplied by {now}/{old} and its square"
+            why += f", {factor}: the original's pipeline engine had added up {old} micro-batches where their mean was "
+            why += "meant" if now == 1 else f"meant, and now adds up {now}"
+        yield "moments", "restored", why
+    else:
+        yield "fp32 masters", "reset", "checkpoint.load_optimizer=false: made from the weights"
+        yield "moments", "reset", "checkpoint.load_optimizer=false"
+    if session.step.scaler:
+        how = "restored" if progress.loss_scale else "reset"
+        why = "" if progress.loss_scale else "the checkpoint stores none: "
+        yield "loss scale", how, f"{why}{session.step.scaler.scale:g}"
+    by = "the config's" if config.checkpoint.schedule_from == "config" or not progress.schedule else "the checkpoint's"
+    yield "schedule", "restored", f"after {progress.step - progress.skipped:,} updates, by {by}"
+    yield "step", "restored", f"the next one is {progress.step + 1:,} of {session.last:,}"
+    yield "data position", *_data_position(session, source)
+    yield "randomness", "restored", f"dropout follows from seed {config.seed}, step and micro-batch"
+
+
+def _data_position(session: Session, source: Checkpoint) -> tuple[str, str]:
+    """Where a resumed run reads on, counted in samples: what became of the place, and why it is the right one."""
+    step, train, size = session.progress.step, session.config.train, session.plan.batch_size
+    read = sum_until(train.batch_size_warmup, step, size, train.earlier_batches)
+    what = "pairs" if isinstance(session.data, Pairs) else "samples"
+    known = source.details.get("data_fingerprint")
+    if known and known != session.data.fingerprint:
+        return "moved", f"checkpoint.other_data: it goes on after {read:,} {what}, but of other data"
+    before = source.config.train.batch_size if source.config else None
+    if session.config.neox_exact and before and before != size:
+        return "moved", f"after {step:,} batches of {size:,}, as the original goes on (neox_exact); they had {before:,}"
+    if before is None:
+        return "restored", f"after {read:,} {what}, if a batch had {size:,} before as well"
+    changed = [span for span in train.earlier_batches if span.until == step]
+    sizes = f": a batch had {changed[0].batch_size:,} until here and has {size:,} from here on" if changed else ""
+    return "restored", f"{read:,} {what} are read, and none is read twice or left out{sizes}"
+
+
+def parameter_count(session: Session) -> int:
+    assert session.config.model is not None
+    return count(session.config.model).total
+
+
+def _clipping(session: Session) -> str:
+    wanted = session.config.optimizer.clip_norm
+    if session.step.clip_norm is None and wanted:
+        return f"off: the original ignores clip_norm={wanted:g} (neox_exact)"
+    return clipping(session.config.model_copy(update={"neox_exact": False}))
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(_shown(entry) for entry in value)
+    if isinstance(value, BaseModel):
+        return " ".join(f"{entry}" for entry in value.model_dump(exclude_defaults=True).values())
+    return str(value)

@@ -1,0 +1,69 @@
+"""The memory of a step as it is, beside what plan says of it."""
+
+from __future__ import annotations
+
+import os
+from itertools import chain
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from castalia.config.attention_kernels import AMPERE
+from castalia.model.attention import capability
+from castalia.plan.layout import Layout
+from castalia.plan.memory import compute_of, memory_by_stage
+from castalia.plan.run_description import gib
+from castalia.train.setup import Session
+
+
+def open_profile(device: torch.device) -> profile:
+    """torch's profiler of operations and memory on the CPU and the device; not begun yet."""
+    if device.type == "cuda":
+        return profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], profile_memory=True)
+    # Without a GPU its library has nothing to tell, but writes two lines about a tracing system, "USDT", to stderr.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    return profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+
+
+class PeakMemory:
+    """While open, notes the most bytes that tensors on a device hold beyond those that were there before."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.bytes = device, 0
+
+    def __enter__(self) -> PeakMemory:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.before = torch.cuda.memory_allocated(self.device)
+        else:
+            self.profiler = open_profile(self.device)
+            self.profiler.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self.device) - self.before
+            return
+        self.profiler.__exit__(*error)
+        results: Any = self.profiler.profiler.kineto_results  # type: ignore[union-attr]
+        events = [event for event in results.events() if event.name() == "[memory]"]
+        held = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            held += event.nbytes()
+            self.bytes = max(self.bytes, held)
+
+
+def describe_memory(session: Session, layout: Layout, peak_bytes: int) -> str:
+    """`peak_bytes`: of the step, beyond parameters, optimizer state and a reference model."""
+    assert session.config.model is not None
+    states = chain.from_iterable(state.values() for state in session.optimizer.state.values())
+    reference = session.step.preference and session.step.preference.reference
+    frozen = reference.parameters.values() if reference else ()
+    local = (session.engine.part(t).local for t in chain(session.engine.parameters.values(), states, frozen))
+    measured = peak_bytes + sum(tensor.numel() * tensor.element_size() for tensor in local)
+    compute = compute_of(
+        session.config, session.config.precision.compute, session.device.type, capability(session.device) or AMPERE
+    )
+    stage = memory_by_stage(session.config.model, layout, session.config.data.seq_length, compute)[0]
+    return f"memory: tensors took {gib(measured)}, plan says {gib(stage.total)} ({measured / stage.total - 1:+.1%})"

@@ -1,0 +1,75 @@
+"""What of a loaded model trains, and what a run adds to it: adapters and entries of the vocabulary."""
+
+from __future__ import annotations
+
+import re
+
+from castalia.checkpoint.adapters import adapters_of
+from castalia.checkpoint.tensors import Checkpoint
+from castalia.config.schema import Finetune, Model, RunConfig, is_adapter
+from castalia.data.tokenizer import load_tokenizer
+from castalia.errors import CheckpointError, ConfigError
+from castalia.model.init import seeded_tensor
+from castalia.parallel.executor import Engine
+from castalia.plan.count import adapter_shapes, tensor_shapes
+from castalia.reading import fits
+
+
+def what_trains(config: RunConfig, source: Checkpoint | None, model: Model) -> Finetune:
+    """What trains, with the adapters of the checkpoint where it has some.
+
+    Raises ConfigError for adapters without a model to adapt and for patterns that match nothing, CheckpointError for
+    adapters that are not those of the config.
+    """
+    wanted, theirs = config.finetune, adapters_of(source)
+    if wanted.lora and source is None:
+        raise ConfigError(
+            f"{config.place('finetune.lora', 'finetune.lora.rank')}finetune.lora adapts a model that is there already, "
+            "but nothing is loaded: name it with checkpoint.init_from"
+        )
+    if wanted.lora and theirs and wanted.lora != theirs:
+        assert source is not None
+        raise CheckpointError(
+            f"{source.path} has adapters already, with {theirs}, but finetune.lora asks for {wanted.lora}. Leave it "
+            f"out to train those on, or merge them first: castalia merge-lora {source.path} OUT --to native"
+        )
+    chosen = wanted.model_copy(update={"lora": wanted.lora or theirs})
+    sized = model.model_copy(update={"vocab_size": model.vocab_size or 1})  # only the names matter
+    names = [*tensor_shapes(sized), *adapter_shapes(sized, chosen.lora)]
+    kinds = ", ".join(dict.fromkeys(re.sub(r"^blocks\.\d+", "blocks.0", name) for name in names))
+    for key in ("train", "freeze"):
+        for pattern in getattr(chosen, key):
+            if not any(fits(pattern, name) for name in names):
+                raise ConfigError(f"finetune.{key}: {pattern!r} matches no tensor; there are {kinds}")
+    if not any(map(chosen.trains, names)):
+        raise ConfigError("finetune.train and finetune.freeze leave nothing that trains")
+    return chosen
+
+
+def trained_names(config: RunConfig) -> list[str]:
+    """Of all tensors of the run. `config` is complete."""
+    assert config.model is not None
+    every = [*tensor_shapes(config.model), *adapter_shapes(config.model, config.finetune.lora)]
+    return [name for name in every if config.finetune.trains(name)]
+
+
+def new_tokens(config: RunConfig, source: Checkpoint | None) -> int:
+    """How many entries of the vocabulary `finetune.add_tokens` adds to those of the checkpoint that a run begins from.
+
+    `config` is complete.
+    """
+    if source is None or not config.checkpoint.init_from or not config.finetune.add_tokens:
+        return 0
+    assert config.model is not None and config.model.vocab_size is not None
+    if source.format == "native" and source.config and source.config.model and source.config.model.vocab_size:
+        return config.model.vocab_size - source.config.model.vocab_size
+    return config.model.vocab_size - load_tokenizer(config.tokenizer).vocab_size  # such files count padding, too
+
+
+def start_adapters(engine: Engine, config: RunConfig, source: Checkpoint | None) -> None:
+    """Adapters that were not loaded begin without effect: `lora_b` is zero."""
+    assert config.model is not None
+    for name, parameter in engine.parameters.items():
+        if is_adapter(name) and (source is None or adapters_of(source) is None):
+            part = engine.part(parameter)
+            part.local.copy_(seeded_tensor(config.model, config.seed, name, part.shape, part.slices))

@@ -1,0 +1,95 @@
+"""The learning-rate range test: train with a rate that rises at every step, and see where the loss falls fastest."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from castalia.config.lr_schedule import LearningRate
+from castalia.config.schema import RunConfig
+from castalia.errors import TrainingError
+from castalia.train.setup import start
+
+SMOOTHED = 0.05  # share of the steps over which losses are averaged, to either side
+DIVERGED = 0.5  # share of what the loss has fallen by that it has risen again
+LEAST_RISE = 0.1  # and at least this share of the first loss
+LEAST_FALL = 0.02  # of the first loss: less is no progress
+
+
+class Trial(NamedTuple):
+    rates: list[float]
+    losses: list[float]  # of each step, before its update; the last one may be infinite
+    suggestion: float
+    lowest: float  # the rate at which the loss was lowest
+    diverged: bool
+    notes: tuple[str, ...] = ()  # on the checkpoint that the trial began from
+
+
+@dataclass(frozen=True)
+class Rising(LearningRate):
+    """From `minimum` at the first update to `peak` at the last, by the same factor each time."""
+
+    def __call__(self, updates: int) -> float:
+        return self.minimum * (self.peak / self.minimum) ** (updates / (self.end - 1))
+
+
+def find_rate(config: RunConfig, lowest: float = 1e-6, highest: float = 1.0, steps: int = 100) -> Trial:
+    """Trains for `steps` steps, or until the loss diverges. Nothing is written; the same config gives the same result.
+
+    Called on all ranks. Raises TrainingError if the loss falls at no rate.
+    """
+    session = start(_of_length(config, steps))
+    session.step.rate = Rising(highest, lowest, 0.0, steps, "exponential")
+    losses: list[float] = []
+    while len(losses) < steps and not _diverges(losses, steps):
+        number = len(losses)
+        result = session.step(number, session.batch(number), lambda loss, norm: math.isfinite(loss + norm))
+        losses.append(result.loss if math.isfinite(result.grad_norm) or session.step.scaler else math.inf)
+    rates = [session.step.rate(number) for number in range(len(losses))]
+    suggestion, at_lowest = suggest(rates, losses)
+    notes = session.source.notes if session.source else ()
+    return Trial(rates, losses, suggestion, at_lowest, _diverges(losses, steps), notes)
+
+
+def _of_length(config: RunConfig, steps: int) -> RunConfig:
+    """The config of a run of so many steps that resumes nothing."""
+    update: dict[str, Any] = {
+        "train": config.train.model_copy(update={"steps": steps, "epochs": None}),
+        "checkpoint": config.checkpoint.model_copy(update={"resume": None, "step": None}),
+    }
+    return config.model_copy(update=update)
+
+
+def _diverges(losses: list[float], steps: int) -> bool:
+    if not losses or not math.isfinite(losses[-1]):
+        return bool(losses)
+    curve = _smoothed(losses, steps)
+    return bool(curve[-1] > curve.min() + max(DIVERGED * (curve[0] - curve.min()), LEAST_RISE * curve[0]))
+
+
+def _smoothed(losses: list[float], steps: int) -> np.ndarray:
+    """Means over as many losses before as after each, at the ends fewer."""
+    sums, at = np.concatenate([[0.0], np.cumsum(losses)]), np.arange(len(losses))
+    reach = np.minimum(np.minimum(at, len(losses) - 1 - at), max(1, round(SMOOTHED * steps)))
+    return (sums[at + reach + 1] - sums[at - reach]) / (2 * reach + 1)
+
+
+def suggest(rates: list[float], losses: list[float]) -> tuple[float, float]:
+    """The rate at which the smoothed loss falls fastest, and the one at which it is lowest; rates rise by a factor."""
+    if not math.isfinite(losses[0]):
+        raise TrainingError(
+            f"the loss is {losses[0]} before anything was learned: where the run begins from a checkpoint, "
+            "`castalia inspect --tensors` lists its weights that are NaN or infinite"
+        )
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    curve = _smoothed(finite, len(finite)) if finite else np.zeros(1)
+    bottom = int(curve.argmin())
+    if curve[bottom] > (1 - LEAST_FALL) * curve[0] or bottom < 2:
+        raise TrainingError(
+            f"the loss did not fall at any rate from {rates[0]:.1e} to {rates[-1]:.1e} ({len(losses)} steps); give "
+            "other --lowest and --highest, more --steps, or look at the data with castalia data batch"
+        )
+    return rates[int(np.gradient(curve)[: bottom + 1].argmin())], rates[bottom]

@@ -1,0 +1,60 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from castalia.data.corpora import describe, duplicates, merge, split
+from castalia.data.indexed import DatasetWriter, IndexedDataset, open_dataset
+from castalia.data.sample_index import split_bounds
+from castalia.errors import DataError
+
+Documents = list[list[list[int]]]  # documents of items of ids
+documents = st.lists(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=5), min_size=1, max_size=3), max_size=8)
+
+
+def write(prefix: Path, content: Documents, dtype: str = "u2") -> Path:
+    with DatasetWriter(prefix, dtype) as writer:
+        for document in content:
+            for i, item in enumerate(document):
+                writer.add(item, end_document=i == len(document) - 1)
+    return prefix
+
+
+def read(data: IndexedDataset) -> Documents:
+    return [[item.tolist() for item in data[a:b]] for a, b in zip(data.doc_index, data.doc_index[1:], strict=False)]
+
+
+@given(documents, documents)
+def test_merge_keeps_documents(tmp_path_factory: pytest.TempPathFactory, first: Documents, second: Documents) -> None:
+    folder = tmp_path_factory.mktemp("merge")
+    merged = merge([write(folder / "a", first), write(folder / "b", second, "i4")], folder / "out")
+    assert read(merged) == first + second and merged.dtype == np.int32
+
+
+@given(documents, st.sampled_from(["969,30,1", "1,1,1", "0,1,0", "5,5"]))
+def test_split_writes_the_shares(tmp_path_factory: pytest.TempPathFactory, content: Documents, weights: str) -> None:
+    folder = tmp_path_factory.mktemp("split")
+    bounds = split_bounds(weights, len(content))
+    expected = [content[a:b] for a, b in zip(bounds, bounds[1:], strict=False) if a < b]
+    assert [read(part) for part in split(write(folder / "a", content), weights, folder / "out")] == expected
+
+
+def test_counts(tmp_path: Path) -> None:
+    data = open_dataset(write(tmp_path / "a", [[[1, 2, 3], [4]], [[4]], [[7] * 8]]))
+    facts = describe(data)
+    assert (facts["documents"], facts["items"], facts["tokens"], facts["largest_id"]) == (3, 4, 13, 7)
+    assert facts["lengths"] == [
+        {"from": 1, "to": 1, "items": 2},
+        {"from": 2, "to": 3, "items": 1},
+        {"from": 8, "to": 15, "items": 1},
+    ]
+    assert duplicates(data) == 1
+    assert describe(open_dataset(write(tmp_path / "none", [])))["largest_id"] is None
+
+
+def test_an_input_is_never_overwritten(tmp_path: Path) -> None:
+    write(tmp_path / "a", [[[1]]])
+    with pytest.raises(DataError, match="is an input as well"):
+        merge([tmp_path / "a"], tmp_path / "a")

@@ -1,0 +1,127 @@
+import pytest
+import torch
+
+from castalia.generate import packed_model as packing
+from castalia.generate.generation import generate
+from castalia.generate.packed_matmul import Int8Product
+from castalia.generate.packed_model import has_bf16_kernels, pack
+
+TOKENS = torch.randint(257, (2, 20), generator=torch.Generator().manual_seed(0))
+FAMILIES = {
+    "llama": {"norm": "rmsnorm", "gated_mlp": True, "activation": "silu"},
+    "gpt2": {"tie_embeddings": True, "position": "learned", "num_kv_heads": 4},
+    "neox": {"parallel_residual": True, "rotary_pct": 0.5},
+    "shared norm, one kv head": {"parallel_residual": True, "shared_norm": True, "num_kv_heads": 1},
+    "gated, side by side": {"parallel_residual": True, "norm": "rmsnorm", "gated_mlp": True, "mlp_bias": False},
+    "alibi": {"parallel_residual": True, "position": "alibi", "norm": "scalenorm"},
+    "no parameters in norms": {
+        "parallel_residual": True,
+        "norm": "layernorm_no_params",
+        "num_kv_heads": 4,
+        "qk_norm": True,
+    },
+}
+TEXT = "She sells sea shells by the sea shore. The shells she sells are surely seashells. "
+
+
+@torch.inference_mode()
+def apart(model, packed) -> float:
+    """The deviation of the logits in units of their own."""
+    found, expected = packed(TOKENS), model(TOKENS)
+    assert found.dtype == torch.float32
+    return float((found - expected).square().mean().sqrt() / expected.std())
+
+
+@pytest.fixture
+def make_twins(make_model):
+    """Two equal models, with scales, shifts and biases that tell them from ones without."""
+
+    def make(family: str):
+        twins = make_model(**FAMILIES[family]), make_model(**FAMILIES[family])
+        for model in twins:
+            generator = torch.Generator().manual_seed(2)
+            for name, parameter in model.named_parameters():
+                if parameter.dim() == 1:
+                    noise = torch.randn(parameter.shape, generator=generator) * 0.2
+                    parameter.data = noise + ("norm" in name and name.endswith("weight"))
+        return twins
+
+    return make
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_packed_model_gives_the_same_logits(make_twins, family, rows):
+    model, packed = make_twins(family)
+    pack(packed, rows=rows)
+    assert apart(model, packed) < 1e-6
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_packed_model_writes_the_same_tokens(make_twins, tokenizer, family, rows):
+    model, packed = make_twins(family)
+    pack(packed, rows=rows)
+    prompts = ["a", "some bytes", "three"][:rows]
+    assert generate(packed, tokenizer, prompts, max_tokens=20) == generate(model, tokenizer, prompts, max_tokens=20)
+
+
+needs_bf16_kernels = pytest.mark.skipif(
+    not has_bf16_kernels(), reason="this CPU has no bf16 kernels (AVX-512): a bf16 model is not packed here"
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("int8", "bound"),
+    [pytest.param(False, 0.05, id="bf16", marks=needs_bf16_kernels), pytest.param(True, 0.1, id="int8")],
+)
+def test_fewer_bits_change_logits_little(make_twins, family, int8, bound, monkeypatch):
+    monkeypatch.setattr(packing, "SMALL", 0)
+    model, packed = make_twins(family)
+    pack(packed.bfloat16(), int8=int8)
+    assert 0 < apart(model, packed) < bound
+
+
+def test_int8_codes_are_the_nearest():
+    weight = torch.randn(64, 48) * torch.logspace(-6, 2, 64)[:, None]
+    weight[7] = 0
+    product = Int8Product(weight, None, rows=1)
+    steps = product.scale.float()[:, None]
+    # the scale is rounded too, so that the largest value of a row may lie beyond the last code
+    assert ((product.codes * steps - weight).abs() <= steps * (0.5 + 127 * 2**-8)).all()
+    assert ((product.codes * steps - weight).abs() <= steps * 0.501).float().mean() > 0.98
+    assert (product(torch.ones(1, 48))[0, 7] == 0).all()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 65])
+def test_few_and_many_rows_multiply_alike(rows):
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(96, 64), torch.randn(96), torch.randn(rows, 5, 64)
+    product = Int8Product(weight, bias, rows=1)
+    expected = x.bfloat16().float() @ (product.codes * product.scale.float()[:, None]).T + bias
+    torch.testing.assert_close(product(x), expected, atol=0.2, rtol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_packed_models_write_what_the_plain_one_does(make_model, tokenizer, dtype, monkeypatch):
+    """After a hundred steps on one text, which leave little doubt about the next letter."""
+    monkeypatch.setattr(packing, "SMALL", 0)
+    model = make_model(init_std=0.05, parallel_residual=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    ids = torch.tensor([tokenizer.encode(TEXT * 2)])[:, :64]
+    for shift in range(100):
+        tokens = ids.roll(-shift % 7, dims=1)
+        loss, count = model(tokens[:, :-1], tokens[:, 1:])
+        (loss / count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    prompts = [TEXT[:12], TEXT[5:9], TEXT[20:40]]
+    expected = generate(model, tokenizer, prompts, max_tokens=20)
+    packed = make_model(init_std=0.05, parallel_residual=True)
+    packed.load_state_dict(model.state_dict())
+    pack(packed if dtype == torch.float32 else packed.bfloat16(), int8=dtype == torch.int8)
+    found = generate(packed, tokenizer, prompts, max_tokens=20)
+    same = sum(a == b for text, other in zip(found, expected, strict=True) for a, b in zip(text, other, strict=True))
+    assert same == 60 if dtype == torch.float32 else same >= 50
+    assert found == [generate(packed, tokenizer, [prompt], max_tokens=20)[0] for prompt in prompts]

@@ -1,0 +1,61 @@
+"""One process on a device that works while the host goes on: the meta device, which can be asked for no value."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from castalia.config.schema import Model, Preference, RunConfig, Train
+from castalia.data.loader import Batch
+from castalia.model.transformer import Transformer
+from castalia.parallel.executor import Engine, Rows
+from castalia.train.preference import PreferenceLoss
+
+MODEL = Model(num_layers=2, hidden_size=16, num_heads=2, vocab_size=40, vocab_multiple=1, max_positions=12)
+META = torch.device("meta")
+
+
+class Transfers(TorchDispatchMode):
+    """While open, counts the copies from the host to another device."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.device == META:
+            self.number += any(isinstance(x, torch.Tensor) and x.device.type == "cpu" and x.dim() for x in args)
+        return out
+
+
+def engine() -> Engine:
+    with META:
+        return Engine(Transformer(MODEL))
+
+
+def batch() -> Batch:
+    draw = np.random.default_rng(0)
+    tokens, labels = draw.integers(0, 40, (2, 8, 12))
+    return Batch(tokens, labels, labels != -100, rewards=draw.integers(0, 2, 8))
+
+
+def test_a_steps_batch_goes_to_the_device_once():
+    learner, rows = engine(), Rows.of(batch())
+    learner.loss_sum(rows)  # makes the table of rotations
+    with Transfers() as seen:
+        learner.forward_backward(rows, [0.25] * 4, 1.0, range(4))
+    assert seen.number == 2  # tokens and labels
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto", "reward"])
+def test_preferences_wait_for_no_value_of_the_device(objective):
+    config = RunConfig(model=MODEL, train=Train(objective=objective), preference=Preference(reference_free=True))
+    learner = engine()
+    if objective == "reward":
+        with META:
+            learner = Engine(Transformer(MODEL.model_copy(update={"reward_head": True})))
+    loss = PreferenceLoss(config, learner, engine(), accumulation=2)
+    assert loss.forward_backward(batch(), 1.0, [1, 2]).device == META
+    with pytest.raises(NotImplementedError):  # the report, which comes last
+        loss.make_report()

@@ -1,0 +1,75 @@
+"""Layouts: what fits, what is fastest, and the reasons given."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from castalia.config.load import load_config
+from castalia.plan.devices import DEVICES, parse_gpus
+from castalia.plan.layout import Layout
+from castalia.plan.memory import Compute, Memory
+from castalia.plan.suggest import Job, binding, enough, judge, layouts, losers, nearest, suggest
+
+
+def job(preset: str, gpus: str, batch: int = 1024) -> Job:
+    number, device, _ = parse_gpus(gpus)
+    config = load_config(preset)
+    return Job(config.model, config.data.seq_length, batch, number, device, Compute())
+
+
+def test_every_layout_uses_all_devices_and_the_whole_batch() -> None:
+    work = job("pythia-1.4b", "16xA100", batch=96)
+    found = list(layouts(work))
+    assert found
+    assert all(layout.gpus == 16 and layout.batch == 96 for layout in found)
+    assert len(set(found)) == len(found)
+
+
+def test_the_20b_needs_more_than_eight_devices_of_40_gb() -> None:
+    work = job("gpt-neox-20b", "8x40GB", batch=1536)
+    assert not any(verdict.fits for verdict in suggest(work))
+    assert enough(work) == 16
+
+
+def test_the_best_fits_and_each_reason_is_true() -> None:
+    work = job("gpt-neox-20b", "96x40GB", batch=1536)
+    ranked = suggest(work)
+    best = ranked[0]
+    assert best.fits and best.costs.total <= min(v.costs.total for v in ranked if v.fits) + 0.01
+    reasons = dict(losers(work, best))
+    assert "does not fit" in reasons["zero 0"] and "moments" in reasons["zero 0"]
+    assert reasons["recompute full"].endswith("slower: more computing")
+    assert all("does not fit" in why or "slower" in why or why == "as fast" for why in reasons.values())
+
+
+def test_the_nearest_that_fit_change_little() -> None:
+    work = job("pythia-2.8b", "8xA100-40")
+    wanted = Layout(dp=8, micro_batch=16, accumulation=8)
+    assert not judge(work, wanted).fits
+    found = nearest(work, wanted)
+    assert len(found) == 3 and all(verdict.fits for verdict in found)
+    first = found[0].layout
+    changed = [
+        name
+        for name in ("tp", "pp", "zero", "micro_batch", "recompute")
+        if getattr(first, name) != getattr(wanted, name)
+    ]
+    assert len(changed) <= 2
+
+
+def test_each_cost_grows_with_what_causes_it() -> None:
+    work = job("pythia-6.9b", "64xA100")
+    base = Layout(dp=64, zero=1, micro_batch=1, accumulation=16)
+    tensor = judge(work, replace(base, tp=8, dp=8, accumulation=128)).costs
+    pipeline = judge(work, replace(base, pp=8, dp=8, accumulation=128)).costs
+    assert judge(work, base).costs.tensor == judge(work, base).costs.bubble == 0
+    assert tensor.tensor > 0 and pipeline.bubble > 0
+    assert pipeline.bubble == pytest.approx((pipeline.compute + pipeline.traffic) * 7 / 128)
+    faster = replace(work, device=DEVICES["h100"])
+    assert judge(faster, base).costs.compute == pytest.approx(judge(work, base).costs.compute * 312 / 989)
+
+
+def test_the_binding_constraint_is_the_largest_category() -> None:
+    assert binding(Memory(1, 2, 3, 4, 9, 5, 6)) == ("activations", 9)
