@@ -25,8 +25,11 @@ class Lion(torch.optim.Optimizer):
             grads = [p.grad for p in trained]
             moments = [self.state[p]["exp_avg"] for p in trained]
             first, second = group["betas"]
-            directions = torch._foreach_lerp(moments, grads, 1 - first)
-            torch._foreach_sign_(directions)
+            # Operations that torch 2.11 has for sharded tensors, too: it knows lerp only in place, and no _foreach_sign_.
+            directions = torch._foreach_mul(moments, 1.0)
+            torch._foreach_lerp_(directions, grads, 1 - first)
+            for direction in directions:
+                direction.sign_()
             torch._foreach_mul_(trained, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(trained, directions, alpha=-group["lr"])
             torch._foreach_lerp_(moments, grads, 1 - second)
