@@ -35,7 +35,7 @@ from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.formats.native.save import CheckpointSaver
 from castalia.checkpoint.restore import load_optimizer, load_shards, optimizer_state
 from castalia.checkpoint.tensors import Progress, Shard
-from castalia.config.schema import Model, Optimizer, RunConfig
+from castalia.config.schema import ModelConfig, OptimizerConfig, RunConfig
 from castalia.plan.count import count, tensor_shapes
 from castalia.train.hardware import keep_freed_memory
 from castalia.train.optimizer import make_optimizer
@@ -48,13 +48,13 @@ TARGETS = {"blocked": "1.2x", "save": "0.8", "load": "0.7", "reshard": "0.7"}
 class State:
     """Parameters and their optimizer: all rows, or this rank's."""
 
-    def __init__(self, model: Model, rank: int | None = None) -> None:
+    def __init__(self, model: ModelConfig, rank: int | None = None) -> None:
         self.model, self.rank = model, rank
         shapes = tensor_shapes(model)
         if rank is not None:
             shapes = {name: (rows // RANKS, *rest) for name, (rows, *rest) in shapes.items()}
         self.parameters = {name: nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
-        self.optimizer = make_optimizer(self.parameters, Optimizer())
+        self.optimizer = make_optimizer(self.parameters, OptimizerConfig())
 
     @property
     def moments(self) -> dict[str, dict[str, torch.Tensor]]:
@@ -79,10 +79,10 @@ class State:
             tensor.normal_(generator=generator)
 
 
-def shape_of(megabytes: float) -> Model:
+def shape_of(megabytes: float) -> ModelConfig:
     """A model whose parameters and moments take so much."""
     sizes = (
-        Model(num_layers=8, hidden_size=hidden, num_heads=hidden // 32, vocab_size=8192, max_positions=256)
+        ModelConfig(num_layers=8, hidden_size=hidden, num_heads=hidden // 32, vocab_size=8192, max_positions=256)
         for hidden in range(32, 8192, 32)
     )
     return next(model for model in sizes if 12 * count(model).total >= megabytes * 1e6)
@@ -91,7 +91,7 @@ def shape_of(megabytes: float) -> Model:
 class Saver:
     """Saves of one side, the newest replacing the older ones. `start` returns what ends the save."""
 
-    def __init__(self, folder: Path, model: Model) -> None:
+    def __init__(self, folder: Path, model: ModelConfig) -> None:
         self.folder, self.model, self.step = folder, model, 0
         self.writer = CheckpointSaver(folder / "castalia", keep_last=1)
 
@@ -161,7 +161,7 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def resharder(rank: int, model: Model, folder: Path, rounds: int, results: Any) -> None:
+def resharder(rank: int, model: ModelConfig, folder: Path, rounds: int, results: Any) -> None:
     """A process that has half of the rows. The first one reports (side, seconds), both report the bytes read."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // RANKS))
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=RANKS)
@@ -191,7 +191,7 @@ def check(side: str, wanted: Mapping[str, torch.Tensor], state: State) -> None:
         assert torch.equal(tensor, wanted[name]), f"{side} did not give back {name}"
 
 
-def measure(folder: Path, model: Model, rounds: int) -> tuple[dict[str, dict[str, list[float]]], list[int]]:
+def measure(folder: Path, model: ModelConfig, rounds: int) -> tuple[dict[str, dict[str, list[float]]], list[int]]:
     """Seconds by task and side; the bytes that each process of ours read while it resharded."""
     state, target = State(model), State(model)
     state.fill()

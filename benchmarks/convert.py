@@ -23,13 +23,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from castalia.checkpoint.formats.native.save import CheckpointSaver
-from castalia.config.schema import Model
+from castalia.config.schema import ModelConfig
 
 ALLOWED_BYTES = 400 << 20
 FORMATS = ("native", "hf", "neox")
 
 
-def make_source(folder: Path, model: Model) -> None:
+def make_source(folder: Path, model: ModelConfig) -> None:
     """A native checkpoint of random tensors with moments."""
     import torch
 
@@ -165,7 +165,7 @@ def show_head(largest: int, rounds: int) -> None:
 
 def between_formats(args: argparse.Namespace, scratch: Path) -> None:
     """A made checkpoint to and from each format, and through transformers."""
-    model = Model(
+    model = ModelConfig(
         num_layers=args.layers,
         hidden_size=args.hidden,
         num_heads=args.hidden // 32,

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from castalia.config.schema import Data, RunConfig, Source, Train
+from castalia.config.schema import DataConfig, RunConfig, Source, TrainConfig
 from castalia.data.blend import blend
 from castalia.data.indexed import DatasetWriter
 from castalia.data.loader import open_data
@@ -100,8 +100,8 @@ def loader_row(rounds: int) -> None:
 
 def _loader_row(folder: str, mask: bool, rounds: int) -> None:
     run = RunConfig(
-        data=Data(train=(Source(path=f"{folder}/x"),), seq_length=SEQ_LENGTH, mask_documents=mask),
-        train=Train(steps=100, batch_size=32),
+        data=DataConfig(train=(Source(path=f"{folder}/x"),), seq_length=SEQ_LENGTH, mask_documents=mask),
+        train=TrainConfig(steps=100, batch_size=32),
     )
     samples, steps = open_data(run), iter(range(1, 1 + rounds))
     source = np.frombuffer(Path(f"{folder}/x.bin").read_bytes(), "<u2", samples.batch(0).tokens.size)

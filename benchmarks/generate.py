@@ -21,7 +21,7 @@ import torch
 from train import Work, our_model, renamed, their_config
 
 from castalia.config.load import load_config
-from castalia.config.schema import Model
+from castalia.config.schema import ModelConfig
 from castalia.generate.generation import generate
 from castalia.generate.packed_model import pack
 from castalia.train.hardware import DTYPES, keep_freed_memory, measured_flops
@@ -59,7 +59,7 @@ class Numbers:
         return "".join(f"{number} " for number in ids)
 
 
-def their_model(shape: Model, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.nn.Module:
+def their_model(shape: ModelConfig, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.nn.Module:
     from transformers import GPTNeoXForCausalLM
 
     model = GPTNeoXForCausalLM(their_config(shape, 2048, use_cache=True))
@@ -73,7 +73,7 @@ Writer = Callable[[Row], list[list[int]]]
 Judge = Callable[[list[int]], torch.Tensor]
 
 
-def sides(shape: Model, precision: str) -> tuple[Writer, Writer, Judge]:
+def sides(shape: ModelConfig, precision: str) -> tuple[Writer, Writer, Judge]:
     """Functions that write after each prompt of a row, and the peer's logits after some tokens.
 
     Both have the same weights; for int8 the peer has them in fp32.
@@ -149,7 +149,7 @@ def race(writers: tuple[Writer, Writer, Judge], row: Row, rounds: int, tolerance
     return mine, peers
 
 
-def floor(shape: Model, row: Row, precision: str) -> float:
+def floor(shape: ModelConfig, row: Row, precision: str) -> float:
     """Seconds that the work takes at the machine's measured limit."""
     matrices = shape.num_layers * 12 * shape.hidden_size**2
     head = shape.padded_vocab_size * shape.hidden_size

@@ -34,12 +34,12 @@ from castalia.checkpoint.restore import optimizer_state
 from castalia.checkpoint.tensors import Progress
 from castalia.config.batch import BatchPlan
 from castalia.config.load import load_config
-from castalia.config.schema import Model, Optimizer, RunConfig, Train
+from castalia.config.schema import ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from castalia.generate.generation import generate
 from castalia.model.init import constant_value, initialize
 from castalia.model.transformer import Transformer
 from castalia.parallel.compile import compile_blocks
-from castalia.parallel.executor import Engine, one_process
+from castalia.parallel.executor import Executor, one_process
 from castalia.plan.count import count
 from castalia.plan.devices import USABLE
 from castalia.plan.flops import kv_cache_bytes, training_flops
@@ -79,7 +79,7 @@ class Bench:
         self.seq, self.sequences = (32, 4) if quick else (2048, 16)
         self.prompt, self.new = (8, 4) if quick else (1024, 64)
 
-    def model(self, name: str) -> Model:
+    def model(self, name: str) -> ModelConfig:
         shape = load_config(name).model
         assert shape is not None
         tiny = {"num_layers": 2, "hidden_size": 32, "num_heads": 2, "vocab_size": 256, "mlp_size": None}
@@ -161,14 +161,14 @@ def check_row(bench: Bench, row: Row) -> list[list[str]]:
     return (check_tokens if row["what"] == "tokens" else check_losses)(bench, shape, host, tokens)
 
 
-def check_losses(bench: Bench, shape: Model, host: Transformer, tokens: torch.Tensor) -> list[list[str]]:
+def check_losses(bench: Bench, shape: ModelConfig, host: Transformer, tokens: torch.Tensor) -> list[list[str]]:
     wanted = loss_and_norm(host, tokens)
     cells = []
     for name, tolerance in TOLERANCE.items():
         dtype = DTYPES[name.split(",")[0]]
         model = Transformer(shape, compute_dtype=dtype).to(bench.device).eval()
         model.load_state_dict(host.state_dict())
-        compile_blocks(model, RunConfig(train=Train(compile="compiled" in name)), bench.device)
+        compile_blocks(model, RunConfig(train=TrainConfig(compile="compiled" in name)), bench.device)
         found = loss_and_norm(model, tokens.to(bench.device), FP16_SCALE if name == "fp16" else 1.0)
         for what, expected, value in zip(("loss", "gradient norm"), wanted, found, strict=True):
             apart = abs(value / expected - 1)
@@ -185,7 +185,7 @@ def loss_and_norm(model: Transformer, tokens: torch.Tensor, scale: float = 1.0) 
     return loss.item(), torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item() / scale
 
 
-def check_tokens(bench: Bench, shape: Model, host: Transformer, tokens: torch.Tensor) -> list[list[str]]:
+def check_tokens(bench: Bench, shape: ModelConfig, host: Transformer, tokens: torch.Tensor) -> list[list[str]]:
     prompts, count = tokens[:, :16].tolist(), 2 * bench.new if bench.quick else 32
     wanted = written(host, prompts, count)
     cells = []
@@ -236,7 +236,7 @@ def variant_name(row: Row) -> str:
     return ", ".join([*parts, row["precision"]] if "precision" in row else parts)
 
 
-def fitting(bench: Bench, shape: Model) -> Layout:
+def fitting(bench: Bench, shape: ModelConfig) -> Layout:
     """The first way to take the step's sequences that fits into memory."""
     memory = torch.cuda.get_device_properties(0).total_memory if bench.device.type == "cuda" else 2**30
     for recompute in ("none", "selective", "full"):
@@ -248,12 +248,12 @@ def fitting(bench: Bench, shape: Model) -> Layout:
     raise SystemExit("does not fit into this device, whatever is recomputed")
 
 
-def planned(bench: Bench, shape: Model, layout: Layout) -> int:
+def planned(bench: Bench, shape: ModelConfig, layout: Layout) -> int:
     return memory_by_stage(shape, layout, bench.seq, Compute("bf16", bench.device.type))[0].total
 
 
 def our_training(
-    bench: Bench, shape: Model, layout: Layout, compiled: bool, precision: str
+    bench: Bench, shape: ModelConfig, layout: Layout, compiled: bool, precision: str
 ) -> tuple[Callable[[], object], int]:
     """A step as `castalia train` takes it, and its micro-batch."""
     step = our_step(bench, shape, layout, compiled, precision)
@@ -261,27 +261,27 @@ def our_training(
     return lambda: step(0, batch), layout.micro_batch
 
 
-def our_step(bench: Bench, shape: Model, layout: Layout, compiled: bool, precision: str) -> TrainStep:
+def our_step(bench: Bench, shape: ModelConfig, layout: Layout, compiled: bool, precision: str) -> TrainStep:
     plan = BatchPlan(bench.sequences, layout.micro_batch, layout.accumulation)
-    config = RunConfig(model=shape, train=Train(recompute=layout.recompute, compile=compiled))
+    config = RunConfig(model=shape, train=TrainConfig(recompute=layout.recompute, compile=compiled))
     engine = one_process(config, DTYPES[precision], bench.device, plan)
     fill(engine)
     engine.model.train()
-    optimizer = make_optimizer(engine.parameters, Optimizer(lr=1e-4, weight_decay=0.1))
+    optimizer = make_optimizer(engine.parameters, OptimizerConfig(lr=1e-4, weight_decay=0.1))
     rate = LearningRate(peak=1e-4, minimum=0.0, warmup=0.0, end=1, style="constant")
     scaler = LossScaler(config.precision.loss_scale, "stage0") if precision == "fp16" else None
     return TrainStep(engine, optimizer, rate, plan, seed=1, clip_norm=1.0, scaler=scaler)
 
 
 @torch.no_grad()
-def fill(engine: Engine) -> None:
+def fill(engine: Executor) -> None:
     """Random weights, drawn on the device: those of a seed take minutes at this size."""
     for name, parameter in engine.parameters.items():
         constant = constant_value(name)
         parameter.normal_(0.0, 0.02) if constant is None else parameter.fill_(constant)
 
 
-def their_training(bench: Bench, shape: Model, layout: Layout) -> tuple[Callable[[], object], int]:
+def their_training(bench: Bench, shape: ModelConfig, layout: Layout) -> tuple[Callable[[], object], int]:
     """transformers' step with the largest micro-batch, from ours downwards, that does not run out of memory."""
     from transformers import GPTNeoXForCausalLM
 
@@ -348,7 +348,7 @@ def decode_row(bench: Bench, row: Row) -> list[list[str]]:
     return [[row["model"], row["side"], str(rows), *cells]]
 
 
-def decode_round(bench: Bench, shape: Model, write: Write, rows: int, length: int) -> tuple[float, float]:
+def decode_round(bench: Bench, shape: ModelConfig, write: Write, rows: int, length: int) -> tuple[float, float]:
     """Seconds until the first token, and for each further one: the first time that keys are so many."""
     prompts = torch.randint(0, shape.vocab_size, (rows, length)).tolist()
     first = bench.seconds(lambda: write(prompts, 1), rounds=1, warmup=1)
@@ -356,15 +356,15 @@ def decode_round(bench: Bench, shape: Model, write: Write, rows: int, length: in
     return first, (whole - first) / bench.new
 
 
-def our_writer(bench: Bench, shape: Model) -> Write:
+def our_writer(bench: Bench, shape: ModelConfig) -> Write:
     with torch.device("meta"):
         model = Transformer(shape)
     model = model.to(torch.bfloat16).to_empty(device=bench.device).eval()
-    fill(Engine(model))
+    fill(Executor(model))
     return lambda prompts, count: written(model, prompts, count)
 
 
-def their_writer(bench: Bench, shape: Model) -> Write:
+def their_writer(bench: Bench, shape: ModelConfig) -> Write:
     from transformers import GPTNeoXForCausalLM
 
     with bench.device:

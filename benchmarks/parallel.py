@@ -52,10 +52,10 @@ def main() -> None:
 
 
 def planned_bubble(name: str, pp: int, count: int) -> float:
-    from castalia.config.schema import Parallel
+    from castalia.config.schema import ParallelConfig
     from castalia.plan.layout import Layout, bubble, stages_per_rank
 
-    chunks = stages_per_rank(Parallel(pp=pp, pipeline=name))  # type: ignore[arg-type]
+    chunks = stages_per_rank(ParallelConfig(pp=pp, pipeline=name))  # type: ignore[arg-type]
     return bubble(Layout(pp=pp, accumulation=count, pipeline=name, stages_per_rank=chunks))  # type: ignore[arg-type]
 
 

@@ -30,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
-from castalia.config.schema import Tokenizer
+from castalia.config.schema import TokenizerConfig
 from castalia.data.indexed import DatasetWriter, token_dtype
 from castalia.data.prepare import Recipe, prepare
 from castalia.data.tokenizer import load_tokenizer, train_bpe
@@ -39,11 +39,11 @@ BATCH_DOCUMENTS = 512
 KJV = Path(__file__).parents[1] / "examples" / "kjv" / "kjv.jsonl"
 
 
-def ours(source: Path, output: Path, tokenizer: Tokenizer, workers: int | None) -> None:
+def ours(source: Path, output: Path, tokenizer: TokenizerConfig, workers: int | None) -> None:
     prepare([source], output, Recipe(tokenizer, append_eod=True), workers=workers)
 
 
-def batches(source: Path, output: Path, config: Tokenizer, workers: int | None) -> None:
+def batches(source: Path, output: Path, config: TokenizerConfig, workers: int | None) -> None:
     """`encode_batch_fast` on all cores, the rest as plain as it gets."""
     tokenizer = load_tokenizer(config)
     with (
@@ -55,7 +55,7 @@ def batches(source: Path, output: Path, config: Tokenizer, workers: int | None) 
             writer.add_many(np.concatenate(rows), [len(row) for row in rows])
 
 
-def loop(source: Path, output: Path, config: Tokenizer, workers: int | None) -> None:
+def loop(source: Path, output: Path, config: TokenizerConfig, workers: int | None) -> None:
     """One document after the other, as the original's tool does with one worker."""
     tokenizer = load_tokenizer(config)
     with (
@@ -105,7 +105,7 @@ def measure(side: str, source: Path, output: Path, tokenizer: Path, workers: int
 
 
 def run_side(side: str, source: Path, output: Path, tokenizer: Path, workers: int | None) -> None:
-    begin, config = time.perf_counter(), Tokenizer(path=str(tokenizer))
+    begin, config = time.perf_counter(), TokenizerConfig(path=str(tokenizer))
     before = os.times()
     SIDES[side](source, output, config, workers)
     after = os.times()

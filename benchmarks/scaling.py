@@ -29,7 +29,7 @@ from prepare import KJV, ours, write_text
 from train import Work
 from train import ours as training
 
-from castalia.config.schema import Model, Tokenizer
+from castalia.config.schema import ModelConfig, TokenizerConfig
 from castalia.data.sample_index import build_packed
 from castalia.data.tokenizer import train_bpe
 from castalia.plan.count import count
@@ -64,7 +64,7 @@ def steps(name: str, sizes: list[int], others: dict[str, int]) -> Iterator[Point
     precision = name_of(choose_dtype("auto", torch.device("cpu")))
     for size in sizes:
         chosen = BASE | others | {name: size}
-        model = Model(
+        model = ModelConfig(
             num_layers=chosen["depth"],
             hidden_size=chosen["width"],
             num_heads=max(1, chosen["width"] // 64),
@@ -105,7 +105,7 @@ def preparations(megabytes: list[float]) -> Iterator[Point]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         train_bpe(iter(lines[:1_000_000].splitlines()), 8_000).save(folder / "tokenizer")
-        tokenizer = Tokenizer(path=str(folder / "tokenizer"))
+        tokenizer = TokenizerConfig(path=str(folder / "tokenizer"))
         for wanted in megabytes:
             texts = (lines[first : first + 4000] for _ in count_up() for first in range(0, len(lines), 4000))
             written = write_text(folder / "text.jsonl", texts, wanted)
@@ -125,7 +125,7 @@ def indexes(documents: list[int]) -> Iterator[Point]:
 def conversions(widths: list[int]) -> Iterator[Point]:
     """Native with optimizer state to NeoX; sizes are those of the result."""
     for width in widths:
-        model = Model(
+        model = ModelConfig(
             num_layers=6, hidden_size=width, num_heads=width // 32, vocab_size=8192, max_positions=256,
             rotary_pct=0.25, parallel_residual=True,
         )  # fmt: skip

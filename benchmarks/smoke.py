@@ -174,14 +174,14 @@ def attention_memory(num_kv_heads: int, dtype: str, quick: bool) -> tuple[bool, 
     """A windowed block's forward and backward pass, whose scores alone would take [32, 4096, 4096] numbers."""
     import torch
 
-    from castalia.config.schema import Model
+    from castalia.config.schema import ModelConfig
     from castalia.model.init import initialize
     from castalia.model.transformer import Transformer
     from castalia.train.step_memory import PeakMemory
 
     keys, heads, size = (64, 4, 8) if quick else (KEYS, 32, HEAD_SIZE)
     device, kind = torch.device("cpu" if quick else "cuda"), getattr(torch, dtype)
-    shape = Model(num_layers=1, hidden_size=heads * size, num_heads=heads, num_kv_heads=min(num_kv_heads, heads),
+    shape = ModelConfig(num_layers=1, hidden_size=heads * size, num_heads=heads, num_kv_heads=min(num_kv_heads, heads),
                   vocab_size=512, max_positions=keys, sliding_window=keys // 4)  # fmt: skip
     model = Transformer(shape, compute_dtype=kind).to(device)
     if quick:
@@ -200,13 +200,15 @@ def decode_new_lengths(quick: bool) -> tuple[bool, str]:
     """Seconds a token where each length of the keys is met for the first time, and met again."""
     import torch
 
-    from castalia.config.schema import Model
+    from castalia.config.schema import ModelConfig
     from castalia.generate.kv_cache import KVCache
     from castalia.model.transformer import Transformer
 
     heads, size, start, count = (2, 8, 16, 4) if quick else (16, HEAD_SIZE, 1000, 48)
     device, dtype = (torch.device("cpu"), torch.float32) if quick else (torch.device("cuda"), torch.bfloat16)
-    shape = Model(num_layers=4, hidden_size=heads * size, num_heads=heads, vocab_size=512, max_positions=start + count)
+    shape = ModelConfig(
+        num_layers=4, hidden_size=heads * size, num_heads=heads, vocab_size=512, max_positions=start + count
+    )
     model = Transformer(shape, compute_dtype=dtype).to(device, dtype).eval()
 
     @torch.inference_mode()

@@ -30,7 +30,7 @@ import numpy as np
 
 from castalia.config.batch import BatchPlan
 from castalia.config.load import load_config
-from castalia.config.schema import Model
+from castalia.config.schema import ModelConfig
 from castalia.data.loader import Batch
 from castalia.plan.count import count
 from castalia.plan.flops import training_flops
@@ -45,7 +45,7 @@ WARMUP_STEPS = 2
 
 @dataclass(frozen=True)
 class Work:
-    model: Model
+    model: ModelConfig
     batch: int
     seq: int
     precision: str
@@ -73,9 +73,9 @@ def our_model(work: Work, **options):
 
 def ours(work: Work) -> Callable[[int], float]:
     """A step as `castalia train` takes it."""
-    from castalia.config.schema import Optimizer
+    from castalia.config.schema import OptimizerConfig
     from castalia.parallel.activation_checkpointing import apply_recompute
-    from castalia.parallel.executor import Engine
+    from castalia.parallel.executor import Executor
     from castalia.train.hardware import DTYPES, keep_freed_memory
     from castalia.train.optimizer import make_optimizer
     from castalia.train.schedule import LearningRate
@@ -84,9 +84,9 @@ def ours(work: Work) -> Callable[[int], float]:
     keep_freed_memory()
     model = our_model(work, compute_dtype=DTYPES[work.precision]).train()
     apply_recompute(model, "full" if work.recompute else "none", dropout=False)
-    optimizer = make_optimizer(dict(model.named_parameters()), Optimizer(lr=1e-3, weight_decay=0.1))
+    optimizer = make_optimizer(dict(model.named_parameters()), OptimizerConfig(lr=1e-3, weight_decay=0.1))
     rate = LearningRate(peak=1e-3, minimum=0.0, warmup=0.0, end=1, style="constant")
-    step = TrainStep(Engine(model), optimizer, rate, BatchPlan(work.batch, work.batch, 1), seed=1, clip_norm=1.0)
+    step = TrainStep(Executor(model), optimizer, rate, BatchPlan(work.batch, work.batch, 1), seed=1, clip_norm=1.0)
     return lambda number: step(number, batch_of(number, work)).loss
 
 
@@ -163,7 +163,7 @@ def dtype_of(work: Work):
     return DTYPES[work.precision]
 
 
-def their_config(shape: Model, positions: int, **options):
+def their_config(shape: ModelConfig, positions: int, **options):
     """transformers' description of a model of ours."""
     from transformers import GPTNeoXConfig
 

@@ -17,7 +17,7 @@ import torch
 from typer.testing import CliRunner
 
 from castalia.checkpoint import convert
-from castalia.checkpoint.file_plan import Layout, WriteOptions
+from castalia.checkpoint.file_plan import TargetLayout, WriteOptions
 from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.tensors import AdamState, Checkpoint
 from castalia.cli.config import changes, explain
@@ -28,8 +28,8 @@ from castalia.config.neox.keys import FORMER, KEYS
 from castalia.config.schema import RunConfig
 from castalia.errors import CheckpointError
 from castalia.plan.devices import parse_gpus
-from castalia.plan.run_plan import Hardware, Known, report
-from castalia.storage.lazy import Held
+from castalia.plan.run_plan import Hardware, RunFacts, report
+from castalia.storage.lazy import InMemory
 from tests.checkpoint.made import FAMILIES, made
 from tests.error_texts import error_texts
 from tests.goldens import Goldens
@@ -37,14 +37,14 @@ from tests.goldens import Goldens
 ROOT = Path(__file__).parents[1]
 OURS = [*preset_names(), *(f"configs/{path.name}" for path in sorted((ROOT / "configs").glob("*.yml")))]
 CASES = {  # of each family: target, dtype of the weights, layout
-    "hf fp32": ("hf", torch.float32, Layout()),
-    "hf bf16": ("hf", torch.bfloat16, Layout()),
-    "native fp32": ("native", torch.float32, Layout()),
-    "native bf16": ("native", torch.bfloat16, Layout()),
-    "neox fp32 tp2": ("neox", torch.float32, Layout(tp=2)),
-    "neox bf16 pp2 dp2 zero1": ("neox", torch.bfloat16, Layout(pp=2, dp=2, zero=1)),
-    "neox fp16 pp0": ("neox", torch.float16, Layout(pp=0)),
-    "megatron bf16 tp2 dp2 zero1": ("megatron-deepspeed", torch.bfloat16, Layout(tp=2, dp=2, zero=1)),
+    "hf fp32": ("hf", torch.float32, TargetLayout()),
+    "hf bf16": ("hf", torch.bfloat16, TargetLayout()),
+    "native fp32": ("native", torch.float32, TargetLayout()),
+    "native bf16": ("native", torch.bfloat16, TargetLayout()),
+    "neox fp32 tp2": ("neox", torch.float32, TargetLayout(tp=2)),
+    "neox bf16 pp2 dp2 zero1": ("neox", torch.bfloat16, TargetLayout(pp=2, dp=2, zero=1)),
+    "neox fp16 pp0": ("neox", torch.float16, TargetLayout(pp=0)),
+    "megatron bf16 tp2 dp2 zero1": ("megatron-deepspeed", torch.bfloat16, TargetLayout(tp=2, dp=2, zero=1)),
 }
 
 
@@ -111,7 +111,7 @@ def test_plans(golden: Goldens, gpus: str | None) -> None:
         words = ["train.batch_size=96", "data.path=corpus", "train.steps=1000"]
         if load_config(name).model.vocab_size is None:
             words.append("model.vocab_size=50257")
-        golden.check("plans", f"{name} {gpus}", numbers(report(load_config(name, words), Known(), hardware)))
+        golden.check("plans", f"{name} {gpus}", numbers(report(load_config(name, words), RunFacts(), hardware)))
 
 
 def numbers(plan: dict[str, Any]) -> dict[str, Any]:
@@ -133,13 +133,13 @@ def exact(source: Checkpoint) -> Checkpoint:
     """Values that are the same on every CPU: whole numbers over a power of two, which its dtypes hold as they are."""
     draw = torch.Generator().manual_seed(0)
 
-    def held(like: Any, dtype: torch.dtype, least: int = -120) -> Held:
-        return Held((torch.randint(least, 120, tuple(like.shape), generator=draw) / 512).to(dtype))
+    def held(like: Any, dtype: torch.dtype, least: int = -120) -> InMemory:
+        return InMemory((torch.randint(least, 120, tuple(like.shape), generator=draw) / 512).to(dtype))
 
     model = {name: held(ref, ref.dtype) for name, ref in source.model.items()}
     state = {
         name: AdamState(
-            master=Held(ref.read().float()),
+            master=InMemory(ref.read().float()),
             exp_avg=held(ref, torch.float32),
             exp_avg_sq=held(ref, torch.float32, 0),
             step=7,
@@ -149,7 +149,7 @@ def exact(source: Checkpoint) -> Checkpoint:
     return replace(source, model=model, optimizer=state)
 
 
-def written_files(source: Checkpoint, to: str, folder: Path, layout: Layout) -> dict[str, str] | str:
+def written_files(source: Checkpoint, to: str, folder: Path, layout: TargetLayout) -> dict[str, str] | str:
     """The first digits of each file's digest, or why this model cannot be written so."""
     try:
         plan = convert.TARGETS[to].plan(convert.prepare(source), WriteOptions(layout=layout))
@@ -184,5 +184,5 @@ def test_files_converted_from_genuine_checkpoints(golden: Goldens, fixtures: Pat
         for variant in variants:
             source = open_checkpoint(f"neox/{variant.name}/checkpoint", tokenizer="neox/data/tok.json")
             for to in ("native", "hf", "neox"):
-                found = written_files(source, to, tmp_path / variant.name / to, Layout())
+                found = written_files(source, to, tmp_path / variant.name / to, TargetLayout())
                 golden.check("genuine_conversions", f"{variant.name}: {to}", found)

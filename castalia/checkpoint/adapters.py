@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from castalia.checkpoint.tensors import Checkpoint
-from castalia.config.schema import Lora, is_adapter
-from castalia.storage.lazy import Adapted, TensorRef
+from castalia.config.schema import LoraConfig, is_adapter
+from castalia.storage.lazy import TensorRef, WithLora
 
 
-def adapters_of(checkpoint: Checkpoint | None) -> Lora | None:
+def adapters_of(checkpoint: Checkpoint | None) -> LoraConfig | None:
     return checkpoint.config.finetune.lora if checkpoint and checkpoint.config else None
 
 
@@ -22,7 +22,7 @@ def merged(checkpoint: Checkpoint) -> Checkpoint:
     for name, ref in held.items():
         matrix = name.removesuffix(".weight")
         if f"{matrix}.lora_a" in held:
-            model[name] = Adapted(ref, held[f"{matrix}.lora_a"], held[f"{matrix}.lora_b"], lora.scale)
+            model[name] = WithLora(ref, held[f"{matrix}.lora_a"], held[f"{matrix}.lora_b"], lora.scale)
         elif not is_adapter(name):
             model[name] = ref
     finetune = checkpoint.config.finetune.model_copy(update={"lora": None})

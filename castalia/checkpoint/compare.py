@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from castalia.config.schema import Model
+from castalia.config.schema import ModelConfig
 from castalia.storage.lazy import Reordered, Scaled, TensorRef, Transposed, part, same_bits
 
 PAIR_BYTES = 8 << 20
@@ -63,7 +63,7 @@ class Relation:
 
 
 def relate(
-    name: str, a: TensorRef, b: TensorRef, model: Model | None, others: Mapping[str, TensorRef] | None = None
+    name: str, a: TensorRef, b: TensorRef, model: ModelConfig | None, others: Mapping[str, TensorRef] | None = None
 ) -> Relation:
     """What B's tensor of this name is to A's. `model`: A's; `others`: B's further tensors."""
     same_shape = tuple(a.shape) == tuple(b.shape)
@@ -151,7 +151,7 @@ def pairs(a: TensorRef, b: TensorRef) -> Iterator[tuple[torch.Tensor, torch.Tens
         yield a.read(rows), b.read(rows)
 
 
-def row_orders(model: Model) -> list[tuple[str, torch.Tensor]]:
+def row_orders(model: ModelConfig) -> list[tuple[str, torch.Tensor]]:
     """Orders that rows of `attn.qkv` have elsewhere: their row i is our row order[i]."""
     n, kv, d = model.num_heads, model.kv_heads, model.head_size
     group = n // kv
@@ -176,7 +176,7 @@ def row_orders(model: Model) -> list[tuple[str, torch.Tensor]]:
     return found
 
 
-def _only_padding(a: TensorRef, b: TensorRef, model: Model | None) -> str:
+def _only_padding(a: TensorRef, b: TensorRef, model: ModelConfig | None) -> str:
     """A description if the rows of all tokens agree, else nothing."""
     rows = min(a.shape[0], b.shape[0])
     if model is not None and model.vocab_size is not None:

@@ -21,7 +21,7 @@ from typing import IO, Any
 
 import torch
 
-from castalia.checkpoint.file_plan import Output, Plan, WriteOptions
+from castalia.checkpoint.file_plan import OutputFile, Plan, WriteOptions
 from castalia.checkpoint.formats import detect, find_steps
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.errors import CheckpointError
@@ -41,7 +41,7 @@ from castalia.files import (
 )
 from castalia.plan.run_description import gib
 from castalia.storage.extent import verifying
-from castalia.storage.lazy import Adapted, Narrowed, TensorRef, everything, name_of
+from castalia.storage.lazy import Narrowed, TensorRef, WithLora, everything, name_of
 from castalia.storage.safetensors import Advance
 
 LATEST = "latest"
@@ -91,7 +91,7 @@ def prepare(checkpoint: Checkpoint, dtype: torch.dtype | None = None, optimizer:
         sources = {name: masters[name]["master"] if name in masters else ref for name, ref in model.items()}
         model = {n: r if r.dtype == dtype else Narrowed(r, name_of(dtype), n) for n, r in sources.items()}
     else:
-        model = {n: Narrowed(r, r.source.dtype_name, n) if isinstance(r, Adapted) else r for n, r in model.items()}
+        model = {n: Narrowed(r, r.source.dtype_name, n) if isinstance(r, WithLora) else r for n, r in model.items()}
     return replace(checkpoint, model=model, optimizer=state if optimizer else None)
 
 
@@ -217,7 +217,7 @@ def _narrowed(tensors: Iterable[TensorRef]) -> list[Narrowed]:
     return [each for each in everything(tensors) if isinstance(each, Narrowed) and each.infinite]
 
 
-def _refuse_infinite(output: Output) -> None:
+def _refuse_infinite(output: OutputFile) -> None:
     if found := _narrowed(output.tensors):
         count = sum(sum(each.infinite.values()) for each in found)
         raise CheckpointError(
@@ -228,12 +228,12 @@ def _refuse_infinite(output: Output) -> None:
 
 
 def _write_files(
-    outputs: Sequence[Output], folder: Path, journal: IO[str], advance: Advance, allow_inf: bool
+    outputs: Sequence[OutputFile], folder: Path, journal: IO[str], advance: Advance, allow_inf: bool
 ) -> dict[str, dict]:
     """Several at a time. Returns the journal's entry for each. When one fails, or on Ctrl-C, all stop at once."""
     stopped = Event()
 
-    def write_file(output: Output, disk: ThreadPoolExecutor) -> Future[dict[str, Any]]:
+    def write_file(output: OutputFile, disk: ThreadPoolExecutor) -> Future[dict[str, Any]]:
         final = folder / output.name
         part = final.with_name(final.name + ".part")
         final.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from castalia.checkpoint.tensors import Checkpoint
-from castalia.config.schema import Tokenizer
+from castalia.config.schema import TokenizerConfig
 
 TITLES = {
     "native": "Castalia",
@@ -32,14 +32,14 @@ def readable(count: int) -> str:
     return str(count)
 
 
-def tokenizer_settings(checkpoint: Checkpoint) -> Tokenizer | None:
+def tokenizer_settings(checkpoint: Checkpoint) -> TokenizerConfig | None:
     """The tokenizer of the training: the run's copy, else what the config names. None without a config."""
     if checkpoint.config is None:
         return None
     folder = Path(checkpoint.path)
     run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
     if (run / "tokenizer").is_dir():
-        return Tokenizer(path=str(run / "tokenizer"))
+        return TokenizerConfig(path=str(run / "tokenizer"))
     given = checkpoint.config.tokenizer
     found = {key: _beside(run, getattr(given, key)) for key in ("path", "merges")}
     return given.model_copy(update=found)

@@ -19,7 +19,7 @@ SHARD_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
-class Layout:
+class TargetLayout:
     """Over how many ranks files are laid out. `pp` 0 is the layout without a pipeline, one file of weights a rank."""
 
     tp: int = 1
@@ -30,14 +30,14 @@ class Layout:
 
 @dataclass(frozen=True)
 class WriteOptions:
-    layout: Layout = Layout()
+    layout: TargetLayout = TargetLayout()
     era: Literal["v1", "head"] = "head"
     folder: Path | None = None  # where the files will lie, which the original's config names; None: it names nothing
     shard_bytes: int = SHARD_BYTES  # formats without ranks cut their weights into files of about this size
 
 
 @dataclass(frozen=True)
-class Output:
+class OutputFile:
     """A file to be written. `write` gives a JSON value that `Plan.finish` gets."""
 
     name: str  # path below the checkpoint's folder
@@ -52,7 +52,7 @@ def _nothing_left(folder: Path, results: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    outputs: tuple[Output, ...]
+    outputs: tuple[OutputFile, ...]
     notes: tuple[str, ...] = ()  # what this hop changes by nature, and what it leaves out
     finish: Callable[[Path, Mapping[str, Any]], None] = _nothing_left  # writes what needs the results of all outputs
 
@@ -74,30 +74,30 @@ def shards(tensors: Mapping[str, TensorRef], limit: int) -> list[dict[str, Tenso
     return groups
 
 
-def tensors_output(name: str, tensors: Mapping[str, TensorRef]) -> Output:
+def tensors_output(name: str, tensors: Mapping[str, TensorRef]) -> OutputFile:
     """A safetensors file, whose format has no place for checksums."""
     size = sum(ref.num_bytes for ref in tensors.values())
 
     def write(path: Path, advance: Advance) -> None:
         write_safetensors(path, tensors, advance, checksums=False)
 
-    return Output(name, size, write, tuple(tensors.values()))
+    return OutputFile(name, size, write, tuple(tensors.values()))
 
 
-def pt_output(name: str, value: Any) -> Output:
+def pt_output(name: str, value: Any) -> OutputFile:
     """A file of `torch.save`; see `castalia.storage.pt_writer` for what the value may be made of."""
     file = PtFile(value)
     title = Path(name).stem
-    return Output(name, file.num_bytes, lambda path, advance: file.write(path, title, advance), file.tensors)
+    return OutputFile(name, file.num_bytes, lambda path, advance: file.write(path, title, advance), file.tensors)
 
 
-def bytes_output(name: str, data: bytes | str) -> Output:
+def bytes_output(name: str, data: bytes | str) -> OutputFile:
     """A small file whose content is known."""
     content = data.encode() if isinstance(data, str) else data
-    return Output(name, len(content), lambda path, advance: write_bytes(path, content, advance))
+    return OutputFile(name, len(content), lambda path, advance: write_bytes(path, content, advance))
 
 
-def json_output(name: str, value: object) -> Output:
+def json_output(name: str, value: object) -> OutputFile:
     return bytes_output(name, json_text(value))
 
 

@@ -18,14 +18,14 @@ from castalia.checkpoint.description import describe, model_folder, readable, to
 from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.rules import drift
 from castalia.checkpoint.tensors import Checkpoint, Shard
-from castalia.config.schema import Model, Tokenizer
+from castalia.config.schema import ModelConfig, TokenizerConfig
 from castalia.errors import CheckpointError
 from castalia.model.transformer import Transformer
 from castalia.plan.count import adapter_shapes, tensor_shapes
 from castalia.storage.lazy import TensorRef, name_of
 
 if TYPE_CHECKING:
-    from castalia.data.tokenizer import Tokenizer as AnyTokenizer
+    from castalia.data.tokenizer import Tokenizer
 
 MAX_READERS = 4  # threads
 VOCABULARY = {"embed.weight", "head.weight"}  # tensors with a row for each token
@@ -83,7 +83,7 @@ def build_model(
     return model.eval()
 
 
-def architecture(checkpoint: Checkpoint) -> Model:
+def architecture(checkpoint: Checkpoint) -> ModelConfig:
     """The model that the tensors belong to. Where the vocabulary is unknown, it is all rows of the embedding."""
     if checkpoint.config is None or checkpoint.config.model is None:
         raise CheckpointError(
@@ -104,7 +104,7 @@ def load_weights(model: Transformer, checkpoint: Checkpoint) -> LoadReport:
     return load_shards({name: Shard.whole(p) for name, p in model.named_parameters()}, model.cfg, checkpoint)
 
 
-def load_shards(shards: Mapping[str, Shard], cfg: Model, checkpoint: Checkpoint, added: int = 0) -> LoadReport:
+def load_shards(shards: Mapping[str, Shard], cfg: ModelConfig, checkpoint: Checkpoint, added: int = 0) -> LoadReport:
     """`load_weights` where this process holds only parts of the model `cfg`. The whole checkpoint must fit it.
 
     The last `added` entries of the vocabulary may be missing.
@@ -203,11 +203,11 @@ def _all_finite(tensor: torch.Tensor) -> bool:
     return all(bool(end.isfinite()) for end in tensor.aminmax())  # NaN spreads to both; no copy is made
 
 
-def load_tokenizer_for(checkpoint: Checkpoint, path: str | None = None) -> AnyTokenizer:
+def load_tokenizer_for(checkpoint: Checkpoint, path: str | None = None) -> Tokenizer:
     """The tokenizer at `path`, else that of the checkpoint's training: the run's copy, or what the config names."""
     from castalia.data.tokenizer import load_tokenizer
 
-    settings = Tokenizer(path=path) if path else tokenizer_settings(checkpoint)
+    settings = TokenizerConfig(path=path) if path else tokenizer_settings(checkpoint)
     if settings is None:
         raise CheckpointError(f"{checkpoint.path} does not name its tokenizer; give one with --tokenizer")
     neox = checkpoint.config is not None and checkpoint.config.neox_exact

@@ -15,7 +15,7 @@ from math import prod, sqrt
 import numpy as np
 
 from castalia.errors import CheckpointError
-from castalia.storage.lazy import ITEM_BYTES, Run, TensorRef, cut_runs
+from castalia.storage.lazy import ITEM_BYTES, ByteRun, TensorRef, cut_runs
 
 SPAN_ELEMENTS = 4096
 MAX_ROW = 1 << 16  # of longer rows only the beginning is sampled
@@ -118,7 +118,7 @@ def sample(ref: TensorRef, spans: int) -> Sums:
     return result
 
 
-def _whole_rows(run: Run, position: int) -> tuple[int, int]:
+def _whole_rows(run: ByteRun, position: int) -> tuple[int, int]:
     """Start and stop of whole rows around a position, about `SPAN_ELEMENTS` values of them."""
     row = max(run.row, 1)
     start = position // row * row
@@ -126,7 +126,7 @@ def _whole_rows(run: Run, position: int) -> tuple[int, int]:
     return start, min(start + length, run.count)
 
 
-def _read(run: Run, pieces: Sequence[tuple[int, int]]) -> Iterator[np.ndarray]:
+def _read(run: ByteRun, pieces: Sequence[tuple[int, int]]) -> Iterator[np.ndarray]:
     if not pieces:
         return
     size = ITEM_BYTES[run.dtype_name]

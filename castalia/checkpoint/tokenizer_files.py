@@ -11,10 +11,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from castalia.checkpoint.description import model_folder, tokenizer_settings
-from castalia.checkpoint.file_plan import Output, bytes_output, json_output
+from castalia.checkpoint.file_plan import OutputFile, bytes_output, json_output
 from castalia.checkpoint.restore import load_tokenizer_for
 from castalia.checkpoint.tensors import Checkpoint
-from castalia.config.schema import Tokenizer as TokenizerSettings
+from castalia.config.schema import TokenizerConfig
 from castalia.data.tokenizer import (
     PADDING,
     ByteTokenizer,
@@ -24,39 +24,39 @@ from castalia.data.tokenizer import (
     Tokenizer,
     engine_text,
 )
-from castalia.data.tokenizer_folder import GENERATION, MODEL, SPECIAL, Words, read_words
+from castalia.data.tokenizer_folder import GENERATION, MODEL, SPECIAL, TokenizerFolder, read_tokenizer_folder
 from castalia.data.tokenizer_folder import SETTINGS as HF_SETTINGS
 from castalia.errors import CastaliaError
 
 FOLDER = "tokenizer"  # of a run, or of a converted checkpoint
 
 
-def our_tokenizer(checkpoint: Checkpoint) -> tuple[list[Output], tuple[str, ...]]:
+def our_tokenizer(checkpoint: Checkpoint) -> tuple[list[OutputFile], tuple[str, ...]]:
     """Files in `tokenizer/`, as a run has them, and what to say where there are none."""
     tokenizer, notes = _load(checkpoint)
     files = _saved(tokenizer) if tokenizer else dict(_words(checkpoint).files)
     return [bytes_output(f"{FOLDER}/{name}", data) for name, data in sorted(files.items())], notes
 
 
-def written_tokenizer(checkpoint: Checkpoint, outputs: Sequence[Output], folder: Path | None) -> TokenizerSettings:
+def written_tokenizer(checkpoint: Checkpoint, outputs: Sequence[OutputFile], folder: Path | None) -> TokenizerConfig:
     """The settings of the tokenizer whose files `our_tokenizer` gave, in `folder`; without files, the source's."""
     assert checkpoint.config is not None
     names = {Path(output.name).name: str(Path(folder or "", output.name)) for output in outputs}
     if "tokenizer.json" in names:
-        return TokenizerSettings(kind="hf", path=names["tokenizer.json"])
+        return TokenizerConfig(kind="hf", path=names["tokenizer.json"])
     if "vocab.json" in names:
-        return TokenizerSettings(kind="gpt2", path=names["vocab.json"], merges=names["merges.txt"])
+        return TokenizerConfig(kind="gpt2", path=names["vocab.json"], merges=names["merges.txt"])
     if "tokenizer.model" in names:
-        return TokenizerSettings(kind="sentencepiece", path=names["tokenizer.model"])
+        return TokenizerConfig(kind="sentencepiece", path=names["tokenizer.model"])
     tokenizer, _ = _load(checkpoint)
     if isinstance(tokenizer, ByteTokenizer):
-        return TokenizerSettings(kind=tokenizer.kind)  # type: ignore[arg-type]
+        return TokenizerConfig(kind=tokenizer.kind)  # type: ignore[arg-type]
     if isinstance(tokenizer, TiktokenTokenizer):
-        return TokenizerSettings(kind="tiktoken", path=tokenizer.engine.name)
+        return TokenizerConfig(kind="tiktoken", path=tokenizer.engine.name)
     return checkpoint.config.tokenizer  # it is missing, as was said
 
 
-def hf_tokenizer(checkpoint: Checkpoint) -> tuple[list[Output], dict[str, Any], tuple[str, ...]]:
+def hf_tokenizer(checkpoint: Checkpoint) -> tuple[list[OutputFile], dict[str, Any], tuple[str, ...]]:
     """Files that `AutoTokenizer` opens, the ids for config.json, and what to say where there are no files."""
     tokenizer, notes = _load(checkpoint)
     words = tokenizer.words if tokenizer else _words(checkpoint)
@@ -86,11 +86,11 @@ def _load(checkpoint: Checkpoint) -> tuple[Tokenizer | None, tuple[str, ...]]:
         return None, (f"no tokenizer files are written ({error}); name the tokenizer with --tokenizer",)
 
 
-def _words(checkpoint: Checkpoint) -> Words:
+def _words(checkpoint: Checkpoint) -> TokenizerFolder:
     """What the files say where there is no tokenizer."""
     settings = tokenizer_settings(checkpoint)
     folder = Path(settings.path) if settings and settings.path else model_folder(checkpoint)
-    return read_words({}, folder if folder and folder.is_dir() else model_folder(checkpoint))
+    return read_tokenizer_folder({}, folder if folder and folder.is_dir() else model_folder(checkpoint))
 
 
 def _saved(tokenizer: Tokenizer) -> dict[str, bytes]:

@@ -52,13 +52,13 @@ def check(words: Words) -> None:
     """Exit with 0 if the config is accepted (warnings included), with 2 and a line for each problem otherwise."""
     from castalia.parallel.rank_grid import check_run
     from castalia.plan.run_plan import layout_of, warnings
-    from castalia.train.run_facts import gather
+    from castalia.train.run_facts import collect_run_facts
 
     config = read(words)
     if config.parallel.gpus and config.parallel.gpus > 1:
         check_run(config, config.parallel.gpus)
     layout, _ = layout_of(config, None)
-    found = warnings(config, gather(config), layout)
+    found = warnings(config, collect_run_facts(config), layout)
     print_notes(config)
     for warning in found:
         print(f"warning: {warning}", file=sys.stderr)

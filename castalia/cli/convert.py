@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
-    from castalia.checkpoint.file_plan import Layout, Plan
+    from castalia.checkpoint.file_plan import Plan, TargetLayout
     from castalia.checkpoint.tensors import Checkpoint
     from castalia.storage.safetensors import Advance
 
@@ -142,9 +142,9 @@ def _verify(checkpoint: Checkpoint, target: Path) -> None:
         raise CheckpointError(f"{target} is written, but it is not the same model: {proof.difference or 'see above'}")
 
 
-def parse_layout(text: str | None) -> Layout:
+def parse_layout(text: str | None) -> TargetLayout:
     """`tp=2,pp=4,dp=8,zero=1`; what is left out is one rank, without ZeRO."""
-    from castalia.checkpoint.file_plan import Layout
+    from castalia.checkpoint.file_plan import TargetLayout
     from castalia.errors import ConfigError
 
     values: dict[str, int] = {}
@@ -158,7 +158,7 @@ def parse_layout(text: str | None) -> Layout:
         raise ConfigError(
             f"--layout {text}: files of ZeRO stage {values['zero']} are not written; use zero=0 or zero=1"
         )
-    return Layout(**values)  # type: ignore[arg-type]
+    return TargetLayout(**values)  # type: ignore[arg-type]
 
 
 def _numbers(text: str) -> list[int]:

@@ -351,10 +351,10 @@ def _ids(text: str | None) -> tuple[int, ...]:
 def _tokenizer_config(path: Path | None, kind: str | None = None, merges: Path | None = None):
     import pydantic
 
-    from castalia.config.schema import Tokenizer as Config
+    from castalia.config.schema import TokenizerConfig
 
     try:
-        return Config(kind=kind, path=str(path) if path else None, merges=str(merges) if merges else None)  # type: ignore[arg-type]
+        return TokenizerConfig(kind=kind, path=str(path) if path else None, merges=str(merges) if merges else None)  # type: ignore[arg-type]
     except pydantic.ValidationError as error:
         raise DataError(f"--tokenizer-kind {kind}: {error.errors()[0]['msg']}") from None
 

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
     from castalia.checkpoint.tensors import Checkpoint
     from castalia.config.batch import BatchPlan
-    from castalia.config.schema import Model
+    from castalia.config.schema import ModelConfig
     from castalia.data.loader import Batch
     from castalia.data.tokenizer import Tokenizer
     from castalia.evaluate.corpus import Stream
-    from castalia.parallel.executor import Engine
+    from castalia.parallel.executor import Executor
 
 
 def command(
@@ -154,7 +154,7 @@ def evaluate_checkpoint(
     return {**where, "precision": precision, "uniform_loss": uniform_loss(model, tokenizer), **found, **spelled}
 
 
-def uniform_loss(model: Model, tokenizer: Tokenizer | None) -> float:
+def uniform_loss(model: ModelConfig, tokenizer: Tokenizer | None) -> float:
     """Of a model that gives all ids the same chance; the rows that only fill the vocabulary up are none."""
     known = model.vocab_size or model.padded_vocab_size  # of other formats with the filling
     return math.log(min(known, tokenizer.vocab_size) if tokenizer else known)
@@ -162,7 +162,7 @@ def uniform_loss(model: Model, tokenizer: Tokenizer | None) -> float:
 
 def load_engine(
     checkpoint: Checkpoint, length: int, rows: int, dtype: torch.dtype, device: torch.device, tp: int, pp: int
-) -> tuple[Engine, BatchPlan]:
+) -> tuple[Executor, BatchPlan]:
     """The model on this process or its part of it, for batches of windows of `length`; `rows` in a forward pass.
 
     Its parameters are in the compute dtype, to which the blocks would round them each time.
@@ -170,7 +170,7 @@ def load_engine(
     from castalia.checkpoint.restore import build_model, require_finite
     from castalia.cli.ranks import split_config
     from castalia.config.batch import BatchPlan
-    from castalia.parallel.executor import Engine
+    from castalia.parallel.executor import Executor
     from castalia.parallel.rendezvous import world_size
     from castalia.train.setup import engine_shard, load_engine, make_engine
 
@@ -178,7 +178,7 @@ def load_engine(
     if world == 1:
         model = build_model(checkpoint, device, dtype)
         require_finite(dict(model.named_parameters()), checkpoint.path)
-        return Engine(model, rows), BatchPlan(rows, rows, 1)
+        return Executor(model, rows), BatchPlan(rows, rows, 1)
     config = split_config(checkpoint, tp, pp, world, length)
     assert config.model is not None
     plan = BatchPlan(rows * world // tp, rows, pp)  # as many micro-batches as there are stages

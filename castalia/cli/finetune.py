@@ -11,9 +11,9 @@ import typer
 
 if TYPE_CHECKING:
     from castalia.checkpoint.tensors import Checkpoint
-    from castalia.config.schema import RunConfig, Source, Tokenizer
+    from castalia.config.schema import RunConfig, Source, TokenizerConfig
     from castalia.data.chat import Chat
-    from castalia.data.tokenizer_folder import Words
+    from castalia.data.tokenizer_folder import TokenizerFolder
 
 CONVERSATION = ("messages", "conversation", "conversations")  # fields that hold a list of {role, content}
 LONGEST = 512  # tokens of a sample, where the model can take more
@@ -121,7 +121,7 @@ def defaults(model: str, source: Checkpoint, rank: int | None) -> dict[str, Any]
     }
 
 
-def own_tokenizer(source: Checkpoint) -> Tokenizer:
+def own_tokenizer(source: Checkpoint) -> TokenizerConfig:
     """That of the checkpoint."""
     from castalia.checkpoint.description import tokenizer_settings
     from castalia.errors import ConfigError
@@ -145,7 +145,7 @@ def prepare(config: RunConfig, source: Checkpoint, folder: Path, template: Path 
     Sources that are corpora stay as they are.
     """
     from castalia.checkpoint.description import model_folder
-    from castalia.config.schema import Tokenizer
+    from castalia.config.schema import TokenizerConfig
     from castalia.data.indexed import open_dataset
     from castalia.data.prepare import Recipe
     from castalia.data.prepare import prepare as run
@@ -170,7 +170,7 @@ def prepare(config: RunConfig, source: Checkpoint, folder: Path, template: Path 
                 key = next((name for name in CONVERSATION if name in record), "text")
                 chat = None if key == "text" else read_chat(template, tokenizer.words)
                 eod = chat is None and tokenizer.eod_id is not None
-                recipe = Recipe(Tokenizer(path=str(folder / "tokenizer")), (key,), append_eod=eod, chat=chat)
+                recipe = Recipe(TokenizerConfig(path=str(folder / "tokenizer")), (key,), append_eod=eod, chat=chat)
                 prefix = f"{folder / split}{number}"
                 if not done:
                     report = run([each.path], prefix, recipe)
@@ -223,7 +223,7 @@ def first_record(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_chat(template: Path | None, words: Words) -> Chat:
+def read_chat(template: Path | None, words: TokenizerFolder) -> Chat:
     """The template that was asked for, else the one beside the model's tokenizer, else a plain one."""
     from castalia.data.chat import Chat, read_template
 
@@ -246,7 +246,7 @@ def beginning(record: dict[str, Any], key: str, chat: Chat | None) -> str:
     return renderer(chat)(messages[:asked], True).text
 
 
-def sample(path: str, prompt: str, max_tokens: int, tokenizer: Tokenizer | None = None) -> str:
+def sample(path: str, prompt: str, max_tokens: int, tokenizer: TokenizerConfig | None = None) -> str:
     """What the model writes after the prompt, always taking the likeliest token. `tokenizer`: instead of its own."""
     from castalia.checkpoint.formats import open_checkpoint
     from castalia.checkpoint.restore import build_model, load_tokenizer_for

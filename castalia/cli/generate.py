@@ -15,10 +15,10 @@ from castalia.strict_json import to_json
 
 if TYPE_CHECKING:
     from castalia.checkpoint.tensors import Checkpoint
-    from castalia.config.schema import Generate
+    from castalia.config.schema import GenerateConfig
     from castalia.data.tokenizer import Tokenizer
-    from castalia.data.tokenizer_folder import Words
-    from castalia.generate.generation import Piece, Sampling, Writer
+    from castalia.data.tokenizer_folder import TokenizerFolder
+    from castalia.generate.generation import AnyModel, Sampling, TextPiece
 
 
 def command(
@@ -108,10 +108,10 @@ def command(
 
 
 def _write_all(
-    model: Writer,
+    model: AnyModel,
     words: Tokenizer,
     batches: Iterable[list[str]],
-    settings: Generate,
+    settings: GenerateConfig,
     sampling: Sampling,
     as_json: bool,
     quiet: bool,
@@ -151,7 +151,7 @@ def _mode(prompt: list[str] | None, file: Path | None, interactive: bool) -> str
     return modes[names[0]] if names else None
 
 
-def _settings(checkpoint: Checkpoint, overlay: str | None, given: dict) -> Generate:
+def _settings(checkpoint: Checkpoint, overlay: str | None, given: dict) -> GenerateConfig:
     """The command line over the overlay over the checkpoint's own config."""
     from castalia.cli.config import print_notes
     from castalia.config.load import load_config
@@ -164,12 +164,12 @@ def _settings(checkpoint: Checkpoint, overlay: str | None, given: dict) -> Gener
     return base.generate.model_copy(update={name: value for name, value in given.items() if value is not None})
 
 
-def _sampling(settings: Generate, words: Words) -> dict[str, Any]:
+def _sampling(settings: GenerateConfig, words: TokenizerFolder) -> dict[str, Any]:
     """What is set, else what the model's files say, which is told, else nothing."""
     from pydantic import ValidationError
 
     from castalia.cli.opening import tell
-    from castalia.config.schema import Generate
+    from castalia.config.schema import GenerateConfig
     from castalia.data.tokenizer_folder import GENERATION, SAMPLED, SAMPLING
     from castalia.errors import DataError
 
@@ -178,7 +178,7 @@ def _sampling(settings: Generate, words: Words) -> dict[str, Any]:
     taken = {name: value for name, value in found.items() if name not in given}
     place = str(words.places.get(GENERATION))
     try:
-        Generate.model_validate(taken, strict=True)
+        GenerateConfig.model_validate(taken, strict=True)
     except ValidationError as error:
         name = str(error.errors()[0]["loc"][0])
         raise DataError(
@@ -193,7 +193,7 @@ def _sampling(settings: Generate, words: Words) -> dict[str, Any]:
     return taken | given
 
 
-def _prompts(settings: Generate) -> list[str]:
+def _prompts(settings: GenerateConfig) -> list[str]:
     """Those of the input file, or an empty one for a whole document."""
     from castalia.errors import ConfigError, DataError, refuse_pointer
 
@@ -228,7 +228,7 @@ def _typed(end: str) -> Iterator[list[str]]:
             return
 
 
-def _load(checkpoint: Checkpoint, dtype: str, device: str, tp: int, pp: int, world: int, rows: int) -> Writer:
+def _load(checkpoint: Checkpoint, dtype: str, device: str, tp: int, pp: int, world: int, rows: int) -> AnyModel:
     import torch
 
     from castalia.checkpoint.restore import build_model, require_finite
@@ -249,7 +249,9 @@ def _load(checkpoint: Checkpoint, dtype: str, device: str, tp: int, pp: int, wor
     return model
 
 
-def _show(pieces: Iterator[Piece], prompts: Sequence[str], settings: Generate, as_json: bool) -> Iterator[str]:
+def _show(
+    pieces: Iterator[TextPiece], prompts: Sequence[str], settings: GenerateConfig, as_json: bool
+) -> Iterator[str]:
     """Print each text after its prompt, in order and as it is written. Yields a JSON object for each finished one."""
     bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
     row, text = -1, ""
@@ -270,9 +272,9 @@ def _show(pieces: Iterator[Piece], prompts: Sequence[str], settings: Generate, a
             yield to_json(record, ensure_ascii=False)
 
 
-def in_order(pieces: Iterable[Piece]) -> Iterator[Piece]:
+def in_order(pieces: Iterable[TextPiece]) -> Iterator[TextPiece]:
     """The same text row after row: rows are written side by side, and later ones wait until those before are done."""
-    waiting: dict[int, Piece] = {}
+    waiting: dict[int, TextPiece] = {}
     current = 0
     for piece in pieces:
         if piece.row in waiting:

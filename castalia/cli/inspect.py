@@ -55,12 +55,12 @@ def _vocabulary(checkpoint: Checkpoint, given: str | None) -> tuple[int | None, 
     """The number of ids without padding, and where it is known from. Raises DataError for a file that is not there."""
     from castalia.checkpoint.description import tokenizer_settings
     from castalia.cli.plan import tokenizer_size
-    from castalia.config.schema import RunConfig, Tokenizer
+    from castalia.config.schema import RunConfig, TokenizerConfig
     from castalia.errors import DataError
 
     if given and not Path(given).exists():
         raise DataError(f"--tokenizer {given}: there is no such file or folder")
-    settings = Tokenizer(path=given) if given else tokenizer_settings(checkpoint)
+    settings = TokenizerConfig(path=given) if given else tokenizer_settings(checkpoint)
     try:
         return tokenizer_size(RunConfig(tokenizer=settings)) if settings else (None, "")
     except DataError:  # damaged, as `_words` tells
@@ -70,11 +70,11 @@ def _vocabulary(checkpoint: Checkpoint, given: str | None) -> tuple[int | None, 
 def _words(checkpoint: Checkpoint, given: str | None) -> dict[str, Any]:
     """What the folder says of its text, or why it cannot be read."""
     from castalia.checkpoint.description import model_folder, tokenizer_settings
-    from castalia.config.schema import Tokenizer
+    from castalia.config.schema import TokenizerConfig
     from castalia.data.tokenizer import account, load_tokenizer
     from castalia.errors import CastaliaError
 
-    settings = Tokenizer(path=given) if given else tokenizer_settings(checkpoint)
+    settings = TokenizerConfig(path=given) if given else tokenizer_settings(checkpoint)
     neox = checkpoint.config is not None and checkpoint.config.neox_exact
     if settings is None:
         return {"unread": "no tokenizer is named; give one with --tokenizer"}

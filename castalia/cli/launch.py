@@ -57,7 +57,7 @@ def command(
             f"warning: parallel.tp={config.parallel.tp} spans machines of {gpus} GPUs, which is slow", file=sys.stderr
         )
     grid = str(layout(config.parallel, world))
-    job = render.Job(
+    job = render.LaunchJob(
         name or Path(configs[0]).stem, ["train", *configs], num_nodes, gpus, grid, hosts, max_restarts, port
     )
     text = render.k8s(job, image) if kind == "k8s" else {"slurm": render.slurm, "torchrun": render.torchrun}[kind](job)

@@ -40,7 +40,7 @@ def command(
     from castalia.config.load import load_config
     from castalia.errors import ConfigError
     from castalia.plan.run_plan import Hardware, report
-    from castalia.train.run_facts import gather
+    from castalia.train.run_facts import collect_run_facts
 
     check_picture(plot, "--plot")
     config, assumed = with_vocabulary(load_config(*split_words(configs), any_batch=True), vocab_size)
@@ -53,7 +53,7 @@ def command(
         assumed += [guess] if guess else []
     if suggest and hardware is None:
         raise ConfigError("--suggest compares layouts on given devices: add --gpus, for example --gpus 8xH100")
-    known = gather(config)
+    known = collect_run_facts(config)
     if hardware:
         known = replace(known, device="cpu" if hardware.device.name == "cpu" else "cuda")
     result = report(config, known, hardware)

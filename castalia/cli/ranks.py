@@ -18,14 +18,14 @@ def start_processes(tp: int, pp: int, nproc: int | None) -> int:
 
     As many as the layout takes, unless `nproc` or a launcher says otherwise.
     """
-    from castalia.config.schema import Parallel
+    from castalia.config.schema import ParallelConfig
     from castalia.parallel.launcher import relaunch
     from castalia.parallel.rank_grid import layout
     from castalia.parallel.rendezvous import world_size
 
     started = world_size()
     wanted = started if started > 1 else nproc or tp * pp
-    layout(Parallel(tp=tp, pp=pp), wanted)
+    layout(ParallelConfig(tp=tp, pp=pp), wanted)
     if wanted > started:
         relaunch(wanted, sys.argv[1:])
     return wanted
@@ -34,14 +34,14 @@ def start_processes(tp: int, pp: int, nproc: int | None) -> int:
 def split_config(checkpoint: Checkpoint, tp: int, pp: int, world: int, seq_length: int | None = None) -> RunConfig:
     """A config that says how the checkpoint's model lies on `world` ranks. ConfigError where it cannot."""
     from castalia.checkpoint.restore import architecture
-    from castalia.config.schema import Data, Parallel, RunConfig
+    from castalia.config.schema import DataConfig, ParallelConfig, RunConfig
     from castalia.parallel.rank_grid import check_run
 
     model = architecture(checkpoint)
     config = RunConfig(
         model=model,
-        parallel=Parallel(tp=tp, pp=pp),
-        data=Data(seq_length=seq_length or model.max_positions or 1),
+        parallel=ParallelConfig(tp=tp, pp=pp),
+        data=DataConfig(seq_length=seq_length or model.max_positions or 1),
         neox_exact=checkpoint.config is not None and checkpoint.config.neox_exact,
     )
     check_run(config, world)

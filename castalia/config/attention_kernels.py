@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from castalia.config.schema import Model
+from castalia.config.schema import ModelConfig
 
 Kernel = Literal["flash", "cuDNN", "memory-efficient", "plain"]
 # What a query sees: everything; what is not behind it, where queries are all keys, or the last of them; what a bias,
@@ -66,7 +66,7 @@ def choose_kernel(
     return Choice("memory-efficient", told, why_not_flash, repeats=grouped)
 
 
-def reasons_for_bias(cfg: Model, keys: int, documents: bool) -> list[str]:
+def reasons_for_bias(cfg: ModelConfig, keys: int, documents: bool) -> list[str]:
     """What of a model that sees so many keys, and of its data, only a bias can say."""
     reasons = {
         "ALiBi's distances": cfg.position == "alibi",
@@ -77,7 +77,7 @@ def reasons_for_bias(cfg: Model, keys: int, documents: bool) -> list[str]:
 
 
 def training_choice(
-    cfg: Model,
+    cfg: ModelConfig,
     capability: Capability | None,
     dtype: str,
     length: int,

@@ -8,7 +8,7 @@ from os.path import normpath
 from typing import NamedTuple
 
 from castalia.config.batch import batch_plan, planned_dp
-from castalia.config.schema import Model, RunConfig, Warmup
+from castalia.config.schema import ModelConfig, RunConfig, Warmup
 from castalia.config.yaml_files import Findings
 from castalia.errors import ConfigError
 from castalia.reading import expression_problem, short
@@ -192,7 +192,7 @@ def layout(config: RunConfig) -> Iterator[Problem]:
         )
 
 
-def _sharded(model: Model) -> dict[str, int]:
+def _sharded(model: ModelConfig) -> dict[str, int]:
     sizes = {"model.num_heads": model.num_heads, "model.mlp_size": model.mlp_width}
     return sizes | ({"model.num_kv_heads": model.num_kv_heads} if model.num_kv_heads else {})
 

@@ -20,7 +20,7 @@ from castalia.config.fields import FIELDS, SECTIONS, describe
 from castalia.config.neox import read as neox_read
 from castalia.config.schema import RunConfig
 from castalia.config.setting import Setting, put
-from castalia.config.yaml_files import Findings, Table, merged, read_file, read_override, read_text, to_yaml
+from castalia.config.yaml_files import Findings, YamlMapping, merged, read_file, read_override, read_text, to_yaml
 from castalia.errors import ConfigError
 from castalia.reading import reason, short
 
@@ -85,7 +85,7 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yml"))
 
 
-def _read(name: str | Path | RunConfig | dict, found: Findings) -> Table:
+def _read(name: str | Path | RunConfig | dict, found: Findings) -> YamlMapping:
     if isinstance(name, RunConfig):
         return read_text(dump_config(name), "checkpoint", found)
     if isinstance(name, dict):
@@ -107,27 +107,27 @@ def _read(name: str | Path | RunConfig | dict, found: Findings) -> Table:
     raise ConfigError(f"{name}: no such file, and no preset has this name; presets: {', '.join(close)}")
 
 
-def _with_own_tokenizer(table: Table, run: Path) -> Table:
+def _with_own_tokenizer(table: YamlMapping, run: Path) -> YamlMapping:
     """A run's config names the tokenizer in its folder, wherever that has gone and wherever it is read from."""
     words = table.get("tokenizer")
-    if isinstance(words, Table) and words.get("path") == TOKENIZER and (run / TOKENIZER).is_dir():
+    if isinstance(words, YamlMapping) and words.get("path") == TOKENIZER and (run / TOKENIZER).is_dir():
         words["path"] = str(run / TOKENIZER)
     return table
 
 
-def _override(text: str, found: Findings) -> Table:
+def _override(text: str, found: Findings) -> YamlMapping:
     key, value = read_override(text, found)
-    return Table({key: value}, {key: "command line"})
+    return YamlMapping({key: value}, {key: "command line"})
 
 
-def _sort(table: Table, rank: int, ours: dict[str, Setting], theirs: dict[str, Setting], found: Findings) -> None:
+def _sort(table: YamlMapping, rank: int, ours: dict[str, Setting], theirs: dict[str, Setting], found: Findings) -> None:
     """Merge one source into the settings by our paths and by NeoX's keys."""
     for written, value in table.items():
         key, origin = written.replace("-", "_"), table.origins[written]
         block, *inner = key.split(".")
         if inner and key not in FIELDS and key not in SECTIONS and block in neox_read.KEYS:
             for name in reversed(inner):  # zero_optimization.stage=2
-                value = Table({name: value}, {name: origin})
+                value = YamlMapping({name: value}, {name: origin})
             key = block
         if key in neox_read.FORMER and neox_read.FORMER[key].kind == "renamed":
             found.notes.append(f"{origin}: {written} is called {neox_read.FORMER[key].target} today")
@@ -145,7 +145,7 @@ def _sort(table: Table, rank: int, ours: dict[str, Setting], theirs: dict[str, S
 
 def _flatten(path: str, setting: Setting, ours: dict[str, Setting], found: Findings) -> None:
     value = setting.value
-    if path in SECTIONS and isinstance(value, Table):
+    if path in SECTIONS and isinstance(value, YamlMapping):
         if not value and path != "model" and not any(other.startswith(path + ".") for other in ours):
             put(ours, path, setting)  # `{}`: an optional section with its defaults
         for key, inner in value.items():

@@ -54,7 +54,7 @@ class RopeScaling(Section):
     attention_factor: float | None = Field(None, description="of yarn; None: 0.1 ln(factor) + 1")
 
 
-class MuP(Section):
+class MuPConfig(Section):
     """Maximal-update parametrization: learning rates that were found at one width hold at all others."""
 
     base_width: PositiveInt | None = Field(None, description="hidden_size that the rates were found at; None: this one")
@@ -65,7 +65,7 @@ class MuP(Section):
     init_scale: PositiveFloat = Field(1.0, description="of all random initial values")
 
 
-class Model(Section):
+class ModelConfig(Section):
     num_layers: Annotated[int, Gt(0), Le(10_000)]
     hidden_size: Annotated[int, Gt(0), Le(1 << 24)]
     num_heads: Annotated[int, Gt(0), Le(1 << 16)]
@@ -98,7 +98,7 @@ class Model(Section):
     hidden_dropout: Fraction = Field(0.0, lt=1.0, description="of what attention and MLP add")
     attention_dropout: Fraction = Field(0.0, lt=1.0, description="of the attention's weights")
 
-    mup: MuP | None = Field(None, description="None: the standard parametrization")
+    mup: MuPConfig | None = Field(None, description="None: the standard parametrization")
 
     init: Literal["seeded", "neox"] | None = Field(
         None,
@@ -229,7 +229,7 @@ def _split(value: str) -> str:
     return value
 
 
-class Data(Section):
+class DataConfig(Section):
     path: str | None = Field(None, description="one corpus that `split` divides; excludes train, valid and test")
     split: Annotated[str, AfterValidator(_split)] = Field(
         "969, 30, 1", description="shares of training, validation and test"
@@ -257,7 +257,7 @@ class Data(Section):
     )
 
 
-class Tokenizer(Section):
+class TokenizerConfig(Section):
     kind: (
         Literal["hf", "gpt2", "hf_gpt2", "sentencepiece", "neox_sentencepiece", "tiktoken", "char", "bytes"] | None
     ) = None
@@ -273,7 +273,7 @@ class ParameterGroup(Section):
     weight_decay: NonNegativeFloat | None = Field(None, description="None: as without the group")
 
 
-class Lora(Section):
+class LoraConfig(Section):
     """Low-rank adapters: W x + alpha / rank * B (A x), with W as it was loaded."""
 
     rank: PositiveInt = Field(16, description="columns of B and rows of A")
@@ -289,10 +289,10 @@ class Lora(Section):
         return (self.alpha or 2 * self.rank) / self.rank
 
 
-class Finetune(Section):
+class FinetuneConfig(Section):
     """What of the loaded model trains, and what is added to it."""
 
-    lora: Lora | None = Field(None, description="{}: adapters of rank 16; None: no adapters")
+    lora: LoraConfig | None = Field(None, description="{}: adapters of rank 16; None: no adapters")
     train: tuple[str, ...] = Field(
         (), description="regular expressions, searched in the tensors' names: what trains; none: all, or the adapters"
     )
@@ -311,7 +311,7 @@ def is_adapter(name: str) -> bool:
     return name.endswith((".lora_a", ".lora_b"))
 
 
-class Optimizer(Section):
+class OptimizerConfig(Section):
     name: Literal["adamw", "lion", "sgd", "adafactor", "muon"] = Field(
         "adamw",
         description="muon: on the matrices of the blocks, adamw on the rest; adafactor: lr is relative to the weights",
@@ -328,7 +328,7 @@ class Optimizer(Section):
     clip_norm: PositiveFloat | None = Field(1.0, description="largest gradient norm; None switches clipping off")
 
 
-class Schedule(Section):
+class ScheduleConfig(Section):
     style: Literal["constant", "linear", "cosine", "exponential", "wsd", "inverse_sqrt"] = Field(
         "cosine", description="wsd: constant, then linear over the last `cooldown`; inverse_sqrt: ~ 1 / sqrt(step)"
     )
@@ -349,7 +349,7 @@ class Schedule(Section):
         return self.warmup * end if self.warmup_steps is None else float(self.warmup_steps)
 
 
-class Parallel(Section):
+class ParallelConfig(Section):
     """The layout: world = pp * dp * cp * tp, where dp is what the other three leave of the ranks."""
 
     tp: PositiveInt = Field(1, description="tensor ranks: heads, MLP widths and vocabulary are split")
@@ -372,7 +372,7 @@ class Parallel(Section):
     gpus: PositiveInt | None = Field(None, description="devices of the whole run, for planning; None: those it runs on")
 
 
-class LossScale(Section):
+class LossScaleConfig(Section):
     """fp16 only. `rule` names which of DeepSpeed's two dynamic rules applies."""
 
     static: PositiveFloat | None = Field(None, description="a fixed scale; None: dynamic")
@@ -384,12 +384,12 @@ class LossScale(Section):
     rule: Literal["zero", "stage0"] | None = Field(None, description="None: zero for parallel.zero >= 1, else stage0")
 
 
-class Precision(Section):
+class PrecisionConfig(Section):
     compute: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: bf16 where the hardware has it")
-    loss_scale: LossScale = LossScale()
+    loss_scale: LossScaleConfig = LossScaleConfig()
 
 
-class Preference(Section):
+class PreferenceConfig(Section):
     """What train.objective=dpo, kto and reward learn from pairs or from judged texts."""
 
     loss: Literal["sigmoid", "ipo"] = Field("sigmoid", description="of dpo")
@@ -410,7 +410,7 @@ class EarlierBatch(Section):
     batch_size: PositiveInt = Field(description="sequences (or pairs) of a step over all ranks")
 
 
-class Train(Section):
+class TrainConfig(Section):
     objective: Literal["causal", "dpo", "kto", "reward"] = Field(
         "causal", description="the next token; or what `preference` describes"
     )
@@ -450,7 +450,7 @@ class Train(Section):
     )
 
 
-class Checkpoint(Section):
+class CheckpointConfig(Section):
     dir: str | None = Field(None, description="the run's folder")
     resume: str | None = Field(None, description="go on from this run or checkpoint: everything is restored")
     init_from: str | None = Field(None, description="start from these weights: a new run")
@@ -474,7 +474,7 @@ class Checkpoint(Section):
         return None not in (self.resume, self.dir) and normpath(str(self.resume)) == normpath(str(self.dir))
 
 
-class Wandb(Section):
+class WandbConfig(Section):
     """Weights & Biases. Its key comes from `wandb login` or the environment, never from a config."""
 
     project: str = "castalia"
@@ -485,7 +485,7 @@ class Wandb(Section):
     mode: Literal["online", "offline", "disabled"] | None = Field(None, description="None: as WANDB_MODE says")
 
 
-class Profile(Section):
+class ProfileConfig(Section):
     """A trace and a summary of some steps; on a GPU also a snapshot of its memory."""
 
     start: PositiveInt = Field(10, description="first step")
@@ -493,21 +493,21 @@ class Profile(Section):
     dir: str | None = Field(None, description="None: profile/ in the run's folder")
 
 
-class Log(Section):
+class LogConfig(Section):
     every: PositiveInt = Field(10, description="a line on the terminal after so many steps")
     tensorboard: str | None = Field(None, description="folder of TensorBoard event files")
-    wandb: Wandb | None = Field(None, description="None: nothing goes to Weights & Biases")
+    wandb: WandbConfig | None = Field(None, description="None: nothing goes to Weights & Biases")
     csv: bool = Field(False, description="metrics.csv beside metrics.jsonl")
     layers_every: PositiveInt | None = Field(
         None, description="every so many steps, each layer's activations, gradients and weights go to layers.jsonl"
     )
-    profile: Profile | None = Field(None, description="None: no profile; {} for steps 10 to 12")
+    profile: ProfileConfig | None = Field(None, description="None: no profile; {} for steps 10 to 12")
     peak_tflops: PositiveFloat | None = Field(
         None, description="of one device, for MFU; None: of known devices, and of CPUs as measured if they are idle"
     )
 
 
-class Watch(Section):
+class WatchConfig(Section):
     """What is noticed while training goes to events.jsonl; the policy says what becomes of spikes."""
 
     policy: Literal["report", "stop", "skip", "rewind"] = Field(
@@ -525,13 +525,13 @@ class Watch(Section):
     dead_every: PositiveInt | None = Field(100, description="look for MLP units without gradient after so many steps")
 
 
-class Eval(Section):
+class EvalConfig(Section):
     every: PositiveInt | None = Field(1000, description="evaluate after so many steps; None: never between")
     batches: NonNegativeInt = Field(10, description="global batches of one evaluation")
     at_end: bool = Field(True, description="evaluate after the last step")
 
 
-class Generate(Section):
+class GenerateConfig(Section):
     """None: what the model's generation_config.json says, else greedy with 64 tokens."""
 
     temperature: NonNegativeFloat | None = Field(
@@ -556,21 +556,21 @@ class Generate(Section):
 class RunConfig(Section):
     """Everything that a run depends on. `model` is None in overlays that describe no architecture."""
 
-    model: Model | None = None
-    data: Data = Data()
-    tokenizer: Tokenizer = Tokenizer()
-    finetune: Finetune = Finetune()
-    optimizer: Optimizer = Optimizer()
-    schedule: Schedule = Schedule()
-    parallel: Parallel = Parallel()
-    precision: Precision = Precision()
-    train: Train = Train()
-    preference: Preference = Preference()
-    checkpoint: Checkpoint = Checkpoint()
-    log: Log = Log()
-    watch: Watch = Watch()
-    eval: Eval = Eval()
-    generate: Generate = Generate()
+    model: ModelConfig | None = None
+    data: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    train: TrainConfig = TrainConfig()
+    preference: PreferenceConfig = PreferenceConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    watch: WatchConfig = WatchConfig()
+    eval: EvalConfig = EvalConfig()
+    generate: GenerateConfig = GenerateConfig()
     seed: PositiveInt = Field(1234, description="of initial weights, data order and dropout")
     neox_exact: bool = Field(False, description="bring back every defect of the original that changes numbers")
 

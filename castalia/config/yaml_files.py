@@ -31,7 +31,7 @@ class Findings:
     values: int = 0  # of YAML that were read
 
 
-class Table(dict[str, Any]):
+class YamlMapping(dict[str, Any]):
     """A YAML mapping that remembers where each of its keys stands: `origins[key]` is "file.yml:12".
 
     A table merged from several sources also knows in `ranks` which of them gave a key.
@@ -45,9 +45,9 @@ class Table(dict[str, Any]):
 
 def merged(old: Any, old_rank: int, new: Any, new_rank: int) -> Any:
     """`new`, with what only `old` says if both are tables."""
-    if not (isinstance(old, Table) and isinstance(new, Table)):
+    if not (isinstance(old, YamlMapping) and isinstance(new, YamlMapping)):
         return new
-    table = Table({**old, **new}, {**old.origins, **new.origins})
+    table = YamlMapping({**old, **new}, {**old.origins, **new.origins})
     table.ranks = dict.fromkeys(old, old_rank) | old.ranks | dict.fromkeys(new, new_rank)
     for key in old.keys() & new.keys():
         table[key] = merged(old[key], old_rank, new[key], new_rank)
@@ -55,7 +55,7 @@ def merged(old: Any, old_rank: int, new: Any, new_rank: int) -> Any:
     return table
 
 
-def read_file(path: Path, label: str, found: Findings) -> Table:
+def read_file(path: Path, label: str, found: Findings) -> YamlMapping:
     """The top-level mapping of one file; `label` is how messages call the file. Syntax errors raise ConfigError."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -65,11 +65,11 @@ def read_file(path: Path, label: str, found: Findings) -> Table:
     return read_text(text, label, found)
 
 
-def read_text(text: str, label: str, found: Findings) -> Table:
+def read_text(text: str, label: str, found: Findings) -> YamlMapping:
     """`read_file` for a text that is at hand."""
     root = _compose(text, label)
     if root is None:
-        return Table()
+        return YamlMapping()
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(
             f"{label}:{_line(root)}: holds no keys; a config is a mapping such as `train: {{steps: 200}}`"
@@ -115,9 +115,9 @@ def _compose(text: str, label: str) -> yaml.Node | None:
         raise ConfigError(f"{label}: not valid YAML: {error}".replace("\n", " ")) from error
 
 
-def _mapping(node: yaml.MappingNode, label: str, found: Findings, prefix: str, depth: int) -> Table:
+def _mapping(node: yaml.MappingNode, label: str, found: Findings, prefix: str, depth: int) -> YamlMapping:
     _count(label, found, depth)
-    table = Table()
+    table = YamlMapping()
     for key_node, value_node in _pairs(node, label, found, depth):
         key, origin = str(key_node.value), f"{label}:{_line(key_node)}"
         if not isinstance(key_node, yaml.ScalarNode):

@@ -13,7 +13,7 @@ from castalia.data.sample_index import IGNORE
 from castalia.data.sources import SURROGATE, field_of
 from castalia.data.template import Rendered, compile_template
 from castalia.data.tokenizer import Tokenizer, spelled
-from castalia.data.tokenizer_folder import JINJA, SETTINGS, TEMPLATE, read_words
+from castalia.data.tokenizer_folder import JINJA, SETTINGS, TEMPLATE, read_tokenizer_folder
 from castalia.errors import DataError
 
 Conversation = list[dict[str, Any]]
@@ -36,7 +36,7 @@ def read_template(path: str | Path) -> tuple[str, tuple[tuple[str, str], ...]]:
     given = {SETTINGS if path.suffix == ".json" else JINJA: path}
     if path.is_dir():
         given = {name: path / name for name in (JINJA, SETTINGS, TEMPLATE) if (path / name).is_file()}
-    words = read_words(given)
+    words = read_tokenizer_folder(given)
     if words.template is None:
         raise DataError(
             f"no chat template in {path}: give a Jinja file, a tokenizer_config.json with `chat_template`, or a folder "

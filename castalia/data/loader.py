@@ -56,7 +56,7 @@ class Batch(NamedTuple):
     rewards: np.ndarray | None = None  # float32 [sequences]: what the texts are worth
 
 
-class Piece(NamedTuple):
+class DocumentPiece(NamedTuple):
     """A part of one sample: which tokens of which document of which corpus."""
 
     prefix: str
@@ -135,10 +135,10 @@ class Samples:
         """Tokens of a sequence in a step's batch."""
         return size_at(self.length_warmup, step, self.seq_length)
 
-    def pieces(self, position: int) -> list[Piece]:
+    def pieces(self, position: int) -> list[DocumentPiece]:
         """Where the tokens of one sample lie."""
         corpus, position = self._corpus(position)
-        return [Piece(corpus.text.prefix, *part) for part in corpus.parts(position)]
+        return [DocumentPiece(corpus.text.prefix, *part) for part in corpus.parts(position)]
 
     def _corpus(self, position: int) -> tuple[Corpus, int]:
         if not self.blended:

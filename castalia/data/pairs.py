@@ -16,7 +16,7 @@ from castalia.data.indexed import IndexedDataset, open_dataset
 from castalia.data.loader import (
     Batch,
     Corpus,
-    Piece,
+    DocumentPiece,
     Samples,
     Split,
     open_data,
@@ -47,7 +47,7 @@ class Pairs:
         """Positions of the data order that a step takes, [batch_size]: one for each pair."""
         return self.chosen.positions(step)
 
-    def pieces(self, position: int) -> list[Piece]:
+    def pieces(self, position: int) -> list[DocumentPiece]:
         return self.chosen.pieces(position) + self.rejected.pieces(position)
 
     def batch(self, step: int, rows: Sequence[int] | np.ndarray | None = None) -> Batch:

@@ -20,8 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from castalia.config.schema import Source, Text
-from castalia.config.schema import Tokenizer as TokenizerConfig
+from castalia.config.schema import Source, Text, TokenizerConfig
 from castalia.data.chat import Chat, conversations, renderer
 from castalia.data.fast_tokenizer import Encode, fast, flat, reference
 from castalia.data.indexed import DatasetWriter, token_dtype

@@ -18,8 +18,16 @@ from typing import Any
 
 import tokenizers
 
-from castalia.config.schema import Tokenizer as TokenizerConfig
-from castalia.data.tokenizer_folder import VOCABULARY, Added, Words, decoded, listed, read_words, write_files
+from castalia.config.schema import TokenizerConfig
+from castalia.data.tokenizer_folder import (
+    VOCABULARY,
+    Added,
+    TokenizerFolder,
+    decoded,
+    listed,
+    read_tokenizer_folder,
+    write_files,
+)
 from castalia.errors import DataError
 from castalia.reading import keys, parse_json, read_json, typed
 
@@ -41,7 +49,7 @@ class Tokenizer:
     end_ids: frozenset[int] = frozenset()  # each of these ends a text, `eod_id` among them
     bos_id: int | None = None  # the token that begins a text, whether `encode` puts it there or not
     byte_ids: frozenset[int] = frozenset()  # tokens of one byte, of which only a run that is whole can be decoded
-    words: Words = Words()  # what the folder says beside the vocabulary, and its files
+    words: TokenizerFolder = TokenizerFolder()  # what the folder says beside the vocabulary, and its files
     note: str = ""  # a rule that differs from what other programs do with the same files
 
     def encode(self, text: str) -> list[int]:
@@ -76,9 +84,11 @@ class Tokenizer:
 class RustTokenizer(Tokenizer):
     """Hugging Face's `tokenizers`: tokenizer.json, GPT-2's vocab.json with merges.txt."""
 
-    def __init__(self, engine: tokenizers.Tokenizer, words: Words | None = None, *, drop_special: bool = True):
+    def __init__(
+        self, engine: tokenizers.Tokenizer, words: TokenizerFolder | None = None, *, drop_special: bool = True
+    ):
         self.engine = engine
-        self.words = words or Words()  # without a file of the vocabulary the engine writes itself
+        self.words = words or TokenizerFolder()  # without a file of the vocabulary the engine writes itself
         self.drop_special = drop_special
         parts = str(engine.pre_tokenizer) + str(engine.decoder)
         model = type(engine.model).__name__  # BPE, Unigram, WordPiece, WordLevel
@@ -138,7 +148,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     kind = "SentencePiece"
 
-    def __init__(self, words: Words, *, neox: bool = False):
+    def __init__(self, words: TokenizerFolder, *, neox: bool = False):
         self.words, self.neox = words, neox
         model = words.files["tokenizer.model"]
         processor = _optional("sentencepiece").SentencePieceProcessor
@@ -282,19 +292,19 @@ def load_tokenizer(config: TokenizerConfig, *, neox: bool = False, model: Path |
         raise DataError(f"tokenizer.kind={kind} needs tokenizer.path: {_FILES[kind]}")
     path = Path(config.path)
     if kind == "hf":
-        words = read_words({"tokenizer.json": _find(path, "tokenizer.json")}, model)
+        words = read_tokenizer_folder({"tokenizer.json": _find(path, "tokenizer.json")}, model)
         return RustTokenizer(_read_json(_find(path, "tokenizer.json"), words), words)
     if kind == "gpt2":
         vocab = _find(path, "vocab.json")
         merges = _find(Path(config.merges), "merges.txt") if config.merges else _find(vocab.parent, "merges.txt")
-        words = read_words({"vocab.json": vocab, "merges.txt": merges}, model)
+        words = read_tokenizer_folder({"vocab.json": vocab, "merges.txt": merges}, model)
         return RustTokenizer(_read_bpe(vocab, merges, words), words, drop_special=False)
     if kind == "hf_gpt2":
         return _load_hf_gpt2(path, model)
     file = _find(path, "tokenizer.model")
     try:
         return SentencePieceTokenizer(
-            read_words({"tokenizer.model": file}, model), neox=neox or kind == "neox_sentencepiece"
+            read_tokenizer_folder({"tokenizer.model": file}, model), neox=neox or kind == "neox_sentencepiece"
         )
     except DataError as error:
         raise DataError(f"{file}: {error}") from error
@@ -333,7 +343,7 @@ def _find(path: Path, name: str) -> Path:
     return file
 
 
-def _read_json(file: Path, words: Words) -> tokenizers.Tokenizer:
+def _read_json(file: Path, words: TokenizerFolder) -> tokenizers.Tokenizer:
     """Stored truncation and padding are what somebody's last batch needed, no property of the vocabulary: off."""
     text = _with_gaps(decoded(words.files["tokenizer.json"], file), file)
     try:
@@ -362,7 +372,7 @@ def _with_gaps(text: str, file: Path) -> str:
     return json.dumps(content)
 
 
-def _set_edges(engine: tokenizers.Tokenizer, words: Words) -> None:
+def _set_edges(engine: tokenizers.Tokenizer, words: TokenizerFolder) -> None:
     """What tokenizer_config.json says of a text's first and last token counts, where it says something."""
     asked = [
         (words.special.get(f"{name}_token"), words.settings.get(f"add_{name}_token"), index)
@@ -382,7 +392,7 @@ def _set_edges(engine: tokenizers.Tokenizer, words: Words) -> None:
     engine.post_processor = tokenizers.processors.TemplateProcessing(single=" ".join(parts), special_tokens=tokens)
 
 
-def _read_bpe(vocab: Path, merges: Path, words: Words) -> tokenizers.Tokenizer:
+def _read_bpe(vocab: Path, merges: Path, words: TokenizerFolder) -> tokenizers.Tokenizer:
     try:
         ids, pairs = tokenizers.models.BPE.read_file(str(vocab), str(merges))
         beside = {token.content: i for i, token in words.added.items() if token.content not in ids}
@@ -418,11 +428,11 @@ def _load_hf_gpt2(folder: Path, model: Path | None) -> RustTokenizer:
             f"tokenizer.path={str(folder)!r} is no folder; tokenizer.kind=hf_gpt2 needs {_FILES['hf_gpt2']}"
         )
     if (folder / "tokenizer.json").is_file():
-        words = read_words({"tokenizer.json": folder / "tokenizer.json"}, model)
+        words = read_tokenizer_folder({"tokenizer.json": folder / "tokenizer.json"}, model)
         engine = _read_json(folder / "tokenizer.json", words)
     else:
         vocab, merges = _find(folder, "vocab.json"), _find(folder, "merges.txt")
-        words = read_words({"vocab.json": vocab, "merges.txt": merges}, model)
+        words = read_tokenizer_folder({"vocab.json": vocab, "merges.txt": merges}, model)
         engine = _read_bpe(vocab, merges, words)
     engine.add_special_tokens([PADDING])
     return RustTokenizer(engine, words.without_vocabulary(), drop_special=False)

@@ -54,7 +54,7 @@ class Added(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Words:
+class TokenizerFolder:
     """One account of a folder. What it does not say is empty."""
 
     files: Mapping[str, bytes] = field(default_factory=dict)  # as they are, by their names in a folder
@@ -92,13 +92,13 @@ class Words:
             named += ids if isinstance(ids, list) else [ids]
         return tuple(dict.fromkeys(i for i in named if type(i) is int and 0 <= i < size))
 
-    def without_vocabulary(self) -> Words:
+    def without_vocabulary(self) -> TokenizerFolder:
         """For a vocabulary that has changed: what describes the old one is left out."""
         kept = {name: data for name, data in self.files.items() if name not in (*VOCABULARIES, ADDED)}
         return replace(self, files=kept)
 
 
-def read_words(given: Mapping[str, Path], model: Path | None = None) -> Words:
+def read_tokenizer_folder(given: Mapping[str, Path], model: Path | None = None) -> TokenizerFolder:
     """Of the vocabulary's files, by their names in a folder, and of what lies beside those that have these very names.
 
     `model`: the folder of the model, where config.json and generation_config.json are if not beside the vocabulary.
@@ -126,12 +126,12 @@ def read_words(given: Mapping[str, Path], model: Path | None = None) -> Words:
         added = _added(settings, _table(found.get(ADDED)), set(special.values()))
     except (ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{found.get(SETTINGS)}: added_tokens_decoder is not understood: {error}") from error
-    return Words(files, settings, special, added, ids, _table(found.get(GENERATION)), template, found)
+    return TokenizerFolder(files, settings, special, added, ids, _table(found.get(GENERATION)), template, found)
 
 
 def count_ids(vocabulary: Path) -> int:
     """One more than the largest id of a tokenizer.json or vocab.json and the files beside it, without building it."""
-    content, words = _table(vocabulary, VOCABULARY), read_words({vocabulary.name: vocabulary})
+    content, words = _table(vocabulary, VOCABULARY), read_tokenizer_folder({vocabulary.name: vocabulary})
     model = content.get("model", {"vocab": content})
     entries = model.get("vocab", ())
     ids = {i for i in entries.values() if type(i) is int} if isinstance(entries, dict) else {len(entries) - 1}

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from castalia.config.schema import Data
+from castalia.config.schema import DataConfig
 from castalia.data.indexed import open_dataset
 from castalia.data.loader import SPLITS, open_labels
 from castalia.data.sample_index import IGNORE, split_bounds
@@ -54,7 +54,7 @@ def read_stream(path: str, tokenizer: Tokenizer | None) -> Stream:
     return _stream(path, pieces, num_bytes)
 
 
-def validation_stream(data: Data, tokenizer: Tokenizer | None) -> Stream:
+def validation_stream(data: DataConfig, tokenizer: Tokenizer | None) -> Stream:
     """All of the documents that a run keeps for validation."""
     if data.path:
         first, end = split_bounds(data.split, len(open_dataset(data.path)))[SPLITS.index("valid") :][:2]

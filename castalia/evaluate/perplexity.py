@@ -11,10 +11,10 @@ import torch
 
 from castalia.data.loader import Batch
 from castalia.data.sample_index import IGNORE
-from castalia.parallel.executor import Engine, Rows
+from castalia.parallel.executor import Executor, Rows
 
 
-def evaluate(engine: Engine, batches: Iterable[Batch]) -> dict[str, float]:
+def evaluate(engine: Executor, batches: Iterable[Batch]) -> dict[str, float]:
     """Mean loss over all predicted tokens, whatever their batch. Every rank is given the whole batches."""
     total, count = torch.zeros((), dtype=torch.float64, device=engine.device), 0
     with engine.evaluating():

@@ -11,7 +11,7 @@ from typing import Literal
 
 from castalia.checkpoint.compare import Relation, equal, in_order, relate
 from castalia.checkpoint.tensors import AdamState, Checkpoint
-from castalia.config.schema import Model
+from castalia.config.schema import ModelConfig
 from castalia.examine.verify import state_tensors
 
 Verdict = Literal[
@@ -116,7 +116,7 @@ def _structure(a: Checkpoint, b: Checkpoint) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _told(model: Model) -> dict[str, object]:
+def _told(model: ModelConfig) -> dict[str, object]:
     values = {key: value for key, value in model.model_dump().items() if not ARCHITECTURE_ONLY.search(key)}
     return values | {"num_kv_heads": model.kv_heads, "mlp_size": model.mlp_width}
 
@@ -233,7 +233,7 @@ def _one_seed(a: Checkpoint, b: Checkpoint) -> str:
     )
 
 
-def _drawn(model: Model) -> dict[str, object]:
+def _drawn(model: ModelConfig) -> dict[str, object]:
     """What initial weights depend on, beside the seed."""
     return {key: value for key, value in model.model_dump().items() if "dropout" not in key}
 

@@ -14,12 +14,12 @@ from castalia.checkpoint.adapters import adapters_of
 from castalia.checkpoint.description import readable
 from castalia.checkpoint.sampled_values import Sums, sample
 from castalia.checkpoint.tensors import Checkpoint
-from castalia.config.schema import InitMethod, Model
+from castalia.config.schema import InitMethod, ModelConfig
 from castalia.examine.facts import architecture
 from castalia.model.init_std import mup_scale, standard_deviation
 from castalia.plan.count import count, non_embedding, original_count, tp_dim
 from castalia.storage.extent import verify, verifying
-from castalia.storage.lazy import Run, TensorRef, same_bits
+from castalia.storage.lazy import ByteRun, TensorRef, same_bits
 
 KINDS = {  # of tensors that start alike; the first pattern that is found in a name tells its kind
     "adapters": r"\.lora_[ab]$",
@@ -121,7 +121,7 @@ def stored_bytes(checkpoint: Checkpoint) -> dict[str, int]:
         for kind, ref in state.items():
             if kind != "step":
                 groups["masters" if kind == "master" else "moments"].append(ref)  # type: ignore[arg-type]
-    seen: set[Run] = set()
+    seen: set[ByteRun] = set()
     result = {}
     for kind, refs in groups.items():
         found = {run for ref in refs for run in ref.runs()} - seen
@@ -150,7 +150,7 @@ def meaning(checkpoint: Checkpoint, total: int, stored: Mapping[str, int], facts
     if lora := adapters_of(checkpoint):
         text += f", with adapters of rank {lora.rank}, which everything but training sees merged"
     other = checkpoint.details.get("other_model")
-    if isinstance(other, Model):
+    if isinstance(other, ModelConfig):
         text += (
             f"; nothing of the {other.num_layers} x {other.hidden_size} model of {checkpoint.details['other_source']}, "
             f"{readable(non_embedding(other))} parameters without embeddings, is in it"

@@ -15,7 +15,7 @@ from castalia.checkpoint.compare import SUMMED_BIASES, VOCABULARY, Relation, equ
 from castalia.checkpoint.neox_defects import with_micro_batches
 from castalia.checkpoint.restore import architecture
 from castalia.checkpoint.tensors import AdamState, Checkpoint
-from castalia.config.schema import Model
+from castalia.config.schema import ModelConfig
 from castalia.model.positions import sinusoids
 from castalia.model.transformer import Transformer
 from castalia.storage.lazy import TensorRef
@@ -124,7 +124,7 @@ def logits(checkpoint: Checkpoint, tokens: Tensor, vocab: int) -> Tensor:
     return torch.cat([F.linear(x, head.read([each]).float()) for each in rows], dim=-1)
 
 
-def _embedded(checkpoint: Checkpoint, model: Model, tokens: Tensor) -> Tensor:
+def _embedded(checkpoint: Checkpoint, model: ModelConfig, tokens: Tensor) -> Tensor:
     def rows(name: str, wanted: Tensor) -> Tensor:
         ref = checkpoint.model[name]
         return torch.stack([ref.read([slice(row, row + 1)])[0].float() for row in wanted.flatten().tolist()])
@@ -144,7 +144,7 @@ def _fill(module: nn.Module, checkpoint: Checkpoint, prefix: str) -> nn.Module:
     return module
 
 
-def _compare(source: Checkpoint, result: Checkpoint, model: Model) -> tuple[int, int, str]:
+def _compare(source: Checkpoint, result: Checkpoint, model: ModelConfig) -> tuple[int, int, str]:
     """How many weights agree, how many of them but for rounding, and a description of the first that does not."""
     same, rounded, difference = 0, 0, ""
     ranks = max(source.summed_bias_ranks, result.summed_bias_ranks)

@@ -14,16 +14,16 @@ from castalia.checkpoint.restore import require_finite
 from castalia.errors import CheckpointError, DataError
 from castalia.generate.kv_cache import KVCache, Prompts
 from castalia.generate.sampling import Noise, choose
-from castalia.generate.text_stream import TextStream, Tokenizer
+from castalia.generate.text_stream import TextStream, TextTokenizer
 from castalia.model.transformer import Transformer
 from castalia.storage.lazy import name_of
 
 if TYPE_CHECKING:
     from castalia.parallel.inference import SplitModel
 
-PORTION = 2048  # tokens of several prompts that are read at a time
+PREFILL_CHUNK_TOKENS = 2048  # tokens of several prompts that are read at a time
 Prompt = str | Sequence[int]
-Writer = Union[Transformer, "SplitModel"]  # the whole model, or parts of it on several ranks
+AnyModel = Union[Transformer, "SplitModel"]  # the whole model, or parts of it on several ranks
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Sampling:
     batch_size: int = 16  # texts that are written at a time
 
 
-class Piece(NamedTuple):
+class TextPiece(NamedTuple):
     """Text that follows in a row; rows are numbered prompt by prompt, the samples of one prompt side by side."""
 
     row: int
@@ -63,7 +63,7 @@ class Row:
     def length(self) -> int:
         return len(self.ids) - self.start
 
-    def take(self, token: int, ends: Collection[int], max_tokens: int) -> Piece:
+    def take(self, token: int, ends: Collection[int], max_tokens: int) -> TextPiece:
         """Add the next token; the text that it makes certain."""
         self.count += 1
         text = ""
@@ -73,10 +73,10 @@ class Row:
             self.ids.append(token)
             text = self.text.push(token)
             self.done = self.text.stopped or self.count == max_tokens
-        return Piece(self.number, text + (self.text.finish() if self.done else ""), self.done)
+        return TextPiece(self.number, text + (self.text.finish() if self.done else ""), self.done)
 
 
-def generate(model: Writer, tokenizer: Tokenizer, prompts: Sequence[Prompt], **sampling) -> list[str]:
+def generate(model: AnyModel, tokenizer: TextTokenizer, prompts: Sequence[Prompt], **sampling) -> list[str]:
     """The texts that follow the prompts, `num_samples` for each in turn. Keywords are the fields of `Sampling`."""
     options = Sampling(**sampling)
     texts = [""] * (len(prompts) * options.num_samples)
@@ -86,7 +86,9 @@ def generate(model: Writer, tokenizer: Tokenizer, prompts: Sequence[Prompt], **s
 
 
 @torch.inference_mode()
-def stream(model: Writer, tokenizer: Tokenizer, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Piece]:
+def stream(
+    model: AnyModel, tokenizer: TextTokenizer, prompts: Sequence[Prompt], sampling: Sampling
+) -> Iterator[TextPiece]:
     """Write after each prompt (text or token ids; an empty one begins a document), yielding the pieces as they come.
 
     A row ends with any of the tokens that end a text, before a stop string, or after `max_tokens`. What it holds
@@ -103,7 +105,7 @@ def stream(model: Writer, tokenizer: Tokenizer, prompts: Sequence[Prompt], sampl
         yield from _write(model, tokenizer, rows[first : first + sampling.batch_size], sampling)
 
 
-def _write(model: Writer, tokenizer: Tokenizer, rows: list[Row], sampling: Sampling) -> Iterator[Piece]:
+def _write(model: AnyModel, tokenizer: TextTokenizer, rows: list[Row], sampling: Sampling) -> Iterator[TextPiece]:
     """One batch of rows, until all are done."""
     vocab_size = min(model.cfg.vocab_size or tokenizer.vocab_size, tokenizer.vocab_size)  # padding is never chosen
     device = next(model.parameters()).device
@@ -133,7 +135,7 @@ def _write(model: Writer, tokenizer: Tokenizer, rows: list[Row], sampling: Sampl
             hidden = model.hidden(tokens[:, None], cache=cache)[:, 0]
 
 
-def _not_finite(model: Writer, logits: Tensor) -> CheckpointError:
+def _not_finite(model: AnyModel, logits: Tensor) -> CheckpointError:
     require_finite(dict(model.named_parameters()), "the model")
     return CheckpointError(
         f"the model's logits are NaN or infinite though its weights are not: computing in {name_of(logits.dtype)} "
@@ -141,7 +143,7 @@ def _not_finite(model: Writer, logits: Tensor) -> CheckpointError:
     )
 
 
-def _read(model: Writer, rows: Sequence[Row], max_tokens: int) -> tuple[KVCache, Tensor]:
+def _read(model: AnyModel, rows: Sequence[Row], max_tokens: int) -> tuple[KVCache, Tensor]:
     """A cache filled with what the rows hold, and the hidden state [rows, h] of each one's last token."""
     limit = model.cfg.max_positions
     for row in rows:
@@ -168,14 +170,14 @@ def _portions(prompts: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ..
     """Prompts that go through the model together: enough to keep it busy, few enough for its memory."""
     portion: list[tuple[int, ...]] = []
     for prompt in prompts:
-        if portion and sum(map(len, portion)) + len(prompt) > PORTION:
+        if portion and sum(map(len, portion)) + len(prompt) > PREFILL_CHUNK_TOKENS:
             yield portion
             portion = []
         portion.append(prompt)
     yield portion
 
 
-def _prompt_ids(model: Writer, tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+def _prompt_ids(model: AnyModel, tokenizer: TextTokenizer, prompt: Prompt) -> list[int]:
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
     if not ids:
         if tokenizer.eod_id is None:

@@ -9,7 +9,7 @@ BROKEN = "\ufffd"  # what an incomplete character decodes to
 CONTEXT = 8  # earlier tokens that are decoded again with new ones, because some tokenizers join neighbours
 
 
-class Tokenizer(Protocol):
+class TextTokenizer(Protocol):
     vocab_size: int
     eod_id: int | None
     end_ids: frozenset[int]
@@ -25,7 +25,7 @@ class TextStream:
     What a later token may still change is held back: a character of which bytes are missing, and a run of byte tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]) -> None:
+    def __init__(self, tokenizer: TextTokenizer, prompt: Sequence[int], stop: Sequence[str]) -> None:
         self.tokenizer, self.stop = tokenizer, stop
         self.ids = list(prompt)  # those whose text may still matter
         text = tokenizer.decode(self.ids)

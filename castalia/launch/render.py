@@ -20,7 +20,7 @@ SIGNAL_BEFORE_END_S = 300  # Slurm's own signal comes 30 s before it kills: no t
 
 
 @dataclass(frozen=True)
-class Job:
+class LaunchJob:
     name: str
     arguments: Sequence[str]  # of `castalia`: train, configs, overrides
     nodes: int
@@ -45,7 +45,7 @@ class Job:
         return ["-m", "castalia", *self.arguments]
 
 
-def slurm(job: Job) -> str:
+def slurm(job: LaunchJob) -> str:
     """For sbatch."""
     nodelist = [f"#SBATCH --nodelist={','.join(host.name for host in job.hosts)}"] if job.hosts else []
     head = [
@@ -78,7 +78,7 @@ def slurm(job: Job) -> str:
     return "\n".join([*head, "srun bash -c '", *inner, f"' castalia {shlex.join(job.program)}", ""])
 
 
-def torchrun(job: Job) -> str:
+def torchrun(job: LaunchJob) -> str:
     """A line for each host, all started from here."""
     if len(job.hosts) <= 1:
         command = ["--standalone", "--nproc-per-node", str(job.gpus), "--max-restarts", str(job.restarts)]
@@ -99,7 +99,7 @@ def torchrun(job: Job) -> str:
     return "\n".join([*lines, 'for host in $(jobs -p); do wait "$host"; done', ""])
 
 
-def k8s(job: Job, image: str) -> str:
+def k8s(job: LaunchJob, image: str) -> str:
     """A Service that gives pods their names, and an indexed Job with a pod for each node."""
     # JSON strings are YAML strings, whatever they hold.
     name = kubernetes_name(job.name)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from castalia.config.attention_kernels import Capability, Choice
-from castalia.config.schema import Model
+from castalia.config.schema import ModelConfig
 from castalia.errors import ConfigError
 from castalia.model.layers import Linear, is_slow_half
 from castalia.model.positions import Rotation, rotate
@@ -139,7 +139,7 @@ def _last_causal(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, scale: float
 class Attention(nn.Module):
     """Rows of `qkv` are grouped by key/value head: its query heads, then its key, then its value."""
 
-    def __init__(self, cfg: Model, layer: int) -> None:
+    def __init__(self, cfg: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.head_size, self.group = layer, cfg.head_size, cfg.num_heads // cfg.kv_heads
         self.dropout = cfg.attention_dropout
@@ -181,7 +181,7 @@ class Attention(nn.Module):
 class HeadsNorm(nn.Module):
     """One LayerNorm over all heads and dimensions together, used for the queries and for the keys."""
 
-    def __init__(self, cfg: Model) -> None:
+    def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         if cfg.kv_heads != cfg.num_heads:
             raise ConfigError(

@@ -16,7 +16,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor, nn
 
-from castalia.config.schema import Model
+from castalia.config.schema import ModelConfig
 from castalia.model.init_std import mup_scale, standard_deviation
 from castalia.model.transformer import Transformer
 
@@ -25,7 +25,7 @@ OUTPUT_MATRICES = ("attn.out.weight", "mlp.down.weight")  # those that add to th
 
 
 @torch.no_grad()
-def initialize(model: Transformer, cfg: Model, seed: int) -> None:
+def initialize(model: Transformer, cfg: ModelConfig, seed: int) -> None:
     """Fill all parameters in place, as `cfg.init` says."""
     if (cfg.init or ("neox" if model.exact else "seeded")) == "neox":
         for name, parameter in model.named_parameters():
@@ -39,7 +39,7 @@ def initialize(model: Transformer, cfg: Model, seed: int) -> None:
 
 
 def seeded_tensor(
-    cfg: Model, seed: int, name: str, shape: Sequence[int], slices: Sequence[slice] | None = None
+    cfg: ModelConfig, seed: int, name: str, shape: Sequence[int], slices: Sequence[slice] | None = None
 ) -> Tensor:
     """The initial value of a canonical tensor in fp32, or the part of it that one slice for each dimension selects.
 
@@ -68,15 +68,15 @@ def constant_value(name: str) -> float | None:
     return 1.0 if name.split(".")[-2] in ("norm", "norm1", "norm2", "qk_norm") else None
 
 
-def _method(cfg: Model, name: str) -> str:
+def _method(cfg: ModelConfig, name: str) -> str:
     return cfg.output_init_method if name.endswith(OUTPUT_MATRICES) else cfg.init_method
 
 
-def _depth_gain(cfg: Model) -> float:
+def _depth_gain(cfg: ModelConfig) -> float:
     return math.sqrt(2 / cfg.num_layers)
 
 
-def _logical_shape(cfg: Model, name: str, shape: Sequence[int]) -> tuple[int, int]:
+def _logical_shape(cfg: ModelConfig, name: str, shape: Sequence[int]) -> tuple[int, int]:
     """Without the rows that pad the vocabulary, so that padding changes no scale."""
     rows = cfg.vocab_size if name in ("embed.weight", "head.weight") and cfg.vocab_size else shape[0]
     return rows, shape[1]
@@ -144,7 +144,7 @@ def _generator(seed: int, name: str, i: int, j: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def neox_matrices(cfg: Model, seed: int) -> Iterator[tuple[str, Tensor]]:
+def neox_matrices(cfg: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
     """All random tensors as the original draws them in one process on the CPU: one fp32 stream, in construction order.
 
     Without pipeline stages (pipe_parallel_size 0) it builds its layers twice; the weights are the second ones.
@@ -156,7 +156,7 @@ def neox_matrices(cfg: Model, seed: int) -> Iterator[tuple[str, Tensor]]:
     yield from _neox_pass(cfg, generator)
 
 
-def _neox_pass(cfg: Model, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+def _neox_pass(cfg: ModelConfig, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
     h, d, n, kv, f = cfg.hidden_size, cfg.head_size, cfg.num_heads, cfg.kv_heads, cfg.mlp_width
 
     def draw(name: str, rows: int, columns: int) -> Tensor:
@@ -183,7 +183,7 @@ def _neox_pass(cfg: Model, generator: torch.Generator) -> Iterator[tuple[str, Te
         yield "head.weight", draw("head.weight", cfg.padded_vocab_size, h)
 
 
-def _neox_draw(cfg: Model, method: str, matrix: Tensor, generator: torch.Generator) -> Tensor:
+def _neox_draw(cfg: ModelConfig, method: str, matrix: Tensor, generator: torch.Generator) -> Tensor:
     """Fill with the very calls of the original; its fans are those of the padded matrix."""
     if method == "xavier_uniform":
         return nn.init.xavier_uniform_(matrix, generator=generator)

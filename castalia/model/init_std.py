@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from castalia.config.schema import Model
+from castalia.config.schema import ModelConfig
 
 
-def standard_deviation(cfg: Model, method: str, shape: Sequence[int]) -> float:
+def standard_deviation(cfg: ModelConfig, method: str, shape: Sequence[int]) -> float:
     """Of a matrix [out, in]. Those of the orthogonal methods are exact, the others are expected."""
     deviations = {
         "normal": cfg.init_std,
@@ -24,7 +24,7 @@ def standard_deviation(cfg: Model, method: str, shape: Sequence[int]) -> float:
     return deviations[method]
 
 
-def mup_scale(cfg: Model, method: str, name: str) -> float:
+def mup_scale(cfg: ModelConfig, method: str, name: str) -> float:
     """muP: hidden matrices shrink like 1 / sqrt(width), the others keep the values that they have at the base width."""
     if cfg.mup is None:
         return 1.0

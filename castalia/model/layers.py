@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from castalia.config.schema import Lora, Model
+from castalia.config.schema import LoraConfig, ModelConfig
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -53,7 +53,7 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         pass
 
-    def add_adapter(self, cfg: Lora) -> None:
+    def add_adapter(self, cfg: LoraConfig) -> None:
         """Its values are left unset."""
         self.lora_a = nn.Parameter(torch.empty(cfg.rank, self.in_features, device=self.weight.device))
         self.lora_b = nn.Parameter(torch.empty(self.out_features, cfg.rank, device=self.weight.device))
@@ -124,7 +124,7 @@ class ScaleNorm(nn.Module):
         return (wide / length).to(x.dtype) * self.weight.to(x.dtype)
 
 
-def build_norm(cfg: Model) -> nn.Module:
+def build_norm(cfg: ModelConfig) -> nn.Module:
     match cfg.norm:
         case "layernorm":
             return LayerNorm(cfg.hidden_size, cfg.norm_eps)
@@ -139,7 +139,7 @@ def build_norm(cfg: Model) -> nn.Module:
 class MLP(nn.Module):
     """down(activation(up x)), or gated: down(activation(gate x) * up x)."""
 
-    def __init__(self, cfg: Model) -> None:
+    def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         self.up = Linear(cfg.hidden_size, cfg.mlp_width, cfg.mlp_bias)
         self.gate = Linear(cfg.hidden_size, cfg.mlp_width, cfg.mlp_bias) if cfg.gated_mlp else None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 
-from castalia.config.schema import Finetune, Lora
+from castalia.config.schema import FinetuneConfig, LoraConfig
 from castalia.model.layers import Linear
 from castalia.model.transformer import Transformer
 
 
-def add_adapters(model: Transformer, lora: Lora | None) -> None:
+def add_adapters(model: Transformer, lora: LoraConfig | None) -> None:
     """Adapters, their values unset, on all matrices of the model (or the stage of one) that are wanted."""
     if lora is None:
         return
@@ -19,7 +19,7 @@ def add_adapters(model: Transformer, lora: Lora | None) -> None:
             module.add_adapter(lora)
 
 
-def freeze(model: Transformer, cfg: Finetune) -> None:
+def freeze(model: Transformer, cfg: FinetuneConfig) -> None:
     """What does not train gets neither gradients nor optimizer state."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(cfg.trains(name))

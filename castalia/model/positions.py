@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from castalia.config.schema import Model, RopeScaling
+from castalia.config.schema import ModelConfig, RopeScaling
 from castalia.errors import ConfigError
 
 # Cosines and sines, each [rows, t, 1, 1, rotary_size / 2]; for one position a row, where calling a kernel costs more
@@ -22,7 +22,7 @@ class Rotary:
     Not a module: the tables are derived values, never part of a checkpoint, and a model on the meta device has none.
     """
 
-    def __init__(self, cfg: Model) -> None:
+    def __init__(self, cfg: ModelConfig) -> None:
         self.head_size = cfg.head_size
         self.frequencies, self.magnitude = rotary_frequencies(cfg)
         self.tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
@@ -52,7 +52,7 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin, x[..., 2 * half :]), dim=-1)
 
 
-def rotary_frequencies(cfg: Model) -> tuple[Tensor, float]:
+def rotary_frequencies(cfg: ModelConfig) -> tuple[Tensor, float]:
     """Radians for each position of every rotating pair, fp32 [rotary_size / 2], and the factor on cosines and sines."""
     size = cfg.rotary_size
     exponents = torch.arange(0, size, 2, device="cpu").float() / size  # a real device even in a meta-device context

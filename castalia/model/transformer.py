@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from castalia.config.attention_kernels import Choice, Sight, choose_kernel, reasons_for_bias
-from castalia.config.schema import Model, MuP
+from castalia.config.schema import ModelConfig, MuPConfig
 from castalia.errors import ConfigError
 from castalia.model.attention import (
     DTYPE_NAMES,
@@ -39,7 +39,7 @@ from castalia.model.positions import Alibi, Rotary, Rotation, restarted, score_b
 class Block(nn.Module):
     """Attention and MLP, one after the other or side by side."""
 
-    def __init__(self, cfg: Model, layer: int, exact: bool = False) -> None:
+    def __init__(self, cfg: ModelConfig, layer: int, exact: bool = False) -> None:
         super().__init__()
         self.parallel, self.dropout = cfg.parallel_residual, cfg.hidden_dropout
         # The original adds the attention branch together with the MLP's bias, so without one it is lost.
@@ -72,7 +72,7 @@ class Transformer(nn.Module):
 
     def __init__(
         self,
-        cfg: Model,
+        cfg: ModelConfig,
         *,
         compute_dtype: torch.dtype | None = None,
         exact: bool = False,
@@ -157,7 +157,7 @@ class Transformer(nn.Module):
             limit = self.positions.num_embeddings
             raise ConfigError(f"a sequence of {end} tokens is longer than model.max_positions={limit}")
         x = self.embed(tokens).to(self.compute_dtype or self.embed.weight.dtype)
-        mup = self.cfg.mup or MuP()
+        mup = self.cfg.mup or MuPConfig()
         if self.positions is not None:
             x = x + self.positions(positions).to(x.dtype) * mup.position_multiplier
         if self.cfg.position == "sinusoidal":
@@ -223,7 +223,7 @@ class Transformer(nn.Module):
         return self.embed.weight if self.head is None else self.head.whole_weight
 
 
-def _learned_positions(cfg: Model) -> Embedding:
+def _learned_positions(cfg: ModelConfig) -> Embedding:
     if cfg.max_positions is None:
         raise ConfigError("model.position=learned needs model.max_positions, the number of positions to learn")
     return Embedding(cfg.max_positions, cfg.hidden_size)

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 
-class Output(io.TextIOBase):
+class Stdout(io.TextIOBase):
     """Standard output. When its reader goes away (`| head`, a closed terminal) what follows goes nowhere: a run is not
     lost because nobody looks at it any more."""
 
@@ -53,7 +53,7 @@ class Display:
 
     def __init__(self, silent: bool = False) -> None:
         self.console = Console(
-            file=cast("IO[str]", Output()), highlight=False, soft_wrap=True, markup=False, quiet=silent
+            file=cast("IO[str]", Stdout()), highlight=False, soft_wrap=True, markup=False, quiet=silent
         )
         self.silent = silent
         self.fancy = sys.stdout.isatty() and not silent

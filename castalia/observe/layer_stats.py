@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from castalia.parallel.executor import Engine
+from castalia.parallel.executor import Executor
 
 Statistics = dict[str, dict[str, float]]
 UNITS = re.compile(r"blocks\.\d+\.mlp\.up\.weight")
 
 
 @torch.no_grad()
-def tensor_statistics(engine: Engine, loss_scale: float = 1.0) -> dict[str, Any]:
+def tensor_statistics(engine: Executor, loss_scale: float = 1.0) -> dict[str, Any]:
     """`weights`: the norm of each parameter; `gradients`: norm and share of zeros of each that is there."""
     mine = _own(engine)
     rows = [torch.stack([_squares(engine.part(p).local), *_of_gradient(engine, p)]) for p in mine.values()]
@@ -39,7 +39,7 @@ def tensor_statistics(engine: Engine, loss_scale: float = 1.0) -> dict[str, Any]
 
 
 @torch.no_grad()
-def dead_units(engine: Engine) -> dict[str, int]:
+def dead_units(engine: Executor) -> dict[str, int]:
     """How many units of each MLP got no gradient at all from a whole batch; layers without such units are left out."""
     matrices = {name: p.grad for name, p in _own(engine).items() if UNITS.fullmatch(name) and p.grad is not None}
     counts = [(engine.part(grad).local == 0).all(dim=1).sum()[None] for grad in matrices.values()]
@@ -48,7 +48,7 @@ def dead_units(engine: Engine) -> dict[str, int]:
 
 
 @contextmanager
-def activation_statistics(engine: Engine) -> Iterator[Callable[[], Statistics]]:
+def activation_statistics(engine: Executor) -> Iterator[Callable[[], Statistics]]:
     """While open, what each block hands on is noted; the function tells: rms, largest magnitude and share of zeros."""
     sums: dict[str, list[Tensor]] = defaultdict(list)
     largest: dict[str, list[Tensor]] = defaultdict(list)
@@ -79,7 +79,7 @@ def activation_statistics(engine: Engine) -> Iterator[Callable[[], Statistics]]:
             handle.remove()
 
 
-def _own(engine: Engine) -> dict[str, nn.Parameter]:
+def _own(engine: Executor) -> dict[str, nn.Parameter]:
     """The parameters of which no other rank counts the same elements."""
     return {n: p for n, p in engine.parameters.items() if engine.saves(n) and engine.part(p).writes}
 
@@ -88,7 +88,7 @@ def _squares(tensor: Tensor) -> Tensor:
     return tensor.float().square().sum(dtype=torch.float64)
 
 
-def _of_gradient(engine: Engine, parameter: nn.Parameter) -> list[Tensor]:
+def _of_gradient(engine: Executor, parameter: nn.Parameter) -> list[Tensor]:
     """Sum of squares, number of zeros, number of elements."""
     if parameter.grad is None:
         return [torch.zeros((), dtype=torch.float64, device=engine.part(parameter).local.device)] * 3
@@ -98,7 +98,7 @@ def _of_gradient(engine: Engine, parameter: nn.Parameter) -> list[Tensor]:
 
 
 def _over_ranks(
-    engine: Engine, names: Iterable[str], rows: list[Tensor], join: Callable[[float, float], float] = operator.add
+    engine: Executor, names: Iterable[str], rows: list[Tensor], join: Callable[[float, float], float] = operator.add
 ) -> dict[str, list[float]]:
     """The rows of numbers by name, joined number by number over all ranks, in the order in which a model computes."""
     mine = dict(zip(names, torch.stack(rows).tolist() if rows else (), strict=True))

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from castalia.config.schema import RunConfig, Wandb
+from castalia.config.schema import RunConfig, WandbConfig
 from castalia.errors import ConfigError
 from castalia.files import write_text
 
@@ -31,7 +31,7 @@ def open_sinks(config: RunConfig, folder: Path, past: Iterable[Record]) -> list[
     """Those that the config asks for. `past`: what an earlier start of this run has recorded."""
     log, sinks = config.log, list[Sink]()
     if log.csv:
-        sinks.append(Table(folder / "metrics.csv", past))
+        sinks.append(CsvSink(folder / "metrics.csv", past))
     if log.tensorboard:
         sinks.append(TensorBoard(log.tensorboard))
     if log.wandb:
@@ -39,7 +39,7 @@ def open_sinks(config: RunConfig, folder: Path, past: Iterable[Record]) -> list[
     return sinks
 
 
-class Table:
+class CsvSink:
     """metrics.csv, a line a step."""
 
     def __init__(self, path: Path, past: Iterable[Record]) -> None:
@@ -79,7 +79,7 @@ class TensorBoard:
 class WeightsAndBiases:
     """A resumed run goes on under its old id, which lies in the run's folder."""
 
-    def __init__(self, cfg: Wandb, folder: Path, config: RunConfig) -> None:
+    def __init__(self, cfg: WandbConfig, folder: Path, config: RunConfig) -> None:
         try:
             import wandb
         except ImportError as error:

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from castalia.config.schema import Watch as Settings
+from castalia.config.schema import WatchConfig
 from castalia.data.indexed import open_dataset
 from castalia.data.loader import Samples
 from castalia.data.pairs import Pairs
 from castalia.data.tokenizer import Tokenizer
 from castalia.observe.layer_stats import dead_units, place, tensor_statistics
-from castalia.parallel.executor import Engine
+from castalia.parallel.executor import Executor
 
 SPREAD = 1.4826 / math.sqrt(2)  # standard deviation of normal noise over the median change from value to value
 LEAST_SPREAD = {"loss": 0.01, "grad_norm": 0.1}  # of logarithms: no smaller change is called unusual
@@ -46,7 +46,7 @@ class Spikes:
     What it remembers is part of a checkpoint, so that a resumed run finds what one that never stopped would have found.
     """
 
-    def __init__(self, cfg: Settings, stored: Mapping[str, Sequence[float]] | None = None) -> None:
+    def __init__(self, cfg: WatchConfig, stored: Mapping[str, Sequence[float]] | None = None) -> None:
         self.cfg = cfg
         self.seen = {name: deque((stored or {}).get(name, ()), maxlen=cfg.window) for name in LEAST_SPREAD}
 
@@ -105,8 +105,8 @@ class Watch:
 
     def __init__(
         self,
-        cfg: Settings,
-        engine: Engine,
+        cfg: WatchConfig,
+        engine: Executor,
         data: Samples | Pairs,
         tokenizer: Tokenizer | None,
         stored: Mapping[str, Sequence[float]] | None,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from castalia.config.schema import Model
+from castalia.config.schema import ModelConfig
 
 # What selective recomputation keeps: the results that cost matrix products. Norms, activations and casts run again, and
 # so do the scores of the plain attention (bmm), which no memory has room for.
@@ -23,7 +23,7 @@ _KEPT = {
 }
 
 
-def has_dropout(cfg: Model) -> bool:
+def has_dropout(cfg: ModelConfig) -> bool:
     return any((cfg.embedding_dropout, cfg.hidden_dropout, cfg.attention_dropout))
 
 

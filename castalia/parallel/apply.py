@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from castalia.config.schema import Parallel, RunConfig
+from castalia.config.schema import ParallelConfig, RunConfig
 from castalia.model.lora import add_adapters, freeze
 from castalia.model.transformer import Transformer
 from castalia.parallel.activation_checkpointing import apply_recompute, has_dropout
@@ -57,7 +57,7 @@ def parallelize(model: Transformer, mesh: Mesh, cfg: RunConfig, compute_dtype: t
     return model
 
 
-def apply_sharding(model: Transformer, mesh: Mesh, cfg: Parallel, compute_dtype: torch.dtype) -> None:
+def apply_sharding(model: Transformer, mesh: Mesh, cfg: ParallelConfig, compute_dtype: torch.dtype) -> None:
     """`fully_shard` for each block, then for what is left: embedding, norm and head are one group, so that ties hold.
 
     Gradients are summed, not averaged: the loss is divided by the global number of tokens beforehand.

@@ -35,7 +35,7 @@ def compile_blocks(model: nn.Module, config: RunConfig, device: torch.device) ->
     for block in blocks.values():
         block.eager = block.forward
         block.forward = torch.compile(block.forward, fullgraph=True)
-        block.register_forward_pre_hook(_arrived)
+        block.register_forward_pre_hook(_clone_async_tensor)
 
 
 def allow_eager(models: Iterable[Sequence[nn.Module]]) -> None:
@@ -96,7 +96,7 @@ def eager_before(first: int, step: int) -> AbstractContextManager:
     return torch.compiler.set_stance("force_eager") if step < first else nullcontext()
 
 
-def _arrived(block: nn.Module, args: tuple) -> tuple:
+def _clone_async_tensor(block: nn.Module, args: tuple) -> tuple:
     """A tensor that a collective is still to deliver would lose its gradient in a compiled graph; its copy does not."""
     x, *rest = args
     return (x if type(x) is Tensor else x.clone(), *rest)

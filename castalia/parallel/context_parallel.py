@@ -16,13 +16,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from castalia.config.attention_kernels import choose_kernel
-from castalia.config.schema import Model
+from castalia.config.schema import ModelConfig
 from castalia.errors import ConfigError
 from castalia.model.attention import DTYPE_NAMES, attend, capability
 from castalia.parallel.ring_attention import ring_attention
 
 
-class Runs:
+class ContextShard:
     """This rank's run of each sequence."""
 
     gaps = grows = False
@@ -48,7 +48,7 @@ class Runs:
         pass
 
 
-class Gather(Runs):
+class Gather(ContextShard):
     """Every rank gets keys and values of its own and all earlier tokens; their gradients are summed back where they
     came from. Works for any head count, grouped heads, windows and biases."""
 
@@ -62,7 +62,7 @@ class Gather(Runs):
         return attend(q, k, v, **options)
 
 
-class Ulysses(Runs):
+class Ulysses(ContextShard):
     """Two exchanges: in between each rank holds whole sequences of its share of the heads. Plain causal attention."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -79,17 +79,17 @@ class Ulysses(Runs):
         return parts.movedim(0, join).flatten(join, join + 1)
 
 
-class Ring(Runs):
+class Ring(ContextShard):
     """Keys and values travel around the ranks. Plain causal attention by the flash kernel, without dropout."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         return ring_attention(q, k, v, self.mesh, options["scale"])
 
 
-WAYS = {"gather": Gather, "ulysses": Ulysses, "ring": Ring}
+CP_ATTENTION = {"gather": Gather, "ulysses": Ulysses, "ring": Ring}
 
 
-def refuse_ring(cfg: Model, dtype: torch.dtype, device: torch.device) -> None:
+def refuse_ring(cfg: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
     """Raises ConfigError where the ring's kernel, flash, cannot take the model's heads."""
     choice = choose_kernel(
         capability(device), DTYPE_NAMES[dtype], "causal", head_size=cfg.head_size, training=True, cudnn=False

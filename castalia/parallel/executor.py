@@ -64,7 +64,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
-class Part(NamedTuple):
+class RankPart(NamedTuple):
     """A rank's part of a whole tensor."""
 
     local: Tensor
@@ -77,7 +77,7 @@ class Part(NamedTuple):
         return tuple(slice(s, s + n) for s, n in zip(self.start, self.local.shape, strict=True))
 
 
-def first(part: Part, limit: tuple[int, int] | None) -> Tensor:
+def first(part: RankPart, limit: tuple[int, int] | None) -> Tensor:
     """Of a part what lies within the first `size` entries of the whole tensor in dimension `dim`; None: all of it."""
     if limit is None:
         return part.local
@@ -85,7 +85,7 @@ def first(part: Part, limit: tuple[int, int] | None) -> Tensor:
     return part.local.narrow(dim, 0, max(0, min(size - part.start[dim], part.local.shape[dim])))
 
 
-class Engine:
+class Executor:
     """The whole model in one process. No process group, no DTensor, no `fully_shard`."""
 
     rank, world = 0, 1
@@ -106,9 +106,9 @@ class Engine:
         """This rank's parameters, each name once."""
         return dict(self.model.named_parameters())
 
-    def part(self, tensor: Tensor) -> Part:
+    def part(self, tensor: Tensor) -> RankPart:
         """Where a parameter, or a tensor of its optimizer state, lies in the whole one."""
-        return Part(tensor.detach(), tuple(tensor.shape), (0,) * tensor.dim(), True)
+        return RankPart(tensor.detach(), tuple(tensor.shape), (0,) * tensor.dim(), True)
 
     def saves(self, name: str) -> bool:
         """False where another rank saves this rank's parameter of that name."""
@@ -206,7 +206,7 @@ def micro_loss(model: Any, part: Rows, context: Mapping[str, Any], objective: Ob
 
 def one_process(
     config: RunConfig, dtype: torch.dtype, device: torch.device, plan: BatchPlan, frozen: bool = False
-) -> Engine:
+) -> Executor:
     """The model of a config, its parameters still unset.
 
     Those of a `frozen` one are in the compute dtype, to which the others are rounded wherever they are used.
@@ -222,4 +222,4 @@ def one_process(
     freeze(model, config.finetune)
     apply_recompute(model, config.train.recompute, dropout=has_dropout(config.model))
     compile_blocks(model, config, device)
-    return Engine(model, plan.micro_batch_size)
+    return Executor(model, plan.micro_batch_size)

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F
 
-from castalia.config.schema import Model
+from castalia.config.schema import ModelConfig
 from castalia.errors import ConfigError
 from castalia.model.transformer import Transformer
 from castalia.parallel.mesh import build_mesh
 from castalia.parallel.pipeline import cut_stage
-from castalia.parallel.rank_grid import Layout
+from castalia.parallel.rank_grid import RankGrid
 from castalia.parallel.shards import local
 from castalia.parallel.tensor_parallel import apply_tensor_parallel, replicate_rest
 
@@ -26,7 +26,9 @@ class SplitModel(nn.Module):
     Logits are bit-equal on all ranks, so that each can choose the same next tokens by itself.
     """
 
-    def __init__(self, cfg: Model, layout: Layout, dtype: torch.dtype, device: torch.device, exact: bool) -> None:
+    def __init__(
+        self, cfg: ModelConfig, layout: RankGrid, dtype: torch.dtype, device: torch.device, exact: bool
+    ) -> None:
         """`dtype`: of the parameters and the computation. Parameters are left unset."""
         super().__init__()
         if layout.dp > 1:

@@ -8,14 +8,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from castalia.parallel.rank_grid import Layout
+from castalia.parallel.rank_grid import RankGrid
 
 
 @dataclass(frozen=True)
 class Mesh:
     """This rank's place in the grid, and the process groups of its rows."""
 
-    layout: Layout
+    layout: RankGrid
     sharding: DeviceMesh  # axes pp, dp_replicate, dp_shard (context ranks folded in), tp
     context: DeviceMesh  # this rank's row of context ranks
     pp_rank: int
@@ -37,7 +37,7 @@ class Mesh:
         return self.sharding["pp"]
 
 
-def build_mesh(layout: Layout, device_type: str) -> Mesh:
+def build_mesh(layout: RankGrid, device_type: str) -> Mesh:
     """Needs the process group of `layout.world` ranks."""
     ranks = torch.arange(layout.world).view(layout.pp, layout.dp_replicate, layout.dp_shard, layout.cp, layout.tp)
     folded = ranks.view(layout.pp, layout.dp_replicate, layout.dp_shard * layout.cp, layout.tp)

@@ -19,8 +19,8 @@ from castalia.model.init import TILE_ROWS, constant_value, neox_matrices, seeded
 from castalia.model.loss import IGNORE
 from castalia.model.transformer import Transformer
 from castalia.parallel.apply import build_stages
-from castalia.parallel.context_parallel import WAYS, refuse_ring
-from castalia.parallel.executor import Counted, Engine, Objective, Part, Rows, T, micro_loss
+from castalia.parallel.context_parallel import CP_ATTENTION, refuse_ring
+from castalia.parallel.executor import Counted, Executor, Objective, RankPart, Rows, T, micro_loss
 from castalia.parallel.mesh import Mesh, build_mesh
 from castalia.parallel.pipeline import Pipeline
 from castalia.parallel.rank_grid import check_run, layout
@@ -28,7 +28,7 @@ from castalia.parallel.shards import global_gradient_norm, local, part
 from castalia.parallel.watchdog import wait_until
 
 
-class Ranks(Engine):
+class MeshExecutor(Executor):
     """One rank of a mesh."""
 
     def __init__(
@@ -53,7 +53,7 @@ class Ranks(Engine):
         self.data_rank, self.data_size = self.mesh.dp_rank, sizes.dp
         self.stages = build_stages(config, self.mesh, dtype, device, frozen)
         self.time = config.data.seq_length // sizes.cp
-        way = WAYS[config.parallel.cp_kind]
+        way = CP_ATTENTION[config.parallel.cp_kind]
         self.context = {"cache": way(self.mesh.context, self.time)} if sizes.cp > 1 else {}
         self.pipeline = None
         if sizes.pp > 1:
@@ -71,7 +71,7 @@ class Ranks(Engine):
     def parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for model in reversed(self.models) for name, p in model.named_parameters()}
 
-    def part(self, tensor: Tensor) -> Part:
+    def part(self, tensor: Tensor) -> RankPart:
         return part(tensor)
 
     def saves(self, name: str) -> bool:
@@ -93,7 +93,7 @@ class Ranks(Engine):
                 if name == drawn:
                     piece.local.copy_(matrix[piece.slices])
 
-    def _draw(self, config: RunConfig, name: str, piece: Part) -> None:
+    def _draw(self, config: RunConfig, name: str, piece: RankPart) -> None:
         """Ranks that hold the same part of a matrix draw a share of its rows each and add up what they have."""
         assert config.model is not None
         replicas, rows = self.mesh.layout.dp_replicate, piece.local.shape[0]

@@ -16,7 +16,7 @@ from torch.distributed.pipelining.schedules import (
     ScheduleZBVZeroBubble,
 )
 
-from castalia.config.schema import Parallel
+from castalia.config.schema import ParallelConfig
 from castalia.errors import ConfigError
 from castalia.model.transformer import Transformer
 from castalia.parallel.executor import Rows
@@ -59,7 +59,7 @@ class Pipeline:
         self,
         parts: dict[int, Transformer],
         mesh: Mesh,
-        parallel: Parallel,
+        parallel: ParallelConfig,
         num_micro_batches: int,
         micro_batch: tuple[int, int],
         compute_dtype: torch.dtype,

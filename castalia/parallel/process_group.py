@@ -30,7 +30,7 @@ from castalia.parallel.rendezvous import (
     own_room,
     world_size,
 )
-from castalia.parallel.watchdog import ENDED, Lookout, RankLost, operation, operations
+from castalia.parallel.watchdog import ENDED, RankLost, Watchdog, operation, operations
 
 MAIN_FIRST_TIMEOUT = timedelta(days=1)  # an index of a large corpus takes its time; a dead process is noticed anyway
 WATCHDOG_S = 60.0  # by which NCCL's watchdog, which kills without naming anybody, is more patient than the ranks
@@ -108,7 +108,7 @@ def _group_of(
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     patience = timedelta(seconds=timeout_s + (WATCHDOG_S if device == "cuda" else 0))
     dist.init_process_group(backend, store=group, rank=here.rank, world_size=here.world, timeout=patience)
-    with Lookout(store, group, here.rank, here.world):
+    with Watchdog(store, group, here.rank, here.world):
         yield
 
 

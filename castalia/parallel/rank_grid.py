@@ -9,12 +9,12 @@ from math import lcm
 from typing import NamedTuple
 
 from castalia.config.batch import batch_plan
-from castalia.config.schema import Model, Parallel, RunConfig
+from castalia.config.schema import ModelConfig, ParallelConfig, RunConfig
 from castalia.errors import ConfigError
 from castalia.plan.layout import stages_per_rank
 
 
-class Layout(NamedTuple):
+class RankGrid(NamedTuple):
     """Sizes of the grid's axes, outermost first."""
 
     pp: int = 1
@@ -36,7 +36,7 @@ class Layout(NamedTuple):
         return " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one process"
 
 
-def layout(parallel: Parallel, world: int) -> Layout:
+def layout(parallel: ParallelConfig, world: int) -> RankGrid:
     """The grid that `world` ranks make. Raises ConfigError with the nearest worlds that fit."""
     model_ranks = parallel.tp * parallel.pp * parallel.cp
     if world % model_ranks:
@@ -48,13 +48,13 @@ def layout(parallel: Parallel, world: int) -> Layout:
         )
     dp = world // model_ranks
     if parallel.zero == 0:
-        return Layout(parallel.pp, dp, 1, parallel.cp, parallel.tp)
+        return RankGrid(parallel.pp, dp, 1, parallel.cp, parallel.tp)
     replicate = parallel.dp_replicate or 1
     if dp % replicate:
         raise ConfigError(
             f"parallel.dp_replicate={replicate} does not divide the {dp} data ranks; use one of {_divisors(dp)}"
         )
-    return Layout(parallel.pp, replicate, dp // replicate, parallel.cp, parallel.tp)
+    return RankGrid(parallel.pp, replicate, dp // replicate, parallel.cp, parallel.tp)
 
 
 def check_run(config: RunConfig, world: int) -> None:
@@ -130,7 +130,7 @@ def why_not_compiled(config: RunConfig) -> str | None:
     return None
 
 
-def _not_plain(cfg: Model, parallel: Parallel) -> list[str]:
+def _not_plain(cfg: ModelConfig, parallel: ParallelConfig) -> list[str]:
     """Why context ranks have to gather keys and values."""
     given = {
         f"model.sliding_window={cfg.sliding_window}": cfg.sliding_window,
@@ -155,7 +155,7 @@ def _not_plain(cfg: Model, parallel: Parallel) -> list[str]:
     return problems
 
 
-def _unsuitable(parallel: Parallel, count: int) -> list[str]:
+def _unsuitable(parallel: ParallelConfig, count: int) -> list[str]:
     """Why the pipeline's schedule cannot take so many micro-batches."""
     if parallel.pp == 1:
         return []

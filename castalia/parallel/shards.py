@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from castalia.parallel.executor import Part, first
+from castalia.parallel.executor import RankPart, first
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -19,16 +19,16 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def part(tensor: Tensor) -> Part:
+def part(tensor: Tensor) -> RankPart:
     """The part of a parameter, gradient or moment that lies on this rank; a plain tensor is whole."""
     if not isinstance(tensor, DTensor):
-        return Part(tensor.detach(), tuple(tensor.shape), (0,) * tensor.dim(), True)
+        return RankPart(tensor.detach(), tuple(tensor.shape), (0,) * tensor.dim(), True)
     mesh = tensor.device_mesh
     _, start = compute_local_shape_and_global_offset(tensor.shape, mesh, tensor.placements)
     coordinate = mesh.get_coordinate()
     assert coordinate is not None
     writes = all(not p.is_replicate() or i == 0 for p, i in zip(tensor.placements, coordinate, strict=True))
-    return Part(tensor.to_local().detach(), tuple(tensor.shape), tuple(start), writes)
+    return RankPart(tensor.to_local().detach(), tuple(tensor.shape), tuple(start), writes)
 
 
 def num_copies(tensor: Tensor) -> int:

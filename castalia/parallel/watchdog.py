@@ -62,7 +62,7 @@ def operations(group: dist.Store, ranks: Iterable[int]) -> str:
     return "; ".join(told)
 
 
-class Lookout:
+class Watchdog:
     """Answers for its rank, and ends it where it waits in vain: after a signal if another one is lost, and after an
     error that another one has told.
     """
@@ -77,7 +77,7 @@ class Lookout:
         self.leaving = threading.Event()
         self.thread = threading.Thread(target=self._look, name="lookout", daemon=True)
 
-    def __enter__(self) -> Lookout:
+    def __enter__(self) -> Watchdog:
         self.ear, self.mouth = socket.socketpair()
         self.ear.setblocking(False)
         self.mouth.setblocking(False)

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from math import prod
 
-from castalia.config.schema import Finetune, Lora, Model
+from castalia.config.schema import FinetuneConfig, LoraConfig, ModelConfig
 from castalia.errors import ConfigError
 
 Shapes = dict[str, tuple[int, ...]]
@@ -16,7 +16,7 @@ _ROWS = ("embed.weight", "head.weight", "attn.qkv.", "attn.qk_norm.", "mlp.up.",
 _COLUMNS = ("attn.out.weight", "mlp.down.weight")
 
 
-def tensor_shapes(model: Model) -> Shapes:
+def tensor_shapes(model: ModelConfig) -> Shapes:
     """Every parameter's canonical name and shape, in the model's order. ValueError if the vocabulary is unknown."""
     hidden, vocab = model.hidden_size, model.padded_vocab_size
     shapes: Shapes = {"embed.weight": (vocab, hidden)}
@@ -32,7 +32,7 @@ def tensor_shapes(model: Model) -> Shapes:
     return shapes
 
 
-def adapter_shapes(model: Model, lora: Lora | None) -> Shapes:
+def adapter_shapes(model: ModelConfig, lora: LoraConfig | None) -> Shapes:
     """Names and shapes of the adapters. ConfigError if the model lacks one of their matrices."""
     if lora is None:
         return {}
@@ -52,7 +52,7 @@ def adapter_shapes(model: Model, lora: Lora | None) -> Shapes:
     return shapes
 
 
-def block_shapes(model: Model) -> Shapes:
+def block_shapes(model: ModelConfig) -> Shapes:
     """The tensors of one block, without the `blocks.{i}.` before their names."""
     hidden, width = model.hidden_size, model.mlp_width
     qkv = (model.num_heads + 2 * model.kv_heads) * model.head_size
@@ -70,7 +70,7 @@ def block_shapes(model: Model) -> Shapes:
     return shapes | _linear("mlp.down", hidden, width, model.mlp_bias)
 
 
-def _norm(model: Model, name: str) -> Shapes:
+def _norm(model: ModelConfig, name: str) -> Shapes:
     weight, bias = f"{name}.weight", f"{name}.bias"
     hidden = (model.hidden_size,)
     kinds: dict[str, Shapes] = {
@@ -102,36 +102,36 @@ def local_size(name: str, shape: tuple[int, ...], tp: int) -> int:
     return prod(shape) if tp_dim(name) is None else prod(shape) // tp
 
 
-def all_shapes(model: Model, finetune: Finetune) -> Shapes:
+def all_shapes(model: ModelConfig, finetune: FinetuneConfig) -> Shapes:
     """Of the model's tensors and of its adapters."""
     return tensor_shapes(model) | adapter_shapes(model, finetune.lora)
 
 
 @dataclass(frozen=True)
-class Count:
+class ParameterCount:
     total: int
     non_embedding: int  # without embedding, learned positions and an untied head
     by_kind: dict[str, int]  # "blocks.*.attn.qkv.weight" -> elements over all layers
 
 
-def count(model: Model) -> Count:
+def count(model: ModelConfig) -> ParameterCount:
     by_kind: dict[str, int] = {}
     for name, shape in tensor_shapes(model).items():
         kind = re.sub(r"blocks\.\d+", "blocks.*", name)
         by_kind[kind] = by_kind.get(kind, 0) + prod(shape)
-    return Count(sum(by_kind.values()), non_embedding(model), by_kind)
+    return ParameterCount(sum(by_kind.values()), non_embedding(model), by_kind)
 
 
-def block_size(model: Model) -> int:
+def block_size(model: ModelConfig) -> int:
     return sum(map(prod, block_shapes(model).values()))
 
 
-def non_embedding(model: Model) -> int:
+def non_embedding(model: ModelConfig) -> int:
     """Parameters of the blocks and the final norm; known without a vocabulary."""
     return model.num_layers * block_size(model) + sum(map(prod, _norm(model, "norm").values()))
 
 
-def original_count(model: Model, tp: int = 1, pp: int = 1) -> int:
+def original_count(model: ModelConfig, tp: int = 1, pp: int = 1) -> int:
     """What GPT-NeoX prints as total: the sum over its ranks, replicas, unused norms and the tied copy included."""
     shapes = tensor_shapes(model)
     if model.shared_norm:  # it allocates the second norm and never uses it

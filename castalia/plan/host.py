@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from castalia.config.schema import Model, RunConfig
+from castalia.config.schema import ModelConfig, RunConfig
 from castalia.plan.count import count
 from castalia.plan.devices import NODE
 from castalia.plan.layout import Layout, rank_parts
@@ -30,7 +30,7 @@ class HostMemory:
         return self.save + self.offloaded
 
 
-def host_memory(config: RunConfig, model: Model, layout: Layout, compute: Compute) -> HostMemory:
+def host_memory(config: RunConfig, model: ModelConfig, layout: Layout, compute: Compute) -> HostMemory:
     """At most: the ranks that hold the most are taken to be on one machine. Loader and Python come on top."""
     length, saves_moments = config.data.seq_length, config.checkpoint.save_optimizer
     stages = [Rank(model, layout, stage, length, compute) for stage in rank_parts(model, layout, length)]
@@ -54,7 +54,7 @@ class InitialValues:
         return self.core_seconds / self.cores
 
 
-def initial_values(config: RunConfig, model: Model, layout: Layout, compute: Compute) -> InitialValues | None:
+def initial_values(config: RunConfig, model: ModelConfig, layout: Layout, compute: Compute) -> InitialValues | None:
     """None where weights come from a checkpoint. Decompositions for orthogonal matrices are not counted."""
     saves = config.checkpoint
     if saves.init_from or (saves.resume and not saves.starts_if_empty):

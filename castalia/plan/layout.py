@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from castalia.config.schema import Model, Parallel
+from castalia.config.schema import ModelConfig, ParallelConfig
 from castalia.plan.flops import block_flops, head_flops
 
 
@@ -60,7 +60,7 @@ class Stage:
     last: bool
 
 
-def problem(model: Model, layout: Layout) -> str | None:
+def problem(model: ModelConfig, layout: Layout) -> str | None:
     """Why this model cannot be cut this way, None if it can."""
     cuts = {
         "model.num_heads": model.num_heads,
@@ -79,7 +79,7 @@ def problem(model: Model, layout: Layout) -> str | None:
 
 
 @lru_cache
-def stages(model: Model, pp: int, length: int) -> tuple[Stage, ...]:
+def stages(model: ModelConfig, pp: int, length: int) -> tuple[Stage, ...]:
     """Blocks for each stage, so that the slowest stage, the head counted with the last one, is as fast as possible."""
     if pp == 1:
         return (Stage(0, model.num_layers, True, True),)
@@ -95,7 +95,7 @@ def stages(model: Model, pp: int, length: int) -> tuple[Stage, ...]:
     return tuple(Stage(i, n, i == 0, i == pp - 1) for i, n in enumerate(layers))
 
 
-def stages_per_rank(parallel: Parallel) -> int:
+def stages_per_rank(parallel: ParallelConfig) -> int:
     """Pipeline stages on each pipeline rank."""
     if parallel.pp == 1:
         return 1
@@ -109,7 +109,7 @@ def stages_of_rank(pipeline: str, pp: int, stages_per_rank: int, rank: int) -> l
     return [rank + i * pp for i in range(stages_per_rank)]
 
 
-def rank_parts(model: Model, layout: Layout, length: int) -> list[Stage]:
+def rank_parts(model: ModelConfig, layout: Layout, length: int) -> list[Stage]:
     """What each pipeline rank holds, all its stages together."""
     cut = stages(model, layout.pp * layout.stages_per_rank, length)
     parts = []

@@ -17,14 +17,14 @@ from typing import NamedTuple
 
 from castalia.config.attention_kernels import AMPERE, Capability, Choice, training_choice
 from castalia.config.objective import PAIRED, needs_reference
-from castalia.config.schema import Finetune, Model, Optimizer, RunConfig
+from castalia.config.schema import FinetuneConfig, ModelConfig, OptimizerConfig, RunConfig
 from castalia.plan.count import adapter_shapes, all_shapes, local_size
 from castalia.plan.layout import Layout, Stage, in_flight, rank_parts
 
 LOGIT_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}  # of one chunk's logits
 LOGIT_BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20}  # of the part of them that is in fp32 at a time
 _KEEPS_OUTPUT = {"relu", "sigmoid", "identity"}  # their backward pass needs the output, which the next matrix keeps too
-EVERYTHING = Finetune()  # trains, and there are no adapters
+EVERYTHING = FinetuneConfig()  # trains, and there are no adapters
 
 
 class Moments(NamedTuple):
@@ -33,13 +33,13 @@ class Moments(NamedTuple):
     blocks: int = 2
     outside: int = 2
 
-    def of(self, model: Model, finetune: Finetune = EVERYTHING) -> int:
+    def of(self, model: ModelConfig, finetune: FinetuneConfig = EVERYTHING) -> int:
         """Values for all of the model that trains."""
         sizes = _local_sizes(model, 1, finetune, True)
         return self.blocks * sizes["blocks"] + self.outside * (sum(sizes.values()) - sizes["blocks"])
 
 
-def moments_of(cfg: Optimizer) -> Moments:
+def moments_of(cfg: OptimizerConfig) -> Moments:
     momentum = 1 if cfg.momentum else 0
     kept = {"lion": (1, 1), "sgd": (momentum, momentum), "adafactor": (0, 0), "muon": (momentum, 2)}
     return Moments(*kept.get(cfg.name, (2, 2)))
@@ -52,7 +52,7 @@ class Compute:
     precision: str = "bf16"  # or "fp16" or "fp32"
     device: str = "cuda"  # or "cpu", whose RMSNorm is made of several operations
     moments: Moments = Moments()
-    finetune: Finetune = EVERYTHING
+    finetune: FinetuneConfig = EVERYTHING
     objective: str = "causal"
     reference: bool = False  # a frozen model beside the one that trains
     capability: Capability = AMPERE  # of the GPUs
@@ -122,7 +122,7 @@ class Attending:
     scores: int  # elements of one tensor of scores, where there are any
 
 
-def attending(model: Model, layout: Layout, tokens: int, length: int, compute: Compute) -> Attending:
+def attending(model: ModelConfig, layout: Layout, tokens: int, length: int, compute: Compute) -> Attending:
     capability = None if compute.device == "cpu" else compute.capability
     gathers = layout.cp > 1 and layout.cp_kind == "gather"
     choice = training_choice(model, capability, compute.precision, length, documents=compute.documents, gathers=gathers)
@@ -138,7 +138,7 @@ def attending(model: Model, layout: Layout, tokens: int, length: int, compute: C
     return Attending(choice, bias if held else 0, rows * here * queries * length if plain else 0)
 
 
-def activations(model: Model, layout: Layout, tokens: int, length: int, compute: Compute) -> Activations:
+def activations(model: ModelConfig, layout: Layout, tokens: int, length: int, compute: Compute) -> Activations:
     size, tp = compute.element_bytes, layout.tp
     stream = tokens * model.hidden_size // (tp if layout.sequence_parallel else 1)  # one [tokens, hidden]
     heads, kv = (n * model.head_size * tokens // tp for n in (model.num_heads, model.kv_heads))
@@ -180,7 +180,7 @@ def activations(model: Model, layout: Layout, tokens: int, length: int, compute:
     return Activations(whole, kept, whole - (stream + products) * size - softmax)
 
 
-def _kept_scores(model: Model, how: Attending, heads: int, kv: int, compute: Compute) -> int:
+def _kept_scores(model: ModelConfig, how: Attending, heads: int, kv: int, compute: Compute) -> int:
     """Bytes that the plain kernel keeps, all in fp32: queries and keys times the scale, values, and scores.
 
     Of the scores there are the softmax's, and with dropout its mask and what it leaves.
@@ -192,7 +192,7 @@ def _kept_scores(model: Model, how: Attending, heads: int, kv: int, compute: Com
 
 
 @lru_cache
-def _inputs_kept(model: Model, finetune: Finetune) -> frozenset[str]:
+def _inputs_kept(model: ModelConfig, finetune: FinetuneConfig) -> frozenset[str]:
     """Kinds of modules whose weight trains, or whose adapter does."""
     names = (name for name in all_shapes(model, finetune) if finetune.trains(name))
     return frozenset(
@@ -200,7 +200,7 @@ def _inputs_kept(model: Model, finetune: Finetune) -> frozenset[str]:
     )
 
 
-def _adapters(model: Model, tp: int, tokens: int, compute: Compute) -> tuple[int, int]:
+def _adapters(model: ModelConfig, tp: int, tokens: int, compute: Compute) -> tuple[int, int]:
     """Of a block's adapters: bytes that the backward pass needs, and the elements of their products."""
     lora, size = compute.finetune.lora, compute.element_bytes
     if lora is None:
@@ -220,7 +220,7 @@ def _adapters(model: Model, tp: int, tokens: int, compute: Compute) -> tuple[int
     return kept, products
 
 
-def _norm_inputs(model: Model, number: int, stream: int, compute: Compute) -> int:
+def _norm_inputs(model: ModelConfig, number: int, stream: int, compute: Compute) -> int:
     """What norms keep of their inputs: the input, or where a norm is made of single operations two fp32 tensors.
 
     The second one is for the gradient of the norm's weight.
@@ -234,7 +234,7 @@ def _norm_inputs(model: Model, number: int, stream: int, compute: Compute) -> in
 class Rank:
     """Any rank of one pipeline stage; its tensor and data ranks all have the same sizes."""
 
-    model: Model
+    model: ModelConfig
     layout: Layout
     stage: Stage
     length: int
@@ -470,7 +470,7 @@ class Rank:
 
 
 @lru_cache
-def _local_sizes(model: Model, tp: int, finetune: Finetune, trained: bool = False) -> Counter[str]:
+def _local_sizes(model: ModelConfig, tp: int, finetune: FinetuneConfig, trained: bool = False) -> Counter[str]:
     """Elements on one tensor rank of all blocks together and of every tensor outside of them, or of what trains."""
     sizes: Counter[str] = Counter()
     for name, shape in all_shapes(model, finetune).items():
@@ -480,7 +480,7 @@ def _local_sizes(model: Model, tp: int, finetune: Finetune, trained: bool = Fals
 
 
 @lru_cache
-def _live(model: Model, finetune: Finetune) -> int:
+def _live(model: ModelConfig, finetune: FinetuneConfig) -> int:
     """Blocks through which gradients flow."""
     trained = [name for name in all_shapes(model, finetune) if finetune.trains(name)]
     if any(name.startswith(("embed.", "positions.")) for name in trained):
@@ -490,7 +490,7 @@ def _live(model: Model, finetune: Finetune) -> int:
     )
 
 
-def memory_by_stage(model: Model, layout: Layout, length: int, compute: Compute) -> list[Memory]:
+def memory_by_stage(model: ModelConfig, layout: Layout, length: int, compute: Compute) -> list[Memory]:
     """The memory of a rank of each pipeline stage."""
     return [Rank(model, layout, stage, length, compute).memory() for stage in rank_parts(model, layout, length)]
 

@@ -9,7 +9,7 @@ from typing import Protocol
 from castalia.config.attention_kernels import AMPERE, Capability
 from castalia.config.batch import batch_plan, fitting_batch, steps_within, sum_until, tokens_until
 from castalia.config.objective import PAIRED
-from castalia.config.schema import Model, RunConfig
+from castalia.config.schema import ModelConfig, RunConfig
 from castalia.errors import ConfigError
 from castalia.plan.count import all_shapes, count, non_embedding, original_count
 from castalia.plan.devices import Device, auto_precision
@@ -28,13 +28,13 @@ from castalia.plan.run_description import (
     precision,
     saves,
 )
-from castalia.plan.suggest import Job, judge
+from castalia.plan.suggest import PlanRequest, evaluate_layout
 
 ENOUGH_TOKENS = 20  # for each id of the vocabulary, before the largest one that was seen says anything
 
 
 @dataclass(frozen=True)
-class Corpus:
+class CorpusFacts:
     path: str
     tokens: int
     documents: int
@@ -63,10 +63,10 @@ class Rate(Protocol):
 
 
 @dataclass(frozen=True)
-class Known:
+class RunFacts:
     """What only other rooms can tell. Everything is optional; what is missing is reported as unknown."""
 
-    corpora: tuple[Corpus, ...] = ()
+    corpora: tuple[CorpusFacts, ...] = ()
     rate: Rate | None = None
     kept_checkpoints: int | None = None  # of the whole run, at the moment when there are most
     free_bytes: int | None = None  # where the run will be saved
@@ -81,7 +81,9 @@ class Hardware:
     mfu: float = 0.4
 
 
-def report(config: RunConfig, known: Known, hardware: Hardware | None = None, compute: Compute | None = None) -> dict:
+def report(
+    config: RunConfig, known: RunFacts, hardware: Hardware | None = None, compute: Compute | None = None
+) -> dict:
     """Everything that can be worked out, JSON-ready. Raises ConfigError where the config describes no model."""
     model, wanted, config = described(config), config.precision.compute, settled(config, hardware)
     compute = compute or default_compute(config, hardware)
@@ -133,7 +135,7 @@ def report(config: RunConfig, known: Known, hardware: Hardware | None = None, co
     return result
 
 
-def described(config: RunConfig) -> Model:
+def described(config: RunConfig) -> ModelConfig:
     """The architecture; what the config leaves open follows from the sequence and from what is to be learned."""
     if config.model is None:
         raise ConfigError("this config describes no model; name a file or preset that gives model.num_layers first")
@@ -227,7 +229,7 @@ def _implied_data_ranks(config: RunConfig) -> int:
     return 1
 
 
-def training(config: RunConfig, known: Known, layout: Layout) -> dict:
+def training(config: RunConfig, known: RunFacts, layout: Layout) -> dict:
     """The run in numbers: batch, tokens, epochs, schedule, what is saved. None for what is unknown."""
     paired = config.train.objective in PAIRED
     one_side = layout.batch * config.data.seq_length
@@ -286,7 +288,7 @@ def _random_loss(config: RunConfig) -> float | None:
     return log(known) if known else None
 
 
-def run_steps(config: RunConfig, known: Known, layout: Layout) -> int | None:
+def run_steps(config: RunConfig, known: RunFacts, layout: Layout) -> int | None:
     if config.train.steps:
         return config.train.steps
     if config.train.epochs and known.corpora:
@@ -295,7 +297,7 @@ def run_steps(config: RunConfig, known: Known, layout: Layout) -> int | None:
     return None
 
 
-def decay(config: RunConfig, known: Known, steps: int | None) -> tuple[int | None, float | None]:
+def decay(config: RunConfig, known: RunFacts, steps: int | None) -> tuple[int | None, float | None]:
     """The step at which the learning rate's decay ends, and the steps of its warm-up."""
     if known.rate:
         return known.rate.end, known.rate.warmup
@@ -303,7 +305,7 @@ def decay(config: RunConfig, known: Known, steps: int | None) -> tuple[int | Non
     return end, config.schedule.warmup_length(end) if end else None
 
 
-def warnings(config: RunConfig, known: Known, layout: Layout) -> list[str]:
+def warnings(config: RunConfig, known: RunFacts, layout: Layout) -> list[str]:
     """What will surprise, each with a remedy. `train` prints the same before its first step."""
     steps = run_steps(config, known, layout)
     found = _schedule_warnings(config, known, steps)
@@ -327,7 +329,7 @@ def warnings(config: RunConfig, known: Known, layout: Layout) -> list[str]:
     return found
 
 
-def _schedule_warnings(config: RunConfig, known: Known, steps: int | None) -> list[str]:
+def _schedule_warnings(config: RunConfig, known: RunFacts, steps: int | None) -> list[str]:
     schedule, (end, warmup) = config.schedule, decay(config, known, steps)
     if not steps or end is None:
         return []
@@ -352,7 +354,7 @@ def _schedule_warnings(config: RunConfig, known: Known, steps: int | None) -> li
     return found
 
 
-def _corpus_warnings(config: RunConfig, corpus: Corpus) -> list[str]:
+def _corpus_warnings(config: RunConfig, corpus: CorpusFacts) -> list[str]:
     found, vocabulary = [], config.model.vocab_size if config.model else None
     largest, looked_at = corpus.largest_id, corpus.looked_at
     if largest is not None and vocabulary and largest >= vocabulary:
@@ -375,7 +377,7 @@ def _corpus_warnings(config: RunConfig, corpus: Corpus) -> list[str]:
     return found
 
 
-def _architecture(model: Model) -> dict:
+def _architecture(model: ModelConfig) -> dict:
     return {
         "layers": model.num_layers,
         "hidden_size": model.hidden_size,
@@ -388,7 +390,7 @@ def _architecture(model: Model) -> dict:
     }
 
 
-def _memory(model: Model, layout: Layout, length: int, compute: Compute, hardware: Hardware | None) -> dict:
+def _memory(model: ModelConfig, layout: Layout, length: int, compute: Compute, hardware: Hardware | None) -> dict:
     memories = memory_by_stage(model, layout, length, compute)
     policies = {}
     for policy in ("none", "selective", "full"):
@@ -410,19 +412,19 @@ def _memory(model: Model, layout: Layout, length: int, compute: Compute, hardwar
     }
 
 
-def _kv_cache(model: Model, length: int, compute: Compute) -> dict:
+def _kv_cache(model: ModelConfig, length: int, compute: Compute) -> dict:
     per_token = kv_cache_bytes(model, compute.element_bytes)
     return {"bytes_per_token": per_token, "bytes_per_sequence": per_token * (model.max_positions or length)}
 
 
-def job_of(config: RunConfig, hardware: Hardware, batch: int, compute: Compute) -> Job:
+def job_of(config: RunConfig, hardware: Hardware, batch: int, compute: Compute) -> PlanRequest:
     """What all layouts of a comparison have in common; `batch`: sequences of a step."""
     model, length = described(config), config.data.seq_length
-    return Job(model, length, batch, hardware.gpus, hardware.device, compute, hardware.mfu)
+    return PlanRequest(model, length, batch, hardware.gpus, hardware.device, compute, hardware.mfu)
 
 
-def _time(result: dict, job: Job, layout: Layout) -> dict:
-    seconds_per_step = judge(job, layout).costs.total
+def _time(result: dict, job: PlanRequest, layout: Layout) -> dict:
+    seconds_per_step = evaluate_layout(job, layout).costs.total
     tokens_per_second = result["training"]["tokens_per_step"] / seconds_per_step
     peak = job.gpus * job.device.peak_tflops(job.compute.precision) * 1e12
     tokens = result["training"]["tokens"]
@@ -435,7 +437,7 @@ def _time(result: dict, job: Job, layout: Layout) -> dict:
     }
 
 
-def _unknown(result: dict, known: Known, hardware: Hardware | None) -> list[str]:
+def _unknown(result: dict, known: RunFacts, hardware: Hardware | None) -> list[str]:
     missing = []
     if result["training"]["steps"] is None:
         missing.append("the length of the run: give train.steps=N")
@@ -446,7 +448,7 @@ def _unknown(result: dict, known: Known, hardware: Hardware | None) -> list[str]
     return missing
 
 
-def _samples_of_a_pass(config: RunConfig, corpus: Corpus) -> float:
+def _samples_of_a_pass(config: RunConfig, corpus: CorpusFacts) -> float:
     """Samples of the training part; the split counts documents, so this is an estimate."""
     samples = corpus.tokens / config.data.seq_length if corpus.samples is None else corpus.samples
     if config.data.path is None:
@@ -455,7 +457,7 @@ def _samples_of_a_pass(config: RunConfig, corpus: Corpus) -> float:
     return samples * parts[0] / sum(parts)
 
 
-def _epochs(config: RunConfig, known: Known, steps: int | None, batch_size: int) -> list[tuple[Corpus, float]]:
+def _epochs(config: RunConfig, known: RunFacts, steps: int | None, batch_size: int) -> list[tuple[CorpusFacts, float]]:
     weights = sum(corpus.weight for corpus in known.corpora)
     if not steps:
         return []
@@ -463,7 +465,7 @@ def _epochs(config: RunConfig, known: Known, steps: int | None, batch_size: int)
     return [(c, seen * c.weight / weights / (_samples_of_a_pass(config, c) or 1.0)) for c in known.corpora]
 
 
-def _run_bytes(config: RunConfig, known: Known) -> int | None:
+def _run_bytes(config: RunConfig, known: RunFacts) -> int | None:
     if known.kept_checkpoints is None or config.model is None or config.model.vocab_size is None:
         return None
     model = described(config)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from castalia.config.schema import Model
+from castalia.config.schema import ModelConfig
 from castalia.plan.devices import NODE, Device, GiB
 from castalia.plan.flops import block_flops, executed_flops, head_flops
 from castalia.plan.layout import Layout, bubble, problem, rank_parts
@@ -19,10 +19,10 @@ KNOBS = ("tp", "pp", "micro_batch", "zero", "recompute")  # what a layout choose
 
 
 @dataclass(frozen=True)
-class Job:
+class PlanRequest:
     """What every layout of a comparison has in common."""
 
-    model: Model
+    model: ModelConfig
     length: int
     batch: int  # sequences of a step
     gpus: int
@@ -55,7 +55,7 @@ class Verdict:
     costs: Costs
 
 
-def judge(job: Job, layout: Layout) -> Verdict:
+def evaluate_layout(job: PlanRequest, layout: Layout) -> Verdict:
     """Memory of the fullest stage and seconds of a step."""
     parts = rank_parts(job.model, layout, job.length)
     ends = {0, 1, layout.pp - 1} & set(range(layout.pp))  # no stage between holds more than one of these
@@ -65,7 +65,7 @@ def judge(job: Job, layout: Layout) -> Verdict:
     return Verdict(layout, memory, stage, fits, step_costs(job, layout, ranks))
 
 
-def step_costs(job: Job, layout: Layout, ranks: list[Rank]) -> Costs:
+def step_costs(job: PlanRequest, layout: Layout, ranks: list[Rank]) -> Costs:
     model, device, size = job.model, job.device, job.compute.element_bytes
     parts, length = rank_parts(model, layout, job.length), job.compute.sides * job.length  # of a sample
     block, head = block_flops(model, job.length), head_flops(model)
@@ -97,7 +97,7 @@ def step_costs(job: Job, layout: Layout, ranks: list[Rank]) -> Costs:
     return Costs(compute, traffic, tensor, data, busy * bubble(layout))
 
 
-def layouts(job: Job) -> Iterator[Layout]:
+def layouts(job: PlanRequest) -> Iterator[Layout]:
     """Every layout that the model and the batch can be cut into."""
     for tp in (n for n in (1, 2, 4, 8) if job.gpus % n == 0):
         for pp in (n for n in range(1, job.gpus // tp + 1) if job.gpus // tp % n == 0):
@@ -114,13 +114,13 @@ def layouts(job: Job) -> Iterator[Layout]:
                         )
 
 
-def suggest(job: Job) -> list[Verdict]:
+def suggest(job: PlanRequest) -> list[Verdict]:
     """All layouts, those that fit first, the fastest first; what does not fit is ordered by its memory."""
-    verdicts = [judge(job, layout) for layout in layouts(job)]
+    verdicts = [evaluate_layout(job, layout) for layout in layouts(job)]
     return sorted(verdicts, key=lambda v: (not v.fits, round(v.costs.total, 2) if v.fits else 0, v.memory.total))
 
 
-def nearest(job: Job, wanted: Layout, number: int = 3) -> list[Verdict]:
+def nearest(job: PlanRequest, wanted: Layout, number: int = 3) -> list[Verdict]:
     """Layouts that fit and change the fewest settings of the wanted one."""
 
     def changes(verdict: Verdict) -> int:
@@ -130,7 +130,7 @@ def nearest(job: Job, wanted: Layout, number: int = 3) -> list[Verdict]:
     return sorted(fitting, key=lambda v: (changes(v), v.costs.total))[:number]
 
 
-def enough(job: Job, most: int = 4096) -> int | None:
+def enough(job: PlanRequest, most: int = 4096) -> int | None:
     """The smallest number of devices, by doubling, on which some layout fits; the batch grows if it must."""
     gpus = job.gpus
     while gpus <= most:
@@ -141,12 +141,14 @@ def enough(job: Job, most: int = 4096) -> int | None:
     return None
 
 
-def losers(job: Job, best: Verdict) -> list[tuple[str, str]]:
+def losers(job: PlanRequest, best: Verdict) -> list[tuple[str, str]]:
     """(change, why it loses) for each single setting changed in the best layout."""
-    return [(change, why_not(job, best, judge(job, layout))) for change, layout in _neighbours(job, best.layout)]
+    return [
+        (change, why_not(job, best, evaluate_layout(job, layout))) for change, layout in _neighbours(job, best.layout)
+    ]
 
 
-def why_not(job: Job, best: Verdict, other: Verdict) -> str:
+def why_not(job: PlanRequest, best: Verdict, other: Verdict) -> str:
     if not other.fits:
         (name, size), usable = binding(other.memory), job.device.usable_bytes(other.layout.communicators)
         return (
@@ -174,7 +176,7 @@ def binding(memory: Memory) -> tuple[str, int]:
     return name, sizes[name]
 
 
-def _neighbours(job: Job, layout: Layout) -> Iterator[tuple[str, Layout]]:
+def _neighbours(job: PlanRequest, layout: Layout) -> Iterator[tuple[str, Layout]]:
     """The possible layouts in which one setting differs; data ranks and accumulation follow."""
     possible = {_settings(other): other for other in layouts(job)}
     changes: list[tuple[str, object]] = []

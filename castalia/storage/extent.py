@@ -23,8 +23,8 @@ from castalia.storage.checksum import BLOCK_BYTES, crc32
 from castalia.storage.lazy import (
     ITEM_BYTES,
     Box,
+    ByteRun,
     Leaf,
-    Run,
     TensorRef,
     Zeros,
     as_bytes,
@@ -214,9 +214,9 @@ class FileTensor(Leaf):
     def in_order(self) -> bool:
         return self.stride == row_major(self.shape)
 
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[ByteRun]:
         start = self.extent.offset + self.offset * ITEM_BYTES[self.dtype_name]
-        return [Run(self.extent.path, start, prod(self.shape), self.dtype_name, prod(self.shape[1:]))]
+        return [ByteRun(self.extent.path, start, prod(self.shape), self.dtype_name, prod(self.shape[1:]))]
 
     def _fill(self, box: Box, out: torch.Tensor) -> None:
         if not out.numel():

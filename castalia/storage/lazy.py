@@ -33,7 +33,7 @@ PIECE_BYTES = 4 << 20  # small enough for the processor's cache and for memory t
 
 
 @dataclass(frozen=True)
-class Run:
+class ByteRun:
     """Consecutive values in a file."""
 
     path: Path
@@ -100,7 +100,7 @@ class TensorRef:
         for start in range(0, self.shape[0], step):
             yield self.read([slice(start, min(start + step, self.shape[0]))])
 
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[ByteRun]:
         """The stored values that it is made of, copies on other ranks included; their order may differ.
 
         Zeros, and what is in memory, have none.
@@ -192,7 +192,7 @@ def sizes(box: Box) -> list[int]:
 
 
 @dataclass(frozen=True, eq=False)
-class Held(Leaf):
+class InMemory(Leaf):
     """A tensor that is in memory already. Equal is only the very same one."""
 
     tensor: torch.Tensor
@@ -256,7 +256,7 @@ class Part(Wrapper):
         shape[self.dim] = self.stop - self.start
         return tuple(shape)
 
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[ByteRun]:
         size = self.source.shape[self.dim]
         row = prod(self.source.shape) // size if size else 0
         return cut_runs(self.source.runs(), self.start * row, self.stop * row)
@@ -272,7 +272,7 @@ class Part(Wrapper):
         self.source.read(self._inside(box), out)
 
 
-def cut_runs(runs: Iterable[Run], start: int, stop: int) -> list[Run]:
+def cut_runs(runs: Iterable[ByteRun], start: int, stop: int) -> list[ByteRun]:
     """The values from `start` to `stop` of consecutive runs."""
     result, begin = [], 0
     for run in runs:
@@ -415,7 +415,7 @@ class Scaled(Wrapper):
 
 
 @dataclass(frozen=True)
-class Adapted(TensorRef):
+class WithLora(TensorRef):
     """The source plus scale * B A, in fp32. Computed in fp64, so that a part has the bits that it has in the whole."""
 
     source: TensorRef
@@ -432,7 +432,7 @@ class Adapted(TensorRef):
     def shape(self) -> tuple[int, ...]:
         return tuple(self.source.shape)
 
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[ByteRun]:
         """Those of the matrix, which has nearly all of the values."""
         return self.source.runs()
 
@@ -539,7 +539,7 @@ class Narrowed(Cast):
 
 
 @dataclass
-class Watched(Wrapper):
+class RoundingProbe(Wrapper):
     """A master that is read beside its weight and notes whether the weight is its rounding."""
 
     source: TensorRef

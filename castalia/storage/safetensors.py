@@ -34,7 +34,7 @@ SLICE_BYTES = 256 << 10  # written at once: for larger writes the system takes l
 
 
 @lru_cache  # the tensors of a file share its path
-def inside(folder: Path, name: str) -> Path:
+def safe_join(folder: Path, name: str) -> Path:
     """The path that a name read from a file means, below `folder`. Refuses names that lead out of it."""
     parts = name.replace("\\", "/").split("/")
     if not name or "\0" in name or name != name.strip() or parts[0] == "" or ".." in parts or ":" in parts[0]:

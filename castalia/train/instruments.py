@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch.profiler import profile
 
-from castalia.config.schema import Log
+from castalia.config.schema import LogConfig
 from castalia.files import appearing_whole, write_text
 from castalia.observe.layer_stats import activation_statistics, tensor_statistics
 from castalia.observe.metrics import as_line
-from castalia.parallel.executor import Engine
+from castalia.parallel.executor import Executor
 from castalia.train.step_memory import open_profile
 
 LAYERS = "layers.jsonl"
@@ -26,9 +26,9 @@ class Instruments:
 
     def __init__(
         self,
-        log: Log,
+        log: LogConfig,
         folder: Path,
-        engine: Engine,
+        engine: Executor,
         say: Callable[[str], None],
     ):
         self.log, self.folder, self.engine, self.say = log, folder, engine, say

@@ -27,7 +27,7 @@ from castalia.errors import Stopped, TrainingError
 from castalia.observe.display import Display, duration
 from castalia.observe.metrics import Metrics, read_events, truncate_metrics, truncate_records, write_event
 from castalia.observe.watch import Pace, Spikes, Watch, data_of_step
-from castalia.parallel.executor import Engine
+from castalia.parallel.executor import Executor
 from castalia.parallel.launcher import STOP_SIGNALS
 from castalia.parallel.process_group import main_first, process_group
 from castalia.parallel.rendezvous import is_main
@@ -35,7 +35,7 @@ from castalia.plan.flops import training_flops
 from castalia.train.hardware import choose_device, keep_freed_memory, peak_flops
 from castalia.train.instruments import LAYERS, Instruments
 from castalia.train.run_folder import (
-    Job,
+    LauncherJob,
     begun_by,
     complete_config,
     continues,
@@ -50,11 +50,11 @@ from castalia.train.schedule import is_save_step
 from castalia.train.setup import Session, architecture, find_source, restore, start
 from castalia.train.step import StepResult
 from castalia.train.step_memory import PeakMemory, describe_memory
-from castalia.train.update_history import way_to
+from castalia.train.update_history import history_before
 
 TOGETHER_S = 1.0  # signals within this time are one
 MAX_REWINDS = 3  # to one and the same checkpoint
-Evaluate = Callable[[Engine, Iterable[Batch]], Mapping[str, float]]
+Evaluate = Callable[[Executor, Iterable[Batch]], Mapping[str, float]]
 
 
 def train(config: RunConfig, evaluate: Evaluate) -> Path:
@@ -79,7 +79,7 @@ def train(config: RunConfig, evaluate: Evaluate) -> Path:
         with Display(silent=session.engine.rank > 0) as display:
             show_report(session, display, folder)
             try:
-                with Run(session, folder, evaluate, display, in_place, job, begin) as run:
+                with TrainingRun(session, folder, evaluate, display, in_place, job, begin) as run:
                     stopped_by = run.to_the_end()
             except OSError as error:  # a full disk, most often; checkpoints tell so themselves
                 raise TrainingError(f"{folder} cannot be written: {error}; checkpoints are as they were") from error
@@ -122,7 +122,7 @@ def _rehearse(session: Session, folder: Path) -> None:
         display.line("dry run: the folder of the run was not touched")
 
 
-class Run:
+class TrainingRun:
     """A session that writes into its folder: a context manager, so that the folder is let go of whatever happens."""
 
     def __init__(
@@ -132,7 +132,7 @@ class Run:
         evaluate: Evaluate,
         display: Display,
         in_place: bool,
-        job: Job,
+        job: LauncherJob,
         begin: float,  # of the start, by time.monotonic
     ):
         self.session, self.folder, self.evaluate, self.display = session, folder, evaluate, display
@@ -160,7 +160,7 @@ class Run:
             say=display.line,
         )
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> TrainingRun:
         engine, saves = self.session.engine, self.config.checkpoint
         with ExitStack() as opened:
             writer = CheckpointSaver(
@@ -358,7 +358,7 @@ class Run:
 
     def _checkpoint_to_return_to(self, done: int) -> Path | None:
         on_disk = saved_steps(self.folder / "checkpoints")
-        known = [step for step in way_to(read_events(self.folder), done).saved if step in on_disk]
+        known = [step for step in history_before(read_events(self.folder), done).saved if step in on_disk]
         return on_disk[known[-self.config.watch.back :][0]] if known else None
 
     def _record(self, result: StepResult, seconds: float) -> dict[str, float | int]:

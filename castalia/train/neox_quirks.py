@@ -22,7 +22,7 @@ from castalia.config.schema import RunConfig
 
 
 @dataclass(frozen=True)
-class Exact:
+class NeoXQuirks:
     clip_norm: float | None
     release: str | None = None  # "v1", "head"; None: what was meant, without defects
     gradient_factor: int = 1
@@ -42,21 +42,21 @@ class Exact:
         }
 
 
-def exact_behaviour(config: RunConfig, resumed: Checkpoint | None) -> Exact:
+def quirks_of(config: RunConfig, resumed: Checkpoint | None) -> NeoXQuirks:
     """`resumed`: the checkpoint that the run goes on from, None for new runs."""
     wanted = config.optimizer.clip_norm
     if not config.neox_exact:
-        return Exact(wanted)
+        return NeoXQuirks(wanted)
     release = (resumed.release if resumed else None) or "head"
     ranks = resumed.summed_bias_ranks if resumed else 1
     steps_missing = resumed is not None and resumed.details.get("adam_steps_stored") is False
     if release == "v1":
         assert resumed is not None
-        return Exact(wanted, "v1", 1, ranks, int(steps_missing), resumed.norm_ranks)
+        return NeoXQuirks(wanted, "v1", 1, ranks, int(steps_missing), resumed.norm_ranks)
     assert config.model is not None
     has_pipeline_engine = config.model.init_passes == 1  # it has one even for a single stage, but not for none
     accumulation = batch_plan(config, planned_dp(config) or 1).accumulation
-    return Exact(
+    return NeoXQuirks(
         clip_norm=clip_norm(wanted, "head"),
         release="head",
         gradient_factor=accumulation if has_pipeline_engine else 1,

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from castalia.config.schema import LossScale, Optimizer, ParameterGroup
+from castalia.config.schema import LossScaleConfig, OptimizerConfig, ParameterGroup
 from castalia.errors import ConfigError, TrainingError
 from castalia.reading import fits
-from castalia.train.update_rules import AnyOptimizer, Lion, Together
+from castalia.train.update_rules import AnyOptimizer, CombinedOptimizer, Lion
 
 NORMS = {"norm", "norm1", "norm2", "qk_norm"}
 ROW_PARALLEL_BIASES = (".attn.out.bias", ".mlp.down.bias")
@@ -32,7 +32,7 @@ def is_hidden_matrix(name: str) -> bool:
 
 def make_optimizer(
     parameters: Mapping[str, nn.Parameter],
-    cfg: Optimizer,
+    cfg: OptimizerConfig,
     *,
     summed_bias_ranks: int = 1,
     width_multiplier: float = 1.0,
@@ -71,10 +71,10 @@ def make_optimizer(
         optimizers.append(_optimizer(kind, rows, cfg))
         for parameter in (p for row in rows for p in row["params"]):
             optimizers[-1].state[parameter] = _fresh_state(kind, parameter, cfg)
-    return optimizers[0] if len(optimizers) == 1 else Together(optimizers)
+    return optimizers[0] if len(optimizers) == 1 else CombinedOptimizer(optimizers)
 
 
-def _decay_and_scale(name: str, cfg: Optimizer, width_multiplier: float) -> tuple[float, float]:
+def _decay_and_scale(name: str, cfg: OptimizerConfig, width_multiplier: float) -> tuple[float, float]:
     """Weight decay and learning-rate factor of a tensor; of several matching groups the first counts.
 
     Under muP adaptive rules take smaller steps in hidden matrices, SGD larger ones in all others; decay stays the same.
@@ -100,7 +100,7 @@ def _is_sharded(parameter: nn.Parameter) -> bool:
     return not all(placement.is_replicate() for placement in getattr(parameter, "placements", ()))
 
 
-def _optimizer(kind: str, groups: list[dict[str, Any]], cfg: Optimizer) -> torch.optim.Optimizer:
+def _optimizer(kind: str, groups: list[dict[str, Any]], cfg: OptimizerConfig) -> torch.optim.Optimizer:
     match kind:
         case "lion":
             return Lion(groups, lr=cfg.lr, betas=cfg.betas)
@@ -113,7 +113,7 @@ def _optimizer(kind: str, groups: list[dict[str, Any]], cfg: Optimizer) -> torch
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
 
 
-def _fresh_state(kind: str, parameter: nn.Parameter, cfg: Optimizer) -> dict[str, Tensor]:
+def _fresh_state(kind: str, parameter: nn.Parameter, cfg: OptimizerConfig) -> dict[str, Tensor]:
     if kind == "lion":
         return {"exp_avg": torch.zeros_like(parameter)}
     if kind in ("sgd", "muon"):
@@ -158,7 +158,7 @@ class LossScaler:
     after one good step more than the window.
     """
 
-    def __init__(self, cfg: LossScale, rule: str):
+    def __init__(self, cfg: LossScaleConfig, rule: str):
         self.cfg = cfg
         self.rule = "static" if cfg.static else rule
         self.scale = cfg.static or cfg.initial

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from castalia.config.schema import Preference, RunConfig
+from castalia.config.schema import PreferenceConfig, RunConfig
 from castalia.data.loader import Batch
 from castalia.errors import DataError
-from castalia.parallel.executor import Engine, Rows, to_device
+from castalia.parallel.executor import Executor, Rows, to_device
 
 
 class Judged(NamedTuple):
@@ -29,7 +29,7 @@ class Judged(NamedTuple):
     kl: Tensor | None = None  # of KTO
 
 
-def dpo(logps: Tensor, references: Tensor, num_tokens: Tensor, cfg: Preference) -> Judged:
+def dpo(logps: Tensor, references: Tensor, num_tokens: Tensor, cfg: PreferenceConfig) -> Judged:
     """Direct preference optimization. All are [sequences]; `num_tokens` counts the labels, over which IPO averages."""
     ratios = logps - references
     rewards = cfg.beta * ratios.detach()
@@ -50,7 +50,7 @@ def reward_model(rewards: Tensor, square: float) -> Judged:
     return Judged(losses, known, _first_of_two(known), _in_order(known))
 
 
-def kto(logps: Tensor, references: Tensor, wanted: Tensor, cfg: Preference) -> Judged:
+def kto(logps: Tensor, references: Tensor, wanted: Tensor, cfg: PreferenceConfig) -> Judged:
     """Kahneman-Tversky optimization of a micro-batch: [sequences], `wanted` says which are desirable.
 
     What a reward is compared with is the divergence from the reference model. As in the original, each half of the
@@ -85,14 +85,14 @@ def _in_order(rewards: Tensor) -> Tensor:
 class PreferenceLoss:
     """The objective of a run. `reference` is the frozen model, on the ranks of `engine`; None where none is asked."""
 
-    def __init__(self, config: RunConfig, engine: Engine, reference: Engine | None, accumulation: int) -> None:
+    def __init__(self, config: RunConfig, engine: Executor, reference: Executor | None, accumulation: int) -> None:
         self.objective, self.settings, self.square = config.train.objective, config.preference, config.train.z_loss
         self.engine, self.reference, self.accumulation = engine, reference, accumulation
         self.tally = _Tally()
         self.report: dict[str, float] = {}  # of the last step
 
     def forward_backward(self, batch: Batch, scale: float, seeds: list[int]) -> Tensor:
-        """As `Engine.forward_backward`, for the mean loss of the step. `make_report` then tells about it."""
+        """As `Executor.forward_backward`, for the mean loss of the step. `make_report` then tells about it."""
         judge, self.tally = self._judge(batch), _Tally()
 
         def losses(values: Tensor, micro: int) -> Tensor:
@@ -167,7 +167,7 @@ class _Tally:
         found = torch.stack([values.where(counted, 0).sum(dtype=torch.float64), counted.sum(dtype=torch.float64)])
         self.sums[name] = self.sums[name] + found if name in self.sums else found
 
-    def means(self, engine: Engine) -> dict[str, float]:
+    def means(self, engine: Executor) -> dict[str, float]:
         """Over all ranks; what no sequence of the step tells anything about is left out."""
         rows = torch.stack(list(self.sums.values())).tolist()
         totals = {n: [engine.sum_over_data(v) for v in row] for n, row in zip(self.sums, rows, strict=True)}

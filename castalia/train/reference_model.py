@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.objective import needs_reference
-from castalia.config.schema import Model, RunConfig
+from castalia.config.schema import ModelConfig, RunConfig
 from castalia.errors import ConfigError
 from castalia.model.init import seeded_tensor
 from castalia.storage.lazy import Box, Leaf, as_slices
@@ -34,7 +34,7 @@ def with_reference(config: RunConfig, source: Checkpoint | None) -> RunConfig:
     return config.model_copy(update={"preference": preference})
 
 
-def with_reward_head(model: Model, config: RunConfig, source: Checkpoint | None) -> Model:
+def with_reward_head(model: ModelConfig, config: RunConfig, source: Checkpoint | None) -> ModelConfig:
     """The model that the objective trains. ConfigError for a reward model that is to predict tokens."""
     wanted = config.train.objective == "reward"
     if model.reward_head and not wanted:
@@ -43,7 +43,7 @@ def with_reward_head(model: Model, config: RunConfig, source: Checkpoint | None)
     return model.model_copy(update={"reward_head": wanted})
 
 
-def as_reward_model(source: Checkpoint, model: Model, seed: int) -> Checkpoint:
+def as_reward_model(source: Checkpoint, model: ModelConfig, seed: int) -> Checkpoint:
     """A checkpoint of a language model as that of a reward model which has not learnt anything yet."""
     if not model.reward_head or "reward.weight" in source.model:
         return source
@@ -56,7 +56,7 @@ def as_reward_model(source: Checkpoint, model: Model, seed: int) -> Checkpoint:
 class _Drawn(Leaf):
     """The initial value of the reward's matrix."""
 
-    model: Model
+    model: ModelConfig
     seed: int
     dtype_name = "float32"
 

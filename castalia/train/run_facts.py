@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from castalia.config.schema import Checkpoint, Data, RunConfig
+from castalia.config.schema import CheckpointConfig, DataConfig, RunConfig
 from castalia.errors import DataError
-from castalia.plan.run_plan import Corpus, Known
+from castalia.plan.run_plan import CorpusFacts, RunFacts
 from castalia.train.schedule import is_save_step, learning_rate
 
 if TYPE_CHECKING:
@@ -18,10 +18,10 @@ LOOKED_AT_DOCUMENTS = 10_000
 LOOKED_AT = 1 << 22  # token ids of all corpora together: a few milliseconds, also where they are terabytes
 
 
-def gather(config: RunConfig) -> Known:
+def collect_run_facts(config: RunConfig) -> RunFacts:
     """What can be found out about the run here and now; what is not here stays unknown."""
     steps = config.train.steps
-    return Known(
+    return RunFacts(
         corpora=corpora(config),
         rate=learning_rate(config, steps) if steps else None,
         kept_checkpoints=kept_checkpoints(config.checkpoint, steps) if steps else None,
@@ -29,7 +29,7 @@ def gather(config: RunConfig) -> Known:
     )
 
 
-def kept_checkpoints(checkpoint: Checkpoint, steps: int) -> int:
+def kept_checkpoints(checkpoint: CheckpointConfig, steps: int) -> int:
     """How many checkpoints a run leaves."""
     powers = {int(checkpoint.log_base**n) for n in range(64)} if checkpoint.log_base else set()
     multiples = range(0, steps + 1, checkpoint.every or steps)
@@ -42,7 +42,7 @@ def kept_checkpoints(checkpoint: Checkpoint, steps: int) -> int:
     return milestones + len(saved) - len(older)
 
 
-def corpora(config: RunConfig) -> tuple[Corpus, ...]:
+def corpora(config: RunConfig) -> tuple[CorpusFacts, ...]:
     """The training corpora whose files are here; none if any is missing."""
     sources = [(config.data.path, 1.0)] if config.data.path else [(s.path, s.weight) for s in config.data.train]
     if not sources or not all(Path(f"{path}.{end}").is_file() for path, _ in sources for end in ("bin", "idx")):
@@ -57,11 +57,11 @@ def corpora(config: RunConfig) -> tuple[Corpus, ...]:
         documents = max(len(data.doc_index) - 1, 0) or len(data)
         tokens = int(data.sizes.sum(dtype="int64"))
         samples = None if config.data.packing == "packed" else whole_documents(data.sizes, config.data)
-        found.append(Corpus(str(path), tokens, documents, weight, largest, looked_at, samples))
+        found.append(CorpusFacts(str(path), tokens, documents, weight, largest, looked_at, samples))
     return tuple(found)
 
 
-def whole_documents(sizes: np.ndarray, data: Data) -> float:
+def whole_documents(sizes: np.ndarray, data: DataConfig) -> float:
     """Samples of one pass over documents of these sizes [documents], which are not cut. Of many documents the first
     ones tell how many fit into a sample."""
     usable = sizes if data.allow_chopped else sizes[sizes <= data.seq_length + 1]

@@ -12,7 +12,7 @@ from castalia.checkpoint.formats import detect
 from castalia.checkpoint.formats.native.read import saved_steps
 from castalia.config.batch import pass_multiple
 from castalia.config.load import TOKENIZER, dump_config
-from castalia.config.schema import RunConfig, Source, Tokenizer
+from castalia.config.schema import RunConfig, Source, TokenizerConfig
 from castalia.errors import ConfigError, TrainingError
 from castalia.files import write_text
 from castalia.observe.metrics import read_events, read_metrics
@@ -37,7 +37,7 @@ def continues(config: RunConfig, folder: Path) -> bool:
     return source == target or target in source.parents
 
 
-class Job(NamedTuple):
+class LauncherJob(NamedTuple):
     """What starts a run, as its events tell it."""
 
     job: str | None  # the launcher that is running, which starts processes again when one dies
@@ -45,16 +45,16 @@ class Job(NamedTuple):
     asked: str  # tells one config from another: a scheduler's job may start several runs
 
 
-def this_job(launcher: str | None, config: RunConfig) -> Job:
+def this_job(launcher: str | None, config: RunConfig) -> LauncherJob:
     """The job of this process; `config` is what its command asks for."""
     asked = json.dumps(config.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
     run = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # of torchrun --rdzv-id
     slurm = os.environ.get("SLURM_JOB_ID")
     scheduled = f"slurm {slurm}" if slurm else None if run == "none" else run
-    return Job(launcher, scheduled, hashlib.blake2b(asked.encode(), digest_size=16).hexdigest())
+    return LauncherJob(launcher, scheduled, hashlib.blake2b(asked.encode(), digest_size=16).hexdigest())
 
 
-def begun_by(job: Job, folder: Path) -> bool:
+def begun_by(job: LauncherJob, folder: Path) -> bool:
     """Whether the run in the folder was last started by this job, which is starting it again."""
     starts = [event for event in read_events(folder) if event["event"] == "start"]
     last = starts[-1] if starts else {}
@@ -110,7 +110,7 @@ def complete_config(
             **{split: _absolute_sources(getattr(config.data, split)) for split in ("train", "valid", "test")},
         }
     )
-    tokenizer = Tokenizer(path=TOKENIZER) if has_tokenizer else config.tokenizer
+    tokenizer = TokenizerConfig(path=TOKENIZER) if has_tokenizer else config.tokenizer
     began_from = config.checkpoint.init_from or began_from
     places = {"dir": str(folder), "resume": None, "step": None, "init_from": began_from}
     checkpoint = config.checkpoint.model_copy(update=places)

@@ -26,9 +26,9 @@ from castalia.parallel.rendezvous import world_size
 from castalia.plan.count import adapter_shapes, count, tensor_shapes
 from castalia.plan.layout import Layout
 from castalia.plan.run_description import clipping, describe_training
-from castalia.plan.run_plan import Known, layout_of, training, warnings
+from castalia.plan.run_plan import RunFacts, layout_of, training, warnings
 from castalia.train.fast_paths import fast_paths
-from castalia.train.run_facts import gather
+from castalia.train.run_facts import collect_run_facts
 from castalia.train.setup import Session
 
 KNOWS_NOTHING = 0.9  # of ln(vocabulary): above this a model has learnt next to nothing
@@ -106,8 +106,8 @@ def _tokenizer_warnings(session: Session) -> Iterator[str]:
         )
 
 
-def known_to(session: Session) -> Known:
-    known = replace(gather(session.config), rate=session.step.rate, device=session.device.type)
+def known_to(session: Session) -> RunFacts:
+    known = replace(collect_run_facts(session.config), rate=session.step.rate, device=session.device.type)
     return replace(known, capability=capability(session.device) or AMPERE)
 
 
@@ -120,7 +120,7 @@ def planned_layout(session: Session) -> Layout:
     return Layout(micro_batch=plan.micro_batch_size, accumulation=plan.accumulation, recompute=recompute)
 
 
-def facts(session: Session, folder: Path, known: Known, layout: Layout) -> Iterator[tuple[str, str]]:
+def facts(session: Session, folder: Path, known: RunFacts, layout: Layout) -> Iterator[tuple[str, str]]:
     """What is about to happen, as pairs of a name and a text."""
     config, progress = session.config, session.progress
     assert config.model is not None

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from castalia.config.lr_schedule import COOLDOWN, STORED_NAMES, LearningRate
-from castalia.config.schema import Checkpoint, RunConfig
+from castalia.config.schema import CheckpointConfig, RunConfig
 from castalia.errors import TrainingError
 
 
@@ -48,7 +48,7 @@ def resumed_learning_rate(
     )
 
 
-def is_save_step(checkpoint: Checkpoint, step: int, last: int) -> bool:
+def is_save_step(checkpoint: CheckpointConfig, step: int, last: int) -> bool:
     """Whether to save once `step` steps are done; the last step of the run always is."""
     if step in checkpoint.steps or step == last:
         return True

@@ -17,19 +17,19 @@ from castalia.checkpoint.restore import architecture as checkpoint_architecture
 from castalia.checkpoint.tensors import Checkpoint, Progress, Shard
 from castalia.config.batch import BatchPlan, batch_plan
 from castalia.config.check import refuse_contradictions, require_training
-from castalia.config.schema import EarlierBatch, Finetune, Model, RunConfig, is_adapter
+from castalia.config.schema import EarlierBatch, FinetuneConfig, ModelConfig, RunConfig, is_adapter
 from castalia.data.loader import Batch, Samples
 from castalia.data.pairs import Pairs, open_samples, sides_of
 from castalia.data.tokenizer import Tokenizer, add_tokens, load_tokenizer
 from castalia.errors import CheckpointError, ConfigError, TrainingError
 from castalia.parallel.compile import allow_eager
-from castalia.parallel.executor import Engine, one_process
+from castalia.parallel.executor import Executor, one_process
 from castalia.parallel.process_group import main_first
 from castalia.parallel.rank_grid import layout
 from castalia.parallel.rendezvous import world_size
 from castalia.train.compiling import Compiling, plan_compiling, settled
 from castalia.train.hardware import DTYPES, choose_device, choose_dtype, name_of, repeat_bits
-from castalia.train.neox_quirks import Exact, exact_behaviour
+from castalia.train.neox_quirks import NeoXQuirks, quirks_of
 from castalia.train.optimizer import LossScaler, make_optimizer, rescale_moments
 from castalia.train.preference import PreferenceLoss
 from castalia.train.reference_model import as_reward_model, needs_reference, with_reference, with_reward_head
@@ -53,13 +53,13 @@ class Session:
     tokenizer: Tokenizer | None
     plan: BatchPlan
     data: Samples | Pairs
-    engine: Engine
+    engine: Executor
     optimizer: AnyOptimizer
     step: TrainStep
     progress: Progress
     dtype: torch.dtype
     compiling: Compiling
-    exact: Exact
+    exact: NeoXQuirks
     source: Checkpoint | None = None  # what was loaded
     loaded: LoadReport | None = None
 
@@ -115,7 +115,7 @@ def start(config: RunConfig) -> Session:
     start_adapters(engine, config, source)
     if source is None:
         engine.initialize(config)
-    exact = exact_behaviour(config, source if resuming else None)
+    exact = quirks_of(config, source if resuming else None)
     optimizer = make_optimizer(
         engine.parameters | {f"duplicate.{name}": p for name, p in engine.duplicates.items()},
         config.optimizer,
@@ -179,8 +179,8 @@ def make_engine(
     device: torch.device,
     plan: BatchPlan,
     frozen: bool = False,
-    beside: Engine | None = None,
-) -> Engine:
+    beside: Executor | None = None,
+) -> Executor:
     """The model on this process alone, or this process's part of it, its parameters still unset.
 
     `frozen`: it will not train, so the parameters are held in the compute dtype `dtype` instead of fp32. `beside`: an
@@ -189,10 +189,10 @@ def make_engine(
     if world_size() == 1:
         return one_process(config, dtype, device, plan, frozen)
     from castalia.parallel.mesh_executor import (
-        Ranks,  # brings in pipelining and sharding, which take a second to import
+        MeshExecutor,  # brings in pipelining and sharding, which take a second to import
     )
 
-    return Ranks(config, dtype, device, plan, frozen, beside.mesh if isinstance(beside, Ranks) else None)
+    return MeshExecutor(config, dtype, device, plan, frozen, beside.mesh if isinstance(beside, MeshExecutor) else None)
 
 
 def open_reference(config: RunConfig) -> Checkpoint | None:
@@ -202,14 +202,14 @@ def open_reference(config: RunConfig) -> Checkpoint | None:
 
 
 def preference_loss(
-    config: RunConfig, engine: Engine, dtype: torch.dtype, plan: BatchPlan, source: Checkpoint | None
+    config: RunConfig, engine: Executor, dtype: torch.dtype, plan: BatchPlan, source: Checkpoint | None
 ) -> PreferenceLoss | None:
     """What a run learns besides predicting tokens, with its reference model, from `source`, where it needs one."""
     if config.train.objective == "causal":
         return None
     reference = None
     if needs_reference(config):
-        plain = config.model_copy(update={"finetune": Finetune()})
+        plain = config.model_copy(update={"finetune": FinetuneConfig()})
         if source:
             plain = plain.model_copy(update={"model": checkpoint_architecture(source)})
         assert plain.model is not None
@@ -235,7 +235,7 @@ def restore(session: Session, path: Path) -> Progress:
     return saved.progress
 
 
-def load_engine(engine: Engine, model: Model, source: Checkpoint, added: int = 0) -> LoadReport:
+def load_engine(engine: Executor, model: ModelConfig, source: Checkpoint, added: int = 0) -> LoadReport:
     """Fills this rank's parameters with its slices of the checkpoint, which may lack adapters.
 
     The last `added` rows of the vocabulary are new to it: they become the mean of the others.
@@ -254,7 +254,7 @@ def load_engine(engine: Engine, model: Model, source: Checkpoint, added: int = 0
     return report
 
 
-def engine_shard(engine: Engine) -> Callable[[torch.Tensor], Shard]:
+def engine_shard(engine: Executor) -> Callable[[torch.Tensor], Shard]:
     """How the checkpoint room sees this rank's tensors."""
 
     def shard(tensor: torch.Tensor) -> Shard:
@@ -366,7 +366,7 @@ def refuse_other_data(config: RunConfig, data: Samples | Pairs, source: Checkpoi
     )
 
 
-def architecture(config: RunConfig, source: Checkpoint | None) -> Model:
+def architecture(config: RunConfig, source: Checkpoint | None) -> ModelConfig:
     """The checkpoint's architecture where it has one, with the config's dropout. What the config says must agree."""
     ours, theirs = config.model, source.config.model if source and source.config else None
     if ours is None and theirs is None:
@@ -392,7 +392,7 @@ def architecture(config: RunConfig, source: Checkpoint | None) -> Model:
     return theirs.model_copy(update={name: getattr(ours, name) for name in chosen})
 
 
-def left_open(config: RunConfig, model: Model) -> tuple[str, ...]:
+def left_open(config: RunConfig, model: ModelConfig) -> tuple[str, ...]:
     """A note on values that the config leaves at a default and that the checkpoint's model has otherwise."""
     if config.model is None:
         return ()
@@ -403,7 +403,7 @@ def left_open(config: RunConfig, model: Model) -> tuple[str, ...]:
     return (f"the checkpoint decides what the config leaves at its default: {', '.join(names)}",) if names else ()
 
 
-def _effective(model: Model) -> dict[str, Any]:
+def _effective(model: ModelConfig) -> dict[str, Any]:
     return model.model_dump() | {"num_kv_heads": model.kv_heads, "mlp_size": model.mlp_width}
 
 

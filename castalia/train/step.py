@@ -15,7 +15,7 @@ from castalia.data.loader import Batch
 from castalia.errors import TrainingError
 from castalia.observe.watch import first_cause
 from castalia.parallel.compile import eager_before
-from castalia.parallel.executor import Counted, Engine, Rows
+from castalia.parallel.executor import Counted, Executor, Rows
 from castalia.train.optimizer import LossScaler, set_rate
 from castalia.train.schedule import LearningRate
 from castalia.train.update_rules import AnyOptimizer
@@ -44,7 +44,7 @@ class TrainStep:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Executor,
         optimizer: AnyOptimizer,
         rate: LearningRate,
         plan: BatchPlan,

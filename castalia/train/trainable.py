@@ -6,16 +6,16 @@ import re
 
 from castalia.checkpoint.adapters import adapters_of
 from castalia.checkpoint.tensors import Checkpoint
-from castalia.config.schema import Finetune, Model, RunConfig, is_adapter
+from castalia.config.schema import FinetuneConfig, ModelConfig, RunConfig, is_adapter
 from castalia.data.tokenizer import load_tokenizer
 from castalia.errors import CheckpointError, ConfigError
 from castalia.model.init import seeded_tensor
-from castalia.parallel.executor import Engine
+from castalia.parallel.executor import Executor
 from castalia.plan.count import adapter_shapes, tensor_shapes
 from castalia.reading import fits
 
 
-def what_trains(config: RunConfig, source: Checkpoint | None, model: Model) -> Finetune:
+def what_trains(config: RunConfig, source: Checkpoint | None, model: ModelConfig) -> FinetuneConfig:
     """What trains, with the adapters of the checkpoint where it has some.
 
     Raises ConfigError for adapters without a model to adapt and for patterns that match nothing, CheckpointError for
@@ -66,7 +66,7 @@ def new_tokens(config: RunConfig, source: Checkpoint | None) -> int:
     return config.model.vocab_size - load_tokenizer(config.tokenizer).vocab_size  # such files count padding, too
 
 
-def start_adapters(engine: Engine, config: RunConfig, source: Checkpoint | None) -> None:
+def start_adapters(engine: Executor, config: RunConfig, source: Checkpoint | None) -> None:
     """Adapters that were not loaded begin without effect: `lora_b` is zero."""
     assert config.model is not None
     for name, parameter in engine.parameters.items():

@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass
-class Way:
+class UpdateHistory:
     """Steps are counted from 1; a step that was saved is the state after it."""
 
     begin: int = 0  # the step after which the run began in its folder
@@ -16,20 +16,20 @@ class Way:
     skipped: set[int] = field(default_factory=set)  # computed, but their updates were left out
     rewound: set[int] = field(default_factory=set)  # undone by going back behind them
 
-    def until(self, step: int) -> Way:
+    def until(self, step: int) -> UpdateHistory:
         """The way as it was after a step."""
         skipped, rewound = ({s for s in steps if s <= step} for steps in (self.skipped, self.rewound))
-        return Way(self.begin, [s for s in self.saved if s <= step], skipped, rewound)
+        return UpdateHistory(self.begin, [s for s in self.saved if s <= step], skipped, rewound)
 
 
-def way_to(events: Iterable[Mapping[str, Any]], step: int) -> Way:
+def history_before(events: Iterable[Mapping[str, Any]], step: int) -> UpdateHistory:
     """What happened before `step` was done, the last time that it was: resuming and rewinding take a run back."""
-    way, undone = Way(), None
+    way, undone = UpdateHistory(), None
     for number, event in enumerate(events):
         at = event.get("step", 0)
         match event["event"]:
             case "start":
-                way = way.until(at) if number else Way(begin=at)
+                way = way.until(at) if number else UpdateHistory(begin=at)
                 undone = None if at < step else undone
             case "save":
                 way.saved = [*way.until(at - 1).saved, at]

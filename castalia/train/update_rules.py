@@ -25,7 +25,7 @@ class Lion(torch.optim.Optimizer):
             grads = [p.grad for p in trained]
             moments = [self.state[p]["exp_avg"] for p in trained]
             first, second = group["betas"]
-            # Operations that torch 2.11 has for sharded tensors, too: it knows lerp only in place, and no _foreach_sign_.
+            # What torch 2.11 can do to sharded tensors: lerp only in place, and no _foreach_sign_.
             directions = torch._foreach_mul(moments, 1.0)
             torch._foreach_lerp_(directions, grads, 1 - first)
             for direction in directions:
@@ -35,7 +35,7 @@ class Lion(torch.optim.Optimizer):
             torch._foreach_lerp_(moments, grads, 1 - second)
 
 
-class Together:
+class CombinedOptimizer:
     """Several optimizers, each over parameters of its own, behind the calls of one."""
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
@@ -58,4 +58,4 @@ class Together:
             optimizer.zero_grad(set_to_none)
 
 
-AnyOptimizer = torch.optim.Optimizer | Together
+AnyOptimizer = torch.optim.Optimizer | CombinedOptimizer

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from castalia.config.schema import Model, MuP, Optimizer
+from castalia.config.schema import ModelConfig, MuPConfig, OptimizerConfig
 from castalia.errors import ConfigError
 from castalia.model.init import initialize
 from castalia.model.transformer import Transformer
@@ -18,20 +18,20 @@ from castalia.train.optimizer import make_optimizer, set_rate
 MAX_SLOPE = 0.25  # steeper is growth: a wrong parametrization gives 0.5 or 1
 
 
-def at_width(cfg: Model, width: int, mup: bool) -> Model:
+def at_width(cfg: ModelConfig, width: int, mup: bool) -> ModelConfig:
     """The same model with another width: heads keep their size, the MLP its share. Raises ConfigError if none fits."""
     ratio = width / cfg.hidden_size
     heads, kv_heads, inner = (size * ratio for size in (cfg.num_heads, cfg.kv_heads, cfg.mlp_width))
     if not (heads.is_integer() and kv_heads.is_integer() and inner.is_integer()):
         unit = cfg.hidden_size // math.gcd(cfg.num_heads, cfg.kv_heads, cfg.mlp_width)
         raise ConfigError(f"width {width}: heads of {cfg.head_size} allow multiples of {unit}")
-    base = cfg.mup or MuP()
+    base = cfg.mup or MuPConfig()
     base = base.model_copy(update={"base_width": base.base_width or cfg.hidden_size})
     sizes = {"hidden_size": width, "num_heads": int(heads), "num_kv_heads": int(kv_heads), "mlp_size": int(inner)}
     return cfg.model_copy(update={**sizes, "mup": base if mup else None})
 
 
-def movement(cfg: Model, optimizer: Optimizer, tokens: Tensor, steps: int, seed: int) -> dict[str, float]:
+def movement(cfg: ModelConfig, optimizer: OptimizerConfig, tokens: Tensor, steps: int, seed: int) -> dict[str, float]:
     """Mean distance of each activation from its initial value, after `steps` on one batch; tokens [b, t + 1]."""
     model = Transformer(cfg)
     initialize(model, cfg, seed)
@@ -69,7 +69,7 @@ def activations(model: Transformer, tokens: Tensor) -> dict[str, Tensor]:
 
 
 def coordinate_check(
-    cfg: Model, optimizer: Optimizer, widths: Sequence[int], *, mup: bool, steps: int = 3, seed: int = 1234
+    cfg: ModelConfig, optimizer: OptimizerConfig, widths: Sequence[int], *, mup: bool, steps: int = 3, seed: int = 1234
 ) -> dict[str, list[float]]:
     """The movement of each activation, at each width."""
     generator = torch.Generator().manual_seed(seed)

@@ -18,7 +18,7 @@ from castalia.parallel.executor import Rows
 from castalia.plan.run_description import repeats_bits
 from castalia.train.setup import Session, start
 from castalia.train.step import StepResult
-from castalia.train.update_history import Way, way_to
+from castalia.train.update_history import UpdateHistory, history_before
 
 
 def replay(run: Path, step: int) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def replay(run: Path, step: int) -> dict[str, Any]:
     Called on all ranks, as many as the run had for the same bits. The run's folder is only read. Raises TrainingError
     if there is no such step, or nothing to begin from.
     """
-    way = way_to(read_events(run), step)
+    way = history_before(read_events(run), step)
     config, begin = _beginning(run, way, step)
     session = start(config)
     if not 0 < step <= session.last:
@@ -65,7 +65,7 @@ def _compared(name: str, value: float, record: Mapping[str, Any]) -> dict[str, f
     return {name: value, f"recorded_{name}": recorded, f"{name}_distance": distance}
 
 
-def _beginning(run: Path, way: Way, step: int) -> tuple[RunConfig, int]:
+def _beginning(run: Path, way: UpdateHistory, step: int) -> tuple[RunConfig, int]:
     """The config that starts from the last state before a step which is still there, and how many steps that had."""
     on_disk = saved_steps(run / "checkpoints")
     known = [saved for saved in way.saved if saved in on_disk and saved < step]

@@ -34,7 +34,7 @@ import yaml
 from typer.testing import CliRunner
 
 from castalia.checkpoint import convert
-from castalia.checkpoint.file_plan import Layout, WriteOptions
+from castalia.checkpoint.file_plan import TargetLayout, WriteOptions
 from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.restore import load_model, load_tokenizer_for
 from castalia.checkpoint.tensors import Checkpoint
@@ -223,7 +223,10 @@ def make_sources(root: Path) -> None:
     shutil.copytree(run / "checkpoints" / "step_000004", root / "step")
     _make_old(root / "step", root / "old")
     checkpoint = convert.prepare(open_checkpoint(run))
-    for form, options in (("hf", WriteOptions(shard_bytes=8000)), ("neox", WriteOptions(Layout(tp=2, dp=2, zero=1)))):
+    for form, options in (
+        ("hf", WriteOptions(shard_bytes=8000)),
+        ("neox", WriteOptions(TargetLayout(tp=2, dp=2, zero=1))),
+    ):
         plan, nested = convert.TARGETS[form].plan(checkpoint, options), form == "neox"
         convert.write(plan, root / form, "mark", lambda count: None, inside="global_step4" if nested else "")
     shutil.copytree(root / "neox", root / "legacy")

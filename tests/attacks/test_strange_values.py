@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from castalia.checkpoint.formats import open_checkpoint
-from castalia.config.schema import Lora, Tokenizer
+from castalia.config.schema import LoraConfig, TokenizerConfig
 from castalia.data.journal import Journal
 from castalia.data.tokenizer import load_tokenizer, train_bpe
 from castalia.errors import CastaliaError
 from castalia.observe.metrics import read_events, read_last_metrics, read_metrics, truncate_metrics
 from castalia.storage.checksum import crc32
-from castalia.train.update_history import way_to
+from castalia.train.update_history import history_before
 from tests.checkpoint.made import FAMILIES, made, written
 from tests.checkpoint.test_peft import adapted, hugging_face
 
@@ -71,7 +71,7 @@ def sealed(manifest: Any) -> Any:
 def checkpoint(folder: Path, kind: str) -> Path:
     base = hugging_face(folder / "base", FAMILIES["llama"])
     if kind == "adapter":
-        written(adapted(FAMILIES["llama"], Lora(rank=2), base), folder / kind, "peft")
+        written(adapted(FAMILIES["llama"], LoraConfig(rank=2), base), folder / kind, "peft")
     elif kind == "hf shards":
         written(made(FAMILIES["gpt_neox"]), folder / kind, "hf", shard_bytes=20_000)
     else:
@@ -103,13 +103,13 @@ def test_files_of_tokenizers(name: str, number: int, tmp_path: Path) -> None:
         "added_tokens_decoder": {"268": token}, "additional_special_tokens": ["<e>"], "eos_token_id": [1],
     }  # fmt: skip
     (tmp_path / name).write_text(json.dumps(content))
-    attack(tmp_path / name, lambda: load_tokenizer(Tokenizer(path=str(tmp_path))), number)
+    attack(tmp_path / name, lambda: load_tokenizer(TokenizerConfig(path=str(tmp_path))), number)
 
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_vocabularies(number: int, tmp_path: Path) -> None:
     train_bpe(["a text", "another text"], 262).save(tmp_path)
-    assert attack(tmp_path / "tokenizer.json", lambda: load_tokenizer(Tokenizer(path=str(tmp_path))), number)
+    assert attack(tmp_path / "tokenizer.json", lambda: load_tokenizer(TokenizerConfig(path=str(tmp_path))), number)
 
 
 def test_the_journal_of_a_preparation(tmp_path: Path) -> None:
@@ -139,4 +139,4 @@ def test_strange_events_end_no_run(tmp_path: Path) -> None:
         for name in ("start", "save", "spike", "rewind"):
             entry = changed | {"event": name} if isinstance(changed, dict) and "event" in changed else changed
             (tmp_path / "events.jsonl").write_text(json.dumps(entry) + "\n")
-            way_to(read_events(tmp_path), 6)
+            history_before(read_events(tmp_path), 6)

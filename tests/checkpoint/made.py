@@ -11,9 +11,9 @@ from castalia.checkpoint import convert
 from castalia.checkpoint.file_plan import WriteOptions
 from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.tensors import AdamState, Checkpoint, Progress
-from castalia.config.schema import Model, RunConfig
+from castalia.config.schema import ModelConfig, RunConfig
 from castalia.plan.count import tensor_shapes
-from castalia.storage.lazy import Held, same_bits
+from castalia.storage.lazy import InMemory, same_bits
 
 SIZES = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "max_positions": 48, "vocab_size": 90}
 SIZES["vocab_multiple"] = 32
@@ -27,19 +27,25 @@ LLAMA = {
     "num_kv_heads": 2,
 }
 FAMILIES = {
-    "gpt_neox": Model(**SIZES, rotary_pct=0.5, parallel_residual=True),
-    "gpt_neox sequential tied": Model(**SIZES, rotary_pct=0.25, tie_embeddings=True, activation="gelu", mlp_size=96),
-    "gpt_neox without attention biases": Model(**SIZES, parallel_residual=True, attention_bias=False, norm_eps=1e-6),
-    "gpt2": Model(**SIZES, position="learned", tie_embeddings=True),
-    "gpt2 untied": Model(**SIZES, position="learned", activation="relu", mlp_size=48),
-    "llama": Model(**SIZES, **LLAMA, rotary_base=5e5),
-    "llama with biases": Model(**SIZES, **LLAMA | {"attention_bias": True, "mlp_bias": True, "num_kv_heads": None}),
-    "mistral": Model(**SIZES, **LLAMA | {"num_kv_heads": 1}, sliding_window=5),
+    "gpt_neox": ModelConfig(**SIZES, rotary_pct=0.5, parallel_residual=True),
+    "gpt_neox sequential tied": ModelConfig(
+        **SIZES, rotary_pct=0.25, tie_embeddings=True, activation="gelu", mlp_size=96
+    ),
+    "gpt_neox without attention biases": ModelConfig(
+        **SIZES, parallel_residual=True, attention_bias=False, norm_eps=1e-6
+    ),
+    "gpt2": ModelConfig(**SIZES, position="learned", tie_embeddings=True),
+    "gpt2 untied": ModelConfig(**SIZES, position="learned", activation="relu", mlp_size=48),
+    "llama": ModelConfig(**SIZES, **LLAMA, rotary_base=5e5),
+    "llama with biases": ModelConfig(
+        **SIZES, **LLAMA | {"attention_bias": True, "mlp_bias": True, "num_kv_heads": None}
+    ),
+    "mistral": ModelConfig(**SIZES, **LLAMA | {"num_kv_heads": 1}, sliding_window=5),
 }
 
 
 def made(
-    model: Model, seed: int = 0, *, dtype: torch.dtype = torch.float32, optimizer: bool = True, scale: float = 1.0
+    model: ModelConfig, seed: int = 0, *, dtype: torch.dtype = torch.float32, optimizer: bool = True, scale: float = 1.0
 ) -> Checkpoint:
     """Random tensors; norms are near 1. 16-bit weights are the rounded masters."""
     generator = torch.Generator().manual_seed(seed)
@@ -47,12 +53,12 @@ def made(
     for name, shape in tensor_shapes(model).items():
         value = torch.randn(*shape, generator=generator) * 0.1 * scale
         masters[name] = value + 1 if "norm" in name and name.endswith("weight") else value
-    weights = {name: Held(value.to(dtype)) for name, value in masters.items()}
+    weights = {name: InMemory(value.to(dtype)) for name, value in masters.items()}
     state = {
         name: AdamState(
-            master=weights[name] if dtype == torch.float32 else Held(value),
-            exp_avg=Held(torch.randn(value.shape, generator=generator)),
-            exp_avg_sq=Held(torch.rand(value.shape, generator=generator)),
+            master=weights[name] if dtype == torch.float32 else InMemory(value),
+            exp_avg=InMemory(torch.randn(value.shape, generator=generator)),
+            exp_avg_sq=InMemory(torch.rand(value.shape, generator=generator)),
             step=7,
         )
         for name, value in masters.items()
@@ -64,7 +70,7 @@ def made(
 def changed(checkpoint: Checkpoint, **tensors: torch.Tensor) -> Checkpoint:
     """With other weights; dots in names are written as `__`."""
     return replace(
-        checkpoint, model={**checkpoint.model, **{k.replace("__", "."): Held(v) for k, v in tensors.items()}}
+        checkpoint, model={**checkpoint.model, **{k.replace("__", "."): InMemory(v) for k, v in tensors.items()}}
     )
 
 

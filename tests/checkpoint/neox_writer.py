@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from castalia.config.schema import Model
+from castalia.config.schema import ModelConfig
 from castalia.model.transformer import Transformer
 
 ROLES = ("master", "exp_avg", "exp_avg_sq")
@@ -27,7 +27,7 @@ class Written:
     """What a folder holds, under our names."""
 
     path: Path
-    model: Model
+    model: ModelConfig
     weights: dict[str, torch.Tensor]
     states: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)  # role -> name -> tensor
 
@@ -51,7 +51,7 @@ def stand_in(name: str) -> Iterator[type]:
 
 
 def write(
-    path: Path, model: Model, *, tp=1, pp=1, dp=1, kind="plain", era="head", rows="new", pipeline=True,
+    path: Path, model: ModelConfig, *, tp=1, pp=1, dp=1, kind="plain", era="head", rows="new", pipeline=True,
     dtype=torch.float32, no_decay=True, yml=True,
 ) -> Written:  # fmt: skip
     """`kind`: none, plain, flat, zero, elastic, bf16, stage3, old1, old1_plain, old2, or universal."""
@@ -91,14 +91,16 @@ def write(
     return Written(path, model, weights, {} if kind == "none" else states)
 
 
-def config_yml(model: Model) -> str:
+def config_yml(model: ModelConfig) -> str:
     fields = model.model_dump(exclude={"vocab_size", "vocab_multiple", "rms_eps_inside"}, exclude_none=True)
     return f"data: {{seq_length: {model.max_positions}}}\nmodel:\n" + "".join(
         f"  {name}: {str(v).lower() if isinstance(v, bool) else v}\n" for name, v in fields.items()
     )
 
 
-def split(model: Model, ours: dict, role: str, tp: int, rank: int, era: str, rows: str) -> dict[str, torch.Tensor]:
+def split(
+    model: ModelConfig, ours: dict, role: str, tp: int, rank: int, era: str, rows: str
+) -> dict[str, torch.Tensor]:
     """One tensor rank's tensors, in the order in which modules hold them."""
     n, kv, d, layers = model.num_heads, model.kv_heads, model.head_size, model.num_layers
 
@@ -156,7 +158,7 @@ def split(model: Model, ours: dict, role: str, tp: int, rank: int, era: str, row
     return result
 
 
-def stage_names(model: Model, names: list[str], pp: int) -> list[list[str]]:
+def stage_names(model: ModelConfig, names: list[str], pp: int) -> list[list[str]]:
     """Each stage's parameters under the optimizer's names; uneven on purpose: the last stage gets the most blocks."""
     cuts = [0] + [2 + stage for stage in range(1, pp)] + [10**9]
     stages = [

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from castalia.config.schema import Model
+from castalia.config.schema import ModelConfig
 from castalia.model.init_std import standard_deviation
 from castalia.plan.count import block_shapes
 from tests.checkpoint.neox_writer import ROLES, config_yml, write_rank
@@ -28,16 +28,18 @@ OUTPUTS = ("attention.dense.weight", "mlp.dense_4h_to_h.weight")
 SUMMED = ("attention.dense.bias", "mlp.dense_4h_to_h.bias")
 
 
-def shape_of_20b(hidden_size: int = 6144, vocab_size: int = 50432, num_layers: int = 44, num_heads: int = 64) -> Model:
+def shape_of_20b(
+    hidden_size: int = 6144, vocab_size: int = 50432, num_layers: int = 44, num_heads: int = 64
+) -> ModelConfig:
     """The model, or a smaller one of its kind."""
-    return Model(
+    return ModelConfig(
         num_layers=num_layers, hidden_size=hidden_size, num_heads=num_heads, vocab_size=vocab_size, vocab_multiple=1,
         max_positions=2048, rotary_pct=0.25, parallel_residual=True,
         init_method="small_init", output_init_method="wang_init",
     )  # fmt: skip
 
 
-def write_20b(folder: Path, model: Model, step: int = 150000) -> Path:
+def write_20b(folder: Path, model: ModelConfig, step: int = 150000) -> Path:
     """Write `folder/latest` and the step's folder, which is returned. Values are drawn anew for every tensor."""
     path = folder / f"global_step{step}"
     (path / "configs").mkdir(parents=True)
@@ -67,7 +69,7 @@ def _write_layer(path: Path, position: int, rank: int, masters: dict[str, torch.
     torch.save(named, path / f"layer_{position:02d}-model_{rank:02d}-model_states.pt")
 
 
-def layer(model: Model, position: int, role: str) -> dict[str, torch.Tensor]:
+def layer(model: ModelConfig, position: int, role: str) -> dict[str, torch.Tensor]:
     """The whole tensors of one place in the pipeline, by their names inside it. Weights spread like fresh ones."""
     generator = torch.Generator().manual_seed(position * len(ROLES) + ROLES.index(role))
     h, last = model.hidden_size, model.num_layers + 2
@@ -83,7 +85,9 @@ def _their(name: str) -> str:
     return f"{THEIRS[module]}.{kind}"
 
 
-def _values(model: Model, name: str, shape: tuple[int, ...], role: str, generator: torch.Generator) -> torch.Tensor:
+def _values(
+    model: ModelConfig, name: str, shape: tuple[int, ...], role: str, generator: torch.Generator
+) -> torch.Tensor:
     noise = torch.randn(shape, generator=generator)
     if role != "master":
         return noise * 1e-3 if role == "exp_avg" else noise.square() * 1e-6

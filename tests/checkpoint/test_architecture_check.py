@@ -23,7 +23,7 @@ from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.restore import load_model, load_optimizer
 from castalia.checkpoint.tensors import Progress
 from castalia.config.load import load_config
-from castalia.config.schema import Tokenizer
+from castalia.config.schema import TokenizerConfig
 from castalia.data.chat import read_template
 from castalia.data.indexed import DatasetWriter, open_dataset
 from castalia.data.sources import documents
@@ -305,9 +305,9 @@ def test_pointers_of_git_lfs_are_said_to_be_such(name: str, tmp_path: Path) -> N
     [
         ("a.idx", lambda folder: open_dataset(folder / "a")),
         ("a.bin", lambda folder: open_dataset(folder / "a")),
-        ("tokenizer.json", lambda folder: load_tokenizer(Tokenizer(path=str(folder)))),
-        ("tokenizer_kind.json", lambda folder: load_tokenizer(Tokenizer(path=str(folder)))),
-        ("tokenizer.model", lambda folder: load_tokenizer(Tokenizer(path=str(folder / "tokenizer.model")))),
+        ("tokenizer.json", lambda folder: load_tokenizer(TokenizerConfig(path=str(folder)))),
+        ("tokenizer_kind.json", lambda folder: load_tokenizer(TokenizerConfig(path=str(folder)))),
+        ("tokenizer.model", lambda folder: load_tokenizer(TokenizerConfig(path=str(folder / "tokenizer.model")))),
         ("chat.jinja", lambda folder: read_template(folder / "chat.jinja")),
         ("text.txt", lambda folder: list(documents([folder / "text.txt"]))),
         ("records.jsonl.gz", lambda folder: list(documents([folder / "records.jsonl.gz"]))),

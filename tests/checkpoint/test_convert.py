@@ -17,13 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from castalia.checkpoint import convert
-from castalia.checkpoint.file_plan import Layout, WriteOptions, shards
+from castalia.checkpoint.file_plan import TargetLayout, WriteOptions, shards
 from castalia.checkpoint.formats import open_checkpoint
-from castalia.config.schema import Model, Precision
+from castalia.config.schema import ModelConfig, PrecisionConfig
 from castalia.errors import CheckpointError, ConfigError
 from castalia.files import REPLACED, workplace
 from castalia.storage.extent import FileTensor
-from castalia.storage.lazy import Held
+from castalia.storage.lazy import InMemory
 from castalia.storage.torch_file import open_pt
 from tests.checkpoint.made import FAMILIES, SIZES, assert_same, changed, made, written
 
@@ -127,7 +127,7 @@ def test_killed_and_continued(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "files were complete already" in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
-    written(source, tmp_path / "whole", "neox", layout=Layout(tp=2, pp=2, zero=1))
+    written(source, tmp_path / "whole", "neox", layout=TargetLayout(tp=2, pp=2, zero=1))
     folder = tmp_path / "out" / "global_step9"
     for path in (tmp_path / "whole").rglob("*.pt"):
         assert path.read_bytes() == (folder / path.relative_to(tmp_path / "whole")).read_bytes()
@@ -238,7 +238,7 @@ def test_a_damaged_source_is_noticed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", ["native", "neox"])
 def test_a_damaged_byte_in_any_storage_is_noticed_each_time(target: str, tmp_path: Path) -> None:
-    written(made(FAMILIES["gpt_neox"]), tmp_path / "source", "neox", layout=Layout(tp=2, pp=2, dp=3, zero=1))
+    written(made(FAMILIES["gpt_neox"]), tmp_path / "source", "neox", layout=TargetLayout(tp=2, pp=2, dp=3, zero=1))
     folder = tmp_path / "source"
     storages = [
         extent
@@ -253,10 +253,12 @@ def test_a_damaged_byte_in_any_storage_is_noticed_each_time(target: str, tmp_pat
         extent.path.write_bytes(damaged)
         for _ in range(2):  # no file that was made of it counts as complete
             with pytest.raises(CheckpointError, match=f"{extent.path.name} is damaged"):
-                written(open_checkpoint(tmp_path / "source"), tmp_path / "out", target, layout=Layout(tp=4, zero=1))
+                written(
+                    open_checkpoint(tmp_path / "source"), tmp_path / "out", target, layout=TargetLayout(tp=4, zero=1)
+                )
         shutil.rmtree(tmp_path / ".out.castalia-unfinished")
         extent.path.write_bytes(whole)
-    written(open_checkpoint(tmp_path / "source"), tmp_path / "out", target, layout=Layout(tp=4, zero=1))
+    written(open_checkpoint(tmp_path / "source"), tmp_path / "out", target, layout=TargetLayout(tp=4, zero=1))
 
 
 def tensors_in(value: object) -> list[FileTensor]:
@@ -284,7 +286,7 @@ def tensors_in(value: object) -> list[FileTensor]:
     ids=str,
 )
 def test_what_no_hugging_face_class_computes_is_refused_by_name(changes: dict, message: str, tmp_path: Path) -> None:
-    source = made(Model(**SIZES | changes), optimizer=False)
+    source = made(ModelConfig(**SIZES | changes), optimizer=False)
     with pytest.raises(CheckpointError, match=message):
         written(source, tmp_path / "out", "hf")
     assert_same(source, written(source, tmp_path / "native", "native"))
@@ -293,7 +295,7 @@ def test_what_no_hugging_face_class_computes_is_refused_by_name(changes: dict, m
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 5)), min_size=1), st.integers(1, 60), st.integers(1, 60))
 def test_pieces_and_shards_lose_nothing(shapes: list[tuple[int, int]], piece: int, limit: int) -> None:
-    tensors = {str(i): Held(torch.randn(shape)) for i, shape in enumerate(shapes)}
+    tensors = {str(i): InMemory(torch.randn(shape)) for i, shape in enumerate(shapes)}
     groups = shards(tensors, limit)
     assert [name for group in groups for name in group] == list(tensors)
     assert all(len(group) == 1 or sum(ref.tensor.numel() * 4 for ref in group.values()) <= limit for group in groups)
@@ -305,8 +307,8 @@ def test_pieces_and_shards_lose_nothing(shapes: list[tuple[int, int]], piece: in
 def test_layouts_are_read_and_refused_by_name() -> None:
     from castalia.cli.convert import parse_layout
 
-    assert parse_layout("tp=2, pp=4,dp=8,zero=1") == Layout(2, 4, 8, 1)
-    assert parse_layout("pp=0") == Layout(pp=0)
+    assert parse_layout("tp=2, pp=4,dp=8,zero=1") == TargetLayout(2, 4, 8, 1)
+    assert parse_layout("pp=0") == TargetLayout(pp=0)
     for wrong in ("tp=0", "sp=2", "tp", "zero=3", "tp=2;pp=2"):
         with pytest.raises(ConfigError, match="--layout"):
             parse_layout(wrong)
@@ -365,7 +367,7 @@ def test_a_run_converts_to_files_of_its_own_precision(
     from castalia.cli.convert import command
 
     source = made(FAMILIES["gpt_neox"])
-    config = source.config.model_copy(update={"precision": Precision(compute=compute)})
+    config = source.config.model_copy(update={"precision": PrecisionConfig(compute=compute)})
     source = written(replace(source, config=config), tmp_path / "run", "native")
     command(str(tmp_path / "run"), tmp_path / "out", to="hf", verify=True)
     said = f"weights become {compute}, in which the run computes, with their fp32 masters beside them"

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.convert import ALLOWED_BYTES, convert, make_source, size_of, timed
-from castalia.config.schema import Model
+from castalia.config.schema import ModelConfig
 
-MODEL = Model(
+MODEL = ModelConfig(
     num_layers=2, hidden_size=2048, num_heads=16, vocab_size=4096, rotary_pct=0.25, parallel_residual=True,
     max_positions=64,
 )  # fmt: skip

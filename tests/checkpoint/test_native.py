@@ -19,12 +19,12 @@ from castalia.checkpoint.formats.native import read as native_read
 from castalia.checkpoint.formats.native import save as native_save
 from castalia.checkpoint.formats.native.save import CheckpointSaver
 from castalia.checkpoint.tensors import Progress, Shard
-from castalia.config.schema import Model, RunConfig
+from castalia.config.schema import ModelConfig, RunConfig
 from castalia.errors import CheckpointError
 from castalia.files import NEW, REPLACED, workplace
 from castalia.plan.count import tensor_shapes
 
-CONFIG = RunConfig(model=Model(num_layers=1, hidden_size=8, num_heads=2, vocab_size=10), seed=7)
+CONFIG = RunConfig(model=ModelConfig(num_layers=1, hidden_size=8, num_heads=2, vocab_size=10), seed=7)
 
 
 def a_model(seed: int = 0) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from castalia.checkpoint.formats.neox import read as neox_read
 from castalia.checkpoint.restore import build_model, load_weights
 from castalia.checkpoint.rules import drift
 from castalia.checkpoint.tensors import Checkpoint
-from castalia.config.schema import Model
+from castalia.config.schema import ModelConfig
 from castalia.errors import CheckpointError
 from castalia.model.transformer import Transformer
 from castalia.storage.extent import FileTensor
@@ -77,14 +77,14 @@ def test_genuine_optimizer_states_belong_to_the_weights(variant, fixtures):
 SIZES = {"num_layers": 3, "hidden_size": 16, "num_heads": 4, "vocab_size": 64, "vocab_multiple": 1, "max_positions": 32}
 ROTARY = {**SIZES, "mlp_size": 64}
 MODELS = {
-    "parallel": Model(**ROTARY, rotary_pct=0.5, parallel_residual=True),
-    "sequential": Model(**ROTARY, rotary_pct=0.5),
-    "tied": Model(**ROTARY, position="learned", tie_embeddings=True),
-    "llama": Model(
+    "parallel": ModelConfig(**ROTARY, rotary_pct=0.5, parallel_residual=True),
+    "sequential": ModelConfig(**ROTARY, rotary_pct=0.5),
+    "tied": ModelConfig(**ROTARY, position="learned", tie_embeddings=True),
+    "llama": ModelConfig(
         **SIZES, num_kv_heads=2, mlp_size=24, norm="rmsnorm", activation="silu", gated_mlp=True, attention_bias=False,
         mlp_bias=False,
     ),
-    "gated": Model(**SIZES, mlp_size=24, activation="gelu", gated_mlp=True),
+    "gated": ModelConfig(**SIZES, mlp_size=24, activation="gelu", gated_mlp=True),
 }  # fmt: skip
 CASES = [
     ("parallel", {"tp": 1}),

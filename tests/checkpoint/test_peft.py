@@ -17,12 +17,12 @@ from castalia.checkpoint.file_plan import WriteOptions
 from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.restore import build_model, load_model
 from castalia.checkpoint.tensors import Checkpoint
-from castalia.config.schema import Finetune, Lora, Model
+from castalia.config.schema import FinetuneConfig, LoraConfig, ModelConfig
 from castalia.errors import CheckpointError
 from castalia.model.lora import add_adapters
 from castalia.model.transformer import Transformer
 from castalia.plan.count import adapter_shapes
-from castalia.storage.lazy import Held
+from castalia.storage.lazy import InMemory
 from tests.checkpoint.made import FAMILIES, SIZES, made, written
 
 TOKENS = torch.arange(40).view(2, 20) % 90
@@ -33,19 +33,19 @@ ALL = {
 }
 
 
-def adapted(model: Model, lora: Lora, base: Path) -> Checkpoint:
+def adapted(model: ModelConfig, lora: LoraConfig, base: Path) -> Checkpoint:
     """A random model, which is also in the folder `base`, with random adapters."""
     draw = torch.Generator().manual_seed(5)
     source = made(model, optimizer=False)
     tensors = {
-        name: Held(torch.randn(*shape, generator=draw) * 0.2) for name, shape in adapter_shapes(model, lora).items()
+        name: InMemory(torch.randn(*shape, generator=draw) * 0.2) for name, shape in adapter_shapes(model, lora).items()
     }
     assert source.config is not None
-    config = source.config.model_copy(update={"finetune": Finetune(lora=lora)})
+    config = source.config.model_copy(update={"finetune": FinetuneConfig(lora=lora)})
     return replace(source, model={**source.model, **tensors}, config=config, details={"base": str(base)})
 
 
-def hugging_face(folder: Path, model: Model) -> Path:
+def hugging_face(folder: Path, model: ModelConfig) -> Path:
     written(made(model, optimizer=False), folder, "hf")
     return folder
 
@@ -75,11 +75,14 @@ HEAD = ("attn.qkv", "head")
 @pytest.mark.parametrize(
     ("kind", "lora"),
     [
-        *[(kind, Lora(rank=3, alpha=5.0)) for kind in ("gpt_neox", "gpt2 untied", "llama with biases", "mistral")],
-        *[(kind, Lora(rank=3, alpha=5.0, targets=HEAD)) for kind in ("gpt_neox", "llama")],
+        *[
+            (kind, LoraConfig(rank=3, alpha=5.0))
+            for kind in ("gpt_neox", "gpt2 untied", "llama with biases", "mistral")
+        ],
+        *[(kind, LoraConfig(rank=3, alpha=5.0, targets=HEAD)) for kind in ("gpt_neox", "llama")],
     ],
 )
-def test_peft_computes_the_same_with_our_adapters(kind: str, lora: Lora, tmp_path: Path) -> None:
+def test_peft_computes_the_same_with_our_adapters(kind: str, lora: LoraConfig, tmp_path: Path) -> None:
     base = hugging_face(tmp_path / "base", FAMILIES[kind])
     source = adapted(FAMILIES[kind], lora, base)
     again = written(source, tmp_path / "adapter", "peft")
@@ -99,7 +102,7 @@ def test_peft_computes_the_same_with_our_adapters(kind: str, lora: Lora, tmp_pat
 def test_peft_adapts_the_matrices_that_were_meant(targets: tuple, tmp_path: Path) -> None:
     """GPT-2 has two modules of one name, c_proj."""
     base = hugging_face(tmp_path / "base", FAMILIES["gpt2 untied"])
-    source = adapted(FAMILIES["gpt2 untied"], Lora(rank=2, targets=targets), base)
+    source = adapted(FAMILIES["gpt2 untied"], LoraConfig(rank=2, targets=targets), base)
     with torch.no_grad():
         expected = build_model(written(source, tmp_path / "adapter", "peft"))(TOKENS)
     assert torch.allclose(with_peft(base, tmp_path / "adapter"), expected, atol=2e-5)
@@ -201,7 +204,7 @@ def test_what_cannot_be_held_is_refused_by_name(settings: dict, words: str, neox
 @pytest.mark.parametrize(
     "other", [FAMILIES["gpt_neox"].model_copy(update={"hidden_size": 48}), FAMILIES["llama"]], ids=["width", "family"]
 )
-def test_an_adapter_of_another_model_is_one_clear_error(other: Model, neox: Path, tmp_path: Path) -> None:
+def test_an_adapter_of_another_model_is_one_clear_error(other: ModelConfig, neox: Path, tmp_path: Path) -> None:
     base = hugging_face(tmp_path / "base", other)
     with pytest.raises(CheckpointError, match=r"is an adapter of another model than .*base: it has A \[2, 32\], B"):
         open_checkpoint(neox / "adapter", base=str(base))
@@ -236,4 +239,4 @@ def test_whole_models_have_no_adapters_to_write() -> None:
     from castalia.checkpoint.formats.peft.write import plan
 
     with pytest.raises(CheckpointError, match="has no adapters; for a whole model use --to hf"):
-        plan(made(Model(**SIZES)), WriteOptions())
+        plan(made(ModelConfig(**SIZES)), WriteOptions())

@@ -14,25 +14,25 @@ from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.formats.native.save import CheckpointSaver
 from castalia.checkpoint.restore import load_model, load_optimizer, load_shards, load_weights, optimizer_state, readable
 from castalia.checkpoint.tensors import Progress, Shard
-from castalia.config.schema import Model, Optimizer, RunConfig
+from castalia.config.schema import ModelConfig, OptimizerConfig, RunConfig
 from castalia.errors import CheckpointError
 from castalia.model.init import initialize
 from castalia.model.transformer import Transformer
 from castalia.train.optimizer import make_optimizer
 from castalia.train.update_rules import AnyOptimizer
 
-MODEL = Model(num_layers=2, hidden_size=16, num_heads=2, vocab_size=60, vocab_multiple=64, max_positions=32)
+MODEL = ModelConfig(num_layers=2, hidden_size=16, num_heads=2, vocab_size=60, vocab_multiple=64, max_positions=32)
 TOKENS = torch.arange(24).view(2, 12)
 
 
-def build(cfg: Model = MODEL, seed: int = 1) -> Transformer:
+def build(cfg: ModelConfig = MODEL, seed: int = 1) -> Transformer:
     model = Transformer(cfg)
     initialize(model, cfg, seed)
     return model
 
 
 def fresh(model: Transformer, **settings) -> AnyOptimizer:
-    return make_optimizer(dict(model.named_parameters()), Optimizer(lr=1e-2, **settings))
+    return make_optimizer(dict(model.named_parameters()), OptimizerConfig(lr=1e-2, **settings))
 
 
 def trained(model: Transformer, steps: int = 3, **settings) -> AnyOptimizer:
@@ -160,7 +160,7 @@ def test_weights_alone_cannot_be_resumed(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc to see anonymous memory")
 def test_loading_needs_the_model_and_one_tensor(tmp_path: Path) -> None:
     """In a process of its own, sampled by a thread: libraries and threads differ too much to share one."""
-    cfg = Model(num_layers=4, hidden_size=768, num_heads=12, vocab_size=4096)
+    cfg = ModelConfig(num_layers=4, hidden_size=768, num_heads=12, vocab_size=4096)
     model = Transformer(cfg)
     size, largest = (
         4 * n for n in (sum(p.numel() for p in model.parameters()), max(p.numel() for p in model.parameters()))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from castalia.checkpoint.tensors import Checkpoint, Progress
-from castalia.config.schema import Model
+from castalia.config.schema import ModelConfig
 from tests.checkpoint.made import made
 from tests.checkpoint.test_write_neox import DTYPES, MODELS, OLD, assert_exact, divisible, write
 
@@ -23,7 +23,7 @@ ROWS = {  # of the vocabulary: tokens, padding
 
 
 @st.composite
-def hops(draw: st.DrawFn, kind: str, model: Model, dtype: torch.dtype) -> dict:
+def hops(draw: st.DrawFn, kind: str, model: ModelConfig, dtype: torch.dtype) -> dict:
     """Arguments of `write` for a format and layout that can hold the model."""
     targets = ["neox head", "neox head", "native"]
     targets += ["neox v1"] * (kind in OLD and dtype != torch.bfloat16)

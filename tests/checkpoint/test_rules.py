@@ -25,7 +25,7 @@ from castalia.checkpoint.rules import (
     to_theirs,
 )
 from castalia.errors import CheckpointError
-from castalia.storage.lazy import Held, Joined, Padded, Part, Permuted, Transposed
+from castalia.storage.lazy import InMemory, Joined, Padded, Part, Permuted, Transposed
 
 ROLES = ("weight", "master", "exp_avg", "exp_avg_sq")
 
@@ -34,7 +34,7 @@ class Counting:
     """A held tensor that counts the elements read of it."""
 
     def __init__(self, tensor: torch.Tensor):
-        self.held, self.shape, self.dtype_name, self.read_elements = Held(tensor), tuple(tensor.shape), "float32", 0
+        self.held, self.shape, self.dtype_name, self.read_elements = InMemory(tensor), tuple(tensor.shape), "float32", 0
 
     def read(self, slices=None, out=None):
         result = self.held.read(slices, out)
@@ -79,7 +79,7 @@ def op_and_theirs(draw):
 @given(op_and_theirs(), st.sampled_from(ROLES))
 def test_backward_undoes_forward(case, role):
     op, theirs = case
-    back = op.backward(op.forward([Held(t) for t in theirs], role), role)
+    back = op.backward(op.forward([InMemory(t) for t in theirs], role), role)
     assert len(back) == len(theirs)
     for ref, tensor in zip(back, theirs, strict=True):
         assert ref.shape == tuple(tensor.shape)
@@ -90,7 +90,7 @@ def test_backward_undoes_forward(case, role):
 @given(op_and_theirs(), st.data())
 def test_a_slice_is_a_slice_of_the_whole(case, data):
     op, theirs = case
-    for ref in op.forward([Held(t) for t in theirs], "weight"):
+    for ref in op.forward([InMemory(t) for t in theirs], "weight"):
         whole = ref.read()
         assert whole.shape == ref.shape
         starts = [data.draw(st.integers(0, size)) for size in ref.shape]
@@ -101,7 +101,7 @@ def test_a_slice_is_a_slice_of_the_whole(case, data):
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_replicas_that_agree_come_back_bit_for_bit(ranks):
     copy = torch.randn(1000)
-    (ours,) = SameOnRanks(ranks).forward([Held(copy)] * ranks, "weight")
+    (ours,) = SameOnRanks(ranks).forward([InMemory(copy)] * ranks, "weight")
     assert torch.equal(ours.read(), copy)
 
 
@@ -109,14 +109,17 @@ def test_summed_bias_sums_weights_and_averages_moments():
     a, b = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 6.0])
     op = SumOverRanks(2)
     for role, expected in [("weight", a + b), ("master", a + b), ("exp_avg", (a + b) / 2), ("exp_avg_sq", (a + b) / 2)]:
-        (ours,) = op.forward([Held(a), Held(b)], role)
+        (ours,) = op.forward([InMemory(a), InMemory(b)], role)
         assert torch.equal(ours.read(), expected)
         halves = op.backward([ours], role)
         assert torch.equal(halves[0].read(), (a + b) / 2) and torch.equal(halves[1].read(), (a + b) / 2)
 
 
 def test_drift_is_reported_for_copies_that_differ():
-    refs = {"norm": [Held(torch.tensor([1.0, 2.0])), Held(torch.tensor([1.0, 2.5]))], "same": [Held(torch.ones(2))] * 2}
+    refs = {
+        "norm": [InMemory(torch.tensor([1.0, 2.0])), InMemory(torch.tensor([1.0, 2.5]))],
+        "same": [InMemory(torch.ones(2))] * 2,
+    }
     ours = to_ours([Rule("a", "norm", SameOnRanks(2)), Rule("b", "same", SameOnRanks(2))], refs)
     assert torch.equal(ours["a"].read(), torch.tensor([1.0, 2.25]))
     assert drift(ours) == {"a": 0.5}
@@ -137,12 +140,12 @@ def test_a_slice_reads_only_what_it_needs():
 
 def test_steps_are_refused():
     with pytest.raises(ValueError, match="step"):
-        Held(torch.zeros(4)).read([slice(0, 4, 2)])
+        InMemory(torch.zeros(4)).read([slice(0, 4, 2)])
 
 
 def test_tables_name_what_is_missing_and_what_is_left():
     rules = per_block([Rule("blocks.{i}.w", "{layer}.w")], 2, first=2)
-    ref = [Held(torch.zeros(1))]
+    ref = [InMemory(torch.zeros(1))]
     ours = to_ours(rules, {"2.w": ref, "3.w": ref, "3.inv_freq": ref}, ignore=r"inv_freq$")
     assert set(ours) == {"blocks.0.w", "blocks.1.w"}
     assert set(to_theirs(rules, ours)) == {"2.w", "3.w"}
@@ -155,7 +158,7 @@ def test_tables_name_what_is_missing_and_what_is_left():
 def test_gated_halves_are_merged_by_rank():
     """Each rank holds [up; gate]: plain concatenation would mix the two."""
     up, gate = torch.arange(4.0), torch.arange(4.0) + 10
-    per_rank = [Held(torch.cat([up[r * 2 : r * 2 + 2], gate[r * 2 : r * 2 + 2]])) for r in range(2)]
+    per_rank = [InMemory(torch.cat([up[r * 2 : r * 2 + 2], gate[r * 2 : r * 2 + 2]])) for r in range(2)]
     rule = Rule("up gate", "linear1", OnEachRank(Inverse(Interleave((2, 2))), ConcatRanks(2)))
     ours = to_ours([rule], {"linear1": per_rank})
     assert torch.equal(ours["up"].read(), up) and torch.equal(ours["gate"].read(), gate)

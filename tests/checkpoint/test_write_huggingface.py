@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.restore import build_model, load_model, load_tokenizer_for
-from castalia.config.schema import Model, RopeScaling, Tokenizer
+from castalia.config.schema import ModelConfig, RopeScaling, TokenizerConfig
 from castalia.data.tokenizer import train_bpe
 from castalia.errors import CheckpointError
 from tests.checkpoint.made import FAMILIES, LLAMA, SIZES, assert_same, made, written
@@ -28,7 +28,7 @@ SCALINGS = {
     "yarn": RopeScaling(kind="yarn", factor=4.0, original_positions=16),
 }
 MODELS = FAMILIES | {
-    f"llama {kind}": Model(**SIZES, **LLAMA, rope_scaling=scaling) for kind, scaling in SCALINGS.items()
+    f"llama {kind}": ModelConfig(**SIZES, **LLAMA, rope_scaling=scaling) for kind, scaling in SCALINGS.items()
 }
 TOLERANCES = {"fp32": 2e-6, "fp16": 4e-3, "bf16": 3e-2}
 
@@ -130,7 +130,7 @@ def test_tokenizer_files_of_transformers_are_copied(fixtures: Path, tmp_path: Pa
     shutil.copy(fixtures / "neox" / "data" / "tok.json", saved / "tokenizer.json")
     (saved / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "x": 1}')
     (saved / "chat_template.jinja").write_text("{{ messages }}")
-    words = Tokenizer(path=str(saved / "tokenizer.json"))
+    words = TokenizerConfig(path=str(saved / "tokenizer.json"))
     source = replace(source, config=source.config.model_copy(update={"tokenizer": words}))
     written(source, tmp_path / "out", "hf")
     for name in ("tokenizer_config.json", "chat_template.jinja", "tokenizer.json"):
@@ -140,7 +140,7 @@ def test_tokenizer_files_of_transformers_are_copied(fixtures: Path, tmp_path: Pa
 def test_a_tokenizer_json_is_copied_byte_for_byte(fixtures: Path, tmp_path: Path) -> None:
     given = fixtures / "neox" / "data" / "tok.json"
     source = made(FAMILIES["gpt2"], optimizer=False)
-    config = source.config.model_copy(update={"tokenizer": Tokenizer(path=str(given))})
+    config = source.config.model_copy(update={"tokenizer": TokenizerConfig(path=str(given))})
     written(replace(source, config=config), tmp_path / "out", "hf")
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == given.read_bytes()
 

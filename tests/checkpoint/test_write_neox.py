@@ -16,29 +16,29 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from castalia.checkpoint import convert
-from castalia.checkpoint.file_plan import Layout, WriteOptions
+from castalia.checkpoint.file_plan import TargetLayout, WriteOptions
 from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.formats.deepspeed.write import cut_stages
 from castalia.checkpoint.tensors import Checkpoint, Progress
 from castalia.config.load import load_config
-from castalia.config.schema import Checkpoint as Saving
 from castalia.config.schema import (
-    Data,
-    Eval,
-    Model,
-    Optimizer,
-    Precision,
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PrecisionConfig,
     RopeScaling,
-    Schedule,
+    ScheduleConfig,
     Source,
-    Tokenizer,
-    Train,
+    TokenizerConfig,
+    TrainConfig,
 )  # fmt: skip
 from castalia.data.tokenizer import train_bpe
 from castalia.errors import CheckpointError
 from castalia.examine.verify import verify
 from castalia.storage.extent import FileTensor
-from castalia.storage.lazy import Held
+from castalia.storage.lazy import InMemory
 from castalia.storage.torch_file import open_pt
 from castalia.storage.unpickle import Inert
 from tests.checkpoint.made import assert_same, made, written
@@ -55,15 +55,15 @@ MEGATRON = ["megds-pp1-mp1-dp2-z1-bf16", "megds-pp1-mp1-z0-fp32"]
 SIZES: dict[str, Any] = {"num_layers": 4, "hidden_size": 32, "num_heads": 8, "max_positions": 16}
 SIZES |= {"vocab_size": 120, "vocab_multiple": 8}
 MODELS = {
-    "parallel": Model(**SIZES, rotary_pct=0.5, parallel_residual=True),
-    "sequential tied": Model(**SIZES, position="learned", tie_embeddings=True, activation="gelu", mlp_size=48),
-    "llama": Model(
+    "parallel": ModelConfig(**SIZES, rotary_pct=0.5, parallel_residual=True),
+    "sequential tied": ModelConfig(**SIZES, position="learned", tie_embeddings=True, activation="gelu", mlp_size=48),
+    "llama": ModelConfig(
         **SIZES, norm="rmsnorm", gated_mlp=True, mlp_size=24, activation="silu", num_kv_heads=4, attention_bias=False,
         mlp_bias=False,
     ),
-    "gated, biases": Model(**SIZES, gated_mlp=True, mlp_size=16, activation="silu", num_kv_heads=2, qk_norm=True),
-    "shared norm": Model(**SIZES, position="alibi", parallel_residual=True, shared_norm=True),
-    "without parameters": Model(**SIZES, position="sinusoidal", norm="layernorm_no_params", attention_bias=False),
+    "gated, biases": ModelConfig(**SIZES, gated_mlp=True, mlp_size=16, activation="silu", num_kv_heads=2, qk_norm=True),
+    "shared norm": ModelConfig(**SIZES, position="alibi", parallel_residual=True, shared_norm=True),
+    "without parameters": ModelConfig(**SIZES, position="sinusoidal", norm="layernorm_no_params", attention_bias=False),
 }  # fmt: skip
 OLD = ("parallel", "sequential tied wide", "shared norm")
 MODELS["sequential tied wide"] = MODELS["sequential tied"].model_copy(update={"mlp_size": None})
@@ -76,7 +76,7 @@ RANDOM = {"random_rng_state", "np_rng_state", "torch_rng_state", "cuda_rng_state
 
 def write(source: Checkpoint, folder: Path, to: str = "neox", era: str = "head", **layout: int) -> Checkpoint:
     """Converted, and opened again."""
-    plan = convert.TARGETS[to].plan(convert.prepare(source), WriteOptions(Layout(**layout), era))
+    plan = convert.TARGETS[to].plan(convert.prepare(source), WriteOptions(TargetLayout(**layout), era))
     convert.write(plan, folder, "mark", lambda count: None, inside="global_step9")
     return open_checkpoint(folder)
 
@@ -164,8 +164,8 @@ def divisible(source: Checkpoint) -> Checkpoint:
     model, state = dict(source.model), dict(source.optimizer)
     for name in [name for name in model if name.endswith(BIASES)]:
         value = (state[name]["master"].read() * 64).round() / 64
-        model[name] = Held(value.to(model[name].dtype))
-        state[name] = {**state[name], "master": model[name] if value.dtype == model[name].dtype else Held(value)}
+        model[name] = InMemory(value.to(model[name].dtype))
+        state[name] = {**state[name], "master": model[name] if value.dtype == model[name].dtype else InMemory(value)}
     return replace(source, model=model, optimizer=state)
 
 
@@ -193,16 +193,16 @@ def assert_exact(source: Checkpoint, result: Checkpoint) -> None:
 
 
 TRAINING = {
-    "data": Data(train=(Source(path="corpus"),), seq_length=16),
-    "train": Train(steps=40, batch_size=8, micro_batch_size=1),
-    "eval": Eval(every=None),
-    "checkpoint": Saving(steps=(3,)),
-    "optimizer": Optimizer(lr=1e-3),
-    "precision": Precision(compute="fp16"),
+    "data": DataConfig(train=(Source(path="corpus"),), seq_length=16),
+    "train": TrainConfig(steps=40, batch_size=8, micro_batch_size=1),
+    "eval": EvalConfig(every=None),
+    "checkpoint": CheckpointConfig(steps=(3,)),
+    "optimizer": OptimizerConfig(lr=1e-3),
+    "precision": PrecisionConfig(compute="fp16"),
 }
 
 
-def run(model: Model, dtype: torch.dtype = torch.float16, **changes: Any) -> Checkpoint:
+def run(model: ModelConfig, dtype: torch.dtype = torch.float16, **changes: Any) -> Checkpoint:
     """A checkpoint of a training run, the tokenizer's file included."""
     source = divisible(made(model, dtype=dtype))
     config = source.config.model_copy(update={**TRAINING, **changes})
@@ -213,7 +213,7 @@ def files_of(
     source: Checkpoint, folder: Path, to: str = "neox", era: str = "head", **layout: int
 ) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
     """Of a folder that is to be: the config's keys, the first model state, what the optimizer files hold."""
-    options = WriteOptions(Layout(**layout), era, folder=folder / "global_step9")
+    options = WriteOptions(TargetLayout(**layout), era, folder=folder / "global_step9")
     outputs = {o.name: o for o in convert.TARGETS[to].plan(convert.prepare(source), options).outputs}
     folder.mkdir(exist_ok=True)
 
@@ -230,7 +230,7 @@ def files_of(
 def written_for(source: Checkpoint, folder: Path, to: str = "neox", era: str = "head", **layout: int) -> Checkpoint:
     """As the command does: the files know their folder."""
     inside = folder / "global_step9"
-    plan = convert.TARGETS[to].plan(convert.prepare(source), WriteOptions(Layout(**layout), era, folder=inside))
+    plan = convert.TARGETS[to].plan(convert.prepare(source), WriteOptions(TargetLayout(**layout), era, folder=inside))
     convert.write(plan, folder, "mark", lambda count: None, inside=inside.name)
     return open_checkpoint(folder)
 
@@ -240,9 +240,9 @@ def test_neox_accepts_the_config_as_it_is_written(kind: str, dtype: str, tmp_pat
     """By its own rules: types, required keys, the batch, and the arguments that its checkpoints store."""
     engine = train_bpe(["In the beginning was the word"] * 3, 260)
     engine.save(tmp_path / "words")
-    words = Tokenizer(path=str(tmp_path / "words" / "tokenizer.json"))
+    words = TokenizerConfig(path=str(tmp_path / "words" / "tokenizer.json"))
     model = MODELS[kind].model_copy(update={"vocab_size": 260})
-    source = run(model, DTYPES[dtype], tokenizer=words, precision=Precision(compute=dtype))
+    source = run(model, DTYPES[dtype], tokenizer=words, precision=PrecisionConfig(compute=dtype))
     keys, state, _ = files_of(source, tmp_path / "out", tp=2, pp=2, dp=2, zero=1)
     assert mistakes(keys, state["args"]) == []
     assert keys["load"] == keys["save"] == str(tmp_path / "out") and keys["tokenizer_type"] == "HFTokenizer"
@@ -253,7 +253,7 @@ def test_neox_accepts_the_config_as_it_is_written(kind: str, dtype: str, tmp_pat
 
 def test_tokenizers_without_files_are_named(tmp_path: Path) -> None:
     for kind, name in (("char", "CharLevelTokenizer"), ("bytes", "GPT2BPETokenizer")):  # NeoX has no bytes
-        keys, state, _ = files_of(run(SMALL, tokenizer=Tokenizer(kind=kind)), tmp_path / kind)
+        keys, state, _ = files_of(run(SMALL, tokenizer=TokenizerConfig(kind=kind)), tmp_path / kind)
         assert keys.get("tokenizer_type", "GPT2BPETokenizer") == state["args"]["tokenizer_type"] == name
         assert "vocab_file" not in keys
 
@@ -291,7 +291,9 @@ def test_neox_clips_as_the_run_did(
 ) -> None:
     if kind == "bf16" and era == "v1":
         return  # the first release has none
-    source = run(MODELS["parallel"], DTYPES["bf16" if kind == "bf16" else "fp16"], optimizer=Optimizer(clip_norm=norm))
+    source = run(
+        MODELS["parallel"], DTYPES["bf16" if kind == "bf16" else "fp16"], optimizer=OptimizerConfig(clip_norm=norm)
+    )
     source = replace(source, release=release)
     keys, state, shards = files_of(source, tmp_path / "a", era=era, zero=int(kind == "zero"))
     assert keys["gradient_clipping"] == written
@@ -314,11 +316,11 @@ def test_what_was_never_clipped_stays_so_on_the_way_through_other_formats(fixtur
 @pytest.mark.parametrize(("old", "new"), [(1, 4), (3, 2)])
 def test_moments_follow_the_micro_batches_that_a_pipeline_engine_sums(old: int, new: int, tmp_path: Path) -> None:
     """The first moment grows with their number, the second with its square, whatever lies between."""
-    config = Train(steps=40, batch_size=24, micro_batch_size=24 // old)
-    source = run(SMALL, torch.float32, train=config, precision=Precision(compute="fp32"))
+    config = TrainConfig(steps=40, batch_size=24, micro_batch_size=24 // old)
+    source = run(SMALL, torch.float32, train=config, precision=PrecisionConfig(compute="fp32"))
     first = written_for(source, tmp_path / "first", pp=1)
     assert first.summed_micro_batches == old
-    train = Train(steps=40, batch_size=24, micro_batch_size=24 // new)
+    train = TrainConfig(steps=40, batch_size=24, micro_batch_size=24 // new)
     middle = first
     for to in ("native", "hf"):
         middle = written(middle, tmp_path / f"{to}{middle.format}", to)
@@ -336,12 +338,16 @@ def test_moments_follow_the_micro_batches_that_a_pipeline_engine_sums(old: int, 
 
 
 def test_a_change_of_the_moments_is_said(tmp_path: Path) -> None:
-    source = run(MODELS["parallel"], train=Train(steps=40, batch_size=8, micro_batch_size=2))
-    notes = convert.TARGETS["neox"].plan(source, WriteOptions(Layout(pp=1))).notes
+    source = run(MODELS["parallel"], train=TrainConfig(steps=40, batch_size=8, micro_batch_size=2))
+    notes = convert.TARGETS["neox"].plan(source, WriteOptions(TargetLayout(pp=1))).notes
     assert [note for note in notes if note.startswith("Adam's moments are multiplied by 4 and its square")]
-    assert not [n for n in convert.TARGETS["neox"].plan(source, WriteOptions(Layout(pp=0))).notes if "moments" in n]
+    assert not [
+        n for n in convert.TARGETS["neox"].plan(source, WriteOptions(TargetLayout(pp=0))).notes if "moments" in n
+    ]
     again = write(source, tmp_path / "a", pp=1)
-    assert not [n for n in convert.TARGETS["neox"].plan(again, WriteOptions(Layout(pp=2))).notes if "moments" in n]
+    assert not [
+        n for n in convert.TARGETS["neox"].plan(again, WriteOptions(TargetLayout(pp=2))).notes if "moments" in n
+    ]
 
 
 def test_a_runs_own_notes_stay_out_of_the_originals_files(tmp_path: Path) -> None:
@@ -359,8 +365,8 @@ def test_a_runs_own_notes_stay_out_of_the_originals_files(tmp_path: Path) -> Non
 
 def test_megatrons_schedule_counts_samples(tmp_path: Path) -> None:
     """`AnnealingLR`, whose steps DeepSpeed's pipeline engine makes as large as the batch."""
-    schedule = Schedule(style="linear", warmup_steps=4, decay_steps=30, min_lr=1e-5)
-    source = run(MODELS["sequential tied"], schedule=schedule, optimizer=Optimizer(lr=1e-3, clip_norm=1.0))
+    schedule = ScheduleConfig(style="linear", warmup_steps=4, decay_steps=30, min_lr=1e-5)
+    source = run(MODELS["sequential tied"], schedule=schedule, optimizer=OptimizerConfig(lr=1e-3, clip_norm=1.0))
     result = written_for(source, tmp_path / "a", "megatron-deepspeed", dp=2, zero=1)
     state = open_pt(Path(result.path) / "mp_rank_00_model_states.pt")
     assert state["lr_scheduler"] == {
@@ -382,7 +388,11 @@ def test_megatrons_schedule_counts_samples(tmp_path: Path) -> None:
 def test_small_biases_of_fp16_round(tmp_path: Path) -> None:
     """By less than half of the smallest number on each rank; the masters stay exact."""
     source = made(MODELS["parallel"], dtype=torch.float16, scale=0.001)
-    assert [note for note in convert.TARGETS["neox"].plan(source, WriteOptions(Layout(tp=4))).notes if "rounds" in note]
+    assert [
+        note
+        for note in convert.TARGETS["neox"].plan(source, WriteOptions(TargetLayout(tp=4))).notes
+        if "rounds" in note
+    ]
     result = write(source, tmp_path / "a", tp=4)
     proof = verify(source, result)
     assert proof.holds and 0 < proof.rounded <= 8 and "has rounded, as it must" in str(proof)
@@ -404,7 +414,7 @@ def test_an_uneven_bias_and_vocabulary(kind: str, tmp_path: Path) -> None:
     """On three ranks the rows grow by zeros, and summed biases may differ in the last bit."""
     model = MODELS[kind].model_copy(update={"num_heads": 6, "hidden_size": 48, "mlp_size": None})
     source = made(model)
-    plan = convert.TARGETS["neox"].plan(source, WriteOptions(Layout(tp=2, pp=1)))
+    plan = convert.TARGETS["neox"].plan(source, WriteOptions(TargetLayout(tp=2, pp=1)))
     assert not [note for note in plan.notes if "rows" in note or "rounds" in note]
     result = write(source, tmp_path / "a", tp=3, pp=2)
     assert verify(source, result).holds
@@ -455,11 +465,11 @@ def test_a_tied_embedding_is_first_on_both_ends(tmp_path: Path) -> None:
         ({"activation": "sigmoid"}, {}, r"NeoX cannot hold model\.activation=sigmoid"),
         ({"norm": "rmsnorm", "rms_eps_inside": False}, {}, r"NeoX cannot hold model\.rms_eps_inside=False"),
         ({"embedding_dropout": 0.1}, {}, r"NeoX cannot hold model\.embedding_dropout=0.1"),
-        ({"num_kv_heads": 2}, {"layout": Layout(tp=4)}, "2 key/value heads do not divide over tp=4"),
+        ({"num_kv_heads": 2}, {"layout": TargetLayout(tp=4)}, "2 key/value heads do not divide over tp=4"),
         ({"num_kv_heads": 2}, {"era": "v1"}, r"the first release has no model\.num_kv_heads=2"),
-        ({}, {"layout": Layout(pp=4), "era": "v1"}, "leave one of pp=4 stages without layers"),
-        ({}, {"layout": Layout(pp=6)}, "4 blocks are too few for pp=6"),
-        ({}, {"layout": Layout(zero=1), "era": "v1"}, "the first release has no float32 files with ZeRO"),
+        ({}, {"layout": TargetLayout(pp=4), "era": "v1"}, "leave one of pp=4 stages without layers"),
+        ({}, {"layout": TargetLayout(pp=6)}, "4 blocks are too few for pp=6"),
+        ({}, {"layout": TargetLayout(zero=1), "era": "v1"}, "the first release has no float32 files with ZeRO"),
     ],
 )
 def test_what_neox_cannot_hold_is_named(change: dict, options: dict, message: str) -> None:
@@ -504,7 +514,7 @@ def test_state_that_has_no_place_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"Adam steps of the tensors differ \(\[7, 8\]\)"):
         convert.TARGETS["neox"].plan(replace(source, optimizer=steps), WriteOptions())
     name = "blocks.1.mlp.up.weight"
-    other = {**source.optimizer, name: {**source.optimizer[name], "master": Held(source.model[name].read() + 1)}}
+    other = {**source.optimizer, name: {**source.optimizer[name], "master": InMemory(source.model[name].read() + 1)}}
     with pytest.raises(CheckpointError, match=f"{name} is not equal to its fp32 master"):
         write(replace(source, optimizer=other), tmp_path / "a")
 

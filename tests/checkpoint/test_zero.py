@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from castalia.checkpoint.zero import cut, parameter_groups, split_stages
 from castalia.errors import CheckpointError
-from castalia.storage.lazy import Held
+from castalia.storage.lazy import InMemory
 
 
 class Counting:
     def __init__(self, tensor: torch.Tensor):
-        self.held, self.shape, self.dtype_name, self.read_elements = Held(tensor), tuple(tensor.shape), "float32", 0
+        self.held, self.shape, self.dtype_name, self.read_elements = InMemory(tensor), tuple(tensor.shape), "float32", 0
 
     def read(self, slices=None, out=None):
         result = self.held.read(slices, out)
@@ -39,13 +39,13 @@ def test_parameters_come_back_from_any_cut(shapes, ranks, stripped):
     pieces = list(padded.split(size))
     if stripped:
         pieces = [piece[: max(0, len(flat) - rank * size)] for rank, piece in enumerate(pieces)]
-    found = cut([Held(piece) for piece in pieces], named, "here")
+    found = cut([InMemory(piece) for piece in pieces], named, "here")
     for name, tensor in tensors.items():
         assert found[name].shape == named[name] and torch.equal(found[name].read(), tensor)
 
 
 def test_a_missing_piece_is_named():
-    pieces = [Held(torch.zeros(10)), Held(torch.zeros(10))]
+    pieces = [InMemory(torch.zeros(10)), InMemory(torch.zeros(10))]
     for shape in [(30,), (4,)]:
         with pytest.raises(CheckpointError, match="20 elements, which does not fit"):
             cut(pieces, {"a": shape}, "here")

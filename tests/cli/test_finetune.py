@@ -17,7 +17,7 @@ from castalia.cli.finetune import sample
 from castalia.cli.merge_lora import command as merge
 from castalia.cli.train import train
 from castalia.config.load import load_config, load_run
-from castalia.config.schema import Tokenizer
+from castalia.config.schema import TokenizerConfig
 from castalia.data.prepare import Recipe, prepare
 from castalia.data.tokenizer import train_bpe
 from castalia.errors import CastaliaError, CheckpointError, ConfigError, DataError, TrainingError
@@ -35,7 +35,7 @@ def base(tmp_path_factory) -> Path:
     text = "in the beginning Adam was the first, and Noah built it, and Moses led them. user: assistant: Who? "
     (folder / "text.txt").write_text(text * 30)
     train_bpe([text], 300).save(folder)
-    tokenizer = Tokenizer(path=str(folder / "tokenizer.json"))
+    tokenizer = TokenizerConfig(path=str(folder / "tokenizer.json"))
     prepare([folder / "text.txt"], folder / "corpus", Recipe(tokenizer))
     keys = {
         "model": {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "vocab_multiple": 1, "parallel_residual": True},

@@ -10,11 +10,11 @@ import pytest
 
 import castalia
 from castalia.cli import main as cli
-from castalia.config.schema import Model
+from castalia.config.schema import ModelConfig
 from castalia.data.tokenizer import ByteTokenizer
 from tests.checkpoint.neox_writer import write
 
-MODEL = Model(
+MODEL = ModelConfig(
     num_layers=1, hidden_size=16, num_heads=2, vocab_size=257, vocab_multiple=1, max_positions=32, mlp_size=64
 )
 

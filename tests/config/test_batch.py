@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 
 from castalia.config.batch import batch_plan
 from castalia.config.load import load_config
-from castalia.config.schema import Parallel, RunConfig, Train
+from castalia.config.schema import ParallelConfig, RunConfig, TrainConfig
 from castalia.errors import ConfigError
 
 
 def plan(dp: int = 1, gpus: int | None = None, **train: int):
-    return tuple(batch_plan(RunConfig(train=Train(**train), parallel=Parallel(gpus=gpus)), dp))
+    return tuple(batch_plan(RunConfig(train=TrainConfig(**train), parallel=ParallelConfig(gpus=gpus)), dp))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import yaml
 from castalia.config.batch import batch_plan
 from castalia.config.load import dump_config, load_config
 from castalia.config.neox.write import to_neox, trainable
-from castalia.config.schema import MuP, Profile, RunConfig, Wandb
+from castalia.config.schema import MuPConfig, ProfileConfig, RunConfig, WandbConfig
 from castalia.errors import ConfigError
 
 CONFIGS = [
@@ -334,7 +334,7 @@ def test_mup(load):
     mup = load({**keys, "mup_output_temp": 4.0, "mup_init_scale": 3.0}).model.mup
     assert (mup.attention_temperature, mup.embedding_multiplier, mup.position_multiplier) == (2.0, 10.0, 0.5)
     assert (mup.output_temperature, mup.init_scale, mup.base_width) == (4.0, 3.0, None)
-    assert load({**MODEL, "use_mup": True}).model.mup == MuP()
+    assert load({**MODEL, "use_mup": True}).model.mup == MuPConfig()
     assert load({**MODEL, "use_mup": False}).model.mup is None
     off = load({**MODEL, "mup_init_scale": 3.0})
     assert off.model.mup is None
@@ -348,14 +348,14 @@ def test_mup(load):
 def test_wandb(load):
     keys = {"wandb_group": "g", "wandb_run_name": "r", "wandb_team": "t", "wandb_host": "https://w.example"}
     wandb = load({**MODEL, "use_wandb": True, **keys, "wandb_project": "p"}).log.wandb
-    assert wandb == Wandb(project="p", group="g", name="r", team="t", host="https://w.example")
+    assert wandb == WandbConfig(project="p", group="g", name="r", team="t", host="https://w.example")
     assert load({**MODEL, "use_wandb": True}).log.wandb.project == "neox"
     for off in ({}, {"use_wandb": False}):
         config = load({**MODEL, **off, "wandb_project": "p"})
         assert config.log.wandb is None
         assert any("wandb_project: 'p' has no effect here: use_wandb is off" in note for note in config.notes)
     block = {"enabled": True, "project": "p", "team": "t", "group": "g"}
-    assert load({**MODEL, "wandb": block}).log.wandb == Wandb(project="p", group="g", team="t")
+    assert load({**MODEL, "wandb": block}).log.wandb == WandbConfig(project="p", group="g", team="t")
     assert load({**MODEL, "wandb": {**block, "enabled": False}}).log.wandb is None
 
 
@@ -375,7 +375,7 @@ def test_statistics_of_layers(load, key):
 @pytest.mark.parametrize("key", ["profile", "memory_profiling"])
 def test_profiles(load, key):
     config = load({**MODEL, key: True, "profile_step_start": 3, "memory_profiling_path": "here"})
-    assert config.log.profile == Profile(start=3, stop=12, dir="here")
+    assert config.log.profile == ProfileConfig(start=3, stop=12, dir="here")
     off = load({**MODEL, "profile_step_stop": 40})
     assert off.log.profile is None
     assert any("profile_step_stop: 40 has no effect here: profile is off" in note for note in off.notes)

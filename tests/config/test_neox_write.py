@@ -8,10 +8,18 @@ import pytest
 
 from castalia.config.load import load_config, preset_names
 from castalia.config.neox.write import lost, to_neox
-from castalia.config.schema import Data, Model, Optimizer, RunConfig, Schedule, Train, Warmup
+from castalia.config.schema import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+    Warmup,
+)
 from castalia.errors import ConfigError
 
-SMALL = Model(num_layers=2, hidden_size=64, num_heads=4, max_positions=2048)
+SMALL = ModelConfig(num_layers=2, hidden_size=64, num_heads=4, max_positions=2048)
 COMPLETE = [
     "1-3B", "125M", "20B", "350M", "finetuning_configs_6-9B", "pythia_1-4B", "pythia_12B", "pythia_14M", "pythia_70M",
     "slurm_125M",
@@ -37,11 +45,15 @@ def test_presets_come_back(name: str) -> None:
         ("model", SMALL.model_copy(update={"gated_mlp": True, "activation": "gelu_tanh"}), "model.activation"),
         ("model", SMALL.model_copy(update={"embedding_dropout": 0.1}), "model.embedding_dropout"),
         ("model", SMALL.model_copy(update={"vocab_multiple": 3}), None),
-        ("schedule", Schedule(style="wsd"), "schedule.style"),
-        ("data", Data(mask_documents=True), "data.mask_documents"),
-        ("data", Data(seq_length_warmup=Warmup(start=16, steps=9, multiple=8, root=2)), None),
-        ("train", Train(batch_size=8, batch_size_warmup=Warmup(start=2, steps=9)), "train.batch_size_warmup.start"),
-        ("optimizer", Optimizer(clip_norm=None), None),
+        ("schedule", ScheduleConfig(style="wsd"), "schedule.style"),
+        ("data", DataConfig(mask_documents=True), "data.mask_documents"),
+        ("data", DataConfig(seq_length_warmup=Warmup(start=16, steps=9, multiple=8, root=2)), None),
+        (
+            "train",
+            TrainConfig(batch_size=8, batch_size_warmup=Warmup(start=2, steps=9)),
+            "train.batch_size_warmup.start",
+        ),
+        ("optimizer", OptimizerConfig(clip_norm=None), None),
     ],
 )
 def test_what_has_no_key_is_named(section: str, value: object, path: str | None) -> None:

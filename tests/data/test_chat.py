@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from castalia.config.schema import Data, RunConfig, Source, Tokenizer, Train
+from castalia.config.schema import DataConfig, RunConfig, Source, TokenizerConfig, TrainConfig
 from castalia.data.chat import Chat, conversation_of, encode_chat, read_template, renderer
 from castalia.data.indexed import DatasetWriter, open_dataset
 from castalia.data.loader import open_data
@@ -18,7 +18,7 @@ TEMPLATE = (
     "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 )
 QUESTION, ANSWER = {"role": "user", "content": "how?"}, {"role": "assistant", "content": "so."}
-BYTES = Tokenizer(kind="bytes")
+BYTES = TokenizerConfig(kind="bytes")
 
 
 def spell(ids: list[int]) -> str:
@@ -77,7 +77,7 @@ def test_equal_to_transformers(fixtures: Path, tmp_path: Path) -> None:
         tokenizer_file=str(tmp_path / "tokenizer.json"), bos_token="<|endoftext|>", chat_template=template
     )
     chat = Chat(*read_template(tmp_path))
-    tokenizer = load_tokenizer(Tokenizer(path=str(tmp_path)))
+    tokenizer = load_tokenizer(TokenizerConfig(path=str(tmp_path)))
     whole = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
     asked = theirs.apply_chat_template(messages[:1], tokenize=True, add_generation_prompt=True, return_dict=False)
     assert whole[: len(asked)] != asked  # the second turn stands where the first one asked: no turn-by-turn template
@@ -119,14 +119,14 @@ def test_prepared_conversations_are_sampled_with_their_labels(tmp_path: Path) ->
     assert labels.endswith("x_conversation_label_document") and report.documents == 50
     assert open_dataset(prefix).dtype == open_dataset(labels).dtype == np.int32
     run = RunConfig(
-        data=Data(
+        data=DataConfig(
             train=(Source(path=prefix, labels=labels),),
             seq_length=32,
             packing="pack_until_overflow",
             mask_documents=True,
             cache_dir=str(tmp_path),
         ),
-        train=Train(steps=3, batch_size=4),
+        train=TrainConfig(steps=3, batch_size=4),
     )
     batch = open_data(run).batch(0)
     assert all(spell(row[row >= 0].tolist()).replace("\n$", "").isdigit() for row in batch.labels)
@@ -170,8 +170,8 @@ def test_answers_beyond_the_context_are_told_of(tmp_path: Path, caplog: pytest.L
     )
     prefix, labels = prepare([source], tmp_path / "x", Recipe(BYTES, ("conversation",), chat=Chat(TEMPLATE))).outputs
     run = RunConfig(
-        data=Data(train=(Source(path=prefix, labels=labels),), seq_length=40, packing="unpacked"),
-        train=Train(steps=2, batch_size=1),
+        data=DataConfig(train=(Source(path=prefix, labels=labels),), seq_length=40, packing="unpacked"),
+        train=TrainConfig(steps=2, batch_size=1),
     )
     open_data(run)
     assert "of 3 documents 1 are left out" in caplog.text and "1 are cut there" in caplog.text
@@ -222,19 +222,20 @@ def test_a_whole_conversation_is_taken_without_the_prompt_beside_it() -> None:
 def test_editing_the_labels_of_a_prompt_changes_nothing(tmp_path: Path) -> None:
     """Loss and gradients come from the answers alone; an edit of one answer's label is felt."""
     torch = pytest.importorskip("torch", reason="needs torch")
-    from castalia.config.schema import Model
+    from castalia.config.schema import ModelConfig
     from castalia.model.init import initialize
     from castalia.model.transformer import Transformer
 
     source = records(tmp_path / "chat.jsonl", *([QUESTION, {**ANSWER, "content": f"{i}"}] * 2 for i in range(8)))
     texts, labels = prepare([source], tmp_path / "x", Recipe(BYTES, ("conversation",), chat=Chat(TEMPLATE))).outputs
-    model = Transformer(cfg := Model(num_layers=1, hidden_size=16, num_heads=2, vocab_size=257))
+    model = Transformer(cfg := ModelConfig(num_layers=1, hidden_size=16, num_heads=2, vocab_size=257))
     initialize(model, cfg, 1)
 
     def step(prefix: str) -> tuple:
         data = {"train": [{"path": texts, "labels": prefix}], "seq_length": 64, "packing": "pack_until_overflow"}
         run = RunConfig(
-            data=Data(**data, mask_documents=True, cache_dir=str(tmp_path)), train=Train(steps=2, batch_size=4)
+            data=DataConfig(**data, mask_documents=True, cache_dir=str(tmp_path)),
+            train=TrainConfig(steps=2, batch_size=4),
         )
         arrays = (torch.from_numpy(a) for a in open_data(run).batch(0)[:4])
         tokens, targets, _, documents = arrays

@@ -7,7 +7,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from castalia.config.schema import Tokenizer
+from castalia.config.schema import TokenizerConfig
 from castalia.data.fast_tokenizer import Encode, fast, reference
 from castalia.data.tokenizer import load_tokenizer, train_bpe
 
@@ -17,7 +17,7 @@ pytest.importorskip("fastokens", reason="needs fastokens")
 @pytest.fixture(scope="module")
 def engines(fixtures: Path) -> list[Encode]:
     """The fast one and its reference for the 20B tokenizer."""
-    tokenizer = load_tokenizer(Tokenizer(path=str(fixtures / "tokenizer" / "20B_tokenizer.json")))
+    tokenizer = load_tokenizer(TokenizerConfig(path=str(fixtures / "tokenizer" / "20B_tokenizer.json")))
     encode, _ = fast(tokenizer, [])
     assert encode is not None
     return [encode, reference(tokenizer)]
@@ -61,7 +61,7 @@ def test_where_no_engine_applies(monkeypatch: pytest.MonkeyPatch) -> None:
     unigram = train_bpe(["a"], 280)
     unigram.engine = tokenizers.Tokenizer(tokenizers.models.Unigram([("a", 0.0)]))
     for tokenizer, why in [
-        (load_tokenizer(Tokenizer(kind="bytes")), "own engine"),
+        (load_tokenizer(TokenizerConfig(kind="bytes")), "own engine"),
         (unigram, "fastokens cannot read this tokenizer"),
     ]:
         encode, words = fast(tokenizer, ["some words"])

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from castalia.config.schema import Data, RunConfig, Train
+from castalia.config.schema import DataConfig, RunConfig, TrainConfig
 from castalia.data.loader import open_data
 
 STEM = "genesis_text_document_train_indexmap_200ns_64sl_1234s_packedpi_ac"
@@ -15,7 +15,9 @@ PARTS = ("doc_idx", "sample_idx", "shuffle_idx")
 
 def run(folder: Path, split: str = "969,30,1", **data) -> RunConfig:
     path = str(folder / "genesis_text_document")
-    return RunConfig(data=Data(path=path, split=split, seq_length=64, **data), train=Train(steps=200, batch_size=1))
+    return RunConfig(
+        data=DataConfig(path=path, split=split, seq_length=64, **data), train=TrainConfig(steps=200, batch_size=1)
+    )
 
 
 @pytest.fixture

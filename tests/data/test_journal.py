@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 
-from castalia.config.schema import Tokenizer
+from castalia.config.schema import TokenizerConfig
 from castalia.data.indexed import DatasetWriter, open_dataset
 from castalia.data.prepare import Recipe, Report, prepare
 from castalia.errors import DataError
@@ -32,7 +32,7 @@ def progress(report):
 recipe = Recipe(Tokenizer(kind="bytes"), append_eod=True, mask_before=(58,))
 prepare([sys.argv[1]], sys.argv[2], recipe, workers=1, on_progress=progress)
 """
-RECIPE = Recipe(Tokenizer(kind="bytes"), append_eod=True, mask_before=(58,))
+RECIPE = Recipe(TokenizerConfig(kind="bytes"), append_eod=True, mask_before=(58,))
 
 
 def write_source(path: Path) -> Path:

@@ -9,12 +9,21 @@ from hypothesis import strategies as st
 
 from castalia.config.batch import sum_until
 from castalia.config.load import load_config
-from castalia.config.schema import Data, Eval, Model, RunConfig, Source, Tokenizer, Train, Warmup
+from castalia.config.schema import (
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    RunConfig,
+    Source,
+    TokenizerConfig,
+    TrainConfig,
+    Warmup,
+)
 from castalia.data.indexed import DatasetWriter
 from castalia.data.loader import SPLITS, batch_at, has_data, open_data
 from castalia.errors import ConfigError, DataError
 
-MODEL = Model(num_layers=1, hidden_size=8, num_heads=1, vocab_size=50)
+MODEL = ModelConfig(num_layers=1, hidden_size=8, num_heads=1, vocab_size=50)
 
 
 def corpus(prefix: Path, items: list[list[int]]) -> Source:
@@ -27,8 +36,8 @@ def corpus(prefix: Path, items: list[list[int]]) -> Source:
 def config(*sources: Source, steps: int | None = 4, batch: int = 2, length: int = 5, **data) -> RunConfig:
     return RunConfig(
         model=MODEL,
-        data=Data(train=sources, seq_length=length, **data),
-        train=Train(steps=steps, epochs=None if steps else 3, batch_size=batch),
+        data=DataConfig(train=sources, seq_length=length, **data),
+        train=TrainConfig(steps=steps, epochs=None if steps else 3, batch_size=batch),
     )
 
 
@@ -57,9 +66,9 @@ def test_samples_of_one_corpus(fixtures: Path, corpora: Path, number: int, split
     known = json.loads((fixtures / "data" / "manifest.json").read_text())["sets"][number]
     wanted = known.get("ns", [None] * 3)
     run = RunConfig(
-        data=Data(path=str(corpora / known["corpus"]), split=known["split"], seq_length=known["seq"]),
-        train=Train(steps=wanted[0], batch_size=1),
-        eval=Eval(every=10**6, batches=wanted[SPLITS.index(split)] or 10),
+        data=DataConfig(path=str(corpora / known["corpus"]), split=known["split"], seq_length=known["seq"]),
+        train=TrainConfig(steps=wanted[0], batch_size=1),
+        eval=EvalConfig(every=10**6, batches=wanted[SPLITS.index(split)] or 10),
         seed=known["seed"],
     )
     assert has_data(run, split) == (known["datasets"][split] is not None)
@@ -132,13 +141,13 @@ def test_passes_drop_the_incomplete_micro_batch_and_start_again(fixtures: Path, 
 def test_accumulation_takes_the_same_samples(tmp_path: Path) -> None:
     source = corpus(tmp_path / "x", [list(range(40))] * 9)
     whole = config(source, batch=4)
-    parts = whole.model_copy(update={"train": Train(steps=4, micro_batch_size=1, accumulation=4)})
+    parts = whole.model_copy(update={"train": TrainConfig(steps=4, micro_batch_size=1, accumulation=4)})
     assert all(np.array_equal(batch_at(whole, step).tokens, batch_at(parts, step).tokens) for step in range(4))
 
 
 def test_no_loss_after_the_end_of_a_document(tmp_path: Path) -> None:
     source = corpus(tmp_path / "x", [[7, 8, 9, 0]] * 20)
-    run = config(source, mask_after_eod=True).model_copy(update={"tokenizer": Tokenizer(kind="char")})
+    run = config(source, mask_after_eod=True).model_copy(update={"tokenizer": TokenizerConfig(kind="char")})
     tokens, labels, loss_mask, documents, *_ = batch_at(run, 0)
     assert documents is None and (
         np.array_equal(loss_mask, tokens != 0)
@@ -187,7 +196,7 @@ def test_editing_a_document_never_changes_anothers_logits_or_losses(tmp_path: Pa
     from castalia.model.init import initialize
     from castalia.model.transformer import Transformer
 
-    shape = Model(num_layers=2, hidden_size=16, num_heads=2, vocab_size=50, max_positions=24)
+    shape = ModelConfig(num_layers=2, hidden_size=16, num_heads=2, vocab_size=50, max_positions=24)
     model = Transformer(shape).eval()
     initialize(model, shape, seed=1)
     random = np.random.RandomState(3)
@@ -220,15 +229,15 @@ def test_editing_a_document_never_changes_anothers_logits_or_losses(tmp_path: Pa
 def test_training_on_masked_documents_is_training_on_each_alone(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch", reason="needs torch")
     from castalia.model.transformer import Transformer
-    from castalia.parallel.executor import Engine, Rows
+    from castalia.parallel.executor import Executor, Rows
 
-    shape = Model(num_layers=2, hidden_size=16, num_heads=2, vocab_size=50, max_positions=32)
+    shape = ModelConfig(num_layers=2, hidden_size=16, num_heads=2, vocab_size=50, max_positions=32)
     random = np.random.RandomState(0)
     documents = [random.randint(1, 50, size) for size in (5, 9, 3, 12, 7, 2, 30, 4)]
     source = corpus(tmp_path / "x", [tokens.tolist() for tokens in documents])
     run = config(source, length=32, packing="pack_until_overflow", mask_documents=True)
     run = run.model_copy(update={"model": shape})
-    samples, engine = open_data(run), Engine(Transformer(shape))
+    samples, engine = open_data(run), Executor(Transformer(shape))
     engine.initialize(run)
     loss = engine.forward_backward(Rows.of(samples.batch(0)), [1.0], 1.0, [0])
     gradient = engine.model.embed.weight.grad.clone()

@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from castalia.config.schema import Tokenizer
+from castalia.config.schema import TokenizerConfig
 from castalia.data.indexed import open_dataset
 from castalia.data.prepare import Recipe, mask_labels, prepare
 from castalia.data.tokenizer import load_tokenizer, train_bpe
 from castalia.errors import DataError
 
-CHAR = Tokenizer(kind="char")
-BYTES = Tokenizer(kind="bytes")
+CHAR = TokenizerConfig(kind="char")
+BYTES = TokenizerConfig(kind="bytes")
 
 
 def jsonl(path: Path, *records: object) -> Path:
@@ -35,7 +35,7 @@ def contents(prefix: Path) -> bytes:
     ],
 )
 def test_files_are_the_originals(fixtures: Path, tmp_path: Path, text: str, tokenizer: str, expected: str) -> None:
-    recipe = Recipe(Tokenizer(path=str(fixtures / tokenizer)), append_eod=True)
+    recipe = Recipe(TokenizerConfig(path=str(fixtures / tokenizer)), append_eod=True)
     prepare([fixtures / text], tmp_path / "new" / "corpus", recipe)
     assert contents(tmp_path / "new" / "corpus_text_document") == contents(fixtures / expected)
 
@@ -73,7 +73,7 @@ def test_an_end_that_the_tokenizer_writes_is_not_doubled(tmp_path: Path) -> None
     train_bpe(["a"], 270).save(tmp_path)
     settings = {"eos_token": "<|endoftext|>", "add_eos_token": True}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    tokenizer = Tokenizer(path=str(tmp_path))
+    tokenizer = TokenizerConfig(path=str(tmp_path))
     source = jsonl(tmp_path / "x.jsonl", {"text": "a b"}, {"text": "c"})
     (prefix,) = prepare([source], tmp_path / "x", Recipe(tokenizer, append_eod=True)).outputs
     assert [list(document) for document in open_dataset(prefix)] == load_tokenizer(tokenizer).encode_batch(["a b", "c"])
@@ -128,7 +128,7 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ([], Recipe(BYTES), "no documents in"),
         (["", ""], Recipe(BYTES), "2 empty"),
         (["a"], Recipe(BYTES, keys=("a", "b"), mask_before=(1,)), "works on one key"),
-        (["a"], Recipe(Tokenizer()), "no tokenizer"),
+        (["a"], Recipe(TokenizerConfig()), "no tokenizer"),
     ],
 )
 def test_what_cannot_be_prepared(tmp_path: Path, records: list, recipe: Recipe, message: str) -> None:

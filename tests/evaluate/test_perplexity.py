@@ -11,13 +11,13 @@ from torch.nn import functional as F
 from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.restore import load_model
 from castalia.cli.evaluate import command, load_engine, uniform_loss
-from castalia.config.schema import Model, Tokenizer
+from castalia.config.schema import ModelConfig, TokenizerConfig
 from castalia.data.indexed import DatasetWriter, open_dataset
 from castalia.data.loader import Batch
 from castalia.data.tokenizer import load_tokenizer
 from castalia.errors import CastaliaError
 from castalia.evaluate.perplexity import bits_per_byte, evaluate, windows
-from castalia.parallel.executor import Engine
+from castalia.parallel.executor import Executor
 
 
 @given(st.integers(2, 60), st.integers(1, 12), st.data(), st.integers(1, 5))
@@ -76,7 +76,7 @@ def test_batches_are_weighted_by_their_tokens(run):
         )
     model.train()
     for batches, rows in (([batch], 8), ([batch], 1), (halves, 2)):
-        found = evaluate(Engine(model, rows), batches)
+        found = evaluate(Executor(model, rows), batches)
         assert found["loss"] == pytest.approx(losses.item() / (3 * 2 + 3 * 16), rel=1e-6)
         assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
         assert found["tokens"] == 54
@@ -129,9 +129,9 @@ def test_what_a_run_masks_after_an_end_of_document_is_not_judged(run, corpus, ca
 
 
 def test_rows_that_fill_the_vocabulary_up_are_no_guesses():
-    model = Model(num_layers=1, hidden_size=8, num_heads=1, vocab_size=300, vocab_multiple=128)
+    model = ModelConfig(num_layers=1, hidden_size=8, num_heads=1, vocab_size=300, vocab_multiple=128)
     assert uniform_loss(model, None) == math.log(300)
-    assert uniform_loss(model, load_tokenizer(Tokenizer(kind="bytes"))) == math.log(257)
+    assert uniform_loss(model, load_tokenizer(TokenizerConfig(kind="bytes"))) == math.log(257)
 
 
 def test_raw_text_gives_what_the_prepared_corpus_gives(run, corpus, tmp_path, capsys):
@@ -161,7 +161,7 @@ def test_weights_are_held_in_the_compute_dtype(run, capsys):
     model = load_model(run)
     model.compute_dtype = torch.bfloat16  # fp32 weights that are cast where they are used
     rows = [Batch(*np.random.default_rng(0).integers(0, 257, (2, 6, 16)), np.ones((6, 16), bool))]
-    assert evaluate(engine, rows) == evaluate(Engine(model), rows)
+    assert evaluate(engine, rows) == evaluate(Executor(model), rows)
 
 
 def test_an_overlay_is_obeyed_and_its_idle_keys_are_told(run, tmp_path, capsys):

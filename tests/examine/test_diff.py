@@ -14,12 +14,12 @@ from torch import Tensor
 from castalia.checkpoint.compare import close, equal, measure, row_orders
 from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.tensors import Checkpoint, Progress
-from castalia.config.schema import Model, Optimizer, RunConfig
+from castalia.config.schema import ModelConfig, OptimizerConfig, RunConfig
 from castalia.examine.diff import diff
 from castalia.examine.verify import verify
 from castalia.model.init import initialize
 from castalia.model.transformer import Transformer
-from castalia.storage.lazy import Held
+from castalia.storage.lazy import InMemory
 from tests.checkpoint.made import FAMILIES, SIZES, made, written
 
 NEOX = FAMILIES["gpt_neox"]
@@ -27,7 +27,7 @@ NEOX = FAMILIES["gpt_neox"]
 
 def mapped(checkpoint: Checkpoint, change: Callable[[str, Tensor], Tensor]) -> Checkpoint:
     """With every weight replaced by `change(name, weight)`."""
-    model = {name: Held(change(name, ref.read()).contiguous()) for name, ref in checkpoint.model.items()}
+    model = {name: InMemory(change(name, ref.read()).contiguous()) for name, ref in checkpoint.model.items()}
     return replace(checkpoint, model=model)
 
 
@@ -35,10 +35,10 @@ def only(ending: str, change: Callable[[Tensor], Tensor]) -> Callable[[str, Tens
     return lambda name, weight: change(weight) if name.endswith(ending) else weight
 
 
-def at_step_0(cfg: Model, seed: int) -> Checkpoint:
+def at_step_0(cfg: ModelConfig, seed: int) -> Checkpoint:
     model = Transformer(cfg)
     initialize(model, cfg, seed)
-    weights = {name: Held(parameter.detach()) for name, parameter in model.named_parameters()}
+    weights = {name: InMemory(parameter.detach()) for name, parameter in model.named_parameters()}
     return Checkpoint("memory", "native", weights, None, Progress(), RunConfig(model=cfg))
 
 
@@ -172,7 +172,7 @@ def trained(source: Checkpoint, step: int, lr: float, size: float, seed: int = 1
     """A step of a run of ours that took the source's weights so far that some have little in common with them."""
     torch.manual_seed(step)
     assert source.config
-    config = source.config.model_copy(update={"seed": seed, "optimizer": Optimizer(lr=lr)})
+    config = source.config.model_copy(update={"seed": seed, "optimizer": OptimizerConfig(lr=lr)})
     far = {"embed.weight": 3.0}
     moved = mapped(source, lambda name, w: w + far.get(name, size) * w.square().mean().sqrt() * torch.randn_like(w))
     progress, details = Progress(step=step), {"data_fingerprint": "words"}
@@ -195,7 +195,7 @@ def test_runs_of_one_seed_are_no_later_steps_of_each_other() -> None:
 
 
 def test_equal_init_methods_with_different_draws() -> None:
-    cfg = Model(num_layers=6, hidden_size=48, num_heads=4, vocab_size=448, vocab_multiple=64, rotary_pct=0.25)
+    cfg = ModelConfig(num_layers=6, hidden_size=48, num_heads=4, vocab_size=448, vocab_multiple=64, rotary_pct=0.25)
     found = diff(at_step_0(cfg, 1), at_step_0(cfg, 2))
     assert found.verdict == "same_init"
     assert found.words.startswith(
@@ -222,10 +222,10 @@ def test_weights_that_are_no_numbers_are_said_and_the_others_judged(value: float
 
 def test_unrelated_weights_and_other_architectures() -> None:
     assert diff(made(NEOX, 1), made(NEOX, 2)).verdict == "unrelated"
-    found = diff(made(NEOX), made(Model(**SIZES | {"num_layers": 3}, rotary_pct=0.5, parallel_residual=True)))
+    found = diff(made(NEOX), made(ModelConfig(**SIZES | {"num_layers": 3}, rotary_pct=0.5, parallel_residual=True)))
     assert found.verdict == "other_architecture"
     assert "model.num_layers: 2 | 3" in found.structure
-    assert diff(made(NEOX), made(Model(**SIZES | {"hidden_size": 64}))).verdict == "other_architecture"
+    assert diff(made(NEOX), made(ModelConfig(**SIZES | {"hidden_size": 64}))).verdict == "other_architecture"
     assert diff(made(NEOX), made(FAMILIES["llama"])).verdict == "other_architecture"
 
 
@@ -247,7 +247,7 @@ def test_figures_are_those_of_their_definitions(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("castalia.checkpoint.compare.PAIR_BYTES", 100)  # several pieces
     torch.manual_seed(0)
     a, b = torch.randn(13, 7), torch.randn(13, 7)
-    found = measure(Held(a), Held(b))
+    found = measure(InMemory(a), InMemory(b))
     assert found.count == 91
     assert found.max_diff == pytest.approx(float((a - b).abs().max()))
     assert found.relative == pytest.approx(float((a - b).norm() / a.norm()), rel=1e-6)
@@ -257,18 +257,18 @@ def test_figures_are_those_of_their_definitions(monkeypatch: pytest.MonkeyPatch)
 
 def test_equality_sees_one_changed_row_and_the_sign_of_zero() -> None:
     a = torch.zeros(200, 3)
-    assert equal(Held(a), Held(a.clone()))
+    assert equal(InMemory(a), InMemory(a.clone()))
     for value in (1.0, -0.0):
         b = a.clone()
         b[101, 1] = value
-        assert not equal(Held(a), Held(b))
-    assert not close(Held(a), Held(a))
+        assert not equal(InMemory(a), InMemory(b))
+    assert not close(InMemory(a), InMemory(a))
 
 
 def test_the_command_prints_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     from castalia.cli.diff import command
 
-    cfg = Model(**SIZES | {"vocab_size": 96})
+    cfg = ModelConfig(**SIZES | {"vocab_size": 96})
     for seed in (1, 2):
         written(at_step_0(cfg, seed), tmp_path / str(seed), "native")
     command(str(tmp_path / "1"), str(tmp_path / "2"), plot=tmp_path / "out" / "ratios.png")

@@ -17,7 +17,7 @@ from castalia.checkpoint.formats.native.save import CheckpointSaver
 from castalia.checkpoint.restore import load_model
 from castalia.checkpoint.sampled_values import SPAN_ELEMENTS, Sums, as_float32, sample
 from castalia.checkpoint.tensors import Checkpoint, Progress
-from castalia.config.schema import Model, RunConfig
+from castalia.config.schema import ModelConfig, RunConfig
 from castalia.errors import CheckpointError
 from castalia.examine.inspect import report
 from castalia.plan.count import tensor_shapes
@@ -186,7 +186,7 @@ def test_the_full_reading_lists_tensors_and_finds_damage(broken):
 
 @pytest.mark.parametrize("file", ["model", "optimizer"])
 def test_the_full_reading_verifies_our_own_checkpoints(file, tmp_path):
-    model = Model(num_layers=1, hidden_size=64, num_heads=4, max_positions=48, vocab_size=20_000)
+    model = ModelConfig(num_layers=1, hidden_size=64, num_heads=4, max_positions=48, vocab_size=20_000)
     written(made(model), tmp_path / "native", "native")
     assert inspected(tmp_path / "native", full=True)["anomalies"] == []
     path = tmp_path / "native" / f"{file}-00000.safetensors"

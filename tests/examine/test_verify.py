@@ -12,15 +12,15 @@ import torch
 
 from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.restore import build_model
-from castalia.config.schema import Model
+from castalia.config.schema import ModelConfig
 from castalia.errors import CheckpointError
 from castalia.examine.verify import logits, probe_tokens, verify
 from tests.checkpoint.made import FAMILIES, SIZES, changed, made, written
 
 OTHERS = {
-    "alibi": Model(**SIZES, position="alibi"),
-    "sinusoidal": Model(**SIZES, position="sinusoidal", norm="scalenorm"),
-    "shared norm": Model(**SIZES, parallel_residual=True, shared_norm=True, norm="layernorm_no_params"),
+    "alibi": ModelConfig(**SIZES, position="alibi"),
+    "sinusoidal": ModelConfig(**SIZES, position="sinusoidal", norm="scalenorm"),
+    "shared norm": ModelConfig(**SIZES, parallel_residual=True, shared_norm=True, norm="layernorm_no_params"),
 }
 
 

@@ -3,11 +3,11 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from castalia.config.schema import Model
+from castalia.config.schema import ModelConfig
 from castalia.model.init import initialize
 from castalia.model.transformer import Transformer
 
-TINY = Model(
+TINY = ModelConfig(
     num_layers=2,
     hidden_size=32,
     num_heads=4,

@@ -15,11 +15,11 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from castalia.checkpoint.restore import load_model
 from castalia.cli import main as cli
 from castalia.cli.generate import in_order
-from castalia.config.schema import Tokenizer
+from castalia.config.schema import TokenizerConfig
 from castalia.data.indexed import DatasetWriter
 from castalia.data.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
 from castalia.errors import CheckpointError
-from castalia.generate.generation import Piece, generate
+from castalia.generate.generation import TextPiece, generate
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +119,11 @@ def sampled(folder, tmp_path, monkeypatch, capsys):
         assert stop.value.code == code, err
         return out, err
 
-    call.expected = lambda **sampling: (
-        f"In{generate(load_model(place), load_tokenizer(Tokenizer(path=str(place))), ['In'], seed=4, **sampling)[0]}\n"
-    )
+    def expected(**sampling):
+        tokenizer = load_tokenizer(TokenizerConfig(path=str(place)))
+        return f"In{generate(load_model(place), tokenizer, ['In'], seed=4, **sampling)[0]}\n"
+
+    call.expected = expected
     return call
 
 
@@ -186,7 +188,7 @@ def test_mistakes_are_one_message(folder, args, message, monkeypatch, capsys):
 
 def test_rows_come_in_order():
     pieces = [(1, "b", False), (0, "a", False), (2, "c", True), (0, "A", True), (1, "B", False), (1, "!", True)]
-    ordered = list(in_order(Piece(*piece) for piece in pieces))
+    ordered = list(in_order(TextPiece(*piece) for piece in pieces))
     assert ordered == [
         (0, "a", False),
         (0, "A", True),

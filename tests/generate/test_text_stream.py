@@ -3,7 +3,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from castalia.config.schema import Tokenizer as Config
+from castalia.config.schema import TokenizerConfig
 from castalia.data.tokenizer import RustTokenizer, load_tokenizer, train_bpe
 from castalia.generate.text_stream import TextStream
 
@@ -110,12 +110,12 @@ def sentence_pieces(folder, added):
     (folder / "m.model").rename(folder / "tokenizer.model")
     if added:
         (folder / "added_tokens.json").write_text('{"<x>": 301, "<y>": 302}')
-    return load_tokenizer(Config(path=str(folder)))
+    return load_tokenizer(TokenizerConfig(path=str(folder)))
 
 
 KINDS = {
-    "bytes": lambda folder: load_tokenizer(Config(kind="bytes")),
-    "characters": lambda folder: load_tokenizer(Config(kind="char")),
+    "bytes": lambda folder: load_tokenizer(TokenizerConfig(kind="bytes")),
+    "characters": lambda folder: load_tokenizer(TokenizerConfig(kind="char")),
     "byte-level, no merges": lambda folder: byte_level(257),
     "byte-level": lambda folder: byte_level(300),
     "byte fallback": lambda folder: byte_fallback(),

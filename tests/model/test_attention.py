@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from castalia.config.attention_kernels import Choice, Sight, choose_kernel
-from castalia.config.schema import Model
+from castalia.config.schema import ModelConfig
 from castalia.generate.kv_cache import KVCache
 from castalia.model import attention, transformer
 from castalia.model.attention import DTYPE_NAMES, attend, capability, prefers_cudnn, without_cudnn
@@ -18,7 +18,9 @@ from castalia.model.positions import Alibi, aligned_rows, score_bias, visible
 from castalia.model.transformer import Transformer
 
 BACKENDS = {"plain": 0, "flash": 1, "memory-efficient": 2, "cuDNN": 3}  # torch.nn.attention.SDPBackend
-TINY = Model(num_layers=3, hidden_size=64, num_heads=4, num_kv_heads=2, vocab_size=90, max_positions=64, init_std=0.3)
+TINY = ModelConfig(
+    num_layers=3, hidden_size=64, num_heads=4, num_kv_heads=2, vocab_size=90, max_positions=64, init_std=0.3
+)
 TOKENS = torch.randint(90, (2, 20), generator=torch.Generator().manual_seed(0))
 
 

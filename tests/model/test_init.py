@@ -8,13 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from castalia.config.schema import Model
+from castalia.config.schema import ModelConfig
 from castalia.model import init
 from castalia.model.init import initialize, neox_matrices, seeded_tensor
 from castalia.model.transformer import Transformer
 
-TINY = Model(num_layers=2, hidden_size=48, num_heads=4, vocab_size=100, vocab_multiple=64, max_positions=32)
-NEOX = Model(
+TINY = ModelConfig(num_layers=2, hidden_size=48, num_heads=4, vocab_size=100, vocab_multiple=64, max_positions=32)
+NEOX = ModelConfig(
     num_layers=2,
     hidden_size=48,
     num_heads=4,
@@ -30,7 +30,7 @@ NEOX = Model(
 )
 
 
-def initialized(cfg: Model, seed: int = 1) -> Transformer:
+def initialized(cfg: ModelConfig, seed: int = 1) -> Transformer:
     model = Transformer(cfg)
     initialize(model, cfg, seed)
     return model

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from castalia.config.schema import Model, RopeScaling
+from castalia.config.schema import ModelConfig, RopeScaling
 from castalia.model.transformer import Transformer
 
 SHAPE = {"num_layers": 2, "hidden_size": 48, "num_heads": 4, "mlp_size": 80, "vocab_size": 96, "vocab_multiple": 1}
@@ -41,7 +41,7 @@ OUTER_NAMES = {
 LAYERS = {"neox": "gpt_neox.layers", "gpt2": "transformer.h", "llama": "model.layers"}
 
 
-def theirs(family: str, name: str, state: dict[str, Tensor], cfg: Model) -> Tensor:
+def theirs(family: str, name: str, state: dict[str, Tensor], cfg: ModelConfig) -> Tensor:
     """The value of our parameter `name` in their state dict."""
     module, _, kind = name.rpartition(".")
     if not name.startswith("blocks."):
@@ -60,7 +60,7 @@ def theirs(family: str, name: str, state: dict[str, Tensor], cfg: Model) -> Tens
     return value
 
 
-def copy_of(reference: PreTrainedModel, family: str, cfg: Model) -> Transformer:
+def copy_of(reference: PreTrainedModel, family: str, cfg: ModelConfig) -> Transformer:
     model = Transformer(cfg)
     state = {name.replace("embed_out", "lm_head"): value for name, value in reference.state_dict().items()}
     model.load_state_dict({name: theirs(family, name, state, cfg) for name in model.state_dict()})
@@ -76,7 +76,7 @@ def randomized(reference: PreTrainedModel) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def assert_same_logits(reference: PreTrainedModel, family: str, cfg: Model) -> None:
+def assert_same_logits(reference: PreTrainedModel, family: str, cfg: ModelConfig) -> None:
     model = copy_of(randomized(reference), family, cfg)
     tokens = torch.randint(cfg.vocab_size, (2, 48), generator=torch.Generator().manual_seed(2))
     expected = reference(tokens).logits
@@ -96,7 +96,7 @@ def test_gpt_neox(parallel, rotary_pct, activation, variant):
             **HF_SHAPE, use_parallel_residual=parallel, hidden_act=activation, rope_parameters=rope, **variant
         )
     )
-    cfg = Model(
+    cfg = ModelConfig(
         **SHAPE,
         parallel_residual=parallel,
         rotary_pct=rotary_pct,
@@ -114,7 +114,7 @@ def test_gpt2(activation):
     shape = {"n_layer": 2, "n_embd": 48, "n_head": 4, "n_inner": 80, "n_positions": 64, "vocab_size": 96}
     reference = GPT2LMHeadModel(GPT2Config(**shape, activation_function=activation))
     ours = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu"}[activation]
-    cfg = Model(**SHAPE, max_positions=64, position="learned", tie_embeddings=True, activation=ours)
+    cfg = ModelConfig(**SHAPE, max_positions=64, position="learned", tie_embeddings=True, activation=ours)
     assert_same_logits(reference, "gpt2", cfg)
 
 
@@ -147,7 +147,7 @@ def test_llama(kv_heads, variant, scaling):
     reference = LlamaForCausalLM(
         LlamaConfig(**HF_SHAPE, num_key_value_heads=kv_heads, rms_norm_eps=1e-6, rope_parameters=rope, **variant)
     )
-    cfg = Model(
+    cfg = ModelConfig(
         **SHAPE,
         num_kv_heads=kv_heads,
         norm="rmsnorm",
@@ -191,9 +191,9 @@ def test_logits_of_the_original(fixtures, name):
     torch.testing.assert_close(logits, torch.from_numpy(expected["logits"]), atol=tolerance, rtol=0)
 
 
-def model_config(config: dict) -> Model:
+def model_config(config: dict) -> ModelConfig:
     neox = config["model_type"] == "gpt_neox"
-    return Model(
+    return ModelConfig(
         num_layers=config["num_hidden_layers"],
         hidden_size=config["hidden_size"],
         num_heads=config["num_attention_heads"],

@@ -5,18 +5,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from castalia.config.schema import Model
+from castalia.config.schema import ModelConfig
 from castalia.errors import ConfigError
 from castalia.model.init import initialize
 from castalia.model.transformer import Transformer
 
-TINY = Model(
+TINY = ModelConfig(
     num_layers=2, hidden_size=48, num_heads=6, num_kv_heads=3, vocab_size=90, vocab_multiple=32, max_positions=40
 )
 TOKENS = torch.randint(90, (2, 20), generator=torch.Generator().manual_seed(0))
 
 
-def model_of(base: Model = TINY, exact: bool = False, **update) -> Transformer:
+def model_of(base: ModelConfig = TINY, exact: bool = False, **update) -> Transformer:
     """In eval mode, with weights large enough that every part shows in the logits."""
     model = Transformer(base.model_copy(update={"init_std": 0.3, "output_init_method": "normal"} | update), exact=exact)
     initialize(model, model.cfg, seed=1)
@@ -34,14 +34,40 @@ def close(a: Tensor, b: Tensor) -> None:
 @pytest.mark.parametrize(
     ("cfg", "count"),
     [
-        (Model(num_layers=6, hidden_size=128, num_heads=4, vocab_size=50277), 14_067_712),
-        (Model(num_layers=44, hidden_size=6144, num_heads=64, vocab_size=50277, vocab_multiple=256), 20_554_567_680),
-        (Model(num_layers=12, hidden_size=768, num_heads=12, vocab_size=50257, vocab_multiple=1, max_positions=1024,
-              position="learned", tie_embeddings=True), 124_439_808),
-        (Model(num_layers=32, hidden_size=4096, num_heads=32, vocab_size=32000, mlp_size=11008, norm="rmsnorm",
-              gated_mlp=True, attention_bias=False, mlp_bias=False), 6_738_415_616),
+        (ModelConfig(num_layers=6, hidden_size=128, num_heads=4, vocab_size=50277), 14_067_712),
+        (
+            ModelConfig(num_layers=44, hidden_size=6144, num_heads=64, vocab_size=50277, vocab_multiple=256),
+            20_554_567_680,
+        ),
+        (
+            ModelConfig(
+                num_layers=12,
+                hidden_size=768,
+                num_heads=12,
+                vocab_size=50257,
+                vocab_multiple=1,
+                max_positions=1024,
+                position="learned",
+                tie_embeddings=True,
+            ),
+            124_439_808,
+        ),
+        (
+            ModelConfig(
+                num_layers=32,
+                hidden_size=4096,
+                num_heads=32,
+                vocab_size=32000,
+                mlp_size=11008,
+                norm="rmsnorm",
+                gated_mlp=True,
+                attention_bias=False,
+                mlp_bias=False,
+            ),
+            6_738_415_616,
+        ),
     ],
-)  # fmt: skip
+)
 def test_parameter_counts_of_known_models(cfg, count):
     with torch.device("meta"):
         model = Transformer(cfg)

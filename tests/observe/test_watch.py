@@ -12,12 +12,12 @@ import torch
 from castalia.checkpoint.formats import open_checkpoint
 from castalia.cli.train import read_config, train
 from castalia.config.load import load_config
-from castalia.config.schema import Watch as Settings
+from castalia.config.schema import WatchConfig
 from castalia.data.loader import open_data
 from castalia.errors import ConfigError, TrainingError
 from castalia.observe.metrics import read_events, read_metrics
 from castalia.observe.watch import Pace, Spikes
-from castalia.train.update_history import way_to
+from castalia.train.update_history import history_before
 from castalia.tune.replay import replay
 from tests.train.conftest import MODEL
 
@@ -190,7 +190,7 @@ def test_units_that_die_are_counted(poisoned, tmp_path):
 
 def test_spikes_are_upward_and_far_from_the_median():
     draw = random.Random(1)
-    watch = Spikes(Settings(window=20))
+    watch = Spikes(WatchConfig(window=20))
     for step in range(60):
         loss, norm = 3 - step / 100 + draw.gauss(0, 0.02), draw.lognormvariate(0, 0.2)
         assert watch.look(loss, norm) is None
@@ -199,9 +199,9 @@ def test_spikes_are_upward_and_far_from_the_median():
     assert watch.look(2.4, 50.0).what == ("grad_norm",)
     assert watch.look(0.1, 0.001) is None
     assert watch.look(float("nan"), 1.0).what == ("loss",)
-    again = Spikes(Settings(window=20), json.loads(json.dumps(watch.stored())))
+    again = Spikes(WatchConfig(window=20), json.loads(json.dumps(watch.stored())))
     assert again.look(5.0, 50.0) == watch.look(5.0, 50.0)
-    assert Spikes(Settings(window=20)).look(5.0, 50.0) is None  # it does not know yet what is usual
+    assert Spikes(WatchConfig(window=20)).look(5.0, 50.0) is None  # it does not know yet what is usual
 
 
 def test_a_change_of_pace_is_told_once():
@@ -223,12 +223,12 @@ def test_the_way_to_a_step_knows_what_was_undone():
         {"event": "start", "step": 30},
         {"event": "rewind", "step": 35, "back_to": 30},
     ]
-    way = way_to(events, 40)
+    way = history_before(events, 40)
     assert (way.begin, way.saved, way.skipped, way.rewound) == (0, [10, 30], {13}, {*range(11, 26), *range(31, 36)})
-    undone = way_to(events, 23)
+    undone = history_before(events, 23)
     assert (undone.saved, undone.skipped, undone.rewound) == ([10, 20], {13}, set())
-    assert way_to(events, 10).saved == []
-    assert way_to([*events, {"event": "start", "step": 10}], 23).saved == [10]  # done again, the other way
+    assert history_before(events, 10).saved == []
+    assert history_before([*events, {"event": "start", "step": 10}], 23).saved == [10]  # done again, the other way
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from castalia.checkpoint.formats import open_checkpoint
-from castalia.config.schema import Model
+from castalia.config.schema import ModelConfig
 from castalia.errors import ConfigError
 from castalia.evaluate.perplexity import evaluate
 from castalia.train.loop import train
@@ -20,11 +20,11 @@ SLOW = pytest.mark.slow
 
 SIZES = {"num_layers": 4, "hidden_size": 32, "num_heads": 4, "vocab_size": 257, "vocab_multiple": 16}
 MODELS = {
-    "neox": Model(**SIZES, rotary_pct=0.5, parallel_residual=True),
-    "llama": Model(
+    "neox": ModelConfig(**SIZES, rotary_pct=0.5, parallel_residual=True),
+    "llama": ModelConfig(
         **SIZES, num_kv_heads=2, norm="rmsnorm", gated_mlp=True, activation="silu", attention_bias=False, mlp_bias=False
     ),
-    "tied": Model(**SIZES, position="learned", tie_embeddings=True, max_positions=16),
+    "tied": ModelConfig(**SIZES, position="learned", tie_embeddings=True, max_positions=16),
 }
 LORA = ["finetune.lora.rank=3", "optimizer.lr=0.02"]
 WITH_HEAD = [*LORA, 'finetune.lora.targets=["attn.qkv", "attn.out", "mlp.down", "head"]']

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from castalia.config.schema import Model, Preference, RunConfig, Train
+from castalia.config.schema import ModelConfig, PreferenceConfig, RunConfig, TrainConfig
 from castalia.data.loader import Batch
 from castalia.model.transformer import Transformer
-from castalia.parallel.executor import Engine, Rows
+from castalia.parallel.executor import Executor, Rows
 from castalia.train.preference import PreferenceLoss
 
-MODEL = Model(num_layers=2, hidden_size=16, num_heads=2, vocab_size=40, vocab_multiple=1, max_positions=12)
+MODEL = ModelConfig(num_layers=2, hidden_size=16, num_heads=2, vocab_size=40, vocab_multiple=1, max_positions=12)
 META = torch.device("meta")
 
 
@@ -29,9 +29,9 @@ class Transfers(TorchDispatchMode):
         return out
 
 
-def engine() -> Engine:
+def engine() -> Executor:
     with META:
-        return Engine(Transformer(MODEL))
+        return Executor(Transformer(MODEL))
 
 
 def batch() -> Batch:
@@ -50,11 +50,13 @@ def test_a_steps_batch_goes_to_the_device_once():
 
 @pytest.mark.parametrize("objective", ["dpo", "kto", "reward"])
 def test_preferences_wait_for_no_value_of_the_device(objective):
-    config = RunConfig(model=MODEL, train=Train(objective=objective), preference=Preference(reference_free=True))
+    config = RunConfig(
+        model=MODEL, train=TrainConfig(objective=objective), preference=PreferenceConfig(reference_free=True)
+    )
     learner = engine()
     if objective == "reward":
         with META:
-            learner = Engine(Transformer(MODEL.model_copy(update={"reward_head": True})))
+            learner = Executor(Transformer(MODEL.model_copy(update={"reward_head": True})))
     loss = PreferenceLoss(config, learner, engine(), accumulation=2)
     assert loss.forward_backward(batch(), 1.0, [1, 2]).device == META
     with pytest.raises(NotImplementedError):  # the report, which comes last

@@ -10,10 +10,10 @@ from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from castalia.config.batch import BatchPlan
-from castalia.config.schema import Data, Model, Optimizer, Parallel, RunConfig
+from castalia.config.schema import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
 from castalia.data.loader import Batch
-from castalia.parallel.executor import Part, first, one_process
-from castalia.parallel.mesh_executor import Ranks
+from castalia.parallel.executor import RankPart, first, one_process
+from castalia.parallel.mesh_executor import MeshExecutor
 from castalia.train.optimizer import make_optimizer
 from castalia.train.schedule import LearningRate
 from castalia.train.step import TrainStep
@@ -28,7 +28,7 @@ def one_of_two():
 
 
 def test_the_norm_of_offloaded_gradients_is_on_the_device_of_the_loss(one_of_two):
-    ranks = object.__new__(Ranks)  # gradients and parameters on the host, activations and losses on the device
+    ranks = object.__new__(MeshExecutor)  # gradients and parameters on the host, activations and losses on the device
     model = nn.Linear(3, 3)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -41,7 +41,7 @@ def test_the_norm_of_offloaded_gradients_is_on_the_device_of_the_loss(one_of_two
 
 
 def test_the_first_entries_of_a_part():
-    part = Part(torch.arange(6.0).view(2, 3), (8, 3), (4, 0), True)  # rows 4 and 5
+    part = RankPart(torch.arange(6.0).view(2, 3), (8, 3), (4, 0), True)  # rows 4 and 5
     assert [first(part, (0, size)).numel() for size in (4, 5, 8)] == [0, 3, 6]
     assert first(part, (1, 1)).flatten().tolist() == [0.0, 3.0] and first(part, None) is part.local
 
@@ -51,21 +51,24 @@ def test_the_first_entries_of_a_part():
 def test_offloaded_steps_are_those_of_a_gpu_alone(zero, tmp_path):
     """On one GPU, whose group of one rank has both back ends, as that of many."""
     device, plan = torch.device("cuda"), BatchPlan(8, 4, 2)
-    model = Model(num_layers=2, hidden_size=32, num_heads=2, vocab_size=64, max_positions=16)
-    config = RunConfig(model=model, data=Data(seq_length=16), parallel=Parallel(zero=zero, offload=True))
+    model = ModelConfig(num_layers=2, hidden_size=32, num_heads=2, vocab_size=64, max_positions=16)
+    config = RunConfig(model=model, data=DataConfig(seq_length=16), parallel=ParallelConfig(zero=zero, offload=True))
     draw, found = np.random.default_rng(0), []
     batches = [Batch(*draw.integers(0, 64, (2, 8, 16)), np.ones((8, 16), bool)) for _ in range(3)]
     store = dist.FileStore(str(tmp_path / "store"), 1)
     dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1)
     try:
-        alone = config.model_copy(update={"parallel": Parallel()})
-        for engine in (Ranks(config, torch.bfloat16, device, plan), one_process(alone, torch.bfloat16, device, plan)):
+        alone = config.model_copy(update={"parallel": ParallelConfig()})
+        for engine in (
+            MeshExecutor(config, torch.bfloat16, device, plan),
+            one_process(alone, torch.bfloat16, device, plan),
+        ):
             engine.initialize(config)
-            optimizer = make_optimizer(engine.parameters, Optimizer(lr=0.01))
+            optimizer = make_optimizer(engine.parameters, OptimizerConfig(lr=0.01))
             rate = LearningRate(0.01, 0.0, 0.0, 100, "constant")
             step = TrainStep(engine, optimizer, rate, plan, seed=1, clip_norm=1.0)
             found.append([step(number, batch)[:2] for number, batch in enumerate(batches)])
-        offloaded = next(iter(Ranks(config, torch.bfloat16, device, plan).parameters.values()))
+        offloaded = next(iter(MeshExecutor(config, torch.bfloat16, device, plan).parameters.values()))
     finally:
         dist.destroy_process_group()
     assert offloaded.device.type == "cpu"

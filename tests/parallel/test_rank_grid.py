@@ -6,18 +6,18 @@ import pytest
 
 from castalia.cli.main import main
 from castalia.config.load import dump_config
-from castalia.config.schema import Parallel
+from castalia.config.schema import ParallelConfig
 from castalia.errors import ConfigError
-from castalia.parallel.rank_grid import Layout, check_run, layout
+from castalia.parallel.rank_grid import RankGrid, check_run, layout
 
 
 @pytest.mark.parametrize(
     "world, parallel, expected",
     [
-        (8, Parallel(tp=2, pp=2), Layout(2, 2, 1, 1, 2)),
-        (8, Parallel(tp=2, pp=2, zero=1), Layout(2, 1, 2, 1, 2)),
-        (96, Parallel(tp=2, pp=4, zero=1), Layout(4, 1, 12, 1, 2)),
-        (8, Parallel(zero=3, dp_replicate=2, cp=2), Layout(1, 2, 2, 2, 1)),
+        (8, ParallelConfig(tp=2, pp=2), RankGrid(2, 2, 1, 1, 2)),
+        (8, ParallelConfig(tp=2, pp=2, zero=1), RankGrid(2, 1, 2, 1, 2)),
+        (96, ParallelConfig(tp=2, pp=4, zero=1), RankGrid(4, 1, 12, 1, 2)),
+        (8, ParallelConfig(zero=3, dp_replicate=2, cp=2), RankGrid(1, 2, 2, 2, 1)),
     ],
 )
 def test_the_grid(world, parallel, expected):
@@ -97,7 +97,7 @@ def test_config_check_refuses_what_the_named_devices_cannot_hold(tiny, tmp_path,
 
 def test_heads_widths_and_vocabularies_that_do_not_divide_are_all_named(tiny):
     config = tiny("llama", "model.vocab_size=257", "model.vocab_multiple=1")
-    config = config.model_copy(update={"parallel": Parallel(tp=4)})
+    config = config.model_copy(update={"parallel": ParallelConfig(tp=4)})
     with pytest.raises(ConfigError) as refused:
         check_run(config, 4)
     first, second = str(refused.value).splitlines()

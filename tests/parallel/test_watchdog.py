@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from castalia.parallel.watchdog import ENDED, Lookout, RankLost, operations, wait_until
+from castalia.parallel.watchdog import ENDED, RankLost, Watchdog, operations, wait_until
 
 pytestmark = pytest.mark.xdist_group("pool")
 
@@ -57,7 +57,7 @@ def stores():
 
 def test_a_rank_tells_where_it_is_when_somebody_asks():
     store, group = stores()
-    with Lookout(store, group, 3, 4):
+    with Watchdog(store, group, 3, 4):
         group.set("asked", "")
         group.get("at 3")  # waits for it
     said = operations(group, [2, 3])
@@ -70,7 +70,7 @@ def deaf(port, what):
     signal.signal(signal.SIGTERM, lambda *_: None)
     store = dist.TCPStore("127.0.0.1", port)
     group = dist.PrefixStore("group", store)
-    with Lookout(store, group, 0, 2, patience_s=0.5):
+    with Watchdog(store, group, 0, 2, patience_s=0.5):
         if what == "signal":
             os.kill(os.getpid(), signal.SIGTERM)
         group.get(

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from castalia.config.load import load_config, preset_names
-from castalia.config.schema import Model
+from castalia.config.schema import ModelConfig
 from castalia.plan.count import count, original_count, tensor_shapes, tp_dim
 from castalia.plan.memory import checkpoint_bytes
 
@@ -58,9 +58,9 @@ ROWS = (
 )
 
 
-def model_of(shape: tuple, **choices: object) -> Model:
+def model_of(shape: tuple, **choices: object) -> ModelConfig:
     layers, hidden, heads, kv_heads, width, vocab, multiple = shape
-    return Model(
+    return ModelConfig(
         num_layers=layers,
         hidden_size=hidden,
         num_heads=heads,
@@ -158,9 +158,9 @@ def test_ratios_of_the_deep_and_the_shallow_model() -> None:
 
 def test_unused_norms_and_tied_copies_count_in_the_original() -> None:
     base = {"num_layers": 2, "hidden_size": 8, "num_heads": 2, "vocab_size": 16, "vocab_multiple": 1}
-    shared = Model(**base, parallel_residual=True, shared_norm=True)
+    shared = ModelConfig(**base, parallel_residual=True, shared_norm=True)
     assert original_count(shared) - count(shared).total == 2 * 2 * 8
-    tied = Model(**base, position="learned", max_positions=4, tie_embeddings=True)
+    tied = ModelConfig(**base, position="learned", max_positions=4, tie_embeddings=True)
     assert original_count(tied, pp=2) - count(tied).total == (16 + 4) * 8
 
 
@@ -183,7 +183,7 @@ def test_the_model_on_the_meta_device_has_exactly_these_tensors(choices) -> None
 
     from castalia.model.transformer import Transformer
 
-    model = Model(num_layers=2, hidden_size=32, num_heads=4, vocab_size=100, max_positions=16, **choices)
+    model = ModelConfig(num_layers=2, hidden_size=32, num_heads=4, vocab_size=100, max_positions=16, **choices)
     with torch.device("meta"):
         real = {name: tuple(p.shape) for name, p in Transformer(model).named_parameters()}
     assert tensor_shapes(model) == real

@@ -9,7 +9,7 @@ from castalia.errors import ConfigError
 from castalia.plan.devices import DEVICES, find_device, parse_gpus
 from castalia.plan.layout import Layout
 from castalia.plan.memory import Compute
-from castalia.plan.run_plan import Hardware, Known, report
+from castalia.plan.run_plan import Hardware, RunFacts, report
 
 # What torch.cuda.get_device_name() says -> dense bf16 TFLOP/s (fp16 before Ampere), of the makers' data sheets.
 NAMES = {
@@ -89,8 +89,8 @@ def test_rates_by_precision() -> None:
 
 def test_a_card_without_bf16_is_planned_in_the_fp32_that_it_trains_in() -> None:
     config = load_config("pythia-160m", ["train.batch_size=64", "train.micro_batch_size=4"])
-    plans = {name: report(config, Known(), Hardware(1, DEVICES[name])) for name in ("v100-32", "a100-40")}
-    given = report(config.model_copy(update={"precision": fp32(config)}), Known(), Hardware(1, DEVICES["v100-32"]))
+    plans = {name: report(config, RunFacts(), Hardware(1, DEVICES[name])) for name in ("v100-32", "a100-40")}
+    given = report(config.model_copy(update={"precision": fp32(config)}), RunFacts(), Hardware(1, DEVICES["v100-32"]))
     assert plans["v100-32"]["memory"] == given["memory"]
     assert plans["v100-32"]["training"]["precision"].startswith("fp32 compute")
     assert plans["a100-40"]["training"]["precision"].startswith("bf16 compute")

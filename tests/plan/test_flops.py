@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from castalia.config.load import load_config
-from castalia.config.schema import Model
+from castalia.config.schema import ModelConfig
 from castalia.plan.flops import (
     executed_flops,
     kv_cache_bytes,
@@ -22,7 +22,7 @@ def test_matrix_products_are_those_that_torch_counts() -> None:
     from castalia.model.transformer import Transformer
 
     length = 64
-    model = Model(
+    model = ModelConfig(
         num_layers=2, hidden_size=64, num_heads=4, num_kv_heads=2, mlp_size=96, gated_mlp=True, vocab_size=512,
         norm="rmsnorm", attention_bias=False, mlp_bias=False,
     )  # fmt: skip

@@ -7,11 +7,13 @@ import pytest
 from castalia.config.load import load_config
 from castalia.plan.devices import DEVICES
 from castalia.plan.host import CORES, HALF_RING_BYTES, SEEDED_RATE, STREAM_RATE, initial_values
-from castalia.plan.run_plan import Hardware, Known, default_compute, described, layout_of, report
+from castalia.plan.run_plan import Hardware, RunFacts, default_compute, described, layout_of, report
 
 
 def plan(name: str, gpus: int, *overrides: str, device: str = "h100") -> dict:
-    return report(load_config(name, ["model.vocab_size=50277", *overrides]), Known(), Hardware(gpus, DEVICES[device]))
+    return report(
+        load_config(name, ["model.vocab_size=50277", *overrides]), RunFacts(), Hardware(gpus, DEVICES[device])
+    )
 
 
 def test_a_saves_copies_are_those_of_a_machine_with_its_rings() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from castalia.config.schema import Finetune, Lora, Model, Optimizer, Preference
+from castalia.config.schema import FinetuneConfig, LoraConfig, ModelConfig, OptimizerConfig, PreferenceConfig
 from castalia.model import transformer
 from castalia.model.lora import add_adapters, freeze
 from castalia.model.transformer import Transformer
@@ -37,7 +37,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def build(model: Model, dtype: torch.dtype, finetune: Finetune) -> Transformer:
+def build(model: ModelConfig, dtype: torch.dtype, finetune: FinetuneConfig) -> Transformer:
     transformer = Transformer(model, compute_dtype=dtype)
     add_adapters(transformer, finetune.lora)
     freeze(transformer, finetune)
@@ -46,13 +46,13 @@ def build(model: Model, dtype: torch.dtype, finetune: Finetune) -> Transformer:
     return transformer
 
 
-def peak_bytes(model: Model, layout: Layout, dtype: torch.dtype, compute: Compute | None = None) -> int:
+def peak_bytes(model: ModelConfig, layout: Layout, dtype: torch.dtype, compute: Compute | None = None) -> int:
     """Most bytes that tensors hold during a training step, parameters and optimizer state included."""
     compute = compute or Compute()
     transformer = build(model, dtype, compute.finetune)
-    reference = build(model, dtype, Finetune()) if compute.reference else None
+    reference = build(model, dtype, FinetuneConfig()) if compute.reference else None
     apply_recompute(transformer, layout.recompute, dropout=False)
-    optimizer = make_optimizer(dict(transformer.named_parameters()), Optimizer())
+    optimizer = make_optimizer(dict(transformer.named_parameters()), OptimizerConfig())
     state = sum(4 * (3 if p.requires_grad else 1) * p.numel() for p in transformer.parameters())
     state += sum(4 * p.numel() for p in reference.parameters()) if reference else 0
 
@@ -64,7 +64,7 @@ def peak_bytes(model: Model, layout: Layout, dtype: torch.dtype, compute: Comput
         values = transformer(tokens, labels=tokens, each=True)
         if compute.objective == "reward":
             return reward_model(values, 0.0).losses.sum()
-        return dpo(values, logps, torch.full_like(values, LENGTH), Preference()).losses.sum()
+        return dpo(values, logps, torch.full_like(values, LENGTH), PreferenceConfig()).losses.sum()
 
     def step() -> None:
         tokens = torch.randint(0, 100, (compute.sides * layout.micro_batch, LENGTH))
@@ -89,7 +89,7 @@ def peak_bytes(model: Model, layout: Layout, dtype: torch.dtype, compute: Comput
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_training_step_takes_the_planned_memory(family, dtype, recompute) -> None:
-    model = Model(**(BASE | FAMILIES[family]))
+    model = ModelConfig(**(BASE | FAMILIES[family]))
     compute = Compute(name_of(dtype), "cpu")
     for micro_batch, accumulation in ((3, 1), (2, 2)):
         layout = Layout(micro_batch=micro_batch, accumulation=accumulation, recompute=recompute)
@@ -111,7 +111,7 @@ ATTENTION = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ATTENTION)
 def test_so_do_a_bias_and_the_scores_of_the_plain_kernel(kind, dtype, recompute) -> None:
-    model = Model(**(BASE | {"num_heads": 16} | ATTENTION[kind]))
+    model = ModelConfig(**(BASE | {"num_heads": 16} | ATTENTION[kind]))
     compute, layout = Compute(name_of(dtype), "cpu"), Layout(micro_batch=2, recompute=recompute)
     planned = memory_by_stage(model, layout, LENGTH, compute)[0].total
     assert planned == pytest.approx(peak_bytes(model, layout, dtype), rel=0.06)
@@ -119,7 +119,7 @@ def test_so_do_a_bias_and_the_scores_of_the_plain_kernel(kind, dtype, recompute)
 
 def test_so_do_keys_and_values_that_are_repeated_for_their_groups(monkeypatch) -> None:
     """As the memory-efficient kernel of GPUs wants them; here the CPU's kernel gets them."""
-    model, layout = Model(**(BASE | {"num_kv_heads": 2, "num_heads": 8})), Layout(micro_batch=3)
+    model, layout = ModelConfig(**(BASE | {"num_kv_heads": 2, "num_heads": 8})), Layout(micro_batch=3)
     on_cpu, on_gpu = (activations(model, layout, 3 * LENGTH, LENGTH, Compute("fp32", d)).whole for d in ("cpu", "cuda"))
     before = peak_bytes(model, layout, torch.float32)
     monkeypatch.setattr(transformer, "capability", lambda _: (8, 0))
@@ -129,12 +129,12 @@ def test_so_do_keys_and_values_that_are_repeated_for_their_groups(monkeypatch) -
 
 
 def test_gathering_context_ranks_hold_all_keys_and_their_part_of_a_bias() -> None:
-    model = Model(**(BASE | {"position": "alibi"}))
+    model = ModelConfig(**(BASE | {"position": "alibi"}))
     parts = {kind: Layout(cp=2, cp_kind=kind, micro_batch=3) for kind in ("gather", "ulysses", "ring")}
     tokens, compute = 3 * LENGTH // 2, Compute("fp32", "cuda")
     one = attending(model, Layout(micro_batch=3), 3 * LENGTH, LENGTH, compute).bias
     assert one == 4 * 4 * LENGTH**2 and attending(model, parts["gather"], tokens, LENGTH, compute).bias == one // 2
-    model = Model(**BASE)
+    model = ModelConfig(**BASE)
     whole = {kind: activations(model, layout, tokens, LENGTH, compute).whole for kind, layout in parts.items()}
     assert whole["gather"] - whole["ring"] == 2 * 3 * LENGTH * 64 * 4 and whole["ulysses"] == whole["ring"]
 
@@ -149,21 +149,23 @@ def test_masks_and_slow_ways_of_gpus_are_in_the_plan() -> None:
         )
         return used - usual
 
-    model, scores = Model(**BASE), 4 * LENGTH**2
+    model, scores = ModelConfig(**BASE), 4 * LENGTH**2
     assert more((9, 0), sliding_window=16) == 2 * LENGTH**2
     assert more((7, 0)) > 3 * 4 * scores  # bf16 on a V100
-    model = Model(**(BASE | {"hidden_size": 240}))
+    model = ModelConfig(**(BASE | {"hidden_size": 240}))
     assert more((8, 0), sliding_window=16) > 3 * 4 * scores  # heads of 60
 
 
 PARTS = {
-    "adapters": {"finetune": Finetune(lora=Lora(rank=8))},
-    "adapters of some": {"finetune": Finetune(lora=Lora(rank=8, dropout=0.1, targets=("attn.qkv", "head")))},
-    "head alone": {"finetune": Finetune(train=("^head",))},
-    "last block": {"finetune": Finetune(train=("^blocks.2.", "^norm"))},
-    "frozen embedding": {"finetune": Finetune(freeze=("^embed",))},
+    "adapters": {"finetune": FinetuneConfig(lora=LoraConfig(rank=8))},
+    "adapters of some": {
+        "finetune": FinetuneConfig(lora=LoraConfig(rank=8, dropout=0.1, targets=("attn.qkv", "head")))
+    },
+    "head alone": {"finetune": FinetuneConfig(train=("^head",))},
+    "last block": {"finetune": FinetuneConfig(train=("^blocks.2.", "^norm"))},
+    "frozen embedding": {"finetune": FinetuneConfig(freeze=("^embed",))},
     "pairs": {"objective": "dpo", "reference": True},
-    "pairs with adapters": {"objective": "dpo", "reference": True, "finetune": Finetune(lora=Lora(rank=8))},
+    "pairs with adapters": {"objective": "dpo", "reference": True, "finetune": FinetuneConfig(lora=LoraConfig(rank=8))},
     "reward": {"objective": "reward"},
 }
 
@@ -177,7 +179,7 @@ PARTS = {
 def test_so_does_a_step_of_which_parts_train_or_that_learns_from_pairs(part, dtype, recompute) -> None:
     compute = Compute(name_of(dtype), "cpu", **PARTS[part])
     for family in ({"parallel_residual": True}, FAMILIES["llama"]):
-        model = Model(**(BASE | family), reward_head=compute.objective == "reward")
+        model = ModelConfig(**(BASE | family), reward_head=compute.objective == "reward")
         layout = Layout(micro_batch=3, recompute=recompute)
         planned = memory_by_stage(model, layout, LENGTH, compute)[0].total
         assert planned == pytest.approx(peak_bytes(model, layout, dtype, compute), rel=0.1), family
@@ -185,7 +187,7 @@ def test_so_does_a_step_of_which_parts_train_or_that_learns_from_pairs(part, dty
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "muon", "adafactor"])
 def test_the_state_of_every_optimizer_is_planned(name) -> None:
-    model, cfg = Model(**BASE), Optimizer(name=name)
+    model, cfg = ModelConfig(**BASE), OptimizerConfig(name=name)
     with torch.device("meta"):
         parameters = dict(Transformer(model).named_parameters())
     state = make_optimizer(parameters, cfg).state.values()
@@ -197,7 +199,7 @@ def test_the_state_of_every_optimizer_is_planned(name) -> None:
 
 
 def test_stages_hold_all_layers_and_the_head_counts() -> None:
-    model = Model(num_layers=12, hidden_size=64, num_heads=4, vocab_size=50_000)
+    model = ModelConfig(num_layers=12, hidden_size=64, num_heads=4, vocab_size=50_000)
     parts = stages(model, 4, LENGTH)
     assert sum(part.layers for part in parts) == 12
     assert parts[-1].layers == 1, "the head is worth more than the blocks"
@@ -209,7 +211,7 @@ def test_stages_hold_all_layers_and_the_head_counts() -> None:
 def test_ranks_hold_every_parameter(tied) -> None:
     from castalia.plan.count import count, original_count
 
-    model = Model(**(BASE | {"tie_embeddings": tied}))
+    model = ModelConfig(**(BASE | {"tie_embeddings": tied}))
     layout = Layout(tp=2, pp=3, dp=2, zero=1)
     masters = sum(memory.masters for memory in memory_by_stage(model, layout, LENGTH, Compute()))
     assert masters * layout.tp * layout.dp == 4 * original_count(model, tp=2, pp=3)
@@ -218,7 +220,7 @@ def test_ranks_hold_every_parameter(tied) -> None:
 
 
 def test_sharding_and_recomputation_only_ever_save_memory() -> None:
-    model = Model(num_layers=16, hidden_size=512, num_heads=8, vocab_size=4096)
+    model = ModelConfig(num_layers=16, hidden_size=512, num_heads=8, vocab_size=4096)
     totals = {
         (zero, recompute): memory_by_stage(
             model, Layout(dp=8, zero=zero, accumulation=2, micro_batch=4, recompute=recompute), 1024, Compute()
@@ -233,7 +235,7 @@ def test_sharding_and_recomputation_only_ever_save_memory() -> None:
 
 
 def test_impossible_cuts_are_named() -> None:
-    model = Model(**BASE)
+    model = ModelConfig(**BASE)
     assert problem(model, Layout(tp=2)) is None
     assert problem(model, Layout(tp=8)) == "parallel.tp=8 does not divide model.num_heads (4)"
     assert "more than the model's 3 layers" in (problem(model, Layout(pp=4)) or "")

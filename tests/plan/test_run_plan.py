@@ -7,17 +7,17 @@ import pytest
 from castalia.config.load import load_config
 from castalia.errors import ConfigError
 from castalia.plan.devices import DEVICES
-from castalia.plan.run_plan import Corpus, Hardware, Known, default_compute, job_of, layout_of, report, warnings
+from castalia.plan.run_plan import CorpusFacts, Hardware, RunFacts, default_compute, job_of, layout_of, report, warnings
 from castalia.plan.suggest import suggest
 from castalia.train.schedule import LearningRate
 
 TINY = ["train.steps=1000", "train.batch_size=8", "train.micro_batch_size=8", "data.seq_length=128"]
 
 
-def warned(*overrides: str, known: Known | None = None) -> list[str]:
+def warned(*overrides: str, known: RunFacts | None = None) -> list[str]:
     config = load_config("pythia-14m", [*TINY, *overrides])
     layout, _ = layout_of(config, None)
-    return warnings(config, known or Known(), layout)
+    return warnings(config, known or RunFacts(), layout)
 
 
 def test_a_sound_run_earns_no_warning() -> None:
@@ -32,7 +32,7 @@ def test_a_schedule_that_ends_before_the_run() -> None:
 
 def test_a_schedule_that_ends_after_the_run() -> None:
     rate = LearningRate(peak=0.001, minimum=0.0001, warmup=1430, end=143_000, style="cosine")
-    (message,) = warned("schedule.decay_steps=143000", known=Known(rate=rate))
+    (message,) = warned("schedule.decay_steps=143000", known=RunFacts(rate=rate))
     assert "stops at step 1,000" in message and "0.000699 instead of 0.0001" in message
 
 
@@ -51,47 +51,47 @@ def test_gradients_that_are_not_clipped() -> None:
 
 
 def test_a_disk_that_is_too_small() -> None:
-    (message,) = warned(known=Known(kept_checkpoints=1000, free_bytes=2**30))
+    (message,) = warned(known=RunFacts(kept_checkpoints=1000, free_bytes=2**30))
     assert "157.22 GiB" in message and "1.00 GiB are free" in message
-    assert warned(known=Known(kept_checkpoints=1, free_bytes=2**30)) == []
+    assert warned(known=RunFacts(kept_checkpoints=1, free_bytes=2**30)) == []
 
 
 def test_data_seen_too_often_and_a_single_document() -> None:
-    few = Corpus("data/few", tokens=10_000, documents=1)
-    messages = warned("data.train=[{path: data/few}]", known=Known(corpora=(few,)))
+    few = CorpusFacts("data/few", tokens=10_000, documents=1)
+    messages = warned("data.train=[{path: data/few}]", known=RunFacts(corpora=(few,)))
     assert "data/few is seen 102.4 times" in messages[0]
     assert "single document" in messages[1]
 
 
 def test_epochs_follow_weights_and_the_split() -> None:
     config = load_config("pythia-14m", [*TINY, "data.path=corpus", "data.split='50,30,20'"])
-    known = Known(corpora=(Corpus("corpus", tokens=1_024_000, documents=10),))
+    known = RunFacts(corpora=(CorpusFacts("corpus", tokens=1_024_000, documents=10),))
     assert report(config, known)["training"]["epochs"] == {"corpus": pytest.approx(2.0)}
     config = load_config("pythia-14m", [*TINY, "data.train=[{path: a, weight: 3}, {path: b}]"])
-    known = Known(corpora=(Corpus("a", 768_000, 10, 3.0), Corpus("b", 512_000, 10, 1.0)))
+    known = RunFacts(corpora=(CorpusFacts("a", 768_000, 10, 3.0), CorpusFacts("b", 512_000, 10, 1.0)))
     assert report(config, known)["training"]["epochs"] == {"a": pytest.approx(1.0), "b": pytest.approx(0.5)}
 
 
 def test_epochs_of_whole_documents_count_samples_not_padded_places() -> None:
     words = [*TINY, "data.train=[{path: a, labels: l}]", "data.packing=unpacked"]
     config = load_config("pythia-14m", words)
-    steps, batch = config.train.steps, report(config, Known())["training"]["sequences_per_step"]
-    known = Known(corpora=(Corpus("a", tokens=700, documents=100, samples=100.0),))
+    steps, batch = config.train.steps, report(config, RunFacts())["training"]["sequences_per_step"]
+    known = RunFacts(corpora=(CorpusFacts("a", tokens=700, documents=100, samples=100.0),))
     assert report(config, known)["training"]["epochs"] == {"a": pytest.approx(steps * batch / 100)}
 
 
 def test_epochs_give_the_steps() -> None:
     config = load_config("pythia-14m", [*TINY[1:], "train.epochs=2", "data.train=[{path: a}]"])
-    plan = report(config, Known(corpora=(Corpus("a", 1_024_000, 10),)))
+    plan = report(config, RunFacts(corpora=(CorpusFacts("a", 1_024_000, 10),)))
     assert plan["training"]["steps"] == 2000
 
 
 def test_the_architecture_alone_is_enough() -> None:
     sizes = ["model.num_layers=12", "model.hidden_size=768", "model.num_heads=12"]
-    plan = report(load_config([], sizes), Known())
+    plan = report(load_config([], sizes), RunFacts())
     assert plan["parameters"] == {"total": None, "non_embedding": 85056000}
     assert "vocabulary" in plan["unknown"][0]
-    plan = report(load_config([], [*sizes, "model.vocab_size=50257"]), Known())
+    plan = report(load_config([], [*sizes, "model.vocab_size=50257"]), RunFacts())
     assert plan["parameters"]["total"] == 162322944
     assert any("micro_batch_size is not given" in line for line in plan["assumed"])
     assert any("--gpus" in line for line in plan["unknown"])
@@ -105,7 +105,7 @@ def test_a_layout_has_one_time_wherever_it_is_told() -> None:
     words = [f"train.{name}={value}" for name, value in knobs.items()] + [f"train.recompute={best.layout.recompute}"]
     words += [f"parallel.{name}={getattr(best.layout, name)}" for name in ("tp", "pp", "zero")]
     words += ["train.batch_size=1024", f"parallel.sequence_parallel={best.layout.sequence_parallel}".lower()]
-    plan = report(load_config("pythia-1b", words), Known(), hardware)
+    plan = report(load_config("pythia-1b", words), RunFacts(), hardware)
     time, training = plan["time"], plan["training"]
     assert time["seconds_per_step"] == best.costs.total
     assert time["tokens_per_second"] == pytest.approx(1024 * 2048 / best.costs.total)
@@ -132,7 +132,7 @@ def test_the_same_batch_on_any_number_of_devices() -> None:
 def test_a_batch_that_does_not_divide_is_planned_with_the_nearest_that_does(batch, whole, would) -> None:
     free = ["train.micro_batch_size=null", "train.accumulation=null"]
     config = load_config("pythia-14m", [*free, *batch], any_batch=True)
-    plan = report(config, Known(), Hardware(12, DEVICES["h100"]))
+    plan = report(config, RunFacts(), Hardware(12, DEVICES["h100"]))
     assert plan["training"]["sequences_per_step"] == whole and plan["memory"]["largest"] > 0
     assert would in plan["warnings"][0] and f"this plan has {whole} sequences" in plan["warnings"][0]
 
@@ -140,7 +140,7 @@ def test_a_batch_that_does_not_divide_is_planned_with_the_nearest_that_does(batc
 def test_what_a_disk_lacks_is_told_in_figures_that_say_something() -> None:
     config = load_config("pythia-14m")
     config = config.model_copy(update={"model": config.model.model_copy(update={"num_layers": 1, "vocab_size": 512})})
-    told = report(config, Known(kept_checkpoints=1, free_bytes=3 * 2**20))["warnings"]
+    told = report(config, RunFacts(kept_checkpoints=1, free_bytes=3 * 2**20))["warnings"]
     assert any("checkpoints need 3.8 MiB and 3.0 MiB are free here" in warning for warning in told), told
 
 
@@ -151,9 +151,9 @@ def test_devices_that_do_not_divide_are_refused() -> None:
 
 def test_a_config_without_a_model_is_refused() -> None:
     with pytest.raises(ConfigError, match="describes no model"):
-        report(load_config([], ["train.steps=5"]), Known())
+        report(load_config([], ["train.steps=5"]), RunFacts())
 
 
 def test_a_layout_that_cannot_be_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"parallel.tp=3 does not divide model.num_heads"):
-        report(load_config("pythia-14m", ["parallel.tp=3"]), Known())
+        report(load_config("pythia-14m", ["parallel.tp=3"]), RunFacts())

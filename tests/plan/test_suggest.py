@@ -10,13 +10,13 @@ from castalia.config.load import load_config
 from castalia.plan.devices import DEVICES, parse_gpus
 from castalia.plan.layout import Layout
 from castalia.plan.memory import Compute, Memory
-from castalia.plan.suggest import Job, binding, enough, judge, layouts, losers, nearest, suggest
+from castalia.plan.suggest import PlanRequest, binding, enough, evaluate_layout, layouts, losers, nearest, suggest
 
 
-def job(preset: str, gpus: str, batch: int = 1024) -> Job:
+def job(preset: str, gpus: str, batch: int = 1024) -> PlanRequest:
     number, device, _ = parse_gpus(gpus)
     config = load_config(preset)
-    return Job(config.model, config.data.seq_length, batch, number, device, Compute())
+    return PlanRequest(config.model, config.data.seq_length, batch, number, device, Compute())
 
 
 def test_every_layout_uses_all_devices_and_the_whole_batch() -> None:
@@ -47,7 +47,7 @@ def test_the_best_fits_and_each_reason_is_true() -> None:
 def test_the_nearest_that_fit_change_little() -> None:
     work = job("pythia-2.8b", "8xA100-40")
     wanted = Layout(dp=8, micro_batch=16, accumulation=8)
-    assert not judge(work, wanted).fits
+    assert not evaluate_layout(work, wanted).fits
     found = nearest(work, wanted)
     assert len(found) == 3 and all(verdict.fits for verdict in found)
     first = found[0].layout
@@ -62,13 +62,15 @@ def test_the_nearest_that_fit_change_little() -> None:
 def test_each_cost_grows_with_what_causes_it() -> None:
     work = job("pythia-6.9b", "64xA100")
     base = Layout(dp=64, zero=1, micro_batch=1, accumulation=16)
-    tensor = judge(work, replace(base, tp=8, dp=8, accumulation=128)).costs
-    pipeline = judge(work, replace(base, pp=8, dp=8, accumulation=128)).costs
-    assert judge(work, base).costs.tensor == judge(work, base).costs.bubble == 0
+    tensor = evaluate_layout(work, replace(base, tp=8, dp=8, accumulation=128)).costs
+    pipeline = evaluate_layout(work, replace(base, pp=8, dp=8, accumulation=128)).costs
+    assert evaluate_layout(work, base).costs.tensor == evaluate_layout(work, base).costs.bubble == 0
     assert tensor.tensor > 0 and pipeline.bubble > 0
     assert pipeline.bubble == pytest.approx((pipeline.compute + pipeline.traffic) * 7 / 128)
     faster = replace(work, device=DEVICES["h100"])
-    assert judge(faster, base).costs.compute == pytest.approx(judge(work, base).costs.compute * 312 / 989)
+    assert evaluate_layout(faster, base).costs.compute == pytest.approx(
+        evaluate_layout(work, base).costs.compute * 312 / 989
+    )
 
 
 def test_the_binding_constraint_is_the_largest_category() -> None:

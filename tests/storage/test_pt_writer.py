@@ -15,7 +15,7 @@ from castalia.checkpoint.file_plan import pt_output
 from castalia.errors import CheckpointError
 from castalia.storage import torch_zip
 from castalia.storage.extent import FileTensor
-from castalia.storage.lazy import Flattened, Held
+from castalia.storage.lazy import Flattened, InMemory
 from castalia.storage.pt_writer import Instance, Named, Size
 from castalia.storage.torch_file import open_pt
 from castalia.storage.unpickle import Inert
@@ -41,7 +41,7 @@ def write(path: Path, value: object) -> int:
 
 
 def test_torch_opens_plain_values(tmp_path: Path) -> None:
-    held = Named({name: Held(tensor) for name, tensor in TENSORS.items()})
+    held = Named({name: InMemory(tensor) for name, tensor in TENSORS.items()})
     assert write(tmp_path / "a.pt", {"tensors": held, "size": Size((3, 4)), **PLAIN}) == 8 * 24 + 60 + 4 + 2 + 8 + 7 + 4
     for mmap in (False, True):
         found = torch.load(tmp_path / "a.pt", weights_only=True, mmap=mmap)
@@ -57,7 +57,7 @@ def test_members_are_aligned_and_checked(wide: int, tmp_path: Path, monkeypatch:
     """Also as files beyond 4 GB have it: with 64-bit sizes and offsets."""
     monkeypatch.setattr(torch_zip, "WIDE", wide)
     path = tmp_path / "a.pt"
-    write(path, {name: Held(tensor) for name, tensor in TENSORS.items()})
+    write(path, {name: InMemory(tensor) for name, tensor in TENSORS.items()})
     assert zipfile.ZipFile(path).testzip() is None
     assert torch.load(path, weights_only=True)["matrix"].sum() == 105
     opened = open_pt(path)
@@ -89,7 +89,7 @@ def test_torch_unpickles_real_objects(tmp_path: Path) -> None:
 def test_files_are_the_same_every_time(tmp_path: Path) -> None:
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
-        write(tmp_path / name / "a.pt", {**PLAIN, "tensors": {name: Held(t) for name, t in TENSORS.items()}})
+        write(tmp_path / name / "a.pt", {**PLAIN, "tensors": {name: InMemory(t) for name, t in TENSORS.items()}})
     assert (tmp_path / "first" / "a.pt").read_bytes() == (tmp_path / "second" / "a.pt").read_bytes()
 
 
@@ -102,7 +102,7 @@ def test_what_cannot_be_written_is_refused() -> None:
 @given(st.data(), st.lists(st.integers(1, 5), max_size=4))
 def test_flattened(data: st.DataObject, shape: list[int]) -> None:
     tensor = torch.randn(shape)
-    vector = Flattened(Held(tensor))
+    vector = Flattened(InMemory(tensor))
     start = data.draw(st.integers(0, tensor.numel()))
     stop = data.draw(st.integers(start, tensor.numel()))
     assert vector.shape == (tensor.numel(),)

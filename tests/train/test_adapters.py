@@ -11,7 +11,7 @@ from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.restore import build_model, load_model, load_tokenizer_for
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.load import load_config, load_run
-from castalia.config.schema import Tokenizer as TokenizerConfig
+from castalia.config.schema import TokenizerConfig
 from castalia.data.tokenizer import load_tokenizer, train_bpe
 from castalia.errors import CheckpointError, ConfigError, DataError
 from castalia.evaluate.perplexity import evaluate

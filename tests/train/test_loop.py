@@ -21,7 +21,7 @@ from castalia.data.loader import open_data
 from castalia.errors import CastaliaError, CheckpointError, ConfigError, Stopped, TrainingError
 from castalia.evaluate.perplexity import evaluate
 from castalia.observe.metrics import read_metrics, write_event
-from castalia.plan.run_plan import Known, report
+from castalia.plan.run_plan import RunFacts, report
 from castalia.train.loop import TOGETHER_S, StopSignals, rehearse
 from castalia.train.loop import train as run_with
 from castalia.train.run_folder import begun_by, complete_config, this_job
@@ -495,5 +495,5 @@ def test_a_run_that_warms_up_goes_on_as_if_never_stopped(tiny, tmp_path):
     assert_equal_runs(straight, tmp_path / "stopped")
     tokens = [4 * 4, 4 * 8, 8 * 8, 8 * 12, 8 * 12, 8 * 16, 8 * 16, 8 * 16]
     assert [record["tokens"] for record in read_metrics(straight)] == [sum(tokens[:n]) for n in range(1, 9)]
-    planned = report(load_config(straight), Known())["training"]
+    planned = report(load_config(straight), RunFacts())["training"]
     assert planned["tokens"] == sum(tokens) and planned["tokens_per_step"] == 8 * 16

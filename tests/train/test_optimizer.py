@@ -2,12 +2,14 @@ import pytest
 import torch
 from torch import nn
 
-from castalia.config.schema import LossScale, Model, Optimizer
+from castalia.config.schema import LossScaleConfig, ModelConfig, OptimizerConfig
 from castalia.errors import ConfigError, TrainingError
 from castalia.model.transformer import Transformer
 from castalia.train.optimizer import LossScaler, decays, gradient_norm, make_optimizer, set_rate
 
-SMALL = Model(num_layers=1, hidden_size=8, num_heads=2, vocab_size=16, vocab_multiple=1, qk_norm=True, max_positions=8)
+SMALL = ModelConfig(
+    num_layers=1, hidden_size=8, num_heads=2, vocab_size=16, vocab_multiple=1, qk_norm=True, max_positions=8
+)
 
 
 def test_only_norms_and_biases_do_not_decay():
@@ -22,7 +24,7 @@ def test_adamw_follows_the_documented_formula():
     model = Transformer(SMALL)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.5)
-    cfg = Optimizer(lr=0.1, betas=(0.9, 0.95), eps=1e-3, weight_decay=0.3)
+    cfg = OptimizerConfig(lr=0.1, betas=(0.9, 0.95), eps=1e-3, weight_decay=0.3)
     optimizer = make_optimizer(dict(model.named_parameters()), cfg, summed_bias_ranks=2)
     expected = {name: (p.detach().double(), 0.0, 0.0) for name, p in model.named_parameters()}
     for step in range(1, 4):
@@ -42,7 +44,7 @@ def test_adamw_follows_the_documented_formula():
 
 
 def test_state_exists_before_the_first_step():
-    optimizer = make_optimizer(dict(Transformer(SMALL).named_parameters()), Optimizer())
+    optimizer = make_optimizer(dict(Transformer(SMALL).named_parameters()), OptimizerConfig())
     states = list(optimizer.state.values())
     assert len(states) == sum(len(group["params"]) for group in optimizer.param_groups)
     assert all(state["step"] == 0 and not state["exp_avg"].any() for state in states)
@@ -52,7 +54,7 @@ def moved(settings: dict, steps: int = 1, **others) -> dict[str, torch.Tensor]:
     """How far each tensor goes from ones, with gradients of 1, 2, ..."""
     model = Transformer(SMALL)
     parameters = dict(model.named_parameters())
-    optimizer = make_optimizer(parameters, Optimizer(lr=0.5, **settings), **others)
+    optimizer = make_optimizer(parameters, OptimizerConfig(lr=0.5, **settings), **others)
     for parameter in parameters.values():
         nn.init.ones_(parameter)
     for step in range(1, steps + 1):
@@ -68,7 +70,9 @@ def test_lion_moves_by_the_sign_of_its_moment_and_decays_matrices():
     assert (one["norm.bias"] == -0.5).all()
     assert (one["embed.weight"] == -0.5 - 0.5 * 0.25).all()
     opposite = Transformer(SMALL)
-    optimizer = make_optimizer(dict(opposite.named_parameters()), Optimizer(name="lion", lr=0.5, betas=(0.9, 0.5)))
+    optimizer = make_optimizer(
+        dict(opposite.named_parameters()), OptimizerConfig(name="lion", lr=0.5, betas=(0.9, 0.5))
+    )
     moment = optimizer.state[opposite.norm.weight]["exp_avg"]
     for gradient, direction, expected in ((1.0, -1, 0.5), (-1.0, -1, -0.25), (-8.0, 1, -4.125)):
         before = opposite.norm.weight.detach().clone()
@@ -86,7 +90,7 @@ def test_sgd_adds_up_its_momentum():
 
 def test_muon_turns_the_blocks_matrices_and_leaves_the_rest_to_adamw():
     model = Transformer(SMALL)
-    optimizer = make_optimizer(dict(model.named_parameters()), Optimizer(name="muon"))
+    optimizer = make_optimizer(dict(model.named_parameters()), OptimizerConfig(name="muon"))
     turned = {name for name, p in model.named_parameters() if "momentum_buffer" in optimizer.state[p]}
     assert turned == {f"blocks.0.{m}.weight" for m in ("attn.qkv", "attn.out", "mlp.up", "mlp.down")}
     far = moved({"name": "muon", "weight_decay": 0.0})
@@ -135,7 +139,7 @@ def scales(scaler, overflows):
 
 
 def test_zero_rule_spends_hysteresis_then_halves_and_refills_it_when_it_grows():
-    scaler = LossScaler(LossScale(initial=16, window=3, hysteresis=2), "zero")
+    scaler = LossScaler(LossScaleConfig(initial=16, window=3, hysteresis=2), "zero")
     # step:      0   1   2   3   4   5   6   7   8   9
     # overflow:              x       x              x
     # last:     -1             3      5              9       growth at n - last = 3: steps 2 and 8
@@ -144,35 +148,35 @@ def test_zero_rule_spends_hysteresis_then_halves_and_refills_it_when_it_grows():
 
 
 def test_zero_rule_with_consecutive_hysteresis_forgives_after_every_good_step():
-    cfg = LossScale(initial=16, window=100, hysteresis=2, consecutive_hysteresis=True)
+    cfg = LossScaleConfig(initial=16, window=100, hysteresis=2, consecutive_hysteresis=True)
     assert scales(LossScaler(cfg, "zero"), "x.x.xx") == [16, 16, 16, 16, 16, 16, 8]
     plain = cfg.model_copy(update={"consecutive_hysteresis": False})
     assert scales(LossScaler(plain, "zero"), "x.x.xx") == [16, 16, 16, 8, 8, 4, 2]
 
 
 def test_zero_rule_ends_the_run_at_the_smallest_scale():
-    scaler = LossScaler(LossScale(initial=2, window=100, hysteresis=1, minimum=1), "zero")
+    scaler = LossScaler(LossScaleConfig(initial=2, window=100, hysteresis=1, minimum=1), "zero")
     assert scales(scaler, "x") == [2, 1]
     with pytest.raises(TrainingError, match="step 2 overflows at the smallest loss scale"):
         scaler.update(True)
 
 
 def test_stage0_rule_halves_at_once_and_grows_a_step_later():
-    scaler = LossScaler(LossScale(initial=16, window=3, hysteresis=2), "stage0")
+    scaler = LossScaler(LossScaleConfig(initial=16, window=3, hysteresis=2), "stage0")
     # step:      0   1   2   3   4  5   6   7   8   9  10       growth at n - last - 1 = 3, 6, ...: steps 3 and 9
     # overflow:                     x
     assert scales(scaler, ".....x.....") == [16, 16, 16, 16, 32, 32, 16, 16, 16, 16, 32, 32]
-    floor = LossScaler(LossScale(initial=2, minimum=1), "stage0")
+    floor = LossScaler(LossScaleConfig(initial=2, minimum=1), "stage0")
     assert scales(floor, "xxx") == [2, 1, 1, 1]
 
 
 def test_a_static_scale_never_moves():
-    assert scales(LossScaler(LossScale(static=128, window=1), "zero"), "..x.") == [128] * 5
+    assert scales(LossScaler(LossScaleConfig(static=128, window=1), "zero"), "..x.") == [128] * 5
 
 
 @pytest.mark.parametrize("rule", ["zero", "stage0"])
 def test_a_restored_scaler_goes_on_as_if_nothing_had_happened(rule):
-    cfg, story = LossScale(initial=2.0**10, window=4), "..x.....x.x......x....."
+    cfg, story = LossScaleConfig(initial=2.0**10, window=4), "..x.....x.x......x....."
     whole, first, second = (LossScaler(cfg, rule) for _ in range(3))
     expected = scales(whole, story)
     scales(first, story[:9])

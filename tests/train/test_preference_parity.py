@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from castalia.config.schema import Preference
+from castalia.config.schema import PreferenceConfig
 from castalia.train.preference import dpo, kto, reward_model
 
 pytestmark = pytest.mark.slow  # importing trl takes five seconds
@@ -73,7 +73,7 @@ def test_dpo(loss: str, reference_free: bool) -> None:
     expected = trl.DPOTrainer._compute_loss(
         theirs, lambda **_: outputs(logps[order]), inputs(mask[order], **sides), False
     )
-    judged = dpo(logps.sum(1), references, mask.sum(1), Preference(loss=loss, beta=0.3))
+    judged = dpo(logps.sum(1), references, mask.sum(1), PreferenceConfig(loss=loss, beta=0.3))
     assert_equal(judged.losses.mean(), expected, logps)
     told = theirs._metrics["train"]
     assert judged.rewards[0::2].mean().item() == pytest.approx(told["rewards/chosen"][0], abs=1e-6)
@@ -87,7 +87,7 @@ def test_kto() -> None:
     logps, references, mask = example(8)
     references = references + torch.tensor([0.5, -2.0]).repeat_interleave(4)  # one half's divergence is cut off at 0
     wanted = torch.tensor([True, False, True, True, False, True, False, False])
-    settings = Preference(beta=0.3, desirable_weight=1.5, undesirable_weight=0.5)
+    settings = PreferenceConfig(beta=0.3, desirable_weight=1.5, undesirable_weight=0.5)
     judged = kto(logps.sum(1), references, wanted, settings)
     assert judged.kl is not None and judged.kl.min() == 0 < judged.kl.max()
     halves = torch.arange(8).chunk(2)

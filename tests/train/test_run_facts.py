@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from castalia.config.schema import Data
+from castalia.config.schema import DataConfig
 from castalia.data.sample_index import build_overflowing
 from castalia.train.run_facts import whole_documents
 
 
 def test_samples_of_one_pass_over_whole_documents():
     sizes = np.random.default_rng(1).integers(1, 30, 400)
-    data = Data(seq_length=24, packing="pack_until_overflow")
+    data = DataConfig(seq_length=24, packing="pack_until_overflow")
     everything = np.arange(400)
     index = build_overflowing(sizes, everything, np.ones(400, bool), 2000, 24, 1)
     passes = len(index.documents) / 400

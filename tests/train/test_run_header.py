@@ -19,7 +19,7 @@ from castalia.errors import DataError
 from castalia.plan.run_description import attention
 from castalia.plan.run_plan import training, warnings
 from castalia.train.loop import rehearse
-from castalia.train.run_facts import gather, kept_checkpoints
+from castalia.train.run_facts import collect_run_facts, kept_checkpoints
 from castalia.train.run_header import facts, known_to, planned_layout, restored
 from castalia.train.setup import start
 
@@ -108,7 +108,7 @@ def test_kept_checkpoints_are_those_that_a_run_leaves(tiny, tmp_path):
     left = list((tmp_path / "run" / "checkpoints").glob("step_*"))
     assert kept_checkpoints(config.checkpoint, 18) == len(left) == 4
     sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in left]
-    known = gather(load_config(tmp_path / "run"))
+    known = collect_run_facts(load_config(tmp_path / "run"))
     assert known.kept_checkpoints == 4
     assert max(sizes) == pytest.approx(12 * 41_920, rel=0.1)  # what plan counts for each, manifest apart
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from castalia.config.schema import Checkpoint, RunConfig
+from castalia.config.schema import CheckpointConfig, RunConfig
 from castalia.errors import TrainingError
 from castalia.train.schedule import LearningRate, is_save_step, learning_rate, resumed_learning_rate
 
@@ -89,20 +89,20 @@ def test_resuming_with_another_schedule_must_be_decided():
 def test_save_steps_are_the_originals(vectors):
     for vector in vectors["save_iters"]:
         scale = {"every": vector["factor"]} if vector["scale"] == "linear" else {"log_base": vector["factor"]}
-        checkpoint = Checkpoint(steps=tuple(vector["extra"] or ()), **scale)
+        checkpoint = CheckpointConfig(steps=tuple(vector["extra"] or ()), **scale)
         assert [n for n in range(1, vector["n"] + 1) if is_save_step(checkpoint, n, math.inf)] == vector[
             "saved_in_loop"
         ]
 
 
 def test_the_pythia_schedule_is_one_line_of_154_checkpoints():
-    checkpoint = Checkpoint(every=1000, log_base=2, log_until=512, steps=(0,))
+    checkpoint = CheckpointConfig(every=1000, log_base=2, log_until=512, steps=(0,))
     saved = [step for step in range(143_001) if is_save_step(checkpoint, step, 143_000)]
     assert len(saved) == 154
     assert saved[:12] == [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000]
 
 
 def test_the_last_step_is_always_saved():
-    checkpoint = Checkpoint(every=10)
+    checkpoint = CheckpointConfig(every=10)
     assert is_save_step(checkpoint, 13, 13)
     assert not is_save_step(checkpoint, 13, 14)

@@ -7,18 +7,18 @@ from torch import nn
 from torch.nn import functional as F
 
 from castalia.config.batch import BatchPlan
-from castalia.config.schema import LossScale, Model, Optimizer
+from castalia.config.schema import LossScaleConfig, ModelConfig, OptimizerConfig
 from castalia.data.loader import Batch
 from castalia.errors import TrainingError
 from castalia.model.init import initialize
 from castalia.model.transformer import Transformer
 from castalia.parallel.activation_checkpointing import apply_recompute
-from castalia.parallel.executor import Engine
+from castalia.parallel.executor import Executor
 from castalia.train.optimizer import LossScaler, make_optimizer
 from castalia.train.schedule import LearningRate
 from castalia.train.step import MAX_SKIPPED_IN_A_ROW, TrainStep, dropout_seed
 
-CONFIG = Model(num_layers=2, hidden_size=16, num_heads=2, vocab_size=40, vocab_multiple=1, max_positions=12)
+CONFIG = ModelConfig(num_layers=2, hidden_size=16, num_heads=2, vocab_size=40, vocab_multiple=1, max_positions=12)
 RATE = LearningRate(0.01, 0.0, 0.0, 100, "constant")
 
 
@@ -27,9 +27,9 @@ def build(micro_batch_size=8, model=CONFIG, dtype=torch.float32, rate=RATE, **op
     module = Transformer(model, compute_dtype=dtype)
     initialize(module, model, 1)
     plan = BatchPlan(8, micro_batch_size, 8 // micro_batch_size)
-    optimizer = make_optimizer(dict(module.named_parameters()), Optimizer(lr=0.01))
+    optimizer = make_optimizer(dict(module.named_parameters()), OptimizerConfig(lr=0.01))
     options = {"clip_norm": None, "seed": 1, **options}
-    return TrainStep(Engine(module), optimizer, rate, plan, **options)
+    return TrainStep(Executor(module), optimizer, rate, plan, **options)
 
 
 def batch(step=0):
@@ -121,7 +121,7 @@ def test_dropout_differs_between_steps_micro_batches_and_ranks():
 
 def test_an_overflow_leaves_weights_and_schedule_and_halves_the_scale():
     rate = LearningRate(0.01, 0.0, 4.0, 100, "linear")
-    scaler = LossScaler(LossScale(initial=2.0**40), "stage0")
+    scaler = LossScaler(LossScaleConfig(initial=2.0**40), "stage0")
     step = build(dtype=torch.float16, scaler=scaler, rate=rate)
     before = weights(step)
     result = step(0, batch())
@@ -138,14 +138,14 @@ def test_an_overflow_leaves_weights_and_schedule_and_halves_the_scale():
 
 
 def test_the_loss_scale_cancels_out():
-    losses = [build(scaler=LossScaler(LossScale(static=s), "zero"), clip_norm=0.1) for s in (1.0, 1024.0)]
+    losses = [build(scaler=LossScaler(LossScaleConfig(static=s), "zero"), clip_norm=0.1) for s in (1.0, 1024.0)]
     first, second = (step(0, batch()) for step in losses)
     assert first == pytest.approx(second, rel=1e-6)
     torch.testing.assert_close(weights(losses[0]), weights(losses[1]), atol=1e-6, rtol=0)
 
 
 def test_fifty_skipped_steps_in_a_row_end_the_run():
-    step = build(dtype=torch.float16, scaler=LossScaler(LossScale(static=2.0**100), "stage0"))
+    step = build(dtype=torch.float16, scaler=LossScaler(LossScaleConfig(static=2.0**100), "stage0"))
     for number in range(MAX_SKIPPED_IN_A_ROW - 1):
         step(number, batch())
     with pytest.raises(TrainingError, match="50 steps in a row, up to step 50, overflowed"):

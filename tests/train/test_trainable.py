@@ -11,7 +11,7 @@ import torch
 from castalia.checkpoint.restore import load_model
 from castalia.cli.train import train
 from castalia.config.load import load_config
-from castalia.config.schema import Model
+from castalia.config.schema import ModelConfig
 from castalia.data.loader import batch_at
 from castalia.errors import CheckpointError
 from castalia.observe.metrics import read_metrics
@@ -44,7 +44,7 @@ POSTER = """{
 }
 """
 # As narrow as tests need it, but cut like the 20B: 44 layers on 2 tensor and 4 pipeline ranks.
-NARROW = Model(
+NARROW = ModelConfig(
     num_layers=44, hidden_size=16, num_heads=2, vocab_size=257, vocab_multiple=2, max_positions=32, rotary_pct=0.25,
     parallel_residual=True,
 )  # fmt: skip

@@ -1,22 +1,22 @@
 import pytest
 import torch
 
-from castalia.config.schema import Model, MuP, Optimizer
+from castalia.config.schema import ModelConfig, MuPConfig, OptimizerConfig
 from castalia.errors import ConfigError
 from castalia.model.init import initialize
 from castalia.model.transformer import Transformer
 from castalia.tune.mup_check import MAX_SLOPE, at_width, coordinate_check, slopes
 
-SMALL = Model(num_layers=2, hidden_size=64, num_heads=4, vocab_size=128, vocab_multiple=1, mup=MuP())
+SMALL = ModelConfig(num_layers=2, hidden_size=64, num_heads=4, vocab_size=128, vocab_multiple=1, mup=MuPConfig())
 WIDTHS = [64, 128, 256]
 
 
 @pytest.mark.parametrize(
     ("optimizer", "changes"),
     [
-        (Optimizer(lr=0.005), {}),
-        (Optimizer(lr=0.001, name="lion"), {"init_method": "small_init", "output_init_method": "wang_init"}),
-        (Optimizer(lr=0.005), {"tie_embeddings": True, "parallel_residual": True, "num_kv_heads": 2}),
+        (OptimizerConfig(lr=0.005), {}),
+        (OptimizerConfig(lr=0.001, name="lion"), {"init_method": "small_init", "output_init_method": "wang_init"}),
+        (OptimizerConfig(lr=0.005), {"tie_embeddings": True, "parallel_residual": True, "num_kv_heads": 2}),
     ],
     ids=["adamw", "lion", "tied"],
 )
@@ -58,7 +58,7 @@ def test_multipliers_and_temperatures():
     """Each factor of a muP model against the plain model with that factor worked into its weights."""
     tokens = torch.randint(128, (2, 9), generator=torch.Generator().manual_seed(0))
     plain = SMALL.model_copy(update={"mup": None, "position": "learned", "max_positions": 16})
-    factors = MuP(
+    factors = MuPConfig(
         base_width=16,
         embedding_multiplier=3.0,
         position_multiplier=0.5,

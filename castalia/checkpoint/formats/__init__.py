@@ -14,7 +14,7 @@ from castalia.checkpoint.architecture_check import differences, refuse
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.errors import CheckpointError
 from castalia.files import standing
-from castalia.storage.safetensors import inside
+from castalia.storage.safetensors import safe_join
 
 FORMATS = {  # name -> module; the first that detects its files reads them
     "native": "castalia.checkpoint.formats.native.read",
@@ -123,7 +123,7 @@ def _latest(folder: Path, steps: dict[int, Path]) -> Path:
             f"{folder / 'latest'} is empty, where the newest step's folder should be named; {_listed(steps)}. Give one "
             "of them instead, or write its name into the file"
         )
-    named = standing(inside(folder, name))
+    named = standing(safe_join(folder, name))
     if not named.is_dir():
         raise CheckpointError(
             f"{folder / 'latest'} names {name!r}, but there is no such folder; {_listed(steps)}. "
@@ -176,9 +176,9 @@ def _cached(hub_id: str) -> Path:
     home = os.environ.get("HF_HOME", "~/.cache/huggingface")
     cache = Path(os.environ.get("HF_HUB_CACHE", os.path.join(home, "hub"))).expanduser()
     repository = cache / f"models--{name.replace('/', '--')}"
-    reference = inside(repository / "refs", revision)
+    reference = safe_join(repository / "refs", revision)
     commit = reference.read_text().strip() if reference.is_file() else revision
-    snapshot = inside(repository / "snapshots", commit)
+    snapshot = safe_join(repository / "snapshots", commit)
     if not snapshot.is_dir():
         raise CheckpointError(
             f"{hub_id} is neither a folder here nor in the local cache {cache}. Fetch it first: "

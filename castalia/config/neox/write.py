@@ -9,7 +9,7 @@ from typing import Any
 from castalia.config.load import load_config
 from castalia.config.neox import model_keys
 from castalia.config.neox.keys import KEYS, lower, nonzero, opposite, position, recomputed
-from castalia.config.schema import Model, RunConfig, Source
+from castalia.config.schema import ModelConfig, RunConfig, Source
 
 TOKENIZER_TYPES = {
     "gpt2": "GPT2BPETokenizer", "hf": "HFTokenizer", "hf_gpt2": "HFGPT2Tokenizer", "sentencepiece": "SPMTokenizer",
@@ -84,7 +84,7 @@ def lost(config: RunConfig, keys: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _model(model: Model, config: RunConfig) -> dict[str, Any]:
+def _model(model: ModelConfig, config: RunConfig) -> dict[str, Any]:
     keys: dict[str, Any] = {"max_position_embeddings": model.max_positions or config.data.seq_length}
     keys["norm"] = NORMS.get(model.norm, model.norm)
     keys[model_keys.NORMS[keys["norm"]][1]] = model.norm_eps

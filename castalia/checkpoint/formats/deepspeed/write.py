@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from castalia.checkpoint.file_plan import Layout, Output, pt_output
+from castalia.checkpoint.file_plan import OutputFile, TargetLayout, pt_output
 from castalia.checkpoint.rules import Role, Rule
 from castalia.checkpoint.tensors import Checkpoint, Progress
 from castalia.checkpoint.zero import MAX_ALIGNMENT, NO_DECAY
@@ -267,7 +267,7 @@ def _filled(sums: Sequence[int], stages: int, limit: float) -> tuple[list[int], 
 
 
 @dataclass(frozen=True)
-class Agreeing(Wrapper):
+class ReplicaChecked(Wrapper):
     """An fp32 weight that has to be its own master, because the files have no place for another."""
 
     name: str
@@ -297,7 +297,7 @@ def weights_of(checkpoint: Checkpoint, kind: Kind | None) -> dict[str, TensorRef
         return dict(checkpoint.model)
     apart = {name for name, ref in checkpoint.model.items() if ref != state[name]["master"]}
     return {
-        name: Agreeing(name, ref, state[name]["master"]) if name in apart else ref
+        name: ReplicaChecked(name, ref, state[name]["master"]) if name in apart else ref
         for name, ref in checkpoint.model.items()
     }
 
@@ -314,10 +314,10 @@ def adam_steps(checkpoint: Checkpoint, rules: Iterable[Rule]) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class Job:
+class DeepSpeedFolder:
     """A checkpoint on its way into a folder: everything that its files are made of."""
 
-    layout: Layout
+    layout: TargetLayout
     kind: Kind | None  # None: no optimizer state
     tensors: Tensors
     steps: Mapping[str, int]  # Adam's, by `position.name`
@@ -336,7 +336,7 @@ class Job:
         tp = self.layout.tp
         return [(stage * tp + rank, stage, rank) for stage in range(len(self.stages)) for rank in range(tp)]
 
-    def layer_files(self) -> list[Output]:
+    def layer_files(self) -> list[OutputFile]:
         """One file for each position on each tensor rank."""
         layers: dict[int, dict[str, Sequence[TensorRef]]] = {}
         for name, refs in self.tensors["weight"].items():
@@ -390,7 +390,7 @@ class Job:
             return plain_optimizer(groups)
         return flat_optimizer(groups, self.scaler, self.clip) if self.kind == "flat" else None
 
-    def optimizer_files(self, model_rank: int, groups: Sequence[Group], beside: Mapping[str, Any]) -> list[Output]:
+    def optimizer_files(self, model_rank: int, groups: Sequence[Group], beside: Mapping[str, Any]) -> list[OutputFile]:
         """The files of all data-parallel ranks; `beside`: what else they hold."""
         if self.kind in (None, "plain", "flat"):
             return []
@@ -408,7 +408,7 @@ class Job:
 
 
 def model_state(
-    job: Job,
+    job: DeepSpeedFolder,
     groups: Sequence[Group],
     rank: int,
     progress: Progress,
@@ -436,7 +436,7 @@ def model_state(
     }
 
 
-def counters(job: Job, progress: Progress, seq_length: int) -> dict[str, int]:
+def counters(job: DeepSpeedFolder, progress: Progress, seq_length: int) -> dict[str, int]:
     return {
         "skipped_steps": progress.skipped,
         "global_steps": progress.step,

@@ -26,12 +26,12 @@ from castalia.checkpoint.rules import (
 )
 from castalia.checkpoint.sampled_values import fingerprint
 from castalia.checkpoint.tensors import AdamState, Checkpoint, Progress
-from castalia.config.schema import Data, Model, RopeScaling, RunConfig, Tokenizer
+from castalia.config.schema import DataConfig, ModelConfig, RopeScaling, RunConfig, TokenizerConfig
 from castalia.errors import CheckpointError
 from castalia.reading import keys, read_json, short, typed
 from castalia.storage.extent import FileTensor
 from castalia.storage.lazy import TensorRef
-from castalia.storage.safetensors import inside, open_safetensors
+from castalia.storage.safetensors import open_safetensors, safe_join
 from castalia.storage.torch_file import open_pt
 
 CONFIG = "config.json"
@@ -91,7 +91,7 @@ class Family:
     head: str
     defaults: Mapping[str, Any]  # what a missing key of config.json means; it differs between the types
     architecture: Callable[[Config], dict[str, Any]]
-    rules: Callable[[Model], list[Rule]]
+    rules: Callable[[ModelConfig], list[Rule]]
     head_modules: tuple[str, ...] = ("lm_head",)  # as transformers calls it now, and as it did before
     foreign: tuple[str, ...] = ()  # keys of related types that this class does not read
 
@@ -240,7 +240,7 @@ def _with_bias(ours: str, theirs: str, op: Op | None = None, *, bias: bool = Tru
     return [Rule(each(ours, kind), each(theirs, kind), op or Same()) for kind in kinds]
 
 
-def _neox_rules(model: Model) -> list[Rule]:
+def _neox_rules(model: ModelConfig) -> list[Rule]:
     theirs = "layers.{i}."
     block = [
         *_with_bias("blocks.{i}.norm1", theirs + "input_layernorm"),
@@ -254,7 +254,7 @@ def _neox_rules(model: Model) -> list[Rule]:
     return ends + per_block(block, model.num_layers)
 
 
-def _gpt2_rules(model: Model) -> list[Rule]:
+def _gpt2_rules(model: ModelConfig) -> list[Rule]:
     heads, size = model.num_heads, model.head_size
     by_head = PermuteRows((3, heads, size), (1, 0, 2))  # from all queries, all keys, all values
     theirs = "h.{i}."
@@ -274,7 +274,7 @@ def _gpt2_rules(model: Model) -> list[Rule]:
     return ends + per_block(block, model.num_layers)
 
 
-def _llama_rules(model: Model) -> list[Rule]:
+def _llama_rules(model: ModelConfig) -> list[Rule]:
     size = model.head_size
     by_group = Interleave((model.num_heads // model.kv_heads * size, size, size), model.kv_heads)
     theirs, attention = "layers.{i}.", "layers.{i}.self_attn."
@@ -370,7 +370,9 @@ def read(path: Path, tokenizer: str | None = None) -> Checkpoint:
     )
 
 
-def _tied_as_transformers_does(model: Model, family: Family, named: dict[str, list[TensorRef]]) -> tuple[Model, str]:
+def _tied_as_transformers_does(
+    model: ModelConfig, family: Family, named: dict[str, list[TensorRef]]
+) -> tuple[ModelConfig, str]:
     """The model with the head that it has there, and what to say of it; a head that is the embedding is taken out.
 
     Source: `PreTrainedModel.tie_weights` of transformers 5. A stored head that differs from the embedding is used,
@@ -430,7 +432,7 @@ def _beside(path: Path, tensors: Mapping[str, TensorRef]) -> tuple[dict[str, Any
     )
 
 
-def table(family: Family, model: Model) -> list[Rule]:
+def table(family: Family, model: ModelConfig) -> list[Rule]:
     """All rules of a model; their names are without the family's prefix."""
     return family.rules(model) + ([] if model.tie_embeddings else [Rule("head.weight", family.head)])
 
@@ -451,7 +453,7 @@ def _by_rank(tensors: Mapping[str, TensorRef], family: Family) -> dict[str, list
 
 
 def _optimizer(
-    path: Path, beside: Mapping[str, Any], family: Family, model: Model, weights: Mapping[str, TensorRef]
+    path: Path, beside: Mapping[str, Any], family: Family, model: ModelConfig, weights: Mapping[str, TensorRef]
 ) -> dict[str, AdamState] | None:
     """What a conversion put beside the weights: tensors `name.role`, by the same names and rules."""
     steps = beside.get("optimizer_steps")
@@ -477,12 +479,14 @@ def _optimizer(
 
 
 def _run_config(
-    path: Path, config: Config, family: Family, model: Model, beside: Mapping[str, Any], tokenizer: str | None
+    path: Path, config: Config, family: Family, model: ModelConfig, beside: Mapping[str, Any], tokenizer: str | None
 ) -> RunConfig:
     """The architecture of config.json. What a conversion noted of the training is kept where the two agree."""
     words = _tokenizer(path, tokenizer)
     if not beside.get("config"):
-        return RunConfig(model=model, data=Data(seq_length=min(model.max_positions or 2048, 2048)), tokenizer=words)
+        return RunConfig(
+            model=model, data=DataConfig(seq_length=min(model.max_positions or 2048, 2048)), tokenizer=words
+        )
     run = typed(beside["config"], f"{path / BESIDE}: the config in it", CheckpointError, RunConfig)
     told = {key for key in family.architecture(config) if not key.endswith("dropout")} | {"tie_embeddings"}
     if run.model is None or run.model.vocab_size is None or run.model.padded_vocab_size != model.vocab_size:
@@ -493,7 +497,7 @@ def _run_config(
     return run.model_copy(update={"model": merged} | ({"tokenizer": words} if words.path else {}))
 
 
-def _spelled_out(model: Model, run: RunConfig) -> Model:
+def _spelled_out(model: ModelConfig, run: RunConfig) -> ModelConfig:
     """With the values that None stands for."""
     longest = model.max_positions or run.data.seq_length
     explicit = {"mlp_size": model.mlp_width, "num_kv_heads": model.kv_heads, "max_positions": longest}
@@ -515,10 +519,10 @@ def _read_config(path: Path) -> tuple[Config, Family]:
     return config, family
 
 
-def _model(config: Config, family: Family) -> Model:
+def _model(config: Config, family: Family) -> ModelConfig:
     vocabulary = {"vocab_size": config["vocab_size"], "vocab_multiple": 1}
     try:
-        return Model(**family.architecture(config), **vocabulary, tie_embeddings=config["tie_word_embeddings"])
+        return ModelConfig(**family.architecture(config), **vocabulary, tie_embeddings=config["tie_word_embeddings"])
     except (ValueError, TypeError) as error:  # pydantic's ValidationError is a ValueError
         raise config.refuse(f"not a usable config: {error}") from error
 
@@ -545,7 +549,7 @@ def _open_weights(path: Path, names: Sequence[str] = WEIGHT_FILES) -> tuple[dict
 def _open_shards(path: Path, index: Path) -> tuple[dict[str, TensorRef], list[str]]:
     weight_map = read_table(index, keys({"weight_map": dict[str, str]}, ["weight_map"]))["weight_map"]
     files = sorted(set(weight_map.values()))
-    if missing := [name for name in files if not inside(path, name).is_file()]:
+    if missing := [name for name in files if not safe_join(path, name).is_file()]:
         raise CheckpointError(
             f"{path} is incomplete: {len(missing)} of {len(files)} shards missing: {', '.join(missing)}"
         )
@@ -564,12 +568,12 @@ def open_file(path: Path) -> dict[str, TensorRef]:
     return loaded
 
 
-def _tokenizer(path: Path, given: str | None) -> Tokenizer:
+def _tokenizer(path: Path, given: str | None) -> TokenizerConfig:
     if given is not None:
-        return Tokenizer(path=given)
+        return TokenizerConfig(path=given)
     kinds = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
     found = any(all((path / name).is_file() for name in names) for names in kinds)
-    return Tokenizer(path=str(path)) if found else Tokenizer()
+    return TokenizerConfig(path=str(path)) if found else TokenizerConfig()
 
 
 def read_table(path: Path, shape: Any = dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from castalia.checkpoint.file_plan import (
-    Output,
+    OutputFile,
     Plan,
     WriteOptions,
     json_output,
@@ -28,7 +28,7 @@ from castalia.checkpoint.rules import Role, to_theirs
 from castalia.checkpoint.sampled_values import fingerprint
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.checkpoint.tokenizer_files import hf_tokenizer
-from castalia.config.schema import Model, RopeScaling
+from castalia.config.schema import ModelConfig, RopeScaling
 from castalia.errors import CheckpointError
 from castalia.storage.lazy import TensorRef
 from castalia.storage.safetensors import open_safetensors
@@ -95,7 +95,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     return Plan(tuple(outputs), notes, finish)
 
 
-def family_of(model: Model, path: str) -> str:
+def family_of(model: ModelConfig, path: str) -> str:
     """The first model_type whose class computes what the model does."""
     lacking = {kind: _lacking(model, kind) for kind in FAMILIES}
     nearest = min(lacking, key=lambda kind: len(lacking[kind]))
@@ -107,7 +107,7 @@ def family_of(model: Model, path: str) -> str:
     return nearest
 
 
-def _lacking(model: Model, kind: str) -> list[str]:
+def _lacking(model: ModelConfig, kind: str) -> list[str]:
     """What the class cannot hold: setting, value, and what it has instead."""
     found = {**model.model_dump(), "shared_norm": model.parallel_residual and model.shared_norm}
     found["num_kv_heads"] = None if model.kv_heads == model.num_heads else model.kv_heads
@@ -119,7 +119,7 @@ def _lacking(model: Model, kind: str) -> list[str]:
     ]
     result += [
         f"model.{key}={found[key]}"
-        for key, field in Model.model_fields.items()
+        for key, field in ModelConfig.model_fields.items()
         if key not in FREE and key not in HOLDS[kind] and found[key] != field.default
     ]
     if model.activation not in ACTIVATIONS:
@@ -127,7 +127,7 @@ def _lacking(model: Model, kind: str) -> list[str]:
     return result
 
 
-def hf_config(kind: str, model: Model, longest: int, token_ids: Mapping[str, Any]) -> dict[str, Any]:
+def hf_config(kind: str, model: ModelConfig, longest: int, token_ids: Mapping[str, Any]) -> dict[str, Any]:
     """config.json; values that are the class's defaults are written too, since versions differ in them."""
     activation = ACTIVATIONS[model.activation]
     activation = TANH_GELU.get(kind, activation) if model.activation == "gelu_tanh" else activation
@@ -180,7 +180,7 @@ def hf_config(kind: str, model: Model, longest: int, token_ids: Mapping[str, Any
     return config
 
 
-def _rope(model: Model) -> dict[str, Any]:
+def _rope(model: ModelConfig) -> dict[str, Any]:
     """Both spellings: flat keys with `rope_scaling`, and the `rope_parameters` of recent versions."""
     flat = {"rope_theta": model.rotary_base, "partial_rotary_factor": model.rotary_pct}
     scaling = _rope_scaling(model.rope_scaling) if model.rope_scaling else None
@@ -204,16 +204,16 @@ def _rope_scaling(scaling: RopeScaling) -> dict[str, Any]:
     return {"rope_type": scaling.kind, **former, "factor": scaling.factor, **values}
 
 
-def _longest(checkpoint: Checkpoint, model: Model) -> int:
+def _longest(checkpoint: Checkpoint, model: ModelConfig) -> int:
     return model.max_positions or (checkpoint.config.data.seq_length if checkpoint.config else 2048)
 
 
-def _named(ours: Mapping[str, TensorRef], family: Family, model: Model, role: Role) -> dict[str, TensorRef]:
+def _named(ours: Mapping[str, TensorRef], family: Family, model: ModelConfig, role: Role) -> dict[str, TensorRef]:
     theirs = to_theirs(table(family, model), ours, role)
     return {name if name == family.head else family.prefix + name: refs[0] for name, refs in theirs.items()}
 
 
-def _safetensors(stem: str, tensors: Mapping[str, TensorRef], options: WriteOptions) -> list[Output]:
+def _safetensors(stem: str, tensors: Mapping[str, TensorRef], options: WriteOptions) -> list[OutputFile]:
     """One file, or shards and their index."""
     files = named_groups(stem, shards(tensors, options.shard_bytes))
     outputs = [tensors_output(file, group) for file, group in files.items()]
@@ -226,7 +226,7 @@ def _safetensors(stem: str, tensors: Mapping[str, TensorRef], options: WriteOpti
     return outputs
 
 
-def _optimizer(checkpoint: Checkpoint, family: Family, model: Model, options: WriteOptions) -> list[Output]:
+def _optimizer(checkpoint: Checkpoint, family: Family, model: ModelConfig, options: WriteOptions) -> list[OutputFile]:
     """Moments, and masters unless they are the weights themselves."""
     state = checkpoint.optimizer
     if state is None:

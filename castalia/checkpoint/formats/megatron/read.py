@@ -12,13 +12,21 @@ from pydantic import ValidationError
 from castalia.checkpoint.formats.deepspeed import files
 from castalia.checkpoint.formats.deepspeed.assemble import adam_states, layout, masters_apart, progress, weight_dtype
 from castalia.checkpoint.formats.deepspeed.files import BUFFERS, Folder
-from castalia.checkpoint.formats.neox.architecture import Held, compare, merge, observed, stored_arguments
+from castalia.checkpoint.formats.neox.architecture import RankTensors, compare, merge, observed, stored_arguments
 from castalia.checkpoint.formats.neox.names import MEGATRON, megatron_qkv, table
 from castalia.checkpoint.neox_defects import summed_micro_batches
 from castalia.checkpoint.rules import to_ours
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.load import load_config
-from castalia.config.schema import Data, Model, Optimizer, RunConfig, Schedule, Tokenizer, Train
+from castalia.config.schema import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
 from castalia.errors import CheckpointError
 
 POSITIONS = {1: "rotary", 2: "learned", 3: "alibi"}  # of megatron.enums.PositionEmbeddingType
@@ -48,7 +56,9 @@ def read(
     rules = table(MEGATRON, model, folder.tp, megatron_qkv(model, folder.tp, version))
     ranks = files.optimizer_ranks(folder, held, MEGATRON.embedding, model.tie_embeddings)
     run = given or _training(folder, model)
-    run = run.model_copy(update={"model": model} | ({"tokenizer": Tokenizer(path=tokenizer)} if tokenizer else {}))
+    run = run.model_copy(
+        update={"model": model} | ({"tokenizer": TokenizerConfig(path=tokenizer)} if tokenizer else {})
+    )
     dtype = weight_dtype(held)
     reached = progress(folder, run, fp16=dtype == "float16")
     step = folder.step - int(folder.first.get("skipped_steps") or 0)
@@ -78,7 +88,7 @@ def read(
     )
 
 
-def _training(folder: Folder, model: Model) -> RunConfig:
+def _training(folder: Folder, model: ModelConfig) -> RunConfig:
     """The training run that the program's arguments describe, as far as they do."""
     args: Mapping[str, Any] = folder.args
     told = {"eps": args.get("adam_eps"), "weight_decay": args.get("weight_decay"), "clip_grad": args.get("clip_grad")}
@@ -97,10 +107,10 @@ def _training(folder: Folder, model: Model) -> RunConfig:
     compute = "bf16" if args.get("bf16") else "fp16" if args.get("fp16") else "fp32"
     try:
         return RunConfig(
-            data=Data(seq_length=length),
-            optimizer=Optimizer(**_given(optimizer), **clip),
-            schedule=Schedule(**_given(schedule)),
-            train=Train(**_given(train)),
+            data=DataConfig(seq_length=length),
+            optimizer=OptimizerConfig(**_given(optimizer), **clip),
+            schedule=ScheduleConfig(**_given(schedule)),
+            train=TrainConfig(**_given(train)),
             precision={"compute": compute} if args else {},
             **_given({"seed": args.get("seed")}),
         )
@@ -128,7 +138,7 @@ def whole(value: float) -> float:
     return int(value) if float(value).is_integer() else value
 
 
-def _from_arguments(folder: Folder, held: Held) -> dict[str, Any]:
+def _from_arguments(folder: Folder, held: RankTensors) -> dict[str, Any]:
     """What the training program's arguments add to the tensors."""
     args: Mapping[str, Any] = folder.args
     if args.get("apply_residual_connection_post_layernorm"):

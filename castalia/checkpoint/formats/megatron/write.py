@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from castalia.checkpoint.file_plan import Layout, Plan, WriteOptions, pt_output
+from castalia.checkpoint.file_plan import Plan, TargetLayout, WriteOptions, pt_output
 from castalia.checkpoint.formats.deepspeed.write import (
     STATE_ROLES,
-    Job,
+    DeepSpeedFolder,
     adam_steps,
     cut_stages,
     kind_of,
@@ -40,7 +40,7 @@ from castalia.checkpoint.restore import architecture
 from castalia.checkpoint.rules import Role, to_theirs
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.checkpoint.tokenizer_files import our_tokenizer, written_tokenizer
-from castalia.config.schema import Model, RunConfig, Tokenizer, Train
+from castalia.config.schema import ModelConfig, RunConfig, TokenizerConfig, TrainConfig
 from castalia.errors import CheckpointError
 from castalia.storage.lazy import TensorRef
 from castalia.storage.pt_writer import Instance
@@ -86,7 +86,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     return Plan(tuple(outputs), (*notes, *filter(None, own_notes)))
 
 
-def check(model: Model, layout: Layout, era: str, path: str) -> None:
+def check(model: ModelConfig, layout: TargetLayout, era: str, path: str) -> None:
     """Raises CheckpointError for what the program cannot compute, by name."""
     found = model.model_dump()
     wrong = [
@@ -108,7 +108,9 @@ def check(model: Model, layout: Layout, era: str, path: str) -> None:
     check_layout(model, layout, path)
 
 
-def _job(checkpoint: Checkpoint, model: Model, words: Vocabulary, dtype: torch.dtype, layout: Layout) -> Job:
+def _job(
+    checkpoint: Checkpoint, model: ModelConfig, words: Vocabulary, dtype: torch.dtype, layout: TargetLayout
+) -> DeepSpeedFolder:
     config, state, tp = checkpoint.config, checkpoint.optimizer, layout.tp
     assert config is not None
     rules = table(MEGATRON, model, tp, megatron_qkv(model, tp, VERSION))
@@ -126,7 +128,7 @@ def _job(checkpoint: Checkpoint, model: Model, words: Vocabulary, dtype: torch.d
         "step": 0,
     }
     decays = (optimizer.weight_decay, optimizer.weight_decay, 0.0)
-    return Job(
+    return DeepSpeedFolder(
         layout=layout,
         kind=kind,
         tensors=tensors,
@@ -139,7 +141,7 @@ def _job(checkpoint: Checkpoint, model: Model, words: Vocabulary, dtype: torch.d
     )
 
 
-def _in_samples(checkpoint: Checkpoint, config: RunConfig, train: Train) -> dict[str, Any] | None:
+def _in_samples(checkpoint: Checkpoint, config: RunConfig, train: TrainConfig) -> dict[str, Any] | None:
     """The state of the program's schedule, which counts samples (`AnnealingLR`). None where their number is unknown."""
     rates, batch = schedule(checkpoint, config), train.batch_size
     if rates is None or batch is None:
@@ -168,7 +170,7 @@ def _warmup(rates: Mapping[str, Any] | None, config: RunConfig) -> dict[str, Any
     return {"lr_warmup_fraction": share if known else steps / rates["end_iter"], "lr_warmup_iters": 0}
 
 
-def _tokenizer_arguments(words: Tokenizer) -> dict[str, Any]:
+def _tokenizer_arguments(words: TokenizerConfig) -> dict[str, Any]:
     """Which of the program's tokenizers reads the files, and where they are."""
     if words.kind == "gpt2" or words.merges:
         return {"tokenizer_type": "GPT2BPETokenizer", "vocab_file": words.path, "merge_file": words.merges}
@@ -180,11 +182,11 @@ def _tokenizer_arguments(words: Tokenizer) -> dict[str, Any]:
 def _arguments(
     checkpoint: Checkpoint,
     config: RunConfig,
-    model: Model,
+    model: ModelConfig,
     words: Vocabulary,
     dtype: torch.dtype,
-    train: Train,
-    layout: Layout,
+    train: TrainConfig,
+    layout: TargetLayout,
 ) -> dict[str, Any]:
     """The program's arguments, as far as a config tells them."""
     positions = {name: number for number, name in POSITIONS.items()}

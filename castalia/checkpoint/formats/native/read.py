@@ -28,7 +28,7 @@ from castalia.reading import keys, plain_json, read_json, typed
 from castalia.storage.checksum import crc32
 from castalia.storage.extent import Extent, FileTensor, Tile, tiled
 from castalia.storage.lazy import ITEM_BYTES, Cast, TensorRef
-from castalia.storage.safetensors import DTYPES, inside
+from castalia.storage.safetensors import DTYPES, safe_join
 
 if TYPE_CHECKING:
     pass
@@ -93,7 +93,7 @@ class Chunks:
         for name, entry in manifest["files"].items():
             plain = isinstance(entry, int)  # an older manifest
             self.files[name] = size = _whole(entry if plain else entry["bytes"])
-            path = inside(folder, name)
+            path = safe_join(folder, name)
             _check_file(folder, name, size)
             if not plain:
                 head = _whole(entry["head_bytes"])
@@ -110,7 +110,7 @@ class Chunks:
         start = tuple(map(_whole, entry.get("start", (0,) * len(whole))))
         shape = tuple(map(_whole, entry.get("shape", whole)))
         file, offset, size = entry["file"], _whole(entry["offset"]), prod(shape) * ITEM_BYTES[dtype]
-        path = inside(self.folder, file)
+        path = safe_join(self.folder, file)
         if file not in self.files or offset + size > self.files[file]:
             raise CheckpointError(
                 f"{self.manifest}: {name} is to end at byte {offset + size} of {file}, which has "
@@ -143,7 +143,7 @@ def _whole(value: Any) -> int:
 
 
 def _check_file(path: Path, name: str, size: int) -> None:
-    file = inside(path, name)
+    file = safe_join(path, name)
     if not file.is_file():
         raise CheckpointError(f"{path} is incomplete: {name} is missing. Use another step, or copy the folder again.")
     if (found := file.stat().st_size) != size:

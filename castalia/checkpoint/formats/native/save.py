@@ -24,7 +24,7 @@ from castalia.config.schema import RunConfig
 from castalia.errors import CastaliaError, CheckpointError
 from castalia.files import NEW, beside, clean, delete, lock, put_in_place, remove, sync, workplace, write_text
 from castalia.storage.checksum import BLOCK_BYTES, crc32
-from castalia.storage.lazy import Held, TensorRef
+from castalia.storage.lazy import InMemory, TensorRef
 from castalia.storage.safetensors import DTYPE_CODES, Advance, write_safetensors
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ def write_part(folder: Path, kind: str, rank: int, shards: Mapping[str, Shard]) 
                 unsynced = 0
                 syncs.append(beside_writing.submit(sync, folder / name))
 
-        entries = write_chunk(folder / name, name, {key: Held(shard.tensor) for key, shard in shards.items()}, more)
+        entries = write_chunk(folder / name, name, {key: InMemory(shard.tensor) for key, shard in shards.items()}, more)
         for each in syncs:
             each.result()  # an error is told once only, so not by the last sync again
     sync(folder / name)

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from castalia.checkpoint.file_plan import Output, Plan, WriteOptions, shards
+from castalia.checkpoint.file_plan import OutputFile, Plan, WriteOptions, shards
 from castalia.checkpoint.formats.native.save import describe, write_chunk, write_manifest
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.checkpoint.tokenizer_files import FOLDER, our_tokenizer
-from castalia.config.schema import Tokenizer
-from castalia.storage.lazy import TensorRef, Watched
+from castalia.config.schema import TokenizerConfig
+from castalia.storage.lazy import RoundingProbe, TensorRef
 from castalia.storage.safetensors import DTYPE_CODES, Advance
 
 
@@ -24,7 +24,8 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     state = checkpoint.optimizer or {}
     apart = {name for name in state if state[name]["master"] != checkpoint.model[name]}
     model: dict[str, TensorRef] = {
-        name: Watched(state[name]["master"], ref) if name in apart else ref for name, ref in checkpoint.model.items()
+        name: RoundingProbe(state[name]["master"], ref) if name in apart else ref
+        for name, ref in checkpoint.model.items()
     }
     moments: dict[str, TensorRef] = {
         f"{name}.{kind}": each[kind]  # type: ignore[literal-required]
@@ -40,7 +41,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     tokenizer, notes = our_tokenizer(checkpoint)
     config = checkpoint.config
     if config and not notes:  # the copy counts, wherever the original goes
-        config = config.model_copy(update={"tokenizer": Tokenizer(path=FOLDER)})
+        config = config.model_copy(update={"tokenizer": TokenizerConfig(path=FOLDER)})
     about = describe(checkpoint.progress, config, str(checkpoint.details.get("data_fingerprint", "")))
     about |= {
         "optimizer_steps": None
@@ -61,12 +62,12 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     return Plan((*parts, *tokenizer), notes, finish)
 
 
-def _part(kind: str, rank: int, tensors: Mapping[str, TensorRef]) -> Output:
+def _part(kind: str, rank: int, tensors: Mapping[str, TensorRef]) -> OutputFile:
     name = f"{kind}-{rank:05d}.safetensors"
 
     def write(path: Path, advance: Advance) -> dict:
         entries = {kind: write_chunk(path, name, tensors, advance)}
-        others = [name for name, ref in tensors.items() if isinstance(ref, Watched) and not ref.rounds]
+        others = [name for name, ref in tensors.items() if isinstance(ref, RoundingProbe) and not ref.rounds]
         return {"entries": entries, "not_rounded": others}
 
-    return Output(name, sum(ref.num_bytes for ref in tensors.values()), write, tuple(tensors.values()))
+    return OutputFile(name, sum(ref.num_bytes for ref in tensors.values()), write, tuple(tensors.values()))

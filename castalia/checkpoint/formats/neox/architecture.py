@@ -9,11 +9,11 @@ from typing import Any
 
 from castalia.checkpoint.formats.deepspeed.files import Folder, global_name, layer_file, refuse_missing
 from castalia.checkpoint.formats.neox.names import NORM_PARAMETERS, Names
-from castalia.config.schema import Model
+from castalia.config.schema import ModelConfig
 from castalia.errors import CheckpointError
 from castalia.storage.lazy import TensorRef
 
-Held = Mapping[str, Sequence[TensorRef]]  # position.name -> the tensor on each tensor rank
+RankTensors = Mapping[str, Sequence[TensorRef]]  # position.name -> the tensor on each tensor rank
 # What a config cannot be wrong about without being another model's; the rest is taken from the tensors in silence.
 MUST_AGREE = (
     "num_layers", "hidden_size", "num_heads", "kv_heads", "norm", "position", "rotary_size", "tie_embeddings",
@@ -21,7 +21,7 @@ MUST_AGREE = (
 )  # fmt: skip
 
 
-def observed(held: Held, names: Names, folder: Folder, config: Model | None) -> dict[str, Any]:
+def observed(held: RankTensors, names: Names, folder: Folder, config: ModelConfig | None) -> dict[str, Any]:
     """What tensors and stored arguments say about the model, as values of its config.
 
     Raises CheckpointError for missing layers, for a number of heads that nothing tells, and for names of the
@@ -78,13 +78,13 @@ def observed(held: Held, names: Names, folder: Folder, config: Model | None) -> 
     return found | _position(held, names, first, head_size, args, config)
 
 
-def merge(config: Model | None, found: Mapping[str, Any], defaults: Mapping[str, Any]) -> Model:
+def merge(config: ModelConfig | None, found: Mapping[str, Any], defaults: Mapping[str, Any]) -> ModelConfig:
     """The config's model, or the defaults, with what the tensors tell in place of what they contradict."""
-    return Model(**{**(defaults if config is None else config.model_dump()), **found})
+    return ModelConfig(**{**(defaults if config is None else config.model_dump()), **found})
 
 
 def compare(
-    config: Model | None, model: Model, folder: Folder, names: Names, source: str, tolerant: bool
+    config: ModelConfig | None, model: ModelConfig, folder: Folder, names: Names, source: str, tolerant: bool
 ) -> dict[str, object]:
     """Raises CheckpointError if a config cannot be that of the tensors' model.
 
@@ -131,7 +131,7 @@ def stored_arguments(args: Mapping[str, Any]) -> dict[str, object]:
     return {"stored arguments": tuple(ours for theirs, ours in names.items() if args.get(theirs))}
 
 
-def _count_layers(held: Held, names: Names, fused: str, folder: Folder) -> int:
+def _count_layers(held: RankTensors, names: Names, fused: str, folder: Folder) -> int:
     """How many blocks there should be. Raises CheckpointError unless all of them, and all around them, are there."""
     positions = {int(name.split(".")[0]) for name in held}
     blocks = [position for position in positions if f"{position}.{fused}" in held]
@@ -162,13 +162,13 @@ def _count_layers(held: Held, names: Names, fused: str, folder: Folder) -> int:
     return count
 
 
-def _norm(held: Held, first: int) -> str:
+def _norm(held: RankTensors, first: int) -> str:
     suffixes = {name.rsplit(".", 1)[1] for name in held if name.startswith(f"{first}.input_layernorm.")}
     return next(kind for kind, names in NORM_PARAMETERS.items() if set(names.values()) == suffixes or not names)
 
 
 def _position(
-    held: Held, names: Names, first: int, head_size: int, args: Mapping[str, Any], config: Model | None
+    held: RankTensors, names: Names, first: int, head_size: int, args: Mapping[str, Any], config: ModelConfig | None
 ) -> dict[str, Any]:
     learned = held.get(f"{names.embedding}.position_embeddings.weight")
     longest = args.get("max_position_embeddings")

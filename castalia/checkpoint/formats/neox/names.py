@@ -21,7 +21,7 @@ from castalia.checkpoint.rules import (
     SumOverRanks,
     per_block,
 )
-from castalia.config.schema import Model
+from castalia.config.schema import ModelConfig
 from castalia.plan.count import tensor_shapes
 
 NORM_PARAMETERS = {
@@ -58,7 +58,7 @@ W123 = Names(up="mlp.w3", down="mlp.w2", gate="mlp.w1")
 MEGATRON = Names(1, 3, "self_attention", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", final_norm="")
 
 
-def table(names: Names, model: Model, tp: int, qkv: Op) -> list[Rule]:
+def table(names: Names, model: ModelConfig, tp: int, qkv: Op) -> list[Rule]:
     """The rules of a model on `tp` tensor ranks; `qkv` is the operation on the fused attention matrix."""
     shards, columns, copies = ConcatRanks(tp), ConcatRanks(tp, dim=1), SameOnRanks(tp)
     # A parallel residual adds every rank's copy before the all-reduce, a sequential one adds one copy after it.
@@ -103,7 +103,7 @@ def table(names: Names, model: Model, tp: int, qkv: Op) -> list[Rule]:
     return rules
 
 
-def first_rank(model: Model, tp: int, pp: int) -> dict[str, tuple[int, int] | None]:
+def first_rank(model: ModelConfig, tp: int, pp: int) -> dict[str, tuple[int, int] | None]:
     """What the first tensor rank of the first stage holds in the first release: of a tensor the first `size` entries
     in dimension `dim`, or all of it (None)."""
     from castalia.checkpoint.formats.deepspeed.write import cut_stages  # imports torch
@@ -117,7 +117,7 @@ def first_rank(model: Model, tp: int, pp: int) -> dict[str, tuple[int, int] | No
     return held
 
 
-def neox_qkv(model: Model, tp: int, rows: GqaRows) -> Op:
+def neox_qkv(model: ModelConfig, tp: int, rows: GqaRows) -> Op:
     """NeoX's fused rows to ours, which are grouped by key/value head: its queries, then its key and value.
 
     Without grouped queries both are the same. With them each rank holds all its queries, then keys, then values
@@ -135,7 +135,7 @@ def neox_qkv(model: Model, tp: int, rows: GqaRows) -> Op:
     return OnEachRank(Chain(Inverse(split), grouped), ConcatRanks(tp))
 
 
-def megatron_qkv(model: Model, tp: int, version: float) -> Op:
+def megatron_qkv(model: ModelConfig, tp: int, version: float) -> Op:
     """Megatron's fused rows: (3, n, d) in version 0, (n, d, 3) in 1.0, our (n, 3, d) since 2.0, on each rank."""
     n, d = model.num_heads // tp, model.head_size
     if version >= 2:

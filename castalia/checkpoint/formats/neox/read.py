@@ -10,14 +10,21 @@ from typing import Any, Literal
 from castalia.checkpoint.formats.deepspeed import files
 from castalia.checkpoint.formats.deepspeed.assemble import adam_states, layout, masters_apart, progress, weight_dtype
 from castalia.checkpoint.formats.deepspeed.files import BUFFERS, LAYER, RANK_STATE, SHARD, STATE, Folder
-from castalia.checkpoint.formats.neox.architecture import Held, compare, config_files, merge, observed, stored_arguments
+from castalia.checkpoint.formats.neox.architecture import (
+    RankTensors,
+    compare,
+    config_files,
+    merge,
+    observed,
+    stored_arguments,
+)
 from castalia.checkpoint.formats.neox.names import HEAD, LEGACY, W123, GqaRows, Names, neox_qkv, table
 from castalia.checkpoint.neox_defects import summed_micro_batches
 from castalia.checkpoint.rules import to_ours
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.checkpoint.zero import RankState
 from castalia.config.load import load_config
-from castalia.config.schema import Data, Model, RunConfig, Tokenizer
+from castalia.config.schema import DataConfig, ModelConfig, RunConfig, TokenizerConfig
 from castalia.errors import CheckpointError
 
 ERAS: dict[str, Names] = {"head": HEAD, "w1-w3": W123, "v2": LEGACY, "v1": LEGACY}
@@ -78,7 +85,7 @@ def read(
                 raise
             optimizer_note = f"the optimizer state is not read: {error}"  # `inspect` tells what else is wrong
     summed, summed_note = _summed_ranks(folder, model)
-    changes = {"model": model} | ({"tokenizer": Tokenizer(path=tokenizer)} if tokenizer else {})
+    changes = {"model": model} | ({"tokenizer": TokenizerConfig(path=tokenizer)} if tokenizer else {})
     run = (run or RunConfig(data=_data(folder))).model_copy(update=changes)
     dtype = weight_dtype(held)
     stored_steps = ranks is not None and all(step is not None for rank in ranks for step in rank.step.values())
@@ -107,7 +114,7 @@ def _config(folder: Folder, given: str | Path | None) -> RunConfig | None:
     return load_config(files) if files else None
 
 
-def _era(folder: Folder, held: Held) -> str:
+def _era(folder: Folder, held: RankTensors) -> str:
     if any(name.endswith(".mlp.w1.weight") for name in held):
         return "w1-w3"
     if not any(name.endswith(".mlp.dense_h_to_4h.weight") for name in held):
@@ -129,9 +136,9 @@ def _guesses(found: Mapping[str, Any]) -> dict[str, Any]:
     return {"activation": "gelu_tanh", "parallel_residual": True, "norm_eps": 1e-5, "rotary_pct": 0.25}
 
 
-def _data(folder: Folder) -> Data:
+def _data(folder: Folder) -> DataConfig:
     longest = folder.args.get("max_position_embeddings")
-    return Data(seq_length=longest) if longest else Data()
+    return DataConfig(seq_length=longest) if longest else DataConfig()
 
 
 def _is_recent(folder: Folder, era: str) -> bool:
@@ -140,8 +147,8 @@ def _is_recent(folder: Folder, era: str) -> bool:
 
 
 def _place_epsilon(
-    folder: Folder, era: str, model: Model, run: RunConfig | None, hint: str | None
-) -> tuple[Model, str]:
+    folder: Folder, era: str, model: ModelConfig, run: RunConfig | None, hint: str | None
+) -> tuple[ModelConfig, str]:
     """The model with RMSNorm's epsilon where it was in training, and what to say about it."""
     if model.norm != "rmsnorm" or (hint is None and run and "model.rms_eps_inside" in run.origins):
         return model, ""
@@ -152,7 +159,7 @@ def _place_epsilon(
     return model.model_copy(update={"rms_eps_inside": inside}), "" if hint else note
 
 
-def _rows(folder: Folder, era: str, model: Model, hint: GqaRows | None) -> tuple[GqaRows, str]:
+def _rows(folder: Folder, era: str, model: ModelConfig, hint: GqaRows | None) -> tuple[GqaRows, str]:
     """The order of the rows of grouped queries, and what to say about it."""
     if model.kv_heads == model.num_heads:
         return "new", ""
@@ -162,7 +169,7 @@ def _rows(folder: Folder, era: str, model: Model, hint: GqaRows | None) -> tuple
     return rows, "" if hint else note
 
 
-def _optimizer(folder: Folder, held: Held, model: Model) -> tuple[list[RankState] | None, str]:
+def _optimizer(folder: Folder, held: RankTensors, model: ModelConfig) -> tuple[list[RankState] | None, str]:
     """The optimizer state of each tensor rank, and what to say about it."""
     if files.round_robin(folder):
         return None, "the optimizer state was written with round_robin_gradients, which nothing undoes: it is left out"
@@ -186,7 +193,7 @@ def _unstored_step(folder: Folder) -> int:
     return folder.step - int(folder.first.get("skipped_steps") or 0)
 
 
-def _summed_ranks(folder: Folder, model: Model) -> tuple[int, str]:
+def _summed_ranks(folder: Folder, model: ModelConfig) -> tuple[int, str]:
     if folder.tp == 1 or not model.parallel_residual or not (model.attention_bias or model.mlp_bias):
         return 1, ""
     return folder.tp, (

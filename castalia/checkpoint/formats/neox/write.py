@@ -14,8 +14,8 @@ import torch
 from castalia.checkpoint.file_plan import Plan, WriteOptions, bytes_output, pt_output
 from castalia.checkpoint.formats.deepspeed.write import (
     STATE_ROLES,
+    DeepSpeedFolder,
     Group,
-    Job,
     adam_steps,
     counters,
     cut_stages,
@@ -26,7 +26,7 @@ from castalia.checkpoint.formats.deepspeed.write import (
 )
 from castalia.checkpoint.formats.neox.names import HEAD, LEGACY, NORM_PARAMETERS, neox_qkv, table
 from castalia.checkpoint.formats.neox.written_config import (
-    Target,
+    NeoXTarget,
     adapted,
     deepspeed_config,
     loss_scaler,
@@ -38,10 +38,10 @@ from castalia.checkpoint.rules import Role, Rule, to_theirs
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.checkpoint.tokenizer_files import our_tokenizer, written_tokenizer
 from castalia.config.neox.write import TOKENIZER_TYPES
-from castalia.config.schema import Model
+from castalia.config.schema import ModelConfig
 from castalia.config.yaml_files import to_yaml
 from castalia.model.positions import alibi_slopes
-from castalia.storage.lazy import Held, Padded, TensorRef
+from castalia.storage.lazy import InMemory, Padded, TensorRef
 from castalia.storage.pt_writer import Named, Size
 
 VOCABULARY = ("embed.weight", "head.weight")
@@ -66,7 +66,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     return Plan(tuple(outputs), (*target.notes, *filter(None, (micro_batches_note(source, micro_batches),)), *notes))
 
 
-def _job(checkpoint: Checkpoint, target: Target, options: WriteOptions) -> Job:
+def _job(checkpoint: Checkpoint, target: NeoXTarget, options: WriteOptions) -> DeepSpeedFolder:
     model, layout, state = target.model, options.layout, checkpoint.optimizer
     # The original has a second norm, and never uses it, where the branches share one.
     stored = model.model_copy(update={"shared_norm": False})
@@ -78,7 +78,7 @@ def _job(checkpoint: Checkpoint, target: Target, options: WriteOptions) -> Job:
     for role in STATE_ROLES if state else ():
         tensors[role] = _theirs(rules, state_of(checkpoint, role), role, target)
     layers = [0, 1, *[1] * model.num_layers, 1, 0, 0]  # in the original's balance the functions around blocks count
-    return Job(
+    return DeepSpeedFolder(
         layout=layout,
         kind=kind,
         tensors=tensors,
@@ -99,7 +99,7 @@ def padded(ours: Mapping[str, TensorRef], rows: int) -> dict[str, TensorRef]:
 
 
 def _theirs(
-    rules: Sequence[Rule], ours: Mapping[str, TensorRef], role: Role, target: Target
+    rules: Sequence[Rule], ours: Mapping[str, TensorRef], role: Role, target: NeoXTarget
 ) -> Mapping[str, Sequence[TensorRef]]:
     """NeoX's tensors of one role, with its rows of the vocabulary, and with the norms that it never uses."""
     model, all_ours = target.model, padded(ours, target.vocabulary.rows)
@@ -109,21 +109,21 @@ def _theirs(
             begins = 1.0 if kind == "weight" and role in ("weight", "master") else 0.0
             for block in range(model.num_layers):
                 size = ours[f"blocks.{block}.norm1.{kind}"].shape
-                all_ours[f"blocks.{block}.norm2.{kind}"] = Held(torch.full(size, begins, dtype=dtype))
+                all_ours[f"blocks.{block}.norm2.{kind}"] = InMemory(torch.full(size, begins, dtype=dtype))
     return to_theirs(rules, all_ours, role)
 
 
 def _with_buffers(
-    weights: Mapping[str, Sequence[TensorRef]], model: Model, tp: int, era: str, dtype: torch.dtype
+    weights: Mapping[str, Sequence[TensorRef]], model: ModelConfig, tp: int, era: str, dtype: torch.dtype
 ) -> dict[str, Sequence[TensorRef]]:
     """The weights, and the derived tensors that the original wants to find beside them."""
     buffers: dict[str, Sequence[TensorRef]] = {}
     if model.position == "rotary" and era == "v1":
         frequencies = _frequencies(model.rotary_base, model.rotary_size).to(dtype)
-        buffers["attention.rotary_emb.inv_freq"] = [Held(frequencies)] * tp
+        buffers["attention.rotary_emb.inv_freq"] = [InMemory(frequencies)] * tp
     elif model.position == "alibi":
         slopes = torch.tensor(alibi_slopes(model.num_heads), dtype=dtype)
-        buffers["attention.alibi_embed.slopes"] = [Held(part) for part in slopes.chunk(tp)]
+        buffers["attention.alibi_embed.slopes"] = [InMemory(part) for part in slopes.chunk(tp)]
     result: dict[str, Sequence[TensorRef]] = {}
     for name, refs in weights.items():
         if name.endswith(".attention.dense.weight"):  # before it in the order of modules
@@ -131,7 +131,7 @@ def _with_buffers(
         result[name] = refs
         if name == "0.word_embeddings.weight" and model.position == "sinusoidal":
             frequencies = _frequencies(10000.0, model.hidden_size).to(dtype)
-            result["0.position_embeddings.inv_freq"] = [Held(frequencies)] * tp
+            result["0.position_embeddings.inv_freq"] = [InMemory(frequencies)] * tp
     return result
 
 
@@ -139,7 +139,7 @@ def _frequencies(base: float, size: int) -> torch.Tensor:
     return 1.0 / (base ** (torch.arange(0, size, 2).float() / size))
 
 
-def _group_settings(checkpoint: Checkpoint, target: Target, era: str) -> list[dict[str, Any]]:
+def _group_settings(checkpoint: Checkpoint, target: NeoXTarget, era: str) -> list[dict[str, Any]]:
     """Of each parameter group what `param_groups` says of it."""
     optimizer, state = target.config.optimizer, schedule(checkpoint, target.config)
     common = {
@@ -158,7 +158,7 @@ def _group_settings(checkpoint: Checkpoint, target: Target, era: str) -> list[di
 
 
 def _model_state(
-    job: Job, checkpoint: Checkpoint, target: Target, groups: Sequence[Group], rank: int, era: str
+    job: DeepSpeedFolder, checkpoint: Checkpoint, target: NeoXTarget, groups: Sequence[Group], rank: int, era: str
 ) -> dict[str, Any]:
     """An `mp_rank` file."""
     config, progress = target.config, checkpoint.progress
@@ -173,7 +173,7 @@ def _model_state(
     return state | {"iteration": progress.step, "args": _arguments(target, job.layout.tp)}
 
 
-def _arguments(target: Target, tp: int) -> dict[str, Any]:
+def _arguments(target: NeoXTarget, tp: int) -> dict[str, Any]:
     """What the original compares with its config when it loads."""
     names = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
     return {name: target.keys[name] for name in names} | {
@@ -184,7 +184,7 @@ def _arguments(target: Target, tp: int) -> dict[str, Any]:
     }
 
 
-def _beside_optimizer(job: Job, state: Mapping[str, Any], stage: int, rank: int) -> dict[str, Any]:
+def _beside_optimizer(job: DeepSpeedFolder, state: Mapping[str, Any], stage: int, rank: int) -> dict[str, Any]:
     """What an optimizer file holds beside its state."""
     if job.kind == "old":  # in the order of the modules
         names = job.parameters(stage).items()

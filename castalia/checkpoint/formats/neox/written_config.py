@@ -11,15 +11,21 @@ from typing import Any
 
 import torch
 
-from castalia.checkpoint.file_plan import Layout, WriteOptions
+from castalia.checkpoint.file_plan import TargetLayout, WriteOptions
 from castalia.checkpoint.neox_defects import UNSEEN_CLIP_NORM, clip_norm_of
 from castalia.checkpoint.restore import architecture, load_tokenizer_for
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.batch import batch_plan, planned_dp
 from castalia.config.lr_schedule import LearningRate
 from castalia.config.neox.write import lost, to_neox, trainable
-from castalia.config.schema import Checkpoint as Saving
-from castalia.config.schema import Model, Optimizer, RunConfig, Tokenizer, Train
+from castalia.config.schema import (
+    CheckpointConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
 from castalia.errors import CastaliaError, CheckpointError, ConfigError
 
 PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -40,11 +46,11 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
-class Target:
+class NeoXTarget:
     """The run as NeoX has it."""
 
     config: RunConfig
-    model: Model
+    model: ModelConfig
     keys: dict[str, Any]  # of its config file
     dtype: torch.dtype
     vocabulary: Vocabulary
@@ -52,7 +58,7 @@ class Target:
     notes: tuple[str, ...]
 
 
-def adapted(checkpoint: Checkpoint, options: WriteOptions, words: Tokenizer) -> Target:
+def adapted(checkpoint: Checkpoint, options: WriteOptions, words: TokenizerConfig) -> NeoXTarget:
     """`words`: the tokenizer as it is written. Raises CheckpointError for what NeoX cannot hold, by name."""
     model, layout, path = architecture(checkpoint), options.layout, checkpoint.path
     assert checkpoint.config is not None
@@ -102,10 +108,10 @@ def adapted(checkpoint: Checkpoint, options: WriteOptions, words: Tokenizer) -> 
         notes.append("there is no optimizer state: the original can only start from these weights, with finetune: true")
     if not (config.train.steps or config.train.epochs):
         notes.append("how many steps to train is not known: set train_iters in configs/config.yml")
-    return Target(config, config.model or model, keys, dtype, rows, clip, tuple(note for note in notes if note))
+    return NeoXTarget(config, config.model or model, keys, dtype, rows, clip, tuple(note for note in notes if note))
 
 
-def _saving(checkpoint: Checkpoint, folder: Path | None) -> Saving:
+def _saving(checkpoint: Checkpoint, folder: Path | None) -> CheckpointConfig:
     """Where the original loads from and saves: the folder that is being written."""
     assert checkpoint.config is not None
     saving = checkpoint.config.checkpoint.model_copy(update={"resume": None, "init_from": None, "step": None})
@@ -116,7 +122,7 @@ def _saving(checkpoint: Checkpoint, folder: Path | None) -> Saving:
     return saving.model_copy(update={start: run, "dir": run})
 
 
-def _clipping(checkpoint: Checkpoint, era: str) -> tuple[Optimizer, float, str]:
+def _clipping(checkpoint: Checkpoint, era: str) -> tuple[OptimizerConfig, float, str]:
     """The optimizer's settings with which the original clips as the run did, that norm, and what to say about it."""
     assert checkpoint.config is not None
     optimizer, norm = checkpoint.config.optimizer, clip_norm_of(checkpoint)
@@ -130,7 +136,7 @@ def _clipping(checkpoint: Checkpoint, era: str) -> tuple[Optimizer, float, str]:
     return optimizer.model_copy(update={"clip_norm": above}), above, note
 
 
-def check_layout(model: Model, layout: Layout, path: str) -> None:
+def check_layout(model: ModelConfig, layout: TargetLayout, path: str) -> None:
     """Raises CheckpointError unless the ranks divide the model."""
     sizes = {"heads": model.num_heads, "key/value heads": model.kv_heads, "columns of the MLP": model.mlp_width}
     for name, size in sizes.items():
@@ -151,7 +157,7 @@ def weight_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return found.pop()
 
 
-def vocabulary(checkpoint: Checkpoint, model: Model, tp: int) -> Vocabulary:
+def vocabulary(checkpoint: Checkpoint, model: ModelConfig, tp: int) -> Vocabulary:
     """The rows stay what they are if they divide over the ranks.
 
     The multiple is one with which the original, which pads its tokenizer's vocabulary, comes to the same.
@@ -231,7 +237,7 @@ def deepspeed_config(keys: Mapping[str, Any], config: RunConfig) -> dict[str, An
     return result if clip == UNSEEN_CLIP_NORM else result | {"gradient_clipping": clip}
 
 
-def step_batch(checkpoint: Checkpoint, layout: Layout) -> tuple[Train, str]:
+def step_batch(checkpoint: Checkpoint, layout: TargetLayout) -> tuple[TrainConfig, str]:
     """The step's batch on these ranks, and what to say where it does not divide."""
     config = checkpoint.config
     assert config is not None
@@ -265,7 +271,7 @@ def _left_out(checkpoint: Checkpoint, config: RunConfig, keys: dict[str, Any]) -
     return [f"NeoX has no key for {_listed(missing)}: left out of configs/config.yml"]
 
 
-def _check_first_release(model: Model, path: str) -> None:
+def _check_first_release(model: ModelConfig, path: str) -> None:
     wrong = {
         f"model.{key}": getattr(model, key) for key, value in FIRST_RELEASE.items() if getattr(model, key) != value
     }

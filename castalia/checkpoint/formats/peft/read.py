@@ -22,10 +22,10 @@ from castalia.checkpoint.formats.huggingface import read as huggingface_read
 from castalia.checkpoint.formats.huggingface.read import FAMILIES, Family, has_weights, open_file, read_table, table
 from castalia.checkpoint.rules import Chain, Op, Same, Transpose
 from castalia.checkpoint.tensors import Checkpoint
-from castalia.config.schema import Lora, Model, Tokenizer
+from castalia.config.schema import LoraConfig, ModelConfig, TokenizerConfig
 from castalia.errors import CheckpointError
 from castalia.reading import expression, fits, keys, typed
-from castalia.storage.lazy import Held, TensorRef, Zeros
+from castalia.storage.lazy import InMemory, TensorRef, Zeros
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,7 +97,7 @@ def read(path: Path, base: str | None = None) -> Checkpoint:
     whole = _vocabulary(path, model, stored)
     lora, tensors = _assemble(config, known, _modules(path, known, stored, str(name)), hf_family(model))
     finetune = model.config.finetune.model_copy(update={"lora": lora, "train": tuple(f"^{each}$" for each in whole)})
-    words = tokenizer_settings(model) or Tokenizer()
+    words = tokenizer_settings(model) or TokenizerConfig()
     run = model.config.model_copy(update={"finetune": finetune, "tokenizer": words})
     details = {**model.details, "base": model.path}
     return replace(
@@ -157,7 +157,7 @@ def hf_family(checkpoint: Checkpoint) -> Family:
     return FAMILIES[family_of(_model(checkpoint), checkpoint.path)]
 
 
-def _model(checkpoint: Checkpoint) -> Model:
+def _model(checkpoint: Checkpoint) -> ModelConfig:
     if checkpoint.config is None or checkpoint.config.model is None:
         raise CheckpointError(f"{checkpoint.path} does not say which architecture its tensors belong to")
     return checkpoint.config.model
@@ -229,7 +229,7 @@ def _modules(
 
 def _assemble(
     config: Mapping[str, Any], known: Sequence[Matrix], found: Mapping[str, tuple[Tensor, Tensor]], family: Family
-) -> tuple[Lora, dict[str, TensorRef]]:
+) -> tuple[LoraConfig, dict[str, TensorRef]]:
     """All adapters with one rank and one scale: smaller ones get zeros, which stay zero when they train on."""
     import torch
 
@@ -249,8 +249,8 @@ def _assemble(
             if matrix in fused:
                 a, b = fused[matrix]
                 lora_a[: len(a)], lora_b[:, : len(a)] = a, b
-            tensors |= {f"{matrix.name}.lora_a": Held(lora_a), f"{matrix.name}.lora_b": Held(lora_b)}
-    lora = Lora(rank=rank, alpha=scale * rank, dropout=config.get("lora_dropout") or 0.0, targets=kinds)  # type: ignore[arg-type]
+            tensors |= {f"{matrix.name}.lora_a": InMemory(lora_a), f"{matrix.name}.lora_b": InMemory(lora_b)}
+    lora = LoraConfig(rank=rank, alpha=scale * rank, dropout=config.get("lora_dropout") or 0.0, targets=kinds)  # type: ignore[arg-type]
     return lora, tensors
 
 
@@ -283,7 +283,7 @@ def _fuse(matrix: Matrix, found: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[T
 
 
 def _rows(matrix: Matrix, sides: Sequence[Tensor]) -> Tensor:
-    (joined,) = matrix.rows.forward([Held(side) for side in sides], "weight")
+    (joined,) = matrix.rows.forward([InMemory(side) for side in sides], "weight")
     return joined.read()
 
 
