@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from castalia.cli.plot import command, smoothed
+from castalia.cli.plot import command
 from castalia.errors import ConfigError, DataError
 
 
@@ -44,9 +44,3 @@ def test_a_folder_without_metrics_is_refused(tmp_path):
         command([str(tmp_path)])
     with pytest.raises(DataError, match="no steps to plot yet"):
         command([write_run(tmp_path / "run", [])])
-
-
-def test_smoothing_keeps_constants_ends_and_means():
-    assert smoothed([2.0] * 7, 5) == pytest.approx([2.0] * 7)
-    assert smoothed([0.0, 3.0, 6.0, 0.0], 3) == pytest.approx([0.0, 3.0, 3.0, 0.0])
-    assert smoothed([1.0, 5.0], 1) == [1.0, 5.0]
