@@ -17,6 +17,7 @@ import torch
 from typer.testing import CliRunner
 
 from castalia.checkpoint import convert
+from castalia.checkpoint.compare import in_order
 from castalia.checkpoint.file_plan import TargetLayout, WriteOptions
 from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.tensors import AdamState, Checkpoint
@@ -25,11 +26,14 @@ from castalia.cli.main import build
 from castalia.config.fields import FIELDS, SECTIONS
 from castalia.config.load import load_config, preset_names
 from castalia.config.neox.keys import FORMER, KEYS
-from castalia.config.schema import RunConfig
+from castalia.config.schema import FinetuneConfig, LoraConfig, MuPConfig, OptimizerConfig, RunConfig
 from castalia.errors import CheckpointError
+from castalia.model.init import neox_matrices, seeded_tensor
+from castalia.plan.count import all_shapes, local_size, tp_dim
 from castalia.plan.devices import parse_gpus
 from castalia.plan.run_plan import Hardware, RunFacts, report
 from castalia.storage.lazy import InMemory
+from castalia.train.optimizer import make_optimizer
 from tests.checkpoint.made import FAMILIES, made
 from tests.error_texts import error_texts
 from tests.goldens import Goldens
@@ -127,6 +131,50 @@ def numbers(plan: dict[str, Any]) -> dict[str, Any]:
 
 def test_error_texts(golden: Goldens) -> None:
     golden.check_lines("errors", error_texts())
+
+
+TENSOR_FAMILIES = FAMILIES | {
+    "qk norm": FAMILIES["gpt_neox"].model_copy(update={"qk_norm": True}),
+    "scalenorm": FAMILIES["gpt_neox"].model_copy(update={"norm": "scalenorm", "shared_norm": True}),
+    "norms without parameters": FAMILIES["gpt_neox"].model_copy(update={"norm": "layernorm_no_params"}),
+    "reward model": FAMILIES["llama"].model_copy(update={"reward_head": True}),
+    "muP": FAMILIES["gpt2 untied"].model_copy(update={"mup": MuPConfig(base_width=8, init_scale=1.5)}),
+    "muP with wang_init": FAMILIES["llama"].model_copy(
+        update={"mup": MuPConfig(base_width=16), "init_method": "small_init", "output_init_method": "wang_init"}
+    ),
+}
+
+
+@pytest.mark.parametrize("family", TENSOR_FAMILIES)
+def test_facts_of_every_tensor(golden: Goldens, family: str) -> None:
+    """Shape, split, initial values, and the optimizer's groups."""
+    model = TENSOR_FAMILIES[family]
+    shapes = all_shapes(model, FinetuneConfig(lora=LoraConfig(rank=4)))
+    facts = {}
+    for name in in_order(list(shapes)):
+        shape = shapes[name]
+        init = digest(seeded_tensor(model, 7, name, shape).numpy().tobytes())[:12]
+        facts[name] = f"{list(shape)} split {tp_dim(name)}, {local_size(name, shape, 2)} of 2 ranks, init {init}"
+    neox = model.model_copy(update={"init": "neox"})
+    for name, matrix in neox_matrices(neox, 7) if not model.reward_head else ():
+        facts[name] += f", neox {float(matrix.std()):.4g}"
+    parameters = {name: torch.nn.Parameter(torch.empty(shape)) for name, shape in shapes.items()}
+    for optimizer in ("adamw", "muon", "sgd"):
+        made = make_optimizer(
+            parameters,
+            OptimizerConfig(name=optimizer, weight_decay=0.1, layer_decay=0.5),
+            summed_bias_ranks=2,
+            width_multiplier=model.width_multiplier,
+            num_layers=model.num_layers,
+        )
+        names = {parameter: name for name, parameter in parameters.items()}
+        for group in made.param_groups:
+            kind = "momentum" if "momentum" in group else "adam"
+            for parameter in group["params"]:
+                facts[names[parameter]] += (
+                    f", {optimizer} by {kind} {group['weight_decay']:.4g} {group['lr_scale']:.4g}"
+                )
+    golden.check("tensors", family, facts)
 
 
 def exact(source: Checkpoint) -> Checkpoint:
