@@ -36,7 +36,8 @@ from castalia.checkpoint.formats.native.save import CheckpointSaver
 from castalia.checkpoint.restore import load_optimizer, load_shards, optimizer_state
 from castalia.checkpoint.tensors import Progress, Shard
 from castalia.config.schema import ModelConfig, OptimizerConfig, RunConfig
-from castalia.plan.count import count, tensor_shapes
+from castalia.config.tensor_table import tensor_shapes
+from castalia.plan.count import count
 from castalia.train.hardware import keep_freed_memory
 from castalia.train.optimizer import make_optimizer
 

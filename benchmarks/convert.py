@@ -35,7 +35,7 @@ def make_source(folder: Path, model: ModelConfig) -> None:
 
     from castalia.checkpoint.tensors import Progress
     from castalia.config.schema import RunConfig
-    from castalia.plan.count import tensor_shapes
+    from castalia.config.tensor_table import tensor_shapes
 
     weights = {name: torch.randn(shape) * 0.02 for name, shape in tensor_shapes(model).items()}
     moments = {

@@ -27,9 +27,9 @@ from castalia.config.fields import FIELDS, SECTIONS
 from castalia.config.load import load_config, preset_names
 from castalia.config.neox.keys import FORMER, KEYS
 from castalia.config.schema import FinetuneConfig, LoraConfig, MuPConfig, OptimizerConfig, RunConfig
+from castalia.config.tensor_table import all_shapes, local_size, tp_dim
 from castalia.errors import CheckpointError
 from castalia.model.init import neox_matrices, seeded_tensor
-from castalia.plan.count import all_shapes, local_size, tp_dim
 from castalia.plan.devices import parse_gpus
 from castalia.plan.run_plan import Hardware, RunFacts, report
 from castalia.storage.lazy import InMemory

@@ -9,8 +9,8 @@ import numpy as np
 from castalia.checkpoint.adapters import adapters_of
 from castalia.checkpoint.sampled_values import middle, rounded
 from castalia.checkpoint.tensors import Checkpoint
+from castalia.config.tensor_table import adapter_shapes, tensor_shapes
 from castalia.errors import CheckpointError
-from castalia.plan.count import adapter_shapes, tensor_shapes
 from castalia.storage.extent import FileTensor
 from castalia.storage.lazy import TensorRef
 

@@ -19,9 +19,9 @@ from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.rules import drift
 from castalia.checkpoint.tensors import Checkpoint, Shard
 from castalia.config.schema import ModelConfig, TokenizerConfig
+from castalia.config.tensor_table import adapter_shapes, tensor_shapes
 from castalia.errors import CheckpointError
 from castalia.model.transformer import Transformer
-from castalia.plan.count import adapter_shapes, tensor_shapes
 from castalia.storage.lazy import TensorRef, name_of
 
 if TYPE_CHECKING:

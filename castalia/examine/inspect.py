@@ -15,9 +15,10 @@ from castalia.checkpoint.description import readable
 from castalia.checkpoint.sampled_values import Sums, sample
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.schema import InitMethod, ModelConfig
+from castalia.config.tensor_table import tp_dim
 from castalia.examine.facts import architecture
 from castalia.model.init_std import mup_scale, standard_deviation
-from castalia.plan.count import count, non_embedding, original_count, tp_dim
+from castalia.plan.count import count, non_embedding, original_count
 from castalia.storage.extent import verify, verifying
 from castalia.storage.lazy import ByteRun, TensorRef, same_bits
 

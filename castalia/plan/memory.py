@@ -18,7 +18,7 @@ from typing import NamedTuple
 from castalia.config.attention_kernels import AMPERE, Capability, Choice, training_choice
 from castalia.config.objective import PAIRED, needs_reference
 from castalia.config.schema import FinetuneConfig, ModelConfig, OptimizerConfig, RunConfig
-from castalia.plan.count import adapter_shapes, all_shapes, local_size
+from castalia.config.tensor_table import adapter_shapes, all_shapes, local_size
 from castalia.plan.layout import Layout, Stage, in_flight, rank_parts
 
 LOGIT_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}  # of one chunk's logits

@@ -10,8 +10,9 @@ from castalia.config.attention_kernels import AMPERE, Capability
 from castalia.config.batch import batch_plan, fitting_batch, steps_within, sum_until, tokens_until
 from castalia.config.objective import PAIRED
 from castalia.config.schema import ModelConfig, RunConfig
+from castalia.config.tensor_table import all_shapes
 from castalia.errors import ConfigError
-from castalia.plan.count import all_shapes, count, non_embedding, original_count
+from castalia.plan.count import count, non_embedding, original_count
 from castalia.plan.devices import Device, auto_precision
 from castalia.plan.flops import executed_flops, kv_cache_bytes, original_flops, training_flops
 from castalia.plan.host import host_memory, initial_values

@@ -17,13 +17,14 @@ from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.attention_kernels import AMPERE
 from castalia.config.batch import sum_until
 from castalia.config.schema import RunConfig, Section
+from castalia.config.tensor_table import adapter_shapes, tensor_shapes
 from castalia.data.pairs import Pairs
 from castalia.model.attention import capability
 from castalia.model.loss import CHUNK_BYTES
 from castalia.observe.display import Display
 from castalia.parallel.rank_grid import layout as parallel_layout
 from castalia.parallel.rendezvous import world_size
-from castalia.plan.count import adapter_shapes, count, tensor_shapes
+from castalia.plan.count import count
 from castalia.plan.layout import Layout
 from castalia.plan.run_description import clipping, describe_training
 from castalia.plan.run_plan import RunFacts, layout_of, training, warnings

@@ -7,11 +7,11 @@ import re
 from castalia.checkpoint.adapters import adapters_of
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.schema import FinetuneConfig, ModelConfig, RunConfig, is_adapter
+from castalia.config.tensor_table import adapter_shapes, tensor_shapes
 from castalia.data.tokenizer import load_tokenizer
 from castalia.errors import CheckpointError, ConfigError
 from castalia.model.init import seeded_tensor
 from castalia.parallel.executor import Executor
-from castalia.plan.count import adapter_shapes, tensor_shapes
 from castalia.reading import fits
 
 

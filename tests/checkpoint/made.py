@@ -12,7 +12,7 @@ from castalia.checkpoint.file_plan import WriteOptions
 from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.tensors import AdamState, Checkpoint, Progress
 from castalia.config.schema import ModelConfig, RunConfig
-from castalia.plan.count import tensor_shapes
+from castalia.config.tensor_table import tensor_shapes
 from castalia.storage.lazy import InMemory, same_bits
 
 SIZES = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "max_positions": 48, "vocab_size": 90}

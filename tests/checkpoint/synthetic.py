@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from castalia.config.schema import ModelConfig
+from castalia.config.tensor_table import BLOCK, shapes_of
 from castalia.model.init_std import standard_deviation
-from castalia.plan.count import block_shapes
 from tests.checkpoint.neox_writer import ROLES, config_yml, write_rank
 
 TP, PP, DP = 2, 4, 2
@@ -76,7 +76,9 @@ def layer(model: ModelConfig, position: int, role: str) -> dict[str, torch.Tenso
     vocabulary = (model.padded_vocab_size, h)
     norm = {"norm.weight": (h,), "norm.bias": (h,)}
     ends = {0: {"word_embeddings.weight": vocabulary}, last + 1: norm, last + 2: {"final_linear.weight": vocabulary}}
-    shapes = ends.get(position) or {_their(name): shape for name, shape in block_shapes(model).items()}
+    shapes = ends.get(position) or {
+        _their(name.removeprefix("blocks.{i}.")): shape for name, shape in shapes_of(BLOCK, model).items()
+    }
     return {name: _values(model, name, shape, role, generator) for name, shape in shapes.items()}
 
 

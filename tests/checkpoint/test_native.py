@@ -20,9 +20,9 @@ from castalia.checkpoint.formats.native import save as native_save
 from castalia.checkpoint.formats.native.save import CheckpointSaver
 from castalia.checkpoint.tensors import Progress, Shard
 from castalia.config.schema import ModelConfig, RunConfig
+from castalia.config.tensor_table import tensor_shapes
 from castalia.errors import CheckpointError
 from castalia.files import NEW, REPLACED, workplace
-from castalia.plan.count import tensor_shapes
 
 CONFIG = RunConfig(model=ModelConfig(num_layers=1, hidden_size=8, num_heads=2, vocab_size=10), seed=7)
 

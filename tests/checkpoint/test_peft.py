@@ -18,10 +18,10 @@ from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.restore import build_model, load_model
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.schema import FinetuneConfig, LoraConfig, ModelConfig
+from castalia.config.tensor_table import adapter_shapes
 from castalia.errors import CheckpointError
 from castalia.model.lora import add_adapters
 from castalia.model.transformer import Transformer
-from castalia.plan.count import adapter_shapes
 from castalia.storage.lazy import InMemory
 from tests.checkpoint.made import FAMILIES, SIZES, made, written
 

@@ -18,9 +18,9 @@ from castalia.checkpoint.restore import load_model
 from castalia.checkpoint.sampled_values import SPAN_ELEMENTS, Sums, as_float32, sample
 from castalia.checkpoint.tensors import Checkpoint, Progress
 from castalia.config.schema import ModelConfig, RunConfig
+from castalia.config.tensor_table import tensor_shapes
 from castalia.errors import CheckpointError
 from castalia.examine.inspect import report
-from castalia.plan.count import tensor_shapes
 from castalia.storage.extent import FileTensor
 from castalia.storage.lazy import Zeros
 from castalia.storage.safetensors import open_safetensors

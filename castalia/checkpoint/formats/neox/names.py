@@ -22,7 +22,7 @@ from castalia.checkpoint.rules import (
     per_block,
 )
 from castalia.config.schema import ModelConfig
-from castalia.plan.count import tensor_shapes
+from castalia.config.tensor_table import tensor_shapes
 
 NORM_PARAMETERS = {
     "layernorm": {"weight": "weight", "bias": "bias"},

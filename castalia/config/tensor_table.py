@@ -1,0 +1,185 @@
+"""The model's tensors, one row each: shape, tensor-parallel split, weight decay, muP class, initial value.
+
+Whatever needs a fact that follows from the name of a tensor asks this table: counting, initialisation, optimizer
+groups, loading, comparison, inspection. A new tensor is a parameter in `castalia.model` and a row here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from functools import cache
+from math import prod
+from typing import Literal, NamedTuple
+
+from castalia.config.schema import FinetuneConfig, LoraConfig, ModelConfig
+from castalia.errors import ConfigError
+
+Shapes = dict[str, tuple[int, ...]]
+Init = Literal["random", "residual", "adapter", "ones", "zeros"]
+
+SIZES: dict[str, Callable[[ModelConfig], int]] = {  # the words of shapes
+    "vocab": lambda model: model.padded_vocab_size,
+    "positions": lambda model: model.max_positions or 0,
+    "hidden": lambda model: model.hidden_size,
+    "qkv": lambda model: (model.num_heads + 2 * model.kv_heads) * model.head_size,
+    "heads": lambda model: model.num_heads,
+    "head_size": lambda model: model.head_size,
+    "mlp": lambda model: model.mlp_width,
+    "norm": lambda model: 1 if model.norm == "scalenorm" else model.hidden_size,
+    "1": lambda model: 1,
+}
+
+CONDITIONS: dict[str, Callable[[ModelConfig], bool]] = {  # what a model must have for a tensor to exist
+    "learned_positions": lambda model: model.position == "learned",
+    "norm_weight": lambda model: model.norm != "layernorm_no_params",
+    "norm_bias": lambda model: model.norm == "layernorm",
+    "second_norm": lambda model: not model.shared_norm,
+    "attention_bias": lambda model: model.attention_bias,
+    "qk_norm": lambda model: model.qk_norm,
+    "mlp_bias": lambda model: model.mlp_bias,
+    "gated_mlp": lambda model: model.gated_mlp,
+    "head": lambda model: not model.tie_embeddings and not model.reward_head,
+    "reward_head": lambda model: model.reward_head,
+}
+
+
+class TensorRow(NamedTuple):
+    """What follows from the name of a tensor."""
+
+    name: str  # as in `Transformer.named_parameters()`; with {i} it stands for that tensor of every block
+    shape: str  # words of `SIZES`, and "rank" in adapters
+    needs: str = ""  # words of `CONDITIONS` that must all hold
+    kind: str | None = None  # the heading under which reports list it; None: they leave it out
+    init: Init = "random"  # random: by model.init_method; residual: by model.output_init_method; adapter: as PEFT does
+    tp_dim: int | None = None  # the dimension that tensor parallelism splits; None: a copy on every tensor rank
+    decays: bool = True  # whether weight decay applies
+    mup: Literal["matrix", "vector"] = "vector"  # matrix: both dimensions grow with the width of the model
+    row_parallel_bias: bool = False  # added after the sum over tensor ranks; GPT-NeoX adds one copy for each rank
+
+    @property
+    def module(self) -> str:
+        """The module that holds the tensor, without the block: attn.qkv, norm1, head."""
+        return self.name.removeprefix("blocks.{i}.").rpartition(".")[0]
+
+    @property
+    def has_token_rows(self) -> bool:
+        """Whether each row belongs to a token of the vocabulary, or pads it."""
+        return self.shape.startswith("vocab ")
+
+
+def _norm(module: str, needs: str = "") -> list[TensorRow]:
+    return [
+        TensorRow(f"{module}.weight", "norm", f"{needs} norm_weight", "norms", "ones", decays=False),
+        TensorRow(f"{module}.bias", "hidden", f"{needs} norm_bias", "biases", "zeros", decays=False),
+    ]
+
+
+def _linear(module: str, shape: str, bias: str, kind: str, tp_dim: int, needs: str = "") -> list[TensorRow]:
+    """A matrix of the blocks, split by rows (0) or columns (1), and its bias.
+
+    Those that are split by columns add to the residual stream, so their initial values shrink with the depth.
+    """
+    name, split_bias = f"blocks.{{i}}.{module}", 0 if tp_dim == 0 else None
+    init: Init = "residual" if tp_dim == 1 else "random"
+    return [
+        TensorRow(f"{name}.weight", shape, needs, kind, init, tp_dim, mup="matrix"),
+        TensorRow(
+            f"{name}.bias", shape.split()[0], f"{needs} {bias}", "biases", "zeros", split_bias, False,
+            row_parallel_bias=tp_dim == 1,
+        ),
+    ]  # fmt: skip
+
+
+BEFORE_BLOCKS = (
+    TensorRow("embed.weight", "vocab hidden", kind="embedding", tp_dim=0),
+    TensorRow("positions.weight", "positions hidden", "learned_positions", "positions"),
+)
+BLOCK = (
+    *_norm("blocks.{i}.norm1"),
+    *_norm("blocks.{i}.norm2", "second_norm"),
+    *_linear("attn.qkv", "qkv hidden", "attention_bias", "attention qkv", 0),
+    TensorRow("blocks.{i}.attn.qk_norm.weight", "heads head_size", "qk_norm", "norms", "ones", 0, decays=False),
+    TensorRow("blocks.{i}.attn.qk_norm.bias", "heads head_size", "qk_norm", "biases", "zeros", 0, decays=False),
+    *_linear("attn.out", "hidden hidden", "attention_bias", "attention out", 1),
+    *_linear("mlp.up", "mlp hidden", "mlp_bias", "mlp up", 0),
+    *_linear("mlp.gate", "mlp hidden", "mlp_bias", "mlp gate", 0, "gated_mlp"),
+    *_linear("mlp.down", "hidden mlp", "mlp_bias", "mlp down", 1),
+)
+FINAL_NORM = tuple(_norm("norm"))
+AFTER_BLOCKS = (
+    *FINAL_NORM,
+    TensorRow("head.weight", "vocab hidden", "head", "head", tp_dim=0),
+    TensorRow("reward.weight", "1 hidden", "reward_head"),
+)
+ROWS = (*BEFORE_BLOCKS, *BLOCK, *AFTER_BLOCKS)
+ADAPTABLE = tuple(row for row in ROWS if row.mup == "matrix" or row.name == "head.weight")
+
+
+def _adapters(row: TensorRow) -> list[TensorRow]:
+    """The LoRA matrices of a row: lora_a [rank, in] and lora_b [out, rank], split along in and out as the row is."""
+    name, (rows, columns) = row.name.removesuffix("weight"), row.shape.split()
+    split_in, split_out = (1 if row.tp_dim == 1 else None), (0 if row.tp_dim == 0 else None)
+    a = row._replace(name=f"{name}lora_a", shape=f"rank {columns}", kind="adapters", init="adapter", tp_dim=split_in)
+    b = row._replace(name=f"{name}lora_b", shape=f"{rows} rank", kind="adapters", init="zeros", tp_dim=split_out)
+    return [a, b]
+
+
+_BY_NAME = {row.name: row for row in (*ROWS, *(part for row in ADAPTABLE for part in _adapters(row)))}
+
+
+@cache
+def row_of(name: str) -> TensorRow:
+    """The row of a tensor or an adapter of the model; for any other name one that claims nothing."""
+    return _BY_NAME.get(re.sub(r"^blocks\.\d+\.", "blocks.{i}.", name)) or TensorRow(name, shape="")
+
+
+def tensor_shapes(model: ModelConfig) -> Shapes:
+    """Every parameter's name and shape, in the model's order. Raises ValueError if the vocabulary is unknown."""
+    block = shapes_of(BLOCK, model)
+    return (
+        shapes_of(BEFORE_BLOCKS, model)
+        | {name.format(i=layer): shape for layer in range(model.num_layers) for name, shape in block.items()}
+        | shapes_of(AFTER_BLOCKS, model)
+    )
+
+
+def shapes_of(rows: Iterable[TensorRow], model: ModelConfig) -> Shapes:
+    """Shapes of those rows whose tensors the model has."""
+    present = (row for row in rows if all(CONDITIONS[need](model) for need in row.needs.split()))
+    return {row.name: tuple(SIZES[word](model) for word in row.shape.split()) for row in present}
+
+
+def adapter_shapes(model: ModelConfig, lora: LoraConfig | None) -> Shapes:
+    """Names and shapes of the adapters. Raises ConfigError if the model lacks one of the matrices to adapt."""
+    if lora is None:
+        return {}
+    matrices = {name: shape for name, shape in tensor_shapes(model).items() if row_of(name) in ADAPTABLE}
+    present = list(dict.fromkeys(row_of(name).module for name in matrices))
+    targets = set(lora.targets) or set(present) - {"head"}
+    if lacking := targets - set(present):
+        tied = "; its head is the embedding" if "head" in lacking else ""
+        raise ConfigError(
+            f"finetune.lora.targets: the model has no {', '.join(sorted(lacking))}{tied}; it has {', '.join(present)}"
+        )
+    shapes: Shapes = {}
+    for name, (rows, columns) in matrices.items():
+        if row_of(name).module in targets:
+            matrix = name.removesuffix(".weight")
+            shapes |= {f"{matrix}.lora_a": (lora.rank, columns), f"{matrix}.lora_b": (rows, lora.rank)}
+    return shapes
+
+
+def all_shapes(model: ModelConfig, finetune: FinetuneConfig) -> Shapes:
+    """Names and shapes of the model's tensors and of its adapters."""
+    return tensor_shapes(model) | adapter_shapes(model, finetune.lora)
+
+
+def tp_dim(name: str) -> int | None:
+    """The dimension that tensor parallelism splits, None for a tensor of which every tensor rank has a copy."""
+    return row_of(name).tp_dim
+
+
+def local_size(name: str, shape: tuple[int, ...], tp: int) -> int:
+    """Elements of the tensor on one of `tp` tensor ranks."""
+    return prod(shape) if tp_dim(name) is None else prod(shape) // tp

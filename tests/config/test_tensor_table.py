@@ -1,0 +1,53 @@
+"""The table of tensors against the model itself, and its columns by examples."""
+
+from __future__ import annotations
+
+import pytest
+
+from castalia.config.schema import ModelConfig
+from castalia.config.tensor_table import row_of, tensor_shapes, tp_dim
+
+SWIGLU = {"norm": "rmsnorm", "gated_mlp": True, "activation": "silu", "attention_bias": False}
+VARIANTS = {
+    "neox": {"parallel_residual": True, "rotary_pct": 0.25},
+    "sequential": {},
+    "shared norm": {"parallel_residual": True, "shared_norm": True},
+    "gpt2": {"position": "learned", "tie_embeddings": True},
+    "llama": SWIGLU | {"mlp_bias": False, "num_kv_heads": 2, "mlp_size": 24},
+    "qk norm": {"qk_norm": True},
+    "scalenorm": {"norm": "scalenorm"},
+    "no parameters in norms": {"norm": "layernorm_no_params"},
+    "reward model": {"reward_head": True},
+    "alibi": {"position": "alibi", "attention_bias": False},
+}
+
+
+@pytest.mark.parametrize("choices", VARIANTS.values(), ids=VARIANTS)
+def test_the_model_on_the_meta_device_has_exactly_these_tensors(choices) -> None:
+    import torch
+
+    from castalia.model.transformer import Transformer
+
+    model = ModelConfig(num_layers=2, hidden_size=32, num_heads=4, vocab_size=100, max_positions=16, **choices)
+    with torch.device("meta"):
+        real = {name: tuple(p.shape) for name, p in Transformer(model).named_parameters()}
+    assert tensor_shapes(model) == real
+
+
+def test_tensor_parallel_cuts() -> None:
+    assert tp_dim("blocks.3.attn.qkv.bias") == tp_dim("embed.weight") == tp_dim("blocks.0.mlp.gate.weight") == 0
+    assert tp_dim("blocks.0.attn.out.weight") == tp_dim("blocks.0.mlp.down.weight") == 1
+    assert (tp_dim("blocks.0.attn.qkv.lora_a"), tp_dim("blocks.0.attn.qkv.lora_b")) == (None, 0)
+    assert (tp_dim("blocks.0.mlp.down.lora_a"), tp_dim("blocks.0.mlp.down.lora_b")) == (1, None)
+    assert tp_dim("blocks.0.attn.out.bias") is tp_dim("blocks.0.norm1.weight") is tp_dim("positions.weight") is None
+
+
+def test_an_unknown_name_claims_nothing() -> None:
+    row = row_of("optimizer.queue.weight")
+    assert (row.kind, row.tp_dim, row.has_token_rows, row.row_parallel_bias) == (None, None, False, False)
+
+
+def test_biases_that_tensor_ranks_hold_copies_of() -> None:
+    model = ModelConfig(num_layers=1, hidden_size=32, num_heads=4, vocab_size=100, qk_norm=True, gated_mlp=True)
+    found = [name for name in tensor_shapes(model) if row_of(name).row_parallel_bias]
+    assert found == ["blocks.0.attn.out.bias", "blocks.0.mlp.down.bias"]
