@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from castalia.config.schema import ModelConfig
+from castalia.config.tensor_table import row_of
 from castalia.model.init_std import mup_scale, standard_deviation
 from castalia.model.transformer import Transformer
 
 TILE_ROWS, TILE_COLUMNS = 64, 256
-OUTPUT_MATRICES = ("attn.out.weight", "mlp.down.weight")  # those that add to the residual stream
 
 
 @torch.no_grad()
@@ -51,7 +51,7 @@ def seeded_tensor(
     logical = _logical_shape(cfg, name, shape)
     method = _method(cfg, name)
     rows, columns = slices if slices is not None else (slice(None), slice(None))
-    if name.endswith(".lora_a"):  # within +-1 / sqrt(columns), as the library PEFT draws them
+    if row_of(name).init == "adapter":  # within +-1 / sqrt(columns), as the library PEFT draws them
         return _drawn(seed, name, shape, rows, columns, lambda tile: tile / math.sqrt(3 * shape[1]), uniform=True)
     if method.endswith("orthogonal"):
         whole = torch.zeros(*shape)  # padding rows are zero: an orthogonal matrix cannot be continued
@@ -63,13 +63,11 @@ def seeded_tensor(
 
 def constant_value(name: str) -> float | None:
     """What a norm's weight, a bias or `lora_b` starts as; None for a matrix, which is random."""
-    if name.endswith((".bias", ".lora_b")):
-        return 0.0
-    return 1.0 if name.split(".")[-2] in ("norm", "norm1", "norm2", "qk_norm") else None
+    return {"zeros": 0.0, "ones": 1.0}.get(row_of(name).init)
 
 
 def _method(cfg: ModelConfig, name: str) -> str:
-    return cfg.output_init_method if name.endswith(OUTPUT_MATRICES) else cfg.init_method
+    return cfg.output_init_method if row_of(name).init == "residual" else cfg.init_method
 
 
 def _depth_gain(cfg: ModelConfig) -> float:
@@ -78,7 +76,7 @@ def _depth_gain(cfg: ModelConfig) -> float:
 
 def _logical_shape(cfg: ModelConfig, name: str, shape: Sequence[int]) -> tuple[int, int]:
     """Without the rows that pad the vocabulary, so that padding changes no scale."""
-    rows = cfg.vocab_size if name in ("embed.weight", "head.weight") and cfg.vocab_size else shape[0]
+    rows = cfg.vocab_size if row_of(name).has_token_rows and cfg.vocab_size else shape[0]
     return rows, shape[1]
 
 

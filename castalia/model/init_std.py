@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from castalia.config.schema import ModelConfig
+from castalia.config.tensor_table import row_of
 
 
 def standard_deviation(cfg: ModelConfig, method: str, shape: Sequence[int]) -> float:
@@ -29,5 +30,5 @@ def mup_scale(cfg: ModelConfig, method: str, name: str) -> float:
     if cfg.mup is None:
         return 1.0
     follows_width = method in ("small_init", "wang_init")  # on their own
-    power = 0.5 * follows_width - 0.5 * name.startswith("blocks.")
+    power = 0.5 * follows_width - 0.5 * (row_of(name).mup == "matrix")
     return cfg.mup.init_scale * cfg.width_multiplier**power
