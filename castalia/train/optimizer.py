@@ -11,23 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from castalia.config.schema import LossScaleConfig, OptimizerConfig, ParameterGroup
+from castalia.config.tensor_table import TensorRow, row_of
 from castalia.errors import ConfigError, TrainingError
 from castalia.reading import fits
 from castalia.train.update_rules import AnyOptimizer, CombinedOptimizer, Lion
 
-NORMS = {"norm", "norm1", "norm2", "qk_norm"}
-ROW_PARALLEL_BIASES = (".attn.out.bias", ".mlp.down.bias")
-
-
-def decays(name: str) -> bool:
-    """Whether weight decay applies: to everything but biases and the parameters of norms."""
-    *_, module, kind = name.split(".")
-    return kind != "bias" and module not in NORMS
-
-
-def is_hidden_matrix(name: str) -> bool:
-    """Whether both dimensions grow with the model's width: all matrices inside the blocks."""
-    return name.startswith("blocks.") and decays(name)
+DUPLICATE = "duplicate."  # begins the names of this rank's second copies of parameters that live on another stage
 
 
 def make_optimizer(
@@ -57,40 +46,40 @@ def make_optimizer(
         raise ConfigError("optimizer.name=adafactor needs whole tensors, which sharded ranks do not hold; use adamw")
     kinds: dict[str, dict[tuple[float, float], list[nn.Parameter]]] = defaultdict(lambda: defaultdict(list))
     for name, parameter in trained.items():
-        decay, scale = _decay_and_scale(name, cfg, width_multiplier)
+        row = row_of(name.removeprefix(DUPLICATE))
+        decay, scale = _decay_and_scale(name, row, cfg, width_multiplier)
         scale *= cfg.layer_decay ** _blocks_above(name, num_layers)
-        if name.endswith(ROW_PARALLEL_BIASES):
+        if row.row_parallel_bias:
             scale *= summed_bias_ranks
-        kind: str = "adamw" if cfg.name == "muon" and not is_hidden_matrix(name) else cfg.name
+        kind: str = "adamw" if cfg.name == "muon" and row.mup == "vector" else cfg.name
         kinds[kind][decay, scale].append(parameter)
     optimizers: list[torch.optim.Optimizer] = []
     for kind, groups in kinds.items():
-        rows: list[dict[str, Any]] = [
+        param_groups: list[dict[str, Any]] = [
             {"params": ps, "weight_decay": decay, "lr_scale": scale} for (decay, scale), ps in groups.items()
         ]
-        optimizers.append(_optimizer(kind, rows, cfg))
-        for parameter in (p for row in rows for p in row["params"]):
+        optimizers.append(_optimizer(kind, param_groups, cfg))
+        for parameter in (p for group in param_groups for p in group["params"]):
             optimizers[-1].state[parameter] = _fresh_state(kind, parameter, cfg)
     return optimizers[0] if len(optimizers) == 1 else CombinedOptimizer(optimizers)
 
 
-def _decay_and_scale(name: str, cfg: OptimizerConfig, width_multiplier: float) -> tuple[float, float]:
+def _decay_and_scale(name: str, row: TensorRow, cfg: OptimizerConfig, width_multiplier: float) -> tuple[float, float]:
     """Weight decay and learning-rate factor of a tensor; of several matching groups the first counts.
 
     Under muP adaptive rules take smaller steps in hidden matrices, SGD larger ones in all others; decay stays the same.
     """
     found = next((group for group in cfg.groups if fits(group.match, name)), ParameterGroup(match=name))
     wanted = cfg.weight_decay if found.weight_decay is None else found.weight_decay
-    decay = wanted if decays(name) or found.weight_decay is not None else 0.0
-    hidden = is_hidden_matrix(name)
+    decay = wanted if row.decays or found.weight_decay is not None else 0.0
     matrices, others = (1.0, width_multiplier) if cfg.name == "sgd" else (1 / width_multiplier, 1.0)
-    factor = matrices if hidden else others
+    factor = matrices if row.mup == "matrix" else others
     return decay / factor, found.lr_scale * factor
 
 
 def _blocks_above(name: str, num_layers: int) -> int:
     """How many blocks what a tensor computes goes through after it."""
-    kind, *rest = name.removeprefix("duplicate.").split(".")
+    kind, *rest = name.removeprefix(DUPLICATE).split(".")
     if kind == "blocks":
         return num_layers - 1 - int(rest[0])
     return num_layers if kind in ("embed", "positions") else 0

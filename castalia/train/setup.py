@@ -30,7 +30,7 @@ from castalia.parallel.rendezvous import world_size
 from castalia.train.compiling import Compiling, plan_compiling, settled
 from castalia.train.hardware import DTYPES, choose_device, choose_dtype, name_of, repeat_bits
 from castalia.train.neox_quirks import NeoXQuirks, quirks_of
-from castalia.train.optimizer import LossScaler, make_optimizer, rescale_moments
+from castalia.train.optimizer import DUPLICATE, LossScaler, make_optimizer, rescale_moments
 from castalia.train.preference import PreferenceLoss
 from castalia.train.reference_model import as_reward_model, needs_reference, with_reference, with_reward_head
 from castalia.train.run_facts import refuse_foreign_tokens
@@ -117,7 +117,7 @@ def start(config: RunConfig) -> Session:
         engine.initialize(config)
     exact = quirks_of(config, source if resuming else None)
     optimizer = make_optimizer(
-        engine.parameters | {f"duplicate.{name}": p for name, p in engine.duplicates.items()},
+        engine.parameters | {f"{DUPLICATE}{name}": p for name, p in engine.duplicates.items()},
         config.optimizer,
         summed_bias_ranks=exact.summed_bias_ranks,
         width_multiplier=config.model.width_multiplier,

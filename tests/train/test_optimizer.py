@@ -3,9 +3,10 @@ import torch
 from torch import nn
 
 from castalia.config.schema import LossScaleConfig, ModelConfig, OptimizerConfig
+from castalia.config.tensor_table import row_of
 from castalia.errors import ConfigError, TrainingError
 from castalia.model.transformer import Transformer
-from castalia.train.optimizer import LossScaler, decays, gradient_norm, make_optimizer, set_rate
+from castalia.train.optimizer import LossScaler, gradient_norm, make_optimizer, set_rate
 
 SMALL = ModelConfig(
     num_layers=1, hidden_size=8, num_heads=2, vocab_size=16, vocab_multiple=1, qk_norm=True, max_positions=8
@@ -14,7 +15,7 @@ SMALL = ModelConfig(
 
 def test_only_norms_and_biases_do_not_decay():
     model = Transformer(SMALL.model_copy(update={"position": "learned"}))
-    kept = {name for name, _ in model.named_parameters() if decays(name)}
+    kept = {name for name, _ in model.named_parameters() if row_of(name).decays}
     matrices = {"attn.qkv", "attn.out", "mlp.up", "mlp.down"}
     assert kept == {"embed.weight", "positions.weight", "head.weight"} | {f"blocks.0.{m}.weight" for m in matrices}
 
@@ -35,7 +36,7 @@ def test_adamw_follows_the_documented_formula():
             g = parameter.grad.double()
             m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g**2
             direction = (m / (1 - 0.9**step)) / ((v / (1 - 0.95**step)).sqrt() + 1e-3)
-            decay = 0.3 if decays(name) else 0.0
+            decay = 0.3 if row_of(name).decays else 0.0
             scale = 2 if name in ("blocks.0.attn.out.bias", "blocks.0.mlp.down.bias") else 1
             expected[name] = p - rate * scale * (direction + decay * p), m, v
         optimizer.step()
