@@ -1,6 +1,7 @@
 import csv
 import json
 import sys
+import time
 
 import pytest
 
@@ -31,6 +32,8 @@ def stored(path):
             at += left
             continue
         length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        if at + 7 + length > len(data):
+            return  # still being written
         whole += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # whole, or its last part
@@ -38,25 +41,33 @@ def stored(path):
             whole = b""
 
 
-def test_wandb_offline_keeps_every_step_and_its_id(tiny, tmp_path, monkeypatch):
-    wandb = pytest.importorskip("wandb", reason="needs the wandb package")
+def offline_losses(folder, key):
+    """Step -> loss, of all the run's offline files."""
     from wandb.proto import wandb_internal_pb2 as messages
 
+    losses = {}
+    for path in folder.glob(f"wandb/offline-run-*/run-{key}.wandb"):
+        for data in stored(path):
+            record = messages.Record.FromString(data)
+            if record.HasField("history"):
+                items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+                losses[items["_step"]] = items["loss"]
+    return losses
+
+
+def test_wandb_offline_keeps_every_step_and_its_id(tiny, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="needs the wandb package")
     folder = tmp_path / "run"
     words = ["log.wandb.mode=offline", "log.wandb.project=tiny", "log.wandb.name=first", "train.steps=4"]
     train(tiny(folder, *words, "train.exit_interval=2"), evaluate)
     key = (folder / "wandb.id").read_text()
     train(tiny(folder, *words, f"checkpoint.resume={folder}"), evaluate)
     assert (folder / "wandb.id").read_text() == key
-    seen = {}
-    for path in folder.glob(f"wandb/offline-run-*/run-{key}.wandb"):
-        for data in stored(path):
-            record = messages.Record.FromString(data)
-            if record.HasField("history"):
-                items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
-                seen[items["_step"]] = items["loss"]
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert seen == {step["step"]: step["loss"] for step in steps}
+    expected, deadline = {step["step"]: step["loss"] for step in steps}, time.monotonic() + 60
+    while offline_losses(folder, key) != expected and time.monotonic() < deadline:
+        time.sleep(0.1)  # `finish` returns before W&B's own process has written the last records
+    assert offline_losses(folder, key) == expected
     assert wandb.run is None
 
 
