@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from castalia.checkpoint.architecture_check import unrounded
-from castalia.checkpoint.formats.deepspeed.files import Folder, loss_scale
+from castalia.checkpoint.formats.deepspeed.folder import Folder, loss_scale
 from castalia.checkpoint.rules import Role, Rule, to_ours
 from castalia.checkpoint.tensors import AdamState, Progress
 from castalia.checkpoint.zero import RankState

@@ -1,6 +1,6 @@
 """DeepSpeed's files, written: which stage holds which layers, parameter groups, flat vectors and optimizer states.
 
-The counterpart of `files.py` and of `checkpoint/zero.py`. Only descriptions of files are made here; nothing is read.
+The counterpart of `folder.py` and of `checkpoint/zero.py`. Only descriptions of files are made here; nothing is read.
 """
 
 from __future__ import annotations

@@ -9,9 +9,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from castalia.checkpoint.formats.deepspeed import files
 from castalia.checkpoint.formats.deepspeed.assemble import adam_states, layout, masters_apart, progress, weight_dtype
-from castalia.checkpoint.formats.deepspeed.files import BUFFERS, Folder
+from castalia.checkpoint.formats.deepspeed.folder import (
+    BUFFERS,
+    Folder,
+    is_megatron,
+    optimizer_ranks,
+    optimizer_settings,
+    scan,
+    weights,
+)
 from castalia.checkpoint.formats.neox.architecture import RankTensors, compare, merge, observed, stored_arguments
 from castalia.checkpoint.formats.neox.names import MEGATRON, megatron_qkv, table
 from castalia.checkpoint.neox_defects import summed_micro_batches
@@ -34,7 +41,7 @@ GATED = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "liglu": "identity"
 
 
 def detect(path: Path) -> bool:
-    return files.is_megatron(path)
+    return is_megatron(path)
 
 
 def read(
@@ -45,8 +52,8 @@ def read(
     Raises CheckpointError for gaps, damage, models that ours has no equal of, and a config of another model;
     `tolerant` lists the differences in the checkpoint's details instead.
     """
-    folder = files.scan(Path(path))
-    held = files.weights(folder)
+    folder = scan(Path(path))
+    held = weights(folder)
     given = load_config(config) if config else None
     found = observed(held, MEGATRON, folder, given.model if given else None)
     settings = found | _from_arguments(folder, held)
@@ -54,7 +61,7 @@ def read(
     other = compare(given.model if given else None, model, folder, MEGATRON, str(config), tolerant)
     version = float(folder.first.get("checkpoint_version", 0 if folder.states else 3))
     rules = table(MEGATRON, model, folder.tp, megatron_qkv(model, folder.tp, version))
-    ranks = files.optimizer_ranks(folder, held, MEGATRON.embedding, model.tie_embeddings)
+    ranks = optimizer_ranks(folder, held, MEGATRON.embedding, model.tie_embeddings)
     run = given or _training(folder, model)
     run = run.model_copy(
         update={"model": model} | ({"tokenizer": TokenizerConfig(path=tokenizer)} if tokenizer else {})
@@ -93,7 +100,7 @@ def _training(folder: Folder, model: ModelConfig) -> RunConfig:
     args: Mapping[str, Any] = folder.args
     told = {"eps": args.get("adam_eps"), "weight_decay": args.get("weight_decay"), "clip_grad": args.get("clip_grad")}
     told["betas"] = tuple(args[key] for key in ("adam_beta1", "adam_beta2") if key in args) or None
-    optimizer: dict[str, Any] = {"lr": args.get("lr")} | told | files.optimizer_settings(folder)
+    optimizer: dict[str, Any] = {"lr": args.get("lr")} | told | optimizer_settings(folder)
     norm = optimizer.pop("clip_grad")
     clip = {} if norm is None else {"clip_norm": norm or None}
     schedule = {"style": args.get("lr_decay_style"), "decay_steps": args.get("lr_decay_iters")}

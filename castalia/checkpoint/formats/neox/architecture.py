@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from castalia.checkpoint.formats.deepspeed.files import Folder, global_name, layer_file, refuse_missing
+from castalia.checkpoint.formats.deepspeed.folder import Folder, global_name, layer_file, refuse_missing
 from castalia.checkpoint.formats.neox.names import NORM_PARAMETERS, Names
 from castalia.config.schema import ModelConfig
 from castalia.errors import CheckpointError

@@ -7,9 +7,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from castalia.checkpoint.formats.deepspeed import files
 from castalia.checkpoint.formats.deepspeed.assemble import adam_states, layout, masters_apart, progress, weight_dtype
-from castalia.checkpoint.formats.deepspeed.files import BUFFERS, LAYER, RANK_STATE, SHARD, STATE, Folder
+from castalia.checkpoint.formats.deepspeed.folder import (
+    BUFFERS,
+    LAYER,
+    RANK_STATE,
+    SHARD,
+    STATE,
+    Folder,
+    is_megatron,
+    names_of,
+    optimizer_ranks,
+    round_robin,
+    scan,
+    stage3_weights,
+    universal_state,
+    weights,
+)
 from castalia.checkpoint.formats.neox.architecture import (
     RankTensors,
     compare,
@@ -34,8 +48,8 @@ FIRST_WITH_NEW_ROWS = (0, 16)  # of DeepSpeed; grouped queries and RMSNorm chang
 def detect(path: Path) -> bool:
     """Whether a folder has DeepSpeed's files and is not Megatron's."""
     kinds = (LAYER, STATE, RANK_STATE, SHARD)
-    found = any(pattern.fullmatch(name) for name in files.names_of(path) for pattern in kinds)
-    return found and not files.is_megatron(path)
+    found = any(pattern.fullmatch(name) for name in names_of(path) for pattern in kinds)
+    return found and not is_megatron(path)
 
 
 def read(
@@ -53,16 +67,16 @@ def read(
     tell; without these hints both are guessed from DeepSpeed's version, with a note. Raises CheckpointError for gaps,
     damage and a config of another model; `tolerant` lists the differences in the checkpoint's details instead.
     """
-    folder = files.scan(Path(path))
+    folder = scan(Path(path))
     run = _config(folder, config)
     ranks: list[RankState] | None = None
     if folder.stage3:
-        ranks = files.optimizer_ranks(folder, {}, HEAD.embedding, tied=False)
+        ranks = optimizer_ranks(folder, {}, HEAD.embedding, tied=False)
         if ranks is None:
             raise CheckpointError(f"{folder.path}: ZeRO 3 keeps the weights in the optimizer files, which are missing")
-        held = files.stage3_weights(folder, ranks[0])
+        held = stage3_weights(folder, ranks[0])
     else:
-        held = files.weights(folder)
+        held = weights(folder)
     era = _era(folder, held)
     found = observed(held, ERAS[era], folder, run.model if run else None)
     given = run.model if run else None
@@ -171,9 +185,9 @@ def _rows(folder: Folder, era: str, model: ModelConfig, hint: GqaRows | None) ->
 
 def _optimizer(folder: Folder, held: RankTensors, model: ModelConfig) -> tuple[list[RankState] | None, str]:
     """The optimizer state of each tensor rank, and what to say about it."""
-    if files.round_robin(folder):
+    if round_robin(folder):
         return None, "the optimizer state was written with round_robin_gradients, which nothing undoes: it is left out"
-    ranks = files.universal_state(folder, held, HEAD.embedding) or files.optimizer_ranks(
+    ranks = universal_state(folder, held, HEAD.embedding) or optimizer_ranks(
         folder, held, HEAD.embedding, model.tie_embeddings
     )
     if ranks is None:
