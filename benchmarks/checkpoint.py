@@ -31,8 +31,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as Rows
 
-from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.formats.native.save import CheckpointSaver
+from castalia.checkpoint.opener import open_checkpoint
 from castalia.checkpoint.restore import load_optimizer, load_shards, optimizer_state
 from castalia.checkpoint.tensors import Progress, Shard
 from castalia.config.schema import ModelConfig, OptimizerConfig, RunConfig

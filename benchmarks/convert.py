@@ -48,14 +48,15 @@ def make_source(folder: Path, model: ModelConfig) -> None:
 def convert(source: Path, target: Path, form: str, layout: str | None = None) -> None:
     from castalia.checkpoint import convert
     from castalia.checkpoint.file_plan import WriteOptions
-    from castalia.checkpoint.formats import open_checkpoint
+    from castalia.checkpoint.formats import TARGETS
+    from castalia.checkpoint.opener import open_checkpoint
     from castalia.cli.convert import parse_layout
     from castalia.train.hardware import keep_freed_memory
 
     keep_freed_memory()  # as the command does
     checkpoint = convert.prepare(open_checkpoint(source))
-    chosen, options = convert.TARGETS[form], WriteOptions(parse_layout(layout))
-    plan = chosen.plan(checkpoint, options)
+    chosen, options = TARGETS[form], WriteOptions(parse_layout(layout))
+    plan = convert.plan_files(form, checkpoint, options)
     inside = chosen.step_folder.format(step=checkpoint.progress.step) if chosen.nested else ""
     mark = convert.identity(checkpoint, options, plan)
     convert.write(plan, target, mark, lambda count: None, inside=inside)
@@ -187,7 +188,7 @@ def between_formats(args: argparse.Namespace, scratch: Path) -> None:
 
 def from_source(args: argparse.Namespace, scratch: Path) -> None:
     """The checkpoint at hand to each format; to NeoX's on other ranks."""
-    from castalia.checkpoint.formats import open_checkpoint
+    from castalia.checkpoint.opener import open_checkpoint
     from castalia.checkpoint.restore import describe
 
     checkpoint = open_checkpoint(args.source)

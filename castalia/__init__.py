@@ -12,7 +12,7 @@ _PUBLIC = {
     "load_config": ("castalia.config.load", "load_config"),
     "open_dataset": ("castalia.data.indexed", "open_dataset"),
     "batch_at": ("castalia.data.loader", "batch_at"),
-    "open_checkpoint": ("castalia.checkpoint.formats", "open_checkpoint"),
+    "open_checkpoint": ("castalia.checkpoint.opener", "open_checkpoint"),
     "load_model": ("castalia.checkpoint.restore", "load_model"),
     "run_training": ("castalia.cli.train", "train"),
     "generate_text": ("castalia.generate.generation", "generate"),

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from castalia.checkpoint import convert
 from castalia.checkpoint.compare import in_order
 from castalia.checkpoint.file_plan import TargetLayout, WriteOptions
-from castalia.checkpoint.formats import open_checkpoint
+from castalia.checkpoint.opener import open_checkpoint
 from castalia.checkpoint.tensors import AdamState, Checkpoint
 from castalia.cli.config import changes, explain
 from castalia.cli.main import build
@@ -200,7 +200,7 @@ def exact(source: Checkpoint) -> Checkpoint:
 def written_files(source: Checkpoint, to: str, folder: Path, layout: TargetLayout) -> dict[str, str] | str:
     """The first digits of each file's digest, or why this model cannot be written so."""
     try:
-        plan = convert.TARGETS[to].plan(convert.prepare(source), WriteOptions(layout=layout))
+        plan = convert.plan_files(to, convert.prepare(source), WriteOptions(layout=layout))
     except CheckpointError as error:
         return str(error)
     convert.write(plan, folder, "mark", lambda count: None)

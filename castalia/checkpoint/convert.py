@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from hashlib import blake2b
 from importlib import import_module
 from pathlib import Path
@@ -22,8 +22,9 @@ from typing import IO, Any
 import torch
 
 from castalia.checkpoint.file_plan import OutputFile, Plan, WriteOptions
-from castalia.checkpoint.formats import detect, find_steps
-from castalia.checkpoint.tensors import Checkpoint
+from castalia.checkpoint.formats import TARGETS
+from castalia.checkpoint.opener import base_of, detect, find_steps
+from castalia.checkpoint.tensors import AdamState, Checkpoint
 from castalia.errors import CheckpointError
 from castalia.files import (
     MARK,
@@ -50,34 +51,20 @@ FLUSH_BYTES = 128 << 20
 MAX_WRITERS = 4  # threads, each with a piece of a file in memory
 
 
-@dataclass(frozen=True)
-class Target:
-    """A format to convert to: the module with its `plan`, and how its folders of single steps are called."""
+def plan_files(to: str, checkpoint: Checkpoint, options: WriteOptions) -> Plan:
+    """The files that a checkpoint becomes in the format `to`, a key of `TARGETS`. Nothing is read or written yet.
 
-    module: str
-    step_folder: str
-    nested: bool = False  # whether one checkpoint too is a folder with `latest` and a step's folder
-
-    def plan(self, checkpoint: Checkpoint, options: WriteOptions) -> Plan:
-        """Raises CheckpointError for an optimizer state that the format cannot hold."""
-        states = (checkpoint.optimizer or {}).values()
-        strange = {kind for state in states for kind in state} - {"master", "exp_avg", "exp_avg_sq", "step"}
-        partial = any("exp_avg_sq" not in state for state in states)
-        if self.module != TARGETS["native"].module and (strange or partial):
-            raise CheckpointError(
-                f"{checkpoint.path} holds the state of another optimizer than AdamW, for which this format has no "
-                "place; convert the weights alone with --no-optimizer"
-            )
-        return import_module(self.module).plan(checkpoint, options)
-
-
-TARGETS = {
-    "native": Target("castalia.checkpoint.formats.native.write", "step_{step:06d}"),
-    "peft": Target("castalia.checkpoint.formats.peft.write", "step{step}"),
-    "hf": Target("castalia.checkpoint.formats.huggingface.write", "step{step}"),
-    "neox": Target("castalia.checkpoint.formats.neox.write", "global_step{step}", nested=True),
-    "megatron-deepspeed": Target("castalia.checkpoint.formats.megatron.write", "global_step{step}", nested=True),
-}
+    Raises CheckpointError for a model or an optimizer state that the format cannot hold.
+    """
+    row, states = TARGETS[to], (checkpoint.optimizer or {}).values()
+    if not row.any_optimizer and any(state.keys() != AdamState.__annotations__.keys() for state in states):
+        raise CheckpointError(
+            f"{checkpoint.path} holds the state of another optimizer than AdamW, for which this format has no "
+            "place; convert the weights alone with --no-optimizer"
+        )
+    if row.on_base:
+        checkpoint = replace(checkpoint, facts=replace(checkpoint.facts, base=base_of(checkpoint)))
+    return import_module(f"{row.package}.write").plan(checkpoint, options)
 
 
 def prepare(checkpoint: Checkpoint, dtype: torch.dtype | None = None, optimizer: bool = True) -> Checkpoint:
@@ -87,7 +74,7 @@ def prepare(checkpoint: Checkpoint, dtype: torch.dtype | None = None, optimizer:
     """
     model, state = dict(checkpoint.model), checkpoint.optimizer
     if dtype is not None:
-        masters = {} if checkpoint.details.get("masters_apart") else state or {}
+        masters = {} if checkpoint.facts.masters_apart else state or {}
         sources = {name: masters[name]["master"] if name in masters else ref for name, ref in model.items()}
         model = {n: r if r.dtype == dtype else Narrowed(r, name_of(dtype), n) for n, r in sources.items()}
     else:
@@ -104,7 +91,7 @@ def own_precision(checkpoint: Checkpoint, to: str, optimizer: bool) -> tuple[tor
     compute = checkpoint.config.precision.compute if checkpoint.config else None
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(compute))
     held = {ref.dtype for ref in checkpoint.model.values()}
-    if to in ("native", "peft") or checkpoint.format != "native" or dtype is None or held != {torch.float32}:
+    if TARGETS[to].any_dtype or checkpoint.format != "native" or dtype is None or held != {torch.float32}:
         return None, ""
     kept = "with their fp32 masters beside them" if optimizer and checkpoint.optimizer else "without masters"
     return dtype, f"weights become {compute}, in which the run computes, {kept}; --dtype fp32 leaves them as they are"

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from castalia.checkpoint.formats import FORMATS
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.schema import TokenizerConfig
-
-TITLES = {
-    "native": "Castalia",
-    "neox": "NeoX",
-    "megatron-deepspeed": "Megatron-DeepSpeed",
-    "huggingface": "Hugging Face",
-}
 
 
 def describe(checkpoint: Checkpoint) -> str:
     """For instance "NeoX v1, TP 2 x PP 4, step 150000"."""
-    kind, layout = (checkpoint.details.get(key) for key in ("era", "layout"))
-    kind = kind or checkpoint.details.get("model_type")
-    title = TITLES.get(checkpoint.format, checkpoint.format) + (f" {kind}" if kind else "")
-    step = [] if checkpoint.format == "huggingface" else [f"step {checkpoint.progress.step}"]
-    return ", ".join([title, *([str(layout)] if layout else []), *step])
+    row, facts = FORMATS[checkpoint.format], checkpoint.facts
+    kind = facts.era or facts.model_type
+    title = row.title + (f" {kind}" if kind else "")
+    layout = [f"TP {facts.tp} x PP {facts.pp}"] if facts.tp else []
+    step = [f"step {checkpoint.progress.step}"] if row.steps else []
+    return ", ".join([title, *layout, *step])
 
 
 def readable(count: int) -> str:

@@ -15,7 +15,7 @@ import torch
 
 from castalia.checkpoint.architecture_check import mismatches
 from castalia.checkpoint.description import describe, model_folder, readable, tokenizer_settings
-from castalia.checkpoint.formats import open_checkpoint
+from castalia.checkpoint.opener import open_checkpoint
 from castalia.checkpoint.rules import drift
 from castalia.checkpoint.tensors import Checkpoint, Shard
 from castalia.config.schema import ModelConfig, TokenizerConfig

@@ -6,11 +6,11 @@ Names and layouts are the canonical ones of `castalia.model.transformer`; see `d
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
 from castalia.checkpoint.neox_defects import INHERITED
-from castalia.config.schema import RunConfig
+from castalia.config.schema import ModelConfig, RunConfig
 from castalia.storage.lazy import TensorRef
 
 if TYPE_CHECKING:
@@ -55,6 +55,32 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class CheckpointFacts:
+    """What a format's files say beside tensors, progress and config; None or empty where they do not."""
+
+    era: str | None = None  # of GPT-NeoX: "v1", "v2", "w1-w3" or "head"
+    version: str | None = None  # of DeepSpeed
+    tp: int | None = None  # ranks that the files were cut over
+    pp: int | None = None
+    dp: int | None = None
+    zero: int | None = None  # stage
+    pipeline_files: bool | None = None  # whether each layer has files of its own
+    optimizer_files: int | None = None
+    model_type: str | None = None  # of Hugging Face
+    versions: Mapping[str, str] | None = None  # of the programs that wrote a native checkpoint
+    data_fingerprint: str | None = None  # of a native checkpoint's data
+    base: str | None = None  # the path of the model below the adapters of a PEFT folder
+    gqa_rows: str | None = None  # NeoX's order of the rows of grouped queries
+    adam_steps_stored: bool | None = None
+    guesses: tuple[str, ...] = ()  # settings of the model that neither tensors nor a config told
+    stored_arguments: tuple[str, ...] = ()  # settings that the training program's stored arguments told
+    masters_apart: tuple[str, ...] = ()  # tensors, by their names in the files, that are not their masters rounded
+    disagreements: tuple[str, ...] = ()  # of files opened with `tolerant`: a line for each
+    other_model: ModelConfig | None = None  # of a config that describes another model, and where it was read from
+    other_source: str = ""
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint of any format, opened but not read."""
 
@@ -66,7 +92,7 @@ class Checkpoint:
     config: RunConfig | None
     notes: tuple[str, ...] = ()  # what whoever computes with the model should know: guesses, what was taken for what
     state_notes: tuple[str, ...] = ()  # what only matters to who trains on: of the optimizer state
-    details: Mapping[str, object] = field(default_factory=dict)  # the format's own facts: era, layout, files
+    facts: CheckpointFacts = CheckpointFacts()
     # What the original's defects left in the state (see `castalia.checkpoint.neox_defects`):
     release: str | None = None  # "v1" or "head": the one that trained it, or that its run follows
     summed_bias_ranks: int = 1  # T when row-parallel biases were summed over T tensor ranks

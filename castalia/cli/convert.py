@@ -56,12 +56,12 @@ def command(
     """
     from castalia.checkpoint import convert
     from castalia.checkpoint.file_plan import WriteOptions
-    from castalia.checkpoint.formats import find_steps, open_checkpoint
+    from castalia.checkpoint.formats import TARGETS
+    from castalia.checkpoint.opener import find_steps, open_checkpoint
     from castalia.errors import ConfigError
 
-    if to not in convert.TARGETS:
-        raise ConfigError(f"--to {to} is not there yet; use {' or '.join(convert.TARGETS)}")
-    if to in ("native", "hf", "peft") and (layout or era):
+    form = TARGETS[to]
+    if not form.ranks and (layout or era):
         raise ConfigError(f"--to {to} has no ranks and no eras: leave out --layout and --era")
     if all_steps and step is not None:
         raise ConfigError("--all-steps and --step exclude each other; choose steps with --steps")
@@ -70,7 +70,6 @@ def command(
     options = WriteOptions(layout=parse_layout(layout), era=era or "head")
     hints: dict[str, Any] = {"config": config, "tokenizer": tokenizer, "base": base}
     hints |= {"gqa_rows": gqa_rows, "rms_eps": rms_eps}
-    form = convert.TARGETS[to]
 
     def one(checkpoint: Checkpoint, folder: Path, inside: str = "") -> None:
         """Plan, write, prove."""
@@ -78,7 +77,7 @@ def command(
         chosen, note = (_dtype(dtype), "") if dtype else convert.own_precision(checkpoint, to, optimizer)
         prepared = convert.prepare(checkpoint, chosen, optimizer)
         notes = (note,) if note else ()
-        plan = form.plan(prepared, replace(options, folder=(folder / inside).resolve()))
+        plan = convert.plan_files(to, prepared, replace(options, folder=(folder / inside).resolve()))
         plan = replace(plan, notes=(*notes, *plan.notes))
         _describe(checkpoint, plan, folder, inside, with_files=dry_run)
         if not dry_run:
@@ -87,7 +86,7 @@ def command(
                 _verify(checkpoint, folder)
 
     if not all_steps:
-        checkpoint = open_checkpoint(source, step=step, adapters=to == "peft", **hints)
+        checkpoint = open_checkpoint(source, step=step, adapters=form.on_base, **hints)
         inside = form.step_folder.format(step=checkpoint.progress.step) if form.nested else ""
         one(checkpoint, target, inside)
         return
@@ -97,7 +96,7 @@ def command(
         if (target / name).exists() and not force and not convert.is_unfinished(target / name):
             print(f"{target / name} is there already", flush=True)
         else:
-            one(open_checkpoint(folder, adapters=to == "peft", **hints), target / name)
+            one(open_checkpoint(folder, adapters=form.on_base, **hints), target / name)
         if not dry_run:
             convert.name_latest(target)
 
@@ -132,7 +131,7 @@ def _write(plan: Plan, target: Path, mark: str, inside: str, force: bool, allow_
 
 
 def _verify(checkpoint: Checkpoint, target: Path) -> None:
-    from castalia.checkpoint.formats import open_checkpoint
+    from castalia.checkpoint.opener import open_checkpoint
     from castalia.errors import CheckpointError
     from castalia.examine.verify import verify
 

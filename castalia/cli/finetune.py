@@ -46,7 +46,7 @@ def command(
     Architecture and tokenizer come from the checkpoint. The run's folder gets its config, finetune.yml, and the data.
     """
     from castalia.checkpoint.adapters import adapters_of
-    from castalia.checkpoint.formats import open_checkpoint
+    from castalia.checkpoint.opener import open_checkpoint
     from castalia.cli.train import split_words, train
     from castalia.config.load import dump_config, load_config
     from castalia.errors import ConfigError
@@ -248,7 +248,7 @@ def beginning(record: dict[str, Any], key: str, chat: Chat | None) -> str:
 
 def sample(path: str, prompt: str, max_tokens: int, tokenizer: TokenizerConfig | None = None) -> str:
     """What the model writes after the prompt, always taking the likeliest token. `tokenizer`: instead of its own."""
-    from castalia.checkpoint.formats import open_checkpoint
+    from castalia.checkpoint.opener import open_checkpoint
     from castalia.checkpoint.restore import build_model, load_tokenizer_for
     from castalia.data.tokenizer import load_tokenizer
     from castalia.generate.generation import generate
@@ -267,12 +267,12 @@ def save_adapters(run: Path) -> None:
     """Beside the checkpoints, in PEFT's layout, where a Hugging Face class computes the model."""
     from castalia.checkpoint import convert
     from castalia.checkpoint.file_plan import WriteOptions
-    from castalia.checkpoint.formats import open_checkpoint
+    from castalia.checkpoint.opener import open_checkpoint
     from castalia.errors import CheckpointError
 
     checkpoint, options = open_checkpoint(run, adapters=True), WriteOptions()
     try:
-        plan = convert.TARGETS["peft"].plan(checkpoint, options)
+        plan = convert.plan_files("peft", checkpoint, options)
     except CheckpointError as error:
         print(f"note: the adapters are not written in PEFT's layout: {error}")
         return

@@ -37,7 +37,7 @@ def command(
 
     Names and headers are read, and a sample of the values: hundreds of gigabytes take a second or two.
     """
-    from castalia.checkpoint.formats import open_checkpoint
+    from castalia.checkpoint.opener import open_checkpoint
     from castalia.examine.inspect import report
 
     hints: dict[str, Any] = {"config": config, "gqa_rows": gqa_rows, "rms_eps": rms_eps}
@@ -106,12 +106,13 @@ def print_report(found: Mapping[str, Any]) -> None:
 
 
 def _about(found: Mapping[str, Any]) -> Iterator[list[str]]:
+    from castalia.checkpoint.formats import FORMATS
     from castalia.cli.plan_text import gib
 
     files, progress, sizes, counts = found["files"], found["progress"], found["bytes"], found["parameters"]
     yield ["format", _title(found)]
     yield ["layout", _layout(files)]
-    if found["format"] != "huggingface" or progress["step"]:
+    if FORMATS[found["format"]].steps or progress["step"]:
         skipped = f", {progress['skipped']:,} of them skipped" if progress["skipped"] else ""
         tokens = f", {progress['tokens']:,} tokens" if progress["tokens"] else ""
         yield ["step", f"{progress['step']:,}{skipped}{tokens}"]
@@ -167,12 +168,12 @@ def _token(token: Mapping[str, Any]) -> str:
 
 
 def _title(found: Mapping[str, Any]) -> str:
-    from castalia.checkpoint.description import TITLES
+    from castalia.checkpoint.formats import FORMATS
 
     files = found["files"]
     kind = ERAS.get(files.get("era"), "") or files.get("model_type", "")
     version = f"DeepSpeed {files['version']}" if "version" in files else ""
-    return ", ".join(part for part in (TITLES[found["format"]], kind, version) if part)
+    return ", ".join(part for part in (FORMATS[found["format"]].title, kind, version) if part)
 
 
 def _layout(files: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ def command(
 ) -> None:
     """Add adapters to the matrices that they belong to, and write the model that this makes."""
     from castalia.checkpoint.adapters import adapters_of
-    from castalia.checkpoint.formats import open_checkpoint
+    from castalia.checkpoint.opener import open_checkpoint
     from castalia.cli.convert import command as convert
     from castalia.errors import CheckpointError
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def open_and_tell(path: str, **options: Any) -> Checkpoint:
     """`open_checkpoint`, and its notes on standard error."""
-    from castalia.checkpoint.formats import open_checkpoint
+    from castalia.checkpoint.opener import open_checkpoint
 
     checkpoint = open_checkpoint(path, **options)
     tell(checkpoint.notes, path)

@@ -221,7 +221,7 @@ def _tied(a: Checkpoint, b: Checkpoint) -> str:
 
 def _one_seed(a: Checkpoint, b: Checkpoint) -> str:
     """What their configs tell of two runs of ours that drew the same weights and then learned apart, else nothing."""
-    if not (a.config and b.config and a.details.get("data_fingerprint") and b.details.get("data_fingerprint")):
+    if not (a.config and b.config and a.facts.data_fingerprint and b.facts.data_fingerprint):
         return ""  # at least one was not trained here
     if a.config.checkpoint.init_from or b.config.checkpoint.init_from or not (a.progress.step and b.progress.step):
         return ""
@@ -241,9 +241,9 @@ def _drawn(model: ModelConfig) -> dict[str, object]:
 def _same_run(a: Checkpoint, b: Checkpoint) -> bool:
     """Whether both learned the same from the same data, as far as their configs tell."""
     assert a.config and b.config
-    known = a.details.get("data_fingerprint")
+    known = a.facts.data_fingerprint
     alike = ("model", "optimizer", "schedule", "precision", "finetune", "seed", "neox_exact")
-    return bool(known and known == b.details.get("data_fingerprint")) and all(
+    return bool(known and known == b.facts.data_fingerprint) and all(
         getattr(a.config, name) == getattr(b.config, name) for name in alike
     )
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from castalia.checkpoint.formats import FORMATS
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.storage.lazy import TensorRef
 
@@ -15,7 +16,6 @@ SHOWN = (
     "parallel_residual", "shared_norm", "attention_bias", "mlp_bias", "tie_embeddings", "sliding_window",
 )  # fmt: skip
 SETTINGS = {"kv_heads": "num_kv_heads", "mlp_width": "mlp_size", "padded_vocab_size": "vocab_size"}  # what sets them
-ELSEWHERE = {"native": "manifest.json", "huggingface": "config.json"}
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def architecture(checkpoint: Checkpoint) -> tuple[dict[str, Fact], list[str]]:
     model = checkpoint.config.model if checkpoint.config else None
     told = from_tensors(checkpoint.model, model.num_heads if model else None)
     facts = {name: Fact(told[name], "tensors") for name in SHOWN if name in told}
-    differences = list(_names(checkpoint, "disagreements"))
+    differences = list(checkpoint.facts.disagreements)
     if model is not None:
         for name in SHOWN:
             value = None if name == "padded_vocab_size" and model.vocab_size is None else getattr(model, name)
@@ -103,14 +103,9 @@ def _matters(name: str, facts: Mapping[str, Fact]) -> bool:
 
 def _source(checkpoint: Checkpoint, name: str) -> str:
     setting = SETTINGS.get(name, name)
-    if setting in _names(checkpoint, "stored arguments"):
+    if setting in checkpoint.facts.stored_arguments:
         return "stored arguments"
     origins = checkpoint.config.origins if checkpoint.config else {}
     if origin := origins.get(f"model.{setting}"):
         return origin.removeprefix(f"{checkpoint.path}/")
-    return "guess" if setting in _names(checkpoint, "guess") else ELSEWHERE.get(checkpoint.format, "default")
-
-
-def _names(checkpoint: Checkpoint, kind: str) -> tuple[str, ...]:
-    names = checkpoint.details.get(kind)
-    return names if isinstance(names, tuple) else ()
+    return "guess" if setting in checkpoint.facts.guesses else FORMATS[checkpoint.format].settings_file

@@ -14,7 +14,7 @@ from castalia.checkpoint.adapters import adapters_of
 from castalia.checkpoint.description import readable
 from castalia.checkpoint.sampled_values import Sums, sample
 from castalia.checkpoint.tensors import Checkpoint
-from castalia.config.schema import InitMethod, ModelConfig
+from castalia.config.schema import InitMethod
 from castalia.config.tensor_table import tp_dim
 from castalia.examine.facts import architecture
 from castalia.model.init_std import mup_scale, standard_deviation
@@ -150,10 +150,9 @@ def meaning(checkpoint: Checkpoint, total: int, stored: Mapping[str, int], facts
             text = text.replace("+ optimizer", "+ Adam")
     if lora := adapters_of(checkpoint):
         text += f", with adapters of rank {lora.rank}, which everything but training sees merged"
-    other = checkpoint.details.get("other_model")
-    if isinstance(other, ModelConfig):
+    if other := checkpoint.facts.other_model:
         text += (
-            f"; nothing of the {other.num_layers} x {other.hidden_size} model of {checkpoint.details['other_source']}, "
+            f"; nothing of the {other.num_layers} x {other.hidden_size} model of {checkpoint.facts.other_source}, "
             f"{readable(non_embedding(other))} parameters without embeddings, is in it"
         )
     return text
@@ -239,8 +238,8 @@ def _drawn_shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
     """Of the matrix that was drawn: NeoX draws on each tensor rank, with the fans of the part."""
     shape = list(checkpoint.model[name].shape)
     dim = tp_dim(name)
-    if dim is not None and isinstance(tp := checkpoint.details.get("tp"), int):
-        shape[dim] //= tp
+    if dim is not None:
+        shape[dim] //= checkpoint.facts.tp or 1
     return tuple(shape)
 
 
@@ -256,8 +255,7 @@ def _parameters(checkpoint: Checkpoint, total: int) -> dict[str, int | None]:
     )
     original = None
     if model is not None and model.vocab_size is not None and count(model).total == total:
-        tp, pp = (checkpoint.details.get(axis) or 1 for axis in ("tp", "pp"))
-        original = original_count(model, int(str(tp)), int(str(pp)))
+        original = original_count(model, checkpoint.facts.tp or 1, checkpoint.facts.pp or 1)
     return {"total": total, "non_embedding": total - outside, "as_the_original_counts": original}
 
 
@@ -297,9 +295,8 @@ def _progress(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _files(checkpoint: Checkpoint) -> dict[str, Any]:
     """The folder's files, and how the format spread the model over them."""
-    details = checkpoint.details
     names = ("era", "version", "tp", "pp", "dp", "zero", "pipeline_files", "optimizer_files", "model_type", "versions")
-    known = {name: details[name] for name in names if details.get(name) is not None}
+    known = {name: value for name in names if (value := getattr(checkpoint.facts, name)) is not None}
     return {"count": len(_listed_files(Path(checkpoint.path))), **known}
 
 

@@ -49,7 +49,7 @@ def quirks_of(config: RunConfig, resumed: Checkpoint | None) -> NeoXQuirks:
         return NeoXQuirks(wanted)
     release = (resumed.release if resumed else None) or "head"
     ranks = resumed.summed_bias_ranks if resumed else 1
-    steps_missing = resumed is not None and resumed.details.get("adam_steps_stored") is False
+    steps_missing = resumed is not None and resumed.facts.adam_steps_stored is False
     if release == "v1":
         assert resumed is not None
         return NeoXQuirks(wanted, "v1", 1, ranks, int(steps_missing), resumed.norm_ranks)

@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from castalia.checkpoint.formats import detect
 from castalia.checkpoint.formats.native.read import saved_steps
+from castalia.checkpoint.opener import detect
 from castalia.config.batch import pass_multiple
 from castalia.config.load import TOKENIZER, dump_config
 from castalia.config.schema import RunConfig, Source, TokenizerConfig

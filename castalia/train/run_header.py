@@ -214,7 +214,7 @@ def _data_position(session: Session, source: Checkpoint) -> tuple[str, str]:
     step, train, size = session.progress.step, session.config.train, session.plan.batch_size
     read = sum_until(train.batch_size_warmup, step, size, train.earlier_batches)
     what = "pairs" if isinstance(session.data, Pairs) else "samples"
-    known = source.details.get("data_fingerprint")
+    known = source.facts.data_fingerprint
     if known and known != session.data.fingerprint:
         return "moved", f"checkpoint.other_data: it goes on after {read:,} {what}, but of other data"
     before = source.config.train.batch_size if source.config else None

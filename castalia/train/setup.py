@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from castalia.checkpoint.adapters import adapters_of
-from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.formats.neox.names import first_rank
+from castalia.checkpoint.opener import open_checkpoint
 from castalia.checkpoint.restore import VOCABULARY, LoadReport, fill_with_mean, load_optimizer, load_shards
 from castalia.checkpoint.restore import architecture as checkpoint_architecture
 from castalia.checkpoint.tensors import Checkpoint, Progress, Shard
@@ -355,7 +355,7 @@ def with_earlier_batches(config: RunConfig, source: Checkpoint | None, batch_siz
 
 def refuse_other_data(config: RunConfig, data: Samples | Pairs, source: Checkpoint | None) -> None:
     """Raises TrainingError if a resumed run would see other samples than before, unless that is asked for."""
-    known = source.details.get("data_fingerprint") if source else None
+    known = source.facts.data_fingerprint if source else None
     if config.checkpoint.init_from or config.checkpoint.other_data or not known or known == data.fingerprint:
         return
     assert source is not None
@@ -376,7 +376,7 @@ def architecture(config: RunConfig, source: Checkpoint | None) -> ModelConfig:
     assert source is not None
     given = {name for name in ours.model_fields_set if config.origins.get(f"model.{name}") != "NeoX default"}
     mine, its = _effective(ours), _effective(theirs)
-    free = FREE | set(source.details.get("guess", ()))  # type: ignore[call-overload] # neither tensors nor config told
+    free = FREE | set(source.facts.guesses)  # neither tensors nor config told
     different = [name for name in mine if name in given - free and mine[name] != its[name]]
     if different:
         lines = "\n".join(

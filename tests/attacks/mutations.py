@@ -35,7 +35,7 @@ from typer.testing import CliRunner
 
 from castalia.checkpoint import convert
 from castalia.checkpoint.file_plan import TargetLayout, WriteOptions
-from castalia.checkpoint.formats import open_checkpoint
+from castalia.checkpoint.opener import open_checkpoint
 from castalia.checkpoint.restore import load_model, load_tokenizer_for
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.cli.main import build
@@ -95,7 +95,7 @@ def load_parts(path: Path) -> str:
 def convert_to(form: str) -> Verb:
     def work(path: Path) -> str:
         checkpoint = convert.prepare(open_checkpoint(path))
-        plan = convert.TARGETS[form].plan(checkpoint, WriteOptions())
+        plan = convert.plan_files(form, checkpoint, WriteOptions())
         target = path.parent / "out"
         convert.write(plan, target, "mark", lambda count: None)
         files = sorted(each for each in target.rglob("*") if each.is_file())
@@ -227,12 +227,12 @@ def make_sources(root: Path) -> None:
         ("hf", WriteOptions(shard_bytes=8000)),
         ("neox", WriteOptions(TargetLayout(tp=2, dp=2, zero=1))),
     ):
-        plan, nested = convert.TARGETS[form].plan(checkpoint, options), form == "neox"
+        plan, nested = convert.plan_files(form, checkpoint, options), form == "neox"
         convert.write(plan, root / form, "mark", lambda count: None, inside="global_step4" if nested else "")
     shutil.copytree(root / "neox", root / "legacy")
     for path in (root / "legacy").glob("*/layer_*.pt"):
         torch.save(torch.load(path), path, _use_new_zipfile_serialization=False)
-    plan = convert.TARGETS["hf"].plan(convert.prepare(open_checkpoint(run), optimizer=False), WriteOptions())
+    plan = convert.plan_files("hf", convert.prepare(open_checkpoint(run), optimizer=False), WriteOptions())
     for form in ("bin", "peft/base"):
         (root / form).parent.mkdir(exist_ok=True)
         convert.write(plan, root / form, "mark", lambda count: None)

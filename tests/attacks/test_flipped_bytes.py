@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from castalia.checkpoint.formats import open_checkpoint
+from castalia.checkpoint.opener import open_checkpoint
 from castalia.data.indexed import DatasetWriter
 from castalia.storage.extent import FileTensor
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from castalia.checkpoint.formats import open_checkpoint
+from castalia.checkpoint.opener import open_checkpoint
 from castalia.config.schema import LoraConfig, TokenizerConfig
 from castalia.data.journal import Journal
 from castalia.data.tokenizer import load_tokenizer, train_bpe

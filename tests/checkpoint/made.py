@@ -9,7 +9,7 @@ import torch
 
 from castalia.checkpoint import convert
 from castalia.checkpoint.file_plan import WriteOptions
-from castalia.checkpoint.formats import open_checkpoint
+from castalia.checkpoint.opener import open_checkpoint
 from castalia.checkpoint.tensors import AdamState, Checkpoint, Progress
 from castalia.config.schema import ModelConfig, RunConfig
 from castalia.config.tensor_table import tensor_shapes
@@ -77,7 +77,7 @@ def changed(checkpoint: Checkpoint, **tensors: torch.Tensor) -> Checkpoint:
 def written(checkpoint: Checkpoint, folder: Path, to: str, **options: object) -> Checkpoint:
     """Converted, and opened again."""
     prepared = convert.prepare(checkpoint)
-    plan = convert.TARGETS[to].plan(prepared, WriteOptions(**options))
+    plan = convert.plan_files(to, prepared, WriteOptions(**options))
     convert.write(plan, folder, "mark", lambda count: None)
     return open_checkpoint(folder)
 

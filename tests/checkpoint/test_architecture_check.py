@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from castalia.checkpoint import convert
-from castalia.checkpoint.formats import open_checkpoint
+from castalia.checkpoint.opener import open_checkpoint
 from castalia.checkpoint.restore import load_model, load_optimizer
 from castalia.checkpoint.tensors import Progress
 from castalia.config.load import load_config
@@ -153,7 +153,7 @@ def test_a_head_whose_file_is_missing_is_no_tied_embedding(tmp_path: Path) -> No
     for file in source.glob("mp_rank*"):
         torch.save(torch.load(file, weights_only=False) | {"param_shapes": None}, file)
     seen = open_checkpoint(source, tolerant=True)
-    assert any("layer_07-model_00-model_states.pt is missing" in line for line in seen.details["disagreements"])
+    assert any("layer_07-model_00-model_states.pt is missing" in line for line in seen.facts.disagreements)
 
 
 def folder_of(kind: str, folder: Path, **changes: object) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from castalia.checkpoint import convert
 from castalia.checkpoint.file_plan import TargetLayout, WriteOptions, shards
-from castalia.checkpoint.formats import open_checkpoint
+from castalia.checkpoint.opener import open_checkpoint
 from castalia.config.schema import ModelConfig, PrecisionConfig
 from castalia.errors import CheckpointError, ConfigError
 from castalia.files import REPLACED, workplace
@@ -74,7 +74,7 @@ def test_without_optimizer_and_in_another_dtype(tmp_path: Path) -> None:
 def test_interrupted_and_continued(tmp_path: Path) -> None:
     source = convert.prepare(made(FAMILIES["gpt_neox"]))
     options = WriteOptions(shard_bytes=30_000)
-    plan = convert.TARGETS["native"].plan(source, options)
+    plan = convert.plan_files("native", source, options)
     total = 0
 
     def stop_half_way(count: int) -> None:
@@ -140,10 +140,10 @@ def test_leftovers_of_another_conversion_are_not_used(tmp_path: Path) -> None:
     def stop(count: int) -> None:
         raise KeyboardInterrupt
 
-    plan = convert.TARGETS["native"].plan(first, options)
+    plan = convert.plan_files("native", first, options)
     with pytest.raises(KeyboardInterrupt):
         convert.write(plan, tmp_path / "out", "first", stop)
-    convert.write(convert.TARGETS["native"].plan(second, options), tmp_path / "out", "second", lambda count: None)
+    convert.write(convert.plan_files("native", second, options), tmp_path / "out", "second", lambda count: None)
     assert_same(second, open_checkpoint(tmp_path / "out"))
 
 
@@ -153,7 +153,7 @@ def test_an_existing_destination_is_refused_and_replaced_with_force(tmp_path: Pa
     with pytest.raises(CheckpointError, match="exists already.*--force"):
         convert.check_destination(tmp_path / "elsewhere", tmp_path / "out", force=False)
     other = convert.prepare(made(FAMILIES["gpt2"], 5))
-    plan = convert.TARGETS["hf"].plan(other, WriteOptions())
+    plan = convert.plan_files("hf", other, WriteOptions())
     convert.write(plan, tmp_path / "out", "mark", lambda count: None, force=True)
     assert_same(other, open_checkpoint(tmp_path / "out"))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -188,7 +188,7 @@ def test_only_what_is_named_is_replaced(tmp_path: Path) -> None:
     for name in ("out", "out.old", "out.tmp"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "precious").write_text("x")
-    plan = convert.TARGETS["native"].plan(convert.prepare(source), WriteOptions())
+    plan = convert.plan_files("native", convert.prepare(source), WriteOptions())
     convert.write(plan, tmp_path / "out", "mark", lambda count: None, force=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.old", "out.tmp"]
     assert not (tmp_path / "out" / "precious").exists()
@@ -200,7 +200,7 @@ def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None:
     source = made(FAMILIES["gpt2"])
     (tmp_path / "disk" / "model").mkdir(parents=True)
     (tmp_path / "out").symlink_to(tmp_path / "disk" / "model")
-    plan = convert.TARGETS["native"].plan(convert.prepare(source), WriteOptions())
+    plan = convert.plan_files("native", convert.prepare(source), WriteOptions())
     convert.write(plan, tmp_path / "out", "mark", lambda count: None, force=True)
     assert (tmp_path / "out").is_symlink()
     assert_same(source, open_checkpoint(tmp_path / "disk" / "model"))
@@ -209,7 +209,7 @@ def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None:
 
 
 def test_a_replacement_that_was_killed_is_undone_and_done_again(tmp_path: Path) -> None:
-    plan = convert.TARGETS["native"].plan(convert.prepare(made(FAMILIES["gpt2"])), WriteOptions())
+    plan = convert.plan_files("native", convert.prepare(made(FAMILIES["gpt2"])), WriteOptions())
     out = tmp_path / "out"
 
     def stop(count: int) -> None:
@@ -342,7 +342,7 @@ def test_values_too_large_for_the_new_dtype_are_counted_and_refused(to: str, ins
     large[3, 5], large[7, 9], large[8, 8] = 1e5, -7e4, float("inf")  # the last one was infinite before
     source = changed(made(FAMILIES["gpt_neox"], optimizer=False), blocks__0__attn__out__weight=large)
     prepared = convert.prepare(source, torch.float16)
-    plan = convert.TARGETS[to].plan(prepared, WriteOptions())
+    plan = convert.plan_files(to, prepared, WriteOptions())
     with pytest.raises(CheckpointError, match="2 values, in blocks.0.attn.out.weight, are too large.*bf16"):
         convert.write(plan, tmp_path / "out", "mark", lambda count: None, inside=inside)
     assert not (tmp_path / "out").exists()
@@ -354,7 +354,7 @@ def test_values_too_large_for_the_new_dtype_are_counted_and_refused(to: str, ins
 
 def test_a_cast_that_holds_everything_is_not_refused(tmp_path: Path) -> None:
     source = changed(made(FAMILIES["gpt_neox"]), norm__weight=torch.full((32,), float("nan")))
-    plan = convert.TARGETS["hf"].plan(convert.prepare(source, torch.float16), WriteOptions())
+    plan = convert.plan_files("hf", convert.prepare(source, torch.float16), WriteOptions())
     convert.write(plan, tmp_path / "out", "mark", lambda count: None)
     assert not convert.infinite_values(plan)
 

@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from castalia.checkpoint.formats import open_checkpoint
+from castalia.checkpoint.opener import open_checkpoint
 from castalia.checkpoint.restore import load_model, load_tokenizer_for, load_weights
 from castalia.errors import CheckpointError
 from castalia.model.transformer import Transformer

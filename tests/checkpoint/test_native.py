@@ -14,10 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.formats.native import read as native_read
 from castalia.checkpoint.formats.native import save as native_save
 from castalia.checkpoint.formats.native.save import CheckpointSaver
+from castalia.checkpoint.opener import open_checkpoint
 from castalia.checkpoint.tensors import Progress, Shard
 from castalia.config.schema import ModelConfig, RunConfig
 from castalia.config.tensor_table import tensor_shapes
@@ -51,7 +51,7 @@ def test_what_was_saved_is_read(tmp_path: Path) -> None:
         assert checkpoint.format == "native"
         assert checkpoint.config == CONFIG
         assert checkpoint.progress == Progress(step=5, tokens=500)
-        assert checkpoint.details["data_fingerprint"] == "fingerprint"
+        assert checkpoint.facts.data_fingerprint == "fingerprint"
         assert checkpoint.model.keys() == model.keys()
         for name, tensor in model.items():
             assert torch.equal(checkpoint.model[name].read(), tensor)

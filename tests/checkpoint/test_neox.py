@@ -71,7 +71,7 @@ def test_genuine_optimizer_states_belong_to_the_weights(variant, fixtures):
         assert state["exp_avg"].shape == tuple(weight.shape)
         assert state["step"] == (6 if "z0-fp16" in variant else 5)  # this one counts its initialisation
     assert (checkpoint.progress.loss_scale is not None) == ("fp16" in variant)
-    assert checkpoint.details["adam_steps_stored"] == (not variant.startswith("v1"))
+    assert checkpoint.facts.adam_steps_stored == (not variant.startswith("v1"))
 
 
 SIZES = {"num_layers": 3, "hidden_size": 16, "num_heads": 4, "vocab_size": 64, "vocab_multiple": 1, "max_positions": 32}
@@ -139,13 +139,13 @@ def test_every_layout_gives_back_every_tensor(kind, layout, tmp_path):
     steps = {"flat": STEP + 1, "old1": ITERATION - SKIPPED, "old2": ITERATION - SKIPPED}
     expected_step = steps.get(layout.get("kind"), STEP)
     assert all(state["step"] == expected_step for state in (checkpoint.optimizer or {}).values())
-    details = checkpoint.details
-    assert (details["tp"], details["pp"], details["dp"]) == (
+    facts = checkpoint.facts
+    assert (facts.tp, facts.pp, facts.dp) == (
         layout.get("tp", 1),
         layout.get("pp", 1),
         layout.get("dp", 1),
     )
-    assert details["era"] == layout.get("era", "head")
+    assert facts.era == layout.get("era", "head")
     biased_sum = MODELS[kind].parallel_residual and layout.get("tp", 1) > 1
     assert checkpoint.summed_bias_ranks == (layout["tp"] if biased_sum else 1)
     if layout.get("dtype") == torch.float16:

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from castalia.checkpoint import convert
 from castalia.checkpoint.file_plan import WriteOptions
-from castalia.checkpoint.formats import open_checkpoint
+from castalia.checkpoint.opener import open_checkpoint
 from castalia.checkpoint.restore import build_model, load_model
-from castalia.checkpoint.tensors import Checkpoint
+from castalia.checkpoint.tensors import Checkpoint, CheckpointFacts
 from castalia.config.schema import FinetuneConfig, LoraConfig, ModelConfig
 from castalia.config.tensor_table import adapter_shapes
 from castalia.errors import CheckpointError
@@ -42,7 +42,7 @@ def adapted(model: ModelConfig, lora: LoraConfig, base: Path) -> Checkpoint:
     }
     assert source.config is not None
     config = source.config.model_copy(update={"finetune": FinetuneConfig(lora=lora)})
-    return replace(source, model={**source.model, **tensors}, config=config, details={"base": str(base)})
+    return replace(source, model={**source.model, **tensors}, config=config, facts=CheckpointFacts(base=str(base)))
 
 
 def hugging_face(folder: Path, model: ModelConfig) -> Path:
@@ -163,7 +163,7 @@ def test_the_head_of_gpt_neox_has_two_names(settings: dict, tmp_path: Path) -> N
     source = open_checkpoint(tmp_path / "adapter", adapters=True)
     with torch.no_grad():
         assert torch.allclose(load_model(tmp_path / "adapter")(TOKENS), expected, atol=2e-5)
-    plan = convert.TARGETS["peft"].plan(source, WriteOptions())
+    plan = convert.plan_files("peft", source, WriteOptions())
     assert any("the head is called lm_head, as transformers 5 does" in note for note in plan.notes)
 
 

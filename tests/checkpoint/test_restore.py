@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.formats.native.save import CheckpointSaver
+from castalia.checkpoint.opener import open_checkpoint
 from castalia.checkpoint.restore import load_model, load_optimizer, load_shards, load_weights, optimizer_state, readable
 from castalia.checkpoint.tensors import Progress, Shard
 from castalia.config.schema import ModelConfig, OptimizerConfig, RunConfig

@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from castalia.checkpoint.formats import open_checkpoint
+from castalia.checkpoint.opener import open_checkpoint
 from castalia.checkpoint.restore import build_model, load_model, load_tokenizer_for
 from castalia.config.schema import ModelConfig, RopeScaling, TokenizerConfig
 from castalia.data.tokenizer import train_bpe

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from castalia.checkpoint import convert
 from castalia.checkpoint.file_plan import TargetLayout, WriteOptions
-from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.formats.deepspeed.write import cut_stages
+from castalia.checkpoint.opener import open_checkpoint
 from castalia.checkpoint.tensors import Checkpoint, Progress
 from castalia.config.load import load_config
 from castalia.config.schema import (
@@ -76,7 +76,7 @@ RANDOM = {"random_rng_state", "np_rng_state", "torch_rng_state", "cuda_rng_state
 
 def write(source: Checkpoint, folder: Path, to: str = "neox", era: str = "head", **layout: int) -> Checkpoint:
     """Converted, and opened again."""
-    plan = convert.TARGETS[to].plan(convert.prepare(source), WriteOptions(TargetLayout(**layout), era))
+    plan = convert.plan_files(to, convert.prepare(source), WriteOptions(TargetLayout(**layout), era))
     convert.write(plan, folder, "mark", lambda count: None, inside="global_step9")
     return open_checkpoint(folder)
 
@@ -103,8 +103,8 @@ def rewritten(variant: str, to: str, fixtures: Path, folder: Path) -> tuple[list
     """A genuine checkpoint written again in its own layout: what differs, what was read, what is read again."""
     original = fixtures / "neox" / variant / "checkpoint" / "global_step5"
     source = open_checkpoint(original)
-    known = source.details
-    layout = {"tp": known["tp"], "pp": known["pp"] if known["pipeline_files"] else 0, "dp": known["dp"]}
+    known = source.facts
+    layout = {"tp": known.tp, "pp": known.pp if known.pipeline_files else 0, "dp": known.dp}
     zero = 1 if "-z1-" in variant else 0
     result = write(source, folder, to, "v1" if variant.startswith("v1") else "head", zero=zero, **layout)
     files = sorted(path.name for path in original.glob("*.pt"))
@@ -154,8 +154,8 @@ def test_every_layout_comes_back(data: st.DataObject, tmp_path_factory: pytest.T
     progress = Progress(step=9, skipped=2, tokens=2048 * 4)
     source = replace(divisible(made(model, dtype=dtype)), progress=progress)
     result = write(source, tmp_path_factory.mktemp("neox") / "a", era=era, tp=tp, pp=pp, dp=dp, zero=zero)
-    assert (result.details["tp"], result.details["pp"]) == (tp, max(1, pp)) and result.details["dp"] == dp
-    assert result.details["era"] == era or not model.gated_mlp
+    assert (result.facts.tp, result.facts.pp, result.facts.dp) == (tp, max(1, pp), dp)
+    assert result.facts.era == era or not model.gated_mlp
     assert_exact(source, result)
 
 
@@ -214,7 +214,7 @@ def files_of(
 ) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
     """Of a folder that is to be: the config's keys, the first model state, what the optimizer files hold."""
     options = WriteOptions(TargetLayout(**layout), era, folder=folder / "global_step9")
-    outputs = {o.name: o for o in convert.TARGETS[to].plan(convert.prepare(source), options).outputs}
+    outputs = {o.name: o for o in convert.plan_files(to, convert.prepare(source), options).outputs}
     folder.mkdir(exist_ok=True)
 
     def opened(name: str) -> Any:
@@ -230,7 +230,7 @@ def files_of(
 def written_for(source: Checkpoint, folder: Path, to: str = "neox", era: str = "head", **layout: int) -> Checkpoint:
     """As the command does: the files know their folder."""
     inside = folder / "global_step9"
-    plan = convert.TARGETS[to].plan(convert.prepare(source), WriteOptions(TargetLayout(**layout), era, folder=inside))
+    plan = convert.plan_files(to, convert.prepare(source), WriteOptions(TargetLayout(**layout), era, folder=inside))
     convert.write(plan, folder, "mark", lambda count: None, inside=inside.name)
     return open_checkpoint(folder)
 
@@ -339,15 +339,11 @@ def test_moments_follow_the_micro_batches_that_a_pipeline_engine_sums(old: int, 
 
 def test_a_change_of_the_moments_is_said(tmp_path: Path) -> None:
     source = run(MODELS["parallel"], train=TrainConfig(steps=40, batch_size=8, micro_batch_size=2))
-    notes = convert.TARGETS["neox"].plan(source, WriteOptions(TargetLayout(pp=1))).notes
+    notes = convert.plan_files("neox", source, WriteOptions(TargetLayout(pp=1))).notes
     assert [note for note in notes if note.startswith("Adam's moments are multiplied by 4 and its square")]
-    assert not [
-        n for n in convert.TARGETS["neox"].plan(source, WriteOptions(TargetLayout(pp=0))).notes if "moments" in n
-    ]
+    assert not [n for n in convert.plan_files("neox", source, WriteOptions(TargetLayout(pp=0))).notes if "moments" in n]
     again = write(source, tmp_path / "a", pp=1)
-    assert not [
-        n for n in convert.TARGETS["neox"].plan(again, WriteOptions(TargetLayout(pp=2))).notes if "moments" in n
-    ]
+    assert not [n for n in convert.plan_files("neox", again, WriteOptions(TargetLayout(pp=2))).notes if "moments" in n]
 
 
 def test_a_runs_own_notes_stay_out_of_the_originals_files(tmp_path: Path) -> None:
@@ -389,9 +385,7 @@ def test_small_biases_of_fp16_round(tmp_path: Path) -> None:
     """By less than half of the smallest number on each rank; the masters stay exact."""
     source = made(MODELS["parallel"], dtype=torch.float16, scale=0.001)
     assert [
-        note
-        for note in convert.TARGETS["neox"].plan(source, WriteOptions(TargetLayout(tp=4))).notes
-        if "rounds" in note
+        note for note in convert.plan_files("neox", source, WriteOptions(TargetLayout(tp=4))).notes if "rounds" in note
     ]
     result = write(source, tmp_path / "a", tp=4)
     proof = verify(source, result)
@@ -414,7 +408,7 @@ def test_an_uneven_bias_and_vocabulary(kind: str, tmp_path: Path) -> None:
     """On three ranks the rows grow by zeros, and summed biases may differ in the last bit."""
     model = MODELS[kind].model_copy(update={"num_heads": 6, "hidden_size": 48, "mlp_size": None})
     source = made(model)
-    plan = convert.TARGETS["neox"].plan(source, WriteOptions(TargetLayout(tp=2, pp=1)))
+    plan = convert.plan_files("neox", source, WriteOptions(TargetLayout(tp=2, pp=1)))
     assert not [note for note in plan.notes if "rows" in note or "rounds" in note]
     result = write(source, tmp_path / "a", tp=3, pp=2)
     assert verify(source, result).holds
@@ -475,7 +469,7 @@ def test_a_tied_embedding_is_first_on_both_ends(tmp_path: Path) -> None:
 def test_what_neox_cannot_hold_is_named(change: dict, options: dict, message: str) -> None:
     source = made(MODELS["parallel"].model_copy(update=change))
     with pytest.raises(CheckpointError, match=message):
-        convert.TARGETS["neox"].plan(source, WriteOptions(**options))
+        convert.plan_files("neox", source, WriteOptions(**options))
 
 
 @pytest.mark.parametrize(
@@ -489,7 +483,7 @@ def test_what_neox_cannot_hold_is_named(change: dict, options: dict, message: st
 def test_what_megatron_cannot_hold_is_named(change: dict, message: str) -> None:
     source = made(MODELS["sequential tied"].model_copy(update=change))
     with pytest.raises(CheckpointError, match=f"Megatron-DeepSpeed cannot hold .*{message}"):
-        convert.TARGETS["megatron-deepspeed"].plan(source, WriteOptions())
+        convert.plan_files("megatron-deepspeed", source, WriteOptions())
 
 
 @pytest.mark.parametrize(
@@ -512,7 +506,7 @@ def test_state_that_has_no_place_is_refused(tmp_path: Path) -> None:
     source = made(MODELS["parallel"])
     steps = {name: {**state, "step": 8 if name == "head.weight" else 7} for name, state in source.optimizer.items()}
     with pytest.raises(CheckpointError, match=r"Adam steps of the tensors differ \(\[7, 8\]\)"):
-        convert.TARGETS["neox"].plan(replace(source, optimizer=steps), WriteOptions())
+        convert.plan_files("neox", replace(source, optimizer=steps), WriteOptions())
     name = "blocks.1.mlp.up.weight"
     other = {**source.optimizer, name: {**source.optimizer[name], "master": InMemory(source.model[name].read() + 1)}}
     with pytest.raises(CheckpointError, match=f"{name} is not equal to its fp32 master"):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.formats.native.read import saved_steps
+from castalia.checkpoint.opener import open_checkpoint
 from castalia.cli.finetune import command as finetune
 from castalia.cli.finetune import sample
 from castalia.cli.merge_lora import command as merge
@@ -142,10 +142,10 @@ def test_texts_new_tokens_and_defaults(base, tmp_path):
     again = load_config(tmp_path / "run" / "finetune.yml")  # what another start would do
     assert again.checkpoint.init_from == str(base) and again.data.train[0].path.endswith("train0_text_document")
     with pytest.raises(CheckpointError, match="more than its adapters was trained"):
-        from castalia.checkpoint.convert import TARGETS
+        from castalia.checkpoint.convert import plan_files
         from castalia.checkpoint.file_plan import WriteOptions
 
-        TARGETS["peft"].plan(run, WriteOptions())
+        plan_files("peft", run, WriteOptions())
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from castalia.checkpoint.formats import open_checkpoint
+from castalia.checkpoint.opener import open_checkpoint
 from castalia.checkpoint.restore import load_model
 from castalia.cli.evaluate import command, load_engine, uniform_loss
 from castalia.config.schema import ModelConfig, TokenizerConfig

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from castalia.checkpoint.compare import close, equal, measure, row_orders
-from castalia.checkpoint.formats import open_checkpoint
-from castalia.checkpoint.tensors import Checkpoint, Progress
+from castalia.checkpoint.opener import open_checkpoint
+from castalia.checkpoint.tensors import Checkpoint, CheckpointFacts, Progress
 from castalia.config.schema import ModelConfig, OptimizerConfig, RunConfig
 from castalia.examine.diff import diff
 from castalia.examine.verify import verify
@@ -175,8 +175,8 @@ def trained(source: Checkpoint, step: int, lr: float, size: float, seed: int = 1
     config = source.config.model_copy(update={"seed": seed, "optimizer": OptimizerConfig(lr=lr)})
     far = {"embed.weight": 3.0}
     moved = mapped(source, lambda name, w: w + far.get(name, size) * w.square().mean().sqrt() * torch.randn_like(w))
-    progress, details = Progress(step=step), {"data_fingerprint": "words"}
-    return replace(moved, format="native", config=config, progress=progress, details=details)
+    progress, facts = Progress(step=step), CheckpointFacts(data_fingerprint="words")
+    return replace(moved, format="native", config=config, progress=progress, facts=facts)
 
 
 def test_runs_of_one_seed_are_no_later_steps_of_each_other() -> None:

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.formats.native.save import CheckpointSaver
+from castalia.checkpoint.opener import open_checkpoint
 from castalia.checkpoint.restore import load_model
 from castalia.checkpoint.sampled_values import SPAN_ELEMENTS, Sums, as_float32, sample
-from castalia.checkpoint.tensors import Checkpoint, Progress
+from castalia.checkpoint.tensors import Checkpoint, CheckpointFacts, Progress
 from castalia.config.schema import ModelConfig, RunConfig
 from castalia.config.tensor_table import tensor_shapes
 from castalia.errors import CheckpointError
@@ -86,7 +86,7 @@ def test_the_20b_counts_as_published_and_as_it_is():
     model = shape_of_20b()
     tensors = {name: Zeros(shape, "float16") for name, shape in tensor_shapes(model).items()}
     checkpoint = Checkpoint(
-        "nowhere", "neox", tensors, None, Progress(), RunConfig(model=model), details={"tp": 2, "pp": 4}
+        "nowhere", "neox", tensors, None, Progress(), RunConfig(model=model), facts=CheckpointFacts(tp=2, pp=4)
     )
     found = report(checkpoint)["parameters"]
     assert found["total"] == 20_554_567_680 and found["as_the_original_counts"] == 20_556_201_984
@@ -122,7 +122,7 @@ def test_every_rank_of_that_dump_is_put_in_its_place(dump):
 
 def test_describing_needs_no_torch(dump):
     code = (
-        "import sys; from castalia.checkpoint.formats import open_checkpoint; from castalia.examine.inspect import "
+        "import sys; from castalia.checkpoint.opener import open_checkpoint; from castalia.examine.inspect import "
         "report; report(open_checkpoint(sys.argv[1])); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(dump)], timeout=60).returncode == 0

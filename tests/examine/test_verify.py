@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from castalia.checkpoint.formats import open_checkpoint
+from castalia.checkpoint.opener import open_checkpoint
 from castalia.checkpoint.restore import build_model
 from castalia.config.schema import ModelConfig
 from castalia.errors import CheckpointError

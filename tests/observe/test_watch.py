@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from castalia.checkpoint.formats import open_checkpoint
+from castalia.checkpoint.opener import open_checkpoint
 from castalia.cli.train import read_config, train
 from castalia.config.load import load_config
 from castalia.config.schema import WatchConfig

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from castalia.checkpoint.formats import open_checkpoint
+from castalia.checkpoint.opener import open_checkpoint
 from castalia.config.schema import ModelConfig
 from castalia.errors import ConfigError
 from castalia.evaluate.perplexity import evaluate

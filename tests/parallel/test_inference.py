@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from castalia.checkpoint.formats import open_checkpoint
+from castalia.checkpoint.opener import open_checkpoint
 from castalia.checkpoint.restore import build_model, load_tokenizer_for
 from castalia.cli.evaluate import evaluate_checkpoint, load_engine
 from castalia.cli.ranks import load_split

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from castalia.checkpoint.formats import open_checkpoint
+from castalia.checkpoint.opener import open_checkpoint
 from castalia.config.load import load_config, load_run
 from castalia.errors import ConfigError, Stopped, TrainingError
 from castalia.evaluate.perplexity import evaluate

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from castalia.checkpoint.formats import open_checkpoint
+from castalia.checkpoint.opener import open_checkpoint
 from castalia.checkpoint.restore import build_model, load_model, load_tokenizer_for
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.load import load_config, load_run

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.formats.native.save import CheckpointSaver
+from castalia.checkpoint.opener import open_checkpoint
 from castalia.cli.train import read_config, train
 from castalia.config.load import dump_config, load_config
 from castalia.data.loader import open_data

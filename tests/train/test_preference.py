@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from castalia.checkpoint.formats import open_checkpoint
+from castalia.checkpoint.opener import open_checkpoint
 from castalia.checkpoint.restore import load_model
 from castalia.cli.evaluate import write_log_probs
 from castalia.config.load import load_config, load_run

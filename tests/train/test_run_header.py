@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from castalia.checkpoint.formats import open_checkpoint
+from castalia.checkpoint.opener import open_checkpoint
 from castalia.checkpoint.restore import optimizer_state
 from castalia.cli.train import read_config, train
 from castalia.config.load import dump_config, load_config

@@ -1,187 +1,55 @@
-"""Opening a checkpoint of any format, wherever a path may point: a run, a folder with `latest`, a step, a hub id."""
+"""The formats of checkpoints: one row in `FORMATS` and one folder here for each.
+
+A folder has `read.py` with `detect(path) -> bool` and `read(path, **hints) -> Checkpoint`, and `write.py` with
+`plan(checkpoint, options) -> Plan`; its tables of names are read by both. `checkpoint/opener.py` and
+`checkpoint/convert.py` import these modules when a row is used, so that nothing but this table is loaded before. To add
+a format, add a folder and a row. `deepspeed` has no row: it holds the files that NeoX and Megatron-DeepSpeed share.
+"""
 
 from __future__ import annotations
 
-import inspect
-import os
-import re
-from dataclasses import replace
-from importlib import import_module
-from pathlib import Path
-
-from castalia.checkpoint.adapters import merged
-from castalia.checkpoint.architecture_check import differences, refuse
-from castalia.checkpoint.tensors import Checkpoint
-from castalia.errors import CheckpointError
-from castalia.files import standing
-from castalia.storage.safetensors import safe_join
-
-FORMATS = {  # name -> module; the first that detects its files reads them
-    "native": "castalia.checkpoint.formats.native.read",
-    "peft": "castalia.checkpoint.formats.peft.read",  # before the model's own, whose config.json may lie beside it
-    "huggingface": "castalia.checkpoint.formats.huggingface.read",
-    "megatron-deepspeed": "castalia.checkpoint.formats.megatron.read",
-    "neox": "castalia.checkpoint.formats.neox.read",
-}
-STEP_FOLDER = re.compile(r"(?:global_)?step_?(\d+)")
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w.-]+(/[\w.-]+)*)?")
+from dataclasses import dataclass
 
 
-def open_checkpoint(
-    path: str | Path, *, step: int | None = None, tolerant: bool = False, adapters: bool = False, **hints: object
-) -> Checkpoint:
-    """Open any checkpoint; nothing but directories and headers is read.
+@dataclass(frozen=True)
+class Format:
+    """What the rest of the program has to know of a format."""
 
-    `step` selects one of several. Adapters are merged into their matrices, unless `adapters` asks for them as they are.
-    Other hints are the reader's: `config`, `tokenizer`, `gqa_rows`, `rms_eps`, `base`; None is no hint. `tolerant`: a
-    config that is of another model is told in the details instead of refused, so that the files can be looked into.
-    Raises CheckpointError when there is no checkpoint, or when a hint does not apply to its format.
-    """
-    folder = find_folder(path, step)
-    name = detect(folder)
-    if name is None:
-        raise CheckpointError(_nothing_found(folder))
-    reader = import_module(FORMATS[name]).read
-    hints = {key: value for key, value in hints.items() if value is not None}
-    accepted = inspect.signature(reader).parameters.keys()
-    if tolerant and "tolerant" in accepted:
-        hints["tolerant"] = True
-    if unknown := hints.keys() - accepted:
-        raise CheckpointError(f"{folder} is a {name} checkpoint, for which {', '.join(sorted(unknown))} has no meaning")
-    try:
-        checkpoint = reader(folder, **hints)
-    except CheckpointError as error:
-        if str(folder) in str(error):
-            raise
-        raise CheckpointError(f"{folder}: {error}") from error
-    checkpoint = _agreed(checkpoint, tolerant)
-    if step is not None and checkpoint.progress.step != step:
-        raise CheckpointError(f"{folder} is of step {checkpoint.progress.step}, not {step}")
-    return checkpoint if adapters else merged(checkpoint)
+    package: str  # with the modules `read` and `write`
+    title: str  # in texts
+    target: str  # as `castalia convert --to` calls it
+    step_folder: str  # the name of a step's folder
+    nested: bool = False  # whether even a single checkpoint is written as a folder with `latest` and a step's folder
+    ranks: bool = False  # whether its files are cut over ranks, and differ between eras of the program
+    any_optimizer: bool = False  # whether it can hold the state of optimizers other than AdamW
+    any_dtype: bool = False  # whether fp32 weights of a run in 16 bits are written as they are
+    steps: bool = True  # whether the files belong to a step of a run
+    hints: frozenset[str] = frozenset()  # which of `open_checkpoint`'s hints its reader takes
+    tolerant: bool = False  # whether its reader can open files whose config describes another model
+    on_base: bool = False  # whether it holds adapters alone; its reader gets `open_base`, which opens their model
+    settings_file: str = "default"  # where settings come from that neither tensors nor a config file tell
 
 
-def _agreed(checkpoint: Checkpoint, tolerant: bool) -> Checkpoint:
-    lines = differences(checkpoint)
-    if not tolerant:
-        refuse(checkpoint, lines)
-    if not lines:
-        return checkpoint
-    told = (*checkpoint.details.get("disagreements", ()), *lines)  # type: ignore[misc]
-    return replace(checkpoint, details={**checkpoint.details, "disagreements": told})
-
-
-def detect(path: str | Path) -> str | None:
-    """The format of the files in a folder, or None. A config.json without weights gives way to any other format."""
-    found = (name for name, module in FORMATS.items() if import_module(module).detect(Path(path)))
-    first = next(found, None)
-    if first == "huggingface" and not import_module(FORMATS[first]).has_weights(Path(path)):
-        return next(found, first)
-    return first
-
-
-def find_folder(path: str | Path, step: int | None = None) -> Path:
-    """The folder that holds a checkpoint's files."""
-    folder = standing(Path(path).expanduser())
-    if not folder.exists():
-        if HUB_ID.fullmatch(str(path)):
-            return find_folder(_cached(str(path)), step)
-        raise CheckpointError(f"{path} does not exist" + _neighbours(folder))
-    if folder.is_file():
-        raise CheckpointError(f"{path} is a file; give the folder that holds the checkpoint: {folder.parent}")
-    if (folder / "checkpoints").is_dir() and not (folder / "latest").is_file() and detect(folder) is None:
-        return find_folder(folder / "checkpoints", step)
-    steps = _steps(folder)
-    if step is not None and (steps or (folder / "latest").is_file()):
-        if step not in steps:
-            raise CheckpointError(f"{folder} has no checkpoint of step {step}; {_listed(steps)}")
-        return steps[step]
-    if (folder / "latest").is_file():  # transformers' Trainer writes it, too, where it uses DeepSpeed
-        return folder if detect(folder) == "huggingface" else _latest(folder, steps)
-    if steps and detect(folder) is None:
-        newest = list(steps.values())[-1]
-        if detect(newest) == "native":  # only whole ones have this name, and `latest` comes after the first
-            return newest
-        raise CheckpointError(
-            f"{folder} has no file `latest` that names the newest step; {_listed(steps)}. "
-            "Name one of these folders, or the step."
-        )
-    return folder
-
-
-def find_steps(path: str | Path) -> dict[int, Path]:
-    """The folders of steps in a run or in a folder of checkpoints, in order."""
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise CheckpointError(f"{path} is no folder")
-    return _steps(folder) or (_steps(folder / "checkpoints") if (folder / "checkpoints").is_dir() else {})
-
-
-def _latest(folder: Path, steps: dict[int, Path]) -> Path:
-    name = (folder / "latest").read_text(errors="replace").strip()
-    if not name:
-        raise CheckpointError(
-            f"{folder / 'latest'} is empty, where the newest step's folder should be named; {_listed(steps)}. Give one "
-            "of them instead, or write its name into the file"
-        )
-    named = standing(safe_join(folder, name))
-    if not named.is_dir():
-        raise CheckpointError(
-            f"{folder / 'latest'} names {name!r}, but there is no such folder; {_listed(steps)}. "
-            "Name one of them, or copy the missing folder."
-        )
-    return named
-
-
-def _steps(folder: Path) -> dict[int, Path]:
-    matches = ((STEP_FOLDER.fullmatch(entry.name), entry) for entry in folder.iterdir() if entry.is_dir())
-    return dict(sorted((int(match[1]), entry) for match, entry in matches if match))
-
-
-def _listed(steps: dict[int, Path]) -> str:
-    if not steps:
-        return "no step's folder is there"
-    names = [path.name for path in steps.values()]
-    shown = names if len(names) <= 8 else [*names[:4], "...", *names[-3:]]
-    return f"there are {', '.join(shown)}"
-
-
-def _nothing_found(folder: Path) -> str:
-    from castalia.checkpoint.formats.native.read import (
-        has_foreign_manifest,  # which reads through this module's siblings
-    )
-
-    entries = sorted(entry.name for entry in folder.iterdir())
-    found = "it is empty" if not entries else f"it holds {', '.join(entries[:8])}{', ...' if len(entries) > 8 else ''}"
-    if has_foreign_manifest(folder):
-        found += "; its manifest.json is another program's"
-    return (
-        f"{folder} does not look like a checkpoint: {found}. Expected a run's folder, a folder with `latest`, a "
-        "step's folder with manifest.json, NeoX's or Megatron-DeepSpeed's layer_* or mp_rank_* files, or a Hugging "
-        "Face folder with config.json and weights."
-    )
-
-
-def _neighbours(folder: Path) -> str:
-    parent = folder.parent
-    if not parent.is_dir():
-        return ""
-    steps = _steps(parent)
-    return f"; beside it, {_listed(steps)}" if steps else ""
-
-
-def _cached(hub_id: str) -> Path:
-    """A repository's snapshot in the local Hugging Face cache. The network is never used."""
-    name, _, revision = hub_id.partition("@")
-    revision = revision or "main"
-    home = os.environ.get("HF_HOME", "~/.cache/huggingface")
-    cache = Path(os.environ.get("HF_HUB_CACHE", os.path.join(home, "hub"))).expanduser()
-    repository = cache / f"models--{name.replace('/', '--')}"
-    reference = safe_join(repository / "refs", revision)
-    commit = reference.read_text().strip() if reference.is_file() else revision
-    snapshot = safe_join(repository / "snapshots", commit)
-    if not snapshot.is_dir():
-        raise CheckpointError(
-            f"{hub_id} is neither a folder here nor in the local cache {cache}. Fetch it first: "
-            f"hf download {name} --revision {revision}"
-        )
-    return snapshot
+_HERE = "castalia.checkpoint.formats"
+FORMATS = {  # name, as in `Checkpoint.format` -> row; the first that detects its files reads them
+    "native": Format(
+        f"{_HERE}.native", "Castalia", "native", "step_{step:06d}",
+        any_optimizer=True, any_dtype=True, settings_file="manifest.json",
+    ),
+    "peft": Format(  # before Hugging Face, since the model's config.json may lie in the same folder
+        f"{_HERE}.peft", "PEFT", "peft", "step{step}", any_dtype=True, hints=frozenset({"base"}), on_base=True,
+    ),
+    "huggingface": Format(
+        f"{_HERE}.huggingface", "Hugging Face", "hf", "step{step}",
+        steps=False, hints=frozenset({"tokenizer"}), settings_file="config.json",
+    ),
+    "megatron-deepspeed": Format(
+        f"{_HERE}.megatron", "Megatron-DeepSpeed", "megatron-deepspeed", "global_step{step}",
+        nested=True, ranks=True, hints=frozenset({"config", "tokenizer"}), tolerant=True,
+    ),
+    "neox": Format(
+        f"{_HERE}.neox", "NeoX", "neox", "global_step{step}",
+        nested=True, ranks=True, hints=frozenset({"config", "tokenizer", "gqa_rows", "rms_eps"}), tolerant=True,
+    ),
+}  # fmt: skip
+TARGETS = {row.target: row for row in FORMATS.values()}  # by the names of `castalia convert --to`

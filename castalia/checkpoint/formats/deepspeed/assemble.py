@@ -7,12 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from castalia.checkpoint.architecture_check import unrounded
 from castalia.checkpoint.formats.deepspeed.folder import Folder, loss_scale
 from castalia.checkpoint.rules import Role, Rule, to_ours
-from castalia.checkpoint.tensors import AdamState, Progress
+from castalia.checkpoint.tensors import AdamState, CheckpointFacts, Progress
 from castalia.checkpoint.zero import RankState
 from castalia.config.schema import RunConfig
 from castalia.errors import CheckpointError
 from castalia.storage.lazy import TensorRef
 
+# Settings of the model that the training program's stored arguments tell: their names -> ours.
+ARGUMENTS = {"num_attention_heads": "num_heads", "max_position_embeddings": "max_positions"}
 ROLES: tuple[Role, ...] = ("master", "exp_avg", "exp_avg_sq")
 
 
@@ -72,19 +74,18 @@ def progress(folder: Folder, config: RunConfig | None, fp16: bool) -> Progress:
     )
 
 
-def layout(folder: Folder) -> dict[str, object]:
-    """What inspection shows of the files."""
-    return {
-        "layout": f"TP {folder.tp} x PP {folder.pp}",
-        "tp": folder.tp,
-        "pp": folder.pp,
-        "dp": folder.dp,
-        "zero": folder.zero_stage,
-        "version": folder.version,
-        "files": folder.num_files,
-        "optimizer_files": sum(map(len, folder.shards)),
-        "pipeline_files": bool(folder.layers),
-    }
+def layout(folder: Folder) -> CheckpointFacts:
+    """How the files are cut over ranks, and which program cut them."""
+    return CheckpointFacts(
+        tp=folder.tp,
+        pp=folder.pp,
+        dp=folder.dp,
+        zero=folder.zero_stage,
+        version=folder.version,
+        optimizer_files=sum(map(len, folder.shards)),
+        pipeline_files=bool(folder.layers),
+        stored_arguments=tuple(ours for theirs, ours in ARGUMENTS.items() if folder.args.get(theirs)),
+    )
 
 
 def _by_name(ranks: Iterable[Mapping]) -> dict[str, list]:

@@ -48,7 +48,6 @@ class Folder:
     layers: dict[int, list[Path]] = field(default_factory=dict)  # position -> a file for each tensor rank
     states: list[dict] = field(default_factory=list)  # opened mp_rank files; ZeRO 3: that of rank 0
     shards: list[list[Path]] = field(default_factory=list)  # [mp rank][data-parallel rank]
-    num_files: int = 0
     tp: int = 1
     pp: int = 1
     stage3: bool = False
@@ -110,7 +109,7 @@ def scan(path: Path) -> Folder:
     states = {int(match[1]): path / name for name in names if (match := STATE.fullmatch(name))}
     by_rank = [(mp_rank, rank, name) for rank, mp_rank, name in _matches(SHARD, names)]
     shards = _grid(path, by_rank, "mp_rank", "data-parallel rank")
-    folder = Folder(path, num_files=sum(name.endswith(".pt") for name in names))
+    folder = Folder(path)
     if not states and not layers:
         rank_states = sorted((int(m[1]), path / name) for name in names if (m := RANK_STATE.fullmatch(name)))
         states = {0: rank_states[0][1]} if rank_states else {}

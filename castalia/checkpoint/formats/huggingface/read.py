@@ -25,7 +25,7 @@ from castalia.checkpoint.rules import (
     to_ours,
 )
 from castalia.checkpoint.sampled_values import fingerprint
-from castalia.checkpoint.tensors import AdamState, Checkpoint, Progress
+from castalia.checkpoint.tensors import AdamState, Checkpoint, CheckpointFacts, Progress
 from castalia.config.schema import DataConfig, ModelConfig, RopeScaling, RunConfig, TokenizerConfig
 from castalia.errors import CheckpointError
 from castalia.reading import keys, read_json, short, typed
@@ -343,7 +343,7 @@ def has_weights(path: Path, names: Sequence[str] = WEIGHT_FILES) -> bool:
 def read(path: Path, tokenizer: str | None = None) -> Checkpoint:
     """Open a folder. Only config.json and the headers of the weights' files are read, and a few values."""
     config, family = _read_config(path / CONFIG)
-    tensors, files = _open_weights(path)
+    tensors = _open_weights(path)
     named = _by_rank(tensors, family)
     model, tie_note = _tied_as_transformers_does(_model(config, family), family, named)
     _check_blocks(path, named, model.num_layers)
@@ -361,11 +361,7 @@ def read(path: Path, tokenizer: str | None = None) -> Checkpoint:
         run,
         (*config.notes, *([tie_note] if tie_note else [])),
         (beside_note,) if beside_note else (),
-        {
-            "model_type": config["model_type"],
-            "files": files,
-            "dtype": config["dtype"] or config["torch_dtype"],
-        },
+        CheckpointFacts(model_type=config["model_type"]),
         **inherited,
     )
 
@@ -421,7 +417,7 @@ def _beside(path: Path, tensors: Mapping[str, TensorRef]) -> tuple[dict[str, Any
     if known is not None:
         changed = known != fingerprint(tensors)
     else:  # an older conversion's: only masters can tell
-        stored = _open_weights(path, OPTIMIZER_FILES)[0] if stateful else {}
+        stored = _open_weights(path, OPTIMIZER_FILES) if stateful else {}
         masters = {name.removesuffix(".master"): ref for name, ref in stored.items() if name.endswith(".master")}
         changed = bool(unrounded(tensors, masters))
     if not changed:
@@ -459,7 +455,7 @@ def _optimizer(
     steps = beside.get("optimizer_steps")
     if steps is None:
         return None
-    tensors, _ = _open_weights(path, OPTIMIZER_FILES)
+    tensors = _open_weights(path, OPTIMIZER_FILES)
     found: dict[str, dict[str, TensorRef]] = {role: {} for role in ROLES}
     for name, ref in tensors.items():
         stem, _, role = name.rpartition(".")
@@ -527,12 +523,12 @@ def _model(config: Config, family: Family) -> ModelConfig:
         raise config.refuse(f"not a usable config: {error}") from error
 
 
-def _open_weights(path: Path, names: Sequence[str] = WEIGHT_FILES) -> tuple[dict[str, TensorRef], list[str]]:
-    """All tensors by name, and the files that they are in."""
+def _open_weights(path: Path, names: Sequence[str] = WEIGHT_FILES) -> dict[str, TensorRef]:
+    """All tensors by name."""
     for name in names:
         index = path / f"{name}.index.json"
         if (path / name).is_file():
-            return open_file(path / name), [name]
+            return open_file(path / name)
         if index.is_file():
             return _open_shards(path, index)
     raise CheckpointError(
@@ -546,7 +542,7 @@ def _open_weights(path: Path, names: Sequence[str] = WEIGHT_FILES) -> tuple[dict
     )
 
 
-def _open_shards(path: Path, index: Path) -> tuple[dict[str, TensorRef], list[str]]:
+def _open_shards(path: Path, index: Path) -> dict[str, TensorRef]:
     weight_map = read_table(index, keys({"weight_map": dict[str, str]}, ["weight_map"]))["weight_map"]
     files = sorted(set(weight_map.values()))
     if missing := [name for name in files if not safe_join(path, name).is_file()]:
@@ -556,7 +552,7 @@ def _open_shards(path: Path, index: Path) -> tuple[dict[str, TensorRef], list[st
     shards = {name: open_file(path / name) for name in files}
     if lost := [f"{name} in {file}" for name, file in weight_map.items() if name not in shards[file]]:
         raise CheckpointError(f"{index} names tensors that its files lack: {', '.join(lost[:5])}")
-    return {name: shards[file][name] for name, file in weight_map.items()}, files
+    return {name: shards[file][name] for name, file in weight_map.items()}
 
 
 def open_file(path: Path) -> dict[str, TensorRef]:

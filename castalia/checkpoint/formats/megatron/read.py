@@ -19,7 +19,7 @@ from castalia.checkpoint.formats.deepspeed.folder import (
     scan,
     weights,
 )
-from castalia.checkpoint.formats.neox.architecture import RankTensors, compare, merge, observed, stored_arguments
+from castalia.checkpoint.formats.neox.architecture import RankTensors, compare, merge, observed
 from castalia.checkpoint.formats.neox.names import MEGATRON, megatron_qkv, table
 from castalia.checkpoint.neox_defects import summed_micro_batches
 from castalia.checkpoint.rules import to_ours
@@ -58,7 +58,8 @@ def read(
     found = observed(held, MEGATRON, folder, given.model if given else None)
     settings = found | _from_arguments(folder, held)
     model = merge(given.model if given else None, settings, {})
-    other = compare(given.model if given else None, model, folder, MEGATRON, str(config), tolerant)
+    other = given.model if given else None
+    disagreements = compare(other, model, folder, MEGATRON, str(config), tolerant)
     version = float(folder.first.get("checkpoint_version", 0 if folder.states else 3))
     rules = table(MEGATRON, model, folder.tp, megatron_qkv(model, folder.tp, version))
     ranks = optimizer_ranks(folder, held, MEGATRON.embedding, model.tie_embeddings)
@@ -83,14 +84,13 @@ def read(
         config=run,
         notes=tuple(notes),
         state_notes=tuple(state_notes),
-        details={
-            **layout(folder),
-            "dtype": dtype,
-            "checkpoint_version": version,
-            **stored_arguments(folder.args),
-            **other,
-            "masters_apart": apart,
-        },
+        facts=replace(
+            layout(folder),
+            masters_apart=apart,
+            disagreements=disagreements,
+            other_model=other if disagreements else None,
+            other_source=str(config),
+        ),
         summed_micro_batches=summed_micro_batches(folder.version, bool(folder.layers), run, folder.dp or 1),
     )
 

@@ -18,10 +18,10 @@ import re
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from castalia.checkpoint.neox_defects import take_inherited
-from castalia.checkpoint.tensors import AdamState, Checkpoint, Progress
+from castalia.checkpoint.tensors import AdamState, Checkpoint, CheckpointFacts, Progress
 from castalia.config.schema import RunConfig
 from castalia.errors import CheckpointError
 from castalia.reading import keys, plain_json, read_json, typed
@@ -29,9 +29,6 @@ from castalia.storage.checksum import crc32
 from castalia.storage.extent import Extent, FileTensor, Tile, tiled
 from castalia.storage.lazy import ITEM_BYTES, Cast, TensorRef
 from castalia.storage.safetensors import DTYPES, safe_join
-
-if TYPE_CHECKING:
-    pass
 
 MANIFEST = "manifest.json"
 WHOLE = keys({"crc32": int}, ["crc32"])  # a manifest
@@ -73,11 +70,11 @@ def read(path: Path) -> Checkpoint:
         progress = typed(manifest["progress"], f"{path / MANIFEST}: progress", CheckpointError, Progress)
         stored_config, where = manifest["config"], f"{path / MANIFEST}: the config in it"
         config = None if stored_config is None else typed(stored_config, where, CheckpointError, RunConfig)
-        details = {name: manifest[name] for name in ("versions", "data_fingerprint")} | {"files": sorted(chunks.files)}
+        facts = CheckpointFacts(versions=manifest["versions"], data_fingerprint=manifest["data_fingerprint"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path / MANIFEST} is malformed: {error!r}") from error
     progress, inherited = take_inherited(progress, manifest, config)
-    return Checkpoint(str(path), "native", model, optimizer, progress, config, details=details, **inherited)
+    return Checkpoint(str(path), "native", model, optimizer, progress, config, facts=facts, **inherited)
 
 
 class Chunks:

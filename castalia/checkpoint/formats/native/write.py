@@ -42,7 +42,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     config = checkpoint.config
     if config and not notes:  # the copy counts, wherever the original goes
         config = config.model_copy(update={"tokenizer": TokenizerConfig(path=FOLDER)})
-    about = describe(checkpoint.progress, config, str(checkpoint.details.get("data_fingerprint", "")))
+    about = describe(checkpoint.progress, config, checkpoint.facts.data_fingerprint or "")
     about |= {
         "optimizer_steps": None
         if checkpoint.optimizer is None

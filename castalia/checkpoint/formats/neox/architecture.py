@@ -85,13 +85,13 @@ def merge(config: ModelConfig | None, found: Mapping[str, Any], defaults: Mappin
 
 def compare(
     config: ModelConfig | None, model: ModelConfig, folder: Folder, names: Names, source: str, tolerant: bool
-) -> dict[str, object]:
-    """Raises CheckpointError if a config cannot be that of the tensors' model.
+) -> tuple[str, ...]:
+    """How a config differs from the tensors' model in what it cannot be wrong about, a line for each difference.
 
-    `tolerant`: gives instead what a checkpoint's details should tell of it.
+    Raises CheckpointError if there are any, unless `tolerant`.
     """
     if config is None:
-        return {}
+        return ()
     settings = list(MUST_AGREE)
     if not model.gated_mlp:
         settings.append("mlp_width")  # of gated models the original derives the width in several ways
@@ -115,20 +115,13 @@ def compare(
             + "".join(f"\n  {'' if line.startswith('the head') else 'model.'}{line}" for line in lines)
             + "\nName the right one with --config, or move the wrong one out of the folder"
         )
-    if not lines:
-        return {}
-    lines.append(f"what tensors do not tell is taken from {source} all the same, and may be wrong")
-    return {"disagreements": tuple(lines), "other_model": config, "other_source": source}
+    if lines:
+        lines.append(f"what tensors do not tell is taken from {source} all the same, and may be wrong")
+    return tuple(lines)
 
 
 def _file_of(name: str) -> str:
     return layer_file(int(name.split(".")[0]), 0)
-
-
-def stored_arguments(args: Mapping[str, Any]) -> dict[str, object]:
-    """For a checkpoint's details: the settings that the training program's stored arguments tell."""
-    names = {"num_attention_heads": "num_heads", "max_position_embeddings": "max_positions"}
-    return {"stored arguments": tuple(ours for theirs, ours in names.items() if args.get(theirs))}
 
 
 def _count_layers(held: RankTensors, names: Names, fused: str, folder: Folder) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +31,6 @@ from castalia.checkpoint.formats.neox.architecture import (
     config_files,
     merge,
     observed,
-    stored_arguments,
 )
 from castalia.checkpoint.formats.neox.names import HEAD, LEGACY, W123, GqaRows, Names, neox_qkv, table
 from castalia.checkpoint.neox_defects import summed_micro_batches
@@ -85,7 +85,7 @@ def read(
         guesses["tie_embeddings"] = True
     model = merge(given, found, guesses)
     source = str(config or ", ".join(file.name for file in config_files(folder.path)))
-    other = compare(given, model, folder, ERAS[era], source, tolerant)
+    disagreements = compare(given, model, folder, ERAS[era], source, tolerant)
     model, epsilon_note = _place_epsilon(folder, era, model, run, rms_eps)
     rows, rows_note = _rows(folder, era, model, gqa_rows)
     rules = table(ERAS[era], model, folder.tp, neox_qkv(model, folder.tp, rows))
@@ -95,7 +95,7 @@ def read(
         try:
             ranks, optimizer_note = _optimizer(folder, held, model)
         except CheckpointError as error:
-            if not other:
+            if not disagreements:
                 raise
             optimizer_note = f"the optimizer state is not read: {error}"  # `inspect` tells what else is wrong
     summed, summed_note = _summed_ranks(folder, model)
@@ -103,7 +103,6 @@ def read(
     run = (run or RunConfig(data=_data(folder))).model_copy(update=changes)
     dtype = weight_dtype(held)
     stored_steps = ranks is not None and all(step is not None for rank in ranks for step in rank.step.values())
-    facts = {"era": era, "dtype": dtype, "gqa_rows": rows, "adam_steps_stored": stored_steps, "guess": tuple(guesses)}
     apart, apart_note = masters_apart(held, ranks)
     notes = (_guess_note(guesses) if guesses else "", epsilon_note, rows_note, apart_note)
     return Checkpoint(
@@ -115,7 +114,17 @@ def read(
         config=run,
         notes=tuple(note for note in notes if note),
         state_notes=tuple(note for note in (optimizer_note, summed_note) if note),
-        details={**layout(folder), **facts, **stored_arguments(folder.args), **other, "masters_apart": apart},
+        facts=replace(
+            layout(folder),
+            era=era,
+            gqa_rows=rows,
+            adam_steps_stored=stored_steps,
+            guesses=tuple(guesses),
+            masters_apart=apart,
+            disagreements=disagreements,
+            other_model=given if disagreements else None,
+            other_source=source,
+        ),
         release="v1" if era == "v1" else "head",
         summed_bias_ranks=summed,
         norm_ranks=(folder.tp, folder.pp) if era == "v1" and dtype == "float16" and not folder.shards else (1, 1),

@@ -241,8 +241,7 @@ def step_batch(checkpoint: Checkpoint, layout: TargetLayout) -> tuple[TrainConfi
     """The step's batch on these ranks, and what to say where it does not divide."""
     config = checkpoint.config
     assert config is not None
-    old = checkpoint.details.get("dp") or planned_dp(config) or 1
-    assert isinstance(old, int)
+    old = checkpoint.facts.dp or planned_dp(config) or 1
     try:
         batch, micro, _ = batch_plan(config, old)
     except ConfigError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +17,6 @@ from pydantic import AfterValidator, Field
 
 from castalia.checkpoint.adapters import adapters_of
 from castalia.checkpoint.description import tokenizer_settings
-from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.formats.huggingface import read as huggingface_read
 from castalia.checkpoint.formats.huggingface.read import FAMILIES, Family, has_weights, open_file, read_table, table
 from castalia.checkpoint.rules import Chain, Op, Same, Transpose
@@ -76,8 +75,8 @@ def detect(path: Path) -> bool:
     return any((path / name).is_file() for name in WEIGHT_FILES) or not has_weights(path)
 
 
-def read(path: Path, base: str | None = None) -> Checkpoint:
-    """The adapters on their model, which `base` names if adapter_config.json does not.
+def read(path: Path, open_base: Callable[[str], Checkpoint], base: str | None = None) -> Checkpoint:
+    """The adapters on their model, which `base` names if adapter_config.json does not, and `open_base` opens.
 
     Raises CheckpointError for what is no LoRA of that model, or a kind that we cannot hold.
     """
@@ -88,7 +87,7 @@ def read(path: Path, base: str | None = None) -> Checkpoint:
     if not name:
         raise CheckpointError(f"{path / CONFIG} does not say which model it belongs to; name that with --base")
     beside = Path(name).exists() and path.samefile(name)  # the model's own files, in the adapter's folder
-    model = huggingface_read.read(path) if beside else open_checkpoint(name, adapters=True)
+    model = huggingface_read.read(path) if beside else open_base(name)
     if adapters_of(model) is not None or model.config is None:
         raise CheckpointError(
             f"{path}: its model, {name}, has adapters itself; merge those first (castalia merge-lora)"
@@ -99,10 +98,8 @@ def read(path: Path, base: str | None = None) -> Checkpoint:
     finetune = model.config.finetune.model_copy(update={"lora": lora, "train": tuple(f"^{each}$" for each in whole)})
     words = tokenizer_settings(model) or TokenizerConfig()
     run = model.config.model_copy(update={"finetune": finetune, "tokenizer": words})
-    details = {**model.details, "base": model.path}
-    return replace(
-        model, path=str(path), model={**model.model, **whole, **tensors}, optimizer=None, config=run, details=details
-    )
+    facts, held = replace(model.facts, base=model.path), {**model.model, **whole, **tensors}
+    return replace(model, path=str(path), model=held, optimizer=None, config=run, facts=facts)
 
 
 def _refuse(path: Path, config: Mapping[str, Any]) -> None:
@@ -149,9 +146,8 @@ def vocabulary_modules(checkpoint: Checkpoint) -> dict[str, str]:
 
 def hf_family(checkpoint: Checkpoint) -> Family:
     """Raises CheckpointError for a model that no Hugging Face class computes."""
-    stored = checkpoint.details.get("model_type")
-    if stored in FAMILIES:
-        return FAMILIES[str(stored)]
+    if checkpoint.facts.model_type in FAMILIES:
+        return FAMILIES[checkpoint.facts.model_type]
     from castalia.checkpoint.formats.huggingface.write import family_of  # imports torch
 
     return FAMILIES[family_of(_model(checkpoint), checkpoint.path)]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Sequence
 
 from castalia.checkpoint.adapters import adapters_of
 from castalia.checkpoint.file_plan import Plan, WriteOptions, json_output, tensors_output
-from castalia.checkpoint.formats import open_checkpoint
 from castalia.checkpoint.formats.huggingface.read import FAMILIES
 from castalia.checkpoint.formats.peft.read import CONFIG, WEIGHT_FILES, Matrix, hf_family, matrices, vocabulary_modules
 from castalia.checkpoint.tensors import Checkpoint
@@ -43,7 +41,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": _base(checkpoint),
+        "base_model_name_or_path": checkpoint.facts.base,
         "r": lora.rank,
         "lora_alpha": int(alpha) if (alpha := lora.scale * lora.rank).is_integer() else alpha,
         "lora_dropout": lora.dropout,
@@ -67,15 +65,6 @@ def _head_note(checkpoint: Checkpoint, held: Collection[str]) -> tuple[str, ...]
 
 def _fp32(ref: TensorRef) -> TensorRef:
     return ref if ref.dtype_name == "float32" else Cast(ref, "float32")
-
-
-def _base(checkpoint: Checkpoint) -> str | None:
-    """Where the model without the adapters is; adapters may have been trained in several runs, one after another."""
-    found = checkpoint.details.get("base") or (checkpoint.config and checkpoint.config.checkpoint.init_from)
-    if not found or not os.path.exists(str(found)):
-        return found and str(found)  # type: ignore[return-value]
-    source = open_checkpoint(str(found), adapters=True)
-    return _base(source) if adapters_of(source) else os.path.abspath(str(found))
 
 
 def _targets(chosen: Sequence[Matrix], every: Sequence[Matrix]) -> list[str]:
