@@ -13,7 +13,7 @@ _PUBLIC = {
     "open_dataset": ("castalia.data.indexed", "open_dataset"),
     "batch_at": ("castalia.data.loader", "batch_at"),
     "open_checkpoint": ("castalia.checkpoint.opener", "open_checkpoint"),
-    "load_model": ("castalia.checkpoint.restore", "load_model"),
+    "load_model": ("castalia.loading", "load_model"),
     "run_training": ("castalia.cli.train", "train"),
     "generate_text": ("castalia.generate.generation", "generate"),
 }

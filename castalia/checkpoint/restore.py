@@ -1,27 +1,23 @@
-"""From a checkpoint of any format into modules and optimizers: strictly, tensor by tensor, and saying what came."""
+"""Fill parameters and optimizers from a checkpoint of any format, tensor by tensor: all of them, or none."""
 
 from __future__ import annotations
 
 import math
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from castalia.checkpoint.architecture_check import mismatches
 from castalia.checkpoint.description import describe, model_folder, readable, tokenizer_settings
-from castalia.checkpoint.opener import open_checkpoint
 from castalia.checkpoint.rules import drift
 from castalia.checkpoint.tensors import Checkpoint, Shard
 from castalia.config.schema import ModelConfig, TokenizerConfig
 from castalia.config.tensor_table import adapter_shapes, tensor_shapes
 from castalia.errors import CheckpointError
-from castalia.model.transformer import Transformer
 from castalia.storage.lazy import TensorRef, name_of
 
 if TYPE_CHECKING:
@@ -55,34 +51,6 @@ class LoadReport:
         return f"{self.loaded} of {self.expected} tensors, {readable(self.parameters)} parameters, {self.source}"
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Transformer:
-    """The model of a checkpoint of any format, in eval mode; `module(tokens)` gives logits [batch, time, padded vocab].
-
-    `dtype`: of the parameters and the computation; None for fp32, which holds every stored value exactly. Warns of
-    settings that had to be guessed, and of what was taken for something else.
-    """
-    checkpoint = open_checkpoint(path)
-    for note in checkpoint.notes:
-        warnings.warn(f"{path}: {note}", stacklevel=2)
-    return build_model(checkpoint, device, dtype)
-
-
-def build_model(
-    checkpoint: Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
-) -> Transformer:
-    """`load_model` for a checkpoint that is open already."""
-    cfg = architecture(checkpoint)
-    with torch.device("meta"):
-        model = Transformer(cfg, exact=checkpoint.config is not None and checkpoint.config.neox_exact)
-    dtype = dtype or torch.float32
-    for module in model.modules():
-        for name, p in list(module.named_parameters(recurse=False)):
-            # `to_empty` does the same, but imports sympy for it, which takes half a second
-            setattr(module, name, torch.nn.Parameter(torch.empty(p.shape, dtype=dtype, device=device)))
-    load_weights(model, checkpoint)
-    return model.eval()
-
-
 def architecture(checkpoint: Checkpoint) -> ModelConfig:
     """The model that the tensors belong to. Where the vocabulary is unknown, it is all rows of the embedding."""
     if checkpoint.config is None or checkpoint.config.model is None:
@@ -96,18 +64,11 @@ def architecture(checkpoint: Checkpoint) -> ModelConfig:
     return model
 
 
-def load_weights(model: Transformer, checkpoint: Checkpoint) -> LoadReport:
-    """Fill every parameter, one at a time. The padding of the vocabulary may differ; anything else must match.
-
-    Raises CheckpointError listing all missing, unexpected and mis-shaped tensors; the model is untouched then.
-    """
-    return load_shards({name: Shard.whole(p) for name, p in model.named_parameters()}, model.cfg, checkpoint)
-
-
 def load_shards(shards: Mapping[str, Shard], cfg: ModelConfig, checkpoint: Checkpoint, added: int = 0) -> LoadReport:
-    """`load_weights` where this process holds only parts of the model `cfg`. The whole checkpoint must fit it.
+    """Fill the parts of the model `cfg` that this process holds, one tensor at a time. The whole checkpoint must fit.
 
-    The last `added` entries of the vocabulary may be missing.
+    The padding of the vocabulary may differ, and its last `added` entries may be missing; anything else must match.
+    Raises CheckpointError listing all missing, unexpected and mis-shaped tensors; nothing is filled then.
     """
     expected = tensor_shapes(cfg) | adapter_shapes(cfg, checkpoint.config.finetune.lora if checkpoint.config else None)
     notes = _check(expected, checkpoint.model, cfg.vocab_size and cfg.vocab_size - added, checkpoint.path)
@@ -129,7 +90,7 @@ def load_optimizer(
     vocab_size: int | None = None,
     shard: Callable[[torch.Tensor], Shard] = Shard.whole,
 ) -> None:
-    """Fill the optimizer's state, which must exist, and the parameters from the masters. Call it after `load_weights`.
+    """Fill the optimizer's state, which must exist, and the parameters from the masters. Call it after `load_shards`.
 
     `shard` tells which part of the whole tensor a parameter or a state is. Raises CheckpointError if the checkpoint has
     no state, that of another optimizer, or none for some parameter.

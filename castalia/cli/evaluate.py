@@ -78,13 +78,14 @@ def command(
 
 def write_log_probs(path: str, overrides: list[str], data: str | None, step: int | None, output: str) -> None:
     """Preference tuning takes what this writes for the `references` of a source."""
-    from castalia.checkpoint.restore import build_model, require_finite
+    from castalia.checkpoint.restore import require_finite
     from castalia.cli.opening import open_and_tell
     from castalia.cli.train import split_words
     from castalia.config.load import load_config
     from castalia.config.schema import RunConfig
     from castalia.errors import DataError
     from castalia.evaluate.log_probs import write_log_probabilities
+    from castalia.loading import build_model
     from castalia.train.hardware import choose_device, choose_dtype
 
     if data is None:
@@ -167,9 +168,10 @@ def load_engine(
 
     Its parameters are in the compute dtype, to which the blocks would round them each time.
     """
-    from castalia.checkpoint.restore import build_model, require_finite
+    from castalia.checkpoint.restore import require_finite
     from castalia.cli.ranks import split_config
     from castalia.config.batch import BatchPlan
+    from castalia.loading import build_model
     from castalia.parallel.executor import Executor
     from castalia.parallel.rendezvous import world_size
     from castalia.train.setup import engine_shard, load_engine, make_engine

@@ -249,9 +249,10 @@ def beginning(record: dict[str, Any], key: str, chat: Chat | None) -> str:
 def sample(path: str, prompt: str, max_tokens: int, tokenizer: TokenizerConfig | None = None) -> str:
     """What the model writes after the prompt, always taking the likeliest token. `tokenizer`: instead of its own."""
     from castalia.checkpoint.opener import open_checkpoint
-    from castalia.checkpoint.restore import build_model, load_tokenizer_for
+    from castalia.checkpoint.restore import load_tokenizer_for
     from castalia.data.tokenizer import load_tokenizer
     from castalia.generate.generation import generate
+    from castalia.loading import build_model
     from castalia.train.hardware import choose_device, choose_dtype
 
     checkpoint = open_checkpoint(path)

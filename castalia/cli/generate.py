@@ -231,9 +231,10 @@ def _typed(end: str) -> Iterator[list[str]]:
 def _load(checkpoint: Checkpoint, dtype: str, device: str, tp: int, pp: int, world: int, rows: int) -> AnyModel:
     import torch
 
-    from castalia.checkpoint.restore import build_model, require_finite
+    from castalia.checkpoint.restore import require_finite
     from castalia.cli.ranks import load_split
     from castalia.generate.packed_model import pack
+    from castalia.loading import build_model
     from castalia.train.hardware import choose_device, choose_dtype
 
     place, int8 = choose_device(device), dtype == "int8"

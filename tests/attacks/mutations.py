@@ -36,13 +36,14 @@ from typer.testing import CliRunner
 from castalia.checkpoint import convert
 from castalia.checkpoint.file_plan import TargetLayout, WriteOptions
 from castalia.checkpoint.opener import open_checkpoint
-from castalia.checkpoint.restore import load_model, load_tokenizer_for
+from castalia.checkpoint.restore import load_tokenizer_for
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.cli.main import build
 from castalia.config.load import load_config
 from castalia.data.indexed import DatasetWriter
 from castalia.data.loader import open_data
 from castalia.errors import CastaliaError
+from castalia.loading import load_model
 from castalia.storage.checksum import crc32
 from castalia.storage.lazy import as_bytes
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from castalia.checkpoint import convert
 from castalia.checkpoint.opener import open_checkpoint
-from castalia.checkpoint.restore import load_model, load_optimizer
+from castalia.checkpoint.restore import load_optimizer
 from castalia.checkpoint.tensors import Progress
 from castalia.config.load import load_config
 from castalia.config.schema import TokenizerConfig
@@ -30,6 +30,7 @@ from castalia.data.sources import documents
 from castalia.data.tokenizer import load_tokenizer
 from castalia.errors import CastaliaError, CheckpointError
 from castalia.examine.inspect import report
+from castalia.loading import load_model
 from castalia.storage.torch_file import open_pt
 from tests.checkpoint.made import FAMILIES, made, written
 from tests.checkpoint.neox_writer import config_yml, write

@@ -11,8 +11,8 @@ import torch
 
 from castalia.checkpoint.formats.megatron import read as megatron_read
 from castalia.checkpoint.formats.neox import read as neox_read
-from castalia.checkpoint.restore import build_model
 from castalia.errors import CheckpointError
+from castalia.loading import build_model
 
 GENUINE = ["megds-pp1-mp1-dp2-z1-bf16", "megds-pp1-mp1-z0-fp32"]
 N, D, H, V, LAYERS = 4, 4, 16, 64, 2

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from castalia.checkpoint.formats.neox import read as neox_read
-from castalia.checkpoint.restore import build_model, load_weights
 from castalia.checkpoint.rules import drift
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.schema import ModelConfig
 from castalia.errors import CheckpointError
+from castalia.loading import build_model, load_weights
 from castalia.model.transformer import Transformer
 from castalia.storage.extent import FileTensor
 from castalia.storage.torch_file import open_pt

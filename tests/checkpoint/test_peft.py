@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 from castalia.checkpoint import convert
 from castalia.checkpoint.file_plan import WriteOptions
 from castalia.checkpoint.opener import open_checkpoint
-from castalia.checkpoint.restore import build_model, load_model
 from castalia.checkpoint.tensors import Checkpoint, CheckpointFacts
 from castalia.config.schema import FinetuneConfig, LoraConfig, ModelConfig
 from castalia.config.tensor_table import adapter_shapes
 from castalia.errors import CheckpointError
+from castalia.loading import build_model, load_model
 from castalia.model.lora import add_adapters
 from castalia.model.transformer import Transformer
 from castalia.storage.lazy import InMemory

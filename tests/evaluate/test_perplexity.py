@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from castalia.checkpoint.opener import open_checkpoint
-from castalia.checkpoint.restore import load_model
 from castalia.cli.evaluate import command, load_engine, uniform_loss
 from castalia.config.schema import ModelConfig, TokenizerConfig
 from castalia.data.indexed import DatasetWriter, open_dataset
@@ -17,6 +16,7 @@ from castalia.data.loader import Batch
 from castalia.data.tokenizer import load_tokenizer
 from castalia.errors import CastaliaError
 from castalia.evaluate.perplexity import bits_per_byte, evaluate, windows
+from castalia.loading import load_model
 from castalia.parallel.executor import Executor
 
 

@@ -14,13 +14,13 @@ import torch
 
 from castalia.checkpoint.formats.native.save import CheckpointSaver
 from castalia.checkpoint.opener import open_checkpoint
-from castalia.checkpoint.restore import load_model
 from castalia.checkpoint.sampled_values import SPAN_ELEMENTS, Sums, as_float32, sample
 from castalia.checkpoint.tensors import Checkpoint, CheckpointFacts, Progress
 from castalia.config.schema import ModelConfig, RunConfig
 from castalia.config.tensor_table import tensor_shapes
 from castalia.errors import CheckpointError
 from castalia.examine.inspect import report
+from castalia.loading import load_model
 from castalia.storage.extent import FileTensor
 from castalia.storage.lazy import Zeros
 from castalia.storage.safetensors import open_safetensors

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from castalia.checkpoint.opener import open_checkpoint
-from castalia.checkpoint.restore import build_model
 from castalia.config.schema import ModelConfig
 from castalia.errors import CheckpointError
 from castalia.examine.verify import logits, probe_tokens, verify
+from castalia.loading import build_model
 from tests.checkpoint.made import FAMILIES, SIZES, changed, made, written
 
 OTHERS = {

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from castalia.checkpoint.restore import load_model
 from castalia.cli import main as cli
 from castalia.cli.generate import in_order
 from castalia.config.schema import TokenizerConfig
@@ -20,6 +19,7 @@ from castalia.data.indexed import DatasetWriter
 from castalia.data.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
 from castalia.errors import CheckpointError
 from castalia.generate.generation import TextPiece, generate
+from castalia.loading import load_model
 
 
 @pytest.fixture(scope="module")

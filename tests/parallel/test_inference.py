@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from castalia.checkpoint.opener import open_checkpoint
-from castalia.checkpoint.restore import build_model, load_tokenizer_for
+from castalia.checkpoint.restore import load_tokenizer_for
 from castalia.cli.evaluate import evaluate_checkpoint, load_engine
 from castalia.cli.ranks import load_split
 from castalia.cli.train import train
 from castalia.errors import ConfigError
 from castalia.generate.generation import generate
+from castalia.loading import build_model
 from castalia.parallel.rendezvous import world_size
 
 pytestmark = pytest.mark.xdist_group("pool")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from castalia.checkpoint.opener import open_checkpoint
-from castalia.checkpoint.restore import build_model, load_model, load_tokenizer_for
+from castalia.checkpoint.restore import load_tokenizer_for
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.load import load_config, load_run
 from castalia.config.schema import TokenizerConfig
@@ -16,6 +16,7 @@ from castalia.data.tokenizer import load_tokenizer, train_bpe
 from castalia.errors import CheckpointError, ConfigError, DataError
 from castalia.evaluate.perplexity import evaluate
 from castalia.examine.inspect import report
+from castalia.loading import build_model, load_model
 from castalia.observe.metrics import read_metrics
 from castalia.train.loop import train
 from castalia.train.setup import start

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
 
-from castalia.checkpoint.restore import load_model
 from castalia.evaluate.perplexity import evaluate
+from castalia.loading import load_model
 from castalia.parallel import compile
 from castalia.train import compiling
 from castalia.train.compiling import EAGER_STEPS, Compiling, operations_left, plan_compiling

@@ -13,13 +13,13 @@ import torch
 from torch.nn import functional as F
 
 from castalia.checkpoint.opener import open_checkpoint
-from castalia.checkpoint.restore import load_model
 from castalia.cli.evaluate import write_log_probs
 from castalia.config.load import load_config, load_run
 from castalia.data.indexed import DatasetWriter
 from castalia.errors import ConfigError
 from castalia.evaluate.perplexity import evaluate
 from castalia.examine.facts import from_tensors
+from castalia.loading import load_model
 from castalia.observe.metrics import read_metrics
 from castalia.train.loop import rehearse, train
 from castalia.train.setup import start

@@ -8,12 +8,12 @@ import sys
 import pytest
 import torch
 
-from castalia.checkpoint.restore import load_model
 from castalia.cli.train import train
 from castalia.config.load import load_config
 from castalia.config.schema import ModelConfig
 from castalia.data.loader import batch_at
 from castalia.errors import CheckpointError
+from castalia.loading import load_model
 from castalia.observe.metrics import read_metrics
 from castalia.train.loop import rehearse
 from tests.checkpoint.neox_writer import write

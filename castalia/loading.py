@@ -1,0 +1,46 @@
+"""Build the model of a checkpoint: what `castalia.load_model` does, above `checkpoint`, which knows no modules."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+
+from castalia.checkpoint.opener import open_checkpoint
+from castalia.checkpoint.restore import LoadReport, architecture, load_shards
+from castalia.checkpoint.tensors import Checkpoint, Shard
+from castalia.model.transformer import Transformer
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Transformer:
+    """The model of a checkpoint of any format, in eval mode; `module(tokens)` gives logits [batch, time, padded vocab].
+
+    `dtype`: of the parameters and the computation; None for fp32, which holds every stored value exactly. Warns of
+    settings that had to be guessed, and of what was taken for something else.
+    """
+    checkpoint = open_checkpoint(path)
+    for note in checkpoint.notes:
+        warnings.warn(f"{path}: {note}", stacklevel=2)
+    return build_model(checkpoint, device, dtype)
+
+
+def build_model(
+    checkpoint: Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> Transformer:
+    """The model of an opened checkpoint, as `load_model` gives it."""
+    cfg = architecture(checkpoint)
+    with torch.device("meta"):
+        model = Transformer(cfg, exact=checkpoint.config is not None and checkpoint.config.neox_exact)
+    dtype = dtype or torch.float32
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            # `to_empty` does the same, but imports sympy for it, which takes half a second
+            setattr(module, name, torch.nn.Parameter(torch.empty(p.shape, dtype=dtype, device=device)))
+    load_weights(model, checkpoint)
+    return model.eval()
+
+
+def load_weights(model: Transformer, checkpoint: Checkpoint) -> LoadReport:
+    """Fill every parameter of a whole model. Errors as for `load_shards`."""
+    return load_shards({name: Shard.whole(p) for name, p in model.named_parameters()}, model.cfg, checkpoint)
