@@ -10,14 +10,13 @@ from typing import Literal
 import torch
 
 from castalia.config.schema import ModelConfig
+from castalia.config.tensor_table import row_of
 from castalia.storage.lazy import Reordered, Scaled, TensorRef, Transposed, part, same_bits
 
 PAIR_BYTES = 8 << 20
 NUM_PROBES = 16  # rows that are compared before all of a tensor is
 RELATED = 0.5  # correlation from which on two matrices are taken for descendants of one
 RANK_COUNTS = (2, 4, 8, 16)
-VOCABULARY = ("embed.weight", "head.weight")
-SUMMED_BIASES = ("attn.out.bias", "mlp.down.bias")
 
 Kind = Literal[
     "identical", "dtype", "padding", "layout", "transposed", "bias_summed", "halves_swapped",
@@ -66,9 +65,9 @@ def relate(
     name: str, a: TensorRef, b: TensorRef, model: ModelConfig | None, others: Mapping[str, TensorRef] | None = None
 ) -> Relation:
     """What B's tensor of this name is to A's. `model`: A's; `others`: B's further tensors."""
-    same_shape = tuple(a.shape) == tuple(b.shape)
+    row, same_shape = row_of(name), tuple(a.shape) == tuple(b.shape)
     rows = min(a.shape[0], b.shape[0]) if a.shape and b.shape else 0
-    only_rows = name.endswith(VOCABULARY) and tuple(a.shape[1:]) == tuple(b.shape[1:])  # padded differently, if at all
+    only_rows = row.has_token_rows and tuple(a.shape[1:]) == tuple(b.shape[1:])  # padded differently, if at all
     figures = measure(part(a, 0, rows), part(b, 0, rows)) if only_rows else measure(a, b) if same_shape else None
     if same_shape and equal(a, b):
         if a.dtype == b.dtype:
@@ -86,7 +85,7 @@ def relate(
                 return Relation("layout", detail, figures)
             if equal(a, Reordered(b, order)):
                 return Relation("layout", f"{detail}, undone", figures)
-    if name.endswith(SUMMED_BIASES):
+    if row.row_parallel_bias:
         for ranks in RANK_COUNTS:
             if close(a, Scaled(b, ranks)):
                 return Relation("bias_summed", f"{ranks} times as large as here", figures)

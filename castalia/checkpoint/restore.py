@@ -16,7 +16,7 @@ from castalia.checkpoint.description import describe, model_folder, readable, to
 from castalia.checkpoint.rules import drift
 from castalia.checkpoint.tensors import Checkpoint, Shard
 from castalia.config.schema import ModelConfig, TokenizerConfig
-from castalia.config.tensor_table import adapter_shapes, tensor_shapes
+from castalia.config.tensor_table import adapter_shapes, row_of, tensor_shapes
 from castalia.errors import CheckpointError
 from castalia.storage.lazy import TensorRef, name_of
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from castalia.data.tokenizer import Tokenizer
 
 MAX_READERS = 4  # threads
-VOCABULARY = {"embed.weight", "head.weight"}  # tensors with a row for each token
 
 
 class AnyOptimizer(Protocol):
@@ -180,7 +179,7 @@ def _check(
 ) -> tuple[str, ...]:
     """Notes on vocabularies that are padded differently. Raises CheckpointError for every other difference."""
     notes, fitting = [], dict(expected)
-    for name in VOCABULARY & expected.keys() & found.keys():
+    for name in (name for name in expected if name in found and row_of(name).has_token_rows):
         have, want = tuple(found[name].shape), tuple(expected[name])
         if have != want and have[1:] == want[1:] and vocab_size and min(have[0], want[0]) >= vocab_size:
             change = "zeros added" if have[0] < want[0] else "the others left out"

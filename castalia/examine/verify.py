@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from castalia.checkpoint.compare import SUMMED_BIASES, VOCABULARY, Relation, equal, in_order, relate
+from castalia.checkpoint.compare import Relation, equal, in_order, relate
 from castalia.checkpoint.neox_defects import with_micro_batches
 from castalia.checkpoint.restore import architecture
 from castalia.checkpoint.tensors import AdamState, Checkpoint
 from castalia.config.schema import ModelConfig
+from castalia.config.tensor_table import row_of
 from castalia.model.positions import sinusoids
 from castalia.model.transformer import Transformer
 from castalia.storage.lazy import TensorRef
@@ -167,7 +168,7 @@ def _compare(source: Checkpoint, result: Checkpoint, model: ModelConfig) -> tupl
 
 def _rounded(name: str, a: TensorRef, b: TensorRef, ranks: int) -> bool:
     """Whether b can be a bias a that was divided over the ranks, rounded on each, and summed again."""
-    if ranks == 1 or not name.endswith(SUMMED_BIASES) or a.shape != b.shape:
+    if ranks == 1 or not row_of(name).row_parallel_bias or a.shape != b.shape:
         return False
     dtype = max(a.dtype, b.dtype, key=lambda each: torch.finfo(each).eps)  # the one that was rounded to
     left, right, limits = a.read().to(dtype).double(), b.read().double(), torch.finfo(dtype)
@@ -197,7 +198,7 @@ def state_tensors(state: AdamState | None) -> dict[str, TensorRef]:
 def _same(name: str, kind: str, a: TensorRef, b: TensorRef, ranks: int) -> bool:
     if kind == "master" and _rounded(name, a, b, ranks):
         return True
-    if name in VOCABULARY and a.shape != b.shape:
+    if row_of(name).has_token_rows and a.shape != b.shape:
         return relate(name, a, b, None).harmless
     return equal(a, b)
 

@@ -12,12 +12,13 @@ import torch
 from castalia.checkpoint.adapters import adapters_of
 from castalia.checkpoint.formats.neox.names import first_rank
 from castalia.checkpoint.opener import open_checkpoint
-from castalia.checkpoint.restore import VOCABULARY, LoadReport, fill_with_mean, load_optimizer, load_shards
+from castalia.checkpoint.restore import LoadReport, fill_with_mean, load_optimizer, load_shards
 from castalia.checkpoint.restore import architecture as checkpoint_architecture
 from castalia.checkpoint.tensors import Checkpoint, Progress, Shard
 from castalia.config.batch import BatchPlan, batch_plan
 from castalia.config.check import refuse_contradictions, require_training
 from castalia.config.schema import EarlierBatch, FinetuneConfig, ModelConfig, RunConfig, is_adapter
+from castalia.config.tensor_table import row_of
 from castalia.data.loader import Batch, Samples
 from castalia.data.pairs import Pairs, open_samples, sides_of
 from castalia.data.tokenizer import Tokenizer, add_tokens, load_tokenizer
@@ -249,7 +250,7 @@ def load_engine(engine: Executor, model: ModelConfig, source: Checkpoint, added:
     if added:
         assert model.vocab_size is not None
         for name, part in (*shards.items(), *copies.items()):
-            if name in VOCABULARY:
+            if row_of(name).has_token_rows:
                 fill_with_mean(part, source.model[name], model.vocab_size - added, model.vocab_size)
     return report
 

@@ -39,12 +39,11 @@ from castalia.checkpoint.tensors import Checkpoint
 from castalia.checkpoint.tokenizer_files import our_tokenizer, written_tokenizer
 from castalia.config.neox.write import TOKENIZER_TYPES
 from castalia.config.schema import ModelConfig
+from castalia.config.tensor_table import row_of
 from castalia.config.yaml_files import to_yaml
 from castalia.model.positions import alibi_slopes
 from castalia.storage.lazy import InMemory, Padded, TensorRef
 from castalia.storage.pt_writer import Named, Size
-
-VOCABULARY = ("embed.weight", "head.weight")
 
 
 def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
@@ -94,7 +93,8 @@ def _job(checkpoint: Checkpoint, target: NeoXTarget, options: WriteOptions) -> D
 def padded(ours: Mapping[str, TensorRef], rows: int) -> dict[str, TensorRef]:
     """The tensors with this many rows of the vocabulary; what is added is zero."""
     return {
-        name: Padded(ref, rows) if name in VOCABULARY and ref.shape[0] < rows else ref for name, ref in ours.items()
+        name: Padded(ref, rows) if row_of(name).has_token_rows and ref.shape[0] < rows else ref
+        for name, ref in ours.items()
     }
 
 
