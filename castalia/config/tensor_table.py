@@ -17,6 +17,10 @@ from castalia.errors import ConfigError
 
 Shapes = dict[str, tuple[int, ...]]
 Init = Literal["random", "residual", "adapter", "ones", "zeros"]
+Kind = Literal[
+    "adapters", "embedding", "positions", "head", "attention qkv", "attention out", "mlp up", "mlp gate", "mlp down",
+    "norms", "biases",
+]  # fmt: skip
 
 SIZES: dict[str, Callable[[ModelConfig], int]] = {  # the words of shapes
     "vocab": lambda model: model.padded_vocab_size,
@@ -50,7 +54,7 @@ class TensorRow(NamedTuple):
     name: str  # as in `Transformer.named_parameters()`; with {i} it stands for that tensor of every block
     shape: str  # words of `SIZES`, and "rank" in adapters
     needs: str = ""  # words of `CONDITIONS` that must all hold
-    kind: str | None = None  # the heading under which reports list it; None: they leave it out
+    kind: Kind | None = None  # the heading under which reports list it, in the order of `Kind`; None: not listed
     init: Init = "random"  # random: by model.init_method; residual: by model.output_init_method; adapter: as PEFT does
     tp_dim: int | None = None  # the dimension that tensor parallelism splits; None: a copy on every tensor rank
     decays: bool = True  # whether weight decay applies
@@ -61,6 +65,11 @@ class TensorRow(NamedTuple):
     def module(self) -> str:
         """The module that holds the tensor, without the block: attn.qkv, norm1, head."""
         return self.name.removeprefix("blocks.{i}.").rpartition(".")[0]
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether the initial values are random, by one of the methods that the config names."""
+        return self.init in ("random", "residual")
 
     @property
     def has_token_rows(self) -> bool:
@@ -75,7 +84,7 @@ def _norm(module: str, needs: str = "") -> list[TensorRow]:
     ]
 
 
-def _linear(module: str, shape: str, bias: str, kind: str, tp_dim: int, needs: str = "") -> list[TensorRow]:
+def _linear(module: str, shape: str, bias: str, kind: Kind, tp_dim: int, needs: str = "") -> list[TensorRow]:
     """A matrix of the blocks, split by rows (0) or columns (1), and its bias.
 
     Those that are split by columns add to the residual stream, so their initial values shrink with the depth.

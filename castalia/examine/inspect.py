@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from math import prod
@@ -15,28 +14,13 @@ from castalia.checkpoint.description import readable
 from castalia.checkpoint.sampled_values import Sums, sample
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.schema import InitMethod
-from castalia.config.tensor_table import tp_dim
+from castalia.config.tensor_table import Kind, row_of, tp_dim
 from castalia.examine.facts import architecture
 from castalia.model.init_std import mup_scale, standard_deviation
 from castalia.plan.count import count, non_embedding, original_count
 from castalia.storage.extent import verify, verifying
 from castalia.storage.lazy import ByteRun, TensorRef, same_bits
 
-KINDS = {  # of tensors that start alike; the first pattern that is found in a name tells its kind
-    "adapters": r"\.lora_[ab]$",
-    "embedding": r"^embed\.weight",
-    "positions": r"^positions\.weight",
-    "head": r"^head\.weight",
-    "attention qkv": r"attn\.qkv\.weight",
-    "attention out": r"attn\.out\.weight",
-    "mlp up": r"mlp\.up\.weight",
-    "mlp gate": r"mlp\.gate\.weight",
-    "mlp down": r"mlp\.down\.weight",
-    "norms": r"norm\w*\.weight$",
-    "biases": r"\.bias$",
-}
-OUTPUTS = ("attention out", "mlp down")  # kinds that have an init method of their own
-WITHOUT_METHOD = ("adapters", "norms", "biases")
 SPANS = 64  # stretches of rows sampled of each kind
 FITS = 0.03  # relative difference of a standard deviation from its expected one
 
@@ -75,16 +59,12 @@ def report(checkpoint: Checkpoint, vocabulary: tuple[int | None, str] = (None, "
 
 
 def by_kind(names: Iterable[str]) -> dict[str, list[str]]:
-    """Names of canonical tensors by kind, in the order of `KINDS`; what is of no kind is left out."""
-    found: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    """Names of canonical tensors by kind, in the order of `Kind`; tensors of no kind are left out."""
+    found: dict[str, list[str]] = {kind: [] for kind in get_args(Kind)}
     for name in names:
-        if kind := kind_of(name):
+        if kind := row_of(name).kind:
             found[kind].append(name)
     return {kind: members for kind, members in found.items() if members}
-
-
-def kind_of(name: str) -> str | None:
-    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), None)
 
 
 def sample_sums(tensors: Mapping[str, TensorRef]) -> dict[str, Sums]:
@@ -163,7 +143,7 @@ def anomalies(checkpoint: Checkpoint, sums: Mapping[str, Sums], full: bool) -> I
     started = checkpoint.progress.step > 0
     values = "values" if full else "sampled values"
     for name, seen in sums.items():
-        matrix = kind_of(name) not in WITHOUT_METHOD
+        matrix = row_of(name).is_drawn
         if seen.not_finite:
             yield f"{name}: {seen.not_finite:,} of {seen.count:,} {values} are NaN or infinite"
         if seen.all_zero and (started or matrix or name.endswith("norm.weight")):
@@ -221,7 +201,8 @@ def _statistics(checkpoint: Checkpoint, kind: str, names: list[str], sums: Mappi
         "not_finite": together.not_finite, "values": together.count,
     }  # fmt: skip
     model = checkpoint.config.model if checkpoint.config else None
-    if model is None or kind in WITHOUT_METHOD or len(checkpoint.model[names[0]].shape) != 2:
+    row = row_of(names[0])
+    if model is None or not row.is_drawn or len(checkpoint.model[names[0]].shape) != 2:
         return result | {"methods": {}, "fits": [], "start": None}
     shape = _drawn_shape(checkpoint, names[0])
     methods = {
@@ -230,7 +211,7 @@ def _statistics(checkpoint: Checkpoint, kind: str, names: list[str], sums: Mappi
     fits = [name for name, expected in methods.items() if abs(together.std / expected - 1) < FITS]
     start = None
     if _knows_method(checkpoint):
-        start = model.output_init_method if kind in OUTPUTS else model.init_method
+        start = model.output_init_method if row.init == "residual" else model.init_method
     return result | {"methods": methods, "fits": fits, "start": start}
 
 
@@ -251,7 +232,7 @@ def _knows_method(checkpoint: Checkpoint) -> bool:
 def _parameters(checkpoint: Checkpoint, total: int) -> dict[str, int | None]:
     model = checkpoint.config.model if checkpoint.config else None
     outside = sum(
-        prod(r.shape) for n, r in checkpoint.model.items() if kind_of(n) in ("embedding", "positions", "head")
+        prod(r.shape) for n, r in checkpoint.model.items() if row_of(n).kind in ("embedding", "positions", "head")
     )
     original = None
     if model is not None and model.vocab_size is not None and count(model).total == total:
