@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from castalia.config.batch import batch_plan, planned_dp
+from castalia.config.neox.clipping import effective_clip_norm
 from castalia.config.schema import LARGEST, RunConfig
 from castalia.errors import CheckpointError, ConfigError
 from castalia.reading import keys, typed
@@ -17,7 +18,6 @@ from castalia.reading import keys, typed
 if TYPE_CHECKING:
     from castalia.checkpoint.tensors import Checkpoint, Progress
 
-UNSEEN_CLIP_NORM = 1.0  # its config's default, which it does not hand on to DeepSpeed
 FIRST_SUMMING = (0, 16)  # DeepSpeed's release from which a pipeline engine adds up what it should average
 # What is carried on, and what it is where there is nothing of it.
 INHERITED: Mapping[str, Any] = {
@@ -35,15 +35,10 @@ NOTED = keys(
 )
 
 
-def clip_norm(norm: float | None, release: str | None) -> float | None:
-    """The norm that gradients are clipped to under a release of the original; None is no release of it."""
-    return None if release == "head" and norm == UNSEEN_CLIP_NORM else norm
-
-
 def clip_norm_of(checkpoint: Checkpoint) -> float | None:
     """The norm that the checkpoint's run clipped to."""
     assert checkpoint.config is not None
-    return clip_norm(checkpoint.config.optimizer.clip_norm, checkpoint.release)
+    return effective_clip_norm(checkpoint.config.optimizer.clip_norm, checkpoint.release)
 
 
 def summed_micro_batches(version: object, pipeline: bool, config: RunConfig | None, dp: int) -> int:

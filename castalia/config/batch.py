@@ -96,8 +96,8 @@ def tokens_until(config: RunConfig, sequences: int, steps: int) -> int:
 
 def planned_dp(config: RunConfig) -> int | None:
     """Data-parallel ranks of the devices that the config declares; None if it declares none."""
-    layout = config.parallel
-    return layout.gpus // (layout.tp * layout.pp * layout.cp) if layout.gpus else None
+    parallel = config.parallel
+    return parallel.gpus // parallel.model_ranks if parallel.gpus else None
 
 
 def batch_plan(config: RunConfig, dp: int = 1) -> BatchPlan:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import isqrt
 from os.path import normpath
-from typing import NamedTuple
 
 from castalia.config.batch import batch_plan, planned_dp
-from castalia.config.schema import ModelConfig, RunConfig, Warmup
+from castalia.config.layout_rules import (
+    Problem,
+    divisors,
+    multiples,
+    pipeline_problems,
+    sequence_problems,
+    stages_per_rank,
+    tensor_problems,
+)
+from castalia.config.schema import RunConfig, Warmup
 from castalia.config.yaml_files import Findings
 from castalia.errors import ConfigError
 from castalia.reading import expression_problem, short
-
-
-class Problem(NamedTuple):
-    text: str
-    paths: tuple[str, ...]  # the values that are involved
 
 
 def check(config: RunConfig, found: Findings, any_batch: bool = False) -> None:
@@ -56,12 +58,6 @@ def require_training(config: RunConfig, dp: int = 1) -> None:
         missing.append(str(error))
     if missing:
         raise ConfigError("\n".join(f"this config cannot train: {text}" for text in missing))
-
-
-def divisors(number: int) -> str:
-    """The smaller ones, should there be many."""
-    low = [n for n in range(1, min(isqrt(number), 10_000) + 1) if number % n == 0]
-    return ", ".join(str(n) for n in sorted({*low, *(number // n for n in low)})[:24])
 
 
 def heads(config: RunConfig) -> Iterator[Problem]:
@@ -160,41 +156,18 @@ def _warmup(config: RunConfig, warmup: Warmup, path: str, whole_path: str, whole
 
 
 def layout(config: RunConfig) -> Iterator[Problem]:
-    tp, pp, cp, gpus = config.parallel.tp, config.parallel.pp, config.parallel.cp, config.parallel.gpus
-    if gpus and gpus % (tp * pp * cp):
-        fits = max(1, gpus // (tp * pp * cp)) * tp * pp * cp
+    model, parallel = config.model, config.parallel
+    if parallel.gpus and parallel.gpus % parallel.model_ranks:
         yield Problem(
-            f"parallel.gpus={gpus} does not divide by tp * pp * cp = {tp} * {pp} * {cp}; {fits} would",
+            f"parallel.gpus={parallel.gpus} does not divide by tp * pp * cp = {parallel.tp} * {parallel.pp} * "
+            f"{parallel.cp}; {multiples(parallel.gpus, parallel.model_ranks)[0]} would",
             ("parallel.gpus", "parallel.tp", "parallel.pp", "parallel.cp"),
         )
-    if config.model is None:
+    if model is None:
         return
-    for name, size in _sharded(config.model).items():
-        if size % tp:
-            yield Problem(
-                f"parallel.tp={tp} does not divide {name}={size}; use one of {divisors(size)}", ("parallel.tp", name)
-            )
-    if config.model.vocab_size and config.model.padded_vocab_size % tp:
-        rows, multiple = config.model.padded_vocab_size, config.model.vocab_multiple
-        yield Problem(
-            f"parallel.tp={tp} does not divide the vocabulary's {rows} rows; model.vocab_multiple={multiple * tp} fits",
-            ("parallel.tp", "model.vocab_multiple"),
-        )
-    if config.model.num_layers < pp:
-        yield Problem(
-            f"parallel.pp={pp} is more than model.num_layers={config.model.num_layers}: a stage needs a layer",
-            ("parallel.pp", "model.num_layers"),
-        )
-    if config.parallel.sequence_parallel and config.data.seq_length % tp:
-        yield Problem(
-            f"parallel.sequence_parallel: data.seq_length={config.data.seq_length} does not divide by parallel.tp={tp}",
-            ("parallel.sequence_parallel", "data.seq_length", "parallel.tp"),
-        )
-
-
-def _sharded(model: ModelConfig) -> dict[str, int]:
-    sizes = {"model.num_heads": model.num_heads, "model.mlp_size": model.mlp_width}
-    return sizes | ({"model.num_kv_heads": model.num_kv_heads} if model.num_kv_heads else {})
+    yield from tensor_problems(model, parallel.tp)
+    yield from pipeline_problems(model, parallel.pp, stages_per_rank(parallel))
+    yield from sequence_problems(parallel, config.data.seq_length)
 
 
 def batch(config: RunConfig) -> Iterator[Problem]:

@@ -344,6 +344,10 @@ class ScheduleConfig(Section):
         """Whether the rate comes to an end at all."""
         return self.style not in ("constant", "inverse_sqrt")
 
+    def decay_end(self, steps: int) -> int:
+        """The step at which the decay of a run of this many steps ends; 0 where that is unknown (`steps` is 0)."""
+        return self.decay_steps or math.floor(steps * (self.decay_fraction or 1.0))
+
     def warmup_length(self, end: int) -> float:
         """Steps, not rounded, of a decay that ends at step `end`."""
         return self.warmup * end if self.warmup_steps is None else float(self.warmup_steps)
@@ -370,6 +374,11 @@ class ParallelConfig(Section):
     offload: bool = Field(False, description="keep sharded parameters and optimizer state in CPU memory")
     timeout: PositiveFloat = Field(600.0, description="seconds that ranks wait for one that does not come")
     gpus: PositiveInt | None = Field(None, description="devices of the whole run, for planning; None: those it runs on")
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that hold one copy of the model together: tp * pp * cp."""
+        return self.tp * self.pp * self.cp
 
 
 class LossScaleConfig(Section):

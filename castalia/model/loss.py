@@ -10,12 +10,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from castalia.config.loss_chunks import BLOCK_BYTES, CHUNK_BYTES
 from castalia.model.layers import is_slow_half
 
 IGNORE = -100
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}  # of one chunk's logits
 HALF_GAIN = 2.0**10  # fp16 gradients of logits are held so many times as large: else those below 6e-8 would be zero
-BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20}  # of the part of them that is in fp32 at a time: CPUs cache it
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:

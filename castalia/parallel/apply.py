@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from castalia.config.layout_rules import stages_per_rank
 from castalia.config.schema import ParallelConfig, RunConfig
 from castalia.model.lora import add_adapters, freeze
 from castalia.model.transformer import Transformer
@@ -15,7 +16,7 @@ from castalia.parallel.compile import compile_blocks
 from castalia.parallel.mesh import Mesh
 from castalia.parallel.pipeline import cut_stage
 from castalia.parallel.tensor_parallel import apply_tensor_parallel, replicate_rest, split_adapters
-from castalia.plan.layout import stages_of_rank, stages_per_rank
+from castalia.plan.layout import stages_of_rank
 
 
 def build_stages(

@@ -16,13 +16,14 @@ from torch.distributed.pipelining.schedules import (
     ScheduleZBVZeroBubble,
 )
 
+from castalia.config.layout_rules import stages_per_rank
 from castalia.config.schema import ParallelConfig
 from castalia.errors import ConfigError
 from castalia.model.transformer import Transformer
 from castalia.parallel.executor import Rows
 from castalia.parallel.mesh import Mesh
 from castalia.parallel.shards import local
-from castalia.plan.layout import stages, stages_per_rank
+from castalia.plan.layout import stages
 
 SCHEDULES: dict[str, Any] = {
     "gpipe": ScheduleGPipe,

@@ -5,13 +5,21 @@ Rank order is that of the original, with the pipeline outermost: rank = ((pp * d
 
 from __future__ import annotations
 
-from math import lcm
 from typing import NamedTuple
 
 from castalia.config.batch import batch_plan
+from castalia.config.layout_rules import (
+    divisors,
+    micro_batch_problems,
+    multiples,
+    pipeline_problems,
+    sequence_problems,
+    stages_per_rank,
+    tensor_problems,
+    ulysses_problems,
+)
 from castalia.config.schema import ModelConfig, ParallelConfig, RunConfig
 from castalia.errors import ConfigError
-from castalia.plan.layout import stages_per_rank
 
 
 class RankGrid(NamedTuple):
@@ -38,13 +46,12 @@ class RankGrid(NamedTuple):
 
 def layout(parallel: ParallelConfig, world: int) -> RankGrid:
     """The grid that `world` ranks make. Raises ConfigError with the nearest worlds that fit."""
-    model_ranks = parallel.tp * parallel.pp * parallel.cp
+    model_ranks = parallel.model_ranks
     if world % model_ranks:
-        near = sorted({max(1, world // model_ranks) * model_ranks, (world // model_ranks + 1) * model_ranks})
         raise ConfigError(
             f"{world} processes cannot hold parallel.tp={parallel.tp} x parallel.pp={parallel.pp} x "
             f"parallel.cp={parallel.cp}: their number must be a multiple of {model_ranks}; "
-            f"start {' or '.join(map(str, near))}, or change the three"
+            f"start {' or '.join(map(str, multiples(world, model_ranks)))}, or change the three"
         )
     dp = world // model_ranks
     if parallel.zero == 0:
@@ -52,7 +59,7 @@ def layout(parallel: ParallelConfig, world: int) -> RankGrid:
     replicate = parallel.dp_replicate or 1
     if dp % replicate:
         raise ConfigError(
-            f"parallel.dp_replicate={replicate} does not divide the {dp} data ranks; use one of {_divisors(dp)}"
+            f"parallel.dp_replicate={replicate} does not divide the {dp} data ranks; use one of {divisors(dp)}"
         )
     return RankGrid(parallel.pp, replicate, dp // replicate, parallel.cp, parallel.tp)
 
@@ -73,48 +80,32 @@ def check_run(config: RunConfig, world: int) -> None:
             "use adamw, lion or sgd, or one process"
         )
     if config.train.batch_size or config.train.micro_batch_size:
-        problems += _unsuitable(config.parallel, batch_plan(config, sizes.dp).accumulation)
+        accumulation = batch_plan(config, sizes.dp).accumulation
+        problems += [problem.text for problem in micro_batch_problems(config.parallel, accumulation)]
     if problems:
         raise ConfigError("\n".join(problems))
 
 
 def _indivisible(config: RunConfig) -> list[str]:
     """What of the model does not split."""
-    cfg, parallel, seq_length = config.model, config.parallel, config.data.seq_length
+    cfg, parallel = config.model, config.parallel
     assert cfg is not None
-    tp, stages = parallel.tp, parallel.pp * stages_per_rank(parallel)
-    problems = []
-    for what, size in (("model.num_kv_heads", cfg.kv_heads), ("the MLP's width", cfg.mlp_width)):
-        if size % tp:
-            problems.append(f"parallel.tp={tp} does not divide {what}, {size}; use one of {_divisors(size)}")
-    if cfg.vocab_size and cfg.padded_vocab_size % tp:
-        problems.append(
-            f"parallel.tp={tp} does not divide the padded vocabulary, {cfg.padded_vocab_size}; set "
-            f"model.vocab_multiple={lcm(cfg.vocab_multiple, tp)}"
-        )
+    tp, per_rank = parallel.tp, stages_per_rank(parallel)
+    problems = [problem.text for problem in tensor_problems(cfg, tp)]
     if parallel.cp > 1 and parallel.cp_kind != "gather":
         problems += _not_plain(cfg, parallel)
     if tp > 1 and cfg.qk_norm:
         problems.append(f"model.qk_norm is one norm over all heads, which parallel.tp={tp} would split; use tp=1")
-    if stages > cfg.num_layers:
-        problems.append(
-            f"{stages} pipeline stages are more than model.num_layers={cfg.num_layers}; use parallel.pp <= "
-            f"{max(1, cfg.num_layers // stages_per_rank(parallel))}"
-        )
+    problems += [problem.text for problem in pipeline_problems(cfg, parallel.pp, per_rank)]
     least, most = {"interleaved": (2, cfg.num_layers), "zero-bubble": (2, 2)}.get(parallel.pipeline, (1, 1))
-    if parallel.pp > 1 and not least <= stages_per_rank(parallel) <= max(least, most):
+    if parallel.pp > 1 and not least <= per_rank <= max(least, most):
         problems.append(
             f"parallel.stages_per_rank={parallel.stages_per_rank} does not suit parallel.pipeline={parallel.pipeline}; "
             f"use {least}"
         )
     if config.train.compile is True and (why := why_not_compiled(config)):
         problems.append(f"train.compile makes one graph of a block, in which {why}; set train.compile=false")
-    split = parallel.cp * (tp if parallel.sequence_parallel else 1)
-    if seq_length % split:
-        problems.append(
-            f"data.seq_length={seq_length} does not split over {split} context and sequence-parallel ranks; "
-            f"use {-(-seq_length // split) * split}"
-        )
+    problems += [problem.text for problem in sequence_problems(parallel, config.data.seq_length)]
     return problems
 
 
@@ -146,32 +137,4 @@ def _not_plain(cfg: ModelConfig, parallel: ParallelConfig) -> list[str]:
             f"parallel.cp_kind=ring has no model.attention_dropout={cfg.attention_dropout:g}; set it to 0, or use "
             "parallel.cp_kind=gather or ulysses"
         )
-    heads = cfg.num_heads // parallel.tp
-    if parallel.cp_kind == "ulysses" and heads % parallel.cp:
-        problems.append(
-            f"parallel.cp_kind=ulysses gives each of parallel.cp={parallel.cp} ranks whole heads, but there are "
-            f"{heads} on each tensor rank; use one of {_divisors(heads)}, or parallel.cp_kind=gather"
-        )
-    return problems
-
-
-def _unsuitable(parallel: ParallelConfig, count: int) -> list[str]:
-    """Why the pipeline's schedule cannot take so many micro-batches."""
-    if parallel.pp == 1:
-        return []
-    if parallel.pipeline == "interleaved" and count % parallel.pp:
-        near = [n for n in (count // parallel.pp * parallel.pp, -(-count // parallel.pp) * parallel.pp) if n]
-        return [
-            f"train.accumulation={count} micro-batches do not suit parallel.pipeline=interleaved, which takes "
-            f"multiples of parallel.pp={parallel.pp}; use {' or '.join(map(str, near))}"
-        ]
-    if parallel.pipeline == "zero-bubble" and count < 2 * parallel.pp:
-        return [
-            f"train.accumulation={count} micro-batches are too few for parallel.pipeline=zero-bubble on "
-            f"parallel.pp={parallel.pp}; use at least {2 * parallel.pp}"
-        ]
-    return []
-
-
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0][:12]
+    return problems + [problem.text for problem in ulysses_problems(cfg, parallel)]

@@ -22,8 +22,9 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn import functional as F
 
+from castalia.config.loss_chunks import CHUNK_BYTES
 from castalia.model.layers import Linear
-from castalia.model.loss import CHUNK_BYTES, IGNORE, gain, product, scaled_gradients, token_losses
+from castalia.model.loss import IGNORE, gain, product, scaled_gradients, token_losses
 from castalia.model.transformer import Block, Transformer
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from castalia.config.schema import ModelConfig, ParallelConfig
+from castalia.config.layout_rules import pipeline_problems, tensor_problems
+from castalia.config.schema import ModelConfig
 from castalia.plan.flops import block_flops, head_flops
 
 
@@ -61,21 +62,9 @@ class Stage:
 
 
 def problem(model: ModelConfig, layout: Layout) -> str | None:
-    """Why this model cannot be cut this way, None if it can."""
-    cuts = {
-        "model.num_heads": model.num_heads,
-        "model.num_kv_heads": model.kv_heads,
-        "the MLP's width": model.mlp_width,
-    }
-    if model.vocab_size is not None:
-        cuts["the padded vocabulary"] = model.padded_vocab_size
-    for what, size in cuts.items():
-        if size % layout.tp:
-            return f"parallel.tp={layout.tp} does not divide {what} ({size})"
-    if layout.pp * layout.stages_per_rank > model.num_layers:
-        each = f" x {layout.stages_per_rank} stages" if layout.stages_per_rank > 1 else ""
-        return f"parallel.pp={layout.pp}{each} is more than the model's {model.num_layers} layers"
-    return None
+    """Why this model cannot be split this way, None if it can."""
+    problems = (*tensor_problems(model, layout.tp), *pipeline_problems(model, layout.pp, layout.stages_per_rank))
+    return problems[0].text if problems else None
 
 
 @lru_cache
@@ -93,13 +82,6 @@ def stages(model: ModelConfig, pp: int, length: int) -> tuple[Stage, ...]:
     # The first stages hold the most micro-batches, so the odd blocks go to the later ones.
     layers = [each + (stage >= pp - 1 - more) for stage in range(pp - 1)] + [in_last]
     return tuple(Stage(i, n, i == 0, i == pp - 1) for i, n in enumerate(layers))
-
-
-def stages_per_rank(parallel: ParallelConfig) -> int:
-    """Pipeline stages on each pipeline rank."""
-    if parallel.pp == 1:
-        return 1
-    return parallel.stages_per_rank or (2 if parallel.pipeline in ("interleaved", "zero-bubble") else 1)
 
 
 def stages_of_rank(pipeline: str, pp: int, stages_per_rank: int, rank: int) -> list[int]:

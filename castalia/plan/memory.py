@@ -16,13 +16,12 @@ from math import ceil
 from typing import NamedTuple
 
 from castalia.config.attention_kernels import AMPERE, Capability, Choice, training_choice
+from castalia.config.loss_chunks import BLOCK_BYTES, CHUNK_BYTES
 from castalia.config.objective import PAIRED, needs_reference
 from castalia.config.schema import FinetuneConfig, ModelConfig, OptimizerConfig, RunConfig
 from castalia.config.tensor_table import adapter_shapes, all_shapes, local_size
 from castalia.plan.layout import Layout, Stage, in_flight, rank_parts
 
-LOGIT_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}  # of one chunk's logits
-LOGIT_BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20}  # of the part of them that is in fp32 at a time
 _KEEPS_OUTPUT = {"relu", "sigmoid", "identity"}  # their backward pass needs the output, which the next matrix keeps too
 EVERYTHING = FinetuneConfig()  # trains, and there are no adapters
 
@@ -446,7 +445,7 @@ class Rank:
         if self.model.reward_head:
             return 0
         vocabulary, size = self.model.padded_vocab_size // self.layout.tp, self.compute.element_bytes
-        limit = LOGIT_CHUNK_BYTES[self.compute.device]
+        limit = CHUNK_BYTES[self.compute.device]
         if self.compute.objective != "causal":  # losses of single sequences: the backward pass makes logits again
             elements = min(self.tokens, max(1, limit // (4 * vocabulary))) * vocabulary
             again = (4 + (size if self.compute.casts else 0)) * elements
@@ -458,7 +457,7 @@ class Rank:
             softmax = (size + (8 if self.compute.device == "cpu" else 4)) * rows * vocabulary
             return max(softmax, (4 + size) * rows * vocabulary + size * self.vocabulary)
         rows = min(self.tokens, max(1, limit // (size * vocabulary)))
-        block = min(rows, max(1, LOGIT_BLOCK_BYTES[self.compute.device] // (4 * vocabulary)))
+        block = min(rows, max(1, BLOCK_BYTES[self.compute.device] // (4 * vocabulary)))
         return (size * rows + (8 if self.compute.casts else 4) * block) * vocabulary
 
     @property

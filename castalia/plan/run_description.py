@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from castalia.config.attention_kernels import AMPERE, Capability, Choice, reasons_for_bias, training_choice
+from castalia.config.neox.clipping import effective_clip_norm
 from castalia.config.schema import RunConfig
 from castalia.plan.devices import auto_precision
 
@@ -49,7 +50,7 @@ def clipping(config: RunConfig) -> str:
     clip = config.optimizer.clip_norm
     if clip is None:
         return "off"
-    if config.neox_exact and clip == 1.0:
+    if config.neox_exact and effective_clip_norm(clip, "head") is None:
         return "off as in the original, which ignores its default of 1 (neox_exact; its first release clips)"
     return f"gradients are scaled down to a norm of {clip:g}"
 

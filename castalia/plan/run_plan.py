@@ -8,15 +8,16 @@ from typing import Protocol
 
 from castalia.config.attention_kernels import AMPERE, Capability
 from castalia.config.batch import batch_plan, fitting_batch, steps_within, sum_until, tokens_until
+from castalia.config.layout_rules import multiples, stages_per_rank
 from castalia.config.objective import PAIRED
-from castalia.config.schema import ModelConfig, RunConfig
+from castalia.config.schema import ModelConfig, RunConfig, split_shares
 from castalia.config.tensor_table import all_shapes
 from castalia.errors import ConfigError
 from castalia.plan.count import count, non_embedding, original_count
 from castalia.plan.devices import Device, auto_precision
 from castalia.plan.flops import executed_flops, kv_cache_bytes, original_flops, training_flops
 from castalia.plan.host import host_memory, initial_values
-from castalia.plan.layout import Layout, problem, rank_parts, stages_per_rank
+from castalia.plan.layout import Layout, problem, rank_parts
 from castalia.plan.memory import Compute, checkpoint_bytes, compute_of, memory_by_stage, moments_of
 from castalia.plan.run_description import (
     MANY_EPOCHS,
@@ -180,12 +181,12 @@ def divisible(config: RunConfig, gpus: int | None) -> tuple[RunConfig, list[str]
 
 def _data_ranks(config: RunConfig, gpus: int | None) -> int:
     parallel = config.parallel
-    copy = parallel.tp * parallel.pp * parallel.cp
+    copy = parallel.model_ranks
     gpus = gpus or parallel.gpus or copy * _implied_data_ranks(config)
     if gpus % copy:
         raise ConfigError(
             f"{gpus} devices do not divide into tp {parallel.tp} x pp {parallel.pp} x cp {parallel.cp} = {copy}; "
-            f"{gpus // copy * copy or copy} or {(gpus // copy + 1) * copy} would"
+            f"{' or '.join(map(str, multiples(gpus, copy)))} would"
         )
     return gpus // copy
 
@@ -198,7 +199,7 @@ def layout_of(config: RunConfig, gpus: int | None) -> tuple[Layout, list[str]]:
         assumed.append("train.micro_batch_size is not given: 1 sequence for each data-parallel rank")
     else:
         if config.train.batch_size is None and parallel.gpus is None:  # as many sequences as these devices make
-            gpus = dp * parallel.tp * parallel.pp * parallel.cp
+            gpus = dp * parallel.model_ranks
             config = config.model_copy(update={"parallel": parallel.model_copy(update={"gpus": gpus})})
         _, micro, accumulation = batch_plan(config, dp)
     return (
@@ -302,7 +303,7 @@ def decay(config: RunConfig, known: RunFacts, steps: int | None) -> tuple[int | 
     """The step at which the learning rate's decay ends, and the steps of its warm-up."""
     if known.rate:
         return known.rate.end, known.rate.warmup
-    end = config.schedule.decay_steps or int((steps or 0) * (config.schedule.decay_fraction or 1.0)) or None
+    end = config.schedule.decay_end(steps or 0) or None
     return end, config.schedule.warmup_length(end) if end else None
 
 
@@ -454,8 +455,8 @@ def _samples_of_a_pass(config: RunConfig, corpus: CorpusFacts) -> float:
     samples = corpus.tokens / config.data.seq_length if corpus.samples is None else corpus.samples
     if config.data.path is None:
         return samples
-    parts = [float(part) for part in config.data.split.replace("/", ",").split(",")]
-    return samples * parts[0] / sum(parts)
+    shares = split_shares(config.data.split)
+    return samples * shares[0] / sum(shares)
 
 
 def _epochs(config: RunConfig, known: RunFacts, steps: int | None, batch_size: int) -> list[tuple[CorpusFacts, float]]:

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from castalia.checkpoint.neox_defects import clip_norm
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.batch import batch_plan, planned_dp
+from castalia.config.neox.clipping import effective_clip_norm
 from castalia.config.schema import RunConfig
 
 
@@ -57,7 +57,7 @@ def quirks_of(config: RunConfig, resumed: Checkpoint | None) -> NeoXQuirks:
     has_pipeline_engine = config.model.init_passes == 1  # it has one even for a single stage, but not for none
     accumulation = batch_plan(config, planned_dp(config) or 1).accumulation
     return NeoXQuirks(
-        clip_norm=clip_norm(wanted, "head"),
+        clip_norm=effective_clip_norm(wanted, "head"),
         release="head",
         gradient_factor=accumulation if has_pipeline_engine else 1,
         summed_bias_ranks=ranks,

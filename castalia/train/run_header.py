@@ -16,11 +16,11 @@ from castalia.checkpoint.description import readable
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.attention_kernels import AMPERE
 from castalia.config.batch import sum_until
+from castalia.config.loss_chunks import CHUNK_BYTES
 from castalia.config.schema import RunConfig, Section
 from castalia.config.tensor_table import adapter_shapes, tensor_shapes
 from castalia.data.pairs import Pairs
 from castalia.model.attention import capability
-from castalia.model.loss import CHUNK_BYTES
 from castalia.observe.display import Display
 from castalia.parallel.rank_grid import layout as parallel_layout
 from castalia.parallel.rendezvous import world_size
@@ -164,7 +164,7 @@ def _processes(config: RunConfig) -> str:
     if max(layout.tp, layout.pp, layout.cp, layout.gpus or 1) == 1:
         return "one process"
     sizes = f"tp {layout.tp} x pp {layout.pp} x cp {layout.cp} on {layout.gpus or 'any number of'} devices"
-    number = layout.gpus or layout.tp * layout.pp * layout.cp
+    number = layout.gpus or layout.model_ranks
     return f"one process: {sizes} makes the same batches and results sooner (--nproc {number} starts it here)"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,7 +14,7 @@ from castalia.errors import TrainingError
 def learning_rate(config: RunConfig, steps: int, release: str | None = None) -> LearningRate:
     """The schedule that the config describes for a run of `steps` optimizer steps."""
     schedule = config.schedule
-    end = schedule.decay_steps or math.floor(steps * (schedule.decay_fraction or 1.0))
+    end = schedule.decay_end(steps)
     return LearningRate(
         peak=config.optimizer.lr,
         minimum=schedule.min_lr,

@@ -29,8 +29,8 @@ def test_the_grid(world, parallel, expected):
     "world, overrides, message",
     [
         (6, ["parallel.tp=2", "parallel.pp=2"], "6 processes cannot hold .* multiple of 4; start 4 or 8"),
-        (4, ["parallel.zero=2", "parallel.dp_replicate=3"], r"dp_replicate=3 does not divide the 4 .* \[1, 2, 4\]"),
-        (4, ["parallel.pp=4", "parallel.pipeline=interleaved"], "8 pipeline stages .* use parallel.pp <= 2"),
+        (4, ["parallel.zero=2", "parallel.dp_replicate=3"], r"dp_replicate=3 does not divide the 4 .* 1, 2, 4"),
+        (4, ["parallel.pp=4", "parallel.pipeline=interleaved"], "pp=4 x 2 stages is more than model.num_layers=4.* use parallel.pp <= 2"),
         (
             2,
             ["parallel.pp=2", "parallel.stages_per_rank=2"],
@@ -87,12 +87,12 @@ def test_refused_before_anything_is_allocated(tiny, world, overrides, message):
 
 def test_config_check_refuses_what_the_named_devices_cannot_hold(tiny, tmp_path, monkeypatch, capsys):
     path = tmp_path / "c.yml"
-    path.write_text(dump_config(tiny("neox-parallel", "parallel.cp=3", "parallel.gpus=3", "train.batch_size=12")))
+    path.write_text(dump_config(tiny("neox-parallel", "parallel.tp=2", "parallel.gpus=2", "model.qk_norm=true")))
     monkeypatch.setattr("sys.argv", ["castalia", "config", "check", str(path)])
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 2
-    assert "data.seq_length=16 does not split over 3 context" in capsys.readouterr().err
+    assert "model.qk_norm is one norm over all heads" in capsys.readouterr().err
 
 
 def test_heads_widths_and_vocabularies_that_do_not_divide_are_all_named(tiny):
@@ -101,5 +101,5 @@ def test_heads_widths_and_vocabularies_that_do_not_divide_are_all_named(tiny):
     with pytest.raises(ConfigError) as refused:
         check_run(config, 4)
     first, second = str(refused.value).splitlines()
-    assert first == "parallel.tp=4 does not divide model.num_kv_heads, 2; use one of [1, 2]"
-    assert second == "parallel.tp=4 does not divide the padded vocabulary, 257; set model.vocab_multiple=4"
+    assert first == "parallel.tp=4 does not divide model.num_kv_heads=2; use one of 1, 2"
+    assert second == "parallel.tp=4 does not divide the vocabulary's 257 rows; model.vocab_multiple=4 fits"

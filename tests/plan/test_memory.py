@@ -237,5 +237,5 @@ def test_sharding_and_recomputation_only_ever_save_memory() -> None:
 def test_impossible_cuts_are_named() -> None:
     model = ModelConfig(**BASE)
     assert problem(model, Layout(tp=2)) is None
-    assert problem(model, Layout(tp=8)) == "parallel.tp=8 does not divide model.num_heads (4)"
-    assert "more than the model's 3 layers" in (problem(model, Layout(pp=4)) or "")
+    assert problem(model, Layout(tp=8)) == "parallel.tp=8 does not divide model.num_heads=4; use one of 1, 2, 4"
+    assert "parallel.pp=4 is more than model.num_layers=3" in (problem(model, Layout(pp=4)) or "")

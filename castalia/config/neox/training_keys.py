@@ -5,17 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from castalia.config.fields import FIELDS
+from castalia.config.neox.clipping import effective_clip_norm
 from castalia.config.neox.keys import KEYS, ONLINE, lower
 from castalia.config.neox.translation import Translation, is_a
 
 TOKENIZERS = {
-    "gpt2bpetokenizer": "gpt2",
-    "hftokenizer": "hf",
-    "hfgpt2tokenizer": "hf_gpt2",
-    "spmtokenizer": "neox_sentencepiece",
-    "charleveltokenizer": "char",
-    "tiktokentokenizer": "tiktoken",
+    "GPT2BPETokenizer": "gpt2",
+    "HFTokenizer": "hf",
+    "HFGPT2Tokenizer": "hf_gpt2",
+    "SPMTokenizer": "neox_sentencepiece",
+    "CharLevelTokenizer": "char",
+    "TiktokenTokenizer": "tiktoken",
 }
+SCHEDULE_CHOICES = {"override_lr_scheduler": "config", "use_checkpoint_lr_scheduler": "checkpoint"}
 OPTIMIZERS = {"adam": "adamw", "adamw": "adamw", "cpu_adam": "adamw", "cpu_torch_adam": "adamw"}
 OPTIMIZERS |= {name: name for name in ("lion", "sgd", "adafactor", "muon")}
 OTHER_OPTIMIZERS = {
@@ -85,7 +87,7 @@ def clipping(work: Translation) -> None:
     if not work.has(key):
         return
     work.set("optimizer.clip_norm", work[key] or None, key)
-    if work[key] == 1.0:
+    if effective_clip_norm(work[key], "head") is None:
         exact = work.ours.get("neox_exact")
         done = "is left off, as in the original" if exact and exact.value else "clips here"
         work.note(key, f"{done}: the original leaves clipping off at exactly its default, 1.0 (neox_exact)")
@@ -267,9 +269,10 @@ def preferences(work: Translation) -> None:
 def tokenizer(work: Translation) -> None:
     if not work.has("tokenizer_type", "vocab_file", "merge_file"):
         return
-    kind = TOKENIZERS.get(str(lower(work["tokenizer_type"])))
+    kinds = {lower(name): kind for name, kind in TOKENIZERS.items()}
+    kind = kinds.get(lower(work["tokenizer_type"]))
     if kind is None:
-        work.error("tokenizer_type", f"is none of {', '.join(TOKENIZERS)} (case does not matter)")
+        work.error("tokenizer_type", f"is none of {', '.join(kinds)} (case does not matter)")
     elif work.has("tokenizer_type") or "tokenizer.kind" not in work.ours:
         work.set("tokenizer.kind", kind, "tokenizer_type")
 
@@ -286,12 +289,11 @@ def schedule(work: Translation) -> None:
         work.set("schedule.decay_fraction", work["lr_decay_fraction"], "lr_decay_fraction")
     elif work.has("lr_decay_fraction"):
         work.note("lr_decay_fraction", "has no effect here: lr_decay_iters is given")
-    choices = {"override_lr_scheduler": "config", "use_checkpoint_lr_scheduler": "checkpoint"}
-    chosen = [key for key in choices if work[key]]
+    chosen = [key for key in SCHEDULE_CHOICES if work[key]]
     if len(chosen) == 2:
         work.error(chosen[0], f"and {chosen[1]} exclude each other; keep one")
     elif chosen:
-        work.set("checkpoint.schedule_from", choices[chosen[0]], chosen[0])
+        work.set("checkpoint.schedule_from", SCHEDULE_CHOICES[chosen[0]], chosen[0])
 
 
 def loading(work: Translation) -> None:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import floor, log2
+from math import log2
 from typing import Any
 
 from castalia.config.load import load_config
 from castalia.config.neox import model_keys
 from castalia.config.neox.keys import KEYS, lower, nonzero, opposite, position, recomputed
+from castalia.config.neox.training_keys import SCHEDULE_CHOICES, TOKENIZERS
 from castalia.config.schema import ModelConfig, RunConfig, Source
 
-TOKENIZER_TYPES = {
-    "gpt2": "GPT2BPETokenizer", "hf": "HFTokenizer", "hf_gpt2": "HFGPT2Tokenizer", "sentencepiece": "SPMTokenizer",
-    "neox_sentencepiece": "SPMTokenizer", "char": "CharLevelTokenizer", "tiktoken": "TiktokenTokenizer",
-}  # fmt: skip
-GATED = {ours: theirs for theirs, ours in model_keys.GATED.items()}
-NORMS = {"layernorm_no_params": "non_parametric_layernorm"}
+# NeoX's names for ours; where it has several names for one of ours, the first.
+TOKENIZER_TYPES = {ours: name for name, ours in reversed(TOKENIZERS.items())} | {"sentencepiece": "SPMTokenizer"}
+GATED = {ours: name for name, ours in model_keys.GATED.items()}
+NORMS = {ours: name for name, (ours, _) in reversed(model_keys.NORMS.items())}
+SCHEDULE_KEYS = {choice: key for key, choice in SCHEDULE_CHOICES.items()}
 BACK: dict[Any, Callable[[Any], Any]] = {
     None: lambda value: list(value) if isinstance(value, tuple) else value,
     lower: lambda value: value,
@@ -64,8 +64,7 @@ def trainable(config: RunConfig) -> RunConfig:
         checkpoint = checkpoint.model_copy(update={"every": steps})
     schedule = config.schedule
     if schedule.warmup_steps is not None and (schedule.decay_steps or config.train.steps):  # it knows a share alone
-        end = schedule.decay_steps or floor(steps * (schedule.decay_fraction or 1.0))
-        share = min(1.0, schedule.warmup_steps / end)
+        share = min(1.0, schedule.warmup_steps / schedule.decay_end(steps))
         schedule = schedule.model_copy(update={"warmup": share, "warmup_steps": None})
     return config.model_copy(update={"data": data, "eval": eval, "checkpoint": checkpoint, "schedule": schedule})
 
@@ -86,7 +85,7 @@ def lost(config: RunConfig, keys: dict[str, Any]) -> dict[str, Any]:
 
 def _model(model: ModelConfig, config: RunConfig) -> dict[str, Any]:
     keys: dict[str, Any] = {"max_position_embeddings": model.max_positions or config.data.seq_length}
-    keys["norm"] = NORMS.get(model.norm, model.norm)
+    keys["norm"] = NORMS[model.norm]
     keys[model_keys.NORMS[keys["norm"]][1]] = model.norm_eps
     if model.gated_mlp:
         keys |= {"activation": GATED.get(model.activation, "geglu"), "intermediate_size": 3 * model.mlp_width}
@@ -128,9 +127,8 @@ def _training(config: RunConfig) -> dict[str, Any]:
         }
     if schedule.decay_fraction and not schedule.decay_steps:
         keys["lr_decay_fraction"] = schedule.decay_fraction
-    choices = {"config": "override_lr_scheduler", "checkpoint": "use_checkpoint_lr_scheduler"}
     if config.checkpoint.schedule_from:
-        keys[choices[config.checkpoint.schedule_from]] = True
+        keys[SCHEDULE_KEYS[config.checkpoint.schedule_from]] = True
     return keys
 
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from math import floor, inf, nextafter
+from math import inf, nextafter
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from castalia.checkpoint.file_plan import TargetLayout, WriteOptions
-from castalia.checkpoint.neox_defects import UNSEEN_CLIP_NORM, clip_norm_of
+from castalia.checkpoint.neox_defects import clip_norm_of
 from castalia.checkpoint.restore import architecture, load_tokenizer_for
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.batch import batch_plan, planned_dp
+from castalia.config.layout_rules import indivisible_splits
 from castalia.config.lr_schedule import LearningRate
+from castalia.config.neox.clipping import IGNORED_CLIP_NORM, effective_clip_norm
 from castalia.config.neox.write import lost, to_neox, trainable
 from castalia.config.schema import (
     CheckpointConfig,
@@ -127,9 +129,9 @@ def _clipping(checkpoint: Checkpoint, era: str) -> tuple[OptimizerConfig, float,
     assert checkpoint.config is not None
     optimizer, norm = checkpoint.config.optimizer, clip_norm_of(checkpoint)
     if norm is None:
-        unseen = era == "head" and optimizer.clip_norm == UNSEEN_CLIP_NORM
+        unseen = effective_clip_norm(optimizer.clip_norm, era) is None
         return optimizer if unseen else optimizer.model_copy(update={"clip_norm": None}), 0.0, ""
-    if norm != UNSEEN_CLIP_NORM or era == "v1":
+    if effective_clip_norm(norm, era) is not None:
         return optimizer, norm, ""
     above = nextafter(norm, inf)
     note = f"gradients are clipped at {norm}: written as {above}, since the original does not clip at its default"
@@ -138,10 +140,8 @@ def _clipping(checkpoint: Checkpoint, era: str) -> tuple[OptimizerConfig, float,
 
 def check_layout(model: ModelConfig, layout: TargetLayout, path: str) -> None:
     """Raises CheckpointError unless the ranks divide the model."""
-    sizes = {"heads": model.num_heads, "key/value heads": model.kv_heads, "columns of the MLP": model.mlp_width}
-    for name, size in sizes.items():
-        if size % layout.tp:
-            raise CheckpointError(f"{path}: {size} {name} do not divide over tp={layout.tp}; use a divisor")
+    for _, parts, size in indivisible_splits(model, layout.tp):
+        raise CheckpointError(f"{path}: {size} {parts} do not divide over tp={layout.tp}; use a divisor")
     if layout.pp > model.num_layers:
         raise CheckpointError(f"{path}: {model.num_layers} blocks are too few for pp={layout.pp} stages")
 
@@ -183,7 +183,7 @@ def schedule(checkpoint: Checkpoint, config: RunConfig) -> dict[str, Any] | None
     stored = {name: value for name, value in (progress.schedule or {}).items() if name in SCHEDULE}
     if {"start_lr", "warmup_iter", "end_iter", "min_lr"} <= stored.keys():
         return {**stored, "num_iters": updates}
-    end = own.decay_steps or floor((config.train.steps or 0) * (own.decay_fraction or 1.0))
+    end = own.decay_end(config.train.steps or 0)
     if not end:
         return None
     return {
@@ -234,7 +234,7 @@ def deepspeed_config(keys: Mapping[str, Any], config: RunConfig) -> dict[str, An
         batch["gradient_accumulation_steps"] = train.accumulation
     result = {key: value for key, value in batch.items() if value} | {key: keys[key] for key in names if key in keys}
     clip = keys["gradient_clipping"]
-    return result if clip == UNSEEN_CLIP_NORM else result | {"gradient_clipping": clip}
+    return result if clip == IGNORED_CLIP_NORM else result | {"gradient_clipping": clip}
 
 
 def step_batch(checkpoint: Checkpoint, layout: TargetLayout) -> tuple[TrainConfig, str]:
