@@ -25,12 +25,11 @@ def merged(checkpoint: Checkpoint) -> Checkpoint:
             model[name] = WithLora(ref, held[f"{matrix}.lora_a"], held[f"{matrix}.lora_b"], lora.scale)
         elif not is_adapter(name):
             model[name] = ref
-    finetune = checkpoint.config.finetune.model_copy(update={"lora": None})
     return replace(
         checkpoint,
         model=model,
         optimizer=None,
-        config=checkpoint.config.model_copy(update={"finetune": finetune}),
+        config=checkpoint.config.with_({"finetune.lora": None}),
         notes=(
             *checkpoint.notes,
             f"adapters of rank {lora.rank} are merged into {len(held) - len(model) >> 1} matrices",

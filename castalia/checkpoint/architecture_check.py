@@ -29,7 +29,7 @@ def differences(checkpoint: Checkpoint) -> list[str]:
     if model.vocab_size is None:  # then it is what the embedding has
         embedding = checkpoint.model.get("embed.weight")
         rows = embedding.shape[0] if embedding is not None and embedding.shape else 1
-        model = model.model_copy(update={"vocab_size": rows, "vocab_multiple": 1})
+        model = model.with_({"vocab_size": rows, "vocab_multiple": 1})
     expected = tensor_shapes(model) | adapter_shapes(model, adapters_of(checkpoint))
     return [*mismatches(expected, checkpoint.model, "the architecture"), *_strange_state(checkpoint)]
 

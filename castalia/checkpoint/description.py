@@ -37,7 +37,7 @@ def tokenizer_settings(checkpoint: Checkpoint) -> TokenizerConfig | None:
         return TokenizerConfig(path=str(run / "tokenizer"))
     given = checkpoint.config.tokenizer
     found = {key: _beside(run, getattr(given, key)) for key in ("path", "merges")}
-    return given.model_copy(update=found)
+    return given.with_(found)
 
 
 def model_folder(checkpoint: Checkpoint) -> Path | None:

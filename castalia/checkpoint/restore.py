@@ -59,7 +59,7 @@ def architecture(checkpoint: Checkpoint) -> ModelConfig:
     model = checkpoint.config.model
     if model.vocab_size is None and "embed.weight" in checkpoint.model:
         rows = checkpoint.model["embed.weight"].shape[0]
-        model = model.model_copy(update={"vocab_size": rows, "vocab_multiple": 1})
+        model = model.with_({"vocab_size": rows, "vocab_multiple": 1})
     return model
 
 

@@ -79,7 +79,7 @@ def command(
     config._origins = {path: re.sub(r"\bkeys:\d+", "its default", where) for path, where in config.origins.items()}
     if config.train.epochs and prepared.conversations:
         steps = math.ceil(config.train.epochs * prepared.conversations / (config.train.batch_size or BATCH))
-        config = config.model_copy(update={"train": config.train.model_copy(update={"steps": steps, "epochs": None})})
+        config = config.with_({"train.steps": steps, "train.epochs": None})
     write_text(folder / "finetune.yml", dump_config(config))
     if nproc and nproc > 1:
         from castalia.parallel.launcher import relaunch
@@ -180,7 +180,7 @@ def prepare(config: RunConfig, source: Checkpoint, folder: Path, template: Path 
                 conversations += len(open_dataset(corpus)) if chat and split == "train" else 0
                 fitting = fitting or sizes_for(config, corpus, chat is not None)
                 labels = f"{prefix}_{key}_label_document" if chat else None
-                each = each.model_copy(update={"path": corpus, "labels": labels})
+                each = each.with_({"path": corpus, "labels": labels})
             found.append(each)
         sources[split] = tuple(found)
     return Prepared(sources, fitting, prompts[0] if prompts else "", conversations)

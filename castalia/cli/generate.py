@@ -161,7 +161,7 @@ def _settings(checkpoint: Checkpoint, overlay: str | None, given: dict) -> Gener
     if overlay:
         base = load_config([base, overlay])
         print_notes(base)
-    return base.generate.model_copy(update={name: value for name, value in given.items() if value is not None})
+    return base.generate.with_({name: value for name, value in given.items() if value is not None})
 
 
 def _sampling(settings: GenerateConfig, words: TokenizerFolder) -> dict[str, Any]:

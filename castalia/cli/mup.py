@@ -39,8 +39,8 @@ def check(
     if config.model is None:
         raise ConfigError("the config describes no model: give model.num_layers, hidden_size, num_heads, ...")
     sizes = _widths(widths)
-    model = config.model.model_copy(
-        update={
+    model = config.model.with_(
+        {
             "vocab_size": min(config.model.vocab_size or 256, 1024),
             "max_positions": config.model.max_positions or config.data.seq_length,
         }

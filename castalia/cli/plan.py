@@ -81,8 +81,7 @@ def with_vocabulary(config: RunConfig, given: int | None) -> tuple[RunConfig, li
     if config.model is None or (given is None and config.model.vocab_size):
         return config, []
     size, source = (given, "--vocab-size") if given else tokenizer_size(config)
-    model = config.model.model_copy(update={"vocab_size": size})
-    return config.model_copy(update={"model": model}), [f"vocabulary {size}: {source}"] if size and not given else []
+    return config.with_({"model.vocab_size": size}), [f"vocabulary {size}: {source}"] if size and not given else []
 
 
 def tokenizer_size(config: RunConfig) -> tuple[int | None, str]:

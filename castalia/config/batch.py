@@ -137,9 +137,9 @@ def fitting_batch(config: RunConfig, dp: int) -> RunConfig:
     """
     train = config.train
     unit = (train.micro_batch_size or train.accumulation or 1) * dp
-    update = {"batch_size": -(-(train.batch_size or unit) // unit) * unit}
-    kept = {"accumulation": None if train.micro_batch_size else train.accumulation}
-    return config.model_copy(update={"train": train.model_copy(update=update | kept)})
+    size = -(-(train.batch_size or unit) // unit) * unit
+    accumulation = None if train.micro_batch_size else train.accumulation
+    return config.with_({"train.batch_size": size, "train.accumulation": accumulation})
 
 
 def _divide(config: RunConfig, total: int, parts: int, dp: int) -> int:

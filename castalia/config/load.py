@@ -70,9 +70,7 @@ def load_run(folder: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     config = load_config(run, [*(f"{key}={json.dumps(str(path))}" for key, path in places.items()), *overrides])
     if config.checkpoint.resume and not any(run.glob("checkpoints/step_*/manifest.json")):
         began_from = load_config(run).checkpoint.init_from
-        config = config.model_copy(
-            update={"checkpoint": config.checkpoint.model_copy(update={"init_from": began_from})}
-        )
+        config = config.with_({"checkpoint.init_from": began_from})
     return config
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from os.path import normpath
 from types import MappingProxyType
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
 from pydantic import (
@@ -23,9 +23,12 @@ from pydantic import (
     NonNegativeFloat,
     PositiveFloat,
     PrivateAttr,
+    ValidationError,
 )
+from typing_extensions import Self
 
-from castalia.reading import fits
+from castalia.errors import ConfigError
+from castalia.reading import fits, reason, short
 
 LARGEST = (1 << 32) - 1  # of whole numbers: what a generator's seed can be, and more than there is of anything
 PositiveInt = Annotated[int, Gt(0), Le(LARGEST)]
@@ -38,7 +41,38 @@ InitMethod = Literal[
 
 
 class Section(BaseModel):
+    """A part of the config: frozen, and without any key that it does not declare."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    def with_(self, changes: Mapping[str, Any]) -> Self:
+        """A copy with other values at dotted paths such as "train.steps"; its origins and notes are the same.
+
+        Values are validated as those of files are, but for contradictions between them, which `check.py` looks for.
+        Raises ConfigError with one line for each value that is refused.
+        """
+        return self._with(changes, "")
+
+    def _with(self, changes: Mapping[str, Any], prefix: str) -> Self:
+        values: dict[str, Any] = {}
+        inner: dict[str, dict[str, Any]] = {}
+        for path, value in changes.items():
+            name, _, rest = path.partition(".")
+            if rest:
+                inner.setdefault(name, {})[rest] = value
+            else:
+                values[name] = value
+        for name, nested in inner.items():
+            values[name] = getattr(self, name)._with(nested, f"{prefix}{name}.")
+        try:
+            valid = type(self).model_validate(self.__dict__ | values)
+        except ValidationError as error:
+            lines = (
+                f"{prefix}{'.'.join(map(str, found['loc']))}={short(found['input'])} {reason(found)}"
+                for found in error.errors()
+            )
+            raise ConfigError("\n".join(lines)) from error
+        return self.model_copy(update={name: getattr(valid, name) for name in values})
 
 
 class RopeScaling(Section):
@@ -595,6 +629,19 @@ class RunConfig(Section):
     def notes(self) -> tuple[str, ...]:
         """Warnings and keys without effect, one line each."""
         return self._notes
+
+    def at(self, path: str) -> Any:
+        """The value at a dotted path such as "optimizer.lr"; None below an optional section that is absent."""
+        value: Any = self
+        for name in path.split("."):
+            value = None if value is None else getattr(value, name)
+        return value
+
+    def with_notes(self, *notes: str) -> RunConfig:
+        """A copy with further notes."""
+        copy = self.model_copy()
+        copy._notes = (*self._notes, *notes)
+        return copy
 
     def place(self, *paths: str) -> str:
         """The start of a message about these values: "a.yml:3, command line: "; empty if all are defaults."""

@@ -96,7 +96,7 @@ def open_pairs(config: RunConfig, split: Split = "train") -> Pairs:
 
     sources: tuple[Source, ...] = getattr(config.data, split)
     others = tuple(Source(**_rejected(source).model_dump(), weight=source.weight) for source in sources)
-    other_side = config.model_copy(update={"data": config.data.model_copy(update={split: others})})
+    other_side = config.with_({f"data.{split}": others})
     return Pairs(open_data(config, split, chosen), open_data(other_side, split, rejected))
 
 

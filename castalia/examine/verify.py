@@ -112,7 +112,7 @@ def logits(checkpoint: Checkpoint, tokens: Tensor, vocab: int) -> Tensor:
     model = architecture(checkpoint)
     exact = checkpoint.config is not None and checkpoint.config.neox_exact
     with torch.device("meta"):
-        stage = Transformer(model.model_copy(update={"num_layers": 1}), exact=exact).eval()
+        stage = Transformer(model.with_({"num_layers": 1}), exact=exact).eval()
     norm, stage.norm = stage.norm, None  # type: ignore[assignment]  # a stage of a pipeline: hidden state in and out
     block = stage.blocks["0"].to_empty(device="cpu")
     x = _embedded(checkpoint, model, tokens)

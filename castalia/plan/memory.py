@@ -204,7 +204,7 @@ def _adapters(model: ModelConfig, tp: int, tokens: int, compute: Compute) -> tup
     lora, size = compute.finetune.lora, compute.element_bytes
     if lora is None:
         return 0, 0
-    one = model.model_copy(update={"num_layers": 1})
+    one = model.with_({"num_layers": 1})
     kept = products = 0
     for name, shape in adapter_shapes(one, lora).items():
         if name.startswith("blocks.") and name.endswith(".lora_a"):

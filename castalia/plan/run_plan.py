@@ -142,15 +142,14 @@ def described(config: RunConfig) -> ModelConfig:
     if config.model is None:
         raise ConfigError("this config describes no model; name a file or preset that gives model.num_layers first")
     positions, reward = config.model.max_positions or config.data.seq_length, config.train.objective == "reward"
-    return config.model.model_copy(update={"max_positions": positions, "reward_head": reward})
+    return config.model.with_({"max_positions": positions, "reward_head": reward})
 
 
 def settled(config: RunConfig, hardware: Hardware | None) -> RunConfig:
     """With what precision.compute=auto is on the devices, if they are known."""
     if hardware is None or config.precision.compute != "auto":
         return config
-    precision = config.precision.model_copy(update={"compute": auto_precision(hardware.device.bf16)})
-    return config.model_copy(update={"precision": precision})
+    return config.with_({"precision.compute": auto_precision(hardware.device.bf16)})
 
 
 def _without_bf16(device: Device) -> str:
@@ -199,8 +198,7 @@ def layout_of(config: RunConfig, gpus: int | None) -> tuple[Layout, list[str]]:
         assumed.append("train.micro_batch_size is not given: 1 sequence for each data-parallel rank")
     else:
         if config.train.batch_size is None and parallel.gpus is None:  # as many sequences as these devices make
-            gpus = dp * parallel.model_ranks
-            config = config.model_copy(update={"parallel": parallel.model_copy(update={"gpus": gpus})})
+            config = config.with_({"parallel.gpus": dp * parallel.model_ranks})
         _, micro, accumulation = batch_plan(config, dp)
     return (
         Layout(

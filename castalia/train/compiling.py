@@ -43,7 +43,7 @@ def plan_compiling(config: RunConfig, device: torch.device, batch_size: int) -> 
 
 def settled(config: RunConfig, compiling: Compiling) -> RunConfig:
     """The config for building a model, whose blocks are compiled or not."""
-    return config.model_copy(update={"train": config.train.model_copy(update={"compile": compiling.first is not None})})
+    return config.with_({"train.compile": compiling.first is not None})
 
 
 def operations_left(config: RunConfig, batch_size: int) -> float:

@@ -193,7 +193,7 @@ class TrainingRun:
 
     def _instruments(self) -> Instruments:
         engine = self.session.engine
-        log = self.config.log if self.is_main else self.config.log.model_copy(update={"profile": None})
+        log = self.config.log if self.is_main else self.config.log.with_({"profile": None})
         return Instruments(log, self.folder, engine, self.display.line)
 
     def _event(self, event: str, **facts: Any) -> None:

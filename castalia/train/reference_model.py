@@ -30,8 +30,7 @@ def with_reference(config: RunConfig, source: Checkpoint | None) -> RunConfig:
             f"train.objective={config.train.objective} goes on from {source.path}, which does not tell what its "
             "reference model was: name it with preference.reference"
         )
-    preference = config.preference.model_copy(update={"reference": source.path})
-    return config.model_copy(update={"preference": preference})
+    return config.with_({"preference.reference": source.path})
 
 
 def with_reward_head(model: ModelConfig, config: RunConfig, source: Checkpoint | None) -> ModelConfig:
@@ -40,7 +39,7 @@ def with_reward_head(model: ModelConfig, config: RunConfig, source: Checkpoint |
     if model.reward_head and not wanted:
         where = source.path if source else "model.reward_head=true"
         raise ConfigError(f"{where} is a reward model: train it with train.objective=reward")
-    return model.model_copy(update={"reward_head": wanted})
+    return model.with_({"reward_head": wanted})
 
 
 def as_reward_model(source: Checkpoint, model: ModelConfig, seed: int) -> Checkpoint:

@@ -102,23 +102,21 @@ def complete_config(
     A resumed run still says which weights it `began_from`, whose adapters it may train.
     It goes on with any number of ranks, too: the step's batch is settled, and accumulation follows from it.
     """
-    data = config.data.model_copy(
-        update={
-            "path": _absolute(config.data.path),
-            "cache_dir": _absolute(config.data.cache_dir),
-            "pass_multiple": pass_multiple(config, batch_size),  # it goes on alike with other micro-batches
-            **{split: _absolute_sources(getattr(config.data, split)) for split in ("train", "valid", "test")},
+    return config.with_(
+        {
+            "data.path": _absolute(config.data.path),
+            "data.cache_dir": _absolute(config.data.cache_dir),
+            "data.pass_multiple": pass_multiple(config, batch_size),  # the same passes with other micro-batches
+            **{f"data.{split}": _absolute_sources(getattr(config.data, split)) for split in ("train", "valid", "test")},
+            "tokenizer": TokenizerConfig(path=TOKENIZER) if has_tokenizer else config.tokenizer,
+            "checkpoint.dir": str(folder),
+            "checkpoint.resume": None,
+            "checkpoint.step": None,
+            "checkpoint.init_from": config.checkpoint.init_from or began_from,
+            "train.batch_size": batch_size,
+            "train.accumulation": None if config.train.micro_batch_size else config.train.accumulation,
         }
     )
-    tokenizer = TokenizerConfig(path=TOKENIZER) if has_tokenizer else config.tokenizer
-    began_from = config.checkpoint.init_from or began_from
-    places = {"dir": str(folder), "resume": None, "step": None, "init_from": began_from}
-    checkpoint = config.checkpoint.model_copy(update=places)
-    train = config.train.model_copy(update={"batch_size": batch_size})
-    if train.micro_batch_size:
-        train = train.model_copy(update={"accumulation": None})
-    changed = {"data": data, "tokenizer": tokenizer, "checkpoint": checkpoint, "train": train}
-    return config.model_copy(update=changed)
 
 
 def write_config(folder: Path, config: RunConfig) -> None:

@@ -236,7 +236,7 @@ def _clipping(session: Session) -> str:
     wanted = session.config.optimizer.clip_norm
     if session.step.clip_norm is None and wanted:
         return f"off: the original ignores clip_norm={wanted:g} (neox_exact)"
-    return clipping(session.config.model_copy(update={"neox_exact": False}))
+    return clipping(session.config.with_({"neox_exact": False}))
 
 
 def _shown(value: Any) -> str:

@@ -135,8 +135,6 @@ def start(config: RunConfig) -> Session:
         rescale_moments(optimizer, source.summed_micro_batches, exact.gradient_factor)
     rate = learning_rate(config, config.train.steps, exact.release)
     reference = open_reference(config)
-    if reference:
-        config._notes += tuple(f"preference.reference: {note}" for note in reference.notes)
     step = TrainStep(
         engine,
         optimizer,
@@ -157,8 +155,9 @@ def start(config: RunConfig) -> Session:
         allow_eager(e.models for e in (engine, step.preference and step.preference.reference) if e)
     for model in engine.models:
         model.train()
+    notes = (f"preference.reference: {note}" for note in (reference.notes if reference else ()))
     return Session(
-        config=config,
+        config=config.with_notes(*notes),
         tokenizer=tokenizer,
         plan=plan,
         data=data,
@@ -210,9 +209,9 @@ def preference_loss(
         return None
     reference = None
     if needs_reference(config):
-        plain = config.model_copy(update={"finetune": FinetuneConfig()})
+        plain = config.with_({"finetune": FinetuneConfig()})
         if source:
-            plain = plain.model_copy(update={"model": checkpoint_architecture(source)})
+            plain = plain.with_({"model": checkpoint_architecture(source)})
         assert plain.model is not None
         reference = make_engine(plain, dtype, engine.device, plan, frozen=True, beside=engine)
         if source:
@@ -280,7 +279,7 @@ def resolve(config: RunConfig, source: Checkpoint | None) -> tuple[RunConfig, To
     """The config with nothing left to infer, and the tokenizer that it names."""
     model = architecture(config, source)  # first: training another model than meant is the worst of all mistakes
     model = with_reward_head(model, config, source)
-    notes = config.notes + (left_open(config, model) if source else ())
+    notes = left_open(config, model) if source else ()
     finetune = what_trains(config, source, model)
     named = config.tokenizer.path or config.tokenizer.kind
     tokenizer = load_tokenizer(config.tokenizer, neox=config.neox_exact) if named else None
@@ -301,12 +300,12 @@ def resolve(config: RunConfig, source: Checkpoint | None) -> tuple[RunConfig, To
     foreign = source is not None and source.format != "native" and not (config.model and config.model.vocab_size)
     if foreign and tokenizer and tokenizer.vocab_size < vocab_size:  # such files tell the rows, padding included
         rows = model.padded_vocab_size
-        model = model.model_copy(update={"vocab_size": tokenizer.vocab_size})
+        model = model.with_({"vocab_size": tokenizer.vocab_size})
         if model.padded_vocab_size != rows:
-            model = model.model_copy(update={"vocab_multiple": rows})
+            model = model.with_({"vocab_multiple": rows})
         vocab_size = tokenizer.vocab_size
-    model = model.model_copy(
-        update={
+    model = model.with_(
+        {
             "vocab_size": vocab_size,
             "max_positions": model.max_positions or config.data.seq_length,
             "init": model.init or ("neox" if config.neox_exact else "seeded"),
@@ -314,16 +313,15 @@ def resolve(config: RunConfig, source: Checkpoint | None) -> tuple[RunConfig, To
     )
     dtype = choose_dtype(config.precision.compute, choose_device(config.train.device))
     rule = config.precision.loss_scale.rule or ("zero" if config.parallel.zero else "stage0")
-    precision = config.precision.model_copy(
-        update={
-            "compute": name_of(dtype),
-            "loss_scale": config.precision.loss_scale.model_copy(update={"rule": rule}),
+    complete = config.with_(
+        {
+            "model": model,
+            "precision.compute": name_of(dtype),
+            "precision.loss_scale.rule": rule,
+            "finetune": finetune,
         }
     )
-    complete = config.model_copy(update={"model": model, "precision": precision, "finetune": finetune})
-    complete = with_reference(complete, source)
-    complete._notes = notes
-    return complete, tokenizer
+    return with_reference(complete, source).with_notes(*notes), tokenizer
 
 
 def with_steps(config: RunConfig) -> RunConfig:
@@ -335,7 +333,7 @@ def with_steps(config: RunConfig) -> RunConfig:
     if not steps:
         text = f"train.epochs={config.train.epochs}: the data do not fill one step's batch; use a smaller "
         raise ConfigError(f"{text}train.batch_size or data.seq_length, or give train.steps")
-    return config.model_copy(update={"train": config.train.model_copy(update={"steps": steps, "epochs": None})})
+    return config.with_({"train.steps": steps, "train.epochs": None})
 
 
 def with_earlier_batches(config: RunConfig, source: Checkpoint | None, batch_size: int) -> RunConfig:
@@ -351,7 +349,7 @@ def with_earlier_batches(config: RunConfig, source: Checkpoint | None, batch_siz
         at = next(span for span in past if span.until >= done)
         if before.batch_size and at.batch_size != batch_size and not config.neox_exact:
             found.append(EarlierBatch(until=done, batch_size=at.batch_size))
-    return config.model_copy(update={"train": config.train.model_copy(update={"earlier_batches": tuple(found)})})
+    return config.with_({"train.earlier_batches": tuple(found)})
 
 
 def refuse_other_data(config: RunConfig, data: Samples | Pairs, source: Checkpoint | None) -> None:
@@ -390,7 +388,7 @@ def architecture(config: RunConfig, source: Checkpoint | None) -> ModelConfig:
             "Correct these values, or leave them out: the architecture then comes from the checkpoint."
         )
     chosen = (given & FREE) | (ours.model_fields_set & free - FREE)
-    return theirs.model_copy(update={name: getattr(ours, name) for name in chosen})
+    return theirs.with_({name: getattr(ours, name) for name in chosen})
 
 
 def left_open(config: RunConfig, model: ModelConfig) -> tuple[str, ...]:

@@ -33,8 +33,8 @@ def what_trains(config: RunConfig, source: Checkpoint | None, model: ModelConfig
             f"{source.path} has adapters already, with {theirs}, but finetune.lora asks for {wanted.lora}. Leave it "
             f"out to train those on, or merge them first: castalia merge-lora {source.path} OUT --to native"
         )
-    chosen = wanted.model_copy(update={"lora": wanted.lora or theirs})
-    sized = model.model_copy(update={"vocab_size": model.vocab_size or 1})  # only the names matter
+    chosen = wanted.with_({"lora": wanted.lora or theirs})
+    sized = model.with_({"vocab_size": model.vocab_size or 1})  # only the names matter
     names = [*tensor_shapes(sized), *adapter_shapes(sized, chosen.lora)]
     kinds = ", ".join(dict.fromkeys(re.sub(r"^blocks\.\d+", "blocks.0", name) for name in names))
     for key in ("train", "freeze"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -56,11 +56,9 @@ def find_rate(config: RunConfig, lowest: float = 1e-6, highest: float = 1.0, ste
 
 def _of_length(config: RunConfig, steps: int) -> RunConfig:
     """The config of a run of so many steps that resumes nothing."""
-    update: dict[str, Any] = {
-        "train": config.train.model_copy(update={"steps": steps, "epochs": None}),
-        "checkpoint": config.checkpoint.model_copy(update={"resume": None, "step": None}),
-    }
-    return config.model_copy(update=update)
+    return config.with_(
+        {"train.steps": steps, "train.epochs": None, "checkpoint.resume": None, "checkpoint.step": None}
+    )
 
 
 def _diverges(losses: list[float], steps: int) -> bool:

@@ -26,9 +26,9 @@ def at_width(cfg: ModelConfig, width: int, mup: bool) -> ModelConfig:
         unit = cfg.hidden_size // math.gcd(cfg.num_heads, cfg.kv_heads, cfg.mlp_width)
         raise ConfigError(f"width {width}: heads of {cfg.head_size} allow multiples of {unit}")
     base = cfg.mup or MuPConfig()
-    base = base.model_copy(update={"base_width": base.base_width or cfg.hidden_size})
+    base = base.with_({"base_width": base.base_width or cfg.hidden_size})
     sizes = {"hidden_size": width, "num_heads": int(heads), "num_kv_heads": int(kv_heads), "mlp_size": int(inner)}
-    return cfg.model_copy(update={**sizes, "mup": base if mup else None})
+    return cfg.with_({**sizes, "mup": base if mup else None})
 
 
 def movement(cfg: ModelConfig, optimizer: OptimizerConfig, tokens: Tensor, steps: int, seed: int) -> dict[str, float]:

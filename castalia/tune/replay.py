@@ -78,8 +78,8 @@ def _beginning(run: Path, way: UpdateHistory, step: int) -> tuple[RunConfig, int
             f"it has checkpoints of steps {', '.join(map(str, on_disk)) or '(none)'}"
         )
     config = load_run(run, _batch_size_then(run, 0, step))
-    first = {"resume": None, "step": None, "init_from": load_config(run).checkpoint.init_from}
-    return config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update=first)}), 0
+    began_from = load_config(run).checkpoint.init_from
+    return config.with_({"checkpoint.resume": None, "checkpoint.step": None, "checkpoint.init_from": began_from}), 0
 
 
 def _batch_size_then(run: Path, begin: int, step: int) -> list[str]:

@@ -23,7 +23,10 @@ CONTRADICTIONS = [
     (["parallel.tp=4", "model.mlp_size=6"], "parallel.tp=4 does not divide model.mlp_size=6"),
     (["parallel.tp=4", "model.vocab_multiple=1"], "the vocabulary's 430 rows; model.vocab_multiple=4 fits"),
     (["parallel.pp=5"], "parallel.pp=5 is more than model.num_layers=4"),
-    (["parallel.tp=4", "parallel.sequence_parallel=true", "data.seq_length=30"], "does not split over 4 context and sequence-parallel ranks; use 32"),
+    (
+        ["parallel.tp=4", "parallel.sequence_parallel=true", "data.seq_length=30"],
+        "does not split over 4 context and sequence-parallel ranks; use 32",
+    ),
     (["train.batch_size=10", "train.micro_batch_size=4"], "8 or 12 would fit"),
     (["train.batch_size=8", "train.micro_batch_size=4", "parallel.gpus=4"], "does not divide into"),
     (["schedule.min_lr=1", "optimizer.lr=0.5"], "schedule.min_lr=1 is above optimizer.lr=0.5"),

@@ -30,7 +30,11 @@ def test_the_grid(world, parallel, expected):
     [
         (6, ["parallel.tp=2", "parallel.pp=2"], "6 processes cannot hold .* multiple of 4; start 4 or 8"),
         (4, ["parallel.zero=2", "parallel.dp_replicate=3"], r"dp_replicate=3 does not divide the 4 .* 1, 2, 4"),
-        (4, ["parallel.pp=4", "parallel.pipeline=interleaved"], "pp=4 x 2 stages is more than model.num_layers=4.* use parallel.pp <= 2"),
+        (
+            4,
+            ["parallel.pp=4", "parallel.pipeline=interleaved"],
+            "pp=4 x 2 stages is more than model.num_layers=4.* use parallel.pp <= 2",
+        ),
         (
             2,
             ["parallel.pp=2", "parallel.stages_per_rank=2"],

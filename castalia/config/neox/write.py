@@ -41,7 +41,7 @@ def to_neox(config: RunConfig) -> dict[str, Any]:
     for key, row in KEYS.items():
         if row.kind != "to" or (row.target.startswith("model.") and not model):
             continue
-        value = _get(config, row.target)
+        value = config.at(row.target)
         written = _typed(BACK[row.convert](value), row.default)
         if written is not None and (row.target.startswith("model.") or written != row.default):
             keys[key] = written
@@ -52,21 +52,21 @@ def to_neox(config: RunConfig) -> dict[str, Any]:
 
 def trainable(config: RunConfig) -> RunConfig:
     """The run with everything that the original asks for before it trains, so that it does what this one does."""
-    data, eval, checkpoint, steps = config.data, config.eval, config.checkpoint, config.train.steps or 1000
+    data, schedule, steps = config.data, config.schedule, config.train.steps or 1000
+    changes: dict[str, Any] = {}
     if not (data.valid if data.train else data.path):
-        eval = eval.model_copy(update={"batches": 0})
+        changes["eval.batches"] = 0
     if data.train:  # all three are given or none
         valid = data.valid or data.train
-        data = data.model_copy(update={"valid": valid, "test": data.test or valid})
-    if eval.every is None:  # it divides by the number of steps
-        eval = eval.model_copy(update={"every": steps + 1})
-    if not (checkpoint.every or checkpoint.log_base):  # it saves nowhere without
-        checkpoint = checkpoint.model_copy(update={"every": steps})
-    schedule = config.schedule
+        changes |= {"data.valid": valid, "data.test": data.test or valid}
+    if config.eval.every is None:  # it divides by the number of steps
+        changes["eval.every"] = steps + 1
+    if not (config.checkpoint.every or config.checkpoint.log_base):  # it saves nowhere without
+        changes["checkpoint.every"] = steps
     if schedule.warmup_steps is not None and (schedule.decay_steps or config.train.steps):  # it knows a share alone
         share = min(1.0, schedule.warmup_steps / schedule.decay_end(steps))
-        schedule = schedule.model_copy(update={"warmup": share, "warmup_steps": None})
-    return config.model_copy(update={"data": data, "eval": eval, "checkpoint": checkpoint, "schedule": schedule})
+        changes |= {"schedule.warmup": share, "schedule.warmup_steps": None}
+    return config.with_(changes)
 
 
 def lost(config: RunConfig, keys: dict[str, Any]) -> dict[str, Any]:
@@ -184,23 +184,20 @@ def _plain(config: RunConfig) -> RunConfig:
     model = config.model
     if model is None:
         return config
-    width = {"mlp_size": model.mlp_width, "num_kv_heads": model.kv_heads}
-    longest = {"max_positions": model.max_positions or config.data.seq_length}
-    shared = {"shared_norm": model.parallel_residual and model.shared_norm}
-    return config.model_copy(update={"model": model.model_copy(update=width | longest | shared)})
+    return config.with_(
+        {
+            "model.mlp_size": model.mlp_width,
+            "model.num_kv_heads": model.kv_heads,
+            "model.max_positions": model.max_positions or config.data.seq_length,
+            "model.shared_norm": model.parallel_residual and model.shared_norm,
+        }
+    )
 
 
 def _typed(value: Any, default: Any) -> Any:
     """As an integer where the original takes nothing else."""
     takes_integers = isinstance(default, int) and not isinstance(default, bool)
     return int(value) if takes_integers and isinstance(value, float) and value.is_integer() else value
-
-
-def _get(config: RunConfig, path: str) -> Any:
-    value: Any = config
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

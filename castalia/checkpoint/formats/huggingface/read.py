@@ -386,7 +386,7 @@ def _tied_as_transformers_does(
     if _same(named[embedding][0], named[family.head][0]):
         del named[family.head]
         return model, ""
-    return model.model_copy(update={"tie_embeddings": False}), (
+    return model.with_({"tie_embeddings": False}), (
         f"config.json ties the head to the embedding, but another {family.head} is stored: it is used, as transformers "
         "does since version 5; before, the embedding was"
     )
@@ -487,17 +487,17 @@ def _run_config(
     told = {key for key in family.architecture(config) if not key.endswith("dropout")} | {"tie_embeddings"}
     if run.model is None or run.model.vocab_size is None or run.model.padded_vocab_size != model.vocab_size:
         told |= {"vocab_size", "vocab_multiple"}
-    merged = model if run.model is None else run.model.model_copy(update={key: getattr(model, key) for key in told})
+    merged = model if run.model is None else run.model.with_({key: getattr(model, key) for key in told})
     if run.model is not None and _spelled_out(run.model, run) == _spelled_out(merged, run):
         merged = run.model
-    return run.model_copy(update={"model": merged} | ({"tokenizer": words} if words.path else {}))
+    return run.with_({"model": merged} | ({"tokenizer": words} if words.path else {}))
 
 
 def _spelled_out(model: ModelConfig, run: RunConfig) -> ModelConfig:
     """With the values that None stands for."""
     longest = model.max_positions or run.data.seq_length
     explicit = {"mlp_size": model.mlp_width, "num_kv_heads": model.kv_heads, "max_positions": longest}
-    return model.model_copy(update=explicit)
+    return model.with_(explicit)
 
 
 def _read_config(path: Path) -> tuple[Config, Family]:

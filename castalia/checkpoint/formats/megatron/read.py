@@ -64,9 +64,7 @@ def read(
     rules = table(MEGATRON, model, folder.tp, megatron_qkv(model, folder.tp, version))
     ranks = optimizer_ranks(folder, held, MEGATRON.embedding, model.tie_embeddings)
     run = given or _training(folder, model)
-    run = run.model_copy(
-        update={"model": model} | ({"tokenizer": TokenizerConfig(path=tokenizer)} if tokenizer else {})
-    )
+    run = run.with_({"model": model} | ({"tokenizer": TokenizerConfig(path=tokenizer)} if tokenizer else {}))
     dtype = weight_dtype(held)
     reached = progress(folder, run, fp16=dtype == "float16")
     step = folder.step - int(folder.first.get("skipped_steps") or 0)

@@ -41,7 +41,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     tokenizer, notes = our_tokenizer(checkpoint)
     config = checkpoint.config
     if config and not notes:  # the copy counts, wherever the original goes
-        config = config.model_copy(update={"tokenizer": TokenizerConfig(path=FOLDER)})
+        config = config.with_({"tokenizer": TokenizerConfig(path=FOLDER)})
     about = describe(checkpoint.progress, config, checkpoint.facts.data_fingerprint or "")
     about |= {
         "optimizer_steps": None

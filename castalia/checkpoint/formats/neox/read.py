@@ -100,7 +100,7 @@ def read(
             optimizer_note = f"the optimizer state is not read: {error}"  # `inspect` tells what else is wrong
     summed, summed_note = _summed_ranks(folder, model)
     changes = {"model": model} | ({"tokenizer": TokenizerConfig(path=tokenizer)} if tokenizer else {})
-    run = (run or RunConfig(data=_data(folder))).model_copy(update=changes)
+    run = (run or RunConfig(data=_data(folder))).with_(changes)
     dtype = weight_dtype(held)
     stored_steps = ranks is not None and all(step is not None for rank in ranks for step in rank.step.values())
     apart, apart_note = masters_apart(held, ranks)
@@ -179,7 +179,7 @@ def _place_epsilon(
     place = "inside" if inside else "outside"
     note = f"RMSNorm's epsilon is taken to stand {place} the root, judging by DeepSpeed {folder.version}: the files do "
     note += f"not tell; --rms-eps {'outside' if inside else 'inside'} reads it the other way"
-    return model.model_copy(update={"rms_eps_inside": inside}), "" if hint else note
+    return model.with_({"rms_eps_inside": inside}), "" if hint else note
 
 
 def _rows(folder: Folder, era: str, model: ModelConfig, hint: GqaRows | None) -> tuple[GqaRows, str]:

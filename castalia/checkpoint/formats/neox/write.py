@@ -68,7 +68,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
 def _job(checkpoint: Checkpoint, target: NeoXTarget, options: WriteOptions) -> DeepSpeedFolder:
     model, layout, state = target.model, options.layout, checkpoint.optimizer
     # The original has a second norm, and never uses it, where the branches share one.
-    stored = model.model_copy(update={"shared_norm": False})
+    stored = model.with_({"shared_norm": False})
     rules = table(HEAD if options.era == "head" else LEGACY, stored, layout.tp, neox_qkv(model, layout.tp, "new"))
     kind = kind_of(target.dtype, layout.zero, options.era) if state else None
     weights = _theirs(rules, weights_of(checkpoint, kind), "weight", target)

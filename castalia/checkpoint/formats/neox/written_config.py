@@ -81,15 +81,15 @@ def adapted(checkpoint: Checkpoint, options: WriteOptions, words: TokenizerConfi
     data = checkpoint.config.data
     longest = min(data.seq_length, model.max_positions or data.seq_length)  # configs that only describe a model differ
     optimizer, clip, clip_note = _clipping(checkpoint, options.era)
-    config = checkpoint.config.model_copy(
-        update={
+    config = checkpoint.config.with_(
+        {
             "checkpoint": _saving(checkpoint, options.folder),
             "optimizer": optimizer,
             "tokenizer": words,
-            "data": data.model_copy(update={"seq_length": longest}),
-            "model": model.model_copy(update=changes),
-            "parallel": checkpoint.config.parallel.model_copy(update=ranks),
-            "precision": checkpoint.config.precision.model_copy(update={"compute": PRECISIONS[dtype]}),
+            "data.seq_length": longest,
+            "model": model.with_(changes),
+            "parallel": checkpoint.config.parallel.with_(ranks),
+            "precision.compute": PRECISIONS[dtype],
             "train": train,
         }
     )
@@ -116,12 +116,12 @@ def adapted(checkpoint: Checkpoint, options: WriteOptions, words: TokenizerConfi
 def _saving(checkpoint: Checkpoint, folder: Path | None) -> CheckpointConfig:
     """Where the original loads from and saves: the folder that is being written."""
     assert checkpoint.config is not None
-    saving = checkpoint.config.checkpoint.model_copy(update={"resume": None, "init_from": None, "step": None})
+    saving = checkpoint.config.checkpoint.with_({"resume": None, "init_from": None, "step": None})
     if folder is None:
         return saving
     run = str(folder.parent)  # which has `latest`
     start = "init_from" if checkpoint.optimizer is None else "resume"
-    return saving.model_copy(update={start: run, "dir": run})
+    return saving.with_({start: run, "dir": run})
 
 
 def _clipping(checkpoint: Checkpoint, era: str) -> tuple[OptimizerConfig, float, str]:
@@ -130,12 +130,12 @@ def _clipping(checkpoint: Checkpoint, era: str) -> tuple[OptimizerConfig, float,
     optimizer, norm = checkpoint.config.optimizer, clip_norm_of(checkpoint)
     if norm is None:
         unseen = effective_clip_norm(optimizer.clip_norm, era) is None
-        return optimizer if unseen else optimizer.model_copy(update={"clip_norm": None}), 0.0, ""
+        return optimizer if unseen else optimizer.with_({"clip_norm": None}), 0.0, ""
     if effective_clip_norm(norm, era) is not None:
         return optimizer, norm, ""
     above = nextafter(norm, inf)
     note = f"gradients are clipped at {norm}: written as {above}, since the original does not clip at its default"
-    return optimizer.model_copy(update={"clip_norm": above}), above, note
+    return optimizer.with_({"clip_norm": above}), above, note
 
 
 def check_layout(model: ModelConfig, layout: TargetLayout, path: str) -> None:
@@ -249,11 +249,11 @@ def step_batch(checkpoint: Checkpoint, layout: TargetLayout) -> tuple[TrainConfi
     if batch % layout.dp:
         none = {"batch_size": None, "accumulation": None, "micro_batch_size": micro}
         note = f"a batch of {batch} sequences does not divide over dp={layout.dp}: set another in configs/config.yml"
-        return config.train.model_copy(update=none), note
+        return config.train.with_(none), note
     share = batch // layout.dp
     micro = next(size for size in range(min(micro, share), 0, -1) if share % size == 0)
     sizes = {"batch_size": batch, "micro_batch_size": micro, "accumulation": share // micro}
-    return config.train.model_copy(update=sizes), ""
+    return config.train.with_(sizes), ""
 
 
 def _left_out(checkpoint: Checkpoint, config: RunConfig, keys: dict[str, Any]) -> list[str]:

@@ -95,9 +95,13 @@ def read(path: Path, open_base: Callable[[str], Checkpoint], base: str | None = 
     known, stored = matrices(model), _open(path, hf_family(model))
     whole = _vocabulary(path, model, stored)
     lora, tensors = _assemble(config, known, _modules(path, known, stored, str(name)), hf_family(model))
-    finetune = model.config.finetune.model_copy(update={"lora": lora, "train": tuple(f"^{each}$" for each in whole)})
-    words = tokenizer_settings(model) or TokenizerConfig()
-    run = model.config.model_copy(update={"finetune": finetune, "tokenizer": words})
+    run = model.config.with_(
+        {
+            "finetune.lora": lora,
+            "finetune.train": tuple(f"^{name}$" for name in whole),
+            "tokenizer": tokenizer_settings(model) or TokenizerConfig(),
+        }
+    )
     facts, held = replace(model.facts, base=model.path), {**model.model, **whole, **tensors}
     return replace(model, path=str(path), model=held, optimizer=None, config=run, facts=facts)
 
