@@ -182,7 +182,6 @@ def load_engine(
         require_finite(dict(model.named_parameters()), checkpoint.path)
         return Executor(model, rows), BatchPlan(rows, rows, 1)
     config = split_config(checkpoint, tp, pp, world, length)
-    assert config.model is not None
     plan = BatchPlan(rows * world // tp, rows, pp)  # as many micro-batches as there are stages
     engine = make_engine(config, dtype, device, plan, frozen=True)
     load_engine(engine, config.model, checkpoint)

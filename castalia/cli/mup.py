@@ -31,13 +31,12 @@ def check(
     """
     from castalia.cli.config import read
     from castalia.cli.picture import check_picture
-    from castalia.errors import ConfigError, TrainingError
+    from castalia.config.schema import complete
+    from castalia.errors import TrainingError
     from castalia.tune.mup_check import MAX_SLOPE, coordinate_check, slopes
 
     check_picture(output, "--output")
-    config = read(words)
-    if config.model is None:
-        raise ConfigError("the config describes no model: give model.num_layers, hidden_size, num_heads, ...")
+    config = complete(read(words))
     sizes = _widths(widths)
     model = config.model.with_(
         {

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import torch
 
     from castalia.checkpoint.tensors import Checkpoint
-    from castalia.config.schema import RunConfig
+    from castalia.config.schema import CompleteConfig
     from castalia.parallel.inference import SplitModel
 
 
@@ -31,14 +31,14 @@ def start_processes(tp: int, pp: int, nproc: int | None) -> int:
     return wanted
 
 
-def split_config(checkpoint: Checkpoint, tp: int, pp: int, world: int, seq_length: int | None = None) -> RunConfig:
+def split_config(checkpoint: Checkpoint, tp: int, pp: int, world: int, seq_length: int | None = None) -> CompleteConfig:
     """A config that says how the checkpoint's model lies on `world` ranks. ConfigError where it cannot."""
     from castalia.checkpoint.restore import architecture
-    from castalia.config.schema import DataConfig, ParallelConfig, RunConfig
+    from castalia.config.schema import CompleteConfig, DataConfig, ParallelConfig
     from castalia.parallel.rank_grid import check_run
 
     model = architecture(checkpoint)
-    config = RunConfig(
+    config = CompleteConfig(
         model=model,
         parallel=ParallelConfig(tp=tp, pp=pp),
         data=DataConfig(seq_length=seq_length or model.max_positions or 1),
@@ -58,7 +58,6 @@ def load_split(checkpoint: Checkpoint, tp: int, pp: int, dtype: torch.dtype, dev
     from castalia.parallel.shards import part
 
     config = split_config(checkpoint, tp, pp, world_size())
-    assert config.model is not None
     model = SplitModel(config.model, layout(config.parallel, world_size()), dtype, device, config.neox_exact)
     shards = {name: Shard(*part(parameter)[:3]) for name, parameter in model.stage.named_parameters()}
     load_shards(shards, config.model, checkpoint)

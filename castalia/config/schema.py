@@ -637,7 +637,7 @@ class RunConfig(Section):
             value = None if value is None else getattr(value, name)
         return value
 
-    def with_notes(self, *notes: str) -> RunConfig:
+    def with_notes(self, *notes: str) -> Self:
         """A copy with further notes."""
         copy = self.model_copy()
         copy._notes = (*self._notes, *notes)
@@ -651,3 +651,32 @@ class RunConfig(Section):
     def __eq__(self, other: object) -> bool:
         """Values alone count, not where they came from."""
         return isinstance(other, RunConfig) and self.__dict__ == other.__dict__
+
+
+class CompleteConfig(RunConfig):
+    """A config that describes its model: what ranks, model code and a running training are given."""
+
+    model: ModelConfig
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids of the model. Raises ConfigError while they are unknown."""
+        if self.model.vocab_size is None:
+            raise ConfigError("the vocabulary is unknown: give tokenizer.path, or model.vocab_size without a tokenizer")
+        return self.model.vocab_size
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run. Raises ConfigError while only its epochs are known."""
+        if self.train.steps is None:
+            raise ConfigError("the length of the run is unknown; give train.steps")
+        return self.train.steps
+
+
+def complete(config: RunConfig) -> CompleteConfig:
+    """The same config, its origins and notes included, as one with a model. Raises ConfigError where it has none."""
+    if config.model is None:
+        raise ConfigError("the config describes no model: give model.num_layers, hidden_size, num_heads, ...")
+    whole = CompleteConfig.model_construct(config.model_fields_set, **config.__dict__)
+    whole._origins, whole._notes = config._origins, config._notes
+    return whole

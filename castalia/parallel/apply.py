@@ -8,7 +8,7 @@ import torch
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from castalia.config.layout_rules import stages_per_rank
-from castalia.config.schema import ParallelConfig, RunConfig
+from castalia.config.schema import CompleteConfig, ParallelConfig, RunConfig
 from castalia.model.lora import add_adapters, freeze
 from castalia.model.transformer import Transformer
 from castalia.parallel.activation_checkpointing import apply_recompute, has_dropout
@@ -20,13 +20,12 @@ from castalia.plan.layout import stages_of_rank
 
 
 def build_stages(
-    cfg: RunConfig, mesh: Mesh, compute_dtype: torch.dtype, device: torch.device, frozen: bool = False
+    cfg: CompleteConfig, mesh: Mesh, compute_dtype: torch.dtype, device: torch.device, frozen: bool = False
 ) -> dict[int, Transformer]:
     """This rank's part of the model by stage number (one stage, 0, without a pipeline), its parameters still unset.
 
     Those of a `frozen` model are in the compute dtype.
     """
-    assert cfg.model is not None
     wanted, each = cfg.parallel, stages_per_rank(cfg.parallel)
     num_stages = wanted.pp * each
     stages = {}

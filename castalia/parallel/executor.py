@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from castalia.config.batch import BatchPlan
-from castalia.config.schema import RunConfig
+from castalia.config.schema import CompleteConfig
 from castalia.data.loader import Batch
 from castalia.errors import ConfigError
 from castalia.model.init import initialize
@@ -114,9 +114,8 @@ class Executor:
         """False where another rank saves this rank's parameter of that name."""
         return True
 
-    def initialize(self, config: RunConfig) -> None:
+    def initialize(self, config: CompleteConfig) -> None:
         """Random weights; those of a seed are the same for every layout."""
-        assert config.model is not None
         initialize(self.model, config.model, config.seed)
 
     def forward_backward(
@@ -205,13 +204,12 @@ def micro_loss(model: Any, part: Rows, context: Mapping[str, Any], objective: Ob
 
 
 def one_process(
-    config: RunConfig, dtype: torch.dtype, device: torch.device, plan: BatchPlan, frozen: bool = False
+    config: CompleteConfig, dtype: torch.dtype, device: torch.device, plan: BatchPlan, frozen: bool = False
 ) -> Executor:
     """The model of a config, its parameters still unset.
 
     Those of a `frozen` one are in the compute dtype, to which the others are rounded wherever they are used.
     """
-    assert config.model is not None
     if config.parallel.offload:
         raise ConfigError("parallel.offload comes with sharding over several processes; remove it, or start more")
     with torch.device(device):

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
 from castalia.config.batch import BatchPlan
-from castalia.config.schema import RunConfig
+from castalia.config.schema import CompleteConfig
 from castalia.errors import ConfigError
 from castalia.model.init import TILE_ROWS, constant_value, neox_matrices, seeded_tensor
 from castalia.model.loss import IGNORE
@@ -33,14 +33,13 @@ class MeshExecutor(Executor):
 
     def __init__(
         self,
-        config: RunConfig,
+        config: CompleteConfig,
         dtype: torch.dtype,
         device: torch.device,
         plan: BatchPlan,
         frozen: bool = False,
         mesh: Mesh | None = None,  # None: a new one
     ) -> None:
-        assert config.model is not None
         self.config, self.device, self.plan, self.micro_batch_size = config, device, plan, plan.micro_batch_size
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         check_run(config, self.world)
@@ -77,9 +76,8 @@ class MeshExecutor(Executor):
     def saves(self, name: str) -> bool:
         return not (name == "embed.weight" and self.pipeline is not None and not self.pipeline.has_first)
 
-    def initialize(self, config: RunConfig) -> None:
+    def initialize(self, config: CompleteConfig) -> None:
         cfg = config.model
-        assert cfg is not None
         pieces = [(name, part(p)) for model in self.models for name, p in model.named_parameters()]
         if (cfg.init or ("neox" if config.neox_exact else "seeded")) == "seeded":
             for name, piece in pieces:
@@ -93,9 +91,8 @@ class MeshExecutor(Executor):
                 if name == drawn:
                     piece.local.copy_(matrix[piece.slices])
 
-    def _draw(self, config: RunConfig, name: str, piece: RankPart) -> None:
+    def _draw(self, config: CompleteConfig, name: str, piece: RankPart) -> None:
         """Ranks that hold the same part of a matrix draw a share of its rows each and add up what they have."""
-        assert config.model is not None
         replicas, rows = self.mesh.layout.dp_replicate, piece.local.shape[0]
         if replicas == 1 or constant_value(name) is not None:
             piece.local.copy_(seeded_tensor(config.model, config.seed, name, piece.shape, piece.slices))

@@ -18,7 +18,7 @@ from castalia.config.layout_rules import (
     tensor_problems,
     ulysses_problems,
 )
-from castalia.config.schema import ModelConfig, ParallelConfig, RunConfig
+from castalia.config.schema import CompleteConfig, ModelConfig, ParallelConfig, RunConfig, complete
 from castalia.errors import ConfigError
 
 
@@ -71,7 +71,7 @@ def check_run(config: RunConfig, world: int) -> None:
     without them is checked when the run has them.
     """
     sizes = layout(config.parallel, world)
-    problems = _indivisible(config) if config.model else []
+    problems = _indivisible(complete(config)) if config.model else []
     if config.parallel.cp > 1 and config.data.mask_documents:
         problems.append("data.mask_documents needs whole sequences on each rank; use parallel.cp=1")
     if config.optimizer.name in ("muon", "adafactor"):
@@ -86,10 +86,9 @@ def check_run(config: RunConfig, world: int) -> None:
         raise ConfigError("\n".join(problems))
 
 
-def _indivisible(config: RunConfig) -> list[str]:
+def _indivisible(config: CompleteConfig) -> list[str]:
     """What of the model does not split."""
     cfg, parallel = config.model, config.parallel
-    assert cfg is not None
     tp, per_rank = parallel.tp, stages_per_rank(parallel)
     problems = [problem.text for problem in tensor_problems(cfg, tp)]
     if parallel.cp > 1 and parallel.cp_kind != "gather":
@@ -109,10 +108,9 @@ def _indivisible(config: RunConfig) -> list[str]:
     return problems
 
 
-def why_not_compiled(config: RunConfig) -> str | None:
+def why_not_compiled(config: CompleteConfig) -> str | None:
     """What a compiled block cannot do that this run needs."""
     cfg, parallel = config.model, config.parallel
-    assert cfg is not None
     adapters = config.finetune.lora is not None and config.finetune.lora.dropout
     if parallel.tp > 1 and (adapters or cfg.attention_dropout or (parallel.sequence_parallel and cfg.hidden_dropout)):
         return "tensor ranks cannot draw their own dropout"

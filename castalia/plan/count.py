@@ -37,7 +37,7 @@ def non_embedding(model: ModelConfig) -> int:
 
 def original_count(model: ModelConfig, tp: int = 1, pp: int = 1) -> int:
     """What GPT-NeoX prints as total: the sum over its ranks, replicas, unused norms and the tied copy included."""
-    allocated = model.model_copy(update={"shared_norm": False})  # NeoX makes both norms of a block, used or not
+    allocated = model.with_({"shared_norm": False})  # NeoX makes both norms of a block, used or not
     shapes = tensor_shapes(allocated)
     names = list(shapes)
     if model.tie_embeddings and pp > 1:  # the last stage holds its own copy of the embedding layer

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from castalia.config.schema import RunConfig
+from castalia.config.schema import CompleteConfig
 from castalia.parallel.compile import missing_compiler
 from castalia.parallel.rank_grid import why_not_compiled
 from castalia.parallel.rendezvous import world_size
@@ -23,7 +23,7 @@ class Compiling(NamedTuple):
     why: str
 
 
-def plan_compiling(config: RunConfig, device: torch.device, batch_size: int) -> Compiling:
+def plan_compiling(config: CompleteConfig, device: torch.device, batch_size: int) -> Compiling:
     """The same for all ranks; steps and vocabulary are settled."""
     wanted, missing = config.train.compile, missing_compiler(device.type)
     if wanted is True:
@@ -41,13 +41,12 @@ def plan_compiling(config: RunConfig, device: torch.device, batch_size: int) -> 
     return Compiling(EAGER_STEPS, "the run repays compiling")
 
 
-def settled(config: RunConfig, compiling: Compiling) -> RunConfig:
+def settled(config: CompleteConfig, compiling: Compiling) -> CompleteConfig:
     """The config for building a model, whose blocks are compiled or not."""
     return config.with_({"train.compile": compiling.first is not None})
 
 
-def operations_left(config: RunConfig, batch_size: int) -> float:
+def operations_left(config: CompleteConfig, batch_size: int) -> float:
     """On each rank, after the eager steps."""
-    assert config.model is not None and config.train.steps is not None
-    tokens = batch_size * config.data.seq_length * (config.train.steps - EAGER_STEPS)
+    tokens = batch_size * config.data.seq_length * (config.steps - EAGER_STEPS)
     return tokens * training_flops(config.model, config.data.seq_length) / world_size()

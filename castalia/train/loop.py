@@ -435,7 +435,6 @@ class TrainingRun:
 
 def peak_speed(session: Session) -> float | None:
     """Tokens per second of the whole run at the peak matmul rate of all its devices, one for each rank."""
-    assert session.config.model is not None
     tflops = session.config.log.peak_tflops
     peak = tflops * 1e12 if tflops else peak_flops(session.device, session.dtype)
     per_token = training_flops(session.config.model, session.config.data.seq_length)

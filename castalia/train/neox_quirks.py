@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.batch import batch_plan, planned_dp
 from castalia.config.neox.clipping import effective_clip_norm
-from castalia.config.schema import RunConfig
+from castalia.config.schema import CompleteConfig
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class NeoXQuirks:
         }
 
 
-def quirks_of(config: RunConfig, resumed: Checkpoint | None) -> NeoXQuirks:
+def quirks_of(config: CompleteConfig, resumed: Checkpoint | None) -> NeoXQuirks:
     """`resumed`: the checkpoint that the run goes on from, None for new runs."""
     wanted = config.optimizer.clip_norm
     if not config.neox_exact:
@@ -53,7 +53,6 @@ def quirks_of(config: RunConfig, resumed: Checkpoint | None) -> NeoXQuirks:
     if release == "v1":
         assert resumed is not None
         return NeoXQuirks(wanted, "v1", 1, ranks, int(steps_missing), resumed.norm_ranks)
-    assert config.model is not None
     has_pipeline_engine = config.model.init_passes == 1  # it has one even for a single stage, but not for none
     accumulation = batch_plan(config, planned_dp(config) or 1).accumulation
     return NeoXQuirks(

@@ -82,10 +82,9 @@ def show_report(session: Session, display: Display, folder: Path) -> None:
 
 def show_first_loss(session: Session, loss: float, display: Display) -> None:
     """The first loss beside that of a model which knows nothing: what was loaded is expected to know something."""
-    assert session.config.model is not None and session.config.model.vocab_size is not None
     if session.step.preference:  # its loss says nothing about what the model knows
         return
-    uniform = math.log(session.config.model.vocab_size)
+    uniform = math.log(session.config.vocab_size)
     display.line(f"first batch: loss {loss:.4f}; a model that knows nothing has ln(vocabulary) = {uniform:.4f}")
     if session.source is not None and loss > KNOWS_NOTHING * uniform:
         display.line(
@@ -124,7 +123,6 @@ def planned_layout(session: Session) -> Layout:
 def facts(session: Session, folder: Path, known: RunFacts, layout: Layout) -> Iterator[tuple[str, str]]:
     """What is about to happen, as pairs of a name and a text."""
     config, progress = session.config, session.progress
-    assert config.model is not None
     vocabulary = f"vocabulary {config.model.vocab_size:,} padded to {config.model.padded_vocab_size:,}"
     yield "model", f"{parameter_count(session):,} parameters, {vocabulary}"
     shapes = tensor_shapes(config.model) | adapter_shapes(config.model, config.finetune.lora)
@@ -228,7 +226,6 @@ def _data_position(session: Session, source: Checkpoint) -> tuple[str, str]:
 
 
 def parameter_count(session: Session) -> int:
-    assert session.config.model is not None
     return count(session.config.model).total
 
 

@@ -17,7 +17,15 @@ from castalia.checkpoint.restore import architecture as checkpoint_architecture
 from castalia.checkpoint.tensors import Checkpoint, Progress, Shard
 from castalia.config.batch import BatchPlan, batch_plan
 from castalia.config.check import refuse_contradictions, require_training
-from castalia.config.schema import EarlierBatch, FinetuneConfig, ModelConfig, RunConfig, is_adapter
+from castalia.config.schema import (
+    CompleteConfig,
+    EarlierBatch,
+    FinetuneConfig,
+    ModelConfig,
+    RunConfig,
+    complete,
+    is_adapter,
+)
 from castalia.config.tensor_table import row_of
 from castalia.data.loader import Batch, Samples
 from castalia.data.pairs import Pairs, open_samples, sides_of
@@ -50,7 +58,7 @@ FREE |= {"reward_head", "output_init_method", "init_std", "vocab_size", "vocab_m
 class Session:
     """A run in memory. `config` is complete: vocabulary, precision and steps are settled."""
 
-    config: RunConfig
+    config: CompleteConfig
     tokenizer: Tokenizer | None
     plan: BatchPlan
     data: Samples | Pairs
@@ -78,8 +86,7 @@ class Session:
     @property
     def last(self) -> int:
         """The number of steps of the whole run."""
-        assert self.config.train.steps is not None
-        return self.config.train.steps
+        return self.config.steps
 
     def tokens_of(self, step: int) -> int:
         """Tokens of the batch of a step (from 0)."""
@@ -90,18 +97,17 @@ class Session:
         return self.source is not None and self.config.checkpoint.init_from is None
 
 
-def start(config: RunConfig) -> Session:
+def start(wanted: RunConfig) -> Session:
     """Reads, builds and loads; writes nothing. Raises a CastaliaError for whatever is missing or does not fit."""
-    if config.train.deterministic:
+    if wanted.train.deterministic:
         repeat_bits()
-    source = find_source(config)
-    config, tokenizer = resolve(config, source)
+    source = find_source(wanted)
+    config, tokenizer = resolve(wanted, source)
     refuse_contradictions(config)
     require_training(config)
     ranks = world_size()
     plan = batch_plan(config, layout(config.parallel, ranks).dp if ranks > 1 else 1)
     config = with_steps(with_earlier_batches(config, source, plan.batch_size))
-    assert config.model is not None and config.train.steps is not None
     source = source and as_reward_model(source, config.model, config.seed)
     with main_first():  # it builds the index files that the others then find
         data = open_samples(config, "train")
@@ -133,7 +139,7 @@ def start(config: RunConfig) -> Session:
             for state in optimizer.state.values():
                 state["step"] += exact.adam_steps_ahead
         rescale_moments(optimizer, source.summed_micro_batches, exact.gradient_factor)
-    rate = learning_rate(config, config.train.steps, exact.release)
+    rate = learning_rate(config, config.steps, exact.release)
     reference = open_reference(config)
     step = TrainStep(
         engine,
@@ -174,7 +180,7 @@ def start(config: RunConfig) -> Session:
 
 
 def make_engine(
-    config: RunConfig,
+    config: CompleteConfig,
     dtype: torch.dtype,
     device: torch.device,
     plan: BatchPlan,
@@ -202,17 +208,15 @@ def open_reference(config: RunConfig) -> Checkpoint | None:
 
 
 def preference_loss(
-    config: RunConfig, engine: Executor, dtype: torch.dtype, plan: BatchPlan, source: Checkpoint | None
+    config: CompleteConfig, engine: Executor, dtype: torch.dtype, plan: BatchPlan, source: Checkpoint | None
 ) -> PreferenceLoss | None:
     """What a run learns besides predicting tokens, with its reference model, from `source`, where it needs one."""
     if config.train.objective == "causal":
         return None
     reference = None
     if needs_reference(config):
-        plain = config.with_({"finetune": FinetuneConfig()})
-        if source:
-            plain = plain.with_({"model": checkpoint_architecture(source)})
-        assert plain.model is not None
+        model = checkpoint_architecture(source) if source else config.model
+        plain = config.with_({"finetune": FinetuneConfig(), "model": model})
         reference = make_engine(plain, dtype, engine.device, plan, frozen=True, beside=engine)
         if source:
             load_engine(reference, plain.model, source)
@@ -226,7 +230,6 @@ def preference_loss(
 def restore(session: Session, path: Path) -> Progress:
     """Puts weights, optimizer and loss scale back to a checkpoint of this run, and tells how far it was."""
     saved, engine, model = open_checkpoint(path, adapters=True), session.engine, session.config.model
-    assert model is not None
     load_engine(engine, model, saved)
     for parameters in (engine.parameters, engine.duplicates):
         load_optimizer(session.optimizer, parameters, saved, model.vocab_size, engine_shard(engine))
@@ -275,7 +278,7 @@ def find_source(config: RunConfig) -> Checkpoint | None:
     return open_checkpoint(path, step=wanted.step, adapters=True)
 
 
-def resolve(config: RunConfig, source: Checkpoint | None) -> tuple[RunConfig, Tokenizer | None]:
+def resolve(config: RunConfig, source: Checkpoint | None) -> tuple[CompleteConfig, Tokenizer | None]:
     """The config with nothing left to infer, and the tokenizer that it names."""
     model = architecture(config, source)  # first: training another model than meant is the worst of all mistakes
     model = with_reward_head(model, config, source)
@@ -313,7 +316,7 @@ def resolve(config: RunConfig, source: Checkpoint | None) -> tuple[RunConfig, To
     )
     dtype = choose_dtype(config.precision.compute, choose_device(config.train.device))
     rule = config.precision.loss_scale.rule or ("zero" if config.parallel.zero else "stage0")
-    complete = config.with_(
+    config = config.with_(
         {
             "model": model,
             "precision.compute": name_of(dtype),
@@ -321,10 +324,10 @@ def resolve(config: RunConfig, source: Checkpoint | None) -> tuple[RunConfig, To
             "finetune": finetune,
         }
     )
-    return with_reference(complete, source).with_notes(*notes), tokenizer
+    return complete(with_reference(config, source).with_notes(*notes)), tokenizer
 
 
-def with_steps(config: RunConfig) -> RunConfig:
+def with_steps(config: CompleteConfig) -> CompleteConfig:
     """Epochs become steps."""
     if config.train.steps is not None:
         return config
@@ -336,7 +339,7 @@ def with_steps(config: RunConfig) -> RunConfig:
     return config.with_({"train.steps": steps, "train.epochs": None})
 
 
-def with_earlier_batches(config: RunConfig, source: Checkpoint | None, batch_size: int) -> RunConfig:
+def with_earlier_batches(config: CompleteConfig, source: Checkpoint | None, batch_size: int) -> CompleteConfig:
     """What a resumed run has read so far, if it was in batches of other sizes, becomes part of its config.
 
     The original counts steps alone, and goes on elsewhere in the data (neox_exact).

@@ -56,7 +56,6 @@ class PeakMemory:
 
 def describe_memory(session: Session, layout: Layout, peak_bytes: int) -> str:
     """`peak_bytes`: of the step, beyond parameters, optimizer state and a reference model."""
-    assert session.config.model is not None
     states = chain.from_iterable(state.values() for state in session.optimizer.state.values())
     reference = session.step.preference and session.step.preference.reference
     frozen = reference.parameters.values() if reference else ()

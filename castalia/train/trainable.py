@@ -6,7 +6,7 @@ import re
 
 from castalia.checkpoint.adapters import adapters_of
 from castalia.checkpoint.tensors import Checkpoint
-from castalia.config.schema import FinetuneConfig, ModelConfig, RunConfig, is_adapter
+from castalia.config.schema import CompleteConfig, FinetuneConfig, ModelConfig, RunConfig, is_adapter
 from castalia.config.tensor_table import adapter_shapes, tensor_shapes
 from castalia.data.tokenizer import load_tokenizer
 from castalia.errors import CheckpointError, ConfigError
@@ -46,29 +46,26 @@ def what_trains(config: RunConfig, source: Checkpoint | None, model: ModelConfig
     return chosen
 
 
-def trained_names(config: RunConfig) -> list[str]:
+def trained_names(config: CompleteConfig) -> list[str]:
     """Of all tensors of the run. `config` is complete."""
-    assert config.model is not None
     every = [*tensor_shapes(config.model), *adapter_shapes(config.model, config.finetune.lora)]
     return [name for name in every if config.finetune.trains(name)]
 
 
-def new_tokens(config: RunConfig, source: Checkpoint | None) -> int:
+def new_tokens(config: CompleteConfig, source: Checkpoint | None) -> int:
     """How many entries of the vocabulary `finetune.add_tokens` adds to those of the checkpoint that a run begins from.
 
     `config` is complete.
     """
     if source is None or not config.checkpoint.init_from or not config.finetune.add_tokens:
         return 0
-    assert config.model is not None and config.model.vocab_size is not None
     if source.format == "native" and source.config and source.config.model and source.config.model.vocab_size:
-        return config.model.vocab_size - source.config.model.vocab_size
-    return config.model.vocab_size - load_tokenizer(config.tokenizer).vocab_size  # such files count padding, too
+        return config.vocab_size - source.config.model.vocab_size
+    return config.vocab_size - load_tokenizer(config.tokenizer).vocab_size  # such files count padding, too
 
 
-def start_adapters(engine: Executor, config: RunConfig, source: Checkpoint | None) -> None:
+def start_adapters(engine: Executor, config: CompleteConfig, source: Checkpoint | None) -> None:
     """Adapters that were not loaded begin without effect: `lora_b` is zero."""
-    assert config.model is not None
     for name, parameter in engine.parameters.items():
         if is_adapter(name) and (source is None or adapters_of(source) is None):
             part = engine.part(parameter)

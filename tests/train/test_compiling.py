@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
 
+from castalia.config.schema import complete
 from castalia.evaluate.perplexity import evaluate
 from castalia.loading import load_model
 from castalia.parallel import compile
@@ -28,9 +29,9 @@ def able(monkeypatch):
 
 def test_long_runs_on_gpus_are_compiled_after_some_eager_steps(tiny, able):
     def first(*words, device=GPU):
-        return plan_compiling(tiny("run", "model.vocab_size=257", *words), device, 8).first
+        return plan_compiling(complete(tiny("run", "model.vocab_size=257", *words)), device, 8).first
 
-    one_step = operations_left(tiny("run", "model.vocab_size=257", f"train.steps={EAGER_STEPS + 1}"), 8)
+    one_step = operations_left(complete(tiny("run", "model.vocab_size=257", f"train.steps={EAGER_STEPS + 1}")), 8)
     repaying = EAGER_STEPS + round(compiling.REPAYING / one_step)
     assert first(f"train.steps={repaying - 2}") is None
     assert first(f"train.steps={repaying + 2}") == EAGER_STEPS
@@ -41,13 +42,13 @@ def test_long_runs_on_gpus_are_compiled_after_some_eager_steps(tiny, able):
 
 def test_tensor_ranks_with_their_own_dropout_stay_eager(tiny, able):
     words = ["model.vocab_size=258", "train.steps=4000000000", "parallel.tp=2"]
-    assert plan_compiling(tiny("run", *words), GPU, 8).first == EAGER_STEPS
-    assert "dropout" in plan_compiling(tiny("run", *words, "model.attention_dropout=0.1"), GPU, 8).why
+    assert plan_compiling(complete(tiny("run", *words)), GPU, 8).first == EAGER_STEPS
+    assert "dropout" in plan_compiling(complete(tiny("run", *words, "model.attention_dropout=0.1")), GPU, 8).why
 
 
 def test_without_a_compiler_runs_stay_eager_and_say_what_that_costs(tiny, monkeypatch):
     monkeypatch.setattr(compile, "find_spec", lambda name: None)
-    first, why = plan_compiling(tiny("run"), GPU, 8)
+    first, why = plan_compiling(complete(tiny("run")), GPU, 8)
     assert first is None and "need Triton" in why
     monkeypatch.setenv("CXX", "no-such-compiler")
     lacking = next(path for path in fast_paths(CPU) if path.name == "torch.compile")
