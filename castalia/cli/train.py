@@ -53,10 +53,9 @@ def command(
 def train(config: RunConfig) -> str:
     """Train as the config says and return the run's folder."""
     require_files(config)  # first, because torch takes a second to import
-    from castalia.evaluate.perplexity import evaluate
     from castalia.train.loop import train as run
 
-    return str(run(config, evaluate))
+    return str(run(config))
 
 
 def read_config(words: list[str]) -> RunConfig:

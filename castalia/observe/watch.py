@@ -1,23 +1,32 @@
-"""Noticing that a run goes wrong, and finding where it did."""
+"""What a run does about spikes of its loss, and how it finds the first tensor that is not finite.
+
+The policy (`watch.policy`) lies here in full: `Watch.decide` says what becomes of each step whose gradients are
+complete, `Watch.rewind_target` which checkpoint a rewinding run returns to. The training loop carries it out.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
+from castalia.checkpoint.formats.native.read import saved_steps
 from castalia.config.schema import WatchConfig
 from castalia.data.indexed import open_dataset
 from castalia.data.loader import Samples
 from castalia.data.pairs import Pairs
 from castalia.data.tokenizer import Tokenizer
+from castalia.errors import TrainingError
 from castalia.observe.layer_stats import dead_units, place, tensor_statistics
+from castalia.observe.metrics import read_events
+from castalia.observe.update_history import history_before
 from castalia.parallel.executor import Executor
 
 SPREAD = 1.4826 / math.sqrt(2)  # standard deviation of normal noise over the median change from value to value
@@ -25,6 +34,8 @@ LEAST_SPREAD = {"loss": 0.01, "grad_norm": 0.1}  # of logarithms: no smaller cha
 EXCERPT_TOKENS = 32
 SLOWER = 1.5  # times the usual seconds of a step
 SLOW_STEPS = 5
+MAX_REWINDS = 3  # to one and the same checkpoint
+Action = Literal["apply", "skip", "rewind", "stop"]  # what becomes of a step's update; all but "apply" leave it out
 ACTIONS = {
     "report": "it is applied nevertheless",
     "stop": "stopping before its update",
@@ -98,9 +109,9 @@ class Pace:
 
 
 class Watch:
-    """Looks at each step when its gradients are there: what to write down, and whether the update may be applied.
+    """Decides about each step once its gradients are complete, and writes down what was unusual about it.
 
-    Every method is called on all ranks together, and finds the same on all.
+    Every method is called on all ranks together and has the same result on all of them.
     """
 
     def __init__(
@@ -118,27 +129,57 @@ class Watch:
         self.event, self.say = event, say
         self.spikes = Spikes(cfg, stored)
         self.dead: dict[str, int] = {}
-        self.finding: Finding | None = None  # of the last step
+        self.rewinds: Counter[int] = Counter()  # by the step returned to
 
-    def allows(self, step: int, loss: float, norm: float, loss_scale: float | None) -> bool:
-        """Whether the update of a step (from 1) is to be applied. A loss that is not finite is a spike like others,
-        but for fp16, whose overflows are left out anyway, and for policies that have no answer to it."""
+    def decide(self, step: int, loss: float, norm: float, loss_scale: float | None) -> Action:
+        """What becomes of the update of a step (from 1), given its loss and gradient norm.
+
+        An fp16 overflow (`loss_scale` is set) is skipped under every policy. Any other loss or norm that is not finite
+        counts as a spike, but the policies `report` and `stop` have no remedy for it: they let the update go ahead, and
+        `TrainStep.apply` ends the run with the name of the first bad tensor.
+        """
         if self.cfg.dead_every and step % self.cfg.dead_every == 0:
             self._look_for_dead_units(step)
         finite, policy = math.isfinite(loss) and math.isfinite(norm), self.cfg.policy
-        self.finding = None
         if not finite and loss_scale:
             self._tell("overflow", step, loss, norm, loss_scale, loss_scale=loss_scale)
-            return True
+            return "skip"
         finding = self.spikes.look(loss, norm)
         if finite and (finding is None or policy == "report"):
             self.spikes.remember(loss, norm)
         if finding is None or (not finite and policy in ("report", "stop")):
-            return True
-        self.finding = finding
+            return "apply"
         self._tell("spike", step, loss, norm, loss_scale, what=finding.what, usual=finding.usual, action=policy)
         self.say(f"step {step}: {describe(finding, loss, norm)}; {ACTIONS[policy]}; its data are in events.jsonl")
-        return policy == "report"
+        return "apply" if policy == "report" else policy
+
+    def rewind_target(self, run: Path, step: int) -> Path:
+        """The checkpoint in a run's folder that a spike at `step` goes back to: the `watch.back`-th newest of those
+        that led to it.
+
+        Raises TrainingError where none is left, or where returning to it has not helped MAX_REWINDS times.
+        """
+        on_disk = saved_steps(run / "checkpoints")
+        saved = [number for number in history_before(read_events(run), step).saved if number in on_disk]
+        newest = [(number, on_disk[number]) for number in saved[-self.cfg.back :]]
+        targets = self.engine.gather(newest)[0]  # as the first rank sees the disk; other machines' views may lag
+        if not targets:
+            raise TrainingError(
+                f"step {step} is a spike, but no checkpoint of this run is left to go back to; save more often "
+                "(checkpoint.every, checkpoint.steps=[0]), or set watch.policy=skip"
+            )
+        back_to, checkpoint = targets[0]
+        self.rewinds[back_to] += 1
+        if self.rewinds[back_to] > MAX_REWINDS:
+            raise TrainingError(
+                f"step {step} is a spike, and going back to step {back_to} did not help {MAX_REWINDS} times: these "
+                "data alone are not the cause. Go further back (watch.back), or lower optimizer.lr"
+            )
+        return checkpoint
+
+    def restore(self, stored: Mapping[str, Sequence[float]] | None) -> None:
+        """Takes up what a checkpoint remembers of the steps before it."""
+        self.spikes = Spikes(self.cfg, stored)
 
     def _tell(self, event: str, step: int, loss: float, norm: float, scale: float | None, **facts: Any) -> None:
         layers = tensor_statistics(self.engine, scale or 1.0)
@@ -181,18 +222,22 @@ class Cause(NamedTuple):
     what: str
 
 
-def first_cause(models: Sequence[nn.Module], loss: float, again: Callable[[], object]) -> Cause:
+def first_cause(engine: Executor, loss: float, again: Callable[[], object]) -> Cause:
     """Names the first tensor that is not finite, in the order of cause and effect: parameters, loss, gradients.
 
     `again` computes the step once more, so that one can see which activation was the first.
     """
-    parameters = [named for model in models for named in model.named_parameters()]
+
+    def is_finite(tensor: Tensor) -> bool:
+        return bool(engine.local(tensor).isfinite().all())
+
+    parameters = [named for model in engine.models for named in model.named_parameters()]
     gradients = {name: parameter.grad for name, parameter in reversed(parameters)}  # as backward goes
-    bad = next((name for name, grad in gradients.items() if grad is not None and not _is_finite(grad)), None)
-    with first_bad_activation(models) as found:
+    bad = next((name for name, grad in gradients.items() if grad is not None and not is_finite(grad)), None)
+    with first_bad_activation(engine.models, is_finite) as found:
         again()
     for name, parameter in parameters:
-        if not _is_finite(parameter):
+        if not is_finite(parameter):
             return Cause((0, 0, 0), f"the parameter {name}")
     if found and not math.isfinite(loss):
         block, done, module = found[0]
@@ -204,14 +249,11 @@ def first_cause(models: Sequence[nn.Module], loss: float, again: Callable[[], ob
     return Cause((4, 0, 0), "none by itself: the norm of all gradients overflows")
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    """Of a sharded tensor this rank's part counts."""
-    return bool(getattr(tensor, "_local_tensor", tensor).isfinite().all())
-
-
 @contextmanager
-def first_bad_activation(models: Sequence[nn.Module]) -> Iterator[list[tuple[int, int, str]]]:
-    """Watches forward passes; afterwards the list tells the first module whose output is not finite, or is empty.
+def first_bad_activation(
+    models: Sequence[nn.Module], is_finite: Callable[[Tensor], bool]
+) -> Iterator[list[tuple[int, int, str]]]:
+    """Watches forward passes; afterwards the list names the first module whose output is not finite, or is empty.
 
     Block (-1 before the first), modules that were done before, name: the smallest of all ranks' is where it began.
     """
@@ -221,13 +263,15 @@ def first_bad_activation(models: Sequence[nn.Module]) -> Iterator[list[tuple[int
     def look(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: object, output: object) -> None:
             done = next(calls)
-            if not found and isinstance(output, Tensor) and not _is_finite(output):
+            if not found and isinstance(output, Tensor) and not is_finite(output):
                 found.append((place(name), done, name))
 
         return hook
 
     named = [(name, module) for model in models for name, module in model.named_modules() if name]
     handles = [module.register_forward_hook(look(name)) for name, module in named]
-    yield found
-    for handle in handles:
-        handle.remove()
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -110,6 +110,10 @@ class Executor:
         """Where a parameter, or a tensor of its optimizer state, lies in the whole one."""
         return RankPart(tensor.detach(), tuple(tensor.shape), (0,) * tensor.dim(), True)
 
+    def local(self, tensor: Tensor) -> Tensor:
+        """What of a parameter, gradient or activation lies on this rank; it shares memory with the tensor."""
+        return tensor
+
     def saves(self, name: str) -> bool:
         """False where another rank saves this rank's parameter of that name."""
         return True
@@ -190,10 +194,12 @@ class Executor:
         before = [model.training for model in self.models]
         for model in self.models:
             model.eval()
-        with torch.no_grad():
-            yield
-        for model, training in zip(self.models, before, strict=True):
-            model.train(training)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for model, training in zip(self.models, before, strict=True):
+                model.train(training)
 
 
 def micro_loss(model: Any, part: Rows, context: Mapping[str, Any], objective: Objective | None, micro: int) -> Tensor:

@@ -73,6 +73,9 @@ class MeshExecutor(Executor):
     def part(self, tensor: Tensor) -> RankPart:
         return part(tensor)
 
+    def local(self, tensor: Tensor) -> Tensor:
+        return local(tensor)
+
     def saves(self, name: str) -> bool:
         return not (name == "embed.weight" and self.pipeline is not None and not self.pipeline.has_first)
 
@@ -169,12 +172,14 @@ class MeshExecutor(Executor):
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """A forward pass that no backward pass follows leaves parameters gathered; they are sharded again."""
-        with super().evaluating():
-            yield
-        for model in self.models:
-            for module in model.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
+        try:
+            with super().evaluating():
+                yield
+        finally:
+            for model in self.models:
+                for module in model.modules():
+                    if isinstance(module, FSDPModule):
+                        module.reshard()
 
     def _local(self, rows: Rows) -> tuple[Rows, dict[str, Any]]:
         """This context rank's part of the sequences on the device, and what its attention needs besides."""

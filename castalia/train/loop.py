@@ -7,9 +7,8 @@ import os
 import signal
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -24,10 +23,10 @@ from castalia.config.schema import RunConfig
 from castalia.data.loader import Batch, Samples, has_data
 from castalia.data.pairs import Pairs, open_samples
 from castalia.errors import Stopped, TrainingError
+from castalia.evaluate.perplexity import evaluate
 from castalia.observe.display import Display, duration
-from castalia.observe.metrics import Metrics, read_events, truncate_metrics, truncate_records, write_event
-from castalia.observe.watch import Pace, Spikes, Watch, data_of_step
-from castalia.parallel.executor import Executor
+from castalia.observe.metrics import Metrics, truncate_metrics, truncate_records, write_event
+from castalia.observe.watch import Pace, Watch, data_of_step
 from castalia.parallel.launcher import STOP_SIGNALS
 from castalia.parallel.process_group import main_first, process_group
 from castalia.parallel.rendezvous import is_main
@@ -50,14 +49,11 @@ from castalia.train.schedule import is_save_step
 from castalia.train.setup import Session, architecture, find_source, restore, start
 from castalia.train.step import StepResult
 from castalia.train.step_memory import PeakMemory, describe_memory
-from castalia.train.update_history import history_before
 
 TOGETHER_S = 1.0  # signals within this time are one
-MAX_REWINDS = 3  # to one and the same checkpoint
-Evaluate = Callable[[Executor, Iterable[Batch]], Mapping[str, float]]
 
 
-def train(config: RunConfig, evaluate: Evaluate) -> Path:
+def train(config: RunConfig) -> Path:
     """Trains, resumes or fine-tunes as the config says, and returns the run's folder.
 
     Raises Stopped where a signal ended the run, which is saved.
@@ -79,7 +75,7 @@ def train(config: RunConfig, evaluate: Evaluate) -> Path:
         with Display(silent=session.engine.rank > 0) as display:
             show_report(session, display, folder)
             try:
-                with TrainingRun(session, folder, evaluate, display, in_place, job, begin) as run:
+                with TrainingRun(session, folder, display, in_place, job, begin) as run:
                     stopped_by = run.to_the_end()
             except OSError as error:  # a full disk, most often; checkpoints tell so themselves
                 raise TrainingError(f"{folder} cannot be written: {error}; checkpoints are as they were") from error
@@ -129,13 +125,12 @@ class TrainingRun:
         self,
         session: Session,
         folder: Path,
-        evaluate: Evaluate,
         display: Display,
         in_place: bool,
         job: LauncherJob,
         begin: float,  # of the start, by time.monotonic
     ):
-        self.session, self.folder, self.evaluate, self.display = session, folder, evaluate, display
+        self.session, self.folder, self.display = session, folder, display
         self.in_place, self.job, self.is_main = in_place, job, session.engine.rank == 0
         before = session.source.config if session.source and session.resumed else None
         has_tokenizer, batch_size = session.tokenizer is not None, session.plan.batch_size
@@ -149,7 +144,7 @@ class TrainingRun:
         hours = session.config.train.max_hours
         self.end = begin + hours * 3600 if hours else math.inf
         self.unevaluated: dict[str, Any] | None = None  # the last step's record, where its evaluation was cut short
-        self.pace, self.rewound = Pace(self.config.watch.window), Counter[int]()
+        self.pace = Pace(self.config.watch.window)
         self.watch = Watch(
             self.config.watch,
             session.engine,
@@ -283,18 +278,16 @@ class TrainingRun:
         return found
 
     def _step(self) -> tuple[StepResult, float]:
-        session, done = self.session, self.progress.step
+        """One step and what it took in seconds: gradients, then what the spike policy makes of them."""
+        session, step, done = self.session, self.session.step, self.progress.step
         begin = time.perf_counter()
-        try:
-            with self.instruments.around(done + 1):
-                result = session.step(done, session.batch(done), self._judge)
-        except TrainingError as error:
-            data = data_of_step(session.data, session.tokenizer, done)
-            self._event("error", step=done + 1, message=str(error), **data)
-            raise
+        with self._errors_recorded(done), self.instruments.around(done + 1):
+            loss, norm = step.gradients(done, session.batch(done))
+            self.instruments.before_update(done + 1, step.loss_scale or 1.0)
+            action = self.watch.decide(done + 1, loss, norm, step.loss_scale)
+            result = step.apply() if action == "apply" else step.skip()
         seconds = time.perf_counter() - begin
-        finding = self.watch.finding
-        if finding and self.config.watch.policy == "stop":
+        if action == "stop":
             self._stop_at_spike()
         self.progress = Progress(
             step=done + 1,
@@ -304,7 +297,7 @@ class TrainingRun:
             schedule=session.step.rate.stored() | session.exact.stored(),
             watch=self.watch.spikes.stored(),
         )
-        if finding and self.config.watch.policy == "rewind":
+        if action == "rewind":
             self._rewind()
         alike = seconds * session.tokens_of(session.last) / session.tokens_of(done)  # as if all were of one size
         if slow := self.pace.look(alike):
@@ -313,12 +306,15 @@ class TrainingRun:
             self.display.line(f"step {done + 1}: steps take {now / usual:.1f} times as long as before")
         return result, seconds
 
-    def _judge(self, loss: float, norm: float) -> bool:
-        """Whether the update of the step that has its gradients is applied."""
-        scaler, step = self.session.step.scaler, self.progress.step + 1
-        scale = scaler.scale if scaler else None
-        self.instruments.before_update(step, scale or 1.0)
-        return self.watch.allows(step, loss, norm, scale)
+    @contextmanager
+    def _errors_recorded(self, done: int) -> Iterator[None]:
+        """An error that ends the run in the step after `done` becomes an event that names the step's data."""
+        try:
+            yield
+        except TrainingError as error:
+            data = data_of_step(self.session.data, self.session.tokenizer, done)
+            self._event("error", step=done + 1, message=str(error), **data)
+            raise
 
     def _stop_at_spike(self) -> NoReturn:
         before = self.progress.step
@@ -335,31 +331,14 @@ class TrainingRun:
         session, done = self.session, self.progress.step
         self._wait_for_writes()
         self.writer.join()
-        path = session.engine.gather(self._checkpoint_to_return_to(done))[0]
-        if path is None:
-            raise TrainingError(
-                f"step {done} is a spike, but no checkpoint of this run is left to go back to; save more often "
-                "(checkpoint.every, checkpoint.steps=[0]), or set watch.policy=skip"
-            )
-        saved = restore(session, path)
-        self.rewound[saved.step] += 1
-        if self.rewound[saved.step] > MAX_REWINDS:
-            raise TrainingError(
-                f"step {done} is a spike, and going back to step {saved.step} did not help {MAX_REWINDS} times: these "
-                "data alone are not the cause. Go further back (watch.back), or lower optimizer.lr"
-            )
+        saved = restore(session, self.watch.rewind_target(self.folder, done))
         session.step.skipped = saved.skipped + done - saved.step
-        self.watch.spikes = Spikes(self.config.watch, saved.watch)
+        self.watch.restore(saved.watch)
         self.progress = replace(
             self.progress, skipped=session.step.skipped, loss_scale=saved.loss_scale, watch=saved.watch
         )
         self._event("rewind", step=done, back_to=saved.step)
         self.display.line(f"the weights are those of step {saved.step} again; batches up to step {done} are left out")
-
-    def _checkpoint_to_return_to(self, done: int) -> Path | None:
-        on_disk = saved_steps(self.folder / "checkpoints")
-        known = [step for step in history_before(read_events(self.folder), done).saved if step in on_disk]
-        return on_disk[known[-self.config.watch.back :][0]] if known else None
 
     def _record(self, result: StepResult, seconds: float) -> dict[str, float | int]:
         record = {
@@ -402,7 +381,7 @@ class TrainingRun:
         numbers, preference = range(max(0, first), max(0, first) + batches), self.session.step.preference
         rows = self.session.plan.rows_of(self.session.engine.data_rank) if preference else None
         shown = self._until_stopped(numbers, rows)
-        result = preference.evaluate(shown) if preference else self.evaluate(self.session.engine, shown)
+        result = preference.evaluate(shown) if preference else evaluate(self.session.engine, shown)
         if self.cut_short:
             return {}
         self._event("evaluation", step=self.progress.step, **result)

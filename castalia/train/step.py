@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -24,22 +23,39 @@ if TYPE_CHECKING:
     from castalia.train.preference import PreferenceLoss
 
 MAX_SKIPPED_IN_A_ROW = 50
-Judge = Callable[[float, float], bool]  # of a step's loss and gradient norm: whether they may change the model
 
 
 class StepResult(NamedTuple):
-    loss: float
-    grad_norm: float  # before clipping
+    """What a step is recorded by."""
+
+    loss: float  # mean over the tokens of the global batch
+    grad_norm: float  # before clipping, without the loss scale
     lr: float
-    applied: bool  # False where an fp16 overflow or a judge left the update out
+    applied: bool  # False where the update was left out: an fp16 overflow, or a spike
+
+
+class _Gradients(NamedTuple):
+    """A step between its backward pass and its update."""
+
+    step: int  # from 0
+    batch: Batch
+    loss: float
+    norm: float
+    clipped_norm: float  # the norm that clipping goes by
+    lr: float
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.norm)
 
 
 class TrainStep:
-    """Owns what changes from step to step besides model and optimizer: the counters and the loss scale.
+    """One optimizer step in two halves: `gradients`, then `apply` or `skip`. Calling it does both.
 
-    The loss is the sum over all tokens of the global batch over their number; `micro_batch_means` takes the original's
-    mean of micro-batch means instead, `preference` other losses altogether. `gradient_factor` multiplies gradients, but
-    not the loss that is reported.
+    It owns what changes from step to step besides model and optimizer: the number of skipped steps and the loss scale.
+    The loss is the sum over all tokens of the global batch divided by their number. `micro_batch_means` takes
+    GPT-NeoX's mean of micro-batch means instead, `preference` another objective. `gradient_factor` multiplies the
+    gradients but not the reported loss. All methods are called on all ranks together.
     """
 
     def __init__(
@@ -66,38 +82,57 @@ class TrainStep:
         self.skipped, self.preference, self.batch_warmup = skipped, preference, batch_warmup
         self.counted_in_norm = counted_in_norm  # what clipping takes the norm of; None: all gradients
         self.skipped_in_a_row, self.first_compiled = 0, first_compiled
+        self._pending: _Gradients | None = None
 
-    def __call__(self, step: int, batch: Batch, judge: Judge = lambda loss, norm: True) -> StepResult:
-        """Trains on this data rank's part of the batch of `step` (from 0).
+    def __call__(self, step: int, batch: Batch) -> StepResult:
+        """A whole step without a spike policy: only an fp16 overflow leaves its update out."""
+        loss, norm = self.gradients(step, batch)
+        overflowed = self.scaler is not None and not (math.isfinite(loss) and math.isfinite(norm))
+        return self.skip() if overflowed else self.apply()
 
-        `judge` is called on all ranks once the gradients are complete; where it says no the update is left out.
-        Raises TrainingError, on all ranks, where it says yes though loss or gradients are not finite.
+    @property
+    def loss_scale(self) -> float | None:
+        """What the gradients of this step are multiplied by; None unless the model trains in fp16."""
+        return self.scaler.scale if self.scaler else None
+
+    def gradients(self, step: int, batch: Batch) -> tuple[float, float]:
+        """Accumulates the gradients of this data rank's part of the batch of `step` (from 0).
+
+        Returns the loss and the gradient norm before clipping, both over all ranks; either may be infinite or NaN.
+        `apply` or `skip` must follow before the next step. Raises TrainingError if every label is masked.
         """
-        lr = self.rate(step - self.skipped)
-        scale = self.scaler.scale if self.scaler else 1.0
+        scale = self.loss_scale or 1.0
         with eager_before(self.first_compiled, step):
             loss_tensor = self._forward_backward(step, batch, scale)
         norm_tensor = self.engine.gradient_norm()
         clipped_tensor = self.engine.gradient_norm(self.counted_in_norm) if self.counted_in_norm else norm_tensor
-        # The step's only wait for the device.
+        # The only place where a step waits for the device.
         loss, norm, clipped = self.engine.numbers(loss_tensor, norm_tensor, clipped_tensor)
         if self.preference:
             self.preference.make_report()
-        norm, clipped = norm / scale, clipped / scale
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        wanted = judge(loss, norm)
-        if finite and wanted:
-            clip = max(1.0, (clipped + 1e-6) / self.clip_norm) if self.clip_norm else 1.0
-            gradients = self.engine.gradients()
-            if gradients and scale * clip != 1.0:  # a pipeline stage may train nothing
-                torch._foreach_mul_(gradients, 1.0 / (scale * clip))
-            set_rate(self.optimizer, lr)
-            self.optimizer.step()
-        elif wanted and self.scaler is None:
-            raise TrainingError(self._explain(step, batch, loss))
-        self.optimizer.zero_grad(set_to_none=True)
-        self._count(step, finite, finite and wanted)
-        return StepResult(loss, norm, lr, finite and wanted)
+        self._pending = _Gradients(step, batch, loss, norm / scale, clipped / scale, self.rate(step - self.skipped))
+        return loss, norm / scale
+
+    def apply(self) -> StepResult:
+        """Clips the gradients and updates the weights. Raises TrainingError where loss or norm is not finite."""
+        assert self._pending is not None
+        pending, scale = self._pending, self.loss_scale or 1.0
+        if not pending.finite:
+            raise TrainingError(self._explain(pending))
+        clip = max(1.0, (pending.clipped_norm + 1e-6) / self.clip_norm) if self.clip_norm else 1.0
+        gradients = self.engine.gradients()
+        if gradients and scale * clip != 1.0:  # a pipeline stage may train nothing
+            torch._foreach_mul_(gradients, 1.0 / (scale * clip))
+        set_rate(self.optimizer, pending.lr)
+        self.optimizer.step()
+        return self._finish(applied=True)
+
+    def skip(self) -> StepResult:
+        """Drops the gradients. The learning-rate schedule, which counts updates, does not advance.
+
+        Raises TrainingError after MAX_SKIPPED_IN_A_ROW skipped steps, and where the loss scale cannot shrink further.
+        """
+        return self._finish(applied=False)
 
     def _forward_backward(self, step: int, batch: Batch, scale: float) -> torch.Tensor:
         """Leaves scaled gradients of the loss in the parameters; returns the loss, unscaled, on the device."""
@@ -116,19 +151,24 @@ class TrainStep:
             weights = [1.0 / everywhere] * plan.accumulation
         return self.engine.forward_backward(Rows.of(batch), weights, scale * self.gradient_factor, seeds)
 
-    def _count(self, step: int, finite: bool, applied: bool) -> None:
+    def _finish(self, applied: bool) -> StepResult:
+        assert self._pending is not None
+        pending, self._pending = self._pending, None
+        self.optimizer.zero_grad(set_to_none=True)
         if self.scaler:
-            self.scaler.update(overflow=not finite)
+            self.scaler.update(overflow=not pending.finite)
         self.skipped += not applied
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise TrainingError(
-                f"{MAX_SKIPPED_IN_A_ROW} steps in a row, up to step {step + 1}, overflowed or were spikes and were "
-                "skipped; train in bf16 (precision.compute=bf16) or lower optimizer.lr"
+                f"{MAX_SKIPPED_IN_A_ROW} steps in a row, up to step {pending.step + 1}, overflowed or were spikes and "
+                "were skipped; train in bf16 (precision.compute=bf16) or lower optimizer.lr"
             )
+        return StepResult(pending.loss, pending.norm, pending.lr, applied)
 
-    def _explain(self, step: int, batch: Batch, loss: float) -> str:
-        cause = first_cause(self.engine.models, loss, lambda: self._forward_backward(step, batch, 1.0))
+    def _explain(self, pending: _Gradients) -> str:
+        step, loss = pending.step, pending.loss
+        cause = first_cause(self.engine, loss, lambda: self._forward_backward(step, pending.batch, 1.0))
         everyone = self.engine.gather(cause)
         first = min(everyone)
         where = f" on rank {everyone.index(first)}" if self.engine.world > 1 else ""

@@ -46,8 +46,12 @@ def find_rate(config: RunConfig, lowest: float = 1e-6, highest: float = 1.0, ste
     losses: list[float] = []
     while len(losses) < steps and not _diverges(losses, steps):
         number = len(losses)
-        result = session.step(number, session.batch(number), lambda loss, norm: math.isfinite(loss + norm))
-        losses.append(result.loss if math.isfinite(result.grad_norm) or session.step.scaler else math.inf)
+        loss, norm = session.step.gradients(number, session.batch(number))
+        if math.isfinite(loss + norm):
+            session.step.apply()
+        else:
+            session.step.skip()
+        losses.append(loss if math.isfinite(norm) or session.step.scaler else math.inf)
     rates = [session.step.rate(number) for number in range(len(losses))]
     suggestion, at_lowest = suggest(rates, losses)
     notes = session.source.notes if session.source else ()

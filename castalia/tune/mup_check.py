@@ -62,9 +62,11 @@ def activations(model: Transformer, tokens: Tensor) -> dict[str, Tensor]:
     places: dict[str, nn.Module] = {"embed": model.embed}
     places |= {f"blocks.{i}": block for i, block in model.blocks.items()}
     handles = [module.register_forward_hook(keep(name)) for name, module in places.items()]
-    logits = model(tokens)
-    for handle in handles:
-        handle.remove()
+    try:
+        logits = model(tokens)
+    finally:
+        for handle in handles:
+            handle.remove()
     return {**found, "logits": logits[..., : model.cfg.vocab_size]}
 
 

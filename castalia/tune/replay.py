@@ -14,11 +14,10 @@ from castalia.data.tokenizer import Tokenizer
 from castalia.errors import TrainingError
 from castalia.observe.layer_stats import activation_statistics, tensor_statistics
 from castalia.observe.metrics import read_events, read_metrics
+from castalia.observe.update_history import UpdateHistory, history_before
 from castalia.parallel.executor import Rows
 from castalia.plan.run_description import repeats_bits
 from castalia.train.setup import Session, start
-from castalia.train.step import StepResult
-from castalia.train.update_history import UpdateHistory, history_before
 
 
 def replay(run: Path, step: int) -> dict[str, Any]:
@@ -35,10 +34,16 @@ def replay(run: Path, step: int) -> dict[str, Any]:
     for number in range(begin + 1, step):
         if number in way.rewound:
             session.step.skipped += 1
+        elif number in way.skipped:
+            session.step.gradients(number - 1, session.batch(number - 1))
+            session.step.skip()
         else:
-            session.step(number - 1, session.batch(number - 1), _no if number in way.skipped else _yes)
+            session.step(number - 1, session.batch(number - 1))
     sequences = _sequences(session, step - 1)
-    result, layers = _looked_at(session, step - 1)
+    with activation_statistics(session.engine) as activations:
+        session.step.gradients(step - 1, session.batch(step - 1))
+        layers = tensor_statistics(session.engine, session.step.loss_scale or 1.0) | {"activations": activations()}
+    result = session.step.skip()
     record = next((record for record in read_metrics(run) if record["step"] == step), {})
     return {
         "step": step,
@@ -93,20 +98,6 @@ def _batch_size_then(run: Path, begin: int, step: int) -> list[str]:
     return [f"train.batch_size={later[0].batch_size}"] if later else []
 
 
-def _looked_at(session: Session, step: int) -> tuple[StepResult, dict[str, Any]]:
-    """The step (from 0) without its update, and the statistics of all layers."""
-    layers: dict[str, Any] = {}
-    scaler = session.step.scaler
-    with activation_statistics(session.engine) as activations:
-
-        def judge(loss: float, norm: float) -> bool:
-            layers.update(tensor_statistics(session.engine, scaler.scale if scaler else 1.0))
-            layers["activations"] = activations()
-            return False
-
-        return session.step(step, session.batch(step), judge), layers
-
-
 def _sequences(session: Session, step: int) -> list[dict[str, Any]]:
     """The sequences of a step (from 0), the one with the highest mean loss, without dropout, first.
 
@@ -123,14 +114,6 @@ def _sequences(session: Session, step: int) -> list[dict[str, Any]]:
             found["pieces"] = [piece._asdict() for piece in session.data.pieces(position)]
             rows.append(found | {"text": _text(session.tokenizer, batch.tokens[row])})
     return sorted(rows, key=lambda row: -(row["loss"] or 0.0))
-
-
-def _yes(loss: float, norm: float) -> bool:
-    return True
-
-
-def _no(loss: float, norm: float) -> bool:
-    return False
 
 
 def _text(tokenizer: Tokenizer | None, tokens: Any) -> str | None:

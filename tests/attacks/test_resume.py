@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from castalia.config.load import load_run
-from castalia.evaluate.perplexity import evaluate
 from castalia.train.loop import train
 from castalia.train.setup import Session, start
 from tests.attacks.scenes import TINY, Theatre, differences, snapshot
@@ -90,7 +89,7 @@ def test_before_the_first_update_all_is_as_it_was(tiny, tmp_path: Path, optimize
     """Exactly; and then the update, with dropout, which depends on nothing else."""
     words = [f"optimizer.name={optimizer}", f"precision.compute={precision}", "model.hidden_dropout=0.1"]
     config = tiny(tmp_path / "run", *words, "eval.every=null")
-    train(config.model_copy(update={"train": config.train.model_copy(update={"exit_interval": 3})}), evaluate)
+    train(config.model_copy(update={"train": config.train.model_copy(update={"exit_interval": 3})}))
     never = start(config)
     for step in range(3):
         never.step(step, never.batch(step))

@@ -16,8 +16,8 @@ from castalia.data.journal import Journal
 from castalia.data.tokenizer import load_tokenizer, train_bpe
 from castalia.errors import CastaliaError
 from castalia.observe.metrics import read_events, read_last_metrics, read_metrics, truncate_metrics
+from castalia.observe.update_history import history_before
 from castalia.storage.checksum import crc32
-from castalia.train.update_history import history_before
 from tests.checkpoint.made import FAMILIES, made, written
 from tests.checkpoint.test_peft import adapted, hugging_face
 

@@ -7,16 +7,15 @@ import pytest
 
 from castalia.config.schema import RunConfig
 from castalia.errors import ConfigError
-from castalia.evaluate.perplexity import evaluate
 from castalia.observe.sinks import open_sinks, values
 from castalia.train.loop import train
 
 
 def test_the_table_holds_what_the_record_holds_over_a_resume(tiny, tmp_path):
     folder = tmp_path / "run"
-    train(tiny(folder, "log.csv=true", "train.exit_interval=10"), evaluate)
+    train(tiny(folder, "log.csv=true", "train.exit_interval=10"))
     (folder / "metrics.csv").write_text("spoiled")  # it is made anew from the record
-    train(tiny(folder, "log.csv=true", f"checkpoint.resume={folder}"), evaluate)
+    train(tiny(folder, "log.csv=true", f"checkpoint.resume={folder}"))
     with open(folder / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -59,9 +58,9 @@ def test_wandb_offline_keeps_every_step_and_its_id(tiny, tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb", reason="needs the wandb package")
     folder = tmp_path / "run"
     words = ["log.wandb.mode=offline", "log.wandb.project=tiny", "log.wandb.name=first", "train.steps=4"]
-    train(tiny(folder, *words, "train.exit_interval=2"), evaluate)
+    train(tiny(folder, *words, "train.exit_interval=2"))
     key = (folder / "wandb.id").read_text()
-    train(tiny(folder, *words, f"checkpoint.resume={folder}"), evaluate)
+    train(tiny(folder, *words, f"checkpoint.resume={folder}"))
     assert (folder / "wandb.id").read_text() == key
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     expected, deadline = {step["step"]: step["loss"] for step in steps}, time.monotonic() + 60

@@ -16,8 +16,8 @@ from castalia.config.schema import WatchConfig
 from castalia.data.loader import open_data
 from castalia.errors import ConfigError, TrainingError
 from castalia.observe.metrics import read_events, read_metrics
+from castalia.observe.update_history import history_before
 from castalia.observe.watch import Pace, Spikes
-from castalia.train.update_history import history_before
 from castalia.tune.replay import replay
 from tests.train.conftest import MODEL
 

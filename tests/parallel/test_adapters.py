@@ -10,7 +10,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from castalia.checkpoint.opener import open_checkpoint
 from castalia.config.schema import ModelConfig
 from castalia.errors import ConfigError
-from castalia.evaluate.perplexity import evaluate
 from castalia.train.loop import train
 from tests.checkpoint.made import made, written
 from tests.parallel.training import assembled, assert_copies_are_equal, train_steps
@@ -132,7 +131,7 @@ def test_dropout_of_adapters_takes_place_on_each_rank_alone(pool, tuned):
 
 def run_to_the_end(config):
     """A task: the whole run, as `castalia train` does it."""
-    train(config, evaluate)
+    train(config)
 
 
 @SLOW

@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from castalia.checkpoint.opener import open_checkpoint
 from castalia.config.load import load_config, load_run
 from castalia.errors import ConfigError, Stopped, TrainingError
-from castalia.evaluate.perplexity import evaluate
 from castalia.observe.metrics import read_metrics
 from castalia.train.loop import peak_speed, train
 from castalia.train.setup import start
 from tests.parallel.training import assert_copies_are_equal, train_steps
+from tests.train.evaluation_hook import at_evaluation
 
 pytestmark = pytest.mark.xdist_group("pool")
 
@@ -36,32 +36,31 @@ def test_mfu_counts_the_devices_of_all_ranks(pool, tiny):
 
 
 def train_until_a_signal_in_the_evaluation(config):
-    """A task: rank 1 alone gets a signal. Returns how many evaluation batches this rank saw."""
-    seen = []
+    """A task: rank 1 alone gets a signal. Returns how many sequences this rank evaluated."""
+    seen = 0
 
-    def stopped(engine, batches):
-        for batch in batches:
-            seen.append(batch)
-            if engine.rank == 1:
-                signal.raise_signal(signal.SIGTERM)
-        return {"loss": 0.0, "perplexity": 0.0}
+    def stop(tokens):
+        nonlocal seen
+        if not seen and torch.distributed.get_rank() == 1:
+            signal.raise_signal(signal.SIGTERM)
+        seen += len(tokens)
 
-    with pytest.raises(Stopped):
-        train(config, stopped)
-    return len(seen)
+    with pytest.raises(Stopped), at_evaluation(stop):
+        train(config)
+    return seen
 
 
 def test_a_signal_on_one_rank_cuts_the_evaluation_of_all_short(pool, tiny, corpus, tmp_path):
     valid = f'data.valid=[{{"path": "{corpus / "text"}", "labels": "{corpus / "labels"}"}}]'
     config = tiny("neox-parallel", valid, "eval.every=2", "eval.batches=3", f"checkpoint.dir={tmp_path / 'run'}")
-    assert pool.run(train_until_a_signal_in_the_evaluation, 2, config) == [1, 1]
+    assert pool.run(train_until_a_signal_in_the_evaluation, 2, config) == [8, 8]  # one batch of 16 of three
     assert [record["step"] for record in read_metrics(tmp_path / "run")] == [1, 2]
     assert open_checkpoint(tmp_path / "run").progress.step == 2
 
 
 def run_to_the_end(config):
     """A task: the whole run, as `castalia train` does it."""
-    train(config, evaluate)
+    train(config)
 
 
 def losses(folder):

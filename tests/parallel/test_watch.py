@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from castalia.evaluate.perplexity import evaluate
 from castalia.observe.metrics import read_events, read_metrics
 from castalia.train.loop import train
 from castalia.tune.replay import replay
@@ -15,7 +14,7 @@ pytestmark = pytest.mark.xdist_group("pool")
 
 def run_to_the_end(config):
     """A task: the whole run, as `castalia train` does it."""
-    train(config, evaluate)
+    train(config)
 
 
 @pytest.mark.parametrize("layout", [["parallel.zero=1"], pytest.param(["parallel.pp=2"], marks=pytest.mark.slow)])

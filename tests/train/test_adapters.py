@@ -14,7 +14,6 @@ from castalia.config.load import load_config, load_run
 from castalia.config.schema import TokenizerConfig
 from castalia.data.tokenizer import load_tokenizer, train_bpe
 from castalia.errors import CheckpointError, ConfigError, DataError
-from castalia.evaluate.perplexity import evaluate
 from castalia.examine.inspect import report
 from castalia.loading import build_model, load_model
 from castalia.observe.metrics import read_metrics
@@ -66,9 +65,9 @@ def test_adapters_alone_train_and_begin_without_effect(tune, straight, tmp_path)
 def test_a_stopped_run_with_adapters_goes_on_bit_for_bit(tune, tmp_path):
     """Dropout of the model and of the adapters included."""
     common = [*LORA, "precision.compute=bf16"]
-    straight = train(tune(tmp_path / "one", *common), evaluate)
-    folder = train(tune(tmp_path / "two", *common, "train.exit_interval=7"), evaluate)
-    train(load_run(folder, ["train.exit_interval=null"]), evaluate)
+    straight = train(tune(tmp_path / "one", *common))
+    folder = train(tune(tmp_path / "two", *common, "train.exit_interval=7"))
+    train(load_run(folder, ["train.exit_interval=null"]))
     assert [row["loss"] for row in read_metrics(folder)] == [row["loss"] for row in read_metrics(straight)]
     one, two = (open_checkpoint(path, adapters=True) for path in (straight, folder))
     assert moved(values(one), values(two)) == set()
@@ -77,7 +76,7 @@ def test_a_stopped_run_with_adapters_goes_on_bit_for_bit(tune, tmp_path):
 
 
 def test_a_run_with_adapters_opens_as_one_plain_model(tune, tmp_path):
-    run = train(tune(tmp_path / "run", "finetune.lora.rank=4", 'finetune.lora.targets=["attn.qkv", "head"]'), evaluate)
+    run = train(tune(tmp_path / "run", "finetune.lora.rank=4", 'finetune.lora.targets=["attn.qkv", "head"]'))
     plain = open_checkpoint(run)
     assert not any("lora" in name for name in plain.model) and plain.optimizer is None
     assert plain.config.finetune.lora is None
@@ -139,7 +138,7 @@ def words(tmp_path_factory):
             "checkpoint": {"dir": str(folder / "run")},
         }]
     )  # fmt: skip
-    train(config, evaluate)
+    train(config)
     return folder, config
 
 
@@ -156,7 +155,7 @@ def test_new_tokens_begin_as_the_mean_of_all_others(words, tmp_path):
         rows, stored = session.engine.parameters[name].detach(), known.model[name].read()
         assert torch.equal(rows[:old], stored[:old])
         assert torch.allclose(rows[old : old + 3], stored[:old].mean(dim=0).expand(3, -1), atol=1e-7)
-    run = train(tuned, evaluate)
+    run = train(tuned)
     tokenizer = load_tokenizer_for(open_checkpoint(run))
     ids = tokenizer.encode("the word<|end|>")
     assert ids[-1] == old + 2 and tokenizer.decode(ids) == "the word<|end|>"
@@ -187,14 +186,14 @@ def test_what_cannot_be_is_refused(tune, tmp_path, overrides, error, words):
 
 
 def test_inspection_tells_of_the_adapters(tune, tmp_path):
-    run = train(tune(tmp_path / "run", "finetune.lora.rank=2", "train.steps=1"), evaluate)
+    run = train(tune(tmp_path / "run", "finetune.lora.rank=2", "train.steps=1"))
     found = report(open_checkpoint(run, adapters=True))
     assert "a complete float32 + Adam checkpoint" in found["meaning"] and "adapters of rank 2" in found["meaning"]
     assert found["statistics"][0]["kind"] == "adapters" and found["statistics"][0]["tensors"] == 16
 
 
 def test_adapters_that_are_there_already_must_be_those_of_the_config(tune, tmp_path):
-    run = train(tune(tmp_path / "run", "finetune.lora.rank=2", "train.steps=1"), evaluate)
+    run = train(tune(tmp_path / "run", "finetune.lora.rank=2", "train.steps=1"))
     more = tune(tmp_path / "more", f"checkpoint.init_from={run}")
     session = start(more)
     saved = open_checkpoint(run, adapters=True)

@@ -5,7 +5,6 @@ import json
 import pytest
 
 from castalia.errors import CheckpointError
-from castalia.evaluate.perplexity import evaluate
 from castalia.train.loop import train
 
 CHOICES = {
@@ -23,10 +22,10 @@ def losses(folder):
 @pytest.mark.parametrize("name", CHOICES)
 def test_a_stopped_and_resumed_run_is_the_straight_one(tiny, tmp_path, name):
     words = [*CHOICES[name], "train.steps=8", "eval.every=null", "checkpoint.every=null"]
-    straight = losses(train(tiny(tmp_path / "straight", *words), evaluate))
-    folder = train(tiny(tmp_path / "run", *words, "train.exit_interval=4"), evaluate)
-    train(tiny(folder, *words, f"checkpoint.resume={folder}"), evaluate)
+    straight = losses(train(tiny(tmp_path / "straight", *words)))
+    folder = train(tiny(tmp_path / "run", *words, "train.exit_interval=4"))
+    train(tiny(folder, *words, f"checkpoint.resume={folder}"))
     assert losses(folder) == straight
     assert straight[-1] < straight[0]
     with pytest.raises(CheckpointError, match="that of another optimizer.*checkpoint.load_optimizer=false"):
-        train(tiny(folder, *words, "optimizer.name=adamw", f"checkpoint.resume={folder}"), evaluate)
+        train(tiny(folder, *words, "optimizer.name=adamw", f"checkpoint.resume={folder}"))

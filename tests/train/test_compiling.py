@@ -10,7 +10,6 @@ import torch
 from torch._dynamo.exc import BackendCompilerFailed
 
 from castalia.config.schema import complete
-from castalia.evaluate.perplexity import evaluate
 from castalia.loading import load_model
 from castalia.parallel import compile
 from castalia.train import compiling
@@ -70,12 +69,12 @@ def test_blocks_that_cannot_be_compiled_stay_eager_under_auto_alone(tiny, monkey
     monkeypatch.setattr(compile, "missing_compiler", lambda device: None)
     monkeypatch.setattr("castalia.train.setup.plan_compiling", lambda *_: Compiling(1, "a test"))
     words = ["train.steps=3", "eval.every=null", "checkpoint.every=null"]
-    train(tiny(tmp_path / "auto", *words), evaluate)
+    train(tiny(tmp_path / "auto", *words))
     assert capfd.readouterr().err.count("no Python.h") == 1
     with pytest.raises(BackendCompilerFailed, match="no Python.h"):
-        train(tiny(tmp_path / "true", *words, "train.compile=true"), evaluate)
+        train(tiny(tmp_path / "true", *words, "train.compile=true"))
     monkeypatch.setattr("castalia.train.setup.plan_compiling", lambda *_: Compiling(None, "a test"))
-    train(tiny(tmp_path / "eager", *words), evaluate)
+    train(tiny(tmp_path / "eager", *words))
     pairs = zip(*(load_model(tmp_path / name).parameters() for name in ("auto", "eager")), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
@@ -102,9 +101,9 @@ def test_a_run_resumed_before_or_after_the_switch_equals_one_that_never_stopped(
         """What a run of 14 steps ends with that stops once and goes on."""
         words, folder = ["train.steps=14", "eval.every=null", "checkpoint.every=null"], tmp_path / name
         if stop:
-            train(tiny(folder, *words, f"train.exit_interval={stop}"), evaluate)
+            train(tiny(folder, *words, f"train.exit_interval={stop}"))
             words.append(f"checkpoint.resume={folder}")
-        train(tiny(folder, *words), evaluate)
+        train(tiny(folder, *words))
         return dict(load_model(folder).named_parameters())
 
     straight = weights("straight")

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from castalia.cli.train import read_config
-from castalia.evaluate.perplexity import evaluate
 from castalia.observe.display import Display
 from castalia.observe.metrics import read_metrics
 from castalia.train.hardware import had_its_cores, measured_flops, repeat_bits
@@ -50,9 +49,9 @@ def test_what_the_user_gave_cublas_and_nccl_stays(switches, monkeypatch):
 
 def test_a_run_that_asks_for_determinism_has_it_and_the_same_losses_on_a_cpu(switches, tiny, tmp_path):
     options = ["train.steps=2", "eval.batches=0", "train.device=cpu"]
-    train(tiny(tmp_path / "plain", *options), evaluate)
+    train(tiny(tmp_path / "plain", *options))
     assert not torch.are_deterministic_algorithms_enabled()
-    train(tiny(tmp_path / "strict", *options, "train.deterministic=true"), evaluate)
+    train(tiny(tmp_path / "strict", *options, "train.deterministic=true"))
     assert torch.are_deterministic_algorithms_enabled()
     assert losses(tmp_path / "plain") == losses(tmp_path / "strict") != []
 
@@ -81,9 +80,9 @@ def test_a_stopped_run_goes_on_bit_for_bit_on_a_gpu(switches, tiny, tmp_path, op
     """Heads of 64 and sequences of 512, so that several blocks of keys add to one gradient of the queries."""
     large = ["model.hidden_size=256", "data.seq_length=512", "precision.compute=bf16", "model.hidden_dropout=0.1"]
     options = [*large, *options, "train.device=cuda", "train.deterministic=true", "eval.batches=0"]
-    train(tiny(tmp_path / "straight", *options), evaluate)
-    train(tiny(tmp_path / "stopped", *options, "train.exit_interval=10"), evaluate)
-    train(read_config([str(tmp_path / "stopped"), "train.exit_interval=null"]), evaluate)
+    train(tiny(tmp_path / "straight", *options))
+    train(tiny(tmp_path / "stopped", *options, "train.exit_interval=10"))
+    train(read_config([str(tmp_path / "stopped"), "train.exit_interval=null"]))
     assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
     found = replay(tmp_path / "straight", 15)
     assert found["loss_distance"] == found["grad_norm_distance"] == 0

@@ -3,7 +3,6 @@ import json
 import pytest
 import torch
 
-from castalia.evaluate.perplexity import evaluate
 from castalia.observe.layer_stats import activation_statistics, dead_units, tensor_statistics
 from castalia.train.loop import train
 from castalia.train.setup import start
@@ -16,20 +15,15 @@ def records(path):
 def test_statistics_are_those_of_the_whole_step(tiny):
     session = start(tiny("unused", "model.activation=relu"))
     weights = {name: p.detach().clone() for name, p in session.engine.parameters.items()}
-    outputs, gradients = [], {}
+    outputs = []
     block = session.engine.models[0].blocks["1"]
     handle = block.register_forward_hook(lambda module, inputs, output: outputs.append(output.detach()))
     with activation_statistics(session.engine) as activations:
-
-        def judge(loss, norm):
-            gradients.update({name: p.grad.clone() for name, p in session.engine.parameters.items()})
-            gradients["blocks.0.mlp.up.weight"][:3] = 0
-            session.engine.parameters["blocks.0.mlp.up.weight"].grad[:3] = 0
-            found.update(tensor_statistics(session.engine, 8.0), dead=dead_units(session.engine))
-            return True
-
-        found = {}
-        session.step(0, session.batch(0), judge)
+        session.step.gradients(0, session.batch(0))
+        gradients = {name: p.grad.clone() for name, p in session.engine.parameters.items()}
+        gradients["blocks.0.mlp.up.weight"][:3] = 0
+        session.engine.parameters["blocks.0.mlp.up.weight"].grad[:3] = 0
+        found = tensor_statistics(session.engine, 8.0) | {"dead": dead_units(session.engine)}
         blocks = activations()
     handle.remove()
     output = torch.stack(outputs)
@@ -50,7 +44,7 @@ def test_statistics_are_those_of_the_whole_step(tiny):
 def test_a_run_writes_layers_and_a_profile_and_trains_as_without(tiny, straight, tmp_path):
     same = ["model.hidden_dropout=0.1", "precision.compute=bf16"]
     watched = ["log.layers_every=4", "log.profile.start=3", "log.profile.stop=4", "checkpoint.every=null"]
-    folder = train(tiny(tmp_path / "run", *same, *watched, "train.exit_interval=8"), evaluate)
+    folder = train(tiny(tmp_path / "run", *same, *watched, "train.exit_interval=8"))
     layers = records(folder / "layers.jsonl")
     assert [record["step"] for record in layers] == [4, 8]
     assert layers[0]["activations"].keys() == {"blocks.0", "blocks.1"}
@@ -65,7 +59,7 @@ def test_a_run_writes_layers_and_a_profile_and_trains_as_without(tiny, straight,
 
 def test_a_profile_that_the_end_of_the_run_cuts_short_is_written(tiny, tmp_path, capsys):
     open_end = ["log.profile.start=2", "log.profile.stop=100", f"log.profile.dir={tmp_path / 'here'}"]
-    train(tiny(tmp_path / "run", *open_end, "train.steps=2"), evaluate)
+    train(tiny(tmp_path / "run", *open_end, "train.steps=2"))
     assert (tmp_path / "here" / "trace.json").stat().st_size > 0
     said = capsys.readouterr().out
     assert f"profile of steps 2 to 100 in {tmp_path / 'here'}; most time went to" in said

@@ -19,14 +19,14 @@ from castalia.cli.train import read_config, train
 from castalia.config.load import dump_config, load_config
 from castalia.data.loader import open_data
 from castalia.errors import CastaliaError, CheckpointError, ConfigError, Stopped, TrainingError
-from castalia.evaluate.perplexity import evaluate
 from castalia.observe.metrics import read_metrics, write_event
 from castalia.plan.run_plan import RunFacts, report
 from castalia.train.loop import TOGETHER_S, StopSignals, rehearse
-from castalia.train.loop import train as run_with
 from castalia.train.run_folder import begun_by, complete_config, this_job
 from castalia.tune.replay import replay
+from tests.train.evaluation_hook import at_evaluation
 
+ROOT = Path(__file__).parents[2]
 DROPOUT = ("model.hidden_dropout=0.1", "precision.compute=bf16")
 
 
@@ -110,13 +110,15 @@ import os, sys, time
 from pathlib import Path
 from castalia.config.load import load_config
 from castalia.train.loop import train
+from tests.train.evaluation_hook import at_evaluation
 
-def die(engine, batches):  # called in step 15; the checkpoint of step 10 is being written
+def die(tokens):  # called in step 15; the checkpoint of step 10 is being written
     while not (Path(sys.argv[1]) / "run/checkpoints/latest").exists():
         time.sleep(0.01)
     os.kill(os.getpid(), 9)
 
-train(load_config(Path(sys.argv[1]) / "config.yml"), die)
+with at_evaluation(die):
+    train(load_config(Path(sys.argv[1]) / "config.yml"))
 """
 
 
@@ -124,7 +126,9 @@ def test_killed_and_resumed_is_bit_equal_to_never_stopped(straight, tiny, tmp_pa
     config = tiny(tmp_path / "run", *DROPOUT, "eval.every=15")
     (tmp_path / "config.yml").write_text(dump_config(config))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], env=environment, stdout=subprocess.DEVNULL)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)], env=environment, stdout=subprocess.DEVNULL, cwd=ROOT
+    )
     assert killed.returncode == -signal.SIGKILL
     assert len(losses(tmp_path / "run")) == 15  # more than the checkpoint holds
     train(read_config([str(tmp_path / "run")]))
@@ -135,14 +139,9 @@ def test_exit_interval_and_signals_save_and_stop(straight, tiny, tmp_path, capsy
     config = tiny(tmp_path / "run", *DROPOUT, "train.exit_interval=4")
     train(config)
     assert [step for step, *_ in losses(tmp_path / "run")] == [1, 2, 3, 4]
-
-    def terminate(engine, batches):
-        signal.raise_signal(signal.SIGTERM)
-        return evaluate(engine, batches)
-
     again = read_config([str(tmp_path / "run"), "train.exit_interval=null", "eval.every=7"])
-    with pytest.raises(Stopped) as stopped:
-        run_with(again, terminate)
+    with pytest.raises(Stopped) as stopped, at_evaluation(lambda tokens: signal.raise_signal(signal.SIGTERM)):
+        train(again)
     assert stopped.value.signal == signal.SIGTERM
     assert [step for step, *_ in losses(tmp_path / "run")] == [1, 2, 3, 4, 5, 6, 7]
     assert "stopped by SIGTERM after step 7, which is saved; go on with: castalia train" in capsys.readouterr().out
@@ -154,23 +153,26 @@ def test_exit_interval_and_signals_save_and_stop(straight, tiny, tmp_path, capsy
 @pytest.mark.parametrize("options", [[], ["checkpoint.every=5"]], ids=["unsaved", "saved"])
 def test_a_signal_cuts_an_evaluation_short_and_the_next_start_makes_up_for_it(tiny, tmp_path, options):
     config = tiny(tmp_path / "run", "eval.batches=3", "log.csv=true", "train.steps=10", *options)
-    straight = run_with(tiny(tmp_path / "straight", "eval.batches=3", "log.csv=true", "train.steps=10"), evaluate)
-    seen = []
+    straight = tmp_path / "straight"
+    train(tiny(straight, "eval.batches=3", "log.csv=true", "train.steps=10"))
+    seen, before = 0, []
 
-    def stopped(engine, batches):
-        for _batch in batches:
-            seen.append([event["event"] for event in events(tmp_path / "run")])
+    def stop(tokens):
+        nonlocal seen
+        if not seen:
+            before.extend(event["event"] for event in events(tmp_path / "run"))
             signal.raise_signal(signal.SIGTERM)
-        return {"loss": 0.0, "perplexity": 0.0}
+        seen += len(tokens)
 
-    with pytest.raises(Stopped):
-        run_with(config, stopped)
-    assert len(seen) == 1 and ("save" in seen[0]) == bool(options)  # what is to be saved is saved first
+    with pytest.raises(Stopped), at_evaluation(stop):
+        train(config)
+    assert seen == 8  # one batch of three
+    assert ("save" in before) == bool(options)  # what is to be saved is saved first
     assert open_checkpoint(tmp_path / "run").progress.step == 5
     records = list(read_metrics(tmp_path / "run"))
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5]
     assert "valid_loss" not in records[-1]
-    run_with(read_config([str(tmp_path / "run")]), evaluate)
+    train(read_config([str(tmp_path / "run")]))
     found, wanted = ([r.get("valid_loss") for r in read_metrics(folder)] for folder in (tmp_path / "run", straight))
     assert found == wanted and found[4] is not None
     rows, expected = ((folder / "metrics.csv").read_text().splitlines() for folder in (tmp_path / "run", straight))
@@ -489,9 +491,9 @@ def test_tensorboard_gets_what_metrics_get(tiny, tmp_path):
 def test_a_run_that_warms_up_goes_on_as_if_never_stopped(tiny, tmp_path):
     warm = ["data.seq_length_warmup={start: 4, steps: 6}", "train.batch_size_warmup={start: 4, steps: 3}"]
     warm += ["train.steps=8", "train.micro_batch_size=2", "checkpoint.every=4", *DROPOUT]
-    straight = run_with(tiny(tmp_path / "straight", *warm), evaluate)
-    run_with(tiny(tmp_path / "stopped", *warm, "train.exit_interval=4"), evaluate)
-    run_with(read_config([str(tmp_path / "stopped")]), evaluate)
+    straight = train(tiny(tmp_path / "straight", *warm))
+    train(tiny(tmp_path / "stopped", *warm, "train.exit_interval=4"))
+    train(read_config([str(tmp_path / "stopped")]))
     assert_equal_runs(straight, tmp_path / "stopped")
     tokens = [4 * 4, 4 * 8, 8 * 8, 8 * 12, 8 * 12, 8 * 16, 8 * 16, 8 * 16]
     assert [record["tokens"] for record in read_metrics(straight)] == [sum(tokens[:n]) for n in range(1, 9)]

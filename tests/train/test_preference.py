@@ -17,7 +17,6 @@ from castalia.cli.evaluate import write_log_probs
 from castalia.config.load import load_config, load_run
 from castalia.data.indexed import DatasetWriter
 from castalia.errors import ConfigError
-from castalia.evaluate.perplexity import evaluate
 from castalia.examine.facts import from_tensors
 from castalia.loading import load_model
 from castalia.observe.metrics import read_metrics
@@ -70,7 +69,7 @@ def base(pairs, tmp_path_factory) -> Path:
     source = {name: pairs["dpo"][name] for name in ("path", "labels")}
     words = ["data.seq_length=12", "tokenizer.kind=bytes", "precision.compute=fp32", "train.steps=2"]
     words += [f"data.train={json.dumps([source])}", "data.packing=unpacked", "train.batch_size=8"]
-    return train(load_config([], [*MODEL, *words, f"checkpoint.dir={folder}"]), evaluate)
+    return train(load_config([], [*MODEL, *words, f"checkpoint.dir={folder}"]))
 
 
 @pytest.fixture(scope="module")
@@ -164,9 +163,9 @@ def test_the_reference_is_held_in_the_compute_dtype(config, tmp_path):
 
 @pytest.mark.parametrize("objective", ["dpo", "kto", "reward"])
 def test_a_run_learns_and_is_resumed_bit_for_bit(config, tmp_path, objective):
-    straight = history(train(config(objective, tmp_path / "straight"), evaluate))
-    train(config(objective, tmp_path / "run", "train.exit_interval=3"), evaluate)
-    assert history(train(load_run(tmp_path / "run", ["train.exit_interval=null"]), evaluate)) == straight
+    straight = history(train(config(objective, tmp_path / "straight")))
+    train(config(objective, tmp_path / "run", "train.exit_interval=3"))
+    assert history(train(load_run(tmp_path / "run", ["train.exit_interval=null"]))) == straight
     again = replay(tmp_path / "run", 5)
     assert again["loss"] == straight[4]["loss"] and len(again["sequences"]) == (8 if objective == "kto" else 16)
     assert len(straight) == STEPS and straight[-1]["loss"] < straight[0]["loss"]
@@ -184,7 +183,7 @@ def test_the_size_of_micro_batches_does_not_matter(config, tmp_path):
 
 
 def test_stored_references_are_the_live_ones(config, pairs, base, tmp_path, capsys):
-    live = history(train(config("dpo", tmp_path / "live"), evaluate))
+    live = history(train(config("dpo", tmp_path / "live")))
     source = json.loads(json.dumps(pairs["dpo"]))
     for text, name in ((source, "pos"), (source["rejected"], "neg")):
         text["references"] = str(tmp_path / name)
@@ -193,14 +192,14 @@ def test_stored_references_are_the_live_ones(config, pairs, base, tmp_path, caps
     stored = [f"data.{split}={json.dumps([source])}" for split in ("train", "valid")]
     session = start(config("dpo", tmp_path / "stored", *stored))
     assert session.step.preference.reference is None
-    found = history(train(config("dpo", tmp_path / "stored", *stored), evaluate))
+    found = history(train(config("dpo", tmp_path / "stored", *stored)))
     for ours, theirs in zip(found, live, strict=True):  # at first all rewards are 0, and rounding says which is higher
         assert {**ours, "accuracy": 0} == pytest.approx({**theirs, "accuracy": 0}, abs=2e-4)
 
 
 def test_a_reference_of_ones_own_and_none_at_all(config, base, tmp_path):
     other = tmp_path / "other"
-    train(config("dpo", other, "train.steps=3"), evaluate)
+    train(config("dpo", other, "train.steps=3"))
     results = {}
     for name, words in {
         "own": [f"preference.reference={other}"],
@@ -219,7 +218,7 @@ def test_without_a_checkpoint_the_initial_weights_are_the_reference(config, base
     for name, parameter in first.engine.parameters.items():
         assert torch.equal(parameter, first.step.preference.reference.parameters[name])
         assert not first.step.preference.reference.parameters[name].requires_grad
-    train(scratch, evaluate)
+    train(scratch)
     resumed = start(load_run(tmp_path / "run"))
     for name, parameter in resumed.step.preference.reference.parameters.items():
         assert torch.equal(
@@ -250,7 +249,7 @@ def test_plan_knows_pairs_and_the_reference(config, tmp_path, capsys, objective)
 
 
 def test_a_reward_model_judges_and_predicts_no_tokens(config, base, tmp_path):
-    run = train(config("reward", tmp_path / "run"), evaluate)
+    run = train(config("reward", tmp_path / "run"))
     model = load_model(run)
     names = [name for name, _ in model.named_parameters()]
     assert "reward.weight" in names and "head.weight" not in names

@@ -1,3 +1,3 @@
 """The runs of the training tests."""
 
-from tests.train.conftest import corpus, one_thread, tiny  # noqa: F401
+from tests.train.conftest import corpus, one_thread, straight, tiny  # noqa: F401
