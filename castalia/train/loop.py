@@ -33,6 +33,7 @@ from castalia.parallel.rendezvous import is_main
 from castalia.plan.flops import training_flops
 from castalia.train.hardware import choose_device, keep_freed_memory, peak_flops
 from castalia.train.instruments import LAYERS, Instruments
+from castalia.train.resolve import architecture, find_source
 from castalia.train.run_folder import (
     LauncherJob,
     begun_by,
@@ -46,7 +47,7 @@ from castalia.train.run_folder import (
 )
 from castalia.train.run_header import planned_layout, show_first_loss, show_report
 from castalia.train.schedule import is_save_step
-from castalia.train.setup import Session, architecture, find_source, restore, start
+from castalia.train.setup import Session, restore, start
 from castalia.train.step import StepResult
 from castalia.train.step_memory import PeakMemory, describe_memory
 
@@ -294,7 +295,7 @@ class TrainingRun:
             skipped=session.step.skipped,
             tokens=self.progress.tokens + session.tokens_of(done),
             loss_scale=session.step.scaler.state() if session.step.scaler else None,
-            schedule=session.step.rate.stored() | session.exact.stored(),
+            schedule=session.step.rate.stored() | session.quirks.stored(),
             watch=self.watch.spikes.stored(),
         )
         if action == "rewind":

@@ -186,7 +186,7 @@ def restored(session: Session) -> Iterator[tuple[str, str, str]]:
         return
     if config.checkpoint.load_optimizer:
         yield "fp32 masters", "restored", "the optimizer's own copies" if source.format != "native" else "the weights"
-        old, now = source.summed_micro_batches, session.exact.gradient_factor
+        old, now = source.summed_micro_batches, session.quirks.gradient_factor
         why = f"of {len(source.optimizer or ())} tensors"
         if old != now:
             factor = f"divided by {old} and {old}^2" if now == 1 else f"multiplied by {now}/{old} and its square"
