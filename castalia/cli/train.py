@@ -43,7 +43,7 @@ def command(
         relaunch(nproc, arguments, max_restarts=0 if dry_run else RESTARTS)
     if dry_run:
         require_files(config)
-        from castalia.train.loop import rehearse
+        from castalia.train.dry_run import rehearse
 
         rehearse(config)
     else:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 from castalia.checkpoint.formats.native.read import saved_steps
@@ -20,38 +17,31 @@ from castalia.checkpoint.restore import optimizer_state
 from castalia.checkpoint.tensors import Progress, Shard
 from castalia.config.load import TOKENIZER, load_run
 from castalia.config.schema import RunConfig
-from castalia.data.loader import Batch, Samples, has_data
-from castalia.data.pairs import Pairs, open_samples
 from castalia.errors import Stopped, TrainingError
-from castalia.evaluate.perplexity import evaluate
-from castalia.observe.display import Display, duration
+from castalia.observe.display import Display
 from castalia.observe.metrics import Metrics, truncate_metrics, truncate_records, write_event
 from castalia.observe.watch import Pace, Watch, data_of_step
-from castalia.parallel.launcher import STOP_SIGNALS
-from castalia.parallel.process_group import main_first, process_group
+from castalia.parallel.process_group import process_group
 from castalia.parallel.rendezvous import is_main
-from castalia.plan.flops import training_flops
-from castalia.train.hardware import choose_device, keep_freed_memory, peak_flops
+from castalia.train.hardware import choose_device, keep_freed_memory
 from castalia.train.instruments import LAYERS, Instruments
-from castalia.train.resolve import architecture, find_source
+from castalia.train.resolve import refuse_folder_in_use
 from castalia.train.run_folder import (
     LauncherJob,
     begun_by,
     complete_config,
     continues,
-    holds_checkpoint,
-    refuse_second_start,
     run_folder,
     this_job,
     write_config,
 )
-from castalia.train.run_header import planned_layout, show_first_loss, show_report
+from castalia.train.run_header import show_first_loss, show_report
 from castalia.train.schedule import is_save_step
 from castalia.train.setup import Session, restore, start
 from castalia.train.step import StepResult
-from castalia.train.step_memory import PeakMemory, describe_memory
-
-TOGETHER_S = 1.0  # signals within this time are one
+from castalia.train.step_record import peak_speed, step_record
+from castalia.train.stop_signals import StopSignals
+from castalia.train.validation import Validation
 
 
 def train(config: RunConfig) -> Path:
@@ -69,7 +59,7 @@ def train(config: RunConfig) -> Path:
             config = load_run(folder)
         in_place = restarted or continues(config, folder)
         if not in_place:
-            _refuse_folder_in_use(config, folder)
+            refuse_folder_in_use(config, folder)
         if is_main():
             refuse_if_in_use(folder / "checkpoints")  # the saver asks again, but when all is loaded
         session = start(config)
@@ -83,40 +73,6 @@ def train(config: RunConfig) -> Path:
     if stopped_by:
         raise Stopped(f"stopped; go on with: castalia train {folder}", signal.Signals[stopped_by])
     return folder
-
-
-def _refuse_folder_in_use(config: RunConfig, folder: Path) -> None:
-    if config.checkpoint.init_from and holds_checkpoint(folder):
-        architecture(config, find_source(config))  # worse than a folder in use is a checkpoint of another model
-    refuse_second_start(folder)
-
-
-def rehearse(config: RunConfig) -> None:
-    """Everything up to and including one step, and a report. Nothing is written."""
-    keep_freed_memory()
-    folder = run_folder(config)
-    if not continues(config, folder):
-        _refuse_folder_in_use(config, folder)
-    with process_group(choose_device(config.train.device).type, config.parallel.timeout):
-        _rehearse(start(config), folder)
-
-
-def _rehearse(session: Session, folder: Path) -> None:
-    with Display(silent=session.engine.rank > 0) as display:
-        show_report(session, display, folder)
-        done = session.progress.step
-        begin = time.perf_counter()
-        with PeakMemory(session.device) as memory:
-            result = session.step(done, session.batch(done))
-        seconds = time.perf_counter() - begin
-        show_first_loss(session, result.loss, display)
-        display.line(describe_memory(session, planned_layout(session), memory.bytes))
-        left = session.last - done
-        display.line(
-            f"one step took {seconds:.2f} s, {session.tokens_of(done) / seconds:,.0f} tokens/s (the first is slow); "
-            f"{left:,} steps at this pace {duration(seconds * left)}"
-        )
-        display.line("dry run: the folder of the run was not touched")
 
 
 class TrainingRun:
@@ -139,9 +95,7 @@ class TrainingRun:
         self.config = complete_config(session.config, folder, has_tokenizer, batch_size, began_from)
         self.progress = session.progress
         self.saved_step: int | None = session.progress.step if in_place and session.resumed else None
-        with main_first():  # as the training data: it builds the index files that the others then find
-            self.valid = _validation_data(session.config)
-        self.signals, self.cut_short = StopSignals(), False
+        self.validation, self.signals = Validation(session), StopSignals()
         hours = session.config.train.max_hours
         self.end = begin + hours * 3600 if hours else math.inf
         self.unevaluated: dict[str, Any] | None = None  # the last step's record, where its evaluation was cut short
@@ -181,7 +135,7 @@ class TrainingRun:
         write_config(folder, self.config)
         truncate_records(folder / "events.jsonl")
         truncate_records(folder / LAYERS, self.progress.step)
-        self.unevaluated = truncate_metrics(folder, self.progress.step, self._evaluates(self.progress.step))
+        self.unevaluated = truncate_metrics(folder, self.progress.step, self.validation.is_due(self.progress.step))
         source = session.source.path if session.source else None
         facts = {"source": source, "data_fingerprint": session.data.fingerprint, **self.job._asdict()}
         self._event("start", step=self.progress.step, **facts)
@@ -220,8 +174,8 @@ class TrainingRun:
             while self.progress.step < last and not self._is_to_stop(seconds):
                 result, seconds = self._step()
                 done = self.progress.step
-                record = self._record(result, seconds)
-                evaluates = self._evaluates(done)
+                record = step_record(session, self.progress, result, seconds)
+                evaluates = self.validation.is_due(done)
                 if self.is_main:
                     (self.metrics.note if evaluates else self.metrics.write)(record)
                 if done == first:
@@ -341,62 +295,15 @@ class TrainingRun:
         self._event("rewind", step=done, back_to=saved.step)
         self.display.line(f"the weights are those of step {saved.step} again; batches up to step {done} are left out")
 
-    def _record(self, result: StepResult, seconds: float) -> dict[str, float | int]:
-        record = {
-            "step": self.progress.step,
-            "loss": result.loss,
-            "lr": result.lr,
-            "grad_norm": result.grad_norm,
-            "tokens": self.progress.tokens,
-            "tokens_per_second": round(self.session.tokens_of(self.progress.step - 1) / seconds, 1),
-            "seconds": round(seconds, 6),
-        }
-        if self.session.step.preference:
-            record |= self.session.step.preference.report
-        if self.session.step.scaler:
-            record["loss_scale"] = self.session.step.scaler.scale
-        if self.session.step.scaler or self.progress.skipped:
-            record["skipped"] = self.progress.skipped
-        return record
-
-    def _evaluates(self, done: int) -> bool:
-        every = self.session.config.eval.every
-        return self.valid is not None and (
-            bool(every and done % every == 0) or (self.session.config.eval.at_end and done == self.session.last)
-        )
-
     def _evaluated(self, record: dict[str, Any]) -> dict[str, Any]:
-        """The last step's record, with what the evaluation finds unless a signal cuts it short; it is written."""
-        record = record | self._evaluation()
+        """The last step's record with the results of its evaluation, unless a signal cuts that short. Written."""
+        result = self.validation.run(self.progress.step, self._is_to_stop)
+        if result is not None:
+            self._event("evaluation", step=self.progress.step, **result)
+            record = record | self.validation.recorded(result)
         if self.is_main:
             self.metrics.write(record)
         return record
-
-    def _evaluation(self) -> dict[str, float]:
-        """The n-th evaluation takes the n-th stretch of the validation data, as the original's iterator does."""
-        self.cut_short = self._is_to_stop()
-        if self.cut_short:
-            return {}
-        every, batches = self.session.config.eval.every, self.session.config.eval.batches
-        first = (self.progress.step // every - 1) * batches if every else 0
-        numbers, preference = range(max(0, first), max(0, first) + batches), self.session.step.preference
-        rows = self.session.plan.rows_of(self.session.engine.data_rank) if preference else None
-        shown = self._until_stopped(numbers, rows)
-        result = preference.evaluate(shown) if preference else evaluate(self.session.engine, shown)
-        if self.cut_short:
-            return {}
-        self._event("evaluation", step=self.progress.step, **result)
-        names = result if preference else ("loss", "perplexity")
-        return {f"valid_{name}": result[name] for name in names}
-
-    def _until_stopped(self, numbers: range, rows: list[int] | None) -> Iterator[Batch]:
-        """Batches of the validation data; none follows a signal."""
-        assert self.valid is not None
-        for number in numbers:
-            yield self.valid.batch(number, rows)
-            self.cut_short = number < numbers[-1] and self._is_to_stop()
-            if self.cut_short:
-                return
 
     def _finish(self, stopped_by: str | None, why: str) -> None:
         if self.saved_step != self.progress.step:
@@ -411,48 +318,3 @@ class TrainingRun:
             )
         else:
             self.display.line(f"done: {step} steps, {self.progress.tokens:,} tokens, in {self.folder}")
-
-
-def peak_speed(session: Session) -> float | None:
-    """Tokens per second of the whole run at the peak matmul rate of all its devices, one for each rank."""
-    tflops = session.config.log.peak_tflops
-    peak = tflops * 1e12 if tflops else peak_flops(session.device, session.dtype)
-    per_token = training_flops(session.config.model, session.config.data.seq_length)
-    return peak * session.engine.world / per_token if peak else None
-
-
-class StopSignals:
-    """While open, the first of the signals that ask for an end is noted and a later one kills.
-
-    Launchers pass on what the terminal has sent to all already, so what comes with the first one does not count.
-    """
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        self.since = 0.0
-        self._before: dict[signal.Signals, object] = {}
-
-    def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():  # signals reach no other thread
-            for number in STOP_SIGNALS:
-                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup: it is to go on
-                    self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received and time.monotonic() - self.since > TOGETHER_S:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        if not self.received:
-            self.received, self.since = signal.Signals(number).name, time.monotonic()
-            if is_main():
-                os.write(2, f"{self.received}: this step ends and is saved; again to stop at once\n".encode())
-
-
-def _validation_data(config: RunConfig) -> Samples | Pairs | None:
-    wanted = config.eval.batches > 0 and (config.eval.every is not None or config.eval.at_end)
-    return open_samples(config, "valid") if wanted and has_data(config, "valid") else None

@@ -6,6 +6,7 @@ Everything here is decided before a model is built. Called on all ranks together
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from castalia.train.compiling import Compiling, plan_compiling
 from castalia.train.hardware import DTYPES, choose_device, choose_dtype, name_of
 from castalia.train.reference_model import as_reward_model, needs_reference, with_reference, with_reward_head
 from castalia.train.run_facts import refuse_foreign_tokens
-from castalia.train.run_folder import holds_checkpoint, run_folder
+from castalia.train.run_folder import holds_checkpoint, refuse_second_start, run_folder
 from castalia.train.trainable import what_trains
 
 # Properties of the model that a new run may choose differently from the checkpoint that it starts from.
@@ -92,6 +93,14 @@ def find_source(config: RunConfig) -> Checkpoint | None:
     if path is None:
         return None
     return open_checkpoint(path, step=wanted.step, adapters=True)
+
+
+def refuse_folder_in_use(config: RunConfig, folder: Path) -> None:
+    """Raises TrainingError if a new run would begin in a folder that holds one; CheckpointError, which matters more, if
+    the checkpoint that it would begin from is of another model."""
+    if config.checkpoint.init_from and holds_checkpoint(folder):
+        architecture(config, find_source(config))
+    refuse_second_start(folder)
 
 
 def open_reference(config: RunConfig) -> Checkpoint | None:

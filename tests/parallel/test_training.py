@@ -14,8 +14,9 @@ from castalia.checkpoint.opener import open_checkpoint
 from castalia.config.load import load_config, load_run
 from castalia.errors import ConfigError, Stopped, TrainingError
 from castalia.observe.metrics import read_metrics
-from castalia.train.loop import peak_speed, train
+from castalia.train.loop import train
 from castalia.train.setup import start
+from castalia.train.step_record import peak_speed
 from tests.parallel.training import assert_copies_are_equal, train_steps
 from tests.train.evaluation_hook import at_evaluation
 

@@ -21,8 +21,9 @@ from castalia.data.loader import open_data
 from castalia.errors import CastaliaError, CheckpointError, ConfigError, Stopped, TrainingError
 from castalia.observe.metrics import read_metrics, write_event
 from castalia.plan.run_plan import RunFacts, report
-from castalia.train.loop import TOGETHER_S, StopSignals, rehearse
+from castalia.train.dry_run import rehearse
 from castalia.train.run_folder import begun_by, complete_config, this_job
+from castalia.train.stop_signals import TOGETHER_S, StopSignals
 from castalia.tune.replay import replay
 from tests.train.evaluation_hook import at_evaluation
 
@@ -212,7 +213,7 @@ def test_a_run_ends_when_its_hours_are_over(tiny, tmp_path, capsys):
 HUNG_UP = """
 import signal, sys
 signal.signal(signal.SIGHUP, signal.SIG_IGN if sys.argv[1] == "nohup" else signal.SIG_DFL)
-from castalia.train.loop import StopSignals
+from castalia.train.stop_signals import StopSignals
 with StopSignals() as signals:
     signal.raise_signal(signal.SIGHUP)
     print(signals.received)

@@ -20,7 +20,8 @@ from castalia.errors import ConfigError
 from castalia.examine.facts import from_tensors
 from castalia.loading import load_model
 from castalia.observe.metrics import read_metrics
-from castalia.train.loop import rehearse, train
+from castalia.train.dry_run import rehearse
+from castalia.train.loop import train
 from castalia.train.setup import start
 from castalia.tune.replay import replay
 from tests.train.conftest import MODEL

@@ -18,7 +18,7 @@ from castalia.data.indexed import DatasetWriter
 from castalia.errors import DataError
 from castalia.plan.run_description import attention
 from castalia.plan.run_plan import training, warnings
-from castalia.train.loop import rehearse
+from castalia.train.dry_run import rehearse
 from castalia.train.run_facts import collect_run_facts, kept_checkpoints
 from castalia.train.run_header import facts, known_to, planned_layout, restored
 from castalia.train.setup import start

@@ -15,7 +15,7 @@ from castalia.data.loader import batch_at
 from castalia.errors import CheckpointError
 from castalia.loading import load_model
 from castalia.observe.metrics import read_metrics
-from castalia.train.loop import rehearse
+from castalia.train.dry_run import rehearse
 from tests.checkpoint.neox_writer import write
 
 POSTER = """{

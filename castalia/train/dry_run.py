@@ -1,0 +1,44 @@
+"""`castalia train --dry-run`: everything up to and including one step, without writing anything."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from castalia.config.schema import RunConfig
+from castalia.observe.display import Display, duration
+from castalia.parallel.process_group import process_group
+from castalia.train.hardware import choose_device, keep_freed_memory
+from castalia.train.resolve import refuse_folder_in_use
+from castalia.train.run_folder import continues, run_folder
+from castalia.train.run_header import planned_layout, show_first_loss, show_report
+from castalia.train.setup import Session, start
+from castalia.train.step_memory import PeakMemory, describe_memory
+
+
+def rehearse(config: RunConfig) -> None:
+    """Sets the run up, trains one step in memory and reports its loss, memory and speed."""
+    keep_freed_memory()
+    folder = run_folder(config)
+    if not continues(config, folder):
+        refuse_folder_in_use(config, folder)
+    with process_group(choose_device(config.train.device).type, config.parallel.timeout):
+        _show_one_step(start(config), folder)
+
+
+def _show_one_step(session: Session, folder: Path) -> None:
+    with Display(silent=session.engine.rank > 0) as display:
+        show_report(session, display, folder)
+        done = session.progress.step
+        begin = time.perf_counter()
+        with PeakMemory(session.device) as memory:
+            result = session.step(done, session.batch(done))
+        seconds = time.perf_counter() - begin
+        show_first_loss(session, result.loss, display)
+        display.line(describe_memory(session, planned_layout(session), memory.bytes))
+        left = session.last - done
+        display.line(
+            f"one step took {seconds:.2f} s, {session.tokens_of(done) / seconds:,.0f} tokens/s (the first is slow); "
+            f"{left:,} steps at this pace {duration(seconds * left)}"
+        )
+        display.line("dry run: the folder of the run was not touched")

@@ -1,0 +1,61 @@
+"""The evaluations of a run on its validation data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from castalia.config.schema import RunConfig
+from castalia.data.loader import Batch, Samples, has_data
+from castalia.data.pairs import Pairs, open_samples
+from castalia.evaluate.perplexity import evaluate
+from castalia.parallel.process_group import main_first
+from castalia.train.setup import Session
+
+
+class Validation:
+    """The validation data of a run and when they are looked at. Every method is called on all ranks together."""
+
+    def __init__(self, session: Session) -> None:
+        self.session, self.cfg, self.cut_short = session, session.config.eval, False
+        with main_first():  # it builds the index files that the other ranks then find
+            self.data = _open_data(session.config)
+
+    def is_due(self, step: int) -> bool:
+        """Whether the run evaluates once `step` steps are done."""
+        periodic = bool(self.cfg.every and step % self.cfg.every == 0)
+        return self.data is not None and (periodic or (self.cfg.at_end and step == self.session.last))
+
+    def run(self, step: int, is_to_stop: Callable[[], bool]) -> dict[str, float] | None:
+        """Loss and what else is measured after `step` steps; None where `is_to_stop` says so before the last batch.
+
+        The n-th evaluation takes the n-th stretch of the validation data, as GPT-NeoX's iterator does.
+        """
+        if is_to_stop():
+            return None
+        every, batches = self.cfg.every, self.cfg.batches
+        first = max(0, (step // every - 1) * batches if every else 0)
+        preference, self.cut_short = self.session.step.preference, False
+        shown = self._batches(range(first, first + batches), is_to_stop)
+        result = preference.evaluate(shown) if preference else evaluate(self.session.engine, shown)
+        return None if self.cut_short else result
+
+    def recorded(self, result: Mapping[str, float]) -> dict[str, float]:
+        """The part of a result that belongs into the step's record."""
+        names = result if self.session.step.preference else ("loss", "perplexity")
+        return {f"valid_{name}": result[name] for name in names}
+
+    def _batches(self, numbers: range, is_to_stop: Callable[[], bool]) -> Iterator[Batch]:
+        """Batches of the validation data, of preferences this data rank's part of them, until a stop is asked for."""
+        assert self.data is not None
+        has_parts = self.session.step.preference is not None
+        rows = self.session.plan.rows_of(self.session.engine.data_rank) if has_parts else None
+        for number in numbers:
+            yield self.data.batch(number, rows)
+            self.cut_short = number < numbers[-1] and is_to_stop()
+            if self.cut_short:
+                return
+
+
+def _open_data(config: RunConfig) -> Samples | Pairs | None:
+    wanted = config.eval.batches > 0 and (config.eval.every is not None or config.eval.at_end)
+    return open_samples(config, "valid") if wanted and has_data(config, "valid") else None
