@@ -1,10 +1,10 @@
-"""The optimizer with its groups of parameters, the gradient norm, and fp16's loss scale."""
+"""The optimizer with its groups of parameters, and fp16's loss scale."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ def make_optimizer(
     `summed_bias_ranks` multiplies the rate of row-parallel biases: where the original added T copies of such a bias,
     each of them took a full step. `width_multiplier` is muP's: width over the width that the rates were found at.
     `elsewhere`: names of tensors that train on other ranks.
-    Raises ConfigError if an entry of `optimizer.groups` matches nothing, or the optimizer cannot have sharded tensors.
+    Raises ConfigError if an entry of `optimizer.groups` matches nothing.
     """
     trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
     for group in cfg.groups:
@@ -42,8 +42,6 @@ def make_optimizer(
         if not any(fits(group.match, name) for name in names):
             known = ", ".join(dict.fromkeys(re.sub(r"^blocks\.\d+", "blocks.0", name) for name in names))
             raise ConfigError(f"optimizer.groups: {group.match!r} matches no tensor that trains; there are {known}")
-    if cfg.name == "adafactor" and any(map(_is_sharded, trained.values())):
-        raise ConfigError("optimizer.name=adafactor needs whole tensors, which sharded ranks do not hold; use adamw")
     kinds: dict[str, dict[tuple[float, float], list[nn.Parameter]]] = defaultdict(lambda: defaultdict(list))
     for name, parameter in trained.items():
         row = row_of(name.removeprefix(DUPLICATE))
@@ -85,10 +83,6 @@ def _blocks_above(name: str, num_layers: int) -> int:
     return num_layers if kind in ("embed", "positions") else 0
 
 
-def _is_sharded(parameter: nn.Parameter) -> bool:
-    return not all(placement.is_replicate() for placement in getattr(parameter, "placements", ()))
-
-
 def _optimizer(kind: str, groups: list[dict[str, Any]], cfg: OptimizerConfig) -> torch.optim.Optimizer:
     match kind:
         case "lion":
@@ -128,15 +122,6 @@ def rescale_moments(optimizer: AnyOptimizer, old: int, new: int) -> None:
 def set_rate(optimizer: AnyOptimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
-
-
-def gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    return [p.grad for p in parameters if p.grad is not None]
-
-
-def gradient_norm(grads: list[Tensor]) -> Tensor:
-    """L2 norm over all gradients, on their device; not finite if any element is not."""
-    return torch.nn.utils.get_total_norm(grads)
 
 
 class LossScaler:

@@ -14,7 +14,7 @@ from castalia.parallel.apply import apply_recompute
 from castalia.plan.layout import Layout, Stage, problem, stages
 from castalia.plan.memory import Compute, Rank, activations, attending, memory_by_stage, moments_of
 from castalia.train.hardware import name_of
-from castalia.train.optimizer import gradient_norm, gradients, make_optimizer
+from castalia.train.optimizer import make_optimizer
 from castalia.train.preference import dpo, reward_model
 
 LENGTH = 128
@@ -70,7 +70,8 @@ def peak_bytes(model: ModelConfig, layout: Layout, dtype: torch.dtype, compute: 
         tokens = torch.randint(0, 100, (compute.sides * layout.micro_batch, LENGTH))
         for _ in range(layout.accumulation):
             loss(tokens).backward()
-        torch._foreach_mul_(gradients(transformer.parameters()), 1 / gradient_norm(gradients(transformer.parameters())))
+        gradients = [p.grad for p in transformer.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, 1 / torch.nn.utils.get_total_norm(gradients))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
