@@ -7,27 +7,18 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from castalia.checkpoint.compare import Relation, equal, in_order, relate
 from castalia.checkpoint.tensors import AdamState, Checkpoint
 from castalia.config.schema import ModelConfig
+from castalia.config.tensor_table import Kind, row_of
 from castalia.examine.verify import state_tensors
 
 Verdict = Literal[
     "identical", "dtype", "padding", "layout", "transposed", "bias_summed", "halves_swapped", "tied",
     "fine_tune", "siblings", "same_init", "unrelated", "other_architecture", "not_finite",
 ]  # fmt: skip
-PARTS = {  # kinds of layers that are drawn at random, in the order of the tables
-    "embed.weight": "embedding",
-    "positions.weight": "positions",
-    "attn.qkv.weight": "QKV",
-    "attn.out.weight": "attention out",
-    "mlp.up.weight": "MLP up",
-    "mlp.gate.weight": "MLP gate",
-    "mlp.down.weight": "MLP down",
-    "head.weight": "head",
-}
 EXPLAINED = ("transposed", "layout", "bias_summed", "halves_swapped")  # exact, but another model if read alike
 # Settings that change the random draw of a run with the same seed, in programs that draw on each rank or device.
 CAUSES = (
@@ -123,8 +114,9 @@ def _told(model: ModelConfig) -> dict[str, object]:
 
 def _parts(relations: Mapping[str, Relation]) -> tuple[PartRatio, ...]:
     found = []
-    for ending, part in PARTS.items():
-        figures = [r.figures for name, r in relations.items() if name.endswith(ending) and r.figures]
+    drawn = {name: r.figures for name, r in relations.items() if r.figures and row_of(name).is_drawn}
+    for part in get_args(Kind):
+        figures = [f for name, f in drawn.items() if row_of(name).kind == part]
         if figures:
             count = sum(each.count for each in figures)
             std_a, std_b = (
@@ -162,13 +154,13 @@ def _judge(
         sound = {name: relation for name, relation in relations.items() if name not in broken}
         rest = f"; the others: {_judge(a, b, sound, _parts(sound))[1]}" if sound else ""
         return "not_finite", f"{len(broken)} tensors hold NaN or infinite values, {broken[0]} first{rest}"
-    matrices = {name: r for name, r in relations.items() if name.endswith(tuple(PARTS)) and not r.exact}
+    matrices = {name: r for name, r in relations.items() if row_of(name).is_drawn and not r.exact}
     moved = [name for name, relation in matrices.items() if relation.kind == "moved"]
     if moved and (one_seed := _one_seed(a, b)):
         return "siblings", f"{one_seed}: {_moved(relations, matrices, moved)}"
     if len(moved) * 2 >= len(matrices):
         return "fine_tune", f"{_descent(a, b)}: {_moved(relations, matrices, moved)}"
-    constant = {name: r for name, r in relations.items() if not name.endswith(tuple(PARTS))}
+    constant = {name: r for name, r in relations.items() if not row_of(name).is_drawn}
     untouched = all(relation.harmless for relation in constant.values())
     if untouched and not moved and all(abs(part.ratio - 1) < SAME_STD + 4 * part.error for part in parts):
         return "same_init", _same_init(relations, matrices, parts)

@@ -202,7 +202,8 @@ def test_equal_init_methods_with_different_draws() -> None:
         "50 of 76 tensors bit-identical: all norms and biases; the 26 that differ are exactly the random matrices"
     )
     assert "same init method, different random draw" in found.words
-    assert [part.part for part in found.parts] == ["embedding", "QKV", "attention out", "MLP up", "MLP down", "head"]
+    parts = [part.part for part in found.parts]
+    assert parts == ["embedding", "head", "attention qkv", "attention out", "mlp up", "mlp down"]
     assert all(part.ratio == pytest.approx(1, abs=0.03) for part in found.parts)
     wider = diff(at_step_0(cfg, 1), at_step_0(cfg.model_copy(update={"vocab_multiple": 512}), 2))
     assert wider.verdict == "same_init"
