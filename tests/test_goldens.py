@@ -17,7 +17,6 @@ import torch
 from typer.testing import CliRunner
 
 from castalia.checkpoint import convert
-from castalia.checkpoint.compare import in_order
 from castalia.checkpoint.file_plan import TargetLayout, WriteOptions
 from castalia.checkpoint.opener import open_checkpoint
 from castalia.checkpoint.tensors import AdamState, Checkpoint
@@ -27,7 +26,7 @@ from castalia.config.fields import FIELDS, SECTIONS
 from castalia.config.load import load_config, preset_names
 from castalia.config.neox.keys import FORMER, KEYS
 from castalia.config.schema import FinetuneConfig, LoraConfig, MuPConfig, OptimizerConfig, RunConfig
-from castalia.config.tensor_table import all_shapes, local_size, tp_dim
+from castalia.config.tensor_table import all_shapes, in_order, local_size, tp_dim
 from castalia.errors import CheckpointError
 from castalia.model.init import neox_matrices, seeded_tensor
 from castalia.plan.devices import parse_gpus

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -201,14 +201,3 @@ def _alike(x: torch.Tensor, y: torch.Tensor) -> bool:
         return same_bits(x.to(coarser), y.to(coarser))
     eps = max(torch.finfo(dtype).eps for dtype in (x.dtype, y.dtype))  # both are roundings of something finer
     return torch.allclose(x.double(), y.double(), rtol=eps, atol=1e-7)
-
-
-def in_order(names: Sequence[str]) -> list[str]:
-    """Tensors in the order in which the model computes."""
-    first = {"embed": 0, "positions": 1, "blocks": 2, "norm": 3, "head": 4}
-
-    def place(name: str) -> tuple[int, int, str]:
-        words = name.split(".")
-        return first.get(words[0], 5), int(words[1]) if words[0] == "blocks" else 0, name
-
-    return sorted(names, key=place)

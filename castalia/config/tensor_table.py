@@ -7,6 +7,7 @@ groups, loading, comparison, inspection. A new tensor is a parameter in `castali
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable
 from functools import cache
 from math import prod
@@ -135,6 +136,7 @@ def _adapters(row: TensorRow) -> list[TensorRow]:
 
 
 _BY_NAME = {row.name: row for row in (*ROWS, *(part for row in ADAPTABLE for part in _adapters(row)))}
+_PLACES = {row.name: number for number, row in enumerate(ROWS)}  # of those outside of blocks
 
 
 @cache
@@ -182,6 +184,18 @@ def adapter_shapes(model: ModelConfig, lora: LoraConfig | None) -> Shapes:
 def all_shapes(model: ModelConfig, finetune: FinetuneConfig) -> Shapes:
     """Names and shapes of the model's tensors and of its adapters."""
     return tensor_shapes(model) | adapter_shapes(model, finetune.lora)
+
+
+def block_of(name: str) -> int:
+    """The number of the block that holds a tensor or module; -1 before all blocks, a huge number after them."""
+    if block := re.match(r"blocks\.(\d+)", name):
+        return int(block[1])
+    return -1 if name.split(".")[0] in {row.module for row in BEFORE_BLOCKS} else sys.maxsize
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Tensors in the order of the model, those of one block by name."""
+    return sorted(names, key=lambda name: (block_of(name), _PLACES.get(name, len(ROWS)), name))
 
 
 def tp_dim(name: str) -> int | None:

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
-from castalia.checkpoint.compare import Relation, equal, in_order, relate
+from castalia.checkpoint.compare import Relation, equal, relate
 from castalia.checkpoint.tensors import AdamState, Checkpoint
 from castalia.config.schema import ModelConfig
-from castalia.config.tensor_table import Kind, row_of
+from castalia.config.tensor_table import Kind, in_order, row_of
 from castalia.examine.verify import state_tensors
 
 Verdict = Literal[

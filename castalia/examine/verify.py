@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from castalia.checkpoint.compare import Relation, equal, in_order, relate
+from castalia.checkpoint.compare import Relation, equal, relate
 from castalia.checkpoint.neox_defects import with_micro_batches
 from castalia.checkpoint.restore import architecture
 from castalia.checkpoint.tensors import AdamState, Checkpoint
 from castalia.config.schema import ModelConfig
-from castalia.config.tensor_table import row_of
+from castalia.config.tensor_table import in_order, row_of
 from castalia.model.positions import sinusoids
 from castalia.model.transformer import Transformer
 from castalia.storage.lazy import TensorRef

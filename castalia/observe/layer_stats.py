@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import operator
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from castalia.config.tensor_table import block_of
 from castalia.parallel.executor import Executor
 
 Statistics = dict[str, dict[str, float]]
@@ -106,10 +106,4 @@ def _over_ranks(
     for rank in engine.gather(mine):
         for name, numbers in rank.items():
             total[name] = list(map(join, total[name], numbers)) if name in total else numbers
-    return dict(sorted(total.items(), key=lambda item: place(item[0])))
-
-
-def place(name: str) -> int:
-    """Where in the model a tensor or module is: the number of its block, -1 before the first, a huge one at the end."""
-    block = re.match(r"blocks\.(\d+)", name)
-    return int(block[1]) if block else -1 if name.split(".")[0] in ("embed", "positions") else sys.maxsize
+    return dict(sorted(total.items(), key=lambda item: block_of(item[0])))

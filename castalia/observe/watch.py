@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from castalia.checkpoint.formats.native.read import saved_steps
 from castalia.config.schema import WatchConfig
+from castalia.config.tensor_table import block_of
 from castalia.data.indexed import open_dataset
 from castalia.data.loader import Samples
 from castalia.data.pairs import Pairs
 from castalia.data.tokenizer import Tokenizer
 from castalia.errors import TrainingError
-from castalia.observe.layer_stats import dead_units, place, tensor_statistics
+from castalia.observe.layer_stats import dead_units, tensor_statistics
 from castalia.observe.metrics import read_events
 from castalia.observe.update_history import history_before
 from castalia.parallel.executor import Executor
@@ -264,7 +265,7 @@ def first_bad_activation(
         def hook(module: nn.Module, args: object, output: object) -> None:
             done = next(calls)
             if not found and isinstance(output, Tensor) and not is_finite(output):
-                found.append((place(name), done, name))
+                found.append((block_of(name), done, name))
 
         return hook
 

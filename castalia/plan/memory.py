@@ -19,7 +19,7 @@ from castalia.config.attention_kernels import AMPERE, Capability, Choice, traini
 from castalia.config.loss_chunks import BLOCK_BYTES, CHUNK_BYTES
 from castalia.config.objective import PAIRED, needs_reference
 from castalia.config.schema import FinetuneConfig, ModelConfig, OptimizerConfig, RunConfig
-from castalia.config.tensor_table import adapter_shapes, all_shapes, local_size
+from castalia.config.tensor_table import adapter_shapes, all_shapes, block_of, local_size
 from castalia.plan.layout import Layout, Stage, in_flight, rank_parts
 
 _KEEPS_OUTPUT = {"relu", "sigmoid", "identity"}  # their backward pass needs the output, which the next matrix keeps too
@@ -482,11 +482,8 @@ def _local_sizes(model: ModelConfig, tp: int, finetune: FinetuneConfig, trained:
 def _live(model: ModelConfig, finetune: FinetuneConfig) -> int:
     """Blocks through which gradients flow."""
     trained = [name for name in all_shapes(model, finetune) if finetune.trains(name)]
-    if any(name.startswith(("embed.", "positions.")) for name in trained):
-        return model.num_layers
-    return max(
-        (model.num_layers - int(name.split(".")[1]) for name in trained if name.startswith("blocks.")), default=0
-    )
+    lowest = min(map(block_of, trained), default=model.num_layers)
+    return max(0, model.num_layers - max(0, lowest))
 
 
 def memory_by_stage(model: ModelConfig, layout: Layout, length: int, compute: Compute) -> list[Memory]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from castalia.config.schema import LossScaleConfig, OptimizerConfig, ParameterGroup
-from castalia.config.tensor_table import TensorRow, row_of
+from castalia.config.tensor_table import TensorRow, block_of, row_of
 from castalia.errors import ConfigError, TrainingError
 from castalia.reading import fits
 from castalia.train.update_rules import AnyOptimizer, CombinedOptimizer, Lion
@@ -44,9 +44,10 @@ def make_optimizer(
             raise ConfigError(f"optimizer.groups: {group.match!r} matches no tensor that trains; there are {known}")
     kinds: dict[str, dict[tuple[float, float], list[nn.Parameter]]] = defaultdict(lambda: defaultdict(list))
     for name, parameter in trained.items():
-        row = row_of(name.removeprefix(DUPLICATE))
+        tensor = name.removeprefix(DUPLICATE)
+        row, last_block = row_of(tensor), num_layers - 1
         decay, scale = _decay_and_scale(name, row, cfg, width_multiplier)
-        scale *= cfg.layer_decay ** _blocks_above(name, num_layers)
+        scale *= cfg.layer_decay ** (last_block - min(block_of(tensor), last_block))  # once for each block above
         if row.row_parallel_bias:
             scale *= summed_bias_ranks
         kind: str = "adamw" if cfg.name == "muon" and row.mup == "vector" else cfg.name
@@ -73,14 +74,6 @@ def _decay_and_scale(name: str, row: TensorRow, cfg: OptimizerConfig, width_mult
     matrices, others = (1.0, width_multiplier) if cfg.name == "sgd" else (1 / width_multiplier, 1.0)
     factor = matrices if row.mup == "matrix" else others
     return decay / factor, found.lr_scale * factor
-
-
-def _blocks_above(name: str, num_layers: int) -> int:
-    """How many blocks what a tensor computes goes through after it."""
-    kind, *rest = name.removeprefix(DUPLICATE).split(".")
-    if kind == "blocks":
-        return num_layers - 1 - int(rest[0])
-    return num_layers if kind in ("embed", "positions") else 0
 
 
 def _optimizer(kind: str, groups: list[dict[str, Any]], cfg: OptimizerConfig) -> torch.optim.Optimizer:
