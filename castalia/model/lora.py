@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import re
-
 from castalia.config.schema import FinetuneConfig, LoraConfig
+from castalia.config.tensor_table import row_of
 from castalia.model.layers import Linear
 from castalia.model.transformer import Transformer
 
 
 def add_adapters(model: Transformer, lora: LoraConfig | None) -> None:
-    """Adapters, their values unset, on all matrices of the model (or the stage of one) that are wanted."""
+    """Give an adapter to each matrix that `lora.targets` names, or to all of the blocks if it names none.
+
+    The values of the adapters are left unset. `model` may be a pipeline stage. None adds nothing.
+    """
     if lora is None:
         return
     for name, module in model.named_modules():
-        kind = re.sub(r"^blocks\.\d+\.", "", name)
-        if isinstance(module, Linear) and (kind in lora.targets or not lora.targets and kind != name):
+        row = row_of(f"{name}.weight")
+        if isinstance(module, Linear) and (row.module in lora.targets or not lora.targets and row.mup == "matrix"):
             module.add_adapter(lora)
 
 
 def freeze(model: Transformer, cfg: FinetuneConfig) -> None:
-    """What does not train gets neither gradients nor optimizer state."""
+    """Switch gradients off for tensors that do not train, so that they get no optimizer state either."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(cfg.trains(name))

@@ -8,7 +8,6 @@ the loss is taken, when the backward pass enters the last block, in the first on
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -19,7 +18,7 @@ from castalia.config.attention_kernels import AMPERE, Capability, Choice, traini
 from castalia.config.loss_chunks import BLOCK_BYTES, CHUNK_BYTES
 from castalia.config.objective import PAIRED, needs_reference
 from castalia.config.schema import FinetuneConfig, ModelConfig, OptimizerConfig, RunConfig
-from castalia.config.tensor_table import adapter_shapes, all_shapes, block_of, local_size
+from castalia.config.tensor_table import adapter_shapes, all_shapes, block_of, local_size, row_of
 from castalia.plan.layout import Layout, Stage, in_flight, rank_parts
 
 _KEEPS_OUTPUT = {"relu", "sigmoid", "identity"}  # their backward pass needs the output, which the next matrix keeps too
@@ -194,9 +193,7 @@ def _kept_scores(model: ModelConfig, how: Attending, heads: int, kv: int, comput
 def _inputs_kept(model: ModelConfig, finetune: FinetuneConfig) -> frozenset[str]:
     """Kinds of modules whose weight trains, or whose adapter does."""
     names = (name for name in all_shapes(model, finetune) if finetune.trains(name))
-    return frozenset(
-        re.sub(r"^blocks\.\d+\.|\.\w+$", "", name) for name in names if name.endswith((".weight", ".lora_a", ".lora_b"))
-    )
+    return frozenset(row_of(name).module for name in names if not name.endswith(".bias"))
 
 
 def _adapters(model: ModelConfig, tp: int, tokens: int, compute: Compute) -> tuple[int, int]:
@@ -211,7 +208,7 @@ def _adapters(model: ModelConfig, tp: int, tokens: int, compute: Compute) -> tup
             width = local_size(name, shape, tp) // lora.rank
             mask = 1 if compute.device == "cuda" else size
             # What dropout makes is kept in place of its input, unless that is kept for something else.
-            twice = size if ".attn.out." in name or ".mlp.gate." in name else 0
+            twice = size if row_of(name).module in ("attn.out", "mlp.gate") else 0
             kept += tokens * (lora.rank * size + (width * (mask + twice) if lora.dropout else 0))
             products += tokens * lora.rank
         elif name.startswith("blocks."):

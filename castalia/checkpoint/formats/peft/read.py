@@ -22,6 +22,7 @@ from castalia.checkpoint.formats.huggingface.read import FAMILIES, Family, has_w
 from castalia.checkpoint.rules import Chain, Op, Same, Transpose
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.schema import LoraConfig, ModelConfig, TokenizerConfig
+from castalia.config.tensor_table import ADAPTABLE, row_of
 from castalia.errors import CheckpointError
 from castalia.reading import expression, fits, keys, typed
 from castalia.storage.lazy import InMemory, TensorRef, Zeros
@@ -128,13 +129,12 @@ def matrices(checkpoint: Checkpoint) -> list[Matrix]:
     family = hf_family(checkpoint)
     result = []
     for rule in table(family, model):
-        name = rule.ours.removesuffix(".weight")
-        kind = re.sub(r"^blocks\.\d+\.", "", name)
-        if rule.ours.endswith(".weight") and kind.startswith(("attn.qkv", "attn.out", "mlp.", "head")):
+        name, row = rule.ours.removesuffix(".weight"), row_of(rule.ours)
+        if row in ADAPTABLE:
             theirs = (each.removesuffix(".weight") for each in rule.theirs.split())
-            modules = tuple(family.head_modules[0] if kind == "head" else family.prefix + each for each in theirs)
+            modules = tuple(family.head_modules[0] if row.module == "head" else family.prefix + each for each in theirs)
             rows, columns = checkpoint.model[rule.ours].shape
-            result.append(Matrix(name, kind, modules, _on_rows(rule.op), (rows, columns)))
+            result.append(Matrix(name, row.module, modules, _on_rows(rule.op), (rows, columns)))
     return result
 
 
