@@ -32,6 +32,7 @@ VERBS = {
     "diff": ("castalia.cli.diff", "What two checkpoints of any formats have in common."),
     "mup": ("castalia.cli.mup", "Check that learning rates carry over from one width to another."),
     "status": ("castalia.cli.status", "Where runs stand: step, time left, loss, last save; alive or not."),
+    "report": ("castalia.cli.report", "How good a run is: figures, samples, what to do next; as text and as a page."),
     "plot": ("castalia.cli.plot", "Curves of one or more runs."),
     "doctor": ("castalia.cli.doctor", "What this machine offers, and what each missing fast path costs."),
 }
