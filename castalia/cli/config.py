@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic_core import to_jsonable_python
 
-from castalia.config.fields import FIELDS, SECTIONS, describe
+from castalia.config.fields import FIELDS, SECTIONS, changed, describe, values
 from castalia.config.key_reference import markdown
 from castalia.config.load import load_config, suggest
 from castalia.config.neox.keys import FORMER, KEYS
@@ -35,14 +36,14 @@ def show(
 ) -> None:
     """Every effective value and where it comes from; `*` marks what differs from the default."""
     config = read(words)
-    rows = [(path, value, config.origins.get(path, "default")) for path, value in values(config).items()]
+    rows = [(path, to_jsonable_python(value), config.origins.get(path, "default")) for path, value in values(config)]
     if as_json:
         table = {path: {"value": value, "origin": origin} for path, value, origin in rows}
         print(to_json({"values": table, "notes": config.notes}, indent=1))
         return
-    changed = [row for row in rows if not is_default(row[0], row[1])]
-    for mark, part in (("*", changed), (" ", [row for row in rows if row not in changed])):
-        for path, value, origin in part:
+    marked = changed(config)
+    for mark in ("*", " "):
+        for path, value, origin in (row for row in rows if (row[0] in marked) == (mark == "*")):
             print(f"{mark} {path:34} {_text(value):34} {origin}")
     print_notes(config)
 
@@ -108,38 +109,15 @@ def explain(
         raise ConfigError(f"unknown key {key}{suggest(key)}")
 
 
-def values(config: RunConfig) -> dict[str, Any]:
-    """All effective values by dotted path; a section that is absent is one null."""
-    flat: dict[str, Any] = {}
-
-    def walk(value: Any, path: str) -> None:
-        if isinstance(value, dict) and path not in FIELDS:
-            for name, inner in value.items():
-                walk(inner, f"{path}.{name}" if path else name)
-        else:
-            flat[path] = value
-
-    walk(config.model_dump(mode="json"), "")
-    return flat
-
-
-def is_default(path: str, value: Any) -> bool:
-    info = FIELDS.get(path) or SECTIONS[path]
-    default = list(info.default) if isinstance(info.default, tuple) else info.default
-    return not info.is_required() and value == default
-
-
 def changes(config: RunConfig) -> dict[str, Any]:
     """The values that differ from the defaults, nested: loading them gives an equal config."""
     nested: dict[str, Any] = {}
-    for path, value in values(config).items():
-        if is_default(path, value):
-            continue
+    for path, value in changed(config).items():
         *sections, name = path.split(".")
         level = nested
         for section in sections:
             level = level.setdefault(section, {})
-        level[name] = value
+        level[name] = to_jsonable_python(value)
     return nested
 
 

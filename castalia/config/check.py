@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from os.path import normpath
 
 from castalia.config.batch import batch_plan, planned_dp
+from castalia.config.fields import is_default
 from castalia.config.layout_rules import (
     Problem,
     divisors,
@@ -295,7 +296,7 @@ def idle_layout(config: RunConfig) -> Iterator[Problem]:
     }
     for name, (switch, values) in switches.items():
         path, by = f"parallel.{name}", f"parallel.{switch}"
-        if path in config.origins and by not in config.origins and not _is_default(config, path):
+        if path in config.origins and by not in config.origins and not is_default(path, config.at(path)):
             value, default = getattr(parallel, name), getattr(parallel, switch)
             text = f"{path}={value} needs {by} of {values}, which is not set; set it, or remove {path}"
             yield Problem(f"{text} (with {by}={default} written out it may stay, without effect)", (path,))
@@ -353,15 +354,8 @@ def without_effect(config: RunConfig) -> Iterator[Problem]:
         "eval.every": data.train and not data.valid and "data.valid is empty, so there is nothing to evaluate on",
     }
     for path, reason in idle.items():
-        if reason and path in config.origins and not _is_default(config, path):
+        if reason and path in config.origins and not is_default(path, config.at(path)):
             yield Problem(f"{path} has no effect: {reason}", (path,))
-
-
-def _is_default(config: RunConfig, path: str) -> bool:
-    """Whether a value says what goes without saying, as most do in the complete config of a run."""
-    section, name = path.split(".")
-    values = getattr(config, section)
-    return bool(getattr(values, name) == type(values).model_fields[name].default)
 
 
 CONTRADICTIONS = (

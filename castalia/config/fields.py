@@ -34,6 +34,31 @@ FIELDS = {path: info for path, info, is_section in _walk(RunConfig) if not is_se
 SECTIONS = {path: info for path, info, is_section in _walk(RunConfig) if is_section}
 
 
+def values(config: RunConfig) -> Iterator[tuple[str, Any]]:
+    """Path and value of everything in a config; an optional section that is absent is one None."""
+
+    def walk(section: Section, prefix: str) -> Iterator[tuple[str, Any]]:
+        for name in type(section).model_fields:
+            value = getattr(section, name)
+            if isinstance(value, Section):
+                yield from walk(value, f"{prefix}{name}.")
+            else:
+                yield prefix + name, value
+
+    return walk(config, "")
+
+
+def changed(config: RunConfig) -> dict[str, Any]:
+    """Path and value of everything that differs from its default."""
+    return {path: value for path, value in values(config) if not is_default(path, value)}
+
+
+def is_default(path: str, value: Any) -> bool:
+    """Whether a value is the one that a config has without it."""
+    info = FIELDS.get(path) or SECTIONS[path]
+    return not info.is_required() and bool(value == info.default)
+
+
 def describe(path: str) -> str:
     """What a key may hold, in words: "a whole number above 0 (default 1000): batches of one evaluation"."""
     info = FIELDS.get(path) or SECTIONS.get(path)

@@ -16,8 +16,9 @@ from castalia.checkpoint.description import readable
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.attention_kernels import AMPERE
 from castalia.config.batch import sum_until
+from castalia.config.fields import changed
 from castalia.config.loss_chunks import CHUNK_BYTES
-from castalia.config.schema import RunConfig, Section
+from castalia.config.schema import RunConfig
 from castalia.config.tensor_table import adapter_shapes, tensor_shapes
 from castalia.data.pairs import Pairs
 from castalia.model.attention import capability
@@ -35,20 +36,6 @@ from castalia.train.setup import Session
 KNOWS_NOTHING = 0.9  # of ln(vocabulary): above this a model has learnt next to nothing
 
 
-def changed_settings(config: RunConfig) -> Iterator[tuple[str, Any]]:
-    """Dotted path and value of everything that differs from the defaults."""
-    yield from _changed(config, "")
-
-
-def _changed(section: BaseModel, prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, info in type(section).model_fields.items():
-        value, path = getattr(section, name), prefix + name
-        if isinstance(value, Section):
-            yield from _changed(value, path + ".")
-        elif info.is_required() or value != info.default:
-            yield path, value
-
-
 def show_report(session: Session, display: Display, folder: Path) -> None:
     """Settings, what was loaded, what will happen, and what may surprise. Nothing where the display is silent."""
     if display.silent:
@@ -61,7 +48,7 @@ def show_report(session: Session, display: Display, folder: Path) -> None:
         ("setting", "value", "from"),
         [
             (path, _shown(value), origins.get(path, elsewhere if path.startswith("model.") else "settled here"))
-            for path, value in changed_settings(config)
+            for path, value in changed(config).items()
         ],
     )
     for note in config.notes:
