@@ -1,7 +1,8 @@
 """The whole configuration of a run: frozen sections of plain values.
 
-Derived values are properties and are never stored. Reading files, origins and error messages are `load.py`'s affair,
-contradictions between values are `check.py`'s.
+Derived values are properties and are never stored. `load.py` reads files, records where each value came from and words
+the error messages; `check.py` looks for values that contradict each other. The descriptions are what
+`castalia config explain` prints.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from typing_extensions import Self
 from castalia.errors import ConfigError
 from castalia.reading import fits, reason, short
 
-LARGEST = (1 << 32) - 1  # of whole numbers: what a generator's seed can be, and more than there is of anything
+LARGEST = (1 << 32) - 1  # for whole numbers: the largest seed of a generator, and more than any count needs
 PositiveInt = Annotated[int, Gt(0), Le(LARGEST)]
 NonNegativeInt = Annotated[int, Ge(0), Le(LARGEST)]
 Fraction = NonNegativeFloat
@@ -41,14 +42,14 @@ InitMethod = Literal[
 
 
 class Section(BaseModel):
-    """A part of the config: frozen, and without any key that it does not declare."""
+    """A part of the config: frozen, and with no other keys than those it declares."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     def with_(self, changes: Mapping[str, Any]) -> Self:
-        """A copy with other values at dotted paths such as "train.steps"; its origins and notes are the same.
+        """A copy with new values at dotted paths such as "train.steps"; origins and notes are kept.
 
-        Values are validated as those of files are, but for contradictions between them, which `check.py` looks for.
+        Each value is validated as it would be in a file; contradictions between values are left to `check.py`.
         Raises ConfigError with one line for each value that is refused.
         """
         return self._with(changes, "")
@@ -76,116 +77,150 @@ class Section(BaseModel):
 
 
 class RopeScaling(Section):
-    """How rotary frequencies are stretched beyond the length they were trained for."""
+    """How rotary frequencies are scaled for sequences longer than those of the training."""
 
-    kind: Literal["linear", "yarn", "llama3"]
-    factor: PositiveFloat = Field(description="how many times longer sequences may become")
-    original_positions: PositiveInt | None = Field(None, description="length that the model was trained for")
-    beta_fast: float = Field(32.0, description="of yarn: dimensions that turn more often than this stay as they are")
-    beta_slow: float = Field(1.0, description="of yarn: dimensions that turn less often are stretched in full")
-    low_freq_factor: float = Field(1.0, description="of llama3")
-    high_freq_factor: float = Field(4.0, description="of llama3")
-    attention_factor: float | None = Field(None, description="of yarn; None: 0.1 ln(factor) + 1")
+    kind: Literal["linear", "yarn", "llama3"] = Field(
+        description="linear: all rotations are slowed down by the factor; yarn, llama3: only the slow ones"
+    )
+    factor: PositiveFloat = Field(description="how many times longer sequences become")
+    original_positions: PositiveInt | None = Field(
+        None, description="length that the model was trained for; None: model.max_positions"
+    )
+    beta_fast: float = Field(
+        32.0,
+        description="yarn: dimensions that turn more often than this within the original length are left unchanged",
+    )
+    beta_slow: float = Field(
+        1.0, description="yarn: dimensions that turn less often than this are slowed down by the whole factor"
+    )
+    low_freq_factor: float = Field(1.0, description="llama3: the same as beta_slow")
+    high_freq_factor: float = Field(4.0, description="llama3: the same as beta_fast")
+    attention_factor: float | None = Field(
+        None, description="yarn: rotated queries and keys are multiplied by this; None: 0.1 ln(factor) + 1"
+    )
 
 
 class MuPConfig(Section):
-    """Maximal-update parametrization: learning rates that were found at one width hold at all others."""
+    """Maximal update parametrization (muP): learning rates tuned at one width are right at every width."""
 
-    base_width: PositiveInt | None = Field(None, description="hidden_size that the rates were found at; None: this one")
-    embedding_multiplier: PositiveFloat = Field(1.0, description="of the embedded tokens and positions")
-    position_multiplier: PositiveFloat = Field(1.0, description="of learned or sinusoidal positions")
-    attention_temperature: PositiveFloat = Field(1.0, description="scores are q k / (head size * this)")
-    output_temperature: PositiveFloat = Field(1.0, description="logits are divided by it, and by the width's ratio")
-    init_scale: PositiveFloat = Field(1.0, description="of all random initial values")
+    base_width: PositiveInt | None = Field(
+        None, description="hidden_size at which the learning rates were tuned; None: this model's"
+    )
+    embedding_multiplier: PositiveFloat = Field(1.0, description="multiplies token and position embeddings")
+    position_multiplier: PositiveFloat = Field(1.0, description="multiplies learned or sinusoidal positions")
+    attention_temperature: PositiveFloat = Field(1.0, description="attention scores are q k / (head size * this)")
+    output_temperature: PositiveFloat = Field(1.0, description="logits are divided by this and by the width ratio")
+    init_scale: PositiveFloat = Field(1.0, description="multiplies all random initial values")
 
 
 class ModelConfig(Section):
-    num_layers: Annotated[int, Gt(0), Le(10_000)]
-    hidden_size: Annotated[int, Gt(0), Le(1 << 24)]
-    num_heads: Annotated[int, Gt(0), Le(1 << 16)]
+    """The architecture and its initial values."""
+
+    num_layers: Annotated[int, Gt(0), Le(10_000)] = Field(description="transformer blocks")
+    hidden_size: Annotated[int, Gt(0), Le(1 << 24)] = Field(description="width of the hidden state")
+    num_heads: Annotated[int, Gt(0), Le(1 << 16)] = Field(description="query heads")
     num_kv_heads: PositiveInt | None = Field(None, description="key/value heads; None: as many as query heads")
     mlp_size: PositiveInt | None = Field(None, description="inner width of the MLP; None: 4 * hidden_size")
-    vocab_size: PositiveInt | None = Field(None, description="logical vocabulary; None: the tokenizer's")
-    vocab_multiple: PositiveInt = Field(128, description="the embedding's rows are padded to a multiple of this")
+    vocab_size: PositiveInt | None = Field(None, description="token ids, without padding; None: the tokenizer's")
+    vocab_multiple: PositiveInt = Field(128, description="the embedding is padded to a multiple of this many rows")
     max_positions: PositiveInt | None = Field(None, description="longest sequence; None: data.seq_length")
 
-    position: Literal["rotary", "learned", "sinusoidal", "alibi", "none"] = "rotary"
-    rotary_pct: PositiveFloat = Field(1.0, le=1.0, description="share of each head's dimensions that rotate")
-    rotary_base: PositiveFloat = Field(10000.0, description="longest wave length of the rotation, over 2 pi")
-    rope_scaling: RopeScaling | None = Field(None, description="None: rotary frequencies as they are")
-    norm: Literal["layernorm", "rmsnorm", "scalenorm", "layernorm_no_params"] = "layernorm"
-    norm_eps: PositiveFloat = 1e-5
-    rms_eps_inside: bool = Field(True, description="x / sqrt(mean(x^2) + eps); false: x / (rms(x) + eps)")
-    qk_norm: bool = Field(False, description="norm over all heads of the queries and of the keys, as NeoX does")
+    position: Literal["rotary", "learned", "sinusoidal", "alibi", "none"] = Field(
+        "rotary", description="how positions enter the model"
+    )
+    rotary_pct: PositiveFloat = Field(1.0, le=1.0, description="share of each head's dimensions that are rotated")
+    rotary_base: PositiveFloat = Field(10000.0, description="base of the rotary frequencies (theta)")
+    rope_scaling: RopeScaling | None = Field(
+        None, description="how rotary frequencies are scaled for longer sequences; None: not at all"
+    )
+    norm: Literal["layernorm", "rmsnorm", "scalenorm", "layernorm_no_params"] = Field(
+        "layernorm", description="normalization layer"
+    )
+    norm_eps: PositiveFloat = Field(1e-5, description="epsilon of the norms")
+    rms_eps_inside: bool = Field(True, description="RMSNorm: x / sqrt(mean(x^2) + eps); false: x / (rms(x) + eps)")
+    qk_norm: bool = Field(False, description="normalize queries and keys, over all heads together as GPT-NeoX does")
     activation: Literal[
         "gelu", "gelu_tanh", "relu", "silu", "mish", "softsign", "sigmoid", "identity"
-    ] = "gelu_tanh"  # fmt: skip
+    ] = Field("gelu_tanh", description="activation function of the MLP")  # fmt: skip
     gated_mlp: bool = Field(False, description="activation(gate(x)) * up(x) instead of activation(up(x))")
     parallel_residual: bool = Field(False, description="x + attention(norm1 x) + mlp(norm2 x)")
     shared_norm: bool = Field(False, description="parallel residual with one norm for both branches")
-    attention_bias: bool = Field(True, description="in both matrices of the attention")
-    mlp_bias: bool = Field(True, description="in all matrices of the MLP")
-    tie_embeddings: bool = Field(False, description="the head is the embedding itself")
-    reward_head: bool = Field(False, description="a reward model: the head gives one number instead of logits")
-    sliding_window: PositiveInt | None = Field(None, description="a token sees itself and this many before it")
-    embedding_dropout: Fraction = Field(0.0, lt=1.0, description="of the embedded tokens")
-    hidden_dropout: Fraction = Field(0.0, lt=1.0, description="of what attention and MLP add")
-    attention_dropout: Fraction = Field(0.0, lt=1.0, description="of the attention's weights")
+    attention_bias: bool = Field(True, description="biases in both attention matrices")
+    mlp_bias: bool = Field(True, description="biases in all MLP matrices")
+    tie_embeddings: bool = Field(False, description="the output head shares the embedding matrix")
+    reward_head: bool = Field(False, description="a reward model: the head returns one number in place of logits")
+    sliding_window: PositiveInt | None = Field(
+        None, description="a token attends to itself and this many before it; None: to all before it"
+    )
+    embedding_dropout: Fraction = Field(0.0, lt=1.0, description="dropout of the embedded tokens")
+    hidden_dropout: Fraction = Field(0.0, lt=1.0, description="dropout of attention and MLP outputs")
+    attention_dropout: Fraction = Field(0.0, lt=1.0, description="dropout of the attention weights")
 
-    mup: MuPConfig | None = Field(None, description="None: the standard parametrization")
+    mup: MuPConfig | None = Field(
+        None, description="maximal update parametrization; None: the standard parametrization"
+    )
 
     init: Literal["seeded", "neox"] | None = Field(
         None,
-        description="seeded: by (seed, name, position); neox: the original's CPU stream for one process; "
-        "None: neox under neox_exact",
+        description="seeded: by (seed, name, position); neox: GPT-NeoX's CPU random stream on one process; None: "
+        "neox under neox_exact, else seeded",
     )
-    init_passes: Literal[1, 2] = Field(1, description="with init=neox: 2 for pipe_parallel_size 0, which builds twice")
-    init_method: InitMethod = Field("normal", description="embeddings, head, attention input, first MLP matrix")
-    output_init_method: InitMethod = Field("scaled_normal", description="attention output and second MLP matrix")
-    init_std: PositiveFloat = Field(0.02, description="of the methods whose name ends in normal")
+    init_passes: Literal[1, 2] = Field(
+        1, description="init=neox: 2 for pipe_parallel_size 0, where GPT-NeoX builds the model twice"
+    )
+    init_method: InitMethod = Field(
+        "normal", description="initial values of embeddings, head, attention input and first MLP matrix"
+    )
+    output_init_method: InitMethod = Field(
+        "scaled_normal", description="initial values of the attention output and the second MLP matrix"
+    )
+    init_std: PositiveFloat = Field(0.02, description="standard deviation, for methods whose name ends in normal")
 
     @property
     def kv_heads(self) -> int:
+        """Key/value heads, where `num_kv_heads` may be None."""
         return self.num_kv_heads or self.num_heads
 
     @property
     def head_size(self) -> int:
+        """Dimensions of one head."""
         return self.hidden_size // self.num_heads
 
     @property
     def mlp_width(self) -> int:
+        """Inner width of the MLP, where `mlp_size` may be None."""
         return self.mlp_size or 4 * self.hidden_size
 
     @property
     def width_multiplier(self) -> float:
-        """Under muP the width over the one that the rates were found at, else 1."""
+        """The width divided by muP's base width; 1 without muP."""
         return self.hidden_size / (self.mup.base_width or self.hidden_size) if self.mup else 1.0
 
     @property
     def rotary_size(self) -> int:
-        """Rotating dimensions of each head."""
+        """Dimensions of each head that are rotated."""
         return int(self.head_size * self.rotary_pct)
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding. Raises ValueError while the vocabulary is unknown."""
+        """Rows of the embedding, padding included. Raises ValueError while the vocabulary is unknown."""
         if self.vocab_size is None:
             raise ValueError("model.vocab_size is unknown until the tokenizer is read")
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 
 class Text(Section):
-    """One indexed corpus: the path of its `.bin` and `.idx` without the ending."""
+    """One indexed corpus, and the corpora that hold labels and reference log-probabilities of its tokens."""
 
-    path: str
+    path: str = Field(description="prefix of the corpus: its .bin and .idx without the ending")
     labels: str | None = Field(None, description="prefix of label ids, -100 where no loss is taken")
     references: str | None = Field(
-        None, description="prefix of the reference model's log-probabilities, fp32: number t is of token t + 1"
+        None, description="prefix of the reference model's fp32 log-probabilities; entry t is that of token t + 1"
     )
 
     @property
     def prefixes(self) -> tuple[str, ...]:
-        """All corpora that are named here."""
+        """The prefixes of all corpora that this source reads."""
         return tuple(prefix for prefix in (self.path, self.labels, self.references) if prefix)
 
 
@@ -194,24 +229,27 @@ def _as_text(value: object) -> object:
 
 
 class Source(Text):
-    """A corpus of the data, with what belongs to each of its documents."""
+    """A corpus of the training, validation or test data, and what is known of each of its documents."""
 
-    weight: PositiveFloat = 1.0
+    weight: PositiveFloat = Field(1.0, description="share of the samples, relative to the other sources")
     rejected: Annotated[Text | None, BeforeValidator(_as_text)] = Field(
-        None, description="of pairs: the worse text for each document of path; a prefix, or {path, labels, references}"
+        None,
+        description="preference pairs: the rejected text for each document of path; a prefix, or {path, labels, "
+        "references}",
     )
     rewards: str | None = Field(
-        None, description="prefix of one number a document, for objective=kto: above 0 wanted, below 0 unwanted"
+        None, description="objective=kto: prefix of one number per document; above 0 desirable, below 0 undesirable"
     )
 
     @property
     def prefixes(self) -> tuple[str, ...]:
+        """The prefixes of all corpora that this source reads, those of rejected texts and rewards included."""
         others = (self.rejected.prefixes if self.rejected else ()) + ((self.rewards,) if self.rewards else ())
         return super().prefixes + others
 
 
 def _as_sources(value: object) -> object:
-    """`train: corpus` and `train: [a, b]` mean sources of weight 1."""
+    """`train: corpus` and `train: [a, b]` are short for sources of weight 1."""
     entries = (value,) if isinstance(value, str | dict | Source) else value
     if not isinstance(entries, tuple | list):
         return entries
@@ -222,29 +260,33 @@ Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_sources)]
 
 
 class Warmup(Section):
-    """A size that rises over the first steps: floor(start + (whole - start) * (step / steps)^(1 / root)), with steps
-    counted from 1, rounded down to a multiple; from then on the whole."""
+    """A size that rises over the first steps.
+
+    In step n, counted from 1, it is floor(start + (whole - start) * (n / steps)^(1 / root)), rounded down to a multiple
+    of `unit` and at most the whole. DeepSpeed's curriculum learning has the same rule.
+    """
 
     start: PositiveInt = Field(description="size of the first steps")
-    steps: PositiveInt = Field(description="about so many steps until the whole size is reached")
+    steps: PositiveInt = Field(description="steps after which the full size is reached, approximately")
     multiple: PositiveInt | None = Field(None, description="sizes are multiples of this; None: of start")
     root: PositiveInt = Field(1, description="1: the size rises linearly; 2: with the square root of the step; ...")
 
     @property
     def unit(self) -> int:
+        """What all sizes are multiples of."""
         return self.multiple or self.start
 
     def at(self, step: int, whole: int) -> int:
-        """The size in a step, from 0."""
+        """The size in a step, counted from 0."""
         share = ((step + 1) / self.steps) ** (1 / self.root)
         size = math.floor(share * (whole - self.start) + self.start)
         return min(whole, size - size % self.unit)
 
 
 def split_shares(split: str) -> list[float]:
-    """The three numbers of texts such as "969, 30, 1", "8/1/1" or "1", where two are 0. Raises ValueError.
+    """Shares of training, validation and test in a text such as "969, 30, 1" or "8/1/1"; missing ones are 0.
 
-    Like GPT-NeoX this reads over a fourth one, which a config may not have.
+    A fourth number is ignored as in GPT-NeoX, although a config may not have one. Raises ValueError for anything else.
     """
     try:
         shares = [float(part) for part in re.split("[,/]", split)]
@@ -264,118 +306,148 @@ def _split(value: str) -> str:
 
 
 class DataConfig(Section):
-    path: str | None = Field(None, description="one corpus that `split` divides; excludes train, valid and test")
+    """The corpora and how samples are made of them."""
+
+    path: str | None = Field(None, description="one corpus, divided by `split`; excludes train, valid and test")
     split: Annotated[str, AfterValidator(_split)] = Field(
         "969, 30, 1", description="shares of training, validation and test"
     )
-    train: Sources = ()
-    valid: Sources = ()
-    test: Sources = ()
-    seq_length: PositiveInt = Field(2048, description="tokens of a sequence")
+    train: Sources = Field((), description="training corpora: a prefix or a list of sources")
+    valid: Sources = Field((), description="validation corpora")
+    test: Sources = Field((), description="test corpora")
+    seq_length: PositiveInt = Field(2048, description="tokens in a sequence")
     seq_length_warmup: Warmup | None = Field(
-        None, description="the first steps train on the beginning of each sequence only; None: on all of it"
+        None,
+        description="the first steps train on the beginning of each sequence only; None: all steps train on whole ones",
     )
     packing: Literal["packed", "pack_until_overflow", "unpacked"] = Field(
-        "packed", description="documents end to end; whole ones until one does not fit; one a sample"
+        "packed",
+        description="packed: documents end to end; pack_until_overflow: whole documents until one does not fit; "
+        "unpacked: one document per sample",
     )
     allow_chopped: bool = Field(True, description="false: leave out documents longer than a sample")
-    weight_by_documents: bool = Field(False, description="weights from document counts; replaces the given weights")
-    weight_alpha: PositiveFloat = Field(1.0, description="with weight_by_documents: below 1 favours small corpora")
+    weight_by_documents: bool = Field(
+        False, description="derive weights from document counts, replacing the given weights"
+    )
+    weight_alpha: PositiveFloat = Field(1.0, description="weight_by_documents: values below 1 favour small corpora")
     mask_after_eod: bool = Field(False, description="no loss on the token that follows an end-of-document token")
-    mask_documents: bool = Field(False, description="tokens see only their own document; positions restart")
-    cache_dir: str | None = Field(None, description="folder of index files; None: beside the data")
+    mask_documents: bool = Field(False, description="tokens attend only within their own document; positions restart")
+    cache_dir: str | None = Field(None, description="folder of index files; None: next to the data")
     pass_multiple: PositiveInt | None = Field(
         None,
-        description="a pass over the data ends with a multiple of so many sequences; None: of a forward pass of all "
-        "ranks, which is what a run goes on with",
+        description="a pass over the data ends at a multiple of this many sequences; None: of one forward pass on "
+        "all ranks, which a run keeps when it is resumed",
     )
 
 
 class TokenizerConfig(Section):
+    """The tokenizer of the corpora."""
+
     kind: (
         Literal["hf", "gpt2", "hf_gpt2", "sentencepiece", "neox_sentencepiece", "tiktoken", "char", "bytes"] | None
-    ) = None
+    ) = Field(None, description="kind of tokenizer; None: determined by its files")
     path: str | None = Field(None, description="tokenizer.json, vocab.json, model file or folder")
     merges: str | None = Field(None, description="merges.txt of GPT-2 BPE files")
 
 
 class ParameterGroup(Section):
+    """Tensors with their own learning rate or weight decay."""
+
     match: str = Field(
-        description="regular expression, searched in the tensors' names; the first group that fits counts"
+        description="regular expression, searched in the tensors' names; the first group that matches applies"
     )
-    lr_scale: PositiveFloat = Field(1.0, description="times optimizer.lr")
-    weight_decay: NonNegativeFloat | None = Field(None, description="None: as without the group")
+    lr_scale: PositiveFloat = Field(1.0, description="multiplies optimizer.lr")
+    weight_decay: NonNegativeFloat | None = Field(
+        None, description="weight decay of the group; None: optimizer.weight_decay as usual"
+    )
 
 
 class LoraConfig(Section):
-    """Low-rank adapters: W x + alpha / rank * B (A x), with W as it was loaded."""
+    """Low-rank adapters (LoRA): W x + alpha / rank * B (A x), where W keeps its loaded value."""
 
     rank: PositiveInt = Field(16, description="columns of B and rows of A")
-    alpha: PositiveFloat | None = Field(None, description="what B (A x) is multiplied by, times the rank; None: 2 rank")
-    dropout: Fraction = Field(0.0, lt=1.0, description="of an adapter's input; the head's has none")
+    alpha: PositiveFloat | None = Field(None, description="B (A x) is scaled by alpha / rank; None: 2 * rank")
+    dropout: Fraction = Field(0.0, lt=1.0, description="dropout of an adapter's input; the head's adapter has none")
     targets: tuple[Literal["attn.qkv", "attn.out", "mlp.up", "mlp.gate", "mlp.down", "head"], ...] = Field(
-        (), description="matrices with an adapter; none named: all of the blocks"
+        (), description="matrices that get an adapter; empty: all matrices of the blocks"
     )
 
     @property
     def scale(self) -> float:
-        """What B (A x) is multiplied by."""
+        """The factor of B (A x)."""
         return (self.alpha or 2 * self.rank) / self.rank
 
 
 class FinetuneConfig(Section):
-    """What of the loaded model trains, and what is added to it."""
+    """Which parts of the loaded model train, and what is added to it."""
 
     lora: LoraConfig | None = Field(None, description="{}: adapters of rank 16; None: no adapters")
     train: tuple[str, ...] = Field(
-        (), description="regular expressions, searched in the tensors' names: what trains; none: all, or the adapters"
+        (),
+        description="regular expressions, searched in the tensors' names: the tensors that train; empty: all, or "
+        "only the adapters if there are any",
     )
-    freeze: tuple[str, ...] = Field((), description="regular expressions: what does not train")
+    freeze: tuple[str, ...] = Field((), description="regular expressions: tensors that do not train")
     add_tokens: tuple[str, ...] = Field(
-        (), description="new entries of the vocabulary; with init_from their rows begin as the mean of all others"
+        (), description="new vocabulary entries; with init_from their embedding rows start as the mean of all others"
     )
 
     def trains(self, name: str) -> bool:
-        """Whether a tensor of this name learns. Adapters do, whatever `train` says."""
+        """Whether the tensor of this name trains. Adapters do whether or not `train` names them."""
         wanted = any(fits(pattern, name) for pattern in self.train) if self.train else self.lora is None
         return (wanted or is_adapter(name)) and not any(fits(pattern, name) for pattern in self.freeze)
 
 
 def is_adapter(name: str) -> bool:
+    """Whether a tensor of this name belongs to a LoRA adapter."""
     return name.endswith((".lora_a", ".lora_b"))
 
 
 class OptimizerConfig(Section):
+    """The optimizer and its learning rate."""
+
     name: Literal["adamw", "lion", "sgd", "adafactor", "muon"] = Field(
         "adamw",
-        description="muon: on the matrices of the blocks, adamw on the rest; adafactor: lr is relative to the weights",
+        description="muon: on the matrices of the blocks, adamw on the rest; adafactor: lr is relative to the size "
+        "of the weights",
     )
-    lr: PositiveFloat = Field(3e-4, description="the highest learning rate")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="of adamw, lion and muon's adamw")
-    eps: PositiveFloat = Field(1e-8, description="of adamw and muon's adamw")
-    momentum: Fraction = Field(0.95, lt=1.0, description="of sgd and muon")
-    weight_decay: NonNegativeFloat = Field(0.1, description="on matrices and embeddings; never on norms and biases")
-    groups: tuple[ParameterGroup, ...] = Field((), description="tensors with a rate or a decay of their own")
+    lr: PositiveFloat = Field(3e-4, description="peak learning rate")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="adamw, lion, and the adamw part of muon")
+    eps: PositiveFloat = Field(1e-8, description="adamw and the adamw part of muon")
+    momentum: Fraction = Field(0.95, lt=1.0, description="sgd and muon")
+    weight_decay: NonNegativeFloat = Field(
+        0.1, description="applies to matrices and embeddings, never to norms and biases"
+    )
+    groups: tuple[ParameterGroup, ...] = Field((), description="tensors with their own learning rate or weight decay")
     layer_decay: PositiveFloat = Field(
-        1.0, le=1.0, description="times the rate of a block for each block above it; embeddings lie below all blocks"
+        1.0,
+        le=1.0,
+        description="the learning rate of a block is multiplied by this once for each block above it; embeddings lie "
+        "below all blocks",
     )
     clip_norm: PositiveFloat | None = Field(1.0, description="largest gradient norm; None switches clipping off")
 
 
 class ScheduleConfig(Section):
+    """The learning rate as a function of the step."""
+
     style: Literal["constant", "linear", "cosine", "exponential", "wsd", "inverse_sqrt"] = Field(
         "cosine", description="wsd: constant, then linear over the last `cooldown`; inverse_sqrt: ~ 1 / sqrt(step)"
     )
-    warmup: Fraction = Field(0.01, le=1.0, description="share of the decay steps")
-    warmup_steps: NonNegativeInt | None = Field(None, description="the warm-up in steps; replaces warmup")
-    cooldown: Fraction = Field(0.2, le=1.0, description="of wsd: share of the decay steps in which the rate falls")
-    decay_steps: PositiveInt | None = Field(None, description="None: train.steps * decay_fraction")
-    decay_fraction: PositiveFloat | None = Field(None, le=1.0, description="share of train.steps until the decay ends")
-    min_lr: NonNegativeFloat = Field(0.0, description="the rate never falls below it after the warm-up")
+    warmup: Fraction = Field(0.01, le=1.0, description="warm-up, as a share of the decay steps")
+    warmup_steps: NonNegativeInt | None = Field(None, description="warm-up in steps; replaces warmup")
+    cooldown: Fraction = Field(0.2, le=1.0, description="wsd: share of the decay steps in which the rate falls")
+    decay_steps: PositiveInt | None = Field(
+        None, description="step at which the decay ends; None: train.steps * decay_fraction"
+    )
+    decay_fraction: PositiveFloat | None = Field(
+        None, le=1.0, description="share of train.steps after which the decay ends; None: all of them"
+    )
+    min_lr: NonNegativeFloat = Field(0.0, description="lowest learning rate after the warm-up")
 
     @property
     def ends(self) -> bool:
-        """Whether the rate comes to an end at all."""
+        """Whether the style has an end, at which the rate is `min_lr`."""
         return self.style not in ("constant", "inverse_sqrt")
 
     def decay_end(self, steps: int) -> int:
@@ -383,30 +455,34 @@ class ScheduleConfig(Section):
         return self.decay_steps or math.floor(steps * (self.decay_fraction or 1.0))
 
     def warmup_length(self, end: int) -> float:
-        """Steps, not rounded, of a decay that ends at step `end`."""
+        """Warm-up steps, not rounded, of a schedule whose decay ends at step `end`."""
         return self.warmup * end if self.warmup_steps is None else float(self.warmup_steps)
 
 
 class ParallelConfig(Section):
-    """The layout: world = pp * dp * cp * tp, where dp is what the other three leave of the ranks."""
+    """The layout: world size = pp * dp * cp * tp, where dp follows from the number of ranks and the other three."""
 
-    tp: PositiveInt = Field(1, description="tensor ranks: heads, MLP widths and vocabulary are split")
-    pp: PositiveInt = Field(1, description="pipeline ranks: blocks are split")
-    cp: PositiveInt = Field(1, description="context ranks: sequences are split")
+    tp: PositiveInt = Field(1, description="tensor-parallel ranks: heads, MLP columns and vocabulary are split")
+    pp: PositiveInt = Field(1, description="pipeline-parallel ranks: blocks are split")
+    cp: PositiveInt = Field(1, description="context-parallel ranks: sequences are split")
     cp_kind: Literal["gather", "ulysses", "ring"] = Field(
         "gather",
-        description="how context ranks attend: all gather keys and values; each takes whole sequences of its share of "
-        "the heads; keys and values travel around",
+        description="how context-parallel ranks attend: gather collects all keys and values; ulysses gives each rank "
+        "whole sequences for its share of the heads; ring passes keys and values around",
     )
     zero: Literal[0, 1, 2, 3] = Field(
-        0, description="0 replicate; 1, 2 shard optimizer and gradients; 3 parameters too"
+        0, description="0: replicate; 1, 2: shard optimizer state and gradients; 3: parameters too"
     )
-    dp_replicate: PositiveInt | None = Field(None, description="with zero >= 1: copies of the sharded model (HSDP)")
-    sequence_parallel: bool = Field(False, description="tensor ranks split activations between their matrices too")
+    dp_replicate: PositiveInt | None = Field(None, description="zero >= 1: copies of the sharded model (HSDP); None: 1")
+    sequence_parallel: bool = Field(
+        False, description="tensor-parallel ranks also split the activations between their matrices"
+    )
     pipeline: Literal["gpipe", "1f1b", "interleaved", "zero-bubble"] = Field("1f1b", description="pipeline schedule")
-    stages_per_rank: PositiveInt | None = Field(None, description="None: 2 for interleaved and zero-bubble, else 1")
+    stages_per_rank: PositiveInt | None = Field(
+        None, description="pipeline stages on each rank; None: 2 for interleaved and zero-bubble, else 1"
+    )
     offload: bool = Field(False, description="keep sharded parameters and optimizer state in CPU memory")
-    timeout: PositiveFloat = Field(600.0, description="seconds that ranks wait for one that does not come")
+    timeout: PositiveFloat = Field(600.0, description="seconds to wait for a rank that does not answer")
     gpus: PositiveInt | None = Field(None, description="devices of the whole run, for planning; None: those it runs on")
 
     @property
@@ -416,95 +492,115 @@ class ParallelConfig(Section):
 
 
 class LossScaleConfig(Section):
-    """fp16 only. `rule` names which of DeepSpeed's two dynamic rules applies."""
+    """Loss scaling in fp16. `rule` names one of DeepSpeed's two rules for dynamic scales."""
 
     static: PositiveFloat | None = Field(None, description="a fixed scale; None: dynamic")
-    initial: PositiveFloat = Field(2.0**16, description="of the first step")
-    window: PositiveInt = Field(1000, description="it doubles after so many good steps")
-    hysteresis: PositiveInt = Field(2, description="of zero: it halves at the so-manieth overflow")
-    minimum: PositiveFloat = Field(1.0, description="it never gets smaller")
-    consecutive_hysteresis: bool = Field(False, description="of zero: every good step forgives earlier overflows")
+    initial: PositiveFloat = Field(2.0**16, description="scale of the first step")
+    window: PositiveInt = Field(1000, description="steps without overflow after which the scale is doubled")
+    hysteresis: PositiveInt = Field(
+        2, description="zero rule: the scale is halved at the overflow of this number since it was last doubled"
+    )
+    minimum: PositiveFloat = Field(1.0, description="lowest scale")
+    consecutive_hysteresis: bool = Field(False, description="zero rule: a step without overflow starts that count anew")
     rule: Literal["zero", "stage0"] | None = Field(None, description="None: zero for parallel.zero >= 1, else stage0")
 
 
 class PrecisionConfig(Section):
-    compute: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: bf16 where the hardware has it")
+    """The number formats of training; parameters, gradients and optimizer state are always fp32."""
+
+    compute: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="dtype of matrix products; auto: bf16 where the hardware has it"
+    )
     loss_scale: LossScaleConfig = LossScaleConfig()
 
 
 class PreferenceConfig(Section):
-    """What train.objective=dpo, kto and reward learn from pairs or from judged texts."""
+    """Settings of train.objective=dpo, kto and reward, which learn from pairs of texts or from rated texts."""
 
-    loss: Literal["sigmoid", "ipo"] = Field("sigmoid", description="of dpo")
-    beta: PositiveFloat = Field(0.1, description="of dpo and kto: how dear it is to leave the reference model")
+    loss: Literal["sigmoid", "ipo"] = Field("sigmoid", description="dpo: form of the loss")
+    beta: PositiveFloat = Field(
+        0.1, description="dpo and kto: strength of the penalty for drifting from the reference model"
+    )
     reference: str | None = Field(
         None,
-        description="of dpo and kto: checkpoint of the reference model; None: the weights that the run starts from",
+        description="dpo and kto: checkpoint of the reference model; None: the weights that the run starts from",
     )
-    reference_free: bool = Field(False, description="of dpo: the reference finds all texts equally likely")
-    desirable_weight: NonNegativeFloat = Field(1.0, description="of kto: of the loss of wanted texts")
-    undesirable_weight: NonNegativeFloat = Field(1.0, description="of kto: of the loss of unwanted texts")
+    reference_free: bool = Field(
+        False, description="dpo: no reference model; all texts count as equally likely under it"
+    )
+    desirable_weight: NonNegativeFloat = Field(1.0, description="kto: weight of the loss of desirable texts")
+    undesirable_weight: NonNegativeFloat = Field(1.0, description="kto: weight of the loss of undesirable texts")
 
 
 class EarlierBatch(Section):
-    """The size of the batches before a resumed run was given another one."""
+    """A batch size that a run had before it was resumed with another one."""
 
-    until: PositiveInt = Field(description="the last step, from 1, of this size")
+    until: PositiveInt = Field(description="last step, from 1, with this batch size")
     batch_size: PositiveInt = Field(description="sequences (or pairs) of a step over all ranks")
 
 
 class TrainConfig(Section):
+    """What a step trains on, and how many there are."""
+
     objective: Literal["causal", "dpo", "kto", "reward"] = Field(
-        "causal", description="the next token; or what `preference` describes"
+        "causal", description="causal: predict the next token; dpo, kto, reward: see `preference`"
     )
     steps: PositiveInt | None = Field(None, description="optimizer steps; or give epochs")
     epochs: PositiveInt | None = Field(None, description="passes over the data")
     batch_size: PositiveInt | None = Field(None, description="sequences (or pairs) of a step over all ranks")
     batch_size_warmup: Warmup | None = Field(
-        None, description="the first steps train on fewer sequences; None: on the whole batch"
+        None, description="the first steps train on fewer sequences; None: every step has the whole batch"
     )
     earlier_batches: tuple[EarlierBatch, ...] = Field(
-        (), description="a resumed run writes here what batch_size was until when, so that it reads on where it was"
+        (),
+        description="written by a resumed run whose batch_size changed: which size applied until which step, so that "
+        "it continues at the right place in the data",
     )
     micro_batch_size: PositiveInt | None = Field(
         None, description="sequences (or pairs) of one forward pass on one rank"
     )
-    accumulation: PositiveInt | None = Field(None, description="forward passes of a step")
+    accumulation: PositiveInt | None = Field(None, description="gradient accumulation: forward passes per step")
     z_loss: NonNegativeFloat = Field(
         0.0,
-        description="times the square of log(sum of exp(logits)): added to each token's loss in training; "
-        "of objective=reward: times the squares of both rewards",
+        description="adds this times the square of log(sum of exp(logits)) to each token's training loss; "
+        "objective=reward: this times the squares of both rewards",
     )
     recompute: Literal["none", "selective", "full"] = Field(
-        "none", description="what of a block the backward pass computes again: nothing, all but matrices, everything"
+        "none",
+        description="activation checkpointing: what the backward pass of a block computes again; none: nothing, "
+        "selective: all but matrix products, full: everything",
     )
     compile: Literal["auto", True, False] = Field(
         "auto",
-        description="compile the blocks; auto: after ten steps of runs on GPUs that are long enough to repay it",
+        description="compile the blocks; auto: after ten steps, in GPU runs that are long enough to repay it",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
     deterministic: bool = Field(
         False,
-        description="the same bits in every repetition on GPUs too, more slowly; on CPUs they are the same anyway",
+        description="bit-for-bit reproducible on GPUs too, more slowly; CPU runs always are",
     )
     exit_interval: PositiveInt | None = Field(None, description="save and stop at the next multiple of this step")
     max_hours: PositiveFloat | None = Field(
-        None, description="save and stop before so many hours have passed since this start; the run can go on"
+        None, description="save and stop before this many hours have passed since this start; the run can be resumed"
     )
 
 
 class CheckpointConfig(Section):
+    """Where a run is saved, when, and what it starts from."""
+
     dir: str | None = Field(None, description="the run's folder")
-    resume: str | None = Field(None, description="go on from this run or checkpoint: everything is restored")
-    init_from: str | None = Field(None, description="start from these weights: a new run")
-    step: NonNegativeInt | None = Field(None, description="which step to resume or start from; None: the latest")
+    resume: str | None = Field(None, description="continue from this run or checkpoint; everything is restored")
+    init_from: str | None = Field(None, description="start a new run from these weights")
+    step: NonNegativeInt | None = Field(None, description="step to resume or to start from; None: the latest")
     every: PositiveInt | None = Field(None, description="save at multiples of this step")
-    log_base: float | None = Field(None, gt=1.0, description="save at 1, base, base^2, ...")
+    log_base: float | None = Field(None, gt=1.0, description="save at steps 1, base, base^2, ...")
     log_until: PositiveInt | None = Field(None, description="last step of the log_base series")
     steps: tuple[NonNegativeInt, ...] = Field((), description="further steps to save; 0 is before the first step")
-    keep_last: PositiveInt | None = Field(None, description="delete older checkpoints, milestones excepted")
+    keep_last: PositiveInt | None = Field(
+        None, description="keep only this many checkpoints, and milestones; older ones are deleted"
+    )
     keep_every: PositiveInt | None = Field(None, description="milestones: multiples of this step are never deleted")
-    save_optimizer: bool = Field(True, description="without it a run cannot be resumed")
+    save_optimizer: bool = Field(True, description="save the optimizer state, without which a run cannot be resumed")
     load_optimizer: bool = Field(True, description="false: resume with a fresh optimizer")
     other_data: bool = Field(False, description="resume although the data or their order have changed")
     schedule_from: Literal["config", "checkpoint"] | None = Field(
@@ -513,91 +609,103 @@ class CheckpointConfig(Section):
 
     @property
     def starts_if_empty(self) -> bool:
-        """Resuming from the run's own folder: an empty one is the first start of a new run, not an error."""
+        """Whether the run resumes from its own folder, so that an empty folder means its first start, not an error."""
         return None not in (self.resume, self.dir) and normpath(str(self.resume)) == normpath(str(self.dir))
 
 
 class WandbConfig(Section):
-    """Weights & Biases. Its key comes from `wandb login` or the environment, never from a config."""
+    """Weights & Biases. The API key comes from `wandb login` or the environment, never from a config."""
 
-    project: str = "castalia"
-    name: str | None = None
-    group: str | None = None
-    team: str | None = None
-    host: str | None = Field(None, description="address of a server of your own")
+    project: str = Field("castalia", description="project")
+    name: str | None = Field(None, description="name of the run")
+    group: str | None = Field(None, description="group of runs")
+    team: str | None = Field(None, description="team or user that owns it")
+    host: str | None = Field(None, description="address of a self-hosted server")
     mode: Literal["online", "offline", "disabled"] | None = Field(None, description="None: as WANDB_MODE says")
 
 
 class ProfileConfig(Section):
-    """A trace and a summary of some steps; on a GPU also a snapshot of its memory."""
+    """A profile of some steps: a trace, a summary and, on a GPU, a memory snapshot."""
 
     start: PositiveInt = Field(10, description="first step")
     stop: PositiveInt = Field(12, description="last step")
-    dir: str | None = Field(None, description="None: profile/ in the run's folder")
+    dir: str | None = Field(None, description="folder of the profile; None: profile/ in the run's folder")
 
 
 class LogConfig(Section):
-    every: PositiveInt = Field(10, description="a line on the terminal after so many steps")
+    """What is recorded of a run, and where."""
+
+    every: PositiveInt = Field(10, description="steps between two lines on the terminal")
     tensorboard: str | None = Field(None, description="folder of TensorBoard event files")
-    wandb: WandbConfig | None = Field(None, description="None: nothing goes to Weights & Biases")
-    csv: bool = Field(False, description="metrics.csv beside metrics.jsonl")
+    wandb: WandbConfig | None = Field(None, description="Weights & Biases; None: off")
+    csv: bool = Field(False, description="write metrics.csv next to metrics.jsonl")
     layers_every: PositiveInt | None = Field(
-        None, description="every so many steps, each layer's activations, gradients and weights go to layers.jsonl"
+        None, description="write activations, gradients and weights of each layer to layers.jsonl after this many steps"
     )
-    profile: ProfileConfig | None = Field(None, description="None: no profile; {} for steps 10 to 12")
+    profile: ProfileConfig | None = Field(None, description="None: no profile; {}: of steps 10 to 12")
     peak_tflops: PositiveFloat | None = Field(
-        None, description="of one device, for MFU; None: of known devices, and of CPUs as measured if they are idle"
+        None, description="peak of one device, for MFU; None: known for common devices, and measured on idle CPUs"
     )
 
 
 class WatchConfig(Section):
-    """What is noticed while training goes to events.jsonl; the policy says what becomes of spikes."""
+    """Detection of loss spikes, which are written to events.jsonl and handled as the policy says."""
 
     policy: Literal["report", "stop", "skip", "rewind"] = Field(
         "report",
-        description="of a step whose loss or gradient norm is a spike: apply it nevertheless; save what was before it "
-        "and stop; leave its update out; go back to an earlier checkpoint and leave out all batches since then",
+        description="what to do with a step whose loss or gradient norm is a spike; report: apply it all the same; "
+        "stop: save the state before it and stop; skip: leave its update out; rewind: return to an earlier "
+        "checkpoint and leave out all batches since",
     )
     window: Annotated[int, Ge(8), Le(LARGEST)] = Field(
-        100, description="steps whose median is the usual value; until half of them are done nothing is a spike"
+        100, description="steps over which the median is taken; no spikes are detected before half of them are done"
     )
     threshold: PositiveFloat = Field(
-        10.0, description="a spike is so many spreads above the median; the spread is told from changes step by step"
+        10.0,
+        description="a spike lies this many spreads above the median; the spread is estimated from the changes "
+        "between steps",
     )
-    back: PositiveInt = Field(1, description="of rewind: how many checkpoints")
-    dead_every: PositiveInt | None = Field(100, description="look for MLP units without gradient after so many steps")
+    back: PositiveInt = Field(1, description="rewind: how many checkpoints to go back")
+    dead_every: PositiveInt | None = Field(
+        100, description="look for MLP units without gradient after this many steps; None: never"
+    )
 
 
 class EvalConfig(Section):
-    every: PositiveInt | None = Field(1000, description="evaluate after so many steps; None: never between")
-    batches: NonNegativeInt = Field(10, description="global batches of one evaluation")
+    """Evaluation on the validation data during training."""
+
+    every: PositiveInt | None = Field(1000, description="evaluate after this many steps; None: only at the end")
+    batches: NonNegativeInt = Field(10, description="global batches in one evaluation")
     at_end: bool = Field(True, description="evaluate after the last step")
 
 
 class GenerateConfig(Section):
-    """None: what the model's generation_config.json says, else greedy with 64 tokens."""
+    """Text generation. None: as the model's generation_config.json says, else greedy with 64 tokens."""
 
     temperature: NonNegativeFloat | None = Field(
-        None, description="0: always the likeliest token; null: as the model's generation_config.json says, else 0"
+        None, description="0: always the most likely token; null: as the model's generation_config.json says, else 0"
     )
     top_k: NonNegativeInt | None = Field(
-        None, description="only the k likeliest tokens, 0: all; null: as that file says, else 0"
+        None, description="sample from the k most likely tokens only, 0: from all; null: as that file says, else 0"
     )
     top_p: NonNegativeFloat | None = Field(
-        None, le=1.0, description="only the likeliest that hold this share, 0: all; null: as that file says, else 0"
+        None,
+        le=1.0,
+        description="sample from the most likely tokens that hold this share only, 0: from all; null: as that file "
+        "says, else 0",
     )
-    max_tokens: PositiveInt | None = Field(None, description="of one text; null: as that file says, else 64")
+    max_tokens: PositiveInt | None = Field(None, description="length of one text; null: as that file says, else 64")
     num_samples: PositiveInt = Field(1, description="texts for each prompt")
     mode: Literal["unconditional", "input-file", "interactive"] | None = Field(
         None, description="where prompts come from"
     )
-    input_file: str | None = Field(None, description="a prompt on each line")
-    output_file: str | None = Field(None, description="prompts and texts, a JSON object a line")
+    input_file: str | None = Field(None, description="one prompt per line")
+    output_file: str | None = Field(None, description="prompts and texts, one JSON object per line")
     prompt_end: str = Field("\n", description="what ends a prompt that is typed")
 
 
 class RunConfig(Section):
-    """Everything that a run depends on. `model` is None in overlays that describe no architecture."""
+    """Everything that a run depends on. `model` is None in files that only change settings."""
 
     model: ModelConfig | None = None
     data: DataConfig = DataConfig()
@@ -615,7 +723,7 @@ class RunConfig(Section):
     eval: EvalConfig = EvalConfig()
     generate: GenerateConfig = GenerateConfig()
     seed: PositiveInt = Field(1234, description="of initial weights, data order and dropout")
-    neox_exact: bool = Field(False, description="bring back every defect of the original that changes numbers")
+    neox_exact: bool = Field(False, description="reproduce every defect of GPT-NeoX that changes numbers")
 
     _origins: Mapping[str, str] = PrivateAttr(default_factory=dict)
     _notes: tuple[str, ...] = PrivateAttr(default=())
@@ -627,7 +735,7 @@ class RunConfig(Section):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Warnings and keys without effect, one line each."""
+        """Warnings, and settings without effect: one line each."""
         return self._notes
 
     def at(self, path: str) -> Any:
@@ -638,18 +746,18 @@ class RunConfig(Section):
         return value
 
     def with_notes(self, *notes: str) -> Self:
-        """A copy with further notes."""
+        """A copy with these notes after its own."""
         copy = self.model_copy()
         copy._notes = (*self._notes, *notes)
         return copy
 
     def place(self, *paths: str) -> str:
-        """The start of a message about these values: "a.yml:3, command line: "; empty if all are defaults."""
+        """The beginning of a message about these values: "a.yml:3, command line: "; empty if all are defaults."""
         places = dict.fromkeys(self._origins[path] for path in paths if path in self._origins)
         return f"{', '.join(places)}: " if places else ""
 
     def __eq__(self, other: object) -> bool:
-        """Values alone count, not where they came from."""
+        """Configs with the same values are equal, wherever the values came from."""
         return isinstance(other, RunConfig) and self.__dict__ == other.__dict__
 
 
