@@ -132,7 +132,7 @@ MISTAKES = [
     ("train: 3\n", "a.yml:1: train: 3 is no section; write `train:` and indent its keys below it"),
     (
         "model: {num_layers: 2, num_heads: 4}\n",
-        "a.yml:1: model.hidden_size is missing (a whole number above 0 and of at most 16777216: width of ",
+        "a.yml:1: model.hidden_size is missing (a whole number above 0 and of at most 16777216: width of "
         "the hidden state)",
     ),
     ("seed: 1\ntrain: {steps: 1,\n  steps: 2}\n", "a.yml:3: train.steps is already given on line 2; keep one"),
