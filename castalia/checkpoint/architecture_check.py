@@ -7,14 +7,14 @@ from collections.abc import Mapping
 import numpy as np
 
 from castalia.checkpoint.adapters import adapters_of
+from castalia.checkpoint.rules import STATE_ROLES
 from castalia.checkpoint.sampled_values import middle, rounded
-from castalia.checkpoint.tensors import Checkpoint
+from castalia.checkpoint.tensors import Checkpoint, state_tensors
 from castalia.config.tensor_table import adapter_shapes, tensor_shapes
 from castalia.errors import CheckpointError
 from castalia.storage.extent import FileTensor
 from castalia.storage.lazy import TensorRef
 
-FULL = ("master", "exp_avg", "exp_avg_sq")  # of the optimizer's tensors these have the parameter's shape
 MAX_LINES = 12
 
 
@@ -38,7 +38,8 @@ def _strange_state(checkpoint: Checkpoint) -> list[str]:
     lines = []
     for name, state in (checkpoint.optimizer or {}).items():
         weight = checkpoint.model.get(name)
-        shapes = {kind: tuple(state[kind].shape) for kind in FULL if kind in state}  # type: ignore[literal-required]
+        # Other optimizers than AdamW have tensors of other shapes, too.
+        shapes = {kind: tuple(ref.shape) for kind, ref in state_tensors(state).items() if kind in STATE_ROLES}
         if weight is None:
             lines.append(f"the optimizer has a state for {name}, which the model does not have")
         else:

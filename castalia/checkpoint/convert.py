@@ -24,7 +24,8 @@ import torch
 from castalia.checkpoint.file_plan import OutputFile, Plan, WriteOptions
 from castalia.checkpoint.formats import TARGETS
 from castalia.checkpoint.opener import base_of, detect, find_steps
-from castalia.checkpoint.tensors import AdamState, Checkpoint
+from castalia.checkpoint.rules import STATE_ROLES
+from castalia.checkpoint.tensors import Checkpoint
 from castalia.errors import CheckpointError
 from castalia.files import (
     MARK,
@@ -57,7 +58,7 @@ def plan_files(to: str, checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     Raises CheckpointError for a model or an optimizer state that the format cannot hold.
     """
     row, states = TARGETS[to], (checkpoint.optimizer or {}).values()
-    if not row.any_optimizer and any(state.keys() != AdamState.__annotations__.keys() for state in states):
+    if not row.any_optimizer and any(state.keys() != {*STATE_ROLES, "step"} for state in states):
         raise CheckpointError(
             f"{checkpoint.path} holds the state of another optimizer than AdamW, for which this format has no "
             "place; convert the weights alone with --no-optimizer"

@@ -17,6 +17,8 @@ from castalia.errors import CheckpointError
 from castalia.storage.lazy import Combined, Permuted, Scaled, TensorRef, Transposed, join, part
 
 Role = Literal["weight", "master", "exp_avg", "exp_avg_sq"]
+MOMENTS: tuple[Role, ...] = ("exp_avg", "exp_avg_sq")  # Adam's first and second
+STATE_ROLES: tuple[Role, ...] = ("master", *MOMENTS)  # the tensors that mixed-precision Adam has for each parameter
 Refs = Sequence[TensorRef]
 
 

@@ -42,6 +42,11 @@ class AdamState(TypedDict):
     step: int
 
 
+def state_tensors(state: AdamState) -> dict[str, TensorRef]:
+    """The tensors of one parameter's optimizer state by their kind, whatever the optimizer."""
+    return {kind: value for kind, value in state.items() if kind != "step"}  # type: ignore[misc]
+
+
 @dataclass(frozen=True)
 class Progress:
     """How far the run was. A run that has not started yet has zeros."""

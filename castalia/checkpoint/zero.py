@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+from castalia.checkpoint.rules import MOMENTS
 from castalia.errors import CheckpointError
 from castalia.storage.lazy import Cast, Shaped, TensorRef, Zeros, join, part
 
 Shapes = Mapping[str, tuple[int, ...]]  # name -> shape, in the order of the flat vectors
 Measure = Callable[[tuple[int, ...]], int]  # what a parameter of this shape counts
 NO_DECAY = re.compile(r"\.bias$|norm\.|^\d+\.weight$")  # a bare weight is Megatron's final norm
-MOMENTS = ("exp_avg", "exp_avg_sq")
 MAX_ALIGNMENT = 2  # vectors are padded to a multiple of this times the number of data-parallel ranks
 
 

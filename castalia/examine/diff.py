@@ -10,10 +10,9 @@ from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
 from castalia.checkpoint.compare import Relation, equal, relate
-from castalia.checkpoint.tensors import AdamState, Checkpoint
+from castalia.checkpoint.tensors import AdamState, Checkpoint, state_tensors
 from castalia.config.schema import ModelConfig
 from castalia.config.tensor_table import Kind, in_order, row_of
-from castalia.examine.verify import state_tensors
 
 Verdict = Literal[
     "identical", "dtype", "padding", "layout", "transposed", "bias_summed", "halves_swapped", "tied",

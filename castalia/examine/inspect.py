@@ -11,8 +11,9 @@ from typing import Any, get_args
 
 from castalia.checkpoint.adapters import adapters_of
 from castalia.checkpoint.description import readable
+from castalia.checkpoint.rules import MOMENTS
 from castalia.checkpoint.sampled_values import Sums, sample
-from castalia.checkpoint.tensors import Checkpoint
+from castalia.checkpoint.tensors import Checkpoint, state_tensors
 from castalia.config.schema import InitMethod
 from castalia.config.tensor_table import Kind, row_of, tp_dim
 from castalia.examine.facts import architecture
@@ -84,7 +85,7 @@ def read_sums(checkpoint: Checkpoint) -> dict[str, Sums]:
     with verifying(checkpoint.model.values()):
         sums = {name: whole(ref) for name, ref in checkpoint.model.items()}
     for state in (checkpoint.optimizer or {}).values():
-        verify(ref for kind, ref in state.items() if kind != "step")  # type: ignore[misc]
+        verify(state_tensors(state).values())
     return sums
 
 
@@ -99,9 +100,8 @@ def stored_bytes(checkpoint: Checkpoint) -> dict[str, int]:
     """Bytes on disk by what they are, copies on other ranks included. Masters that are the weights count as weights."""
     groups: dict[str, list[TensorRef]] = {"weights": list(checkpoint.model.values()), "masters": [], "moments": []}
     for state in (checkpoint.optimizer or {}).values():
-        for kind, ref in state.items():
-            if kind != "step":
-                groups["masters" if kind == "master" else "moments"].append(ref)  # type: ignore[arg-type]
+        for kind, ref in state_tensors(state).items():
+            groups["masters" if kind == "master" else "moments"].append(ref)
     seen: set[ByteRun] = set()
     result = {}
     for kind, refs in groups.items():
@@ -243,9 +243,8 @@ def _parameters(checkpoint: Checkpoint, total: int) -> dict[str, int | None]:
 def _precision(checkpoint: Checkpoint) -> dict[str, str]:
     found: dict[str, set[str]] = {"weights": {ref.dtype_name for ref in checkpoint.model.values()}}
     for state in (checkpoint.optimizer or {}).values():
-        for kind, ref in state.items():
-            if kind != "step":
-                found.setdefault(kind, set()).add(ref.dtype_name)  # type: ignore[attr-defined]
+        for kind, ref in state_tensors(state).items():
+            found.setdefault(kind, set()).add(ref.dtype_name)
     return {kind: ", ".join(sorted(names)) for kind, names in found.items()}
 
 
@@ -263,7 +262,7 @@ def _optimizer(checkpoint: Checkpoint) -> dict[str, Any] | None:
 
 
 def _is_adam(checkpoint: Checkpoint) -> bool:
-    return all({"exp_avg", "exp_avg_sq"} <= state.keys() for state in (checkpoint.optimizer or {}).values())
+    return all(state.keys() >= set(MOMENTS) for state in (checkpoint.optimizer or {}).values())
 
 
 def _progress(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from castalia.checkpoint.compare import Relation, equal, relate
 from castalia.checkpoint.neox_defects import with_micro_batches
 from castalia.checkpoint.restore import architecture
-from castalia.checkpoint.tensors import AdamState, Checkpoint
+from castalia.checkpoint.tensors import Checkpoint, state_tensors
 from castalia.config.schema import ModelConfig
 from castalia.config.tensor_table import in_order, row_of
 from castalia.model.positions import sinusoids
@@ -183,16 +183,15 @@ def _compare_state(source: Checkpoint, result: Checkpoint) -> tuple[int | None, 
     same = total = 0
     ranks = max(source.summed_bias_ranks, result.summed_bias_ranks)
     for name in source.optimizer.keys() | result.optimizer.keys():
-        left, right = (state_tensors(side.optimizer.get(name)) for side in (source, result) if side.optimizer)
+        left, right = (
+            state_tensors(side.optimizer[name]) if name in side.optimizer else {}
+            for side in (source, result)
+            if side.optimizer
+        )
         total += len(left.keys() | right.keys())
         if left and right and source.optimizer[name]["step"] == result.optimizer[name]["step"]:
             same += sum(_same(name, kind, left[kind], right[kind], ranks) for kind in left.keys() & right.keys())
     return same, total
-
-
-def state_tensors(state: AdamState | None) -> dict[str, TensorRef]:
-    """The optimizer's tensors of one parameter, whatever the optimizer."""
-    return {kind: value for kind, value in (state or {}).items() if kind != "step"}  # type: ignore[misc]
 
 
 def _same(name: str, kind: str, a: TensorRef, b: TensorRef, ranks: int) -> bool:

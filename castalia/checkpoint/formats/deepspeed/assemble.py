@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from castalia.checkpoint.architecture_check import unrounded
 from castalia.checkpoint.formats.deepspeed.folder import Folder, loss_scale
-from castalia.checkpoint.rules import Role, Rule, to_ours
+from castalia.checkpoint.rules import STATE_ROLES, Rule, to_ours
 from castalia.checkpoint.tensors import AdamState, CheckpointFacts, Progress
 from castalia.checkpoint.zero import RankState
 from castalia.config.schema import RunConfig
@@ -15,7 +15,6 @@ from castalia.storage.lazy import TensorRef
 
 # Settings of the model that the training program's stored arguments tell: their names -> ours.
 ARGUMENTS = {"num_attention_heads": "num_heads", "max_position_embeddings": "max_positions"}
-ROLES: tuple[Role, ...] = ("master", "exp_avg", "exp_avg_sq")
 
 
 def adam_states(
@@ -24,7 +23,9 @@ def adam_states(
     """Our optimizer state from that of every tensor rank. `default_step` stands where none is stored."""
     if ranks is None:
         return None
-    found = {role: to_ours(rules, _by_name(getattr(rank, role) for rank in ranks), role, ignore) for role in ROLES}
+    found = {
+        role: to_ours(rules, _by_name(getattr(rank, role) for rank in ranks), role, ignore) for role in STATE_ROLES
+    }
     steps = _by_name(rank.step for rank in ranks)
     result: dict[str, AdamState] = {}
     for rule in rules:

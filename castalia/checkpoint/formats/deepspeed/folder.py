@@ -18,6 +18,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from castalia.checkpoint.rules import STATE_ROLES
 from castalia.checkpoint.zero import (
     RankState,
     fp16_state,
@@ -313,7 +314,8 @@ def universal_state(folder: Folder, held: Mapping[str, Sequence[TensorRef]], emb
     result = RankState()
     for entry in sorted(entry for entry in root.iterdir() if entry.is_dir()):
         name = global_name(entry.name, embedding)
-        for role, file in (("master", "fp32"), ("exp_avg", "exp_avg"), ("exp_avg_sq", "exp_avg_sq")):
+        for role in STATE_ROLES:
+            file = "fp32" if role == "master" else role
             ref = _opened(entry / f"{file}.pt", dict)["param"]
             if name in held and ref.shape != held[name][0].shape:
                 raise CheckpointError(f"{entry}: {file} has shape {ref.shape}, the weight {held[name][0].shape}")
@@ -358,7 +360,7 @@ def _merged(parts: Sequence[RankState], embedding: int) -> RankState:
     """The stages' states together. Of tied parameters that several stages hold, the first stage's is the true one."""
     result = RankState()
     for stage in reversed(parts):
-        for role in ("master", "exp_avg", "exp_avg_sq", "step"):
+        for role in (*STATE_ROLES, "step"):
             getattr(result, role).update({global_name(n, embedding): v for n, v in getattr(stage, role).items()})
     return result
 

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 
 from castalia.checkpoint.file_plan import OutputFile, TargetLayout, pt_output
-from castalia.checkpoint.rules import Role, Rule
-from castalia.checkpoint.tensors import Checkpoint, Progress
+from castalia.checkpoint.rules import MOMENTS, Role, Rule
+from castalia.checkpoint.tensors import Checkpoint, Progress, state_tensors
 from castalia.checkpoint.zero import MAX_ALIGNMENT, NO_DECAY
 from castalia.errors import CheckpointError
 from castalia.storage.lazy import Box, TensorRef, Wrapper, Zeros, as_slices, flat, join, part, same_bits
@@ -24,8 +24,6 @@ from castalia.storage.pt_writer import Instance, Named, Size
 
 Kind = Literal["plain", "flat", "zero", "bf16", "old"]
 Tensors = Mapping[Role, Mapping[str, Sequence[TensorRef]]]  # by `position.name`, one for each tensor rank
-MOMENTS: tuple[Role, ...] = ("exp_avg", "exp_avg_sq")
-STATE_ROLES: tuple[Role, ...] = ("master", *MOMENTS)
 VERSION = "0.16.5"  # of DeepSpeed, whose files these are like
 OLD_BUCKET = 500_000_000  # elements that old ZeRO-1 communicates at once, by default
 PROBE_TOLERANCE = 1e-3
@@ -303,7 +301,8 @@ def weights_of(checkpoint: Checkpoint, kind: Kind | None) -> dict[str, TensorRef
 
 
 def state_of(checkpoint: Checkpoint, role: Role) -> dict[str, TensorRef]:
-    return {name: each[role] for name, each in (checkpoint.optimizer or {}).items()}  # type: ignore[typeddict-item]
+    """The tensors of one role, by our parameters' names."""
+    return {name: state_tensors(state)[role] for name, state in (checkpoint.optimizer or {}).items()}
 
 
 def adam_steps(checkpoint: Checkpoint, rules: Iterable[Rule]) -> dict[str, int]:

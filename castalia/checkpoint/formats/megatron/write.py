@@ -10,7 +10,6 @@ import torch
 
 from castalia.checkpoint.file_plan import Plan, TargetLayout, WriteOptions, pt_output
 from castalia.checkpoint.formats.deepspeed.write import (
-    STATE_ROLES,
     DeepSpeedFolder,
     adam_steps,
     cut_stages,
@@ -37,7 +36,7 @@ from castalia.checkpoint.formats.neox.written_config import (
 )
 from castalia.checkpoint.neox_defects import clip_norm_of, micro_batches_note, with_micro_batches
 from castalia.checkpoint.restore import architecture
-from castalia.checkpoint.rules import Role, to_theirs
+from castalia.checkpoint.rules import STATE_ROLES, Role, to_theirs
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.checkpoint.tokenizer_files import our_tokenizer, written_tokenizer
 from castalia.config.schema import ModelConfig, RunConfig, TokenizerConfig, TrainConfig

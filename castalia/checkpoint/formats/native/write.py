@@ -12,7 +12,7 @@ from typing import Any
 
 from castalia.checkpoint.file_plan import OutputFile, Plan, WriteOptions, shards
 from castalia.checkpoint.formats.native.save import describe, write_chunk, write_manifest
-from castalia.checkpoint.tensors import Checkpoint
+from castalia.checkpoint.tensors import Checkpoint, state_tensors
 from castalia.checkpoint.tokenizer_files import FOLDER, our_tokenizer
 from castalia.config.schema import TokenizerConfig
 from castalia.storage.lazy import RoundingProbe, TensorRef
@@ -28,10 +28,10 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         for name, ref in checkpoint.model.items()
     }
     moments: dict[str, TensorRef] = {
-        f"{name}.{kind}": each[kind]  # type: ignore[literal-required]
+        f"{name}.{kind}": ref
         for name, each in state.items()
-        for kind in each
-        if kind not in ("master", "step")
+        for kind, ref in state_tensors(each).items()
+        if kind != "master"
     }
     parts = [
         _part(kind, rank, group)

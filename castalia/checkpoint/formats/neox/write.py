@@ -13,7 +13,6 @@ import torch
 
 from castalia.checkpoint.file_plan import Plan, WriteOptions, bytes_output, pt_output
 from castalia.checkpoint.formats.deepspeed.write import (
-    STATE_ROLES,
     DeepSpeedFolder,
     Group,
     adam_steps,
@@ -34,7 +33,7 @@ from castalia.checkpoint.formats.neox.written_config import (
     schedule,
 )
 from castalia.checkpoint.neox_defects import micro_batches_note, with_micro_batches
-from castalia.checkpoint.rules import Role, Rule, to_theirs
+from castalia.checkpoint.rules import STATE_ROLES, Role, Rule, to_theirs
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.checkpoint.tokenizer_files import our_tokenizer, written_tokenizer
 from castalia.config.neox.write import TOKENIZER_TYPES

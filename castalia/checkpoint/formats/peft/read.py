@@ -18,7 +18,8 @@ from pydantic import AfterValidator, Field
 from castalia.checkpoint.adapters import adapters_of
 from castalia.checkpoint.description import tokenizer_settings
 from castalia.checkpoint.formats.huggingface import read as huggingface_read
-from castalia.checkpoint.formats.huggingface.read import FAMILIES, Family, has_weights, open_file, read_table, table
+from castalia.checkpoint.formats.huggingface.names import FAMILIES, Family, family_of, table
+from castalia.checkpoint.formats.huggingface.read import has_weights, open_file, read_table
 from castalia.checkpoint.rules import Chain, Op, Same, Transpose
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.schema import LoraConfig, ModelConfig, TokenizerConfig
@@ -152,8 +153,6 @@ def hf_family(checkpoint: Checkpoint) -> Family:
     """Raises CheckpointError for a model that no Hugging Face class computes."""
     if checkpoint.facts.model_type in FAMILIES:
         return FAMILIES[checkpoint.facts.model_type]
-    from castalia.checkpoint.formats.huggingface.write import family_of  # imports torch
-
     return FAMILIES[family_of(_model(checkpoint), checkpoint.path)]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 from castalia.checkpoint.adapters import adapters_of
 from castalia.checkpoint.file_plan import Plan, WriteOptions, json_output, tensors_output
-from castalia.checkpoint.formats.huggingface.read import FAMILIES
+from castalia.checkpoint.formats.huggingface.names import FAMILIES
 from castalia.checkpoint.formats.peft.read import CONFIG, WEIGHT_FILES, Matrix, hf_family, matrices, vocabulary_modules
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.schema import is_adapter

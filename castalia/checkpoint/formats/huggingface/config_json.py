@@ -1,0 +1,224 @@
+"""Hugging Face's config.json: our settings read from it and written to it, by the keys of its `Family`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from castalia.checkpoint.formats.huggingface.names import ACTIVATIONS, FAMILIES, Family
+from castalia.config.schema import ModelConfig, RopeScaling
+from castalia.errors import CheckpointError
+from castalia.reading import keys, read_json
+
+COUNTS = (
+    "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
+    "max_position_embeddings", "sliding_window", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "head_dim",
+)  # fmt: skip
+SHARES = (
+    "layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "rope_theta", "rotary_emb_base", "rotary_pct", "embd_pdrop",
+    "partial_rotary_factor", "attention_dropout", "hidden_dropout", "resid_pdrop", "attn_pdrop",
+)  # fmt: skip
+FLAGS = ("use_parallel_residual", "attention_bias", "mlp_bias", "tie_word_embeddings")
+WORDS = ("model_type", "hidden_act", "activation_function", "dtype", "torch_dtype")
+TABLES = ("rope_parameters", "rope_scaling", "quantization_config")
+Count = Annotated[int, Field(gt=0, lt=1 << 40)]
+GIVEN = keys(  # of config.json
+    {
+        "architectures": list | None,
+        **dict.fromkeys(COUNTS, Count | None),
+        **dict.fromkeys(SHARES, float | None),
+        **dict.fromkeys(FLAGS, bool | None),
+        **dict.fromkeys(WORDS, str | None),
+        **dict.fromkeys(TABLES, dict[str, Any] | None),
+    }
+)
+
+
+class ConfigJson:
+    """config.json as its class reads it: with the defaults of its type. Errors name the file."""
+
+    def __init__(self, path: Path, given: Mapping[str, Any], family: Family) -> None:
+        self.path, self.family = path, family
+        self.given = {key: value for key, value in given.items() if key not in family.foreign}
+        self.values = {**family.defaults, **self.given}
+        left = [f"{key}={given[key]}" for key in family.foreign if given.get(key)]
+        kind = given.get("model_type")
+        self.notes = (
+            [f"{', '.join(left)} of config.json means nothing in a {kind} model: it is ignored"] if left else []
+        )
+
+    def __getitem__(self, key: str) -> Any:
+        return self.values.get(key)
+
+    def refuse(self, reason: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: {reason}")
+
+    def require(self, key: str, *allowed: object) -> None:
+        """Raises CheckpointError when a key has a value that our model has no equal of."""
+        if self[key] not in allowed:
+            raise self.refuse(f"{key}={self[key]!r} is not supported; only {' or '.join(map(repr, allowed))}")
+
+
+def read_config(path: Path) -> ConfigJson:
+    """Raises CheckpointError for a file that is no table, and for types and quantizations that we do not know."""
+    given: dict[str, Any] = read_json(path, CheckpointError, GIVEN)
+    architectures = given.get("architectures") or []
+    kind = given.get("model_type")
+    family = FAMILIES.get(str(kind))
+    if family is None:
+        name = f"model_type {kind!r}" + (f" ({', '.join(map(str, architectures))})" if architectures else "")
+        raise CheckpointError(f"{path}: {name} is not supported; supported are {', '.join(FAMILIES)}")
+    config = ConfigJson(path, given, family)
+    if config["quantization_config"]:
+        method = config["quantization_config"].get("quant_method")
+        raise config.refuse(f"the weights are quantized ({method}), which is not supported; use the original weights")
+    return config
+
+
+def model_of(config: ConfigJson) -> ModelConfig:
+    """The model that the class builds. Raises CheckpointError for values that our model has no equal of."""
+    vocabulary = {"vocab_size": config["vocab_size"], "vocab_multiple": 1}
+    try:
+        return ModelConfig(**settings(config), **vocabulary, tie_embeddings=config["tie_word_embeddings"])
+    except (ValueError, TypeError) as error:  # pydantic's ValidationError is a ValueError
+        raise config.refuse(f"not a usable config: {error}") from error
+
+
+def settings(config: ConfigJson) -> dict[str, Any]:
+    """The settings of `ModelConfig` that the file tells."""
+    family = config.family
+    found: dict[str, Any] = {}
+    for key in family.refused:
+        config.require(key, False)
+    for key, names in family.keys.items():
+        if isinstance(names, bool):
+            config.require(key, names)
+            continue
+        for name in names.split():
+            if name not in found:  # else an older spelling of the same
+                found[name] = READERS.get(name, _as_it_is)(config, key)
+    return {**family.fixed, **{name: value for name, value in found.items() if name in ModelConfig.model_fields}}
+
+
+def _as_it_is(config: ConfigJson, key: str) -> Any:
+    return config[key]
+
+
+def _flag(config: ConfigJson, key: str) -> bool:
+    return bool(config[key])
+
+
+def _activation(config: ConfigJson, key: str) -> str:
+    if config[key] not in ACTIVATIONS:
+        raise config.refuse(f"{key}={config[key]!r} is not supported; known are {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[config[key]]
+
+
+def _head_size(config: ConfigJson, key: str) -> Any:
+    """Our heads have the hidden size between them; the class's may have any."""
+    config.require(key, None, config["hidden_size"] // config["num_attention_heads"])
+    return config[key]
+
+
+def _window(config: ConfigJson, key: str) -> int | None:
+    """Theirs counts the token itself, ours the tokens before it."""
+    if config[key] == 1:
+        raise config.refuse("sliding_window=1 is not supported: tokens would see only themselves")
+    return None if config[key] is None else config[key] - 1
+
+
+def _rope(config: ConfigJson) -> Mapping[str, Any]:
+    """The nested table: `rope_parameters` holds everything; before it, there were flat keys and `rope_scaling`."""
+    return config.given.get("rope_parameters") or config.given.get("rope_scaling") or {}
+
+
+def _rotary_base(config: ConfigJson, key: str) -> float:
+    return _either(config, _rope(config), key, "rotary_emb_base")
+
+
+def _rotary_share(config: ConfigJson, key: str) -> float:
+    share = _either(config, _rope(config), key, "rotary_pct")
+    if share not in config.family.holds.get("rotary_pct", {share}):
+        raise config.refuse(f"partial_rotary_factor={share} means nothing in a {config['model_type']} model")
+    return share
+
+
+def _either(config: ConfigJson, nested: Mapping[str, Any], key: str, old_key: str) -> float:
+    """A value that may stand in several places. The nested one counts; flat ones must not contradict each other."""
+    flat = {name: config.given[name] for name in (key, old_key) if config.given.get(name) is not None}
+    if nested.get(key) is not None:
+        return nested[key]
+    if len(set(flat.values())) > 1:
+        raise config.refuse(f"{' and '.join(f'{name}={value}' for name, value in flat.items())} contradict each other")
+    return next(iter(flat.values()), config[key])
+
+
+def _rope_scaling(config: ConfigJson, key: str) -> RopeScaling | None:
+    nested = _rope(config)
+    kind = nested.get("rope_type", nested.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind not in ("linear", "yarn", "llama3"):
+        raise config.refuse(f"rotary scaling {kind!r} is not supported; known are linear, yarn and llama3")
+    for key in ("mscale", "mscale_all_dim"):
+        if nested.get(key) is not None:
+            raise config.refuse(f"{key} of the rotary scaling is not supported")
+    if nested.get("truncate") is False:
+        raise config.refuse("truncate=false of the rotary scaling is not supported")
+    names = ("factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor", "attention_factor")
+    values = {name: nested[name] for name in names if nested.get(name) is not None}
+    original = nested.get("original_max_position_embeddings") or config["max_position_embeddings"]
+    return RopeScaling(kind=kind, original_positions=original, **values)
+
+
+READERS: dict[str, Callable[[ConfigJson, str], Any]] = {  # of settings that are not the value of the key as it is
+    "activation": _activation, "attention_bias": _flag, "mlp_bias": _flag, "head_size": _head_size,
+    "sliding_window": _window, "rotary_base": _rotary_base, "rotary_pct": _rotary_share, "rope_scaling": _rope_scaling,
+}  # fmt: skip
+
+
+def spelled_out(model: ModelConfig, longest: int) -> ModelConfig:
+    """The model with the values that None stands for; `longest`: of a sequence."""
+    explicit = {"mlp_size": model.mlp_width, "num_kv_heads": model.kv_heads, "max_positions": longest}
+    return model.with_(explicit)
+
+
+def to_config_json(kind: str, model: ModelConfig, longest: int, token_ids: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json; values that are the class's defaults are written too, since versions differ in them."""
+    family, model = FAMILIES[kind], spelled_out(model, longest)
+    config: dict[str, Any] = {"architectures": [family.class_name], "model_type": kind, **token_ids}
+    config |= {"vocab_size": model.padded_vocab_size, "tie_word_embeddings": model.tie_embeddings}
+    config |= {"initializer_range": model.init_std, "use_cache": True}
+    for key, names in family.keys.items():
+        config[key] = names if isinstance(names, bool) else getattr(model, names.split()[0])
+        if names == "activation":
+            written = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())} | {"gelu_tanh": family.gelu_tanh}
+            config[key] = written[model.activation]
+        elif names == "sliding_window" and model.sliding_window is not None:
+            config[key] += 1  # theirs counts the token itself
+        elif names == "rope_scaling":
+            config[key] = _written_rope(model, nested=key == "rope_parameters")
+    return config
+
+
+def _written_rope(model: ModelConfig, nested: bool) -> dict[str, Any] | None:
+    """`rope_scaling`, or `rope_parameters`, in which the flat keys are `nested`."""
+    scaling = _written_scaling(model.rope_scaling) if model.rope_scaling else None
+    flat = {"rope_theta": model.rotary_base, "partial_rotary_factor": model.rotary_pct}
+    return {"rope_type": "default", **flat, **(scaling or {})} if nested else scaling
+
+
+def _written_scaling(scaling: RopeScaling) -> dict[str, Any]:
+    keys = {
+        "linear": (),
+        "yarn": ("beta_fast", "beta_slow", "attention_factor"),
+        "llama3": ("low_freq_factor", "high_freq_factor"),
+    }[scaling.kind]
+    values = {key: getattr(scaling, key) for key in keys if getattr(scaling, key) is not None}
+    if scaling.original_positions and scaling.kind != "linear":
+        values["original_max_position_embeddings"] = scaling.original_positions
+    former = {"type": "linear"} if scaling.kind == "linear" else {}  # the key before there were other kinds
+    return {"rope_type": scaling.kind, **former, "factor": scaling.factor, **values}

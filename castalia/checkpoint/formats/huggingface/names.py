@@ -1,0 +1,227 @@
+"""What Hugging Face's model types call our settings and tensors, and which models their classes compute.
+
+Each `Family` is read in both directions: `config_json.py` reads and writes settings by `keys`, `read.py` and `write.py`
+tensors by `rules`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from castalia.checkpoint.rules import Chain, Interleave, Op, PermuteRows, Rule, Same, Transpose, per_block
+from castalia.config.schema import ModelConfig
+from castalia.errors import CheckpointError
+
+ACTIVATIONS = {  # `hidden_act` -> ours; the first of several that mean the same is written
+    "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu", "mish": "mish",
+    "sigmoid": "sigmoid", "linear": "identity",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Family:
+    """One `model_type`: what the keys of its config.json and its tensors are in our model."""
+
+    class_name: str
+    prefix: str  # of the tensors of the model without its head
+    head: str
+    # Keys of config.json in the order in which they are written. A name is that of our setting; of several names, the
+    # first is written and all are read. A truth value is the only one that our model has an equal of.
+    keys: Mapping[str, str | bool]
+    fixed: Mapping[str, Any]  # settings of ours that no key tells
+    holds: Mapping[str, set]  # the values of our settings that the class can compute; settings left out may have any
+    defaults: Mapping[str, Any]  # what a missing key of config.json means; it differs between the types
+    rules: Callable[[ModelConfig], list[Rule]]
+    head_modules: tuple[str, ...] = ("lm_head",)  # as transformers calls it now, and as it did before
+    foreign: tuple[str, ...] = ()  # keys of related types that this class does not read
+    refused: tuple[str, ...] = ()  # keys that must be false, and are not written
+    gelu_tanh: str = "gelu_pytorch_tanh"  # as the published models of this class call it
+
+
+def _with_bias(ours: str, theirs: str, op: Op | None = None, *, bias: bool = True) -> list[Rule]:
+    """The rules of a module's weight and bias. Names of several modules are separated by spaces."""
+
+    def each(names: str, kind: str) -> str:
+        return " ".join(f"{name}.{kind}" for name in names.split())
+
+    kinds = ("weight", "bias") if bias else ("weight",)
+    return [Rule(each(ours, kind), each(theirs, kind), op or Same()) for kind in kinds]
+
+
+def _neox_rules(model: ModelConfig) -> list[Rule]:
+    theirs = "layers.{i}."
+    block = [
+        *_with_bias("blocks.{i}.norm1", theirs + "input_layernorm"),
+        *_with_bias("blocks.{i}.norm2", theirs + "post_attention_layernorm"),
+        *_with_bias("blocks.{i}.attn.qkv", theirs + "attention.query_key_value", bias=model.attention_bias),
+        *_with_bias("blocks.{i}.attn.out", theirs + "attention.dense", bias=model.attention_bias),
+        *_with_bias("blocks.{i}.mlp.up", theirs + "mlp.dense_h_to_4h"),
+        *_with_bias("blocks.{i}.mlp.down", theirs + "mlp.dense_4h_to_h"),
+    ]
+    ends = [Rule("embed.weight", "embed_in.weight"), *_with_bias("norm", "final_layer_norm")]
+    return ends + per_block(block, model.num_layers)
+
+
+def _gpt2_rules(model: ModelConfig) -> list[Rule]:
+    heads, size = model.num_heads, model.head_size
+    by_head = PermuteRows((3, heads, size), (1, 0, 2))  # from all queries, all keys, all values
+    theirs = "h.{i}."
+    block = [
+        *_with_bias("blocks.{i}.norm1", theirs + "ln_1"),
+        *_with_bias("blocks.{i}.norm2", theirs + "ln_2"),
+        Rule("blocks.{i}.attn.qkv.weight", theirs + "attn.c_attn.weight", Chain(Transpose(), by_head)),
+        Rule("blocks.{i}.attn.qkv.bias", theirs + "attn.c_attn.bias", by_head),
+        Rule("blocks.{i}.attn.out.weight", theirs + "attn.c_proj.weight", Transpose()),
+        Rule("blocks.{i}.attn.out.bias", theirs + "attn.c_proj.bias"),
+        Rule("blocks.{i}.mlp.up.weight", theirs + "mlp.c_fc.weight", Transpose()),
+        Rule("blocks.{i}.mlp.up.bias", theirs + "mlp.c_fc.bias"),
+        Rule("blocks.{i}.mlp.down.weight", theirs + "mlp.c_proj.weight", Transpose()),
+        Rule("blocks.{i}.mlp.down.bias", theirs + "mlp.c_proj.bias"),
+    ]
+    ends = [Rule("embed.weight", "wte.weight"), Rule("positions.weight", "wpe.weight"), *_with_bias("norm", "ln_f")]
+    return ends + per_block(block, model.num_layers)
+
+
+def _llama_rules(model: ModelConfig) -> list[Rule]:
+    size = model.head_size
+    by_group = Interleave((model.num_heads // model.kv_heads * size, size, size), model.kv_heads)
+    theirs, attention = "layers.{i}.", "layers.{i}.self_attn."
+    projections = " ".join(attention + name for name in ("q_proj", "k_proj", "v_proj"))
+    block = [
+        Rule("blocks.{i}.norm1.weight", theirs + "input_layernorm.weight"),
+        Rule("blocks.{i}.norm2.weight", theirs + "post_attention_layernorm.weight"),
+        *_with_bias("blocks.{i}.attn.qkv", projections, by_group, bias=model.attention_bias),
+        *_with_bias("blocks.{i}.attn.out", attention + "o_proj", bias=model.attention_bias),
+        *_with_bias("blocks.{i}.mlp.gate", theirs + "mlp.gate_proj", bias=model.mlp_bias),
+        *_with_bias("blocks.{i}.mlp.up", theirs + "mlp.up_proj", bias=model.mlp_bias),
+        *_with_bias("blocks.{i}.mlp.down", theirs + "mlp.down_proj", bias=model.mlp_bias),
+    ]
+    ends = [Rule("embed.weight", "embed_tokens.weight"), Rule("norm.weight", "norm.weight")]
+    return ends + per_block(block, model.num_layers)
+
+
+_KEYS = {
+    "num_hidden_layers": "num_layers", "hidden_size": "hidden_size", "num_attention_heads": "num_heads",
+    "intermediate_size": "mlp_size", "max_position_embeddings": "max_positions", "hidden_act": "activation",
+    "attention_bias": "attention_bias", "attention_dropout": "attention_dropout",
+    # Rotary embeddings in both spellings: flat keys with `rope_scaling`, and the `rope_parameters` of recent versions.
+    "rope_theta": "rotary_base", "partial_rotary_factor": "rotary_pct", "rope_scaling": "rope_scaling",
+    "rope_parameters": "rope_scaling",
+}  # fmt: skip
+NEOX_KEYS = _KEYS | {
+    "rotary_pct": "rotary_pct", "rotary_emb_base": "rotary_base", "layer_norm_eps": "norm_eps",
+    "use_parallel_residual": "parallel_residual", "hidden_dropout": "hidden_dropout embedding_dropout",
+}  # fmt: skip
+GPT2_KEYS: dict[str, str | bool] = {
+    "n_layer": "num_layers", "n_embd": "hidden_size", "n_head": "num_heads", "n_inner": "mlp_size",
+    "n_positions": "max_positions", "n_ctx": "max_positions",  # its first name, which some programs still read
+    "activation_function": "activation", "layer_norm_epsilon": "norm_eps", "embd_pdrop": "embedding_dropout",
+    "resid_pdrop": "hidden_dropout", "attn_pdrop": "attention_dropout", "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+}  # fmt: skip
+LLAMA_KEYS = _KEYS | {
+    "num_key_value_heads": "num_kv_heads", "head_dim": "head_size", "rms_norm_eps": "norm_eps", "mlp_bias": "mlp_bias",
+}  # fmt: skip
+MISTRAL_KEYS = LLAMA_KEYS | {"sliding_window": "sliding_window"}
+NEOX_DEFAULTS = {
+    "vocab_size": 50432, "hidden_size": 6144, "num_hidden_layers": 44, "num_attention_heads": 64,
+    "intermediate_size": 24576, "hidden_act": "gelu", "partial_rotary_factor": 0.25, "rope_theta": 10000.0,
+    "attention_dropout": 0.0, "hidden_dropout": 0.0, "max_position_embeddings": 2048, "layer_norm_eps": 1e-5,
+    "tie_word_embeddings": False, "use_parallel_residual": True, "attention_bias": True,
+}  # fmt: skip
+GPT2_DEFAULTS = {
+    "vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_inner": None,
+    "activation_function": "gelu_new", "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1,
+    "layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False, "tie_word_embeddings": True,
+}  # fmt: skip
+LLAMA_DEFAULTS = {
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": None, "hidden_act": "silu", "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "rope_theta": 10000.0, "partial_rotary_factor": 1.0,
+    "attention_bias": False, "attention_dropout": 0.0, "mlp_bias": False,
+}  # fmt: skip
+MISTRAL_DEFAULTS = LLAMA_DEFAULTS | {
+    "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096,
+}  # fmt: skip
+LLAMA_FIXED = {"norm": "rmsnorm", "gated_mlp": True, "sliding_window": None}
+LLAMA_HOLDS: dict[str, set] = {
+    "norm": {"rmsnorm"}, "rms_eps_inside": {True}, "position": {"rotary"}, "rotary_pct": {1.0}, "gated_mlp": {True},
+    "parallel_residual": {False}, "qk_norm": {False},
+}  # fmt: skip
+NEOX_HOLDS: dict[str, set] = {
+    "norm": {"layernorm"}, "position": {"rotary"}, "gated_mlp": {False}, "shared_norm": {False},
+    "num_kv_heads": {None}, "mlp_bias": {True}, "qk_norm": {False}, "sliding_window": {None},
+}  # fmt: skip
+GPT2_HOLDS: dict[str, set] = {
+    "norm": {"layernorm"}, "position": {"learned"}, "gated_mlp": {False}, "parallel_residual": {False},
+    "num_kv_heads": {None}, "attention_bias": {True}, "mlp_bias": {True}, "qk_norm": {False},
+    "sliding_window": {None},
+}  # fmt: skip
+FAMILIES = {
+    "gpt_neox": Family(
+        "GPTNeoXForCausalLM", "gpt_neox.", "embed_out.weight", NEOX_KEYS, {}, NEOX_HOLDS, NEOX_DEFAULTS, _neox_rules,
+        head_modules=("lm_head", "embed_out"), gelu_tanh="gelu_fast",
+    ),
+    "gpt2": Family(
+        "GPT2LMHeadModel", "transformer.", "lm_head.weight", GPT2_KEYS, {"position": "learned"}, GPT2_HOLDS,
+        GPT2_DEFAULTS, _gpt2_rules, refused=("add_cross_attention",), gelu_tanh="gelu_new",
+    ),
+    "llama": Family(
+        "LlamaForCausalLM", "model.", "lm_head.weight", LLAMA_KEYS, LLAMA_FIXED,
+        LLAMA_HOLDS | {"sliding_window": {None}}, LLAMA_DEFAULTS, _llama_rules, foreign=("sliding_window",),
+    ),
+    "mistral": Family(
+        "MistralForCausalLM", "model.", "lm_head.weight", MISTRAL_KEYS, LLAMA_FIXED,
+        LLAMA_HOLDS | {"attention_bias": {False}, "mlp_bias": {False}}, MISTRAL_DEFAULTS, _llama_rules,
+        foreign=("attention_bias", "mlp_bias"),
+    ),
+}  # fmt: skip
+# Settings that every class has a key for, or that change nothing about what the model computes. A model whose other
+# settings are not the defaults fits no class.
+FREE = {
+    "num_layers", "hidden_size", "num_heads", "mlp_size", "vocab_size", "vocab_multiple", "max_positions", "norm_eps",
+    "rotary_base", "rotary_pct", "rope_scaling", "activation", "attention_bias", "parallel_residual", "tie_embeddings",
+    "shared_norm", "mlp_bias", "rms_eps_inside", "embedding_dropout", "hidden_dropout", "attention_dropout", "init",
+    "init_passes", "init_method", "output_init_method", "init_std", "num_kv_heads", "sliding_window",
+}  # fmt: skip
+
+
+def table(family: Family, model: ModelConfig) -> list[Rule]:
+    """All rules of a model; their names are without the family's prefix."""
+    return family.rules(model) + ([] if model.tie_embeddings else [Rule("head.weight", family.head)])
+
+
+def family_of(model: ModelConfig, path: str) -> str:
+    """The first model_type whose class computes what the model does."""
+    lacking = {kind: _lacking(model, kind) for kind in FAMILIES}
+    nearest = min(lacking, key=lambda kind: len(lacking[kind]))
+    if lacking[nearest]:
+        raise CheckpointError(
+            f"{path}: no Hugging Face class computes this model. The nearest, {FAMILIES[nearest].class_name}, cannot "
+            f"do {'; '.join(lacking[nearest])}. --to native keeps everything"
+        )
+    return nearest
+
+
+def _lacking(model: ModelConfig, kind: str) -> list[str]:
+    """What the class cannot hold: setting, value, and what it has instead."""
+    found = {**model.model_dump(), "shared_norm": model.parallel_residual and model.shared_norm}
+    found["num_kv_heads"] = None if model.kv_heads == model.num_heads else model.kv_heads
+    found["rms_eps_inside"] = model.rms_eps_inside or model.norm != "rmsnorm"
+    result = [
+        f"model.{key}={found[key]} (only {' or '.join(str(value) for value in allowed)})"
+        for key, allowed in FAMILIES[kind].holds.items()
+        if found[key] not in allowed
+    ]
+    result += [
+        f"model.{key}={found[key]}"
+        for key, field in ModelConfig.model_fields.items()
+        if key not in FREE and key not in FAMILIES[kind].holds and found[key] != field.default
+    ]
+    if model.activation not in ACTIVATIONS.values():
+        result.append(f"model.activation={model.activation} (only {', '.join(dict.fromkeys(ACTIVATIONS.values()))})")
+    return result
