@@ -1,4 +1,4 @@
-"""Adapters that a checkpoint holds beside its matrices, and the plain model that both make together."""
+"""A checkpoint's LoRA adapters, and the plain model that results when they are added to their matrices."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from castalia.storage.lazy import TensorRef, WithLora
 
 
 def adapters_of(checkpoint: Checkpoint | None) -> LoraConfig | None:
+    """The settings of a checkpoint's adapters; None where it has none."""
     return checkpoint.config.finetune.lora if checkpoint and checkpoint.config else None
 
 
 def merged(checkpoint: Checkpoint) -> Checkpoint:
-    """The same model without adapters, which are added to their matrices. It has no optimizer state."""
+    """The checkpoint with its adapters added to their matrices, and without an optimizer state.
+
+    A checkpoint without adapters is returned as it is. Nothing is computed until a matrix is read.
+    """
     lora, held = adapters_of(checkpoint), checkpoint.model
     if lora is None or checkpoint.config is None:
         return checkpoint

@@ -1,4 +1,4 @@
-"""Whether a checkpoint's tensors are those of its architecture: asked once, when it is opened, for every verb."""
+"""Compare a checkpoint's tensors with the architecture that its config describes, once, when it is opened."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ MAX_LINES = 12
 
 
 def differences(checkpoint: Checkpoint) -> list[str]:
-    """A line for each tensor of the model, and of its optimizer, that the architecture has no place for or lacks.
+    """A line for each tensor that is missing, unexpected or of the wrong shape, in model and optimizer state.
 
-    None where nothing says which architecture it is.
+    Empty where no config says what the architecture is.
     """
     model = checkpoint.config.model if checkpoint.config else None
     if model is None:
         return []
-    if model.vocab_size is None:  # then it is what the embedding has
+    if model.vocab_size is None:  # the rows of the embedding then decide
         embedding = checkpoint.model.get("embed.weight")
         rows = embedding.shape[0] if embedding is not None and embedding.shape else 1
         model = model.with_({"vocab_size": rows, "vocab_multiple": 1})
@@ -51,31 +51,36 @@ def _strange_state(checkpoint: Checkpoint) -> list[str]:
     return lines
 
 
-def mismatches(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, TensorRef], by: str) -> list[str]:
-    """A line for each tensor that is missing, unexpected, or of another shape than it has `by` (the model, say)."""
-    lines = [f"missing: {name} {list(expected[name])}" for name in expected if name not in found]
-    lines += [f"unexpected: {name} {list(found[name].shape)}" for name in found if name not in expected]
+def mismatches(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, TensorRef], by: str) -> list[str]:
+    """A line for each tensor that is missing, unexpected, or of another shape than `expected`.
+
+    `by` says in the text what expects them: "the model", for instance.
+    """
+    lines = [f"missing: {name} {list(expected[name])}" for name in expected if name not in tensors]
+    lines += [f"unexpected: {name} {list(tensors[name].shape)}" for name in tensors if name not in expected]
     lines += [
-        f"{name} has shape {list(found[name].shape)} in the checkpoint, {list(shape)} in {by}"
+        f"{name} has shape {list(tensors[name].shape)} in the checkpoint, {list(shape)} in {by}"
         for name, shape in expected.items()
-        if name in found and tuple(found[name].shape) != tuple(shape)
+        if name in tensors and tuple(tensors[name].shape) != tuple(shape)
     ]
     return lines
 
 
 def unrounded(weights: Mapping[str, TensorRef], masters: Mapping[str, TensorRef]) -> list[str]:
-    """Weights that are not their fp32 masters rounded, judged by a few values of each.
+    """The names of weights that are not their fp32 masters rounded, judged by a few stored values of each.
 
-    Both are as they are stored, before any rule: one that permutes or transposes would compare other values.
+    Both must be as they are stored, before any rule is applied: a rule that permutes or transposes would put other
+    values in the sampled places.
     """
-    apart = []
+    changed = []
     for name in weights.keys() & masters.keys():
         weight, master = weights[name], masters[name]
+        # The same bytes need no comparison; strided ones (views) cannot be compared by position.
         if weight.runs() == master.runs() or not all(map(_in_order, (weight, master))):
             continue
         if not np.array_equal(middle(weight), rounded(middle(master), weight.dtype_name), equal_nan=True):
-            apart.append(name)
-    return sorted(apart)
+            changed.append(name)
+    return sorted(changed)
 
 
 def _in_order(ref: TensorRef) -> bool:
@@ -83,7 +88,7 @@ def _in_order(ref: TensorRef) -> bool:
 
 
 def refuse(checkpoint: Checkpoint, lines: list[str]) -> None:
-    """Raises CheckpointError if there are any."""
+    """Raises CheckpointError with the lines of `differences`, if there are any."""
     if lines:
         rest = [f"and {len(lines) - MAX_LINES} more"] if len(lines) > MAX_LINES else []
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Two tensors side by side, piece by piece: figures, equality, and what a tensor that differs looks like."""
+"""Compare two tensors piece by piece: equality, figures, and how one that differs is related to the other."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from castalia.config.tensor_table import row_of
 from castalia.storage.lazy import Reordered, Scaled, TensorRef, Transposed, part, same_bits
 
 PAIR_BYTES = 8 << 20
-NUM_PROBES = 16  # rows that are compared before all of a tensor is
-RELATED = 0.5  # correlation from which on two matrices are taken for descendants of one
+NUM_PROBES = 16  # rows that are compared first, so that most differences are found without reading everything
+RELATED = 0.5  # two matrices with a larger correlation count as trained from the same weights
 RANK_COUNTS = (2, 4, 8, 16)
 
 Kind = Literal[
@@ -26,7 +26,7 @@ Kind = Literal[
 
 @dataclass(frozen=True)
 class Figures:
-    """Of two tensors of one shape, in fp64. Of vocabularies of different sizes: of the rows that both have."""
+    """Statistics of two tensors of one shape, in fp64; of vocabularies, of the rows that both have."""
 
     count: int
     max_diff: float
@@ -34,17 +34,17 @@ class Figures:
     rms_a: float
     std_a: float
     std_b: float
-    correlation: float  # of the values as they are, means not taken off: 0 for independent draws around 0
+    correlation: float  # about zero, without subtracting means: 0 for independent draws around 0
 
     @property
     def relative(self) -> float:
-        """Size of the change in units of A's size."""
+        """RMS of the difference in units of A's RMS."""
         return self.rms_diff / self.rms_a if self.rms_a else math.inf if self.rms_diff else 0.0
 
 
 @dataclass(frozen=True)
 class Relation:
-    """What tensor B is to tensor A."""
+    """How tensor B is related to tensor A."""
 
     kind: Kind
     detail: str = ""
@@ -52,22 +52,26 @@ class Relation:
 
     @property
     def exact(self) -> bool:
-        """Whether B's values are A's, in some form."""
+        """Whether B holds A's values, possibly rearranged, scaled or rounded."""
         return self.kind not in ("moved", "unrelated", "shape", "not_finite")
 
     @property
     def harmless(self) -> bool:
-        """Whether both compute the same, rounding aside."""
+        """Whether a model computes the same with either, up to rounding."""
         return self.kind in ("identical", "dtype", "padding")
 
 
 def relate(
     name: str, a: TensorRef, b: TensorRef, model: ModelConfig | None, others: Mapping[str, TensorRef] | None = None
 ) -> Relation:
-    """What B's tensor of this name is to A's. `model`: A's; `others`: B's further tensors."""
+    """How B's tensor `name` is related to A's.
+
+    `model`: A's architecture, which tells how rows may be permuted; None: permutations are not tried. `others`: B's
+    tensors, among which the other half of a gated MLP is looked for.
+    """
     row, same_shape = row_of(name), tuple(a.shape) == tuple(b.shape)
     rows = min(a.shape[0], b.shape[0]) if a.shape and b.shape else 0
-    only_rows = row.has_token_rows and tuple(a.shape[1:]) == tuple(b.shape[1:])  # padded differently, if at all
+    only_rows = row.has_token_rows and tuple(a.shape[1:]) == tuple(b.shape[1:])  # they may be padded differently
     figures = measure(part(a, 0, rows), part(b, 0, rows)) if only_rows else measure(a, b) if same_shape else None
     if same_shape and equal(a, b):
         if a.dtype == b.dtype:
@@ -101,25 +105,25 @@ def relate(
 
 
 def equal(a: TensorRef, b: TensorRef) -> bool:
-    """Whether two tensors hold the same values, rounding to the coarser dtype aside. A few rows are tried first."""
+    """Whether two tensors hold the same values, up to rounding to the coarser of their dtypes."""
     if tuple(a.shape) != tuple(b.shape):
         return False
     return all(_alike(*pair) for pair in _probes(a, b)) and all(_alike(*pair) for pair in pairs(a, b))
 
 
 def close(a: TensorRef, b: TensorRef) -> bool:
-    """`equal` up to a rounding error of the coarser dtype, but not for tensors that are zero."""
+    """Whether two tensors are equal up to a rounding error of the coarser dtype. False if both are all zero."""
     tolerance = 2 * max(torch.finfo(ref.dtype).eps for ref in (a, b))
-    found = [(x.double(), y.double()) for x, y in pairs(a, b)]
-    return any(bool(x.any()) for x, _ in found) and all(
-        torch.allclose(x, y, rtol=tolerance, atol=tolerance * 1e-3) for x, y in found
+    values = [(x.double(), y.double()) for x, y in pairs(a, b)]
+    return any(bool(x.any()) for x, _ in values) and all(
+        torch.allclose(x, y, rtol=tolerance, atol=tolerance * 1e-3) for x, y in values
     )
 
 
 def measure(a: TensorRef, b: TensorRef) -> Figures:
-    """Figures of two tensors of one shape, in one pass over both."""
+    """The figures of two tensors of one shape, in one pass over both."""
     count, max_diff = 0, 0.0
-    sums = torch.zeros(6, dtype=torch.float64)
+    sums = torch.zeros(6, dtype=torch.float64)  # of a, b, a^2, b^2, a*b, (a-b)^2
     for left, right in pairs(a, b):
         x, y = left.double().flatten(), right.double().flatten()
         count += x.numel()
@@ -139,7 +143,7 @@ def measure(a: TensorRef, b: TensorRef) -> Figures:
 
 
 def pairs(a: TensorRef, b: TensorRef) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The same rows of both, some at a time."""
+    """The same rows of both tensors, about `PAIR_BYTES` at a time."""
     if not a.shape:
         yield a.read(), b.read()
         return
@@ -151,32 +155,37 @@ def pairs(a: TensorRef, b: TensorRef) -> Iterator[tuple[torch.Tensor, torch.Tens
 
 
 def row_orders(model: ModelConfig) -> list[tuple[str, torch.Tensor]]:
-    """Orders that rows of `attn.qkv` have elsewhere: their row i is our row order[i]."""
+    """Orders in which other programs store the rows of `attn.qkv`, each with its description.
+
+    Row i of such a tensor is our row `order[i]`. Ours are grouped by key/value head: the group's queries, its key, its
+    value (see `castalia.model.transformer`).
+    """
     n, kv, d = model.num_heads, model.kv_heads, model.head_size
     group = n // kv
-    grid = torch.arange((n + 2 * kv) * d).view(kv, group + 2, d)
-    q, k, v = grid[:, :group].reshape(n, d), grid[:, group], grid[:, group + 1]
-    found = []
+    grid = torch.arange((n + 2 * kv) * d).view(kv, group + 2, d)  # row numbers by group, head, dimension
+    q, k, v = grid[:, :group].reshape(n, d), grid[:, group], grid[:, group + 1]  # [n, d], [kv, d], [kv, d]
+    orders = []
     for ranks in (1, *RANK_COUNTS):
         if kv % ranks == 0:
             parts = [piece.chunk(ranks)[rank].flatten() for rank in range(ranks) for piece in (q, k, v)]
             over = f" on each of {ranks} tensor ranks" if ranks > 1 else ""
-            found.append((f"rows are all queries, all keys, all values{over}", torch.cat(parts)))
+            orders.append((f"rows are all queries, all keys, all values{over}", torch.cat(parts)))
     if group == 1:
-        found.append(("rows of a head are query, key, value of each dimension", grid.permute(0, 2, 1).flatten()))
+        orders.append(("rows of a head are query, key, value of each dimension", grid.permute(0, 2, 1).flatten()))
     elif d * kv % n == 0:
-        per_head = [x.reshape(n, -1) for x in (q, k, v)]
-        found.append(("rows are in the old order of grouped queries", torch.cat(per_head, dim=1).flatten()))
+        per_head = [x.reshape(n, -1) for x in (q, k, v)]  # each query head with its share of a key and a value
+        orders.append(("rows are in the old order of grouped queries", torch.cat(per_head, dim=1).flatten()))
     if model.position == "rotary" and model.rotary_size % 2 == 0:
         paired = grid.clone()
+        # queries and keys: (first half, second half) of the rotating dimensions -> interleaved pairs
         turning = grid[:, :-1, : model.rotary_size].unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
         paired[:, :-1, : turning.shape[-1]] = turning
-        found.append(("rotary dimensions are interleaved pairs, not halves", paired.flatten()))
-    return found
+        orders.append(("rotary dimensions are interleaved pairs, not halves", paired.flatten()))
+    return orders
 
 
 def _only_padding(a: TensorRef, b: TensorRef, model: ModelConfig | None) -> str:
-    """A description if the rows of all tokens agree, else nothing."""
+    """A description of the padding if the rows of all tokens agree, else an empty text."""
     rows = min(a.shape[0], b.shape[0])
     if model is not None and model.vocab_size is not None:
         rows = min(rows, model.vocab_size)
@@ -194,6 +203,7 @@ def _probes(a: TensorRef, b: TensorRef) -> Iterator[tuple[torch.Tensor, torch.Te
 
 
 def _alike(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether two pieces are equal after rounding to the coarser of their dtypes."""
     if x.dtype == y.dtype:
         return same_bits(x, y)
     if x.dtype == torch.float32 or y.dtype == torch.float32:

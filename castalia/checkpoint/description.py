@@ -1,4 +1,4 @@
-"""A checkpoint in a few words, and what it says of its tokenizer."""
+"""Describe a checkpoint in a few words, and find the tokenizer that it was trained with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from castalia.config.schema import TokenizerConfig
 
 
 def describe(checkpoint: Checkpoint) -> str:
-    """For instance "NeoX v1, TP 2 x PP 4, step 150000"."""
+    """A line about a checkpoint: "NeoX v1, TP 2 x PP 4, step 150000", for instance."""
     row, facts = FORMATS[checkpoint.format], checkpoint.facts
     kind = facts.era or facts.model_type
     title = row.title + (f" {kind}" if kind else "")
@@ -20,7 +20,7 @@ def describe(checkpoint: Checkpoint) -> str:
 
 
 def readable(count: int) -> str:
-    """162.5M, 20.55B."""
+    """A number of parameters with four digits: 162.5M, 20.55B."""
     for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
         if count >= size:
             return f"{count / size:.4g}{unit}"
@@ -28,7 +28,10 @@ def readable(count: int) -> str:
 
 
 def tokenizer_settings(checkpoint: Checkpoint) -> TokenizerConfig | None:
-    """The tokenizer of the training: the run's copy, else what the config names. None without a config."""
+    """The settings of the tokenizer that the model was trained with; None without a config.
+
+    A run keeps a copy of its tokenizer, which comes before the files that its config names.
+    """
     if checkpoint.config is None:
         return None
     folder = Path(checkpoint.path)
@@ -36,15 +39,15 @@ def tokenizer_settings(checkpoint: Checkpoint) -> TokenizerConfig | None:
     if (run / "tokenizer").is_dir():
         return TokenizerConfig(path=str(run / "tokenizer"))
     given = checkpoint.config.tokenizer
-    found = {key: _beside(run, getattr(given, key)) for key in ("path", "merges")}
-    return given.with_(found)
+    paths = {key: _below(run, getattr(given, key)) for key in ("path", "merges")}
+    return given.with_(paths)
 
 
 def model_folder(checkpoint: Checkpoint) -> Path | None:
-    """Where files say which tokens end the model's text, whichever tokenizer is used."""
+    """The folder whose files say which tokens end a text, whichever tokenizer is used; None without such files."""
     return Path(checkpoint.path) if checkpoint.format == "huggingface" else None
 
 
-def _beside(folder: Path, path: str | None) -> str | None:
-    """A relative path means one below `folder` where that exists, else one below the working directory."""
+def _below(folder: Path, path: str | None) -> str | None:
+    """The path, taken relative to `folder` where it exists there, else to the working directory."""
     return str(folder / path) if path is not None and (folder / path).exists() else path

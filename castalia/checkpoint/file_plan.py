@@ -1,6 +1,7 @@
-"""What the writers of all formats share: a plan of files, each written alone, piece by piece, in bounded memory.
+"""The plan of a conversion: the files that a checkpoint becomes, each written by itself, piece by piece.
 
-A format's `plan(checkpoint, options)` says which files a checkpoint becomes. Nothing is read until one is written.
+Every format's `plan(checkpoint, options)` returns a `Plan`. No tensor is read until its file is written, so memory is
+bounded by a piece for each file that is being written.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ SHARD_BYTES = 4 << 30
 
 @dataclass(frozen=True)
 class TargetLayout:
-    """Over how many ranks files are laid out. `pp` 0 is the layout without a pipeline, one file of weights a rank."""
+    """The ranks that files are cut over. `pp` 0: NeoX's layout without a pipeline, one file of weights a rank."""
 
     tp: int = 1
     pp: int = 1
@@ -30,20 +31,22 @@ class TargetLayout:
 
 @dataclass(frozen=True)
 class WriteOptions:
+    """What the user may choose of the files. Formats ignore what does not apply to them."""
+
     layout: TargetLayout = TargetLayout()
     era: Literal["v1", "head"] = "head"
-    folder: Path | None = None  # where the files will lie, which the original's config names; None: it names nothing
-    shard_bytes: int = SHARD_BYTES  # formats without ranks cut their weights into files of about this size
+    folder: Path | None = None  # where the files will lie, which a NeoX config has to name; None: it names no folder
+    shard_bytes: int = SHARD_BYTES  # formats without ranks cut their weights into files of at most this size
 
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A file to be written. `write` gives a JSON value that `Plan.finish` gets."""
+    """A file to be written. `write(path, advance)` returns a JSON value, which `Plan.finish` receives."""
 
     name: str  # path below the checkpoint's folder
     num_bytes: int
     write: Callable[[Path, Advance], Any]
-    tensors: tuple[TensorRef, ...] = ()  # that are read for it
+    tensors: tuple[TensorRef, ...] = ()  # the tensors that are read for it
 
 
 def _nothing_left(folder: Path, results: Mapping[str, Any]) -> None:
@@ -52,12 +55,17 @@ def _nothing_left(folder: Path, results: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Plan:
+    """The files of one checkpoint in another format."""
+
     outputs: tuple[OutputFile, ...]
-    notes: tuple[str, ...] = ()  # what this hop changes by nature, and what it leaves out
-    finish: Callable[[Path, Mapping[str, Any]], None] = _nothing_left  # writes what needs the results of all outputs
+    notes: tuple[str, ...] = ()  # what the conversion changes or leaves out, for the user
+    finish: Callable[[Path, Mapping[str, Any]], None] = (
+        _nothing_left  # `finish(folder, results)` writes what depends on the other files
+    )
 
     @property
     def num_bytes(self) -> int:
+        """The size of all outputs; what `finish` writes is small and not counted."""
         return sum(output.num_bytes for output in self.outputs)
 
 
@@ -75,10 +83,11 @@ def shards(tensors: Mapping[str, TensorRef], limit: int) -> list[dict[str, Tenso
 
 
 def tensors_output(name: str, tensors: Mapping[str, TensorRef]) -> OutputFile:
-    """A safetensors file, whose format has no place for checksums."""
+    """A safetensors file. The format has no place for checksums, so none are computed."""
     size = sum(ref.num_bytes for ref in tensors.values())
 
     def write(path: Path, advance: Advance) -> None:
+        """See `OutputFile`."""
         write_safetensors(path, tensors, advance, checksums=False)
 
     return OutputFile(name, size, write, tuple(tensors.values()))
@@ -92,26 +101,29 @@ def pt_output(name: str, value: Any) -> OutputFile:
 
 
 def bytes_output(name: str, data: bytes | str) -> OutputFile:
-    """A small file whose content is known."""
+    """A small file whose content is known already."""
     content = data.encode() if isinstance(data, str) else data
     return OutputFile(name, len(content), lambda path, advance: write_bytes(path, content, advance))
 
 
 def json_output(name: str, value: object) -> OutputFile:
+    """A small file that holds a value as JSON."""
     return bytes_output(name, json_text(value))
 
 
 def json_text(value: object) -> str:
+    """Indented JSON with a newline at the end, as other programs write their configs."""
     return to_json(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def write_bytes(path: Path, content: bytes, advance: Advance) -> None:
+    """Write a small file at once, and report its bytes to `advance`."""
     path.write_bytes(content)
     advance(len(content))
 
 
 def named_groups(stem: str, groups: Sequence[Mapping[str, TensorRef]]) -> dict[str, Mapping[str, TensorRef]]:
-    """File names as Hugging Face has them: `stem.safetensors`, or numbered ones."""
+    """The groups by file name, as Hugging Face names them: `stem.safetensors`, or `stem-00001-of-00003.safetensors`."""
     if len(groups) == 1:
         return {f"{stem}.safetensors": groups[0]}
     return {f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}

@@ -1,4 +1,4 @@
-"""Copies in host memory of what is to be saved, made while training waits and written while it goes on."""
+"""Copies of tensors in host memory: made while training waits, and written to disk while training continues."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ Pair = tuple[Tensor, Tensor]  # the bytes of a tensor, and where they go to: bot
 
 
 class HostCopies:
-    """Takes its memory with the first copies and keeps it: as much as they need, and for tensors on a GPU a ring.
+    """Memory for the copies of one set of tensors, allocated by the first copies and used again for all later ones.
 
-    The ring is page-locked, which is what GPUs copy to fast and asynchronously. But such memory is slow to take, is
-    rounded up to powers of two and cannot be swapped, so that there is no more of it than hides one copy behind the
-    other: from the GPU into one half of the ring, and from the other half into ordinary memory.
+    Tensors on a GPU pass through a ring of page-locked memory, which is what a GPU copies to fast and asynchronously.
+    Page-locked memory is slow to allocate, is rounded up to powers of two and cannot be swapped; therefore the ring has
+    only two halves, so that copying from the GPU into one half overlaps with copying from the other into ordinary
+    memory.
     """
 
     def __init__(self) -> None:
@@ -28,17 +29,17 @@ class HostCopies:
 
     @torch.no_grad()
     def take(self, tensors: Mapping[K, Tensor]) -> dict[K, Tensor]:
-        """The copies, complete, on the CPU, in the memory of those that it gave before."""
+        """Complete copies on the CPU, in the memory of the copies that the last call returned."""
         self.kept = {name: self._place(name, tensor) for name, tensor in tensors.items()}
-        far: list[Pair] = []
+        on_gpu: list[Pair] = []
         for name, tensor in tensors.items():
             if tensor.is_cuda:
-                far.append((_flat(tensor), _flat(self.kept[name])))
+                on_gpu.append((_flat(tensor), _flat(self.kept[name])))
             else:
                 self.kept[name].copy_(tensor)
-        if far:
-            self._take_ring(sum(len(source) for source, _ in far))
-            copy_through(self.ring, far)
+        if on_gpu:
+            self._take_ring(sum(len(source) for source, _ in on_gpu))
+            copy_through(self.ring, on_gpu)
         return dict(self.kept)
 
     def _place(self, name: object, tensor: Tensor) -> Tensor:
@@ -53,7 +54,7 @@ class HostCopies:
 
 
 def copy_through(ring: Sequence[Tensor], pairs: Iterable[Pair]) -> None:
-    """Copy the first of each pair to the second by way of the two halves of the ring, one of which fills meanwhile."""
+    """Copy the first of each pair to the second through the ring: one half fills while the other is emptied."""
     before: list[tuple[Tensor, Tensor]] = []
     filled: torch.cuda.Event | None = None
     for number, load in enumerate(_loads(pairs, len(ring[0]))):
@@ -75,7 +76,7 @@ def _empty(parts: Iterable[Pair], filled: torch.cuda.Event | None) -> None:
 
 
 def _loads(pairs: Iterable[Pair], size: int) -> Iterator[list[tuple[Tensor, Tensor, int]]]:
-    """Pieces of the pairs, each with its first byte in half a ring, in groups that fill it."""
+    """Pieces of the pairs in groups that fill half a ring, each as (source, target, first byte in the half)."""
     load: list[tuple[Tensor, Tensor, int]] = []
     used = 0
     for source, target in pairs:
