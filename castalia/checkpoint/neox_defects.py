@@ -1,4 +1,8 @@
-"""What the original's defects leave in a state that it trained, or that a run trained which follows them."""
+"""Traces that defects of GPT-NeoX and DeepSpeed leave in a training state.
+
+A checkpoint carries them if one of these programs trained it, or a run of ours that follows the defects
+(`neox_exact`). Conversions carry them on, so that training continues as it would have there.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +22,8 @@ from castalia.reading import keys, typed
 if TYPE_CHECKING:
     from castalia.checkpoint.tensors import Checkpoint, Progress
 
-FIRST_SUMMING = (0, 16)  # DeepSpeed's release from which a pipeline engine adds up what it should average
-# What is carried on, and what it is where there is nothing of it.
+FIRST_SUMMING = (0, 16)  # the DeepSpeed release since which a pipeline engine sums gradients that it should average
+# Fields of `Checkpoint` that conversions carry on, with their values for a state without the defect.
 INHERITED: Mapping[str, Any] = {
     "release": None, "summed_bias_ranks": 1, "summed_micro_batches": 1, "norm_ranks": (1, 1),
 }  # fmt: skip
@@ -36,51 +40,57 @@ NOTED = keys(
 
 
 def clip_norm_of(checkpoint: Checkpoint) -> float | None:
-    """The norm that the checkpoint's run clipped to."""
+    """The norm that the checkpoint's run clipped gradients to; None: it did not clip."""
     assert checkpoint.config is not None
     return effective_clip_norm(checkpoint.config.optimizer.clip_norm, checkpoint.release)
 
 
 def summed_micro_batches(version: object, pipeline: bool, config: RunConfig | None, dp: int) -> int:
-    """How many micro-batches' gradients DeepSpeed of this version added up, where their mean was meant; 1: the mean.
+    """The number of micro-batches whose gradients DeepSpeed of this version summed instead of averaging; else 1.
 
-    Its pipeline engine, which layer files come from, switches the engine's own reduction off, and since 0.16 the
-    division by the number of micro-batches with it (`DeepSpeedEngine._backward_prologue`).
+    Its pipeline engine, which writes layer files (`pipeline`), switches off the reduction of the base engine, and since
+    version 0.16 that switches off the division by the number of micro-batches too
+    (`DeepSpeedEngine._backward_prologue`).
     """
     release = tuple(int(number) for number in re.findall(r"\d+", str(version or "0"))[:2])
     if not pipeline or release < FIRST_SUMMING or config is None:
         return 1
     try:
         return batch_plan(config, dp).accumulation
-    except ConfigError:  # files whose config does not tell the batch
+    except ConfigError:  # the config beside the files does not say what the batch was
         return 1
 
 
 def take_inherited(
     progress: Progress, stored: Mapping[str, Any], config: RunConfig | None
 ) -> tuple[Progress, dict[str, Any]]:
-    """What a conversion `stored`, or a run that follows the original noted in its schedule, which is freed of it."""
+    """The fields of `INHERITED`, and the progress without them.
+
+    A conversion has `stored` them; a run with `neox_exact` notes them in its schedule, from which they are removed.
+    """
     schedule: dict[str, Any] = dict(progress.schedule or {})
-    found = {name: schedule.pop(name, stored.get(name, neutral)) for name, neutral in INHERITED.items()}
-    found = typed(found, "what the checkpoint notes of the original", CheckpointError, NOTED)
-    found["norm_ranks"] = tuple(found["norm_ranks"])  # a list in JSON
+    fields = {name: schedule.pop(name, stored.get(name, neutral)) for name, neutral in INHERITED.items()}
+    fields = typed(fields, "what the checkpoint notes of the original", CheckpointError, NOTED)
+    fields["norm_ranks"] = tuple(fields["norm_ranks"])  # a list in JSON
     noted = dict(progress.schedule or {})
     if noted.get("release") == "head" and "summed_micro_batches" not in noted and config and config.model:
-        # our own checkpoints did not note the number at first; a model made in one pass has the pipeline engine
+        # Our first checkpoints did not store the number. A model that was built in one pass has the pipeline engine.
         dp = planned_dp(config) or 1
-        found["summed_micro_batches"] = batch_plan(config, dp).accumulation if config.model.init_passes == 1 else 1
-    return replace(progress, schedule=schedule or None), found
+        fields["summed_micro_batches"] = batch_plan(config, dp).accumulation if config.model.init_passes == 1 else 1
+    return replace(progress, schedule=schedule or None), fields
 
 
 def with_micro_batches(checkpoint: Checkpoint, number: int) -> Checkpoint:
-    """The same state for an engine that sums `number` micro-batches: gradients, and so Adam's first moment, grow with
-    the number, the second moment with its square."""
+    """The checkpoint with Adam's moments scaled for an engine that sums the gradients of `number` micro-batches.
+
+    Gradients, and so the first moment, grow with the number, the second moment with its square.
+    """
     from castalia.storage.lazy import Scaled  # imports torch
 
     old = checkpoint.summed_micro_batches
     if number == old:
         return checkpoint
-    state: Any = checkpoint.optimizer  # of whatever optimizer
+    state: Any = checkpoint.optimizer  # of any optimizer
     powers = {"exp_avg": 1, "exp_avg_sq": 2}
     scaled = state and {
         name: {
@@ -93,6 +103,7 @@ def with_micro_batches(checkpoint: Checkpoint, number: int) -> Checkpoint:
 
 
 def micro_batches_note(before: Checkpoint, number: int) -> str:
+    """What to tell the user where `with_micro_batches` scales moments; empty where it does not."""
     old = before.summed_micro_batches
     if number == old or before.optimizer is None:
         return ""

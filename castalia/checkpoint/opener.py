@@ -27,12 +27,14 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w.-]+(/[\w.-]+)*)?")
 def open_checkpoint(
     path: str | Path, *, step: int | None = None, tolerant: bool = False, adapters: bool = False, **hints: object
 ) -> Checkpoint:
-    """Open any checkpoint; nothing but directories and headers is read.
+    """Open a checkpoint of any format. Only directories and headers are read, no tensors.
 
-    `step` selects one of several. Adapters are merged into their matrices, unless `adapters` asks for them as they are.
-    Other hints are the reader's: `config`, `tokenizer`, `gqa_rows`, `rms_eps`, `base`; None is no hint. `tolerant`: a
-    config that is of another model is told in the details instead of refused, so that the files can be looked into.
-    Raises CheckpointError when there is no checkpoint, or when a hint does not apply to its format.
+    `step`: which of several checkpoints; None: the latest.
+    `tolerant`: let files be inspected whose config describes another model; the differences are then in
+    `facts.disagreements`.
+    `adapters`: keep adapters apart; otherwise they are merged into their matrices.
+    `hints` are passed to the format's reader: `config`, `tokenizer`, `gqa_rows`, `rms_eps`, `base`; None is no hint.
+    Raises CheckpointError when there is no checkpoint, or when its format has no use for a hint.
     """
     folder = find_folder(path, step)
     name = detect(folder)
@@ -59,6 +61,7 @@ def open_checkpoint(
 
 
 def _agreed(checkpoint: Checkpoint, tolerant: bool) -> Checkpoint:
+    """Check the tensors against the architecture. Raises CheckpointError for differences, unless `tolerant`."""
     lines = differences(checkpoint)
     if not tolerant:
         refuse(checkpoint, lines)
@@ -74,7 +77,10 @@ def _reader(name: str) -> ModuleType:
 
 
 def detect(path: str | Path) -> str | None:
-    """The format of the files in a folder, or None. A config.json without weights gives way to any other format."""
+    """The name of the format of the files in a folder; None for no format that we know.
+
+    A config.json without weights is taken for Hugging Face's only if the files have no other format.
+    """
     matches = (name for name in FORMATS if _reader(name).detect(Path(path)))
     first = next(matches, None)
     if first == "huggingface" and not _reader(first).has_weights(Path(path)):
@@ -92,11 +98,14 @@ def base_of(checkpoint: Checkpoint) -> str | None:
 
 
 def find_folder(path: str | Path, step: int | None = None) -> Path:
-    """The folder that holds a checkpoint's files."""
+    """The folder that holds a checkpoint's files, from the path of a run, a folder of steps, a step or a hub id.
+
+    Raises CheckpointError where there is none, or where it is not clear which step is meant.
+    """
     folder = standing(Path(path).expanduser())
     if not folder.exists():
         if HUB_ID.fullmatch(str(path)):
-            return find_folder(_cached(str(path)), step)
+            return find_folder(_cached_snapshot(str(path)), step)
         raise CheckpointError(f"{path} does not exist" + _neighbours(folder))
     if folder.is_file():
         raise CheckpointError(f"{path} is a file; give the folder that holds the checkpoint: {folder.parent}")
@@ -105,40 +114,40 @@ def find_folder(path: str | Path, step: int | None = None) -> Path:
     steps = _steps(folder)
     if step is not None and (steps or (folder / "latest").is_file()):
         if step not in steps:
-            raise CheckpointError(f"{folder} has no checkpoint of step {step}; {_listed(steps)}")
+            raise CheckpointError(f"{folder} has no checkpoint of step {step}; {_step_names(steps)}")
         return steps[step]
-    if (folder / "latest").is_file():  # transformers' Trainer writes it, too, where it uses DeepSpeed
-        return folder if detect(folder) == "huggingface" else _latest(folder, steps)
+    if (folder / "latest").is_file():  # the Trainer of transformers writes `latest` too, when it uses DeepSpeed
+        return folder if detect(folder) == "huggingface" else _latest_step(folder, steps)
     if steps and detect(folder) is None:
         newest = list(steps.values())[-1]
-        if detect(newest) == "native":  # only whole ones have this name, and `latest` comes after the first
+        if detect(newest) == "native":  # only complete ones have this name; `latest` is written after the first of them
             return newest
         raise CheckpointError(
-            f"{folder} has no file `latest` that names the newest step; {_listed(steps)}. "
+            f"{folder} has no file `latest` that names the newest step; {_step_names(steps)}. "
             "Name one of these folders, or the step."
         )
     return folder
 
 
 def find_steps(path: str | Path) -> dict[int, Path]:
-    """The folders of steps in a run or in a folder of checkpoints, in order."""
+    """The step folders of a run or of a folder of checkpoints, in order. Raises CheckpointError without a folder."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise CheckpointError(f"{path} is no folder")
     return _steps(folder) or (_steps(folder / "checkpoints") if (folder / "checkpoints").is_dir() else {})
 
 
-def _latest(folder: Path, steps: dict[int, Path]) -> Path:
+def _latest_step(folder: Path, steps: dict[int, Path]) -> Path:
     name = (folder / "latest").read_text(errors="replace").strip()
     if not name:
         raise CheckpointError(
-            f"{folder / 'latest'} is empty, where the newest step's folder should be named; {_listed(steps)}. Give one "
-            "of them instead, or write its name into the file"
+            f"{folder / 'latest'} is empty, where the newest step's folder should be named; {_step_names(steps)}. Give "
+            "one of them instead, or write its name into the file"
         )
     named = standing(safe_join(folder, name))
     if not named.is_dir():
         raise CheckpointError(
-            f"{folder / 'latest'} names {name!r}, but there is no such folder; {_listed(steps)}. "
+            f"{folder / 'latest'} names {name!r}, but there is no such folder; {_step_names(steps)}. "
             "Name one of them, or copy the missing folder."
         )
     return named
@@ -149,7 +158,7 @@ def _steps(folder: Path) -> dict[int, Path]:
     return dict(sorted((int(match[1]), entry) for match, entry in matches if match))
 
 
-def _listed(steps: dict[int, Path]) -> str:
+def _step_names(steps: dict[int, Path]) -> str:
     if not steps:
         return "no step's folder is there"
     names = [path.name for path in steps.values()]
@@ -159,11 +168,13 @@ def _listed(steps: dict[int, Path]) -> str:
 
 def _nothing_found(folder: Path) -> str:
     entries = sorted(entry.name for entry in folder.iterdir())
-    found = "it is empty" if not entries else f"it holds {', '.join(entries[:8])}{', ...' if len(entries) > 8 else ''}"
+    content = (
+        "it is empty" if not entries else f"it holds {', '.join(entries[:8])}{', ...' if len(entries) > 8 else ''}"
+    )
     if has_foreign_manifest(folder):
-        found += "; its manifest.json is another program's"
+        content += "; its manifest.json is another program's"
     return (
-        f"{folder} does not look like a checkpoint: {found}. Expected a run's folder, a folder with `latest`, a "
+        f"{folder} does not look like a checkpoint: {content}. Expected a run's folder, a folder with `latest`, a "
         "step's folder with manifest.json, NeoX's or Megatron-DeepSpeed's layer_* or mp_rank_* files, or a Hugging "
         "Face folder with config.json and weights."
     )
@@ -174,11 +185,14 @@ def _neighbours(folder: Path) -> str:
     if not parent.is_dir():
         return ""
     steps = _steps(parent)
-    return f"; beside it, {_listed(steps)}" if steps else ""
+    return f"; beside it, {_step_names(steps)}" if steps else ""
 
 
-def _cached(hub_id: str) -> Path:
-    """A repository's snapshot in the local Hugging Face cache. The network is never used."""
+def _cached_snapshot(hub_id: str) -> Path:
+    """The folder of a repository's snapshot in the local Hugging Face cache. The network is never used.
+
+    `hub_id`: owner/name, or owner/name@revision.
+    """
     name, _, revision = hub_id.partition("@")
     revision = revision or "main"
     home = os.environ.get("HF_HOME", "~/.cache/huggingface")

@@ -27,18 +27,20 @@ MAX_READERS = 4  # threads
 
 
 class AnyOptimizer(Protocol):
-    """One of torch's, or several as one."""
+    """The part of torch's optimizers that we use; an optimizer that combines several has it too."""
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]: ...
+    def param_groups(self) -> list[dict[str, Any]]:
+        """As of `torch.optim.Optimizer`."""
 
     @property
-    def state(self) -> Mapping[torch.Tensor, dict[str, Any]]: ...
+    def state(self) -> Mapping[torch.Tensor, dict[str, Any]]:
+        """As of `torch.optim.Optimizer`."""
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What was loaded. `str()` is one line for the terminal; `notes` are further ones."""
+    """What was loaded. `str()` gives a line for the terminal, `notes` further lines."""
 
     loaded: int
     expected: int
@@ -51,7 +53,11 @@ class LoadReport:
 
 
 def architecture(checkpoint: Checkpoint) -> ModelConfig:
-    """The model that the tensors belong to. Where the vocabulary is unknown, it is all rows of the embedding."""
+    """The model that a checkpoint's tensors belong to.
+
+    Where the size of the vocabulary is unknown, all rows of the embedding count. Raises CheckpointError without a
+    config.
+    """
     if checkpoint.config is None or checkpoint.config.model is None:
         raise CheckpointError(
             f"{checkpoint.path} does not say which architecture its tensors belong to; give its config with --config"
@@ -70,13 +76,13 @@ def load_shards(shards: Mapping[str, Shard], cfg: ModelConfig, checkpoint: Check
     Raises CheckpointError listing all missing, unexpected and mis-shaped tensors; nothing is filled then.
     """
     expected = tensor_shapes(cfg) | adapter_shapes(cfg, checkpoint.config.finetune.lora if checkpoint.config else None)
-    notes = _check(expected, checkpoint.model, cfg.vocab_size and cfg.vocab_size - added, checkpoint.path)
+    notes = _require_fit(expected, checkpoint.model, cfg.vocab_size and cfg.vocab_size - added, checkpoint.path)
     _fill_all([(shard, checkpoint.model[name]) for name, shard in shards.items()])
-    if apart := drift(checkpoint.model):
-        farthest = max(apart, key=lambda name: apart[name])
+    if distances := drift(checkpoint.model):
+        farthest = max(distances, key=lambda name: distances[name])
         notes += (
-            f"{len(apart)} tensors had drifted apart between tensor ranks and were averaged; the farthest is "
-            f"{farthest}, by {apart[farthest]:.2g}",
+            f"{len(distances)} tensors had drifted apart between tensor ranks and were averaged; the farthest is "
+            f"{farthest}, by {distances[farthest]:.2g}",
         )
     elements = sum(math.prod(shape) for shape in expected.values())
     return LoadReport(len(expected), len(expected), elements, describe(checkpoint), notes=notes)
@@ -89,10 +95,11 @@ def load_optimizer(
     vocab_size: int | None = None,
     shard: Callable[[torch.Tensor], Shard] = Shard.whole,
 ) -> None:
-    """Fill the optimizer's state, which must exist, and the parameters from the masters. Call it after `load_shards`.
+    """Fill the optimizer's state, whose tensors must exist, and the parameters from the fp32 masters.
 
-    `shard` tells which part of the whole tensor a parameter or a state is. Raises CheckpointError if the checkpoint has
-    no state, that of another optimizer, or none for some parameter.
+    Call it after `load_shards`, which fills the parameters from the weights. `shard` says which part of the whole
+    tensor a parameter or a state tensor is. Raises CheckpointError if the checkpoint has no optimizer state, the state
+    of another optimizer, or none for some parameter.
     """
     if checkpoint.optimizer is None:
         raise CheckpointError(
@@ -105,24 +112,24 @@ def load_optimizer(
     where = f"the optimizer state of {checkpoint.path}"
     targets: dict[str, dict[str, Shard]] = {"master": {name: shard(parameters[name]) for name in states}}
     for name, state in states.items():
-        theirs, ours = (set(each) - {"master", "step"} for each in (saved.get(name, state), state))
-        if theirs != ours:
+        stored, wanted = (set(kinds) - {"master", "step"} for kinds in (saved.get(name, state), state))
+        if stored != wanted:
             raise CheckpointError(
-                f"{where} is that of another optimizer: {name} has {_listed(theirs)}, but this one needs "
-                f"{_listed(ours)}. Resume with the same optimizer.name and momentum, or go on with a fresh state with "
-                "checkpoint.load_optimizer=false."
+                f"{where} is that of another optimizer: {name} has {_listed(stored)}, but this one needs "
+                f"{_listed(wanted)}. Resume with the same optimizer.name and momentum, or go on with a fresh state "
+                "with checkpoint.load_optimizer=false."
             )
-        for kind in ours:
+        for kind in wanted:
             targets.setdefault(kind, {})[name] = shard(state[kind])
     for kind, shards in targets.items():
         sources = {name: saved[name][kind] for name in shards if name in saved}
-        _check({name: each.shape for name, each in shards.items()}, sources, vocab_size, where)
+        _require_fit({name: target.shape for name, target in shards.items()}, sources, vocab_size, where)
     for name, state in states.items():
         if saved[name]["master"] is checkpoint.model.get(name):
-            del targets["master"][name]  # the parameter itself, which is loaded
+            del targets["master"][name]  # the weight itself, which `load_shards` has loaded
         if "step" in state:
             state["step"].fill_(saved[name]["step"])
-    _fill_all([(each, saved[name][kind]) for kind, shards in targets.items() for name, each in shards.items()])
+    _fill_all([(target, saved[name][kind]) for kind, parts in targets.items() for name, target in parts.items()])
 
 
 def _because(checkpoint: Checkpoint) -> str:
@@ -136,14 +143,17 @@ def _listed(kinds: set[str]) -> str:
 def optimizer_state(
     optimizer: AnyOptimizer, parameters: Mapping[str, torch.Tensor]
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """The state of each trained parameter by its name, as `CheckpointSaver.save` takes it."""
+    """The optimizer state of each trained parameter by name, as `CheckpointSaver.save` takes it."""
     trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     state = optimizer.state
     return {name: state.get(parameter, {}) for name, parameter in parameters.items() if parameter in trained}
 
 
 def require_finite(parameters: Mapping[str, torch.Tensor], where: str) -> None:
-    """Raises CheckpointError that names the first block with NaN or infinite weights. `parameters` in order."""
+    """Raises CheckpointError that names the first block with NaN or infinite weights.
+
+    `parameters` are in the order of the model; `where` names them in the error.
+    """
     bad = [name for name, p in parameters.items() if p.numel() and not _all_finite(p.detach())]
     if not bad:
         return
@@ -164,7 +174,10 @@ def _all_finite(tensor: torch.Tensor) -> bool:
 
 
 def load_tokenizer_for(checkpoint: Checkpoint, path: str | None = None) -> Tokenizer:
-    """The tokenizer at `path`, else that of the checkpoint's training: the run's copy, or what the config names."""
+    """The tokenizer at `path`, else the one that the checkpoint was trained with.
+
+    Raises CheckpointError where the checkpoint names none, and what `load_tokenizer` raises.
+    """
     from castalia.data.tokenizer import load_tokenizer
 
     settings = TokenizerConfig(path=path) if path else tokenizer_settings(checkpoint)
@@ -174,26 +187,27 @@ def load_tokenizer_for(checkpoint: Checkpoint, path: str | None = None) -> Token
     return load_tokenizer(settings, neox=neox, model=model_folder(checkpoint))
 
 
-def _check(
-    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, TensorRef], vocab_size: int | None, where: str
+def _require_fit(
+    expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, TensorRef], vocab_size: int | None, where: str
 ) -> tuple[str, ...]:
-    """Notes on vocabularies that are padded differently. Raises CheckpointError for every other difference."""
+    """Notes on vocabularies that are padded differently. Raises CheckpointError for any other difference."""
     notes, fitting = [], dict(expected)
-    for name in (name for name in expected if name in found and row_of(name).has_token_rows):
-        have, want = tuple(found[name].shape), tuple(expected[name])
+    for name in (name for name in expected if name in tensors and row_of(name).has_token_rows):
+        have, want = tuple(tensors[name].shape), tuple(expected[name])
         if have != want and have[1:] == want[1:] and vocab_size and min(have[0], want[0]) >= vocab_size:
             change = "zeros added" if have[0] < want[0] else "the others left out"
             notes.append(f"{name}: {have[0]} rows in the checkpoint, {want[0]} in the model: {change}, all padding")
             fitting[name] = have
-    if problems := mismatches(fitting, found, "the model"):
-        both = len(expected.keys() & found.keys())
+    if problems := mismatches(fitting, tensors, "the model"):
+        both = len(expected.keys() & tensors.keys())
         lines = "".join(f"\n  {problem}" for problem in sorted(problems))
         raise CheckpointError(f"{where} does not fit the model: {both} of {len(expected)} tensors are in both{lines}")
     return tuple(sorted(notes))
 
 
 def fill_with_mean(shard: Shard, source: TensorRef, first: int, stop: int) -> None:
-    """Rows `first` to `stop` of the whole tensor become the mean of the source's rows before them."""
+    """Set rows `first` to `stop` of the whole tensor to the mean of the source's rows before them."""
+    # the shard is [rows, columns] of the whole tensor from `shard.start` on
     begin, columns = shard.start[0], slice(shard.start[1], shard.start[1] + shard.tensor.shape[1])
     rows = shard.tensor.detach()[max(first - begin, 0) : max(stop - begin, 0)]
     if len(rows):
@@ -201,11 +215,12 @@ def fill_with_mean(shard: Shard, source: TensorRef, first: int, stop: int) -> No
 
 
 def _fill_all(parts: Sequence[tuple[Shard, TensorRef]]) -> None:
-    """Fill them in a few threads, each of which holds one source at a time."""
+    """Fill all shards in a few threads, each of which reads one source at a time."""
     num_readers, rest = min(MAX_READERS, torch.get_num_threads()), iter(parts)
 
     def fill_some(_: int) -> None:
-        for part in rest:  # each thread takes the next one; a task for each would cost more than small tensors do
+        """One thread's work."""
+        for part in rest:  # threads share the iterator: a task for each tensor would cost more than small tensors do
             _fill(*part)
 
     with ThreadPoolExecutor(num_readers) as readers:
@@ -213,7 +228,7 @@ def _fill_all(parts: Sequence[tuple[Shard, TensorRef]]) -> None:
 
 
 def _fill(shard: Shard, source: TensorRef) -> None:
-    """Copy this part of the source; where the source has fewer rows, they are padding and further ones are zero."""
+    """Copy a shard's part of the source. Rows that the source lacks are padding and become zero."""
     target = shard.tensor.detach()
     whole = tuple(source.shape) == tuple(target.shape) and not any(shard.start)
     ends = zip(shard.start, target.shape, source.shape, strict=True)

@@ -1,6 +1,6 @@
-"""What every checkpoint format reads into and writes from: named lazy tensors.
+"""The checkpoint that every format is read into and written from: named lazy tensors and what belongs to them.
 
-Names and layouts are the canonical ones of `castalia.model.transformer`; see `docs/checkpoints.md`.
+Names and layouts of tensors are the canonical ones of `castalia.model.transformer`; see `docs/checkpoints.md`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shard:
-    """The part of a tensor that this process holds: it fills it or writes it."""
+    """The part of a tensor that this process holds, to be filled or written."""
 
     tensor: torch.Tensor
     shape: tuple[int, ...]  # of the whole tensor
@@ -27,13 +27,14 @@ class Shard:
 
     @classmethod
     def whole(cls, tensor: torch.Tensor) -> Shard:
+        """A tensor that this process holds as a whole."""
         return cls(tensor, tuple(tensor.shape), (0,) * tensor.dim())
 
 
 class AdamState(TypedDict):
-    """Optimizer state of one parameter; the three tensors are fp32 and have the parameter's shape.
+    """The optimizer state of one parameter. The three tensors are fp32 and have the parameter's shape.
 
-    In our own checkpoints other optimizers than AdamW have other tensors beside `master`.
+    Native checkpoints may hold the state of other optimizers, with other tensors in place of the two moments.
     """
 
     master: TensorRef
@@ -49,14 +50,16 @@ def state_tensors(state: AdamState) -> dict[str, TensorRef]:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the run was. A run that has not started yet has zeros."""
+    """How far the run has come. A run that has not started yet has zeros."""
 
     step: int = 0  # steps done, skipped ones included
-    skipped: int = 0  # steps without an update: an overflow, a spike, or the run went back behind them
+    skipped: int = 0  # steps without an update: after an overflow or a spike, or before a rewind
     tokens: int = 0
     loss_scale: Mapping[str, float] | None = None  # fp16: the scaler's own counters
-    schedule: Mapping[str, object] | None = None  # the original's stored learning-rate schedule, where there is one
-    watch: Mapping[str, Sequence[float]] | None = None  # the last losses and gradient norms, by which spikes are told
+    schedule: Mapping[str, object] | None = None  # the learning-rate schedule that NeoX stored, if any
+    watch: Mapping[str, Sequence[float]] | None = (
+        None  # the last losses and gradient norms, by which spikes are detected
+    )
 
 
 @dataclass(frozen=True)
@@ -87,24 +90,27 @@ class CheckpointFacts:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint of any format, opened but not read."""
+    """A checkpoint of any format: opened, but no tensor is read."""
 
     path: str
-    format: str  # "native", "neox", "megatron-deepspeed", "huggingface"
+    format: str  # a key of `castalia.checkpoint.formats.FORMATS`
     model: Mapping[str, TensorRef]
     optimizer: Mapping[str, AdamState] | None
     progress: Progress
     config: RunConfig | None
-    notes: tuple[str, ...] = ()  # what whoever computes with the model should know: guesses, what was taken for what
-    state_notes: tuple[str, ...] = ()  # what only matters to who trains on: of the optimizer state
+    notes: tuple[str, ...] = ()  # for whoever uses the model: what was guessed or interpreted
+    state_notes: tuple[str, ...] = ()  # for whoever continues training: about the optimizer state
     facts: CheckpointFacts = CheckpointFacts()
-    # What the original's defects left in the state (see `castalia.checkpoint.neox_defects`):
-    release: str | None = None  # "v1" or "head": the one that trained it, or that its run follows
+    # Traces of defects of GPT-NeoX and DeepSpeed (see `castalia.checkpoint.neox_defects`):
+    release: str | None = None  # of NeoX, "v1" or "head": which trained it, or whose behaviour its run follows
     summed_bias_ranks: int = 1  # T when row-parallel biases were summed over T tensor ranks
-    norm_ranks: tuple[int, int] = (1, 1)  # (T, P) when gradient norms are of the first tensor rank and stage alone
-    summed_micro_batches: int = 1  # n when Adam's moments are of gradients summed over n micro-batches, 1: of means
+    norm_ranks: tuple[int, int] = (
+        1,
+        1,
+    )  # (T, P) when gradient norms were those of the first tensor rank and stage alone
+    summed_micro_batches: int = 1  # n when Adam saw gradients summed over n micro-batches; 1: their means
 
     @property
     def inherited(self) -> dict[str, object]:
-        """What a conversion carries on of it."""
+        """The traces of defects, which conversions carry on."""
         return {name: getattr(self, name) for name in INHERITED}

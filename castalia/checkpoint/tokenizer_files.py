@@ -1,6 +1,6 @@
-"""The tokenizer's files beside converted weights: ours, or those that `AutoTokenizer` opens.
+"""The tokenizer's files of a converted checkpoint: in our layout, or in the one that `AutoTokenizer` opens.
 
-Files that the source has are copied byte for byte; only what it lacks is made up.
+Files that the source has are copied byte for byte; only those that it lacks are generated.
 """
 
 from __future__ import annotations
@@ -32,14 +32,17 @@ FOLDER = "tokenizer"  # of a run, or of a converted checkpoint
 
 
 def our_tokenizer(checkpoint: Checkpoint) -> tuple[list[OutputFile], tuple[str, ...]]:
-    """Files in `tokenizer/`, as a run has them, and what to say where there are none."""
+    """The files in `tokenizer/`, as a run has them, and notes for the user where the tokenizer is missing."""
     tokenizer, notes = _load(checkpoint)
-    files = _saved(tokenizer) if tokenizer else dict(_words(checkpoint).files)
+    files = _saved(tokenizer) if tokenizer else dict(_source_folder(checkpoint).files)
     return [bytes_output(f"{FOLDER}/{name}", data) for name, data in sorted(files.items())], notes
 
 
 def written_tokenizer(checkpoint: Checkpoint, outputs: Sequence[OutputFile], folder: Path | None) -> TokenizerConfig:
-    """The settings of the tokenizer whose files `our_tokenizer` gave, in `folder`; without files, the source's."""
+    """The settings of the tokenizer whose files `our_tokenizer` returned, when they lie in `folder`.
+
+    Tokenizers without files keep their kind; a tokenizer that is missing keeps the source's settings.
+    """
     assert checkpoint.config is not None
     names = {Path(output.name).name: str(Path(folder or "", output.name)) for output in outputs}
     if "tokenizer.json" in names:
@@ -53,15 +56,15 @@ def written_tokenizer(checkpoint: Checkpoint, outputs: Sequence[OutputFile], fol
         return TokenizerConfig(kind=tokenizer.kind)  # type: ignore[arg-type]
     if isinstance(tokenizer, TiktokenTokenizer):
         return TokenizerConfig(kind="tiktoken", path=tokenizer.engine.name)
-    return checkpoint.config.tokenizer  # it is missing, as was said
+    return checkpoint.config.tokenizer  # the tokenizer is missing, which a note has said
 
 
 def hf_tokenizer(checkpoint: Checkpoint) -> tuple[list[OutputFile], dict[str, Any], tuple[str, ...]]:
-    """Files that `AutoTokenizer` opens, the ids for config.json, and what to say where there are no files."""
+    """The files that `AutoTokenizer` opens, the token ids for config.json, and notes where there are no files."""
     tokenizer, notes = _load(checkpoint)
-    words = tokenizer.words if tokenizer else _words(checkpoint)
-    ids = dict(words.token_ids) or _token_ids(tokenizer)
-    files = {name: data for name, data in words.files.items() if name != MODEL}
+    source = tokenizer.words if tokenizer else _source_folder(checkpoint)
+    ids = dict(source.token_ids) or _token_ids(tokenizer)
+    files = {name: data for name, data in source.files.items() if name != MODEL}
     outputs = [bytes_output(name, data) for name, data in files.items()]
     if GENERATION not in files:
         outputs.append(json_output(GENERATION, {"_from_model_config": True, **ids}))
@@ -86,8 +89,8 @@ def _load(checkpoint: Checkpoint) -> tuple[Tokenizer | None, tuple[str, ...]]:
         return None, (f"no tokenizer files are written ({error}); name the tokenizer with --tokenizer",)
 
 
-def _words(checkpoint: Checkpoint) -> TokenizerFolder:
-    """What the files say where there is no tokenizer."""
+def _source_folder(checkpoint: Checkpoint) -> TokenizerFolder:
+    """What the source's files say of the tokenizer where it cannot be loaded."""
     settings = tokenizer_settings(checkpoint)
     folder = Path(settings.path) if settings and settings.path else model_folder(checkpoint)
     return read_tokenizer_folder({}, folder if folder and folder.is_dir() else model_folder(checkpoint))
@@ -101,7 +104,7 @@ def _saved(tokenizer: Tokenizer) -> dict[str, bytes]:
 
 
 def _token_ids(tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Where no config says them."""
+    """The ids for config.json where the source's files name none."""
     if tokenizer is None:
         return {"bos_token_id": None, "eos_token_id": None}
     begin = tokenizer.eod_id if tokenizer.bos_id is None else tokenizer.bos_id
@@ -116,7 +119,7 @@ def _sentencepiece_settings(tokenizer: SentencePieceTokenizer) -> dict[str, Any]
 
 
 def _hf_settings(tokenizer: RustTokenizer, checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, str | None]]:
-    """tokenizer_config.json and special_tokens_map.json. Batches are padded with the end of text if need be."""
+    """tokenizer_config.json and special_tokens_map.json. Without a padding token, end of text pads batches."""
     special: dict[str, str | None] = {}
     if tokenizer.eod_id is not None:
         end = tokenizer.engine.id_to_token(tokenizer.eod_id)
