@@ -34,7 +34,13 @@ def read(words: list[str]) -> RunConfig:
 def show(
     words: Words, as_json: Annotated[bool, typer.Option("--json", help="One object with all values.")] = False
 ) -> None:
-    """Every effective value and where it comes from; `*` marks what differs from the default."""
+    """Print every setting in effect and where its value comes from; `*` marks values that are not the default.
+
+    \b
+    Examples:
+      castalia config show run.yml
+      castalia config show pythia-160m optimizer.lr=1e-4
+    """
     config = read(words)
     rows = [(path, to_jsonable_python(value), config.origins.get(path, "default")) for path, value in values(config)]
     if as_json:
@@ -50,7 +56,13 @@ def show(
 
 @app.command()
 def check(words: Words) -> None:
-    """Exit with 0 if the config is accepted (warnings included), with 2 and a line for each problem otherwise."""
+    """Check a config. Exit code 0 if it is accepted, warnings included; 2 with a line for each problem if not.
+
+    \b
+    Examples:
+      castalia config check run.yml
+      castalia config check pythia-160m train.steps=1000 parallel.gpus=8
+    """
     from castalia.parallel.rank_grid import check_run
     from castalia.plan.run_plan import layout_of, warnings
     from castalia.train.run_facts import collect_run_facts
@@ -71,7 +83,13 @@ def check(words: Words) -> None:
 def convert(
     words: Words, output: Annotated[Path | None, typer.Option(help="File to write; without it, the terminal.")] = None
 ) -> None:
-    """The same config as a clean file of our own: only what differs from the defaults."""
+    """Rewrite a config, GPT-NeoX's or ours, as a short file of ours: only what differs from the defaults.
+
+    \b
+    Examples:
+      castalia config convert run.yml
+      castalia config convert 125M.yml local_setup.yml --output clean.yml
+    """
     config = read(words)
     lines = [f"# {note}" for note in config.notes]
     text = "\n".join([*lines, to_yaml(changes(config))])
@@ -89,7 +107,13 @@ def explain(
     key: Annotated[str | None, typer.Argument(help="one of ours, or of GPT-NeoX's")] = None,
     everything: Annotated[bool, typer.Option("--all", help="the reference of all keys, as Markdown")] = False,
 ) -> None:
-    """What a key means: one of ours (`optimizer.lr`) or one of NeoX's (`gradient_clipping`)."""
+    """Explain a setting: one of ours (`optimizer.lr`) or one of GPT-NeoX's (`gradient_clipping`).
+
+    \b
+    Examples:
+      castalia config explain optimizer.lr
+      castalia config explain gradient_clipping
+    """
     if everything:
         print(markdown(), end="")
         return

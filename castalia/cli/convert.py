@@ -50,9 +50,14 @@ def command(
     gqa_rows: Annotated[Literal["old", "new"] | None, typer.Option(help="NeoX: order of grouped queries")] = None,
     rms_eps: Annotated[Literal["inside", "outside"] | None, typer.Option(help="NeoX: place of the epsilon")] = None,
 ) -> None:
-    """Write a checkpoint in another format: weights, masters, moments, step, config and tokenizer.
+    """Write a checkpoint in another format: weights, optimizer state, step, config and tokenizer.
 
-    DST is complete or absent. After an interruption the same command goes on where it stopped.
+    \b
+    Examples:
+      castalia convert runs/first model-hf --to hf --verify
+      castalia convert runs/first model-neox --to neox --layout tp=2,pp=2
+
+    DST appears when it is complete. If the command is interrupted, run it again: it continues where it stopped.
     """
     from castalia.checkpoint import convert
     from castalia.checkpoint.file_plan import WriteOptions

@@ -67,9 +67,14 @@ def prepare(
     for_rm: Annotated[bool, typer.Option("--for-rm", help="reward models: only a last end-of-document counts")] = False,
     workers: Annotated[int | None, typer.Option(help="at once; all cores if left out", min=1)] = None,
 ) -> None:
-    """Tokenize text into OUTPUT_text_document.{bin,idx}. The files are the same for any number of workers.
+    """Tokenize text into an indexed corpus: OUTPUT_text_document.bin and .idx.
 
-    When it was interrupted, the same command continues.
+    \b
+    Examples:
+      castalia data prepare texts.jsonl --tokenizer tokenizer.json --output corpus --append-eod
+      castalia data prepare texts.jsonl --tokenizer-kind bytes --output corpus-bytes
+
+    The files are the same for any number of workers. If the command is interrupted, run it again: it continues.
     """
     from castalia.data.chat import Chat, read_template
     from castalia.data.prepare import Recipe
@@ -164,7 +169,13 @@ def inspect(
     tokenizer: TokenizerPath = None,
     as_json: Json = False,
 ) -> None:
-    """Documents, tokens, lengths, dtype, largest id and the beginning of the first document."""
+    """Print a corpus's documents, tokens, lengths, dtype, largest id and how its first document begins.
+
+    \b
+    Examples:
+      castalia data inspect corpus_text_document
+      castalia data inspect corpus_text_document --tokenizer tokenizer.json
+    """
     from castalia.data.corpora import describe
     from castalia.data.indexed import open_dataset
 
@@ -191,7 +202,13 @@ def stats(
     plot: Annotated[Path | None, typer.Option(help="draw the lengths to this PNG")] = None,
     as_json: Json = False,
 ) -> None:
-    """Lengths, tokens, largest id and duplicates of one or more corpora."""
+    """Print lengths, tokens, largest id and duplicates of one or more corpora.
+
+    \b
+    Examples:
+      castalia data stats corpus_text_document
+      castalia data stats corpus_text_document --plot lengths.png
+    """
     from castalia.cli.picture import check_picture
     from castalia.data.corpora import describe, duplicates
     from castalia.data.indexed import open_dataset
@@ -233,7 +250,13 @@ def merge(
     prefixes: Annotated[list[Path], typer.Argument(metavar="PREFIX...")],
     output: Annotated[Path, typer.Option(help="prefix of the corpus to write")],
 ) -> None:
-    """Write corpora one after the other as one."""
+    """Write several corpora, one after the other, as one.
+
+    \b
+    Examples:
+      castalia data merge corpus_text_document corpus_text_document --output twice
+      castalia data merge a_text_document b_text_document --output both
+    """
     from castalia.data.corpora import merge as run
 
     merged = run(prefixes, output)
@@ -246,7 +269,13 @@ def split(
     output: Annotated[Path, typer.Option(help="writes OUTPUT_train, OUTPUT_valid and OUTPUT_test")],
     weights: Annotated[str, typer.Option(help="shares of the three")] = "969, 30, 1",
 ) -> None:
-    """Write the shares of a corpus that data.split describes as corpora of their own."""
+    """Write the training, validation and test shares of a corpus (see data.split) as corpora of their own.
+
+    \b
+    Examples:
+      castalia data split corpus_text_document --output parts
+      castalia data split corpus_text_document --output parts --weights 90,5,5
+    """
     from castalia.data.corpora import split as run
 
     for part in run(prefix, weights, output):
@@ -263,8 +292,16 @@ def batch(
     npy: Annotated[Path | None, typer.Option(help="write the ids, [batch, tokens + 1], to this file")] = None,
     as_json: Json = False,
 ) -> None:
-    """Exactly which documents and tokens a step sees, decoded when the config names a tokenizer, and what of it counts
-    for the loss: bright, the rest dim; without a terminal in [[double brackets]]."""
+    """Show exactly which documents and tokens a step trains on.
+
+    \b
+    Examples:
+      castalia data batch runs/first --step 3
+      castalia data batch run.yml --split valid --json
+
+    Tokens are decoded if the config names a tokenizer. Those that count for the loss are bright, the rest dim; without
+    a terminal they stand in [[double brackets]].
+    """
     import numpy as np
 
     from castalia.config.load import load_config

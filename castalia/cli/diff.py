@@ -28,7 +28,13 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="counts, figures of each tensor and the verdict")] = False,
     plot: Annotated[Path | None, typer.Option(help="a picture of the change in each layer: PNG or SVG")] = None,
 ) -> None:
-    """Compare two checkpoints: structure, tensors, verdict. Formats, eras and layouts may differ."""
+    """Compare two checkpoints: structure, tensors, verdict. Formats, eras and layouts may differ.
+
+    \b
+    Examples:
+      castalia diff runs/first runs/first --step-a 10 --step-b 20
+      castalia diff runs/first runs/second --plot change.png
+    """
     from castalia.checkpoint.restore import describe
     from castalia.cli.opening import open_and_tell
     from castalia.cli.picture import check_picture

@@ -30,7 +30,13 @@ OPTIONAL = {
 
 
 def command(as_json: Annotated[bool, typer.Option("--json", help="one object with everything")] = False) -> None:
-    """What this machine offers, which fast paths it can take, and what each missing one costs."""
+    """Show what this machine offers, which fast paths it can take, and what each missing one costs.
+
+    \b
+    Examples:
+      castalia doctor
+      castalia doctor --json
+    """
     machine, paths, kernels, packages = look_at_machine(), fast_paths(), attention_kernels(), installed()
     if as_json:
         found = {"machine": machine, "fast_paths": [path._asdict() for path in paths]}

@@ -46,10 +46,15 @@ def command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
 ) -> None:
-    """Loss, perplexity and bits per byte of a checkpoint.
+    """Compute loss, perplexity and bits per byte of a checkpoint.
 
-    Every token of the data is predicted once, except the first; of a run that learns from labels, what they leave.
-    Smaller strides give each prediction more context.
+    \b
+    Examples:
+      castalia eval runs/first
+      castalia eval runs/first --data texts.txt --stride 8
+
+    Every token of the data is predicted once, except the first. For a run that trains on labels, only labelled tokens
+    count. A smaller stride gives each prediction more context.
     """
     if log_probs:
         write_log_probs(path, overrides or [], data, step, log_probs)

@@ -41,9 +41,14 @@ def command(
     max_tokens: Annotated[int, typer.Option(min=1, help="of the sample")] = 40,
     nproc: Annotated[int | None, typer.Option(min=1, help="start so many processes, without samples")] = None,
 ) -> None:
-    """Teach a model by texts ({"text": ...}) or conversations ({"messages": [{"role": ..., "content": ...}, ...]}).
+    """Fine-tune a model on texts ({"text": ...}) or conversations ({"messages": [{"role": ..., "content": ...}]}).
 
-    Architecture and tokenizer come from the checkpoint. The run's folder gets its config, finetune.yml, and the data.
+    \b
+    Examples:
+      castalia finetune runs/first data.train=chats.jsonl train.steps=5 checkpoint.dir=runs/tuned
+      castalia finetune runs/first data.train=texts.jsonl train.steps=5 checkpoint.dir=runs/full --full
+
+    Architecture and tokenizer come from the checkpoint. The run's folder gets the config, finetune.yml, and the data.
     """
     from castalia.checkpoint.adapters import adapters_of
     from castalia.checkpoint.opener import open_checkpoint

@@ -62,7 +62,13 @@ def command(
     output: Annotated[Path | None, typer.Option(help="write prompts and texts to this file, one JSON a line")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line instead of text")] = False,
 ) -> None:
-    """Write text with a checkpoint: after prompts, or whole documents when there is none."""
+    """Write text with a checkpoint: after prompts, or whole documents without one.
+
+    \b
+    Examples:
+      castalia generate runs/first --prompt "In the beginning" --max-tokens 20
+      castalia generate runs/first --file prompts.txt --temperature 0.8 --top-p 0.95 --json
+    """
     from castalia.checkpoint.restore import load_tokenizer_for
     from castalia.cli.opening import open_and_tell
     from castalia.cli.ranks import start_processes

@@ -33,9 +33,14 @@ def command(
     ] = None,
     step: Annotated[int | None, typer.Option(help="which of several checkpoints; default: the latest")] = None,
 ) -> None:
-    """What is inside a checkpoint of any format.
+    """Show what is inside a checkpoint of any format.
 
-    Names and headers are read, and a sample of the values: hundreds of gigabytes take a second or two.
+    \b
+    Examples:
+      castalia inspect runs/first
+      castalia inspect runs/first --tensors --json
+
+    Reads names, headers and a sample of the values: a second or two for hundreds of gigabytes.
     """
     from castalia.checkpoint.opener import open_checkpoint
     from castalia.examine.inspect import report

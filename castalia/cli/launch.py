@@ -11,6 +11,8 @@ import typer
 if TYPE_CHECKING:
     from castalia.launch.hosts import Host
 
+SUBMIT = {"slurm": "sbatch", "torchrun": "bash", "k8s": "kubectl apply -f"}
+
 
 def command(
     kind: Annotated[Literal["slurm", "torchrun", "k8s"], typer.Argument(help="what starts it")],
@@ -27,6 +29,11 @@ def command(
     output: Annotated[Path | None, typer.Option(help="write the script to this file")] = None,
 ) -> None:
     """Print a script that starts a run on many machines, to read and to submit.
+
+    \b
+    Examples:
+      castalia launch slurm run.yml --nodes 4 --gpus-per-node 2
+      castalia launch torchrun run.yml --gpus-per-node 2 --output start.sh
 
     Nothing is started. The layout and the batch are checked against the number of processes first.
     """
@@ -65,6 +72,7 @@ def command(
         print(text, end="")
         return
     write_text(output, text)
+    print(f"wrote {output}; start it with: {SUBMIT[kind]} {output}")
 
 
 def chosen_hosts(hostfile: Path | None, nodes: int | None, gpus_per_node: int | None) -> list[Host]:

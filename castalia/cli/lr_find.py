@@ -19,9 +19,14 @@ def command(
     plot: Annotated[Path | None, typer.Option(help="a picture: PNG or SVG")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one object instead of text")] = False,
 ) -> None:
-    """Train the config's model with rising learning rates until the loss diverges, and suggest optimizer.lr.
+    """Train with a learning rate that rises at every step until the loss diverges, and suggest optimizer.lr.
 
-    No folder of a run is written. The same config and seed give the same suggestion.
+    \b
+    Examples:
+      castalia lr-find run.yml
+      castalia lr-find run.yml --steps 40 --plot rates.png
+
+    Writes no run folder. The same config and seed give the same suggestion.
     """
     from castalia.cli.opening import tell
     from castalia.cli.picture import check_picture

@@ -19,7 +19,13 @@ def command(
     verify: Annotated[bool, typer.Option("--verify", help="run both on probe tokens and compare all tensors")] = False,
     force: Annotated[bool, typer.Option("--force", help="replace OUT")] = False,
 ) -> None:
-    """Add adapters to the matrices that they belong to, and write the model that this makes."""
+    """Add LoRA adapters to the matrices they belong to, and write the resulting model.
+
+    \b
+    Examples:
+      castalia merge-lora runs/tuned merged
+      castalia merge-lora runs/tuned merged-neox --to neox --verify
+    """
     from castalia.checkpoint.adapters import adapters_of
     from castalia.checkpoint.opener import open_checkpoint
     from castalia.cli.convert import command as convert

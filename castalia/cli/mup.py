@@ -25,9 +25,14 @@ def check(
     output: Annotated[Path | None, typer.Option(help="also a picture: PNG or SVG")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one object instead of a table")] = False,
 ) -> None:
-    """Train the config's model at several widths for a few steps and compare how far activations move.
+    """Train the config's model for a few steps at several widths and compare how far activations move.
 
-    Under muP they move alike at every width; exits with 2 if one grows. Beside it: the standard parametrization.
+    \b
+    Examples:
+      castalia mup check run.yml
+      castalia mup check run.yml --widths 32,64 --output coordinates.png
+
+    Under muP they move alike at every width; exit code 2 if one grows. The standard parametrization is shown beside it.
     """
     from castalia.cli.config import read
     from castalia.cli.picture import check_picture

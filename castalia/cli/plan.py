@@ -30,7 +30,12 @@ def command(
     plot: Annotated[Path | None, typer.Option(help="picture of the memory, for example memory.png")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one object with everything")] = False,
 ) -> None:
-    """Parameters, memory, time and disk of a config, before it runs.
+    """Work out parameters, memory, time and disk of a config before it runs.
+
+    \b
+    Examples:
+      castalia plan pythia-1.4b --gpus 8 --device a100-40gb
+      castalia plan run.yml --json
 
     The architecture alone is enough; what cannot be worked out from it is listed.
     """

@@ -15,7 +15,13 @@ def command(
         Path | None, typer.Option(help="the picture, PNG or SVG; default: loss.png in the run's folder")
     ] = None,
 ) -> None:
-    """Curves of one or more runs, overlaid: a picture, and one in the terminal."""
+    """Draw curves of one or more runs into a picture and in the terminal.
+
+    \b
+    Examples:
+      castalia plot runs/first
+      castalia plot runs/first runs/second --output both.png
+    """
     from castalia.cli.picture import check_picture, write_picture
     from castalia.errors import DataError
     from castalia.observe.curves import curve, loss_figure, terminal_curves

@@ -19,7 +19,12 @@ def command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one object, with all sequences")] = False,
 ) -> None:
-    """Compute one step of a run again, from the nearest checkpoint before it; the run's folder is only read.
+    """Compute one step of a run again, from the nearest checkpoint before it. The run's folder is only read.
+
+    \b
+    Examples:
+      castalia replay runs/first --step 12
+      castalia replay runs/first --step 12 --sequences 2 --json
 
     Shows loss and gradient norm beside the recorded ones, norms of all layers, and the batch, sequence by sequence.
     """

@@ -27,11 +27,12 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="an array with one object for each run")] = False,
     follow: Annotated[bool, typer.Option("--follow", help="look again every two seconds while a run trains")] = False,
 ) -> None:
-    """Where runs stand: step, pace, time left, last loss, last save, and whether they are alive.
+    """Show where runs stand: step, speed, time left, last loss, last save, and whether they are alive.
 
-    castalia status runs
-
-    castalia status runs/first --follow
+    \b
+    Examples:
+      castalia status runs
+      castalia status runs/first --follow
     """
     from rich.console import Console
     from rich.live import Live

@@ -22,7 +22,13 @@ def train(
     vocab_size: Annotated[int, typer.Option(help="most entries, <|endoftext|> (id 0) and 256 bytes included")] = 4096,
     jsonl_keys: Annotated[str, typer.Option(help="field of the JSON records that holds the text")] = "text",
 ) -> None:
-    """Byte-level BPE learned from text. The same input gives the same file."""
+    """Train a byte-level BPE tokenizer on text. The same input gives the same file.
+
+    \b
+    Examples:
+      castalia tokenizer train texts.jsonl --output tokenizer.json --vocab-size 512
+      castalia tokenizer train notes/ --output notes.json --vocab-size 512
+    """
     from castalia.data.sources import documents, find_files
     from castalia.data.tokenizer import train_bpe
     from castalia.files import write_text

@@ -29,8 +29,13 @@ def command(
 ) -> None:
     """Train, fine-tune or resume a run.
 
-    CONFIG is a YAML file (ours or NeoX's) or a preset's name; later ones and KEY=VALUE win. RUN is the folder of a run
-    that goes on where it was saved last.
+    \b
+    Examples:
+      castalia train run.yml checkpoint.dir=runs/third
+      castalia train runs/first
+
+    CONFIG is a YAML file (ours or GPT-NeoX's) or the name of a preset; later ones and KEY=VALUE win. RUN is the folder
+    of a run, which continues from its last checkpoint.
     """
     config = read_config(configs)
     if nproc is not None and nproc > 1:

@@ -45,8 +45,8 @@ def test_help_keeps_brackets_and_whole_lines(capsys, monkeypatch):
     for words, told in [
         (("finetune",), "rank of the adapters [default: 16]"),
         (("data", "prepare"), "one corpus each [default: text]"),
-        (("data", "batch"), "without a terminal in [[double brackets]]."),
-        (("data",), "largest id and the beginning of the first document."),
+        (("data", "batch"), "without a terminal they stand in [[double brackets]]."),
+        (("data",), "lengths, dtype, largest id and how its first document begins."),
     ]:
         monkeypatch.setattr(sys, "argv", ["castalia", *words, "--help"])
         with pytest.raises(SystemExit):
