@@ -32,12 +32,13 @@ def command(
         bool, typer.Option("--json", help="one JSON object instead of text; a page only with --output")
     ] = False,
 ) -> None:
-    """How good a run is: bits per byte, curves, samples and whether they are copied, what to do next.
+    """Show how good a run is: bits per byte, curves, samples and whether they are copied, what to do next.
 
-    castalia report runs/first
-
-    castalia report runs/first runs/second --output report.html
-    """  # fmt: skip
+    \b
+    Examples:
+      castalia report runs/first
+      castalia report runs/first runs/second --output report.html
+    """
     from castalia.report.report_text import lines
     from castalia.report.run_report import folder_of, write_report
 
