@@ -74,7 +74,7 @@ def our_model(work: Work, **options):
 def ours(work: Work) -> Callable[[int], float]:
     """A step as `castalia train` takes it."""
     from castalia.config.schema import OptimizerConfig
-    from castalia.parallel.activation_checkpointing import apply_recompute
+    from castalia.parallel.activation_checkpointing import apply_activation_checkpointing
     from castalia.parallel.executor import Executor
     from castalia.train.hardware import DTYPES, keep_freed_memory
     from castalia.train.optimizer import make_optimizer
@@ -83,7 +83,7 @@ def ours(work: Work) -> Callable[[int], float]:
 
     keep_freed_memory()
     model = our_model(work, compute_dtype=DTYPES[work.precision]).train()
-    apply_recompute(model, "full" if work.recompute else "none", dropout=False)
+    apply_activation_checkpointing(model, "full" if work.recompute else "none", dropout=False)
     optimizer = make_optimizer(dict(model.named_parameters()), OptimizerConfig(lr=1e-3, weight_decay=0.1))
     rate = LearningRate(peak=1e-3, minimum=0.0, warmup=0.0, end=1, style="constant")
     step = TrainStep(Executor(model), optimizer, rate, BatchPlan(work.batch, work.batch, 1), seed=1, clip_norm=1.0)

@@ -1,4 +1,4 @@
-"""Recomputation: blocks forget their activations and compute them again in the backward pass."""
+"""Activation checkpointing: blocks drop their activations and recompute them in the backward pass."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from castalia.config.schema import ModelConfig
 
-# What selective recomputation keeps: the results that cost matrix products. Norms, activations and casts run again, and
-# so do the scores of the plain attention (bmm), which no memory has room for.
+# What selective checkpointing saves: the outputs of matrix products and fused attention. Norms, activation functions
+# and casts are recomputed, and so are the scores of unfused attention (bmm), which are too large to save.
 _KEPT = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -24,13 +24,15 @@ _KEPT = {
 
 
 def has_dropout(cfg: ModelConfig) -> bool:
+    """Whether a model draws random numbers in training, so that recomputation has to restore the generator's state."""
     return any((cfg.embedding_dropout, cfg.hidden_dropout, cfg.attention_dropout))
 
 
-def apply_recompute(model: nn.Module, mode: str, *, dropout: bool) -> None:
-    """Makes every block forget its activations and compute them again in the backward pass.
+def apply_activation_checkpointing(model: nn.Module, mode: str, *, dropout: bool) -> None:
+    """Wraps the forward pass of every block in activation checkpointing.
 
-    `full` keeps a block's input alone, `selective` its matrix products too. Parameter names stay as they are.
+    `mode` is "none", "full" (only a block's input is saved) or "selective" (the outputs of its matrix products, too).
+    The wrapped function is `forward`, not the module, so parameter names stay as they are.
     """
     if mode == "none":
         return

@@ -1,4 +1,7 @@
-"""What is applied to a finished model, in one visible order: splits, adapters, recomputation, compiling, sharding."""
+"""Everything that is applied to a finished model, in one visible order.
+
+Tensor parallelism, adapters, activation checkpointing, compiling, FSDP.
+"""
 
 from __future__ import annotations
 
@@ -11,25 +14,25 @@ from castalia.config.layout_rules import stages_per_rank
 from castalia.config.schema import CompleteConfig, ParallelConfig, RunConfig
 from castalia.model.lora import add_adapters, freeze
 from castalia.model.transformer import Transformer
-from castalia.parallel.activation_checkpointing import apply_recompute, has_dropout
+from castalia.parallel.activation_checkpointing import apply_activation_checkpointing, has_dropout
 from castalia.parallel.compile import compile_blocks
 from castalia.parallel.mesh import Mesh
 from castalia.parallel.pipeline import cut_stage
-from castalia.parallel.tensor_parallel import apply_tensor_parallel, replicate_rest, split_adapters
+from castalia.parallel.tensor_parallel import apply_tensor_parallel, replicate_other_parameters, shard_adapters
 from castalia.plan.layout import stages_of_rank
 
 
 def build_stages(
     cfg: CompleteConfig, mesh: Mesh, compute_dtype: torch.dtype, device: torch.device, frozen: bool = False
 ) -> dict[int, Transformer]:
-    """This rank's part of the model by stage number (one stage, 0, without a pipeline), its parameters still unset.
+    """This rank's pipeline stages by number (one stage, 0, without a pipeline), their parameters still unset.
 
-    Those of a `frozen` model are in the compute dtype.
+    A `frozen` model, which does not train, holds its parameters in the compute dtype instead of fp32.
     """
-    wanted, each = cfg.parallel, stages_per_rank(cfg.parallel)
-    num_stages = wanted.pp * each
+    parallel, per_rank = cfg.parallel, stages_per_rank(cfg.parallel)
+    num_stages = parallel.pp * per_rank
     stages = {}
-    for index in stages_of_rank(wanted.pipeline, wanted.pp, each, mesh.pp_rank):
+    for index in stages_of_rank(parallel.pipeline, parallel.pp, per_rank, mesh.pp_rank):
         with torch.device("meta"):
             model = Transformer(cfg.model, compute_dtype=compute_dtype, exact=cfg.neox_exact, z_loss=cfg.train.z_loss)
         if num_stages > 1:
@@ -42,25 +45,30 @@ def build_stages(
 
 
 def parallelize(model: Transformer, mesh: Mesh, cfg: RunConfig, compute_dtype: torch.dtype) -> Transformer:
-    """Splits, wraps and shards a model (or a pipeline stage of one) that is on the meta device, in this order."""
+    """Splits, wraps and shards a model (or one of its pipeline stages) that is on the meta device.
+
+    The order matters: adapters follow their matrices' split, checkpointing and compiling wrap the forward passes that
+    FSDP then surrounds with its communication.
+    """
     if mesh.layout.tp > 1:
         apply_tensor_parallel(model, mesh.tensor, cfg.parallel.sequence_parallel)
     add_adapters(model, cfg.finetune.lora)
     if mesh.layout.tp > 1:
-        split_adapters(model, mesh.tensor)
-        replicate_rest(model, mesh.tensor)
+        shard_adapters(model, mesh.tensor)
+        replicate_other_parameters(model, mesh.tensor)
     freeze(model, cfg.finetune)
-    apply_recompute(model, cfg.train.recompute, dropout=has_dropout(model.cfg))
+    apply_activation_checkpointing(model, cfg.train.recompute, dropout=has_dropout(model.cfg))
     compile_blocks(model, cfg, torch.device(mesh.data.device_type))
-    apply_sharding(model, mesh, cfg.parallel, compute_dtype)
+    apply_fsdp(model, mesh, cfg.parallel, compute_dtype)
     assert_tied(model)
     return model
 
 
-def apply_sharding(model: Transformer, mesh: Mesh, cfg: ParallelConfig, compute_dtype: torch.dtype) -> None:
-    """`fully_shard` for each block, then for what is left: embedding, norm and head are one group, so that ties hold.
+def apply_fsdp(model: Transformer, mesh: Mesh, cfg: ParallelConfig, compute_dtype: torch.dtype) -> None:
+    """Applies `fully_shard` to each block, then to the rest of the model.
 
-    Gradients are summed, not averaged: the loss is divided by the global number of tokens beforehand.
+    Embedding, final norm and head form one group, so that a tied head stays the embedding itself. Gradients are summed
+    over ranks, not averaged: the loss is already divided by the number of tokens in the global batch.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=None if compute_dtype == torch.float32 else compute_dtype, reduce_dtype=torch.float32
@@ -68,7 +76,8 @@ def apply_sharding(model: Transformer, mesh: Mesh, cfg: ParallelConfig, compute_
     options: dict[str, Any] = {
         "mesh": mesh.data,
         "mp_policy": policy,
-        # Pipelines keep parameters gathered from a forward to its backward: other micro-batches come in between.
+        # A pipeline runs other micro-batches between a forward pass and its backward pass; parameters stay gathered
+        # meanwhile.
         "reshard_after_forward": cfg.zero == 3 and mesh.layout.pp == 1,
     }
     if cfg.offload:
@@ -79,10 +88,10 @@ def apply_sharding(model: Transformer, mesh: Mesh, cfg: ParallelConfig, compute_
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it reduces
+            module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale values while it reduces them
 
 
 def assert_tied(model: Transformer) -> None:
-    """A tied head is the embedding itself; nothing that was applied may have given it a copy."""
+    """Asserts that a tied head still is the embedding itself: none of the wrappers may have copied it."""
     if model.cfg.tie_embeddings and model.embed is not None:
         assert model.head is None and model.head_weight is model.embed.weight

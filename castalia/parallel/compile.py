@@ -1,4 +1,4 @@
-"""Compilation, block by block: all blocks share one graph, and communication around a block stays outside of it."""
+"""torch.compile, block by block: all blocks share one graph, and communication around a block stays outside of it."""
 
 from __future__ import annotations
 
@@ -23,12 +23,15 @@ from castalia.errors import ConfigError
 
 
 def compile_blocks(model: nn.Module, config: RunConfig, device: torch.device) -> None:
-    """Replaces every block's forward by a compiled one, if the config says so (`auto` is for training to settle)."""
+    """Compiles the forward pass of every block where `train.compile` is true; training has settled `auto` by now.
+
+    Raises ConfigError where this machine cannot compile for the device.
+    """
     if config.train.compile is not True:
         return
     if missing := missing_compiler(device.type):
         raise ConfigError(f"train.compile=true needs {missing}; install it, or set train.compile=auto")
-    if config.parallel.pipeline == "zero-bubble":  # it goes through a graph twice: for the inputs, for the weights
+    if config.parallel.pipeline == "zero-bubble":  # its backward runs a graph twice: for inputs, for weights
         torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = code_folder()
     blocks: Any = model.blocks
@@ -38,13 +41,13 @@ def compile_blocks(model: nn.Module, config: RunConfig, device: torch.device) ->
         block.register_forward_pre_hook(_clone_async_tensor)
 
 
-def allow_eager(models: Iterable[Sequence[nn.Module]]) -> None:
-    """From the first block on whose compiling fails, all blocks run as they are written; a line on stderr says why.
+def fall_back_to_eager(models: Iterable[Sequence[nn.Module]]) -> None:
+    """Lets all blocks run eagerly once compiling one of them has failed; a line on stderr says why.
 
-    Each rank decides for itself: a block communicates in the same order either way. Where only the backward pass cannot
-    be compiled, which shows when half of a step is done, its error stands.
+    Each rank decides for itself, because a block communicates in the same order either way. Where only the backward
+    pass cannot be compiled, half of the step is done already, and the error is raised.
     """
-    from torch._dynamo.exc import TorchDynamoException  # inductor's errors are some, too
+    from torch._dynamo.exc import TorchDynamoException  # the base class of inductor's errors, too
 
     every: Any = chain.from_iterable(models)
     blocks: list[Any] = [block for model in every for block in model.blocks.values()]
@@ -60,8 +63,8 @@ def allow_eager(models: Iterable[Sequence[nn.Module]]) -> None:
                     file=sys.stderr,
                     flush=True,
                 )
-            for each in blocks:
-                each.forward = each.eager
+            for other in blocks:
+                other.forward = other.eager
             return block.eager(*args, **kwargs)
 
         return forward
@@ -71,7 +74,7 @@ def allow_eager(models: Iterable[Sequence[nn.Module]]) -> None:
 
 
 def missing_compiler(device: str) -> str | None:
-    """What compiling for this kind of device lacks here."""
+    """The program or file that compiling for this type of device needs and this machine lacks; None if nothing is."""
     if device == "cpu":
         return None if shutil.which(os.environ.get("CXX", "g++")) else "a C++ compiler: g++, or one that CXX names"
     if find_spec("triton") is None:
@@ -83,20 +86,20 @@ def missing_compiler(device: str) -> str | None:
 
 
 def code_folder() -> str:
-    """Where compiled code is kept: torch's own choice, which torch 2.11 cannot make for a user without a name."""
+    """The folder of compiled code: torch's own choice, which torch 2.11 cannot make for a user without a name."""
     try:
         user = getpass.getuser()
-    except (KeyError, OSError):  # a container's user id that no passwd file knows
+    except (KeyError, OSError):  # a container's user id may be in no passwd file
         user = f"uid_{os.getuid()}"
     return os.environ.get("TORCHINDUCTOR_CACHE_DIR") or f"{tempfile.gettempdir()}/torchinductor_{user}"
 
 
 def eager_before(first: int, step: int) -> AbstractContextManager:
-    """In the steps before the first compiled one, compiled blocks run as they are written."""
+    """A context manager in which blocks run eagerly if `step` comes before the `first` compiled step."""
     return torch.compiler.set_stance("force_eager") if step < first else nullcontext()
 
 
 def _clone_async_tensor(block: nn.Module, args: tuple) -> tuple:
-    """A tensor that a collective is still to deliver would lose its gradient in a compiled graph; its copy does not."""
+    """Clones a pending async-collective tensor: inside a compiled graph its gradient would be dropped."""
     x, *rest = args
     return (x if type(x) is Tensor else x.clone(), *rest)

@@ -1,7 +1,10 @@
-"""Context parallelism: each rank holds a run of every sequence, and attention brings the runs together.
+"""Context parallelism: each rank holds a contiguous slice of every sequence, and attention exchanges the rest.
 
-Each way is a cache (see `castalia.model.attention.Cache`) whose other tokens are those of the other ranks. Nothing is
-kept from one forward pass to the next.
+Attention sees a context-parallel shard as it sees a KV cache (`castalia.model.attention.Cache`): tokens that are not in
+this forward pass come from elsewhere. Here they come from the other ranks, and nothing is kept between forward passes.
+
+    sequence      | 0 1 2 3 | 4 5 6 7 |
+    rank          |    0    |    1    |      rank 1 attends with queries 4..7 to keys 0..7
 """
 
 from __future__ import annotations
@@ -23,9 +26,9 @@ from castalia.parallel.ring_attention import ring_attention
 
 
 class ContextShard:
-    """This rank's run of each sequence."""
+    """This rank's slice of each sequence: tokens `start` to `end`, the same for all sequences."""
 
-    gaps = grows = False
+    gaps = grows = False  # of caches: only causality hides keys, and no text is generated
 
     def __init__(self, mesh: DeviceMesh, tokens_per_rank: int) -> None:
         self.mesh = mesh
@@ -33,54 +36,62 @@ class ContextShard:
         self.end = self.start + tokens_per_rank
 
     def reserve(self, count: int) -> Tensor:
-        """The places of this rank's tokens: [1, count]."""
+        """Positions of this rank's tokens in the sequence: [1, count]."""
         return torch.arange(self.start, self.end, device=self.mesh.device_type)[None]
 
     @property
     def keys(self) -> Tensor:
-        """Whole sequences are as causal as one run: no mask has to say where the run lies in them."""
+        """Positions of the keys that a query may see. Subclasses that attend to whole sequences need no offset: causal
+        attention over a whole sequence masks like that over a single slice."""
         return self.reserve(self.end - self.start)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """Attention of this rank's queries [b, n, t, d]; keys and values are [b, kv, t, d]."""
         raise NotImplementedError
 
     def advance(self, count: int) -> None:
-        pass
+        """Nothing to do: the next forward pass begins at the same positions."""
 
 
 class Gather(ContextShard):
-    """Every rank gets keys and values of its own and all earlier tokens; their gradients are summed back where they
-    came from. Works for any head count, grouped heads, windows and biases."""
+    """All-gathers keys and values, of which each rank uses its own and all earlier tokens.
+
+    Their gradients are summed back to the ranks that they came from. Works for any number of heads, grouped heads,
+    windows and biases.
+    """
 
     @property
     def keys(self) -> Tensor:
         return torch.arange(self.end, device=self.mesh.device_type)[None]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        both = DTensor.from_local(torch.stack((k, v)), self.mesh, [Shard(3)], run_check=False)
+        both = DTensor.from_local(torch.stack((k, v)), self.mesh, [Shard(3)], run_check=False)  # [2, b, kv, t, d]
         k, v = both.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])[:, :, :, : self.end]
         return attend(q, k, v, **options)
 
 
 class Ulysses(ContextShard):
-    """Two exchanges: in between each rank holds whole sequences of its share of the heads. Plain causal attention."""
+    """DeepSpeed-Ulysses (2309.14509): two all-to-all exchanges, between which each rank holds whole sequences of its
+    share of the heads. Causal attention without windows or biases.
+    """
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        repeats = lcm(k.shape[1], self.mesh.size()) // k.shape[1]  # heads that ranks share are there for each of them
+        # With fewer key heads than ranks several ranks need the same head, so heads are repeated.
+        repeats = lcm(k.shape[1], self.mesh.size()) // k.shape[1]
         if repeats > 1:
             k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         q, k, v = (self._exchange(x, split=1, join=2) for x in (q, k, v))
         return self._exchange(attend(q, k, v, **options), split=2, join=1)
 
     def _exchange(self, x: Tensor, split: int, join: int) -> Tensor:
-        """[b, heads, t, d]: each rank hands out parts of one dimension and puts together what it gets along another."""
-        parts = x.unflatten(split, (self.mesh.size(), -1)).movedim(split, 0).contiguous()
+        """All-to-all on [b, heads, t, d]: divides dimension `split` over the ranks and completes dimension `join`."""
+        parts = x.unflatten(split, (self.mesh.size(), -1)).movedim(split, 0).contiguous()  # [ranks, ...], one for each
         parts = all_to_all_single_autograd(parts, None, None, self.mesh.get_group())
         return parts.movedim(0, join).flatten(join, join + 1)
 
 
 class Ring(ContextShard):
-    """Keys and values travel around the ranks. Plain causal attention by the flash kernel, without dropout."""
+    """Ring attention: keys and values travel around the ranks. Causal flash attention without dropout."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         return ring_attention(q, k, v, self.mesh, options["scale"])
@@ -90,7 +101,7 @@ CP_ATTENTION = {"gather": Gather, "ulysses": Ulysses, "ring": Ring}
 
 
 def refuse_ring(cfg: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
-    """Raises ConfigError where the ring's kernel, flash, cannot take the model's heads."""
+    """Raises ConfigError where ring attention's kernel, flash attention, cannot take the model's heads."""
     choice = choose_kernel(
         capability(device), DTYPE_NAMES[dtype], "causal", head_size=cfg.head_size, training=True, cudnn=False
     )

@@ -1,4 +1,7 @@
-"""What training and evaluation ask of the ranks that hold a model: one process here, a mesh in `mesh_executor.py`."""
+"""How training and evaluation run a model: in one process here, on a mesh of ranks in `mesh_executor.py`.
+
+This module imports neither DTensor nor FSDP, which take a second to import.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,16 @@ from castalia.errors import ConfigError
 from castalia.model.init import initialize
 from castalia.model.lora import add_adapters, freeze
 from castalia.model.transformer import Transformer
-from castalia.parallel.activation_checkpointing import apply_recompute, has_dropout
+from castalia.parallel.activation_checkpointing import apply_activation_checkpointing, has_dropout
 from castalia.parallel.compile import compile_blocks
 
 T = TypeVar("T")
-Counted = Mapping[str, tuple[int, int] | None]  # name -> the first `size` entries in dimension `dim`, or all
-Objective = Callable[[Tensor, int], Tensor]  # a micro-batch's number for each sequence, and its index -> sum of losses
+NormSubset = Mapping[str, tuple[int, int] | None]  # name -> the first `size` entries in dimension `dim`, or all
+Objective = Callable[[Tensor, int], Tensor]  # one value per sequence, micro-batch index -> sum of the losses
 
 
 class Rows(NamedTuple):
-    """Sequences on the host, each tensor [sequences, time]."""
+    """Sequences of a batch, each tensor [sequences, time]: on the host until `to` copies them."""
 
     tokens: Tensor
     labels: Tensor
@@ -33,52 +36,61 @@ class Rows(NamedTuple):
 
     @staticmethod
     def of(batch: Batch) -> Rows:
-        """A batch's arrays as tensors that share their memory."""
+        """A batch's arrays as tensors, which share their memory."""
         documents = None if batch.documents is None else torch.from_numpy(batch.documents)
         return Rows(torch.from_numpy(batch.tokens), torch.from_numpy(batch.labels), documents)
 
     def chunk(self, count: int) -> Iterator[Rows]:
+        """`count` equal pieces: micro-batches."""
         documents = self.documents.chunk(count) if self.documents is not None else (None,) * count
         return map(Rows, self.tokens.chunk(count), self.labels.chunk(count), documents)
 
     def split(self, size: int) -> Iterator[Rows]:
-        """Pieces of so many sequences; the last may have fewer."""
+        """Pieces of `size` sequences; the last one may have fewer."""
         return (self.rows(start, start + size) for start in range(0, len(self.tokens), size))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Rows:
+        """The same function applied to each tensor."""
         documents = None if self.documents is None else change(self.documents)
         return Rows(change(self.tokens), change(self.labels), documents)
 
     def rows(self, start: int, stop: int) -> Rows:
+        """Sequences `start` to `stop`."""
         return self.map(lambda tensor: tensor[start:stop])
 
     def to(self, device: torch.device) -> Rows:
+        """A copy on the device, see `to_device`."""
         return self.map(lambda tensor: to_device(tensor, device))
 
     def model_arguments(self) -> dict[str, Any]:
+        """What `Transformer.forward` takes besides the tokens."""
         return {"labels": self.labels} | ({} if self.documents is None else {"documents": self.documents})
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A host tensor's copy that no GPU has to finish its work for: it leaves from page-locked memory."""
+    """Copies a host tensor from page-locked memory, so that the copy does not wait for a GPU to finish its work."""
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 class RankPart(NamedTuple):
-    """A rank's part of a whole tensor."""
+    """The part of a tensor that one rank holds."""
 
     local: Tensor
-    shape: tuple[int, ...]  # of the whole
-    start: tuple[int, ...]
-    writes: bool  # whether this is the one rank, of all that hold the part, that saves it
+    shape: tuple[int, ...]  # of the whole tensor
+    start: tuple[int, ...]  # index of the part's first element in the whole tensor
+    writes: bool  # whether this rank, of all that hold the part, saves it
 
     @property
     def slices(self) -> tuple[slice, ...]:
+        """The part as slices of the whole tensor."""
         return tuple(slice(s, s + n) for s, n in zip(self.start, self.local.shape, strict=True))
 
 
-def first(part: RankPart, limit: tuple[int, int] | None) -> Tensor:
-    """Of a part what lies within the first `size` entries of the whole tensor in dimension `dim`; None: all of it."""
+def leading_part(part: RankPart, limit: tuple[int, int] | None) -> Tensor:
+    """What of a part lies within the first `size` entries of the whole tensor in dimension `dim`.
+
+    `limit` is (dim, size); None: the part in full.
+    """
     if limit is None:
         return part.local
     dim, size = limit
@@ -86,11 +98,14 @@ def first(part: RankPart, limit: tuple[int, int] | None) -> Tensor:
 
 
 class Executor:
-    """The whole model in one process. No process group, no DTensor, no `fully_shard`."""
+    """Runs the whole model in one process, without a process group. `MeshExecutor` has the same methods on many ranks.
+
+    Each method is called on all ranks together, even where it only matters on some.
+    """
 
     rank, world = 0, 1
     data_rank, data_size = 0, 1
-    duplicates: Mapping[str, nn.Parameter] = {}  # further copies of parameters that this rank has to keep equal
+    duplicates: Mapping[str, nn.Parameter] = {}  # second copies on this rank, kept equal to the first
 
     def __init__(self, model: Transformer, micro_batch_size: int = 8) -> None:
         self.model, self.device = model, next(model.parameters()).device
@@ -98,16 +113,16 @@ class Executor:
 
     @property
     def models(self) -> Sequence[Transformer]:
-        """What of the model this rank holds: the whole, or its pipeline stages."""
+        """The part of the model that this rank holds: all of it, or its pipeline stages."""
         return [self.model]
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """This rank's parameters, each name once."""
+        """This rank's parameters by name, each name once."""
         return dict(self.model.named_parameters())
 
     def part(self, tensor: Tensor) -> RankPart:
-        """Where a parameter, or a tensor of its optimizer state, lies in the whole one."""
+        """This rank's part of a parameter, or of a tensor of its optimizer state, and where it begins."""
         return RankPart(tensor.detach(), tuple(tensor.shape), (0,) * tensor.dim(), True)
 
     def local(self, tensor: Tensor) -> Tensor:
@@ -115,11 +130,11 @@ class Executor:
         return tensor
 
     def saves(self, name: str) -> bool:
-        """False where another rank saves this rank's parameter of that name."""
+        """Whether this rank saves its parameter of that name; False where another rank does."""
         return True
 
     def initialize(self, config: CompleteConfig) -> None:
-        """Random weights; those of a seed are the same for every layout."""
+        """Sets random weights, which depend on the seed but not on the layout."""
         initialize(self.model, config.model, config.seed)
 
     def forward_backward(
@@ -130,10 +145,11 @@ class Executor:
         seeds: Sequence[int],
         objective: Objective | None = None,
     ) -> Tensor:
-        """Leaves the gradients of scale * sum over micro-batches of weight * (sum of token losses).
+        """Accumulates the gradients of scale * sum over micro-batches of weight * (sum of token losses).
 
-        `rows` are this data rank's; `seeds` are for dropout. Returns the loss of all ranks, without the scale. An
-        `objective` makes other losses of what `Transformer.forward` gives for each sequence.
+        `rows` are this data rank's, with one weight and one dropout seed for each micro-batch. Returns the loss over
+        all ranks, without the scale, on the device. An `objective` replaces the token losses: it gets the values that
+        `Transformer.forward` has for each sequence.
         """
         total = torch.zeros((), device=self.device)
         for micro, part in enumerate(rows.to(self.device).chunk(len(weights))):
@@ -144,7 +160,7 @@ class Executor:
         return total
 
     def loss_sum(self, rows: Rows) -> Tensor:
-        """Sum of the token losses of any number of sequences, given whole to every rank. Without gradients."""
+        """The sum of token losses over any number of sequences, all of which every rank is given. In `evaluating`."""
         total = torch.zeros((), device=self.device)
         for part in rows.split(self.micro_batch_size):
             part = part.to(self.device)
@@ -152,45 +168,48 @@ class Executor:
         return total
 
     def each_sequence(self, rows: Rows) -> Tensor:
-        """What `Transformer.forward` gives for each of this data rank's sequences, fp32 [n]. In `evaluating`."""
+        """The value of `Transformer.forward` for each of this data rank's sequences, fp32 [n]. In `evaluating`."""
         parts = (part.to(self.device) for part in rows.split(self.micro_batch_size))
         return torch.cat([self.models[0](part.tokens, **part.model_arguments(), each=True) for part in parts])
 
     def gradients(self) -> list[Tensor]:
-        """What of the gradients lies on this rank."""
+        """This rank's parts of the gradients."""
         return [p.grad for p in self.model.parameters() if p.grad is not None]
 
-    def gradient_norm(self, counted: Counted | None = None) -> Tensor:
-        """L2 norm of the gradients of all ranks, on the engine's device; not finite if any element is not.
+    def gradient_norm(self, counted: NormSubset | None = None) -> Tensor:
+        """L2 norm of the gradients of all ranks, on the device; not finite if any element is not.
 
-        `counted`: the tensors that alone count, and of each either all (None) or the first entries in one dimension.
+        `counted` restricts it to some tensors, and of each to all entries (None) or the first ones in one dimension.
         """
         if counted is None:
             return torch.nn.utils.get_total_norm(self.gradients())
         named = {name: p.grad for name, p in self.parameters.items() if name in counted and p.grad is not None}
-        return torch.nn.utils.get_total_norm([first(self.part(grad), counted[name]) for name, grad in named.items()])
+        return torch.nn.utils.get_total_norm(
+            [leading_part(self.part(grad), counted[name]) for name, grad in named.items()]
+        )
 
     def numbers(self, *values: Tensor) -> list[float]:
-        """Scalars of the device, as soon as it has them."""
+        """The values of scalars on the device. Waits until it has computed them."""
         return torch.stack(values).tolist()
 
     def sum_over_data(self, value: float) -> float:
+        """The sum of one value per data rank."""
         return value
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on some rank."""
+        """Whether the flag is set on any rank."""
         return flag
 
     def gather(self, answer: T) -> list[T]:
-        """What each rank says."""
+        """The answers of all ranks, in rank order."""
         return [answer]
 
     def barrier(self) -> None:
-        """Wait for the other ranks."""
+        """Waits for the other ranks."""
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Eval mode, without gradients; the mode is as it was afterwards."""
+        """A context manager: evaluation mode without gradients; afterwards the mode is as it was before."""
         before = [model.training for model in self.models]
         for model in self.models:
             model.eval()
@@ -203,7 +222,7 @@ class Executor:
 
 
 def micro_loss(model: Any, part: Rows, context: Mapping[str, Any], objective: Objective | None, micro: int) -> Tensor:
-    """The sum of a micro-batch's losses."""
+    """The sum of a micro-batch's losses: over its tokens, or as the objective has it."""
     if objective is None:
         return model(part.tokens, **part.model_arguments(), **context)[0]
     return objective(model(part.tokens, **part.model_arguments(), **context, each=True), micro)
@@ -212,9 +231,10 @@ def micro_loss(model: Any, part: Rows, context: Mapping[str, Any], objective: Ob
 def one_process(
     config: CompleteConfig, dtype: torch.dtype, device: torch.device, plan: BatchPlan, frozen: bool = False
 ) -> Executor:
-    """The model of a config, its parameters still unset.
+    """An executor of a config's model on one process, its parameters still unset.
 
-    Those of a `frozen` one are in the compute dtype, to which the others are rounded wherever they are used.
+    A `frozen` model, which does not train, holds its parameters in the compute dtype, to which those of other models
+    are rounded wherever they are used. Raises ConfigError for `parallel.offload`.
     """
     if config.parallel.offload:
         raise ConfigError("parallel.offload comes with sharding over several processes; remove it, or start more")
@@ -224,6 +244,6 @@ def one_process(
     if frozen:
         model.to(dtype)
     freeze(model, config.finetune)
-    apply_recompute(model, config.train.recompute, dropout=has_dropout(config.model))
+    apply_activation_checkpointing(model, config.train.recompute, dropout=has_dropout(config.model))
     compile_blocks(model, config, device)
     return Executor(model, plan.micro_batch_size)

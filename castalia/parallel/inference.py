@@ -1,4 +1,4 @@
-"""A model in parts on several ranks, to write with: each rank runs its heads of its blocks, one stage after another."""
+"""Inference with a model that is split over ranks by tensor and pipeline parallelism."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from castalia.parallel.mesh import build_mesh
 from castalia.parallel.pipeline import cut_stage
 from castalia.parallel.rank_grid import RankGrid
 from castalia.parallel.shards import local
-from castalia.parallel.tensor_parallel import apply_tensor_parallel, replicate_rest
+from castalia.parallel.tensor_parallel import apply_tensor_parallel, replicate_other_parameters
 
 
 class SplitModel(nn.Module):
-    """What generation asks of a `Transformer`. Every method is called on all ranks, with the same tokens.
+    """Offers the methods of `Transformer` that generation needs. Each is called on all ranks, with the same tokens.
 
-    Logits are bit-equal on all ranks, so that each can choose the same next tokens by itself.
+    Logits are bit-equal on all ranks, so that each rank samples the same next tokens by itself.
     """
 
     def __init__(
         self, cfg: ModelConfig, layout: RankGrid, dtype: torch.dtype, device: torch.device, exact: bool
     ) -> None:
-        """`dtype`: of the parameters and the computation. Parameters are left unset."""
+        """Parameters are left unset; they and the computation are in `dtype`. Raises ConfigError for data ranks."""
         super().__init__()
         if layout.dp > 1:
             raise ConfigError(
@@ -45,11 +45,11 @@ class SplitModel(nn.Module):
         if layout.pp > 1:
             stage = cut_stage(stage, self.rank, layout.pp, cfg.max_positions or 1)
         apply_tensor_parallel(stage, self.tensor, sequence_parallel=False)
-        replicate_rest(stage, self.tensor)
+        replicate_other_parameters(stage, self.tensor)
         self.stage: Any = stage.to_empty(device=device).eval()
 
     def hidden(self, tokens: Tensor, *, cache: Any) -> Tensor:
-        """The hidden state [b, t, h] of this rank's stage, whose tokens the cache takes up."""
+        """tokens [b, t] -> the hidden state [b, t, h] after this rank's stage. The cache takes up the tokens."""
         x = tokens
         if self.rank > 0:
             weight = next(self.parameters())
@@ -61,7 +61,7 @@ class SplitModel(nn.Module):
         return x
 
     def logits(self, x: Tensor) -> Tensor:
-        """[rows, h] -> [rows, V] on every rank; the last stage's are those that count."""
+        """x [rows, h] of the last stage -> logits [rows, V] on every rank; other stages' x is ignored."""
         if self.rank == self.last:
             part = F.linear(x, local(self.stage.head_weight).to(x.dtype))
             whole = DTensor.from_local(part, self.tensor, [Shard(1)], run_check=False).full_tensor().contiguous()

@@ -1,4 +1,4 @@
-"""Starting processes: on this machine, and what every launcher is told."""
+"""Starting the processes of a run on this machine, and settings that every launcher shares."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from uuid import uuid4
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
 
-# What processes have after a signal, to save before they are killed. torch 2.11 does not know the variable: 30 s there.
+# Time that processes have to save after a signal, before they are killed. torch 2.11 ignores it and waits for 30 s.
 SHUTDOWN_TIMEOUT_S = 120
 SHUTDOWN_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 
-# What asks a run to save and end. Schedulers warn by the last two.
+# Signals that ask a run to save and end. Schedulers announce the end of a job by the last two.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def launch_config(num_processes: int, max_restarts: int) -> LaunchConfig:
-    """What torch's launcher is told: this machine alone, and time to save after a signal."""
+    """Settings of torch's elastic launcher: this machine alone, with time to save after a signal."""
     from torch.distributed.launcher.api import LaunchConfig
 
     os.environ.setdefault(SHUTDOWN_TIMEOUT, str(SHUTDOWN_TIMEOUT_S))
@@ -38,7 +38,10 @@ def launch_config(num_processes: int, max_restarts: int) -> LaunchConfig:
 
 
 def relaunch(num_processes: int, arguments: Sequence[str], max_restarts: int = 0) -> NoReturn:
-    """Starts `castalia ARGUMENTS` so many times on this machine, all again when one dies, and exits as they do."""
+    """Runs `castalia ARGUMENTS` in `num_processes` processes on this machine, and exits with their exit code.
+
+    When one of them dies all are restarted, at most `max_restarts` times.
+    """
     import logging
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -46,7 +49,7 @@ def relaunch(num_processes: int, arguments: Sequence[str], max_restarts: int = 0
     from torch.distributed.launcher.api import elastic_launch
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes speak for themselves
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes print their own errors
     config = launch_config(num_processes, max_restarts)
     try:
         elastic_launch(config, sys.executable)("-m", "castalia", *arguments)

@@ -1,4 +1,4 @@
-"""The grid's process groups."""
+"""The process groups of the grid of ranks."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from castalia.parallel.rank_grid import RankGrid
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place in the grid, and the process groups of its rows."""
+    """This rank's coordinates in the grid, and the process groups along its axes."""
 
     layout: RankGrid
-    sharding: DeviceMesh  # axes pp, dp_replicate, dp_shard (context ranks folded in), tp
-    context: DeviceMesh  # this rank's row of context ranks
+    sharding: DeviceMesh  # axes pp, dp_replicate, dp_shard (with the context ranks folded in), tp
+    context: DeviceMesh  # the context ranks that share this rank's other coordinates
     pp_rank: int
     dp_rank: int
     cp_rank: int
@@ -25,20 +25,24 @@ class Mesh:
 
     @property
     def data(self) -> DeviceMesh:
-        """Where `fully_shard` lives: replicas x shards. Without replicas it must not be asked to reduce over them."""
+        """The mesh of `fully_shard`: replicas x shards. With one replica it is one-dimensional, because a second
+        dimension would mean a needless all-reduce."""
         return self.sharding["dp_shard"] if self.layout.dp_replicate == 1 else self.sharding["dp_replicate", "dp_shard"]
 
     @property
     def tensor(self) -> DeviceMesh:
+        """The tensor-parallel ranks."""
         return self.sharding["tp"]
 
     @property
     def pipeline(self) -> DeviceMesh:
+        """The pipeline ranks."""
         return self.sharding["pp"]
 
 
 def build_mesh(layout: RankGrid, device_type: str) -> Mesh:
-    """Needs the process group of `layout.world` ranks."""
+    """The mesh of a grid. Called on all ranks, once the process group of `layout.world` ranks exists."""
+    # Two meshes over the same ranks: FSDP shards over data and context ranks alike, attention needs the latter alone.
     ranks = torch.arange(layout.world).view(layout.pp, layout.dp_replicate, layout.dp_shard, layout.cp, layout.tp)
     folded = ranks.view(layout.pp, layout.dp_replicate, layout.dp_shard * layout.cp, layout.tp)
     sharding = DeviceMesh(device_type, folded, mesh_dim_names=("pp", "dp_replicate", "dp_shard", "tp"))

@@ -1,4 +1,4 @@
-"""The engine's calls on a mesh of ranks. Every method is called on all ranks together."""
+"""The executor on a mesh of ranks. Every method is called on all ranks together."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from castalia.model.loss import IGNORE
 from castalia.model.transformer import Transformer
 from castalia.parallel.apply import build_stages
 from castalia.parallel.context_parallel import CP_ATTENTION, refuse_ring
-from castalia.parallel.executor import Counted, Executor, Objective, RankPart, Rows, T, micro_loss
+from castalia.parallel.executor import Executor, NormSubset, Objective, RankPart, Rows, T, micro_loss
 from castalia.parallel.mesh import Mesh, build_mesh
 from castalia.parallel.pipeline import Pipeline
 from castalia.parallel.rank_grid import check_run, layout
@@ -29,7 +29,7 @@ from castalia.parallel.watchdog import wait_until
 
 
 class MeshExecutor(Executor):
-    """One rank of a mesh."""
+    """One rank's part of a model that is split and sharded over a mesh."""
 
     def __init__(
         self,
@@ -52,13 +52,13 @@ class MeshExecutor(Executor):
         self.data_rank, self.data_size = self.mesh.dp_rank, sizes.dp
         self.stages = build_stages(config, self.mesh, dtype, device, frozen)
         self.time = config.data.seq_length // sizes.cp
-        way = CP_ATTENTION[config.parallel.cp_kind]
-        self.context = {"cache": way(self.mesh.context, self.time)} if sizes.cp > 1 else {}
+        shard_kind = CP_ATTENTION[config.parallel.cp_kind]
+        self.context = {"cache": shard_kind(self.mesh.context, self.time)} if sizes.cp > 1 else {}
         self.pipeline = None
         if sizes.pp > 1:
             shape = plan.micro_batch_size, self.time
             self.pipeline = Pipeline(self.stages, self.mesh, config.parallel, plan.accumulation, shape, dtype, device)
-        # Where first and last stage are on one rank, a tied embedding is there twice.
+        # A tied embedding exists on the first and on the last stage: twice on this rank where it holds both.
         tied = self.pipeline.tied if self.pipeline else []
         self.duplicates = {"embed.weight": tied[1]} if len(tied) == 2 else {}
 
@@ -89,13 +89,14 @@ class MeshExecutor(Executor):
         for name, piece in pieces:
             if (value := constant_value(name)) is not None:
                 piece.local.fill_(value)
-        for drawn, matrix in neox_matrices(cfg, config.seed):  # one stream: every rank draws all and keeps its parts
+        # GPT-NeoX draws all matrices from one stream, so every rank draws all of them and keeps its parts.
+        for drawn, matrix in neox_matrices(cfg, config.seed):
             for name, piece in pieces:
                 if name == drawn:
                     piece.local.copy_(matrix[piece.slices])
 
     def _draw(self, config: CompleteConfig, name: str, piece: RankPart) -> None:
-        """Ranks that hold the same part of a matrix draw a share of its rows each and add up what they have."""
+        """Draws one parameter's initial values. Replicas draw a share of the rows each and add up their shares."""
         replicas, rows = self.mesh.layout.dp_replicate, piece.local.shape[0]
         if replicas == 1 or constant_value(name) is not None:
             piece.local.copy_(seeded_tensor(config.model, config.seed, name, piece.shape, piece.slices))
@@ -119,8 +120,9 @@ class MeshExecutor(Executor):
         objective: Objective | None = None,
     ) -> Tensor:
         rows, context = self._local(rows)
-        apart = self.mesh.pp_rank * self.mesh.layout.cp + self.mesh.cp_rank  # other blocks, other tokens: other dropout
-        seeds = [seed + apart for seed in seeds]
+        # Pipeline ranks hold other blocks and context ranks other tokens: their dropout must differ.
+        seed_offset = self.mesh.pp_rank * self.mesh.layout.cp + self.mesh.cp_rank
+        seeds = [seed + seed_offset for seed in seeds]
         if self.pipeline:
             assert objective is None
             torch.manual_seed(seeds[0])
@@ -143,10 +145,11 @@ class MeshExecutor(Executor):
         zero = self.config.parallel.zero
         for micro, mine in enumerate(rows.chunk(count)):
             last = micro == count - 1
-            # Gradients are reduced once, with the last micro-batch, unless they are not to be held in full until then.
+            # Gradients are reduced once, with the last micro-batch; under ZeRO 2 and 3 no rank holds them in full until
+            # then, so they are reduced with each.
             model.set_requires_gradient_sync(last or zero >= 2)
             model.set_is_last_backward(last or zero >= 2)
-            if zero < 3:  # parameters are gathered once
+            if zero < 3:  # parameters are gathered once a step
                 model.set_reshard_after_backward(last)
             torch.manual_seed(seeds[micro])
             loss_sum = micro_loss(model, mine, context, objective, micro)
@@ -155,7 +158,7 @@ class MeshExecutor(Executor):
         return total
 
     def loss_sum(self, rows: Rows) -> Tensor:
-        """Ranks take equal shares; sequences without labels fill them up."""
+        """Each data rank computes an equal share; sequences without labels pad the last ones."""
         share = self.plan.micro_batch_size * (self.plan.accumulation if self.pipeline else 1)
         missing = -len(rows.tokens) % (share * self.data_size)
         rows = rows.map(lambda t: F.pad(t, (0, 0, 0, missing)))
@@ -171,7 +174,8 @@ class MeshExecutor(Executor):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """A forward pass that no backward pass follows leaves parameters gathered; they are sharded again."""
+        """As on one process. Parameters are sharded again at the end, because a forward pass without a backward pass
+        leaves them gathered."""
         try:
             with super().evaluating():
                 yield
@@ -182,26 +186,26 @@ class MeshExecutor(Executor):
                         module.reshard()
 
     def _local(self, rows: Rows) -> tuple[Rows, dict[str, Any]]:
-        """This context rank's part of the sequences on the device, and what its attention needs besides."""
+        """This context rank's slice [rows, time / cp] of the sequences on the device, and further model arguments."""
         time = rows.tokens.shape[1] // self.mesh.layout.cp
         first = self.mesh.cp_rank * time
         return rows.map(lambda t: t[:, first : first + time]).to(self.device), self.context
 
     def _total(self, value: Tensor) -> Tensor:
-        """Summed over data, context and pipeline ranks; tensor ranks hold the same value."""
+        """Sums a scalar over data, context and pipeline ranks; tensor ranks hold the same value."""
         dist.all_reduce(value)
         return value / self.mesh.layout.tp
 
     def gradients(self) -> list[Tensor]:
         return [local(p.grad) for model in self.models for p in model.parameters() if p.grad is not None]
 
-    def gradient_norm(self, counted: Counted | None = None) -> Tensor:
+    def gradient_norm(self, counted: NormSubset | None = None) -> Tensor:
         named = [(name, p) for model in self.models for name, p in model.named_parameters()]
         every = [(p, counted[name] if counted else None) for name, p in named if counted is None or name in counted]
         return global_gradient_norm(every, self.device, twice=self.pipeline.tied if self.pipeline else ())
 
     def numbers(self, *values: Tensor) -> list[float]:
-        """NCCL's collectives return at once: a rank that is lost shows where the device is waited for."""
+        """As on one process. NCCL's collectives return at once, so a lost rank shows only in this wait."""
         together = torch.stack(values)
         if together.is_cuda:
             computed = torch.cuda.Event()
@@ -210,14 +214,14 @@ class MeshExecutor(Executor):
         return together.tolist()
 
     def sum_over_data(self, value: float) -> float:
-        total = torch.tensor(value, dtype=torch.float64)  # on the host: the group has gloo beside NCCL
+        total = torch.tensor(value, dtype=torch.float64)  # on the host, where the group uses gloo
         dist.all_reduce(total)
         return float(total) / (self.world // self.data_size)
 
     def any(self, flag: bool) -> bool:
-        found = torch.tensor(int(flag))
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return bool(found)
+        highest = torch.tensor(int(flag))
+        dist.all_reduce(highest, dist.ReduceOp.MAX)
+        return bool(highest)
 
     def gather(self, answer: T) -> list[T]:
         answers: list[Any] = [None] * self.world

@@ -34,9 +34,9 @@ SCHEDULES: dict[str, Any] = {
 
 
 def cut_stage(model: Transformer, index: int, num_stages: int, seq_length: int) -> Transformer:
-    """Deletes from a model what other stages hold. Names stay those of the whole model.
+    """Deletes from a model what other stages hold. Parameter names stay those of the whole model.
 
-    A tied embedding is kept by the first stage, which looks tokens up, and by the last one, whose head it is.
+    A tied embedding stays on the first stage, which looks tokens up in it, and on the last one, whose head it is.
     """
     plan = stages(model.cfg, num_stages, seq_length)
     first_block = sum(stage.layers for stage in plan[:index])
@@ -54,7 +54,7 @@ def cut_stage(model: Transformer, index: int, num_stages: int, seq_length: int) 
 
 
 class Pipeline:
-    """This rank's stages and the schedule over all pipeline ranks."""
+    """This rank's stages, and the schedule that interleaves their micro-batches with those of the other ranks."""
 
     def __init__(
         self,
@@ -66,12 +66,18 @@ class Pipeline:
         compute_dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """`parts`: this rank's stages by number. `micro_batch`: [sequences, their length on this context rank]."""
+        """`parts` are this rank's stages by number, `micro_batch` is (sequences, their length on this context rank).
+
+        Raises ConfigError where this torch does not have the schedule.
+        """
         num_stages = parallel.pp * stages_per_rank(parallel)
         last = num_stages - 1
         hidden_size = next(iter(parts.values())).cfg.hidden_size
+        # Shapes that stages receive and send, [b, t] and [b, t, h]; declared, so that ranks need not tell each other.
         tokens = torch.empty(micro_batch, dtype=torch.int64, device="meta")
-        between = torch.empty(*micro_batch, hidden_size, dtype=compute_dtype, device="meta", requires_grad=True)
+        between = torch.empty(
+            *micro_batch, hidden_size, dtype=compute_dtype, device="meta", requires_grad=True
+        )  # b, t, h
         result = torch.empty((), device="meta"), torch.empty((), dtype=torch.int64, device="meta")
         if parallel.pipeline == "zero-bubble" and torch.__version__ < "2.12":
             raise ConfigError(
@@ -94,30 +100,32 @@ class Pipeline:
             for index, stage in parts.items()
         ]
         single = parallel.pipeline in ("gpipe", "1f1b")
-        # 1F1B with fewer micro-batches than stages is what GPipe does, but torch refuses to call it so.
+        # 1F1B with fewer micro-batches than stages does what GPipe does, but torch refuses it under that name.
         name = "gpipe" if parallel.pipeline == "1f1b" and num_micro_batches < num_stages else parallel.pipeline
         self.schedule = SCHEDULES[name](
             built[0] if single else built, num_micro_batches, loss_fn=self._weighted, scale_grads=False
         )
         tied = next(iter(parts.values())).cfg.tie_embeddings
         self.tied: list[Any] = [parts[i].embed.weight for i in (0, last) if tied and i in parts]
-        self.tie_group = _ends_group(mesh) if tied and parallel.pipeline != "zero-bubble" else None
+        self.tie_group = _first_and_last_rank(mesh) if tied and parallel.pipeline != "zero-bubble" else None
 
     @staticmethod
     def _weighted(output: tuple[Tensor, Tensor], weight: Tensor) -> Tensor:
+        """The schedule's loss function: a micro-batch's sum of token losses times its weight."""
         return output[0] * weight[0]
 
     def forward_backward(self, rows: Rows, weights: Sequence[float], context: dict[str, Any]) -> Tensor:
-        """Leaves the gradients of sum over micro-batches of weight * (sum of token losses); returns that sum.
+        """Accumulates the gradients of the sum over micro-batches of weight * (sum of token losses).
 
-        It is 0 on ranks without the last stage. rows: [micro-batches * sequences, time] of this data rank.
+        `rows` are this data rank's: [micro-batches * sequences, time]. Returns the sum, 0 on ranks without the last
+        stage.
         """
         losses = self._run(self.schedule.step, rows, weights, context)
         self._sum_tied_gradients()
         return losses
 
     def loss_sum(self, rows: Rows, context: dict[str, Any]) -> Tensor:
-        """Sum of token losses, without gradients; 0 on ranks without the last stage."""
+        """The sum of token losses without gradients; 0 on ranks without the last stage."""
         return self._run(self.schedule.eval, rows, [1.0] * self.num_micro_batches, context)
 
     def _run(self, schedule: Callable, rows: Rows, weights: Sequence[float], context: dict[str, Any]) -> Tensor:
@@ -125,14 +133,14 @@ class Pipeline:
         inputs = (rows.tokens,) if self.has_first else ()
         arguments = rows.model_arguments() | context
         if self.has_last:
-            target = torch.tensor(weights, device=rows.tokens.device)  # each micro-batch finds its weight in it
+            target = torch.tensor(weights, device=rows.tokens.device)  # split into micro-batches like the rows
             schedule(*inputs, target=target, losses=losses, return_outputs=False, **arguments)
         else:
             schedule(*inputs, return_outputs=False, **arguments)
         return torch.stack(losses).sum().detach() if losses else torch.zeros((), device=rows.tokens.device)
 
     def _sum_tied_gradients(self) -> None:
-        """The embedding's copies on the first and the last stage get the same gradient, so that they stay equal."""
+        """Gives both copies of a tied embedding the sum of their gradients, so that they stay equal."""
         grads = [local(weight.grad) for weight in self.tied if weight.grad is not None]
         if len(grads) == 2:  # both stages are on this rank
             grads[0] += grads[1]
@@ -141,8 +149,11 @@ class Pipeline:
             dist.all_reduce(grads[0], group=self.tie_group)
 
 
-def _ends_group(mesh: Mesh) -> dist.ProcessGroup | None:
-    """First and last pipeline rank of this rank's data and tensor coordinates; None for ranks between. Collective."""
+def _first_and_last_rank(mesh: Mesh) -> dist.ProcessGroup | None:
+    """The group of the first and the last pipeline rank that share this rank's other coordinates.
+
+    None on ranks between them. Called on all ranks, because creating a group is collective.
+    """
     columns = mesh.sharding.mesh.view(mesh.layout.pp, -1).T.tolist()
     mine = None
     for column in columns:

@@ -1,4 +1,4 @@
-"""Joining and leaving the group of processes that torchrun, Slurm or `--nproc` started."""
+"""Joining and leaving the group of processes that torchrun, Slurm or `--nproc` has started."""
 
 from __future__ import annotations
 
@@ -21,28 +21,29 @@ import torch.distributed as dist
 
 from castalia.errors import CastaliaError, ConfigError
 from castalia.parallel.rendezvous import (
-    LAST_WORDS_S,
-    Place,
-    find_place,
+    REPORT_WAIT_S,
+    RankInfo,
+    env_int,
     is_main,
-    number,
     open_store,
-    own_room,
+    private_store,
+    read_rank_info,
     world_size,
 )
 from castalia.parallel.watchdog import ENDED, RankLost, Watchdog, operation, operations
 
-MAIN_FIRST_TIMEOUT = timedelta(days=1)  # an index of a large corpus takes its time; a dead process is noticed anyway
-WATCHDOG_S = 60.0  # by which NCCL's watchdog, which kills without naming anybody, is more patient than the ranks
+MAIN_FIRST_TIMEOUT = timedelta(days=1)  # indexing a large corpus takes long; a dead process is noticed anyway
+# NCCL's own watchdog kills without naming the lost rank, so it waits this much longer than the ranks do.
+WATCHDOG_S = 60.0
 
 
 @contextmanager
 def main_first() -> Iterator[None]:
-    """The main process runs the block before the others do."""
+    """A context manager: rank 0 runs the block before the other ranks do, so that they find its files."""
     if world_size() == 1:
         yield
         return
-    group = dist.new_group(backend="gloo", timeout=MAIN_FIRST_TIMEOUT)  # not that of a collective
+    group = dist.new_group(backend="gloo", timeout=MAIN_FIRST_TIMEOUT)  # the default group's timeout would be too short
     if not is_main():
         dist.barrier(group)
     try:
@@ -54,11 +55,12 @@ def main_first() -> Iterator[None]:
 
 @contextmanager
 def process_group(device: str, timeout_s: float = 600.0) -> Iterator[str | None]:
-    """Joins the other processes, if there are any, and leaves them at the end.
+    """A context manager: joins the other processes of the run, if there are any, and leaves them at the end.
 
-    Gives the job's name, which stays the same when torchrun starts the processes again, be it one that is left; None
-    for a process of its own.
-    An error that users can mend is printed once and ends the job, as does a collective that a rank does not come to.
+    Yields the job's name, which stays the same when torchrun restarts the processes, also when some workers died; None
+    outside a distributed job. A CastaliaError inside the block is printed once for all ranks and ends the job with exit
+    code 2. A collective that not all ranks come to within `timeout_s` seconds ends it with code 1 and names the lost
+    ranks.
     """
     if dist.is_initialized() or (world_size() == 1 and "TORCHELASTIC_RUN_ID" not in os.environ):
         yield None
@@ -81,15 +83,15 @@ def process_group(device: str, timeout_s: float = 600.0) -> Iterator[str | None]
             dist.destroy_process_group()
 
 
-def _join(timeout_s: float) -> tuple[Place, dist.TCPStore, dist.PrefixStore]:
-    """This process's place, the run's store, and the group's room in it. Raises SystemExit where that fails."""
+def _join(timeout_s: float) -> tuple[RankInfo, dist.TCPStore, dist.PrefixStore]:
+    """This process's rank, the run's store, and the group's key prefix in it. Raises SystemExit where that fails."""
     try:
-        here = find_place()
+        here = read_rank_info()
         store = open_store(here, timeout_s)
         if store.check([ENDED]):
-            sys.exit(2)  # the launcher started the processes again, but the same error would come
-        group = own_room(store, here.rank, here.world, timeout_s)
-    except ConfigError as error:  # of this rank alone: it speaks for itself
+            sys.exit(2)  # the launcher has restarted the processes, but the same error would come again
+        group = private_store(store, here.rank, here.world, timeout_s)
+    except ConfigError as error:  # only this rank knows of it, so it prints the error itself
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     if group is None:
@@ -99,9 +101,9 @@ def _join(timeout_s: float) -> tuple[Place, dist.TCPStore, dist.PrefixStore]:
 
 @contextmanager
 def _group_of(
-    here: Place, store: dist.TCPStore, group: dist.PrefixStore, device: str, timeout_s: float
+    here: RankInfo, store: dist.TCPStore, group: dist.PrefixStore, device: str, timeout_s: float
 ) -> Iterator[None]:
-    """torch's process group, and somebody who looks out while this rank waits in it."""
+    """torch's default process group, with a watchdog while this rank waits in it."""
     if here.world == 1:
         yield
         return
@@ -113,11 +115,12 @@ def _group_of(
 
 
 def local_device(visible: int) -> int:
-    """Which of the visible GPUs is this process's. Raises ConfigError if its machine has more processes than GPUs.
+    """The index of this process's GPU among the `visible` ones.
 
-    Slurm may show each of its tasks other GPUs: of those that it sees a task takes one.
+    Slurm may show each task a different set of GPUs, so the index wraps around. Raises ConfigError if this machine has
+    more processes than GPUs.
     """
-    local, together = number("LOCAL_RANK", 0), number("LOCAL_WORLD_SIZE", 0)
+    local, together = env_int("LOCAL_RANK", 0), env_int("LOCAL_WORLD_SIZE", 0)
     if together > visible:
         raise ConfigError(
             f"{together} processes were started on this machine, which shows {visible} "
@@ -127,52 +130,53 @@ def local_device(visible: int) -> int:
     return local % visible
 
 
-_GLOO = re.compile(r"gloo|Application timeout caused pair closure")  # most of its errors name its files, one does not
+# How gloo's errors are told from other RuntimeErrors: most name one of its source files, one does not.
+_GLOO = re.compile(r"gloo|Application timeout caused pair closure")
 
 
 def _end_job(store: dist.Store, message: str) -> NoReturn:
-    """Says what is wrong, once for all ranks that find the same, and sees to it that no restart tries again.
+    """Prints the error once for all ranks that meet it, and marks the job so that restarted processes exit at once.
 
-    Where no agent of torchrun keeps the store, the first rank does: it stays until the others have had their say.
+    Rank 0, which hosts the store unless torchrun's agent does, waits until the other ranks have reported.
     """
     said = hashlib.blake2b(message.encode()).hexdigest()
     try:
         store.set(ENDED, "")
         is_first = store.add(said, 1) == 1
-    except dist.DistError:  # its keeper is gone already, perhaps without a word
+    except dist.DistError:  # the store's host has ended already, perhaps without printing anything
         is_first = True
     if is_first:
         print(f"error: {message}", file=sys.stderr, flush=True)
     if is_main() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        end = time.monotonic() + LAST_WORDS_S
+        end = time.monotonic() + REPORT_WAIT_S
         while store.add(said, 0) < world_size() and time.monotonic() < end:
             time.sleep(0.05)
     sys.exit(2)
 
 
-def _explain_lost_rank(store: dist.Store, group: dist.Store, here: Place, error: RuntimeError) -> NoReturn:
-    """Names the operation in which communication failed and the ranks that do not say the same. Ends the process.
+def _explain_lost_rank(store: dist.Store, group: dist.Store, here: RankInfo, error: RuntimeError) -> NoReturn:
+    """Prints the operation in which communication failed and the ranks that did not reach it, and ends the process.
 
-    At once, because to leave a group that has lost a rank may take as long as to wait for it.
+    It ends without cleaning up, because leaving a group that has lost a rank may take as long as waiting for that rank.
     """
     if threading.current_thread() is threading.main_thread():
-        signal.signal(
-            signal.SIGTERM, signal.SIG_IGN
-        )  # the launcher's, for the same loss: it leaves time for last words
+        # The launcher sends SIGTERM for the same loss; ignoring it leaves time to report.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     stack = traceback.extract_tb(error.__traceback__)
     line = f"{operation(stack)} on rank {here.rank}: {str(error).splitlines()[0]}"
     try:
-        _tell_lost_rank(store, group, here, line)
+        _report_lost_ranks(store, group, here, line)
     except dist.DistError:  # the store is gone
         print(f"error: rank 0, which kept the run's store, is lost; {line}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(1)
 
 
-def _tell_lost_rank(store: dist.Store, group: dist.Store, here: Place, line: str) -> None:
+def _report_lost_ranks(store: dist.Store, group: dist.Store, here: RankInfo, line: str) -> None:
+    """Finds the ranks that did not fail alike and where they are; the first rank to have done so prints it."""
     group.set(f"lost {here.rank}", "")
     group.set("asked", "")
-    end = time.monotonic() + LAST_WORDS_S
+    end = time.monotonic() + REPORT_WAIT_S
     silent = list(range(here.world))
     while time.monotonic() < end and (len(silent) > 1 or not all(group.check([f"at {rank}"]) for rank in silent)):
         time.sleep(0.05)

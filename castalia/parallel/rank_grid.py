@@ -1,6 +1,7 @@
 """The ranks of a run as a grid: pipeline, data (replicated and sharded), context and tensor ranks.
 
-Rank order is that of the original, with the pipeline outermost: rank = ((pp * dp + data) * cp + context) * tp + tensor.
+The rank order is GPT-NeoX's, with the pipeline outermost, where p, d, c, t are a rank's coordinates:
+rank = ((p * dp + d) * cp + c) * tp + t.
 """
 
 from __future__ import annotations
@@ -33,10 +34,12 @@ class RankGrid(NamedTuple):
 
     @property
     def dp(self) -> int:
+        """Data ranks: replicas x shards."""
         return self.dp_replicate * self.dp_shard
 
     @property
     def world(self) -> int:
+        """Ranks of the whole grid."""
         return self.pp * self.dp * self.cp * self.tp
 
     def __str__(self) -> str:
@@ -45,7 +48,7 @@ class RankGrid(NamedTuple):
 
 
 def layout(parallel: ParallelConfig, world: int) -> RankGrid:
-    """The grid that `world` ranks make. Raises ConfigError with the nearest worlds that fit."""
+    """The grid that `world` ranks form. Raises ConfigError with the nearest numbers of ranks that fit."""
     model_ranks = parallel.model_ranks
     if world % model_ranks:
         raise ConfigError(
@@ -65,13 +68,12 @@ def layout(parallel: ParallelConfig, world: int) -> RankGrid:
 
 
 def check_run(config: RunConfig, world: int) -> None:
-    """Refuses what cannot be split over so many ranks as asked.
+    """Raises ConfigError if the run cannot be split over `world` ranks, naming all reasons and what works instead.
 
-    Raises ConfigError naming all reasons and the nearest that works. Needs neither tokenizer nor data: what is unknown
-    without them is checked when the run has them.
+    Needs neither tokenizer nor data: what depends on them is checked once the run has them.
     """
     sizes = layout(config.parallel, world)
-    problems = _indivisible(complete(config)) if config.model else []
+    problems = _model_problems(complete(config)) if config.model else []
     if config.parallel.cp > 1 and config.data.mask_documents:
         problems.append("data.mask_documents needs whole sequences on each rank; use parallel.cp=1")
     if config.optimizer.name in ("muon", "adafactor"):
@@ -86,13 +88,13 @@ def check_run(config: RunConfig, world: int) -> None:
         raise ConfigError("\n".join(problems))
 
 
-def _indivisible(config: CompleteConfig) -> list[str]:
-    """What of the model does not split."""
+def _model_problems(config: CompleteConfig) -> list[str]:
+    """Why the model does not split as the config asks."""
     cfg, parallel = config.model, config.parallel
     tp, per_rank = parallel.tp, stages_per_rank(parallel)
     problems = [problem.text for problem in tensor_problems(cfg, tp)]
     if parallel.cp > 1 and parallel.cp_kind != "gather":
-        problems += _not_plain(cfg, parallel)
+        problems += _gather_problems(cfg, parallel)
     if tp > 1 and cfg.qk_norm:
         problems.append(f"model.qk_norm is one norm over all heads, which parallel.tp={tp} would split; use tp=1")
     problems += [problem.text for problem in pipeline_problems(cfg, parallel.pp, per_rank)]
@@ -109,7 +111,7 @@ def _indivisible(config: CompleteConfig) -> list[str]:
 
 
 def why_not_compiled(config: CompleteConfig) -> str | None:
-    """What a compiled block cannot do that this run needs."""
+    """What this run needs that a compiled block cannot do; None if nothing stands against compiling."""
     cfg, parallel = config.model, config.parallel
     adapters = config.finetune.lora is not None and config.finetune.lora.dropout
     if parallel.tp > 1 and (adapters or cfg.attention_dropout or (parallel.sequence_parallel and cfg.hidden_dropout)):
@@ -119,8 +121,8 @@ def why_not_compiled(config: CompleteConfig) -> str | None:
     return None
 
 
-def _not_plain(cfg: ModelConfig, parallel: ParallelConfig) -> list[str]:
-    """Why context ranks have to gather keys and values."""
+def _gather_problems(cfg: ModelConfig, parallel: ParallelConfig) -> list[str]:
+    """Why context ranks have to gather keys and values instead of exchanging them by Ulysses or a ring."""
     given = {
         f"model.sliding_window={cfg.sliding_window}": cfg.sliding_window,
         "model.position=alibi": cfg.position == "alibi",

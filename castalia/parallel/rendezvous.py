@@ -1,4 +1,4 @@
-"""Where processes meet: what their launcher's variables say, the store that one of them keeps, and a room in it.
+"""How the processes of a run find each other: the launcher's variables, the store of the run, and a key prefix in it.
 
 Whatever fails here ends in a ConfigError within the time allowed. Until then a process can be interrupted.
 """
@@ -19,21 +19,21 @@ import torch.distributed as dist
 from castalia.errors import ConfigError
 
 T = TypeVar("T")
-LAST_WORDS_S = 2.0  # how long a rank waits for others to say the same, so that one speaks for all
+REPORT_WAIT_S = 2.0  # how long a rank waits for others to report the same, so that one of them prints it
 
 
-class Place(NamedTuple):
-    """A process's place among those of its run, and where they meet."""
+class RankInfo(NamedTuple):
+    """A process's rank among those of its run, and the address of the store through which they meet."""
 
     rank: int
     world: int
     host: str
     port: int
-    keeps: bool  # whether this process keeps the store; an agent of torchrun may do so instead
+    hosts_store: bool  # whether this process hosts the store; an agent of torchrun may do so instead
 
 
-def number(name: str, default: int, least: int = 0) -> int:
-    """A launcher's variable."""
+def env_int(name: str, default: int, least: int = 0) -> int:
+    """A whole number from a launcher's environment variable. Raises ConfigError if it is none or below `least`."""
     text = os.environ.get(name) or str(default)
     if not text.isdecimal() or int(text) < least:
         raise ConfigError(
@@ -44,17 +44,23 @@ def number(name: str, default: int, least: int = 0) -> int:
 
 
 def world_size() -> int:
-    """Processes of this run: 1 unless a launcher says otherwise. A Slurm allocation alone, without srun, starts one."""
-    return number("WORLD_SIZE", number("SLURM_STEP_NUM_TASKS", 1, least=1), least=1)
+    """How many processes the run has: 1 unless a launcher says otherwise.
+
+    A Slurm allocation without `srun` starts one process, so the size of the allocation does not count.
+    """
+    return env_int("WORLD_SIZE", env_int("SLURM_STEP_NUM_TASKS", 1, least=1), least=1)
 
 
 def is_main() -> bool:
-    """Whether this process speaks for all."""
-    return number("RANK", number("SLURM_PROCID", 0)) == 0
+    """Whether this process prints and writes for all: rank 0."""
+    return env_int("RANK", env_int("SLURM_PROCID", 0)) == 0
 
 
-def find_place() -> Place:
-    """What the launcher's variables say. Raises ConfigError where they say too little, or the impossible."""
+def read_rank_info() -> RankInfo:
+    """This process's rank and the store's address, from torchrun's or Slurm's variables.
+
+    Raises ConfigError where variables are missing or contradict each other.
+    """
     _fill_in_slurm()
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
@@ -62,19 +68,22 @@ def find_place() -> Place:
             f"WORLD_SIZE={world_size()} says that this is one of several processes, but {', '.join(missing)} "
             "is not set: start them with torchrun, with --nproc, or with a script of `castalia launch`"
         )
-    rank, world, port = number("RANK", 0), world_size(), number("MASTER_PORT", 0, least=1)
+    rank, world, port = env_int("RANK", 0), world_size(), env_int("MASTER_PORT", 0, least=1)
     if rank >= world:
         raise ConfigError(f"RANK={rank} is none of the ranks 0 to {world - 1} that WORLD_SIZE={world} counts")
     if port > 65535:
         raise ConfigError(f"MASTER_PORT={port} is no port: they go up to 65535")
-    keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    return Place(rank, world, os.environ["MASTER_ADDR"], port, keeps)
+    hosts_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    return RankInfo(rank, world, os.environ["MASTER_ADDR"], port, hosts_store)
 
 
-def open_store(here: Place, timeout_s: float) -> dist.TCPStore:
-    """The store of the run, which rank 0 makes unless torchrun's agent did."""
+def open_store(here: RankInfo, timeout_s: float) -> dist.TCPStore:
+    """Connects to the store of the run, which rank 0 hosts unless torchrun's agent does.
+
+    Raises ConfigError where nothing, or something else, listens at the address within `timeout_s` seconds.
+    """
     end = time.monotonic() + timeout_s
-    if here.keeps:
+    if here.hosts_store:
         try:
             socket.create_server(("", here.port)).close()
         except OSError as error:
@@ -88,7 +97,7 @@ def open_store(here: Place, timeout_s: float) -> dist.TCPStore:
     def connect() -> dist.TCPStore:
         timeout = timedelta(seconds=timeout_s)
         return dist.TCPStore(
-            here.host, here.port, here.world, here.keeps, timeout, wait_for_workers=False, multi_tenant=True
+            here.host, here.port, here.world, here.hosts_store, timeout, wait_for_workers=False, multi_tenant=True
         )
 
     store = _within(max(1.0, end - time.monotonic()), connect)
@@ -100,12 +109,21 @@ def open_store(here: Place, timeout_s: float) -> dist.TCPStore:
     return store
 
 
-def own_room(store: dist.Store, rank: int, world: int, timeout_s: float) -> dist.PrefixStore | None:
-    """A room in the launcher's store without what a dead group left, such as the addresses of its ranks.
+def private_store(store: dist.Store, rank: int, world: int, timeout_s: float) -> dist.PrefixStore | None:
+    """A fresh key prefix in the launcher's store, so that keys of a crashed process group are not seen.
 
-    Every process draws a name. The first rank answers each of the others under the name that it finds in its place,
-    which may be that of a dead one, until that rank confirms; when all have, it opens the room.
-    None: the first rank has said who did not come. Raises ConfigError, on the first rank, where somebody did not.
+    A store that outlives its processes still holds, for example, the addresses of dead ranks. So every process draws a
+    random name, and ranks above 0 publish theirs under `rank R`. Rank 0 writes its own name, the prefix, under each
+    name that it finds there, which may be a dead process's, until that rank confirms; once all ranks have, it
+    declares the prefix open.
+
+        rank R                                   rank 0
+        set "rank R" = name_R            ->      get "rank R"
+        wait for name_R                  <-      set name_R = name_0
+        set "name_0 R"                   ->      rank R has joined
+        wait for "name_0 is open"        <-      set "name_0 is open" = yes or no
+
+    Returns None on ranks above 0 where some rank did not come; rank 0 raises a ConfigError that names those ranks.
     """
     mine, end = uuid4().hex, time.monotonic() + timeout_s
     if rank:
@@ -129,23 +147,23 @@ def own_room(store: dist.Store, rank: int, world: int, timeout_s: float) -> dist
         time.sleep(0.01)
     store.set(f"{mine} is open", "no" if waiting else "yes")
     if waiting:
-        time.sleep(LAST_WORDS_S)  # the others read it, from this process perhaps
+        time.sleep(REPORT_WAIT_S)  # the others read the answer from a store that may end with this process
         who = f"rank {', '.join(map(str, sorted(waiting)))}"
         raise ConfigError(f"{who} of {world} did not come within {timeout_s:g} s; look for its own error, or start it")
     return dist.PrefixStore(mine, store)
 
 
 def _await(store: dist.Store, key: str, end: float) -> str:
-    """The value of a key as soon as it is there."""
+    """Polls until a key exists and returns its value. Raises TimeoutError after `end`, by time.monotonic."""
     while not store.check([key]):
-        if time.monotonic() > end + 2 * LAST_WORDS_S:  # the first rank is to speak before this one
+        if time.monotonic() > end + 2 * REPORT_WAIT_S:  # rank 0 reports before this rank does
             raise TimeoutError
         time.sleep(0.02)
     return store.get(key).decode()
 
 
-def _find_listener(here: Place, end: float, timeout_s: float) -> None:
-    """Until somebody listens where rank 0 should. Names may become known late, and rank 0 may start last."""
+def _find_listener(here: RankInfo, end: float, timeout_s: float) -> None:
+    """Waits until something listens at the store's address: DNS may learn names late, and rank 0 may start last."""
     while True:
         try:
             socket.create_connection((here.host, here.port), timeout=2.0).close()
@@ -179,8 +197,8 @@ def _within(seconds: float, make: Callable[[], T]) -> T | None:
 
 
 def _fill_in_slurm() -> None:
-    """srun starts processes without torchrun's variables, but says the same under other names."""
+    """Sets torchrun's variables from Slurm's, which say the same under other names."""
     names = (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"), ("LOCAL_RANK", "SLURM_LOCALID"))
-    for ours, theirs in names if "SLURM_STEP_NUM_TASKS" in os.environ else ():
-        if theirs in os.environ:
-            os.environ.setdefault(ours, os.environ[theirs])
+    for name, slurm_name in names if "SLURM_STEP_NUM_TASKS" in os.environ else ():
+        if slurm_name in os.environ:
+            os.environ.setdefault(name, os.environ[slurm_name])

@@ -1,8 +1,8 @@
 """Ring attention: queries stay, keys and values travel around the ranks (Liu et al., 2310.01889).
 
-Each rank holds the same number of neighbouring tokens of every sequence. In turn i it has the keys and values of the
-rank i places before it: its own at first, which it sees causally, then earlier ones, which it sees whole. What comes
-after its own it only passes on, so that the last rank works most.
+Each rank holds an equally long slice of every sequence. In turn i it has the keys and values of the rank i places
+before it: first its own, to which its queries attend causally, then earlier slices, to which they attend in full. Later
+slices it only passes on, so the last rank computes the most. The table shows whose keys each rank attends to:
 
     turn      rank 0    rank 1    rank 2
     0         0         1         2
@@ -26,7 +26,10 @@ FlashResult = tuple[Tensor, Tensor, tuple]  # output, log of the sum of exponent
 
 
 def ring_attention(q: Tensor, k: Tensor, v: Tensor, mesh: DeviceMesh, scale: float | None = None) -> Tensor:
-    """Causal attention by the flash kernel over all ranks of a mesh: q [b, n, t, d], k and v [b, kv, t, d]."""
+    """Causal flash attention over all ranks of a mesh: q [b, n, t, d], k and v [b, kv, t, d] -> [b, n, t, d].
+
+    t are this rank's tokens. `scale` multiplies the scores; None: 1 / sqrt(d).
+    """
     return _Ring.apply(q, k, v, mesh, scale)
 
 
@@ -34,8 +37,8 @@ class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mesh: DeviceMesh, scale: float | None) -> Tensor:
         ctx.mesh, ctx.scale = mesh, scale
-        pairs = (pair for pair in travelling(torch.stack((k, v)), mesh) if pair is not None)
-        out, sums, ctx.rest = attend_in_turn(q, pairs, scale)
+        pairs = (pair for pair in circulate(torch.stack((k, v)), mesh) if pair is not None)
+        out, sums, ctx.rest = attend_blockwise(q, pairs, scale)
         ctx.save_for_backward(q, k, v, out, sums)
         return out
 
@@ -45,35 +48,43 @@ class _Ring(torch.autograd.Function):
         q, k, v, out, sums = ctx.saved_tensors
         pair = torch.stack((k, v))
         d_q, d_pair = torch.zeros_like(q, dtype=torch.float32), torch.zeros_like(pair, dtype=torch.float32)
-        for turn, seen in enumerate(travelling(pair, ctx.mesh)):
+        for turn, seen in enumerate(circulate(pair, ctx.mesh)):
             if seen is not None:
                 parts = _flash_gradients(d_out, q, seen[0], seen[1], out, sums, ctx.rest, turn == 0, ctx.scale)
                 d_q += parts[0]
                 d_pair = d_pair + torch.stack(parts[1:])
-            d_pair = passed_on(d_pair, ctx.mesh)  # beside the keys; the last time it comes home
+            # The gradient travels along with its keys and values; after the last turn it is back at their rank.
+            d_pair = pass_on(d_pair, ctx.mesh)
         d_k, d_v = d_pair.to(k.dtype).unbind()
         return d_q.to(q.dtype), d_k, d_v, None, None
 
 
-def travelling(pair: Tensor, mesh: DeviceMesh) -> Iterator[Tensor | None]:
-    """Keys and values [2, b, kv, t, d] of this rank and of those before it; None for those of ranks behind it."""
+def circulate(pair: Tensor, mesh: DeviceMesh) -> Iterator[Tensor | None]:
+    """Yields keys and values [2, b, kv, t, d] turn by turn: this rank's, then those of the ranks before it.
+
+    In turns whose keys and values come from a later rank it yields None, because causal attention does not see them.
+    """
     size, rank = mesh.size(), mesh.get_local_rank()
     for turn in range(size):
-        coming = passed_on(pair, mesh) if turn + 1 < size else pair  # while this pair is worked on
+        following = pass_on(pair, mesh) if turn + 1 < size else pair  # sent while this pair is attended to
         yield pair if turn <= rank else None
-        pair = coming
+        pair = following
 
 
-def passed_on(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """What the rank before this one has in x, which goes to the next one."""
+def pass_on(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Sends x to the next rank of the ring and returns the x of the rank before."""
     size, rank, flat = mesh.size(), mesh.get_local_rank(), x.contiguous().view(-1)
-    given, got = [0] * size, [0] * size
-    given[(rank + 1) % size] = got[(rank - 1) % size] = flat.numel()
-    return all_to_all_single(flat, got, given, mesh.get_group()).view(x.shape)
+    # An all-to-all whose split sizes are zero for all ranks but the neighbours.
+    sent, received = [0] * size, [0] * size
+    sent[(rank + 1) % size] = received[(rank - 1) % size] = flat.numel()
+    return all_to_all_single(flat, received, sent, mesh.get_group()).view(x.shape)
 
 
-def attend_in_turn(q: Tensor, pairs: Iterator[Tensor], scale: float | None) -> FlashResult:
-    """Attention to keys and values that come pair by pair; only the first pair, the queries' own, is seen causally."""
+def attend_blockwise(q: Tensor, pairs: Iterator[Tensor], scale: float | None) -> FlashResult:
+    """Attention of q to keys and values that arrive pair by pair; the first pair, q's own, is attended to causally.
+
+    Partial results are merged by their log-sum-exps, as flash attention merges its blocks.
+    """
     k, v = next(pairs).unbind()
     own, own_sums, rest = _flash(q, k, v, True, scale)
     out, sums = own.float(), own_sums
@@ -103,7 +114,7 @@ def _flash_gradients(
     causal: bool,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of q, k and v. `out` and `sums` are those of all keys, so that the parts add up."""
+    """Gradients of q, k and v for one pair. `out` and `sums` belong to all keys, so the pairs' gradients add up."""
     if q.is_cuda:
         *lengths, seed, offset = rest
         backward = aten._scaled_dot_product_flash_attention_backward

@@ -11,16 +11,19 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from castalia.parallel.executor import RankPart, first
+from castalia.parallel.executor import RankPart, leading_part
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What of a tensor lies on this rank; it shares memory."""
+    """This rank's part of a tensor, which shares its memory; a plain tensor is returned as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def part(tensor: Tensor) -> RankPart:
-    """The part of a parameter, gradient or moment that lies on this rank; a plain tensor is whole."""
+    """This rank's part of a parameter, gradient or moment, and where it begins; a plain tensor is whole.
+
+    Of the ranks that hold equal parts, the first one along each replicated axis writes it to checkpoints.
+    """
     if not isinstance(tensor, DTensor):
         return RankPart(tensor.detach(), tuple(tensor.shape), (0,) * tensor.dim(), True)
     mesh = tensor.device_mesh
@@ -48,17 +51,17 @@ def global_gradient_norm(
 ) -> Tensor:
     """L2 norm of all gradients over all ranks of the run, each element counted once. On `device`, without waiting.
 
-    Beside a parameter stands what counts of it: the first `size` entries of the whole in dimension `dim`; None: all.
-    `twice` are parameters whose equal gradients two pipeline stages hold: the tied embedding. A rank without gradients
-    takes part with 0.
+    Each parameter comes with a limit, (dim, size): only the first `size` entries of the whole tensor in dimension `dim`
+    count; None: all do. `twice` are parameters whose equal gradients two pipeline stages hold: the tied embedding.
+    Called on all ranks; one without gradients contributes 0.
     """
     shared = {id(parameter) for parameter in twice}
-    held: dict[int, list[Tensor]] = defaultdict(list)  # by the number of ranks that hold the same
+    held: dict[int, list[Tensor]] = defaultdict(list)  # by the number of ranks that hold the same elements
     for parameter, limit in parameters:
         if parameter.grad is not None:
-            mine = local(parameter.grad) if limit is None else first(part(parameter.grad), limit)
+            mine = local(parameter.grad) if limit is None else leading_part(part(parameter.grad), limit)
             held[num_copies(parameter.grad) * (2 if id(parameter) in shared else 1)].append(mine)
-    total = torch.zeros((), dtype=torch.float64, device=device)  # all ranks' on one kind: it chooses gloo or NCCL
+    total = torch.zeros((), dtype=torch.float64, device=device)  # the device type chooses gloo or NCCL
     for copies, gradients in held.items():
         norms = torch.stack(torch._foreach_norm(gradients, 2.0, dtype=torch.float64))
         total += (norms.square().sum() / copies).to(device)

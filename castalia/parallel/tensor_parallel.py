@@ -29,7 +29,7 @@ from castalia.model.transformer import Block, Transformer
 
 
 class Replicated(ParallelStyle):
-    """A small module whose parameters are one logical copy; it works on activations placed as `layout`."""
+    """Keeps a small module, such as a norm, replicated; its input and output are placed as `layout`."""
 
     def __init__(self, layout: Placement) -> None:
         self.layout = layout
@@ -45,12 +45,12 @@ class Replicated(ParallelStyle):
 
 
 def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh, sequence_parallel: bool) -> None:
-    """Splits embedding and head by vocabulary, attention by heads, MLP by width. Everything else is replicated.
+    """Splits embedding and head by vocabulary, attention by heads, MLP by width (Megatron-LM's scheme, 1909.08053).
 
-    With `sequence_parallel` activations between the matrices of a block are split along the sequence; blocks hand
-    whole ones to what surrounds them.
+    Everything else is replicated. With `sequence_parallel` (2205.05198) activations between the matrices of a block are
+    split along the sequence: the first block scatters them, the last one gathers them.
     """
-    inside = Shard(1) if sequence_parallel else Replicate()
+    inside = Shard(1) if sequence_parallel else Replicate()  # of activations [b, t, h] outside of attention and MLP
     whole = PrepareModuleInput(input_layouts=(inside, None), desired_input_layouts=(Replicate(), None))
     block_plan: dict[str, ParallelStyle] = {
         "norm1": Replicated(inside),
@@ -81,31 +81,32 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh, sequence_paralle
         blocks = list(model.blocks.values())
         blocks[0].register_forward_pre_hook(partial(_scatter_sequence, mesh))
         blocks[-1].register_forward_hook(partial(_gather_sequence, mesh))
-    for block in model.blocks.values():  # whose tensor ranks have other heads, or other tokens too
+    # Tensor ranks hold other heads, and in sequence parallelism other tokens: they must drop other elements.
+    for block in model.blocks.values():
         if sequence_parallel and model.cfg.hidden_dropout:
-            draw_apart(block, mesh.get_local_rank())
+            use_rank_local_rng(block, mesh.get_local_rank())
         elif model.cfg.attention_dropout:
-            draw_apart(block.attn, mesh.get_local_rank())  # type: ignore[arg-type]
+            use_rank_local_rng(block.attn, mesh.get_local_rank())  # type: ignore[arg-type]
     model.loss = partial(vocabulary_parallel_cross_entropy, mesh=mesh)
     model.token_losses = partial(vocabulary_parallel_token_losses, mesh=mesh)
 
 
-def draw_apart(module: nn.Module, rank: int) -> None:
-    """Lets a module's forward draw other random numbers on each rank; what is drawn outside stays the same on all."""
+def use_rank_local_rng(module: nn.Module, rank: int) -> None:
+    """Lets a module's forward pass draw different random numbers on each rank, and equal ones outside of it."""
     forward = module.forward
 
-    def apart(*args: Any, **kwargs: Any) -> Any:
+    def rank_local_forward(*args: Any, **kwargs: Any) -> Any:
         if not module.training:
             return forward(*args, **kwargs)
-        with _other_numbers(rank):
+        with _rank_local_rng(rank):
             return forward(*args, **kwargs)
 
-    module.forward = apart  # type: ignore[method-assign]
+    module.forward = rank_local_forward  # type: ignore[method-assign]
 
 
 @contextmanager
-def _other_numbers(rank: int) -> Iterator[None]:
-    """Random numbers that are this rank's own; those afterwards are again the same on all."""
+def _rank_local_rng(rank: int) -> Iterator[None]:
+    """Inside, random numbers differ between ranks; afterwards all ranks draw equal ones again."""
     seed = int(torch.randint(1 << 62, ()))
     with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
         torch.manual_seed(seed + rank)
@@ -113,18 +114,21 @@ def _other_numbers(rank: int) -> Iterator[None]:
 
 
 def _find(module: nn.Module, name: str) -> nn.Module | None:
-    found: Any = module
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    return found
+    """The submodule of a dotted name; None where a model of this kind, or this pipeline stage, lacks it."""
+    child: Any = module
+    for attribute in name.split("."):
+        child = getattr(child, attribute, None)
+    return child
 
 
 def _scatter_sequence(mesh: DeviceMesh, block: nn.Module, args: tuple) -> tuple:
+    """A forward pre-hook: [b, t, h], equal on all ranks -> this rank's [b, t / tp, h]."""
     x = DTensor.from_local(args[0], mesh, [Replicate()], run_check=False)
     return (x.redistribute(placements=[Shard(1)]).to_local(), *args[1:])
 
 
 def _gather_sequence(mesh: DeviceMesh, block: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    """A forward hook: this rank's [b, t / tp, h] -> [b, t, h] on all ranks."""
     x = DTensor.from_local(output, mesh, [Shard(1)], run_check=False)
     return x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Replicate()]).clone()
 
@@ -132,10 +136,10 @@ def _gather_sequence(mesh: DeviceMesh, block: nn.Module, args: tuple, output: Te
 def vocabulary_parallel_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float = 0.0, *, mesh: DeviceMesh
 ) -> tuple[Tensor, Tensor]:
-    """`castalia.model.loss.linear_cross_entropy` where each rank holds its rows of `weight`: [V / tp, h]."""
+    """`castalia.model.loss.linear_cross_entropy` with split rows of `weight`: each rank holds [V / tp, h]."""
     assert isinstance(weight, DTensor)
     rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    # The whole hidden state is on every rank, but each rank finds only its part of the gradient.
+    # Every rank has the whole hidden state, but computes only its rows' share of the gradient: Partial sums them up.
     rows = DTensor.from_local(rows, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
     local = weight.to_local()
     first = mesh.get_local_rank() * local.shape[0]
@@ -144,7 +148,7 @@ def vocabulary_parallel_cross_entropy(
 
 
 def vocabulary_parallel_token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, *, mesh: DeviceMesh) -> Tensor:
-    """`castalia.model.loss.token_losses` where each rank holds its rows of `weight`: [V / tp, h]."""
+    """`castalia.model.loss.token_losses` with split rows of `weight`: each rank holds [V / tp, h]."""
     assert isinstance(weight, DTensor)
     rows = DTensor.from_local(hidden, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
     local, group, operations = weight.to_local(), mesh.get_group(), {"max": dist.ReduceOp.MAX, "sum": dist.ReduceOp.SUM}
@@ -156,7 +160,10 @@ def vocabulary_parallel_token_losses(hidden: Tensor, weight: Tensor, labels: Ten
 
 
 class _VocabularyParallel(torch.autograd.Function):
-    """Chunk by chunk as on one rank; maxima, sums of exponentials and the targets' logits are reduced over ranks."""
+    """Cross-entropy in chunks of rows, as on one rank. Three values per row are reduced over ranks: the largest logit,
+    the sum of exponentials and the target's logit, which only one rank holds. Gradients are computed in the forward
+    pass, while a chunk's logits exist.
+    """
 
     @staticmethod
     def forward(
@@ -208,32 +215,32 @@ class _VocabularyParallel(torch.autograd.Function):
         return *scaled_gradients(ctx, scale), None, None, None, None, None
 
 
-def split_adapters(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Cuts an adapter where its matrix is cut: the rows of `lora_b`, or the columns of `lora_a`."""
+def shard_adapters(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Splits LoRA adapters like their matrices: rows of `lora_b` where rows are split, else columns of `lora_a`."""
     for module in model.modules():
         if isinstance(module, Linear) and module.lora_a is not None:
             (placement,) = module.weight.placements  # type: ignore[union-attr,attr-defined]
             name = "lora_b" if placement.is_shard(0) else "lora_a"
-            cut = distribute_tensor(getattr(module, name), mesh, [placement])
-            module.register_parameter(name, nn.Parameter(cut))
+            shard = distribute_tensor(getattr(module, name), mesh, [placement])
+            module.register_parameter(name, nn.Parameter(shard))
             if module.lora_dropout:
                 module.dropped = partial(_dropped, module)  # type: ignore[method-assign]
 
 
 def _dropped(module: Linear, x: DTensor) -> DTensor:
-    """`Linear.dropped` of this rank's part of the input; where ranks hold different parts they drop different ones.
+    """`Linear.dropped` on this rank's part of the input. Ranks with different parts drop different elements.
 
-    Not by torch's dropout of a DTensor: on GPUs its first one broadcasts the generator's state over all ranks of the
-    run, in the midst of a pipeline stage's work, for which the other stages wait.
+    This avoids torch's dropout of DTensors, whose first call on GPUs broadcasts the generator's state over all ranks of
+    the run. In the middle of a pipeline stage that is a deadlock, because other stages wait for this one.
     """
     mesh, (placement,) = x.device_mesh, x.placements
-    with _other_numbers(mesh.get_local_rank()) if placement.is_shard() and module.training else nullcontext():
+    with _rank_local_rng(mesh.get_local_rank()) if placement.is_shard() and module.training else nullcontext():
         part = F.dropout(x.to_local(), module.lora_dropout, module.training)
     return DTensor.from_local(part, mesh, [placement], run_check=False)
 
 
-def replicate_rest(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Makes every parameter that no style touched a replicated DTensor, so that all live on one mesh."""
+def replicate_other_parameters(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Turns every parameter that is not split into a replicated DTensor, so that all parameters share one mesh."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if not isinstance(parameter, DTensor):

@@ -1,8 +1,9 @@
-"""Who is lost: waiting for a device that can be interrupted, and a thread that answers for a rank which waits.
+"""Finding lost ranks: an interruptible wait for a device, and a thread that answers for a rank inside a collective.
 
-In a collective a process is deaf: Python handles signals between two of its own instructions, and the collective is
-one. So each rank has a thread that the signal reaches. In the group's store ranks tell each other `asked` once one of
-them suspects that another is lost, then `at R`, the operation that rank R is in, and `left R` when it is done.
+Python handles signals between two of its own instructions, and a collective is one of them, so a rank that waits in a
+collective reacts to nothing. Each rank therefore has a watchdog thread, which signals reach. Ranks talk through the
+group's store: `asked` is set once a rank suspects that another one is lost; then each rank R that is alive sets `at R`,
+the operation that it is in; `left R` is set when rank R has left the group.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ import torch.distributed as dist
 import castalia
 from castalia.parallel.launcher import STOP_SIGNALS
 
-LOOK_S = 0.5  # between two looks at the store
+POLL_S = 0.5  # between two reads of the store
 PATIENCE_S = 15.0  # after a signal, for the others to answer; torchrun kills after 30 s or more
-ENDED = "ended by an error"  # a key of the run's store: no restart is to try again
+ENDED = "ended by an error"  # a key of the run's store: restarted processes exit at once
 OURS = os.path.dirname(castalia.__file__) + os.sep
-MACHINERY = tuple(f"{OURS}parallel{os.sep}{name}.py" for name in ("lookout", "process"))  # in which nobody is at work
+# Frames of these files do not say what a rank was working on.
+MACHINERY = tuple(f"{OURS}parallel{os.sep}{name}.py" for name in ("watchdog", "process_group"))
 
 
 class RankLost(RuntimeError):
@@ -34,9 +36,10 @@ class RankLost(RuntimeError):
 
 
 def wait_until(done: Callable[[], bool], timeout_s: float) -> None:
-    """Returns when `done` does: a device has finished, say. Signals and errors get through, unlike in a blocking call.
+    """Polls until `done()` is true, for example until a device has finished. Unlike in a blocking call, signals and
+    errors get through.
 
-    Raises RankLost when time is up, as a collective of the host does.
+    Raises RankLost after `timeout_s` seconds, as a collective on the host would.
     """
     end = time.monotonic() + timeout_s
     while not done():
@@ -46,7 +49,7 @@ def wait_until(done: Callable[[], bool], timeout_s: float) -> None:
 
 
 def operation(frames: Iterable[traceback.FrameSummary]) -> str:
-    """The operation that a stack ends in, and who of us called it."""
+    """The innermost function of a stack (outermost frame first), and the function of this package that called it."""
     stack = [frame for frame in frames if not frame.filename.startswith(MACHINERY)]
     ours = [frame for frame in stack if frame.filename.startswith(OURS)] or stack
     where = f"{ours[-1].name} ({os.path.basename(ours[-1].filename)}:{ours[-1].lineno})"
@@ -54,36 +57,41 @@ def operation(frames: Iterable[traceback.FrameSummary]) -> str:
 
 
 def operations(group: dist.Store, ranks: Iterable[int]) -> str:
-    """Where the ranks are, as far as they answer, in words."""
-    told = []
+    """Which operation each of the ranks is in, or that it does not answer, as one line of text."""
+    answers = []
     for rank in ranks:
-        is_told = group.check([f"at {rank}"])
-        told.append(f"rank {rank} {'is in ' + group.get(f'at {rank}').decode() if is_told else 'does not answer'}")
-    return "; ".join(told)
+        has_answered = group.check([f"at {rank}"])
+        answer = f"is in {group.get(f'at {rank}').decode()}" if has_answered else "does not answer"
+        answers.append(f"rank {rank} {answer}")
+    return "; ".join(answers)
 
 
 class Watchdog:
-    """Answers for its rank, and ends it where it waits in vain: after a signal if another one is lost, and after an
-    error that another one has told.
+    """Answers for its rank, and ends the process where the rank waits in vain.
+
+    That is so after a signal if another rank does not answer, and after an error that another rank has reported. A
+    context manager; the thread runs while it is open.
     """
 
     def __init__(
         self, store: dist.TCPStore, group: dist.PrefixStore, rank: int, world: int, patience_s: float = PATIENCE_S
     ) -> None:
-        # Connections of its own: the rank's may be waiting.
+        """`store` is the run's, `group` the part of it that belongs to this process group."""
+        # The thread needs connections of its own: those of the rank may be blocked in a wait.
         self.store, self.group = store.clone(), group.clone()  # type: ignore[attr-defined]
         self.rank, self.world, self.patience_s = rank, world, patience_s
         self.caller = threading.get_ident()
         self.leaving = threading.Event()
-        self.thread = threading.Thread(target=self._look, name="lookout", daemon=True)
+        self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        self.ear, self.mouth = socket.socketpair()
-        self.ear.setblocking(False)
-        self.mouth.setblocking(False)
+        # Python's own handlers do not run during a collective, but C code writes each signal's number to this socket.
+        self.signals, self.wakeup = socket.socketpair()
+        self.signals.setblocking(False)
+        self.wakeup.setblocking(False)
         self.is_main = threading.current_thread() is threading.main_thread()  # signals reach no other thread
         if self.is_main:
-            self.before = signal.set_wakeup_fd(self.mouth.fileno(), warn_on_full_buffer=False)
+            self.before = signal.set_wakeup_fd(self.wakeup.fileno(), warn_on_full_buffer=False)
         self.thread.start()
         return self
 
@@ -91,14 +99,14 @@ class Watchdog:
         if self.is_main:
             signal.set_wakeup_fd(self.before)
         self.leaving.set()
-        self.thread.join(4 * LOOK_S)
-        self.ear.close()
-        self.mouth.close()
+        self.thread.join(4 * POLL_S)
+        self.signals.close()
+        self.wakeup.close()
 
-    def _look(self) -> None:
+    def _watch(self) -> None:
         answered, ended, stop, since = False, False, 0, math.inf
         try:
-            while not self.leaving.wait(LOOK_S):
+            while not self.leaving.wait(POLL_S):
                 if not (stop or ended):
                     stop, ended = self._signal(), self.store.check([ENDED])
                     if stop or ended:
@@ -113,21 +121,22 @@ class Watchdog:
                     if lost := self._lost():
                         self._give_up(signal.Signals(stop), lost)
             self.group.set(f"left {self.rank}", "")
-        except dist.DistError:  # the store is gone, and rank 0 with it, or done: collectives say which
+        except dist.DistError:  # the store is gone: rank 0 has ended, and collectives show whether that is an error
             return
 
     def _signal(self) -> int:
-        """The first of the signals that ask for an end; 0 if none came."""
+        """The number of the first signal that asks for an end; 0 if none came."""
         try:
-            came = self.ear.recv(64)
+            received = self.signals.recv(64)
         except BlockingIOError:
             return 0
-        return next((number for number in came if number in STOP_SIGNALS), 0)
+        return next((number for number in received if number in STOP_SIGNALS), 0)
 
     def _stack(self) -> traceback.StackSummary:
         return traceback.extract_stack(sys._current_frames()[self.caller])
 
     def _lost(self) -> list[int]:
+        """The ranks that neither answer nor have left."""
         group, ranks = self.group, range(self.world)
         return [rank for rank in ranks if not (group.check([f"at {rank}"]) or group.check([f"left {rank}"]))]
 

@@ -20,7 +20,7 @@ from castalia.config.tensor_table import row_of
 from castalia.data.loader import Batch, Samples
 from castalia.data.pairs import Pairs, sides_of
 from castalia.data.tokenizer import Tokenizer
-from castalia.parallel.compile import allow_eager
+from castalia.parallel.compile import fall_back_to_eager
 from castalia.parallel.executor import Executor, one_process
 from castalia.parallel.rendezvous import world_size
 from castalia.train.compiling import Compiling, settled
@@ -150,7 +150,7 @@ def make_session(run: ResolvedRun, engine: Executor, loaded: LoadReport | None) 
         counted_in_norm=None if quirks.norm_ranks == (1, 1) else first_rank(model, *quirks.norm_ranks),
     )
     if run.compiling.first is not None and config.train.compile == "auto":
-        allow_eager(e.models for e in (engine, preference and preference.reference) if e)
+        fall_back_to_eager(e.models for e in (engine, preference and preference.reference) if e)
     for part in engine.models:
         part.train()
     return Session(

@@ -14,7 +14,7 @@ from castalia.data.loader import Batch
 from castalia.errors import TrainingError
 from castalia.observe.watch import first_cause
 from castalia.parallel.compile import eager_before
-from castalia.parallel.executor import Counted, Executor, Rows
+from castalia.parallel.executor import Executor, NormSubset, Rows
 from castalia.train.optimizer import LossScaler, set_rate
 from castalia.train.schedule import LearningRate
 from castalia.train.update_rules import AnyOptimizer
@@ -74,7 +74,7 @@ class TrainStep:
         preference: PreferenceLoss | None = None,
         batch_warmup: Warmup | None = None,
         first_compiled: int = 0,
-        counted_in_norm: Counted | None = None,
+        counted_in_norm: NormSubset | None = None,
     ):
         self.engine, self.optimizer, self.rate, self.plan = engine, optimizer, rate, plan
         self.seed, self.clip_norm, self.scaler = seed, clip_norm, scaler

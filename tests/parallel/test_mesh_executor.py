@@ -12,7 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from castalia.config.batch import BatchPlan
 from castalia.config.schema import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
 from castalia.data.loader import Batch
-from castalia.parallel.executor import RankPart, first, one_process
+from castalia.parallel.executor import RankPart, leading_part, one_process
 from castalia.parallel.mesh_executor import MeshExecutor
 from castalia.train.optimizer import make_optimizer
 from castalia.train.schedule import LearningRate
@@ -42,8 +42,8 @@ def test_the_norm_of_offloaded_gradients_is_on_the_device_of_the_loss(one_of_two
 
 def test_the_first_entries_of_a_part():
     part = RankPart(torch.arange(6.0).view(2, 3), (8, 3), (4, 0), True)  # rows 4 and 5
-    assert [first(part, (0, size)).numel() for size in (4, 5, 8)] == [0, 3, 6]
-    assert first(part, (1, 1)).flatten().tolist() == [0.0, 3.0] and first(part, None) is part.local
+    assert [leading_part(part, (0, size)).numel() for size in (4, 5, 8)] == [0, 3, 6]
+    assert leading_part(part, (1, 1)).flatten().tolist() == [0.0, 3.0] and leading_part(part, None) is part.local
 
 
 @pytest.mark.gpu

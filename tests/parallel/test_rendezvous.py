@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from castalia.errors import ConfigError
-from castalia.parallel.rendezvous import Place, find_place, is_main, open_store, own_room, world_size
+from castalia.parallel.rendezvous import RankInfo, is_main, open_store, private_store, read_rank_info, world_size
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
 SLURM = ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID")
@@ -52,7 +52,7 @@ def test_how_many_processes_there_are(variables, given, world, main):
 
 def test_tasks_of_srun_know_their_place(variables):
     variables(MEET | {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"})
-    assert find_place() == Place(3, 4, "127.0.0.1", 29500, keeps=False)
+    assert read_rank_info() == RankInfo(3, 4, "127.0.0.1", 29500, hosts_store=False)
 
 
 @pytest.mark.parametrize(
@@ -69,15 +69,15 @@ def test_tasks_of_srun_know_their_place(variables):
 def test_variables_that_make_no_sense_are_refused(variables, given, reason):
     variables(given)
     with pytest.raises(ConfigError, match=reason):
-        find_place()
+        read_rank_info()
 
 
 def test_ranks_that_do_not_come_are_named_and_the_others_leave(free_port):
-    places = [Place(rank, 4, "127.0.0.1", free_port, keeps=rank == 0) for rank in (0, 2)]
+    places = [RankInfo(rank, 4, "127.0.0.1", free_port, hosts_store=rank == 0) for rank in (0, 2)]
     with ThreadPoolExecutor(2) as ranks:
         stores = list(ranks.map(lambda here: open_store(here, 5.0), places))
         first, other = (
-            ranks.submit(own_room, store, here.rank, 4, 1.0) for store, here in zip(stores, places, strict=True)
+            ranks.submit(private_store, store, here.rank, 4, 1.0) for store, here in zip(stores, places, strict=True)
         )
         with pytest.raises(ConfigError, match="rank 1, 3 of 4 did not come within 1 s"):
             first.result()
@@ -85,26 +85,26 @@ def test_ranks_that_do_not_come_are_named_and_the_others_leave(free_port):
 
 
 def test_ranks_that_come_share_a_room(free_port):
-    places = [Place(rank, 3, "127.0.0.1", free_port, keeps=rank == 0) for rank in range(3)]
+    places = [RankInfo(rank, 3, "127.0.0.1", free_port, hosts_store=rank == 0) for rank in range(3)]
     with ThreadPoolExecutor(3) as ranks:
-        rooms = list(ranks.map(lambda here: own_room(open_store(here, 9.0), here.rank, 3, 9.0), places))
+        rooms = list(ranks.map(lambda here: private_store(open_store(here, 9.0), here.rank, 3, 9.0), places))
     rooms[1].set("key", "value")
     assert rooms[2].get("key") == b"value"
 
 
 def test_a_rank_says_that_rank_0_is_nowhere(free_port):
     with pytest.raises(ConfigError, match=f"rank 1 found no rank 0 at 127.0.0.1:{free_port} within 0.1 s"):
-        open_store(Place(1, 2, "127.0.0.1", free_port, keeps=False), 0.1)
+        open_store(RankInfo(1, 2, "127.0.0.1", free_port, hosts_store=False), 0.1)
     with pytest.raises(ConfigError, match=r"rank 1 found no rank 0 at no-such-host\.invalid"):
-        open_store(Place(1, 2, "no-such-host.invalid", free_port, keeps=False), 0.1)
+        open_store(RankInfo(1, 2, "no-such-host.invalid", free_port, hosts_store=False), 0.1)
 
 
 def test_a_port_of_another_program_is_told(free_port):
     with socket.create_server(("", free_port)):
         with pytest.raises(ConfigError, match=f"rank 0 cannot listen at port {free_port} of its machine: Address alr"):
-            open_store(Place(0, 2, "127.0.0.1", free_port, keeps=True), 1.0)
+            open_store(RankInfo(0, 2, "127.0.0.1", free_port, hosts_store=True), 1.0)
         with pytest.raises(ConfigError, match=f"what listens at 127.0.0.1:{free_port} is not rank 0"):
-            open_store(Place(1, 2, "127.0.0.1", free_port, keeps=False), 0.1)
+            open_store(RankInfo(1, 2, "127.0.0.1", free_port, hosts_store=False), 0.1)
 
 
 def test_rank_0_may_be_lost_while_others_join():
@@ -112,4 +112,4 @@ def test_rank_0_may_be_lost_while_others_join():
     store = dist.TCPStore("127.0.0.1", keeper.port, is_master=False)
     del keeper
     with pytest.raises(ConfigError, match="rank 0, which keeps the run's store, was lost before rank 1"):
-        own_room(store, 1, 2, 5.0)
+        private_store(store, 1, 2, 5.0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from castalia.parallel.ring_attention import _flash_gradients, attend_in_turn
+from castalia.parallel.ring_attention import _flash_gradients, attend_blockwise
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
@@ -30,7 +30,7 @@ def test_parts_of_the_keys_make_the_whole(scale, kv, device):
     with torch.no_grad():
         for rank, (mine, _, _, d_mine) in enumerate(parts):
             seen = [torch.stack(parts[i][1:3]) for i in range(rank, -1, -1)]
-            out, sums, rest = attend_in_turn(mine, iter(seen), scale)
+            out, sums, rest = attend_blockwise(mine, iter(seen), scale)
             here = slice(rank * t, rank * t + t)
             torch.testing.assert_close(out.float(), whole[:, :, here], **near)
             for turn, pair in enumerate(seen):

@@ -6,13 +6,16 @@ import os
 import signal
 import threading
 import time
+from traceback import FrameSummary
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from castalia.parallel.watchdog import ENDED, RankLost, Watchdog, operations, wait_until
+from castalia.parallel import process_group, watchdog
+from castalia.parallel.watchdog import ENDED, RankLost, Watchdog, operation, operations, wait_until
+from castalia.train import loop
 
 pytestmark = pytest.mark.xdist_group("pool")
 
@@ -65,6 +68,12 @@ def test_a_rank_tells_where_it_is_when_somebody_asks():
     assert group.get("left 3") == b""
 
 
+def test_the_machinery_of_waiting_is_not_named():
+    working = FrameSummary(loop.__file__, 7, "train")
+    waiting = [FrameSummary(module.__file__, 1, "wait") for module in (process_group, watchdog)]
+    assert operation([working, *waiting]) == "train (loop.py:7)"
+
+
 def deaf(port, what):
     """A process of two ranks, its own 0, in a call that no signal interrupts; rank 1 is not there."""
     signal.signal(signal.SIGTERM, lambda *_: None)
@@ -87,5 +96,5 @@ def test_a_rank_that_waits_in_vain_is_ended(capfd, what, code):
         store.set(ENDED, "")
     process.join(120)
     assert process.exitcode == code
-    said = "error: SIGTERM came, but rank 1 does not answer, and rank 0 waits in deaf (test_lookout.py:"
+    said = "error: SIGTERM came, but rank 1 does not answer, and rank 0 waits in deaf (test_watchdog.py:"
     assert (said in capfd.readouterr().err) == (what == "signal")

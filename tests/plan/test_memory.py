@@ -10,7 +10,7 @@ from castalia.config.schema import FinetuneConfig, LoraConfig, ModelConfig, Opti
 from castalia.model import transformer
 from castalia.model.lora import add_adapters, freeze
 from castalia.model.transformer import Transformer
-from castalia.parallel.apply import apply_recompute
+from castalia.parallel.activation_checkpointing import apply_activation_checkpointing
 from castalia.plan.layout import Layout, Stage, problem, stages
 from castalia.plan.memory import Compute, Rank, activations, attending, memory_by_stage, moments_of
 from castalia.train.hardware import name_of
@@ -51,7 +51,7 @@ def peak_bytes(model: ModelConfig, layout: Layout, dtype: torch.dtype, compute: 
     compute = compute or Compute()
     transformer = build(model, dtype, compute.finetune)
     reference = build(model, dtype, FinetuneConfig()) if compute.reference else None
-    apply_recompute(transformer, layout.recompute, dropout=False)
+    apply_activation_checkpointing(transformer, layout.recompute, dropout=False)
     optimizer = make_optimizer(dict(transformer.named_parameters()), OptimizerConfig())
     state = sum(4 * (3 if p.requires_grad else 1) * p.numel() for p in transformer.parameters())
     state += sum(4 * p.numel() for p in reference.parameters()) if reference else 0

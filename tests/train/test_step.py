@@ -12,7 +12,7 @@ from castalia.data.loader import Batch
 from castalia.errors import TrainingError
 from castalia.model.init import initialize
 from castalia.model.transformer import Transformer
-from castalia.parallel.activation_checkpointing import apply_recompute
+from castalia.parallel.activation_checkpointing import apply_activation_checkpointing
 from castalia.parallel.executor import Executor
 from castalia.train.optimizer import LossScaler, make_optimizer
 from castalia.train.schedule import LearningRate
@@ -105,7 +105,7 @@ class Recorder:
 def test_recomputation_changes_no_bit(mode):
     model = CONFIG.model_copy(update={"hidden_dropout": 0.1, "attention_dropout": 0.1})
     plain, recomputed = build(4, model), build(4, model)
-    apply_recompute(recomputed.engine.model, mode, dropout=True)
+    apply_activation_checkpointing(recomputed.engine.model, mode, dropout=True)
     for number in range(2):
         assert plain(number, batch(number)) == recomputed(number, batch(number))
     assert torch.equal(weights(plain), weights(recomputed))
