@@ -1,8 +1,8 @@
-"""From a checkpoint of any format to files of another: planned, written file by file, and complete or absent.
+"""Convert a checkpoint of any format to files of another. The result is complete or absent.
 
-The files are written into a workplace beside DST (see `castalia.files`), each under a temporary name, synced and
-renamed; its journal says which are complete and what they were made from. The same command goes on from there. At the
-end the folder gets its name.
+The files are written into a workplace beside the destination (see `castalia.files`), each under a temporary name,
+synced and renamed. A journal in the workplace lists the complete files and what they were made from, so that the same
+command continues after an interruption. At the end the folder is renamed to the destination.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ from castalia.storage.lazy import Narrowed, TensorRef, WithLora, everything, nam
 from castalia.storage.safetensors import Advance
 
 LATEST = "latest"
-COMPLETE = ""  # in the journal, in place of a file's name: nothing is left but to give the folder its name
-FLUSH_BYTES = 128 << 20
+COMPLETE = ""  # in the journal, in place of a file's name: only the folder is still to be renamed
+FLUSH_BYTES = 128 << 20  # written to a file before the disk is told to begin
 MAX_WRITERS = 4  # threads, each with a piece of a file in memory
 
 
@@ -69,9 +69,10 @@ def plan_files(to: str, checkpoint: Checkpoint, options: WriteOptions) -> Plan:
 
 
 def prepare(checkpoint: Checkpoint, dtype: torch.dtype | None = None, optimizer: bool = True) -> Checkpoint:
-    """The checkpoint as it is to be written: weights cast (from the masters that belong to them).
+    """The checkpoint with the content that is to be written.
 
-    Without `optimizer` there is no state; what is left then is enough to run the model and to train it on.
+    `dtype`: of the weights, which are cast from their fp32 masters where these belong to them; None: as they are.
+    Without `optimizer` there is no optimizer state; weights are enough to run the model and to fine-tune it.
     """
     model, state = dict(checkpoint.model), checkpoint.optimizer
     if dtype is not None:
@@ -84,25 +85,25 @@ def prepare(checkpoint: Checkpoint, dtype: torch.dtype | None = None, optimizer:
 
 
 def own_precision(checkpoint: Checkpoint, to: str, optimizer: bool) -> tuple[torch.dtype | None, str]:
-    """The dtype of the weights where none is asked for, and what to say about it; None: as they are.
+    """The dtype of the weights where the user asks for none, and a note about it; None: as they are.
 
-    A run's own checkpoints hold its fp32 masters alone. The programs of other formats go on in the precision that the
-    files have, which is then the run's.
+    A run's own checkpoints have fp32 masters only. Programs of other formats continue in the precision of the files, so
+    the weights are written in the precision in which the run computes.
     """
     compute = checkpoint.config.precision.compute if checkpoint.config else None
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(compute))
-    held = {ref.dtype for ref in checkpoint.model.values()}
-    if TARGETS[to].any_dtype or checkpoint.format != "native" or dtype is None or held != {torch.float32}:
+    dtypes = {ref.dtype for ref in checkpoint.model.values()}
+    if TARGETS[to].any_dtype or checkpoint.format != "native" or dtype is None or dtypes != {torch.float32}:
         return None, ""
     kept = "with their fp32 masters beside them" if optimizer and checkpoint.optimizer else "without masters"
     return dtype, f"weights become {compute}, in which the run computes, {kept}; --dtype fp32 leaves them as they are"
 
 
 def identity(checkpoint: Checkpoint, options: WriteOptions, plan: Plan) -> str:
-    """A fingerprint of what is written from what: names, sizes and times of the source's files, options and plan."""
+    """A digest of a conversion: names, sizes and times of the source's files, the options and the planned files."""
     root = Path(checkpoint.path)
-    found = sorted((str(path.relative_to(root)), path.stat()) for path in root.rglob("*") if path.is_file())
-    source = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
+    stats = sorted((str(path.relative_to(root)), path.stat()) for path in root.rglob("*") if path.is_file())
+    source = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     kinds = [(name, ref.dtype_name) for name, ref in checkpoint.model.items()]
     files = [(output.name, output.num_bytes) for output in plan.outputs]
     content = [str(root.resolve()), source, kinds, repr(options), files]
@@ -110,7 +111,7 @@ def identity(checkpoint: Checkpoint, options: WriteOptions, plan: Plan) -> str:
 
 
 def check_destination(source: Path, target: Path, force: bool) -> None:
-    """Raises CheckpointError if something is in the way, or lies so that it would be destroyed."""
+    """Raises CheckpointError if the destination exists (unless `force`), or if writing it would destroy other files."""
     source, resolved = source.resolve(), target.resolve()
     if target.is_file():
         raise CheckpointError(f"{target} is a file, not a folder; name a folder that is not there yet")
@@ -135,10 +136,11 @@ def write(
     force: bool = False,
     allow_inf: bool = False,
 ) -> int:
-    """Write all files that are not there yet and give the folder its name. Returns how many were there already.
+    """Write all files that are not complete yet, and rename the folder. Returns how many were complete already.
 
-    `inside`: name of a step's folder in `target`, to which `latest` then points. `mark`: see `identity`. Raises
-    CheckpointError for values that are too large for their new dtype, unless `allow_inf`.
+    `mark`: the conversion's `identity`; files of another conversion are not used. `inside`: the name of a step's folder
+    in `target`, to which `latest` then points. `force`: replace `target`. Raises CheckpointError for files that cannot
+    be written, and for values that are too large for their new dtype, unless `allow_inf`.
     """
     target = behind_links(target)
     try:
@@ -157,7 +159,7 @@ def _write(
 ) -> int:
     place = beside(target, UNFINISHED)
     result, done = place / target.name, _completed(journal, place, mark)
-    if COMPLETE in done and not result.exists():  # it was killed when the folder had its name already
+    if COMPLETE in done and not result.exists():  # it was killed after the folder was renamed
         remove(place)
         return len(plan.outputs)
     if target.exists() and not force:
@@ -175,7 +177,7 @@ def _write(
     for path in [*result.rglob("*"), result]:
         sync(path)
     _note(journal, {"name": COMPLETE, "result": None})
-    sync(place / MARK)  # else a power cut could leave the folder in its place and the journal without a word of it
+    sync(place / MARK)  # otherwise a power cut could leave the folder renamed and the journal without this entry
     old = put_in_place(result, target)
     if old:
         remove(old)
@@ -184,33 +186,33 @@ def _write(
 
 
 def is_unfinished(target: Path) -> bool:
-    """Whether a conversion to this folder was cut off, be it in its last moment, when the folder had its name."""
+    """Whether a conversion to this folder was interrupted, even after the folder was renamed."""
     place = beside(behind_links(target), UNFINISHED)
     return place.is_dir() and ((place / MARK).is_file() or not any(place.iterdir()))
 
 
 def name_latest(folder: Path) -> None:
-    """Let `latest` name the newest step of a series."""
+    """Make `latest` name the newest step in a folder of steps."""
     write_text(folder / LATEST, list(find_steps(folder).values())[-1].name)
 
 
 def infinite_values(plan: Plan) -> dict[str, int]:
-    """Tensors, of those written in this process, with values that became infinite in their new dtype: how many."""
-    every = (ref for output in plan.outputs for ref in output.tensors)
-    return {each.name: sum(each.infinite.values()) for each in _narrowed(every)}
+    """How many values became infinite in their new dtype, by tensor, of the tensors that this process has written."""
+    tensors = (ref for output in plan.outputs for ref in output.tensors)
+    return {cast.name: sum(cast.infinite.values()) for cast in _overflowed(tensors)}
 
 
-def _narrowed(tensors: Iterable[TensorRef]) -> list[Narrowed]:
-    """Those that have lost values to infinity."""
-    return [each for each in everything(tensors) if isinstance(each, Narrowed) and each.infinite]
+def _overflowed(tensors: Iterable[TensorRef]) -> list[Narrowed]:
+    """The casts below these tensors in which values became infinite."""
+    return [ref for ref in everything(tensors) if isinstance(ref, Narrowed) and ref.infinite]
 
 
 def _refuse_infinite(output: OutputFile) -> None:
-    if found := _narrowed(output.tensors):
-        count = sum(sum(each.infinite.values()) for each in found)
+    if casts := _overflowed(output.tensors):
+        count = sum(sum(cast.infinite.values()) for cast in casts)
         raise CheckpointError(
-            f"{output.name}: {count} values, in {', '.join(each.name for each in found[:3])}"
-            f"{' and others' if len(found) > 3 else ''}, are too large for {found[0].dtype_name} and would become "
+            f"{output.name}: {count} values, in {', '.join(cast.name for cast in casts[:3])}"
+            f"{' and others' if len(casts) > 3 else ''}, are too large for {casts[0].dtype_name} and would become "
             "infinite. Choose bf16 or fp32 (--dtype), or let `castalia convert` write them so with --allow-inf"
         )
 
@@ -218,30 +220,35 @@ def _refuse_infinite(output: OutputFile) -> None:
 def _write_files(
     outputs: Sequence[OutputFile], folder: Path, journal: IO[str], advance: Advance, allow_inf: bool
 ) -> dict[str, dict]:
-    """Several at a time. Returns the journal's entry for each. When one fails, or on Ctrl-C, all stop at once."""
+    """Write several files at a time. Returns each file's entry in the journal. On an error or Ctrl-C all stop at once.
+
+    Writer threads read and write; one more thread waits for the disk, so that syncing overlaps with the next file.
+    """
     stopped = Event()
 
     def write_file(output: OutputFile, disk: ThreadPoolExecutor) -> Future[dict[str, Any]]:
+        """Write one file under a temporary name. The result arrives when it is on disk and renamed."""
         final = folder / output.name
         part = final.with_name(final.name + ".part")
         final.parent.mkdir(parents=True, exist_ok=True)
-        waiting: list[Future[None]] = []
+        syncs: list[Future[None]] = []
         unflushed = 0
 
         def more(count: int) -> None:
-            """What is written goes to disk while the rest is read."""
+            """Count bytes, and let the disk begin with what is written while the rest is read."""
             nonlocal unflushed
             if stopped.is_set():
                 raise CancelledError
             unflushed += count
             if unflushed >= FLUSH_BYTES:
                 unflushed = 0
-                waiting.append(disk.submit(sync, part))
+                syncs.append(disk.submit(sync, part))
             advance(count)
 
         def complete(entry: dict[str, Any]) -> dict[str, Any]:
-            for each in waiting:
-                each.result()  # an error is told once only, so not by the last sync again
+            """Bring the rest to disk, rename the file, and note it in the journal."""
+            for pending in syncs:
+                pending.result()  # the system reports a write error once: the last sync would not see it again
             sync(part)
             os.replace(part, final)
             _note(journal, entry)
@@ -275,17 +282,17 @@ def _open_journal(target: Path) -> IO[str]:
             raise CheckpointError(f"{target} is being written by another conversion; wait for it, or stop it")
         if path.exists() and os.path.samefile(path, journal.fileno()):
             return journal
-        journal.close()  # the other one has just finished
+        journal.close()  # the other conversion has just finished and removed its workplace: try again
 
 
 def _completed(journal: IO[str], place: Path, mark: str) -> dict[str, dict]:
-    """The files that an earlier run of the same conversion finished. Leftovers of another one are removed."""
+    """The files that an interrupted run of the same conversion completed. Removes leftovers of another conversion."""
     journal.seek(0)
     entries = []
     for line in journal.read().splitlines():
         try:
             entries.append(json.loads(line))
-        except ValueError:  # cut off when the program died
+        except ValueError:  # the last line was cut off when the program died
             break
     if entries[:1] != [{"mark": mark}]:
         entries = [{"mark": mark}]
@@ -310,14 +317,14 @@ def _check_space(folder: Path, needed: int) -> None:
         )
 
 
-def steps_of(folder: Path, wanted: Sequence[int] | None, found: Mapping[int, Path]) -> dict[int, Path]:
-    """The steps of a run that a series is made of. Raises CheckpointError for a wanted one that is not there."""
-    if not found:
+def steps_of(folder: Path, wanted: Sequence[int] | None, steps: Mapping[int, Path]) -> dict[int, Path]:
+    """The step folders to convert: the `wanted` ones, or all. Raises CheckpointError for steps that do not exist."""
+    if not steps:
         raise CheckpointError(f"{folder} holds no folders of steps; --all-steps needs a run, or a folder of steps")
     if wanted is None:
-        return dict(found)
-    if missing := [step for step in wanted if step not in found]:
+        return dict(steps)
+    if missing := [step for step in wanted if step not in steps]:
         raise CheckpointError(
-            f"{folder} has no checkpoint of step {', '.join(map(str, missing))}; there are {', '.join(map(str, found))}"
+            f"{folder} has no checkpoint of step {', '.join(map(str, missing))}; there are {', '.join(map(str, steps))}"
         )
-    return {step: found[step] for step in wanted}
+    return {step: steps[step] for step in wanted}

@@ -1,8 +1,14 @@
 """DeepSpeed's optimizer states, taken apart into one lazy tensor for each parameter.
 
-DeepSpeed keeps fp32 masters and Adam moments as flat vectors: all parameters of a group one after another, padded and
-cut over the data-parallel ranks. Nothing is read here: a parameter becomes a list of parts of vectors in files. One
-`RankState` is the state of one pipeline stage on one tensor rank, under the parameters' names in those files.
+DeepSpeed keeps fp32 masters and Adam's moments as flat vectors: all parameters of a parameter group one after another,
+padded and cut over the data-parallel ranks. With parameters w [2, 3] and b [3] on two ranks (`.` is padding):
+
+    group     w00 w01 w02 w10 w11 w12 b0 b1 b2 .
+    rank 0    w00 w01 w02 w10 w11                   rank 1    w12 b0 b1 b2 .
+
+Nothing is read here: w becomes five values of rank 0's vector joined to one of rank 1's, seen as [2, 3]. A `RankState`
+is the state of one pipeline stage on one tensor rank, by the names that the parameters have in its files. Source:
+`deepspeed/runtime/zero/stage_1_and_2.py`, `stage3.py` and `deepspeed/runtime/bf16_optimizer.py`.
 """
 
 from __future__ import annotations
@@ -18,14 +24,14 @@ from castalia.errors import CheckpointError
 from castalia.storage.lazy import Cast, Shaped, TensorRef, Zeros, join, part
 
 Shapes = Mapping[str, tuple[int, ...]]  # name -> shape, in the order of the flat vectors
-Measure = Callable[[tuple[int, ...]], int]  # what a parameter of this shape counts
-NO_DECAY = re.compile(r"\.bias$|norm\.|^\d+\.weight$")  # a bare weight is Megatron's final norm
+Measure = Callable[[tuple[int, ...]], int]  # the size of a parameter of this shape: its elements, or 1
+NO_DECAY = re.compile(r"\.bias$|norm\.|^\d+\.weight$")  # "5.weight", with no module's name, is Megatron's final norm
 MAX_ALIGNMENT = 2  # vectors are padded to a multiple of this times the number of data-parallel ranks
 
 
 @dataclass
 class RankState:
-    """Optimizer state of one stage and tensor rank: fp32 tensors by parameter name, and Adam's step counters."""
+    """The optimizer state of one stage and tensor rank: fp32 tensors and Adam's steps by parameter name."""
 
     master: dict[str, TensorRef] = field(default_factory=dict)
     exp_avg: dict[str, TensorRef] = field(default_factory=dict)
@@ -36,12 +42,12 @@ class RankState:
 def plain_state(
     optimizer: Mapping, weights: Mapping[str, TensorRef], groups: Sequence[Shapes], where: str
 ) -> RankState:
-    """A torch-style optimizer without ZeRO: `state` counts through the groups; the weights are the masters.
+    """The state of a torch optimizer without ZeRO, in which fp32 weights are their own masters.
 
-    Only the last parameter of a group carries the true step, the others say 0. A parameter that never had a gradient
-    has no state.
+    The optimizer's `state` numbers the parameters of all groups consecutively. Only the last parameter of a group has
+    the true step, the others have 0. A parameter that never had a gradient has no entry; its moments are zero.
     """
-    state, result, index = optimizer["state"], RankState(), 0
+    state, result, index = optimizer["state"], RankState(), 0  # index: of the group's first parameter
     for group in groups:
         entries = [state.get(index + offset) for offset in range(len(group))]
         index += len(group)
@@ -61,10 +67,10 @@ def plain_state(
 
 
 def fp16_state(optimizer: Mapping, groups: Sequence[Shapes], where: str) -> RankState:
-    """fp16 without ZeRO: one flat vector for each group, unpadded.
+    """The state of DeepSpeed's fp16 optimizer without ZeRO: one flat vector for each group, unpadded.
 
-    The stored step is one more than the updates done, because an initialisation step with zero gradients is counted.
-    It is the counter that the original goes on with, so it is kept.
+    The stored step is one more than the number of updates, because DeepSpeed counts an initialisation step with zero
+    gradients. DeepSpeed continues with this counter, so it is kept.
     """
     inner, result = optimizer["optimizer_state_dict"], RankState()
     for index, group in enumerate(groups):
@@ -78,12 +84,13 @@ def fp16_state(optimizer: Mapping, groups: Sequence[Shapes], where: str) -> Rank
 
 
 def zero_state(files: Sequence[Mapping], shapes: Shapes | Sequence[Shapes] | None, where: str) -> RankState:
-    """The state in the ZeRO files of all data-parallel ranks, in their order.
+    """The state in the opened ZeRO files of all data-parallel ranks, in the order of the ranks.
 
-    `shapes`: the model file's `param_shapes`, one mapping for each group. Old optimizer files carry a single mapping of
-    their own, in the order of the model.
+    `shapes`: the model file's `param_shapes`, one mapping for each parameter group. Old optimizer files have a single
+    mapping of their own instead, in the order of the model. `where` names the files in errors. Raises CheckpointError
+    for a missing rank's file and for vectors that do not fit the parameters.
     """
-    states = [file["optimizer_state_dict"] for file in files]
+    states = [file["optimizer_state_dict"] for file in files]  # by data-parallel rank
     first = states[0]
     shapes = shapes or files[0].get("param_shapes")
     if not shapes:
@@ -107,7 +114,7 @@ def zero_state(files: Sequence[Mapping], shapes: Shapes | Sequence[Shapes] | Non
 
 
 def _stage12(states: Sequence[Mapping], groups: Sequence[Shapes], where: str) -> RankState:
-    """ZeRO 1 and 2, and the bf16 optimizer: part r of every group's vector on rank r."""
+    """ZeRO 1 and 2, and the bf16 optimizer: rank r has part r of every group's vector."""
     result = RankState()
     for index, group in enumerate(groups):
         adam = [_group_state(state["base_optimizer_state"], index) for state in states]
@@ -125,17 +132,18 @@ def _stage12(states: Sequence[Mapping], groups: Sequence[Shapes], where: str) ->
 
 
 def _group_state(base: Any, index: int) -> Mapping:
-    """`base_optimizer_state` is torch-style, or with elastic checkpoints (and in old ZeRO-2) a list."""
+    """A group's entry of `base_optimizer_state`, a torch state dict or a list (elastic checkpoints, old ZeRO 2)."""
     if isinstance(base, Mapping):
         return base["state"][index]
     return base[index]
 
 
 def _old_stage1(states: Sequence[Mapping], groups: Sequence[Shapes], where: str) -> RankState:
-    """ZeRO 1 before 2023: groups are cut into intervals, and each of these over the ranks. Steps are not stored."""
+    """ZeRO 1 before 2023: a group is cut into intervals, each interval over the ranks. Steps are rarely stored."""
     result, first_index = RankState(), 0
     for index, group in enumerate(groups):
         pieces = [state["local_sub_partitions_of_fp32_groups"][index] for state in states]
+        # the vector's order: interval 0 of all ranks, interval 1 of all ranks, ...
         order = [(rank, interval) for interval in range(len(pieces[0])) for rank in range(len(states))]
         masters = [pieces[rank][interval] for rank, interval in order]
         result.master |= cut(masters, group, where)
@@ -147,7 +155,7 @@ def _old_stage1(states: Sequence[Mapping], groups: Sequence[Shapes], where: str)
                 elastic = not isinstance(base, Mapping)
                 entry = base[index][interval] if elastic else base["state"][first_index + interval]
                 steps |= {number(entry["step"])} if "step" in entry else set()
-                moments.append(part(entry[role], 0, master.shape[0]))  # the other form keeps the padding
+                moments.append(part(entry[role], 0, master.shape[0]))  # torch's form keeps padding that masters lack
             getattr(result, role).update(cut(moments, group, where))
         result.step |= dict.fromkeys(group, max(steps) if steps else None)
         first_index += len(pieces[0])
@@ -155,7 +163,7 @@ def _old_stage1(states: Sequence[Mapping], groups: Sequence[Shapes], where: str)
 
 
 def _stage3(states: Sequence[Mapping], groups: Sequence[Shapes], where: str) -> RankState:
-    """ZeRO 3: every parameter is cut over the ranks; a rank's vector holds its part of each, in several sub-groups."""
+    """ZeRO 3: every parameter is cut over the ranks. A rank's vector has its share of each, split into sub-groups."""
     result = RankState()
     shapes = {name: shape for group in groups for name, shape in group.items()}
     adam = [
@@ -166,7 +174,7 @@ def _stage3(states: Sequence[Mapping], groups: Sequence[Shapes], where: str) -> 
     for role, ranks in vectors.items():
         offset = 0
         for name, shape in shapes.items():
-            share = -(-prod(shape) // len(ranks))
+            share = -(-prod(shape) // len(ranks))  # elements on each rank; the last rank's share is padded
             if any(offset + share > rank.shape[0] for rank in ranks):
                 raise _does_not_fit(where, name, sum(rank.shape[0] for rank in ranks))
             whole = join([part(rank, offset, offset + share) for rank in ranks])
@@ -178,7 +186,10 @@ def _stage3(states: Sequence[Mapping], groups: Sequence[Shapes], where: str) -> 
 
 
 def cut(pieces: Sequence[TensorRef], shapes: Shapes, where: str) -> dict[str, TensorRef]:
-    """The parameters in a flat vector that is given as consecutive pieces. Padding at its end is ignored."""
+    """The parameters that lie one after another in a flat vector, which is given as consecutive pieces.
+
+    Padding at the end is ignored. Raises CheckpointError for a vector of another length.
+    """
     total, needed = sum(piece.shape[0] for piece in pieces), sum(prod(shape) for shape in shapes.values())
     if not needed <= total < needed + MAX_ALIGNMENT * max(len(pieces), 1):
         raise _does_not_fit(where, f"parameters with {needed} elements in all", total)
@@ -187,14 +198,14 @@ def cut(pieces: Sequence[TensorRef], shapes: Shapes, where: str) -> dict[str, Te
         end += piece.shape[0]
         ends.append(end)
     result: dict[str, TensorRef] = {}
-    start, index = 0, 0  # of this parameter in the vector; of the first piece that reaches beyond it
+    start, index = 0, 0  # where this parameter begins in the vector; the first piece that has a part of it
     for name, shape in shapes.items():
         stop = start + prod(shape)
         while index < len(pieces) - 1 and ends[index] <= start:
             index += 1
         parts, at = [], index
         while True:
-            begin = ends[at] - pieces[at].shape[0]
+            begin = ends[at] - pieces[at].shape[0]  # of this piece in the vector
             parts.append(part(pieces[at], max(start, begin) - begin, min(stop, ends[at]) - begin))
             if ends[at] >= stop:
                 break
@@ -205,10 +216,10 @@ def cut(pieces: Sequence[TensorRef], shapes: Shapes, where: str) -> dict[str, Te
 
 
 def parameter_groups(shapes: Shapes, sizes: Sequence[int], measure: Measure, where: str) -> list[Shapes]:
-    """Parameters in the order of the model, divided as the optimizer's groups are.
+    """The model's parameters, in order, divided into the optimizer's parameter groups of these `sizes`.
 
-    One group holds all. Of several the last holds norms and biases, which have no weight decay, and the others hold the
-    rest in order, cut where `measure` adds up to each group's size.
+    A single group has all of them. Of several groups the last has norms and biases, which have no weight decay; the
+    others have the rest in order, cut where `measure` adds up to a group's size. Raises CheckpointError if it does not.
     """
     if len(sizes) == 1:
         return [shapes]
@@ -229,9 +240,10 @@ def parameter_groups(shapes: Shapes, sizes: Sequence[int], measure: Measure, whe
 def split_stages(
     layers: Mapping[int, Shapes], copy: Shapes, targets: Sequence[int], measure: Measure, where: str
 ) -> list[Shapes]:
-    """Which layers' parameters each pipeline stage holds, found from what each stage's optimizer measures in all.
+    """The parameters that each pipeline stage holds, in order, found from the total size of each stage's optimizer.
 
-    `copy`: parameters that the last of several stages holds once more, first in its order.
+    `layers`: parameters by position in the pipeline. `copy`: tied parameters, which the last of several stages holds
+    once more, before its own. `targets`: the sizes by `measure`. Raises CheckpointError for sizes that do not fit.
     """
     stages: list[Shapes] = []
     remaining = list(layers.values())
@@ -250,11 +262,12 @@ def split_stages(
 
 
 def float32(ref: TensorRef) -> TensorRef:
+    """The tensor in fp32; itself if it is."""
     return ref if ref.dtype_name == "float32" else Cast(ref, "float32")
 
 
 def number(value: Any) -> int:
-    """A step counter, which some writers store as a tensor of one element."""
+    """The value of a step counter, which some programs store as a tensor of one element."""
     return int(value.read().item()) if hasattr(value, "read") else int(value)
 
 
