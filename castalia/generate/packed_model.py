@@ -73,7 +73,7 @@ class SideBySide(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         both = self.first(self.norm(x))
-        mixed, inner = self.attn.mix(both[..., : self.width], context), self.activate(both[..., self.width :])
+        mixed, inner = self.attn.attend_heads(both[..., : self.width], context), self.activate(both[..., self.width :])
         return x + self.last(torch.cat((mixed, inner), dim=-1))
 
 

@@ -1,4 +1,8 @@
-"""Causal self-attention on PyTorch's fused kernels, with as many heads as the weights at hand hold."""
+"""Causal self-attention on PyTorch's fused kernels.
+
+The number of heads follows from the shape of the weights, so that a tensor rank with its share of the heads runs the
+same code. Shapes: b rows, t new tokens, k keys, n query heads, kv key/value heads, d head size, h hidden size.
+"""
 
 from __future__ import annotations
 
@@ -23,28 +27,40 @@ FIRST_PREFERRED_CUDNN = 91501  # from this version on torch tries cuDNN first, o
 
 
 class Cache(Protocol):
-    """What attention sees besides the tokens at hand: earlier ones, or those of other ranks."""
+    """Keys and values from outside of this forward pass, with which a layer attends.
+
+    A KV cache supplies those of earlier calls, a context-parallel shard those of other ranks. Either way the model
+    holds only some tokens of each sequence, and asks the cache to attend in its place:
+
+        KV cache                                 context parallelism, rank 1 of 2
+        keys     0 1 2 3 4 5 [6]                 keys     0 1 2 3 [4 5 6 7]
+        queries               6                  queries           4 5 6 7
+                 (stored earlier) (new)                   (on rank 0) (own)
+
+    In each forward pass the model calls `reserve` once, `attend` once in each layer, and `advance` once.
+    The number of a token within its sequence is called its place; it decides which keys a query sees.
+    """
 
     keys: Tensor  # places of all tokens that attention sees, [b, k], or [1, k] where all rows are alike
-    gaps: bool  # keys at or before a query's place may be out of its sight, so that a bias has to say it
-    grows: bool  # text is being written: every call brings a new number of keys
-    end: int  # all places lie before it
+    gaps: bool  # some keys before a query may be hidden from it, so that a bias must mask them
+    grows: bool  # text is being generated: every call has a new number of keys
+    end: int  # larger than every place
 
     def reserve(self, count: int) -> Tensor:
-        """The places of the next `count` tokens, like `keys`, which has to be read after this."""
+        """The places of the next `count` tokens, [b or 1, count]. It updates `keys`, `gaps` and `end`."""
         ...
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        """One layer's `attend` with these and all other tokens, each [b, heads, t, d]."""
+        """`attend` of one layer, for the new tokens' q [b, n, t, d], k and v [b, kv, t, d] -> [b, n, t, d]."""
         ...
 
     def advance(self, count: int) -> None:
-        """All layers have stored the reserved tokens."""
+        """Note that all layers have seen the reserved tokens."""
         ...
 
 
 class Context(NamedTuple):
-    """What all blocks share in one forward pass."""
+    """What all blocks of the model share in one forward pass."""
 
     rotary: Rotation | None = None
     choice: Choice = Choice("flash", "causal")
@@ -53,7 +69,7 @@ class Context(NamedTuple):
 
 
 def capability(device: torch.device) -> Capability | None:
-    """Of a GPU; None for CPUs."""
+    """Compute capability of a GPU, such as (8, 0); None for CPUs."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
@@ -66,7 +82,10 @@ def prefers_cudnn() -> bool:
 
 @contextmanager
 def without_cudnn() -> Iterator[None]:
-    """What `choose_kernel` leaves out where text is written, told to torch. Costs as much as two calls in Python."""
+    """Keep torch from choosing cuDNN's attention, which `choose_kernel` rules out while text is generated.
+
+    It costs no more than two Python calls.
+    """
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
@@ -85,15 +104,19 @@ def attend(
     dropout_p: float = 0.0,
     scale: float | None = None,
 ) -> Tensor:
-    """Scaled dot-product attention by the chosen kernel: q [b, n, t, d], k and v [b, kv, k, d] -> [b, n, t, d]."""
+    """Scaled dot-product attention by the chosen kernel: q [b, n, t, d], k and v [b, kv, k, d] -> [b, n, t, d].
+
+    `bias` [b or 1, n or 1, t, k] is added to the scores; `scale` None means 1 / sqrt(d).
+    """
     b, n, t, d = q.shape
-    groups = n // k.shape[1]
-    if groups > 1 and choice.repeats:
-        if t == 1:  # the queries of a group are as good as queries of one head, which sees the same keys
+    group_size = n // k.shape[1]  # query heads per key/value head
+    if group_size > 1 and choice.repeats:
+        if t == 1:  # the queries of a group see the same keys, so they can pass for several queries of one head
             if bias is not None and bias.shape[1] > 1:
-                bias = bias.reshape(len(bias), n // groups, groups, -1)
-            return _kernel(q.view(b, -1, groups, d), k, v, choice, bias, dropout_p, scale).reshape(q.shape)
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+                bias = bias.reshape(len(bias), n // group_size, group_size, -1)  # [b, n, 1, k] -> [b, kv, group, k]
+            grouped = q.view(b, -1, group_size, d)  # [b, n, 1, d] -> [b, kv, group, d]
+            return _kernel(grouped, k, v, choice, bias, dropout_p, scale).reshape(q.shape)
+        k, v = k.repeat_interleave(group_size, dim=1), v.repeat_interleave(group_size, dim=1)  # [b, n, k, d]
     return _kernel(q, k, v, choice, bias, dropout_p, scale)
 
 
@@ -108,10 +131,10 @@ def _kernel(
 ) -> Tensor:
     if choice.sight == "last causal":
         return _last_causal(q, k, v, dropout_p, scale)
-    if bias is not None and choice.kernel == "memory-efficient":  # which torch prefers cuDNN to, where it can
+    if bias is not None and choice.kernel == "memory-efficient":  # called directly, as torch would prefer cuDNN
         bias = bias.expand(*q.shape[:3], k.shape[2])
-        keeps = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))  # what the backward pass needs
-        return aten._scaled_dot_product_efficient_attention(q, k, v, bias, keeps, dropout_p, False, scale=scale)[0]
+        backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))  # keep what it needs
+        return aten._scaled_dot_product_efficient_attention(q, k, v, bias, backward, dropout_p, False, scale=scale)[0]
     return F.scaled_dot_product_attention(
         q,
         k,
@@ -125,25 +148,33 @@ def _kernel(
 
 
 def _last_causal(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, scale: float | None) -> Tensor:
-    """Of queries that are the last of the keys, by GPUs' flash kernel, whose triangle ends with the last row.
+    """Causal attention of the last t of k tokens, by the flash kernel of GPUs, which aligns the mask at the end.
 
-    As `torch.nn.attention.bias.causal_lower_right` does it, which cannot be compiled.
+        t = 2, k = 4     x x x .
+                         x x x x
+
+    `torch.nn.attention.bias.causal_lower_right` does the same, but cannot be compiled.
     """
     d = q.shape[-1]
     scale = d**-0.5 if scale is None else scale
-    if d % 8:
+    if d % 8:  # the kernel takes multiples of 8 only
         q, k, v = (F.pad(x, (0, -d % 8)) for x in (q, k, v))
     return aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, True, scale=scale)[0][..., :d]
 
 
 class Attention(nn.Module):
-    """Rows of `qkv` are grouped by key/value head: its query heads, then its key, then its value."""
+    """Multi-head, grouped-query or multi-query self-attention.
+
+    The rows of the fused matrix `qkv` lie by key/value head: its query heads, then its key, then its value. So a
+    tensor rank's share of the rows is whole heads. With 4 query and 2 key/value heads: q0 q1 k0 v0  q2 q3 k1 v1.
+    """
 
     def __init__(self, cfg: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.head_size, self.group = layer, cfg.head_size, cfg.num_heads // cfg.kv_heads
+        self.layer, self.head_size = layer, cfg.head_size
+        self.group_size = cfg.num_heads // cfg.kv_heads  # query heads per key/value head
         self.dropout = cfg.attention_dropout
-        # muP: products of correlated vectors grow like their size, so they are divided by all of it, not by its root.
+        # muP: products of correlated vectors grow with d, so scores are divided by d, not by sqrt(d).
         self.scale = 1 / (cfg.head_size * cfg.mup.attention_temperature) if cfg.mup else None
         rows = (cfg.num_heads + 2 * cfg.kv_heads) * cfg.head_size
         self.qkv = Linear(cfg.hidden_size, rows, cfg.attention_bias)
@@ -151,35 +182,38 @@ class Attention(nn.Module):
         self.qk_norm = HeadsNorm(cfg) if cfg.qk_norm else None
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        return self.out(self.mix(self.qkv(x), context))
+        """[b, t, h] -> [b, t, h]."""
+        return self.out(self.attend_heads(self.qkv(x), context))
 
-    def mix(self, qkv: Tensor, context: Context) -> Tensor:
-        """What the heads find, [b, t, n d], from queries, keys and values [b, t, (n + 2 kv) d]."""
+    def attend_heads(self, qkv: Tensor, context: Context) -> Tensor:
+        """Attention output of all heads, before the output projection: [b, t, (n + 2 kv) d] -> [b, t, n d]."""
         b, t, _ = qkv.shape
         dtype = qkv.dtype
-        qkv = qkv.view(b, t, -1, self.group + 2, self.head_size)  # batch, time, kv heads, group + k + v, d
-        qk, v = qkv[..., :-1, :], qkv[..., -1, :]
+        qkv = qkv.view(b, t, -1, self.group_size + 2, self.head_size)  # [b, t, kv, group + key + value, d]
+        qk, v = qkv[..., :-1, :], qkv[..., -1, :]  # [b, t, kv, group + key, d], [b, t, kv, d]
         if self.qk_norm is not None:
             qk = self.qk_norm(qk)
         if context.rotary is not None:
-            qk = rotate(qk, context.rotary)
-        q, k, v = qk[..., :-1, :].flatten(2, 3).transpose(1, 2), qk[..., -1, :].transpose(1, 2), v.transpose(1, 2)
+            qk = rotate(qk, context.rotary)  # queries and keys together, in one kernel
+        q, k = qk[..., :-1, :], qk[..., -1, :]  # [b, t, kv, group, d], [b, t, kv, d]
+        q = q.flatten(2, 3).transpose(1, 2)  # [b, t, n, d] -> [b, n, t, d]
+        k, v = k.transpose(1, 2), v.transpose(1, 2)  # [b, kv, t, d]
         if is_slow_half(q):
             q, k, v = q.float(), k.float(), v.float()
-        mixed = (attend if context.cache is None else partial(context.cache.attend, self.layer))(
+        y = (attend if context.cache is None else partial(context.cache.attend, self.layer))(
             q,
             k,
             v,
             choice=context.choice,
-            bias=None if context.bias is None else context.bias.to(q.dtype),  # sharding casts what blocks are given
+            bias=None if context.bias is None else context.bias.to(q.dtype),  # FSDP casts the arguments of a block
             dropout_p=self.dropout if self.training else 0.0,
             scale=self.scale,
         )
-        return mixed.transpose(1, 2).reshape(b, t, -1).to(dtype)
+        return y.transpose(1, 2).reshape(b, t, -1).to(dtype)  # [b, n, t, d] -> [b, t, n d]
 
 
 class HeadsNorm(nn.Module):
-    """One LayerNorm over all heads and dimensions together, used for the queries and for the keys."""
+    """The qk norm of GPT-NeoX: one LayerNorm over all heads and dimensions together, for queries and for keys."""
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
@@ -193,7 +227,7 @@ class HeadsNorm(nn.Module):
         self.eps = cfg.norm_eps
 
     def forward(self, qk: Tensor) -> Tensor:
-        """[b, t, heads, 2, d] -> the same."""
+        """[b, t, n, query + key, d] -> the same shape."""
         weight, bias = self.weight.to(qk.dtype), self.bias.to(qk.dtype)
         normed = [F.layer_norm(part, weight.shape, weight, bias, self.eps) for part in qk.unbind(-2)]
         return torch.stack(normed, dim=-2)

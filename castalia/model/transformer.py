@@ -1,6 +1,8 @@
-"""One model class for the GPT-NeoX, GPT-2 and Llama families; what differs between them is configuration.
+"""One model class for the GPT-NeoX, GPT-2 and Llama families, which differ in their configuration only.
 
-Parameter names and shapes are an interface (initial values, conversion rules and native checkpoints depend on them):
+Parameter names and shapes are an interface: initial values, conversion rules and native checkpoints depend on them,
+and `castalia.config.tensor_table` has a row for each. Shapes: V padded vocabulary, h hidden size, n heads, kv key/value
+heads, d head size, f width of the MLP, b sequences, t tokens.
 
     embed.weight [V, h]                        positions.weight [max_positions, h] (learned positions only)
     blocks.{i}.norm1.weight, .bias [h]         blocks.{i}.norm2.weight, .bias [h] (absent with a shared norm)
@@ -37,12 +39,12 @@ from castalia.model.positions import Alibi, Rotary, Rotation, restarted, score_b
 
 
 class Block(nn.Module):
-    """Attention and MLP, one after the other or side by side."""
+    """Attention and MLP around the residual stream, one after the other or side by side."""
 
     def __init__(self, cfg: ModelConfig, layer: int, exact: bool = False) -> None:
         super().__init__()
         self.parallel, self.dropout = cfg.parallel_residual, cfg.hidden_dropout
-        # The original adds the attention branch together with the MLP's bias, so without one it is lost.
+        # GPT-NeoX adds the attention branch together with the MLP's bias, so without a bias the branch is lost.
         self.drops_attention = exact and cfg.parallel_residual and not cfg.mlp_bias
         self.norm1 = build_norm(cfg)
         self.attn = Attention(cfg, layer)
@@ -50,24 +52,42 @@ class Block(nn.Module):
         self.mlp = MLP(cfg)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
+        """Residual stream [b, t, h] -> the same shape.
+
+        sequential (GPT-2, Llama)        parallel (GPT-NeoX)
+
+            x                                x
+            |---------+                      |---------+-----------+
+            |       norm1                    |       norm1       norm2, or with a shared norm
+            |       attn                     |       attn         mlp   the output of norm1
+            +<--------+                      +<--------+-----------+
+            |---------+                      |
+            |       norm2                    x
+            |        mlp
+            +<--------+
+            |
+            x
+        """
         normed = self.norm1(x)
-        mixed = torch.zeros_like(x) if self.drops_attention else self.drop(self.attn(normed, context))
+        attended = torch.zeros_like(x) if self.drops_attention else self.drop(self.attn(normed, context))
         if not self.parallel:
-            x = x + mixed
+            x = x + attended
         if self.norm2 is not None:
             normed = self.norm2(x)
         out = self.drop(self.mlp(normed))
-        return x + (mixed + out) if self.parallel else x + out
+        return x + (attended + out) if self.parallel else x + out
 
     def drop(self, x: Tensor) -> Tensor:
+        """Dropout of a branch, before it is added to the residual stream."""
         return F.dropout(x, self.dropout) if self.training else x
 
 
 class Transformer(nn.Module):
-    """Embedding, blocks, final norm, head. Parameters are left unset: `init.initialize` or a checkpoint fills them.
+    """Embedding, blocks, final norm and head. Parameters are left unset: `init.initialize` or a checkpoint fills them.
 
-    A pipeline stage is this class too: foreign blocks deleted, `norm` and `head` None where they live elsewhere;
-    it takes the hidden state [b, t, h] in place of tokens, and without `norm` gives it.
+    A pipeline stage is an instance of this class, too, whose blocks of other stages are deleted and whose `norm` and
+    `head` are None on all stages but the last. All but the first stage take the hidden state [b, t, h] in place of
+    tokens; a stage without `norm` returns the hidden state.
     """
 
     def __init__(
@@ -78,9 +98,10 @@ class Transformer(nn.Module):
         exact: bool = False,
         z_loss: float = 0.0,
     ) -> None:
-        """`compute_dtype`: of the activations, None for the parameters'; `exact`: the original's defects in numbers.
+        """`compute_dtype`: dtype of the activations; None: that of the parameters.
 
-        `z_loss`: see `linear_cross_entropy`; it is part of the loss in training mode alone.
+        `exact`: reproduce the defects of GPT-NeoX that change numbers. `z_loss`: see `linear_cross_entropy`; it is part
+        of the loss in training mode only.
         """
         super().__init__()
         self.cfg, self.compute_dtype, self.exact, self.z_loss = cfg, compute_dtype, exact, z_loss
@@ -93,7 +114,7 @@ class Transformer(nn.Module):
         self.reward = Linear(cfg.hidden_size, 1, bias=False) if cfg.reward_head else None
         self.rotary = Rotary(cfg) if cfg.position == "rotary" else None
         self.alibi = Alibi(cfg.num_heads) if cfg.position == "alibi" else None
-        self.loss, self.token_losses = linear_cross_entropy, token_losses  # tensor parallelism replaces them
+        self.loss, self.token_losses = linear_cross_entropy, token_losses  # replaced by tensor parallelism
 
     def forward(
         self,
@@ -103,21 +124,22 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         positions: Tensor | None = None,
         documents: Tensor | None = None,
-        each: bool = False,
+        per_sequence: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits [b, t, V]; with `labels` [b, t] the fp32 sum of the tokens' losses and their number, -100 left out.
+        """Logits [b, t, V] of `tokens` [b, t]; with `labels` [b, t] the fp32 sum of the losses and their number.
 
-        `cache` holds earlier tokens and takes up these. `documents` [b, t] numbers the documents: tokens see only
-        their own, where positions restart. `positions` [rows, t] replaces the position that a token is embedded at;
-        rows is b or 1. With `each` it is one fp32 number for each sequence [b] instead of the sum: the log-probability
-        of all its labels together, or a reward model's reward at its last label.
+        Labels of -100 have no loss. `cache` supplies the keys and values of other tokens and takes in these.
+        `documents` [b, t] numbers documents: tokens attend within their own, and positions restart in each.
+        `positions` [b or 1, t] overrides the position at which a token is embedded. With `per_sequence` the result is
+        one fp32 value for each sequence [b]: the log-probability of all its labels, or from a reward model the reward
+        at its last label.
         """
         x = self.hidden(tokens, cache=cache, positions=positions, documents=documents)
         if self.norm is None:
             return x
         if labels is None:
             return self.logits(x)
-        if each:  # the only thing that a reward model does with labels
+        if per_sequence:  # the only use that a reward model has for labels
             return self.reward_at(x, labels) if self.reward else -self.token_losses(x, self.head_weight, labels).sum(1)
         self.refuse_tokens_of_a_reward_model()
         return self.loss(x, self.head_weight, labels, z_loss=self.z_loss if self.training else 0.0)
@@ -130,9 +152,12 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         documents: Tensor | None = None,
     ) -> Tensor:
-        """The hidden state [b, t, h] from which logits come, so that a caller can choose the tokens it needs."""
+        """The final hidden state [b, t, h], for callers that need the logits of some tokens only: see `logits`.
+
+        Arguments are those of `forward`.
+        """
         t = tokens.shape[1]
-        # Places in the sequence, which say who sees whom; `positions` may differ from them.
+        # The place of a token in its sequence decides which keys it sees; `positions` decide how it is embedded.
         places = torch.arange(t, device=tokens.device)[None] if cache is None else cache.reserve(t)
         if positions is None:
             positions = places if documents is None else restarted(documents)
@@ -153,6 +178,7 @@ class Transformer(nn.Module):
         return x / (self.cfg.width_multiplier * self.cfg.mup.output_temperature) if self.cfg.mup else x
 
     def embedded(self, tokens: Tensor, positions: Tensor, end: int) -> Tensor:
+        """Embeddings [b, t, h] in the compute dtype. Raises ConfigError if learned positions end before `end`."""
         if self.positions is not None and end > self.positions.num_embeddings:
             limit = self.positions.num_embeddings
             raise ConfigError(f"a sequence of {end} tokens is longer than model.max_positions={limit}")
@@ -174,7 +200,9 @@ class Transformer(nn.Module):
         documents: Tensor | None,
         cache: Cache | None,
     ) -> Context:
-        """What the blocks share. A bias is built, once for all of them, only where no kernel says the same without."""
+        """The kernel and the mask of all blocks. A bias is built, once for all of them, only if no kernel can do
+        without.
+        """
         t = places.shape[1]
         keys, gaps = (places, False) if cache is None else (cache.keys, cache.gaps)
         sight: Sight = "everything" if t == 1 else "causal" if t == keys.shape[1] else "last causal"
@@ -190,7 +218,7 @@ class Transformer(nn.Module):
         return Context(rotary, choice, score_bias(places, keys, seen, self.alibi, dtype), cache)
 
     def choice(self, x: Tensor, sight: Sight, cache: Cache | None) -> Choice:
-        """The kernel of all blocks for hidden states like x."""
+        """The attention kernel of all blocks, for hidden states with the dtype and device of x."""
         return choose_kernel(
             capability(x.device),
             DTYPE_NAMES.get(x.dtype, str(x.dtype)),
@@ -204,22 +232,25 @@ class Transformer(nn.Module):
         )
 
     def reward_at(self, x: Tensor, labels: Tensor) -> Tensor:
-        """The reward [b] that is read where the last label of each sequence is predicted."""
+        """The fp32 reward [b] of each sequence, read at the token that predicts its last label."""
         assert self.reward is not None
+        # Positions grow, so the largest product lies at the last label; -100 labels give 0.
         last = ((labels != IGNORE) * torch.arange(1, labels.shape[1] + 1, device=labels.device)).argmax(dim=1)
         return self.reward(x[torch.arange(len(x), device=x.device), last])[:, 0].float()
 
     def logits(self, x: Tensor) -> Tensor:
-        """[..., h] -> [..., V]."""
+        """[..., h] -> [..., V]. Raises ConfigError for a reward model."""
         self.refuse_tokens_of_a_reward_model()
         return linear(x, self.head_weight) if self.head is None else self.head(x)
 
     def refuse_tokens_of_a_reward_model(self) -> None:
+        """Raises ConfigError if the model predicts no tokens."""
         if self.reward is not None:
             raise ConfigError("this is a reward model: it judges texts and predicts no tokens")
 
     @property
     def head_weight(self) -> Tensor:
+        """The head's matrix [V, h] with its adapter, or the embedding if they are tied."""
         return self.embed.weight if self.head is None else self.head.whole_weight
 
 

@@ -170,7 +170,7 @@ class Executor:
     def each_sequence(self, rows: Rows) -> Tensor:
         """The value of `Transformer.forward` for each of this data rank's sequences, fp32 [n]. In `evaluating`."""
         parts = (part.to(self.device) for part in rows.split(self.micro_batch_size))
-        return torch.cat([self.models[0](part.tokens, **part.model_arguments(), each=True) for part in parts])
+        return torch.cat([self.models[0](part.tokens, **part.model_arguments(), per_sequence=True) for part in parts])
 
     def gradients(self) -> list[Tensor]:
         """This rank's parts of the gradients."""
@@ -225,7 +225,7 @@ def micro_loss(model: Any, part: Rows, context: Mapping[str, Any], objective: Ob
     """The sum of a micro-batch's losses: over its tokens, or as the objective has it."""
     if objective is None:
         return model(part.tokens, **part.model_arguments(), **context)[0]
-    return objective(model(part.tokens, **part.model_arguments(), **context, each=True), micro)
+    return objective(model(part.tokens, **part.model_arguments(), **context, per_sequence=True), micro)
 
 
 def one_process(

@@ -287,7 +287,7 @@ def test_parameters_in_the_compute_dtype_change_no_bit(update, dtype):
     model.compute_dtype = dtype
     labels, losses = TOKENS.roll(-1, 1), []
     for each in (model, model.to(dtype)):
-        losses.append(each(TOKENS, labels, each=True))
+        losses.append(each(TOKENS, labels, per_sequence=True))
         if not model.cfg.reward_head:
             losses.append(each(TOKENS, labels)[0])
     half = len(losses) // 2

@@ -60,8 +60,8 @@ def peak_bytes(model: ModelConfig, layout: Layout, dtype: torch.dtype, compute: 
         if compute.objective == "causal":
             return transformer(tokens, labels=tokens)[0]
         with torch.no_grad():
-            logps = reference(tokens, labels=tokens, each=True) if reference else torch.zeros(len(tokens))
-        values = transformer(tokens, labels=tokens, each=True)
+            logps = reference(tokens, labels=tokens, per_sequence=True) if reference else torch.zeros(len(tokens))
+        values = transformer(tokens, labels=tokens, per_sequence=True)
         if compute.objective == "reward":
             return reward_model(values, 0.0).losses.sum()
         return dpo(values, logps, torch.full_like(values, LENGTH), PreferenceConfig()).losses.sum()

@@ -255,7 +255,7 @@ def test_a_reward_model_judges_and_predicts_no_tokens(config, base, tmp_path):
     names = [name for name, _ in model.named_parameters()]
     assert "reward.weight" in names and "head.weight" not in names
     tokens = torch.tensor([[63, 100, 101, 102], [63, 100, 100, 100]])
-    rewards = model(tokens, torch.tensor([[-100, 101, 102, EOD], [-100, 100, 100, EOD]]), each=True)
+    rewards = model(tokens, torch.tensor([[-100, 101, 102, EOD], [-100, 100, 100, EOD]]), per_sequence=True)
     assert rewards.shape == (2,) and rewards[0] > rewards[1]
     for labels in (None, tokens):
         with pytest.raises(ConfigError, match="judges texts and predicts no tokens"):
