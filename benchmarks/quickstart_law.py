@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from castalia.config.load import load_config
-from castalia.config.schema import RunConfig, Tokenizer
+from castalia.config.schema import RunConfig, TokenizerConfig
 from castalia.data.prepare import Recipe, prepare
 from castalia.data.sources import documents
 from castalia.data.tokenizer import load_tokenizer, train_bpe
@@ -83,8 +83,8 @@ def main() -> None:
         folder = Path(name)
         bpe = train_bpe(documents([KJV]), VOCABULARY)
         write_text(folder / "tokenizer.json", bpe.engine.to_str())
-        prepare([KJV], folder / "kjv", Recipe(Tokenizer(path=str(folder / "tokenizer.json")), append_eod=True))
-        hold_out(folder / "kjv_text_document", str(folder / "train"), str(folder / "valid"), 0.05)
+        prepare([KJV], folder / "kjv", Recipe(TokenizerConfig(path=str(folder / "tokenizer.json")), append_eod=True))
+        hold_out([str(folder / "kjv_text_document")], str(folder / "train"), str(folder / "valid"), 0.05)
         runs = RATES if asked.runs != "law" else []
         runs += [(*size, asked.rate, BATCH, tokens * K) for *size, tokens in LAW] if asked.runs != "rates" else []
         for each in runs:

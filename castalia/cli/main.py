@@ -15,6 +15,7 @@ from castalia.errors import CastaliaError, Stopped
 
 # verb -> (module, one line of help). The module defines `command`, a plain function, or `app`, a typer.Typer.
 VERBS = {
+    "start": ("castalia.cli.start", "From a folder of text to a trained model, in the time that you have."),
     "train": ("castalia.cli.train", "Train, fine-tune or resume a run."),
     "finetune": ("castalia.cli.finetune", "Fine-tune a model on texts or conversations: LoRA, or all weights."),
     "merge-lora": ("castalia.cli.merge_lora", "Merge LoRA adapters into their model."),

@@ -15,7 +15,9 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from html.parser import HTMLParser
 from importlib import import_module
 from io import BytesIO
 from pathlib import Path
@@ -82,19 +84,27 @@ def find_files(inputs: Iterable[str | Path]) -> list[Path]:
 
 
 def _files_inside(folder: Path) -> list[Path]:
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    hidden = [file for file in files if any(part.startswith(".") for part in file.relative_to(folder).parts)]
-    seen = [file for file in files if file not in set(hidden)]
-    known = [file for file in seen if _reader(file) is not None]
-    others = Counter(file.suffix or "no ending" for file in seen if _reader(file) is None)
+    known, left_out = walk(folder)
     if not known:
         raise DataError(f"folder {folder} holds no file with a known ending: {', '.join(READERS)}")
-    left_out = [f"{count} {ending}" for ending, count in others.most_common()]
-    if hidden:
-        left_out.append(f"{len(hidden)} hidden")
     if left_out:
-        log.warning("folder %s: %d files are read, left out are %s", folder, len(known), ", ".join(left_out))
+        counts = ", ".join(f"{count} {ending}" for ending, count in left_out.most_common())
+        log.warning("folder %s: %d files are read, left out are %s", folder, len(known), counts)
     return known
+
+
+def walk(folder: Path) -> tuple[list[Path], Counter[str]]:
+    """Files with a known ending in a folder and its subfolders, by path, and how many others there are of each ending.
+
+    Hidden files, and those in hidden folders, count as such.
+    """
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    hidden = {file for file in files if any(part.startswith(".") for part in file.relative_to(folder).parts)}
+    seen = [file for file in files if file not in hidden]
+    left_out = Counter(file.suffix or "no ending" for file in seen if _reader(file) is None)
+    if hidden:
+        left_out["hidden"] = len(hidden)
+    return [file for file in seen if _reader(file) is not None], left_out
 
 
 DAMAGE = (Damaged, zstandard.ZstdError, zlib.error, lzma.LZMAError, EOFError, tarfile.TarError, zipfile.BadZipFile)
@@ -281,6 +291,54 @@ def _read_txt(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chunk
     yield Chunk(path, 1, is_json=False, records=(file.read(),))
 
 
+class _Page(HTMLParser):
+    """Collects what a page shows: text outside of scripts and styles, a line for each block."""
+
+    UNSEEN = frozenset({"script", "style", "template", "noscript", "head"})
+    INLINE = frozenset({"a", "abbr", "b", "cite", "code", "em", "font", "i", "kbd", "mark", "q", "s", "samp", "small"})
+    INLINE |= frozenset({"span", "strong", "sub", "sup", "time", "tt", "u", "var", "wbr"})
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.parts: list[str] = []
+        self.unseen: str | None = None  # the tag that hides what is inside it
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        if tag == "body":  # which ends the head, whether that was closed or not
+            self.unseen = None
+        if self.unseen is None and tag in self.UNSEEN:
+            self.unseen = tag
+        elif tag not in self.INLINE:
+            self.parts.append("\n")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == self.unseen:
+            self.unseen = None
+        elif tag not in self.INLINE:
+            self.parts.append("\n")
+
+    def handle_data(self, data: str) -> None:
+        if self.unseen is None:
+            self.parts.append(re.sub(r"\s+", " ", data))
+
+
+def page_text(html: str) -> str:
+    """What a page shows, one line for each block of it."""
+    page = _Page()
+    page.feed(html)
+    page.close()
+    lines = (" ".join(line.split()) for line in "".join(page.parts).split("\n"))
+    return "\n".join(line for line in lines if line)
+
+
+def _read_html(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chunk]:
+    """One document. What is no UTF-8 is told of where the chunk is parsed."""
+    raw = file.read()
+    with suppress(UnicodeDecodeError):
+        raw = page_text(raw.decode("utf-8-sig")).encode()
+    yield Chunk(path, 1, is_json=False, records=(raw,))
+
+
 def _read_json_zst(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chunk]:
     """One JSON array."""
     try:
@@ -405,6 +463,9 @@ READERS: dict[str, Reader] = {
     ".jsonl.gz": _read_json_gz,
     ".jsonl.zst.tar": _read_tar,
     ".txt": _read_txt,
+    ".md": _read_txt,
+    ".html": _read_html,
+    ".htm": _read_html,
     ".json.gz": _read_json_gz,
     ".json.zst": _read_json_zst,
     ".dat.zst": _read_dat_zst,

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from castalia.config.schema import Model, ParameterGroup
+from castalia.config.schema import ModelConfig, ParameterGroup
+from castalia.quickstart.measured import BASE_WIDTH
 
 SIZES = (  # layers, width
     (2, 64), (3, 96), (4, 128), (4, 192), (6, 256), (6, 320), (6, 384), (8, 512), (10, 640), (12, 768), (16, 1024),
     (20, 1280), (24, 1536), (24, 2048),
 )  # fmt: skip
-BASE_WIDTH = 128  # that the learning rates of the table were found at
 
 
 def architecture(layers: int, width: int, vocab_size: int, length: int) -> dict[str, Any]:
@@ -35,8 +35,8 @@ def architecture(layers: int, width: int, vocab_size: int, length: int) -> dict[
     }
 
 
-def model_of(layers: int, width: int, vocab_size: int, length: int) -> Model:
-    return Model(**architecture(layers, width, vocab_size, length))
+def model_of(layers: int, width: int, vocab_size: int, length: int) -> ModelConfig:
+    return ModelConfig(**architecture(layers, width, vocab_size, length))
 
 
 def rate_groups(width: int) -> list[dict[str, Any]]:

@@ -1,0 +1,259 @@
+"""`castalia start`: from a folder of text to a trained model."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shlex
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from castalia.quickstart.choose import Choice, Pace
+    from castalia.quickstart.look import Folder
+
+PLAN, CONFIG = "start.json", "start.yml"  # in the run's folder: what was asked and chosen; the config that trains
+HOURS = 1.0
+
+
+def command(
+    folder: Annotated[Path, typer.Argument(help="a folder with txt, md, html, jsonl or parquet files; or one file")],
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE...]", help="any setting instead of the chosen one")
+    ] = None,
+    hours: Annotated[float | None, typer.Option(min=0.01, help=f"time for everything  [default: {HOURS:g}]")] = None,
+    size: Annotated[str | None, typer.Option(help="instead: parameters, such as 5M; the time is said")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="the run's folder  [default: runs/ and the folder's name]")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="look, measure and say the plan; write nothing")] = False,
+) -> None:
+    """Train a model on a folder of text, in the time that you have.
+
+    \b
+      castalia start my_texts --hours 9
+      castalia start examples/kjv --hours 0.1 --dry-run
+
+    Looks at the text, measures this machine, chooses model and training for the time and says why, learns a
+    vocabulary, trains, judges the model by text that it never saw, and reports. Stopped and started again with
+    the same command it goes on.
+    """
+    begin = time.monotonic()
+    parameters = _parameters(size, hours)
+    wanted = None if parameters else hours or HOURS
+    run = output or Path("runs") / (folder.resolve().stem or "text")
+    asked = {"folder": str(folder.resolve()), "hours": wanted, "size": parameters, "words": words or []}
+    if not dry_run:
+        _refuse_another(run, asked)
+        if (run / CONFIG).is_file():
+            print(f"going on with {run}, which this command began")
+            _finish(run, _train(run))
+            return
+    _prepare(folder, run, asked, begin, dry_run)
+    if not dry_run:
+        _finish(run, _train(run))
+
+
+def _parameters(size: str | None, hours: float | None) -> float | None:
+    """`5M` as a number."""
+    from castalia.errors import ConfigError
+
+    if size is None:
+        return None
+    if hours is not None:
+        raise ConfigError("--hours and --size exclude each other: the one follows from the other")
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMbB]?)", size)
+    if not found or not float(found[1]):
+        raise ConfigError(f"--size {size}: give a number of parameters such as 800k, 5M or 1.2B")
+    return float(found[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[found[2].lower()]
+
+
+def _refuse_another(run: Path, asked: dict[str, Any]) -> None:
+    """Only what this very command began may be in the folder."""
+    from castalia.errors import TrainingError
+    from castalia.reading import read_json
+    from castalia.train.run_folder import refuse_second_start
+
+    if not (run / PLAN).is_file():
+        refuse_second_start(run)
+        return
+    before = read_json(run / PLAN, TrainingError)["asked"]
+    if before != asked:
+        changed = ", ".join(
+            f"{name} {before.get(name)} -> {asked[name]}" for name in asked if before.get(name) != asked[name]
+        )
+        raise TrainingError(
+            f"{run} was begun by another command ({changed}); go on with it: castalia train {run}; "
+            f"or begin another one: --output {run}-2"
+        )
+
+
+def _prepare(folder: Path, run: Path, asked: dict[str, Any], begin: float, dry_run: bool) -> None:
+    """Looks, chooses and says so; then writes tokenizer, corpus and config, unless it is a dry run."""
+    from castalia.quickstart.explain import about_choice, about_loss, about_text
+    from castalia.quickstart.look import look
+
+    _say("looking", f"at {folder}")
+    seen = look(folder, not_inside=run)
+    _show(about_text(seen))
+    chosen, twice, machine, pace = _choose(seen, asked)
+    _show([*about_choice(chosen, machine), *about_loss(chosen, twice, seen)])
+    if dry_run:
+        print("dry run: nothing was written; without --dry-run the run begins")
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    _write_json(run / PLAN, {"asked": asked, "pace": pace, "choice": asdict(chosen), "text": _facts(seen)})
+    _write_config(seen, chosen, run, asked, begin)
+
+
+def _choose(seen: Folder, asked: dict[str, Any]) -> tuple[Choice, Choice, str, Pace]:
+    """The choice, the one for twice the time, the machine in words, and its pace."""
+    from castalia.quickstart.choose import TRAINING_SHARE, choose
+    from castalia.quickstart.measure import device_and_memory, measure_pace
+    from castalia.train.hardware import choose_device, choose_dtype, name_of
+
+    _say("measuring", "this machine with two small models, for some seconds")
+    device, memory = device_and_memory()
+    pace = measure_pace(device)
+    precision = name_of(choose_dtype("auto", choose_device("auto")))
+    seconds = asked["hours"] * 3600 * TRAINING_SHARE if asked["hours"] else None
+
+    def chosen(factor: int) -> Choice:
+        return choose(
+            seen.bytes, pace, memory,
+            seconds=seconds and seconds * factor, size=asked["size"], xz_bits_per_byte=seen.xz_bits_per_byte,
+            device=device, precision=precision,
+        )  # fmt: skip
+
+    threads = "" if device == "cuda" else f", {len(os.sched_getaffinity(0))} cores"
+    return chosen(1), chosen(2), f"{device}{threads}", pace
+
+
+def _write_config(seen: Folder, choice: Choice, run: Path, asked: dict[str, Any], begin: float) -> None:
+    """Tokenizer, corpus, and `start.yml` with as many steps as fit into the time that is left."""
+    from castalia.files import write_text
+    from castalia.quickstart.choose import LEAST_STEPS, MAX_PASSES, TRAINING_SHARE
+    from castalia.quickstart.config_text import Places, commented, load, overridden, settings
+    from castalia.quickstart.corpus import prepare_corpus
+    from castalia.quickstart.measure import seconds_per_step
+
+    corpus = prepare_corpus(seen, choice.vocab_size, run / "data", lambda text: _say("preparing", text))
+    _say("corpus", f"{corpus.train_tokens:,} tokens to learn from, {corpus.valid_tokens:,} held out, by a hash of them")
+    if corpus.bad:
+        _say("passed over", f"{len(corpus.bad):,} records that are no text, the first: {corpus.bad[0]}")
+    places = Places(str(run.resolve()), *(os.path.abspath(path) for path in corpus[:3]))
+    _say("measuring", "this very model on this text, for some seconds")
+    trial = load(settings(choice, places, corpus.valid_tokens, choice.steps, 1.0), asked["words"])
+    step_seconds = seconds_per_step(trial, 5.0)
+    batch = trial.train.batch_size or choice.batch_size
+    per_step = batch * trial.data.seq_length
+    steps = max(1, MAX_PASSES * corpus.train_tokens // per_step)
+    left = 0.0
+    if asked["hours"]:
+        seconds = asked["hours"] * 3600
+        left = max(seconds - (time.monotonic() - begin), seconds / 2)  # a slow preparation is not to leave nothing
+        steps = max(LEAST_STEPS, min(steps, math.floor(TRAINING_SHARE * left / step_seconds)))
+    else:
+        steps = min(steps, choice.steps)
+    values = settings(choice, places, corpus.valid_tokens, steps, step_seconds)
+    if left:
+        reason = "hours: saves and stops then, should the machine become slower"
+        values["train.max_hours"] = (round(left / 3600, 4), reason)
+    config = load(values, asked["words"])
+    values = overridden(values, config)
+    command_line = " ".join(shlex.quote(word) for word in ["castalia", *sys.argv[1:]])
+    head = [
+        f"Written by `{command_line}`, {time.strftime('%Y-%m-%d')}.",
+        "Each line says why. Change what you like and train again, into another folder:",
+        f"  castalia train {run / CONFIG} checkpoint.dir={run}-2",
+        "What a key means, and all others: castalia config explain KEY",
+        "",
+    ]
+    write_text(run / CONFIG, commented(values, head))
+    print(f"wrote {run / CONFIG}, to read, to change and to run again")
+    if config.train.steps:
+        passes = config.train.steps * per_step / corpus.train_tokens
+        _say("steps", f"{config.train.steps:,} of {step_seconds:.2g} s, {passes:.2g} passes over the text")
+        if passes > MAX_PASSES + 1:
+            print(f"WARNING: {passes:.0f} PASSES OVER THE TEXT: after {MAX_PASSES} a model learns it by heart")
+
+
+def _train(run: Path) -> Path:
+    from castalia.cli.train import train
+    from castalia.config.load import load_config, load_run
+    from castalia.train.run_folder import is_run
+
+    return Path(train(load_run(run) if is_run(run) else load_config(run / CONFIG)))
+
+
+def _finish(run: Path, trained: Path) -> None:
+    """Judges the model by the held-out text and lets it write."""
+    from castalia.checkpoint.formats import open_checkpoint
+    from castalia.cli.evaluate import evaluate_checkpoint
+    from castalia.errors import TrainingError
+    from castalia.reading import read_json
+
+    found = evaluate_checkpoint(open_checkpoint(trained), [], data=None, tokenizer_path=None, stride=None)
+    plan = read_json(run / PLAN, TrainingError)
+    bits, expected = found["bits_per_byte"], plan["choice"]["bits_per_byte"]
+    print()
+    _show(
+        [
+            ("result", f"{bits:.3f} bits per byte of text that it never saw (expected: {expected:.2f})"),
+            ("", f"xz needs {plan['text']['xz_bits_per_byte']:.2f}; fewer bits are better"),
+            ("it writes", sample(trained)),
+            ("talk to it", f'castalia generate {run} --prompt "Once upon a time" --temperature 0.8'),
+            ("more time", f"castalia train {run / CONFIG} checkpoint.dir={run}-2 train.steps=..."),
+        ]
+    )
+
+
+def sample(run: Path) -> str:
+    """A text out of nothing, at a temperature of 0.8."""
+    from castalia.checkpoint.formats import open_checkpoint
+    from castalia.checkpoint.restore import build_model, load_tokenizer_for
+    from castalia.generate.generation import generate
+    from castalia.train.hardware import choose_device, choose_dtype
+
+    checkpoint = open_checkpoint(run)
+    device = choose_device("auto")
+    model = build_model(checkpoint, device, choose_dtype("auto" if device.type == "cuda" else "fp32", device))
+    return generate(model, load_tokenizer_for(checkpoint), [""], max_tokens=100, temperature=0.8)[0].strip()
+
+
+def _facts(seen: Folder) -> dict[str, Any]:
+    return {
+        "bytes": seen.bytes,
+        "documents": seen.documents,
+        "kinds": dict(seen.kinds),
+        "left_out": dict(seen.left_out),
+        "xz_bits_per_byte": seen.xz_bits_per_byte,
+    }
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    from castalia.files import write_text
+
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def _say(name: str, text: str) -> None:
+    _show([(name, text)])
+
+
+def _show(rows: list[tuple[str, str]]) -> None:
+    """Names and texts in two columns, wrapped before the hundredth."""
+    import textwrap
+
+    for name, text in rows:
+        paragraphs = text.splitlines() or [""]
+        lines = [line for paragraph in paragraphs for line in textwrap.wrap(paragraph, 84) or [""]]
+        for number, line in enumerate(lines):
+            print(f"{name if number == 0 else '':<15}{line}".rstrip(), flush=True)

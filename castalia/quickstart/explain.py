@@ -1,0 +1,94 @@
+"""A choice in words: what, why, what to expect of it, and what more time would give."""
+
+from __future__ import annotations
+
+from castalia.plan.count import count
+from castalia.quickstart.choose import MAX_PASSES, Choice
+from castalia.quickstart.family import model_of
+from castalia.quickstart.look import Folder, describe
+from castalia.quickstart.measured import BASE_WIDTH, ERROR, OTHER_TEXT_ERROR, SOURCE, XZ_BITS_PER_BYTE
+
+SAME_TEXT = 0.02  # bits per byte in which xz differs on texts that are alike
+Rows = list[tuple[str, str]]
+
+
+def readable(number: float) -> str:
+    """1,234 or 1.2M"""
+    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= unit * 10 or (unit > 1e3 and number >= unit):
+            return f"{number / unit:.3g}{name}"
+    return f"{number:,.0f}"
+
+
+def time_of(seconds: float) -> str:
+    """45 seconds, 12 minutes, 3.5 hours, 2.1 days"""
+    for unit, name, most in ((1, "seconds", 120), (60, "minutes", 120), (3600, "hours", 48)):
+        if seconds < unit * most:
+            number = seconds / unit
+            return f"{number:.1f} {name}" if name == "hours" else f"{number:.0f} {name}"
+    return f"{seconds / 86400:.1f} days"
+
+
+def about_text(folder: Folder) -> Rows:
+    """What is read and what is passed over."""
+    kinds = describe(folder.kinds)
+    about = "" if folder.exact else "about "
+    rows = [
+        ("text", f"{about}{folder.bytes / 1e6:.3g} MB in {about}{folder.documents:,} documents of {kinds} files"),
+        ("passed over", describe(folder.left_out) or "no file"),
+    ]
+    if folder.bad:
+        rows.append(("", f"{len(folder.bad):,} records that are no text, the first: {folder.bad[0]}"))
+    odd = [key for key in folder.files if key != "text"]
+    if odd:
+        rows.append(("", f"of JSON records the field {', '.join(odd)} is read"))
+    return rows
+
+
+def about_choice(choice: Choice, machine: str) -> Rows:
+    model = model_of(choice.layers, choice.width, choice.vocab_size, choice.length)
+    why = {
+        "time": "of 14 sizes the one with the lowest loss to expect after this time",
+        "text": f"the text bears no larger one: it would learn {MAX_PASSES} passes over it by heart",
+        "size": "the one nearest the size that you asked for",
+    }
+    batch_tokens = choice.batch_size * choice.length
+    return [
+        ("machine", f"{machine}: about {choice.tokens_per_second:,.0f} tokens/s with this model, as measured just now"),
+        ("model", f"{readable(count(model).total)} parameters, {choice.layers} layers, {choice.width} wide: "),
+        ("", why[choice.limit]),
+        ("vocabulary", f"{choice.vocab_size:,} pieces of words, learned from the text; more for more text"),
+        ("batch", f"{choice.batch_size} sequences of {choice.length} tokens: {batch_tokens:,} tokens a step"),
+        ("", "grows with the root of all tokens, because later steps need less noise"),
+        ("rate", f"{choice.rate:g} for vectors, {choice.rate * BASE_WIDTH / choice.width:.2g} for matrices,"),
+        ("", f"by muP's rule, from {SOURCE}"),
+        ("training", f"{choice.steps:,} steps, {readable(choice.tokens)} tokens, {time_of(choice.seconds)}: "),
+        ("", f"{choice.passes:.2g} passes over the text" + _limit(choice)),
+    ]
+
+
+def _limit(choice: Choice) -> str:
+    if choice.limit != "text":
+        return ""
+    return f". IT STOPS THERE, before the time is over: after {MAX_PASSES} passes a model learns by heart"
+
+
+def error_of(folder: Folder) -> float:
+    """Share of the expected bits per byte by which they may be wrong."""
+    alike = abs(folder.xz_bits_per_byte - XZ_BITS_PER_BYTE) < SAME_TEXT
+    return ERROR if alike else ERROR + OTHER_TEXT_ERROR
+
+
+def about_loss(choice: Choice, twice: Choice, folder: Folder) -> Rows:
+    """What to expect. `twice`: the choice for twice the time."""
+    error = error_of(folder)
+    low, high = choice.bits_per_byte * (1 - error), choice.bits_per_byte * (1 + error)
+    gain = choice.bits_per_byte - twice.bits_per_byte
+    more = f"{twice.bits_per_byte:.2f} bits per byte with {readable(twice.parameters)} parameters"
+    if gain < 0.005:
+        more = "nothing: the text is used up; more text would help"
+    return [
+        ("expect", f"{choice.bits_per_byte:.2f} bits per byte of text that it never saw ({low:.2f} to {high:.2f});"),
+        ("", f"xz, which only repeats, needs {folder.xz_bits_per_byte:.2f}"),
+        ("twice the time", more),
+    ]
