@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,12 +12,13 @@ from castalia.config.schema import RunConfig
 from castalia.config.yaml_files import to_yaml
 from castalia.quickstart.choose import Choice
 from castalia.quickstart.family import architecture, rate_groups
-from castalia.quickstart.measured import SOURCE
+from castalia.quickstart.measured import BASE_WIDTH, SOURCE
 
 SAVE_SECONDS = 600.0  # from one checkpoint to the next
 EVALUATIONS = 10  # in a run
 EVALUATED_TOKENS = 50_000  # most of one evaluation
 WARMUP = 0.05
+COLUMN, WIDTH = 34, 100  # of the comments, and of the lines
 
 Settings = dict[str, tuple[Any, str]]  # dotted path of a key -> its value and why
 
@@ -44,14 +46,14 @@ def settings(choice: Choice, places: Places, valid_tokens: int, steps: int, step
         "norm": "from here on Llama's architecture: other programs can read it",
     }
     found: Settings = {f"model.{name}": (value, reasons.get(name, "")) for name, value in model.items()}
-    rate = f"by the root of the batch, from a rate measured at width 128 and 2,048 tokens: {SOURCE}"
+    rate = f"of vectors, by the root of the batch, from a rate measured at width {BASE_WIDTH}: {SOURCE}"
     return found | {
         "data.train": (places.train, "the text as tokens"),
         "data.valid": (places.valid, "text that the model never learns from: it judges it"),
         "data.seq_length": (choice.length, "tokens that the model sees at once"),
         "tokenizer.path": (places.tokenizer, "learned from the text"),
         "optimizer.lr": (choice.rate, rate),
-        "optimizer.groups": (rate_groups(choice.width), "muP: wide matrices learn at 128 / width of that"),
+        "optimizer.groups": (rate_groups(choice.width), f"muP: matrices learn at {BASE_WIDTH} / width of that rate"),
         "optimizer.betas": ([0.9, 0.95], ""),
         "optimizer.weight_decay": (0.1, ""),
         "schedule.style": ("linear", "from the full rate down to nothing at the last step"),
@@ -111,7 +113,11 @@ def _rows(tree: dict[str, Any], values: Settings, prefix: str) -> Iterator[str]:
         text = json.dumps(node) if isinstance(node, list | dict) else to_yaml({"_": node})[3:].strip()
         why = values[path][1]
         line = f"{indent}{name}: {text}"
-        yield f"{line:<34}  # {why}" if why else line
+        if why and len(line) < COLUMN and COLUMN + len(why) < WIDTH:
+            yield f"{line:<{COLUMN}}  # {why}"
+        else:
+            yield from (f"{indent}# {part}" for part in textwrap.wrap(why, WIDTH))
+            yield line
 
 
 def _value(config: RunConfig, path: str) -> Any:
