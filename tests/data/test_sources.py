@@ -118,7 +118,7 @@ def test_what_of_a_folder_is_taken_and_what_is_not(tmp_path: Path, caplog: pytes
         (tmp_path / name).write_text(name)
     assert list(documents(find_files([tmp_path]))) == ["b.txt", "sub/deep/a.txt"]
     (line,) = caplog.messages
-    assert line == f"folder {tmp_path}: 2 files are read, left out are 2 .doc, 1 no ending, 2 hidden"
+    assert line == f"folder {tmp_path}: 2 files are read, left out are 2 .doc, 2 hidden, 1 no ending"
     caplog.clear()
     find_files([tmp_path / "sub" / "deep"])
     assert not caplog.messages
