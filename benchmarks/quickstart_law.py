@@ -75,7 +75,7 @@ def run(folder: Path, layers: int, width: int, rate: float, batch: int, tokens: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", default="all", choices=("rates", "law", "all"))
-    parser.add_argument("--rate", type=float, default=0.008, help="of the runs for the law")
+    parser.add_argument("--rate", type=float, default=0.006, help="of the runs for the law")
     parser.add_argument("--threads", type=int, default=1)
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)

@@ -38,8 +38,9 @@ def command(
     """Train a model on a folder of text, in the time that you have.
 
     \b
-      castalia start my_texts --hours 9
-      castalia start examples/kjv --hours 0.1 --dry-run
+    Examples:
+      castalia start notes --hours 9
+      castalia start notes --hours 9 --dry-run
 
     Looks at the text, measures this machine, chooses model and training for the time and says why, learns a
     vocabulary, trains, judges the model by text that it never saw, and reports. Stopped and started again with
@@ -52,13 +53,13 @@ def command(
     asked = {"folder": str(folder.resolve()), "hours": wanted, "size": parameters, "words": words or []}
     if not dry_run:
         _refuse_another(run, asked)
-        if (run / CONFIG).is_file():
-            print(f"going on with {run}, which this command began")
-            _finish(run, _train(run))
-            return
-    _prepare(folder, run, asked, begin, dry_run)
+    if not dry_run and (run / CONFIG).is_file():
+        print(f"going on with {run}, which this command began")
+    else:
+        _prepare(folder, run, asked, begin, dry_run)
     if not dry_run:
-        _finish(run, _train(run))
+        _train(run)
+        _finish(run)
 
 
 def _parameters(size: str | None, hours: float | None) -> float | None:
@@ -97,8 +98,9 @@ def _refuse_another(run: Path, asked: dict[str, Any]) -> None:
 
 def _prepare(folder: Path, run: Path, asked: dict[str, Any], begin: float, dry_run: bool) -> None:
     """Looks, chooses and says so; then writes tokenizer, corpus and config, unless it is a dry run."""
-    from castalia.quickstart.explain import about_choice, about_loss, about_text
+    from castalia.quickstart.explain import about_choice, about_loss, about_text, reasons
     from castalia.quickstart.look import look
+    from castalia.report.run_report import REASONS
 
     _say("looking", f"at {folder}")
     seen = look(folder, not_inside=run)
@@ -110,6 +112,7 @@ def _prepare(folder: Path, run: Path, asked: dict[str, Any], begin: float, dry_r
         return
     run.mkdir(parents=True, exist_ok=True)
     _write_json(run / PLAN, {"asked": asked, "pace": pace, "choice": asdict(chosen), "text": _facts(seen)})
+    _write_json(run / REASONS, reasons(chosen))
     _write_config(seen, chosen, run, asked, begin)
 
 
@@ -185,47 +188,29 @@ def _write_config(seen: Folder, choice: Choice, run: Path, asked: dict[str, Any]
             print(f"WARNING: {passes:.0f} PASSES OVER THE TEXT: after {MAX_PASSES} a model learns it by heart")
 
 
-def _train(run: Path) -> Path:
+def _train(run: Path) -> None:
     from castalia.cli.train import train
     from castalia.config.load import load_config, load_run
     from castalia.train.run_folder import is_run
 
-    return Path(train(load_run(run) if is_run(run) else load_config(run / CONFIG)))
+    train(load_run(run) if is_run(run) else load_config(run / CONFIG))
 
 
-def _finish(run: Path, trained: Path) -> None:
-    """Judges the model by the held-out text and lets it write."""
-    from castalia.checkpoint.formats import open_checkpoint
-    from castalia.cli.evaluate import evaluate_checkpoint
+def _finish(run: Path) -> None:
+    """Judges the model by the held-out text and writes the report."""
     from castalia.errors import TrainingError
     from castalia.reading import read_json
+    from castalia.report.report_text import lines
+    from castalia.report.run_report import write_report
 
-    found = evaluate_checkpoint(open_checkpoint(trained), [], data=None, tokenizer_path=None, stride=None)
-    plan = read_json(run / PLAN, TrainingError)
-    bits, expected = found["bits_per_byte"], plan["choice"]["bits_per_byte"]
+    report = write_report(run, run / "report.html", say=lambda line: _say("report", line))
     print()
-    _show(
-        [
-            ("result", f"{bits:.3f} bits per byte of text that it never saw (expected: {expected:.2f})"),
-            ("", f"xz needs {plan['text']['xz_bits_per_byte']:.2f}; fewer bits are better"),
-            ("it writes", sample(trained)),
-            ("talk to it", f'castalia generate {run} --prompt "Once upon a time" --temperature 0.8'),
-            ("more time", f"castalia train {run / CONFIG} checkpoint.dir={run}-2 train.steps=..."),
-        ]
-    )
-
-
-def sample(run: Path) -> str:
-    """A text out of nothing, at a temperature of 0.8."""
-    from castalia.checkpoint.formats import open_checkpoint
-    from castalia.checkpoint.restore import build_model, load_tokenizer_for
-    from castalia.generate.generation import generate
-    from castalia.train.hardware import choose_device, choose_dtype
-
-    checkpoint = open_checkpoint(run)
-    device = choose_device("auto")
-    model = build_model(checkpoint, device, choose_dtype("auto" if device.type == "cuda" else "fp32", device))
-    return generate(model, load_tokenizer_for(checkpoint), [""], max_tokens=100, temperature=0.8)[0].strip()
+    for line in lines(report, sys.stdout.isatty()):
+        print(line)
+    expected = read_json(run / PLAN, TrainingError)["choice"]["bits_per_byte"]
+    bits = report.score.bits_per_byte
+    print(f"\n{bits:.3f} bits per byte where {expected:.2f} were expected" if bits else "")
+    print(f"wrote {run / 'report.html'}, a page to open in a browser or to send to a friend")
 
 
 def _facts(seen: Folder) -> dict[str, Any]:

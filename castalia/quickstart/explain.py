@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from castalia.plan.count import count
 from castalia.quickstart.choose import MAX_PASSES, Choice
-from castalia.quickstart.family import model_of
+from castalia.quickstart.family import SIZES
 from castalia.quickstart.look import Folder, describe
 from castalia.quickstart.measured import BASE_WIDTH, ERROR, OTHER_TEXT_ERROR, SOURCE, XZ_BITS_PER_BYTE
 
@@ -45,25 +44,39 @@ def about_text(folder: Folder) -> Rows:
     return rows
 
 
-def about_choice(choice: Choice, machine: str) -> Rows:
-    model = model_of(choice.layers, choice.width, choice.vocab_size, choice.length)
-    why = {
-        "time": "of 14 sizes the one with the lowest loss to expect after this time",
-        "text": f"the text bears no larger one: it would learn {MAX_PASSES} passes over it by heart",
+def reasons(choice: Choice) -> dict[str, str]:
+    """Why each thing is what it is."""
+    model = {
+        "time": f"of {len(SIZES)} sizes the one with the lowest loss to expect after this time",
+        "text": f"of {len(SIZES)} sizes the one with the lowest loss to expect; the text bears no larger one",
         "size": "the one nearest the size that you asked for",
     }
-    batch_tokens = choice.batch_size * choice.length
+    rate = f"{choice.rate * BASE_WIDTH / choice.width:.2g} for matrices, by muP's rule, from {SOURCE}"
+    stops = f"it stops before the time is over: after {MAX_PASSES} passes a model learns the text by heart"
+    return {
+        "model": model[choice.limit],
+        "vocabulary": "learned from the text; more for more text, fewer for narrow models",
+        "batch": "grows with the root of all tokens, because later steps need less noise",
+        "learning rate": rate,
+        "time": stops if choice.limit == "text" else "as asked, less what preparing and judging take",
+    }
+
+
+def about_choice(choice: Choice, machine: str) -> Rows:
+    why, batch_tokens = reasons(choice), choice.batch_size * choice.length
+    size = f"{readable(choice.parameters)} parameters, {choice.layers} layers, {choice.width} wide"
     return [
-        ("machine", f"{machine}: about {choice.tokens_per_second:,.0f} tokens/s with this model, as measured just now"),
-        ("model", f"{readable(count(model).total)} parameters, {choice.layers} layers, {choice.width} wide: "),
-        ("", why[choice.limit]),
-        ("vocabulary", f"{choice.vocab_size:,} pieces of words, learned from the text; more for more text"),
+        ("machine", f"{machine}: about {choice.tokens_per_second:,.0f} tokens/s with this model, measured just now"),
+        ("model", size),
+        ("", why["model"]),
+        ("vocabulary", f"{choice.vocab_size:,} pieces of words"),
+        ("", why["vocabulary"]),
         ("batch", f"{choice.batch_size} sequences of {choice.length} tokens: {batch_tokens:,} tokens a step"),
-        ("", "grows with the root of all tokens, because later steps need less noise"),
-        ("rate", f"{choice.rate:g} for vectors, {choice.rate * BASE_WIDTH / choice.width:.2g} for matrices,"),
-        ("", f"by muP's rule, from {SOURCE}"),
-        ("training", f"{choice.steps:,} steps, {readable(choice.tokens)} tokens, {time_of(choice.seconds)}: "),
-        ("", f"{choice.passes:.2g} passes over the text" + _limit(choice)),
+        ("", why["batch"]),
+        ("learning rate", f"{choice.rate:g}"),
+        ("", why["learning rate"]),
+        ("training", f"{choice.steps:,} steps, {readable(choice.tokens)} tokens, {time_of(choice.seconds)}"),
+        ("", f"{choice.passes:.2g} passes over the text{_limit(choice)}"),
     ]
 
 

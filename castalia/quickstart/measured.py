@@ -11,7 +11,7 @@ import math
 SOURCE = "benchmarks/quickstart_law.py on examples/kjv, 2026-11-29"
 
 BASE_WIDTH = 128  # that the rate belongs to; matrices of other widths learn at BASE_WIDTH / width of it
-BASE_RATE = 0.008
+BASE_RATE = 0.006
 BASE_BATCH_TOKENS = 2048
 
 # Bits per byte = FLOOR + SIZE / parameters^SIZE_POWER + TEXT / bytes^TEXT_POWER, with the parameters of the blocks and
