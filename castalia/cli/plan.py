@@ -34,7 +34,7 @@ def command(
 
     \b
     Examples:
-      castalia plan pythia-1.4b --gpus 8 --device a100-40gb
+      castalia plan pythia-1.4b --gpus 8xA100
       castalia plan run.yml --json
 
     The architecture alone is enough; what cannot be worked out from it is listed.
