@@ -6,16 +6,22 @@ power     as kill, and what was not synced is lost: files end where their last f
 full      from operation n on nothing can be made or written: ENOSPC
 readonly  from operation n on nothing can be changed: EROFS
 gone      operation n finds its path gone, once: ENOENT
+
+Or nothing fails, and `keep` gets each state of the folder that `kill`, `torn` and `power` would have left.
 """
 
 from __future__ import annotations
 
 import builtins
 import errno
+import fcntl
+import hashlib
 import io
+import json
 import os
 import pathlib
 import signal
+import stat
 import threading
 from pathlib import Path
 from typing import Any
@@ -26,11 +32,16 @@ PLAIN = ("mkdir", "rmdir", "unlink", "remove", "truncate", "symlink", "rename", 
 OF_FILES = ("fsync", "fdatasync", "ftruncate", "write", "pwrite")  # by descriptor
 
 
+State = dict[str, tuple[str, int, int]]  # path -> (file of content, "-> target" or "" for a folder; mode; mtime in ns)
+
+
 class Disk:
     """`operations`: what was done, as (kind, path below the folder)."""
 
-    def __init__(self, folder: Path, how: str = "", number: int | None = None) -> None:
-        self.folder, self.how, self.number = str(folder.resolve()) + "/", how, number
+    def __init__(self, folder: Path, how: str = "", number: int | None = None, keep: str = "") -> None:
+        self.folder, self.how, self.number, self.keep = str(folder.resolve()) + "/", how, number, keep
+        self.states: dict[str, State] = {}
+        self.moments: list[tuple[str, int, str]] = []  # (how, number, key of its state)
         self.operations: list[tuple[str, str]] = []
         self.synced: dict[tuple[int, int], tuple[int, int]] = {}  # inode -> descriptor of our own, size on disk
         self.lock = threading.RLock()
@@ -59,14 +70,16 @@ class Disk:
         inside = (whole + "/").startswith(self.folder)
         return (whole.removeprefix(self.folder) if whole + "/" != self.folder else ".") if inside else None
 
-    def count(self, kind: str, path: Any, dir_fd: int | None = None, tear: Any = None) -> None:
-        """To be called before the operation."""
+    def count(self, kind: str, path: Any, dir_fd: int | None = None, data: Any = None) -> None:
+        """To be called before the operation. `data`: what it writes; then `path` is a descriptor."""
         name = self.below(path, dir_fd)
         if name is None:
             return
         with self.lock:
             self.operations.append((kind, name))
             here = len(self.operations)
+            if self.keep:
+                self._keep_states(here, path if data is not None else None, data)
             if self.number is None or here < self.number:
                 return
             if self.how in ERRORS:
@@ -76,8 +89,8 @@ class Disk:
                     return
                 named = () if isinstance(path, int) else (self.folder + name,)  # as the system does
                 raise OSError(ERRORS[self.how], os.strerror(ERRORS[self.how]), *named)
-            if self.how == "torn" and tear is not None:
-                tear()
+            if self.how == "torn" and data is not None:
+                self.real["write"](path, half_of(data))
             if self.how == "power":
                 self._lose()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -87,6 +100,70 @@ class Disk:
         if self.how == "power" and self.number == len(self.operations) + 1:
             self._lose()
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.keep:
+            self._keep_states(len(self.operations) + 1)
+            with self.real_open(f"{self.keep}/states.json", "w") as file:
+                json.dump({"states": self.states, "moments": self.moments}, file)
+
+    def _keep_states(self, number: int, torn: int | None = None, data: Any = None) -> None:
+        """Before operation `number`, which may write to a descriptor."""
+        found = self._look()
+        kept = {"kill": {path: content for path, (content, _) in found.items()}}
+        kept["power"] = {
+            path: content[: self.synced[key][1]] if (key := (status.st_dev, status.st_ino)) in self.synced else content
+            for path, (content, status) in found.items()
+        }
+        if torn is not None:
+            whole, status = kept["kill"], os.fstat(torn)
+            at = os.lseek(torn, 0, os.SEEK_CUR)
+            at = status.st_size if fcntl.fcntl(torn, fcntl.F_GETFL) & os.O_APPEND else at
+            part = bytes(half_of(data))
+            kept["torn"] = {
+                path: content[:at] + part + content[at + len(part) :]
+                if os.path.samestat(found[path][1], status)
+                else content
+                for path, content in whole.items()
+            }
+        for how, contents in kept.items():
+            names = {path: self._keep_content(content) for path, content in contents.items()}
+            key = hashlib.blake2b(repr(sorted(names.items())).encode(), digest_size=8).hexdigest()
+            if key not in self.states:
+                statuses = {path: status for path, (_, status) in found.items()}
+                self.states[key] = {
+                    p: (name, statuses[p].st_mode, statuses[p].st_mtime_ns) for p, name in names.items()
+                }
+            self.moments.append((how, number, key))
+
+    def _keep_content(self, content: bytes | str) -> str:
+        if isinstance(content, str):
+            return content
+        name = hashlib.blake2b(content, digest_size=8).hexdigest()
+        if not os.path.exists(f"{self.keep}/{name}"):
+            with self.real_open(f"{self.keep}/{name}", "wb") as file:
+                file.write(content)
+        return name
+
+    def _look(self) -> dict[str, tuple[Any, os.stat_result]]:
+        """All that lies in the folder, at one moment, whatever other ranks do."""
+        while True:
+            try:
+                before, found = self._statuses(), {}
+                for path, status in before.items():
+                    if stat.S_ISREG(status.st_mode):
+                        with self.real_open(self.folder + path, "rb") as file:
+                            found[path] = file.read(), status
+                    else:
+                        link = stat.S_ISLNK(status.st_mode)
+                        found[path] = f"-> {os.readlink(self.folder + path)}" if link else "", status
+                if self._statuses() == before:
+                    return found
+            except FileNotFoundError:
+                pass
+
+    def _statuses(self) -> dict[str, os.stat_result]:
+        walked = ((place, name) for place, *names in os.walk(self.folder) for each in names for name in each)
+        paths = [os.path.join(place, name) for place, name in walked]
+        return {path.removeprefix(self.folder): os.lstat(path) for path in paths}
 
     def _lose(self) -> None:
         for descriptor, size in self.synced.values():
@@ -111,10 +188,7 @@ class Disk:
         real = self.real[name]
 
         def changed(descriptor: int, *rest: Any) -> Any:
-            def half() -> None:
-                self.real["write"](descriptor, memoryview(rest[0]).cast("B")[: len(rest[0]) // 2])
-
-            self.count(name, descriptor, tear=half if name == "write" else None)
+            self.count(name, descriptor, data=rest[0] if name == "write" else None)
             result = real(descriptor, *rest)
             if name in ("fsync", "fdatasync"):
                 self._is_synced(descriptor)
@@ -155,12 +229,14 @@ class Raw(io.FileIO):
     disk: Disk
 
     def write(self, data: Any) -> int:
-        def half() -> None:
-            io.FileIO.write(self, memoryview(data).cast("B")[: len(data) // 2])
-
-        self.disk.count("write", self.fileno(), tear=half)
+        self.disk.count("write", self.fileno(), data=data)
         return super().write(data)
 
     def truncate(self, size: int | None = None) -> int:
         self.disk.count("truncate", self.fileno())
         return super().truncate(size)
+
+
+def half_of(data: Any) -> memoryview:
+    whole = memoryview(data).cast("B")
+    return whole[: len(whole) // 2]

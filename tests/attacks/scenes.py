@@ -9,6 +9,8 @@ import os
 import random
 import re
 import shutil
+import stat
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,20 +206,57 @@ class Theatre:
 
     def attack(self, name: str, how: str, number: int, rank: int = 0) -> list[str]:
         """What is wrong after it, in words; nothing, mostly."""
-        scene, (first, last, _) = SCENES[name], self.open(name)
+        self.open(name)
+        scene = SCENES[name]
         self.set_up([name])
         done = self.stage.run(scene.words, self.work, how, number, scene.ranks, rank, scene.job)
-        wrong = []
-        if how in ("kill", "torn", "power"):
-            if done.code not in (0, -9):
-                wrong.append(f"ended with {done.code}: {done.said[-600:]}")
+        if how not in ("kill", "torn", "power"):
+            wrong = [f"told badly: {line}" for line in told_badly(done, scene.ranks)]
         else:
-            wrong += [f"told badly: {line}" for line in told_badly(done, scene.ranks)]
+            wrong = [] if done.code in (0, -9) else [f"ended with {done.code}: {done.said[-600:]}"]
+        return wrong + self.make_up(name, done.code != 0)
+
+    def states(self, name: str, rank: int) -> Iterator[list[tuple[str, int]]]:
+        """Puts the folder into each state in which `kill`, `torn` and `power` would leave it, and says which of them.
+
+        The command runs once. What several attacks would leave is one state.
+        """
+        self.open(name)
+        scene = SCENES[name]
+        self.set_up([name])
+        with tempfile.TemporaryDirectory(dir=self.home) as keep:
+            done = self.stage.run(scene.words, self.work, "", None, scene.ranks, rank, scene.job, keep)
+            assert done.code == 0, done.said
+            found = json.loads(Path(keep, "states.json").read_text())
+            for key, state in found["states"].items():
+                self._put(state, Path(keep))
+                yield [(how, n) for how, n, left in found["moments"] if left == key]
+
+    def _put(self, state: dict[str, tuple[str, int, int]], contents: Path) -> None:
+        """Make the folder what it was. `contents` has the files by the names of their contents."""
+        shutil.rmtree(self.work)
+        self.work.mkdir()
+        for path, (name, mode, time_ns) in sorted(state.items()):
+            target = self.work / path
+            if name.startswith("-> "):
+                target.symlink_to(name.removeprefix("-> "))
+                continue
+            if name:
+                shutil.copyfile(contents / name, target)
+                os.utime(target, ns=(time_ns, time_ns))
+            else:
+                target.mkdir()
+            target.chmod(stat.S_IMODE(mode))
+
+    def make_up(self, name: str, broken: bool) -> list[str]:
+        """What is wrong with what an attack left, and with what the same command then makes of it if it was broken."""
+        scene, (first, last, _) = SCENES[name], self.open(name)
+        wrong = []
         for path, digest in snapshot(self.work).items():
             known = {first.get(path), last.get(path)} - {None}
             if known and digest not in known and not path.endswith(GROWS):
                 wrong.append(f"neither old nor new: {path}")
-        if done.code != 0:
+        if broken:
             words = scene.again(self.work) if scene.again else scene.words
             done = self.stage.run(words or (), self.work, ranks=scene.ranks, job=scene.job)
             if done.code != 0 and "exists already" not in done.said:  # then it must be complete
@@ -236,6 +275,17 @@ def told_badly(done: Done, ranks: int) -> list[str]:
     found += [f"{len(own)} errors: {done.said[-300:]}"] if not 1 <= len(own) <= ranks else []
     causes = ("No space left", "Read-only file system", "No such file")
     return found + [line for line in own if not (any(cause in line for cause in causes) and WRITTEN.search(line))]
+
+
+def places(operations: Sequence[tuple[str, str]]) -> list[int]:
+    """Numbers of operations, from 1: of those of one kind on files of one name, but for numbers, the first and last."""
+    first: dict[tuple[str, str], int] = {}
+    last: dict[tuple[str, str], int] = {}
+    for number, (kind, path) in enumerate(operations, 1):
+        key = kind, re.sub(r"[0-9a-f]{32}|\d+", "0", path)
+        first.setdefault(key, number)
+        last[key] = number
+    return sorted({*first.values(), *last.values()})
 
 
 def points(operations: Sequence[tuple[str, str]]) -> list[int]:
@@ -260,7 +310,7 @@ def attacks(operations: Sequence[tuple[str, str]]) -> Iterator[tuple[str, int]]:
 
 def faults(operations: Sequence[tuple[str, str]]) -> Iterator[tuple[str, int]]:
     """Of the disk, before whatever operation."""
-    return ((how, number) for number in points(operations) for how in ERRORS)
+    return ((how, number) for number in places(operations) for how in ERRORS)
 
 
 def snapshot(folder: Path) -> dict[str, str]:

@@ -68,15 +68,15 @@ class Stage:
 
     def together(
         self, commands: Sequence[Sequence[str]], folder: Path, how: str = "", number: int | None = None,
-        ranks: int = 1, rank: int = 0, job: str = "",
+        ranks: int = 1, rank: int = 0, job: str = "", keep: str = "",
     ) -> list[Done]:  # fmt: skip
         """Several commands that begin at one moment, each on so many ranks, of which `rank` has the disk that fails.
 
-        `job`: the scheduler's, in which they run.
+        `job`: the scheduler's, in which they run. `keep`: see `Disk`.
         """
         assert self.process.stdin and self.process.stdout
         wanted = {"commands": [list(words) for words in commands], "folder": str(folder), "how": how, "number": number}
-        self.process.stdin.write(json.dumps(wanted | {"ranks": ranks, "rank": rank, "job": job}) + "\n")
+        self.process.stdin.write(json.dumps(wanted | {"ranks": ranks, "rank": rank, "job": job, "keep": keep}) + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         assert answer, f"the stage has died with exit code {self.process.wait()}"
@@ -143,7 +143,7 @@ def _finish(numbers: list[int], notes: str) -> list[Any]:
 
 def _play(
     words: list[str], folder: str, notes: str, place: dict[str, Any], own: int, how: str, number: int | None, rank: int,
-    job: str,
+    job: str, keep: str,
 ) -> None:  # fmt: skip
     """In the child, which does not return."""
     from castalia.cli.main import main as castalia
@@ -160,7 +160,7 @@ def _play(
         sys.stdin = os.fdopen(0, closefd=False)
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         sys.argv = ["castalia", *words]
-        disk = Disk(Path(folder), how, number)
+        disk = Disk(Path(folder), how, number, keep)
         if own == rank:
             disk.attach()
         try:

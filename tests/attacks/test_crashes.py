@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import random
+import re
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,20 +16,39 @@ import pytest
 from castalia.files import clean, put_in_place, workplace
 from tests.attacks.scenes import ERRORS, SCENES, TINY, TRAIN, Theatre, attacks, differences, faults, snapshot
 
+Attack = tuple[str, int, int]  # how, before which operation, of which rank
 QUICK = ("train", "train RUN from an earlier step, keep_last", "convert --force", "data prepare over a corpus")
 
 
-def play(theatre: Theatre, name: str, count: int | None) -> None:
-    """So many of a scene's attacks, or all of them. What is wrong after one is told with how to do it again."""
+def play(theatre: Theatre, name: str, count: int) -> None:
+    """So many of a scene's attacks. What is wrong after one is told with how to do it again."""
     operations = theatre.open(name)[2]
     todo = [(how, n, rank) for rank, done in enumerate(operations) for how, n in (*attacks(done), *faults(done))]
-    if count is not None:
-        todo = random.Random(name).sample(todo, min(count, len(todo)))
-    wrong = {attack: found for attack in todo if (found := theatre.attack(name, *attack))}
-    counts = [str(sum(each[0] == how for each in todo)) for how in ("kill", "torn", "power", *ERRORS)]
-    print(f"| {name} | {' | '.join(counts)} | {len(wrong)} |")
+    todo = random.Random(name).sample(todo, min(count, len(todo)))
+    require_nothing(operations, {attack: theatre.attack(name, *attack) for attack in todo})
+
+
+def play_all(theatre: Theatre, name: str) -> None:
+    """All of them. Those that leave a state are judged by it; see `Theatre.states`."""
+    operations = theatre.open(name)[2]
+    results: dict[Attack, list[str]] = {}
+    num_states = 0
+    for rank, done in enumerate(operations):
+        for moments in theatre.states(name, rank):
+            num_states += 1
+            found = theatre.make_up(name, broken=True)
+            results |= {(how, n, rank): found for how, n in moments}
+        results |= {(how, n, rank): theatre.attack(name, how, n, rank) for how, n in faults(done)}
+    counts = [sum(how == each for how, *_ in results) for each in ("kill", "torn", "power", *ERRORS)]
+    row = [name, *counts[:3], num_states, *counts[3:], sum(map(bool, results.values()))]
+    print(f"| {' | '.join(map(str, row))} |", flush=True)
+    require_nothing(operations, results)
+
+
+def require_nothing(operations: Sequence[Sequence[tuple[str, str]]], results: Mapping[Attack, list[str]]) -> None:
+    wrong = {attack: found for attack, found in results.items() if found}
     assert not wrong, "\n".join(
-        f"{how} before operation {n} of rank {rank}, {(operations[rank] + [('end', '')])[n - 1]}: {'; '.join(found)}"
+        f"{how} before operation {n} of rank {rank}, {[*operations[rank], ('end', '')][n - 1]}: {'; '.join(found)}"
         for (how, n, rank), found in wrong.items()
     )
 
@@ -43,10 +64,24 @@ def test_some_attacks(theatre: Theatre, name: str) -> None:
     play(theatre, name, 4)
 
 
+def test_states_are_those_that_attacks_leave(theatre: Theatre) -> None:
+    name = "data merge"  # which does the same in the same order each time
+
+    def left() -> dict[str, str]:
+        return {re.sub("[0-9a-f]{32}", "", path): digest for path, digest in snapshot(theatre.work).items()}
+
+    drawn = random.Random(name).sample(list(attacks(theatre.open(name)[2][0])), 5)
+    states = {moment: left() for moments in theatre.states(name, 0) for moment in moments}
+    for how, number in drawn:
+        theatre.set_up([name])
+        theatre.stage.run(SCENES[name].words, theatre.work, how, number)
+        assert left() == states[how, number], (how, number)
+
+
 @pytest.mark.campaign
 @pytest.mark.parametrize("name", SCENES)
 def test_all_attacks(theatre: Theatre, name: str) -> None:
-    play(theatre, name, None)
+    play_all(theatre, name)
 
 
 EVALUATE, INDEX = ["eval", "done"], ["data", "batch", *TINY]
