@@ -84,15 +84,14 @@ def plain_json(content: str | bytes) -> Any:
 
 def _deeper(value: Any, depth: int) -> bool:
     """Whether containers stand in each other more than `depth` levels deep."""
-    level = [value]
+    level = [value] if type(value) in (dict, list) else []  # which are all that JSON makes
     while level and depth >= 0:
         depth -= 1
         level = [
             inner
             for outer in level
-            if isinstance(outer, dict | list)
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, dict | list)
+            for inner in (outer.values() if type(outer) is dict else outer)
+            if type(inner) in (dict, list)
         ]
     return bool(level)
 

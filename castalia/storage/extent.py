@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from threading import RLock
@@ -221,10 +222,13 @@ class FileTensor(Leaf):
     def _fill(self, box: Box, out: torch.Tensor) -> None:
         if not out.numel():
             return
-        if self.in_order:
-            self._fill_from(self.offset, self.shape, box, out)
-            return
         size = ITEM_BYTES[self.dtype_name]
+        if self.in_order:
+            if out.shape == self.shape and out.is_contiguous():  # a short way for what is mostly asked for
+                self.extent.read(self.offset * size, as_bytes(out))
+            else:
+                self._fill_from(self.offset, self.shape, box, out)
+            return
         first = self.offset + sum(start * step for (start, _), step in zip(box, self.stride, strict=True))
         last = self.offset + sum((stop - 1) * step for (_, stop), step in zip(box, self.stride, strict=True))
         integers, data = as_integers(out), self.extent.map(first * size, (last + 1) * size)
@@ -257,7 +261,8 @@ class FileTensor(Leaf):
                 out[start - box[0][0] :][:count] = rows[(slice(None), *columns)]
 
 
-def row_major(shape: Sequence[int]) -> tuple[int, ...]:
+@lru_cache  # the same few shapes in all blocks
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The strides of a contiguous tensor."""
     return tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
 
@@ -282,6 +287,8 @@ def tiled(name: str, tiles: Sequence[Tile], shape: tuple[int, ...], dtype_name: 
 
     They must be those of a tensor that was cut in two along a dimension, and so were the halves, as often as you like.
     """
+    if len(tiles) == 1 and tiles[0].part.shape == shape and tiles[0].start == (0,) * len(shape):
+        return tiles[0].part
     filled = [tile for tile in tiles if prod(tile.part.shape)]
     if not filled and not prod(shape):
         return Zeros(shape, dtype_name)

@@ -30,7 +30,7 @@ DTYPE_CODES = {name: code for code, name in DTYPES.items()}
 MAX_HEADER_BYTES = 100 << 20
 ALIGNMENT = 64  # of the first tensor's bytes in the file: memory is copied much faster between places alike aligned
 ENTRY: Any = keys({"dtype": str, "shape": list[int], "data_offsets": list[int]})  # and __metadata__, of texts
-SLICE_BYTES = 256 << 10  # written at once: for larger writes the system takes large runs of memory, which are cold
+SLICE_BYTES = 1 << 20  # written at once: one checksum of a block, and larger pieces of the system's cache
 
 
 @lru_cache  # the tensors of a file share its path
