@@ -1,0 +1,7 @@
+"""Corpora, tokenizers, preparation of text, and the batches of a run as a pure function of config and step.
+
+The way of a batch: `indexed.py` (.bin and .idx files) -> `sample_index.py` (which pieces of documents make a sample,
+in which order) -> `blend.py` (which corpus comes next) -> `loader.py` (samples to batches; begin here). The way to a
+corpus: `sources.py` (files of text) -> `chat.py`, `template.py` (conversations) -> `tokenizer.py` -> `prepare.py`.
+The room works with NumPy and imports no torch at module level; of our packages it imports `config` only.
+"""

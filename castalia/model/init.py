@@ -1,8 +1,8 @@
-"""Initial weights: a function of (seed, tensor name, position), or the original's stream of random numbers.
+"""Initial weights: a function of (seed, tensor name, position), or GPT-NeoX's stream of random numbers.
 
-A matrix is cut into tiles of 64 x 256. Each is drawn whole, in fp64, from a CPU generator of its own, so that a rank
-draws only the tiles that its slice touches, all of its processor's cores draw at once, and every layout and machine
-gets bit-equal weights. (fp32 draws differ between instruction sets.)
+A matrix is cut into tiles of 64 x 256. Each tile is drawn whole, in fp64, from a CPU generator of its own. So a rank
+draws only the tiles that its slice touches, all cores of the CPU draw at once, and weights are bit-equal in every
+layout and on every machine. (fp32 draws differ between instruction sets.)
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TILE_ROWS, TILE_COLUMNS = 64, 256
 
 @torch.no_grad()
 def initialize(model: Transformer, cfg: ModelConfig, seed: int) -> None:
-    """Fill all parameters in place, as `cfg.init` says."""
+    """Fill all parameters in place, by the method that `cfg.init` names."""
     if (cfg.init or ("neox" if model.exact else "seeded")) == "neox":
         for name, parameter in model.named_parameters():
             if (value := constant_value(name)) is not None:
@@ -41,9 +41,9 @@ def initialize(model: Transformer, cfg: ModelConfig, seed: int) -> None:
 def seeded_tensor(
     cfg: ModelConfig, seed: int, name: str, shape: Sequence[int], slices: Sequence[slice] | None = None
 ) -> Tensor:
-    """The initial value of a canonical tensor in fp32, or the part of it that one slice for each dimension selects.
+    """The initial value of a tensor in fp32, or the part of it that `slices`, one for each dimension, select.
 
-    `shape` is the whole tensor's. Rows that pad the vocabulary are drawn like the others, and change none of them.
+    `shape` is that of the whole tensor. Rows that pad the vocabulary are drawn like the others and change none of them.
     """
     if (value := constant_value(name)) is not None:
         sizes = shape if slices is None else [len(range(*s.indices(n))) for s, n in zip(slices, shape, strict=True)]
@@ -62,7 +62,7 @@ def seeded_tensor(
 
 
 def constant_value(name: str) -> float | None:
-    """What a norm's weight, a bias or `lora_b` starts as; None for a matrix, which is random."""
+    """The value with which a norm, a bias or `lora_b` begins; None for a matrix, which is random."""
     return {"zeros": 0.0, "ones": 1.0}.get(row_of(name).init)
 
 
@@ -75,7 +75,7 @@ def _depth_gain(cfg: ModelConfig) -> float:
 
 
 def _logical_shape(cfg: ModelConfig, name: str, shape: Sequence[int]) -> tuple[int, int]:
-    """Without the rows that pad the vocabulary, so that padding changes no scale."""
+    """The shape of a matrix without the rows that pad the vocabulary, so that padding changes no scale."""
     rows = cfg.vocab_size if row_of(name).has_token_rows and cfg.vocab_size else shape[0]
     return rows, shape[1]
 
@@ -90,7 +90,7 @@ def _drawn(
     uniform: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """A part of the matrix from the tiles that it touches: `scaled` fp64 draws of variance 1, then as `dtype`."""
+    """A part of a matrix, from the tiles that it touches: fp64 draws of variance 1, given to `scaled`, as `dtype`."""
     top, bottom, _ = rows.indices(shape[0])
     left, right, _ = columns.indices(shape[1])
     part = torch.empty(bottom - top, right - left, dtype=dtype)
@@ -98,7 +98,7 @@ def _drawn(
     tiles = [(i, j) for i in bands for j in range(left // TILE_COLUMNS, -(-right // TILE_COLUMNS))]
     rest = iter(tiles)
 
-    inference = torch.is_inference_mode_enabled()  # a thread of its own has its own mode
+    inference = torch.is_inference_mode_enabled()  # the mode is per thread
 
     @torch.inference_mode(inference)
     def draw_some(_: int) -> None:
@@ -111,6 +111,7 @@ def _drawn(
                 tile.uniform_(-math.sqrt(3), math.sqrt(3), generator=generator)
             else:
                 tile.normal_(generator=generator)
+            # The overlap of tile and part, in coordinates of the tile and of the part.
             cut = tile[r0 - i * TILE_ROWS : r1 - i * TILE_ROWS, c0 - j * TILE_COLUMNS : c1 - j * TILE_COLUMNS]
             part[r0 - top : r1 - top, c0 - left : c1 - left] = scaled(cut)
 
@@ -124,9 +125,9 @@ def _drawn(
 
 
 def _cores() -> int:
-    """This process's share of those that it and the other ranks on its machine may run on."""
-    able = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, able // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+    """This process's share of the CPU cores, which it shares with the other ranks of its machine."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
 
 
 def _orthogonal(seed: int, name: str, shape: tuple[int, int]) -> Tensor:
@@ -143,9 +144,9 @@ def _generator(seed: int, name: str, i: int, j: int) -> torch.Generator:
 
 
 def neox_matrices(cfg: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """All random tensors as the original draws them in one process on the CPU: one fp32 stream, in construction order.
+    """All random tensors as GPT-NeoX draws them in one process on the CPU: one fp32 stream, in construction order.
 
-    Without pipeline stages (pipe_parallel_size 0) it builds its layers twice; the weights are the second ones.
+    With pipe_parallel_size 0, GPT-NeoX builds its layers twice, and the weights come from the second pass.
     """
     generator = torch.Generator().manual_seed(seed + 2718)
     for _ in range(cfg.init_passes - 1):
@@ -167,7 +168,7 @@ def _neox_pass(cfg: ModelConfig, generator: torch.Generator) -> Iterator[tuple[s
     for i in range(cfg.num_layers):
         block = f"blocks.{i}"
         qkv = draw(f"{block}.attn.qkv.weight", (n + 2 * kv) * d, h)
-        if kv != n:  # the original's rows are all queries, all keys, all values
+        if kv != n:  # GPT-NeoX's rows are all queries, all keys, all values; ours lie by key/value head
             q, k, v = (part.view(kv, -1, h) for part in qkv.split([n * d, kv * d, kv * d]))
             qkv = torch.cat((q, k, v), dim=1).reshape(-1, h)
         yield f"{block}.attn.qkv.weight", qkv
@@ -182,7 +183,7 @@ def _neox_pass(cfg: ModelConfig, generator: torch.Generator) -> Iterator[tuple[s
 
 
 def _neox_draw(cfg: ModelConfig, method: str, matrix: Tensor, generator: torch.Generator) -> Tensor:
-    """Fill with the very calls of the original; its fans are those of the padded matrix."""
+    """Fill by the same calls as GPT-NeoX, whose fans are those of the padded matrix."""
     if method == "xavier_uniform":
         return nn.init.xavier_uniform_(matrix, generator=generator)
     if method.endswith("orthogonal"):

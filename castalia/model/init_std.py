@@ -1,4 +1,4 @@
-"""How widely each method of initialisation spreads the values of a matrix. Needs no torch."""
+"""The standard deviation of initial values, for each method of initialisation. Needs no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from castalia.config.tensor_table import row_of
 
 
 def standard_deviation(cfg: ModelConfig, method: str, shape: Sequence[int]) -> float:
-    """Of a matrix [out, in]. Those of the orthogonal methods are exact, the others are expected."""
+    """Expected standard deviation of a matrix [out, in]; with the orthogonal methods it is exact.
+
+    small_init: Nguyen & Salazar, 1910.05895; wang_init: mesh-transformer-jax; the others as in `torch.nn.init`.
+    """
     deviations = {
         "normal": cfg.init_std,
         "scaled_normal": cfg.init_std / math.sqrt(2 * cfg.num_layers),
@@ -26,9 +29,10 @@ def standard_deviation(cfg: ModelConfig, method: str, shape: Sequence[int]) -> f
 
 
 def mup_scale(cfg: ModelConfig, method: str, name: str) -> float:
-    """muP: hidden matrices shrink like 1 / sqrt(width), the others keep the values that they have at the base width."""
+    """The factor of muP on the standard deviation: matrices of the blocks shrink like 1 / sqrt(width), all other
+    tensors keep the spread that they have at the base width (Yang et al., 2203.03466)."""
     if cfg.mup is None:
         return 1.0
-    follows_width = method in ("small_init", "wang_init")  # on their own
+    follows_width = method in ("small_init", "wang_init")  # they shrink like 1 / sqrt(width) without muP
     power = 0.5 * follows_width - 0.5 * (row_of(name).mup == "matrix")
     return cfg.mup.init_scale * cfg.width_multiplier**power

@@ -1,4 +1,7 @@
-"""The small parts of a block: linear maps and embeddings that cast where they are used, norms, and the MLP."""
+"""The parts of a block: linear maps and embeddings that cast their parameters on use, norms, and the MLP.
+
+Parameters may be fp32 while activations are bf16 or fp16: every module computes in the dtype of its input.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +27,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def is_slow_half(x: Tensor) -> bool:
-    """CPUs multiply fp16 numbers 10 to 40 times slower than the same numbers in fp32."""
+    """Whether x is fp16 on a CPU, whose products are 10 to 40 times slower than those of fp32."""
     return x.dtype == torch.float16 and x.device.type == "cpu"
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x weight^T + bias in the dtype of x."""
+    """x weight^T + bias in the dtype of x: [..., in] -> [..., out]."""
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if is_slow_half(x):
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).half()
@@ -37,9 +40,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """Computes in the input's dtype, whatever the parameters' dtype. Its values come from `init.py` or a checkpoint.
+    """A linear map that computes in the dtype of its input. Its values come from `init.py` or a checkpoint.
 
-    With an adapter, `lora_a` [rank, in] and `lora_b` [out, rank], their product is added to the weight.
+    With a LoRA adapter, `lora_a` [rank, in] and `lora_b` [out, rank], their scaled product is added to the weight.
     """
 
     lora_a: nn.Parameter | None
@@ -51,51 +54,56 @@ class Linear(nn.Linear):
         self.register_parameter("lora_b", None)
 
     def reset_parameters(self) -> None:
-        pass
+        """Do nothing, in place of torch's random values."""
 
     def add_adapter(self, cfg: LoraConfig) -> None:
-        """Its values are left unset."""
+        """Add the two matrices of an adapter, with values unset."""
         self.lora_a = nn.Parameter(torch.empty(cfg.rank, self.in_features, device=self.weight.device))
         self.lora_b = nn.Parameter(torch.empty(self.out_features, cfg.rank, device=self.weight.device))
         self.lora_scale, self.lora_dropout = cfg.scale, cfg.dropout
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
         out = linear(x, self.weight, self.bias)
         if self.lora_a is None or self.lora_b is None:
             return out
         return out + linear(linear(self.dropped(x), self.lora_a), self.lora_b) * self.lora_scale
 
     def dropped(self, x: Tensor) -> Tensor:
-        """What the adapter sees of the input while it trains."""
+        """The input of the adapter, with dropout while training."""
         return F.dropout(x, self.lora_dropout, self.training)
 
     @property
     def whole_weight(self) -> Tensor:
-        """The weight with its adapter, for those that multiply by themselves."""
+        """The weight with its adapter, [out, in], for callers that compute the product themselves."""
         if self.lora_a is None or self.lora_b is None:
             return self.weight
         return self.weight + self.lora_b @ self.lora_a * self.lora_scale
 
 
 class Embedding(nn.Embedding):
-    """An embedding without a random start: its values come from `init.py` or a checkpoint."""
+    """An embedding whose values come from `init.py` or a checkpoint."""
 
     def reset_parameters(self) -> None:
-        pass
+        """Do nothing, in place of torch's random values."""
 
 
 class LayerNorm(nn.LayerNorm):
-    """Accumulates in fp32; the parameters take part in the input's dtype."""
+    """LayerNorm with statistics in fp32 and parameters cast to the dtype of the input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight is None or self.weight.dtype == x.dtype:  # casts that do nothing take time too
+        """[..., h] -> the same shape."""
+        if self.weight is None or self.weight.dtype == x.dtype:  # even a cast that changes nothing takes time
             return super().forward(x)
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps), or with eps outside the root x / (rms(x) + eps), as the original did until 2025."""
+    """x / sqrt(mean(x^2) + eps), times a weight (Zhang & Sennrich, 1910.07467).
+
+    With eps outside of the root it is x / (rms(x) + eps), as in GPT-NeoX until 2025.
+    """
 
     def __init__(self, size: int, eps: float, eps_inside: bool) -> None:
         super().__init__()
@@ -103,6 +111,7 @@ class RMSNorm(nn.Module):
         self.eps, self.eps_inside = eps, eps_inside
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., h] -> the same shape."""
         if self.eps_inside:
             return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
         wide = x.float()
@@ -111,7 +120,7 @@ class RMSNorm(nn.Module):
 
 
 class ScaleNorm(nn.Module):
-    """Vectors of one learned length: weight * x / max(|x|, eps)."""
+    """weight * x / max(|x|, eps), with a single weight: all vectors get one learned length (1910.05895)."""
 
     def __init__(self, eps: float) -> None:
         super().__init__()
@@ -119,12 +128,14 @@ class ScaleNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., h] -> the same shape."""
         wide = x.float()
         length = wide.norm(dim=-1, keepdim=True).clamp(min=self.eps)
         return (wide / length).to(x.dtype) * self.weight.to(x.dtype)
 
 
 def build_norm(cfg: ModelConfig) -> nn.Module:
+    """The norm that `model.norm` names, over the hidden size."""
     match cfg.norm:
         case "layernorm":
             return LayerNorm(cfg.hidden_size, cfg.norm_eps)
@@ -147,5 +158,6 @@ class MLP(nn.Module):
         self.activation = ACTIVATIONS[cfg.activation]
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., h] -> [..., f] -> [..., h]."""
         inner = self.activation(self.up(x)) if self.gate is None else self.activation(self.gate(x)) * self.up(x)
         return self.down(inner)

@@ -1,4 +1,8 @@
-"""The output head and the cross-entropy as one operation that never holds fp32 logits of all tokens."""
+"""The output head and the cross-entropy as one operation, which never holds fp32 logits of all tokens.
+
+Logits are computed for a chunk of the tokens at a time. Those of 8,192 tokens over a vocabulary of 50,000 would take
+1.6 GB.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +18,15 @@ from castalia.config.loss_chunks import BLOCK_BYTES, CHUNK_BYTES
 from castalia.model.layers import is_slow_half
 
 IGNORE = -100
-HALF_GAIN = 2.0**10  # fp16 gradients of logits are held so many times as large: else those below 6e-8 would be zero
+HALF_GAIN = 2.0**10  # factor on fp16 gradients of logits, of which those below 6e-8 would become zero
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
     """Sum over the tokens of -log softmax(hidden weight^T)[label] in fp32, and the number of labels that are not -100.
 
-    `z_loss` times the square of log(sum of exp(logits)) is added for each token, which keeps the logits from drifting.
-    hidden: [..., h] in the compute dtype; weight: [V, h] in any dtype, its gradient accumulates in fp32; labels: [...].
+    `z_loss` times the square of log(sum of exp(logits)) is added for each token, which keeps the logits from drifting
+    (PaLM, 2204.02311). `hidden` [..., h] is in the compute dtype, `weight` [V, h] in any dtype with a gradient that
+    accumulates in fp32, `labels` [...].
     """
     rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     if is_slow_half(rows):
@@ -33,7 +38,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss:
 def linear_cross_entropy_reference(
     hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """The same in plain operations, with all logits in memory."""
+    """`linear_cross_entropy` in plain operations, with all logits in memory: what tests compare it with."""
     logits = F.linear(hidden, weight.to(hidden.dtype)).float().flatten(0, -2)
     real = labels.flatten() != IGNORE
     total = F.cross_entropy(logits, labels.flatten(), reduction="sum", ignore_index=IGNORE)
@@ -43,11 +48,11 @@ def linear_cross_entropy_reference(
 def token_losses(
     hidden: Tensor, weight: Tensor, labels: Tensor, first: int = 0, reduce: Callable[[Tensor, str], None] | None = None
 ) -> Tensor:
-    """-log softmax(hidden weight^T)[label] of each token in fp32, 0 where the label is -100: the shape of `labels`.
+    """-log softmax(hidden weight^T)[label] of each token in fp32, 0 where the label is -100, in the shape of `labels`.
 
-    Unlike the sum, each may get a gradient of its own; the backward pass computes the logits again, chunk by chunk.
-    A rank that holds only the rows of `weight` from `first` on gives `reduce`, which combines a tensor with those of
-    the other ranks in place by "max" or "sum".
+    Unlike in the sum, each loss may get a gradient of its own, so the backward pass computes the logits again, chunk
+    by chunk. A tensor rank that holds the rows of `weight` from `first` on passes `reduce`, which combines a tensor
+    with those of the other ranks in place, by "max" or "sum".
     """
     rows = hidden.reshape(-1, hidden.shape[-1])
     return _TokenLosses.apply(rows, weight, labels.reshape(-1), first, reduce).view(labels.shape)
@@ -57,23 +62,23 @@ class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, first: int, reduce: Any) -> Tensor:
         log_sums = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        found = torch.empty_like(log_sums)  # the labels' logits
+        label_logits = torch.empty_like(log_sums)
         cast = weight.to(hidden.dtype)
         for part, targets, here in _chunks(labels, weight, first):
             logits = (hidden[part] @ cast.T).float()
-            largest = logits.amax(dim=-1)
+            largest = logits.amax(dim=-1)  # over all ranks, so that every rank's exponentials have the same scale
             if reduce:
                 reduce(largest, "max")
             sums = (logits - largest[:, None]).exp_().sum(dim=-1)
-            found[part] = logits.gather(1, targets)[:, 0] * here
+            label_logits[part] = logits.gather(1, targets)[:, 0] * here  # 0 on ranks without the label's row
             if reduce:
                 reduce(sums, "sum")
             log_sums[part] = sums.log() + largest
         if reduce:
-            reduce(found, "sum")
+            reduce(label_logits, "sum")
         ctx.save_for_backward(hidden, weight, labels, log_sums)
         ctx.first = first
-        return (log_sums - found) * (labels != IGNORE)
+        return (log_sums - label_logits) * (labels != IGNORE)
 
     @staticmethod
     @once_differentiable
@@ -84,7 +89,7 @@ class _TokenLosses(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for part, targets, here in _chunks(labels, weight, ctx.first):
             logits = (hidden[part] @ cast.T).float()
-            d_logits = logits.sub_(log_sums[part][:, None]).exp_()
+            d_logits = logits.sub_(log_sums[part][:, None]).exp_()  # softmax minus one-hot, times the loss's gradient
             d_logits.scatter_add_(1, targets, -here.float()[:, None])
             d_logits = d_logits.mul_(grad[part][:, None]).to(hidden.dtype)
             torch.mm(d_logits, cast, out=d_hidden[part])
@@ -94,7 +99,10 @@ class _TokenLosses(torch.autograd.Function):
 
 
 def _chunks(labels: Tensor, weight: Tensor, first: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Parts of the tokens whose fp32 logits fit, with their labels as rows of `weight` [n, 1] and whether they are."""
+    """Chunks of the tokens whose fp32 logits fit into the limit.
+
+    With each come the labels as rows of `weight` [n, 1], and whether `weight` has the row of the label [n].
+    """
     num_rows = max(1, CHUNK_BYTES.get(labels.device.type, 64 << 20) // (4 * weight.shape[0]))
     for start in range(0, len(labels), num_rows):
         part = slice(start, start + num_rows)
@@ -103,7 +111,7 @@ def _chunks(labels: Tensor, weight: Tensor, first: int) -> Iterator[tuple[slice,
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Gradients are computed in the forward pass, chunk by chunk, while the chunk's logits are at hand."""
+    """Computes the gradients in the forward pass, chunk by chunk, as long as the logits of the chunk are in memory."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float, grad_enabled: bool) -> Tensor:
@@ -120,7 +128,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.addmm(d_hidden[part], logits, cast, beta=0, alpha=factor, out=d_hidden[part])
             if d_weight is not None:
                 _add_product(d_weight, logits.T, hidden[part], factor)
-            del logits  # else they would live on beside the next chunk's
+            del logits  # otherwise they would stay in memory until the next chunk's exist
         ctx.gradients = d_hidden, d_weight
         return total
 
@@ -131,7 +139,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _loss_and_gradient(logits: Tensor, labels: Tensor, z_loss: float) -> Tensor:
-    """The sum of the tokens' losses; the logits [n, V] are overwritten with their gradient times `gain`."""
+    """The sum of the losses. The logits [n, V] are overwritten with their gradients times `gain`."""
     num_rows = _rows_of(BLOCK_BYTES, logits.device, 4 * logits.shape[1])
     blocks = zip(logits.split(num_rows), labels.split(num_rows), strict=True)
     return torch.stack([_block_loss(block, wanted, z_loss) for block, wanted in blocks]).sum()
@@ -140,31 +148,32 @@ def _loss_and_gradient(logits: Tensor, labels: Tensor, z_loss: float) -> Tensor:
 def _block_loss(logits: Tensor, labels: Tensor, z_loss: float) -> Tensor:
     real, targets = (labels != IGNORE)[:, None].float(), labels.clamp(min=0)[:, None]
     wide = logits.float()
-    found, largest = wide.gather(1, targets), wide.amax(dim=-1, keepdim=True)
+    label_logits, largest = wide.gather(1, targets), wide.amax(dim=-1, keepdim=True)  # [n, 1]
     probs = F.softmax(wide, dim=-1)
     log_sums = largest - probs.amax(dim=-1, keepdim=True).log()  # the largest probability is 1 / sum of exp
-    held = real * gain(logits.dtype)
-    logits.copy_(probs.mul_(held * (1 + 2 * z_loss * log_sums)).scatter_add_(1, targets, -held))
-    return ((log_sums - found + z_loss * log_sums.square()) * real).sum()
+    factor = real * gain(logits.dtype)
+    # d loss / d logits = (1 + 2 z log_sum) softmax - one_hot(label)
+    logits.copy_(probs.mul_(factor * (1 + 2 * z_loss * log_sums)).scatter_add_(1, targets, -factor))
+    return ((log_sums - label_logits + z_loss * log_sums.square()) * real).sum()
 
 
 def gain(dtype: torch.dtype) -> float:
-    """How many times as large the gradients of logits are held in this dtype. Of products with them it is taken off."""
+    """The factor by which gradients of logits are scaled in this dtype; products with them are divided by it again."""
     return HALF_GAIN if dtype == torch.float16 else 1.0
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b; on GPUs that of fp16 matrices is in fp32, since a sum over many tokens may be too large for fp16."""
+    """a @ b. The product of fp16 matrices on a GPU is fp32, since a sum over many tokens may overflow fp16."""
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype == torch.float16 else a @ b
 
 
 def _rows_of(limits: Mapping[str, int], device: torch.device, row_bytes: int) -> int:
-    """How many rows of so many bytes are within the device's limit."""
+    """How many rows of `row_bytes` the limit of the device allows, at least one."""
     return max(1, limits.get(device.type, limits["cpu"]) // row_bytes)
 
 
 def scaled_gradients(ctx, scale: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients that the forward pass left: scaled in place, or kept if the graph is to be used again."""
+    """The gradients that the forward pass left, times `scale`; in place, unless the graph will be used again."""
     if torch._C._autograd._get_current_graph_task_keep_graph():
         return tuple(None if d is None else d * scale for d in ctx.gradients)
     gradients, ctx.gradients = ctx.gradients, None
@@ -172,7 +181,7 @@ def scaled_gradients(ctx, scale: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: float = 1.0) -> None:
-    """total += factor * (a @ b), where the total may be wider than a and b: then part by part, as CPUs widen a copy."""
+    """total += factor * (a @ b). If the total has a wider dtype, rows are added in blocks, to keep the copy small."""
     if total.dtype == b.dtype:
         total.addmm_(a, b, alpha=factor)
         return

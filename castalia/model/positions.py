@@ -1,4 +1,7 @@
-"""What depends on a token's position: rotary and sinusoidal tables, ALiBi's slopes, and which tokens see which."""
+"""Everything that depends on the position of a token: rotary and sinusoidal tables, ALiBi slopes, attention masks.
+
+Shapes: rows is b, or 1 where all sequences are alike; t queries, k keys.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,16 @@ from torch import Tensor
 from castalia.config.schema import ModelConfig, RopeScaling
 from castalia.errors import ConfigError
 
-# Cosines and sines, each [rows, t, 1, 1, rotary_size / 2]; for one position a row, where calling a kernel costs more
-# than its work, the same as one matrix [rows, d, d].
+# Cosines and sines, each [rows, t, 1, 1, rotary_size / 2]. With a single position per row, as in decoding, launching a
+# kernel costs more than its work, so the rotation is one matrix [rows, d, d] instead.
 Rotation = tuple[Tensor, Tensor] | Tensor
 
 
 class Rotary:
-    """Cosines and sines of all positions, computed in fp32 once for each device and again when longer ones come.
+    """Tables of cosines and sines, computed in fp32 once for each device, and again for longer sequences.
 
-    Not a module: the tables are derived values, never part of a checkpoint, and a model on the meta device has none.
+    It is no module: the tables are derived values, never part of a checkpoint, and a model on the meta device has none.
+    Rotary position embedding: Su et al., 2104.09864.
     """
 
     def __init__(self, cfg: ModelConfig) -> None:
@@ -28,24 +32,25 @@ class Rotary:
         self.tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, positions: Tensor, end: int, dtype: torch.dtype) -> Rotation:
-        """What `rotate` needs to know of `positions` [rows, t], all below `end`."""
+        """The rotation of each of `positions` [rows, t], which are all below `end`, for `rotate`."""
         table = self.tables.get(positions.device)
         if table is None or len(table[0]) < end:
             length = 1 << (max(end, 256) - 1).bit_length()  # a power of two: decoding rarely meets a longer one
             angles = torch.outer(torch.arange(length).float(), self.frequencies).to(positions.device)
             table = angles.cos() * self.magnitude, angles.sin() * self.magnitude
             self.tables[positions.device] = table
-        cos, sin = (part[positions][:, :, None, None].to(dtype) for part in table)
+        cos, sin = (part[positions][:, :, None, None].to(dtype) for part in table)  # [rows, t, 1, 1, size / 2]
         if positions.shape[1] > 1:
             return cos, sin
+        # The rotated unit vectors are the rows of the matrix by which `rotate` multiplies: [rows, d, d].
         basis = torch.eye(self.head_size, dtype=dtype, device=positions.device)[None, None, :, None]
         return rotate(basis.expand(len(positions), -1, -1, -1, -1), (cos, sin)).flatten(1, 3)
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Rotate the first dimensions of every head, i paired with i + half; the rest stays. x: [b, t, kv, heads, d]."""
+    """Rotate the first 2 * half dimensions of every head, i paired with i + half. x: [b, t, kv, heads, d]."""
     if isinstance(rotation, Tensor):
-        return (x.flatten(1, 3) @ rotation).view(x.shape)
+        return (x.flatten(1, 3) @ rotation).view(x.shape)  # [b, kv * heads, d] @ [b or 1, d, d], since t is 1
     cos, sin = rotation
     half = cos.shape[-1]
     first, second = x[..., :half], x[..., half : 2 * half]
@@ -53,7 +58,10 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
 
 
 def rotary_frequencies(cfg: ModelConfig) -> tuple[Tensor, float]:
-    """Radians for each position of every rotating pair, fp32 [rotary_size / 2], and the factor on cosines and sines."""
+    """Radians per position of each rotating pair, fp32 [rotary_size / 2], and the factor on cosines and sines.
+
+    Raises ConfigError if the scaling needs the length of the original training and the config does not give it.
+    """
     size = cfg.rotary_size
     exponents = torch.arange(0, size, 2, device="cpu").float() / size  # a real device even in a meta-device context
     frequencies = 1.0 / cfg.rotary_base**exponents
@@ -77,7 +85,10 @@ def rotary_frequencies(cfg: ModelConfig) -> tuple[Tensor, float]:
 
 
 def _llama3_frequencies(frequencies: Tensor, scaling: RopeScaling, original: int) -> Tensor:
-    """Slow pairs are stretched, fast ones kept, those between are blended by their turns within the original length."""
+    """Divide the frequencies of slow pairs by the factor, keep those of fast ones, and blend in between.
+
+    What counts as slow or fast is the number of turns within the length of the original training (Llama 3.1).
+    """
     turns = original * frequencies / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     keep = ((turns - low) / (high - low)).clamp(0, 1)
@@ -85,11 +96,11 @@ def _llama3_frequencies(frequencies: Tensor, scaling: RopeScaling, original: int
 
 
 def _yarn_frequencies(frequencies: Tensor, scaling: RopeScaling, original: int, base: float) -> Tensor:
-    """Like llama3's, but blended linearly over the index of the pair, between whole indices (YaRN, 2309.00071)."""
+    """As for Llama 3, but blended linearly over the index of the pair, between whole indices (YaRN, 2309.00071)."""
     size = 2 * len(frequencies)
 
     def index_of(turns: float) -> float:
-        """The pair, as a real number, that makes this many turns within the original length."""
+        """The index of the pair, as a real number, that makes this many turns within the original length."""
         return size * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
 
     first = max(math.floor(index_of(scaling.beta_fast)), 0)
@@ -100,16 +111,16 @@ def _yarn_frequencies(frequencies: Tensor, scaling: RopeScaling, original: int, 
 
 
 def sinusoids(positions: Tensor, size: int) -> Tensor:
-    """[rows, t] -> fp32 [rows, t, size]: the sines of all frequencies, then the cosines."""
+    """Sinusoidal embeddings of positions [rows, t] -> fp32 [rows, t, size]: all sines, then all cosines."""
     frequencies = 10000.0 ** (-torch.arange(0, size, 2, device=positions.device).float() / size)
     angles = positions[..., None].float() * frequencies
     return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
 
 class Alibi:
-    """Scores fall with the distance of query and key, in each head by a slope of its own (Press et al., 2108.12409).
+    """A bias on scores that falls with the distance of query and key, by a slope per head (Press et al., 2108.12409).
 
-    A shard of the heads keeps its part of the slopes.
+    A tensor rank keeps the slopes of its heads: see `shard`.
     """
 
     def __init__(self, num_heads: int) -> None:
@@ -117,18 +128,21 @@ class Alibi:
         self.tables: dict[torch.device, Tensor] = {}
 
     def on(self, device: torch.device) -> Tensor:
-        """fp32 [heads, 1, 1]. Copied once, because a copy from the host waits for all that the device has to do."""
+        """The slopes on a device, fp32 [heads, 1, 1]. Copied once, as a copy from the host waits for the device."""
         if device not in self.tables:
             self.tables[device] = torch.tensor(self.slopes, device=device)[:, None, None]
         return self.tables[device]
 
     def shard(self, rank: int, size: int) -> None:
+        """Keep the slopes of this one of `size` tensor ranks."""
         heads = len(self.slopes) // size
         self.slopes = self.slopes[rank * heads :][:heads]
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
-    """Geometric slopes of ALiBi; beyond a power of two the odd members of the next finer series follow."""
+    """The geometric slopes of ALiBi. If the number of heads is no power of two, every second member of the next finer
+    series follows.
+    """
     power = 2 ** math.floor(math.log2(num_heads))
     slopes = [2.0 ** (-8 * (i + 1) / power) for i in range(power)]
     return slopes + [2.0 ** (-4 * (2 * i + 1) / power) for i in range(num_heads - power)]
@@ -143,13 +157,16 @@ def restarted(documents: Tensor) -> Tensor:
 
 
 def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
-    """Causal, and at most `window` tokens back. Places in the sequence [rows, t], [rows, k] -> bool [rows, 1, t, k]."""
+    """Which keys each query sees: none after it, and none more than `window` tokens before it.
+
+    Places in the sequence [rows, t], [rows, k] -> bool [rows, 1, t, k].
+    """
     distance = queries[:, None, :, None] - keys[:, None, None, :]
     return distance >= 0 if window is None else (distance >= 0) & (distance <= window)
 
 
 def score_bias(queries: Tensor, keys: Tensor, seen: Tensor, alibi: Alibi | None, dtype: torch.dtype) -> Tensor:
-    """What is added to the scores: -inf where a key is not seen, else ALiBi's part of it, or nothing.
+    """The bias that is added to the scores: -inf for keys that a query does not see, else ALiBi's bias, or zero.
 
     Places in the sequence [rows, t], [rows, k], `seen` bool [rows, 1, t, k] -> [rows, 1 or heads, t, k].
     """
@@ -164,9 +181,9 @@ def score_bias(queries: Tensor, keys: Tensor, seen: Tensor, alibi: Alibi | None,
 
 
 def aligned_rows(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """An empty tensor on the device of `like`; on GPUs its rows begin at multiples of 16 bytes.
+    """An empty tensor on the device of `like`, whose rows begin at multiples of 16 bytes if that is a GPU.
 
-    The memory-efficient kernel wants that of a bias. Torch would pad one in every layer.
+    The memory-efficient kernel needs a bias that is aligned so. Torch would pad any other one anew in every layer.
     """
     *rest, width = shape
     room = -width % 8 if like.is_cuda else 0
