@@ -1,4 +1,4 @@
-"""From names, rules and opened files to a `Checkpoint`, for the formats that DeepSpeed wrote."""
+"""Put together what the readers of NeoX and Megatron-DeepSpeed share: optimizer state, progress, facts, notes."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ from castalia.config.schema import RunConfig
 from castalia.errors import CheckpointError
 from castalia.storage.lazy import TensorRef
 
-# Settings of the model that the training program's stored arguments tell: their names -> ours.
+# Stored arguments of the training program from which we take settings of the model: their names -> ours.
 ARGUMENTS = {"num_attention_heads": "num_heads", "max_position_embeddings": "max_positions"}
 
 
 def adam_states(
     rules: Sequence[Rule], ranks: Sequence[RankState] | None, default_step: int, ignore: str
 ) -> dict[str, AdamState] | None:
-    """Our optimizer state from that of every tensor rank. `default_step` stands where none is stored."""
+    """Our optimizer state from the state of every tensor rank; None where the files have none.
+
+    `default_step`: Adam's step where the files do not store it. `ignore`: see `to_ours`. Raises CheckpointError for
+    steps that differ between tensor ranks.
+    """
     if ranks is None:
         return None
-    found = {
+    tensors = {
         role: to_ours(rules, _by_name(getattr(rank, role) for rank in ranks), role, ignore) for role in STATE_ROLES
     }
     steps = _by_name(rank.step for rank in ranks)
@@ -37,9 +41,9 @@ def adam_states(
         step = stored.pop()
         for name in rule.ours.split():
             result[name] = AdamState(
-                master=found["master"][name],
-                exp_avg=found["exp_avg"][name],
-                exp_avg_sq=found["exp_avg_sq"][name],
+                master=tensors["master"][name],
+                exp_avg=tensors["exp_avg"][name],
+                exp_avg_sq=tensors["exp_avg_sq"][name],
                 step=default_step if step is None else step,
             )
     return result
@@ -48,7 +52,7 @@ def adam_states(
 def masters_apart(
     held: Mapping[str, Sequence[TensorRef]], ranks: Sequence[RankState] | None
 ) -> tuple[tuple[str, ...], str]:
-    """Tensors, by their names in the files, that are not their masters rounded, and what to say of them."""
+    """The weights, by their names in the files, that are not their fp32 masters rounded, and a note about them."""
     names: dict[str, None] = {}
     for number, rank in enumerate(ranks or ()):
         names |= dict.fromkeys(unrounded({name: refs[number] for name, refs in held.items()}, rank.master))
@@ -56,13 +60,13 @@ def masters_apart(
         return (), ""
     return tuple(names), (
         f"{len(names)} of {len(held)} stored weights are not the fp32 masters rounded ({next(iter(names))} is the "
-        "first): the ones or the others were changed. Running and converting take the weights, resuming takes the "
-        "masters, as the original does; without the *_optim_states.pt files there are only the weights"
+        "first): either the weights or the masters were changed. Running and converting take the weights, resuming "
+        "takes the masters, as DeepSpeed does; without the *_optim_states.pt files there are only the weights"
     )
 
 
 def progress(folder: Folder, config: RunConfig | None, fp16: bool) -> Progress:
-    """How far the run was. Tokens are the samples seen times the config's sequence length, 0 if either is unknown."""
+    """How far the run has come. Tokens are samples times the config's sequence length, 0 if either is unknown."""
     stored = folder.first
     tokens = stored.get("tokens") or (stored.get("global_samples") or 0) * (config.data.seq_length if config else 0)
     schedule = stored.get("lr_scheduler")
@@ -95,4 +99,5 @@ def _by_name(ranks: Iterable[Mapping]) -> dict[str, list]:
 
 
 def weight_dtype(held: Mapping[str, Sequence[TensorRef]]) -> str:
+    """The dtype of the stored weights, which DeepSpeed keeps in one dtype."""
     return next(iter(held.values()))[0].dtype_name

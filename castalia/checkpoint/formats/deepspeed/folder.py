@@ -1,4 +1,4 @@
-"""The folder that DeepSpeed writes, which NeoX and Megatron-DeepSpeed share: which files, which ranks, what is missing.
+"""The folder that DeepSpeed writes, for NeoX and Megatron-DeepSpeed alike: its files, its ranks, what is missing.
 
     layer_LL-model_TT-model_states.pt                one pipeline position on one tensor rank (pipeline layout)
     mp_rank_XX_model_states.pt                       counters; all weights of a tensor rank (sequential layout)
@@ -38,29 +38,30 @@ LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 STATE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 RANK_STATE = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
 SHARD = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
-BUFFERS = r"(inv_freq|slopes|_extra_state|masked_bias|attention\.bias)$"  # recomputed, never read
+BUFFERS = r"(inv_freq|slopes|_extra_state|masked_bias|attention\.bias)$"  # derived, never read
 
 
 @dataclass
 class Folder:
-    """A folder's files, checked for gaps, and the opened model states."""
+    """A step's folder: its files, checked for gaps, and its opened model states."""
 
     path: Path
     layers: dict[int, list[Path]] = field(default_factory=dict)  # position -> a file for each tensor rank
-    states: list[dict] = field(default_factory=list)  # opened mp_rank files; ZeRO 3: that of rank 0
+    states: list[dict] = field(default_factory=list)  # opened mp_rank files by number; ZeRO 3: that of rank 0 only
     shards: list[list[Path]] = field(default_factory=list)  # [mp rank][data-parallel rank]
     tp: int = 1
     pp: int = 1
     stage3: bool = False
-    listed: frozenset[str] = frozenset()  # the parameters that an optimizer's shapes name, as they are named there
+    listed: frozenset[str] = frozenset()  # names of parameters in the stored `param_shapes`
 
     @property
     def dp(self) -> int | None:
+        """The number of data-parallel ranks; None where nothing says."""
         return len(self.shards[0]) if self.shards else self.first.get("dp_world_size")
 
     @property
     def first(self) -> Mapping[str, Any]:
-        """What the first model state holds, empty without one."""
+        """The content of the first model state; empty if there is none."""
         return self.states[0] if self.states else {}
 
     @property
@@ -71,28 +72,33 @@ class Folder:
 
     @property
     def version(self) -> str | None:
+        """DeepSpeed's version; the first releases did not store it."""
         return self.first.get("ds_version")
 
     @property
     def zero_stage(self) -> int | None:
+        """ZeRO's stage; None where nothing says."""
         config = self.first.get("ds_config")
         stage = config.get("zero_optimization", {}).get("stage") if isinstance(config, dict) else None
         return stage if stage is not None else (1 if self.shards else None)
 
     @property
     def step(self) -> int:
+        """The training step, from the model state or the folder's name."""
         names = ("iteration", "total_iters", "global_steps")
         return next((int(self.first[name]) for name in names if name in self.first), _step_of(self.path.name))
 
 
 def names_of(path: Path) -> list[str]:
+    """The names in a folder; none if it is no folder."""
     return [entry.name for entry in path.iterdir()] if path.is_dir() else []
 
 
 def is_megatron(path: Path) -> bool:
-    """Whether a folder has Megatron's layer files: the embedding is layer 1, the first block layer 3.
+    """Whether a folder has the layer files of Megatron-DeepSpeed.
 
-    Where NeoX's first layers, 0 and 2, may have been lost, the names in a layer tell.
+    Its embedding is layer 1 and its first block layer 3, where NeoX has 0 and 2. If files are missing, so that only
+    layer 3 is certain, the names of the tensors in it decide.
     """
     files = {int(match[1]): name for name in names_of(path) if (match := LAYER.fullmatch(name))}
     if not {1, 3} & files.keys() or {0, 2} & files.keys():
@@ -101,9 +107,10 @@ def is_megatron(path: Path) -> bool:
 
 
 def scan(path: Path) -> Folder:
-    """Look at the file names and open the model states.
+    """Sort a folder's files by rank and open its model states; no tensor is read.
 
-    Raises CheckpointError that names every file which the others show to be missing, and for mixed steps and runs.
+    Raises CheckpointError for files that are missing, as far as the others imply them, and for files of several steps
+    or runs in one folder.
     """
     names = names_of(path)
     layers = _grid(path, _matches(LAYER, names), "layer", "tensor rank")
@@ -141,16 +148,16 @@ def _require_files(
     mp_ranks: int,
     pipeline: bool,
 ) -> None:
-    """Raises CheckpointError naming what is missing of every kind of file of which there should be some.
+    """Raises CheckpointError that names the missing files of every kind that the folder should have.
 
-    Layers and optimizer shards that no file tells of are not missed: weights may come alone.
+    Layers and optimizer shards that no file mentions are not required: a folder may have weights only.
     """
     shapes = [state["param_shapes"] for state in folder.states if state.get("param_shapes")]
-    if not shapes:  # the first releases keep them in the optimizer's files
+    if not shapes:  # the first releases have them in the optimizer files
         files = [files[min(files)] for files in shards.values() if files]
-        shapes = [each["param_shapes"] for file in files if (each := _opened(file, dict)).get("param_shapes")]
+        shapes = [state["param_shapes"] for file in files if (state := _opened(file, dict)).get("param_shapes")]
     folder.listed = frozenset(
-        name for each in shapes for group in ([each] if isinstance(each, Mapping) else each) for name in group
+        name for stored in shapes for group in ([stored] if isinstance(stored, Mapping) else stored) for name in group
     )
     there = [path.name for files in (*layers.values(), *shards.values()) for path in files.values()]
     there += [path.name for path in states.values()]
@@ -173,10 +180,11 @@ def _require_files(
 
 
 def layer_file(position: int, rank: int) -> str:
+    """The name of the file of one pipeline position on one tensor rank."""
     return f"layer_{position:02d}-model_{rank:02d}-model_states.pt"
 
 
-TIED = -1  # the position of a parameter that several stages hold
+TIED = -1  # stands for the position of a parameter that several stages hold
 
 
 def _positions(names: Iterable[str]) -> set[int]:
@@ -185,7 +193,10 @@ def _positions(names: Iterable[str]) -> set[int]:
 
 
 def refuse_missing(path: Path, needed: Collection[str], there: Collection[str], weights_alone: bool = False) -> None:
-    """Raises CheckpointError if files that are needed are not there: it names them, and says which ones are."""
+    """Raises CheckpointError that names the needed files that are missing, and lists those that are there.
+
+    `weights_alone`: whether the weights are complete, so that the user may do without the optimizer state.
+    """
     missing = sorted(set(needed) - set(there))
     if not missing:
         return
@@ -199,13 +210,13 @@ def refuse_missing(path: Path, needed: Collection[str], there: Collection[str], 
 
 
 def _summary(names: Collection[str]) -> str:
-    """The files of each kind by their numbers."""
+    """The numbers of the files of each kind, for an error."""
     kinds = {
         "layer files (layer-tensor rank)": [f"{m[1]}-{m[2]}" for m in map(LAYER.fullmatch, names) if m],
         "mp_rank files": [m[1] for m in map(STATE.fullmatch, names) if m],
         "optimizer files (mp_rank-data rank)": [f"{m[2]}-{m[1]}" for m in map(SHARD.fullmatch, names) if m],
     }
-    return "; ".join(f"{kind} {_some(sorted(found))}" for kind, found in kinds.items() if found) or "none of them"
+    return "; ".join(f"{kind} {_some(sorted(numbers))}" for kind, numbers in kinds.items() if numbers) or "none of them"
 
 
 def _some(numbers: Sequence[str]) -> str:
@@ -213,7 +224,10 @@ def _some(numbers: Sequence[str]) -> str:
 
 
 def weights(folder: Folder) -> dict[str, list[TensorRef]]:
-    """Every tensor by the name `position.name`, on each tensor rank. Opens the layer files, reads no tensor."""
+    """Every weight by the name `position.name`: a list of one tensor for each tensor rank. No tensor is read.
+
+    Raises CheckpointError for missing weights and for shapes that differ between tensor ranks.
+    """
     ranks: list[dict[str, TensorRef]] = [{} for _ in range(folder.tp)]
     for position, files in sorted(folder.layers.items()):
         for held, file in zip(ranks, files, strict=True):
@@ -238,14 +252,17 @@ def weights(folder: Folder) -> dict[str, list[TensorRef]]:
 
 
 def stage3_weights(folder: Folder, state: RankState) -> dict[str, list[TensorRef]]:
-    """ZeRO 3 stores no whole weight: they are the masters, rounded to the dtype of the empty tensors in their place."""
+    """The weights of ZeRO 3, which stores none: the masters rounded to the dtype of their empty placeholders."""
     stored = {global_name(name, 0): ref for name, ref in _tensors(folder.first["module"]).items()}
     dtypes = {name: ref.dtype_name for name, ref in stored.items()}
     return {name: [Cast(ref, dtypes.get(name, ref.dtype_name))] for name, ref in state.master.items()}
 
 
 def global_name(name: str, embedding: int) -> str:
-    """A parameter's name `position.name`, from the name it has in a module or an optimizer."""
+    """A parameter's name `position.name`, from its name in a module or an optimizer.
+
+    `embedding`: the position of the embedding, which tied parameters belong to.
+    """
     name = name.removeprefix("module.").removeprefix("sequential.")
     return re.sub(r"^tied_modules\.embed\.", f"{embedding}.", name)
 
@@ -253,7 +270,10 @@ def global_name(name: str, embedding: int) -> str:
 def optimizer_ranks(
     folder: Folder, held: Mapping[str, Sequence[TensorRef]], embedding: int, tied: bool
 ) -> list[RankState] | None:
-    """The optimizer state of each tensor rank, all stages together, by global names. None where none is stored."""
+    """The optimizer state of each tensor rank, all stages together, by `position.name`; None if none is stored.
+
+    `held`: the weights of `weights`. `embedding`: see `global_name`. `tied`: whether the head is the embedding.
+    """
     if not folder.shards and not any(state.get("optimizer") for state in folder.states):
         return None
     ranks = []
@@ -263,7 +283,7 @@ def optimizer_ranks(
         where = [f"{folder.path}: mp_rank_{stage * folder.tp + rank:02d}" for stage in range(folder.pp)]
         if folder.shards:
             files = [folder.shards[stage * folder.tp + rank] for stage in range(folder.pp)]
-            parts = [_sharded(*each) for each in zip(files, states, where, strict=True)]
+            parts = [_sharded(*stage) for stage in zip(files, states, where, strict=True)]
         else:
             parts = _unsharded(states, mine, embedding if tied else None, where)
         ranks.append(_merged(parts, embedding))
@@ -271,46 +291,51 @@ def optimizer_ranks(
 
 
 def loss_scale(folder: Folder) -> dict[str, float] | None:
-    """The counters of fp16's loss scaler, under DeepSpeed's names."""
+    """The counters of the fp16 loss scaler, by DeepSpeed's names; None without a scaler."""
     fields: Mapping[str, Any] = _first_optimizer(folder)
     if folder.shards:
         stored = fields.get("loss_scaler")
         fields = stored.fields if isinstance(stored, Inert) else {}
     names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-    found = {name: float(fields[name]) for name in names if isinstance(fields.get(name), (int, float))}
-    return found if "cur_scale" in found else None
+    counters = {name: float(fields[name]) for name in names if isinstance(fields.get(name), (int, float))}
+    return counters if "cur_scale" in counters else None
 
 
 def optimizer_settings(folder: Folder) -> dict[str, Any]:
-    """What the optimizer's files say of it: `betas`, `eps`, `weight_decay`, `clip_grad`, as far as they do."""
+    """The optimizer's `betas`, `eps`, `weight_decay` and `clip_grad`, as far as its files have them."""
     fields = _first_optimizer(folder)
     inner = fields.get("base_optimizer_state") or fields.get("optimizer_state_dict") or fields
     groups = inner.get("param_groups") if isinstance(inner, dict) else None
     first = groups[0] if groups and isinstance(groups[0], dict) else {}
-    found = {name: first[name] for name in ("betas", "eps", "weight_decay") if name in first}
-    return found | ({"clip_grad": fields["clip_grad"]} if "clip_grad" in fields else {})
+    settings = {name: first[name] for name in ("betas", "eps", "weight_decay") if name in first}
+    return settings | ({"clip_grad": fields["clip_grad"]} if "clip_grad" in fields else {})
 
 
 def _first_optimizer(folder: Folder) -> Mapping[str, Any]:
-    """The optimizer's state of the first rank, empty without one."""
+    """The optimizer state of the first rank; empty if there is none."""
     if folder.shards:
         return _opened(folder.shards[0][0], dict)["optimizer_state_dict"]
     return folder.first.get("optimizer") or {}
 
 
 def round_robin(folder: Folder) -> bool:
-    """Whether DeepSpeed permuted the optimizer's order, which nothing in the files undoes."""
+    """Whether DeepSpeed permuted the parameters in the optimizer; the files do not say how."""
     config = folder.first.get("ds_config")
     return isinstance(config, dict) and bool(config.get("zero_optimization", {}).get("round_robin_gradients"))
 
 
 def universal_state(folder: Folder, held: Mapping[str, Sequence[TensorRef]], embedding: int) -> list[RankState] | None:
-    """The optimizer state of DeepSpeed's universal checkpoints, which a single rank holds. None if there is none."""
+    """The optimizer state of a universal checkpoint of one tensor rank; None if the folder has no such state.
+
+    Raises CheckpointError for universal checkpoints of several tensor ranks.
+    """
     root = folder.path / "zero"
     if not root.is_dir():
         return None
     if folder.tp > 1:
-        raise CheckpointError(f"{root}: universal checkpoints of several tensor ranks cannot be read; use the original")
+        raise CheckpointError(
+            f"{root}: universal checkpoints of several tensor ranks cannot be read; give the checkpoint it was made from"
+        )
     result = RankState()
     for entry in sorted(entry for entry in root.iterdir() if entry.is_dir()):
         name = global_name(entry.name, embedding)
@@ -332,8 +357,8 @@ def _sharded(files: Sequence[Path], state: Mapping, where: str) -> RankState:
 def _unsharded(
     states: Sequence[Mapping], mine: Mapping[str, TensorRef], embedding: int | None, where: Sequence[str]
 ) -> list[RankState]:
-    """The stages' states inside the model files, which do not say what belongs to which parameter."""
-    layers: dict[int, dict[str, tuple[int, ...]]] = {}
+    """The optimizer states inside the model files, which do not say which entry belongs to which parameter."""
+    layers: dict[int, dict[str, tuple[int, ...]]] = {}  # position -> name -> shape
     for name, ref in mine.items():
         layers.setdefault(int(name.split(".")[0]), {})[name] = tuple(ref.shape)
     copy = layers.get(embedding, {}) if embedding is not None else {}
@@ -341,23 +366,23 @@ def _unsharded(
     flat = "fp32_groups_flat" in optimizers[0]
     measure: Callable[[tuple[int, ...]], int] = prod if flat else lambda shape: 1
     sizes = [_group_sizes(optimizer, flat) for optimizer in optimizers]
-    stages = split_stages(layers, copy, [sum(each) for each in sizes], measure, where[0])
+    stages = split_stages(layers, copy, [sum(groups) for groups in sizes], measure, where[0])
     result = []
-    for optimizer, shapes, each, place in zip(optimizers, stages, sizes, where, strict=True):
-        groups = parameter_groups(shapes, each, measure, place)
+    for optimizer, shapes, group_sizes, place in zip(optimizers, stages, sizes, where, strict=True):
+        groups = parameter_groups(shapes, group_sizes, measure, place)
         result.append(fp16_state(optimizer, groups, place) if flat else plain_state(optimizer, mine, groups, place))
     return result
 
 
 def _group_sizes(optimizer: Mapping, flat: bool) -> list[int]:
-    """Of each group: the elements of its flat vector, or the number of its parameters."""
+    """The size of each parameter group: elements of its flat vector, or parameters."""
     if flat:
         return [vector.shape[0] for vector in optimizer["fp32_groups_flat"]]
     return [len(group["params"]) for group in optimizer["param_groups"]]
 
 
 def _merged(parts: Sequence[RankState], embedding: int) -> RankState:
-    """The stages' states together. Of tied parameters that several stages hold, the first stage's is the true one."""
+    """The states of all stages together. Of tied parameters, which two stages have, the first stage's counts."""
     result = RankState()
     for stage in reversed(parts):
         for role in (*STATE_ROLES, "step"):
@@ -370,24 +395,24 @@ def _matches(pattern: re.Pattern, names: Sequence[str]) -> list[tuple[int, int, 
 
 
 def _grid(path: Path, cells: Sequence[tuple[int, int, str]], row: str, column: str) -> dict[int, dict[int, Path]]:
-    """Files by row and column. Raises CheckpointError where two claim one place."""
-    found: dict[int, dict[int, Path]] = {}
+    """Files by row and column. Raises CheckpointError for two files in one place."""
+    grid: dict[int, dict[int, Path]] = {}
     for y, x, name in sorted(cells):
-        if x in found.setdefault(y, {}):
-            raise CheckpointError(f"{path}: {name} and {found[y][x].name} are both {row} {y}, {column} {x}: keep one")
-        found[y][x] = path / name
-    return found
+        if x in grid.setdefault(y, {}):
+            raise CheckpointError(f"{path}: {name} and {grid[y][x].name} are both {row} {y}, {column} {x}: keep one")
+        grid[y][x] = path / name
+    return grid
 
 
 def _check_ranks(folder: Folder, mp_ranks: int) -> None:
-    """Raises CheckpointError where there are more ranks than the run had, and for files of several steps."""
-    for found, had, kind in (
+    """Raises CheckpointError for files of more ranks than the run had, and for files of several steps."""
+    for present, had, kind in (
         (mp_ranks, folder.first.get("mp_world_size"), "model"),
         (folder.tp, _stored_tp(folder), "tensor"),
     ):
-        if had and found > had:
+        if had and present > had:
             raise CheckpointError(
-                f"{folder.path}: there are files of {found} {kind} ranks, but the run had {had}: two runs share the "
+                f"{folder.path}: there are files of {present} {kind} ranks, but the run had {had}: two runs share the "
                 "folder; give each its own"
             )
     if folder.states:

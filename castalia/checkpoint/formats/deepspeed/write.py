@@ -1,6 +1,7 @@
-"""DeepSpeed's files, written: which stage holds which layers, parameter groups, flat vectors and optimizer states.
+"""Plan DeepSpeed's files: the layers of each stage, parameter groups, flat vectors and optimizer states.
 
-The counterpart of `folder.py` and of `checkpoint/zero.py`. Only descriptions of files are made here; nothing is read.
+The counterpart of `folder.py` and of `checkpoint/zero.py`, which draws the flat vectors. Nothing is read here; values
+of files are made of lazy tensors (see `castalia.storage.pt_writer`).
 """
 
 from __future__ import annotations
@@ -22,16 +23,18 @@ from castalia.errors import CheckpointError
 from castalia.storage.lazy import Box, TensorRef, Wrapper, Zeros, as_slices, flat, join, part, same_bits
 from castalia.storage.pt_writer import Instance, Named, Size
 
+# How DeepSpeed keeps an optimizer state: fp32 without ZeRO, fp16 without ZeRO, ZeRO 1, the bf16 optimizer, and ZeRO 1
+# of the first release.
 Kind = Literal["plain", "flat", "zero", "bf16", "old"]
 Tensors = Mapping[Role, Mapping[str, Sequence[TensorRef]]]  # by `position.name`, one for each tensor rank
-VERSION = "0.16.5"  # of DeepSpeed, whose files these are like
+VERSION = "0.16.5"  # of DeepSpeed, whose files we write
 OLD_BUCKET = 500_000_000  # elements that old ZeRO-1 communicates at once, by default
 PROBE_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that an optimizer treats alike, in its order, on one stage and tensor rank."""
+    """A parameter group of the optimizer on one stage and tensor rank, its parameters in the optimizer's order."""
 
     tensors: Mapping[Role, Mapping[str, TensorRef]]  # by the names that the files have
     step: int
@@ -39,20 +42,25 @@ class Group:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The parameters' shapes by name, in order."""
         return {name: tuple(ref.shape) for name, ref in self.tensors["master"].items()}
 
     @property
     def num_elements(self) -> int:
+        """Elements of all parameters together."""
         return sum(map(prod, self.shapes.values()))
 
     def vector(self, role: Role, length: int) -> TensorRef:
-        """The tensors one after another, and zeros up to `length`."""
+        """The group's flat vector [length]: all tensors of one role one after another, then zeros."""
         rest = length - self.num_elements
         return join([flat(ref) for ref in self.tensors[role].values()] + ([Zeros((rest,))] if rest else []))
 
 
 def kind_of(dtype: torch.dtype, zero: int, era: str) -> Kind:
-    """How the original keeps the optimizer's state. Raises CheckpointError where it cannot."""
+    """How DeepSpeed keeps the optimizer state for this dtype of the weights and ZeRO stage.
+
+    Raises CheckpointError for combinations that the first release does not have.
+    """
     if era == "v1" and (dtype == torch.bfloat16 or (zero and dtype != torch.float16)):
         raise CheckpointError(
             f"the first release has no {str(dtype).removeprefix('torch.')} files{' with ZeRO' if zero else ''}; "
@@ -66,38 +74,40 @@ def kind_of(dtype: torch.dtype, zero: int, era: str) -> Kind:
 
 
 def optimizer_file(kind: Kind, rank: int, model_rank: int) -> str:
+    """The name of a data-parallel rank's optimizer file. `model_rank`: stage * T + tensor rank."""
     prefix = "bf16_" if kind == "bf16" else ""
     return f"{prefix}zero_pp_rank_{rank}_mp_rank_{model_rank:02d}_optim_states.pt"
 
 
 def divide(names: Iterable[str], num_groups: int) -> list[list[str]]:
-    """Names by parameter group: all in one, or norms and biases last and the rest before them, in one or two halves."""
+    """The names of each parameter group: one group of all, or the rest in one or two halves, then norms and biases."""
     names = list(names)
     if num_groups == 1:
         return [names]
-    plain = [name for name in names if NO_DECAY.search(name)]
-    rest = [name for name in names if name not in set(plain)]
+    undecayed = [name for name in names if NO_DECAY.search(name)]
+    rest = [name for name in names if name not in set(undecayed)]
     middle = len(rest) // 2
-    return [rest, plain] if num_groups == 2 else [rest[:middle], rest[middle:], plain]
+    return [rest, undecayed] if num_groups == 2 else [rest[:middle], rest[middle:], undecayed]
 
 
 def common_step(steps: Mapping[str, int], where: str) -> int:
-    """The Adam step of a group. Raises CheckpointError where it differs between tensors."""
-    found = set(steps.values())
-    if len(found) != 1:
+    """The Adam step of a parameter group. Raises CheckpointError if it differs between tensors."""
+    distinct = set(steps.values())
+    if len(distinct) != 1:
         raise CheckpointError(
-            f"{where}: the Adam steps of the tensors differ ({sorted(found)}), where DeepSpeed has one; "
+            f"{where}: the Adam steps of the tensors differ ({sorted(distinct)}), where DeepSpeed has one; "
             "convert the weights alone with --no-optimizer"
         )
-    return found.pop()
+    return distinct.pop()
 
 
 def param_shapes(groups: Sequence[Group]) -> list[Named]:
+    """`param_shapes` of a model file: a mapping for each parameter group."""
     return [Named({name: Size(shape) for name, shape in group.shapes.items()}) for group in groups]
 
 
 def plain_optimizer(groups: Sequence[Group]) -> dict[str, Any]:
-    """fp32 without ZeRO: states are counted through the groups, and the weights are the masters."""
+    """`optimizer` for fp32 without ZeRO: parameters are numbered through all groups; weights are their own masters."""
     state: dict[int, dict] = {}
     numbers: list[list[int]] = []
     for group in groups:
@@ -109,7 +119,7 @@ def plain_optimizer(groups: Sequence[Group]) -> dict[str, Any]:
 
 
 def flat_optimizer(groups: Sequence[Group], scaler: Mapping[str, Any], clip: float) -> dict[str, Any]:
-    """fp16 without ZeRO: one vector for each group."""
+    """`optimizer` for fp16 without ZeRO: one flat vector for each group."""
     dynamic = "scale_factor" in scaler
     counters = ("cur_scale", "cur_iter", "last_overflow_iter", "scale_factor", "scale_window")
     state: dict[int, dict[str, Any]] = {
@@ -128,11 +138,12 @@ def flat_optimizer(groups: Sequence[Group], scaler: Mapping[str, Any], clip: flo
 def sharded_optimizer(
     kind: Kind, groups: Sequence[Group], rank: int, ranks: int, scaler: Mapping[str, Any], clip: float
 ) -> dict[str, Any]:
-    """`optimizer_state_dict` of ZeRO-1 and of the bf16 optimizer, on one data-parallel rank."""
+    """`optimizer_state_dict` of ZeRO 1 and of the bf16 optimizer, of data-parallel rank `rank` of `ranks`."""
     state: dict[int, dict[str, Any]] = {}
     masters, paddings = [], []
     for index, group in enumerate(groups):
         share = share_of(group, ranks)
+        # elements of this rank's share that lie beyond the group's parameters
         padding = min(share, max(0, (rank + 1) * share - group.num_elements))
         vectors = {r: part(group.vector(r, share * ranks), rank * share, (rank + 1) * share) for r in group.tensors}
         state[index] = {"step": group.step, **{role: vectors[role] for role in MOMENTS}}
@@ -160,7 +171,7 @@ def sharded_optimizer(
 
 
 def old_optimizer(groups: Sequence[Group], rank: int, ranks: int, scaler: Mapping[str, Any]) -> dict[str, Any]:
-    """`optimizer_state_dict` of the first release's ZeRO-1: groups in intervals, and each of these over the ranks."""
+    """`optimizer_state_dict` of ZeRO 1 of the first release: groups in intervals, each interval cut over the ranks."""
     pieces: list[dict[Role, list[TensorRef]]] = []
     for group in groups:
         total = group.num_elements
@@ -184,12 +195,12 @@ def old_optimizer(groups: Sequence[Group], rank: int, ranks: int, scaler: Mappin
 
 
 def share_of(group: Group, ranks: int) -> int:
-    """Elements of a group's vector on each rank; the last one's end is padding."""
+    """Elements of a group's flat vector on each rank; the last rank's share ends in padding."""
     return -(-group.num_elements // (MAX_ALIGNMENT * ranks)) * MAX_ALIGNMENT
 
 
 def _slices(group: Group, rank: int, share: int) -> Named:
-    """Where the parameters lie in a rank's part: those that have an element in it."""
+    """Where parameters lie in a rank's share, of those that have an element in it."""
     result, start, low = Named(), 0, rank * share
     for name, shape in group.shapes.items():
         stop = start + prod(shape)
@@ -207,22 +218,29 @@ def _param_groups(groups: Sequence[Group], numbers: Sequence[list[int]] | None =
 
 
 def cut_stages(weights: Sequence[int], stages: int, era: str) -> list[range]:
-    """Which of the pipeline's layers, of these weights, each stage holds: DeepSpeed's own division, old or new."""
+    """The pipeline positions of each stage, as DeepSpeed divides layers of these `weights`.
+
+    The first release divides otherwise. Raises CheckpointError if a stage would have no layer. Source:
+    `deepspeed/runtime/utils.py`, `partition_balanced`.
+    """
     if len(weights) < stages:
         raise CheckpointError(f"{len(weights)} layers cannot be cut into {stages} pipeline stages")
     cuts = _cut_old(weights, stages) if era == "v1" else _cut_even(weights, stages)
     ranges = [range(start, stop) for start, stop in pairwise(cuts)]
     if not all(ranges):
-        raise CheckpointError(f"the original would leave one of pp={stages} stages without layers; use fewer stages")
+        raise CheckpointError(f"DeepSpeed would leave one of pp={stages} stages without layers; use fewer stages")
     return ranges
 
 
 def _cut_even(weights: Sequence[int], stages: int) -> list[int]:
-    """The least difference between the heaviest and the lightest stage, built up stage by stage; late cuts win."""
+    """The cuts with the least difference between the heaviest and the lightest stage; of equal ones the latest.
+
+    Dynamic programming over stages: the best way to cover the first `stop` layers.
+    """
     sums = [0, *accumulate(weights)]
-    best = [{0: (0, 0.0, inf)}]  # of each number of stages: items covered -> last cut, heaviest, lightest
+    best = [{0: (0, 0.0, inf)}]  # by number of stages: layers covered -> last cut, heaviest stage, lightest stage
     for stage in range(1, stages + 1):
-        found: dict[int, tuple[int, float, float]] = {}
+        reached: dict[int, tuple[int, float, float]] = {}
         for stop in range(stage, len(weights) + 1):
             cost = inf
             for cut, (_, heaviest, lightest) in best[-1].items():
@@ -231,16 +249,16 @@ def _cut_even(weights: Sequence[int], stages: int) -> list[int]:
                 most = max(heaviest, sums[stop] - sums[cut])
                 least = min(lightest, sums[stop] - sums[cut])
                 if most - least <= cost:
-                    cost, found[stop] = most - least, (cut, most, least)
-        best.append(found)
+                    cost, reached[stop] = most - least, (cut, most, least)
+        best.append(reached)
     cuts = [len(weights)]
-    for found in reversed(best[1:]):
-        cuts.append(found[cuts[-1]][0])
+    for reached in reversed(best[1:]):
+        cuts.append(reached[cuts[-1]][0])
     return cuts[::-1]
 
 
 def _cut_old(weights: Sequence[int], stages: int) -> list[int]:
-    """The least heaviest stage, found by bisection; early stages are filled up to it."""
+    """The cuts whose heaviest stage is lightest. Its weight is found by bisection; early stages are filled up to it."""
     sums = list(accumulate(weights))
     low, high = sums[-1] / stages, float(sums[-1])
     while high > low + PROBE_TOLERANCE:
@@ -253,12 +271,12 @@ def _cut_old(weights: Sequence[int], stages: int) -> list[int]:
 
 
 def _filled(sums: Sequence[int], stages: int, limit: float) -> tuple[list[int], bool]:
-    """Cuts of stages that weigh less than `limit` each, and whether they suffice."""
+    """Cuts into stages of less than `limit` each, and whether they cover all layers. `sums`: cumulated weights."""
     cuts, target = [0], limit
     for _ in range(1, stages):
         cuts.append(bisect_left(sums, target))
         if cuts[-1] == len(sums):
-            rest = sums[-1] - sums[cuts[-2]]  # as in the original, without the stage's first layer
+            rest = sums[-1] - sums[cuts[-2]]  # as DeepSpeed computes it: without the stage's first layer
             return cuts + [len(sums)] * (stages + 1 - len(cuts)), rest < limit
         target = sums[cuts[-1] - 1] + limit if cuts[-1] else limit
     return [*cuts, len(sums)], target >= sums[-1]
@@ -266,7 +284,7 @@ def _filled(sums: Sequence[int], stages: int, limit: float) -> tuple[list[int], 
 
 @dataclass(frozen=True)
 class ReplicaChecked(Wrapper):
-    """An fp32 weight that has to be its own master, because the files have no place for another."""
+    """An fp32 weight that must equal its master, because the files have one place for both."""
 
     name: str
     source: TensorRef
@@ -274,10 +292,11 @@ class ReplicaChecked(Wrapper):
 
     @property
     def sources(self) -> tuple[TensorRef, ...]:  # type: ignore[override]
+        """The weight and its master, both of which are read."""
         return self.source, self.master
 
     def _take(self, box: Box) -> torch.Tensor:
-        """Raises CheckpointError where the two differ."""
+        """The weight. Raises CheckpointError if the master differs."""
         slices = as_slices(box)
         value = self.source.read(slices)
         if not same_bits(value, self.master.read(slices)):
@@ -289,7 +308,7 @@ class ReplicaChecked(Wrapper):
 
 
 def weights_of(checkpoint: Checkpoint, kind: Kind | None) -> dict[str, TensorRef]:
-    """The weights to be written; where they serve as masters too, they are compared when they are read."""
+    """The weights to be written. Where they are their own masters in the files, reading them checks that they are."""
     state = checkpoint.optimizer
     if kind != "plain" or state is None:
         return dict(checkpoint.model)
@@ -306,37 +325,38 @@ def state_of(checkpoint: Checkpoint, role: Role) -> dict[str, TensorRef]:
 
 
 def adam_steps(checkpoint: Checkpoint, rules: Iterable[Rule]) -> dict[str, int]:
-    """Adam's steps by their names. Parameters that are not ours have the highest."""
-    steps = {name: each["step"] for name, each in (checkpoint.optimizer or {}).items()}
+    """Adam's steps by the format's names. Parameters that our model does not have get the highest step."""
+    steps = {name: state["step"] for name, state in (checkpoint.optimizer or {}).items()}
     last = max(steps.values(), default=0)
     return {name: steps.get(rule.ours.split()[0], last) for rule in rules for name in rule.theirs.split()}
 
 
 @dataclass(frozen=True)
 class DeepSpeedFolder:
-    """A checkpoint on its way into a folder: everything that its files are made of."""
+    """Everything that the files of a step's folder are made of."""
 
     layout: TargetLayout
     kind: Kind | None  # None: no optimizer state
     tensors: Tensors
     steps: Mapping[str, int]  # Adam's, by `position.name`
     stages: Sequence[range]  # positions of each pipeline stage
-    tied: str  # the position that the first and the last stage share, as "0."; empty: none
+    tied: str  # prefix of the tied parameters, which the first and the last stage have ("0."); empty: none are tied
     groups: Sequence[Mapping[str, Any]]  # settings of the parameter groups, the one without weight decay last
     scaler: Mapping[str, Any]
     clip: float
 
     @property
     def pipeline(self) -> bool:
+        """Whether each layer has files of its own."""
         return self.layout.pp > 0
 
     def model_ranks(self) -> list[tuple[int, int, int]]:
-        """(number in file names, stage, tensor rank) of all."""
+        """(number in file names, pipeline stage, tensor rank) of every model rank."""
         tp = self.layout.tp
         return [(stage * tp + rank, stage, rank) for stage in range(len(self.stages)) for rank in range(tp)]
 
     def layer_files(self) -> list[OutputFile]:
-        """One file for each position on each tensor rank."""
+        """A file for each pipeline position on each tensor rank."""
         layers: dict[int, dict[str, Sequence[TensorRef]]] = {}
         for name, refs in self.tensors["weight"].items():
             position, _, inner = name.partition(".")
@@ -351,13 +371,13 @@ class DeepSpeedFolder:
         ]
 
     def module(self, rank: int) -> Named | None:
-        """The weights inside the model file, where there are no layer files."""
+        """The weights in a tensor rank's model file; None where they are in layer files."""
         if self.pipeline:
             return None
         return Named({f"sequential.{name}": refs[rank] for name, refs in self.tensors["weight"].items()})
 
     def parameters(self, stage: int) -> dict[str, str]:
-        """Of a stage's parameters, in the order of its modules: the name in optimizer files -> `position.name`."""
+        """A stage's parameters in the order of its modules: the name in optimizer files -> `position.name`."""
         if not self.pipeline:
             return {f"sequential.{name}": name for name in self.tensors["master"]}
         shared = [name for name in self.tensors["master"] if self.tied and name.startswith(self.tied)]
@@ -368,6 +388,7 @@ class DeepSpeedFolder:
         return {names.get(name, name): name for name in held}
 
     def parameter_groups(self, stage: int, rank: int, where: str) -> list[Group]:
+        """The parameter groups of a stage and tensor rank; none without an optimizer state. `where`: for errors."""
         if self.kind is None:
             return []
         parameters = self.parameters(stage)
@@ -384,13 +405,13 @@ class DeepSpeedFolder:
         ]
 
     def optimizer(self, groups: Sequence[Group]) -> dict[str, Any] | None:
-        """What lies in the model file."""
+        """`optimizer` of a model file; None where the state lies in files of its own."""
         if self.kind == "plain":
             return plain_optimizer(groups)
         return flat_optimizer(groups, self.scaler, self.clip) if self.kind == "flat" else None
 
     def optimizer_files(self, model_rank: int, groups: Sequence[Group], beside: Mapping[str, Any]) -> list[OutputFile]:
-        """The files of all data-parallel ranks; `beside`: what else they hold."""
+        """The optimizer files of all data-parallel ranks. `beside`: their entries besides the state."""
         if self.kind in (None, "plain", "flat"):
             return []
         ranks = self.layout.dp
@@ -415,7 +436,7 @@ def model_state(
     schedule: Mapping[str, Any] | None,
     config: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What DeepSpeed itself puts into an `mp_rank` file, in its order. `config`: the part that it is given."""
+    """What DeepSpeed itself stores in an `mp_rank` file, in its order. `config`: its part of the training config."""
     sharded = job.kind in ("zero", "bf16")
     return {
         "module": job.module(rank),
@@ -436,6 +457,7 @@ def model_state(
 
 
 def counters(job: DeepSpeedFolder, progress: Progress, seq_length: int) -> dict[str, int]:
+    """DeepSpeed's counters of steps and samples, and its numbers of ranks."""
     return {
         "skipped_steps": progress.skipped,
         "global_steps": progress.step,
