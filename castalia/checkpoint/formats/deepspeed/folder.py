@@ -334,7 +334,7 @@ def universal_state(folder: Folder, held: Mapping[str, Sequence[TensorRef]], emb
         return None
     if folder.tp > 1:
         raise CheckpointError(
-            f"{root}: universal checkpoints of several tensor ranks cannot be read; give the checkpoint it was made from"
+            f"{root}: universal checkpoints of several tensor ranks cannot be read; give the one it was made from"
         )
     result = RankState()
     for entry in sorted(entry for entry in root.iterdir() if entry.is_dir()):

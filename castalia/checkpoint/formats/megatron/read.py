@@ -1,4 +1,4 @@
-"""Checkpoints of GPT models that Megatron-DeepSpeed (the bigscience line) wrote in DeepSpeed's pipeline layout."""
+"""Read checkpoints of GPT models that Megatron-DeepSpeed (the BigScience fork) wrote in DeepSpeed's pipeline layout."""
 
 from __future__ import annotations
 
@@ -37,26 +37,27 @@ from castalia.config.schema import (
 from castalia.errors import CheckpointError
 
 POSITIONS = {1: "rotary", 2: "learned", 3: "alibi"}  # of megatron.enums.PositionEmbeddingType
+# `glu_activation` -> ours
 GATED = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "liglu": "identity"}
 
 
 def detect(path: Path) -> bool:
+    """Whether a folder has the layer files of Megatron-DeepSpeed."""
     return is_megatron(path)
 
 
 def read(
     path: str | Path, config: str | Path | None = None, tokenizer: str | None = None, tolerant: bool = False
 ) -> Checkpoint:
-    """Open a step's folder; no tensor is read. `config`, `tokenizer`: in place of what the files say.
+    """Open a step's folder; no tensor is read. `config`, `tokenizer`: used instead of what the files say.
 
-    Raises CheckpointError for gaps, damage, models that ours has no equal of, and a config of another model;
-    `tolerant` lists the differences in the checkpoint's details instead.
+    Raises CheckpointError for missing and damaged files, for models that ours cannot be, and for a config of another
+    model; with `tolerant` the differences are in `facts.disagreements` instead.
     """
     folder = scan(Path(path))
     held = weights(folder)
     given = load_config(config) if config else None
-    found = observed(held, MEGATRON, folder, given.model if given else None)
-    settings = found | _from_arguments(folder, held)
+    settings = observed(held, MEGATRON, folder, given.model if given else None) | _from_arguments(folder, held)
     model = merge(given.model if given else None, settings, {})
     other = given.model if given else None
     disagreements = compare(other, model, folder, MEGATRON, str(config), tolerant)
@@ -68,8 +69,8 @@ def read(
     dtype = weight_dtype(held)
     reached = progress(folder, run, fp16=dtype == "float16")
     step = folder.step - int(folder.first.get("skipped_steps") or 0)
-    apart, apart_note = masters_apart(held, ranks)
-    notes = [apart_note] if apart_note else []
+    changed, changed_note = masters_apart(held, ranks)
+    notes = [changed_note] if changed_note else []
     if not folder.states:
         notes.append("there is no mp_rank_* file: activation, version and step are guesses")
     state_notes = [] if ranks else ["there is no optimizer state: the weights can be trained on, but not resumed"]
@@ -84,7 +85,7 @@ def read(
         state_notes=tuple(state_notes),
         facts=replace(
             layout(folder),
-            masters_apart=apart,
+            masters_apart=changed,
             disagreements=disagreements,
             other_model=other if disagreements else None,
             other_source=str(config),
@@ -94,11 +95,11 @@ def read(
 
 
 def _training(folder: Folder, model: ModelConfig) -> RunConfig:
-    """The training run that the program's arguments describe, as far as they do."""
+    """The training run, as far as the stored arguments describe it. Raises CheckpointError for impossible ones."""
     args: Mapping[str, Any] = folder.args
-    told = {"eps": args.get("adam_eps"), "weight_decay": args.get("weight_decay"), "clip_grad": args.get("clip_grad")}
-    told["betas"] = tuple(args[key] for key in ("adam_beta1", "adam_beta2") if key in args) or None
-    optimizer: dict[str, Any] = {"lr": args.get("lr")} | told | optimizer_settings(folder)
+    adam = {"eps": args.get("adam_eps"), "weight_decay": args.get("weight_decay"), "clip_grad": args.get("clip_grad")}
+    adam["betas"] = tuple(args[key] for key in ("adam_beta1", "adam_beta2") if key in args) or None
+    optimizer: dict[str, Any] = {"lr": args.get("lr")} | adam | optimizer_settings(folder)
     norm = optimizer.pop("clip_grad")
     clip = {} if norm is None else {"clip_norm": norm or None}
     schedule = {"style": args.get("lr_decay_style"), "decay_steps": args.get("lr_decay_iters")}
@@ -128,23 +129,23 @@ def _given(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _in_steps(stored: Mapping[str, Any] | None, args: Mapping[str, Any]) -> dict[str, object] | None:
-    """The state of the program's schedule, which counts samples, under NeoX's names and in steps."""
+    """The state of Megatron's learning-rate schedule, which counts samples, in steps and by NeoX's names."""
     names = {"start_lr": "max_lr", "warmup_iter": "warmup_steps", "num_iters": "num_steps", "end_iter": "decay_steps"}
     batch = args.get("global_batch_size")
     if not stored or not batch or not {*names.values(), "decay_style", "min_lr"} <= stored.keys():
         return None
-    found = {ours: stored[theirs] for ours, theirs in names.items()}
-    steps = {name: whole(found[name] / batch) for name in names if name != "start_lr"}
-    return {**found, **steps, "decay_style": stored["decay_style"], "min_lr": stored["min_lr"]}
+    values = {ours: stored[theirs] for ours, theirs in names.items()}
+    steps = {name: whole(values[name] / batch) for name in names if name != "start_lr"}
+    return {**values, **steps, "decay_style": stored["decay_style"], "min_lr": stored["min_lr"]}
 
 
 def whole(value: float) -> float:
-    """As an integer where it is one."""
+    """The value as an integer if it is whole."""
     return int(value) if float(value).is_integer() else value
 
 
 def _from_arguments(folder: Folder, held: RankTensors) -> dict[str, Any]:
-    """What the training program's arguments add to the tensors."""
+    """Settings that only the stored arguments show. Raises CheckpointError for models that ours cannot be."""
     args: Mapping[str, Any] = folder.args
     if args.get("apply_residual_connection_post_layernorm"):
         raise CheckpointError(f"{folder.path}: residual connections after the norm are not supported")
@@ -152,15 +153,15 @@ def _from_arguments(folder: Folder, held: RankTensors) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder.path}: the model has a norm after its embedding (BLOOM), which is not supported"
         )
-    found: dict[str, Any] = {"parallel_residual": False, "norm_eps": args.get("layernorm_epsilon", 1e-5)}
+    settings: dict[str, Any] = {"parallel_residual": False, "norm_eps": args.get("layernorm_epsilon", 1e-5)}
     kind = args.get("position_embedding_type")
     if kind is not None and f"{MEGATRON.embedding}.position_embeddings.weight" not in held:
-        found["position"] = POSITIONS.get(kind.value, "rotary")
+        settings["position"] = POSITIONS.get(kind.value, "rotary")
     gated = args.get("glu_activation")
     fused = not args or args.get("bias_gelu_fusion") or args.get("openai_gelu")
-    found["activation"] = GATED[gated] if gated else "gelu_tanh" if fused else "gelu"
+    settings["activation"] = GATED[gated] if gated else "gelu_tanh" if fused else "gelu"
     for ours in ("attention_dropout", "hidden_dropout"):
-        found[ours] = args.get(ours) or 0.0
+        settings[ours] = args.get(ours) or 0.0
     if logical := (folder.first.get("checkpoint_info") or {}).get("original_vocab_size"):
-        found["vocab_size"] = logical
-    return found
+        settings["vocab_size"] = logical
+    return settings

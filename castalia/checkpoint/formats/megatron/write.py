@@ -1,4 +1,4 @@
-"""Writing the folders of Megatron-DeepSpeed (the bigscience line): GPT models with tied embeddings, as layer files."""
+"""Write the folders of Megatron-DeepSpeed (the BigScience fork): GPT models with tied embeddings, in layer files."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ from castalia.errors import CheckpointError
 from castalia.storage.lazy import TensorRef
 from castalia.storage.pt_writer import Instance
 
-VERSION = 3.0  # of the order of fused rows
+VERSION = 3.0  # `checkpoint_version`: the order of fused rows
 RANDOM = "there are no states of random generators: start Megatron-DeepSpeed with --no-load-rng"
-# What the program computes. A key that is not listed may have any value.
+# The values of settings that Megatron-DeepSpeed can compute. Settings that are not listed may have any.
 HOLDS: dict[str, set[Any]] = {
     "tie_embeddings": {True}, "parallel_residual": {False}, "norm": {"layernorm"}, "qk_norm": {False},
     "position": set(POSITIONS.values()), "rotary_pct": {1.0}, "rope_scaling": {None}, "sliding_window": {None},
@@ -55,14 +55,14 @@ HOLDS: dict[str, set[Any]] = {
 
 
 def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
-    """The files of a step's folder. Raises CheckpointError for what the program cannot compute."""
+    """The files of a step's folder. Raises CheckpointError for a model that Megatron-DeepSpeed cannot compute."""
     model, layout, config = architecture(checkpoint), options.layout, checkpoint.config
     assert config is not None
     check(model, layout, options.era, checkpoint.path)
     dtype, words = weight_dtype(checkpoint), vocabulary(checkpoint, model, layout.tp)
     train, batch_note = step_batch(checkpoint, layout)
     source, micro_batches = checkpoint, train.accumulation or 1
-    checkpoint = with_micro_batches(checkpoint, micro_batches)  # the program always has a pipeline engine
+    checkpoint = with_micro_batches(checkpoint, micro_batches)  # it always uses DeepSpeed's pipeline engine
     job = _job(checkpoint, model, words, dtype, layout)
     tokenizer, notes = our_tokenizer(checkpoint)
     fields = _arguments(checkpoint, config, model, words, dtype, train, layout)
@@ -86,12 +86,12 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
 
 
 def check(model: ModelConfig, layout: TargetLayout, era: str, path: str) -> None:
-    """Raises CheckpointError for what the program cannot compute, by name."""
-    found = model.model_dump()
+    """Raises CheckpointError that names the settings that Megatron-DeepSpeed cannot compute."""
+    settings = model.model_dump()
     wrong = [
-        f"model.{key}={found[key]} (only {' or '.join(map(str, allowed))})"
+        f"model.{key}={settings[key]} (only {' or '.join(map(str, allowed))})"
         for key, allowed in HOLDS.items()
-        if found[key] not in allowed and not (key == "rotary_pct" and model.position != "rotary")
+        if settings[key] not in allowed and not (key == "rotary_pct" and model.position != "rotary")
     ]
     activations = set(GATED.values()) if model.gated_mlp else {"gelu", "gelu_tanh"}
     if model.activation not in activations:
@@ -141,7 +141,7 @@ def _job(
 
 
 def _in_samples(checkpoint: Checkpoint, config: RunConfig, train: TrainConfig) -> dict[str, Any] | None:
-    """The state of the program's schedule, which counts samples (`AnnealingLR`). None where their number is unknown."""
+    """The state of Megatron's schedule (`AnnealingLR`), which counts samples; None where their number is unknown."""
     rates, batch = schedule(checkpoint, config), train.batch_size
     if rates is None or batch is None:
         return None
@@ -160,7 +160,7 @@ def _in_samples(checkpoint: Checkpoint, config: RunConfig, train: TrainConfig) -
 
 
 def _warmup(rates: Mapping[str, Any] | None, config: RunConfig) -> dict[str, Any]:
-    """Its length in the program's terms: whole steps, or a share of the decay."""
+    """The length of the warmup in Megatron's terms: whole steps, or a share of the decay."""
     steps = whole(rates["warmup_iter"]) if rates else 0
     if rates is None or isinstance(steps, int):
         return {"lr_warmup_fraction": None, "lr_warmup_iters": steps}
@@ -169,11 +169,11 @@ def _warmup(rates: Mapping[str, Any] | None, config: RunConfig) -> dict[str, Any
     return {"lr_warmup_fraction": share if known else steps / rates["end_iter"], "lr_warmup_iters": 0}
 
 
-def _tokenizer_arguments(words: TokenizerConfig) -> dict[str, Any]:
-    """Which of the program's tokenizers reads the files, and where they are."""
-    if words.kind == "gpt2" or words.merges:
-        return {"tokenizer_type": "GPT2BPETokenizer", "vocab_file": words.path, "merge_file": words.merges}
-    folder = str(Path(words.path).parent) if words.path else None
+def _tokenizer_arguments(tokenizer: TokenizerConfig) -> dict[str, Any]:
+    """The arguments that choose Megatron's tokenizer and name its files."""
+    if tokenizer.kind == "gpt2" or tokenizer.merges:
+        return {"tokenizer_type": "GPT2BPETokenizer", "vocab_file": tokenizer.path, "merge_file": tokenizer.merges}
+    folder = str(Path(tokenizer.path).parent) if tokenizer.path else None
     none = {"vocab_file": None, "merge_file": None}
     return {"tokenizer_type": "PretrainedFromHF", "tokenizer_name_or_path": folder, **none}
 
@@ -187,7 +187,7 @@ def _arguments(
     train: TrainConfig,
     layout: TargetLayout,
 ) -> dict[str, Any]:
-    """The program's arguments, as far as a config tells them."""
+    """Megatron's arguments, as far as the config has their values."""
     positions = {name: number for number, name in POSITIONS.items()}
     gates = {ours: theirs for theirs, ours in GATED.items()}
     optimizer, own, rates = config.optimizer, config.schedule, schedule(checkpoint, config)

@@ -1,4 +1,4 @@
-"""The architecture behind NeoX's and Megatron-DeepSpeed's tensors, which are believed before any config."""
+"""The architecture of NeoX's and Megatron-DeepSpeed's checkpoints: what tensors show counts before any config."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from castalia.errors import CheckpointError
 from castalia.storage.lazy import TensorRef
 
 RankTensors = Mapping[str, Sequence[TensorRef]]  # position.name -> the tensor on each tensor rank
-# What a config cannot be wrong about without being another model's; the rest is taken from the tensors in silence.
+# Settings in which a config of the same model must agree with the tensors; others are just taken from the tensors.
 MUST_AGREE = (
     "num_layers", "hidden_size", "num_heads", "kv_heads", "norm", "position", "rotary_size", "tie_embeddings",
     "gated_mlp",
@@ -22,10 +22,11 @@ MUST_AGREE = (
 
 
 def observed(held: RankTensors, names: Names, folder: Folder, config: ModelConfig | None) -> dict[str, Any]:
-    """What tensors and stored arguments say about the model, as values of its config.
+    """What tensors and stored arguments say about the model, as settings of `ModelConfig`.
 
-    Raises CheckpointError for missing layers, for a number of heads that nothing tells, and for names of the
-    Transformer Engine.
+    `held`: the weights by `position.name`. `config`: the model of the training config, which is asked for the number of
+    heads where the files do not store it. Raises CheckpointError for missing layers, for an unknown number of heads,
+    and for tensors of the Transformer Engine.
     """
     path, args = folder.path, folder.args
     if foreign := [name for name in held if "fc1_weight" in name or ".attention.qkv." in name]:
@@ -55,12 +56,13 @@ def observed(held: RankTensors, names: Names, folder: Folder, config: ModelConfi
     if hidden % heads or heads % tp:
         raise CheckpointError(f"{path}: {heads} heads divide neither hidden size {hidden} nor {tp} tensor ranks")
     head_size = hidden // heads
+    # rows of the fused matrix, on all ranks: (heads + 2 * kv_heads) * head_size
     kv_heads, rest = divmod(held[f"{first}.{fused}"][0].shape[0] * tp // head_size - heads, 2)
     if rest or kv_heads < 1 or heads % kv_heads or kv_heads % tp:
         rows = held[f"{first}.{fused}"][0].shape[0] * tp
         raise CheckpointError(f"{path}: {rows} rows of {fused} do not fit {heads} heads of {head_size} on {tp} ranks")
     up, down = held[f"{first}.{names.up}.weight"][0], held[f"{first}.{names.down}.weight"][0]
-    found = {
+    settings = {
         "num_layers": num_layers,
         "hidden_size": hidden,
         "num_heads": heads,
@@ -75,26 +77,26 @@ def observed(held: RankTensors, names: Names, folder: Folder, config: ModelConfi
         "vocab_size": embedding[0].shape[0] * tp,
         "vocab_multiple": _vocab_multiple(embedding[0].shape[0] * tp, args, tp),
     }
-    return found | _position(held, names, first, head_size, args, config)
+    return settings | _position(held, names, first, head_size, args, config)
 
 
-def merge(config: ModelConfig | None, found: Mapping[str, Any], defaults: Mapping[str, Any]) -> ModelConfig:
-    """The config's model, or the defaults, with what the tensors tell in place of what they contradict."""
-    return ModelConfig(**{**(defaults if config is None else config.model_dump()), **found})
+def merge(config: ModelConfig | None, observations: Mapping[str, Any], defaults: Mapping[str, Any]) -> ModelConfig:
+    """The config's model, or the defaults, with the settings that the tensors show."""
+    return ModelConfig(**{**(defaults if config is None else config.model_dump()), **observations})
 
 
 def compare(
     config: ModelConfig | None, model: ModelConfig, folder: Folder, names: Names, source: str, tolerant: bool
 ) -> tuple[str, ...]:
-    """How a config differs from the tensors' model in what it cannot be wrong about, a line for each difference.
+    """A line for each setting in which a config contradicts the tensors' model, so that it must be of another model.
 
-    Raises CheckpointError if there are any, unless `tolerant`.
+    `source` names the config. Raises CheckpointError if there are any, unless `tolerant`.
     """
     if config is None:
         return ()
     settings = list(MUST_AGREE)
     if not model.gated_mlp:
-        settings.append("mlp_width")  # of gated models the original derives the width in several ways
+        settings.append("mlp_width")  # NeoX derives the width of gated models in several ways
     lines = [
         f"{name}: {getattr(model, name)} in the tensors, {getattr(config, name)} in the config {source}"
         for name in settings
@@ -125,7 +127,7 @@ def _file_of(name: str) -> str:
 
 
 def _count_layers(held: RankTensors, names: Names, fused: str, folder: Folder) -> int:
-    """How many blocks there should be. Raises CheckpointError unless all of them, and all around them, are there."""
+    """The number of blocks. Raises CheckpointError unless the tensors of all of them, and of both ends, are there."""
     positions = {int(name.split(".")[0]) for name in held}
     blocks = [position for position in positions if f"{position}.{fused}" in held]
     norms = [p for p in positions for end in ("weight", "scale", "g") if f"{p}.{names.final_norm}{end}" in held]
@@ -167,19 +169,19 @@ def _position(
     longest = args.get("max_position_embeddings")
     if learned is not None:
         return {"position": "learned", "max_positions": learned[0].shape[0]}
-    found: dict[str, Any] = {"max_positions": longest} if longest else {}
+    settings: dict[str, Any] = {"max_positions": longest} if longest else {}
     if f"{first}.{names.attention}.alibi_embed.slopes" in held:
-        return found | {"position": "alibi"}
+        return settings | {"position": "alibi"}
     if config is not None and config.position != "learned":
-        found["position"] = config.position
+        settings["position"] = config.position
     else:
-        found["position"] = "rotary"
+        settings["position"] = "rotary"
     frequencies = held.get(f"{first}.{names.attention}.rotary_emb.inv_freq")
     if frequencies is not None:
-        rotating = 2 * frequencies[0].shape[0]
+        rotating = 2 * frequencies[0].shape[0]  # dimensions of a head; each frequency turns a pair
         if config is None or config.rotary_size // 2 != frequencies[0].shape[0]:
-            found["rotary_pct"] = rotating / head_size
-    return found
+            settings["rotary_pct"] = rotating / head_size
+    return settings
 
 
 def _vocab_multiple(rows: int, args: Mapping[str, Any], tp: int) -> int:
@@ -188,7 +190,7 @@ def _vocab_multiple(rows: int, args: Mapping[str, Any], tp: int) -> int:
 
 
 def config_files(folder: Path) -> list[Path]:
-    """The config files that lie with a checkpoint: in `configs/`, else beside its files."""
+    """The config files of a checkpoint: those in `configs/`, or else those in its folder."""
     for place in (folder / "configs", folder):
         files = sorted(
             path for path in place.glob("*") if re.fullmatch(r".*\.(yml|yaml)", path.name) and path.is_file()

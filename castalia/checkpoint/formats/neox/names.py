@@ -1,6 +1,7 @@
-"""Where NeoX and Megatron-DeepSpeed put each of our tensors, and how their tensor ranks share it.
+"""The names of tensors in NeoX and Megatron-DeepSpeed, and how tensor ranks share each tensor.
 
-Their names are `position.name`: the position in the pipeline's list of layers, then the name inside the layer's file.
+Names are `position.name`: the position in the pipeline's list of layers, and the name in that layer's file. Source:
+`megatron/model/gpt2_model.py` and `transformer.py` of GPT-NeoX.
 """
 
 from __future__ import annotations
@@ -35,20 +36,22 @@ GqaRows = Literal["old", "new"]
 
 @dataclass(frozen=True)
 class Names:
-    """What differs between the programs, and between NeoX's eras."""
+    """What differs between the two programs, and between NeoX's eras."""
 
-    embedding: int = 0  # positions
-    first_block: int = 2
+    embedding: int = 0  # its position
+    first_block: int = 2  # its position
     attention: str = "attention"
     up: str = "mlp.linear1"
     down: str = "mlp.linear2"
-    gate: str | None = None  # None: gated models store [up; gate] as one
+    gate: str | None = None  # None: gated models store up and gate as one matrix, [up; gate]
     final_norm: str = "norm."
 
     def norm_position(self, num_layers: int) -> int:
+        """The position of the final norm."""
         return self.first_block + num_layers + 1
 
     def head(self, num_layers: int) -> str:
+        """The name of the head's matrix."""
         return f"{self.first_block + num_layers + 2}.final_linear.weight"
 
 
@@ -61,18 +64,20 @@ MEGATRON = Names(1, 3, "self_attention", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h
 def table(names: Names, model: ModelConfig, tp: int, qkv: Op) -> list[Rule]:
     """The rules of a model on `tp` tensor ranks; `qkv` is the operation on the fused attention matrix."""
     shards, columns, copies = ConcatRanks(tp), ConcatRanks(tp, dim=1), SameOnRanks(tp)
-    # A parallel residual adds every rank's copy before the all-reduce, a sequential one adds one copy after it.
+    # With a parallel residual every rank adds its bias before the all-reduce; otherwise one copy is added after it.
     added: Op = SumOverRanks(tp) if model.parallel_residual else copies
 
     def norm(ours: str, theirs: str) -> list[Rule]:
+        """The rules of a norm's parameters."""
         parameters = NORM_PARAMETERS[model.norm].items()
         return [Rule(f"{ours}.{mine}", f"{theirs}{its}", copies) for mine, its in parameters]
 
     def linear(ours: str, theirs: str, weight: Op, bias: Op | None) -> list[Rule]:
+        """The rules of a matrix and, if it has one, its bias, in every block."""
         rules = [Rule(f"blocks.{{i}}.{ours}.weight", f"{{layer}}.{theirs}.weight", weight)]
         return rules + ([Rule(f"blocks.{{i}}.{ours}.bias", f"{{layer}}.{theirs}.bias", bias)] if bias else [])
 
-    # In the order of the original's modules, which is that of its optimizer too.
+    # In the order of NeoX's modules, which is also the order of its optimizer.
     block = norm("blocks.{i}.norm1", "{layer}.input_layernorm.")
     biased = model.attention_bias
     if model.qk_norm:
@@ -104,8 +109,10 @@ def table(names: Names, model: ModelConfig, tp: int, qkv: Op) -> list[Rule]:
 
 
 def first_rank(model: ModelConfig, tp: int, pp: int) -> dict[str, tuple[int, int] | None]:
-    """What the first tensor rank of the first stage holds in the first release: of a tensor the first `size` entries
-    in dimension `dim`, or all of it (None)."""
+    """The tensors that the first tensor rank of the first stage holds in NeoX's first release.
+
+    By our names: (dim, size) for the first `size` entries in dimension `dim`, None for the whole tensor.
+    """
     from castalia.checkpoint.formats.deepspeed.write import cut_stages  # imports torch
 
     stage = cut_stages([0, 1, *[1] * model.num_layers, 1, 0, 0], pp, "v1")[0]
@@ -118,14 +125,16 @@ def first_rank(model: ModelConfig, tp: int, pp: int) -> dict[str, tuple[int, int
 
 
 def neox_qkv(model: ModelConfig, tp: int, rows: GqaRows) -> Op:
-    """NeoX's fused rows to ours, which are grouped by key/value head: its queries, then its key and value.
+    """The operation on NeoX's fused query/key/value rows.
 
-    Without grouped queries both are the same. With them each rank holds all its queries, then keys, then values
-    ("new"), or for each query head its query and its share of a key and a value ("old").
+    Ours are grouped by key/value head: the group's queries, its key, its value. Without grouped queries NeoX has the
+    same. With them each tensor rank has all its queries, then its keys, then its values ("new" rows), or for each query
+    head the query and the head's share of a key and a value ("old" rows).
     """
     n, kv, d = model.num_heads, model.kv_heads, model.head_size
     if kv == n:
         return ConcatRanks(tp)
+    # The rank's rows are split into queries, keys and values, which are then interleaved by group.
     grouped = Interleave((n // kv * d, d, d), kv // tp)
     split = (
         Interleave((n // tp * d, kv // tp * d, kv // tp * d))
@@ -136,7 +145,11 @@ def neox_qkv(model: ModelConfig, tp: int, rows: GqaRows) -> Op:
 
 
 def megatron_qkv(model: ModelConfig, tp: int, version: float) -> Op:
-    """Megatron's fused rows: (3, n, d) in version 0, (n, d, 3) in 1.0, our (n, 3, d) since 2.0, on each rank."""
+    """The operation on Megatron's fused query/key/value rows, by checkpoint version.
+
+    Each tensor rank has n heads of d dimensions in the order (3, n, d) in version 0, (n, d, 3) in version 1, and since
+    version 2 in our order (n, 3, d).
+    """
     n, d = model.num_heads // tp, model.head_size
     if version >= 2:
         return ConcatRanks(tp)

@@ -1,4 +1,4 @@
-"""Checkpoints of GPT-NeoX: every era, sequential and pipeline layouts, any number of tensor and pipeline ranks."""
+"""Read GPT-NeoX's checkpoints of every era, with and without pipeline files, of any number of ranks."""
 
 from __future__ import annotations
 
@@ -42,14 +42,17 @@ from castalia.config.schema import DataConfig, ModelConfig, RunConfig, Tokenizer
 from castalia.errors import CheckpointError
 
 ERAS: dict[str, Names] = {"head": HEAD, "w1-w3": W123, "v2": LEGACY, "v1": LEGACY}
-FIRST_WITH_NEW_ROWS = (0, 16)  # of DeepSpeed; grouped queries and RMSNorm changed without a mark in the files
+FIRST_WITH_NEW_ROWS = (
+    0,
+    16,
+)  # of DeepSpeed; NeoX changed grouped queries and RMSNorm then, without a mark in its files
 
 
 def detect(path: Path) -> bool:
-    """Whether a folder has DeepSpeed's files and is not Megatron's."""
+    """Whether a folder has DeepSpeed's files, and not those of Megatron-DeepSpeed."""
     kinds = (LAYER, STATE, RANK_STATE, SHARD)
-    found = any(pattern.fullmatch(name) for name in names_of(path) for pattern in kinds)
-    return found and not is_megatron(path)
+    has_files = any(pattern.fullmatch(name) for name in names_of(path) for pattern in kinds)
+    return has_files and not is_megatron(path)
 
 
 def read(
@@ -62,10 +65,11 @@ def read(
 ) -> Checkpoint:
     """Open a step's folder; no tensor is read.
 
-    `config`, `tokenizer`: in place of the training config in the folder, and of the tokenizer that it names.
-    `gqa_rows`, `rms_eps`: how grouped queries are ordered and where RMSNorm's epsilon stands, which the files do not
-    tell; without these hints both are guessed from DeepSpeed's version, with a note. Raises CheckpointError for gaps,
-    damage and a config of another model; `tolerant` lists the differences in the checkpoint's details instead.
+    `config`, `tokenizer`: used instead of the training config in the folder, and of the tokenizer that it names.
+    `gqa_rows`, `rms_eps`: the order of the rows of grouped queries, and whether RMSNorm's epsilon is inside the root.
+    The files say neither; without these hints both are guessed from DeepSpeed's version, with a note.
+    Raises CheckpointError for missing and damaged files, and for a config of another model; with `tolerant` the
+    differences are in `facts.disagreements` instead.
     """
     folder = scan(Path(path))
     run = _config(folder, config)
@@ -78,12 +82,12 @@ def read(
     else:
         held = weights(folder)
     era = _era(folder, held)
-    found = observed(held, ERAS[era], folder, run.model if run else None)
+    settings = observed(held, ERAS[era], folder, run.model if run else None)
     given = run.model if run else None
-    guesses = {} if given else {name: value for name, value in _guesses(found).items() if name not in found}
-    if not given and found["tie_embeddings"] and not folder.listed:  # a head's file may have been lost
+    guesses = {} if given else {name: value for name, value in _guesses(settings).items() if name not in settings}
+    if not given and settings["tie_embeddings"] and not folder.listed:  # the head's file may be missing
         guesses["tie_embeddings"] = True
-    model = merge(given, found, guesses)
+    model = merge(given, settings, guesses)
     source = str(config or ", ".join(file.name for file in config_files(folder.path)))
     disagreements = compare(given, model, folder, ERAS[era], source, tolerant)
     model, epsilon_note = _place_epsilon(folder, era, model, run, rms_eps)
@@ -97,14 +101,14 @@ def read(
         except CheckpointError as error:
             if not disagreements:
                 raise
-            optimizer_note = f"the optimizer state is not read: {error}"  # `inspect` tells what else is wrong
+            optimizer_note = f"the optimizer state is not read: {error}"  # `inspect` still shows what else is wrong
     summed, summed_note = _summed_ranks(folder, model)
     changes = {"model": model} | ({"tokenizer": TokenizerConfig(path=tokenizer)} if tokenizer else {})
     run = (run or RunConfig(data=_data(folder))).with_(changes)
     dtype = weight_dtype(held)
     stored_steps = ranks is not None and all(step is not None for rank in ranks for step in rank.step.values())
-    apart, apart_note = masters_apart(held, ranks)
-    notes = (_guess_note(guesses) if guesses else "", epsilon_note, rows_note, apart_note)
+    changed, changed_note = masters_apart(held, ranks)
+    notes = (_guess_note(guesses) if guesses else "", epsilon_note, rows_note, changed_note)
     return Checkpoint(
         path=str(path),
         format="neox",
@@ -120,7 +124,7 @@ def read(
             gqa_rows=rows,
             adam_steps_stored=stored_steps,
             guesses=tuple(guesses),
-            masters_apart=apart,
+            masters_apart=changed,
             disagreements=disagreements,
             other_model=given if disagreements else None,
             other_source=source,
@@ -138,6 +142,7 @@ def _config(folder: Folder, given: str | Path | None) -> RunConfig | None:
 
 
 def _era(folder: Folder, held: RankTensors) -> str:
+    """A key of `ERAS`, by the names of the MLP's matrices and whether DeepSpeed's version is stored."""
     if any(name.endswith(".mlp.w1.weight") for name in held):
         return "w1-w3"
     if not any(name.endswith(".mlp.dense_h_to_4h.weight") for name in held):
@@ -150,11 +155,11 @@ def _guess_note(guesses: Mapping[str, Any]) -> str:
     return f"no training config lies with the files, so {listed} are guesses; give the config with --config"
 
 
-def _guesses(found: Mapping[str, Any]) -> dict[str, Any]:
-    """What the known models of an architecture have in common where neither tensors nor a config tell."""
-    if found["gated_mlp"] or found["norm"] == "rmsnorm":
+def _guesses(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that neither tensors nor a config show, as the well-known models of this architecture have them."""
+    if settings["gated_mlp"] or settings["norm"] == "rmsnorm":
         return {"activation": "silu", "parallel_residual": False, "norm_eps": 1e-5, "rotary_pct": 1.0}
-    if found["position"] == "learned":
+    if settings["position"] == "learned":
         return {"activation": "gelu_tanh", "parallel_residual": False, "norm_eps": 1e-5}
     return {"activation": "gelu_tanh", "parallel_residual": True, "norm_eps": 1e-5, "rotary_pct": 0.25}
 
@@ -172,7 +177,7 @@ def _is_recent(folder: Folder, era: str) -> bool:
 def _place_epsilon(
     folder: Folder, era: str, model: ModelConfig, run: RunConfig | None, hint: str | None
 ) -> tuple[ModelConfig, str]:
-    """The model with RMSNorm's epsilon where it was in training, and what to say about it."""
+    """The model with RMSNorm's epsilon in the place that it had in training, and a note if that is a guess."""
     if model.norm != "rmsnorm" or (hint is None and run and "model.rms_eps_inside" in run.origins):
         return model, ""
     inside = hint == "inside" if hint else _is_recent(folder, era)
@@ -183,7 +188,7 @@ def _place_epsilon(
 
 
 def _rows(folder: Folder, era: str, model: ModelConfig, hint: GqaRows | None) -> tuple[GqaRows, str]:
-    """The order of the rows of grouped queries, and what to say about it."""
+    """The order of the rows of grouped queries, and a note if that is a guess."""
     if model.kv_heads == model.num_heads:
         return "new", ""
     rows: GqaRows = hint or ("new" if _is_recent(folder, era) else "old")
@@ -193,7 +198,7 @@ def _rows(folder: Folder, era: str, model: ModelConfig, hint: GqaRows | None) ->
 
 
 def _optimizer(folder: Folder, held: RankTensors, model: ModelConfig) -> tuple[list[RankState] | None, str]:
-    """The optimizer state of each tensor rank, and what to say about it."""
+    """The optimizer state of each tensor rank, and a note about it."""
     if round_robin(folder):
         return None, "the optimizer state was written with round_robin_gradients, which nothing undoes: it is left out"
     ranks = universal_state(folder, held, HEAD.embedding) or optimizer_ranks(
@@ -203,16 +208,16 @@ def _optimizer(folder: Folder, held: RankTensors, model: ModelConfig) -> tuple[l
         return None, "there is no optimizer state: the weights can be used and trained on, but not resumed exactly"
     if any(step is None for rank in ranks for step in rank.step.values()):
         return ranks, (
-            f"Adam's step is not stored; {_unstored_step(folder)} is taken, from the iteration. The original starts "
-            "again at 1, which changes the run"
+            f"Adam's step is not stored; {_unstored_step(folder)} is taken, from the iteration. NeoX starts again "
+            "at 1, which changes the run"
         )
     if any(step == _unstored_step(folder) + 1 for rank in ranks for step in rank.step.values()):
-        return ranks, "Adam's step is one more than the updates: the original counts its initialisation, and goes on so"
+        return ranks, "Adam's step is one more than the updates: DeepSpeed counts its initialisation, and continues so"
     return ranks, ""
 
 
 def _unstored_step(folder: Folder) -> int:
-    """Adam's step where it is not stored: the updates done."""
+    """Adam's step where it is not stored: the number of updates."""
     return folder.step - int(folder.first.get("skipped_steps") or 0)
 
 
@@ -220,6 +225,6 @@ def _summed_ranks(folder: Folder, model: ModelConfig) -> tuple[int, str]:
     if folder.tp == 1 or not model.parallel_residual or not (model.attention_bias or model.mlp_bias):
         return 1, ""
     return folder.tp, (
-        f"attn.out.bias and mlp.down.bias are the sums over {folder.tp} tensor ranks, as the original computes with "
+        f"attn.out.bias and mlp.down.bias are the sums over {folder.tp} tensor ranks, as NeoX computes with "
         f"parallel residuals; there they learn {folder.tp} times as fast as any other parameter"
     )

@@ -1,7 +1,7 @@
-"""Writing NeoX's folders: both eras, with and without the pipeline layout, any number of tensor, pipeline, data ranks.
+"""Write NeoX's folders of both eras, with and without pipeline files, for any number of ranks.
 
-The original loads them and goes on: weights, masters, moments, counters, learning-rate schedule and config are there.
-States of random generators are left out, as its option `no_save_rng` does.
+NeoX loads them and continues: they have weights, masters, moments, counters, learning-rate schedule and config. States
+of random generators are left out, as with NeoX's option `no_save_rng`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     """The files of a step's folder. Raises CheckpointError for what NeoX cannot hold."""
     source, (tokenizer, notes) = checkpoint, our_tokenizer(checkpoint)
     target = adapted(checkpoint, options, written_tokenizer(checkpoint, tokenizer, options.folder))
-    sums = options.era == "head" and options.layout.pp > 0  # as its pipeline engine does
+    sums = options.era == "head" and options.layout.pp > 0  # DeepSpeed's pipeline engine does
     micro_batches = (target.config.train.accumulation or 1) if sums else 1
     checkpoint = with_micro_batches(checkpoint, micro_batches)
     job = _job(checkpoint, target, options)
@@ -66,7 +66,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
 
 def _job(checkpoint: Checkpoint, target: NeoXTarget, options: WriteOptions) -> DeepSpeedFolder:
     model, layout, state = target.model, options.layout, checkpoint.optimizer
-    # The original has a second norm, and never uses it, where the branches share one.
+    # Where both branches share a norm, NeoX has a second one that it never uses.
     stored = model.with_({"shared_norm": False})
     rules = table(HEAD if options.era == "head" else LEGACY, stored, layout.tp, neox_qkv(model, layout.tp, "new"))
     kind = kind_of(target.dtype, layout.zero, options.era) if state else None
@@ -75,7 +75,14 @@ def _job(checkpoint: Checkpoint, target: NeoXTarget, options: WriteOptions) -> D
     tensors = {"weight": _with_buffers(weights, model, layout.tp, options.era, target.dtype)}
     for role in STATE_ROLES if state else ():
         tensors[role] = _theirs(rules, state_of(checkpoint, role), role, target)
-    layers = [0, 1, *[1] * model.num_layers, 1, 0, 0]  # in the original's balance the functions around blocks count
+    layers = [
+        0,
+        1,
+        *[1] * model.num_layers,
+        1,
+        0,
+        0,
+    ]  # how NeoX weighs its layers when it balances stages; functions around blocks count
     return DeepSpeedFolder(
         layout=layout,
         kind=kind,
@@ -90,7 +97,7 @@ def _job(checkpoint: Checkpoint, target: NeoXTarget, options: WriteOptions) -> D
 
 
 def padded(ours: Mapping[str, TensorRef], rows: int) -> dict[str, TensorRef]:
-    """The tensors with this many rows of the vocabulary; what is added is zero."""
+    """The tensors with the vocabulary padded to this many rows of zeros."""
     return {
         name: Padded(ref, rows) if row_of(name).has_token_rows and ref.shape[0] < rows else ref
         for name, ref in ours.items()
@@ -100,22 +107,22 @@ def padded(ours: Mapping[str, TensorRef], rows: int) -> dict[str, TensorRef]:
 def _theirs(
     rules: Sequence[Rule], ours: Mapping[str, TensorRef], role: Role, target: NeoXTarget
 ) -> Mapping[str, Sequence[TensorRef]]:
-    """NeoX's tensors of one role, with its rows of the vocabulary, and with the norms that it never uses."""
+    """NeoX's tensors of one role, with its padding of the vocabulary, and with the norms that it never uses."""
     model, all_ours = target.model, padded(ours, target.vocabulary.rows)
     if model.parallel_residual and model.shared_norm:
         dtype = target.dtype if role == "weight" else torch.float32
         for kind in NORM_PARAMETERS[model.norm]:
-            begins = 1.0 if kind == "weight" and role in ("weight", "master") else 0.0
+            initial = 1.0 if kind == "weight" and role in ("weight", "master") else 0.0
             for block in range(model.num_layers):
                 size = ours[f"blocks.{block}.norm1.{kind}"].shape
-                all_ours[f"blocks.{block}.norm2.{kind}"] = InMemory(torch.full(size, begins, dtype=dtype))
+                all_ours[f"blocks.{block}.norm2.{kind}"] = InMemory(torch.full(size, initial, dtype=dtype))
     return to_theirs(rules, all_ours, role)
 
 
 def _with_buffers(
     weights: Mapping[str, Sequence[TensorRef]], model: ModelConfig, tp: int, era: str, dtype: torch.dtype
 ) -> dict[str, Sequence[TensorRef]]:
-    """The weights, and the derived tensors that the original wants to find beside them."""
+    """The weights, with the derived tensors that NeoX expects among them."""
     buffers: dict[str, Sequence[TensorRef]] = {}
     if model.position == "rotary" and era == "v1":
         frequencies = _frequencies(model.rotary_base, model.rotary_size).to(dtype)
@@ -125,7 +132,7 @@ def _with_buffers(
         buffers["attention.alibi_embed.slopes"] = [InMemory(part) for part in slopes.chunk(tp)]
     result: dict[str, Sequence[TensorRef]] = {}
     for name, refs in weights.items():
-        if name.endswith(".attention.dense.weight"):  # before it in the order of modules
+        if name.endswith(".attention.dense.weight"):  # the buffers come before it in the order of modules
             result |= {f"{name.partition('.')[0]}.{buffer}": parts for buffer, parts in buffers.items()}
         result[name] = refs
         if name == "0.word_embeddings.weight" and model.position == "sinusoidal":
@@ -139,7 +146,7 @@ def _frequencies(base: float, size: int) -> torch.Tensor:
 
 
 def _group_settings(checkpoint: Checkpoint, target: NeoXTarget, era: str) -> list[dict[str, Any]]:
-    """Of each parameter group what `param_groups` says of it."""
+    """The entries of `param_groups`: one for each parameter group, without weight decay last."""
     optimizer, state = target.config.optimizer, schedule(checkpoint, target.config)
     common = {
         "lr": next_rate(state, era) if state else optimizer.lr,
@@ -148,7 +155,7 @@ def _group_settings(checkpoint: Checkpoint, target: NeoXTarget, era: str) -> lis
         "eps": optimizer.eps,
         "step": 0,
     }
-    if era == "v1" and checkpoint.optimizer:  # which counts here
+    if era == "v1" and checkpoint.optimizer:  # the first release continues with this step
         common["step"] = max(each["step"] for each in checkpoint.optimizer.values())
     groups = [{"name": "no_weight_decay_params", "weight_decay": 0.0, **common}]
     if optimizer.weight_decay:
@@ -159,7 +166,7 @@ def _group_settings(checkpoint: Checkpoint, target: NeoXTarget, era: str) -> lis
 def _model_state(
     job: DeepSpeedFolder, checkpoint: Checkpoint, target: NeoXTarget, groups: Sequence[Group], rank: int, era: str
 ) -> dict[str, Any]:
-    """An `mp_rank` file."""
+    """The content of an `mp_rank` file."""
     config, progress = target.config, checkpoint.progress
     rates = schedule(checkpoint, config)
     state: dict[str, Any]
@@ -173,7 +180,7 @@ def _model_state(
 
 
 def _arguments(target: NeoXTarget, tp: int) -> dict[str, Any]:
-    """What the original compares with its config when it loads."""
+    """The arguments that NeoX compares with its config when it loads a checkpoint."""
     names = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
     return {name: target.keys[name] for name in names} | {
         "make_vocab_size_divisible_by": target.keys["make_vocab_size_divisible_by"],
@@ -184,7 +191,7 @@ def _arguments(target: NeoXTarget, tp: int) -> dict[str, Any]:
 
 
 def _beside_optimizer(job: DeepSpeedFolder, state: Mapping[str, Any], stage: int, rank: int) -> dict[str, Any]:
-    """What an optimizer file holds beside its state."""
+    """The entries of an optimizer file besides the state."""
     if job.kind == "old":  # in the order of the modules
         names = job.parameters(stage).items()
         return {"param_shapes": Named({name: Size(job.tensors["master"][own][rank].shape) for name, own in names})}

@@ -1,4 +1,4 @@
-"""A checkpoint's config as NeoX has it for given ranks and era: vocabulary, batch, schedule, loss scale. No tensors."""
+"""A checkpoint's run as NeoX's config describes it for given ranks and era: vocabulary, batch, schedule, loss scale."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from castalia.errors import CastaliaError, CheckpointError, ConfigError
 
 PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 MULTIPLES = (128, 64, 256, 512, 1024, 32, 16, 8, 4, 2, 1)  # of the vocabulary, as people choose them
-# What the first release always has, and what it has no setting for.
+# Settings that the first release cannot change, with the values that it has.
 FIRST_RELEASE = {
     "gated_mlp": False, "qk_norm": False, "attention_bias": True, "mlp_bias": True, "sliding_window": None,
 }  # fmt: skip
@@ -42,33 +42,38 @@ LATER_KEYS = ("use_bias_in_attn_linear", "use_bias_in_mlp", "use_qk_layernorm", 
 
 @dataclass(frozen=True)
 class Vocabulary:
+    """The size of the vocabulary and its padding."""
+
     logical: int  # tokens
-    multiple: int  # on each tensor rank: `make_vocab_size_divisible_by`
-    rows: int  # of the embedding, on all ranks together
+    multiple: int  # `make_vocab_size_divisible_by`, which NeoX multiplies by the number of tensor ranks
+    rows: int  # of the embedding on all ranks together, padding included
 
 
 @dataclass(frozen=True)
 class NeoXTarget:
-    """The run as NeoX has it."""
+    """The run in NeoX's terms."""
 
     config: RunConfig
     model: ModelConfig
     keys: dict[str, Any]  # of its config file
     dtype: torch.dtype
     vocabulary: Vocabulary
-    clip: float  # the largest gradient norm, as optimizer files have it; 0.0 for none
+    clip: float  # the largest gradient norm, as in optimizer files; 0.0: no clipping
     notes: tuple[str, ...]
 
 
-def adapted(checkpoint: Checkpoint, options: WriteOptions, words: TokenizerConfig) -> NeoXTarget:
-    """`words`: the tokenizer as it is written. Raises CheckpointError for what NeoX cannot hold, by name."""
+def adapted(checkpoint: Checkpoint, options: WriteOptions, tokenizer: TokenizerConfig) -> NeoXTarget:
+    """The run in NeoX's terms. `tokenizer`: as it is written.
+
+    Raises CheckpointError that names the settings that NeoX does not have.
+    """
     model, layout, path = architecture(checkpoint), options.layout, checkpoint.path
     assert checkpoint.config is not None
     check_layout(model, layout, path)
     dtype = weight_dtype(checkpoint)
     rows = vocabulary(checkpoint, model, layout.tp)
     train, batch_note = step_batch(checkpoint, layout)
-    epsilon = options.era == "head" or model.norm != "rmsnorm"  # where this release has it: inside the root or not
+    epsilon = options.era == "head" or model.norm != "rmsnorm"  # inside the root, as this release has it
     if model.norm == "rmsnorm" and model.rms_eps_inside != epsilon:
         raise _refused(path, {"model.rms_eps_inside": model.rms_eps_inside})
     changes = {
@@ -79,13 +84,15 @@ def adapted(checkpoint: Checkpoint, options: WriteOptions, words: TokenizerConfi
     ranks = {"tp": layout.tp, "pp": max(1, layout.pp), "cp": 1, "zero": layout.zero}
     ranks["gpus"] = layout.tp * max(1, layout.pp) * layout.dp
     data = checkpoint.config.data
-    longest = min(data.seq_length, model.max_positions or data.seq_length)  # configs that only describe a model differ
+    longest = min(
+        data.seq_length, model.max_positions or data.seq_length
+    )  # a config that only describes a model may have a longer one
     optimizer, clip, clip_note = _clipping(checkpoint, options.era)
     config = checkpoint.config.with_(
         {
             "checkpoint": _saving(checkpoint, options.folder),
             "optimizer": optimizer,
-            "tokenizer": words,
+            "tokenizer": tokenizer,
             "data.seq_length": longest,
             "model": model.with_(changes),
             "parallel": checkpoint.config.parallel.with_(ranks),
@@ -107,14 +114,14 @@ def adapted(checkpoint: Checkpoint, options: WriteOptions, words: TokenizerConfi
             + ": their sum may differ in the last bit"
         )
     if checkpoint.optimizer is None:
-        notes.append("there is no optimizer state: the original can only start from these weights, with finetune: true")
+        notes.append("there is no optimizer state: NeoX can only start from these weights, with finetune: true")
     if not (config.train.steps or config.train.epochs):
         notes.append("how many steps to train is not known: set train_iters in configs/config.yml")
     return NeoXTarget(config, config.model or model, keys, dtype, rows, clip, tuple(note for note in notes if note))
 
 
 def _saving(checkpoint: Checkpoint, folder: Path | None) -> CheckpointConfig:
-    """Where the original loads from and saves: the folder that is being written."""
+    """The settings by which NeoX loads from, and saves to, the folder that is being written."""
     assert checkpoint.config is not None
     saving = checkpoint.config.checkpoint.with_({"resume": None, "init_from": None, "step": None})
     if folder is None:
@@ -125,7 +132,7 @@ def _saving(checkpoint: Checkpoint, folder: Path | None) -> CheckpointConfig:
 
 
 def _clipping(checkpoint: Checkpoint, era: str) -> tuple[OptimizerConfig, float, str]:
-    """The optimizer's settings with which the original clips as the run did, that norm, and what to say about it."""
+    """The optimizer settings with which NeoX clips as the run did, the norm in its files, and a note."""
     assert checkpoint.config is not None
     optimizer, norm = checkpoint.config.optimizer, clip_norm_of(checkpoint)
     if norm is None:
@@ -134,7 +141,7 @@ def _clipping(checkpoint: Checkpoint, era: str) -> tuple[OptimizerConfig, float,
     if effective_clip_norm(norm, era) is not None:
         return optimizer, norm, ""
     above = nextafter(norm, inf)
-    note = f"gradients are clipped at {norm}: written as {above}, since the original does not clip at its default"
+    note = f"gradients are clipped at {norm}: written as {above}, since NeoX does not clip at its default"
     return optimizer.with_({"clip_norm": above}), above, note
 
 
@@ -147,23 +154,23 @@ def check_layout(model: ModelConfig, layout: TargetLayout, path: str) -> None:
 
 
 def weight_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The one dtype of the weights. Raises CheckpointError where there are several, or a strange one."""
-    found = {ref.dtype for ref in checkpoint.model.values()}
-    if len(found) > 1 or not found <= PRECISIONS.keys():
-        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
+    """The dtype of the weights. Raises CheckpointError for several dtypes, and for those that NeoX does not have."""
+    dtypes = {ref.dtype for ref in checkpoint.model.values()}
+    if len(dtypes) > 1 or not dtypes <= PRECISIONS.keys():
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise CheckpointError(
             f"{checkpoint.path}: the weights are of {names}; choose one of fp32, bf16, fp16 (--dtype)"
         )
-    return found.pop()
+    return dtypes.pop()
 
 
 def vocabulary(checkpoint: Checkpoint, model: ModelConfig, tp: int) -> Vocabulary:
-    """The rows stay what they are if they divide over the ranks.
+    """The vocabulary for `tp` tensor ranks; its rows are kept if they divide over the ranks.
 
-    The multiple is one with which the original, which pads its tokenizer's vocabulary, comes to the same.
+    The multiple is chosen so that NeoX, which pads the vocabulary of its tokenizer, gets the same number of rows.
     """
     rows, logical = checkpoint.model["embed.weight"].shape[0], model.vocab_size or 1
-    with suppress(CastaliaError):  # that the tokenizer is missing is said where its files are written
+    with suppress(CastaliaError):  # `our_tokenizer` notes that the tokenizer is missing
         logical = load_tokenizer_for(checkpoint).vocab_size
     target = rows if rows % tp == 0 else _padded(rows, MULTIPLES[0] * tp)
     own = model.vocab_multiple // tp if model.vocab_multiple > tp and model.vocab_multiple % tp == 0 else MULTIPLES[0]
@@ -171,13 +178,16 @@ def vocabulary(checkpoint: Checkpoint, model: ModelConfig, tp: int) -> Vocabular
     return Vocabulary(logical, next(fitting, target // tp), target)
 
 
-def rows_note(checkpoint: Checkpoint, words: Vocabulary) -> str:
-    added = words.rows - checkpoint.model["embed.weight"].shape[0]
-    return f"{added} rows of zeros pad the vocabulary to {words.rows}, which divides over the ranks" if added else ""
+def rows_note(checkpoint: Checkpoint, vocabulary: Vocabulary) -> str:
+    """What to tell the user about rows that are added to the vocabulary; empty if none are."""
+    added = vocabulary.rows - checkpoint.model["embed.weight"].shape[0]
+    return (
+        f"{added} rows of zeros pad the vocabulary to {vocabulary.rows}, which divides over the ranks" if added else ""
+    )
 
 
 def schedule(checkpoint: Checkpoint, config: RunConfig) -> dict[str, Any] | None:
-    """The state of the original's learning-rate schedule. None where the config does not tell its length."""
+    """The state of NeoX's learning-rate schedule; None where the config does not say how long it is."""
     progress, own = checkpoint.progress, config.schedule
     updates = progress.step - progress.skipped
     stored = {name: value for name, value in (progress.schedule or {}).items() if name in SCHEDULE}
@@ -197,7 +207,7 @@ def schedule(checkpoint: Checkpoint, config: RunConfig) -> dict[str, Any] | None
 
 
 def next_rate(state: Mapping[str, Any], era: str | None = None) -> float:
-    """The rate of the next update, as the original computes it: ZeRO's files bring it along."""
+    """The learning rate of the next update as NeoX computes it, which is stored in ZeRO's files."""
     return LearningRate.of_stored(state, era)(state["num_iters"])
 
 
@@ -211,9 +221,8 @@ def loss_scaler(checkpoint: Checkpoint, config: RunConfig, dtype: torch.dtype, e
     stored = checkpoint.progress.loss_scale or {}
     counters = {"cur_scale": scale.initial, "cur_iter": checkpoint.progress.step, "last_overflow_iter": -1}
     counters["cur_hysteresis"] = scale.hysteresis
-    found = {name: whole(stored.get(name, value)) for name, value in counters.items()}
     return {
-        **found,
+        **{name: whole(stored.get(name, value)) for name, value in counters.items()},
         "scale_factor": 2.0,
         "scale_window": scale.window,
         "min_scale": whole(scale.minimum),
@@ -226,7 +235,7 @@ def loss_scaler(checkpoint: Checkpoint, config: RunConfig, dtype: torch.dtype, e
 
 
 def deepspeed_config(keys: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
-    """The part of NeoX's config that it hands on."""
+    """The part of its config that NeoX passes on to DeepSpeed."""
     names = ("optimizer", "fp16", "bf16", "zero_optimization", "data_types")
     train = config.train
     batch = {"train_batch_size": train.batch_size, "train_micro_batch_size_per_gpu": train.micro_batch_size}
@@ -238,7 +247,7 @@ def deepspeed_config(keys: Mapping[str, Any], config: RunConfig) -> dict[str, An
 
 
 def step_batch(checkpoint: Checkpoint, layout: TargetLayout) -> tuple[TrainConfig, str]:
-    """The step's batch on these ranks, and what to say where it does not divide."""
+    """The batch of a step on these ranks, and a note if it does not divide over them."""
     config = checkpoint.config
     assert config is not None
     old = checkpoint.facts.dp or planned_dp(config) or 1
@@ -257,7 +266,10 @@ def step_batch(checkpoint: Checkpoint, layout: TargetLayout) -> tuple[TrainConfi
 
 
 def _left_out(checkpoint: Checkpoint, config: RunConfig, keys: dict[str, Any]) -> list[str]:
-    """What to say about settings without a key of NeoX. The model's, and those of a state's optimizer, are refused."""
+    """Notes on settings for which NeoX has no key.
+
+    Raises CheckpointError for settings of the model, and with an optimizer state also for those of the optimizer.
+    """
     try:
         missing = lost(config, keys)
     except ConfigError as error:
@@ -295,5 +307,5 @@ def _padded(rows: int, multiple: int) -> int:
 
 
 def whole(value: float) -> float:
-    """As an integer where it is one."""
+    """The value as an integer if it is whole."""
     return int(value) if float(value).is_integer() else value
