@@ -19,14 +19,6 @@ def describe(checkpoint: Checkpoint) -> str:
     return ", ".join([title, *layout, *step])
 
 
-def readable(count: int) -> str:
-    """A number of parameters with four digits: 162.5M, 20.55B."""
-    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
-        if count >= size:
-            return f"{count / size:.4g}{unit}"
-    return str(count)
-
-
 def tokenizer_settings(checkpoint: Checkpoint) -> TokenizerConfig | None:
     """The settings of the tokenizer that the model was trained with; None without a config.
 

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from castalia.checkpoint.architecture_check import mismatches
-from castalia.checkpoint.description import describe, model_folder, readable, tokenizer_settings
+from castalia.checkpoint.description import describe, model_folder, tokenizer_settings
 from castalia.checkpoint.rules import drift
 from castalia.checkpoint.tensors import Checkpoint, Shard
 from castalia.config.schema import ModelConfig, TokenizerConfig
 from castalia.config.tensor_table import adapter_shapes, row_of, tensor_shapes
 from castalia.errors import CheckpointError
+from castalia.plan.run_description import readable
 from castalia.storage.lazy import TensorRef, name_of
 
 if TYPE_CHECKING:

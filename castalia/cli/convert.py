@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from castalia.cli.render import progress, size_of
+
 if TYPE_CHECKING:
     from castalia.checkpoint.file_plan import Plan, TargetLayout
     from castalia.checkpoint.tensors import Checkpoint
-    from castalia.storage.safetensors import Advance
 
 
 def command(
@@ -109,11 +107,11 @@ def command(
 def _describe(checkpoint: Checkpoint, plan: Plan, target: Path, inside: str, with_files: bool) -> None:
     from castalia.checkpoint.restore import describe
 
-    print(f"{describe(checkpoint)} -> {target}: {len(plan.outputs)} files, {_size(plan.num_bytes)}", flush=True)
+    print(f"{describe(checkpoint)} -> {target}: {len(plan.outputs)} files, {size_of(plan.num_bytes)}", flush=True)
     for note in (*checkpoint.notes, *checkpoint.state_notes, *plan.notes):
         print(f"  note: {note}")
     for output in plan.outputs if with_files else ():
-        print(f"  {Path(inside, output.name)}  {_size(output.num_bytes)}")
+        print(f"  {Path(inside, output.name)}  {size_of(output.num_bytes)}")
 
 
 def _write(plan: Plan, target: Path, mark: str, inside: str, force: bool, allow_inf: bool) -> None:
@@ -122,7 +120,7 @@ def _write(plan: Plan, target: Path, mark: str, inside: str, force: bool, allow_
 
     keep_freed_memory()  # each piece is as large as the one before
     started = time.monotonic()
-    with _progress(plan) as advance:
+    with progress(plan.num_bytes, in_bytes=True) as advance:
         try:
             kept = convert.write(plan, target, mark, advance, inside=inside, force=force, allow_inf=allow_inf)
         except KeyboardInterrupt:
@@ -132,7 +130,7 @@ def _write(plan: Plan, target: Path, mark: str, inside: str, force: bool, allow_
         print(f"  note: {name}: {count} values were too large for their new dtype and became infinite")
     seconds = time.monotonic() - started
     again = f" ({kept} files were complete already)" if kept else ""
-    print(f"wrote {target} in {seconds:.1f} s, {_size(plan.num_bytes / max(seconds, 1e-9))}/s{again}", flush=True)
+    print(f"wrote {target} in {seconds:.1f} s, {size_of(plan.num_bytes / max(seconds, 1e-9))}/s{again}", flush=True)
 
 
 def _verify(checkpoint: Checkpoint, target: Path) -> None:
@@ -179,22 +177,3 @@ def _dtype(name: str | None):  # noqa: ANN202 - a torch.dtype
 
     names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     return names[name] if name else None
-
-
-@contextmanager
-def _progress(plan: Plan) -> Iterator[Advance]:
-    """A bar with the time left, on a terminal."""
-    if not sys.stdout.isatty():
-        yield lambda count: None
-        return
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as bar:
-        task = bar.add_task("convert", total=plan.num_bytes)
-        yield lambda count: bar.advance(task, count)
-
-
-def _size(count: float) -> str:
-    exponent = min(3, int(math.log10(max(count, 1))) // 3)
-    return f"{count / 1000**exponent:.4g} {('B', 'KB', 'MB', 'GB')[exponent]}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -76,6 +75,7 @@ def prepare(
 
     The files are the same for any number of workers. If the command is interrupted, run it again: it continues.
     """
+    from castalia.cli.render import progress
     from castalia.data.chat import Chat, read_template
     from castalia.data.prepare import Recipe
     from castalia.data.prepare import prepare as run
@@ -97,10 +97,16 @@ def prepare(
         chat=chat,
         reward=reward_key,
     )
-    start = time.monotonic()
+    start, shown = time.monotonic(), [0]  # bytes read at each call
     try:
-        with _Progress() as progress:
-            report = run(inputs, output, recipe, workers=workers, num_docs=num_docs, on_progress=progress)
+        with progress(in_bytes=True) as advance:
+
+            def show(report: Report) -> None:
+                text = f"{report.documents:,} documents, {report.tokens:,} tokens"
+                advance(report.done_bytes - shown[-1], text, report.total_bytes)
+                shown.append(report.done_bytes)
+
+            report = run(inputs, output, recipe, workers=workers, num_docs=num_docs, on_progress=show)
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         raise
@@ -125,42 +131,6 @@ def prepare(
         print(f"note: {report.note}")
     if report.end:
         print(f"each {'conversation' if chat else 'document'} ends with id {report.end}")
-
-
-class _Progress:
-    """A bar with MB/s and time left on a terminal, nothing elsewhere."""
-
-    def __enter__(self) -> Callable[[Report], None]:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
-
-        console = Console(stderr=True)
-        columns = (
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}"),
-        )
-        self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self.bar.start()
-        task = self.bar.add_task("")
-
-        def show(report: Report) -> None:
-            text = f"{report.documents:,} documents, {report.tokens:,} tokens"
-            self.bar.update(task, total=report.total_bytes, completed=report.done_bytes, description=text)
-
-        return show
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()
 
 
 @app.command()
@@ -209,9 +179,9 @@ def stats(
       castalia data stats corpus_text_document
       castalia data stats corpus_text_document --plot lengths.png
     """
-    from castalia.cli.picture import check_picture
     from castalia.data.corpora import describe, duplicates
     from castalia.data.indexed import open_dataset
+    from castalia.figures import check_picture
 
     check_picture(plot, "--plot")
     corpora = [open_dataset(prefix) for prefix in prefixes]
@@ -228,16 +198,12 @@ def stats(
 
 
 def _plot_lengths(sizes: dict[str, np.ndarray], file: Path) -> None:
-    import matplotlib
     import numpy as np
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    from castalia.cli.picture import write_picture
+    from castalia.figures import panels, write_picture
 
     longest = max((int(lengths.max()) for lengths in sizes.values() if len(lengths)), default=1)
-    figure, axes = plt.subplots()
+    figure, (axes,) = panels(size=(6.4, 4.8))
     for name, lengths in sizes.items():
         axes.hist(lengths, bins=np.geomspace(1, max(2, longest), 40).tolist(), histtype="step", label=name)
     axes.set(xscale="log", xlabel="tokens", ylabel="items")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -37,14 +34,15 @@ def command(
     """
     from castalia.checkpoint.restore import describe
     from castalia.cli.opening import open_and_tell
-    from castalia.cli.picture import check_picture
+    from castalia.cli.render import progress
     from castalia.examine.diff import diff
+    from castalia.figures import check_picture
 
     check_picture(plot, "--plot")
     left = open_and_tell(a, step=step_a, config=config_a)
     right = open_and_tell(b, step=step_b, config=config_b)
-    with _progress(len(left.model.keys() & right.model.keys()), shown=not as_json) as advance:
-        found = diff(left, right, advance)
+    with progress(len(left.model.keys() & right.model.keys()), shown=not as_json) as advance:
+        found = diff(left, right, lambda name: advance(1, name))
     if as_json:
         print(to_json({"a": str(left.path), "b": str(right.path), **found.as_json()}, indent=2))
     else:
@@ -93,32 +91,15 @@ def _show(found: Diff) -> None:
             print(f"  - {cause}")
 
 
-@contextmanager
-def _progress(total: int, shown: bool) -> Iterator[Callable[[str], None]]:
-    if not (shown and sys.stdout.isatty()):
-        yield lambda name: None
-        return
-    from rich.progress import Progress
-
-    with Progress(transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda name: bar.update(task, description=name, advance=1)
-
-
 def _plot(found: Diff, path: Path, a: str, b: str) -> None:
     """Bars: the relative change of each layer, or the ratio of standard deviations of each kind."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    from castalia.cli.picture import write_picture
+    from castalia.figures import panels, write_picture
 
     if found.verdict == "same_init":
         bars, label = {part.part: part.ratio for part in found.parts}, "standard deviation, B / A"
     else:
         bars, label = dict(found.updates), "relative change |B - A| / |A|"
-    figure, axes = plt.subplots(figsize=(max(6.0, 0.35 * len(bars) + 2), 4), layout="constrained")
+    figure, (axes,) = panels(size=(max(6.0, 0.35 * len(bars) + 2), 4))
     axes.bar(range(len(bars)), list(bars.values()), color="#1f77b4")
     axes.set_xticks(range(len(bars)), list(bars), rotation=90)
     axes.set_ylabel(label)

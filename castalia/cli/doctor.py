@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from castalia.cli.plan_text import print_table
+from castalia.cli.render import print_table
 from castalia.plan.devices import cpu_flags, find_device
 from castalia.strict_json import to_json
 

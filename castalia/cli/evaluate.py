@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,14 +10,11 @@ import typer
 from castalia.strict_json import to_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import torch
 
     from castalia.checkpoint.tensors import Checkpoint
     from castalia.config.batch import BatchPlan
     from castalia.config.schema import ModelConfig
-    from castalia.data.loader import Batch
     from castalia.data.tokenizer import Tokenizer
     from castalia.evaluate.corpus import Stream
     from castalia.parallel.executor import Executor
@@ -121,12 +117,14 @@ def evaluate_checkpoint(
 
     from castalia.checkpoint.restore import architecture
     from castalia.cli.config import print_notes
+    from castalia.cli.render import watched
     from castalia.cli.train import split_words
     from castalia.config.load import load_config
     from castalia.config.schema import RunConfig
     from castalia.errors import ConfigError
     from castalia.evaluate.corpus import read_stream, validation_stream
     from castalia.evaluate.perplexity import bits_per_byte, evaluate, windows
+    from castalia.parallel.rendezvous import is_main
     from castalia.train.hardware import DTYPES, choose_device, choose_dtype, keep_freed_memory
 
     config = checkpoint.config or RunConfig()
@@ -151,7 +149,8 @@ def evaluate_checkpoint(
         stream = stream.masked_after(tokenizer.eod_id)
     engine, plan = load_engine(checkpoint, length, rows, dtype, device, tp, pp)
     batches = windows(stream.tokens, length, stride or length, plan.batch_size, sizes, stream.labels, ends)
-    found = evaluate(engine, shown(batches, stream))
+    bar = watched(batches, lambda batch: int(batch.loss_mask.sum()), stream.num_counted, shown=is_main())
+    found = evaluate(engine, bar)
     spelled = {}
     if stream.num_bytes and spells_all:
         spelled = {"bits_per_byte": bits_per_byte(found["loss"], int(found["tokens"]), stream.num_bytes)}
@@ -212,22 +211,3 @@ def check_vocabulary(stream: Stream, rows: int) -> None:
             f"{stream.name}: token id {largest} lies beyond the model's vocabulary of {rows}; "
             "it was prepared with another tokenizer"
         )
-
-
-def shown(batches: Iterator[Batch], stream: Stream) -> Iterator[Batch]:
-    """The batches, with a progress bar on a terminal."""
-    from castalia.parallel.rendezvous import is_main
-
-    if not (sys.stderr.isatty() and is_main()):
-        return batches
-    from rich.console import Console
-    from rich.progress import Progress
-
-    def watched() -> Iterator[Batch]:
-        with Progress(console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("evaluating", total=stream.num_counted)
-            for batch in batches:
-                yield batch
-                bar.advance(task, int(batch.loss_mask.sum()))
-
-    return watched()

@@ -90,7 +90,7 @@ def _words(checkpoint: Checkpoint, given: str | None) -> dict[str, Any]:
 
 
 def print_report(found: Mapping[str, Any]) -> None:
-    from castalia.cli.plan_text import print_table
+    from castalia.cli.render import print_table
 
     print(f"{found['path']}\n{found['meaning']}\n")
     print_table("checkpoint", ["", ""], list(_about(found)))

@@ -29,11 +29,11 @@ def command(
     Writes no run folder. The same config and seed give the same suggestion.
     """
     from castalia.cli.opening import tell
-    from castalia.cli.picture import check_picture
     from castalia.cli.train import split_words
     from castalia.config.input_files import require_files
     from castalia.config.load import load_config
     from castalia.errors import ConfigError
+    from castalia.figures import check_picture
     from castalia.parallel.process_group import process_group
     from castalia.parallel.rendezvous import is_main
 
@@ -71,20 +71,14 @@ def _tell(trial: Trial) -> None:
 
 
 def _draw(trial: Trial, target: Path) -> None:
-    import matplotlib
+    from castalia.figures import panels, plain, write_picture
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    from castalia.cli.picture import write_picture
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, (axes,) = panels(size=(8, 4.5))
     axes.plot(trial.rates, trial.losses, linewidth=1.4)
     axes.axvline(trial.suggestion, color="#d62728", linestyle="--", label=f"suggested: {trial.suggestion:.1e}")
     axes.set_xscale("log")
     axes.set_xlabel("learning rate")
     axes.set_ylabel("loss (nats per token)")
-    axes.grid(True, alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain([axes])
     axes.legend(frameon=False)
     write_picture(figure, target)

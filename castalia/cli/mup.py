@@ -35,9 +35,9 @@ def check(
     Under muP they move alike at every width; exit code 2 if one grows. The standard parametrization is shown beside it.
     """
     from castalia.cli.config import read
-    from castalia.cli.picture import check_picture
     from castalia.config.schema import complete
     from castalia.errors import TrainingError
+    from castalia.figures import check_picture
     from castalia.tune.mup_check import MAX_SLOPE, coordinate_check, slopes
 
     check_picture(output, "--output")
@@ -101,14 +101,9 @@ def _draw_terminal(widths: list[int], curves: dict[str, list[float]]) -> None:
 
 
 def _draw_picture(widths: list[int], found: dict, target: Path) -> None:
-    import matplotlib
+    from castalia.figures import panels, plain, write_picture
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    from castalia.cli.picture import write_picture
-
-    figure, axes = pyplot.subplots(1, len(found), figsize=(10, 4), sharey=True, layout="constrained")
+    figure, axes = panels(1, len(found), size=(10, 4), sharey=True)
     for panel, (kind, rows) in zip(axes, found.items(), strict=True):
         for name, values in rows.items():
             panel.plot(widths, values, marker="o", markersize=4, linewidth=1.4, label=name)
@@ -117,8 +112,7 @@ def _draw_picture(widths: list[int], found: dict, target: Path) -> None:
         panel.set_yscale("log", base=2)
         panel.set_xticks(widths, [str(width) for width in widths])
         panel.set_xlabel("width")
-        panel.grid(True, alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
+    plain(axes)
     axes[0].set_ylabel("mean |change of the activation|")
     axes[0].legend(frameon=False, fontsize=8)
     write_picture(figure, target)

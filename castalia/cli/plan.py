@@ -39,11 +39,11 @@ def command(
 
     The architecture alone is enough; what cannot be worked out from it is listed.
     """
-    from castalia.cli.picture import check_picture
     from castalia.cli.plan_text import print_report, print_suggestions
     from castalia.cli.train import split_words
     from castalia.config.load import load_config
     from castalia.errors import ConfigError
+    from castalia.figures import check_picture
     from castalia.plan.run_plan import Hardware, report
     from castalia.train.run_facts import collect_run_facts
 

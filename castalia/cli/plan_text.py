@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
+from castalia.cli.render import print_table
 from castalia.plan.run_description import GiB, describe_training, gib
 
 CATEGORIES = ("masters", "moments", "gradients", "compute_copies", "activations", "logits", "buffers")
@@ -104,26 +104,6 @@ def _memory(plan: dict) -> None:
     if memory["fits"] is not None:
         verdict = "fits" if memory["fits"] else "does not fit"
         print(f"{verdict}: {gib(memory['largest'])} needed, {gib(memory['usable'])} usable on each device")
-
-
-def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(title=title, title_justify="left", show_header=any(header))
-        for column, name in enumerate(header):
-            numbers = all(row[column][:1].isdigit() for row in rows)
-            table.add_column(name, justify="right" if numbers and any(header) else "left")
-        for row in rows:
-            table.add_row(*row)
-        Console(markup=False).print(table)
-        return
-    lines = [header, *rows] if any(header) else rows
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    print(f"{title}:")
-    for line in lines:
-        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 def seconds(value: float) -> str:

@@ -22,8 +22,8 @@ def command(
       castalia plot runs/first
       castalia plot runs/first runs/second --output both.png
     """
-    from castalia.cli.picture import check_picture, write_picture
     from castalia.errors import DataError
+    from castalia.figures import check_picture, write_picture
     from castalia.observe.curves import curve, loss_figure, terminal_curves
     from castalia.observe.metrics import read_metrics
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from castalia.cli.render import span_of
 from castalia.strict_json import to_json
 
 if TYPE_CHECKING:
@@ -75,10 +76,10 @@ def _table(found: Sequence[RunStatus]) -> Table:
             _number(status.loss, ".4f"),
             _number(status.valid_loss, ".4f"),
             _number(status.tokens_per_second, ",.0f"),
-            "-" if status.seconds_left is None else _span(status.seconds_left),
+            "-" if status.seconds_left is None else span_of(status.seconds_left),
             "never"
             if status.saved_step is None
-            else f"step {status.saved_step:,}, {_span(status.saved_seconds_ago)} ago",
+            else f"step {status.saved_step:,}, {span_of(status.saved_seconds_ago or 0.0)} ago",
             ", ".join(f"{count} {kind}" for kind, count in status.events.items()) or "-",
         )
     return table
@@ -86,13 +87,3 @@ def _table(found: Sequence[RunStatus]) -> Table:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-def _span(seconds: float | None) -> str:
-    """45 s, 12 min, 3.5 h, 2.1 d"""
-    value, unit = seconds or 0.0, "s"
-    for size, name in ((60.0, "min"), (60.0, "h"), (24.0, "d")):
-        if value < size * 1.5:
-            break
-        value, unit = value / size, name
-    return f"{value:.1f} {unit}" if unit in ("h", "d") else f"{value:.0f} {unit}"

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 from castalia.checkpoint.adapters import adapters_of
-from castalia.checkpoint.description import readable
 from castalia.checkpoint.rules import MOMENTS
 from castalia.checkpoint.sampled_values import Sums, sample
 from castalia.checkpoint.tensors import Checkpoint, state_tensors
@@ -19,6 +18,7 @@ from castalia.config.tensor_table import Kind, row_of, tp_dim
 from castalia.examine.facts import architecture
 from castalia.model.init_std import mup_scale, standard_deviation
 from castalia.plan.count import count, non_embedding, original_count
+from castalia.plan.run_description import readable
 from castalia.storage.extent import verify, verifying
 from castalia.storage.lazy import ByteRun, TensorRef, same_bits
 

@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from castalia.figures import panels, plain
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -36,14 +38,8 @@ def smoothed(values: list[float], window: int) -> list[float]:
 
 def loss_figure(records: Records) -> Figure:
     """Loss on top, gradient norm and learning rate below it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (top, middle, bottom) = pyplot.subplots(
-        3, 1, figsize=(9, 8), sharex=True, height_ratios=(4, 1.3, 1.3), layout="constrained"
-    )
+    figure, axes = panels(3, size=(9, 8), sharex=True, height_ratios=(4, 1.3, 1.3))
+    top, middle, bottom = axes
     for number, (name, found) in enumerate(records.items()):
         color = COLORS[number % len(COLORS)]
         loss = curve(found, "loss")
@@ -54,7 +50,7 @@ def loss_figure(records: Records) -> Figure:
         top.plot(loss.steps, smoothed(loss.values, window), color=color, linewidth=1.6, label=name + last)
         valid = curve(found, "valid_loss")
         if valid.steps:
-            style = {"marker": "o", "markersize": 4, "linestyle": "--", "linewidth": 1}
+            style: dict[str, Any] = {"marker": "o", "markersize": 4, "linestyle": "--", "linewidth": 1}
             top.plot(*valid, color=color, label=f"{name}, validation ({valid.values[-1]:.3f})", **style)
         middle.plot(*curve(found, "grad_norm"), color=color, linewidth=0.9)
         bottom.plot(*curve(found, "lr"), color=color, linewidth=1.4)
@@ -65,10 +61,9 @@ def loss_figure(records: Records) -> Figure:
     bottom.set_xlabel("step")
     bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     top.legend(frameon=False)
-    for axes in (top, middle, bottom):
-        axes.grid(True, alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.margins(x=0.01)
+    plain(axes)
+    for each in axes:
+        each.margins(x=0.01)
     return figure
 
 

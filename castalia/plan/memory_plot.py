@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from castalia.files import appearing
+from castalia.figures import panels, write_picture
 from castalia.plan.devices import GiB
+from castalia.plan.run_description import readable
 
 CATEGORIES = {  # in the order of stacking, with colours that stay apart in print and for colour-blind eyes
     "masters": "#332288",
@@ -20,18 +21,12 @@ CATEGORIES = {  # in the order of stacking, with colours that stay apart in prin
 
 def plot_memory(plan: dict, path: Path) -> None:
     """Stacked bars for each pipeline stage against the usable memory; beside them the recompute policies."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     memory, layout = plan["memory"], plan["layout"]
     stages, usable = memory["stages"], memory["usable"]
     tallest = max(memory["by_recompute"].values())
     limit = usable if usable and usable < 4 * tallest else None  # a far limit would flatten the bars
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(max(8.5, 5 + len(stages)), 4.8), width_ratios=[max(2, len(stages)), 2], layout="constrained"
-    )
+    size = (max(8.5, 5 + len(stages)), 4.8)
+    figure, (left, right) = panels(1, 2, size=size, width_ratios=[max(2, len(stages)), 2])
     bottoms = [0.0] * len(stages)
     for name, colour in CATEGORIES.items():
         heights = [stage[name] / GiB for stage in stages]
@@ -70,11 +65,9 @@ def plot_memory(plan: dict, path: Path) -> None:
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside right center", frameon=False)
     room = "" if limit or not usable else f"; {usable / GiB:.1f} GiB are usable"
-    title = f"{plan['parameters']['total'] / 1e6:,.4g}M parameters{room}"
+    title = f"{readable(plan['parameters']['total'])} parameters{room}"
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
-    with appearing(path) as file:
-        figure.savefig(file, format=Path(path).suffix.lower().removeprefix("."), dpi=130)
-    plt.close(figure)
+    write_picture(figure, path)
 
 
 def _annotate(axes, heights: list[float]) -> None:

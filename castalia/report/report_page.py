@@ -103,13 +103,11 @@ def _curves(report: Report) -> Iterable[str]:
 def _svg(records: Records) -> str:
     """The figure as a part of the page: without the names of standards, which look like addresses."""
     import matplotlib
-    from matplotlib import pyplot
 
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "castalia"}):
         figure = loss_figure(records)
         drawn = io.StringIO()
         figure.savefig(drawn, format="svg", metadata={"Date": None})
-        pyplot.close(figure)
     text = drawn.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     return re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from castalia.checkpoint.description import readable
 from castalia.checkpoint.opener import open_checkpoint
 from castalia.config.schema import RunConfig
 from castalia.errors import DataError
@@ -21,6 +20,7 @@ from castalia.files import write_text
 from castalia.observe.display import duration
 from castalia.observe.metrics import read_events, read_metrics
 from castalia.plan.count import count
+from castalia.plan.run_description import readable
 from castalia.report.baselines import byte_entropy, gzip_bits, token_unigram_bits, xz_bits
 from castalia.report.held_out import (
     HeldOut,

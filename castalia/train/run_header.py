@@ -12,7 +12,6 @@ from typing import Any
 from pydantic import BaseModel
 
 from castalia.checkpoint.adapters import adapters_of
-from castalia.checkpoint.description import readable
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.attention_kernels import AMPERE
 from castalia.config.batch import sum_until
@@ -27,7 +26,7 @@ from castalia.parallel.rank_grid import layout as parallel_layout
 from castalia.parallel.rendezvous import world_size
 from castalia.plan.count import count
 from castalia.plan.layout import Layout
-from castalia.plan.run_description import clipping, describe_training
+from castalia.plan.run_description import clipping, describe_training, readable
 from castalia.plan.run_plan import RunFacts, layout_of, training, warnings
 from castalia.train.fast_paths import fast_paths
 from castalia.train.run_facts import collect_run_facts

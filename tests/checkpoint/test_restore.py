@@ -12,13 +12,14 @@ import torch
 
 from castalia.checkpoint.formats.native.save import CheckpointSaver
 from castalia.checkpoint.opener import open_checkpoint
-from castalia.checkpoint.restore import load_optimizer, load_shards, optimizer_state, readable
+from castalia.checkpoint.restore import load_optimizer, load_shards, optimizer_state
 from castalia.checkpoint.tensors import Progress, Shard
 from castalia.config.schema import ModelConfig, OptimizerConfig, RunConfig
 from castalia.errors import CheckpointError
 from castalia.loading import load_model, load_weights
 from castalia.model.init import initialize
 from castalia.model.transformer import Transformer
+from castalia.plan.run_description import readable
 from castalia.train.optimizer import make_optimizer
 from castalia.train.update_rules import AnyOptimizer
 

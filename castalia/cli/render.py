@@ -1,0 +1,84 @@
+"""What verbs show on a terminal: tables, a progress bar, sizes and durations."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+
+class Advance(Protocol):
+    def __call__(self, done: int, text: str = "", total: int | None = None) -> None:
+        """Add `done` units of work; change the text beside the bar and the number of units, where given."""
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table with borders on a terminal, aligned columns elsewhere. A header of empty strings is not shown."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=title, title_justify="left", show_header=any(header))
+        for column, name in enumerate(header):
+            numbers = all(row[column][:1].isdigit() for row in rows)
+            table.add_column(name, justify="right" if numbers and any(header) else "left")
+        for row in rows:
+            table.add_row(*row)
+        Console(markup=False).print(table)
+        return
+    lines = [header, *rows] if any(header) else rows
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    print(f"{title}:")
+    for line in lines:
+        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+@contextmanager
+def progress(total: int | None = None, *, in_bytes: bool = False, shown: bool = True) -> Iterator[Advance]:
+    """A bar with the time left on standard error, where that is a terminal; gone when the work is done.
+
+    `in_bytes`: the units are bytes, so that size and speed are shown as well.
+    """
+    if not (shown and sys.stderr.isatty()):
+        yield lambda done, text="", total=None: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as TimeLeft
+    from rich.progress import TransferSpeedColumn as Speed
+
+    count = (DownloadColumn(), Speed()) if in_bytes else (MofNCompleteColumn(),)
+    columns = (BarColumn(), *count, TimeLeft(), TextColumn("{task.description}", markup=False))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+
+        def advance(done: int, text: str = "", total: int | None = None) -> None:
+            bar.update(task, advance=done, description=text or None, total=total)
+
+        yield advance
+
+
+def watched(items: Iterator, size: Callable, total: int, shown: bool = True) -> Iterator:
+    """The items, with a bar over the sum of their sizes."""
+    with progress(total, shown=shown) as advance:
+        for item in items:
+            yield item
+            advance(size(item))
+
+
+def size_of(count: float) -> str:
+    """Bytes as 12.3 MB, in powers of 1000."""
+    exponent = min(3, int(math.log10(max(count, 1))) // 3)
+    return f"{count / 1000**exponent:.4g} {('B', 'KB', 'MB', 'GB')[exponent]}"
+
+
+def span_of(seconds: float) -> str:
+    """45 s, 12 min, 3.5 h, 2.1 d"""
+    value, unit = seconds, "s"
+    for size, name in ((60.0, "min"), (60.0, "h"), (24.0, "d")):
+        if value < size * 1.5:
+            break
+        value, unit = value / size, name
+    return f"{value:.1f} {unit}" if unit in ("h", "d") else f"{value:.0f} {unit}"
