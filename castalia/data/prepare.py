@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from castalia.config.schema import Source, Text, TokenizerConfig
+from castalia.config.schema import TokenizerConfig
 from castalia.data.chat import Chat, conversations, renderer
 from castalia.data.fast_tokenizer import Encode, fast, flat, reference
 from castalia.data.indexed import DatasetWriter, token_dtype
@@ -158,19 +158,6 @@ def _check(recipe: Recipe, tokenizer: Tokenizer) -> None:
         renderer(recipe.chat)
     if recipe.ftfy:
         _fix_text()
-
-
-def prepare_sources(inputs: Sequence[str | Path], output: str | Path, recipe: Recipe) -> tuple[Source, ...]:
-    """`prepare` for conversations, and the sources that a config takes of them for its data.
-
-    The fields `chosen` and `rejected` make one source of pairs, any others a source each.
-    """
-    prepare(inputs, output, recipe)
-    texts = {key: Text(path=_prefix(output, key), labels=_prefix(output, f"{key}_label")) for key in recipe.keys}
-    if set(recipe.keys) == {"chosen", "rejected"}:
-        return (Source(**texts["chosen"].model_dump(), rejected=texts["rejected"]),)
-    rewards = {key: _prefix(output, f"{key}_reward") if recipe.reward else None for key in recipe.keys}
-    return tuple(Source(**text.model_dump(), rewards=rewards[key]) for key, text in texts.items())
 
 
 def _prefix(output: str | Path, name: str) -> str:

@@ -10,7 +10,7 @@ from castalia.config.schema import DataConfig, RunConfig, Source, TokenizerConfi
 from castalia.data.chat import Chat, conversation_of, encode_chat, read_template, renderer
 from castalia.data.indexed import DatasetWriter, open_dataset
 from castalia.data.loader import open_data
-from castalia.data.prepare import Recipe, prepare, prepare_sources
+from castalia.data.prepare import Recipe, prepare
 from castalia.data.tokenizer import ByteTokenizer, train_bpe
 from castalia.errors import DataError
 
@@ -177,20 +177,22 @@ def test_answers_beyond_the_context_are_told_of(tmp_path: Path, caplog: pytest.L
     assert "of 3 documents 1 are left out" in caplog.text and "1 are cut there" in caplog.text
 
 
-def test_pairs_and_judged_conversations_become_sources(tmp_path: Path) -> None:
+def test_pairs_and_judged_conversations(tmp_path: Path) -> None:
     other = {**ANSWER, "content": "no."}
     pairs = [{"chosen": [QUESTION, ANSWER], "rejected": [QUESTION, other]}] * 3
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    (source,) = prepare_sources([path], tmp_path / "p", Recipe(BYTES, ("chosen", "rejected"), chat=Chat(TEMPLATE)))
-    assert source.rejected and spell(open_dataset(source.rejected.path)[2].tolist()) == "<u>how?\n<a>no.\n$"
-    assert spell(open_dataset(source.rejected.labels or "")[0].tolist()) == "___________no.\n$"
+    recipe = Recipe(BYTES, ("chosen", "rejected"), chat=Chat(TEMPLATE))
+    _, _, rejected, rejected_labels = prepare([path], tmp_path / "p", recipe).outputs
+    assert spell(open_dataset(rejected)[2].tolist()) == "<u>how?\n<a>no.\n$"
+    assert spell(open_dataset(rejected_labels)[0].tolist()) == "___________no.\n$"
     path.write_text("".join(json.dumps({"text": [QUESTION, ANSWER], "good": good}) + "\n" for good in (True, -0.5, 2)))
-    (judged,) = prepare_sources([path], tmp_path / "j", Recipe(BYTES, ("text",), chat=Chat(TEMPLATE), reward="good"))
-    assert [item.tolist() for item in open_dataset(judged.rewards or "")] == [[1], [-1], [1]]
+    judged = Recipe(BYTES, ("text",), chat=Chat(TEMPLATE), reward="good")
+    _, _, rewards = prepare([path], tmp_path / "j", judged).outputs
+    assert [item.tolist() for item in open_dataset(rewards)] == [[1], [-1], [1]]
     path.write_text(json.dumps({"text": [QUESTION, ANSWER], "good": "yes"}) + "\n")
     with pytest.raises(DataError, match=r"pairs\.jsonl:1: .*'good' judges nothing: .* not 'yes'"):
-        prepare_sources([path], tmp_path / "b", Recipe(BYTES, ("text",), chat=Chat(TEMPLATE), reward="good"))
+        prepare([path], tmp_path / "b", judged)
 
 
 @pytest.mark.parametrize(
@@ -206,12 +208,12 @@ def test_answers_follow_the_prompt_beside_them(tmp_path: Path, prompt: object, b
     record = {"prompt": prompt, "chosen": [ANSWER], "rejected": [{**ANSWER, "content": "no."}]}
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps(record) + "\n")
-    (source,) = prepare_sources([path], tmp_path / "p", Recipe(BYTES, ("chosen", "rejected"), chat=Chat(TEMPLATE)))
-    assert source.rejected
-    for side, answer in ((source, "so."), (source.rejected, "no.")):
-        assert spell(open_dataset(side.path)[0].tolist()) == f"{before}<a>{answer}\n$"
+    recipe = Recipe(BYTES, ("chosen", "rejected"), chat=Chat(TEMPLATE))
+    chosen, chosen_labels, rejected, rejected_labels = prepare([path], tmp_path / "p", recipe).outputs
+    for texts, labels, answer in ((chosen, chosen_labels, "so."), (rejected, rejected_labels, "no.")):
+        assert spell(open_dataset(texts)[0].tolist()) == f"{before}<a>{answer}\n$"
         learned = "_" * len(before + "<a>") if before else "<a>"
-        assert spell(open_dataset(side.labels or "")[0].tolist()) == f"{learned}{answer}\n$"
+        assert spell(open_dataset(labels)[0].tolist()) == f"{learned}{answer}\n$"
 
 
 def test_a_whole_conversation_is_taken_without_the_prompt_beside_it() -> None:
