@@ -40,6 +40,9 @@ def command(
         str | None,
         typer.Option(metavar="OUT", help="instead: write each token's log-probability to OUT.bin and OUT.idx"),
     ] = None,
+    by_source: Annotated[
+        bool, typer.Option("--by-source", help="each file or corpus by itself as well; takes twice as long")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
 ) -> None:
     """Compute loss, perplexity and bits per byte of a checkpoint.
@@ -65,16 +68,29 @@ def command(
     with process_group(choose_device("auto").type):
         checkpoint = open_and_tell(path, step=step)
         result = evaluate_checkpoint(
-            checkpoint, overrides or [], data=data, tokenizer_path=tokenizer, stride=stride, tp=tp, pp=pp
+            checkpoint,
+            overrides or [],
+            data=data,
+            tokenizer_path=tokenizer,
+            stride=stride,
+            tp=tp,
+            pp=pp,
+            by_source=by_source,
         )
     if not is_main():
         return
     if as_json:
         print(to_json(result))
         return
+    sources = result.pop("sources", {})
     for name, value in result.items():
         shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if isinstance(value, float) else value
         print(f"{name.replace('_', ' '):<14}{shown}")
+    if by_source and not sources:
+        print("by source     not known: the corpus does not tell its files, or has one")
+    for name, part in sources.items():
+        bits = f"  bits per byte {part['bits_per_byte']:.4f}" if "bits_per_byte" in part else ""
+        print(f"  loss {part['loss']:.4f}{bits}  {part['tokens']:,} tokens of {name}")
 
 
 def write_log_probs(path: str, overrides: list[str], data: str | None, step: int | None, output: str) -> None:
@@ -111,6 +127,7 @@ def evaluate_checkpoint(
     stride: int | None,
     tp: int = 1,
     pp: int = 1,
+    by_source: bool = False,
 ) -> dict[str, Any]:
     """What the command prints, by name."""
     import numpy as np
@@ -142,21 +159,27 @@ def evaluate_checkpoint(
     if stride is not None and not 0 < stride <= length:
         raise ConfigError(f"--stride {stride} must lie between 1 and the window's {length} tokens (data.seq_length)")
     rows = config.train.micro_batch_size or 8
-    sizes = stream.sizes if config.data.mask_documents else None
-    ends = np.cumsum(stream.sizes).tolist() if config.data.packing == "unpacked" and not data else ()
     spells_all = stream.labels is None  # else some of the text's bytes are not predicted
     if config.data.mask_after_eod and tokenizer and tokenizer.eod_id is not None:
         stream = stream.masked_after(tokenizer.eod_id)
     engine, plan = load_engine(checkpoint, length, rows, dtype, device, tp, pp)
-    batches = windows(stream.tokens, length, stride or length, plan.batch_size, sizes, stream.labels, ends)
-    bar = watched(batches, lambda batch: int(batch.loss_mask.sum()), stream.num_counted, shown=is_main())
-    found = evaluate(engine, bar)
-    spelled = {}
-    if stream.num_bytes and spells_all:
-        spelled = {"bits_per_byte": bits_per_byte(found["loss"], int(found["tokens"]), stream.num_bytes)}
+
+    def judged(stream: Stream) -> dict[str, Any]:
+        sizes = stream.sizes if config.data.mask_documents else None
+        ends = np.cumsum(stream.sizes).tolist() if config.data.packing == "unpacked" and not data else ()
+        batches = windows(stream.tokens, length, stride or length, plan.batch_size, sizes, stream.labels, ends)
+        bar = watched(batches, lambda batch: int(batch.loss_mask.sum()), stream.num_counted, shown=is_main())
+        found: dict[str, Any] = evaluate(engine, bar)
+        if stream.num_bytes and spells_all:
+            found["bits_per_byte"] = bits_per_byte(found["loss"], int(found["tokens"]), stream.num_bytes)
+        return found
+
+    found = judged(stream)
+    if by_source:
+        found["sources"] = {name: judged(part) for name, part in stream.by_source(tokenizer).items()}
     precision = next(name for name, number in DTYPES.items() if number == dtype)
     where = {"checkpoint": checkpoint.path, "step": checkpoint.progress.step, "data": stream.name}
-    return {**where, "precision": precision, "uniform_loss": uniform_loss(model, tokenizer), **found, **spelled}
+    return {**where, "precision": precision, "uniform_loss": uniform_loss(model, tokenizer), **found}
 
 
 def uniform_loss(model: ModelConfig, tokenizer: Tokenizer | None) -> float:

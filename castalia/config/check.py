@@ -222,6 +222,9 @@ def corpora(config: RunConfig) -> Iterator[Problem]:
             "data.packing=unpacked takes one document a sample and needs labels in every source of data.train",
             ("data.packing", "data.train"),
         )
+    if config.neox_exact and config.data.holdout != "contiguous":
+        text = f"neox_exact=true takes validation as the original does, data.holdout={config.data.holdout} does not"
+        yield Problem(f"{text}; leave one of them out", ("neox_exact", "data.holdout"))
     if config.generate.mode == "input-file" and not config.generate.input_file:
         yield Problem("generate.mode=input-file needs generate.input_file", ("generate.mode",))
 
@@ -339,6 +342,7 @@ def without_effect(config: RunConfig) -> Iterator[Problem]:
         "preference.desirable_weight": goal != "kto" and f"train.objective is {goal}",
         "preference.undesirable_weight": goal != "kto" and f"train.objective is {goal}",
         "data.split": data.train and "data.train is given",
+        "data.holdout": data.train and "data.train is given",
         "data.weight_alpha": data.weight_alpha != 1 and not data.weight_by_documents and "no weight_by_documents",
         "parallel.sequence_parallel": parallel.sequence_parallel and parallel.tp == 1 and "parallel.tp is 1",
         "parallel.cp_kind": parallel.cp == 1 and "parallel.cp is 1",

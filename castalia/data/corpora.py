@@ -11,6 +11,7 @@ import numpy as np
 
 from castalia.data.indexed import DatasetWriter, IndexedDataset, bin_path, open_dataset
 from castalia.data.sample_index import split_bounds
+from castalia.data.split import sources_of, without_common_folder, write_sources
 from castalia.errors import DataError
 
 BLOCK_TOKENS = 1 << 22
@@ -65,7 +66,19 @@ def merge(prefixes: Sequence[str | os.PathLike[str]], output: str | os.PathLike[
     with DatasetWriter(output, np.result_type(*(part.dtype for part in parts))) as writer:
         for part in parts:
             _copy(writer, part, 0, len(_documents(part)) - 1)
+        write_sources(output, writer.sizes, _files_of(parts))
     return open_dataset(output)
+
+
+def _files_of(parts: Sequence[IndexedDataset]) -> dict[str, int]:
+    """Items of each file of the corpora; a corpus that does not know its files counts as one."""
+    found: dict[str, int] = {}
+    for name, part in zip(without_common_folder([part.prefix for part in parts]), parts, strict=True):
+        known = sources_of(part)
+        counts = np.bincount(known[1], minlength=len(known[0])).tolist() if known else [len(part)]
+        for file, count in zip([f"{name}/{file}" for file in known[0]] if known else [name], counts, strict=True):
+            found[file] = found.get(file, 0) + count
+    return found
 
 
 def split(prefix: str | os.PathLike[str], weights: str, output: str | os.PathLike[str]) -> list[IndexedDataset]:

@@ -33,9 +33,9 @@ from castalia.data.sample_index import (
     locate,
     number_documents,
     pieces,
-    split_bounds,
     trainable,
 )
+from castalia.data.split import split_documents
 from castalia.data.tokenizer import load_tokenizer
 from castalia.errors import ConfigError, DataError
 
@@ -280,8 +280,7 @@ def has_data(config: RunConfig, split: Split) -> bool:
     """Whether the config gives the split any documents."""
     if config.data.path is None:
         return bool(getattr(config.data, split))
-    bounds = split_bounds(config.data.split, len(open_dataset(config.data.path)))
-    return bounds[SPLITS.index(split)] < bounds[SPLITS.index(split) + 1]
+    return len(split_documents(config.data, open_dataset(config.data.path))[split]) > 0
 
 
 def _samples_wanted(config: RunConfig, split: Split, batch_size: int) -> int | None:
@@ -300,13 +299,12 @@ def _samples_wanted(config: RunConfig, split: Split, batch_size: int) -> int | N
 
 def _open_part(config: RunConfig, prefix: str, split: Split, wanted: int | None) -> Corpus:
     data = open_dataset(prefix)
-    bounds = split_bounds(config.data.split, len(data))
-    first, end = bounds[SPLITS.index(split) :][:2]
-    if first >= end:
+    documents = split_documents(config.data, data)[split]
+    if not len(documents):
         raise DataError(
             f"no {split} data: data.split={config.data.split!r} gives it none of the {len(data)} documents of {prefix}"
         )
-    return _index(config, data, None, np.arange(first, end, dtype=np.int32), wanted, split)
+    return _index(config, data, None, documents, wanted, split)
 
 
 def _open_blend(

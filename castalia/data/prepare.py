@@ -27,6 +27,7 @@ from castalia.data.indexed import DatasetWriter, token_dtype
 from castalia.data.journal import Journal, identity
 from castalia.data.sample_index import IGNORE
 from castalia.data.sources import BLOCK_BYTES, Chunk, chunks, find_files, texts_of
+from castalia.data.split import without_common_folder, write_sources
 from castalia.data.tokenizer import Tokenizer, load_tokenizer
 from castalia.data.tokenizer_folder import listed
 from castalia.errors import DataError
@@ -69,6 +70,7 @@ class Report:
     empty: int = 0
     bad: list[str] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
+    files: dict[str, dict[str, int]] = field(default_factory=dict)  # by key: documents of each input file, in order
     engine: str = ""  # what turned text into ids
     end: str = ""  # the id that ends each document, and how the vocabulary writes it
     note: str = ""  # the tokenizer's
@@ -84,6 +86,7 @@ class Encoded:
     empty: int
     bad: list[str]
     done_bytes: int
+    path: str  # of the file
 
 
 def prepare(
@@ -129,6 +132,12 @@ def prepare(
                 raise DataError(
                     f"no documents in {', '.join(map(str, files))} ({report.empty} empty, {len(report.bad)} bad)"
                 )
+            for (
+                key,
+                counts,
+            ) in report.files.items():  # before the index appears, whose sizes they name
+                if len(counts) > 1:
+                    write_sources(prefixes[key], writers[key].sizes, _by_name(counts))
     except OSError as error:
         raise DataError(f"cannot prepare {output}: {error}") from error
     report.outputs = list(prefixes.values())
@@ -138,7 +147,11 @@ def prepare(
     return report
 
 
-NOTED = ("done_bytes", "text_bytes", "documents", "tokens", "empty", "bad")
+def _by_name(counts: dict[str, int]) -> dict[str, int]:
+    return dict(zip(without_common_folder(list(counts)), counts.values(), strict=True))
+
+
+NOTED = ("done_bytes", "text_bytes", "documents", "tokens", "empty", "bad", "files")
 
 
 def _tokenizer_files(config: TokenizerConfig) -> list[Path]:
@@ -200,7 +213,7 @@ def encode(chunk: Chunk, recipe: Recipe, tokenizer: Tokenizer, encode_texts: Enc
             documents = np.split(ids, np.cumsum(sizes)[:-1])
             labels = [mask_labels(document, recipe.mask_before) for document in documents]
             outputs["label"] = np.concatenate(labels), sizes
-    return Encoded(outputs, text_bytes, empty, found.bad, chunk.done_bytes)
+    return Encoded(outputs, text_bytes, empty, found.bad, chunk.done_bytes, chunk.path)
 
 
 def _check_ids(ids: np.ndarray, chunk: Chunk, tokenizer: Tokenizer) -> None:
@@ -230,6 +243,9 @@ def _write(
         ids, sizes = encoded.outputs[name]
         sizes = sizes[:left]
         writer.add_many(ids[: int(sizes.sum())], sizes)
+        if name in keys and len(sizes):
+            counts = report.files.setdefault(name, {})
+            counts[encoded.path] = counts.get(encoded.path, 0) + len(sizes)
     report.documents = len(writers[keys[0]].sizes)
     report.tokens = sum(writers[key].num_tokens for key in keys)
     report.text_bytes += encoded.text_bytes

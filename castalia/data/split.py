@@ -1,25 +1,174 @@
-"""Which documents of a corpus are for training, which for validation and which for testing, and whose they are."""
+"""Which documents of one corpus are for training, for validation and for testing, and which files they come from."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
 import numpy as np
 
-from castalia.config.schema import DataConfig
+from castalia.config.schema import DataConfig, split_shares
 from castalia.data.indexed import IndexedDataset
 from castalia.data.sample_index import split_bounds
+from castalia.errors import DataError
+from castalia.files import write_text
+from castalia.reading import keys, read_json
 
 PARTS = ("train", "valid", "test")
+EDGE_TOKENS = 32  # at each end of a document, which tell it from others of its length
+BLOCK_DOCUMENTS = 1 << 15
+FACTOR, MIX = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)  # odd, of SplitMix64
+FILES = {"sizes": str, "files": list[str], "documents": list[int]}
+SOURCES = keys(FILES, required=FILES)
 
 
 def split_documents(data: DataConfig, text: IndexedDataset) -> dict[str, np.ndarray]:
-    """The documents of `data.path`, i32 and in order, by part."""
-    bounds = split_bounds(data.split, len(text))
-    return {part: np.arange(*bounds[n : n + 2], dtype=np.int32) for n, part in enumerate(PARTS)}
+    """The documents of `data.path`, i32 in ascending order, by part."""
+    if data.holdout == "contiguous":
+        bounds = split_bounds(data.split, len(text))
+        return {part: np.arange(*bounds[n : n + 2], dtype=np.int32) for n, part in enumerate(PARTS)}
+    found = by_hash(document_hashes(text), sources_of(text), _shares(data.split))
+    return {part: np.flatnonzero(found == n).astype(np.int32) for n, part in enumerate(PARTS)}
+
+
+def _shares(split: str) -> tuple[float, float]:
+    """Of validation and test."""
+    try:
+        shares = split_shares(split)
+    except ValueError as error:
+        raise DataError(f"data.split={split!r}: {error}") from None
+    return shares[1] / sum(shares), shares[2] / sum(shares)
+
+
+def by_hash(
+    hashes: np.ndarray, sources: tuple[list[str], np.ndarray] | None, shares: tuple[float, float]
+) -> np.ndarray:
+    """The part of each document [documents], 0 to 2, by its hash: for validation and test `shares` of all.
+
+    Documents of equal hash have one part, so that no text is trained on and judged by. Different ones are put in order
+    of their file and, within it, of their hash; validation takes one of each 1 / share of them, and so has from each
+    file what is due to it, of small files together as of large ones.
+    """
+    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+    files = np.zeros(len(first), np.int64) if sources is None else sources[1][first]
+    order = np.argsort(files, kind="stable")  # hashes are in order already
+    part = np.zeros(len(first), np.int8)
+    valid, test = shares
+    chosen = _spaced(len(order), valid)
+    part[order[chosen]] = 1
+    rest = order[~chosen]
+    part[rest[_spaced(len(rest), test / (1 - valid) if valid < 1 else 0.0)]] = 2
+    return part[inverse.reshape(-1)]
+
+
+def _spaced(count: int, share: float) -> np.ndarray:
+    """Of `count` places as many as the share of them is, at equal distances; a mask."""
+    edges = np.floor(np.arange(count + 1) * share + 0.5)
+    return np.diff(edges) > 0
+
+
+def document_hashes(text: IndexedDataset) -> np.ndarray:
+    """A hash, u64, of each document's length and of the first and the last tokens of it: whatever the corpus' dtype.
+
+    Two documents that agree in all of these are taken for one text. Little is read of long ones.
+    """
+    found = np.empty(len(text), np.uint64)
+    starts = text.starts // text.dtype.itemsize
+    places = np.arange(EDGE_TOKENS)
+    for first in range(0, len(text), BLOCK_DOCUMENTS):
+        sizes = text.sizes[first : first + BLOCK_DOCUMENTS].astype(np.int64)
+        begin = starts[first : first + BLOCK_DOCUMENTS]
+        state = sizes.astype(np.uint64)
+        for ahead in (places, -1 - places):
+            inside = np.where(ahead >= 0, ahead, sizes[:, None] + ahead)
+            is_there = (inside >= 0) & (inside < sizes[:, None])
+            at = begin[:, None] + np.where(is_there, inside, 0)
+            tokens = text.tokens[np.minimum(at, len(text.tokens) - 1)] if len(text.tokens) else np.zeros_like(at)
+            values = np.where(is_there, tokens.astype(np.int64) + 1, 0).astype(np.uint64)
+            for column in range(EDGE_TOKENS):
+                state = (state ^ values[:, column]) * FACTOR
+                state ^= state >> np.uint64(29)
+        state *= MIX
+        found[first : first + BLOCK_DOCUMENTS] = state ^ (state >> np.uint64(32))
+    return found
 
 
 def sources_of(text: IndexedDataset) -> tuple[list[str], np.ndarray] | None:
     """Names of the files that a corpus was made from, and for each document [documents] the number of its file.
 
-    None where the corpus does not tell.
+    None where the corpus does not tell, or tells of other documents.
     """
-    return None
+    path = sources_path(text.prefix)
+    if not path.is_file():
+        return None
+    try:
+        known = read_json(path, DataError, SOURCES)
+    except DataError:
+        return None
+    names, counts = known["files"], known["documents"]
+    fits = len(names) == len(counts) and sum(counts) == len(text) and min(counts, default=0) >= 0
+    if not fits or known["sizes"] != digest_of_sizes(text.sizes):
+        return None
+    return names, np.repeat(np.arange(len(counts)), counts)
+
+
+def sources_path(prefix: str | os.PathLike[str]) -> Path:
+    return Path(f"{os.fspath(prefix)}.sources.json")
+
+
+def digest_of_sizes(sizes: np.ndarray | Sequence[int]) -> str:
+    return hashlib.blake2b(np.ascontiguousarray(sizes, "<i4").data, digest_size=16).hexdigest()
+
+
+def write_sources(prefix: str | os.PathLike[str], sizes: np.ndarray | Sequence[int], files: Mapping[str, int]) -> None:
+    """Note beside a corpus of these `sizes` [documents] how many of its documents come from which file, in order."""
+    found = {"sizes": digest_of_sizes(sizes), "files": list(files), "documents": list(files.values())}
+    write_text(sources_path(prefix), json.dumps(found))
+
+
+def without_common_folder(paths: Sequence[str]) -> list[str]:
+    """The files' names, with as many of their folders as tell them apart."""
+    if not paths:
+        return []
+    common = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+    return [os.path.relpath(os.path.abspath(path), common) for path in paths]
+
+
+def describe_held_out(data: DataConfig, text: IndexedDataset) -> str | None:
+    """What of `data.path` validation takes, in a line; None where it takes nothing."""
+    valid = split_documents(data, text)["valid"]
+    if not len(valid):
+        return None
+    how = "by a hash of each" if data.holdout == "hash" else f"the ones from {int(valid[0]):,} on"
+    told = f"{len(valid):,} of {len(text):,} documents, {how}"
+    known = sources_of(text)
+    if known is None:
+        return told
+    of_files = len(set(known[1].tolist()))
+    return f"{told}, from {len(set(known[1][valid].tolist())):,} of {of_files:,} files"
+
+
+def one_sided(data: DataConfig, text: IndexedDataset) -> str | None:
+    """A warning where the documents that validation takes come from few of the corpus' files; None where they do not.
+
+    Few: files that hold less than half of the documents that training takes.
+    """
+    known, parts = sources_of(text), split_documents(data, text)
+    if known is None or data.holdout == "hash" or not len(parts["valid"]):
+        return None
+    names, numbers = known
+    seen = set(numbers[parts["valid"]].tolist())
+    trained = Counter(numbers[parts["train"]].tolist())
+    covered = sum(count for file, count in trained.items() if file in seen)
+    if len(names) < 2 or 2 * covered >= sum(trained.values()):
+        return None
+    shown = ", ".join(names[file] for file in sorted(seen)[:3]) + (", ..." if len(seen) > 3 else "")
+    return (
+        f"validation says little about most of this corpus: its {len(parts['valid']):,} documents are the last ones, "
+        f"all from {shown} ({len(seen):,} of {len(set(numbers.tolist())):,} files). data.holdout=hash takes some of "
+        "each file"
+    )

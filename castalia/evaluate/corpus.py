@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,9 +10,10 @@ import numpy as np
 
 from castalia.config.schema import DataConfig
 from castalia.data.indexed import open_dataset
-from castalia.data.loader import SPLITS, open_labels
-from castalia.data.sample_index import IGNORE, split_bounds
+from castalia.data.loader import open_labels
+from castalia.data.sample_index import IGNORE
 from castalia.data.sources import documents
+from castalia.data.split import sources_of, split_documents
 from castalia.data.tokenizer import Tokenizer
 from castalia.errors import DataError
 
@@ -23,6 +24,7 @@ class Stream(NamedTuple):
     sizes: np.ndarray  # of the documents, in tokens
     num_bytes: int | None  # of the text that the tokens spell; None without a tokenizer
     labels: np.ndarray | None = None  # for each token itself or -100 where it does not count; None: all count
+    sources: tuple[str, ...] = ()  # the file or corpus that each document comes from; none: not known
 
     @property
     def num_counted(self) -> int:
@@ -34,6 +36,21 @@ class Stream(NamedTuple):
         labels = (self.tokens if self.labels is None else self.labels).astype(np.int64)
         labels[1:][self.tokens[:-1] == token] = IGNORE
         return self._replace(labels=labels)
+
+    def by_source(self, tokenizer: Tokenizer | None) -> dict[str, Stream]:
+        """The documents of each source as a stream of their own. Empty where sources are not known or there is one."""
+        if len(set(self.sources)) < 2:
+            return {}
+        found: dict[str, Stream] = {}
+        for name in dict.fromkeys(self.sources):
+            mine = np.array([source == name for source in self.sources])
+            tokens = self.tokens[np.repeat(mine, self.sizes)]
+            labels = None if self.labels is None else self.labels[np.repeat(mine, self.sizes)]
+            parts = np.split(tokens, np.cumsum(self.sizes[mine])[:-1])
+            size = sum(len(tokenizer.decode(part.tolist()).encode()) for part in parts) if tokenizer else None
+            if len(tokens) > 1:
+                found[name] = Stream(name, tokens, self.sizes[mine], size, labels)
+        return found
 
 
 def read_stream(path: str, tokenizer: Tokenizer | None) -> Stream:
@@ -57,8 +74,8 @@ def read_stream(path: str, tokenizer: Tokenizer | None) -> Stream:
 def validation_stream(data: DataConfig, tokenizer: Tokenizer | None) -> Stream:
     """All of the documents that a run keeps for validation."""
     if data.path:
-        first, end = split_bounds(data.split, len(open_dataset(data.path)))[SPLITS.index("valid") :][:2]
-        return indexed_stream(data.path, range(first, end), tokenizer)
+        which = split_documents(data, open_dataset(data.path))["valid"].tolist()
+        return indexed_stream(data.path, which, tokenizer)
     if not data.valid:
         raise DataError("the run has no validation data (data.valid, or a part of data.split); name some with --data")
     parts = [indexed_stream(source.path, None, tokenizer) for source in data.valid]
@@ -71,17 +88,20 @@ def validation_stream(data: DataConfig, tokenizer: Tokenizer | None) -> Stream:
         np.concatenate([part.sizes for part in parts]),
         sum(num_bytes) if len(num_bytes) == len(parts) else None,
         np.concatenate(labels) if any(found) else None,
+        tuple(name for part in parts for name in part.sources or (part.name,) * len(part.sizes)),
     )
 
 
-def indexed_stream(prefix: str, which: Iterable[int] | None, tokenizer: Tokenizer | None) -> Stream:
+def indexed_stream(prefix: str, which: Sequence[int] | None, tokenizer: Tokenizer | None) -> Stream:
     dataset = open_dataset(prefix)
     items = [dataset[i] for i in which] if which is not None else list(dataset)
     num_tokens = sum(map(len, items))
     if num_tokens < 2:
         raise DataError(f"{prefix}: {len(items)} documents with {num_tokens} tokens are too few to evaluate")
     num_bytes = sum(len(tokenizer.decode(item.tolist()).encode()) for item in items) if tokenizer else None
-    return _stream(prefix, items, num_bytes)
+    known = sources_of(dataset)
+    sources = tuple(known[0][file] for file in known[1][slice(None) if which is None else which]) if known else ()
+    return _stream(prefix, items, num_bytes)._replace(sources=sources)
 
 
 def _stream(name: str, items: Sequence[np.ndarray], num_bytes: int | None) -> Stream:

@@ -19,7 +19,9 @@ from castalia.config.fields import changed
 from castalia.config.loss_chunks import CHUNK_BYTES
 from castalia.config.schema import RunConfig
 from castalia.config.tensor_table import adapter_shapes, tensor_shapes
+from castalia.data.indexed import open_dataset
 from castalia.data.pairs import Pairs
+from castalia.data.split import describe_held_out, one_sided
 from castalia.model.attention import capability
 from castalia.observe.display import Display
 from castalia.parallel.rank_grid import layout as parallel_layout
@@ -54,7 +56,7 @@ def show_report(session: Session, display: Display, folder: Path) -> None:
         display.line(f"note: {note}", "yellow")
     for name, text in facts(session, folder, known, layout):
         display.line(f"{name:<14}{text}")
-    for warning in (*warnings(config, known, layout), *_tokenizer_warnings(session)):
+    for warning in (*warnings(config, known, layout), *_tokenizer_warnings(session), *_one_sided(config)):
         display.line(f"warning: {warning}", "yellow")
     if session.source is None:
         number = readable(parameter_count(session))
@@ -126,9 +128,22 @@ def facts(session: Session, folder: Path, known: RunFacts, layout: Layout) -> It
     yield "fast paths", _fast_paths(session, planned["attention"].partition(";")[0])
     for name, text in describe_training(planned):
         yield name, text
+        if name == "evaluated" and (held_out := _held_out(config)):
+            yield "held out", held_out
         if name == "the run" and progress.step:
             now = session.step.rate(progress.step - progress.skipped)
             yield "", f"{progress.step:,} steps are done; the next one's learning rate is {now:.3g}"
+
+
+def _held_out(config: RunConfig) -> str | None:
+    """The documents that the run is judged by, where one corpus is divided."""
+    return describe_held_out(config.data, open_dataset(config.data.path)) if config.data.path else None
+
+
+def _one_sided(config: RunConfig) -> Iterator[str]:
+    """A warning where validation comes from few of the corpus' files."""
+    if config.data.path and (warning := one_sided(config.data, open_dataset(config.data.path))):
+        yield warning
 
 
 def _fast_paths(session: Session, kernel: str) -> str:

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from castalia.checkpoint.opener import open_checkpoint
-from castalia.cli.evaluate import command, load_engine, uniform_loss
+from castalia.cli.evaluate import command, evaluate_checkpoint, load_engine, uniform_loss
 from castalia.config.schema import ModelConfig, TokenizerConfig
 from castalia.data.indexed import DatasetWriter, open_dataset
 from castalia.data.loader import Batch
+from castalia.data.split import sources_path, write_sources
 from castalia.data.tokenizer import load_tokenizer
 from castalia.errors import CastaliaError
 from castalia.evaluate.perplexity import bits_per_byte, evaluate, windows
@@ -199,3 +200,20 @@ def test_tokens_beyond_the_vocabulary_are_refused(run, tmp_path):
 
 def test_one_bit_per_byte_is_ln_2_nats():
     assert bits_per_byte(math.log(2), tokens=30, num_bytes=30) == pytest.approx(1.0)
+
+
+def test_sources_are_judged_apart_and_are_all_of_the_text(run, corpus):
+    sizes = open_dataset(corpus).sizes
+    write_sources(corpus, sizes, {"first": 12, "second": 8})
+    try:
+        found = evaluate_checkpoint(
+            open_checkpoint(run), [], data=None, tokenizer_path=None, stride=None, by_source=True
+        )
+    finally:
+        sources_path(corpus).unlink()
+    parts = found["sources"]
+    assert [*parts] == ["first", "second"]
+    assert parts["first"]["tokens"] == sizes[10:12].sum() - 1
+    assert sum(part["tokens"] for part in parts.values()) == found["tokens"] - 1  # the first token of the second
+    together = sum(part["loss"] * part["tokens"] for part in parts.values()) / (found["tokens"] - 1)
+    assert together == pytest.approx(found["loss"], rel=0.01)
