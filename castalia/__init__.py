@@ -1,13 +1,13 @@
 """Castalia: train, inspect, convert, evaluate and run GPT-style language models on plain PyTorch.
 
-Names load on first use, so that `import castalia` brings in neither torch nor pydantic.
+Names are imported on first use, so that `import castalia` imports neither torch nor pydantic.
 """
 
 from importlib import import_module
 
 __version__ = "0.1.0"
 
-# No name of a room among them: Python would put the room in its place as soon as anything imports that.
+# None of these may be the name of a subpackage: importing the subpackage would replace the function.
 _PUBLIC = {
     "load_config": ("castalia.config.load", "load_config"),
     "open_dataset": ("castalia.data.indexed", "open_dataset"),

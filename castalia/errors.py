@@ -1,8 +1,8 @@
-"""The errors that users meet. The command line prints them as one message and exits with code 2."""
+"""The errors that users see. The command line prints the message alone and exits with code 2."""
 
 
 class CastaliaError(Exception):
-    """Something the user can mend: the message says what, where, why, and the way out."""
+    """Something the user can fix: the message says what is wrong, where, why, and what to do."""
 
 
 class ConfigError(CastaliaError):
@@ -14,11 +14,11 @@ class DataError(CastaliaError):
 
 
 class CheckpointError(CastaliaError):
-    """A checkpoint that is missing, damaged, unsafe, or of another model than asked for."""
+    """A checkpoint that is missing, damaged, unsafe to read, or of another model than expected."""
 
 
 class Stopped(CastaliaError):
-    """A run that a signal ended, saved. Its message says how to go on."""
+    """A run that was saved and stopped because of a signal. Its message says how to resume it."""
 
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
@@ -26,10 +26,10 @@ class Stopped(CastaliaError):
 
 
 class TrainingError(CastaliaError):
-    """A run that cannot go on, such as a loss that is no longer finite."""
+    """A run that cannot continue, for example because its loss is not finite."""
 
 
 def refuse_pointer(path: object, start: bytes, kind: type[Exception]) -> None:
-    """Raises `kind` where a file holds the few lines that Git LFS puts in the place of a large one."""
+    """Raise `kind` if a file that begins with `start` is a Git LFS pointer in place of the real file."""
     if start.startswith(b"version https://git-lfs"):
         raise kind(f"{path} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`")

@@ -1,8 +1,9 @@
-"""How files and folders appear under their names: written beside them, brought to disk, renamed.
+"""Atomic creation, replacement and removal of files and folders.
 
-What exists on the way is called `.NAME.castalia-KIND`; a folder of such a name, a workplace, holds the file MARK as
-well. Nothing is ever removed that does not bear this name and, being a folder, this mark: whatever else lies beside a
-checkpoint or a corpus is somebody's.
+New content is written next to its target, synced to disk and renamed, so that under a target's name there is always
+either the old or the complete new content. Temporary files and folders are called `.NAME.castalia-KIND`. A temporary
+folder, called a workplace, also contains the file MARK. Nothing is ever removed that lacks this name or, if it is a
+folder, this mark: other files next to a checkpoint or a corpus belong to somebody else.
 """
 
 from __future__ import annotations
@@ -20,21 +21,21 @@ from uuid import uuid4
 
 MARK = "made-by-castalia"
 NEW, REPLACED, DELETED = "new", "replaced", "deleted"  # kinds of workplaces; see `clean`
-UNFINISHED = "unfinished"  # a workplace that stays until the same is begun again; its MARK says how far it is
+UNFINISHED = "unfinished"  # kept until the same work is started again; its MARK records the progress
 
 
 def beside(path: Path, kind: str) -> Path:
-    """The name that only this program gives, for what belongs to `path`."""
+    """The temporary name next to `path` that only this program uses."""
     return path.with_name(f".{path.name}.castalia-{kind}")
 
 
 def behind_links(path: Path) -> Path:
-    """What a link leads to, so that replacing replaces that and not the link; other paths as they are."""
+    """The target of a symbolic link, so that the target is replaced and not the link; other paths unchanged."""
     return path.resolve() if path.is_symlink() else path
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's or folder's content is on disk."""
+    """Flush a file or folder to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with naming(path):
@@ -45,7 +46,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Errors of open files name the path, which the system tells only where it was given one."""
+    """Add the path to an OSError that has none, as those of operations on open files do."""
     try:
         yield
     except OSError as error:
@@ -55,14 +56,16 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def appearing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """A file that has its name, with all of its content on disk, once the block has ended without an error.
+    """A file that gets its name, with its content synced to disk, when the block ends without an error.
 
-    Until then what stood there before stands there. What a killed process left of the same file is removed.
+    Until then, and after an error, `path` keeps its old content. Temporary files that a killed process left for the
+    same path are removed. Raises OSError with the path in it.
     """
     path = behind_links(Path(path))
     for other in path.parent.glob(f"{escape(beside(path, NEW).name)}-*"):
         _remove_if_dead(other)
-    folder = os.open(path.parent, os.O_RDONLY)  # before: whoever waits for the file may rename its folder at once
+    # Opened before the file appears, because a process that waits for the file may rename the folder immediately.
+    folder = os.open(path.parent, os.O_RDONLY)
     try:
         with naming(path), _locked(beside(path, f"{NEW}-{uuid4().hex}")) as (temporary, file):
             try:
@@ -81,43 +84,43 @@ def appearing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def appearing_whole(path: Path) -> Iterator[Path]:
-    """The same for what other programs write: a path for them, in a workplace."""
+    """The same for a file that a library writes by its path: yields a path inside a workplace."""
     place = workplace(path, NEW)
     try:
         yield place / path.name
         sync(place / path.name)
         os.replace(place / path.name, path)
-        sync(path.parent.absolute())  # which an error then names by more than a dot
+        sync(path.parent.absolute())  # absolute, so that an error does not name it "."
     finally:
         remove(place)
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
-    """Replace a file's content, or leave it as it is."""
+    """Replace the content of a file atomically, or leave the file as it is."""
     with appearing(path) as file:
         file.write(content)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """The same for a text, as UTF-8."""
+    """Replace the content of a file atomically by a text in UTF-8."""
     write_bytes(path, text.encode())
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[tuple[Path, IO[bytes]]]:
-    """A new file that shows, by its lock, that its process lives."""
+    """A new file whose lock shows that the process which writes it is alive."""
     while True:
         with open(path, "xb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            if path.exists():  # else it was taken for a dead one's before it was locked
+            if path.exists():  # if not, another process removed it as abandoned before it was locked
                 yield path, file
                 return
 
 
 def lock(file: IO[Any], shared: bool = False) -> bool:
-    """Hold an open file until it is closed; the system lets go of it when the process dies. False: another holds it.
+    """Lock an open file until it is closed or the process dies. False if another process holds the lock.
 
-    `shared`: beside others that ask so.
+    `shared`: a lock that several processes may hold, if all of them ask for a shared one.
     """
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -133,9 +136,9 @@ def _remove_if_dead(path: Path) -> None:
 
 
 def workplace(target: Path, kind: str) -> Path:
-    """A new marked folder for what is to become, or was, `target`: its place inside is the one of the same name.
+    """A new marked folder next to `target`, in which the old or new target has the same name as outside.
 
-    Raises FileExistsError where another program has taken the name.
+    Raises FileExistsError if a folder of this name exists that is not marked.
     """
     folder = beside(target, kind)
     if folder.exists() and kind != UNFINISHED:
@@ -149,26 +152,26 @@ def workplace(target: Path, kind: str) -> Path:
 
 def _refuse_strange(folder: Path) -> None:
     if any(folder.iterdir()) and not (folder / MARK).is_file():
-        raise FileExistsError(17, "the name is taken by a folder that is not castalia's", str(folder))
+        raise FileExistsError(17, "this name belongs to a folder that castalia did not make", str(folder))
 
 
 def remove(folder: Path) -> None:
-    """A workplace, with all that is in it. Raises FileExistsError for a folder that is none."""
+    """Remove a workplace and its content. Raises FileExistsError for a folder that is not a workplace."""
     _refuse_strange(folder)
     clear(folder)
-    (folder / MARK).unlink(missing_ok=True)  # last: what a kill leaves half removed still bears it
+    (folder / MARK).unlink(missing_ok=True)  # last, so that a half-removed workplace still has it
     folder.rmdir()
 
 
 def clear(folder: Path) -> None:
-    """Remove what is in a workplace."""
+    """Remove the content of a workplace, except its mark."""
     for path in folder.iterdir():
         if path.name != MARK:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def put_in_place(new: Path, target: Path) -> Path | None:
-    """Give a folder its name. Returns the workplace, to be removed, of the one that had it, if there was one."""
+    """Rename a folder to `target`. Returns the workplace of the folder that it replaces, if any, for removal."""
     old = None
     if target.exists():
         old = workplace(target, REPLACED)
@@ -179,20 +182,20 @@ def put_in_place(new: Path, target: Path) -> Path | None:
 
 
 def standing(path: Path) -> Path:
-    """Where a folder stands: under its name, or, while it is being replaced, in the workplace beside it."""
+    """Where a folder is: under its name or, while it is being replaced, in its workplace."""
     old = beside(path, REPLACED)
     return old / path.name if not path.exists() and (old / MARK).is_file() and (old / path.name).exists() else path
 
 
 def delete(folder: Path) -> None:
-    """In two steps, because a folder that is half deleted must not look like a whole one."""
+    """Delete a folder in two steps, so that a half-deleted folder never looks like a complete one."""
     doomed = workplace(folder, DELETED)
     folder.rename(doomed / folder.name)
     remove(doomed)
 
 
 def clean(parent: Path, name: str = "*") -> None:
-    """Remove what killed processes left beside `name`, or in all of the folder; undo replacing that was not done."""
+    """Remove what killed processes left for `name`, or for every name; undo replacements that were not completed."""
     pattern = re.compile(rf"\.(.+)\.castalia-({NEW}|{REPLACED}|{DELETED})")
     for path in parent.glob(f".{name if name == '*' else escape(name)}.castalia-*"):
         match = pattern.fullmatch(path.name)

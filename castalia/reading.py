@@ -1,6 +1,7 @@
-"""What strangers wrote, read within bounds and as what the reader needs: JSON, JSON lines, YAML, regular expressions.
+"""Safe reading of text from untrusted sources: JSON, JSON lines, YAML, regular expressions.
 
-Whatever the text, the answer is a value of the declared type or one line that names file and key, in bounded time.
+For any input the result is, in bounded time and memory, either a value of the declared type or an error of one line
+that names the file and the key.
 """
 
 from __future__ import annotations
@@ -22,20 +23,20 @@ from castalia.errors import CastaliaError, refuse_pointer
 MAX_DEPTH = 100  # levels of lists and mappings
 MAX_JSON_BYTES = 1 << 30  # a vocabulary has tens of megabytes, the index of a large model's shards a few
 MAX_YAML_BYTES = 4 << 20
-MAX_YAML_VALUES = 100_000  # when all aliases are followed
-MAX_DIGITS = 64  # of a number in YAML, whose notations include base 60
-MAX_PATTERN = 1000  # characters
+MAX_YAML_VALUES = 100_000  # after aliases are expanded, which guards against exponential growth
+MAX_DIGITS = 64  # of a number in YAML, where digits in base 60 make conversion quadratic
+MAX_PATTERN = 1000  # characters of a regular expression
 MAX_SHOWN = 100  # characters of a value in a message
 
 REASONS = {
-    "int_type": "is no whole number",
-    "int_from_float": "is no whole number",
-    "float_type": "is no number",
+    "int_type": "is not a whole number",
+    "int_from_float": "is not a whole number",
+    "float_type": "is not a number",
     "bool_type": "is neither true nor false",
-    "string_type": "is no text",
-    "tuple_type": "is no list",
-    "list_type": "is no list",
-    "dict_type": "is no table of names and values",
+    "string_type": "is not text",
+    "tuple_type": "is not a list",
+    "list_type": "is not a list",
+    "dict_type": "is not a mapping of names to values",
     "missing": "is missing",
     "extra_forbidden": "is unknown to this version of castalia",
 }
@@ -43,21 +44,21 @@ YamlLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def keys(types: Mapping[str, Any], required: Iterable[str] = ()) -> Any:
-    """The type of a JSON object in which these keys, where they are there, are of these types; others may be anything.
+    """The type of a JSON object whose keys, if present, have these types. Other keys may have any value.
 
-    `required` ones must be there.
+    `required`: keys that must be present.
     """
     must = frozenset(required)
     settings = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
-    told = {"__required_keys__": must, "__optional_keys__": types.keys() - must, "__pydantic_config__": settings}
+    attributes = {"__required_keys__": must, "__optional_keys__": types.keys() - must, "__pydantic_config__": settings}
     shape: Any = TypedDict("Keys", dict(types), total=False)  # type: ignore[misc]
-    for name, value in told.items():
+    for name, value in attributes.items():
         setattr(shape, name, value)
     return shape
 
 
 def parse_json(content: str | bytes, where: str, error: type[CastaliaError], shape: Any = Any) -> Any:
-    """The value, of type `shape`. Raises `error`, which names `where` it stands, and the key."""
+    """Parse JSON as a value of type `shape`. Raises `error`, whose message names `where` and the key."""
     if len(content) > MAX_JSON_BYTES:
         raise error(f"{where} is refused: JSON of {len(content)} bytes, which nothing needs")
     try:
@@ -68,7 +69,7 @@ def parse_json(content: str | bytes, where: str, error: type[CastaliaError], sha
 
 
 def plain_json(content: str | bytes) -> Any:
-    """The value, whatever it is. Raises ValueError, for a nesting that is too deep as well."""
+    """Parse JSON of any type. Raises ValueError for invalid JSON and for nesting deeper than MAX_DEPTH."""
     try:
         if isinstance(content, bytes):
             content = content.decode("utf-8-sig")
@@ -83,8 +84,8 @@ def plain_json(content: str | bytes) -> Any:
 
 
 def _deeper(value: Any, depth: int) -> bool:
-    """Whether containers stand in each other more than `depth` levels deep."""
-    level = [value] if type(value) in (dict, list) else []  # which are all that JSON makes
+    """Whether lists and mappings are nested more than `depth` levels deep."""
+    level = [value] if type(value) in (dict, list) else []  # the only containers that JSON has
     while level and depth >= 0:
         depth -= 1
         level = [
@@ -97,11 +98,12 @@ def _deeper(value: Any, depth: int) -> bool:
 
 
 def read_json(path: Path, error: type[CastaliaError], shape: Any = Any) -> Any:
-    """`parse_json` of a file."""
+    """Parse a JSON file as `parse_json` does. Raises `error`."""
     return parse_json(read_bytes(path, error), str(path), error, shape)
 
 
 def read_bytes(path: Path, error: type[CastaliaError]) -> bytes:
+    """The content of a file. Raises `error` if it cannot be read or is a Git LFS pointer."""
     try:
         content = path.read_bytes()
     except OSError as problem:
@@ -111,9 +113,9 @@ def read_bytes(path: Path, error: type[CastaliaError]) -> bytes:
 
 
 def read_records(lines: Iterable[bytes], where: str, shape: Any) -> Iterator[Any]:
-    """The records of JSON lines that a program appended. A bad one is named, once, on stderr and left out.
+    """Parse JSON lines, each of type `shape`. A bad record is skipped and reported once on stderr.
 
-    A last line without an end, which a killed process left, is left out without a word.
+    A last line without a newline, as a killed process leaves it, is skipped silently.
     """
     for number, line in enumerate(lines, start=1):
         if not line.endswith(b"\n"):
@@ -130,17 +132,20 @@ def _name_once(problem: str) -> None:
 
 
 def typed(value: Any, where: str, error: type[CastaliaError], shape: Any) -> Any:
-    """The value as `shape`, a type that pydantic knows: nothing is converted. Raises `error` with a line a problem."""
+    """The value, checked without conversion against `shape`, any type that pydantic knows.
+
+    Raises `error` with a line for each problem.
+    """
     if shape is Any:
         return value
     try:
         adapter = _adapter(shape)
         if is_dataclass(shape) or (isinstance(shape, type) and issubclass(shape, BaseModel)):
-            # from JSON, because only there does strict checking take lists for tuples and tables for classes
+            # From JSON, because pydantic's strict mode accepts lists for tuples and mappings for classes only there.
             return adapter.validate_json(json.dumps(value), strict=True)
         return adapter.validate_python(value, strict=True)
     except ValidationError as problems:
-        lines = [_line(where, found) for found in problems.errors()[:5]]
+        lines = [_line(where, problem) for problem in problems.errors()[:5]]
         raise error("\n".join(dict.fromkeys(lines))) from problems
 
 
@@ -149,22 +154,22 @@ def _adapter(shape: Any) -> Any:
     return TypeAdapter(shape)
 
 
-def _line(where: str, found: Any) -> str:
-    path = ".".join(map(str, found["loc"]))
+def _line(where: str, problem: Any) -> str:
+    path = ".".join(map(str, problem["loc"]))
     if not path:
-        return f"{where} is damaged: it holds a {type(found['input']).__name__} instead of an object; get it again"
-    value = "" if found["type"] == "missing" else f"={short(found['input'])}"
-    return f"{where}: {path}{value} {reason(found)}"
+        return f"{where} is damaged: it holds a {type(problem['input']).__name__} instead of an object; get it again"
+    value = "" if problem["type"] == "missing" else f"={short(problem['input'])}"
+    return f"{where}: {path}{value} {reason(problem)}"
 
 
-def reason(found: Any) -> str:
-    """One of pydantic's complaints in our words."""
-    told = found["msg"].removeprefix("Value error, ").replace("Input should be", "is not")
-    return REASONS.get(found["type"], told)
+def reason(problem: Any) -> str:
+    """The text for one of pydantic's errors (an entry of `ValidationError.errors()`), as in "is not a number"."""
+    message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "is not")
+    return REASONS.get(problem["type"], message)
 
 
 def short(value: Any) -> str:
-    """A value in a message, cut where it is long."""
+    """A value for a message, cut after MAX_SHOWN characters."""
     if isinstance(value, int) and abs(value) >= 10**MAX_SHOWN:
         return "a giant number"
     text = repr(value)
@@ -172,7 +177,7 @@ def short(value: Any) -> str:
 
 
 def yaml_problem(text: str) -> str | None:
-    """Why a text is refused before anything is built of it: its size, its depth. Syntax errors are none of these."""
+    """Why a YAML text is refused before it is constructed: size or depth. None for others, syntax errors included."""
     if len(text) > MAX_YAML_BYTES:
         return f"{len(text)} characters of YAML, which no config needs"
     depth = 0
@@ -185,7 +190,7 @@ def yaml_problem(text: str) -> str | None:
             elif isinstance(event, yaml.CollectionEndEvent):
                 depth -= 1
     except yaml.YAMLError:
-        pass  # who builds it says what and where
+        pass  # reported, with its line, when the text is constructed
     return None
 
 
@@ -200,7 +205,7 @@ def _compiled(pattern: str) -> Any:
 
 
 def expression_problem(pattern: str) -> str | None:
-    """Why a text is no regular expression that can be searched for. The syntax is RE2's, whose time is linear."""
+    """Why a text is not a valid regular expression, None if it is. RE2 is used because its time is linear."""
     if len(pattern) > MAX_PATTERN:
         return f"it has {len(pattern)} characters, more than {MAX_PATTERN}"
     import re2
@@ -208,20 +213,20 @@ def expression_problem(pattern: str) -> str | None:
     try:
         _compiled(pattern)
     except (re2.error, UnicodeEncodeError) as problem:
-        (told,) = problem.args[:1] if isinstance(problem, re2.error) else (str(problem),)
-        return told.decode(errors="replace") if isinstance(told, bytes) else str(told)
+        (message,) = problem.args[:1] if isinstance(problem, re2.error) else (str(problem),)
+        return message.decode(errors="replace") if isinstance(message, bytes) else str(message)
     return None
 
 
 def expression(pattern: str) -> str:
-    """The pattern itself, for types. Raises ValueError for one that is none."""
+    """The pattern unchanged, as a pydantic validator. Raises ValueError if it is not a valid regular expression."""
     if problem := expression_problem(pattern):
-        raise ValueError(f"is no regular expression: {problem}")
+        raise ValueError(f"is not a valid regular expression: {problem}")
     return pattern
 
 
 def fits(pattern: str, name: str) -> bool:
-    """Whether a regular expression fits somewhere in a name. Raises CastaliaError for one that is none."""
+    """Whether a regular expression matches somewhere in a name. Raises CastaliaError for an invalid one."""
     if problem := expression_problem(pattern):
-        raise CastaliaError(f"{short(pattern)} is no regular expression: {problem}")
+        raise CastaliaError(f"{short(pattern)} is not a valid regular expression: {problem}")
     return _compiled(pattern).search(name) is not None

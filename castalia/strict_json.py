@@ -1,4 +1,4 @@
-"""JSON that every program reads. Python's own writes NaN and Infinity, which are no JSON."""
+"""JSON that every parser accepts. Python's `json` writes NaN and Infinity, which are not valid JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def to_json(value: Any, **options: Any) -> str:
-    """`json.dumps` with its options; NaN and the infinities become null."""
+    """`json.dumps` with its options, but NaN and the infinities become null."""
     return json.dumps(_finite(value), allow_nan=False, **options)
 
 

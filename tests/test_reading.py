@@ -52,10 +52,10 @@ def test_any_value_is_of_the_type_or_is_named(value: object) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"step": "1"}', "a.json: step='1' is no whole number"),
-        ('{"step": true}', "a.json: step=True is no whole number"),
-        ('{"step": 1, "loss": "x"}', "a.json: loss='x' is no number"),
-        ('{"step": 1, "inner": {"name": []}}', r"a.json: inner.name=\[\] is no text"),
+        ('{"step": "1"}', "a.json: step='1' is not a whole number"),
+        ('{"step": true}', "a.json: step=True is not a whole number"),
+        ('{"step": 1, "loss": "x"}', "a.json: loss='x' is not a number"),
+        ('{"step": 1, "inner": {"name": []}}', r"a.json: inner.name=\[\] is not text"),
         ('{"step": 1, "inner": {}}', "a.json: inner.name is missing"),
         ('{"loss": 1}', "a.json: step is missing"),
         ("[1]", "a.json is damaged: it holds a list instead of an object"),
@@ -63,7 +63,7 @@ def test_any_value_is_of_the_type_or_is_named(value: object) -> None:
         ("[" * 100_000, "nested too deep"),
         ("[" * (MAX_DEPTH + 2) + "]" * (MAX_DEPTH + 2), "nested too deep"),
         ('{"step": ' + "9" * 5000 + "}", "a.json is damaged, it cannot be parsed"),
-        ('{"step": ' + "9" * 400 + '.5, "a": "' + "x" * 9000 + '"}', "a.json: step=inf is no whole number"),
+        ('{"step": ' + "9" * 400 + '.5, "a": "' + "x" * 9000 + '"}', "a.json: step=inf is not a whole number"),
     ],
 )
 def test_each_damage_has_its_message(text: str, message: str) -> None:
@@ -75,7 +75,7 @@ def test_each_damage_has_its_message(text: str, message: str) -> None:
 def test_nothing_is_converted_and_other_keys_stay() -> None:
     record = {"step": 1, "loss": 2, "other": {"deep": [1, "a"]}}
     assert typed(record, "it", DataError, RECORD) == record
-    with pytest.raises(CheckpointError, match="step=1.0 is no whole number"):
+    with pytest.raises(CheckpointError, match="step=1.0 is not a whole number"):
         typed({"step": 1.0}, "it", CheckpointError, RECORD)
 
 
@@ -94,7 +94,7 @@ def test_a_bad_record_is_named_once_and_left_out(capsys: pytest.CaptureFixture) 
     for _ in range(2):
         assert [record["step"] for record in read_records(lines, "m.jsonl", RECORD)] == [1, 3]
     told = capsys.readouterr().err.splitlines()
-    assert len(told) == 2 and "m.jsonl:2: step='2' is no whole number; this record is left out" in told[0]
+    assert len(told) == 2 and "m.jsonl:2: step='2' is not a whole number; this record is left out" in told[0]
     assert "m.jsonl:3" in told[1]
 
 
@@ -116,9 +116,9 @@ def test_aliases_that_are_meant_are_followed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_what_is_no_expression_is_refused(pattern: str) -> None:
     assert expression_problem(pattern)
-    with pytest.raises(CastaliaError, match="is no regular expression"):
+    with pytest.raises(CastaliaError, match="is not a valid regular expression"):
         fits(pattern, "blocks.0.attn.qkv.weight")
-    with pytest.raises(ConfigError, match="finetune.freeze: .* is no regular expression"):
+    with pytest.raises(ConfigError, match="finetune.freeze: .* is not a valid regular expression"):
         load_config([], [f"finetune.freeze={json.dumps([pattern])}"])
 
 

@@ -1,13 +1,13 @@
-"""Which of PyTorch's kernels computes attention. The model, the planner and `castalia doctor` ask here.
+"""Which of PyTorch's kernels computes attention, for the model, the planner and `castalia doctor`.
 
 The rules are those of aten/src/ATen/native/transformers/cuda/sdp_utils.cpp and sdp_utils_cpp.h in torch 2.11 to 2.15,
 with three decisions of our own for GPUs:
 
-* A bias never goes to cuDNN, whose backward pass makes NaN of some (pytorch issue 196678), and which read boolean
-  masks wrongly (issue 177842). It goes to the memory-efficient kernel.
-* Writing text never takes cuDNN: it prepares a plan for each new number of keys, and there is a new one every token.
-* Grouped heads are given to the memory-efficient kernel with keys and values repeated, because before torch 2.14 it
-  takes no groups, and the plain kernel would make all scores.
+* An attention bias is never given to cuDNN, whose backward pass returns NaN for some biases (pytorch issue 196678) and
+  which misread boolean masks (issue 177842). The memory-efficient kernel takes it.
+* Generation never uses cuDNN, which builds a plan for each number of keys, and that number grows with every token.
+* Grouped-query attention in the memory-efficient kernel repeats keys and values for each query head, because the
+  kernel supports no groups before torch 2.14 and the plain kernel would materialize all scores.
 """
 
 from __future__ import annotations
@@ -17,20 +17,22 @@ from typing import Literal, NamedTuple
 from castalia.config.schema import ModelConfig
 
 Kernel = Literal["flash", "cuDNN", "memory-efficient", "plain"]
-# What a query sees: everything; what is not behind it, where queries are all keys, or the last of them; what a bias,
-# which is added to the scores, leaves.
+# What a query attends to. "causal": keys up to its own position, with as many queries as keys; "last causal": the same
+# where the queries are the last of the keys; "bias": whatever a bias that is added to the scores leaves.
 Sight = Literal["everything", "causal", "last causal", "bias"]
-Capability = tuple[int, int]  # of a CUDA device: (8, 0) is an A100
+Capability = tuple[int, int]  # CUDA compute capability: (8, 0) is an A100
 
 LARGEST_FLASH_HEAD = 256
-LARGEST_CUDNN_HEAD = 128  # newer versions take some larger ones, which need as much memory as with flash
+LARGEST_CUDNN_HEAD = 128  # newer cuDNN takes some larger heads, but with no less memory than flash
 AMPERE: Capability = (8, 0)
 
 
 class Choice(NamedTuple):
+    """A kernel and how it is called."""
+
     kernel: Kernel
-    sight: Sight  # as wanted, or "bias" where only a bias tells the kernel
-    why: str = ""  # the kernel is not flash or cuDNN
+    sight: Sight  # as requested, or "bias" where the kernel needs a bias to express it
+    why: str = ""  # why it is neither flash nor cuDNN
     repeats: bool = False  # keys and values are copied for each query head of their group
 
 
@@ -46,15 +48,17 @@ def choose_kernel(
     writing: bool = False,
     cudnn: bool = True,
 ) -> Choice:
-    """The kernel for one layer.
+    """The kernel for one attention layer.
 
-    `capability`: of the GPU, None for a CPU; `dtype`: bf16, fp16, fp32 or another; `dropout`: of the attention weights,
-    0 outside of training; `training`: a backward pass follows; `writing`: there are more keys with every call; `cudnn`:
-    torch prefers cuDNN on devices that it suits.
+    `capability`: of the GPU, None for a CPU. `dtype`: "bf16", "fp16", "fp32" or another. `dropout`: of the attention
+    weights, 0 outside of training. `training`: a backward pass follows. `writing`: generation, where every call has
+    more keys. `cudnn`: torch prefers cuDNN on devices that suit it.
     """
-    told: Sight = "bias" if sight == "last causal" else sight
+    expressed: Sight = "bias" if sight == "last causal" else sight
     if capability is None:
-        return Choice("plain", told, "CPUs' flash kernel has no dropout") if dropout else Choice("flash", told)
+        return (
+            Choice("plain", expressed, "CPUs' flash kernel has no dropout") if dropout else Choice("flash", expressed)
+        )
     if not (why_not_flash := _why_not_flash(capability, dtype, sight, head_size, dropout, training)):
         suits = capability[0] in (9, 10) and head_size <= LARGEST_CUDNN_HEAD and head_size % 8 == 0
         able = sight == "causal" or (sight == "everything" and not dropout)
@@ -62,12 +66,12 @@ def choose_kernel(
             return Choice("cuDNN", sight)
         return Choice("flash", sight)
     if why_not_efficient := _why_not_efficient(capability, dtype, head_size):
-        return Choice("plain", told, f"{why_not_flash}, and for the memory-efficient kernel {why_not_efficient}")
-    return Choice("memory-efficient", told, why_not_flash, repeats=grouped)
+        return Choice("plain", expressed, f"{why_not_flash}, and for the memory-efficient kernel {why_not_efficient}")
+    return Choice("memory-efficient", expressed, why_not_flash, repeats=grouped)
 
 
 def reasons_for_bias(cfg: ModelConfig, keys: int, documents: bool) -> list[str]:
-    """What of a model that sees so many keys, and of its data, only a bias can say."""
+    """Which properties of the model, for this many keys, and of the data can only be expressed by a bias."""
     reasons = {
         "ALiBi's distances": cfg.position == "alibi",
         f"a window of {cfg.sliding_window} tokens": cfg.sliding_window is not None and keys > cfg.sliding_window + 1,
@@ -86,7 +90,11 @@ def training_choice(
     gathers: bool = False,
     cudnn: bool = True,
 ) -> Choice:
-    """What a training step does with sequences of that length; `gathers`: on the last of several context ranks."""
+    """The kernel of a training step with sequences of `length` tokens.
+
+    `documents`: they attend only within themselves. `gathers`: this is the last of several context-parallel ranks,
+    which holds the last queries of a sequence and gathers all keys.
+    """
     bias = reasons_for_bias(cfg, length, documents)
     return choose_kernel(
         capability,
@@ -103,7 +111,7 @@ def training_choice(
 def _why_not_flash(
     capability: Capability, dtype: str, sight: Sight, head_size: int, dropout: float, training: bool
 ) -> str:
-    small = (8, 6) <= capability <= (8, 9) or capability[0] == 12  # devices with little shared memory
+    small = (8, 6) <= capability <= (8, 9) or capability[0] == 12  # consumer GPUs, with less shared memory
     reasons = {
         "flash takes no mask": sight == "bias",
         "flash needs 16-bit compute": dtype not in ("bf16", "fp16"),

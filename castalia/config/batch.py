@@ -1,6 +1,7 @@
-"""How a step's batch is made up: sequences of the step = micro-batch * accumulation * data-parallel ranks.
+"""How a step's batch is divided: batch size = micro-batch size * gradient accumulation * data-parallel ranks.
 
-Sizes that rise over the first steps are functions of the step alone, as everything else of a batch is.
+Batch sizes and lengths that rise over the first steps are pure functions of the step, so that a run can be resumed
+without any stored state of a data loader.
 """
 
 from __future__ import annotations
@@ -20,30 +21,35 @@ _PATHS = ("train.batch_size", "train.micro_batch_size", "train.accumulation")
 
 
 class BatchPlan(NamedTuple):
+    """The batch of a step and its division."""
+
     batch_size: int  # sequences of a step over all ranks
     micro_batch_size: int  # sequences of one forward pass on one rank
     accumulation: int  # forward passes of a step
 
     def at(self, step: int, warmup: Warmup | None) -> BatchPlan:
-        """The same forward passes, but as many as a step (from 0) takes while the batch is rising."""
+        """The plan of a step (from 0) while the batch size is rising: fewer forward passes of the same size."""
         size = size_at(warmup, step, self.batch_size)
         return self._replace(batch_size=size, accumulation=self.accumulation * size // self.batch_size)
 
     def rows_of(self, data_rank: int) -> list[int]:
-        """The rows of the step's batch that one data rank takes, micro-batch by micro-batch."""
+        """The rows of the step's batch that one data-parallel rank trains on, micro-batch by micro-batch.
+
+        Each micro-batch takes consecutive rows: first those of rank 0, then those of rank 1, and so on.
+        """
         micro, ranks = self.micro_batch_size, self.batch_size // self.micro_batch_size // self.accumulation
         firsts = [(number * ranks + data_rank) * micro for number in range(self.accumulation)]
         return [row for first in firsts for row in range(first, first + micro)]
 
 
 def size_at(warmup: Warmup | None, step: int, whole: int) -> int:
-    """A size in a step, from 0, that may be rising still."""
+    """The size in a step (from 0): the whole, or less while it is rising."""
     return warmup.at(step, whole) if warmup else whole
 
 
 @lru_cache
 def _rising(warmup: Warmup, whole: int) -> tuple[int, ...]:
-    """The sums of the sizes before each step, up to the first step of the whole size."""
+    """The sum of the sizes of all earlier steps, for each step up to the first one of the whole size."""
     sums = [0]
     while (size := warmup.at(len(sums) - 1, whole)) < whole:
         sums.append(sums[-1] + size)
@@ -51,7 +57,7 @@ def _rising(warmup: Warmup, whole: int) -> tuple[int, ...]:
 
 
 def spans(earlier: Sequence[EarlierBatch], steps: int, whole: int) -> Iterator[tuple[int, int, int]]:
-    """First step (from 0), end and whole size of each stretch of the first so many steps that has a size of its own."""
+    """(first step from 0, end, batch size) of each stretch of the first `steps` steps that has its own batch size."""
     begin = 0
     for until, size in (*((span.until, span.batch_size) for span in earlier), (steps, whole)):
         yield begin, max(begin, min(until, steps)), size
@@ -59,7 +65,7 @@ def spans(earlier: Sequence[EarlierBatch], steps: int, whole: int) -> Iterator[t
 
 
 def sum_until(warmup: Warmup | None, steps: int, whole: int, earlier: Sequence[EarlierBatch] = ()) -> int:
-    """The sum of the sizes of the first so many steps."""
+    """The sum of the sizes of the first `steps` steps."""
     return sum(_sum(warmup, end, size) - _sum(warmup, begin, size) for begin, end, size in spans(earlier, steps, whole))
 
 
@@ -70,18 +76,18 @@ def _sum(warmup: Warmup | None, steps: int, whole: int) -> int:
 
 
 def steps_within(warmup: Warmup | None, total: int, whole: int, earlier: Sequence[EarlierBatch] = ()) -> int:
-    """How many steps' sizes add up to at most `total`."""
+    """The largest number of steps whose sizes add up to at most `total`."""
     return bisect_right(range(total + 1), total, key=lambda steps: sum_until(warmup, steps, whole, earlier)) - 1
 
 
 def pass_multiple(config: RunConfig, batch_size: int) -> int:
-    """Sequences of which a pass over the data takes a multiple; a micro-batch of all ranks, when a run begins."""
+    """A pass over the data ends at a multiple of this many sequences: one forward pass of all ranks at the start."""
     accumulation = config.train.accumulation or 1
     return config.data.pass_multiple or batch_size // (1 if batch_size % accumulation else accumulation)
 
 
 def tokens_until(config: RunConfig, sequences: int, steps: int) -> int:
-    """Tokens of the first so many steps; `sequences`: of the whole batch, both sides of pairs counted."""
+    """Tokens of the first `steps` steps. `sequences`: in the whole batch, counting both sides of pairs."""
     whole, total = (sequences, config.data.seq_length), 0
     warmups = config.train.batch_size_warmup, config.data.seq_length_warmup
     sides, earlier = 2 if config.train.objective in PAIRED else 1, config.train.earlier_batches
@@ -95,16 +101,16 @@ def tokens_until(config: RunConfig, sequences: int, steps: int) -> int:
 
 
 def planned_dp(config: RunConfig) -> int | None:
-    """Data-parallel ranks of the devices that the config declares; None if it declares none."""
+    """Data-parallel ranks on the devices that `parallel.gpus` declares; None if it declares none."""
     parallel = config.parallel
     return parallel.gpus // parallel.model_ranks if parallel.gpus else None
 
 
 def batch_plan(config: RunConfig, dp: int = 1) -> BatchPlan:
-    """The batch on `dp` data-parallel ranks; what the config leaves out is inferred.
+    """The batch on `dp` data-parallel ranks; of its three sizes, those that the config leaves out are inferred.
 
-    The step's batch belongs to the config: if the declared number of devices (`parallel.gpus`) fixes it, then another
-    number of ranks changes the accumulation and never the batch. Raises ConfigError that says what would fit.
+    The batch size of a step is fixed by the config. Where `parallel.gpus` fixes it, another number of ranks changes
+    the accumulation and never the batch size. Raises ConfigError, which says which sizes would fit.
     """
     total, micro, steps = config.train.batch_size, config.train.micro_batch_size, config.train.accumulation
     warmup = config.train.batch_size_warmup
@@ -131,9 +137,9 @@ def batch_plan(config: RunConfig, dp: int = 1) -> BatchPlan:
 
 
 def fitting_batch(config: RunConfig, dp: int) -> RunConfig:
-    """The config with the nearest train.batch_size, not below its own, that `dp` data-parallel ranks can divide.
+    """The config with the smallest train.batch_size, not below its own, that divides over `dp` data-parallel ranks.
 
-    A micro-batch stays as it is, and the accumulation where there is none.
+    The micro-batch size is kept or, if there is none, the accumulation.
     """
     train = config.train
     unit = (train.micro_batch_size or train.accumulation or 1) * dp

@@ -1,4 +1,4 @@
-"""Contradictions between values of one config, all reported at once, and values that will surprise."""
+"""Values of a config that contradict each other, all reported at once, and values that have no effect."""
 
 from __future__ import annotations
 
@@ -22,30 +22,29 @@ from castalia.errors import ConfigError
 from castalia.reading import expression_problem, short
 
 
-def check(config: RunConfig, found: Findings, any_batch: bool = False) -> None:
-    """Add an error for each contradiction and a note for each value that has no effect or will surprise.
+def check(config: RunConfig, findings: Findings, any_batch: bool = False) -> None:
+    """Add an error for each contradiction, and a note for each value that has no effect or may surprise.
 
-    `any_batch`: one that does not divide is for the caller to mend.
+    `any_batch`: do not check that the batch divides, because the caller adapts it.
     """
     for rule in CONTRADICTIONS:
         if rule is batch and any_batch:
             continue
-        found.errors += [config.place(*problem.paths) + problem.text for problem in rule(config)]
+        findings.errors += [config.place(*problem.paths) + problem.text for problem in rule(config)]
     for rule in SURPRISES:
-        found.notes += [config.place(*problem.paths) + problem.text for problem in rule(config)]
+        findings.notes += [config.place(*problem.paths) + problem.text for problem in rule(config)]
 
 
 def refuse_contradictions(config: RunConfig) -> None:
-    """Raise ConfigError where a config is complete at last, its model a checkpoint's, and does not hold together."""
-    found = Findings()
-    for rule in CONTRADICTIONS:
-        found.errors += [config.place(*problem.paths) + problem.text for problem in rule(config)]
-    if found.errors:
-        raise ConfigError("\n".join(dict.fromkeys(found.errors)))
+    """Raise ConfigError for contradictions in a config that has been completed, e.g. with a checkpoint's model."""
+    findings = Findings()
+    check(config, findings)
+    if findings.errors:
+        raise ConfigError("\n".join(dict.fromkeys(findings.errors)))
 
 
 def require_training(config: RunConfig, dp: int = 1) -> None:
-    """Raise ConfigError that names everything which a training run on `dp` data-parallel ranks lacks."""
+    """Raise ConfigError with everything that the config lacks to train on `dp` data-parallel ranks."""
     missing = []
     if config.model is None:
         missing.append("no model: give model.num_layers, hidden_size and num_heads, or name a preset first")
@@ -62,6 +61,7 @@ def require_training(config: RunConfig, dp: int = 1) -> None:
 
 
 def heads(config: RunConfig) -> Iterator[Problem]:
+    """The hidden size must divide into heads, and query heads into groups of key/value heads."""
     model = config.model
     if model is None:
         return
@@ -89,6 +89,7 @@ def heads(config: RunConfig) -> Iterator[Problem]:
 
 
 def mup(config: RunConfig) -> Iterator[Problem]:
+    """muP needs an optimizer and initial values for which it knows the scaling."""
     model, rule = config.model, config.optimizer.name
     if model is None or model.mup is None:
         return
@@ -106,9 +107,12 @@ def mup(config: RunConfig) -> Iterator[Problem]:
 
 
 def lengths(config: RunConfig) -> Iterator[Problem]:
+    """Sequences must not be longer than the model's positions."""
     model, length = config.model, config.data.seq_length
     if model and model.max_positions and model.max_positions < length:
-        described = any(path.startswith("model.") for path in config.origins)  # not by a checkpoint alone
+        described = any(
+            path.startswith("model.") for path in config.origins
+        )  # else a checkpoint describes it, and it cannot be changed
         yield Problem(
             f"data.seq_length={length} is longer than model.max_positions={model.max_positions}; "
             "shorten it" + (f" or set model.max_positions={length}" if described else ""),
@@ -117,6 +121,7 @@ def lengths(config: RunConfig) -> Iterator[Problem]:
 
 
 def length_warmup(config: RunConfig) -> Iterator[Problem]:
+    """Sequence lengths may rise only where ranks do not exchange tensors of a fixed length."""
     warmup, length, parallel = config.data.seq_length_warmup, config.data.seq_length, config.parallel
     if warmup is None:
         return
@@ -132,6 +137,7 @@ def length_warmup(config: RunConfig) -> Iterator[Problem]:
 
 
 def batch_warmup(config: RunConfig) -> Iterator[Problem]:
+    """The batch size may rise only where the number of micro-batches is free."""
     warmup, train, path = config.train.batch_size_warmup, config.train, "train.batch_size_warmup"
     if warmup is None:
         return
@@ -144,7 +150,7 @@ def batch_warmup(config: RunConfig) -> Iterator[Problem]:
         text = f"{path} changes the number of micro-batches, which a pipeline's schedule is made for; set parallel.pp=1"
         yield Problem(text, (f"{path}.start", "parallel.pp"))
     if config.neox_exact:
-        yield Problem(f"neox_exact: the original has no {path}", (f"{path}.start", "neox_exact"))
+        yield Problem(f"neox_exact: GPT-NeoX has no {path}", (f"{path}.start", "neox_exact"))
 
 
 def _warmup(config: RunConfig, warmup: Warmup, path: str, whole_path: str, whole: int) -> Iterator[Problem]:
@@ -157,6 +163,7 @@ def _warmup(config: RunConfig, warmup: Warmup, path: str, whole_path: str, whole
 
 
 def layout(config: RunConfig) -> Iterator[Problem]:
+    """The layout must divide devices, model and sequences (see `layout_rules.py`)."""
     model, parallel = config.model, config.parallel
     if parallel.gpus and parallel.gpus % parallel.model_ranks:
         yield Problem(
@@ -172,7 +179,7 @@ def layout(config: RunConfig) -> Iterator[Problem]:
 
 
 def batch(config: RunConfig) -> Iterator[Problem]:
-    """With the number of devices known the whole batch is checked, otherwise only what no number of ranks can mend."""
+    """The batch must divide: over the declared devices, or, if none are declared, over at least one number of ranks."""
     train = config.train
     dp = planned_dp(config) if config.parallel.gpus else None
     whole = (train.micro_batch_size or 1) * (train.accumulation or 1)
@@ -186,6 +193,7 @@ def batch(config: RunConfig) -> Iterator[Problem]:
 
 
 def learning_rates(config: RunConfig) -> Iterator[Problem]:
+    """Learning rates, betas and the parts of the schedule must fit together."""
     optimizer, schedule = config.optimizer, config.schedule
     if schedule.min_lr > optimizer.lr:
         yield Problem(
@@ -203,19 +211,21 @@ def learning_rates(config: RunConfig) -> Iterator[Problem]:
         )
     if config.neox_exact and (schedule.style in ("wsd", "inverse_sqrt") or schedule.warmup_steps is not None):
         what = "schedule.warmup_steps" if schedule.warmup_steps is not None else f"schedule.style={schedule.style}"
-        yield Problem(f"neox_exact: the original has no {what}", ("schedule.style", "schedule.warmup_steps"))
+        yield Problem(f"neox_exact: GPT-NeoX has no {what}", ("schedule.style", "schedule.warmup_steps"))
 
 
 def expressions(config: RunConfig) -> Iterator[Problem]:
+    """Regular expressions must be valid."""
     finetune = config.finetune
     given = {"finetune.train": finetune.train, "finetune.freeze": finetune.freeze}
     for path, patterns in (given | {"optimizer.groups": [group.match for group in config.optimizer.groups]}).items():
         for pattern in patterns:
             if reason := expression_problem(pattern):
-                yield Problem(f"{path}: {short(pattern)} is no regular expression: {reason}", (path,))
+                yield Problem(f"{path}: {short(pattern)} is not a valid regular expression: {reason}", (path,))
 
 
 def corpora(config: RunConfig) -> Iterator[Problem]:
+    """Packing needs labels, and generation from a file needs the file."""
     unlabelled = bool(config.data.path) or not all(source.labels for source in config.data.train)
     if config.data.packing == "unpacked" and unlabelled and config.train.objective == "causal":
         yield Problem(
@@ -230,6 +240,7 @@ def corpora(config: RunConfig) -> Iterator[Problem]:
 
 
 def preferences(config: RunConfig) -> Iterator[Problem]:
+    """Preference learning needs whole texts, unpacked, with what its objective compares."""
     objective, data, layout = config.train.objective, config.data, config.parallel
     if objective == "causal":
         return
@@ -258,6 +269,7 @@ def preferences(config: RunConfig) -> Iterator[Problem]:
 
 
 def profile(config: RunConfig) -> Iterator[Problem]:
+    """A profile must not end before it starts."""
     wanted = config.log.profile
     if wanted and wanted.stop < wanted.start:
         yield Problem(
@@ -267,6 +279,7 @@ def profile(config: RunConfig) -> Iterator[Problem]:
 
 
 def watch(config: RunConfig) -> Iterator[Problem]:
+    """Rewinding after a spike needs checkpoints, with the optimizer state, that are still there."""
     wanted, checkpoint = config.watch, config.checkpoint
     if wanted.policy != "rewind":
         return
@@ -285,10 +298,10 @@ def watch(config: RunConfig) -> Iterator[Problem]:
 
 
 def idle_layout(config: RunConfig) -> Iterator[Problem]:
-    """Layout settings whose switch nobody has touched: forgotten, most likely.
+    """A layout setting that has no effect because the setting it depends on was, most likely, forgotten.
 
-    Where the switch itself was given (`parallel.pp: 1`, as in the config of each run) they are only noted as without
-    effect: the same config must go on with fewer ranks.
+    Where that one was given explicitly (`parallel.pp: 1`, as the config of every run does), the setting is only noted
+    as without effect, because a run's config must also work on fewer ranks.
     """
     parallel = config.parallel
     switches = {
@@ -306,6 +319,7 @@ def idle_layout(config: RunConfig) -> Iterator[Problem]:
 
 
 def folders(config: RunConfig) -> Iterator[Problem]:
+    """A new run should not be written to the folder that its weights come from."""
     checkpoint = config.checkpoint
     if checkpoint.init_from and checkpoint.dir and normpath(checkpoint.init_from) == normpath(checkpoint.dir):
         yield Problem(
@@ -316,7 +330,7 @@ def folders(config: RunConfig) -> Iterator[Problem]:
 
 
 def without_effect(config: RunConfig) -> Iterator[Problem]:
-    """Values that were given and that another value switches off."""
+    """Values that were given explicitly and are overruled by another value."""
     model, data, checkpoint, parallel = config.model, config.data, config.checkpoint, config.parallel
     rule, schedule = config.optimizer.name, config.schedule
     loads, goal = checkpoint.resume or checkpoint.init_from, config.train.objective

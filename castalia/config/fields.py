@@ -1,4 +1,4 @@
-"""The schema as flat dotted paths: what exists, what it means, what it may hold."""
+"""The schema and its values as flat dotted paths: which keys exist, what they mean, what they may be set to."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _section_of(annotation: Any) -> type[Section] | None:
 
 
 def section_in(annotation: Any) -> type[Section] | None:
-    """The section that the entries of a list are."""
+    """The section class of a list's entries, None if they are plain values."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
     return next(filter(None, map(section_in, get_args(annotation))), None)
@@ -60,7 +60,7 @@ def is_default(path: str, value: Any) -> bool:
 
 
 def describe(path: str) -> str:
-    """What a key may hold, in words: "a whole number above 0 (default 1000): batches of one evaluation"."""
+    """What a key may be set to: "a whole number above 0 (default 1000): batches of one evaluation"."""
     info = FIELDS.get(path) or SECTIONS.get(path)
     if info is None:
         return "no key of ours"
@@ -68,6 +68,7 @@ def describe(path: str) -> str:
 
 
 def describe_field(info: FieldInfo) -> str:
+    """Type, limits, default and description of a field, as `describe` gives them for a path."""
     default = "" if info.is_required() else f" (default {_text(info.default)})"
     meaning = f": {info.description}".replace("None:", "null:") if info.description else ""
     return f"{_kind(info.annotation, info.metadata)}{default}{meaning}"

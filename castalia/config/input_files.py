@@ -1,4 +1,4 @@
-"""Whether what a run starts from is there at all: asked before anything heavy is imported, answered in milliseconds."""
+"""Whether the files that a run starts from exist; checked before anything slow, such as torch, is imported."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from castalia.errors import CheckpointError, DataError
 
 
 def require_files(config: RunConfig) -> None:
-    """Raises CheckpointError if there is nothing to load from, DataError if a new run lacks data or tokenizer.
+    """Raise CheckpointError if a checkpoint to load does not exist, DataError if a new run lacks data or tokenizer.
 
-    Where something is to be loaded, its architecture is compared before data are looked for; other rooms do both.
+    A run that loads a checkpoint is not refused for its data here, because its architecture must be compared first.
     """
     missing = [*_missing_data(config), *_missing_tokenizer(config)]
     if nothing := _nothing_to_load(config):
@@ -31,7 +31,7 @@ def _nothing_to_load(config: RunConfig) -> str | None:
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         return None
     if not folder.exists() and path.count("/") == 1 and not path.startswith(("/", ".", "~")):
-        return None  # perhaps a model of the hub, which the checkpoint room looks up in the local cache
+        return None  # perhaps a Hugging Face model name, which is looked up in the local cache when it is opened
     start = f"{config.place(f'checkpoint.{key}')}checkpoint.{key}={path}: "
     what = "the folder is empty" if folder.exists() else "there is no such folder"
     if key == "resume":

@@ -1,4 +1,4 @@
-"""The reference of all keys as Markdown: ours from the schema, GPT-NeoX's from its table."""
+"""docs/config-reference.md: all keys, ours from the schema and GPT-NeoX's from its table."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ KINDS = {
 
 
 def markdown() -> str:
+    """The whole page."""
     parts = [HEAD, *(_section(name) for name in ["", *_top_sections()])]
     parts.append(NEOX_HEAD.format(count=len(KEYS)))
     parts += [f"| `{key}` | {_cell(_code(row.default))} | {_cell(_meaning(row))} |\n" for key, row in KEYS.items()]
@@ -48,7 +49,7 @@ def _top_sections() -> list[str]:
 
 
 def _section(name: str) -> str:
-    """A table of one top-level section, or of the keys that are in none."""
+    """The table of one top-level section, or, for "", of the keys outside of sections."""
     paths = [path for path in FIELDS if path.partition(".")[0] == name] if name else [p for p in FIELDS if "." not in p]
     rows = [f"| `{path}` | {_cell(describe(path))} |\n" for path in paths]
     rows += [

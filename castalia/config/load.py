@@ -1,7 +1,7 @@
-"""Config files and overrides become one `RunConfig` in which every value knows where it came from.
+"""Config files and overrides become one `RunConfig` that records where each value came from.
 
-The order of events: read all files (`yaml_files.py`), sort their keys into ours and NeoX's, merge each kind (the later
-one wins), translate NeoX's keys once (`neox/read.py`), validate (`schema.py`), look for contradictions (`check.py`).
+In this order: read all files (`yaml_files.py`), separate our keys from GPT-NeoX's, merge each kind (later sources
+win), translate GPT-NeoX's keys once (`neox/read.py`), validate (`schema.py`), look for contradictions (`check.py`).
 All problems are reported together, one line each.
 """
 
@@ -24,9 +24,9 @@ from castalia.config.yaml_files import Findings, YamlMapping, merged, read_file,
 from castalia.errors import ConfigError
 from castalia.reading import reason, short
 
-TOKENIZER = "tokenizer"  # the folder of a run that holds its tokenizer
+TOKENIZER = "tokenizer"  # folder, inside a run's folder, with its tokenizer
 PRESETS = Path(__file__).parent / "presets"
-# Groups of which a config uses one; a later file's choice replaces an earlier file's.
+# Pairs of groups of which a config uses one; a later file's choice replaces an earlier file's.
 ALTERNATIVES = (
     (("data.path",), ("data.train", "data.valid", "data.test")),
     (("train.steps",), ("train.epochs",)),
@@ -37,34 +37,34 @@ ALTERNATIVES = (
 def load_config(
     files: str | Path | Iterable[str | Path | RunConfig | dict], overrides: Sequence[str] = (), any_batch: bool = False
 ) -> RunConfig:
-    """The config that `files` (paths, run folders, names of presets; the later one wins) and then `overrides` describe.
+    """The config that `files` and then `overrides` describe; where they disagree, the later one wins.
 
-    Files are ours (nested) or NeoX's (flat), overrides are `optimizer.lr=6e-4` or NeoX's `train_iters=200`. A config
-    at hand, such as a checkpoint's, or a mapping of keys may stand for a file. `any_batch` lets a batch pass that does
-    not divide into its parts.
-    Raises ConfigError with one line for each problem found.
+    `files` are paths, run folders or names of presets, in our terms (nested) or GPT-NeoX's (flat); a RunConfig or a
+    mapping of keys may take the place of a file. `overrides` are such as `optimizer.lr=6e-4` or `train_iters=200`.
+    `any_batch`: accept a batch that does not divide into micro-batches.
+    Raises ConfigError with one line for each problem.
     """
-    found = Findings()
+    findings = Findings()
     names = [files] if isinstance(files, str | Path) else list(files)
-    sources = [_read(name, found) for name in names] + [_override(text, found) for text in overrides]
+    sources = [_read(name, findings) for name in names] + [_override(text, findings) for text in overrides]
     ours: dict[str, Setting] = {}
-    theirs: dict[str, Setting] = {}
+    neox: dict[str, Setting] = {}
     for rank, table in enumerate(sources):
-        _sort(table, rank, ours, theirs, found)
-    settings = _combine(ours, neox_read.translate(theirs, ours, num_files=len(names), found=found), found)
-    _choose_alternatives(settings, found)
-    config = _validate(settings, found)
+        _sort(table, rank, ours, neox, findings)
+    settings = _combine(ours, neox_read.translate(neox, ours, num_files=len(names), findings=findings), findings)
+    _choose_alternatives(settings, findings)
+    config = _validate(settings, findings)
     if config is not None:
         config._origins = {path: setting.where for path, setting in settings.items()}
-        check.check(config, found, any_batch)
-    if found.errors or config is None:
-        raise ConfigError("\n".join(dict.fromkeys(found.errors)))
-    config._notes = tuple(dict.fromkeys(found.notes))
+        check.check(config, findings, any_batch)
+    if findings.errors or config is None:
+        raise ConfigError("\n".join(dict.fromkeys(findings.errors)))
+    config._notes = tuple(dict.fromkeys(findings.notes))
     return config
 
 
 def load_run(folder: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The config with which the run in a folder goes on where it was saved last; before that it begins again."""
+    """The config that resumes the run in a folder from its last checkpoint, or starts it again if there is none."""
     run = Path(folder)
     places = {"checkpoint.dir": run, "checkpoint.resume": run}
     config = load_config(run, [*(f"{key}={json.dumps(str(path))}" for key, path in places.items()), *overrides])
@@ -75,30 +75,31 @@ def load_run(folder: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def dump_config(config: RunConfig) -> str:
-    """The complete YAML of a config; loading it gives an equal one."""
+    """The complete YAML of a config; loading it gives an equal config."""
     return to_yaml(config.model_dump(mode="json"))
 
 
 def preset_names() -> list[str]:
+    """The names of all presets, sorted."""
     return sorted(path.stem for path in PRESETS.glob("*.yml"))
 
 
-def _read(name: str | Path | RunConfig | dict, found: Findings) -> YamlMapping:
+def _read(name: str | Path | RunConfig | dict, findings: Findings) -> YamlMapping:
     if isinstance(name, RunConfig):
-        return read_text(dump_config(name), "checkpoint", found)
+        return read_text(dump_config(name), "checkpoint", findings)
     if isinstance(name, dict):
-        return read_text(to_yaml(name), "keys", found)
+        return read_text(to_yaml(name), "keys", findings)
     path = Path(name)
     if (path / "config.yml").is_file():
         path = path / "config.yml"
     if path.is_file():
-        return _with_own_tokenizer(read_file(path, str(path), found), path.parent)
+        return _with_own_tokenizer(read_file(path, str(path), findings), path.parent)
     preset = PRESETS / f"{str(name).removesuffix('.yml').lower()}.yml"
     if preset.is_file():
-        return read_file(preset, f"preset {preset.stem}", found)
+        return read_file(preset, f"preset {preset.stem}", findings)
     if path.with_name(path.name + ".yml").is_file():
         path = path.with_name(path.name + ".yml")
-        return read_file(path, str(path), found)
+        return read_file(path, str(path), findings)
     if path.is_dir():
         raise ConfigError(f"{name}: this folder holds no config.yml; name a config file, a run's folder or a preset")
     close = get_close_matches(str(name).lower(), preset_names(), cutoff=0.5) or preset_names()
@@ -106,60 +107,62 @@ def _read(name: str | Path | RunConfig | dict, found: Findings) -> YamlMapping:
 
 
 def _with_own_tokenizer(table: YamlMapping, run: Path) -> YamlMapping:
-    """A run's config names the tokenizer in its folder, wherever that has gone and wherever it is read from."""
-    words = table.get("tokenizer")
-    if isinstance(words, YamlMapping) and words.get("path") == TOKENIZER and (run / TOKENIZER).is_dir():
-        words["path"] = str(run / TOKENIZER)
+    """Resolve the relative path of a run's own tokenizer, so that the run's folder may be moved."""
+    tokenizer = table.get("tokenizer")
+    if isinstance(tokenizer, YamlMapping) and tokenizer.get("path") == TOKENIZER and (run / TOKENIZER).is_dir():
+        tokenizer["path"] = str(run / TOKENIZER)
     return table
 
 
-def _override(text: str, found: Findings) -> YamlMapping:
-    key, value = read_override(text, found)
+def _override(text: str, findings: Findings) -> YamlMapping:
+    key, value = read_override(text, findings)
     return YamlMapping({key: value}, {key: "command line"})
 
 
-def _sort(table: YamlMapping, rank: int, ours: dict[str, Setting], theirs: dict[str, Setting], found: Findings) -> None:
-    """Merge one source into the settings by our paths and by NeoX's keys."""
+def _sort(
+    table: YamlMapping, rank: int, ours: dict[str, Setting], neox: dict[str, Setting], findings: Findings
+) -> None:
+    """Merge one source into `ours`, by dotted path, and `neox`, by GPT-NeoX's key."""
     for written, value in table.items():
         key, origin = written.replace("-", "_"), table.origins[written]
         block, *inner = key.split(".")
         if inner and key not in FIELDS and key not in SECTIONS and block in neox_read.KEYS:
-            for name in reversed(inner):  # zero_optimization.stage=2
+            for name in reversed(inner):  # zero_optimization.stage=2 becomes zero_optimization: {stage: 2}
                 value = YamlMapping({name: value}, {name: origin})
             key = block
         if key in neox_read.FORMER and neox_read.FORMER[key].kind == "renamed":
-            found.notes.append(f"{origin}: {written} is called {neox_read.FORMER[key].target} today")
+            findings.notes.append(f"{origin}: {written} is called {neox_read.FORMER[key].target} today")
             key = neox_read.FORMER[key].target
         if neox_read.is_neox(key, value):
-            if key in theirs and theirs[key].rank == rank:
-                found.errors.append(f"{origin}: {written} is already given at {theirs[key].origin}; keep one")
+            if key in neox and neox[key].rank == rank:
+                findings.errors.append(f"{origin}: {written} is already given at {neox[key].origin}; keep one")
             else:
-                if key in theirs:
-                    value = merged(theirs[key].value, theirs[key].rank, value, rank)
-                put(theirs, key, Setting(value, origin, rank))
+                if key in neox:
+                    value = merged(neox[key].value, neox[key].rank, value, rank)
+                put(neox, key, Setting(value, origin, rank))
         else:
-            _flatten(written, Setting(value, origin, rank), ours, found)
+            _flatten(written, Setting(value, origin, rank), ours, findings)
 
 
-def _flatten(path: str, setting: Setting, ours: dict[str, Setting], found: Findings) -> None:
+def _flatten(path: str, setting: Setting, ours: dict[str, Setting], findings: Findings) -> None:
     value = setting.value
     if path in SECTIONS and isinstance(value, YamlMapping):
         if not value and path != "model" and not any(other.startswith(path + ".") for other in ours):
-            put(ours, path, setting)  # `{}`: an optional section with its defaults
+            put(ours, path, setting)  # `{}` switches an optional section on, with its defaults
         for key, inner in value.items():
-            _flatten(f"{path}.{key}", Setting(inner, value.origins[key], setting.rank), ours, found)
+            _flatten(f"{path}.{key}", Setting(inner, value.origins[key], setting.rank), ours, findings)
     elif path in FIELDS or (path in SECTIONS and value is None):
         put(ours, path, setting)
     elif path in SECTIONS:
-        found.errors.append(
-            f"{setting.origin}: {path}: {short(value)} is no section; write `{path}:` and indent its keys below it"
+        findings.errors.append(
+            f"{setting.origin}: {path}: {short(value)} is not a section; write `{path}:` and indent its keys below it"
         )
     else:
-        found.errors.append(f"{setting.origin}: unknown key {path}{suggest(path)}")
+        findings.errors.append(f"{setting.origin}: unknown key {path}{suggest(path)}")
 
 
 def suggest(path: str) -> str:
-    """The way out for an unknown key: what it may have been meant to be."""
+    """The end of a message about an unknown key: similar keys, or all keys of its section."""
     section, _, name = path.rpartition(".")
     siblings = {field.rpartition(".")[2]: field for field in FIELDS if field.rpartition(".")[0] == section}
     same_name = [field for field in FIELDS if field.rpartition(".")[2] == name.replace("-", "_")]
@@ -175,19 +178,19 @@ def suggest(path: str) -> str:
     return f"; {section or 'a config'} knows {', '.join(known)}; or remove it"
 
 
-def _combine(ours: dict[str, Setting], translated: dict[str, Setting], found: Findings) -> dict[str, Setting]:
-    """Our settings and the translated ones; of two for one path the later source's wins."""
+def _combine(ours: dict[str, Setting], translated: dict[str, Setting], findings: Findings) -> dict[str, Setting]:
+    """Our settings and those translated from GPT-NeoX's keys; of two for one path the later source's wins."""
     settings: dict[str, Setting] = {}
     for path, setting in sorted([*translated.items(), *ours.items()], key=lambda item: item[1].rank):
         old = settings.get(path)
         if old and old.rank == setting.rank:
-            found.errors.append(f"{setting.origin}: {path} is already given at {old.origin}; keep one")
+            findings.errors.append(f"{setting.origin}: {path} is already given at {old.origin}; keep one")
         else:
             put(settings, path, setting)
     return settings
 
 
-def _choose_alternatives(settings: dict[str, Setting], found: Findings) -> None:
+def _choose_alternatives(settings: dict[str, Setting], findings: Findings) -> None:
     for first, second in ALTERNATIVES:
         given = [
             [path for path in group if path in settings and settings[path].value not in (None, [])]
@@ -198,7 +201,7 @@ def _choose_alternatives(settings: dict[str, Setting], found: Findings) -> None:
         older, newer = sorted(given, key=lambda paths: max(settings[path].rank for path in paths))
         old, new = settings[older[0]], settings[newer[0]]
         if max(settings[p].rank for p in older) == max(settings[p].rank for p in newer):
-            found.errors.append(
+            findings.errors.append(
                 f"{new.origin}: {newer[0]} and {older[0]} ({old.origin}) exclude each other; keep one of them"
             )
             continue
@@ -207,14 +210,14 @@ def _choose_alternatives(settings: dict[str, Setting], found: Findings) -> None:
             del settings[path]
 
 
-def _validate(settings: dict[str, Setting], found: Findings) -> RunConfig | None:
+def _validate(settings: dict[str, Setting], findings: Findings) -> RunConfig | None:
     core = ("model.num_layers", "model.hidden_size", "model.num_heads")
     model = [path for path in settings if path.startswith("model.")]
     if model and not any(path in settings for path in core):
         for path in model:
             setting = settings.pop(path)
             if setting.rank >= 0:
-                found.notes.append(
+                findings.notes.append(
                     f"{setting.origin}: {path} waits for a file that describes a model: {', '.join(core)} are not given"
                 )
     nested: dict[str, Any] = {}
@@ -225,17 +228,17 @@ def _validate(settings: dict[str, Setting], found: Findings) -> RunConfig | None
             level = level.setdefault(parent, {})
         level[name] = setting.value
     try:
-        # As JSON, because only there does strict checking take lists for tuples and mappings for sections.
+        # From JSON, because pydantic's strict mode accepts lists for tuples and mappings for sections only there.
         return RunConfig.model_validate_json(json.dumps(nested, default=str), strict=True)
     except ValidationError as error:
-        found.errors += [_explain(problem, settings) for problem in error.errors()]
+        findings.errors += [_explain(problem, settings) for problem in error.errors()]
         return None
 
 
 def _explain(problem: Any, settings: dict[str, Setting]) -> str:
-    """One line for one of pydantic's complaints: where, which value, why, and what would do."""
+    """One line for one of pydantic's errors: where, which value, why, and what is allowed."""
     path = ".".join(str(part) for part in problem["loc"])
-    given = next((p for p in _ancestors(path) if p in settings), "")  # the setting that holds the value
+    given = next((p for p in _ancestors(path) if p in settings), "")  # the setting that contains the value
     section = path.rpartition(".")[0]
     origins = [s.origin for p, s in settings.items() if s.rank >= 0 and (p == given or p.startswith(section + "."))]
     start = f"{settings[given].origin if given else origins[0] if origins else 'config'}: "

@@ -1,4 +1,4 @@
-"""What follows from a run's objective."""
+"""What a run's objective implies for its samples and for a reference model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ PAIRED = ("dpo", "reward")  # objectives whose samples are two sequences
 
 
 def needs_reference(config: RunConfig) -> bool:
-    """Whether a reference model has to compute what the data do not hold."""
+    """Whether a reference model must compute log-probabilities that the data do not contain."""
     objective, free = config.train.objective, config.preference.reference_free
     if objective not in ("dpo", "kto") or (objective == "dpo" and free):
         return False

@@ -69,8 +69,8 @@ class Section(BaseModel):
             valid = type(self).model_validate(self.__dict__ | values)
         except ValidationError as error:
             lines = (
-                f"{prefix}{'.'.join(map(str, found['loc']))}={short(found['input'])} {reason(found)}"
-                for found in error.errors()
+                f"{prefix}{'.'.join(map(str, problem['loc']))}={short(problem['input'])} {reason(problem)}"
+                for problem in error.errors()
             )
             raise ConfigError("\n".join(lines)) from error
         return self.model_copy(update={name: getattr(valid, name) for name in values})

@@ -1,4 +1,4 @@
-"""One value on its way into the config, with its place."""
+"""A value while a config is being assembled, with the place that it comes from."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ NEOX_DEFAULT = "NeoX default"
 
 
 class Setting(NamedTuple):
+    """A value and where it comes from."""
+
     value: Any
     origin: str  # "file.yml:12", "command line" or "NeoX default"
-    rank: int  # which source gave it: later sources have higher ranks, defaults have -1
+    rank: int  # position of its source: later sources override earlier ones; -1 for defaults
     replaced: str = ""  # origin of the value that this one replaced
 
     @property
     def where(self) -> str:
+        """The origin for `config show`, with that of the value which was overridden."""
         return f"{self.origin}, replacing {self.replaced}" if self.replaced else self.origin
 
 
 def put(settings: dict[str, Setting], path: str, setting: Setting) -> None:
-    """Set a value; a mapping's values and a value for the whole mapping (`null`) replace each other."""
+    """Set the value at a dotted path. Values inside a mapping and a value for all of it (`null`) replace each other."""
     old = settings.get(path)
     if old and old.rank >= 0 and old.origin != setting.origin:
         setting = setting._replace(replaced=old.origin)

@@ -1,7 +1,7 @@
-"""YAML files and `a.b=c` overrides as plain values that know where they stand.
+"""YAML files and `a.b=c` overrides as plain values with their line numbers.
 
-YAML here is what people write for YAML 1.1 parsers: JSON-like mappings with comments and trailing commas, `True` in any
-case, and numbers such as `6e-4`, which YAML 1.1 takes for text.
+The YAML is what people write for YAML 1.1 parsers: JSON-like mappings with comments and trailing commas, `True` in any
+case, and numbers such as `6e-4`, which YAML 1.1 reads as text and which are numbers here.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from castalia.errors import ConfigError, refuse_pointer
 from castalia.reading import MAX_DEPTH, MAX_DIGITS, MAX_SHOWN, MAX_YAML_VALUES, YamlLoader, short, yaml_problem
 
 _TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
-_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")  # in base 60 as well
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")  # base 60 included
 _NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+|[-+]?\.[0-9]+[eE][-+]?[0-9]+")
 
 
 @dataclass
 class Findings:
-    """What is wrong (`errors`) and what deserves to be known (`notes`), a line each, gathered while a config loads."""
+    """Errors and notes, one line each, collected while a config is loaded."""
 
     errors: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    values: int = 0  # of YAML that were read
+    values: int = 0  # YAML values read so far, counted against MAX_YAML_VALUES
 
 
 class YamlMapping(dict[str, Any]):
-    """A YAML mapping that remembers where each of its keys stands: `origins[key]` is "file.yml:12".
+    """A YAML mapping with the place of each key: `origins[key]` is "file.yml:12".
 
-    A table merged from several sources also knows in `ranks` which of them gave a key.
+    A mapping merged from several sources also has in `ranks` the position of the source that gave each key.
     """
 
     def __init__(self, values: Mapping[str, Any] | None = None, origins: Mapping[str, str] | None = None) -> None:
@@ -44,7 +44,7 @@ class YamlMapping(dict[str, Any]):
 
 
 def merged(old: Any, old_rank: int, new: Any, new_rank: int) -> Any:
-    """`new`, with what only `old` says if both are tables."""
+    """`new`, completed by the keys that only `old` has if both are mappings; nested mappings likewise."""
     if not (isinstance(old, YamlMapping) and isinstance(new, YamlMapping)):
         return new
     table = YamlMapping({**old, **new}, {**old.origins, **new.origins})
@@ -55,18 +55,18 @@ def merged(old: Any, old_rank: int, new: Any, new_rank: int) -> Any:
     return table
 
 
-def read_file(path: Path, label: str, found: Findings) -> YamlMapping:
-    """The top-level mapping of one file; `label` is how messages call the file. Syntax errors raise ConfigError."""
+def read_file(path: Path, label: str, findings: Findings) -> YamlMapping:
+    """The top-level mapping of a YAML file, which messages call `label`. Raises ConfigError for invalid YAML."""
     try:
         text = path.read_text(encoding="utf-8")
         refuse_pointer(label, text[:64].encode(), ConfigError)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{label}: not UTF-8 text (byte {error.start}); a config is a YAML text file") from error
-    return read_text(text, label, found)
+    return read_text(text, label, findings)
 
 
-def read_text(text: str, label: str, found: Findings) -> YamlMapping:
-    """`read_file` for a text that is at hand."""
+def read_text(text: str, label: str, findings: Findings) -> YamlMapping:
+    """The top-level mapping of a YAML text, which messages call `label`. Raises ConfigError for invalid YAML."""
     root = _compose(text, label)
     if root is None:
         return YamlMapping()
@@ -74,20 +74,20 @@ def read_text(text: str, label: str, found: Findings) -> YamlMapping:
         raise ConfigError(
             f"{label}:{_line(root)}: holds no keys; a config is a mapping such as `train: {{steps: 200}}`"
         )
-    return _mapping(root, label, found, "", 0)
+    return _mapping(root, label, findings, "", 0)
 
 
-def read_override(text: str, found: Findings) -> tuple[str, Any]:
-    """Key and value of `a.b=c`; the value is read as YAML."""
+def read_override(text: str, findings: Findings) -> tuple[str, Any]:
+    """Key and value of an override `a.b=c`, whose value is YAML. Raises ConfigError for invalid ones."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"command line: {text!r} is no override; write key=value, for example train.steps=200")
+        raise ConfigError(f"command line: {text!r} is not an override; write key=value, for example train.steps=200")
     root = _compose(value, f"command line: {text if len(text) <= MAX_SHOWN else short(text)}")
-    return key.strip(), None if root is None else _value(root, "command line", found, key.strip(), 0)
+    return key.strip(), None if root is None else _value(root, "command line", findings, key.strip(), 0)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that `_value` would take for a number."""
+    """Quotes text that `_value` would read as a number."""
 
 
 _Dumper.add_representer(
@@ -96,6 +96,7 @@ _Dumper.add_representer(
 
 
 def to_yaml(values: dict[str, Any]) -> str:
+    """YAML text that is read back as the same values."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=120)
 
 
@@ -115,76 +116,76 @@ def _compose(text: str, label: str) -> yaml.Node | None:
         raise ConfigError(f"{label}: not valid YAML: {error}".replace("\n", " ")) from error
 
 
-def _mapping(node: yaml.MappingNode, label: str, found: Findings, prefix: str, depth: int) -> YamlMapping:
-    _count(label, found, depth)
+def _mapping(node: yaml.MappingNode, label: str, findings: Findings, prefix: str, depth: int) -> YamlMapping:
+    _count(label, findings, depth)
     table = YamlMapping()
-    for key_node, value_node in _pairs(node, label, found, depth):
+    for key_node, value_node in _pairs(node, label, findings, depth):
         key, origin = str(key_node.value), f"{label}:{_line(key_node)}"
         if not isinstance(key_node, yaml.ScalarNode):
-            found.errors.append(f"{origin}: a key must be a word, not a list or a mapping")
+            findings.errors.append(f"{origin}: a key must be a word, not a list or a mapping")
         elif key in table:
-            found.errors.append(
+            findings.errors.append(
                 f"{origin}: {prefix}{key} is already given on line {table.origins[key].rpartition(':')[2]}; keep one"
             )
         else:
-            table[key] = _value(value_node, label, found, f"{prefix}{key}", depth + 1)
+            table[key] = _value(value_node, label, findings, f"{prefix}{key}", depth + 1)
             table.origins[key] = origin
     return table
 
 
-def _count(label: str, found: Findings, depth: int) -> None:
-    """Aliases let a short text stand for endless values, or for a value in itself."""
-    found.values += 1
-    if found.values > MAX_YAML_VALUES or depth > MAX_DEPTH:
+def _count(label: str, findings: Findings, depth: int) -> None:
+    """Bound what aliases expand to: a short text can stand for billions of values, or for a value inside itself."""
+    findings.values += 1
+    if findings.values > MAX_YAML_VALUES or depth > MAX_DEPTH:
         raise ConfigError(
             f"{label}: an anchor (&name) holds an alias (*name) of itself, or aliases make endless values of a few; "
             "write the values out"
         )
 
 
-def _pairs(node: yaml.MappingNode, label: str, found: Findings, depth: int) -> list[tuple[yaml.Node, yaml.Node]]:
-    """A mapping's own keys, then of those that it merges (`<<: *defaults`, or a list) what nobody before says."""
-    _count(label, found, depth)
+def _pairs(node: yaml.MappingNode, label: str, findings: Findings, depth: int) -> list[tuple[yaml.Node, yaml.Node]]:
+    """A mapping's own keys, then the keys of the mappings it merges (`<<: *defaults`), where not yet given."""
+    _count(label, findings, depth)
     pairs = [pair for pair in node.value if pair[0].tag != _MERGE]
     for key_node, merged_node in node.value:
         if key_node.tag != _MERGE:
             continue
         for source in merged_node.value if isinstance(merged_node, yaml.SequenceNode) else [merged_node]:
             if not isinstance(source, yaml.MappingNode):
-                found.errors.append(
+                findings.errors.append(
                     f"{label}:{_line(key_node)}: << merges mappings, such as *defaults, and lists of them"
                 )
                 continue
             known = {key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode)}
-            pairs += [pair for pair in _pairs(source, label, found, depth + 1) if pair[0].value not in known]
+            pairs += [pair for pair in _pairs(source, label, findings, depth + 1) if pair[0].value not in known]
     return pairs
 
 
-def _value(node: yaml.Node, label: str, found: Findings, path: str, depth: int) -> Any:
-    _count(label, found, depth)
+def _value(node: yaml.Node, label: str, findings: Findings, path: str, depth: int) -> Any:
+    _count(label, findings, depth)
     if isinstance(node, yaml.MappingNode):
-        return _mapping(node, label, found, path + ".", depth)
+        return _mapping(node, label, findings, path + ".", depth)
     if isinstance(node, yaml.SequenceNode):
-        return [_value(item, label, found, path, depth + 1) for item in node.value]
+        return [_value(item, label, findings, path, depth + 1) for item in node.value]
     if node.tag == _TEXT and not node.style and _NUMBER.fullmatch(node.value):
         number = float(node.value)
         origin = label if label == "command line" else f"{label}:{_line(node)}"
         if origin != "command line":
-            found.notes.append(
+            findings.notes.append(
                 f"{origin}: {path}: {node.value} is read as the number {number:g} (YAML 1.1 takes it for text)"
             )
         return int(number) if number.is_integer() and abs(number) >= 1 else number
-    return _scalar(node, label, found, path)
+    return _scalar(node, label, findings, path)
 
 
-def _scalar(node: yaml.Node, label: str, found: Findings, path: str) -> Any:
+def _scalar(node: yaml.Node, label: str, findings: Findings, path: str) -> Any:
     try:
         if node.tag in _NUMBERS and len(node.value) > MAX_DIGITS:
             raise ValueError(f"a number of {len(node.value)} characters")
         return yaml.constructor.SafeConstructor().construct_object(node)
     except (yaml.constructor.ConstructorError, ValueError, LookupError, AttributeError, OverflowError) as error:
         reason = getattr(error, "problem", None) or error
-        found.errors.append(f"{label}:{_line(node)}: {path}: {short(node.value)} cannot be read: {reason}")
+        findings.errors.append(f"{label}:{_line(node)}: {path}: {short(node.value)} cannot be read: {reason}")
         return None
 
 

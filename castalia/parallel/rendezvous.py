@@ -37,7 +37,7 @@ def env_int(name: str, default: int, least: int = 0) -> int:
     text = os.environ.get(name) or str(default)
     if not text.isdecimal() or int(text) < least:
         raise ConfigError(
-            f"{name}={text} is no whole number of at least {least}; a launcher (torchrun, srun, --nproc) sets it: "
+            f"{name}={text} is not a whole number of at least {least}; a launcher (torchrun, srun, --nproc) sets it: "
             "use one, or unset it"
         )
     return int(text)

@@ -1,4 +1,4 @@
-"""Floating-point operations of a token, and what the original would print for the same model."""
+"""Floating-point operations of a token, and what GPT-NeoX would print for the same model."""
 
 from __future__ import annotations
 

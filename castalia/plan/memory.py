@@ -489,9 +489,9 @@ def memory_by_stage(model: ModelConfig, layout: Layout, length: int, compute: Co
 
 
 def checkpoint_bytes(parameters: int, moments: int, original: int, fp32: bool) -> dict[str, int]:
-    """Sizes of checkpoints: ours, and the original's from the sum of the parameters over its ranks.
+    """Sizes of checkpoints: ours, and GPT-NeoX's from the sum of the parameters over its ranks.
 
-    Ours: fp32 weights, which are the masters, and so many moments. The original's: weights in the compute dtype, fp32
+    Ours: fp32 weights, which are the masters, and so many moments. GPT-NeoX's: weights in the compute dtype, fp32
     masters where they differ from those, two moments.
     """
     slim, full = (4, 12) if fp32 else (2, 14)

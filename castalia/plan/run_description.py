@@ -51,7 +51,7 @@ def clipping(config: RunConfig) -> str:
     if clip is None:
         return "off"
     if config.neox_exact and effective_clip_norm(clip, "head") is None:
-        return "off as in the original, which ignores its default of 1 (neox_exact; its first release clips)"
+        return "off as in GPT-NeoX, which ignores its default of 1 (neox_exact; its first release clips)"
     return f"gradients are scaled down to a norm of {clip:g}"
 
 

@@ -120,16 +120,16 @@ MISTAKES = [
     ("train_iterz: 3\n", "a.yml:1: unknown key train_iterz; did you mean train_iters"),
     ("xyzzy: 3\n", "a.yml:1: unknown key xyzzy; a config knows seed"),
     ("data:\n  train: [{path: x, wieght: 2}]\n", "a.yml:2: unknown key data.train.0.wieght"),
-    ("train:\n\n  steps: many\n", "a.yml:3: train.steps: 'many': is no whole number; a whole number above 0"),
-    ("train: {steps: 2.5}\n", "a.yml:1: train.steps: 2.5: is no whole number"),
-    ("train: {steps: true}\n", "a.yml:1: train.steps: True: is no whole number"),
+    ("train:\n\n  steps: many\n", "a.yml:3: train.steps: 'many': is not a whole number; a whole number above 0"),
+    ("train: {steps: 2.5}\n", "a.yml:1: train.steps: 2.5: is not a whole number"),
+    ("train: {steps: true}\n", "a.yml:1: train.steps: True: is not a whole number"),
     ('train: {steps: "200"}\n', "a.yml:1: train.steps: '200': is quoted text, not a number: remove the quotes"),
     ("optimizer: {lr: 0}\n", "a.yml:1: optimizer.lr: 0: is not greater than 0; a number above 0 (default 0.0003)"),
     ("optimizer: {betas: [0.9]}\n", "a.yml:1: optimizer.betas.1 is missing"),
     ("train: {device: gpu}\n", "a.yml:1: train.device: 'gpu': is none of 'auto', 'cpu' or 'cuda'"),
     ("log: {every: .inf}\n", "a.yml:1: log.every: inf: is no"),
     ("optimizer: {lr: .nan}\n", "a.yml:1: optimizer.lr: nan: is not"),
-    ("train: 3\n", "a.yml:1: train: 3 is no section; write `train:` and indent its keys below it"),
+    ("train: 3\n", "a.yml:1: train: 3 is not a section; write `train:` and indent its keys below it"),
     (
         "model: {num_layers: 2, num_heads: 4}\n",
         "a.yml:1: model.hidden_size is missing (a whole number above 0 and of at most 16777216: width of "
@@ -159,9 +159,9 @@ def test_each_mistake_has_its_message(write, text, message):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.steps", "command line: 'train.steps' is no override; write key=value"),
+        ("train.steps", "command line: 'train.steps' is not an override; write key=value"),
         ("train.stepz=3", "command line: unknown key train.stepz; did you mean train.steps?"),
-        ("train.steps=x", "command line: train.steps: 'x': is no whole number"),
+        ("train.steps=x", "command line: train.steps: 'x': is not a whole number"),
         ("train.steps=[1", "command line: train.steps=[1: not valid YAML"),
         ("optimizer.params.lr=x", "command line: optimizer needs a type and params"),
     ],

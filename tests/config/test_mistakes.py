@@ -22,7 +22,7 @@ checkpoint: {dir: run}
 MISTAKES = {
     "unknown key": ("optimizer: {learning_rate: 0.1}\n", ["a.yml:6: unknown key optimizer.learning_rate", "lr"]),
     "misspelt key": ("log: {evry: 1}\n", ["a.yml:6: unknown key log.evry; did you mean log.every?"]),
-    "wrong type": ("log: {every: often}\n", ["a.yml:6: log.every: 'often': is no whole number"]),
+    "wrong type": ("log: {every: often}\n", ["a.yml:6: log.every: 'often': is not a whole number"]),
     "impossible value": ("optimizer: {lr: -1}\n", ["a.yml:6: optimizer.lr: -1: is not greater than 0", "above 0"]),
     "too many shares": (
         (("1, 0, 0", "1, 2, 3, 4"),),

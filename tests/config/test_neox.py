@@ -148,7 +148,7 @@ def test_former_keys_are_known_with_what_they_became(load):
     assert config.checkpoint.every == 7 and config.data.train[0].labels == "labels"
     notes = "\n".join(config.notes)
     assert "save-interval is called checkpoint_factor today" in notes
-    assert "moe_loss_coeff: 0.2 has no effect here: the original gave up DeepSpeed's experts" in notes
+    assert "moe_loss_coeff: 0.2 has no effect here: GPT-NeoX gave up DeepSpeed's experts" in notes
     assert not any(f": {key}" in notes for key in ("moe_type", "expert_interval", "mlp_type"))  # all at their defaults
     with pytest.raises(ConfigError, match="mlp_type: 'llama' is refused: `llama` became activation: swiglu"):
         load(MODEL | {"mlp_type": "llama"})
@@ -159,8 +159,8 @@ def test_former_keys_are_known_with_what_they_became(load):
 def test_clipping_at_the_default_clips_and_says_so(load):
     config = load({"gradient_clipping": 1.0})
     assert config.optimizer.clip_norm == 1.0
-    assert "clips here: the original leaves clipping off" in config.notes[0]
-    assert "is left off, as in the original" in load({"gradient_clipping": 1.0, "neox_exact": True}).notes[0]
+    assert "clips here: GPT-NeoX leaves clipping off" in config.notes[0]
+    assert "is left off, as in GPT-NeoX" in load({"gradient_clipping": 1.0, "neox_exact": True}).notes[0]
     assert load({"gradient_clipping": 0}).optimizer.clip_norm is None
     assert load({"clip_grad": 0.5}).optimizer.clip_norm == 0.5
 
@@ -293,7 +293,7 @@ def test_save_schedules(load):
     assert (linear.every, linear.log_base, linear.steps) == (500, None, (0, 1, 2))
     log = load({"checkpoint_factor": 1.5, "checkpoint_scale": "log"}).checkpoint
     assert (log.every, log.log_base) == (None, 1.5)
-    assert "checkpoint.every: 1.5: is no whole number" in refusal(load, {"checkpoint_factor": 1.5})
+    assert "checkpoint.every: 1.5: is not a whole number" in refusal(load, {"checkpoint_factor": 1.5})
 
 
 def test_data_lists(load):
@@ -319,7 +319,7 @@ def test_the_rest_of_the_joint_keys(load):
     assert load({"override_lr_scheduler": True}).checkpoint.schedule_from == "config"
     both = {"override_lr_scheduler": True, "use_checkpoint_lr_scheduler": True}
     assert "exclude each other" in refusal(load, both)
-    assert "is no whole number" in refusal(load, {**MODEL, "pipe_parallel_size": True})
+    assert "is not a whole number" in refusal(load, {**MODEL, "pipe_parallel_size": True})
 
 
 def test_the_batch_is_inferred_where_the_original_refuses(load):

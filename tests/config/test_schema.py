@@ -24,7 +24,7 @@ def test_changed_values_leave_all_others_their_origins_and_notes_as_they_are():
 
 def test_values_that_a_file_may_not_have_are_refused():
     config = load_config([], MODEL)
-    with pytest.raises(ConfigError, match="^train.steps=2.5 is no whole number\ntrain.batch_size=0 is not greater"):
+    with pytest.raises(ConfigError, match="^train.steps=2.5 is not a whole number\ntrain.batch_size=0 is not greater"):
         config.with_({"train.steps": 2.5, "train.batch_size": 0})
     with pytest.raises(ConfigError, match="is unknown"):
         config.with_({"train.stepz": 5})

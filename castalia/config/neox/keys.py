@@ -1,8 +1,8 @@
-"""What each of GPT-NeoX's 321 arguments does here: one row each, with the original's default.
+"""What each of GPT-NeoX's 321 arguments does here: one row each, with GPT-NeoX's default.
 
-`to`: honoured, goes to one of our keys. `joint`: honoured together with others, by a function of `model_keys.py` or
-`training_keys.py`. `idle`: accepted without effect, because... `refused`: accepted only while it is switched off,
-because...
+`to`: honoured as one of our keys. `joint`: honoured together with other arguments, by a function of `model_keys.py` or
+`training_keys.py`. `idle`: accepted without effect, for the reason given. `refused`: accepted only while it is switched
+off, for the reason given. The arguments are those of `megatron/neox_arguments/neox_args.py` and `deepspeed_args.py`.
 """
 
 from __future__ import annotations
@@ -12,52 +12,64 @@ from typing import Any, Literal, NamedTuple
 
 
 class Key(NamedTuple):
+    """A row of the table."""
+
     kind: Literal["to", "joint", "idle", "refused", "renamed"]
-    target: str  # our key or keys; for `idle` and `refused` the reason; for `renamed` the original's key of today
+    target: str  # our key or keys; for `idle` and `refused` the reason; for `renamed` GPT-NeoX's current name
     default: Any = None
-    convert: Callable[[Any], Any] | None = None  # of `to`; raises ValueError with the reason
-    type: type | None = None  # of `joint`: what its function may rely on
+    convert: Callable[[Any], Any] | None = None  # `to`: GPT-NeoX's value to ours; raises ValueError with a reason
+    type: type | None = None  # `joint`: the type that its function expects
 
 
 def to(target: str, default: Any = None, convert: Callable[[Any], Any] | None = None) -> Key:
+    """Honoured as the key `target`."""
     return Key("to", target, default, convert)
 
 
 def joint(target: str, type: type, default: Any = None) -> Key:
+    """Honoured together with others; `target` names our keys."""
     return Key("joint", target, default, None, type)
 
 
 def idle(reason: str, default: Any = None) -> Key:
+    """Accepted without effect."""
     return Key("idle", reason, default)
 
 
 def refused(reason: str, default: Any = None) -> Key:
+    """Refused unless it is switched off."""
     return Key("refused", reason, default)
 
 
 def renamed(name: str) -> Key:
+    """An argument of older releases that has another name today."""
     return Key("renamed", name)
 
 
 def lower(value: Any) -> Any:
+    """Text in small letters, as GPT-NeoX compares it; other values unchanged."""
     return value.lower() if isinstance(value, str) else value
 
 
 def opposite(value: Any) -> bool:
+    """The negation, for settings that GPT-NeoX words the other way round. Raises ValueError for other types."""
     if not isinstance(value, bool):
         raise ValueError("is neither true nor false")
     return not value
 
 
 def recomputed(value: Any) -> str:
+    """`train.recompute` for `checkpoint_activations`."""
     return "none" if opposite(value) else "full"
 
 
 def nonzero(value: Any) -> Any:
+    """None for 0, which GPT-NeoX uses for "never"."""
     return None if value == 0 else value
 
 
 def position(value: Any) -> Any:
+    """`model.position` for `pos_emb`. Raises ValueError for T5's relative positions."""
     if lower(value) == "rpe":
         raise ValueError("is refused: T5's relative positions are not built in; rotary, learned, sinusoidal, alibi are")
     return lower(value)
@@ -65,7 +77,7 @@ def position(value: Any) -> Any:
 
 LAUNCH = "processes are started by torchrun or any launcher that sets its variables"
 DEEPSPEED = "nothing of DeepSpeed runs here"
-DERIVED = "the original derives it from other keys"
+DERIVED = "GPT-NeoX derives it from other keys"
 REDUCTION = "gradients are accumulated and reduced in fp32"
 FUSION = "PyTorch's own fused kernels do it, with the same result"
 FP8 = "no layer of Transformer Engine is used"
@@ -74,9 +86,9 @@ METRICS = "metrics.jsonl in the run's folder holds what is logged, the global gr
 PROFILE = "metrics.jsonl holds the time of every step, log.profile the time of every operation"
 RECOMPUTE = "each block is recomputed by itself"
 RANDOM = "no generator state is stored: random numbers depend on seed, step and rank alone"
-LOSS_SCALE = "as in the original, the fp16 block alone counts"
+LOSS_SCALE = "as in GPT-NeoX, the fp16 block alone counts"
 FP32_MATH = "softmax and loss are always computed in fp32"
-CURRENT_LENGTH = "internal to the original: the length follows from the step"
+CURRENT_LENGTH = "internal to GPT-NeoX: the length follows from the step"
 DATA_EFFICIENCY = "samples keep their order and layers all their tokens; only curriculum_learning is built in"
 ONLINE = "training on texts that the model writes meanwhile is not built in"
 REINFORCE = "train_impl: reinforce is not built in, and refused where it is asked for"
@@ -84,7 +96,7 @@ MAMBA = "Mamba layers are not built in, and none is used"
 RWKV = "RWKV layers are not built in"
 MOE = "mixtures of experts are not built in"
 MOE_OFF = "there are no experts"
-MOE_DEEPSPEED = "the original gave up DeepSpeed's experts for moe_num_experts, moe_expert_interval and moe_top_k"
+MOE_DEEPSPEED = "GPT-NeoX gave up DeepSpeed's experts for moe_num_experts, moe_expert_interval and moe_top_k"
 SPARSE = "sparse attention is not built in, and no layer uses it"
 RPE = "T5's relative positions are not used"
 
@@ -197,7 +209,7 @@ KEYS: dict[str, Key] = {
     "gmlp_attn_dim": idle("gMLP layers are not built in, and none is used", 64),
     "gpt_j_residual": to("model.parallel_residual", False),
     "gpt_j_tied": joint("model.shared_norm", bool, False),
-    "use_bias_in_norms": idle("as in the original, norms keep their biases", True),
+    "use_bias_in_norms": idle("as in GPT-NeoX, norms keep their biases", True),
     "use_bias_in_attn_linear": to("model.attention_bias", True),
     "use_bias_in_mlp": to("model.mlp_bias", True),
     "soft_prompt_tuning": refused("soft prompts are not built in"),
@@ -280,7 +292,7 @@ KEYS: dict[str, Key] = {
     "local_rank": idle(DERIVED),
     "rank": idle(DERIVED),
     "lazy_mpu_init": idle(FUSION, False),
-    "short_seq_prob": idle("the original never reads it", 0.1),
+    "short_seq_prob": idle("GPT-NeoX never reads it", 0.1),
     "eod_mask_loss": to("data.mask_after_eod", False),
     "adlr_autoresume": idle("a run resumes by itself from its folder", False),
     "adlr_autoresume_object": idle(DERIVED),
@@ -425,7 +437,7 @@ KEYS: dict[str, Key] = {
     "moe_jitter_eps": idle(MOE_OFF),}
 # fmt: on
 
-# Keys of older releases that public configs still carry; the current original refuses them.
+# Arguments of older releases that public configs still contain; current GPT-NeoX refuses them.
 FORMER: dict[str, Key] = {
     "gas": idle("a leftover of older releases: gradient_accumulation_steps is what counts"),
     "save_interval": renamed("checkpoint_factor"),

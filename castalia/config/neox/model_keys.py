@@ -1,4 +1,4 @@
-"""NeoX's keys that describe an architecture and only make sense together."""
+"""GPT-NeoX's keys that describe an architecture and depend on each other."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 from castalia.config.neox.keys import KEYS, lower
 from castalia.config.neox.translation import Translation, is_a
 
+# GPT-NeoX's name of a gated activation -> ours of the function in it.
 GATED = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "bilinear": "identity", "glu": "sigmoid"}
+# GPT-NeoX's name of a norm -> ours, and the key of its epsilon.
 NORMS = {
     "layernorm": ("layernorm", "layernorm_epsilon"),
     "te_layernorm": ("layernorm", "layernorm_epsilon"),
@@ -19,7 +21,7 @@ NORMS = {
 
 
 def attention(work: Translation) -> None:
-    """Layers of the kinds `global` and `flash` are one thing here; others are refused by name."""
+    """All layers must be of kind `global` or `flash`, which are the same here; others are refused."""
     layers, unique = work["num_layers"], work["num_unique_layers"]
     if work.has("num_unique_layers") and unique != layers:
         work.error("num_unique_layers", "is refused: layers that share their weights are not built in; remove the key")
@@ -28,7 +30,7 @@ def attention(work: Translation) -> None:
     try:
         kinds = _expand(work["attention_config"], layers if is_a(layers, int) else None)
     except (TypeError, ValueError, ZeroDivisionError):
-        work.error("attention_config", 'is no list of [[kinds], repeat] pairs such as [[["flash"], 12]]')
+        work.error("attention_config", 'is not a list of [[kinds], repeat] pairs such as [[["flash"], 12]]')
         return
     strange = sorted({str(kind) for kind in kinds} - {"global", "flash"})
     if strange:
@@ -42,7 +44,7 @@ def attention(work: Translation) -> None:
 
 
 def _expand(config: Any, layers: int | None) -> list[Any]:
-    """`[[["flash"], 2], [["local", "global"], "all"]]` as one kind per layer."""
+    """The kind of each layer in `[[["flash"], 2], [["local", "global"], "all"]]`. Raises TypeError or ValueError."""
     if not isinstance(config, list):
         raise TypeError
     if all(isinstance(kind, str) for kind in config):
@@ -59,6 +61,7 @@ def _expand(config: Any, layers: int | None) -> list[Any]:
 
 
 def activation(work: Translation) -> None:
+    """The activation function, gated or not; GELU is the tanh approximation if its kernel is fused."""
     if not (work.architecture or work.has("activation")):
         return
     name = lower(work["activation"])
@@ -70,7 +73,10 @@ def activation(work: Translation) -> None:
 
 
 def mlp_width(work: Translation) -> None:
-    """The exact inner width, by the original's rules: 2/3 of the size for gated activations, then rounding up."""
+    """The inner width by GPT-NeoX's rules: for gated activations 2/3 of the size, then rounded up to a multiple.
+
+    The two matrices are sized separately there (`ParallelMLP`), so that some sizes give matrices that do not fit.
+    """
     keys = ("intermediate_size", "expansion_factor", "mlp_multiple_of", "hidden_size", "activation")
     hidden, multiple = work["hidden_size"], work["mlp_multiple_of"]
     gated = lower(work["activation"]) in GATED
@@ -106,6 +112,7 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 def norm(work: Translation) -> None:
+    """The norm and its epsilon, which has a key for each norm."""
     if not (work.architecture or work.has("norm")):
         return
     if lower(work["norm"]) not in NORMS:
@@ -117,6 +124,7 @@ def norm(work: Translation) -> None:
 
 
 def residual(work: Translation) -> None:
+    """`gpt_j_tied`: attention and MLP of a parallel residual share one norm."""
     if work["gpt_j_tied"] and not work["gpt_j_residual"]:
         work.note("gpt_j_tied", "has no effect here: it needs gpt_j_residual: true")
     elif work.has("gpt_j_tied"):
@@ -124,6 +132,7 @@ def residual(work: Translation) -> None:
 
 
 def vocabulary(work: Translation) -> None:
+    """GPT-NeoX pads the vocabulary to a multiple on each tensor rank, so ours is the product."""
     if work.has("model_parallel_size"):
         work.set("parallel.tp", work["model_parallel_size"], "model_parallel_size")
     if work.architecture or work.has("make_vocab_size_divisible_by"):
@@ -133,7 +142,7 @@ def vocabulary(work: Translation) -> None:
 
 
 def mup(work: Translation) -> None:
-    """The original keeps the base model's shapes in a file of its own; here its width is enough."""
+    """muP's multipliers. GPT-NeoX reads the base model's shapes from a file, which a width replaces here."""
     fields = {
         "mup_init_scale": "init_scale",
         "mup_attn_temp": "attention_temperature",
@@ -153,6 +162,7 @@ def mup(work: Translation) -> None:
 
 
 def dropout(work: Translation) -> None:
+    """GPT-NeoX's `hidden_dropout` applies to the embeddings as well."""
     if work.has("hidden_dropout"):
         for path in ("model.hidden_dropout", "model.embedding_dropout"):
             work.set(path, work["hidden_dropout"], "hidden_dropout")

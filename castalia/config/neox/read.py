@@ -1,7 +1,7 @@
-"""NeoX's configs, translated into our settings by one table (`keys.py`).
+"""GPT-NeoX's configs, translated into our settings by one table (`keys.py`).
 
-Keys that only make sense together have a function each. NeoX's own defaults apply where a NeoX file describes an
-architecture or a training run, so that a key which it leaves out means what it means there.
+Keys that depend on each other have functions of their own. Where a GPT-NeoX file describes an architecture or a
+training run, GPT-NeoX's defaults apply, so that a key which the file leaves out means the same as in GPT-NeoX.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from castalia.config.schema import RunConfig
 from castalia.config.setting import Setting
 from castalia.config.yaml_files import Findings
 
+# Keys of DeepSpeed's block `checkpoint`, by which it is told from our section of that name.
 DEEPSPEED_CHECKPOINT = {"tag_validation", "load_universal", "use_node_local_storage", "parallel_write"}
 
 
 def is_neox(key: str, value: Any) -> bool:
-    """Whether a top-level key (with underscores) is NeoX's; a few names are also sections of ours."""
+    """Whether a top-level key (with underscores) is GPT-NeoX's. A few names are also sections of ours."""
     if key not in RunConfig.model_fields:
         return key in KEYS or key in FORMER
     if not isinstance(value, dict):
@@ -31,11 +32,14 @@ def is_neox(key: str, value: Any) -> bool:
 
 
 def translate(
-    theirs: dict[str, Setting], ours: dict[str, Setting], num_files: int, found: Findings
+    neox: dict[str, Setting], ours: dict[str, Setting], num_files: int, findings: Findings
 ) -> dict[str, Setting]:
-    """Our settings for NeoX's merged keys. `ours` holds what is given in our own terms; files' ranks < num_files."""
-    work = Translation(theirs, ours, num_files, found)
-    for key in dict.fromkeys([*work.given, *KEYS]):  # what is given first, so that messages follow the files
+    """Our settings for GPT-NeoX's merged keys.
+
+    `ours`: the settings given in our own terms. `num_files`: sources of a lower rank are files, the others overrides.
+    """
+    work = Translation(neox, ours, num_files, findings)
+    for key in dict.fromkeys([*work.given, *KEYS]):  # given keys first, so that messages follow the files
         kind = row_of(key).kind
         if kind == "to":
             work.honour(key)

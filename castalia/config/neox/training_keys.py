@@ -1,4 +1,4 @@
-"""NeoX's keys that describe a run and only make sense together."""
+"""GPT-NeoX's keys that describe a run and depend on each other."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from castalia.config.neox.clipping import effective_clip_norm
 from castalia.config.neox.keys import KEYS, ONLINE, lower
 from castalia.config.neox.translation import Translation, is_a
 
+# GPT-NeoX's tokenizer type -> our kind.
 TOKENIZERS = {
     "GPT2BPETokenizer": "gpt2",
     "HFTokenizer": "hf",
@@ -17,14 +18,17 @@ TOKENIZERS = {
     "CharLevelTokenizer": "char",
     "TiktokenTokenizer": "tiktoken",
 }
+# GPT-NeoX's flag -> `checkpoint.schedule_from`.
 SCHEDULE_CHOICES = {"override_lr_scheduler": "config", "use_checkpoint_lr_scheduler": "checkpoint"}
 OPTIMIZERS = {"adam": "adamw", "adamw": "adamw", "cpu_adam": "adamw", "cpu_torch_adam": "adamw"}
 OPTIMIZERS |= {name: name for name in ("lion", "sgd", "adafactor", "muon")}
+# Optimizers that are refused, and why.
 OTHER_OPTIMIZERS = {
     "onebitadam": "its gradients lose precision on the way between ranks",
     "sm3": "adafactor saves as much memory",
     "madgrad_wd": "nobody has needed it yet",
 }
+# What GPT-NeoX and DeepSpeed use where `params` leave a value out.
 OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
     "adamw": {"betas": [0.9, 0.999], "eps": 1e-8},
     "lion": {"betas": [0.9, 0.99]},
@@ -35,7 +39,7 @@ OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def stages(work: Translation) -> None:
-    """0 and 1 both mean no pipeline; 0 draws the original's initial weights a second time."""
+    """Pipeline ranks. 0 and 1 both mean no pipeline, but with 0 GPT-NeoX draws its initial weights twice."""
     key = "pipe_parallel_size"
     if work.has(key):
         work.set("parallel.pp", work[key] or 1, key)
@@ -44,6 +48,7 @@ def stages(work: Translation) -> None:
 
 
 def optimizer(work: Translation) -> None:
+    """The optimizer and its parameters. `lr` alone counts only where it comes from a later source than the block."""
     if not work.has("optimizer"):
         if work.has("lr"):
             work.set("optimizer.lr", work["lr"], "lr")
@@ -81,6 +86,7 @@ def optimizer(work: Translation) -> None:
 
 
 def clipping(work: Translation) -> None:
+    """The clip norm, where 0 means none; a note says what becomes of 1.0, which GPT-NeoX ignores."""
     key = "gradient_clipping" if work.has("gradient_clipping") or not work.has("clip_grad") else "clip_grad"
     if key == "gradient_clipping" and work.has("clip_grad") and work["clip_grad"] != work[key]:
         work.note("clip_grad", "has no effect here: gradient_clipping replaces it")
@@ -89,11 +95,12 @@ def clipping(work: Translation) -> None:
     work.set("optimizer.clip_norm", work[key] or None, key)
     if effective_clip_norm(work[key], "head") is None:
         exact = work.ours.get("neox_exact")
-        done = "is left off, as in the original" if exact and exact.value else "clips here"
-        work.note(key, f"{done}: the original leaves clipping off at exactly its default, 1.0 (neox_exact)")
+        done = "is left off, as in GPT-NeoX" if exact and exact.value else "clips here"
+        work.note(key, f"{done}: GPT-NeoX leaves clipping off at exactly its default, 1.0 (neox_exact)")
 
 
 def zero(work: Translation) -> None:
+    """ZeRO's stage; the other keys of the block tune DeepSpeed's buffers."""
     if not work.has("zero_optimization"):
         return
     block = work["zero_optimization"]
@@ -104,14 +111,14 @@ def zero(work: Translation) -> None:
     hints = sorted(block.keys() - {"stage"})
     if hints:
         origin = work.given["zero_optimization"].origin
-        work.found.notes.append(
+        work.findings.notes.append(
             f"{origin}: zero_optimization: {', '.join(hints)} have no effect here: "
             "they tune DeepSpeed's buffers, FSDP sizes its own"
         )
 
 
 def precision(work: Translation) -> None:
-    """Of the blocks that are enabled and the plain `precision` the latest file's wins; one file must not disagree."""
+    """The compute dtype, from enabled blocks and the plain `precision`: the latest file wins, one file must agree."""
     names = {"fp16": "fp16", "bf16": "bf16", "bfloat16": "bf16", "fp32": "fp32"}
     wishes: list[tuple[int, str, str]] = []
     for key in ("fp16", "bf16", "precision"):
@@ -143,6 +150,7 @@ def precision(work: Translation) -> None:
 
 
 def loss_scale(work: Translation) -> None:
+    """DeepSpeed's block `fp16`."""
     fields = {"loss_scale_window": "window", "min_loss_scale": "minimum"}
     fields |= {name: name for name in ("hysteresis", "consecutive_hysteresis")}
     block = work["fp16"]
@@ -161,6 +169,7 @@ def loss_scale(work: Translation) -> None:
 
 
 def data(work: Translation) -> None:
+    """The corpora of all splits with their labels, weights, rejected texts and rewards."""
     pairs = lower(work["dataset_impl"]) == "pairwise"
     if lower(work["dataset_impl"]) not in ("gpt2", "pairwise"):
         work.error("dataset_impl", f"is refused: {ONLINE}; use gpt2 or pairwise")
@@ -179,16 +188,16 @@ def data(work: Translation) -> None:
             _sources(work, split, f"{split}_data_paths", plain | weights, {})
 
 
-def _sources(work: Translation, split: str, key: str, beside: dict[str, str], rejected: dict[str, str]) -> None:
-    """Our sources of one split: the paths of `key`, and what lists of the same length say of them (field -> list)."""
-    others = [*beside.values(), *rejected.values()]
+def _sources(work: Translation, split: str, key: str, fields: dict[str, str], rejected: dict[str, str]) -> None:
+    """Set the sources of one split: the paths of `key`, and lists of equal length for their fields (field -> key)."""
+    others = [*fields.values(), *rejected.values()]
     owners = dict.fromkeys(others, key) | ({rejected["labels"]: rejected["path"]} if rejected else {})
     orphans = [other for other in others if work.has(other) and not work.has(owners[other])]
     for other in orphans:
         work.error(other, f"belongs to {owners[other]}, which is not given; add it or remove this key")
     if orphans or not work.has(key):
         return
-    columns = {name: _listed(work[name]) for name in (key, *others) if work.has(name)}
+    columns = {name: _as_list(work[name]) for name in (key, *others) if work.has(name)}
     for other, values in columns.items():
         if len(values) != len(columns[key]):
             work.error(other, f"has {len(values)} entries, {key} has {len(columns[key])}; they go in pairs")
@@ -197,8 +206,8 @@ def _sources(work: Translation, split: str, key: str, beside: dict[str, str], re
     sources: list[dict[str, Any]] = []
     for number, path in enumerate(columns[key]):
         given, worse = (
-            {field: columns[name][number] for field, name in fields.items() if name in columns}
-            for fields in (beside, rejected)
+            {field: columns[name][number] for field, name in names.items() if name in columns}
+            for names in (fields, rejected)
         )
         sources.append({"path": path, **given} | ({"rejected": worse} if worse else {}))
         for text in (sources[-1], worse) if reference else ():
@@ -206,12 +215,12 @@ def _sources(work: Translation, split: str, key: str, beside: dict[str, str], re
     work.set(f"data.{split}", sources, *columns, "precompute_model_name")
 
 
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     return [value] if isinstance(value, str) else value
 
 
 def curriculum(work: Translation) -> None:
-    """DeepSpeed's first curriculum: sequences that begin short."""
+    """DeepSpeed's legacy curriculum learning by sequence length, which becomes `data.seq_length_warmup`."""
     key = "curriculum_learning"
     block = work[key] or {}
     if not block.get("enabled"):
@@ -231,18 +240,18 @@ def curriculum(work: Translation) -> None:
     names["multiple"] = (inner, "difficulty_step")
     if style == "fixed_root":
         names["root"] = (inner, "root_degree")
-    for name, (where, theirs) in names.items():
-        if theirs in where:
-            work.set_inner(f"data.seq_length_warmup.{name}", where[theirs], key, where, theirs)
+    for name, (part, inner_key) in names.items():
+        if inner_key in part:
+            work.set_inner(f"data.seq_length_warmup.{name}", part[inner_key], key, part, inner_key)
         else:
-            work.error(key, f"needs {theirs}")
+            work.error(key, f"needs {inner_key}")
 
 
 OBJECTIVES = {"normal": "causal", "dpo": "dpo", "kto": "kto", "rm": "reward"}
 
 
 def preferences(work: Translation) -> None:
-    """Which loss is meant, and its settings; what belongs to another loss has no effect."""
+    """The objective and its settings; those of another objective have no effect."""
     name = lower(work["train_impl"])
     if name not in OBJECTIVES:
         work.error("train_impl", f"is refused: {name} is not built in; use one of {', '.join(OBJECTIVES)}")
@@ -267,6 +276,7 @@ def preferences(work: Translation) -> None:
 
 
 def tokenizer(work: Translation) -> None:
+    """The kind of tokenizer, by default GPT-NeoX's, if the config names one at all."""
     if not work.has("tokenizer_type", "vocab_file", "merge_file"):
         return
     kinds = {lower(name): kind for name, kind in TOKENIZERS.items()}
@@ -278,13 +288,14 @@ def tokenizer(work: Translation) -> None:
 
 
 def batch(work: Translation) -> None:
-    """The original's default of 1 would stand in the way of inferring the accumulation, so it is not applied."""
+    """The accumulation. GPT-NeoX's default of 1 is not applied, so that it can be inferred from the batch size."""
     key = "gradient_accumulation_steps"
     if work.has(key):
         work.set("train.accumulation", work[key], key)
 
 
 def schedule(work: Translation) -> None:
+    """The end of the decay, and which schedule a resumed run follows."""
     if work.has("lr_decay_fraction") and not work.has("lr_decay_iters"):
         work.set("schedule.decay_fraction", work["lr_decay_fraction"], "lr_decay_fraction")
     elif work.has("lr_decay_fraction"):
@@ -297,7 +308,7 @@ def schedule(work: Translation) -> None:
 
 
 def loading(work: Translation) -> None:
-    """`load` resumes; with `finetune` it only gives the initial weights of a new run."""
+    """`load` resumes a run; with `finetune` it gives only the initial weights of a new one."""
     if work.has("load") and work["load"] != "":
         target = "checkpoint.init_from" if work["finetune"] else "checkpoint.resume"
         work.set(target, work["load"], "load", "finetune")
@@ -306,6 +317,7 @@ def loading(work: Translation) -> None:
 
 
 def saving(work: Translation) -> None:
+    """When checkpoints are saved: at multiples of a number, or at its powers."""
     if not work.has("checkpoint_factor"):
         return
     keys = ("checkpoint_factor", "checkpoint_scale")
@@ -320,7 +332,7 @@ def saving(work: Translation) -> None:
 
 
 def trackers(work: Translation) -> None:
-    """The plain keys and DeepSpeed's blocks of monitors, which need `enabled`."""
+    """Weights & Biases, CSV and TensorBoard, from plain keys and from DeepSpeed's monitor blocks if `enabled`."""
     fields = {"wandb_group": "group", "wandb_run_name": "name", "wandb_team": "team", "wandb_project": "project"}
     fields["wandb_host"] = "host"
     if work["use_wandb"]:
@@ -343,7 +355,7 @@ def trackers(work: Translation) -> None:
 
 
 def looking_inside(work: Translation) -> None:
-    """Statistics of layers, and profiles."""
+    """Layer statistics and profiles."""
     layers = [key for key in ("log_grad_norm", "log_param_norm", "log_grad_pct_zeros") if work[key]]
     if layers:
         work.set("log.layers_every", work["log_interval"], *layers)
@@ -358,7 +370,7 @@ def looking_inside(work: Translation) -> None:
 
 
 def text_file(work: Translation) -> None:
-    """The original writes its samples to a file unless told otherwise; only configs that generate take that over."""
+    """The file for generated text. GPT-NeoX has a default, which applies only to configs that generate."""
     if work.has("sample_output_file", "text_gen_type"):
         work.set("generate.output_file", work["sample_output_file"], "sample_output_file")
 

@@ -1,4 +1,4 @@
-"""NeoX's merged keys on the way to our settings: what the functions for keys that belong together work with."""
+"""The state of a translation from GPT-NeoX's keys to our settings, which the functions for joint keys work on."""
 
 from __future__ import annotations
 
@@ -11,26 +11,31 @@ from castalia.config.yaml_files import Findings
 
 
 class Translation:
-    """NeoX's merged keys on the way to our settings."""
+    """GPT-NeoX's merged keys, and our settings as far as they have been translated.
 
-    def __init__(self, theirs: dict[str, Setting], ours: dict[str, Setting], num_files: int, found: Findings) -> None:
-        self.given = {key: setting for key, setting in theirs.items() if setting.value is not None}
+    `given`: GPT-NeoX's keys that have a value. `ours`: settings given in our own terms. `architecture`, `training`:
+    whether files in GPT-NeoX's terms describe a model or a training run, so that GPT-NeoX's defaults apply.
+    """
+
+    def __init__(self, neox: dict[str, Setting], ours: dict[str, Setting], num_files: int, findings: Findings) -> None:
+        self.given = {key: setting for key, setting in neox.items() if setting.value is not None}
         self.ours = ours
-        self.found = found
+        self.findings = findings
         self.settings: dict[str, Setting] = {}
         in_files = {key for key, setting in self.given.items() if setting.rank < num_files}
         self.architecture = "num_layers" in in_files and "model.num_layers" not in ours
         self.training = bool({"optimizer", "train_iters", "train_epochs"} & in_files)
 
     def __getitem__(self, key: str) -> Any:
-        """A key's value, or its default."""
+        """The value of a GPT-NeoX key, or its default there."""
         return self.given[key].value if key in self.given else KEYS[key].default
 
     def has(self, *keys: str) -> bool:
+        """Whether any of these keys is given."""
         return any(key in self.given for key in keys)
 
     def set(self, path: str, value: Any, *keys: str) -> None:
-        """Set one of ours from the values of `keys`; without any given it is a default and may go without saying."""
+        """Set one of our keys, derived from `keys`. If none of them is given, the value is a GPT-NeoX default."""
         given = [self.given[key] for key in keys if key in self.given]
         if given:
             self.settings[path] = max(given, key=lambda setting: setting.rank)._replace(value=value)
@@ -38,22 +43,25 @@ class Translation:
             self.settings[path] = Setting(value, NEOX_DEFAULT, -1)
 
     def set_inner(self, path: str, value: Any, key: str, block: dict[str, Any], inner: str) -> None:
-        """Set one of ours from a value inside NeoX's block `key`: it knows its own line."""
+        """Set one of our keys from the value `inner` of GPT-NeoX's block `key`, whose own line becomes the origin."""
         outer = self.given[key]
         origins, ranks = getattr(block, "origins", {}), getattr(block, "ranks", {})
         self.settings[path] = Setting(value, origins.get(inner, outer.origin), ranks.get(inner, outer.rank))
 
     def error(self, key: str, text: str) -> None:
-        self.found.errors.append(f"{self.given[key].origin}: {key}{self._value(key)} {text}")
+        """Add an error about a given key."""
+        self.findings.errors.append(f"{self.given[key].origin}: {key}{self._value(key)} {text}")
 
     def note(self, key: str, text: str) -> None:
-        self.found.notes.append(f"{self.given[key].origin}: {key}{self._value(key)} {text}")
+        """Add a note about a given key."""
+        self.findings.notes.append(f"{self.given[key].origin}: {key}{self._value(key)} {text}")
 
     def _value(self, key: str) -> str:
         value = self.given[key].value
         return f": {value!r}" if isinstance(value, str | int | float) else ""
 
     def honour(self, key: str) -> None:
+        """Translate a key of kind `to`, or its default where GPT-NeoX's defaults apply."""
         row = KEYS[key]
         active = self.architecture if row.target.startswith("model.") else self.training
         active = active and not row.target.startswith("generate.")  # what a model's own files say comes before these
@@ -65,15 +73,16 @@ class Translation:
             self.error(key, f"{error}")
 
     def require_type(self, key: str) -> None:
-        """Leave out a value that the functions below could not read."""
+        """Add an error for a joint key of the wrong type, and drop it, so that no function meets it."""
         value, expected = self[key], KEYS[key].type or object
         if expected is list and isinstance(value, str):
-            return  # one path where a list of paths is expected
+            return  # a single path in place of a list of paths
         if key in self.given and not is_a(value, expected):
-            self.error(key, f"is no {TYPE_NAMES[expected]}")
+            self.error(key, f"is not {TYPE_NAMES[expected]}")
             del self.given[key]
 
     def report(self, key: str) -> None:
+        """Add a note for an idle key and an error for a refused one, unless it is switched off."""
         row = row_of(key)
         if key not in self.given or is_off(self.given[key].value, row.default):
             return
@@ -85,29 +94,29 @@ class Translation:
 
 
 def row_of(key: str) -> Key:
-    """What the table says of a key of today's or of an older release."""
+    """The table's row for a key of the current or an older release."""
     return KEYS.get(key) or FORMER[key]
 
 
 TYPE_NAMES = {
-    int: "whole number",
-    float: "number",
+    int: "a whole number",
+    float: "a number",
     bool: "true or false",
     str: "text",
-    list: "list",
-    dict: "block such as {key: value}",
+    list: "a list",
+    dict: "a block such as {key: value}",
 }
 
 
 def is_a(value: Any, expected: type) -> bool:
-    """Strictly: true is no number, but a whole number is one."""
+    """Strict type check: a bool is not a number, but an int is a float."""
     if isinstance(value, bool):
         return expected is bool
     return isinstance(value, int | float) if expected is float else isinstance(value, expected)
 
 
 def is_off(value: Any, default: Any) -> bool:
-    """Whether a value asks for nothing that its default does not."""
+    """Whether a value asks for no more than the default: it is equal, empty, false or disabled."""
     switched_off = isinstance(value, dict) and value.get("enabled") is False
     return (
         (value is False and default is not True) or value in ([], {}) or switched_off or lower(value) == lower(default)

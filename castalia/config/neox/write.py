@@ -1,4 +1,4 @@
-"""Our config in NeoX's keys: the table of `keys.py` and the functions beside it, backwards."""
+"""Our config in GPT-NeoX's keys: the table of `keys.py` and the joint keys in the opposite direction."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from castalia.config.neox.keys import KEYS, lower, nonzero, opposite, position, 
 from castalia.config.neox.training_keys import SCHEDULE_CHOICES, TOKENIZERS
 from castalia.config.schema import ModelConfig, RunConfig, Source
 
-# NeoX's names for ours; where it has several names for one of ours, the first.
+# Our names -> GPT-NeoX's; where GPT-NeoX has several for one of ours, the first of them.
 TOKENIZER_TYPES = {ours: name for name, ours in reversed(TOKENIZERS.items())} | {"sentencepiece": "SPMTokenizer"}
 GATED = {ours: name for name, ours in model_keys.GATED.items()}
 NORMS = {ours: name for name, (ours, _) in reversed(model_keys.NORMS.items())}
 SCHEDULE_KEYS = {choice: key for key, choice in SCHEDULE_CHOICES.items()}
+# A row's conversion -> its inverse.
 BACK: dict[Any, Callable[[Any], Any]] = {
     None: lambda value: list(value) if isinstance(value, tuple) else value,
     lower: lambda value: value,
@@ -25,14 +26,14 @@ BACK: dict[Any, Callable[[Any], Any]] = {
     recomputed: lambda value: value != "none",
     nonzero: lambda value: value or 0,
 }
-# Values that our loader takes under NeoX's keys, and NeoX does not.
+# Values that our loader accepts under GPT-NeoX's keys although GPT-NeoX does not know them.
 OURS_ALONE = {"model.activation": ("sigmoid", "identity"), "schedule.style": ("wsd", "inverse_sqrt")}
-# What belongs to the tokenizer's files or to the program rather than to NeoX's config.
+# Settings for which GPT-NeoX needs no key: they follow from the tokenizer's files or from the program.
 ELSEWHERE = {"model.vocab_size", "model.init", "neox_exact", "tokenizer.path", "tokenizer.merges"}
 
 
 def to_neox(config: RunConfig) -> dict[str, Any]:
-    """NeoX's keys for a training config. What they cannot say is left out; see `lost`."""
+    """GPT-NeoX's keys for a training config. Settings that they cannot express are left out; see `lost`."""
     model = config.model
     keys: dict[str, Any] = {}
     if model:
@@ -51,30 +52,32 @@ def to_neox(config: RunConfig) -> dict[str, Any]:
 
 
 def trainable(config: RunConfig) -> RunConfig:
-    """The run with everything that the original asks for before it trains, so that it does what this one does."""
+    """The config with all that GPT-NeoX requires for training, chosen so that it trains as this config does here."""
     data, schedule, steps = config.data, config.schedule, config.train.steps or 1000
     changes: dict[str, Any] = {}
     if not (data.valid if data.train else data.path):
         changes["eval.batches"] = 0
-    if data.train:  # all three are given or none
+    if data.train:  # GPT-NeoX wants all three splits or none
         valid = data.valid or data.train
         changes |= {"data.valid": valid, "data.test": data.test or valid}
-    if config.eval.every is None:  # it divides by the number of steps
+    if config.eval.every is None:  # GPT-NeoX divides by it, so it must be a number
         changes["eval.every"] = steps + 1
-    if not (config.checkpoint.every or config.checkpoint.log_base):  # it saves nowhere without
+    if not (config.checkpoint.every or config.checkpoint.log_base):  # GPT-NeoX saves nothing without one
         changes["checkpoint.every"] = steps
-    if schedule.warmup_steps is not None and (schedule.decay_steps or config.train.steps):  # it knows a share alone
+    if schedule.warmup_steps is not None and (
+        schedule.decay_steps or config.train.steps
+    ):  # GPT-NeoX only knows a share
         share = min(1.0, schedule.warmup_steps / schedule.decay_end(steps))
         changes |= {"schedule.warmup": share, "schedule.warmup_steps": None}
     return config.with_(changes)
 
 
 def lost(config: RunConfig, keys: dict[str, Any]) -> dict[str, Any]:
-    """Our settings that these keys do not give back, by their paths. Raises ConfigError for keys that do not load."""
+    """Path and value of our settings that are not restored from these keys. Raises ConfigError if they do not load."""
     again = load_config([keys])
-    before, after = (_flat(_plain(each).model_dump()) for each in (config, again))
+    before, after = (_flat(_plain(side).model_dump()) for side in (config, again))
     foreign = {path for path, values in OURS_ALONE.items() if before.get(path) in values}
-    if config.model and config.model.gated_mlp:  # there the original has all
+    if config.model and config.model.gated_mlp:  # GPT-NeoX has a gated form of each of them
         foreign.discard("model.activation")
     return {
         path: value
@@ -134,7 +137,7 @@ def _training(config: RunConfig) -> dict[str, Any]:
 
 def _precision(config: RunConfig) -> dict[str, Any]:
     scale = config.precision.loss_scale
-    if config.precision.compute == "bf16":  # without fp32 accumulation the original has another optimizer
+    if config.precision.compute == "bf16":  # without fp32 accumulation GPT-NeoX trains with another optimizer
         return {"precision": "bfloat16", "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     if config.precision.compute != "fp16":
         return {"precision": "fp32"}
@@ -152,7 +155,7 @@ def _precision(config: RunConfig) -> dict[str, Any]:
 
 
 def _data(config: RunConfig) -> dict[str, Any]:
-    keys: dict[str, Any] = {"data_impl": "mmap"}  # the original's own default fails there
+    keys: dict[str, Any] = {"data_impl": "mmap"}  # GPT-NeoX fails with its own default, "infer"
     for split in ("train", "valid", "test"):
         sources: tuple[Source, ...] = getattr(config.data, split)
         if sources:
@@ -180,7 +183,7 @@ def _saving(config: RunConfig) -> dict[str, Any]:
 
 
 def _plain(config: RunConfig) -> RunConfig:
-    """The config with values that say the same written alike."""
+    """The config with defaults written out, so that equal architectures compare as equal."""
     model = config.model
     if model is None:
         return config
@@ -195,7 +198,7 @@ def _plain(config: RunConfig) -> RunConfig:
 
 
 def _typed(value: Any, default: Any) -> Any:
-    """As an integer where the original takes nothing else."""
+    """An integer where GPT-NeoX's default is one, because it accepts no float there."""
     takes_integers = isinstance(default, int) and not isinstance(default, bool)
     return int(value) if takes_integers and isinstance(value, float) and value.is_integer() else value
 
