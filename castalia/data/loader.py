@@ -1,8 +1,11 @@
-"""Batches as pure functions of config and step: no state, so that resuming at any step costs nothing.
+"""Batches as pure functions of config and step: there is no state, so resuming at any step costs nothing.
 
-Step t takes positions [t * B, (t + 1) * B) of the data order, for every layout and micro-batch, and smaller batches of
-the first steps follow each other as closely; when the data are used
-up the order starts again, after dropping the incomplete micro-batch at its end as the original's loader does.
+Step t takes positions [t * B, (t + 1) * B) of the data order, in every layout and with every micro-batch size. With a
+batch-size warm-up, the smaller batches of the first steps follow each other without gaps, too. At the end of the data
+the order starts again, without the incomplete micro-batch at its end, as in GPT-NeoX's loader.
+
+    step -> positions -> (corpus, position in it) -> sample -> parts of documents -> tokens, labels, loss mask
+            data order   blend.py                    sample_index.py                 indexed.py
 """
 
 from __future__ import annotations
@@ -41,23 +44,23 @@ from castalia.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 Split = Literal["train", "valid", "test"]
-BLEND_CACHED_FROM = 1 << 20  # samples; fewer are blended faster than a file is found
+BLEND_CACHED_FROM = 1 << 20  # samples; a blend of fewer is computed faster than it is read from a file
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 
 
 class Batch(NamedTuple):
-    """Arrays [sequences, tokens]. `labels` are shifted already: labels[:, t] follows tokens[:, t]."""
+    """Arrays [sequences, tokens]. `labels` are already shifted: labels[:, t] is the token after tokens[:, t]."""
 
     tokens: np.ndarray  # int64
     labels: np.ndarray  # int64, -100 where no loss is taken
     loss_mask: np.ndarray  # bool, labels != -100
-    documents: np.ndarray | None = None  # int64, numbers each row's documents from 0; None: all tokens see each other
-    references: np.ndarray | None = None  # float32 [sequences]: the labels' log-probability by the reference model
-    rewards: np.ndarray | None = None  # float32 [sequences]: what the texts are worth
+    documents: np.ndarray | None = None  # int64, number of the document within the row; None: no document mask
+    references: np.ndarray | None = None  # float32 [sequences]: log-probability of the labels by the reference model
+    rewards: np.ndarray | None = None  # float32 [sequences]: above 0 wanted texts, below 0 unwanted ones
 
 
 class DocumentPiece(NamedTuple):
-    """A part of one sample: which tokens of which document of which corpus."""
+    """A part of a sample: the tokens [start, stop) of a document of the corpus `prefix`."""
 
     prefix: str
     document: int
@@ -67,24 +70,28 @@ class DocumentPiece(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
+    """One corpus, its samples, and what else is stored for each of its documents."""
+
     text: IndexedDataset
     labels: IndexedDataset | None
     index: Index
-    references: IndexedDataset | None = None  # a log-probability of each token's successor
-    rewards: IndexedDataset | None = None  # a number for each document
-    alone: bool = False  # a sample is one document, without the first token of the next
+    references: IndexedDataset | None = None  # number t is the log-probability of token t + 1
+    rewards: IndexedDataset | None = None  # one number for each document
+    alone: bool = False  # a sample is exactly one document, without the first token of the next one
 
     def parts(self, position: int) -> list[tuple[int, int, int]]:
-        found = pieces(self.index, self.text.sizes, locate(self.index, position))
-        return found[:1] if self.alone else found
+        """The parts (document, first token, end) of the sample at a position of this corpus's order."""
+        parts = pieces(self.index, self.text.sizes, locate(self.index, position))
+        return parts[:1] if self.alone else parts
 
     def reference(self, parts: list[tuple[int, int, int]], labels: np.ndarray) -> float:
         """Log-probability of a sample's shifted labels [length] by the reference model."""
         assert self.references is not None
-        each = assemble(self.references, parts, len(labels), fill=0, dtype=np.float64)
-        return float(each[labels != IGNORE].sum())
+        log_probs = assemble(self.references, parts, len(labels), fill=0, dtype=np.float64)
+        return float(log_probs[labels != IGNORE].sum())
 
     def reward(self, parts: list[tuple[int, int, int]]) -> float:
+        """The reward of the document that a sample consists of."""
         assert self.rewards is not None
         return float(self.rewards[parts[0][0]][0])
 
@@ -94,26 +101,26 @@ OpenCorpus = Callable[[RunConfig, Source, IndexedDataset, int | None, str], Corp
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """All samples of one split in data order; `batch(k)` is the k-th step's (or evaluation's k-th) batch."""
+    """All samples of one split in data order. `batch(k)` is the batch of step k, or the k-th batch of an evaluation."""
 
     corpora: tuple[Corpus, ...]
-    blended: tuple[np.ndarray, np.ndarray] | None  # corpus and position in it, for each position of the data order
+    blended: tuple[np.ndarray, np.ndarray] | None  # for each position of the data order, its corpus and position there
     seq_length: int
     batch_size: int
-    unit: int  # sequences of which a pass over the data order takes a multiple
+    unit: int  # a pass over the data order takes a multiple of this many sequences
     vocab_size: int | None
     masked_after: int | None  # no loss on the token after this one
-    mask_documents: bool  # tokens see only their own document, and none predicts the next document's first
-    exact: bool  # padding after the end of a text without labels is trained on, as the original does
-    length_warmup: Warmup | None = None  # of training: batches hold the beginnings of the samples
-    batch_warmup: Warmup | None = None  # of training
-    earlier: tuple[EarlierBatch, ...] = ()  # of training
+    mask_documents: bool  # tokens see only their own document, and no token predicts the first of the next document
+    exact: bool  # train on the padding after the end of a text without labels, as GPT-NeoX does
+    length_warmup: Warmup | None = None  # training only: batches hold the beginnings of the samples
+    batch_warmup: Warmup | None = None  # training only
+    earlier: tuple[EarlierBatch, ...] = ()  # training only: batch sizes of the steps before a change
 
     def __len__(self) -> int:
         return len(self.blended[0]) if self.blended else len(self.corpora[0].index)
 
     def steps(self, epochs: int) -> int:
-        """Whole steps in so many passes over the data order."""
+        """The number of whole steps in `epochs` passes over the data order."""
         return steps_within(self.batch_warmup, epochs * self._pass, self.batch_size, self.earlier)
 
     @property
@@ -122,7 +129,10 @@ class Samples:
         return len(self) - len(self) % self.unit
 
     def positions(self, step: int) -> np.ndarray:
-        """Positions of the data order that a step takes, [sequences]."""
+        """The positions of the data order that a step takes: [sequences].
+
+        Raises DataError if the samples do not fill one micro-batch over all ranks.
+        """
         if not self._pass:
             raise DataError(
                 f"{len(self)} samples do not fill one micro-batch of {self.unit} sequences over all ranks: "
@@ -132,11 +142,11 @@ class Samples:
         return np.arange(first, end) % self._pass
 
     def length(self, step: int) -> int:
-        """Tokens of a sequence in a step's batch."""
+        """Tokens of a sequence in the batch of a step."""
         return size_at(self.length_warmup, step, self.seq_length)
 
     def pieces(self, position: int) -> list[DocumentPiece]:
-        """Where the tokens of one sample lie."""
+        """Where the tokens of the sample at a position of the data order lie."""
         corpus, position = self._corpus(position)
         return [DocumentPiece(corpus.text.prefix, *part) for part in corpus.parts(position)]
 
@@ -146,7 +156,7 @@ class Samples:
         return self.corpora[int(self.blended[0][position])], int(self.blended[1][position])
 
     def sample(self, position: int) -> tuple[np.ndarray, np.ndarray]:
-        """Text and labels aligned with it, both int64 [seq_length + 1]."""
+        """The tokens of a sample and its labels before they are shifted, both int64 [seq_length + 1]."""
         corpus, position = self._corpus(position)
         return self._sample(corpus, corpus.parts(position), self.seq_length + 1)
 
@@ -160,23 +170,23 @@ class Samples:
         return text, labels
 
     def batch(self, step: int, rows: Sequence[int] | np.ndarray | None = None) -> Batch:
-        """The step's batch, or those rows of it. DataError if a token lies beyond the vocabulary."""
+        """The batch of a step, or the given rows of it. Raises DataError if a token is beyond the vocabulary."""
         positions = self.positions(step) if rows is None else self.positions(step)[rows]
         length = self.length(step) + 1
         text = np.empty((len(positions), length), np.int64)
         labels = np.empty_like(text)
         documents = np.empty_like(text) if self.mask_documents else None
-        found = []
+        samples = []
         for row, position in enumerate(positions):
-            corpus, inside = self._corpus(int(position))
-            parts = corpus.parts(inside)
-            found.append((corpus, parts))
+            corpus, position_in_corpus = self._corpus(int(position))
+            parts = corpus.parts(position_in_corpus)
+            samples.append((corpus, parts))
             text[row], labels[row] = self._sample(corpus, parts, length)
             if documents is not None:
                 documents[row] = number_documents(parts, length)
         self._check_vocabulary(step, positions, text)
         tokens, labels = np.ascontiguousarray(text[:, :-1]), np.ascontiguousarray(labels[:, 1:])
-        labels[labels < 0] = IGNORE
+        labels[labels < 0] = IGNORE  # GPT-NeoX masks every negative label
         if self.masked_after is not None:
             labels[tokens == self.masked_after] = IGNORE
         if documents is not None:
@@ -184,10 +194,10 @@ class Samples:
             documents = np.ascontiguousarray(documents[:, :-1])
         references = rewards = None
         if all(corpus.references for corpus in self.corpora):
-            each = (corpus.reference(parts, row) for (corpus, parts), row in zip(found, labels, strict=True))
-            references = np.fromiter(each, np.float32, len(found))
+            sums = (corpus.reference(parts, row) for (corpus, parts), row in zip(samples, labels, strict=True))
+            references = np.fromiter(sums, np.float32, len(samples))
         if all(corpus.rewards for corpus in self.corpora):
-            rewards = np.array([corpus.reward(parts) for corpus, parts in found], np.float32)
+            rewards = np.array([corpus.reward(parts) for corpus, parts in samples], np.float32)
         return Batch(tokens, labels, labels != IGNORE, documents, references, rewards)
 
     def _check_vocabulary(self, step: int, positions: np.ndarray, text: np.ndarray) -> None:
@@ -207,7 +217,7 @@ class Samples:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes when the files or anything else that decides the order and content of the samples changes."""
+        """A digest that changes with the files, and with every setting that decides order or content of the samples."""
         digest = hashlib.blake2b(digest_size=16)
         for corpus in self.corpora:
             digest.update(dataset_fingerprint(corpus.text).encode())
@@ -226,8 +236,8 @@ class Samples:
 
 
 def dataset_fingerprint(data: IndexedDataset) -> str:
-    """Of the whole index (every size, the dtype and the documents), the length of the `.bin` and 64 blocks of 4 KiB
-    spread over it: cheap for any length. An edit within the tokens that keeps all lengths can escape it."""
+    """A digest of the whole index (every size, the dtype, the documents), of the length of the `.bin`, and of 64 blocks
+    of 4 KiB spread over it. It is cheap for any length, but an edit of tokens that keeps all lengths can escape it."""
     raw = data.tokens.view(np.uint8)
     digest = hashlib.blake2b(f"{data.dtype.str} {len(raw)}".encode(), digest_size=16)
     digest.update(np.ascontiguousarray(data.sizes).data)
@@ -238,14 +248,18 @@ def dataset_fingerprint(data: IndexedDataset) -> str:
 
 
 def batch_at(config: RunConfig, step: int, split: Split = "train") -> Batch:
-    """The global batch of a step, counted from 0."""
+    """The global batch of a step, counted from 0. Raises DataError as `open_data` and `Samples.batch` do."""
     return _opened(config, split).batch(step)
 
 
 def open_data(config: RunConfig, split: Split = "train", open_corpus: OpenCorpus | None = None) -> Samples:
-    """Open a split's corpora and build their index. DataError if the config gives that split no documents."""
+    """Open the corpora of a split and build or read their index.
+
+    `open_corpus` replaces the way in which a source becomes a corpus (pairs of preference tuning). Raises DataError if
+    the config gives the split no documents.
+    """
     plan = batch_plan(config)
-    wanted = _samples_wanted(config, split, plan.batch_size)
+    wanted = _neox_sample_count(config, split, plan.batch_size)
     sources: Sequence[Source] = getattr(config.data, split)
     blended = None
     if config.data.path is not None:
@@ -283,8 +297,8 @@ def has_data(config: RunConfig, split: Split) -> bool:
     return len(split_documents(config.data, open_dataset(config.data.path))[split]) > 0
 
 
-def _samples_wanted(config: RunConfig, split: Split, batch_size: int) -> int | None:
-    """How many samples the original asks for; None is one epoch of whatever there is."""
+def _neox_sample_count(config: RunConfig, split: Split, batch_size: int) -> int | None:
+    """The number of samples for which GPT-NeoX builds its index, which decides their order; None: one epoch."""
     if config.train.steps is None or config.train.epochs is not None:
         return None
     evaluations = config.train.steps // config.eval.every + 1 if config.eval.every else 1
@@ -336,21 +350,24 @@ def _open_corpus(config: RunConfig, source: Source, text: IndexedDataset, wanted
 
 
 def open_labels(source: Text, text: IndexedDataset) -> IndexedDataset | None:
-    """None where the source names none. DataError unless each document has as many labels as tokens."""
+    """The labels of a source, or None if it names none. Raises DataError unless there is one label for each token."""
     return _open_aligned(source.labels, source.path, text, "labels")
 
 
 def _open_aligned(prefix: str | None, path: str, text: IndexedDataset, what: str) -> IndexedDataset | None:
     if prefix is None:
         return None
-    found = open_dataset(prefix)
-    if not np.array_equal(found.sizes, text.sizes):
+    aligned = open_dataset(prefix)
+    if not np.array_equal(aligned.sizes, text.sizes):
         raise DataError(f"{what} {prefix} do not match {path}: each document needs as many {what} as tokens")
-    return found
+    return aligned
 
 
 def with_judgements(corpus: Corpus, source: Text, rewards: str | None = None) -> Corpus:
-    """The corpus as preference tuning reads it: each sample one document, with what is known of it."""
+    """The corpus as preference tuning reads it: each sample is one document, with its rewards and references.
+
+    Raises DataError if the files have other sizes than the corpus.
+    """
     references = _open_aligned(source.references, source.path, corpus.text, "references")
     if rewards is None:
         return replace(corpus, references=references, alone=True)
@@ -371,7 +388,7 @@ def _index(
     wanted: int | None,
     name: str,
 ) -> Corpus:
-    """Build a corpus' index, or read it from its files. `name` is the split as the file names give it."""
+    """Build the index of a corpus, or read it from its files. `name` is the split in the names of those files."""
     data, seed = config.data, config.seed
     length, packing = data.seq_length, data.packing
     usable = _usable(config, text, labels, documents)
@@ -394,7 +411,7 @@ def _index(
 
 
 def tell_of_lost_labels(text: IndexedDataset, documents: np.ndarray, usable: np.ndarray, seq_length: int) -> None:
-    """A warning that counts documents without a label within the context, and those that it cuts."""
+    """Warn of documents whose labels all lie beyond the sequence length, and of those that are cut there."""
     unseen, cut = len(usable) - int(usable.sum()), int((text.sizes[documents[usable]] > seq_length + 1).sum())
     if unseen or cut:
         log.warning(
@@ -407,7 +424,7 @@ def tell_of_lost_labels(text: IndexedDataset, documents: np.ndarray, usable: np.
 def _usable(
     config: RunConfig, text: IndexedDataset, labels: IndexedDataset | None, documents: np.ndarray
 ) -> np.ndarray:
-    """Documents that may be sampled, a mask [documents]; plain packing takes all."""
+    """Which documents may be sampled, a mask [documents]. Plain packing takes all."""
     data = config.data
     usable = np.ones(len(documents), bool)
     if data.packing == "packed":
