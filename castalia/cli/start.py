@@ -49,6 +49,7 @@ def command(
     begin = time.monotonic()
     parameters = _parameters(size, hours)
     wanted = None if parameters else hours or HOURS
+    _check_words(words or [])
     run = output or Path("runs") / (folder.resolve().stem or "text")
     asked = {"folder": str(folder.resolve()), "hours": wanted, "size": parameters, "words": words or []}
     if not dry_run:
@@ -60,6 +61,16 @@ def command(
     if not dry_run:
         _train(run)
         _finish(run)
+
+
+def _check_words(words: list[str]) -> None:
+    """Raises ConfigError for settings that there are none of, before anything long begins."""
+    from castalia.config.load import load_config
+    from castalia.quickstart.family import architecture
+
+    model = architecture(2, 64, 512, 256)
+    del model["max_positions"]
+    load_config([{"model": model}], words, any_batch=True)
 
 
 def _parameters(size: str | None, hours: float | None) -> float | None:
@@ -107,6 +118,8 @@ def _prepare(folder: Path, run: Path, asked: dict[str, Any], begin: float, dry_r
     _show(about_text(seen))
     chosen, twice, machine, pace = _choose(seen, asked)
     _show([*about_choice(chosen, machine), *about_loss(chosen, twice, seen)])
+    if asked["words"]:
+        _say("as you asked", f"{' '.join(asked['words'])}, which the plan above does not know of")
     if dry_run:
         print("dry run: nothing was written; without --dry-run the run begins")
         return
