@@ -1,0 +1,141 @@
+"""The same minutes on the same text: `castalia start` beside what a person gets from transformers' defaults.
+
+    python benchmarks/quickstart_peers.py [FOLDER] [--minutes 3] [--threads 2]
+
+Each side has the whole time for training; looking, tokenizers and judging come on top for both. The peer is a
+GPT2LMHeadModel in the loop that TrainingArguments' defaults describe: AdamW at 5e-5 without weight decay, a rate that
+falls linearly to nothing, batches of 8, gradients clipped at 1, fp32. GPT-2's own size (124M) with its own length of
+1,024 makes a step in a minute here, so it also gets what its user would try next: the size and the length that
+castalia chose, `transformers, small`, with the same tokenizer; and that at 20 times the rate, `tuned rate`. All sides
+see the text that castalia holds out only when they are judged, in windows of their own length. Bits per byte count all
+of its bytes, so that other lengths and vocabularies compare.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from castalia.config.load import load_run
+from castalia.data.indexed import open_dataset
+from castalia.data.tokenizer import load_tokenizer
+from castalia.evaluate.corpus import indexed_stream
+from castalia.evaluate.perplexity import bits_per_byte
+
+KJV = Path(__file__).parent.parent / "examples/kjv"
+BATCH, RATE = 8, 5e-5  # TrainingArguments' defaults
+
+
+class Peer(NamedTuple):
+    name: str
+    layers: int
+    width: int
+    heads: int
+    length: int
+    rate: float
+
+
+def ours(folder: Path, output: Path, minutes: float, threads: int) -> dict:
+    """`castalia start` with so many minutes of training."""
+    words = [f"train.max_hours={minutes / 60}"]
+    command = [sys.executable, "-m", "castalia", "start", str(folder), "--output", str(output), "--hours"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    subprocess.run([*command, str(minutes / 60 / 0.85), *words], check=True, env=environment, stdout=sys.stderr)
+    report = subprocess.run(
+        [sys.executable, "-m", "castalia", "report", str(output), "--json"], check=True, capture_output=True, text=True
+    )
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    parameters = json.loads((output / "start.json").read_text())["choice"]["parameters"]
+    return {
+        "name": "castalia start",
+        "parameters": parameters,
+        "steps": records[-1]["step"],
+        "tokens": records[-1]["tokens"],
+        "bits_per_byte": json.loads(report.stdout)["score"]["bits_per_byte"],
+    }
+
+
+def theirs(peer: Peer, run: Path, minutes: float) -> dict:
+    """A plain loop for so many minutes. Its rate falls with the time, which it does not have to foretell."""
+    config = load_run(run)
+    tokenizer = load_tokenizer(config.tokenizer)
+    text = np.concatenate(list(open_dataset(config.data.train[0].path))).astype(np.int64)
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=tokenizer.vocab_size, n_positions=peer.length, n_embd=peer.width, n_layer=peer.layers,
+            n_head=peer.heads, bos_token_id=0, eos_token_id=0,
+        )
+    )  # fmt: skip
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peer.rate, weight_decay=0.0)
+    random, begin, step = np.random.default_rng(0), time.perf_counter(), 0
+    while (spent := (time.perf_counter() - begin) / (60 * minutes)) < 1:
+        optimizer.param_groups[0]["lr"] = peer.rate * (1 - spent)
+        starts = random.integers(0, len(text) - peer.length, BATCH)
+        batch = torch.from_numpy(np.stack([text[start : start + peer.length] for start in starts]))
+        model(input_ids=batch, labels=batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+    return {
+        "name": peer.name,
+        "parameters": sum(each.numel() for each in model.parameters()),
+        "steps": step,
+        "tokens": step * BATCH * peer.length,
+        "bits_per_byte": judged(model, run, peer.length),
+    }
+
+
+@torch.no_grad()
+def judged(model: GPT2LMHeadModel, run: Path, length: int) -> float:
+    """Every held-out token but the first predicted once, in windows side by side."""
+    config = load_run(run)
+    stream = indexed_stream(config.data.valid[0].path, None, load_tokenizer(config.tokenizer))
+    model.eval()
+    tokens, total = torch.from_numpy(stream.tokens.astype(np.int64)), 0.0
+    for start in range(0, len(tokens) - 1, length):
+        window = tokens[start : start + length + 1]
+        logits = model(input_ids=window[None, :-1]).logits[0]
+        total += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
+    assert stream.num_bytes
+    return bits_per_byte(total / (len(tokens) - 1), len(tokens) - 1, stream.num_bytes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=KJV)
+    parser.add_argument("--minutes", type=float, default=3.0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--run", type=Path, help="what an earlier call of `castalia start` left, instead of a new one")
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    with tempfile.TemporaryDirectory() as name:
+        run = asked.run or Path(name) / "run"
+        rows = [] if asked.run else [ours(asked.folder, run, asked.minutes, asked.threads)]
+        model = load_run(run).model
+        assert model is not None
+        small = (model.num_layers, model.hidden_size, model.num_heads, load_run(run).data.seq_length)
+        peers = (
+            Peer("transformers, GPT-2", 12, 768, 12, 1024, RATE),
+            Peer("transformers, small", *small, RATE),
+            Peer("transformers, small, tuned rate", *small, 20 * RATE),
+        )
+        for row in (*rows, *(theirs(peer, run, asked.minutes) for peer in peers)):
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
