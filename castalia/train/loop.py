@@ -1,4 +1,8 @@
-"""The run: from a config to a folder with a trained model. Resumable at every saved step, stoppable at every step."""
+"""The training loop: from a config to a folder with a trained model.
+
+A run can be stopped at every step and resumed at every saved one. `TrainingRun.to_the_end` is the loop over steps, and
+`TrainingRun._step` shows in order what happens in each of them.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +51,7 @@ from castalia.train.validation import Validation
 def train(config: RunConfig) -> Path:
     """Trains, resumes or fine-tunes as the config says, and returns the run's folder.
 
-    Raises Stopped where a signal ended the run, which is saved.
+    Raises Stopped where a signal ended the run, which is saved, and other CastaliaErrors where it cannot go on.
     """
     begin = time.monotonic()
     keep_freed_memory()
@@ -61,14 +65,14 @@ def train(config: RunConfig) -> Path:
         if not in_place:
             refuse_folder_in_use(config, folder)
         if is_main():
-            refuse_if_in_use(folder / "checkpoints")  # the saver asks again, but when all is loaded
+            refuse_if_in_use(folder / "checkpoints")  # the saver asks again, but only once everything is loaded
         session = start(config)
         with Display(silent=session.engine.rank > 0) as display:
             show_report(session, display, folder)
             try:
                 with TrainingRun(session, folder, display, in_place, job, begin) as run:
                     stopped_by = run.to_the_end()
-            except OSError as error:  # a full disk, most often; checkpoints tell so themselves
+            except OSError as error:  # most often a full disk; errors of checkpoints say so themselves
                 raise TrainingError(f"{folder} cannot be written: {error}; checkpoints are as they were") from error
     if stopped_by:
         raise Stopped(f"stopped; go on with: castalia train {folder}", signal.Signals[stopped_by])
@@ -76,7 +80,7 @@ def train(config: RunConfig) -> Path:
 
 
 class TrainingRun:
-    """A session that writes into its folder: a context manager, so that the folder is let go of whatever happens."""
+    """A session that trains and writes into its folder. A context manager: leaving it releases the folder."""
 
     def __init__(
         self,
@@ -85,7 +89,7 @@ class TrainingRun:
         display: Display,
         in_place: bool,
         job: LauncherJob,
-        begin: float,  # of the start, by time.monotonic
+        begin: float,  # when the process began, by time.monotonic
     ):
         self.session, self.folder, self.display = session, folder, display
         self.in_place, self.job, self.is_main = in_place, job, session.engine.rank == 0
@@ -98,7 +102,7 @@ class TrainingRun:
         self.validation, self.signals = Validation(session), StopSignals()
         hours = session.config.train.max_hours
         self.end = begin + hours * 3600 if hours else math.inf
-        self.unevaluated: dict[str, Any] | None = None  # the last step's record, where its evaluation was cut short
+        self.unevaluated: dict[str, Any] | None = None  # the last step's record, if its evaluation was cut short
         self.pace = Pace(self.config.watch.window)
         self.watch = Watch(
             self.config.watch,
@@ -124,11 +128,15 @@ class TrainingRun:
             if self.is_main:
                 self.metrics = opened.enter_context(closing(self._open_folder()))
             self.instruments = opened.enter_context(self._instruments())
-            engine.barrier()  # what dead ranks left is gone before anybody saves
+            engine.barrier()  # the remains of crashed ranks are removed before any rank saves
             self.opened = opened.pop_all()
         return self
 
+    def __exit__(self, *raised: Any) -> None:
+        self.opened.__exit__(*raised)
+
     def _open_folder(self) -> Metrics:
+        """Brings the folder into the state of the step that the run begins with, on rank 0."""
         session, folder = self.session, self.folder
         if session.tokenizer is not None:
             session.tokenizer.save(folder / TOKENIZER)
@@ -150,18 +158,18 @@ class TrainingRun:
         if self.is_main:
             write_event(self.folder, event, **facts)
 
-    def __exit__(self, *raised: Any) -> None:
-        self.opened.__exit__(*raised)
-
     def to_the_end(self) -> str | None:
-        """Steps until the last one, the exit interval or a signal, whose name is returned; then saves."""
+        """Trains until the last step, an exit interval, the time limit or a signal; then saves.
+
+        Returns the signal's name, or None.
+        """
         session, last, config = self.session, self.session.last, self.session.config
         if session.engine.any(self.unevaluated is not None):
             self.display.line(f"step {self.progress.step} is evaluated first, as it was to be")
             with self.signals:
                 self._evaluated(self.unevaluated or {})
         if self.progress.step >= last:
-            if self.is_main:  # the last save may have been cut off before it did this
+            if self.is_main:  # the last save may have been killed before it pruned
                 prune(self.folder / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_every)
             self.display.line(f"the run is complete: {self.progress.step} of {last} steps; raise train.steps to go on")
             return None
@@ -171,7 +179,7 @@ class TrainingRun:
         self.display.start(self.progress.step, last, self.progress.tokens)
         first, seconds, limit = self.progress.step + 1, 0.0, "train.max_hours"
         with self.signals:
-            while self.progress.step < last and not self._is_to_stop(seconds):
+            while self.progress.step < last and not self._should_stop(seconds):
                 result, seconds = self._step()
                 done = self.progress.step
                 record = step_record(session, self.progress, result, seconds)
@@ -182,7 +190,7 @@ class TrainingRun:
                     show_first_loss(session, result.loss, self.display)
                 self.display.advance(record)
                 if is_save_step(config.checkpoint, done, last):
-                    self.save()  # before the evaluation, which may take long
+                    self.save()  # before the evaluation, which may take long and be cut short
                 if evaluates:
                     record = self._evaluated(record)
                 if done % config.log.every == 0 or done in (first, last) or "valid_loss" in record:
@@ -194,46 +202,12 @@ class TrainingRun:
         self._finish(stopped_by, f"by {stopped_by}" if stopped_by else f"as {limit} says")
         return stopped_by
 
-    def _is_to_stop(self, seconds: float = 0.0) -> bool:
-        """Whether some rank was told to, or what takes so many seconds would end too late. Asked on all ranks."""
+    def _should_stop(self, seconds: float = 0.0) -> bool:
+        """Whether any rank got a signal, or something that takes `seconds` would end after the time limit."""
         return self.session.engine.any(bool(self.signals.received) or time.monotonic() + seconds > self.end)
 
-    def save(self) -> None:
-        """Copies and returns; the checkpoint is on disk after the next save, or when the run ends."""
-        session = self.session
-        parameters = {name: p for name, p in session.engine.parameters.items() if session.engine.saves(name)}
-        states = optimizer_state(session.optimizer, parameters) if self.config.checkpoint.save_optimizer else None
-        if states is not None:
-            states = {name: self._own(state) for name, state in states.items()}
-        self._wait_for_writes()
-        if self.is_main:
-            self.metrics.sync()
-        self.writer.save(self._own(parameters), states, self.progress, self.config, session.data.fingerprint)
-        self.saved_step = self.progress.step
-        self._event("save", step=self.progress.step)
-
-    def _wait_for_writes(self) -> None:
-        """Until what was saved is on disk, on all ranks together: one that waits alone keeps the others in a collective
-        of the device, which is given less time than a slow disk."""
-        engine = self.session.engine
-        while engine.any(self.writer.is_writing):
-            if engine.any(self.writer.has_failed):  # on a full disk, say; the others would wait for its part
-                self.writer.abandon()
-            time.sleep(0.05)
-
-    def _own(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
-        """The parts of the tensors that this rank writes; an optimizer's step counters are everybody's."""
-        found: dict[str, Any] = {}
-        for name, tensor in tensors.items():
-            part = self.session.engine.part(tensor)
-            if name == "step":
-                found[name] = tensor
-            elif part.writes:
-                found[name] = Shard(part.local, part.shape, part.start)
-        return found
-
     def _step(self) -> tuple[StepResult, float]:
-        """One step and what it took in seconds: gradients, then what the spike policy makes of them."""
+        """One step: gradients, the spike policy's decision about them, the update. Returns its result and seconds."""
         session, step, done = self.session, self.session.step, self.progress.step
         begin = time.perf_counter()
         with self._errors_recorded(done), self.instruments.around(done + 1):
@@ -254,16 +228,12 @@ class TrainingRun:
         )
         if action == "rewind":
             self._rewind()
-        alike = seconds * session.tokens_of(session.last) / session.tokens_of(done)  # as if all were of one size
-        if slow := self.pace.look(alike):
-            now, usual = slow
-            self._event("slow", step=done + 1, seconds=round(now, 6), usual_seconds=round(usual, 6))
-            self.display.line(f"step {done + 1}: steps take {now / usual:.1f} times as long as before")
+        self._check_pace(seconds)
         return result, seconds
 
     @contextmanager
     def _errors_recorded(self, done: int) -> Iterator[None]:
-        """An error that ends the run in the step after `done` becomes an event that names the step's data."""
+        """Records an error that ends the run in the step after `done`, with the data of that step."""
         try:
             yield
         except TrainingError as error:
@@ -271,7 +241,17 @@ class TrainingRun:
             self._event("error", step=done + 1, message=str(error), **data)
             raise
 
+    def _check_pace(self, seconds: float) -> None:
+        """Records that steps have become slower. While the batch size warms up, seconds are scaled to a full batch."""
+        session, step = self.session, self.progress.step
+        scaled = seconds * session.tokens_of(session.last) / session.tokens_of(step - 1)
+        if slow := self.pace.look(scaled):
+            now, usual = slow
+            self._event("slow", step=step, seconds=round(now, 6), usual_seconds=round(usual, 6))
+            self.display.line(f"step {step}: steps take {now / usual:.1f} times as long as before")
+
     def _stop_at_spike(self) -> NoReturn:
+        """Saves the state before the spike, so that its step can be replayed, and ends the run."""
         before = self.progress.step
         if self.saved_step != before:
             self.save()
@@ -282,7 +262,7 @@ class TrainingRun:
         )
 
     def _rewind(self) -> None:
-        """Back to the weights of an earlier checkpoint. The steps since then are done, as data goes, but skipped."""
+        """Restores the weights of an earlier checkpoint. The steps since then count as skipped; their data are used."""
         session, done = self.session, self.progress.step
         self._wait_for_writes()
         self.writer.join()
@@ -296,8 +276,8 @@ class TrainingRun:
         self.display.line(f"the weights are those of step {saved.step} again; batches up to step {done} are left out")
 
     def _evaluated(self, record: dict[str, Any]) -> dict[str, Any]:
-        """The last step's record with the results of its evaluation, unless a signal cuts that short. Written."""
-        result = self.validation.run(self.progress.step, self._is_to_stop)
+        """Evaluates and writes the last step's record, with the results unless a signal cut the evaluation short."""
+        result = self.validation.run(self.progress.step, self._should_stop)
         if result is not None:
             self._event("evaluation", step=self.progress.step, **result)
             record = record | self.validation.recorded(result)
@@ -305,7 +285,42 @@ class TrainingRun:
             self.metrics.write(record)
         return record
 
+    def save(self) -> None:
+        """Copies the state and returns. It is on disk before the next save begins, and when the run ends."""
+        session = self.session
+        parameters = {name: p for name, p in session.engine.parameters.items() if session.engine.saves(name)}
+        states = optimizer_state(session.optimizer, parameters) if self.config.checkpoint.save_optimizer else None
+        if states is not None:
+            states = {name: self._parts_to_write(state) for name, state in states.items()}
+        self._wait_for_writes()
+        if self.is_main:
+            self.metrics.sync()
+        self.writer.save(self._parts_to_write(parameters), states, self.progress, self.config, session.data.fingerprint)
+        self.saved_step = self.progress.step
+        self._event("save", step=self.progress.step)
+
+    def _wait_for_writes(self) -> None:
+        """Waits until the last checkpoint is on disk, on all ranks together. A rank that waited alone would keep the
+        others in a collective, whose timeout a slow disk may exceed."""
+        engine = self.session.engine
+        while engine.any(self.writer.is_writing):
+            if engine.any(self.writer.has_failed):  # its disk may be full, and the others would wait for its part
+                self.writer.abandon()
+            time.sleep(0.05)
+
+    def _parts_to_write(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """The parts of tensors that this rank writes. Step counters of the optimizer are whole on every rank."""
+        parts: dict[str, Any] = {}
+        for name, tensor in tensors.items():
+            part = self.session.engine.part(tensor)
+            if name == "step":
+                parts[name] = tensor
+            elif part.writes:
+                parts[name] = Shard(part.local, part.shape, part.start)
+        return parts
+
     def _finish(self, stopped_by: str | None, why: str) -> None:
+        """Saves what is not saved yet and says how the run ended."""
         if self.saved_step != self.progress.step:
             self.save()
         self._wait_for_writes()

@@ -1,4 +1,4 @@
-"""From the config that a user wrote to one with nothing left to infer, and what it refers to: data, checkpoint, device.
+"""From the config that a user wrote to one with nothing left to infer, with the data and checkpoints that it names.
 
 Everything here is decided before a model is built. Called on all ranks together.
 """

@@ -1,4 +1,7 @@
-"""From a config to everything that a run needs in memory: data, model, optimizer, and what was loaded into them."""
+"""From a config to everything that a run needs in memory: data, model, optimizer, and what is loaded into them.
+
+`start` shows the order: settle the config (`resolve.py`), build the model, load its weights, make optimizer and step.
+"""
 
 from __future__ import annotations
 
@@ -51,11 +54,12 @@ class Session:
     dtype: torch.dtype
     compiling: Compiling
     quirks: NeoXQuirks
-    source: Checkpoint | None = None  # what was loaded
+    source: Checkpoint | None = None  # what the weights were loaded from
     loaded: LoadReport | None = None
 
     @property
     def device(self) -> torch.device:
+        """The device that this rank computes on."""
         return self.engine.device
 
     def batch(self, step: int) -> Batch:
@@ -63,6 +67,7 @@ class Session:
         return self.data.batch(step, self.plan_at(step).rows_of(self.engine.data_rank))
 
     def plan_at(self, step: int) -> BatchPlan:
+        """The batch of a step (from 0), which is smaller while the batch size warms up."""
         return self.plan.at(step, self.config.train.batch_size_warmup)
 
     @property
@@ -76,11 +81,15 @@ class Session:
 
     @property
     def resumed(self) -> bool:
+        """Whether the run goes on from a checkpoint's step, instead of beginning anew from its weights."""
         return self.source is not None and self.config.checkpoint.init_from is None
 
 
 def start(config: RunConfig) -> Session:
-    """Reads, builds and loads; writes nothing. Raises a CastaliaError for whatever is missing or does not fit."""
+    """Reads, builds and loads, but writes nothing. Called on all ranks together.
+
+    Raises a CastaliaError for whatever is missing or does not fit together.
+    """
     if config.train.deterministic:
         repeat_bits()  # before the first kernel
     run = resolve(config)
@@ -216,7 +225,7 @@ def frozen_reference(config: CompleteConfig, run: ResolvedRun, engine: Executor)
 
 
 def restore(session: Session, path: Path) -> Progress:
-    """Puts weights, optimizer and loss scale back to a checkpoint of this run, and tells how far it was."""
+    """Restores weights, optimizer and loss scale from a checkpoint of this run, and returns its progress."""
     saved, engine, model = open_checkpoint(path, adapters=True), session.engine, session.config.model
     load_engine(engine, model, saved)
     for parameters in (engine.parameters, engine.duplicates):
@@ -227,9 +236,9 @@ def restore(session: Session, path: Path) -> Progress:
 
 
 def load_engine(engine: Executor, model: ModelConfig, source: Checkpoint, added: int = 0) -> LoadReport:
-    """Fills this rank's parameters with its slices of the checkpoint, which may lack adapters.
+    """Fills this rank's parameters with its slices of the checkpoint. Adapters that the checkpoint lacks stay unset.
 
-    The last `added` rows of the vocabulary are new to it: they become the mean of the others.
+    The last `added` rows of the vocabulary are new to the checkpoint: they become the mean of the others.
     """
     shard, lacks_adapters = engine_shard(engine), adapters_of(source) is None
     shards = {n: shard(p) for n, p in engine.parameters.items() if not (is_adapter(n) and lacks_adapters)}
@@ -246,7 +255,7 @@ def load_engine(engine: Executor, model: ModelConfig, source: Checkpoint, added:
 
 
 def engine_shard(engine: Executor) -> Callable[[torch.Tensor], Shard]:
-    """How the checkpoint room sees this rank's tensors."""
+    """A function from a tensor to the slice of it that this rank holds, as the checkpoint room reads and writes it."""
 
     def shard(tensor: torch.Tensor) -> Shard:
         piece = engine.part(tensor)
@@ -256,6 +265,7 @@ def engine_shard(engine: Executor) -> Callable[[torch.Tensor], Shard]:
 
 
 def loss_scaler(config: RunConfig, progress: Progress) -> LossScaler | None:
+    """The loss scaler of a run in fp16, in the state of `progress`; None for other dtypes."""
     if config.precision.compute != "fp16":
         return None
     scaler = LossScaler(config.precision.loss_scale, config.precision.loss_scale.rule or "stage0")

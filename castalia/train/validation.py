@@ -13,7 +13,7 @@ from castalia.train.setup import Session
 
 
 class Validation:
-    """The validation data of a run and when they are looked at. Every method is called on all ranks together."""
+    """Validation data and the schedule of evaluations. Every method is called on all ranks together."""
 
     def __init__(self, session: Session) -> None:
         self.session, self.cfg, self.cut_short = session, session.config.eval, False
@@ -25,33 +25,33 @@ class Validation:
         periodic = bool(self.cfg.every and step % self.cfg.every == 0)
         return self.data is not None and (periodic or (self.cfg.at_end and step == self.session.last))
 
-    def run(self, step: int, is_to_stop: Callable[[], bool]) -> dict[str, float] | None:
-        """Loss and what else is measured after `step` steps; None where `is_to_stop` says so before the last batch.
+    def run(self, step: int, should_stop: Callable[[], bool]) -> dict[str, float] | None:
+        """Evaluates the model after `step` steps. Returns None if `should_stop` cuts the evaluation short.
 
         The n-th evaluation takes the n-th stretch of the validation data, as GPT-NeoX's iterator does.
         """
-        if is_to_stop():
+        if should_stop():
             return None
         every, batches = self.cfg.every, self.cfg.batches
         first = max(0, (step // every - 1) * batches if every else 0)
         preference, self.cut_short = self.session.step.preference, False
-        shown = self._batches(range(first, first + batches), is_to_stop)
+        shown = self._batches(range(first, first + batches), should_stop)
         result = preference.evaluate(shown) if preference else evaluate(self.session.engine, shown)
         return None if self.cut_short else result
 
     def recorded(self, result: Mapping[str, float]) -> dict[str, float]:
-        """The part of a result that belongs into the step's record."""
+        """The values of a result that the step's record holds."""
         names = result if self.session.step.preference else ("loss", "perplexity")
         return {f"valid_{name}": result[name] for name in names}
 
-    def _batches(self, numbers: range, is_to_stop: Callable[[], bool]) -> Iterator[Batch]:
-        """Batches of the validation data, of preferences this data rank's part of them, until a stop is asked for."""
+    def _batches(self, numbers: range, should_stop: Callable[[], bool]) -> Iterator[Batch]:
+        """Validation batches until the last one or a stop. Preferences take this data rank's rows, other losses all."""
         assert self.data is not None
         has_parts = self.session.step.preference is not None
         rows = self.session.plan.rows_of(self.session.engine.data_rank) if has_parts else None
         for number in numbers:
             yield self.data.batch(number, rows)
-            self.cut_short = number < numbers[-1] and is_to_stop()
+            self.cut_short = number < numbers[-1] and should_stop()
             if self.cut_short:
                 return
 
