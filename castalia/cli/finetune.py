@@ -101,12 +101,12 @@ def command(
 def has_begun(folder: Path, asked: str) -> bool:
     """Whether this very command began the run in the folder, in a job that starts it again."""
     from castalia.config.load import load_config
-    from castalia.train.run_folder import begun_by, is_run, this_job
+    from castalia.train.run_folder import is_run, this_job, was_started_by
 
     files = folder / ASKED, folder / "finetune.yml"
     if not is_run(folder) or not all(file.is_file() for file in files) or files[0].read_text("utf-8") != asked:
         return False
-    return begun_by(this_job(None, load_config(files[1])), folder)
+    return was_started_by(this_job(None, load_config(files[1])), folder)
 
 
 def defaults(model: str, source: Checkpoint, rank: int | None) -> dict[str, Any]:

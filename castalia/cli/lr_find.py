@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from castalia.tune.lr_find import Trial
+    from castalia.tune.lr_find import RangeTest
 
 
 def command(
@@ -62,7 +62,7 @@ def command(
             print(f"wrote {plot}")
 
 
-def _tell(trial: Trial) -> None:
+def _tell(trial: RangeTest) -> None:
     for number in range(0, len(trial.rates), max(1, len(trial.rates) // 20)):
         print(f"lr {trial.rates[number]:.2e}  loss {trial.losses[number]:.4f}")
     end = "where the loss diverged" if trial.diverged else "the last one"
@@ -70,7 +70,7 @@ def _tell(trial: Trial) -> None:
     print(f"the loss falls fastest at: optimizer.lr={trial.suggestion:.1e}")
 
 
-def _draw(trial: Trial, target: Path) -> None:
+def _draw(trial: RangeTest, target: Path) -> None:
     from castalia.figures import panels, plain, write_picture
 
     figure, (axes,) = panels(size=(8, 4.5))

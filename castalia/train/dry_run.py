@@ -10,7 +10,7 @@ from castalia.observe.display import Display, duration
 from castalia.parallel.process_group import process_group
 from castalia.train.hardware import choose_device, keep_freed_memory
 from castalia.train.resolve import refuse_folder_in_use
-from castalia.train.run_folder import continues, run_folder
+from castalia.train.run_folder import continues_in_place, run_folder
 from castalia.train.run_header import planned_layout, show_first_loss, show_report
 from castalia.train.setup import Session, start
 from castalia.train.step_memory import PeakMemory, describe_memory
@@ -20,7 +20,7 @@ def rehearse(config: RunConfig) -> None:
     """Sets the run up, trains one step in memory and reports its loss, memory and speed."""
     keep_freed_memory()
     folder = run_folder(config)
-    if not continues(config, folder):
+    if not continues_in_place(config, folder):
         refuse_folder_in_use(config, folder)
     with process_group(choose_device(config.train.device).type, config.parallel.timeout):
         _show_one_step(start(config), folder)

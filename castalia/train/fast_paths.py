@@ -27,14 +27,16 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 class FastPath(NamedTuple):
+    """One fast path on this machine."""
+
     name: str
     available: bool
     detail: str  # what makes it available, or what is missing
-    cost: str  # of doing without
+    cost: str  # of training without it
 
 
 def fast_paths(device: torch.device) -> list[FastPath]:
-    """Each with its reason. The figures are measured ratios of training steps on two AVX-512 cores."""
+    """All fast paths with the reason for each. Costs are ratios of training steps, measured on two AVX-512 cores."""
     native, lacking = has_bf16(device), lacking_kernels() if device.type == "cuda" else None
     glibc = platform.libc_ver()[0] == "glibc"
     capability = torch.backends.cpu.get_cpu_capability()
@@ -70,7 +72,7 @@ def fast_paths(device: torch.device) -> list[FastPath]:
 
 
 def lacking_kernels() -> str | None:
-    """Says so if this build of torch was not compiled for the GPU: those for CUDA 13 know none older than sm_75."""
+    """Why this build of torch does not run on the GPU; None if it does. Builds for CUDA 13 need sm_75 or newer."""
     capability, built = torch.cuda.get_device_capability(), torch.cuda.get_arch_list()
     if torch.version.hip or runs_on(capability, built):
         return None
@@ -121,7 +123,7 @@ def _kernel_in(gpu: Capability | None, dtype: str, cudnn: bool, case: dict[str, 
 
 
 def _compiling(device: str) -> FastPath:
-    """What train.compile=auto decides is `compiling.py`'s; here it is what the machine could do."""
+    """Whether this machine can compile; what train.compile=auto decides for a run is in `compiling.py`."""
     missing = missing_compiler(device)
     when = "when train.compile=true" if device == "cpu" else "in runs that repay it"
     detail = f"blocks are compiled {when}; their code is kept in {code_folder()} (TORCHINDUCTOR_CACHE_DIR)"

@@ -16,10 +16,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def name_of(dtype: torch.dtype) -> str:
+    """The config's name of a dtype: "fp32", "bf16" or "fp16"."""
     return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 def choose_device(wanted: str) -> torch.device:
+    """The device of `train.device`; `auto` is a GPU where there is one. Raises ConfigError for a missing GPU."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError("train.device=cuda, but torch sees no CUDA device; set train.device=cpu or =auto")
     if wanted == "auto":
@@ -35,28 +37,28 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 itself."""
+    """Whether the device multiplies bf16 natively."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return this_cpu().bf16
 
 
 def repeat_bits() -> None:
-    """Has the kernels of every device give the same bits each time, or raise RuntimeError where they cannot.
+    """Makes kernels deterministic: they give the same bits each time, or raise RuntimeError where they cannot.
 
-    Called before the first kernel and the first collective, because cuBLAS and NCCL read their variables then. With
-    `warn_only` attention would go on adding its gradients in any order, so it is not set. The sums that switches make
-    (NVLS) are left out as Megatron-LM's deterministic mode does.
+    Must be called before the first kernel and the first collective, because cuBLAS and NCCL read their variables then.
+    `warn_only` is not set, because attention would then go on adding up its gradients in any order. In-switch sums
+    (NVLS) are disabled, as in Megatron-LM's deterministic mode.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("NCCL_ALGO", "^NVLS")
     torch.use_deterministic_algorithms(True)
-    # What this fills is read by mistake only, and filling takes time.
+    # Filling uninitialised memory takes time and only changes values that are read by mistake.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def keep_freed_memory() -> None:
-    """Stops glibc from handing the logits' memory back to the system, page by page, in every step."""
+    """Stops glibc from returning the memory of logits to the system, page by page, after every step."""
     if platform.libc_ver()[0] != "glibc":
         return
     mmap_max, trim_threshold, top_pad = -4, -1, -2
@@ -67,7 +69,7 @@ def keep_freed_memory() -> None:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Operations a second that one device can do in matrix products: measured on CPUs, None where nobody knows."""
+    """Peak floating-point operations per second in matrix products: measured on CPUs, None where it is unknown."""
     if device.type == "cpu":
         return None if dtype == torch.float16 else measured_flops(dtype)  # CPUs emulate fp16, a thousand times slower
     known = find_device(torch.cuda.get_device_name(device))
@@ -77,7 +79,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def measured_flops(dtype: torch.dtype, size: int = 1024) -> float | None:
-    """Best of a few matrix products, about a tenth of a second in all. None where other work slowed them down."""
+    """Operations per second of the fastest of a few matrix products, in about 0.1 s. None on a busy machine."""
     a, b = torch.randn(2, size, size).to(dtype).unbind()
     a @ b
     best, begin, busy_s = float("inf"), time.perf_counter(), time.process_time()
@@ -89,5 +91,5 @@ def measured_flops(dtype: torch.dtype, size: int = 1024) -> float | None:
 
 
 def had_its_cores(busy_s: float, seconds: float, threads: int) -> bool:
-    """Whether a process that was busy all the time had a core for each of its threads."""
+    """Whether a busy process had a core for each of its threads: CPU seconds close to `seconds` x `threads`."""
     return busy_s > 0.9 * seconds * threads

@@ -1,4 +1,4 @@
-"""What looks into single steps of a run, where that is asked for: statistics of every layer, and a profile."""
+"""Instruments that a config can ask for: statistics of every layer at some steps, and a profile of others."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from castalia.train.step_memory import open_profile
 
 LAYERS = "layers.jsonl"
 SUMMARY_ROWS = 20
-SHOWN = 6  # on the terminal
+SHOWN = 6  # operations on the terminal
 
 
 class Instruments:
-    """`around(step)` encloses each step, counted from 1. A context manager: a profile that is open is written then."""
+    """`around(step)` encloses each step, counted from 1. On exit, a running profiler is stopped and its trace saved."""
 
     def __init__(
         self,
@@ -36,6 +36,7 @@ class Instruments:
 
     @contextmanager
     def around(self, step: int) -> Iterator[None]:
+        """A context manager around one step: profiles it, or collects activation statistics, where that is due."""
         wanted = self.log.profile
         if wanted and self.profiler is None and wanted.start <= step <= wanted.stop:
             self._start_profile()
@@ -48,13 +49,13 @@ class Instruments:
             self._write_profile()
 
     def before_update(self, step: int, loss_scale: float = 1.0) -> None:
-        """To be called when the step's gradients are complete."""
+        """Writes the step's statistics to layers.jsonl where they are due. Gradients must be complete."""
         if not self._shows_layers(step):
             return
-        found = {"activations": self.activations(), **tensor_statistics(self.engine, loss_scale)}
+        statistics = {"activations": self.activations(), **tensor_statistics(self.engine, loss_scale)}
         if self.engine.rank == 0:
             with open(self.folder / LAYERS, "a") as file:
-                file.write(as_line({"step": step, **found}))
+                file.write(as_line({"step": step, **statistics}))
 
     def _shows_layers(self, step: int) -> bool:
         return self.log.layers_every is not None and step % self.log.layers_every == 0
@@ -66,7 +67,7 @@ class Instruments:
         self.profiler.__enter__()
 
     def _write_profile(self) -> None:
-        """A trace for chrome://tracing or Perfetto, a table of the costliest operations, a GPU's memory over time."""
+        """Writes a trace for Perfetto, tables of the costliest operations, and a GPU's memory history."""
         profiler, self.profiler = self.profiler, None
         if profiler is None or self.log.profile is None:
             return

@@ -32,11 +32,11 @@ from castalia.train.instruments import LAYERS, Instruments
 from castalia.train.resolve import refuse_folder_in_use
 from castalia.train.run_folder import (
     LauncherJob,
-    begun_by,
     complete_config,
-    continues,
+    continues_in_place,
     run_folder,
     this_job,
+    was_started_by,
     write_config,
 )
 from castalia.train.run_header import show_first_loss, show_report
@@ -58,10 +58,10 @@ def train(config: RunConfig) -> Path:
     folder = run_folder(config)
     with process_group(choose_device(config.train.device).type, config.parallel.timeout) as launcher:
         job = this_job(launcher, config)
-        restarted = begun_by(job, folder)
+        restarted = was_started_by(job, folder)
         if restarted and saved_steps(folder / "checkpoints"):
             config = load_run(folder)
-        in_place = restarted or continues(config, folder)
+        in_place = restarted or continues_in_place(config, folder)
         if not in_place:
             refuse_folder_in_use(config, folder)
         if is_main():

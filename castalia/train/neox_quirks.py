@@ -1,4 +1,4 @@
-"""What `neox_exact` brings back: the original's defects that change numbers, by the release that a run follows.
+"""What `neox_exact` brings back: GPT-NeoX's defects that change numbers, by the release that a run follows.
 
 | | v1 | current |
 |---|---|---|
@@ -8,7 +8,7 @@
 | Adam's step where the files lack it | one ahead: it counts an empty first step | stored |
 | norm for clipping in fp16 without ZeRO | of the first tensor rank and stage alone | of all ranks |
 
-In both, row-parallel biases that were summed over T tensor ranks take T full steps at once.
+In both, a row-parallel bias that was summed over T tensor ranks takes T full steps at once.
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ from castalia.config.schema import CompleteConfig
 
 @dataclass(frozen=True)
 class NeoXQuirks:
+    """The defects that act in a run; the defaults are none."""
+
     clip_norm: float | None
-    release: str | None = None  # "v1", "head"; None: what was meant, without defects
+    release: str | None = None  # "v1" or "head"; None: no defects
     gradient_factor: int = 1
     summed_bias_ranks: int = 1
     adam_steps_ahead: int = 0
-    norm_ranks: tuple[int, int] = (1, 1)  # tensor ranks and stages, of the first of which alone the norm is taken
+    norm_ranks: tuple[int, int] = (1, 1)  # of the first of so many tensor ranks and stages the norm is taken
 
     def stored(self) -> dict[str, object]:
-        """What a checkpoint must remember, because the original's files are not read again."""
+        """What a checkpoint must remember, because GPT-NeoX's files are not read again."""
         if self.release is None:
             return {}
         return {
@@ -43,7 +45,7 @@ class NeoXQuirks:
 
 
 def quirks_of(config: CompleteConfig, resumed: Checkpoint | None) -> NeoXQuirks:
-    """`resumed`: the checkpoint that the run goes on from, None for new runs."""
+    """The defects of a run that goes on from the checkpoint `resumed`; None: a new run."""
     wanted = config.optimizer.clip_norm
     if not config.neox_exact:
         return NeoXQuirks(wanted)
@@ -53,7 +55,7 @@ def quirks_of(config: CompleteConfig, resumed: Checkpoint | None) -> NeoXQuirks:
     if release == "v1":
         assert resumed is not None
         return NeoXQuirks(wanted, "v1", 1, ranks, int(steps_missing), resumed.norm_ranks)
-    has_pipeline_engine = config.model.init_passes == 1  # it has one even for a single stage, but not for none
+    has_pipeline_engine = config.model.init_passes == 1  # GPT-NeoX uses it for one stage, too, but not without stages
     accumulation = batch_plan(config, planned_dp(config) or 1).accumulation
     return NeoXQuirks(
         clip_norm=effective_clip_norm(wanted, "head"),

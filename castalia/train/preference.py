@@ -19,8 +19,8 @@ from castalia.errors import DataError
 from castalia.parallel.executor import Executor, Rows, to_device
 
 
-class Judged(NamedTuple):
-    """Losses, and what is reported of them: sums and what they are divided by, for the preferred and the rejected."""
+class PreferenceLosses(NamedTuple):
+    """The losses of a micro-batch, and what is reported about them."""
 
     losses: Tensor  # [pairs], of KTO [sequences]
     rewards: Tensor  # [sequences]
@@ -29,8 +29,12 @@ class Judged(NamedTuple):
     kl: Tensor | None = None  # of KTO
 
 
-def dpo(logps: Tensor, references: Tensor, num_tokens: Tensor, cfg: PreferenceConfig) -> Judged:
-    """Direct preference optimization. All are [sequences]; `num_tokens` counts the labels, over which IPO averages."""
+def dpo(logps: Tensor, references: Tensor, num_tokens: Tensor, cfg: PreferenceConfig) -> PreferenceLosses:
+    """Direct preference optimization (2305.18290), or IPO (2310.12036).
+
+    All tensors are [sequences]: log-probabilities by the model and by the reference model, and `num_tokens`, the number
+    of labels over which IPO averages.
+    """
     ratios = logps - references
     rewards = cfg.beta * ratios.detach()
     if cfg.loss == "ipo":
@@ -39,22 +43,22 @@ def dpo(logps: Tensor, references: Tensor, num_tokens: Tensor, cfg: PreferenceCo
     else:
         chosen, rejected = _sides(ratios)
         losses = -F.logsigmoid(cfg.beta * (chosen - rejected))
-    return Judged(losses, rewards, _first_of_two(rewards), _in_order(rewards))
+    return PreferenceLosses(losses, rewards, _first_of_two(rewards), _in_order(rewards))
 
 
-def reward_model(rewards: Tensor, square: float) -> Judged:
-    """Bradley-Terry: the preferred text is to get the higher reward. `square` times both squares is added."""
+def reward_model(rewards: Tensor, square: float) -> PreferenceLosses:
+    """The Bradley-Terry loss: the preferred text should get the higher reward. `square` weights the squared rewards."""
     chosen, rejected = _sides(rewards)
     losses = -F.logsigmoid(chosen - rejected) + square * (chosen**2 + rejected**2)
     known = rewards.detach()
-    return Judged(losses, known, _first_of_two(known), _in_order(known))
+    return PreferenceLosses(losses, known, _first_of_two(known), _in_order(known))
 
 
-def kto(logps: Tensor, references: Tensor, wanted: Tensor, cfg: PreferenceConfig) -> Judged:
-    """Kahneman-Tversky optimization of a micro-batch: [sequences], `wanted` says which are desirable.
+def kto(logps: Tensor, references: Tensor, wanted: Tensor, cfg: PreferenceConfig) -> PreferenceLosses:
+    """Kahneman-Tversky optimization (2402.01306) of a micro-batch [sequences]; `wanted` are the desirable ones.
 
-    What a reward is compared with is the divergence from the reference model. As in the original, each half of the
-    micro-batch takes the mean log-ratio of the other half for it; it is never negative.
+    A reward is compared with an estimate of the divergence from the reference model. As in GPT-NeoX, each half of the
+    micro-batch takes the mean log-ratio of the other half for it, clamped at 0. Raises DataError for one sequence.
     """
     ratios = logps - references
     halves = ratios.detach().chunk(2)
@@ -66,7 +70,7 @@ def kto(logps: Tensor, references: Tensor, wanted: Tensor, cfg: PreferenceConfig
     weight = torch.where(wanted, cfg.desirable_weight, cfg.undesirable_weight)
     losses = weight * (1 - F.sigmoid(cfg.beta * sign * (ratios - kl)))
     rewards = cfg.beta * ratios.detach()
-    return Judged(losses, rewards, wanted, rewards * sign > 0, kl)
+    return PreferenceLosses(losses, rewards, wanted, rewards * sign > 0, kl)
 
 
 def _sides(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,7 +87,10 @@ def _in_order(rewards: Tensor) -> Tensor:
 
 
 class PreferenceLoss:
-    """The objective of a run. `reference` is the frozen model, on the ranks of `engine`; None where none is asked."""
+    """The objective of a run that learns from preferences.
+
+    `reference` is the frozen model, on the ranks of `engine`; None where the objective asks none.
+    """
 
     def __init__(self, config: RunConfig, engine: Executor, reference: Executor | None, accumulation: int) -> None:
         self.objective, self.settings, self.square = config.train.objective, config.preference, config.train.z_loss
@@ -92,31 +99,31 @@ class PreferenceLoss:
         self.report: dict[str, float] = {}  # of the last step
 
     def forward_backward(self, batch: Batch, scale: float, seeds: list[int]) -> Tensor:
-        """As `Executor.forward_backward`, for the mean loss of the step. `make_report` then tells about it."""
-        judge, self.tally = self._judge(batch), _Tally()
+        """As `Executor.forward_backward`, for the mean loss of the step. `make_report` then collects its figures."""
+        loss_of, self.tally = self._loss_function(batch), _Tally()
 
         def losses(values: Tensor, micro: int) -> Tensor:
-            judged = judge(values, micro)
-            self.tally.add(judged)
-            return judged.losses.sum()
+            result = loss_of(values, micro)
+            self.tally.add(result)
+            return result.losses.sum()
 
         number = self.engine.sum_over_data(self._num_losses(batch))
         return self.engine.forward_backward(Rows.of(batch), [1 / number] * self.accumulation, scale, seeds, losses)
 
     def make_report(self) -> None:
-        """On all ranks together. It waits for the device, so it comes after the whole step is under way."""
+        """Fills `report` with the step's figures, on all ranks together. Waits for the device, so it is called last."""
         self.report = self.tally.means(self.engine)
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Loss and rewards of this data rank's parts of batches, over all ranks; batches have a step's layout."""
+        """Mean loss and rewards over all ranks, given this data rank's rows of batches."""
         tally, total, number = _Tally(), torch.zeros((), dtype=torch.float64, device=self.engine.device), 0.0
         with self.engine.evaluating():
             for batch in batches:
-                judge = self._judge(batch)
+                loss_of = self._loss_function(batch)
                 for micro, values in enumerate(self.engine.each_sequence(Rows.of(batch)).chunk(self.accumulation)):
-                    judged = judge(values, micro)
-                    tally.add(judged)
-                    total += judged.losses.sum()
+                    result = loss_of(values, micro)
+                    tally.add(result)
+                    total += result.losses.sum()
                 number += self._num_losses(batch)
         loss = self.engine.sum_over_data(float(total)) / self.engine.sum_over_data(number)
         return {"loss": loss} | tally.means(self.engine)
@@ -124,8 +131,8 @@ class PreferenceLoss:
     def _num_losses(self, batch: Batch) -> float:
         return len(batch.tokens) / (1 if self.objective == "kto" else 2)
 
-    def _judge(self, batch: Batch) -> Callable[[Tensor, int], Judged]:
-        """From the values of a micro-batch's sequences, and its number, to their losses."""
+    def _loss_function(self, batch: Batch) -> Callable[[Tensor, int], PreferenceLosses]:
+        """The loss of a micro-batch as a function of its sequences' values and its number."""
         device, parts = self.engine.device, self.accumulation
         if self.objective == "reward":
             return lambda values, micro: reward_model(values, self.square)
@@ -138,7 +145,7 @@ class PreferenceLoss:
         return lambda values, micro: dpo(values, references[micro], lengths[micro], self.settings)
 
     def _references(self, batch: Batch) -> Tensor:
-        """Log-probability of each sequence by the reference model: as it was stored, or computed."""
+        """The reference model's log-probability of each sequence: stored with the data, or computed."""
         if self.objective == "dpo" and self.settings.reference_free:
             return torch.zeros(len(batch.tokens), device=self.engine.device)
         if batch.references is not None:
@@ -149,26 +156,26 @@ class PreferenceLoss:
 
 
 class _Tally:
-    """Sums for the report, kept on the device until it is made."""
+    """Sums for the report, kept on the device until the report is made."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}  # name -> [sum, number]
 
-    def add(self, judged: Judged) -> None:
-        rewards, wanted = judged.rewards, judged.wanted
+    def add(self, result: PreferenceLosses) -> None:
+        rewards, wanted = result.rewards, result.wanted
         self._add("chosen_reward", rewards, wanted)
         self._add("rejected_reward", rewards, ~wanted)
-        self._add("accuracy", judged.right.float(), torch.ones_like(judged.right))
-        if judged.kl is not None:
-            self._add("kl", judged.kl, torch.ones_like(wanted))
+        self._add("accuracy", result.right.float(), torch.ones_like(result.right))
+        if result.kl is not None:
+            self._add("kl", result.kl, torch.ones_like(wanted))
 
     def _add(self, name: str, values: Tensor, counted: Tensor) -> None:
-        """`counted`: bool, of which values. To select them would be to wait for the device, which knows how many."""
-        found = torch.stack([values.where(counted, 0).sum(dtype=torch.float64), counted.sum(dtype=torch.float64)])
-        self.sums[name] = self.sums[name] + found if name in self.sums else found
+        """`counted` masks the values. Selecting them instead would make the host wait for their number."""
+        sums = torch.stack([values.where(counted, 0).sum(dtype=torch.float64), counted.sum(dtype=torch.float64)])
+        self.sums[name] = self.sums[name] + sums if name in self.sums else sums
 
     def means(self, engine: Executor) -> dict[str, float]:
-        """Over all ranks; what no sequence of the step tells anything about is left out."""
+        """Means over all ranks. A figure to which no sequence of the step contributes is left out."""
         rows = torch.stack(list(self.sums.values())).tolist()
         totals = {n: [engine.sum_over_data(v) for v in row] for n, row in zip(self.sums, rows, strict=True)}
         means = {name: total / number for name, (total, number) in totals.items() if number}

@@ -23,7 +23,7 @@ from castalia.errors import CheckpointError, ConfigError, TrainingError
 from castalia.parallel.process_group import main_first
 from castalia.parallel.rank_grid import layout
 from castalia.parallel.rendezvous import world_size
-from castalia.train.compiling import Compiling, plan_compiling
+from castalia.train.compiling import CompilePlan, plan_compiling
 from castalia.train.hardware import DTYPES, choose_device, choose_dtype, name_of
 from castalia.train.reference_model import as_reward_model, needs_reference, with_reference, with_reward_head
 from castalia.train.run_facts import refuse_foreign_tokens
@@ -47,7 +47,7 @@ class ResolvedRun:
     data: Samples | Pairs
     device: torch.device
     dtype: torch.dtype  # that the model computes in
-    compiling: Compiling
+    compiling: CompilePlan
 
     @property
     def resumed(self) -> Checkpoint | None:

@@ -24,12 +24,12 @@ def collect_run_facts(config: RunConfig) -> RunFacts:
     return RunFacts(
         corpora=corpora(config),
         rate=learning_rate(config, steps) if steps else None,
-        kept_checkpoints=kept_checkpoints(config.checkpoint, steps) if steps else None,
+        kept_checkpoints=num_kept_checkpoints(config.checkpoint, steps) if steps else None,
         free_bytes=shutil.disk_usage(_existing(Path(config.checkpoint.dir or "."))).free,
     )
 
 
-def kept_checkpoints(checkpoint: CheckpointConfig, steps: int) -> int:
+def num_kept_checkpoints(checkpoint: CheckpointConfig, steps: int) -> int:
     """How many checkpoints a run leaves."""
     powers = {int(checkpoint.log_base**n) for n in range(64)} if checkpoint.log_base else set()
     multiples = range(0, steps + 1, checkpoint.every or steps)
@@ -56,12 +56,12 @@ def corpora(config: RunConfig) -> tuple[CorpusFacts, ...]:
         largest, looked_at = sampled_largest_id(data, LOOKED_AT // len(sources))
         documents = max(len(data.doc_index) - 1, 0) or len(data)
         tokens = int(data.sizes.sum(dtype="int64"))
-        samples = None if config.data.packing == "packed" else whole_documents(data.sizes, config.data)
+        samples = None if config.data.packing == "packed" else samples_of_whole_documents(data.sizes, config.data)
         found.append(CorpusFacts(str(path), tokens, documents, weight, largest, looked_at, samples))
     return tuple(found)
 
 
-def whole_documents(sizes: np.ndarray, data: DataConfig) -> float:
+def samples_of_whole_documents(sizes: np.ndarray, data: DataConfig) -> float:
     """Samples of one pass over documents of these sizes [documents], which are not cut. Of many documents the first
     ones tell how many fit into a sample."""
     usable = sizes if data.allow_chopped else sizes[sizes <= data.seq_length + 1]

@@ -29,7 +29,7 @@ def run_folder(config: RunConfig) -> Path:
     raise ConfigError("checkpoint.dir is not set: name the folder of the run, for example checkpoint.dir=runs/first")
 
 
-def continues(config: RunConfig, folder: Path) -> bool:
+def continues_in_place(config: RunConfig, folder: Path) -> bool:
     """Whether the run goes on in the folder that it resumes from."""
     if config.checkpoint.resume is None:
         return False
@@ -54,7 +54,7 @@ def this_job(launcher: str | None, config: RunConfig) -> LauncherJob:
     return LauncherJob(launcher, scheduled, hashlib.blake2b(asked.encode(), digest_size=16).hexdigest())
 
 
-def begun_by(job: LauncherJob, folder: Path) -> bool:
+def was_started_by(job: LauncherJob, folder: Path) -> bool:
     """Whether the run in the folder was last started by this job, which is starting it again."""
     starts = [event for event in read_events(folder) if event["event"] == "start"]
     last = starts[-1] if starts else {}

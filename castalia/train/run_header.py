@@ -41,7 +41,7 @@ def show_report(session: Session, display: Display, folder: Path) -> None:
     """Settings, what was loaded, what will happen, and what may surprise. Nothing where the display is silent."""
     if display.silent:
         return
-    config, known, layout = session.config, known_to(session), planned_layout(session)
+    config, known, layout = session.config, run_facts_of(session), planned_layout(session)
     origins = {path: re.sub(r"\S*/", "", origin) for path, origin in config.origins.items()}  # files without folders
     elsewhere = "the checkpoint" if session.source else "settled here"
     display.table(
@@ -54,7 +54,7 @@ def show_report(session: Session, display: Display, folder: Path) -> None:
     )
     for note in config.notes:
         display.line(f"note: {note}", "yellow")
-    for name, text in facts(session, folder, known, layout):
+    for name, text in summary_lines(session, folder, known, layout):
         display.line(f"{name:<14}{text}")
     for warning in (*warnings(config, known, layout), *_tokenizer_warnings(session), *_one_sided(config)):
         display.line(f"warning: {warning}", "yellow")
@@ -65,7 +65,7 @@ def show_report(session: Session, display: Display, folder: Path) -> None:
     display.line(f"{'loaded':<14}{session.loaded} ({session.source.path})")
     for note in (*(session.loaded.notes if session.loaded else ()), *session.source.notes, *session.source.state_notes):
         display.line(f"{'':<14}{note}")
-    display.table("restored and reset", ("what", "how", "because"), list(restored(session)))
+    display.table("restored and reset", ("what", "how", "because"), list(restoration_rows(session)))
 
 
 def show_first_loss(session: Session, loss: float, display: Display) -> None:
@@ -94,7 +94,7 @@ def _tokenizer_warnings(session: Session) -> Iterator[str]:
         )
 
 
-def known_to(session: Session) -> RunFacts:
+def run_facts_of(session: Session) -> RunFacts:
     known = replace(collect_run_facts(session.config), rate=session.step.rate, device=session.device.type)
     return replace(known, capability=capability(session.device) or AMPERE)
 
@@ -108,7 +108,7 @@ def planned_layout(session: Session) -> Layout:
     return Layout(micro_batch=plan.micro_batch_size, accumulation=plan.accumulation, recompute=recompute)
 
 
-def facts(session: Session, folder: Path, known: RunFacts, layout: Layout) -> Iterator[tuple[str, str]]:
+def summary_lines(session: Session, folder: Path, known: RunFacts, layout: Layout) -> Iterator[tuple[str, str]]:
     """What is about to happen, as pairs of a name and a text."""
     config, progress = session.config, session.progress
     vocabulary = f"vocabulary {config.model.vocab_size:,} padded to {config.model.padded_vocab_size:,}"
@@ -167,7 +167,7 @@ def _processes(config: RunConfig) -> str:
     return f"one process: {sizes} makes the same batches and results sooner (--nproc {number} starts it here)"
 
 
-def restored(session: Session) -> Iterator[tuple[str, str, str]]:
+def restoration_rows(session: Session) -> Iterator[tuple[str, str, str]]:
     """What a checkpoint gave the run and what starts anew: thing, what became of it, why."""
     config, source, progress = session.config, session.source, session.progress
     assert source is not None and session.loaded is not None

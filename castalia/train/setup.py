@@ -26,7 +26,7 @@ from castalia.data.tokenizer import Tokenizer
 from castalia.parallel.compile import fall_back_to_eager
 from castalia.parallel.executor import Executor, one_process
 from castalia.parallel.rendezvous import world_size
-from castalia.train.compiling import Compiling, settled
+from castalia.train.compiling import CompilePlan, with_compiling
 from castalia.train.hardware import repeat_bits
 from castalia.train.neox_quirks import NeoXQuirks, quirks_of
 from castalia.train.optimizer import DUPLICATE, LossScaler, make_optimizer, rescale_moments
@@ -35,7 +35,7 @@ from castalia.train.reference_model import needs_reference
 from castalia.train.resolve import ResolvedRun, resolve
 from castalia.train.schedule import learning_rate, resumed_learning_rate
 from castalia.train.step import TrainStep
-from castalia.train.trainable import new_tokens, start_adapters, trained_names
+from castalia.train.trainable import num_added_tokens, start_adapters, trained_names
 from castalia.train.update_rules import AnyOptimizer
 
 
@@ -52,7 +52,7 @@ class Session:
     step: TrainStep
     progress: Progress
     dtype: torch.dtype
-    compiling: Compiling
+    compiling: CompilePlan
     quirks: NeoXQuirks
     source: Checkpoint | None = None  # what the weights were loaded from
     loaded: LoadReport | None = None
@@ -100,17 +100,16 @@ def start(config: RunConfig) -> Session:
 
 def build_model(run: ResolvedRun) -> Executor:
     """The model of a run on this rank, its parameters still unset."""
-    return make_engine(settled(run.config, run.compiling), run.dtype, run.device, run.plan)
+    return make_engine(with_compiling(run.config, run.compiling), run.dtype, run.device, run.plan)
 
 
 def load_weights(engine: Executor, run: ResolvedRun) -> LoadReport | None:
     """Gives the parameters their first values: the checkpoint's, or random ones (None is returned then)."""
-    report = (
-        load_engine(engine, run.config.model, run.source, new_tokens(run.config, run.source)) if run.source else None
-    )
-    start_adapters(engine, run.config, run.source)
-    if run.source is None:
-        engine.initialize(run.config)
+    config, source = run.config, run.source
+    report = load_engine(engine, config.model, source, num_added_tokens(config, source)) if source else None
+    start_adapters(engine, config, source)
+    if source is None:
+        engine.initialize(config)
     return report
 
 
@@ -203,7 +202,7 @@ def make_engine(
 
 def preference_loss(run: ResolvedRun, engine: Executor) -> PreferenceLoss | None:
     """The objective of a run that learns from preferences, with its frozen reference model where it needs one."""
-    config = settled(run.config, run.compiling)
+    config = with_compiling(run.config, run.compiling)
     if config.train.objective == "causal":
         return None
     reference = frozen_reference(config, run, engine) if needs_reference(config) else None

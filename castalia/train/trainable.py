@@ -52,7 +52,7 @@ def trained_names(config: CompleteConfig) -> list[str]:
     return [name for name in every if config.finetune.trains(name)]
 
 
-def new_tokens(config: CompleteConfig, source: Checkpoint | None) -> int:
+def num_added_tokens(config: CompleteConfig, source: Checkpoint | None) -> int:
     """How many entries of the vocabulary `finetune.add_tokens` adds to those of the checkpoint that a run begins from.
 
     `config` is complete.

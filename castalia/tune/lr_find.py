@@ -19,7 +19,7 @@ LEAST_RISE = 0.1  # and at least this share of the first loss
 LEAST_FALL = 0.02  # of the first loss: less is no progress
 
 
-class Trial(NamedTuple):
+class RangeTest(NamedTuple):
     rates: list[float]
     losses: list[float]  # of each step, before its update; the last one may be infinite
     suggestion: float
@@ -29,20 +29,20 @@ class Trial(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Rising(LearningRate):
+class RisingRate(LearningRate):
     """From `minimum` at the first update to `peak` at the last, by the same factor each time."""
 
     def __call__(self, updates: int) -> float:
         return self.minimum * (self.peak / self.minimum) ** (updates / (self.end - 1))
 
 
-def find_rate(config: RunConfig, lowest: float = 1e-6, highest: float = 1.0, steps: int = 100) -> Trial:
+def find_rate(config: RunConfig, lowest: float = 1e-6, highest: float = 1.0, steps: int = 100) -> RangeTest:
     """Trains for `steps` steps, or until the loss diverges. Nothing is written; the same config gives the same result.
 
     Called on all ranks. Raises TrainingError if the loss falls at no rate.
     """
     session = start(_of_length(config, steps))
-    session.step.rate = Rising(highest, lowest, 0.0, steps, "exponential")
+    session.step.rate = RisingRate(highest, lowest, 0.0, steps, "exponential")
     losses: list[float] = []
     while len(losses) < steps and not _diverges(losses, steps):
         number = len(losses)
@@ -55,7 +55,7 @@ def find_rate(config: RunConfig, lowest: float = 1e-6, highest: float = 1.0, ste
     rates = [session.step.rate(number) for number in range(len(losses))]
     suggestion, at_lowest = suggest(rates, losses)
     notes = session.source.notes if session.source else ()
-    return Trial(rates, losses, suggestion, at_lowest, _diverges(losses, steps), notes)
+    return RangeTest(rates, losses, suggestion, at_lowest, _diverges(losses, steps), notes)
 
 
 def _of_length(config: RunConfig, steps: int) -> RunConfig:

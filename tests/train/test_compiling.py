@@ -13,7 +13,7 @@ from castalia.config.schema import complete
 from castalia.loading import load_model
 from castalia.parallel import compile
 from castalia.train import compiling
-from castalia.train.compiling import EAGER_STEPS, Compiling, operations_left, plan_compiling
+from castalia.train.compiling import EAGER_STEPS, CompilePlan, operations_left, plan_compiling
 from castalia.train.fast_paths import fast_paths
 from castalia.train.loop import train
 
@@ -67,13 +67,13 @@ def test_blocks_that_cannot_be_compiled_stay_eager_under_auto_alone(tiny, monkey
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
     monkeypatch.setattr(compile, "missing_compiler", lambda device: None)
-    monkeypatch.setattr("castalia.train.resolve.plan_compiling", lambda *_: Compiling(1, "a test"))
+    monkeypatch.setattr("castalia.train.resolve.plan_compiling", lambda *_: CompilePlan(1, "a test"))
     words = ["train.steps=3", "eval.every=null", "checkpoint.every=null"]
     train(tiny(tmp_path / "auto", *words))
     assert capfd.readouterr().err.count("no Python.h") == 1
     with pytest.raises(BackendCompilerFailed, match="no Python.h"):
         train(tiny(tmp_path / "true", *words, "train.compile=true"))
-    monkeypatch.setattr("castalia.train.resolve.plan_compiling", lambda *_: Compiling(None, "a test"))
+    monkeypatch.setattr("castalia.train.resolve.plan_compiling", lambda *_: CompilePlan(None, "a test"))
     train(tiny(tmp_path / "eager", *words))
     pairs = zip(*(load_model(tmp_path / name).parameters() for name in ("auto", "eager")), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
@@ -95,7 +95,7 @@ def test_a_run_resumed_before_or_after_the_switch_equals_one_that_never_stopped(
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=skewed))
     monkeypatch.setattr(compile, "missing_compiler", lambda device: None)
-    monkeypatch.setattr("castalia.train.resolve.plan_compiling", lambda *_: Compiling(EAGER_STEPS, "a test"))
+    monkeypatch.setattr("castalia.train.resolve.plan_compiling", lambda *_: CompilePlan(EAGER_STEPS, "a test"))
 
     def weights(name, stop=None):
         """What a run of 14 steps ends with that stops once and goes on."""
@@ -109,5 +109,5 @@ def test_a_run_resumed_before_or_after_the_switch_equals_one_that_never_stopped(
     straight = weights("straight")
     for name, stop in (("before", EAGER_STEPS - 3), ("after", EAGER_STEPS + 2)):
         assert all(torch.equal(tensor, straight[key]) for key, tensor in weights(name, stop).items())
-    monkeypatch.setattr("castalia.train.resolve.plan_compiling", lambda *_: Compiling(None, "a test"))
+    monkeypatch.setattr("castalia.train.resolve.plan_compiling", lambda *_: CompilePlan(None, "a test"))
     assert not torch.equal(weights("eager")["head.weight"], straight["head.weight"])

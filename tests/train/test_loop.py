@@ -22,7 +22,7 @@ from castalia.errors import CastaliaError, CheckpointError, ConfigError, Stopped
 from castalia.observe.metrics import read_metrics, write_event
 from castalia.plan.run_plan import RunFacts, report
 from castalia.train.dry_run import rehearse
-from castalia.train.run_folder import begun_by, complete_config, this_job
+from castalia.train.run_folder import complete_config, this_job, was_started_by
 from castalia.train.stop_signals import TOGETHER_S, StopSignals
 from castalia.tune.replay import replay
 from tests.train.evaluation_hook import at_evaluation
@@ -311,13 +311,15 @@ def test_a_job_is_known_by_what_survives_a_requeue(tiny, tmp_path, monkeypatch, 
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     monkeypatch.setenv(variable, "4711")
     config = tiny(tmp_path / "run")
-    assert not begun_by(this_job("a launcher", config), tmp_path)
+    assert not was_started_by(this_job("a launcher", config), tmp_path)
     write_event(tmp_path, "start", step=0, **this_job("a launcher", config)._asdict())
-    assert begun_by(this_job("another launcher", config), tmp_path)
-    assert not begun_by(this_job("another launcher", tiny(tmp_path / "run", "seed=2")), tmp_path)  # not what was asked
+    assert was_started_by(this_job("another launcher", config), tmp_path)
+    assert not was_started_by(
+        this_job("another launcher", tiny(tmp_path / "run", "seed=2")), tmp_path
+    )  # not what was asked
     monkeypatch.setenv(variable, "4712")
-    assert not begun_by(this_job("another launcher", config), tmp_path)
-    assert begun_by(this_job("a launcher", config), tmp_path)
+    assert not was_started_by(this_job("another launcher", config), tmp_path)
+    assert was_started_by(this_job("a launcher", config), tmp_path)
 
 
 def test_the_same_command_of_a_requeued_job_begins_or_goes_on(tiny, tmp_path, monkeypatch):
@@ -492,7 +494,7 @@ def test_tensorboard_gets_what_metrics_get(tiny, tmp_path):
 def test_a_run_that_warms_up_goes_on_as_if_never_stopped(tiny, tmp_path):
     warm = ["data.seq_length_warmup={start: 4, steps: 6}", "train.batch_size_warmup={start: 4, steps: 3}"]
     warm += ["train.steps=8", "train.micro_batch_size=2", "checkpoint.every=4", *DROPOUT]
-    straight = train(tiny(tmp_path / "straight", *warm))
+    straight = Path(train(tiny(tmp_path / "straight", *warm)))
     train(tiny(tmp_path / "stopped", *warm, "train.exit_interval=4"))
     train(read_config([str(tmp_path / "stopped")]))
     assert_equal_runs(straight, tmp_path / "stopped")

@@ -19,19 +19,19 @@ from castalia.errors import DataError
 from castalia.plan.run_description import attention
 from castalia.plan.run_plan import training, warnings
 from castalia.train.dry_run import rehearse
-from castalia.train.run_facts import collect_run_facts, kept_checkpoints
-from castalia.train.run_header import facts, known_to, planned_layout, restored
+from castalia.train.run_facts import collect_run_facts, num_kept_checkpoints
+from castalia.train.run_header import planned_layout, restoration_rows, run_facts_of, summary_lines
 from castalia.train.setup import start
 
 
 def rows(session):
-    return {what: (how, why) for what, how, why in restored(session)}
+    return {what: (how, why) for what, how, why in restoration_rows(session)}
 
 
 def test_plan_and_training_say_the_same(tiny, tmp_path):
     config = tiny(tmp_path / "run", "schedule.decay_steps=10", "checkpoint.keep_last=1", "data.split=1,0,0")
     session = start(config)
-    said = dict(facts(session, tmp_path / "run", known_to(session), planned_layout(session)))
+    said = dict(summary_lines(session, tmp_path / "run", run_facts_of(session), planned_layout(session)))
     (tmp_path / "config.yml").write_text(dump_config(config))
     words = ["plan", str(tmp_path / "config.yml"), "--vocab-size", "257", "--json", "--gpus", "cpu"]
     plan = json.loads(subprocess.run([sys.executable, "-m", "castalia", *words], capture_output=True, text=True).stdout)
@@ -40,7 +40,7 @@ def test_plan_and_training_say_the_same(tiny, tmp_path):
         assert said[name] == training[name]
     assert said["disk"].startswith("1 checkpoints take") and training["checkpoints_kept"] == 1
     assert said["batch"].startswith(f"8 sequences x 16 = {training['tokens_per_step']} tokens a step")
-    own = warnings(session.config, known_to(session), planned_layout(session))
+    own = warnings(session.config, run_facts_of(session), planned_layout(session))
     assert len(plan["warnings"]) == len(own) == 2
     for there, here in zip(plan["warnings"], own, strict=True):
         assert there.endswith(here.rpartition("command line: ")[2])  # only the places differ
@@ -106,7 +106,7 @@ def test_kept_checkpoints_are_those_that_a_run_leaves(tiny, tmp_path):
     config = tiny(tmp_path / "run", *options, "eval.every=null", "train.steps=18")
     train(config)
     left = list((tmp_path / "run" / "checkpoints").glob("step_*"))
-    assert kept_checkpoints(config.checkpoint, 18) == len(left) == 4
+    assert num_kept_checkpoints(config.checkpoint, 18) == len(left) == 4
     sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in left]
     known = collect_run_facts(load_config(tmp_path / "run"))
     assert known.kept_checkpoints == 4
@@ -127,7 +127,7 @@ def test_a_run_of_which_a_part_trains_is_as_large_as_planned(tiny, straight, tmp
     (off,) = re.findall(r"memory: .*\(([+-]\d+\.\d)%\)", capsys.readouterr().out)
     assert abs(float(off)) < 10
     session = start(config)
-    planned = training(session.config, known_to(session), planned_layout(session))["checkpoints_bytes"]
+    planned = training(session.config, run_facts_of(session), planned_layout(session))["checkpoints_bytes"]
     train(config)
     tensors = (tmp_path / "run" / "checkpoints").glob("step_*/*.safetensors")
     assert sum(file.stat().st_size for file in tensors) == pytest.approx(planned, rel=0.1)
