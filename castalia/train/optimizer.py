@@ -28,12 +28,11 @@ def make_optimizer(
     num_layers: int = 0,
     elsewhere: Collection[str] = (),
 ) -> AnyOptimizer:
-    """The optimizer of the parameters that train. Its state exists from the start: memory is taken at once, and step 0
-    can be saved.
+    """The optimizer of the parameters that train, with its state: memory is taken at once, and step 0 can be saved.
 
-    `summed_bias_ranks` multiplies the rate of row-parallel biases: where the original added T copies of such a bias,
-    each of them took a full step. `width_multiplier` is muP's: width over the width that the rates were found at.
-    `elsewhere`: names of tensors that train on other ranks.
+    `summed_bias_ranks` multiplies the learning rate of row-parallel biases: where GPT-NeoX adds T copies of such a
+    bias, each of them takes a full step. `width_multiplier` is muP's: the model's width over the width that the rates
+    were found at. `elsewhere`: names of the tensors that train on any rank, which patterns may match, too.
     Raises ConfigError if an entry of `optimizer.groups` matches nothing.
     """
     trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
@@ -64,16 +63,17 @@ def make_optimizer(
 
 
 def _decay_and_scale(name: str, row: TensorRow, cfg: OptimizerConfig, width_multiplier: float) -> tuple[float, float]:
-    """Weight decay and learning-rate factor of a tensor; of several matching groups the first counts.
+    """Weight decay and learning-rate factor of a tensor, from the first entry of `optimizer.groups` that matches it.
 
-    Under muP adaptive rules take smaller steps in hidden matrices, SGD larger ones in all others; decay stays the same.
+    Under muP (2203.03466) adaptive rules take smaller steps in hidden matrices, and SGD larger ones in all other
+    tensors. torch multiplies decay by the rate, so decay is divided by the factor: its effect stays the same.
     """
-    found = next((group for group in cfg.groups if fits(group.match, name)), ParameterGroup(match=name))
-    wanted = cfg.weight_decay if found.weight_decay is None else found.weight_decay
-    decay = wanted if row.decays or found.weight_decay is not None else 0.0
+    group = next((entry for entry in cfg.groups if fits(entry.match, name)), ParameterGroup(match=name))
+    wanted = cfg.weight_decay if group.weight_decay is None else group.weight_decay
+    decay = wanted if row.decays or group.weight_decay is not None else 0.0
     matrices, others = (1.0, width_multiplier) if cfg.name == "sgd" else (1 / width_multiplier, 1.0)
     factor = matrices if row.mup == "matrix" else others
-    return decay / factor, found.lr_scale * factor
+    return decay / factor, group.lr_scale * factor
 
 
 def _optimizer(kind: str, groups: list[dict[str, Any]], cfg: OptimizerConfig) -> torch.optim.Optimizer:
@@ -84,7 +84,7 @@ def _optimizer(kind: str, groups: list[dict[str, Any]], cfg: OptimizerConfig) ->
             return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum)
         case "adafactor":
             return torch.optim.Adafactor(groups, lr=cfg.lr)
-        case "muon":  # with steps as large as AdamW's, so that one rate and one decay suit both
+        case "muon":  # scaled to AdamW's step size, so that one rate and one decay suit both
             return torch.optim.Muon(groups, lr=cfg.lr, momentum=cfg.momentum, adjust_lr_fn="match_rms_adamw")
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
 
@@ -104,7 +104,7 @@ def _fresh_state(kind: str, parameter: nn.Parameter, cfg: OptimizerConfig) -> di
 
 
 def rescale_moments(optimizer: AnyOptimizer, old: int, new: int) -> None:
-    """Turns Adam's averages of gradients summed over `old` micro-batches into those of sums over `new`; 1: the mean."""
+    """Rescales Adam's moments from gradients that are sums over `old` micro-batches to sums over `new`; 1: means."""
     for state in optimizer.state.values() if old != new else ():
         if "exp_avg" in state:
             state["exp_avg"].mul_(new).div_(old)
@@ -113,16 +113,17 @@ def rescale_moments(optimizer: AnyOptimizer, old: int, new: int) -> None:
 
 
 def set_rate(optimizer: AnyOptimizer, rate: float) -> None:
+    """Sets the learning rate of each parameter group: `rate` times the group's own factor."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
 
 
 class LossScaler:
-    """fp16's loss scale: fixed, or one of DeepSpeed's two dynamic rules, step for step.
+    """fp16's loss scale: fixed, or by one of DeepSpeed's two dynamic rules, step for step.
 
-    `zero` (ZeRO 1 to 3): an overflow first uses up the hysteresis, then halves; `window` good steps after the last
-    overflow the scale doubles and the hysteresis is refilled. `stage0`: every overflow halves, and the scale doubles
-    after one good step more than the window.
+    `zero` (ZeRO 1 to 3): overflows first use up the hysteresis, then halve the scale; `window` good steps after the
+    last overflow the scale doubles and the hysteresis is refilled. `stage0`: every overflow halves the scale, which
+    doubles after one good step more than the window.
     """
 
     def __init__(self, cfg: LossScaleConfig, rule: str):
@@ -134,7 +135,7 @@ class LossScaler:
         self.hysteresis = cfg.hysteresis
 
     def update(self, overflow: bool) -> None:
-        """Takes note of one step. Raises TrainingError if the scale cannot get any smaller under the `zero` rule."""
+        """Updates the scale after one step. Raises TrainingError if `zero` cannot make it any smaller."""
         if self.rule == "zero":
             self._update_zero(overflow)
         elif self.rule == "stage0":
@@ -171,7 +172,7 @@ class LossScaler:
             self.scale *= 2
 
     def state(self) -> dict[str, float]:
-        """The counters under DeepSpeed's names."""
+        """Scale and counters under DeepSpeed's names, as checkpoints hold them."""
         return {
             "cur_scale": self.scale,
             "cur_iter": self.iteration,
@@ -180,6 +181,7 @@ class LossScaler:
         }
 
     def restore(self, state: Mapping[str, float]) -> None:
+        """Takes up what `state` returned; counters that older checkpoints lack begin anew."""
         self.scale = float(state["cur_scale"])
         self.iteration = int(state.get("cur_iter", 0))
         self.last_overflow = int(state.get("last_overflow_iter", -1))

@@ -1,4 +1,4 @@
-"""What preference tuning needs besides the model that it trains: the reference model, and the reward's matrix."""
+"""What preference tuning needs besides the model that it trains: the reference model and the reward head."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 
 def with_reference(config: RunConfig, source: Checkpoint | None) -> RunConfig:
-    """The config with the checkpoint of the reference model, which a resumed run has to find again.
+    """The config with `preference.reference` filled in: the checkpoint of the reference model.
 
-    None is left for random initial weights, which the seed gives again.
+    A run that begins from random weights leaves it open, because the seed determines them. Raises ConfigError for a
+    run that resumes another program's checkpoint, which does not name its reference model.
     """
     if not needs_reference(config) or config.preference.reference or source is None:
         return config
@@ -34,7 +35,7 @@ def with_reference(config: RunConfig, source: Checkpoint | None) -> RunConfig:
 
 
 def with_reward_head(model: ModelConfig, config: RunConfig, source: Checkpoint | None) -> ModelConfig:
-    """The model that the objective trains. ConfigError for a reward model that is to predict tokens."""
+    """The model with a reward head if the objective needs one. Raises ConfigError for a reward model without it."""
     wanted = config.train.objective == "reward"
     if model.reward_head and not wanted:
         where = source.path if source else "model.reward_head=true"
@@ -43,17 +44,17 @@ def with_reward_head(model: ModelConfig, config: RunConfig, source: Checkpoint |
 
 
 def as_reward_model(source: Checkpoint, model: ModelConfig, seed: int) -> Checkpoint:
-    """A checkpoint of a language model as that of a reward model which has not learnt anything yet."""
+    """A language model's checkpoint as that of a reward model whose reward head is still random."""
     if not model.reward_head or "reward.weight" in source.model:
         return source
     tensors = {name: ref for name, ref in source.model.items() if name != "head.weight"}
     note = "the head is left out; reward.weight, which takes its place, begins with random values"
-    return replace(source, model=tensors | {"reward.weight": _Drawn(model, seed)}, notes=(*source.notes, note))
+    return replace(source, model=tensors | {"reward.weight": _InitialReward(model, seed)}, notes=(*source.notes, note))
 
 
 @dataclass(frozen=True)
-class _Drawn(Leaf):
-    """The initial value of the reward's matrix."""
+class _InitialReward(Leaf):
+    """The random initial value of the reward head's matrix, [1, hidden size]."""
 
     model: ModelConfig
     seed: int

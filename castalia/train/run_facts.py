@@ -1,4 +1,4 @@
-"""What only a run's other rooms can tell `castalia.plan`: schedule, checkpoints, disk, corpora. Needs no torch."""
+"""Facts of a run that the planner cannot derive from its config: free disk space, corpora, schedule. Needs no torch."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from castalia.train.schedule import is_save_step, learning_rate
 if TYPE_CHECKING:
     import numpy as np
 
-LOOKED_AT_DOCUMENTS = 10_000
-LOOKED_AT = 1 << 22  # token ids of all corpora together: a few milliseconds, also where they are terabytes
+SAMPLED_DOCUMENTS = 10_000
+SAMPLED_TOKENS = 1 << 22  # of all corpora together: a few milliseconds, however large they are
 
 
 def collect_run_facts(config: RunConfig) -> RunFacts:
-    """What can be found out about the run here and now; what is not here stays unknown."""
+    """What this machine knows of the run. Facts of files that are not here stay unknown."""
     steps = config.train.steps
     return RunFacts(
         corpora=corpora(config),
@@ -30,7 +30,7 @@ def collect_run_facts(config: RunConfig) -> RunFacts:
 
 
 def num_kept_checkpoints(checkpoint: CheckpointConfig, steps: int) -> int:
-    """How many checkpoints a run leaves."""
+    """How many checkpoints are left at the end of a run of `steps` steps."""
     powers = {int(checkpoint.log_base**n) for n in range(64)} if checkpoint.log_base else set()
     multiples = range(0, steps + 1, checkpoint.every or steps)
     candidates = {*checkpoint.steps, *multiples, *powers, steps}
@@ -43,40 +43,42 @@ def num_kept_checkpoints(checkpoint: CheckpointConfig, steps: int) -> int:
 
 
 def corpora(config: RunConfig) -> tuple[CorpusFacts, ...]:
-    """The training corpora whose files are here; none if any is missing."""
+    """Facts of the training corpora; empty if the files of any are missing."""
     sources = [(config.data.path, 1.0)] if config.data.path else [(s.path, s.weight) for s in config.data.train]
     if not sources or not all(Path(f"{path}.{end}").is_file() for path, _ in sources for end in ("bin", "idx")):
         return ()
     from castalia.data.corpora import sampled_largest_id
-    from castalia.data.indexed import open_dataset  # here, because a plan without data shall not wait for NumPy
+    from castalia.data.indexed import open_dataset  # imported here, because a plan without data need not wait for NumPy
 
-    found = []
+    facts = []
     for path, weight in sources:
         data = open_dataset(path)
-        largest, looked_at = sampled_largest_id(data, LOOKED_AT // len(sources))
+        largest, looked_at = sampled_largest_id(data, SAMPLED_TOKENS // len(sources))
         documents = max(len(data.doc_index) - 1, 0) or len(data)
         tokens = int(data.sizes.sum(dtype="int64"))
         samples = None if config.data.packing == "packed" else samples_of_whole_documents(data.sizes, config.data)
-        found.append(CorpusFacts(str(path), tokens, documents, weight, largest, looked_at, samples))
-    return tuple(found)
+        facts.append(CorpusFacts(str(path), tokens, documents, weight, largest, looked_at, samples))
+    return tuple(facts)
 
 
 def samples_of_whole_documents(sizes: np.ndarray, data: DataConfig) -> float:
-    """Samples of one pass over documents of these sizes [documents], which are not cut. Of many documents the first
-    ones tell how many fit into a sample."""
+    """The number of samples in one pass over documents of these `sizes` [documents], which are not cut.
+
+    For many documents it is estimated from the first SAMPLED_DOCUMENTS.
+    """
     usable = sizes if data.allow_chopped else sizes[sizes <= data.seq_length + 1]
     if data.packing == "unpacked":
         return len(usable)
     samples, room = 0, -1
-    for size in usable[:LOOKED_AT_DOCUMENTS].tolist():
+    for size in usable[:SAMPLED_DOCUMENTS].tolist():
         if size > room:
             samples, room = samples + 1, data.seq_length + 1
         room -= size
-    return samples * max(1.0, len(usable) / LOOKED_AT_DOCUMENTS)
+    return samples * max(1.0, len(usable) / SAMPLED_DOCUMENTS)
 
 
 def refuse_foreign_tokens(config: RunConfig) -> None:
-    """Raises DataError if a corpus holds ids beyond the vocabulary: another tokenizer made it."""
+    """Raises DataError if a corpus holds token ids beyond the vocabulary, because another tokenizer wrote it."""
     vocabulary = config.model.vocab_size if config.model else None
     for corpus in corpora(config):
         if vocabulary and corpus.largest_id is not None and corpus.largest_id >= vocabulary:

@@ -1,4 +1,4 @@
-"""The run's folder: who may write into it, and what makes it complete."""
+"""The folder of a run: who may write into it, and the config in it, from which the run can be resumed anywhere."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from castalia.observe.metrics import read_events, read_metrics
 
 
 def run_folder(config: RunConfig) -> Path:
-    """Where the run lives. Raises ConfigError if nothing says so."""
+    """The folder of a config's run. Raises ConfigError if neither checkpoint.dir nor checkpoint.resume names it."""
     if config.checkpoint.dir:
         return Path(config.checkpoint.dir)
     resume = Path(config.checkpoint.resume or "")
@@ -30,7 +30,7 @@ def run_folder(config: RunConfig) -> Path:
 
 
 def continues_in_place(config: RunConfig, folder: Path) -> bool:
-    """Whether the run goes on in the folder that it resumes from."""
+    """Whether the run resumes a checkpoint that lies in its own folder."""
     if config.checkpoint.resume is None:
         return False
     source, target = Path(config.checkpoint.resume).resolve(), folder.resolve()
@@ -38,15 +38,15 @@ def continues_in_place(config: RunConfig, folder: Path) -> bool:
 
 
 class LauncherJob(NamedTuple):
-    """What starts a run, as its events tell it."""
+    """What started a run, as its "start" event records it."""
 
-    job: str | None  # the launcher that is running, which starts processes again when one dies
-    scheduled: str | None  # the scheduler's job, which starts launchers again when a machine goes
-    asked: str  # tells one config from another: a scheduler's job may start several runs
+    job: str | None  # of the running launcher, which restarts processes when one dies
+    scheduled: str | None  # of the scheduler, which restarts launchers when a machine fails
+    asked: str  # a digest of the config, because a scheduler's job may start several runs
 
 
 def this_job(launcher: str | None, config: RunConfig) -> LauncherJob:
-    """The job of this process; `config` is what its command asks for."""
+    """The job of this process, whose command asks for `config`."""
     asked = json.dumps(config.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
     run = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # of torchrun --rdzv-id
     slurm = os.environ.get("SLURM_JOB_ID")
@@ -55,7 +55,7 @@ def this_job(launcher: str | None, config: RunConfig) -> LauncherJob:
 
 
 def was_started_by(job: LauncherJob, folder: Path) -> bool:
-    """Whether the run in the folder was last started by this job, which is starting it again."""
+    """Whether the folder's run was last started by this job: then it is being restarted."""
     starts = [event for event in read_events(folder) if event["event"] == "start"]
     last = starts[-1] if starts else {}
     if job.job is not None and last.get("job") == job.job:
@@ -65,16 +65,18 @@ def was_started_by(job: LauncherJob, folder: Path) -> bool:
 
 
 def is_run(folder: Path) -> bool:
+    """Whether the folder holds a run."""
     return (folder / "config.yml").is_file()
 
 
 def require_run(folder: Path) -> None:
+    """Raises TrainingError if the folder holds no run."""
     if not is_run(folder):
         raise TrainingError(f"{folder} holds no run: it has no config.yml")
 
 
 def holds_checkpoint(folder: Path) -> bool:
-    """Whether anything in the folder looks like a checkpoint of any format, whole or not."""
+    """Whether the folder holds what may be a checkpoint of any format, complete or not."""
     if not folder.is_dir():
         return False
     named = any((folder / name).exists() for name in ("latest", "checkpoints/latest"))
@@ -83,7 +85,7 @@ def holds_checkpoint(folder: Path) -> bool:
 
 
 def refuse_second_start(folder: Path) -> None:
-    """Raises TrainingError if a new run would begin in a folder that holds one; what died before a step is none."""
+    """Raises TrainingError if the folder holds a run. A run that died before its first step does not count."""
     if not holds_checkpoint(folder) and not (is_run(folder) and any(read_metrics(folder))):
         return
     steps = saved_steps(folder / "checkpoints")
@@ -97,10 +99,11 @@ def refuse_second_start(folder: Path) -> None:
 def complete_config(
     config: RunConfig, folder: Path, has_tokenizer: bool, batch_size: int, began_from: str | None = None
 ) -> RunConfig:
-    """The config that goes on from anywhere: data by absolute paths, the tokenizer by the copy in the run.
+    """The config from which the run can be resumed in any directory and on any number of ranks.
 
-    A resumed run still says which weights it `began_from`, whose adapters it may train.
-    It goes on with any number of ranks, too: the step's batch is settled, and accumulation follows from it.
+    Data have absolute paths, and the tokenizer is the copy in the run's folder. The batch size is settled, from which
+    accumulation follows on each number of ranks. A resumed run still names the weights that it `began_from`, because
+    it may train their adapters.
     """
     return config.with_(
         {
@@ -120,6 +123,7 @@ def complete_config(
 
 
 def write_config(folder: Path, config: RunConfig) -> None:
+    """Writes config.yml, which makes the folder a run."""
     write_text(folder / "config.yml", dump_config(config))
 
 
@@ -132,7 +136,7 @@ def _absolute_sources(sources: tuple[Source, ...]) -> tuple[Source, ...]:
 
 
 def _absolute_prefixes(values: dict[str, Any]) -> dict[str, Any]:
-    """A source's values; all of its texts are prefixes of corpora."""
+    """A source's values with absolute paths: all of its strings are prefixes of corpora."""
     changed: dict[str, Any] = {name: os.path.abspath(value) for name, value in values.items() if isinstance(value, str)}
     if values.get("rejected"):
         changed["rejected"] = _absolute_prefixes(values["rejected"])

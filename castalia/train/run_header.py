@@ -1,4 +1,4 @@
-"""What a run says before its first step, so that nobody trains something else than they meant to."""
+"""What a run prints before its first step, so that nobody trains something else than they meant to."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ KNOWS_NOTHING = 0.9  # of ln(vocabulary): above this a model has learnt next to 
 
 
 def show_report(session: Session, display: Display, folder: Path) -> None:
-    """Settings, what was loaded, what will happen, and what may surprise. Nothing where the display is silent."""
+    """Prints settings, what was loaded, what will happen, and warnings. Does nothing on ranks with a silent display."""
     if display.silent:
         return
     config, known, layout = session.config, run_facts_of(session), planned_layout(session)
@@ -69,7 +69,7 @@ def show_report(session: Session, display: Display, folder: Path) -> None:
 
 
 def show_first_loss(session: Session, loss: float, display: Display) -> None:
-    """The first loss beside that of a model which knows nothing: what was loaded is expected to know something."""
+    """Prints the first loss and that of a uniform prediction, and a warning if a loaded model is hardly better."""
     if session.step.preference:  # its loss says nothing about what the model knows
         return
     uniform = math.log(session.config.vocab_size)
@@ -95,12 +95,13 @@ def _tokenizer_warnings(session: Session) -> Iterator[str]:
 
 
 def run_facts_of(session: Session) -> RunFacts:
+    """The facts that the planner is given about a run in memory."""
     known = replace(collect_run_facts(session.config), rate=session.step.rate, device=session.device.type)
     return replace(known, capability=capability(session.device) or AMPERE)
 
 
 def planned_layout(session: Session) -> Layout:
-    """The layout of this run as plan describes it. One process takes any config: it does the work of all ranks."""
+    """The planner's layout of this run. One process does the work of all ranks, whatever the config's layout."""
     config, engine, plan = session.config, session.engine, session.plan
     if engine.world > 1:
         return layout_of(config, engine.world)[0]
@@ -109,7 +110,7 @@ def planned_layout(session: Session) -> Layout:
 
 
 def summary_lines(session: Session, folder: Path, known: RunFacts, layout: Layout) -> Iterator[tuple[str, str]]:
-    """What is about to happen, as pairs of a name and a text."""
+    """The run in lines, each a name and a text: model, device, schedule, data, memory, checkpoints."""
     config, progress = session.config, session.progress
     vocabulary = f"vocabulary {config.model.vocab_size:,} padded to {config.model.padded_vocab_size:,}"
     yield "model", f"{parameter_count(session):,} parameters, {vocabulary}"
@@ -147,7 +148,7 @@ def _one_sided(config: RunConfig) -> Iterator[str]:
 
 
 def _fast_paths(session: Session, kernel: str) -> str:
-    """What was chosen for this machine, and what each thing that it lacks costs."""
+    """What was chosen for this machine, and what each missing fast path costs."""
     first, why = session.compiling
     blocks = f"eager blocks: {why}" if first is None else f"compiled blocks from step {first + 1} on: {why}"
     mib = CHUNK_BYTES[session.device.type] >> 20
@@ -168,7 +169,7 @@ def _processes(config: RunConfig) -> str:
 
 
 def restoration_rows(session: Session) -> Iterator[tuple[str, str, str]]:
-    """What a checkpoint gave the run and what starts anew: thing, what became of it, why."""
+    """What was restored from the checkpoint and what starts anew: rows of item, outcome, reason."""
     config, source, progress = session.config, session.source, session.progress
     assert source is not None and session.loaded is not None
     yield "weights", "restored", f"{session.loaded.loaded} of {session.loaded.expected} tensors"
@@ -209,7 +210,7 @@ def restoration_rows(session: Session) -> Iterator[tuple[str, str, str]]:
 
 
 def _data_position(session: Session, source: Checkpoint) -> tuple[str, str]:
-    """Where a resumed run reads on, counted in samples: what became of the place, and why it is the right one."""
+    """Where a resumed run reads on, counted in samples: outcome and reason."""
     step, train, size = session.progress.step, session.config.train, session.plan.batch_size
     read = sum_until(train.batch_size_warmup, step, size, train.earlier_batches)
     what = "pairs" if isinstance(session.data, Pairs) else "samples"
@@ -227,6 +228,7 @@ def _data_position(session: Session, source: Checkpoint) -> tuple[str, str]:
 
 
 def parameter_count(session: Session) -> int:
+    """Parameters of the whole model, without padding."""
     return count(session.config.model).total
 
 

@@ -29,13 +29,16 @@ def learning_rate(config: RunConfig, steps: int, release: str | None = None) -> 
 def resumed_learning_rate(
     configured: LearningRate, stored: Mapping[str, Any] | None, choice: str | None
 ) -> LearningRate:
-    """The schedule of a resumed run. TrainingError if config and checkpoint differ and `choice` does not decide."""
+    """The schedule of a resumed run: the config's or the checkpoint's, as `choice` (checkpoint.schedule_from) says.
+
+    Raises TrainingError if the two differ and `choice` is None.
+    """
     if not stored or choice == "config":
         return configured
     known = {field: stored[name] for field, name in (STORED_NAMES | COOLDOWN).items() if name in stored}
-    theirs = replace(configured, **known)
-    if theirs == configured or choice == "checkpoint":
-        return theirs
+    restored = replace(configured, **known)
+    if restored == configured or choice == "checkpoint":
+        return restored
     differences = ", ".join(
         f"{field} {value} -> {getattr(configured, field)}"
         for field, value in known.items()
@@ -48,7 +51,7 @@ def resumed_learning_rate(
 
 
 def is_save_step(checkpoint: CheckpointConfig, step: int, last: int) -> bool:
-    """Whether to save once `step` steps are done; the last step of the run always is."""
+    """Whether to save once `step` steps are done. The last step of a run is always saved."""
     if step in checkpoint.steps or step == last:
         return True
     if step == 0:

@@ -1,4 +1,4 @@
-"""Where runs stand, read from their folders: nothing here disturbs a run that is training."""
+"""The state of runs, read from their folders. Nothing here disturbs a run that is training."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from castalia.observe.metrics import read_events, read_last_metrics
 from castalia.train.run_folder import is_run
 
 State = Literal["starting", "training", "complete", "stopped", "failed", "died"]
-RECENT = 20  # steps whose median tells the pace
-NOTABLE = ("spike", "slow", "rewind", "error")  # events that are counted
+RECENT = 20  # steps whose median gives the pace
+NOTABLE = ("spike", "slow", "rewind", "error")  # events that a status counts
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """Of one run. What is not known yet is None."""
+    """The state of one run. What is not known yet is None."""
 
     folder: str
     state: State
-    by: str | None  # process and host that hold the folder
+    by: str | None  # the process and host that hold the folder
     step: int
     steps: int | None
     loss: float | None
@@ -55,7 +55,7 @@ def find_runs(path: str | Path) -> list[Path]:
 
 
 def read_status(folder: Path) -> RunStatus:
-    """Of the run in a folder."""
+    """The state of the run in a folder."""
     events, last = list(read_events(folder)), read_last_metrics(folder, RECENT)
     by = in_use(folder / "checkpoints")
     steps = load_config(folder, any_batch=True).train.steps
@@ -84,7 +84,7 @@ def read_status(folder: Path) -> RunStatus:
 
 
 def _median(records: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    """Of a figure that is not in every record: a loss that was infinite is written as null, say."""
+    """The median of a value that not every record has: an infinite loss, for example, is written as null."""
     known = [record[name] for record in records if record.get(name) is not None]
     return median(known) if known else None
 

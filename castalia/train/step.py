@@ -1,4 +1,4 @@
-"""One optimizer step: micro-batches, global-token loss, loss scale, clipping, non-finite policy, update."""
+"""One optimizer step: micro-batches, loss over all tokens of the global batch, loss scale, clipping, update."""
 
 from __future__ import annotations
 
@@ -135,23 +135,25 @@ class TrainStep:
         return self._finish(applied=False)
 
     def _forward_backward(self, step: int, batch: Batch, scale: float) -> torch.Tensor:
-        """Leaves scaled gradients of the loss in the parameters; returns the loss, unscaled, on the device."""
+        """Accumulates the gradients of the loss times `scale`; returns the unscaled loss, on the device."""
         plan, ranks = self.plan.at(step, self.batch_warmup), self.engine.data_size
         seeds = [dropout_seed(self.seed, step, micro, self.engine.data_rank) for micro in range(plan.accumulation)]
         if self.preference:
             return self.preference.forward_backward(batch, scale * self.gradient_factor, seeds)
-        counts = batch.loss_mask.sum(axis=1)  # tokens with a loss, by sequence
-        everywhere = self.engine.sum_over_data(float(counts.sum()))
-        if not everywhere:
+        counts = batch.loss_mask.sum(axis=1)  # [sequences]: tokens that have a loss
+        global_tokens = self.engine.sum_over_data(float(counts.sum()))
+        if not global_tokens:
             raise TrainingError(f"step {step + 1}: every label of the batch is masked, there is nothing to learn from")
         if self.micro_batch_means:
+            # The mean over ranks and micro-batches of each one's own mean.
             denominators = counts.reshape(plan.accumulation, -1).sum(axis=1) * (plan.accumulation * ranks)
             weights = [1.0 / float(count) for count in denominators]
         else:
-            weights = [1.0 / everywhere] * plan.accumulation
+            weights = [1.0 / global_tokens] * plan.accumulation
         return self.engine.forward_backward(Rows.of(batch), weights, scale * self.gradient_factor, seeds)
 
     def _finish(self, applied: bool) -> StepResult:
+        """Frees the gradients and updates the counters and the loss scale."""
         assert self._pending is not None
         pending, self._pending = self._pending, None
         self.optimizer.zero_grad(set_to_none=True)
@@ -167,11 +169,12 @@ class TrainStep:
         return StepResult(pending.loss, pending.norm, pending.lr, applied)
 
     def _explain(self, pending: _Gradients) -> str:
+        """The error text for a step that is not finite, with the first bad tensor of all ranks."""
         step, loss = pending.step, pending.loss
         cause = first_cause(self.engine, loss, lambda: self._forward_backward(step, pending.batch, 1.0))
-        everyone = self.engine.gather(cause)
-        first = min(everyone)
-        where = f" on rank {everyone.index(first)}" if self.engine.world > 1 else ""
+        causes = self.engine.gather(cause)
+        first = min(causes)
+        where = f" on rank {causes.index(first)}" if self.engine.world > 1 else ""
         return (
             f"step {step + 1} is not finite (loss {loss:g}): the first bad tensor is {first.what}{where}. The weights "
             f"are those of step {step} and the run's events.jsonl names the data; lower optimizer.lr, or look at the "
@@ -180,6 +183,6 @@ class TrainStep:
 
 
 def dropout_seed(seed: int, step: int, micro: int, rank: int = 0) -> int:
-    """One generator seed for each micro-batch of each data rank, so that no generator state need be stored."""
+    """The generator seed of a micro-batch on a data rank: nothing of a generator's state has to be saved."""
     digest = hashlib.blake2b(f"{seed}:{step}:{micro}:{rank}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

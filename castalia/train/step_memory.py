@@ -1,4 +1,4 @@
-"""The memory of a step as it is, beside what plan says of it."""
+"""Compares the measured memory of a step with the plan's estimate."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from castalia.train.setup import Session
 
 
 def open_profile(device: torch.device) -> profile:
-    """torch's profiler of operations and memory on the CPU and the device; not begun yet."""
+    """torch's profiler of operations and memory on the CPU and the device; the caller starts it."""
     if device.type == "cuda":
         return profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], profile_memory=True)
-    # Without a GPU its library has nothing to tell, but writes two lines about a tracing system, "USDT", to stderr.
+    # Without a GPU the profiler's library only writes two lines about a tracing system, "USDT", to stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     return profile(activities=[ProfilerActivity.CPU], profile_memory=True)
 
 
 class PeakMemory:
-    """While open, notes the most bytes that tensors on a device hold beyond those that were there before."""
+    """While open, measures the peak of tensor memory on a device, beyond what was allocated before, in `bytes`."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.bytes = device, 0
@@ -55,7 +55,10 @@ class PeakMemory:
 
 
 def describe_memory(session: Session, layout: Layout, peak_bytes: int) -> str:
-    """`peak_bytes`: of the step, beyond parameters, optimizer state and a reference model."""
+    """One line that compares measured and planned memory.
+
+    `peak_bytes` is the step's, beyond parameters, optimizer state and a reference model.
+    """
     states = chain.from_iterable(state.values() for state in session.optimizer.state.values())
     reference = session.step.preference and session.step.preference.reference
     frozen = reference.parameters.values() if reference else ()

@@ -1,4 +1,4 @@
-"""What of a loaded model trains, and what a run adds to it: adapters and entries of the vocabulary."""
+"""Which tensors of a model train, and what a run adds to it: adapters and entries of the vocabulary."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from castalia.reading import fits
 
 
 def what_trains(config: RunConfig, source: Checkpoint | None, model: ModelConfig) -> FinetuneConfig:
-    """What trains, with the adapters of the checkpoint where it has some.
+    """`finetune` with the adapters of the checkpoint, where it has some.
 
     Raises ConfigError for adapters without a model to adapt and for patterns that match nothing, CheckpointError for
-    adapters that are not those of the config.
+    adapters other than the config's.
     """
-    wanted, theirs = config.finetune, adapters_of(source)
+    wanted, stored = config.finetune, adapters_of(source)
     if wanted.lora and source is None:
         raise ConfigError(
             f"{config.place('finetune.lora', 'finetune.lora.rank')}finetune.lora adapts a model that is there already, "
             "but nothing is loaded: name it with checkpoint.init_from"
         )
-    if wanted.lora and theirs and wanted.lora != theirs:
+    if wanted.lora and stored and wanted.lora != stored:
         assert source is not None
         raise CheckpointError(
-            f"{source.path} has adapters already, with {theirs}, but finetune.lora asks for {wanted.lora}. Leave it "
+            f"{source.path} has adapters already, with {stored}, but finetune.lora asks for {wanted.lora}. Leave it "
             f"out to train those on, or merge them first: castalia merge-lora {source.path} OUT --to native"
         )
-    chosen = wanted.with_({"lora": wanted.lora or theirs})
+    chosen = wanted.with_({"lora": wanted.lora or stored})
     sized = model.with_({"vocab_size": model.vocab_size or 1})  # only the names matter
     names = [*tensor_shapes(sized), *adapter_shapes(sized, chosen.lora)]
     kinds = ", ".join(dict.fromkeys(re.sub(r"^blocks\.\d+", "blocks.0", name) for name in names))
@@ -47,25 +47,22 @@ def what_trains(config: RunConfig, source: Checkpoint | None, model: ModelConfig
 
 
 def trained_names(config: CompleteConfig) -> list[str]:
-    """Of all tensors of the run. `config` is complete."""
+    """The names of all tensors that train, on whichever rank."""
     every = [*tensor_shapes(config.model), *adapter_shapes(config.model, config.finetune.lora)]
     return [name for name in every if config.finetune.trains(name)]
 
 
 def num_added_tokens(config: CompleteConfig, source: Checkpoint | None) -> int:
-    """How many entries of the vocabulary `finetune.add_tokens` adds to those of the checkpoint that a run begins from.
-
-    `config` is complete.
-    """
+    """How many entries `finetune.add_tokens` adds to the vocabulary of the checkpoint that a run begins from."""
     if source is None or not config.checkpoint.init_from or not config.finetune.add_tokens:
         return 0
     if source.format == "native" and source.config and source.config.model and source.config.model.vocab_size:
         return config.vocab_size - source.config.model.vocab_size
-    return config.vocab_size - load_tokenizer(config.tokenizer).vocab_size  # such files count padding, too
+    return config.vocab_size - load_tokenizer(config.tokenizer).vocab_size  # other formats' sizes include padding
 
 
 def start_adapters(engine: Executor, config: CompleteConfig, source: Checkpoint | None) -> None:
-    """Adapters that were not loaded begin without effect: `lora_b` is zero."""
+    """Sets adapters that were not loaded to their initial values, which have no effect: `lora_b` is zero."""
     for name, parameter in engine.parameters.items():
         if is_adapter(name) and (source is None or adapters_of(source) is None):
             part = engine.part(parameter)

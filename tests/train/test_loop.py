@@ -314,9 +314,8 @@ def test_a_job_is_known_by_what_survives_a_requeue(tiny, tmp_path, monkeypatch, 
     assert not was_started_by(this_job("a launcher", config), tmp_path)
     write_event(tmp_path, "start", step=0, **this_job("a launcher", config)._asdict())
     assert was_started_by(this_job("another launcher", config), tmp_path)
-    assert not was_started_by(
-        this_job("another launcher", tiny(tmp_path / "run", "seed=2")), tmp_path
-    )  # not what was asked
+    other = tiny(tmp_path / "run", "seed=2")  # not what the first start asked for
+    assert not was_started_by(this_job("another launcher", other), tmp_path)
     monkeypatch.setenv(variable, "4712")
     assert not was_started_by(this_job("another launcher", config), tmp_path)
     assert was_started_by(this_job("a launcher", config), tmp_path)
