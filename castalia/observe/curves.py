@@ -1,4 +1,4 @@
-"""Curves of runs out of their records: as a figure, and as text for terminals."""
+"""Loss curves of runs, drawn from their records: as a figure, and as text for terminals."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ Records = Mapping[str, Sequence[Mapping[str, Any]]]  # of runs by name, as metri
 
 
 class Curve(NamedTuple):
+    """Values by step, for plotting."""
+
     steps: list[int]
     values: list[float]
 
 
 def curve(records: Sequence[Mapping[str, Any]], name: str) -> Curve:
-    """The steps that have a finite value of this name."""
-    found = [(record["step"], record[name]) for record in records if record.get(name) is not None]
-    return Curve([step for step, _ in found], [value for _, value in found])
+    """The values of one name over the steps that have a finite one."""
+    points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
+    return Curve([step for step, _ in points], [value for _, value in points])
 
 
 def smoothed(values: list[float], window: int) -> list[float]:
-    """Mean of the values around each one: as many before as after, fewer at the ends."""
+    """A centred moving average over `window` values, which becomes narrower towards both ends."""
     import numpy as np
 
     sums = np.concatenate([[0.0], np.cumsum(values)])
@@ -37,23 +39,23 @@ def smoothed(values: list[float], window: int) -> list[float]:
 
 
 def loss_figure(records: Records) -> Figure:
-    """Loss on top, gradient norm and learning rate below it."""
+    """A figure with the losses on top, gradient norms and learning rates below."""
     figure, axes = panels(3, size=(9, 8), sharex=True, height_ratios=(4, 1.3, 1.3))
     top, middle, bottom = axes
-    for number, (name, found) in enumerate(records.items()):
+    for number, (name, steps) in enumerate(records.items()):
         color = COLORS[number % len(COLORS)]
-        loss = curve(found, "loss")
+        loss = curve(steps, "loss")
         window = max(1, len(loss.values) // 50)
         if window > 1:
             top.plot(*loss, color=color, alpha=0.25, linewidth=0.8)
         last = f" ({loss.values[-1]:.3f} after {loss.steps[-1]:,} steps)" if loss.steps else ""
         top.plot(loss.steps, smoothed(loss.values, window), color=color, linewidth=1.6, label=name + last)
-        valid = curve(found, "valid_loss")
+        valid = curve(steps, "valid_loss")
         if valid.steps:
             style: dict[str, Any] = {"marker": "o", "markersize": 4, "linestyle": "--", "linewidth": 1}
             top.plot(*valid, color=color, label=f"{name}, validation ({valid.values[-1]:.3f})", **style)
-        middle.plot(*curve(found, "grad_norm"), color=color, linewidth=0.9)
-        bottom.plot(*curve(found, "lr"), color=color, linewidth=1.4)
+        middle.plot(*curve(steps, "grad_norm"), color=color, linewidth=0.9)
+        bottom.plot(*curve(steps, "lr"), color=color, linewidth=1.4)
     top.set_ylabel("loss (nats per token)")
     middle.set_ylabel("gradient norm")
     middle.set_yscale("log")
@@ -68,17 +70,17 @@ def loss_figure(records: Records) -> Figure:
 
 
 def terminal_curves(records: Records, colored: bool) -> str:
-    """Losses of runs over their steps, as wide as the terminal."""
+    """A plot of losses over steps in characters, as wide as the terminal but at most 100 columns."""
     import plotext
 
     plotext.clear_figure()
     plotext.theme("clear")
     size = shutil.get_terminal_size((100, 30))
     plotext.plotsize(min(size.columns, 100), min(size.lines - 4, 20))
-    for name, found in records.items():
-        loss = curve(found, "loss")
+    for name, steps in records.items():
+        loss = curve(steps, "loss")
         plotext.plot(loss.steps, smoothed(loss.values, max(1, len(loss.values) // 50)), label=name, marker="braille")
-        valid = curve(found, "valid_loss")
+        valid = curve(steps, "valid_loss")
         if valid.steps:
             plotext.scatter(valid.steps, valid.values, label=f"{name}, validation", marker="x")
     plotext.title("loss")

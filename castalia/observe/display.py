@@ -1,4 +1,4 @@
-"""What a training run shows: a progress bar and lines on a terminal, plain lines elsewhere."""
+"""What a training run prints: a progress bar and styled lines on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -15,41 +15,46 @@ from rich.table import Table
 
 
 class Stdout(io.TextIOBase):
-    """Standard output. When its reader goes away (`| head`, a closed terminal) what follows goes nowhere: a run is not
-    lost because nobody looks at it any more."""
+    """Standard output that survives its reader (`| head`, a closed terminal): later output is dropped, and the run
+    goes on."""
 
     def write(self, text: str) -> int:
+        """As a text stream's."""
         self._try(lambda: self._stdout.write(text))
         return len(text)
 
     def flush(self) -> None:
+        """As a text stream's."""
         self._try(self._stdout.flush)
 
     def isatty(self) -> bool:
+        """Whether standard output is a terminal."""
         return self._stdout.isatty()
 
     def fileno(self) -> int:
+        """The file descriptor of standard output."""
         return self._stdout.fileno()
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
+        """The encoding of standard output."""
         return self._stdout.encoding
 
     @property
     def _stdout(self) -> Any:
-        return getattr(sys.stdout, "rich_proxied_file", sys.stdout)  # what lies behind an open bar
+        return getattr(sys.stdout, "rich_proxied_file", sys.stdout)  # behind rich's open progress bar
 
     def _try(self, act: Callable[[], object]) -> None:
         try:
             act()
         except OSError:
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.fileno())  # for whoever prints, and for what is buffered still
+            os.dup2(nowhere, self.fileno())  # for later output, and for what is still buffered
             os.close(nowhere)
 
 
 class Display:
-    """Prints to standard output. A context manager: the bar is there while it is open."""
+    """Prints to standard output. A context manager: leaving it ends the progress bar."""
 
     def __init__(self, silent: bool = False) -> None:
         self.console = Console(
@@ -60,7 +65,7 @@ class Display:
         self.bar: Progress | None = None
 
     def start(self, done: int, last: int, tokens: int) -> None:
-        """`done` of `last` steps and `tokens` lie behind."""
+        """Begins the progress bar of a run that has done `done` of `last` steps and `tokens` tokens."""
         self.last = last
         self.first, self.began = done, time.perf_counter()
         self.marked_tokens, self.marked_seconds, self.seconds = tokens, 0.0, 0.0
@@ -71,10 +76,11 @@ class Display:
             self.bar.start()
 
     def line(self, text: str, style: str | None = None) -> None:
+        """Prints a line, styled on a terminal."""
         self.console.print(text, style=style if self.fancy else None)
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[tuple[str, str, str]]) -> None:
-        """With borders on a terminal, a line for each row elsewhere."""
+        """Prints rows of three columns: as a table on a terminal, as a line for each row elsewhere."""
         if self.fancy:
             table = Table(*header, title=title, title_justify="left")
             for row in rows:
@@ -86,15 +92,15 @@ class Display:
             self.line(f"  {name}: {value}  ({why})")
 
     def advance(self, record: Mapping[str, Any]) -> None:
-        """Takes note of one step."""
+        """Counts a step, given its record."""
         self.seconds += record["seconds"]
         if self.bar:
             self.bar.update(self.task, completed=record["step"])
 
     def step(self, record: Mapping[str, Any], peak: float | None) -> None:
-        """One line: the last step's values, and the speed since the line before.
+        """Prints the last step's values and the speed since the line before.
 
-        `peak`: tokens per second at the peak matmul rate of all devices.
+        `peak` is in tokens per second at the peak matmul rate of all devices.
         """
         done = record["step"]
         speed = (record["tokens"] - self.marked_tokens) / (self.seconds - self.marked_seconds)
@@ -108,7 +114,7 @@ class Display:
             f"grad norm {norm}",
             f"{speed:,.0f} tokens/s",
         ]
-        if peak is not None and speed <= peak:  # else the peak is wrong, as one of a CPU that was busy meanwhile
+        if peak is not None and speed <= peak:  # a busy CPU's measured peak may be too low
             parts.append(f"MFU {speed / peak:.1%}")
         parts += [f"{name} {record[name]:.3f}" for name in ("margin", "accuracy") if name in record]
         if "valid_loss" in record:
@@ -124,7 +130,7 @@ class Display:
 
 
 def duration(seconds: float) -> str:
-    """3:07, or 2:03:07."""
+    """Seconds as "3:07" or "2:03:07"."""
     minutes, rest = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

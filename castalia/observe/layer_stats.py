@@ -1,6 +1,6 @@
-"""Statistics of every layer of a model, the same in every layout: each rank sums up its part, all put it together.
+"""Statistics of every layer of a model, equal in every layout: ranks add up their parts.
 
-Every function is called on all ranks, and waits for the device once.
+Every function is called on all ranks together and waits for the device once.
 """
 
 from __future__ import annotations
@@ -19,20 +19,23 @@ from castalia.config.tensor_table import block_of
 from castalia.parallel.executor import Executor
 
 Statistics = dict[str, dict[str, float]]
-UNITS = re.compile(r"blocks\.\d+\.mlp\.up\.weight")
+MLP_UNITS = re.compile(r"blocks\.\d+\.mlp\.up\.weight")
 
 
 @torch.no_grad()
 def tensor_statistics(engine: Executor, loss_scale: float = 1.0) -> dict[str, Any]:
-    """`weights`: the norm of each parameter; `gradients`: norm and share of zeros of each that is there."""
+    """Under `weights` the norm of each parameter, under `gradients` the norm and share of zeros of each gradient.
+
+    Gradients are divided by `loss_scale`.
+    """
     mine = _own(engine)
     rows = [torch.stack([_squares(engine.part(p).local), *_of_gradient(engine, p)]) for p in mine.values()]
-    found = _over_ranks(engine, mine, rows)
+    totals = _over_ranks(engine, mine, rows)
     return {
-        "weights": {name: weight**0.5 for name, (weight, *_) in found.items()},
+        "weights": {name: weight**0.5 for name, (weight, *_) in totals.items()},
         "gradients": {
             name: {"norm": squares**0.5 / loss_scale, "zeros": zeros / count}
-            for name, (_, squares, zeros, count) in found.items()
+            for name, (_, squares, zeros, count) in totals.items()
             if count
         },
     }
@@ -40,20 +43,23 @@ def tensor_statistics(engine: Executor, loss_scale: float = 1.0) -> dict[str, An
 
 @torch.no_grad()
 def dead_units(engine: Executor) -> dict[str, int]:
-    """How many units of each MLP got no gradient at all from a whole batch; layers without such units are left out."""
-    matrices = {name: p.grad for name, p in _own(engine).items() if UNITS.fullmatch(name) and p.grad is not None}
+    """The number of units in each MLP whose weights got no gradient from a whole batch; layers without any are left
+    out."""
+    matrices = {name: p.grad for name, p in _own(engine).items() if MLP_UNITS.fullmatch(name) and p.grad is not None}
     counts = [(engine.part(grad).local == 0).all(dim=1).sum()[None] for grad in matrices.values()]
-    found = _over_ranks(engine, matrices, counts)
-    return {name: int(count) for name, (count,) in found.items() if count}
+    totals = _over_ranks(engine, matrices, counts)
+    return {name: int(count) for name, (count,) in totals.items() if count}
 
 
 @contextmanager
 def activation_statistics(engine: Executor) -> Iterator[Callable[[], Statistics]]:
-    """While open, what each block hands on is noted; the function tells: rms, largest magnitude and share of zeros."""
+    """A context manager that observes the output of each block. The function that it yields returns the root mean
+    square, the largest magnitude and the share of zeros by block.
+    """
     sums: dict[str, list[Tensor]] = defaultdict(list)
     largest: dict[str, list[Tensor]] = defaultdict(list)
 
-    def look(name: str) -> Callable[..., None]:
+    def observe(name: str) -> Callable[..., None]:
         @torch.no_grad()
         def hook(module: nn.Module, args: object, output: Tensor) -> None:
             count = torch.tensor(output.numel(), dtype=torch.float64, device=output.device)
@@ -62,25 +68,25 @@ def activation_statistics(engine: Executor) -> Iterator[Callable[[], Statistics]
 
         return hook
 
-    def told() -> Statistics:
-        totals = _over_ranks(engine, sums, [torch.stack(found).sum(dim=0) for found in sums.values()])
-        most = _over_ranks(engine, largest, [torch.stack(found).amax(dim=0) for found in largest.values()], max)
+    def statistics() -> Statistics:
+        totals = _over_ranks(engine, sums, [torch.stack(rows).sum(dim=0) for rows in sums.values()])
+        most = _over_ranks(engine, largest, [torch.stack(rows).amax(dim=0) for rows in largest.values()], max)
         return {
             name: {"rms": (squares / count) ** 0.5, "max": most[name][0], "zeros": zeros / count}
             for name, (squares, zeros, count) in totals.items()
         }
 
     blocks = {f"blocks.{i}": block for model in engine.models for i, block in model.blocks.items()}
-    handles = [block.register_forward_hook(look(name)) for name, block in blocks.items()]
+    handles = [block.register_forward_hook(observe(name)) for name, block in blocks.items()]
     try:
-        yield told
+        yield statistics
     finally:
         for handle in handles:
             handle.remove()
 
 
 def _own(engine: Executor) -> dict[str, nn.Parameter]:
-    """The parameters of which no other rank counts the same elements."""
+    """This rank's parameters, without those whose elements another rank counts."""
     return {n: p for n, p in engine.parameters.items() if engine.saves(n) and engine.part(p).writes}
 
 
@@ -89,7 +95,7 @@ def _squares(tensor: Tensor) -> Tensor:
 
 
 def _of_gradient(engine: Executor, parameter: nn.Parameter) -> list[Tensor]:
-    """Sum of squares, number of zeros, number of elements."""
+    """Of a gradient, the sum of squares, the number of zeros and the number of elements; all 0 if there is none."""
     if parameter.grad is None:
         return [torch.zeros((), dtype=torch.float64, device=engine.part(parameter).local.device)] * 3
     grad = engine.part(parameter.grad).local
@@ -100,7 +106,7 @@ def _of_gradient(engine: Executor, parameter: nn.Parameter) -> list[Tensor]:
 def _over_ranks(
     engine: Executor, names: Iterable[str], rows: list[Tensor], join: Callable[[float, float], float] = operator.add
 ) -> dict[str, list[float]]:
-    """The rows of numbers by name, joined number by number over all ranks, in the order in which a model computes."""
+    """Rows of numbers by name, joined element by element over all ranks, in the order of the forward pass."""
     mine = dict(zip(names, torch.stack(rows).tolist() if rows else (), strict=True))
     total: dict[str, list[float]] = {}
     for rank in engine.gather(mine):

@@ -1,4 +1,4 @@
-"""The record of a run: metrics.jsonl with one object a step, events.jsonl, and further sinks where asked for."""
+"""The records of a run: metrics.jsonl with one object per step, events.jsonl, and optional sinks."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ NUMBERS = ("loss", "valid_loss", "grad_norm", "lr", "seconds", "tokens_per_secon
 Step = Annotated[int, Field(ge=0, le=LARGEST)]
 METRIC = keys({"step": Step, "tokens": int | None, **dict.fromkeys(NUMBERS, float | None)}, required=["step"])
 EVENT = keys({"event": str, "step": Step, "back_to": Step, "action": str}, required=["event"])
-NOTED = b" "  # ends what is noted of a record; nowhere else is there a space between a value and what follows it
+NOTED = b" "  # ends an unfinished record; finished ones have no space after a value
 
 
 class Metrics:
-    """Appends one line to metrics.jsonl for each step, written out at once. Nothing in it is ever taken back.
+    """Appends one line to metrics.jsonl for each step and flushes it. Nothing that was written is ever changed.
 
-    A step that is evaluated is noted before it is, as a line without its end, which then gets what the evaluation
-    found. `noted`: that of an earlier start, as `truncate_metrics` gives it.
+    A step that is due for evaluation is first noted as a line without its end; the results of the evaluation complete
+    it. `noted` is such a record of an earlier start, as `truncate_metrics` returns it.
     """
 
     def __init__(self, folder: Path, config: RunConfig, noted: Mapping[str, Any] | None = None):
@@ -37,12 +37,13 @@ class Metrics:
         self.sinks = open_sinks(config, folder, past[:-1] if noted else past)
 
     def note(self, record: Mapping[str, Any]) -> None:
-        """Of a step whose record is not complete."""
+        """Writes an unfinished record, which `write` completes."""
         self.noted = record
         self.file.write(as_noted(record))
         self.file.flush()
 
     def write(self, record: Mapping[str, Any]) -> None:
+        """Writes a step's record, or completes the one that was noted, and passes it to all sinks."""
         begun = as_noted(self.noted).removesuffix(NOTED.decode()) if self.noted else ""
         self.noted = None
         self.file.write(as_line(record).removeprefix(begun))
@@ -50,33 +51,35 @@ class Metrics:
             sink.write(record)
 
     def sync(self) -> None:
-        """Wait until all records are on disk, as they must be before the checkpoint that they lead to."""
+        """Waits until all records are on disk, as they must be before the checkpoint of the same step."""
         for path in self.folder.glob("*.jsonl"):
             sync(path)
 
     def close(self) -> None:
+        """Closes the file and all sinks."""
         self.file.close()
         for sink in self.sinks:
             sink.close()
 
 
 def write_event(folder: Path, event: str, **facts: Any) -> None:
-    """Appends what happened, with the time, to events.jsonl."""
+    """Appends an event, with the time and its facts, to events.jsonl."""
     with open(folder / "events.jsonl", "a") as file:
         file.write(as_line({"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts}))
 
 
 def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
-    """The records in order. A last line that a killed process left unfinished is left out."""
+    """The records of metrics.jsonl in order, without a last line that a killed process left unfinished."""
     return _read(folder / "metrics.jsonl", METRIC)
 
 
 def read_last_metrics(folder: Path, count: int) -> list[dict[str, Any]]:
-    """The last records, without reading those before them."""
+    """The last `count` records, without reading those before them."""
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []
     with open(path, "rb") as file:
+        # Read ever larger pieces of the end until they hold enough lines.
         size, taken = file.seek(0, os.SEEK_END), 0
         lines: list[bytes] = []
         while len(lines) <= count and taken < size:
@@ -88,19 +91,19 @@ def read_last_metrics(folder: Path, count: int) -> list[dict[str, Any]]:
 
 
 def read_events(folder: Path) -> Iterator[dict[str, Any]]:
-    """What happened, in order."""
+    """The events of a run in order."""
     return _read(folder / "events.jsonl", EVENT)
 
 
 def _read(path: Path, shape: Any) -> Iterator[dict[str, Any]]:
-    """A bad line is named and left out: a run does not end for its record."""
+    """Reads records; a damaged line is reported and left out, because no run should end for its records."""
     if path.exists():
         with open(path, "rb") as file:
             yield from read_records(map(_finished, file), str(path), shape)
 
 
 def _finished(line: bytes) -> bytes:
-    """Gives its end to a line that `note` has written, even if a part of it is there. Others are as they are."""
+    """Completes a line that `note` wrote, also if a part of its end is there. Other lines are returned as they are."""
     if line.endswith(b"\n"):
         return line
     begun, mark, _ = line.partition(NOTED + b",") if NOTED + b"," in line else line.rpartition(NOTED)
@@ -112,9 +115,10 @@ def _finished(line: bytes) -> bytes:
 
 
 def truncate_metrics(folder: Path, step: int, evaluates: bool) -> dict[str, Any] | None:
-    """Drops the records after `step`, which the resumed run writes again, and whatever is unfinished.
+    """Drops the records after `step`, which the resumed run writes again, and unfinished ones.
 
-    `evaluates`: `step` is a step that is evaluated. If it has not been, its record is returned, as one that is noted.
+    `evaluates` says whether `step` is due for evaluation. If its results are missing, its record is returned, and stays
+    in the file as a noted one.
     """
     records = [record for record in read_metrics(folder) if record["step"] <= step]
     is_noted = evaluates and records[-1:] != [] and records[-1]["step"] == step and "valid_loss" not in records[-1]
@@ -124,7 +128,7 @@ def truncate_metrics(folder: Path, step: int, evaluates: bool) -> dict[str, Any]
 
 
 def truncate_records(path: Path, step: int | None = None) -> None:
-    """Drops the records after `step` and an unfinished last line, to which the next one would be added."""
+    """Drops the records after `step` (None: keeps all) and an unfinished last line."""
     if path.exists():
         records = _read(path, EVENT if step is None else METRIC)
         kept = (record for record in records if step is None or record["step"] <= step)
@@ -132,9 +136,10 @@ def truncate_records(path: Path, step: int | None = None) -> None:
 
 
 def as_line(record: Mapping[str, Any]) -> str:
-    return to_json(record) + "\n"  # a skipped step's gradient norm is null
+    """A record as a line of JSON."""
+    return to_json(record) + "\n"  # infinite values, as an overflow's gradient norm, become null
 
 
 def as_noted(record: Mapping[str, Any]) -> str:
-    """The line without its end."""
+    """A record as the line that `note` writes, which lacks its end."""
     return as_line(record).removesuffix("}\n") + NOTED.decode()

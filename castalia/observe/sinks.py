@@ -1,4 +1,4 @@
-"""Where the record of each step goes besides metrics.jsonl: TensorBoard, W&B, a table."""
+"""Sinks of step records besides metrics.jsonl: TensorBoard, W&B, a CSV table."""
 
 from __future__ import annotations
 
@@ -22,13 +22,17 @@ COLUMNS = (
 
 
 class Sink(Protocol):
-    def write(self, record: Record) -> None: ...
+    """Takes the record of each step."""
 
-    def close(self) -> None: ...
+    def write(self, record: Record) -> None:
+        """Takes one record, whose values may be null or infinite."""
+
+    def close(self) -> None:
+        """Writes out what is buffered."""
 
 
 def open_sinks(config: RunConfig, folder: Path, past: Iterable[Record]) -> list[Sink]:
-    """Those that the config asks for. `past`: what an earlier start of this run has recorded."""
+    """The sinks that the config asks for. `past` are the records of earlier starts of this run."""
     log, sinks = config.log, list[Sink]()
     if log.csv:
         sinks.append(CsvSink(folder / "metrics.csv", past))
@@ -40,7 +44,7 @@ def open_sinks(config: RunConfig, folder: Path, past: Iterable[Record]) -> list[
 
 
 class CsvSink:
-    """metrics.csv, a line a step."""
+    """metrics.csv, one line per step."""
 
     def __init__(self, path: Path, past: Iterable[Record]) -> None:
         table = io.StringIO(newline="")
@@ -59,6 +63,8 @@ class CsvSink:
 
 
 class TensorBoard:
+    """Writes scalars for TensorBoard. Raises ConfigError where its package is missing."""
+
     def __init__(self, folder: str) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -77,7 +83,10 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A resumed run goes on under its old id, which lies in the run's folder."""
+    """Logs to Weights & Biases. A resumed run continues under its id, which is kept in the run's folder.
+
+    Raises ConfigError where its package is missing.
+    """
 
     def __init__(self, cfg: WandbConfig, folder: Path, config: RunConfig) -> None:
         try:
@@ -108,7 +117,7 @@ class WeightsAndBiases:
 
 
 def values(record: Record) -> dict[str, float]:
-    """What can be drawn: a skipped step has no gradient norm."""
+    """The finite values of a record, which can be plotted."""
     return {
         name: value for name, value in record.items() if name != "step" and value is not None and math.isfinite(value)
     }

@@ -30,8 +30,8 @@ from castalia.observe.metrics import read_events
 from castalia.observe.update_history import history_before
 from castalia.parallel.executor import Executor
 
-SPREAD = 1.4826 / math.sqrt(2)  # standard deviation of normal noise over the median change from value to value
-LEAST_SPREAD = {"loss": 0.01, "grad_norm": 0.1}  # of logarithms: no smaller change is called unusual
+SPREAD = 1.4826 / math.sqrt(2)  # of normal noise: standard deviation / median change from value to value
+LEAST_SPREAD = {"loss": 0.01, "grad_norm": 0.1}  # of logarithms, so that calm runs do not report every change
 EXCERPT_TOKENS = 32
 SLOWER = 1.5  # times the usual seconds of a step
 SLOW_STEPS = 5
@@ -46,16 +46,16 @@ ACTIONS = {
 
 
 class Finding(NamedTuple):
-    """What is unusual about a step, and the usual values."""
+    """Which values of a step are unusual, and what is usual."""
 
     what: tuple[str, ...]  # of "loss", "grad_norm"
     usual: dict[str, float]
 
 
 class Spikes:
-    """Compares loss and gradient norm, which all ranks have in common, with the medians of the steps before.
+    """Compares loss and gradient norm with the medians of the steps before. All ranks have the same values.
 
-    What it remembers is part of a checkpoint, so that a resumed run finds what one that never stopped would have found.
+    The values that it remembers are part of a checkpoint, so that a resumed run decides like one that never stopped.
     """
 
     def __init__(self, cfg: WatchConfig, stored: Mapping[str, Sequence[float]] | None = None) -> None:
@@ -63,9 +63,10 @@ class Spikes:
         self.seen = {name: deque((stored or {}).get(name, ()), maxlen=cfg.window) for name in LEAST_SPREAD}
 
     def look(self, loss: float, norm: float) -> Finding | None:
-        found = {"loss": loss, "grad_norm": norm}
-        usual = {name: median(values) for name, values in self.seen.items() if values}
-        what = tuple(name for name, value in found.items() if self._is_spike(name, value))
+        """What is unusual about these values; None if nothing is. Values that are not finite always are."""
+        values = {"loss": loss, "grad_norm": norm}
+        usual = {name: median(seen) for name, seen in self.seen.items() if seen}
+        what = tuple(name for name, value in values.items() if self._is_spike(name, value))
         return Finding(what, usual) if what else None
 
     def _is_spike(self, name: str, value: float) -> bool:
@@ -74,16 +75,18 @@ class Spikes:
         if 2 * len(self.seen[name]) < self.cfg.window:
             return False
         logs = [_log(seen) for seen in self.seen[name]]
-        changes = [abs(after - before) for before, after in itertools.pairwise(logs)]  # a falling loss is no noise
+        # Changes from step to step, because the trend of a falling loss would inflate a variance.
+        changes = [abs(after - before) for before, after in itertools.pairwise(logs)]
         spread = max(SPREAD * median(changes), LEAST_SPREAD[name])
         return _log(value) > median(logs) + self.cfg.threshold * spread
 
     def remember(self, loss: float, norm: float) -> None:
-        """A step that was applied; others say nothing about what is usual."""
+        """Counts a step whose update was applied; skipped ones say nothing about what is usual."""
         self.seen["loss"].append(loss)
         self.seen["grad_norm"].append(norm)
 
     def stored(self) -> dict[str, list[float]]:
+        """What a checkpoint keeps."""
         return {name: list(values) for name, values in self.seen.items()}
 
 
@@ -99,8 +102,7 @@ class Pace:
         self.slow = False
 
     def look(self, seconds: float) -> tuple[float, float] | None:
-        """Seconds of one of the last few steps and of a usual one, where those have become slow; said once until they
-        are fast again."""
+        """Given a step's seconds: those of recent steps and of usual ones, once when steps have become slow."""
         self.seconds.append(seconds)
         if 2 * len(self.seconds) < self.seconds.maxlen:  # type: ignore[operator]
             return None
@@ -188,14 +190,15 @@ class Watch:
         self.event(event, step=step, loss=loss, grad_norm=norm, **facts, **data, **layers)
 
     def _look_for_dead_units(self, step: int) -> None:
-        found = dead_units(self.engine)
-        if any(count > self.dead.get(name, 0) for name, count in found.items()):
-            self.event("dead units", step=step, units=found)
-            self.say(f"step {step}: {sum(found.values())} MLP units in {len(found)} layers get no gradient")
-        self.dead = found
+        dead = dead_units(self.engine)
+        if any(count > self.dead.get(name, 0) for name, count in dead.items()):
+            self.event("dead units", step=step, units=dead)
+            self.say(f"step {step}: {sum(dead.values())} MLP units in {len(dead)} layers get no gradient")
+        self.dead = dead
 
 
 def describe(finding: Finding, loss: float, norm: float) -> str:
+    """The unusual values of a step in words, with the usual ones."""
     values = {"loss": loss, "grad_norm": norm}
     usual = (f" (usually {finding.usual[name]:.4g})" if name in finding.usual else "" for name in finding.what)
     return " and ".join(
@@ -205,35 +208,36 @@ def describe(finding: Finding, loss: float, norm: float) -> str:
 
 
 def data_of_step(data: Samples | Pairs, tokenizer: Tokenizer | None, step: int) -> dict[str, Any]:
-    """What a step (from 0) trains on: positions in the data order, pieces of documents, and how each begins."""
+    """What a step (from 0) trains on: positions in the data order, pieces of documents, and the beginnings of their
+    texts, of EXCERPT_TOKENS tokens each."""
     positions = data.positions(step).tolist()
     pieces = [piece for position in positions for piece in data.pieces(position)]
-    found: dict[str, Any] = {"samples": positions, "pieces": [[*piece] for piece in pieces]}
+    facts: dict[str, Any] = {"samples": positions, "pieces": [[*piece] for piece in pieces]}
     if tokenizer is not None:
         corpora = {prefix: open_dataset(prefix) for prefix in {piece.prefix for piece in pieces}}
         begins = [corpora[prefix][document][start:stop][:EXCERPT_TOKENS] for prefix, document, start, stop in pieces]
-        found["texts"] = [tokenizer.decode(tokens.tolist()) for tokens in begins]
-    return found
+        facts["texts"] = [tokenizer.decode(tokens.tolist()) for tokens in begins]
+    return facts
 
 
 class Cause(NamedTuple):
-    """What went wrong on a rank; the smallest of all ranks' came first."""
+    """What went wrong on a rank. Causes compare by their order: the smallest of all ranks' came first."""
 
     order: tuple[int, int, int]
     what: str
 
 
 def first_cause(engine: Executor, loss: float, again: Callable[[], object]) -> Cause:
-    """Names the first tensor that is not finite, in the order of cause and effect: parameters, loss, gradients.
+    """The first tensor that is not finite, in the order of cause and effect: parameters, loss, gradients.
 
-    `again` computes the step once more, so that one can see which activation was the first.
+    `again` computes the step once more, so that its activations can be observed.
     """
 
     def is_finite(tensor: Tensor) -> bool:
         return bool(engine.local(tensor).isfinite().all())
 
     parameters = [named for model in engine.models for named in model.named_parameters()]
-    gradients = {name: parameter.grad for name, parameter in reversed(parameters)}  # as backward goes
+    gradients = {name: parameter.grad for name, parameter in reversed(parameters)}  # in the order of the backward pass
     bad = next((name for name, grad in gradients.items() if grad is not None and not is_finite(grad)), None)
     with first_bad_activation(engine.models, is_finite) as found:
         again()
@@ -254,9 +258,9 @@ def first_cause(engine: Executor, loss: float, again: Callable[[], object]) -> C
 def first_bad_activation(
     models: Sequence[nn.Module], is_finite: Callable[[Tensor], bool]
 ) -> Iterator[list[tuple[int, int, str]]]:
-    """Watches forward passes; afterwards the list names the first module whose output is not finite, or is empty.
+    """Watches forward passes; afterwards the list holds the first module whose output is not finite, or nothing.
 
-    Block (-1 before the first), modules that were done before, name: the smallest of all ranks' is where it began.
+    The module is given by its block (-1 before the first), the number of modules computed before it, and its name.
     """
     found: list[tuple[int, int, str]] = []
     calls = itertools.count()

@@ -1,4 +1,4 @@
-"""The learning-rate range test: train with a rate that rises at every step, and see where the loss falls fastest."""
+"""The learning-rate range test (1506.01186): the rate rises at every step; where does the loss fall fastest?"""
 
 from __future__ import annotations
 
@@ -13,24 +13,26 @@ from castalia.config.schema import RunConfig
 from castalia.errors import TrainingError
 from castalia.train.setup import start
 
-SMOOTHED = 0.05  # share of the steps over which losses are averaged, to either side
-DIVERGED = 0.5  # share of what the loss has fallen by that it has risen again
+SMOOTHED = 0.05  # losses are averaged over this share of the steps to either side
+DIVERGED = 0.5  # diverged: the loss has risen again by this share of what it fell,
 LEAST_RISE = 0.1  # and at least this share of the first loss
 LEAST_FALL = 0.02  # of the first loss: less is no progress
 
 
 class RangeTest(NamedTuple):
+    """The result of a range test."""
+
     rates: list[float]
     losses: list[float]  # of each step, before its update; the last one may be infinite
     suggestion: float
     lowest: float  # the rate at which the loss was lowest
     diverged: bool
-    notes: tuple[str, ...] = ()  # on the checkpoint that the trial began from
+    notes: tuple[str, ...] = ()  # on the checkpoint that the test began from
 
 
 @dataclass(frozen=True)
 class RisingRate(LearningRate):
-    """From `minimum` at the first update to `peak` at the last, by the same factor each time."""
+    """Rises from `minimum` at the first update to `peak` at the last, by the same factor each time."""
 
     def __call__(self, updates: int) -> float:
         return self.minimum * (self.peak / self.minimum) ** (updates / (self.end - 1))
@@ -59,7 +61,7 @@ def find_rate(config: RunConfig, lowest: float = 1e-6, highest: float = 1.0, ste
 
 
 def _of_length(config: RunConfig, steps: int) -> RunConfig:
-    """The config of a run of so many steps that resumes nothing."""
+    """The config with `steps` steps, which resumes nothing."""
     return config.with_(
         {"train.steps": steps, "train.epochs": None, "checkpoint.resume": None, "checkpoint.step": None}
     )
@@ -73,14 +75,17 @@ def _diverges(losses: list[float], steps: int) -> bool:
 
 
 def _smoothed(losses: list[float], steps: int) -> np.ndarray:
-    """Means over as many losses before as after each, at the ends fewer."""
+    """A centred moving average, which becomes narrower towards both ends."""
     sums, at = np.concatenate([[0.0], np.cumsum(losses)]), np.arange(len(losses))
     reach = np.minimum(np.minimum(at, len(losses) - 1 - at), max(1, round(SMOOTHED * steps)))
     return (sums[at + reach + 1] - sums[at - reach]) / (2 * reach + 1)
 
 
 def suggest(rates: list[float], losses: list[float]) -> tuple[float, float]:
-    """The rate at which the smoothed loss falls fastest, and the one at which it is lowest; rates rise by a factor."""
+    """The rate at which the smoothed loss falls fastest, and the one at which it is lowest.
+
+    Rates rise by a constant factor. Raises TrainingError if the loss falls at no rate.
+    """
     if not math.isfinite(losses[0]):
         raise TrainingError(
             f"the loss is {losses[0]} before anything was learned: where the run begins from a checkpoint, "

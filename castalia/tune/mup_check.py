@@ -1,4 +1,7 @@
-"""muP's coordinate check: how far activations move in a few steps, at several widths. Under muP they move alike."""
+"""muP's coordinate check (2203.03466): how far activations move in a few steps at several widths.
+
+Under muP they move equally far at every width.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ MAX_SLOPE = 0.25  # steeper is growth: a wrong parametrization gives 0.5 or 1
 
 
 def at_width(cfg: ModelConfig, width: int, mup: bool) -> ModelConfig:
-    """The same model with another width: heads keep their size, the MLP its share. Raises ConfigError if none fits."""
+    """The model at another width: heads keep their size, the MLP its ratio. Raises ConfigError if `width` is no fit."""
     ratio = width / cfg.hidden_size
     heads, kv_heads, inner = (size * ratio for size in (cfg.num_heads, cfg.kv_heads, cfg.mlp_width))
     if not (heads.is_integer() and kv_heads.is_integer() and inner.is_integer()):
@@ -50,12 +53,12 @@ def movement(cfg: ModelConfig, optimizer: OptimizerConfig, tokens: Tensor, steps
 
 @torch.no_grad()
 def activations(model: Transformer, tokens: Tensor) -> dict[str, Tensor]:
-    """The embedded tokens, what each block hands on, and the logits."""
-    found: dict[str, Tensor] = {}
+    """The embedded tokens, the output of each block, and the logits, by name."""
+    outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, args: object, output: Tensor) -> None:
-            found[name] = output.clone()
+            outputs[name] = output.clone()
 
         return hook
 
@@ -67,13 +70,13 @@ def activations(model: Transformer, tokens: Tensor) -> dict[str, Tensor]:
     finally:
         for handle in handles:
             handle.remove()
-    return {**found, "logits": logits[..., : model.cfg.vocab_size]}
+    return {**outputs, "logits": logits[..., : model.cfg.vocab_size]}
 
 
 def coordinate_check(
     cfg: ModelConfig, optimizer: OptimizerConfig, widths: Sequence[int], *, mup: bool, steps: int = 3, seed: int = 1234
 ) -> dict[str, list[float]]:
-    """The movement of each activation, at each width."""
+    """The movement of each activation at each width: mean distance from its initial value after `steps` steps."""
     generator = torch.Generator().manual_seed(seed)
     length = min(32, cfg.max_positions or 32)
     tokens = torch.randint(cfg.vocab_size or 256, (4, length + 1), generator=generator)
@@ -81,10 +84,10 @@ def coordinate_check(
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
-def slopes(widths: Sequence[int], found: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Exponents: an activation that moves like width^0.5 has 0.5. Least squares on logarithms."""
+def slopes(widths: Sequence[int], movements: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Exponents of movement over width, by least squares on logarithms: movement like width^0.5 gives 0.5."""
     x = torch.tensor(widths, dtype=torch.float64).log()
     x -= x.mean()
     return {
-        name: float(x @ torch.tensor(values, dtype=torch.float64).log() / (x @ x)) for name, values in found.items()
+        name: float(x @ torch.tensor(values, dtype=torch.float64).log() / (x @ x)) for name, values in movements.items()
     }

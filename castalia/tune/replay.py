@@ -1,4 +1,4 @@
-"""One step of a run once more, from what was saved before it, with all that can be seen of it."""
+"""Repeats one step of a run from the checkpoint before it, with statistics of all layers and sequences."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from castalia.train.setup import Session, start
 
 
 def replay(run: Path, step: int) -> dict[str, Any]:
-    """The step (from 1), from the nearest checkpoint before it, whose later steps are computed again.
+    """Repeats a step (from 1), beginning with the nearest checkpoint before it. The run's folder is only read.
 
-    Called on all ranks, as many as the run had for the same bits. The run's folder is only read. Raises TrainingError
-    if there is no such step, or nothing to begin from.
+    Called on all ranks; the result has the same bits only on as many ranks as the run had. Raises TrainingError if
+    there is no such step, or no state to begin from.
     """
-    way = history_before(read_events(run), step)
-    config, begin = _beginning(run, way, step)
+    history = history_before(read_events(run), step)
+    config, begin = _beginning(run, history, step)
     session = start(config)
     if not 0 < step <= session.last:
         raise TrainingError(f"--step {step}: the run's steps are 1 to {session.last}")
     for number in range(begin + 1, step):
-        if number in way.rewound:
+        if number in history.rewound:
             session.step.skipped += 1
-        elif number in way.skipped:
+        elif number in history.skipped:
             session.step.gradients(number - 1, session.batch(number - 1))
             session.step.skip()
         else:
@@ -59,9 +59,9 @@ def replay(run: Path, step: int) -> dict[str, Any]:
 
 
 def _compared(name: str, value: float, record: Mapping[str, Any]) -> dict[str, float | None]:
-    """A value beside the recorded one, and how far it is from it, relative to it: 0.0 is bit for bit.
+    """A value, the recorded one and their relative distance: 0.0 means equal bits.
 
-    The distance is None where nothing is recorded, or something that is not finite, which records leave out.
+    The distance is None where nothing was recorded, or a value that is not finite, which records leave out.
     """
     recorded = record.get(name)
     distance = None
@@ -70,25 +70,25 @@ def _compared(name: str, value: float, record: Mapping[str, Any]) -> dict[str, f
     return {name: value, f"recorded_{name}": recorded, f"{name}_distance": distance}
 
 
-def _beginning(run: Path, way: UpdateHistory, step: int) -> tuple[RunConfig, int]:
-    """The config that starts from the last state before a step which is still there, and how many steps that had."""
+def _beginning(run: Path, history: UpdateHistory, step: int) -> tuple[RunConfig, int]:
+    """The config that starts from the last state before a step that still exists, and that state's step."""
     on_disk = saved_steps(run / "checkpoints")
-    known = [saved for saved in way.saved if saved in on_disk and saved < step]
+    known = [saved for saved in history.saved if saved in on_disk and saved < step]
     if known:
         begin = known[-1]
-        return load_run(run, [f"checkpoint.step={begin}", *_batch_size_then(run, begin, step)]), begin
-    if way.begin > 0:
+        return load_run(run, [f"checkpoint.step={begin}", *_batch_size_override(run, begin, step)]), begin
+    if history.begin > 0:
         raise TrainingError(
-            f"{run} has no checkpoint before step {step}, and began with step {way.begin + 1}; "
+            f"{run} has no checkpoint before step {step}, and began with step {history.begin + 1}; "
             f"it has checkpoints of steps {', '.join(map(str, on_disk)) or '(none)'}"
         )
-    config = load_run(run, _batch_size_then(run, 0, step))
+    config = load_run(run, _batch_size_override(run, 0, step))
     began_from = load_config(run).checkpoint.init_from
     return config.with_({"checkpoint.resume": None, "checkpoint.step": None, "checkpoint.init_from": began_from}), 0
 
 
-def _batch_size_then(run: Path, begin: int, step: int) -> list[str]:
-    """An override where the run was given another batch size after the step."""
+def _batch_size_override(run: Path, begin: int, step: int) -> list[str]:
+    """An override of the batch size, if the run's was changed after the step."""
     later = [span for span in load_config(run).train.earlier_batches if span.until > begin]
     if later and later[0].until < step:
         raise TrainingError(
