@@ -38,32 +38,33 @@ GIVEN = keys(  # of config.json
 
 
 class ConfigJson:
-    """config.json as its class reads it: with the defaults of its type. Errors name the file."""
+    """config.json as its class reads it, with the defaults of its model type. Errors name the file."""
 
     def __init__(self, path: Path, given: Mapping[str, Any], family: Family) -> None:
         self.path, self.family = path, family
         self.given = {key: value for key, value in given.items() if key not in family.foreign}
         self.values = {**family.defaults, **self.given}
-        left = [f"{key}={given[key]}" for key in family.foreign if given.get(key)]
+        ignored = [f"{key}={given[key]}" for key in family.foreign if given.get(key)]
         kind = given.get("model_type")
         self.notes = (
-            [f"{', '.join(left)} of config.json means nothing in a {kind} model: it is ignored"] if left else []
+            [f"{', '.join(ignored)} of config.json means nothing in a {kind} model: it is ignored"] if ignored else []
         )
 
     def __getitem__(self, key: str) -> Any:
         return self.values.get(key)
 
     def refuse(self, reason: str) -> CheckpointError:
+        """An error that names the file."""
         return CheckpointError(f"{self.path}: {reason}")
 
     def require(self, key: str, *allowed: object) -> None:
-        """Raises CheckpointError when a key has a value that our model has no equal of."""
+        """Raises CheckpointError unless a key has one of the values that our model can compute."""
         if self[key] not in allowed:
             raise self.refuse(f"{key}={self[key]!r} is not supported; only {' or '.join(map(repr, allowed))}")
 
 
 def read_config(path: Path) -> ConfigJson:
-    """Raises CheckpointError for a file that is no table, and for types and quantizations that we do not know."""
+    """Read the file. Raises CheckpointError for other JSON, unknown model types, and quantized weights."""
     given: dict[str, Any] = read_json(path, CheckpointError, GIVEN)
     architectures = given.get("architectures") or []
     kind = given.get("model_type")
@@ -79,7 +80,7 @@ def read_config(path: Path) -> ConfigJson:
 
 
 def model_of(config: ConfigJson) -> ModelConfig:
-    """The model that the class builds. Raises CheckpointError for values that our model has no equal of."""
+    """The model that the class builds. Raises CheckpointError for values that our model cannot compute."""
     vocabulary = {"vocab_size": config["vocab_size"], "vocab_multiple": 1}
     try:
         return ModelConfig(**settings(config), **vocabulary, tie_embeddings=config["tie_word_embeddings"])
@@ -88,9 +89,9 @@ def model_of(config: ConfigJson) -> ModelConfig:
 
 
 def settings(config: ConfigJson) -> dict[str, Any]:
-    """The settings of `ModelConfig` that the file tells."""
+    """The settings of `ModelConfig` that the file, or its model type, fixes."""
     family = config.family
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key in family.refused:
         config.require(key, False)
     for key, names in family.keys.items():
@@ -98,9 +99,9 @@ def settings(config: ConfigJson) -> dict[str, Any]:
             config.require(key, names)
             continue
         for name in names.split():
-            if name not in found:  # else an older spelling of the same
-                found[name] = READERS.get(name, _as_it_is)(config, key)
-    return {**family.fixed, **{name: value for name, value in found.items() if name in ModelConfig.model_fields}}
+            if name not in values:  # otherwise this key is another spelling
+                values[name] = READERS.get(name, _as_it_is)(config, key)
+    return {**family.fixed, **{name: value for name, value in values.items() if name in ModelConfig.model_fields}}
 
 
 def _as_it_is(config: ConfigJson, key: str) -> Any:
@@ -118,20 +119,20 @@ def _activation(config: ConfigJson, key: str) -> str:
 
 
 def _head_size(config: ConfigJson, key: str) -> Any:
-    """Our heads have the hidden size between them; the class's may have any."""
+    """The class's heads may have any size; ours share the hidden size."""
     config.require(key, None, config["hidden_size"] // config["num_attention_heads"])
     return config[key]
 
 
 def _window(config: ConfigJson, key: str) -> int | None:
-    """Theirs counts the token itself, ours the tokens before it."""
+    """Hugging Face's window counts the token itself, ours only the tokens before it."""
     if config[key] == 1:
         raise config.refuse("sliding_window=1 is not supported: tokens would see only themselves")
     return None if config[key] is None else config[key] - 1
 
 
 def _rope(config: ConfigJson) -> Mapping[str, Any]:
-    """The nested table: `rope_parameters` holds everything; before it, there were flat keys and `rope_scaling`."""
+    """The table of rotary settings. Before there was `rope_parameters`, there were flat keys and `rope_scaling`."""
     return config.given.get("rope_parameters") or config.given.get("rope_scaling") or {}
 
 
@@ -147,7 +148,10 @@ def _rotary_share(config: ConfigJson, key: str) -> float:
 
 
 def _either(config: ConfigJson, nested: Mapping[str, Any], key: str, old_key: str) -> float:
-    """A value that may stand in several places. The nested one counts; flat ones must not contradict each other."""
+    """A value that may be in the nested table or in either of two flat keys.
+
+    The nested one counts. Raises CheckpointError for flat ones that contradict each other.
+    """
     flat = {name: config.given[name] for name in (key, old_key) if config.given.get(name) is not None}
     if nested.get(key) is not None:
         return nested[key]
@@ -174,20 +178,20 @@ def _rope_scaling(config: ConfigJson, key: str) -> RopeScaling | None:
     return RopeScaling(kind=kind, original_positions=original, **values)
 
 
-READERS: dict[str, Callable[[ConfigJson, str], Any]] = {  # of settings that are not the value of the key as it is
+READERS: dict[str, Callable[[ConfigJson, str], Any]] = {  # settings that are not simply the value of their key
     "activation": _activation, "attention_bias": _flag, "mlp_bias": _flag, "head_size": _head_size,
     "sliding_window": _window, "rotary_base": _rotary_base, "rotary_pct": _rotary_share, "rope_scaling": _rope_scaling,
 }  # fmt: skip
 
 
 def spelled_out(model: ModelConfig, longest: int) -> ModelConfig:
-    """The model with the values that None stands for; `longest`: of a sequence."""
+    """The model with the values that None stands for. `longest`: the longest sequence, in tokens."""
     explicit = {"mlp_size": model.mlp_width, "num_kv_heads": model.kv_heads, "max_positions": longest}
     return model.with_(explicit)
 
 
 def to_config_json(kind: str, model: ModelConfig, longest: int, token_ids: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json; values that are the class's defaults are written too, since versions differ in them."""
+    """The content of config.json. Defaults are written too, since versions of transformers differ in them."""
     family, model = FAMILIES[kind], spelled_out(model, longest)
     config: dict[str, Any] = {"architectures": [family.class_name], "model_type": kind, **token_ids}
     config |= {"vocab_size": model.padded_vocab_size, "tie_word_embeddings": model.tie_embeddings}
@@ -198,14 +202,14 @@ def to_config_json(kind: str, model: ModelConfig, longest: int, token_ids: Mappi
             written = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())} | {"gelu_tanh": family.gelu_tanh}
             config[key] = written[model.activation]
         elif names == "sliding_window" and model.sliding_window is not None:
-            config[key] += 1  # theirs counts the token itself
+            config[key] += 1  # Hugging Face counts the token itself
         elif names == "rope_scaling":
             config[key] = _written_rope(model, nested=key == "rope_parameters")
     return config
 
 
 def _written_rope(model: ModelConfig, nested: bool) -> dict[str, Any] | None:
-    """`rope_scaling`, or `rope_parameters`, in which the flat keys are `nested`."""
+    """The value of `rope_scaling`, or of `rope_parameters`, in which the flat keys are `nested`."""
     scaling = _written_scaling(model.rope_scaling) if model.rope_scaling else None
     flat = {"rope_theta": model.rotary_base, "partial_rotary_factor": model.rotary_pct}
     return {"rope_type": "default", **flat, **(scaling or {})} if nested else scaling

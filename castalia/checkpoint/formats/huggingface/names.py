@@ -35,7 +35,7 @@ class Family:
     holds: Mapping[str, set]  # the values of our settings that the class can compute; settings left out may have any
     defaults: Mapping[str, Any]  # what a missing key of config.json means; it differs between the types
     rules: Callable[[ModelConfig], list[Rule]]
-    head_modules: tuple[str, ...] = ("lm_head",)  # as transformers calls it now, and as it did before
+    head_modules: tuple[str, ...] = ("lm_head",)  # its name in transformers 5, and its name before
     foreign: tuple[str, ...] = ()  # keys of related types that this class does not read
     refused: tuple[str, ...] = ()  # keys that must be false, and are not written
     gelu_tanh: str = "gelu_pytorch_tanh"  # as the published models of this class call it
@@ -44,11 +44,12 @@ class Family:
 def _with_bias(ours: str, theirs: str, op: Op | None = None, *, bias: bool = True) -> list[Rule]:
     """The rules of a module's weight and bias. Names of several modules are separated by spaces."""
 
-    def each(names: str, kind: str) -> str:
+    def parameters(names: str, kind: str) -> str:
+        """The names of the modules' weights or biases."""
         return " ".join(f"{name}.{kind}" for name in names.split())
 
     kinds = ("weight", "bias") if bias else ("weight",)
-    return [Rule(each(ours, kind), each(theirs, kind), op or Same()) for kind in kinds]
+    return [Rule(parameters(ours, kind), parameters(theirs, kind), op or Same()) for kind in kinds]
 
 
 def _neox_rules(model: ModelConfig) -> list[Rule]:
@@ -67,7 +68,9 @@ def _neox_rules(model: ModelConfig) -> list[Rule]:
 
 def _gpt2_rules(model: ModelConfig) -> list[Rule]:
     heads, size = model.num_heads, model.head_size
-    by_head = PermuteRows((3, heads, size), (1, 0, 2))  # from all queries, all keys, all values
+    by_head = PermuteRows(
+        (3, heads, size), (1, 0, 2)
+    )  # from all queries, all keys, all values to one head after another
     theirs = "h.{i}."
     block = [
         *_with_bias("blocks.{i}.norm1", theirs + "ln_1"),
@@ -191,12 +194,12 @@ FREE = {
 
 
 def table(family: Family, model: ModelConfig) -> list[Rule]:
-    """All rules of a model; their names are without the family's prefix."""
+    """All rules of a model. Names of the format are without the family's prefix."""
     return family.rules(model) + ([] if model.tie_embeddings else [Rule("head.weight", family.head)])
 
 
 def family_of(model: ModelConfig, path: str) -> str:
-    """The first model_type whose class computes what the model does."""
+    """The first model type whose class can compute the model. Raises CheckpointError if none can."""
     lacking = {kind: _lacking(model, kind) for kind in FAMILIES}
     nearest = min(lacking, key=lambda kind: len(lacking[kind]))
     if lacking[nearest]:
@@ -208,19 +211,19 @@ def family_of(model: ModelConfig, path: str) -> str:
 
 
 def _lacking(model: ModelConfig, kind: str) -> list[str]:
-    """What the class cannot hold: setting, value, and what it has instead."""
-    found = {**model.model_dump(), "shared_norm": model.parallel_residual and model.shared_norm}
-    found["num_kv_heads"] = None if model.kv_heads == model.num_heads else model.kv_heads
-    found["rms_eps_inside"] = model.rms_eps_inside or model.norm != "rmsnorm"
+    """The settings whose values the class cannot compute, each with the values that it can."""
+    values = {**model.model_dump(), "shared_norm": model.parallel_residual and model.shared_norm}
+    values["num_kv_heads"] = None if model.kv_heads == model.num_heads else model.kv_heads
+    values["rms_eps_inside"] = model.rms_eps_inside or model.norm != "rmsnorm"
     result = [
-        f"model.{key}={found[key]} (only {' or '.join(str(value) for value in allowed)})"
+        f"model.{key}={values[key]} (only {' or '.join(str(value) for value in allowed)})"
         for key, allowed in FAMILIES[kind].holds.items()
-        if found[key] not in allowed
+        if values[key] not in allowed
     ]
     result += [
-        f"model.{key}={found[key]}"
+        f"model.{key}={values[key]}"
         for key, field in ModelConfig.model_fields.items()
-        if key not in FREE and key not in FAMILIES[kind].holds and found[key] != field.default
+        if key not in FREE and key not in FAMILIES[kind].holds and values[key] != field.default
     ]
     if model.activation not in ACTIVATIONS.values():
         result.append(f"model.activation={model.activation} (only {', '.join(dict.fromkeys(ACTIVATIONS.values()))})")

@@ -1,4 +1,4 @@
-"""Hugging Face folders of GPT-NeoX, GPT-2, Llama and Mistral: config.json, weights in safetensors or `.bin` files."""
+"""Read Hugging Face folders of GPT-NeoX, GPT-2, Llama and Mistral: weights in safetensors or `.bin` files."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ from castalia.storage.torch_file import open_pt
 CONFIG = "config.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # each may be an index of shards instead: + ".index.json"
 OPTIMIZER_FILES = ("optimizer.safetensors",)
-BESIDE = "castalia.json"  # a conversion's: optimizer steps, progress and the run's config
+BESIDE = "castalia.json"  # what our conversions add: optimizer steps, progress, the run's config
 BLOCK = re.compile(r"(?:h|layers)\.(\d+)\.")
+# Derived tensors that older versions of transformers stored.
 OLD_BUFFERS = re.compile(r"(^|\.)(attn|attention)\.(masked_)?bias$|(^|\.)rotary_emb\.inv_freq$")
 
 NOTED = keys(  # of castalia.json
@@ -53,35 +54,41 @@ NOTED = keys(  # of castalia.json
 
 
 def detect(path: Path) -> bool:
+    """Whether a folder has a config.json as transformers writes it, with or without weights."""
     return (path / CONFIG).is_file() and bool(read_table(path / CONFIG).keys() & {"model_type", "architectures"})
 
 
 def has_weights(path: Path, names: Sequence[str] = WEIGHT_FILES) -> bool:
+    """Whether a folder has one of these files, or the index of its shards."""
     return any((path / name).is_file() or (path / f"{name}.index.json").is_file() for name in names)
 
 
 def read(path: Path, tokenizer: str | None = None) -> Checkpoint:
-    """Open a folder. Only config.json and the headers of the weights' files are read, and a few values."""
+    """Open a folder. Only config.json, the headers of weight files and a few sampled values are read.
+
+    `tokenizer`: used instead of the one in the folder. Raises CheckpointError for models that ours cannot be, for
+    missing or damaged files, and for tensors that are not those of config.json.
+    """
     config = read_config(path / CONFIG)
     family = config.family
     tensors = _open_weights(path)
     named = _by_rank(tensors, family)
     model, tie_note = _tied_as_transformers_does(model_of(config), family, named)
     _check_blocks(path, named, model.num_layers)
-    beside, beside_note = _beside(path, tensors)
+    extras, extras_note = _extras(path, tensors)
     ours = to_ours(table(family, model), named, ignore=OLD_BUFFERS.pattern)
-    run = _run_config(path, config, model, beside, tokenizer)
-    noted = typed(beside.get("progress") or {}, f"{path / BESIDE}: progress", CheckpointError, Progress)
-    progress, inherited = take_inherited(noted, beside, run)
+    run = _run_config(path, config, model, extras, tokenizer)
+    noted = typed(extras.get("progress") or {}, f"{path / BESIDE}: progress", CheckpointError, Progress)
+    progress, inherited = take_inherited(noted, extras, run)
     return Checkpoint(
         str(path),
         "huggingface",
         ours,
-        _optimizer(path, beside, family, model, ours),
+        _optimizer(path, extras, family, model, ours),
         progress,
         run,
         (*config.notes, *([tie_note] if tie_note else [])),
-        (beside_note,) if beside_note else (),
+        (extras_note,) if extras_note else (),
         CheckpointFacts(model_type=config["model_type"]),
         **inherited,
     )
@@ -90,10 +97,11 @@ def read(path: Path, tokenizer: str | None = None) -> Checkpoint:
 def _tied_as_transformers_does(
     model: ModelConfig, family: Family, named: dict[str, list[TensorRef]]
 ) -> tuple[ModelConfig, str]:
-    """The model with the head that it has there, and what to say of it; a head that is the embedding is taken out.
+    """The model with the head that transformers gives it, and a note where that is not what config.json says.
 
-    Source: `PreTrainedModel.tie_weights` of transformers 5. A stored head that differs from the embedding is used,
-    whatever the config says; older versions used the embedding. Of a tied model either of the two may be stored.
+    A head that equals the embedding is removed from `named`. Source: `PreTrainedModel.tie_weights` of transformers 5,
+    which uses a stored head that differs from the embedding, whatever the config says; older versions used the
+    embedding. Of a tied model either of the two may be stored.
     """
     if not model.tie_embeddings or family.head not in named:
         return model, ""
@@ -121,40 +129,40 @@ def _same(a: TensorRef, b: TensorRef) -> bool:
     return equal(a, b)
 
 
-def _beside(path: Path, tensors: Mapping[str, TensorRef]) -> tuple[dict[str, Any], str]:
-    """What a conversion noted beside the weights, and what to say where that is not all there, or of other weights.
+def _extras(path: Path, tensors: Mapping[str, TensorRef]) -> tuple[dict[str, Any], str]:
+    """What a conversion of ours stored with the weights, and a note if some of it is missing or does not apply.
 
-    Of weights that were changed since, the optimizer state and the progress say nothing any more.
+    If the weights have changed since, the optimizer state and the progress belong to other weights and are dropped.
     """
     if not (path / BESIDE).is_file():
         return {}, ""
-    beside = read_table(path / BESIDE, NOTED)
-    stateful, known = beside.get("optimizer_steps") is not None, beside.get("fingerprint")
+    extras = read_table(path / BESIDE, NOTED)
+    stateful, known = extras.get("optimizer_steps") is not None, extras.get("fingerprint")
     if stateful and not has_weights(path, OPTIMIZER_FILES):
-        return beside | {"optimizer_steps": None}, (
+        return extras | {"optimizer_steps": None}, (
             f"{OPTIMIZER_FILES[0]}, the optimizer state that {BESIDE} tells of, is missing: the weights can be used "
             "and trained on, but not resumed"
         )
     if known is not None:
         changed = known != fingerprint(tensors)
-    else:  # an older conversion's: only masters can tell
+    else:  # our first conversions stored no fingerprint: compare with the masters
         stored = _open_weights(path, OPTIMIZER_FILES) if stateful else {}
         masters = {name.removesuffix(".master"): ref for name, ref in stored.items() if name.endswith(".master")}
         changed = bool(unrounded(tensors, masters))
     if not changed:
-        return beside, ""
-    return {"config": beside.get("config")}, (
+        return extras, ""
+    return {"config": extras.get("config")}, (
         f"the weights were changed after {BESIDE} and the optimizer state were written (by training elsewhere, say): "
         "the weights count; optimizer state, step and progress, which belong to the old ones, are left out"
     )
 
 
 def _check_blocks(path: Path, names: Iterable[str], expected: int) -> None:
-    """Raises CheckpointError where config.json describes fewer or more blocks than there are."""
-    found = len({block[1] for name in names if (block := BLOCK.match(name))})
-    if found != expected:
+    """Raises CheckpointError if config.json describes fewer or more blocks than the weights have."""
+    stored = len({block[1] for name in names if (block := BLOCK.match(name))})
+    if stored != expected:
         raise CheckpointError(
-            f"{path / CONFIG} describes {expected} blocks, the weights have {found}: the two do not belong "
+            f"{path / CONFIG} describes {expected} blocks, the weights have {stored}: the two do not belong "
             "together, or one was changed; set the number of layers to what the weights have, or get both again"
         )
 
@@ -165,21 +173,21 @@ def _by_rank(tensors: Mapping[str, TensorRef], family: Family) -> dict[str, list
 
 
 def _optimizer(
-    path: Path, beside: Mapping[str, Any], family: Family, model: ModelConfig, weights: Mapping[str, TensorRef]
+    path: Path, extras: Mapping[str, Any], family: Family, model: ModelConfig, weights: Mapping[str, TensorRef]
 ) -> dict[str, AdamState] | None:
-    """What a conversion put beside the weights: tensors `name.role`, by the same names and rules."""
-    steps = beside.get("optimizer_steps")
+    """The optimizer state that a conversion of ours stored: tensors `name.role`, with the weights' names and rules."""
+    steps = extras.get("optimizer_steps")
     if steps is None:
         return None
     tensors = _open_weights(path, OPTIMIZER_FILES)
-    found: dict[str, dict[str, TensorRef]] = {role: {} for role in STATE_ROLES}
+    stored: dict[str, dict[str, TensorRef]] = {role: {} for role in STATE_ROLES}
     for name, ref in tensors.items():
         stem, _, role = name.rpartition(".")
-        found.setdefault(role, {})[stem] = ref
+        stored.setdefault(role, {})[stem] = ref
     ours: dict[str, Mapping[str, TensorRef]] = {"master": weights}
     for role in STATE_ROLES:
-        if found[role] or role != "master":  # fp32 weights are the masters
-            ours[role] = to_ours(table(family, model), _by_rank(found[role], family), role)
+        if stored[role] or role != "master":  # fp32 weights are their own masters
+            ours[role] = to_ours(table(family, model), _by_rank(stored[role], family), role)
     if unknown := sorted(steps.keys() - ours["exp_avg"].keys()):
         raise CheckpointError(f"{path / BESIDE}: optimizer_steps has {short(unknown[0])}, which no tensor is called")
     return {
@@ -191,27 +199,27 @@ def _optimizer(
 
 
 def _run_config(
-    path: Path, config: ConfigJson, model: ModelConfig, beside: Mapping[str, Any], tokenizer: str | None
+    path: Path, config: ConfigJson, model: ModelConfig, extras: Mapping[str, Any], tokenizer: str | None
 ) -> RunConfig:
-    """The architecture of config.json. What a conversion noted of the training is kept where the two agree."""
-    words = _tokenizer(path, tokenizer)
-    if not beside.get("config"):
+    """The run that a conversion of ours stored, with the architecture of config.json; else the architecture alone."""
+    tokenizer_config = _tokenizer(path, tokenizer)
+    if not extras.get("config"):
         return RunConfig(
-            model=model, data=DataConfig(seq_length=min(model.max_positions or 2048, 2048)), tokenizer=words
+            model=model, data=DataConfig(seq_length=min(model.max_positions or 2048, 2048)), tokenizer=tokenizer_config
         )
-    run = typed(beside["config"], f"{path / BESIDE}: the config in it", CheckpointError, RunConfig)
+    run = typed(extras["config"], f"{path / BESIDE}: the config in it", CheckpointError, RunConfig)
     known = {name for name in settings(config) if not name.endswith("dropout")} | {"tie_embeddings"}
     if run.model is None or run.model.vocab_size is None or run.model.padded_vocab_size != model.vocab_size:
         known |= {"vocab_size", "vocab_multiple"}
     merged = model if run.model is None else run.model.with_({name: getattr(model, name) for name in known})
     if run.model is not None:
-        before, after = (spelled_out(each, each.max_positions or run.data.seq_length) for each in (run.model, merged))
+        before, after = (spelled_out(m, m.max_positions or run.data.seq_length) for m in (run.model, merged))
         merged = run.model if before == after else merged
-    return run.with_({"model": merged} | ({"tokenizer": words} if words.path else {}))
+    return run.with_({"model": merged} | ({"tokenizer": tokenizer_config} if tokenizer_config.path else {}))
 
 
 def _open_weights(path: Path, names: Sequence[str] = WEIGHT_FILES) -> dict[str, TensorRef]:
-    """All tensors by name."""
+    """All tensors by name, from the first of these files or from its shards. Raises CheckpointError without any."""
     for name in names:
         index = path / f"{name}.index.json"
         if (path / name).is_file():
@@ -243,6 +251,7 @@ def _open_shards(path: Path, index: Path) -> dict[str, TensorRef]:
 
 
 def open_file(path: Path) -> dict[str, TensorRef]:
+    """The tensors of a safetensors file or of a table that `torch.save` wrote, by name."""
     if path.suffix == ".safetensors":
         return dict(open_safetensors(path))
     loaded = open_pt(path)
@@ -255,10 +264,10 @@ def _tokenizer(path: Path, given: str | None) -> TokenizerConfig:
     if given is not None:
         return TokenizerConfig(path=given)
     kinds = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
-    found = any(all((path / name).is_file() for name in names) for names in kinds)
-    return TokenizerConfig(path=str(path)) if found else TokenizerConfig()
+    has_files = any(all((path / name).is_file() for name in names) for names in kinds)
+    return TokenizerConfig(path=str(path)) if has_files else TokenizerConfig()
 
 
 def read_table(path: Path, shape: Any = dict[str, Any]) -> dict[str, Any]:
-    """A file with one JSON object. Raises CheckpointError for another, or one whose keys are not of these types."""
+    """The JSON object in a file. Raises CheckpointError for other content, and for values of types not in `shape`."""
     return read_json(path, CheckpointError, shape)

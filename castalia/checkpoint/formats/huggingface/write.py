@@ -1,7 +1,7 @@
-"""Writing Hugging Face folders: the class that holds the architecture, and everything that `transformers` opens.
+"""Write Hugging Face folders that `transformers` opens.
 
-Beside the weights lies what `transformers` has no place for, so that reading the folder again loses nothing:
-`optimizer.safetensors` (tensors `name.exp_avg` and so on, by the weights' names) and `castalia.json`.
+Two files more hold what `transformers` has no place for, so that reading the folder again loses nothing:
+`optimizer.safetensors`, with tensors `name.exp_avg` and so on for each weight, and `castalia.json`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from castalia.storage.safetensors import open_safetensors
 
 
 def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
-    """The files of a folder. Raises CheckpointError for a model that no class computes."""
+    """The files of a folder. Raises CheckpointError for a model that no class of transformers can compute."""
     model = architecture(checkpoint)
     kind = family_of(model, checkpoint.path)
     family = FAMILIES[kind]
@@ -53,9 +53,9 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         notes = (*notes, f"config.json has {dropout}")
 
     def finish(folder: Path, results: Mapping[str, Any]) -> None:
-        """What is beside the weights says of which weights it is, so that it is not believed of others."""
+        """Write castalia.json, with a fingerprint of the weights: if they change, the rest no longer applies."""
         written = {name: ref for file in weight_files for name, ref in open_safetensors(folder / file).items()}
-        value = {**_beside(checkpoint), "fingerprint": fingerprint(written)}
+        value = {**_extras(checkpoint), "fingerprint": fingerprint(written)}
         write_bytes(folder / BESIDE, json_text(value).encode(), lambda count: None)
 
     return Plan(tuple(outputs), notes, finish)
@@ -84,23 +84,24 @@ def _safetensors(stem: str, tensors: Mapping[str, TensorRef], options: WriteOpti
 
 
 def _optimizer(checkpoint: Checkpoint, family: Family, model: ModelConfig, options: WriteOptions) -> list[OutputFile]:
-    """Moments, and masters unless they are the weights themselves."""
+    """Files with Adam's moments, and with the masters unless they are the weights themselves."""
     state = checkpoint.optimizer
     if state is None:
         return []
-    apart = any(each["master"] != checkpoint.model[name] for name, each in state.items())
+    has_masters = any(entry["master"] != checkpoint.model[name] for name, entry in state.items())
     tensors: dict[str, TensorRef] = {}
-    for role in STATE_ROLES if apart else MOMENTS:
-        ours = {name: state_tensors(each)[role] for name, each in state.items()}
+    for role in STATE_ROLES if has_masters else MOMENTS:
+        ours = {name: state_tensors(entry)[role] for name, entry in state.items()}
         tensors |= {f"{name}.{role}": ref for name, ref in _named(ours, family, model, role).items()}
     return _safetensors("optimizer", tensors, options)
 
 
-def _beside(checkpoint: Checkpoint) -> dict[str, Any]:
+def _extras(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The content of castalia.json, but for the fingerprint."""
     state = checkpoint.optimizer
     return {
         "progress": asdict(checkpoint.progress),
-        "optimizer_steps": None if state is None else {name: each["step"] for name, each in state.items()},
+        "optimizer_steps": None if state is None else {name: entry["step"] for name, entry in state.items()},
         **checkpoint.inherited,
         "config": checkpoint.config.model_dump(mode="json") if checkpoint.config else None,
     }

@@ -1,14 +1,14 @@
-"""Castalia's own checkpoints: safetensors files and a manifest, written beside the training and renamed into place.
+"""Read Castalia's own checkpoints: safetensors files and a manifest.
 
     checkpoints/
       latest                          "step_000200"
       step_000200/
         manifest.json                 every tensor's shape, dtype, extents and checksums; config; progress; versions
-        model-00000.safetensors       one of each kind for each writing rank
-        optimizer-00000.safetensors   what the optimizer remembers; the masters are the parameters themselves
+        model-00000.safetensors       parameters in fp32, which are their own masters; a file for each writing rank
+        optimizer-00000.safetensors   the optimizer's other state; a file for each writing rank
 
-A folder of this name is complete; until then it lies in a workplace (see `castalia.files`). Nothing of an older step is
-touched before the newer one is on disk.
+A folder with such a name is complete; until it is, it lies in a workplace (see `castalia.files`). Older steps are not
+touched before a newer one is on disk.
 """
 
 from __future__ import annotations
@@ -31,35 +31,42 @@ from castalia.storage.lazy import ITEM_BYTES, Cast, TensorRef
 from castalia.storage.safetensors import DTYPES, safe_join
 
 MANIFEST = "manifest.json"
-WHOLE = keys({"crc32": int}, ["crc32"])  # a manifest
+WITH_CHECKSUM = keys({"crc32": int}, ["crc32"])  # a manifest
 LATEST = "latest"
-VERSIONS = (1, 2)  # that are read; the last one is written. 1 had one checksum for each extent, and none of headers
+VERSIONS = (
+    1,
+    2,
+)  # of manifests that are read; the last is written. 1 had one checksum for each extent, none of headers
 
 
 def saved_steps(folder: str | Path) -> dict[int, Path]:
-    """The complete checkpoints of a folder, in order of their steps."""
-    found = {}
+    """The complete checkpoints in a folder by step, in order."""
+    steps = {}
     for path in Path(folder).glob("step_*/" + MANIFEST):
         if match := re.fullmatch(r"step_(\d+)", path.parent.name):
-            found[int(match[1])] = path.parent
-    return dict(sorted(found.items()))
+            steps[int(match[1])] = path.parent
+    return dict(sorted(steps.items()))
 
 
 def detect(path: Path) -> bool:
-    """Whether there is a manifest of ours, or one that cannot be read; other programs have files of this name, too."""
+    """Whether there is a manifest of ours, or one that cannot be read. Other programs use this file name, too."""
     return (path / MANIFEST).is_file() and not has_foreign_manifest(path)
 
 
 def has_foreign_manifest(path: Path) -> bool:
+    """Whether a folder has a readable manifest.json that another program wrote."""
     try:
         manifest = plain_json((path / MANIFEST).read_bytes())
-    except (OSError, ValueError):  # not there, or damaged: reading it says more
+    except (OSError, ValueError):  # missing, or damaged: `read` then says what is wrong
         return False
     return not isinstance(manifest, dict) or not {"progress", "optimizer_steps", "crc32"} & manifest.keys()
 
 
 def read(path: Path) -> Checkpoint:
-    """Open a step's folder. Only the manifest is read; the files' presence and sizes are checked."""
+    """Open a step's folder. Only the manifest is read; files are checked for presence and size.
+
+    Raises CheckpointError for a damaged manifest, and for files that are missing or have another size.
+    """
     manifest = _read_manifest(path)
     try:
         chunks = Chunks(path, manifest)
@@ -78,17 +85,17 @@ def read(path: Path) -> Checkpoint:
 
 
 class Chunks:
-    """The files of a step's folder as its manifest describes them, which is checked before anything is read."""
+    """The files of a step's folder as its manifest describes them, checked before any tensor is read."""
 
     def __init__(self, folder: Path, manifest: Mapping) -> None:
-        """Raises CheckpointError for files that are missing or not as long as they were."""
+        """Raises CheckpointError for files that are missing or have another size than was written."""
         self.folder, self.manifest = folder, folder / MANIFEST
-        self.block = manifest.get("block_bytes")  # None: an older manifest, with one checksum for each extent
+        self.block = manifest.get("block_bytes")  # None: version 1, with one checksum for each extent
         self.files: dict[str, int] = {}  # name -> bytes
         self.heads: dict[str, Extent | None] = {}
-        self.taken: dict[str, list[tuple[int, int, str]]] = {}  # by file: first and last byte of each tensor's part
+        self.taken: dict[str, list[tuple[int, int, str]]] = {}  # by file: (first byte, end, name) of each part
         for name, entry in manifest["files"].items():
-            plain = isinstance(entry, int)  # an older manifest
+            plain = isinstance(entry, int)  # version 1: the size alone
             self.files[name] = size = _whole(entry if plain else entry["bytes"])
             path = safe_join(folder, name)
             _check_file(folder, name, size)
@@ -98,12 +105,13 @@ class Chunks:
                 self.taken[name] = [(0, head, "the header")]
 
     def tensor(self, name: str, entry: Mapping) -> TensorRef:
-        """A tensor of the manifest. Raises CheckpointError unless its extents are whole, in their files, and fit."""
+        """A tensor of the manifest. Raises CheckpointError unless its extents lie in the files and fill its shape."""
         shape, dtype = tuple(map(_whole, entry["shape"])), DTYPES[entry["dtype"]]
         parts = [self._part(name, extent, shape, dtype) for extent in entry["extents"]]
         return tiled(f"{self.manifest}: {name}", parts, shape, dtype)
 
     def _part(self, name: str, entry: Mapping, whole: tuple[int, ...], dtype: str) -> Tile:
+        """One extent: a rectangular part of a tensor of shape `whole`, as one rank wrote it."""
         start = tuple(map(_whole, entry.get("start", (0,) * len(whole))))
         shape = tuple(map(_whole, entry.get("shape", whole)))
         file, offset, size = entry["file"], _whole(entry["offset"]), prod(shape) * ITEM_BYTES[dtype]
@@ -125,7 +133,7 @@ class Chunks:
         return Tile(start, FileTensor.of(extent, dtype, shape))
 
     def require_disjoint(self) -> None:
-        """Raises CheckpointError where two tensors, or one and a file's header, are to lie in the same bytes."""
+        """Raises CheckpointError where two tensors, or a tensor and a file's header, claim the same bytes."""
         for file, taken in self.taken.items():
             ordered = sorted(taken)
             for (_, end, before), (start, _, name) in zip(ordered, ordered[1:], strict=False):
@@ -134,6 +142,7 @@ class Chunks:
 
 
 def _whole(value: Any) -> int:
+    """The value of the manifest, which must be a whole number. Raises ValueError if it is not."""
     if type(value) is not int or value < 0:
         raise ValueError(f"{value!r} where a whole number is expected")
     return value
@@ -143,13 +152,13 @@ def _check_file(path: Path, name: str, size: int) -> None:
     file = safe_join(path, name)
     if not file.is_file():
         raise CheckpointError(f"{path} is incomplete: {name} is missing. Use another step, or copy the folder again.")
-    if (found := file.stat().st_size) != size:
-        raise CheckpointError(f"{file} is truncated: {found} bytes, {size} were written. Use another step, or a copy.")
+    if (actual := file.stat().st_size) != size:
+        raise CheckpointError(f"{file} is truncated: {actual} bytes, {size} were written. Use another step, or a copy.")
 
 
 def _read_manifest(path: Path) -> dict:
     file = path / MANIFEST
-    manifest = read_json(file, CheckpointError, WHOLE)
+    manifest = read_json(file, CheckpointError, WITH_CHECKSUM)
     written = manifest.pop("crc32")
     if crc32(canonical(manifest)) != written:
         raise CheckpointError(
@@ -164,7 +173,7 @@ def _read_manifest(path: Path) -> dict:
 
 
 def _optimizer(chunks: Chunks, manifest: Mapping, model: Mapping[str, TensorRef]) -> dict[str, AdamState] | None:
-    """The state of AdamW, or what another optimizer remembers in place of its two moments."""
+    """The state of AdamW, or of another optimizer, which has other tensors in place of the two moments."""
     if manifest["optimizer_steps"] is None:
         return None
     states: dict = {name: {"master": model[name], "step": step} for name, step in manifest["optimizer_steps"].items()}
@@ -175,10 +184,9 @@ def _optimizer(chunks: Chunks, manifest: Mapping, model: Mapping[str, TensorRef]
 
 
 def _weights(chunks: Chunks, manifest: Mapping, masters: Mapping[str, TensorRef]) -> Mapping[str, TensorRef]:
-    """Converted checkpoints: 16-bit weights that are the masters rounded, or stored beside them where they are not."""
+    """The 16-bit weights of a converted checkpoint: masters rounded, or stored weights where these differ from that."""
     rounded = manifest.get("rounded_weights", {})
-    beside = manifest.get("weights", {})
-    stored = {name: chunks.tensor(name, entry) for name, entry in beside.items()}
+    stored = {name: chunks.tensor(name, entry) for name, entry in manifest.get("weights", {}).items()}
     return stored | {
         name: Cast(masters[name], DTYPES[dtype])
         for name, dtype in rounded.items()
@@ -187,4 +195,5 @@ def _weights(chunks: Chunks, manifest: Mapping, masters: Mapping[str, TensorRef]
 
 
 def canonical(manifest: Mapping) -> bytes:
+    """The bytes that the manifest's own checksum is of."""
     return json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()

@@ -1,7 +1,7 @@
-"""Writing checkpoints of other formats as Castalia's own. (A training run saves with `save.CheckpointSaver`.)
+"""Write checkpoints of other formats as Castalia's own. (A training run saves with `save.CheckpointSaver`.)
 
-The masters are the model's tensors. 16-bit weights are their rounding, which the manifest notes; weights that are not
-the rounding of their masters (averages over ranks that drifted apart, say) are stored beside them.
+The fp32 masters are stored as the model's tensors. The manifest notes the dtype of 16-bit weights, which are masters
+rounded. Weights that are not (averages over ranks that drifted apart, for instance) are stored as well.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from castalia.storage.safetensors import DTYPE_CODES, Advance
 def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     """The files of a step's folder. The tokenizer lies in `tokenizer/`."""
     state = checkpoint.optimizer or {}
-    apart = {name for name in state if state[name]["master"] != checkpoint.model[name]}
+    rounded = {name for name in state if state[name]["master"] != checkpoint.model[name]}  # weights are not masters
     model: dict[str, TensorRef] = {
-        name: RoundingProbe(state[name]["master"], ref) if name in apart else ref
+        name: RoundingProbe(state[name]["master"], ref) if name in rounded else ref
         for name, ref in checkpoint.model.items()
     }
     moments: dict[str, TensorRef] = {
@@ -40,21 +40,22 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     ]
     tokenizer, notes = our_tokenizer(checkpoint)
     config = checkpoint.config
-    if config and not notes:  # the copy counts, wherever the original goes
+    if config and not notes:  # the copy is used even if the source is moved
         config = config.with_({"tokenizer": TokenizerConfig(path=FOLDER)})
     about = describe(checkpoint.progress, config, checkpoint.facts.data_fingerprint or "")
     about |= {
         "optimizer_steps": None
         if checkpoint.optimizer is None
         else {name: each["step"] for name, each in state.items()},
-        "rounded_weights": {name: DTYPE_CODES[checkpoint.model[name].dtype_name] for name in sorted(apart)},
+        "rounded_weights": {name: DTYPE_CODES[checkpoint.model[name].dtype_name] for name in sorted(rounded)},
         **checkpoint.inherited,
     }
 
     def finish(folder: Path, results: Mapping[str, Any]) -> None:
+        """Store the weights that turned out not to be masters rounded, and write the manifest."""
         entries = [results[part.name]["entries"] for part in parts]
-        if others := [name for part in parts for name in results[part.name]["not_rounded"]]:
-            weights = {name: checkpoint.model[name] for name in others}
+        if different := [name for part in parts for name in results[part.name]["not_rounded"]]:
+            weights = {name: checkpoint.model[name] for name in different}
             file = "weights-00000.safetensors"
             entries.append({"weights": write_chunk(folder / file, file, weights, lambda count: None)})
         write_manifest(folder, about, entries)
@@ -66,8 +67,9 @@ def _part(kind: str, rank: int, tensors: Mapping[str, TensorRef]) -> OutputFile:
     name = f"{kind}-{rank:05d}.safetensors"
 
     def write(path: Path, advance: Advance) -> dict:
+        """Write the file. Returns its manifest entries, and the weights that are not their masters rounded."""
         entries = {kind: write_chunk(path, name, tensors, advance)}
-        others = [name for name, ref in tensors.items() if isinstance(ref, RoundingProbe) and not ref.rounds]
-        return {"entries": entries, "not_rounded": others}
+        different = [name for name, ref in tensors.items() if isinstance(ref, RoundingProbe) and not ref.rounds]
+        return {"entries": entries, "not_rounded": different}
 
     return OutputFile(name, sum(ref.num_bytes for ref in tensors.values()), write, tuple(tensors.values()))

@@ -1,7 +1,7 @@
-"""Adapters as the library PEFT stores them: adapter_config.json and adapter_model.safetensors, beside no model.
+"""Read LoRA adapters as the library PEFT stores them: adapter_config.json and adapter_model.safetensors, no model.
 
-Its matrices are those of the Hugging Face class. Where that has several for one of ours (queries, keys, values), ours
-has one `lora_a` that all of them share, or, if theirs differ, one with the ranks of all.
+PEFT's modules are those of the Hugging Face class. Where several of them are one matrix of ours (queries, keys,
+values), our adapter has the common `lora_a` if they share it; otherwise its rank is the sum of their ranks.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 CONFIG = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
-# Settings that change the function in ways that low-rank products cannot. Anything but nothing is refused.
+# Settings that change the function in ways that low-rank products cannot express. Any true value is refused.
 REFUSED = {
     "use_dora": "DoRA's magnitudes",
     "lora_bias": "biases in the adapters",
@@ -56,12 +56,18 @@ GIVEN = keys(
     },
     required=["r", "lora_alpha"],
 )
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initial values that are taken off the model's own
+CHANGES_BASE = (
+    "pissa",
+    "olora",
+    "corda",
+    "loftq",
+    "lora_ga",
+)  # kinds of initial values that were subtracted from the model's weights
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """One of our matrices: the modules of the Hugging Face class that it is made of, and how their rows lie in it."""
+    """One of our matrices: the modules of the Hugging Face class that it consists of, and how their rows lie in it."""
 
     name: str
     kind: str  # attn.qkv, head, ...
@@ -71,7 +77,7 @@ class Matrix:
 
 
 def detect(path: Path) -> bool:
-    """Whether there are adapters; a folder that only names some beside a whole model is the model's."""
+    """Whether a folder has adapters. One with a whole model and only an adapter_config.json counts as the model's."""
     if not (path / CONFIG).is_file():
         return False
     return any((path / name).is_file() for name in WEIGHT_FILES) or not has_weights(path)
@@ -80,7 +86,7 @@ def detect(path: Path) -> bool:
 def read(path: Path, open_base: Callable[[str], Checkpoint], base: str | None = None) -> Checkpoint:
     """The adapters on their model, which `base` names if adapter_config.json does not, and `open_base` opens.
 
-    Raises CheckpointError for what is no LoRA of that model, or a kind that we cannot hold.
+    Raises CheckpointError for adapters of another model, and for kinds of adapters that ours cannot express.
     """
     config = read_table(path / CONFIG)
     _refuse(path, config)
@@ -88,8 +94,8 @@ def read(path: Path, open_base: Callable[[str], Checkpoint], base: str | None = 
     name = base or config.get("base_model_name_or_path")
     if not name:
         raise CheckpointError(f"{path / CONFIG} does not say which model it belongs to; name that with --base")
-    beside = Path(name).exists() and path.samefile(name)  # the model's own files, in the adapter's folder
-    model = huggingface_read.read(path) if beside else open_base(name)
+    same_folder = Path(name).exists() and path.samefile(name)  # the model's files lie in the adapter's folder
+    model = huggingface_read.read(path) if same_folder else open_base(name)
     if adapters_of(model) is not None or model.config is None:
         raise CheckpointError(
             f"{path}: its model, {name}, has adapters itself; merge those first (castalia merge-lora)"
@@ -109,8 +115,9 @@ def read(path: Path, open_base: Callable[[str], Checkpoint], base: str | None = 
 
 
 def _refuse(path: Path, config: Mapping[str, Any]) -> None:
+    """Raises CheckpointError for adapters other than plain LoRA."""
     kind = config.get("peft_type")
-    reasons = [f"{key}={config[key]!r} ({words})" for key, words in REFUSED.items() if config.get(key)]
+    reasons = [f"{key}={config[key]!r} ({what})" for key, what in REFUSED.items() if config.get(key)]
     if config.get("bias", "none") != "none":
         reasons.append(f"bias={config['bias']!r} (biases of the model that were trained too)")
     if str(config.get("init_lora_weights")).startswith(CHANGES_BASE):
@@ -125,22 +132,22 @@ def _refuse(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def matrices(checkpoint: Checkpoint) -> list[Matrix]:
-    """All matrices that can have adapters. Raises CheckpointError for a model that no Hugging Face class computes."""
+    """All matrices that can have adapters. Raises CheckpointError if no Hugging Face class can compute the model."""
     model = _model(checkpoint)
     family = hf_family(checkpoint)
     result = []
     for rule in table(family, model):
         name, row = rule.ours.removesuffix(".weight"), row_of(rule.ours)
         if row in ADAPTABLE:
-            theirs = (each.removesuffix(".weight") for each in rule.theirs.split())
-            modules = tuple(family.head_modules[0] if row.module == "head" else family.prefix + each for each in theirs)
+            names = (weight.removesuffix(".weight") for weight in rule.theirs.split())
+            modules = tuple(family.head_modules[0] if row.module == "head" else family.prefix + n for n in names)
             rows, columns = checkpoint.model[rule.ours].shape
             result.append(Matrix(name, row.module, modules, _on_rows(rule.op), (rows, columns)))
     return result
 
 
 def vocabulary_modules(checkpoint: Checkpoint) -> dict[str, str]:
-    """The modules of the tensors with a row for each token: ours -> where the Hugging Face class has it."""
+    """The modules that hold the tensors with a row for each token, by our names of the tensors."""
     family = hf_family(checkpoint)
     embedding = next(rule.theirs for rule in table(family, _model(checkpoint)) if rule.ours == "embed.weight")
     return {
@@ -150,7 +157,7 @@ def vocabulary_modules(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def hf_family(checkpoint: Checkpoint) -> Family:
-    """Raises CheckpointError for a model that no Hugging Face class computes."""
+    """The family of the Hugging Face class that computes the model. Raises CheckpointError if none can."""
     if checkpoint.facts.model_type in FAMILIES:
         return FAMILIES[checkpoint.facts.model_type]
     return FAMILIES[family_of(_model(checkpoint), checkpoint.path)]
@@ -163,30 +170,34 @@ def _model(checkpoint: Checkpoint) -> ModelConfig:
 
 
 def _on_rows(op: Op) -> Op:
-    """What an operation does to the rows of a matrix [out, in], and so to those of `lora_b`."""
+    """The part of an operation that rearranges rows of a matrix [out, in]; it applies to `lora_b` [out, rank] too."""
     if isinstance(op, Chain):
-        return Chain(*(each for each in op.ops if not isinstance(each, Transpose)))
+        return Chain(*(inner for inner in op.ops if not isinstance(inner, Transpose)))
     return Same() if isinstance(op, Transpose) else op
 
 
 def _open(path: Path, family: Family) -> dict[str, TensorRef]:
-    """All tensors, by the names that they have in the model of today's transformers."""
+    """All tensors, by their names in the model of transformers 5."""
 
-    def named(name: str) -> str:
+    def current_name(name: str) -> str:
+        """The name without PEFT's prefix, and with the head's current name."""
         module, _, rest = name.removeprefix("base_model.model.").partition(".")
         return f"{family.head_modules[0] if module in family.head_modules else module}.{rest}"
 
     for file in WEIGHT_FILES:
         if (path / file).is_file():
-            return {named(name): ref for name, ref in open_file(path / file).items()}
+            return {current_name(name): ref for name, ref in open_file(path / file).items()}
     raise CheckpointError(f"{path} has an {CONFIG} but no weights: expected {' or '.join(WEIGHT_FILES)}")
 
 
 def _vocabulary(path: Path, model: Checkpoint, stored: dict[str, TensorRef]) -> dict[str, TensorRef]:
-    """Embedding and head where they were trained. Takes them out; the library saves them whole, trained or not."""
+    """Embedding and head if they were trained, by our names. Both are removed from `stored`.
+
+    PEFT saves them whole, trained or not. Raises CheckpointError if the vocabulary was resized.
+    """
     from castalia.checkpoint.compare import equal  # imports torch
 
-    found: dict[str, TensorRef] = {}
+    trained: dict[str, TensorRef] = {}
     for ours, module in vocabulary_modules(model).items():
         for name in (f"{module}.weight", f"{module}.base_layer.weight"):
             if name not in stored or ours not in model.model:
@@ -198,14 +209,17 @@ def _vocabulary(path: Path, model: Checkpoint, stored: dict[str, TensorRef]) -> 
                     "vocabulary was changed; merge the adapter with PEFT"
                 )
             if not equal(ref, known):
-                found[ours] = ref
-    return found
+                trained[ours] = ref
+    return trained
 
 
 def _modules(
     path: Path, known: Sequence[Matrix], stored: Mapping[str, TensorRef], base: str
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """A and B of every module, in fp32."""
+    """A [rank, in] and B [out, rank] of every module, in fp32.
+
+    Raises CheckpointError for tensors that fit no module of the model.
+    """
     sides: dict[str, dict[str, Tensor]] = {}
     for name, ref in stored.items():
         matched = KEY.fullmatch(name)
@@ -214,28 +228,28 @@ def _modules(
         sides.setdefault(matched["module"], {})[matched["side"]] = ref.read().float()
     places = {module for matrix in known for module in matrix.modules}
     columns = {module: matrix.shape[1] for matrix in known for module in matrix.modules}
-    for module, found in sides.items():
-        a, b = found.get("A"), found.get("B")
+    for module, pair in sides.items():
+        a, b = pair.get("A"), pair.get("B")
         if module not in places or a is None or b is None or a.shape[1] != columns[module] or a.shape[0] != b.shape[1]:
-            shapes = ", ".join(f"{side} {list(found[side].shape)}" for side in sorted(found))
+            shapes = ", ".join(f"{side} {list(pair[side].shape)}" for side in sorted(pair))
             what = f"inputs of {columns[module]}" if module in places else "no such matrix"
             raise CheckpointError(
                 f"{path} is an adapter of another model than {base}: it has {shapes} for {module}, where that model "
                 f"has {what}. Name the right one with --base"
             )
-    return {module: (found["A"], found["B"]) for module, found in sides.items()}
+    return {module: (pair["A"], pair["B"]) for module, pair in sides.items()}
 
 
 def _assemble(
-    config: Mapping[str, Any], known: Sequence[Matrix], found: Mapping[str, tuple[Tensor, Tensor]], family: Family
+    config: Mapping[str, Any], known: Sequence[Matrix], adapters: Mapping[str, tuple[Tensor, Tensor]], family: Family
 ) -> tuple[LoraConfig, dict[str, TensorRef]]:
-    """All adapters with one rank and one scale: smaller ones get zeros, which stay zero when they train on."""
+    """All adapters with one rank and one scale. Smaller ones are padded with zeros, which stay zero in training."""
     import torch
 
     scale = _scale(config, (), int(config["r"]))
     heads = family.head_modules
     scaled = {
-        m: (a, b * (_scale(config, heads if m in heads else (m,), len(a)) / scale)) for m, (a, b) in found.items()
+        m: (a, b * (_scale(config, heads if m in heads else (m,), len(a)) / scale)) for m, (a, b) in adapters.items()
     }
     fused = {matrix: _fuse(matrix, scaled) for matrix in known if scaled.keys() & set(matrix.modules)}
     rank = max(len(a) for a, _ in fused.values())
@@ -254,18 +268,21 @@ def _assemble(
 
 
 def _scale(config: Mapping[str, Any], names: Sequence[str], rank: int) -> float:
-    """What the library multiplies the product of a module of these names by."""
+    """The factor that PEFT multiplies B A by, for a module that has any of these names."""
     patterns = (config.get("alpha_pattern") or {}).items()
     fitting = (value for key, value in patterns if any(fits(rf"^(.*\.)?({key})$", name) for name in names))
     alpha = next(fitting, config["lora_alpha"])
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _fuse(matrix: Matrix, found: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """One A and B for all modules of a matrix."""
+def _fuse(matrix: Matrix, adapters: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """One A and one B for all modules of a matrix.
+
+    Modules with different A get the stacked A [sum of ranks, in] and a block-diagonal B [out, sum of ranks].
+    """
     import torch
 
-    given = [found.get(module) for module in matrix.modules]
+    given = [adapters.get(module) for module in matrix.modules]
     firsts = [pair[0] for pair in given if pair]
     if len(firsts) == len(given) and all(torch.equal(a, firsts[0]) for a in firsts):
         sides = [pair[1] for pair in given if pair]
@@ -282,10 +299,11 @@ def _fuse(matrix: Matrix, found: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[T
 
 
 def _rows(matrix: Matrix, sides: Sequence[Tensor]) -> Tensor:
+    """The modules' rows of B in the order of our matrix."""
     (joined,) = matrix.rows.forward([InMemory(side) for side in sides], "weight")
     return joined.read()
 
 
 def _sizes(matrix: Matrix) -> list[int]:
-    """Rows of each module."""
+    """The number of rows of each module."""
     return [ref.shape[0] for ref in matrix.rows.backward([Zeros((matrix.shape[0], 1))], "weight")]

@@ -1,4 +1,4 @@
-"""Writing adapters in PEFT's layout: the library loads them onto the model as `--to hf` writes it."""
+"""Write adapters in PEFT's layout, which the library loads onto the model that `--to hf` writes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from castalia.storage.lazy import Cast, TensorRef
 
 
 def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
-    """The two files. Raises CheckpointError where the adapters are not all that was trained, or there are none."""
+    """The two files. Raises CheckpointError without adapters, and if more than adapters was trained.
+
+    `checkpoint.facts.base` is the path of the model below the adapters.
+    """
     lora, run = adapters_of(checkpoint), checkpoint.config
     if lora is None or run is None:
         raise CheckpointError(f"{checkpoint.path} has no adapters; for a whole model use --to hf")
@@ -26,12 +29,12 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
             f"{checkpoint.path}: more than its adapters was trained (finetune.train, finetune.add_tokens), so they are "
             "not the model without the rest; merge them: castalia merge-lora"
         )
-    whole = {name: vocabulary[name] for name in trained}  # PEFT can keep these two beside its adapters
+    whole = {name: vocabulary[name] for name in trained}  # PEFT can store these two with its adapters
     tensors: dict[str, TensorRef] = {
         f"base_model.model.{module}.weight": _fp32(checkpoint.model[name]) for name, module in whole.items()
     }
-    every, chosen = matrices(checkpoint), []
-    for matrix in every:
+    all_matrices, chosen = matrices(checkpoint), []
+    for matrix in all_matrices:
         if f"{matrix.name}.lora_a" in checkpoint.model:
             chosen.append(matrix)
             a, b = (checkpoint.model[f"{matrix.name}.{side}"] for side in ("lora_a", "lora_b"))
@@ -45,7 +48,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         "r": lora.rank,
         "lora_alpha": int(alpha) if (alpha := lora.scale * lora.rank).is_integer() else alpha,
         "lora_dropout": lora.dropout,
-        "target_modules": _targets(chosen, every),
+        "target_modules": _targets(chosen, all_matrices),
         "modules_to_save": [module.rpartition(".")[2] for module in whole.values()] or None,
         "bias": "none",
         "fan_in_fan_out": hf_family(checkpoint) is FAMILIES["gpt2"],
@@ -56,7 +59,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
 
 
 def _head_note(checkpoint: Checkpoint, held: Collection[str]) -> tuple[str, ...]:
-    """Which name of the head is written, where versions of transformers differ: others pass over it in silence."""
+    """A note on the head's name if versions of transformers differ in it: PEFT silently ignores other names."""
     name, *former = hf_family(checkpoint).head_modules
     if "head" not in held or not former:
         return ()
@@ -67,9 +70,9 @@ def _fp32(ref: TensorRef) -> TensorRef:
     return ref if ref.dtype_name == "float32" else Cast(ref, "float32")
 
 
-def _targets(chosen: Sequence[Matrix], every: Sequence[Matrix]) -> list[str]:
-    """Names as the library compares them with the ends of modules' names, as short as they mean no other module."""
+def _targets(chosen: Sequence[Matrix], all_matrices: Sequence[Matrix]) -> list[str]:
+    """`target_modules`: endings of the chosen modules' names, as short as no other module has them."""
     wanted = {module for matrix in chosen for module in matrix.modules}
-    others = {module.rpartition(".")[2] for matrix in every for module in matrix.modules if module not in wanted}
+    others = {module.rpartition(".")[2] for matrix in all_matrices for module in matrix.modules if module not in wanted}
     parts = (module.split(".") for module in wanted)
     return sorted({".".join(part[-2:] if part[-1] in others else part[-1:]) for part in parts})
