@@ -1,4 +1,4 @@
-"""Which corpus each sample comes from: exactly the original's order, for any number of corpora below 255."""
+"""Which corpus each sample comes from, in exactly the order of GPT-NeoX (helpers.cpp), for up to 254 corpora."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from castalia.errors import DataError
 
 
 def normalized(weights: Sequence[float]) -> np.ndarray:
-    """Weights that sum to one, summed one after the other as the original does."""
+    """Weights that sum to one. They are added in order, as in GPT-NeoX, which decides the last bit."""
     array = np.array(weights, np.float64)
     return array / sum(weights)
 
 
 def weights_by_documents(counts: Sequence[int], alpha: float) -> np.ndarray:
-    """Weights from document counts: shares to the power `alpha`, then scaled by one minus the share."""
+    """Weights from the number of documents of each corpus: shares to the power `alpha`, times one minus the share.
+
+    This is `weight_by_num_documents` of GPT-NeoX.
+    """
     if len(counts) == 1:
         return np.ones(1)
     shares = np.array(counts, np.float64) / sum(counts)
@@ -27,12 +30,17 @@ def weights_by_documents(counts: Sequence[int], alpha: float) -> np.ndarray:
 
 
 def blend(weights: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Corpus (u8) and sample within it (i64) of each of `size` positions.
+    """The corpus (u8) and the sample within it (i64) of each of `size` positions.
 
-    Position s takes the first corpus i that maximises `weights[i] * max(s, 1) - taken[i]`. The chain is cut into about
-    sqrt(size) segments that advance side by side. Each starts from guessed counts; a segment whose start is not the end
-    of the one before it runs again from there, until all agree: then every position follows from the first. Two chains
-    at the same position with different counts draw together, which is why the second round is nearly always the last.
+    Position s takes the first corpus i that maximises `weights[i] * max(s, 1) - taken[i]`, where `taken` counts the
+    samples of each corpus so far. This chain has one step per position, so NumPy could not help; therefore it is cut
+    into about sqrt(size) segments that advance together, one step of all segments at a time.
+
+    Each segment starts from guessed counts. Afterwards, a segment that did not start with the counts at the end of its
+    predecessor runs again from those, until all agree, and the result is that of the single chain. Chains at the same
+    position converge even from different counts, so the second round is nearly always the last.
+
+    Raises DataError for more than 254 corpora.
     """
     if len(weights) >= 255:
         raise DataError(f"{len(weights)} corpora cannot be blended: the most is 254; merge some of them")
@@ -42,7 +50,7 @@ def blend(weights: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     ends = np.empty_like(starts)
     choice = np.empty((len(firsts), length), np.uint8)
     sample = np.empty((len(firsts), length), np.int64)
-    stale = np.arange(len(firsts))
+    stale = np.arange(len(firsts))  # segments to run
     while len(stale):
         choice[stale], sample[stale], ends[:, stale] = _advance(weights, firsts[stale], starts[:, stale], length)
         stale = 1 + np.flatnonzero((starts[:, 1:] != ends[:, :-1]).any(axis=0))
@@ -51,7 +59,7 @@ def blend(weights: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _guess(weights: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Whole numbers [corpora, positions] near weight * position that sum to the position; exact at position 0."""
+    """Likely counts: integers [corpora, positions] near weight * position that sum to the position."""
     shares = weights[:, None] * positions
     counts = np.floor(shares)
     missing = positions - counts.sum(axis=0)
@@ -62,8 +70,10 @@ def _guess(weights: np.ndarray, positions: np.ndarray) -> np.ndarray:
 def _advance(
     weights: np.ndarray, firsts: np.ndarray, starts: np.ndarray, length: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Run the chains from `firsts` with counts `starts` [corpora, chains] for `length` steps: choices, samples
-    [chains, length] and the counts at the end."""
+    """Run chains from the positions `firsts` with counts `starts` [corpora, chains] for `length` steps.
+
+    Returns corpora and samples, both [chains, length], and the counts at the end.
+    """
     taken = starts.copy()
     chains = np.arange(len(firsts))
     choice = np.empty((length, len(firsts)), np.uint8)

@@ -1,4 +1,4 @@
-"""Whole corpora: merge them, split them, count what they hold."""
+"""Operations on whole corpora: merge, split, count."""
 
 from __future__ import annotations
 
@@ -38,29 +38,32 @@ def describe(data: IndexedDataset) -> dict[str, Any]:
 
 
 def largest_id(data: IndexedDataset) -> int | float | None:
-    """None for an empty corpus."""
+    """The largest token id, or None for an empty corpus."""
     blocks = range(0, len(data.tokens), BLOCK_TOKENS)
     return max((data.tokens[first : first + BLOCK_TOKENS].max().item() for first in blocks), default=None)
 
 
 def sampled_largest_id(data: IndexedDataset, tokens: int) -> tuple[int | None, int]:
-    """The largest id among up to `tokens` ids in 64 stretches of the corpus, and how many were looked at."""
+    """The largest id among up to `tokens` ids in 64 stretches of the corpus, and the number of ids examined."""
     if len(data.tokens) <= tokens:
         stretches = [data.tokens]
     else:
         firsts = np.linspace(0, len(data.tokens) - tokens // 64, 64).astype(np.int64)
         stretches = [data.tokens[first : first + tokens // 64] for first in firsts]
-    found = [int(stretch.max()) for stretch in stretches if len(stretch)]
-    return max(found, default=None), sum(map(len, stretches))
+    largest = max((int(stretch.max()) for stretch in stretches if len(stretch)), default=None)
+    return largest, sum(map(len, stretches))
 
 
 def duplicates(data: IndexedDataset) -> int:
-    """Items that equal an earlier one."""
+    """The number of items that equal an earlier one."""
     return len(data) - len({hashlib.blake2b(item.data, digest_size=16).digest() for item in data})
 
 
 def merge(prefixes: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str]) -> IndexedDataset:
-    """Corpora one after the other. Unlike the original's tool, this one carries the documents over as well."""
+    """Write the corpora one after the other as one corpus, documents included (GPT-NeoX's tool loses those).
+
+    Raises DataError if the output is one of the inputs.
+    """
     parts = [open_dataset(prefix) for prefix in prefixes]
     _refuse_input_as_output(parts, [os.fspath(output)])
     with DatasetWriter(output, np.result_type(*(part.dtype for part in parts))) as writer:
@@ -71,18 +74,21 @@ def merge(prefixes: Sequence[str | os.PathLike[str]], output: str | os.PathLike[
 
 
 def _files_of(parts: Sequence[IndexedDataset]) -> dict[str, int]:
-    """Items of each file of the corpora; a corpus that does not know its files counts as one."""
-    found: dict[str, int] = {}
+    """The number of items from each source file. A corpus that does not know its files counts as one."""
+    items: dict[str, int] = {}
     for name, part in zip(without_common_folder([part.prefix for part in parts]), parts, strict=True):
         known = sources_of(part)
         counts = np.bincount(known[1], minlength=len(known[0])).tolist() if known else [len(part)]
         for file, count in zip([f"{name}/{file}" for file in known[0]] if known else [name], counts, strict=True):
-            found[file] = found.get(file, 0) + count
-    return found
+            items[file] = items.get(file, 0) + count
+    return items
 
 
 def split(prefix: str | os.PathLike[str], weights: str, output: str | os.PathLike[str]) -> list[IndexedDataset]:
-    """Write `{output}_train`, `_valid` and `_test`, each with its share of the documents, without the empty ones."""
+    """Write `{output}_train`, `{output}_valid` and `{output}_test`, each with its share of the documents in order.
+
+    Parts without documents are left out. Raises DataError if an output is the input.
+    """
     data = open_dataset(prefix)
     bounds = split_bounds(weights, len(_documents(data)) - 1)
     names = [f"{os.fspath(output)}_{part}" for part in ("train", "valid", "test")]
@@ -95,13 +101,13 @@ def split(prefix: str | os.PathLike[str], weights: str, output: str | os.PathLik
 
 
 def _documents(data: IndexedDataset) -> np.ndarray:
-    """First item of each document and a last N; every item where the original's merge lost the table."""
+    """The first item of each document and N at the end. Where GPT-NeoX's merge lost the table, every item counts."""
     complete = len(data.doc_index) and data.doc_index[-1] == len(data)
     return data.doc_index if complete else np.arange(len(data) + 1)
 
 
 def _copy(writer: DatasetWriter, data: IndexedDataset, first: int, stop: int) -> None:
-    """Append the documents first..stop-1."""
+    """Append the documents [first, stop) of `data`."""
     table = _documents(data)
     low, high = int(table[first]), int(table[stop])
     ends = np.cumsum(data.sizes, dtype=np.int64)

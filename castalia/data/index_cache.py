@@ -1,7 +1,7 @@
-"""Index files: the original's names and arrays, with a fingerprint beside them that tells whether they still fit.
+"""Index files with the names and arrays of GPT-NeoX, and beside them a fingerprint of what they were built from.
 
-The original goes by the name alone and silently reuses files that belong to another split or to data that have changed.
-Here files without a fingerprint are compared with what they should be, and adopted or replaced.
+GPT-NeoX goes by the name alone, and silently reuses files of another split or of data that have changed. Here files
+without a fingerprint are compared with a new index, and adopted if they are equal.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Arrays = tuple[np.ndarray, ...]
 
 
 def digest_of(*values: object) -> str:
-    """Of arrays and of plain values."""
+    """A digest of arrays and of plain values."""
     digest = hashlib.blake2b(digest_size=16)
     for value in values:
         digest.update(np.ascontiguousarray(value).data if isinstance(value, np.ndarray) else repr(value).encode())
@@ -34,10 +34,10 @@ def digest_of(*values: object) -> str:
 def index_names(
     prefix: str, split: str, num_samples: int | None, seq_length: int, seed: int, packing: str, allow_chopped: bool
 ) -> list[str]:
-    """Beginnings of the names of index files: today's, and for plain packing the one of older releases."""
-    plain = f"{Path(prefix).name}_{split}_indexmap_{num_samples}ns_{seq_length}sl_{seed}s"
-    today = f"{plain}_{packing}pi{'_ac' if allow_chopped else ''}"
-    return [today, plain] if packing == "packed" and allow_chopped else [today]
+    """How names of index files begin: in GPT-NeoX today, and with plain packing also in its older releases."""
+    old = f"{Path(prefix).name}_{split}_indexmap_{num_samples}ns_{seq_length}sl_{seed}s"
+    current = f"{old}_{packing}pi{'_ac' if allow_chopped else ''}"
+    return [current, old] if packing == "packed" and allow_chopped else [current]
 
 
 def cached(
@@ -48,7 +48,11 @@ def cached(
     fingerprint: str,
     build: Callable[[], Arrays],
 ) -> Arrays:
-    """The arrays `parts` from the files `{name}_{part}.npy`, memory-mapped; built and written if none of them fit."""
+    """The arrays `parts` from the files `{name}_{part}.npy`, memory-mapped, or if none of those fit from `build`.
+
+    `names` are the possible names, the first of which is written. Files lie in `cache_dir`, else beside the corpus, or
+    in the user's cache folder if that is not writable.
+    """
     near = Path(cache_dir) if cache_dir else Path(prefix).absolute().parent
     home = near if _writable(near) else _fallback(near)
     stems = [folder / name for folder in dict.fromkeys((home, near)) for name in names]
@@ -57,19 +61,19 @@ def cached(
             return arrays
     built = build()
     for stem in stems:
-        found = _load(stem, parts)
-        if found is None:
+        stored = _load(stem, parts)
+        if stored is None:
             continue
-        if all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in zip(found, built, strict=True)):
+        if all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in zip(stored, built, strict=True)):
             if stem.parent == home:
                 _write_fingerprint(stem, fingerprint, built)
-                return found
+                return stored
         else:
             log.warning("index files %s_*.npy are of other data or another split: built anew", stem)
     if home != near:
-        _tell_once(f"{near} is not writable: index files go to {home}; data.cache_dir chooses another folder")
+        _warn_once(f"{near} is not writable: index files go to {home}; data.cache_dir chooses another folder")
     home.mkdir(parents=True, exist_ok=True)
-    _fingerprint_file(home / names[0]).unlink(missing_ok=True)
+    _fingerprint_file(home / names[0]).unlink(missing_ok=True)  # while files are replaced, none vouches for them
     for part, array in zip(parts, built, strict=True):
         with appearing(home / f"{names[0]}_{part}.npy") as file:
             np.save(file, array)
@@ -78,7 +82,7 @@ def cached(
 
 
 @cache
-def _tell_once(message: str) -> None:
+def _warn_once(message: str) -> None:
     log.warning(message)
 
 
@@ -87,7 +91,7 @@ def _fingerprint_file(stem: Path) -> Path:
 
 
 def _write_fingerprint(stem: Path, fingerprint: str, arrays: Arrays) -> None:
-    """Of what the arrays were made from, and of the arrays themselves."""
+    """Write the digests of what the arrays were built from and of the arrays themselves."""
     write_text(_fingerprint_file(stem), f"{fingerprint}\n{_content(arrays)}\n")
 
 
@@ -96,7 +100,7 @@ def _content(arrays: Arrays) -> str:
 
 
 def _load_known(stem: Path, parts: tuple[str, ...], fingerprint: str) -> Arrays | None:
-    """Files that were made from the same, and are as they were written. A line says so if they are not."""
+    """The arrays, if they were built from the same data and are as they were written. Damaged ones cause a warning."""
     try:
         known = _fingerprint_file(stem).read_bytes().decode("ascii", "replace").split("\n")
     except OSError:
@@ -111,15 +115,15 @@ def _load_known(stem: Path, parts: tuple[str, ...], fingerprint: str) -> Arrays 
 
 
 def _load(stem: Path, parts: tuple[str, ...]) -> Arrays | None:
-    """None if a file is missing or is no array."""
+    """The arrays, or None if a file is missing or does not hold one."""
     try:
         return tuple(np.asarray(np.lib.format.open_memmap(f"{stem}_{part}.npy", mode="r")) for part in parts)
     except (OSError, ValueError, TypeError, OverflowError, SyntaxError, TokenError, RecursionError, MemoryError):
-        return None  # whatever a strange header leads to
+        return None  # a damaged header can lead to any of these
 
 
 def _writable(folder: Path) -> bool:
-    """Also root respects a folder that is marked read-only."""
+    """Whether files may be created in a folder. One that is marked read-only is respected even as root."""
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
     return os.access(existing, os.W_OK) and bool(existing.stat().st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH))
 

@@ -1,9 +1,19 @@
-"""Indexed corpora: `PREFIX.bin` holds the token ids of all items back to back, `PREFIX.idx` says where each one lies.
+"""Indexed corpora: `PREFIX.bin` holds the token ids of all items back to back, `PREFIX.idx` where each item lies.
 
-    .idx   9 bytes magic, u64 version 1, u8 dtype code, u64 items N, u64 length D of the document table,
-           i32[N] sizes in tokens, i64[N] starts in bytes, i64[D] first item of each document and a last N
+The format is that of GPT-NeoX and Megatron-LM (MMapIndexedDataset). An item is a run of tokens; a document is one item
+or several. All integers are little-endian.
 
-All integers are little-endian. The older layout with the magic "TNTIDX" can be read, not written.
+    .idx   offset     type     content
+           0          9 bytes  magic "MMIDIDX\\0\\0"
+           9          u64      version, 1
+           17         u8       code of the dtype of the tokens, see `DTYPES`
+           18         u64      number of items N
+           26         u64      length D of the document table
+           34         i32[N]   size of each item in tokens
+           34 + 4 N   i64[N]   start of each item in bytes
+           34 + 12 N  i64[D]   first item of each document, and N at the end
+
+The older layout with the magic "TNTIDX" can be read, but not written.
 """
 
 from __future__ import annotations
@@ -32,16 +42,17 @@ CODES = {np.dtype(f"<{name}"): code for code, name in DTYPES.items()}
 
 @dataclass(frozen=True, eq=False)
 class IndexedDataset(Sequence[np.ndarray]):
-    """A sequence of read-only 1-D arrays, one for each item; each is a view into the mapped file."""
+    """A sequence of read-only 1-D arrays of token ids, one for each item. They are views of the mapped file."""
 
     prefix: str
     tokens: np.ndarray  # all items back to back
     sizes: np.ndarray  # i32 [items], in tokens
     starts: np.ndarray  # i64 [items], in bytes
-    doc_index: np.ndarray  # i64, first item of each document and a last N; tools that merge leave it as [0]
+    doc_index: np.ndarray  # i64, first item of each document and N at the end; GPT-NeoX's merge leaves it as [0]
 
     @property
     def dtype(self) -> np.dtype:
+        """The dtype of the token ids."""
         return self.tokens.dtype
 
     def __len__(self) -> int:
@@ -62,15 +73,20 @@ class IndexedDataset(Sequence[np.ndarray]):
 
 
 def bin_path(prefix: str | os.PathLike[str]) -> Path:
+    """The file with the tokens of a corpus."""
     return Path(f"{os.fspath(prefix)}.bin")
 
 
 def idx_path(prefix: str | os.PathLike[str]) -> Path:
+    """The index file of a corpus."""
     return Path(f"{os.fspath(prefix)}.idx")
 
 
 def open_dataset(prefix: str | os.PathLike[str]) -> IndexedDataset:
-    """Map `PREFIX.bin` and `PREFIX.idx` (the prefix may also name one of the two). DataError when they do not fit."""
+    """Map `PREFIX.bin` and `PREFIX.idx` into memory. `prefix` may also be the path of one of the two.
+
+    Raises DataError if one is missing or damaged, or if they are not of one corpus.
+    """
     name = os.fspath(prefix)
     if name.endswith((".bin", ".idx")) and not idx_path(name).exists():
         name = name[:-4]
@@ -98,7 +114,9 @@ def _map(path: Path) -> mmap.mmap | bytes:
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         refuse_pointer(path, os.pread(file.fileno(), 64, 0), DataError)
-        return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else b""  # nothing cannot be mapped
+        return (
+            mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else b""
+        )  # an empty file cannot be mapped
 
 
 def _integer(index: mmap.mmap | bytes, offset: int, size: int = 8) -> int:
@@ -161,7 +179,7 @@ def _parse_legacy(name: str, index: mmap.mmap | bytes) -> tuple[np.dtype, np.nda
 
 
 def _check(name: str, dtype: np.dtype, sizes: np.ndarray, starts: np.ndarray) -> None:
-    """The items lie back to back and fill the `.bin` exactly."""
+    """Raises DataError unless the items lie back to back and fill the `.bin` exactly."""
     length = bin_path(name).stat().st_size
     ends = np.cumsum(sizes, dtype=np.int64)
     expected = int(ends[-1]) * dtype.itemsize if len(ends) else 0
@@ -179,15 +197,16 @@ def _check(name: str, dtype: np.dtype, sizes: np.ndarray, starts: np.ndarray) ->
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """What the original writes: u16 under 65500 entries, else i32."""
+    """The dtype that GPT-NeoX writes for a vocabulary: u16 under 65500 entries, else i32."""
     return np.dtype("<u2" if vocab_size < 65500 else "<i4")
 
 
 class DatasetWriter:
-    """Writes `PREFIX.bin` and `.idx` under other names beside; leaving the `with` block without error renames them.
+    """Writes a corpus under temporary names, which become `PREFIX.bin` and `PREFIX.idx` when the `with` block ends.
 
-    One process at a time may write a prefix: DataError for a second one. What a killed one left is overwritten, unless
-    `resumable`: then the caller says with `take_up` how much of it is good, and an interruption leaves it once more.
+    After an error nothing is left. Only one process at a time may write a prefix: a second one gets a DataError. The
+    remains of a killed process are overwritten, unless `resumable`: then `take_up` says how much of them is valid, and
+    an interruption leaves them in place again.
     """
 
     def __init__(self, prefix: str | os.PathLike[str], dtype: np.dtype | type | str, *, resumable: bool = False):
@@ -207,36 +226,37 @@ class DatasetWriter:
 
     def _lock(self) -> None:
         if lock(self._file) and self._bin.exists() and os.path.samefile(self._bin, self._file.fileno()):
-            # else the other process was just done: the file that we opened bears its final name
+            # Otherwise another process has just finished, and our open file already has its final name.
             if not bin_path(self.prefix).exists():
                 return
             with open(bin_path(self.prefix), "rb") as published:
-                if lock(published, shared=True):  # else another process has still to give the index its name
+                if lock(published, shared=True):  # otherwise another process has not yet renamed the index
                     return
         self._file.close()
         raise DataError(f"another process is writing {self.prefix} at this moment; wait for it or choose another name")
 
     def holds(self, sizes: np.ndarray) -> bool:
-        """Whether an interrupted writer left room enough for items of these sizes."""
+        """Whether the file of an interrupted writer is long enough for items of these sizes."""
         return os.fstat(self._file.fileno()).st_size >= int(sizes.sum(dtype=np.int64)) * self.dtype.itemsize
 
     def take_up(self, sizes: np.ndarray) -> None:
-        """Go on after the items of these sizes, each a document, that an interrupted writer left."""
+        """Continue after the items of an interrupted writer with these sizes, each of which is a document."""
         self.num_tokens = int(sizes.sum(dtype=np.int64))
         self._file.truncate(self.num_tokens * self.dtype.itemsize)
         self._count(sizes)
 
     def flush(self) -> None:
-        """What has been added is on disk afterwards."""
+        """Bring all that has been added to disk."""
         self._file.flush()
         os.fdatasync(self._file.fileno())
 
     def add(self, tokens: np.ndarray | Sequence[int], *, end_document: bool = True) -> None:
-        """Append one item; a document may have several."""
+        """Append one item. `end_document` false leaves its document open for further items."""
         self.add_many(np.asarray(tokens, self.dtype), [len(tokens)], end_document=end_document)
 
     def add_many(self, tokens: np.ndarray, sizes: Sequence[int] | np.ndarray, *, end_document: bool = True) -> None:
-        """Append the items of these sizes that lie back to back in `tokens`; each is a document of its own."""
+        """Append items of these sizes, which lie back to back in `tokens`. Each is a document of its own, unless
+        `end_document` is false."""
         self._file.write(np.ascontiguousarray(tokens, self.dtype).data)
         self.num_tokens += len(tokens)
         self._count(np.asarray(sizes), end_document)
@@ -256,17 +276,20 @@ class DatasetWriter:
         interrupted = kind is not None and not issubclass(kind, Exception)
         with naming(self._bin):
             try:
-                if isinstance(error, OSError):  # of a write
+                if isinstance(error, OSError):  # of a write: raised again, so that it names the file
                     raise error
                 if kind is None:
                     self._publish()
             finally:
                 if not (self.published or (interrupted and self.resumable)):
-                    self._bin.unlink(missing_ok=True)  # once it is published the name may be another process's
-                self._file.close()  # last, because it lets go of the lock
+                    self._bin.unlink(missing_ok=True)  # once published, the name may belong to another process
+                self._file.close()  # last, because it releases the lock
 
     def _publish(self) -> None:
-        """Both are on disk before one has its name, and between them there is no index: none that is of other ids."""
+        """Give both files their names, once both are on disk.
+
+        The old index is removed before the tokens are replaced, so that no index ever describes other tokens.
+        """
         with appearing(idx_path(self.prefix)) as file:
             self._file.flush()
             os.fsync(self._file.fileno())

@@ -1,4 +1,4 @@
-"""What has been written so far, beside the partial files, so that an interrupted preparation can be continued."""
+"""A journal beside the partial files of a preparation, which allows an interrupted one to be continued."""
 
 from __future__ import annotations
 
@@ -24,17 +24,19 @@ STATE = keys(KINDS, required=KINDS)
 
 
 def identity(files: Sequence[Path], *settings: object) -> str:
-    """Changes when a file is replaced or edited, by path, size and time, or when a setting changes."""
+    """A digest of the path, size and time of each file and of the settings, which changes with any of them."""
     digest = hashlib.blake2b(repr(settings).encode(), digest_size=16)
     for file in files:
-        found = file.stat()
-        digest.update(f"\n{file.absolute()} {found.st_size} {found.st_mtime_ns}".encode())
+        status = file.stat()
+        digest.update(f"\n{file.absolute()} {status.st_size} {status.st_mtime_ns}".encode())
     return digest.hexdigest()
 
 
 class Journal:
-    """The journal says how many chunks are in the partial files, and a file beside each of those the sizes of its
-    items. All go when the work is done or has failed, and stay when it is interrupted, however hard."""
+    """Notes of how many chunks of the input are in the partial files, and of the sizes of the items there.
+
+    Its files are removed when the `with` block ends or fails. They stay after an interruption, even after SIGKILL.
+    """
 
     def __init__(self, output: str | os.PathLike[str], identity: str, writers: Sequence[DatasetWriter]):
         self.path = beside(Path(output), "journal")
@@ -44,24 +46,27 @@ class Journal:
         self.due = time.monotonic() + SECONDS_BETWEEN_NOTES
 
     def restore(self) -> tuple[int, dict[str, Any]]:
-        """How many chunks the partial files hold already, and what was noted with them. (0, {}) for a fresh start."""
+        """The number of chunks that the partial files already hold, and what was noted with them.
+
+        (0, {}) for a fresh start, which also follows where the notes are of other files or settings.
+        """
         try:
             state = read_json(self.path, DataError, STATE)
-        except DataError:  # not there, or not ours: from the start
+        except DataError:  # missing, or not a journal: start from the beginning
             state = {}
         items = state["items"] if state.get("identity") == self.identity else [0] * len(self.writers)
         sizes = [_read_sizes(path)[:count] for path, count in zip(self.sizes, items, strict=True)]
-        whole = [len(found) for found in sizes] == items and all(map(DatasetWriter.holds, self.writers, sizes))
-        if not (any(items) and whole):
-            state, sizes = {}, [found[:0] for found in sizes]
-        for writer, path, found in zip(self.writers, self.sizes, sizes, strict=True):
-            writer.take_up(found)
-            path.write_bytes(found.tobytes())
-        self.noted = [len(found) for found in sizes]
+        complete = [len(written) for written in sizes] == items
+        if not (any(items) and complete and all(map(DatasetWriter.holds, self.writers, sizes))):
+            state, sizes = {}, [written[:0] for written in sizes]
+        for writer, path, written in zip(self.writers, self.sizes, sizes, strict=True):
+            writer.take_up(written)
+            path.write_bytes(written.tobytes())
+        self.noted = [len(written) for written in sizes]
         return (state["chunks"], state["note"]) if state else (0, {})
 
     def note(self, chunks: int, note: dict[str, Any]) -> None:
-        """Every few seconds: all that the first `chunks` chunks gave is in the writers."""
+        """Note that the writers hold the first `chunks` chunks. Does something every few seconds only."""
         if time.monotonic() < self.due:
             return
         for number, (writer, path) in enumerate(zip(self.writers, self.sizes, strict=True)):
@@ -90,6 +95,6 @@ class Journal:
 
 
 def _read_sizes(path: Path) -> np.ndarray:
-    """As many as there are whole ones."""
+    """The sizes in a file, without an incomplete one at its end."""
     raw = path.read_bytes() if path.exists() else b""
     return np.frombuffer(raw[: len(raw) // 4 * 4], "i4")

@@ -1,4 +1,4 @@
-"""Pairs of a preferred and a rejected text: two corpora that are read in the same order."""
+"""Pairs of a preferred and a rejected text, for preference tuning: two corpora that are read in the same order."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """`Samples` of two sides in the same order. A batch's rows are preferred, rejected, preferred, rejected, ..."""
+    """`Samples` of two sides in the same order. The rows of a batch alternate: preferred, rejected, preferred, ..."""
 
     chosen: Samples
     rejected: Samples
@@ -41,49 +41,53 @@ class Pairs:
         return len(self.chosen)
 
     def steps(self, epochs: int) -> int:
+        """The number of whole steps in `epochs` passes over the pairs."""
         return self.chosen.steps(epochs)
 
     def positions(self, step: int) -> np.ndarray:
-        """Positions of the data order that a step takes, [batch_size]: one for each pair."""
+        """The positions of the data order that a step takes, one for each pair: [pairs]."""
         return self.chosen.positions(step)
 
     def pieces(self, position: int) -> list[DocumentPiece]:
+        """Where the tokens of both sides of a pair lie, preferred side first."""
         return self.chosen.pieces(position) + self.rejected.pieces(position)
 
     def batch(self, step: int, rows: Sequence[int] | np.ndarray | None = None) -> Batch:
-        """The step's batch, or those pairs of it: twice as many sequences."""
+        """The batch of a step, or the given pairs of it; it has two sequences for each pair."""
         sides = self.chosen.batch(step, rows), self.rejected.batch(step, rows)
         return Batch(*map(_interleaved, *sides))
 
     @cached_property
     def fingerprint(self) -> str:
+        """A digest of the files and settings that decide order and content of the pairs."""
         both = self.chosen.fingerprint + self.rejected.fingerprint
         return hashlib.blake2b(both.encode(), digest_size=16).hexdigest()
 
 
 def _interleaved(chosen: Any, rejected: Any) -> Any:
-    """Row 0 of one array, row 0 of the other, row 1 of the one, ...; None if there are none."""
+    """[n, ...], [n, ...] -> [2 n, ...], rows of both sides in turn; None if a side has no such array."""
     if chosen is None or rejected is None:
         return None
     return np.stack([chosen, rejected], axis=1).reshape(-1, *chosen.shape[1:])
 
 
 def sides_of(samples: Samples | Pairs) -> dict[str, Samples]:
-    """The sides of pairs by name; plain samples have one, without a name."""
+    """The sides of pairs by name. Plain samples have a single side, whose name is empty."""
     if isinstance(samples, Pairs):
         return {"chosen": samples.chosen, "rejected": samples.rejected}
     return {"": samples}
 
 
 def open_samples(config: RunConfig, split: Split = "train") -> Samples | Pairs:
-    """What the run's objective learns from: sequences or pairs of them."""
+    """The data of a run: pairs if `train.objective` learns from pairs, else sequences. Raises DataError."""
     return open_pairs(config, split) if config.train.objective in ("dpo", "reward") else open_data(config, split)
 
 
 def open_pairs(config: RunConfig, split: Split = "train") -> Pairs:
-    """Pairs are used if both sides have a label to learn from within the context and, unless chopped, fit in it.
+    """The pairs of a split whose two sides have an unmasked label within the sequence length.
 
-    DataError where the two sides do not match.
+    With data.allow_chopped=false both sides must also fit into it. Raises DataError if the two sides have different
+    numbers of texts, or if a source names no rejected texts.
     """
     indices: dict[str, Index] = {}
 
@@ -107,7 +111,7 @@ def _rejected(source: Source) -> Text:
 
 
 def _index(config: RunConfig, source: Source, wanted: int | None) -> Index:
-    """One pair a sample, in the original's order."""
+    """The index of both sides, in which each sample is one pair, in the order of GPT-NeoX."""
     sides, length = (source, _rejected(source)), config.data.seq_length
     texts = [open_dataset(side.path) for side in sides]
     if len(texts[0]) != len(texts[1]):
@@ -133,4 +137,4 @@ def _index(config: RunConfig, source: Source, wanted: int | None) -> Index:
             "%d of %d pairs of %s have equal sides, from which nothing is learned", equal, len(documents), source.path
         )
     index = build_unpacked(documents[usable], wanted, config.seed)
-    return replace(index, order=index.order % len(documents))  # the original turns in the pairs that there are
+    return replace(index, order=index.order % len(documents))  # GPT-NeoX takes positions modulo the number of pairs
