@@ -219,14 +219,18 @@ def _one_seed(a: Checkpoint, b: Checkpoint) -> str:
     drawn = [(each.seed, _drawn(each.model), each.neox_exact) for each in (a.config, b.config) if each.model]
     if drawn[0] != drawn[1] or (_same_run(a, b) and a.progress.step != b.progress.step):
         return ""
-    return f"two runs from the same initial weights (seed {a.config.seed}), after {a.progress.step:,} and " + (
-        f"{b.progress.step:,} steps" if a.progress.step != b.progress.step else "as many steps"
-    )
+    steps = [f"{each.progress.step:,}" for each in (a, b)]
+    after = f"{' and '.join(steps)} steps" if steps[0] != steps[1] else f"{steps[0]} steps each"
+    return f"two runs from the same initial weights (seed {a.config.seed}), after {after}"
+
+
+_DRAWN_FROM = {"num_heads", "num_kv_heads", "vocab_size", "mup", "init", "init_passes", "init_std"}
+_DRAWN_FROM |= {"init_method", "output_init_method"}
 
 
 def _drawn(model: ModelConfig) -> dict[str, object]:
-    """What initial weights depend on, beside the seed."""
-    return {key: value for key, value in model.model_dump().items() if "dropout" not in key}
+    """What initial weights depend on, beside the seed and the shapes of the tensors."""
+    return model.model_dump(include=_DRAWN_FROM)
 
 
 def _same_run(a: Checkpoint, b: Checkpoint) -> bool:

@@ -187,6 +187,10 @@ def test_runs_of_one_seed_are_no_later_steps_of_each_other() -> None:
     assert found.words.startswith("two runs from the same initial weights (seed 1), after 10 and 12 steps: 0 of 28")
     assert "1 have little in common any more or are new: embed.weight" in found.words
     assert diff(run, trained(source, 10, 0.1, 0.2)).verdict == "siblings"  # the same step, but other values
+    assert source.config and source.config.model
+    model = source.config.model.model_copy(update={"max_positions": 96})
+    longer = replace(source, config=source.config.model_copy(update={"model": model}))
+    assert diff(run, trained(longer, 12, 0.1, 0.1)).verdict == "siblings"  # which draw the same weights
     later = diff(run, trained(source, 12, 0.1, 0.1))
     assert later.verdict == "fine_tune"
     assert later.words.startswith("B is a later step of A's run, or of the same run once more: ")
