@@ -93,11 +93,12 @@ def open_store(here: RankInfo, timeout_s: float) -> dist.TCPStore:
             ) from error
     else:
         _find_listener(here, end, timeout_s)
+    host = "127.0.0.1" if here.hosts_store else here.host  # its own store needs no address: the others judge MASTER_ADDR
 
     def connect() -> dist.TCPStore:
         timeout = timedelta(seconds=timeout_s)
         return dist.TCPStore(
-            here.host, here.port, here.world, here.hosts_store, timeout, wait_for_workers=False, multi_tenant=True
+            host, here.port, here.world, here.hosts_store, timeout, wait_for_workers=False, multi_tenant=True
         )
 
     store = _within(max(1.0, end - time.monotonic()), connect)
