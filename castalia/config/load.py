@@ -132,7 +132,7 @@ def _sort(
             key = block
         if key in neox_read.FORMER and neox_read.FORMER[key].kind == "renamed":
             findings.notes.append(f"{origin}: {written} is called {neox_read.FORMER[key].target} today")
-            key = neox_read.FORMER[key].target
+            key, origin = neox_read.FORMER[key].target, f"{origin} ({written})"
         if neox_read.is_neox(key, value):
             if key in neox and neox[key].rank == rank:
                 findings.errors.append(f"{origin}: {written} is already given at {neox[key].origin}; keep one")
