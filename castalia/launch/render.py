@@ -39,7 +39,7 @@ class LaunchJob:
     def about(self) -> str:
         """The script's first comment."""
         ranks = sum(host.slots for host in self.hosts) or self.nodes * self.gpus
-        return f"{ranks} ranks on {self.nodes} {'node' if self.nodes == 1 else 'nodes'}: {self.layout}"
+        return f"{ranks} {'rank' if ranks == 1 else 'ranks'} on {self.nodes} {'node' if self.nodes == 1 else 'nodes'}: {self.layout}"
 
     def torchrun(self, gpus: int) -> list[str]:
         """The arguments of torchrun that are the same on every node with this many devices."""

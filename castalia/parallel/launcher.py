@@ -7,7 +7,6 @@ import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
-from uuid import uuid4
 
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
@@ -29,7 +28,7 @@ def launch_config(num_processes: int, max_restarts: int) -> LaunchConfig:
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=num_processes,
-        run_id=uuid4().hex,
+        run_id="none",  # torchrun's own where no --rdzv-id is given: a name that outlives this launcher is not known
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=max_restarts,

@@ -48,10 +48,19 @@ class LauncherJob(NamedTuple):
 def this_job(launcher: str | None, config: RunConfig) -> LauncherJob:
     """The job of this process, whose command asks for `config`."""
     asked = json.dumps(config.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
+    return LauncherJob(launcher, _scheduled(), hashlib.blake2b(asked.encode(), digest_size=16).hexdigest())
+
+
+def _scheduled() -> str | None:
+    """What a scheduler's job is called, each time that it starts."""
+    if slurm := os.environ.get("SLURM_JOB_ID"):
+        return f"slurm {slurm}"
     run = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # of torchrun --rdzv-id
-    slurm = os.environ.get("SLURM_JOB_ID")
-    scheduled = f"slurm {slurm}" if slurm else None if run == "none" else run
-    return LauncherJob(launcher, scheduled, hashlib.blake2b(asked.encode(), digest_size=16).hexdigest())
+    if run != "none":
+        return run
+    # A pod of an indexed Job of Kubernetes calls itself JOB-INDEX, whichever pods it replaces. Other pods draw a name.
+    job, dash, index = os.environ.get("HOSTNAME", "").rpartition("-")
+    return f"kubernetes {job}" if dash and index == os.environ.get("JOB_COMPLETION_INDEX") else None
 
 
 def was_started_by(job: LauncherJob, folder: Path) -> bool:

@@ -306,17 +306,25 @@ def test_a_folder_that_holds_a_run_is_refused_naming_both_ways_out(straight, tin
     assert (straight / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("variable", ["SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"])
-def test_a_job_is_known_by_what_survives_a_requeue(tiny, tmp_path, monkeypatch, variable):
+@pytest.mark.parametrize(
+    ("variable", "name", "another"),
+    [
+        ("SLURM_JOB_ID", "4711", "4712"),
+        ("TORCHELASTIC_RUN_ID", "4711", "4712"),
+        ("HOSTNAME", "tune-0", "tune-0-x7k2p"),  # of an indexed Job of Kubernetes; what pods of others are called
+    ],
+)
+def test_a_job_is_known_by_what_survives_a_requeue(tiny, tmp_path, monkeypatch, variable, name, another):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    monkeypatch.setenv(variable, "4711")
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
+    monkeypatch.setenv(variable, name)
     config = tiny(tmp_path / "run")
     assert not was_started_by(this_job("a launcher", config), tmp_path)
     write_event(tmp_path, "start", step=0, **this_job("a launcher", config)._asdict())
     assert was_started_by(this_job("another launcher", config), tmp_path)
     other = tiny(tmp_path / "run", "seed=2")  # not what the first start asked for
     assert not was_started_by(this_job("another launcher", other), tmp_path)
-    monkeypatch.setenv(variable, "4712")
+    monkeypatch.setenv(variable, another)
     assert not was_started_by(this_job("another launcher", config), tmp_path)
     assert was_started_by(this_job("a launcher", config), tmp_path)
 
