@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
     from castalia.checkpoint.tensors import Checkpoint
     from castalia.config.batch import BatchPlan
-    from castalia.config.schema import ModelConfig
+    from castalia.config.schema import ModelConfig, RunConfig
     from castalia.data.tokenizer import Tokenizer
     from castalia.evaluate.corpus import Stream
     from castalia.parallel.executor import Executor
@@ -97,9 +98,6 @@ def write_log_probs(path: str, overrides: list[str], data: str | None, step: int
     """Preference tuning takes what this writes for the `references` of a source."""
     from castalia.checkpoint.restore import require_finite
     from castalia.cli.opening import open_and_tell
-    from castalia.cli.train import split_words
-    from castalia.config.load import load_config
-    from castalia.config.schema import RunConfig
     from castalia.errors import DataError
     from castalia.evaluate.log_probs import write_log_probabilities
     from castalia.loading import build_model
@@ -107,15 +105,44 @@ def write_log_probs(path: str, overrides: list[str], data: str | None, step: int
 
     if data is None:
         raise DataError("--log-probs needs --data, the prefix of the corpus")
-    checkpoint = open_and_tell(path, step=step)
-    files, words = split_words(overrides)
-    config = load_config([checkpoint.config or RunConfig(), *files], words)
+    checkpoint, config = overlaid(open_and_tell(path, step=step), overrides)
     device = choose_device(config.train.device)
     model = build_model(checkpoint, device, choose_dtype(config.precision.compute, device))
     require_finite(dict(model.named_parameters()), checkpoint.path)
     length, rows = config.data.seq_length, config.train.micro_batch_size or 8
     number = write_log_probabilities(model, data, output, min(length, model.cfg.max_positions or length), rows)
     print(f"{output}: log-probabilities of {number:,} documents by {checkpoint.path}")
+
+
+ACT = ("model.", "data.", "train.device", "train.micro_batch_size", "precision.compute")
+
+
+def overlaid(checkpoint: Checkpoint, overrides: list[str]) -> tuple[Checkpoint, RunConfig]:
+    """The checkpoint and its config under the files and values that the command gives.
+
+    Raises CheckpointError where they describe another model, ConfigError for a value that evaluation does not read.
+    """
+    from castalia.cli.config import print_notes
+    from castalia.cli.train import split_words
+    from castalia.config.load import load_config
+    from castalia.config.schema import RunConfig
+    from castalia.errors import ConfigError
+    from castalia.train.setup import architecture
+
+    config = checkpoint.config or RunConfig()
+    if not overrides:
+        return checkpoint, config
+    files, words = split_words(overrides)
+    config = load_config([config, *files], words)
+    print_notes(config)
+    for path, origin in config.origins.items():
+        if origin.startswith("command line") and not path.startswith(ACT):
+            raise ConfigError(
+                f"{origin}: {path} has no effect on an evaluation; what has are data.*, train.device, "
+                "train.micro_batch_size, precision.compute and the options of `castalia eval --help`"
+            )
+    config = config.model_copy(update={"model": architecture(config, checkpoint)})
+    return replace(checkpoint, config=config), config
 
 
 def evaluate_checkpoint(
@@ -133,22 +160,14 @@ def evaluate_checkpoint(
     import numpy as np
 
     from castalia.checkpoint.restore import architecture
-    from castalia.cli.config import print_notes
     from castalia.cli.render import watched
-    from castalia.cli.train import split_words
-    from castalia.config.load import load_config
-    from castalia.config.schema import RunConfig
     from castalia.errors import ConfigError
     from castalia.evaluate.corpus import read_stream, validation_stream
     from castalia.evaluate.perplexity import bits_per_byte, evaluate, windows
     from castalia.parallel.rendezvous import is_main
     from castalia.train.hardware import DTYPES, choose_device, choose_dtype, keep_freed_memory
 
-    config = checkpoint.config or RunConfig()
-    if overrides:
-        files, words = split_words(overrides)
-        config = load_config([config, *files], words)
-        print_notes(config)
+    checkpoint, config = overlaid(checkpoint, overrides)
     tokenizer = find_tokenizer(checkpoint, tokenizer_path)
     stream = read_stream(data, tokenizer) if data else validation_stream(config.data, tokenizer)
     keep_freed_memory()

@@ -39,7 +39,8 @@ class LaunchJob:
     def about(self) -> str:
         """The script's first comment."""
         ranks = sum(host.slots for host in self.hosts) or self.nodes * self.gpus
-        return f"{ranks} {'rank' if ranks == 1 else 'ranks'} on {self.nodes} {'node' if self.nodes == 1 else 'nodes'}: {self.layout}"
+        processes, machines = ("rank" + "s" * (ranks > 1)), ("node" + "s" * (self.nodes > 1))
+        return f"{ranks} {processes} on {self.nodes} {machines}: {self.layout}"
 
     def torchrun(self, gpus: int) -> list[str]:
         """The arguments of torchrun that are the same on every node with this many devices."""

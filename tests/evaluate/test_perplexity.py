@@ -182,6 +182,8 @@ def test_an_overlay_is_obeyed_and_its_idle_keys_are_told(run, tmp_path, capsys):
         ({"data": "missing.txt"}, "missing.txt: neither a text file nor the prefix of a corpus"),
         ({"stride": 17}, "--stride 17 must lie between 1 and the window's 16 tokens"),
         ({"step": 7}, "no checkpoint of step 7"),
+        ({"overrides": ["optimizer.lr=0.1"]}, "optimizer.lr has no effect on an evaluation"),
+        ({"overrides": ["model.num_heads=4"]}, "model.num_heads: 2 in the checkpoint, 4 in the config"),
     ],
 )
 def test_bad_input_is_one_clear_error(run, options, message):
