@@ -127,7 +127,7 @@ def overlaid(checkpoint: Checkpoint, overrides: list[str]) -> tuple[Checkpoint, 
     from castalia.config.load import load_config
     from castalia.config.schema import RunConfig
     from castalia.errors import ConfigError
-    from castalia.train.setup import architecture
+    from castalia.train.resolve import architecture
 
     config = checkpoint.config or RunConfig()
     if not overrides:

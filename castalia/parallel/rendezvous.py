@@ -93,7 +93,7 @@ def open_store(here: RankInfo, timeout_s: float) -> dist.TCPStore:
             ) from error
     else:
         _find_listener(here, end, timeout_s)
-    host = "127.0.0.1" if here.hosts_store else here.host  # its own store needs no address: the others judge MASTER_ADDR
+    host = "127.0.0.1" if here.hosts_store else here.host  # its own store needs no MASTER_ADDR
 
     def connect() -> dist.TCPStore:
         timeout = timedelta(seconds=timeout_s)

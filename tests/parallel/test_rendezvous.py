@@ -100,9 +100,9 @@ def test_a_rank_says_that_rank_0_is_nowhere(free_port):
 
 
 def test_rank_0_keeps_its_store_whatever_address_the_others_were_told(free_port, capfd):
-    store = open_store(Place(0, 2, "no-such-host.invalid", free_port, hosts_store=True), 5.0)
+    store = open_store(RankInfo(0, 2, "no-such-host.invalid", free_port, hosts_store=True), 5.0)
     with pytest.raises(ConfigError, match="rank 1 of 2 did not come within 0.1 s; look for its own error"):
-        own_room(store, 0, 2, 0.1)
+        private_store(store, 0, 2, 0.1)
     assert capfd.readouterr().err == ""
 
 
