@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 
 from castalia.data.indexed import DatasetWriter, IndexedDataset, bin_path, open_dataset
 from castalia.data.sample_index import split_bounds
-from castalia.data.split import sources_of, without_common_folder, write_sources
+from castalia.data.split import file_of_each, sources_of, without_common_folder, write_sources
 from castalia.errors import DataError
 
 BLOCK_TOKENS = 1 << 22
@@ -73,15 +74,14 @@ def merge(prefixes: Sequence[str | os.PathLike[str]], output: str | os.PathLike[
     return open_dataset(output)
 
 
-def _files_of(parts: Sequence[IndexedDataset]) -> dict[str, int]:
-    """The number of items from each source file. A corpus that does not know its files counts as one."""
-    items: dict[str, int] = {}
+def _files_of(parts: Sequence[IndexedDataset]) -> list[tuple[str, int]]:
+    """The number of items from each source file, in order. A corpus that does not know its files counts as one."""
+    found: list[tuple[str, int]] = []
     for name, part in zip(without_common_folder([part.prefix for part in parts]), parts, strict=True):
-        known = sources_of(part)
-        counts = np.bincount(known[1], minlength=len(known[0])).tolist() if known else [len(part)]
-        for file, count in zip([f"{name}/{file}" for file in known[0]] if known else [name], counts, strict=True):
-            items[file] = items.get(file, 0) + count
-    return items
+        known = sources_of(part) is not None
+        each = [f"{name}/{file}" for file in file_of_each(part)] if known else [name] * len(part)
+        found += [(file, len(list(same))) for file, same in groupby(each)]
+    return found
 
 
 def split(prefix: str | os.PathLike[str], weights: str, output: str | os.PathLike[str]) -> list[IndexedDataset]:

@@ -147,8 +147,8 @@ def prepare(
     return report
 
 
-def _by_name(counts: dict[str, int]) -> dict[str, int]:
-    return dict(zip(without_common_folder(list(counts)), counts.values(), strict=True))
+def _by_name(counts: dict[str, int]) -> list[tuple[str, int]]:
+    return list(zip(without_common_folder(list(counts)), counts.values(), strict=True))
 
 
 NOTED = ("done_bytes", "text_bytes", "documents", "tokens", "empty", "bad", "files")

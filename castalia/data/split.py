@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -113,7 +113,14 @@ def sources_of(text: IndexedDataset) -> tuple[list[str], np.ndarray] | None:
     fits = len(names) == len(counts) and sum(counts) == len(text) and min(counts, default=0) >= 0
     if not fits or known["sizes"] != digest_of_sizes(text.sizes):
         return None
-    return names, np.repeat(np.arange(len(counts)), counts)
+    distinct = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return list(distinct), np.repeat([distinct[name] for name in names], counts)
+
+
+def file_of_each(text: IndexedDataset) -> list[str]:
+    """The name of each document's file; the corpus' own name where it does not tell."""
+    known = sources_of(text)
+    return [known[0][file] for file in known[1]] if known else [Path(text.prefix).name] * len(text)
 
 
 def sources_path(prefix: str | os.PathLike[str]) -> Path:
@@ -124,9 +131,12 @@ def digest_of_sizes(sizes: np.ndarray | Sequence[int]) -> str:
     return hashlib.blake2b(np.ascontiguousarray(sizes, "<i4").data, digest_size=16).hexdigest()
 
 
-def write_sources(prefix: str | os.PathLike[str], sizes: np.ndarray | Sequence[int], files: Mapping[str, int]) -> None:
+def write_sources(
+    prefix: str | os.PathLike[str], sizes: np.ndarray | Sequence[int], files: Sequence[tuple[str, int]]
+) -> None:
     """Note beside a corpus of these `sizes` [documents] how many of its documents come from which file, in order."""
-    found = {"sizes": digest_of_sizes(sizes), "files": list(files), "documents": list(files.values())}
+    names, documents = [name for name, _ in files], [count for _, count in files]
+    found = {"sizes": digest_of_sizes(sizes), "files": names, "documents": documents}
     write_text(sources_path(prefix), json.dumps(found))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import numpy as np
 from castalia.config.schema import TokenizerConfig
 from castalia.data.indexed import DatasetWriter, bin_path, idx_path, open_dataset
 from castalia.data.prepare import Recipe, prepare
+from castalia.data.split import file_of_each, sources_path, write_sources
 from castalia.data.tokenizer import engine_text, train_bpe
 from castalia.errors import DataError
 from castalia.files import write_text
@@ -61,6 +63,7 @@ def prepare_corpus(folder: Folder, vocab_size: int, output: Path, progress: Call
     for part in parts:  # which is in the two others now
         bin_path(part).unlink()
         idx_path(part).unlink()
+        sources_path(part).unlink(missing_ok=True)
     return Corpus(str(tokenizer), str(train), str(valid), kept, held, num_bytes, bad)
 
 
@@ -73,6 +76,7 @@ def hold_out(prefixes: Sequence[str], train: str, valid: str, share: float) -> t
     """
     parts = [open_dataset(prefix) for prefix in prefixes]
     documents = [document for part in parts for document in part]
+    files = [name for part in parts for name in file_of_each(part)]
     stretches = [(item, *bounds) for item, document in enumerate(documents) for bounds in _stretches(len(document))]
     if len(stretches) <= LEAST_HELD_OUT:
         raise DataError(
@@ -82,8 +86,12 @@ def hold_out(prefixes: Sequence[str], train: str, valid: str, share: float) -> t
     ranks = [_rank(documents[item][first:end]) for item, first, end in stretches]
     limit = max(share, sorted(ranks)[LEAST_HELD_OUT])
     with DatasetWriter(train, parts[0].dtype) as kept, DatasetWriter(valid, parts[0].dtype) as held:
+        sides: tuple[list[str], list[str]] = [], []
         for item, first, end, is_held in _joined(stretches, [rank < limit for rank in ranks]):
             (held if is_held else kept).add(documents[item][first:end])
+            sides[is_held].append(files[item])
+        for writer, side in zip((kept, held), sides, strict=True):
+            write_sources(writer.prefix, writer.sizes, [(file, len(list(same))) for file, same in groupby(side)])
     return kept.num_tokens, held.num_tokens
 
 

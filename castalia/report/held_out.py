@@ -17,7 +17,7 @@ from castalia.config.schema import DataConfig, RunConfig
 from castalia.data.indexed import IndexedDataset, open_dataset
 from castalia.data.loader import open_labels
 from castalia.data.sources import documents as texts_of_files
-from castalia.data.split import sources_of, split_documents
+from castalia.data.split import file_of_each, split_documents
 from castalia.data.tokenizer import Tokenizer
 from castalia.errors import CheckpointError, DataError
 from castalia.evaluate.perplexity import bits_per_byte, evaluate, windows
@@ -94,9 +94,8 @@ def _places(data: DataConfig) -> list[Place]:
 
 
 def _in_corpus(text: IndexedDataset, labels: IndexedDataset | None, numbers: np.ndarray) -> list[Place]:
-    known = sources_of(text)
-    own = Path(text.prefix).name
-    return [Place(known[0][known[1][number]] if known else own, text, labels, int(number)) for number in numbers]
+    files = file_of_each(text)
+    return [Place(files[number], text, labels, int(number)) for number in numbers]
 
 
 def named_text(path: str, tokenizer: Tokenizer, most_tokens: int = MOST_TOKENS) -> HeldOut:

@@ -109,7 +109,7 @@ def test_prepared_corpora_know_their_files(tmp_path):
 
 
 def test_merged_corpora_know_their_parts_and_the_files_of_these(tmp_path):
-    corpus(tmp_path / "a", drawn(3), files={"x": 1, "y": 2})
+    corpus(tmp_path / "a", drawn(3), files=[("x", 1), ("y", 2)])
     corpus(tmp_path / "b", drawn(2))
     names, numbers = sources_of(merge([tmp_path / "a", tmp_path / "b"], tmp_path / "ab"))
     assert (names, numbers.tolist()) == (["a/x", "a/y", "b"], [0, 1, 1, 2, 2])
@@ -123,7 +123,7 @@ def test_notes_of_other_documents_and_damaged_ones_are_not_believed(tmp_path, co
 
 
 def test_a_one_sided_split_is_told_and_hashing_is_the_way_out(tmp_path):
-    text = corpus(tmp_path / "a", drawn(100), files={"code.py": 80, "bible.txt": 20})
+    text = corpus(tmp_path / "a", drawn(100), files=[("code.py", 80), ("bible.txt", 20)])
     warning = one_sided(DataConfig(split="95, 5, 0"), text)
     assert "its 5 documents are the last ones, all from bible.txt (1 of 2 files)" in warning
     assert "data.holdout=hash" in warning

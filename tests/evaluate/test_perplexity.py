@@ -206,7 +206,7 @@ def test_one_bit_per_byte_is_ln_2_nats():
 
 def test_sources_are_judged_apart_and_are_all_of_the_text(run, corpus):
     sizes = open_dataset(corpus).sizes
-    write_sources(corpus, sizes, {"first": 12, "second": 8})
+    write_sources(corpus, sizes, [("first", 12), ("second", 8)])
     try:
         found = evaluate_checkpoint(
             open_checkpoint(run), [], data=None, tokenizer_path=None, stride=None, by_source=True

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from castalia.data.indexed import DatasetWriter, open_dataset
+from castalia.data.split import sources_of
 from castalia.errors import DataError
 from castalia.quickstart.corpus import STRETCH_TOKENS, hold_out
 
@@ -48,6 +49,16 @@ def test_one_long_book_has_something_to_hold_out_and_keeps_its_order(tmp_path):
     for piece in (*train, *valid):
         steps = np.diff(piece.astype("<u2")).astype(np.uint16)
         assert (steps == 1).all()
+
+
+def test_what_is_held_out_knows_its_files(tmp_path):
+    random = np.random.default_rng(0)
+    parts = [write(tmp_path / name, [random.integers(0, 999, 20) for _ in range(50)]) for name in "ab"]
+    _, train, valid = held(tmp_path, parts, 0.3)
+    for side in (train, valid):
+        names, numbers = sources_of(side)
+        assert names == ["a", "b"] and len(numbers) == len(side)
+    assert sum((sources_of(side)[1] == 0).sum() for side in (train, valid)) == 50
 
 
 def test_few_tokens_are_refused(tmp_path):
