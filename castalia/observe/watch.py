@@ -38,7 +38,7 @@ SLOW_STEPS = 5
 MAX_REWINDS = 3  # to one and the same checkpoint
 Action = Literal["apply", "skip", "rewind", "stop"]  # what becomes of a step's update; all but "apply" leave it out
 ACTIONS = {
-    "report": "it is applied nevertheless",
+    "report": "its update is applied anyway",
     "stop": "stopping before its update",
     "skip": "its update is left out",
     "rewind": "going back",
@@ -94,7 +94,7 @@ def _log(value: float) -> float:
     return math.log(max(value, 1e-30))
 
 
-class Pace:
+class StepPace:
     """Notices when steps begin to take longer than usual."""
 
     def __init__(self, window: int) -> None:

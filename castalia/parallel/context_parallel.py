@@ -106,5 +106,5 @@ def refuse_ring(cfg: ModelConfig, dtype: torch.dtype, device: torch.device) -> N
         capability(device), DTYPE_NAMES[dtype], "causal", head_size=cfg.head_size, training=True, cudnn=False
     )
     if choice.kernel != "flash" or (device.type == "cuda" and cfg.head_size % 8):
-        why = choice.why or f"heads of {cfg.head_size} are no multiple of 8"
+        why = choice.why or f"heads of {cfg.head_size} are not a multiple of 8"
         raise ConfigError(f"parallel.cp_kind=ring takes the flash kernel, but {why}; use parallel.cp_kind=gather")

@@ -70,9 +70,9 @@ def read_rank_info() -> RankInfo:
         )
     rank, world, port = env_int("RANK", 0), world_size(), env_int("MASTER_PORT", 0, least=1)
     if rank >= world:
-        raise ConfigError(f"RANK={rank} is none of the ranks 0 to {world - 1} that WORLD_SIZE={world} counts")
+        raise ConfigError(f"RANK={rank} is not one of the ranks 0 to {world - 1} of WORLD_SIZE={world}")
     if port > 65535:
-        raise ConfigError(f"MASTER_PORT={port} is no port: they go up to 65535")
+        raise ConfigError(f"MASTER_PORT={port} is not a port: the highest is 65535")
     hosts_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     return RankInfo(rank, world, os.environ["MASTER_ADDR"], port, hosts_store)
 

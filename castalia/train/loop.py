@@ -24,7 +24,7 @@ from castalia.config.schema import RunConfig
 from castalia.errors import Stopped, TrainingError
 from castalia.observe.display import Display
 from castalia.observe.metrics import Metrics, truncate_metrics, truncate_records, write_event
-from castalia.observe.watch import Pace, Watch, data_of_step
+from castalia.observe.watch import StepPace, Watch, data_of_step
 from castalia.parallel.process_group import process_group
 from castalia.parallel.rendezvous import is_main
 from castalia.train.hardware import choose_device, keep_freed_memory
@@ -103,7 +103,7 @@ class TrainingRun:
         hours = session.config.train.max_hours
         self.end = begin + hours * 3600 if hours else math.inf
         self.unevaluated: dict[str, Any] | None = None  # the last step's record, if its evaluation was cut short
-        self.pace = Pace(self.config.watch.window)
+        self.pace = StepPace(self.config.watch.window)
         self.watch = Watch(
             self.config.watch,
             session.engine,

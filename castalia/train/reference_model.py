@@ -28,8 +28,8 @@ def with_reference(config: RunConfig, source: Checkpoint | None) -> RunConfig:
         if source.format == "native":
             return config
         raise ConfigError(
-            f"train.objective={config.train.objective} goes on from {source.path}, which does not tell what its "
-            "reference model was: name it with preference.reference"
+            f"train.objective={config.train.objective} continues {source.path}, which does not name its "
+            "reference model: name it with preference.reference"
         )
     return config.with_({"preference.reference": source.path})
 

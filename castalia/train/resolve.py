@@ -212,7 +212,7 @@ def refuse_other_data(config: RunConfig, data: Samples | Pairs, source: Checkpoi
     raise TrainingError(
         f"the data or their order are not those that {source.path} was trained on (another corpus, split, seed or "
         "data.seq_length; another train.steps or train.batch_size too where it changes the number of epochs, which are "
-        "shuffled as one). To go on with them nevertheless: checkpoint.other_data=true"
+        "shuffled as one). To continue with them anyway: checkpoint.other_data=true"
     )
 
 

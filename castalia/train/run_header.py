@@ -192,7 +192,7 @@ def restoration_rows(session: Session) -> Iterator[tuple[str, str, str]]:
         why = f"of {len(source.optimizer or ())} tensors"
         if old != now:
             factor = f"divided by {old} and {old}^2" if now == 1 else f"multiplied by {now}/{old} and its square"
-            why += f", {factor}: the original's pipeline engine had added up {old} micro-batches where their mean was "
+            why += f", {factor}: GPT-NeoX's pipeline engine had added up {old} micro-batches where their mean was "
             why += "meant" if now == 1 else f"meant, and now adds up {now}"
         yield "moments", "restored", why
     else:
@@ -216,10 +216,10 @@ def _data_position(session: Session, source: Checkpoint) -> tuple[str, str]:
     what = "pairs" if isinstance(session.data, Pairs) else "samples"
     known = source.facts.data_fingerprint
     if known and known != session.data.fingerprint:
-        return "moved", f"checkpoint.other_data: it goes on after {read:,} {what}, but of other data"
+        return "moved", f"checkpoint.other_data: continues after {read:,} {what}, but of other data"
     before = source.config.train.batch_size if source.config else None
     if session.config.neox_exact and before and before != size:
-        return "moved", f"after {step:,} batches of {size:,}, as the original goes on (neox_exact); they had {before:,}"
+        return "moved", f"after {step:,} batches of {size:,}, as GPT-NeoX continues (neox_exact); they had {before:,}"
     if before is None:
         return "restored", f"after {read:,} {what}, if a batch had {size:,} before as well"
     changed = [span for span in train.earlier_batches if span.until == step]
@@ -235,7 +235,7 @@ def parameter_count(session: Session) -> int:
 def _clipping(session: Session) -> str:
     wanted = session.config.optimizer.clip_norm
     if session.step.clip_norm is None and wanted:
-        return f"off: the original ignores clip_norm={wanted:g} (neox_exact)"
+        return f"off: GPT-NeoX ignores clip_norm={wanted:g} (neox_exact)"
     return clipping(session.config.with_({"neox_exact": False}))
 
 

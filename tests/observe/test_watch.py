@@ -17,7 +17,7 @@ from castalia.data.loader import open_data
 from castalia.errors import ConfigError, TrainingError
 from castalia.observe.metrics import read_events, read_metrics
 from castalia.observe.update_history import history_before
-from castalia.observe.watch import Pace, Spikes
+from castalia.observe.watch import Spikes, StepPace
 from castalia.tune.replay import replay
 from tests.train.conftest import MODEL
 
@@ -205,10 +205,10 @@ def test_spikes_are_upward_and_far_from_the_median():
 
 
 def test_a_change_of_pace_is_told_once():
-    pace = Pace(20)
+    pace = StepPace(20)
     told = [step for step in range(80) if pace.look(2.0 if step == 15 or 30 <= step < 37 or step >= 60 else 1.0)]
     assert told == [32, 62]
-    pace = Pace(20)
+    pace = StepPace(20)
     assert [told for seconds in [1.0] * 5 + [3.0] * 3 + [1.0, 0.8] if (told := pace.look(seconds))] == [(3.0, 1.0)]
 
 

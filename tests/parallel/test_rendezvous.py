@@ -59,11 +59,11 @@ def test_tasks_of_srun_know_their_place(variables):
     ("given", "reason"),
     [
         ({"WORLD_SIZE": "2"}, "RANK, MASTER_ADDR, MASTER_PORT is not set"),
-        (MEET | {"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2 is none of the ranks 0 to 1"),
+        (MEET | {"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2 is not one of the ranks 0 to 1"),
         (MEET | {"WORLD_SIZE": "2", "RANK": "x"}, "RANK=x is not a whole number"),
         (MEET | {"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE=two is not a whole number"),
         (MEET | {"WORLD_SIZE": "0", "RANK": "0"}, "WORLD_SIZE=0 is not a whole number of at least 1"),
-        (MEET | {"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "70000"}, "MASTER_PORT=70000 is no port"),
+        (MEET | {"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "70000"}, "MASTER_PORT=70000 is not a port"),
     ],
 )
 def test_variables_that_make_no_sense_are_refused(variables, given, reason):
