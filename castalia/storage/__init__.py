@@ -1,5 +1,7 @@
-"""Tensors in files: named, read when asked for, and never without the checksums that their files carry.
+"""Tensors in files, which are read lazily and never without verifying the checksums that their files have.
 
-`tensor` has the lazy tensors, `extent` the one reader of bytes, `safetensors` and `torchfile` the two kinds of files;
-`pt_writer` and `torchzip` write what `torch.load` opens.
+Begin with `lazy`, the classes of lazy tensors, then `extent`, the only reader of tensors' bytes. `safetensors` and
+`torch_file` open the two kinds of files, `torch_file` with the help of `unpickle`, which cannot run code. `pt_writer`
+and `torch_zip` write files that `torch.load` opens. May import `castalia.files`, `reading` and `errors`: nothing here
+knows of models, configs or formats of checkpoints.
 """

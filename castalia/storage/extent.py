@@ -1,8 +1,13 @@
-"""The one reader of tensors' bytes: whatever part of a file is asked for, the checksums that cover it are verified.
+"""The only reader of tensors' bytes. Whatever part of a file is read, the checksums that cover it are verified.
 
-Zip members have one checksum, our own files one for each block, safetensors none (see `docs/reliability.md`). Where a
-checksum covers more than is asked for, all of that is read, once, before any of it is given out; what is read from
-beginning to end within `verifying` is verified on the way.
+Zip members have one checksum, our own files one for each block of 1 MiB, safetensors none (see `docs/reliability.md`).
+A checksum may cover more than is asked for:
+
+    blocks    |--------0--------|--------1--------|--------2--------|
+    asked for            [==================]
+
+Then blocks 0 and 1 are read and verified, once, before any of their bytes are given out. Inside `verifying`, blocks
+that are read from beginning to end in several parts are verified on the way instead, which reads nothing twice.
 """
 
 from __future__ import annotations
@@ -38,9 +43,9 @@ from castalia.storage.lazy import (
 if TYPE_CHECKING:
     import torch
 
-_File = int  # a descriptor
-READ_BYTES = 1 << 20  # at once: their checksum is computed while they are in the processor's cache
-ROWS_BYTES = 4 << 20  # of whole rows that are read for the sake of some columns
+_File = int  # a file descriptor
+READ_BYTES = 1 << 20  # in one call, so that the checksum is computed while the bytes are in the processor's cache
+ROWS_BYTES = 4 << 20  # of whole rows that are read to take some columns from them
 
 
 @dataclass
@@ -50,20 +55,24 @@ class Extent:
     path: Path
     offset: int  # of the first byte in the file
     size: int
-    sums: Sequence[int] = ()  # CRC-32 of each block, in order; none: the format has no checksums
-    block: int = BLOCK_BYTES  # bytes that a checksum covers; the last one covers what is left
+    sums: Sequence[int] = ()  # CRC-32 of each block, in order; empty: the format has no checksums
+    block: int = BLOCK_BYTES  # bytes that a checksum covers; the last one covers the rest
     name: str = field(default="", compare=False)  # of the tensor, for errors
-    head: Extent | None = field(default=None, compare=False, repr=False)  # of the same file; verified before all others
+    head: Extent | None = field(
+        default=None, compare=False, repr=False
+    )  # the header of the same file, which is verified first
     deferred: bool = field(default=False, compare=False, repr=False)  # see `verifying`
     verified: set[int] = field(default_factory=set, compare=False, repr=False)  # numbers of blocks
-    seen: int = field(default=0, compare=False, repr=False)  # where reading on in the block that is begun is expected
-    seen_crc32: int = field(default=0, compare=False, repr=False)  # of that block up to there
+    seen: int = field(
+        default=0, compare=False, repr=False
+    )  # within `verifying`: how far a partly read block has been read
+    seen_crc32: int = field(default=0, compare=False, repr=False)  # checksum of that block up to `seen`
     lock: RLock = field(default_factory=RLock, compare=False, repr=False)
 
     def read(self, start: int, out: memoryview) -> None:
         """Fill `out` with the bytes from `start` on.
 
-        Raises CheckpointError when the file is gone, shorter now, or damaged in one of the blocks in question.
+        Raises CheckpointError if the file is missing, truncated, or damaged in one of the blocks that are touched.
         """
         stop = start + len(out)
         if self.head:
@@ -78,7 +87,7 @@ class Extent:
                 self._read_in_block(file, first, last, begin, out[begin - start : end - start])
 
     def verify(self, start: int = 0, stop: int | None = None) -> None:
-        """Read the blocks that these bytes lie in, unless they are known to be good. Errors as for `read`."""
+        """Verify the blocks that these bytes lie in, reading those that are not verified yet. Errors as for `read`."""
         if self.head:
             self.head.verify()
         if not self.sums:
@@ -91,7 +100,7 @@ class Extent:
                     self._verify(file, number)
 
     def map(self, start: int, stop: int) -> np.ndarray:
-        """These bytes, verified. Errors as for `read`."""
+        """These bytes, verified and memory-mapped: [stop - start], uint8. Errors as for `read`."""
         if start == stop:
             return np.empty(0, np.uint8)
         self.verify(start, stop)
@@ -101,31 +110,32 @@ class Extent:
         return np.memmap(self.path, np.uint8, "r", self.offset + start, (stop - start,))
 
     def finish(self) -> None:
-        """Verify the rest of the block of which only a part was read. Errors as for `read`."""
+        """Verify the block of which only a beginning was read. Errors as for `read`."""
         if self.sums and self.seen % self.block:
             self.verify(self.seen, self.seen + 1)
 
     def _read_in_block(self, file: _File, first: int, last: int, begin: int, out: memoryview) -> None:
-        """Bytes that lie in the block from `first` to `last`."""
+        """Fill `out` with bytes from `begin` on that lie in the block from `first` to `last`."""
         end, number = begin + len(out), first // self.block
         if number in self.verified:
             self._read(file, begin, out)
-        elif (begin, end) == (first, last):
+        elif (begin, end) == (first, last):  # the whole block: its checksum costs no second reading
             self._check(number, self._read(file, begin, out, 0))
         elif self.deferred and self._goes_on(first, last, begin):
             crc = self._read(file, begin, out, self.seen_crc32 if begin > first else 0)
             with self.lock:
-                if self.seen == begin:  # else another thread read the same, or verified the block
+                if self.seen == begin:  # otherwise another thread has read the same, or verified the block
                     self.seen, self.seen_crc32 = end, crc
                     if end == last:
                         self._check(number, crc)
         else:
-            if not (self.deferred and first < end <= self.seen <= last):  # what was seen before, and is verified yet
+            # Bytes before `seen` are read once more; `finish` verifies their block.
+            if not (self.deferred and first < end <= self.seen <= last):
                 self._verify(file, number)
             self._read(file, begin, out)
 
     def _goes_on(self, first: int, last: int, begin: int) -> bool:
-        """Whether reading from `begin` on continues what was read of this block, or begins with it."""
+        """Whether `begin` is where the block was read up to, or where it begins."""
         with self.lock:
             if begin == first and not first < self.seen <= last:
                 self.finish()
@@ -133,6 +143,7 @@ class Extent:
             return self.seen == begin
 
     def _verify(self, file: _File, number: int) -> None:
+        """Read a block, or what is left of it, only for its checksum."""
         with self.lock:
             if number in self.verified:
                 return
@@ -157,7 +168,7 @@ class Extent:
         self.verified.add(number)
 
     def _read(self, file: _File, start: int, out: memoryview, crc: int | None = None) -> int:
-        """Fill `out`, and return the checksum that began with `crc`, if it is wanted."""
+        """Fill `out`. Returns the checksum continued from `crc`; None: none is wanted."""
         done, total = 0, crc or 0
         while done < len(out):
             try:
@@ -198,7 +209,7 @@ class Extent:
 
 @dataclass(frozen=True)
 class FileTensor(Leaf):
-    """A tensor in a file: a view of an extent, which may be larger. Offset and strides count elements."""
+    """A tensor in a file, as a strided view of an extent. Offset and strides count elements, as in torch."""
 
     extent: Extent
     dtype_name: str
@@ -208,14 +219,16 @@ class FileTensor(Leaf):
 
     @classmethod
     def of(cls, extent: Extent, dtype_name: str, shape: tuple[int, ...]) -> FileTensor:
-        """All of the extent, in row-major order."""
+        """The tensor of this shape that fills the extent in row-major order."""
         return cls(extent, dtype_name, shape, row_major(shape))
 
     @property
     def in_order(self) -> bool:
+        """Whether the elements lie in row-major order."""
         return self.stride == row_major(self.shape)
 
     def runs(self) -> list[ByteRun]:
+        """See `TensorRef.runs`. Of a strided view, as many stored values from its first one on."""
         start = self.extent.offset + self.offset * ITEM_BYTES[self.dtype_name]
         return [ByteRun(self.extent.path, start, prod(self.shape), self.dtype_name, prod(self.shape[1:]))]
 
@@ -229,6 +242,7 @@ class FileTensor(Leaf):
             else:
                 self._fill_from(self.offset, self.shape, box, out)
             return
+        # Strided: map the bytes from the first to the last element, and let NumPy pick from them.
         first = self.offset + sum(start * step for (start, _), step in zip(box, self.stride, strict=True))
         last = self.offset + sum((stop - 1) * step for (_, stop), step in zip(box, self.stride, strict=True))
         integers, data = as_integers(out), self.extent.map(first * size, (last + 1) * size)
@@ -236,7 +250,7 @@ class FileTensor(Leaf):
         np.copyto(integers, np.ndarray(tuple(out.shape), integers.dtype, data, strides=strides))
 
     def _fill_from(self, offset: int, shape: tuple[int, ...], box: Box, out: torch.Tensor) -> None:
-        """The box of a tensor of this shape that begins at an element of the extent."""
+        """Fill `out` with the box of a row-major tensor of this shape that begins at element `offset`."""
         import torch
 
         size = ITEM_BYTES[self.dtype_name]
@@ -249,10 +263,10 @@ class FileTensor(Leaf):
             if buffer is not out:
                 out.copy_(buffer)
         elif row * size >= ROWS_BYTES:
-            for index in range(*box[0]):
+            for index in range(*box[0]):  # rows are long: take the columns of each by itself
                 self._fill_from(offset + index * row, shape[1:], box[1:], out[index - box[0][0]])
         else:
-            step = ROWS_BYTES // (row * size)
+            step = ROWS_BYTES // (row * size)  # rows are short: read several whole ones, and copy the columns
             columns = as_slices(box[1:])
             for start in range(*box[0], step):
                 count = min(step, box[0][1] - start)
@@ -268,7 +282,7 @@ def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _is_one_run(box: Box, shape: tuple[int, ...]) -> bool:
-    """Whether a part's elements are consecutive: single indices, then one range, then whole dimensions."""
+    """Whether the box's elements are consecutive: single indices, then one range, then whole dimensions."""
     lengths = [stop - start for start, stop in box]
     partial = [dim for dim, (length, size) in enumerate(zip(lengths, shape, strict=True)) if length != size]
     return not partial or all(length == 1 for length in lengths[: partial[-1]])
@@ -276,16 +290,23 @@ def _is_one_run(box: Box, shape: tuple[int, ...]) -> bool:
 
 @dataclass(frozen=True)
 class Tile:
-    """A rectangular part of a tensor, and where it begins in it."""
+    """A rectangular part of a tensor, and the index where it begins."""
 
     start: tuple[int, ...]
     part: TensorRef
 
 
 def tiled(name: str, tiles: Sequence[Tile], shape: tuple[int, ...], dtype_name: str) -> TensorRef:
-    """The tensor that parts make together. Raises CheckpointError unless they cover it once.
+    """The tensor that the tiles make up. Raises CheckpointError unless they cover it exactly once.
 
-    They must be those of a tensor that was cut in two along a dimension, and so were the halves, as often as you like.
+    The tiles must come from cuts across a whole part: the tensor along one dimension, the results along another, and so
+    on, as tensor parallelism and sharding cut. For instance, first by columns, then the left part by rows:
+
+        +---+-----+
+        | A |     |
+        +---+  C  |        join([join([A, B], dim 0), C], dim 1)
+        | B |     |
+        +---+-----+
     """
     if len(tiles) == 1 and tiles[0].part.shape == shape and tiles[0].start == (0,) * len(shape):
         return tiles[0].part
@@ -294,10 +315,11 @@ def tiled(name: str, tiles: Sequence[Tile], shape: tuple[int, ...], dtype_name: 
         return Zeros(shape, dtype_name)
 
     def joined(some: list[Tile], start: tuple[int, ...], stop: tuple[int, ...]) -> TensorRef:
+        """The part from `start` to `stop`, joined along the first dimension that separates its tiles."""
         if len(some) == 1 and some[0].start == start and _ends(some[0]) == stop:
             return some[0].part
         for dim in range(len(shape)):
-            groups: list[list[Tile]] = []
+            groups: list[list[Tile]] = []  # tiles that overlap in this dimension
             end = 0
             for tile in sorted(some, key=lambda tile: tile.start[dim]):
                 if not groups or tile.start[dim] >= end:
@@ -329,9 +351,10 @@ def _put(numbers: tuple[int, ...], dim: int, number: int) -> tuple[int, ...]:
 
 @contextmanager
 def verifying(tensors: Iterable[TensorRef]) -> Iterator[None]:
-    """Within this, checksums of what is read for these tensors are computed on the way; at its end all are verified.
+    """A context in which blocks of these tensors may be used before their checksums are complete.
 
-    Nothing that was made of the tensors counts as good before that. Raises CheckpointError for damage.
+    Checksums are computed while blocks are read, and all blocks are verified when the context ends: only then may
+    anything that was made from the tensors be trusted. Raises CheckpointError for damage.
     """
     extents = extents_of(tensors)
     for extent in extents:
@@ -346,12 +369,12 @@ def verifying(tensors: Iterable[TensorRef]) -> Iterator[None]:
 
 
 def verify(tensors: Iterable[TensorRef]) -> None:
-    """Read what was not read yet of these tensors. Raises CheckpointError for damage."""
+    """Verify all blocks of these tensors, reading those that are not verified. Raises CheckpointError for damage."""
     for extent in extents_of(tensors):
         extent.verify()
 
 
 def extents_of(tensors: Iterable[TensorRef]) -> list[Extent]:
-    """What is read for these tensors in the end, each once."""
-    found = (leaf.extent for leaf in leaves(tensors) if isinstance(leaf, FileTensor))
-    return list({id(extent): extent for extent in found}.values())
+    """The extents that these tensors are read from, each once."""
+    extents = (leaf.extent for leaf in leaves(tensors) if isinstance(leaf, FileTensor))
+    return list({id(extent): extent for extent in extents}.values())

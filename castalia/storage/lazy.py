@@ -1,7 +1,14 @@
-"""Lazy tensors: those that lie in files or in memory, and those made of others, read piece by piece.
+"""Lazy tensors: leaves in files or in memory, and operations on other lazy tensors. They are read piece by piece.
 
-Every class here is a `TensorRef`, which names what it is made of: a slice of it reads only what that slice needs of its
-sources, and whoever wants to know what lies underneath follows `sources`, whatever the classes are.
+Reading a slice reads only what the slice needs of the sources. A weight of a checkpoint may be such a tree:
+
+    Cast bf16                              read([0:2, :])
+      Joined along rows                      asks the first source alone
+        Part of a FileTensor, rank 0's         reads its first two rows
+        Part of a FileTensor, rank 1's
+
+Every class is a `TensorRef` and lists its `sources`, so that one can find out what lies below it without knowing the
+classes. A box is a part of a tensor as (start, stop) for each dimension.
 """
 
 from __future__ import annotations
@@ -28,58 +35,63 @@ ITEM_BYTES = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1,
     "bool": 1,
 }  # fmt: skip
-CHUNK_ELEMENTS = 1 << 22
-PIECE_BYTES = 4 << 20  # small enough for the processor's cache and for memory that is used again
+CHUNK_ELEMENTS = 1 << 22  # of a vector that are read at once to take some columns from them
+PIECE_BYTES = 4 << 20  # small enough for the processor's cache, and for the allocator to use the memory again
 
 
 @dataclass(frozen=True)
 class ByteRun:
-    """Consecutive values in a file."""
+    """Consecutive values of a tensor in a file."""
 
     path: Path
     offset: int  # of the first byte
     count: int
     dtype_name: str
-    row: int  # values that belong together; a run begins with a whole row
+    row: int  # values of a row; a run begins with a whole row
 
     @property
     def num_bytes(self) -> int:
+        """The length in bytes."""
         return self.count * ITEM_BYTES[self.dtype_name]
 
 
 class TensorRef:
-    """A tensor that is read only when asked for. Opening and describing one goes without torch.
+    """A tensor that is read only when asked for. Opening and describing one does not import torch.
 
-    A class has `shape`, `dtype_name` (a key of `ITEM_BYTES`), and one of `_take`, which gives a fresh tensor, and
-    `_fill`, which reads into one that is there: each does the other's work where it is not defined.
+    A class defines `shape`, `dtype_name` (a key of `ITEM_BYTES`) and `_take`, which returns a new tensor, or `_fill`,
+    which reads into an existing one. Each of the two has a default that uses the other.
     """
 
-    if TYPE_CHECKING:  # alone, as dataclasses take what they inherit for the default of a field of the same name
+    if TYPE_CHECKING:  # at run time, dataclasses would take these for the defaults of their fields of the same names
 
         @property
         def sources(self) -> tuple[TensorRef, ...]:
-            """What it is made of; leaves are made of nothing."""
+            """The tensors that this one is computed from; empty for leaves."""
 
         @property
-        def shape(self) -> tuple[int, ...]: ...
+        def shape(self) -> tuple[int, ...]:
+            """As of a torch tensor."""
 
         @property
-        def dtype_name(self) -> str: ...
+        def dtype_name(self) -> str:
+            """ "float32" for `torch.float32`: a key of `ITEM_BYTES`."""
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype as torch's own. Imports torch."""
         import torch
 
         return getattr(torch, self.dtype_name)
 
     @property
     def num_bytes(self) -> int:
+        """The size of the tensor when it is read."""
         return prod(self.shape) * ITEM_BYTES[self.dtype_name]
 
     def read(self, slices: Slices | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
-        """A fresh CPU tensor: all of it, or the part that one slice for each dimension selects.
+        """The tensor, or the part that the slices select, one for each dimension, as a new CPU tensor.
 
-        `out`: a tensor of the part's shape, of any dtype and on any device, to be filled and returned instead. Raises
+        `out`: a tensor of the part's shape, of any dtype and on any device, that is filled and returned instead. Raises
         CheckpointError for files that are missing, truncated or damaged.
         """
         box = bounds(self.shape, slices)
@@ -92,7 +104,7 @@ class TensorRef:
         return out
 
     def pieces(self, piece_bytes: int = PIECE_BYTES) -> Iterator[torch.Tensor]:
-        """The tensor in row-major order, some rows at a time."""
+        """The tensor in row-major order, some rows at a time, of about `piece_bytes` each."""
         if not self.shape:
             yield self.read()
             return
@@ -101,13 +113,14 @@ class TensorRef:
             yield self.read([slice(start, min(start + step, self.shape[0]))])
 
     def runs(self) -> list[ByteRun]:
-        """The stored values that it is made of, copies on other ranks included; their order may differ.
+        """The stored values that the tensor is made of, including copies on other ranks, in any order.
 
-        Zeros, and what is in memory, have none.
+        Zeros and tensors in memory have none.
         """
         return [run for source in self.sources for run in source.runs()]
 
     def _take(self, box: Box) -> torch.Tensor:
+        """The box as a new tensor."""
         import torch
 
         out = torch.empty([stop - start for start, stop in box], dtype=self.dtype)
@@ -115,59 +128,60 @@ class TensorRef:
         return out
 
     def _fill(self, box: Box, out: torch.Tensor) -> None:
+        """Read the box into a CPU tensor of the same dtype."""
         out.copy_(self._take(box))
 
 
 class Leaf(TensorRef):
-    """A tensor that is not made of others."""
+    """A tensor that is not computed from others."""
 
     sources = ()  # type: ignore[assignment]
 
 
 def everything(tensors: Iterable[TensorRef]) -> Iterator[TensorRef]:
-    """These tensors and all that they are made of, each once."""
+    """These tensors and all tensors below them, each once."""
     seen: set[int] = set()
-    todo = list(tensors)
-    while todo:
-        each = todo.pop()
-        if id(each) not in seen:
-            seen.add(id(each))
-            todo += each.sources
-            yield each
+    pending = list(tensors)
+    while pending:
+        ref = pending.pop()
+        if id(ref) not in seen:
+            seen.add(id(ref))
+            pending += ref.sources
+            yield ref
 
 
 def leaves(tensors: Iterable[TensorRef]) -> Iterator[TensorRef]:
-    """What these tensors are made of in the end, each once."""
-    return (each for each in everything(tensors) if not each.sources)
+    """The leaves below these tensors, each once."""
+    return (ref for ref in everything(tensors) if not ref.sources)
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """float32 for torch.float32."""
+    """The name of a dtype: "float32" for `torch.float32`."""
     return str(dtype).removeprefix("torch.")
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, shared."""
+    """The bytes of a contiguous CPU tensor, without copying."""
     import torch
 
-    # a single value may have any stride and be contiguous
+    # A tensor of one value counts as contiguous with any stride, which `view` would refuse.
     return tensor.detach().contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def as_integers(tensor: torch.Tensor) -> np.ndarray:
-    """The bits of a CPU tensor of any dtype, shared: integers of the same size. NumPy has no bfloat16."""
+    """The bits of a CPU tensor as integers of the same size, without copying. NumPy has no bf16."""
     import torch
 
     return tensor.view(getattr(torch, f"int{8 * tensor.dtype.itemsize}")).numpy()
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors of one shape and dtype are equal, NaNs and signs of zeros included."""
+    """Whether two tensors of one shape and dtype have the same bits, so that NaN equals NaN, and 0.0 is not -0.0."""
     return np.array_equal(as_integers(a.contiguous()), as_integers(b.contiguous()))
 
 
 def bounds(shape: Sequence[int], slices: Slices | None) -> Box:
-    """(start, stop) for each dimension. Missing slices select everything; steps other than 1 raise ValueError."""
+    """The box that slices select. Missing slices select whole dimensions. Raises ValueError for steps other than 1."""
     if not slices:
         return [(0, size) for size in shape]
     slices = list(slices)
@@ -184,25 +198,29 @@ def bounds(shape: Sequence[int], slices: Slices | None) -> Box:
 
 
 def as_slices(box: Box) -> list[slice]:
+    """The slices that select a box."""
     return [slice(*pair) for pair in box]
 
 
 def sizes(box: Box) -> list[int]:
+    """The shape of a box."""
     return [stop - start for start, stop in box]
 
 
 @dataclass(frozen=True, eq=False)
 class InMemory(Leaf):
-    """A tensor that is in memory already. Equal is only the very same one."""
+    """A tensor that is in memory. Two of them are equal only if they are the same object."""
 
     tensor: torch.Tensor
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """See `TensorRef`."""
         return tuple(self.tensor.shape)
 
     @property
     def dtype_name(self) -> str:
+        """See `TensorRef`."""
         return name_of(self.tensor.dtype)
 
     def pieces(self, piece_bytes: int = PIECE_BYTES) -> Iterator[torch.Tensor]:
@@ -215,6 +233,8 @@ class InMemory(Leaf):
 
 @dataclass(frozen=True)
 class Zeros(Leaf):
+    """A tensor of zeros that takes no memory."""
+
     shape: tuple[int, ...]
     dtype_name: str = "float32"
 
@@ -223,21 +243,24 @@ class Zeros(Leaf):
 
 
 class Wrapper(TensorRef):
-    """A tensor made of one other, `source`, whose shape and dtype it has unless its class says otherwise."""
+    """A tensor computed from one other, `source`. It has its shape and dtype unless the class says otherwise."""
 
     if TYPE_CHECKING:
         source: TensorRef
 
     @property
     def sources(self) -> tuple[TensorRef, ...]:  # type: ignore[override]
+        """See `TensorRef`."""
         return (self.source,)
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """See `TensorRef`."""
         return tuple(self.source.shape)
 
     @property
     def dtype_name(self) -> str:
+        """See `TensorRef`."""
         return self.source.dtype_name
 
 
@@ -252,16 +275,19 @@ class Part(Wrapper):
 
     @cached_property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """See `TensorRef`."""
         shape = list(self.source.shape)
         shape[self.dim] = self.stop - self.start
         return tuple(shape)
 
     def runs(self) -> list[ByteRun]:
+        """See `TensorRef`."""
         size = self.source.shape[self.dim]
         row = prod(self.source.shape) // size if size else 0
         return cut_runs(self.source.runs(), self.start * row, self.stop * row)
 
     def _inside(self, box: Box) -> list[slice]:
+        """The slices of the source that a box of this part is."""
         first, last = box[self.dim]
         return as_slices([*box[: self.dim], (self.start + first, self.start + last), *box[self.dim + 1 :]])
 
@@ -273,7 +299,7 @@ class Part(Wrapper):
 
 
 def cut_runs(runs: Iterable[ByteRun], start: int, stop: int) -> list[ByteRun]:
-    """The values from `start` to `stop` of consecutive runs."""
+    """The values from `start` to `stop`, counted through the runs one after another."""
     result, begin = [], 0
     for run in runs:
         first, last = max(start - begin, 0), min(stop - begin, run.count)
@@ -286,7 +312,7 @@ def cut_runs(runs: Iterable[ByteRun], start: int, stop: int) -> list[ByteRun]:
 
 @dataclass(frozen=True)
 class Joined(TensorRef):
-    """The sources one after another along one dimension."""
+    """The sources concatenated along one dimension."""
 
     sources: tuple[TensorRef, ...]
     dim: int = 0
@@ -298,16 +324,18 @@ class Joined(TensorRef):
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
+        """See `TensorRef`."""
         shape = list(self.sources[0].shape)
         shape[self.dim] = self.ends[-1]
         return tuple(shape)
 
     @property
     def dtype_name(self) -> str:
+        """See `TensorRef`."""
         return self.sources[0].dtype_name
 
     def _parts(self, box: Box) -> Iterator[tuple[TensorRef, list[slice], int]]:
-        """(source, its slices, where they begin in the box) for each source that has a part in it."""
+        """(source, its slices, where they begin in the box) for each source that overlaps the box."""
         first, last = box[self.dim]
         for index in range(bisect_right(self.ends, first), len(self.sources)):
             begin, end = self.ends[index - 1] if index else 0, self.ends[index]
@@ -320,6 +348,7 @@ class Joined(TensorRef):
 
     def _take(self, box: Box) -> torch.Tensor:
         parts = list(self._parts(box))
+        # One source alone is returned without copying it into a second tensor.
         return parts[0][0].read(parts[0][1]) if len(parts) == 1 else super()._take(box)
 
     def _fill(self, box: Box, out: torch.Tensor) -> None:
@@ -330,7 +359,10 @@ class Joined(TensorRef):
 
 @dataclass(frozen=True)
 class Permuted(Wrapper):
-    """Rows seen as a grid of shape `view` (its product is the number of rows), with the grid's axes put in `order`."""
+    """The source with its rows seen as a grid of shape `view`, whose axes are put in `order`.
+
+    The product of `view` is the number of rows. `castalia.checkpoint.rules.PermuteRows` has an example.
+    """
 
     source: TensorRef
     view: tuple[int, ...]
@@ -339,13 +371,14 @@ class Permuted(Wrapper):
     def _take(self, box: Box) -> torch.Tensor:
         import torch
 
+        # [number of rows]: row i of this tensor is row rows[i] of the source
         rows = torch.arange(prod(self.view)).view(self.view).permute(self.order).flatten()[slice(*box[0])]
         return _rows(self.source, rows, box)
 
 
 @dataclass(frozen=True)
 class Reordered(Wrapper):
-    """Rows of the source in a given order."""
+    """The source with row i taken from its row `order[i]`."""
 
     source: TensorRef
     order: torch.Tensor
@@ -355,7 +388,10 @@ class Reordered(Wrapper):
 
 
 def _rows(source: TensorRef, rows: torch.Tensor, box: Box) -> torch.Tensor:
-    """These rows of the source, and of the other dimensions what the box has."""
+    """These rows of the source, cut to the box in the other dimensions.
+
+    Reads all rows from the lowest to the highest, which is cheap where permutations are local.
+    """
     import torch
 
     if rows.numel() == 0:
@@ -366,10 +402,13 @@ def _rows(source: TensorRef, rows: torch.Tensor, box: Box) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Transposed(Wrapper):
+    """A matrix with rows and columns exchanged."""
+
     source: TensorRef
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """See `TensorRef`."""
         return tuple(reversed(self.source.shape))
 
     def _take(self, box: Box) -> torch.Tensor:
@@ -378,17 +417,19 @@ class Transposed(Wrapper):
 
 @dataclass(frozen=True)
 class Combined(TensorRef):
-    """Sum or mean of equally shaped sources, computed in fp64: replicas that agree give their own bits back."""
+    """The sum or mean of sources of one shape, computed in fp64 so that the mean of equal copies has their bits."""
 
     sources: tuple[TensorRef, ...]
     how: Literal["sum", "mean"]
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """See `TensorRef`."""
         return tuple(self.sources[0].shape)
 
     @property
     def dtype_name(self) -> str:
+        """See `TensorRef`."""
         return self.sources[0].dtype_name
 
     def _take(self, box: Box) -> torch.Tensor:
@@ -399,13 +440,15 @@ class Combined(TensorRef):
         return (total / len(self.sources) if self.how == "mean" else total).to(self.dtype)
 
     def drift(self) -> float:
-        """Largest difference between any source and the first one."""
+        """The largest absolute difference of any source from the first. Reads all of them."""
         first = self.sources[0].read().double()
         return max(((source.read() - first).abs().max().item() for source in self.sources[1:]), default=0.0)
 
 
 @dataclass(frozen=True)
 class Scaled(Wrapper):
+    """The source times `factor / divisor`, computed in fp64."""
+
     source: TensorRef
     divisor: int
     factor: int = 1
@@ -416,7 +459,7 @@ class Scaled(Wrapper):
 
 @dataclass(frozen=True)
 class WithLora(TensorRef):
-    """The source plus scale * B A, in fp32. Computed in fp64, so that a part has the bits that it has in the whole."""
+    """The source plus scale * B A, in fp32. Computed in fp64, so that a part has the same bits as in the whole."""
 
     source: TensorRef
     a: TensorRef  # [rank, in]
@@ -426,14 +469,16 @@ class WithLora(TensorRef):
 
     @property
     def sources(self) -> tuple[TensorRef, ...]:  # type: ignore[override]
+        """See `TensorRef`."""
         return self.source, self.a, self.b
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """See `TensorRef`."""
         return tuple(self.source.shape)
 
     def runs(self) -> list[ByteRun]:
-        """Those of the matrix, which has nearly all of the values."""
+        """Those of the source, which has nearly all of the values."""
         return self.source.runs()
 
     def _take(self, box: Box) -> torch.Tensor:
@@ -444,13 +489,14 @@ class WithLora(TensorRef):
 
 @dataclass(frozen=True)
 class Padded(Wrapper):
-    """The source with rows of zeros added at the end."""
+    """The source with zeros added at its end, up to `rows` rows."""
 
     source: TensorRef
     rows: int
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """See `TensorRef`."""
         return (self.rows, *self.source.shape[1:])
 
     def _fill(self, box: Box, out: torch.Tensor) -> None:
@@ -463,20 +509,21 @@ class Padded(Wrapper):
 
 @dataclass(frozen=True)
 class Shaped(Wrapper):
-    """A vector seen as a tensor of another shape. Rows are read in chunks, so that narrow columns stay cheap."""
+    """A vector seen as a tensor of shape `view`. Reading some columns reads whole rows, a chunk at a time."""
 
     source: TensorRef
     view: tuple[int, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """See `TensorRef`."""
         return self.view
 
     def _take(self, box: Box) -> torch.Tensor:
         import torch
 
         lengths = sizes(box)
-        row = prod(self.view[1:]) if self.view else 1
+        row = prod(self.view[1:]) if self.view else 1  # elements of a row
         first, last = box[0] if box else (0, 1)
         if lengths[1:] == list(self.view[1:]):
             return self.source.read([slice(first * row, last * row)]).view(lengths)
@@ -491,12 +538,13 @@ class Shaped(Wrapper):
 
 @dataclass(frozen=True)
 class Flattened(Wrapper):
-    """A tensor seen as a vector, in row-major order. Reads the whole rows in which lies what is asked for."""
+    """A tensor seen as a vector in row-major order. Reading a part reads the whole rows that it touches."""
 
     source: TensorRef
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """See `TensorRef`."""
         return (prod(self.source.shape),)
 
     def _take(self, box: Box) -> torch.Tensor:
@@ -516,6 +564,7 @@ class Cast(Wrapper):
 
     @property
     def dtype_name(self) -> str:
+        """See `TensorRef`."""
         return self.to
 
     def _take(self, box: Box) -> torch.Tensor:
@@ -524,7 +573,7 @@ class Cast(Wrapper):
 
 @dataclass(frozen=True)
 class Narrowed(Cast):
-    """A cast that keeps count of the finite values, in all parts read so far, that are too large for the dtype."""
+    """A cast that counts finite values which are too large for the dtype, in all boxes that have been read."""
 
     name: str
     infinite: dict[tuple[tuple[int, int], ...], int] = field(default_factory=dict, compare=False, repr=False)
@@ -540,7 +589,7 @@ class Narrowed(Cast):
 
 @dataclass
 class RoundingProbe(Wrapper):
-    """A master that is read beside its weight and notes whether the weight is its rounding."""
+    """A master that is compared with its weight when it is read. `rounds`: whether the weight is the master rounded."""
 
     source: TensorRef
     weight: TensorRef
@@ -548,6 +597,7 @@ class RoundingProbe(Wrapper):
 
     @property
     def sources(self) -> tuple[TensorRef, ...]:  # type: ignore[override]
+        """See `TensorRef`."""
         return self.source, self.weight
 
     def _take(self, box: Box) -> torch.Tensor:
@@ -559,19 +609,19 @@ class RoundingProbe(Wrapper):
 
 
 def flat(source: TensorRef) -> TensorRef:
-    """`Flattened`, or the vector that the tensor is made of."""
+    """The tensor as a vector: `Flattened`, or the vector that it is a `Shaped` view of."""
     if isinstance(source, Shaped):
         return source.source
     return source if len(source.shape) == 1 else Flattened(source)
 
 
 def part(source: TensorRef, start: int, stop: int, dim: int = 0) -> TensorRef:
-    """`Part`, or the source itself when that is all of it."""
+    """`source[start:stop]` along a dimension: a `Part`, or the source itself if that is all of it."""
     return source if (start, stop) == (0, source.shape[dim]) else Part(source, start, stop, dim)
 
 
 def join(sources: Sequence[TensorRef], dim: int = 0) -> TensorRef:
-    """`Joined`, or the source itself when there is only one. Raises CheckpointError for shapes that do not fit."""
+    """`Joined`, or the source itself if there is only one. Raises CheckpointError for shapes that do not fit."""
     if len(sources) == 1:
         return sources[0]
     shapes = [tuple(source.shape) for source in sources]

@@ -1,7 +1,7 @@
-"""Files that `torch.load` opens, written tensor by tensor: nothing but small values is ever held in memory.
+"""Write files that `torch.load` opens, tensor by tensor: only small values and pieces of tensors are in memory.
 
-A value is made of plain Python, `TensorRef`s (which become tensors), torch dtypes, `Size`, `Named` (an OrderedDict) and
-`Instance`s, which stand for objects of classes that are not ours. Classes are named in the file, never imported.
+A value may consist of plain Python, `TensorRef`s, which become tensors, torch dtypes, `Size`, `Named` (an OrderedDict)
+and `Instance`s, which become objects of other programs' classes. These classes are named in the file, never imported.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Instance:
 
 
 class PtFile:
-    """A file as `torch.save` writes it, that is to be: its value is pickled already, its tensors are not read yet."""
+    """A file to be written as `torch.save` writes it. The value is pickled at once; tensors are read by `write`."""
 
     def __init__(self, value: Any) -> None:
         self._pickler = _Pickler(value)
@@ -51,15 +51,16 @@ class PtFile:
 
     @property
     def num_bytes(self) -> int:
-        """Of the tensors."""
+        """The size of all tensors; the rest of the file is small and not counted."""
         return sum(ref.num_bytes for ref in self.tensors)
 
     def write(self, path: Path, title: str, advance: Advance) -> None:
-        """`title`: the folder inside the archive, by custom the file's name without ending."""
+        """Write the file. `title`: the folder inside the archive, by custom the file's name without its ending."""
         with open(path, "wb") as file:
             archive = StoredZip(file)
 
             def add_small(name: str, content: bytes) -> None:
+                """Add a member whose bytes do not count as progress."""
                 archive.add(f"{title}/{name}", len(content), [memoryview(content)], lambda count: None)
 
             add_small("data.pkl", self._pickler.content)
@@ -71,16 +72,17 @@ class PtFile:
 
 
 class _Pickler:
-    """Pickle protocol 2 of one value, with a persistent id for each tensor's storage."""
+    """A value in pickle protocol 2, with a persistent id for the storage of each tensor, as torch has it."""
 
     def __init__(self, value: Any):
         self.out = bytearray(pickle.PROTO + b"\x02")
-        self.found: list[TensorRef] = []
+        self.refs: list[TensorRef] = []
         self.put(value)
         self.content = bytes(self.out + pickle.STOP)
-        self.tensors = tuple(self.found)
+        self.tensors = tuple(self.refs)
 
     def put(self, value: Any) -> None:
+        """Append the instructions that build a value. Raises TypeError for types that are not listed above."""
         kind = type(value)
         if value is None:
             self.out += pickle.NONE
@@ -163,12 +165,12 @@ class _Pickler:
         self.out += pickle.MARK + pickle.MARK
         self.put("storage")
         self._name(f"torch.{STORAGES[ref.dtype_name]}Storage")
-        storage: tuple[Any, ...] = (str(len(self.found)), "cpu", prod(shape))
+        storage: tuple[Any, ...] = (str(len(self.refs)), "cpu", prod(shape))
         for part in storage:
             self.put(part)
         self.out += pickle.TUPLE + pickle.BINPERSID
-        view = (0, shape, row_major(shape), False, Named())  # offset, ..., requires no gradient, no hooks
+        view = (0, shape, row_major(shape), False, Named())  # offset, shape, strides, requires_grad, hooks
         for part in view:
             self.put(part)
         self.out += pickle.TUPLE + pickle.REDUCE
-        self.found.append(ref)
+        self.refs.append(ref)

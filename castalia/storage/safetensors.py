@@ -1,7 +1,7 @@
-"""The safetensors container: a JSON header with names, dtypes, shapes and places, then the tensors' plain bytes.
+"""Safetensors files: a JSON header with names, dtypes, shapes and byte ranges, then the tensors' plain bytes.
 
-It has no place for checksums: what is checked is that the header's places fill the file. Our own checkpoints keep the
-checksums of their files' blocks in a manifest.
+The format has no place for checksums; all that can be checked is that the byte ranges fill the file. Our own
+checkpoints keep checksums of these files' blocks in a manifest. Source: the format's README at huggingface/safetensors.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ DTYPES = {
 }  # fmt: skip
 DTYPE_CODES = {name: code for code, name in DTYPES.items()}
 MAX_HEADER_BYTES = 100 << 20
-ALIGNMENT = 64  # of the first tensor's bytes in the file: memory is copied much faster between places alike aligned
-ENTRY: Any = keys({"dtype": str, "shape": list[int], "data_offsets": list[int]})  # and __metadata__, of texts
+ALIGNMENT = 64  # of the first tensor's bytes: copies are much faster between equally aligned places
+ENTRY: Any = keys({"dtype": str, "shape": list[int], "data_offsets": list[int]})  # `__metadata__` has texts instead
 SLICE_BYTES = 1 << 20  # written at once: one checksum of a block, and larger pieces of the system's cache
 
 
-@lru_cache  # the tensors of a file share its path
+@lru_cache  # all tensors of a file share one Path object
 def safe_join(folder: Path, name: str) -> Path:
-    """The path that a name read from a file means, below `folder`. Refuses names that lead out of it."""
+    """The path below `folder` that a name from a file means. Raises CheckpointError for names that lead out of it."""
     parts = name.replace("\\", "/").split("/")
     if not name or "\0" in name or name != name.strip() or parts[0] == "" or ".." in parts or ":" in parts[0]:
         raise CheckpointError(f"{folder}: a file in it names {name!r}, which is not a path inside this folder; refused")
@@ -43,7 +43,10 @@ def safe_join(folder: Path, name: str) -> Path:
 
 
 def open_safetensors(path: Path) -> dict[str, FileTensor]:
-    """The tensors of a safetensors file by name. Only its header is read. Raises CheckpointError for a bad file."""
+    """The tensors of a file by name; only the header is read.
+
+    Raises CheckpointError for a file that is missing, truncated or malformed.
+    """
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -64,6 +67,7 @@ def open_safetensors(path: Path) -> dict[str, FileTensor]:
 
 
 def _entry(path: Path, name: str, fields: Mapping, base: int) -> FileTensor:
+    """A tensor of the header. `base`: where the tensors' bytes begin in the file."""
     try:
         dtype, shape, (start, stop) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
         numbers = all(type(number) is int and number >= 0 for number in (*shape, start, stop))
@@ -77,7 +81,7 @@ def _entry(path: Path, name: str, fields: Mapping, base: int) -> FileTensor:
 
 
 def _require_tiling(path: Path, tensors: Mapping[str, FileTensor], base: int, size: int) -> None:
-    """Raises CheckpointError unless the tensors lie one after another and fill the file, as the format has it."""
+    """Raises CheckpointError unless the tensors lie one after another and fill the file, as the format requires."""
     end = base
     for name, ref in sorted(tensors.items(), key=lambda item: (item[1].extent.offset, item[1].extent.size)):
         if ref.extent.offset != end:
@@ -128,6 +132,6 @@ def write_safetensors(
 
 
 def write_all(file: BinaryIO, data: memoryview) -> None:
-    """An unbuffered file's `write`, until nothing is left."""
+    """Write all bytes to an unbuffered file, whose `write` may take only some of them."""
     while data:
         data = data[file.write(data) :]

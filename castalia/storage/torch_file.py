@@ -1,8 +1,8 @@
-"""Files of `torch.save`, opened without reading their tensors.
+"""Open files of `torch.save` without reading their tensors.
 
-`open_pt` reads a file's directory and its pickle, and gives the pickled object with a `FileTensor` in place of every
-tensor. Zip archives (torch 1.6 and later) and the older plain format are understood. Tensor bytes are read when
-asked for; a zip member's checksum is verified then.
+`open_pt` reads the zip directory and the pickle, and returns the pickled object with a `FileTensor` in place of every
+tensor. It understands zip archives (torch 1.6 and later) and the older plain format. A zip member's checksum is
+verified when its tensor is read.
 """
 
 from __future__ import annotations
@@ -23,19 +23,22 @@ from castalia.storage.extent import Extent, FileTensor
 from castalia.storage.lazy import ITEM_BYTES
 from castalia.storage.unpickle import unpickle
 
-MAX_PICKLE_BYTES = 256 << 20  # names and shapes of a million tensors
-LOCAL_HEADER = struct.Struct("<4s22xHH")
+MAX_PICKLE_BYTES = 256 << 20  # enough for names and shapes of a million tensors
+LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip member: signature, ..., lengths of name and extra field
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_START = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 
 
 @dataclass(frozen=True)
 class _Storage:
+    """The bytes of a storage, from which a pickle makes tensors (see `castalia.storage.unpickle.Storage`)."""
+
     extent: Extent
     dtype: str
     size: int  # elements
 
     def tensor(self, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], dtype: str | None) -> FileTensor:
+        """Raises CheckpointError for a view that does not fit into the storage."""
         size = self.size * ITEM_BYTES[self.dtype] // ITEM_BYTES[dtype or self.dtype]
         numbers = (offset, *shape, *stride)
         if len(shape) != len(stride) or not all(type(number) is int and number >= 0 for number in numbers):
@@ -78,14 +81,17 @@ def _open_zip(path: Path, file: Any) -> Any:
         raise CheckpointError(f"{path}: {len(pickles)} members named data.pkl where torch.save writes one")
     root = pickles[0].removesuffix("data.pkl")
     size = os.fstat(file.fileno()).st_size
-    # `torch.serialization.set_crc32_options(False)` leaves all checksums out; a single one that is missing is damage
+    # `torch.serialization.set_crc32_options(False)` leaves out all checksums; if only some are missing, that is damage.
     with_sums = any(info.CRC for info in members.values())
 
     def extent(member: zipfile.ZipInfo) -> Extent:
+        """The bytes of a member of this archive."""
         return _extent(path, file, member, size, with_sums)
 
     for name, member in members.items():
-        if member is not members[pickles[0]] and not name.startswith(f"{root}data/"):  # the version and the like
+        if member is not members[pickles[0]] and not name.startswith(
+            f"{root}data/"
+        ):  # "version" and other small members
             extent(member).verify()
     order = members.get(root + "byteorder")
     if order and _content(extent(order)) != b"little":
@@ -95,6 +101,7 @@ def _open_zip(path: Path, file: Any) -> Any:
     extents: dict[str, Extent] = {}
 
     def storage(identity: Sequence) -> _Storage:
+        """The member that a persistent id names."""
         key, dtype, count = _identity(identity)
         if key not in extents:
             member = members.get(f"{root}data/{key}")
@@ -112,6 +119,7 @@ def _open_zip(path: Path, file: Any) -> Any:
 
 
 def _zip_members(path: Path, file: Any) -> dict[str, zipfile.ZipInfo]:
+    """The members by name. Raises CheckpointError for archives that torch.save does not write."""
     try:
         infos = zipfile.ZipFile(file).infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error) as error:
@@ -139,7 +147,7 @@ def _content(extent: Extent) -> bytes:
 
 
 def _extent(path: Path, file: Any, info: zipfile.ZipInfo, file_size: int, with_sums: bool) -> Extent:
-    """Where a stored member's bytes lie. The local header's lengths may differ from the directory's."""
+    """Where a member's bytes lie, after its local header, whose lengths may differ from the directory's."""
     header = os.pread(file.fileno(), LOCAL_HEADER.size, info.header_offset)
     if len(header) < LOCAL_HEADER.size or not header.startswith(b"PK\x03\x04"):
         raise CheckpointError(f"{path} is damaged: no header for {info.filename!r} at byte {info.header_offset}")
@@ -151,10 +159,14 @@ def _extent(path: Path, file: Any, info: zipfile.ZipInfo, file_size: int, with_s
 
 
 def _open_legacy(path: Path, file: Any) -> Any:
-    """Five pickles one after another (magic number, version, system, object, storage keys), then the storages."""
+    """Five pickles one after another (magic number, version, system, object, storage keys), then the storages.
+
+    Each storage is its number of elements in 8 bytes, then its plain bytes. Source: `torch.serialization._legacy_save`.
+    """
     extents: dict[str, tuple[Extent, str, int]] = {}
 
     def storage(identity: Sequence) -> _Storage:
+        """The storage that a persistent id names; where it lies is known only at the end of the file."""
         key, dtype, count = _identity(identity)
         if len(identity) > 5 and identity[5] is not None:
             raise CheckpointError(f"{path}: storages that are views of others (torch 0.3) cannot be read")

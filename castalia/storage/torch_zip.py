@@ -1,6 +1,6 @@
-"""Zip archives whose members are stored as they are and begin at multiples of 64 bytes, as `torch.save` writes them.
+"""Write zip archives as `torch.save` does: members are not compressed and begin at multiples of 64 bytes.
 
-Members are streamed. Python's zipfile could write them too, but takes its own checksums, which cost more than writing.
+Members are streamed. Python's zipfile could do the same, but its own checksums take longer than the writing.
 Layout: PKWARE's .ZIP File Format Specification 6.3.10, sections 4.3.7 (local headers), 4.3.12 to 4.3.16 (directory).
 """
 
@@ -15,27 +15,36 @@ from castalia.storage.checksum import crc32
 from castalia.storage.safetensors import SLICE_BYTES
 
 ALIGNMENT = 64
-IN_64_BITS = 0xFFFFFFFF  # stands where 32 bits do not hold a number
+IN_64_BITS = 0xFFFFFFFF  # in place of a number that needs 64 bits, which an extra field has then
 WIDE = IN_64_BITS  # the first such number
 LOCAL = struct.Struct("<4s5H3L2H")
 ENTRY = struct.Struct("<4s6H3L5H2L")
 END_64 = struct.Struct("<4sQ2H2L4Q")
 LOCATOR = struct.Struct("<4sLQL")
 END = struct.Struct("<4s4H2LH")
-VERSION, UTF8_NAMES, STORED, TIME, DATE = 45, 0x800, 0, 0, 0x21  # 4.5 knows 64-bit sizes; midnight, January 1, 1980
+VERSION, UTF8_NAMES, STORED, TIME, DATE = (
+    45,
+    0x800,
+    0,
+    0,
+    0x21,
+)  # version 4.5 has 64-bit sizes; midnight, January 1, 1980
 
 
 @dataclass
 class StoredZip:
+    """An archive that is being written."""
+
     file: BinaryIO  # new, open for writing
     entries: list[bytes] = field(default_factory=list)  # of the directory
 
     def add(self, name: str, size: int, pieces: Iterable[memoryview], advance: Callable[[int], None]) -> None:
-        """A member of `size` bytes. Raises ValueError if the pieces have others in sum."""
+        """Write a member of `size` bytes. Raises ValueError if the pieces have another size together."""
         start, encoded = self.file.tell(), name.encode()
         sizes = struct.pack("<2H2Q", 1, 16, size, size) if size >= WIDE else b""
         padding = -(start + LOCAL.size + len(encoded) + len(sizes) + 4) % ALIGNMENT
         extra = sizes + b"FB" + struct.pack("<H", padding) + b"Z" * padding
+        # The header needs the checksum, so it is written after the bytes.
         self.file.seek(start + LOCAL.size + len(encoded) + len(extra))
         crc = done = 0
         for piece in pieces:
@@ -62,7 +71,7 @@ class StoredZip:
         self.entries.append(entry + name + extra)
 
     def finish(self) -> None:
-        """Write the directory, always with the record of 64-bit numbers."""
+        """Write the directory, always with the record of 64-bit numbers, as torch does."""
         start, count, directory = self.file.tell(), len(self.entries), b"".join(self.entries)
         end = start + len(directory)
         self.file.write(directory)

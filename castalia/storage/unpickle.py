@@ -1,9 +1,10 @@
-"""A pickle reader that cannot run anything.
+"""A pickle reader that cannot run code.
 
-It is a machine of its own rather than a restricted `pickle.Unpickler`: it has instructions to build plain containers
-and to look names up in the table `GLOBALS`, and none to import, call or set attributes on real objects. Names outside
-the table are refused where they are mentioned, before anything that came before them has had any effect.
-Tensors become whatever the caller's storage objects make of them; instances of foreign classes become `Inert`.
+A pickle is a program for a stack machine. This is such a machine, rather than a restricted `pickle.Unpickler`: it has
+instructions that build plain containers and that look names up in the table `GLOBALS`, but none that import, call or
+set attributes of real objects. A name outside the table is refused where it is mentioned. Tensors become what the
+caller's storage objects make of them; instances of other programs' classes become `Inert`. Source: Python's
+`pickletools`, which documents every instruction.
 """
 
 from __future__ import annotations
@@ -17,21 +18,21 @@ from castalia.errors import CheckpointError
 from castalia.storage.lazy import ITEM_BYTES
 
 Buffer = Any  # bytes or mmap: indexing gives ints, slicing gives bytes
-MAX_COPIED_ITEMS = 1 << 26  # by constructors; a small pickle could name one long list over and over
+MAX_COPIED_ITEMS = 1 << 26  # by constructors: a small pickle could copy one long list over and over
 DAMAGE = (IndexError, KeyError, TypeError, ValueError, AttributeError, OverflowError, struct.error)
 
 
 class Storage(Protocol):
-    """What a pickle's persistent id stands for: the bytes of one or more tensors."""
+    """The bytes of one or more tensors, which a pickle refers to by a persistent id."""
 
     def tensor(self, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], dtype: str | None) -> object:
-        """A tensor in these bytes; offset and strides in elements; `dtype` None: the storage's own."""
+        """A tensor in these bytes. Offset and strides count elements; `dtype` None: the storage's own."""
         ...
 
 
 @dataclass
 class Inert:
-    """An instance of a class that is not ours: its name, its constructor's arguments and its attributes."""
+    """An instance of another program's class: the class's name, the constructor's arguments and the attributes."""
 
     name: str
     args: tuple = ()
@@ -45,7 +46,7 @@ class Inert:
 
 @dataclass(frozen=True)
 class Global:
-    """A permitted name, and what constructing it gives."""
+    """A permitted name, and the function that stands for calling it."""
 
     name: str
     build: Callable[..., Any]
@@ -122,7 +123,7 @@ GLOBALS: Mapping[str, Any] = _table()
 
 
 class _Mark:
-    pass
+    """The type of `MARK`, which pickles put on the stack before the items of a container."""
 
 
 MARK = _Mark()
@@ -151,6 +152,8 @@ def _key(key: Any) -> Any:
 
 
 class _Machine:
+    """The stack machine. Each method without a leading underscore is an instruction, or a step of one."""
+
     def __init__(self, data: Buffer, start: int, where: str, storage: Callable[[Sequence], Storage]):
         self.data, self.at, self.where, self.storage = data, start, where, storage
         self.stack: list[Any] = []
@@ -158,6 +161,7 @@ class _Machine:
         self.copied = 0
 
     def run(self) -> Any:
+        """Run instructions up to STOP. Returns the one object that is then on the stack."""
         data, step = self.data, STEPS
         while (code := data[self.at]) != STOP:
             self.at += 1
@@ -170,7 +174,7 @@ class _Machine:
         return result
 
     def take(self, count: int) -> bytes:
-        """The next bytes. Raises IndexError beyond the end."""
+        """The next `count` bytes. Raises IndexError beyond the end."""
         result = self.data[self.at : self.at + count]
         if len(result) != count:
             raise IndexError("truncated")
@@ -178,14 +182,17 @@ class _Machine:
         return result
 
     def byte(self) -> int:
+        """The next byte."""
         result = self.data[self.at]
         self.at += 1
         return result
 
     def number(self, layout: struct.Struct) -> Any:
+        """The next number, in this layout."""
         return layout.unpack(self.take(layout.size))[0]
 
     def line(self) -> bytes:
+        """The bytes up to the next newline. Raises IndexError without one."""
         end = self.data.find(b"\n", self.at)
         if end < 0:
             raise IndexError("truncated")
@@ -194,9 +201,11 @@ class _Machine:
         return result
 
     def push(self, value: Any) -> None:
+        """Put a value on the stack."""
         self.stack.append(value)
 
     def pop_to_mark(self) -> list[Any]:
+        """Take all values above the last mark, and the mark. Raises IndexError without one."""
         stack = self.stack
         for position in range(len(stack) - 1, -1, -1):
             if stack[position] is MARK:
@@ -206,6 +215,7 @@ class _Machine:
         raise IndexError("no mark")
 
     def find(self, module: str, name: str) -> None:
+        """GLOBAL: push what a name stands for. Raises CheckpointError for names outside the table."""
         full = f"{module}.{name}"
         if full not in GLOBALS:
             raise CheckpointError(
@@ -215,10 +225,12 @@ class _Machine:
         self.push(GLOBALS[full])
 
     def stack_global(self) -> None:
+        """STACK_GLOBAL: as `find`, with module and name from the stack."""
         name, module = self.stack.pop(), self.stack.pop()
         self.find(str(module), str(name))
 
     def build(self, target: Any, args: Sequence) -> None:
+        """Push what a permitted name makes of these arguments. Raises CheckpointError if they copy too much."""
         if not isinstance(target, Global):
             raise TypeError(f"a call of {type(target).__name__}")
         self.copied += sum(len(arg) for arg in args if isinstance(arg, (str, bytes, list, tuple, set, dict)))
@@ -227,10 +239,12 @@ class _Machine:
         self.push(target.build(*args))
 
     def reduce(self) -> None:
+        """REDUCE and NEWOBJ: call with arguments from the stack."""
         args = self.stack.pop()
         self.build(self.stack.pop(), args)
 
     def set_state(self) -> None:
+        """BUILD: set the attributes of an `Inert`. Plain dicts, which OrderedDicts become, ignore theirs."""
         state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, Inert) and isinstance(state, dict):
             target.fields.update(state)
@@ -238,36 +252,43 @@ class _Machine:
             raise TypeError(f"state for {type(target).__name__}")
 
     def old_instance(self) -> None:
+        """INST: call a name in the text with the arguments above the mark."""
         self.find(self.line().decode(), self.line().decode())
         target = self.stack.pop()
         self.build(target, self.pop_to_mark())
 
     def old_object(self) -> None:
+        """OBJ: call the first value above the mark with the others."""
         target, *args = self.pop_to_mark()
         self.build(target, args)
 
     def extend(self, items: Sequence) -> None:
+        """APPEND and APPENDS: add items to the list on the stack."""
         target = self.stack[-1]
         if type(target) is not list:
             raise TypeError(f"items for {type(target).__name__}")
         target.extend(items)
 
     def update(self, items: Sequence) -> None:
+        """SETITEM and SETITEMS: add keys and values, one after another, to the dict on the stack."""
         target = self.stack[-1]
         if type(target) is not dict:
             raise TypeError(f"items for {type(target).__name__}")
         target.update(_pairs(items))
 
     def add(self, items: Sequence) -> None:
+        """ADDITEMS: add members to the set on the stack."""
         target = self.stack[-1]
         if type(target) is not set:
             raise TypeError(f"members for {type(target).__name__}")
         target.update(_key(item) for item in items)
 
     def put(self, index: int) -> None:
+        """PUT and MEMOIZE: remember the value on the stack by number."""
         self.memo[index] = self.stack[-1]
 
     def wrap(self, count: int) -> None:
+        """TUPLE1 to TUPLE3: make a tuple of the last values."""
         items = tuple(self.stack[len(self.stack) - count :])
         if len(items) != count:
             raise IndexError("empty stack")
@@ -275,16 +296,20 @@ class _Machine:
         self.push(items)
 
     def set_item(self) -> None:
+        """SETITEM: add one key and value from the stack."""
         value, key = self.stack.pop(), self.stack.pop()
         self.update((key, value))
 
     def pop(self) -> None:
+        """POP: drop the last value."""
         self.stack.pop()
 
     def drop_to_mark(self) -> None:
+        """POP_MARK: drop all values above the mark."""
         self.pop_to_mark()
 
     def skip(self, count: int) -> None:
+        """Ignore bytes that change nothing: the protocol's number, a frame's length."""
         self.take(count)
 
 

@@ -1,4 +1,4 @@
-"""Saving a run's checkpoints: `save` copies and returns, a thread writes; `read.py` says what the files are."""
+"""Save the checkpoints of a run: `save` copies and returns, a thread writes. `read.py` describes the files."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from castalia.storage.safetensors import DTYPE_CODES, Advance, write_safetensors
 if TYPE_CHECKING:
     import torch
 
-SYNC_BYTES = 32 << 20  # written before the disk is told to begin
+SYNC_BYTES = 32 << 20  # written to a file before the disk is told to begin
 RANKS_TIMEOUT_S = 1800.0  # how long the ranks of a run wait for each other's parts
 LOCK_TRIES = 10
 
 
 class CheckpointSaver:
-    """Saves the checkpoints of one run. `save` copies and returns; a thread writes. One run at a time holds a folder.
+    """Saves the checkpoints of one run, which locks their folder. `save` copies and returns; a thread writes.
 
     Errors of the thread are raised by the next `save`, `join` or `close`. With several ranks each writes its own part
     and the first joins them; the ranks meet in the folder alone, so that training's communication is left in peace.
@@ -82,7 +82,11 @@ class CheckpointSaver:
         config: RunConfig,
         data_fingerprint: str = "",
     ) -> None:
-        """Copy now, write later. `optimizer`: name -> {exp_avg, ..., step}, the parameters being the masters."""
+        """Copy everything now and write it later.
+
+        `model`: parameters by name, which are the fp32 masters. `optimizer`: name -> {exp_avg, ..., step}; None: no
+        state is saved. Raises what went wrong with the last save.
+        """
         self.join()
         about = describe(progress, config, data_fingerprint)
         given = {("model", name): _shard(tensor) for name, tensor in model.items()}
@@ -101,24 +105,26 @@ class CheckpointSaver:
 
     @property
     def is_writing(self) -> bool:
+        """Whether the last save is still being written."""
         return self._pending is not None and not self._pending.done()
 
     @property
     def has_failed(self) -> bool:
+        """Whether the last save could not be written; `join` raises why."""
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def abandon(self) -> None:
-        """Another rank has failed: wait no longer for its part."""
+        """Stop waiting for other ranks' parts, since one of them has failed."""
         self._abandoned.set()
 
     def join(self) -> None:
-        """Wait until what was saved is on disk. Raises what went wrong."""
+        """Wait until the last save is on disk. Raises what went wrong with it."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def close(self) -> None:
-        """Join, and let go of the folder."""
+        """Wait for the last save, and release the folder. Raises what went wrong."""
         try:
             self.join()
         finally:
@@ -166,7 +172,7 @@ class CheckpointSaver:
 
 
 def _wait_for(path: Path, abandoned: Event) -> None:
-    """Until another rank has made it. Raises TimeoutError (an OSError) if it does not."""
+    """Wait until another rank has made a file or folder. Raises TimeoutError, an OSError, if it does not."""
     end = time.monotonic() + RANKS_TIMEOUT_S
     while not path.exists():
         if time.monotonic() > end or abandoned.is_set():
@@ -175,27 +181,27 @@ def _wait_for(path: Path, abandoned: Event) -> None:
 
 
 def _gather(folder: Path, num_ranks: int, abandoned: Event) -> tuple[list[dict], dict | None]:
-    """What all ranks wrote, and the optimizer's steps of all tensors. Takes their notes away."""
+    """The manifest entries of all ranks, and Adam's steps of all tensors, from the ranks' notes, which are deleted."""
     everyone: list[dict] = []
     steps: dict | None = {}
     for rank in range(num_ranks):
         note = folder / f"rank-{rank:05d}.json"
         _wait_for(note, abandoned)
-        found = json.loads(note.read_text())
-        everyone.append(found["parts"])
-        steps = None if found["steps"] is None else (steps or {}) | found["steps"]
+        written = json.loads(note.read_text())
+        everyone.append(written["parts"])
+        steps = None if written["steps"] is None else (steps or {}) | written["steps"]
         note.unlink()
     return everyone, steps
 
 
 def write_part(folder: Path, kind: str, rank: int, shards: Mapping[str, Shard]) -> dict:
-    """Write one rank's file of one kind, bring it to disk, and return what the manifest says of it."""
+    """Write one rank's file of one kind, bring it to disk, and return its manifest entries by tensor."""
     name = f"{kind}-{rank:05d}.safetensors"
     with ThreadPoolExecutor(1) as beside_writing:
         unsynced, syncs = 0, []
 
         def more(count: int) -> None:
-            """What is written goes to disk while the rest is copied."""
+            """Count bytes, and let the disk begin with what is written while the rest is copied."""
             nonlocal unsynced
             unsynced += count
             if unsynced >= SYNC_BYTES:
@@ -203,8 +209,8 @@ def write_part(folder: Path, kind: str, rank: int, shards: Mapping[str, Shard]) 
                 syncs.append(beside_writing.submit(sync, folder / name))
 
         entries = write_chunk(folder / name, name, {key: InMemory(shard.tensor) for key, shard in shards.items()}, more)
-        for each in syncs:
-            each.result()  # an error is told once only, so not by the last sync again
+        for pending in syncs:
+            pending.result()  # the system reports a write error once: the last sync would not see it again
     sync(folder / name)
     for key, shard in shards.items():
         if tuple(shard.tensor.shape) != shard.shape:
@@ -214,7 +220,7 @@ def write_part(folder: Path, kind: str, rank: int, shards: Mapping[str, Shard]) 
 
 
 def write_chunk(path: Path, name: str, tensors: Mapping[str, TensorRef], advance: Advance) -> dict[str, dict]:
-    """Write a file and return what the manifest says of its tensors. `name`: the file's in the end."""
+    """Write a file and return its manifest entries by tensor. `name`: the file's final name."""
     written = write_safetensors(path, tensors, advance)
     return {
         key: {
@@ -227,7 +233,7 @@ def write_chunk(path: Path, name: str, tensors: Mapping[str, TensorRef], advance
 
 
 def write_manifest(folder: Path, about: Mapping, ranks: list[dict[str, dict]]) -> None:
-    """Join what all ranks wrote to one manifest, with a checksum of its own."""
+    """Write the manifest, with a checksum of its own, from the entries of all ranks."""
     files = {path.name: _file_entry(path) for path in sorted(folder.glob("*.safetensors"))}
     manifest: dict = {**about, "block_bytes": BLOCK_BYTES, "files": files, "model": {}, "optimizer": {}, "weights": {}}
     for parts in ranks:
@@ -241,7 +247,7 @@ def write_manifest(folder: Path, about: Mapping, ranks: list[dict[str, dict]]) -
 
 
 def _file_entry(path: Path) -> dict[str, int]:
-    """Of a file of tensors: its size, and the checksum of its header, which other programs read."""
+    """A file's size and the checksum of its header, which other programs trust."""
     with open(path, "rb") as file:
         head = file.read(8)
         head += file.read(int.from_bytes(head, "little"))
@@ -249,9 +255,9 @@ def _file_entry(path: Path) -> dict[str, int]:
 
 
 def commit(temporary: Path, target: Path) -> None:
-    """Make a complete temporary folder a checkpoint, and the latest one."""
+    """Turn a complete temporary folder into a checkpoint, the latest one."""
     sync(temporary)
-    old = put_in_place(temporary, target)  # there is one if the run went back and came to this step again
+    old = put_in_place(temporary, target)  # an older one exists if the run was rewound and has reached this step again
     write_text(target.parent / LATEST, target.name)
     for folder in (old, temporary.parent):
         if folder:
@@ -259,13 +265,15 @@ def commit(temporary: Path, target: Path) -> None:
 
 
 def prune(folder: str | Path, keep_last: int | None, keep_every: int | None = None) -> None:
-    """Delete all but the newest `keep_last` checkpoints, multiples of `keep_every` and the one that `latest` names."""
+    """Delete checkpoints, except the newest `keep_last`, multiples of `keep_every`, and the one that `latest` names."""
     if keep_last is None:
         return
     saved = saved_steps(folder)
     named = (Path(folder) / LATEST).read_text().strip()
     current = next((step for step, path in saved.items() if path.name == named), 0)
-    oldest_first = sorted(saved, key=lambda step: (step <= current, step))  # later ones are of a way not gone on
+    oldest_first = sorted(
+        saved, key=lambda step: (step <= current, step)
+    )  # steps after `latest` were abandoned by a rewind
     for step in oldest_first[:-keep_last]:
         path = saved[step]
         if step != current and not (keep_every and step % keep_every == 0):
@@ -273,7 +281,7 @@ def prune(folder: str | Path, keep_last: int | None, keep_every: int | None = No
 
 
 def describe(progress: Progress, config: RunConfig | None, data_fingerprint: str) -> dict:
-    """The manifest's part that is not about tensors."""
+    """The part of the manifest that is not about tensors."""
     import torch
 
     versions = {"castalia": castalia.__version__, "torch": torch.__version__, "python": platform.python_version()}
@@ -291,13 +299,13 @@ def _shard(given: torch.Tensor | Shard) -> Shard:
 
 
 def refuse_if_in_use(folder: str | Path) -> None:
-    """Raises CheckpointError if a run, of whatever process, holds the folder now."""
+    """Raises CheckpointError if a run of any process holds the folder now."""
     if holder := in_use(folder):
         raise _in_use(Path(folder), holder)
 
 
 def in_use(folder: str | Path) -> str | None:
-    """Who holds the folder now, as "process 12 on host"; None: nobody does."""
+    """The process that holds the folder now, as "process 12 on host"; None: no process does."""
     try:
         with open(Path(folder) / ".lock") as file:
             return None if lock(file, shared=True) else file.read().strip()
@@ -306,12 +314,12 @@ def in_use(folder: str | Path) -> str | None:
 
 
 def _lock(folder: Path):  # noqa: ANN202 - an open file
-    """Hold the folder until the file is closed; the system lets go of it when the process dies."""
+    """Lock the folder until the returned file is closed; the system releases the lock if the process dies."""
     file = open(folder / ".lock", "a+")  # noqa: SIM115 - stays open as long as the writer lives
     for _ in range(LOCK_TRIES):
         if lock(file):
             break
-        time.sleep(0.05)  # who only asks whether the folder is in use lets go at once
+        time.sleep(0.05)  # `in_use` takes the lock for a moment
     else:
         file.seek(0)
         holder = file.read().strip()
