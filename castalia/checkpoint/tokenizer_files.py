@@ -62,7 +62,7 @@ def written_tokenizer(checkpoint: Checkpoint, outputs: Sequence[OutputFile], fol
 def hf_tokenizer(checkpoint: Checkpoint) -> tuple[list[OutputFile], dict[str, Any], tuple[str, ...]]:
     """The files that `AutoTokenizer` opens, the token ids for config.json, and notes where there are no files."""
     tokenizer, notes = _load(checkpoint)
-    source = tokenizer.words if tokenizer else _source_folder(checkpoint)
+    source = tokenizer.folder if tokenizer else _source_folder(checkpoint)
     ids = dict(source.token_ids) or _token_ids(tokenizer)
     files = {name: data for name, data in source.files.items() if name != MODEL}
     outputs = [bytes_output(name, data) for name, data in files.items()]
@@ -127,7 +127,7 @@ def _hf_settings(tokenizer: RustTokenizer, checkpoint: Checkpoint) -> tuple[dict
         rows = checkpoint.model["embed.weight"].shape[0]
         padding = PADDING if known is not None and known < rows else end
         special = {"bos_token": end, "eos_token": end, "unk_token": end, "pad_token": padding}
-    special |= tokenizer.words.special
+    special |= tokenizer.folder.special
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,

@@ -173,7 +173,7 @@ def prepare(config: RunConfig, source: Checkpoint, folder: Path, template: Path 
             if Path(each.path).is_file():
                 record = first_record(Path(each.path))
                 key = next((name for name in CONVERSATION if name in record), "text")
-                chat = None if key == "text" else read_chat(template, tokenizer.words)
+                chat = None if key == "text" else read_chat(template, tokenizer.folder)
                 eod = chat is None and tokenizer.eod_id is not None
                 recipe = Recipe(TokenizerConfig(path=str(folder / "tokenizer")), (key,), append_eod=eod, chat=chat)
                 prefix = f"{folder / split}{number}"
@@ -264,7 +264,7 @@ def sample(path: str, prompt: str, max_tokens: int, tokenizer: TokenizerConfig |
     device = choose_device("auto")
     model = build_model(checkpoint, device, choose_dtype("auto" if device.type == "cuda" else "fp32", device))
     words = load_tokenizer(tokenizer) if tokenizer else load_tokenizer_for(checkpoint)
-    begins = prompt.startswith(words.words.special.get("bos_token") or "\0")  # as templates spell it out
+    begins = prompt.startswith(words.folder.special.get("bos_token") or "\0")  # as templates spell it out
     (ids,) = words.encode_batch([prompt], bare=begins)
     return generate(model, words, [ids], max_tokens=max_tokens)[0]
 

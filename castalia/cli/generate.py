@@ -102,7 +102,7 @@ def command(
     with process_group(choose_device(device).type):
         words = load_tokenizer_for(checkpoint, tokenizer)
         sampling = Sampling(
-            **_sampling(settings, words.words),
+            **_sampling(settings, words.folder),
             num_samples=settings.num_samples,
             seed=seed,
             stop=tuple(stop or ()),

@@ -36,13 +36,13 @@ def read_template(path: str | Path) -> tuple[str, tuple[tuple[str, str], ...]]:
     given = {SETTINGS if path.suffix == ".json" else JINJA: path}
     if path.is_dir():
         given = {name: path / name for name in (JINJA, SETTINGS, TEMPLATE) if (path / name).is_file()}
-    words = read_tokenizer_folder(given)
-    if words.template is None:
+    folder = read_tokenizer_folder(given)
+    if folder.template is None:
         raise DataError(
             f"no chat template in {path}: give a Jinja file, a tokenizer_config.json with `chat_template`, or a folder "
             "with tokenizer_config.json or chat_template.jinja"
         )
-    return words.template, tuple(words.special.items())
+    return folder.template, tuple(folder.special.items())
 
 
 @lru_cache(maxsize=4)

@@ -1,4 +1,4 @@
-"""How prepared text becomes ids: by the tokenizer itself, or by a faster engine that was seen to give the same ids."""
+"""Encoding for data preparation: by the tokenizer itself, or by a faster engine that was tested to give equal ids."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import numpy as np
 
 from castalia.data.tokenizer import RustTokenizer, Tokenizer
 
-Encode = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]  # ids of all texts back to back, and each one's count
+Encode = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]  # ids of all texts back to back, ids of each text
 
 COMPARED_TEXTS, COMPARED_CHARACTERS = 64, 1 << 16
-# Where engines disagree if anywhere: whitespace, contractions, digits, composed and decomposed letters, other scripts.
+# Text on which engines are likely to disagree: whitespace, contractions, digits, composed and decomposed letters, other
+# scripts.
 HARD_TEXT = (
     " a  b   c\n\n\n  \t\td\r\ne\u00a0f\u2028g\u3000h \x00\x85 I'll don't WE'RE it’s 1234567890 3.14159e-10 \n"
     "cafe\u0301 café \u1100\u1161\u11a8 각 ﬁ Å \u212b \u0300x İstanbul ß ǆ 漢字かな交じり文 한국어 "
@@ -22,18 +23,22 @@ HARD_TEXT = (
 
 
 def flat(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """The values of all rows back to back, int64 [total], and the length of each row, int64 [rows]."""
     sizes = np.fromiter(map(len, rows), np.int64, len(rows))
     return np.fromiter(chain.from_iterable(rows), np.int64, int(sizes.sum())), sizes
 
 
 def reference(tokenizer: Tokenizer) -> Encode:
-    """The tokenizer's own `encode_batch`."""
+    """Encoding by the tokenizer's own `encode_batch`."""
     return lambda texts: flat(tokenizer.encode_batch(texts))
 
 
 def fast(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[Encode | None, str]:
-    """An engine that releases the interpreter's lock and gives the same ids for `texts`, at most the first 64 of them,
-    and for `HARD_TEXT` with all added tokens in it; None where there is none. And what works then, in words."""
+    """A faster engine, which releases the interpreter's lock, or None; and the name of the engine in use, for people.
+
+    The faster engine is taken only if its ids are equal for the first 64 of `texts`, and for `HARD_TEXT` with all added
+    tokens in it.
+    """
     if not isinstance(tokenizer, RustTokenizer):
         return None, "the tokenizer's own engine"
     try:
@@ -50,8 +55,8 @@ def fast(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[Encode | None, str
         return np.frombuffer(ids, "<u4"), np.diff(np.frombuffer(offsets, "<u8").astype(np.int64))
 
     compared = [*_few(texts), *_hard_texts(tokenizer)]
-    expected, found = reference(tokenizer)(compared), encode(compared)
-    if all(map(np.array_equal, expected, found)):
+    expected, actual = reference(tokenizer)(compared), encode(compared)
+    if all(map(np.array_equal, expected, actual)):
         return encode, "fastokens, whose ids were compared with those of tokenizers"
     return None, "tokenizers, as fastokens gives other ids"
 

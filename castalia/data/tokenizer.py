@@ -1,7 +1,7 @@
-"""Text to token ids and back: one small class for each engine, all with the same methods.
+"""Text to token ids and back: one small class for each engine, all with the methods of `Tokenizer`.
 
-An id beyond `vocab_size` never comes out, though some below it may name no token. `eod_id` ends a document; it is None
-when the vocabulary has no such token.
+Begin with `load_tokenizer`. All ids are below `vocab_size`, though not every id below it names a token. `eod_id` ends
+a document; it is None if the vocabulary has no such token.
 """
 
 from __future__ import annotations
@@ -32,94 +32,106 @@ from castalia.errors import DataError
 from castalia.reading import keys, parse_json, read_json, typed
 
 END_OF_TEXT = "<|endoftext|>"
-EOD_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # where no file names the end
+EOD_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # tried in this order if no file names the end
 PADDING = "<|padding|>"
-SETTINGS = "tokenizer_kind.json"  # written by tokenizers whose files do not tell their kind
-# Appended to a SentencePiece model, whose parts are then merged: normalizer_spec.add_dummy_prefix = false ...
+SETTINGS = "tokenizer_kind.json"  # written by tokenizers whose files do not show their kind
+# Appended to the bytes of a SentencePiece model, they override a field of it, as protocol buffers merge their parts:
+# normalizer_spec.add_dummy_prefix = false ...
 NO_SPACE_IN_FRONT = b"\x1a\x02\x18\x00"
 KEEPS_SPACES = b"\x1a\x04\x18\x00\x20\x00"  # ... and remove_extra_whitespaces = false
 
 
 class Tokenizer:
-    """What all engines have in common."""
+    """The interface of all tokenizers."""
 
-    kind: str  # in words, or of `tokenizer.kind`
+    kind: str  # for people, or a value of `tokenizer.kind`
     vocab_size: int
     eod_id: int | None = None
-    end_ids: frozenset[int] = frozenset()  # each of these ends a text, `eod_id` among them
-    bos_id: int | None = None  # the token that begins a text, whether `encode` puts it there or not
-    byte_ids: frozenset[int] = frozenset()  # tokens of one byte, of which only a run that is whole can be decoded
-    words: TokenizerFolder = TokenizerFolder()  # what the folder says beside the vocabulary, and its files
-    note: str = ""  # a rule that differs from what other programs do with the same files
+    end_ids: frozenset[int] = frozenset()  # all ids that end a text, `eod_id` among them
+    bos_id: int | None = None  # the token that begins a text, whether `encode` adds it or not
+    byte_ids: frozenset[int] = frozenset()  # tokens of one byte; several of them may make up one character
+    folder: TokenizerFolder = TokenizerFolder()  # the files of its folder, and what they say besides the vocabulary
+    note: str = ""  # a rule by which it differs from other programs with the same files
 
     def encode(self, text: str) -> list[int]:
+        """The ids of one text, with the tokens that the tokenizer puts at its beginning and end."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str], *, bare: bool = False) -> list[list[int]]:
-        """`bare`: texts spell out their special tokens, as conversations do, so that nothing is put around them."""
+        """The ids of each text. `bare` adds nothing at the beginning and end of a text, and takes special tokens that
+        a text spells out as such, as rendered conversations do."""
         raise NotImplementedError
 
     def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids. Some tokenizers leave out special tokens; see `spelled`."""
         raise NotImplementedError
 
     def token(self, index: int) -> str | None:
-        """How the id is written in the vocabulary."""
+        """How the vocabulary writes the id, or None."""
         return None
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write into `folder` what `load_tokenizer` needs to find the same tokenizer there, and what lies beside it."""
-        write_files(Path(folder), self.words.files)
+        """Write the files from which `load_tokenizer` gets the same tokenizer, and the other files of its folder."""
+        write_files(Path(folder), self.folder.files)
 
     @property
     def ends(self) -> str:
-        """All ends in words, the document's first."""
+        """All ids that end a text, for people, that of a document first."""
         first = [] if self.eod_id is None else [self.eod_id]
         return listed([*first, *sorted(self.end_ids - set(first))], self.token)
 
     def _end(self, named: Sequence[int]) -> None:
-        """`named`: ids that end a text, that of a document first."""
+        """Set the ids that end a text. The first of `named` ends a document."""
         self.eod_id, self.end_ids = (named[0] if named else None), frozenset(named)
 
 
 class RustTokenizer(Tokenizer):
-    """Hugging Face's `tokenizers`: tokenizer.json, GPT-2's vocab.json with merges.txt."""
+    """A tokenizer of Hugging Face's library `tokenizers`: tokenizer.json, or vocab.json and merges.txt of GPT-2."""
 
     def __init__(
-        self, engine: tokenizers.Tokenizer, words: TokenizerFolder | None = None, *, drop_special: bool = True
+        self, engine: tokenizers.Tokenizer, folder: TokenizerFolder | None = None, *, drop_special: bool = True
     ):
         self.engine = engine
-        self.words = words or TokenizerFolder()  # without a file of the vocabulary the engine writes itself
+        self.folder = folder or TokenizerFolder()  # if it has no vocabulary file, `save` lets the engine write one
         self.drop_special = drop_special
         parts = str(engine.pre_tokenizer) + str(engine.decoder)
         model = type(engine.model).__name__  # BPE, Unigram, WordPiece, WordLevel
         self.kind = f"byte-level {model}" if "ByteLevel" in parts else model
         self.vocab_size = max(engine.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self.bos_id = engine.token_to_id(self.words.special.get("bos_token", ""))
+        self.bos_id = engine.token_to_id(self.folder.special.get("bos_token", ""))
         by_name = [i for name in EOD_NAMES if (i := engine.token_to_id(name)) is not None]
-        self._end(self.words.ends(engine.token_to_id, self.vocab_size) or by_name[:1])
+        self._end(self.folder.ends(engine.token_to_id, self.vocab_size) or by_name[:1])
         if "ByteFallback" in parts:
             self.kind += " with bytes for what it lacks"
-            found = (engine.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
-            self.byte_ids = frozenset(i for i in found if i is not None)
+            byte_ids = (engine.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+            self.byte_ids = frozenset(i for i in byte_ids if i is not None)
 
     def encode_batch(self, texts: Sequence[str], *, bare: bool = False) -> list[list[int]]:
-        return [each.ids for each in self.engine.encode_batch_fast(texts, add_special_tokens=not bare)]
+        """Ids from the engine, which encodes the texts in parallel."""
+        return [encoding.ids for encoding in self.engine.encode_batch_fast(texts, add_special_tokens=not bare)]
 
     def decode(self, ids: Iterable[int]) -> str:
+        """Text, without special tokens if the tokenizer was made with `drop_special`."""
         return self.engine.decode([int(i) for i in ids], skip_special_tokens=self.drop_special)
 
     def token(self, index: int) -> str | None:
+        """The token as the vocabulary writes it, with Ġ for a space in byte-level vocabularies."""
         return self.engine.id_to_token(index)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the files of its folder, or a tokenizer.json if those lack a vocabulary."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         super().save(folder)
-        if not self.words.files.keys() & {"tokenizer.json", "vocab.json"}:
+        if not self.folder.files.keys() & {"tokenizer.json", "vocab.json"}:
             write_files(Path(folder), {"tokenizer.json": engine_text(self.engine).encode()})
 
 
 class ByteTokenizer(Tokenizer):
-    """UTF-8 bytes as ids. `char` is NeoX's: 512 entries, 0 ends a document, every id is shown as one code point."""
+    """The bytes of UTF-8 as ids.
+
+    `bytes` has 257 ids, of which 256 ends a document. `char` is GPT-NeoX's CharLevelTokenizer: 512 ids, 0 ends a
+    document, and every id is shown as one code point.
+    """
 
     def __init__(self, kind: str):
         self.kind = kind
@@ -127,35 +139,40 @@ class ByteTokenizer(Tokenizer):
         self._end([0 if kind == "char" else 256])
 
     def encode_batch(self, texts: Sequence[str], *, bare: bool = False) -> list[list[int]]:
+        """One id for each byte; `bare` changes nothing."""
         return [list(text.encode("utf-8")) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
+        """Text, with U+FFFD for bytes that are no UTF-8."""
         if self.kind == "char":
             return "".join(chr(max(int(i), 32)) for i in ids)
         return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
 
     def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write a file that names the kind."""
         _save_settings(folder, kind=self.kind)
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model. Control pieces and added tokens that a text spells out become their ids, a text begins
-    with the model's own beginning, and its end ends a document: what `transformers` does with such a file.
+    """A SentencePiece model, used as the library `transformers` uses it.
 
-    `neox`: GPT-NeoX's rule. There, `<s>` is three characters, nothing begins a text, and documents end with the piece
-    `<|endoftext|>`, which for most models means the unknown piece.
+    Control pieces and added tokens that a text spells out become their ids. A text begins with the model's beginning
+    of sequence, and a document ends with its end of sequence.
+
+    With `neox` the rule is that of GPT-NeoX: `<s>` in a text is three characters, no token begins a text, and documents
+    end with the piece `<|endoftext|>`, which in most models means the unknown piece.
     """
 
     kind = "SentencePiece"
 
-    def __init__(self, words: TokenizerFolder, *, neox: bool = False):
-        self.words, self.neox = words, neox
-        model = words.files["tokenizer.model"]
+    def __init__(self, folder: TokenizerFolder, *, neox: bool = False):
+        self.folder, self.neox = folder, neox
+        model = folder.files["tokenizer.model"]
         processor = _optional("sentencepiece").SentencePieceProcessor
         try:
             self.engine = processor(model_proto=model)
-            self.inner = processor(model_proto=model + NO_SPACE_IN_FRONT)  # encodes what is behind a special token
-            self.tail = processor(model_proto=model + KEEPS_SPACES)  # decodes what is not the beginning
+            self.inner = processor(model_proto=model + NO_SPACE_IN_FRONT)  # encodes text after a special token
+            self.tail = processor(model_proto=model + KEEPS_SPACES)  # decodes all parts of a text but the first
         except (RuntimeError, ValueError) as error:
             raise DataError(f"this is no SentencePiece model: {error}") from error
         size: int = self.engine.vocab_size()
@@ -169,77 +186,81 @@ class SentencePieceTokenizer(Tokenizer):
             self.note = f"documents end with id {self.ends} and no token begins them, which is {rule}"
             return
         self._add_tokens(size)
-        settings = words.settings
-        self.bos_id = self._id(words.special.get("bos_token"), self.engine.bos_id())
-        self._end(words.ends(self._id, self.vocab_size) or [i for i in (self.engine.eos_id(),) if i >= 0])
+        settings = folder.settings
+        self.bos_id = self._id(folder.special.get("bos_token"), self.engine.bos_id())
+        self._end(folder.ends(self._id, self.vocab_size) or [i for i in (self.engine.eos_id(),) if i >= 0])
         self.before = [self.bos_id] if self.bos_id is not None and settings.get("add_bos_token", True) else []
         self.after = [self.eod_id] if self.eod_id is not None and settings.get("add_eos_token", False) else []
 
     def _add_tokens(self, size: int) -> None:
         pieces = {i: Added(self.engine.id_to_piece(i), True) for i in range(size) if self._is_special(i)}
-        self.by_id = pieces | dict(self.words.added)
+        self.by_id = pieces | dict(self.folder.added)
         self.added = {token.content: (i, token) for i, token in self.by_id.items()}
         self.vocab_size = max(size, *(i + 1 for i in self.by_id), 0)
-        longest_first = sorted(self.added.values(), key=lambda each: -len(each[1].content))
-        self.spelled = [index for index, _ in longest_first]  # by the groups of the pattern
+        longest_first = sorted(self.added.values(), key=lambda entry: -len(entry[1].content))
+        self.spelled = [index for index, _ in longest_first]  # the ids of the pattern's groups
         self.pattern = re.compile("|".join(_pattern(token) for _, token in longest_first) or r"(?!)")
 
     def _is_special(self, index: int) -> bool:
         return self.engine.is_control(index) or self.engine.is_unknown(index)
 
     def _id(self, piece: str | None, otherwise: int = -1) -> int | None:
-        """The id of a token that is written so."""
+        """The id of a token by its text, or `otherwise` if `piece` is None; None if the vocabulary lacks it."""
         if piece in self.added:
             return self.added[piece][0]
-        found = self.engine.piece_to_id(piece) if piece is not None else otherwise
-        known = found >= 0 and (piece is None or self.engine.id_to_piece(found) == piece)
-        return found if known else None
+        index = self.engine.piece_to_id(piece) if piece is not None else otherwise
+        known = index >= 0 and (piece is None or self.engine.id_to_piece(index) == piece)  # unknown ones get unk's id
+        return index if known else None
 
     def encode_batch(self, texts: Sequence[str], *, bare: bool = False) -> list[list[int]]:
+        """Ids with the tokens that begin and end a text, unless `bare`."""
         if self.neox:
             return self.engine.encode(list(texts))
-        found = map(self._encode, texts)
-        return list(found) if bare else [[*self.before, *ids, *self.after] for ids in found]
+        encoded = map(self._encode, texts)
+        return list(encoded) if bare else [[*self.before, *ids, *self.after] for ids in encoded]
 
     def _encode(self, text: str) -> list[int]:
-        """Piece by piece between the tokens that the text spells out."""
+        """Encode the parts of a text between the special tokens that it spells out."""
         ids: list[int] = []
         start, engine = 0, self.engine
         for match in self.pattern.finditer(text):
             ids += engine.encode(text[start : match.start()])
             ids.append(self.spelled[(match.lastindex or 0) - 1])
-            start, engine = match.end(), self.engine if self.words.settings.get("legacy") else self.inner
+            start, engine = match.end(), self.engine if self.folder.settings.get("legacy") else self.inner
         return ids + (engine.encode(text[start:]) if start < len(text) else [])
 
     def decode(self, ids: Iterable[int]) -> str:
+        """Text without control pieces and special added tokens."""
         ids = [int(i) for i in ids]
-        if not self.words.added or self.neox:
+        if not self.folder.added or self.neox:
             return self.engine.decode([i for i in ids if i < self.engine.vocab_size()])
         text = ""
-        for is_piece, run in groupby(self._shown(ids), key=lambda i: i not in self.by_id):
-            found = list(run)
-            pieces = (self.tail if text else self.engine).decode(found) if is_piece else None
-            text += "".join(self.by_id[i].content for i in found) if pieces is None else pieces
+        for is_piece, group in groupby(self._shown(ids), key=lambda i: i not in self.by_id):
+            run = list(group)
+            pieces = (self.tail if text else self.engine).decode(run) if is_piece else None
+            text += "".join(self.by_id[i].content for i in run) if pieces is None else pieces
         return text
 
     def _shown(self, ids: Sequence[int]) -> list[int]:
-        """Without special tokens and ids that name nothing."""
+        """The ids without special tokens and without ids that name no token."""
         size = self.engine.vocab_size()
         return [i for i in ids if (not self.by_id[i].special if i in self.by_id else i < size)]
 
     def token(self, index: int) -> str | None:
+        """The piece, with ▁ for a space, or the text of an added token."""
         if index in self.by_id:
             return self.by_id[index].content
         return self.engine.id_to_piece(index) if index < self.engine.vocab_size() else None
 
     def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the model and the other files of its folder, and that GPT-NeoX's rule holds if it does."""
         super().save(folder)
         if self.neox:
             _save_settings(folder, kind="neox_sentencepiece")
 
 
 class TiktokenTokenizer(Tokenizer):
-    """An encoding that tiktoken knows by name. Special tokens inside a text raise DataError, unless it is `bare`."""
+    """An encoding of the library tiktoken, by name."""
 
     def __init__(self, name: str):
         tiktoken = _optional("tiktoken")
@@ -252,32 +273,36 @@ class TiktokenTokenizer(Tokenizer):
         self._end([self.engine.eot_token])
 
     def encode_batch(self, texts: Sequence[str], *, bare: bool = False) -> list[list[int]]:
+        """Ids of the texts. Raises DataError for a text that spells out a special token, unless `bare`."""
         try:
             return [self.engine.encode(text, allowed_special="all" if bare else set()) for text in texts]
         except ValueError as error:
             raise DataError(f"tiktoken refuses a text: {error}") from error
 
     def decode(self, ids: Iterable[int]) -> str:
+        """Text, special tokens included."""
         return self.engine.decode([int(i) for i in ids])
 
     def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write a file that names the encoding."""
         _save_settings(folder, kind="tiktoken", path=self.engine.name)
 
 
 def engine_text(engine: tokenizers.Tokenizer) -> str:
-    """A tokenizer.json. Merges are written as texts, "a b", which versions of `tokenizers` before 0.20 read, too."""
+    """The text of a tokenizer.json. Merges are written as "a b", which `tokenizers` before 0.20 can read, too."""
     content = json.loads(engine.to_str())
     merges = content["model"].get("merges") or []
-    if not any(" " in part for merge in merges for part in merge):  # of bytes as characters there is none
+    if not any(" " in part for merge in merges for part in merge):  # byte-level vocabularies have no space in a token
         content["model"]["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def load_tokenizer(config: TokenizerConfig, *, neox: bool = False, model: Path | None = None) -> Tokenizer:
-    """The tokenizer that the config names; without `kind` the files tell. DataError when there is none.
+    """The tokenizer that the config names. Without `tokenizer.kind`, the files decide the kind.
 
-    `neox`: where GPT-NeoX has a rule of its own for the files, that counts. `model`: the folder of the model, whose
-    config.json and generation_config.json count where none lie beside the tokenizer.
+    With `neox`, files are used by GPT-NeoX's rule if it has one of its own. `model` is the folder of the model, whose
+    config.json and generation_config.json are read if the folder of the tokenizer has none. Raises DataError if there
+    is no tokenizer, or if its files are damaged.
     """
     if config.path and (Path(config.path) / SETTINGS).is_file():
         file = Path(config.path) / SETTINGS
@@ -292,13 +317,13 @@ def load_tokenizer(config: TokenizerConfig, *, neox: bool = False, model: Path |
         raise DataError(f"tokenizer.kind={kind} needs tokenizer.path: {_FILES[kind]}")
     path = Path(config.path)
     if kind == "hf":
-        words = read_tokenizer_folder({"tokenizer.json": _find(path, "tokenizer.json")}, model)
-        return RustTokenizer(_read_json(_find(path, "tokenizer.json"), words), words)
+        folder = read_tokenizer_folder({"tokenizer.json": _find(path, "tokenizer.json")}, model)
+        return RustTokenizer(_read_json(_find(path, "tokenizer.json"), folder), folder)
     if kind == "gpt2":
         vocab = _find(path, "vocab.json")
         merges = _find(Path(config.merges), "merges.txt") if config.merges else _find(vocab.parent, "merges.txt")
-        words = read_tokenizer_folder({"vocab.json": vocab, "merges.txt": merges}, model)
-        return RustTokenizer(_read_bpe(vocab, merges, words), words, drop_special=False)
+        folder = read_tokenizer_folder({"vocab.json": vocab, "merges.txt": merges}, model)
+        return RustTokenizer(_read_bpe(vocab, merges, folder), folder, drop_special=False)
     if kind == "hf_gpt2":
         return _load_hf_gpt2(path, model)
     file = _find(path, "tokenizer.model")
@@ -336,31 +361,37 @@ def _guess_kind(config: TokenizerConfig) -> str:
 
 
 def _find(path: Path, name: str) -> Path:
-    """The file itself, or the file of this name in a folder."""
+    """The path itself if it is a file, else the file of this name in it. Raises DataError if there is none."""
     file = path / name if path.is_dir() else path
     if not file.is_file():
         raise DataError(f"tokenizer file {file} does not exist")
     return file
 
 
-def _read_json(file: Path, words: TokenizerFolder) -> tokenizers.Tokenizer:
-    """Stored truncation and padding are what somebody's last batch needed, no property of the vocabulary: off."""
-    text = _with_gaps(decoded(words.files["tokenizer.json"], file), file)
+def _read_json(file: Path, folder: TokenizerFolder) -> tokenizers.Tokenizer:
+    """The engine of a tokenizer.json, without truncation and padding, which are settings of somebody's last batch."""
+    text = _with_gaps(decoded(folder.files["tokenizer.json"], file), file)
     try:
         engine = tokenizers.Tokenizer.from_str(text)
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # noqa: BLE001  the engine raises bare Exception, and what it panics with is none
+    except BaseException as error:  # noqa: BLE001  it raises bare Exception, and its panics are no Exception
         raise DataError(f"{file} is no tokenizer.json: {error}") from error
     engine.no_truncation()
     engine.no_padding()
-    _complete(engine, {i: token for i, token in words.added.items() if engine.token_to_id(token.content) is None}, file)
-    _set_edges(engine, words)
+    _complete(
+        engine, {i: token for i, token in folder.added.items() if engine.token_to_id(token.content) is None}, file
+    )
+    _set_edges(engine, folder)
     return engine
 
 
 def _with_gaps(text: str, file: Path) -> str:
-    """The engine numbers added tokens through, whatever ids they have; those that the model knows keep theirs."""
+    """A tokenizer.json whose added tokens keep their ids even if the numbers have gaps.
+
+    The engine would number added tokens consecutively, whatever ids the file gives them. Those that are in the
+    vocabulary of the model as well keep their ids.
+    """
     content = parse_json(text, str(file), DataError, VOCABULARY)
     vocab, added = content.get("model", {}).get("vocab"), content.get("added_tokens") or []
     if not isinstance(vocab, dict):
@@ -372,14 +403,14 @@ def _with_gaps(text: str, file: Path) -> str:
     return json.dumps(content)
 
 
-def _set_edges(engine: tokenizers.Tokenizer, words: TokenizerFolder) -> None:
-    """What tokenizer_config.json says of a text's first and last token counts, where it says something."""
+def _set_edges(engine: tokenizers.Tokenizer, folder: TokenizerFolder) -> None:
+    """Make the engine add the first and last token of a text as tokenizer_config.json says, if it says anything."""
     asked = [
-        (words.special.get(f"{name}_token"), words.settings.get(f"add_{name}_token"), index)
+        (folder.special.get(f"{name}_token"), folder.settings.get(f"add_{name}_token"), index)
         for name, index in (("bos", 0), ("eos", -1))
     ]
-    around = engine.encode("").ids
-    has = [bool(around) and engine.token_to_id(token or "") == around[index] for token, _, index in asked]
+    added = engine.encode("").ids
+    has = [bool(added) and engine.token_to_id(token or "") == added[index] for token, _, index in asked]
     wants = [
         here if flag is None or engine.token_to_id(token or "") is None else bool(flag)
         for here, (token, flag, _) in zip(has, asked, strict=True)
@@ -392,54 +423,55 @@ def _set_edges(engine: tokenizers.Tokenizer, words: TokenizerFolder) -> None:
     engine.post_processor = tokenizers.processors.TemplateProcessing(single=" ".join(parts), special_tokens=tokens)
 
 
-def _read_bpe(vocab: Path, merges: Path, words: TokenizerFolder) -> tokenizers.Tokenizer:
+def _read_bpe(vocab: Path, merges: Path, folder: TokenizerFolder) -> tokenizers.Tokenizer:
     try:
         ids, pairs = tokenizers.models.BPE.read_file(str(vocab), str(merges))
-        beside = {token.content: i for i, token in words.added.items() if token.content not in ids}
+        beside = {token.content: i for i, token in folder.added.items() if token.content not in ids}
         engine = tokenizers.Tokenizer(tokenizers.models.BPE(ids | beside, pairs))
-    except Exception as error:  # noqa: BLE001  as above
+    except Exception as error:  # noqa: BLE001  it raises bare Exception
         raise DataError(f"{vocab} and {merges} are no GPT-2 BPE files: {error}") from error
     engine.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
-        add_prefix_space=bool(words.settings.get("add_prefix_space"))
+        add_prefix_space=bool(folder.settings.get("add_prefix_space"))
     )
     engine.decoder = tokenizers.decoders.ByteLevel()
-    _complete(engine, words.added, vocab)
-    special = dict.fromkeys((END_OF_TEXT, *words.special.values()))
-    engine.add_special_tokens([token for token in special if engine.token_to_id(token) is not None])  # in a text: an id
-    _set_edges(engine, words)
+    _complete(engine, folder.added, vocab)
+    special = dict.fromkeys((END_OF_TEXT, *folder.special.values()))
+    engine.add_special_tokens([token for token in special if engine.token_to_id(token) is not None])
+    _set_edges(engine, folder)
     return engine
 
 
 def _complete(engine: tokenizers.Tokenizer, added: Mapping[int, Added], file: Path) -> None:
-    """Add tokens that the files beside a vocabulary name. DataError where they do not get the ids that are meant."""
+    """Add the tokens of the files beside a vocabulary. Raises DataError if the engine gives one another id."""
     for index, token in added.items():
         flags = {name: value for name, value in token._asdict().items() if name != "content"}
         engine.add_tokens([tokenizers.AddedToken(token.content, **flags)])
-        if (found := engine.token_to_id(token.content)) != index:
+        if (actual := engine.token_to_id(token.content)) != index:
             raise DataError(
                 f"{file}: the files beside it give {token.content!r} the id {index}, but in this vocabulary it is "
-                f"{found}; they belong to another tokenizer, or were edited"
+                f"{actual}; they belong to another tokenizer, or were edited"
             )
 
 
-def _load_hf_gpt2(folder: Path, model: Path | None) -> RustTokenizer:
-    if not folder.is_dir():
-        raise DataError(
-            f"tokenizer.path={str(folder)!r} is no folder; tokenizer.kind=hf_gpt2 needs {_FILES['hf_gpt2']}"
-        )
-    if (folder / "tokenizer.json").is_file():
-        words = read_tokenizer_folder({"tokenizer.json": folder / "tokenizer.json"}, model)
-        engine = _read_json(folder / "tokenizer.json", words)
+def _load_hf_gpt2(path: Path, model: Path | None) -> RustTokenizer:
+    if not path.is_dir():
+        raise DataError(f"tokenizer.path={str(path)!r} is no folder; tokenizer.kind=hf_gpt2 needs {_FILES['hf_gpt2']}")
+    if (path / "tokenizer.json").is_file():
+        folder = read_tokenizer_folder({"tokenizer.json": path / "tokenizer.json"}, model)
+        engine = _read_json(path / "tokenizer.json", folder)
     else:
-        vocab, merges = _find(folder, "vocab.json"), _find(folder, "merges.txt")
-        words = read_tokenizer_folder({"vocab.json": vocab, "merges.txt": merges}, model)
-        engine = _read_bpe(vocab, merges, words)
+        vocab, merges = _find(path, "vocab.json"), _find(path, "merges.txt")
+        folder = read_tokenizer_folder({"vocab.json": vocab, "merges.txt": merges}, model)
+        engine = _read_bpe(vocab, merges, folder)
     engine.add_special_tokens([PADDING])
-    return RustTokenizer(engine, words.without_vocabulary(), drop_special=False)
+    return RustTokenizer(engine, folder.without_vocabulary(), drop_special=False)
 
 
 def add_tokens(tokenizer: Tokenizer, tokens: Sequence[str]) -> None:
-    """Give texts ids of their own, behind all others. Those that have one keep it."""
+    """Add tokens to the vocabulary, with ids after all others. Tokens that it has already keep their ids.
+
+    Raises DataError if the kind of tokenizer takes no further tokens, or if its ids have gaps.
+    """
     if not isinstance(tokenizer, RustTokenizer):
         raise DataError(
             f"a {tokenizer.kind} vocabulary takes no further tokens ({', '.join(tokens)}); only tokenizer.json and BPE "
@@ -454,7 +486,7 @@ def add_tokens(tokenizer: Tokenizer, tokens: Sequence[str]) -> None:
             "engine puts new tokens; fill the gaps with unused tokens first"
         )
     tokenizer.vocab_size = max(engine.get_vocab(with_added_tokens=True).values()) + 1
-    tokenizer.words = tokenizer.words.without_vocabulary()  # whose files lack the tokens
+    tokenizer.folder = tokenizer.folder.without_vocabulary()  # as its files lack the new tokens
 
 
 def _pattern(token: Added) -> str:
@@ -464,30 +496,30 @@ def _pattern(token: Added) -> str:
 
 
 def spelled(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
-    """The text of the ids with special tokens, which `decode` may leave out."""
+    """The text of the ids, with the special tokens that `decode` may leave out."""
     if isinstance(tokenizer, RustTokenizer):
         return tokenizer.engine.decode([int(i) for i in ids], skip_special_tokens=False)
     return tokenizer.decode(ids)
 
 
 def account(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What is known of its text, JSON-ready; tokens as {id, text}."""
-    words, first = tokenizer.words, tokenizer.encode("a")[:1]
+    """A summary of a tokenizer for reports, JSON-ready. Tokens are {id, text}."""
+    folder, first = tokenizer.folder, tokenizer.encode("a")[:1]
     ends = [*([] if tokenizer.eod_id is None else [tokenizer.eod_id]), *sorted(tokenizer.end_ids)]
     bos = tokenizer.bos_id
 
     def shown(index: int | None, text: str | None = None) -> dict[str, Any]:
         return {"id": index, "text": text or (None if index is None else tokenizer.token(index))}
 
-    special = {name: (text, tokenizer.encode_batch([text], bare=True)[0]) for name, text in words.special.items()}
+    special = {name: (text, tokenizer.encode_batch([text], bare=True)[0]) for name, text in folder.special.items()}
     return {
         "kind": tokenizer.kind,
         "ids": tokenizer.vocab_size,
         "begins": shown(bos) if bos is not None and first == [bos] else None,
         "ends": [shown(index) for index in dict.fromkeys(ends)],
         "special": {name: shown(ids[0] if len(ids) == 1 else None, text) for name, (text, ids) in special.items()},
-        "chat_template": words.template is not None,
-        "generation": {name: value for name, value in words.generation.items() if not name.endswith("_token_id")},
+        "chat_template": folder.template is not None,
+        "generation": {name: value for name, value in folder.generation.items() if not name.endswith("_token_id")},
         "note": tokenizer.note,
     }
 
@@ -504,7 +536,10 @@ def _optional(name: str) -> ModuleType:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> RustTokenizer:
-    """A byte-level BPE of at most `vocab_size` entries, `<|endoftext|>` with id 0. Same texts, same vocabulary."""
+    """Learn a byte-level BPE of at most `vocab_size` entries, in which `<|endoftext|>` has id 0.
+
+    Equal texts give equal vocabularies. Raises DataError for fewer than 257 entries.
+    """
     if vocab_size < 257:
         raise DataError(f"a vocabulary of {vocab_size} is too small: 256 bytes and {END_OF_TEXT} need 257")
     engine = tokenizers.Tokenizer(tokenizers.models.BPE())
