@@ -1,4 +1,4 @@
-"""Parameters, counted exactly from the canonical list of tensors."""
+"""Exact numbers of parameters, from the table of tensors."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from castalia.config.tensor_table import BLOCK, FINAL_NORM, local_size, shapes_o
 
 @dataclass(frozen=True)
 class ParameterCount:
+    """Numbers of parameters."""
+
     total: int
     non_embedding: int  # without embedding, learned positions and an untied head
     by_kind: dict[str, int]  # "blocks.*.attn.qkv.weight" -> elements over all layers
 
 
 def count(model: ModelConfig) -> ParameterCount:
+    """The parameters of a model, whose vocabulary must be known."""
     by_kind: dict[str, int] = {}
     for name, shape in tensor_shapes(model).items():
         kind = re.sub(r"blocks\.\d+", "blocks.*", name)
@@ -31,12 +34,12 @@ def block_size(model: ModelConfig) -> int:
 
 
 def non_embedding(model: ModelConfig) -> int:
-    """Parameters of the blocks and the final norm; known without a vocabulary."""
+    """Parameters of the blocks and the final norm. Needs no vocabulary."""
     return model.num_layers * block_size(model) + sum(map(prod, shapes_of(FINAL_NORM, model).values()))
 
 
 def original_count(model: ModelConfig, tp: int = 1, pp: int = 1) -> int:
-    """What GPT-NeoX prints as total: the sum over its ranks, replicas, unused norms and the tied copy included."""
+    """The total that GPT-NeoX prints: the sum over its ranks, with replicas, unused norms and the tied copy."""
     allocated = model.with_({"shared_norm": False})  # NeoX makes both norms of a block, used or not
     shapes = tensor_shapes(allocated)
     names = list(shapes)

@@ -1,7 +1,7 @@
-"""Devices by name: what plans, MFU and doctor need to know of them.
+"""Devices by name: the facts that plans, MFU and `castalia doctor` need.
 
-Rates are the makers' data sheets' for dense matrices that are summed in fp32; GeForce's of the 16-bit formats are half
-of what they reach with sums in fp16. Memory is what the driver reports, which is less than what cards are sold by.
+Rates are those of the vendors' data sheets for dense matrices with fp32 accumulation; GeForce cards reach half of
+their 16-bit rate with it. Memory is what the driver reports, which is less than the nominal size.
 """
 
 from __future__ import annotations
@@ -16,39 +16,42 @@ from castalia.config.attention_kernels import AMPERE, Capability
 from castalia.errors import ConfigError
 
 GiB = 2**30
-CONTEXT_GIB = 1.0  # the driver's context, the kernels' code and cuBLAS's workspace
-COMMUNICATOR_GIB = 0.3  # the buffers of one NCCL communicator
-USABLE = 0.92  # of what these leave; the rest goes to fragmentation
-NODE = 8  # devices that share the fast link
+CONTEXT_GIB = 1.0  # CUDA context, kernel code and cuBLAS workspace
+COMMUNICATOR_GIB = 0.3  # buffers of one NCCL communicator
+USABLE = 0.92  # share of the remaining memory; the rest is lost to fragmentation
+NODE = 8  # devices of a machine, which share the fast link
 
 
 @dataclass(frozen=True)
 class Device:
+    """A device's memory, speed and links."""
+
     name: str
     memory_gib: float
     tflops: float  # dense bf16 and fp16
     fp32_tflops: float  # without TF32
     bandwidth: float  # GB/s of its memory
-    link: float  # GB/s in one direction to the devices of its node
-    network: float  # GB/s in one direction to other nodes, its share
+    link: float  # GB/s in one direction to other devices of its machine
+    network: float  # GB/s in one direction to other machines, per device
     capability: Capability | None  # None: a CPU
 
     def usable_bytes(self, communicators: int) -> int:
-        """What a rank can allocate that belongs to so many process groups."""
+        """Bytes that a rank can allocate if it belongs to `communicators` process groups."""
         reserved = 0.0 if self.name == "cpu" else CONTEXT_GIB + COMMUNICATOR_GIB * communicators
         return max(0, int((self.memory_gib - reserved) * USABLE * GiB))
 
     def peak_tflops(self, compute: str) -> float:
-        """Of matrix products in "fp32", "bf16" or "fp16"."""
+        """Peak rate of matrix products in "fp32", "bf16" or "fp16"."""
         return self.tflops if compute == "fp16" or (compute == "bf16" and self.bf16) else self.fp32_tflops
 
     @property
     def bf16(self) -> bool:
-        """Whether it multiplies bf16; those that do not emulate it in fp32."""
+        """Whether it multiplies bf16 in hardware; others emulate it in fp32."""
         return bool({"amx_tile", "avx512_bf16"} & cpu_flags()) if self.capability is None else self.capability >= AMPERE
 
     @property
     def words(self) -> frozenset[str]:
+        """The words of its name, for `find_device`."""
         return _words(self.name)
 
 
@@ -86,14 +89,14 @@ DEVICES = {
         Device("B300", 267.0, 2250, 75, 8000, 900, 100, (10, 3)),
     )
 }
-_USUAL = {frozenset({"v100"}): "v100-32", frozenset({"a100"}): "a100-80"}  # where a name tells no memory
-_OTHERS = re.compile(r"mig|laptop|max|ti|super|d|\d+[abcq]")  # words that make a part, or another device, of a name
+_USUAL = {frozenset({"v100"}): "v100-32", frozenset({"a100"}): "a100-80"}  # where a name does not say how much memory
+_OTHERS = re.compile(r"mig|laptop|max|ti|super|d|\d+[abcq]")  # words that name a slice or a variant of a device
 
 
 def find_device(name: str) -> Device | None:
-    """The device of that name, its own or the driver's: "A100-80", "rtx4090", "NVIDIA H100 80GB HBM3".
+    """The device of a name, ours or the driver's: "A100-80", "rtx4090", "NVIDIA H100 80GB HBM3". None if unknown.
 
-    Whole words count, so that an L40 is no L4; of several devices the one with the most words in common is meant.
+    Whole words must match, so that an L40 is not taken for an L4; the device with the most matching words is chosen.
     """
     words = _words(name)
     if any(map(_OTHERS.fullmatch, words)):
@@ -104,13 +107,13 @@ def find_device(name: str) -> Device | None:
 
 
 def _words(name: str) -> frozenset[str]:
-    """In lower case; "80GB" is 80, "rtx4090" is 4090."""
+    """The words of a name in lower case; "80GB" becomes 80, "rtx4090" becomes 4090."""
     words = re.split(r"[^a-z0-9]+", name.lower())
     return frozenset(re.sub(r"^rtx(?=\d)|(?<=\d)(gb|gib)$", "", word) for word in words) - {""}
 
 
 def parse_gpus(text: str) -> tuple[int, Device, str | None]:
-    """`96x40GB`, `8xH100`, `H200` or `cpu` -> (number, device, what had to be assumed)."""
+    """`96x40GB`, `8xH100`, `H200` or `cpu` -> (number, device, what had to be assumed). Raises ConfigError."""
     match = re.fullmatch(r"(?:(\d+)\s*x\s*)?(\S.*)", text.strip())
     number, name = (int(match[1] or 1), match[2]) if match else (0, "")
     if number and name.lower() == "cpu":
@@ -129,13 +132,14 @@ def parse_gpus(text: str) -> tuple[int, Device, str | None]:
 
 
 def this_cpu() -> Device:
+    """This machine's CPU, at an assumed 0.1 TFLOP/s per core."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GiB
     tflops = 0.1 * (os.cpu_count() or 1)
     return Device("cpu", memory, tflops, tflops, 20, 1, 1, None)
 
 
 def cpu_flags() -> set[str]:
-    """Instruction sets of the first core; empty where the system does not list them."""
+    """Instruction sets of the first core; empty if the system does not list them."""
     path = Path("/proc/cpuinfo")
     if not path.exists():
         return set()
@@ -146,5 +150,5 @@ def cpu_flags() -> set[str]:
 
 
 def auto_precision(has_bf16: bool) -> Literal["bf16", "fp32"]:
-    """What precision.compute=auto is. Never fp16: its loss scale can overflow, which is for the user to choose."""
+    """What precision.compute=auto means. Never fp16, because its loss scale can overflow; users must choose it."""
     return "bf16" if has_bf16 else "fp32"

@@ -1,4 +1,4 @@
-"""Floating-point operations of a token, and what GPT-NeoX would print for the same model."""
+"""Floating-point operations per token, and the figure that GPT-NeoX prints for the same model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from castalia.plan.count import block_size
 
 
 def mean_context(length: int, window: int | None = None) -> float:
-    """Keys that a query sees on average in a causal sequence; a window counts the tokens before itself."""
+    """Keys that a query attends to on average in a causal sequence. `window`: tokens before the query's own."""
     if window is None or window >= length:
         return (length + 1) / 2
     seen = window + 1
@@ -26,28 +26,31 @@ def head_flops(model: ModelConfig) -> float:
 
 
 def forward_flops(model: ModelConfig, length: int) -> float:
-    """2N + causal attention, N without the input embedding and positions."""
+    """Forward operations of one token: 2N + causal attention, where N excludes input embedding and positions."""
     return model.num_layers * block_flops(model, length) + head_flops(model)
 
 
 def training_flops(model: ModelConfig, length: int) -> float:
-    """Operations of one token's forward and backward pass, recomputation not counted: what MFU divides by."""
+    """Operations of forward and backward pass for one token, without recomputation: the basis of MFU."""
     return 3 * forward_flops(model, length)
 
 
 def executed_flops(model: ModelConfig, length: int, recompute: str) -> float:
-    """Operations really done for one token: full recomputation runs the blocks' forward pass twice."""
+    """Operations performed for one token: full activation checkpointing runs the blocks' forward pass twice."""
     again = model.num_layers * block_flops(model, length) if recompute == "full" else 0.0
     return training_flops(model, length) + again
 
 
 def original_flops(model: ModelConfig, length: int, recompute: bool = False) -> float:
-    """GPT-NeoX's own figure for a token. It knows neither grouped-query attention nor MLP widths nor causality."""
+    """GPT-NeoX's figure per token, which ignores grouped-query attention, MLP width and causality.
+
+    The formula is that of Narayanan et al. (2104.04473), as in `megatron/logging.py`.
+    """
     layers, hidden, vocab = model.num_layers, model.hidden_size, model.padded_vocab_size
     passes = 4 if recompute else 3
     return 24 * passes * layers * hidden**2 * (1 + length / (6 * hidden) + vocab / (16 * layers * hidden))
 
 
 def kv_cache_bytes(model: ModelConfig, element_bytes: int = 2) -> int:
-    """Bytes of the key/value cache for each token."""
+    """Bytes of the key/value cache per token."""
     return 2 * model.num_layers * model.kv_heads * model.head_size * element_bytes

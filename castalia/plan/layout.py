@@ -1,4 +1,4 @@
-"""How a run is spread over devices, and which layers each pipeline stage holds."""
+"""How a run is distributed over devices, and which layers each pipeline stage holds."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from castalia.plan.flops import block_flops, head_flops
 
 @dataclass(frozen=True)
 class Layout:
+    """The parallel layout of a run, with its micro-batches."""
+
     tp: int = 1
     pp: int = 1
     cp: int = 1
     dp: int = 1
-    dp_replicate: int = 1  # of the dp ranks, copies of the whole; the others shard
+    dp_replicate: int = 1  # copies of the sharded model among the dp ranks (HSDP)
     zero: Literal[0, 1, 2, 3] = 0
     sequence_parallel: bool = False
     micro_batch: int = 1  # sequences of one forward pass on one rank
@@ -25,20 +27,22 @@ class Layout:
     recompute: Literal["none", "selective", "full"] = "none"
     pipeline: Literal["gpipe", "1f1b", "interleaved", "zero-bubble"] = "1f1b"
     stages_per_rank: int = 1
-    offload: bool = False  # parameters, gradients and optimizer state are on the host
+    offload: bool = False  # parameters, gradients and optimizer state are in host memory
     cp_kind: Literal["gather", "ulysses", "ring"] = "gather"
 
     @property
     def gpus(self) -> int:
+        """Devices, one for each rank."""
         return self.tp * self.pp * self.cp * self.dp
 
     @property
     def batch(self) -> int:
+        """Sequences (or pairs) of a step over all ranks."""
         return self.micro_batch * self.accumulation * self.dp
 
     @property
     def communicators(self) -> int:
-        """Process groups of several ranks that a rank belongs to: all ranks, and a row for each axis of the grid."""
+        """Process groups with several ranks that a rank belongs to: that of all ranks and one for each mesh axis."""
         replicas = self.dp if self.zero == 0 else self.dp_replicate
         axes = (self.pp, replicas, self.dp // replicas * self.cp, self.cp, self.tp)
         return sum(size > 1 for size in (self.gpus, *axes))
@@ -53,7 +57,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Stage:
-    """A pipeline stage: `layers` blocks, the first one with the embedding, the last one with the head."""
+    """A pipeline stage of `layers` blocks; the first stage has the embedding as well, the last one the head."""
 
     index: int
     layers: int
@@ -69,7 +73,10 @@ def problem(model: ModelConfig, layout: Layout) -> str | None:
 
 @lru_cache
 def stages(model: ModelConfig, pp: int, length: int) -> tuple[Stage, ...]:
-    """Blocks for each stage, so that the slowest stage, the head counted with the last one, is as fast as possible."""
+    """The blocks of each of `pp` stages, such that the slowest stage is as fast as possible.
+
+    `length`: tokens of a sequence. The head counts as part of the last stage.
+    """
     if pp == 1:
         return (Stage(0, model.num_layers, True, True),)
     block, head = block_flops(model, length), head_flops(model)
@@ -78,21 +85,21 @@ def stages(model: ModelConfig, pp: int, length: int) -> tuple[Stage, ...]:
         return max(-(-(model.num_layers - in_last) // (pp - 1)) * block, in_last * block + head)
 
     in_last = min(range(1, model.num_layers - pp + 2), key=lambda n: (slowest(n), -n))
-    each, more = divmod(model.num_layers - in_last, pp - 1)
-    # The first stages hold the most micro-batches, so the odd blocks go to the later ones.
-    layers = [each + (stage >= pp - 1 - more) for stage in range(pp - 1)] + [in_last]
+    per_stage, more = divmod(model.num_layers - in_last, pp - 1)
+    # Earlier stages hold activations of more micro-batches, so the remaining blocks go to later ones.
+    layers = [per_stage + (stage >= pp - 1 - more) for stage in range(pp - 1)] + [in_last]
     return tuple(Stage(i, n, i == 0, i == pp - 1) for i, n in enumerate(layers))
 
 
 def stages_of_rank(pipeline: str, pp: int, stages_per_rank: int, rank: int) -> list[int]:
-    """Stage numbers on a pipeline rank: rank, rank + pp, ...; zero-bubble folds them into a V."""
+    """The stages of a pipeline rank: rank, rank + pp, ...; with zero-bubble they are folded into a V."""
     if pipeline == "zero-bubble" and pp > 1:
         return [rank, 2 * pp - 1 - rank]
     return [rank + i * pp for i in range(stages_per_rank)]
 
 
 def rank_parts(model: ModelConfig, layout: Layout, length: int) -> list[Stage]:
-    """What each pipeline rank holds, all its stages together."""
+    """What each pipeline rank holds: its stages, counted as one."""
     cut = stages(model, layout.pp * layout.stages_per_rank, length)
     parts = []
     for rank in range(layout.pp):
@@ -103,13 +110,13 @@ def rank_parts(model: ModelConfig, layout: Layout, length: int) -> list[Stage]:
 
 
 def in_flight(layout: Layout, rank: int) -> float:
-    """Micro-batches whose activations a pipeline rank holds at most, in units of all its layers."""
+    """Largest number of micro-batches whose activations a pipeline rank holds, in units of all its layers."""
     pp, chunks = layout.pp, layout.stages_per_rank
     if pp == 1:
         return 1
     if layout.pipeline == "gpipe":
         return layout.accumulation
-    if layout.pipeline == "interleaved":  # forward passes before the first backward pass, each of one stage
+    if layout.pipeline == "interleaved":  # forward passes of single stages before the first backward pass
         return min(layout.accumulation, (2 * (pp - rank - 1) + (chunks - 1) * pp + 1) / chunks)
     if layout.pipeline == "zero-bubble":
         return min(layout.accumulation, pp)
@@ -117,7 +124,7 @@ def in_flight(layout: Layout, rank: int) -> float:
 
 
 def bubble(layout: Layout) -> float:
-    """Time that a rank waits for others in a step, as a share of the time that it works, if all stages take as long."""
+    """Time that a rank waits in a step relative to the time that it computes, if all stages take equally long."""
     if layout.pipeline == "zero-bubble" and layout.accumulation >= 2 * layout.pp:
         return (layout.pp - 1) / (6 * layout.accumulation)  # one third of a stage, which is half of a rank's layers
     return (layout.pp - 1) / (layout.accumulation * layout.stages_per_rank)

@@ -1,9 +1,10 @@
-"""Bytes on each rank while it trains: what autograd keeps, counted tensor by tensor from the model's own code.
+"""Memory of each rank during training, in bytes: what autograd keeps, counted tensor by tensor as the model makes it.
 
-Parameters are fp32 and are the masters. In 16-bit compute each linear map casts its weight where it is used, and
-autograd keeps the cast until that block's backward pass. The head and the loss work through chunks of rows, so that
-logits exist for one chunk only, and in fp32 for a part of it. A step's memory is largest at one of four moments: when
-the loss is taken, when the backward pass enters the last block, in the first one, or when all gradients are there.
+Parameters are fp32 and serve as master weights. In 16-bit compute each linear map casts its weight where it is used,
+and autograd keeps the cast until the backward pass of that block. Head and loss work through chunks of rows, so that
+logits exist for one chunk at a time, and in fp32 for a block of a chunk. The memory of a step peaks at one of these
+moments: when the loss is computed, when the backward pass enters the last block or reaches the first one, or when all
+gradients exist; where only some blocks train, also in the forward pass of a frozen one.
 """
 
 from __future__ import annotations
@@ -21,23 +22,25 @@ from castalia.config.schema import FinetuneConfig, ModelConfig, OptimizerConfig,
 from castalia.config.tensor_table import adapter_shapes, all_shapes, block_of, local_size, row_of
 from castalia.plan.layout import Layout, Stage, in_flight, rank_parts
 
-_KEEPS_OUTPUT = {"relu", "sigmoid", "identity"}  # their backward pass needs the output, which the next matrix keeps too
-EVERYTHING = FinetuneConfig()  # trains, and there are no adapters
+# Activation functions whose backward pass needs their output, which the next matrix keeps anyway.
+_KEEPS_OUTPUT = {"relu", "sigmoid", "identity"}
+EVERYTHING = FinetuneConfig()  # all tensors train, without adapters
 
 
 class Moments(NamedTuple):
-    """fp32 values that the optimizer keeps for each parameter; vectors are not told from matrices."""
+    """fp32 values of optimizer state per parameter, in the blocks and outside of them."""
 
     blocks: int = 2
     outside: int = 2
 
     def of(self, model: ModelConfig, finetune: FinetuneConfig = EVERYTHING) -> int:
-        """Values for all of the model that trains."""
+        """Values of optimizer state for the whole model, or for the part that trains."""
         sizes = _local_sizes(model, 1, finetune, True)
         return self.blocks * sizes["blocks"] + self.outside * (sum(sizes.values()) - sizes["blocks"])
 
 
 def moments_of(cfg: OptimizerConfig) -> Moments:
+    """What an optimizer keeps; adafactor's few rows and columns count as nothing."""
     momentum = 1 if cfg.momentum else 0
     kept = {"lion": (1, 1), "sgd": (momentum, momentum), "adafactor": (0, 0), "muon": (momentum, 2)}
     return Moments(*kept.get(cfg.name, (2, 2)))
@@ -45,33 +48,35 @@ def moments_of(cfg: OptimizerConfig) -> Moments:
 
 @dataclass(frozen=True)
 class Compute:
-    """What memory depends on besides model and layout."""
+    """What memory depends on besides the model and the layout."""
 
     precision: str = "bf16"  # or "fp16" or "fp32"
-    device: str = "cuda"  # or "cpu", whose RMSNorm is made of several operations
+    device: str = "cuda"  # or "cpu", where RMSNorm is not one fused operation
     moments: Moments = Moments()
     finetune: FinetuneConfig = EVERYTHING
     objective: str = "causal"
-    reference: bool = False  # a frozen model beside the one that trains
+    reference: bool = False  # a frozen reference model is in memory as well
     capability: Capability = AMPERE  # of the GPUs
-    documents: bool = False  # do not see each other
+    documents: bool = False  # tokens attend only within their document
 
     @property
     def element_bytes(self) -> int:
+        """Bytes of a value in the compute dtype."""
         return 4 if self.precision == "fp32" else 2
 
     @property
     def sides(self) -> int:
-        """Sequences of a sample."""
+        """Sequences in a sample: 2 for pairs."""
         return 2 if self.objective in PAIRED else 1
 
     @property
     def casts(self) -> bool:
+        """Whether weights are cast to a 16-bit dtype."""
         return self.element_bytes < 4
 
 
 def compute_of(config: RunConfig, precision: str, device: str, capability: Capability = AMPERE) -> Compute:
-    """Of a run that computes in "bf16", "fp16" or "fp32" on "cuda" or "cpu"."""
+    """The `Compute` of a run. `precision`: "bf16", "fp16" or "fp32"; `device`: "cuda" or "cpu"."""
     return Compute(
         precision,
         device,
@@ -86,7 +91,7 @@ def compute_of(config: RunConfig, precision: str, device: str, capability: Capab
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank at the moment of a step when their sum is largest."""
+    """Bytes on one rank, by purpose, at the moment of a step when their sum is largest."""
 
     masters: int
     moments: int
@@ -98,29 +103,35 @@ class Memory:
 
     @property
     def total(self) -> int:
+        """The sum."""
         state = self.masters + self.moments + self.gradients
         return state + self.compute_copies + self.activations + self.logits + self.buffers
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of one block for one micro-batch."""
+    """Activation bytes of one block for one micro-batch."""
 
-    whole: int  # all that its backward pass needs
-    kept: int  # of this, what stays from forward to backward under the recompute policy
-    again: int  # what the backward pass makes once more
+    whole: int  # everything that its backward pass needs
+    kept: int  # the part kept from the forward to the backward pass under activation checkpointing
+    again: int  # the part that the backward pass computes again
 
 
 @dataclass(frozen=True)
 class Attending:
-    """What attention keeps in memory besides its inputs and its output, on the last context rank."""
+    """What attention keeps besides its inputs and its output, on the last context-parallel rank."""
 
     choice: Choice
-    bias: int  # bytes of the one bias that all blocks of a forward pass share
-    scores: int  # elements of one tensor of scores, where there are any
+    bias: int  # bytes of the bias, which all blocks of a forward pass share
+    scores: int  # elements of one tensor of scores; 0 if the kernel materializes none
 
 
 def attending(model: ModelConfig, layout: Layout, tokens: int, length: int, compute: Compute) -> Attending:
+    """The kernel and its memory for a micro-batch of `tokens` tokens on this rank, in sequences of `length`.
+
+    The bias is [rows or 1, heads or 1, queries, keys], with keys padded to 8 on GPUs; scores are [rows, heads, queries,
+    keys].
+    """
     capability = None if compute.device == "cpu" else compute.capability
     gathers = layout.cp > 1 and layout.cp_kind == "gather"
     choice = training_choice(model, capability, compute.precision, length, documents=compute.documents, gathers=gathers)
@@ -131,19 +142,22 @@ def attending(model: ModelConfig, layout: Layout, tokens: int, length: int, comp
     width = length if compute.device == "cpu" else -(-length // 8) * 8
     size = 4 if compute.device == "cpu" and compute.precision == "fp16" else compute.element_bytes
     bias = (rows if compute.documents else 1) * shared * queries * width * size
-    plain = choice.kernel == "plain"  # which only adds the bias: but recomputation keeps it
+    plain = choice.kernel == "plain"  # adds the bias without keeping it, but activation checkpointing keeps it
     held = choice.sight == "bias" and not (plain and layout.recompute == "none")
     return Attending(choice, bias if held else 0, rows * here * queries * length if plain else 0)
 
 
 def activations(model: ModelConfig, layout: Layout, tokens: int, length: int, compute: Compute) -> Activations:
+    """What one block keeps of a micro-batch of `tokens` tokens on this rank, in sequences of `length`."""
     size, tp = compute.element_bytes, layout.tp
-    stream = tokens * model.hidden_size // (tp if layout.sequence_parallel else 1)  # one [tokens, hidden]
+    # Elements: of the hidden state [tokens, hidden]; of queries, and of keys or values, [tokens, heads * head size]; of
+    # the MLP's inner width [tokens, width].
+    stream = tokens * model.hidden_size // (tp if layout.sequence_parallel else 1)
     heads, kv = (n * model.head_size * tokens // tp for n in (model.num_heads, model.kv_heads))
     inner = model.mlp_width * tokens // tp
-    softmax = 4 * tokens * model.num_heads // tp
+    softmax = 4 * tokens * model.num_heads // tp  # bytes of the flash kernel's log-sums, fp32 [tokens, heads]
 
-    reads = _inputs_kept(model, compute.finetune)  # matrices that autograd keeps the input of
+    reads = _inputs_kept(model, compute.finetune)  # modules whose input autograd keeps
     reading = ["attn.qkv" in reads, bool({"mlp.up", "mlp.gate"} & reads)]
     num_norms = 1 if model.shared_norm else 2
     outputs = any(reading) if model.shared_norm else sum(reading)
@@ -151,19 +165,21 @@ def activations(model: ModelConfig, layout: Layout, tokens: int, length: int, co
     attention = 2 * heads + 2 * kv  # q, k and v in one tensor, and the output
     copies = heads + kv if model.position == "rotary" or model.qk_norm else 0
     grouped = model.kv_heads < model.num_heads
-    copies += heads if grouped else 0  # queries gathered from their groups
-    if how.choice.repeats:  # queries, repeated keys and values, and the output
+    copies += heads if grouped else 0  # queries, copied from their interleaved groups into one tensor
+    if how.choice.repeats:  # queries, repeated keys, repeated values and the output
         copies = 4 * heads - attention
-    if layout.cp > 1 and layout.cp_kind == "gather":  # keys and values of all ranks
+    if layout.cp > 1 and layout.cp_kind == "gather":  # keys and values of all context-parallel ranks
         copies += 2 * layout.cp * (heads if how.choice.repeats else kv)
     scores = 0
-    if how.choice.kernel == "plain":  # which copies them: at most values are still those of the one tensor
+    if how.choice.kernel == "plain":  # makes scaled copies of its inputs; only values may be used in place
         copies = -(heads + 2 * kv if compute.casts or grouped else 0)
         softmax, scores = 0, _kept_scores(model, how, heads, kv, compute)
     own = model.activation in _KEEPS_OUTPUT and not model.gated_mlp
     mlp = inner * ((3 if model.gated_mlp else 1) + ("mlp.down" in reads and not own))
     norms = _norm_inputs(model, 1 if model.parallel_residual else num_norms, stream, compute)
-    norms += outputs * stream * size + num_norms * 8 * tokens  # kept by the matrices that follow, and statistics
+    norms += (
+        outputs * stream * size + num_norms * 8 * tokens
+    )  # outputs, kept by the matrices that follow, and statistics
     masks = 2 * stream * (1 if compute.device == "cuda" else size) if model.hidden_dropout else 0
     adapters, adapted = _adapters(model, layout.tp, tokens, compute)
     whole = norms + (attention + copies + mlp) * size + softmax + scores + masks + adapters
@@ -172,16 +188,17 @@ def activations(model: ModelConfig, layout: Layout, tokens: int, length: int, co
         return Activations(whole, whole, 0)
     if layout.recompute == "full":
         return Activations(whole, stream * size, whole - stream * size)
-    found = attention - (heads if how.choice.kernel == "plain" else 0)  # scores and what they give are made again
-    products = found + inner * (2 if model.gated_mlp else 1) + adapted  # what the backward pass finds ready
-    kept = (stream + products + 2 * stream) * size + softmax  # the block's input, the results of all matrices
+    # Selective: the results of matrix products and of fused attention are kept. The plain kernel's are computed again.
+    attended = attention - (heads if how.choice.kernel == "plain" else 0)
+    products = attended + inner * (2 if model.gated_mlp else 1) + adapted
+    kept = (stream + products + 2 * stream) * size + softmax  # with the block's input and two [tokens, hidden] outputs
     return Activations(whole, kept, whole - (stream + products) * size - softmax)
 
 
 def _kept_scores(model: ModelConfig, how: Attending, heads: int, kv: int, compute: Compute) -> int:
-    """Bytes that the plain kernel keeps, all in fp32: queries and keys times the scale, values, and scores.
+    """Bytes that the plain kernel keeps, all in fp32: scaled queries and keys, values, and scores.
 
-    Of the scores there are the softmax's, and with dropout its mask and what it leaves.
+    Of the scores it keeps the softmax and, with dropout, the mask and the result.
     """
     kv = heads if model.kv_heads < model.num_heads else kv
     dropped = 0 if not model.attention_dropout else 4 + (1 if compute.device == "cuda" else 4)
@@ -191,13 +208,13 @@ def _kept_scores(model: ModelConfig, how: Attending, heads: int, kv: int, comput
 
 @lru_cache
 def _inputs_kept(model: ModelConfig, finetune: FinetuneConfig) -> frozenset[str]:
-    """Kinds of modules whose weight trains, or whose adapter does."""
+    """Modules whose weight or adapter trains, so that autograd keeps their input."""
     names = (name for name in all_shapes(model, finetune) if finetune.trains(name))
     return frozenset(row_of(name).module for name in names if not name.endswith(".bias"))
 
 
 def _adapters(model: ModelConfig, tp: int, tokens: int, compute: Compute) -> tuple[int, int]:
-    """Of a block's adapters: bytes that the backward pass needs, and the elements of their products."""
+    """Of the LoRA adapters of a block: bytes that the backward pass needs, and elements of their outputs."""
     lora, size = compute.finetune.lora, compute.element_bytes
     if lora is None:
         return 0, 0
@@ -207,7 +224,7 @@ def _adapters(model: ModelConfig, tp: int, tokens: int, compute: Compute) -> tup
         if name.startswith("blocks.") and name.endswith(".lora_a"):
             width = local_size(name, shape, tp) // lora.rank
             mask = 1 if compute.device == "cuda" else size
-            # What dropout makes is kept in place of its input, unless that is kept for something else.
+            # Dropout keeps its output in place of its input, unless the input is kept for another module as well.
             twice = size if row_of(name).module in ("attn.out", "mlp.gate") else 0
             kept += tokens * (lora.rank * size + (width * (mask + twice) if lora.dropout else 0))
             products += tokens * lora.rank
@@ -217,9 +234,9 @@ def _adapters(model: ModelConfig, tp: int, tokens: int, compute: Compute) -> tup
 
 
 def _norm_inputs(model: ModelConfig, number: int, stream: int, compute: Compute) -> int:
-    """What norms keep of their inputs: the input, or where a norm is made of single operations two fp32 tensors.
+    """Bytes that norms keep of their inputs: the input itself, or two fp32 tensors where a norm is not fused.
 
-    The second one is for the gradient of the norm's weight.
+    The second of them is for the gradient of the norm's weight.
     """
     single_operations = model.norm == "scalenorm" or (model.norm == "rmsnorm" and compute.device == "cpu")
     wide = 8 if "norm1" in _inputs_kept(model, compute.finetune) else 4
@@ -228,7 +245,7 @@ def _norm_inputs(model: ModelConfig, number: int, stream: int, compute: Compute)
 
 @dataclass(frozen=True)
 class Rank:
-    """Any rank of one pipeline stage; its tensor and data ranks all have the same sizes."""
+    """Any rank of one pipeline stage: its tensor-, context- and data-parallel ranks all have the same sizes."""
 
     model: ModelConfig
     layout: Layout
@@ -238,53 +255,57 @@ class Rank:
 
     @cached_property
     def tokens(self) -> int:
-        """Of one micro-batch."""
+        """Tokens of one micro-batch on this rank."""
         return self.compute.sides * self.layout.micro_batch * self.length // self.layout.cp
 
     @cached_property
     def stream(self) -> int:
-        """Bytes of one [tokens, hidden] in the compute dtype."""
+        """Bytes of one [tokens, hidden] tensor in the compute dtype."""
         return self.tokens * self.model.hidden_size * self.compute.element_bytes
 
     @cached_property
     def sizes(self) -> Counter[str]:
+        """Elements by tensor on one tensor-parallel rank, with all blocks under "blocks"."""
         return _local_sizes(self.model, self.layout.tp, self.compute.finetune)
 
     @cached_property
     def training(self) -> Counter[str]:
-        """The sizes of what trains."""
+        """`sizes`, of the tensors that train."""
         return _local_sizes(self.model, self.layout.tp, self.compute.finetune, True)
 
     @property
     def block(self) -> int:
-        """Parameters of one block before sharding over data ranks."""
+        """Parameters of one block, before they are sharded over data-parallel ranks."""
         return self.sizes["blocks"] // self.model.num_layers
 
     @property
     def trained_block(self) -> int:
+        """Parameters of one block that train."""
         return self.training["blocks"] // self.model.num_layers
 
     @cached_property
     def live(self) -> int:
-        """Blocks that the backward pass reaches: those from the lowest one with something that trains."""
+        """Blocks that the backward pass goes through: from the lowest one with a tensor that trains upwards."""
         return -(-self.stage.layers * _live(self.model, self.compute.finetune) // self.model.num_layers)
 
     @property
     def vocabulary(self) -> int:
-        """Elements of the embedding or the head."""
+        """Elements of the embedding matrix."""
         return self.sizes["embed.weight"]
 
     @cached_property
     def one(self) -> Activations:
-        """Of one block and one micro-batch."""
+        """Activations of one block for one micro-batch."""
         return activations(self.model, self.layout, self.tokens, self.length, self.compute)
 
     @cached_property
     def attending(self) -> Attending:
+        """The attention kernel and its memory."""
         return attending(self.model, self.layout, self.tokens, self.length, self.compute)
 
     @property
     def head_name(self) -> str:
+        """The module that the head's matrix belongs to."""
         return "reward" if self.model.reward_head else "embed" if self.model.tie_embeddings else "head"
 
     @property
@@ -294,16 +315,17 @@ class Rank:
 
     @cached_property
     def parameters(self) -> int:
-        """Of the stage before sharding over data ranks; a tied embedding is on its first and its last stage."""
+        """Parameters of the stage, before sharding; a tied embedding is on the first and on the last stage."""
         return self._on_stage(self.sizes)
 
     @cached_property
     def trained(self) -> int:
+        """Parameters of the stage that train, before sharding."""
         return self._on_stage(self.training)
 
     @cached_property
     def reference(self) -> int:
-        """Parameters of the frozen reference model's stage."""
+        """Parameters of the frozen reference model's stage; 0 without one."""
         plain = _local_sizes(self.model, self.layout.tp, EVERYTHING)
         return self._on_stage(plain) if self.compute.reference else 0
 
@@ -318,20 +340,22 @@ class Rank:
 
     @property
     def masters(self) -> int:
-        """Bytes of the parameters, before they are sharded, and of a reference model's, in the compute dtype."""
+        """Bytes of the fp32 parameters, and of a reference model's in the compute dtype, before sharding."""
         return 4 * self.parameters + self.compute.element_bytes * self.reference
 
     @property
     def moments(self) -> int:
-        """Bytes before they are sharded."""
+        """Bytes of optimizer state, before sharding."""
         blocks, kept = self.stage.layers * self.training["blocks"] // self.model.num_layers, self.compute.moments
         return 4 * (kept.blocks * blocks + kept.outside * (self.trained - blocks))
 
     @property
     def shards(self) -> int:
+        """Data-parallel ranks that parameters or optimizer state are sharded over."""
         return self.layout.dp // self.layout.dp_replicate if self.layout.zero else 1
 
     def memory(self) -> Memory:
+        """The memory at the moment of a step when it is largest."""
         moments = [self._at_loss(), self._at_end()]
         if self.live < self.stage.layers:
             moments.append(self._in_frozen_block())
@@ -349,7 +373,7 @@ class Rank:
         )
 
     def _in_frozen_block(self) -> Memory:
-        """In the forward pass, of which nothing stays."""
+        """In the forward pass of a block that is not trained, of which nothing is kept."""
         inner = self.tokens * self.model.mlp_width // self.layout.tp * self.compute.element_bytes
         return self._memory(
             gradients=self._gradients(done=0),
@@ -373,7 +397,7 @@ class Rank:
         )
 
     def _at_end(self) -> Memory:
-        # A tied embedding's own gradient is made whole before it is added to the head's.
+        # A tied embedding's own gradient exists in full before it is added to the head's.
         tied = 4 * self.training["embed.weight"] if self.model.tie_embeddings and self.stage.first else 0
         return self._memory(
             gradients=self._gradients(done=self.trained) + tied,
@@ -382,7 +406,7 @@ class Rank:
         )
 
     def _memory(self, *, gradients: int, copies: int, activations: int, logits: int = 0) -> Memory:
-        if self.layout.offload:  # what is on the host does not count; a block's gradient is made here and leaves
+        if self.layout.offload:  # state is on the host; a block's gradient is computed here and moved there
             return Memory(
                 0, 0, 4 * max(self.trained_block, self._head_gradient // 4), copies, activations, logits, self._buffers
             )
@@ -396,30 +420,35 @@ class Rank:
 
     @property
     def _backward_work(self) -> int:
-        """Gradients of the inner width and of the stream; what they were made from is freed by then."""
+        """Gradients of the MLP's inner width and of the hidden state in a block's backward pass."""
         inner = self.tokens * self.model.mlp_width // self.layout.tp * self.compute.element_bytes
         still_needed = 2 if self.model.activation in _KEEPS_OUTPUT and not self.model.gated_mlp else 1
         reads = _inputs_kept(self.model, self.compute.finetune)
-        scaled = inner if self.compute.finetune.lora and "mlp.up" in reads else 0  # the gradient of an adapter's output
+        scaled = (
+            inner if self.compute.finetune.lora and "mlp.up" in reads else 0
+        )  # the gradient of an adapter's scaled output
         mlp = still_needed * inner + scaled + 2 * self.stream
-        return max(mlp, 4 * self.attending.scores + 2 * self.stream)  # the scores' gradient comes after the MLP's
+        return max(mlp, 4 * self.attending.scores + 2 * self.stream)  # the two exist one after the other
 
     @property
     def _head_gradient(self) -> int:
         if not self.stage.last:
             return 0
-        if "head.lora_a" in self.training:  # the matrix with its adapter, and the gradient of that
+        if "head.lora_a" in self.training:  # the head merged with its adapter, and the gradient of that
             return 8 * self.head
         return 4 * self.training[f"{self.head_name}.weight"]
 
     def _gradients(self, done: int) -> int:
-        """Bytes of fp32 gradients, those of earlier micro-batches included, once `done` parameters have theirs."""
+        """Bytes of fp32 gradients when the backward pass has computed those of `done` parameters.
+
+        With gradient accumulation, those of all parameters exist from the second micro-batch on.
+        """
         if self.layout.accumulation > 1:
             done = self.trained
-        once = self.layout.zero == 1 or self.layout.pp > 1  # sums in full and cuts once for each step
+        once = self.layout.zero == 1 or self.layout.pp > 1  # gradients stay whole until the end of a step
         if self.layout.zero == 0 or (once and self.layout.accumulation > 1):
             return 4 * done
-        # A block's gradients, the same laid out for the ranks that they go to, and on CPUs gloo's copy of that.
+        # The gradients of a block, their copy in the layout of reduce-scatter, and on CPUs gloo's copy of that.
         at_once = 1 if self.shards == 1 else 3 if self.compute.device == "cpu" else 2
         return 4 * done // self.shards + 4 * at_once * self.trained_block
 
@@ -428,25 +457,25 @@ class Rank:
         return self.live if self.layout.recompute == "none" else 0
 
     def _copies(self, blocks: int, head: bool) -> int:
-        """Weights in the compute dtype, when so many blocks and the head hold theirs."""
-        # Several ranks copy their shards, even where a shard is the whole, into what the forward pass works with.
+        """Bytes of weights in the compute dtype, while `blocks` blocks and perhaps the head hold theirs."""
+        # Several ranks gather their shards into a copy, even where a shard is the whole parameter.
         size, elsewhere = self.compute.element_bytes, self.layout.gpus > 1 or self.layout.offload
-        if self.layout.zero < 3 and elsewhere:  # gathered for the whole step
+        if self.layout.zero < 3 and elsewhere:  # all parameters are gathered for the whole step
             return size * self.parameters
-        if self.layout.zero == 3 and elsewhere:  # the block at work and the one fetched ahead
+        if self.layout.zero == 3 and elsewhere:  # the block being computed and the one being prefetched
             return size * (2 * self.block + (self.head if head else 0))
         return size * (blocks * self.block + (self.head if head else 0)) if self.compute.casts else 0
 
     def _loss_work(self) -> int:
-        """Working memory of one chunk of logits."""
+        """Bytes of working memory for one chunk of logits, [rows, vocabulary on this rank]."""
         if self.model.reward_head:
             return 0
         vocabulary, size = self.model.padded_vocab_size // self.layout.tp, self.compute.element_bytes
         limit = CHUNK_BYTES[self.compute.device]
-        if self.compute.objective != "causal":  # losses of single sequences: the backward pass makes logits again
+        if self.compute.objective != "causal":  # a loss for each token: the backward pass computes logits again
             elements = min(self.tokens, max(1, limit // (4 * vocabulary))) * vocabulary
             again = (4 + (size if self.compute.casts else 0)) * elements
-            return max(8 * elements - self._head_gradient, again)  # before there is a gradient of the head, and then
+            return max(8 * elements - self._head_gradient, again)  # before the head's gradient exists, and after
         if self.layout.tp > 1:  # whole chunks in fp32
             rows = min(self.tokens, max(1, limit // (4 * vocabulary)))
             if not self.compute.casts:
@@ -459,15 +488,17 @@ class Rank:
 
     @property
     def _buffers(self) -> int:
-        """Tokens, labels and rotary tables."""
+        """Bytes of tokens, labels and rotary tables."""
         rotary = self.model.rotary_size if self.model.position == "rotary" else 0
-        micro_batches = self.layout.accumulation if self.compute.device == "cuda" else 1  # a CPU copies none
+        micro_batches = (
+            self.layout.accumulation if self.compute.device == "cuda" else 1
+        )  # on a CPU micro-batches are views of the batch
         return 16 * self.tokens * micro_batches + self.length * rotary * (8 + self.compute.element_bytes)
 
 
 @lru_cache
 def _local_sizes(model: ModelConfig, tp: int, finetune: FinetuneConfig, trained: bool = False) -> Counter[str]:
-    """Elements on one tensor rank of all blocks together and of every tensor outside of them, or of what trains."""
+    """Elements on one tensor-parallel rank of all blocks together, as "blocks", and of each other tensor."""
     sizes: Counter[str] = Counter()
     for name, shape in all_shapes(model, finetune).items():
         if not trained or finetune.trains(name):
@@ -477,7 +508,7 @@ def _local_sizes(model: ModelConfig, tp: int, finetune: FinetuneConfig, trained:
 
 @lru_cache
 def _live(model: ModelConfig, finetune: FinetuneConfig) -> int:
-    """Blocks through which gradients flow."""
+    """Blocks that gradients flow through."""
     trained = [name for name in all_shapes(model, finetune) if finetune.trains(name)]
     lowest = min(map(block_of, trained), default=model.num_layers)
     return max(0, model.num_layers - max(0, lowest))
@@ -489,10 +520,10 @@ def memory_by_stage(model: ModelConfig, layout: Layout, length: int, compute: Co
 
 
 def checkpoint_bytes(parameters: int, moments: int, original: int, fp32: bool) -> dict[str, int]:
-    """Sizes of checkpoints: ours, and GPT-NeoX's from the sum of the parameters over its ranks.
+    """Bytes of our checkpoints and of GPT-NeoX's, without and with optimizer state.
 
-    Ours: fp32 weights, which are the masters, and so many moments. GPT-NeoX's: weights in the compute dtype, fp32
-    masters where they differ from those, two moments.
+    Ours hold fp32 weights, which are the master weights, and `moments` values. GPT-NeoX's hold `original` weights,
+    summed over its ranks, in the compute dtype, fp32 master weights unless `fp32`, and two moments of each.
     """
     slim, full = (4, 12) if fp32 else (2, 14)
     return {

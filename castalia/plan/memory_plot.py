@@ -1,4 +1,4 @@
-"""A picture of the memory on each rank."""
+"""A figure of the memory on each rank."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from castalia.figures import panels, write_picture
 from castalia.plan.devices import GiB
 from castalia.plan.run_description import readable
 
-CATEGORIES = {  # in the order of stacking, with colours that stay apart in print and for colour-blind eyes
+CATEGORIES = {  # in stacking order; the colours are distinct in grey and for colour-blind readers
     "masters": "#332288",
     "moments": "#6699cc",
     "gradients": "#88ccee",
@@ -20,11 +20,14 @@ CATEGORIES = {  # in the order of stacking, with colours that stay apart in prin
 
 
 def plot_memory(plan: dict, path: Path) -> None:
-    """Stacked bars for each pipeline stage against the usable memory; beside them the recompute policies."""
+    """Write stacked bars for each pipeline stage with the usable memory, and the fullest rank by recompute policy.
+
+    `plan`: what `run_plan.report` returns. `path`: its ending chooses the format.
+    """
     memory, layout = plan["memory"], plan["layout"]
     stages, usable = memory["stages"], memory["usable"]
     tallest = max(memory["by_recompute"].values())
-    limit = usable if usable and usable < 4 * tallest else None  # a far limit would flatten the bars
+    limit = usable if usable and usable < 4 * tallest else None  # a much higher limit would flatten the bars
     size = (max(8.5, 5 + len(stages)), 4.8)
     figure, (left, right) = panels(1, 2, size=size, width_ratios=[max(2, len(stages)), 2])
     bottoms = [0.0] * len(stages)

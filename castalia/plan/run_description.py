@@ -1,4 +1,4 @@
-"""What a run will do, in words that `plan` and the start of training share."""
+"""What a run will do, in words, for `castalia plan` and for the report at the start of training."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from castalia.config.schema import RunConfig
 from castalia.plan.devices import auto_precision
 
 GiB = 2**30
-MANY_EPOCHS = 4  # repeating data more often than this is known to teach little
+MANY_EPOCHS = 4  # further repetitions of the data teach little (2305.16264)
 
 
 def describe_training(training: dict) -> Iterator[tuple[str, str]]:
-    """Rows of a name and a text for the `training` part of a plan."""
+    """The `training` part of a plan as rows of a name and a text."""
     split = f"micro-batch {training['micro_batch']} x accumulation {training['accumulation']}"
     if training["data_ranks"] > 1:
         split += f" x {training['data_ranks']} data ranks"
@@ -47,6 +47,7 @@ def describe_training(training: dict) -> Iterator[tuple[str, str]]:
 
 
 def clipping(config: RunConfig) -> str:
+    """How gradients are clipped."""
     clip = config.optimizer.clip_norm
     if clip is None:
         return "off"
@@ -56,6 +57,7 @@ def clipping(config: RunConfig) -> str:
 
 
 def precision(config: RunConfig, device: str | None = None) -> str:
+    """The number formats of the run. `device`: "cpu" or "cuda", None if unknown."""
     compute = {"auto": "bf16 where the hardware has it, else fp32,"}.get(
         config.precision.compute, config.precision.compute
     )
@@ -67,14 +69,15 @@ def precision(config: RunConfig, device: str | None = None) -> str:
 
 
 def loss_scale(config: RunConfig) -> str:
+    """The loss scale of fp16."""
     scale = config.precision.loss_scale
     return f"loss scale {scale.static:g}" if scale.static else f"dynamic loss scale from {scale.initial:g}"
 
 
 def attention(config: RunConfig, device: str | None = None, capability: Capability = AMPERE) -> str:
-    """Which of PyTorch's attention kernels training takes, and why.
+    """Which of PyTorch's attention kernels training uses, and why.
 
-    `device`: "cpu" or "cuda", None: not known; `capability`: of the GPUs.
+    `device`: "cpu" or "cuda", None if unknown. `capability`: of the GPUs.
     """
     model, length, parallel = config.model, config.data.seq_length, config.parallel
     if model is None:
@@ -99,7 +102,7 @@ def attention(config: RunConfig, device: str | None = None, capability: Capabili
 
 
 def kernel(choice: Choice) -> str:
-    """A kernel with what it costs where it is not flash or cuDNN."""
+    """The name of a kernel and, if it is neither flash nor cuDNN, why and at what cost."""
     parts = [f"{choice.kernel} kernel"]
     if choice.why:
         parts.append(f"instead of flash: {choice.why}")
@@ -111,11 +114,12 @@ def kernel(choice: Choice) -> str:
 
 
 def repeats_bits(config: RunConfig, device: str | None) -> bool:
+    """Whether a repeated step gives the same bits."""
     return config.train.deterministic or device == "cpu"
 
 
 def determinism(config: RunConfig, device: str | None = None) -> str:
-    """Whether a step has the same bits when it is repeated. `device`: "cpu" or "cuda", None: not known."""
+    """Whether a repeated step gives the same bits. `device`: "cpu" or "cuda", None if unknown."""
     if repeats_bits(config, device):
         why = " (train.deterministic)" if config.train.deterministic else ""
         return f"the same bits when a step is repeated on as many processes and threads{why}"
@@ -124,11 +128,13 @@ def determinism(config: RunConfig, device: str | None = None) -> str:
 
 
 def logging(config: RunConfig) -> str:
+    """Where metrics are written, and how often."""
     board = f" and TensorBoard files in {config.log.tensorboard}" if config.log.tensorboard else ""
     return f"every step to metrics.jsonl{board}, a line here every {config.log.every} steps"
 
 
 def evaluation(config: RunConfig) -> str:
+    """When the run is evaluated, and on how much."""
     if not config.eval.batches or not (config.data.path or config.data.valid):
         return "never"
     when = [f"every {config.eval.every} steps"] if config.eval.every else []
@@ -137,7 +143,7 @@ def evaluation(config: RunConfig) -> str:
 
 
 def saves(config: RunConfig) -> str:
-    """When checkpoints are saved, and which are kept."""
+    """When checkpoints are saved, and which of them are kept."""
     saves = config.checkpoint
     parts = [f"every {saves.every} steps"] if saves.every else []
     if saves.log_base:
@@ -151,6 +157,7 @@ def saves(config: RunConfig) -> str:
 
 
 def gib(size: float) -> str:
+    """A number of bytes as KiB, MiB or GiB."""
     if size < 2**20:
         return f"{size / 2**10:.1f} KiB"
     return f"{size / GiB:,.2f} GiB" if size >= 0.1 * GiB else f"{size / 2**20:.1f} MiB"

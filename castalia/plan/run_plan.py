@@ -1,4 +1,4 @@
-"""The whole plan of a run as plain values, and the warnings that a config earns before its first step."""
+"""The whole plan of a run as plain values, and warnings about a config before its first step."""
 
 from __future__ import annotations
 
@@ -32,22 +32,24 @@ from castalia.plan.run_description import (
 )
 from castalia.plan.suggest import PlanRequest, evaluate_layout
 
-ENOUGH_TOKENS = 20  # for each id of the vocabulary, before the largest one that was seen says anything
+ENOUGH_TOKENS = 20  # per vocabulary entry; with fewer, the largest token id seen says little
 
 
 @dataclass(frozen=True)
 class CorpusFacts:
+    """What is known of a corpus."""
+
     path: str
     tokens: int
     documents: int
     weight: float = 1.0
-    largest_id: int | None = None  # among the tokens that were looked at
-    looked_at: int = 0
-    samples: float | None = None  # of a pass, where samples hold whole documents; None: they are cut from all tokens
+    largest_id: int | None = None  # among the tokens that were examined
+    looked_at: int = 0  # tokens that were examined
+    samples: float | None = None  # in a pass, if samples hold whole documents; None: tokens / sequence length
 
 
 class Rate(Protocol):
-    """A learning-rate schedule: the rate after so many updates."""
+    """A learning-rate schedule, such as `LearningRate`: the rate after a number of updates."""
 
     @property
     def peak(self) -> float: ...
@@ -66,27 +68,32 @@ class Rate(Protocol):
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What only other rooms can tell. Everything is optional; what is missing is reported as unknown."""
+    """Facts that do not follow from the config. All are optional; missing ones are reported as unknown."""
 
     corpora: tuple[CorpusFacts, ...] = ()
     rate: Rate | None = None
-    kept_checkpoints: int | None = None  # of the whole run, at the moment when there are most
-    free_bytes: int | None = None  # where the run will be saved
+    kept_checkpoints: int | None = None  # the most that exist at any time of the run
+    free_bytes: int | None = None  # on the disk that the run is saved to
     device: str | None = None  # "cpu" or "cuda"
     capability: Capability = AMPERE  # of the GPUs
 
 
 @dataclass(frozen=True)
 class Hardware:
+    """The devices that a plan is for."""
+
     gpus: int
     device: Device
-    mfu: float = 0.4
+    mfu: float = 0.4  # share of the peak that matrix products reach
 
 
 def report(
     config: RunConfig, known: RunFacts, hardware: Hardware | None = None, compute: Compute | None = None
 ) -> dict:
-    """Everything that can be worked out, JSON-ready. Raises ConfigError where the config describes no model."""
+    """The plan as JSON-ready values: everything that follows from the config, the facts and the devices.
+
+    Raises ConfigError if the config describes no model, or one that the layout cannot divide.
+    """
     model, wanted, config = described(config), config.precision.compute, settled(config, hardware)
     compute = compute or default_compute(config, hardware)
     if hardware:
@@ -138,7 +145,7 @@ def report(
 
 
 def described(config: RunConfig) -> ModelConfig:
-    """The architecture; what the config leaves open follows from the sequence and from what is to be learned."""
+    """The architecture, with positions as long as the sequence and a head that suits the objective."""
     if config.model is None:
         raise ConfigError("this config describes no model; name a file or preset that gives model.num_layers first")
     positions, reward = config.model.max_positions or config.data.seq_length, config.train.objective == "reward"
@@ -146,7 +153,7 @@ def described(config: RunConfig) -> ModelConfig:
 
 
 def settled(config: RunConfig, hardware: Hardware | None) -> RunConfig:
-    """With what precision.compute=auto is on the devices, if they are known."""
+    """The config with precision.compute=auto replaced by its value on the devices, if they are known."""
     if hardware is None or config.precision.compute != "auto":
         return config
     return config.with_({"precision.compute": auto_precision(hardware.device.bf16)})
@@ -158,6 +165,7 @@ def _without_bf16(device: Device) -> str:
 
 
 def default_compute(config: RunConfig, hardware: Hardware | None) -> Compute:
+    """What the run computes in on the devices; without any, on GPUs of the Ampere generation."""
     capability = hardware.device.capability if hardware else AMPERE
     precision = settled(config, hardware).precision.compute
     device = "cpu" if capability is None else "cuda"
@@ -165,7 +173,7 @@ def default_compute(config: RunConfig, hardware: Hardware | None) -> Compute:
 
 
 def divisible(config: RunConfig, gpus: int | None) -> tuple[RunConfig, list[str]]:
-    """With the nearest batch that so many devices can divide, and a warning where that is not the config's own."""
+    """The config with the nearest batch that divides over the devices, and a warning if that is not its own."""
     train, dp = config.train, _data_ranks(config, gpus)
     if train.batch_size is None and (train.micro_batch_size is None or config.parallel.gpus is None):
         return config, []
@@ -191,13 +199,13 @@ def _data_ranks(config: RunConfig, gpus: int | None) -> int:
 
 
 def layout_of(config: RunConfig, gpus: int | None) -> tuple[Layout, list[str]]:
-    """The config's layout on so many devices, and what had to be assumed."""
+    """The config's layout on `gpus` devices (None: its own), and what had to be assumed."""
     parallel, assumed, dp = config.parallel, [], _data_ranks(config, gpus)
     if config.train.batch_size is None and config.train.micro_batch_size is None:
         micro, accumulation = 1, config.train.accumulation or 1
         assumed.append("train.micro_batch_size is not given: 1 sequence for each data-parallel rank")
     else:
-        if config.train.batch_size is None and parallel.gpus is None:  # as many sequences as these devices make
+        if config.train.batch_size is None and parallel.gpus is None:  # the batch follows from the devices
             config = config.with_({"parallel.gpus": dp * parallel.model_ranks})
         _, micro, accumulation = batch_plan(config, dp)
     return (
@@ -222,7 +230,7 @@ def layout_of(config: RunConfig, gpus: int | None) -> tuple[Layout, list[str]]:
 
 
 def _implied_data_ranks(config: RunConfig) -> int:
-    """How many data ranks a batch wants that is given with both its parts."""
+    """Data-parallel ranks that batch size, micro-batch size and accumulation imply; 1 if any of them is missing."""
     train = config.train
     if train.batch_size and train.micro_batch_size and train.accumulation:
         return max(1, train.batch_size // (train.micro_batch_size * train.accumulation))
@@ -230,14 +238,14 @@ def _implied_data_ranks(config: RunConfig) -> int:
 
 
 def training(config: RunConfig, known: RunFacts, layout: Layout) -> dict:
-    """The run in numbers: batch, tokens, epochs, schedule, what is saved. None for what is unknown."""
+    """The run in figures: batch, tokens, epochs, schedule, checkpoints. None for what is unknown."""
     paired = config.train.objective in PAIRED
     one_side = layout.batch * config.data.seq_length
     tokens_per_step = 2 * one_side if paired else one_side
     steps = run_steps(config, known, layout)
     end, warmup = decay(config, known, steps)
     return {
-        "sequences_per_step": layout.batch,  # or pairs
+        "sequences_per_step": layout.batch,  # or pairs, by "samples"
         "samples": "pairs x 2" if paired else "sequences",
         "micro_batch": layout.micro_batch,
         "accumulation": layout.accumulation,
@@ -277,7 +285,7 @@ def training(config: RunConfig, known: RunFacts, layout: Layout) -> dict:
 
 
 def _tokens(config: RunConfig, tokens_per_step: int, steps: float) -> float:
-    """Of the first steps, the last of which may be a part of one."""
+    """Tokens of the first `steps` steps, whose last one may be a fraction."""
     sequences = tokens_per_step // config.data.seq_length
     before, after = (tokens_until(config, sequences, whole) for whole in (int(steps), int(steps) + 1))
     return before + (steps - int(steps)) * (after - before)
@@ -289,6 +297,7 @@ def _random_loss(config: RunConfig) -> float | None:
 
 
 def run_steps(config: RunConfig, known: RunFacts, layout: Layout) -> int | None:
+    """The number of steps, from the config or from its epochs and the corpora; None if unknown."""
     if config.train.steps:
         return config.train.steps
     if config.train.epochs and known.corpora:
@@ -298,7 +307,7 @@ def run_steps(config: RunConfig, known: RunFacts, layout: Layout) -> int | None:
 
 
 def decay(config: RunConfig, known: RunFacts, steps: int | None) -> tuple[int | None, float | None]:
-    """The step at which the learning rate's decay ends, and the steps of its warm-up."""
+    """The step at which the decay of the learning rate ends, and the steps of the warm-up; None if unknown."""
     if known.rate:
         return known.rate.end, known.rate.warmup
     end = config.schedule.decay_end(steps or 0) or None
@@ -306,75 +315,75 @@ def decay(config: RunConfig, known: RunFacts, steps: int | None) -> tuple[int | 
 
 
 def warnings(config: RunConfig, known: RunFacts, layout: Layout) -> list[str]:
-    """What will surprise, each with a remedy. `train` prints the same before its first step."""
+    """What may surprise, each with a remedy. `castalia train` prints the same before its first step."""
     steps = run_steps(config, known, layout)
-    found = _schedule_warnings(config, known, steps)
+    texts = _schedule_warnings(config, known, steps)
     if config.optimizer.clip_norm is None:
         place = config.place("optimizer.clip_norm")
-        found.append(f"{place}gradients are not clipped: one bad batch can undo the run; set optimizer.clip_norm=1.0")
+        texts.append(f"{place}gradients are not clipped: one bad batch can undo the run; set optimizer.clip_norm=1.0")
     needed = _run_bytes(config, known)
     if needed and known.free_bytes is not None and needed > known.free_bytes:
-        found.append(
+        texts.append(
             f"the run's checkpoints need {gib(needed)} and {gib(known.free_bytes)} are free here; "
             "save less often (checkpoint.every), keep fewer (checkpoint.keep_last) or use another disk (checkpoint.dir)"
         )
     for corpus, epochs in _epochs(config, known, steps, layout.batch):
         if epochs > MANY_EPOCHS:
-            found.append(
+            texts.append(
                 f"{corpus.path} is seen {epochs:.1f} times; more than {MANY_EPOCHS} passes teach little: train for "
                 "fewer steps, give it a smaller weight or add data"
             )
     for corpus in known.corpora:
-        found += _corpus_warnings(config, corpus)
-    return found
+        texts += _corpus_warnings(config, corpus)
+    return texts
 
 
 def _schedule_warnings(config: RunConfig, known: RunFacts, steps: int | None) -> list[str]:
     schedule, (end, warmup) = config.schedule, decay(config, known, steps)
     if not steps or end is None:
         return []
-    found, places = [], config.place("schedule.decay_steps", "schedule.decay_fraction", "train.steps")
+    texts, places = [], config.place("schedule.decay_steps", "schedule.decay_fraction", "train.steps")
     if end < steps and schedule.ends:
-        found.append(
+        texts.append(
             f"{places}the learning rate's decay ends at step {end:,} of {steps:,}: the last {steps - end:,} steps "
             f"train at {schedule.min_lr:g}; set schedule.decay_steps={steps} to decay over the whole run"
         )
     if end > steps and schedule.ends:
         last = f", at {known.rate(steps - 1):.3g} instead of {schedule.min_lr:g}" if known.rate else ""
-        found.append(
+        texts.append(
             f"{places}the run stops at step {steps:,}, before its learning rate has decayed (step {end:,}){last}; "
             f"set schedule.decay_steps={steps}, or null"
         )
     if warmup and warmup < 1:
-        found.append(
+        texts.append(
             f"{config.place('schedule.warmup')}the warm-up is shorter than a step ({warmup:g} of {end:,} steps), so "
             "there is none; "
             f"set schedule.warmup={1 / end:.2g} or more, or 0"
         )
-    return found
+    return texts
 
 
 def _corpus_warnings(config: RunConfig, corpus: CorpusFacts) -> list[str]:
-    found, vocabulary = [], config.model.vocab_size if config.model else None
+    texts, vocabulary = [], config.model.vocab_size if config.model else None
     largest, looked_at = corpus.largest_id, corpus.looked_at
     if largest is not None and vocabulary and largest >= vocabulary:
-        found.append(
+        texts.append(
             f"{corpus.path} holds the token id {largest:,}, but the vocabulary has {vocabulary:,}, so training will "
             "not start: the corpus belongs to another tokenizer; prepare it with this config's, or name the one it was "
             "prepared with (tokenizer.path)"
         )
     elif largest is not None and vocabulary and 2 * largest < vocabulary and looked_at > ENOUGH_TOKENS * vocabulary:
-        found.append(
+        texts.append(
             f"the largest of {looked_at:,} token ids of {corpus.path} is {largest:,}, but the vocabulary has "
             f"{vocabulary:,}: the corpus may belong to another tokenizer; look at its text with "
             "`castalia data batch CONFIG --step 0`, or name its tokenizer (tokenizer.path)"
         )
     if corpus.documents == 1:
-        found.append(
+        texts.append(
             f"{corpus.path} is a single document, so valid and test parts are empty; prepare it with one document "
             "for each text, or give data.train, data.valid and data.test"
         )
-    return found
+    return texts
 
 
 def _architecture(model: ModelConfig) -> dict:
@@ -418,7 +427,7 @@ def _kv_cache(model: ModelConfig, length: int, compute: Compute) -> dict:
 
 
 def job_of(config: RunConfig, hardware: Hardware, batch: int, compute: Compute) -> PlanRequest:
-    """What all layouts of a comparison have in common; `batch`: sequences of a step."""
+    """The request for which layouts are compared. `batch`: sequences of a step."""
     model, length = described(config), config.data.seq_length
     return PlanRequest(model, length, batch, hardware.gpus, hardware.device, compute, hardware.mfu)
 
@@ -449,7 +458,7 @@ def _unknown(result: dict, known: RunFacts, hardware: Hardware | None) -> list[s
 
 
 def _samples_of_a_pass(config: RunConfig, corpus: CorpusFacts) -> float:
-    """Samples of the training part; the split counts documents, so this is an estimate."""
+    """Samples of the training part. An estimate, because the split counts documents."""
     samples = corpus.tokens / config.data.seq_length if corpus.samples is None else corpus.samples
     if config.data.path is None:
         return samples

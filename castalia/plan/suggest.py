@@ -1,4 +1,4 @@
-"""Which layouts fit on given devices, which is fastest, and why the others lose."""
+"""Which layouts fit on given devices, which is the fastest, and why the others are not."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from castalia.plan.memory import Compute, Memory, Rank
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 ZERO: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
 RECOMPUTE: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")
-KNOBS = ("tp", "pp", "micro_batch", "zero", "recompute")  # what a layout chooses; the rest follows from the job
+KNOBS = ("tp", "pp", "micro_batch", "zero", "recompute")  # what a layout chooses; the rest follows from the request
 
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What every layout of a comparison has in common."""
+    """A model, a batch and devices for which layouts are compared."""
 
     model: ModelConfig
     length: int
@@ -28,29 +28,32 @@ class PlanRequest:
     gpus: int
     device: Device
     compute: Compute
-    mfu: float = 0.4  # share of the device's peak that matrix products reach where nothing waits
+    mfu: float = 0.4  # share of the device's peak that matrix products reach without any waiting
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of a step, by what they are spent on."""
+    """Seconds of a step, by cause."""
 
     compute: float
-    traffic: float  # reading weights and gradients from memory for each micro-batch, recomputing norms and activations
-    tensor: float  # tensor-parallel sums
-    data: float  # data-parallel sums and gathers that computing does not hide
-    bubble: float  # waiting of pipeline stages
+    traffic: float  # memory traffic: weights and gradients of each micro-batch, recomputed norms and activations
+    tensor: float  # tensor-parallel all-reduces
+    data: float  # data-parallel reductions and gathers that are not hidden by computation
+    bubble: float  # pipeline stages that wait
 
     @property
     def total(self) -> float:
+        """The sum."""
         return self.compute + self.traffic + self.tensor + self.data + self.bubble
 
 
 @dataclass(frozen=True)
 class Verdict:
+    """Memory and time of a layout."""
+
     layout: Layout
     memory: Memory  # of the fullest stage
-    stage: int
+    stage: int  # which stage that is
     fits: bool
     costs: Costs
 
@@ -58,7 +61,7 @@ class Verdict:
 def evaluate_layout(job: PlanRequest, layout: Layout) -> Verdict:
     """Memory of the fullest stage and seconds of a step."""
     parts = rank_parts(job.model, layout, job.length)
-    ends = {0, 1, layout.pp - 1} & set(range(layout.pp))  # no stage between holds more than one of these
+    ends = {0, 1, layout.pp - 1} & set(range(layout.pp))  # the stages between hold no more than stage 1
     ranks = [Rank(job.model, layout, parts[i], job.length, job.compute) for i in sorted(ends)]
     memory, stage = max(((rank.memory(), rank.stage.index) for rank in ranks), key=lambda pair: pair[0].total)
     fits = memory.total <= job.device.usable_bytes(layout.communicators)
@@ -66,6 +69,7 @@ def evaluate_layout(job: PlanRequest, layout: Layout) -> Verdict:
 
 
 def step_costs(job: PlanRequest, layout: Layout, ranks: list[Rank]) -> Costs:
+    """Seconds of a step. `ranks`: one rank of each stage that may be the slowest or fullest."""
     model, device, size = job.model, job.device, job.compute.element_bytes
     parts, length = rank_parts(model, layout, job.length), job.compute.sides * job.length  # of a sample
     block, head = block_flops(model, job.length), head_flops(model)
@@ -76,19 +80,21 @@ def step_costs(job: PlanRequest, layout: Layout, ranks: list[Rank]) -> Costs:
     compute = balance * operations / (device.peak_tflops(job.compute.precision) * 1e12 * job.mfu)
     parameters = max(rank.parameters for rank in ranks)
     layers = max(part.layers for part in parts)
-    again = 2 * layers * ranks[0].one.again if layout.recompute == "selective" else 0  # full: counted as computing
+    again = (
+        2 * layers * ranks[0].one.again if layout.recompute == "selective" else 0
+    )  # full checkpointing counts as computation
     traffic = layout.accumulation * (parameters * (3 * size + 8) + again) / (device.bandwidth * 1e9)
 
     tokens = layout.micro_batch * length // layout.cp
     sums = (6.0 if layout.recompute == "full" else 4.0) * layers * layout.accumulation
     if model.parallel_residual:
-        sums /= 2  # attention and MLP share one sum
+        sums /= 2  # attention and MLP share one all-reduce
     speed = (device.link if layout.tp <= NODE else device.network) * 1e9
     tensor = sums * 2 * (layout.tp - 1) / layout.tp * tokens * model.hidden_size * size / speed
 
     network = (device.network if layout.gpus > NODE else device.link) * 1e9
     share = (layout.dp - 1) / layout.dp * parameters / network
-    if layout.zero == 3:  # gathered twice and reduced for each micro-batch, behind its computation
+    if layout.zero == 3:  # two gathers and a reduction per micro-batch, overlapped with its computation
         data = layout.accumulation * max(0.0, share * (2 * size + 4) - compute / layout.accumulation)
     else:
         reductions = layout.accumulation if layout.zero == 2 else 1
@@ -98,7 +104,7 @@ def step_costs(job: PlanRequest, layout: Layout, ranks: list[Rank]) -> Costs:
 
 
 def layouts(job: PlanRequest) -> Iterator[Layout]:
-    """Every layout that the model and the batch can be cut into."""
+    """Every layout over which the model and the batch can be divided."""
     for tp in (n for n in (1, 2, 4, 8) if job.gpus % n == 0):
         for pp in (n for n in range(1, job.gpus // tp + 1) if job.gpus // tp % n == 0):
             dp = job.gpus // tp // pp
@@ -115,23 +121,26 @@ def layouts(job: PlanRequest) -> Iterator[Layout]:
 
 
 def suggest(job: PlanRequest) -> list[Verdict]:
-    """All layouts, those that fit first, the fastest first; what does not fit is ordered by its memory."""
+    """All layouts: first those that fit, fastest first, then the others by their memory."""
     verdicts = [evaluate_layout(job, layout) for layout in layouts(job)]
     return sorted(verdicts, key=lambda v: (not v.fits, round(v.costs.total, 2) if v.fits else 0, v.memory.total))
 
 
 def nearest(job: PlanRequest, wanted: Layout, number: int = 3) -> list[Verdict]:
-    """Layouts that fit and change the fewest settings of the wanted one."""
+    """The layouts that fit and differ from the wanted one in the fewest settings."""
 
     def changes(verdict: Verdict) -> int:
-        return sum(mine != theirs for mine, theirs in zip(_settings(verdict.layout), _settings(wanted), strict=True))
+        return sum(a != b for a, b in zip(_settings(verdict.layout), _settings(wanted), strict=True))
 
     fitting = [verdict for verdict in suggest(job) if verdict.fits]
     return sorted(fitting, key=lambda v: (changes(v), v.costs.total))[:number]
 
 
 def enough(job: PlanRequest, most: int = 4096) -> int | None:
-    """The smallest number of devices, by doubling, on which some layout fits; the batch grows if it must."""
+    """The smallest number of devices, doubled from the request's, on which some layout fits; None above `most`.
+
+    The batch grows with the devices if it does not divide over them.
+    """
     gpus = job.gpus
     while gpus <= most:
         batch = job.batch if job.batch % gpus == 0 else gpus
@@ -142,13 +151,14 @@ def enough(job: PlanRequest, most: int = 4096) -> int | None:
 
 
 def losers(job: PlanRequest, best: Verdict) -> list[tuple[str, str]]:
-    """(change, why it loses) for each single setting changed in the best layout."""
+    """(change, why it is worse) for each change of a single setting of the best layout."""
     return [
         (change, why_not(job, best, evaluate_layout(job, layout))) for change, layout in _neighbours(job, best.layout)
     ]
 
 
 def why_not(job: PlanRequest, best: Verdict, other: Verdict) -> str:
+    """Why a layout is worse than the best one: it does not fit, or what it spends more time on."""
     if not other.fits:
         (name, size), usable = binding(other.memory), job.device.usable_bytes(other.layout.communicators)
         return (
@@ -170,14 +180,14 @@ def why_not(job: PlanRequest, best: Verdict, other: Verdict) -> str:
 
 
 def binding(memory: Memory) -> tuple[str, int]:
-    """The largest category and its bytes."""
+    """The largest category of memory and its bytes."""
     sizes = {field.name: getattr(memory, field.name) for field in fields(memory)}
     name = max(sizes, key=lambda key: sizes[key])
     return name, sizes[name]
 
 
 def _neighbours(job: PlanRequest, layout: Layout) -> Iterator[tuple[str, Layout]]:
-    """The possible layouts in which one setting differs; data ranks and accumulation follow."""
+    """The possible layouts that differ in one setting, with the data ranks and the accumulation that follow from it."""
     possible = {_settings(other): other for other in layouts(job)}
     changes: list[tuple[str, object]] = []
     for name in ("tp", "pp", "micro_batch"):
