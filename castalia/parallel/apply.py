@@ -33,6 +33,7 @@ def build_stages(
     num_stages = parallel.pp * per_rank
     stages = {}
     for index in stages_of_rank(parallel.pipeline, parallel.pp, per_rank, mesh.pp_rank):
+        # On the meta device nothing is allocated; `to_empty` then allocates this rank's shards alone.
         with torch.device("meta"):
             model = Transformer(cfg.model, compute_dtype=compute_dtype, exact=cfg.neox_exact, z_loss=cfg.train.z_loss)
         if num_stages > 1:

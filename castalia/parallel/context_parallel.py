@@ -62,10 +62,13 @@ class Gather(ContextShard):
 
     @property
     def keys(self) -> Tensor:
+        """Positions of this rank's and all earlier tokens."""
         return torch.arange(self.end, device=self.mesh.device_type)[None]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """Attention to the gathered keys and values, of which those after this rank's slice are cut off."""
         both = DTensor.from_local(torch.stack((k, v)), self.mesh, [Shard(3)], run_check=False)  # [2, b, kv, t, d]
+        # Each rank computes a gradient for all keys that it has seen: Partial sums them, and Shard takes them apart.
         k, v = both.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])[:, :, :, : self.end]
         return attend(q, k, v, **options)
 
@@ -76,12 +79,13 @@ class Ulysses(ContextShard):
     """
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """Attention over whole sequences with this rank's share of the heads."""
         # With fewer key heads than ranks several ranks need the same head, so heads are repeated.
         repeats = lcm(k.shape[1], self.mesh.size()) // k.shape[1]
         if repeats > 1:
             k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         q, k, v = (self._exchange(x, split=1, join=2) for x in (q, k, v))
-        return self._exchange(attend(q, k, v, **options), split=2, join=1)
+        return self._exchange(attend(q, k, v, **options), split=2, join=1)  # back to all heads of this rank's tokens
 
     def _exchange(self, x: Tensor, split: int, join: int) -> Tensor:
         """All-to-all on [b, heads, t, d]: divides dimension `split` over the ranks and completes dimension `join`."""
@@ -94,6 +98,7 @@ class Ring(ContextShard):
     """Ring attention: keys and values travel around the ranks. Causal flash attention without dropout."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """Attention to this rank's keys and values, then to those that arrive from earlier ranks."""
         return ring_attention(q, k, v, self.mesh, options["scale"])
 
 

@@ -153,8 +153,9 @@ class Executor:
         """
         total = torch.zeros((), device=self.device)
         for micro, part in enumerate(rows.to(self.device).chunk(len(weights))):
-            torch.manual_seed(seeds[micro])
+            torch.manual_seed(seeds[micro])  # dropout follows from the step, so no generator's state has to be saved
             loss_sum = micro_loss(self.model, part, {}, objective, micro)
+            # Weights divide by the tokens of the global batch, so gradients of micro-batches just add up.
             (loss_sum * (weights[micro] * scale)).backward()
             total += loss_sum.detach() * weights[micro]
         return total

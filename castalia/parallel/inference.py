@@ -40,6 +40,7 @@ class SplitModel(nn.Module):
         mesh = build_mesh(layout, device.type)
         self.tensor, self.group = mesh.tensor, mesh.pipeline.get_group()
         self.rank, self.last = mesh.pp_rank, layout.pp - 1
+        # On the meta device, so that no rank ever holds the whole model.
         with torch.device("meta"):
             stage = Transformer(cfg, exact=exact).to(dtype)
         if layout.pp > 1:
@@ -52,7 +53,7 @@ class SplitModel(nn.Module):
         """tokens [b, t] -> the hidden state [b, t, h] after this rank's stage. The cache takes up the tokens."""
         x = tokens
         if self.rank > 0:
-            weight = next(self.parameters())
+            weight = next(self.parameters())  # has the dtype and the device of activations
             x = torch.empty(*tokens.shape, self.cfg.hidden_size, dtype=weight.dtype, device=weight.device)
             dist.recv(x, group=self.group, group_src=self.rank - 1)
         x = self.stage.hidden(x, cache=cache)
@@ -63,6 +64,7 @@ class SplitModel(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """x [rows, h] of the last stage -> logits [rows, V] on every rank; other stages' x is ignored."""
         if self.rank == self.last:
+            # Each tensor rank computes its rows of the vocabulary, [rows, V / tp]; then all of them are gathered.
             part = F.linear(x, local(self.stage.head_weight).to(x.dtype))
             whole = DTensor.from_local(part, self.tensor, [Shard(1)], run_check=False).full_tensor().contiguous()
         else:

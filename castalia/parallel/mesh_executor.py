@@ -64,22 +64,29 @@ class MeshExecutor(Executor):
 
     @property
     def models(self) -> Sequence[Transformer]:
+        """This rank's pipeline stages in order; the whole model without a pipeline."""
         return list(self.stages.values())
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of all stages on this rank, as DTensors. Of a tied embedding's copies the first one counts."""
+        # Reversed, so that the first stage's copy of a name wins.
         return {name: p for model in reversed(self.models) for name, p in model.named_parameters()}
 
     def part(self, tensor: Tensor) -> RankPart:
+        """This rank's part of a DTensor, and where it begins."""
         return part(tensor)
 
     def local(self, tensor: Tensor) -> Tensor:
+        """This rank's part of a DTensor; it shares memory with the tensor."""
         return local(tensor)
 
     def saves(self, name: str) -> bool:
+        """False for a tied embedding's second copy, which the first stage saves."""
         return not (name == "embed.weight" and self.pipeline is not None and not self.pipeline.has_first)
 
     def initialize(self, config: CompleteConfig) -> None:
+        """Sets random weights: each rank draws its own parts, with the values that one process would have drawn."""
         cfg = config.model
         pieces = [(name, part(p)) for model in self.models for name, p in model.named_parameters()]
         if (cfg.init or ("neox" if config.neox_exact else "seeded")) == "seeded":
@@ -102,12 +109,13 @@ class MeshExecutor(Executor):
             piece.local.copy_(seeded_tensor(config.model, config.seed, name, piece.shape, piece.slices))
             return
         share = -(-rows // (replicas * TILE_ROWS)) * TILE_ROWS
+        # Shares are multiples of the tiles in which values are drawn, so that no tile is drawn twice.
         first = min(rows, self.mesh.sharding.get_local_rank("dp_replicate") * share)
         last = min(rows, first + share)
         whole = torch.zeros(piece.local.shape, device=piece.local.device)
         if last > first:
-            mine = (slice(piece.start[0] + first, piece.start[0] + last), *piece.slices[1:])
-            whole[first:last] = seeded_tensor(config.model, config.seed, name, piece.shape, mine)
+            box = (slice(piece.start[0] + first, piece.start[0] + last), *piece.slices[1:])  # in the whole matrix
+            whole[first:last] = seeded_tensor(config.model, config.seed, name, piece.shape, box)
         dist.all_reduce(whole, group=self.mesh.sharding.get_group("dp_replicate"))
         piece.local.copy_(whole)
 
@@ -119,6 +127,7 @@ class MeshExecutor(Executor):
         seeds: Sequence[int],
         objective: Objective | None = None,
     ) -> Tensor:
+        """As on one process. The pipeline has no other objectives than the token losses."""
         rows, context = self._local(rows)
         # Pipeline ranks hold other blocks and context ranks other tokens: their dropout must differ.
         seed_offset = self.mesh.pp_rank * self.mesh.layout.cp + self.mesh.cp_rank
@@ -140,10 +149,11 @@ class MeshExecutor(Executor):
         context: dict[str, Any],
         objective: Objective | None,
     ) -> Tensor:
+        """Forward and backward passes of all micro-batches; returns this rank's share of the loss."""
         model: Any = self.models[0]
         total, count = torch.zeros((), device=self.device), len(weights)
         zero = self.config.parallel.zero
-        for micro, mine in enumerate(rows.chunk(count)):
+        for micro, part_rows in enumerate(rows.chunk(count)):
             last = micro == count - 1
             # Gradients are reduced once, with the last micro-batch; under ZeRO 2 and 3 no rank holds them in full until
             # then, so they are reduced with each.
@@ -152,24 +162,25 @@ class MeshExecutor(Executor):
             if zero < 3:  # parameters are gathered once a step
                 model.set_reshard_after_backward(last)
             torch.manual_seed(seeds[micro])
-            loss_sum = micro_loss(model, mine, context, objective, micro)
+            loss_sum = micro_loss(model, part_rows, context, objective, micro)
             (loss_sum * (weights[micro] * scale)).backward()
             total += loss_sum.detach() * weights[micro]
         return total
 
     def loss_sum(self, rows: Rows) -> Tensor:
         """Each data rank computes an equal share; sequences without labels pad the last ones."""
+        # A pipeline computes a fixed number of micro-batches at a time.
         share = self.plan.micro_batch_size * (self.plan.accumulation if self.pipeline else 1)
         missing = -len(rows.tokens) % (share * self.data_size)
         rows = rows.map(lambda t: F.pad(t, (0, 0, 0, missing)))
         rows.labels[len(rows.labels) - missing :] = IGNORE
         total = torch.zeros((), device=self.device)
         for start in range(self.data_rank * share, len(rows.tokens), share * self.data_size):
-            mine, context = self._local(rows.rows(start, start + share))
+            part_rows, context = self._local(rows.rows(start, start + share))
             if self.pipeline:
-                total += self.pipeline.loss_sum(mine, context)
+                total += self.pipeline.loss_sum(part_rows, context)
             else:
-                total += self.models[0](mine.tokens, **mine.model_arguments(), **context)[0]
+                total += self.models[0](part_rows.tokens, **part_rows.model_arguments(), **context)[0]
         return self._total(total)
 
     @contextmanager
@@ -193,13 +204,15 @@ class MeshExecutor(Executor):
 
     def _total(self, value: Tensor) -> Tensor:
         """Sums a scalar over data, context and pipeline ranks; tensor ranks hold the same value."""
-        dist.all_reduce(value)
+        dist.all_reduce(value)  # over all ranks, which needs no further group; tensor ranks are counted tp times
         return value / self.mesh.layout.tp
 
     def gradients(self) -> list[Tensor]:
+        """This rank's parts of the gradients, as plain tensors."""
         return [local(p.grad) for model in self.models for p in model.parameters() if p.grad is not None]
 
     def gradient_norm(self, counted: NormSubset | None = None) -> Tensor:
+        """As on one process: each element counts once, however many ranks hold it."""
         named = [(name, p) for model in self.models for name, p in model.named_parameters()]
         every = [(p, counted[name] if counted else None) for name, p in named if counted is None or name in counted]
         return global_gradient_norm(every, self.device, twice=self.pipeline.tied if self.pipeline else ())
@@ -214,19 +227,23 @@ class MeshExecutor(Executor):
         return together.tolist()
 
     def sum_over_data(self, value: float) -> float:
+        """The sum of one value per data rank; the other ranks of a data rank's row must have the same value."""
         total = torch.tensor(value, dtype=torch.float64)  # on the host, where the group uses gloo
         dist.all_reduce(total)
         return float(total) / (self.world // self.data_size)
 
     def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
         highest = torch.tensor(int(flag))
         dist.all_reduce(highest, dist.ReduceOp.MAX)
         return bool(highest)
 
     def gather(self, answer: T) -> list[T]:
+        """The answers of all ranks, in rank order. They are pickled."""
         answers: list[Any] = [None] * self.world
         dist.all_gather_object(answers, answer)
         return answers
 
     def barrier(self) -> None:
+        """Waits for the other ranks."""
         dist.barrier()

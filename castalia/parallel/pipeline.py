@@ -142,7 +142,7 @@ class Pipeline:
     def _sum_tied_gradients(self) -> None:
         """Gives both copies of a tied embedding the sum of their gradients, so that they stay equal."""
         grads = [local(weight.grad) for weight in self.tied if weight.grad is not None]
-        if len(grads) == 2:  # both stages are on this rank
+        if len(grads) == 2:  # zero-bubble's V puts both stages on one rank
             grads[0] += grads[1]
             grads[1].copy_(grads[0])
         elif grads:
@@ -154,10 +154,11 @@ def _first_and_last_rank(mesh: Mesh) -> dist.ProcessGroup | None:
 
     None on ranks between them. Called on all ranks, because creating a group is collective.
     """
+    # One column of the grid for each combination of data and tensor ranks: [pp, all others] transposed.
     columns = mesh.sharding.mesh.view(mesh.layout.pp, -1).T.tolist()
-    mine = None
+    own_group = None
     for column in columns:
         group = dist.new_group([column[0], column[-1]])
         if dist.get_rank() in (column[0], column[-1]):
-            mine = group
-    return mine
+            own_group = group
+    return own_group

@@ -57,6 +57,7 @@ def layout(parallel: ParallelConfig, world: int) -> RankGrid:
             f"start {' or '.join(map(str, multiples(world, model_ranks)))}, or change the three"
         )
     dp = world // model_ranks
+    # Without ZeRO every data rank is a replica. ZeRO shards over all data ranks unless dp_replicate groups them.
     if parallel.zero == 0:
         return RankGrid(parallel.pp, dp, 1, parallel.cp, parallel.tp)
     replicate = parallel.dp_replicate or 1
@@ -98,6 +99,7 @@ def _model_problems(config: CompleteConfig) -> list[str]:
     if tp > 1 and cfg.qk_norm:
         problems.append(f"model.qk_norm is one norm over all heads, which parallel.tp={tp} would split; use tp=1")
     problems += [problem.text for problem in pipeline_problems(cfg, parallel.pp, per_rank)]
+    # Stages per rank that a schedule allows: one, or several in interleaved, or the two ends of zero-bubble's V.
     least, most = {"interleaved": (2, cfg.num_layers), "zero-bubble": (2, 2)}.get(parallel.pipeline, (1, 1))
     if parallel.pp > 1 and not least <= per_rank <= max(least, most):
         problems.append(
@@ -113,6 +115,8 @@ def _model_problems(config: CompleteConfig) -> list[str]:
 def why_not_compiled(config: CompleteConfig) -> str | None:
     """What this run needs that a compiled block cannot do; None if nothing stands against compiling."""
     cfg, parallel = config.model, config.parallel
+    # Both would break the graph: random numbers that differ between ranks fork the generator's state, and the ring
+    # sends and receives in the middle of a block.
     adapters = config.finetune.lora is not None and config.finetune.lora.dropout
     if parallel.tp > 1 and (adapters or cfg.attention_dropout or (parallel.sequence_parallel and cfg.hidden_dropout)):
         return "tensor ranks cannot draw their own dropout"

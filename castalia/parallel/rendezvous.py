@@ -85,7 +85,7 @@ def open_store(here: RankInfo, timeout_s: float) -> dist.TCPStore:
     end = time.monotonic() + timeout_s
     if here.hosts_store:
         try:
-            socket.create_server(("", here.port)).close()
+            socket.create_server(("", here.port)).close()  # a port that is taken is reported as such
         except OSError as error:
             raise ConfigError(
                 f"rank 0 cannot listen at port {here.port} of its machine: {os.strerror(error.errno or 0)}; set "
@@ -126,11 +126,11 @@ def private_store(store: dist.Store, rank: int, world: int, timeout_s: float) ->
 
     Returns None on ranks above 0 where some rank did not come; rank 0 raises a ConfigError that names those ranks.
     """
-    mine, end = uuid4().hex, time.monotonic() + timeout_s
+    own_name, end = uuid4().hex, time.monotonic() + timeout_s
     if rank:
         try:
-            store.set(f"rank {rank}", mine)
-            name = _await(store, mine, end)
+            store.set(f"rank {rank}", own_name)
+            name = _await(store, own_name, end)
             store.set(f"{name} {rank}", "")
             is_open = _await(store, f"{name} is open", end) == "yes"
         except dist.DistError as error:
@@ -141,17 +141,17 @@ def private_store(store: dist.Store, rank: int, world: int, timeout_s: float) ->
     waiting = set(range(1, world))
     while waiting and time.monotonic() < end:
         for other in sorted(waiting):
-            if store.check([f"{mine} {other}"]):
+            if store.check([f"{own_name} {other}"]):
                 waiting.remove(other)
-            elif store.check([f"rank {other}"]):
-                store.set(store.get(f"rank {other}").decode(), mine)
+            elif store.check([f"rank {other}"]):  # by this rank, or by a dead process that had its number
+                store.set(store.get(f"rank {other}").decode(), own_name)
         time.sleep(0.01)
-    store.set(f"{mine} is open", "no" if waiting else "yes")
+    store.set(f"{own_name} is open", "no" if waiting else "yes")
     if waiting:
         time.sleep(REPORT_WAIT_S)  # the others read the answer from a store that may end with this process
         who = f"rank {', '.join(map(str, sorted(waiting)))}"
         raise ConfigError(f"{who} of {world} did not come within {timeout_s:g} s; look for its own error, or start it")
-    return dist.PrefixStore(mine, store)
+    return dist.PrefixStore(own_name, store)
 
 
 def _await(store: dist.Store, key: str, end: float) -> str:
@@ -189,6 +189,7 @@ def _within(seconds: float, make: Callable[[], T]) -> T | None:
         except RuntimeError as error:  # raised again by the thread that waits
             raised.append(error)
 
+    # A daemon thread, because a connection that never answers cannot be interrupted.
     thread = Thread(target=work, daemon=True)
     thread.start()
     thread.join(seconds)

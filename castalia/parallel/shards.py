@@ -27,6 +27,7 @@ def part(tensor: Tensor) -> RankPart:
     if not isinstance(tensor, DTensor):
         return RankPart(tensor.detach(), tuple(tensor.shape), (0,) * tensor.dim(), True)
     mesh = tensor.device_mesh
+    # torch's function knows uneven shards and the order of several mesh axes over one dimension.
     _, start = compute_local_shape_and_global_offset(tensor.shape, mesh, tensor.placements)
     coordinate = mesh.get_coordinate()
     assert coordinate is not None
@@ -59,10 +60,11 @@ def global_gradient_norm(
     held: dict[int, list[Tensor]] = defaultdict(list)  # by the number of ranks that hold the same elements
     for parameter, limit in parameters:
         if parameter.grad is not None:
-            mine = local(parameter.grad) if limit is None else leading_part(part(parameter.grad), limit)
-            held[num_copies(parameter.grad) * (2 if id(parameter) in shared else 1)].append(mine)
+            counted = local(parameter.grad) if limit is None else leading_part(part(parameter.grad), limit)
+            held[num_copies(parameter.grad) * (2 if id(parameter) in shared else 1)].append(counted)
     total = torch.zeros((), dtype=torch.float64, device=device)  # the device type chooses gloo or NCCL
     for copies, gradients in held.items():
+        # Elements that several ranks hold enter the sum several times, so each rank adds only its share.
         norms = torch.stack(torch._foreach_norm(gradients, 2.0, dtype=torch.float64))
         total += (norms.square().sum() / copies).to(device)
     dist.all_reduce(total)

@@ -51,6 +51,7 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh, sequence_paralle
     split along the sequence: the first block scatters them, the last one gathers them.
     """
     inside = Shard(1) if sequence_parallel else Replicate()  # of activations [b, t, h] outside of attention and MLP
+    # Column-parallel matrices need whole activations; row-parallel ones sum, or scatter, their partial outputs.
     whole = PrepareModuleInput(input_layouts=(inside, None), desired_input_layouts=(Replicate(), None))
     block_plan: dict[str, ParallelStyle] = {
         "norm1": Replicated(inside),
@@ -65,9 +66,10 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh, sequence_paralle
     }
     for block in model.blocks.values():
         assert isinstance(block, Block)
+        # Families differ: there may be no gate, and one norm instead of two.
         present = {name: style for name, style in block_plan.items() if _find(block, name) is not None}
         parallelize_module(block, mesh, present)
-    if model.alibi is not None:
+    if model.alibi is not None:  # slopes belong to heads, which are split
         model.alibi.shard(mesh.get_local_rank(), mesh.size())
     ends: dict[str, ParallelStyle] = {
         "embed": RowwiseParallel(input_layouts=Replicate()),
@@ -107,7 +109,7 @@ def use_rank_local_rng(module: nn.Module, rank: int) -> None:
 @contextmanager
 def _rank_local_rng(rank: int) -> Iterator[None]:
     """Inside, random numbers differ between ranks; afterwards all ranks draw equal ones again."""
-    seed = int(torch.randint(1 << 62, ()))
+    seed = int(torch.randint(1 << 62, ()))  # drawn from the common generator, so all ranks draw the same
     with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
         torch.manual_seed(seed + rank)
         yield
@@ -183,11 +185,13 @@ class _VocabularyParallel(torch.autograd.Function):
         num_rows = max(1, CHUNK_BYTES.get(hidden.device.type, 64 << 20) // (4 * weight.shape[0]))
         for start in range(0, len(hidden), num_rows):
             part = slice(start, start + num_rows)
+            # logits [rows, V / tp] of this chunk; softmax needs their maximum and sum over the whole vocabulary.
             x, real = hidden[part], labels[part] != IGNORE
             logits = (x @ cast.T).float()
             largest = logits.amax(dim=-1, keepdim=True)
             dist.all_reduce(largest, dist.ReduceOp.MAX, group)
             logits -= largest
+            # Targets in other ranks' rows count as 0 here, and the sum over ranks has the one that is held.
             here = (labels[part] >= first) & (labels[part] < first + len(weight))
             targets = (labels[part] - first).clamp(0, len(weight) - 1)[:, None]
             target_logits = logits.gather(1, targets)[:, 0] * here
@@ -199,6 +203,8 @@ class _VocabularyParallel(torch.autograd.Function):
             total += z_loss * (log_sums.square() * real).sum()
             if d_hidden is None and d_weight is None:
                 continue
+            # d loss / d logits = softmax - one-hot target, and the z-loss's part. `held` is a gain that keeps 16-bit
+            # gradients in range; it is divided out below.
             d_logits = exponentials.mul_(((1 + 2 * z_loss * log_sums) / sums[0])[:, None])
             d_logits.scatter_add_(1, targets, -here.float()[:, None])
             d_logits = d_logits.mul_(real[:, None] * held).to(x.dtype)

@@ -51,9 +51,9 @@ def wait_until(done: Callable[[], bool], timeout_s: float) -> None:
 def operation(frames: Iterable[traceback.FrameSummary]) -> str:
     """The innermost function of a stack (outermost frame first), and the function of this package that called it."""
     stack = [frame for frame in frames if not frame.filename.startswith(MACHINERY)]
-    ours = [frame for frame in stack if frame.filename.startswith(OURS)] or stack
-    where = f"{ours[-1].name} ({os.path.basename(ours[-1].filename)}:{ours[-1].lineno})"
-    return where if ours[-1] is stack[-1] else f"{stack[-1].name}, called by {where}"
+    in_package = [frame for frame in stack if frame.filename.startswith(OURS)] or stack
+    where = f"{in_package[-1].name} ({os.path.basename(in_package[-1].filename)}:{in_package[-1].lineno})"
+    return where if in_package[-1] is stack[-1] else f"{stack[-1].name}, called by {where}"
 
 
 def operations(group: dist.Store, ranks: Iterable[int]) -> str:
