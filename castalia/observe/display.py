@@ -105,6 +105,7 @@ class Display:
         done = record["step"]
         speed = (record["tokens"] - self.marked_tokens) / (self.seconds - self.marked_seconds)
         self.marked_tokens, self.marked_seconds = record["tokens"], self.seconds
+        # By wall-clock time since the start, which includes saving and evaluating.
         seconds_left = (self.last - done) * (time.perf_counter() - self.began) / (done - self.first)
         norm = "overflow, skipped" if record["grad_norm"] is None else f"{record['grad_norm']:.3f}"
         parts = [

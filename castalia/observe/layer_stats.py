@@ -28,9 +28,10 @@ def tensor_statistics(engine: Executor, loss_scale: float = 1.0) -> dict[str, An
 
     Gradients are divided by `loss_scale`.
     """
-    mine = _own(engine)
-    rows = [torch.stack([_squares(engine.part(p).local), *_of_gradient(engine, p)]) for p in mine.values()]
-    totals = _over_ranks(engine, mine, rows)
+    parameters = _own(engine)
+    # One row of four fp64 numbers per parameter, so that the host waits for the device once.
+    rows = [torch.stack([_squares(engine.part(p).local), *_of_gradient(engine, p)]) for p in parameters.values()]
+    totals = _over_ranks(engine, parameters, rows)
     return {
         "weights": {name: weight**0.5 for name, (weight, *_) in totals.items()},
         "gradients": {
@@ -46,6 +47,7 @@ def dead_units(engine: Executor) -> dict[str, int]:
     """The number of units in each MLP whose weights got no gradient from a whole batch; layers without any are left
     out."""
     matrices = {name: p.grad for name, p in _own(engine).items() if MLP_UNITS.fullmatch(name) and p.grad is not None}
+    # A unit is a row of the up projection, [units, hidden].
     counts = [(engine.part(grad).local == 0).all(dim=1).sum()[None] for grad in matrices.values()]
     totals = _over_ranks(engine, matrices, counts)
     return {name: int(count) for name, (count,) in totals.items() if count}
@@ -76,6 +78,7 @@ def activation_statistics(engine: Executor) -> Iterator[Callable[[], Statistics]
             for name, (squares, zeros, count) in totals.items()
         }
 
+    # Hooks see each micro-batch; their results stay on the device until the end of the step.
     blocks = {f"blocks.{i}": block for model in engine.models for i, block in model.blocks.items()}
     handles = [block.register_forward_hook(observe(name)) for name, block in blocks.items()]
     try:
@@ -107,9 +110,9 @@ def _over_ranks(
     engine: Executor, names: Iterable[str], rows: list[Tensor], join: Callable[[float, float], float] = operator.add
 ) -> dict[str, list[float]]:
     """Rows of numbers by name, joined element by element over all ranks, in the order of the forward pass."""
-    mine = dict(zip(names, torch.stack(rows).tolist() if rows else (), strict=True))
+    by_name = dict(zip(names, torch.stack(rows).tolist() if rows else (), strict=True))
     total: dict[str, list[float]] = {}
-    for rank in engine.gather(mine):
+    for rank in engine.gather(by_name):
         for name, numbers in rank.items():
             total[name] = list(map(join, total[name], numbers)) if name in total else numbers
     return dict(sorted(total.items(), key=lambda item: block_of(item[0])))

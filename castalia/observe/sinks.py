@@ -47,6 +47,7 @@ class CsvSink:
     """metrics.csv, one line per step."""
 
     def __init__(self, path: Path, past: Iterable[Record]) -> None:
+        # Written anew at each start, because a resumed run drops the records after its checkpoint.
         table = io.StringIO(newline="")
         rows = csv.DictWriter(table, COLUMNS, extrasaction="ignore")
         rows.writeheader()
@@ -56,9 +57,11 @@ class CsvSink:
         self.rows = csv.DictWriter(self.file, COLUMNS, extrasaction="ignore")
 
     def write(self, record: Record) -> None:
+        """Appends a line with the values of COLUMNS."""
         self.rows.writerow(record)
 
     def close(self) -> None:
+        """Closes the file."""
         self.file.close()
 
 
@@ -75,10 +78,12 @@ class TensorBoard:
         self.board = SummaryWriter(folder)
 
     def write(self, record: Record) -> None:
+        """Adds each finite value as a scalar of the step."""
         for name, value in values(record).items():
             self.board.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
+        """Writes out what is buffered."""
         self.board.close()
 
 
@@ -110,6 +115,7 @@ class WeightsAndBiases:
         )
 
     def write(self, record: Record) -> None:
+        """Logs the finite values of the step."""
         self.run.log(values(record), step=record["step"])
 
     def close(self) -> None:

@@ -239,13 +239,13 @@ def first_cause(engine: Executor, loss: float, again: Callable[[], object]) -> C
     parameters = [named for model in engine.models for named in model.named_parameters()]
     gradients = {name: parameter.grad for name, parameter in reversed(parameters)}  # in the order of the backward pass
     bad = next((name for name, grad in gradients.items() if grad is not None and not is_finite(grad)), None)
-    with first_bad_activation(engine.models, is_finite) as found:
+    with first_bad_activation(engine.models, is_finite) as bad_modules:
         again()
     for name, parameter in parameters:
         if not is_finite(parameter):
             return Cause((0, 0, 0), f"the parameter {name}")
-    if found and not math.isfinite(loss):
-        block, done, module = found[0]
+    if bad_modules and not math.isfinite(loss):
+        block, done, module = bad_modules[0]
         return Cause((1, block, done), f"the loss, after the output of {module}")
     if not math.isfinite(loss):
         return Cause((2, 0, 0), "the loss")
@@ -262,21 +262,21 @@ def first_bad_activation(
 
     The module is given by its block (-1 before the first), the number of modules computed before it, and its name.
     """
-    found: list[tuple[int, int, str]] = []
+    bad_modules: list[tuple[int, int, str]] = []
     calls = itertools.count()
 
     def look(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: object, output: object) -> None:
             done = next(calls)
-            if not found and isinstance(output, Tensor) and not is_finite(output):
-                found.append((block_of(name), done, name))
+            if not bad_modules and isinstance(output, Tensor) and not is_finite(output):
+                bad_modules.append((block_of(name), done, name))
 
         return hook
 
     named = [(name, module) for model in models for name, module in model.named_modules() if name]
     handles = [module.register_forward_hook(look(name)) for name, module in named]
     try:
-        yield found
+        yield bad_modules
     finally:
         for handle in handles:
             handle.remove()

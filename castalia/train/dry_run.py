@@ -31,6 +31,7 @@ def _show_one_step(session: Session, folder: Path) -> None:
         show_report(session, display, folder)
         done = session.progress.step
         begin = time.perf_counter()
+        # Model and optimizer exist by now, so the peak is what the step needs beyond them.
         with PeakMemory(session.device) as memory:
             result = session.step(done, session.batch(done))
         seconds = time.perf_counter() - begin

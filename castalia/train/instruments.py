@@ -40,6 +40,7 @@ class Instruments:
         wanted = self.log.profile
         if wanted and self.profiler is None and wanted.start <= step <= wanted.stop:
             self._start_profile()
+        # Hooks are only there in steps that need them, because they cost time.
         if self._shows_layers(step):
             with activation_statistics(self.engine) as self.activations:
                 yield
@@ -62,7 +63,7 @@ class Instruments:
 
     def _start_profile(self) -> None:
         if self.engine.device.type == "cuda":
-            torch.cuda.memory._record_memory_history()
+            torch.cuda.memory._record_memory_history()  # for memory.pickle, which pytorch.org/memory_viz draws
         self.profiler = open_profile(self.engine.device)
         self.profiler.__enter__()
 
@@ -76,6 +77,7 @@ class Instruments:
         folder.mkdir(parents=True, exist_ok=True)
         with appearing_whole(folder / "trace.json") as path:
             profiler.export_chrome_trace(str(path))
+        # Self time and memory: an operation's own, without those that it calls.
         averages, place = profiler.key_averages(), "device" if self.engine.device.type == "cuda" else "cpu"
         tables = [
             f"By {key.replace('_', ' ')}\n{averages.table(sort_by=key, row_limit=SUMMARY_ROWS)}"

@@ -59,6 +59,7 @@ def train(config: RunConfig) -> Path:
     with process_group(choose_device(config.train.device).type, config.parallel.timeout) as launcher:
         job = this_job(launcher, config)
         restarted = was_started_by(job, folder)
+        # A launcher repeats its command, but after a crash that has to mean: go on where the folder is.
         if restarted and saved_steps(folder / "checkpoints"):
             config = load_run(folder)
         in_place = restarted or continues_in_place(config, folder)
@@ -98,6 +99,7 @@ class TrainingRun:
         began_from = before.checkpoint.init_from if before else None
         self.config = complete_config(session.config, folder, has_tokenizer, batch_size, began_from)
         self.progress = session.progress
+        # The step whose checkpoint is in the folder already; there is no need to save it again.
         self.saved_step: int | None = session.progress.step if in_place and session.resumed else None
         self.validation, self.signals = Validation(session), StopSignals()
         hours = session.config.train.max_hours
@@ -116,6 +118,7 @@ class TrainingRun:
 
     def __enter__(self) -> TrainingRun:
         engine, saves = self.session.engine, self.config.checkpoint
+        # Whatever fails on the way closes what is open by then; `pop_all` hands it over to `__exit__`.
         with ExitStack() as opened:
             writer = CheckpointSaver(
                 self.folder / "checkpoints",
@@ -141,6 +144,7 @@ class TrainingRun:
         if session.tokenizer is not None:
             session.tokenizer.save(folder / TOKENIZER)
         write_config(folder, self.config)
+        # A run that died may have recorded steps after its last checkpoint, which are about to be computed again.
         truncate_records(folder / "events.jsonl")
         truncate_records(folder / LAYERS, self.progress.step)
         self.unevaluated = truncate_metrics(folder, self.progress.step, self.validation.is_due(self.progress.step))
@@ -151,6 +155,7 @@ class TrainingRun:
 
     def _instruments(self) -> Instruments:
         engine = self.session.engine
+        # Every rank takes part in layer statistics, but only rank 0 profiles.
         log = self.config.log if self.is_main else self.config.log.with_({"profile": None})
         return Instruments(log, self.folder, engine, self.display.line)
 
@@ -184,6 +189,7 @@ class TrainingRun:
                 done = self.progress.step
                 record = step_record(session, self.progress, result, seconds)
                 evaluates = self.validation.is_due(done)
+                # A record that is due for evaluation is completed by its results, also after a crash.
                 if self.is_main:
                     (self.metrics.note if evaluates else self.metrics.write)(record)
                 if done == first:
@@ -198,6 +204,7 @@ class TrainingRun:
                 if config.train.exit_interval and done % config.train.exit_interval == 0:
                     limit = "train.exit_interval"
                     break
+        # Signals may have reached some ranks only; all of them must end alike.
         stopped_by = next(filter(None, session.engine.gather(self.signals.received or "")), None)
         self._finish(stopped_by, f"by {stopped_by}" if stopped_by else f"as {limit} says")
         return stopped_by
@@ -216,7 +223,7 @@ class TrainingRun:
             action = self.watch.decide(done + 1, loss, norm, step.loss_scale)
             result = step.apply() if action == "apply" else step.skip()
         seconds = time.perf_counter() - begin
-        if action == "stop":
+        if action == "stop":  # before `progress` moves on: the state before this step is saved
             self._stop_at_spike()
         self.progress = Progress(
             step=done + 1,
@@ -267,6 +274,7 @@ class TrainingRun:
         self._wait_for_writes()
         self.writer.join()
         saved = restore(session, self.watch.rewind_target(self.folder, done))
+        # Data go on, so that the batches that led to the spike are not read again; the schedule goes back.
         session.step.skipped = saved.skipped + done - saved.step
         self.watch.restore(saved.watch)
         self.progress = replace(

@@ -52,6 +52,7 @@ def quirks_of(config: CompleteConfig, resumed: Checkpoint | None) -> NeoXQuirks:
     release = (resumed.release if resumed else None) or "head"
     ranks = resumed.summed_bias_ranks if resumed else 1
     steps_missing = resumed is not None and resumed.facts.adam_steps_stored is False
+    # DeepSpeed's pipeline engine averaged micro-batches in v1, so its moments need no factor.
     if release == "v1":
         assert resumed is not None
         return NeoXQuirks(wanted, "v1", 1, ranks, int(steps_missing), resumed.norm_ranks)

@@ -41,13 +41,14 @@ def make_optimizer(
         if not any(fits(group.match, name) for name in names):
             known = ", ".join(dict.fromkeys(re.sub(r"^blocks\.\d+", "blocks.0", name) for name in names))
             raise ConfigError(f"optimizer.groups: {group.match!r} matches no tensor that trains; there are {known}")
+    # By update rule, then by decay and learning-rate factor: each combination is one parameter group.
     kinds: dict[str, dict[tuple[float, float], list[nn.Parameter]]] = defaultdict(lambda: defaultdict(list))
     for name, parameter in trained.items():
         tensor = name.removeprefix(DUPLICATE)
         row, last_block = row_of(tensor), num_layers - 1
         decay, scale = _decay_and_scale(name, row, cfg, width_multiplier)
         scale *= cfg.layer_decay ** (last_block - min(block_of(tensor), last_block))  # once for each block above
-        if row.row_parallel_bias:
+        if row.row_parallel_bias:  # GPT-NeoX's copies, see above
             scale *= summed_bias_ranks
         kind: str = "adamw" if cfg.name == "muon" and row.mup == "vector" else cfg.name
         kinds[kind][decay, scale].append(parameter)
@@ -58,6 +59,7 @@ def make_optimizer(
         ]
         optimizers.append(_optimizer(kind, param_groups, cfg))
         for parameter in (p for group in param_groups for p in group["params"]):
+            # torch itself would create it in the first step.
             optimizers[-1].state[parameter] = _fresh_state(kind, parameter, cfg)
     return optimizers[0] if len(optimizers) == 1 else CombinedOptimizer(optimizers)
 
@@ -157,7 +159,7 @@ class LossScaler:
                 )
             self.scale = max(self.scale / 2, cfg.minimum)
             return
-        if cfg.consecutive_hysteresis:
+        if cfg.consecutive_hysteresis:  # only overflows in a row use the hysteresis up
             self.hysteresis = cfg.hysteresis
         if (self.iteration - self.last_overflow) % cfg.window == 0:
             self.hysteresis = cfg.hysteresis

@@ -47,6 +47,7 @@ def as_reward_model(source: Checkpoint, model: ModelConfig, seed: int) -> Checkp
     """A language model's checkpoint as that of a reward model whose reward head is still random."""
     if not model.reward_head or "reward.weight" in source.model:
         return source
+    # A reward model has one output in place of the head's logits.
     tensors = {name: ref for name, ref in source.model.items() if name != "head.weight"}
     note = "the head is left out; reward.weight, which takes its place, begins with random values"
     return replace(source, model=tensors | {"reward.weight": _InitialReward(model, seed)}, notes=(*source.notes, note))

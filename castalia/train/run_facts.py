@@ -37,6 +37,7 @@ def num_kept_checkpoints(checkpoint: CheckpointConfig, steps: int) -> int:
     saved = sorted(step for step in candidates if step <= steps and is_save_step(checkpoint, step, steps))
     if not checkpoint.keep_last:
         return len(saved)
+    # Of the checkpoints before the last `keep_last`, multiples of `keep_every` stay.
     older = saved[: -checkpoint.keep_last]
     milestones = sum(step % checkpoint.keep_every == 0 for step in older) if checkpoint.keep_every else 0
     return milestones + len(saved) - len(older)

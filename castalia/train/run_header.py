@@ -42,6 +42,7 @@ def show_report(session: Session, display: Display, folder: Path) -> None:
     if display.silent:
         return
     config, known, layout = session.config, run_facts_of(session), planned_layout(session)
+    # Values without an origin were inferred: the model's from the checkpoint, the others here.
     origins = {path: re.sub(r"\S*/", "", origin) for path, origin in config.origins.items()}  # files without folders
     elsewhere = "the checkpoint" if session.source else "settled here"
     display.table(
@@ -126,6 +127,7 @@ def summary_lines(session: Session, folder: Path, known: RunFacts, layout: Layou
     if session.step.scaler:
         planned["precision"] += f", now {session.step.scaler.scale:g}"
     planned["saved"] += f", in {folder}"
+    # The planner does not know what this run has restored or switched off, so some of its lines are replaced.
     yield "fast paths", _fast_paths(session, planned["attention"].partition(";")[0])
     for name, text in describe_training(planned):
         yield name, text

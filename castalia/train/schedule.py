@@ -35,6 +35,7 @@ def resumed_learning_rate(
     """
     if not stored or choice == "config":
         return configured
+    # The names are those of GPT-NeoX's checkpoints; a value that they lack comes from the config.
     known = {field: stored[name] for field, name in (STORED_NAMES | COOLDOWN).items() if name in stored}
     restored = replace(configured, **known)
     if restored == configured or choice == "checkpoint":
@@ -60,6 +61,7 @@ def is_save_step(checkpoint: CheckpointConfig, step: int, last: int) -> bool:
         return True
     if checkpoint.log_base is None or step > (checkpoint.log_until or step):
         return False
+    # The base need not be whole: powers are rounded down.
     power = 1.0
     while int(power) < step:
         power *= checkpoint.log_base

@@ -130,6 +130,7 @@ def make_session(run: ResolvedRun, engine: Executor, loaded: LoadReport | None) 
     config, model = run.config, run.config.model
     progress = run.resumed.progress if run.resumed else Progress()
     quirks = quirks_of(config, run.resumed)
+    # A second copy of a tied embedding gets the same gradients; trained alike, both copies stay equal.
     optimizer = make_optimizer(
         engine.parameters | {f"{DUPLICATE}{name}": p for name, p in engine.duplicates.items()},
         config.optimizer,
@@ -157,6 +158,7 @@ def make_session(run: ResolvedRun, engine: Executor, loaded: LoadReport | None) 
         first_compiled=run.compiling.first or 0,
         counted_in_norm=None if quirks.norm_ranks == (1, 1) else first_rank(model, *quirks.norm_ranks),
     )
+    # With `auto` nobody asked for compiling, so a failure to compile must not end the run; with `true` it does.
     if run.compiling.first is not None and config.train.compile == "auto":
         fall_back_to_eager(e.models for e in (engine, preference and preference.reference) if e)
     for part in engine.models:
@@ -212,6 +214,7 @@ def preference_loss(run: ResolvedRun, engine: Executor) -> PreferenceLoss | None
 def frozen_reference(config: CompleteConfig, run: ResolvedRun, engine: Executor) -> Executor:
     """The reference model, in the compute dtype and without adapters, on the ranks of `engine`."""
     model = checkpoint_architecture(run.reference) if run.reference else run.config.model
+    # The reference is the model before fine-tuning: without adapters, and with nothing that trains.
     plain = config.with_({"finetune": FinetuneConfig(), "model": model})
     reference = make_engine(plain, run.dtype, engine.device, run.plan, frozen=True, same_mesh_as=engine)
     if run.reference:
@@ -242,6 +245,7 @@ def load_engine(engine: Executor, model: ModelConfig, source: Checkpoint, added:
     shard, lacks_adapters = engine_shard(engine), adapters_of(source) is None
     shards = {n: shard(p) for n, p in engine.parameters.items() if not (is_adapter(n) and lacks_adapters)}
     copies = {name: shard(parameter) for name, parameter in engine.duplicates.items()}
+    # One by one and outside of the report, which counts each tensor once.
     for name, parameter in copies.items():
         load_shards({name: parameter}, model, source, added)
     report = load_shards(shards, model, source, added)

@@ -48,6 +48,7 @@ class PeakMemory:
         self.profiler.__exit__(*error)
         results: Any = self.profiler.profiler.kineto_results  # type: ignore[union-attr]
         events = [event for event in results.events() if event.name() == "[memory]"]
+        # The CPU has no counter of peak memory, so the profiler's allocations are added up in their order.
         held = 0
         for event in sorted(events, key=lambda event: event.start_ns()):
             held += event.nbytes()

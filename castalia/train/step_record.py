@@ -24,6 +24,7 @@ def step_record(session: Session, progress: Progress, result: StepResult, second
         record |= session.step.preference.report
     if session.step.loss_scale is not None:
         record["loss_scale"] = session.step.loss_scale
+    # Runs that skip nothing need no column for it.
     if session.step.loss_scale is not None or progress.skipped:
         record["skipped"] = progress.skipped
     return record

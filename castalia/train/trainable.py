@@ -35,6 +35,7 @@ def what_trains(config: RunConfig, source: Checkpoint | None, model: ModelConfig
         )
     chosen = wanted.with_({"lora": wanted.lora or stored})
     sized = model.with_({"vocab_size": model.vocab_size or 1})  # only the names matter
+    # Patterns are checked against all tensors of the run, because other pipeline stages hold some of them.
     names = [*tensor_shapes(sized), *adapter_shapes(sized, chosen.lora)]
     kinds = ", ".join(dict.fromkeys(re.sub(r"^blocks\.\d+", "blocks.0", name) for name in names))
     for key in ("train", "freeze"):

@@ -34,6 +34,7 @@ class Lion(torch.optim.Optimizer):
             torch._foreach_lerp_(directions, grads, 1 - first)
             for direction in directions:
                 direction.sign_()
+            # Decay is decoupled, as AdamW's: it shrinks the weights instead of adding to the gradients.
             torch._foreach_mul_(trained, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(trained, directions, alpha=-group["lr"])
             torch._foreach_lerp_(moments, grads, 1 - second)

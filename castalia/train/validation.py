@@ -35,6 +35,7 @@ class Validation:
         every, batches = self.cfg.every, self.cfg.batches
         first = max(0, (step // every - 1) * batches if every else 0)
         preference, self.cut_short = self.session.step.preference, False
+        # Without `every` only the end of a run is evaluated, on the first stretch.
         shown = self._batches(range(first, first + batches), should_stop)
         result = preference.evaluate(shown) if preference else evaluate(self.session.engine, shown)
         return None if self.cut_short else result
@@ -51,6 +52,7 @@ class Validation:
         rows = self.session.plan.rows_of(self.session.engine.data_rank) if has_parts else None
         for number in numbers:
             yield self.data.batch(number, rows)
+            # After the last batch there is nothing left to cut short.
             self.cut_short = number < numbers[-1] and should_stop()
             if self.cut_short:
                 return

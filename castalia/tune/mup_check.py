@@ -87,7 +87,7 @@ def coordinate_check(
 def slopes(widths: Sequence[int], movements: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """Exponents of movement over width, by least squares on logarithms: movement like width^0.5 gives 0.5."""
     x = torch.tensor(widths, dtype=torch.float64).log()
-    x -= x.mean()
+    x -= x.mean()  # then the intercept drops out of the regression
     return {
         name: float(x @ torch.tensor(values, dtype=torch.float64).log() / (x @ x)) for name, values in movements.items()
     }

@@ -31,9 +31,10 @@ def replay(run: Path, step: int) -> dict[str, Any]:
     session = start(config)
     if not 0 < step <= session.last:
         raise TrainingError(f"--step {step}: the run's steps are 1 to {session.last}")
+    # The steps between the checkpoint and this one are computed again, with what became of their updates then.
     for number in range(begin + 1, step):
         if number in history.rewound:
-            session.step.skipped += 1
+            session.step.skipped += 1  # a rewind undid it, and its data were not read again
         elif number in history.skipped:
             session.step.gradients(number - 1, session.batch(number - 1))
             session.step.skip()
@@ -110,9 +111,10 @@ def _sequences(session: Session, step: int) -> list[dict[str, Any]]:
             loss = None
             if session.step.preference is None:
                 loss = float(session.engine.loss_sum(Rows.of(batch).rows(row, row + 1))) / max(1, tokens)
-            found = {"row": row, "position": position, "loss": loss, "tokens": tokens}
-            found["pieces"] = [piece._asdict() for piece in session.data.pieces(position)]
-            rows.append(found | {"text": _text(session.tokenizer, batch.tokens[row])})
+            # Of pairs, two rows share one position.
+            facts = {"row": row, "position": position, "loss": loss, "tokens": tokens}
+            facts["pieces"] = [piece._asdict() for piece in session.data.pieces(position)]
+            rows.append(facts | {"text": _text(session.tokenizer, batch.tokens[row])})
     return sorted(rows, key=lambda row: -(row["loss"] or 0.0))
 
 
