@@ -1,4 +1,4 @@
-"""What two checkpoints have in common: structure, then figures tensor by tensor, then a verdict in words."""
+"""Compare two checkpoints: their structure, the figures of each tensor, and a verdict on how they are related."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ Verdict = Literal[
     "identical", "dtype", "padding", "layout", "transposed", "bias_summed", "halves_swapped", "tied",
     "fine_tune", "siblings", "same_init", "unrelated", "other_architecture", "not_finite",
 ]  # fmt: skip
-EXPLAINED = ("transposed", "layout", "bias_summed", "halves_swapped")  # exact, but another model if read alike
+EXPLAINED = (
+    "transposed",
+    "layout",
+    "bias_summed",
+    "halves_swapped",
+)  # the same values, but another model if both are read in the same way
 # Settings that change the random draw of a run with the same seed, in programs that draw on each rank or device.
 CAUSES = (
     "the number of tensor ranks: shards have other shapes, and each rank a stream of its own",
@@ -27,13 +32,15 @@ CAUSES = (
     "the GPU model: CUDA's generator numbers its streams by the threads that a device runs",
     "padding of the vocabulary, dtype, optional layers, library versions: other shapes, order or count of draws",
 )
-SAME_STD = 0.03  # largest difference of standard deviations from one init method, beside the error of the estimate
-ARCHITECTURE_ONLY = re.compile("init|dropout|vocab|max_positions")  # settings that leave the function as it is
+SAME_STD = 0.03  # largest relative difference of standard deviations from one init method, without sampling error
+ARCHITECTURE_ONLY = re.compile(
+    "init|dropout|vocab|max_positions"
+)  # settings that do not change what the model computes
 
 
 @dataclass(frozen=True)
 class PartRatio:
-    """Standard deviations of one kind of layer over all blocks."""
+    """The standard deviations of one kind of tensor, over all blocks."""
 
     part: str
     tensors: int
@@ -43,11 +50,14 @@ class PartRatio:
 
     @property
     def ratio(self) -> float:
+        """B's standard deviation over A's."""
         return self.std_b / self.std_a if self.std_a else math.inf
 
 
 @dataclass(frozen=True)
 class Diff:
+    """The result of a comparison."""
+
     verdict: Verdict
     words: str
     structure: tuple[str, ...]  # settings and tensors that only one side has, or that differ
@@ -58,9 +68,11 @@ class Diff:
 
     @property
     def counts(self) -> dict[str, int]:
+        """The number of tensors in each kind of relation."""
         return dict(Counter(relation.kind for relation in self.relations.values()))
 
     def as_json(self) -> dict:
+        """Everything, as values of JSON."""
         tensors = {
             name: {"relation": relation.kind, "detail": relation.detail}
             | (asdict(relation.figures) | {"relative": relation.figures.relative} if relation.figures else {})
@@ -81,7 +93,7 @@ class Diff:
 
 
 def diff(a: Checkpoint, b: Checkpoint, advance: Callable[[str], None] = lambda name: None) -> Diff:
-    """Compare two checkpoints, one piece of a tensor at a time. `advance` is told the name of each tensor in turn."""
+    """Compare two checkpoints, a piece of a tensor at a time. `advance` is called with the name of each tensor."""
     model = a.config.model if a.config else None
     relations = {}
     for name in in_order(sorted(a.model.keys() & b.model.keys())):
@@ -95,18 +107,19 @@ def diff(a: Checkpoint, b: Checkpoint, advance: Callable[[str], None] = lambda n
 
 
 def _structure(a: Checkpoint, b: Checkpoint) -> tuple[str, ...]:
-    found = []
+    lines = []
     if a.config and b.config and a.config.model and b.config.model:
-        left, right = _told(a.config.model), _told(b.config.model)
-        found += [f"model.{key}: {left[key]} | {right[key]}" for key in left if left[key] != right[key]]
-    found += [f"only in A: {name} {list(a.model[name].shape)}" for name in in_order(list(a.model.keys() - b.model))]
-    found += [f"only in B: {name} {list(b.model[name].shape)}" for name in in_order(list(b.model.keys() - a.model))]
+        left, right = _settings(a.config.model), _settings(b.config.model)
+        lines += [f"model.{key}: {left[key]} | {right[key]}" for key in left if left[key] != right[key]]
+    lines += [f"only in A: {name} {list(a.model[name].shape)}" for name in in_order(list(a.model.keys() - b.model))]
+    lines += [f"only in B: {name} {list(b.model[name].shape)}" for name in in_order(list(b.model.keys() - a.model))]
     if a.progress.step != b.progress.step:
-        found.append(f"step: {a.progress.step} | {b.progress.step}")
-    return tuple(found)
+        lines.append(f"step: {a.progress.step} | {b.progress.step}")
+    return tuple(lines)
 
 
-def _told(model: ModelConfig) -> dict[str, object]:
+def _settings(model: ModelConfig) -> dict[str, object]:
+    """The settings that change what the model computes, with the values that None stands for."""
     values = {key: value for key, value in model.model_dump().items() if not ARCHITECTURE_ONLY.search(key)}
     return values | {"num_kv_heads": model.kv_heads, "mlp_size": model.mlp_width}
 
@@ -127,12 +140,12 @@ def _parts(relations: Mapping[str, Relation]) -> tuple[PartRatio, ...]:
 
 
 def _updates(relations: Mapping[str, Relation]) -> dict[str, float]:
-    """Relative change of each block, of the embedding, positions, norm and head."""
-    change: dict[str, list[float]] = {}
+    """The relative change of each block, of embedding, positions, norm and head."""
+    change: dict[str, list[float]] = {}  # layer -> sums of squares of differences and of A's values
     for name, relation in relations.items():
         if relation.figures:
-            words = name.split(".")
-            layer = ".".join(words[:2]) if words[0] == "blocks" else words[0]
+            parts = name.split(".")
+            layer = ".".join(parts[:2]) if parts[0] == "blocks" else parts[0]
             sums = change.setdefault(layer, [0.0, 0.0])
             sums[0] += relation.figures.count * relation.figures.rms_diff**2
             sums[1] += relation.figures.count * relation.figures.rms_a**2
@@ -174,7 +187,7 @@ def _judge(
 def _exact(
     a: Checkpoint, b: Checkpoint, relations: Mapping[str, Relation], kinds: Counter, tied: bool
 ) -> tuple[Verdict, str]:
-    """Both hold the same values, in some form."""
+    """The verdict on two checkpoints that hold the same values, possibly rearranged, scaled or rounded."""
     total = len(relations)
     details = {
         kind: sorted({r.detail for r in relations.values() if r.kind == kind}) for kind in kinds if kind != "identical"
@@ -211,12 +224,12 @@ def _tied(a: Checkpoint, b: Checkpoint) -> str:
 
 
 def _one_seed(a: Checkpoint, b: Checkpoint) -> str:
-    """What their configs tell of two runs of ours that drew the same weights and then learned apart, else nothing."""
+    """A description of two runs of ours that began with the same weights; empty if their configs do not say so."""
     if not (a.config and b.config and a.facts.data_fingerprint and b.facts.data_fingerprint):
         return ""  # at least one was not trained here
     if a.config.checkpoint.init_from or b.config.checkpoint.init_from or not (a.progress.step and b.progress.step):
         return ""
-    drawn = [(each.seed, _drawn(each.model), each.neox_exact) for each in (a.config, b.config) if each.model]
+    drawn = [(side.seed, _drawn(side.model), side.neox_exact) for side in (a.config, b.config) if side.model]
     if drawn[0] != drawn[1] or (_same_run(a, b) and a.progress.step != b.progress.step):
         return ""
     steps = [f"{each.progress.step:,}" for each in (a, b)]
@@ -234,7 +247,7 @@ def _drawn(model: ModelConfig) -> dict[str, object]:
 
 
 def _same_run(a: Checkpoint, b: Checkpoint) -> bool:
-    """Whether both learned the same from the same data, as far as their configs tell."""
+    """Whether both belong to one run, or to runs of the same config and data."""
     assert a.config and b.config
     known = a.facts.data_fingerprint
     alike = ("model", "optimizer", "schedule", "precision", "finetune", "seed", "neox_exact")
@@ -282,7 +295,7 @@ def _other_architecture(relations: Mapping[str, Relation], alone: Iterable[str])
 
 
 def _optimizer(a: Checkpoint, b: Checkpoint, relations: Mapping[str, Relation]) -> str:
-    """Compared where the weights are the same; else it would tell nothing new."""
+    """Whether the optimizer states are equal, which is only compared if the weights are."""
     if a.optimizer is None or b.optimizer is None:
         sides = " and ".join(name for name, each in (("A", a), ("B", b)) if each.optimizer is not None)
         return f"optimizer state: {f'only in {sides}' if sides else 'none'}"

@@ -1,4 +1,4 @@
-"""The architecture that canonical tensors show by themselves, beside what configs say of it."""
+"""The architecture of a checkpoint: what its tensors show, and what configs add or contradict."""
 
 from __future__ import annotations
 
@@ -20,27 +20,34 @@ SETTINGS = {"kv_heads": "num_kv_heads", "mlp_width": "mlp_size", "padded_vocab_s
 
 @dataclass(frozen=True)
 class Fact:
+    """A setting of the model and where its value comes from: "tensors", a file and line, "guess"."""
+
     value: Any
     source: str
 
 
 def from_tensors(tensors: Mapping[str, TensorRef], num_heads: int | None) -> dict[str, Any]:
-    """Properties of `Model` that the tensors tell. The number of heads is not one, unless each has a norm."""
+    """The properties of `ModelConfig` that canonical tensors show.
+
+    `num_heads`: from the config; tensors show the number of heads only if each head has a norm (`qk_norm`).
+    """
     shapes = {name: tuple(ref.shape) for name, ref in tensors.items()}
     blocks = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
-    found: dict[str, Any] = {"num_layers": len(blocks), "tie_embeddings": "head.weight" not in shapes}
-    if "reward.weight" in shapes:  # it needs no other head, so that none tells nothing
-        del found["tie_embeddings"]
-    matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2}  # others are of a damaged file
+    facts: dict[str, Any] = {"num_layers": len(blocks), "tie_embeddings": "head.weight" not in shapes}
+    if "reward.weight" in shapes:  # a reward model has no other head, so its absence shows nothing
+        del facts["tie_embeddings"]
+    matrices = {
+        name: shape for name, shape in shapes.items() if len(shape) == 2
+    }  # other shapes belong to a damaged file
     if "embed.weight" in matrices:
-        found["padded_vocab_size"], found["hidden_size"] = matrices["embed.weight"]
+        facts["padded_vocab_size"], facts["hidden_size"] = matrices["embed.weight"]
     if "positions.weight" in matrices:
-        found |= {"position": "learned", "max_positions": matrices["positions.weight"][0]}
+        facts |= {"position": "learned", "max_positions": matrices["positions.weight"][0]}
     if not blocks:
-        return found
+        return facts
     block = {name.removeprefix("blocks.0."): shape for name, shape in shapes.items() if name.startswith("blocks.0.")}
     matrices = {name: shape for name, shape in block.items() if len(shape) == 2}
-    found |= {
+    facts |= {
         "norm": _norm(block),
         "qk_norm": "attn.qk_norm.weight" in block,
         "gated_mlp": "mlp.gate.weight" in block,
@@ -48,13 +55,14 @@ def from_tensors(tensors: Mapping[str, TensorRef], num_heads: int | None) -> dic
         "mlp_bias": "mlp.up.bias" in block,
     }
     if "mlp.down.weight" in matrices:
-        found["mlp_width"] = matrices["mlp.down.weight"][1]
+        facts["mlp_width"] = matrices["mlp.down.weight"][1]
     if "attn.qk_norm.weight" in matrices:
-        num_heads = found["num_heads"] = matrices["attn.qk_norm.weight"][0]
-    if num_heads and "attn.qkv.weight" in matrices and found.get("hidden_size", 0) >= num_heads:
-        rows = matrices["attn.qkv.weight"][0] // (found["hidden_size"] // num_heads)
-        found["kv_heads"] = (rows - num_heads) // 2
-    return found
+        num_heads = facts["num_heads"] = matrices["attn.qk_norm.weight"][0]
+    if num_heads and "attn.qkv.weight" in matrices and facts.get("hidden_size", 0) >= num_heads:
+        # the fused matrix has (heads + 2 * kv_heads) * head_size rows
+        rows = matrices["attn.qkv.weight"][0] // (facts["hidden_size"] // num_heads)
+        facts["kv_heads"] = (rows - num_heads) // 2
+    return facts
 
 
 def _norm(block: Mapping[str, tuple[int, ...]]) -> str:
@@ -66,10 +74,10 @@ def _norm(block: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def architecture(checkpoint: Checkpoint) -> tuple[dict[str, Fact], list[str]]:
-    """What the model is, every value with where it is from, and how configs and tensors disagree."""
+    """The model's settings, each with its source, and a line for each setting in which config and tensors disagree."""
     model = checkpoint.config.model if checkpoint.config else None
-    told = from_tensors(checkpoint.model, model.num_heads if model else None)
-    facts = {name: Fact(told[name], "tensors") for name in SHOWN if name in told}
+    shown = from_tensors(checkpoint.model, model.num_heads if model else None)
+    facts = {name: Fact(shown[name], "tensors") for name in SHOWN if name in shown}
     differences = list(checkpoint.facts.disagreements)
     if model is not None:
         for name in SHOWN:
@@ -85,9 +93,10 @@ def architecture(checkpoint: Checkpoint) -> tuple[dict[str, Fact], list[str]]:
 
 
 def _matters(name: str, facts: Mapping[str, Fact]) -> bool:
-    """Whether the model has a use for a setting."""
+    """Whether a setting has an effect in this model."""
 
     def value(of: str) -> Any:
+        """The value of another setting; None if it is unknown."""
         return facts[of].value if of in facts else None
 
     uses = {

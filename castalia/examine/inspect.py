@@ -1,4 +1,4 @@
-"""What is inside a checkpoint: all that directories and a sample of the values tell, without torch."""
+"""Report what is inside a checkpoint, from headers and a sample of its values, without torch."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ from castalia.plan.run_description import readable
 from castalia.storage.extent import verify, verifying
 from castalia.storage.lazy import ByteRun, TensorRef, same_bits
 
-SPANS = 64  # stretches of rows sampled of each kind
-FITS = 0.03  # relative difference of a standard deviation from its expected one
+SPANS = 64  # stretches of rows that are sampled of each kind of tensor
+FITS = 0.03  # largest relative difference of a standard deviation from that of an init method
 
 
 def report(checkpoint: Checkpoint, vocabulary: tuple[int | None, str] = (None, ""), *, full: bool = False) -> dict:
-    """Everything, JSON-ready. `vocabulary`: the tokenizer's size and where it is known from.
+    """Everything about a checkpoint, as values of JSON.
 
-    Values are sampled; `full` reads all of every tensor instead, verifies checksums and lists each tensor.
+    `vocabulary`: the size of the tokenizer in tokens and its source. Values are sampled; `full` reads every tensor
+    instead, verifies checksums and lists each tensor.
     """
     facts, differences = architecture(checkpoint)
     total = sum(prod(ref.shape) for ref in checkpoint.model.values())
@@ -50,12 +51,12 @@ def report(checkpoint: Checkpoint, vocabulary: tuple[int | None, str] = (None, "
         "optimizer": _optimizer(checkpoint),
         "vocabulary": _vocabulary(checkpoint, vocabulary),
         "statistics": [_statistics(checkpoint, kind, names, sums) for kind, names in by_kind(checkpoint.model).items()],
-        "sampled_values": sum(each.count for each in sums.values()),
+        "sampled_values": sum(seen.count for seen in sums.values()),
         "anomalies": list(anomalies(checkpoint, sums, full)),
         "notes": [*checkpoint.notes, *checkpoint.state_notes],
     }
     if full:
-        result["tensors"] = [_listed(name, ref, sums[name]) for name, ref in checkpoint.model.items()]
+        result["tensors"] = [_tensor(name, ref, sums[name]) for name, ref in checkpoint.model.items()]
     return result
 
 
@@ -69,7 +70,7 @@ def by_kind(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def sample_sums(tensors: Mapping[str, TensorRef]) -> dict[str, Sums]:
-    """Figures of a sample of every tensor; of a kind with more than `SPANS` tensors, of as many, evenly chosen."""
+    """Statistics of a sample of every tensor, or of `SPANS` evenly chosen ones where a kind has more tensors."""
     result: dict[str, Sums] = {}
     for names in by_kind(tensors).values():
         chosen = names if len(names) <= SPANS else [names[len(names) * i // SPANS] for i in range(SPANS)]
@@ -78,7 +79,7 @@ def sample_sums(tensors: Mapping[str, TensorRef]) -> dict[str, Sums]:
 
 
 def read_sums(checkpoint: Checkpoint) -> dict[str, Sums]:
-    """Figures of all weights, read a piece at a time. The optimizer's state is verified with them.
+    """Statistics of all weights, which are read a piece at a time. The optimizer state is verified, too.
 
     Raises CheckpointError for damaged files.
     """
@@ -90,6 +91,7 @@ def read_sums(checkpoint: Checkpoint) -> dict[str, Sums]:
 
 
 def whole(ref: TensorRef) -> Sums:
+    """Statistics of all values of a tensor."""
     result = Sums()
     for piece in ref.pieces():
         result.add(piece.float().flatten().numpy(), prod(ref.shape[1:]))
@@ -97,7 +99,10 @@ def whole(ref: TensorRef) -> Sums:
 
 
 def stored_bytes(checkpoint: Checkpoint) -> dict[str, int]:
-    """Bytes on disk by what they are, copies on other ranks included. Masters that are the weights count as weights."""
+    """Bytes on disk: weights, masters, moments, the rest and the total. Copies on other ranks are included.
+
+    Masters that are the weights themselves count as weights.
+    """
     groups: dict[str, list[TensorRef]] = {"weights": list(checkpoint.model.values()), "masters": [], "moments": []}
     for state in (checkpoint.optimizer or {}).values():
         for kind, ref in state_tensors(state).items():
@@ -105,15 +110,15 @@ def stored_bytes(checkpoint: Checkpoint) -> dict[str, int]:
     seen: set[ByteRun] = set()
     result = {}
     for kind, refs in groups.items():
-        found = {run for ref in refs for run in ref.runs()} - seen
-        seen |= found
-        result[kind] = sum(run.num_bytes for run in found)
+        runs = {run for ref in refs for run in ref.runs()} - seen
+        seen |= runs
+        result[kind] = sum(run.num_bytes for run in runs)
     total = sum(size for _, size in _listed_files(Path(checkpoint.path)))
     return result | {"rest": max(0, total - sum(result.values())), "total": total}
 
 
 def meaning(checkpoint: Checkpoint, total: int, stored: Mapping[str, int], facts: Mapping[str, Any]) -> str:
-    """One sentence about what the bytes are and what can be done with them."""
+    """One sentence about what the files hold and what can be done with them."""
     used = sum(stored[kind] for kind in ("weights", "masters", "moments"))
     shape = f" of a {facts.get('num_layers')} x {facts.get('hidden_size')} model"
     dtypes = " and ".join(sorted({ref.dtype_name for ref in checkpoint.model.values()}))
@@ -139,7 +144,7 @@ def meaning(checkpoint: Checkpoint, total: int, stored: Mapping[str, int], facts
 
 
 def anomalies(checkpoint: Checkpoint, sums: Mapping[str, Sums], full: bool) -> Iterator[str]:
-    """What a healthy checkpoint does not have, one line each."""
+    """A line for each thing that a healthy checkpoint does not have."""
     started = checkpoint.progress.step > 0
     values = "values" if full else "sampled values"
     for name, seen in sums.items():
@@ -156,7 +161,7 @@ def anomalies(checkpoint: Checkpoint, sums: Mapping[str, Sums], full: bool) -> I
 
 
 def _without_gradient(checkpoint: Checkpoint) -> Iterator[str]:
-    """Kinds of tensors whose second moments are zero in every sampled place, which never had a gradient."""
+    """Tensors whose sampled second moments are all zero, so that they never had a gradient."""
     states = {name: state for name, state in (checkpoint.optimizer or {}).items() if "exp_avg_sq" in state}
     if not any(state.get("step") for state in states.values()):
         return
@@ -175,7 +180,7 @@ def _more(others: int) -> str:
 
 
 def _inexact(checkpoint: Checkpoint) -> Iterator[str]:
-    """Weights that are not their masters rounded, and copies that drifted apart between ranks."""
+    """Weights that are not their masters rounded, and copies on tensor ranks that drifted apart."""
     from castalia.checkpoint.rules import drift
 
     for name, state in (checkpoint.optimizer or {}).items():
@@ -190,7 +195,7 @@ def _inexact(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _statistics(checkpoint: Checkpoint, kind: str, names: list[str], sums: Mapping[str, Sums]) -> dict[str, Any]:
-    """Figures of one kind, and how they compare with the start of training."""
+    """Statistics of one kind of tensor, and the init methods whose standard deviation they have."""
     together = Sums()
     for name in names:
         if name in sums:
@@ -216,7 +221,7 @@ def _statistics(checkpoint: Checkpoint, kind: str, names: list[str], sums: Mappi
 
 
 def _drawn_shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
-    """Of the matrix that was drawn: NeoX draws on each tensor rank, with the fans of the part."""
+    """The shape of the matrix that was drawn: NeoX draws each tensor rank's part by itself."""
     shape = list(checkpoint.model[name].shape)
     dim = tp_dim(name)
     if dim is not None:
@@ -225,7 +230,7 @@ def _drawn_shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
 
 
 def _knows_method(checkpoint: Checkpoint) -> bool:
-    """Whether the config says how the weights began, or its format's defaults do."""
+    """Whether the config, or the defaults of its format, say how the weights were initialized."""
     return checkpoint.format == "native" or bool(checkpoint.config and checkpoint.config.origins)
 
 
@@ -241,11 +246,11 @@ def _parameters(checkpoint: Checkpoint, total: int) -> dict[str, int | None]:
 
 
 def _precision(checkpoint: Checkpoint) -> dict[str, str]:
-    found: dict[str, set[str]] = {"weights": {ref.dtype_name for ref in checkpoint.model.values()}}
+    dtypes: dict[str, set[str]] = {"weights": {ref.dtype_name for ref in checkpoint.model.values()}}
     for state in (checkpoint.optimizer or {}).values():
         for kind, ref in state_tensors(state).items():
-            found.setdefault(kind, set()).add(ref.dtype_name)
-    return {kind: ", ".join(sorted(names)) for kind, names in found.items()}
+            dtypes.setdefault(kind, set()).add(ref.dtype_name)
+    return {kind: ", ".join(sorted(names)) for kind, names in dtypes.items()}
 
 
 def _optimizer(checkpoint: Checkpoint) -> dict[str, Any] | None:
@@ -274,20 +279,20 @@ def _progress(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _files(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The folder's files, and how the format spread the model over them."""
+    """The number of files, and how the format cut the model over them."""
     names = ("era", "version", "tp", "pp", "dp", "zero", "pipeline_files", "optimizer_files", "model_type", "versions")
     known = {name: value for name in names if (value := getattr(checkpoint.facts, name)) is not None}
     return {"count": len(_listed_files(Path(checkpoint.path))), **known}
 
 
 def _listed_files(folder: Path) -> list[tuple[str, int]]:
-    """(path, bytes) of all files below a folder, hidden ones left out."""
-    found = []
+    """(path, bytes) of all files below a folder, except hidden ones."""
+    files = []
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         paths = [os.path.join(place, name) for name in names if not name.startswith(".")]
-        found += [(path, os.stat(path).st_size) for path in paths if os.path.isfile(path)]
-    return found
+        files += [(path, os.stat(path).st_size) for path in paths if os.path.isfile(path)]
+    return files
 
 
 def _vocabulary(checkpoint: Checkpoint, known: tuple[int | None, str]) -> dict[str, Any]:
@@ -301,7 +306,7 @@ def _vocabulary(checkpoint: Checkpoint, known: tuple[int | None, str]) -> dict[s
     }
 
 
-def _listed(name: str, ref: TensorRef, seen: Sums) -> dict[str, Any]:
+def _tensor(name: str, ref: TensorRef, seen: Sums) -> dict[str, Any]:
     return {
         "name": name, "shape": list(ref.shape), "dtype": ref.dtype_name, "mean": seen.mean, "std": seen.std,
         "low": seen.low if seen.finite else None, "high": seen.high if seen.finite else None,

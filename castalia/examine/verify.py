@@ -1,6 +1,7 @@
-"""The proof that two checkpoints are one model: both compute, block by block, and their tensors are compared.
+"""Prove that two checkpoints are the same model: run both on the same tokens, and compare all their tensors.
 
-One block of each side is in memory at a time, the embedding only in the rows of the probe tokens, the head in slices.
+Of each side only one block is in memory at a time, only the embedding's rows of the probe tokens, and a slice of the
+head.
 """
 
 from __future__ import annotations
@@ -22,31 +23,31 @@ from castalia.model.transformer import Transformer
 from castalia.storage.lazy import TensorRef
 
 NUM_TOKENS = 64
-HEAD_ROWS = 2048
-# Largest difference of logits in units of their size: what rounding the weights to a dtype may cost.
+HEAD_ROWS = 2048  # of the head, in memory at a time
+# The largest difference of logits, relative to the largest logit, that rounding weights to a dtype may cause.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass(frozen=True)
 class Proof:
-    """`str()` is what the terminal shows."""
+    """How two checkpoints compare. `str()` gives lines for the terminal."""
 
     max_diff: float  # of logits
     scale: float  # largest logit
-    kl: float  # nats for each token, mean
-    agreement: float  # share of tokens whose likeliest successor is the same
+    kl: float  # mean over tokens, in nats
+    agreement: float  # share of tokens after which both find the same token likeliest
     tokens: int
     equal_tensors: int
     num_tensors: int
-    equal_state: int | None  # tensors of the optimizer; None where a side has none
+    equal_state: int | None  # tensors of the optimizer; None if a side has no state
     num_state: int
-    rounded: int  # of these equal ones, biases that differ by no more than a division over tensor ranks rounds
-    difference: str  # the first tensor that differs, and what it looks like; empty if none does
+    rounded: int  # biases among the equal tensors that differ only by the rounding of a division over tensor ranks
+    difference: str  # the first tensor that differs, and how; empty if none does
     tolerance: float
 
     @property
     def holds(self) -> bool:
-        """Whether both are the same model, as far as the dtypes of their weights allow."""
+        """Whether both are the same model, up to the rounding of their dtypes."""
         same_state = self.equal_state is None or self.equal_state == self.num_state
         return not self.difference and same_state and self.max_diff <= self.tolerance * max(self.scale, 1.0)
 
@@ -68,7 +69,7 @@ class Proof:
 
 
 def verify(source: Checkpoint, result: Checkpoint) -> Proof:
-    """Compare two checkpoints of what should be one model."""
+    """Compare a checkpoint with its conversion. Both may have any format and dtype."""
     source = with_micro_batches(source, result.summed_micro_batches)
     left, right = architecture(source), architecture(result)
     vocab = min(left.vocab_size or 0, right.vocab_size or 0) or left.padded_vocab_size
@@ -79,11 +80,11 @@ def verify(source: Checkpoint, result: Checkpoint) -> Proof:
     equal_tensors, rounded, difference = _compare(source, result, left)
     equal_state, num_state = _compare_state(source, result)
     dtypes = {ref.dtype for side in (source, result) for ref in side.model.values()}
-    # Weights of one dtype that are equal compute the same; others may be a rounding apart.
+    # Equal weights of one dtype give equal logits; otherwise weights may differ by a rounding.
     tolerance = (
         TOLERANCE[torch.float32] if len(dtypes) == 1 and not rounded else max(TOLERANCE[dtype] for dtype in dtypes)
     )
-    alike = (a == b) | (a.isnan() & b.isnan())  # a model of weights that are no numbers can be written as well
+    alike = (a == b) | (a.isnan() & b.isnan())  # a model with NaN among its weights can be converted, too
     return Proof(
         max_diff=float((a - b).abs().masked_fill(alike, 0.0).max()),
         scale=float(a.abs().nan_to_num(0.0).max()),
@@ -101,14 +102,14 @@ def verify(source: Checkpoint, result: Checkpoint) -> Proof:
 
 
 def probe_tokens(vocab: int, length: int) -> Tensor:
-    """[2, length / 2] tokens, spread over the vocabulary; the same ones every time."""
+    """Tokens [2, length / 2] drawn from the whole vocabulary, the same in every call."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(vocab, (2, max(1, length // 2)), generator=generator)
 
 
 @torch.no_grad()
 def logits(checkpoint: Checkpoint, tokens: Tensor, vocab: int) -> Tensor:
-    """fp32 logits [b, t, vocab], computed with one block in memory."""
+    """The model's fp32 logits [batch, time, vocab], computed with one block in memory."""
     model = architecture(checkpoint)
     exact = checkpoint.config is not None and checkpoint.config.neox_exact
     with torch.device("meta"):
@@ -127,6 +128,7 @@ def logits(checkpoint: Checkpoint, tokens: Tensor, vocab: int) -> Tensor:
 
 def _embedded(checkpoint: Checkpoint, model: ModelConfig, tokens: Tensor) -> Tensor:
     def rows(name: str, wanted: Tensor) -> Tensor:
+        """Rows of a matrix, each read by itself: [number of rows, hidden]."""
         ref = checkpoint.model[name]
         return torch.stack([ref.read([slice(row, row + 1)])[0].float() for row in wanted.flatten().tolist()])
 
@@ -146,7 +148,7 @@ def _fill(module: nn.Module, checkpoint: Checkpoint, prefix: str) -> nn.Module:
 
 
 def _compare(source: Checkpoint, result: Checkpoint, model: ModelConfig) -> tuple[int, int, str]:
-    """How many weights agree, how many of them but for rounding, and a description of the first that does not."""
+    """The number of equal weights, how many of them are equal only up to rounding, and the first difference."""
     same, rounded, difference = 0, 0, ""
     ranks = max(source.summed_bias_ranks, result.summed_bias_ranks)
     for name in in_order(sorted(source.model.keys() | result.model.keys())):
@@ -167,7 +169,7 @@ def _compare(source: Checkpoint, result: Checkpoint, model: ModelConfig) -> tupl
 
 
 def _rounded(name: str, a: TensorRef, b: TensorRef, ranks: int) -> bool:
-    """Whether b can be a bias a that was divided over the ranks, rounded on each, and summed again."""
+    """Whether b may be the bias a after division over the tensor ranks, rounding on each, and summation."""
     if ranks == 1 or not row_of(name).row_parallel_bias or a.shape != b.shape:
         return False
     dtype = max(a.dtype, b.dtype, key=lambda each: torch.finfo(each).eps)  # the one that was rounded to
@@ -177,7 +179,7 @@ def _rounded(name: str, a: TensorRef, b: TensorRef, ranks: int) -> bool:
 
 
 def _compare_state(source: Checkpoint, result: Checkpoint) -> tuple[int | None, int]:
-    """Tensors of the optimizer that agree, and their number. Padding rows that one side lacks are left out."""
+    """The number of equal tensors of the optimizer, and of all. Padding rows that one side lacks are not compared."""
     if source.optimizer is None or result.optimizer is None:
         return None, 0
     same = total = 0
@@ -203,7 +205,7 @@ def _same(name: str, kind: str, a: TensorRef, b: TensorRef, ranks: int) -> bool:
 
 
 def describe(relation: Relation) -> str:
-    """What a tensor that differs looks like, in words."""
+    """A phrase about a tensor that differs."""
     looks = {
         "transposed": "looks transposed",
         "layout": "its rows are permuted",

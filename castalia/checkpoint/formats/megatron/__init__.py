@@ -1,0 +1,1 @@
+"""Megatron-DeepSpeed's format (the BigScience fork); its tables of tensors are in `neox.names`."""
