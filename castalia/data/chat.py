@@ -1,4 +1,4 @@
-"""Conversations to token ids and labels, with the Jinja templates that Hugging Face's tokenizers carry."""
+"""Conversations to token ids and labels, by the Jinja chat templates of Hugging Face tokenizers."""
 
 from __future__ import annotations
 
@@ -21,17 +21,20 @@ Conversation = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Chat:
-    """How a conversation becomes text, and which of it is trained on."""
+    """How a conversation becomes text, and which of its turns are trained on."""
 
     template: str
-    names: tuple[tuple[str, str], ...] = ()  # what the template may use besides the messages: bos_token, eos_token
-    role: str = "assistant"  # whose turns are trained on
-    only_last: bool = False  # of these only one that ends the conversation
-    for_rm: bool = False  # reward models: two end-of-document ids, and only the last of them is labelled
+    names: tuple[tuple[str, str], ...] = ()  # variables of the template besides the messages: bos_token, eos_token
+    role: str = "assistant"  # the role whose turns are trained on
+    only_last: bool = False  # train on the last turn only, which must be of that role
+    for_rm: bool = False  # for reward models: append two end-of-document ids, and label only the second
 
 
 def read_template(path: str | Path) -> tuple[str, tuple[tuple[str, str], ...]]:
-    """Template and special tokens: from a Jinja file, from a tokenizer_config.json, or from a folder with either."""
+    """The template and the special tokens of a Jinja file, a tokenizer_config.json, or a folder with either.
+
+    Raises DataError if there is no template.
+    """
     path = Path(path)
     given = {SETTINGS if path.suffix == ".json" else JINJA: path}
     if path.is_dir():
@@ -47,15 +50,18 @@ def read_template(path: str | Path) -> tuple[str, tuple[tuple[str, str], ...]]:
 
 @lru_cache(maxsize=4)
 def renderer(chat: Chat) -> Callable[[Conversation, bool], Rendered]:
-    """Text of the messages, ready for an answer if the flag says so. DataError if the template is no Jinja."""
+    """A function from messages to text. Its flag asks for the beginning of an answer at the end of the text.
+
+    Raises DataError if the template is no valid Jinja; the function raises ValueError if it does not render.
+    """
     template, content = compile_template(chat.template)
 
     def render(messages: Conversation, ready: bool) -> Rendered:
         shown = [turn | {"content": content(turn["content"])} for turn in messages]
-        found = template(messages=shown, add_generation_prompt=ready, **dict(chat.names))
-        if SURROGATE.search(found.text):
+        rendered = template(messages=shown, add_generation_prompt=ready, **dict(chat.names))
+        if SURROGATE.search(rendered.text):
             raise ValueError("the conversation holds half of a surrogate pair, which no UTF-8 can express")
-        return found
+        return rendered
 
     return render
 
@@ -63,36 +69,40 @@ def renderer(chat: Chat) -> Callable[[Conversation, bool], Rendered]:
 def conversations(
     chat: Chat, tokenizer: Tokenizer, reward: str | None = None
 ) -> Callable[[Any, Sequence[str]], dict[str, Any]]:
-    """A `parse` for `texts_of`: for each key the token ids and labels of the record's conversation, and its `reward`.
+    """A `parse` function for `texts_of`: it turns a record into token ids and labels of the conversation in each field.
 
-    It raises ValueError for what is no conversation, has no answer to learn from, or does not render.
+    With `reward`, the name of a field, the reward of the record follows the labels. The function raises ValueError for
+    a field that is no conversation, has no answer to learn from, or does not render.
     """
 
     def parse(value: Any, keys: Sequence[str]) -> dict[str, Any]:
-        found = {}
+        encoded = {}
         for key in keys:
             messages, given = conversation_of(value, key, chat.role)
-            found[key] = encode_chat(messages, chat, tokenizer, given)
+            encoded[key] = encode_chat(messages, chat, tokenizer, given)
         if reward is None:
-            return found
-        judged = _reward(field_of(value, reward), reward)
-        return {key: (*encoded, [judged]) for key, encoded in found.items()}
+            return encoded
+        sign = _reward(field_of(value, reward), reward)
+        return {key: (*ids_and_labels, [sign]) for key, ids_and_labels in encoded.items()}
 
     return parse
 
 
-def _reward(found: Any, key: str) -> int:
-    """1 for what is wanted (true, or a number above 0), -1 for what is not."""
-    if isinstance(found, bool):
-        return 1 if found else -1
-    if not isinstance(found, int | float) or not found:
-        raise ValueError(f"field {key!r} judges nothing: expected true, false or a number other than 0, not {found!r}")
-    return 1 if found > 0 else -1
+def _reward(value: Any, key: str) -> int:
+    """1 for wanted conversations (true, or a number above 0), -1 for unwanted ones."""
+    if isinstance(value, bool):
+        return 1 if value else -1
+    if not isinstance(value, int | float) or not value:
+        raise ValueError(f"field {key!r} judges nothing: expected true, false or a number other than 0, not {value!r}")
+    return 1 if value > 0 else -1
 
 
 def conversation_of(record: Any, key: str, role: str) -> tuple[Conversation, int]:
-    """A field's messages, after those of the record's `prompt` (messages, or a user's words) if they begin with an
-    answer, and how many came from there: nothing of these is learned."""
+    """The messages of a field, and how many of them come from the field `prompt` and are not trained on.
+
+    Messages that begin with an answer are put after those of `prompt`, which holds messages or the words of a user.
+    Raises ValueError if a field is no list of messages.
+    """
     messages = _messages(field_of(record, key), key)
     prompt = record.get("prompt") if isinstance(record, dict) and key != "prompt" else None
     if not prompt or messages[0]["role"] != role:
@@ -101,21 +111,30 @@ def conversation_of(record: Any, key: str, role: str) -> tuple[Conversation, int
     return [*asked, *messages], len(asked)
 
 
-def _messages(found: Any, key: str) -> Conversation:
-    if not (isinstance(found, list) and found and all(isinstance(turn, dict) for turn in found)):
+def _messages(value: Any, key: str) -> Conversation:
+    if not (isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value)):
         raise ValueError(f"field {key!r} is no conversation: expected a list of {{role, content}}")
-    for number, turn in enumerate(found, start=1):
+    for number, turn in enumerate(value, start=1):
         missing = {"role", "content"} - turn.keys()
         if missing:
             raise ValueError(f"turn {number} of {key!r} has no {' and no '.join(map(repr, sorted(missing)))}")
-    return found
+    return value
 
 
 def encode_chat(
     messages: Conversation, chat: Chat, tokenizer: Tokenizer, given: int = 0
 ) -> tuple[list[int], list[int]]:
-    """Token ids and labels, -100 where nothing is learned, as of the first `given` messages. What asks for an answer
-    belongs to the turn before it. The end of a document follows, unless the template writes it."""
+    """Token ids of a conversation, and labels of the same number, -100 for tokens that are not trained on.
+
+    Trained on are the turns of `chat.role` after the first `given` messages. The text that asks for an answer belongs
+    to the turn before the answer. The end of a document follows, unless the template already writes it.
+
+        text     <user> how? <assistant> | fine. <end> | <user> bye. <assistant> | bye. <end>
+        labels   -100 ... ............-100  fine. <end>  -100 ................-100  bye. <end>
+
+    The template is rendered up to each bound of such a turn, and the tokens of each of these texts must be a beginning
+    of all tokens: then the labels are exact. Raises ValueError if they are not, or if there is no turn to train on.
+    """
     render, end = renderer(chat), [] if tokenizer.eod_id is None else [tokenizer.eod_id]
     if chat.for_rm:
         (whole,) = tokenizer.encode_batch([render(messages, False).text], bare=True)
@@ -145,7 +164,7 @@ def encode_chat(
 
 
 def _ends(ids: Sequence[int], tokenizer: Tokenizer) -> bool:
-    """Whether the end of a document is there, with nothing but spaces and lines behind it."""
+    """Whether the ids contain the end of a document, followed by whitespace at most."""
     if tokenizer.eod_id not in ids:
         return False
     last = len(ids) - 1 - ids[::-1].index(tokenizer.eod_id)
@@ -155,8 +174,10 @@ def _ends(ids: Sequence[int], tokenizer: Tokenizer) -> bool:
 def _turns(
     render: Callable[[Conversation, bool], Rendered], messages: Conversation, chat: Chat, learned: Sequence[bool]
 ) -> list[tuple[str, str]]:
-    """The text before and after each turn that is learned. No other beginnings are rendered: some templates refuse
-    a system message alone, or a question without its answer."""
+    """The rendered text up to the begin and up to the end of each turn that is trained on.
+
+    No other beginnings are rendered, as some templates refuse a system message alone, or a question without an answer.
+    """
     asked = [after["role"] == chat.role for _, after in pairwise(messages)] + [False]
 
     def until(turn: int) -> str:
@@ -168,7 +189,7 @@ def _turns(
 def _generated(
     rendered: Rendered, messages: Conversation, chat: Chat, learned: Sequence[bool]
 ) -> list[tuple[str, str]] | None:
-    """The same where the template itself marks what the model writes, one mark for each turn of the role."""
+    """As `_turns`, by the marks of a template that marks the text of the model itself, if it marks every turn."""
     turns = [learns for turn, learns in zip(messages, learned, strict=True) if turn["role"] == chat.role]
     if len(turns) != len(rendered.generated):
         return None

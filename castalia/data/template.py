@@ -1,7 +1,4 @@
-"""Chat templates in Jinja, as `transformers` renders them, but within bounds of time and size.
-
-The bounds are those of `castalia.data.template_bounds`.
-"""
+"""Chat templates in Jinja, rendered as `transformers` renders them, within the bounds of `template_bounds.py`."""
 
 from __future__ import annotations
 
@@ -18,22 +15,23 @@ FAILURES = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError,
 
 
 class Rendered(NamedTuple):
+    """The text of a conversation, and which of its characters the template marks as written by the model."""
+
     text: str
-    generated: list[
-        tuple[int, int]
-    ]  # characters from, to: what stands between {% generation %} and {% endgeneration %}
+    generated: list[tuple[int, int]]  # [start, stop) of each {% generation %} ... {% endgeneration %}
 
 
 def compile_template(source: str) -> tuple[Callable[..., Rendered], Callable[[Any], Any]]:
-    """How conversations are rendered with the template (`messages=` and so on), and how its messages' content must be.
+    """A function that renders a conversation, given as `messages=...`, and one that prepares the content of a message.
 
-    DataError if it is no Jinja; the renderer raises ValueError, in one line, for what does not render.
+    Raises DataError if the template is no valid Jinja. The first function raises ValueError, in one line, if a
+    conversation does not render or exceeds the bounds; the second for content that is no text.
     """
     jinja, nodes, extensions = map(import_module, ("jinja2", "jinja2.nodes", "jinja2.ext"))
     counter = Counter()
 
     class Generation(extensions.Extension):  # type: ignore[name-defined]
-        """Marks what the model is to write: {% generation %} ... {% endgeneration %}."""
+        """The block {% generation %} ... {% endgeneration %}, which marks text that the model writes."""
 
         tags = {"generation"}
 
@@ -54,10 +52,10 @@ def compile_template(source: str) -> tuple[Callable[..., Rendered], Callable[[An
         extensions=["jinja2.ext.loopcontrols", Generation],
     )
     environment.filters["tojson"] = _to_json
-    environment.filters = {name: counted(name, each, counter) for name, each in environment.filters.items()}
-    environment.tests = {name: counted(name, each, counter) for name, each in environment.tests.items()}
+    environment.filters = {name: counted(name, function, counter) for name, function in environment.filters.items()}
+    environment.tests = {name: counted(name, function, counter) for name, function in environment.tests.items()}
     environment.globals["strftime_now"] = strftime_now
-    del environment.globals["lipsum"]  # text at random
+    del environment.globals["lipsum"]  # it makes random text
 
     def refuse(message: str) -> None:
         raise jinja.TemplateError(message)
@@ -84,11 +82,11 @@ def compile_template(source: str) -> tuple[Callable[..., Rendered], Callable[[An
     return render, content
 
 
-START, END = "\ue000\ufdd0", "\ue000\ufdd1"  # around generated text: code points that Unicode keeps free of text
+START, END = "\ue000\ufdd0", "\ue000\ufdd1"  # around generated text; U+FDD0 and U+FDD1 are never characters
 
 
 def _cut_marks(text: str) -> Rendered:
-    """The text without the marks, and where what they enclosed lies."""
+    """The text without the marks, and the spans that they enclosed."""
     whole, generated = "", []
     for number, part in enumerate(text.split(START)):
         inner, _, rest = part.partition(END) if number else ("", "", part)
@@ -98,8 +96,9 @@ def _cut_marks(text: str) -> Rendered:
     return Rendered(whole, generated)
 
 
-def strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
+def strftime_now(format: str) -> str:
+    """The current time, as templates of `transformers` may ask for it."""
+    return datetime.now().strftime(format)
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
@@ -107,13 +106,14 @@ def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
 
 
 def _content_rule(tree: Any, nodes: Any) -> Callable[[Any], Any]:
-    """Content that the template does not look at closely is handed over as text: nothing for null, parts joined.
+    """A function that turns the content of a message into what the template expects.
 
-    Raises ValueError for parts that are no text.
+    Unless the template tests for null, null becomes empty text; unless it loops over content or tests its type, parts
+    of content are joined. The function raises ValueError for parts that are no text.
     """
     tests = {test.name for test in tree.find_all(nodes.Test)}
-    nulls = "none" in tests or any(each.value is None for each in tree.find_all(nodes.Const))
-    loops = any(_is_content(part, nodes) for each in tree.find_all(nodes.For) for part in _all(each.iter, nodes))
+    nulls = "none" in tests or any(constant.value is None for constant in tree.find_all(nodes.Const))
+    loops = any(_is_content(part, nodes) for loop in tree.find_all(nodes.For) for part in _all(loop.iter, nodes))
     lists = loops or bool(tests & {"string", "iterable", "sequence", "mapping"})
 
     def content(value: Any) -> Any:

@@ -1,8 +1,8 @@
-"""Bounds of time and size for templates from anywhere.
+"""Bounds of time and size for chat templates, which may come from untrusted sources.
 
-Each loop, macro, operation, filter, test, call, comparison and literal of a template goes through one counter: before
-it is done (what it could make at most) and afterwards (what it made). No clock is read: a template that renders on one
-machine renders on all. The bounds grow with the conversation.
+Each loop, macro, operation, filter, test, call, comparison and literal of a template is counted twice: before it runs
+(by the size of the largest result that it could have) and afterwards (by the size of its result). No clock is read, so
+a template that renders on one machine renders on all. The bounds grow with the size of the conversation.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from functools import wraps
 from importlib import import_module
 from typing import Any
 
-MAX_STEPS = 50_000  # of one rendering, and 20 for each character that it is given
-MAX_CHARACTERS = 10_000_000  # put out or made on the way, and 100 for each that it is given
-MAX_BITS = 16_384  # of a whole number: Python writes none out that is much larger
+MAX_STEPS = 50_000  # of one rendering, plus 20 for each character of the conversation
+MAX_CHARACTERS = 10_000_000  # of output and intermediate results, plus 100 for each character of the conversation
+MAX_BITS = 16_384  # of an integer; Python refuses to print much larger ones
 MAX_EXPONENT = 1_000
-REMEMBERED = 64  # sizes of larger containers are kept, so that none is measured twice
-CHARACTERS_A_STEP = 256  # which Python's own methods look at in the time of a step ...
-FILTERED_A_STEP = 4  # ... and Jinja's slowest filters
-MEASURED_A_STEP = 4  # values in a container, whose sizes are added up
+REMEMBERED = 64  # sizes of larger containers are remembered, so that none is measured twice
+CHARACTERS_A_STEP = 256  # characters that methods of Python process in the time of one step ...
+FILTERED_A_STEP = 4  # ... and the slowest filters of Jinja
+MEASURED_A_STEP = 4  # values of a container whose sizes are added in the time of one step
 
-FORMATS = {"format", "format_map", "%", "strftime_now"}  # their texts hold widths
-SURFACE = frozenset(  # they look at no more than a value's surface
+FORMATS = {"format", "format_map", "%", "strftime_now"}  # their arguments may ask for a large width
+SURFACE = frozenset(  # operations whose time does not depend on the size of the value
     [
         "length",
         "count",
@@ -59,7 +59,7 @@ SURFACE = frozenset(  # they look at no more than a value's surface
         "sameas",
     ]
 )
-LINEAR = SURFACE | frozenset(  # what they make is no larger than what they are given
+LINEAR = SURFACE | frozenset(  # operations whose result is no larger than their arguments
     [
         "split",
         "rsplit",
@@ -114,25 +114,27 @@ COMPARISONS: Mapping[str, Callable[[Any, Any], Any]] = {
 
 
 class Counter:
-    """What a rendering has used."""
+    """The steps and characters that a rendering has used. Its methods raise ValueError beyond the bounds."""
 
     def __init__(self) -> None:
         self.begin({})
 
     def begin(self, given: Mapping[str, Any]) -> None:
-        self.known: dict[int, tuple[Any, int]] = {}  # by id; the value is kept, so that its id stays its own
+        """Reset for a rendering, with bounds by the size of its variables."""
+        self.known: dict[int, tuple[Any, int]] = {}  # sizes by id; the value is kept so that its id is not reused
         self.steps, self.max_steps, self.max_characters = 0, sys.maxsize, sys.maxsize
         size = self.size(given)
         self.steps = self.characters = 0
         self.max_steps, self.max_characters = MAX_STEPS + 20 * size, MAX_CHARACTERS + 100 * size
 
     def step(self, number: int = 1) -> None:
+        """Count steps."""
         self.steps += number
         if self.steps > self.max_steps:
             raise ValueError(f"it takes more than {self.max_steps:,} steps")
 
     def put(self, value: Any) -> Any:
-        """Count what was made or is put out."""
+        """Count the size of a result or of output, and return the value."""
         if isinstance(value, int):
             if value.bit_length() > MAX_BITS:
                 raise ValueError(f"it makes a number of more than {MAX_BITS:,} bits")
@@ -142,11 +144,12 @@ class Counter:
         return value
 
     def within(self, size: float) -> None:
+        """Refuse a result of more characters than the bound."""
         if size > self.max_characters:
             raise ValueError(f"it makes more than {self.max_characters:,} characters")
 
     def before(self, name: str, values: tuple[Any, ...], characters_a_step: int = CHARACTERS_A_STEP) -> None:
-        """Count an operation, and refuse one that could make too much."""
+        """Count an operation, and refuse it if its result could be too large."""
         if name in SURFACE:
             return self.step()
         sizes = [self.size(value) for value in values]
@@ -156,19 +159,20 @@ class Counter:
         numbers: list[float] = [abs(value) for value in values if type(value) is int and abs(value) > 1]
         if name in FORMATS:
             texts = [value for value in values if isinstance(value, str | bytes)]
-            text = "".join(each if isinstance(each, str) else each.decode("latin-1") for each in texts)
+            text = "".join(part if isinstance(part, str) else part.decode("latin-1") for part in texts)
             numbers = [*(numbers if "*" in text or re.search(r"\{[^}]*\{", text) else ()), _largest(text)]
         if name != "+":
             self.within(math.prod(numbers) * math.prod(sizes))
         return None
 
     def power(self, base: Any, exponent: Any) -> None:
+        """Refuse a power that would be too large."""
         small = isinstance(exponent, int | float) and abs(exponent) <= MAX_EXPONENT
         if not small or (isinstance(base, int) and base.bit_length() * abs(exponent) > 2 * MAX_BITS):
             raise ValueError(f"a power of more than {MAX_EXPONENT}, or of too large a number")
 
     def size(self, value: Any) -> int:
-        """Characters of a text; those within a container, and one for each value. Counting ends above the bound."""
+        """The characters of a value and of all values inside it, plus one for each. Counting stops at the bound."""
         if isinstance(value, str | bytes):
             return len(value) + 1
         inner = value._Namespace__attrs if type(value).__name__ == "Namespace" else value
@@ -178,10 +182,10 @@ class Counter:
             return self.known[id(value)][1]
         self.step(1 + len(inner) // MEASURED_A_STEP)
         total = 1
-        for each in inner.items() if isinstance(inner, dict) else inner:
-            total += self.size(each)
+        for element in inner.items() if isinstance(inner, dict) else inner:
+            total += self.size(element)
             self.within(total)
-        if total > REMEMBERED and inner is value:  # a namespace changes
+        if total > REMEMBERED and inner is value:  # but not of a namespace, which can change
             self.known[id(value)] = value, total
         return total
 
@@ -191,7 +195,7 @@ def _largest(text: str) -> float:
 
 
 def bounded_environment(counter: Counter) -> type[Any]:
-    """Jinja's sandbox, in which every operation is counted. Its trees must go through `count_nodes`."""
+    """Jinja's sandbox with every operation counted. Trees must go through `count_nodes` before they are compiled."""
     sandbox = import_module("jinja2.sandbox")
 
     class Bounded(sandbox.ImmutableSandboxedEnvironment):  # type: ignore[name-defined]
@@ -204,8 +208,8 @@ def bounded_environment(counter: Counter) -> type[Any]:
             return counter.put(super().call_binop(context, operator, left, right))
 
         def call(__self, __context: Any, __called: Any, *arguments: Any, **options: Any) -> Any:  # noqa: N805
-            if getattr(__called, "__self__", None) is __self:  # one of those below
-                return __called(*arguments)  # without what Jinja tells macros of the loop around them
+            if getattr(__called, "__self__", None) is __self:  # one of the methods below
+                return __called(*arguments)  # without the context that Jinja passes to macros
             name = getattr(__called, "__name__", "")
             receiver = getattr(getattr(__called, "__wrapped__", __called), "__self__", None)
             if name in FORMATS or isinstance(receiver, str | bytes | int | list | tuple | dict):
@@ -243,11 +247,11 @@ def bounded_environment(counter: Counter) -> type[Any]:
 
 
 def counted(name: str, given: Callable[..., Any], counter: Counter) -> Callable[..., Any]:
-    """A filter or test whose use is counted, and that takes no size beyond the bound."""
-    passed = int(hasattr(given, "jinja_pass_arg"))  # the environment or the context comes first
+    """A filter or test that counts its use, and refuses arguments whose result could be too large."""
+    passed = int(hasattr(given, "jinja_pass_arg"))  # Jinja passes it the environment or the context first
     cost = CHARACTERS_A_STEP if name in LINEAR else FILTERED_A_STEP
 
-    @wraps(given)  # keeps the marks by which Jinja knows what to hand over
+    @wraps(given)  # keeps the attributes by which Jinja knows what to pass
     def bounded(*arguments: Any, **options: Any) -> Any:
         counter.before(name, (*arguments[passed:], *options.values()), cost)
         return counter.put(given(*arguments, **options))
@@ -256,7 +260,10 @@ def counted(name: str, given: Callable[..., Any], counter: Counter) -> Callable[
 
 
 def count_nodes(tree: Any) -> Any:
-    """The tree with what has no hook of its own as calls of the environment, whose names no template can take."""
+    """A syntax tree in which operations without a hook of their own call methods of the environment.
+
+    The names of these methods are out of reach of templates.
+    """
     nodes, visitor = import_module("jinja2.nodes"), import_module("jinja2.visitor")
 
     def called(name: str, values: list[Any], line: int) -> Any:
@@ -278,7 +285,7 @@ def count_nodes(tree: Any) -> Any:
 
         def visit_Compare(self, node: Any) -> Any:
             node = self.generic_visit(node)
-            rest = [each for operand in node.ops for each in (nodes.Const(operand.op), operand.expr)]
+            rest = [item for operand in node.ops for item in (nodes.Const(operand.op), operand.expr)]
             return called("compared", [node.expr, *rest], node.lineno)
 
         def _built(self, node: Any) -> Any:
