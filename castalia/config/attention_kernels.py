@@ -60,6 +60,7 @@ def choose_kernel(
             Choice("plain", expressed, "CPUs' flash kernel has no dropout") if dropout else Choice("flash", expressed)
         )
     if not (why_not_flash := _why_not_flash(capability, dtype, sight, head_size, dropout, training)):
+        # torch prefers cuDNN on Hopper and Blackwell data-centre GPUs only.
         suits = capability[0] in (9, 10) and head_size <= LARGEST_CUDNN_HEAD and head_size % 8 == 0
         able = sight == "causal" or (sight == "everything" and not dropout)
         if suits and able and cudnn and not writing:

@@ -50,7 +50,7 @@ def size_at(warmup: Warmup | None, step: int, whole: int) -> int:
 @lru_cache
 def _rising(warmup: Warmup, whole: int) -> tuple[int, ...]:
     """The sum of the sizes of all earlier steps, for each step up to the first one of the whole size."""
-    sums = [0]
+    sums = [0]  # sums[n]: sequences of the first n steps
     while (size := warmup.at(len(sums) - 1, whole)) < whole:
         sums.append(sums[-1] + size)
     return tuple(sums)
@@ -70,6 +70,7 @@ def sum_until(warmup: Warmup | None, steps: int, whole: int, earlier: Sequence[E
 
 
 def _sum(warmup: Warmup | None, steps: int, whole: int) -> int:
+    # The rising part is tabulated, the rest is a product, so that the cost does not depend on the length of the run.
     sums = _rising(warmup, whole) if warmup else (0,)
     rising = min(steps, len(sums) - 1)
     return sums[rising] + (steps - rising) * whole
@@ -77,6 +78,7 @@ def _sum(warmup: Warmup | None, steps: int, whole: int) -> int:
 
 def steps_within(warmup: Warmup | None, total: int, whole: int, earlier: Sequence[EarlierBatch] = ()) -> int:
     """The largest number of steps whose sizes add up to at most `total`."""
+    # The sums increase with the number of steps, so the number is found by bisection.
     return bisect_right(range(total + 1), total, key=lambda steps: sum_until(warmup, steps, whole, earlier)) - 1
 
 
@@ -94,6 +96,7 @@ def tokens_until(config: RunConfig, sequences: int, steps: int) -> int:
     for step in range(steps):
         size = next((span.batch_size * sides for span in earlier if step < span.until), sequences)
         now = size_at(warmups[0], step, size), size_at(warmups[1], step, whole[1])
+        # From here on all steps have the same size.
         if now == whole and step >= max((span.until for span in earlier), default=0):
             return total + (steps - step) * prod(whole)
         total += prod(now)
@@ -126,9 +129,11 @@ def batch_plan(config: RunConfig, dp: int = 1) -> BatchPlan:
             f"{place}{_WARMUP}: the multiple of its batches, {warmup.unit} sequences, must divide "
             f"train.batch_size={total} and be a multiple of {_factors(config)}{dp} data-parallel ranks"
         )
+    # All batches of a warm-up are multiples of its unit, so one unit makes one forward pass of all ranks.
     micro = micro or (warmup.unit // dp if warmup else None)
     if micro is None:
         micro = _divide(config, total, (steps or 1) * dp, dp)
+    # A given accumulation belongs to the declared number of ranks; on others it changes and the batch stays.
     if steps is None or (dp != declared and total == micro * steps * declared):
         steps = _divide(config, total, micro * dp, dp)
     if total != micro * steps * dp:
@@ -142,7 +147,7 @@ def fitting_batch(config: RunConfig, dp: int) -> RunConfig:
     The micro-batch size is kept or, if there is none, the accumulation.
     """
     train = config.train
-    unit = (train.micro_batch_size or train.accumulation or 1) * dp
+    unit = (train.micro_batch_size or train.accumulation or 1) * dp  # the batch becomes a multiple of this
     size = -(-(train.batch_size or unit) // unit) * unit
     accumulation = None if train.micro_batch_size else train.accumulation
     return config.with_({"train.batch_size": size, "train.accumulation": accumulation})

@@ -27,6 +27,7 @@ def check(config: RunConfig, findings: Findings, any_batch: bool = False) -> Non
 
     `any_batch`: do not check that the batch divides, because the caller adapts it.
     """
+    # The place (file and line) of all settings involved comes first, so that a message leads to what must be edited.
     for rule in CONTRADICTIONS:
         if rule is batch and any_batch:
             continue
@@ -93,7 +94,7 @@ def mup(config: RunConfig) -> Iterator[Problem]:
     model, rule = config.model, config.optimizer.name
     if model is None or model.mup is None:
         return
-    if rule in ("muon", "adafactor"):
+    if rule in ("muon", "adafactor"):  # their updates are normalized, so muP's scaling of rates is not theirs
         text = f"model.mup has no rates for optimizer.name={rule}; use adamw, lion or sgd"
         yield Problem(text, ("model.mup", "optimizer.name"))
     for name in ("init_method", "output_init_method"):
@@ -131,6 +132,7 @@ def length_warmup(config: RunConfig) -> Iterator[Problem]:
         if getattr(parallel, name) > 1:
             text = f"{path} changes the shape of what ranks exchange, which parallel.{name} does not; set it to 1"
             yield Problem(text, (f"{path}.start", f"parallel.{name}"))
+    # Every length that occurs must divide, not only the full one.
     if parallel.sequence_parallel and multiple % parallel.tp:
         text = f"parallel.sequence_parallel: the lengths of {path}, multiples of {multiple}, do not divide by"
         yield Problem(f"{text} parallel.tp={parallel.tp}", ("parallel.sequence_parallel", f"{path}.multiple"))
@@ -181,6 +183,7 @@ def layout(config: RunConfig) -> Iterator[Problem]:
 def batch(config: RunConfig) -> Iterator[Problem]:
     """The batch must divide: over the declared devices, or, if none are declared, over at least one number of ranks."""
     train = config.train
+    # Without declared devices, one rank is the most lenient case: what it cannot divide, no number of ranks can.
     dp = planned_dp(config) if config.parallel.gpus else None
     whole = (train.micro_batch_size or 1) * (train.accumulation or 1)
     if dp == 0 or not (train.batch_size or train.micro_batch_size):
@@ -200,6 +203,7 @@ def learning_rates(config: RunConfig) -> Iterator[Problem]:
             f"schedule.min_lr={schedule.min_lr:g} is above optimizer.lr={optimizer.lr:g}, the highest rate; lower it",
             ("schedule.min_lr", "optimizer.lr"),
         )
+    # Here and not in the schema, which cannot bound the entries of a tuple with a message for both.
     if not all(0 <= beta < 1 for beta in optimizer.betas):
         yield Problem(
             f"optimizer.betas={list(optimizer.betas)}: both must be at least 0 and below 1", ("optimizer.betas",)
@@ -226,6 +230,7 @@ def expressions(config: RunConfig) -> Iterator[Problem]:
 
 def corpora(config: RunConfig) -> Iterator[Problem]:
     """Packing needs labels, and generation from a file needs the file."""
+    # One document in a sample leaves padding, on which only labels can switch the loss off.
     unlabelled = bool(config.data.path) or not all(source.labels for source in config.data.train)
     if config.data.packing == "unpacked" and unlabelled and config.train.objective == "causal":
         yield Problem(
@@ -304,6 +309,7 @@ def idle_layout(config: RunConfig) -> Iterator[Problem]:
     as without effect, because a run's config must also work on fewer ranks.
     """
     parallel = config.parallel
+    # Setting of `parallel` -> the setting on which it depends, and the values that make it effective.
     switches = {
         "pipeline": ("pp", "2 or more"),
         "stages_per_rank": ("pp", "2 or more"),
@@ -334,6 +340,7 @@ def without_effect(config: RunConfig) -> Iterator[Problem]:
     model, data, checkpoint, parallel = config.model, config.data, config.checkpoint, config.parallel
     rule, schedule = config.optimizer.name, config.schedule
     loads, goal = checkpoint.resume or checkpoint.init_from, config.train.objective
+    # Setting -> why it has no effect, false where it has one.
     idle = {
         "model.shared_norm": model and model.shared_norm and not model.parallel_residual and "no parallel_residual",
         "model.rotary_pct": model

@@ -10,6 +10,7 @@ from pydantic.fields import FieldInfo
 from castalia.config.schema import LARGEST, RunConfig, Section
 
 
+# Path, field and whether it is a section, of all fields below a section class, outermost first.
 def _walk(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo, bool]]:
     for name, info in section.model_fields.items():
         inner = _section_of(info.annotation)
@@ -19,6 +20,7 @@ def _walk(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Field
 
 
 def _section_of(annotation: Any) -> type[Section] | None:
+    # Optional sections are unions with None. Lists of sections (tuples) are plain values for a path.
     candidates = [annotation, *get_args(annotation)] if get_origin(annotation) is not tuple else []
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
 
@@ -89,6 +91,7 @@ def _kind(annotation: Any, metadata: list[Any]) -> str:
         return _kind(options[0], metadata) + (" or null" if type(None) in get_args(annotation) else "")
     if get_origin(annotation) is tuple:
         return "a list" if Ellipsis in get_args(annotation) else f"a list of {len(options)}"
+    # The bound LARGEST exists to keep numbers sane; naming it would only distract.
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     limits = [
         f"{word} {value}"

@@ -17,6 +17,7 @@ def require_files(config: RunConfig) -> None:
     missing = [*_missing_data(config), *_missing_tokenizer(config)]
     if nothing := _nothing_to_load(config):
         raise CheckpointError("\n".join([nothing, *missing]))
+    # Resuming from an own folder that is still empty is the start of a new run.
     loads = config.checkpoint.init_from or (config.checkpoint.resume and not config.checkpoint.starts_if_empty)
     if missing and not loads:
         raise DataError("\n".join(missing))

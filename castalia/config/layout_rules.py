@@ -15,6 +15,8 @@ from castalia.config.schema import ModelConfig, ParallelConfig
 
 
 class Problem(NamedTuple):
+    """A contradiction between settings."""
+
     text: str
     paths: tuple[str, ...]  # the settings that are involved
 
@@ -29,6 +31,7 @@ class TensorSplit(NamedTuple):
 
 def tensor_splits(model: ModelConfig) -> list[TensorSplit]:
     """Everything but the vocabulary that `parallel.tp` must divide."""
+    # Without num_kv_heads there are as many key/value heads as query heads, and one of the two is enough.
     splits = [TensorSplit("model.num_heads", "heads", model.num_heads)]
     if model.num_kv_heads:
         splits.append(TensorSplit("model.num_kv_heads", "key/value heads", model.num_kv_heads))
@@ -120,5 +123,6 @@ def multiples(number: int, unit: int) -> list[int]:
 
 def divisors(number: int) -> str:
     """The divisors of a number for a message, the smallest 24 of them if there are more."""
+    # Divisors come in pairs around the root; the bound keeps giant numbers from taking seconds.
     low = [n for n in range(1, min(isqrt(number), 10_000) + 1) if number % n == 0]
     return ", ".join(str(n) for n in sorted({*low, *(number // n for n in low)})[:24])

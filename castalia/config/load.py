@@ -47,6 +47,7 @@ def load_config(
     findings = Findings()
     names = [files] if isinstance(files, str | Path) else list(files)
     sources = [_read(name, findings) for name in names] + [_override(text, findings) for text in overrides]
+    # GPT-NeoX's keys are merged before they are translated, because joint keys may come from different sources.
     ours: dict[str, Setting] = {}
     neox: dict[str, Setting] = {}
     for rank, table in enumerate(sources):
@@ -57,7 +58,7 @@ def load_config(
     if config is not None:
         config._origins = {path: setting.where for path, setting in settings.items()}
         check.check(config, findings, any_batch)
-    if findings.errors or config is None:
+    if findings.errors or config is None:  # one mistake can be found by several rules: each line appears once
         raise ConfigError("\n".join(dict.fromkeys(findings.errors)))
     config._notes = tuple(dict.fromkeys(findings.notes))
     return config
@@ -67,7 +68,9 @@ def load_run(folder: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The config that resumes the run in a folder from its last checkpoint, or starts it again if there is none."""
     run = Path(folder)
     places = {"checkpoint.dir": run, "checkpoint.resume": run}
+    # Overrides, because the config in the folder may have been written under another path.
     config = load_config(run, [*(f"{key}={json.dumps(str(path))}" for key, path in places.items()), *overrides])
+    # Loading `resume` removed `init_from`; a run that died before its first save still needs its initial weights.
     if config.checkpoint.resume and not any(run.glob("checkpoints/step_*/manifest.json")):
         began_from = load_config(run).checkpoint.init_from
         config = config.with_({"checkpoint.init_from": began_from})
@@ -124,6 +127,7 @@ def _sort(
 ) -> None:
     """Merge one source into `ours`, by dotted path, and `neox`, by GPT-NeoX's key."""
     for written, value in table.items():
+        # GPT-NeoX accepts dashes in keys, as on its command line.
         key, origin = written.replace("-", "_"), table.origins[written]
         block, *inner = key.split(".")
         if inner and key not in FIELDS and key not in SECTIONS and block in neox_read.KEYS:
@@ -147,6 +151,7 @@ def _sort(
 def _flatten(path: str, setting: Setting, ours: dict[str, Setting], findings: Findings) -> None:
     value = setting.value
     if path in SECTIONS and isinstance(value, YamlMapping):
+        # `model: {}` is left out, because a model without sizes would be an error in every overlay.
         if not value and path != "model" and not any(other.startswith(path + ".") for other in ours):
             put(ours, path, setting)  # `{}` switches an optional section on, with its defaults
         for key, inner in value.items():
@@ -164,6 +169,7 @@ def _flatten(path: str, setting: Setting, ours: dict[str, Setting], findings: Fi
 def suggest(path: str) -> str:
     """The end of a message about an unknown key: similar keys, or all keys of its section."""
     section, _, name = path.rpartition(".")
+    # First keys of the same section that look alike, and the same name in another section (`lr`: optimizer.lr).
     siblings = {field.rpartition(".")[2]: field for field in FIELDS if field.rpartition(".")[0] == section}
     same_name = [field for field in FIELDS if field.rpartition(".")[2] == name.replace("-", "_")]
     close = [siblings[match] for match in get_close_matches(name.replace("-", "_"), siblings, n=2, cutoff=0.6)]
@@ -191,6 +197,7 @@ def _combine(ours: dict[str, Setting], translated: dict[str, Setting], findings:
 
 
 def _choose_alternatives(settings: dict[str, Setting], findings: Findings) -> None:
+    """Drop the earlier source's choice of two groups that exclude each other; within one source that is an error."""
     for first, second in ALTERNATIVES:
         given = [
             [path for path in group if path in settings and settings[path].value not in (None, [])]
@@ -211,6 +218,7 @@ def _choose_alternatives(settings: dict[str, Setting], findings: Findings) -> No
 
 
 def _validate(settings: dict[str, Setting], findings: Findings) -> RunConfig | None:
+    # A file that only changes settings may say something of a model that another file will describe.
     core = ("model.num_layers", "model.hidden_size", "model.num_heads")
     model = [path for path in settings if path.startswith("model.")]
     if model and not any(path in settings for path in core):

@@ -55,6 +55,7 @@ class Section(BaseModel):
         return self._with(changes, "")
 
     def _with(self, changes: Mapping[str, Any], prefix: str) -> Self:
+        # Changes of this section itself, and those of sections in it by their name.
         values: dict[str, Any] = {}
         inner: dict[str, dict[str, Any]] = {}
         for path, value in changes.items():
@@ -73,6 +74,7 @@ class Section(BaseModel):
                 for problem in error.errors()
             )
             raise ConfigError("\n".join(lines)) from error
+        # A copy, because it keeps origins, notes and which fields were given; pydantic does not validate it.
         return self.model_copy(update={name: getattr(valid, name) for name in values})
 
 
@@ -116,6 +118,7 @@ class MuPConfig(Section):
 class ModelConfig(Section):
     """The architecture and its initial values."""
 
+    # Shape of the network.
     num_layers: Annotated[int, Gt(0), Le(10_000)] = Field(description="transformer blocks")
     hidden_size: Annotated[int, Gt(0), Le(1 << 24)] = Field(description="width of the hidden state")
     num_heads: Annotated[int, Gt(0), Le(1 << 16)] = Field(description="query heads")
@@ -125,6 +128,7 @@ class ModelConfig(Section):
     vocab_multiple: PositiveInt = Field(128, description="the embedding is padded to a multiple of this many rows")
     max_positions: PositiveInt | None = Field(None, description="longest sequence; None: data.seq_length")
 
+    # Positions, norms and activations.
     position: Literal["rotary", "learned", "sinusoidal", "alibi", "none"] = Field(
         "rotary", description="how positions enter the model"
     )
@@ -160,6 +164,7 @@ class ModelConfig(Section):
         None, description="maximal update parametrization; None: the standard parametrization"
     )
 
+    # Initial values.
     init: Literal["seeded", "neox"] | None = Field(
         None,
         description="seeded: by (seed, name, position); neox: GPT-NeoX's CPU random stream on one process; None: "
@@ -292,7 +297,7 @@ def split_shares(split: str) -> list[float]:
         shares = [float(part) for part in re.split("[,/]", split)]
     except ValueError:
         raise ValueError("no list of numbers such as '969, 30, 1'") from None
-    shares = (shares + [0.0, 0.0])[:3]
+    shares = (shares + [0.0, 0.0])[:3]  # GPT-NeoX pads with zeros and cuts in the same way
     if not 0 < sum(shares) < math.inf or min(shares) < 0:
         raise ValueError("it leaves no documents: its parts must not be negative nor all zero")
     return shares
@@ -790,6 +795,7 @@ def complete(config: RunConfig) -> CompleteConfig:
     """The same config, its origins and notes included, as one with a model. Raises ConfigError where it has none."""
     if config.model is None:
         raise ConfigError("the config describes no model: give model.num_layers, hidden_size, num_heads, ...")
+    # Without validation: the values are those of a valid config.
     whole = CompleteConfig.model_construct(config.model_fields_set, **config.__dict__)
     whole._origins, whole._notes = config._origins, config._notes
     return whole

@@ -26,6 +26,7 @@ def put(settings: dict[str, Setting], path: str, setting: Setting) -> None:
     old = settings.get(path)
     if old and old.rank >= 0 and old.origin != setting.origin:
         setting = setting._replace(replaced=old.origin)
+    # `log.profile: null` removes log.profile.start, and log.profile.start removes `log.profile: null`.
     for other in [other for other in settings if other.startswith(path + ".") or path.startswith(other + ".")]:
         del settings[other]
     settings[path] = setting

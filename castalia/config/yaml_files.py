@@ -48,6 +48,7 @@ def merged(old: Any, old_rank: int, new: Any, new_rank: int) -> Any:
     if not (isinstance(old, YamlMapping) and isinstance(new, YamlMapping)):
         return new
     table = YamlMapping({**old, **new}, {**old.origins, **new.origins})
+    # Keys of `old` that came from still earlier sources keep the rank they have.
     table.ranks = dict.fromkeys(old, old_rank) | old.ranks | dict.fromkeys(new, new_rank)
     for key in old.keys() & new.keys():
         table[key] = merged(old[key], old_rank, new[key], new_rank)
@@ -123,7 +124,7 @@ def _mapping(node: yaml.MappingNode, label: str, findings: Findings, prefix: str
         key, origin = str(key_node.value), f"{label}:{_line(key_node)}"
         if not isinstance(key_node, yaml.ScalarNode):
             findings.errors.append(f"{origin}: a key must be a word, not a list or a mapping")
-        elif key in table:
+        elif key in table:  # PyYAML itself would silently take the last one
             findings.errors.append(
                 f"{origin}: {prefix}{key} is already given on line {table.origins[key].rpartition(':')[2]}; keep one"
             )
@@ -167,6 +168,7 @@ def _value(node: yaml.Node, label: str, findings: Findings, path: str, depth: in
         return _mapping(node, label, findings, path + ".", depth)
     if isinstance(node, yaml.SequenceNode):
         return [_value(item, label, findings, path, depth + 1) for item in node.value]
+    # YAML 1.1 wants a dot and a sign in the exponent (6.0e-4), which people leave out. Quoted text stays text.
     if node.tag == _TEXT and not node.style and _NUMBER.fullmatch(node.value):
         number = float(node.value)
         origin = label if label == "command line" else f"{label}:{_line(node)}"
@@ -180,6 +182,7 @@ def _value(node: yaml.Node, label: str, findings: Findings, path: str, depth: in
 
 def _scalar(node: yaml.Node, label: str, findings: Findings, path: str) -> Any:
     try:
+        # PyYAML converts base 60 digit by digit, in quadratic time.
         if node.tag in _NUMBERS and len(node.value) > MAX_DIGITS:
             raise ValueError(f"a number of {len(node.value)} characters")
         return yaml.constructor.SafeConstructor().construct_object(node)

@@ -54,6 +54,7 @@ def _expand(config: Any, layers: int | None) -> list[Any]:
         if not isinstance(pattern, list):
             raise TypeError
         if lower(repeat) == "all":
+            # "all" repeats the pattern over the remaining layers.
             left = layers - len(kinds) if layers else len(pattern)
             return kinds + pattern * (left // len(pattern))
         kinds += pattern * repeat
@@ -66,6 +67,7 @@ def activation(work: Translation) -> None:
         return
     name = lower(work["activation"])
     keys = ("activation", "bias_gelu_fusion", "onnx_safe")
+    # GPT-NeoX's fused GELU kernel is the tanh approximation, the unfused one is exact.
     tanh = work["bias_gelu_fusion"] and not work["onnx_safe"]
     plain = {"gelu": "gelu_tanh" if tanh else "gelu", "swish": "silu"}.get(name, name)
     work.set("model.activation", GATED.get(name, plain), *keys)
@@ -93,6 +95,7 @@ def mlp_width(work: Translation) -> None:
         named = next(k for k in (key, "mlp_multiple_of", "hidden_size") if work.has(k))
         work.error(named, "gives no MLP width: hidden_size, expansion_factor and mlp_multiple_of must be positive")
         return
+    # As GPT-NeoX rounds them: the first matrix, which holds gate and up together, to twice the multiple.
     base = size * 2 // 3 if gated else size
     first = _round_up(base, 2 * multiple)
     second = _round_up(base // 2 if gated else base, multiple)

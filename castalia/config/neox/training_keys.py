@@ -74,10 +74,12 @@ def optimizer(work: Translation) -> None:
         if work.has("weight_decay") and work["weight_decay"] != params["weight_decay"]:
             work.error("weight_decay", f"is contradicted by optimizer.params.weight_decay: {params['weight_decay']}")
         work.set_inner("optimizer.weight_decay", params["weight_decay"], "optimizer", params, "weight_decay")
+    # GPT-NeoX sets lr from the block; an `lr` given later must win all the same.
     if work.has("lr") and work.given["lr"].rank > work.given["optimizer"].rank:
         work.set("optimizer.lr", work["lr"], "lr")
     elif work.has("lr") and work["lr"] != params.get("lr"):
         work.note("lr", "has no effect here: optimizer.params.lr replaces it")
+    # Parameters whose usual value changes nothing here; with another value they are refused.
     harmless = {"adam_w_mode": True, "bias_correction": True, "amsgrad": False, "nesterov": False, "dampening": 0}
     for key in params.keys() - known.keys() - {"weight_decay", "torch_adam"}:
         if key not in harmless or params[key] != harmless[key]:
@@ -138,6 +140,7 @@ def precision(work: Translation) -> None:
             work.error(key, "is none of fp16, bfloat16, fp32")
         else:
             wishes.append((rank, wish, key))
+    # An enabled block of an earlier file gives way to a later file, as a plain value would.
     latest = [wish for wish in wishes if wish[0] == max(wishes)[0]]
     if len({wish for _, wish, _ in latest}) > 1:
         work.error(latest[-1][2], f"contradicts {latest[0][2]} ({work.given[latest[0][2]].origin}); keep one")
@@ -202,6 +205,7 @@ def _sources(work: Translation, split: str, key: str, fields: dict[str, str], re
         if len(values) != len(columns[key]):
             work.error(other, f"has {len(values)} entries, {key} has {len(columns[key])}; they go in pairs")
             return
+    # GPT-NeoX derives the corpora of reference log-probabilities from the names of the texts.
     reference = work["precompute_model_name"] if lower(work["train_impl"]) in ("dpo", "kto") else None
     sources: list[dict[str, Any]] = []
     for number, path in enumerate(columns[key]):
@@ -233,6 +237,7 @@ def curriculum(work: Translation) -> None:
         return
     length = work.ours.get("data.seq_length", work.given.get("seq_length"))
     whole = length.value if length else FIELDS["data.seq_length"].default
+    # Ours always rises to the full length.
     if block.get("max_difficulty") != whole:
         text = f"max_difficulty: {block.get('max_difficulty')!r} is not the sequences' length"
         work.error(key, f"is refused: {text}; set it and seq_length, now {whole}, to the same")
@@ -279,6 +284,7 @@ def tokenizer(work: Translation) -> None:
     """The kind of tokenizer, by default GPT-NeoX's, if the config names one at all."""
     if not work.has("tokenizer_type", "vocab_file", "merge_file"):
         return
+    # GPT-NeoX compares the name in lower case.
     kinds = {lower(name): kind for name, kind in TOKENIZERS.items()}
     kind = kinds.get(lower(work["tokenizer_type"]))
     if kind is None:

@@ -22,6 +22,7 @@ class Translation:
         self.ours = ours
         self.findings = findings
         self.settings: dict[str, Setting] = {}
+        # Overrides alone (train_iters=200 for a config of ours) do not bring in GPT-NeoX's defaults.
         in_files = {key for key, setting in self.given.items() if setting.rank < num_files}
         self.architecture = "num_layers" in in_files and "model.num_layers" not in ours
         self.training = bool({"optimizer", "train_iters", "train_epochs"} & in_files)
@@ -38,6 +39,7 @@ class Translation:
         """Set one of our keys, derived from `keys`. If none of them is given, the value is a GPT-NeoX default."""
         given = [self.given[key] for key in keys if key in self.given]
         if given:
+            # The latest of the keys is where the value would have to be changed.
             self.settings[path] = max(given, key=lambda setting: setting.rank)._replace(value=value)
         elif value != FIELDS[path].default:
             self.settings[path] = Setting(value, NEOX_DEFAULT, -1)
@@ -64,7 +66,8 @@ class Translation:
         """Translate a key of kind `to`, or its default where GPT-NeoX's defaults apply."""
         row = KEYS[key]
         active = self.architecture if row.target.startswith("model.") else self.training
-        active = active and not row.target.startswith("generate.")  # what a model's own files say comes before these
+        # A model's generation_config.json takes precedence over GPT-NeoX's defaults.
+        active = active and not row.target.startswith("generate.")
         if key not in self.given and not (active and row.default is not None):
             return
         try:

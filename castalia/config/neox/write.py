@@ -44,6 +44,7 @@ def to_neox(config: RunConfig) -> dict[str, Any]:
             continue
         value = config.at(row.target)
         written = _typed(BACK[row.convert](value), row.default)
+        # The architecture is written in full, so that the file says what the model is; other defaults are left out.
         if written is not None and (row.target.startswith("model.") or written != row.default):
             keys[key] = written
     if model:
@@ -74,7 +75,7 @@ def trainable(config: RunConfig) -> RunConfig:
 
 def lost(config: RunConfig, keys: dict[str, Any]) -> dict[str, Any]:
     """Path and value of our settings that are not restored from these keys. Raises ConfigError if they do not load."""
-    again = load_config([keys])
+    again = load_config([keys])  # reading the keys back shows what they lost
     before, after = (_flat(_plain(side).model_dump()) for side in (config, again))
     foreign = {path for path, values in OURS_ALONE.items() if before.get(path) in values}
     if config.model and config.model.gated_mlp:  # GPT-NeoX has a gated form of each of them
@@ -91,6 +92,7 @@ def _model(model: ModelConfig, config: RunConfig) -> dict[str, Any]:
     keys["norm"] = NORMS[model.norm]
     keys[model_keys.NORMS[keys["norm"]][1]] = model.norm_eps
     if model.gated_mlp:
+        # GPT-NeoX takes 2/3 of the size and halves it, so that a third is left.
         keys |= {"activation": GATED.get(model.activation, "geglu"), "intermediate_size": 3 * model.mlp_width}
     else:
         keys |= {"activation": model.activation.removesuffix("_tanh")}
@@ -101,6 +103,7 @@ def _model(model: ModelConfig, config: RunConfig) -> dict[str, Any]:
     if model.sliding_window:
         keys["attention_config"] = [[["flash"], model.num_layers]]
     keys["hidden_dropout"] = model.hidden_dropout
+    # GPT-NeoX multiplies by the number of tensor-parallel ranks.
     keys["make_vocab_size_divisible_by"] = max(1, model.vocab_multiple // config.parallel.tp)
     return keys
 
