@@ -264,19 +264,19 @@ def our_training(
 def our_step(bench: Bench, shape: ModelConfig, layout: Layout, compiled: bool, precision: str) -> TrainStep:
     plan = BatchPlan(bench.sequences, layout.micro_batch, layout.accumulation)
     config = RunConfig(model=shape, train=TrainConfig(recompute=layout.recompute, compile=compiled))
-    engine = one_process(config, DTYPES[precision], bench.device, plan)
-    fill(engine)
-    engine.model.train()
-    optimizer = make_optimizer(engine.parameters, OptimizerConfig(lr=1e-4, weight_decay=0.1))
+    executor = one_process(config, DTYPES[precision], bench.device, plan)
+    fill(executor)
+    executor.model.train()
+    optimizer = make_optimizer(executor.parameters, OptimizerConfig(lr=1e-4, weight_decay=0.1))
     rate = LearningRate(peak=1e-4, minimum=0.0, warmup=0.0, end=1, style="constant")
     scaler = LossScaler(config.precision.loss_scale, "stage0") if precision == "fp16" else None
-    return TrainStep(engine, optimizer, rate, plan, seed=1, clip_norm=1.0, scaler=scaler)
+    return TrainStep(executor, optimizer, rate, plan, seed=1, clip_norm=1.0, scaler=scaler)
 
 
 @torch.no_grad()
-def fill(engine: Executor) -> None:
+def fill(executor: Executor) -> None:
     """Random weights, drawn on the device: those of a seed take minutes at this size."""
-    for name, parameter in engine.parameters.items():
+    for name, parameter in executor.parameters.items():
         constant = constant_value(name)
         parameter.normal_(0.0, 0.02) if constant is None else parameter.fill_(constant)
 
@@ -309,7 +309,7 @@ def save_row(bench: Bench, row: Row) -> list[list[str]]:
     step = our_step(bench, shape, layout, compiled=False, precision="bf16")
     batch = batch_of(0, Work(shape, bench.sequences, bench.seq, "bf16", "same"))
     step(0, batch)
-    config, parameters = RunConfig(model=shape), step.engine.parameters
+    config, parameters = RunConfig(model=shape), step.executor.parameters
     states = optimizer_state(step.optimizer, parameters)
     tensors = [*parameters.values(), *(t for state in states.values() for k, t in state.items() if k != "step")]
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -170,20 +170,25 @@ def measure_step(words: list[str]) -> None:
     with process_group("cpu"):
         config = load_config([], words)
         session = start(config)
-        engine = session.engine
+        executor = session.executor
         for step in range(2):
             session.step(step, session.batch(step))
-        layout, _ = layout_of(config, engine.world)
-        held = [engine.part(p).local.nbytes for p in engine.parameters.values()]
-        held += [engine.part(t).local.nbytes for state in session.optimizer.state.values() for t in state.values()]
+        layout, _ = layout_of(config, executor.world)
+        held = [executor.part(p).local.nbytes for p in executor.parameters.values()]
+        held += [executor.part(t).local.nbytes for state in session.optimizer.state.values() for t in state.values()]
         with PeakMemory(session.device) as peak:
             session.step(2, session.batch(2))
         with Sent() as sent:
             session.step(3, session.batch(3))
         compute = Compute(session.config.precision.compute, "cpu", moments_of(config.optimizer))
-        rank = dist.get_rank() * layout.pp // engine.world
+        rank = dist.get_rank() * layout.pp // executor.world
         planned = memory_by_stage(session.config.model, layout, config.data.seq_length, compute)[rank]
-        found = {"rank": engine.rank, "measured": sum(held) + peak.bytes, "planned": planned.total, "sent": sent.bytes}
+        found = {
+            "rank": executor.rank,
+            "measured": sum(held) + peak.bytes,
+            "planned": planned.total,
+            "sent": sent.bytes,
+        }
         os.write(1, (json.dumps(found) + "\n").encode())  # at once: other ranks write to the same pipe
 
 

@@ -63,7 +63,7 @@ def run(folder: Path, layers: int, width: int, rate: float, batch: int, tokens: 
         session.step(number, session.batch(number))
     seconds = time.process_time() - begin
     stream = indexed_stream(str(folder / "valid"), None, load_tokenizer(session.config.tokenizer))
-    found = evaluate(session.engine, windows(stream.tokens, LENGTH, LENGTH, 8))
+    found = evaluate(session.executor, windows(stream.tokens, LENGTH, LENGTH, 8))
     assert stream.num_bytes
     bpb = bits_per_byte(found["loss"], int(found["tokens"]), stream.num_bytes)
     return {

@@ -181,14 +181,14 @@ def evaluate_checkpoint(
     spells_all = stream.labels is None  # else some of the text's bytes are not predicted
     if config.data.mask_after_eod and tokenizer and tokenizer.eod_id is not None:
         stream = stream.masked_after(tokenizer.eod_id)
-    engine, plan = load_engine(checkpoint, length, rows, dtype, device, tp, pp)
+    executor, plan = load_executor(checkpoint, length, rows, dtype, device, tp, pp)
 
     def judged(stream: Stream) -> dict[str, Any]:
         sizes = stream.sizes if config.data.mask_documents else None
         ends = np.cumsum(stream.sizes).tolist() if config.data.packing == "unpacked" and not data else ()
         batches = windows(stream.tokens, length, stride or length, plan.batch_size, sizes, stream.labels, ends)
         bar = watched(batches, lambda batch: int(batch.loss_mask.sum()), stream.num_counted, shown=is_main())
-        found: dict[str, Any] = evaluate(engine, bar)
+        found: dict[str, Any] = evaluate(executor, bar)
         if stream.num_bytes and spells_all:
             found["bits_per_byte"] = bits_per_byte(found["loss"], int(found["tokens"]), stream.num_bytes)
         return found
@@ -207,7 +207,7 @@ def uniform_loss(model: ModelConfig, tokenizer: Tokenizer | None) -> float:
     return math.log(min(known, tokenizer.vocab_size) if tokenizer else known)
 
 
-def load_engine(
+def load_executor(
     checkpoint: Checkpoint, length: int, rows: int, dtype: torch.dtype, device: torch.device, tp: int, pp: int
 ) -> tuple[Executor, BatchPlan]:
     """The model on this process or its part of it, for batches of windows of `length`; `rows` in a forward pass.
@@ -220,7 +220,7 @@ def load_engine(
     from castalia.loading import build_model
     from castalia.parallel.executor import Executor
     from castalia.parallel.rendezvous import world_size
-    from castalia.train.setup import engine_shard, load_engine, make_engine
+    from castalia.train.setup import load_parameters, make_executor, rank_shard
 
     world = world_size()
     if world == 1:
@@ -229,11 +229,11 @@ def load_engine(
         return Executor(model, rows), BatchPlan(rows, rows, 1)
     config = split_config(checkpoint, tp, pp, world, length)
     plan = BatchPlan(rows * world // tp, rows, pp)  # as many micro-batches as there are stages
-    engine = make_engine(config, dtype, device, plan, frozen=True)
-    load_engine(engine, config.model, checkpoint)
-    shard = engine_shard(engine)
-    require_finite({name: shard(each).tensor for name, each in engine.parameters.items()}, checkpoint.path)
-    return engine, plan
+    executor = make_executor(config, dtype, device, plan, frozen=True)
+    load_parameters(executor, config.model, checkpoint)
+    shard = rank_shard(executor)
+    require_finite({name: shard(each).tensor for name, each in executor.parameters.items()}, checkpoint.path)
+    return executor, plan
 
 
 def find_tokenizer(checkpoint: Checkpoint, path: str | None) -> Tokenizer | None:

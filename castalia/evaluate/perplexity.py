@@ -14,14 +14,14 @@ from castalia.data.sample_index import IGNORE
 from castalia.parallel.executor import Executor, Rows
 
 
-def evaluate(engine: Executor, batches: Iterable[Batch]) -> dict[str, float]:
+def evaluate(executor: Executor, batches: Iterable[Batch]) -> dict[str, float]:
     """Mean loss over all predicted tokens, whatever their batch. Every rank is given the whole batches."""
-    total, count = torch.zeros((), dtype=torch.float64, device=engine.device), 0
-    with engine.evaluating():
+    total, count = torch.zeros((), dtype=torch.float64, device=executor.device), 0
+    with executor.evaluating():
         for batch in batches:
-            total += engine.loss_sum(Rows.of(batch))
+            total += executor.loss_sum(Rows.of(batch))
             count += int(batch.loss_mask.sum())
-    mean = engine.numbers(total)[0] / count if count else math.nan
+    mean = executor.numbers(total)[0] / count if count else math.nan
     return {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "tokens": count}
 
 

@@ -23,15 +23,15 @@ MLP_UNITS = re.compile(r"blocks\.\d+\.mlp\.up\.weight")
 
 
 @torch.no_grad()
-def tensor_statistics(engine: Executor, loss_scale: float = 1.0) -> dict[str, Any]:
+def tensor_statistics(executor: Executor, loss_scale: float = 1.0) -> dict[str, Any]:
     """Under `weights` the norm of each parameter, under `gradients` the norm and share of zeros of each gradient.
 
     Gradients are divided by `loss_scale`.
     """
-    parameters = _own(engine)
+    parameters = _own(executor)
     # One row of four fp64 numbers per parameter, so that the host waits for the device once.
-    rows = [torch.stack([_squares(engine.part(p).local), *_of_gradient(engine, p)]) for p in parameters.values()]
-    totals = _over_ranks(engine, parameters, rows)
+    rows = [torch.stack([_squares(executor.part(p).local), *_of_gradient(executor, p)]) for p in parameters.values()]
+    totals = _over_ranks(executor, parameters, rows)
     return {
         "weights": {name: weight**0.5 for name, (weight, *_) in totals.items()},
         "gradients": {
@@ -43,18 +43,18 @@ def tensor_statistics(engine: Executor, loss_scale: float = 1.0) -> dict[str, An
 
 
 @torch.no_grad()
-def dead_units(engine: Executor) -> dict[str, int]:
+def dead_units(executor: Executor) -> dict[str, int]:
     """The number of units in each MLP whose weights got no gradient from a whole batch; layers without any are left
     out."""
-    matrices = {name: p.grad for name, p in _own(engine).items() if MLP_UNITS.fullmatch(name) and p.grad is not None}
+    matrices = {name: p.grad for name, p in _own(executor).items() if MLP_UNITS.fullmatch(name) and p.grad is not None}
     # A unit is a row of the up projection, [units, hidden].
-    counts = [(engine.part(grad).local == 0).all(dim=1).sum()[None] for grad in matrices.values()]
-    totals = _over_ranks(engine, matrices, counts)
+    counts = [(executor.part(grad).local == 0).all(dim=1).sum()[None] for grad in matrices.values()]
+    totals = _over_ranks(executor, matrices, counts)
     return {name: int(count) for name, (count,) in totals.items() if count}
 
 
 @contextmanager
-def activation_statistics(engine: Executor) -> Iterator[Callable[[], Statistics]]:
+def activation_statistics(executor: Executor) -> Iterator[Callable[[], Statistics]]:
     """A context manager that observes the output of each block. The function that it yields returns the root mean
     square, the largest magnitude and the share of zeros by block.
     """
@@ -71,15 +71,15 @@ def activation_statistics(engine: Executor) -> Iterator[Callable[[], Statistics]
         return hook
 
     def statistics() -> Statistics:
-        totals = _over_ranks(engine, sums, [torch.stack(rows).sum(dim=0) for rows in sums.values()])
-        most = _over_ranks(engine, largest, [torch.stack(rows).amax(dim=0) for rows in largest.values()], max)
+        totals = _over_ranks(executor, sums, [torch.stack(rows).sum(dim=0) for rows in sums.values()])
+        most = _over_ranks(executor, largest, [torch.stack(rows).amax(dim=0) for rows in largest.values()], max)
         return {
             name: {"rms": (squares / count) ** 0.5, "max": most[name][0], "zeros": zeros / count}
             for name, (squares, zeros, count) in totals.items()
         }
 
     # Hooks see each micro-batch; their results stay on the device until the end of the step.
-    blocks = {f"blocks.{i}": block for model in engine.models for i, block in model.blocks.items()}
+    blocks = {f"blocks.{i}": block for model in executor.models for i, block in model.blocks.items()}
     handles = [block.register_forward_hook(observe(name)) for name, block in blocks.items()]
     try:
         yield statistics
@@ -88,31 +88,31 @@ def activation_statistics(engine: Executor) -> Iterator[Callable[[], Statistics]
             handle.remove()
 
 
-def _own(engine: Executor) -> dict[str, nn.Parameter]:
+def _own(executor: Executor) -> dict[str, nn.Parameter]:
     """This rank's parameters, without those whose elements another rank counts."""
-    return {n: p for n, p in engine.parameters.items() if engine.saves(n) and engine.part(p).writes}
+    return {n: p for n, p in executor.parameters.items() if executor.saves(n) and executor.part(p).writes}
 
 
 def _squares(tensor: Tensor) -> Tensor:
     return tensor.float().square().sum(dtype=torch.float64)
 
 
-def _of_gradient(engine: Executor, parameter: nn.Parameter) -> list[Tensor]:
+def _of_gradient(executor: Executor, parameter: nn.Parameter) -> list[Tensor]:
     """Of a gradient, the sum of squares, the number of zeros and the number of elements; all 0 if there is none."""
     if parameter.grad is None:
-        return [torch.zeros((), dtype=torch.float64, device=engine.part(parameter).local.device)] * 3
-    grad = engine.part(parameter.grad).local
+        return [torch.zeros((), dtype=torch.float64, device=executor.part(parameter).local.device)] * 3
+    grad = executor.part(parameter.grad).local
     count = torch.tensor(grad.numel(), dtype=torch.float64, device=grad.device)
     return [_squares(grad), (grad == 0).sum(dtype=torch.float64), count]
 
 
 def _over_ranks(
-    engine: Executor, names: Iterable[str], rows: list[Tensor], join: Callable[[float, float], float] = operator.add
+    executor: Executor, names: Iterable[str], rows: list[Tensor], join: Callable[[float, float], float] = operator.add
 ) -> dict[str, list[float]]:
     """Rows of numbers by name, joined element by element over all ranks, in the order of the forward pass."""
     by_name = dict(zip(names, torch.stack(rows).tolist() if rows else (), strict=True))
     total: dict[str, list[float]] = {}
-    for rank in engine.gather(by_name):
+    for rank in executor.gather(by_name):
         for name, numbers in rank.items():
             total[name] = list(map(join, total[name], numbers)) if name in total else numbers
     return dict(sorted(total.items(), key=lambda item: block_of(item[0])))

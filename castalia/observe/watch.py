@@ -120,7 +120,7 @@ class Watch:
     def __init__(
         self,
         cfg: WatchConfig,
-        engine: Executor,
+        executor: Executor,
         data: Samples | Pairs,
         tokenizer: Tokenizer | None,
         stored: Mapping[str, Sequence[float]] | None,
@@ -128,7 +128,7 @@ class Watch:
         say: Callable[[str], None],
     ) -> None:
         """`event` writes down an event's name and facts; `stored`: what the checkpoint says of earlier steps."""
-        self.cfg, self.engine, self.data, self.tokenizer = cfg, engine, data, tokenizer
+        self.cfg, self.executor, self.data, self.tokenizer = cfg, executor, data, tokenizer
         self.event, self.say = event, say
         self.spikes = Spikes(cfg, stored)
         self.dead: dict[str, int] = {}
@@ -165,7 +165,7 @@ class Watch:
         on_disk = saved_steps(run / "checkpoints")
         saved = [number for number in history_before(read_events(run), step).saved if number in on_disk]
         newest = [(number, on_disk[number]) for number in saved[-self.cfg.back :]]
-        targets = self.engine.gather(newest)[0]  # as the first rank sees the disk; other machines' views may lag
+        targets = self.executor.gather(newest)[0]  # as the first rank sees the disk; other machines' views may lag
         if not targets:
             raise TrainingError(
                 f"step {step} is a spike, but no checkpoint of this run is left to go back to; save more often "
@@ -185,12 +185,12 @@ class Watch:
         self.spikes = Spikes(self.cfg, stored)
 
     def _tell(self, event: str, step: int, loss: float, norm: float, scale: float | None, **facts: Any) -> None:
-        layers = tensor_statistics(self.engine, scale or 1.0)
-        data = data_of_step(self.data, self.tokenizer, step - 1) if self.engine.rank == 0 else {}
+        layers = tensor_statistics(self.executor, scale or 1.0)
+        data = data_of_step(self.data, self.tokenizer, step - 1) if self.executor.rank == 0 else {}
         self.event(event, step=step, loss=loss, grad_norm=norm, **facts, **data, **layers)
 
     def _look_for_dead_units(self, step: int) -> None:
-        dead = dead_units(self.engine)
+        dead = dead_units(self.executor)
         if any(count > self.dead.get(name, 0) for name, count in dead.items()):
             self.event("dead units", step=step, units=dead)
             self.say(f"step {step}: {sum(dead.values())} MLP units in {len(dead)} layers get no gradient")
@@ -227,19 +227,19 @@ class Cause(NamedTuple):
     what: str
 
 
-def first_cause(engine: Executor, loss: float, again: Callable[[], object]) -> Cause:
+def first_cause(executor: Executor, loss: float, again: Callable[[], object]) -> Cause:
     """The first tensor that is not finite, in the order of cause and effect: parameters, loss, gradients.
 
     `again` computes the step once more, so that its activations can be observed.
     """
 
     def is_finite(tensor: Tensor) -> bool:
-        return bool(engine.local(tensor).isfinite().all())
+        return bool(executor.local(tensor).isfinite().all())
 
-    parameters = [named for model in engine.models for named in model.named_parameters()]
+    parameters = [named for model in executor.models for named in model.named_parameters()]
     gradients = {name: parameter.grad for name, parameter in reversed(parameters)}  # in the order of the backward pass
     bad = next((name for name, grad in gradients.items() if grad is not None and not is_finite(grad)), None)
-    with first_bad_activation(engine.models, is_finite) as bad_modules:
+    with first_bad_activation(executor.models, is_finite) as bad_modules:
         again()
     for name, parameter in parameters:
         if not is_finite(parameter):

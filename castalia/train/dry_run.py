@@ -27,7 +27,7 @@ def rehearse(config: RunConfig) -> None:
 
 
 def _show_one_step(session: Session, folder: Path) -> None:
-    with Display(silent=session.engine.rank > 0) as display:
+    with Display(silent=session.executor.rank > 0) as display:
         show_report(session, display, folder)
         done = session.progress.step
         begin = time.perf_counter()

@@ -28,10 +28,10 @@ class Instruments:
         self,
         log: LogConfig,
         folder: Path,
-        engine: Executor,
+        executor: Executor,
         say: Callable[[str], None],
     ):
-        self.log, self.folder, self.engine, self.say = log, folder, engine, say
+        self.log, self.folder, self.executor, self.say = log, folder, executor, say
         self.profiler: profile | None = None
 
     @contextmanager
@@ -42,7 +42,7 @@ class Instruments:
             self._start_profile()
         # Hooks are only there in steps that need them, because they cost time.
         if self._shows_layers(step):
-            with activation_statistics(self.engine) as self.activations:
+            with activation_statistics(self.executor) as self.activations:
                 yield
         else:
             yield
@@ -53,8 +53,8 @@ class Instruments:
         """Writes the step's statistics to layers.jsonl where they are due. Gradients must be complete."""
         if not self._shows_layers(step):
             return
-        statistics = {"activations": self.activations(), **tensor_statistics(self.engine, loss_scale)}
-        if self.engine.rank == 0:
+        statistics = {"activations": self.activations(), **tensor_statistics(self.executor, loss_scale)}
+        if self.executor.rank == 0:
             with open(self.folder / LAYERS, "a") as file:
                 file.write(as_line({"step": step, **statistics}))
 
@@ -62,9 +62,9 @@ class Instruments:
         return self.log.layers_every is not None and step % self.log.layers_every == 0
 
     def _start_profile(self) -> None:
-        if self.engine.device.type == "cuda":
+        if self.executor.device.type == "cuda":
             torch.cuda.memory._record_memory_history()  # for memory.pickle, which pytorch.org/memory_viz draws
-        self.profiler = open_profile(self.engine.device)
+        self.profiler = open_profile(self.executor.device)
         self.profiler.__enter__()
 
     def _write_profile(self) -> None:
@@ -78,7 +78,7 @@ class Instruments:
         with appearing_whole(folder / "trace.json") as path:
             profiler.export_chrome_trace(str(path))
         # Self time and memory: an operation's own, without those that it calls.
-        averages, place = profiler.key_averages(), "device" if self.engine.device.type == "cuda" else "cpu"
+        averages, place = profiler.key_averages(), "device" if self.executor.device.type == "cuda" else "cpu"
         tables = [
             f"By {key.replace('_', ' ')}\n{averages.table(sort_by=key, row_limit=SUMMARY_ROWS)}"
             for key in (f"self_{place}_time_total", f"self_{place}_memory_usage")

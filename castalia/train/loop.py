@@ -68,7 +68,7 @@ def train(config: RunConfig) -> Path:
         if is_main():
             refuse_if_in_use(folder / "checkpoints")  # the saver asks again, but only once everything is loaded
         session = start(config)
-        with Display(silent=session.engine.rank > 0) as display:
+        with Display(silent=session.executor.rank > 0) as display:
             show_report(session, display, folder)
             try:
                 with TrainingRun(session, folder, display, in_place, job, begin) as run:
@@ -93,7 +93,7 @@ class TrainingRun:
         begin: float,  # when the process began, by time.monotonic
     ):
         self.session, self.folder, self.display = session, folder, display
-        self.in_place, self.job, self.is_main = in_place, job, session.engine.rank == 0
+        self.in_place, self.job, self.is_main = in_place, job, session.executor.rank == 0
         before = session.source.config if session.source and session.resumed else None
         has_tokenizer, batch_size = session.tokenizer is not None, session.plan.batch_size
         began_from = before.checkpoint.init_from if before else None
@@ -108,7 +108,7 @@ class TrainingRun:
         self.pace = StepPace(self.config.watch.window)
         self.watch = Watch(
             self.config.watch,
-            session.engine,
+            session.executor,
             session.data,
             session.tokenizer,
             stored=session.progress.watch,
@@ -117,21 +117,21 @@ class TrainingRun:
         )
 
     def __enter__(self) -> TrainingRun:
-        engine, saves = self.session.engine, self.config.checkpoint
+        executor, saves = self.session.executor, self.config.checkpoint
         # Whatever fails on the way closes what is open by then; `pop_all` hands it over to `__exit__`.
         with ExitStack() as opened:
             writer = CheckpointSaver(
                 self.folder / "checkpoints",
                 keep_last=saves.keep_last,
                 keep_every=saves.keep_every,
-                rank=engine.rank,
-                num_ranks=engine.world,
+                rank=executor.rank,
+                num_ranks=executor.world,
             )
             self.writer = opened.enter_context(writer)
             if self.is_main:
                 self.metrics = opened.enter_context(closing(self._open_folder()))
             self.instruments = opened.enter_context(self._instruments())
-            engine.barrier()  # the remains of crashed ranks are removed before any rank saves
+            executor.barrier()  # the remains of crashed ranks are removed before any rank saves
             self.opened = opened.pop_all()
         return self
 
@@ -154,10 +154,10 @@ class TrainingRun:
         return Metrics(folder, self.config, self.unevaluated)
 
     def _instruments(self) -> Instruments:
-        engine = self.session.engine
+        executor = self.session.executor
         # Every rank takes part in layer statistics, but only rank 0 profiles.
         log = self.config.log if self.is_main else self.config.log.with_({"profile": None})
-        return Instruments(log, self.folder, engine, self.display.line)
+        return Instruments(log, self.folder, executor, self.display.line)
 
     def _event(self, event: str, **facts: Any) -> None:
         if self.is_main:
@@ -169,7 +169,7 @@ class TrainingRun:
         Returns the signal's name, or None.
         """
         session, last, config = self.session, self.session.last, self.session.config
-        if session.engine.any(self.unevaluated is not None):
+        if session.executor.any(self.unevaluated is not None):
             self.display.line(f"step {self.progress.step} is evaluated first, as it was to be")
             with self.signals:
                 self._evaluated(self.unevaluated or {})
@@ -205,13 +205,13 @@ class TrainingRun:
                     limit = "train.exit_interval"
                     break
         # Signals may have reached some ranks only; all of them must end alike.
-        stopped_by = next(filter(None, session.engine.gather(self.signals.received or "")), None)
+        stopped_by = next(filter(None, session.executor.gather(self.signals.received or "")), None)
         self._finish(stopped_by, f"by {stopped_by}" if stopped_by else f"as {limit} says")
         return stopped_by
 
     def _should_stop(self, seconds: float = 0.0) -> bool:
         """Whether any rank got a signal, or something that takes `seconds` would end after the time limit."""
-        return self.session.engine.any(bool(self.signals.received) or time.monotonic() + seconds > self.end)
+        return self.session.executor.any(bool(self.signals.received) or time.monotonic() + seconds > self.end)
 
     def _step(self) -> tuple[StepResult, float]:
         """One step: gradients, the spike policy's decision about them, the update. Returns its result and seconds."""
@@ -296,7 +296,7 @@ class TrainingRun:
     def save(self) -> None:
         """Copies the state and returns. It is on disk before the next save begins, and when the run ends."""
         session = self.session
-        parameters = {name: p for name, p in session.engine.parameters.items() if session.engine.saves(name)}
+        parameters = {name: p for name, p in session.executor.parameters.items() if session.executor.saves(name)}
         states = optimizer_state(session.optimizer, parameters) if self.config.checkpoint.save_optimizer else None
         if states is not None:
             states = {name: self._parts_to_write(state) for name, state in states.items()}
@@ -310,9 +310,9 @@ class TrainingRun:
     def _wait_for_writes(self) -> None:
         """Waits until the last checkpoint is on disk, on all ranks together. A rank that waited alone would keep the
         others in a collective, whose timeout a slow disk may exceed."""
-        engine = self.session.engine
-        while engine.any(self.writer.is_writing):
-            if engine.any(self.writer.has_failed):  # its disk may be full, and the others would wait for its part
+        executor = self.session.executor
+        while executor.any(self.writer.is_writing):
+            if executor.any(self.writer.has_failed):  # its disk may be full, and the others would wait for its part
                 self.writer.abandon()
             time.sleep(0.05)
 
@@ -320,7 +320,7 @@ class TrainingRun:
         """The parts of tensors that this rank writes. Step counters of the optimizer are whole on every rank."""
         parts: dict[str, Any] = {}
         for name, tensor in tensors.items():
-            part = self.session.engine.part(tensor)
+            part = self.session.executor.part(tensor)
             if name == "step":
                 parts[name] = tensor
             elif part.writes:

@@ -89,12 +89,12 @@ def _in_order(rewards: Tensor) -> Tensor:
 class PreferenceLoss:
     """The objective of a run that learns from preferences.
 
-    `reference` is the frozen model, on the ranks of `engine`; None where the objective asks none.
+    `reference` is the frozen model, on the ranks of `executor`; None where the objective asks none.
     """
 
-    def __init__(self, config: RunConfig, engine: Executor, reference: Executor | None, accumulation: int) -> None:
+    def __init__(self, config: RunConfig, executor: Executor, reference: Executor | None, accumulation: int) -> None:
         self.objective, self.settings, self.square = config.train.objective, config.preference, config.train.z_loss
-        self.engine, self.reference, self.accumulation = engine, reference, accumulation
+        self.executor, self.reference, self.accumulation = executor, reference, accumulation
         self.tally = _Tally()
         self.report: dict[str, float] = {}  # of the last step
 
@@ -107,33 +107,33 @@ class PreferenceLoss:
             self.tally.add(result)
             return result.losses.sum()
 
-        number = self.engine.sum_over_data(self._num_losses(batch))
-        return self.engine.forward_backward(Rows.of(batch), [1 / number] * self.accumulation, scale, seeds, losses)
+        number = self.executor.sum_over_data(self._num_losses(batch))
+        return self.executor.forward_backward(Rows.of(batch), [1 / number] * self.accumulation, scale, seeds, losses)
 
     def make_report(self) -> None:
         """Fills `report` with the step's figures, on all ranks together. Waits for the device, so it is called last."""
-        self.report = self.tally.means(self.engine)
+        self.report = self.tally.means(self.executor)
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Mean loss and rewards over all ranks, given this data rank's rows of batches."""
-        tally, total, number = _Tally(), torch.zeros((), dtype=torch.float64, device=self.engine.device), 0.0
-        with self.engine.evaluating():
+        tally, total, number = _Tally(), torch.zeros((), dtype=torch.float64, device=self.executor.device), 0.0
+        with self.executor.evaluating():
             for batch in batches:
                 loss_of = self._loss_function(batch)
-                for micro, values in enumerate(self.engine.each_sequence(Rows.of(batch)).chunk(self.accumulation)):
+                for micro, values in enumerate(self.executor.each_sequence(Rows.of(batch)).chunk(self.accumulation)):
                     result = loss_of(values, micro)
                     tally.add(result)
                     total += result.losses.sum()
                 number += self._num_losses(batch)
-        loss = self.engine.sum_over_data(float(total)) / self.engine.sum_over_data(number)
-        return {"loss": loss} | tally.means(self.engine)
+        loss = self.executor.sum_over_data(float(total)) / self.executor.sum_over_data(number)
+        return {"loss": loss} | tally.means(self.executor)
 
     def _num_losses(self, batch: Batch) -> float:
         return len(batch.tokens) / (1 if self.objective == "kto" else 2)
 
     def _loss_function(self, batch: Batch) -> Callable[[Tensor, int], PreferenceLosses]:
         """The loss of a micro-batch as a function of its sequences' values and its number."""
-        device, parts = self.engine.device, self.accumulation
+        device, parts = self.executor.device, self.accumulation
         if self.objective == "reward":
             return lambda values, micro: reward_model(values, self.square)
         references = self._references(batch).chunk(parts)
@@ -147,9 +147,9 @@ class PreferenceLoss:
     def _references(self, batch: Batch) -> Tensor:
         """The reference model's log-probability of each sequence: stored with the data, or computed."""
         if self.objective == "dpo" and self.settings.reference_free:
-            return torch.zeros(len(batch.tokens), device=self.engine.device)
+            return torch.zeros(len(batch.tokens), device=self.executor.device)
         if batch.references is not None:
-            return to_device(torch.from_numpy(batch.references), self.engine.device)
+            return to_device(torch.from_numpy(batch.references), self.executor.device)
         assert self.reference is not None
         with self.reference.evaluating():
             return self.reference.each_sequence(Rows.of(batch))
@@ -174,10 +174,10 @@ class _Tally:
         sums = torch.stack([values.where(counted, 0).sum(dtype=torch.float64), counted.sum(dtype=torch.float64)])
         self.sums[name] = self.sums[name] + sums if name in self.sums else sums
 
-    def means(self, engine: Executor) -> dict[str, float]:
+    def means(self, executor: Executor) -> dict[str, float]:
         """Means over all ranks. A figure to which no sequence of the step contributes is left out."""
         rows = torch.stack(list(self.sums.values())).tolist()
-        totals = {n: [engine.sum_over_data(v) for v in row] for n, row in zip(self.sums, rows, strict=True)}
+        totals = {n: [executor.sum_over_data(v) for v in row] for n, row in zip(self.sums, rows, strict=True)}
         means = {name: total / number for name, (total, number) in totals.items() if number}
         if {"chosen_reward", "rejected_reward"} <= means.keys():
             means["margin"] = means["chosen_reward"] - means["rejected_reward"]

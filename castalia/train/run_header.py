@@ -103,9 +103,9 @@ def run_facts_of(session: Session) -> RunFacts:
 
 def planned_layout(session: Session) -> Layout:
     """The planner's layout of this run. One process does the work of all ranks, whatever the config's layout."""
-    config, engine, plan = session.config, session.engine, session.plan
-    if engine.world > 1:
-        return layout_of(config, engine.world)[0]
+    config, executor, plan = session.config, session.executor, session.plan
+    if executor.world > 1:
+        return layout_of(config, executor.world)[0]
     recompute = config.train.recompute
     return Layout(micro_batch=plan.micro_batch_size, accumulation=plan.accumulation, recompute=recompute)
 

@@ -47,7 +47,7 @@ class Session:
     tokenizer: Tokenizer | None
     plan: BatchPlan
     data: Samples | Pairs
-    engine: Executor
+    executor: Executor
     optimizer: AnyOptimizer
     step: TrainStep
     progress: Progress
@@ -60,11 +60,11 @@ class Session:
     @property
     def device(self) -> torch.device:
         """The device that this rank computes on."""
-        return self.engine.device
+        return self.executor.device
 
     def batch(self, step: int) -> Batch:
         """This data rank's part of the batch of a step (from 0)."""
-        return self.data.batch(step, self.plan_at(step).rows_of(self.engine.data_rank))
+        return self.data.batch(step, self.plan_at(step).rows_of(self.executor.data_rank))
 
     def plan_at(self, step: int) -> BatchPlan:
         """The batch of a step (from 0), which is smaller while the batch size warms up."""
@@ -93,57 +93,57 @@ def start(config: RunConfig) -> Session:
     if config.train.deterministic:
         repeat_bits()  # before the first kernel
     run = resolve(config)
-    engine = build_model(run)
-    loaded = load_weights(engine, run)
-    return make_session(run, engine, loaded)
+    executor = build_model(run)
+    loaded = load_weights(executor, run)
+    return make_session(run, executor, loaded)
 
 
 def build_model(run: ResolvedRun) -> Executor:
     """The model of a run on this rank, its parameters still unset."""
-    return make_engine(with_compiling(run.config, run.compiling), run.dtype, run.device, run.plan)
+    return make_executor(with_compiling(run.config, run.compiling), run.dtype, run.device, run.plan)
 
 
-def load_weights(engine: Executor, run: ResolvedRun) -> LoadReport | None:
+def load_weights(executor: Executor, run: ResolvedRun) -> LoadReport | None:
     """Gives the parameters their first values: the checkpoint's, or random ones (None is returned then)."""
     config, source = run.config, run.source
-    report = load_engine(engine, config.model, source, num_added_tokens(config, source)) if source else None
-    start_adapters(engine, config, source)
+    report = load_parameters(executor, config.model, source, num_added_tokens(config, source)) if source else None
+    start_adapters(executor, config, source)
     if source is None:
-        engine.initialize(config)
+        executor.initialize(config)
     return report
 
 
-def load_optimizer_state(optimizer: AnyOptimizer, engine: Executor, run: ResolvedRun, quirks: NeoXQuirks) -> None:
+def load_optimizer_state(optimizer: AnyOptimizer, executor: Executor, run: ResolvedRun, quirks: NeoXQuirks) -> None:
     """Gives the optimizer the moments of the checkpoint that a run resumes, where there is one."""
     if run.resumed is None or not run.config.checkpoint.load_optimizer:
         return
-    for parameters in (engine.parameters, engine.duplicates):
-        load_optimizer(optimizer, parameters, run.resumed, run.config.model.vocab_size, engine_shard(engine))
+    for parameters in (executor.parameters, executor.duplicates):
+        load_optimizer(optimizer, parameters, run.resumed, run.config.model.vocab_size, rank_shard(executor))
     if quirks.adam_steps_ahead:
         for state in optimizer.state.values():
             state["step"] += quirks.adam_steps_ahead
     rescale_moments(optimizer, run.resumed.summed_micro_batches, quirks.gradient_factor)
 
 
-def make_session(run: ResolvedRun, engine: Executor, loaded: LoadReport | None) -> Session:
+def make_session(run: ResolvedRun, executor: Executor, loaded: LoadReport | None) -> Session:
     """The optimizer and the training step of a model whose weights are loaded. The model is put into training mode."""
     config, model = run.config, run.config.model
     progress = run.resumed.progress if run.resumed else Progress()
     quirks = quirks_of(config, run.resumed)
     # A second copy of a tied embedding gets the same gradients; trained alike, both copies stay equal.
     optimizer = make_optimizer(
-        engine.parameters | {f"{DUPLICATE}{name}": p for name, p in engine.duplicates.items()},
+        executor.parameters | {f"{DUPLICATE}{name}": p for name, p in executor.duplicates.items()},
         config.optimizer,
         summed_bias_ranks=quirks.summed_bias_ranks,
         width_multiplier=model.width_multiplier,
         num_layers=model.num_layers,
         elsewhere=trained_names(config),
     )
-    load_optimizer_state(optimizer, engine, run, quirks)
+    load_optimizer_state(optimizer, executor, run, quirks)
     rate = learning_rate(config, config.steps, quirks.release)
-    preference = preference_loss(run, engine)
+    preference = preference_loss(run, executor)
     step = TrainStep(
-        engine,
+        executor,
         optimizer,
         resumed_learning_rate(rate, progress.schedule, config.checkpoint.schedule_from),
         run.plan,
@@ -160,15 +160,15 @@ def make_session(run: ResolvedRun, engine: Executor, loaded: LoadReport | None) 
     )
     # With `auto` nobody asked for compiling, so a failure to compile must not end the run; with `true` it does.
     if run.compiling.first is not None and config.train.compile == "auto":
-        fall_back_to_eager(e.models for e in (engine, preference and preference.reference) if e)
-    for part in engine.models:
+        fall_back_to_eager(e.models for e in (executor, preference and preference.reference) if e)
+    for part in executor.models:
         part.train()
     return Session(
         config=config,
         tokenizer=run.tokenizer,
         plan=run.plan,
         data=run.data,
-        engine=engine,
+        executor=executor,
         optimizer=optimizer,
         step=step,
         progress=progress,
@@ -180,7 +180,7 @@ def make_session(run: ResolvedRun, engine: Executor, loaded: LoadReport | None) 
     )
 
 
-def make_engine(
+def make_executor(
     config: CompleteConfig,
     dtype: torch.dtype,
     device: torch.device,
@@ -202,23 +202,23 @@ def make_engine(
     return MeshExecutor(config, dtype, device, plan, frozen, mesh)
 
 
-def preference_loss(run: ResolvedRun, engine: Executor) -> PreferenceLoss | None:
+def preference_loss(run: ResolvedRun, executor: Executor) -> PreferenceLoss | None:
     """The objective of a run that learns from preferences, with its frozen reference model where it needs one."""
     config = with_compiling(run.config, run.compiling)
     if config.train.objective == "causal":
         return None
-    reference = frozen_reference(config, run, engine) if needs_reference(config) else None
-    return PreferenceLoss(config, engine, reference, run.plan.accumulation)
+    reference = frozen_reference(config, run, executor) if needs_reference(config) else None
+    return PreferenceLoss(config, executor, reference, run.plan.accumulation)
 
 
-def frozen_reference(config: CompleteConfig, run: ResolvedRun, engine: Executor) -> Executor:
-    """The reference model, in the compute dtype and without adapters, on the ranks of `engine`."""
+def frozen_reference(config: CompleteConfig, run: ResolvedRun, executor: Executor) -> Executor:
+    """The reference model, in the compute dtype and without adapters, on the ranks of `executor`."""
     model = checkpoint_architecture(run.reference) if run.reference else run.config.model
     # The reference is the model before fine-tuning: without adapters, and with nothing that trains.
     plain = config.with_({"finetune": FinetuneConfig(), "model": model})
-    reference = make_engine(plain, run.dtype, engine.device, run.plan, frozen=True, same_mesh_as=engine)
+    reference = make_executor(plain, run.dtype, executor.device, run.plan, frozen=True, same_mesh_as=executor)
     if run.reference:
-        load_engine(reference, model, run.reference)
+        load_parameters(reference, model, run.reference)
     else:
         reference.initialize(plain)
     for parameter in reference.parameters.values():
@@ -228,23 +228,23 @@ def frozen_reference(config: CompleteConfig, run: ResolvedRun, engine: Executor)
 
 def restore(session: Session, path: Path) -> Progress:
     """Restores weights, optimizer and loss scale from a checkpoint of this run, and returns its progress."""
-    saved, engine, model = open_checkpoint(path, adapters=True), session.engine, session.config.model
-    load_engine(engine, model, saved)
-    for parameters in (engine.parameters, engine.duplicates):
-        load_optimizer(session.optimizer, parameters, saved, model.vocab_size, engine_shard(engine))
+    saved, executor, model = open_checkpoint(path, adapters=True), session.executor, session.config.model
+    load_parameters(executor, model, saved)
+    for parameters in (executor.parameters, executor.duplicates):
+        load_optimizer(session.optimizer, parameters, saved, model.vocab_size, rank_shard(executor))
     if session.step.scaler and saved.progress.loss_scale:
         session.step.scaler.restore(saved.progress.loss_scale)
     return saved.progress
 
 
-def load_engine(engine: Executor, model: ModelConfig, source: Checkpoint, added: int = 0) -> LoadReport:
+def load_parameters(executor: Executor, model: ModelConfig, source: Checkpoint, added: int = 0) -> LoadReport:
     """Fills this rank's parameters with its slices of the checkpoint. Adapters that the checkpoint lacks stay unset.
 
     The last `added` rows of the vocabulary are new to the checkpoint: they become the mean of the others.
     """
-    shard, lacks_adapters = engine_shard(engine), adapters_of(source) is None
-    shards = {n: shard(p) for n, p in engine.parameters.items() if not (is_adapter(n) and lacks_adapters)}
-    copies = {name: shard(parameter) for name, parameter in engine.duplicates.items()}
+    shard, lacks_adapters = rank_shard(executor), adapters_of(source) is None
+    shards = {n: shard(p) for n, p in executor.parameters.items() if not (is_adapter(n) and lacks_adapters)}
+    copies = {name: shard(parameter) for name, parameter in executor.duplicates.items()}
     # One by one and outside of the report, which counts each tensor once.
     for name, parameter in copies.items():
         load_shards({name: parameter}, model, source, added)
@@ -257,11 +257,11 @@ def load_engine(engine: Executor, model: ModelConfig, source: Checkpoint, added:
     return report
 
 
-def engine_shard(engine: Executor) -> Callable[[torch.Tensor], Shard]:
+def rank_shard(executor: Executor) -> Callable[[torch.Tensor], Shard]:
     """A function from a tensor to the slice of it that this rank holds, as the checkpoint room reads and writes it."""
 
     def shard(tensor: torch.Tensor) -> Shard:
-        piece = engine.part(tensor)
+        piece = executor.part(tensor)
         return Shard(piece.local, piece.shape, piece.start)
 
     return shard

@@ -60,7 +60,7 @@ class TrainStep:
 
     def __init__(
         self,
-        engine: Executor,
+        executor: Executor,
         optimizer: AnyOptimizer,
         rate: LearningRate,
         plan: BatchPlan,
@@ -76,7 +76,7 @@ class TrainStep:
         first_compiled: int = 0,
         counted_in_norm: NormSubset | None = None,
     ):
-        self.engine, self.optimizer, self.rate, self.plan = engine, optimizer, rate, plan
+        self.executor, self.optimizer, self.rate, self.plan = executor, optimizer, rate, plan
         self.seed, self.clip_norm, self.scaler = seed, clip_norm, scaler
         self.micro_batch_means, self.gradient_factor = micro_batch_means, gradient_factor
         self.skipped, self.preference, self.batch_warmup = skipped, preference, batch_warmup
@@ -104,10 +104,10 @@ class TrainStep:
         scale = self.loss_scale or 1.0
         with eager_before(self.first_compiled, step):
             loss_tensor = self._forward_backward(step, batch, scale)
-        norm_tensor = self.engine.gradient_norm()
-        clipped_tensor = self.engine.gradient_norm(self.counted_in_norm) if self.counted_in_norm else norm_tensor
+        norm_tensor = self.executor.gradient_norm()
+        clipped_tensor = self.executor.gradient_norm(self.counted_in_norm) if self.counted_in_norm else norm_tensor
         # The only place where a step waits for the device.
-        loss, norm, clipped = self.engine.numbers(loss_tensor, norm_tensor, clipped_tensor)
+        loss, norm, clipped = self.executor.numbers(loss_tensor, norm_tensor, clipped_tensor)
         if self.preference:
             self.preference.make_report()
         self._pending = _Gradients(step, batch, loss, norm / scale, clipped / scale, self.rate(step - self.skipped))
@@ -120,7 +120,7 @@ class TrainStep:
         if not pending.finite:
             raise TrainingError(self._explain(pending))
         clip = max(1.0, (pending.clipped_norm + 1e-6) / self.clip_norm) if self.clip_norm else 1.0
-        gradients = self.engine.gradients()
+        gradients = self.executor.gradients()
         if gradients and scale * clip != 1.0:  # a pipeline stage may train nothing
             torch._foreach_mul_(gradients, 1.0 / (scale * clip))
         set_rate(self.optimizer, pending.lr)
@@ -136,12 +136,12 @@ class TrainStep:
 
     def _forward_backward(self, step: int, batch: Batch, scale: float) -> torch.Tensor:
         """Accumulates the gradients of the loss times `scale`; returns the unscaled loss, on the device."""
-        plan, ranks = self.plan.at(step, self.batch_warmup), self.engine.data_size
-        seeds = [dropout_seed(self.seed, step, micro, self.engine.data_rank) for micro in range(plan.accumulation)]
+        plan, ranks = self.plan.at(step, self.batch_warmup), self.executor.data_size
+        seeds = [dropout_seed(self.seed, step, micro, self.executor.data_rank) for micro in range(plan.accumulation)]
         if self.preference:
             return self.preference.forward_backward(batch, scale * self.gradient_factor, seeds)
         counts = batch.loss_mask.sum(axis=1)  # [sequences]: tokens that have a loss
-        global_tokens = self.engine.sum_over_data(float(counts.sum()))
+        global_tokens = self.executor.sum_over_data(float(counts.sum()))
         if not global_tokens:
             raise TrainingError(f"step {step + 1}: every label of the batch is masked, there is nothing to learn from")
         if self.micro_batch_means:
@@ -150,7 +150,7 @@ class TrainStep:
             weights = [1.0 / float(count) for count in denominators]
         else:
             weights = [1.0 / global_tokens] * plan.accumulation
-        return self.engine.forward_backward(Rows.of(batch), weights, scale * self.gradient_factor, seeds)
+        return self.executor.forward_backward(Rows.of(batch), weights, scale * self.gradient_factor, seeds)
 
     def _finish(self, applied: bool) -> StepResult:
         """Frees the gradients and updates the counters and the loss scale."""
@@ -171,10 +171,10 @@ class TrainStep:
     def _explain(self, pending: _Gradients) -> str:
         """The error text for a step that is not finite, with the first bad tensor of all ranks."""
         step, loss = pending.step, pending.loss
-        cause = first_cause(self.engine, loss, lambda: self._forward_backward(step, pending.batch, 1.0))
-        causes = self.engine.gather(cause)
+        cause = first_cause(self.executor, loss, lambda: self._forward_backward(step, pending.batch, 1.0))
+        causes = self.executor.gather(cause)
         first = min(causes)
-        where = f" on rank {causes.index(first)}" if self.engine.world > 1 else ""
+        where = f" on rank {causes.index(first)}" if self.executor.world > 1 else ""
         return (
             f"step {step + 1} is not finite (loss {loss:g}): the first bad tensor is {first.what}{where}. The weights "
             f"are those of step {step} and the run's events.jsonl names the data; lower optimizer.lr, or look at the "

@@ -63,7 +63,7 @@ def describe_memory(session: Session, layout: Layout, peak_bytes: int) -> str:
     states = chain.from_iterable(state.values() for state in session.optimizer.state.values())
     reference = session.step.preference and session.step.preference.reference
     frozen = reference.parameters.values() if reference else ()
-    local = (session.engine.part(t).local for t in chain(session.engine.parameters.values(), states, frozen))
+    local = (session.executor.part(t).local for t in chain(session.executor.parameters.values(), states, frozen))
     measured = peak_bytes + sum(tensor.numel() * tensor.element_size() for tensor in local)
     compute = compute_of(
         session.config, session.config.precision.compute, session.device.type, capability(session.device) or AMPERE

@@ -38,4 +38,4 @@ def peak_speed(session: Session) -> float | None:
     tflops = session.config.log.peak_tflops
     peak = tflops * 1e12 if tflops else peak_flops(session.device, session.dtype)
     per_token = training_flops(session.config.model, session.config.data.seq_length)
-    return peak * session.engine.world / per_token if peak else None
+    return peak * session.executor.world / per_token if peak else None

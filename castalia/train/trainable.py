@@ -62,9 +62,9 @@ def num_added_tokens(config: CompleteConfig, source: Checkpoint | None) -> int:
     return config.vocab_size - load_tokenizer(config.tokenizer).vocab_size  # other formats' sizes include padding
 
 
-def start_adapters(engine: Executor, config: CompleteConfig, source: Checkpoint | None) -> None:
+def start_adapters(executor: Executor, config: CompleteConfig, source: Checkpoint | None) -> None:
     """Sets adapters that were not loaded to their initial values, which have no effect: `lora_b` is zero."""
-    for name, parameter in engine.parameters.items():
+    for name, parameter in executor.parameters.items():
         if is_adapter(name) and (source is None or adapters_of(source) is None):
-            part = engine.part(parameter)
+            part = executor.part(parameter)
             part.local.copy_(seeded_tensor(config.model, config.seed, name, part.shape, part.slices))

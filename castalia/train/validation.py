@@ -37,7 +37,7 @@ class Validation:
         preference, self.cut_short = self.session.step.preference, False
         # Without `every` only the end of a run is evaluated, on the first stretch.
         shown = self._batches(range(first, first + batches), should_stop)
-        result = preference.evaluate(shown) if preference else evaluate(self.session.engine, shown)
+        result = preference.evaluate(shown) if preference else evaluate(self.session.executor, shown)
         return None if self.cut_short else result
 
     def recorded(self, result: Mapping[str, float]) -> dict[str, float]:
@@ -49,7 +49,7 @@ class Validation:
         """Validation batches until the last one or a stop. Preferences take this data rank's rows, other losses all."""
         assert self.data is not None
         has_parts = self.session.step.preference is not None
-        rows = self.session.plan.rows_of(self.session.engine.data_rank) if has_parts else None
+        rows = self.session.plan.rows_of(self.session.executor.data_rank) if has_parts else None
         for number in numbers:
             yield self.data.batch(number, rows)
             # After the last batch there is nothing left to cut short.

@@ -41,9 +41,9 @@ def replay(run: Path, step: int) -> dict[str, Any]:
         else:
             session.step(number - 1, session.batch(number - 1))
     sequences = _sequences(session, step - 1)
-    with activation_statistics(session.engine) as activations:
+    with activation_statistics(session.executor) as activations:
         session.step.gradients(step - 1, session.batch(step - 1))
-        layers = tensor_statistics(session.engine, session.step.loss_scale or 1.0) | {"activations": activations()}
+        layers = tensor_statistics(session.executor, session.step.loss_scale or 1.0) | {"activations": activations()}
     result = session.step.skip()
     record = next((record for record in read_metrics(run) if record["step"] == step), {})
     return {
@@ -105,12 +105,12 @@ def _sequences(session: Session, step: int) -> list[dict[str, Any]]:
     Preferences have no losses of single sequences: those stay in their order, with loss None.
     """
     batch, positions, rows = session.data.batch(step), session.data.positions(step).tolist(), []
-    with session.engine.evaluating():
+    with session.executor.evaluating():
         for row in range(len(batch.tokens)):
             position, tokens = positions[row * len(positions) // len(batch.tokens)], int(batch.loss_mask[row].sum())
             loss = None
             if session.step.preference is None:
-                loss = float(session.engine.loss_sum(Rows.of(batch).rows(row, row + 1))) / max(1, tokens)
+                loss = float(session.executor.loss_sum(Rows.of(batch).rows(row, row + 1))) / max(1, tokens)
             # Of pairs, two rows share one position.
             facts = {"row": row, "position": position, "loss": loss, "tokens": tokens}
             facts["pieces"] = [piece._asdict() for piece in session.data.pieces(position)]

@@ -70,8 +70,8 @@ def test_stopped_is_never_stopped_in_all(theatre, optimizer, precision, layout):
 
 def found_in(session: Session, step: int) -> dict[str, Any]:
     """All that the next update depends on."""
-    found: dict[str, Any] = {f"weight {name}": value.detach() for name, value in session.engine.parameters.items()}
-    for name, parameter in session.engine.parameters.items():
+    found: dict[str, Any] = {f"weight {name}": value.detach() for name, value in session.executor.parameters.items()}
+    for name, parameter in session.executor.parameters.items():
         for kind, value in session.optimizer.state[parameter].items():
             found[f"{kind} {name}"] = value
     for number, group in enumerate(session.optimizer.param_groups):

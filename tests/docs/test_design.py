@@ -20,6 +20,6 @@ def test_each_file_and_name_of_the_page_exists():
     for name in set(re.findall(r"[\w/]+\.py\b", PAGE)):
         assert any((ROOT / "castalia" / room / name).is_file() for room in rooms), name
     text = "".join(path.read_text() for path in (ROOT / "castalia").rglob("*.py"))
-    for name in ("parallelize", "load_config", "open_samples", "build_stages", "load_engine", "open_checkpoint"):
+    for name in ("parallelize", "load_config", "open_samples", "build_stages", "load_parameters", "open_checkpoint"):
         assert name in PAGE
         assert re.search(rf"def {name}\b", text), name

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from castalia.checkpoint.opener import open_checkpoint
-from castalia.cli.evaluate import command, evaluate_checkpoint, load_engine, uniform_loss
+from castalia.cli.evaluate import command, evaluate_checkpoint, load_executor, uniform_loss
 from castalia.config.schema import ModelConfig, TokenizerConfig
 from castalia.data.indexed import DatasetWriter, open_dataset
 from castalia.data.loader import Batch
@@ -157,12 +157,12 @@ def test_overrides_and_strides_are_obeyed(run, capsys):
 
 
 def test_weights_are_held_in_the_compute_dtype(run, capsys):
-    engine, _ = load_engine(open_checkpoint(run), 16, 8, torch.bfloat16, torch.device("cpu"), 1, 1)
-    assert {parameter.dtype for parameter in engine.parameters.values()} == {torch.bfloat16}
+    executor, _ = load_executor(open_checkpoint(run), 16, 8, torch.bfloat16, torch.device("cpu"), 1, 1)
+    assert {parameter.dtype for parameter in executor.parameters.values()} == {torch.bfloat16}
     model = load_model(run)
     model.compute_dtype = torch.bfloat16  # fp32 weights that are cast where they are used
     rows = [Batch(*np.random.default_rng(0).integers(0, 257, (2, 6, 16)), np.ones((6, 16), bool))]
-    assert evaluate(engine, rows) == evaluate(Executor(model), rows)
+    assert evaluate(executor, rows) == evaluate(Executor(model), rows)
 
 
 def test_an_overlay_is_obeyed_and_its_idle_keys_are_told(run, tmp_path, capsys):

@@ -29,7 +29,7 @@ class Transfers(TorchDispatchMode):
         return out
 
 
-def engine() -> Executor:
+def executor() -> Executor:
     with META:
         return Executor(Transformer(MODEL))
 
@@ -41,7 +41,7 @@ def batch() -> Batch:
 
 
 def test_a_steps_batch_goes_to_the_device_once():
-    learner, rows = engine(), Rows.of(batch())
+    learner, rows = executor(), Rows.of(batch())
     learner.loss_sum(rows)  # makes the table of rotations
     with Transfers() as seen:
         learner.forward_backward(rows, [0.25] * 4, 1.0, range(4))
@@ -53,11 +53,11 @@ def test_preferences_wait_for_no_value_of_the_device(objective):
     config = RunConfig(
         model=MODEL, train=TrainConfig(objective=objective), preference=PreferenceConfig(reference_free=True)
     )
-    learner = engine()
+    learner = executor()
     if objective == "reward":
         with META:
             learner = Executor(Transformer(MODEL.model_copy(update={"reward_head": True})))
-    loss = PreferenceLoss(config, learner, engine(), accumulation=2)
+    loss = PreferenceLoss(config, learner, executor(), accumulation=2)
     assert loss.forward_backward(batch(), 1.0, [1, 2]).device == META
     with pytest.raises(NotImplementedError):  # the report, which comes last
         loss.make_report()

@@ -7,7 +7,7 @@ import torch
 
 from castalia.checkpoint.opener import open_checkpoint
 from castalia.checkpoint.restore import load_tokenizer_for
-from castalia.cli.evaluate import evaluate_checkpoint, load_engine
+from castalia.cli.evaluate import evaluate_checkpoint, load_executor
 from castalia.cli.ranks import load_split
 from castalia.cli.train import train
 from castalia.errors import ConfigError
@@ -65,10 +65,10 @@ def test_evaluation_gives_the_same_loss_on_every_rank(pool, runs, corpus, world,
 def narrow(run: str, tp: int, pp: int, data: str) -> tuple[set[torch.dtype], float]:
     """Dtypes of the parameters that `eval` holds, and the loss, in bf16."""
     checkpoint = open_checkpoint(run)
-    engine, _ = load_engine(checkpoint, 16, 2, torch.bfloat16, torch.device("cpu"), tp, pp)
+    executor, _ = load_executor(checkpoint, 16, 2, torch.bfloat16, torch.device("cpu"), tp, pp)
     words = ["precision.compute=bf16"]
     found = evaluate_checkpoint(checkpoint, words, data=data, tokenizer_path=None, stride=None, tp=tp, pp=pp)
-    return {parameter.dtype for parameter in engine.parameters.values()}, found["loss"]
+    return {parameter.dtype for parameter in executor.parameters.values()}, found["loss"]
 
 
 def test_ranks_hold_weights_in_the_compute_dtype(pool, runs, corpus):

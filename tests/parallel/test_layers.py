@@ -21,12 +21,12 @@ def layers_of_a_run(config):
 def dead_after_a_step(config):
     """A task: dead units, where the first five of a block's have weights that ReLU never lets through."""
     session = start(config)
-    for name, parameter in session.engine.parameters.items():
-        part = session.engine.part(parameter)
+    for name, parameter in session.executor.parameters.items():
+        part = session.executor.part(parameter)
         if name == "blocks.1.mlp.up.bias":
             part.local[: max(0, 5 - part.start[0])] = -100.0
     session.step.gradients(0, session.batch(0))
-    return dead_units(session.engine)
+    return dead_units(session.executor)
 
 
 @pytest.mark.parametrize(

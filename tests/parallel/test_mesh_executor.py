@@ -59,14 +59,14 @@ def test_offloaded_steps_are_those_of_a_gpu_alone(zero, tmp_path):
     dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1)
     try:
         alone = config.model_copy(update={"parallel": ParallelConfig()})
-        for engine in (
+        for executor in (
             MeshExecutor(config, torch.bfloat16, device, plan),
             one_process(alone, torch.bfloat16, device, plan),
         ):
-            engine.initialize(config)
-            optimizer = make_optimizer(engine.parameters, OptimizerConfig(lr=0.01))
+            executor.initialize(config)
+            optimizer = make_optimizer(executor.parameters, OptimizerConfig(lr=0.01))
             rate = LearningRate(0.01, 0.0, 0.0, 100, "constant")
-            step = TrainStep(engine, optimizer, rate, plan, seed=1, clip_norm=1.0)
+            step = TrainStep(executor, optimizer, rate, plan, seed=1, clip_norm=1.0)
             found.append([step(number, batch)[:2] for number, batch in enumerate(batches)])
         offloaded = next(iter(MeshExecutor(config, torch.bfloat16, device, plan).parameters.values()))
     finally:

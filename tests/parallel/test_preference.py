@@ -71,7 +71,7 @@ def test_layouts_train_like_one_process(pool, config, objective, layout):
 def shares_the_mesh(config: RunConfig) -> bool:
     session = start(config)
     assert session.step.preference is not None and session.step.preference.reference is not None
-    return session.step.preference.reference.mesh is session.engine.mesh  # type: ignore[attr-defined]
+    return session.step.preference.reference.mesh is session.executor.mesh  # type: ignore[attr-defined]
 
 
 def test_a_reference_model_brings_no_process_groups_of_its_own(pool, config):

@@ -37,8 +37,8 @@ def train_steps(config: RunConfig, steps: int = 10, poisoned: tuple[int, int, fl
     session = start(config)
     seen = Seen([], [], [], [], rows_of_first_batch(session), pieces(session), [])
     factor = 1.0
-    if poisoned and session.engine.rank in (poisoned[0], 0 if session.engine.world == 1 else poisoned[0]):
-        block = next(iter(session.engine.models[0].blocks.values()))
+    if poisoned and session.executor.rank in (poisoned[0], 0 if session.executor.world == 1 else poisoned[0]):
+        block = next(iter(session.executor.models[0].blocks.values()))
         block.register_forward_hook(lambda module, inputs, output: output * factor)
     for step in range(session.progress.step, session.progress.step + steps):
         factor = poisoned[2] if poisoned and step == poisoned[1] else 1.0
@@ -52,21 +52,21 @@ def train_steps(config: RunConfig, steps: int = 10, poisoned: tuple[int, int, fl
 
 
 def rows_of_first_batch(session: Session) -> dict[int, bytes]:
-    rows = session.plan.rows_of(session.engine.data_rank)
+    rows = session.plan.rows_of(session.executor.data_rank)
     tokens = session.batch(session.progress.step).tokens.reshape(len(rows), -1)  # of pairs both sides
     return {row: sequence.tobytes() for row, sequence in zip(rows, tokens, strict=True)}
 
 
 def pieces(session: Session) -> list[tuple[Piece, np.ndarray]]:
     """Every piece of every parameter on this rank, the second copy of a tied embedding too."""
-    engine = session.engine
-    every = [*engine.parameters.items(), *engine.duplicates.items()]
-    for model in engine.models:
+    executor = session.executor
+    every = [*executor.parameters.items(), *executor.duplicates.items()]
+    for model in executor.models:
         if model.cfg.tie_embeddings and model.embed is not None:
             assert model.head is None and model.head_weight is model.embed.weight
     found = []
     for name, parameter in every:
-        part = engine.part(parameter)
+        part = executor.part(parameter)
         found.append(((name, part.start), part.local.to(torch.float32).numpy().copy()))
     return found
 

@@ -44,22 +44,22 @@ def moved(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> set[str]:
 def test_adapters_alone_train_and_begin_without_effect(tune, straight, tmp_path):
     before = values(open_checkpoint(straight))
     session = start(tune(tmp_path / "run", *LORA))
-    names = set(session.engine.parameters)
-    trained = {name for name, parameter in session.engine.parameters.items() if parameter.requires_grad}
+    names = set(session.executor.parameters)
+    trained = {name for name, parameter in session.executor.parameters.items() if parameter.requires_grad}
     assert trained == {name for name in names if "lora" in name} and len(trained) == 2 * 4 * 2
     assert len(session.optimizer.state) == len(trained)
     loaded = load_model(straight)
-    model = session.engine.models[0].eval()
+    model = session.executor.models[0].eval()
     tokens = torch.arange(16)[None]
     with torch.no_grad():
         assert torch.equal(model(tokens), loaded(tokens))
     model.train()
     session.step(0, session.batch(0))
     session.step(1, session.batch(1))
-    after = {name: parameter.detach() for name, parameter in session.engine.parameters.items()}
+    after = {name: parameter.detach() for name, parameter in session.executor.parameters.items()}
     assert moved(before, after) == set()
     assert all(after[name].abs().max() > 0 for name in trained)
-    assert all(parameter.grad is None for parameter in session.engine.parameters.values())
+    assert all(parameter.grad is None for parameter in session.executor.parameters.values())
 
 
 def test_a_stopped_run_with_adapters_goes_on_bit_for_bit(tune, tmp_path):
@@ -83,7 +83,7 @@ def test_a_run_with_adapters_opens_as_one_plain_model(tune, tmp_path):
     session = start(load_run(run))
     tokens = torch.arange(16)[None]
     with torch.no_grad():
-        expected = session.engine.models[0].eval()(tokens)
+        expected = session.executor.models[0].eval()(tokens)
         assert torch.allclose(build_model(plain)(tokens), expected, atol=1e-5)
     matrix = "blocks.1.attn.qkv.weight"
     whole = plain.model[matrix].read()
@@ -102,7 +102,7 @@ def test_a_run_with_adapters_opens_as_one_plain_model(tune, tmp_path):
 )
 def test_patterns_say_what_trains(tune, straight, tmp_path, words, pattern):
     session = start(tune(tmp_path / "run", *words, "optimizer.weight_decay=0"))
-    parameters = session.engine.parameters
+    parameters = session.executor.parameters
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     for step in range(2):
         session.step(step, session.batch(step))
@@ -114,7 +114,7 @@ def test_patterns_say_what_trains(tune, straight, tmp_path, words, pattern):
 def test_lower_blocks_learn_more_slowly(tune, tmp_path):
     session = start(tune(tmp_path / "run", "optimizer.layer_decay=0.5"))
     scale = {id(p): group["lr_scale"] for group in session.optimizer.param_groups for p in group["params"]}
-    rates = {name: scale[id(parameter)] for name, parameter in session.engine.parameters.items()}
+    rates = {name: scale[id(parameter)] for name, parameter in session.executor.parameters.items()}
     assert rates["head.weight"] == rates["norm.weight"] == rates["blocks.1.mlp.up.weight"] == 1.0
     assert rates["blocks.0.attn.out.bias"] == 0.5 and rates["embed.weight"] == 0.25
 
@@ -152,7 +152,7 @@ def test_new_tokens_begin_as_the_mean_of_all_others(words, tmp_path):
     session = start(tuned)
     assert session.config.model.vocab_size == old + 3
     for name in ("embed.weight", "head.weight"):
-        rows, stored = session.engine.parameters[name].detach(), known.model[name].read()
+        rows, stored = session.executor.parameters[name].detach(), known.model[name].read()
         assert torch.equal(rows[:old], stored[:old])
         assert torch.allclose(rows[old : old + 3], stored[:old].mean(dim=0).expand(3, -1), atol=1e-7)
     run = train(tuned)
@@ -161,7 +161,7 @@ def test_new_tokens_begin_as_the_mean_of_all_others(words, tmp_path):
     assert ids[-1] == old + 2 and tokenizer.decode(ids) == "the word<|end|>"
     again = start(load_run(run))  # nothing is new any more
     assert torch.equal(
-        again.engine.parameters["embed.weight"].detach(), open_checkpoint(run).model["embed.weight"].read()
+        again.executor.parameters["embed.weight"].detach(), open_checkpoint(run).model["embed.weight"].read()
     )
 
 
@@ -198,6 +198,6 @@ def test_adapters_that_are_there_already_must_be_those_of_the_config(tune, tmp_p
     session = start(more)
     saved = open_checkpoint(run, adapters=True)
     name = "blocks.0.attn.qkv.lora_a"
-    assert torch.equal(session.engine.parameters[name].detach(), saved.model[name].read())
+    assert torch.equal(session.executor.parameters[name].detach(), saved.model[name].read())
     with pytest.raises(CheckpointError, match="has adapters already.*merge-lora"):
         start(tune(tmp_path / "more", f"checkpoint.init_from={run}", "finetune.lora.rank=3"))

@@ -14,16 +14,16 @@ def records(path):
 
 def test_statistics_are_those_of_the_whole_step(tiny):
     session = start(tiny("unused", "model.activation=relu"))
-    weights = {name: p.detach().clone() for name, p in session.engine.parameters.items()}
+    weights = {name: p.detach().clone() for name, p in session.executor.parameters.items()}
     outputs = []
-    block = session.engine.models[0].blocks["1"]
+    block = session.executor.models[0].blocks["1"]
     handle = block.register_forward_hook(lambda module, inputs, output: outputs.append(output.detach()))
-    with activation_statistics(session.engine) as activations:
+    with activation_statistics(session.executor) as activations:
         session.step.gradients(0, session.batch(0))
-        gradients = {name: p.grad.clone() for name, p in session.engine.parameters.items()}
+        gradients = {name: p.grad.clone() for name, p in session.executor.parameters.items()}
         gradients["blocks.0.mlp.up.weight"][:3] = 0
-        session.engine.parameters["blocks.0.mlp.up.weight"].grad[:3] = 0
-        found = tensor_statistics(session.engine, 8.0) | {"dead": dead_units(session.engine)}
+        session.executor.parameters["blocks.0.mlp.up.weight"].grad[:3] = 0
+        found = tensor_statistics(session.executor, 8.0) | {"dead": dead_units(session.executor)}
         blocks = activations()
     handle.remove()
     output = torch.stack(outputs)

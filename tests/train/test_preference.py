@@ -111,7 +111,7 @@ def test_gradients_are_those_of_the_formula(config, pairs, base, tmp_path):
     session = start(config("dpo", tmp_path / "run", "optimizer.clip_norm=null", "preference.beta=0.5"))
     policy, reference = load_model(base), load_model(base)
     with torch.no_grad():  # a policy that has left its reference
-        for mine, theirs in zip(session.engine.model.parameters(), policy.parameters(), strict=True):
+        for mine, theirs in zip(session.executor.model.parameters(), policy.parameters(), strict=True):
             theirs += 0.05 * torch.randn(theirs.shape, generator=torch.Generator().manual_seed(1))
             mine.copy_(theirs)
     batch = session.batch(0)
@@ -158,7 +158,7 @@ def test_the_first_loss_is_that_of_the_reference(config, tmp_path, objective, se
 def test_the_reference_is_held_in_the_compute_dtype(config, tmp_path):
     session = start(config("dpo", tmp_path / "run", "precision.compute=bf16"))
     assert {p.dtype for p in session.step.preference.reference.parameters.values()} == {torch.bfloat16}
-    assert {p.dtype for p in session.engine.parameters.values()} == {torch.float32}
+    assert {p.dtype for p in session.executor.parameters.values()} == {torch.float32}
     assert session.step(0, session.batch(0)).loss == pytest.approx(math.log(2), abs=1e-6)
 
 
@@ -216,14 +216,15 @@ def test_a_reference_of_ones_own_and_none_at_all(config, base, tmp_path):
 def test_without_a_checkpoint_the_initial_weights_are_the_reference(config, base, tmp_path):
     scratch = config("dpo", tmp_path / "run", *MODEL, "checkpoint.init_from=null")
     first = start(scratch)
-    for name, parameter in first.engine.parameters.items():
+    for name, parameter in first.executor.parameters.items():
         assert torch.equal(parameter, first.step.preference.reference.parameters[name])
         assert not first.step.preference.reference.parameters[name].requires_grad
     train(scratch)
     resumed = start(load_run(tmp_path / "run"))
     for name, parameter in resumed.step.preference.reference.parameters.items():
         assert torch.equal(
-            parameter, start(config("dpo", tmp_path / "x", *MODEL, "checkpoint.init_from=null")).engine.parameters[name]
+            parameter,
+            start(config("dpo", tmp_path / "x", *MODEL, "checkpoint.init_from=null")).executor.parameters[name],
         )
         break
 
@@ -231,11 +232,11 @@ def test_without_a_checkpoint_the_initial_weights_are_the_reference(config, base
 def test_only_adapters_learn_and_the_reference_has_none(config, tmp_path):
     session = start(config("dpo", tmp_path / "run", "finetune.lora={}"))
     reference = session.step.preference.reference.parameters
-    before = {name: parameter.clone() for name, parameter in session.engine.parameters.items()}
+    before = {name: parameter.clone() for name, parameter in session.executor.parameters.items()}
     assert not [name for name in reference if "lora" in name]
     assert session.step(0, session.batch(0)).loss == pytest.approx(math.log(2), abs=1e-6)
     changed = {
-        name for name, parameter in session.engine.parameters.items() if not torch.equal(parameter, before[name])
+        name for name, parameter in session.executor.parameters.items() if not torch.equal(parameter, before[name])
     }
     assert changed and all(name.endswith((".lora_a", ".lora_b")) for name in changed)
 

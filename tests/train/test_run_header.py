@@ -71,7 +71,7 @@ def test_summed_micro_batches_are_divided_and_told(fixtures, tmp_path, capsys):
     config = folder / "global_step5" / "configs" / "config.yml"
     for exact, factor in (("true", 1), ("false", 2)):
         session = start(load_config(config, [*words, f"neox_exact={exact}", "train_data_paths=null"]))
-        state = optimizer_state(session.optimizer, session.engine.parameters)
+        state = optimizer_state(session.optimizer, session.executor.parameters)
         for name, ours in state.items():
             theirs = source.optimizer[name]
             assert torch.equal(ours["exp_avg"], theirs["exp_avg"].read() / factor)

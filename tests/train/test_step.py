@@ -50,13 +50,13 @@ def token_losses(module, data):
 
 
 def weights(step):
-    return torch.cat([parameter.detach().flatten() for parameter in step.engine.model.parameters()])
+    return torch.cat([parameter.detach().flatten() for parameter in step.executor.model.parameters()])
 
 
 def test_loss_is_the_mean_over_all_tokens_whatever_the_micro_batch():
     reference = build()
     data = batch()
-    losses = token_losses(reference.engine.model, data)
+    losses = token_losses(reference.executor.model, data)
     expected = (losses.sum() / data.loss_mask.sum()).item()
     results, after = [], []
     for micro_batch_size in (8, 4, 2, 1):
@@ -71,7 +71,7 @@ def test_loss_is_the_mean_over_all_tokens_whatever_the_micro_batch():
 
 def test_the_originals_mean_of_micro_batch_means_is_another_number():
     step, data = build(2, micro_batch_means=True), batch()
-    losses = token_losses(step.engine.model, data)
+    losses = token_losses(step.executor.model, data)
     rows = [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 8)]
     expected = np.mean([(losses[r].sum() / data.loss_mask[r].sum()).item() for r in rows])
     assert step(0, data).loss == pytest.approx(expected, rel=1e-6)
@@ -105,7 +105,7 @@ class Recorder:
 def test_recomputation_changes_no_bit(mode):
     model = CONFIG.model_copy(update={"hidden_dropout": 0.1, "attention_dropout": 0.1})
     plain, recomputed = build(4, model), build(4, model)
-    apply_activation_checkpointing(recomputed.engine.model, mode, dropout=True)
+    apply_activation_checkpointing(recomputed.executor.model, mode, dropout=True)
     for number in range(2):
         assert plain(number, batch(number)) == recomputed(number, batch(number))
     assert torch.equal(weights(plain), weights(recomputed))
@@ -168,7 +168,7 @@ def fill(name, value):
 )
 def test_the_first_bad_tensor_is_named_and_weights_stay(spoil, culprit):
     step = build(4)
-    spoil(step.engine.model)
+    spoil(step.executor.model)
     before = weights(step)
     with pytest.raises(TrainingError, match=f"step 4 is not finite .* is {culprit}"):
         step(3, batch())
@@ -177,7 +177,7 @@ def test_the_first_bad_tensor_is_named_and_weights_stay(spoil, culprit):
 
 def test_a_bad_gradient_is_named():
     step = build()
-    step.engine.model.get_parameter("blocks.0.attn.qkv.bias").register_hook(lambda gradient: gradient * math.inf)
+    step.executor.model.get_parameter("blocks.0.attn.qkv.bias").register_hook(lambda gradient: gradient * math.inf)
     with pytest.raises(TrainingError, match="the gradient of blocks.0.attn.qkv.bias"):
         step(0, batch())
 
@@ -196,10 +196,13 @@ def test_clipping_by_the_norm_of_a_part():
     )
     grads = {}
     for step in (plain, part):
-        before = {name: p.detach().clone() for name, p in step.engine.parameters.items()}
-        step.optimizer = torch.optim.SGD(step.engine.model.parameters(), lr=1.0)
+        before = {name: p.detach().clone() for name, p in step.executor.parameters.items()}
+        step.optimizer = torch.optim.SGD(step.executor.model.parameters(), lr=1.0)
         step.optimizer.param_groups[0]["lr_scale"] = 100.0  # times the rate of 0.01
-        grads[step] = step(0, batch()).grad_norm, {n: before[n] - p.detach() for n, p in step.engine.parameters.items()}
+        grads[step] = (
+            step(0, batch()).grad_norm,
+            {n: before[n] - p.detach() for n, p in step.executor.parameters.items()},
+        )
     (norm, whole), (reported, counted) = grads[plain], grads[part]
     assert norm == reported
     size = torch.cat([counted["norm.weight"], counted["embed.weight"][:4].flatten()]).norm()
