@@ -1,5 +1,11 @@
-"""From text to an indexed corpus: chunks are tokenized by a pool of processes and written in the order of the input,
-so that the files are the same for any number of workers and memory stays bounded for any size."""
+"""From text files to an indexed corpus.
+
+    find_files -> chunks of records -> texts -> token ids -> DatasetWriter
+    (this process)                     (workers)             (this process, in the order of the input)
+
+The files are the same for any number of workers, memory stays bounded for inputs of any size, and an interrupted
+preparation is continued by its journal.
+"""
 
 from __future__ import annotations
 
@@ -33,25 +39,25 @@ from castalia.data.tokenizer_folder import listed
 from castalia.errors import DataError
 
 CHUNKS_IN_FLIGHT = 4  # for each worker
-BYTES_PER_WORKER = 4 * BLOCK_BYTES  # below that a process takes longer to start than to do its work
+BYTES_PER_WORKER = 4 * BLOCK_BYTES  # with less input, starting a process takes longer than the work itself
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a text becomes token ids."""
+    """How texts become token ids."""
 
     tokenizer: TokenizerConfig
     keys: tuple[str, ...] = ("text",)
     append_eod: bool = False
     skip_bad: bool = False
     ftfy: bool = False
-    mask_before: tuple[int, ...] = ()  # labels: no loss up to and including the first occurrence of these ids
-    chat: Chat | None = None  # the fields hold conversations instead of texts
+    mask_before: tuple[int, ...] = ()  # write labels without loss up to the end of the first occurrence of these ids
+    chat: Chat | None = None  # the fields hold conversations in place of texts
     reward: str | None = None  # with chat: the field that says whether a conversation is wanted
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """What is written: `{output}_{name}_document` for each of these names."""
+        """Names of the corpora that are written, each as `{output}_{name}_document`."""
         if self.chat:
             endings = ("", "_label", "_reward") if self.reward else ("", "_label")
             return tuple(f"{key}{ending}" for key in self.keys for ending in endings)
@@ -60,7 +66,7 @@ class Recipe:
 
 @dataclass
 class Report:
-    """What has been done so far."""
+    """The progress of a preparation."""
 
     total_bytes: int  # of the input files
     done_bytes: int = 0
@@ -71,15 +77,15 @@ class Report:
     bad: list[str] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
     files: dict[str, dict[str, int]] = field(default_factory=dict)  # by key: documents of each input file, in order
-    engine: str = ""  # what turned text into ids
+    engine: str = ""  # which engine encoded the text, for people
     end: str = ""  # the id that ends each document, and how the vocabulary writes it
-    note: str = ""  # the tokenizer's
-    continued: dict[str, int] = field(default_factory=dict)  # the counts above as an interrupted run left them
+    note: str = ""  # `Tokenizer.note`
+    continued: dict[str, int] = field(default_factory=dict)  # the counts with which an interrupted run was continued
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A tokenized chunk: for each output the ids back to back and the number of ids of each document."""
+    """A tokenized chunk: for each output the ids back to back, and the number of ids of each document."""
 
     outputs: dict[str, tuple[np.ndarray, np.ndarray]]
     text_bytes: int
@@ -98,10 +104,10 @@ def prepare(
     num_docs: int | None = None,
     on_progress: Callable[[Report], None] = lambda report: None,
 ) -> Report:
-    """Write `{output}_{key}_document.{bin,idx}`, and labels beside them where the recipe has some.
+    """Write a corpus `{output}_{key}_document` for each field, and one of its labels if the recipe has labels.
 
-    `num_docs` stops after so many documents. `workers` None takes all cores. DataError leaves nothing half-written;
-    an interrupted call is continued by the same call.
+    `num_docs` stops after this many documents. `workers` None uses all cores. Raises DataError for inputs that cannot
+    be used, and then leaves nothing behind. After an interruption, the same call continues the work.
     """
     tokenizer = load_tokenizer(recipe.tokenizer)
     _check(recipe, tokenizer)
@@ -185,12 +191,16 @@ def _fix_text() -> Callable[[str], str]:
 
 
 def encode(chunk: Chunk, recipe: Recipe, tokenizer: Tokenizer, encode_texts: Encode) -> Encoded:
-    """`encode_texts` gives the ids of texts; conversations are encoded turn by turn with the tokenizer itself."""
+    """Tokenize a chunk: texts by `encode_texts`, conversations turn by turn with the tokenizer itself.
+
+    Raises BadRecord for a record that cannot be read, unless `recipe.skip_bad`, and DataError for ids beyond the
+    vocabulary.
+    """
     parse = conversations(recipe.chat, tokenizer, recipe.reward) if recipe.chat else None
-    found = texts_of(chunk, recipe.keys, recipe.skip_bad, parse)
+    parsed = texts_of(chunk, recipe.keys, recipe.skip_bad, parse)
     outputs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    empty, text_bytes = found.empty, len(chunk.lines) if recipe.chat else 0
-    for key, texts in found.texts.items():
+    empty, text_bytes = parsed.empty, len(chunk.lines) if recipe.chat else 0
+    for key, texts in parsed.texts.items():
         if recipe.chat:
             names = [name for name in recipe.outputs if name in (key, f"{key}_label", f"{key}_reward")]
             for name, rows in zip(names, zip(*texts, strict=True) if texts else [()] * len(names), strict=True):
@@ -202,18 +212,18 @@ def encode(chunk: Chunk, recipe: Recipe, tokenizer: Tokenizer, encode_texts: Enc
             texts = [_fix_text()(text) for text in texts]
         ids, sizes = encode_texts(texts)
         sizes = sizes[sizes > 0]
-        empty += len(texts) - len(sizes)  # a tokenizer may drop all of a text
+        empty += len(texts) - len(sizes)  # a tokenizer may drop all characters of a text
         _check_ids(ids, chunk, tokenizer)
         ids = ids.astype(token_dtype(tokenizer.vocab_size))
         end = tokenizer.eod_id if recipe.append_eod else None
-        if end is not None and tokenizer.encode("")[-1:] != [end]:  # some end every text themselves
+        if end is not None and tokenizer.encode("")[-1:] != [end]:  # some tokenizers end texts themselves
             ids, sizes = np.insert(ids, np.cumsum(sizes), end), sizes + 1
         outputs[key] = ids, sizes
         if recipe.mask_before:
             documents = np.split(ids, np.cumsum(sizes)[:-1])
             labels = [mask_labels(document, recipe.mask_before) for document in documents]
             outputs["label"] = np.concatenate(labels), sizes
-    return Encoded(outputs, text_bytes, empty, found.bad, chunk.done_bytes, chunk.path)
+    return Encoded(outputs, text_bytes, empty, parsed.bad, chunk.done_bytes, chunk.path)
 
 
 def _check_ids(ids: np.ndarray, chunk: Chunk, tokenizer: Tokenizer) -> None:
@@ -225,7 +235,7 @@ def _check_ids(ids: np.ndarray, chunk: Chunk, tokenizer: Tokenizer) -> None:
 
 
 def mask_labels(tokens: np.ndarray, before: Sequence[int]) -> np.ndarray:
-    """A copy, int32, with -100 up to and including the first occurrence of the ids `before`; unchanged without one."""
+    """Labels, int32: the tokens, with -100 up to the end of the first occurrence of the ids `before`, if any."""
     labels = tokens.astype("<i4")
     if len(tokens) >= len(before):
         windows = np.lib.stride_tricks.sliding_window_view(tokens, len(before))
@@ -238,7 +248,7 @@ def mask_labels(tokens: np.ndarray, before: Sequence[int]) -> np.ndarray:
 def _write(
     encoded: Encoded, writers: dict[str, DatasetWriter], keys: Sequence[str], report: Report, left: int | None
 ) -> None:
-    """Append a chunk to the files, at most `left` documents of it."""
+    """Append a chunk to the files, but at most `left` of its documents."""
     for name, writer in writers.items():
         ids, sizes = encoded.outputs[name]
         sizes = sizes[:left]
@@ -257,8 +267,10 @@ def _write(
 def _encode_all(
     stream: Iterator[Chunk], recipe: Recipe, tokenizer: Tokenizer, workers: int | None, report: Report
 ) -> Generator[Encoded, None, None]:
-    """Encoded chunks in the order of the stream: by threads with an engine that lets go of the interpreter's lock,
-    else by processes."""
+    """Tokenized chunks in the order of the stream.
+
+    The work is done by threads if the engine releases the interpreter's lock, else by processes.
+    """
     first = list(islice(stream, 1))
     encode_texts = None
     if first and not recipe.chat:
@@ -305,7 +317,7 @@ def _start_worker(recipe: Recipe) -> None:
 
 
 def _end_with_parent() -> None:
-    """A parent that was killed can no longer tell its workers to end."""
+    """End this worker when its parent does, since a parent that was killed cannot end its workers."""
     parent = parent_process()
     assert parent is not None
     parent.join()

@@ -1,7 +1,7 @@
-"""Documents out of files of many kinds, as a stream of chunks that are cheap to read and to hand to another process.
+"""Documents from files of many kinds, as a stream of chunks that are cheap to read and to send to another process.
 
-A file's ending tells how it is read (`READERS`). Cutting into records happens here, on raw bytes; parsing JSON and
-UTF-8 happens in `texts_of`, wherever the chunk has gone to.
+The ending of a file decides how it is read: see `READERS`. Readers cut raw bytes into records; JSON and UTF-8 are
+parsed by `texts_of`, in the process that works on the chunk.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class BadRecord(DataError):
-    """A record that is no document."""
+    """A record from which no document can be read."""
 
 
 class Damaged(Exception):
-    """What cannot be read: a file from some place on, or a member of an archive."""
+    """The rest of a file, or a member of an archive, that cannot be read."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Neighbouring records of one file. `lines` are cut at newlines when they are parsed; else each record is given.
+    """Consecutive records of one file: either `lines`, which are cut at newlines when they are parsed, or `records`.
 
-    `damage` says, in place of records, why there are none from here on.
+    `damage` stands in place of records, and says why the rest of the file cannot be read.
     """
 
     path: str
@@ -59,17 +59,18 @@ class Chunk:
 
 @dataclass
 class Texts:
-    """What a chunk holds: texts of each key, and messages about records that were no documents."""
+    """The texts of a chunk by key, and messages about its bad records."""
 
-    texts: dict[str, list[Any]]  # strings, or what another `parse` makes of a record
+    texts: dict[str, list[Any]]  # strings, or the results of `parse`
     bad: list[str] = field(default_factory=list)
     empty: int = 0
 
 
 def find_files(inputs: Iterable[str | Path]) -> list[Path]:
-    """The files themselves, and of each folder and its subfolders those with a known ending, in order of their paths.
+    """The files among `inputs`, and the files with a known ending in folders and their subfolders, in order of path.
 
-    What of a folder is left out, hidden files and others, is counted in a warning.
+    A warning counts the files of a folder that are left out. Raises DataError for an input that does not exist and for
+    a folder without files of a known ending.
     """
     files: list[Path] = []
     for given in inputs:
@@ -137,20 +138,20 @@ def texts_of(
     skip_bad: bool = False,
     parse: Callable[[Any, Sequence[str]], dict[str, Any]] | None = None,
 ) -> Texts:
-    """Parse a chunk. A record that is no document raises BadRecord with file and line, or is told of in `bad`.
+    """Parse a chunk. A bad record raises BadRecord with file and line, or with `skip_bad` becomes a message in `bad`.
 
-    `parse` turns a JSON value into something else than one text for each key; it raises ValueError for a bad one.
+    `parse` turns a JSON value into something other than one text for each key; it raises ValueError for a bad value.
     """
-    found = Texts({key: [] for key in keys})
+    result = Texts({key: [] for key in keys})
     if chunk.damage:
         if not skip_bad:
             raise BadRecord(chunk.damage)
-        found.bad.append(f"{chunk.damage}; what is left of it is left out")
-        return found
+        result.bad.append(f"{chunk.damage}; what is left of it is left out")
+        return result
     records = [line.removesuffix(b"\r") for line in chunk.lines.split(b"\n")] if chunk.lines else chunk.records
     for number, record in enumerate(records, start=chunk.first):
         if chunk.is_json and not record.strip():
-            continue  # blank lines, and what follows the last newline
+            continue  # a blank line, or the end of the file after the last newline
         try:
             if chunk.is_json:
                 texts = (parse or _texts)(_json(record), keys)
@@ -162,18 +163,18 @@ def texts_of(
             message = f"{chunk.path}:{number}: {error}"
             if not skip_bad:
                 raise BadRecord(f"{message}; mend it or take it out") from None
-            found.bad.append(message)
+            result.bad.append(message)
             continue
         for key, text in texts.items():
             if text:
-                found.texts[key].append(text)
+                result.texts[key].append(text)
             else:
-                found.empty += 1
-    return found
+                result.empty += 1
+    return result
 
 
 def documents(files: Sequence[Path], key: str = "text", skip_bad: bool = False) -> Iterator[str]:
-    """The texts alone, in this process."""
+    """The texts of all files, parsed in this process. Raises BadRecord unless `skip_bad`."""
     for chunk in chunks(files, (key,)):
         yield from texts_of(chunk, (key,), skip_bad).texts[key]
 
@@ -194,7 +195,7 @@ def _json(record: bytes) -> Any:
 
 
 def field_of(value: Any, key: str) -> Any:
-    """A field of a record; a record that is no object is the field itself."""
+    """A field of a record. A record that is no JSON object counts as the field itself. Raises ValueError."""
     if not isinstance(value, dict):
         return value
     if key not in value:
@@ -227,9 +228,9 @@ def _blocks(file: IO[bytes]) -> Iterator[bytes]:
 
 
 def _decompress(file: IO[bytes], new: Callable) -> Iterator[bytes]:
-    """Decompressed blocks of one or more streams back to back, which zeros may follow, as tapes and disks pad files.
+    """Decompressed blocks of one stream or several back to back. Zeros may follow, by which tapes and disks pad files.
 
-    Raises EOFError if the last stream is cut off.
+    Raises EOFError if the last stream is incomplete.
     """
     stream, begun = None, False
     for block in _blocks(file):
@@ -249,7 +250,7 @@ def _gunzip(file: IO[bytes]) -> Iterator[bytes]:
 
 
 def _unzstd(file: IO[bytes]) -> Iterator[bytes]:
-    """Also what was compressed with the longest window, `zstd --long=31`."""
+    """Decompress zstd, even with the longest window, `zstd --long=31`."""
     return _decompress(file, lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj())
 
 
@@ -292,7 +293,7 @@ def _read_txt(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chunk
 
 
 class _Page(HTMLParser):
-    """Collects what a page shows: text outside of scripts and styles, a line for each block."""
+    """Collects the visible text of a page, one line for each block."""
 
     UNSEEN = frozenset({"script", "style", "template", "noscript", "head"})
     INLINE = frozenset({"a", "abbr", "b", "cite", "code", "em", "font", "i", "kbd", "mark", "q", "s", "samp", "small"})
@@ -301,10 +302,10 @@ class _Page(HTMLParser):
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
         self.parts: list[str] = []
-        self.unseen: str | None = None  # the tag that hides what is inside it
+        self.unseen: str | None = None  # the open tag whose content is not shown
 
     def handle_starttag(self, tag: str, attrs: object) -> None:
-        if tag == "body":  # which ends the head, whether that was closed or not
+        if tag == "body":  # it ends the head, even if that was not closed
             self.unseen = None
         if self.unseen is None and tag in self.UNSEEN:
             self.unseen = tag
@@ -323,7 +324,7 @@ class _Page(HTMLParser):
 
 
 def page_text(html: str) -> str:
-    """What a page shows, one line for each block of it."""
+    """The visible text of an HTML page, one line for each block."""
     page = _Page()
     page.feed(html)
     page.close()
@@ -332,7 +333,7 @@ def page_text(html: str) -> str:
 
 
 def _read_html(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chunk]:
-    """One document. What is no UTF-8 is told of where the chunk is parsed."""
+    """A page is one document. Bytes that are no UTF-8 are kept, and refused when the chunk is parsed."""
     raw = file.read()
     with suppress(UnicodeDecodeError):
         raw = page_text(raw.decode("utf-8-sig")).encode()
@@ -340,7 +341,7 @@ def _read_html(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chun
 
 
 def _read_json_zst(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chunk]:
-    """One JSON array."""
+    """One JSON array of records."""
     try:
         values = plain_json(b"".join(_unzstd(file)))
     except ValueError as error:
@@ -352,7 +353,7 @@ def _read_json_zst(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[
 
 
 def _read_dat_zst(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chunk]:
-    """Records of 16 ASCII digits, the length in bytes, and a text."""
+    """Records of 16 ASCII digits, the length in bytes, and a text of that length."""
     return _grouped(path, _dat_records(_unzstd(file)), is_json=False)
 
 
@@ -381,7 +382,7 @@ def _dat_records(blocks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _read_zip(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chunk]:
-    """Members are read as files of their ending are, and as a document where that says nothing."""
+    """Read members like files of their ending; a member with an unknown ending is one document."""
     with zipfile.ZipFile(file) as archive:
         for info in archive.infolist():
             if not info.is_dir():
@@ -401,13 +402,13 @@ def _zip_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: str, keys
 
 
 def _read_tar(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chunk]:
-    """Members are read as files of their ending are, and as a document where that says nothing."""
+    """Read members like files of their ending; a member with an unknown ending is one document."""
     with tarfile.open(fileobj=file, mode="r|*") as archive:
         for member in archive:
             inside = archive.extractfile(member) if member.isfile() else None
             if inside is not None:
                 reader = _reader(Path(member.name)) or _read_txt
-                whole = BytesIO(inside.read()) if reader is _read_parquet else inside  # it is not read in one go
+                whole = BytesIO(inside.read()) if reader is _read_parquet else inside  # it needs random access
                 yield from reader(whole, f"{path}/{member.name}", keys)
 
 
@@ -427,7 +428,7 @@ def _read_parquet(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[C
 
 
 def _parquet_records(table: Any, keys: list[str]) -> Iterator[bytes]:
-    """Rows as JSON objects. What JSON cannot hold becomes an object, which is refused when the row is parsed."""
+    """Rows as JSON objects. A value that JSON cannot hold becomes an object, which `texts_of` refuses."""
     batches = table.iter_batches(columns=keys)
     while True:
         try:
