@@ -181,14 +181,15 @@ def _more(others: int) -> str:
 
 def _inexact(checkpoint: Checkpoint) -> Iterator[str]:
     """Weights that are not their masters rounded, and copies on tensor ranks that drifted apart."""
+    from castalia.checkpoint.compare import pairs  # imports torch
     from castalia.checkpoint.rules import drift
 
     for name, state in (checkpoint.optimizer or {}).items():
         weight, master = checkpoint.model.get(name), state.get("master")
         if weight is None or master is None or master is weight or name.endswith(".bias"):
             continue
-        both = zip(weight.pieces(), master.pieces(), strict=True)
-        if tuple(master.shape) != tuple(weight.shape) or not all(same_bits(w, m.to(w.dtype)) for w, m in both):
+        fits = tuple(master.shape) == tuple(weight.shape)
+        if not fits or not all(same_bits(w, m.to(w.dtype)) for w, m in pairs(weight, master)):
             yield f"{name}: the stored weights are not the fp32 masters rounded"
     for name, distance in drift(checkpoint.model).items():
         yield f"{name}: its copies on the tensor ranks differ by up to {distance:.3g}; their mean is taken"
@@ -210,6 +211,7 @@ def _statistics(checkpoint: Checkpoint, kind: str, names: list[str], sums: Mappi
     if model is None or not row.is_drawn or len(checkpoint.model[names[0]].shape) != 2:
         return result | {"methods": {}, "fits": [], "start": None}
     shape = _drawn_shape(checkpoint, names[0])
+    # The standard deviation that each init method would have given this matrix.
     methods = {
         name: standard_deviation(model, name, shape) * mup_scale(model, name, names[0]) for name in get_args(InitMethod)
     }

@@ -15,14 +15,14 @@ import torch
 from castalia.checkpoint.formats.native.save import CheckpointSaver
 from castalia.checkpoint.opener import open_checkpoint
 from castalia.checkpoint.sampled_values import SPAN_ELEMENTS, Sums, as_float32, sample
-from castalia.checkpoint.tensors import Checkpoint, CheckpointFacts, Progress
+from castalia.checkpoint.tensors import AdamState, Checkpoint, CheckpointFacts, Progress
 from castalia.config.schema import ModelConfig, RunConfig
 from castalia.config.tensor_table import tensor_shapes
 from castalia.errors import CheckpointError
 from castalia.examine.inspect import report
 from castalia.loading import load_model
 from castalia.storage.extent import FileTensor
-from castalia.storage.lazy import Zeros
+from castalia.storage.lazy import Cast, InMemory, Scaled, Shaped, Zeros
 from castalia.storage.safetensors import open_safetensors
 from castalia.storage.torch_file import open_pt
 from tests.checkpoint.made import made, written
@@ -118,6 +118,19 @@ def test_every_rank_of_that_dump_is_put_in_its_place(dump):
         for role in ROLES:
             assert torch.equal(state[ours][role].read(), layer(model, position, role)[theirs]), (ours, role)
     assert load_model(dump)(torch.zeros(1, 3, dtype=torch.int64)).shape == (1, 3, 512)
+
+
+def test_large_weights_in_16_bits_are_compared_with_their_masters_row_by_row():
+    """Of more than one piece, of which 16-bit tensors have fewer than their masters."""
+    master = Shaped(InMemory(torch.randn(3_000_000)), (1500, 2000))
+    moments = Zeros(master.shape)
+    state = AdamState(master=master, exp_avg=moments, exp_avg_sq=moments, step=0)
+    name = "blocks.0.mlp.up.weight"
+    for changed in (False, True):
+        weight = Cast(Scaled(master, 2) if changed else master, "bfloat16")
+        checkpoint = Checkpoint("nowhere", "neox", {name: weight}, {name: state}, Progress(), None)
+        lines = [line for line in report(checkpoint, full=True)["anomalies"] if "masters rounded" in line]
+        assert bool(lines) == changed
 
 
 def test_describing_needs_no_torch(dump):
