@@ -25,7 +25,7 @@ def merged(checkpoint: Checkpoint) -> Checkpoint:
     model: dict[str, TensorRef] = {}
     for name, ref in held.items():
         matrix = name.removesuffix(".weight")
-        if f"{matrix}.lora_a" in held:
+        if f"{matrix}.lora_a" in held:  # adapters themselves are left out below
             model[name] = WithLora(ref, held[f"{matrix}.lora_a"], held[f"{matrix}.lora_b"], lora.scale)
         elif not is_adapter(name):
             model[name] = ref

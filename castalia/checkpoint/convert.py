@@ -76,6 +76,7 @@ def prepare(checkpoint: Checkpoint, dtype: torch.dtype | None = None, optimizer:
     """
     model, state = dict(checkpoint.model), checkpoint.optimizer
     if dtype is not None:
+        # Weights that were changed after the masters count; their masters are of other weights.
         masters = {} if checkpoint.facts.masters_apart else state or {}
         sources = {name: masters[name]["master"] if name in masters else ref for name, ref in model.items()}
         model = {n: r if r.dtype == dtype else Narrowed(r, name_of(dtype), n) for n, r in sources.items()}
@@ -104,6 +105,7 @@ def identity(checkpoint: Checkpoint, options: WriteOptions, plan: Plan) -> str:
     root = Path(checkpoint.path)
     stats = sorted((str(path.relative_to(root)), path.stat()) for path in root.rglob("*") if path.is_file())
     source = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    # The dtypes stand for --dtype, the files for the layout.
     kinds = [(name, ref.dtype_name) for name, ref in checkpoint.model.items()]
     files = [(output.name, output.num_bytes) for output in plan.outputs]
     content = [str(root.resolve()), source, kinds, repr(options), files]
@@ -169,6 +171,7 @@ def _write(
     _check_space(place, sum(output.num_bytes for output in missing))
     folder = result / inside
     folder.mkdir(parents=True, exist_ok=True)
+    # Files that are complete already count as progress.
     advance(sum(output.num_bytes for output in plan.outputs) - sum(output.num_bytes for output in missing))
     entries = {**done, **_write_files(missing, folder, journal, advance, allow_inf)}
     plan.finish(folder, {name: entry["result"] for name, entry in entries.items()})

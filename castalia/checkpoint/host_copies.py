@@ -62,6 +62,7 @@ def copy_through(ring: Sequence[Tensor], pairs: Iterable[Pair]) -> None:
         for source, target, first in load:
             now.append((half[first : first + len(source)], target))
             now[-1][0].copy_(source, non_blocking=True)
+        # The copies of this half run on the GPU's stream while the other half, which is filled, is emptied.
         filling = torch.cuda.current_stream().record_event() if load[0][0].is_cuda else None
         _empty(before, filled)
         before, filled = now, filling

@@ -46,12 +46,12 @@ def open_checkpoint(
         raise CheckpointError(f"{folder} is a {name} checkpoint, for which {', '.join(sorted(unknown))} has no meaning")
     if row.tolerant:
         given["tolerant"] = tolerant
-    if row.on_base:
+    if row.on_base:  # the reader cannot import this module, which imports it
         given["open_base"] = partial(open_checkpoint, adapters=True)
     try:
         checkpoint = _reader(name).read(folder, **given)
     except CheckpointError as error:
-        if str(folder) in str(error):
+        if str(folder) in str(error):  # every error names the folder, once
             raise
         raise CheckpointError(f"{folder}: {error}") from error
     checkpoint = _agreed(checkpoint, tolerant)
@@ -79,17 +79,18 @@ def _reader(name: str) -> ModuleType:
 def detect(path: str | Path) -> str | None:
     """The name of the format of the files in a folder; None for no format that we know.
 
-    A config.json without weights is taken for Hugging Face's only if the files have no other format.
+    A folder without the weights of a format that may lack them counts as another format's if it has its files.
     """
     matches = (name for name in FORMATS if _reader(name).detect(Path(path)))
     first = next(matches, None)
-    if first == "huggingface" and not _reader(first).has_weights(Path(path)):
+    if first is not None and FORMATS[first].weights_optional and not _reader(first).has_weights(Path(path)):
         return next(matches, first)
     return first
 
 
 def base_of(checkpoint: Checkpoint) -> str | None:
     """The path of the model below a checkpoint's adapters, which several runs may have trained one after another."""
+    # A PEFT folder names the model; a run of ours was started from it.
     base = checkpoint.facts.base or (checkpoint.config and checkpoint.config.checkpoint.init_from)
     if not base or not os.path.exists(base):
         return base or None
@@ -109,6 +110,7 @@ def find_folder(path: str | Path, step: int | None = None) -> Path:
         raise CheckpointError(f"{path} does not exist" + _neighbours(folder))
     if folder.is_file():
         raise CheckpointError(f"{path} is a file; give the folder that holds the checkpoint: {folder.parent}")
+    # A run's folder, unless it is a checkpoint itself, or a folder of steps that has a folder of this name.
     if (folder / "checkpoints").is_dir() and not (folder / "latest").is_file() and detect(folder) is None:
         return find_folder(folder / "checkpoints", step)
     steps = _steps(folder)

@@ -108,6 +108,7 @@ def load_optimizer(
             "run from its weights with checkpoint.init_from, or go on with fresh moments with "
             "checkpoint.load_optimizer=false."
         )
+    # Everything is checked before anything is filled.
     states = optimizer_state(optimizer, parameters)
     saved: dict[str, Mapping[str, Any]] = {n: state for n, state in checkpoint.optimizer.items() if n in states}
     where = f"the optimizer state of {checkpoint.path}"
@@ -195,6 +196,7 @@ def _require_fit(
     notes, fitting = [], dict(expected)
     for name in (name for name in expected if name in tensors and row_of(name).has_token_rows):
         have, want = tuple(tensors[name].shape), tuple(expected[name])
+        # Rows beyond the vocabulary belong to no token, so that their number may differ.
         if have != want and have[1:] == want[1:] and vocab_size and min(have[0], want[0]) >= vocab_size:
             change = "zeros added" if have[0] < want[0] else "the others left out"
             notes.append(f"{name}: {have[0]} rows in the checkpoint, {want[0]} in the model: {change}, all padding")

@@ -116,6 +116,7 @@ def sample(ref: TensorRef, spans: int) -> Sums:
     wanted = [total * i // spans for i in range(spans)] if total > spans * SPAN_ELEMENTS else None
     begin = 0
     for run in parts:
+        # Each run is opened once, and the wanted positions that lie in it are read.
         if wanted is None:
             pieces: Sequence[tuple[int, int]] = [(0, run.count)]
         else:
@@ -141,6 +142,7 @@ def _read(run: ByteRun, pieces: Sequence[tuple[int, int]]) -> Iterator[np.ndarra
     size = ITEM_BYTES[run.dtype_name]
     with open(run.path, "rb", buffering=0) as file:
         for start, stop in pieces:
+            # Without the extent's reader, which would verify the whole block that these bytes lie in.
             data = os.pread(file.fileno(), (stop - start) * size, run.offset + start * size)
             if len(data) != (stop - start) * size:
                 raise CheckpointError(f"{run.path} is truncated: a tensor ends at byte {run.offset + run.num_bytes}")

@@ -125,6 +125,7 @@ def _hf_settings(tokenizer: RustTokenizer, checkpoint: Checkpoint) -> tuple[dict
         end = tokenizer.engine.id_to_token(tokenizer.eod_id)
         known = tokenizer.engine.token_to_id(PADDING)
         rows = checkpoint.model["embed.weight"].shape[0]
+        # A padding token must have a row in the embedding.
         padding = PADDING if known is not None and known < rows else end
         special = {"bos_token": end, "eos_token": end, "unk_token": end, "pad_token": padding}
     special |= tokenizer.folder.special

@@ -51,6 +51,7 @@ def plain_state(
     for group in groups:
         entries = [state.get(index + offset) for offset in range(len(group))]
         index += len(group)
+        # Only one entry has the true step, see above; the others have 0.
         step = max((number(entry["step"]) for entry in entries if entry), default=0)
         for (name, shape), entry in zip(group.items(), entries, strict=True):
             result.master[name] = float32(weights[name])
@@ -92,10 +93,11 @@ def zero_state(files: Sequence[Mapping], shapes: Shapes | Sequence[Shapes] | Non
     """
     states = [file["optimizer_state_dict"] for file in files]  # by data-parallel rank
     first = states[0]
-    shapes = shapes or files[0].get("param_shapes")
+    shapes = shapes or files[0].get("param_shapes")  # the first releases have them in the optimizer files
     if not shapes:
         raise CheckpointError(f"{where}: neither the model file nor the optimizer files have the parameters' shapes")
     if isinstance(shapes, Mapping):
+        # A single mapping in the order of the model: the groups follow from names, their number from the vectors.
         vectors = first.get("local_sub_partitions_of_fp32_groups") or first["single_partition_of_fp32_groups"]
         groups = parameter_groups(shapes, [0] * len(vectors), prod, where)
     else:
@@ -123,6 +125,7 @@ def _stage12(states: Sequence[Mapping], groups: Sequence[Shapes], where: str) ->
             steps = {number(state["base_optimizer_state_step"]) for state in states}
         if len(steps) > 1:
             raise CheckpointError(f"{where}: the ranks' Adam steps differ ({sorted(steps)}): files of several steps")
+        # ZeRO's masters come without padding, its moments and the bf16 optimizer's masters with it; `cut` takes both.
         masters = [state["single_partition_of_fp32_groups"][index] for state in states]
         result.master |= cut(masters, group, where)
         for role in MOMENTS:
@@ -142,7 +145,7 @@ def _old_stage1(states: Sequence[Mapping], groups: Sequence[Shapes], where: str)
     """ZeRO 1 before 2023: a group is cut into intervals, each interval over the ranks. Steps are rarely stored."""
     result, first_index = RankState(), 0
     for index, group in enumerate(groups):
-        pieces = [state["local_sub_partitions_of_fp32_groups"][index] for state in states]
+        pieces = [state["local_sub_partitions_of_fp32_groups"][index] for state in states]  # [rank][interval]
         # the vector's order: interval 0 of all ranks, interval 1 of all ranks, ...
         order = [(rank, interval) for interval in range(len(pieces[0])) for rank in range(len(states))]
         masters = [pieces[rank][interval] for rank, interval in order]
@@ -151,6 +154,7 @@ def _old_stage1(states: Sequence[Mapping], groups: Sequence[Shapes], where: str)
         for role in MOMENTS:
             moments = []
             for (rank, interval), master in zip(order, masters, strict=True):
+                # Elastic checkpoints have lists [group][interval]; torch's numbers the intervals of all groups.
                 base = states[rank]["base_optimizer_state"]
                 elastic = not isinstance(base, Mapping)
                 entry = base[index][interval] if elastic else base["state"][first_index + interval]
@@ -169,10 +173,11 @@ def _stage3(states: Sequence[Mapping], groups: Sequence[Shapes], where: str) -> 
     adam = [
         [state["optimizer_state_dict"]["state"][i] for i in range(len(state["fp32_flat_groups"]))] for state in states
     ]
+    # One vector for each rank: its sub-groups one after another, in the order of the parameters.
     vectors = {"master": [join(state["fp32_flat_groups"]) for state in states]}
     vectors |= {role: [join([entry[role] for entry in entries]) for entries in adam] for role in MOMENTS}
     for role, ranks in vectors.items():
-        offset = 0
+        offset = 0  # the same in every rank's vector
         for name, shape in shapes.items():
             share = -(-prod(shape) // len(ranks))  # elements on each rank; the last rank's share is padded
             if any(offset + share > rank.shape[0] for rank in ranks):
@@ -191,6 +196,7 @@ def cut(pieces: Sequence[TensorRef], shapes: Shapes, where: str) -> dict[str, Te
     Padding at the end is ignored. Raises CheckpointError for a vector of another length.
     """
     total, needed = sum(piece.shape[0] for piece in pieces), sum(prod(shape) for shape in shapes.values())
+    # Padding is less than MAX_ALIGNMENT elements for each rank.
     if not needed <= total < needed + MAX_ALIGNMENT * max(len(pieces), 1):
         raise _does_not_fit(where, f"parameters with {needed} elements in all", total)
     ends, end = [], 0
@@ -210,7 +216,7 @@ def cut(pieces: Sequence[TensorRef], shapes: Shapes, where: str) -> dict[str, Te
             if ends[at] >= stop:
                 break
             at += 1
-        result[name] = float32(Shaped(join(parts), tuple(shape)))
+        result[name] = float32(Shaped(join(parts), tuple(shape)))  # [elements] seen as the parameter
         start = stop
     return result
 
@@ -226,7 +232,7 @@ def parameter_groups(shapes: Shapes, sizes: Sequence[int], measure: Measure, whe
     plain = {name: shape for name, shape in shapes.items() if NO_DECAY.search(name)}
     rest = [(name, shape) for name, shape in shapes.items() if name not in plain]
     groups: list[Shapes] = []
-    for size in sizes[:-2]:
+    for size in sizes[:-2]:  # the group before the last gets what is left
         group: dict[str, tuple[int, ...]] = {}
         while rest and sum(map(measure, group.values())) < size:
             name, shape = rest.pop(0)
@@ -248,6 +254,7 @@ def split_stages(
     stages: list[Shapes] = []
     remaining = list(layers.values())
     for stage, target in enumerate(targets):
+        # Layers are taken in order until the stage's optimizer is as large as its state says.
         held = dict(copy) if stage and stage == len(targets) - 1 else {}
         while remaining and sum(map(measure, held.values())) < target:
             held |= remaining.pop(0)

@@ -166,10 +166,12 @@ def _judge(
         sound = {name: relation for name, relation in relations.items() if name not in broken}
         rest = f"; the others: {_judge(a, b, sound, _parts(sound))[1]}" if sound else ""
         return "not_finite", f"{len(broken)} tensors hold NaN or infinite values, {broken[0]} first{rest}"
+    # From here on some tensors differ in their values: only random matrices can show how the two are related.
     matrices = {name: r for name, r in relations.items() if row_of(name).is_drawn and not r.exact}
     moved = [name for name, relation in matrices.items() if relation.kind == "moved"]
     if moved and (one_seed := _one_seed(a, b)):
         return "siblings", f"{one_seed}: {_moved(relations, matrices, moved)}"
+    # A fine-tune moves matrices a little; a few, such as a new head, may have nothing in common.
     if len(moved) * 2 >= len(matrices):
         return "fine_tune", f"{_descent(a, b)}: {_moved(relations, matrices, moved)}"
     constant = {name: r for name, r in relations.items() if not row_of(name).is_drawn}

@@ -282,6 +282,7 @@ class Part(Wrapper):
 
     def runs(self) -> list[ByteRun]:
         """See `TensorRef`."""
+        # Values for each index of the dimension. Exact for dimension 0; along others, a range of as many values.
         size = self.source.shape[self.dim]
         row = prod(self.source.shape) // size if size else 0
         return cut_runs(self.source.runs(), self.start * row, self.stop * row)
@@ -337,6 +338,7 @@ class Joined(TensorRef):
     def _parts(self, box: Box) -> Iterator[tuple[TensorRef, list[slice], int]]:
         """(source, its slices, where they begin in the box) for each source that overlaps the box."""
         first, last = box[self.dim]
+        # The first source that ends beyond the box's start, and those after it.
         for index in range(bisect_right(self.ends, first), len(self.sources)):
             begin, end = self.ends[index - 1] if index else 0, self.ends[index]
             start, stop = max(first, begin), min(last, end)
@@ -396,6 +398,7 @@ def _rows(source: TensorRef, rows: torch.Tensor, box: Box) -> torch.Tensor:
 
     if rows.numel() == 0:
         return torch.empty(sizes(box), dtype=source.dtype)
+    # One read of the whole range, from which the rows are picked in memory.
     low, high = int(rows.min()), int(rows.max()) + 1
     return source.read([slice(low, high), *as_slices(box[1:])])[rows - low]
 
@@ -483,6 +486,7 @@ class WithLora(TensorRef):
 
     def _take(self, box: Box) -> torch.Tensor:
         rows, columns = as_slices(box)
+        # [rows, rank] @ [rank, columns]
         change = self.b.read([rows]).double() @ self.a.read([slice(None), columns]).double()
         return (self.source.read([rows, columns]).double() + change * self.scale).float()
 
@@ -501,7 +505,7 @@ class Padded(Wrapper):
 
     def _fill(self, box: Box, out: torch.Tensor) -> None:
         start, stop = box[0]
-        held = max(0, min(stop, self.source.shape[0]) - start)
+        held = max(0, min(stop, self.source.shape[0]) - start)  # rows of the box that the source has
         if held:
             self.source.read([slice(start, start + held), *as_slices(box[1:])], out[:held])
         out[held:].zero_()
@@ -525,7 +529,7 @@ class Shaped(Wrapper):
         lengths = sizes(box)
         row = prod(self.view[1:]) if self.view else 1  # elements of a row
         first, last = box[0] if box else (0, 1)
-        if lengths[1:] == list(self.view[1:]):
+        if lengths[1:] == list(self.view[1:]):  # whole rows are consecutive in the vector
             return self.source.read([slice(first * row, last * row)]).view(lengths)
         result = torch.empty(lengths, dtype=self.dtype)
         step = max(1, CHUNK_ELEMENTS // max(row, 1))
@@ -550,7 +554,7 @@ class Flattened(Wrapper):
     def _take(self, box: Box) -> torch.Tensor:
         ((start, stop),) = box
         row = max(1, prod(self.source.shape[1:]))
-        first = start // row
+        first = start // row  # the first row that is touched
         rows = self.source.read([slice(first, -(-stop // row))] if self.source.shape else None)
         return rows.reshape(-1)[start - first * row : stop - first * row]
 
@@ -583,7 +587,7 @@ class Narrowed(Cast):
         result = value.to(self.dtype)
         where = result.isinf()
         if bool(where.any()) and (count := int((where & value.isfinite()).sum())):
-            self.infinite[tuple(box)] = count
+            self.infinite[tuple(box)] = count  # by box: a part that is read twice counts once
         return result
 
 
@@ -603,6 +607,7 @@ class RoundingProbe(Wrapper):
     def _take(self, box: Box) -> torch.Tensor:
         slices = as_slices(box)
         value = self.source.read(slices)
+        # Once a difference is found, the weight need not be read any more.
         if self.rounds and not same_bits(value.to(self.weight.dtype), self.weight.read(slices)):
             self.rounds = False
         return value

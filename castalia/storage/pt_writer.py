@@ -63,6 +63,7 @@ class PtFile:
                 """Add a member whose bytes do not count as progress."""
                 archive.add(f"{title}/{name}", len(content), [memoryview(content)], lambda count: None)
 
+            # The order of torch's own writer.
             add_small("data.pkl", self._pickler.content)
             add_small("byteorder", b"little")
             for key, ref in enumerate(self.tensors):
@@ -161,6 +162,7 @@ class _Pickler:
 
     def _tensor(self, ref: TensorRef) -> None:
         shape = tuple(ref.shape)
+        # _rebuild_tensor_v2(storage, offset, shape, strides, requires_grad, hooks); each tensor has its own storage.
         self._name("torch._utils._rebuild_tensor_v2")
         self.out += pickle.MARK + pickle.MARK
         self.put("storage")

@@ -39,6 +39,7 @@ class _Storage:
 
     def tensor(self, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], dtype: str | None) -> FileTensor:
         """Raises CheckpointError for a view that does not fit into the storage."""
+        # A pickle may view a storage in another dtype.
         size = self.size * ITEM_BYTES[self.dtype] // ITEM_BYTES[dtype or self.dtype]
         numbers = (offset, *shape, *stride)
         if len(shape) != len(stride) or not all(type(number) is int and number >= 0 for number in numbers):
@@ -77,7 +78,7 @@ def open_pt(path: Path | str) -> Any:
 def _open_zip(path: Path, file: Any) -> Any:
     members = _zip_members(path, file)
     pickles = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
-    if len(pickles) != 1:
+    if len(pickles) != 1:  # the archive's folder has any name
         raise CheckpointError(f"{path}: {len(pickles)} members named data.pkl where torch.save writes one")
     root = pickles[0].removesuffix("data.pkl")
     size = os.fstat(file.fileno()).st_size
@@ -170,6 +171,7 @@ def _open_legacy(path: Path, file: Any) -> Any:
         key, dtype, count = _identity(identity)
         if len(identity) > 5 and identity[5] is not None:
             raise CheckpointError(f"{path}: storages that are views of others (torch 0.3) cannot be read")
+        # The extent is filled in below, when the order of the storages is known.
         extent, *known = extents.setdefault(key, (Extent(path, 0, 0), dtype, count))
         if known != [dtype, count]:
             raise CheckpointError(f"{path} is damaged: storage {key!r} is there in two sizes or types")

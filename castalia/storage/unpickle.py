@@ -233,6 +233,7 @@ class _Machine:
         """Push what a permitted name makes of these arguments. Raises CheckpointError if they copy too much."""
         if not isinstance(target, Global):
             raise TypeError(f"a call of {type(target).__name__}")
+        # Constructors copy what they are given, which the pickle's size does not bound.
         self.copied += sum(len(arg) for arg in args if isinstance(arg, (str, bytes, list, tuple, set, dict)))
         if self.copied > MAX_COPIED_ITEMS:
             raise CheckpointError(f"{self.where}: refused: unpacking the pickle would fill the memory")

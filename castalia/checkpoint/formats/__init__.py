@@ -24,6 +24,7 @@ class Format:
     any_optimizer: bool = False  # whether it can hold the state of optimizers other than AdamW
     any_dtype: bool = False  # whether fp32 weights of a run in 16 bits are written as they are
     steps: bool = True  # whether the files belong to a step of a run
+    weights_optional: bool = False  # whether `detect` may hold without weights; its reader has `has_weights`
     hints: frozenset[str] = frozenset()  # which of `open_checkpoint`'s hints its reader takes
     tolerant: bool = False  # whether its reader can open files whose config describes another model
     on_base: bool = False  # whether it holds adapters alone; its reader gets `open_base`, which opens their model
@@ -41,7 +42,7 @@ FORMATS = {  # name, as in `Checkpoint.format` -> row; the first that detects it
     ),
     "huggingface": Format(
         f"{_HERE}.huggingface", "Hugging Face", "hf", "step{step}",
-        steps=False, hints=frozenset({"tokenizer"}), settings_file="config.json",
+        steps=False, weights_optional=True, hints=frozenset({"tokenizer"}), settings_file="config.json",
     ),
     "megatron-deepspeed": Format(
         f"{_HERE}.megatron", "Megatron-DeepSpeed", "megatron-deepspeed", "global_step{step}",

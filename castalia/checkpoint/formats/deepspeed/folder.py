@@ -115,15 +115,18 @@ def scan(path: Path) -> Folder:
     names = names_of(path)
     layers = _grid(path, _matches(LAYER, names), "layer", "tensor rank")
     states = {int(match[1]): path / name for name in names if (match := STATE.fullmatch(name))}
+    # File names have the data-parallel rank first.
     by_rank = [(mp_rank, rank, name) for rank, mp_rank, name in _matches(SHARD, names)]
     shards = _grid(path, by_rank, "mp_rank", "data-parallel rank")
     folder = Folder(path)
-    if not states and not layers:
+    if not states and not layers:  # ZeRO 3 has a model state for each data-parallel rank; the first is enough
         rank_states = sorted((int(m[1]), path / name) for name in names if (m := RANK_STATE.fullmatch(name)))
         states = {0: rank_states[0][1]} if rank_states else {}
         folder.stage3 = bool(rank_states)
     folder.states = [_opened(states[rank], dict) for rank in sorted(states)]
+    # If model states have no weights, layer files must have been there.
     pipeline = bool(layers) or not any(isinstance(state.get("module"), dict) for state in folder.states)
+    # The number of ranks is the largest that any file or counter mentions, so that missing files are noticed.
     mp_ranks = max([folder.first.get("mp_world_size") or 0, *(rank + 1 for rank in (*states, *shards))])
     tensor_ranks = [rank for files in layers.values() for rank in files] if pipeline else list(range(mp_ranks))
     folder.tp = max([1, _stored_tp(folder) or 0, *(rank + 1 for rank in tensor_ranks)])
@@ -168,6 +171,7 @@ def _require_files(
         positions = {*layers, *_positions(folder.listed)} - {TIED}
         needed |= {layer_file(position, rank) for position in positions for rank in range(folder.tp)}
     weights_alone = not set(needed) - set(there)
+    # data-parallel ranks
     width = max([folder.first.get("dp_world_size") or 0, *(rank + 1 for files in shards.values() for rank in files)])
     if shards:
         prefix = "bf16_" if any(name.startswith("bf16_") for name in there) else ""
@@ -361,9 +365,11 @@ def _unsharded(
     layers: dict[int, dict[str, tuple[int, ...]]] = {}  # position -> name -> shape
     for name, ref in mine.items():
         layers.setdefault(int(name.split(".")[0]), {})[name] = tuple(ref.shape)
+    # With tied embeddings the last stage has a copy of the embedding, which its optimizer counts too.
     copy = layers.get(embedding, {}) if embedding is not None else {}
     optimizers = [state["optimizer"] for state in states]
     flat = "fp32_groups_flat" in optimizers[0]
+    # Flat vectors tell how many elements a stage has, other states how many parameters.
     measure: Callable[[tuple[int, ...]], int] = prod if flat else lambda shape: 1
     sizes = [_group_sizes(optimizer, flat) for optimizer in optimizers]
     stages = split_stages(layers, copy, [sum(groups) for groups in sizes], measure, where[0])
@@ -384,7 +390,7 @@ def _group_sizes(optimizer: Mapping, flat: bool) -> list[int]:
 def _merged(parts: Sequence[RankState], embedding: int) -> RankState:
     """The states of all stages together. Of tied parameters, which two stages have, the first stage's counts."""
     result = RankState()
-    for stage in reversed(parts):
+    for stage in reversed(parts):  # so that the first stage's copy overwrites the last one's
         for role in (*STATE_ROLES, "step"):
             getattr(result, role).update({global_name(n, embedding): v for n, v in getattr(stage, role).items()})
     return result

@@ -147,6 +147,7 @@ def sharded_optimizer(
         padding = min(share, max(0, (rank + 1) * share - group.num_elements))
         vectors = {r: part(group.vector(r, share * ranks), rank * share, (rank + 1) * share) for r in group.tensors}
         state[index] = {"step": group.step, **{role: vectors[role] for role in MOMENTS}}
+        # The bf16 optimizer keeps the padding of masters, ZeRO 1 cuts it off.
         masters.append(vectors["master"] if kind == "bf16" else part(vectors["master"], 0, share - padding))
         paddings.append(padding)
     result: dict[str, Any] = {
@@ -175,7 +176,7 @@ def old_optimizer(groups: Sequence[Group], rank: int, ranks: int, scaler: Mappin
     pieces: list[dict[Role, list[TensorRef]]] = []
     for group in groups:
         total = group.num_elements
-        size = min(-(-total // ranks), OLD_BUCKET // ranks)
+        size = min(-(-total // ranks), OLD_BUCKET // ranks)  # elements of an interval on each rank
         starts = [min(at + rank * size, total) for at in range(0, total, size * ranks)]
         spans = [(start, min(start + size, total)) for start in starts]
         vectors = {role: group.vector(role, total) for role in group.tensors}
@@ -383,7 +384,8 @@ class DeepSpeedFolder:
         shared = [name for name in self.tensors["master"] if self.tied and name.startswith(self.tied)]
         held = [name for name in self.tensors["master"] if int(name.partition(".")[0]) in self.stages[stage]]
         if stage == len(self.stages) - 1:
-            held = shared + [name for name in held if name not in shared]
+            held = shared + [name for name in held if name not in shared]  # the copy comes first there
+        # DeepSpeed names tied parameters by the module that ties them.
         names = {name: f"tied_modules.embed.{name.removeprefix(self.tied)}" for name in shared}
         return {names.get(name, name): name for name in held}
 

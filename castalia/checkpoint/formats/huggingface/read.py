@@ -72,6 +72,7 @@ def read(path: Path, tokenizer: str | None = None) -> Checkpoint:
     config = read_config(path / CONFIG)
     family = config.family
     tensors = _open_weights(path)
+    # One tensor for each name, since the format has no ranks.
     named = _by_rank(tensors, family)
     model, tie_note = _tied_as_transformers_does(model_of(config), family, named)
     _check_blocks(path, named, model.num_layers)
@@ -106,7 +107,7 @@ def _tied_as_transformers_does(
     if not model.tie_embeddings or family.head not in named:
         return model, ""
     embedding = next(rule.theirs for rule in family.rules(model) if rule.ours == "embed.weight")
-    if embedding not in named:
+    if embedding not in named:  # only one of the two was stored, under the head's name
         named[embedding] = named.pop(family.head)
         return (
             model,
@@ -263,6 +264,7 @@ def open_file(path: Path) -> dict[str, TensorRef]:
 def _tokenizer(path: Path, given: str | None) -> TokenizerConfig:
     if given is not None:
         return TokenizerConfig(path=given)
+    # Any of these makes a tokenizer; which one is used, the tokenizer's loader decides.
     kinds = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
     has_files = any(all((path / name).is_file() for name in names) for names in kinds)
     return TokenizerConfig(path=str(path)) if has_files else TokenizerConfig()

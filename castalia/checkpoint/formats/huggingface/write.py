@@ -43,6 +43,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     tokenizer, ids, notes = hf_tokenizer(checkpoint)
     weights = _named(checkpoint.model, family, model, "weight")
     config = to_config_json(kind, model, _longest(checkpoint, model), ids)
+    # Recent versions of transformers call it dtype, older ones torch_dtype.
     config["torch_dtype"] = config["dtype"] = checkpoint.model["embed.weight"].dtype_name
     weight_outputs = _safetensors("model", weights, options)
     weight_files = [output.name for output in weight_outputs if output.name.endswith(".safetensors")]

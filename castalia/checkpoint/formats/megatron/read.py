@@ -61,6 +61,7 @@ def read(
     model = merge(given.model if given else None, settings, {})
     other = given.model if given else None
     disagreements = compare(other, model, folder, MEGATRON, str(config), tolerant)
+    # Layer files alone do not say; 3 is what today's program writes.
     version = float(folder.first.get("checkpoint_version", 0 if folder.states else 3))
     rules = table(MEGATRON, model, folder.tp, megatron_qkv(model, folder.tp, version))
     ranks = optimizer_ranks(folder, held, MEGATRON.embedding, model.tie_embeddings)
@@ -68,7 +69,7 @@ def read(
     run = run.with_({"model": model} | ({"tokenizer": TokenizerConfig(path=tokenizer)} if tokenizer else {}))
     dtype = weight_dtype(held)
     reached = progress(folder, run, fp16=dtype == "float16")
-    step = folder.step - int(folder.first.get("skipped_steps") or 0)
+    step = folder.step - int(folder.first.get("skipped_steps") or 0)  # Adam's, where it is not stored
     changed, changed_note = masters_apart(held, ranks)
     notes = [changed_note] if changed_note else []
     if not folder.states:
@@ -101,7 +102,7 @@ def _training(folder: Folder, model: ModelConfig) -> RunConfig:
     adam["betas"] = tuple(args[key] for key in ("adam_beta1", "adam_beta2") if key in args) or None
     optimizer: dict[str, Any] = {"lr": args.get("lr")} | adam | optimizer_settings(folder)
     norm = optimizer.pop("clip_grad")
-    clip = {} if norm is None else {"clip_norm": norm or None}
+    clip = {} if norm is None else {"clip_norm": norm or None}  # 0 is no clipping
     schedule = {"style": args.get("lr_decay_style"), "decay_steps": args.get("lr_decay_iters")}
     schedule |= {"min_lr": args.get("min_lr"), "warmup": args.get("lr_warmup_fraction")}
     schedule["warmup_steps"] = args.get("lr_warmup_iters") or None
@@ -158,6 +159,7 @@ def _from_arguments(folder: Folder, held: RankTensors) -> dict[str, Any]:
     if kind is not None and f"{MEGATRON.embedding}.position_embeddings.weight" not in held:
         settings["position"] = POSITIONS.get(kind.value, "rotary")
     gated = args.get("glu_activation")
+    # Megatron's fused GELU is the tanh approximation.
     fused = not args or args.get("bias_gelu_fusion") or args.get("openai_gelu")
     settings["activation"] = GATED[gated] if gated else "gelu_tanh" if fused else "gelu"
     for ours in ("attention_dropout", "hidden_dropout"):

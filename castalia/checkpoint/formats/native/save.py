@@ -89,6 +89,7 @@ class CheckpointSaver:
         """
         self.join()
         about = describe(progress, config, data_fingerprint)
+        # All tensors go into one set of copies, by (kind, name).
         given = {("model", name): _shard(tensor) for name, tensor in model.items()}
         steps: dict[str, int] | None = None
         tensors: dict[str, dict[str, Shard]] = {"model": {}}

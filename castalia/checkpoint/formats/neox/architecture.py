@@ -102,6 +102,7 @@ def compare(
         for name in settings
         if getattr(model, name) != getattr(config, name)
     ]
+    # A head that is missing would look like tied embeddings; the config says whether there should be one.
     if model.tie_embeddings and not config.tie_embeddings:
         head, tied = names.head(model.num_layers), [line for line in lines if line.startswith("tie_embeddings")]
         lost = f"the head, {head}, is in no file" + (f": {_file_of(head)} is missing" if folder.layers else "")
@@ -132,6 +133,7 @@ def _count_layers(held: RankTensors, names: Names, fused: str, folder: Folder) -
     blocks = [position for position in positions if f"{position}.{fused}" in held]
     norms = [p for p in positions for end in ("weight", "scale", "g") if f"{p}.{names.final_norm}{end}" in held]
     heads = [number for number in range(1, max(positions, default=0)) if names.head(number) in held]
+    # The stored arguments know; otherwise the position of the final norm or of the head, or the last block's.
     if folder.args.get("num_layers"):
         count = folder.args["num_layers"]
     elif norms:
@@ -185,7 +187,7 @@ def _position(
 
 
 def _vocab_multiple(rows: int, args: Mapping[str, Any], tp: int) -> int:
-    multiple = (args.get("make_vocab_size_divisible_by") or 1) * tp
+    multiple = (args.get("make_vocab_size_divisible_by") or 1) * tp  # as NeoX pads
     return multiple if rows % multiple == 0 else 1
 
 

@@ -71,6 +71,7 @@ def read(
     Raises CheckpointError for missing and damaged files, and for a config of another model; with `tolerant` the
     differences are in `facts.disagreements` instead.
     """
+    # What is stored: weights by `position.name` (ZeRO 3 has only masters), and the config if it lies with them.
     folder = scan(Path(path))
     run = _config(folder, config)
     ranks: list[RankState] | None = None
@@ -81,6 +82,7 @@ def read(
         held = stage3_weights(folder, ranks[0])
     else:
         held = weights(folder)
+    # What the model is: tensors before the config, the config before guesses.
     era = _era(folder, held)
     settings = observed(held, ERAS[era], folder, run.model if run else None)
     given = run.model if run else None
@@ -90,8 +92,10 @@ def read(
     model = merge(given, settings, guesses)
     source = str(config or ", ".join(file.name for file in config_files(folder.path)))
     disagreements = compare(given, model, folder, ERAS[era], source, tolerant)
+    # What the files do not say: hints, or a guess from DeepSpeed's version.
     model, epsilon_note = _place_epsilon(folder, era, model, run, rms_eps)
     rows, rows_note = _rows(folder, era, model, gqa_rows)
+    # From NeoX's tensors to ours; norms that a shared one replaces are stored, but never used.
     rules = table(ERAS[era], model, folder.tp, neox_qkv(model, folder.tp, rows))
     ignore = BUFFERS + (r"|\.post_attention_layernorm\." if model.parallel_residual and model.shared_norm else "")
     optimizer_note = ""
@@ -131,6 +135,7 @@ def read(
         ),
         release="v1" if era == "v1" else "head",
         summed_bias_ranks=summed,
+        # The first release computes norms for clipping on the first tensor rank and stage alone.
         norm_ranks=(folder.tp, folder.pp) if era == "v1" and dtype == "float16" and not folder.shards else (1, 1),
         summed_micro_batches=summed_micro_batches(folder.version, bool(folder.layers), run, folder.dp or 1),
     )

@@ -246,7 +246,7 @@ def _assemble(
     """All adapters with one rank and one scale. Smaller ones are padded with zeros, which stay zero in training."""
     import torch
 
-    scale = _scale(config, (), int(config["r"]))
+    scale = _scale(config, (), int(config["r"]))  # of all; other scales are multiplied into B
     heads = family.head_modules
     scaled = {
         m: (a, b * (_scale(config, heads if m in heads else (m,), len(a)) / scale)) for m, (a, b) in adapters.items()
@@ -258,7 +258,8 @@ def _assemble(
     for matrix in known:
         if matrix.kind in kinds:
             rows, columns = matrix.shape
-            lora_a, lora_b = torch.zeros(rank, columns), torch.zeros(rows, rank)
+            # Every matrix of a kind has adapters; those that PEFT has none for get zeros.
+            lora_a, lora_b = torch.zeros(rank, columns), torch.zeros(rows, rank)  # [rank, in], [out, rank]
             if matrix in fused:
                 a, b = fused[matrix]
                 lora_a[: len(a)], lora_b[:, : len(a)] = a, b
@@ -284,12 +285,13 @@ def _fuse(matrix: Matrix, adapters: Mapping[str, tuple[Tensor, Tensor]]) -> tupl
 
     given = [adapters.get(module) for module in matrix.modules]
     firsts = [pair[0] for pair in given if pair]
+    # The usual case: our own adapters, written for PEFT, repeat A for each module.
     if len(firsts) == len(given) and all(torch.equal(a, firsts[0]) for a in firsts):
         sides = [pair[1] for pair in given if pair]
         return firsts[0], _rows(matrix, sides)
     ranks = [len(pair[0]) if pair else 0 for pair in given]
     sizes = _sizes(matrix)
-    sides = []
+    sides = []  # of each module: [its rows, sum of ranks], zero but for its own columns
     for j, pair in enumerate(given):
         side = torch.zeros(sizes[j], sum(ranks))
         if pair:
