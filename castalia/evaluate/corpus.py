@@ -1,4 +1,4 @@
-"""Token streams to evaluate, from indexed corpora and from raw text."""
+"""Token streams for evaluation, from indexed corpora and from text files."""
 
 from __future__ import annotations
 
@@ -19,29 +19,31 @@ from castalia.errors import DataError
 
 
 class Stream(NamedTuple):
+    """Documents to evaluate, as one sequence of tokens."""
+
     name: str
-    tokens: np.ndarray  # all documents back to back
-    sizes: np.ndarray  # of the documents, in tokens
-    num_bytes: int | None  # of the text that the tokens spell; None without a tokenizer
-    labels: np.ndarray | None = None  # for each token itself or -100 where it does not count; None: all count
-    sources: tuple[str, ...] = ()  # the file or corpus that each document comes from; none: not known
+    tokens: np.ndarray  # [tokens], all documents back to back
+    sizes: np.ndarray  # [documents], in tokens
+    num_bytes: int | None  # UTF-8 bytes of the text; None without a tokenizer
+    labels: np.ndarray | None = None  # [tokens]: the token itself, or -100 if it does not count; None: all count
+    sources: tuple[str, ...] = ()  # the file or corpus of each document; empty if unknown
 
     @property
     def num_counted(self) -> int:
-        """Tokens that are predicted: not the first."""
+        """The number of predicted tokens: those that count, except the first."""
         return len(self.tokens) - 1 if self.labels is None else int((self.labels[1:] != IGNORE).sum())
 
     def masked_after(self, token: int) -> Stream:
-        """Without what follows this token: a document that has nothing to do with the one before."""
+        """The stream without the tokens that follow `token`, which begin a document unrelated to the one before."""
         labels = (self.tokens if self.labels is None else self.labels).astype(np.int64)
         labels[1:][self.tokens[:-1] == token] = IGNORE
         return self._replace(labels=labels)
 
     def by_source(self, tokenizer: Tokenizer | None) -> dict[str, Stream]:
-        """The documents of each source as a stream of their own. Empty where sources are not known or there is one."""
+        """The documents of each source as a stream of their own. Empty for fewer than two known sources."""
         if len(set(self.sources)) < 2:
             return {}
-        found: dict[str, Stream] = {}
+        streams: dict[str, Stream] = {}
         for name in dict.fromkeys(self.sources):
             mine = np.array([source == name for source in self.sources])
             tokens = self.tokens[np.repeat(mine, self.sizes)]
@@ -49,12 +51,15 @@ class Stream(NamedTuple):
             parts = np.split(tokens, np.cumsum(self.sizes[mine])[:-1])
             size = sum(len(tokenizer.decode(part.tolist()).encode()) for part in parts) if tokenizer else None
             if len(tokens) > 1:
-                found[name] = Stream(name, tokens, self.sizes[mine], size, labels)
-        return found
+                streams[name] = Stream(name, tokens, self.sizes[mine], size, labels)
+        return streams
 
 
 def read_stream(path: str, tokenizer: Tokenizer | None) -> Stream:
-    """A corpus (prefix of .bin and .idx), or text files that are tokenised here."""
+    """The stream of a corpus, given by the prefix of its .bin and .idx, or of a text file, which is tokenized here.
+
+    Raises DataError if there is neither, if the text needs a tokenizer, or if there is nothing to evaluate.
+    """
     if Path(f"{path}.idx").is_file():
         return indexed_stream(path, None, tokenizer)
     if not Path(path).exists():
@@ -72,27 +77,30 @@ def read_stream(path: str, tokenizer: Tokenizer | None) -> Stream:
 
 
 def validation_stream(data: DataConfig, tokenizer: Tokenizer | None) -> Stream:
-    """All of the documents that a run keeps for validation."""
+    """All documents that a run holds out for validation. Raises DataError if there are none."""
     if data.path:
         which = split_documents(data, open_dataset(data.path))["valid"].tolist()
         return indexed_stream(data.path, which, tokenizer)
     if not data.valid:
         raise DataError("the run has no validation data (data.valid, or a part of data.split); name some with --data")
     parts = [indexed_stream(source.path, None, tokenizer) for source in data.valid]
-    found = [open_labels(source, open_dataset(source.path)) for source in data.valid]
-    labels = [part.tokens if own is None else np.concatenate(list(own)) for part, own in zip(parts, found, strict=True)]
+    stored = [open_labels(source, open_dataset(source.path)) for source in data.valid]
+    labels = [
+        part.tokens if own is None else np.concatenate(list(own)) for part, own in zip(parts, stored, strict=True)
+    ]
     num_bytes = [part.num_bytes for part in parts if part.num_bytes is not None]
     return Stream(
         ", ".join(part.name for part in parts),
         np.concatenate([part.tokens for part in parts]),
         np.concatenate([part.sizes for part in parts]),
         sum(num_bytes) if len(num_bytes) == len(parts) else None,
-        np.concatenate(labels) if any(found) else None,
+        np.concatenate(labels) if any(stored) else None,
         tuple(name for part in parts for name in part.sources or (part.name,) * len(part.sizes)),
     )
 
 
 def indexed_stream(prefix: str, which: Sequence[int] | None, tokenizer: Tokenizer | None) -> Stream:
+    """The stream of the documents `which` of a corpus, None for all. Raises DataError for fewer than two tokens."""
     dataset = open_dataset(prefix)
     items = [dataset[i] for i in which] if which is not None else list(dataset)
     num_tokens = sum(map(len, items))

@@ -1,4 +1,4 @@
-"""The log-probability of every token of a corpus, stored beside it: what preference tuning takes for its reference."""
+"""The log-probability of every token of a corpus, stored beside it, as the reference of preference tuning."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from castalia.model.transformer import Transformer
 
 @torch.no_grad()
 def write_log_probabilities(model: Transformer, corpus: str, output: str, length: int, rows: int) -> int:
-    """Writes `output`.bin and .idx: for each document an fp32 number for each token, which is of the token after it.
+    """Write a corpus with one fp32 value for each token: the log-probability of the *next* token of its document.
 
-    `length` is the longest input, `rows` how many documents are read at once; what lies beyond, and the last number of
-    each document, is 0. Returns the number of documents.
+    The last value of each document, and all beyond `length` input tokens, are 0. `rows` documents go through the model
+    at a time. Returns the number of documents. Raises DataError for a token beyond the vocabulary of the model.
     """
     documents, limit = open_dataset(corpus), model.cfg.padded_vocab_size
     device = next(model.parameters()).device
@@ -31,22 +31,22 @@ def write_log_probabilities(model: Transformer, corpus: str, output: str, length
                 raise DataError(f"{corpus}: token id {tokens.max()} lies beyond the model's vocabulary of {limit}")
             hidden = model.hidden(torch.from_numpy(tokens[:, :-1]).to(device))
             losses = model.token_losses(hidden, model.head_weight, labels).cpu().numpy()
-            for item, found in zip(items, losses, strict=True):
-                numbers = np.zeros(len(item), np.float32)
+            for item, loss in zip(items, losses, strict=True):  # loss [t]: of the label at each input token
+                log_probs = np.zeros(len(item), np.float32)
                 known = min(len(item) - 1, length)
-                numbers[:known] = -found[:known]
-                writer.add(numbers)
+                log_probs[:known] = -loss[:known]
+                writer.add(log_probs)
     return len(documents)
 
 
 def _batches(documents: IndexedDataset, rows: int) -> Iterator[list[np.ndarray]]:
-    left = iter(documents)
-    while items := list(islice(left, rows)):
+    remaining = iter(documents)
+    while items := list(islice(remaining, rows)):
         yield items
 
 
 def _padded(items: list[np.ndarray], longest: int, fill: int) -> np.ndarray:
-    """int64 [items, tokens], as wide as the longest needs, at most `longest`."""
+    """int64 [items, tokens], as wide as the longest item, but at most `longest`; `fill` follows shorter items."""
     width = min(max(2, *map(len, items)), longest)
     out = np.full((len(items), width), fill, np.int64)
     for row, item in zip(out, items, strict=True):

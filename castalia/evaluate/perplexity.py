@@ -15,7 +15,10 @@ from castalia.parallel.executor import Executor, Rows
 
 
 def evaluate(executor: Executor, batches: Iterable[Batch]) -> dict[str, float]:
-    """Mean loss over all predicted tokens, whatever their batch. Every rank is given the whole batches."""
+    """Mean loss over all predicted tokens of all batches, its perplexity, and the number of these tokens.
+
+    Every rank gets whole batches, and takes its rows of them. Without predicted tokens the loss is NaN.
+    """
     total, count = torch.zeros((), dtype=torch.float64, device=executor.device), 0
     with executor.evaluating():
         for batch in batches:
@@ -34,20 +37,25 @@ def windows(
     labels: np.ndarray | None = None,
     ends: Sequence[int] = (),
 ) -> Iterator[Batch]:
-    """Batches of `rows` windows that predict every token of a stream once, except the first.
+    """Batches of `rows` windows that together predict every token of a stream once, except the first.
 
-    Windows begin `stride` apart; each predicts only what the one before it did not. With the `sizes` of the documents
-    tokens see only their own, and the first of each is not predicted. `labels` [tokens] are -100 where a token does not
-    count. The stream starts anew after each of the `ends`.
+        length 4, stride 2     tokens      0 1 2 3 4 5 6 7 8
+                               window 1    i P P P P
+                               window 2        i i i P P
+                               window 3            i i i P P      i input only, P predicted
+
+    Each window predicts only the tokens that the one before it did not. With the `sizes` of documents, tokens see only
+    their own document, and its first token is not predicted. `labels` [tokens] are -100 for tokens that do not count.
+    The stream starts anew after each of the `ends`.
     """
-    numbers = None if sizes is None else np.repeat(np.arange(len(sizes)), sizes)
-    wanted, left = tokens if labels is None else labels, _places(ends or (len(tokens),), length, stride)
-    while part := list(islice(left, rows)):
+    numbers = None if sizes is None else np.repeat(np.arange(len(sizes)), sizes)  # of the document of each token
+    answers, remaining = tokens if labels is None else labels, _spans(ends or (len(tokens),), length, stride)
+    while part := list(islice(remaining, rows)):
         inputs = np.zeros((len(part), length), np.int64)
         targets = np.full((len(part), length), IGNORE, np.int64)
         for row, (start, stop, known) in enumerate(part):
             inputs[row, : stop - start - 1] = tokens[start : stop - 1]
-            targets[row, known : stop - start - 1] = wanted[start + 1 + known : stop]
+            targets[row, known : stop - start - 1] = answers[start + 1 + known : stop]
         documents = None
         if numbers is not None:
             at = np.minimum(
@@ -58,13 +66,13 @@ def windows(
         yield Batch(inputs, targets, targets != IGNORE, documents)
 
 
-def _places(ends: Sequence[int], length: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """First token, the one after the last, and the number of predictions that others make, of each window."""
+def _spans(ends: Sequence[int], length: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """Of each window: its tokens [start, stop), and how many of its predictions the window before it makes."""
     for begin, end in pairwise((0, *ends)):
         for start in range(begin, max(begin + 1, end - 1 - (length - stride)), stride):
             yield start, min(start + length + 1, end), length - stride if start > begin else 0
 
 
 def bits_per_byte(loss: float, tokens: int, num_bytes: int) -> float:
-    """How many bits the model needs for a byte of text; comparable across tokenizers."""
+    """Bits that the model needs for a byte of text, which is comparable across tokenizers. `loss` is in nats."""
     return loss * tokens / (math.log(2) * num_bytes)

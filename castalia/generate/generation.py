@@ -1,4 +1,11 @@
-"""Writing text: prompts go in together, each row's text comes out piece by piece."""
+"""Batched generation: prompts are prefilled together, and the text of each row is streamed piece by piece.
+
+prompts -> _prefill in chunks -> KV cache, last hidden states
+                                   |
+          +-> logits -> choose a token for each row -> TextStream -> TextPiece
+          |                        |
+          +---- model, one new token for each row <-- rows that are not done
+"""
 
 from __future__ import annotations
 
@@ -21,27 +28,27 @@ from castalia.storage.lazy import name_of
 if TYPE_CHECKING:
     from castalia.parallel.inference import SplitModel
 
-PREFILL_CHUNK_TOKENS = 2048  # tokens of several prompts that are read at a time
+PREFILL_CHUNK_TOKENS = 2048  # tokens of several prompts that go through the model at a time
 Prompt = str | Sequence[int]
-AnyModel = Union[Transformer, "SplitModel"]  # the whole model, or parts of it on several ranks
+AnyModel = Union[Transformer, "SplitModel"]  # a model on one device, or split over ranks
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How texts are written. Temperature 0 takes the likeliest token; top_k and top_p 0 mean all tokens."""
+    """Settings of generation. Temperature 0 takes the likeliest token; top_k or top_p 0 means all tokens."""
 
-    max_tokens: int = 64  # of one text
+    max_tokens: int = 64  # of each text
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 0.0
     seed: int = 0
-    stop: Sequence[str] = ()  # a text ends before any of these
+    stop: Sequence[str] = ()  # a text ends before the first of these strings
     num_samples: int = 1  # texts for each prompt
-    batch_size: int = 16  # texts that are written at a time
+    batch_size: int = 16  # texts that are generated at a time
 
 
 class TextPiece(NamedTuple):
-    """Text that follows in a row; rows are numbered prompt by prompt, the samples of one prompt side by side."""
+    """The next piece of a row's text. Rows are numbered prompt by prompt, with the samples of a prompt in sequence."""
 
     row: int
     text: str
@@ -50,21 +57,22 @@ class TextPiece(NamedTuple):
 
 @dataclass
 class Row:
-    """One text that is being written; the model sees `ids[start:]`."""
+    """A text that is being generated. The model sees `ids[start:]`."""
 
     number: int
     ids: list[int]
     text: TextStream
     start: int = 0
-    count: int = 0  # tokens written
+    count: int = 0  # generated tokens
     done: bool = False
 
     @property
     def length(self) -> int:
+        """The number of tokens that the model sees."""
         return len(self.ids) - self.start
 
     def take(self, token: int, ends: Collection[int], max_tokens: int) -> TextPiece:
-        """Add the next token; the text that it makes certain."""
+        """Add a token, and return the text that can be shown now."""
         self.count += 1
         text = ""
         if token in ends:
@@ -77,7 +85,10 @@ class Row:
 
 
 def generate(model: AnyModel, tokenizer: TextTokenizer, prompts: Sequence[Prompt], **sampling) -> list[str]:
-    """The texts that follow the prompts, `num_samples` for each in turn. Keywords are the fields of `Sampling`."""
+    """The texts that follow the prompts, `num_samples` for each. Keywords are the fields of `Sampling`.
+
+    Raises DataError as `stream` does.
+    """
     options = Sampling(**sampling)
     texts = [""] * (len(prompts) * options.num_samples)
     for piece in stream(model, tokenizer, prompts, options):
@@ -89,12 +100,12 @@ def generate(model: AnyModel, tokenizer: TextTokenizer, prompts: Sequence[Prompt
 def stream(
     model: AnyModel, tokenizer: TextTokenizer, prompts: Sequence[Prompt], sampling: Sampling
 ) -> Iterator[TextPiece]:
-    """Write after each prompt (text or token ids; an empty one begins a document), yielding the pieces as they come.
+    """Generate text after each prompt (text or token ids), and yield pieces as they come. The model is in eval mode.
 
-    A row ends with any of the tokens that end a text, before a stop string, or after `max_tokens`. What it holds
-    depends on the prompt, the seed and the row's number, not on the other rows. A row that outgrows the model's
-    positions goes on with the later half of them in view. The model should be in eval mode. DataError for a prompt it
-    cannot take.
+    An empty prompt begins a document. A row ends at a token that ends texts, before a stop string, or after
+    `max_tokens`. Its text depends on the prompt, the seed and the number of the row, but not on the other rows. When a
+    row outgrows the positions of the model, it continues with the last half of them in view. Raises DataError for a
+    prompt that the model cannot take, CheckpointError if its logits are not finite.
     """
     rows: list[Row] = []
     for prompt in prompts:
@@ -102,17 +113,19 @@ def stream(
         for _ in range(sampling.num_samples):
             rows.append(Row(len(rows), list(ids), TextStream(tokenizer, ids, tuple(sampling.stop))))
     for first in range(0, len(rows), sampling.batch_size):
-        yield from _write(model, tokenizer, rows[first : first + sampling.batch_size], sampling)
+        yield from _generate_batch(model, tokenizer, rows[first : first + sampling.batch_size], sampling)
 
 
-def _write(model: AnyModel, tokenizer: TextTokenizer, rows: list[Row], sampling: Sampling) -> Iterator[TextPiece]:
-    """One batch of rows, until all are done."""
-    vocab_size = min(model.cfg.vocab_size or tokenizer.vocab_size, tokenizer.vocab_size)  # padding is never chosen
+def _generate_batch(
+    model: AnyModel, tokenizer: TextTokenizer, rows: list[Row], sampling: Sampling
+) -> Iterator[TextPiece]:
+    """Generate until all rows of a batch are done."""
+    vocab_size = min(model.cfg.vocab_size or tokenizer.vocab_size, tokenizer.vocab_size)  # never choose padding
     device = next(model.parameters()).device
     noise = Noise(sampling.seed, [row.number for row in rows], device) if sampling.temperature else None
-    cache, hidden = _read(model, rows, sampling.max_tokens)
+    cache, hidden = _prefill(model, rows, sampling.max_tokens)
     while True:
-        logits = model.logits(hidden)[:, :vocab_size]
+        logits = model.logits(hidden)[:, :vocab_size]  # [rows, h] -> [rows, V]
         if not logits.isfinite().all():
             raise _not_finite(model, logits)
         tokens = choose(logits, noise, sampling.temperature, sampling.top_k, sampling.top_p)
@@ -123,16 +136,17 @@ def _write(model: AnyModel, tokenizer: TextTokenizer, rows: list[Row], sampling:
         if not alive:
             return
         full = cache.length == cache.capacity
-        if full or 2 * len(alive) <= len(rows):  # rows that are done go along until they are half: dropping them copies
+        # Dropping rows copies the cache, so finished rows are computed on until they are half of all.
+        if full or 2 * len(alive) <= len(rows):
             rows, tokens = [rows[i] for i in alive], tokens[alive]
             if noise is not None:
                 noise.keep(alive)
             if not full:
                 cache.keep(alive)
         if full:
-            cache, hidden = _read(model, rows, sampling.max_tokens)
+            cache, hidden = _prefill(model, rows, sampling.max_tokens)
         else:
-            hidden = model.hidden(tokens[:, None], cache=cache)[:, 0]
+            hidden = model.hidden(tokens[:, None], cache=cache)[:, 0]  # [rows, 1, h] -> [rows, h]
 
 
 def _not_finite(model: AnyModel, logits: Tensor) -> CheckpointError:
@@ -143,8 +157,8 @@ def _not_finite(model: AnyModel, logits: Tensor) -> CheckpointError:
     )
 
 
-def _read(model: AnyModel, rows: Sequence[Row], max_tokens: int) -> tuple[KVCache, Tensor]:
-    """A cache filled with what the rows hold, and the hidden state [rows, h] of each one's last token."""
+def _prefill(model: AnyModel, rows: Sequence[Row], max_tokens: int) -> tuple[KVCache, Tensor]:
+    """A cache with the tokens of all rows, and the hidden state of the last token of each row: [rows, h]."""
     limit = model.cfg.max_positions
     for row in rows:
         if limit is not None and row.length > limit:
@@ -152,29 +166,29 @@ def _read(model: AnyModel, rows: Sequence[Row], max_tokens: int) -> tuple[KVCach
     capacity = max(row.length for row in rows) + max(max_tokens - row.count for row in rows)
     device = next(model.parameters()).device
     cache = KVCache(len(rows), min(capacity, limit or capacity), device)
-    held = [tuple(row.ids[row.start :]) for row in rows]
-    prompts = list(dict.fromkeys(held))  # rows that hold the same are read once
+    contexts = [tuple(row.ids[row.start :]) for row in rows]
+    prompts = list(dict.fromkeys(contexts))  # equal rows go through the model once
     states = []
-    for portion in _portions(prompts):
-        readers = [[i for i, ids in enumerate(held) if ids == prompt] for prompt in portion]
-        lengths = [len(prompt) for prompt in portion]
-        tokens = torch.tensor([list(chain(*portion))], device=device)
-        hidden = model.hidden(tokens, cache=Prompts(cache, readers, lengths))
-        states.append(hidden[0, torch.tensor(lengths, device=device).cumsum(0) - 1])
-    cache.set_lengths([len(ids) for ids in held])
-    order = [prompts.index(ids) for ids in held]
+    for chunk in _prefill_chunks(prompts):
+        targets = [[i for i, ids in enumerate(contexts) if ids == prompt] for prompt in chunk]
+        lengths = [len(prompt) for prompt in chunk]
+        tokens = torch.tensor([list(chain(*chunk))], device=device)  # [1, total]
+        hidden = model.hidden(tokens, cache=Prompts(cache, targets, lengths))
+        states.append(hidden[0, torch.tensor(lengths, device=device).cumsum(0) - 1])  # the last token of each prompt
+    cache.set_lengths([len(ids) for ids in contexts])
+    order = [prompts.index(ids) for ids in contexts]
     return cache, torch.cat(states)[torch.tensor(order, device=device)]
 
 
-def _portions(prompts: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
+def _prefill_chunks(prompts: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
     """Prompts that go through the model together: enough to keep it busy, few enough for its memory."""
-    portion: list[tuple[int, ...]] = []
+    chunk: list[tuple[int, ...]] = []
     for prompt in prompts:
-        if portion and sum(map(len, portion)) + len(prompt) > PREFILL_CHUNK_TOKENS:
-            yield portion
-            portion = []
-        portion.append(prompt)
-    yield portion
+        if chunk and sum(map(len, chunk)) + len(prompt) > PREFILL_CHUNK_TOKENS:
+            yield chunk
+            chunk = []
+        chunk.append(prompt)
+    yield chunk
 
 
 def _prompt_ids(model: AnyModel, tokenizer: TextTokenizer, prompt: Prompt) -> list[int]:

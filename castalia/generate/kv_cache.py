@@ -1,4 +1,4 @@
-"""Keys and values of the tokens seen so far, in memory that is allocated once."""
+"""The KV cache: keys and values of all tokens so far, in memory that is allocated once."""
 
 from __future__ import annotations
 
@@ -12,28 +12,32 @@ from torch import Tensor
 from castalia.model.attention import attend
 from castalia.model.positions import aligned_rows
 
-NOWHERE = 1 << 40  # a place behind all others, which no query sees
+NOWHERE = 1 << 40  # a place after all others, which no query sees
 
 
 class KVCache:
-    """Rows of one batch, each of which takes up as many tokens as the others.
+    """The cache of a batch, a `castalia.model.attention.Cache`. Every row takes in the same number of tokens per call.
 
-    Tokens lie in slots, side by side for all rows. A slot's number is the place of its token, until `set_lengths`
-    leaves gaps in some rows.
+    Each layer has keys and values [rows, kv, capacity, d]. The third dimension is slots. The number of a slot is the
+    place of its token, until `set_lengths` leaves gaps in rows with shorter prompts:
+
+        slot        0  1  2  3  4  5            places after prompts of 4 and 2 tokens and two new ones
+        row 0       0  1  2  3  4  5
+        row 1       0  1  -  -  2  3            - NOWHERE: no query sees these slots
     """
 
     grows = True
 
     def __init__(self, rows: int, capacity: int, device: torch.device) -> None:
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values of those layers and heads that are here
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values of the layers and heads of this rank
         self.rows, self.capacity = rows, capacity
         self.length = self.end = 0  # slots in use, without and with the reserved ones
-        self.places = torch.arange(capacity, device=device)[None]  # of the slots: [1 or rows, capacity]
+        self.places = torch.arange(capacity, device=device)[None]  # the place in each slot: [1 or rows, capacity]
         self.gaps = False
         self.keys = self.places[:, :0]
 
     def set_lengths(self, lengths: Sequence[int]) -> None:
-        """Only this many tokens of each row count, behind which the next ones are placed."""
+        """Keep this many tokens of each row. The next tokens of the row follow them in place, though not in slots."""
         if min(lengths) < self.length:
             ends, slots = torch.tensor(lengths, device=self.places.device)[:, None], self.places
             seen = slots.where(slots < ends, NOWHERE)
@@ -46,7 +50,7 @@ class KVCache:
         return self.places[:, self.length : self.end]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        """Attention with all tokens so far."""
+        """Store the new keys and values [rows, kv, t, d], and attend with all tokens so far."""
         keys, values = self.layer(layer, k)
         keys.narrow(2, self.length, k.shape[2]).copy_(k)
         values.narrow(2, self.length, k.shape[2]).copy_(v)
@@ -54,22 +58,19 @@ class KVCache:
         return attend(q, keys, values, **options)
 
     def layer(self, layer: int, k: Tensor) -> tuple[Tensor, Tensor]:
-        """One layer's keys and values [rows, kv, capacity, d], for keys like `k` [..., kv, t, d]."""
+        """The keys and values of a layer [rows, kv, capacity, d], allocated at first use like `k` [..., kv, t, d]."""
         if layer not in self.layers:
             shape = (self.rows, k.shape[1], self.capacity, k.shape[3])
-            # Zeros, because a masked value still takes part in a product with 0, where NaN would spread.
+            # Zeros, because masked values are multiplied by 0, and uninitialised memory may hold NaN.
             self.layers[layer] = k.new_zeros(shape), k.new_zeros(shape)
         return self.layers[layer]
 
     def advance(self, count: int) -> None:
-        """All layers have stored the reserved tokens."""
+        """Note that all layers have stored the reserved tokens."""
         self.length += count
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows only, given by their places among the present ones.
-
-        One layer after another, so that no more than one layer is in memory twice.
-        """
+        """Drop all rows but these, given by their indices. Layers are copied one after the other, to save memory."""
         chosen = torch.tensor(rows, device=self.places.device)
         for layer, (k, v) in self.layers.items():
             self.layers[layer] = k[chosen], v[chosen]
@@ -79,9 +80,10 @@ class KVCache:
 
 
 class Prompts:
-    """Fills a cache: prompts go through the model one behind the other, as one sequence [1, total] without padding.
+    """A `Cache` for prefill, which fills a `KVCache`.
 
-    Each sees itself alone, and is stored in those rows of the cache that begin with it.
+    Prompts go through the model back to back, as one sequence [1, total] without padding. Each prompt attends to itself
+    only, and its keys and values are stored in the rows of the KV cache that begin with it: `rows[i]` for prompt i.
     """
 
     gaps, grows = False, True
@@ -92,32 +94,35 @@ class Prompts:
         self.biases: list[Tensor] = []  # one for each prompt
 
     def reserve(self, count: int) -> Tensor:
+        """The places of all tokens: [1, total]. They begin at 0 in each prompt."""
         self.keys = torch.cat([self.cache.places[:, :length] for length in self.lengths], dim=1)
         return self.keys
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
+        """Attention of each prompt on its own: q [1, n, total, d] -> the same shape."""
         keys, values = self.cache.layer(layer, k)
-        if bias is not None and not self.biases:
-            self.biases = [_copy(bias[..., part, part]) for part in self.parts]
-        mixed = []
+        if bias is not None and not self.biases:  # the same in all layers
+            self.biases = [_aligned_copy(bias[..., part, part]) for part in self.parts]
+        outputs = []
         for number, (rows, part) in enumerate(zip(self.rows, self.parts, strict=True)):
             for row in rows:
                 keys[row, :, : self.lengths[number]] = k[0, :, part]
                 values[row, :, : self.lengths[number]] = v[0, :, part]
             own = self.biases[number] if self.biases else None
-            mixed.append(attend(q[:, :, part], k[:, :, part], v[:, :, part], bias=own, **options))
-        return torch.cat(mixed, dim=2)
+            outputs.append(attend(q[:, :, part], k[:, :, part], v[:, :, part], bias=own, **options))
+        return torch.cat(outputs, dim=2)
 
     @property
     def parts(self) -> list[slice]:
-        """Where each prompt lies in the sequence."""
+        """The slice of the sequence that each prompt takes."""
         ends = list(accumulate(self.lengths))
         return [slice(end - length, end) for end, length in zip(ends, self.lengths, strict=True)]
 
     def advance(self, count: int) -> None:
+        """Note that the KV cache holds the prompts."""
         self.cache.length = max(self.cache.length, self.end)
 
 
-def _copy(bias: Tensor) -> Tensor:
-    """A part of a bias begins anywhere, a kernel's own has to be aligned."""
+def _aligned_copy(bias: Tensor) -> Tensor:
+    """A copy of a part of a bias, since kernels need aligned rows and the part may begin anywhere."""
     return aligned_rows(bias, bias.shape, bias.dtype).copy_(bias)

@@ -1,7 +1,7 @@
 """Products with weights in the form in which a CPU multiplies few rows by them fastest.
 
-With one row, reading the weights is all that should count; with more, their order in memory does as well. Weights take
-the stated precision; what goes in and comes out is fp32.
+With one row, the time should be that of reading the weights; with more rows, their order in memory matters, too.
+Weights have the precision in the name of the class; inputs and outputs are fp32.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-FEW = 64  # rows; with more it is the arithmetic that counts, which plain products do best
+FEW = 64  # rows; with more, arithmetic dominates, for which plain products are best
 
 
 class Fp32Product(nn.Module):
-    """For one row: the weights as they are, a share of them for each thread, since libraries leave it all to one.
+    """fp32 weights [out, in].
 
-    For several: in oneDNN's order, which takes half the time of MKL's products, but a third more for one row.
+    For one row, weights keep their order and each thread multiplies a share of them, since libraries use one thread.
+    For several rows, they are in oneDNN's order, which takes half the time of MKL's, but a third more for one row.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
@@ -34,14 +35,16 @@ class Fp32Product(nn.Module):
             self.biases = torch.zeros(1) if self.bias is None else self.bias.view(shares, -1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
         if self.shares is None or x.numel() > x.shape[-1]:
             return self.multiply(x, self.weight, self.bias)
-        columns = x.view(1, 1, -1).expand(len(self.shares), -1, -1).transpose(1, 2)  # viewed otherwise it is 5x slower
+        # Any other view of x [in] as columns [shares, in, 1] is five times slower.
+        columns = x.view(1, 1, -1).expand(len(self.shares), -1, -1).transpose(1, 2)
         return torch.baddbmm(self.biases, self.shares, columns).view(*x.shape[:-1], -1)
 
 
 class Bf16Product(nn.Module):
-    """In the order that oneDNN's kernels want, who otherwise would reorder the weight each time."""
+    """bf16 weights in oneDNN's order; in any other, its kernels would reorder them in every call."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
         super().__init__()
@@ -49,11 +52,12 @@ class Bf16Product(nn.Module):
         self.bias = None if bias is None else bias.bfloat16()
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
         return onednn(x.bfloat16(), self.weight, self.bias).float()
 
 
 class Int8Product(nn.Module):
-    """The nearest of 255 multiples of each row's scale, which is bf16 as the kernel wants it."""
+    """int8 weights with a scale for each output, which is bf16 as the kernel needs it: weight = code * scale."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
         super().__init__()
@@ -63,6 +67,7 @@ class Int8Product(nn.Module):
         self.bias = None if bias is None else bias.float()
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
         rows = x.reshape(-1, x.shape[-1]).bfloat16()
         if len(rows) > FEW:
             out = F.linear(rows, self.codes.bfloat16()) * self.scale
@@ -73,5 +78,5 @@ class Int8Product(nn.Module):
 
 
 def onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`weight` may be in oneDNN's own order or plain."""
+    """x weight^T + bias by oneDNN. `weight` [out, in] may be in oneDNN's order or in the usual one."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

@@ -1,7 +1,10 @@
-"""A model in the form in which a CPU writes fastest: few kernels, each of which reads its weights at full speed.
+"""A model in the form in which a CPU generates fastest: few kernels, each of which reads its weights at full speed.
 
-The products of a packed model take the weights' precision; whatever lies between them is fp32, because kernels for
-bf16 rows are slower on CPUs than those for fp32, above all attention.
+    parallel block    x -> norm -> [qkv; up; gate] -> attention, activation -> [out, down] -> + x    2 products
+    other blocks      x -> norm1 -> qkv -> attention -> out -> + -> norm2 -> [up; gate] -> down -> + 4 products
+
+Products have the precision of the weights. All else is fp32, because CPU kernels for bf16 are slower than those for
+fp32, above all attention.
 """
 
 from __future__ import annotations
@@ -17,18 +20,18 @@ from castalia.model.attention import Context
 from castalia.model.layers import MLP, Linear
 from castalia.model.transformer import Block, Transformer
 
-SMALL = 1 << 18  # elements: such matrices stay in a core's cache as fp32, whose products start soonest
+SMALL = 1 << 18  # elements; smaller matrices stay in a core's cache, where fp32 products have the least overhead
 
 Affine = tuple[Tensor, Tensor | None]  # weight [out, in] and bias [out]
-Maker = Callable[[Affine], Any]  # of a product's module
+Maker = Callable[[Affine], Any]  # makes the module of a product
 
 
 @torch.no_grad()
 def pack(model: Transformer, int8: bool = False, rows: int = 1) -> None:
-    """Change a model on the CPU, with parameters in fp32 or bf16, so that it can do nothing but write, faster.
+    """Convert a model on the CPU, in place, for inference only: afterwards it can no longer be trained or saved.
 
-    Weights keep their dtype, or become int8 with a scale for each row. `rows`: so many texts are written at a time.
-    A tied head gets a copy of its own.
+    Parameters must be fp32 or bf16. They keep their dtype, or with `int8` become int8 with a scale for each output.
+    `rows` is the number of texts that will be generated at a time. A tied head gets its own copy of the embedding.
     """
     dtype = model.embed.weight.dtype
     if dtype == torch.bfloat16 and not (int8 or has_bf16_kernels()):
@@ -49,13 +52,15 @@ def pack(model: Transformer, int8: bool = False, rows: int = 1) -> None:
 
 
 def has_bf16_kernels() -> bool:
+    """Whether oneDNN has bf16 products for this CPU."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class SideBySide(nn.Module):
-    """A block whose attention and MLP begin with one product and end in one, which sums what both give.
+    """A block with a parallel residual, whose attention and MLP share their first and their last product.
 
-    Scales and shifts of the two norms have moved into the first.
+    Scale and shift of both norms have moved into the first product, so that one norm without parameters serves both.
+    The last product takes the outputs of both branches side by side, and so also adds them.
     """
 
     def __init__(self, block: Block, product: Maker) -> None:
@@ -72,13 +77,15 @@ class SideBySide(nn.Module):
         attn.float()
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        both = self.first(self.norm(x))
-        mixed, inner = self.attn.attend_heads(both[..., : self.width], context), self.activate(both[..., self.width :])
-        return x + self.last(torch.cat((mixed, inner), dim=-1))
+        """Residual stream [b, t, h] -> the same shape."""
+        both = self.first(self.norm(x))  # [b, t, qkv + f, or qkv + 2 f if gated]
+        heads = self.attn.attend_heads(both[..., : self.width], context)  # [b, t, n d]
+        inner = self.activate(both[..., self.width :])  # [b, t, f]
+        return x + self.last(torch.cat((heads, inner), dim=-1))
 
 
 class PackedMLP(nn.Module):
-    """Gate and inner matrix are one product."""
+    """An MLP whose up and gate matrices are one product."""
 
     def __init__(self, mlp: MLP, product: Maker) -> None:
         super().__init__()
@@ -86,6 +93,7 @@ class PackedMLP(nn.Module):
         self.down = product(_affine(mlp.down))
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., h] -> the same shape."""
         return self.down(self.activate(self.inner(x)))
 
 
@@ -119,7 +127,7 @@ def _affine(linear: Linear) -> Affine:
 
 
 def _behind(norm: nn.Module, linear: Linear) -> Affine:
-    """What the linear map does to the norm's input when that lacks scale and shift."""
+    """The linear map with scale and shift of the norm before it merged in: W (s x + t) + b = (W s) x + (W t + b)."""
     weight, bias = _affine(linear)
     scale, shift = getattr(norm, "weight", None), getattr(norm, "bias", None)
     if shift is not None:
@@ -129,7 +137,7 @@ def _behind(norm: nn.Module, linear: Linear) -> Affine:
 
 
 def _stacked(*parts: Affine) -> Affine:
-    """All parts of the same input, one behind the other."""
+    """One product in place of several of the same input, whose outputs are concatenated."""
     weight = torch.cat([weight for weight, _ in parts])
     if all(bias is None for _, bias in parts):
         return weight, None
@@ -137,6 +145,6 @@ def _stacked(*parts: Affine) -> Affine:
 
 
 def _added(*linears: Linear) -> Affine:
-    """The sum of what they give, for their inputs one behind the other."""
+    """One product of the concatenated inputs, in place of the sum of several products."""
     biases = [linear.bias for linear in linears if linear.bias is not None]
     return torch.cat([linear.whole_weight for linear in linears], dim=1), sum(biases[1:], biases[0]) if biases else None

@@ -1,4 +1,4 @@
-"""Choosing the next token of each row."""
+"""Sampling: how the next token of each row is chosen, by temperature, top-k and top-p."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-BLOCK = 256  # random numbers drawn at once for each row
-COLDEST = 1e-30  # any lower temperature, whose division would overflow, leaves the likeliest token alone
-CANDIDATES = 256  # of the likeliest tokens, which hold the share of top_p in most rows: sorting all takes far longer
+BLOCK = 256  # random numbers that are drawn at once for each row
+COLDEST = 1e-30  # below this temperature, where division overflows, the likeliest token is taken
+CANDIDATES = 256  # number of likeliest tokens that mostly suffice for top_p; sorting the whole vocabulary is far slower
 
 
 class Noise:
-    """A stream of uniform numbers for each row that depends on (seed, row number) and on nothing else."""
+    """A stream of uniform random numbers for each row, which depends on (seed, number of the row) and nothing else."""
 
     def __init__(self, seed: int, rows: Sequence[int], device: torch.device) -> None:
         self.generators = [torch.Generator().manual_seed(_row_seed(seed, row)) for row in rows]
@@ -24,7 +24,7 @@ class Noise:
         self.block = torch.empty(0)
 
     def next(self) -> Tensor:
-        """fp64 in [0, 1), one for each row."""
+        """The next number of each row: fp64 [rows] in [0, 1)."""
         if self.used == BLOCK:
             drawn = [torch.rand(BLOCK, dtype=torch.float64, generator=generator) for generator in self.generators]
             self.block, self.used = torch.stack(drawn, dim=1).to(self.device), 0
@@ -32,23 +32,23 @@ class Noise:
         return self.block[self.used - 1]
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows only, given by their places among the present ones."""
+        """Drop all rows but these, given by their indices."""
         self.generators = [self.generators[i] for i in rows]
         self.block = self.block[:, list(rows)]
 
 
 def choose(logits: Tensor, noise: Noise | None, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """Token ids [rows] from logits [rows, vocab]; the likeliest ones without `noise`.
+    """Token ids [rows] from logits [rows, vocab]; without `noise`, the likeliest ones.
 
-    `top_k` keeps the k likeliest tokens, `top_p` then the fewest likeliest ones that hold this share of the
-    probability; 0 switches either off.
+    `top_k` keeps the k likeliest tokens. Of these, `top_p` keeps the smallest number of likeliest tokens whose
+    probabilities sum to this share (Holtzman et al., 1904.09751). 0 switches either off.
     """
     if noise is None or temperature < COLDEST:
         return likeliest(logits)
     probabilities, numbers = (logits.float() / temperature).softmax(dim=-1), noise.next()
     if not (top_k or top_p):
         return _draw(probabilities, numbers)
-    likely, ids = probabilities.topk(min(top_k or CANDIDATES, logits.shape[-1]))  # in falling order
+    likely, ids = probabilities.topk(min(top_k or CANDIDATES, logits.shape[-1]))  # descending
     held = likely.sum(dim=-1, dtype=torch.float64)
     share = held * (top_p or math.inf) if top_k else torch.full_like(held, top_p)
     chosen = _draw_likely(likely, ids, share, numbers)
@@ -60,21 +60,21 @@ def choose(logits: Tensor, noise: Noise | None, temperature: float, top_k: int, 
 
 
 def likeliest(logits: Tensor) -> Tensor:
-    """The first of the largest of each row. NumPy finds it in a tenth of the time that torch takes on CPUs."""
+    """The index of the largest logit of each row, the first one of several. On CPUs NumPy is ten times as fast here."""
     if logits.device.type != "cpu":
         return logits.argmax(dim=-1)
     return torch.from_numpy(logits.float().numpy().argmax(axis=-1))
 
 
 def _draw_likely(likely: Tensor, ids: Tensor, share: Tensor, numbers: Tensor) -> Tensor:
-    """One of the ids [rows, n], whose probabilities fall, without those behind others that hold the share [rows]."""
+    """One of `ids` [rows, n], in descending order of probability, without those after the `share` [rows] is reached."""
     before = likely.cumsum(dim=-1, dtype=torch.float64) - likely
     chosen = _draw(likely.masked_fill(before >= share[:, None], 0.0), numbers)
     return ids.gather(1, chosen[:, None])[:, 0]
 
 
 def _draw(probabilities: Tensor, numbers: Tensor) -> Tensor:
-    """Where each row's number in [0, 1) falls: [rows, n], of any sum, and [rows] -> indices [rows]."""
+    """Indices [rows] by inverse transform sampling, from probabilities [rows, n] of any sum and numbers in [0, 1)."""
     cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
     chosen = torch.searchsorted(cumulative, numbers[:, None] * cumulative[:, -1:], right=True)
     return chosen.clamp(max=probabilities.shape[-1] - 1)[:, 0]
