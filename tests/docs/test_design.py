@@ -16,7 +16,7 @@ def test_the_core_path_is_short_and_all_of_it_exists():
 
 
 def test_each_file_and_name_of_the_page_exists():
-    rooms = ["", "checkpoint/", "checkpoint/formats/"]
+    rooms = ["", "checkpoint/", "checkpoint/formats/", "checkpoint/formats/native/"]
     for name in set(re.findall(r"[\w/]+\.py\b", PAGE)):
         assert any((ROOT / "castalia" / room / name).is_file() for room in rooms), name
     text = "".join(path.read_text() for path in (ROOT / "castalia").rglob("*.py"))
