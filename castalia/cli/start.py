@@ -109,23 +109,30 @@ def _refuse_another(run: Path, asked: dict[str, Any]) -> None:
 
 def _prepare(folder: Path, run: Path, asked: dict[str, Any], begin: float, dry_run: bool) -> None:
     """Looks, chooses and says so; then writes tokenizer, corpus and config, unless it is a dry run."""
+    from castalia.errors import TrainingError
+    from castalia.quickstart.choose import Choice
     from castalia.quickstart.explain import about_choice, about_loss, about_text, reasons
     from castalia.quickstart.look import look
+    from castalia.reading import read_json
     from castalia.report.run_report import REASONS
 
     _say("looking", f"at {folder}")
     seen = look(folder, not_inside=run)
     _show(about_text(seen))
-    chosen, twice, machine, pace = _choose(seen, asked)
-    _show([*about_choice(chosen, machine), *about_loss(chosen, twice, seen)])
-    if asked["words"]:
-        _say("as you asked", f"{' '.join(asked['words'])}, which the plan above does not know of")
-    if dry_run:
-        print("dry run: nothing was written; without --dry-run the run begins")
-        return
-    run.mkdir(parents=True, exist_ok=True)
-    _write_json(run / PLAN, {"asked": asked, "pace": pace, "choice": asdict(chosen), "text": _facts(seen)})
-    _write_json(run / REASONS, reasons(chosen))
+    if (run / PLAN).is_file() and not dry_run:
+        print("going on with the plan that this command made before")
+        chosen = Choice(**read_json(run / PLAN, TrainingError)["choice"])
+    else:
+        chosen, twice, machine, pace = _choose(seen, asked)
+        _show([*about_choice(chosen, machine), *about_loss(chosen, twice, seen)])
+        if asked["words"]:
+            _say("as you asked", f"{' '.join(asked['words'])}, which the plan above does not know of")
+        if dry_run:
+            print("dry run: nothing was written; without --dry-run the run begins")
+            return
+        run.mkdir(parents=True, exist_ok=True)
+        _write_json(run / REASONS, reasons(chosen))
+        _write_json(run / PLAN, {"asked": asked, "pace": pace, "choice": asdict(chosen), "text": _facts(seen)})
     _write_config(seen, chosen, run, asked, begin)
 
 
@@ -163,7 +170,7 @@ def _write_config(seen: Folder, choice: Choice, run: Path, asked: dict[str, Any]
     corpus = prepare_corpus(seen, choice.vocab_size, run / "data", lambda text: _say("preparing", text))
     _say("corpus", f"{corpus.train_tokens:,} tokens to learn from, {corpus.valid_tokens:,} held out, by a hash of them")
     if corpus.bad:
-        _say("passed over", f"{len(corpus.bad):,} records that are no text, the first: {corpus.bad[0]}")
+        _say("passed over", f"{len(corpus.bad):,} of the records, no text: {corpus.bad[0]}")
     places = Places(str(run.resolve()), *(os.path.abspath(path) for path in corpus[:3]))
     _say("measuring", "this very model on this text, for some seconds")
     trial = load(settings(choice, places, corpus.valid_tokens, choice.steps, 1.0), asked["words"])

@@ -33,11 +33,11 @@ def about_text(folder: Folder) -> Rows:
     kinds = describe(folder.kinds)
     about = "" if folder.exact else "about "
     rows = [
-        ("text", f"{about}{folder.bytes / 1e6:.3g} MB in {about}{folder.documents:,} documents of {kinds} files"),
+        ("text", f"{about}{readable(folder.bytes)} bytes in {about}{folder.documents:,} documents, from {kinds}"),
         ("passed over", describe(folder.left_out) or "no file"),
     ]
     if folder.bad:
-        rows.append(("", f"{len(folder.bad):,} records that are no text, the first: {folder.bad[0]}"))
+        rows.append(("", f"{len(folder.bad):,} of the records, no text: {folder.bad[0]}"))
     odd = [key for key in folder.files if key != "text"]
     if odd:
         rows.append(("", f"of JSON records the field {', '.join(odd)} is read"))
@@ -92,6 +92,15 @@ def error_of(folder: Folder) -> float:
     return ERROR if alike else ERROR + OTHER_TEXT_ERROR
 
 
+def _error(folder: Folder) -> str:
+    error = error_of(folder)
+    if error > ERROR:
+        return (
+            f"give or take {error:.0%}: the law was measured on another text, this one is judged by how xz shrinks it"
+        )
+    return f"give or take {error:.0%}: {SOURCE}"
+
+
 def about_loss(choice: Choice, twice: Choice, folder: Folder) -> Rows:
     """What to expect. `twice`: the choice for twice the time."""
     error = error_of(folder)
@@ -101,7 +110,7 @@ def about_loss(choice: Choice, twice: Choice, folder: Folder) -> Rows:
     if gain < 0.005:
         more = "nothing: the text is used up; more text would help"
     return [
-        ("expect", f"{choice.bits_per_byte:.2f} bits per byte of text that it never saw ({low:.2f} to {high:.2f});"),
-        ("", f"xz, which only repeats, needs {folder.xz_bits_per_byte:.2f}"),
+        ("expect", f"{choice.bits_per_byte:.2f} bits for each byte of text that it never saw, {low:.2f} to {high:.2f}"),
+        ("", f"{_error(folder)}; a byte has 8, and xz takes about 2 of much English"),
         ("twice the time", more),
     ]
