@@ -40,7 +40,7 @@ def losses(folder):
 def test_a_dry_run_says_the_plan_and_writes_nothing(folder, monkeypatch, capsys):
     assert not run(monkeypatch, "start", folder, "--hours", "0.1", "--dry-run")
     out = capsys.readouterr().out
-    for word in ("1 .txt", "1 .png", "parameters", "tokens/s", "bits per byte", "twice the time", "passes over"):
+    for word in ("1 .txt", "1 .png", "parameters", "tokens/s", "bits for each byte", "twice the time", "passes over"):
         assert word in out
     assert max(map(len, out.splitlines())) <= 100
     assert sorted(path.name for path in Path.cwd().iterdir()) == ["mine"]
