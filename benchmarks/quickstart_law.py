@@ -22,8 +22,8 @@ from castalia.config.schema import RunConfig, TokenizerConfig
 from castalia.data.prepare import Recipe, prepare
 from castalia.data.sources import documents
 from castalia.data.tokenizer import load_tokenizer, train_bpe
-from castalia.evaluate.corpus import indexed_stream
 from castalia.evaluate.perplexity import bits_per_byte, evaluate, windows
+from castalia.evaluate.token_stream import indexed_stream
 from castalia.files import write_text
 from castalia.plan.count import non_embedding
 from castalia.quickstart.corpus import hold_out

@@ -30,8 +30,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from castalia.config.load import load_run
 from castalia.data.indexed import open_dataset
 from castalia.data.tokenizer import load_tokenizer
-from castalia.evaluate.corpus import indexed_stream
 from castalia.evaluate.perplexity import bits_per_byte
+from castalia.evaluate.token_stream import indexed_stream
 
 KJV = Path(__file__).parent.parent / "examples/kjv"
 BATCH, RATE = 8, 5e-5  # TrainingArguments' defaults

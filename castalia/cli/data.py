@@ -15,7 +15,7 @@ from castalia.strict_json import to_json
 if TYPE_CHECKING:
     import numpy as np
 
-    from castalia.data.prepare import Report
+    from castalia.data.prepare import PreparationReport
     from castalia.data.tokenizer import Tokenizer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -101,7 +101,7 @@ def prepare(
     try:
         with progress(in_bytes=True) as advance:
 
-            def show(report: Report) -> None:
+            def show(report: PreparationReport) -> None:
                 text = f"{report.documents:,} documents, {report.tokens:,} tokens"
                 advance(report.done_bytes - shown[-1], text, report.total_bytes)
                 shown.append(report.done_bytes)

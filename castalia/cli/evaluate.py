@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from castalia.config.batch import BatchPlan
     from castalia.config.schema import ModelConfig, RunConfig
     from castalia.data.tokenizer import Tokenizer
-    from castalia.evaluate.corpus import Stream
+    from castalia.evaluate.token_stream import Stream
     from castalia.parallel.executor import Executor
 
 
@@ -162,8 +162,8 @@ def evaluate_checkpoint(
     from castalia.checkpoint.restore import architecture
     from castalia.cli.render import watched
     from castalia.errors import ConfigError
-    from castalia.evaluate.corpus import read_stream, validation_stream
     from castalia.evaluate.perplexity import bits_per_byte, evaluate, windows
+    from castalia.evaluate.token_stream import read_stream, validation_stream
     from castalia.parallel.rendezvous import is_main
     from castalia.train.hardware import DTYPES, choose_device, choose_dtype, keep_freed_memory
 

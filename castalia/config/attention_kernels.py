@@ -27,7 +27,7 @@ LARGEST_CUDNN_HEAD = 128  # newer cuDNN takes some larger heads, but with no les
 AMPERE: Capability = (8, 0)
 
 
-class Choice(NamedTuple):
+class KernelChoice(NamedTuple):
     """A kernel and how it is called."""
 
     kernel: Kernel
@@ -47,7 +47,7 @@ def choose_kernel(
     training: bool = False,
     writing: bool = False,
     cudnn: bool = True,
-) -> Choice:
+) -> KernelChoice:
     """The kernel for one attention layer.
 
     `capability`: of the GPU, None for a CPU. `dtype`: "bf16", "fp16", "fp32" or another. `dropout`: of the attention
@@ -56,19 +56,20 @@ def choose_kernel(
     """
     expressed: Sight = "bias" if sight == "last causal" else sight
     if capability is None:
-        return (
-            Choice("plain", expressed, "CPUs' flash kernel has no dropout") if dropout else Choice("flash", expressed)
-        )
+        no_flash = "CPUs' flash kernel has no dropout" if dropout else ""
+        return KernelChoice("plain" if no_flash else "flash", expressed, no_flash)
     if not (why_not_flash := _why_not_flash(capability, dtype, sight, head_size, dropout, training)):
         # torch prefers cuDNN on Hopper and Blackwell data-centre GPUs only.
         suits = capability[0] in (9, 10) and head_size <= LARGEST_CUDNN_HEAD and head_size % 8 == 0
         able = sight == "causal" or (sight == "everything" and not dropout)
         if suits and able and cudnn and not writing:
-            return Choice("cuDNN", sight)
-        return Choice("flash", sight)
+            return KernelChoice("cuDNN", sight)
+        return KernelChoice("flash", sight)
     if why_not_efficient := _why_not_efficient(capability, dtype, head_size):
-        return Choice("plain", expressed, f"{why_not_flash}, and for the memory-efficient kernel {why_not_efficient}")
-    return Choice("memory-efficient", expressed, why_not_flash, repeats=grouped)
+        return KernelChoice(
+            "plain", expressed, f"{why_not_flash}, and for the memory-efficient kernel {why_not_efficient}"
+        )
+    return KernelChoice("memory-efficient", expressed, why_not_flash, repeats=grouped)
 
 
 def reasons_for_bias(cfg: ModelConfig, keys: int, documents: bool) -> list[str]:
@@ -90,7 +91,7 @@ def training_choice(
     documents: bool = False,
     gathers: bool = False,
     cudnn: bool = True,
-) -> Choice:
+) -> KernelChoice:
     """The kernel of a training step with sequences of `length` tokens.
 
     `documents`: they attend only within themselves. `gathers`: this is the last of several context-parallel ranks,

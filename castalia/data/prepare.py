@@ -65,7 +65,7 @@ class Recipe:
 
 
 @dataclass
-class Report:
+class PreparationReport:
     """The progress of a preparation."""
 
     total_bytes: int  # of the input files
@@ -102,8 +102,8 @@ def prepare(
     *,
     workers: int | None = None,
     num_docs: int | None = None,
-    on_progress: Callable[[Report], None] = lambda report: None,
-) -> Report:
+    on_progress: Callable[[PreparationReport], None] = lambda report: None,
+) -> PreparationReport:
     """Write a corpus `{output}_{key}_document` for each field, and one of its labels if the recipe has labels.
 
     `num_docs` stops after this many documents. `workers` None uses all cores. Raises DataError for inputs that cannot
@@ -112,7 +112,7 @@ def prepare(
     tokenizer = load_tokenizer(recipe.tokenizer)
     _check(recipe, tokenizer)
     files = find_files(inputs)
-    report = Report(sum(file.stat().st_size for file in files))
+    report = PreparationReport(sum(file.stat().st_size for file in files))
     dtype = np.dtype("<i4") if recipe.mask_before or recipe.chat else token_dtype(tokenizer.vocab_size)
     try:
         with ExitStack() as stack:
@@ -246,7 +246,11 @@ def mask_labels(tokens: np.ndarray, before: Sequence[int]) -> np.ndarray:
 
 
 def _write(
-    encoded: Encoded, writers: dict[str, DatasetWriter], keys: Sequence[str], report: Report, left: int | None
+    encoded: Encoded,
+    writers: dict[str, DatasetWriter],
+    keys: Sequence[str],
+    report: PreparationReport,
+    left: int | None,
 ) -> None:
     """Append a chunk to the files, but at most `left` of its documents."""
     for name, writer in writers.items():
@@ -265,7 +269,7 @@ def _write(
 
 
 def _encode_all(
-    stream: Iterator[Chunk], recipe: Recipe, tokenizer: Tokenizer, workers: int | None, report: Report
+    stream: Iterator[Chunk], recipe: Recipe, tokenizer: Tokenizer, workers: int | None, report: PreparationReport
 ) -> Generator[Encoded, None, None]:
     """Tokenized chunks in the order of the stream.
 

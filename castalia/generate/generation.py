@@ -56,7 +56,7 @@ class TextPiece(NamedTuple):
 
 
 @dataclass
-class Row:
+class GenerationRow:
     """A text that is being generated. The model sees `ids[start:]`."""
 
     number: int
@@ -107,17 +107,17 @@ def stream(
     row outgrows the positions of the model, it continues with the last half of them in view. Raises DataError for a
     prompt that the model cannot take, CheckpointError if its logits are not finite.
     """
-    rows: list[Row] = []
+    rows: list[GenerationRow] = []
     for prompt in prompts:
         ids = _prompt_ids(model, tokenizer, prompt)
         for _ in range(sampling.num_samples):
-            rows.append(Row(len(rows), list(ids), TextStream(tokenizer, ids, tuple(sampling.stop))))
+            rows.append(GenerationRow(len(rows), list(ids), TextStream(tokenizer, ids, tuple(sampling.stop))))
     for first in range(0, len(rows), sampling.batch_size):
         yield from _generate_batch(model, tokenizer, rows[first : first + sampling.batch_size], sampling)
 
 
 def _generate_batch(
-    model: AnyModel, tokenizer: TextTokenizer, rows: list[Row], sampling: Sampling
+    model: AnyModel, tokenizer: TextTokenizer, rows: list[GenerationRow], sampling: Sampling
 ) -> Iterator[TextPiece]:
     """Generate until all rows of a batch are done."""
     vocab_size = min(model.cfg.vocab_size or tokenizer.vocab_size, tokenizer.vocab_size)  # never choose padding
@@ -157,7 +157,7 @@ def _not_finite(model: AnyModel, logits: Tensor) -> CheckpointError:
     )
 
 
-def _prefill(model: AnyModel, rows: Sequence[Row], max_tokens: int) -> tuple[KVCache, Tensor]:
+def _prefill(model: AnyModel, rows: Sequence[GenerationRow], max_tokens: int) -> tuple[KVCache, Tensor]:
     """A cache with the tokens of all rows, and the hidden state of the last token of each row: [rows, h]."""
     limit = model.cfg.max_positions
     for row in rows:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from castalia.config.attention_kernels import Capability, Choice
+from castalia.config.attention_kernels import Capability, KernelChoice
 from castalia.config.schema import ModelConfig
 from castalia.errors import ConfigError
 from castalia.model.layers import Linear, is_slow_half
@@ -63,7 +63,7 @@ class Context(NamedTuple):
     """What all blocks of the model share in one forward pass."""
 
     rotary: Rotation | None = None
-    choice: Choice = Choice("flash", "causal")
+    choice: KernelChoice = KernelChoice("flash", "causal")
     bias: Tensor | None = None  # [rows, 1 or heads, t, k] in the dtype of the queries; -inf hides a key
     cache: Cache | None = None
 
@@ -99,7 +99,7 @@ def attend(
     k: Tensor,
     v: Tensor,
     *,
-    choice: Choice,
+    choice: KernelChoice,
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
     scale: float | None = None,
@@ -124,7 +124,7 @@ def _kernel(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    choice: Choice,
+    choice: KernelChoice,
     bias: Tensor | None,
     dropout_p: float,
     scale: float | None,

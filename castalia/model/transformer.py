@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from castalia.config.attention_kernels import Choice, Sight, choose_kernel, reasons_for_bias
+from castalia.config.attention_kernels import KernelChoice, Sight, choose_kernel, reasons_for_bias
 from castalia.config.schema import ModelConfig, MuPConfig
 from castalia.errors import ConfigError
 from castalia.model.attention import (
@@ -217,7 +217,7 @@ class Transformer(nn.Module):
         dtype = torch.float32 if is_slow_half(x) else x.dtype
         return Context(rotary, choice, score_bias(places, keys, seen, self.alibi, dtype), cache)
 
-    def choice(self, x: Tensor, sight: Sight, cache: Cache | None) -> Choice:
+    def choice(self, x: Tensor, sight: Sight, cache: Cache | None) -> KernelChoice:
         """The attention kernel of all blocks, for hidden states with the dtype and device of x."""
         return choose_kernel(
             capability(x.device),

@@ -15,7 +15,7 @@ from functools import cached_property, lru_cache
 from math import ceil
 from typing import NamedTuple
 
-from castalia.config.attention_kernels import AMPERE, Capability, Choice, training_choice
+from castalia.config.attention_kernels import AMPERE, Capability, KernelChoice, training_choice
 from castalia.config.loss_chunks import BLOCK_BYTES, CHUNK_BYTES
 from castalia.config.objective import PAIRED, needs_reference
 from castalia.config.schema import FinetuneConfig, ModelConfig, OptimizerConfig, RunConfig
@@ -121,7 +121,7 @@ class Activations:
 class Attending:
     """What attention keeps besides its inputs and its output, on the last context-parallel rank."""
 
-    choice: Choice
+    choice: KernelChoice
     bias: int  # bytes of the bias, which all blocks of a forward pass share
     scores: int  # elements of one tensor of scores; 0 if the kernel materializes none
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from castalia.config.attention_kernels import AMPERE, Capability, Choice, reasons_for_bias, training_choice
+from castalia.config.attention_kernels import AMPERE, Capability, KernelChoice, reasons_for_bias, training_choice
 from castalia.config.neox.clipping import effective_clip_norm
 from castalia.config.schema import RunConfig
 from castalia.plan.devices import auto_precision
@@ -101,7 +101,7 @@ def attention(config: RunConfig, device: str | None = None, capability: Capabili
     return f"{kernel(choice)}; {what}"
 
 
-def kernel(choice: Choice) -> str:
+def kernel(choice: KernelChoice) -> str:
     """The name of a kernel and, if it is neither flash nor cuDNN, why and at what cost."""
     parts = [f"{choice.kernel} kernel"]
     if choice.why:

@@ -1,6 +1,6 @@
 import pytest
 
-from castalia.config.attention_kernels import Choice, choose_kernel
+from castalia.config.attention_kernels import KernelChoice, choose_kernel
 
 V100, A100, RTX4090, H100, B200, RTX5090 = (7, 0), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)
 CPU = None
@@ -57,6 +57,6 @@ def test_flash_of_gpus_knows_the_last_queries_and_other_kernels_take_a_bias():
 def test_reasons_name_what_is_in_the_way():
     assert choose_kernel(A100, "fp32", "causal", head_size=64).why == "flash needs 16-bit compute"
     assert choose_kernel(A100, "bf16", "bias", head_size=64).why == "flash takes no mask"
-    assert choose_kernel(A100, "bf16", "bias", head_size=60) == Choice(
+    assert choose_kernel(A100, "bf16", "bias", head_size=60) == KernelChoice(
         "plain", "bias", "flash takes no mask, and for the memory-efficient kernel heads of 60 are no multiple of 8"
     )

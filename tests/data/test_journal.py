@@ -11,7 +11,7 @@ import pytest
 
 from castalia.config.schema import TokenizerConfig
 from castalia.data.indexed import DatasetWriter, open_dataset
-from castalia.data.prepare import Recipe, Report, prepare
+from castalia.data.prepare import PreparationReport, Recipe, prepare
 from castalia.errors import DataError
 
 # Prepares and is killed without warning once the third of its chunks is written and noted.
@@ -69,7 +69,7 @@ def test_killed_and_continued_gives_the_same_bytes(killed: HalfDone, tmp_path: P
     prepare([source], tmp_path / "whole" / "x", RECIPE, workers=1)
     with (parts / ".x_text_document.bin.castalia-partial").open("ab") as file:
         file.write(b"written after the last note")
-    seen: list[Report] = []
+    seen: list[PreparationReport] = []
     report = prepare([source], parts / "x", RECIPE, workers=1, on_progress=seen.append)
     assert 0 < report.continued["documents"] < 6000 and seen[0].documents > report.continued["documents"]
     assert (report.documents, report.done_bytes) == (6000, source.stat().st_size)
@@ -115,7 +115,7 @@ def test_what_has_changed_starts_over(killed: HalfDone, tmp_path: Path, change: 
 def test_an_interrupt_from_the_keyboard_keeps_what_is_done(source: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("castalia.data.journal.SECONDS_BETWEEN_NOTES", 0.0)
 
-    def interrupt(report: Report) -> None:
+    def interrupt(report: PreparationReport) -> None:
         if report.documents > 3000:
             raise KeyboardInterrupt
 

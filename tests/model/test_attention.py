@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from castalia.config.attention_kernels import Choice, Sight, choose_kernel
+from castalia.config.attention_kernels import KernelChoice, Sight, choose_kernel
 from castalia.config.schema import ModelConfig
 from castalia.generate.kv_cache import KVCache
 from castalia.model import attention, transformer
@@ -60,7 +60,7 @@ def test_repeated_or_folded_groups_attend_as_the_groups_do(heads, t):
     bias = bias_for(heads, t, 9)
     expected = plain(q, k, v, bias)
     for repeats in (False, True):
-        close(attend(q, k, v, choice=Choice("plain", "bias", repeats=repeats), bias=bias), expected)
+        close(attend(q, k, v, choice=KernelChoice("plain", "bias", repeats=repeats), bias=bias), expected)
 
 
 class Operations(TorchDispatchMode):
