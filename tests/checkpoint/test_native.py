@@ -285,38 +285,3 @@ def test_a_kill_never_costs_an_older_checkpoint(tmp_path: Path) -> None:
         save(folder, 2, a_model(2))  # the lock of the dead is free, its leftovers are gone
         assert torch.equal(open_checkpoint(folder).model["norm.weight"].read(), a_model(2)["norm.weight"])
         assert not left_overs(folder)
-
-
-def test_latest_that_dangles_says_what_is_there(tmp_path: Path) -> None:
-    save(tmp_path, 1, a_model())
-    (tmp_path / "latest").write_text("step_000009")
-    with pytest.raises(
-        CheckpointError, match="names 'step_000009', but there is no such folder; there are step_000001"
-    ):
-        open_checkpoint(tmp_path)
-    (tmp_path / "latest").write_text("../step_000001")
-    with pytest.raises(CheckpointError, match="refused"):
-        open_checkpoint(tmp_path)
-
-
-def test_paths_to_a_checkpoint(tmp_path: Path) -> None:
-    checkpoints = tmp_path / "run" / "checkpoints"
-    save(checkpoints, 1, a_model(1))
-    save(checkpoints, 2, a_model(2))
-    assert open_checkpoint(tmp_path / "run").progress.step == 2
-    assert open_checkpoint(tmp_path / "run", step=1).progress.step == 1
-    with pytest.raises(CheckpointError, match="step_000001 is of step 1, not 2"):
-        open_checkpoint(checkpoints / "step_000001", step=2)
-    with pytest.raises(CheckpointError, match="no checkpoint of step 7; there are step_000001, step_000002"):
-        open_checkpoint(checkpoints, step=7)
-    (checkpoints / "latest").unlink()
-    assert open_checkpoint(checkpoints).progress.step == 2  # the newest, as only whole ones have such a name
-    with pytest.raises(CheckpointError, match="is a file"):
-        open_checkpoint(checkpoints / "step_000001" / "manifest.json")
-    with pytest.raises(CheckpointError, match="does not exist; beside it, there are step_000001"):
-        open_checkpoint(checkpoints / "step_000005")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match="does not look like a checkpoint: it is empty"):
-        open_checkpoint(tmp_path / "empty")
-    with pytest.raises(CheckpointError, match="native checkpoint, for which gqa_rows has no meaning"):
-        open_checkpoint(checkpoints / "step_000001", gqa_rows="old")

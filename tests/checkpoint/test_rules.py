@@ -164,3 +164,18 @@ def test_gated_halves_are_merged_by_rank():
     assert torch.equal(ours["up"].read(), up) and torch.equal(ours["gate"].read(), gate)
     back = to_theirs([rule], ours)["linear1"]
     assert all(torch.equal(b.read(), p.read()) for b, p in zip(back, per_rank, strict=True))
+
+
+def read_rows(rule_op, *tensors: str) -> str:
+    """What an operation makes of tensors whose rows are these words."""
+    words = [word for tensor in tensors for word in tensor.split()]
+    numbers = iter(range(len(words)))
+    refs = [InMemory(torch.tensor([[float(next(numbers))] for _ in tensor.split()])) for tensor in tensors]
+    (result,) = rule_op.forward(refs, "weight")
+    return " ".join(words[int(row)] for row in result.read().flatten())
+
+
+def test_the_examples_of_the_docstrings() -> None:
+    assert read_rows(PermuteRows((3, 2, 1), (1, 0, 2)), "q0 q1 k0 k1 v0 v1") == "q0 k0 v0 q1 k1 v1"
+    assert read_rows(Interleave((2, 1, 1), 2), "q0 q1 q2 q3", "k0 k1", "v0 v1") == "q0 q1 k0 v0 q2 q3 k1 v1"
+    assert read_rows(ConcatRanks(2), "r0 r1 r2 r3", "r4 r5 r6 r7") == "r0 r1 r2 r3 r4 r5 r6 r7"
