@@ -29,14 +29,13 @@ INHERITED: Mapping[str, Any] = {
 }  # fmt: skip
 
 Count = Annotated[int, Field(gt=0, le=LARGEST)]
-NOTED = keys(
-    {
-        "release": str | None,
-        "summed_bias_ranks": Count,
-        "summed_micro_batches": Count,
-        "norm_ranks": tuple[Count, Count] | Annotated[list[Count], Field(min_length=2, max_length=2)],
-    }
-)
+INHERITED_TYPES: Mapping[str, Any] = {  # as they are stored
+    "release": str | None,
+    "summed_bias_ranks": Count,
+    "summed_micro_batches": Count,
+    "norm_ranks": tuple[Count, Count] | Annotated[list[Count], Field(min_length=2, max_length=2)],
+}
+NOTED = keys({**INHERITED_TYPES})
 
 
 def clip_norm_of(checkpoint: Checkpoint) -> float | None:

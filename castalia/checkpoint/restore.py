@@ -117,8 +117,8 @@ def load_optimizer(
         stored, wanted = (set(kinds) - {"master", "step"} for kinds in (saved.get(name, state), state))
         if stored != wanted:
             raise CheckpointError(
-                f"{where} is that of another optimizer: {name} has {_listed(stored)}, but this one needs "
-                f"{_listed(wanted)}. Resume with the same optimizer.name and momentum, or go on with a fresh state "
+                f"{where} is that of another optimizer: {name} has {_in_words(stored)}, but this one needs "
+                f"{_in_words(wanted)}. Resume with the same optimizer.name and momentum, or go on with a fresh state "
                 "with checkpoint.load_optimizer=false."
             )
         for kind in wanted:
@@ -138,7 +138,7 @@ def _because(checkpoint: Checkpoint) -> str:
     return f" ({'; '.join(checkpoint.state_notes)})" if checkpoint.state_notes else ""
 
 
-def _listed(kinds: set[str]) -> str:
+def _in_words(kinds: set[str]) -> str:
     return ", ".join(sorted(kinds)) or "nothing"
 
 

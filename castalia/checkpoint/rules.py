@@ -275,8 +275,8 @@ def to_ours(
     if missing or unknown:
         raise CheckpointError(
             "the tensors do not match the architecture"
-            + (f"; missing: {_some(missing)}" if missing else "")
-            + (f"; not understood: {_some(unknown)}" if unknown else "")
+            + (f"; missing: {_first_names(missing)}" if missing else "")
+            + (f"; not understood: {_first_names(unknown)}" if unknown else "")
         )
     ours: dict[str, TensorRef] = {}
     for rule in rules:
@@ -302,8 +302,8 @@ def to_theirs(
     if missing or left:
         raise CheckpointError(
             "the tensors do not match the target's architecture"
-            + (f"; missing: {_some(missing)}" if missing else "")
-            + (f"; the target has no place for: {_some(left)}" if left else "")
+            + (f"; missing: {_first_names(missing)}" if missing else "")
+            + (f"; the target has no place for: {_first_names(left)}" if left else "")
         )
     theirs: dict[str, list[TensorRef]] = {}
     for rule in rules:
@@ -325,5 +325,5 @@ def _expect_rows(ref: TensorRef, rows: int) -> None:
         raise CheckpointError(f"a tensor of shape {tuple(ref.shape)} should have {rows} rows")
 
 
-def _some(names: list[str]) -> str:
+def _first_names(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -21,7 +21,7 @@ from typing import Any
 
 from castalia.checkpoint.rules import MOMENTS
 from castalia.errors import CheckpointError
-from castalia.storage.lazy import Cast, Shaped, TensorRef, Zeros, join, part
+from castalia.storage.lazy import Shaped, TensorRef, Zeros, float32, join, part
 
 Shapes = Mapping[str, tuple[int, ...]]  # name -> shape, in the order of the flat vectors
 Measure = Callable[[tuple[int, ...]], int]  # the size of a parameter of this shape: its elements, or 1
@@ -266,11 +266,6 @@ def split_stages(
     if remaining:
         raise CheckpointError(f"{where}: the optimizer states cover only some of the layers: a stage's file is missing")
     return stages
-
-
-def float32(ref: TensorRef) -> TensorRef:
-    """The tensor in fp32; itself if it is."""
-    return ref if ref.dtype_name == "float32" else Cast(ref, "float32")
 
 
 def number(value: Any) -> int:

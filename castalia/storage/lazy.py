@@ -620,6 +620,11 @@ def flat(source: TensorRef) -> TensorRef:
     return source if len(source.shape) == 1 else Flattened(source)
 
 
+def float32(source: TensorRef) -> TensorRef:
+    """The tensor in fp32: a `Cast`, or the source itself if it is in fp32."""
+    return source if source.dtype_name == "float32" else Cast(source, "float32")
+
+
 def part(source: TensorRef, start: int, stop: int, dim: int = 0) -> TensorRef:
     """`source[start:stop]` along a dimension: a `Part`, or the source itself if that is all of it."""
     return source if (start, stop) == (0, source.shape[dim]) else Part(source, start, stop, dim)

@@ -98,6 +98,11 @@ def _by_name(ranks: Iterable[Mapping]) -> dict[str, list]:
     return {name: [rank[name] for rank in ranks if name in rank] for rank in ranks[:1] for name in rank}
 
 
+def whole(value: float) -> float:
+    """The value as an integer if it is whole."""
+    return int(value) if float(value).is_integer() else value
+
+
 def weight_dtype(held: Mapping[str, Sequence[TensorRef]]) -> str:
     """The dtype of the stored weights, which DeepSpeed keeps in one dtype."""
     return next(iter(held.values()))[0].dtype_name

@@ -220,10 +220,13 @@ def _summary(names: Collection[str]) -> str:
         "mp_rank files": [m[1] for m in map(STATE.fullmatch, names) if m],
         "optimizer files (mp_rank-data rank)": [f"{m[2]}-{m[1]}" for m in map(SHARD.fullmatch, names) if m],
     }
-    return "; ".join(f"{kind} {_some(sorted(numbers))}" for kind, numbers in kinds.items() if numbers) or "none of them"
+    return (
+        "; ".join(f"{kind} {_shortened(sorted(numbers))}" for kind, numbers in kinds.items() if numbers)
+        or "none of them"
+    )
 
 
-def _some(numbers: Sequence[str]) -> str:
+def _shortened(numbers: Sequence[str]) -> str:
     return ", ".join(numbers if len(numbers) <= 24 else [*numbers[:20], "...", *numbers[-3:]])
 
 

@@ -5,21 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import Field
+from typing import Any
 
 from castalia.checkpoint.architecture_check import unrounded
 from castalia.checkpoint.formats.huggingface.config_json import (
     ConfigJson,
-    Count,
     model_of,
     read_config,
     settings,
     spelled_out,
 )
 from castalia.checkpoint.formats.huggingface.names import Family, table
-from castalia.checkpoint.neox_defects import take_inherited
+from castalia.checkpoint.neox_defects import INHERITED_TYPES, take_inherited
 from castalia.checkpoint.rules import STATE_ROLES, to_ours
 from castalia.checkpoint.sampled_values import fingerprint
 from castalia.checkpoint.tensors import AdamState, Checkpoint, CheckpointFacts, Progress
@@ -45,10 +42,7 @@ NOTED = keys(  # of castalia.json
         "optimizer_steps": dict[str, int] | None,
         "fingerprint": str | None,
         "config": dict[str, Any] | None,
-        "release": str | None,
-        "summed_bias_ranks": Count,
-        "summed_micro_batches": Count,
-        "norm_ranks": Annotated[list[Count], Field(min_length=2, max_length=2)],
+        **INHERITED_TYPES,
     }
 )
 

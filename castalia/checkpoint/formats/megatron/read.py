@@ -9,7 +9,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from castalia.checkpoint.formats.deepspeed.assemble import adam_states, layout, masters_apart, progress, weight_dtype
+from castalia.checkpoint.formats.deepspeed.assemble import (
+    adam_states,
+    layout,
+    masters_apart,
+    progress,
+    weight_dtype,
+    whole,
+)
 from castalia.checkpoint.formats.deepspeed.folder import (
     BUFFERS,
     Folder,
@@ -138,11 +145,6 @@ def _in_steps(stored: Mapping[str, Any] | None, args: Mapping[str, Any]) -> dict
     values = {ours: stored[theirs] for ours, theirs in names.items()}
     steps = {name: whole(values[name] / batch) for name in names if name != "start_lr"}
     return {**values, **steps, "decay_style": stored["decay_style"], "min_lr": stored["min_lr"]}
-
-
-def whole(value: float) -> float:
-    """The value as an integer if it is whole."""
-    return int(value) if float(value).is_integer() else value
 
 
 def _from_arguments(folder: Folder, held: RankTensors) -> dict[str, Any]:

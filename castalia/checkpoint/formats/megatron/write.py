@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from castalia.checkpoint.file_plan import Plan, TargetLayout, WriteOptions, pt_output
+from castalia.checkpoint.formats.deepspeed.assemble import whole
 from castalia.checkpoint.formats.deepspeed.write import (
     DeepSpeedFolder,
     adam_steps,
@@ -32,7 +33,6 @@ from castalia.checkpoint.formats.neox.written_config import (
     step_batch,
     vocabulary,
     weight_dtype,
-    whole,
 )
 from castalia.checkpoint.neox_defects import clip_norm_of, micro_batches_note, with_micro_batches
 from castalia.checkpoint.restore import architecture

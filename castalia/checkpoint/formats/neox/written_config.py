@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from castalia.checkpoint.file_plan import TargetLayout, WriteOptions
+from castalia.checkpoint.formats.deepspeed.assemble import whole
 from castalia.checkpoint.neox_defects import clip_norm_of
 from castalia.checkpoint.restore import architecture, load_tokenizer_for
 from castalia.checkpoint.tensors import Checkpoint
@@ -279,7 +280,7 @@ def _left_out(checkpoint: Checkpoint, config: RunConfig, keys: dict[str, Any]) -
         raise _refused(checkpoint.path, refused)
     if not missing:
         return []
-    return [f"NeoX has no key for {_listed(missing)}: left out of configs/config.yml"]
+    return [f"NeoX has no key for {_assignments(missing)}: left out of configs/config.yml"]
 
 
 def _check_first_release(model: ModelConfig, path: str) -> None:
@@ -291,21 +292,16 @@ def _check_first_release(model: ModelConfig, path: str) -> None:
     if model.mlp_width != 4 * model.hidden_size:
         wrong["model.mlp_size"] = model.mlp_size
     if wrong:
-        raise CheckpointError(f"{path}: the first release has no {_listed(wrong)}; use --era head")
+        raise CheckpointError(f"{path}: the first release has no {_assignments(wrong)}; use --era head")
 
 
 def _refused(path: str, settings: Mapping[str, Any]) -> CheckpointError:
-    return CheckpointError(f"{path}: NeoX cannot hold {_listed(settings)}; --to native keeps everything")
+    return CheckpointError(f"{path}: NeoX cannot hold {_assignments(settings)}; --to native keeps everything")
 
 
-def _listed(settings: Mapping[str, Any]) -> str:
+def _assignments(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in settings.items())
 
 
 def _padded(rows: int, multiple: int) -> int:
     return -(-rows // multiple) * multiple
-
-
-def whole(value: float) -> float:
-    """The value as an integer if it is whole."""
-    return int(value) if float(value).is_integer() else value

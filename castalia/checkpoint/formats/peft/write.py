@@ -11,7 +11,7 @@ from castalia.checkpoint.formats.peft.read import CONFIG, WEIGHT_FILES, Matrix, 
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.schema import is_adapter
 from castalia.errors import CheckpointError
-from castalia.storage.lazy import Cast, TensorRef
+from castalia.storage.lazy import TensorRef, float32
 
 
 def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
@@ -31,7 +31,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         )
     whole = {name: vocabulary[name] for name in trained}  # PEFT can store these two with its adapters
     tensors: dict[str, TensorRef] = {
-        f"base_model.model.{module}.weight": _fp32(checkpoint.model[name]) for name, module in whole.items()
+        f"base_model.model.{module}.weight": float32(checkpoint.model[name]) for name, module in whole.items()
     }
     all_matrices, chosen = matrices(checkpoint), []
     for matrix in all_matrices:
@@ -39,8 +39,8 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
             chosen.append(matrix)
             a, b = (checkpoint.model[f"{matrix.name}.{side}"] for side in ("lora_a", "lora_b"))
             for module, rows in zip(matrix.modules, matrix.rows.backward([b], "weight"), strict=True):
-                tensors[f"base_model.model.{module}.lora_A.weight"] = _fp32(a)
-                tensors[f"base_model.model.{module}.lora_B.weight"] = _fp32(rows)
+                tensors[f"base_model.model.{module}.lora_A.weight"] = float32(a)
+                tensors[f"base_model.model.{module}.lora_B.weight"] = float32(rows)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -64,10 +64,6 @@ def _head_note(checkpoint: Checkpoint, held: Collection[str]) -> tuple[str, ...]
     if "head" not in held or not former:
         return ()
     return (f"the head is called {name}, as transformers 5 does; before, it was {former[0]}, and PEFT finds nothing",)
-
-
-def _fp32(ref: TensorRef) -> TensorRef:
-    return ref if ref.dtype_name == "float32" else Cast(ref, "float32")
 
 
 def _targets(chosen: Sequence[Matrix], all_matrices: Sequence[Matrix]) -> list[str]:
