@@ -123,8 +123,8 @@ def _about(found: Mapping[str, Any]) -> Iterator[list[str]]:
         yield ["step", f"{progress['step']:,}{skipped}{tokens}"]
     yield ["parameters", f"{counts['total']:,}"]
     yield ["  without embeddings", f"{counts['non_embedding']:,}"]
-    if counts["as_the_original_counts"] not in (None, counts["total"]):
-        yield ["  as GPT-NeoX counts", f"{counts['as_the_original_counts']:,} (copies on every rank)"]
+    if counts["as_neox_counts"] not in (None, counts["total"]):
+        yield ["  as GPT-NeoX counts", f"{counts['as_neox_counts']:,} (copies on every rank)"]
     yield ["bytes", f"{sizes['total']:,} ({gib(sizes['total'])})"]
     for kind in ("weights", "masters", "moments", "rest"):
         each = f", {sizes[kind] / counts['total']:.3g} for each parameter" if kind != "rest" and counts["total"] else ""

@@ -53,7 +53,7 @@ def _facts(plan: dict) -> None:
     if parameters["total"]:
         if parameters["trained"] != parameters["total"]:
             rows.append(["  that train", f"{parameters['trained']:,}"])
-        rows.append(["  as GPT-NeoX counts", f"{parameters['as_the_original_counts']:,}"])
+        rows.append(["  as GPT-NeoX counts", f"{parameters['as_neox_counts']:,}"])
         kinds = sorted(parameters["by_kind"].items(), key=lambda item: -item[1])
         rows += [[f"  {name}", f"{size:,}"] for name, size in kinds if size * 200 >= parameters["total"]]
         rows += _costs(plan)

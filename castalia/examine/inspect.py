@@ -241,10 +241,10 @@ def _parameters(checkpoint: Checkpoint, total: int) -> dict[str, int | None]:
     outside = sum(
         prod(r.shape) for n, r in checkpoint.model.items() if row_of(n).kind in ("embedding", "positions", "head")
     )
-    original = None
+    neox_count = None
     if model is not None and model.vocab_size is not None and count(model).total == total:
-        original = original_count(model, checkpoint.facts.tp or 1, checkpoint.facts.pp or 1)
-    return {"total": total, "non_embedding": total - outside, "as_the_original_counts": original}
+        neox_count = original_count(model, checkpoint.facts.tp or 1, checkpoint.facts.pp or 1)
+    return {"total": total, "non_embedding": total - outside, "as_neox_counts": neox_count}
 
 
 def _precision(checkpoint: Checkpoint) -> dict[str, str]:

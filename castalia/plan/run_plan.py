@@ -127,7 +127,7 @@ def report(
     original = original_count(model, layout.tp, layout.pp)
     sizes = {name: prod(shape) for name, shape in all_shapes(model, config.finetune).items()}
     trained = sum(size for name, size in sizes.items() if config.finetune.trains(name))
-    result["parameters"] = asdict(parameters) | {"as_the_original_counts": original, "trained": trained}
+    result["parameters"] = asdict(parameters) | {"as_neox_counts": original, "trained": trained}
     result["memory"] = _memory(model, layout, length, compute, hardware)
     host, drawn = host_memory(config, model, layout, compute), initial_values(config, model, layout, compute)
     result["host_memory"] = asdict(host) | {"total": host.total}

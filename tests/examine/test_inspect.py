@@ -89,7 +89,7 @@ def test_the_20b_counts_as_published_and_as_it_is():
         "nowhere", "neox", tensors, None, Progress(), RunConfig(model=model), facts=CheckpointFacts(tp=2, pp=4)
     )
     found = report(checkpoint)["parameters"]
-    assert found["total"] == 20_554_567_680 and found["as_the_original_counts"] == 20_556_201_984
+    assert found["total"] == 20_554_567_680 and found["as_neox_counts"] == 20_556_201_984
 
 
 def test_a_dump_of_the_20bs_shape(dump):
@@ -98,7 +98,7 @@ def test_a_dump_of_the_20bs_shape(dump):
         "tp": 2, "pp": 4, "dp": 2, "zero": 1, "era": "v2",
     }  # fmt: skip
     copies = SMALL.num_layers * 6 * 128 + 2 * 128
-    assert found["parameters"]["as_the_original_counts"] == found["parameters"]["total"] + copies
+    assert found["parameters"]["as_neox_counts"] == found["parameters"]["total"] + copies
     assert found["anomalies"] == []
     rows = kinds(found)
     assert rows["mlp up"]["start"] == "small_init" and rows["mlp down"]["start"] == "wang_init"

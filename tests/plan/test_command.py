@@ -23,7 +23,7 @@ def test_json_has_the_counts() -> None:
     plan = json.loads(castalia("plan", "gpt-neox-20b", "--gpus", "96x40GB", "--json").stdout)
     assert plan["parameters"]["total"] == 20554567680
     assert plan["parameters"]["non_embedding"] == 19934859264
-    assert plan["parameters"]["as_the_original_counts"] == 20556201984
+    assert plan["parameters"]["as_neox_counts"] == 20556201984
     assert plan["checkpoint"]["original_slim"] == 41112403968
     assert [stage["ranks"] for stage in plan["memory"]["stages"]] == [24] * 4
     assert plan["memory"]["fits"] is True
