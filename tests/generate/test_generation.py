@@ -73,8 +73,8 @@ def test_samples_of_one_prompt_differ_and_are_in_order(make_model, tokenizer):
 
 
 @torch.inference_mode()
-def test_prompts_are_read_once_and_in_portions(make_model, tokenizer, monkeypatch):
-    """Rows that hold the same are read together; portions of at most 20 tokens, or of one prompt."""
+def test_equal_prompts_are_prefilled_once_and_in_chunks(make_model, tokenizer, monkeypatch):
+    """Equal rows go through the model once; a chunk has at most 20 tokens, or one prompt."""
     model, read = make_model(), []
     hidden = model.hidden
     prompts = ["0123456789", "abc", "0123456789", "x" * 30, "defgh"]
@@ -85,7 +85,7 @@ def test_prompts_are_read_once_and_in_portions(make_model, tokenizer, monkeypatc
         return hidden(tokens, **options)
 
     monkeypatch.setattr(model, "hidden", spy)
-    monkeypatch.setattr("castalia.generate.generation.PORTION", 20)
+    monkeypatch.setattr("castalia.generate.generation.PREFILL_CHUNK_TOKENS", 20)
     assert generate(model, tokenizer, prompts, max_tokens=5) == expected
     assert read[:4] == [13, 30, 5, 1]
 
