@@ -16,8 +16,7 @@ from castalia.config.schema import WatchConfig
 from castalia.data.loader import open_data
 from castalia.errors import ConfigError, TrainingError
 from castalia.observe.metrics import read_events, read_metrics
-from castalia.observe.update_history import history_before
-from castalia.observe.watch import Spikes, StepPace
+from castalia.observe.watch import Spikes, StepPace, first_bad_activation
 from castalia.tune.replay import replay
 from tests.train.conftest import MODEL
 
@@ -204,31 +203,19 @@ def test_spikes_are_upward_and_far_from_the_median():
     assert Spikes(WatchConfig(window=20)).look(5.0, 50.0) is None  # it does not know yet what is usual
 
 
+def test_looking_for_a_bad_activation_leaves_no_hooks_after_an_error():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    with pytest.raises(RuntimeError), first_bad_activation([model], lambda tensor: True):
+        model(torch.ones(1, 3))
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 def test_a_change_of_pace_is_told_once():
     pace = StepPace(20)
     told = [step for step in range(80) if pace.look(2.0 if step == 15 or 30 <= step < 37 or step >= 60 else 1.0)]
     assert told == [32, 62]
     pace = StepPace(20)
     assert [told for seconds in [1.0] * 5 + [3.0] * 3 + [1.0, 0.8] if (told := pace.look(seconds))] == [(3.0, 1.0)]
-
-
-def test_the_way_to_a_step_knows_what_was_undone():
-    events = [
-        {"event": "start", "step": 0},
-        {"event": "save", "step": 10},
-        {"event": "spike", "step": 13, "action": "skip"},
-        {"event": "save", "step": 20},
-        {"event": "rewind", "step": 25, "back_to": 10},
-        {"event": "save", "step": 30},
-        {"event": "start", "step": 30},
-        {"event": "rewind", "step": 35, "back_to": 30},
-    ]
-    way = history_before(events, 40)
-    assert (way.begin, way.saved, way.skipped, way.rewound) == (0, [10, 30], {13}, {*range(11, 26), *range(31, 36)})
-    undone = history_before(events, 23)
-    assert (undone.saved, undone.skipped, undone.rewound) == ([10, 20], {13}, set())
-    assert history_before(events, 10).saved == []
-    assert history_before([*events, {"event": "start", "step": 10}], 23).saved == [10]  # done again, the other way
 
 
 @pytest.mark.parametrize(

@@ -61,3 +61,12 @@ def test_preferences_wait_for_no_value_of_the_device(objective):
     assert loss.forward_backward(batch(), 1.0, [1, 2]).device == META
     with pytest.raises(NotImplementedError):  # the report, which comes last
         loss.make_report()
+
+
+def test_evaluation_gives_the_mode_back_also_after_an_error():
+    ranks = executor()
+    assert ranks.model.training
+    with pytest.raises(ValueError, match="no batch"), ranks.evaluating():
+        assert not ranks.model.training and not torch.is_grad_enabled()
+        raise ValueError("no batch")
+    assert ranks.model.training and torch.is_grad_enabled()

@@ -23,7 +23,6 @@ from castalia.observe.metrics import read_metrics, write_event
 from castalia.plan.run_plan import RunFacts, report
 from castalia.train.dry_run import rehearse
 from castalia.train.run_folder import complete_config, this_job, was_started_by
-from castalia.train.stop_signals import TOGETHER_S, StopSignals
 from castalia.tune.replay import replay
 from tests.train.evaluation_hook import at_evaluation
 
@@ -210,22 +209,6 @@ def test_a_run_ends_when_its_hours_are_over(tiny, tmp_path, capsys):
     assert events(tmp_path / "run")[-1] | {"time": 0} == {"event": "stop", "time": 0, "step": done, "signal": None}
 
 
-HUNG_UP = """
-import signal, sys
-signal.signal(signal.SIGHUP, signal.SIG_IGN if sys.argv[1] == "nohup" else signal.SIG_DFL)
-from castalia.train.stop_signals import StopSignals
-with StopSignals() as signals:
-    signal.raise_signal(signal.SIGHUP)
-    print(signals.received)
-"""
-
-
-def test_a_closed_terminal_stops_a_run_unless_it_is_to_go_on():
-    for how, told in (("shell", "SIGHUP"), ("nohup", "None")):
-        done = subprocess.run([sys.executable, "-c", HUNG_UP, how], capture_output=True, text=True)
-        assert done.stdout == told + "\n"
-
-
 def test_a_run_goes_on_when_its_reader_goes_away(tiny, tmp_path):
     (tmp_path / "config.yml").write_text(dump_config(tiny(tmp_path / "run", "train.steps=3", "log.every=1")))
     command = [sys.executable, "-m", "castalia", "train", str(tmp_path / "config.yml")]
@@ -234,18 +217,6 @@ def test_a_run_goes_on_when_its_reader_goes_away(tiny, tmp_path):
     process.stdout.close()
     assert (process.stderr.read(), process.wait(timeout=120)) == (b"", 0)
     assert open_checkpoint(tmp_path / "run").progress.step == 3
-
-
-def test_a_later_signal_kills():
-    child = os.fork()
-    if child == 0:
-        with StopSignals():
-            signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGTERM)  # a launcher passing it on
-            time.sleep(TOGETHER_S + 0.1)
-            signal.raise_signal(signal.SIGINT)
-            os._exit(0)
-    assert os.waitpid(child, 0)[1] == signal.SIGINT
 
 
 def test_resuming_from_an_earlier_step_rewrites_what_came_after(straight, tmp_path):

@@ -137,6 +137,25 @@ def test_an_overflow_leaves_weights_and_schedule_and_halves_the_scale():
     assert step.skipped == 1
 
 
+def test_gradients_and_update_apart_are_the_whole_step():
+    whole, halves = build(clip_norm=0.1), build(clip_norm=0.1)
+    result = whole(0, batch())
+    assert halves.gradients(0, batch()) == (result.loss, result.grad_norm)
+    assert halves.apply() == result and result.applied
+    assert torch.equal(weights(halves), weights(whole))
+
+
+def test_a_skipped_step_leaves_weights_and_schedule():
+    rate = LearningRate(0.01, 0.0, 4.0, 100, "linear")
+    step = build(rate=rate)
+    before = weights(step)
+    step.gradients(0, batch())
+    result = step.skip()
+    assert not result.applied and torch.equal(weights(step), before)
+    assert all(parameter.grad is None for parameter in step.executor.parameters.values())
+    assert step(1, batch(1)).lr == rate(0)
+
+
 def test_the_loss_scale_cancels_out():
     losses = [build(scaler=LossScaler(LossScaleConfig(static=s), "zero"), clip_norm=0.1) for s in (1.0, 1024.0)]
     first, second = (step(0, batch()) for step in losses)
