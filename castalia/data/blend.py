@@ -44,7 +44,7 @@ def blend(weights: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """
     if len(weights) >= 255:
         raise DataError(f"{len(weights)} corpora cannot be blended: the most is 254; merge some of them")
-    length = isqrt(size) + 1
+    length = isqrt(size) + 1  # steps of each segment
     firsts = np.arange(0, size, length)
     starts = _guess(weights, firsts)
     ends = np.empty_like(starts)
@@ -53,6 +53,7 @@ def blend(weights: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     stale = np.arange(len(firsts))  # segments to run
     while len(stale):
         choice[stale], sample[stale], ends[:, stale] = _advance(weights, firsts[stale], starts[:, stale], length)
+        # Segments whose predecessor did not end with the counts that they began with.
         stale = 1 + np.flatnonzero((starts[:, 1:] != ends[:, :-1]).any(axis=0))
         starts[:, stale] = ends[:, stale - 1]
     return choice.reshape(-1)[:size], sample.reshape(-1)[:size]
@@ -79,13 +80,13 @@ def _advance(
     choice = np.empty((length, len(firsts)), np.uint8)
     sample = np.empty((length, len(firsts)), np.int64)
     for step in range(length):
-        position = np.maximum(firsts + step, 1).astype(np.float64)
+        position = np.maximum(firsts + step, 1).astype(np.float64)  # [chains]
         best = weights[0] * position - taken[0]
         chosen = choice[step]
         chosen[:] = 0
         for i in range(1, len(weights)):
             score = weights[i] * position - taken[i]
-            better = score > best
+            better = score > best  # strictly, so that the first of equal corpora wins, as in GPT-NeoX
             np.copyto(best, score, where=better)
             chosen[better] = i
         sample[step] = taken[chosen, chains]

@@ -68,7 +68,7 @@ def _interleaved(chosen: Any, rejected: Any) -> Any:
     """[n, ...], [n, ...] -> [2 n, ...], rows of both sides in turn; None if a side has no such array."""
     if chosen is None or rejected is None:
         return None
-    return np.stack([chosen, rejected], axis=1).reshape(-1, *chosen.shape[1:])
+    return np.stack([chosen, rejected], axis=1).reshape(-1, *chosen.shape[1:])  # [n, 2, ...] -> [2 n, ...]
 
 
 def sides_of(samples: Samples | Pairs) -> dict[str, Samples]:
@@ -89,7 +89,7 @@ def open_pairs(config: RunConfig, split: Split = "train") -> Pairs:
     With data.allow_chopped=false both sides must also fit into it. Raises DataError if the two sides have different
     numbers of texts, or if a source names no rejected texts.
     """
-    indices: dict[str, Index] = {}
+    indices: dict[str, Index] = {}  # of the preferred side by source, which the rejected side shares
 
     def chosen(config: RunConfig, source: Source, text: IndexedDataset, wanted: int | None, name: str) -> Corpus:
         indices[name] = _index(config, source, wanted)
@@ -130,7 +130,7 @@ def _index(config: RunConfig, source: Source, wanted: int | None) -> Index:
         usable &= learnable
         if not config.data.allow_chopped:
             usable &= text.sizes <= length + 1
-    alike = np.flatnonzero(texts[0].sizes == texts[1].sizes)
+    alike = np.flatnonzero(texts[0].sizes == texts[1].sizes)  # only these can be equal
     equal = sum(np.array_equal(texts[0][pair], texts[1][pair]) for pair in alike.tolist())
     if equal:
         log.warning(

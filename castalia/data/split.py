@@ -1,4 +1,4 @@
-"""Which documents of one corpus are for training, for validation and for testing, and which files they come from."""
+"""Which documents of a corpus are for training, validation and testing, and which files they come from."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from castalia.files import write_text
 from castalia.reading import keys, read_json
 
 PARTS = ("train", "valid", "test")
-EDGE_TOKENS = 32  # at each end of a document, which tell it from others of its length
-BLOCK_DOCUMENTS = 1 << 15
-FACTOR, MIX = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)  # odd, of SplitMix64
+EDGE_TOKENS = 32  # tokens at each end of a document that go into its hash
+BLOCK_DOCUMENTS = 1 << 15  # documents that are hashed at a time
+FACTOR, MIX = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)  # odd constants of SplitMix64
 FILES = {"sizes": str, "files": list[str], "documents": list[int]}
 SOURCES = keys(FILES, required=FILES)
 
 
 def split_documents(data: DataConfig, text: IndexedDataset) -> dict[str, np.ndarray]:
-    """The documents of `data.path`, i32 in ascending order, by part."""
+    """The documents of `data.path` by part, i32 in ascending order. Raises DataError for shares that are none."""
     if data.holdout == "contiguous":
         bounds = split_bounds(data.split, len(text))
         return {part: np.arange(*bounds[n : n + 2], dtype=np.int32) for n, part in enumerate(PARTS)}
-    found = by_hash(document_hashes(text), sources_of(text), _shares(data.split))
-    return {part: np.flatnonzero(found == n).astype(np.int32) for n, part in enumerate(PARTS)}
+    assigned = by_hash(document_hashes(text), sources_of(text), _shares(data.split))
+    return {part: np.flatnonzero(assigned == n).astype(np.int32) for n, part in enumerate(PARTS)}
 
 
 def _shares(split: str) -> tuple[float, float]:
-    """Of validation and test."""
+    """The shares of validation and test among all documents."""
     try:
         shares = split_shares(split)
     except ValueError as error:
@@ -47,15 +47,15 @@ def _shares(split: str) -> tuple[float, float]:
 def by_hash(
     hashes: np.ndarray, sources: tuple[list[str], np.ndarray] | None, shares: tuple[float, float]
 ) -> np.ndarray:
-    """The part of each document [documents], 0 to 2, by its hash: for validation and test `shares` of all.
+    """The part of each document, 0 to 2, by its hash [documents]. `shares` are those of validation and test.
 
-    Documents of equal hash have one part, so that no text is trained on and judged by. Different ones are put in order
-    of their file and, within it, of their hash; validation takes one of each 1 / share of them, and so has from each
-    file what is due to it, of small files together as of large ones.
+    Documents of equal hash are in the same part, so that no text is both trained on and used for validation. Distinct
+    documents are ordered by file and, within a file, by hash. Validation takes documents at equal distances in this
+    order, and so its share of each file; small files that follow each other count as one.
     """
     _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
     files = np.zeros(len(first), np.int64) if sources is None else sources[1][first]
-    order = np.argsort(files, kind="stable")  # hashes are in order already
+    order = np.argsort(files, kind="stable")  # np.unique has sorted the hashes already
     part = np.zeros(len(first), np.int8)
     valid, test = shares
     chosen = _spaced(len(order), valid)
@@ -66,17 +66,18 @@ def by_hash(
 
 
 def _spaced(count: int, share: float) -> np.ndarray:
-    """Of `count` places as many as the share of them is, at equal distances; a mask."""
+    """A mask [count] that is true for a `share` of the places, at equal distances."""
     edges = np.floor(np.arange(count + 1) * share + 0.5)
     return np.diff(edges) > 0
 
 
 def document_hashes(text: IndexedDataset) -> np.ndarray:
-    """A hash, u64, of each document's length and of the first and the last tokens of it: whatever the corpus' dtype.
+    """A hash of each document, u64 [documents], from its length and its first and last tokens.
 
-    Two documents that agree in all of these are taken for one text. Little is read of long ones.
+    It does not depend on the dtype of the corpus, and reads little of long documents. Documents that agree in all of
+    these count as equal.
     """
-    found = np.empty(len(text), np.uint64)
+    hashes = np.empty(len(text), np.uint64)
     starts = text.starts // text.dtype.itemsize
     places = np.arange(EDGE_TOKENS)
     for first in range(0, len(text), BLOCK_DOCUMENTS):
@@ -84,6 +85,7 @@ def document_hashes(text: IndexedDataset) -> np.ndarray:
         begin = starts[first : first + BLOCK_DOCUMENTS]
         state = sizes.astype(np.uint64)
         for ahead in (places, -1 - places):
+            # [documents, EDGE_TOKENS]: offsets within the document, whether it has such a token, and its value
             inside = np.where(ahead >= 0, ahead, sizes[:, None] + ahead)
             is_there = (inside >= 0) & (inside < sizes[:, None])
             at = begin[:, None] + np.where(is_there, inside, 0)
@@ -93,14 +95,14 @@ def document_hashes(text: IndexedDataset) -> np.ndarray:
                 state = (state ^ values[:, column]) * FACTOR
                 state ^= state >> np.uint64(29)
         state *= MIX
-        found[first : first + BLOCK_DOCUMENTS] = state ^ (state >> np.uint64(32))
-    return found
+        hashes[first : first + BLOCK_DOCUMENTS] = state ^ (state >> np.uint64(32))
+    return hashes
 
 
 def sources_of(text: IndexedDataset) -> tuple[list[str], np.ndarray] | None:
-    """Names of the files that a corpus was made from, and for each document [documents] the number of its file.
+    """Names of the files that a corpus was made from, and the number of the file of each document: [documents].
 
-    None where the corpus does not tell, or tells of other documents.
+    None if the corpus has no such record, or if the record is of other documents.
     """
     path = sources_path(text.prefix)
     if not path.is_file():
@@ -118,30 +120,32 @@ def sources_of(text: IndexedDataset) -> tuple[list[str], np.ndarray] | None:
 
 
 def file_of_each(text: IndexedDataset) -> list[str]:
-    """The name of each document's file; the corpus' own name where it does not tell."""
+    """The name of the file of each document, or the name of the corpus if it has no record of its files."""
     known = sources_of(text)
     return [known[0][file] for file in known[1]] if known else [Path(text.prefix).name] * len(text)
 
 
 def sources_path(prefix: str | os.PathLike[str]) -> Path:
+    """The file that records the sources of a corpus."""
     return Path(f"{os.fspath(prefix)}.sources.json")
 
 
 def digest_of_sizes(sizes: np.ndarray | Sequence[int]) -> str:
+    """A digest of the sizes of all documents, by which a record of sources is known to belong to a corpus."""
     return hashlib.blake2b(np.ascontiguousarray(sizes, "<i4").data, digest_size=16).hexdigest()
 
 
 def write_sources(
     prefix: str | os.PathLike[str], sizes: np.ndarray | Sequence[int], files: Sequence[tuple[str, int]]
 ) -> None:
-    """Note beside a corpus of these `sizes` [documents] how many of its documents come from which file, in order."""
+    """Record beside a corpus with these `sizes` [documents] the files of its documents in order: (name, documents)."""
     names, documents = [name for name, _ in files], [count for _, count in files]
-    found = {"sizes": digest_of_sizes(sizes), "files": names, "documents": documents}
-    write_text(sources_path(prefix), json.dumps(found))
+    record = {"sizes": digest_of_sizes(sizes), "files": names, "documents": documents}
+    write_text(sources_path(prefix), json.dumps(record))
 
 
 def without_common_folder(paths: Sequence[str]) -> list[str]:
-    """The files' names, with as many of their folders as tell them apart."""
+    """The paths relative to the deepest folder that contains all of them."""
     if not paths:
         return []
     common = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
@@ -149,23 +153,23 @@ def without_common_folder(paths: Sequence[str]) -> list[str]:
 
 
 def describe_held_out(data: DataConfig, text: IndexedDataset) -> str | None:
-    """What of `data.path` validation takes, in a line; None where it takes nothing."""
+    """One line about the documents of `data.path` that validation takes, or None if it takes none."""
     valid = split_documents(data, text)["valid"]
     if not len(valid):
         return None
     how = "by a hash of each" if data.holdout == "hash" else f"the ones from {int(valid[0]):,} on"
-    told = f"{len(valid):,} of {len(text):,} documents, {how}"
+    summary = f"{len(valid):,} of {len(text):,} documents, {how}"
     known = sources_of(text)
     if known is None:
-        return told
+        return summary
     of_files = len(set(known[1].tolist()))
-    return f"{told}, from {len(set(known[1][valid].tolist())):,} of {of_files:,} files"
+    return f"{summary}, from {len(set(known[1][valid].tolist())):,} of {of_files:,} files"
 
 
 def one_sided(data: DataConfig, text: IndexedDataset) -> str | None:
-    """A warning where the documents that validation takes come from few of the corpus' files; None where they do not.
+    """A warning if the documents that validation takes come from few files of the corpus, else None.
 
-    Few: files that hold less than half of the documents that training takes.
+    Few are files that hold less than half of the documents that training takes.
     """
     known, parts = sources_of(text), split_documents(data, text)
     if known is None or data.holdout == "hash" or not len(parts["valid"]):

@@ -29,6 +29,7 @@ def write_log_probabilities(model: Transformer, corpus: str, output: str, length
             labels = torch.from_numpy(_padded(items, length + 1, IGNORE)[:, 1:]).to(device)
             if tokens.max() >= limit:
                 raise DataError(f"{corpus}: token id {tokens.max()} lies beyond the model's vocabulary of {limit}")
+            # tokens [rows, t + 1]: inputs [rows, t], and labels that are shifted by one
             hidden = model.hidden(torch.from_numpy(tokens[:, :-1]).to(device))
             losses = model.token_losses(hidden, model.head_weight, labels).cpu().numpy()
             for item, loss in zip(items, losses, strict=True):  # loss [t]: of the label at each input token

@@ -24,7 +24,7 @@ def evaluate(executor: Executor, batches: Iterable[Batch]) -> dict[str, float]:
         for batch in batches:
             total += executor.loss_sum(Rows.of(batch))
             count += int(batch.loss_mask.sum())
-    mean = executor.numbers(total)[0] / count if count else math.nan
+    mean = executor.numbers(total)[0] / count if count else math.nan  # the only wait for the device
     return {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "tokens": count}
 
 
@@ -61,6 +61,7 @@ def windows(
             at = np.minimum(
                 np.array([start for start, _, _ in part])[:, None] + np.arange(length + 1), len(numbers) - 1
             )
+            # at [rows, length + 1]: the place of each token and its successor in the stream
             documents = np.ascontiguousarray(numbers[at[:, :-1]])
             targets[documents != numbers[at[:, 1:]]] = IGNORE
         yield Batch(inputs, targets, targets != IGNORE, documents)

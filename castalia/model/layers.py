@@ -35,6 +35,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias in the dtype of x: [..., in] -> [..., out]."""
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if is_slow_half(x):
+        # Casting the weight in every call still costs less than the product in fp16.
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).half()
     return F.linear(x, weight, bias)
 
@@ -67,6 +68,7 @@ class Linear(nn.Linear):
         out = linear(x, self.weight, self.bias)
         if self.lora_a is None or self.lora_b is None:
             return out
+        # [..., in] -> [..., rank] -> [..., out]; the product of the two matrices is never formed
         return out + linear(linear(self.dropped(x), self.lora_a), self.lora_b) * self.lora_scale
 
     def dropped(self, x: Tensor) -> Tensor:
@@ -114,7 +116,7 @@ class RMSNorm(nn.Module):
         """[..., h] -> the same shape."""
         if self.eps_inside:
             return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
-        wide = x.float()
+        wide = x.float()  # squares of fp16 values may overflow
         rms = wide.square().mean(-1, keepdim=True).sqrt()
         return (wide / (rms + self.eps)).to(x.dtype) * self.weight.to(x.dtype)
 
@@ -129,7 +131,7 @@ class ScaleNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., h] -> the same shape."""
-        wide = x.float()
+        wide = x.float()  # as above
         length = wide.norm(dim=-1, keepdim=True).clamp(min=self.eps)
         return (wide / length).to(x.dtype) * self.weight.to(x.dtype)
 

@@ -107,6 +107,7 @@ class Transformer(nn.Module):
         self.cfg, self.compute_dtype, self.exact, self.z_loss = cfg, compute_dtype, exact, z_loss
         self.embed = Embedding(cfg.padded_vocab_size, cfg.hidden_size)
         self.positions = _learned_positions(cfg) if cfg.position == "learned" else None
+        # A dict, so that blocks keep their numbers when a pipeline stage deletes others.
         self.blocks = nn.ModuleDict({str(i): Block(cfg, i, exact) for i in range(cfg.num_layers)})
         self.norm = build_norm(cfg)
         headless = cfg.tie_embeddings or cfg.reward_head
@@ -135,7 +136,7 @@ class Transformer(nn.Module):
         at its last label.
         """
         x = self.hidden(tokens, cache=cache, positions=positions, documents=documents)
-        if self.norm is None:
+        if self.norm is None:  # a pipeline stage that is not the last
             return x
         if labels is None:
             return self.logits(x)
@@ -164,7 +165,7 @@ class Transformer(nn.Module):
             end = t if cache is None else cache.end
         else:
             end = int(positions.max()) + 1
-        x = tokens if tokens.is_floating_point() else self.embedded(tokens, positions, end)
+        x = tokens if tokens.is_floating_point() else self.embedded(tokens, positions, end)  # [b, t, h]
         rotary = None if self.rotary is None else self.rotary(positions, end, x.dtype)
         context = self.context(x, rotary, places, documents, cache)
         with without_cudnn() if cache is not None and cache.grows and x.is_cuda else nullcontext():
@@ -175,6 +176,7 @@ class Transformer(nn.Module):
         if self.norm is None:
             return x
         x = self.norm(x)
+        # muP: products with the head grow with the width, so logits are divided by its ratio to the base width.
         return x / (self.cfg.width_multiplier * self.cfg.mup.output_temperature) if self.cfg.mup else x
 
     def embedded(self, tokens: Tensor, positions: Tensor, end: int) -> Tensor:
@@ -204,6 +206,7 @@ class Transformer(nn.Module):
         without.
         """
         t = places.shape[1]
+        # A single new token sees all keys; a whole sequence is plainly causal; the last of several keys are in between.
         keys, gaps = (places, False) if cache is None else (cache.keys, cache.gaps)
         sight: Sight = "everything" if t == 1 else "causal" if t == keys.shape[1] else "last causal"
         if gaps or reasons_for_bias(self.cfg, keys.shape[1], documents is not None):
@@ -212,7 +215,7 @@ class Transformer(nn.Module):
         if choice.sight != "bias":
             return Context(rotary, choice, None, cache)
         seen = visible(places, keys, self.cfg.sliding_window)
-        if documents is not None:
+        if documents is not None:  # [b, 1, t, 1] == [b, 1, 1, t]
             seen = seen & (documents[:, None, :, None] == documents[:, None, None, :])
         dtype = torch.float32 if is_slow_half(x) else x.dtype
         return Context(rotary, choice, score_bias(places, keys, seen, self.alibi, dtype), cache)
@@ -236,7 +239,7 @@ class Transformer(nn.Module):
         assert self.reward is not None
         # Positions grow, so the largest product lies at the last label; -100 labels give 0.
         last = ((labels != IGNORE) * torch.arange(1, labels.shape[1] + 1, device=labels.device)).argmax(dim=1)
-        return self.reward(x[torch.arange(len(x), device=x.device), last])[:, 0].float()
+        return self.reward(x[torch.arange(len(x), device=x.device), last])[:, 0].float()  # [b, h] -> [b, 1] -> [b]
 
     def logits(self, x: Tensor) -> Tensor:
         """[..., h] -> [..., V]. Raises ConfigError for a reward model."""
