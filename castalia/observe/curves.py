@@ -64,8 +64,8 @@ def loss_figure(records: Records) -> Figure:
     bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     top.legend(frameon=False)
     plain(axes)
-    for each in axes:
-        each.margins(x=0.01)
+    for panel in axes:
+        panel.margins(x=0.01)
     return figure
 
 

@@ -119,6 +119,7 @@ class WeightsAndBiases:
         self.run.log(values(record), step=record["step"])
 
     def close(self) -> None:
+        """Ends the run's process, which uploads what is left."""
         self.run.finish()
 
 

@@ -157,8 +157,8 @@ class Watch:
         return "apply" if policy == "report" else policy
 
     def rewind_target(self, run: Path, step: int) -> Path:
-        """The checkpoint in a run's folder that a spike at `step` goes back to: the `watch.back`-th newest of those
-        that led to it.
+        """The checkpoint in a run's folder that a spike at `step` goes back to: of those that led to it, the
+        `watch.back`-th newest, or the oldest where there are fewer.
 
         Raises TrainingError where none is left, or where returning to it has not helped MAX_REWINDS times.
         """

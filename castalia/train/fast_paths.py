@@ -84,7 +84,9 @@ def lacking_kernels() -> str | None:
 
 
 def runs_on(capability: tuple[int, int], built: list[str]) -> bool:
-    """Whether a GPU runs kernels built for such architectures: "sm_86" its own generation from 8.6 on, PTX later ones.
+    """Whether a GPU of this compute capability runs code that was built for the architectures in `built`.
+
+    Code for "sm_86" runs on GPUs of generation 8 from 8.6 on, PTX ("compute_86") on every GPU from 8.6 on.
 
     Source: "Application compatibility" in NVIDIA's CUDA programming guide.
     """

@@ -35,7 +35,7 @@ def with_reference(config: RunConfig, source: Checkpoint | None) -> RunConfig:
 
 
 def with_reward_head(model: ModelConfig, config: RunConfig, source: Checkpoint | None) -> ModelConfig:
-    """The model with a reward head if the objective needs one. Raises ConfigError for a reward model without it."""
+    """The model with a reward head if the objective needs one. Raises ConfigError if a reward model has another."""
     wanted = config.train.objective == "reward"
     if model.reward_head and not wanted:
         where = source.path if source else "model.reward_head=true"
