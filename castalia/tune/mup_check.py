@@ -22,7 +22,7 @@ MAX_SLOPE = 0.25  # steeper is growth: a wrong parametrization gives 0.5 or 1
 
 
 def at_width(cfg: ModelConfig, width: int, mup: bool) -> ModelConfig:
-    """The model at another width: heads keep their size, the MLP its ratio. Raises ConfigError if they do not divide."""
+    """The model at another width: heads keep their size, the MLP its ratio. ConfigError where they do not divide."""
     ratio = width / cfg.hidden_size
     heads, kv_heads, inner = (size * ratio for size in (cfg.num_heads, cfg.kv_heads, cfg.mlp_width))
     if not (heads.is_integer() and kv_heads.is_integer() and inner.is_integer()):
