@@ -15,6 +15,7 @@ from castalia.plan.memory import Compute, memory_by_stage
 from castalia.quickstart.family import SIZES, model_of
 from castalia.quickstart.measured import (
     BASE_BATCH_TOKENS,
+    BASE_LAYERS,
     BASE_RATE,
     BYTES_PER_TOKEN,
     expected_bits_per_byte,
@@ -126,7 +127,7 @@ def _made(
         return None
     passes = tokens / unique
     bits = expected_bits_per_byte(non_embedding(model), text_bytes, passes, xz_bits_per_byte)
-    rate = rate_of(batch_tokens)
+    rate = rate_of(batch_tokens, layers)
     total = count(model).total
     return Choice(
         layers, width, vocab_size, length, batch_size, micro, rate, round(tokens), passes, total, speed, bits, limit
@@ -159,10 +160,11 @@ def batch_of(tokens: float) -> int:
     return 2 ** min(19, max(9, round(math.log2(wanted))))
 
 
-def rate_of(batch_tokens: int) -> float:
-    """The learning rate: larger batches are less noisy, and bear larger steps, by the root of their size."""
-    factor = math.sqrt(batch_tokens / BASE_BATCH_TOKENS)
-    return float(f"{BASE_RATE * min(2.0, max(0.5, factor)):.2g}")
+def rate_of(batch_tokens: int, layers: int) -> float:
+    """The learning rate: larger batches are less noisy and bear larger steps, by the root of their size; of more layers
+    each takes smaller ones, by the root of their number."""
+    batch = min(2.0, max(0.5, math.sqrt(batch_tokens / BASE_BATCH_TOKENS)))
+    return float(f"{BASE_RATE * batch * math.sqrt(BASE_LAYERS / layers):.2g}")
 
 
 def _micro_batch(model: ModelConfig, batch_size: int, length: int, room: float, compute: Compute) -> int | None:

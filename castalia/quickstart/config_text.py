@@ -46,7 +46,7 @@ def settings(choice: Choice, places: Places, valid_tokens: int, steps: int, step
         "norm": "from here on Llama's architecture: other programs can read it",
     }
     found: Settings = {f"model.{name}": (value, reasons.get(name, "")) for name, value in model.items()}
-    rate = f"of vectors, by the root of the batch, from a rate measured at width {BASE_WIDTH}: {SOURCE}"
+    rate = f"of vectors; for batch, width and depth from one measured rate: {SOURCE}"
     return found | {
         "data.train": (places.train, "the text as tokens"),
         "data.valid": (places.valid, "text that the model never learns from: it judges it"),

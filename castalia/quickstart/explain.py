@@ -51,7 +51,7 @@ def reasons(choice: Choice) -> dict[str, str]:
         "text": f"of {len(SIZES)} sizes the one with the lowest loss to expect; the text bears no larger one",
         "size": "the one nearest the size that you asked for",
     }
-    rate = f"{choice.rate * BASE_WIDTH / choice.width:.2g} for matrices, by muP's rule, from {SOURCE}"
+    rate = f"{choice.rate * BASE_WIDTH / choice.width:.2g} for matrices, by muP's rule for widths; from {SOURCE}"
     stops = f"it stops before the time is over: after {MAX_PASSES} passes a model learns the text by heart"
     return {
         "model": model[choice.limit],
