@@ -10,9 +10,9 @@ import math
 
 SOURCE = "benchmarks/quickstart_law.py on examples/kjv, 2026-11-29"
 
-# The learning rate of a model of this width and depth in batches of this size. Other widths follow muP's rule (matrices
-# learn at BASE_WIDTH / width of it), other depths the root of their number of layers (Yang et al. 2023, "Tensor Programs
-# VI"): the best rates of 2 layers of 64 and of 4 layers of 128 were 0.0080 and 0.0040.
+# The learning rate of a model of this width and depth in batches of this size. Other widths follow muP's rule: matrices
+# learn at BASE_WIDTH / width of it. Other depths follow the root of their number of layers (Yang et al. 2023, "Tensor
+# Programs VI"). The best rates of 2 layers of 64 and of 4 layers of 128 were 0.0080 and 0.0040.
 BASE_WIDTH, BASE_LAYERS = 128, 4
 BASE_RATE = 0.005
 BASE_BATCH_TOKENS = 2048
