@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,19 +12,36 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from castalia.config.schema import complete
 from castalia.loading import load_model
+from castalia.observe.display import Display
 from castalia.parallel import compile
 from castalia.train import compiling
 from castalia.train.compiling import EAGER_STEPS, CompilePlan, operations_left, plan_compiling
 from castalia.train.fast_paths import fast_paths
-from castalia.train.loop import train
+from castalia.train.loop import TrainingRun, train
+from castalia.train.resolve import resolve
+from castalia.train.run_folder import continues_in_place, run_folder, this_job
+from castalia.train.setup import build_model, load_weights, make_session
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 
 
 @pytest.fixture
-def able(monkeypatch):
+def able(monkeypatch, tmp_path):
     """A machine with everything that compiling needs."""
-    monkeypatch.setattr(compiling, "missing_compiler", lambda device: None)
+    monkeypatch.setenv("CC", "true")
+    monkeypatch.setattr(compile, "find_spec", lambda name: True)
+    monkeypatch.setattr(compile.sysconfig, "get_path", lambda name: str(tmp_path))
+    (tmp_path / "Python.h").touch()
+
+
+def trained(config, first):
+    """Trains as `castalia train` does, with blocks that are compiled from step `first` on, whatever the device."""
+    run = replace(resolve(config), compiling=CompilePlan(first, "a test"))
+    executor = build_model(run)
+    session, folder = make_session(run, executor, load_weights(executor, run)), run_folder(config)
+    in_place, job = continues_in_place(config, folder), this_job(None, config)
+    with Display(silent=True) as display, TrainingRun(session, folder, display, in_place, job, 0.0) as training:
+        training.to_the_end()
 
 
 def test_long_runs_on_gpus_are_compiled_after_some_eager_steps(tiny, able):
@@ -66,15 +84,13 @@ def test_blocks_that_cannot_be_compiled_stay_eager_under_auto_alone(tiny, monkey
         raise OSError("no Python.h")
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
-    monkeypatch.setattr(compile, "missing_compiler", lambda device: None)
-    monkeypatch.setattr("castalia.train.resolve.plan_compiling", lambda *_: CompilePlan(1, "a test"))
+    monkeypatch.setenv("CXX", "true")
     words = ["train.steps=3", "eval.every=null", "checkpoint.every=null"]
-    train(tiny(tmp_path / "auto", *words))
+    trained(tiny(tmp_path / "auto", *words), 1)
     assert capfd.readouterr().err.count("no Python.h") == 1
     with pytest.raises(BackendCompilerFailed, match="no Python.h"):
         train(tiny(tmp_path / "true", *words, "train.compile=true"))
-    monkeypatch.setattr("castalia.train.resolve.plan_compiling", lambda *_: CompilePlan(None, "a test"))
-    train(tiny(tmp_path / "eager", *words))
+    trained(tiny(tmp_path / "eager", *words), None)
     pairs = zip(*(load_model(tmp_path / name).parameters() for name in ("auto", "eager")), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
@@ -94,20 +110,18 @@ def test_a_run_resumed_before_or_after_the_switch_equals_one_that_never_stopped(
         return lambda *arguments: tuple(1.001 * out for out in graph(*arguments))
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=skewed))
-    monkeypatch.setattr(compile, "missing_compiler", lambda device: None)
-    monkeypatch.setattr("castalia.train.resolve.plan_compiling", lambda *_: CompilePlan(EAGER_STEPS, "a test"))
+    monkeypatch.setenv("CXX", "true")
 
-    def weights(name, stop=None):
+    def weights(name, stop=None, first=EAGER_STEPS):
         """What a run of 14 steps ends with that stops once and goes on."""
         words, folder = ["train.steps=14", "eval.every=null", "checkpoint.every=null"], tmp_path / name
         if stop:
-            train(tiny(folder, *words, f"train.exit_interval={stop}"))
+            trained(tiny(folder, *words, f"train.exit_interval={stop}"), first)
             words.append(f"checkpoint.resume={folder}")
-        train(tiny(folder, *words))
+        trained(tiny(folder, *words), first)
         return dict(load_model(folder).named_parameters())
 
     straight = weights("straight")
     for name, stop in (("before", EAGER_STEPS - 3), ("after", EAGER_STEPS + 2)):
         assert all(torch.equal(tensor, straight[key]) for key, tensor in weights(name, stop).items())
-    monkeypatch.setattr("castalia.train.resolve.plan_compiling", lambda *_: CompilePlan(None, "a test"))
-    assert not torch.equal(weights("eager")["head.weight"], straight["head.weight"])
+    assert not torch.equal(weights("eager", first=None)["head.weight"], straight["head.weight"])
