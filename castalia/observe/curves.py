@@ -32,6 +32,7 @@ def smoothed(values: list[float], window: int) -> list[float]:
     """A centred moving average over `window` values, which becomes narrower towards both ends."""
     import numpy as np
 
+    # Sums of stretches as differences of cumulative sums.
     sums = np.concatenate([[0.0], np.cumsum(values)])
     at = np.arange(len(values))
     reach = np.minimum(np.minimum(at, len(values) - 1 - at), window // 2)

@@ -44,6 +44,7 @@ class Metrics:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Writes a step's record, or completes the one that was noted, and passes it to all sinks."""
+        # The complete record begins with the noted one, so only the rest has to be appended.
         begun = as_noted(self.noted).removesuffix(NOTED.decode()) if self.noted else ""
         self.noted = None
         self.file.write(as_line(record).removeprefix(begun))

@@ -98,6 +98,7 @@ class WeightsAndBiases:
             import wandb
         except ImportError as error:
             raise ConfigError(f"log.wandb needs the wandb package: pip install 'castalia[wandb]' ({error})") from error
+        # A fixed id lets a resumed run continue the same curves.
         id_file = folder / "wandb.id"
         if not id_file.exists():
             write_text(id_file, uuid.uuid4().hex[:16])

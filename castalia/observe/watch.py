@@ -73,7 +73,7 @@ class Spikes:
         if not math.isfinite(value):
             return True
         if 2 * len(self.seen[name]) < self.cfg.window:
-            return False
+            return False  # too few steps to know what is usual
         logs = [_log(seen) for seen in self.seen[name]]
         # Changes from step to step, because the trend of a falling loss would inflate a variance.
         changes = [abs(after - before) for before, after in itertools.pairwise(logs)]
@@ -104,6 +104,7 @@ class StepPace:
     def look(self, seconds: float) -> tuple[float, float] | None:
         """Given a step's seconds: those of recent steps and of usual ones, once when steps have become slow."""
         self.seconds.append(seconds)
+        # Medians, so that a single slow step, such as one that saves, counts for nothing.
         if 2 * len(self.seconds) < self.seconds.maxlen:  # type: ignore[operator]
             return None
         usual, now = median(self.seconds), median(list(self.seconds)[-SLOW_STEPS:])
@@ -185,6 +186,7 @@ class Watch:
         self.spikes = Spikes(self.cfg, stored)
 
     def _tell(self, event: str, step: int, loss: float, norm: float, scale: float | None, **facts: Any) -> None:
+        # All ranks compute the statistics; only the first one, which writes the event, looks up the data.
         layers = tensor_statistics(self.executor, scale or 1.0)
         data = data_of_step(self.data, self.tokenizer, step - 1) if self.executor.rank == 0 else {}
         self.event(event, step=step, loss=loss, grad_norm=norm, **facts, **data, **layers)

@@ -44,6 +44,7 @@ def find_rate(config: RunConfig, lowest: float = 1e-6, highest: float = 1.0, ste
     Called on all ranks. Raises TrainingError if the loss falls at no rate.
     """
     session = start(_of_length(config, steps))
+    # In place of the config's schedule; everything else is as in training.
     session.step.rate = RisingRate(highest, lowest, 0.0, steps, "exponential")
     losses: list[float] = []
     while len(losses) < steps and not _diverges(losses, steps):
