@@ -330,12 +330,13 @@ class Rank:
         return self._on_stage(plain) if self.compute.reference else 0
 
     def _on_stage(self, sizes: Counter[str]) -> int:
-        names: tuple[str, ...] = ()
-        if self.stage.first:
-            names += ("embed.", "positions.")
-        if self.stage.last:
-            names += ("norm.", f"{self.head_name}.")
-        outside = sum(size for name, size in sizes.items() if name.startswith(names))
+        outside = sum(
+            size
+            for name, size in sizes.items()
+            if name != "blocks" and (self.stage.first if block_of(name) < 0 else self.stage.last)
+        )
+        if self.stage.last and not self.stage.first and self.head_name == "embed":
+            outside += sizes["embed.weight"]
         return self.stage.layers * sizes["blocks"] // self.model.num_layers + outside
 
     @property
