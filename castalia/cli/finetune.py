@@ -155,7 +155,7 @@ def prepare(config: RunConfig, source: Checkpoint, folder: Path, template: Path 
     from castalia.data.prepare import Recipe
     from castalia.data.prepare import prepare as run
     from castalia.data.tokenizer import add_tokens, load_tokenizer
-    from castalia.errors import ConfigError
+    from castalia.errors import ConfigError, DataError
 
     if not config.data.train:
         raise ConfigError("what is it to learn? Give data.train=FILE, a jsonl with a text or messages in each line")
@@ -186,6 +186,9 @@ def prepare(config: RunConfig, source: Checkpoint, folder: Path, template: Path 
                 fitting = fitting or sizes_for(config, corpus, chat is not None)
                 labels = f"{prefix}_{key}_label_document" if chat else None
                 each = each.with_({"path": corpus, "labels": labels})
+            elif not Path(f"{each.path}.idx").is_file():
+                path = each.path
+                raise DataError(f"{path}: neither a text file nor the prefix of a corpus ({path}.bin and {path}.idx)")
             found.append(each)
         sources[split] = tuple(found)
     return Prepared(sources, fitting, prompts[0] if prompts else "", conversations)

@@ -162,6 +162,8 @@ def test_files_that_teach_nothing_are_refused(base, tmp_path, line, words):
     with pytest.raises(DataError, match=words):
         finetune(str(base), [f"data.train={tmp_path / 'my.jsonl'}", f"checkpoint.dir={tmp_path / 'run'}"])
     assert not (tmp_path / "run" / "checkpoints").exists()
+    with pytest.raises(DataError, match=r"other.jsonl: neither a text file nor the prefix of a corpus"):
+        finetune(str(base), [f"data.train={tmp_path / 'other.jsonl'}", f"checkpoint.dir={tmp_path / 'run'}"])
 
 
 def test_adapters_of_adapters_are_those_of_the_first_model(taught, base, lessons, tmp_path):

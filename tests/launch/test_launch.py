@@ -154,8 +154,9 @@ def test_kubernetes_reads_a_service_and_an_indexed_job(script, tmp_path):
 
 def test_output_is_written_to_a_file(script, tmp_path):
     options = ["torchrun", "pythia-14m", "train.batch_size=256", "--gpus-per-node", "2"]
-    assert script(*options, "--output", str(tmp_path / "go.sh")) == ""
-    assert (tmp_path / "go.sh").read_text() == script(*options)
+    written = tmp_path / "go.sh"
+    assert script(*options, "--output", str(written)) == f"wrote {written}; start it with: bash {written}\n"
+    assert written.read_text() == script(*options)
     assert [path.name for path in tmp_path.iterdir()] == ["go.sh"]
 
 
