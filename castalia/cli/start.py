@@ -136,7 +136,7 @@ def _prepare(folder: Path, run: Path, asked: dict[str, Any], begin: float, dry_r
     _write_config(seen, chosen, run, asked, begin)
 
 
-def _choose(seen: Folder, asked: dict[str, Any]) -> tuple[Choice, Choice, str, Pace]:
+def _choose(seen: Folder, asked: dict[str, Any]) -> tuple[Choice, Choice | None, str, Pace]:
     """The choice, the one for twice the time, the machine in words, and its pace."""
     from castalia.quickstart.choose import TRAINING_SHARE, choose
     from castalia.quickstart.measure import device_and_memory, measure_pace
@@ -156,7 +156,7 @@ def _choose(seen: Folder, asked: dict[str, Any]) -> tuple[Choice, Choice, str, P
         )  # fmt: skip
 
     threads = "" if device == "cuda" else f", {len(os.sched_getaffinity(0))} cores"
-    return chosen(1), chosen(2), f"{device}{threads}", pace
+    return chosen(1), chosen(2) if seconds else None, f"{device}{threads}", pace
 
 
 def _write_config(seen: Folder, choice: Choice, run: Path, asked: dict[str, Any], begin: float) -> None:

@@ -119,7 +119,7 @@ def _made(
     unique = text_bytes / _bytes_per_token(vocab_size)
     wanted = non_embedding(model) * TOKENS_PER_PARAMETER if seconds is None else speed * seconds
     tokens = min(wanted, MAX_PASSES * unique)
-    limit = "text" if wanted > tokens else "size" if seconds is None else "time"
+    limit = "size" if seconds is None else "text" if wanted > tokens else "time"
     batch_tokens = max(batch_of(tokens), length)
     batch_size = batch_tokens // length
     micro = _micro_batch(model, batch_size, length, MEMORY_SHARE * memory_bytes, Compute(precision, device))

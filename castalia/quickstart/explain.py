@@ -83,7 +83,7 @@ def about_choice(choice: Choice, machine: str) -> Rows:
 def _limit(choice: Choice) -> str:
     if choice.limit != "text":
         return ""
-    return f". IT STOPS THERE, before the time is over: after {MAX_PASSES} passes a model learns by heart"
+    return f". IT STOPS THERE, BEFORE THE TIME IS OVER: after {MAX_PASSES} passes a model learns by heart"
 
 
 def error_of(folder: Folder) -> float:
@@ -101,16 +101,17 @@ def _error(folder: Folder) -> str:
     return f"give or take {error:.0%}: {SOURCE}"
 
 
-def about_loss(choice: Choice, twice: Choice, folder: Folder) -> Rows:
-    """What to expect. `twice`: the choice for twice the time."""
+def about_loss(choice: Choice, twice: Choice | None, folder: Folder) -> Rows:
+    """What to expect. `twice`: the choice for twice the time, where a time was asked for."""
     error = error_of(folder)
     low, high = choice.bits_per_byte * (1 - error), choice.bits_per_byte * (1 + error)
-    gain = choice.bits_per_byte - twice.bits_per_byte
-    more = f"{twice.bits_per_byte:.2f} bits per byte with {readable(twice.parameters)} parameters"
-    if gain < 0.005:
-        more = "nothing: the text is used up; more text would help"
-    return [
+    rows = [
         ("expect", f"{choice.bits_per_byte:.2f} bits for each byte of text that it never saw, {low:.2f} to {high:.2f}"),
         ("", f"{_error(folder)}; a byte has 8, and xz takes about 2 of much English"),
-        ("twice the time", more),
     ]
+    if twice is None:
+        return rows
+    more = f"{twice.bits_per_byte:.2f} bits with {readable(twice.parameters)} parameters"
+    if choice.bits_per_byte - twice.bits_per_byte < 0.005:
+        more = "nothing: the text is used up; more text would help"
+    return [*rows, ("twice the time", more)]
