@@ -6,6 +6,7 @@ from pathlib import Path
 
 from castalia.checkpoint.formats import FORMATS
 from castalia.checkpoint.tensors import Checkpoint
+from castalia.config.load import beside
 from castalia.config.schema import TokenizerConfig
 
 
@@ -31,15 +32,10 @@ def tokenizer_settings(checkpoint: Checkpoint) -> TokenizerConfig | None:
     if (run / "tokenizer").is_dir():
         return TokenizerConfig(path=str(run / "tokenizer"))
     given = checkpoint.config.tokenizer
-    paths = {key: _below(run, getattr(given, key)) for key in ("path", "merges")}
-    return given.with_(paths)
+    named = {key: getattr(given, key) for key in ("path", "merges")}
+    return given.with_({key: beside(run, path) for key, path in named.items() if path})
 
 
 def model_folder(checkpoint: Checkpoint) -> Path | None:
     """The folder whose files say which tokens end a text, whichever tokenizer is used; None without such files."""
     return Path(checkpoint.path) if checkpoint.format == "huggingface" else None
-
-
-def _below(folder: Path, path: str | None) -> str | None:
-    """The path, taken relative to `folder` where it exists there, else to the working directory."""
-    return str(folder / path) if path is not None and (folder / path).exists() else path

@@ -253,7 +253,7 @@ def batch(
     config: Annotated[
         list[str], typer.Argument(metavar="CONFIG... [key=value ...]", help="files or presets, overrides")
     ],
-    step: Annotated[int, typer.Option(help="counted from 0", min=0)] = 0,
+    step: Annotated[int, typer.Option(help="counted from 1, as in metrics.jsonl", min=1)] = 1,
     split: Annotated[str, typer.Option(help="train, valid or test")] = "train",
     npy: Annotated[Path | None, typer.Option(help="write the ids, [batch, tokens + 1], to this file")] = None,
     as_json: Json = False,
@@ -270,28 +270,28 @@ def batch(
     """
     import numpy as np
 
-    from castalia.config.load import load_config
+    from castalia.cli.train import read_config
     from castalia.data.loader import SPLITS
     from castalia.data.pairs import open_samples, sides_of
     from castalia.data.tokenizer import load_tokenizer
     from castalia.files import appearing
 
-    files, overrides = [word for word in config if "=" not in word], [word for word in config if "=" in word]
-    run = load_config(files, overrides)
+    run = read_config(config)
     chosen = next((name for name in SPLITS if name == split), None)
     if chosen is None:
         raise DataError(f"--split {split} is none of {', '.join(SPLITS)}")
-    if chosen == "train" and run.train.steps and step >= run.train.steps:
-        raise DataError(f"--step {step}: the run's steps are 0 to {run.train.steps - 1} (train.steps)")
+    if chosen == "train" and run.train.steps and step > run.train.steps:
+        raise DataError(f"--step {step}: the run's steps are 1 to {run.train.steps} (train.steps)")
+    number = step - 1  # as the data are counted
     samples = open_samples(run, chosen)
-    sides, positions = sides_of(samples), samples.positions(step).tolist()
+    sides, positions = sides_of(samples), samples.positions(number).tolist()
     if npy is not None:
         with appearing(npy) as file:
-            texts = (side.sample(row)[0][: side.length(step) + 1] for row in positions for side in sides.values())
+            texts = (side.sample(row)[0][: side.length(number) + 1] for row in positions for side in sides.values())
             np.save(file, np.stack([*texts]))
     named = run.tokenizer.path is not None or run.tokenizer.kind is not None
     decoder = load_tokenizer(run.tokenizer, neox=run.neox_exact) if named else None
-    batches = {name: side.batch(step) for name, side in sides.items()}
+    batches = {name: side.batch(number) for name, side in sides.items()}
     rows = [
         {
             "position": position,

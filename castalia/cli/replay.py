@@ -11,7 +11,7 @@ EXCERPT = 100  # characters
 
 
 def command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a run")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run, or a folder of GPT-NeoX checkpoints")],
     step: Annotated[int, typer.Option(min=1, help="counted from 1, as in metrics.jsonl and events.jsonl")],
     sequences: Annotated[int, typer.Option(min=0, help="show so many, those with the highest loss first")] = 8,
     nproc: Annotated[
@@ -29,7 +29,8 @@ def command(
     Shows loss and gradient norm beside the recorded ones, norms of all layers, and the batch, sequence by sequence.
     """
     from castalia.cli.opening import tell
-    from castalia.config.load import load_run
+    from castalia.cli.train import read_config
+    from castalia.config.load import neox_config_files
     from castalia.parallel.launcher import relaunch
     from castalia.parallel.process_group import process_group
     from castalia.parallel.rendezvous import is_main, world_size
@@ -37,11 +38,12 @@ def command(
     from castalia.train.run_folder import require_run
     from castalia.tune.replay import replay
 
-    require_run(run)
+    if not neox_config_files(run):
+        require_run(run)
     if nproc is not None and nproc > world_size():
         words = ["--step", str(step), "--sequences", str(sequences), *(["--json"] if as_json else [])]
         relaunch(nproc, ["replay", str(run), *words])
-    config = load_run(run)
+    config = read_config([str(run)])
     with process_group(choose_device(config.train.device).type, config.parallel.timeout):
         found = replay(run, step)
     if not is_main():

@@ -65,11 +65,14 @@ def train(config: RunConfig) -> str:
 
 def read_config(words: list[str]) -> RunConfig:
     """The config of a new run, or a run's own config told to go on."""
-    from castalia.config.load import load_config, load_run
+    from castalia.config.load import load_config, load_neox_run, load_run, neox_config_files
 
     files, overrides = split_words(words)
-    if len(files) == 1 and (Path(files[0]) / "config.yml").is_file():
-        return load_run(files[0], overrides)
+    folder = Path(files[0]) if len(files) == 1 else None
+    if folder and (folder / "config.yml").is_file():
+        return load_run(folder, overrides)
+    if folder and folder.is_dir() and neox_config_files(folder):
+        return load_neox_run(folder, overrides)
     return load_config(files, overrides)
 
 

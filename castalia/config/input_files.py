@@ -14,7 +14,7 @@ def require_files(config: RunConfig) -> None:
 
     A run that loads a checkpoint is not refused for its data here, because its architecture must be compared first.
     """
-    missing = [*_missing_data(config), *_missing_tokenizer(config)]
+    missing = [*_missing_data(config), *missing_tokenizer(config)]
     if nothing := _nothing_to_load(config):
         raise CheckpointError("\n".join([nothing, *missing]))
     # Resuming from an own folder that is still empty is the start of a new run.
@@ -61,11 +61,13 @@ def _missing_data(config: RunConfig) -> Iterator[str]:
                 )
 
 
-def _missing_tokenizer(config: RunConfig) -> Iterator[str]:
+def missing_tokenizer(config: RunConfig) -> Iterator[str]:
+    """A line for each of the tokenizer's files that the config names and that is not there."""
     for key in ("path", "merges"):
         path = getattr(config.tokenizer, key)
         if path and not Path(path).expanduser().exists():
-            yield f"{config.place(f'tokenizer.{key}')}tokenizer.{key}={path}: there is no such file; correct the path"
+            name = f"tokenizer.{key}"
+            yield f"{config.place(name)}{name}={path}: there is no such file; give {name}=FILE"
 
 
 def _are(things: list[str]) -> str:

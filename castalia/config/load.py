@@ -39,13 +39,14 @@ def load_config(
 ) -> RunConfig:
     """The config that `files` and then `overrides` describe; where they disagree, the later one wins.
 
-    `files` are paths, run folders or names of presets, in our terms (nested) or GPT-NeoX's (flat); a RunConfig or a
-    mapping of keys may take the place of a file. `overrides` are such as `optimizer.lr=6e-4` or `train_iters=200`.
+    `files` are paths, run folders or names of presets, in our terms (nested) or GPT-NeoX's (flat); a folder of
+    GPT-NeoX checkpoints stands for the configs in it, and a RunConfig or a mapping of keys may take the place of a file. `overrides` are such as `optimizer.lr=6e-4` or `train_iters=200`.
     `any_batch`: accept a batch that does not divide into micro-batches.
     Raises ConfigError with one line for each problem.
     """
     findings = Findings()
-    names = [files] if isinstance(files, str | Path) else list(files)
+    given = [files] if isinstance(files, str | Path) else files
+    names = [each for name in given for each in _with_neox_folder(name)]
     sources = [_read(name, findings) for name in names] + [_override(text, findings) for text in overrides]
     # GPT-NeoX's keys are merged before they are translated, because joint keys may come from different sources.
     ours: dict[str, Setting] = {}
@@ -62,6 +63,37 @@ def load_config(
         raise ConfigError("\n".join(dict.fromkeys(findings.errors)))
     config._notes = tuple(dict.fromkeys(findings.notes))
     return config
+
+
+def neox_config_files(folder: Path) -> list[Path]:
+    """The configs that GPT-NeoX stored with a checkpoint: in a step's folder, or in the one that `latest` names."""
+    latest = folder / "latest"
+    steps = [folder / Path(latest.read_text(errors="replace").strip()).name] if latest.is_file() else []
+    stored = (sorted((step / "configs").glob("*.y*ml")) for step in [folder, *steps])
+    return next(filter(None, stored), [])
+
+
+def load_neox_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config with which training goes on from a folder of GPT-NeoX, in a folder of its own: runs/NAME if not told.
+
+    A tokenizer file that the config names and that is not there is looked for beside the checkpoint.
+    """
+    name = folder.resolve().name if (folder / "latest").is_file() else folder.resolve().parent.name
+    places = {"checkpoint.resume": str(folder), "checkpoint.dir": f"runs/{name}"}
+    if any(word.startswith(("checkpoint.dir=", "save=")) for word in overrides):
+        del places["checkpoint.dir"]
+    words = [*(f"{key}={json.dumps(value)}" for key, value in places.items()), *overrides]
+    config = load_config(folder, words)
+    named = {key: getattr(config.tokenizer, key) for key in ("path", "merges")}
+    files = {key: beside(folder, path) for key, path in named.items() if path}
+    return config.with_({f"tokenizer.{key}": path for key, path in files.items() if path != named[key]})
+
+
+def beside(folder: Path, path: str) -> str:
+    """A path that a checkpoint's config names: as it is below the checkpoint's folder or here, else the file of that
+    name in the folder or one of the two above it."""
+    above = (parent / Path(path).name for parent in (folder, *folder.resolve().parents[:2]))
+    return str(next((place for place in (folder / path, Path(path), *above) if place.exists()), path))
 
 
 def load_run(folder: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -87,6 +119,12 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yml"))
 
 
+def _with_neox_folder(name: str | Path | RunConfig | dict) -> list[Any]:
+    if isinstance(name, str | Path) and Path(name).is_dir() and not (Path(name) / "config.yml").is_file():
+        return neox_config_files(Path(name)) or [name]
+    return [name]
+
+
 def _read(name: str | Path | RunConfig | dict, findings: Findings) -> YamlMapping:
     if isinstance(name, RunConfig):
         return read_text(dump_config(name), "checkpoint", findings)
@@ -104,7 +142,11 @@ def _read(name: str | Path | RunConfig | dict, findings: Findings) -> YamlMappin
         path = path.with_name(path.name + ".yml")
         return read_file(path, str(path), findings)
     if path.is_dir():
-        raise ConfigError(f"{name}: this folder holds no config.yml; name a config file, a run's folder or a preset")
+        raise ConfigError(
+            f"{name}: this folder holds no config.yml of a run and no configs/*.yml of GPT-NeoX; name a config file, a "
+            "run's folder or a preset. To train a model that lies there: castalia train CONFIG checkpoint.init_from="
+            f"{name}"
+        )
     close = get_close_matches(str(name).lower(), preset_names(), cutoff=0.5) or preset_names()
     raise ConfigError(f"{name}: no such file, and no preset has this name; presets: {', '.join(close)}")
 

@@ -376,7 +376,7 @@ def _corpus_warnings(config: RunConfig, corpus: CorpusFacts) -> list[str]:
         texts.append(
             f"the largest of {looked_at:,} token ids of {corpus.path} is {largest:,}, but the vocabulary has "
             f"{vocabulary:,}: the corpus may belong to another tokenizer; look at its text with "
-            "`castalia data batch CONFIG --step 0`, or name its tokenizer (tokenizer.path)"
+            "`castalia data batch CONFIG --step 1`, or name its tokenizer (tokenizer.path)"
         )
     if corpus.documents == 1:
         texts.append(

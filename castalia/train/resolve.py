@@ -15,11 +15,12 @@ from castalia.checkpoint.opener import open_checkpoint
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.batch import BatchPlan, batch_plan
 from castalia.config.check import refuse_contradictions, require_training
+from castalia.config.input_files import missing_tokenizer
 from castalia.config.schema import CompleteConfig, EarlierBatch, FinetuneConfig, ModelConfig, RunConfig, complete
 from castalia.data.loader import Samples
 from castalia.data.pairs import Pairs, open_samples
 from castalia.data.tokenizer import Tokenizer, add_tokens, load_tokenizer
-from castalia.errors import CheckpointError, ConfigError, TrainingError
+from castalia.errors import CheckpointError, ConfigError, DataError, TrainingError
 from castalia.parallel.process_group import main_first
 from castalia.parallel.rank_grid import layout
 from castalia.parallel.rendezvous import world_size
@@ -137,6 +138,8 @@ def infer_settings(config: RunConfig, source: Checkpoint | None) -> tuple[Comple
 def open_tokenizer(config: RunConfig, finetune: FinetuneConfig) -> Tokenizer | None:
     """The tokenizer that the config names, with the tokens that fine-tuning adds to it."""
     named = config.tokenizer.path or config.tokenizer.kind
+    if missing := list(missing_tokenizer(config)):
+        raise DataError("\n".join(missing))
     tokenizer = load_tokenizer(config.tokenizer, neox=config.neox_exact) if named else None
     if finetune.add_tokens:
         if tokenizer is None:

@@ -79,7 +79,7 @@ def show_first_loss(session: Session, loss: float, display: Display) -> None:
         display.line(
             "warning: what was loaded knows no more about this data than random weights: the corpus may belong to "
             "another tokenizer, or the checkpoint may hold a model that was never trained; "
-            f"see `castalia inspect {session.source.path}` and `castalia data batch CONFIG --step 0`",
+            f"see `castalia inspect {session.source.path}` and `castalia data batch CONFIG --step 1`",
             "bold yellow",
         )
 

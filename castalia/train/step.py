@@ -178,7 +178,7 @@ class TrainStep:
         return (
             f"step {step + 1} is not finite (loss {loss:g}): the first bad tensor is {first.what}{where}. The weights "
             f"are those of step {step} and the run's events.jsonl names the data; lower optimizer.lr, or look at the "
-            f"data with `castalia data batch CONFIG --step {step}`"
+            f"data with `castalia data batch CONFIG --step {step + 1}`"
         )
 
 

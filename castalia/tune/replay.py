@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from castalia.checkpoint.formats.native.read import saved_steps
-from castalia.config.load import load_config, load_run
+from castalia.checkpoint.opener import find_steps
+from castalia.config.load import load_config, load_neox_run, load_run
 from castalia.config.schema import RunConfig
 from castalia.data.tokenizer import Tokenizer
 from castalia.errors import TrainingError
@@ -17,6 +18,7 @@ from castalia.observe.metrics import read_events, read_metrics
 from castalia.observe.update_history import UpdateHistory, history_before
 from castalia.parallel.executor import Rows
 from castalia.plan.run_description import repeats_bits
+from castalia.train.run_folder import is_run
 from castalia.train.setup import Session, start
 
 
@@ -73,6 +75,11 @@ def _compared(name: str, value: float, record: Mapping[str, Any]) -> dict[str, f
 
 def _beginning(run: Path, history: UpdateHistory, step: int) -> tuple[RunConfig, int]:
     """The config that starts from the last state before a step that still exists, and that state's step."""
+    if not is_run(run):
+        earlier = [saved for saved in find_steps(run) if saved < step]
+        if not earlier:
+            raise TrainingError(f"{run} has no checkpoint before step {step}, only of {listed(find_steps(run))}")
+        return load_neox_run(run, [f"checkpoint.step={earlier[-1]}"]), earlier[-1]
     on_disk = saved_steps(run / "checkpoints")
     known = [saved for saved in history.saved if saved in on_disk and saved < step]
     if known:
@@ -81,11 +88,16 @@ def _beginning(run: Path, history: UpdateHistory, step: int) -> tuple[RunConfig,
     if history.begin > 0:
         raise TrainingError(
             f"{run} has no checkpoint before step {step}, and began with step {history.begin + 1}; "
-            f"it has checkpoints of steps {', '.join(map(str, on_disk)) or '(none)'}"
+            f"it has checkpoints of {listed(on_disk)}"
         )
     config = load_run(run, _batch_size_override(run, 0, step))
     began_from = load_config(run).checkpoint.init_from
     return config.with_({"checkpoint.resume": None, "checkpoint.step": None, "checkpoint.init_from": began_from}), 0
+
+
+def listed(steps: Iterable[int]) -> str:
+    """The numbers of steps, as a message names them."""
+    return f"steps {', '.join(map(str, steps)) or '(none)'}"
 
 
 def _batch_size_override(run: Path, begin: int, step: int) -> list[str]:

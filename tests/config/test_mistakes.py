@@ -52,7 +52,7 @@ MISTAKES = {
     ),
     "missing tokenizer": (
         (("kind: bytes", "path: tokenizer.json"),),
-        ["a.yml:2: tokenizer.path=tokenizer.json: there is no such file; correct the path"],
+        ["a.yml:2: tokenizer.path=tokenizer.json: there is no such file; give tokenizer.path=FILE"],
     ),
     "missing checkpoint": (
         (("dir: run", "dir: run, init_from: /nowhere/base"),),

@@ -52,15 +52,15 @@ def test_inspect(prepared: Path) -> None:
 
 
 def test_batch_shows_documents_and_tokens(prepared: Path) -> None:
-    shown = json.loads(run(data_verbs.app, "batch", "config.yml", "--step", 7, "--json", "--npy", "ids.npy").output)
+    shown = json.loads(run(data_verbs.app, "batch", "config.yml", "--step", 8, "--json", "--npy", "ids.npy").output)
     ids, corpus = np.load("ids.npy"), open_dataset("data/corpus_text_document")
     assert ids.shape == (3, 17) and len(shown["samples"]) == 3
     for row, sample in zip(ids, shown["samples"], strict=True):
         pieces = [corpus[p["document"]][p["start"] : p["stop"]] for p in sample["pieces"]]
         assert np.array_equal(np.concatenate(pieces), row)
         assert sample["tokens"] == row[:-1].tolist() and sample["labels"] == row[1:].tolist()
-    text = run(data_verbs.app, "batch", "config.yml", "--step", 7, "data.seq_length=8").output
-    assert "step 7, sequence 2" in text and "8 of 8 labels count" in text and "green" in text
+    text = run(data_verbs.app, "batch", "config.yml", "--step", 8, "data.seq_length=8").output
+    assert "step 8, sequence 2" in text and "8 of 8 labels count" in text and "green" in text
 
 
 def test_batch_shows_both_sides_of_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +95,7 @@ def test_stats_merge_and_split(prepared: Path) -> None:
 
 def test_mistakes(prepared: Path) -> None:
     for words, message in [
-        (("batch", "config.yml", "--step", "9999"), "--step 9999: the run's steps are 0 to "),
+        (("batch", "config.yml", "--step", "9999"), "--step 9999: the run's steps are 1 to "),
         (("batch", "config.yml", "--split", "training"), "--split training is none of train, valid, test"),
         (("prepare", "corpus.jsonl", "--output", "x", "--tokenizer-kind", "magic"), "--tokenizer-kind magic"),
         (("prepare", "corpus.jsonl", "--output", "x", "--tokenizer-kind", "char", "--mask-before-token", "a"), "ids"),
