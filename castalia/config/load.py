@@ -39,9 +39,10 @@ def load_config(
 ) -> RunConfig:
     """The config that `files` and then `overrides` describe; where they disagree, the later one wins.
 
-    `files` are paths, run folders or names of presets, in our terms (nested) or GPT-NeoX's (flat); a folder of
-    GPT-NeoX checkpoints stands for the configs in it, and a RunConfig or a mapping of keys may take the place of a file. `overrides` are such as `optimizer.lr=6e-4` or `train_iters=200`.
-    `any_batch`: accept a batch that does not divide into micro-batches.
+    `files` are paths, run folders or names of presets, in our terms (nested) or GPT-NeoX's (flat). A folder of GPT-NeoX
+    checkpoints stands for the configs in it; a RunConfig or a mapping of keys may take the place of a file.
+    `overrides` are such as `optimizer.lr=6e-4` or `train_iters=200`. `any_batch`: accept a batch that does not divide
+    into micro-batches.
     Raises ConfigError with one line for each problem.
     """
     findings = Findings()
