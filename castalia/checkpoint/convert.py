@@ -123,8 +123,8 @@ def check_destination(source: Path, target: Path, force: bool) -> None:
         raise CheckpointError(f"{target} exists already; name another folder, or replace it with --force")
     if target.exists() and any(target.iterdir()) and detect(target) is None and not (target / LATEST).is_file():
         raise CheckpointError(
-            f"{target} holds {', '.join(sorted(path.name for path in target.iterdir())[:4])}, which is no checkpoint; "
-            "--force replaces checkpoints alone: name another folder, or move this one away"
+            f"{target} holds {', '.join(sorted(path.name for path in target.iterdir())[:4])}, not a checkpoint; "
+            "--force replaces only checkpoints: name another folder, or move this one away"
         )
 
 
@@ -315,7 +315,7 @@ def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise CheckpointError(
-            f"{folder}: {gib(needed)} are to be written, {gib(free)} are free; nothing is written. "
+            f"{folder}: {gib(needed)} are needed, {gib(free)} are free; nothing is written. "
             "Make room, or leave out the optimizer state with --no-optimizer"
         )
 

@@ -94,9 +94,9 @@ def with_micro_batches(checkpoint: Checkpoint, number: int) -> Checkpoint:
     scaled = state and {
         name: {
             kind: Scaled(ref, old ** powers[kind], number ** powers[kind]) if kind in powers else ref
-            for kind, ref in each.items()
+            for kind, ref in entry.items()
         }
-        for name, each in state.items()
+        for name, entry in state.items()
     }
     return replace(checkpoint, optimizer=scaled, summed_micro_batches=number)
 

@@ -135,7 +135,7 @@ def find_steps(path: str | Path) -> dict[int, Path]:
     """The step folders of a run or of a folder of checkpoints, in order. Raises CheckpointError without a folder."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise CheckpointError(f"{path} is no folder")
+        raise CheckpointError(f"{path} is not a folder")
     return _steps(folder) or (_steps(folder / "checkpoints") if (folder / "checkpoints").is_dir() else {})
 
 

@@ -64,7 +64,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class CheckpointFacts:
-    """What a format's files say beside tensors, progress and config; None or empty where they do not."""
+    """What a format's files say besides tensors, progress and config; None or empty where they do not."""
 
     era: str | None = None  # of GPT-NeoX: "v1", "v2", "w1-w3" or "head"
     version: str | None = None  # of DeepSpeed
@@ -80,8 +80,8 @@ class CheckpointFacts:
     base: str | None = None  # the path of the model below the adapters of a PEFT folder
     gqa_rows: str | None = None  # NeoX's order of the rows of grouped queries
     adam_steps_stored: bool | None = None
-    guesses: tuple[str, ...] = ()  # settings of the model that neither tensors nor a config told
-    stored_arguments: tuple[str, ...] = ()  # settings that the training program's stored arguments told
+    guesses: tuple[str, ...] = ()  # settings of the model that neither tensors nor a config showed
+    stored_arguments: tuple[str, ...] = ()  # settings that the training program's stored arguments showed
     masters_apart: tuple[str, ...] = ()  # tensors, by their names in the files, that are not their masters rounded
     disagreements: tuple[str, ...] = ()  # of files opened with `tolerant`: a line for each
     other_model: ModelConfig | None = None  # of a config that describes another model, and where it was read from

@@ -125,18 +125,18 @@ def _settings(model: ModelConfig) -> dict[str, object]:
 
 
 def _parts(relations: Mapping[str, Relation]) -> tuple[PartRatio, ...]:
-    found = []
+    ratios = []
     drawn = {name: r.figures for name, r in relations.items() if r.figures and row_of(name).is_drawn}
     for part in get_args(Kind):
         figures = [f for name, f in drawn.items() if row_of(name).kind == part]
         if figures:
-            count = sum(each.count for each in figures)
+            count = sum(f.count for f in figures)
+            # The root of the mean of variances, weighted by the number of elements.
             std_a, std_b = (
-                math.sqrt(sum(getattr(each, key) ** 2 * each.count for each in figures) / count)
-                for key in ("std_a", "std_b")
+                math.sqrt(sum(getattr(f, key) ** 2 * f.count for f in figures) / count) for key in ("std_a", "std_b")
             )
-            found.append(PartRatio(part, len(figures), std_a, std_b, 1 / math.sqrt(count)))
-    return tuple(found)
+            ratios.append(PartRatio(part, len(figures), std_a, std_b, 1 / math.sqrt(count)))
+    return tuple(ratios)
 
 
 def _updates(relations: Mapping[str, Relation]) -> dict[str, float]:
@@ -234,7 +234,7 @@ def _one_seed(a: Checkpoint, b: Checkpoint) -> str:
     drawn = [(side.seed, _drawn(side.model), side.neox_exact) for side in (a.config, b.config) if side.model]
     if drawn[0] != drawn[1] or (_same_run(a, b) and a.progress.step != b.progress.step):
         return ""
-    steps = [f"{each.progress.step:,}" for each in (a, b)]
+    steps = [f"{side.progress.step:,}" for side in (a, b)]
     after = f"{' and '.join(steps)} steps" if steps[0] != steps[1] else f"{steps[0]} steps each"
     return f"two runs from the same initial weights (seed {a.config.seed}), after {after}"
 
@@ -244,7 +244,7 @@ _DRAWN_FROM |= {"init_method", "output_init_method"}
 
 
 def _drawn(model: ModelConfig) -> dict[str, object]:
-    """What initial weights depend on, beside the seed and the shapes of the tensors."""
+    """What initial weights depend on, besides the seed and the shapes of the tensors."""
     return model.model_dump(include=_DRAWN_FROM)
 
 
@@ -299,7 +299,7 @@ def _other_architecture(relations: Mapping[str, Relation], alone: Iterable[str])
 def _optimizer(a: Checkpoint, b: Checkpoint, relations: Mapping[str, Relation]) -> str:
     """Whether the optimizer states are equal, which is only compared if the weights are."""
     if a.optimizer is None or b.optimizer is None:
-        sides = " and ".join(name for name, each in (("A", a), ("B", b)) if each.optimizer is not None)
+        sides = " and ".join(name for name, side in (("A", a), ("B", b)) if side.optimizer is not None)
         return f"optimizer state: {f'only in {sides}' if sides else 'none'}"
     if not all(relation.harmless for relation in relations.values()):
         return "optimizer state: in both, not compared since the weights differ"

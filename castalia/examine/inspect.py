@@ -62,11 +62,11 @@ def report(checkpoint: Checkpoint, vocabulary: tuple[int | None, str] = (None, "
 
 def by_kind(names: Iterable[str]) -> dict[str, list[str]]:
     """Names of canonical tensors by kind, in the order of `Kind`; tensors of no kind are left out."""
-    found: dict[str, list[str]] = {kind: [] for kind in get_args(Kind)}
+    members: dict[str, list[str]] = {kind: [] for kind in get_args(Kind)}
     for name in names:
         if kind := row_of(name).kind:
-            found[kind].append(name)
-    return {kind: members for kind, members in found.items() if members}
+            members[kind].append(name)
+    return {kind: of_kind for kind, of_kind in members.items() if of_kind}
 
 
 def sample_sums(tensors: Mapping[str, TensorRef]) -> dict[str, Sums]:
@@ -122,15 +122,15 @@ def meaning(checkpoint: Checkpoint, total: int, stored: Mapping[str, int], facts
     used = sum(stored[kind] for kind in ("weights", "masters", "moments"))
     shape = f" of a {facts.get('num_layers')} x {facts.get('hidden_size')} model"
     dtypes = " and ".join(sorted({ref.dtype_name for ref in checkpoint.model.values()}))
-    each = f"{readable(total)} parameters x {used / max(total, 1):.3g} bytes"
+    size = f"{readable(total)} parameters x {used / max(total, 1):.3g} bytes"
     if checkpoint.optimizer is None:
-        text = f"{each}: the weights alone{shape}, in {dtypes}; they run and can be trained on, not resumed"
+        text = f"{size}: the weights alone{shape}, in {dtypes}; they run and can be trained on, not resumed"
     else:
         trained = set(filter(checkpoint.config.finetune.trains, checkpoint.model)) if checkpoint.config else set()
         complete = (
             "a complete" if checkpoint.optimizer.keys() >= (trained or checkpoint.model.keys()) else "an incomplete"
         )
-        text = f"{each}: {complete} {dtypes} + optimizer checkpoint{shape}"
+        text = f"{size}: {complete} {dtypes} + optimizer checkpoint{shape}"
         if _is_adam(checkpoint):
             text = text.replace("+ optimizer", "+ Adam")
     if lora := adapters_of(checkpoint):

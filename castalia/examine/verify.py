@@ -123,7 +123,7 @@ def logits(checkpoint: Checkpoint, tokens: Tensor, vocab: int) -> Tensor:
     x = _fill(norm.to_empty(device="cpu"), checkpoint, "norm.")(x)
     head = checkpoint.model["embed.weight" if model.tie_embeddings else "head.weight"]
     rows = [slice(start, min(start + HEAD_ROWS, vocab)) for start in range(0, vocab, HEAD_ROWS)]
-    return torch.cat([F.linear(x, head.read([each]).float()) for each in rows], dim=-1)
+    return torch.cat([F.linear(x, head.read([part]).float()) for part in rows], dim=-1)
 
 
 def _embedded(checkpoint: Checkpoint, model: ModelConfig, tokens: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ def _rounded(name: str, a: TensorRef, b: TensorRef, ranks: int) -> bool:
     """Whether b may be the bias a after division over the tensor ranks, rounding on each, and summation."""
     if ranks == 1 or not row_of(name).row_parallel_bias or a.shape != b.shape:
         return False
-    dtype = max(a.dtype, b.dtype, key=lambda each: torch.finfo(each).eps)  # the one that was rounded to
+    dtype = max(a.dtype, b.dtype, key=lambda dtype: torch.finfo(dtype).eps)  # the coarser, which was rounded to
     left, right, limits = a.read().to(dtype).double(), b.read().double(), torch.finfo(dtype)
     smallest = limits.smallest_normal * limits.eps
     return bool(((left - right).abs() <= left.abs() * limits.eps + ranks * smallest / 2).all())

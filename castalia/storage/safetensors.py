@@ -55,7 +55,9 @@ def open_safetensors(path: Path) -> dict[str, FileTensor]:
             file.seek(8)
             length = int.from_bytes(start[:8], "little")
             if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-                raise CheckpointError(f"{path}: no safetensors file, or truncated: {size} bytes, header of {length}")
+                raise CheckpointError(
+                    f"{path} is not a safetensors file, or truncated: {size} bytes, header of {length}"
+                )
             content = file.read(length)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error

@@ -71,7 +71,7 @@ def open_pt(path: Path | str) -> Any:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     refuse_pointer(path, start, CheckpointError)
     raise CheckpointError(
-        f"{path} is no file of torch.save: it starts with {start[:8]!r}" if start else f"{path} is empty"
+        f"{path} was not written by torch.save: it starts with {start[:8]!r}" if start else f"{path} is empty"
     )
 
 

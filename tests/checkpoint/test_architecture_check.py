@@ -242,7 +242,7 @@ def test_a_state_whose_file_was_removed_is_said_to_be_missing(tmp_path: Path) ->
     (tmp_path / "a" / "optimizer.safetensors").unlink()
     checkpoint = open_checkpoint(tmp_path / "a")
     assert checkpoint.optimizer is None and checkpoint.progress.step == 9
-    assert "optimizer.safetensors, the optimizer state that castalia.json tells of, is" in checkpoint.state_notes[0]
+    assert "optimizer.safetensors, the optimizer state that castalia.json belongs to, is" in checkpoint.state_notes[0]
 
 
 def test_weights_of_deepspeed_that_are_not_the_masters_rounded_win(tmp_path: Path) -> None:

@@ -224,7 +224,7 @@ def test_other_tensors_are_refused_by_name(neox: Path, tmp_path: Path) -> None:
     tensors = load_file(other / "adapter_model.safetensors")
     name = "base_model.model.gpt_neox.final_layer_norm.weight"
     save_file({**tensors, name: torch.ones(32)}, other / "adapter_model.safetensors")
-    with pytest.raises(CheckpointError, match=r"gpt_neox\.final_layer_norm\.weight is no matrix of a LoRA adapter"):
+    with pytest.raises(CheckpointError, match=r"gpt_neox\.final_layer_norm\.weight is not a matrix of a LoRA adapter"):
         open_checkpoint(other)
     save_file(
         {**tensors, "base_model.model.gpt_neox.embed_in.weight": torch.ones(97, 32)},

@@ -28,7 +28,7 @@ class Format:
     hints: frozenset[str] = frozenset()  # which of `open_checkpoint`'s hints its reader takes
     tolerant: bool = False  # whether its reader can open files whose config describes another model
     on_base: bool = False  # whether it holds adapters alone; its reader gets `open_base`, which opens their model
-    settings_file: str = "default"  # where settings come from that neither tensors nor a config file tell
+    settings_file: str = "default"  # the source of settings that neither tensors nor a config file show
 
 
 _HERE = "castalia.checkpoint.formats"

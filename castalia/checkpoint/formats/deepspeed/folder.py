@@ -372,7 +372,7 @@ def _unsharded(
     copy = layers.get(embedding, {}) if embedding is not None else {}
     optimizers = [state["optimizer"] for state in states]
     flat = "fp32_groups_flat" in optimizers[0]
-    # Flat vectors tell how many elements a stage has, other states how many parameters.
+    # Flat vectors show how many elements a stage has, other states how many parameters.
     measure: Callable[[tuple[int, ...]], int] = prod if flat else lambda shape: 1
     sizes = [_group_sizes(optimizer, flat) for optimizer in optimizers]
     stages = split_stages(layers, copy, [sum(groups) for groups in sizes], measure, where[0])

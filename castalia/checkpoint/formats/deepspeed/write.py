@@ -313,9 +313,9 @@ def weights_of(checkpoint: Checkpoint, kind: Kind | None) -> dict[str, TensorRef
     state = checkpoint.optimizer
     if kind != "plain" or state is None:
         return dict(checkpoint.model)
-    apart = {name for name, ref in checkpoint.model.items() if ref != state[name]["master"]}
+    different = {name for name, ref in checkpoint.model.items() if ref != state[name]["master"]}
     return {
-        name: ReplicaChecked(name, ref, state[name]["master"]) if name in apart else ref
+        name: ReplicaChecked(name, ref, state[name]["master"]) if name in different else ref
         for name, ref in checkpoint.model.items()
     }
 

@@ -31,7 +31,7 @@ class Family:
     # Keys of config.json in the order in which they are written. A name is that of our setting; of several names, the
     # first is written and all are read. A truth value is the only one that our model has an equal of.
     keys: Mapping[str, str | bool]
-    fixed: Mapping[str, Any]  # settings of ours that no key tells
+    fixed: Mapping[str, Any]  # settings of ours that the model type fixes
     holds: Mapping[str, set]  # the values of our settings that the class can compute; settings left out may have any
     defaults: Mapping[str, Any]  # what a missing key of config.json means; it differs between the types
     rules: Callable[[ModelConfig], list[Rule]]
@@ -53,14 +53,14 @@ def _with_bias(ours: str, theirs: str, op: Op | None = None, *, bias: bool = Tru
 
 
 def _neox_rules(model: ModelConfig) -> list[Rule]:
-    theirs = "layers.{i}."
+    layer = "layers.{i}."
     block = [
-        *_with_bias("blocks.{i}.norm1", theirs + "input_layernorm"),
-        *_with_bias("blocks.{i}.norm2", theirs + "post_attention_layernorm"),
-        *_with_bias("blocks.{i}.attn.qkv", theirs + "attention.query_key_value", bias=model.attention_bias),
-        *_with_bias("blocks.{i}.attn.out", theirs + "attention.dense", bias=model.attention_bias),
-        *_with_bias("blocks.{i}.mlp.up", theirs + "mlp.dense_h_to_4h"),
-        *_with_bias("blocks.{i}.mlp.down", theirs + "mlp.dense_4h_to_h"),
+        *_with_bias("blocks.{i}.norm1", layer + "input_layernorm"),
+        *_with_bias("blocks.{i}.norm2", layer + "post_attention_layernorm"),
+        *_with_bias("blocks.{i}.attn.qkv", layer + "attention.query_key_value", bias=model.attention_bias),
+        *_with_bias("blocks.{i}.attn.out", layer + "attention.dense", bias=model.attention_bias),
+        *_with_bias("blocks.{i}.mlp.up", layer + "mlp.dense_h_to_4h"),
+        *_with_bias("blocks.{i}.mlp.down", layer + "mlp.dense_4h_to_h"),
     ]
     ends = [Rule("embed.weight", "embed_in.weight"), *_with_bias("norm", "final_layer_norm")]
     return ends + per_block(block, model.num_layers)
@@ -71,18 +71,18 @@ def _gpt2_rules(model: ModelConfig) -> list[Rule]:
     by_head = PermuteRows(
         (3, heads, size), (1, 0, 2)
     )  # from all queries, all keys, all values to one head after another
-    theirs = "h.{i}."
+    layer = "h.{i}."
     block = [
-        *_with_bias("blocks.{i}.norm1", theirs + "ln_1"),
-        *_with_bias("blocks.{i}.norm2", theirs + "ln_2"),
-        Rule("blocks.{i}.attn.qkv.weight", theirs + "attn.c_attn.weight", Chain(Transpose(), by_head)),
-        Rule("blocks.{i}.attn.qkv.bias", theirs + "attn.c_attn.bias", by_head),
-        Rule("blocks.{i}.attn.out.weight", theirs + "attn.c_proj.weight", Transpose()),
-        Rule("blocks.{i}.attn.out.bias", theirs + "attn.c_proj.bias"),
-        Rule("blocks.{i}.mlp.up.weight", theirs + "mlp.c_fc.weight", Transpose()),
-        Rule("blocks.{i}.mlp.up.bias", theirs + "mlp.c_fc.bias"),
-        Rule("blocks.{i}.mlp.down.weight", theirs + "mlp.c_proj.weight", Transpose()),
-        Rule("blocks.{i}.mlp.down.bias", theirs + "mlp.c_proj.bias"),
+        *_with_bias("blocks.{i}.norm1", layer + "ln_1"),
+        *_with_bias("blocks.{i}.norm2", layer + "ln_2"),
+        Rule("blocks.{i}.attn.qkv.weight", layer + "attn.c_attn.weight", Chain(Transpose(), by_head)),
+        Rule("blocks.{i}.attn.qkv.bias", layer + "attn.c_attn.bias", by_head),
+        Rule("blocks.{i}.attn.out.weight", layer + "attn.c_proj.weight", Transpose()),
+        Rule("blocks.{i}.attn.out.bias", layer + "attn.c_proj.bias"),
+        Rule("blocks.{i}.mlp.up.weight", layer + "mlp.c_fc.weight", Transpose()),
+        Rule("blocks.{i}.mlp.up.bias", layer + "mlp.c_fc.bias"),
+        Rule("blocks.{i}.mlp.down.weight", layer + "mlp.c_proj.weight", Transpose()),
+        Rule("blocks.{i}.mlp.down.bias", layer + "mlp.c_proj.bias"),
     ]
     ends = [Rule("embed.weight", "wte.weight"), Rule("positions.weight", "wpe.weight"), *_with_bias("norm", "ln_f")]
     return ends + per_block(block, model.num_layers)
@@ -91,16 +91,16 @@ def _gpt2_rules(model: ModelConfig) -> list[Rule]:
 def _llama_rules(model: ModelConfig) -> list[Rule]:
     size = model.head_size
     by_group = Interleave((model.num_heads // model.kv_heads * size, size, size), model.kv_heads)
-    theirs, attention = "layers.{i}.", "layers.{i}.self_attn."
+    layer, attention = "layers.{i}.", "layers.{i}.self_attn."
     projections = " ".join(attention + name for name in ("q_proj", "k_proj", "v_proj"))
     block = [
-        Rule("blocks.{i}.norm1.weight", theirs + "input_layernorm.weight"),
-        Rule("blocks.{i}.norm2.weight", theirs + "post_attention_layernorm.weight"),
+        Rule("blocks.{i}.norm1.weight", layer + "input_layernorm.weight"),
+        Rule("blocks.{i}.norm2.weight", layer + "post_attention_layernorm.weight"),
         *_with_bias("blocks.{i}.attn.qkv", projections, by_group, bias=model.attention_bias),
         *_with_bias("blocks.{i}.attn.out", attention + "o_proj", bias=model.attention_bias),
-        *_with_bias("blocks.{i}.mlp.gate", theirs + "mlp.gate_proj", bias=model.mlp_bias),
-        *_with_bias("blocks.{i}.mlp.up", theirs + "mlp.up_proj", bias=model.mlp_bias),
-        *_with_bias("blocks.{i}.mlp.down", theirs + "mlp.down_proj", bias=model.mlp_bias),
+        *_with_bias("blocks.{i}.mlp.gate", layer + "mlp.gate_proj", bias=model.mlp_bias),
+        *_with_bias("blocks.{i}.mlp.up", layer + "mlp.up_proj", bias=model.mlp_bias),
+        *_with_bias("blocks.{i}.mlp.down", layer + "mlp.down_proj", bias=model.mlp_bias),
     ]
     ends = [Rule("embed.weight", "embed_tokens.weight"), Rule("norm.weight", "norm.weight")]
     return ends + per_block(block, model.num_layers)

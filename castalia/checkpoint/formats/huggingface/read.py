@@ -135,7 +135,7 @@ def _extras(path: Path, tensors: Mapping[str, TensorRef]) -> tuple[dict[str, Any
     stateful, known = extras.get("optimizer_steps") is not None, extras.get("fingerprint")
     if stateful and not has_weights(path, OPTIMIZER_FILES):
         return extras | {"optimizer_steps": None}, (
-            f"{OPTIMIZER_FILES[0]}, the optimizer state that {BESIDE} tells of, is missing: the weights can be used "
+            f"{OPTIMIZER_FILES[0]}, the optimizer state that {BESIDE} belongs to, is missing: the weights can be used "
             "and trained on, but not resumed"
         )
     if known is not None:

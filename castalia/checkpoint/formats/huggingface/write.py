@@ -67,8 +67,8 @@ def _longest(checkpoint: Checkpoint, model: ModelConfig) -> int:
 
 
 def _named(ours: Mapping[str, TensorRef], family: Family, model: ModelConfig, role: Role) -> dict[str, TensorRef]:
-    theirs = to_theirs(table(family, model), ours, role)
-    return {name if name == family.head else family.prefix + name: refs[0] for name, refs in theirs.items()}
+    tensors = to_theirs(table(family, model), ours, role)
+    return {name if name == family.head else family.prefix + name: refs[0] for name, refs in tensors.items()}
 
 
 def _safetensors(stem: str, tensors: Mapping[str, TensorRef], options: WriteOptions) -> list[OutputFile]:

@@ -59,13 +59,13 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     model, layout, config = architecture(checkpoint), options.layout, checkpoint.config
     assert config is not None
     check(model, layout, options.era, checkpoint.path)
-    dtype, words = weight_dtype(checkpoint), vocabulary(checkpoint, model, layout.tp)
+    dtype, vocab = weight_dtype(checkpoint), vocabulary(checkpoint, model, layout.tp)
     train, batch_note = step_batch(checkpoint, layout)
     source, micro_batches = checkpoint, train.accumulation or 1
     checkpoint = with_micro_batches(checkpoint, micro_batches)  # it always uses DeepSpeed's pipeline engine
-    job = _job(checkpoint, model, words, dtype, layout)
+    job = _job(checkpoint, model, vocab, dtype, layout)
     tokenizer, notes = our_tokenizer(checkpoint)
-    fields = _arguments(checkpoint, config, model, words, dtype, train, layout)
+    fields = _arguments(checkpoint, config, model, vocab, dtype, train, layout)
     fields |= _tokenizer_arguments(written_tokenizer(checkpoint, tokenizer, options.folder))
     arguments = Instance("argparse.Namespace", fields=fields)
     rates, given = _in_samples(checkpoint, config, train), {"zero_optimization": {"stage": layout.zero}}
@@ -77,11 +77,11 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
             "checkpoint_version": VERSION,
             "iteration": checkpoint.progress.step,
             "tokens": checkpoint.progress.tokens,
-            "checkpoint_info": {"padded_vocab_size": words.rows, "original_vocab_size": words.logical},
+            "checkpoint_info": {"padded_vocab_size": vocab.rows, "original_vocab_size": vocab.logical},
         }
         outputs.append(pt_output(f"mp_rank_{number:02d}_model_states.pt", state))
         outputs += job.optimizer_files(number, groups, {key: state[key] for key in ("ds_config", "ds_version")})
-    own_notes = (batch_note, rows_note(checkpoint, words), micro_batches_note(source, micro_batches), RANDOM)
+    own_notes = (batch_note, rows_note(checkpoint, vocab), micro_batches_note(source, micro_batches), RANDOM)
     return Plan(tuple(outputs), (*notes, *filter(None, own_notes)))
 
 
@@ -108,16 +108,16 @@ def check(model: ModelConfig, layout: TargetLayout, era: str, path: str) -> None
 
 
 def _job(
-    checkpoint: Checkpoint, model: ModelConfig, words: Vocabulary, dtype: torch.dtype, layout: TargetLayout
+    checkpoint: Checkpoint, model: ModelConfig, vocab: Vocabulary, dtype: torch.dtype, layout: TargetLayout
 ) -> DeepSpeedFolder:
     config, state, tp = checkpoint.config, checkpoint.optimizer, layout.tp
     assert config is not None
     rules = table(MEGATRON, model, tp, megatron_qkv(model, tp, VERSION))
     kind = kind_of(dtype, layout.zero, "head") if state else None
     tensors: dict[Role, Mapping[str, Sequence[TensorRef]]]
-    tensors = {"weight": to_theirs(rules, padded(weights_of(checkpoint, kind), words.rows))}
+    tensors = {"weight": to_theirs(rules, padded(weights_of(checkpoint, kind), vocab.rows))}
     for role in STATE_ROLES if state else ():
-        tensors[role] = to_theirs(rules, padded(state_of(checkpoint, role), words.rows), role)
+        tensors[role] = to_theirs(rules, padded(state_of(checkpoint, role), vocab.rows), role)
     rates, optimizer = schedule(checkpoint, config), config.optimizer
     common = {
         "lr": next_rate(rates) if rates else optimizer.lr,
@@ -182,7 +182,7 @@ def _arguments(
     checkpoint: Checkpoint,
     config: RunConfig,
     model: ModelConfig,
-    words: Vocabulary,
+    vocab: Vocabulary,
     dtype: torch.dtype,
     train: TrainConfig,
     layout: TargetLayout,
@@ -198,8 +198,8 @@ def _arguments(
         "num_attention_heads": model.num_heads,
         "kv_channels": model.head_size,
         "max_position_embeddings": model.max_positions or config.data.seq_length,
-        "make_vocab_size_divisible_by": words.multiple,
-        "padded_vocab_size": words.rows,
+        "make_vocab_size_divisible_by": vocab.multiple,
+        "padded_vocab_size": vocab.rows,
         "layernorm_epsilon": model.norm_eps,
         "apply_residual_connection_post_layernorm": False,
         "embed_layernorm": False,

@@ -39,8 +39,8 @@ class CheckpointSaver:
     """Saves the checkpoints of one run, which locks their folder. `save` copies and returns; a thread writes.
 
     Errors of the thread are raised by the next `save`, `join` or `close`. With several ranks each writes its own part
-    and the first writes the manifest. Ranks wait for each other through files in the folder, so that no collective of
-    theirs gets between those of training. The first rank's saver must exist before the others save.
+    and the first writes the manifest. Ranks wait for each other through files in the folder, so that saving needs no
+    collectives, which could get between those of training. The first rank's saver must exist before the others save.
     """
 
     def __init__(

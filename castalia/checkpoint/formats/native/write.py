@@ -29,8 +29,8 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     }
     moments: dict[str, TensorRef] = {
         f"{name}.{kind}": ref
-        for name, each in state.items()
-        for kind, ref in state_tensors(each).items()
+        for name, entry in state.items()
+        for kind, ref in state_tensors(entry).items()
         if kind != "master"
     }
     parts = [
@@ -46,7 +46,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     about |= {
         "optimizer_steps": None
         if checkpoint.optimizer is None
-        else {name: each["step"] for name, each in state.items()},
+        else {name: entry["step"] for name, entry in state.items()},
         "rounded_weights": {name: DTYPE_CODES[checkpoint.model[name].dtype_name] for name in sorted(rounded)},
         **checkpoint.inherited,
     }

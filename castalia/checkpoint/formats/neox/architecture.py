@@ -43,7 +43,7 @@ def observed(held: RankTensors, names: Names, folder: Folder, config: ModelConfi
         f"{first}.{names.down}.weight",
     ):
         if name not in held:
-            raise CheckpointError(f"{path}: {name} is missing: this is no model of this family, or files are mixed")
+            raise CheckpointError(f"{path}: {name} is missing: this is not a model of this family, or files are mixed")
         if len(held[name][0].shape) != 2:
             raise CheckpointError(f"{path}: {name} has shape {list(held[name][0].shape)}, where a matrix is expected")
     embedding = held[f"{names.embedding}.word_embeddings.weight"]
@@ -119,7 +119,7 @@ def compare(
             + "\nName the right one with --config, or move the wrong one out of the folder"
         )
     if lines:
-        lines.append(f"what tensors do not tell is taken from {source} all the same, and may be wrong")
+        lines.append(f"what tensors do not show is still taken from {source}, and may be wrong")
     return tuple(lines)
 
 

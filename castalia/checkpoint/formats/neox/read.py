@@ -188,7 +188,7 @@ def _place_epsilon(
     inside = hint == "inside" if hint else _is_recent(folder, era)
     place = "inside" if inside else "outside"
     note = f"RMSNorm's epsilon is taken to stand {place} the root, judging by DeepSpeed {folder.version}: the files do "
-    note += f"not tell; --rms-eps {'outside' if inside else 'inside'} reads it the other way"
+    note += f"not say; --rms-eps {'outside' if inside else 'inside'} reads it the other way"
     return model.with_({"rms_eps_inside": inside}), "" if hint else note
 
 
@@ -198,7 +198,7 @@ def _rows(folder: Folder, era: str, model: ModelConfig, hint: GqaRows | None) ->
         return "new", ""
     rows: GqaRows = hint or ("new" if _is_recent(folder, era) else "old")
     note = f"grouped queries are taken to be in the {rows} row order, judging by DeepSpeed {folder.version}: the files "
-    note += f"do not tell; --gqa-rows {'old' if rows == 'new' else 'new'} reads them the other way"
+    note += f"do not say; --gqa-rows {'old' if rows == 'new' else 'new'} reads them the other way"
     return rows, "" if hint else note
 
 

@@ -156,7 +156,7 @@ def _group_settings(checkpoint: Checkpoint, target: NeoXTarget, era: str) -> lis
         "step": 0,
     }
     if era == "v1" and checkpoint.optimizer:  # the first release continues with this step
-        common["step"] = max(each["step"] for each in checkpoint.optimizer.values())
+        common["step"] = max(state["step"] for state in checkpoint.optimizer.values())
     groups = [{"name": "no_weight_decay_params", "weight_decay": 0.0, **common}]
     if optimizer.weight_decay:
         groups.insert(0, {"name": "weight_decay_params", "weight_decay": optimizer.weight_decay, **common})

@@ -126,7 +126,7 @@ def _refuse(path: Path, config: Mapping[str, Any]) -> None:
         reasons = [f"peft_type={kind!r}"]
     if reasons:
         raise CheckpointError(
-            f"{path / CONFIG}: {' and '.join(reasons)} cannot be held here, only plain LoRA; merge it with PEFT "
+            f"{path / CONFIG}: {' and '.join(reasons)} cannot be read, only plain LoRA; merge it with PEFT "
             "(merge_and_unload) and open the model that this gives"
         )
 
@@ -224,7 +224,7 @@ def _modules(
     for name, ref in stored.items():
         matched = KEY.fullmatch(name)
         if matched is None:
-            raise CheckpointError(f"{path}: {name} is no matrix of a LoRA adapter, so it cannot be held here")
+            raise CheckpointError(f"{path}: {name} is not a matrix of a LoRA adapter, so this adapter cannot be read")
         sides.setdefault(matched["module"], {})[matched["side"]] = ref.read().float()
     places = {module for matrix in known for module in matrix.modules}
     columns = {module: matrix.shape[1] for matrix in known for module in matrix.modules}
