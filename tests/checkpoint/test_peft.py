@@ -188,7 +188,7 @@ def changed(source: Path, target: Path, **settings: object) -> Path:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"use_dora": True}, "use_dora=True .DoRA's magnitudes. cannot be held here"),
+        ({"use_dora": True}, "use_dora=True .DoRA's magnitudes. cannot be read"),
         ({"peft_type": "IA3"}, "peft_type='IA3' cannot be held"),
         ({"bias": "all"}, "bias='all'"),
         ({"init_lora_weights": "pissa"}, "changed the model's own weights"),

@@ -93,7 +93,7 @@ def test_truncated_files_say_so(zipped, tmp_path):
     short = tmp_path / "short.pt"
     for end in [0, 1, 10, 100, 1000, len(data) // 2, len(data) - 1]:
         short.write_bytes(data[:end])
-        with pytest.raises(CheckpointError, match=r"truncated|damaged|empty|no file of torch"):
+        with pytest.raises(CheckpointError, match=r"truncated|damaged|empty|not written by torch"):
             open_pt(short)
 
 
@@ -202,7 +202,7 @@ def test_other_files_are_named_for_what_they_are(tmp_path):
     for data, message in [
         (b"", "empty"),
         (b"version https://git-lfs.github.com/spec/v1\n", "LFS"),
-        (b"hello", "no file of torch.save"),
+        (b"hello", "not written by torch.save"),
     ]:
         path.write_bytes(data)
         with pytest.raises(CheckpointError, match=message):
