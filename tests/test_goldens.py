@@ -114,7 +114,9 @@ def test_plans(golden: Goldens, gpus: str | None) -> None:
         words = ["train.batch_size=96", "data.path=corpus", "train.steps=1000"]
         if load_config(name).model.vocab_size is None:
             words.append("model.vocab_size=50257")
-        golden.check("plans", f"{name} {gpus}", numbers(report(load_config(name, words), RunFacts(), hardware)))
+        golden.check(
+            "plans", f"{name} {gpus}", numbers(report(load_config(name, words), RunFacts(), hardware).as_json())
+        )
 
 
 def numbers(plan: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from castalia.strict_json import to_json
 
 if TYPE_CHECKING:
     from castalia.config.schema import RunConfig
+    from castalia.plan.plan_parts import RunPlan
     from castalia.plan.run_plan import Hardware
     from castalia.plan.suggest import Verdict
 
@@ -62,22 +63,23 @@ def command(
     if hardware:
         known = replace(known, device="cpu" if hardware.device.name == "cpu" else "cuda")
     result = report(config, known, hardware)
-    result["assumed"] = assumed + result["assumed"]
-    result["warnings"] = [*config.notes, *result["warnings"]]
-    if hardware and "memory" in result and (suggest or not result["memory"]["fits"]):
-        result["suggestions"] = suggestions(config, result, hardware, all_of_them=suggest)
+    result.assumed = assumed + result.assumed
+    result.warnings = [*config.notes, *result.warnings]
+    suggested = None
+    if hardware and result.sized and (suggest or not result.sized.memory.fits):
+        suggested = suggestions(config, result, hardware, all_of_them=suggest)
     if as_json:
-        print(to_json(result, indent=1))
+        print(to_json(result.as_json() | ({"suggestions": suggested} if suggested else {}), indent=1))
     else:
         print_report(result)
-        if "suggestions" in result:
-            print_suggestions(result["suggestions"])
+        if suggested:
+            print_suggestions(suggested)
     if plot:
-        if "memory" not in result:
-            raise ConfigError(f"--plot {plot}: there is no memory to show; {result['unknown'][0]}")
+        if result.sized is None:
+            raise ConfigError(f"--plot {plot}: there is no memory to show; {result.unknown[0]}")
         from castalia.plan.memory_plot import plot_memory
 
-        plot_memory(result, plot)
+        plot_memory(result.layout, result.sized, plot)
         print(f"wrote {plot}", file=sys.stderr)
 
 
@@ -105,18 +107,16 @@ def tokenizer_size(config: RunConfig) -> tuple[int | None, str]:
     return None, ""
 
 
-def suggestions(config: RunConfig, result: dict, hardware: Hardware, *, all_of_them: bool) -> dict:
+def suggestions(config: RunConfig, result: RunPlan, hardware: Hardware, *, all_of_them: bool) -> dict:
     """The best layouts, or those that fit nearest to the config's own; JSON-ready."""
-    from castalia.plan.layout import Layout
     from castalia.plan.run_plan import default_compute, job_of
     from castalia.plan.suggest import enough, losers, nearest, suggest
 
-    layout = {name: value for name, value in result["layout"].items() if name != "gpus"}
-    batch = result["training"]["sequences_per_step"]
+    batch = result.training.sequences_per_step
     if config.train.batch_size is None and batch % hardware.gpus:
         batch = -(-batch // hardware.gpus) * hardware.gpus
     job = job_of(config, hardware, batch, default_compute(config, hardware))
-    ranked = suggest(job) if all_of_them else nearest(job, Layout(**layout))
+    ranked = suggest(job) if all_of_them else nearest(job, result.layout)
     fitting = [verdict for verdict in ranked if verdict.fits]
     return {
         "layouts_tried": len(ranked) if all_of_them else None,

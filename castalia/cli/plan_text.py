@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from castalia.cli.render import print_table
+from castalia.plan.layout import Layout
+from castalia.plan.plan_parts import KvCache, MemoryPlan, RunPlan, SizedPlan
 from castalia.plan.run_description import GiB, describe_training, gib
 
 CATEGORIES = ("masters", "moments", "gradients", "compute_copies", "activations", "logits", "buffers")
 
 
-def print_report(plan: dict) -> None:
+def print_report(plan: RunPlan) -> None:
+    """Print the facts of a plan, its memory and what is assumed, unknown or surprising."""
     _facts(plan)
-    if "memory" in plan:
-        _memory(plan)
-    for title, lines in (("assumed", plan["assumed"]), ("not known", plan["unknown"]), ("warning", plan["warnings"])):
+    if plan.sized:
+        _memory(plan.layout, plan.sized.memory)
+    for title, lines in (("assumed", plan.assumed), ("not known", plan.unknown), ("warning", plan.warnings)):
         for line in lines:
             print(f"{title}: {line}")
 
@@ -39,71 +42,71 @@ def print_suggestions(found: dict) -> None:
         print_table("the best with one setting changed", ["change", "what happens"], rows)
 
 
-def _facts(plan: dict) -> None:
-    model, parameters = plan["model"], plan["parameters"]
+def _facts(plan: RunPlan) -> None:
+    model, sized = plan.model, plan.sized
     rows = [
-        ["model", f"{model['layers']} layers x {model['hidden_size']}, {model['heads']} heads"],
-        ["hidden size / layers", f"{model['hidden_per_layer']:.0f}"],
+        ["model", f"{model.layers} layers x {model.hidden_size}, {model.heads} heads"],
+        ["hidden size / layers", f"{model.hidden_per_layer:.0f}"],
     ]
-    if model["padded_vocab_size"]:
-        rows.append(["vocabulary", f"{model['vocab_size']:,}, padded to {model['padded_vocab_size']:,}"])
-    if parameters["total"]:
-        rows.append(["parameters", f"{parameters['total']:,}"])
-    rows.append(["  without embeddings", f"{parameters['non_embedding']:,}"])
-    if parameters["total"]:
-        if parameters["trained"] != parameters["total"]:
-            rows.append(["  that train", f"{parameters['trained']:,}"])
-        rows.append(["  as GPT-NeoX counts", f"{parameters['as_neox_counts']:,}"])
-        kinds = sorted(parameters["by_kind"].items(), key=lambda item: -item[1])
-        rows += [[f"  {name}", f"{size:,}"] for name, size in kinds if size * 200 >= parameters["total"]]
-        rows += _costs(plan)
-    rows += [list(row) for row in describe_training(plan["training"])]
+    if model.padded_vocab_size:
+        rows.append(["vocabulary", f"{model.vocab_size:,}, padded to {model.padded_vocab_size:,}"])
+    if sized:
+        rows.append(["parameters", f"{sized.total:,}"])
+    rows.append(["  without embeddings", f"{plan.non_embedding:,}"])
+    if sized:
+        if sized.trained != sized.total:
+            rows.append(["  that train", f"{sized.trained:,}"])
+        rows.append(["  as GPT-NeoX counts", f"{sized.neox_total:,}"])
+        kinds = sorted(sized.by_kind.items(), key=lambda item: -item[1])
+        rows += [[f"  {name}", f"{size:,}"] for name, size in kinds if size * 200 >= sized.total]
+        rows += _costs(sized, plan.kv_cache)
+    rows += [list(row) for row in describe_training(plan.training)]
     print_table("plan", ["", ""], rows)
 
 
-def _costs(plan: dict) -> Iterable[list[str]]:
-    files, flops, cache, time = plan["checkpoint"], plan["flops"], plan["kv_cache"], plan["time"]
+def _costs(sized: SizedPlan, cache: KvCache) -> Iterable[list[str]]:
+    files, flops, time = sized.checkpoint, sized.flops, sized.time
     yield ["checkpoint", f"{gib(files['full'])} full, {gib(files['weights'])} weights alone"]
     yield ["  GPT-NeoX's", f"{gib(files['original_full'])} full, {gib(files['original_slim'])} slim"]
-    yield ["operations per token", f"{flops['per_token']:.4g} (GPT-NeoX's formula: {flops['original_per_token']:.4g})"]
-    yield ["KV cache", f"{cache['bytes_per_token']:,} bytes a token, {gib(cache['bytes_per_sequence'])} a sequence"]
-    host, drawn = plan["host_memory"], plan["initial_values"]
-    offloaded = f", and {gib(host['offloaded'])} of parameters, gradients and moments" if host["offloaded"] else ""
-    machine = f"at most, on a machine with {host['ranks']} of the ranks" if host["ranks"] > 1 else "on this machine"
-    yield ["host memory", f"{gib(host['save'])} for the copies of a save{offloaded} {machine}"]
+    yield ["operations per token", f"{flops.per_token:.4g} (GPT-NeoX's formula: {flops.original_per_token:.4g})"]
+    yield ["KV cache", f"{cache.bytes_per_token:,} bytes a token, {gib(cache.bytes_per_sequence)} a sequence"]
+    host, drawn = sized.host_memory, sized.initial_values
+    offloaded = f", and {gib(host.offloaded)} of parameters, gradients and moments" if host.offloaded else ""
+    machine = f"at most, on a machine with {host.ranks} of the ranks" if host.ranks > 1 else "on this machine"
+    yield ["host memory", f"{gib(host.save)} for the copies of a save{offloaded} {machine}"]
     if drawn:
-        cores = f"{drawn['cores']} cores for each rank" if drawn["cores"] > 1 else "one core"
-        yield ["initial values", f"{seconds(drawn['seconds'])} on {cores}"]
+        cores = f"{drawn.cores} cores for each rank" if drawn.cores > 1 else "one core"
+        yield ["initial values", f"{seconds(drawn.seconds)} on {cores}"]
     if time:
         yield [
             "speed",
-            f"{time['tokens_per_second']:,.0f} tokens/s, {time['mfu']:.0%} of the devices' peak ({time['device']})",
+            f"{time.tokens_per_second:,.0f} tokens/s, {time.mfu:.0%} of the devices' peak ({time.device})",
         ]
-        whole = f", {seconds(time['seconds'])} in all" if time["seconds"] else ""
-        yield ["time", f"{seconds(time['seconds_per_step'])} a step{whole}"]
+        whole = f", {seconds(time.seconds)} in all" if time.seconds else ""
+        yield ["time", f"{seconds(time.seconds_per_step)} a step{whole}"]
 
 
-def _memory(plan: dict) -> None:
-    memory, layout = plan["memory"], plan["layout"]
+def _memory(layout: Layout, memory: MemoryPlan) -> None:
     shape = (
-        " x ".join(f"{name} {layout[name]}" for name in ("tp", "pp", "cp", "dp") if layout[name] > 1) or "one device"
+        " x ".join(f"{name} {getattr(layout, name)}" for name in ("tp", "pp", "cp", "dp") if getattr(layout, name) > 1)
+        or "one device"
     )
-    name, unit = ("GiB", GiB) if memory["largest"] >= 0.1 * GiB else ("MiB", 2**20)
+    name, unit = ("GiB", GiB) if memory.largest >= 0.1 * GiB else ("MiB", 2**20)
     title = (
-        f"{name} on each rank ({shape}, zero {layout['zero']}, micro-batch {layout['micro_batch']} x "
-        f"{layout['accumulation']}, recompute {layout['recompute']})"
+        f"{name} on each rank ({shape}, zero {layout.zero}, micro-batch {layout.micro_batch} x "
+        f"{layout.accumulation}, recompute {layout.recompute})"
     )
     header = ["stage", "layers", "ranks", *(name.replace("_", " ") for name in CATEGORIES), "total"]
     rows = []
-    for stage in plan["memory"]["stages"]:
-        sizes = [f"{stage[category] / unit:.2f}" for category in (*CATEGORIES, "total")]
-        rows.append([str(stage["stage"]), str(stage["layers"]), str(stage["ranks"]), *sizes])
+    for stage in memory.stages:
+        sizes = [f"{getattr(stage.memory, category) / unit:.2f}" for category in (*CATEGORIES, "total")]
+        rows.append([str(stage.stage), str(stage.layers), str(stage.ranks), *sizes])
     print_table(title, header, rows)
-    others = ", ".join(f"{policy} {gib(size)}" for policy, size in memory["by_recompute"].items())
+    others = ", ".join(f"{policy} {gib(size)}" for policy, size in memory.by_recompute.items())
     print(f"with recompute: {others}")
-    if memory["fits"] is not None:
-        verdict = "fits" if memory["fits"] else "does not fit"
-        print(f"{verdict}: {gib(memory['largest'])} needed, {gib(memory['usable'])} usable on each device")
+    if memory.fits is not None and memory.usable is not None:
+        verdict = "fits" if memory.fits else "does not fit"
+        print(f"{verdict}: {gib(memory.largest)} needed, {gib(memory.usable)} usable on each device")
 
 
 def seconds(value: float) -> str:

@@ -8,42 +8,43 @@ from castalia.config.attention_kernels import AMPERE, Capability, KernelChoice, 
 from castalia.config.neox.clipping import effective_clip_norm
 from castalia.config.schema import RunConfig
 from castalia.plan.devices import auto_precision
+from castalia.plan.plan_parts import TrainingPlan
 
 GiB = 2**30
 MANY_EPOCHS = 4  # further repetitions of the data teach little (2305.16264)
 
 
-def describe_training(training: dict) -> Iterator[tuple[str, str]]:
+def describe_training(training: TrainingPlan) -> Iterator[tuple[str, str]]:
     """The `training` part of a plan as rows of a name and a text."""
-    split = f"micro-batch {training['micro_batch']} x accumulation {training['accumulation']}"
-    if training["data_ranks"] > 1:
-        split += f" x {training['data_ranks']} data ranks"
-    size = f"{training['sequences_per_step']:,} {training['samples']} x {training['seq_length']}"
-    yield "batch", f"{size} = {training['tokens_per_step']:,} tokens a step ({split})"
-    for what, (start, whole, steps) in training["rising"].items():
+    split = f"micro-batch {training.micro_batch} x accumulation {training.accumulation}"
+    if training.data_ranks > 1:
+        split += f" x {training.data_ranks} data ranks"
+    size = f"{training.sequences_per_step:,} {training.samples} x {training.seq_length}"
+    yield "batch", f"{size} = {training.tokens_per_step:,} tokens a step ({split})"
+    for what, (start, whole, steps) in training.rising.items():
         yield "rising", f"from {start:,} {what} to {whole:,} in about {steps:,} steps"
-    if training["steps"]:
-        yield "the run", f"{training['steps']:,} steps, {training['tokens']:,} tokens"
-    for path, epochs in training["epochs"].items():
+    if training.steps:
+        yield "the run", f"{training.steps:,} steps, {training.tokens:,} tokens"
+    for path, epochs in training.epochs.items():
         yield "epochs", f"{epochs:.2f} of {path}" + (f": more than {MANY_EPOCHS}" if epochs > MANY_EPOCHS else "")
-    if training["first_lr"] is not None and training["last_lr"] is not None:
-        style = "" if training["style"] == "constant" else f" until step {training['decay_end']:,}"
+    if training.first_lr is not None and training.last_lr is not None:
+        style = "" if training.style == "constant" else f" until step {training.decay_end:,}"
         yield (
             "learning rate",
-            f"{training['first_lr']:.3g} first, {training['last_lr']:.3g} last, {training['peak_lr']:.3g} at most; "
-            f"{training['style']}{style}",
+            f"{training.first_lr:.3g} first, {training.last_lr:.3g} last, {training.peak_lr:.3g} at most; "
+            f"{training.style}{style}",
         )
-    if training["warmup_steps"]:
-        yield "warm-up", f"{training['warmup_steps']:,g} steps, {training['warmup_tokens']:,.0f} tokens"
-    elif training["warmup_steps"] is not None:
+    if training.warmup_steps:
+        yield "warm-up", f"{training.warmup_steps:,g} steps, {training.warmup_tokens:,.0f} tokens"
+    elif training.warmup_steps is not None:
         yield "warm-up", "none"
     for name in ("clipping", "precision", "attention", "determinism", "logged", "evaluated", "saved"):
-        yield name, training[name]
-    if training["checkpoints_bytes"] is not None:
-        free = "" if training["free_bytes"] is None else f"; {gib(training['free_bytes'])} are free there"
-        yield "disk", f"{training['checkpoints_kept']:,} checkpoints take {gib(training['checkpoints_bytes'])}{free}"
-    if training["random_loss"]:
-        yield "random loss", f"{training['random_loss']:.2f}: ln(vocabulary), what a model has that knows nothing"
+        yield name, getattr(training, name)
+    if training.checkpoints_bytes is not None:
+        free = "" if training.free_bytes is None else f"; {gib(training.free_bytes)} are free there"
+        yield "disk", f"{training.checkpoints_kept:,} checkpoints take {gib(training.checkpoints_bytes)}{free}"
+    if training.random_loss:
+        yield "random loss", f"{training.random_loss:.2f}: ln(vocabulary), what a model has that knows nothing"
 
 
 def clipping(config: RunConfig) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from math import log, prod
 from typing import Protocol
 
@@ -19,6 +19,17 @@ from castalia.plan.flops import executed_flops, kv_cache_bytes, original_flops, 
 from castalia.plan.host import host_memory, initial_values
 from castalia.plan.layout import Layout, problem, rank_parts
 from castalia.plan.memory import Compute, checkpoint_bytes, compute_of, memory_by_stage, moments_of
+from castalia.plan.plan_parts import (
+    FlopsPlan,
+    KvCache,
+    MemoryPlan,
+    ModelShape,
+    RunPlan,
+    SizedPlan,
+    StageMemory,
+    TimePlan,
+    TrainingPlan,
+)
 from castalia.plan.run_description import (
     MANY_EPOCHS,
     attention,
@@ -89,8 +100,8 @@ class Hardware:
 
 def report(
     config: RunConfig, known: RunFacts, hardware: Hardware | None = None, compute: Compute | None = None
-) -> dict:
-    """The plan as JSON-ready values: everything that follows from the config, the facts and the devices.
+) -> RunPlan:
+    """Everything that follows from the config, the facts and the devices.
 
     Raises ConfigError if the config describes no model, or one that the layout cannot divide.
     """
@@ -100,25 +111,22 @@ def report(
         known = replace(known, device=compute.device, capability=compute.capability)
     config, indivisible = divisible(config, hardware.gpus if hardware else None)
     layout, assumed = layout_of(config, hardware.gpus if hardware else None)
-    result: dict = {
-        "model": _architecture(model),
-        "parameters": {"total": None, "non_embedding": non_embedding(model)},
-        "layout": asdict(layout) | {"gpus": layout.gpus},
-        "training": training(config, known, layout),
-        "kv_cache": _kv_cache(model, config.data.seq_length, compute),
-        "warnings": [*indivisible, *warnings(config, known, layout)],
-        "assumed": assumed,
-        "unknown": [],
-    }
+    plan = RunPlan(
+        model=_architecture(model),
+        non_embedding=non_embedding(model),
+        layout=layout,
+        training=training(config, known, layout),
+        kv_cache=_kv_cache(model, config.data.seq_length, compute),
+        warnings=[*indivisible, *warnings(config, known, layout)],
+        assumed=assumed,
+    )
     if config.precision.compute == "auto":
         assumed.append("precision.compute=auto: bf16; GPUs older than Ampere take fp32, name them (--gpus)")
     if wanted == "auto" and hardware and config.precision.compute == "fp32":
         assumed.append(_without_bf16(hardware.device))
     if model.vocab_size is None:
-        result["unknown"].append(
-            "the vocabulary, so no totals, memory or times: give --vocab-size N or a tokenizer's file"
-        )
-        return result
+        plan.unknown.append("the vocabulary, so no totals, memory or times: give --vocab-size N or a tokenizer's file")
+        return plan
     if reason := problem(model, layout):
         raise ConfigError(
             f"{reason}; choose another layout, `castalia plan CONFIG --gpus NUMBERxDEVICE --suggest` lists them"
@@ -126,22 +134,25 @@ def report(
     length, parameters = config.data.seq_length, count(model)
     original = original_count(model, layout.tp, layout.pp)
     sizes = {name: prod(shape) for name, shape in all_shapes(model, config.finetune).items()}
-    trained = sum(size for name, size in sizes.items() if config.finetune.trains(name))
-    result["parameters"] = asdict(parameters) | {"as_neox_counts": original, "trained": trained}
-    result["memory"] = _memory(model, layout, length, compute, hardware)
-    host, drawn = host_memory(config, model, layout, compute), initial_values(config, model, layout, compute)
-    result["host_memory"] = asdict(host) | {"total": host.total}
-    result["initial_values"] = drawn and asdict(drawn) | {"seconds": drawn.seconds}
     moments = compute.moments.of(model, config.finetune)
-    result["checkpoint"] = checkpoint_bytes(sum(sizes.values()), moments, original, not compute.casts)
-    result["flops"] = {
-        "per_token": training_flops(model, length),
-        "executed_per_token": executed_flops(model, length, layout.recompute),
-        "original_per_token": original_flops(model, length),
-    }
-    result["time"] = _time(result, job_of(config, hardware, layout.batch, compute), layout) if hardware else None
-    result["unknown"] += _unknown(result, known, hardware)
-    return result
+    plan.sized = SizedPlan(
+        total=parameters.total,
+        by_kind=parameters.by_kind,
+        neox_total=original,
+        trained=sum(size for name, size in sizes.items() if config.finetune.trains(name)),
+        memory=_memory(model, layout, length, compute, hardware),
+        host_memory=host_memory(config, model, layout, compute),
+        initial_values=initial_values(config, model, layout, compute),
+        checkpoint=checkpoint_bytes(sum(sizes.values()), moments, original, not compute.casts),
+        flops=FlopsPlan(
+            per_token=training_flops(model, length),
+            executed_per_token=executed_flops(model, length, layout.recompute),
+            original_per_token=original_flops(model, length),
+        ),
+        time=_time(plan.training, job_of(config, hardware, layout.batch, compute), layout) if hardware else None,
+    )
+    plan.unknown += _unknown(plan, known, hardware)
+    return plan
 
 
 def described(config: RunConfig) -> ModelConfig:
@@ -237,23 +248,23 @@ def _implied_data_ranks(config: RunConfig) -> int:
     return 1
 
 
-def training(config: RunConfig, known: RunFacts, layout: Layout) -> dict:
+def training(config: RunConfig, known: RunFacts, layout: Layout) -> TrainingPlan:
     """The run in figures: batch, tokens, epochs, schedule, checkpoints. None for what is unknown."""
     paired = config.train.objective in PAIRED
     one_side = layout.batch * config.data.seq_length
     tokens_per_step = 2 * one_side if paired else one_side
     steps = run_steps(config, known, layout)
     end, warmup = decay(config, known, steps)
-    return {
-        "sequences_per_step": layout.batch,  # or pairs, by "samples"
-        "samples": "pairs x 2" if paired else "sequences",
-        "micro_batch": layout.micro_batch,
-        "accumulation": layout.accumulation,
-        "data_ranks": layout.dp,
-        "seq_length": config.data.seq_length,
-        "tokens_per_step": tokens_per_step,
-        "steps": steps,
-        "rising": {
+    return TrainingPlan(
+        sequences_per_step=layout.batch,  # or pairs, by "samples"
+        samples="pairs x 2" if paired else "sequences",
+        micro_batch=layout.micro_batch,
+        accumulation=layout.accumulation,
+        data_ranks=layout.dp,
+        seq_length=config.data.seq_length,
+        tokens_per_step=tokens_per_step,
+        steps=steps,
+        rising={
             name: (warmup.start, whole, warmup.steps)
             for name, warmup, whole in (
                 ("sequences", config.train.batch_size_warmup, layout.batch),
@@ -261,27 +272,27 @@ def training(config: RunConfig, known: RunFacts, layout: Layout) -> dict:
             )
             if warmup
         },
-        "tokens": int(_tokens(config, tokens_per_step, steps)) if steps else None,
-        "epochs": {corpus.path: epochs for corpus, epochs in _epochs(config, known, steps, layout.batch)},
-        "first_lr": known.rate(0) if known.rate else None,
-        "peak_lr": known.rate.peak if known.rate else config.optimizer.lr,
-        "last_lr": known.rate(steps - 1) if known.rate and steps else None,
-        "style": known.rate.style if known.rate else config.schedule.style,
-        "decay_end": end,
-        "warmup_steps": warmup,
-        "warmup_tokens": _tokens(config, tokens_per_step, warmup) if warmup is not None else None,
-        "clipping": clipping(config),
-        "precision": precision(config, known.device),
-        "attention": attention(config, known.device, known.capability),
-        "determinism": determinism(config, known.device),
-        "logged": logging(config),
-        "evaluated": evaluation(config),
-        "saved": saves(config),
-        "checkpoints_kept": known.kept_checkpoints,
-        "checkpoints_bytes": _run_bytes(config, known),
-        "free_bytes": known.free_bytes,
-        "random_loss": _random_loss(config),
-    }
+        tokens=int(_tokens(config, tokens_per_step, steps)) if steps else None,
+        epochs={corpus.path: epochs for corpus, epochs in _epochs(config, known, steps, layout.batch)},
+        first_lr=known.rate(0) if known.rate else None,
+        peak_lr=known.rate.peak if known.rate else config.optimizer.lr,
+        last_lr=known.rate(steps - 1) if known.rate and steps else None,
+        style=known.rate.style if known.rate else config.schedule.style,
+        decay_end=end,
+        warmup_steps=warmup,
+        warmup_tokens=_tokens(config, tokens_per_step, warmup) if warmup is not None else None,
+        clipping=clipping(config),
+        precision=precision(config, known.device),
+        attention=attention(config, known.device, known.capability),
+        determinism=determinism(config, known.device),
+        logged=logging(config),
+        evaluated=evaluation(config),
+        saved=saves(config),
+        checkpoints_kept=known.kept_checkpoints,
+        checkpoints_bytes=_run_bytes(config, known),
+        free_bytes=known.free_bytes,
+        random_loss=_random_loss(config),
+    )
 
 
 def _tokens(config: RunConfig, tokens_per_step: int, steps: float) -> float:
@@ -386,44 +397,42 @@ def _corpus_warnings(config: RunConfig, corpus: CorpusFacts) -> list[str]:
     return texts
 
 
-def _architecture(model: ModelConfig) -> dict:
-    return {
-        "layers": model.num_layers,
-        "hidden_size": model.hidden_size,
-        "heads": model.num_heads,
-        "kv_heads": model.kv_heads,
-        "mlp_width": model.mlp_width,
-        "vocab_size": model.vocab_size,
-        "padded_vocab_size": model.padded_vocab_size if model.vocab_size else None,
-        "hidden_per_layer": model.hidden_size / model.num_layers,
-    }
+def _architecture(model: ModelConfig) -> ModelShape:
+    return ModelShape(
+        layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        heads=model.num_heads,
+        kv_heads=model.kv_heads,
+        mlp_width=model.mlp_width,
+        vocab_size=model.vocab_size,
+        padded_vocab_size=model.padded_vocab_size if model.vocab_size else None,
+        hidden_per_layer=model.hidden_size / model.num_layers,
+    )
 
 
-def _memory(model: ModelConfig, layout: Layout, length: int, compute: Compute, hardware: Hardware | None) -> dict:
+def _memory(model: ModelConfig, layout: Layout, length: int, compute: Compute, hardware: Hardware | None) -> MemoryPlan:
     memories = memory_by_stage(model, layout, length, compute)
-    policies = {}
+    policies: dict[str, int] = {}
     for policy in ("none", "selective", "full"):
         other = memory_by_stage(model, replace(layout, recompute=policy), length, compute)
         policies[policy] = max(memory.total for memory in other)
     largest = max(memory.total for memory in memories)
     usable = hardware.device.usable_bytes(layout.communicators) if hardware else None
-    return {
-        "stages": [
-            {"stage": stage.index, "layers": stage.layers, "ranks": layout.gpus // layout.pp}
-            | asdict(memory)
-            | {"total": memory.total}
+    return MemoryPlan(
+        stages=[
+            StageMemory(stage.index, stage.layers, layout.gpus // layout.pp, memory)
             for stage, memory in zip(rank_parts(model, layout, length), memories, strict=True)
         ],
-        "largest": largest,
-        "by_recompute": policies,
-        "usable": usable,
-        "fits": largest <= usable if usable is not None else None,
-    }
+        largest=largest,
+        by_recompute=policies,
+        usable=usable,
+        fits=largest <= usable if usable is not None else None,
+    )
 
 
-def _kv_cache(model: ModelConfig, length: int, compute: Compute) -> dict:
+def _kv_cache(model: ModelConfig, length: int, compute: Compute) -> KvCache:
     per_token = kv_cache_bytes(model, compute.element_bytes)
-    return {"bytes_per_token": per_token, "bytes_per_sequence": per_token * (model.max_positions or length)}
+    return KvCache(per_token, per_token * (model.max_positions or length))
 
 
 def job_of(config: RunConfig, hardware: Hardware, batch: int, compute: Compute) -> PlanRequest:
@@ -432,23 +441,22 @@ def job_of(config: RunConfig, hardware: Hardware, batch: int, compute: Compute) 
     return PlanRequest(model, length, batch, hardware.gpus, hardware.device, compute, hardware.mfu)
 
 
-def _time(result: dict, job: PlanRequest, layout: Layout) -> dict:
+def _time(training: TrainingPlan, job: PlanRequest, layout: Layout) -> TimePlan:
     seconds_per_step = evaluate_layout(job, layout).costs.total
-    tokens_per_second = result["training"]["tokens_per_step"] / seconds_per_step
+    tokens_per_second = training.tokens_per_step / seconds_per_step
     peak = job.gpus * job.device.peak_tflops(job.compute.precision) * 1e12
-    tokens = result["training"]["tokens"]
-    return {
-        "device": job.device.name,
-        "mfu": tokens_per_second * result["flops"]["per_token"] / peak,
-        "tokens_per_second": tokens_per_second,
-        "seconds_per_step": seconds_per_step,
-        "seconds": tokens / tokens_per_second if tokens else None,
-    }
+    return TimePlan(
+        device=job.device.name,
+        mfu=tokens_per_second * training_flops(job.model, job.length) / peak,
+        tokens_per_second=tokens_per_second,
+        seconds_per_step=seconds_per_step,
+        seconds=training.tokens / tokens_per_second if training.tokens else None,
+    )
 
 
-def _unknown(result: dict, known: RunFacts, hardware: Hardware | None) -> list[str]:
+def _unknown(plan: RunPlan, known: RunFacts, hardware: Hardware | None) -> list[str]:
     missing = []
-    if result["training"]["steps"] is None:
+    if plan.training.steps is None:
         missing.append("the length of the run: give train.steps=N")
     if not known.corpora:
         missing.append("epochs: the data's .idx files are not here")

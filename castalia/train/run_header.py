@@ -123,12 +123,15 @@ def summary_lines(session: Session, folder: Path, known: RunFacts, layout: Layou
         yield "trains", f"{trained:,} of {sum(sizes.values()):,} parameters{rank}"
     yield "device", f"{session.device}, {_processes(config)}"
     planned = training(config, known, layout)
-    planned["clipping"] = _clipping(session)
-    if session.step.scaler:
-        planned["precision"] += f", now {session.step.scaler.scale:g}"
-    planned["saved"] += f", in {folder}"
+    scale = f", now {session.step.scaler.scale:g}" if session.step.scaler else ""
+    planned = replace(
+        planned,
+        clipping=_clipping(session),
+        precision=planned.precision + scale,
+        saved=f"{planned.saved}, in {folder}",
+    )
     # The planner does not know what this run has restored or switched off, so some of its lines are replaced.
-    yield "fast paths", _fast_paths(session, planned["attention"].partition(";")[0])
+    yield "fast paths", _fast_paths(session, planned.attention.partition(";")[0])
     for name, text in describe_training(planned):
         yield name, text
         if name == "evaluated" and (held_out := _held_out(config)):

@@ -91,13 +91,13 @@ def test_a_card_without_bf16_is_planned_in_the_fp32_that_it_trains_in() -> None:
     config = load_config("pythia-160m", ["train.batch_size=64", "train.micro_batch_size=4"])
     plans = {name: report(config, RunFacts(), Hardware(1, DEVICES[name])) for name in ("v100-32", "a100-40")}
     given = report(config.model_copy(update={"precision": fp32(config)}), RunFacts(), Hardware(1, DEVICES["v100-32"]))
-    assert plans["v100-32"]["memory"] == given["memory"]
-    assert plans["v100-32"]["training"]["precision"].startswith("fp32 compute")
-    assert plans["a100-40"]["training"]["precision"].startswith("bf16 compute")
-    assert plans["v100-32"]["assumed"] == [
+    assert plans["v100-32"].sized.memory == given.sized.memory
+    assert plans["v100-32"].training.precision.startswith("fp32 compute")
+    assert plans["a100-40"].training.precision.startswith("bf16 compute")
+    assert plans["v100-32"].assumed == [
         "precision.compute=auto: fp32, because V100-32 has no bf16; fp16 multiplies at 125 TFLOP/s instead of 15.7"
     ]
-    rate = [plan["time"]["tokens_per_second"] for plan in plans.values()]
+    rate = [plan.sized.time.tokens_per_second for plan in plans.values()]
     assert rate[1] / rate[0] == pytest.approx(312 / 15.7, rel=0.05)  # memory traffic does not grow as computing does
 
 

@@ -66,35 +66,35 @@ def test_data_seen_too_often_and_a_single_document() -> None:
 def test_epochs_follow_weights_and_the_split() -> None:
     config = load_config("pythia-14m", [*TINY, "data.path=corpus", "data.split='50,30,20'"])
     known = RunFacts(corpora=(CorpusFacts("corpus", tokens=1_024_000, documents=10),))
-    assert report(config, known)["training"]["epochs"] == {"corpus": pytest.approx(2.0)}
+    assert report(config, known).training.epochs == {"corpus": pytest.approx(2.0)}
     config = load_config("pythia-14m", [*TINY, "data.train=[{path: a, weight: 3}, {path: b}]"])
     known = RunFacts(corpora=(CorpusFacts("a", 768_000, 10, 3.0), CorpusFacts("b", 512_000, 10, 1.0)))
-    assert report(config, known)["training"]["epochs"] == {"a": pytest.approx(1.0), "b": pytest.approx(0.5)}
+    assert report(config, known).training.epochs == {"a": pytest.approx(1.0), "b": pytest.approx(0.5)}
 
 
 def test_epochs_of_whole_documents_count_samples_not_padded_places() -> None:
     words = [*TINY, "data.train=[{path: a, labels: l}]", "data.packing=unpacked"]
     config = load_config("pythia-14m", words)
-    steps, batch = config.train.steps, report(config, RunFacts())["training"]["sequences_per_step"]
+    steps, batch = config.train.steps, report(config, RunFacts()).training.sequences_per_step
     known = RunFacts(corpora=(CorpusFacts("a", tokens=700, documents=100, samples=100.0),))
-    assert report(config, known)["training"]["epochs"] == {"a": pytest.approx(steps * batch / 100)}
+    assert report(config, known).training.epochs == {"a": pytest.approx(steps * batch / 100)}
 
 
 def test_epochs_give_the_steps() -> None:
     config = load_config("pythia-14m", [*TINY[1:], "train.epochs=2", "data.train=[{path: a}]"])
     plan = report(config, RunFacts(corpora=(CorpusFacts("a", 1_024_000, 10),)))
-    assert plan["training"]["steps"] == 2000
+    assert plan.training.steps == 2000
 
 
 def test_the_architecture_alone_is_enough() -> None:
     sizes = ["model.num_layers=12", "model.hidden_size=768", "model.num_heads=12"]
     plan = report(load_config([], sizes), RunFacts())
-    assert plan["parameters"] == {"total": None, "non_embedding": 85056000}
-    assert "vocabulary" in plan["unknown"][0]
+    assert plan.as_json()["parameters"] == {"total": None, "non_embedding": 85056000}
+    assert "vocabulary" in plan.unknown[0] and plan.sized is None
     plan = report(load_config([], [*sizes, "model.vocab_size=50257"]), RunFacts())
-    assert plan["parameters"]["total"] == 162322944
-    assert any("micro_batch_size is not given" in line for line in plan["assumed"])
-    assert any("--gpus" in line for line in plan["unknown"])
+    assert plan.sized.total == 162322944
+    assert any("micro_batch_size is not given" in line for line in plan.assumed)
+    assert any("--gpus" in line for line in plan.unknown)
 
 
 def test_a_layout_has_one_time_wherever_it_is_told() -> None:
@@ -106,12 +106,12 @@ def test_a_layout_has_one_time_wherever_it_is_told() -> None:
     words += [f"parallel.{name}={getattr(best.layout, name)}" for name in ("tp", "pp", "zero")]
     words += ["train.batch_size=1024", f"parallel.sequence_parallel={best.layout.sequence_parallel}".lower()]
     plan = report(load_config("pythia-1b", words), RunFacts(), hardware)
-    time, training = plan["time"], plan["training"]
-    assert time["seconds_per_step"] == best.costs.total
-    assert time["tokens_per_second"] == pytest.approx(1024 * 2048 / best.costs.total)
-    assert time["mfu"] == pytest.approx(time["tokens_per_second"] * plan["flops"]["per_token"] / (64 * 312e12))
-    assert time["seconds"] == pytest.approx(training["steps"] * best.costs.total)
-    assert time["mfu"] < 0.5 and plan["memory"]["fits"]
+    time, training = plan.sized.time, plan.training
+    assert time.seconds_per_step == best.costs.total
+    assert time.tokens_per_second == pytest.approx(1024 * 2048 / best.costs.total)
+    assert time.mfu == pytest.approx(time.tokens_per_second * plan.sized.flops.per_token / (64 * 312e12))
+    assert time.seconds == pytest.approx(training.steps * best.costs.total)
+    assert time.mfu < 0.5 and plan.sized.memory.fits
 
 
 def test_the_same_batch_on_any_number_of_devices() -> None:
@@ -133,14 +133,14 @@ def test_a_batch_that_does_not_divide_is_planned_with_the_nearest_that_does(batc
     free = ["train.micro_batch_size=null", "train.accumulation=null"]
     config = load_config("pythia-14m", [*free, *batch], any_batch=True)
     plan = report(config, RunFacts(), Hardware(12, DEVICES["h100"]))
-    assert plan["training"]["sequences_per_step"] == whole and plan["memory"]["largest"] > 0
-    assert would in plan["warnings"][0] and f"this plan has {whole} sequences" in plan["warnings"][0]
+    assert plan.training.sequences_per_step == whole and plan.sized.memory.largest > 0
+    assert would in plan.warnings[0] and f"this plan has {whole} sequences" in plan.warnings[0]
 
 
 def test_what_a_disk_lacks_is_told_in_figures_that_say_something() -> None:
     config = load_config("pythia-14m")
     config = config.model_copy(update={"model": config.model.model_copy(update={"num_layers": 1, "vocab_size": 512})})
-    told = report(config, RunFacts(kept_checkpoints=1, free_bytes=3 * 2**20))["warnings"]
+    told = report(config, RunFacts(kept_checkpoints=1, free_bytes=3 * 2**20)).warnings
     assert any("checkpoints need 3.8 MiB and 3.0 MiB are free here" in warning for warning in told), told
 
 

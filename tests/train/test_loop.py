@@ -478,5 +478,5 @@ def test_a_run_that_warms_up_goes_on_as_if_never_stopped(tiny, tmp_path):
     assert_equal_runs(straight, tmp_path / "stopped")
     tokens = [4 * 4, 4 * 8, 8 * 8, 8 * 12, 8 * 12, 8 * 16, 8 * 16, 8 * 16]
     assert [record["tokens"] for record in read_metrics(straight)] == [sum(tokens[:n]) for n in range(1, 9)]
-    planned = report(load_config(straight), RunFacts())["training"]
-    assert planned["tokens"] == sum(tokens) and planned["tokens_per_step"] == 8 * 16
+    planned = report(load_config(straight), RunFacts()).training
+    assert planned.tokens == sum(tokens) and planned.tokens_per_step == 8 * 16

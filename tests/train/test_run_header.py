@@ -127,7 +127,7 @@ def test_a_run_of_which_a_part_trains_is_as_large_as_planned(tiny, straight, tmp
     (off,) = re.findall(r"memory: .*\(([+-]\d+\.\d)%\)", capsys.readouterr().out)
     assert abs(float(off)) < 10
     session = start(config)
-    planned = training(session.config, run_facts_of(session), planned_layout(session))["checkpoints_bytes"]
+    planned = training(session.config, run_facts_of(session), planned_layout(session)).checkpoints_bytes
     train(config)
     tensors = (tmp_path / "run" / "checkpoints").glob("step_*/*.safetensors")
     assert sum(file.stat().st_size for file in tensors) == pytest.approx(planned, rel=0.1)
