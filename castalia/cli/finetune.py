@@ -221,7 +221,7 @@ def first_record(path: Path) -> dict[str, Any]:
     try:
         value = plain_json(record)
     except ValueError as error:
-        raise DataError(f"{path}:1: no JSON: {error}") from error
+        raise DataError(f"{path}:1: not JSON: {error}") from error
     if not isinstance(value, dict) or not value.keys() & {"text", *CONVERSATION}:
         keys = ", ".join(value) if isinstance(value, dict) else f"a {type(value).__name__}"
         raise DataError(

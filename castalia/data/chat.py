@@ -113,7 +113,7 @@ def conversation_of(record: Any, key: str, role: str) -> tuple[Conversation, int
 
 def _messages(value: Any, key: str) -> Conversation:
     if not (isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value)):
-        raise ValueError(f"field {key!r} is no conversation: expected a list of {{role, content}}")
+        raise ValueError(f"field {key!r} is not a conversation: expected a list of {{role, content}}")
     for number, turn in enumerate(value, start=1):
         missing = {"role", "content"} - turn.keys()
         if missing:

@@ -102,7 +102,7 @@ def open_dataset(prefix: str | os.PathLike[str]) -> IndexedDataset:
         dtype, sizes, starts, documents = _parse_legacy(name, index)
     else:
         raise DataError(
-            f"{idx_path(name)} is no index of a corpus: it begins with {bytes(index[:9])!r}, "
+            f"{idx_path(name)} is not the index of a corpus: it begins with {bytes(index[:9])!r}, "
             f"not {MAGIC!r} or {LEGACY_MAGIC!r}"
         )
     tokens = _map(bin_path(name))
@@ -185,7 +185,7 @@ def _check(name: str, dtype: np.dtype, sizes: np.ndarray, starts: np.ndarray) ->
     expected = int(ends[-1]) * dtype.itemsize if len(ends) else 0
     if length < expected:
         raise DataError(
-            f"{bin_path(name)} is truncated: {length} bytes, its index tells of {expected}; prepare it again"
+            f"{bin_path(name)} is truncated: {length} bytes, its index describes {expected}; prepare it again"
         )
     ends *= dtype.itemsize
     in_order = not len(sizes) or (starts[0] == 0 and np.array_equal(starts[1:], ends[:-1]) and int(sizes.min()) >= 0)

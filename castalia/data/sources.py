@@ -191,7 +191,7 @@ def _json(record: bytes) -> Any:
     try:
         return plain_json(text)
     except ValueError as error:
-        raise ValueError(f"no JSON: {error}") from None
+        raise ValueError(f"not JSON: {error}") from None
 
 
 def field_of(value: Any, key: str) -> Any:
@@ -212,7 +212,7 @@ def _texts(value: Any, keys: Sequence[str]) -> dict[str, str]:
         if isinstance(text, list) and all(isinstance(part, str) for part in text):
             text = "\n\n".join(text)
         if not isinstance(text, str):
-            raise ValueError(f"field {key!r} is no text but {type(text).__name__}")
+            raise ValueError(f"field {key!r} is not text but {type(text).__name__}")
         if not text.isascii() and SURROGATE.search(text):
             raise ValueError(f"field {key!r} holds half of a surrogate pair, which no UTF-8 can express")
         texts[key] = text
@@ -345,7 +345,7 @@ def _read_json_zst(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[
     try:
         values = plain_json(b"".join(_unzstd(file)))
     except ValueError as error:
-        raise Damaged(f"no JSON: {error}") from error
+        raise Damaged(f"not JSON: {error}") from error
     if not isinstance(values, list):
         raise Damaged(f"expected a JSON array of texts, found {type(values).__name__}")
     records = (json.dumps(value).encode() for value in values)
@@ -420,7 +420,7 @@ def _read_parquet(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[C
     try:
         table = parquet.ParquetFile(file)
     except (OSError, ValueError) as error:  # pyarrow's errors are kinds of these
-        raise Damaged(f"no parquet: {error}") from error
+        raise Damaged(f"not parquet: {error}") from error
     missing = [key for key in keys if key not in table.schema_arrow.names]
     if missing:
         raise DataError(f"{path}: no column {missing[0]!r}; it has {', '.join(map(repr, table.schema_arrow.names))}")

@@ -67,7 +67,7 @@ def compile_template(source: str) -> tuple[Callable[..., Rendered], Callable[[An
         code = environment.compile(count_nodes(tree))
         template = environment.template_class.from_code(environment, code, environment.make_globals(None))
     except jinja.TemplateSyntaxError as error:
-        raise DataError(f"the chat template is no Jinja: line {error.lineno}: {error.message}") from error
+        raise DataError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from error
     except RecursionError as error:
         raise DataError("the chat template is nested too deeply") from error
 
@@ -144,4 +144,4 @@ def _text(part: Any) -> str:
     if isinstance(part, Mapping) and isinstance(part.get("text"), str):
         return part["text"]
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    raise ValueError(f"a message's content has a part of type {kind!r}, of which this template makes no text")
+    raise ValueError(f"a message's content has a part of type {kind!r}, from which this template makes no text")

@@ -174,7 +174,7 @@ class SentencePieceTokenizer(Tokenizer):
             self.inner = processor(model_proto=model + NO_SPACE_IN_FRONT)  # encodes text after a special token
             self.tail = processor(model_proto=model + KEEPS_SPACES)  # decodes all parts of a text but the first
         except (RuntimeError, ValueError) as error:
-            raise DataError(f"this is no SentencePiece model: {error}") from error
+            raise DataError(f"this is not a SentencePiece model: {error}") from error
         size: int = self.engine.vocab_size()
         self.byte_ids = frozenset(i for i in range(size) if self.engine.is_byte(i))
         self.added: dict[str, tuple[int, Added]] = {}
@@ -376,7 +376,7 @@ def _read_json(file: Path, folder: TokenizerFolder) -> tokenizers.Tokenizer:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # noqa: BLE001  it raises bare Exception, and its panics are no Exception
-        raise DataError(f"{file} is no tokenizer.json: {error}") from error
+        raise DataError(f"{file} is not a tokenizer.json: {error}") from error
     engine.no_truncation()
     engine.no_padding()
     _complete(
@@ -429,7 +429,7 @@ def _read_bpe(vocab: Path, merges: Path, folder: TokenizerFolder) -> tokenizers.
         beside = {token.content: i for i, token in folder.added.items() if token.content not in ids}
         engine = tokenizers.Tokenizer(tokenizers.models.BPE(ids | beside, pairs))
     except Exception as error:  # noqa: BLE001  it raises bare Exception
-        raise DataError(f"{vocab} and {merges} are no GPT-2 BPE files: {error}") from error
+        raise DataError(f"{vocab} and {merges} are not GPT-2 BPE files: {error}") from error
     engine.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
         add_prefix_space=bool(folder.settings.get("add_prefix_space"))
     )

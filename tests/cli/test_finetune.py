@@ -153,7 +153,7 @@ def test_texts_new_tokens_and_defaults(base, tmp_path):
     [
         ('{"question": "?"}', r"my.jsonl:1: neither a text nor a conversation, but question"),
         ('["text"]', "neither a text nor a conversation, but a list"),
-        ("no json", r"my.jsonl:1: no JSON"),
+        ("no json", r"my.jsonl:1: not JSON"),
         ('{"messages": [{"role": "user", "content": "?"}]}', "a conversation without an answer"),
     ],
 )

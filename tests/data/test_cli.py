@@ -107,9 +107,9 @@ def test_mistakes(prepared: Path) -> None:
 
 def test_skipped_lines_are_counted_and_shown(prepared: Path) -> None:
     Path("bad.jsonl").write_text('"fine"\nbroken\n')
-    with pytest.raises(DataError, match="bad.jsonl:2: no JSON: .*; mend it or take it out, or leave .* --skip-bad"):
+    with pytest.raises(DataError, match="bad.jsonl:2: not JSON: .*; mend it or take it out, or leave .* --skip-bad"):
         run(data_verbs.app, "prepare", "bad.jsonl", "--output", "x", "--tokenizer-kind", "bytes")
     with pytest.raises(DataError, match="mend it or take it out$"):  # of a caller without the option
         list(documents([Path("bad.jsonl")]))
     done = run(data_verbs.app, "prepare", "bad.jsonl", "--output", "x", "--tokenizer-kind", "bytes", "--skip-bad")
-    assert "left out: bad.jsonl:2: no JSON" in done.output and "left out 1 bad" in done.output
+    assert "left out: bad.jsonl:2: not JSON" in done.output and "left out 1 bad" in done.output

@@ -96,7 +96,7 @@ def patch(path: Path, at: int, value: bytes) -> None:
     [
         (lambda b, i: b.unlink(), r"x\.bin does not exist"),
         (lambda b, i: i.unlink(), r"x\.idx does not exist"),
-        (lambda b, i: b.write_bytes(b.read_bytes()[:-1]), r"x\.bin is truncated: 11 bytes, its index tells of 12"),
+        (lambda b, i: b.write_bytes(b.read_bytes()[:-1]), r"x\.bin is truncated: 11 bytes, its index describes 12"),
         (lambda b, i: b.write_bytes(b.read_bytes() + b"12"), r"x\.idx disagrees with .*x\.bin"),
         (lambda b, i: i.write_bytes(i.read_bytes()[:-3]), r"x\.idx is truncated"),
         (lambda b, i: i.write_bytes(i.read_bytes()[:20]), r"x\.idx is truncated: 20 bytes"),

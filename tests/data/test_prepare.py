@@ -62,7 +62,7 @@ def test_an_error_in_a_worker_leaves_nothing(tmp_path: Path) -> None:
     with source.open("a") as file:
         file.write("{broken\n")
     out = tmp_path / "out"
-    with pytest.raises(DataError, match=r"a\.jsonl:60001: no JSON"):
+    with pytest.raises(DataError, match=r"a\.jsonl:60001: not JSON"):
         prepare([source], out / "x", Recipe(CHAR), workers=2)
     assert not list(out.iterdir())
     report = prepare([source], out / "x", Recipe(CHAR, skip_bad=True), workers=2)

@@ -93,7 +93,7 @@ def test_parquet(tmp_path: Path) -> None:
     assert found.texts == {"title": ["T"], "body": ["one", "two"]} and found.empty == 1
     (chunk,) = chunks([tmp_path / "b.parquet"], ("turns",))
     assert json.loads(chunk.records[0]) == {"turns": [{"role": "user"}]}
-    with pytest.raises(DataError, match=r"b\.parquet:1: field 'at' is no text but dict"):
+    with pytest.raises(DataError, match=r"b\.parquet:1: field 'at' is not text but dict"):
         list(documents([tmp_path / "b.parquet"], "at"))
     with pytest.raises(DataError, match="no column 'body'; it has 'text'"):
         list(documents([tmp_path / "a.parquet"], "body"))
@@ -148,7 +148,7 @@ def test_what_counts_as_a_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b"{not json", "no JSON"),
+        (b"{not json", "not JSON"),
         (b'{"text": "\xff"}', r"invalid UTF-8 at byte 10: b'\\xff"),
         (b'{"body": "x"}', "no field 'text'; the record has 'body'"),
         (b'{"text": 7}', "no text but int"),
@@ -170,7 +170,7 @@ def test_bad_lines_are_named_or_counted(tmp_path: Path, line: bytes, message: st
 def test_line_numbers_go_on_over_chunks(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "some words"}\n' * 50_000 + b"bad\n")
     assert len(list(chunks([tmp_path / "a.jsonl"]))) > 3
-    with pytest.raises(DataError, match=r"a\.jsonl:50001: no JSON"):
+    with pytest.raises(DataError, match=r"a\.jsonl:50001: not JSON"):
         list(documents([tmp_path / "a.jsonl"]))
 
 

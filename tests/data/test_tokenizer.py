@@ -163,7 +163,7 @@ def test_files_that_are_not_there(config: TokenizerConfig, message: str) -> None
 
 def test_files_that_are_no_tokenizers(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(DataError, match="is no tokenizer.json"):
+    with pytest.raises(DataError, match="is not a tokenizer.json"):
         load_tokenizer(TokenizerConfig(path=str(tmp_path)))
     for name in ("vocab.json", "merges.txt"):
         (tmp_path / name).write_text("[")
