@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from castalia import __version__
+from castalia.cli.habits import refuse_habits
 from castalia.errors import CastaliaError, Stopped
 
 # verb -> (module, one line of help). The module defines `command`, a plain function, or `app`, a typer.Typer.
@@ -113,6 +114,7 @@ def main() -> None:
     verb = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
     try:
         try:
+            refuse_habits(sys.argv[1:], list(VERBS))
             build(verb)()
         finally:
             sys.stdout.flush()

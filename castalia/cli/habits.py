@@ -1,0 +1,58 @@
+"""What people used to other programs type, and today's command for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from castalia.errors import ConfigError
+
+COMMANDS = {
+    "deepy": "castalia train A.yml B.yml",
+    "pretrain": "castalia train CONFIG",
+    "preprocess_data": "castalia data prepare FILE... --tokenizer tokenizer.json --output PREFIX",
+    "preprocess_data_with_mask": "castalia data prepare FILE... --mask-before-token IDS --output PREFIX",
+    "preprocess_data_with_chat_template": "castalia data prepare FILE... --chat-template FILE --output PREFIX",
+    "prepare_data": "castalia data prepare FILE... --tokenizer tokenizer.json --output PREFIX",
+    "merge_datasets": "castalia data merge A B --output PREFIX",
+    "merge20b": "castalia convert SRC DST --to neox --layout tp=1,pp=1",
+    "convert_neox_to_hf": "castalia convert SRC DST --to hf --verify",
+    "convert_hf_to_sequential": "castalia convert SRC DST --to neox",
+    "convert_raw_llama_weights_to_neox": "castalia convert SRC DST --to neox",
+    "inspect_checkpoints": "castalia inspect PATH",
+    "evaluate": "castalia eval CHECKPOINT",
+    "resume": "castalia train RUN",
+    "chat": "castalia generate CHECKPOINT --interactive",
+}
+OPTIONS = {
+    "-d": "there is no folder of configs: give whole paths, castalia train DIR/A.yml DIR/B.yml",
+    "--conf_dir": "there is no folder of configs: give whole paths, castalia train DIR/A.yml DIR/B.yml",
+    "--input": "files and folders are plain arguments: castalia data prepare FILE... --output PREFIX",
+    "--output-prefix": "it is called --output and writes the same file names",
+    "--tokenizer-type": "it is called --tokenizer-kind; mostly --tokenizer FILE is enough",
+    "--vocab-file": "it is called --tokenizer",
+    "--vocab": "it is called --tokenizer",
+    "--merge-file": "it is called --merges",
+    "--dataset-impl": "corpora are always written for memory mapping: leave it out",
+    "--eval_tasks": "tasks are not built in: castalia convert CHECKPOINT DST --to hf, then lm-evaluation-harness on DST",
+    "--tasks": "tasks are not built in: castalia convert CHECKPOINT DST --to hf, then lm-evaluation-harness on DST",
+    "--num_gpus": "it is called --nproc",
+    "--nproc-per-node": "it is called --nproc; on several machines: castalia launch",
+    "--nproc_per_node": "it is called --nproc; on several machines: castalia launch",
+    "--learning_rate": "settings are given as KEY=VALUE: optimizer.lr=3e-4",
+    "--lr": "settings are given as KEY=VALUE: optimizer.lr=3e-4",
+}
+
+
+def refuse_habits(words: Sequence[str], verbs: Sequence[str]) -> None:
+    """Raise ConfigError that names today's command for a command or option of GPT-NeoX, torchrun or other trainers.
+
+    `words`: the command line after the program's name.
+    """
+    verb = next((word for word in words if not word.startswith("-")), "")
+    if verb not in verbs and (today := COMMANDS.get(Path(verb).name.removesuffix(".py"))):
+        raise ConfigError(f"there is no command {verb}; today it is: {today}")
+    for word in words:
+        name = word.partition("=")[0]
+        if name in OPTIONS:
+            raise ConfigError(f"there is no option {name}: {OPTIONS[name]}")

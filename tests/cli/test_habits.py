@@ -1,0 +1,33 @@
+"""Commands and options of other programs are answered with today's."""
+
+from __future__ import annotations
+
+import pytest
+from click import Command
+
+from castalia.cli.habits import OPTIONS, refuse_habits
+from castalia.cli.main import VERBS
+from castalia.errors import ConfigError
+from tests.cli.test_help import commands
+
+HABITS = [
+    ("train -d configs 125M.yml local_setup.yml", "no option -d: there is no folder of configs: give whole paths"),
+    ("data prepare --input=a.jsonl --output-prefix b", "no option --input: files and folders are plain arguments"),
+    ("preprocess_data.py --input a.jsonl", "today it is: castalia data prepare FILE"),
+    ("tools/ckpts/convert_neox_to_hf.py", "today it is: castalia convert SRC DST --to hf --verify"),
+    ("eval runs/a --eval_tasks lambada", "tasks are not built in"),
+    ("train run.yml --learning_rate 1e-4", "optimizer.lr=3e-4"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), HABITS)
+def test_habits_are_answered(line: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        refuse_habits(line.split(), list(VERBS))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(("verb", "command"), [pytest.param(*pair, id=pair[0]) for pair in commands()])
+def test_no_option_of_ours_is_taken_for_a_habit(verb: str, command: Command) -> None:
+    assert not {name for parameter in command.params for name in parameter.opts} & OPTIONS.keys()
+    refuse_habits([*verb.split(), "run.yml", "optimizer.lr=1e-3"], list(VERBS))
