@@ -96,6 +96,7 @@ class Corpus:
         return float(self.rewards[parts[0][0]][0])
 
 
+# (config, source, its text, number of samples or None for one epoch, name in the names of index files) -> corpus
 OpenCorpus = Callable[[RunConfig, Source, IndexedDataset, int | None, str], Corpus]
 
 
@@ -417,7 +418,11 @@ def tell_of_lost_labels(text: IndexedDataset, documents: np.ndarray, usable: np.
         log.warning(
             "%s: of %d documents %d are left out, as all their labels within data.seq_length=%d are masked, and %d are "
             "cut there with the labels that follow",
-            *(text.prefix, len(documents), unseen, seq_length, cut),
+            text.prefix,
+            len(documents),
+            unseen,
+            seq_length,
+            cut,
         )
 
 
