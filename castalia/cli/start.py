@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from castalia.config.schema import RunConfig
     from castalia.quickstart.choose import Choice, Pace
     from castalia.quickstart.look import Folder
 
@@ -161,11 +162,13 @@ def _choose(seen: Folder, asked: dict[str, Any]) -> tuple[Choice, Choice | None,
 
 def _write_config(seen: Folder, choice: Choice, run: Path, asked: dict[str, Any], begin: float) -> None:
     """Tokenizer, corpus, and `start.yml` with as many steps as fit into the time that is left."""
+    from castalia.errors import TrainingError
     from castalia.files import write_text
-    from castalia.quickstart.choose import LEAST_STEPS, MAX_PASSES, TRAINING_SHARE
+    from castalia.quickstart.choose import LEAST_STEPS, MAX_PASSES, TRAINING_SHARE, fitted_to
     from castalia.quickstart.config_text import Places, commented, load, overridden, settings
     from castalia.quickstart.corpus import prepare_corpus
     from castalia.quickstart.measure import seconds_per_step
+    from castalia.reading import read_json
 
     corpus = prepare_corpus(seen, choice.vocab_size, run / "data", lambda text: _say("preparing", text))
     _say("corpus", f"{corpus.train_tokens:,} tokens to learn from, {corpus.valid_tokens:,} held out, by a hash of them")
@@ -174,18 +177,16 @@ def _write_config(seen: Folder, choice: Choice, run: Path, asked: dict[str, Any]
     places = Places(str(run.resolve()), *(os.path.abspath(path) for path in corpus[:3]))
     _say("measuring", "this very model on this text, for some seconds")
     trial = load(settings(choice, places, corpus.valid_tokens, choice.steps, 1.0), asked["words"])
-    step_seconds = seconds_per_step(trial, 5.0)
-    batch = trial.train.batch_size or choice.batch_size
-    per_step = batch * trial.data.seq_length
-    steps = max(1, MAX_PASSES * corpus.train_tokens // per_step)
-    left = 0.0
+    speed = _tokens_of_step(trial) / seconds_per_step(trial, 5.0)
+    tokens, left = min(choice.tokens, MAX_PASSES * corpus.train_tokens), 0.0
     if asked["hours"]:
         seconds = asked["hours"] * 3600
         left = max(seconds - (time.monotonic() - begin), seconds / 2)  # a slow preparation is not to leave nothing
-        steps = max(LEAST_STEPS, min(steps, math.floor(TRAINING_SHARE * left / step_seconds)))
-    else:
-        steps = min(steps, choice.steps)
-    values = settings(choice, places, corpus.valid_tokens, steps, step_seconds)
+        tokens = min(math.floor(TRAINING_SHARE * left * speed), MAX_PASSES * corpus.train_tokens)
+    choice = fitted_to(choice, tokens, speed, corpus.train_tokens, corpus.bytes, seen.xz_bits_per_byte)
+    per_step = _tokens_of_step(load(settings(choice, places, corpus.valid_tokens, 1, 1.0), asked["words"]))
+    steps = max(LEAST_STEPS, tokens // per_step)
+    values = settings(choice, places, corpus.valid_tokens, steps, per_step / speed)
     if left:
         reason = "hours: saves and stops then, should the machine become slower"
         values["train.max_hours"] = (round(left / 3600, 4), reason)
@@ -201,11 +202,19 @@ def _write_config(seen: Folder, choice: Choice, run: Path, asked: dict[str, Any]
     ]
     write_text(run / CONFIG, commented(values, head))
     print(f"wrote {run / CONFIG}, to read, to change and to run again")
+    plan = read_json(run / PLAN, TrainingError)
+    _write_json(run / PLAN, plan | {"choice": asdict(choice)})
     if config.train.steps:
         passes = config.train.steps * per_step / corpus.train_tokens
-        _say("steps", f"{config.train.steps:,} of {step_seconds:.2g} s, {passes:.2g} passes over the text")
+        _say("training", f"{config.train.steps:,} steps of {per_step / speed:.2g} s, {passes:.2g} passes over the text")
+        _say("expect", f"{choice.bits_per_byte:.2f} bits for each byte of text that it never saw")
         if passes > MAX_PASSES + 1:
             print(f"WARNING: {passes:.0f} PASSES OVER THE TEXT: after {MAX_PASSES} a model learns it by heart")
+
+
+def _tokens_of_step(config: RunConfig) -> int:
+    assert config.train.batch_size is not None
+    return config.train.batch_size * config.data.seq_length
 
 
 def _train(run: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from castalia.config.schema import ModelConfig
@@ -131,6 +131,24 @@ def _made(
     total = count(model).total
     return Choice(
         layers, width, vocab_size, length, batch_size, micro, rate, round(tokens), passes, total, speed, bits, limit
+    )
+
+
+def fitted_to(
+    choice: Choice, tokens: float, tokens_per_second: float, train_tokens: int, text_bytes: int, xz_bits_per_byte: float
+) -> Choice:
+    """The same model for as many tokens as the measured speed allows: batch, rate and what to expect follow them."""
+    batch_tokens = max(batch_of(tokens), choice.length)
+    passes = tokens / train_tokens
+    return replace(
+        choice,
+        tokens=round(tokens),
+        tokens_per_second=tokens_per_second,
+        batch_size=batch_tokens // choice.length,
+        micro_batch_size=min(choice.micro_batch_size, batch_tokens // choice.length),
+        rate=rate_of(batch_tokens, choice.layers),
+        passes=passes,
+        bits_per_byte=expected_bits_per_byte(_blocks(choice), text_bytes, passes, xz_bits_per_byte),
     )
 
 

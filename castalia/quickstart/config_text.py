@@ -16,7 +16,7 @@ from castalia.quickstart.measured import BASE_WIDTH, SOURCE
 
 SAVE_SECONDS = 600.0  # from one checkpoint to the next
 EVALUATIONS = 10  # in a run
-EVALUATED_TOKENS = 50_000  # most of one evaluation
+EVALUATED_SHARE = 0.15  # of the tokens trained on: all evaluations, which cost a third of training each
 WARMUP = 0.05
 COLUMN, WIDTH = 34, 100  # of the comments, and of the lines
 
@@ -35,7 +35,7 @@ class Places(NamedTuple):
 def settings(choice: Choice, places: Places, valid_tokens: int, steps: int, step_seconds: float) -> Settings:
     """All that the config says. `steps` and `step_seconds` are of the whole run and of one step, as measured."""
     batch_tokens = choice.batch_size * choice.length
-    evaluated = max(1, min(valid_tokens, EVALUATED_TOKENS) // batch_tokens)
+    evaluated = max(1, min(valid_tokens // batch_tokens, int(EVALUATED_SHARE * steps / EVALUATIONS)))
     model = architecture(choice.layers, choice.width, choice.vocab_size, choice.length)
     del model["vocab_size"], model["max_positions"]  # the tokenizer's, and data.seq_length
     reasons = {

@@ -33,8 +33,8 @@ def about_text(folder: Folder) -> Rows:
     kinds = describe(folder.kinds)
     about = "" if folder.exact else "about "
     rows = [
-        ("text", f"{about}{readable(folder.bytes)} bytes in {about}{folder.documents:,} documents, from {kinds}"),
-        ("passed over", describe(folder.left_out) or "no file"),
+        ("text", f"{about}{folder.bytes / 1e6:.3g} MB in {about}{folder.documents:,} documents, from {kinds}"),
+        ("passed over", describe(folder.left_out) or "nothing"),
     ]
     if folder.bad:
         rows.append(("", f"{len(folder.bad):,} of the records, no text: {folder.bad[0]}"))
