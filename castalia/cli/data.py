@@ -329,14 +329,14 @@ def _show_trained(tokens: list[int], labels: list[int], tokenizer: Tokenizer | N
     from rich.console import Console
     from rich.text import Text
 
-    from castalia.data.tokenizer import spelled
+    from castalia.data.tokenizer import decode_with_special
 
     console, line = Console(soft_wrap=True), Text()
     learned = [False, *(label >= 0 for label in labels)]
     ids = [*tokens, labels[-1]] if labels[-1] >= 0 else tokens
     for counts, run in groupby(zip(ids, learned, strict=False), key=lambda pair: pair[1]):
         part = [token for token, _ in run]
-        text = spelled(tokenizer, part) if tokenizer else " ".join(map(str, part)) + " "
+        text = decode_with_special(tokenizer, part) if tokenizer else " ".join(map(str, part)) + " "
         if console.is_terminal:
             line.append(text, "bold green" if counts else "dim")
         else:

@@ -76,7 +76,7 @@ def _words(checkpoint: Checkpoint, given: str | None) -> dict[str, Any]:
     """What the folder says of its text, or why it cannot be read."""
     from castalia.checkpoint.description import model_folder, tokenizer_settings
     from castalia.config.schema import TokenizerConfig
-    from castalia.data.tokenizer import account, load_tokenizer
+    from castalia.data.tokenizer import describe_tokenizer, load_tokenizer
     from castalia.errors import CastaliaError
 
     settings = TokenizerConfig(path=given) if given else tokenizer_settings(checkpoint)
@@ -84,7 +84,7 @@ def _words(checkpoint: Checkpoint, given: str | None) -> dict[str, Any]:
     if settings is None:
         return {"unread": "no tokenizer is named; give one with --tokenizer"}
     try:
-        return account(load_tokenizer(settings, neox=neox, model=model_folder(checkpoint)))
+        return describe_tokenizer(load_tokenizer(settings, neox=neox, model=model_folder(checkpoint)))
     except CastaliaError as error:
         return {"unread": str(error)}
 

@@ -12,7 +12,7 @@ from typing import Any
 from castalia.data.sample_index import IGNORE
 from castalia.data.sources import SURROGATE, field_of
 from castalia.data.template import Rendered, compile_template
-from castalia.data.tokenizer import Tokenizer, spelled
+from castalia.data.tokenizer import Tokenizer, decode_with_special
 from castalia.data.tokenizer_folder import JINJA, SETTINGS, TEMPLATE, read_tokenizer_folder
 from castalia.errors import DataError
 
@@ -168,7 +168,7 @@ def _ends(ids: Sequence[int], tokenizer: Tokenizer) -> bool:
     if tokenizer.eod_id not in ids:
         return False
     last = len(ids) - 1 - ids[::-1].index(tokenizer.eod_id)
-    return not spelled(tokenizer, ids[last + 1 :]).strip()
+    return not decode_with_special(tokenizer, ids[last + 1 :]).strip()
 
 
 def _turns(

@@ -22,18 +22,18 @@ HARD_TEXT = (
 )
 
 
-def flat(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+def flatten_rows(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     """The values of all rows back to back, int64 [total], and the length of each row, int64 [rows]."""
     sizes = np.fromiter(map(len, rows), np.int64, len(rows))
     return np.fromiter(chain.from_iterable(rows), np.int64, int(sizes.sum())), sizes
 
 
-def reference(tokenizer: Tokenizer) -> Encode:
+def reference_encoder(tokenizer: Tokenizer) -> Encode:
     """Encoding by the tokenizer's own `encode_batch`."""
-    return lambda texts: flat(tokenizer.encode_batch(texts))
+    return lambda texts: flatten_rows(tokenizer.encode_batch(texts))
 
 
-def fast(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[Encode | None, str]:
+def fast_encoder(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[Encode | None, str]:
     """A faster engine, which releases the interpreter's lock, or None; and the name of the engine in use, for people.
 
     The faster engine is taken only if its ids are equal for the first 64 of `texts`, and for `HARD_TEXT` with all added
@@ -55,7 +55,7 @@ def fast(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[Encode | None, str
         return np.frombuffer(ids, "<u4"), np.diff(np.frombuffer(offsets, "<u8").astype(np.int64))
 
     compared = [*_few(texts), *_hard_texts(tokenizer)]
-    expected, actual = reference(tokenizer)(compared), encode(compared)
+    expected, actual = reference_encoder(tokenizer)(compared), encode(compared)
     if all(map(np.array_equal, expected, actual)):
         return encode, "fastokens, whose ids were compared with those of tokenizers"
     return None, "tokenizers, as fastokens gives other ids"

@@ -411,7 +411,7 @@ def _index(
     return Corpus(text, labels, Index(*cached(text.prefix, data.cache_dir, names, parts, fingerprint, build)))
 
 
-def tell_of_lost_labels(text: IndexedDataset, documents: np.ndarray, usable: np.ndarray, seq_length: int) -> None:
+def warn_of_lost_labels(text: IndexedDataset, documents: np.ndarray, usable: np.ndarray, seq_length: int) -> None:
     """Warn of documents whose labels all lie beyond the sequence length, and of those that are cut there."""
     unseen, cut = len(usable) - int(usable.sum()), int((text.sizes[documents[usable]] > seq_length + 1).sum())
     if unseen or cut:
@@ -438,7 +438,7 @@ def _usable(
         raise ConfigError("data.packing=unpacked needs labels: give each source of data.train its `labels`")
     if labels is not None:
         usable &= trainable(labels, documents, data.seq_length + (data.packing != "unpacked"))
-        tell_of_lost_labels(text, documents, usable, data.seq_length)
+        warn_of_lost_labels(text, documents, usable, data.seq_length)
     if not data.allow_chopped:
         usable &= text.sizes[documents] <= data.seq_length + 1
     return usable

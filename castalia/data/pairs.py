@@ -21,7 +21,7 @@ from castalia.data.loader import (
     Split,
     open_data,
     open_labels,
-    tell_of_lost_labels,
+    warn_of_lost_labels,
     with_judgements,
 )
 from castalia.data.sample_index import Index, build_unpacked, trainable
@@ -126,7 +126,7 @@ def _index(config: RunConfig, source: Source, wanted: int | None) -> Index:
     for side, text in zip(sides, texts, strict=True):
         labels = open_labels(side, text)
         learnable = trainable(labels, documents, length) if labels is not None else text.sizes > 1
-        tell_of_lost_labels(text, documents, learnable, length)
+        warn_of_lost_labels(text, documents, learnable, length)
         usable &= learnable
         if not config.data.allow_chopped:
             usable &= text.sizes <= length + 1

@@ -28,14 +28,14 @@ import numpy as np
 
 from castalia.config.schema import TokenizerConfig
 from castalia.data.chat import Chat, conversations, renderer
-from castalia.data.fast_tokenizer import Encode, fast, flat, reference
+from castalia.data.fast_tokenizer import Encode, fast_encoder, flatten_rows, reference_encoder
 from castalia.data.indexed import DatasetWriter, token_dtype
 from castalia.data.journal import Journal, identity
 from castalia.data.sample_index import IGNORE
 from castalia.data.sources import BLOCK_BYTES, Chunk, chunks, find_files, texts_of
 from castalia.data.split import without_common_folder, write_sources
 from castalia.data.tokenizer import Tokenizer, load_tokenizer
-from castalia.data.tokenizer_folder import listed
+from castalia.data.tokenizer_folder import ids_with_texts
 from castalia.errors import DataError
 
 CHUNKS_IN_FLIGHT = 4  # for each worker
@@ -149,7 +149,7 @@ def prepare(
     report.outputs = list(prefixes.values())
     report.note = tokenizer.note
     if tokenizer.eod_id is not None and (recipe.append_eod or recipe.chat):
-        report.end = listed([tokenizer.eod_id], tokenizer.token)
+        report.end = ids_with_texts([tokenizer.eod_id], tokenizer.token)
     return report
 
 
@@ -204,7 +204,7 @@ def encode(chunk: Chunk, recipe: Recipe, tokenizer: Tokenizer, encode_texts: Enc
         if recipe.chat:
             names = [name for name in recipe.outputs if name in (key, f"{key}_label", f"{key}_reward")]
             for name, rows in zip(names, zip(*texts, strict=True) if texts else [()] * len(names), strict=True):
-                outputs[name] = flat(rows)
+                outputs[name] = flatten_rows(rows)
             _check_ids(outputs[key][0], chunk, tokenizer)
             continue
         text_bytes += sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
@@ -279,12 +279,12 @@ def _encode_all(
     encode_texts = None
     if first and not recipe.chat:
         texts = texts_of(first[0], recipe.keys, recipe.skip_bad).texts
-        encode_texts, report.engine = fast(tokenizer, [text for found in texts.values() for text in found])
+        encode_texts, report.engine = fast_encoder(tokenizer, [text for column in texts.values() for text in column])
     share = BYTES_PER_WORKER * (16 if encode_texts else 1)
     workers = min(workers or len(os.sched_getaffinity(0)), 1 + report.total_bytes // share)
     stream = chain(first, stream)
     if workers == 1:
-        yield from (encode(chunk, recipe, tokenizer, encode_texts or reference(tokenizer)) for chunk in stream)
+        yield from (encode(chunk, recipe, tokenizer, encode_texts or reference_encoder(tokenizer)) for chunk in stream)
         return
     pool: Executor
     work: Callable[[Chunk], Encoded]
@@ -317,7 +317,7 @@ def _start_worker(recipe: Recipe) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops us
     threading.Thread(target=_end_with_parent, daemon=True).start()
     tokenizer = load_tokenizer(recipe.tokenizer)
-    _worker = recipe, tokenizer, reference(tokenizer)
+    _worker = recipe, tokenizer, reference_encoder(tokenizer)
 
 
 def _end_with_parent() -> None:

@@ -24,7 +24,7 @@ from castalia.data.tokenizer_folder import (
     Added,
     TokenizerFolder,
     decoded,
-    listed,
+    ids_with_texts,
     read_tokenizer_folder,
     write_files,
 )
@@ -63,7 +63,7 @@ class Tokenizer:
         raise NotImplementedError
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids. Some tokenizers leave out special tokens; see `spelled`."""
+        """The text of the ids. Some tokenizers leave out special tokens; see `decode_with_special`."""
         raise NotImplementedError
 
     def token(self, index: int) -> str | None:
@@ -78,7 +78,7 @@ class Tokenizer:
     def ends(self) -> str:
         """All ids that end a text, for people, that of a document first."""
         first = [] if self.eod_id is None else [self.eod_id]
-        return listed([*first, *sorted(self.end_ids - set(first))], self.token)
+        return ids_with_texts([*first, *sorted(self.end_ids - set(first))], self.token)
 
     def _end(self, named: Sequence[int]) -> None:
         """Set the ids that end a text. The first of `named` ends a document."""
@@ -495,14 +495,14 @@ def _pattern(token: Added) -> str:
     return (r"\s*" if token.lstrip else "") + body + (r"\s*" if token.rstrip else "")
 
 
-def spelled(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+def decode_with_special(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
     """The text of the ids, with the special tokens that `decode` may leave out."""
     if isinstance(tokenizer, RustTokenizer):
         return tokenizer.engine.decode([int(i) for i in ids], skip_special_tokens=False)
     return tokenizer.decode(ids)
 
 
-def account(tokenizer: Tokenizer) -> dict[str, Any]:
+def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
     """A summary of a tokenizer for reports, JSON-ready. Tokens are {id, text}."""
     folder, first = tokenizer.folder, tokenizer.encode("a")[:1]
     ends = [*([] if tokenizer.eod_id is None else [tokenizer.eod_id]), *sorted(tokenizer.end_ids)]

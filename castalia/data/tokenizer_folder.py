@@ -203,6 +203,6 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
             write_bytes(path, data)
 
 
-def listed(ids: Iterable[int], text_of: Callable[[int], str | None]) -> str:
+def ids_with_texts(ids: Iterable[int], text_of: Callable[[int], str | None]) -> str:
     """Ids with the texts of their tokens, for people: `2 (</s>), 7`."""
     return ", ".join(f"{i} ({text})" if (text := text_of(i)) else str(i) for i in ids)

@@ -32,10 +32,10 @@ class Cache(Protocol):
     A KV cache supplies those of earlier calls, a context-parallel shard those of other ranks. Either way the model
     holds only some tokens of each sequence, and asks the cache to attend in its place:
 
-        KV cache                                 context parallelism, rank 1 of 2
+        KV cache, token 6 is new                 context parallelism, rank 1 of 2
         keys     0 1 2 3 4 5 [6]                 keys     0 1 2 3 [4 5 6 7]
         queries               6                  queries           4 5 6 7
-                 (stored earlier) (new)                   (on rank 0) (own)
+        keys 0 to 5 are from earlier calls       keys 0 to 3 are from rank 0
 
     In each forward pass the model calls `reserve` once, `attend` once in each layer, and `advance` once.
     The number of a token within its sequence is called its place; it decides which keys a query sees.

@@ -148,7 +148,7 @@ def alibi_slopes(num_heads: int) -> list[float]:
     return slopes + [2.0 ** (-4 * (2 * i + 1) / power) for i in range(num_heads - power)]
 
 
-def restarted(documents: Tensor) -> Tensor:
+def positions_in_documents(documents: Tensor) -> Tensor:
     """Positions that count from 0 in each run of equal document numbers. [b, t] -> [b, t]."""
     index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
     begins = torch.ones_like(documents, dtype=torch.bool)

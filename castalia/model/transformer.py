@@ -35,7 +35,7 @@ from castalia.model.attention import (
 )
 from castalia.model.layers import MLP, Embedding, Linear, build_norm, is_slow_half, linear
 from castalia.model.loss import IGNORE, linear_cross_entropy, token_losses
-from castalia.model.positions import Alibi, Rotary, Rotation, restarted, score_bias, sinusoids, visible
+from castalia.model.positions import Alibi, Rotary, Rotation, positions_in_documents, score_bias, sinusoids, visible
 
 
 class Block(nn.Module):
@@ -161,7 +161,7 @@ class Transformer(nn.Module):
         # The place of a token in its sequence decides which keys it sees; `positions` decide how it is embedded.
         places = torch.arange(t, device=tokens.device)[None] if cache is None else cache.reserve(t)
         if positions is None:
-            positions = places if documents is None else restarted(documents)
+            positions = places if documents is None else positions_in_documents(documents)
             end = t if cache is None else cache.end
         else:
             end = int(positions.max()) + 1

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from castalia.config.schema import TokenizerConfig
-from castalia.data.fast_tokenizer import Encode, fast, reference
+from castalia.data.fast_tokenizer import Encode, fast_encoder, reference_encoder
 from castalia.data.tokenizer import load_tokenizer, train_bpe
 
 pytest.importorskip("fastokens", reason="needs fastokens")
@@ -18,9 +18,9 @@ pytest.importorskip("fastokens", reason="needs fastokens")
 def engines(fixtures: Path) -> list[Encode]:
     """The fast one and its reference for the 20B tokenizer."""
     tokenizer = load_tokenizer(TokenizerConfig(path=str(fixtures / "tokenizer" / "20B_tokenizer.json")))
-    encode, _ = fast(tokenizer, [])
+    encode, _ = fast_encoder(tokenizer, [])
     assert encode is not None
-    return [encode, reference(tokenizer)]
+    return [encode, reference_encoder(tokenizer)]
 
 
 PIECES = st.one_of(
@@ -41,10 +41,10 @@ def test_equal_ids_for_any_text(engines: list[Encode], texts: list[str]) -> None
 
 def test_an_engine_that_disagrees_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = train_bpe(["some words and some more words"], 280)
-    assert fast(tokenizer, ["some words"])[0] is not None
+    assert fast_encoder(tokenizer, ["some words"])[0] is not None
     other = train_bpe(["an altogether different text"], 280).engine.to_str()
     monkeypatch.setattr("fastokens.Tokenizer", OtherVocabulary(other))
-    assert fast(tokenizer, ["some words"]) == (None, "tokenizers, as fastokens gives other ids")
+    assert fast_encoder(tokenizer, ["some words"]) == (None, "tokenizers, as fastokens gives other ids")
 
 
 class OtherVocabulary:
@@ -64,7 +64,7 @@ def test_where_no_engine_applies(monkeypatch: pytest.MonkeyPatch) -> None:
         (load_tokenizer(TokenizerConfig(kind="bytes")), "own engine"),
         (unigram, "fastokens cannot read this tokenizer"),
     ]:
-        encode, words = fast(tokenizer, ["some words"])
+        encode, words = fast_encoder(tokenizer, ["some words"])
         assert encode is None and why in words
     monkeypatch.setitem(sys.modules, "fastokens", None)
-    assert "pip install fastokens" in fast(train_bpe(["a"], 280), [])[1]
+    assert "pip install fastokens" in fast_encoder(train_bpe(["a"], 280), [])[1]

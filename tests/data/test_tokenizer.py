@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from castalia.config.schema import TokenizerConfig
-from castalia.data.tokenizer import PADDING, account, add_tokens, engine_text, load_tokenizer, train_bpe
+from castalia.data.tokenizer import PADDING, add_tokens, describe_tokenizer, engine_text, load_tokenizer, train_bpe
 from castalia.data.tokenizer_folder import count_ids
 from castalia.errors import DataError
 
@@ -276,7 +276,7 @@ def test_account_says_what_the_files_say(tmp_path: Path) -> None:
         )
     )
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 0], "do_sample": true, "temperature": 0.6}')
-    said = account(load_tokenizer(TokenizerConfig(path=str(tmp_path))))
+    said = describe_tokenizer(load_tokenizer(TokenizerConfig(path=str(tmp_path))))
     end = {"id": 0, "text": "<|endoftext|>"}
     assert (said["kind"], said["begins"], said["chat_template"]) == ("byte-level BPE", end, True)
     assert [each["id"] for each in said["ends"]] == [0, 5]
