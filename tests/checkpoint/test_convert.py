@@ -178,7 +178,7 @@ def test_a_folder_in_the_way_is_not_deleted(tmp_path: Path) -> None:
     strange = tmp_path / ".out.castalia-unfinished"
     strange.mkdir()
     (strange / "precious").write_text("x")
-    with pytest.raises(CheckpointError, match="taken by a folder that is not castalia's"):
+    with pytest.raises(CheckpointError, match="belongs to a folder that castalia did not make"):
         written(made(FAMILIES["gpt2"]), tmp_path / "out", "hf")
     assert (strange / "precious").exists()
 

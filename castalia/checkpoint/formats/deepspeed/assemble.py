@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from castalia.checkpoint.architecture_check import unrounded
-from castalia.checkpoint.formats.deepspeed.folder import Folder, loss_scale
+from castalia.checkpoint.formats.deepspeed.folder import ScannedFolder, loss_scale
 from castalia.checkpoint.rules import STATE_ROLES, Rule, to_ours
 from castalia.checkpoint.tensors import AdamState, CheckpointFacts, Progress
 from castalia.checkpoint.zero import RankState
@@ -65,7 +65,7 @@ def masters_apart(
     )
 
 
-def progress(folder: Folder, config: RunConfig | None, fp16: bool) -> Progress:
+def progress(folder: ScannedFolder, config: RunConfig | None, fp16: bool) -> Progress:
     """How far the run has come. Tokens are samples times the config's sequence length, 0 if either is unknown."""
     stored = folder.first
     tokens = stored.get("tokens") or (stored.get("global_samples") or 0) * (config.data.seq_length if config else 0)
@@ -79,7 +79,7 @@ def progress(folder: Folder, config: RunConfig | None, fp16: bool) -> Progress:
     )
 
 
-def layout(folder: Folder) -> CheckpointFacts:
+def layout(folder: ScannedFolder) -> CheckpointFacts:
     """How the files are cut over ranks, and which program cut them."""
     return CheckpointFacts(
         tp=folder.tp,

@@ -42,7 +42,7 @@ BUFFERS = r"(inv_freq|slopes|_extra_state|masked_bias|attention\.bias)$"  # deri
 
 
 @dataclass
-class Folder:
+class ScannedFolder:
     """A step's folder: its files, checked for gaps, and its opened model states."""
 
     path: Path
@@ -106,7 +106,7 @@ def is_megatron(path: Path) -> bool:
     return 1 in files or any(str(name).startswith("self_attention.") for name in _opened(path / files[3], dict))
 
 
-def scan(path: Path) -> Folder:
+def scan(path: Path) -> ScannedFolder:
     """Sort a folder's files by rank and open its model states; no tensor is read.
 
     Raises CheckpointError for files that are missing, as far as the others imply them, and for files of several steps
@@ -118,7 +118,7 @@ def scan(path: Path) -> Folder:
     # File names have the data-parallel rank first.
     by_rank = [(mp_rank, rank, name) for rank, mp_rank, name in _matches(SHARD, names)]
     shards = _grid(path, by_rank, "mp_rank", "data-parallel rank")
-    folder = Folder(path)
+    folder = ScannedFolder(path)
     if not states and not layers:  # ZeRO 3 has a model state for each data-parallel rank; the first is enough
         rank_states = sorted((int(m[1]), path / name) for name in names if (m := RANK_STATE.fullmatch(name)))
         states = {0: rank_states[0][1]} if rank_states else {}
@@ -139,12 +139,12 @@ def scan(path: Path) -> Folder:
     return folder
 
 
-def _stored_tp(folder: Folder) -> int | None:
+def _stored_tp(folder: ScannedFolder) -> int | None:
     return folder.args.get("model_parallel_size") or folder.args.get("tensor_model_parallel_size")
 
 
 def _require_files(
-    folder: Folder,
+    folder: ScannedFolder,
     layers: Mapping[int, Mapping[int, Path]],
     states: Mapping[int, Path],
     shards: Mapping[int, Mapping[int, Path]],
@@ -230,7 +230,7 @@ def _shortened(numbers: Sequence[str]) -> str:
     return ", ".join(numbers if len(numbers) <= 24 else [*numbers[:20], "...", *numbers[-3:]])
 
 
-def weights(folder: Folder) -> dict[str, list[TensorRef]]:
+def weights(folder: ScannedFolder) -> dict[str, list[TensorRef]]:
     """Every weight by the name `position.name`: a list of one tensor for each tensor rank. No tensor is read.
 
     Raises CheckpointError for missing weights and for shapes that differ between tensor ranks.
@@ -258,7 +258,7 @@ def weights(folder: Folder) -> dict[str, list[TensorRef]]:
     return {name: [held[name] for held in ranks] for name in ranks[0]}
 
 
-def stage3_weights(folder: Folder, state: RankState) -> dict[str, list[TensorRef]]:
+def stage3_weights(folder: ScannedFolder, state: RankState) -> dict[str, list[TensorRef]]:
     """The weights of ZeRO 3, which stores none: the masters rounded to the dtype of their empty placeholders."""
     stored = {global_name(name, 0): ref for name, ref in _tensors(folder.first["module"]).items()}
     dtypes = {name: ref.dtype_name for name, ref in stored.items()}
@@ -275,7 +275,7 @@ def global_name(name: str, embedding: int) -> str:
 
 
 def optimizer_ranks(
-    folder: Folder, held: Mapping[str, Sequence[TensorRef]], embedding: int, tied: bool
+    folder: ScannedFolder, held: Mapping[str, Sequence[TensorRef]], embedding: int, tied: bool
 ) -> list[RankState] | None:
     """The optimizer state of each tensor rank, all stages together, by `position.name`; None if none is stored.
 
@@ -297,7 +297,7 @@ def optimizer_ranks(
     return ranks
 
 
-def loss_scale(folder: Folder) -> dict[str, float] | None:
+def loss_scale(folder: ScannedFolder) -> dict[str, float] | None:
     """The counters of the fp16 loss scaler, by DeepSpeed's names; None without a scaler."""
     fields: Mapping[str, Any] = _first_optimizer(folder)
     if folder.shards:
@@ -308,7 +308,7 @@ def loss_scale(folder: Folder) -> dict[str, float] | None:
     return counters if "cur_scale" in counters else None
 
 
-def optimizer_settings(folder: Folder) -> dict[str, Any]:
+def optimizer_settings(folder: ScannedFolder) -> dict[str, Any]:
     """The optimizer's `betas`, `eps`, `weight_decay` and `clip_grad`, as far as its files have them."""
     fields = _first_optimizer(folder)
     inner = fields.get("base_optimizer_state") or fields.get("optimizer_state_dict") or fields
@@ -318,20 +318,22 @@ def optimizer_settings(folder: Folder) -> dict[str, Any]:
     return settings | ({"clip_grad": fields["clip_grad"]} if "clip_grad" in fields else {})
 
 
-def _first_optimizer(folder: Folder) -> Mapping[str, Any]:
+def _first_optimizer(folder: ScannedFolder) -> Mapping[str, Any]:
     """The optimizer state of the first rank; empty if there is none."""
     if folder.shards:
         return _opened(folder.shards[0][0], dict)["optimizer_state_dict"]
     return folder.first.get("optimizer") or {}
 
 
-def round_robin(folder: Folder) -> bool:
+def round_robin(folder: ScannedFolder) -> bool:
     """Whether DeepSpeed permuted the parameters in the optimizer; the files do not say how."""
     config = folder.first.get("ds_config")
     return isinstance(config, dict) and bool(config.get("zero_optimization", {}).get("round_robin_gradients"))
 
 
-def universal_state(folder: Folder, held: Mapping[str, Sequence[TensorRef]], embedding: int) -> list[RankState] | None:
+def universal_state(
+    folder: ScannedFolder, held: Mapping[str, Sequence[TensorRef]], embedding: int
+) -> list[RankState] | None:
     """The optimizer state of a universal checkpoint of one tensor rank; None if the folder has no such state.
 
     Raises CheckpointError for universal checkpoints of several tensor ranks.
@@ -413,7 +415,7 @@ def _grid(path: Path, cells: Sequence[tuple[int, int, str]], row: str, column: s
     return grid
 
 
-def _check_ranks(folder: Folder, mp_ranks: int) -> None:
+def _check_ranks(folder: ScannedFolder, mp_ranks: int) -> None:
     """Raises CheckpointError for files of more ranks than the run had, and for files of several steps."""
     for present, had, kind in (
         (mp_ranks, folder.first.get("mp_world_size"), "model"),

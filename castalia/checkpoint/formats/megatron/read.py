@@ -19,7 +19,7 @@ from castalia.checkpoint.formats.deepspeed.assemble import (
 )
 from castalia.checkpoint.formats.deepspeed.folder import (
     BUFFERS,
-    Folder,
+    ScannedFolder,
     is_megatron,
     optimizer_ranks,
     optimizer_settings,
@@ -102,7 +102,7 @@ def read(
     )
 
 
-def _training(folder: Folder, model: ModelConfig) -> RunConfig:
+def _training(folder: ScannedFolder, model: ModelConfig) -> RunConfig:
     """The training run, as far as the stored arguments describe it. Raises CheckpointError for impossible ones."""
     args: Mapping[str, Any] = folder.args
     adam = {"eps": args.get("adam_eps"), "weight_decay": args.get("weight_decay"), "clip_grad": args.get("clip_grad")}
@@ -147,7 +147,7 @@ def _in_steps(stored: Mapping[str, Any] | None, args: Mapping[str, Any]) -> dict
     return {**values, **steps, "decay_style": stored["decay_style"], "min_lr": stored["min_lr"]}
 
 
-def _from_arguments(folder: Folder, held: RankTensors) -> dict[str, Any]:
+def _from_arguments(folder: ScannedFolder, held: RankTensors) -> dict[str, Any]:
     """Settings that only the stored arguments show. Raises CheckpointError for models that ours cannot be."""
     args: Mapping[str, Any] = folder.args
     if args.get("apply_residual_connection_post_layernorm"):

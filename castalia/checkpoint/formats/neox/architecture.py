@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from castalia.checkpoint.formats.deepspeed.folder import Folder, global_name, layer_file, refuse_missing
+from castalia.checkpoint.formats.deepspeed.folder import ScannedFolder, global_name, layer_file, refuse_missing
 from castalia.checkpoint.formats.neox.names import NORM_PARAMETERS, Names
 from castalia.config.schema import ModelConfig
 from castalia.errors import CheckpointError
@@ -21,7 +21,7 @@ MUST_AGREE = (
 )  # fmt: skip
 
 
-def observed(held: RankTensors, names: Names, folder: Folder, config: ModelConfig | None) -> dict[str, Any]:
+def observed(held: RankTensors, names: Names, folder: ScannedFolder, config: ModelConfig | None) -> dict[str, Any]:
     """What tensors and stored arguments say about the model, as settings of `ModelConfig`.
 
     `held`: the weights by `position.name`. `config`: the model of the training config, which is asked for the number of
@@ -86,7 +86,7 @@ def merge(config: ModelConfig | None, observations: Mapping[str, Any], defaults:
 
 
 def compare(
-    config: ModelConfig | None, model: ModelConfig, folder: Folder, names: Names, source: str, tolerant: bool
+    config: ModelConfig | None, model: ModelConfig, folder: ScannedFolder, names: Names, source: str, tolerant: bool
 ) -> tuple[str, ...]:
     """A line for each setting in which a config contradicts the tensors' model, so that it must be of another model.
 
@@ -127,7 +127,7 @@ def _file_of(name: str) -> str:
     return layer_file(int(name.split(".")[0]), 0)
 
 
-def _count_layers(held: RankTensors, names: Names, fused: str, folder: Folder) -> int:
+def _count_layers(held: RankTensors, names: Names, fused: str, folder: ScannedFolder) -> int:
     """The number of blocks. Raises CheckpointError unless the tensors of all of them, and of both ends, are there."""
     positions = {int(name.split(".")[0]) for name in held}
     blocks = [position for position in positions if f"{position}.{fused}" in held]

@@ -15,7 +15,7 @@ from castalia.checkpoint.formats.deepspeed.folder import (
     RANK_STATE,
     SHARD,
     STATE,
-    Folder,
+    ScannedFolder,
     is_megatron,
     names_of,
     optimizer_ranks,
@@ -141,12 +141,12 @@ def read(
     )
 
 
-def _config(folder: Folder, given: str | Path | None) -> RunConfig | None:
+def _config(folder: ScannedFolder, given: str | Path | None) -> RunConfig | None:
     files = [given] if given else config_files(folder.path)
     return load_config(files) if files else None
 
 
-def _era(folder: Folder, held: RankTensors) -> str:
+def _era(folder: ScannedFolder, held: RankTensors) -> str:
     """A key of `ERAS`, by the names of the MLP's matrices and whether DeepSpeed's version is stored."""
     if any(name.endswith(".mlp.w1.weight") for name in held):
         return "w1-w3"
@@ -169,18 +169,18 @@ def _guesses(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"activation": "gelu_tanh", "parallel_residual": True, "norm_eps": 1e-5, "rotary_pct": 0.25}
 
 
-def _data(folder: Folder) -> DataConfig:
+def _data(folder: ScannedFolder) -> DataConfig:
     longest = folder.args.get("max_position_embeddings")
     return DataConfig(seq_length=longest) if longest else DataConfig()
 
 
-def _is_recent(folder: Folder, era: str) -> bool:
+def _is_recent(folder: ScannedFolder, era: str) -> bool:
     numbers = [int(number) for number in re.findall(r"\d+", folder.version or "0")[:2]]
     return era == "head" and tuple(numbers) >= FIRST_WITH_NEW_ROWS
 
 
 def _place_epsilon(
-    folder: Folder, era: str, model: ModelConfig, run: RunConfig | None, hint: str | None
+    folder: ScannedFolder, era: str, model: ModelConfig, run: RunConfig | None, hint: str | None
 ) -> tuple[ModelConfig, str]:
     """The model with RMSNorm's epsilon in the place that it had in training, and a note if that is a guess."""
     if model.norm != "rmsnorm" or (hint is None and run and "model.rms_eps_inside" in run.origins):
@@ -192,7 +192,7 @@ def _place_epsilon(
     return model.with_({"rms_eps_inside": inside}), "" if hint else note
 
 
-def _rows(folder: Folder, era: str, model: ModelConfig, hint: GqaRows | None) -> tuple[GqaRows, str]:
+def _rows(folder: ScannedFolder, era: str, model: ModelConfig, hint: GqaRows | None) -> tuple[GqaRows, str]:
     """The order of the rows of grouped queries, and a note if that is a guess."""
     if model.kv_heads == model.num_heads:
         return "new", ""
@@ -202,7 +202,7 @@ def _rows(folder: Folder, era: str, model: ModelConfig, hint: GqaRows | None) ->
     return rows, "" if hint else note
 
 
-def _optimizer(folder: Folder, held: RankTensors, model: ModelConfig) -> tuple[list[RankState] | None, str]:
+def _optimizer(folder: ScannedFolder, held: RankTensors, model: ModelConfig) -> tuple[list[RankState] | None, str]:
     """The optimizer state of each tensor rank, and a note about it."""
     if round_robin(folder):
         return None, "the optimizer state was written with round_robin_gradients, which nothing undoes: it is left out"
@@ -221,12 +221,12 @@ def _optimizer(folder: Folder, held: RankTensors, model: ModelConfig) -> tuple[l
     return ranks, ""
 
 
-def _unstored_step(folder: Folder) -> int:
+def _unstored_step(folder: ScannedFolder) -> int:
     """Adam's step where it is not stored: the number of updates."""
     return folder.step - int(folder.first.get("skipped_steps") or 0)
 
 
-def _summed_ranks(folder: Folder, model: ModelConfig) -> tuple[int, str]:
+def _summed_ranks(folder: ScannedFolder, model: ModelConfig) -> tuple[int, str]:
     if folder.tp == 1 or not model.parallel_residual or not (model.attention_bias or model.mlp_bias):
         return 1, ""
     return folder.tp, (
