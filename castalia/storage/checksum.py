@@ -18,7 +18,7 @@ BLOCK_BYTES = 1 << 20  # of our own files: the block that is read to verify one 
 class BlockSums:
     """The checksums of consecutive bytes, block by block, as they are written."""
 
-    found: list[int] = field(default_factory=list)
+    sums: list[int] = field(default_factory=list)
     seen: int = 0  # bytes
 
     def add(self, data: memoryview) -> None:
@@ -27,8 +27,8 @@ class BlockSums:
             begun = self.seen % BLOCK_BYTES
             part = data[: BLOCK_BYTES - begun]
             if begun:
-                self.found[-1] = crc32(part, self.found[-1])
+                self.sums[-1] = crc32(part, self.sums[-1])
             else:
-                self.found.append(crc32(part))
+                self.sums.append(crc32(part))
             self.seen += len(part)
             data = data[len(part) :]

@@ -130,7 +130,7 @@ def write_safetensors(
                         sums[name].add(part)
                     advance(len(part))
     offsets = {name: base + header[name]["data_offsets"][0] for name in tensors}
-    return Written(offsets, {name: each.found for name, each in sums.items()})
+    return Written(offsets, {name: blocks.sums for name, blocks in sums.items()})
 
 
 def write_all(file: BinaryIO, data: memoryview) -> None:

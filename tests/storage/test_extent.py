@@ -157,4 +157,4 @@ def test_checksums_of_blocks_do_not_depend_on_the_pieces(sizes: list[int]) -> No
     content, sums = bytes(sum(sizes)), BlockSums()
     for size in sizes:
         sums.add(memoryview(bytes(size)))
-    assert sums.found == sums_of(content, 1 << 20) and sums.seen == len(content)
+    assert sums.sums == sums_of(content, 1 << 20) and sums.seen == len(content)
