@@ -610,6 +610,12 @@ class CheckpointConfig(Section):
         None, description="keep only this many checkpoints, and milestones; older ones are deleted"
     )
     keep_every: PositiveInt | None = Field(None, description="milestones: multiples of this step are never deleted")
+    keep_best: bool = Field(
+        True, description="keep the checkpoint with the lowest validation loss as checkpoints/best, whatever is deleted"
+    )
+    save_minutes: PositiveFloat | None = Field(
+        15.0, description="save as well when the last save is this many minutes old; the next save replaces such a one"
+    )
     save_optimizer: bool = Field(True, description="save the optimizer state, without which a run cannot be resumed")
     load_optimizer: bool = Field(True, description="false: resume with a fresh optimizer")
     other_data: bool = Field(False, description="resume although the data or their order have changed")

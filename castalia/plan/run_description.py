@@ -154,6 +154,10 @@ def saves(config: RunConfig) -> str:
     if saves.keep_last:
         milestones = f" and multiples of {saves.keep_every}" if saves.keep_every else ""
         parts.append(f"keeping the last {saves.keep_last}{milestones}")
+    if saves.save_minutes:
+        parts.append(f"{saves.save_minutes:g} minutes after the last save")
+    if saves.keep_best and evaluation(config) != "never":
+        parts.append("the best by validation loss")
     return "; ".join([*parts, "the last step"]) + ("" if saves.save_optimizer else "; without optimizer state")
 
 

@@ -16,14 +16,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from castalia.checkpoint.formats.native.read import saved_steps
-from castalia.checkpoint.formats.native.save import CheckpointSaver, prune, refuse_if_in_use
+from castalia.checkpoint.formats.native.save import (
+    CheckpointSaver,
+    best_step,
+    copy_as_best,
+    prune,
+    refuse_if_in_use,
+)
 from castalia.checkpoint.restore import optimizer_state
 from castalia.checkpoint.tensors import Progress, Shard
 from castalia.config.load import TOKENIZER, load_run
 from castalia.config.schema import RunConfig
 from castalia.errors import Stopped, TrainingError
 from castalia.observe.display import Display
-from castalia.observe.metrics import Metrics, truncate_metrics, truncate_records, write_event
+from castalia.observe.metrics import Metrics, read_metrics, truncate_metrics, truncate_records, write_event
 from castalia.observe.watch import StepPace, Watch, data_of_step
 from castalia.parallel.process_group import process_group
 from castalia.parallel.rendezvous import is_main
@@ -106,6 +112,8 @@ class TrainingRun:
         self.end = begin + hours * 3600 if hours else math.inf
         self.unevaluated: dict[str, Any] | None = None  # the last step's record, if its evaluation was cut short
         self.pace = StepPace(self.config.watch.window)
+        self.saved_at = time.monotonic()
+        self.best_loss = math.inf  # the lowest validation loss of those whose checkpoint is on disk
         self.watch = Watch(
             self.config.watch,
             session.executor,
@@ -132,6 +140,8 @@ class TrainingRun:
                 self.metrics = opened.enter_context(closing(self._open_folder()))
             self.instruments = opened.enter_context(self._instruments())
             executor.barrier()  # the remains of crashed ranks are removed before any rank saves
+            found = self._find_best() if self.is_main and saves.keep_best else math.inf
+            self.best_loss = executor.gather(found)[0]
             self.opened = opened.pop_all()
         return self
 
@@ -152,6 +162,22 @@ class TrainingRun:
         facts = {"source": source, "data_fingerprint": session.data.fingerprint, **self.job._asdict()}
         self._event("start", step=self.progress.step, **facts)
         return Metrics(folder, self.config, self.unevaluated)
+
+    def _find_best(self) -> float:
+        """The lowest validation loss of the checkpoints on disk, which is made the best one if it is not yet: what was
+        evaluated last may have been killed before it was."""
+        folder = self.folder / "checkpoints"
+        records = [record for record in read_metrics(self.folder) if record.get("valid_loss") is not None]
+        losses: dict[int, float] = {record["step"]: record["valid_loss"] for record in records}
+        steps, known = [step for step in saved_steps(folder) if step in losses], best_step(folder)
+        if known in losses:
+            steps.insert(0, known)  # of equal ones it stays
+        if not steps:
+            return math.inf
+        best = min(steps, key=lambda step: losses[step])
+        if best != known:
+            copy_as_best(folder, best)
+        return losses[best]
 
     def _instruments(self) -> Instruments:
         executor = self.session.executor
@@ -197,6 +223,8 @@ class TrainingRun:
                 self.display.advance(record)
                 if is_save_step(config.checkpoint, done, last):
                     self.save()  # before the evaluation, which may take long and be cut short
+                elif self._save_is_due():
+                    self.save(replaceable=True)
                 if evaluates:
                     record = self._evaluated(record)
                 if done % config.log.every == 0 or done in (first, last) or "valid_loss" in record:
@@ -291,10 +319,33 @@ class TrainingRun:
             record = record | self.validation.recorded(result)
         if self.is_main:
             self.metrics.write(record)
+        if self.config.checkpoint.keep_best and result is not None:
+            self._keep_if_best(record.get("valid_loss"))
         return record
 
-    def save(self) -> None:
-        """Copies the state and returns. It is on disk before the next save begins, and when the run ends."""
+    def _keep_if_best(self, loss: float | None) -> None:
+        """Keeps the state under the name of the best one if its validation loss is the lowest."""
+        loss = self.session.executor.gather(loss)[0]  # one rank decides
+        if loss is None or not loss < self.best_loss:
+            return
+        self.best_loss = loss
+        if self.saved_step == self.progress.step:
+            self._wait_for_writes()
+            self.writer.keep_as_best(self.progress.step)
+        else:
+            self.save(best=True)
+
+    def _save_is_due(self) -> bool:
+        """Whether the last save is as old as checkpoint.save_minutes, on any rank."""
+        minutes = self.config.checkpoint.save_minutes
+        return minutes is not None and self.session.executor.any(time.monotonic() - self.saved_at >= 60 * minutes)
+
+    def save(self, replaceable: bool = False, best: bool = False) -> None:
+        """Copies the state and returns. It is on disk before the next save begins, and when the run ends.
+
+        A `replaceable` one gives way to the next save, and no rewind goes back to it, as it depends on the machine's
+        pace. The `best` one is not what the run goes on with.
+        """
         session = self.session
         parameters = {name: p for name, p in session.executor.parameters.items() if session.executor.saves(name)}
         states = optimizer_state(session.optimizer, parameters) if self.config.checkpoint.save_optimizer else None
@@ -303,9 +354,18 @@ class TrainingRun:
         self._wait_for_writes()
         if self.is_main:
             self.metrics.sync()
-        self.writer.save(self._parts_to_write(parameters), states, self.progress, self.config, session.data.fingerprint)
-        self.saved_step = self.progress.step
-        self._event("save", step=self.progress.step)
+        self.writer.save(
+            self._parts_to_write(parameters),
+            states,
+            self.progress,
+            self.config,
+            session.data.fingerprint,
+            replaceable=replaceable,
+            best=best,
+        )
+        if not best:
+            self.saved_step, self.saved_at = self.progress.step, time.monotonic()
+            self._event("save by time" if replaceable else "save", step=self.progress.step)
 
     def _wait_for_writes(self) -> None:
         """Waits until the last checkpoint is on disk, on all ranks together. A rank that waited alone would keep the

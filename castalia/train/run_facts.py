@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from castalia.config.schema import CheckpointConfig, DataConfig, RunConfig
+from castalia.config.schema import CheckpointConfig, DataConfig, RunConfig, split_shares
 from castalia.errors import DataError
 from castalia.plan.run_plan import CorpusFacts, RunFacts
 from castalia.train.schedule import is_save_step, learning_rate
@@ -24,7 +24,7 @@ def collect_run_facts(config: RunConfig) -> RunFacts:
     return RunFacts(
         corpora=corpora(config),
         rate=learning_rate(config, steps) if steps else None,
-        kept_checkpoints=num_kept_checkpoints(config.checkpoint, steps) if steps else None,
+        kept_checkpoints=num_kept_checkpoints(config.checkpoint, steps) + keeps_best_apart(config) if steps else None,
         free_bytes=shutil.disk_usage(_existing(Path(config.checkpoint.dir or "."))).free,
     )
 
@@ -41,6 +41,15 @@ def num_kept_checkpoints(checkpoint: CheckpointConfig, steps: int) -> int:
     older = saved[: -checkpoint.keep_last]
     milestones = sum(step % checkpoint.keep_every == 0 for step in older) if checkpoint.keep_every else 0
     return milestones + len(saved) - len(older)
+
+
+def keeps_best_apart(config: RunConfig) -> bool:
+    """Whether the best checkpoint may be one that is not kept anyway, and takes room of its own."""
+    saves, every, data = config.checkpoint, config.eval.every, config.data
+    has_data = split_shares(data.split)[1] > 0 if data.path else bool(data.valid)
+    if not saves.keep_best or not every or not config.eval.batches or not has_data:
+        return False
+    return bool(saves.keep_last or not saves.every or every % saves.every)
 
 
 def corpora(config: RunConfig) -> tuple[CorpusFacts, ...]:

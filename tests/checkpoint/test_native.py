@@ -173,6 +173,57 @@ def test_only_the_newest_and_milestones_are_kept(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_what_was_saved_by_time_gives_way_and_counts_as_none_of_the_newest(tmp_path: Path) -> None:
+    with CheckpointSaver(tmp_path, keep_last=2) as writer:
+        for step in range(1, 9):
+            writer.save(a_model(), None, Progress(step=step), CONFIG, replaceable=step % 3 != 0)
+            writer.join()
+            assert max(native_read.saved_steps(tmp_path)) == open_checkpoint(tmp_path).progress.step == step
+            assert len(native_read.saved_steps(tmp_path)) <= 3
+    assert list(native_read.saved_steps(tmp_path)) == [3, 6, 8]
+    with CheckpointSaver(tmp_path) as writer:
+        writer.save(a_model(), None, Progress(step=9), CONFIG)
+    assert list(native_read.saved_steps(tmp_path)) == [3, 6, 9]
+
+
+def test_the_best_is_a_checkpoint_of_its_own_that_nothing_prunes(tmp_path: Path) -> None:
+    with CheckpointSaver(tmp_path, keep_last=1) as writer:
+        writer.save(a_model(0), None, Progress(step=1), CONFIG, replaceable=True)
+        writer.keep_as_best(1)
+        for step in (2, 3):
+            writer.save(a_model(step), None, Progress(step=step), CONFIG)
+        writer.join()
+        assert native_save.best_step(tmp_path) == 1
+        assert torch.equal(open_checkpoint(tmp_path / "best").model["norm.weight"].read(), a_model(0)["norm.weight"])
+        writer.save(a_model(4), None, Progress(step=4), CONFIG, best=True)
+    assert native_save.best_step(tmp_path) == 4
+    assert open_checkpoint(tmp_path).progress.step == 3
+    assert list(native_read.saved_steps(tmp_path)) == [3] and not left_overs(tmp_path)
+
+
+def test_a_disk_without_second_names_holds_the_best_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(1, "no links here")
+
+    monkeypatch.setattr(native_save.os, "link", refused)
+    with CheckpointSaver(tmp_path) as writer:
+        writer.save(a_model(), None, Progress(step=1), CONFIG)
+        writer.keep_as_best(1)
+    assert torch.equal(open_checkpoint(tmp_path / "best").model["norm.weight"].read(), a_model()["norm.weight"])
+
+
+def test_what_is_called_best_and_is_not_ours_is_not_replaced(tmp_path: Path) -> None:
+    save(tmp_path, 1, a_model())
+    (tmp_path / "best").symlink_to("step_000001")
+    with pytest.raises(CheckpointError, match="checkpoint.keep_best=false"):
+        native_save.best_step(tmp_path)
+    (tmp_path / "best").unlink()
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="none that castalia saved"):
+        native_save.best_step(tmp_path)
+
+
 def test_after_going_back_the_steps_left_behind_go_first(tmp_path: Path) -> None:
     for keep_last, steps in ((9, (1, 2, 3, 4, 5)), (3, (2, 3))):
         with CheckpointSaver(tmp_path, keep_last=keep_last) as writer:

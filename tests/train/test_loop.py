@@ -15,6 +15,7 @@ import torch
 
 from castalia.checkpoint.formats.native.save import CheckpointSaver
 from castalia.checkpoint.opener import open_checkpoint
+from castalia.checkpoint.restore import load_tokenizer_for
 from castalia.cli.train import read_config, train
 from castalia.config.load import dump_config, load_config
 from castalia.data.loader import open_data
@@ -90,7 +91,7 @@ def test_the_report_tells_all_that_matters(tiny, tmp_path, capfd):
         "the warm-up is shorter than a step",
         "gradients are scaled down to a norm of 1",
         "fp32 compute",
-        "every 10 steps; steps 0, 3; the last step",
+        "every 10 steps; steps 0, 3; 15 minutes after the last save; the best by validation loss; the last step",
         "TRAINING BEGINS FROM RANDOM WEIGHTS: 41.92K parameters, nothing was loaded",
         "ln(vocabulary) = 5.5491",
         "dry run: the folder of the run was not touched",
@@ -480,3 +481,51 @@ def test_a_run_that_warms_up_goes_on_as_if_never_stopped(tiny, tmp_path):
     assert [record["tokens"] for record in read_metrics(straight)] == [sum(tokens[:n]) for n in range(1, 9)]
     planned = report(load_config(straight), RunFacts()).training
     assert planned.tokens == sum(tokens) and planned.tokens_per_step == 8 * 16
+
+
+def best_of(folder):
+    """Step of the lowest validation loss by the record, and of the checkpoint that is called the best."""
+    losses = {record["step"]: record["valid_loss"] for record in read_metrics(folder) if "valid_loss" in record}
+    return min(losses, key=losses.get), open_checkpoint(folder / "checkpoints" / "best").progress.step
+
+
+def test_the_best_checkpoint_is_kept_beside_the_last_whatever_is_pruned(tiny, tmp_path):
+    options = [
+        "optimizer.lr=0.3",
+        "schedule.style=constant",
+        "eval.every=2",
+        "checkpoint.every=4",
+        "checkpoint.keep_last=1",
+    ]
+    run = Path(train(tiny(tmp_path / "run", *options)))
+    by_record, kept = best_of(run)
+    assert by_record == kept < 20  # such a rate does not end at its best
+    assert [path.name for path in run.glob("checkpoints/step_*")] == ["step_000020"]
+    assert open_checkpoint(run).progress.step == 20
+    tokenizer = load_tokenizer_for(open_checkpoint(run / "checkpoints" / "best"))
+    assert tokenizer.decode(tokenizer.encode("the light")) == "the light"
+
+
+def test_a_best_checkpoint_that_a_kill_kept_from_its_name_gets_it_at_the_next_start(tiny, tmp_path):
+    config = tiny(tmp_path / "run", "checkpoint.every=5", "train.exit_interval=10")
+    run = Path(train(config))
+    before = best_of(run)
+    assert before == (10, 10)
+    shutil.rmtree(run / "checkpoints" / "best")
+    train(read_config([str(run), "train.steps=20"]))
+    assert best_of(run) == (20, 20)
+
+
+def test_without_keep_best_there_is_none(tiny, tmp_path):
+    run = Path(train(tiny(tmp_path / "run", "checkpoint.keep_best=false", "train.steps=5")))
+    assert not (run / "checkpoints" / "best").exists()
+
+
+def test_saves_by_time_replace_each_other_and_the_run_goes_on_from_them(tiny, straight, tmp_path):
+    options = ["model.hidden_dropout=0.1", "precision.compute=bf16", "checkpoint.save_minutes=1e-9"]
+    run = Path(train(tiny(tmp_path / "run", *options, "train.exit_interval=17")))
+    assert sorted(path.name for path in run.glob("checkpoints/step_*")) == ["step_000010", "step_000017"]
+    assert [event["step"] for event in events(run) if event["event"] == "save"] == [10]
+    train(read_config([str(run), "train.exit_interval=null", "checkpoint.save_minutes=null"]))
+    assert sorted(path.name for path in run.glob("checkpoints/step_*")) == ["step_000010", "step_000020"]
+    assert_equal_runs(run, straight)

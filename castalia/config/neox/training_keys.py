@@ -323,7 +323,10 @@ def loading(work: Translation) -> None:
 
 
 def saving(work: Translation) -> None:
-    """When checkpoints are saved: at multiples of a number, or at its powers."""
+    """When checkpoints are saved: at multiples of a number, or at its powers. GPT-NeoX knows no other occasion."""
+    if work.training:
+        work.set("checkpoint.keep_best", False)
+        work.set("checkpoint.save_minutes", None)
     if not work.has("checkpoint_factor"):
         return
     keys = ("checkpoint_factor", "checkpoint_scale")

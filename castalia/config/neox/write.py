@@ -30,6 +30,7 @@ BACK: dict[Any, Callable[[Any], Any]] = {
 OURS_ALONE = {"model.activation": ("sigmoid", "identity"), "schedule.style": ("wsd", "inverse_sqrt")}
 # Settings for which GPT-NeoX needs no key: they follow from the tokenizer's files or from the program.
 ELSEWHERE = {"model.vocab_size", "model.init", "neox_exact", "tokenizer.path", "tokenizer.merges"}
+ELSEWHERE |= {"checkpoint.keep_best", "checkpoint.save_minutes"}  # it has neither, and trains the same without
 
 
 def to_neox(config: RunConfig) -> dict[str, Any]:

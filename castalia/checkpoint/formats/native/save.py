@@ -18,11 +18,11 @@ from threading import Event
 from typing import TYPE_CHECKING
 
 import castalia
-from castalia.checkpoint.formats.native.read import LATEST, MANIFEST, VERSIONS, canonical, saved_steps
+from castalia.checkpoint.formats.native.read import LATEST, MANIFEST, VERSIONS, canonical, detect, read, saved_steps
 from castalia.checkpoint.tensors import Progress, Shard
 from castalia.config.schema import RunConfig
 from castalia.errors import CastaliaError, CheckpointError
-from castalia.files import NEW, beside, clean, delete, lock, put_in_place, remove, sync, workplace, write_text
+from castalia.files import NEW, beside, clean, delete, lock, put_in_place, remove, standing, sync, workplace, write_text
 from castalia.storage.checksum import BLOCK_BYTES, crc32
 from castalia.storage.lazy import InMemory, TensorRef
 from castalia.storage.safetensors import DTYPE_CODES, Advance, write_safetensors
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 SYNC_BYTES = 32 << 20  # written to a file before the disk is told to begin
 RANKS_TIMEOUT_S = 1800.0  # how long the ranks of a run wait for each other's parts
 LOCK_TRIES = 10
+BEST = "best"  # the folder of the checkpoint with the lowest validation loss, beside those of steps
+REPLACEABLE = "replaceable"  # a file in a checkpoint's folder: the next save takes its place
 
 
 class CheckpointSaver:
@@ -81,11 +83,16 @@ class CheckpointSaver:
         progress: Progress,
         config: RunConfig,
         data_fingerprint: str = "",
+        *,
+        replaceable: bool = False,
+        best: bool = False,
     ) -> None:
         """Copy everything now and write it later.
 
         `model`: parameters by name, which are the fp32 masters. `optimizer`: name -> {exp_avg, ..., step}; None: no
         state is saved. Raises what went wrong with the last save.
+
+        `replaceable`: the next one that is saved takes its place. `best`: it becomes the best one, not the latest.
         """
         self.join()
         about = describe(progress, config, data_fingerprint)
@@ -102,7 +109,8 @@ class CheckpointSaver:
         copies = self._copies.take({key: shard.tensor for key, shard in given.items()})
         for (part, name), shard in given.items():
             tensors[part][name] = replace(shard, tensor=copies[part, name])
-        self._pending = self._thread.submit(self._write, progress.step, tensors, steps, about)
+        name = BEST if best else f"step_{progress.step:06d}"
+        self._pending = self._thread.submit(self._write, name, tensors, steps, about, replaceable)
 
     @property
     def is_writing(self) -> bool:
@@ -144,8 +152,16 @@ class CheckpointSaver:
         with suppress(CheckpointError):
             self.close()
 
-    def _write(self, step: int, tensors: dict[str, dict[str, Shard]], steps: dict | None, about: dict) -> None:
-        target = self.folder / f"step_{step:06d}"
+    def keep_as_best(self, step: int) -> None:
+        """Make a checkpoint that is on disk the best one, too. It takes no room while both stay."""
+        self.join()
+        if self.rank == 0:
+            copy_as_best(self.folder, step)
+
+    def _write(
+        self, name: str, tensors: dict[str, dict[str, Shard]], steps: dict | None, about: dict, replaceable: bool
+    ) -> None:
+        target = self.folder / name
         temporary = beside(target, NEW) / target.name
         try:
             if self.rank == 0:
@@ -160,6 +176,8 @@ class CheckpointSaver:
             everyone, steps = (
                 _gather(temporary, self.num_ranks, self._abandoned) if self.num_ranks > 1 else ([parts], steps)
             )
+            if replaceable:
+                (temporary / REPLACEABLE).touch()
             write_manifest(temporary, about | {"optimizer_steps": steps}, everyone)
             commit(temporary, target)
             prune(self.folder, self.keep_last, self.keep_every)
@@ -167,8 +185,8 @@ class CheckpointSaver:
             if self.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)  # gives the space back; the rest goes at the next start
             raise CheckpointError(
-                f"step {step} could not be saved in {self.folder}: {error.strerror} ({error.filename or target.name}). "
-                "Older checkpoints are as they were."
+                f"step {about['progress']['step']} could not be saved in {self.folder}: {error.strerror} "
+                f"({error.filename or target.name}). Older checkpoints are as they were."
             ) from error
 
 
@@ -256,25 +274,65 @@ def _file_entry(path: Path) -> dict[str, int]:
 
 
 def commit(temporary: Path, target: Path) -> None:
-    """Turn a complete temporary folder into a checkpoint, the latest one."""
+    """Turn a complete temporary folder into a checkpoint, the latest one unless it is the best."""
     sync(temporary)
     old = put_in_place(temporary, target)  # an older one exists if the run was rewound and has reached this step again
-    write_text(target.parent / LATEST, target.name)
+    if target.name != BEST:
+        write_text(target.parent / LATEST, target.name)
     for folder in (old, temporary.parent):
         if folder:
             remove(folder)
 
 
+def copy_as_best(folder: Path, step: int) -> None:
+    """Give a saved step's files a second name in the folder BEST, or copy them where the disk knows no second names."""
+    source, target = folder / f"step_{step:06d}", folder / BEST
+    temporary = workplace(target, NEW) / BEST
+    temporary.mkdir()
+    for file in source.iterdir():
+        if file.name != REPLACEABLE:
+            try:
+                os.link(file, temporary / file.name)
+            except OSError:
+                shutil.copyfile(file, temporary / file.name)
+                sync(temporary / file.name)
+    commit(temporary, target)
+
+
+def best_step(folder: str | Path) -> int | None:
+    """The step of the best checkpoint; None where there is none that can be read.
+
+    Raises CheckpointError where the name is taken by what is no checkpoint of ours, which would be replaced.
+    """
+    place = standing(Path(folder) / BEST)
+    if place.is_symlink() or (place.exists() and not detect(place)):
+        raise CheckpointError(
+            f"{place} has the name of the best checkpoint and is none that castalia saved: rename it, or set "
+            "checkpoint.keep_best=false"
+        )
+    try:
+        return read(place).progress.step if place.exists() else None
+    except CheckpointError:
+        return None
+
+
 def prune(folder: str | Path, keep_last: int | None, keep_every: int | None = None) -> None:
-    """Delete checkpoints, except the newest `keep_last`, multiples of `keep_every`, and the one that `latest` names."""
-    if keep_last is None:
-        return
+    """Delete what later saves replace, and all but the newest `keep_last` checkpoints and multiples of `keep_every`.
+
+    The one that `latest` names stays; one that is to be replaced is none of the newest.
+    """
     saved = saved_steps(folder)
+    if not (Path(folder) / LATEST).is_file():
+        return
     named = (Path(folder) / LATEST).read_text().strip()
     current = next((step for step, path in saved.items() if path.name == named), 0)
-    oldest_first = sorted(
-        saved, key=lambda step: (step <= current, step)
-    )  # steps after `latest` were abandoned by a rewind
+    replaced = {step for step, path in saved.items() if (path / REPLACEABLE).exists()}
+    for step in replaced - {current}:
+        delete(saved[step])
+    if keep_last is None:
+        return
+    # Steps after `latest` were abandoned by a rewind.
+    oldest_first = sorted(saved.keys() - replaced, key=lambda step: (step <= current, step))
     for step in oldest_first[:-keep_last]:
         path = saved[step]
         if step != current and not (keep_every and step % keep_every == 0):
