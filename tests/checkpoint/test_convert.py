@@ -162,7 +162,7 @@ def test_an_existing_destination_is_refused_and_replaced_with_force(tmp_path: Pa
 def test_force_replaces_nothing_but_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
-    with pytest.raises(CheckpointError, match="mine holds thesis.tex, which is no checkpoint"):
+    with pytest.raises(CheckpointError, match="mine holds thesis.tex, not a checkpoint"):
         convert.check_destination(tmp_path / "source", tmp_path / "mine", force=True)
     with pytest.raises(CheckpointError, match="thesis.tex is a file"):
         convert.check_destination(tmp_path / "source", tmp_path / "mine" / "thesis.tex", force=True)

@@ -189,7 +189,7 @@ def changed(source: Path, target: Path, **settings: object) -> Path:
     ("settings", "words"),
     [
         ({"use_dora": True}, "use_dora=True .DoRA's magnitudes. cannot be read"),
-        ({"peft_type": "IA3"}, "peft_type='IA3' cannot be held"),
+        ({"peft_type": "IA3"}, "peft_type='IA3' cannot be read"),
         ({"bias": "all"}, "bias='all'"),
         ({"init_lora_weights": "pissa"}, "changed the model's own weights"),
         ({"base_model_name_or_path": None}, "does not say which model .*--base"),
