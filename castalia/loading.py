@@ -1,4 +1,4 @@
-"""Build the model of a checkpoint: what `castalia.load_model` does, above `checkpoint`, which knows no modules."""
+"""Build and fill the model of a checkpoint. `castalia.checkpoint` itself knows only tensors, no networks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
     """The model of a checkpoint of any format, in eval mode; `module(tokens)` gives logits [batch, time, padded vocab].
 
     `dtype`: of the parameters and the computation; None for fp32, which holds every stored value exactly. Warns of
-    settings that had to be guessed, and of what was taken for something else.
+    settings that had to be guessed or interpreted. Raises CheckpointError as `open_checkpoint` and `load_shards` do.
     """
     checkpoint = open_checkpoint(path)
     for note in checkpoint.notes:
