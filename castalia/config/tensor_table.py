@@ -199,6 +199,11 @@ def in_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (block_of(name), _PLACES.get(name, len(ROWS)), name))
 
 
+def in_one_block(names: Iterable[str]) -> list[str]:
+    """The names with those of all blocks as of block 0, each once: for messages that list the tensors of a model."""
+    return list(dict.fromkeys(re.sub(r"^blocks\.\d+", "blocks.0", name) for name in names))
+
+
 def tp_dim(name: str) -> int | None:
     """The dimension that tensor parallelism splits, None for a tensor of which every tensor rank has a copy."""
     return row_of(name).tp_dim

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from castalia.config.schema import LossScaleConfig, OptimizerConfig, ParameterGroup
-from castalia.config.tensor_table import TensorRow, block_of, row_of
+from castalia.config.tensor_table import TensorRow, block_of, in_one_block, row_of
 from castalia.errors import ConfigError, TrainingError
 from castalia.reading import fits
 from castalia.train.update_rules import AnyOptimizer, CombinedOptimizer, Lion
@@ -39,7 +38,7 @@ def make_optimizer(
     for group in cfg.groups:
         names = [*trained, *elsewhere]
         if not any(fits(group.match, name) for name in names):
-            known = ", ".join(dict.fromkeys(re.sub(r"^blocks\.\d+", "blocks.0", name) for name in names))
+            known = ", ".join(in_one_block(names))
             raise ConfigError(f"optimizer.groups: {group.match!r} matches no tensor that trains; there are {known}")
     # By update rule, then by decay and learning-rate factor: each combination is one parameter group.
     kinds: dict[str, dict[tuple[float, float], list[nn.Parameter]]] = defaultdict(lambda: defaultdict(list))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
-
 from castalia.checkpoint.adapters import adapters_of
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.schema import CompleteConfig, FinetuneConfig, ModelConfig, RunConfig, is_adapter
-from castalia.config.tensor_table import adapter_shapes, tensor_shapes
+from castalia.config.tensor_table import adapter_shapes, in_one_block, tensor_shapes
 from castalia.data.tokenizer import load_tokenizer
 from castalia.errors import CheckpointError, ConfigError
 from castalia.model.init import seeded_tensor
@@ -37,7 +35,7 @@ def what_trains(config: RunConfig, source: Checkpoint | None, model: ModelConfig
     sized = model.with_({"vocab_size": model.vocab_size or 1})  # only the names matter
     # Patterns are checked against all tensors of the run, because other pipeline stages hold some of them.
     names = [*tensor_shapes(sized), *adapter_shapes(sized, chosen.lora)]
-    kinds = ", ".join(dict.fromkeys(re.sub(r"^blocks\.\d+", "blocks.0", name) for name in names))
+    kinds = ", ".join(in_one_block(names))
     for key in ("train", "freeze"):
         for pattern in getattr(chosen, key):
             if not any(fits(pattern, name) for name in names):
