@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -54,6 +53,7 @@ def command(
     from castalia.checkpoint.opener import open_checkpoint
     from castalia.cli.train import split_words, train
     from castalia.config.load import dump_config, load_config
+    from castalia.config.yaml_files import mapping_from
     from castalia.errors import ConfigError
     from castalia.files import write_text
     from castalia.train.run_folder import refuse_second_start, run_folder
@@ -80,8 +80,8 @@ def command(
         name: [each.model_dump(exclude_defaults=True) for each in found] for name, found in prepared.sources.items()
     }
     rest = [word for word in words if word.partition("=")[0] not in ("data.train", "data.valid")]
-    config = load_config([usual, prepared.fitting, *files, {"data": corpora}], rest)
-    config._origins = {path: re.sub(r"\bkeys:\d+", "its default", where) for path, where in config.origins.items()}
+    chosen, fitting, data = (mapping_from(keys, "its default") for keys in (usual, prepared.fitting, {"data": corpora}))
+    config = load_config([chosen, fitting, *files, data], rest)
     if config.train.epochs and prepared.conversations:
         steps = math.ceil(config.train.epochs * prepared.conversations / (config.train.batch_size or BATCH))
         config = config.with_({"train.steps": steps, "train.epochs": None})

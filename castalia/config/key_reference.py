@@ -18,9 +18,9 @@ every effective value with the file and line that it comes from.
 NEOX_HEAD = """
 ## GPT-NeoX's keys
 
-All {count} arguments of GPT-NeoX. **Honoured**: it becomes the key that is named. **No effect**: it is accepted, and a
-note says why nothing comes of it if it asks for more than its default. **Refused**: it stops with this reason, unless
-it is switched off. The defaults are GPT-NeoX's, and apply wherever a file in its terms leaves a key out.
+All {count} arguments of GPT-NeoX. **Honoured**: translated to the key named here. **No effect**: accepted; a note gives
+this reason if the value asks for more than the default. **Refused**: an error with this reason, unless it is switched
+off. The defaults are GPT-NeoX's, and apply wherever a file in its terms leaves a key out.
 
 | key | default | here |
 |---|---|---|

@@ -129,6 +129,8 @@ def _with_neox_folder(name: str | Path | RunConfig | dict) -> list[Any]:
 def _read(name: str | Path | RunConfig | dict, findings: Findings) -> YamlMapping:
     if isinstance(name, RunConfig):
         return read_text(dump_config(name), "checkpoint", findings)
+    if isinstance(name, YamlMapping):
+        return name
     if isinstance(name, dict):
         return read_text(to_yaml(name), "keys", findings)
     path = Path(name)

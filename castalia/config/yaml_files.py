@@ -43,6 +43,12 @@ class YamlMapping(dict[str, Any]):
         self.ranks: dict[str, int] = {}
 
 
+def mapping_from(values: Mapping[str, Any], origin: str) -> YamlMapping:
+    """A nested mapping made by the program, all of whose keys have one origin."""
+    inner = {key: mapping_from(value, origin) if isinstance(value, Mapping) else value for key, value in values.items()}
+    return YamlMapping(inner, dict.fromkeys(values, origin))
+
+
 def merged(old: Any, old_rank: int, new: Any, new_rank: int) -> Any:
     """`new`, completed by the keys that only `old` has if both are mappings; nested mappings likewise."""
     if not (isinstance(old, YamlMapping) and isinstance(new, YamlMapping)):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from castalia.config.load import dump_config, load_config, preset_names
 from castalia.config.schema import RunConfig
-from castalia.config.yaml_files import to_yaml
+from castalia.config.yaml_files import mapping_from, to_yaml
 from castalia.errors import ConfigError
 
 MODEL = "model: {num_layers: 2, hidden_size: 64, num_heads: 4}\n"
@@ -281,3 +281,13 @@ def test_an_empty_section_is_one_with_its_defaults(tmp_path):
     assert config.finetune.lora is not None and config.finetune.lora.rank == 4
     assert load_config([config], ["finetune.lora=null"]).finetune.lora is None
     assert load_config([], []).finetune.lora is None
+
+
+def test_keys_that_a_program_chose_have_the_origin_that_it_names():
+    chosen = mapping_from({"train": {"steps": 5}, "seed": 7, "finetune": {}}, "its default")
+    config = load_config([chosen], ["seed=8"])
+    assert (config.train.steps, config.seed) == (5, 8)
+    assert config.origins["train.steps"] == "its default"
+    assert config.origins["seed"] == "command line, replacing its default"
+    with pytest.raises(ConfigError, match="^its default: train.steps: -1"):
+        load_config([mapping_from({"train": {"steps": -1}}, "its default")])

@@ -75,22 +75,22 @@ def position(value: Any) -> Any:
     return lower(value)
 
 
-LAUNCH = "processes are started by torchrun or any launcher that sets its variables"
-DEEPSPEED = "nothing of DeepSpeed runs here"
+LAUNCH = "processes are started by torchrun or any launcher that sets the same variables"
+DEEPSPEED = "DeepSpeed is not used"
 DERIVED = "GPT-NeoX derives it from other keys"
 REDUCTION = "gradients are accumulated and reduced in fp32"
-FUSION = "PyTorch's own fused kernels do it, with the same result"
+FUSION = "PyTorch's own fused kernels compute the same"
 FP8 = "no layer of Transformer Engine is used"
 TRACKER = "metrics go to metrics.jsonl, TensorBoard, W&B and CSV"
-METRICS = "metrics.jsonl in the run's folder holds what is logged, the global gradient norm included"
-PROFILE = "metrics.jsonl holds the time of every step, log.profile the time of every operation"
-RECOMPUTE = "each block is recomputed by itself"
+METRICS = "metrics.jsonl in the run's folder has all metrics, the global gradient norm included"
+PROFILE = "metrics.jsonl has the time of every step, log.profile that of every operation"
+RECOMPUTE = "activation checkpointing always works block by block"
 RANDOM = "no generator state is stored: random numbers depend on seed, step and rank alone"
-LOSS_SCALE = "as in GPT-NeoX, the fp16 block alone counts"
+LOSS_SCALE = "as in GPT-NeoX, only the fp16 block counts"
 FP32_MATH = "softmax and loss are always computed in fp32"
 CURRENT_LENGTH = "internal to GPT-NeoX: the length follows from the step"
-DATA_EFFICIENCY = "samples keep their order and layers all their tokens; only curriculum_learning is built in"
-ONLINE = "training on texts that the model writes meanwhile is not built in"
+DATA_EFFICIENCY = "of DeepSpeed's data efficiency only curriculum_learning is built in"
+ONLINE = "online training on generated texts is not built in"
 REINFORCE = "train_impl: reinforce is not built in, and refused where it is asked for"
 MAMBA = "Mamba layers are not built in, and none is used"
 RWKV = "RWKV layers are not built in"
@@ -342,7 +342,7 @@ KEYS: dict[str, Key] = {
     "test_data_weights": joint("data.test", list),
     "weight_by_num_documents": to("data.weight_by_documents", False),
     "weighted_sampler_alpha": to("data.weight_alpha", 1.0),
-    "data_impl": idle("the files themselves tell their format", "infer"),
+    "data_impl": idle("the format is detected from the files", "infer"),
     "pack_impl": to("data.packing", "packed", lower),
     "dataset_impl": joint("data.train", str, "gpt2"),
     "train_impl": joint("train.objective", str, "normal"),
@@ -365,7 +365,7 @@ KEYS: dict[str, Key] = {
     "s3_chunk_size": idle("nothing is uploaded", 104857600),
     "config_files": idle(DERIVED),
     "load": joint("checkpoint.resume or checkpoint.init_from", str),
-    "checkpoint_validation_with_forward_pass": idle("every tensor in a checkpoint carries a checksum", False),
+    "checkpoint_validation_with_forward_pass": idle("every tensor in a checkpoint has a checksum", False),
     "checkpoint_scale": joint("checkpoint.every or checkpoint.log_base", str, "linear"),
     "checkpoint_factor": joint("checkpoint.every or checkpoint.log_base", float),
     "extra_save_iters": to("checkpoint.steps"),
