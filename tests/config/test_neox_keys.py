@@ -345,7 +345,7 @@ def test_a_key_with_one_right_value_refuses_the_others(tmp_path, key):
     ("keys", "message"),
     [
         ({"train_impl": "reinforce"}, "train_impl: 'reinforce' is refused"),
-        ({"dataset_impl": "online"}, "dataset_impl: 'online' is refused: training on texts that the model writes"),
+        ({"dataset_impl": "online"}, "dataset_impl: 'online' is refused: online training on generated texts"),
         (
             {**PAIRS, "neg_train_data_paths": ["b", "c"]},
             "neg_train_data_paths has 2 entries, pos_train_data_paths has 1",
