@@ -136,7 +136,7 @@ def test_prepared_conversations_are_sampled_with_their_labels(tmp_path: Path) ->
     ("conversation", "message"),
     [
         ([QUESTION], "without an answer"),
-        ("hello", "is no conversation"),
+        ("hello", "is not a conversation"),
         ([{"role": "user"}], "turn 1 of 'conversation' has no 'content'"),
         ([{"role": "user", "content": "boo"}, ANSWER], "does not render: no boo"),
         ([{"role": "user", "content": "\ud800"}, ANSWER], "half of a surrogate pair"),
@@ -159,7 +159,7 @@ def test_bad_templates(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=message):
             read_template(path)
     source = records(tmp_path / "chat.jsonl", [QUESTION, ANSWER])
-    with pytest.raises(DataError, match="no Jinja: line 1"):
+    with pytest.raises(DataError, match="not valid Jinja: line 1"):
         prepare([source], tmp_path / "x", Recipe(BYTES, ("conversation",), chat=Chat("{% for %}")))
 
 

@@ -167,7 +167,7 @@ def test_files_that_are_no_tokenizers(tmp_path: Path) -> None:
         load_tokenizer(TokenizerConfig(path=str(tmp_path)))
     for name in ("vocab.json", "merges.txt"):
         (tmp_path / name).write_text("[")
-    with pytest.raises(DataError, match="no GPT-2 BPE files"):
+    with pytest.raises(DataError, match="not GPT-2 BPE files"):
         load_tokenizer(TokenizerConfig(kind="gpt2", path=str(tmp_path)))
 
 
