@@ -18,6 +18,8 @@ import typer
 if TYPE_CHECKING:
     from castalia.config.schema import RunConfig
     from castalia.quickstart.choose import Choice, Pace
+    from castalia.quickstart.config_text import Settings
+    from castalia.quickstart.corpus import Corpus
     from castalia.quickstart.look import Folder
 
 PLAN, CONFIG = "start.json", "start.yml"  # in the run's folder: what was asked and chosen; the config that trains
@@ -161,37 +163,23 @@ def _choose(seen: Folder, asked: dict[str, Any]) -> tuple[Choice, Choice | None,
 
 
 def _write_config(seen: Folder, choice: Choice, run: Path, asked: dict[str, Any], begin: float) -> None:
-    """Tokenizer, corpus, and `start.yml` with as many steps as fit into the time that is left."""
+    """Writes tokenizer, corpus and `start.yml`."""
     from castalia.errors import TrainingError
     from castalia.files import write_text
-    from castalia.quickstart.choose import LEAST_STEPS, MAX_PASSES, TRAINING_SHARE, fitted_to
-    from castalia.quickstart.config_text import Places, commented, load, overridden, settings
+    from castalia.quickstart.choose import MAX_PASSES
+    from castalia.quickstart.config_text import commented, load, overridden
     from castalia.quickstart.corpus import prepare_corpus
-    from castalia.quickstart.measure import seconds_per_step
     from castalia.reading import read_json
 
     corpus = prepare_corpus(seen, choice.vocab_size, run / "data", lambda text: _say("preparing", text))
     _say("corpus", f"{corpus.train_tokens:,} tokens to learn from, {corpus.valid_tokens:,} held out, by a hash of them")
     if corpus.bad:
         _say("passed over", f"{len(corpus.bad):,} of the records, no text: {corpus.bad[0]}")
-    places = Places(str(run.resolve()), *(os.path.abspath(path) for path in corpus[:3]))
     _say("measuring", "this very model on this text, for some seconds")
-    trial = load(settings(choice, places, corpus.valid_tokens, choice.steps, 1.0), asked["words"])
-    speed = _tokens_of_step(trial) / seconds_per_step(trial, 5.0)
-    tokens, left = min(choice.tokens, MAX_PASSES * corpus.train_tokens), 0.0
-    if asked["hours"]:
-        seconds = asked["hours"] * 3600
-        left = max(seconds - (time.monotonic() - begin), seconds / 2)  # a slow preparation is not to leave nothing
-        tokens = min(math.floor(TRAINING_SHARE * left * speed), MAX_PASSES * corpus.train_tokens)
-    choice = fitted_to(choice, tokens, speed, corpus.train_tokens, corpus.bytes, seen.xz_bits_per_byte)
-    per_step = _tokens_of_step(load(settings(choice, places, corpus.valid_tokens, 1, 1.0), asked["words"]))
-    steps = max(LEAST_STEPS, tokens // per_step)
-    values = settings(choice, places, corpus.valid_tokens, steps, per_step / speed)
-    if left:
-        reason = "hours: saves and stops then, should the machine become slower"
-        values["train.max_hours"] = (round(left / 3600, 4), reason)
+    choice, values = _fit(choice, corpus, seen, run, asked, begin)
     config = load(values, asked["words"])
-    values = overridden(values, config)
+    plan = read_json(run / PLAN, TrainingError)
+    _write_json(run / PLAN, plan | {"choice": asdict(choice)})
     command_line = " ".join(shlex.quote(word) for word in ["castalia", *sys.argv[1:]])
     head = [
         f"Written by `{command_line}`, {time.strftime('%Y-%m-%d')}.",
@@ -200,16 +188,43 @@ def _write_config(seen: Folder, choice: Choice, run: Path, asked: dict[str, Any]
         "What a key means, and all others: castalia config explain KEY",
         "",
     ]
-    write_text(run / CONFIG, commented(values, head))
+    write_text(run / CONFIG, commented(overridden(values, config), head))
     print(f"wrote {run / CONFIG}, to read, to change and to run again")
-    plan = read_json(run / PLAN, TrainingError)
-    _write_json(run / PLAN, plan | {"choice": asdict(choice)})
-    if config.train.steps:
-        passes = config.train.steps * per_step / corpus.train_tokens
-        _say("training", f"{config.train.steps:,} steps of {per_step / speed:.2g} s, {passes:.2g} passes over the text")
-        _say("expect", f"{choice.bits_per_byte:.2f} bits for each byte of text that it never saw")
-        if passes > MAX_PASSES + 1:
-            print(f"WARNING: {passes:.0f} PASSES OVER THE TEXT: after {MAX_PASSES} a model learns it by heart")
+    steps = config.train.steps or 0
+    passes = config.train.epochs or steps * _tokens_of_step(config) / corpus.train_tokens
+    seconds = _tokens_of_step(config) / choice.tokens_per_second
+    length = f"{steps:,} steps" if steps else f"{config.train.epochs} epochs"
+    _say("training", f"{length} of {seconds:.2g} s a step, {passes:.2g} passes over the text")
+    _say("expect", f"{choice.bits_per_byte:.2f} bits for each byte of text that it never saw")
+    if passes > MAX_PASSES + 1:
+        print(f"WARNING: {passes:.0f} PASSES OVER THE TEXT: after {MAX_PASSES} a model learns it by heart")
+
+
+def _fit(
+    choice: Choice, corpus: Corpus, seen: Folder, run: Path, asked: dict[str, Any], begin: float
+) -> tuple[Choice, Settings]:
+    """The choice and its settings for as many steps as fit into the time that is left, at the model's own speed."""
+    from castalia.quickstart.choose import LEAST_STEPS, MAX_PASSES, TRAINING_SHARE, fitted_to
+    from castalia.quickstart.config_text import Places, load, settings
+    from castalia.quickstart.measure import seconds_per_step
+
+    places = Places(str(run.resolve()), *(os.path.abspath(path) for path in corpus[:3]))
+    trial = load(settings(choice, places, corpus.valid_tokens, choice.steps, 1.0), asked["words"])
+    speed = _tokens_of_step(trial) / seconds_per_step(trial, 5.0)
+    tokens, left = choice.tokens, 0.0
+    if asked["hours"]:
+        seconds = asked["hours"] * 3600
+        left = max(seconds - (time.monotonic() - begin), seconds / 2)  # a slow preparation is not to leave nothing
+        tokens = math.floor(TRAINING_SHARE * left * speed)
+    tokens = min(tokens, MAX_PASSES * corpus.train_tokens)
+    choice = fitted_to(choice, tokens, speed, corpus.train_tokens, corpus.bytes, seen.xz_bits_per_byte)
+    per_step = _tokens_of_step(load(settings(choice, places, corpus.valid_tokens, 1, 1.0), asked["words"]))
+    steps = max(LEAST_STEPS, tokens // per_step)
+    values = settings(choice, places, corpus.valid_tokens, steps, per_step / speed)
+    if left:
+        reason = "hours: saves and stops then, should the machine become slower"
+        values["train.max_hours"] = (round(left / 3600, 4), reason)
+    return choice, values
 
 
 def _tokens_of_step(config: RunConfig) -> int:
@@ -227,6 +242,7 @@ def _train(run: Path) -> None:
 
 def _finish(run: Path) -> None:
     """Judges the model by the held-out text and writes the report."""
+    from castalia.config.load import load_run
     from castalia.errors import TrainingError
     from castalia.reading import read_json
     from castalia.report.report_text import lines
@@ -237,8 +253,10 @@ def _finish(run: Path) -> None:
     for line in lines(report, sys.stdout.isatty()):
         print(line)
     expected = read_json(run / PLAN, TrainingError)["choice"]["bits_per_byte"]
-    bits = report.score.bits_per_byte
+    bits, steps = report.score.bits_per_byte, load_run(run).train.steps or 0
     print(f"\n{bits:.3f} bits per byte where {expected:.2f} were expected" if bits else "")
+    if report.step < steps:
+        print(f"after {report.step:,} of {steps:,} steps; the same command goes on with the others")
     print(f"wrote {run / 'report.html'}, a page to open in a browser or to send to a friend")
 
 
