@@ -25,6 +25,7 @@ from castalia.config.schema import (
     CheckpointConfig,
     DataConfig,
     EvalConfig,
+    LogConfig,
     ModelConfig,
     OptimizerConfig,
     PrecisionConfig,
@@ -249,6 +250,15 @@ def test_neox_accepts_the_config_as_it_is_written(kind: str, dtype: str, tmp_pat
     assert keys["vocab_file"] == str(tmp_path / "out" / "global_step9" / "tokenizer" / "tokenizer.json")
     slim, _, _ = files_of(replace(source, optimizer=None), tmp_path / "slim", tp=2)
     assert slim["finetune"] is True and slim["load"] == str(tmp_path / "slim")
+
+
+def test_the_first_release_is_told_what_it_takes_for_granted_otherwise(tmp_path: Path) -> None:
+    """Its head is cut by the hidden size, its weight decay is 0.01, and it does not start with keys of later ones."""
+    given = {"log": LogConfig(every=100), "data": DataConfig(seq_length=8, packing="unpacked", allow_chopped=False)}
+    source = run(MODELS["parallel"], DTYPES["fp16"], **given)
+    keys, _, _ = files_of(source, tmp_path / "a", era="v1", tp=2, zero=1)
+    assert keys["output_layer_parallelism"] == "column" and keys["weight_decay"] == 0.1 and keys["log_interval"] == 100
+    assert not keys.keys() & {"pack_impl", "allow_chopped", "use_bias_in_mlp", "use_qk_layernorm"}
 
 
 def test_tokenizers_without_files_are_named(tmp_path: Path) -> None:

@@ -38,7 +38,12 @@ FIRST_RELEASE = {
     "gated_mlp": False, "qk_norm": False, "attention_bias": True, "mlp_bias": True, "sliding_window": None,
 }  # fmt: skip
 SCHEDULE = ("start_lr", "warmup_iter", "num_iters", "decay_style", "end_iter", "min_lr")  # of its stored state
-LATER_KEYS = ("use_bias_in_attn_linear", "use_bias_in_mlp", "use_qk_layernorm", "rms_norm_epsilon")
+# Keys that it does not know, and does not start with.
+LATER_KEYS = {
+    "allow_chopped", "lr_decay_fraction", "num_kv_heads", "pack_impl", "peak_theoretical_tflops", "sequence_parallel",
+    "sliding_window_width", "test_label_data_paths", "train_epochs", "train_label_data_paths",
+    "use_bias_in_attn_linear", "use_bias_in_mlp", "use_qk_layernorm", "valid_label_data_paths",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ def adapted(checkpoint: Checkpoint, options: WriteOptions, tokenizer: TokenizerC
     keys = to_neox(config) | {"no_load_rng": True}
     if options.era == "v1":
         _check_first_release(model, path)
-        keys = {key: value for key, value in keys.items() if key not in LATER_KEYS}
+        keys = {key: value for key, value in keys.items() if key not in LATER_KEYS} | _silent_today(config)
     notes = [batch_note, clip_note, *_left_out(checkpoint, config, keys), rows_note(checkpoint, rows)]
     rounds = layout.tp & (layout.tp - 1) or (layout.tp > 1 and dtype == torch.float16)
     if rounds and model.parallel_residual and (model.attention_bias or model.mlp_bias):
@@ -293,6 +298,18 @@ def _check_first_release(model: ModelConfig, path: str) -> None:
         wrong["model.mlp_size"] = model.mlp_size
     if wrong:
         raise CheckpointError(f"{path}: the first release has no {_assignments(wrong)}; use --era head")
+
+
+def _silent_today(config: RunConfig) -> dict[str, Any]:
+    """Keys that the first release reads otherwise than today's where its config does not have them.
+
+    It cuts the head by the hidden size, where files and today's release cut the vocabulary; its weight decay is 0.01,
+    its exponent for weights by documents 0.3, and it divides by an interval of logging that has no default.
+    """
+    keys: dict[str, Any] = {"output_layer_parallelism": "column", "weight_decay": config.optimizer.weight_decay}
+    if config.data.weight_by_documents:
+        keys["weighted_sampler_alpha"] = config.data.weight_alpha
+    return keys | {"log_interval": config.log.every}
 
 
 def _refused(path: str, settings: Mapping[str, Any]) -> CheckpointError:
