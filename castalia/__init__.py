@@ -14,8 +14,9 @@ _PUBLIC = {
     "batch_at": ("castalia.data.loader", "batch_at"),
     "open_checkpoint": ("castalia.checkpoint.opener", "open_checkpoint"),
     "load_model": ("castalia.loading", "load_model"),
+    "load_tokenizer": ("castalia.loading", "tokenizer_at"),
     "run_training": ("castalia.cli.train", "train"),
-    "generate_text": ("castalia.generate.generation", "generate"),
+    "generate_text": ("castalia.generate.text", "generate_text"),
 }
 __all__ = [*_PUBLIC, "__version__"]
 
@@ -25,3 +26,7 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module 'castalia' has no attribute {name!r}")
     module, attribute = _PUBLIC[name]
     return getattr(import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 
 from castalia.checkpoint.opener import open_checkpoint
-from castalia.checkpoint.restore import LoadReport, architecture, load_shards
+from castalia.checkpoint.restore import LoadReport, architecture, load_shards, load_tokenizer_for
 from castalia.checkpoint.tensors import Checkpoint, Shard
+from castalia.config.schema import TokenizerConfig
+from castalia.data.tokenizer import Tokenizer, load_tokenizer
 from castalia.model.transformer import Transformer
 
 
@@ -23,6 +25,16 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
     for note in checkpoint.notes:
         warnings.warn(f"{path}: {note}", stacklevel=2)
     return build_model(checkpoint, device, dtype)
+
+
+def tokenizer_at(path: str | Path) -> Tokenizer:
+    """The tokenizer of a checkpoint of any format, or the one in a file such as tokenizer.json or in a folder of such.
+
+    Raises CheckpointError where a checkpoint names no tokenizer, DataError where a file cannot be read.
+    """
+    if Path(path).is_dir() and not (Path(path) / "tokenizer.json").is_file():
+        return load_tokenizer_for(open_checkpoint(path))
+    return load_tokenizer(TokenizerConfig(path=str(path)))
 
 
 def build_model(

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
+from castalia.checkpoint.named_tensors import NamedTensors
 from castalia.checkpoint.neox_defects import INHERITED
 from castalia.config.schema import ModelConfig, RunConfig
 from castalia.storage.lazy import TensorRef
@@ -109,6 +110,31 @@ class Checkpoint:
         1,
     )  # (T, P) when gradient norms were those of the first tensor rank and stage alone
     summed_micro_batches: int = 1  # n when Adam saw gradients summed over n micro-batches; 1: their means
+
+    def __post_init__(self) -> None:
+        named: dict[str, object] = {"model": NamedTensors(self.model, self.config.model if self.config else None)}
+        if self.optimizer is not None:
+            named["optimizer"] = NamedTensors(self.optimizer)
+        for field, tensors in named.items():
+            object.__setattr__(self, field, tensors)  # the dataclass is frozen
+
+    def __repr__(self) -> str:
+        """About ten lines: where it lies, its model, its progress, and how its tensors begin."""
+        model = self.config.model if self.config else None
+        shown = [f"  {name}: {ref!r}" for name, ref in list(self.model.items())[:4]]
+        more = [f"  ... and {len(self.model) - 4} more tensors"] if len(self.model) > 4 else []
+        state = f"state of {len(self.optimizer)} tensors" if self.optimizer else "none stored"
+        layers = f"{model.num_layers} layers x {model.hidden_size}" if model else "no config"
+        head = [f"Checkpoint({self.path!r}, format {self.format!r})", f"  model: {layers}"]
+        return "\n".join(
+            [
+                *head,
+                f"  step: {self.progress.step}, tokens: {self.progress.tokens}",
+                f"  optimizer: {state}",
+                *shown,
+                *more,
+            ]
+        )
 
     @property
     def inherited(self) -> dict[str, object]:

@@ -207,7 +207,7 @@ class Extent:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FileTensor(Leaf):
     """A tensor in a file, as a strided view of an extent. Offset and strides count elements, as in torch."""
 

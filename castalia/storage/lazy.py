@@ -20,7 +20,7 @@ from functools import cached_property
 from itertools import accumulate
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -102,6 +102,47 @@ class TensorRef:
         else:
             out.copy_(self._take(box))
         return out
+
+    def __repr__(self) -> str:
+        return f"{self.dtype_name} {list(self.shape)}, not read"
+
+    def __len__(self) -> int:
+        """The size of the first dimension. Raises TypeError for a scalar."""
+        if not self.shape:
+            raise TypeError("a scalar has no length")
+        return self.shape[0]
+
+    def __bool__(self) -> bool:
+        return True  # whatever its length: `ref or other` asks whether there is a tensor
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        """A part, read now: whole numbers and slices with step 1, one for each of the first dimensions, or `...`."""
+        given = index if isinstance(index, tuple) else (index,)
+        if ... in given:
+            at = given.index(...)
+            given = given[:at] + (slice(None),) * (len(self.shape) - len(given) + 1) + given[at + 1 :]
+        if len(given) > len(self.shape):
+            raise IndexError(f"{len(given)} indices for a tensor of {len(self.shape)} dimensions")
+        given += (slice(None),) * (len(self.shape) - len(given))
+        box = []
+        for part, size in zip(given, self.shape, strict=True):
+            if isinstance(part, slice):
+                start, stop, step = part.indices(size)
+                if step != 1:
+                    raise IndexError(f"slices have step 1 here, not {step}: read() the tensor first")
+                box.append(slice(start, max(start, stop)))
+            elif -size <= part < size:
+                box.append(slice(part % size, part % size + 1))
+            else:
+                raise IndexError(f"index {part} is out of range for a dimension of {size}")
+        part_read = self.read(box)
+        return part_read[tuple(slice(None) if isinstance(part, slice) else 0 for part in given)]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """The values as NumPy has them; bfloat16, which it does not know, becomes float32."""
+        values = self.read()
+        array = (values.float() if self.dtype_name == "bfloat16" else values).numpy()
+        return array if dtype is None else array.astype(dtype)
 
     def pieces(self, piece_bytes: int = PIECE_BYTES) -> Iterator[torch.Tensor]:
         """The tensor in row-major order, some rows at a time, of about `piece_bytes` each."""
@@ -207,7 +248,7 @@ def sizes(box: Box) -> list[int]:
     return [stop - start for start, stop in box]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class InMemory(Leaf):
     """A tensor that is in memory. Two of them are equal only if they are the same object."""
 
@@ -231,7 +272,7 @@ class InMemory(Leaf):
         out.copy_(self.tensor.detach()[tuple(as_slices(box))])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Zeros(Leaf):
     """A tensor of zeros that takes no memory."""
 
@@ -264,7 +305,7 @@ class Wrapper(TensorRef):
         return self.source.dtype_name
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Part(Wrapper):
     """`source[..., start:stop, ...]` along one dimension."""
 
@@ -311,7 +352,7 @@ def cut_runs(runs: Iterable[ByteRun], start: int, stop: int) -> list[ByteRun]:
     return result
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Joined(TensorRef):
     """The sources concatenated along one dimension."""
 
@@ -359,7 +400,7 @@ class Joined(TensorRef):
             source.read(slices, out.narrow(self.dim, start, part.stop - part.start))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Permuted(Wrapper):
     """The source with its rows seen as a grid of shape `view`, whose axes are put in `order`.
 
@@ -378,7 +419,7 @@ class Permuted(Wrapper):
         return _rows(self.source, rows, box)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Reordered(Wrapper):
     """The source with row i taken from its row `order[i]`."""
 
@@ -403,7 +444,7 @@ def _rows(source: TensorRef, rows: torch.Tensor, box: Box) -> torch.Tensor:
     return source.read([slice(low, high), *as_slices(box[1:])])[rows - low]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Transposed(Wrapper):
     """A matrix with rows and columns exchanged."""
 
@@ -418,7 +459,7 @@ class Transposed(Wrapper):
         return self.source.read(as_slices(box[::-1])).t().contiguous()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Combined(TensorRef):
     """The sum or mean of sources of one shape, computed in fp64 so that the mean of equal copies has their bits."""
 
@@ -448,7 +489,7 @@ class Combined(TensorRef):
         return max(((source.read() - first).abs().max().item() for source in self.sources[1:]), default=0.0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scaled(Wrapper):
     """The source times `factor / divisor`, computed in fp64."""
 
@@ -460,7 +501,7 @@ class Scaled(Wrapper):
         return (self.source.read(as_slices(box)).double() * self.factor / self.divisor).to(self.dtype)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class WithLora(TensorRef):
     """The source plus scale * B A, in fp32. Computed in fp64, so that a part has the same bits as in the whole."""
 
@@ -491,7 +532,7 @@ class WithLora(TensorRef):
         return (self.source.read([rows, columns]).double() + change * self.scale).float()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Padded(Wrapper):
     """The source with zeros added at its end, up to `rows` rows."""
 
@@ -511,7 +552,7 @@ class Padded(Wrapper):
         out[held:].zero_()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Shaped(Wrapper):
     """A vector seen as a tensor of shape `view`. Reading some columns reads whole rows, a chunk at a time."""
 
@@ -540,7 +581,7 @@ class Shaped(Wrapper):
         return result
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Flattened(Wrapper):
     """A tensor seen as a vector in row-major order. Reading a part reads the whole rows that it touches."""
 
@@ -559,7 +600,7 @@ class Flattened(Wrapper):
         return rows.reshape(-1)[start - first * row : stop - first * row]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Cast(Wrapper):
     """The source in another dtype."""
 
