@@ -69,7 +69,7 @@ class DocumentPiece(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Corpus:
+class SampledCorpus:
     """One corpus, its samples, and what else is stored for each of its documents."""
 
     text: IndexedDataset
@@ -97,14 +97,14 @@ class Corpus:
 
 
 # (config, source, its text, number of samples or None for one epoch, name in the names of index files) -> corpus
-OpenCorpus = Callable[[RunConfig, Source, IndexedDataset, int | None, str], Corpus]
+OpenCorpus = Callable[[RunConfig, Source, IndexedDataset, int | None, str], SampledCorpus]
 
 
 @dataclass(frozen=True, eq=False)
 class Samples:
     """All samples of one split in data order. `batch(k)` is the batch of step k, or the k-th batch of an evaluation."""
 
-    corpora: tuple[Corpus, ...]
+    corpora: tuple[SampledCorpus, ...]
     blended: tuple[np.ndarray, np.ndarray] | None  # for each position of the data order, its corpus and position there
     seq_length: int
     batch_size: int
@@ -151,7 +151,7 @@ class Samples:
         corpus, position = self._corpus(position)
         return [DocumentPiece(corpus.text.prefix, *part) for part in corpus.parts(position)]
 
-    def _corpus(self, position: int) -> tuple[Corpus, int]:
+    def _corpus(self, position: int) -> tuple[SampledCorpus, int]:
         if not self.blended:
             return self.corpora[0], position
         return self.corpora[int(self.blended[0][position])], int(self.blended[1][position])
@@ -161,7 +161,9 @@ class Samples:
         corpus, position = self._corpus(position)
         return self._sample(corpus, corpus.parts(position), self.seq_length + 1)
 
-    def _sample(self, corpus: Corpus, parts: list[tuple[int, int, int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+    def _sample(
+        self, corpus: SampledCorpus, parts: list[tuple[int, int, int]], length: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         text = assemble(corpus.text, parts, length, fill=0)
         if corpus.labels is not None:
             return text, assemble(corpus.labels, parts, length, fill=IGNORE)
@@ -264,7 +266,7 @@ def open_data(config: RunConfig, split: Split = "train", open_corpus: OpenCorpus
     sources: Sequence[Source] = getattr(config.data, split)
     blended = None
     if config.data.path is not None:
-        corpora: tuple[Corpus, ...] = (_open_part(config, config.data.path, split, wanted),)
+        corpora: tuple[SampledCorpus, ...] = (_open_part(config, config.data.path, split, wanted),)
     elif sources:
         corpora, blended = _open_blend(config, sources, split, wanted, open_corpus or _open_corpus)
     else:
@@ -312,7 +314,7 @@ def _neox_sample_count(config: RunConfig, split: Split, batch_size: int) -> int 
     }[split]
 
 
-def _open_part(config: RunConfig, prefix: str, split: Split, wanted: int | None) -> Corpus:
+def _open_part(config: RunConfig, prefix: str, split: Split, wanted: int | None) -> SampledCorpus:
     data = open_dataset(prefix)
     documents = split_documents(config.data, data)[split]
     if not len(documents):
@@ -324,7 +326,7 @@ def _open_part(config: RunConfig, prefix: str, split: Split, wanted: int | None)
 
 def _open_blend(
     config: RunConfig, sources: Sequence[Source], split: str, wanted: int | None, open_corpus: OpenCorpus
-) -> tuple[tuple[Corpus, ...], tuple[np.ndarray, np.ndarray]]:
+) -> tuple[tuple[SampledCorpus, ...], tuple[np.ndarray, np.ndarray]]:
     texts = [open_dataset(source.path) for source in sources]
     if config.data.weight_by_documents:
         weights = weights_by_documents([len(text) for text in texts], config.data.weight_alpha)
@@ -344,7 +346,9 @@ def _open_blend(
     return tuple(corpora), (index, sample)
 
 
-def _open_corpus(config: RunConfig, source: Source, text: IndexedDataset, wanted: int | None, name: str) -> Corpus:
+def _open_corpus(
+    config: RunConfig, source: Source, text: IndexedDataset, wanted: int | None, name: str
+) -> SampledCorpus:
     labels = open_labels(source, text)
     corpus = _index(config, text, labels, np.arange(len(text), dtype=np.int32), wanted, name)
     return with_judgements(corpus, source, source.rewards) if config.train.objective == "kto" else corpus
@@ -364,7 +368,7 @@ def _open_aligned(prefix: str | None, path: str, text: IndexedDataset, what: str
     return aligned
 
 
-def with_judgements(corpus: Corpus, source: Text, rewards: str | None = None) -> Corpus:
+def with_judgements(corpus: SampledCorpus, source: Text, rewards: str | None = None) -> SampledCorpus:
     """The corpus as preference tuning reads it: each sample is one document, with its rewards and references.
 
     Raises DataError if the files have other sizes than the corpus.
@@ -388,7 +392,7 @@ def _index(
     documents: np.ndarray,
     wanted: int | None,
     name: str,
-) -> Corpus:
+) -> SampledCorpus:
     """Build the index of a corpus, or read it from its files. `name` is the split in the names of those files."""
     data, seed = config.data, config.seed
     length, packing = data.seq_length, data.packing
@@ -408,7 +412,7 @@ def _index(
     names = index_names(text.prefix, name, wanted, length, seed, packing, data.allow_chopped)
     fingerprint = digest_of(text.sizes, documents, usable)
     parts = ("doc_idx", "sample_idx", "shuffle_idx")
-    return Corpus(text, labels, Index(*cached(text.prefix, data.cache_dir, names, parts, fingerprint, build)))
+    return SampledCorpus(text, labels, Index(*cached(text.prefix, data.cache_dir, names, parts, fingerprint, build)))
 
 
 def warn_of_lost_labels(text: IndexedDataset, documents: np.ndarray, usable: np.ndarray, seq_length: int) -> None:

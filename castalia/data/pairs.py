@@ -15,8 +15,8 @@ from castalia.config.schema import RunConfig, Source, Text
 from castalia.data.indexed import IndexedDataset, open_dataset
 from castalia.data.loader import (
     Batch,
-    Corpus,
     DocumentPiece,
+    SampledCorpus,
     Samples,
     Split,
     open_data,
@@ -91,12 +91,14 @@ def open_pairs(config: RunConfig, split: Split = "train") -> Pairs:
     """
     indices: dict[str, Index] = {}  # of the preferred side by source, which the rejected side shares
 
-    def chosen(config: RunConfig, source: Source, text: IndexedDataset, wanted: int | None, name: str) -> Corpus:
+    def chosen(config: RunConfig, source: Source, text: IndexedDataset, wanted: int | None, name: str) -> SampledCorpus:
         indices[name] = _index(config, source, wanted)
-        return with_judgements(Corpus(text, open_labels(source, text), indices[name]), source)
+        return with_judgements(SampledCorpus(text, open_labels(source, text), indices[name]), source)
 
-    def rejected(config: RunConfig, source: Source, text: IndexedDataset, wanted: int | None, name: str) -> Corpus:
-        return with_judgements(Corpus(text, open_labels(source, text), indices[name]), source)
+    def rejected(
+        config: RunConfig, source: Source, text: IndexedDataset, wanted: int | None, name: str
+    ) -> SampledCorpus:
+        return with_judgements(SampledCorpus(text, open_labels(source, text), indices[name]), source)
 
     sources: tuple[Source, ...] = getattr(config.data, split)
     others = tuple(Source(**_rejected(source).model_dump(), weight=source.weight) for source in sources)
