@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from castalia.checkpoint.opener import open_checkpoint
+from castalia.errors import CastaliaError
 from tests.attacks.disk import ERRORS
 from tests.attacks.stage import Done, Stage
 
@@ -23,6 +25,7 @@ OURS = re.compile(r"\.castalia-|\.part(ial)?$")
 # What an error's line must name: a path below these, or the folder that they are in.
 WRITTEN = re.compile(r"\b(run|tuned|out|made|cache)|/work/\.:")
 GROWS = ("latest", ".jsonl", ".csv")  # what stands there may be of any step
+BEST = "/checkpoints/best/"  # as may what is in here, if it is whole
 NOT_COMPARED = {"seconds", "tokens_per_second"}
 TINY = [
     "model.num_layers=2", "model.hidden_size=16", "model.num_heads=2", "model.vocab_multiple=2", "data.path=words",
@@ -79,6 +82,9 @@ SCENES: dict[str, Scene] = {
     "train, a save each step": Scene(
         [*TRAIN, "checkpoint.every=1", "train.steps=3"],
         again=go_on("run", [*TRAIN, "checkpoint.every=1", "train.steps=3"]),
+    ),
+    "train, saved by time": Scene(
+        [*TRAIN, "checkpoint.save_minutes=1e-9"], again=go_on("run", [*TRAIN, "checkpoint.save_minutes=1e-9"])
     ),
     "train CONFIG that resumes its folder": Scene([*TRAIN, "checkpoint.resume=run"]),
     "train RUN": Scene(["train", "run"], [[*TRAIN, "train.exit_interval=3"]], again=lambda folder: ["train", "run"]),
@@ -254,14 +260,26 @@ class Theatre:
         wrong = []
         for path, digest in snapshot(self.work).items():
             known = {first.get(path), last.get(path)} - {None}
-            if known and digest not in known and not path.endswith(GROWS):
+            if known and digest not in known and not path.endswith(GROWS) and BEST not in path:
                 wrong.append(f"neither old nor new: {path}")
+        wrong += [told for best in self.work.glob("*/checkpoints/best") for told in damage(best)]
         if broken:
             words = scene.again(self.work) if scene.again else scene.words
             done = self.stage.run(words or (), self.work, ranks=scene.ranks, job=scene.job)
             if done.code != 0 and "exists already" not in done.said:  # then it must be complete
                 return [*wrong, f"does not go on ({done.code}): {done.said[-700:]}"]
         return wrong + differences(last, snapshot(self.work))
+
+
+def damage(checkpoint: Path) -> list[str]:
+    """What of a checkpoint cannot be read."""
+    try:
+        found = open_checkpoint(checkpoint)
+        for tensor in found.model.values():
+            tensor.read()
+    except CastaliaError as error:
+        return [f"not whole: {error}"]
+    return []
 
 
 def told_badly(done: Done, ranks: int) -> list[str]:
