@@ -1,5 +1,11 @@
 """The errors that users see. The command line prints the message alone and exits with code 2."""
 
+import re
+
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|cannot allocate memory|can't start new thread|failed to map segment", re.I
+)
+
 
 class CastaliaError(Exception):
     """Something the user can fix: the message says what is wrong, where, why, and what to do."""
@@ -33,3 +39,15 @@ def refuse_pointer(path: object, start: bytes, kind: type[Exception]) -> None:
     """Raise `kind` if a file that begins with `start` is a Git LFS pointer in place of the real file."""
     if start.startswith(b"version https://git-lfs"):
         raise kind(f"{path} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`")
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """The message where an error, of whatever library, says that memory is used up; None for any other error."""
+    told = next(filter(OUT_OF_MEMORY.search, str(error).splitlines()), "")
+    if not (told or isinstance(error, MemoryError)):
+        return None
+    reason = f" ({told.strip()[:300]})" if told else ""
+    return (
+        f"out of memory{reason}; nothing is half-written. Allow this process more, ask for less at a time, or let "
+        "`castalia plan CONFIG` say what a run needs and which layout fits"
+    )

@@ -12,7 +12,7 @@ import typer
 
 from castalia import __version__
 from castalia.cli.habits import refuse_habits
-from castalia.errors import CastaliaError, Stopped
+from castalia.errors import CastaliaError, Stopped, out_of_memory
 
 # verb -> (module, one line of help). The module defines `command`, a plain function, or `app`, a typer.Typer.
 VERBS = {
@@ -126,6 +126,11 @@ def main() -> None:
         # `castalia ... | head`: the reader has gone. What is still buffered goes nowhere, so that Python ends quietly.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except (MemoryError, RuntimeError, ImportError) as error:  # the last two of libraries, for many reasons
+        if not (message := out_of_memory(error)):
+            raise
+        print(f"error: {message}", file=sys.stderr)  # of whatever rank: others may have enough
+        sys.exit(2)
     except OSError as error:  # a path that is not there, not readable, a full disk
         sys.exit(_report(f"{error.filename}: {error.strerror}" if error.filename else str(error)))
     except KeyboardInterrupt:

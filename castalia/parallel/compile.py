@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from castalia.config.schema import RunConfig
-from castalia.errors import ConfigError
+from castalia.errors import ConfigError, TrainingError
 
 
 def compile_blocks(model: nn.Module, config: RunConfig, device: torch.device) -> None:
@@ -41,8 +41,10 @@ def compile_blocks(model: nn.Module, config: RunConfig, device: torch.device) ->
         block.register_forward_pre_hook(_clone_async_tensor)
 
 
-def fall_back_to_eager(models: Iterable[Sequence[nn.Module]]) -> None:
+def fall_back_to_eager(models: Iterable[Sequence[nn.Module]], required: bool = False) -> None:
     """Lets all blocks run eagerly once compiling one of them has failed; a line on stderr says why.
+
+    Where compiling is `required` that is a TrainingError.
 
     Each rank decides for itself, because a block communicates in the same order either way. Where only the backward
     pass cannot be compiled, half of the step is done already, and the error is raised.
@@ -58,6 +60,10 @@ def fall_back_to_eager(models: Iterable[Sequence[nn.Module]]) -> None:
                 return compiled(*args, **kwargs)
             except TorchDynamoException as error:
                 reason = " ".join(str(error).strip().split("\n\n")[0].split())
+                if required:
+                    raise TrainingError(
+                        f"blocks cannot be compiled here: {reason}; mend that, or set train.compile=false"
+                    ) from error
                 print(
                     f"note: blocks cannot be compiled here and stay eager (train.compile=auto): {reason}",
                     file=sys.stderr,

@@ -19,7 +19,7 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 
-from castalia.errors import CastaliaError, ConfigError
+from castalia.errors import CastaliaError, ConfigError, out_of_memory
 from castalia.parallel.rendezvous import (
     REPORT_WAIT_S,
     RankInfo,
@@ -46,10 +46,14 @@ def main_first() -> Iterator[None]:
     group = dist.new_group(backend="gloo", timeout=MAIN_FIRST_TIMEOUT)  # the default group's timeout would be too short
     if not is_main():
         dist.barrier(group)
+    interrupted = False
     try:
         yield
+    except KeyboardInterrupt:
+        interrupted = True  # so are the others, who will not come
+        raise
     finally:
-        if is_main():
+        if is_main() and not interrupted:
             dist.barrier(group)
 
 
@@ -74,7 +78,9 @@ def process_group(device: str, timeout_s: float = 600.0) -> Iterator[str | None]
             yield job
     except CastaliaError as error:
         _end_job(store, str(error))
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if message := out_of_memory(error):
+            _end_job(store, f"rank {here.rank}: {message}")
         if here.world == 1 or not (isinstance(error, RankLost | dist.DistError) or _GLOO.search(str(error))):
             raise
         _explain_lost_rank(store, group, here, error)
@@ -154,7 +160,7 @@ def _end_job(store: dist.Store, message: str) -> NoReturn:
     sys.exit(2)
 
 
-def _explain_lost_rank(store: dist.Store, group: dist.Store, here: RankInfo, error: RuntimeError) -> NoReturn:
+def _explain_lost_rank(store: dist.Store, group: dist.Store, here: RankInfo, error: Exception) -> NoReturn:
     """Prints the operation in which communication failed and the ranks that did not reach it, and ends the process.
 
     It ends without cleaning up, because leaving a group that has lost a rank may take as long as waiting for that rank.

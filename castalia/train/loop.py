@@ -232,9 +232,10 @@ class TrainingRun:
                 if config.train.exit_interval and done % config.train.exit_interval == 0:
                     limit = "train.exit_interval"
                     break
-        # Signals may have reached some ranks only; all of them must end alike.
-        stopped_by = next(filter(None, session.executor.gather(self.signals.received or "")), None)
-        self._finish(stopped_by, f"by {stopped_by}" if stopped_by else f"as {limit} says")
+            # Signals may have reached some ranks only; all of them must end alike.
+            stopped_by = next(filter(None, session.executor.gather(self.signals.received or "")), None)
+            # A signal that comes only now must not cut the last save off, so they are still caught.
+            self._finish(stopped_by, f"by {stopped_by}" if stopped_by else f"as {limit} says")
         return stopped_by
 
     def _should_stop(self, seconds: float = 0.0) -> bool:

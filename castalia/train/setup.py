@@ -159,8 +159,9 @@ def make_session(run: ResolvedRun, executor: Executor, loaded: LoadReport | None
         counted_in_norm=None if quirks.norm_ranks == (1, 1) else first_rank(model, *quirks.norm_ranks),
     )
     # With `auto` nobody asked for compiling, so a failure to compile must not end the run; with `true` it does.
-    if run.compiling.first is not None and config.train.compile == "auto":
-        fall_back_to_eager(e.models for e in (executor, preference and preference.reference) if e)
+    if run.compiling.first is not None:
+        every = (each.models for each in (executor, preference and preference.reference) if each)
+        fall_back_to_eager(every, required=config.train.compile is True)
     for part in executor.models:
         part.train()
     return Session(

@@ -6,6 +6,8 @@ power     as kill, and what was not synced is lost: files end where their last f
 full      from operation n on nothing can be made or written: ENOSPC
 readonly  from operation n on nothing can be changed: EROFS
 gone      operation n finds its path gone, once: ENOENT
+SIGTERM, SIGINT, ...   comes to all ranks before operation n, once
+SIGSTOP   comes to this rank alone
 
 Or nothing fails, and `keep` gets each state of the folder that `kill`, `torn` and `power` would have left.
 """
@@ -81,6 +83,11 @@ class Disk:
             if self.keep:
                 self._keep_states(here, path if data is not None else None, data)
             if self.number is None or here < self.number:
+                return
+            if self.how.startswith("SIG"):
+                if here == self.number:
+                    to = os.getpid() if self.how == "SIGSTOP" else -os.getpgid(0)
+                    os.kill(to, getattr(signal, self.how))
                 return
             if self.how in ERRORS:
                 if self.how == "gone" and (here > self.number or kind in ("unlink", "rmdir")):  # those want it gone

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -16,6 +17,8 @@ import tempfile
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,12 +36,13 @@ PATIENCE_S = 240.0
 
 
 class Done(NamedTuple):
-    """`code`: the first rank's exit code, negative for the signal that killed it. `operations`: of the attacked rank,
-    as (kind, path), where it was not killed."""
+    """`code`: of the ranks' exit codes the lowest if one is negative, for the signal that killed it, else the highest.
+    `operations`: of the attacked rank, as (kind, path), where it was not killed. `codes`: of all ranks."""
 
     code: int
     said: str
     operations: list[tuple[str, str]]
+    codes: list[int]
 
     @property
     def was_killed(self) -> bool:
@@ -80,7 +84,10 @@ class Stage:
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         assert answer, f"the stage has died with exit code {self.process.wait()}"
-        return [Done(code, said, [(kind, path) for kind, path in each]) for code, said, each in json.loads(answer)]
+        return [
+            Done(code, said, [(kind, path) for kind, path in each], codes)
+            for code, said, each, codes in json.loads(answer)
+        ]
 
 
 def main() -> None:
@@ -114,13 +121,39 @@ def _begin(words: list[str], folder: str, ranks: int, **attack: Any) -> tuple[li
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
         number = os.fork()
         if number == 0:
+            os.setpgid(0, numbers[0] if numbers else 0)
             _play(words, folder, notes, place | {"MASTER_ADDR": "127.0.0.1"} if ranks > 1 else {}, rank, **attack)
         numbers.append(number)
+        with suppress(PermissionError, ProcessLookupError):  # it was faster
+            os.setpgid(number, numbers[0])
     return numbers, notes
 
 
+def poison(number: int) -> None:
+    """From the n-th module on that computes, nothing is a number, on this rank alone."""
+    from torch import Tensor
+    from torch.nn.modules.module import register_module_forward_hook
+
+    calls = count(1)
+
+    def poisoned(module: Any, inputs: Any, output: Any) -> Any:
+        is_value = isinstance(output, Tensor) and output.is_floating_point()
+        return output * float("nan") if is_value and next(calls) >= number else output
+
+    register_module_forward_hook(poisoned)
+
+
+def starve(megabytes: int) -> None:
+    """This process may take no more memory than so much beyond what it has."""
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + (megabytes << 20), resource.RLIM_INFINITY))
+
+
+TROUBLES = {"nan": poison, "memory": starve}  # that are not the disk's
+
+
 def _finish(numbers: list[int], notes: str) -> list[Any]:
-    """When a rank is killed, so are the others, as if the machine had gone."""
+    """When a rank is killed, so are the others, as if the machine had gone; and a stopped one, when the others end."""
     codes: dict[int, int] = {}
     end = time.monotonic() + PATIENCE_S
     while len(codes) < len(numbers):
@@ -130,7 +163,8 @@ def _finish(numbers: list[int], notes: str) -> list[Any]:
             found, status = os.waitpid(number, os.WNOHANG)
             if found:
                 codes[number] = os.waitstatus_to_exitcode(status)
-        if any(code < 0 for code in codes.values()) or time.monotonic() > end:
+        killed, last = any(code < 0 for code in codes.values()), set(numbers) - set(codes)
+        if killed or time.monotonic() > end or (len(numbers) > 1 and len(last) == 1 and is_stopped(*last)):
             for number in set(numbers) - set(codes):
                 os.kill(number, signal.SIGKILL)
         time.sleep(0.002)
@@ -138,7 +172,13 @@ def _finish(numbers: list[int], notes: str) -> list[Any]:
     operations = Path(notes, "operations")
     found = json.loads(operations.read_text()) if operations.exists() else []
     subprocess.run(["rm", "-r", notes], check=True)
-    return [min(codes.values()) if min(codes.values()) < 0 else max(codes.values()), said, found]
+    each = [codes[number] for number in numbers]
+    return [min(each) if min(each) < 0 else max(each), said, found, each]
+
+
+def is_stopped(number: int) -> bool:
+    """Whether a process has got SIGSTOP."""
+    return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def _play(
@@ -160,6 +200,9 @@ def _play(
         sys.stdin = os.fdopen(0, closefd=False)
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         sys.argv = ["castalia", *words]
+        if how in TROUBLES and own == rank:
+            TROUBLES[how](number or 0)
+            number = None
         disk = Disk(Path(folder), how, number, keep)
         if own == rank:
             disk.attach()
@@ -167,6 +210,8 @@ def _play(
             castalia()
             code = 0
         except SystemExit as end:
+            _, most = resource.getrlimit(resource.RLIMIT_AS)
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
         if own == rank:
             if code == 0:
