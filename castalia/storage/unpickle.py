@@ -4,7 +4,8 @@ A pickle is a program for a stack machine. This is such a machine, rather than a
 instructions that build plain containers and that look names up in the table `GLOBALS`, but none that import, call or
 set attributes of real objects. A name outside the table is refused where it is mentioned. Tensors become what the
 caller's storage objects make of them; instances of other programs' classes become `Inert`. Source: Python's
-`pickletools`, which documents every instruction.
+`pickletools`, which documents every instruction. A subclass of `pickle._Unpickler` would be
+shorter, but that class is private, and it calls and sets attributes unless each instruction that does is overridden.
 """
 
 from __future__ import annotations
