@@ -206,7 +206,7 @@ def test_symlinks_of_the_cache_and_hub_ids(tmp_path: Path, monkeypatch: pytest.M
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rotary scaling 'dynamic' is not supported"),
         ({"head_dim": 16}, "head_dim=16 is not supported"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"quantized \(gptq\)"),
-        ({"hidden_size": "many"}, "not a usable config|head_dim|no whole number"),
+        ({"hidden_size": "many"}, "not a usable config|head_dim|not a whole number"),
         ({"num_hidden_layers": 3}, "config.json describes 3 blocks, the weights have 2"),
         ({"num_hidden_layers": 1}, "config.json describes 1 blocks, the weights have 2"),
     ],
