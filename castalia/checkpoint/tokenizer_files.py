@@ -38,6 +38,22 @@ def our_tokenizer(checkpoint: Checkpoint) -> tuple[list[OutputFile], tuple[str, 
     return [bytes_output(f"{FOLDER}/{name}", data) for name, data in sorted(files.items())], notes
 
 
+def megatron_tokenizer(checkpoint: Checkpoint) -> tuple[list[OutputFile], tuple[str, ...]]:
+    """The files of `our_tokenizer` with the settings by which Megatron's `AutoTokenizer` knows the end of documents."""
+    outputs, notes = our_tokenizer(checkpoint)
+    names = {output.name for output in outputs}
+    tokenizer, _ = _load(checkpoint)
+    if tokenizer is None or f"{FOLDER}/{HF_SETTINGS}" in names or f"{FOLDER}/vocab.json" in names:
+        return outputs, notes
+    if isinstance(tokenizer, RustTokenizer):
+        settings = _hf_settings(tokenizer, checkpoint)[0]
+    elif isinstance(tokenizer, SentencePieceTokenizer):
+        settings = _sentencepiece_settings(tokenizer)
+    else:
+        return outputs, (*notes, _nothing_like(tokenizer))
+    return [*outputs, json_output(f"{FOLDER}/{HF_SETTINGS}", settings)], notes
+
+
 def written_tokenizer(checkpoint: Checkpoint, outputs: Sequence[OutputFile], folder: Path | None) -> TokenizerConfig:
     """The settings of the tokenizer whose files `our_tokenizer` returned, when they lie in `folder`.
 
@@ -79,7 +95,11 @@ def hf_tokenizer(checkpoint: Checkpoint) -> tuple[list[OutputFile], dict[str, An
         return outputs + made, ids, ()
     if isinstance(tokenizer, SentencePieceTokenizer):
         return [*outputs, json_output(HF_SETTINGS, _sentencepiece_settings(tokenizer))], ids, ()
-    return outputs, ids, (f"no tokenizer files are written: transformers has nothing like {tokenizer.kind}",)
+    return outputs, ids, (_nothing_like(tokenizer),)
+
+
+def _nothing_like(tokenizer: Tokenizer) -> str:
+    return f"no tokenizer files are written: transformers has nothing like {tokenizer.kind}"
 
 
 def _load(checkpoint: Checkpoint) -> tuple[Tokenizer | None, tuple[str, ...]]:

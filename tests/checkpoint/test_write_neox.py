@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from dataclasses import replace
 from itertools import combinations, pairwise
 from math import nextafter
@@ -389,6 +390,20 @@ def test_megatrons_schedule_counts_samples(tmp_path: Path) -> None:
     for section in ("optimizer", "schedule"):
         assert getattr(result.config, section) == getattr(source.config, section)
     assert result.config.train.steps == 40 and result.config.precision.compute == "fp16"
+
+
+def test_megatron_finds_the_end_of_documents_in_the_written_tokenizer(tmp_path: Path) -> None:
+    """It opens the folder with `AutoTokenizer` and fails without an `eos_token`, which tokenizer.json does not name."""
+    engine = train_bpe(["In the beginning was the word"] * 3, 260)
+    engine.save(tmp_path / "words")
+    words = TokenizerConfig(path=str(tmp_path / "words" / "tokenizer.json"))
+    model = MODELS["sequential tied"].model_copy(update={"vocab_size": 260})
+    result = written_for(run(model, tokenizer=words), tmp_path / "a", "megatron-deepspeed")
+    args = open_pt(Path(result.path) / "mp_rank_00_model_states.pt")["args"].fields
+    folder = Path(args["tokenizer_name_or_path"])
+    assert (folder / "tokenizer.json").read_bytes() == (tmp_path / "words" / "tokenizer.json").read_bytes()
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert settings["eos_token"] == "<|endoftext|>" and args["tokenizer_type"] == "PretrainedFromHF"
 
 
 def test_small_biases_of_fp16_round(tmp_path: Path) -> None:

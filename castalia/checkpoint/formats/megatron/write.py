@@ -38,7 +38,7 @@ from castalia.checkpoint.neox_defects import clip_norm_of, micro_batches_note, w
 from castalia.checkpoint.restore import architecture
 from castalia.checkpoint.rules import STATE_ROLES, Role, to_theirs
 from castalia.checkpoint.tensors import Checkpoint
-from castalia.checkpoint.tokenizer_files import our_tokenizer, written_tokenizer
+from castalia.checkpoint.tokenizer_files import megatron_tokenizer, written_tokenizer
 from castalia.config.schema import ModelConfig, RunConfig, TokenizerConfig, TrainConfig
 from castalia.errors import CheckpointError
 from castalia.storage.lazy import TensorRef
@@ -64,7 +64,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     source, micro_batches = checkpoint, train.accumulation or 1
     checkpoint = with_micro_batches(checkpoint, micro_batches)  # it always uses DeepSpeed's pipeline engine
     job = _job(checkpoint, model, vocab, dtype, layout)
-    tokenizer, notes = our_tokenizer(checkpoint)
+    tokenizer, notes = megatron_tokenizer(checkpoint)
     fields = _arguments(checkpoint, config, model, vocab, dtype, train, layout)
     fields |= _tokenizer_arguments(written_tokenizer(checkpoint, tokenizer, options.folder))
     arguments = Instance("argparse.Namespace", fields=fields)
