@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -132,7 +133,7 @@ def main() -> None:
         peers = [Peer("transformers, small", *small, RATE), Peer("transformers, small, tuned rate", *small, 20 * RATE)]
         if asked.gpt2:
             peers.append(Peer("transformers, GPT-2", 12, 768, 12, 1024, RATE))
-        for row in (*rows, *(theirs(peer, run, asked.minutes) for peer in peers)):
+        for row in chain(rows, (theirs(peer, run, asked.minutes) for peer in peers)):
             print(json.dumps(row), flush=True)
 
 
