@@ -103,6 +103,7 @@ def _work(rank: int, port: int, inbox: Any, results: Any) -> None:
             task, args = pickle.loads(call)
             group = dist.PrefixStore(f"task{number}", store)
             dist.init_process_group("gloo", store=group, rank=rank, world_size=world, timeout=timeout)
+            dist.barrier()  # a task that fails at once must not leave while other ranks are still connecting
             result = task(*args)
         except BaseException as error:  # noqa: BLE001 - whatever it is, the test shows it
             result, failure = error, traceback.format_exc()
