@@ -128,3 +128,16 @@ def test_a_folder_that_is_being_replaced_is_found(tmp_path: Path) -> None:
     assert standing(tmp_path / "model") == tmp_path / "model"
     old = put_in_place(tmp_path / "new", tmp_path / "model")
     assert old is not None and standing(tmp_path / "model") == tmp_path / "model"
+
+
+def test_a_conversion_killed_after_its_folder_was_renamed_is_complete(theatre: Theatre) -> None:
+    """The same command says so, and does not refuse what it has made itself."""
+    name, words = "convert to hf", SCENES["convert to hf"].words
+    _, last, (operations,) = theatre.open(name)
+    renamed = max(number for number, (kind, _) in enumerate(operations, 1) if kind in ("rename", "replace"))
+    theatre.set_up([name])
+    assert theatre.stage.run(words, theatre.work, "kill", renamed + 1).was_killed
+    assert (theatre.work / "out").is_dir()
+    done = theatre.stage.run(words, theatre.work)
+    assert done.code == 0, done.said
+    assert differences(last, snapshot(theatre.work)) == []
