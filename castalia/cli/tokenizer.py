@@ -30,10 +30,10 @@ def train(
       castalia tokenizer train notes/ --output notes.json --vocab-size 512
     """
     from castalia.data.sources import documents, find_files
-    from castalia.data.tokenizer import train_bpe
+    from castalia.data.tokenizer import engine_text, train_bpe
     from castalia.files import write_text
 
     bpe = train_bpe(documents(find_files(inputs), jsonl_keys), vocab_size)
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_text(output, bpe.engine.to_str(pretty=True))
+    write_text(output, engine_text(bpe.engine))
     print(f"{output}: {bpe.vocab_size} entries")
