@@ -182,6 +182,11 @@ class ModelConfig(Section):
     init_std: PositiveFloat = Field(0.02, description="standard deviation, for methods whose name ends in normal")
 
     @property
+    def has_one_norm(self) -> bool:
+        """Whether attention and MLP of a block read one normed input, which only a parallel residual allows."""
+        return self.parallel_residual and self.shared_norm
+
+    @property
     def kv_heads(self) -> int:
         """Key/value heads, where `num_kv_heads` may be None."""
         return self.num_kv_heads or self.num_heads

@@ -39,7 +39,7 @@ CONDITIONS: dict[str, Callable[[ModelConfig], bool]] = {  # what a model must ha
     "learned_positions": lambda model: model.position == "learned",
     "norm_weight": lambda model: model.norm != "layernorm_no_params",
     "norm_bias": lambda model: model.norm == "layernorm",
-    "second_norm": lambda model: not model.shared_norm,
+    "second_norm": lambda model: not model.has_one_norm,
     "attention_bias": lambda model: model.attention_bias,
     "qk_norm": lambda model: model.qk_norm,
     "mlp_bias": lambda model: model.mlp_bias,

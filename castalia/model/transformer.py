@@ -48,7 +48,7 @@ class Block(nn.Module):
         self.drops_attention = exact and cfg.parallel_residual and not cfg.mlp_bias
         self.norm1 = build_norm(cfg)
         self.attn = Attention(cfg, layer)
-        self.norm2: nn.Module | None = None if cfg.parallel_residual and cfg.shared_norm else build_norm(cfg)
+        self.norm2: nn.Module | None = None if cfg.has_one_norm else build_norm(cfg)
         self.mlp = MLP(cfg)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:

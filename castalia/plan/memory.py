@@ -159,8 +159,8 @@ def activations(model: ModelConfig, layout: Layout, tokens: int, length: int, co
 
     reads = _inputs_kept(model, compute.finetune)  # modules whose input autograd keeps
     reading = ["attn.qkv" in reads, bool({"mlp.up", "mlp.gate"} & reads)]
-    num_norms = 1 if model.shared_norm else 2
-    outputs = any(reading) if model.shared_norm else sum(reading)
+    num_norms = 1 if model.has_one_norm else 2
+    outputs = any(reading) if model.has_one_norm else sum(reading)
     how = attending(model, layout, tokens, length, compute)
     attention = 2 * heads + 2 * kv  # q, k and v in one tensor, and the output
     copies = heads + kv if model.position == "rotary" or model.qk_norm else 0

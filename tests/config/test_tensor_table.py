@@ -12,6 +12,7 @@ VARIANTS = {
     "neox": {"parallel_residual": True, "rotary_pct": 0.25},
     "sequential": {},
     "shared norm": {"parallel_residual": True, "shared_norm": True},
+    "shared norm that nothing shares": {"parallel_residual": False, "shared_norm": True},
     "gpt2": {"position": "learned", "tie_embeddings": True},
     "llama": SWIGLU | {"mlp_bias": False, "num_kv_heads": 2, "mlp_size": 24},
     "qk norm": {"qk_norm": True},

@@ -212,7 +212,7 @@ def family_of(model: ModelConfig, path: str) -> str:
 
 def _lacking(model: ModelConfig, kind: str) -> list[str]:
     """The settings whose values the class cannot compute, each with the values that it can."""
-    values = {**model.model_dump(), "shared_norm": model.parallel_residual and model.shared_norm}
+    values = {**model.model_dump(), "shared_norm": model.has_one_norm}
     values["num_kv_heads"] = None if model.kv_heads == model.num_heads else model.kv_heads
     values["rms_eps_inside"] = model.rms_eps_inside or model.norm != "rmsnorm"
     result = [

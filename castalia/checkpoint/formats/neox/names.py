@@ -84,7 +84,7 @@ def table(names: Names, model: ModelConfig, tp: int, qkv: Op) -> list[Rule]:
         block += linear("attn.qk_norm", f"{names.attention}.qk_layernorm", shards, shards)
     block += linear("attn.qkv", f"{names.attention}.query_key_value", qkv, qkv if biased else None)
     block += linear("attn.out", f"{names.attention}.dense", columns, added if biased else None)
-    if not (model.parallel_residual and model.shared_norm):
+    if not model.has_one_norm:
         block += norm("blocks.{i}.norm2", "{layer}.post_attention_layernorm.")
     if model.gated_mlp and names.gate is None:
         half = model.mlp_width // tp

@@ -97,7 +97,7 @@ def read(
     rows, rows_note = _rows(folder, era, model, gqa_rows)
     # From NeoX's tensors to ours; norms that a shared one replaces are stored, but never used.
     rules = table(ERAS[era], model, folder.tp, neox_qkv(model, folder.tp, rows))
-    ignore = BUFFERS + (r"|\.post_attention_layernorm\." if model.parallel_residual and model.shared_norm else "")
+    ignore = BUFFERS + (r"|\.post_attention_layernorm\." if model.has_one_norm else "")
     optimizer_note = ""
     if ranks is None:
         try:

@@ -109,7 +109,7 @@ def _theirs(
 ) -> Mapping[str, Sequence[TensorRef]]:
     """NeoX's tensors of one role, with its padding of the vocabulary, and with the norms that it never uses."""
     model, all_ours = target.model, padded(ours, target.vocabulary.rows)
-    if model.parallel_residual and model.shared_norm:
+    if model.has_one_norm:
         dtype = target.dtype if role == "weight" else torch.float32
         for kind in NORM_PARAMETERS[model.norm]:
             initial = 1.0 if kind == "weight" and role in ("weight", "master") else 0.0
