@@ -26,7 +26,7 @@ def test_each_module_of_the_page_exists():
 def test_each_function_of_the_page_exists():
     text = "".join(path.read_text() for path in (ROOT / "castalia").rglob("*.py"))
     journeys = PAGE.partition("## The core path")[0]
-    for name in ("parallelize", "load_config", "open_samples", "build_stages", "load_parameters", "plan_files"):
+    for name in ("parallelize", "load_config", "open_samples", "build_stages", "load_weights", "make_session"):
         assert name in journeys and re.search(rf"def {name}\b", text), name
     for name in ("RunConfig", "Transformer", "Samples", "Checkpoint", "Rule", "TrainStep", "Executor"):
         assert re.search(rf"class {name}\b", text), name
