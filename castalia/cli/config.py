@@ -146,6 +146,7 @@ def changes(config: RunConfig) -> dict[str, Any]:
 
 
 def print_notes(config: RunConfig) -> None:
+    """Print the config's notes on standard error."""
     for note in config.notes:
         print(f"note: {note}", file=sys.stderr)
 

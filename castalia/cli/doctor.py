@@ -39,9 +39,9 @@ def command(as_json: Annotated[bool, typer.Option("--json", help="one object wit
     """
     machine, paths, kernels, packages = look_at_machine(), fast_paths(), attention_kernels(), installed()
     if as_json:
-        found = {"machine": machine, "fast_paths": [path._asdict() for path in paths]}
-        found |= {"attention_kernels": dict(kernels), "packages": packages}
-        print(to_json(found, indent=1))
+        everything = {"machine": machine, "fast_paths": [path._asdict() for path in paths]}
+        everything |= {"attention_kernels": dict(kernels), "packages": packages}
+        print(to_json(everything, indent=1))
         return
     shown = machine | {"gpus": [gpu_text(gpu) for gpu in machine["gpus"]]}
     print_table("machine", ["", ""], [[name, _text(value)] for name, value in shown.items()])
@@ -52,11 +52,12 @@ def command(as_json: Annotated[bool, typer.Option("--json", help="one object wit
             print(f"missing: {path.name}: {path.cost}")
     cases = [[name, *by_dtype.values()] for name, by_dtype in kernels]
     print_table("kernels of attention, for heads of 128", ["case", "bf16", "fp16", "fp32"], cases)
-    rows = [[name, found or "not installed", OPTIONAL[name]] for name, found in packages.items()]
+    rows = [[name, number or "not installed", OPTIONAL[name]] for name, number in packages.items()]
     print_table("optional packages", ["package", "version", "used for"], rows)
 
 
 def look_at_machine() -> dict:
+    """Versions, CPU, memory and GPUs of this machine, ready for JSON."""
     import torch
 
     return {
@@ -100,6 +101,7 @@ def attention_kernels() -> list[tuple[str, dict[str, str]]]:
 
 
 def installed() -> dict[str, str | None]:
+    """The versions of the optional packages; None for those that are missing."""
     return {name: _version(name) for name in OPTIONAL}
 
 

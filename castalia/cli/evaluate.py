@@ -188,17 +188,17 @@ def evaluate_checkpoint(
         ends = np.cumsum(stream.sizes).tolist() if config.data.packing == "unpacked" and not data else ()
         batches = windows(stream.tokens, length, stride or length, plan.batch_size, sizes, stream.labels, ends)
         bar = watched(batches, lambda batch: int(batch.loss_mask.sum()), stream.num_counted, shown=is_main())
-        found: dict[str, Any] = evaluate(executor, bar)
+        scores: dict[str, Any] = evaluate(executor, bar)
         if stream.num_bytes and spells_all:
-            found["bits_per_byte"] = bits_per_byte(found["loss"], int(found["tokens"]), stream.num_bytes)
-        return found
+            scores["bits_per_byte"] = bits_per_byte(scores["loss"], int(scores["tokens"]), stream.num_bytes)
+        return scores
 
-    found = judged(stream)
+    scores = judged(stream)
     if by_source:
-        found["sources"] = {name: judged(part) for name, part in stream.by_source(tokenizer).items()}
+        scores["sources"] = {name: judged(part) for name, part in stream.by_source(tokenizer).items()}
     precision = next(name for name, number in DTYPES.items() if number == dtype)
     where = {"checkpoint": checkpoint.path, "step": checkpoint.progress.step, "data": stream.name}
-    return {**where, "precision": precision, "uniform_loss": uniform_loss(model, tokenizer), **found}
+    return {**where, "precision": precision, "uniform_loss": uniform_loss(model, tokenizer), **scores}
 
 
 def uniform_loss(model: ModelConfig, tokenizer: Tokenizer | None) -> float:
@@ -245,6 +245,7 @@ def find_tokenizer(checkpoint: Checkpoint, path: str | None) -> Tokenizer | None
 
 
 def check_vocabulary(stream: Stream, rows: int) -> None:
+    """Raise DataError if a token id has no row in the model."""
     from castalia.errors import DataError
 
     largest = int(stream.tokens.max())

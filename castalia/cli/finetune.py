@@ -77,7 +77,8 @@ def command(
     prepared = prepare(config, source, folder / "data", chat_template, begun)
     write_text(folder / ASKED, asked)
     corpora = {
-        name: [each.model_dump(exclude_defaults=True) for each in found] for name, found in prepared.sources.items()
+        name: [each.model_dump(exclude_defaults=True) for each in sources_of_split]
+        for name, sources_of_split in prepared.sources.items()
     }
     rest = [word for word in words if word.partition("=")[0] not in ("data.train", "data.valid")]
     chosen, fitting, data = (mapping_from(keys, "its default") for keys in (usual, prepared.fitting, {"data": corpora}))
@@ -138,6 +139,8 @@ def own_tokenizer(source: Checkpoint) -> TokenizerConfig:
 
 
 class Prepared(NamedTuple):
+    """Data made ready for fine-tuning, and the sizes that suit them."""
+
     sources: dict[str, tuple[Source, ...]]  # of data.train and data.valid, files replaced by corpora
     fitting: dict[str, Any]  # sizes of samples and batches that suit so much data
     prompt: str  # how the first record begins
@@ -168,7 +171,7 @@ def prepare(config: RunConfig, source: Checkpoint, folder: Path, template: Path 
     fitting: dict[str, Any] = {}
     conversations = 0
     for split in ("train", "valid"):
-        found = []
+        sources_of_split = []
         for number, each in enumerate(getattr(config.data, split)):
             if Path(each.path).is_file():
                 record = first_record(Path(each.path))
@@ -189,8 +192,8 @@ def prepare(config: RunConfig, source: Checkpoint, folder: Path, template: Path 
             elif not Path(f"{each.path}.idx").is_file():
                 path = each.path
                 raise DataError(f"{path}: neither a text file nor the prefix of a corpus ({path}.bin and {path}.idx)")
-            found.append(each)
-        sources[split] = tuple(found)
+            sources_of_split.append(each)
+        sources[split] = tuple(sources_of_split)
     return Prepared(sources, fitting, prompts[0] if prompts else "", conversations)
 
 

@@ -47,13 +47,13 @@ def command(
 
     hints: dict[str, Any] = {"config": config, "gqa_rows": gqa_rows, "rms_eps": rms_eps}
     checkpoint = open_checkpoint(path, step=step, tolerant=True, adapters=True, **hints)
-    found = report(checkpoint, _vocabulary(checkpoint, tokenizer), full=tensors) | {
+    contents = report(checkpoint, _vocabulary(checkpoint, tokenizer), full=tensors) | {
         "words": _words(checkpoint, tokenizer)
     }
     if as_json:
-        print(to_json(found, indent=1, default=str))
+        print(to_json(contents, indent=1, default=str))
     else:
-        print_report(found)
+        print_report(contents)
 
 
 def _vocabulary(checkpoint: Checkpoint, given: str | None) -> tuple[int | None, str]:
@@ -89,35 +89,36 @@ def _words(checkpoint: Checkpoint, given: str | None) -> dict[str, Any]:
         return {"unread": str(error)}
 
 
-def print_report(found: Mapping[str, Any]) -> None:
+def print_report(contents: Mapping[str, Any]) -> None:
+    """Print what `inspect` gives, as tables."""
     from castalia.cli.render import print_table
 
-    print(f"{found['path']}\n{found['meaning']}\n")
-    print_table("checkpoint", ["", ""], list(_about(found)))
-    print_table("words", ["", ""], list(_said(found["words"])))
-    facts = found["architecture"]
+    print(f"{contents['path']}\n{contents['meaning']}\n")
+    print_table("checkpoint", ["", ""], list(_about(contents)))
+    print_table("words", ["", ""], list(_said(contents["words"])))
+    facts = contents["architecture"]
     rows = [[name.replace("_", " "), _shown(fact["value"]), fact["source"]] for name, fact in facts.items()]
     print_table("architecture", ["", "value", "from"], rows)
     header = ["", "tensors", "mean", "std", "lowest", "highest", "beside its start"]
-    print_table("values" + _how_many(found), header, list(_values(found)))
-    if "tensors" in found:
+    print_table("values" + _how_many(contents), header, list(_values(contents)))
+    if "tensors" in contents:
         header = ["tensor", "shape", "dtype", "mean", "std", "lowest", "highest", "zero rows"]
-        print_table("tensors", header, [_tensor(each) for each in found["tensors"]])
+        print_table("tensors", header, [_tensor(each) for each in contents["tensors"]])
     for title, key in (("DISAGREEMENT", "disagreements"), ("ANOMALY", "anomalies"), ("note", "notes")):
-        for line in found[key]:
+        for line in contents[key]:
             print(f"{title}: {line}")
-    if not found["anomalies"]:
-        print("no anomalies" + ("" if "tensors" in found else " in the sample; --tensors reads everything"))
+    if not contents["anomalies"]:
+        print("no anomalies" + ("" if "tensors" in contents else " in the sample; --tensors reads everything"))
 
 
-def _about(found: Mapping[str, Any]) -> Iterator[list[str]]:
+def _about(contents: Mapping[str, Any]) -> Iterator[list[str]]:
     from castalia.checkpoint.formats import FORMATS
     from castalia.cli.plan_text import gib
 
-    files, progress, sizes, counts = found["files"], found["progress"], found["bytes"], found["parameters"]
-    yield ["format", _title(found)]
+    files, progress, sizes, counts = contents["files"], contents["progress"], contents["bytes"], contents["parameters"]
+    yield ["format", _title(contents)]
     yield ["layout", _layout(files)]
-    if FORMATS[found["format"]].steps or progress["step"]:
+    if FORMATS[contents["format"]].steps or progress["step"]:
         skipped = f", {progress['skipped']:,} of them skipped" if progress["skipped"] else ""
         tokens = f", {progress['tokens']:,} tokens" if progress["tokens"] else ""
         yield ["step", f"{progress['step']:,}{skipped}{tokens}"]
@@ -130,12 +131,12 @@ def _about(found: Mapping[str, Any]) -> Iterator[list[str]]:
         each = f", {sizes[kind] / counts['total']:.3g} for each parameter" if kind != "rest" and counts["total"] else ""
         if sizes[kind]:
             yield [f"  {kind}", f"{sizes[kind]:,}{each}"]
-    yield ["precision", ", ".join(f"{kind} {dtype}" for kind, dtype in found["precision"].items())]
-    yield from _training(found)
+    yield ["precision", ", ".join(f"{kind} {dtype}" for kind, dtype in contents["precision"].items())]
+    yield from _training(contents)
 
 
-def _training(found: Mapping[str, Any]) -> Iterator[list[str]]:
-    optimizer, words = found["optimizer"], found["vocabulary"]
+def _training(contents: Mapping[str, Any]) -> Iterator[list[str]]:
+    optimizer, words = contents["optimizer"], contents["vocabulary"]
     if optimizer:
         steps = ", ".join(f"{step:,}" for step in optimizer["steps"])
         yield ["optimizer", f"{optimizer['name']}, step {steps}, {optimizer['tensors']} of {optimizer['of']} tensors"]
@@ -143,7 +144,7 @@ def _training(found: Mapping[str, Any]) -> Iterator[list[str]]:
             yield ["loss scale", ", ".join(f"{name} {value:g}" for name, value in optimizer["loss_scale"].items())]
     else:
         yield ["optimizer", "none stored"]
-    if schedule := found["progress"]["stored_schedule"]:
+    if schedule := contents["progress"]["stored_schedule"]:
         yield ["stored schedule", ", ".join(f"{name} {_shown(value)}" for name, value in schedule.items())]
     if words["rows"]:
         logical = f", {words['logical']:,} of them used ({words['source']})" if words["logical"] else ""
@@ -172,13 +173,13 @@ def _token(token: Mapping[str, Any]) -> str:
     return " ".join(str(part) for part in (token["id"], f"({token['text']})" if token["text"] else "") if part != "")
 
 
-def _title(found: Mapping[str, Any]) -> str:
+def _title(contents: Mapping[str, Any]) -> str:
     from castalia.checkpoint.formats import FORMATS
 
-    files = found["files"]
+    files = contents["files"]
     kind = ERAS.get(files.get("era"), "") or files.get("model_type", "")
     version = f"DeepSpeed {files['version']}" if "version" in files else ""
-    return ", ".join(part for part in (FORMATS[found["format"]].title, kind, version) if part)
+    return ", ".join(part for part in (FORMATS[contents["format"]].title, kind, version) if part)
 
 
 def _layout(files: Mapping[str, Any]) -> str:
@@ -188,16 +189,16 @@ def _layout(files: Mapping[str, Any]) -> str:
     return ", ".join([*parts, f"{files['count']:,} files"])
 
 
-def _how_many(found: Mapping[str, Any]) -> str:
-    if found["sampled_values"] >= found["parameters"]["total"]:
-        return f" (all {found['parameters']['total']:,})"
-    return f" (a sample of {found['sampled_values']:,}; --tensors reads all)"
+def _how_many(contents: Mapping[str, Any]) -> str:
+    if contents["sampled_values"] >= contents["parameters"]["total"]:
+        return f" (all {contents['parameters']['total']:,})"
+    return f" (a sample of {contents['sampled_values']:,}; --tensors reads all)"
 
 
-def _values(found: Mapping[str, Any]) -> Iterator[list[str]]:
-    for row in found["statistics"]:
+def _values(contents: Mapping[str, Any]) -> Iterator[list[str]]:
+    for row in contents["statistics"]:
         figures = [_shown(row[name]) for name in ("mean", "std", "low", "high")]
-        yield [row["kind"], str(row["tensors"]), *figures, _start(row, found["step"])]
+        yield [row["kind"], str(row["tensors"]), *figures, _start(row, contents["step"])]
 
 
 def _start(row: Mapping[str, Any], step: int) -> str:

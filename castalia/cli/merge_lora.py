@@ -31,7 +31,9 @@ def command(
     from castalia.cli.convert import command as convert
     from castalia.errors import CheckpointError
 
-    found = open_checkpoint(adapter, adapters=True, base=base)
-    if adapters_of(found) is None:
-        raise CheckpointError(f"{found.path} has no adapters to merge; for a plain model: castalia convert --to {to}")
+    checkpoint = open_checkpoint(adapter, adapters=True, base=base)
+    if adapters_of(checkpoint) is None:
+        raise CheckpointError(
+            f"{checkpoint.path} has no adapters to merge; for a plain model: castalia convert --to {to}"
+        )
     convert(adapter, out, to=to, base=base, dtype=dtype, verify=verify, force=force)

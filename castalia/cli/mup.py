@@ -49,18 +49,18 @@ def check(
             "max_positions": config.model.max_positions or config.data.seq_length,
         }
     )
-    found = {
+    movements = {
         name: coordinate_check(model, config.optimizer, sizes, mup=mup, steps=steps, seed=config.seed)
         for name, mup in (("muP", True), ("standard", False))
     }
-    exponents = {name: slopes(sizes, rows) for name, rows in found.items()}
+    exponents = {name: slopes(sizes, rows) for name, rows in movements.items()}
     if as_json:
-        print(to_json({"widths": sizes, "movement": found, "slopes": exponents}))
+        print(to_json({"widths": sizes, "movement": movements, "slopes": exponents}))
     else:
-        _table(sizes, found, exponents)
-        _draw_terminal(sizes, {f"{kind} logits": rows["logits"] for kind, rows in found.items()})
+        _table(sizes, movements, exponents)
+        _draw_terminal(sizes, {f"{kind} logits": rows["logits"] for kind, rows in movements.items()})
     if output:
-        _draw_picture(sizes, found, output)
+        _draw_picture(sizes, movements, output)
     growing = {name: slope for name, slope in exponents["muP"].items() if slope > MAX_SLOPE}
     if growing:
         named = ", ".join(f"{name} like width^{slope:.2f}" for name, slope in growing.items())
@@ -76,9 +76,9 @@ def _widths(text: str) -> list[int]:
     return sorted(int(part) for part in parts)
 
 
-def _table(widths: list[int], found: dict, exponents: dict) -> None:
+def _table(widths: list[int], movements: dict, exponents: dict) -> None:
     print(f"{'movement of':<20}" + "".join(f"{width:>11}" for width in widths) + "     grows like")
-    for kind, rows in found.items():
+    for kind, rows in movements.items():
         for name, values in rows.items():
             numbers = "".join(f"{value:11.4g}" for value in values)
             print(f"{kind + ' ' + name:<20}{numbers}     width^{exponents[kind][name]:+.2f}")
@@ -100,11 +100,11 @@ def _draw_terminal(widths: list[int], curves: dict[str, list[float]]) -> None:
     print(picture if sys.stdout.isatty() else plotext.uncolorize(picture))
 
 
-def _draw_picture(widths: list[int], found: dict, target: Path) -> None:
+def _draw_picture(widths: list[int], movements: dict, target: Path) -> None:
     from castalia.figures import panels, plain, write_picture
 
-    figure, axes = panels(1, len(found), size=(10, 4), sharey=True)
-    for panel, (kind, rows) in zip(axes, found.items(), strict=True):
+    figure, axes = panels(1, len(movements), size=(10, 4), sharey=True)
+    for panel, (kind, rows) in zip(axes, movements.items(), strict=True):
         for name, values in rows.items():
             panel.plot(widths, values, marker="o", markersize=4, linewidth=1.4, label=name)
         panel.set_title(kind)

@@ -23,6 +23,7 @@ def print_report(plan: RunPlan) -> None:
 
 
 def print_suggestions(found: dict) -> None:
+    """Print the fastest layouts, and what is lost by changing one setting of the best."""
     if not found["best"]:
         more = found["enough_gpus"]
         print("no layout fits on these devices" + (f"; on {more} of them some do" if more else ""))
@@ -110,6 +111,7 @@ def _memory(layout: Layout, memory: MemoryPlan) -> None:
 
 
 def seconds(value: float) -> str:
+    """A duration in the largest unit of which there are at least two."""
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if value >= 2 * size:
             return f"{value / size:,.1f} {unit}"

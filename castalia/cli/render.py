@@ -10,6 +10,8 @@ from typing import Protocol
 
 
 class Advance(Protocol):
+    """Moves a progress bar on."""
+
     def __call__(self, done: int, text: str = "", total: int | None = None) -> None:
         """Add `done` units of work; change the text beside the bar and the number of units, where given."""
 

@@ -45,40 +45,40 @@ def command(
         relaunch(nproc, ["replay", str(run), *words])
     config = read_config([str(run)])
     with process_group(choose_device(config.train.device).type, config.parallel.timeout):
-        found = replay(run, step)
+        result = replay(run, step)
     if not is_main():
         return
-    tell(found["notes"], str(run))
+    tell(result["notes"], str(run))
     if as_json:
         from castalia.observe.metrics import as_line
 
-        print(as_line(found), end="")
+        print(as_line(result), end="")
     else:
-        _show(found, sequences)
+        _show(result, sequences)
 
 
-def _show(found: dict[str, Any], sequences: int) -> None:
-    step, begin = found["step"], found["checkpoint"]
+def _show(result: dict[str, Any], sequences: int) -> None:
+    step, begin = result["step"], result["checkpoint"]
     between = f", steps {begin + 1} to {step - 1} computed again" if begin < step - 1 else ""
     print(f"step {step}, from {f'the checkpoint of step {begin}' if begin else 'the beginning'}{between}")
-    print(f"loss          {found['loss']:.6f}  ({_compared(found, 'loss')})")
-    print(f"gradient norm {found['grad_norm']:.6f}  ({_compared(found, 'grad_norm')})")
-    print(f"learning rate {found['lr']:.3e}")
-    _show_layers(found["layers"])
-    for row in found["sequences"][:sequences]:
+    print(f"loss          {result['loss']:.6f}  ({_compared(result, 'loss')})")
+    print(f"gradient norm {result['grad_norm']:.6f}  ({_compared(result, 'grad_norm')})")
+    print(f"learning rate {result['lr']:.3e}")
+    _show_layers(result["layers"])
+    for row in result["sequences"][:sequences]:
         loss = f"loss {row['loss']:.4f} over " if row["loss"] is not None else ""
         print(f"\nsequence {row['row']}: {loss}{row['tokens']} tokens")
         for piece in row["pieces"]:
             print(f"    {piece['prefix']} document {piece['document']}, tokens {piece['start']} to {piece['stop'] - 1}")
         if row["text"] is not None:
             print(f"    {row['text'][:EXCERPT]!r}")
-    hidden = len(found["sequences"]) - sequences
+    hidden = len(result["sequences"]) - sequences
     if sequences and hidden > 0:
         print(f"\n{hidden} more sequences are not shown (--sequences, --json)")
 
 
-def _compared(found: dict[str, Any], name: str) -> str:
-    recorded, distance = found[f"recorded_{name}"], found[f"{name}_distance"]
+def _compared(result: dict[str, Any], name: str) -> str:
+    recorded, distance = result[f"recorded_{name}"], result[f"{name}_distance"]
     if recorded is None:
         return "nothing is recorded of it"
     if distance is None:
@@ -86,7 +86,7 @@ def _compared(found: dict[str, Any], name: str) -> str:
     if distance == 0:
         return "as recorded, bit for bit"
     reasons = "another layout, machine or version"
-    if not found["repeats_bits"]:
+    if not result["repeats_bits"]:
         reasons = f"GPUs add in any order without train.deterministic=true; or {reasons}"
     return f"{recorded:.6f} is recorded, {distance:.1e} away: {reasons}"
 

@@ -43,32 +43,32 @@ def command(
     def look() -> list[RunStatus]:
         return [read_status(run) for path in folders or ["."] for run in find_runs(path)]
 
-    found = look()
+    statuses = look()
     if as_json:
-        print(to_json([asdict(status) for status in found], indent=1))
+        print(to_json([asdict(status) for status in statuses], indent=1))
         return
     console = Console()
     if not follow:
-        console.print(_table(found))
+        console.print(_table(statuses))
     else:
-        with Live(_table(found), console=console, auto_refresh=False) as live:
-            while any(status.by for status in found):
+        with Live(_table(statuses), console=console, auto_refresh=False) as live:
+            while any(status.by for status in statuses):
                 time.sleep(FOLLOW_S)
-                found = look()
-                live.update(_table(found), refresh=True)
-    for status in found:
+                statuses = look()
+                live.update(_table(statuses), refresh=True)
+    for status in statuses:
         if status.message:
             print(f"{status.folder}: {status.message}")
 
 
-def _table(found: Sequence[RunStatus]) -> Table:
+def _table(statuses: Sequence[RunStatus]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("run", "state", "step", "loss", "valid", "tokens/s", "left", "saved", "events"):
         table.add_column(name, justify="left" if name in ("run", "state", "saved", "events") else "right")
-    for status in found:
+    for status in statuses:
         table.add_row(
             Text(status.folder, overflow="fold"),
             Text(status.state, style=STYLES.get(status.state, "")),

@@ -92,12 +92,14 @@ def open_pairs(config: RunConfig, split: Split = "train") -> Pairs:
     indices: dict[str, Index] = {}  # of the preferred side by source, which the rejected side shares
 
     def chosen(config: RunConfig, source: Source, text: IndexedDataset, wanted: int | None, name: str) -> SampledCorpus:
+        """The preferred texts, with the index that both sides follow."""
         indices[name] = _index(config, source, wanted)
         return with_judgements(SampledCorpus(text, open_labels(source, text), indices[name]), source)
 
     def rejected(
         config: RunConfig, source: Source, text: IndexedDataset, wanted: int | None, name: str
     ) -> SampledCorpus:
+        """The rejected texts, in the order of the preferred ones."""
         return with_judgements(SampledCorpus(text, open_labels(source, text), indices[name]), source)
 
     sources: tuple[Source, ...] = getattr(config.data, split)

@@ -305,6 +305,7 @@ class _Page(HTMLParser):
         self.unseen: str | None = None  # the open tag whose content is not shown
 
     def handle_starttag(self, tag: str, attrs: object) -> None:
+        """Note the start of an element; elements that are not inline begin a new line."""
         if tag == "body":  # it ends the head, even if that was not closed
             self.unseen = None
         if self.unseen is None and tag in self.UNSEEN:
@@ -313,12 +314,14 @@ class _Page(HTMLParser):
             self.parts.append("\n")
 
     def handle_endtag(self, tag: str) -> None:
+        """Note the end of an element."""
         if tag == self.unseen:
             self.unseen = None
         elif tag not in self.INLINE:
             self.parts.append("\n")
 
     def handle_data(self, data: str) -> None:
+        """Keep text that a reader of the page would see."""
         if self.unseen is None:
             self.parts.append(re.sub(r"\s+", " ", data))
 

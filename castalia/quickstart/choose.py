@@ -37,6 +37,7 @@ class Pace(NamedTuple):
     flops: float
 
     def tokens_per_second(self, model: ModelConfig, length: int) -> float:
+        """The speed of training, from a fixed cost for each token and the rate of its operations."""
         return 1 / (self.seconds_per_token + training_flops(model, length) / self.flops)
 
 
@@ -60,10 +61,12 @@ class Choice:
 
     @property
     def seconds(self) -> float:
+        """Of training alone."""
         return self.tokens / self.tokens_per_second
 
     @property
     def steps(self) -> int:
+        """Updates that the tokens allow, at least LEAST_STEPS."""
         return max(LEAST_STEPS, round(self.tokens / (self.batch_size * self.length)))
 
 
@@ -169,6 +172,7 @@ def _bytes_per_token(vocab_size: int) -> float:
 
 
 def sequence_length(width: int) -> int:
+    """Tokens of a sequence for a model of this width."""
     return 256 if width <= 256 else 512 if width <= 640 else 1024
 
 

@@ -63,6 +63,7 @@ def reasons(choice: Choice) -> dict[str, str]:
 
 
 def about_choice(choice: Choice, machine: str) -> Rows:
+    """The chosen model and training, a line each, with the reasons."""
     why, batch_tokens = reasons(choice), choice.batch_size * choice.length
     size = f"{readable(choice.parameters)} parameters, {choice.layers} layers, {choice.width} wide"
     return [

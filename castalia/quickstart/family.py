@@ -36,6 +36,7 @@ def architecture(layers: int, width: int, vocab_size: int, length: int) -> dict[
 
 
 def model_of(layers: int, width: int, vocab_size: int, length: int) -> ModelConfig:
+    """The model of the family with this depth, width, vocabulary and sequence length."""
     return ModelConfig(**architecture(layers, width, vocab_size, length))
 
 

@@ -34,6 +34,7 @@ class Folder:
 
     @property
     def all_files(self) -> list[Path]:
+        """The files that are read, of all kinds."""
         return [file for files in self.files.values() for file in files]
 
 

@@ -29,6 +29,7 @@ class CommonRun:
 
     @property
     def length(self) -> int:
+        """In tokens."""
         return self.stop - self.start
 
 
@@ -85,6 +86,7 @@ class _Index:
 
     @classmethod
     def of(cls, samples: Sequence[np.ndarray], shortest: int) -> _Index:
+        """The index of all stretches of `shortest` tokens in the samples."""
         parts = [np.append(sample, -1).astype(np.int64) for sample in samples]
         sizes = np.array([len(part) for part in parts], np.int64)
         tokens = np.concatenate(parts) if parts else np.empty(0, np.int64)

@@ -31,6 +31,8 @@ MOST_SOURCES = 12  # that are told apart; smaller ones are told of together
 
 
 class Document(NamedTuple):
+    """A held-out text, its source and its tokens."""
+
     source: str
     tokens: np.ndarray
     labels: np.ndarray | None  # None: every token counts
@@ -49,14 +51,17 @@ class HeldOut:
 
     @property
     def text(self) -> bytes:
+        """All held-out text as UTF-8."""
         return "".join(document.text for document in self.documents).encode()
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of all held-out documents."""
         return sum(len(document.tokens) for document in self.documents)
 
     @property
     def counts_all(self) -> bool:
+        """Whether every token counts, none being masked by labels."""
         return all(document.labels is None for document in self.documents)
 
 

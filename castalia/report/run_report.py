@@ -49,6 +49,8 @@ class Bar(NamedTuple):
 
 
 class SourceScore(NamedTuple):
+    """How well the model predicts the held-out text of one source."""
+
     name: str
     bytes: int  # of its held-out text
     loss: float
@@ -57,12 +59,16 @@ class SourceScore(NamedTuple):
 
 
 class Row(NamedTuple):
+    """A fact about the run, its value, and the reason for it."""
+
     what: str
     value: str
     why: str
 
 
 class Next(NamedTuple):
+    """A suggestion and the command that does it."""
+
     what: str
     command: str
 
@@ -88,6 +94,7 @@ class Report:
 
     @property
     def perplexity(self) -> float:
+        """exp(loss), cut off where it would overflow."""
         return math.exp(min(self.score.loss, 700.0))
 
     def as_json(self) -> dict[str, Any]:

@@ -38,6 +38,8 @@ class Nearest(NamedTuple):
 
 
 class Sample(NamedTuple):
+    """A generated text and the training text nearest to it."""
+
     temperature: float
     prompt: str
     text: str

@@ -162,6 +162,7 @@ class _Tally:
         self.sums: dict[str, Tensor] = {}  # name -> [sum, number]
 
     def add(self, result: PreferenceLosses) -> None:
+        """Add the results of one micro-batch to the sums."""
         rewards, wanted = result.rewards, result.wanted
         self._add("chosen_reward", rewards, wanted)
         self._add("rejected_reward", rewards, ~wanted)

@@ -46,6 +46,7 @@ class _Gradients(NamedTuple):
 
     @property
     def finite(self) -> bool:
+        """Whether loss and gradient norm are both finite."""
         return math.isfinite(self.loss) and math.isfinite(self.norm)
 
 
