@@ -48,7 +48,7 @@ def show(
         print(to_json({"values": table, "notes": config.notes}, indent=1))
         return
     marked = changed(config)
-    for mark in ("*", " "):
+    for mark in ("*", " "):  # what differs from the defaults comes first
         for path, value, origin in (row for row in rows if (row[0] in marked) == (mark == "*")):
             print(f"{mark} {path:34} {_text(value):34} {origin}")
     print_notes(config)
@@ -119,8 +119,9 @@ def explain(
         return
     if key is None:
         raise ConfigError("name a key, or ask for all with --all")
-    name = key.replace("-", "_")
+    name = key.replace("-", "_")  # GPT-NeoX's files use either
     row = KEYS.get(name) or FORMER.get(name)
+    # A name may be a key of ours, of GPT-NeoX's, or of both: each is explained.
     if key in FIELDS or key in SECTIONS:
         print(f"{key}: {describe(key)}")
     if row:

@@ -96,12 +96,13 @@ def command(
     wanted = _numbers(steps) if steps else None
     for number, folder in convert.steps_of(Path(source), wanted, find_steps(source)).items():
         name = form.step_folder.format(step=number)
+        # Complete steps are passed over, so that an interrupted command goes on with the others.
         if (target / name).exists() and not force and not convert.is_unfinished(target / name):
             print(f"{target / name} is there already", flush=True)
         else:
             one(open_checkpoint(folder, adapters=form.on_base, **hints), target / name)
         if not dry_run:
-            convert.name_latest(target)
+            convert.name_latest(target)  # after each step: an interrupted conversion opens, too
 
 
 def _describe(checkpoint: Checkpoint, plan: Plan, target: Path, inside: str, with_files: bool) -> None:
@@ -138,7 +139,7 @@ def _verify(checkpoint: Checkpoint, target: Path) -> None:
     from castalia.errors import CheckpointError
     from castalia.examine.verify import verify
 
-    proof = verify(checkpoint, open_checkpoint(target))
+    proof = verify(checkpoint, open_checkpoint(target))  # read back from its files, as others will read it
     print(proof)
     if not proof.holds:
         raise CheckpointError(f"{target} is written, but it is not the same model: {proof.difference or 'see above'}")
@@ -152,7 +153,7 @@ def parse_layout(text: str | None) -> TargetLayout:
     values: dict[str, int] = {}
     for entry in (text or "").split(",") if text else ():
         name, _, number = (word.strip() for word in entry.partition("="))
-        least = 0 if name in ("pp", "zero") else 1
+        least = 0 if name in ("pp", "zero") else 1  # pp=0: no pipeline layout
         if name not in ("tp", "pp", "dp", "zero") or not number.isdigit() or int(number) < least:
             raise ConfigError(f"--layout {text}: {entry!r} is not understood; write for instance tp=2,pp=4,dp=8,zero=1")
         values[name] = int(number)

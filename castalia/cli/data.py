@@ -120,7 +120,7 @@ def prepare(
     before = report.continued
     if before:
         print(f"continued after {before['documents']:,} documents of an interrupted run", file=sys.stderr)
-    megabytes = (report.text_bytes - before.get("text_bytes", 0)) / 1e6
+    megabytes = (report.text_bytes - before.get("text_bytes", 0)) / 1e6  # of this start, as `seconds` are
     print(
         f"{', '.join(report.outputs)}: {report.documents:,} documents, {report.tokens:,} tokens{dropped}, "
         f"{megabytes:.1f} MB in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s)"
@@ -205,6 +205,7 @@ def _plot_lengths(sizes: dict[str, np.ndarray], file: Path) -> None:
     longest = max((int(lengths.max()) for lengths in sizes.values() if len(lengths)), default=1)
     figure, (axes,) = panels(size=(6.4, 4.8))
     for name, lengths in sizes.items():
+        # At least 2 for the last edge: bins need a width even where every item has one token.
         axes.hist(lengths, bins=np.geomspace(1, max(2, longest), 40).tolist(), histtype="step", label=name)
     axes.set(xscale="log", xlabel="tokens", ylabel="items")
     axes.legend()
@@ -287,6 +288,7 @@ def batch(
     sides, positions = sides_of(samples), samples.positions(number).tolist()
     if npy is not None:
         with appearing(npy) as file:
+            # Inputs and labels are this one sequence, shifted by one: hence a token more.
             texts = (side.sample(row)[0][: side.length(number) + 1] for row in positions for side in sides.values())
             np.save(file, np.stack([*texts]))
     named = run.tokenizer.path is not None or run.tokenizer.kind is not None
@@ -331,9 +333,9 @@ def _show_trained(tokens: list[int], labels: list[int], tokenizer: Tokenizer | N
 
     from castalia.data.tokenizer import decode_with_special
 
-    console, line = Console(soft_wrap=True), Text()
-    learned = [False, *(label >= 0 for label in labels)]
-    ids = [*tokens, labels[-1]] if labels[-1] >= 0 else tokens
+    console, line = Console(soft_wrap=True), Text()  # not markup: a corpus may hold [brackets]
+    learned = [False, *(label >= 0 for label in labels)]  # nothing predicts the first token
+    ids = [*tokens, labels[-1]] if labels[-1] >= 0 else tokens  # the last label is no input
     for counts, run in groupby(zip(ids, learned, strict=False), key=lambda pair: pair[1]):
         part = [token for token, _ in run]
         text = decode_with_special(tokenizer, part) if tokenizer else " ".join(map(str, part)) + " "

@@ -18,6 +18,7 @@ from castalia.strict_json import to_json
 if TYPE_CHECKING:
     from castalia.train.fast_paths import FastPath
 
+# As /proc/cpuinfo names them; the last two are ARM's.
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8", "sve", "bf16")
 OPTIONAL = {
     "tensorboard": "log.tensorboard",
@@ -65,6 +66,7 @@ def look_at_machine() -> dict:
         "torch": torch.__version__,
         "system": platform.platform(),
         "cpu": _cpu_name(),
+        # A container or `taskset` may allow fewer cores than the machine has; macOS does not tell.
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
@@ -107,7 +109,7 @@ def installed() -> dict[str, str | None]:
 
 def _cpu_name() -> str:
     named = next((line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")), "")
-    return named or platform.processor() or platform.machine()
+    return named or platform.processor() or platform.machine()  # ARM's cpuinfo names no model
 
 
 def _cpuinfo() -> list[str]:
@@ -124,6 +126,7 @@ def _gpu(index: int) -> dict:
         "name": about.name,
         "memory_gib": round(about.total_memory / 2**30, 1),
         "capability": f"{about.major}.{about.minor}",
+        # None for a GPU that the planner's table lacks.
         "tflops": known and {name: known.peak_tflops(name) for name in ("bf16", "fp16", "fp32")},
     }
 

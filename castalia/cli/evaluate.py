@@ -114,6 +114,7 @@ def write_log_probs(path: str, overrides: list[str], data: str | None, step: int
     print(f"{output}: log-probabilities of {number:,} documents by {checkpoint.path}")
 
 
+# Settings that an evaluation reads, by the beginnings of their names.
 ACT = ("model.", "data.", "train.device", "train.micro_batch_size", "precision.compute")
 
 
@@ -185,6 +186,7 @@ def evaluate_checkpoint(
 
     def judged(stream: Stream) -> dict[str, Any]:
         sizes = stream.sizes if config.data.mask_documents else None
+        # As in training on unpacked documents, no window goes over the end of one.
         ends = np.cumsum(stream.sizes).tolist() if config.data.packing == "unpacked" and not data else ()
         batches = windows(stream.tokens, length, stride or length, plan.batch_size, sizes, stream.labels, ends)
         bar = watched(batches, lambda batch: int(batch.loss_mask.sum()), stream.num_counted, shown=is_main())

@@ -97,7 +97,7 @@ def command(
         raise ConfigError("--stop is empty, and would end every text before its first letter; leave it out")
     if world > 1 and settings.mode == "interactive":
         raise ConfigError(f"{world} processes cannot all read the terminal; give --prompt or --file")
-    prompts = [""] if settings.mode == "interactive" else prompt or _prompts(settings)
+    prompts = [""] if settings.mode == "interactive" else prompt or _prompts(settings)  # typed ones come one by one
     batches = _typed(settings.prompt_end) if settings.mode == "interactive" else [prompts]
     with process_group(choose_device(device).type):
         words = load_tokenizer_for(checkpoint, tokenizer)
@@ -130,7 +130,7 @@ def _write_all(
             _refuse_broken_text(prompts)
             pieces = stream(model, words, prompts, sampling)
             if quiet:
-                deque(pieces, maxlen=0)
+                deque(pieces, maxlen=0)  # the model runs as the pieces are taken, and every rank has to run it
                 continue
             for record in _show(pieces, prompts, settings, as_json):
                 print(record, file=saved, flush=True)
@@ -153,6 +153,7 @@ def _mode(prompt: list[str] | None, file: Path | None, interactive: bool) -> str
     names = [name for name, value in asked.items() if value]
     if len(names) > 1:
         raise ConfigError(f"{' and '.join(names)} exclude each other; keep one")
+    # GPT-NeoX's names. It has none for prompts on the command line, which go before those of a mode.
     modes = {"--prompt": "unconditional", "--file": "input-file", "--interactive": "interactive"}
     return modes[names[0]] if names else None
 
@@ -222,7 +223,7 @@ def _typed(end: str) -> Iterator[list[str]]:
     """Prompts from standard input, one at a time, each ended by `end`, until it closes."""
     text = ""
     while True:
-        if not text and sys.stdin.isatty():
+        if not text and sys.stdin.isatty():  # not in the middle of a prompt of several lines
             print("> ", end="", flush=True)
         line = sys.stdin.readline()
         text += line
@@ -275,6 +276,7 @@ def _show(
         if piece.last:
             record = {"prompt": prompt, "text": text}
             if as_json:
+                # A terminal that is not UTF-8 gets escapes, which JSON allows; the file is UTF-8.
                 print(to_json(record, ensure_ascii=(sys.stdout.encoding or "utf-8").lower() != "utf-8"), flush=True)
             yield to_json(record, ensure_ascii=False)
 
@@ -290,6 +292,6 @@ def in_order(pieces: Iterable[TextPiece]) -> Iterator[TextPiece]:
         while current in waiting:
             ready = waiting.pop(current)
             yield ready
-            if not ready.last:
+            if not ready.last:  # more of this row is still to come
                 break
             current += 1

@@ -50,9 +50,10 @@ def refuse_habits(words: Sequence[str], verbs: Sequence[str]) -> None:
     `words`: the command line after the program's name.
     """
     verb = next((word for word in words if not word.startswith("-")), "")
+    # Scripts are typed with folder and ending, such as tools/datasets/preprocess_data.py.
     if verb not in verbs and (today := COMMANDS.get(Path(verb).name.removesuffix(".py"))):
         raise ConfigError(f"there is no command {verb}; today it is: {today}")
     for word in words:
-        name = word.partition("=")[0]
+        name = word.partition("=")[0]  # --lr=3e-4 as well as --lr 3e-4
         if name in OPTIONS:
             raise ConfigError(f"there is no option {name}: {OPTIONS[name]}")

@@ -56,7 +56,7 @@ def command(
     if kind == "torchrun" and num_nodes > 1 and not hosts:
         raise ConfigError(f"torchrun on {num_nodes} machines needs their names: give --hostfile")
     config = read_config(configs)
-    world = sum(host.slots for host in hosts) or num_nodes * gpus
+    world = sum(host.slots for host in hosts) or num_nodes * gpus  # with torchrun, hosts may have different slots
     if world > 1:
         check_run(with_vocabulary(config, None)[0], world)
     if config.parallel.tp > gpus:

@@ -42,6 +42,7 @@ def command(
     require_files(config)
     if not 0 < lowest < highest:
         raise ConfigError(f"--lowest {lowest:g} must be positive and below --highest {highest:g}")
+    # Only now, because torch takes a second to import, and what is wrong above is told before.
     from castalia.train.hardware import choose_device
     from castalia.tune.lr_find import find_rate
 

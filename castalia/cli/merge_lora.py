@@ -36,4 +36,5 @@ def command(
         raise CheckpointError(
             f"{checkpoint.path} has no adapters to merge; for a plain model: castalia convert --to {to}"
         )
+    # Every format but peft gets merged matrices.
     convert(adapter, out, to=to, base=base, dtype=dtype, verify=verify, force=force)

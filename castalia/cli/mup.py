@@ -12,7 +12,7 @@ from castalia.strict_json import to_json
 app = typer.Typer(no_args_is_help=True, help="Check the maximal-update parametrization.")
 
 
-@app.callback()
+@app.callback()  # without it, typer would take the only command for `mup` itself
 def _mup() -> None:
     """Check the maximal-update parametrization."""
 

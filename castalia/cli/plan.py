@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from castalia.plan.run_plan import Hardware
     from castalia.plan.suggest import Verdict
 
-BYTE_VOCABULARIES = {"char": 512, "bytes": 257}
+BYTE_VOCABULARIES = {"char": 512, "bytes": 257}  # ids of the tokenizers that need no file
 
 
 def command(
@@ -61,6 +61,7 @@ def command(
         raise ConfigError("--suggest compares layouts on given devices: add --gpus, for example --gpus 8xH100")
     known = collect_run_facts(config)
     if hardware:
+        # The devices that were asked about, not those of this machine.
         known = replace(known, device="cpu" if hardware.device.name == "cpu" else "cuda")
     result = report(config, known, hardware)
     result.assumed = assumed + result.assumed
@@ -80,7 +81,7 @@ def command(
         from castalia.plan.memory_plot import plot_memory
 
         plot_memory(result.layout, result.sized, plot)
-        print(f"wrote {plot}", file=sys.stderr)
+        print(f"wrote {plot}", file=sys.stderr)  # standard output may hold JSON
 
 
 def with_vocabulary(config: RunConfig, given: int | None) -> tuple[RunConfig, list[str]]:

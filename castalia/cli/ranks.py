@@ -25,7 +25,7 @@ def start_processes(tp: int, pp: int, nproc: int | None) -> int:
 
     started = world_size()
     wanted = started if started > 1 else nproc or tp * pp
-    layout(ParallelConfig(tp=tp, pp=pp), wanted)
+    layout(ParallelConfig(tp=tp, pp=pp), wanted)  # raises where so many ranks cannot be divided like this
     if wanted > started:
         relaunch(wanted, sys.argv[1:])
     return wanted
@@ -59,6 +59,7 @@ def load_split(checkpoint: Checkpoint, tp: int, pp: int, dtype: torch.dtype, dev
 
     config = split_config(checkpoint, tp, pp, world_size())
     model = SplitModel(config.model, layout(config.parallel, world_size()), dtype, device, config.neox_exact)
+    # The local tensor, the whole shape, and where the one begins in the other.
     shards = {name: Shard(*part(parameter)[:3]) for name, parameter in model.stage.named_parameters()}
     load_shards(shards, config.model, checkpoint)
     require_finite({name: shard.tensor for name, shard in shards.items()}, checkpoint.path)

@@ -28,7 +28,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
             table.add_column(name, justify="right" if numbers and any(header) else "left")
         for row in rows:
             table.add_row(*row)
-        Console(markup=False).print(table)
+        Console(markup=False).print(table)  # rich would read brackets in a cell as styles
         return
     lines = [header, *rows] if any(header) else rows
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
@@ -67,7 +67,7 @@ def watched(items: Iterator, size: Callable, total: int, shown: bool = True) -> 
     with progress(total, shown=shown) as advance:
         for item in items:
             yield item
-            advance(size(item))
+            advance(size(item))  # asked for the next one, the caller is done with this one
 
 
 def size_of(count: float) -> str:
@@ -80,7 +80,7 @@ def span_of(seconds: float) -> str:
     """45 s, 12 min, 3.5 h, 2.1 d"""
     value, unit = seconds, "s"
     for size, name in ((60.0, "min"), (60.0, "h"), (24.0, "d")):
-        if value < size * 1.5:
+        if value < size * 1.5:  # 80 s stay seconds, 100 s are 2 min
             break
         value, unit = value / size, name
     return f"{value:.1f} {unit}" if unit in ("h", "d") else f"{value:.0f} {unit}"

@@ -40,7 +40,7 @@ def command(
 
     if not neox_config_files(run):
         require_run(run)
-    if nproc is not None and nproc > world_size():
+    if nproc is not None and nproc > world_size():  # else this is one of the processes already
         words = ["--step", str(step), "--sequences", str(sequences), *(["--json"] if as_json else [])]
         relaunch(nproc, ["replay", str(run), *words])
     config = read_config([str(run)])

@@ -49,15 +49,16 @@ def command(
     vocabulary, trains, judges the model by text that it never saw, and reports. Stopped and started again with
     the same command it goes on.
     """
-    begin = time.monotonic()
+    begin = time.monotonic()  # looking and preparing count towards the hours
     parameters = _parameters(size, hours)
     wanted = None if parameters else hours or HOURS
     _check_words(words or [])
     run = output or Path("runs") / (folder.resolve().stem or "text")
+    # Compared when the command is given again, perhaps from elsewhere: hence the whole path.
     asked = {"folder": str(folder.resolve()), "hours": wanted, "size": parameters, "words": words or []}
     if not dry_run:
         _refuse_another(run, asked)
-    if not dry_run and (run / CONFIG).is_file():
+    if not dry_run and (run / CONFIG).is_file():  # written last, when all that it names is there
         print(f"going on with {run}, which this command began")
     else:
         _prepare(folder, run, asked, begin, dry_run)
@@ -71,7 +72,7 @@ def _check_words(words: list[str]) -> None:
     from castalia.config.load import load_config
     from castalia.quickstart.family import architecture
 
-    model = architecture(2, 64, 512, 256)
+    model = architecture(2, 64, 512, 256)  # any will do: only the words are checked
     del model["max_positions"]
     load_config([{"model": model}], words, any_batch=True)
 
@@ -120,7 +121,7 @@ def _prepare(folder: Path, run: Path, asked: dict[str, Any], begin: float, dry_r
     from castalia.report.run_report import REASONS
 
     _say("looking", f"at {folder}")
-    seen = look(folder, not_inside=run)
+    seen = look(folder, not_inside=run)  # the run may lie in the folder that it reads
     _show(about_text(seen))
     if (run / PLAN).is_file() and not dry_run:
         print("going on with the plan that this command made before")
@@ -179,7 +180,7 @@ def _write_config(seen: Folder, choice: Choice, run: Path, asked: dict[str, Any]
     choice, values = _fit(choice, corpus, seen, run, asked, begin)
     config = load(values, asked["words"])
     plan = read_json(run / PLAN, TrainingError)
-    _write_json(run / PLAN, plan | {"choice": asdict(choice)})
+    _write_json(run / PLAN, plan | {"choice": asdict(choice)})  # as fitted: `_finish` compares with what it expects
     command_line = " ".join(shlex.quote(word) for word in ["castalia", *sys.argv[1:]])
     head = [
         f"Written by `{command_line}`, {time.strftime('%Y-%m-%d')}.",
@@ -218,6 +219,7 @@ def _fit(
         tokens = math.floor(TRAINING_SHARE * left * speed)
     tokens = min(tokens, MAX_PASSES * corpus.train_tokens)
     choice = fitted_to(choice, tokens, speed, corpus.train_tokens, corpus.bytes, seen.xz_bits_per_byte)
+    # The batch has followed the number of tokens, unless the user's words set it.
     per_step = _tokens_of_step(load(settings(choice, places, corpus.valid_tokens, 1, 1.0), asked["words"]))
     steps = max(LEAST_STEPS, tokens // per_step)
     values = settings(choice, places, corpus.valid_tokens, steps, per_step / speed)

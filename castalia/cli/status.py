@@ -52,7 +52,7 @@ def command(
         console.print(_table(statuses))
     else:
         with Live(_table(statuses), console=console, auto_refresh=False) as live:
-            while any(status.by for status in statuses):
+            while any(status.by for status in statuses):  # as long as a process holds one of the folders
                 time.sleep(FOLLOW_S)
                 statuses = look()
                 live.update(_table(statuses), refresh=True)

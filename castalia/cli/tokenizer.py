@@ -10,7 +10,7 @@ import typer
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 
-@app.callback()
+@app.callback()  # without it, typer would take the only command for `tokenizer` itself
 def tokenizer() -> None:
     """Train a tokenizer."""
 

@@ -42,7 +42,7 @@ def command(
         from castalia.parallel.launcher import relaunch
         from castalia.parallel.rank_grid import check_run
 
-        require_files(config)
+        require_files(config)  # once, before many processes say the same
         check_run(config, nproc)
         arguments = ["train", *configs, *(["--dry-run"] if dry_run else [])]
         relaunch(nproc, arguments, max_restarts=0 if dry_run else RESTARTS)

@@ -29,8 +29,8 @@ from castalia.errors import DataError, refuse_pointer
 from castalia.reading import plain_json
 
 log = logging.getLogger(__name__)
-BLOCK_BYTES = 1 << 18
-SURROGATE = re.compile("[\ud800-\udfff]")
+BLOCK_BYTES = 1 << 18  # read at a time; chunks are about as large
+SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can escape half of a pair, and Python keeps it so
 
 
 class BadRecord(DataError):
@@ -123,7 +123,7 @@ def chunks(files: Sequence[Path], keys: Sequence[str] = ("text",)) -> Iterator[C
             raise DataError(f"{path}: unknown ending; known are {', '.join(READERS)}")
         with path.open("rb") as file:
             try:
-                refuse_pointer("it", file.peek(), Damaged)
+                refuse_pointer("it", file.peek(), Damaged)  # of Git LFS, in place of the file
                 for chunk in reader(file, str(path), keys):
                     yield replace(chunk, done_bytes=before + file.tell())
             except DAMAGE as error:
@@ -181,7 +181,7 @@ def documents(files: Sequence[Path], key: str = "text", skip_bad: bool = False) 
 
 def _decode(record: bytes) -> str:
     try:
-        return record.decode("utf-8-sig")
+        return record.decode("utf-8-sig")  # without the mark that Windows puts in front
     except UnicodeDecodeError as error:
         raise ValueError(f"invalid UTF-8 at byte {error.start}: {record[error.start : error.start + 4]!r}") from None
 
@@ -246,7 +246,7 @@ def _decompress(file: IO[bytes], new: Callable) -> Iterator[bytes]:
 
 
 def _gunzip(file: IO[bytes]) -> Iterator[bytes]:
-    return _decompress(file, lambda: zlib.decompressobj(wbits=31))
+    return _decompress(file, lambda: zlib.decompressobj(wbits=31))  # 31: gzip's header and checksum, not zlib's
 
 
 def _unzstd(file: IO[bytes]) -> Iterator[bytes]:
@@ -266,7 +266,7 @@ def _lines(path: str, blocks: Iterable[bytes], is_json: bool) -> Iterator[Chunk]
             continue
         lines = b"".join([*pending, head])
         yield Chunk(path, first, is_json, lines=lines)
-        first += lines.count(b"\n") + 1
+        first += lines.count(b"\n") + 1  # + 1: the newline after `head`
         pending = [rest]
     if rest := b"".join(pending):
         yield Chunk(path, first, is_json, lines=rest)
@@ -351,7 +351,7 @@ def _read_json_zst(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[
         raise Damaged(f"not JSON: {error}") from error
     if not isinstance(values, list):
         raise Damaged(f"expected a JSON array of texts, found {type(values).__name__}")
-    records = (json.dumps(value).encode() for value in values)
+    records = (json.dumps(value).encode() for value in values)  # parsed again by `texts_of`, as all records are
     return _grouped(path, records, is_json=True)
 
 
@@ -406,7 +406,7 @@ def _zip_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: str, keys
 
 def _read_tar(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chunk]:
     """Read members like files of their ending; a member with an unknown ending is one document."""
-    with tarfile.open(fileobj=file, mode="r|*") as archive:
+    with tarfile.open(fileobj=file, mode="r|*") as archive:  # a stream of any compression, never sought in
         for member in archive:
             inside = archive.extractfile(member) if member.isfile() else None
             if inside is not None:

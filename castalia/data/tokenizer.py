@@ -97,7 +97,7 @@ class RustTokenizer(Tokenizer):
         parts = str(engine.pre_tokenizer) + str(engine.decoder)
         model = type(engine.model).__name__  # BPE, Unigram, WordPiece, WordLevel
         self.kind = f"byte-level {model}" if "ByteLevel" in parts else model
-        self.vocab_size = max(engine.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.vocab_size = max(engine.get_vocab(with_added_tokens=True).values(), default=-1) + 1  # ids may have gaps
         self.bos_id = engine.token_to_id(self.folder.special.get("bos_token", ""))
         by_name = [i for name in EOD_NAMES if (i := engine.token_to_id(name)) is not None]
         self._end(self.folder.ends(engine.token_to_id, self.vocab_size) or by_name[:1])
@@ -145,7 +145,7 @@ class ByteTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         """Text, with U+FFFD for bytes that are no UTF-8."""
         if self.kind == "char":
-            return "".join(chr(max(int(i), 32)) for i in ids)
+            return "".join(chr(max(int(i), 32)) for i in ids)  # as in GPT-NeoX, control characters become spaces
         return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -197,6 +197,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.by_id = pieces | dict(self.folder.added)
         self.added = {token.content: (i, token) for i, token in self.by_id.items()}
         self.vocab_size = max(size, *(i + 1 for i in self.by_id), 0)
+        # The longest first, because a token may begin with another one; `(?!)` never matches.
         longest_first = sorted(self.added.values(), key=lambda entry: -len(entry[1].content))
         self.spelled = [index for index, _ in longest_first]  # the ids of the pattern's groups
         self.pattern = re.compile("|".join(_pattern(token) for _, token in longest_first) or r"(?!)")
@@ -226,6 +227,7 @@ class SentencePieceTokenizer(Tokenizer):
         for match in self.pattern.finditer(text):
             ids += engine.encode(text[start : match.start()])
             ids.append(self.spelled[(match.lastindex or 0) - 1])
+            # `legacy`: as old versions of transformers, which put a space in front after a special token, too.
             start, engine = match.end(), self.engine if self.folder.settings.get("legacy") else self.inner
         return ids + (engine.encode(text[start:]) if start < len(text) else [])
 
@@ -409,7 +411,7 @@ def _set_edges(engine: tokenizers.Tokenizer, folder: TokenizerFolder) -> None:
         (folder.special.get(f"{name}_token"), folder.settings.get(f"add_{name}_token"), index)
         for name, index in (("bos", 0), ("eos", -1))
     ]
-    added = engine.encode("").ids
+    added = engine.encode("").ids  # of an empty text: what it puts first and last
     has = [bool(added) and engine.token_to_id(token or "") == added[index] for token, _, index in asked]
     wants = [
         here if flag is None or engine.token_to_id(token or "") is None else bool(flag)
@@ -463,7 +465,7 @@ def _load_hf_gpt2(path: Path, model: Path | None) -> RustTokenizer:
         vocab, merges = _find(path, "vocab.json"), _find(path, "merges.txt")
         folder = read_tokenizer_folder({"vocab.json": vocab, "merges.txt": merges}, model)
         engine = _read_bpe(vocab, merges, folder)
-    engine.add_special_tokens([PADDING])
+    engine.add_special_tokens([PADDING])  # as GPT-NeoX does for this kind
     return RustTokenizer(engine, folder.without_vocabulary(), drop_special=False)
 
 

@@ -48,7 +48,7 @@ def _batches(documents: IndexedDataset, rows: int) -> Iterator[list[np.ndarray]]
 
 def _padded(items: list[np.ndarray], longest: int, fill: int) -> np.ndarray:
     """int64 [items, tokens], as wide as the longest item, but at most `longest`; `fill` follows shorter items."""
-    width = min(max(2, *map(len, items)), longest)
+    width = min(max(2, *map(len, items)), longest)  # 2: an input and a label, even if all are empty
     out = np.full((len(items), width), fill, np.int64)
     for row, item in zip(out, items, strict=True):
         row[: min(len(item), width)] = item[:width]

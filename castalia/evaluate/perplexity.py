@@ -70,6 +70,7 @@ def windows(
 def _spans(ends: Sequence[int], length: int, stride: int) -> Iterator[tuple[int, int, int]]:
     """Of each window: its tokens [start, stop), and how many of its predictions the window before it makes."""
     for begin, end in pairwise((0, *ends)):
+        # A window is due while more is left than the `length - stride` known predictions; the first always is.
         for start in range(begin, max(begin + 1, end - 1 - (length - stride)), stride):
             yield start, min(start + length + 1, end), length - stride if start > begin else 0
 

@@ -36,7 +36,7 @@ class Stream(NamedTuple):
     def masked_after(self, token: int) -> Stream:
         """The stream without the tokens that follow `token`, which begin a document unrelated to the one before."""
         labels = (self.tokens if self.labels is None else self.labels).astype(np.int64)
-        labels[1:][self.tokens[:-1] == token] = IGNORE
+        labels[1:][self.tokens[:-1] == token] = IGNORE  # labels stand at their own tokens here, not shifted
         return self._replace(labels=labels)
 
     def by_source(self, tokenizer: Tokenizer | None) -> dict[str, Stream]:

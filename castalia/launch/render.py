@@ -70,6 +70,7 @@ def k8s(job: LaunchJob, image: str) -> str:
 
 def kubernetes_name(text: str) -> str:
     """A name of at most 40 small letters, digits and dashes, which host names allow."""
+    # Stripped twice, because the cut may leave a dash at the end, where none is allowed.
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].strip("-") or "castalia"
 
 
@@ -79,8 +80,9 @@ def _render(template: str, job: LaunchJob, **values: str) -> str:
         keep_trailing_newline=True,
         lstrip_blocks=True,
         trim_blocks=True,
-        undefined=StrictUndefined,
+        undefined=StrictUndefined,  # a misspelt name raises instead of leaving a hole
     )
+    # For what the user typed: paths and overrides may hold spaces, quotes or dollar signs.
     environment.filters.update(json=json.dumps, word=shlex.quote, words=shlex.join)
     environment.globals.update(
         SHUTDOWN_TIMEOUT=SHUTDOWN_TIMEOUT,  # of torchrun with processes that were told to stop

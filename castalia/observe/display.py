@@ -103,6 +103,7 @@ class Display:
         `peak` is in tokens per second at the peak matmul rate of all devices.
         """
         done = record["step"]
+        # By the seconds of the steps alone, without saving and evaluating.
         speed = (record["tokens"] - self.marked_tokens) / (self.seconds - self.marked_seconds)
         self.marked_tokens, self.marked_seconds = record["tokens"], self.seconds
         # By wall-clock time since the start, which includes saving and evaluating.

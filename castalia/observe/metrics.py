@@ -107,6 +107,7 @@ def _finished(line: bytes) -> bytes:
     """Completes a line that `note` wrote, also if a part of its end is there. Other lines are returned as they are."""
     if line.endswith(b"\n"):
         return line
+    # What completes a record follows the mark with a comma; where that is cut off, the record before it is kept.
     begun, mark, _ = line.partition(NOTED + b",") if NOTED + b"," in line else line.rpartition(NOTED)
     try:
         plain_json(begun + b"}")

@@ -35,7 +35,7 @@ def history_before(events: Iterable[Mapping[str, Any]], step: int) -> UpdateHist
                 history = history.until(at) if number else UpdateHistory(begin=at)
                 undone = None if at < step else undone
             case "save":
-                history.saved = [*history.until(at - 1).saved, at]
+                history.saved = [*history.until(at - 1).saved, at]  # a resumed run saves steps again
             case "spike" if event.get("action") == "skip":
                 history.skipped.add(at)
             case "rewind" if "back_to" in event:

@@ -97,10 +97,10 @@ def choose(
         need = "the smallest model of the family does not fit into its memory"
         raise DataError(f"this machine has {memory_bytes / 2**30:.1f} GiB free: {need}; free some")
     if size is not None:
-        return min(found, key=lambda made: abs(math.log(made.parameters / size)))
+        return min(found, key=lambda made: abs(math.log(made.parameters / size)))  # by ratio
     tokens = text_bytes / _bytes_per_token(found[0].vocab_size)
     small = [made for made in found if _blocks(made) <= MOST_PARAMETERS * tokens]
-    return min(small or found[:1], key=lambda made: made.bits_per_byte)
+    return min(small or found[:1], key=lambda made: made.bits_per_byte)  # where the text bears none: the smallest
 
 
 def _made(

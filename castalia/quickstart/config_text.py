@@ -110,6 +110,7 @@ def _rows(tree: dict[str, Any], values: Settings, prefix: str) -> Iterator[str]:
             yield f"{indent}{name}:"
             yield from _rows(node, values, path + ".")
             continue
+        # JSON is YAML on one line. Scalars are quoted as YAML needs it: the slice drops `_: `.
         text = json.dumps(node) if isinstance(node, list | dict) else to_yaml({"_": node})[3:].strip()
         why = values[path][1]
         line = f"{indent}{name}: {text}"

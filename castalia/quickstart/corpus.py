@@ -84,7 +84,7 @@ def hold_out(prefixes: Sequence[str], train: str, valid: str, share: float) -> t
             "give more text"
         )
     ranks = [_rank(documents[item][first:end]) for item, first, end in stretches]
-    limit = max(share, sorted(ranks)[LEAST_HELD_OUT])
+    limit = max(share, sorted(ranks)[LEAST_HELD_OUT])  # by chance, too few may rank below the share
     with DatasetWriter(train, parts[0].dtype) as kept, DatasetWriter(valid, parts[0].dtype) as held:
         sides: tuple[list[str], list[str]] = [], []
         for item, first, end, is_held in _joined(stretches, [rank < limit for rank in ranks]):

@@ -14,7 +14,7 @@ Rows = list[tuple[str, str]]
 def readable(number: float) -> str:
     """1,234 or 1.2M"""
     for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= unit * 10 or (unit > 1e3 and number >= unit):
+        if number >= unit * 10 or (unit > 1e3 and number >= unit):  # thousands are written out below 10,000
             return f"{number / unit:.3g}{name}"
     return f"{number:,.0f}"
 

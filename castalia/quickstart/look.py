@@ -109,6 +109,7 @@ def _sample(folder: Folder) -> None:
         read += done
         if read > SAMPLE_BYTES:
             break
+    # `total` and `read` count bytes of files, which may be compressed; `bytes` counts the text in them.
     folder.exact = read >= total
     if not folder.exact:
         folder.bytes = round(folder.bytes * total / read)
@@ -129,12 +130,13 @@ def _text_field(file: Path) -> str | None:
     if chunk is None or not chunk.is_json:
         return "text"
     lines = chunk.lines.split(b"\n") if chunk.lines else chunk.records
-    for line in islice(lines, 100):
+    for line in islice(lines, 100):  # blank or damaged lines may come first
         try:
             record = plain_json(line) if line.strip() else None
         except ValueError:
             continue
         if isinstance(record, dict):
+            # A field may hold a list of paragraphs as well.
             return _chosen([name for name, value in record.items() if isinstance(value, str | list)])
         if isinstance(record, str):
             return "text"
@@ -153,4 +155,4 @@ def _parquet_columns(file: Path) -> list[str]:
     try:
         return list(read_schema(file).names)
     except (OSError, ValueError):
-        return []
+        return []  # damaged: passed over like a file without a text field

@@ -42,6 +42,7 @@ def measure_pace(device: str) -> Pace:
             values: Mapping[str, Any] = {
                 "model": architecture(layers, width, vocab_size, length),
                 "data": {"train": str(corpus), "seq_length": length},
+                # Of the steps, time ends the trial long before the last one.
                 "train": {"steps": 10_000, "batch_size": batch, "device": device},
             }
             config = load_config([dict(values)])

@@ -92,6 +92,7 @@ class _Index:
         tokens = np.concatenate(parts) if parts else np.empty(0, np.int64)
         hashes = hashes_of(tokens, shortest)
         places = np.arange(len(hashes))
+        # No stretch goes over the -1 between two samples.
         whole = np.array([(tokens[place : place + shortest] >= 0).all() for place in places], bool)
         places, hashes = places[whole], hashes[whole]
         order = np.argsort(hashes, kind="stable")
@@ -121,16 +122,18 @@ def _search(
     """Runs that begin with the tokens `first` to `stop` of a corpus."""
     if not len(index.hashes):
         return
-    block = corpus.tokens[first : stop + index.shortest - 1]
+    block = corpus.tokens[first : stop + index.shortest - 1]  # a stretch may end in the next block
     hashes = hashes_of(block, index.shortest)
     low = np.searchsorted(index.hashes, hashes, "left")
+    # Hashes above the largest have their place behind the last one: the minimum keeps them inside, as no hit.
     hits = np.flatnonzero(index.hashes[np.minimum(low, len(index.hashes) - 1)] == hashes)
     if not len(hits):
         return
     many = np.searchsorted(index.hashes, hashes[hits], "right") - low[hits]  # the same stretch stands in several places
     at = np.repeat(hits, many) + first
+    # For each hit low, low + 1, ..., one for each place of its stretch, in one array: [pairs].
     place = index.places[np.repeat(low[hits] - np.cumsum(many) + many, many) + np.arange(many.sum())]
-    starts = corpus.starts // corpus.dtype.itemsize
+    starts = corpus.starts // corpus.dtype.itemsize  # the index counts bytes
     document = np.searchsorted(starts, at, "right") - 1
     ends = starts[document] + corpus.sizes[document]
     keep = np.ones(len(at), bool) if excluded is None else ~excluded[document]

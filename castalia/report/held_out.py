@@ -115,6 +115,7 @@ def named_text(path: str, tokenizer: Tokenizer, most_tokens: int = MOST_TOKENS) 
     for each in texts_of_files([Path(path)]):
         tokens = encoded(each, tokenizer)
         total += len(tokens)
+        # The loop goes on without room, to know how much of the text is looked at.
         room = most_tokens - sum(len(document.tokens) for document in found)
         if room > 1:
             found.append(_cut(Document(Path(path).name, tokens, None, each), room, tokenizer))
@@ -135,9 +136,10 @@ def _looked_at(
     sizes = np.array([place.text.sizes[place.number] for place in places], np.int64)
     if sizes.sum() < 2:
         raise DataError(f"{name}: {len(places)} documents with {sizes.sum()} tokens are too few; name others: --data")
+    # The same documents each time, so that reports can be compared.
     order = np.random.RandomState(0).permutation(len(places)) if sizes.sum() > most_tokens else np.arange(len(places))
     before = np.cumsum(sizes[order]) - sizes[order]
-    chosen = np.sort(order[before < most_tokens - 1])
+    chosen = np.sort(order[before < most_tokens - 1])  # a single token predicts nothing: hence - 1
     room, found = most_tokens, []
     for number in chosen.tolist():
         source, text, labels, item = places[number]
@@ -154,6 +156,7 @@ def _cut(document: Document, room: int, tokenizer: Tokenizer) -> Document:
         return document
     tokens = document.tokens[:room]
     labels = None if document.labels is None else document.labels[:room]
+    # The text is cut as well: bits per byte count the bytes of these tokens alone.
     return Document(document.source, tokens, labels, tokenizer.decode(tokens.tolist()))
 
 

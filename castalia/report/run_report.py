@@ -201,7 +201,7 @@ def _records(folders: Sequence[Path | None]) -> dict[str, list[dict[str, Any]]]:
     found = [(folder, list(read_metrics(folder))) for folder in folders if folder is not None]
     names = [folder.resolve().name for folder, _ in found]
     return {
-        name if names.count(name) == 1 else str(folder): records
+        name if names.count(name) == 1 else str(folder): records  # runs in different folders may share a name
         for name, (folder, records) in zip(names, found, strict=True)
         if records
     }
@@ -211,7 +211,7 @@ def _together(parts: Sequence[Score]) -> Score:
     tokens, size = sum(part.tokens for part in parts), sum(part.bytes for part in parts)
     if not tokens:
         raise DataError("none of the held-out text's tokens counts; name another text: --data FILE")
-    loss = sum(part.loss * part.tokens for part in parts if part.tokens) / tokens
+    loss = sum(part.loss * part.tokens for part in parts if part.tokens) / tokens  # the loss of no tokens is NaN
     bits = [part.bits_per_byte for part in parts]
     whole = loss * tokens / (math.log(2) * size) if size and None not in bits else None
     return Score(loss, tokens, size, whole)
@@ -248,7 +248,7 @@ def token_counts(judged: Judged) -> np.ndarray | None:
         for number in np.arange(len(text)) if excluded is None else np.flatnonzero(~excluded):
             tokens = text[int(number)][:left]
             found = np.bincount(tokens.astype(np.int64), minlength=len(counts))
-            if len(found) > len(counts):
+            if len(found) > len(counts):  # ids beyond the model's vocabulary: another tokenizer's text
                 return None
             counts += found
             left -= len(tokens)
@@ -353,6 +353,7 @@ def _training_rows(config: RunConfig, folder: Path) -> list[Row]:
         Row("learning rate", rate, f"{config.optimizer.name}, warm-up over {_warmup(config)}"),
     ]
     if seconds:
+        # Tokens add up over the run, so those of the first record's step are left out, and its time with them.
         tokens = (records[-1].get("tokens") or 0) - (records[0].get("tokens") or 0)
         speed = (
             f"{tokens / max(seconds - (records[0].get('seconds') or 0.0), 1e-9):,.0f} tokens a second" if tokens else ""

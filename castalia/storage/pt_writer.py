@@ -92,7 +92,7 @@ class _Pickler:
         elif kind is int:
             self._integer(value)
         elif kind is float:
-            self.out += pickle.BINFLOAT + struct.pack(">d", value)
+            self.out += pickle.BINFLOAT + struct.pack(">d", value)  # big-endian, unlike all other numbers
         elif kind is str:
             text = value.encode()
             self.out += pickle.BINUNICODE + struct.pack("<I", len(text)) + text
@@ -108,6 +108,7 @@ class _Pickler:
             self._call("collections.OrderedDict", ())
             self._items(value)
         elif kind is set:
+            # Protocol 2 names modules as Python 2 did. Sorted, a set gives the same bytes each time.
             self._call("__builtin__.set", (sorted(value),))
         elif kind is Size:
             self._call("torch.Size", (tuple(value),))
@@ -124,7 +125,7 @@ class _Pickler:
         if -(2**31) <= value < 2**31:
             self.out += pickle.BININT + struct.pack("<i", value)
         else:
-            data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+            data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)  # + 1: room for the sign
             self.out += pickle.LONG1 + bytes([len(data)]) + data
 
     def _name(self, dotted: str) -> None:

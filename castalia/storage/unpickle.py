@@ -58,11 +58,11 @@ def _tensor(storage: Storage, offset: int, shape: Sequence, stride: Sequence, *r
 
 
 def _tensor_v3(storage: Storage, offset: int, shape: Sequence, stride: Sequence, *rest: Any) -> object:
-    return storage.tensor(offset, tuple(shape), tuple(stride), rest[2])
+    return storage.tensor(offset, tuple(shape), tuple(stride), rest[2])  # rest: requires_grad, hooks, dtype
 
 
 def _from_type(rebuild: Global, cls: object, args: tuple, state: object) -> object:
-    return rebuild.build(*args)
+    return rebuild.build(*args)  # as a plain tensor, without its class and attributes
 
 
 def _ordered(items: Sequence = ()) -> dict:
@@ -70,7 +70,7 @@ def _ordered(items: Sequence = ()) -> dict:
 
 
 def _encoded(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
+    if encoding != "latin1":  # protocol 2 has no bytes; Python writes them as text of this encoding
         raise ValueError(f"bytes encoded as {encoding}")
     return text.encode(encoding)
 
@@ -101,7 +101,7 @@ STORAGE_DTYPES = {
 
 
 def _table() -> dict[str, Any]:
-    table: dict[str, Any] = {f"torch.{name}": name for name in ITEM_BYTES}
+    table: dict[str, Any] = {f"torch.{name}": name for name in ITEM_BYTES}  # dtypes, such as torch.float32
     for module in ("torch", "torch.cuda", "torch.storage"):
         table |= {f"{module}.{name}Storage": dtype for name, dtype in STORAGE_DTYPES.items()}
     builders: dict[str, Callable[..., Any]] = {
@@ -171,7 +171,7 @@ class _Machine:
                 raise CheckpointError(f"{self.where}: refused: the pickle uses instruction {bytes([code])!r}")
             action(self)
         self.at += 1
-        (result,) = self.stack
+        (result,) = self.stack  # ValueError, as other damage, unless there is exactly one
         return result
 
     def take(self, count: int) -> bytes:
@@ -322,12 +322,14 @@ def _pairs(items: Sequence) -> dict:
 
 
 def _integer(text: bytes) -> int | bool:
+    # In protocol 0 True is I01, False is I00, and a long integer ends with L.
     return text == b"01" if text in (b"00", b"01") else int(text.rstrip(b"L"))
 
 
 U2, U4, U8 = (struct.Struct("<" + code) for code in "HIQ")
 I4, F8 = struct.Struct("<i"), struct.Struct(">d")
 STOP = ord(".")
+# What is not here is refused: extension codes, buffers outside of the file, calls with keyword arguments.
 STEPS: dict[int, Callable[[_Machine], None]] = {
     ord(code): action
     for code, action in {
@@ -385,7 +387,7 @@ STEPS: dict[int, Callable[[_Machine], None]] = {
         "p": lambda m: m.put(int(m.line())),
         "q": lambda m: m.put(m.byte()),
         "r": lambda m: m.put(m.number(U4)),
-        "\x94": lambda m: m.put(len(m.memo)),
+        "\x94": lambda m: m.put(len(m.memo)),  # MEMOIZE: the next free number
         "g": lambda m: m.push(m.memo[int(m.line())]),
         "h": lambda m: m.push(m.memo[m.byte()]),
         "j": lambda m: m.push(m.memo[m.number(U4)]),

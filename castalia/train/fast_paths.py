@@ -74,7 +74,7 @@ def fast_paths(device: torch.device) -> list[FastPath]:
 def lacking_kernels() -> str | None:
     """Why this build of torch does not run on the GPU; None if it does. Builds for CUDA 13 need sm_75 or newer."""
     capability, built = torch.cuda.get_device_capability(), torch.cuda.get_arch_list()
-    if torch.version.hip or runs_on(capability, built):
+    if torch.version.hip or runs_on(capability, built):  # AMD's architectures have other names
         return None
     name, sm = torch.cuda.get_device_name(), "sm_{}{}".format(*capability)
     return (
@@ -91,8 +91,8 @@ def runs_on(capability: tuple[int, int], built: list[str]) -> bool:
     Source: "Application compatibility" in NVIDIA's CUDA programming guide.
     """
     for architecture in built:
-        kind, _, number = architecture.rstrip("af").partition("_")
-        major, minor = int(number[:-1]), int(number[-1])
+        kind, _, number = architecture.rstrip("af").partition("_")  # sm_90a, sm_100f
+        major, minor = int(number[:-1]), int(number[-1])  # 120 is 12.0
         exact = architecture[-1] == "a"  # for one architecture alone
         if (major, minor) == capability or (not exact and major == capability[0] and minor <= capability[1]):
             return True

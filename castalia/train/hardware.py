@@ -61,11 +61,11 @@ def keep_freed_memory() -> None:
     """Stops glibc from returning the memory of logits to the system, page by page, after every step."""
     if platform.libc_ver()[0] != "glibc":
         return
-    mmap_max, trim_threshold, top_pad = -4, -1, -2
+    mmap_max, trim_threshold, top_pad = -4, -1, -2  # the numbers that malloc.h gives them
     libc = ctypes.CDLL("libc.so.6")
-    libc.mallopt(mmap_max, 0)
-    libc.mallopt(trim_threshold, 2**31 - 1)
-    libc.mallopt(top_pad, 256 << 20)
+    libc.mallopt(mmap_max, 0)  # large blocks come from the heap, too,
+    libc.mallopt(trim_threshold, 2**31 - 1)  # whose end is not given back,
+    libc.mallopt(top_pad, 256 << 20)  # and which grows by 256 MiB at a time
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

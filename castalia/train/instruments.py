@@ -97,4 +97,4 @@ class Instruments:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._write_profile()
+        self._write_profile()  # where the run ends within the profiled steps

@@ -98,7 +98,7 @@ def _fresh_state(kind: str, parameter: nn.Parameter, cfg: OptimizerConfig) -> di
     step = torch.zeros((), dtype=torch.float32, device=parameter.device)
     if kind == "adamw":
         return {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
-    if parameter.dim() == 1:
+    if parameter.dim() == 1:  # Adafactor factors the variance of matrices alone
         return {"step": step, "variance": torch.zeros_like(parameter)}
     rows, columns = parameter.shape
     return {"step": step, "row_var": parameter.new_zeros(rows, 1), "col_var": parameter.new_zeros(1, columns)}

@@ -79,7 +79,7 @@ def samples_of_whole_documents(sizes: np.ndarray, data: DataConfig) -> float:
     usable = sizes if data.allow_chopped else sizes[sizes <= data.seq_length + 1]
     if data.packing == "unpacked":
         return len(usable)
-    samples, room = 0, -1
+    samples, room = 0, -1  # -1: even an empty first document opens a sample
     for size in usable[:SAMPLED_DOCUMENTS].tolist():
         if size > room:
             samples, room = samples + 1, data.seq_length + 1

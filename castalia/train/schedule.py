@@ -55,7 +55,7 @@ def is_save_step(checkpoint: CheckpointConfig, step: int, last: int) -> bool:
     """Whether to save once `step` steps are done. The last step of a run is always saved."""
     if step in checkpoint.steps or step == last:
         return True
-    if step == 0:
+    if step == 0:  # a multiple of every interval, but saved only where checkpoint.steps names it
         return False
     if checkpoint.every and step % checkpoint.every == 0:
         return True

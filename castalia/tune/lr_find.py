@@ -54,6 +54,7 @@ def find_rate(config: RunConfig, lowest: float = 1e-6, highest: float = 1.0, ste
             session.step.apply()
         else:
             session.step.skip()
+        # A gradient that is not finite ends the test, except in fp16, where a smaller loss scale mends it.
         losses.append(loss if math.isfinite(norm) or session.step.scaler else math.inf)
     rates = [session.step.rate(number) for number in range(len(losses))]
     suggestion, at_lowest = suggest(rates, losses)
@@ -100,4 +101,4 @@ def suggest(rates: list[float], losses: list[float]) -> tuple[float, float]:
             f"the loss did not fall at any rate from {rates[0]:.1e} to {rates[-1]:.1e} ({len(losses)} steps); give "
             "other --lowest and --highest, more --steps, or look at the data with castalia data batch"
         )
-    return rates[int(np.gradient(curve)[: bottom + 1].argmin())], rates[bottom]
+    return rates[int(np.gradient(curve)[: bottom + 1].argmin())], rates[bottom]  # steepest over the rate's logarithm
