@@ -17,7 +17,7 @@ from castalia.errors import DataError
 # Prepares and is killed without warning once the third of its chunks is written and noted.
 KILLED = """
 import os, signal, sys
-from castalia.config.schema import Tokenizer
+from castalia.config.schema import TokenizerConfig
 from castalia.data import journal
 from castalia.data.prepare import Recipe, prepare
 
@@ -29,7 +29,7 @@ def progress(report):
     if len(calls) == 4:
         os.kill(os.getpid(), signal.SIGKILL)
 
-recipe = Recipe(Tokenizer(kind="bytes"), append_eod=True, mask_before=(58,))
+recipe = Recipe(TokenizerConfig(kind="bytes"), append_eod=True, mask_before=(58,))
 prepare([sys.argv[1]], sys.argv[2], recipe, workers=1, on_progress=progress)
 """
 RECIPE = Recipe(TokenizerConfig(kind="bytes"), append_eod=True, mask_before=(58,))
@@ -80,11 +80,11 @@ def test_workers_end_with_a_killed_parent(source: Path, tmp_path: Path) -> None:
     """The worker's process holds the pipe's other end open for as long as it lives."""
     script = (
         "import os, signal, sys\n"
-        "from castalia.config.schema import Tokenizer\n"
+        "from castalia.config.schema import TokenizerConfig\n"
         "from castalia.data.prepare import Recipe, prepare\n"
         "if __name__ == '__main__':\n"
         "    kill = lambda report: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    prepare([sys.argv[1]], sys.argv[2], Recipe(Tokenizer(kind='bytes')), workers=2, on_progress=kill)\n"
+        "    prepare([sys.argv[1]], sys.argv[2], Recipe(TokenizerConfig(kind='bytes')), workers=2, on_progress=kill)\n"
     )
     (tmp_path / "killed.py").write_text(script)
     source.write_text(source.read_text() * 3)  # enough for two workers
