@@ -35,6 +35,7 @@ class LearningRate:
     release: str | None = None  # "v1" or "head" of GPT-NeoX, with their defects; None: without any
 
     def __call__(self, updates: int) -> float:
+        """The learning rate of the update after so many."""
         if self.release == "v1":
             return self._first_release(updates)
         if self.warmup > 0 and updates <= self.warmup:

@@ -82,7 +82,9 @@ class Rate(Protocol):
         """The shape of the decay, as `schedule.style` names it."""
         ...
 
-    def __call__(self, updates: int) -> float: ...
+    def __call__(self, updates: int) -> float:
+        """The learning rate of the update after so many."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,7 @@ def overridden(values: Settings, config: RunConfig) -> Settings:
 
 
 def nested(values: Settings) -> dict[str, Any]:
+    """The settings as nested mappings, as a YAML file has them, without the reasons."""
     tree: dict[str, Any] = {}
     for path, (value, _) in values.items():
         *parents, name = path.split(".")

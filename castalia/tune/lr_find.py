@@ -35,6 +35,7 @@ class RisingRate(LearningRate):
     """Rises from `minimum` at the first update to `peak` at the last, by the same factor each time."""
 
     def __call__(self, updates: int) -> float:
+        """The learning rate of the update after so many."""
         return self.minimum * (self.peak / self.minimum) ** (updates / (self.end - 1))
 
 
