@@ -232,6 +232,8 @@ class DatasetWriter:
             with open(bin_path(self.prefix), "rb") as published:
                 if lock(published, shared=True):  # otherwise another process has not yet renamed the index
                     return
+            if not os.path.getsize(self._bin):  # created when it was opened here: the other has renamed its own
+                self._bin.unlink()
         self._file.close()
         raise DataError(f"another process is writing {self.prefix} at this moment; wait for it or choose another name")
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from castalia.data.indexed import DatasetWriter, open_dataset, token_dtype
 from castalia.errors import DataError
+from castalia.files import lock
 
 
 def write(prefix: Path, items: list[list[int]], dtype: str = "u2") -> Path:
@@ -82,6 +83,15 @@ def test_an_error_while_writing_leaves_the_older_files(tmp_path: Path) -> None:
         writer.add([3])
         raise RuntimeError
     assert open_dataset(tmp_path / "x")[0].tolist() == [1, 2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.idx"]
+
+
+def test_a_writer_that_comes_while_another_ends_leaves_nothing(tmp_path: Path) -> None:
+    write(tmp_path / "x", [[1, 2]])
+    with open(tmp_path / "x.bin", "rb") as ending:  # its tokens have their name already, its index not yet
+        assert lock(ending)
+        with pytest.raises(DataError, match="another process is writing"):
+            DatasetWriter(tmp_path / "x", "u2")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.idx"]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from castalia.config.schema import FinetuneConfig, LoraConfig, ModelConfig, OptimizerConfig, PreferenceConfig
 from castalia.model import transformer
@@ -16,6 +15,7 @@ from castalia.plan.memory import Compute, Rank, activations, attending, memory_b
 from castalia.train.hardware import name_of
 from castalia.train.optimizer import make_optimizer
 from castalia.train.preference import dpo, reward_model
+from castalia.train.step_memory import PeakMemory
 
 LENGTH = 128
 BASE = {"num_layers": 3, "hidden_size": 64, "num_heads": 4, "vocab_size": 1024, "max_positions": LENGTH}
@@ -76,14 +76,9 @@ def peak_bytes(model: ModelConfig, layout: Layout, dtype: torch.dtype, compute: 
         optimizer.zero_grad(set_to_none=True)
 
     step()  # tables of rotations and the like are made once
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with PeakMemory(torch.device("cpu")) as peak:
         step()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return state + most
+    return state + peak.bytes
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
