@@ -19,8 +19,8 @@ from castalia.checkpoint.tensors import Checkpoint, Shard
 from castalia.config.schema import ModelConfig, TokenizerConfig
 from castalia.config.tensor_table import adapter_shapes, row_of, tensor_shapes
 from castalia.errors import CheckpointError
-from castalia.plan.run_description import readable
 from castalia.storage.lazy import TensorRef, name_of
+from castalia.units import short_number
 
 if TYPE_CHECKING:
     from castalia.data.tokenizer import Tokenizer
@@ -51,7 +51,7 @@ class LoadReport:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.loaded} of {self.expected} tensors, {readable(self.parameters)} parameters, {self.source}"
+        return f"{self.loaded} of {self.expected} tensors, {short_number(self.parameters)} parameters, {self.source}"
 
 
 def architecture(checkpoint: Checkpoint) -> ModelConfig:

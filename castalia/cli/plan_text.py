@@ -8,6 +8,7 @@ from castalia.cli.render import print_table
 from castalia.plan.layout import Layout
 from castalia.plan.plan_parts import KvCache, MemoryPlan, RunPlan, SizedPlan
 from castalia.plan.run_description import GiB, describe_training, gib
+from castalia.units import duration
 
 CATEGORIES = ("masters", "moments", "gradients", "compute_copies", "activations", "logits", "buffers")
 
@@ -32,7 +33,7 @@ def print_suggestions(found: dict) -> None:
     title = f"fastest of {found['layouts_that_fit']:,} that fit ({tried:,} tried)" if tried else "nearest that fit"
     names = ("tp", "pp", "dp", "zero", "micro_batch", "accumulation", "recompute")
     rows = [
-        [str(row[name]) for name in names] + [f"{row['bytes'] / GiB:.1f}", seconds(row["seconds_per_step"])]
+        [str(row[name]) for name in names] + [f"{row['bytes'] / GiB:.1f}", duration(row["seconds_per_step"])]
         for row in found["best"]
     ]
     print_table(title, ["tp", "pp", "dp", "zero", "micro-batch", "accumulate", "recompute", "GiB", "step"], rows)
@@ -77,14 +78,14 @@ def _costs(sized: SizedPlan, cache: KvCache) -> Iterable[list[str]]:
     yield ["host memory", f"{gib(host.save)} for the copies of a save{offloaded} {machine}"]
     if drawn:
         cores = f"{drawn.cores} cores for each rank" if drawn.cores > 1 else "one core"
-        yield ["initial values", f"{seconds(drawn.seconds)} on {cores}"]
+        yield ["initial values", f"{duration(drawn.seconds)} on {cores}"]
     if time:
         yield [
             "speed",
             f"{time.tokens_per_second:,.0f} tokens/s, {time.mfu:.0%} of the devices' peak ({time.device})",
         ]
-        whole = f", {seconds(time.seconds)} in all" if time.seconds else ""
-        yield ["time", f"{seconds(time.seconds_per_step)} a step{whole}"]
+        whole = f", {duration(time.seconds)} in all" if time.seconds else ""
+        yield ["time", f"{duration(time.seconds_per_step)} a step{whole}"]
 
 
 def _memory(layout: Layout, memory: MemoryPlan) -> None:
@@ -108,11 +109,3 @@ def _memory(layout: Layout, memory: MemoryPlan) -> None:
     if memory.fits is not None and memory.usable is not None:
         verdict = "fits" if memory.fits else "does not fit"
         print(f"{verdict}: {gib(memory.largest)} needed, {gib(memory.usable)} usable on each device")
-
-
-def seconds(value: float) -> str:
-    """A duration in the largest unit of which there are at least two."""
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if value >= 2 * size:
-            return f"{value / size:,.1f} {unit}"
-    return f"{value:.3g} s"

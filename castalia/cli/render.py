@@ -1,4 +1,4 @@
-"""What verbs show on a terminal: tables, a progress bar, sizes and durations."""
+"""What verbs show on a terminal: tables, a progress bar, sizes."""
 
 from __future__ import annotations
 
@@ -74,13 +74,3 @@ def size_of(count: float) -> str:
     """Bytes as 12.3 MB, in powers of 1000."""
     exponent = min(3, int(math.log10(max(count, 1))) // 3)
     return f"{count / 1000**exponent:.4g} {('B', 'KB', 'MB', 'GB')[exponent]}"
-
-
-def span_of(seconds: float) -> str:
-    """45 s, 12 min, 3.5 h, 2.1 d"""
-    value, unit = seconds, "s"
-    for size, name in ((60.0, "min"), (60.0, "h"), (24.0, "d")):
-        if value < size * 1.5:  # 80 s stay seconds, 100 s are 2 min
-            break
-        value, unit = value / size, name
-    return f"{value:.1f} {unit}" if unit in ("h", "d") else f"{value:.0f} {unit}"

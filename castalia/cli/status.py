@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from castalia.cli.render import span_of
 from castalia.strict_json import to_json
+from castalia.units import duration
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -76,10 +76,10 @@ def _table(statuses: Sequence[RunStatus]) -> Table:
             _number(status.loss, ".4f"),
             _number(status.valid_loss, ".4f"),
             _number(status.tokens_per_second, ",.0f"),
-            "-" if status.seconds_left is None else span_of(status.seconds_left),
+            "-" if status.seconds_left is None else duration(status.seconds_left),
             "never"
             if status.saved_step is None
-            else f"step {status.saved_step:,}, {span_of(status.saved_seconds_ago or 0.0)} ago",
+            else f"step {status.saved_step:,}, {duration(status.saved_seconds_ago or 0.0)} ago",
             ", ".join(f"{count} {kind}" for kind, count in status.events.items()) or "-",
         )
     return table

@@ -18,9 +18,9 @@ from castalia.config.tensor_table import Kind, row_of, tp_dim
 from castalia.examine.facts import architecture
 from castalia.model.init_std import mup_scale, standard_deviation
 from castalia.plan.count import count, non_embedding, original_count
-from castalia.plan.run_description import readable
 from castalia.storage.extent import verify, verifying
 from castalia.storage.lazy import ByteRun, TensorRef, same_bits
+from castalia.units import short_number
 
 SPANS = 64  # stretches of rows that are sampled of each kind of tensor
 FITS = 0.03  # largest relative difference of a standard deviation from that of an init method
@@ -122,7 +122,7 @@ def meaning(checkpoint: Checkpoint, total: int, stored: Mapping[str, int], facts
     used = sum(stored[kind] for kind in ("weights", "masters", "moments"))
     shape = f" of a {facts.get('num_layers')} x {facts.get('hidden_size')} model"
     dtypes = " and ".join(sorted({ref.dtype_name for ref in checkpoint.model.values()}))
-    size = f"{readable(total)} parameters x {used / max(total, 1):.3g} bytes"
+    size = f"{short_number(total)} parameters x {used / max(total, 1):.3g} bytes"
     if checkpoint.optimizer is None:
         text = f"{size}: the weights alone{shape}, in {dtypes}; they run and can be trained on, not resumed"
     else:
@@ -138,7 +138,7 @@ def meaning(checkpoint: Checkpoint, total: int, stored: Mapping[str, int], facts
     if other := checkpoint.facts.other_model:
         text += (
             f"; nothing of the {other.num_layers} x {other.hidden_size} model of {checkpoint.facts.other_source}, "
-            f"{readable(non_embedding(other))} parameters without embeddings, is in it"
+            f"{short_number(non_embedding(other))} parameters without embeddings, is in it"
         )
     return text
 

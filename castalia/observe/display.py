@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from castalia.units import duration
+
 
 class Stdout(io.TextIOBase):
     """Standard output that survives its reader (`| head`, a closed terminal): later output is dropped, and the run
@@ -129,10 +131,3 @@ class Display:
     def __exit__(self, *_: object) -> None:
         if self.bar:
             self.bar.stop()
-
-
-def duration(seconds: float) -> str:
-    """Seconds as "3:07" or "2:03:07"."""
-    minutes, rest = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

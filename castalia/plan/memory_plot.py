@@ -8,7 +8,7 @@ from castalia.figures import panels, write_picture
 from castalia.plan.devices import GiB
 from castalia.plan.layout import Layout
 from castalia.plan.plan_parts import SizedPlan
-from castalia.plan.run_description import readable
+from castalia.units import short_number
 
 CATEGORIES = {  # in stacking order; the colours are distinct in grey and for colour-blind readers
     "masters": "#332288",
@@ -73,7 +73,7 @@ def plot_memory(layout: Layout, sized: SizedPlan, path: Path) -> None:
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside right center", frameon=False)
     room = "" if limit or not usable else f"; {usable / GiB:.1f} GiB are usable"
-    title = f"{readable(sized.total)} parameters{room}"
+    title = f"{short_number(sized.total)} parameters{room}"
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     write_picture(figure, path)
 

@@ -166,11 +166,3 @@ def gib(size: float) -> str:
     if size < 2**20:
         return f"{size / 2**10:.1f} KiB"
     return f"{size / GiB:,.2f} GiB" if size >= 0.1 * GiB else f"{size / 2**20:.1f} MiB"
-
-
-def readable(count: int) -> str:
-    """A number of parameters with four digits: 162.5M, 20.55B."""
-    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
-        if count >= size:
-            return f"{count / size:.4g}{unit}"
-    return str(count)

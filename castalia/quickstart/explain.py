@@ -6,26 +6,10 @@ from castalia.quickstart.choose import MAX_PASSES, Choice
 from castalia.quickstart.family import SIZES
 from castalia.quickstart.look import Folder, describe
 from castalia.quickstart.measured import BASE_WIDTH, ERROR, OTHER_TEXT_ERROR, SOURCE, XZ_BITS_PER_BYTE
+from castalia.units import duration, short_number
 
 SAME_TEXT = 0.02  # bits per byte in which xz differs on texts that are alike
 Rows = list[tuple[str, str]]
-
-
-def readable(number: float) -> str:
-    """1,234 or 1.2M"""
-    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= unit * 10 or (unit > 1e3 and number >= unit):  # thousands are written out below 10,000
-            return f"{number / unit:.3g}{name}"
-    return f"{number:,.0f}"
-
-
-def time_of(seconds: float) -> str:
-    """45 seconds, 12 minutes, 3.5 hours, 2.1 days"""
-    for unit, name, most in ((1, "seconds", 120), (60, "minutes", 120), (3600, "hours", 48)):
-        if seconds < unit * most:
-            number = seconds / unit
-            return f"{number:.1f} {name}" if name == "hours" else f"{number:.0f} {name}"
-    return f"{seconds / 86400:.1f} days"
 
 
 def about_text(folder: Folder) -> Rows:
@@ -65,7 +49,7 @@ def reasons(choice: Choice) -> dict[str, str]:
 def about_choice(choice: Choice, machine: str) -> Rows:
     """The chosen model and training, a line each, with the reasons."""
     why, batch_tokens = reasons(choice), choice.batch_size * choice.length
-    size = f"{readable(choice.parameters)} parameters, {choice.layers} layers, {choice.width} wide"
+    size = f"{short_number(choice.parameters)} parameters, {choice.layers} layers, {choice.width} wide"
     return [
         ("machine", f"{machine}: about {choice.tokens_per_second:,.0f} tokens/s with this model, measured just now"),
         ("model", size),
@@ -76,7 +60,7 @@ def about_choice(choice: Choice, machine: str) -> Rows:
         ("", why["batch"]),
         ("learning rate", f"{choice.rate:g}"),
         ("", why["learning rate"]),
-        ("training", f"{choice.steps:,} steps, {readable(choice.tokens)} tokens, {time_of(choice.seconds)}"),
+        ("training", f"{choice.steps:,} steps, {short_number(choice.tokens)} tokens, {duration(choice.seconds)}"),
         ("", f"{choice.passes:.2g} passes over the text{_limit(choice)}"),
     ]
 
@@ -112,7 +96,7 @@ def about_loss(choice: Choice, twice: Choice | None, folder: Folder) -> Rows:
     ]
     if twice is None:
         return rows
-    more = f"{twice.bits_per_byte:.2f} bits with {readable(twice.parameters)} parameters"
+    more = f"{twice.bits_per_byte:.2f} bits with {short_number(twice.parameters)} parameters"
     if choice.bits_per_byte - twice.bits_per_byte < 0.005:
         more = "nothing: the text is used up; more text would help"
     return [*rows, ("twice the time", more)]

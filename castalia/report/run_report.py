@@ -17,10 +17,8 @@ from castalia.checkpoint.opener import open_checkpoint
 from castalia.config.schema import RunConfig
 from castalia.errors import DataError
 from castalia.files import write_text
-from castalia.observe.display import duration
 from castalia.observe.metrics import read_events, read_metrics
 from castalia.plan.count import count
-from castalia.plan.run_description import readable
 from castalia.report.baselines import byte_entropy, gzip_bits, token_unigram_bits, xz_bits
 from castalia.report.held_out import (
     HeldOut,
@@ -35,6 +33,7 @@ from castalia.report.held_out import (
 )
 from castalia.report.samples import Sample, Search, training_corpora, write_samples
 from castalia.train.run_folder import is_run
+from castalia.units import duration, short_number
 
 COUNTED_TOKENS = 1 << 24  # of the training text, for frequencies of tokens
 REASONS = "reasons.json"  # in a run's folder: why its settings are what they are, by their names
@@ -307,7 +306,7 @@ def _rows(judged: Judged, held_out: HeldOut, folder: Path | None, reasons: Mappi
     heads = f"{model.num_heads} heads" + (f", {model.kv_heads} of keys" if model.kv_heads != model.num_heads else "")
     rows = [
         Row("model", f"{model.num_layers} layers, width {model.hidden_size}, {heads}", ""),
-        Row("parameters", readable(sizes.total), _per_parameter(tokens, sizes.total)),
+        Row("parameters", short_number(sizes.total), _per_parameter(tokens, sizes.total)),
         Row("vocabulary", f"{model.vocab_size or model.padded_vocab_size:,} tokens", _token_bytes(held_out)),
         Row("context", f"{config.data.seq_length:,} tokens", ""),
     ]

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from castalia.config.schema import RunConfig
-from castalia.observe.display import Display, duration
+from castalia.observe.display import Display
 from castalia.parallel.process_group import process_group
 from castalia.train.hardware import choose_device, keep_freed_memory
 from castalia.train.resolve import refuse_folder_in_use
@@ -14,6 +14,7 @@ from castalia.train.run_folder import continues_in_place, run_folder
 from castalia.train.run_header import planned_layout, show_first_loss, show_report
 from castalia.train.setup import Session, start
 from castalia.train.step_memory import PeakMemory, describe_memory
+from castalia.units import duration
 
 
 def rehearse(config: RunConfig) -> None:

@@ -28,11 +28,12 @@ from castalia.parallel.rank_grid import layout as parallel_layout
 from castalia.parallel.rendezvous import world_size
 from castalia.plan.count import count
 from castalia.plan.layout import Layout
-from castalia.plan.run_description import clipping, describe_training, readable
+from castalia.plan.run_description import clipping, describe_training
 from castalia.plan.run_plan import RunFacts, layout_of, training, warnings
 from castalia.train.fast_paths import fast_paths
 from castalia.train.run_facts import collect_run_facts
 from castalia.train.setup import Session
+from castalia.units import short_number
 
 KNOWS_NOTHING = 0.9  # of ln(vocabulary): above this a model has learnt next to nothing
 
@@ -60,7 +61,7 @@ def show_report(session: Session, display: Display, folder: Path) -> None:
     for warning in (*warnings(config, known, layout), *_tokenizer_warnings(session), *_one_sided(config)):
         display.line(f"warning: {warning}", "yellow")
     if session.source is None:
-        number = readable(parameter_count(session))
+        number = short_number(parameter_count(session))
         display.line(f"TRAINING BEGINS FROM RANDOM WEIGHTS: {number} parameters, nothing was loaded", "bold yellow")
         return
     display.line(f"{'loaded':<14}{session.loaded} ({session.source.path})")

@@ -19,9 +19,9 @@ from castalia.errors import CheckpointError
 from castalia.loading import load_model, load_weights
 from castalia.model.init import initialize
 from castalia.model.transformer import Transformer
-from castalia.plan.run_description import readable
 from castalia.train.optimizer import make_optimizer
 from castalia.train.update_rules import AnyOptimizer
+from castalia.units import short_number
 
 MODEL = ModelConfig(num_layers=2, hidden_size=16, num_heads=2, vocab_size=60, vocab_multiple=64, max_positions=32)
 TOKENS = torch.arange(24).view(2, 12)
@@ -103,8 +103,8 @@ def test_the_report_says_what_came(tmp_path: Path) -> None:
     model = build()
     report = load_weights(build(seed=2), open_checkpoint(save(tmp_path, model)))
     assert report.parameters == sum(p.numel() for p in model.parameters())
-    assert str(report) == "28 of 28 tensors, 8.64K parameters, Castalia, step 3"
-    assert [readable(n) for n in (20_556_201_984, 162_519_552, 512)] == ["20.56B", "162.5M", "512"]
+    assert str(report) == "28 of 28 tensors, 8,640 parameters, Castalia, step 3"
+    assert [short_number(n) for n in (20_556_201_984, 162_519_552, 512)] == ["20.56B", "162.5M", "512"]
 
 
 def test_everything_that_does_not_fit_is_listed(tmp_path: Path) -> None:

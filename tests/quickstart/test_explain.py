@@ -3,10 +3,8 @@
 from collections import Counter
 from pathlib import Path
 
-import pytest
-
 from castalia.quickstart.choose import Pace, choose
-from castalia.quickstart.explain import about_choice, about_loss, readable, time_of
+from castalia.quickstart.explain import about_choice, about_loss
 from castalia.quickstart.look import Folder
 
 
@@ -38,17 +36,3 @@ def test_a_size_speaks_of_no_time_that_was_asked_for():
     _, text = told(100_000, size=5e6)
     assert "nearest the size" in text
     assert "time is over" not in text.lower() and "twice" not in text
-
-
-@pytest.mark.parametrize(
-    ("number", "text"), [(7, "7"), (9_999, "9,999"), (12_345, "12.3k"), (1_230_000, "1.23M"), (5e9, "5B")]
-)
-def test_numbers_are_short(number, text):
-    assert readable(number) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(61, "61 seconds"), (600, "10 minutes"), (9 * 3600, "9.0 hours"), (3 * 86400, "3.0 days")]
-)
-def test_times_have_units_that_suit_them(seconds, text):
-    assert time_of(seconds) == text
