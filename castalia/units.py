@@ -19,8 +19,8 @@ def _three_digits(value: float) -> str:
 
 
 def short_number(number: float) -> str:
-    """A number with four digits: 20.55B, 162.5M, 12.35k; below 10,000 written out: 9,999."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+    """A number with four digits: 20.55B, 162.5M, 12.35K; below 10,000 written out: 9,999."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if number >= max(0.99995 * size, 1e4):  # 999,960 are 1M, not 1000k
             return f"{number / size:.4g}{unit}"
     return f"{number:,.0f}"
