@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from castalia.config.lora_names import OTHER_KEYS, QUANTIZED
 from castalia.errors import ConfigError
 
 COMMANDS = {
@@ -40,6 +41,14 @@ OPTIONS = {
     "--nproc-per-node": "it is called --nproc; on several machines: castalia launch",
     "--nproc_per_node": "it is called --nproc; on several machines: castalia launch",
     "--learning_rate": "settings are given as KEY=VALUE: optimizer.lr=3e-4",
+    "--qlora": f"{QUANTIZED}; adapters of rank 16 are --lora 16",
+    "--load_in_4bit": QUANTIZED,
+    "--load-in-4bit": QUANTIZED,
+    "--use_dora": OTHER_KEYS["use_dora"],
+    "--use_rslora": "it is a setting: finetune.lora.rslora=true",
+    "--lora_r": "it is called --lora",
+    "--lora-r": "it is called --lora",
+    "--lora_target_modules": "it is a setting: finetune.lora.targets=[q_proj, v_proj], or all-linear",
     "--lr": "settings are given as KEY=VALUE: optimizer.lr=3e-4",
 }
 

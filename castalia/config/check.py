@@ -263,7 +263,7 @@ def preferences(config: RunConfig) -> Iterator[Problem]:
         if getattr(layout, name) > 1:
             text = f"{key} needs whole sequences and the whole model on the tensor ranks; set parallel.{name}=1"
             yield Problem(text, (*paths, f"parallel.{name}"))
-    if config.finetune.add_tokens and objective != "reward":
+    if config.finetune.add_tokens and objective in ("dpo", "kto"):
         text = f"{key} compares with a reference model, which knows no token of finetune.add_tokens"
         yield Problem(text, (*paths, "finetune.add_tokens"))
     if objective == "kto" and config.train.micro_batch_size == 1:
@@ -357,7 +357,7 @@ def without_effect(config: RunConfig) -> Iterator[Problem]:
         "train.z_loss": goal in ("dpo", "kto") and f"train.objective is {goal}",
         "preference.loss": goal != "dpo" and f"train.objective is {goal}",
         "preference.reference_free": goal != "dpo" and f"train.objective is {goal}",
-        "preference.beta": goal not in ("dpo", "kto") and f"train.objective is {goal}",
+        "preference.beta": goal not in ("dpo", "kto", "orpo") and f"train.objective is {goal}",
         "preference.reference": (goal not in ("dpo", "kto") or config.preference.reference_free)
         and "no reference model is asked for",
         "preference.desirable_weight": goal != "kto" and f"train.objective is {goal}",

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from castalia.config import check
 from castalia.config.fields import FIELDS, SECTIONS, describe
+from castalia.config.lora_names import key_of_others, translate_targets
 from castalia.config.neox import read as neox_read
 from castalia.config.schema import RunConfig
 from castalia.config.setting import Setting, put
@@ -56,6 +57,7 @@ def load_config(
         _sort(table, rank, ours, neox, findings)
     settings = _combine(ours, neox_read.translate(neox, ours, num_files=len(names), findings=findings), findings)
     _choose_alternatives(settings, findings)
+    translate_targets(settings, findings)
     config = _validate(settings, findings)
     if config is not None:
         config._origins = {path: setting.where for path, setting in settings.items()}
@@ -208,7 +210,8 @@ def _flatten(path: str, setting: Setting, ours: dict[str, Setting], findings: Fi
             f"{setting.origin}: {path}: {short(value)} is not a section; write `{path}:` and indent its keys below it"
         )
     else:
-        findings.errors.append(f"{setting.origin}: unknown key {path}{suggest(path)}")
+        others = key_of_others(path)
+        findings.errors.append(f"{setting.origin}: unknown key {path}" + (f": {others}" if others else suggest(path)))
 
 
 def suggest(path: str) -> str:

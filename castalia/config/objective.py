@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from castalia.config.schema import RunConfig, Source
 
-PAIRED = ("dpo", "reward")  # objectives whose samples are two sequences
+PAIRED = ("dpo", "orpo", "reward")  # objectives whose samples are two sequences
 
 
 def needs_reference(config: RunConfig) -> bool:

@@ -378,19 +378,25 @@ class ParameterGroup(Section):
 
 
 class LoraConfig(Section):
-    """Low-rank adapters (LoRA): W x + alpha / rank * B (A x), where W keeps its loaded value."""
+    """Low-rank adapters (LoRA): W x + alpha / rank * B (A x), where W keeps its loaded value.
+
+    Names of matrices in other programs are translated while a config is read, see `lora_names.py`.
+    """
 
     rank: PositiveInt = Field(16, description="columns of B and rows of A")
     alpha: PositiveFloat | None = Field(None, description="B (A x) is scaled by alpha / rank; None: 2 * rank")
     dropout: Fraction = Field(0.0, lt=1.0, description="dropout of an adapter's input; the head's adapter has none")
     targets: tuple[Literal["attn.qkv", "attn.out", "mlp.up", "mlp.gate", "mlp.down", "head"], ...] = Field(
-        (), description="matrices that get an adapter; empty: all matrices of the blocks"
+        (),
+        description="matrices that get an adapter, also by the names of transformers, such as q_proj, query_key_value or "
+        "all-linear; empty: all matrices of the blocks",
     )
+    rslora: bool = Field(False, description="rank-stabilized (rsLoRA): the scale is alpha / sqrt(rank)")
 
     @property
     def scale(self) -> float:
         """The factor of B (A x)."""
-        return (self.alpha or 2 * self.rank) / self.rank
+        return (self.alpha or 2 * self.rank) / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 class FinetuneConfig(Section):
@@ -530,11 +536,13 @@ class PrecisionConfig(Section):
 
 
 class PreferenceConfig(Section):
-    """Settings of train.objective=dpo, kto and reward, which learn from pairs of texts or from rated texts."""
+    """Settings of train.objective=dpo, kto, orpo and reward, which learn from pairs of texts or from rated texts."""
 
     loss: Literal["sigmoid", "ipo"] = Field("sigmoid", description="dpo: form of the loss")
     beta: PositiveFloat = Field(
-        0.1, description="dpo and kto: strength of the penalty for drifting from the reference model"
+        0.1,
+        description="dpo and kto: strength of the penalty for drifting from the reference model; orpo: weight of the "
+        "odds ratio beside the loss of the preferred texts",
     )
     reference: str | None = Field(
         None,
@@ -557,8 +565,8 @@ class EarlierBatch(Section):
 class TrainConfig(Section):
     """What a step trains on, and how many there are."""
 
-    objective: Literal["causal", "dpo", "kto", "reward"] = Field(
-        "causal", description="causal: predict the next token; dpo, kto, reward: see `preference`"
+    objective: Literal["causal", "dpo", "kto", "orpo", "reward"] = Field(
+        "causal", description="causal: predict the next token; dpo, kto, orpo, reward: see `preference`"
     )
     steps: PositiveInt | None = Field(None, description="optimizer steps; or give epochs")
     epochs: PositiveInt | None = Field(None, description="passes over the data")

@@ -57,6 +57,7 @@ class Batch(NamedTuple):
     documents: np.ndarray | None = None  # int64, number of the document within the row; None: no document mask
     references: np.ndarray | None = None  # float32 [sequences]: log-probability of the labels by the reference model
     rewards: np.ndarray | None = None  # float32 [sequences]: above 0 wanted texts, below 0 unwanted ones
+    whole: np.ndarray | None = None  # int64, labels of all tokens of the texts, those before an answer included
 
 
 class DocumentPiece(NamedTuple):
@@ -116,6 +117,7 @@ class Samples:
     length_warmup: Warmup | None = None  # training only: batches hold the beginnings of the samples
     batch_warmup: Warmup | None = None  # training only
     earlier: tuple[EarlierBatch, ...] = ()  # training only: batch sizes of the steps before a change
+    has_whole: bool = False  # batches hold `whole`, which some objectives learn as well
 
     def __len__(self) -> int:
         return len(self.blended[0]) if self.blended else len(self.corpora[0].index)
@@ -179,6 +181,7 @@ class Samples:
         text = np.empty((len(positions), length), np.int64)
         labels = np.empty_like(text)
         documents = np.empty_like(text) if self.mask_documents else None
+        whole = np.full_like(text, IGNORE) if self.has_whole else None
         samples = []
         for row, position in enumerate(positions):
             corpus, position_in_corpus = self._corpus(int(position))
@@ -187,6 +190,9 @@ class Samples:
             text[row], labels[row] = self._sample(corpus, parts, length)
             if documents is not None:
                 documents[row] = number_documents(parts, length)
+            if whole is not None:
+                end = sum(stop - start for _, start, stop in parts)
+                whole[row, :end] = text[row, :end]
         self._check_vocabulary(step, positions, text)
         tokens, labels = np.ascontiguousarray(text[:, :-1]), np.ascontiguousarray(labels[:, 1:])
         labels[labels < 0] = IGNORE  # GPT-NeoX masks every negative label
@@ -201,7 +207,8 @@ class Samples:
             references = np.fromiter(sums, np.float32, len(samples))
         if all(corpus.rewards for corpus in self.corpora):
             rewards = np.array([corpus.reward(parts) for corpus, parts in samples], np.float32)
-        return Batch(tokens, labels, labels != IGNORE, documents, references, rewards)
+        whole = None if whole is None else np.ascontiguousarray(whole[:, 1:])
+        return Batch(tokens, labels, labels != IGNORE, documents, references, rewards, whole)
 
     def _check_vocabulary(self, step: int, positions: np.ndarray, text: np.ndarray) -> None:
         limit = self.vocab_size or np.iinfo(np.int64).max
@@ -287,6 +294,7 @@ def open_data(config: RunConfig, split: Split = "train", open_corpus: OpenCorpus
         length_warmup=config.data.seq_length_warmup if split == "train" else None,
         batch_warmup=warmup,
         earlier=config.train.earlier_batches if split == "train" else (),
+        has_whole=config.train.objective == "orpo",
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from castalia.config.objective import PAIRED
 from castalia.config.schema import RunConfig, Source, Text
 from castalia.data.indexed import IndexedDataset, open_dataset
 from castalia.data.loader import (
@@ -80,7 +81,7 @@ def sides_of(samples: Samples | Pairs) -> dict[str, Samples]:
 
 def open_samples(config: RunConfig, split: Split = "train") -> Samples | Pairs:
     """The data of a run: pairs if `train.objective` learns from pairs, else sequences. Raises DataError."""
-    return open_pairs(config, split) if config.train.objective in ("dpo", "reward") else open_data(config, split)
+    return open_pairs(config, split) if config.train.objective in PAIRED else open_data(config, split)
 
 
 def open_pairs(config: RunConfig, split: Split = "train") -> Pairs:

@@ -126,6 +126,7 @@ class Transformer(nn.Module):
         positions: Tensor | None = None,
         documents: Tensor | None = None,
         per_sequence: bool = False,
+        answers: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits [b, t, V] of `tokens` [b, t]; with `labels` [b, t] the fp32 sum of the losses and their number.
 
@@ -133,7 +134,8 @@ class Transformer(nn.Module):
         `documents` [b, t] numbers documents: tokens attend within their own, and positions restart in each.
         `positions` [b or 1, t] overrides the position at which a token is embedded. With `per_sequence` the result is
         one fp32 value for each sequence [b]: the log-probability of all its labels, or from a reward model the reward
-        at its last label.
+        at its last label. With `answers` [b, t], a mask of labels, it is two values [b, 2]: the log-probability of
+        those in the mask, and of all.
         """
         x = self.hidden(tokens, cache=cache, positions=positions, documents=documents)
         if self.norm is None:  # a pipeline stage that is not the last
@@ -141,7 +143,14 @@ class Transformer(nn.Module):
         if labels is None:
             return self.logits(x)
         if per_sequence:  # the only use that a reward model has for labels
-            return self.reward_at(x, labels) if self.reward else -self.token_losses(x, self.head_weight, labels).sum(1)
+            if self.reward:
+                return self.reward_at(x, labels)
+            log_probs = -self.token_losses(x, self.head_weight, labels)  # [b, t]
+            return (
+                log_probs.sum(1)
+                if answers is None
+                else torch.stack([(log_probs * answers).sum(1), log_probs.sum(1)], 1)
+            )
         self.refuse_tokens_of_a_reward_model()
         return self.loss(x, self.head_weight, labels, z_loss=self.z_loss if self.training else 0.0)
 

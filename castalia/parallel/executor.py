@@ -33,17 +33,20 @@ class Rows(NamedTuple):
     tokens: Tensor
     labels: Tensor
     documents: Tensor | None = None
+    answers: Tensor | None = None  # a mask of labels, see `Transformer.forward`
 
     @staticmethod
     def of(batch: Batch) -> Rows:
         """A batch's arrays as tensors, which share their memory."""
+        tokens, labels = torch.from_numpy(batch.tokens), torch.from_numpy(batch.labels)
         documents = None if batch.documents is None else torch.from_numpy(batch.documents)
-        return Rows(torch.from_numpy(batch.tokens), torch.from_numpy(batch.labels), documents)
+        if batch.whole is None:
+            return Rows(tokens, labels, documents)
+        return Rows(tokens, torch.from_numpy(batch.whole), documents, torch.from_numpy(batch.loss_mask))
 
     def chunk(self, count: int) -> Iterator[Rows]:
         """`count` equal pieces: micro-batches."""
-        documents = self.documents.chunk(count) if self.documents is not None else (None,) * count
-        return map(Rows, self.tokens.chunk(count), self.labels.chunk(count), documents)
+        return map(Rows, *((None,) * count if tensor is None else tensor.chunk(count) for tensor in self))
 
     def split(self, size: int) -> Iterator[Rows]:
         """Pieces of `size` sequences; the last one may have fewer."""
@@ -51,8 +54,7 @@ class Rows(NamedTuple):
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Rows:
         """The same function applied to each tensor."""
-        documents = None if self.documents is None else change(self.documents)
-        return Rows(change(self.tokens), change(self.labels), documents)
+        return Rows(*(None if tensor is None else change(tensor) for tensor in self))
 
     def rows(self, start: int, stop: int) -> Rows:
         """Sequences `start` to `stop`."""
@@ -64,7 +66,8 @@ class Rows(NamedTuple):
 
     def model_arguments(self) -> dict[str, Any]:
         """What `Transformer.forward` takes besides the tokens."""
-        return {"labels": self.labels} | ({} if self.documents is None else {"documents": self.documents})
+        further = {"documents": self.documents, "answers": self.answers}
+        return {"labels": self.labels} | {name: tensor for name, tensor in further.items() if tensor is not None}
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -169,7 +172,7 @@ class Executor:
         return total
 
     def each_sequence(self, rows: Rows) -> Tensor:
-        """The value of `Transformer.forward` for each of this data rank's sequences, fp32 [n]. In `evaluating`."""
+        """What `Transformer.forward` gives for each of this data rank's sequences, fp32 [n, ...]. In `evaluating`."""
         parts = (part.to(self.device) for part in rows.split(self.micro_batch_size))
         return torch.cat([self.models[0](part.tokens, **part.model_arguments(), per_sequence=True) for part in parts])
 

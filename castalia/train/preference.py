@@ -1,4 +1,4 @@
-"""Preference tuning: DPO, KTO and reward models, as losses of one number for each sequence.
+"""Preference tuning: DPO, KTO, ORPO and reward models, as losses of one number for each sequence.
 
 The number is a sequence's log-probability, or a reward model's reward. Sequences of pairs alternate: preferred,
 rejected, preferred, ... A step's loss is the mean over its pairs (KTO: its sequences), whatever the layout.
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from castalia.config.schema import PreferenceConfig, RunConfig
 from castalia.data.loader import Batch
 from castalia.errors import DataError
+from castalia.model.loss import IGNORE
 from castalia.parallel.executor import Executor, Rows, to_device
 
 
@@ -52,6 +53,31 @@ def reward_model(rewards: Tensor, square: float) -> PreferenceLosses:
     losses = -F.logsigmoid(chosen - rejected) + square * (chosen**2 + rejected**2)
     known = rewards.detach()
     return PreferenceLosses(losses, known, _first_of_two(known), _in_order(known))
+
+
+def orpo(
+    logps: Tensor, whole: Tensor, num_tokens: Tensor, whole_share: float, cfg: PreferenceConfig
+) -> PreferenceLosses:
+    """Odds ratio preference optimization (2403.07691), which needs no reference model.
+
+    All tensors are [sequences]: log-probabilities of the answers, and of the `whole` texts with the questions, as in
+    the authors' code and TRL; `num_tokens` of the answers. `whole_share`, a number, weights the whole texts' losses so
+    that their mean over the pairs is a mean over their tokens.
+    """
+    means = logps / num_tokens
+    odds_chosen, odds_rejected = _sides(means - _log_of_rest(means))  # log(p / (1 - p))
+    chosen, _ = _sides(whole)
+    losses = -chosen * whole_share - cfg.beta * F.logsigmoid(odds_chosen - odds_rejected)
+    rewards = cfg.beta * means.detach()
+    return PreferenceLosses(losses, rewards, _first_of_two(rewards), _in_order(rewards))
+
+
+def _log_of_rest(log_p: Tensor) -> Tensor:
+    """log(1 - p), exact for p near 0 and near 1."""
+    near_one = log_p > -0.6931472  # ln 2: from here on expm1 is the exact one
+    # Both sides of `where` get gradients, so neither may see values at which it is not finite.
+    large, small = log_p.where(near_one, -0.5), log_p.where(~near_one, -1.0)
+    return torch.where(near_one, (-torch.expm1(large)).log(), torch.log1p(-small.exp()))
 
 
 def kto(logps: Tensor, references: Tensor, wanted: Tensor, cfg: PreferenceConfig) -> PreferenceLosses:
@@ -136,6 +162,8 @@ class PreferenceLoss:
         device, parts = self.executor.device, self.accumulation
         if self.objective == "reward":
             return lambda values, micro: reward_model(values, self.square)
+        if self.objective == "orpo":
+            return self._orpo_function(batch)
         references = self._references(batch).chunk(parts)
         if self.objective == "kto":
             assert batch.rewards is not None
@@ -143,6 +171,14 @@ class PreferenceLoss:
             return lambda values, micro: kto(values, references[micro], wanted[micro], self.settings)
         lengths = to_device(torch.from_numpy(batch.loss_mask.sum(axis=1)), device).chunk(parts)
         return lambda values, micro: dpo(values, references[micro], lengths[micro], self.settings)
+
+    def _orpo_function(self, batch: Batch) -> Callable[[Tensor, int], PreferenceLosses]:
+        assert batch.whole is not None
+        device, parts = self.executor.device, self.accumulation
+        lengths = to_device(torch.from_numpy(batch.loss_mask.sum(axis=1)), device).chunk(parts)
+        counted = float((batch.whole[0::2] != IGNORE).sum())  # tokens of the preferred texts of this data rank
+        share = self.executor.sum_over_data(self._num_losses(batch)) / self.executor.sum_over_data(counted)
+        return lambda values, micro: orpo(values[:, 0], values[:, 1], lengths[micro], share, self.settings)
 
     def _references(self, batch: Batch) -> Tensor:
         """The reference model's log-probability of each sequence: stored with the data, or computed."""

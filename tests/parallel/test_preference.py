@@ -24,8 +24,8 @@ LAYOUTS = {
     "tp2": ["parallel.tp=2"],
     "sp2": ["parallel.tp=2", "parallel.sequence_parallel=true"],
 }
-QUICK = [("dpo", "zero3"), ("dpo", "sp2"), ("kto", "zero3"), ("reward", "tp2")]
-FULL = [(objective, layout) for objective in ("dpo", "kto", "reward") for layout in LAYOUTS]
+QUICK = [("dpo", "zero3"), ("dpo", "sp2"), ("kto", "zero3"), ("orpo", "tp2"), ("reward", "tp2")]
+FULL = [(objective, layout) for objective in ("dpo", "kto", "orpo", "reward") for layout in LAYOUTS]
 CASES = [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in FULL]
 
 

@@ -60,7 +60,7 @@ def pairs(tmp_path_factory) -> dict:
         "labels": write(folder / "mixed_label", labels),
         "rewards": rewards,
     }
-    return {"dpo": both, "reward": both, "kto": judged}
+    return {"dpo": both, "orpo": both, "reward": both, "kto": judged}
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def test_the_reference_is_held_in_the_compute_dtype(config, tmp_path):
     assert session.step(0, session.batch(0)).loss == pytest.approx(math.log(2), abs=1e-6)
 
 
-@pytest.mark.parametrize("objective", ["dpo", "kto", "reward"])
+@pytest.mark.parametrize("objective", ["dpo", "kto", "orpo", "reward"])
 def test_a_run_learns_and_is_resumed_bit_for_bit(config, tmp_path, objective):
     straight = history(train(config(objective, tmp_path / "straight")))
     train(config(objective, tmp_path / "run", "train.exit_interval=3"))
@@ -175,7 +175,7 @@ def test_a_run_learns_and_is_resumed_bit_for_bit(config, tmp_path, objective):
 
 
 def test_the_size_of_micro_batches_does_not_matter(config, tmp_path):
-    for objective in ("dpo", "reward"):
+    for objective in ("dpo", "orpo", "reward"):
         found = []
         for micro in (2, 8):
             session = start(config(objective, tmp_path / "run", f"train.micro_batch_size={micro}"))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from castalia.config.schema import PreferenceConfig
-from castalia.train.preference import dpo, kto, reward_model
+from castalia.train.preference import dpo, kto, orpo, reward_model
 
 pytestmark = pytest.mark.slow  # importing trl takes five seconds
 TOKENS = 12
@@ -55,7 +55,7 @@ def inputs(mask: torch.Tensor, **others) -> dict:
 
 def assert_equal(ours: torch.Tensor, theirs: torch.Tensor, leaf: torch.Tensor) -> None:
     """The losses and their gradients."""
-    gradients = [torch.autograd.grad(loss, leaf)[0] for loss in (ours, theirs)]
+    gradients = [torch.autograd.grad(loss, leaf, retain_graph=True)[0] for loss in (ours, theirs)]
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-6)
     assert gradients[0].abs().sum() > 0
@@ -102,6 +102,35 @@ def test_kto() -> None:
         assert chosen == pytest.approx(theirs._metrics["train"]["rewards/chosen"][0], abs=1e-6)
         expected.append(found)
     assert_equal(judged.losses.mean(), torch.stack(expected).mean(), logps)
+
+
+def test_orpo() -> None:
+    """With a model that has learned nothing, and one that is nearly certain, whose odds are large."""
+    trainers = pytest.importorskip("trl.experimental.orpo", reason="needs trl")
+    for certainty in (1.0, 1e-3):
+        logits, tokens, learned, filled = orpo_texts(certainty)
+        theirs = SimpleNamespace(beta=0.3, accelerator=Accelerator())
+        logps = torch.log_softmax(logits[:, :-1], -1).gather(2, tokens[:, 1:, None])[..., 0]
+        answers, whole = logps * learned[:, 1:], logps * filled[:, 1:]
+        means = answers.sum(1) / learned[:, 1:].sum(1)
+        losses, *_ = trainers.ORPOTrainer.odds_ratio_loss(theirs, means[0::2], means[1::2])
+        targets = tokens[0::2, 1:].masked_fill(~filled[0::2, 1:], -100)
+        likelihood = torch.nn.functional.cross_entropy(logits[0::2, :-1].flatten(0, 1), targets.flatten())
+        share = 3 / float(filled[0::2, 1:].sum())
+        judged = orpo(answers.sum(1), whole.sum(1), learned[:, 1:].sum(1), share, PreferenceConfig(beta=0.3))
+        assert_equal(judged.losses.mean(), likelihood - losses.mean(), logits)
+        assert judged.right.tolist() == (means[0::2] > means[1::2]).tolist()
+
+
+def orpo_texts(certainty: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits [6, 12, 20] and tokens of three pairs, and masks of their answers and of all their tokens."""
+    draw = torch.Generator().manual_seed(3)
+    tokens = torch.randint(0, 20, (6, TOKENS), generator=draw)
+    logits = torch.randn(6, TOKENS, 20, generator=draw) * certainty
+    if certainty < 1:
+        logits += 9 * torch.nn.functional.one_hot(tokens.roll(-1, 1), 20)
+    ends, place = torch.randint(7, TOKENS + 1, (6, 1), generator=draw), torch.arange(TOKENS)
+    return logits.requires_grad_(), tokens, (place >= 4) & (place < ends), place < ends
 
 
 @pytest.mark.parametrize("square", [0.0, 0.1])
