@@ -388,8 +388,8 @@ class LoraConfig(Section):
     dropout: Fraction = Field(0.0, lt=1.0, description="dropout of an adapter's input; the head's adapter has none")
     targets: tuple[Literal["attn.qkv", "attn.out", "mlp.up", "mlp.gate", "mlp.down", "head"], ...] = Field(
         (),
-        description="matrices that get an adapter, also by the names of transformers, such as q_proj, query_key_value or "
-        "all-linear; empty: all matrices of the blocks",
+        description="matrices that get an adapter, also by the names of transformers, such as q_proj, query_key_value "
+        "or all-linear; empty: all matrices of the blocks",
     )
     rslora: bool = Field(False, description="rank-stabilized (rsLoRA): the scale is alpha / sqrt(rank)")
 
