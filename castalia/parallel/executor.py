@@ -54,7 +54,7 @@ class Rows(NamedTuple):
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Rows:
         """The same function applied to each tensor."""
-        return Rows(*(None if tensor is None else change(tensor) for tensor in self))
+        return Rows._make(None if tensor is None else change(tensor) for tensor in self)
 
     def rows(self, start: int, stop: int) -> Rows:
         """Sequences `start` to `stop`."""
