@@ -40,6 +40,7 @@ OPTIONS = {
     "--num_gpus": "it is called --nproc",
     "--nproc-per-node": "it is called --nproc; on several machines: castalia launch",
     "--nproc_per_node": "it is called --nproc; on several machines: castalia launch",
+    "--mfu": "it is called --efficiency, the share of the peak that matrix products reach; MFU is what is left of it",
     "--learning_rate": "settings are given as KEY=VALUE: optimizer.lr=3e-4",
     "--qlora": f"{QUANTIZED}; adapters of rank 16 are --lora 16",
     "--load_in_4bit": QUANTIZED,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from castalia.config.schema import RunConfig
     from castalia.plan.plan_parts import RunPlan
     from castalia.plan.run_plan import Hardware
-    from castalia.plan.suggest import Verdict
+    from castalia.plan.step_cost import Verdict
+    from castalia.plan.suggest import Suggestions
 
 BYTE_VOCABULARIES = {"char": 512, "bytes": 257}  # ids of the tokenizers that need no file
 
@@ -26,7 +27,9 @@ def command(
     ],
     gpus: Annotated[str | None, typer.Option(help="96x40GB, 8xH100, cpu")] = None,
     vocab_size: Annotated[int | None, typer.Option(min=1, help="when the tokenizer's file is not here")] = None,
-    mfu: Annotated[float, typer.Option(min=0.01, max=1.0, help="share of the peak that matrix products reach")] = 0.4,
+    efficiency: Annotated[
+        float | None, typer.Option(min=0.01, max=1.0, help="share of the peak that matrix products reach; default: 0.4")
+    ] = None,
     suggest: Annotated[bool, typer.Option("--suggest", help="layouts that fit, and why the others lose")] = False,
     plot: Annotated[Path | None, typer.Option(help="picture of the memory, for example memory.png")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one object with everything")] = False,
@@ -46,6 +49,7 @@ def command(
     from castalia.errors import ConfigError
     from castalia.figures import check_picture
     from castalia.plan.run_plan import Hardware, report
+    from castalia.plan.step_cost import EFFICIENCY
     from castalia.train.run_facts import collect_run_facts
 
     check_picture(plot, "--plot")
@@ -55,7 +59,7 @@ def command(
         from castalia.plan.devices import parse_gpus
 
         number, device, guess = parse_gpus(gpus)
-        hardware = Hardware(number, device, mfu)
+        hardware = Hardware(number, device, efficiency or EFFICIENCY)
         assumed += [guess] if guess else []
     if suggest and hardware is None:
         raise ConfigError("--suggest compares layouts on given devices: add --gpus, for example --gpus 8xH100")
@@ -66,15 +70,15 @@ def command(
     result = report(config, known, hardware)
     result.assumed = assumed + result.assumed
     result.warnings = [*config.notes, *result.warnings]
-    suggested = None
+    layouts = None
     if hardware and result.sized and (suggest or not result.sized.memory.fits):
-        suggested = suggestions(config, result, hardware, all_of_them=suggest)
+        layouts = suggested(config, result, hardware, all_of_them=suggest)
     if as_json:
-        print(to_json(result.as_json() | ({"suggestions": suggested} if suggested else {}), indent=1))
+        print(to_json(result.as_json() | ({"suggestions": suggestions_json(layouts)} if layouts else {}), indent=1))
     else:
         print_report(result)
-        if suggested:
-            print_suggestions(suggested)
+        if layouts:
+            print_suggestions(layouts)
     if plot:
         if result.sized is None:
             raise ConfigError(f"--plot {plot}: there is no memory to show; {result.unknown[0]}")
@@ -108,30 +112,34 @@ def tokenizer_size(config: RunConfig) -> tuple[int | None, str]:
     return None, ""
 
 
-def suggestions(config: RunConfig, result: RunPlan, hardware: Hardware, *, all_of_them: bool) -> dict:
-    """The best layouts, or those that fit nearest to the config's own; JSON-ready."""
+def suggested(config: RunConfig, result: RunPlan, hardware: Hardware, *, all_of_them: bool) -> Suggestions:
+    """The plan's layout beside the fastest ones, or beside those that fit and are nearest to it."""
     from castalia.plan.run_plan import default_compute, job_of
-    from castalia.plan.suggest import enough, losers, nearest, suggest
+    from castalia.plan.suggest import remedies, suggestions
 
     batch = result.training.sequences_per_step
     if config.train.batch_size is None and batch % hardware.gpus:
         batch = -(-batch // hardware.gpus) * hardware.gpus
     job = job_of(config, hardware, batch, default_compute(config, hardware))
-    ranked = suggest(job) if all_of_them else nearest(job, result.layout)
-    fitting = [verdict for verdict in ranked if verdict.fits]
+    return suggestions(job, result.layout) if all_of_them else remedies(job, result.layout)
+
+
+def suggestions_json(found: Suggestions) -> dict:
+    """The same as an object of JSON; the given layout is the first row."""
     return {
-        "layouts_tried": len(ranked) if all_of_them else None,
-        "layouts_that_fit": len(fitting) if all_of_them else None,
-        "best": [_row(verdict) for verdict in fitting[:5]],
-        "losers": [{"change": c, "why": why} for c, why in losers(job, fitting[0])] if all_of_them and fitting else [],
-        "enough_gpus": None if fitting else enough(job),
+        "layouts_tried": found.tried or None,
+        "layouts_that_fit": found.fitting if found.tried else None,
+        "given": _row(found.given),
+        "better": [_row(verdict) for verdict in found.better],
+        "losers": [{"change": change, "why": why} for change, why in found.losers],
+        "enough_gpus": found.enough_gpus,
     }
 
 
 def _row(verdict: Verdict) -> dict:
-    shape = verdict.layout
-    names = ("tp", "pp", "dp", "zero", "micro_batch", "accumulation", "recompute", "sequence_parallel")
-    return {name: getattr(shape, name) for name in names} | {
+    return asdict(verdict.layout) | {
+        "fits": verdict.fits,
         "bytes": verdict.memory.total,
         "seconds_per_step": verdict.costs.total,
+        "costs": asdict(verdict.costs),
     }

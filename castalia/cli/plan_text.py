@@ -8,9 +8,19 @@ from castalia.cli.render import print_table
 from castalia.plan.layout import Layout
 from castalia.plan.plan_parts import KvCache, MemoryPlan, RunPlan, SizedPlan
 from castalia.plan.run_description import GiB, describe_training, gib
+from castalia.plan.step_cost import Verdict
+from castalia.plan.suggest import Suggestions, particular
 from castalia.units import duration
 
 CATEGORIES = ("masters", "moments", "gradients", "compute_copies", "activations", "logits", "buffers")
+
+COSTS = {  # what a step spends its time on
+    "compute": "computing",
+    "traffic": "memory",
+    "tensor": "TP",
+    "data": "DP",
+    "bubble": "waiting",
+}
 
 
 def print_report(plan: RunPlan) -> None:
@@ -23,25 +33,35 @@ def print_report(plan: RunPlan) -> None:
             print(f"{title}: {line}")
 
 
-def print_suggestions(found: dict) -> None:
-    """Print the fastest layouts, and what is lost by changing one setting of the best."""
-    if not found["best"]:
-        more = found["enough_gpus"]
+def print_suggestions(found: Suggestions) -> None:
+    """Print the given layout, better ones below it, and what is lost by changing one setting of the best."""
+    if not (found.better or found.given.fits):
+        more = found.enough_gpus
         print("no layout fits on these devices" + (f"; on {more} of them some do" if more else ""))
         return
-    tried = found["layouts_tried"]
-    title = f"fastest of {found['layouts_that_fit']:,} that fit ({tried:,} tried)" if tried else "nearest that fit"
-    names = ("tp", "pp", "dp", "zero", "micro_batch", "accumulation", "recompute")
-    rows = [
-        [str(row[name]) for name in names] + [f"{row['bytes'] / GiB:.1f}", duration(row["seconds_per_step"])]
-        for row in found["best"]
-    ]
-    print_table(title, ["tp", "pp", "dp", "zero", "micro-batch", "accumulate", "recompute", "GiB", "step"], rows)
-    if any(row["sequence_parallel"] for row in found["best"]):
+    title = "your layout and the nearest that fit"
+    if found.tried:
+        title = f"your layout and the fastest of {found.fitting:,} that fit ({found.tried:,} tried)"
+    names = ["yours" if found.given.fits else "yours, does not fit", *map(str, range(1, len(found.better) + 1))]
+    rows = [[name, *_layout_row(verdict)] for name, verdict in zip(names, [found.given, *found.better], strict=True)]
+    header = ["", "tp", "pp", "dp", "zero", "micro-batch", "accumulate", "recompute", "GiB", "step", "tokens/s"]
+    print_table(title, header, rows)
+    if others := particular(found.given.layout):
+        print(f"yours has {', '.join(f'{name} {value}' for name, value in others.items())} as well; none of the others")
+    if any(verdict.layout.sequence_parallel for verdict in found.better):
         print("with tp > 1 these set parallel.sequence_parallel=true")
-    if found["losers"]:
-        rows = [[item["change"], item["why"]] for item in found["losers"]]
-        print_table("the best with one setting changed", ["change", "what happens"], rows)
+    if not found.better:
+        print("none of those that were tried is faster than yours")
+    if found.losers:
+        best = "the best" if found.better else "yours"
+        print_table(f"{best} with one setting changed", ["change", "what happens"], [list(row) for row in found.losers])
+
+
+def _layout_row(verdict: Verdict) -> list[str]:
+    names = ("tp", "pp", "dp", "zero", "micro_batch", "accumulation", "recompute")
+    size, step = f"{verdict.memory.total / GiB:.1f}", duration(verdict.costs.total)
+    speed = f"{verdict.tokens_per_second:,.0f}"
+    return [*(str(getattr(verdict.layout, name)) for name in names), size, step, speed]
 
 
 def _facts(plan: RunPlan) -> None:
@@ -82,10 +102,13 @@ def _costs(sized: SizedPlan, cache: KvCache) -> Iterable[list[str]]:
     if time:
         yield [
             "speed",
-            f"{time.tokens_per_second:,.0f} tokens/s, {time.mfu:.0%} of the devices' peak ({time.device})",
+            f"{time.tokens_per_second:,.0f} tokens/s, MFU {time.mfu:.0%} ({time.device})",
         ]
         whole = f", {duration(time.seconds)} in all" if time.seconds else ""
         yield ["time", f"{duration(time.seconds_per_step)} a step{whole}"]
+        parts = {name: getattr(time.costs, name) for name in COSTS}
+        told = [f"{COSTS[name]} {duration(value)}" for name, value in parts.items() if value]
+        yield ["  of a step", ", ".join(told)]
 
 
 def _memory(layout: Layout, memory: MemoryPlan) -> None:

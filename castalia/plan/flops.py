@@ -35,6 +35,14 @@ def training_flops(model: ModelConfig, length: int) -> float:
     return 3 * forward_flops(model, length)
 
 
+def peak_tokens_per_second(model: ModelConfig, length: int, devices: int, flops: float) -> float:
+    """Tokens per second of a run whose devices all compute at their peak of `flops`: MFU is a share of this.
+
+    Only the model's own operations count, each once, not what is recomputed (Chowdhery et al. 2022, appendix B).
+    """
+    return devices * flops / training_flops(model, length)
+
+
 def executed_flops(model: ModelConfig, length: int, recompute: str) -> float:
     """Operations performed for one token: full activation checkpointing runs the blocks' forward pass twice."""
     again = model.num_layers * block_flops(model, length) if recompute == "full" else 0.0

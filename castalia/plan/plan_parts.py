@@ -8,6 +8,7 @@ from typing import Any
 from castalia.plan.host import HostMemory, InitialValues
 from castalia.plan.layout import Layout
 from castalia.plan.memory import Memory
+from castalia.plan.step_cost import Costs
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,10 @@ class TimePlan:
     """Speed and time on the devices; `seconds` of the whole run, None while its length is unknown."""
 
     device: str
-    mfu: float
+    mfu: float  # over all devices
     tokens_per_second: float
     seconds_per_step: float
+    costs: Costs  # of a step, whose sum `seconds_per_step` is
     seconds: float | None
 
 

@@ -15,7 +15,7 @@ from castalia.config.tensor_table import all_shapes
 from castalia.errors import ConfigError
 from castalia.plan.count import count, non_embedding, original_count
 from castalia.plan.devices import Device, auto_precision
-from castalia.plan.flops import executed_flops, kv_cache_bytes, original_flops, training_flops
+from castalia.plan.flops import executed_flops, kv_cache_bytes, original_flops, peak_tokens_per_second, training_flops
 from castalia.plan.host import host_memory, initial_values
 from castalia.plan.layout import Layout, problem, rank_parts
 from castalia.plan.memory import Compute, checkpoint_bytes, compute_of, memory_by_stage, moments_of
@@ -41,7 +41,7 @@ from castalia.plan.run_description import (
     precision,
     saves,
 )
-from castalia.plan.suggest import PlanRequest, evaluate_layout
+from castalia.plan.step_cost import EFFICIENCY, PlanRequest, evaluate_layout
 
 ENOUGH_TOKENS = 20  # per vocabulary entry; with fewer, the largest token id seen says little
 
@@ -105,7 +105,7 @@ class Hardware:
 
     gpus: int
     device: Device
-    mfu: float = 0.4  # share of the peak that matrix products reach
+    efficiency: float = EFFICIENCY
 
 
 def report(
@@ -448,18 +448,19 @@ def _kv_cache(model: ModelConfig, length: int, compute: Compute) -> KvCache:
 def job_of(config: RunConfig, hardware: Hardware, batch: int, compute: Compute) -> PlanRequest:
     """The request for which layouts are compared. `batch`: sequences of a step."""
     model, length = described(config), config.data.seq_length
-    return PlanRequest(model, length, batch, hardware.gpus, hardware.device, compute, hardware.mfu)
+    return PlanRequest(model, length, batch, hardware.gpus, hardware.device, compute, hardware.efficiency)
 
 
 def _time(training: TrainingPlan, job: PlanRequest, layout: Layout) -> TimePlan:
-    seconds_per_step = evaluate_layout(job, layout).costs.total
-    tokens_per_second = training.tokens_per_step / seconds_per_step
-    peak = job.gpus * job.device.peak_tflops(job.compute.precision) * 1e12
+    verdict = evaluate_layout(job, layout)
+    tokens_per_second, costs = verdict.tokens_per_second, verdict.costs
+    peak = job.device.peak_tflops(job.compute.precision) * 1e12
     return TimePlan(
         device=job.device.name,
-        mfu=tokens_per_second * training_flops(job.model, job.length) / peak,
+        mfu=tokens_per_second / peak_tokens_per_second(job.model, job.length, job.gpus, peak),
         tokens_per_second=tokens_per_second,
-        seconds_per_step=seconds_per_step,
+        seconds_per_step=costs.total,
+        costs=costs,
         seconds=training.tokens / tokens_per_second if training.tokens else None,
     )
 

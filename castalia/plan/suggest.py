@@ -6,101 +6,60 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from castalia.config.schema import ModelConfig
-from castalia.plan.devices import NODE, Device, GiB
-from castalia.plan.flops import block_flops, executed_flops, head_flops
-from castalia.plan.layout import Layout, bubble, problem, rank_parts
-from castalia.plan.memory import Compute, Memory, Rank
+from castalia.plan.devices import GiB
+from castalia.plan.layout import Layout, problem
+from castalia.plan.memory import Memory
+from castalia.plan.step_cost import Costs, PlanRequest, Verdict, evaluate_layout
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 ZERO: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
 RECOMPUTE: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")
 KNOBS = ("tp", "pp", "micro_batch", "zero", "recompute")  # what a layout chooses; the rest follows from the request
+UNTRIED = ("cp", "cp_kind", "dp_replicate", "pipeline", "stages_per_rank", "offload")
+SHOWN = 5
+AS_FAST = 0.0005  # layouts whose times differ by a smaller share count as equally fast
 
 
 @dataclass(frozen=True)
-class PlanRequest:
-    """A model, a batch and devices for which layouts are compared."""
+class Suggestions:
+    """A layout, and those that would do better."""
 
-    model: ModelConfig
-    length: int
-    batch: int  # sequences of a step
-    gpus: int
-    device: Device
-    compute: Compute
-    mfu: float = 0.4  # share of the device's peak that matrix products reach without any waiting
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Seconds of a step, by cause."""
-
-    compute: float
-    traffic: float  # memory traffic: weights and gradients of each micro-batch, recomputed norms and activations
-    tensor: float  # tensor-parallel all-reduces
-    data: float  # data-parallel reductions and gathers that are not hidden by computation
-    bubble: float  # pipeline stages that wait
-
-    @property
-    def total(self) -> float:
-        """The sum."""
-        return self.compute + self.traffic + self.tensor + self.data + self.bubble
+    given: Verdict
+    better: tuple[Verdict, ...]  # fit, and none is slower than the given one where that fits; the best first
+    tried: int
+    fitting: int
+    losers: tuple[tuple[str, str], ...]  # (change of one setting of the best layout, what happens)
+    enough_gpus: int | None  # on which some layout fits, where none does on those that were given
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """Memory and time of a layout."""
-
-    layout: Layout
-    memory: Memory  # of the fullest stage
-    stage: int  # which stage that is
-    fits: bool
-    costs: Costs
-
-
-def evaluate_layout(job: PlanRequest, layout: Layout) -> Verdict:
-    """Memory of the fullest stage and seconds of a step."""
-    parts = rank_parts(job.model, layout, job.length)
-    ends = {0, 1, layout.pp - 1} & set(range(layout.pp))  # the stages between hold no more than stage 1
-    ranks = [Rank(job.model, layout, parts[i], job.length, job.compute) for i in sorted(ends)]
-    memory, stage = max(((rank.memory(), rank.stage.index) for rank in ranks), key=lambda pair: pair[0].total)
-    fits = memory.total <= job.device.usable_bytes(layout.communicators)
-    return Verdict(layout, memory, stage, fits, step_costs(job, layout, ranks))
+def suggestions(job: PlanRequest, given: Layout, number: int = SHOWN) -> Suggestions:
+    """The fastest layouts beside the given one, and what each change of the fastest one would do."""
+    ranked, own = suggest(job), evaluate_layout(job, given)
+    fitting = [verdict for verdict in ranked if verdict.fits]
+    least = own.tokens_per_second * (1 + AS_FAST) if own.fits else 0.0
+    better = [verdict for verdict in fitting if verdict.tokens_per_second > least][:number]
+    best = better[0] if better else own
+    return Suggestions(
+        own,
+        tuple(better),
+        len(ranked),
+        len(fitting),
+        tuple(losers(job, best)) if best.fits and not particular(best.layout) else (),
+        None if fitting or own.fits else enough(job),
+    )
 
 
-def step_costs(job: PlanRequest, layout: Layout, ranks: list[Rank]) -> Costs:
-    """Seconds of a step. `ranks`: one rank of each stage that may be the slowest or fullest."""
-    model, device, size = job.model, job.device, job.compute.element_bytes
-    parts, length = rank_parts(model, layout, job.length), job.compute.sides * job.length  # of a sample
-    block, head = block_flops(model, job.length), head_flops(model)
-    slowest = max(part.layers * block + part.last * head for part in parts)
-    balance = slowest * layout.pp / (model.num_layers * block + head)
+def remedies(job: PlanRequest, given: Layout) -> Suggestions:
+    """For a layout that does not fit: those that do and differ the least, or how many devices would be enough."""
+    found = nearest(job, given)
+    enough_gpus = None if found else enough(job)
+    return Suggestions(evaluate_layout(job, given), tuple(found), 0, len(found), (), enough_gpus)
 
-    operations = executed_flops(model, job.length, layout.recompute) * layout.batch * length / layout.gpus
-    compute = balance * operations / (device.peak_tflops(job.compute.precision) * 1e12 * job.mfu)
-    parameters = max(rank.parameters for rank in ranks)
-    layers = max(part.layers for part in parts)
-    again = (
-        2 * layers * ranks[0].one.again if layout.recompute == "selective" else 0
-    )  # full checkpointing counts as computation
-    traffic = layout.accumulation * (parameters * (3 * size + 8) + again) / (device.bandwidth * 1e9)
 
-    tokens = layout.micro_batch * length // layout.cp
-    sums = (6.0 if layout.recompute == "full" else 4.0) * layers * layout.accumulation
-    if model.parallel_residual:
-        sums /= 2  # attention and MLP share one all-reduce
-    speed = (device.link if layout.tp <= NODE else device.network) * 1e9
-    tensor = sums * 2 * (layout.tp - 1) / layout.tp * tokens * model.hidden_size * size / speed
-
-    network = (device.network if layout.gpus > NODE else device.link) * 1e9
-    share = (layout.dp - 1) / layout.dp * parameters / network
-    if layout.zero == 3:  # two gathers and a reduction per micro-batch, overlapped with its computation
-        data = layout.accumulation * max(0.0, share * (2 * size + 4) - compute / layout.accumulation)
-    else:
-        reductions = layout.accumulation if layout.zero == 2 else 1
-        data = max(0.0, share * (4 * reductions + (size if layout.zero else 4)) - compute / 3 / layout.accumulation)
-    busy = compute + traffic + tensor
-    return Costs(compute, traffic, tensor, data, busy * bubble(layout))
+def particular(layout: Layout) -> dict[str, object]:
+    """Settings of a layout that are not tried, with values other than those of all that are."""
+    values = {field.name: getattr(layout, field.name) for field in fields(Layout) if field.name in UNTRIED}
+    return {name: value for name, value in values.items() if value != getattr(Layout(), name)}
 
 
 def layouts(job: PlanRequest) -> Iterator[Layout]:
@@ -123,7 +82,7 @@ def layouts(job: PlanRequest) -> Iterator[Layout]:
 def suggest(job: PlanRequest) -> list[Verdict]:
     """All layouts: first those that fit, fastest first, then the others by their memory."""
     verdicts = [evaluate_layout(job, layout) for layout in layouts(job)]
-    return sorted(verdicts, key=lambda v: (not v.fits, round(v.costs.total, 2) if v.fits else 0, v.memory.total))
+    return sorted(verdicts, key=lambda v: (not v.fits, float(f"{v.costs.total:.3g}") if v.fits else 0, v.memory.total))
 
 
 def nearest(job: PlanRequest, wanted: Layout, number: int = 3) -> list[Verdict]:
@@ -167,7 +126,7 @@ def why_not(job: PlanRequest, best: Verdict, other: Verdict) -> str:
         )
     extra = {f.name: getattr(other.costs, f.name) - getattr(best.costs, f.name) for f in fields(Costs)}
     slower = other.costs.total / best.costs.total - 1
-    if slower <= 0.0005:
+    if slower <= AS_FAST:
         return "as fast"
     reason = {
         "compute": "more computing",

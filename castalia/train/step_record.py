@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from castalia.checkpoint.tensors import Progress
-from castalia.plan.flops import training_flops
+from castalia.plan.flops import peak_tokens_per_second
 from castalia.train.hardware import peak_flops
 from castalia.train.setup import Session
 from castalia.train.step import StepResult
@@ -37,5 +37,5 @@ def peak_speed(session: Session) -> float | None:
     """
     tflops = session.config.log.peak_tflops
     peak = tflops * 1e12 if tflops else peak_flops(session.device, session.dtype)
-    per_token = training_flops(session.config.model, session.config.data.seq_length)
-    return peak * session.executor.world / per_token if peak else None
+    model, length = session.config.model, session.config.data.seq_length
+    return peak_tokens_per_second(model, length, session.executor.world, peak) if peak else None

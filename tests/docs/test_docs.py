@@ -15,6 +15,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SHELL_BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PRINTED_BLOCK = re.compile(r"^```sh\n(.*?)^```\n\n```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FIGURE = re.compile(r"(?<![\w.,])[\d,]+\.\d+(?![\w.])")
 LENGTH = re.compile(r"\b(train\.steps=|train_iters=)(\d+)")
 MOST_STEPS = 12
 
@@ -35,14 +37,32 @@ DOCUMENTS = sorted(path for path in (ROOT / "docs").glob("*.md") if blocks(path)
 def test_commands_of_the_documentation_work(document, tmp_path):
     for shipped in ("examples", "configs"):
         (tmp_path / shipped).symlink_to(ROOT / shipped)
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "120"}
     for block in blocks(document):
-        script = shortened(block)
-        result = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", script],
-            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-        assert result.returncode == 0, f"{document.name}:\n{script}\n{result.stdout}\n{result.stderr}"
+        printed(shortened(block), tmp_path)
+
+
+def printed(script: str, folder: Path) -> str:
+    """What a block prints, which must end without an error."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "120"}
+    result = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=900, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert result.returncode == 0, f"{script}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+def test_the_figures_of_scaling_are_those_that_its_commands_print(tmp_path):
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    found = PRINTED_BLOCK.findall(page)
+    assert len(found) == len(blocks(ROOT / "docs" / "scaling.md")) == 3
+    for script, shown in found:
+        assert printed(script, tmp_path) == shown
+    prose, output = PRINTED_BLOCK.sub("", page), "".join(shown for _, shown in found)
+    derived = {f"{1024 / 96:.1f}", f"{51.1 / 8.89:.1f}", f"{229.72 / 96:.2f}", f"{229.72 / 1024:.2f}"}
+    derived.add(f"{0.82 + 1.64:.2f}")  # masters and moments
+    assert set(FIGURE.findall(prose)) - derived <= set(FIGURE.findall(output))
+    assert derived <= set(FIGURE.findall(prose))
 
 
 def test_links_between_documents_lead_somewhere():

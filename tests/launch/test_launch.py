@@ -68,6 +68,7 @@ def value(command: list[str], option: str) -> str:
 
 def test_slurm_starts_torchrun_once_on_each_node_and_the_first_is_the_host(script, tmp_path):
     text = script("slurm", *LAYOUT, "train.steps=5", "--nodes", "12", "--gpus-per-node", "8", "--max-restarts", "2")
+    assert "castalia plan CONFIG --gpus 96xDEVICE" in text
     assert "# 96 ranks on 12 nodes: PP 4 x DP 12 x TP 2" in text
     for line in ("--nodes=12", "--ntasks-per-node=1", "--gpus-per-node=8", "--job-name=gpt-neox-20b"):
         assert f"\n#SBATCH {line}\n" in text

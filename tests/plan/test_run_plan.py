@@ -98,7 +98,7 @@ def test_the_architecture_alone_is_enough() -> None:
 
 
 def test_a_layout_has_one_time_wherever_it_is_told() -> None:
-    hardware = Hardware(64, DEVICES["a100-40"], mfu=0.5)
+    hardware = Hardware(64, DEVICES["a100-40"], efficiency=0.5)
     config = load_config("pythia-1b")
     best = suggest(job_of(config, hardware, 1024, default_compute(config, hardware)))[0]
     knobs = {"micro_batch_size": best.layout.micro_batch, "accumulation": best.layout.accumulation}

@@ -10,7 +10,8 @@ from castalia.config.load import load_config
 from castalia.plan.devices import DEVICES, parse_gpus
 from castalia.plan.layout import Layout
 from castalia.plan.memory import Compute, Memory
-from castalia.plan.suggest import PlanRequest, binding, enough, evaluate_layout, layouts, losers, nearest, suggest
+from castalia.plan.step_cost import PlanRequest, evaluate_layout
+from castalia.plan.suggest import binding, enough, layouts, losers, nearest, suggest, suggestions
 
 
 def job(preset: str, gpus: str, batch: int = 1024) -> PlanRequest:
@@ -42,6 +43,27 @@ def test_the_best_fits_and_each_reason_is_true() -> None:
     assert "does not fit" in reasons["zero 0"] and "moments" in reasons["zero 0"]
     assert reasons["recompute full"].endswith("slower: more computing")
     assert all("does not fit" in why or "slower" in why or why == "as fast" for why in reasons.values())
+
+
+@pytest.mark.parametrize("shape", [
+    Layout(tp=2, pp=4, dp=12, zero=1, micro_batch=4, accumulation=32, recompute="full"),
+    Layout(tp=2, pp=4, dp=12, zero=1, micro_batch=4, accumulation=32, recompute="full", cp=1, pipeline="interleaved",
+           stages_per_rank=11),
+    Layout(tp=2, dp=48, zero=3, micro_batch=4, accumulation=8, recompute="selective", sequence_parallel=True),
+])  # fmt: skip
+def test_no_suggestion_is_slower_than_the_given_layout(shape: Layout) -> None:
+    work = job("gpt-neox-20b", "96x40GB", batch=1536)
+    found = suggestions(work, shape)
+    assert found.given == evaluate_layout(work, shape) and found.given.fits
+    assert all(verdict.fits and verdict.costs.total < found.given.costs.total for verdict in found.better)
+    assert found.better or "does not fit" in dict(found.losers)["zero 0"]
+
+
+def test_a_given_layout_that_waits_for_nothing_is_left_alone() -> None:
+    work = job("gpt-neox-20b", "96x40GB", batch=1536)
+    best = suggestions(work, Layout(tp=8, dp=12, zero=3, micro_batch=1, accumulation=128, recompute="full")).better[0]
+    again = suggestions(work, best.layout)
+    assert again.better == () and again.losers == tuple(losers(work, best))
 
 
 def test_the_nearest_that_fit_change_little() -> None:

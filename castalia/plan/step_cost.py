@@ -1,0 +1,108 @@
+"""The cost model: bytes of the fullest rank and seconds of a step, of a layout on given devices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from castalia.config.schema import ModelConfig
+from castalia.plan.devices import NODE, Device
+from castalia.plan.flops import block_flops, executed_flops, head_flops
+from castalia.plan.layout import Layout, bubble, rank_parts
+from castalia.plan.memory import Compute, Memory, Rank
+
+EFFICIENCY = 0.4  # share of a device's peak that its matrix products reach; MFU is what waiting and recomputing leave
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """A model, a batch and devices for which layouts are compared."""
+
+    model: ModelConfig
+    length: int
+    batch: int  # sequences of a step
+    gpus: int
+    device: Device
+    compute: Compute
+    efficiency: float = EFFICIENCY
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of a step, by cause."""
+
+    compute: float
+    traffic: float  # memory traffic: weights and gradients of each micro-batch, recomputed norms and activations
+    tensor: float  # tensor-parallel all-reduces
+    data: float  # data-parallel reductions and gathers that are not hidden by computation
+    bubble: float  # pipeline stages that wait
+
+    @property
+    def total(self) -> float:
+        """The sum."""
+        return self.compute + self.traffic + self.tensor + self.data + self.bubble
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Memory and time of a layout."""
+
+    layout: Layout
+    memory: Memory  # of the fullest stage
+    stage: int  # which stage that is
+    fits: bool
+    costs: Costs
+    tokens: int  # of a step
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all devices, by which layouts with different batches are compared."""
+        return self.tokens / self.costs.total
+
+
+def evaluate_layout(job: PlanRequest, layout: Layout) -> Verdict:
+    """Memory of the fullest stage and seconds of a step.
+
+    Every time that a plan tells comes from here: the headline, suggestions, and the figures of the documentation.
+    """
+    parts = rank_parts(job.model, layout, job.length)
+    ends = {0, 1, layout.pp - 1} & set(range(layout.pp))  # the stages between hold no more than stage 1
+    ranks = [Rank(job.model, layout, parts[i], job.length, job.compute) for i in sorted(ends)]
+    memory, stage = max(((rank.memory(), rank.stage.index) for rank in ranks), key=lambda pair: pair[0].total)
+    fits = memory.total <= job.device.usable_bytes(layout.communicators)
+    tokens = layout.batch * job.compute.sides * job.length
+    return Verdict(layout, memory, stage, fits, step_costs(job, layout, ranks), tokens)
+
+
+def step_costs(job: PlanRequest, layout: Layout, ranks: list[Rank]) -> Costs:
+    """Seconds of a step. `ranks`: one rank of each stage that may be the slowest or fullest."""
+    model, device, size = job.model, job.device, job.compute.element_bytes
+    parts, length = rank_parts(model, layout, job.length), job.compute.sides * job.length  # of a sample
+    block, head = block_flops(model, job.length), head_flops(model)
+    slowest = max(part.layers * block + part.last * head for part in parts)
+    balance = slowest * layout.pp / (model.num_layers * block + head)
+
+    operations = executed_flops(model, job.length, layout.recompute) * layout.batch * length / layout.gpus
+    compute = balance * operations / (device.peak_tflops(job.compute.precision) * 1e12 * job.efficiency)
+    parameters = max(rank.parameters for rank in ranks)
+    layers = max(part.layers for part in parts)
+    again = (
+        2 * layers * ranks[0].one.again if layout.recompute == "selective" else 0
+    )  # full checkpointing counts as computation
+    traffic = layout.accumulation * (parameters * (3 * size + 8) + again) / (device.bandwidth * 1e9)
+
+    tokens = layout.micro_batch * length // layout.cp
+    sums = (6.0 if layout.recompute == "full" else 4.0) * layers * layout.accumulation
+    if model.parallel_residual:
+        sums /= 2  # attention and MLP share one all-reduce
+    speed = (device.link if layout.tp <= NODE else device.network) * 1e9
+    tensor = sums * 2 * (layout.tp - 1) / layout.tp * tokens * model.hidden_size * size / speed
+
+    network = (device.network if layout.gpus > NODE else device.link) * 1e9
+    share = (layout.dp - 1) / layout.dp * parameters / network
+    if layout.zero == 3:  # two gathers and a reduction per micro-batch, overlapped with its computation
+        data = layout.accumulation * max(0.0, share * (2 * size + 4) - compute / layout.accumulation)
+    else:
+        reductions = layout.accumulation if layout.zero == 2 else 1
+        data = max(0.0, share * (4 * reductions + (size if layout.zero else 4)) - compute / 3 / layout.accumulation)
+    busy = compute + traffic + tensor
+    return Costs(compute, traffic, tensor, data, busy * bubble(layout))
