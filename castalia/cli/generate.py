@@ -41,7 +41,10 @@ def command(
     seed: Annotated[int, typer.Option(help="of the random choices")] = 0,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="of one text; else max_new_tokens, or 64")] = None,
     num_samples: Annotated[int | None, typer.Option(min=1, help="texts for each prompt")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="end the text before this string; may be repeated")] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="end the text before this string, which may spell special tokens; may be repeated"),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="texts that are written at a time")] = 16,
     tokenizer: Annotated[str | None, typer.Option(help="tokenizer file, where the checkpoint has none")] = None,
     step: Annotated[int | None, typer.Option(help="which of several checkpoints; default: the latest")] = None,
@@ -274,7 +277,7 @@ def _show(
         if not as_json:
             print(piece.text, end="\n" if piece.last else "", flush=True)
         if piece.last:
-            record = {"prompt": prompt, "text": text}
+            record = {"prompt": prompt, "text": text, "finish_reason": piece.finish_reason}
             if as_json:
                 # A terminal that is not UTF-8 gets escapes, which JSON allows; the file is UTF-8.
                 print(to_json(record, ensure_ascii=(sys.stdout.encoding or "utf-8").lower() != "utf-8"), flush=True)

@@ -50,6 +50,7 @@ class Tokenizer:
     end_ids: frozenset[int] = frozenset()  # all ids that end a text, `eod_id` among them
     bos_id: int | None = None  # the token that begins a text, whether `encode` adds it or not
     byte_ids: frozenset[int] = frozenset()  # tokens of one byte; several of them may make up one character
+    special_texts: Mapping[int, str] = {}  # tokens that `decode` leaves out, as a text spells them
     folder: TokenizerFolder = TokenizerFolder()  # the files of its folder, and what they say besides the vocabulary
     note: str = ""  # a rule by which it differs from other programs with the same files
 
@@ -99,6 +100,9 @@ class RustTokenizer(Tokenizer):
         self.kind = f"byte-level {model}" if "ByteLevel" in parts else model
         self.vocab_size = max(engine.get_vocab(with_added_tokens=True).values(), default=-1) + 1  # ids may have gaps
         self.bos_id = engine.token_to_id(self.folder.special.get("bos_token", ""))
+        if drop_special:
+            added = engine.get_added_tokens_decoder().items()
+            self.special_texts = {index: token.content for index, token in added if token.special}
         by_name = [i for name in EOD_NAMES if (i := engine.token_to_id(name)) is not None]
         self._end(self.folder.ends(engine.token_to_id, self.vocab_size) or by_name[:1])
         if "ByteFallback" in parts:
@@ -197,6 +201,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.by_id = pieces | dict(self.folder.added)
         self.added = {token.content: (i, token) for i, token in self.by_id.items()}
         self.vocab_size = max(size, *(i + 1 for i in self.by_id), 0)
+        self.special_texts = {i: token.content for i, token in self.by_id.items() if token.special}
         # The longest first, because a token may begin with another one; `(?!)` never matches.
         longest_first = sorted(self.added.values(), key=lambda entry: -len(entry[1].content))
         self.spelled = [index for index, _ in longest_first]  # the ids of the pattern's groups

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple, Union
+from typing import TYPE_CHECKING, Literal, NamedTuple, Union
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class Sampling:
     top_k: int = 0
     top_p: float = 0.0
     seed: int = 0
-    stop: Sequence[str] = ()  # a text ends before the first of these strings
+    stop: Sequence[str] = ()  # a text ends before the first of these strings, which may spell special tokens
     num_samples: int = 1  # texts for each prompt
     batch_size: int = 16  # texts that are generated at a time
 
@@ -52,7 +52,12 @@ class TextPiece(NamedTuple):
 
     row: int
     text: str
-    last: bool
+    finish_reason: Literal["stop", "length"] | None = None  # why this is the last piece; None: it is not
+
+    @property
+    def last(self) -> bool:
+        """Whether the row's text is complete."""
+        return self.finish_reason is not None
 
 
 @dataclass
@@ -74,14 +79,15 @@ class GenerationRow:
     def take(self, token: int, ends: Collection[int], max_tokens: int) -> TextPiece:
         """Add a token, and return the text that can be shown now."""
         self.count += 1
-        text = ""
-        if token in ends:
-            self.done = True
-        else:
+        text, ended = "", token in ends
+        if not ended:
             self.ids.append(token)
             text = self.text.push(token)
-            self.done = self.text.stopped or self.count == max_tokens
-        return TextPiece(self.number, text + (self.text.finish() if self.done else ""), self.done)
+            ended = self.text.stopped
+        self.done = ended or self.count == max_tokens
+        if not self.done:
+            return TextPiece(self.number, text)
+        return TextPiece(self.number, text + self.text.finish(), "stop" if ended else "length")
 
 
 def generate(model: AnyModel, tokenizer: TextTokenizer, prompts: Sequence[Prompt], **sampling) -> list[str]:

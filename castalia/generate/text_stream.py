@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import compress
 from typing import Protocol
 
 BROKEN = "\ufffd"  # the result of decoding an incomplete character
@@ -16,6 +17,7 @@ class TextTokenizer(Protocol):
     eod_id: int | None
     end_ids: frozenset[int]
     byte_ids: frozenset[int]  # tokens of one byte, which decode correctly only in a complete run
+    special_texts: Mapping[int, str]  # tokens that `decode` leaves out, as a text spells them
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text."""
@@ -29,7 +31,9 @@ class TextTokenizer(Protocol):
 class TextStream:
     """The text after a prompt, piece by piece as tokens come. All pieces together are the text of all tokens.
 
-    Text that a later token may still change is held back: an incomplete character, and a run of byte tokens.
+    Text that a later token may still change is held back: an incomplete character, and a run of byte tokens. Stop
+    strings are looked for in the text with its special tokens, which is not shown: `<|im_end|>` is one, as is
+    `.<|im_end|>` or a word of several tokens.
     """
 
     def __init__(self, tokenizer: TextTokenizer, prompt: Sequence[int], stop: Sequence[str]) -> None:
@@ -40,7 +44,8 @@ class TextStream:
         self.in_run = False  # within a run of byte tokens
         for token in self.ids:
             self._follow(token)
-        self.held = ""  # decoded text that may be the beginning of a stop string
+        self.held = ""  # text that may be the beginning of a stop string, with special tokens
+        self.seen: list[bool] = []  # for each character of it, whether it is shown
         self.stopped = False
         if not self.in_run:
             self._forget(text)
@@ -49,7 +54,10 @@ class TextStream:
         """Add a token, and return the text that is now certain. Sets `stopped` at a stop string."""
         self.ids.append(token)
         self._follow(token)
-        return "" if self.in_run else self._release(self._decode(last=False), last=False)
+        special = self.tokenizer.special_texts.get(token) if self.stop else None
+        if special is None:
+            return "" if self.in_run else self._release(self._decode(last=False))
+        return self._release(self._decode(last=True)) + self._release(special, shown=False)
 
     def _follow(self, token: int) -> None:
         if token in self.tokenizer.byte_ids:
@@ -77,14 +85,18 @@ class TextStream:
                 self.shown -= len(text) - len(rest)
                 return
 
-    def _release(self, text: str, last: bool) -> str:
+    def _release(self, text: str, last: bool = False, shown: bool = True) -> str:
+        """Take text in, and return what of all that is held can be no part of a stop string."""
+        if self.stopped:
+            return ""
         self.held += text
+        self.seen += [shown] * len(text)
         stops = [at for at in map(self.held.find, self.stop) if at >= 0]
-        if stops:
-            self.stopped = True
-            return self.held[: min(stops)]
+        self.stopped = bool(stops)
         keep = 0 if last else max((_overlap(self.held, stop) for stop in self.stop), default=0)
-        text, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        end = min(stops) if stops else len(self.held) - keep
+        text = "".join(compress(self.held[:end], self.seen))
+        self.held, self.seen = self.held[end:], self.seen[end:]
         return text
 
 

@@ -24,6 +24,7 @@ class Bytes:
     """UTF-8 bytes; 256 ends a document."""
 
     vocab_size, eod_id, end_ids, byte_ids = 257, 256, frozenset({256}), frozenset()
+    special_texts: dict[int, str] = {}
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())

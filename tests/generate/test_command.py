@@ -66,7 +66,9 @@ def test_prompts_and_their_texts(run, texts):
 def test_json_samples_without_a_prompt(run, texts):
     out = run("--json", "--num-samples", "3", "--temperature", "1", "--max-tokens", "5")
     expected = texts([""], num_samples=3, temperature=1.0, max_tokens=5)
-    assert [json.loads(line) for line in out.splitlines()] == [{"prompt": "", "text": text} for text in expected]
+    assert [json.loads(line) for line in out.splitlines()] == [
+        {"prompt": "", "text": text, "finish_reason": "length"} for text in expected
+    ]
 
 
 def test_a_file_of_prompts_and_an_overlay(run, texts, tmp_path):
@@ -79,7 +81,7 @@ def test_a_file_of_prompts_and_an_overlay(run, texts, tmp_path):
     one, two = texts(["In", "the beginning"], max_tokens=7, temperature=1.0, top_p=0.9)
     assert out == f"In{one}\n\nthe beginning{two}\n"
     saved = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert saved == [{"prompt": "In", "text": one}, {"prompt": "the beginning", "text": two}]
+    assert [(line["prompt"], line["text"]) for line in saved] == [("In", one), ("the beginning", two)]
 
 
 def test_a_file_of_prompts_is_cut_at_newlines_alone(run, texts, tmp_path):
@@ -187,15 +189,15 @@ def test_mistakes_are_one_message(folder, args, message, monkeypatch, capsys):
 
 
 def test_rows_come_in_order():
-    pieces = [(1, "b", False), (0, "a", False), (2, "c", True), (0, "A", True), (1, "B", False), (1, "!", True)]
+    pieces = [(1, "b"), (0, "a"), (2, "c", "stop"), (0, "A", "length"), (1, "B"), (1, "!", "stop")]
     ordered = list(in_order(TextPiece(*piece) for piece in pieces))
     assert ordered == [
-        (0, "a", False),
-        (0, "A", True),
-        (1, "b", False),
-        (1, "B", False),
-        (1, "!", True),
-        (2, "c", True),
+        (0, "a", None),
+        (0, "A", "length"),
+        (1, "b", None),
+        (1, "B", None),
+        (1, "!", "stop"),
+        (2, "c", "stop"),
     ]
 
 

@@ -109,6 +109,16 @@ def test_stop_strings_and_end_of_document(scripted, tokenizer):
     assert generate(scripted("", 3), tokenizer, ["abc"]) == [""]
 
 
+def test_the_last_piece_says_why_it_is_the_last(scripted, tokenizer):
+    def reason(text, **options):
+        return [piece.finish_reason for piece in stream(scripted(text, 3), tokenizer, ["abc"], Sampling(**options))][-1]
+
+    assert reason("one two") == "stop"  # the end of a document
+    assert reason("one two", stop=["two"]) == "stop"
+    assert reason("one two", max_tokens=7) == "length"
+    assert reason("one two", max_tokens=8) == "stop"
+
+
 def test_pieces_join_to_the_text_and_the_last_is_marked(make_model, tokenizer):
     model = make_model()
     pieces = list(stream(model, tokenizer, PROMPTS, Sampling(max_tokens=10, batch_size=3)))

@@ -60,11 +60,39 @@ def test_stop_strings_never_show(tokenizer, text, stop):
         assert text.startswith(shown) and len(shown) >= min(ends) - 4
 
 
+def with_turn(make):
+    """A tokenizer with the special token <turn>, which `decode` leaves out."""
+    engine = make().engine
+    engine.add_special_tokens(["<turn>"])
+    return RustTokenizer(engine)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: byte_level(300), lambda: byte_fallback()], ids=["byte-level", "byte fallback"]
+)
+@pytest.mark.parametrize(
+    ("text", "stop", "expected"),
+    [
+        ("the cat<turn>the cat", "<turn>", "the cat"),
+        ("the 猫<turn>the", "<turn>", "the 猫"),
+        ("the 🙂<turn>\nthe", "<turn>\n", "the 🙂"),
+        ("the cat cat<turn>the", "cat<turn>", "the cat "),
+        ("the<turn> cat<turn>the", "cat<turn>", "the "),
+        ("the<turn>cat the", "e c", "thecat the"),  # the text between has a token that is not shown
+        ("the cat<tur", "<turn>", "the cat<tur"),
+    ],
+)
+def test_stop_strings_may_spell_special_tokens(make, text, stop, expected):
+    tokenizer = with_turn(make)
+    (ids,) = tokenizer.encode_batch([text], bare=True)
+    assert "".join(pieces(tokenizer, ids, [stop])).strip() == expected.strip()
+
+
 def test_tokenizers_that_join_words():
     """SentencePiece drops the space in front of the first word that it decodes."""
 
     class Words:
-        vocab_size, eod_id, end_ids, byte_ids = 3, None, frozenset(), frozenset()
+        vocab_size, eod_id, end_ids, byte_ids, special_texts = 3, None, frozenset(), frozenset(), {}
 
         def decode(self, ids):
             return "".join(f" {'abc'[i]}" for i in ids)[1:]
