@@ -183,8 +183,10 @@ def put_in_place(new: Path, target: Path) -> Path | None:
 
 def standing(path: Path) -> Path:
     """Where a folder is: under its name or, while it is being replaced, in its workplace."""
+    if path.exists():  # as the current folder does, which has no name
+        return path
     old = beside(path, REPLACED)
-    return old / path.name if not path.exists() and (old / MARK).is_file() and (old / path.name).exists() else path
+    return old / path.name if (old / MARK).is_file() and (old / path.name).exists() else path
 
 
 def delete(folder: Path) -> None:

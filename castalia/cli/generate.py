@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from castalia.config.schema import GenerateConfig
     from castalia.data.tokenizer import Tokenizer
     from castalia.data.tokenizer_folder import TokenizerFolder
-    from castalia.generate.generation import AnyModel, Sampling, TextPiece
+    from castalia.generate.generation import AnyModel, Prompt, Sampling, TextPiece
 
 
 def command(
@@ -26,6 +27,13 @@ def command(
     prompt: Annotated[list[str] | None, typer.Option(help="may be repeated; without one: whole documents")] = None,
     file: Annotated[Path | None, typer.Option(help="a prompt on each line")] = None,
     interactive: Annotated[bool, typer.Option("--interactive", help="read prompts from the terminal")] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="prompts are questions, put into the chat template; answers alone are shown")
+    ] = False,
+    system: Annotated[str | None, typer.Option(help="with --chat: the system message")] = None,
+    chat_template: Annotated[
+        Path | None, typer.Option(help="with --chat: Jinja file, or folder with one; default: the model's")
+    ] = None,
     temperature: Annotated[
         float | None,
         typer.Option(
@@ -39,7 +47,9 @@ def command(
         float | None, typer.Option(min=0, max=1, help="only the likeliest tokens that hold this share; 0: all")
     ] = None,
     seed: Annotated[int, typer.Option(help="of the random choices")] = 0,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="of one text; else max_new_tokens, or 64")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="of one text; else max_new_tokens, or 64, with --chat 512")
+    ] = None,
     num_samples: Annotated[int | None, typer.Option(min=1, help="texts for each prompt")] = None,
     stop: Annotated[
         list[str] | None,
@@ -71,11 +81,13 @@ def command(
     Examples:
       castalia generate runs/first --prompt "In the beginning" --max-tokens 20
       castalia generate runs/first --file prompts.txt --temperature 0.8 --top-p 0.95 --json
+      castalia generate runs/chat --chat --prompt "which day?"
     """
     from castalia.checkpoint.restore import load_tokenizer_for
     from castalia.cli.opening import open_and_tell
     from castalia.cli.ranks import start_processes
     from castalia.errors import ConfigError
+    from castalia.generate.dialogue import ANSWER_TOKENS, chat_of, opening, prompt_ids, turn_ends
     from castalia.generate.generation import Sampling
     from castalia.parallel.process_group import process_group
     from castalia.parallel.rendezvous import is_main
@@ -95,9 +107,10 @@ def command(
         "max_tokens": max_tokens,
         "num_samples": num_samples,
     }
-    settings = _settings(checkpoint, config, given)
-    if "" in (stop or ()):
-        raise ConfigError("--stop is empty, and would end every text before its first letter; leave it out")
+    settings = configured(checkpoint, config, given)
+    check_stops(stop)
+    asks = bool(prompt) or settings.mode == "input-file"
+    _check_chat(chat, asks, {"--system": system, "--chat-template": chat_template})
     if world > 1 and settings.mode == "interactive":
         raise ConfigError(f"{world} processes cannot all read the terminal; give --prompt or --file")
     prompts = [""] if settings.mode == "interactive" else prompt or _prompts(settings)  # typed ones come one by one
@@ -105,37 +118,47 @@ def command(
     with process_group(choose_device(device).type):
         words = load_tokenizer_for(checkpoint, tokenizer)
         sampling = Sampling(
-            **_sampling(settings, words.folder),
+            **({"max_tokens": ANSWER_TOKENS} if chat else {}) | sampling_of(settings, words.folder),
             num_samples=settings.num_samples,
             seed=seed,
             stop=tuple(stop or ()),
             batch_size=batch_size,
         )
+        form = chat_of(words, chat_template) if chat else None
+        if form:
+            sampling = replace(sampling, stop=(*sampling.stop, *turn_ends(form, words)))
         rows = min(len(prompts) * settings.num_samples, batch_size)  # written at a time
-        model = _load(checkpoint, dtype, device, tp, pp, world, rows)
-        _write_all(model, words, batches, settings, sampling, as_json, quiet=not is_main())
+        model = load_writer(checkpoint, dtype, device, rows, tp, pp, world)
+
+        def asked(prompt: str) -> Prompt:
+            """What the model is to go on from: the prompt itself, or the conversation that it begins."""
+            return prompt_ids(opening(prompt, system), form, words) if form else prompt
+
+        _write_all(model, words, batches, asked, settings, sampling, as_json, quiet=not is_main(), echo=not chat)
 
 
 def _write_all(
     model: AnyModel,
     words: Tokenizer,
     batches: Iterable[list[str]],
+    asked: Callable[[str], Prompt],
     settings: GenerateConfig,
     sampling: Sampling,
     as_json: bool,
     quiet: bool,
+    echo: bool,
 ) -> None:
-    """Every process writes the same; all but one keep it to themselves."""
+    """Every process writes the same; all but one keep it to themselves. With `echo`, prompts stand before texts."""
     from castalia.generate.generation import stream
 
     with open(os.devnull if quiet else settings.output_file or os.devnull, "w", encoding="utf-8") as saved:
         for prompts in batches:
             _refuse_broken_text(prompts)
-            pieces = stream(model, words, prompts, sampling)
+            pieces = stream(model, words, [asked(prompt) for prompt in prompts], sampling)
             if quiet:
                 deque(pieces, maxlen=0)  # the model runs as the pieces are taken, and every rank has to run it
                 continue
-            for record in _show(pieces, prompts, settings, as_json):
+            for record in _show(pieces, prompts, settings, as_json, echo and settings.mode != "interactive"):
                 print(record, file=saved, flush=True)
 
 
@@ -161,7 +184,24 @@ def _mode(prompt: list[str] | None, file: Path | None, interactive: bool) -> str
     return modes[names[0]] if names else None
 
 
-def _settings(checkpoint: Checkpoint, overlay: str | None, given: dict) -> GenerateConfig:
+def check_stops(stops: Sequence[str] | None) -> None:
+    """Raises ConfigError for an empty stop string."""
+    from castalia.errors import ConfigError
+
+    if "" in (stops or ()):
+        raise ConfigError("--stop is empty, and would end every text before its first letter; leave it out")
+
+
+def _check_chat(chat: bool, asks: bool, options: dict[str, Any]) -> None:
+    from castalia.errors import ConfigError
+
+    if given := [name for name, value in options.items() if value is not None and not chat]:
+        raise ConfigError(f"{' and '.join(given)} need --chat")
+    if chat and not asks:
+        raise ConfigError("--chat needs questions: --prompt or --file; to talk with the model: castalia chat")
+
+
+def configured(checkpoint: Checkpoint, overlay: str | None, given: dict[str, Any]) -> GenerateConfig:
     """The command line over the overlay over the checkpoint's own config."""
     from castalia.cli.config import print_notes
     from castalia.config.load import load_config
@@ -174,7 +214,7 @@ def _settings(checkpoint: Checkpoint, overlay: str | None, given: dict) -> Gener
     return base.generate.with_({name: value for name, value in given.items() if value is not None})
 
 
-def _sampling(settings: GenerateConfig, words: TokenizerFolder) -> dict[str, Any]:
+def sampling_of(settings: GenerateConfig, words: TokenizerFolder) -> dict[str, Any]:
     """What is set, else what the model's files say, which is told, else nothing."""
     from pydantic import ValidationError
 
@@ -238,7 +278,10 @@ def _typed(end: str) -> Iterator[list[str]]:
             return
 
 
-def _load(checkpoint: Checkpoint, dtype: str, device: str, tp: int, pp: int, world: int, rows: int) -> AnyModel:
+def load_writer(
+    checkpoint: Checkpoint, dtype: str, device: str, rows: int, tp: int = 1, pp: int = 1, world: int = 1
+) -> AnyModel:
+    """The model, ready to write `rows` texts at a time. Raises CheckpointError where its weights are not finite."""
     import torch
 
     from castalia.checkpoint.restore import require_finite
@@ -261,7 +304,7 @@ def _load(checkpoint: Checkpoint, dtype: str, device: str, tp: int, pp: int, wor
 
 
 def _show(
-    pieces: Iterator[TextPiece], prompts: Sequence[str], settings: GenerateConfig, as_json: bool
+    pieces: Iterator[TextPiece], prompts: Sequence[str], settings: GenerateConfig, as_json: bool, echo: bool
 ) -> Iterator[str]:
     """Print each text after its prompt, in order and as it is written. Yields a JSON object for each finished one."""
     bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
@@ -271,8 +314,7 @@ def _show(
         if piece.row != row:
             row, text = piece.row, ""
             if not as_json:
-                echo = "" if settings.mode == "interactive" else bold + prompt + plain
-                print(("\n" if row else "") + echo, end="")
+                print(("\n" if row else "") + (bold + prompt + plain if echo else ""), end="")
         text += piece.text
         if not as_json:
             print(piece.text, end="\n" if piece.last else "", flush=True)

@@ -23,7 +23,6 @@ COMMANDS = {
     "inspect_checkpoints": "castalia inspect PATH",
     "evaluate": "castalia eval CHECKPOINT",
     "resume": "castalia train RUN",
-    "chat": "castalia generate CHECKPOINT --interactive",
 }
 OPTIONS = {
     "-d": "there is no folder of configs: give whole paths, castalia train DIR/A.yml DIR/B.yml",

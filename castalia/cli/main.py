@@ -24,6 +24,7 @@ VERBS = {
     "lr-find": ("castalia.cli.lr_find", "Try rising learning rates and suggest one."),
     "eval": ("castalia.cli.evaluate", "Loss, perplexity and bits per byte of a checkpoint."),
     "generate": ("castalia.cli.generate", "Write text with a checkpoint."),
+    "chat": ("castalia.cli.chat", "Talk with a model in the terminal, by its chat template."),
     "data": ("castalia.cli.data", "Prepare corpora, inspect them, show what a step trains on."),
     "tokenizer": ("castalia.cli.tokenizer", "Train a tokenizer."),
     "config": ("castalia.cli.config", "Show, check, explain or convert configs."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
 import shutil
@@ -45,6 +46,7 @@ train: {steps: 20, batch_size: 8, micro_batch_size: 1}
 eval: {every: 10, batches: 1}
 checkpoint: {every: 10, dir: runs/first}
 """
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 NEOX = ['{"num-layers": 2, "hidden-size": 32, "num-attention-heads": 4}', '{"seq-length": 16, "train-iters": 20}']
 
 
@@ -106,6 +108,9 @@ def test_all_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
             for seed, folder in enumerate(("first", "second")):
                 run(f"castalia train run.yml seed={seed + 1} checkpoint.dir=runs/{folder}", monkeypatch)
     shutil.copytree("runs/first", "model")
+    shutil.copytree("runs/first", "runs/chat")
+    Path("runs/chat/tokenizer/chat_template.jinja").write_text(TEMPLATE)
+    monkeypatch.setattr("sys.stdin", io.StringIO("which day?\n"))
     for _, command in commands():
         for line in examples(command):
             capsys.readouterr()
