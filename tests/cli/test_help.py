@@ -69,6 +69,7 @@ def examples(command: click.Command) -> list[str]:
 
 def run(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", shlex.split(line))
+    monkeypatch.setattr("sys.stdin", io.StringIO("which day?\n"))
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert not end.value.code, line
@@ -110,7 +111,6 @@ def test_all_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     shutil.copytree("runs/first", "model")
     shutil.copytree("runs/first", "runs/chat")
     Path("runs/chat/tokenizer/chat_template.jinja").write_text(TEMPLATE)
-    monkeypatch.setattr("sys.stdin", io.StringIO("which day?\n"))
     for _, command in commands():
         for line in examples(command):
             capsys.readouterr()
