@@ -248,11 +248,12 @@ def read_chat(template: Path | None, words: TokenizerFolder) -> Chat:
 
 def beginning(record: dict[str, Any], key: str, chat: Chat | None) -> str:
     """A prompt: what comes before the first answer, or a few words of a text."""
-    from castalia.data.chat import conversation_of, renderer
+    from castalia.data.chat import renderer
+    from castalia.data.record_forms import turns
 
     if chat is None:
         return " ".join(str(record[key]).split(" ")[:6])
-    messages, _ = conversation_of(record, key, chat.role)
+    messages = turns(record[key], key)
     asked = next(number for number, turn in enumerate(messages) if turn["role"] == chat.role)
     return renderer(chat)(messages[:asked], True).text
 

@@ -4,19 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import pairwise
+from functools import lru_cache, partial
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
+from castalia.data.record_forms import (
+    Answer,
+    Conversation,
+    Kind,
+    Passage,
+    Talk,
+    after_prompt,
+    answer_of,
+    kind_of,
+    label_of,
+    pair_of,
+    tools_as_text,
+    turns,
+    with_prompt,
+)
 from castalia.data.sample_index import IGNORE
 from castalia.data.sources import SURROGATE, field_of
 from castalia.data.template import Rendered, compile_template
 from castalia.data.tokenizer import Tokenizer, decode_with_special
 from castalia.data.tokenizer_folder import JINJA, SETTINGS, TEMPLATE, read_tokenizer_folder
 from castalia.errors import DataError
-
-Conversation = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -28,6 +41,7 @@ class Chat:
     role: str = "assistant"  # the role whose turns are trained on
     only_last: bool = False  # train on the last turn only, which must be of that role
     for_rm: bool = False  # for reward models: append two end-of-document ids, and label only the second
+    strings_as_turns: bool = False  # prompts and answers that are strings go through the template, too
 
 
 def read_template(path: str | Path) -> tuple[str, tuple[tuple[str, str], ...]]:
@@ -49,16 +63,17 @@ def read_template(path: str | Path) -> tuple[str, tuple[tuple[str, str], ...]]:
 
 
 @lru_cache(maxsize=4)
-def renderer(chat: Chat) -> Callable[[Conversation, bool], Rendered]:
-    """A function from messages to text. Its flag asks for the beginning of an answer at the end of the text.
+def renderer(chat: Chat) -> Callable[..., Rendered]:
+    """A function (messages, flag, tools=()) to text. The flag asks for the beginning of an answer at the end of it.
 
     Raises DataError if the template is no valid Jinja; the function raises ValueError if it does not render.
     """
     template, content = compile_template(chat.template)
 
-    def render(messages: Conversation, ready: bool) -> Rendered:
+    def render(messages: Conversation, ready: bool, tools: Sequence[Any] = ()) -> Rendered:
         shown = [turn | {"content": content(turn["content"])} for turn in messages]
-        rendered = template(messages=shown, add_generation_prompt=ready, **dict(chat.names))
+        values = dict(chat.names) | ({"tools": list(tools)} if tools else {})
+        rendered = template(messages=shown, add_generation_prompt=ready, **values)
         if SURROGATE.search(rendered.text):
             raise ValueError("the conversation holds half of a surrogate pair, which no UTF-8 can express")
         return rendered
@@ -78,14 +93,34 @@ def conversations(
     def parse(value: Any, keys: Sequence[str]) -> dict[str, Any]:
         encoded = {}
         for key in keys:
-            messages, given = conversation_of(value, key, chat.role)
-            encoded[key] = encode_chat(messages, chat, tokenizer, given)
+            encoded[key] = encode_answer(_answer_in(value, key), chat, tokenizer)
         if reward is None:
             return encoded
         sign = _reward(field_of(value, reward), reward)
         return {key: (*ids_and_labels, [sign]) for key, ids_and_labels in encoded.items()}
 
     return parse
+
+
+def records_of(kind: Kind, chat: Chat, tokenizer: Tokenizer) -> Callable[[Any, Sequence[str]], dict[str, Any]]:
+    """As `conversations`, for records in any of the forms of `record_forms`, which must be of one kind.
+
+    There is one key for each answer of a record. The function raises ValueError for records of another kind as well.
+    """
+
+    def parse(value: Any, keys: Sequence[str]) -> dict[str, Any]:
+        found = kind_of(value)
+        if found != kind:
+            raise ValueError(f"{NAMES[found]} among records that are {NAMES[kind]}")
+        answers = pair_of(value) if kind == "pair" else (answer_of(value),)
+        encoded = (encode_answer(answer, chat, tokenizer) for answer in answers)
+        judgement = ([label_of(value)],) if kind == "judged" else ()
+        return {key: (*pair, *judgement) for key, pair in zip(keys, encoded, strict=True)}
+
+    return parse
+
+
+NAMES: dict[Kind, str] = {"text": "a text", "answer": "an answer", "pair": "a pair", "judged": "a judged answer"}
 
 
 def _reward(value: Any, key: str) -> int:
@@ -97,32 +132,47 @@ def _reward(value: Any, key: str) -> int:
     return 1 if value > 0 else -1
 
 
-def conversation_of(record: Any, key: str, role: str) -> tuple[Conversation, int]:
-    """The messages of a field, and how many of them come from the field `prompt` and are not trained on.
+def _answer_in(record: Any, key: str) -> Answer:
+    """What a field holds, after what the field `prompt` holds, of which nothing is learned.
 
-    Messages that begin with an answer are put after those of `prompt`, which holds messages or the words of a user.
-    Raises ValueError if a field is no list of messages.
+    Raises ValueError if the field is no list of messages, or if its messages begin with another prompt.
     """
-    messages = _messages(field_of(record, key), key)
+    said = field_of(record, key)
     prompt = record.get("prompt") if isinstance(record, dict) and key != "prompt" else None
-    if not prompt or messages[0]["role"] != role:
-        return messages, 0
-    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages(prompt, "prompt")
-    return [*asked, *messages], len(asked)
+    if prompt and isinstance(said, str):
+        return after_prompt(record, "prompt", key)
+    messages = turns(said, key)
+    return with_prompt(prompt, messages, "prompt", key) if prompt else Talk(messages)
 
 
-def _messages(value: Any, key: str) -> Conversation:
-    if not (isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value)):
-        raise ValueError(f"field {key!r} is not a conversation: expected a list of {{role, content}}")
-    for number, turn in enumerate(value, start=1):
-        missing = {"role", "content"} - turn.keys()
-        if missing:
-            raise ValueError(f"turn {number} of {key!r} has no {' and no '.join(map(repr, sorted(missing)))}")
-    return value
+def encode_answer(answer: Answer, chat: Chat, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Token ids of an answer after its prompt, and labels of the same number, -100 for what is not learned."""
+    if isinstance(answer, Passage) and not chat.strings_as_turns:
+        return encode_passage(answer, tokenizer)
+    if isinstance(answer, Passage):
+        asked, said = ({"role": role, "content": text} for role, text in zip(("user", chat.role), answer, strict=True))
+        answer = Talk([asked, said], 1)
+    messages = tools_as_text(answer.messages, answer.tools, chat.template)
+    given = answer.given + len(messages) - len(answer.messages)  # a system message may have come
+    return encode_chat(messages, chat, tokenizer, given if answer.given else 0, answer.tools)
+
+
+def encode_passage(passage: Passage, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Ids and labels of a prompt and its completion, which are one text, and the end of a document.
+
+    A token that holds letters of both is learned, as in TRL.
+    """
+    asked, whole = tokenizer.encode_batch([passage.prompt, passage.prompt + passage.completion])
+    if tokenizer.eod_id is not None and not _ends(whole, tokenizer):
+        whole = [*whole, tokenizer.eod_id]
+    known = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(asked, whole, strict=False)))
+    if known == len(whole):
+        raise ValueError("a completion without text: there is nothing to learn")
+    return whole, [IGNORE] * known + whole[known:]
 
 
 def encode_chat(
-    messages: Conversation, chat: Chat, tokenizer: Tokenizer, given: int = 0
+    messages: Conversation, chat: Chat, tokenizer: Tokenizer, given: int = 0, tools: Sequence[Any] = ()
 ) -> tuple[list[int], list[int]]:
     """Token ids of a conversation, and labels of the same number, -100 for tokens that are not trained on.
 
@@ -135,7 +185,7 @@ def encode_chat(
     The template is rendered up to each bound of such a turn, and the tokens of each of these texts must be a beginning
     of all tokens: then the labels are exact. Raises ValueError if they are not, or if there is no turn to train on.
     """
-    render, end = renderer(chat), [] if tokenizer.eod_id is None else [tokenizer.eod_id]
+    render, end = partial(renderer(chat), tools=tools), [] if tokenizer.eod_id is None else [tokenizer.eod_id]
     if chat.for_rm:
         (whole,) = tokenizer.encode_batch([render(messages, False).text], bare=True)
         return whole + 2 * end, [IGNORE] * (len(whole) + 1) + end

@@ -27,10 +27,11 @@ from pathlib import Path
 import numpy as np
 
 from castalia.config.schema import TokenizerConfig
-from castalia.data.chat import Chat, conversations, renderer
+from castalia.data.chat import Chat, conversations, records_of, renderer
 from castalia.data.fast_tokenizer import Encode, fast_encoder, flatten_rows, reference_encoder
 from castalia.data.indexed import DatasetWriter, token_dtype
 from castalia.data.journal import Journal, identity
+from castalia.data.record_forms import Kind
 from castalia.data.sample_index import IGNORE
 from castalia.data.sources import BLOCK_BYTES, Chunk, chunks, find_files, texts_of
 from castalia.data.split import without_common_folder, write_sources
@@ -54,6 +55,7 @@ class Recipe:
     mask_before: tuple[int, ...] = ()  # write labels without loss up to the end of the first occurrence of these ids
     chat: Chat | None = None  # the fields hold conversations in place of texts
     reward: str | None = None  # with chat: the field that says whether a conversation is wanted
+    kind: Kind | None = None  # with chat: records of this kind in any form that is known, instead of fields by name
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -125,7 +127,7 @@ def prepare(
             journal = stack.enter_context(Journal(output, known, list(writers.values())))
             done, counts = journal.restore()
             report = replace(report, **counts, continued=counts)
-            stream = islice(chunks(files, recipe.keys), done, None)
+            stream = islice(chunks(files, () if recipe.kind else recipe.keys), done, None)
             results = stack.enter_context(closing(_encode_all(stream, recipe, tokenizer, workers, report)))
             for number, encoded in enumerate(results, start=done + 1):
                 left = None if num_docs is None else num_docs - report.documents
@@ -196,7 +198,11 @@ def encode(chunk: Chunk, recipe: Recipe, tokenizer: Tokenizer, encode_texts: Enc
     Raises BadRecord for a record that cannot be read, unless `recipe.skip_bad`, and DataError for ids beyond the
     vocabulary.
     """
-    parse = conversations(recipe.chat, tokenizer, recipe.reward) if recipe.chat else None
+    parse = None
+    if recipe.chat and recipe.kind:
+        parse = records_of(recipe.kind, recipe.chat, tokenizer)
+    elif recipe.chat:
+        parse = conversations(recipe.chat, tokenizer, recipe.reward)
     parsed = texts_of(chunk, recipe.keys, recipe.skip_bad, parse)
     outputs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     empty, text_bytes = parsed.empty, len(chunk.lines) if recipe.chat else 0

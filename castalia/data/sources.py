@@ -112,13 +112,13 @@ DAMAGE = (Damaged, zstandard.ZstdError, zlib.error, lzma.LZMAError, EOFError, ta
 
 
 def chunks(files: Sequence[Path], keys: Sequence[str] = ("text",)) -> Iterator[Chunk]:
-    """All chunks of the files in order. `keys` are the columns of parquet files.
+    """All chunks of the files in order. `keys` are the columns of parquet files, all of them if there are none.
 
     A damaged file ends with a chunk that says so. Raises DataError for an unknown kind and for columns that lack.
     """
     before = 0
     for path in files:
-        reader = _reader(path)
+        reader = _reader(path) or (_read_json if path.suffix == ".json" else None)
         if reader is None:
             raise DataError(f"{path}: unknown ending; known are {', '.join(READERS)}")
         with path.open("rb") as file:
@@ -288,6 +288,15 @@ def _read_gz(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chunk]
     return _lines(path, _gunzip(file), is_json=False)
 
 
+def _read_json(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chunk]:
+    """An array of records, or a record a line. Not among `READERS`: in folders such files are mostly settings."""
+    start = file.read(64).lstrip()[:1]
+    file.seek(0)
+    if start != b"[":
+        return _lines(path, _blocks(file), is_json=True)
+    return _grouped(path, _array_records(file.read()), is_json=True)
+
+
 def _read_txt(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chunk]:
     yield Chunk(path, 1, is_json=False, records=(file.read(),))
 
@@ -345,14 +354,17 @@ def _read_html(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chun
 
 def _read_json_zst(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chunk]:
     """One JSON array of records."""
+    return _grouped(path, _array_records(b"".join(_unzstd(file))), is_json=True)
+
+
+def _array_records(content: bytes) -> Iterator[bytes]:
     try:
-        values = plain_json(b"".join(_unzstd(file)))
+        values = plain_json(content)
     except ValueError as error:
         raise Damaged(f"not JSON: {error}") from error
     if not isinstance(values, list):
         raise Damaged(f"expected a JSON array of texts, found {type(values).__name__}")
-    records = (json.dumps(value).encode() for value in values)  # parsed again by `texts_of`, as all records are
-    return _grouped(path, records, is_json=True)
+    return (json.dumps(value).encode() for value in values)  # parsed again by `texts_of`, as all records are
 
 
 def _read_dat_zst(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chunk]:
@@ -427,7 +439,7 @@ def _read_parquet(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[C
     missing = [key for key in keys if key not in table.schema_arrow.names]
     if missing:
         raise DataError(f"{path}: no column {missing[0]!r}; it has {', '.join(map(repr, table.schema_arrow.names))}")
-    return _grouped(path, _parquet_records(table, list(keys)), is_json=True)
+    return _grouped(path, _parquet_records(table, list(keys) or table.schema_arrow.names), is_json=True)
 
 
 def _parquet_records(table: Any, keys: list[str]) -> Iterator[bytes]:

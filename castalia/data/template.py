@@ -74,7 +74,7 @@ def compile_template(source: str) -> tuple[Callable[..., Rendered], Callable[[An
     def render(**values: Any) -> Rendered:
         try:
             counter.begin(values)
-            return _cut_marks(template.render(tools=None, documents=None, **values))
+            return _cut_marks(template.render(**{"tools": None, "documents": None} | values))
         except (jinja.TemplateError, *FAILURES) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"the chat template does not render: {reason}") from None

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from castalia.config.schema import DataConfig, RunConfig, Source, TokenizerConfig, TrainConfig
-from castalia.data.chat import Chat, conversation_of, encode_chat, read_template, renderer
+from castalia.data.chat import Chat, encode_chat, read_template, renderer
 from castalia.data.indexed import DatasetWriter, open_dataset
 from castalia.data.loader import open_data
 from castalia.data.prepare import Recipe, prepare
@@ -214,11 +214,6 @@ def test_answers_follow_the_prompt_beside_them(tmp_path: Path, prompt: object, b
         assert spell(open_dataset(texts)[0].tolist()) == f"{before}<a>{answer}\n$"
         learned = "_" * len(before + "<a>") if before else "<a>"
         assert spell(open_dataset(labels)[0].tolist()) == f"{learned}{answer}\n$"
-
-
-def test_a_whole_conversation_is_taken_without_the_prompt_beside_it() -> None:
-    record = {"prompt": "how?", "chosen": [QUESTION, ANSWER]}
-    assert conversation_of(record, "chosen", "assistant") == ([QUESTION, ANSWER], 0)
 
 
 def test_editing_the_labels_of_a_prompt_changes_nothing(tmp_path: Path) -> None:
