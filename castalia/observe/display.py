@@ -6,7 +6,9 @@ import io
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from statistics import median
 from typing import IO, Any, cast
 
 from rich.console import Console
@@ -14,6 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from castalia.units import duration
+
+RECENT = 20  # steps whose median tells how long the others take
 
 
 class Stdout(io.TextIOBase):
@@ -71,6 +75,7 @@ class Display:
         self.last = last
         self.first, self.began = done, time.perf_counter()
         self.marked_tokens, self.marked_seconds, self.seconds = tokens, 0.0, 0.0
+        self.recent: deque[float] = deque(maxlen=RECENT)
         if self.fancy:
             columns = (TextColumn("training"), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn())
             self.bar = Progress(*columns, console=self.console, transient=True)
@@ -96,6 +101,7 @@ class Display:
     def advance(self, record: Mapping[str, Any]) -> None:
         """Counts a step, given its record."""
         self.seconds += record["seconds"]
+        self.recent.append(record["seconds"])
         if self.bar:
             self.bar.update(self.task, completed=record["step"])
 
@@ -108,8 +114,6 @@ class Display:
         # By the seconds of the steps alone, without saving and evaluating.
         speed = (record["tokens"] - self.marked_tokens) / (self.seconds - self.marked_seconds)
         self.marked_tokens, self.marked_seconds = record["tokens"], self.seconds
-        # By wall-clock time since the start, which includes saving and evaluating.
-        seconds_left = (self.last - done) * (time.perf_counter() - self.began) / (done - self.first)
         norm = "overflow, skipped" if record["grad_norm"] is None else f"{record['grad_norm']:.3f}"
         parts = [
             f"step {done:>{len(str(self.last))}}/{self.last}",
@@ -123,7 +127,17 @@ class Display:
         parts += [f"{name} {record[name]:.3f}" for name in ("margin", "accuracy") if name in record]
         if "valid_loss" in record:
             parts.append(f"valid loss {record['valid_loss']:.4f}")
-        self.line("  ".join([*parts, f"ETA {duration(seconds_left)}"]))
+        self.line("  ".join([*parts, f"ETA {duration(self._seconds_left(done))}"]))
+
+    def expect(self, done: int, seconds: float) -> None:
+        """Says in the first step, after `done` others, that a step takes about so many seconds."""
+        whole = duration((self.last - done) * seconds)
+        self.line(f"a step takes about {duration(seconds)}, by its first micro-batches; ETA {whole}")
+
+    def _seconds_left(self, done: int) -> float:
+        """By the median of the last steps, and by what saving and evaluating took between them so far."""
+        between = (time.perf_counter() - self.began - self.seconds) / (done - self.first)
+        return (self.last - done) * (median(self.recent) + max(0.0, between))
 
     def __enter__(self) -> Display:
         return self

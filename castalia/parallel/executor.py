@@ -27,6 +27,11 @@ NormSubset = Mapping[str, tuple[int, int] | None]  # name -> the first `size` en
 Objective = Callable[[Tensor, int], Tensor]  # one value per sequence, micro-batch index -> sum of the losses
 
 
+class StepLeft(Exception):
+    """A step was left between two of its micro-batches. Its gradients are incomplete; weights and moments are as they
+    were before it."""
+
+
 class Rows(NamedTuple):
     """Sequences of a batch, each tensor [sequences, time]: on the host until `to` copies them."""
 
@@ -109,6 +114,8 @@ class Executor:
     rank, world = 0, 1
     data_rank, data_size = 0, 1
     duplicates: Mapping[str, nn.Parameter] = {}  # second copies on this rank, kept equal to the first
+    # Asked between two micro-batches, on all ranks together, whether the step is to be left.
+    leaves_step: Callable[[], bool] = staticmethod(lambda: False)
 
     def __init__(self, model: Transformer, micro_batch_size: int = 8) -> None:
         self.model, self.device = model, next(model.parameters()).device
@@ -118,6 +125,11 @@ class Executor:
     def models(self) -> Sequence[Transformer]:
         """The part of the model that this rank holds: all of it, or its pipeline stages."""
         return [self.model]
+
+    @property
+    def can_leave_step(self) -> bool:
+        """Whether a step has places at which it can be left; a pipeline's schedule has none."""
+        return True
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -152,10 +164,12 @@ class Executor:
 
         `rows` are this data rank's, with one weight and one dropout seed for each micro-batch. Returns the loss over
         all ranks, without the scale, on the device. An `objective` replaces the token losses: it gets the values that
-        `Transformer.forward` has for each sequence.
+        `Transformer.forward` has for each sequence. Raises StepLeft where `leaves_step` says so.
         """
         total = torch.zeros((), device=self.device)
         for micro, part in enumerate(rows.to(self.device).chunk(len(weights))):
+            if micro and self.leaves_step():
+                raise StepLeft
             torch.manual_seed(seeds[micro])  # dropout follows from the step, so no generator's state has to be saved
             loss_sum = micro_loss(self.model, part, {}, objective, micro)
             # Weights divide by the tokens of the global batch, so gradients of micro-batches just add up.

@@ -20,7 +20,7 @@ from castalia.model.loss import IGNORE
 from castalia.model.transformer import Transformer
 from castalia.parallel.apply import build_stages
 from castalia.parallel.context_parallel import CP_ATTENTION, refuse_ring
-from castalia.parallel.executor import Executor, NormSubset, Objective, RankPart, Rows, T, micro_loss
+from castalia.parallel.executor import Executor, NormSubset, Objective, RankPart, Rows, StepLeft, T, micro_loss
 from castalia.parallel.mesh import Mesh, build_mesh
 from castalia.parallel.pipeline import Pipeline
 from castalia.parallel.rank_grid import check_run, layout
@@ -66,6 +66,11 @@ class MeshExecutor(Executor):
     def models(self) -> Sequence[Transformer]:
         """This rank's pipeline stages in order; the whole model without a pipeline."""
         return list(self.stages.values())
+
+    @property
+    def can_leave_step(self) -> bool:
+        """Not with a pipeline, whose ranks are at different micro-batches at the same time."""
+        return self.pipeline is None
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -154,6 +159,9 @@ class MeshExecutor(Executor):
         total, count = torch.zeros((), device=self.device), len(weights)
         zero = self.config.parallel.zero
         for micro, part_rows in enumerate(rows.chunk(count)):
+            if micro and self.leaves_step():
+                self._reshard()  # for whoever saves the weights; they stay gathered between micro-batches
+                raise StepLeft
             last = micro == count - 1
             # Gradients are reduced once, with the last micro-batch; under ZeRO 2 and 3 no rank holds them in full until
             # then, so they are reduced with each.
@@ -191,10 +199,13 @@ class MeshExecutor(Executor):
             with super().evaluating():
                 yield
         finally:
-            for model in self.models:
-                for module in model.modules():
-                    if isinstance(module, FSDPModule):
-                        module.reshard()
+            self._reshard()
+
+    def _reshard(self) -> None:
+        for model in self.models:
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
     def _local(self, rows: Rows) -> tuple[Rows, dict[str, Any]]:
         """This context rank's slice [rows, time / cp] of the sequences on the device, and further model arguments."""

@@ -12,8 +12,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any, NoReturn
+
+import torch
 
 from castalia.checkpoint.formats.native.read import saved_steps
 from castalia.checkpoint.formats.native.save import (
@@ -31,6 +35,7 @@ from castalia.errors import Stopped, TrainingError
 from castalia.observe.display import Display
 from castalia.observe.metrics import Metrics, read_metrics, truncate_metrics, truncate_records, write_event
 from castalia.observe.watch import StepPace, Watch, data_of_step
+from castalia.parallel.executor import StepLeft
 from castalia.parallel.process_group import process_group
 from castalia.parallel.rendezvous import is_main
 from castalia.train.hardware import choose_device, keep_freed_memory
@@ -52,6 +57,9 @@ from castalia.train.step import StepResult
 from castalia.train.step_record import peak_speed, step_record
 from castalia.train.stop_signals import StopSignals
 from castalia.train.validation import Validation
+
+TIMED_MICRO_BATCHES = 3  # of the first step, after which its length is told
+LONG_STEP_S = 10.0  # a shorter first step tells its length itself
 
 
 def train(config: RunConfig) -> Path:
@@ -107,11 +115,14 @@ class TrainingRun:
         self.progress = session.progress
         # The step whose checkpoint is in the folder already; there is no need to save it again.
         self.saved_step: int | None = session.progress.step if in_place and session.resumed else None
-        self.validation, self.signals = Validation(session), StopSignals()
+        self.validation = Validation(session)
+        self.signals = StopSignals("micro-batch" if session.executor.can_leave_step else "step")
         hours = session.config.train.max_hours
         self.end = begin + hours * 3600 if hours else math.inf
-        self.unevaluated: dict[str, Any] | None = None  # the last step's record, if its evaluation was cut short
+        # The last step's record, if its evaluation was cut short; at first on rank 0 alone.
+        self.unevaluated: dict[str, Any] | None = None
         self.pace = StepPace(self.config.watch.window)
+        self.marks: list[float] = []  # when the first micro-batches began
         self.saved_at = time.monotonic()
         self.best_loss = math.inf  # the lowest validation loss of those whose checkpoint is on disk
         self.watch = Watch(
@@ -199,6 +210,8 @@ class TrainingRun:
             self.display.line(f"step {self.progress.step} is evaluated first, as it was to be")
             with self.signals:
                 self._evaluated(self.unevaluated or {})
+                if self.unevaluated is not None:
+                    return self._finish(self._stopped_by(), "train.max_hours")
         if self.progress.step >= last:
             if self.is_main:  # the last save may have been killed before it pruned
                 prune(self.folder / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_every)
@@ -209,9 +222,13 @@ class TrainingRun:
         peak = peak_speed(session)
         self.display.start(self.progress.step, last, self.progress.tokens)
         first, seconds, limit = self.progress.step + 1, 0.0, "train.max_hours"
+        session.executor.leaves_step, self.marks = self._leaves_step, [time.perf_counter()]
         with self.signals:
             while self.progress.step < last and not self._should_stop(seconds):
-                result, seconds = self._step()
+                try:
+                    result, seconds = self._step()
+                except StepLeft:
+                    break
                 done = self.progress.step
                 record = step_record(session, self.progress, result, seconds)
                 evaluates = self.validation.is_due(done)
@@ -232,18 +249,39 @@ class TrainingRun:
                 if config.train.exit_interval and done % config.train.exit_interval == 0:
                     limit = "train.exit_interval"
                     break
-            # Signals may have reached some ranks only; all of them must end alike.
-            stopped_by = next(filter(None, session.executor.gather(self.signals.received or "")), None)
             # A signal that comes only now must not cut the last save off, so they are still caught.
-            self._finish(stopped_by, f"by {stopped_by}" if stopped_by else f"as {limit} says")
-        return stopped_by
+            return self._finish(self._stopped_by(), limit)
+
+    def _stopped_by(self) -> str | None:
+        """The name of the signal that came to this rank or, as all of them must end alike, to another one."""
+        return next(filter(None, self.session.executor.gather(self.signals.received or "")), None)
 
     def _should_stop(self, seconds: float = 0.0) -> bool:
         """Whether any rank got a signal, or something that takes `seconds` would end after the time limit."""
         return self.session.executor.any(bool(self.signals.received) or time.monotonic() + seconds > self.end)
 
+    def _leaves_step(self) -> bool:
+        """Between two micro-batches: whether a signal has come to any rank."""
+        if len(self.marks) <= TIMED_MICRO_BATCHES:
+            self._time_micro_batch()
+        return self.session.executor.any(bool(self.signals.received))
+
+    def _time_micro_batch(self) -> None:
+        """Says how long a step takes as soon as the first micro-batches show it, where it takes long."""
+        session, done = self.session, self.progress.step
+        session.executor.numbers(torch.zeros((), device=session.device))  # waits for what GPUs have still to compute
+        self.marks.append(time.perf_counter())
+        if len(self.marks) <= TIMED_MICRO_BATCHES:
+            return
+        seconds = median(end - begin for begin, end in pairwise(self.marks)) * session.plan_at(done).accumulation
+        if seconds > LONG_STEP_S:
+            self.display.expect(done, seconds)
+
     def _step(self) -> tuple[StepResult, float]:
-        """One step: gradients, the spike policy's decision about them, the update. Returns its result and seconds."""
+        """One step: gradients, the spike policy's decision about them, the update. Returns its result and seconds.
+
+        Raises StepLeft where a signal comes before its last micro-batch: the state is that of the step before.
+        """
         session, step, done = self.session, self.session.step, self.progress.step
         begin = time.perf_counter()
         with self._errors_recorded(done), self.instruments.around(done + 1):
@@ -318,6 +356,7 @@ class TrainingRun:
         if result is not None:
             self._event("evaluation", step=self.progress.step, **result)
             record = record | self.validation.recorded(result)
+        self.unevaluated = record if result is None else None
         if self.is_main:
             self.metrics.write(record)
         if self.config.checkpoint.keep_best and result is not None:
@@ -388,17 +427,23 @@ class TrainingRun:
                 parts[name] = Shard(part.local, part.shape, part.start)
         return parts
 
-    def _finish(self, stopped_by: str | None, why: str) -> None:
-        """Saves what is not saved yet and says how the run ended."""
+    def _finish(self, stopped_by: str | None, limit: str) -> str | None:
+        """Saves what is not saved yet and says how the run ended: by a signal, at a limit, or done.
+
+        Returns the signal's name; None for a run that was done when the signal came.
+        """
         if self.saved_step != self.progress.step:
             self.save()
         self._wait_for_writes()
         self.writer.join()
         step, last = self.progress.step, self.session.last
-        self._event("stop" if step < last else "end", step=step, signal=stopped_by)
-        if step < last:
-            self.display.line(
-                f"stopped {why} after step {step}, which is saved; go on with: castalia train {self.folder}"
-            )
-        else:
+        if step >= last and self.unevaluated is None:
+            self._event("end", step=step, signal=None)
             self.display.line(f"done: {step} steps, {self.progress.tokens:,} tokens, in {self.folder}")
+            return None
+        self._event("stop", step=step, signal=stopped_by)
+        by, limit = (f" by {stopped_by}", "") if stopped_by else ("", f" ({limit})")
+        left = " and still to be evaluated" if self.unevaluated is not None else ""
+        self.display.line(f"stopped{by} after step {step:,} of {last:,}{limit}, which is saved{left}")
+        self.display.line(f"to go on: castalia train {self.folder}")
+        return stopped_by

@@ -14,10 +14,11 @@ from castalia.checkpoint.opener import open_checkpoint
 from castalia.config.load import load_config, load_run
 from castalia.errors import ConfigError, Stopped, TrainingError
 from castalia.observe.metrics import read_metrics
+from castalia.parallel.executor import StepLeft
 from castalia.train.loop import train
 from castalia.train.setup import start
 from castalia.train.step_record import peak_speed
-from tests.parallel.training import assert_copies_are_equal, train_steps
+from tests.parallel.training import assert_copies_are_equal, digest, pieces, train_steps
 from tests.train.evaluation_hook import at_evaluation
 
 pytestmark = pytest.mark.xdist_group("pool")
@@ -57,6 +58,30 @@ def test_a_signal_on_one_rank_cuts_the_evaluation_of_all_short(pool, tiny, corpu
     assert pool.run(train_until_a_signal_in_the_evaluation, 2, config) == [8, 8]  # one batch of 16 of three
     assert [record["step"] for record in read_metrics(tmp_path / "run")] == [1, 2]
     assert open_checkpoint(tmp_path / "run").progress.step == 2
+
+
+def leave_a_step(config):
+    """A task: a step, and the next one, which is left between two micro-batches. Returns the weights after each."""
+    session, seen = start(config), []
+    session.step(0, session.batch(0))
+    seen.append({piece: digest(value) for piece, value in pieces(session)})
+    session.executor.leaves_step = lambda: session.executor.any(session.executor.rank == 1)
+    with pytest.raises(StepLeft):
+        session.step(1, session.batch(1))
+    seen.append({piece: digest(value) for piece, value in pieces(session)})
+    return seen
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [["parallel.zero=0"], ["parallel.zero=1"], ["parallel.zero=2"], ["parallel.zero=3"], ["parallel.tp=2"]],
+    ids=lambda layout: layout[0],
+)
+def test_a_step_that_is_left_changes_no_weight(pool, tiny, layout):
+    config = tiny("neox-parallel", *layout)
+    straight = pool.run(train_steps, 2, config, 1)
+    for left, whole in zip(pool.run(leave_a_step, 2, config), straight, strict=True):
+        assert left == whole.digests * 2
 
 
 def run_to_the_end(config):

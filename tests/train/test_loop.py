@@ -25,7 +25,7 @@ from castalia.plan.run_plan import RunFacts, report
 from castalia.train.dry_run import rehearse
 from castalia.train.run_folder import complete_config, this_job, was_started_by
 from castalia.tune.replay import replay
-from tests.train.evaluation_hook import at_evaluation
+from tests.train.evaluation_hook import at_evaluation, signal_at_micro_batch
 
 ROOT = Path(__file__).parents[2]
 DROPOUT = ("model.hidden_dropout=0.1", "precision.compute=bf16")
@@ -145,10 +145,44 @@ def test_exit_interval_and_signals_save_and_stop(straight, tiny, tmp_path, capsy
         train(again)
     assert stopped.value.signal == signal.SIGTERM
     assert [step for step, *_ in losses(tmp_path / "run")] == [1, 2, 3, 4, 5, 6, 7]
-    assert "stopped by SIGTERM after step 7, which is saved; go on with: castalia train" in capsys.readouterr().out
+    assert "stopped by SIGTERM after step 7 of 20, which is saved\nto go on: castalia train" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     train(read_config([str(tmp_path / "run"), "eval.every=5"]))
     assert_equal_runs(tmp_path / "run", straight)
+
+
+def stop():
+    signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("begun", [0, 7])  # whole steps before the signal
+def test_a_signal_between_micro_batches_leaves_the_step_as_if_it_had_not_begun(straight, tiny, tmp_path, begun, capsys):
+    config = tiny(tmp_path / "run", *DROPOUT)
+    with pytest.raises(Stopped), signal_at_micro_batch(2 * begun + 1, stop):  # the first of two
+        train(config)
+    assert f"stopped by SIGTERM after step {begun} of 20, which is saved\n" in capsys.readouterr().out
+    assert open_checkpoint(tmp_path / "run").progress.step == begun == len(losses(tmp_path / "run"))
+    train(read_config([str(tmp_path / "run")]))
+    assert_equal_runs(tmp_path / "run", straight)
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_a_signal_in_the_last_micro_batch_of_a_run(tiny, tmp_path, evaluates, capsys):
+    """The run is done, unless its last evaluation is left."""
+    config = tiny(tmp_path / "run", "train.steps=2", "eval.every=null", f"eval.at_end={str(evaluates).lower()}")
+    with signal_at_micro_batch(4, stop):
+        if not evaluates:
+            train(config)
+            assert "done: 2 steps" in capsys.readouterr().out
+            assert events(tmp_path / "run")[-1]["event"] == "end"
+            return
+        with pytest.raises(Stopped):
+            train(config)
+    said = capsys.readouterr().out
+    assert "stopped by SIGTERM after step 2 of 2, which is saved and still to be evaluated" in said
+    assert "done" not in said
+    train(read_config([str(tmp_path / "run")]))
+    assert "valid_loss" in list(read_metrics(tmp_path / "run"))[-1]
 
 
 @pytest.mark.parametrize("options", [[], ["checkpoint.every=5"]], ids=["unsaved", "saved"])
@@ -195,7 +229,7 @@ def test_a_run_that_a_signal_ends_is_saved_and_says_so_by_its_exit_code(tiny, tm
     printed, errors = process.communicate(timeout=120)
     # A launcher that was not told would start a process again that fails.
     assert process.returncode == (0 if launched else 128 + signal.Signals[name])
-    assert errors == f"{name}: this step ends and is saved; again to stop at once\n"
+    assert errors == f"{name}: stopping after this micro-batch; again to stop at once\n"
     assert f"stopped by {name} after step" in printed
     assert open_checkpoint(tmp_path / "run").progress.step == len(losses(tmp_path / "run"))
 
@@ -206,7 +240,7 @@ def test_a_run_ends_when_its_hours_are_over(tiny, tmp_path, capsys):
     assert time.monotonic() - begin >= 2  # the step that would end too late is not begun
     done = open_checkpoint(tmp_path / "run").progress.step
     assert done == len(losses(tmp_path / "run")) < 20_000
-    assert f"stopped as train.max_hours says after step {done}, which is saved" in capsys.readouterr().out
+    assert f"stopped after step {done:,} of 20,000 (train.max_hours), which is saved" in capsys.readouterr().out
     assert events(tmp_path / "run")[-1] | {"time": 0} == {"event": "stop", "time": 0, "step": done, "signal": None}
 
 
