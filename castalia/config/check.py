@@ -376,6 +376,7 @@ def without_effect(config: RunConfig) -> Iterator[Problem]:
         "checkpoint.schedule_from": checkpoint.schedule_from and not checkpoint.resume and "nothing is resumed",
         "checkpoint.load_optimizer": not checkpoint.load_optimizer and not checkpoint.resume and "nothing is resumed",
         "watch.back": config.watch.policy != "rewind" and f"watch.policy is {config.watch.policy}",
+        "eval.patience": config.eval.patience and not config.eval.every and "eval.every is null",
         "eval.every": data.train and not data.valid and "data.valid is empty, so there is nothing to evaluate on",
     }
     for path, reason in idle.items():

@@ -704,8 +704,15 @@ class EvalConfig(Section):
     """Evaluation on the validation data during training."""
 
     every: PositiveInt | None = Field(1000, description="evaluate after this many steps; None: only at the end")
-    batches: NonNegativeInt = Field(10, description="global batches in one evaluation")
+    batches: NonNegativeInt | None = Field(
+        10, description="global batches in one evaluation; None: all validation data, each document once"
+    )
     at_end: bool = Field(True, description="evaluate after the last step")
+    patience: PositiveInt | None = Field(
+        None,
+        description="save and stop once this many evaluations in a row have brought no lower loss than the best "
+        "before them; None: never",
+    )
 
 
 class GenerateConfig(Section):

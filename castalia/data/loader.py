@@ -13,9 +13,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -117,6 +118,7 @@ class Samples:
     length_warmup: Warmup | None = None  # training only: batches hold the beginnings of the samples
     batch_warmup: Warmup | None = None  # training only
     earlier: tuple[EarlierBatch, ...] = ()  # training only: batch sizes of the steps before a change
+    cut: bool = False  # tokens beyond the length of a sample are never seen, instead of being the next one's
     has_whole: bool = False  # batches hold `whole`, which some objectives learn as well
 
     def __len__(self) -> int:
@@ -177,23 +179,47 @@ class Samples:
     def batch(self, step: int, rows: Sequence[int] | np.ndarray | None = None) -> Batch:
         """The batch of a step, or the given rows of it. Raises DataError if a token is beyond the vocabulary."""
         positions = self.positions(step) if rows is None else self.positions(step)[rows]
-        length = self.length(step) + 1
-        text = np.empty((len(positions), length), np.int64)
+        corpora = (self._corpus(int(position)) for position in positions)
+        samples = [(corpus, corpus.parts(position)) for corpus, position in corpora]
+        return self._assembled(samples, self.length(step) + 1, f"step {step}")
+
+    def whole_pass(self, rows: int, multiple: int = 1, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
+        """Batches of `rows` samples, with every usable document once, each in samples of its own.
+
+        A number of samples that is no multiple of `multiple` is filled up with the first ones. With `ranks`, each takes
+        an equal share of a batch, for which `multiple` and `rows` must be multiples of their number.
+        """
+        every = [
+            (corpus, parts)
+            for corpus in self.corpora
+            for document in np.unique(corpus.index.documents).tolist()
+            for parts in self._alone(int(corpus.text.sizes[document]), document)
+        ]
+        filled = chain(every, islice(cycle(every), -len(every) % multiple))
+        while samples := list(islice(filled, rows)):
+            yield self._assembled(samples[rank::ranks], self.seq_length + 1, "validation")
+
+    def _alone(self, size: int, document: int) -> Iterator[list[tuple[int, int, int]]]:
+        """The parts of the samples that hold a document alone."""
+        for start in range(0, 1 if self.cut else max(1, size - 1), self.seq_length):
+            yield [(document, start, min(size, start + self.seq_length + 1))]
+
+    def _assembled(
+        self, samples: list[tuple[SampledCorpus, list[tuple[int, int, int]]]], length: int, where: str
+    ) -> Batch:
+        """The batch of these samples, each a corpus and the parts of its documents, of `length` tokens with labels."""
+        text = np.empty((len(samples), length), np.int64)
         labels = np.empty_like(text)
         documents = np.empty_like(text) if self.mask_documents else None
         whole = np.full_like(text, IGNORE) if self.has_whole else None
-        samples = []
-        for row, position in enumerate(positions):
-            corpus, position_in_corpus = self._corpus(int(position))
-            parts = corpus.parts(position_in_corpus)
-            samples.append((corpus, parts))
+        for row, (corpus, parts) in enumerate(samples):
             text[row], labels[row] = self._sample(corpus, parts, length)
             if documents is not None:
                 documents[row] = number_documents(parts, length)
             if whole is not None:
                 end = sum(stop - start for _, start, stop in parts)
                 whole[row, :end] = text[row, :end]
-        self._check_vocabulary(step, positions, text)
+        self._check_vocabulary(where, samples, text)
         tokens, labels = np.ascontiguousarray(text[:, :-1]), np.ascontiguousarray(labels[:, 1:])
         labels[labels < 0] = IGNORE  # GPT-NeoX masks every negative label
         if self.masked_after is not None:
@@ -210,18 +236,21 @@ class Samples:
         whole = None if whole is None else np.ascontiguousarray(whole[:, 1:])
         return Batch(tokens, labels, labels != IGNORE, documents, references, rewards, whole)
 
-    def _check_vocabulary(self, step: int, positions: np.ndarray, text: np.ndarray) -> None:
+    def _check_vocabulary(
+        self, where: str, samples: list[tuple[SampledCorpus, list[tuple[int, int, int]]]], text: np.ndarray
+    ) -> None:
         limit = self.vocab_size or np.iinfo(np.int64).max
         if text.min() < 0 or text.max() >= limit:
             bad = (text < 0) | (text >= limit)
             row, at = (int(where) for where in np.argwhere(bad)[0])
-            for piece in self.pieces(int(positions[row])):
-                if at < piece.stop - piece.start:
+            corpus, parts = samples[row]
+            for part in parts:
+                if at < part[2] - part[1]:
                     break
-                at -= piece.stop - piece.start
+                at -= part[2] - part[1]
             raise DataError(
-                f"step {step}: token id {text[bad][0]} lies beyond the vocabulary of {self.vocab_size}; "
-                f"it is token {piece.start + at} of document {piece.document} of {piece.prefix}: "
+                f"{where}: token id {text[bad][0]} lies beyond the vocabulary of {self.vocab_size}; "
+                f"it is token {part[1] + at} of document {part[0]} of {corpus.text.prefix}: "
                 "prepare the corpus with the tokenizer of this config"
             )
 
@@ -294,6 +323,7 @@ def open_data(config: RunConfig, split: Split = "train", open_corpus: OpenCorpus
         length_warmup=config.data.seq_length_warmup if split == "train" else None,
         batch_warmup=warmup,
         earlier=config.train.earlier_batches if split == "train" else (),
+        cut=config.data.packing != "packed",
         has_whole=config.train.objective == "orpo",
     )
 
@@ -312,14 +342,27 @@ def _neox_sample_count(config: RunConfig, split: Split, batch_size: int) -> int 
     """The number of samples for which GPT-NeoX builds its index, which decides their order; None: one epoch."""
     if config.train.steps is None or config.train.epochs is not None:
         return None
+    if split != "train" and config.eval.batches is None:
+        return _enough_for_all(config, split)
+    batches = config.eval.batches or 0
     evaluations = config.train.steps // config.eval.every + 1 if config.eval.every else 1
     return {
         "train": sum_until(
             config.train.batch_size_warmup, config.train.steps, batch_size, config.train.earlier_batches
         ),
-        "valid": evaluations * config.eval.batches * batch_size,
-        "test": config.eval.batches * batch_size,
+        "valid": evaluations * batches * batch_size,
+        "test": batches * batch_size,
     }[split]
+
+
+def _enough_for_all(config: RunConfig, split: Split) -> int:
+    """A number of samples of which each source's share holds all its documents."""
+    sources: Sequence[Source] = getattr(config.data, split)
+    if config.data.path is not None:
+        return len(open_dataset(config.data.path))
+    weights = normalized([source.weight for source in sources]).tolist()
+    sizes = (len(open_dataset(source.path)) for source in sources)
+    return max(math.ceil(size / weight) for size, weight in zip(sizes, weights, strict=True)) + 1
 
 
 def _open_part(config: RunConfig, prefix: str, split: Split, wanted: int | None) -> SampledCorpus:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -57,6 +57,12 @@ class Pairs:
         """The batch of a step, or the given pairs of it; it has two sequences for each pair."""
         sides = self.chosen.batch(step, rows), self.rejected.batch(step, rows)
         return Batch(*map(_interleaved, *sides))
+
+    def whole_pass(self, rows: int, multiple: int = 1, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
+        """As of `Samples`, for every usable pair."""
+        sides = (side.whole_pass(rows, multiple, rank, ranks) for side in (self.chosen, self.rejected))
+        for both in zip(*sides, strict=True):
+            yield Batch(*map(_interleaved, *both))
 
     @cached_property
     def fingerprint(self) -> str:

@@ -136,11 +136,14 @@ def logging(config: RunConfig) -> str:
 
 def evaluation(config: RunConfig) -> str:
     """When the run is evaluated, and on how much."""
-    if not config.eval.batches or not (config.data.path or config.data.valid):
+    if config.eval.batches == 0 or not (config.data.path or config.data.valid):
         return "never"
     when = [f"every {config.eval.every} steps"] if config.eval.every else []
     when += ["at the end"] if config.eval.at_end else []
-    return f"{' and '.join(when)} on {config.eval.batches} batches" if when else "never"
+    data = "all validation data" if config.eval.batches is None else f"{config.eval.batches} batches"
+    patience = config.eval.patience
+    stops = f"; stops after {patience} without a lower loss" if patience and config.eval.every else ""
+    return f"{' and '.join(when)} on {data}{stops}" if when else "never"
 
 
 def saves(config: RunConfig) -> str:

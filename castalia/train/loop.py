@@ -217,6 +217,10 @@ class TrainingRun:
                 prune(self.folder / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_every)
             self.display.line(f"the run is complete: {self.progress.step} of {last} steps; raise train.steps to go on")
             return None
+        if self._has_stalled():
+            best = f"the best state is that of step {best_step(self.folder / 'checkpoints')}"
+            self.display.line(f"the run has stopped as eval.patience says; {best}; to go on: eval.patience=null")
+            return None
         if self.progress.step == 0 and is_save_step(config.checkpoint, 0, last):
             self.save()
         peak = peak_speed(session)
@@ -246,6 +250,9 @@ class TrainingRun:
                     record = self._evaluated(record)
                 if done % config.log.every == 0 or done in (first, last) or "valid_loss" in record:
                     self.display.step(record, peak)
+                if evaluates and self._has_stalled():
+                    limit = "eval.patience"
+                    break
                 if config.train.exit_interval and done % config.train.exit_interval == 0:
                     limit = "train.exit_interval"
                     break
@@ -374,6 +381,16 @@ class TrainingRun:
             self.writer.keep_as_best(self.progress.step)
         else:
             self.save(best=True)
+
+    def _has_stalled(self) -> bool:
+        """Whether the last eval.patience evaluations have all brought no lower loss than the best one before them."""
+        patience = self.config.eval.patience
+        if patience is None or self.validation.data is None:
+            return False
+        recorded = (record.get("valid_loss") for record in read_metrics(self.folder)) if self.is_main else ()
+        losses = [loss for loss in recorded if loss is not None]
+        stalled = len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
+        return self.session.executor.gather(stalled)[0]  # one rank decides
 
     def _save_is_due(self) -> bool:
         """Whether the last save is as old as checkpoint.save_minutes, on any rank."""

@@ -47,7 +47,7 @@ def keeps_best_apart(config: RunConfig) -> bool:
     """Whether the best checkpoint may be one that is not kept anyway, and takes room of its own."""
     saves, every, data = config.checkpoint, config.eval.every, config.data
     has_data = split_shares(data.split)[1] > 0 if data.path else bool(data.valid)
-    if not saves.keep_best or not every or not config.eval.batches or not has_data:
+    if not saves.keep_best or not every or config.eval.batches == 0 or not has_data:
         return False
     return bool(saves.keep_last or not saves.every or every % saves.every)
 

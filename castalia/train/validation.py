@@ -28,15 +28,13 @@ class Validation:
     def run(self, step: int, should_stop: Callable[[], bool]) -> dict[str, float] | None:
         """Evaluates the model after `step` steps. Returns None if `should_stop` cuts the evaluation short.
 
-        The n-th evaluation takes the n-th stretch of the validation data, as GPT-NeoX's iterator does.
+        The n-th evaluation takes the n-th stretch of the validation data, as GPT-NeoX's iterator does; with
+        eval.batches=null each takes all of them.
         """
         if should_stop():
             return None
-        every, batches = self.cfg.every, self.cfg.batches
-        first = max(0, (step // every - 1) * batches if every else 0)
-        preference, self.cut_short = self.session.step.preference, False
-        # Without `every` only the end of a run is evaluated, on the first stretch.
-        shown = self._batches(range(first, first + batches), should_stop)
+        preference = self.session.step.preference
+        shown = self._until(should_stop, self._whole_pass() if self.cfg.batches is None else self._stretch(step))
         result = preference.evaluate(shown) if preference else evaluate(self.session.executor, shown)
         return None if self.cut_short else result
 
@@ -45,19 +43,36 @@ class Validation:
         names = result if self.session.step.preference else ("loss", "perplexity")
         return {f"valid_{name}": result[name] for name in names}
 
-    def _batches(self, numbers: range, should_stop: Callable[[], bool]) -> Iterator[Batch]:
-        """Validation batches until the last one or a stop. Preferences take this data rank's rows, other losses all."""
+    def _stretch(self, step: int) -> Iterator[Batch]:
+        """The batches of the evaluation after `step`. Preferences take this data rank's rows, other losses all."""
         assert self.data is not None
+        every, batches = self.cfg.every, self.cfg.batches or 0
+        # Without `every` only the end of a run is evaluated, on the first stretch.
+        first = max(0, (step // every - 1) * batches if every else 0)
         has_parts = self.session.step.preference is not None
         rows = self.session.plan.rows_of(self.session.executor.data_rank) if has_parts else None
-        for number in numbers:
-            yield self.data.batch(number, rows)
-            # After the last batch there is nothing left to cut short.
-            self.cut_short = number < numbers[-1] and should_stop()
+        return (self.data.batch(number, rows) for number in range(first, first + batches))
+
+    def _whole_pass(self) -> Iterator[Batch]:
+        """All validation data. Preferences take this data rank's rows of each batch, other losses all."""
+        assert self.data is not None
+        executor, size = self.session.executor, self.session.plan.batch_size
+        if self.session.step.preference is None:
+            return self.data.whole_pass(size)
+        # KTO compares the sequences of micro-batches, which must be whole ones then.
+        multiple = size if self.session.config.train.objective == "kto" else executor.data_size
+        return self.data.whole_pass(size, multiple, executor.data_rank, executor.data_size)
+
+    def _until(self, should_stop: Callable[[], bool], batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches until the last one or a stop. After the last batch there is nothing left to cut short."""
+        self.cut_short = False
+        for number, batch in enumerate(batches):
+            self.cut_short = number > 0 and should_stop()
             if self.cut_short:
                 return
+            yield batch
 
 
 def _open_data(config: RunConfig) -> Samples | Pairs | None:
-    wanted = config.eval.batches > 0 and (config.eval.every is not None or config.eval.at_end)
+    wanted = config.eval.batches != 0 and (config.eval.every is not None or config.eval.at_end)
     return open_samples(config, "valid") if wanted and has_data(config, "valid") else None

@@ -10,7 +10,7 @@ from castalia.config.load import load_config
 from castalia.config.neox import model_keys
 from castalia.config.neox.keys import KEYS, lower, nonzero, opposite, position, recomputed
 from castalia.config.neox.training_keys import SCHEDULE_CHOICES, TOKENIZERS
-from castalia.config.schema import ModelConfig, RunConfig, Source
+from castalia.config.schema import EvalConfig, ModelConfig, RunConfig, Source
 
 # Our names -> GPT-NeoX's; where GPT-NeoX has several for one of ours, the first of them.
 TOKENIZER_TYPES = {ours: name for name, ours in reversed(TOKENIZERS.items())} | {"sentencepiece": "SPMTokenizer"}
@@ -59,6 +59,8 @@ def trainable(config: RunConfig) -> RunConfig:
     changes: dict[str, Any] = {}
     if not (data.valid if data.train else data.path):
         changes["eval.batches"] = 0
+    elif config.eval.batches is None:  # all of them: GPT-NeoX only knows a number
+        changes["eval.batches"] = EvalConfig().batches
     if data.train:  # GPT-NeoX wants all three splits or none
         valid = data.valid or data.train
         changes |= {"data.valid": valid, "data.test": data.test or valid}
