@@ -38,4 +38,5 @@ def tokenizer_settings(checkpoint: Checkpoint) -> TokenizerConfig | None:
 
 def model_folder(checkpoint: Checkpoint) -> Path | None:
     """The folder whose files say which tokens end a text, whichever tokenizer is used; None without such files."""
-    return Path(checkpoint.path) if checkpoint.format == "huggingface" else None
+    # Adapters lie apart from their model; its files know the ends of texts.
+    return Path(checkpoint.facts.base or checkpoint.path) if checkpoint.format == "huggingface" else None

@@ -109,7 +109,7 @@ def probe_tokens(vocab: int, length: int) -> Tensor:
 
 @torch.no_grad()
 def logits(checkpoint: Checkpoint, tokens: Tensor, vocab: int) -> Tensor:
-    """The model's fp32 logits [batch, time, vocab], computed with one block in memory."""
+    """The model's fp32 logits [batch, time, vocab], of reward models [batch, time, 1], with one block in memory."""
     model = architecture(checkpoint)
     exact = checkpoint.config is not None and checkpoint.config.neox_exact
     with torch.device("meta"):
@@ -121,6 +121,8 @@ def logits(checkpoint: Checkpoint, tokens: Tensor, vocab: int) -> Tensor:
         _fill(block, checkpoint, f"blocks.{layer}.")
         x = stage(x)
     x = _fill(norm.to_empty(device="cpu"), checkpoint, "norm.")(x)
+    if model.reward_head:
+        return F.linear(x, checkpoint.model["reward.weight"].read().float())
     head = checkpoint.model["embed.weight" if model.tie_embeddings else "head.weight"]
     rows = [slice(start, min(start + HEAD_ROWS, vocab)) for start in range(0, vocab, HEAD_ROWS)]
     return torch.cat([F.linear(x, head.read([part]).float()) for part in rows], dim=-1)

@@ -193,7 +193,10 @@ def spelled_out(model: ModelConfig, longest: int) -> ModelConfig:
 def to_config_json(kind: str, model: ModelConfig, longest: int, token_ids: Mapping[str, Any]) -> dict[str, Any]:
     """The content of config.json. Defaults are written too, since versions of transformers differ in them."""
     family, model = FAMILIES[kind], spelled_out(model, longest)
-    config: dict[str, Any] = {"architectures": [family.class_name], "model_type": kind, **token_ids}
+    name = family.reward_class if model.reward_head else family.class_name
+    config: dict[str, Any] = {"architectures": [name], "model_type": kind, **token_ids}
+    if model.reward_head:  # one number, of which the class knows by the number of its labels
+        config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     config |= {"vocab_size": model.padded_vocab_size, "tie_word_embeddings": model.tie_embeddings}
     config |= {"initializer_range": model.init_std, "use_cache": True}
     for key, names in family.keys.items():

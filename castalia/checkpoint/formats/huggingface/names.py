@@ -21,6 +21,10 @@ ACTIVATIONS = {  # `hidden_act` -> ours; the first of several that mean the same
 }  # fmt: skip
 
 
+CLASSIFIER = "ForSequenceClassification"  # how the names of such classes end
+SCORE = "score.weight"  # their head, which stands outside of the prefix as the others do
+
+
 @dataclass(frozen=True)
 class Family:
     """One `model_type`: what the keys of its config.json and its tensors are in our model."""
@@ -39,6 +43,11 @@ class Family:
     foreign: tuple[str, ...] = ()  # keys of related types that this class does not read
     refused: tuple[str, ...] = ()  # keys that must be false, and are not written
     gelu_tanh: str = "gelu_pytorch_tanh"  # as the published models of this class call it
+
+    @property
+    def reward_class(self) -> str:
+        """The class of reward models, which `AutoModelForSequenceClassification` chooses."""
+        return self.class_name.removesuffix("ForCausalLM").removesuffix("LMHeadModel") + CLASSIFIER
 
 
 def _with_bias(ours: str, theirs: str, op: Op | None = None, *, bias: bool = True) -> list[Rule]:
@@ -189,12 +198,14 @@ FREE = {
     "num_layers", "hidden_size", "num_heads", "mlp_size", "vocab_size", "vocab_multiple", "max_positions", "norm_eps",
     "rotary_base", "rotary_pct", "rope_scaling", "activation", "attention_bias", "parallel_residual", "tie_embeddings",
     "shared_norm", "mlp_bias", "rms_eps_inside", "embedding_dropout", "hidden_dropout", "attention_dropout", "init",
-    "init_passes", "init_method", "output_init_method", "init_std", "num_kv_heads", "sliding_window",
+    "init_passes", "init_method", "output_init_method", "init_std", "num_kv_heads", "sliding_window", "reward_head",
 }  # fmt: skip
 
 
 def table(family: Family, model: ModelConfig) -> list[Rule]:
     """All rules of a model. Names of the format are without the family's prefix."""
+    if model.reward_head:
+        return [*family.rules(model), Rule("reward.weight", SCORE)]
     return family.rules(model) + ([] if model.tie_embeddings else [Rule("head.weight", family.head)])
 
 

@@ -15,7 +15,7 @@ from castalia.checkpoint.formats.huggingface.config_json import (
     settings,
     spelled_out,
 )
-from castalia.checkpoint.formats.huggingface.names import Family, table
+from castalia.checkpoint.formats.huggingface.names import CLASSIFIER, SCORE, Family, table
 from castalia.checkpoint.neox_defects import INHERITED_TYPES, take_inherited
 from castalia.checkpoint.rules import STATE_ROLES, to_ours
 from castalia.checkpoint.sampled_values import fingerprint
@@ -68,7 +68,7 @@ def read(path: Path, tokenizer: str | None = None) -> Checkpoint:
     tensors = _open_weights(path)
     # One tensor for each name, since the format has no ranks.
     named = _by_rank(tensors, family)
-    model, tie_note = _tied_as_transformers_does(model_of(config), family, named)
+    model, tie_note = _tied_as_transformers_does(_with_reward_head(config, named), family, named)
     _check_blocks(path, named, model.num_layers)
     extras, extras_note = _extras(path, tensors)
     ours = to_ours(table(family, model), named, ignore=OLD_BUFFERS.pattern)
@@ -87,6 +87,19 @@ def read(path: Path, tokenizer: str | None = None) -> Checkpoint:
         CheckpointFacts(model_type=config["model_type"]),
         **inherited,
     )
+
+
+def _with_reward_head(config: ConfigJson, named: Mapping[str, list[TensorRef]]) -> ModelConfig:
+    """The model that the class builds: a reward model where it gives one number. Raises CheckpointError for several."""
+    model, classes = model_of(config), config["architectures"] or ()
+    if SCORE not in named and not any(str(name).endswith(CLASSIFIER) for name in classes):
+        return model
+    if SCORE in named and named[SCORE][0].shape[0] != 1:
+        raise config.refuse(
+            f"{SCORE} has {named[SCORE][0].shape[0]} rows, so that this model sorts texts into classes; only reward "
+            "models, with one row, are supported"
+        )
+    return model.with_({"reward_head": True})
 
 
 def _tied_as_transformers_does(
@@ -197,13 +210,13 @@ def _run_config(
     path: Path, config: ConfigJson, model: ModelConfig, extras: Mapping[str, Any], tokenizer: str | None
 ) -> RunConfig:
     """The run that a conversion of ours stored, with the architecture of config.json; else the architecture alone."""
-    tokenizer_config = _tokenizer(path, tokenizer)
+    tokenizer_config = TokenizerConfig(path=tokenizer) if tokenizer else own_tokenizer(path) or TokenizerConfig()
     if not extras.get("config"):
         return RunConfig(
             model=model, data=DataConfig(seq_length=min(model.max_positions or 2048, 2048)), tokenizer=tokenizer_config
         )
     run = typed(extras["config"], f"{path / BESIDE}: the config in it", CheckpointError, RunConfig)
-    known = {name for name in settings(config) if not name.endswith("dropout")} | {"tie_embeddings"}
+    known = {name for name in settings(config) if not name.endswith("dropout")} | {"tie_embeddings", "reward_head"}
     if run.model is None or run.model.vocab_size is None or run.model.padded_vocab_size != model.vocab_size:
         known |= {"vocab_size", "vocab_multiple"}
     merged = model if run.model is None else run.model.with_({name: getattr(model, name) for name in known})
@@ -255,13 +268,12 @@ def open_file(path: Path) -> dict[str, TensorRef]:
     return loaded
 
 
-def _tokenizer(path: Path, given: str | None) -> TokenizerConfig:
-    if given is not None:
-        return TokenizerConfig(path=given)
+def own_tokenizer(path: Path) -> TokenizerConfig | None:
+    """The tokenizer whose files lie in a folder, or None."""
     # Any of these makes a tokenizer; which one is used, the tokenizer's loader decides.
     kinds = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
     has_files = any(all((path / name).is_file() for name in names) for names in kinds)
-    return TokenizerConfig(path=str(path)) if has_files else TokenizerConfig()
+    return TokenizerConfig(path=str(path)) if has_files else None
 
 
 def read_table(path: Path, shape: Any = dict[str, Any]) -> dict[str, Any]:

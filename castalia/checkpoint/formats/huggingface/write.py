@@ -23,7 +23,7 @@ from castalia.checkpoint.file_plan import (
     write_bytes,
 )
 from castalia.checkpoint.formats.huggingface.config_json import to_config_json
-from castalia.checkpoint.formats.huggingface.names import FAMILIES, Family, family_of, table
+from castalia.checkpoint.formats.huggingface.names import FAMILIES, SCORE, Family, family_of, table
 from castalia.checkpoint.formats.huggingface.read import BESIDE, CONFIG
 from castalia.checkpoint.restore import architecture
 from castalia.checkpoint.rules import MOMENTS, STATE_ROLES, Role, to_theirs
@@ -68,7 +68,8 @@ def _longest(checkpoint: Checkpoint, model: ModelConfig) -> int:
 
 def _named(ours: Mapping[str, TensorRef], family: Family, model: ModelConfig, role: Role) -> dict[str, TensorRef]:
     tensors = to_theirs(table(family, model), ours, role)
-    return {name if name == family.head else family.prefix + name: refs[0] for name, refs in tensors.items()}
+    heads = (family.head, SCORE)
+    return {name if name in heads else family.prefix + name: refs[0] for name, refs in tensors.items()}
 
 
 def _safetensors(stem: str, tensors: Mapping[str, TensorRef], options: WriteOptions) -> list[OutputFile]:

@@ -18,7 +18,7 @@ from pydantic import AfterValidator, Field
 from castalia.checkpoint.adapters import adapters_of
 from castalia.checkpoint.description import tokenizer_settings
 from castalia.checkpoint.formats.huggingface import read as huggingface_read
-from castalia.checkpoint.formats.huggingface.names import FAMILIES, Family, family_of, table
+from castalia.checkpoint.formats.huggingface.names import FAMILIES, SCORE, Family, family_of, table
 from castalia.checkpoint.formats.huggingface.read import has_weights, open_file, read_table
 from castalia.checkpoint.rules import Chain, Op, Same, Transpose
 from castalia.checkpoint.tensors import Checkpoint
@@ -100,18 +100,45 @@ def read(path: Path, open_base: Callable[[str], Checkpoint], base: str | None = 
         raise CheckpointError(
             f"{path}: its model, {name}, has adapters itself; merge those first (castalia merge-lora)"
         )
-    known, stored = matrices(model), _open(path, hf_family(model))
-    whole = _vocabulary(path, model, stored)
+    stored = _open(path, hf_family(model))
+    model, head = _reward_head(path, config, model, stored.pop(SCORE, None))
+    known, whole = matrices(model), _vocabulary(path, model, stored) | head
     lora, tensors = _assemble(config, known, _modules(path, known, stored, str(name)), hf_family(model))
     run = model.config.with_(
         {
             "finetune.lora": lora,
             "finetune.train": tuple(f"^{name}$" for name in whole),
-            "tokenizer": tokenizer_settings(model) or TokenizerConfig(),
+            "tokenizer": huggingface_read.own_tokenizer(path) or tokenizer_settings(model) or TokenizerConfig(),
         }
     )
     facts, held = replace(model.facts, base=model.path), {**model.model, **whole, **tensors}
     return replace(model, path=str(path), model=held, optimizer=None, config=run, facts=facts)
+
+
+def _reward_head(
+    path: Path, config: Mapping[str, Any], model: Checkpoint, score: TensorRef | None
+) -> tuple[Checkpoint, dict[str, TensorRef]]:
+    """The model that the adapters belong to, and the head that they bring, which makes it a reward model.
+
+    Raises CheckpointError for a classifier of several classes, and for adapters of a classifier without its head.
+    """
+    assert model.config is not None
+    if score is None:
+        if config.get("task_type") == "SEQ_CLS" and "reward.weight" not in model.model:
+            raise CheckpointError(
+                f"{path} holds adapters of a reward model (task_type SEQ_CLS), but neither it nor {model.path} holds "
+                f'{SCORE}: it was not saved, for which PEFT needs modules_to_save=["score"]'
+            )
+        return model, {}
+    if score.shape[0] != 1:
+        raise CheckpointError(
+            f"{path}: {SCORE} has {score.shape[0]} rows, so that this model sorts texts into classes; only reward "
+            "models, with one row, are supported"
+        )
+    tensors = {name: ref for name, ref in model.model.items() if name != "head.weight"}
+    return replace(model, model=tensors, config=model.config.with_({"model.reward_head": True})), {
+        "reward.weight": score
+    }
 
 
 def _refuse(path: Path, config: Mapping[str, Any]) -> None:

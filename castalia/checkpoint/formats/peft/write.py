@@ -6,16 +6,17 @@ from collections.abc import Collection, Sequence
 
 from castalia.checkpoint.adapters import adapters_of
 from castalia.checkpoint.file_plan import Plan, WriteOptions, json_output, tensors_output
-from castalia.checkpoint.formats.huggingface.names import FAMILIES
+from castalia.checkpoint.formats.huggingface.names import FAMILIES, SCORE
 from castalia.checkpoint.formats.peft.read import CONFIG, WEIGHT_FILES, Matrix, hf_family, matrices, vocabulary_modules
 from castalia.checkpoint.tensors import Checkpoint
+from castalia.checkpoint.tokenizer_files import hf_tokenizer
 from castalia.config.schema import is_adapter
 from castalia.errors import CheckpointError
 from castalia.storage.lazy import TensorRef, float32
 
 
 def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
-    """The two files. Raises CheckpointError without adapters, and if more than adapters was trained.
+    """The two files, and those of the tokenizer. Raises CheckpointError without adapters, or if more was trained.
 
     `checkpoint.facts.base` is the path of the model below the adapters.
     """
@@ -24,12 +25,14 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         raise CheckpointError(f"{checkpoint.path} has no adapters; for a whole model use --to hf")
     vocabulary = vocabulary_modules(checkpoint)
     trained = [name for name in checkpoint.model if not is_adapter(name) and run.finetune.trains(name)]
-    if run.finetune.add_tokens or not set(trained) <= vocabulary.keys():
+    if run.finetune.add_tokens or not set(trained) <= vocabulary.keys() | {"reward.weight"}:
         raise CheckpointError(
             f"{checkpoint.path}: more than its adapters was trained (finetune.train, finetune.add_tokens), so they are "
             "not the model without the rest; merge them: castalia merge-lora"
         )
-    whole = {name: vocabulary[name] for name in trained}  # PEFT can store these two with its adapters
+    # PEFT can store these with its adapters. The model that they lie on has no reward head.
+    whole = {name: vocabulary[name] for name in trained if name in vocabulary}
+    whole |= {"reward.weight": SCORE.removesuffix(".weight")} if "reward.weight" in checkpoint.model else {}
     tensors: dict[str, TensorRef] = {
         f"base_model.model.{module}.weight": float32(checkpoint.model[name]) for name, module in whole.items()
     }
@@ -43,7 +46,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
                 tensors[f"base_model.model.{module}.lora_B.weight"] = float32(rows)
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if "reward.weight" in checkpoint.model else "CAUSAL_LM",
         "base_model_name_or_path": checkpoint.facts.base,
         "r": lora.rank,
         "lora_alpha": int(alpha) if (alpha := lora.scale * lora.rank).is_integer() else alpha,
@@ -55,7 +58,8 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         "inference_mode": True,
     }
     notes = _head_note(checkpoint, {matrix.name for matrix in chosen} | {name.rpartition(".")[0] for name in whole})
-    return Plan((json_output(CONFIG, config), tensors_output(WEIGHT_FILES[0], tensors)), notes)
+    words, _, without = hf_tokenizer(checkpoint)
+    return Plan((json_output(CONFIG, config), tensors_output(WEIGHT_FILES[0], tensors), *words), (*notes, *without))
 
 
 def _head_note(checkpoint: Checkpoint, held: Collection[str]) -> tuple[str, ...]:
