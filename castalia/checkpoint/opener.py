@@ -13,14 +13,14 @@ from typing import Any
 
 from castalia.checkpoint.adapters import adapters_of, merged
 from castalia.checkpoint.architecture_check import differences, refuse
-from castalia.checkpoint.formats import FORMATS
+from castalia.checkpoint.formats import FORMATS, TRAINER_STATE
 from castalia.checkpoint.formats.native.read import has_foreign_manifest
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.errors import CheckpointError
 from castalia.files import standing
 from castalia.storage.safetensors import safe_join
 
-STEP_FOLDER = re.compile(r"(?:global_)?step_?(\d+)")
+STEP_FOLDER = re.compile(r"(?:(?:global_)?step_?|checkpoint-)(\d+)")  # the last of the Trainer of transformers
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w.-]+(/[\w.-]+)*)?")
 
 
@@ -124,6 +124,8 @@ def find_folder(path: str | Path, step: int | None = None) -> Path:
         newest = list(steps.values())[-1]
         if detect(newest) == "native":  # only complete ones have this name; `latest` is written after the first of them
             return newest
+        if complete := [place for place in steps.values() if (place / TRAINER_STATE).is_file()]:
+            return complete[-1]
         raise CheckpointError(
             f"{folder} has no file `latest` that names the newest step; {_step_names(steps)}. "
             "Name one of these folders, or the step."

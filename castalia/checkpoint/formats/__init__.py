@@ -31,6 +31,7 @@ class Format:
     settings_file: str = "default"  # the source of settings that neither tensors nor a config file show
 
 
+TRAINER_STATE = "trainer_state.json"  # what the Trainer of transformers writes last into a step's folder
 _HERE = "castalia.checkpoint.formats"
 FORMATS = {  # name, as in `Checkpoint.format` -> row; the first that detects its files reads them
     "native": Format(

@@ -112,7 +112,17 @@ def read(path: Path, open_base: Callable[[str], Checkpoint], base: str | None = 
         }
     )
     facts, held = replace(model.facts, base=model.path), {**model.model, **whole, **tensors}
-    return replace(model, path=str(path), model=held, optimizer=None, config=run, facts=facts)
+    note = huggingface_read.trainer_note(path)
+    return replace(
+        model,
+        path=str(path),
+        model=held,
+        optimizer=None,
+        config=run,
+        facts=facts,
+        progress=huggingface_read.trainer_progress(path) or model.progress,
+        state_notes=(note,) if note else model.state_notes,
+    )
 
 
 def _reward_head(
