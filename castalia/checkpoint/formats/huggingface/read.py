@@ -96,7 +96,7 @@ def read(path: Path, tokenizer: str | None = None) -> Checkpoint:
 
 
 def trainer_progress(path: Path) -> Progress | None:
-    """How far the Trainer of transformers, and TRL's, had come when it wrote a step's folder; None for other folders."""
+    """How far the Trainer of transformers, or TRL's, had come when it wrote a step's folder; None for other folders."""
     if not (path / TRAINER_STATE).is_file():
         return None
     state = read_table(path / TRAINER_STATE, keys(dict.fromkeys(TRAINER_COUNTS, Count | None)))
