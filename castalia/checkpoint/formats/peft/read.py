@@ -102,6 +102,7 @@ def read(path: Path, open_base: Callable[[str], Checkpoint], base: str | None = 
         )
     stored = _open(path, hf_family(model))
     model, head = _reward_head(path, config, model, stored.pop(SCORE, None))
+    assert model.config is not None
     known, whole = matrices(model), _vocabulary(path, model, stored) | head
     lora, tensors = _assemble(config, known, _modules(path, known, stored, str(name)), hf_family(model))
     run = model.config.with_(
