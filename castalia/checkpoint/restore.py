@@ -19,7 +19,7 @@ from castalia.checkpoint.tensors import Checkpoint, Shard
 from castalia.config.schema import ModelConfig, TokenizerConfig
 from castalia.config.tensor_table import adapter_shapes, row_of, tensor_shapes
 from castalia.errors import CheckpointError
-from castalia.storage.lazy import TensorRef, name_of
+from castalia.storage.lazy import Padded, TensorRef, name_of, part
 from castalia.units import short_number
 
 if TYPE_CHECKING:
@@ -88,6 +88,20 @@ def load_shards(shards: Mapping[str, Shard], cfg: ModelConfig, checkpoint: Check
         )
     elements = sum(math.prod(shape) for shape in expected.values())
     return LoadReport(len(expected), len(expected), elements, describe(checkpoint), notes=notes)
+
+
+def fitting_tensors(cfg: ModelConfig, checkpoint: Checkpoint) -> dict[str, TensorRef]:
+    """The tensors of the model `cfg` in its shapes, for whoever reads them when they are needed.
+
+    Rows that pad the vocabulary are added as zeros or left out. Raises CheckpointError as `load_shards` does.
+    """
+    expected = tensor_shapes(cfg)
+    _require_fit(expected, checkpoint.model, cfg.vocab_size, checkpoint.path)
+    return {name: _with_rows(checkpoint.model[name], shape[0]) for name, shape in expected.items()}
+
+
+def _with_rows(source: TensorRef, rows: int) -> TensorRef:
+    return Padded(source, rows) if len(source) < rows else part(source, 0, rows)
 
 
 def load_optimizer(
@@ -230,8 +244,8 @@ def _fill_all(parts: Sequence[tuple[Shard, TensorRef]]) -> None:
 
     def fill_some(_: int) -> None:
         """One thread's work."""
-        for part in rest:  # threads share the iterator: a task for each tensor would cost more than small tensors do
-            _fill(*part)
+        for each in rest:  # threads share the iterator: a task for each tensor would cost more than small tensors do
+            _fill(*each)
 
     with ThreadPoolExecutor(num_readers) as readers:
         list(readers.map(fill_some, range(num_readers)))  # raises what went wrong

@@ -8,17 +8,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from castalia.cli.streaming import MemoryOption
 from castalia.strict_json import to_json
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
 
     from castalia.checkpoint.tensors import Checkpoint
     from castalia.config.batch import BatchPlan
     from castalia.config.schema import ModelConfig, RunConfig
+    from castalia.data.loader import Batch
     from castalia.data.tokenizer import Tokenizer
     from castalia.evaluate.token_stream import Stream
     from castalia.parallel.executor import Executor
+    from castalia.plan.stream_plan import EvaluationShape
+    from castalia.streaming.streamed_model import StreamedExecutor
 
 
 def command(
@@ -37,6 +43,7 @@ def command(
     nproc: Annotated[
         int | None, typer.Option(min=1, help="start so many, which share the data; default: tp * pp")
     ] = None,
+    memory: MemoryOption = None,
     log_probs: Annotated[
         str | None,
         typer.Option(metavar="OUT", help="instead: write each token's log-probability to OUT.bin and OUT.idx"),
@@ -61,10 +68,12 @@ def command(
         return
     from castalia.cli.opening import open_and_tell
     from castalia.cli.ranks import start_processes
+    from castalia.cli.streaming import memory_bytes
     from castalia.parallel.process_group import process_group
     from castalia.parallel.rendezvous import is_main
     from castalia.train.hardware import choose_device
 
+    budget = memory_bytes(memory, tp, pp)
     start_processes(tp, pp, nproc)
     with process_group(choose_device("auto").type):
         checkpoint = open_and_tell(path, step=step)
@@ -77,6 +86,7 @@ def command(
             tp=tp,
             pp=pp,
             by_source=by_source,
+            memory=budget,
         )
     if not is_main():
         return
@@ -156,6 +166,7 @@ def evaluate_checkpoint(
     tp: int = 1,
     pp: int = 1,
     by_source: bool = False,
+    memory: int | None = None,
 ) -> dict[str, Any]:
     """What the command prints, by name."""
     import numpy as np
@@ -163,15 +174,17 @@ def evaluate_checkpoint(
     from castalia.checkpoint.restore import architecture
     from castalia.cli.render import watched
     from castalia.errors import ConfigError
-    from castalia.evaluate.perplexity import bits_per_byte, evaluate, windows
+    from castalia.evaluate.perplexity import bits_per_byte, evaluate, num_windows, windows
     from castalia.evaluate.token_stream import read_stream, validation_stream
     from castalia.parallel.rendezvous import is_main
+    from castalia.plan.stream_plan import EvaluationShape
     from castalia.train.hardware import DTYPES, choose_device, choose_dtype, keep_freed_memory
 
     checkpoint, config = overlaid(checkpoint, overrides)
     tokenizer = find_tokenizer(checkpoint, tokenizer_path)
     stream = read_stream(data, tokenizer) if data else validation_stream(config.data, tokenizer)
-    keep_freed_memory()
+    if memory is None:
+        keep_freed_memory()
     device = choose_device(config.train.device)
     dtype, model = choose_dtype(config.precision.compute, device), architecture(checkpoint)
     check_vocabulary(stream, model.padded_vocab_size)
@@ -182,15 +195,29 @@ def evaluate_checkpoint(
     spells_all = stream.labels is None  # else some of the text's bytes are not predicted
     if config.data.mask_after_eod and tokenizer and tokenizer.eod_id is not None:
         stream = stream.masked_after(tokenizer.eod_id)
-    executor, plan = load_executor(checkpoint, length, rows, dtype, device, tp, pp)
+
+    def ends_of(stream: Stream) -> list[int]:
+        """As in training on unpacked documents, no window goes over the end of one."""
+        return np.cumsum(stream.sizes).tolist() if config.data.packing == "unpacked" and not data else []
+
+    def num_windows_of(stream: Stream) -> int:
+        return num_windows(len(stream.tokens), length, stride or length, ends_of(stream))
+
+    shape = EvaluationShape(length, rows, num_windows_of(stream), config.data.mask_documents)
+    fewer = config.train.micro_batch_size is None
+    streamed = streamed_executor(checkpoint, shape, dtype, device, memory, fewer)
+    if streamed is None:
+        executor, plan = load_executor(checkpoint, length, rows, dtype, device, tp, pp)
+    rows = streamed.micro_batch_size if streamed else plan.batch_size
 
     def judged(stream: Stream) -> dict[str, Any]:
         sizes = stream.sizes if config.data.mask_documents else None
-        # As in training on unpacked documents, no window goes over the end of one.
-        ends = np.cumsum(stream.sizes).tolist() if config.data.packing == "unpacked" and not data else ()
-        batches = windows(stream.tokens, length, stride or length, plan.batch_size, sizes, stream.labels, ends)
-        bar = watched(batches, lambda batch: int(batch.loss_mask.sum()), stream.num_counted, shown=is_main())
-        scores: dict[str, Any] = evaluate(executor, bar)
+        batches = windows(stream.tokens, length, stride or length, rows, sizes, stream.labels, ends_of(stream))
+        if streamed:
+            scores: dict[str, Any] = evaluate_blocks(streamed, batches, num_windows_of(stream))
+        else:
+            bar = watched(batches, lambda batch: int(batch.loss_mask.sum()), stream.num_counted, shown=is_main())
+            scores = evaluate(executor, bar)
         if stream.num_bytes and spells_all:
             scores["bits_per_byte"] = bits_per_byte(scores["loss"], int(scores["tokens"]), stream.num_bytes)
         return scores
@@ -236,6 +263,50 @@ def load_executor(
     shard = rank_shard(executor)
     require_finite({name: shard(each).tensor for name, each in executor.parameters.items()}, checkpoint.path)
     return executor, plan
+
+
+def streamed_executor(
+    checkpoint: Checkpoint,
+    shape: EvaluationShape,
+    dtype: torch.dtype,
+    device: torch.device,
+    memory: int | None,
+    fewer_rows: bool,
+) -> StreamedExecutor | None:
+    """The model with one block at a time in memory, if `memory` is given or it does not fit; what that means is told.
+
+    `fewer_rows`: micro-batches may have fewer windows than the shape says.
+    """
+    from castalia.checkpoint.restore import architecture
+    from castalia.cli.streaming import tell_streaming
+    from castalia.parallel.rendezvous import world_size
+    from castalia.plan.stream_plan import evaluation_work, plan_evaluation
+    from castalia.streaming.open_streamed import budget_for, open_streamed, require_cpu
+    from castalia.streaming.streamed_model import StreamedExecutor
+    from castalia.streaming.units import units_of
+
+    if world_size() > 1 or not require_cpu(device, memory):
+        return None
+    model = architecture(checkpoint)
+    budget = budget_for(model, evaluation_work(model, shape, dtype.itemsize), dtype, memory)
+    if budget is None:
+        return None
+    units = units_of(checkpoint, model, dtype)
+    plan, shape = plan_evaluation(units.sizes, model, shape, dtype.itemsize, budget, fewer_rows)
+    streamed = open_streamed(checkpoint, model, units, plan)
+    tell_streaming(streamed, f"micro-batches of {shape.rows} windows", "a pass")
+    return StreamedExecutor(streamed, shape.rows)
+
+
+def evaluate_blocks(executor: StreamedExecutor, batches: Iterator[Batch], num_windows: int) -> dict[str, float]:
+    """`evaluate`, with a bar over the blocks of all passes."""
+    from castalia.cli.render import progress
+    from castalia.evaluate.perplexity import evaluate
+
+    model = executor.model
+    passes = -(-num_windows // (executor.micro_batch_size * model.plan.items))
+    with progress(passes * model.cfg.num_layers) as model.advance:
+        return evaluate(executor, batches)
 
 
 def find_tokenizer(checkpoint: Checkpoint, path: str | None) -> Tokenizer | None:

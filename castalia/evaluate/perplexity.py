@@ -11,7 +11,7 @@ import torch
 
 from castalia.data.loader import Batch
 from castalia.data.sample_index import IGNORE
-from castalia.parallel.executor import Executor, Rows
+from castalia.parallel.executor import Executor
 
 
 def evaluate(executor: Executor, batches: Iterable[Batch]) -> dict[str, float]:
@@ -21,8 +21,8 @@ def evaluate(executor: Executor, batches: Iterable[Batch]) -> dict[str, float]:
     """
     total, count = torch.zeros((), dtype=torch.float64, device=executor.device), 0
     with executor.evaluating():
-        for batch in batches:
-            total += executor.loss_sum(Rows.of(batch))
+        for batch, loss in executor.losses(batches):
+            total += loss
             count += int(batch.loss_mask.sum())
     mean = executor.numbers(total)[0] / count if count else math.nan  # the only wait for the device
     return {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "tokens": count}
@@ -65,6 +65,11 @@ def windows(
             documents = np.ascontiguousarray(numbers[at[:, :-1]])
             targets[documents != numbers[at[:, 1:]]] = IGNORE
         yield Batch(inputs, targets, targets != IGNORE, documents)
+
+
+def num_windows(num_tokens: int, length: int, stride: int, ends: Sequence[int] = ()) -> int:
+    """How many windows `windows` makes of a stream."""
+    return sum(1 for _ in _spans(ends or (num_tokens,), length, stride))
 
 
 def _spans(ends: Sequence[int], length: int, stride: int) -> Iterator[tuple[int, int, int]]:

@@ -6,7 +6,7 @@ Logits are computed for a chunk of the tokens at a time. Those of 8,192 tokens o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -32,6 +32,29 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss:
     if is_slow_half(rows):
         rows = rows.float()
     total = _LinearCrossEntropy.apply(rows, weight, targets, z_loss, torch.is_grad_enabled())
+    return total, (targets != IGNORE).sum()
+
+
+def sliced_cross_entropy(
+    hidden: Tensor, slices: Callable[[], Iterable[Tensor]], labels: Tensor, vocab: int
+) -> tuple[Tensor, Tensor]:
+    """`linear_cross_entropy` without gradients, for a weight of which only some rows are cast at a time: same bits.
+
+    `slices` gives the weight [vocab, h], cast, as consecutive rows; it is called for each chunk of the tokens.
+    """
+    rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    if is_slow_half(rows):
+        rows = rows.float()
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    num_rows = _rows_of(CHUNK_BYTES, rows.device, rows.dtype.itemsize * vocab)
+    for start in range(0, len(rows), num_rows):
+        part, end = rows[start : start + num_rows], 0
+        logits = rows.new_empty(len(part), vocab)
+        for weight in slices():
+            torch.mm(part, weight.to(rows.dtype).T, out=logits[:, end : end + len(weight)])
+            end += len(weight)
+        total += _loss_and_gradient(logits, targets[start : start + num_rows], 0.0)
+        del logits  # as below
     return total, (targets != IGNORE).sum()
 
 

@@ -15,7 +15,9 @@ heads, d head size, f width of the MLP, b sequences, t tokens.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -166,6 +168,28 @@ class Transformer(nn.Module):
 
         Arguments are those of `forward`.
         """
+        x, context = self.enter(tokens, cache=cache, positions=positions, documents=documents)
+        with self.kernels(x, cache):
+            for block in self.blocks.values():
+                x = block(x, context)
+        return self.leave(x, cache)
+
+    def hidden_each(self, calls: Iterable[tuple[Tensor, Mapping[str, Any]]]) -> Iterator[Tensor]:
+        """`hidden` of several (tokens, arguments), one after another.
+
+        A model whose blocks are read from disk takes all of them through each block instead.
+        """
+        return (self.hidden(tokens, **arguments) for tokens, arguments in calls)
+
+    def enter(
+        self,
+        tokens: Tensor,
+        *,
+        cache: Cache | None = None,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+    ) -> tuple[Tensor, Context]:
+        """The residual stream [b, t, h] before the first block, and what all blocks share."""
         t = tokens.shape[1]
         # The place of a token in its sequence decides which keys it sees; `positions` decide how it is embedded.
         places = torch.arange(t, device=tokens.device)[None] if cache is None else cache.reserve(t)
@@ -176,12 +200,16 @@ class Transformer(nn.Module):
             end = int(positions.max()) + 1
         x = tokens if tokens.is_floating_point() else self.embedded(tokens, positions, end)  # [b, t, h]
         rotary = None if self.rotary is None else self.rotary(positions, end, x.dtype)
-        context = self.context(x, rotary, places, documents, cache)
-        with without_cudnn() if cache is not None and cache.grows and x.is_cuda else nullcontext():
-            for block in self.blocks.values():
-                x = block(x, context)
+        return x, self.context(x, rotary, places, documents, cache)
+
+    def kernels(self, x: Tensor, cache: Cache | None) -> AbstractContextManager[None]:
+        """A context in which the blocks run: it keeps torch from kernels that `choice` has ruled out."""
+        return without_cudnn() if cache is not None and cache.grows and x.is_cuda else nullcontext()
+
+    def leave(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        """The final hidden state from the residual stream [b, t, h] after the last block. The cache takes note."""
         if cache is not None:
-            cache.advance(t)
+            cache.advance(x.shape[1])
         if self.norm is None:
             return x
         x = self.norm(x)
@@ -259,6 +287,11 @@ class Transformer(nn.Module):
         """Raises ConfigError if the model predicts no tokens."""
         if self.reward is not None:
             raise ConfigError("this is a reward model: it judges texts and predicts no tokens")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
 
     @property
     def head_weight(self) -> Tensor:

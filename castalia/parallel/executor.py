@@ -5,7 +5,7 @@ This module imports neither DTensor nor FSDP, which take a second to import.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -118,7 +118,7 @@ class Executor:
     leaves_step: Callable[[], bool] = staticmethod(lambda: False)
 
     def __init__(self, model: Transformer, micro_batch_size: int = 8) -> None:
-        self.model, self.device = model, next(model.parameters()).device
+        self.model, self.device = model, model.device
         self.micro_batch_size = micro_batch_size
 
     @property
@@ -184,6 +184,10 @@ class Executor:
             part = part.to(self.device)
             total += self.model(part.tokens, **part.model_arguments())[0]
         return total
+
+    def losses(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor]]:
+        """Each batch and its `loss_sum`."""
+        return ((batch, self.loss_sum(Rows.of(batch))) for batch in batches)
 
     def each_sequence(self, rows: Rows) -> Tensor:
         """What `Transformer.forward` gives for each of this data rank's sequences, fp32 [n, ...]. In `evaluating`."""

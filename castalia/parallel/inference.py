@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -60,6 +61,15 @@ class SplitModel(nn.Module):
         if self.rank < self.last:
             dist.send(x.contiguous(), group=self.group, group_dst=self.rank + 1)
         return x
+
+    def hidden_each(self, calls: Iterable[tuple[Tensor, Mapping[str, Any]]]) -> Iterator[Tensor]:
+        """`hidden` of several (tokens, arguments), one after another."""
+        return (self.hidden(tokens, **arguments) for tokens, arguments in calls)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
 
     def logits(self, x: Tensor) -> Tensor:
         """x [rows, h] of the last stage -> logits [rows, V] on every rank; other stages' x is ignored."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import tempfile
 import time
@@ -17,6 +16,7 @@ from castalia.config.load import load_config
 from castalia.config.schema import RunConfig
 from castalia.data.indexed import DatasetWriter
 from castalia.plan.flops import training_flops
+from castalia.plan.free_memory import free_memory
 from castalia.quickstart.choose import Pace
 from castalia.quickstart.family import architecture
 from castalia.train.hardware import choose_device
@@ -82,12 +82,3 @@ def device_and_memory() -> tuple[str, int]:
     if device.type == "cuda":
         return "cuda", torch.cuda.mem_get_info(device)[0]
     return "cpu", free_memory()
-
-
-def free_memory() -> int:
-    """Of the machine: what the system could give away, caches included, else half of all there is."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -12,7 +12,6 @@ that are read from beginning to end in several parts are verified on the way ins
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ import numpy as np
 
 from castalia.errors import CheckpointError
 from castalia.storage.checksum import BLOCK_BYTES, crc32
+from castalia.storage.direct import BufferedFile, DirectFile
 from castalia.storage.lazy import (
     ITEM_BYTES,
     Box,
@@ -43,8 +43,8 @@ from castalia.storage.lazy import (
 if TYPE_CHECKING:
     import torch
 
-_File = int  # a file descriptor
 READ_BYTES = 1 << 20  # in one call, so that the checksum is computed while the bytes are in the processor's cache
+DIRECT_BYTES = 1 << 20  # shorter reads, such as single rows, go through the page cache
 ROWS_BYTES = 4 << 20  # of whole rows that are read to take some columns from them
 
 
@@ -62,6 +62,7 @@ class Extent:
         default=None, compare=False, repr=False
     )  # the header of the same file, which is verified first
     deferred: bool = field(default=False, compare=False, repr=False)  # see `verifying`
+    direct: bool = field(default=False, compare=False, repr=False)  # large parts are read past the page cache
     verified: set[int] = field(default_factory=set, compare=False, repr=False)  # numbers of blocks
     seen: int = field(
         default=0, compare=False, repr=False
@@ -77,8 +78,8 @@ class Extent:
         stop = start + len(out)
         if self.head:
             self.head.verify()
-        with self._open() as file:
-            if not self.sums:
+        with self._open(stop if self.direct and len(out) >= DIRECT_BYTES else None) as file:
+            if not self.sums or self.verified.issuperset(range(start // self.block, -(-stop // self.block))):
                 self._read(file, start, out)
                 return
             for first in range(start - start % self.block, stop, self.block):
@@ -105,7 +106,7 @@ class Extent:
             return np.empty(0, np.uint8)
         self.verify(start, stop)
         with self._open() as file:
-            if os.fstat(file).st_size < self.offset + stop:
+            if file.size < self.offset + stop:
                 raise self._truncated(file)
         return np.memmap(self.path, np.uint8, "r", self.offset + start, (stop - start,))
 
@@ -114,7 +115,7 @@ class Extent:
         if self.sums and self.seen % self.block:
             self.verify(self.seen, self.seen + 1)
 
-    def _read_in_block(self, file: _File, first: int, last: int, begin: int, out: memoryview) -> None:
+    def _read_in_block(self, file: BufferedFile, first: int, last: int, begin: int, out: memoryview) -> None:
         """Fill `out` with bytes from `begin` on that lie in the block from `first` to `last`."""
         end, number = begin + len(out), first // self.block
         if number in self.verified:
@@ -142,7 +143,7 @@ class Extent:
                 self.seen = first
             return self.seen == begin
 
-    def _verify(self, file: _File, number: int) -> None:
+    def _verify(self, file: BufferedFile, number: int) -> None:
         """Read a block, or what is left of it, only for its checksum."""
         with self.lock:
             if number in self.verified:
@@ -167,12 +168,12 @@ class Extent:
             )
         self.verified.add(number)
 
-    def _read(self, file: _File, start: int, out: memoryview, crc: int | None = None) -> int:
+    def _read(self, file: BufferedFile, start: int, out: memoryview, crc: int | None = None) -> int:
         """Fill `out`. Returns the checksum continued from `crc`; None: none is wanted."""
         done, total = 0, crc or 0
         while done < len(out):
             try:
-                count = os.preadv(file, [out[done : done + READ_BYTES]], self.offset + start + done)
+                count = file.read_into(out[done : done + READ_BYTES], self.offset + start + done)
             except OSError as error:
                 raise self._unreadable(error) from error
             if not count:
@@ -183,15 +184,17 @@ class Extent:
         return total
 
     @contextmanager
-    def _open(self) -> Iterator[_File]:
+    def _open(self, direct_stop: int | None = None) -> Iterator[BufferedFile]:
+        """The file; with `direct_stop`, to be read up to this byte of the extent past the page cache."""
         try:
-            file = os.open(self.path, os.O_RDONLY)
+            path, stop = self.path, direct_stop
+            file = BufferedFile(path) if stop is None else DirectFile(path, self.offset + stop)
         except OSError as error:
             raise self._unreadable(error) from error
         try:
             yield file
         finally:
-            os.close(file)
+            file.close()
 
     def _named(self) -> str:
         return f"{self.name}: {self.path}" if self.name else str(self.path)
@@ -200,9 +203,9 @@ class Extent:
         prefix = f"{self.name}: " if self.name else ""
         return CheckpointError(f"{prefix}cannot read {self.path}: {error.strerror}")
 
-    def _truncated(self, file: _File) -> CheckpointError:
+    def _truncated(self, file: BufferedFile) -> CheckpointError:
         return CheckpointError(
-            f"{self._named()} is truncated: {os.fstat(file).st_size} bytes, but this tensor ends at byte "
+            f"{self._named()} is truncated: {file.size} bytes, but this tensor ends at byte "
             f"{self.offset + self.size}. Use another step, or a copy of this file."
         )
 
@@ -366,6 +369,12 @@ def verifying(tensors: Iterable[TensorRef]) -> Iterator[None]:
     finally:
         for extent in extents:
             extent.deferred = False
+
+
+def read_past_cache(tensors: Iterable[TensorRef]) -> None:
+    """From now on, read large parts of these tensors past the page cache."""
+    for extent in extents_of(tensors):
+        extent.direct = True
 
 
 def verify(tensors: Iterable[TensorRef]) -> None:

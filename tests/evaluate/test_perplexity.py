@@ -219,3 +219,12 @@ def test_sources_are_judged_apart_and_are_all_of_the_text(run, corpus):
     assert sum(part["tokens"] for part in parts.values()) == found["tokens"] - 1  # the first token of the second
     together = sum(part["loss"] * part["tokens"] for part in parts.values()) / (found["tokens"] - 1)
     assert together == pytest.approx(found["loss"], rel=0.01)
+
+
+@pytest.mark.parametrize("words", [[], ["data.mask_documents=true", "train.micro_batch_size=2"]])
+def test_a_streamed_model_has_the_very_losses(run, words, capsys):
+    checkpoint = open_checkpoint(run)
+    options = {"data": None, "tokenizer_path": None, "stride": 8}
+    whole = evaluate_checkpoint(checkpoint, words, **options)
+    assert evaluate_checkpoint(checkpoint, words, **options, memory=10**9) == whole
+    assert "stay in memory" in capsys.readouterr().err

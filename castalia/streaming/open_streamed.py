@@ -1,0 +1,40 @@
+"""Whether a checkpoint's model is streamed, and the model that its plan makes of it."""
+
+from __future__ import annotations
+
+import torch
+
+from castalia.checkpoint.tensors import Checkpoint
+from castalia.config.schema import ModelConfig
+from castalia.errors import ConfigError
+from castalia.plan.free_memory import free_memory
+from castalia.plan.stream_plan import StreamedWork, StreamPlan, memory_without_streaming
+from castalia.streaming.streamed_model import StreamedTransformer
+from castalia.streaming.units import ModelUnits
+
+SHARE = 0.8  # of the free memory, for a model that is streamed because it does not fit
+
+
+def budget_for(model: ModelConfig, work: StreamedWork, dtype: torch.dtype, memory: int | None) -> int | None:
+    """Bytes for streaming the model: `memory` if it is given, a share of what is free if it does not fit, or None."""
+    if memory is not None:
+        return memory
+    free = free_memory()
+    return None if memory_without_streaming(model, work, dtype.itemsize) <= free else int(SHARE * free)
+
+
+def require_cpu(device: torch.device, memory: int | None) -> bool:
+    """Whether models may be streamed to this device. Raises ConfigError if they may not, but `memory` asks for it."""
+    if device.type != "cpu" and memory is not None:
+        raise ConfigError("--memory computes on the CPU; add train.device=cpu, or --device cpu where that is an option")
+    return device.type == "cpu"
+
+
+def open_streamed(checkpoint: Checkpoint, cfg: ModelConfig, units: ModelUnits, plan: StreamPlan) -> StreamedTransformer:
+    """The model of an opened checkpoint. Bytes that the page cache has room for are read through it.
+
+    Raises CheckpointError for damage.
+    """
+    exact = checkpoint.config is not None and checkpoint.config.neox_exact
+    past_cache = plan.bytes_per_pass > free_memory() - plan.budget
+    return StreamedTransformer(cfg, units, plan, checkpoint.path, exact=exact, past_cache=past_cache)

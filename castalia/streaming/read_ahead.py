@@ -1,0 +1,162 @@
+"""Units in memory, of which the next ones are read by threads while the current one is used.
+
+in use          | 0     | 1     | 2     |      two buffers: unit 2 is read into the buffer of unit 0
+reading     | 0 | 1 |   | 2 |   | 3 |          as soon as that is no longer in use
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from castalia.checkpoint.restore import require_finite
+from castalia.plan.stream_plan import BUFFERS
+from castalia.storage.direct import private_memory
+from castalia.storage.extent import read_past_cache, verifying
+from castalia.storage.lazy import TensorRef
+from castalia.streaming.units import PIECE_BYTES, READERS, Unit, is_read_in_rows
+
+
+@dataclass
+class Arrival:
+    """A unit that is being read, or was."""
+
+    number: int
+    memory: Tensor  # bytes
+    views: dict[str, Tensor]
+    parts: list[Future] = field(default_factory=list)
+    checks: ExitStack = field(default_factory=ExitStack)  # completes the checksums of a first reading
+
+
+class ReadAhead:
+    """Gives units in turn, over and over. Those that do not stay in memory share two buffers."""
+
+    def __init__(self, units: Sequence[Unit], stays: Collection[int], where: str, *, past_cache: bool = True) -> None:
+        """`stays`: numbers of the units that are read only once. `where` names the checkpoint in errors.
+
+        `past_cache`: for units that together have no room in the page cache.
+        """
+        self.units, self.stays, self.where = units, frozenset(stays), where
+        self.kept: dict[int, Arrival] = {}
+        self.sound: set[int] = set()  # units whose checksums and values have been found right
+        streamed = [unit for number, unit in enumerate(units) if number not in self.stays]
+        size = max((unit.num_bytes for unit in streamed), default=0)
+        self.free = [bytes_of_memory(size) for _ in range(min(BUFFERS, len(streamed)))]
+        self.pending: deque[Arrival] = deque()
+        self.current: Arrival | None = None
+        self.readers = ThreadPoolExecutor(READERS, thread_name_prefix="reader")
+        if past_cache:
+            read_past_cache(ref for unit in units for ref in unit.tensors.values())
+
+    def take(self, number: int) -> dict[str, Tensor]:
+        """The tensors of a unit, valid until another is taken. CheckpointError for damage and values not finite."""
+        if self.current and self.current.number == number:
+            return self.current.views
+        if self.current and self.current.number not in self.stays:
+            self.free.append(self.current.memory)
+        self.current = None
+        if number in self.kept:
+            self.current = self.kept[number]
+        else:
+            if not self.pending or self.pending[0].number != number:
+                self._discard()
+                self._begin(number)
+            self.current = self._finished(self.pending.popleft())
+        self._read_on(number)
+        return self.current.views
+
+    def measure(self) -> float:
+        """Bytes per second at which the first unit that does not stay is read; it is kept for when it is needed."""
+        number = next((n for n in range(len(self.units)) if n not in self.stays), 0)
+        started = time.perf_counter()
+        self._discard()
+        self._begin(number)
+        for part in self.pending[-1].parts:
+            part.result()
+        return self.units[number].num_bytes / (time.perf_counter() - started)
+
+    def close(self) -> None:
+        """Stop reading."""
+        self._discard()
+        self.readers.shutdown()
+
+    def _read_on(self, number: int) -> None:
+        """Begin to read the units after this one, as far as there is memory for them."""
+        last = self.pending[-1].number if self.pending else number
+        for step in range(1, len(self.units)):
+            following = (last + step) % len(self.units)
+            if following in self.kept or following == number:
+                continue
+            if len(self.pending) == BUFFERS or (following not in self.stays and not self.free):
+                return
+            self._begin(following)
+
+    def _begin(self, number: int) -> None:
+        unit = self.units[number]
+        memory = bytes_of_memory(unit.num_bytes) if number in self.stays else self.free.pop()
+        arrival = Arrival(number, memory, unit.views(memory))
+        if number not in self.sound:
+            arrival.checks.enter_context(verifying(unit.tensors.values()))
+        for name, view in sorted(arrival.views.items(), key=lambda item: -item[1].numel()):
+            for task in tasks(unit.tensors[name], view, number in self.sound):
+                arrival.parts.append(self.readers.submit(read_in_pieces, *task))
+        self.pending.append(arrival)
+
+    def _finished(self, arrival: Arrival) -> Arrival:
+        with arrival.checks:
+            for part in arrival.parts:
+                part.result()
+        if arrival.number not in self.sound:
+            require_finite(arrival.views, self.where)
+            self.sound.add(arrival.number)
+        if arrival.number in self.stays:
+            self.kept[arrival.number] = arrival
+        return arrival
+
+    def _discard(self) -> None:
+        """Give up what was being read."""
+        for arrival in self.pending:
+            for part in arrival.parts:
+                part.cancel()
+            for part in arrival.parts:
+                if not part.cancelled():
+                    part.exception()  # wait for it
+            if arrival.number not in self.stays:
+                self.free.append(arrival.memory)
+        self.pending.clear()
+
+
+def bytes_of_memory(size: int) -> Tensor:
+    """Bytes that begin at a page, which all threads may write."""
+    with torch.inference_mode(False):
+        return torch.frombuffer(private_memory(size), dtype=torch.uint8)
+
+
+def tasks(ref: TensorRef, out: Tensor, verified: bool) -> list[tuple[TensorRef, Tensor, int]]:
+    """(tensor, where its rows go, its first row) for each part that a thread reads.
+
+    A tensor that is not verified yet is one part, because checksums are computed from beginning to end.
+    """
+    rows = len(out) if out.dim() else 0
+    share = -(-rows // READERS)
+    if not verified or out.nbytes < READERS * PIECE_BYTES or not is_read_in_rows(ref):
+        return [(ref, out, 0)]
+    return [(ref, out[start : start + share], start) for start in range(0, rows, share)]
+
+
+def read_in_pieces(ref: TensorRef, out: Tensor, first: int) -> None:
+    """Fill `out` with rows of the tensor from `first` on. What has to be converted is small at any time."""
+    if not is_read_in_rows(ref):
+        ref.read(out=out)
+        return
+    step = max(1, PIECE_BYTES * len(out) // max(1, out.nbytes)) if ref.sources else len(out)
+    for start in range(0, len(out), step):
+        rows = out[start : start + step]
+        ref.read([slice(first + start, first + start + len(rows))], out=rows)

@@ -1,0 +1,194 @@
+"""A model of which one block at a time is in memory.
+
+for each pass:    embed all micro-batches, from the embedding's rows of their tokens
+                  for each block: take it from the reader, all micro-batches go through it
+                  final norm; logits or loss with the head, of which some rows are cast at a time
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from castalia.config.schema import ModelConfig
+from castalia.data.loader import Batch
+from castalia.model.layers import Linear, linear
+from castalia.model.loss import sliced_cross_entropy
+from castalia.model.transformer import Transformer
+from castalia.parallel.executor import Executor, Rows
+from castalia.plan.stream_plan import HEAD_ROWS, StreamPlan, head_slice_bytes
+from castalia.storage.lazy import TensorRef
+from castalia.streaming.read_ahead import ReadAhead, bytes_of_memory, read_in_pieces
+from castalia.streaming.units import ModelUnits
+
+NEAR_ROWS = 8  # rows of the embedding that are this near to each other are read together
+
+
+class StreamedTransformer(Transformer):
+    """The model of `units`, for inference. Its blocks have parameters only while they are in memory."""
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        units: ModelUnits,
+        plan: StreamPlan,
+        where: str,
+        *,
+        exact: bool = False,
+        past_cache: bool = True,
+        advance: Callable[[int], None] = lambda blocks: None,
+    ) -> None:
+        """`where` names the checkpoint in errors. `advance` is called after each block of a pass."""
+        with torch.device("meta"):
+            super().__init__(cfg, compute_dtype=units.dtype, exact=exact)
+        self.plan, self.advance = plan, advance
+        self.loss = self.sliced_loss  # type: ignore[assignment]  # it has the same arguments
+        self.scratch = Scratch(max(plan.sizes.cast, head_slice_bytes(cfg, units.dtype.itemsize)))
+        self.embed = GatheredRows(units.rows["embed"])  # type: ignore[assignment]
+        for block in self.blocks.values():
+            use_scratch(block, self.scratch)
+        for name, _ in list(self.named_parameters()):
+            self.set_parameter(name, None)
+        stays = [*plan.resident, *([cfg.num_layers] if plan.head_stays else [])]
+        self.reader = ReadAhead([*units.blocks, units.head], stays, where, past_cache=past_cache)
+        self.bound: list[str] = []  # names of the parameters of the block that is in a buffer
+        self.hold(units)
+        self.eval()
+
+    def hold(self, units: ModelUnits) -> None:
+        """Read what is always in memory: norms and learned positions."""
+        memory = units.rest.views(bytes_of_memory(units.rest.num_bytes))
+        for name, view in memory.items():
+            read_in_pieces(units.rest.tensors[name], view, 0)
+            self.set_parameter(name, view)
+
+    def set_parameter(self, name: str, value: Tensor | None) -> None:
+        """Give a parameter its values, or take them away."""
+        module, _, own = name.rpartition(".")
+        parameter = None if value is None else nn.Parameter(value, requires_grad=False)
+        setattr(self.get_submodule(module), own, parameter)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return torch.device("cpu")
+
+    def block(self, number: int) -> nn.Module:
+        """A block with its parameters, which are valid until the next call."""
+        for name in self.bound:
+            self.set_parameter(name, None)
+        views = self.reader.take(number)
+        for name, view in views.items():
+            self.set_parameter(name, view)
+        self.bound = list(views)
+        return self.blocks[str(number)]
+
+    def hidden(self, tokens: Tensor, **arguments: Any) -> Tensor:
+        """See `Transformer.hidden`."""
+        return next(iter(self.hidden_each([(tokens, arguments)])))
+
+    def hidden_each(self, calls: Iterable[tuple[Tensor, Mapping[str, Any]]]) -> Iterator[Tensor]:
+        """All of the calls go through a block before the next one is needed."""
+        entered = [self.enter(tokens, **arguments) for tokens, arguments in calls]
+        states, contexts = [x for x, _ in entered], [context for _, context in entered]
+        del entered
+        for number in range(self.cfg.num_layers):
+            block = self.block(number)
+            for index, context in enumerate(contexts):
+                with self.kernels(states[index], context.cache):
+                    states[index] = block(states[index], context)
+            self.advance(1)
+        states.reverse()  # they are taken from the end, so that none is kept longer than it is needed
+        return (self.leave(states.pop(), context.cache) for context in contexts)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The head's matrix [V, h] as it is held, valid until the next block is needed."""
+        return next(iter(self.reader.take(self.cfg.num_layers).values()))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """See `Transformer.logits`."""
+        self.refuse_tokens_of_a_reward_model()
+        return torch.cat([linear(x, rows) for rows in self.head_slices(self.head_weight, x.dtype)], dim=-1)
+
+    def sliced_loss(self, x: Tensor, weight: Tensor, labels: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
+        """The loss of a model that does not train, as `linear_cross_entropy` gives it."""
+        return sliced_cross_entropy(x, lambda: self.head_slices(weight, x.dtype), labels, len(weight))
+
+    def head_slices(self, weight: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Rows of the head in `dtype`, each valid until the next ones are asked for."""
+        if weight.dtype == dtype:
+            yield weight
+            return
+        starts = range(0, max(1, len(weight) - HEAD_ROWS + 1), HEAD_ROWS)
+        for start, stop in pairwise((*starts, len(weight))):
+            yield self.scratch.cast(weight[start:stop], dtype)
+
+
+class StreamedExecutor(Executor):
+    """Evaluates a model of which one block at a time is in memory: as many batches in a pass as its plan says."""
+
+    model: StreamedTransformer
+
+    def losses(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor]]:
+        """See `Executor.losses`. Each batch is one micro-batch."""
+        remaining = iter(batches)
+        while group := list(islice(remaining, self.model.plan.items)):
+            rows = [Rows.of(batch) for batch in group]
+            calls = [(each.tokens, {"documents": each.documents}) for each in rows]
+            for batch, each, x in zip(group, rows, self.model.hidden_each(calls), strict=True):
+                yield batch, self.model.loss(x, self.model.head_weight, each.labels)[0]
+
+
+class GatheredRows(nn.Module):
+    """An embedding of which only the rows of the tokens at hand are read."""
+
+    def __init__(self, source: TensorRef) -> None:
+        super().__init__()
+        self.source = source
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[...] -> [..., h], in the dtype that is stored."""
+        wanted, places = tokens.cpu().unique(return_inverse=True)
+        ends = (wanted.diff() > NEAR_ROWS).nonzero().flatten() + 1
+        runs = wanted.tensor_split(ends)
+        read = [self.source.read([slice(int(run[0]), int(run[-1]) + 1)])[run - run[0]] for run in runs]
+        return torch.cat(read)[places]
+
+
+class Scratch:
+    """Memory for one tensor in another dtype, used over and over: fresh memory would cost as much as the cast."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.memory = bytes_of_memory(num_bytes)
+
+    def cast(self, value: Tensor, dtype: torch.dtype) -> Tensor:
+        """The tensor in this dtype; valid until the next call."""
+        if value.dtype == dtype:
+            return value
+        return self.memory[: value.numel() * dtype.itemsize].view(dtype).view(value.shape).copy_(value)
+
+
+class ScratchLinear(Linear):
+    """A linear map whose weight is cast into memory that it shares with all others."""
+
+    def __init__(self, like: Linear, scratch: Scratch) -> None:
+        super().__init__(like.in_features, like.out_features, like.bias is not None)
+        self.scratch = scratch
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        return linear(x, self.scratch.cast(self.weight, x.dtype), self.bias)
+
+
+def use_scratch(module: nn.Module, scratch: Scratch) -> None:
+    """Let the linear maps of a block on the meta device cast their weights into the scratch memory."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is Linear:
+                with torch.device("meta"):
+                    setattr(parent, name, ScratchLinear(child, scratch))

@@ -1,0 +1,101 @@
+"""What is read from disk together: a block, or the head; and how it lies in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from castalia.checkpoint.restore import fitting_tensors
+from castalia.checkpoint.tensors import Checkpoint
+from castalia.config.schema import ModelConfig
+from castalia.config.tensor_table import block_of, row_of
+from castalia.plan.stream_plan import StreamedSizes
+from castalia.storage.direct import WINDOW_BYTES
+from castalia.storage.lazy import ITEM_BYTES, Permuted, Reordered, TensorRef, Transposed, everything
+
+PLACE = 64  # bytes, at a multiple of which each tensor begins, as torch's own do: kernels may depend on it
+PIECE_BYTES = 8 << 20  # of a tensor that is converted while it is read
+READERS = 4  # threads
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Tensors that arrive together, by their names in the model."""
+
+    tensors: Mapping[str, TensorRef]
+    dtypes: Mapping[str, torch.dtype]  # in which they are held
+
+    @property
+    def places(self) -> dict[str, tuple[int, int]]:
+        """Where each tensor begins and ends in a buffer."""
+        places, end = {}, 0
+        for name, ref in self.tensors.items():
+            begin = end + -end % PLACE
+            end = begin + prod(ref.shape) * self.dtypes[name].itemsize
+            places[name] = begin, end
+        return places
+
+    @property
+    def num_bytes(self) -> int:
+        """Of a buffer that holds it."""
+        return max((end for _, end in self.places.values()), default=0)
+
+    def views(self, memory: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The tensors in a buffer of bytes."""
+        return {
+            name: memory[begin:end].view(self.dtypes[name]).view(self.tensors[name].shape)
+            for name, (begin, end) in self.places.items()
+        }
+
+
+@dataclass(frozen=True)
+class ModelUnits:
+    """A checkpoint's tensors as they are streamed."""
+
+    blocks: tuple[Unit, ...]
+    head: Unit  # empty for a model that predicts no tokens
+    rest: Unit  # always in memory
+    rows: Mapping[str, TensorRef]  # of which single rows are read
+    dtype: torch.dtype  # of the computation
+
+    @property
+    def sizes(self) -> StreamedSizes:
+        """What the plan needs to know."""
+        in_blocks = [ref for block in self.blocks for ref in block.tensors.values()]
+        cast = [prod(ref.shape) for ref in in_blocks if held_dtype(ref, self.dtype) != self.dtype]
+        moved = [ref.num_bytes for ref in (*in_blocks, *self.head.tensors.values()) if not is_read_in_rows(ref)]
+        return StreamedSizes(
+            blocks=tuple(unit.num_bytes for unit in self.blocks),
+            head=self.head.num_bytes,
+            rest=self.rest.num_bytes,
+            cast=max(cast, default=0) * self.dtype.itemsize,
+            reading=READERS * (WINDOW_BYTES + 2 * PIECE_BYTES) + 2 * max(moved, default=0),
+        )
+
+
+def units_of(checkpoint: Checkpoint, cfg: ModelConfig, dtype: torch.dtype) -> ModelUnits:
+    """The units of a checkpoint's model, for a computation in `dtype`. Raises CheckpointError if it does not fit."""
+    refs = fitting_tensors(cfg, checkpoint)
+
+    def unit(names: Iterable[str]) -> Unit:
+        chosen = {name: refs[name] for name in names}
+        return Unit(chosen, {name: held_dtype(ref, dtype) for name, ref in chosen.items()})
+
+    blocks = tuple(unit(n for n in refs if block_of(n) == layer) for layer in range(cfg.num_layers))
+    head = () if cfg.reward_head else ("embed.weight" if cfg.tie_embeddings else "head.weight",)
+    inside = {name for block in blocks for name in block.tensors}
+    rest = [name for name in refs if name not in inside and not row_of(name).has_token_rows]
+    return ModelUnits(blocks, unit(head), unit(rest), {"embed": refs["embed.weight"]}, dtype)
+
+
+def held_dtype(ref: TensorRef, dtype: torch.dtype) -> torch.dtype:
+    """The stored dtype, which layers cast where they use it, or the dtype of the computation if that is narrower."""
+    return ref.dtype if ITEM_BYTES[ref.dtype_name] <= dtype.itemsize else dtype
+
+
+def is_read_in_rows(ref: TensorRef) -> bool:
+    """Whether some rows cost no more than their share of the tensor."""
+    return not any(isinstance(each, (Permuted, Reordered, Transposed)) for each in everything([ref]))
