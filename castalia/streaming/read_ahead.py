@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -136,7 +137,7 @@ class ReadAhead:
 def bytes_of_memory(size: int) -> Tensor:
     """Bytes that begin at a page, which all threads may write."""
     with torch.inference_mode(False):
-        return torch.frombuffer(private_memory(size), dtype=torch.uint8)
+        return torch.from_numpy(np.frombuffer(private_memory(size), np.uint8))
 
 
 def tasks(ref: TensorRef, out: Tensor, verified: bool) -> list[tuple[TensorRef, Tensor, int]]:

@@ -66,13 +66,14 @@ class ModelUnits:
         """What the plan needs to know."""
         in_blocks = [ref for block in self.blocks for ref in block.tensors.values()]
         cast = [prod(ref.shape) for ref in in_blocks if held_dtype(ref, self.dtype) != self.dtype]
+        largest = max(ref.num_bytes for ref in in_blocks)
         moved = [ref.num_bytes for ref in (*in_blocks, *self.head.tensors.values()) if not is_read_in_rows(ref)]
         return StreamedSizes(
             blocks=tuple(unit.num_bytes for unit in self.blocks),
             head=self.head.num_bytes,
             rest=self.rest.num_bytes,
             cast=max(cast, default=0) * self.dtype.itemsize,
-            reading=READERS * (WINDOW_BYTES + 2 * PIECE_BYTES) + 2 * max(moved, default=0),
+            reading=READERS * (WINDOW_BYTES + 2 * min(PIECE_BYTES, largest)) + 2 * max(moved, default=0),
         )
 
 

@@ -39,17 +39,18 @@ def shape_of_20b(
     )  # fmt: skip
 
 
-def write_20b(folder: Path, model: ModelConfig, step: int = 150000) -> Path:
+def write_20b(folder: Path, model: ModelConfig, step: int = 150000, optimizer: bool = True) -> Path:
     """Write `folder/latest` and the step's folder, which is returned. Values are drawn anew for every tensor."""
+    roles, kind = (ROLES, "zero") if optimizer else (("master",), "none")
     path = folder / f"global_step{step}"
     (path / "configs").mkdir(parents=True)
     (path / "configs" / "config.yml").write_text(config_yml(model))
     positions = [0, *range(2, model.num_layers + 2), model.num_layers + 3, model.num_layers + 4]
     cuts = [len(positions) * stage // PP for stage in range(PP + 1)]
     for stage, (first, last) in enumerate(zip(cuts, cuts[1:], strict=False)):
-        parts: list[dict[str, dict]] = [{role: {} for role in ROLES} for _ in range(TP)]
+        parts: list[dict[str, dict]] = [{role: {} for role in roles} for _ in range(TP)]
         for position in positions[first:last]:
-            for role in ROLES:
+            for role in roles:
                 for name, tensor in layer(model, position, role).items():
                     for rank in range(TP):
                         parts[rank][role][f"{position}.{name}"] = _on_rank(name, tensor, role, rank)
@@ -57,7 +58,7 @@ def write_20b(folder: Path, model: ModelConfig, step: int = 150000) -> Path:
                 _write_layer(path, position, rank, parts[rank]["master"])
         for rank in range(TP):
             write_rank(
-                path, model, stage * TP + rank, parts[rank], {}, TP, PP, DP, "zero", ERA, True, True, torch.float16
+                path, model, stage * TP + rank, parts[rank], {}, TP, PP, DP, kind, ERA, True, True, torch.float16
             )
     (folder / "latest").write_text(path.name)
     return path
