@@ -282,8 +282,8 @@ def streamed_executor(
     from castalia.parallel.rendezvous import world_size
     from castalia.plan.stream_plan import evaluation_work, plan_evaluation
     from castalia.streaming.open_streamed import budget_for, open_streamed, require_cpu
+    from castalia.streaming.stream_units import units_of
     from castalia.streaming.streamed_model import StreamedExecutor
-    from castalia.streaming.units import units_of
 
     if world_size() > 1 or not require_cpu(device, memory):
         return None

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from castalia.cli.render import size_of, span_of
+from castalia.cli.render import size_of
+from castalia.units import duration
 
 if TYPE_CHECKING:
     from castalia.plan.stream_plan import StreamPlan
@@ -58,8 +59,8 @@ def streaming_lines(plan: StreamPlan, rate: float, flops: float | None, item: st
     seconds = plan.seconds_per_pass(rate, flops)
     reading = plan.bytes_per_pass / rate
     bound = "by reading" if seconds <= reading else "by computing"
-    rest = f", {plan.passes} passes {span_of(seconds * plan.passes)}" if plan.passes > 1 else ""
-    lines.append(f"the disk gives {size_of(rate)}/s: about {seconds:.2g} s {unit}, bound {bound}{rest}")
+    rest = f", {plan.passes} passes {duration(seconds * plan.passes)}" if plan.passes > 1 else ""
+    lines.append(f"the disk gives {size_of(rate)}/s: about {duration(seconds)} {unit}, bound {bound}{rest}")
     if plan.bytes_per_pass and seconds <= reading:
         lines.append(f"faster with {_faster(plan, item)}")
     return lines

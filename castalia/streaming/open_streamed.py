@@ -9,8 +9,8 @@ from castalia.config.schema import ModelConfig
 from castalia.errors import ConfigError
 from castalia.plan.free_memory import free_memory
 from castalia.plan.stream_plan import StreamedWork, StreamPlan, memory_without_streaming
+from castalia.streaming.stream_units import ModelUnits
 from castalia.streaming.streamed_model import StreamedTransformer
-from castalia.streaming.units import ModelUnits
 
 SHARE = 0.8  # of the free memory, for a model that is streamed because it does not fit
 

@@ -22,7 +22,7 @@ from castalia.plan.stream_plan import BUFFERS
 from castalia.storage.direct import private_memory
 from castalia.storage.extent import read_past_cache, verifying
 from castalia.storage.lazy import TensorRef
-from castalia.streaming.units import PIECE_BYTES, READERS, Unit, is_read_in_rows
+from castalia.streaming.stream_units import PIECE_BYTES, READERS, Unit, is_read_in_rows
 
 
 @dataclass

@@ -23,7 +23,7 @@ from castalia.parallel.executor import Executor, Rows
 from castalia.plan.stream_plan import HEAD_ROWS, StreamPlan, head_slice_bytes
 from castalia.storage.lazy import TensorRef
 from castalia.streaming.read_ahead import ReadAhead, bytes_of_memory, read_in_pieces
-from castalia.streaming.units import ModelUnits
+from castalia.streaming.stream_units import ModelUnits
 
 NEAR_ROWS = 8  # rows of the embedding that are this near to each other are read together
 

@@ -18,8 +18,8 @@ from castalia.loading import build_model
 from castalia.parallel.executor import Executor
 from castalia.plan.stream_plan import EvaluationShape, StreamPlan, evaluation_work, spread
 from castalia.storage.extent import extents_of
+from castalia.streaming.stream_units import units_of
 from castalia.streaming.streamed_model import StreamedExecutor, StreamedTransformer
-from castalia.streaming.units import units_of
 from tests.checkpoint.made import FAMILIES, SIZES, changed, made, written
 
 OTHERS = {
