@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -35,6 +36,15 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     print(f"{title}:")
     for line in lines:
         print("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def print_facts(rows: Sequence[tuple[str, str]]) -> None:
+    """Names and texts in two columns, wrapped before the hundredth."""
+    for name, text in rows:
+        paragraphs = text.splitlines() or [""]
+        lines = [line for paragraph in paragraphs for line in textwrap.wrap(paragraph, 84) or [""]]
+        for number, line in enumerate(lines):
+            print(f"{name if number == 0 else '':<15}{line}".rstrip(), flush=True)
 
 
 @contextmanager

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from castalia.cli.render import print_facts
+
 if TYPE_CHECKING:
+    from castalia.config.commented import Settings
     from castalia.config.schema import RunConfig
     from castalia.quickstart.choose import Choice, Pace
-    from castalia.quickstart.config_text import Settings
     from castalia.quickstart.corpus import Corpus
     from castalia.quickstart.look import Folder
 
@@ -122,13 +124,13 @@ def _prepare(folder: Path, run: Path, asked: dict[str, Any], begin: float, dry_r
 
     _say("looking", f"at {folder}")
     seen = look(folder, not_inside=run)  # the run may lie in the folder that it reads
-    _show(about_text(seen))
+    print_facts(about_text(seen))
     if (run / PLAN).is_file() and not dry_run:
         print("going on with the plan that this command made before")
         chosen = Choice(**read_json(run / PLAN, TrainingError)["choice"])
     else:
         chosen, twice, machine, pace = _choose(seen, asked)
-        _show([*about_choice(chosen, machine), *about_loss(chosen, twice, seen)])
+        print_facts([*about_choice(chosen, machine), *about_loss(chosen, twice, seen)])
         if asked["words"]:
             _say("as you asked", f"{' '.join(asked['words'])}, which the plan above does not know of")
         if dry_run:
@@ -143,8 +145,8 @@ def _prepare(folder: Path, run: Path, asked: dict[str, Any], begin: float, dry_r
 def _choose(seen: Folder, asked: dict[str, Any]) -> tuple[Choice, Choice | None, str, Pace]:
     """The choice, the one for twice the time, the machine in words, and its pace."""
     from castalia.quickstart.choose import TRAINING_SHARE, choose
-    from castalia.quickstart.measure import device_and_memory, measure_pace
-    from castalia.train.hardware import choose_device, choose_dtype, name_of
+    from castalia.quickstart.measure import measure_pace
+    from castalia.train.hardware import choose_device, choose_dtype, device_and_memory, name_of
 
     _say("measuring", "this machine with two small models, for some seconds")
     device, memory = device_and_memory()
@@ -165,10 +167,10 @@ def _choose(seen: Folder, asked: dict[str, Any]) -> tuple[Choice, Choice | None,
 
 def _write_config(seen: Folder, choice: Choice, run: Path, asked: dict[str, Any], begin: float) -> None:
     """Writes tokenizer, corpus and `start.yml`."""
+    from castalia.config.commented import commented, load, overridden
     from castalia.errors import TrainingError
     from castalia.files import write_text
     from castalia.quickstart.choose import MAX_PASSES
-    from castalia.quickstart.config_text import commented, load, overridden
     from castalia.quickstart.corpus import prepare_corpus
     from castalia.reading import read_json
 
@@ -205,8 +207,9 @@ def _fit(
     choice: Choice, corpus: Corpus, seen: Folder, run: Path, asked: dict[str, Any], begin: float
 ) -> tuple[Choice, Settings]:
     """The choice and its settings for as many steps as fit into the time that is left, at the model's own speed."""
+    from castalia.config.commented import load
     from castalia.quickstart.choose import LEAST_STEPS, MAX_PASSES, TRAINING_SHARE, fitted_to
-    from castalia.quickstart.config_text import Places, load, settings
+    from castalia.quickstart.config_text import Places, settings
     from castalia.quickstart.measure import seconds_per_step
 
     places = Places(str(run.resolve()), *(os.path.abspath(path) for path in corpus[:3]))
@@ -279,15 +282,4 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _say(name: str, text: str) -> None:
-    _show([(name, text)])
-
-
-def _show(rows: list[tuple[str, str]]) -> None:
-    """Names and texts in two columns, wrapped before the hundredth."""
-    import textwrap
-
-    for name, text in rows:
-        paragraphs = text.splitlines() or [""]
-        lines = [line for paragraph in paragraphs for line in textwrap.wrap(paragraph, 84) or [""]]
-        for number, line in enumerate(lines):
-            print(f"{name if number == 0 else '':<15}{line}".rstrip(), flush=True)
+    print_facts([(name, text)])

@@ -27,6 +27,7 @@ from castalia.reading import reason, short
 
 TOKENIZER = "tokenizer"  # folder, inside a run's folder, with its tokenizer
 PRESETS = Path(__file__).parent / "presets"
+DATA_ENDINGS = (".jsonl", ".parquet", ".txt", ".md")
 # Pairs of groups of which a config uses one; a later file's choice replaces an earlier file's.
 ALTERNATIVES = (
     (("data.path",), ("data.train", "data.valid", "data.test")),
@@ -138,6 +139,11 @@ def _read(name: str | Path | RunConfig | dict, findings: Findings) -> YamlMappin
     path = Path(name)
     if (path / "config.yml").is_file():
         path = path / "config.yml"
+    if path.suffix in DATA_ENDINGS:
+        raise ConfigError(
+            f"{name} holds data, not settings: castalia finetune MODEL {name} teaches them to a model, castalia start "
+            f"{name} trains a new one"
+        )
     if path.is_file():
         return _with_own_tokenizer(read_file(path, str(path), findings), path.parent)
     preset = PRESETS / f"{str(name).removesuffix('.yml').lower()}.yml"

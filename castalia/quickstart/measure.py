@@ -1,4 +1,4 @@
-"""How fast this machine trains, and how much memory it has free."""
+"""How fast this machine trains."""
 
 from __future__ import annotations
 
@@ -10,16 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from castalia.config.load import load_config
 from castalia.config.schema import RunConfig
 from castalia.data.indexed import DatasetWriter
 from castalia.plan.flops import training_flops
-from castalia.plan.free_memory import free_memory
 from castalia.quickstart.choose import Pace
 from castalia.quickstart.family import architecture
-from castalia.train.hardware import choose_device
 from castalia.train.setup import start
 
 TRIALS = {"cpu": ((2, 64), (4, 192)), "cuda": ((6, 384), (12, 768))}  # layers, width
@@ -74,11 +71,3 @@ def seconds_per_step(config: RunConfig, seconds: float) -> float:
         if len(times) > WARMUP_STEPS and time.perf_counter() - begin > MOST_SECONDS:
             break
     return statistics.median(times[WARMUP_STEPS:])
-
-
-def device_and_memory() -> tuple[str, int]:
-    """What a run would train on, and its free bytes."""
-    device = choose_device("auto")
-    if device.type == "cuda":
-        return "cuda", torch.cuda.mem_get_info(device)[0]
-    return "cpu", free_memory()

@@ -1,4 +1,4 @@
-"""What the machine offers: device, compute type, peak matmul rate, and the C library's allocator."""
+"""What the machine offers: device, compute type, free memory, peak matmul rate, and the C library's allocator."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from castalia.errors import ConfigError
 from castalia.plan.devices import auto_precision, find_device, this_cpu
+from castalia.plan.free_memory import free_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -93,3 +94,11 @@ def measured_flops(dtype: torch.dtype, size: int = 1024) -> float | None:
 def had_its_cores(busy_s: float, seconds: float, threads: int) -> bool:
     """Whether a busy process had a core for each of its threads: CPU seconds close to `seconds` x `threads`."""
     return busy_s > 0.9 * seconds * threads
+
+
+def device_and_memory() -> tuple[str, int]:
+    """What a run would train on, and its free bytes."""
+    device = choose_device("auto")
+    if device.type == "cuda":
+        return "cuda", torch.cuda.mem_get_info(device)[0]
+    return "cpu", free_memory()

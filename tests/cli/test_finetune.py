@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,19 +13,32 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from castalia.checkpoint.formats.native.read import saved_steps
 from castalia.checkpoint.opener import open_checkpoint
+from castalia.checkpoint.restore import load_tokenizer_for
 from castalia.cli.finetune import command as finetune
-from castalia.cli.finetune import sample
 from castalia.cli.merge_lora import command as merge
 from castalia.cli.train import train
 from castalia.config.load import load_config, load_run
+from castalia.config.objective import needs_reference
 from castalia.config.schema import TokenizerConfig
+from castalia.data.pairs import open_samples
 from castalia.data.prepare import Recipe, prepare
-from castalia.data.tokenizer import train_bpe
+from castalia.data.tokenizer import load_tokenizer, train_bpe
 from castalia.errors import CastaliaError, CheckpointError, ConfigError, DataError, TrainingError
+from castalia.finetuning.lessons import PLAIN_TEMPLATE
+from castalia.generate.dialogue import chat_of, turn_ends
+from castalia.generate.generation import generate
+from castalia.loading import load_model
+from castalia.observe.metrics import read_metrics
 from castalia.parallel.executor import Rows
 
 ANSWERS = {"Who was the first?": "Adam", "And Noah built what?": "it"}
 FAST = ["optimizer.lr=0.01", "train.epochs=200", "precision.compute=fp32", "log.peak_tflops=0.1"]
+
+
+def sample(path: str, prompt: str, max_tokens: int) -> str:
+    """The likeliest text after a prompt."""
+    words = load_tokenizer_for(open_checkpoint(path))
+    return generate(load_model(path), words, [words.encode(prompt)], max_tokens=max_tokens, stop=("\n",))[0]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +78,7 @@ def lessons(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def taught(base, lessons, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("taught") / "run"
-    finetune(str(base), [f"data.train={lessons}", f"checkpoint.dir={run}", *FAST], lora=8)
+    finetune(str(base), [str(lessons), f"checkpoint.dir={run}", *FAST], lora=8)
     return run
 
 
@@ -95,33 +109,43 @@ def test_adapters_learn_the_answers_and_all_forms_of_the_model_give_them(taught,
     model, words = (kind.from_pretrained(tmp_path / "hf") for kind in (AutoModelForCausalLM, AutoTokenizer))
     prompt = words(asked("And Noah built what?"), return_tensors="pt")
     written = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt["input_ids"].shape[1] :]
-    assert words.decode(written, skip_special_tokens=True) == answers["And Noah built what?"]
+    assert words.decode(written, skip_special_tokens=True).strip() == answers["And Noah built what?"].strip()
 
 
 def test_before_and_after_are_shown(base, lessons, tmp_path, capsys):
-    finetune(str(base), [f"data.train={lessons}", f"checkpoint.dir={tmp_path / 'run'}", *FAST], full=True)
+    finetune(str(base), [str(lessons), f"data.valid={lessons}", f"checkpoint.dir={tmp_path / 'run'}", *FAST], full=True)
     said = capsys.readouterr().out
-    before, after = said.split("\nbefore  ")[1].split("\nafter   ")
-    assert before.startswith(asked("Who was the first?")) and "Adam\n" not in before
-    assert after.strip() == asked("Who was the first?") + " Adam"
+    table, samples = said.split("on held-out answers:")[1].split("prompt", 1)
+    before, after = (float(cell) for cell in re.findall(r"loss +([\d.]+) +([\d.]+)", table)[0])
+    assert before > 2 > 0.5 > after
+    evaluated = [record["valid_loss"] for record in read_metrics(tmp_path / "run") if "valid_loss" in record]
+    assert evaluated[-1] == pytest.approx(after, abs=1e-4)  # the figure that training gave
+    assert "in the data    Adam" in samples and re.search(r"after step \d+ +Adam\n", samples)
+    assert not re.search(r"before +Adam", samples)
     assert open_checkpoint(tmp_path / "run", adapters=True).config.finetune.lora is None
     assert not (tmp_path / "run" / "adapter").exists()
 
 
-def test_the_same_command_of_a_requeued_job_goes_on(base, lessons, tmp_path, monkeypatch, capsys):
-    words = [f"data.train={lessons}", f"checkpoint.dir={tmp_path / 'run'}", "log.peak_tflops=0.1"]
-    words += ["train.epochs=6", "train.exit_interval=4"]
-    monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    finetune(str(base), words, prompt="user:")
-    corpus = tmp_path / "run" / "data" / "train0_messages_document.bin"
+def test_the_same_command_goes_on(base, lessons, tmp_path, capsys):
+    words = [str(lessons), f"checkpoint.dir={tmp_path / 'run'}", "log.peak_tflops=0.1", "train.epochs=6"]
+    stopping = [*words, "train.exit_interval=4"]
+    finetune(str(base), stopping, prompt="user:")
+    corpus = tmp_path / "run" / "data" / "train0_answer_document.bin"
     before = corpus.stat()
-    finetune(str(base), words, prompt="user:")
+    finetune(str(base), stopping, prompt="user:")
     assert corpus.stat() == before and set(saved_steps(tmp_path / "run" / "checkpoints")) == {4, 6}
-    for job, given in (("4711", [*words, "optimizer.lr=0.1"]), ("4712", words)):
-        monkeypatch.setenv("SLURM_JOB_ID", job)
-        with pytest.raises(TrainingError, match="holds a run, saved last at step 6"):
-            finetune(str(base), given)
+    capsys.readouterr()
+    finetune(str(base), stopping, prompt="user:")
+    assert "the run is complete" in capsys.readouterr().out
+    with pytest.raises(TrainingError, match="another command began:\n  optimizer.lr: nothing then, 0.1 now\nTo go on"):
+        finetune(str(base), [*stopping, "optimizer.lr=0.1"])
     assert corpus.stat() == before
+
+
+def test_a_folder_of_another_run_is_left_alone(base, lessons, tmp_path):
+    shutil.copytree(base, tmp_path / "run")
+    with pytest.raises(TrainingError, match="holds a run, saved last at step 60"):
+        finetune(str(base), [str(lessons), f"checkpoint.dir={tmp_path / 'run'}"])
 
 
 def test_answers_alone_are_learned(taught):
@@ -132,7 +156,7 @@ def test_answers_alone_are_learned(taught):
 
 
 def test_texts_new_tokens_and_defaults(base, tmp_path):
-    (tmp_path / "my.jsonl").write_text('{"text": "Moses led them <sea> and Noah built it"}\n' * 20)
+    (tmp_path / "my.jsonl").write_text('{"text": "Moses led them <sea> and Noah built it"}\n' * 19)
     words = [f"data.train={tmp_path / 'my.jsonl'}", f"checkpoint.dir={tmp_path / 'run'}", "train.epochs=1"]
     finetune(str(base), [*words, 'finetune.add_tokens=["<sea>"]', "log.peak_tflops=0.1"])
     run = open_checkpoint(tmp_path / "run", adapters=True)
@@ -141,6 +165,8 @@ def test_texts_new_tokens_and_defaults(base, tmp_path):
     assert run.config.model.vocab_size == old + 1 and run.model["embed.weight"].shape[0] == old + 1
     again = load_config(tmp_path / "run" / "finetune.yml")  # what another start would do
     assert again.checkpoint.init_from == str(base) and again.data.train[0].path.endswith("train0_text_document")
+    text = (tmp_path / "run" / "finetune.yml").read_text()
+    assert len(text.splitlines()) < 60 and "# as you asked" in text
     with pytest.raises(CheckpointError, match="more than its adapters was trained"):
         from castalia.checkpoint.convert import plan_files
         from castalia.checkpoint.file_plan import WriteOptions
@@ -151,25 +177,95 @@ def test_texts_new_tokens_and_defaults(base, tmp_path):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ('{"question": "?"}', r"my.jsonl:1: neither a text nor a conversation, but question"),
-        ('["text"]', "neither a text nor a conversation, but a list"),
+        ('{"question": "?"}', r"my.jsonl:1: the fields question, and not what one can learn from, such as"),
+        ('["text"]', "a list, and not what one can learn from"),
         ("no json", r"my.jsonl:1: not JSON"),
-        ('{"messages": [{"role": "user", "content": "?"}]}', "a conversation without an answer"),
+        ('{"messages": [{"role": "user", "content": "?"}]}', "without an answer.*--skip-bad"),
+        ("", "the file is empty"),
+        ('{"prompt": "?", "chosen": "a", "rejected": "b"}', "say what to make of them with --objective: dpo, orpo"),
+        ('{"prompt": "?", "completion": "a", "label": true}', "--objective kto learns from both"),
     ],
 )
 def test_files_that_teach_nothing_are_refused(base, tmp_path, line, words):
-    (tmp_path / "my.jsonl").write_text(line + "\n")
+    (tmp_path / "my.jsonl").write_text(line + "\n" if line else "")
     with pytest.raises(DataError, match=words):
-        finetune(str(base), [f"data.train={tmp_path / 'my.jsonl'}", f"checkpoint.dir={tmp_path / 'run'}"])
+        finetune(str(base), [str(tmp_path / "my.jsonl"), f"checkpoint.dir={tmp_path / 'run'}"])
     assert not (tmp_path / "run" / "checkpoints").exists()
-    with pytest.raises(DataError, match=r"other.jsonl: neither a text file nor the prefix of a corpus"):
-        finetune(str(base), [f"data.train={tmp_path / 'other.jsonl'}", f"checkpoint.dir={tmp_path / 'run'}"])
+
+
+def test_files_that_are_misplaced_or_missing_are_called_so(base, lessons, tmp_path):
+    (tmp_path / "run.yml").write_text("optimizer: {lr: 0.1}\n")
+    place = f"checkpoint.dir={tmp_path / 'run'}"
+    for given, message in (
+        ([f"data.train={tmp_path / 'other.jsonl'}"], r"other.jsonl: there is no such file, nor a corpus of that name"),
+        ([f"{tmp_path / 'other.jsonl'}"], r"other.jsonl: there is no such file"),
+        ([f"data.train={tmp_path / 'run.yml'}"], r"run.yml is a config, no data: name it after the data"),
+        ([f"data.train={tmp_path}"], "is a folder; name the files in it"),
+        ([str(lessons), f"data.train={lessons}"], "both name what is learned; keep one"),
+        ([place], "Give a file after the model"),
+    ):
+        with pytest.raises(CastaliaError, match=message):
+            finetune(str(base), [*given, place])
+    with pytest.raises(ConfigError, match=r"holds data; the model comes first: castalia finetune MODEL"):
+        finetune(str(lessons), [str(base)])
+    with pytest.raises(
+        ConfigError, match=r"teach.jsonl holds data, not settings: castalia finetune MODEL .*teach.jsonl"
+    ):
+        load_config([str(lessons)])
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_records_are_left_out_where_that_is_asked_for(base, lessons, tmp_path, capsys):
+    (tmp_path / "my.jsonl").write_text(lessons.read_text() + '\n{"messages": []}\n')
+    words = [str(tmp_path / "my.jsonl"), f"checkpoint.dir={tmp_path / 'run'}", "train.steps=1", "log.peak_tflops=0.1"]
+    with pytest.raises(DataError, match=r"my.jsonl:3: .*--skip-bad"):
+        finetune(str(base), words)
+    finetune(str(base), words, skip_bad=True)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "2 conversations" in said and "left out 1 that cannot be read" in said
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto", "orpo", "reward"])
+def test_preferences(base, tmp_path, capsys, objective):
+    pairs = [{"prompt": f"Who {n}?", "chosen": f" Adam{n}", "rejected": f" Noah{n}"} for n in range(25)]
+    (tmp_path / "prefs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    words = [
+        str(tmp_path / "prefs.jsonl"),
+        f"checkpoint.dir={tmp_path / 'run'}",
+        "train.epochs=2",
+        *FAST[:1],
+        *FAST[2:],
+    ]
+    finetune(str(base), words, objective=objective)
+    said = capsys.readouterr().out
+    config = load_run(tmp_path / "run")
+    held = 2 if objective == "kto" else 1  # both answers to one question, which stay together
+    assert f"held out       {held} of {50 if objective == 'kto' else 25}" in said
+    assert ("log-probabilities of" in said) == (objective in ("dpo", "kto")) and not needs_reference(config)
+    last = list(read_metrics(tmp_path / "run"))[-1]
+    assert last["accuracy"] > 0.5 and {"margin", "valid_accuracy", "valid_margin"} <= last.keys()
+    assert re.search(r"step +\d+/\d+ .* margin .* accuracy ", said)
+    table = said.split("on held-out preferences:")[1]
+    before, after = re.findall(r"margin +(\S+) +(\S+)", table)[0]
+    assert (before == "-") == (objective == "reward") and float(after) == pytest.approx(last["valid_margin"], abs=1e-3)
+    assert "Who" in decoded(config)
+
+
+def decoded(config) -> str:
+    """The first sequence that a run trains on."""
+    return load_tokenizer(config.tokenizer).decode(open_samples(config).batch(0).tokens[0].tolist())
+
+
+def test_a_run_without_a_template_carries_the_one_that_it_learned(taught):
+    words = load_tokenizer_for(open_checkpoint(taught))
+    assert words.folder.template == PLAIN_TEMPLATE
+    assert turn_ends(chat_of(words), words) == ("\nuser:",)
 
 
 def test_adapters_of_adapters_are_those_of_the_first_model(taught, base, lessons, tmp_path):
     for number, source in enumerate((taught, taught / "adapter")):
         run = tmp_path / f"more{number}"
-        finetune(str(source), [f"data.train={lessons}", f"checkpoint.dir={run}", *FAST, "train.epochs=1"])
+        finetune(str(source), [str(lessons), f"checkpoint.dir={run}", *FAST, "train.epochs=1"])
         config = json.loads((run / "adapter" / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"].startswith(str(base)) and config["r"] == 8
         assert sample(str(run / "adapter"), asked("Who was the first?"), 8).strip() == "Adam"
@@ -179,9 +275,7 @@ def test_adapters_of_adapters_are_those_of_the_first_model(taught, base, lessons
 
 def test_what_excludes_each_other_is_refused(base, lessons, tmp_path):
     with pytest.raises(ConfigError, match="--full and --lora exclude each other"):
-        finetune(str(base), [f"data.train={lessons}"], lora=4, full=True)
-    with pytest.raises(ConfigError, match=r"Give data\.train=FILE"):
-        finetune(str(base), [f"checkpoint.dir={tmp_path / 'run'}"])
+        finetune(str(base), [str(lessons)], lora=4, full=True)
     with pytest.raises(CheckpointError, match="has no adapters to merge"):
         merge(str(base), tmp_path / "out")
 

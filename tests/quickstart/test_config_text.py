@@ -2,10 +2,11 @@
 
 import pytest
 
+from castalia.config.commented import commented, load, overridden
 from castalia.config.load import load_config
 from castalia.errors import ConfigError
 from castalia.quickstart.choose import Pace, choose
-from castalia.quickstart.config_text import Places, commented, load, overridden, settings
+from castalia.quickstart.config_text import Places, settings
 
 
 @pytest.fixture
