@@ -18,7 +18,7 @@ from castalia.errors import CastaliaError, Stopped, out_of_memory
 VERBS = {
     "start": ("castalia.cli.start", "From a folder of text to a trained model, in the time that you have."),
     "train": ("castalia.cli.train", "Train, fine-tune or resume a run."),
-    "finetune": ("castalia.cli.finetune", "Fine-tune a model on texts, conversations or preferences: LoRA, or all weights."),
+    "finetune": ("castalia.cli.finetune", "Tune a model on texts, conversations or preferences: LoRA, or all weights."),
     "merge-lora": ("castalia.cli.merge_lora", "Merge LoRA adapters into their model."),
     "replay": ("castalia.cli.replay", "Compute one step of a run again, with norms of all layers and its data."),
     "lr-find": ("castalia.cli.lr_find", "Try rising learning rates and suggest one."),
