@@ -1,4 +1,4 @@
-"""Durations and large numbers as a person reads them: the one place that words them."""
+"""Durations, large numbers and what is counted as a person reads them: the one place that words them."""
 
 from __future__ import annotations
 
@@ -24,3 +24,8 @@ def short_number(number: float) -> str:
         if number >= max(0.99995 * size, 1e4):  # 999,960 are 1M, not 1000k
             return f"{number / size:.4g}{unit}"
     return f"{number:,.0f}"
+
+
+def plural(number: int, noun: str) -> str:
+    """A number and what it counts, whose plural ends in s: "1 note", "2,000 notes"."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")

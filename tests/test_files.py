@@ -1,6 +1,7 @@
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,7 @@ from castalia.files import (
     delete,
     put_in_place,
     remove,
+    standing,
     workplace,
     write_text,
 )
@@ -130,3 +132,9 @@ def test_a_link_inside_of_a_workplace_is_removed_and_not_followed(folder):
 def test_deleting_leaves_nothing(folder):
     delete(folder / "model")
     assert names(folder) == ["model.old", "model.partial", "model.tmp", "new"]
+
+
+def test_folders_without_a_name_stand_where_they_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert standing(Path()) == Path()
+    assert standing(Path("/")) == Path("/")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from castalia.units import duration, short_number
+from castalia.units import duration, plural, short_number
 
 DURATIONS = [
     (0.0, "0 s"), (0.8645, "0.865 s"), (45, "45 s"), (119, "119 s"), (150, "2.5 min"), (5985, "99.8 min"),
@@ -24,3 +24,7 @@ def test_durations_have_units_that_suit_them(seconds: float, text: str) -> None:
 @pytest.mark.parametrize(("number", "text"), NUMBERS)
 def test_large_numbers_are_short(number: float, text: str) -> None:
     assert short_number(number) == text
+
+
+def test_only_one_is_singular():
+    assert [plural(number, "note") for number in (0, 1, 2, 2000)] == ["0 notes", "1 note", "2 notes", "2,000 notes"]

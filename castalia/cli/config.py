@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,11 +15,13 @@ from castalia.config.fields import FIELDS, SECTIONS, changed, describe, values
 from castalia.config.key_reference import markdown
 from castalia.config.load import load_config, suggest
 from castalia.config.neox.keys import FORMER, KEYS
+from castalia.config.notes import folded
 from castalia.config.schema import RunConfig
 from castalia.config.yaml_files import to_yaml
 from castalia.errors import ConfigError
 from castalia.files import write_text
 from castalia.strict_json import to_json
+from castalia.units import plural
 
 app = typer.Typer(no_args_is_help=True, help="Show, check or convert configs.")
 Words = Annotated[list[str], typer.Argument(metavar="CONFIG... [KEY=VALUE...]", show_default=False)]
@@ -56,27 +59,31 @@ def show(
 
 @app.command()
 def check(words: Words) -> None:
-    """Check a config. Exit code 0 if it is accepted, warnings included; 2 with a line for each problem if not.
+    """Check a config, and all that `castalia train` checks before it starts: data, tokenizer, folder, layout.
 
     \b
     Examples:
       castalia config check run.yml
       castalia config check pythia-160m train.steps=1000 parallel.gpus=8
+
+    Exit code 2 with a line for each error, else 0. What is not given yet, missing on this machine or in the way there
+    is listed and no error, because the run may start elsewhere.
     """
-    from castalia.parallel.rank_grid import check_run
+    from castalia.cli.train import read_config
     from castalia.plan.run_plan import layout_of, warnings
     from castalia.train.run_facts import collect_run_facts
+    from castalia.train.start_checks import find_obstacles, refuse
 
-    config = read(words)
-    if config.parallel.gpus and config.parallel.gpus > 1:
-        check_run(config, config.parallel.gpus)
-    layout, _ = layout_of(config, None)
-    found = warnings(config, collect_run_facts(config), layout)
-    print_notes(config)
-    for warning in found:
-        print(f"warning: {warning}", file=sys.stderr)
-    number = len(config.notes) + len(found)
-    print(f"accepted: {' '.join(words)}" + (f" ({number} notes)" if number else ""))
+    config = read_config(words)
+    found = find_obstacles(config, config.parallel.gpus or 1)
+    refuse(each for each in found if each.kind == "error")
+    warned = warnings(config, collect_run_facts(config), layout_of(config, None)[0])
+    for line in (*(f"note: {note}" for note in config.notes), *(f"warning: {text}" for text in warned), *found):
+        print(line, file=sys.stderr)
+    number, kinds = len(config.notes) + len(warned), Counter(each.kind for each in found)
+    told = f" ({plural(number, 'note')})" if number else ""
+    lacks = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    print(f"accepted: {' '.join(words)}{told}" + (f"; it would not train here yet: {lacks}" if lacks else ""))
 
 
 @app.command()
@@ -147,8 +154,8 @@ def changes(config: RunConfig) -> dict[str, Any]:
 
 
 def print_notes(config: RunConfig) -> None:
-    """Print the config's notes on standard error."""
-    for note in config.notes:
+    """Print the config's notes on standard error, in short."""
+    for note in folded(config.notes):
         print(f"note: {note}", file=sys.stderr)
 
 

@@ -35,14 +35,17 @@ def command(
       castalia launch slurm run.yml --nodes 4 --gpus-per-node 2
       castalia launch torchrun run.yml --gpus-per-node 2 --output start.sh
 
-    Nothing is started. The layout and the batch are checked against the number of processes first.
+    Nothing is started. The layout and the batch are checked against the number of processes first, and all else that
+    `castalia train` checks: what would keep the run from starting here is told, and stands in the script.
     """
     from castalia.cli.plan import with_vocabulary
     from castalia.cli.train import read_config
+    from castalia.config.notes import folded
     from castalia.errors import ConfigError
     from castalia.files import write_text
     from castalia.launch import render
     from castalia.parallel.rank_grid import check_run, layout
+    from castalia.train.start_checks import find_obstacles, refuse
 
     hosts = chosen_hosts(hostfile, nodes, gpus_per_node)
     num_nodes = len(hosts) or nodes or 1
@@ -57,15 +60,26 @@ def command(
         raise ConfigError(f"torchrun on {num_nodes} machines needs their names: give --hostfile")
     config = read_config(configs)
     world = sum(host.slots for host in hosts) or num_nodes * gpus  # with torchrun, hosts may have different slots
-    if world > 1:
+    found = find_obstacles(config, world)
+    refuse(each for each in found if each.kind == "error")
+    if world > 1:  # with the vocabulary of a tokenizer that is not here, as far as its kind tells it
         check_run(with_vocabulary(config, None)[0], world)
+    told = [f"note: {note}" for note in folded(config.notes)]
     if config.parallel.tp > gpus:
-        print(
-            f"warning: parallel.tp={config.parallel.tp} spans machines of {gpus} GPUs, which is slow", file=sys.stderr
-        )
+        told.append(f"warning: parallel.tp={config.parallel.tp} spans machines of {gpus} GPUs, which is slow")
+    for line in (*told, *found):
+        print(line, file=sys.stderr)
     grid = str(layout(config.parallel, world))
     job = render.LaunchJob(
-        name or Path(configs[0]).stem, ["train", *configs], num_nodes, gpus, grid, hosts, max_restarts, port
+        name or Path(configs[0]).stem,
+        ["train", *configs],
+        num_nodes,
+        gpus,
+        grid,
+        hosts,
+        max_restarts,
+        port,
+        [line for each in found for line in str(each).splitlines()],
     )
     text = render.k8s(job, image) if kind == "k8s" else {"slurm": render.slurm, "torchrun": render.torchrun}[kind](job)
     if output is None:

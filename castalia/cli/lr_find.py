@@ -30,7 +30,6 @@ def command(
     """
     from castalia.cli.opening import tell
     from castalia.cli.train import split_words
-    from castalia.config.input_files import require_files
     from castalia.config.load import load_config
     from castalia.errors import ConfigError
     from castalia.figures import check_picture
@@ -39,7 +38,6 @@ def command(
 
     check_picture(plot, "--plot")
     config = load_config(*split_words(words))
-    require_files(config)
     if not 0 < lowest < highest:
         raise ConfigError(f"--lowest {lowest:g} must be positive and below --highest {highest:g}")
     # Only now, because torch takes a second to import, and what is wrong above is told before.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from castalia.config.setting import NEOX_DEFAULT
 from castalia.strict_json import to_json
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from castalia.plan.suggest import Suggestions
 
 BYTE_VOCABULARIES = {"char": 512, "bytes": 257}  # ids of the tokenizers that need no file
+GPT2_VOCABULARY = 50257
 
 
 def command(
@@ -44,16 +46,17 @@ def command(
     The architecture alone is enough; what cannot be worked out from it is listed.
     """
     from castalia.cli.plan_text import print_report, print_suggestions
-    from castalia.cli.train import split_words
-    from castalia.config.load import load_config
+    from castalia.cli.train import read_config
     from castalia.errors import ConfigError
     from castalia.figures import check_picture
-    from castalia.plan.run_plan import Hardware, report
+    from castalia.plan.run_plan import Hardware, divisible, report
     from castalia.plan.step_cost import EFFICIENCY
     from castalia.train.run_facts import collect_run_facts
+    from castalia.train.start_checks import find_obstacles
 
     check_picture(plot, "--plot")
-    config, assumed = with_vocabulary(load_config(*split_words(configs), any_batch=True), vocab_size)
+    written = read_config(configs, any_batch=True)
+    config, assumed = with_vocabulary(written, vocab_size)
     hardware = None
     if gpus:
         from castalia.plan.devices import parse_gpus
@@ -69,14 +72,17 @@ def command(
         known = replace(known, device="cpu" if hardware.device.name == "cpu" else "cuda")
     result = report(config, known, hardware)
     result.assumed = assumed + result.assumed
-    result.warnings = [*config.notes, *result.warnings]
+    # A batch that does not divide is a warning of the plan, which takes the nearest.
+    found = find_obstacles(divisible(written, hardware.gpus if hardware else None)[0], result.layout.gpus)
     layouts = None
     if hardware and result.sized and (suggest or not result.sized.memory.fits):
         layouts = suggested(config, result, hardware, all_of_them=suggest)
     if as_json:
-        print(to_json(result.as_json() | ({"suggestions": suggestions_json(layouts)} if layouts else {}), indent=1))
+        more = {"notes": config.notes, "obstacles": [each._asdict() for each in found]}
+        more |= {"suggestions": suggestions_json(layouts)} if layouts else {}
+        print(to_json(result.as_json() | more, indent=1))
     else:
-        print_report(result)
+        print_report(result, config.notes, found)
         if layouts:
             print_suggestions(layouts)
     if plot:
@@ -93,7 +99,7 @@ def with_vocabulary(config: RunConfig, given: int | None) -> tuple[RunConfig, li
     if config.model is None or (given is None and config.model.vocab_size):
         return config, []
     size, source = (given, "--vocab-size") if given else tokenizer_size(config)
-    return config.with_({"model.vocab_size": size}), [f"vocabulary {size}: {source}"] if size and not given else []
+    return config.with_({"model.vocab_size": size}), [f"vocabulary {size:,}: {source}"] if size and not given else []
 
 
 def tokenizer_size(config: RunConfig) -> tuple[int | None, str]:
@@ -108,7 +114,9 @@ def tokenizer_size(config: RunConfig) -> tuple[int | None, str]:
     if kind in BYTE_VOCABULARIES:
         return BYTE_VOCABULARIES[kind], f"every {kind} tokenizer has it"
     if kind == "gpt2":
-        return 50257, "GPT-2's, by the tokenizer's kind; its files are not here"
+        return GPT2_VOCABULARY, "GPT-2's, by the tokenizer's kind; its files are not here"
+    if kind is None and not config.tokenizer.path and NEOX_DEFAULT in config.origins.values():
+        return GPT2_VOCABULARY, "GPT-NeoX's default, GPT2BPETokenizer, as the config names no tokenizer"
     return None, ""
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from castalia.cli.render import print_table
+from castalia.config.notes import folded
 from castalia.plan.layout import Layout
 from castalia.plan.plan_parts import KvCache, MemoryPlan, RunPlan, SizedPlan
 from castalia.plan.run_description import GiB, describe_training, gib
 from castalia.plan.step_cost import Verdict
 from castalia.plan.suggest import Suggestions, particular
 from castalia.units import duration
+
+if TYPE_CHECKING:
+    from castalia.train.start_checks import Obstacle
 
 CATEGORIES = ("masters", "moments", "gradients", "compute_copies", "activations", "logits", "buffers")
 
@@ -23,14 +28,27 @@ COSTS = {  # what a step spends its time on
 }
 
 
-def print_report(plan: RunPlan) -> None:
-    """Print the facts of a plan, its memory and what is assumed, unknown or surprising."""
+def print_report(plan: RunPlan, notes: Sequence[str], found: Sequence[Obstacle]) -> None:
+    """Print the facts of a plan, its memory, what is assumed, unknown or surprising, and what `train` would refuse."""
     _facts(plan)
     if plan.sized:
         _memory(plan.layout, plan.sized.memory)
-    for title, lines in (("assumed", plan.assumed), ("not known", plan.unknown), ("warning", plan.warnings)):
+    titled = {
+        "assumed": plan.assumed,
+        "not known": plan.unknown,
+        "note": folded(notes),
+        "warning": plan.warnings,
+    }
+    for title, lines in titled.items():
         for line in lines:
             print(f"{title}: {line}")
+    # The architecture alone is enough for a plan, so what it leaves out is one line.
+    lacking = [each.text.partition(":")[0] for each in found if each.kind == "not given"]
+    for finding in found:
+        if finding.kind != "not given":
+            print(finding)
+    if lacking:
+        print(f"not given: {', '.join(lacking)} (castalia config check says which keys)")
 
 
 def print_suggestions(found: Suggestions) -> None:

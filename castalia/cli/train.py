@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from castalia.config.input_files import require_files
-
 if TYPE_CHECKING:
     from castalia.config.schema import RunConfig
 
@@ -37,17 +35,17 @@ def command(
     CONFIG is a YAML file (ours or GPT-NeoX's) or the name of a preset; later ones and KEY=VALUE win. RUN is the folder
     of a run, which continues from its last checkpoint.
     """
+    from castalia.train.start_checks import find_obstacles, refuse
+
     config = read_config(configs)
     if nproc is not None and nproc > 1:
         from castalia.parallel.launcher import relaunch
-        from castalia.parallel.rank_grid import check_run
 
-        require_files(config)  # once, before many processes say the same
-        check_run(config, nproc)
+        refuse(find_obstacles(config, nproc))  # once, before many processes say the same
         arguments = ["train", *configs, *(["--dry-run"] if dry_run else [])]
         relaunch(nproc, arguments, max_restarts=0 if dry_run else RESTARTS)
     if dry_run:
-        require_files(config)
+        refuse(find_obstacles(config))
         from castalia.train.dry_run import rehearse
 
         rehearse(config)
@@ -57,23 +55,25 @@ def command(
 
 def train(config: RunConfig) -> str:
     """Train as the config says and return the run's folder."""
-    require_files(config)  # first, because torch takes a second to import
+    from castalia.train.start_checks import find_obstacles, refuse
+
+    refuse(find_obstacles(config))  # first, because torch takes a second to import
     from castalia.train.loop import train as run
 
     return str(run(config))
 
 
-def read_config(words: list[str]) -> RunConfig:
-    """The config of a new run, or a run's own config told to go on."""
+def read_config(words: list[str], any_batch: bool = False) -> RunConfig:
+    """The config of a new run, or a run's own config told to go on. `any_batch`: accept one that does not divide."""
     from castalia.config.load import load_config, load_neox_run, load_run, neox_config_files
 
     files, overrides = split_words(words)
     folder = Path(files[0]) if len(files) == 1 else None
     if folder and (folder / "config.yml").is_file():
-        return load_run(folder, overrides)
+        return load_run(folder, overrides, any_batch)
     if folder and folder.is_dir() and neox_config_files(folder):
-        return load_neox_run(folder, overrides)
-    return load_config(files, overrides)
+        return load_neox_run(folder, overrides, any_batch)
+    return load_config(files, overrides, any_batch)
 
 
 def split_words(words: list[str]) -> tuple[list[str], list[str]]:

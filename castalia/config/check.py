@@ -46,6 +46,18 @@ def refuse_contradictions(config: RunConfig) -> None:
 
 def require_training(config: RunConfig, dp: int = 1) -> None:
     """Raise ConfigError with everything that the config lacks to train on `dp` data-parallel ranks."""
+    missing = not_given(config)
+    if has_batch(config):
+        try:
+            batch_plan(config, dp)
+        except ConfigError as error:
+            missing.append(str(error))
+    if missing:
+        raise ConfigError("\n".join(f"this config cannot train: {text}" for text in missing))
+
+
+def not_given(config: RunConfig) -> list[str]:
+    """What a config leaves out and training needs, each with the keys that give it."""
     missing = []
     if config.model is None:
         missing.append("no model: give model.num_layers, hidden_size and num_heads, or name a preset first")
@@ -53,12 +65,14 @@ def require_training(config: RunConfig, dp: int = 1) -> None:
         missing.append("no end: give train.steps or train.epochs")
     if not (config.data.path or config.data.train):
         missing.append("no data: give data.path (one corpus, split) or data.train (one or more)")
-    try:
-        batch_plan(config, dp)
-    except ConfigError as error:
-        missing.append(str(error))
-    if missing:
-        raise ConfigError("\n".join(f"this config cannot train: {text}" for text in missing))
+    if not has_batch(config):
+        missing.append("no batch: give train.batch_size")
+    return missing
+
+
+def has_batch(config: RunConfig) -> bool:
+    """Whether the config says how many sequences a step takes."""
+    return bool(config.train.batch_size or config.train.micro_batch_size)
 
 
 def heads(config: RunConfig) -> Iterator[Problem]:
@@ -186,7 +200,7 @@ def batch(config: RunConfig) -> Iterator[Problem]:
     # Without declared devices, one rank is the most lenient case: what it cannot divide, no number of ranks can.
     dp = planned_dp(config) if config.parallel.gpus else None
     whole = (train.micro_batch_size or 1) * (train.accumulation or 1)
-    if dp == 0 or not (train.batch_size or train.micro_batch_size):
+    if dp == 0 or not has_batch(config):
         return
     if dp or (train.batch_size and train.batch_size % whole):
         try:

@@ -1,4 +1,4 @@
-"""Whether the files that a run starts from exist; checked before anything slow, such as torch, is imported."""
+"""Which of the files that a run starts from are not there; needs nothing slow, such as torch."""
 
 from __future__ import annotations
 
@@ -6,24 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from castalia.config.schema import RunConfig
-from castalia.errors import CheckpointError, DataError
 
 
-def require_files(config: RunConfig) -> None:
-    """Raise CheckpointError if a checkpoint to load does not exist, DataError if a new run lacks data or tokenizer.
-
-    A run that loads a checkpoint is not refused for its data here, because its architecture must be compared first.
-    """
-    missing = [*_missing_data(config), *missing_tokenizer(config)]
-    if nothing := _nothing_to_load(config):
-        raise CheckpointError("\n".join([nothing, *missing]))
-    # Resuming from an own folder that is still empty is the start of a new run.
-    loads = config.checkpoint.init_from or (config.checkpoint.resume and not config.checkpoint.starts_if_empty)
-    if missing and not loads:
-        raise DataError("\n".join(missing))
+def missing_files(config: RunConfig) -> Iterator[str]:
+    """A line for the checkpoint to load, each corpus and each file of the tokenizer that are not there."""
+    if nothing := nothing_to_load(config):
+        yield nothing
+    yield from _missing_data(config)
+    yield from missing_tokenizer(config)
 
 
-def _nothing_to_load(config: RunConfig) -> str | None:
+def nothing_to_load(config: RunConfig) -> str | None:
+    """A line about the checkpoint to load, if it is not there."""
     wanted = config.checkpoint
     key, path = ("init_from", wanted.init_from) if wanted.init_from else ("resume", wanted.resume)
     if path is None or wanted.starts_if_empty:
@@ -47,18 +41,18 @@ def _nothing_to_load(config: RunConfig) -> str | None:
 
 
 def _missing_data(config: RunConfig) -> Iterator[str]:
-    sources = {"data.path": [config.data.path] if config.data.path else []}
+    named: dict[str, list[str]] = {config.data.path: ["data.path"]} if config.data.path else {}
     for split in ("train", "valid", "test"):
-        given = getattr(config.data, split)
-        sources[f"data.{split}"] = [prefix for source in given for prefix in source.prefixes]
-    for key, prefixes in sources.items():
-        for prefix in prefixes:
-            gone = [f"{prefix}.{end}" for end in ("bin", "idx") if not Path(f"{prefix}.{end}").is_file()]
-            if gone:
-                yield (
-                    f"{config.place(key)}{key}={prefix}: {' and '.join(gone)} {_are(gone)} missing; make the "
-                    "corpus with `castalia data prepare`, or name it as its files are called, without .bin and .idx"
-                )
+        for prefix in (prefix for source in getattr(config.data, split) for prefix in source.prefixes):
+            named.setdefault(prefix, []).append(f"data.{split}")
+    for prefix, all_keys in named.items():
+        keys = list(dict.fromkeys(all_keys))
+        gone = [f"{prefix}.{end}" for end in ("bin", "idx") if not Path(f"{prefix}.{end}").is_file()]
+        if gone:
+            yield (
+                f"{config.place(*keys)}{', '.join(keys)}={prefix}: {' and '.join(gone)} {_are(gone)} missing; make the "
+                "corpus with `castalia data prepare`, or name it as its files are called, without .bin and .idx"
+            )
 
 
 def missing_tokenizer(config: RunConfig) -> Iterator[str]:

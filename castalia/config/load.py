@@ -77,7 +77,7 @@ def neox_config_files(folder: Path) -> list[Path]:
     return next(filter(None, stored), [])
 
 
-def load_neox_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_neox_run(folder: Path, overrides: Sequence[str] = (), any_batch: bool = False) -> RunConfig:
     """The config with which training goes on from a folder of GPT-NeoX, in a folder of its own: runs/NAME if not told.
 
     A tokenizer file that the config names and that is not there is looked for beside the checkpoint.
@@ -87,7 +87,7 @@ def load_neox_run(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
     if any(word.startswith(("checkpoint.dir=", "save=")) for word in overrides):
         del places["checkpoint.dir"]
     words = [*(f"{key}={json.dumps(value)}" for key, value in places.items()), *overrides]
-    config = load_config(folder, words)
+    config = load_config(folder, words, any_batch)
     named = {key: getattr(config.tokenizer, key) for key in ("path", "merges")}
     files = {key: beside(folder, path) for key, path in named.items() if path}
     return config.with_({f"tokenizer.{key}": path for key, path in files.items() if path != named[key]})
@@ -100,12 +100,13 @@ def beside(folder: Path, path: str) -> str:
     return str(next((place for place in (folder / path, Path(path), *above) if place.exists()), path))
 
 
-def load_run(folder: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_run(folder: str | Path, overrides: Sequence[str] = (), any_batch: bool = False) -> RunConfig:
     """The config that resumes the run in a folder from its last checkpoint, or starts it again if there is none."""
     run = Path(folder)
     places = {"checkpoint.dir": run, "checkpoint.resume": run}
     # Overrides, because the config in the folder may have been written under another path.
-    config = load_config(run, [*(f"{key}={json.dumps(str(path))}" for key, path in places.items()), *overrides])
+    words = [*(f"{key}={json.dumps(str(path))}" for key, path in places.items()), *overrides]
+    config = load_config(run, words, any_batch)
     # Loading `resume` removed `init_from`; a run that died before its first save still needs its initial weights.
     if config.checkpoint.resume and not any(run.glob("checkpoints/step_*/manifest.json")):
         began_from = load_config(run).checkpoint.init_from

@@ -63,13 +63,18 @@ def merged(old: Any, old_rank: int, new: Any, new_rank: int) -> Any:
 
 
 def read_file(path: Path, label: str, findings: Findings) -> YamlMapping:
-    """The top-level mapping of a YAML file, which messages call `label`. Raises ConfigError for invalid YAML."""
+    """The top-level mapping of a YAML file, which messages call `label`. Raises ConfigError for invalid YAML and for a
+    file without keys, which is no config."""
     try:
         text = path.read_text(encoding="utf-8")
         refuse_pointer(label, text[:64].encode(), ConfigError)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{label}: not UTF-8 text (byte {error.start}); a config is a YAML text file") from error
-    return read_text(text, label, findings)
+    before = len(findings.errors)
+    table = read_text(text, label, findings)
+    if not table and len(findings.errors) == before:
+        raise _without_keys(label)
+    return table
 
 
 def read_text(text: str, label: str, findings: Findings) -> YamlMapping:
@@ -78,10 +83,12 @@ def read_text(text: str, label: str, findings: Findings) -> YamlMapping:
     if root is None:
         return YamlMapping()
     if not isinstance(root, yaml.MappingNode):
-        raise ConfigError(
-            f"{label}:{_line(root)}: holds no keys; a config is a mapping such as `train: {{steps: 200}}`"
-        )
+        raise _without_keys(f"{label}:{_line(root)}")
     return _mapping(root, label, findings, "", 0)
+
+
+def _without_keys(place: str) -> ConfigError:
+    return ConfigError(f"{place}: holds no keys; a config is a mapping such as `train: {{steps: 200}}`")
 
 
 def read_override(text: str, findings: Findings) -> tuple[str, Any]:

@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from castalia.launch.hosts import Host
 from castalia.parallel.launcher import SHUTDOWN_TIMEOUT, SHUTDOWN_TIMEOUT_S
+from castalia.units import plural
 
 # Slurm's default signal comes 30 s before it kills the job, too late to finish a step and write a checkpoint.
 SIGNAL_BEFORE_END_S = 300
@@ -34,13 +35,13 @@ class LaunchJob:
     hosts: Sequence[Host] = ()
     restarts: int = 3
     port: int = 29500
+    obstacles: Sequence[str] = ()  # lines on why the run would not start, for comments below the first
 
     @property
     def about(self) -> str:
         """The script's first comment."""
         ranks = sum(host.slots for host in self.hosts) or self.nodes * self.gpus
-        processes, machines = ("rank" + "s" * (ranks > 1)), ("node" + "s" * (self.nodes > 1))
-        return f"{ranks} {processes} on {self.nodes} {machines}: {self.layout}"
+        return f"{plural(ranks, 'rank')} on {plural(self.nodes, 'node')}: {self.layout}"
 
     def torchrun(self, gpus: int) -> list[str]:
         """The arguments of torchrun that are the same on every node with this many devices."""

@@ -387,13 +387,7 @@ def _schedule_warnings(config: RunConfig, known: RunFacts, steps: int | None) ->
 def _corpus_warnings(config: RunConfig, corpus: CorpusFacts) -> list[str]:
     texts, vocabulary = [], config.model.vocab_size if config.model else None
     largest, looked_at = corpus.largest_id, corpus.looked_at
-    if largest is not None and vocabulary and largest >= vocabulary:
-        texts.append(
-            f"{corpus.path} holds the token id {largest:,}, but the vocabulary has {vocabulary:,}, so training will "
-            "not start: the corpus belongs to another tokenizer; prepare it with this config's, or name the one it was "
-            "prepared with (tokenizer.path)"
-        )
-    elif largest is not None and vocabulary and 2 * largest < vocabulary and looked_at > ENOUGH_TOKENS * vocabulary:
+    if largest is not None and vocabulary and 2 * largest < vocabulary and looked_at > ENOUGH_TOKENS * vocabulary:
         texts.append(
             f"the largest of {looked_at:,} token ids of {corpus.path} is {largest:,}, but the vocabulary has "
             f"{vocabulary:,}: the corpus may belong to another tokenizer; look at its text with "

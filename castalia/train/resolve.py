@@ -15,12 +15,11 @@ from castalia.checkpoint.opener import open_checkpoint
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.batch import BatchPlan, batch_plan
 from castalia.config.check import refuse_contradictions, require_training
-from castalia.config.input_files import missing_tokenizer
-from castalia.config.schema import CompleteConfig, EarlierBatch, FinetuneConfig, ModelConfig, RunConfig, complete
+from castalia.config.schema import CompleteConfig, EarlierBatch, ModelConfig, RunConfig, complete
 from castalia.data.loader import Samples
 from castalia.data.pairs import Pairs, open_samples
-from castalia.data.tokenizer import Tokenizer, add_tokens, load_tokenizer
-from castalia.errors import CheckpointError, ConfigError, DataError, TrainingError
+from castalia.data.tokenizer import Tokenizer
+from castalia.errors import CheckpointError, ConfigError, TrainingError
 from castalia.parallel.process_group import main_first
 from castalia.parallel.rank_grid import layout
 from castalia.parallel.rendezvous import world_size
@@ -30,6 +29,7 @@ from castalia.train.reference_model import as_reward_model, needs_reference, wit
 from castalia.train.run_facts import refuse_foreign_tokens
 from castalia.train.run_folder import holds_checkpoint, refuse_second_start, run_folder
 from castalia.train.trainable import what_trains
+from castalia.train.vocabulary import open_tokenizer, vocabulary_sizes
 
 # Properties of the model that a new run may choose differently from the checkpoint that it starts from.
 OVERRIDABLE = {"embedding_dropout", "hidden_dropout", "attention_dropout", "init", "init_passes", "init_method"}
@@ -133,48 +133,6 @@ def infer_settings(config: RunConfig, source: Checkpoint | None) -> tuple[Comple
     )
     notes = left_open(config, model) if source else ()
     return complete(with_reference(inferred, source).with_notes(*notes)), tokenizer
-
-
-def open_tokenizer(config: RunConfig, finetune: FinetuneConfig) -> Tokenizer | None:
-    """The tokenizer that the config names, with the tokens that fine-tuning adds to it."""
-    named = config.tokenizer.path or config.tokenizer.kind
-    if missing := list(missing_tokenizer(config)):
-        raise DataError("\n".join(missing))
-    tokenizer = load_tokenizer(config.tokenizer, neox=config.neox_exact) if named else None
-    if finetune.add_tokens:
-        if tokenizer is None:
-            raise ConfigError("finetune.add_tokens needs the tokenizer that gets them: give tokenizer.path")
-        add_tokens(tokenizer, finetune.add_tokens)
-    return tokenizer
-
-
-def vocabulary_sizes(
-    config: RunConfig, model: ModelConfig, source: Checkpoint | None, tokenizer: Tokenizer | None, *, grows: bool
-) -> dict[str, int]:
-    """The model's `vocab_size`, and its `vocab_multiple` where that has to change to keep the number of rows.
-
-    `grows`: the tokenizer has been given new entries. Raises ConfigError if the model is too small for the tokenizer.
-    """
-    size = model.vocab_size or (tokenizer.vocab_size if tokenizer else None)
-    if size is None:
-        raise ConfigError("the vocabulary is unknown: give tokenizer.path, or model.vocab_size without a tokenizer")
-    if tokenizer is None or tokenizer.vocab_size == size:
-        return {"vocab_size": size}
-    entries = tokenizer.vocab_size
-    if entries > size and not grows:
-        raise ConfigError(
-            f"model.vocab_size={size} is smaller than the tokenizer's vocabulary of {entries}; "
-            "leave model.vocab_size out, or name the tokenizer that belongs to the model"
-        )
-    if entries > size:
-        return {"vocab_size": entries}
-    # Files of other programs give the number of rows, padding included; the tokenizer knows how many are in use.
-    is_foreign = source is not None and source.format != "native" and not (config.model and config.model.vocab_size)
-    if not is_foreign:
-        return {"vocab_size": size}
-    rows = model.padded_vocab_size
-    same_rows = model.with_({"vocab_size": entries}).padded_vocab_size == rows
-    return {"vocab_size": entries} if same_rows else {"vocab_size": entries, "vocab_multiple": rows}
 
 
 def with_steps(config: CompleteConfig) -> CompleteConfig:

@@ -17,6 +17,7 @@ from castalia.config.attention_kernels import AMPERE
 from castalia.config.batch import sum_until
 from castalia.config.fields import changed
 from castalia.config.loss_chunks import CHUNK_BYTES
+from castalia.config.notes import folded
 from castalia.config.schema import RunConfig
 from castalia.config.tensor_table import adapter_shapes, tensor_shapes
 from castalia.data.indexed import open_dataset
@@ -54,7 +55,7 @@ def show_report(session: Session, display: Display, folder: Path) -> None:
             for path, value in changed(config).items()
         ],
     )
-    for note in config.notes:
+    for note in folded(config.notes):
         display.line(f"note: {note}", "yellow")
     for name, text in summary_lines(session, folder, known, layout):
         display.line(f"{name:<14}{text}")

@@ -12,6 +12,7 @@ from castalia.config.lr_schedule import LearningRate
 from castalia.config.schema import RunConfig
 from castalia.errors import TrainingError
 from castalia.train.setup import start
+from castalia.train.start_checks import find_obstacles, refuse
 
 SMOOTHED = 0.05  # losses are averaged over this share of the steps to either side
 DIVERGED = 0.5  # diverged: the loss has risen again by this share of what it fell,
@@ -44,7 +45,9 @@ def find_rate(config: RunConfig, lowest: float = 1e-6, highest: float = 1.0, ste
 
     Called on all ranks. Raises TrainingError if the loss falls at no rate.
     """
-    session = start(_of_length(config, steps))
+    config = _of_length(config, steps)
+    refuse(find_obstacles(config, writes=False))
+    session = start(config)
     # In place of the config's schedule; everything else is as in training.
     session.step.rate = RisingRate(highest, lowest, 0.0, steps, "exponential")
     losses: list[float] = []

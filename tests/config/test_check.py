@@ -110,6 +110,6 @@ def test_a_plain_config_has_no_notes():
 def test_training_names_everything_that_is_missing():
     with pytest.raises(ConfigError) as error:
         require_training(load_config([]))
-    for part in ("no model", "no end", "no data", "the batch is unknown"):
+    for part in ("no model", "no end", "no data", "no batch"):
         assert part in str(error.value)
     require_training(load_config([], [*MODEL, "train.steps=1000", "data.path=corpus", "train.batch_size=4"]))

@@ -307,7 +307,7 @@ def test_a_finished_run_says_so(straight, tmp_path, capsys):
 
 def test_a_folder_that_holds_a_run_is_refused_naming_both_ways_out(straight, tiny):
     before = (straight / "metrics.jsonl").read_bytes()
-    with pytest.raises(TrainingError, match=r"holds a run, saved last at step 20.*castalia train .*checkpoint\.dir"):
+    with pytest.raises(ConfigError, match=r"holds a run, saved last at step 20.*castalia train .*checkpoint\.dir"):
         train(tiny(straight))
     assert (straight / "metrics.jsonl").read_bytes() == before
 
@@ -342,7 +342,7 @@ def test_the_same_command_of_a_requeued_job_begins_or_goes_on(tiny, tmp_path, mo
         train(config)
         assert len(losses(tmp_path / "run")) == steps
     monkeypatch.setenv("SLURM_JOB_ID", "4712")
-    with pytest.raises(TrainingError, match="holds a run, saved last at step 2"):
+    with pytest.raises(ConfigError, match="holds a run, saved last at step 2"):
         train(config)
 
 
@@ -353,7 +353,7 @@ def test_a_folder_in_use_is_refused(straight, tmp_path):
     (tmp_path / "run" / "checkpoints" / "step_000010" / "manifest.json").write_text("never read")
     with (
         CheckpointSaver(tmp_path / "run" / "checkpoints"),
-        pytest.raises(CheckpointError, match="in use by another run"),
+        pytest.raises(ConfigError, match="in use by another run"),
     ):
         train(read_config([str(tmp_path / "run"), "checkpoint.step=10"]))
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
@@ -416,7 +416,7 @@ def test_the_architecture_comes_from_the_checkpoint_and_differences_are_listed(s
     train(load_config([], [*bare, f"checkpoint.dir={tmp_path / 'run'}"]))
     assert load_config(tmp_path / "run").model.hidden_size == 32
     config = tiny(tmp_path / "other", f"checkpoint.init_from={straight}", "model.num_heads=2", "model.norm=rmsnorm")
-    with pytest.raises(CheckpointError) as refusal:
+    with pytest.raises(ConfigError) as refusal:
         train(config)
     assert "model.num_heads: 4 in the checkpoint, 2 in the config (command line" in str(refusal.value)
     assert "model.norm: layernorm in the checkpoint, rmsnorm in the config (command line)" in str(refusal.value)
@@ -439,12 +439,12 @@ def test_a_load_that_finds_nothing_is_an_error_but_for_the_first_start(tiny, tmp
     empty = tmp_path / "empty"
     empty.mkdir()
     for key in ("resume", "init_from"):
-        with pytest.raises(CheckpointError):
+        with pytest.raises(ConfigError):
             train(tiny(tmp_path / "run", f"checkpoint.{key}={empty}"))
         assert not (tmp_path / "run").exists()
     (empty / "checkpoints").mkdir()
     (empty / "checkpoints" / "latest").write_text("step_000005")  # a folder that only looks like one
-    with pytest.raises(CheckpointError):
+    with pytest.raises(ConfigError):
         train(tiny(empty, f"checkpoint.resume={empty}"))
     fresh = tmp_path / "fresh"
     train(tiny(fresh, f"checkpoint.resume={fresh}", "train.steps=2", "eval.every=null"))

@@ -15,7 +15,7 @@ from castalia.checkpoint.restore import optimizer_state
 from castalia.cli.train import read_config, train
 from castalia.config.load import dump_config, load_config
 from castalia.data.indexed import DatasetWriter
-from castalia.errors import DataError
+from castalia.errors import ConfigError
 from castalia.plan.run_description import attention
 from castalia.plan.run_plan import training, warnings
 from castalia.train.dry_run import rehearse
@@ -83,7 +83,7 @@ def test_a_corpus_of_another_tokenizer_is_refused_before_the_first_step(tiny, tm
     with DatasetWriter(tmp_path / "foreign", "uint16") as writer:
         for _ in range(50):
             writer.add([1, 2, 3, 50_000] * 10)
-    with pytest.raises(DataError) as refusal:
+    with pytest.raises(ConfigError) as refusal:
         train(tiny(tmp_path / "run", f"data.path={tmp_path / 'foreign'}"))
     assert str(refusal.value).startswith("command line: ")
     for part in ("foreign holds the token id 50000", "the vocabulary has 257 entries", "Prepare it with the tokenizer"):

@@ -12,7 +12,7 @@ from castalia.cli.train import train
 from castalia.config.load import load_config
 from castalia.config.schema import ModelConfig
 from castalia.data.loader import batch_at
-from castalia.errors import CheckpointError
+from castalia.errors import ConfigError
 from castalia.loading import load_model
 from castalia.observe.metrics import read_metrics
 from castalia.train.dry_run import rehearse
@@ -105,7 +105,7 @@ def test_with_the_20b_in_place_it_says_what_disagrees(poster, narrow_20b):
     (poster / "checkpoints").rmdir()
     (poster / "checkpoints").symlink_to(narrow_20b)
     for save in ("checkpoints", "out"):  # the folder in use comes second
-        with pytest.raises(CheckpointError) as refusal:
+        with pytest.raises(ConfigError) as refusal:
             train(load_config("forum.yml", [f"save={save}"]))
         for line in (
             "checkpoints/global_step150000 is another model than the config describes",
@@ -120,7 +120,7 @@ def test_with_the_20b_in_place_it_says_what_disagrees(poster, narrow_20b):
 def test_the_comparison_comes_before_any_memory_is_taken(narrow_20b, corpus, tmp_path):
     """The real 20B would need 300 GB here."""
     words = [f"checkpoint.init_from={narrow_20b}", f"checkpoint.dir={tmp_path / 'run'}", f"data.path={corpus}"]
-    with pytest.raises(CheckpointError, match="model.hidden_size: 16 in the checkpoint, 6144 in the config"):
+    with pytest.raises(ConfigError, match="model.hidden_size: 16 in the checkpoint, 6144 in the config"):
         train(load_config("gpt-neox-20b", [*words, "train.device=cpu"]))
     assert not (tmp_path / "run").exists()
 
