@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -78,7 +78,7 @@ def command(
     if hardware and result.sized and (suggest or not result.sized.memory.fits):
         layouts = suggested(config, result, hardware, all_of_them=suggest)
     if as_json:
-        more = {"notes": config.notes, "obstacles": [each._asdict() for each in found]}
+        more: dict[str, Any] = {"notes": config.notes, "obstacles": [each._asdict() for each in found]}
         more |= {"suggestions": suggestions_json(layouts)} if layouts else {}
         print(to_json(result.as_json() | more, indent=1))
     else:
