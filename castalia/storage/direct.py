@@ -43,8 +43,10 @@ class BufferedFile:
         """Bytes of the file."""
         return os.fstat(self.descriptor).st_size
 
-    def close(self) -> None:
-        """Close the file."""
+    def __enter__(self) -> BufferedFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         os.close(self.descriptor)
 
 

@@ -43,7 +43,7 @@ from castalia.storage.lazy import (
 if TYPE_CHECKING:
     import torch
 
-READ_BYTES = 1 << 20  # in one call, so that the checksum is computed while the bytes are in the processor's cache
+READ_BYTES = 1 << 18  # in one call, so that the checksum is computed while the bytes are in the processor's cache
 DIRECT_BYTES = 1 << 20  # shorter reads, such as single rows, go through the page cache
 ROWS_BYTES = 4 << 20  # of whole rows that are read to take some columns from them
 
@@ -76,7 +76,7 @@ class Extent:
         Raises CheckpointError if the file is missing, truncated, or damaged in one of the blocks that are touched.
         """
         stop = start + len(out)
-        if self.head:
+        if self.head and not self.head.verified:  # a header is one block
             self.head.verify()
         with self._open(stop if self.direct and len(out) >= DIRECT_BYTES else None) as file:
             if not self.sums or self.verified.issuperset(range(start // self.block, -(-stop // self.block))):
@@ -183,18 +183,13 @@ class Extent:
             done += count
         return total
 
-    @contextmanager
-    def _open(self, direct_stop: int | None = None) -> Iterator[BufferedFile]:
+    def _open(self, direct_stop: int | None = None) -> BufferedFile:
         """The file; with `direct_stop`, to be read up to this byte of the extent past the page cache."""
         try:
             path, stop = self.path, direct_stop
-            file = BufferedFile(path) if stop is None else DirectFile(path, self.offset + stop)
+            return BufferedFile(path) if stop is None else DirectFile(path, self.offset + stop)
         except OSError as error:
             raise self._unreadable(error) from error
-        try:
-            yield file
-        finally:
-            file.close()
 
     def _named(self) -> str:
         return f"{self.name}: {self.path}" if self.name else str(self.path)

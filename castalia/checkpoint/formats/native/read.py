@@ -32,6 +32,7 @@ from castalia.storage.safetensors import DTYPES, safe_join
 
 MANIFEST = "manifest.json"
 WITH_CHECKSUM = keys({"crc32": int}, ["crc32"])  # a manifest
+OURS = re.compile(rb'\{"version": \d+, "progress": ')  # how `write_manifest` begins
 LATEST = "latest"
 VERSIONS = (
     1,
@@ -56,7 +57,10 @@ def detect(path: Path) -> bool:
 def has_foreign_manifest(path: Path) -> bool:
     """Whether a folder has a readable manifest.json that another program wrote."""
     try:
-        manifest = plain_json((path / MANIFEST).read_bytes())
+        content = (path / MANIFEST).read_bytes()
+        if OURS.match(content):
+            return False  # one that we wrote begins so, and `read` parses it
+        manifest = plain_json(content)
     except (OSError, ValueError):  # missing, or damaged: `read` then says what is wrong
         return False
     return not isinstance(manifest, dict) or not {"progress", "optimizer_steps", "crc32"} & manifest.keys()
@@ -91,13 +95,13 @@ class Chunks:
         """Raises CheckpointError for files that are missing or have another size than was written."""
         self.folder, self.manifest = folder, folder / MANIFEST
         self.block = manifest.get("block_bytes")  # None: version 1, with one checksum for each extent
-        self.files: dict[str, int] = {}  # name -> bytes
+        self.files: dict[str, tuple[Path, int]] = {}  # name -> path, bytes
         self.heads: dict[str, Extent | None] = {}
         self.taken: dict[str, list[tuple[int, int, str]]] = {}  # by file: (first byte, end, name) of each part
         for name, entry in manifest["files"].items():
             plain = isinstance(entry, int)  # version 1: the size alone
-            self.files[name] = size = _whole(entry if plain else entry["bytes"])
-            path = safe_join(folder, name)
+            path, size = safe_join(folder, name), _whole(entry if plain else entry["bytes"])
+            self.files[name] = path, size
             _check_file(folder, name, size)
             if not plain:
                 head = _whole(entry["head_bytes"])
@@ -115,11 +119,13 @@ class Chunks:
         start = tuple(map(_whole, entry.get("start", (0,) * len(whole))))
         shape = tuple(map(_whole, entry.get("shape", whole)))
         file, offset, size = entry["file"], _whole(entry["offset"]), prod(shape) * ITEM_BYTES[dtype]
-        path = safe_join(self.folder, file)
-        if file not in self.files or offset + size > self.files[file]:
+        if file not in self.files:
+            problem = f"{name} is to lie in {file!r}, which is not one of its files"
+            raise CheckpointError(f"{self.manifest}: {problem}; refused")
+        path, end = self.files[file]
+        if offset + size > end:
             raise CheckpointError(
-                f"{self.manifest}: {name} is to end at byte {offset + size} of {file}, which has "
-                f"{self.files.get(file, 'no place in it')}; refused"
+                f"{self.manifest}: {name} is to end at byte {offset + size} of {file}, which has {end}; refused"
             )
         if self.block is None:
             sums, block = [entry["crc32"]] if size else [], max(size, 1)
