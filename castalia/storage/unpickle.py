@@ -1,15 +1,16 @@
 """A pickle reader that cannot run code.
 
-A pickle is a program for a stack machine. This is such a machine, rather than a restricted `pickle.Unpickler`: it has
-instructions that build plain containers and that look names up in the table `GLOBALS`, but none that import, call or
-set attributes of real objects. A name outside the table is refused where it is mentioned. Tensors become what the
-caller's storage objects make of them; instances of other programs' classes become `Inert`. Source: Python's
-`pickletools`, which documents every instruction. A subclass of `pickle._Unpickler` would be
-shorter, but that class is private, and it calls and sets attributes unless each instruction that does is overridden.
+A pickle is a program for a stack machine. This is Python's own machine in Python, `pickle._Unpickler`, with the
+instructions in `ALLOWED` alone: of those, Python's push plain values and build lists and tuples, and ours do whatever
+looks names up, calls, or fills what is there already. Names are looked up in the table `GLOBALS`, nothing is imported,
+and a name outside the table is refused where it is mentioned. Tensors become what the caller's storage objects make of
+them; instances of other programs' classes become `Inert`. Source: Python's `pickletools`, which documents every
+instruction. The class is private to Python; an instruction that it has under another name is refused.
 """
 
 from __future__ import annotations
 
+import pickle
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,10 @@ from castalia.storage.lazy import ITEM_BYTES
 
 Buffer = Any  # bytes or mmap: indexing gives ints, slicing gives bytes
 MAX_COPIED_ITEMS = 1 << 26  # by constructors: a small pickle could copy one long list over and over
-DAMAGE = (IndexError, KeyError, TypeError, ValueError, AttributeError, OverflowError, struct.error)
+DAMAGE = (
+    IndexError, KeyError, TypeError, ValueError, AttributeError, OverflowError, struct.error, pickle.UnpicklingError,
+)  # fmt: skip
+_PythonsMachine: Any = pickle._Unpickler  # type: ignore[attr-defined]
 
 
 class Storage(Protocol):
@@ -123,26 +127,131 @@ def _table() -> dict[str, Any]:
 GLOBALS: Mapping[str, Any] = _table()
 
 
-class _Mark:
-    """The type of `MARK`, which pickles put on the stack before the items of a container."""
-
-
-MARK = _Mark()
-
-
 def unpickle(data: Buffer, where: str, storage: Callable[[Sequence], Storage], start: int = 0) -> tuple[Any, int]:
     """The object pickled at `data[start:]` and the position after it.
 
     `where` names the file in errors; `storage` turns a persistent id into a storage. OrderedDicts become dicts.
     Raises CheckpointError for names outside the table and for damaged data.
     """
-    machine = _Machine(data, start, where, storage)
+    reader = _Reader(data, start)
+    machine = _Machine(reader, where, storage)
     try:
-        return machine.run(), machine.at
+        value = machine.load()
+        if machine.stack or machine.metastack:
+            raise ValueError("more than one value")
     except DAMAGE as error:
         raise CheckpointError(
-            f"{where}: damaged or not a checkpoint: the pickle cannot be read at byte {machine.at} ({error})"
+            f"{where}: damaged or not a checkpoint: the pickle cannot be read at byte {reader.at} ({error})"
         ) from error
+    return value, reader.at
+
+
+class _Reader:
+    """Bytes as the file that Python's machine reads."""
+
+    def __init__(self, data: Buffer, at: int):
+        self.data, self.at = data, at
+
+    def read(self, count: int) -> bytes:
+        """The next `count` bytes. Raises IndexError beyond the end."""
+        result = self.data[self.at : self.at + count]
+        if len(result) != count:
+            raise IndexError("truncated")
+        self.at += count
+        return result
+
+    def readline(self) -> bytes:
+        """The bytes up to and including the next newline. Raises IndexError without one."""
+        end = self.data.find(b"\n", self.at)
+        if end < 0:
+            raise IndexError("truncated")
+        return self.read(end + 1 - self.at)
+
+
+class _Machine(_PythonsMachine):
+    """Python's stack machine. Its methods `load_...` are the instructions."""
+
+    def __init__(self, reader: _Reader, where: str, storage: Callable[[Sequence], Storage]):
+        super().__init__(reader, encoding="latin1")
+        self.where, self.persistent_load, self.copied = where, storage, 0
+
+    def find_class(self, module: Any, name: Any) -> Any:
+        """What a name stands for. Raises CheckpointError for names outside the table."""
+        full = f"{module}.{name}"
+        if full not in GLOBALS:
+            raise CheckpointError(
+                f"{self.where}: refused: the pickle asks for {full}, which no checkpoint needs and which could run "
+                "code. Nothing of it was run. Get the file from a source that you trust, without this object in it."
+            )
+        return GLOBALS[full]
+
+    def load_frame(self) -> None:
+        """FRAME: ignore a frame's length, which is only of use for reading ahead."""
+        self.read(8)
+
+    def load_reduce(self) -> None:
+        """REDUCE and NEWOBJ: call with arguments from the stack."""
+        args = self.stack.pop()
+        self._instantiate(self.stack.pop(), args)
+
+    def _instantiate(self, target: Any, args: Sequence) -> None:
+        # Push what a permitted name makes of these arguments. Python's INST and OBJ come here, too.
+        if not isinstance(target, Global):
+            raise TypeError(f"a call of {type(target).__name__}")
+        # Constructors copy what they are given, which the pickle's size does not bound.
+        self.copied += sum(len(arg) for arg in args if isinstance(arg, (str, bytes, list, tuple, set, dict)))
+        if self.copied > MAX_COPIED_ITEMS:
+            raise CheckpointError(f"{self.where}: refused: unpacking the pickle would fill the memory")
+        self.append(target.build(*args))
+
+    def load_build(self) -> None:
+        """BUILD: set the attributes of an `Inert`. Plain dicts, which OrderedDicts become, ignore theirs."""
+        state, target = self.stack.pop(), self.stack[-1]
+        if isinstance(target, Inert) and isinstance(state, dict):
+            target.fields.update(state)
+        elif not isinstance(target, (Inert, dict)):
+            raise TypeError(f"state for {type(target).__name__}")
+
+    def load_append(self) -> None:
+        """APPEND: add the last value to the list before it."""
+        item = self.stack.pop()
+        self._last(list).append(item)
+
+    def load_appends(self) -> None:
+        """APPENDS: add what is above the mark to the list before it."""
+        items = self.pop_mark()
+        self._last(list).extend(items)
+
+    def load_setitem(self) -> None:
+        """SETITEM: add the last key and value to the dict before them."""
+        value, key = self.stack.pop(), self.stack.pop()
+        self._last(dict)[_key(key)] = value
+
+    def load_setitems(self) -> None:
+        """SETITEMS: add the keys and values above the mark to the dict before it."""
+        items = self.pop_mark()
+        self._last(dict).update(_pairs(items))
+
+    def load_dict(self) -> None:
+        """DICT: make a dict of the keys and values above the mark."""
+        items = self.pop_mark()  # which changes `self.append`
+        self.append(_pairs(items))
+
+    def load_additems(self) -> None:
+        """ADDITEMS: add what is above the mark to the set before it."""
+        items = self.pop_mark()
+        self._last(set).update(map(_key, items))
+
+    def load_frozenset(self) -> None:
+        """FROZENSET: make a set of what is above the mark."""
+        items = self.pop_mark()
+        self.append(set(map(_key, items)))
+
+    def _last(self, kind: type) -> Any:
+        target = self.stack[-1]
+        if type(target) is not kind:
+            raise TypeError(f"items for {type(target).__name__}")
+        return target
 
 
 def _key(key: Any) -> Any:
@@ -152,245 +261,35 @@ def _key(key: Any) -> Any:
     return key
 
 
-class _Machine:
-    """The stack machine. Each method without a leading underscore is an instruction, or a step of one."""
-
-    def __init__(self, data: Buffer, start: int, where: str, storage: Callable[[Sequence], Storage]):
-        self.data, self.at, self.where, self.storage = data, start, where, storage
-        self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}
-        self.copied = 0
-
-    def run(self) -> Any:
-        """Run instructions up to STOP. Returns the one object that is then on the stack."""
-        data, step = self.data, STEPS
-        while (code := data[self.at]) != STOP:
-            self.at += 1
-            action = step.get(code)
-            if action is None:
-                raise CheckpointError(f"{self.where}: refused: the pickle uses instruction {bytes([code])!r}")
-            action(self)
-        self.at += 1
-        (result,) = self.stack  # ValueError, as other damage, unless there is exactly one
-        return result
-
-    def take(self, count: int) -> bytes:
-        """The next `count` bytes. Raises IndexError beyond the end."""
-        result = self.data[self.at : self.at + count]
-        if len(result) != count:
-            raise IndexError("truncated")
-        self.at += count
-        return result
-
-    def byte(self) -> int:
-        """The next byte."""
-        result = self.data[self.at]
-        self.at += 1
-        return result
-
-    def number(self, layout: struct.Struct) -> Any:
-        """The next number, in this layout."""
-        return layout.unpack(self.take(layout.size))[0]
-
-    def line(self) -> bytes:
-        """The bytes up to the next newline. Raises IndexError without one."""
-        end = self.data.find(b"\n", self.at)
-        if end < 0:
-            raise IndexError("truncated")
-        result = self.data[self.at : end]
-        self.at = end + 1
-        return result
-
-    def push(self, value: Any) -> None:
-        """Put a value on the stack."""
-        self.stack.append(value)
-
-    def pop_to_mark(self) -> list[Any]:
-        """Take all values above the last mark, and the mark. Raises IndexError without one."""
-        stack = self.stack
-        for position in range(len(stack) - 1, -1, -1):
-            if stack[position] is MARK:
-                items = stack[position + 1 :]
-                del stack[position:]
-                return items
-        raise IndexError("no mark")
-
-    def find(self, module: str, name: str) -> None:
-        """GLOBAL: push what a name stands for. Raises CheckpointError for names outside the table."""
-        full = f"{module}.{name}"
-        if full not in GLOBALS:
-            raise CheckpointError(
-                f"{self.where}: refused: the pickle asks for {full}, which no checkpoint needs and which could run "
-                "code. Nothing of it was run. Get the file from a source that you trust, without this object in it."
-            )
-        self.push(GLOBALS[full])
-
-    def stack_global(self) -> None:
-        """STACK_GLOBAL: as `find`, with module and name from the stack."""
-        name, module = self.stack.pop(), self.stack.pop()
-        self.find(str(module), str(name))
-
-    def build(self, target: Any, args: Sequence) -> None:
-        """Push what a permitted name makes of these arguments. Raises CheckpointError if they copy too much."""
-        if not isinstance(target, Global):
-            raise TypeError(f"a call of {type(target).__name__}")
-        # Constructors copy what they are given, which the pickle's size does not bound.
-        self.copied += sum(len(arg) for arg in args if isinstance(arg, (str, bytes, list, tuple, set, dict)))
-        if self.copied > MAX_COPIED_ITEMS:
-            raise CheckpointError(f"{self.where}: refused: unpacking the pickle would fill the memory")
-        self.push(target.build(*args))
-
-    def reduce(self) -> None:
-        """REDUCE and NEWOBJ: call with arguments from the stack."""
-        args = self.stack.pop()
-        self.build(self.stack.pop(), args)
-
-    def set_state(self) -> None:
-        """BUILD: set the attributes of an `Inert`. Plain dicts, which OrderedDicts become, ignore theirs."""
-        state, target = self.stack.pop(), self.stack[-1]
-        if isinstance(target, Inert) and isinstance(state, dict):
-            target.fields.update(state)
-        elif not isinstance(target, (Inert, dict)):
-            raise TypeError(f"state for {type(target).__name__}")
-
-    def old_instance(self) -> None:
-        """INST: call a name in the text with the arguments above the mark."""
-        self.find(self.line().decode(), self.line().decode())
-        target = self.stack.pop()
-        self.build(target, self.pop_to_mark())
-
-    def old_object(self) -> None:
-        """OBJ: call the first value above the mark with the others."""
-        target, *args = self.pop_to_mark()
-        self.build(target, args)
-
-    def extend(self, items: Sequence) -> None:
-        """APPEND and APPENDS: add items to the list on the stack."""
-        target = self.stack[-1]
-        if type(target) is not list:
-            raise TypeError(f"items for {type(target).__name__}")
-        target.extend(items)
-
-    def update(self, items: Sequence) -> None:
-        """SETITEM and SETITEMS: add keys and values, one after another, to the dict on the stack."""
-        target = self.stack[-1]
-        if type(target) is not dict:
-            raise TypeError(f"items for {type(target).__name__}")
-        target.update(_pairs(items))
-
-    def add(self, items: Sequence) -> None:
-        """ADDITEMS: add members to the set on the stack."""
-        target = self.stack[-1]
-        if type(target) is not set:
-            raise TypeError(f"members for {type(target).__name__}")
-        target.update(_key(item) for item in items)
-
-    def put(self, index: int) -> None:
-        """PUT and MEMOIZE: remember the value on the stack by number."""
-        self.memo[index] = self.stack[-1]
-
-    def wrap(self, count: int) -> None:
-        """TUPLE1 to TUPLE3: make a tuple of the last values."""
-        items = tuple(self.stack[len(self.stack) - count :])
-        if len(items) != count:
-            raise IndexError("empty stack")
-        del self.stack[len(self.stack) - count :]
-        self.push(items)
-
-    def set_item(self) -> None:
-        """SETITEM: add one key and value from the stack."""
-        value, key = self.stack.pop(), self.stack.pop()
-        self.update((key, value))
-
-    def pop(self) -> None:
-        """POP: drop the last value."""
-        self.stack.pop()
-
-    def drop_to_mark(self) -> None:
-        """POP_MARK: drop all values above the mark."""
-        self.pop_to_mark()
-
-    def skip(self, count: int) -> None:
-        """Ignore bytes that change nothing: the protocol's number, a frame's length."""
-        self.take(count)
-
-
 def _pairs(items: Sequence) -> dict:
     if len(items) % 2:
         raise ValueError("a key without a value")
     return {_key(key): value for key, value in zip(items[::2], items[1::2], strict=True)}
 
 
-def _integer(text: bytes) -> int | bool:
-    # In protocol 0 True is I01, False is I00, and a long integer ends with L.
-    return text == b"01" if text in (b"00", b"01") else int(text.rstrip(b"L"))
-
-
-U2, U4, U8 = (struct.Struct("<" + code) for code in "HIQ")
-I4, F8 = struct.Struct("<i"), struct.Struct(">d")
-STOP = ord(".")
 # What is not here is refused: extension codes, buffers outside of the file, calls with keyword arguments.
-STEPS: dict[int, Callable[[_Machine], None]] = {
-    ord(code): action
-    for code, action in {
-        "\x80": lambda m: m.skip(1),  # protocol number
-        "\x95": lambda m: m.skip(8),  # frame length
-        "(": lambda m: m.push(MARK),
-        "0": _Machine.pop,
-        "1": _Machine.drop_to_mark,
-        "2": lambda m: m.push(m.stack[-1]),
-        "N": lambda m: m.push(None),
-        "\x88": lambda m: m.push(True),
-        "\x89": lambda m: m.push(False),
-        "I": lambda m: m.push(_integer(m.line())),
-        "J": lambda m: m.push(m.number(I4)),
-        "K": lambda m: m.push(m.byte()),
-        "M": lambda m: m.push(m.number(U2)),
-        "L": lambda m: m.push(_integer(m.line())),
-        "\x8a": lambda m: m.push(int.from_bytes(m.take(m.byte()), "little", signed=True)),
-        "\x8b": lambda m: m.push(int.from_bytes(m.take(m.number(I4)), "little", signed=True)),
-        "F": lambda m: m.push(float(m.line())),
-        "G": lambda m: m.push(m.number(F8)),
-        "S": lambda m: m.push(m.line().strip(b"'\"").decode("latin1")),
-        "T": lambda m: m.push(m.take(m.number(I4)).decode("latin1")),
-        "U": lambda m: m.push(m.take(m.byte()).decode("latin1")),
-        "V": lambda m: m.push(m.line().decode("raw-unicode-escape")),
-        "X": lambda m: m.push(m.take(m.number(U4)).decode("utf-8", "surrogatepass")),
-        "\x8c": lambda m: m.push(m.take(m.byte()).decode("utf-8", "surrogatepass")),
-        "\x8d": lambda m: m.push(m.take(m.number(U8)).decode("utf-8", "surrogatepass")),
-        "B": lambda m: m.push(m.take(m.number(U4))),
-        "C": lambda m: m.push(m.take(m.byte())),
-        "\x8e": lambda m: m.push(m.take(m.number(U8))),
-        "]": lambda m: m.push([]),
-        "a": lambda m: m.extend([m.stack.pop()]),
-        "e": lambda m: m.extend(m.pop_to_mark()),
-        "l": lambda m: m.push(m.pop_to_mark()),
-        ")": lambda m: m.push(()),
-        "t": lambda m: m.push(tuple(m.pop_to_mark())),
-        "\x85": lambda m: m.wrap(1),
-        "\x86": lambda m: m.wrap(2),
-        "\x87": lambda m: m.wrap(3),
-        "}": lambda m: m.push({}),
-        "d": lambda m: m.push(_pairs(m.pop_to_mark())),
-        "s": _Machine.set_item,
-        "u": lambda m: m.update(m.pop_to_mark()),
-        "\x8f": lambda m: m.push(set()),
-        "\x90": lambda m: m.add(m.pop_to_mark()),
-        "\x91": lambda m: m.push({_key(item) for item in m.pop_to_mark()}),
-        "c": lambda m: m.find(m.line().decode(), m.line().decode()),
-        "\x93": _Machine.stack_global,
-        "R": _Machine.reduce,
-        "\x81": _Machine.reduce,  # NEWOBJ: a class and its arguments
-        "b": _Machine.set_state,
-        "i": _Machine.old_instance,
-        "o": _Machine.old_object,
-        "p": lambda m: m.put(int(m.line())),
-        "q": lambda m: m.put(m.byte()),
-        "r": lambda m: m.put(m.number(U4)),
-        "\x94": lambda m: m.put(len(m.memo)),  # MEMOIZE: the next free number
-        "g": lambda m: m.push(m.memo[int(m.line())]),
-        "h": lambda m: m.push(m.memo[m.byte()]),
-        "j": lambda m: m.push(m.memo[m.number(U4)]),
-        "Q": lambda m: m.push(m.storage(m.stack.pop())),
-    }.items()
-}
+ALLOWED = {
+    "proto", "frame", "mark", "stop", "pop", "pop_mark", "dup", "none", "true", "false", "int", "binint", "binint1",
+    "binint2", "long", "long1", "long4", "float", "binfloat", "string", "binstring", "short_binstring", "unicode",
+    "binunicode", "short_binunicode", "binunicode8", "binbytes", "short_binbytes", "binbytes8", "empty_list", "append",
+    "appends", "list", "empty_tuple", "tuple", "tuple1", "tuple2", "tuple3", "empty_dictionary", "dict", "setitem",
+    "setitems", "empty_set", "additems", "frozenset", "global", "stack_global", "reduce", "newobj", "build", "inst",
+    "obj", "binpersid", "put", "binput", "long_binput", "memoize", "get", "binget", "long_binget",
+}  # fmt: skip
+
+
+def _refusal(code: int) -> Callable[[_Machine], None]:
+    def refuse(machine: _Machine) -> None:
+        raise CheckpointError(f"{machine.where}: refused: the pickle uses instruction {bytes([code])!r}")
+
+    return refuse
+
+
+def _instruction(code: int) -> Callable[[_Machine], None]:
+    name = getattr(_PythonsMachine.dispatch.get(code), "__name__", "").removeprefix("load_")
+    if name not in ALLOWED:
+        return _refusal(code)
+    return getattr(_Machine, "load_reduce" if name == "newobj" else f"load_{name}")
+
+
+_Machine.dispatch = {code: _instruction(code) for code in range(256)}

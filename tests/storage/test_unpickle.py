@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from castalia.errors import CheckpointError
-from castalia.storage.unpickle import Inert, unpickle
+from castalia.storage.unpickle import ALLOWED, Inert, unpickle
 
 
 def load(data: bytes):
@@ -102,6 +102,17 @@ def test_other_names_are_refused(name):
 def test_extension_registry_and_buffers_are_refused(code):
     with pytest.raises(CheckpointError, match="instruction"):
         load(b"\x80\x02" + code + b".")
+
+
+def test_this_python_has_all_permitted_instructions():
+    names = {step.__name__.removeprefix("load_") for step in pickle._Unpickler.dispatch.values()}
+    assert names >= ALLOWED
+
+
+def test_only_one_value_may_be_left():
+    for data in (b"\x80\x02NN.", b"\x80\x02N(N."):
+        with pytest.raises(CheckpointError, match="more than one value"):
+            load(data)
 
 
 def test_state_cannot_change_permitted_functions():
