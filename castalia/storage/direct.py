@@ -14,6 +14,7 @@ from pathlib import Path
 from threading import local
 
 import numpy as np
+from typing_extensions import Self
 
 ALIGNMENT = 4096  # of offsets, lengths and memory; a multiple of every disk's block
 WINDOW_BYTES = 8 << 20  # read at once
@@ -43,7 +44,7 @@ class BufferedFile:
         """Bytes of the file."""
         return os.fstat(self.descriptor).st_size
 
-    def __enter__(self) -> BufferedFile:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -30,12 +30,11 @@ def path(tmp_path_factory) -> Path:
 def test_any_part_is_read(path: Path, a: int, b: int, step: int, is_direct: bool) -> None:
     """Without direct reads, too, as on file systems that lack them."""
     start, stop = sorted((a, b))
-    file, found = DirectFile(path, stop), bytearray(stop - start)
-    file.is_direct = file.is_direct and is_direct
-    done = 0
-    while done < len(found):
-        done += file.read_into(memoryview(found)[done : done + step], start + done)
-    file.close()
+    done, found = 0, bytearray(stop - start)
+    with DirectFile(path, stop) as file:
+        file.is_direct = file.is_direct and is_direct
+        while done < len(found):
+            done += file.read_into(memoryview(found)[done : done + step], start + done)
     assert bytes(found) == path.read_bytes()[start:stop]
 
 
@@ -48,9 +47,9 @@ def test_a_refused_direct_read_is_repeated_through_the_cache(path: Path, monkeyp
         return preadv(descriptor, buffers, offset)
 
     monkeypatch.setattr(direct.os, "preadv", refusing)
-    file, out = DirectFile(path, SIZE), bytearray(1000)
-    assert file.read_into(memoryview(out), 5000) == 1000
-    file.close()
+    out = bytearray(1000)
+    with DirectFile(path, SIZE) as file:
+        assert file.read_into(memoryview(out), 5000) == 1000
     assert bytes(out) == path.read_bytes()[5000:6000]
 
 
