@@ -90,7 +90,7 @@ def command(
             raise ConfigError(f"--plot {plot}: there is no memory to show; {result.unknown[0]}")
         from castalia.plan.memory_plot import plot_memory
 
-        plot_memory(result.layout, result.sized, plot)
+        plot_memory(result.layout, result.sized, plot, Path(configs[0]).stem)
         print(f"wrote {plot}", file=sys.stderr)  # standard output may hold JSON
 
 

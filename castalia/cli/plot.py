@@ -1,43 +1,87 @@
-"""`castalia plot`: loss curves of one or more runs, as a picture and in the terminal."""
+"""`castalia plot`: curves of one or more runs, as a picture and in the terminal."""
 
 from __future__ import annotations
 
+import os
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+if TYPE_CHECKING:
+    from castalia.observe.curves import Records
+
+FOLLOW_S = 5.0
+
 
 def command(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="folders of runs")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN|FOLDER...", help="runs, or folders with runs below them")],
     output: Annotated[
-        Path | None, typer.Option(help="the picture, PNG or SVG; default: loss.png in the run's folder")
+        Path | None,
+        typer.Option(help="the picture, PNG or SVG; default: loss.png in the run's folder, of several beside them"),
     ] = None,
+    x: Annotated[Literal["step", "tokens", "time"], typer.Option(help="what the curves are drawn over")] = "step",
+    log_y: Annotated[
+        bool, typer.Option("--log-y", help="a logarithmic axis for losses; default: where they span decades")
+    ] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="draw again every five seconds while a run trains")] = False,
 ) -> None:
     """Draw curves of one or more runs into a picture and in the terminal.
 
     \b
     Examples:
       castalia plot runs/first
-      castalia plot runs/first runs/second --output both.png
+      castalia plot runs --x tokens --output all.png
     """
     from castalia.errors import DataError
     from castalia.figures import check_picture, write_picture
-    from castalia.observe.curves import curve, loss_figure, terminal_curves
-    from castalia.observe.metrics import read_metrics
+    from castalia.observe.curves import loss_figure, measured, terminal_curves
+    from castalia.observe.run_labels import runs_below
 
     check_picture(output, "--output")
-    records = {}
-    for run in runs:
-        if not (Path(run) / "metrics.jsonl").is_file():
-            raise DataError(f"{run} holds no metrics.jsonl; give the folder of a run")
-        records[Path(run).name or run] = list(read_metrics(Path(run)))
-    if len(records) < len(runs):  # equal names in different folders
-        records = {run: list(read_metrics(Path(run))) for run in runs}
-    if not any(curve(found, "loss").steps for found in records.values()):
-        raise DataError(f"no steps to plot yet in {', '.join(runs)}")
-    target = output or Path(runs[0]) / "loss.png"
-    write_picture(loss_figure(records), target)
-    print(terminal_curves(records, sys.stdout.isatty()))
+    folders = list(dict.fromkeys(folder for path in runs for folder in runs_below(path)))
+
+    def text() -> str:
+        return terminal_curves(records_of(folders), sys.stdout.isatty(), x, log_y)
+
+    if follow:
+        _follow(folders, text)
+    records = records_of(folders)
+    if not measured(records, ["loss"]):
+        raise DataError(f"no steps to plot yet in {', '.join(map(str, folders))}")
+    target = output or default_picture(folders)
+    write_picture(loss_figure(records, x, log_y), target)
+    if not follow:
+        print(text())
     print(f"wrote {target}")
+
+
+def records_of(folders: list[Path]) -> Records:
+    """The records of runs, by labels that say in what they differ."""
+    from castalia.observe.metrics import read_metrics
+    from castalia.observe.run_labels import labels
+
+    return {name: list(read_metrics(folder)) for name, folder in zip(labels(folders), folders, strict=True)}
+
+
+def default_picture(folders: list[Path]) -> Path:
+    """`loss.png` in a run's folder; of several runs `losses.png` in the folder that has them all."""
+    if len(folders) == 1:
+        return folders[0] / "loss.png"
+    return Path(os.path.relpath(os.path.commonpath([folder.resolve() for folder in folders]))) / "losses.png"
+
+
+def _follow(folders: list[Path], text: Callable[[], str]) -> None:
+    """Shows the text, as it changes, as long as a process holds one of the folders."""
+    from rich.live import Live
+    from rich.text import Text
+
+    from castalia.checkpoint.formats.native.save import in_use
+
+    with Live(Text.from_ansi(text()), auto_refresh=False) as live:
+        while any(in_use(folder / "checkpoints") for folder in folders):
+            time.sleep(FOLLOW_S)
+            live.update(Text.from_ansi(text()), refresh=True)

@@ -127,7 +127,7 @@ class Display:
         parts += [f"{name} {record[name]:.3f}" for name in ("margin", "accuracy") if name in record]
         if "valid_loss" in record:
             parts.append(f"valid loss {record['valid_loss']:.4f}")
-        self.line("  ".join([*parts, f"ETA {duration(self._seconds_left(done))}"]))
+        self.line("  ".join([*parts, f"ETA {duration(round(self._seconds_left(done)))}"]))
 
     def expect(self, done: int, seconds: float) -> None:
         """Says in the first step, after `done` others, that a step takes about so many seconds."""

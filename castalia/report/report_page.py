@@ -95,7 +95,7 @@ def _sources(report: Report) -> Iterable[str]:
 
 
 def _curves(report: Report) -> Iterable[str]:
-    records = {name: found for name, found in report.records.items() if curve(found, "loss").steps}
+    records = {name: found for name, found in report.records.items() if curve(found, "loss").x}
     if records:
         yield f"<h2>How it learnt</h2>{_svg(records)}"
 

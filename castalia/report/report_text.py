@@ -34,7 +34,7 @@ def lines(report: Report, colored: bool) -> Iterator[str]:
             bits = "     -" if source.bits_per_byte is None else f"{source.bits_per_byte:6.3f}"
             told = f"{source.bytes:>12,} bytes  {bits} bits a byte, xz {source.xz_bits_per_byte:.3f}"
             yield f"  {source.name:<{names}}  {told}"
-    with_losses = {name: found for name, found in report.records.items() if curve(found, "loss").steps}
+    with_losses = {name: found for name, found in report.records.items() if curve(found, "loss").x}
     if with_losses:
         yield ""
         yield terminal_curves(with_losses, colored)

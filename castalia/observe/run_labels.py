@@ -1,0 +1,56 @@
+"""Names of runs for legends, which say in what the runs differ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from castalia.config.fields import values
+from castalia.config.load import load_config
+from castalia.errors import ConfigError, DataError
+
+TOLD = 3  # differences in a label
+PLACES = ("checkpoint.", "log.", "data.cache_dir")  # which differ from run to run, and change nothing that is learnt
+
+
+def runs_below(path: str | Path) -> list[Path]:
+    """The run in a folder, or all below it, in the order of their names. Raises DataError where there is none."""
+    folder = Path(path)
+    if (folder / "metrics.jsonl").is_file():
+        return [folder]
+    below = sorted(file.parent for file in folder.rglob("metrics.jsonl"))
+    if not below:
+        raise DataError(f"{path} holds no metrics.jsonl, nor does any folder below it; give the folder of a run")
+    return below
+
+
+def labels(runs: Sequence[Path]) -> list[str]:
+    """A label for each run: its folder's name, and the settings whose values are not the same in all of them."""
+    names = [run.resolve().name for run in runs]
+    if len(set(names)) < len(names):  # equal names in different folders
+        names = [str(run) for run in runs]
+    settings = [_settings(run) for run in runs]
+    known = settings[0] if all(settings) else {}
+    differing = [path for path in known if len({_text(found.get(path)) for found in settings}) > 1]
+    return [": ".join([name, *_told(found, differing)]) for name, found in zip(names, settings, strict=True)]
+
+
+def _settings(run: Path) -> dict[str, Any]:
+    """Values by path; none of a run whose config is not here, or is another version's: its name must do."""
+    try:
+        found = list(values(load_config(run / "config.yml", any_batch=True)))
+    except ConfigError:
+        return {}
+    return {path: value for path, value in found if not path.startswith(PLACES)}
+
+
+def _told(settings: dict[str, Any], differing: Sequence[str]) -> list[str]:
+    parts = [f"{path} {_text(settings[path])}" for path in differing[:TOLD] if path in settings]
+    more = [f"{len(differing) - TOLD} more"] if len(differing) > TOLD else []
+    return [", ".join(parts + more)] if parts else []
+
+
+def _text(value: Any) -> str:
+    text = "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 24 else f"{text[:21]}..."
