@@ -41,7 +41,8 @@ def command(
     tp: Annotated[int, typer.Option(min=1, help="split heads, MLP and vocabulary over so many processes")] = 1,
     pp: Annotated[int, typer.Option(min=1, help="split the blocks over so many processes")] = 1,
     nproc: Annotated[
-        int | None, typer.Option(min=1, help="start so many, which share the data; default: tp * pp")
+        int | None,
+        typer.Option(min=1, help="number of processes, which share the data; default: tp * pp"),
     ] = None,
     memory: MemoryOption = None,
     log_probs: Annotated[

@@ -62,7 +62,7 @@ def command(
         Literal["auto", "fp32", "bf16", "fp16", "int8"],
         typer.Option(
             help="of weights and computation; int8: weights only, on CPUs, each row rounded to 255 steps: "
-            "a quarter of fp32's memory and time, but logits are off by some percent of their spread"
+            "a quarter of fp32's memory and time, and texts that differ a little"
         ),
     ] = "auto",
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option()] = "auto",
@@ -71,7 +71,9 @@ def command(
     ] = None,
     tp: Annotated[int, typer.Option(min=1, help="split heads, MLP and vocabulary over so many processes")] = 1,
     pp: Annotated[int, typer.Option(min=1, help="split the blocks over so many processes")] = 1,
-    nproc: Annotated[int | None, typer.Option(min=1, help="start so many; default: tp * pp")] = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="number of processes on this machine; default: tp * pp")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="write prompts and texts to this file, one JSON a line")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line instead of text")] = False,
 ) -> None:

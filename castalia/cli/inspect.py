@@ -17,7 +17,7 @@ ERAS = {
     "v1": "v1, the stack of Pythia and the 20B (to early 2023)",
     "v2": "v2, DeepSpeed 0.8 or later (from March 2023)",
     "w1-w3": "v2 with the matrices w1, w2, w3 of gated MLPs (May 2023 to September 2024)",
-    "head": "the newest, one MLP class for all (from September 2024)",
+    "head": "since September 2024, when one MLP class replaced all others",
 }
 
 

@@ -15,7 +15,9 @@ def command(
     words: Annotated[list[str], typer.Argument(metavar="CONFIG... [KEY=VALUE...]", show_default=False)],
     lowest: Annotated[float, typer.Option(help="the first rate")] = 1e-6,
     highest: Annotated[float, typer.Option(help="the last rate, unless the loss diverges before")] = 1.0,
-    steps: Annotated[int, typer.Option(min=20, help="the rate rises by the same factor in each")] = 100,
+    steps: Annotated[
+        int, typer.Option(min=20, help="number of steps; each multiplies the rate by the same factor")
+    ] = 100,
     plot: Annotated[Path | None, typer.Option(help="a picture: PNG or SVG")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one object instead of text")] = False,
 ) -> None:

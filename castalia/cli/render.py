@@ -7,7 +7,9 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, TextIO
+
+from castalia.columns import WIDTH, aligned, wrapped
 
 
 class Advance(Protocol):
@@ -29,13 +31,18 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
             table.add_column(name, justify="right" if numbers and any(header) else "left")
         for row in rows:
             table.add_row(*row)
-        Console(markup=False).print(table)  # rich would read brackets in a cell as styles
+        console = Console(markup=False)  # rich would read brackets in a cell as styles
+        console.width = min(console.width, WIDTH)
+        console.print(table)
         return
-    lines = [header, *rows] if any(header) else rows
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    print(f"{title}:")
-    for line in lines:
-        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    say(f"{title}:")
+    for line in aligned([header, *rows] if any(header) else rows):
+        print(line)
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print text for people on standard output or another stream, wrapped."""
+    print(wrapped(text), file=file, flush=True)
 
 
 def print_facts(rows: Sequence[tuple[str, str]]) -> None:

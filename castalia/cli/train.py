@@ -11,6 +11,9 @@ import typer
 if TYPE_CHECKING:
     from castalia.config.schema import RunConfig
 
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="print the header in full: every setting, choice and restored value")
+]
 RESTARTS = 3  # how often the processes of --nproc are started again when one dies
 
 
@@ -22,8 +25,9 @@ def command(
         bool, typer.Option("--dry-run", help="everything up to and including one step, and a report; writes nothing")
     ] = False,
     nproc: Annotated[
-        int | None, typer.Option(min=1, help="start so many processes on this machine, one for each rank")
+        int | None, typer.Option(min=1, help="number of processes on this machine, one for each rank")
     ] = None,
+    verbose: Verbose = False,
 ) -> None:
     """Train, fine-tune or resume a run.
 
@@ -42,25 +46,25 @@ def command(
         from castalia.parallel.launcher import relaunch
 
         refuse(find_obstacles(config, nproc))  # once, before many processes say the same
-        arguments = ["train", *configs, *(["--dry-run"] if dry_run else [])]
+        arguments = ["train", *configs, *(["--dry-run"] if dry_run else []), *(["--verbose"] if verbose else [])]
         relaunch(nproc, arguments, max_restarts=0 if dry_run else RESTARTS)
     if dry_run:
         refuse(find_obstacles(config))
         from castalia.train.dry_run import rehearse
 
-        rehearse(config)
+        rehearse(config, verbose)
     else:
-        train(config)
+        train(config, verbose)
 
 
-def train(config: RunConfig) -> str:
+def train(config: RunConfig, verbose: bool = False) -> str:
     """Train as the config says and return the run's folder."""
     from castalia.train.start_checks import find_obstacles, refuse
 
     refuse(find_obstacles(config))  # first, because torch takes a second to import
     from castalia.train.loop import train as run
 
-    return str(run(config))
+    return str(run(config, verbose))
 
 
 def read_config(words: list[str], any_batch: bool = False) -> RunConfig:

@@ -236,7 +236,7 @@ def suggest(path: str) -> str:
     if names:
         return f"; did you mean {' or '.join(names)}?"
     known = [*siblings, *(name for name in SECTIONS if name.rpartition(".")[0] == section)]
-    return f"; {section or 'a config'} knows {', '.join(known)}; or remove it"
+    return f"; the keys of {section or 'a config'} are {', '.join(known)}"
 
 
 def _combine(ours: dict[str, Setting], translated: dict[str, Setting], findings: Findings) -> dict[str, Setting]:

@@ -337,8 +337,8 @@ class DataConfig(Section):
     )
     packing: Literal["packed", "pack_until_overflow", "unpacked"] = Field(
         "packed",
-        description="packed: documents end to end; pack_until_overflow: whole documents until one does not fit; "
-        "unpacked: one document per sample",
+        description="packed: documents follow one another and are cut where a sequence is full; pack_until_overflow: "
+        "as many whole documents as fit into a sequence; unpacked: each sequence holds one document",
     )
     allow_chopped: bool = Field(True, description="false: leave out documents longer than a sample")
     weight_by_documents: bool = Field(
@@ -455,9 +455,17 @@ class ScheduleConfig(Section):
     style: Literal["constant", "linear", "cosine", "exponential", "wsd", "inverse_sqrt"] = Field(
         "cosine", description="wsd: constant, then linear over the last `cooldown`; inverse_sqrt: ~ 1 / sqrt(step)"
     )
-    warmup: Fraction = Field(0.01, le=1.0, description="warm-up, as a share of the decay steps")
-    warmup_steps: NonNegativeInt | None = Field(None, description="warm-up in steps; replaces warmup")
-    cooldown: Fraction = Field(0.2, le=1.0, description="wsd: share of the decay steps in which the rate falls")
+    warmup: Fraction = Field(
+        0.01,
+        le=1.0,
+        description="how long the learning rate rises at first, as a share of the steps until the decay ends",
+    )
+    warmup_steps: NonNegativeInt | None = Field(
+        None, description="how long the learning rate rises at first, in steps; takes the place of warmup"
+    )
+    cooldown: Fraction = Field(
+        0.2, le=1.0, description="wsd: how long the rate falls at the end, as a share of the steps until the decay ends"
+    )
     decay_steps: PositiveInt | None = Field(
         None, description="step at which the decay ends; None: train.steps * decay_fraction"
     )

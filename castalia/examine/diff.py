@@ -271,8 +271,8 @@ def _moved(relations: Mapping[str, Relation], matrices: Mapping[str, Relation], 
     others = [name for name in matrices if name not in moved]
     return (
         f"{kept} of {len(relations)} tensors are the same"
-        + (f", {len(moved)} matrices moved by {min(sizes):.2%} to {max(sizes):.2%} of their size" if sizes else "")
-        + (f"; {len(others)} have little in common any more or are new: {', '.join(others[:5])}" if others else "")
+        + (f", {len(moved)} matrices changed by {min(sizes):.2%} to {max(sizes):.2%} of their norm" if sizes else "")
+        + (f"; {len(others)} are new, or changed beyond recognition: {', '.join(others[:5])}" if others else "")
     )
 
 

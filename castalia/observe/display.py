@@ -7,14 +7,14 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from statistics import median
 from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
+from castalia.columns import wrapped
 from castalia.units import duration
 
 RECENT = 20  # steps whose median tells how long the others take
@@ -83,20 +83,12 @@ class Display:
             self.bar.start()
 
     def line(self, text: str, style: str | None = None) -> None:
-        """Prints a line, styled on a terminal."""
-        self.console.print(text, style=style if self.fancy else None)
+        """Prints a line, wrapped where it is too long, and styled on a terminal."""
+        self.as_it_is(wrapped(text), style)
 
-    def table(self, title: str, header: Sequence[str], rows: Sequence[tuple[str, str, str]]) -> None:
-        """Prints rows of three columns: as a table on a terminal, as a line for each row elsewhere."""
-        if self.fancy:
-            table = Table(*header, title=title, title_justify="left")
-            for row in rows:
-                table.add_row(*row)
-            self.console.print(table)
-            return
-        self.line(f"{title}:")
-        for name, value, why in rows:
-            self.line(f"  {name}: {value}  ({why})")
+    def as_it_is(self, text: str, style: str | None = None) -> None:
+        """Prints a line that fits already, or that is to be copied."""
+        self.console.print(text, style=style if self.fancy else None)
 
     def advance(self, record: Mapping[str, Any]) -> None:
         """Counts a step, given its record."""

@@ -42,9 +42,12 @@ def describe_training(training: TrainingPlan) -> Iterator[tuple[str, str]]:
         yield name, getattr(training, name)
     if training.checkpoints_bytes is not None:
         free = "" if training.free_bytes is None else f"; {gib(training.free_bytes)} are free there"
-        yield "disk", f"{training.checkpoints_kept:,} checkpoints take {gib(training.checkpoints_bytes)}{free}"
+        kept = (
+            "1 checkpoint takes" if training.checkpoints_kept == 1 else f"{training.checkpoints_kept} checkpoints take"
+        )
+        yield "disk", f"{kept} {gib(training.checkpoints_bytes)}{free}"
     if training.random_loss:
-        yield "random loss", f"{training.random_loss:.2f}: ln(vocabulary), what a model has that knows nothing"
+        yield "random loss", f"{training.random_loss:.2f}, by guessing at random: ln(vocabulary)"
 
 
 def clipping(config: RunConfig) -> str:
@@ -151,17 +154,18 @@ def saves(config: RunConfig) -> str:
     saves = config.checkpoint
     parts = [f"every {saves.every} steps"] if saves.every else []
     if saves.log_base:
-        parts.append(f"powers of {saves.log_base:g}" + (f" up to {saves.log_until}" if saves.log_until else ""))
+        until = f" up to step {saves.log_until}" if saves.log_until else ""
+        parts.append(f"at steps that are powers of {saves.log_base:g}{until}")
     if saves.steps:
-        parts.append("steps " + ", ".join(map(str, saves.steps[:12])) + (", ..." if len(saves.steps) > 12 else ""))
+        parts.append("at steps " + ", ".join(map(str, saves.steps[:12])) + (", ..." if len(saves.steps) > 12 else ""))
     if saves.keep_last:
         milestones = f" and multiples of {saves.keep_every}" if saves.keep_every else ""
         parts.append(f"keeping the last {saves.keep_last}{milestones}")
     if saves.save_minutes:
-        parts.append(f"{saves.save_minutes:g} minutes after the last save")
+        parts.append(f"after {saves.save_minutes:g} minutes without a save")
     if saves.keep_best and evaluation(config) != "never":
-        parts.append("the best by validation loss")
-    return "; ".join([*parts, "the last step"]) + ("" if saves.save_optimizer else "; without optimizer state")
+        parts.append("the best by validation loss is kept")
+    return "; ".join([*parts, "at the end"]) + ("" if saves.save_optimizer else "; without optimizer state")
 
 
 def gib(size: float) -> str:

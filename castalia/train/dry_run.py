@@ -11,25 +11,25 @@ from castalia.parallel.process_group import process_group
 from castalia.train.hardware import choose_device, keep_freed_memory
 from castalia.train.resolve import refuse_folder_in_use
 from castalia.train.run_folder import continues_in_place, run_folder
-from castalia.train.run_header import planned_layout, show_first_loss, show_report
+from castalia.train.run_header import planned_layout, show_first_loss, show_header
 from castalia.train.setup import Session, start
 from castalia.train.step_memory import PeakMemory, describe_memory
 from castalia.units import duration
 
 
-def rehearse(config: RunConfig) -> None:
+def rehearse(config: RunConfig, verbose: bool = False) -> None:
     """Sets the run up, trains one step in memory and reports its loss, memory and speed."""
     keep_freed_memory()
     folder = run_folder(config)
     if not continues_in_place(config, folder):
         refuse_folder_in_use(config, folder)
     with process_group(choose_device(config.train.device).type, config.parallel.timeout):
-        _show_one_step(start(config), folder)
+        _show_one_step(start(config), folder, verbose)
 
 
-def _show_one_step(session: Session, folder: Path) -> None:
+def _show_one_step(session: Session, folder: Path, verbose: bool) -> None:
     with Display(silent=session.executor.rank > 0) as display:
-        show_report(session, display, folder)
+        show_header(session, display, folder, kept=False, verbose=verbose)
         done = session.progress.step
         begin = time.perf_counter()
         # Model and optimizer exist by now, so the peak is what the step needs beyond them.
@@ -41,6 +41,6 @@ def _show_one_step(session: Session, folder: Path) -> None:
         left = session.last - done
         display.line(
             f"one step took {seconds:.2f} s, {session.tokens_of(done) / seconds:,.0f} tokens/s (the first is slow); "
-            f"{left:,} steps at this pace {duration(seconds * left)}"
+            f"at this pace the whole run, {left:,} steps, takes {duration(seconds * left)}"
         )
         display.line("dry run: the folder of the run was not touched")

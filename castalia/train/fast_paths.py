@@ -51,7 +51,7 @@ def fast_paths(device: torch.device) -> list[FastPath]:
             "bf16 compute",
             native,
             f"{device.type} multiplies bf16 " + ("natively" if native else "by emulation only, so fp32 is used"),
-            "matrix products run in fp32, which AMX and GPUs do at a fifth of bf16's rate or less"
+            "matrix products run in fp32, on GPUs and with AMX at a fifth of the speed of bf16 or less"
             + ("; precision.compute=fp16 is fast on this GPU" if device.type == "cuda" else ""),
         ),
         _attention(device),

@@ -32,6 +32,7 @@ from castalia.checkpoint.tensors import Progress, Shard
 from castalia.config.load import TOKENIZER, load_run
 from castalia.config.schema import RunConfig
 from castalia.errors import Stopped, TrainingError
+from castalia.files import write_text
 from castalia.observe.display import Display
 from castalia.observe.metrics import Metrics, read_metrics, truncate_metrics, truncate_records, write_event
 from castalia.observe.watch import StepPace, Watch, data_of_step
@@ -50,20 +51,23 @@ from castalia.train.run_folder import (
     was_started_by,
     write_config,
 )
-from castalia.train.run_header import show_first_loss, show_report
+from castalia.train.run_header import HEADER, show_first_loss, show_header
 from castalia.train.schedule import is_save_step
 from castalia.train.setup import Session, restore, start
 from castalia.train.step import StepResult
 from castalia.train.step_record import peak_speed, step_record
 from castalia.train.stop_signals import StopSignals
 from castalia.train.validation import Validation
+from castalia.units import duration
 
 TIMED_MICRO_BATCHES = 3  # of the first step, after which its length is told
 LONG_STEP_S = 10.0  # a shorter first step tells its length itself
 
 
-def train(config: RunConfig) -> Path:
+def train(config: RunConfig, verbose: bool = False) -> Path:
     """Trains, resumes or fine-tunes as the config says, and returns the run's folder.
+
+    `verbose`: the header is printed in full, as it stands in the folder.
 
     Raises Stopped where a signal ended the run, which is saved, and other CastaliaErrors where it cannot go on.
     """
@@ -83,9 +87,9 @@ def train(config: RunConfig) -> Path:
             refuse_if_in_use(folder / "checkpoints")  # the saver asks again, but only once everything is loaded
         session = start(config)
         with Display(silent=session.executor.rank > 0) as display:
-            show_report(session, display, folder)
+            header = show_header(session, display, folder, kept=True, verbose=verbose)
             try:
-                with TrainingRun(session, folder, display, in_place, job, begin) as run:
+                with TrainingRun(session, folder, display, in_place, job, begin, header) as run:
                     stopped_by = run.to_the_end()
             except OSError as error:  # most often a full disk; errors of checkpoints say so themselves
                 raise TrainingError(f"{folder} cannot be written: {error}; checkpoints are as they were") from error
@@ -105,9 +109,10 @@ class TrainingRun:
         in_place: bool,
         job: LauncherJob,
         begin: float,  # when the process began, by time.monotonic
+        header: str,  # what rank 0 writes into the folder
     ):
         self.session, self.folder, self.display = session, folder, display
-        self.in_place, self.job, self.is_main = in_place, job, session.executor.rank == 0
+        self.in_place, self.job, self.is_main, self.header = in_place, job, session.executor.rank == 0, header
         before = session.source.config if session.source and session.resumed else None
         has_tokenizer, batch_size = session.tokenizer is not None, session.plan.batch_size
         began_from = before.checkpoint.init_from if before else None
@@ -165,6 +170,7 @@ class TrainingRun:
         if session.tokenizer is not None:
             session.tokenizer.save(folder / TOKENIZER)
         write_config(folder, self.config)
+        write_text(folder / HEADER, self.header)
         # A run that died may have recorded steps after its last checkpoint, which are about to be computed again.
         truncate_records(folder / "events.jsonl")
         truncate_records(folder / LAYERS, self.progress.step)
@@ -329,7 +335,7 @@ class TrainingRun:
         if slow := self.pace.look(scaled):
             now, usual = slow
             self._event("slow", step=step, seconds=round(now, 6), usual_seconds=round(usual, 6))
-            self.display.line(f"step {step}: steps take {now / usual:.1f} times as long as before")
+            self.display.line(f"step {step}: steps have become slower: {duration(now)} instead of {duration(usual)}")
 
     def _stop_at_spike(self) -> NoReturn:
         """Saves the state before the spike, so that its step can be replayed, and ends the run."""
@@ -462,5 +468,5 @@ class TrainingRun:
         by, limit = (f" by {stopped_by}", "") if stopped_by else ("", f" ({limit})")
         left = " and still to be evaluated" if self.unevaluated is not None else ""
         self.display.line(f"stopped{by} after step {step:,} of {last:,}{limit}, which is saved{left}")
-        self.display.line(f"to go on: castalia train {self.folder}")
+        self.display.as_it_is(f"to go on: castalia train {self.folder}")
         return stopped_by

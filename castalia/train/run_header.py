@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ from pydantic import BaseModel
 
 from castalia.checkpoint.adapters import adapters_of
 from castalia.checkpoint.tensors import Checkpoint
+from castalia.columns import aligned, shortened, wrapped
 from castalia.config.attention_kernels import AMPERE
 from castalia.config.batch import sum_until
 from castalia.config.fields import changed
 from castalia.config.loss_chunks import CHUNK_BYTES
-from castalia.config.notes import folded
 from castalia.config.schema import RunConfig
 from castalia.config.tensor_table import adapter_shapes, tensor_shapes
 from castalia.data.indexed import open_dataset
@@ -29,46 +29,173 @@ from castalia.parallel.rank_grid import layout as parallel_layout
 from castalia.parallel.rendezvous import world_size
 from castalia.plan.count import count
 from castalia.plan.layout import Layout
+from castalia.plan.plan_parts import TrainingPlan
 from castalia.plan.run_description import clipping, describe_training
 from castalia.plan.run_plan import RunFacts, layout_of, training, warnings
+from castalia.plan.step_cost import EFFICIENCY
 from castalia.train.fast_paths import fast_paths
 from castalia.train.run_facts import collect_run_facts
 from castalia.train.setup import Session
-from castalia.units import short_number
+from castalia.train.step_record import peak_speed
+from castalia.units import duration, short_number
 
 KNOWS_NOTHING = 0.9  # of ln(vocabulary): above this a model has learnt next to nothing
+HEADER = "header.txt"  # in the run's folder
+MOST_LINES = 12
+LOUD_DAYS, LOUD_EPOCHS = 30, 10
+INFERRED = "inferred"  # the origin of a value that neither a file nor the command line gives
 
 
-def show_report(session: Session, display: Display, folder: Path) -> None:
-    """Prints settings, what was loaded, what will happen, and warnings. Does nothing on ranks with a silent display."""
+def show_header(session: Session, display: Display, folder: Path, *, kept: bool, verbose: bool = False) -> str:
+    """Prints what will happen, in at most MOST_LINES lines or in full, and warnings. Returns the text in full.
+
+    `kept`: the caller writes that text into the folder, as HEADER. Does nothing on ranks with a silent display.
+    """
     if display.silent:
-        return
-    config, known, layout = session.config, run_facts_of(session), planned_layout(session)
-    # Values without an origin were inferred: the model's from the checkpoint, the others here.
-    origins = {path: re.sub(r"\S*/", "", origin) for path, origin in config.origins.items()}  # files without folders
-    elsewhere = "the checkpoint" if session.source else "settled here"
-    display.table(
-        "settings that are not the default",
-        ("setting", "value", "from"),
-        [
-            (path, _shown(value), origins.get(path, elsewhere if path.startswith("model.") else "settled here"))
-            for path, value in changed(config).items()
-        ],
-    )
-    for note in folded(config.notes):
-        display.line(f"note: {note}", "yellow")
-    for name, text in summary_lines(session, folder, known, layout):
-        display.line(f"{name:<14}{text}")
-    for warning in (*warnings(config, known, layout), *_tokenizer_warnings(session), *_one_sided(config)):
-        display.line(f"warning: {warning}", "yellow")
+        return ""
+    known, layout = run_facts_of(session), planned_layout(session)
+    surprises = [*warnings(session.config, known, layout), *_tokenizer_warnings(session), *_one_sided(session.config)]
+    surprises = [wrapped(f"warning: {text}") for text in surprises]
+    planned, seconds = training(session.config, known, layout), expected_seconds(session)
+    full, loud = list(full_lines(session, folder, known, layout)), [*loud_lines(session, planned.epochs, seconds)]
+    file = f"{folder / HEADER}, or --verbose" if kept else "--verbose"
+    for line in full if verbose else brief_lines(session, folder, planned, seconds, file):
+        display.as_it_is(line)
+    for text in surprises:
+        display.as_it_is(text, "yellow")
+    for text in loud:
+        display.as_it_is(text, "bold yellow")
+    return "\n".join([*full, *surprises, *loud, ""])
+
+
+def loud_lines(session: Session, epochs: Mapping[str, float], seconds: float | None) -> Iterator[str]:
+    """What nobody may overlook: weights that were not loaded, and a run that is much longer than it was meant."""
     if session.source is None:
         number = short_number(parameter_count(session))
-        display.line(f"TRAINING BEGINS FROM RANDOM WEIGHTS: {number} parameters, nothing was loaded", "bold yellow")
+        yield f"TRAINING BEGINS FROM RANDOM WEIGHTS: {number} parameters, nothing was loaded"
+    if seconds and seconds > LOUD_DAYS * 86400:
+        yield f"THIS RUN TAKES ABOUT {duration(seconds).upper()}; shorter: train.steps=N, or train.max_hours=H"
+    passes = max(epochs.values(), default=0)
+    if passes > LOUD_EPOCHS:
+        yield f"THIS RUN READS ITS DATA {passes:,.0f} TIMES; less often: train.steps=N, or train.epochs=N"
+
+
+def brief_lines(
+    session: Session, folder: Path, planned: TrainingPlan, seconds: float | None, more: str
+) -> Iterator[str]:
+    """At most MOST_LINES lines. `more`: where the others are."""
+    config = session.config
+    rows = [
+        ("model", _model(session)),
+        ("computes", f"on {_brief_device(session)}, in {config.precision.compute}"),
+        ("data", _brief_data(config, planned.epochs)),
+        *((name, text) for name, text in describe_training(planned) if name == "batch"),
+        ("the run", _brief_length(session, planned, seconds)),
+        ("learning rate", _brief_rate(planned)),
+        ("evaluated", planned.evaluated + (f"; held out: {held}" if (held := _held_out(config)) else "")),
+        ("saved", f"{planned.saved}, in {folder}"),
+    ]
+    if session.source is not None:
+        rows.append(("loaded", f"{session.loaded} ({session.source.path})"))
+        rows += _brief_restoration(session)
+    notes = len(config.notes) + (len(_source_notes(session)) if session.source else 0)
+    said = f"{len(changed(config))} settings" + (f", {notes} note{'s' * (notes > 1)}" if notes else "")
+    rows.append(("more", f"{more}: {said}"))
+    assert len(rows) <= MOST_LINES
+    for name, text in rows:
+        yield shortened(f"{name:<14}{text}")
+
+
+def _model(session: Session) -> str:
+    model, total = session.config.model, parameter_count(session)
+    sizes = f"{model.num_layers} layers x {model.hidden_size}, vocabulary {model.vocab_size:,}"
+    trained, every = _sizes(session)
+    return f"{total:,} parameters" + (f", {trained:,} of {every:,} train" if trained < every else "") + f"; {sizes}"
+
+
+def _sizes(session: Session) -> tuple[int, int]:
+    """The number of parameters that train and of all, adapters and padding included."""
+    config = session.config
+    shapes = tensor_shapes(config.model) | adapter_shapes(config.model, config.finetune.lora)
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    return sum(size for name, size in sizes.items() if config.finetune.trains(name)), sum(sizes.values())
+
+
+def _brief_device(session: Session) -> str:
+    layout, world = session.config.parallel, world_size()
+    ranks = f"{parallel_layout(layout, world)} on {world} processes" if world > 1 else "one process"
+    return f"{session.device}, {ranks}"
+
+
+def _brief_data(config: RunConfig, epochs: Mapping[str, float]) -> str:
+    if len(epochs) == 1:
+        ((path, passes),) = epochs.items()
+        return f"{passes:.2f} epochs of {path}"
+    if not epochs:
+        return str(config.data.path or ", ".join(source.path for source in config.data.train))
+    return f"{min(epochs.values()):.2f} to {max(epochs.values()):.2f} epochs of {len(epochs)} corpora"
+
+
+def _brief_length(session: Session, planned: TrainingPlan, seconds: float | None) -> str:
+    done = f"; {session.progress.step:,} are done" if session.progress.step else ""
+    text = f"{session.last:,} steps, {planned.tokens or 0:,} tokens{done}"
+    return f"{text}; about {duration(seconds)} at {EFFICIENCY:.0%} of the device's peak" if seconds else text
+
+
+def _brief_rate(planned: TrainingPlan) -> str:
+    warmup = planned.warmup_steps or 0
+    if planned.first_lr is None or planned.last_lr is None:
+        return f"{planned.peak_lr:.3g}"
+    return f"{planned.peak_lr:.3g} after {warmup:,.3g} steps of warm-up, then {planned.style} to {planned.last_lr:.3g}"
+
+
+def _brief_restoration(session: Session) -> list[tuple[str, str]]:
+    """What was restored, and what was not."""
+    rows = list(restoration_rows(session))
+    restored = ", ".join(what for what, how, _ in rows if how == "restored")
+    if not session.resumed:
+        new = ", ".join(what for what, how, _ in rows if how != "restored")
+        return [("restored", restored), ("new", f"{new}: checkpoint.init_from begins a new run")]
+    others = "; ".join(f"{what} {how} ({why})" for what, how, why in rows if how != "restored")
+    return [("restored", restored), *([("not restored", others)] if others else [])]
+
+
+def expected_seconds(session: Session) -> float | None:
+    """How long the rest of the run takes at EFFICIENCY of the devices' peak; None where the peak is unknown."""
+    peak, left = peak_speed(session), session.last - session.progress.step
+    return left * session.tokens_of(session.last) / (EFFICIENCY * peak) if peak else None
+
+
+def full_lines(session: Session, folder: Path, known: RunFacts, layout: Layout) -> Iterator[str]:
+    """Settings, notes, what will happen, what was loaded, what was restored and why."""
+    config = session.config
+    # Values without an origin were inferred: the model's from the checkpoint, the others here.
+    origins = {path: re.sub(r"\S*/", "", origin) for path, origin in config.origins.items()}  # files without folders
+    elsewhere = "from the checkpoint" if session.source else INFERRED
+    yield "settings that are not the default:"
+    yield from aligned(
+        [
+            (path, _shown(value), origins.get(path, elsewhere if path.startswith("model.") else INFERRED))
+            for path, value in changed(config).items()
+        ]
+    )
+    for note in config.notes:
+        yield wrapped(f"note: {note}")
+    yield from aligned(list(summary_lines(session, folder, known, layout)), indent=0)
+    if session.source is None:
         return
-    display.line(f"{'loaded':<14}{session.loaded} ({session.source.path})")
-    for note in (*(session.loaded.notes if session.loaded else ()), *session.source.notes, *session.source.state_notes):
-        display.line(f"{'':<14}{note}")
-    display.table("restored and reset", ("what", "how", "because"), list(restoration_rows(session)))
+    yield wrapped(f"{'loaded':<14}{session.loaded} ({session.source.path})", 14)
+    for note in _source_notes(session):
+        yield wrapped(f"note: {note}")
+    yield "restored and reset:"
+    yield from aligned(list(restoration_rows(session)))
+
+
+def _source_notes(session: Session) -> list[str]:
+    """What opening and loading the checkpoint had to say."""
+    assert session.source is not None
+    loaded = session.loaded.notes if session.loaded else ()
+    return [*loaded, *session.source.notes, *session.source.state_notes]
 
 
 def show_first_loss(session: Session, loss: float, display: Display) -> None:
@@ -76,11 +203,11 @@ def show_first_loss(session: Session, loss: float, display: Display) -> None:
     if session.step.preference:  # its loss says nothing about what the model knows
         return
     uniform = math.log(session.config.vocab_size)
-    display.line(f"first batch: loss {loss:.4f}; a model that knows nothing has ln(vocabulary) = {uniform:.4f}")
+    display.line(f"first batch: loss {loss:.4f}; guessing at random would give {uniform:.4f}, ln(vocabulary)")
     if session.source is not None and loss > KNOWS_NOTHING * uniform:
         display.line(
-            "warning: what was loaded knows no more about this data than random weights: the corpus may belong to "
-            "another tokenizer, or the checkpoint may hold a model that was never trained; "
+            "warning: the loaded model predicts this data no better than random weights would: the corpus may belong "
+            "to another tokenizer, or the checkpoint may hold a model that was never trained; "
             f"see `castalia inspect {session.source.path}` and `castalia data batch CONFIG --step 1`",
             "bold yellow",
         )
@@ -117,12 +244,10 @@ def summary_lines(session: Session, folder: Path, known: RunFacts, layout: Layou
     config, progress = session.config, session.progress
     vocabulary = f"vocabulary {config.model.vocab_size:,} padded to {config.model.padded_vocab_size:,}"
     yield "model", f"{parameter_count(session):,} parameters, {vocabulary}"
-    shapes = tensor_shapes(config.model) | adapter_shapes(config.model, config.finetune.lora)
-    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    trained = sum(size for name, size in sizes.items() if config.finetune.trains(name))
-    if trained < sum(sizes.values()):
+    trained, every = _sizes(session)
+    if trained < every:
         rank = f"; adapters of rank {config.finetune.lora.rank}" if config.finetune.lora else ""
-        yield "trains", f"{trained:,} of {sum(sizes.values()):,} parameters{rank}"
+        yield "trains", f"{trained:,} of {every:,} parameters{rank}"
     yield "device", f"{session.device}, {_processes(config)}"
     planned = training(config, known, layout)
     scale = f", now {session.step.scaler.scale:g}" if session.step.scaler else ""
@@ -157,7 +282,7 @@ def _one_sided(config: RunConfig) -> Iterator[str]:
 def _fast_paths(session: Session, kernel: str) -> str:
     """What was chosen for this machine, and what each missing fast path costs."""
     first, why = session.compiling
-    blocks = f"eager blocks: {why}" if first is None else f"compiled blocks from step {first + 1} on: {why}"
+    blocks = f"not compiled: {why}" if first is None else f"compiled from step {first + 1} on: {why}"
     mib = CHUNK_BYTES[session.device.type] >> 20
     lacking = [f"no {path.name}: {path.cost}" for path in fast_paths(session.device) if not path.available]
     chosen = f"{session.config.precision.compute} compute, {kernel}, logits {mib} MiB at a time"
@@ -196,7 +321,7 @@ def restoration_rows(session: Session) -> Iterator[tuple[str, str, str]]:
     if config.checkpoint.load_optimizer:
         yield "fp32 masters", "restored", "the optimizer's own copies" if source.format != "native" else "the weights"
         old, now = source.summed_micro_batches, session.quirks.gradient_factor
-        why = f"of {len(source.optimizer or ())} tensors"
+        why = f"the optimizer's averages for {len(source.optimizer or ())} tensors"
         if old != now:
             factor = f"divided by {old} and {old}^2" if now == 1 else f"multiplied by {now}/{old} and its square"
             why += f", {factor}: GPT-NeoX's pipeline engine had added up {old} micro-batches where their mean was "
@@ -209,8 +334,8 @@ def restoration_rows(session: Session) -> Iterator[tuple[str, str, str]]:
         how = "restored" if progress.loss_scale else "reset"
         why = "" if progress.loss_scale else "the checkpoint stores none: "
         yield "loss scale", how, f"{why}{session.step.scaler.scale:g}"
-    by = "the config's" if config.checkpoint.schedule_from == "config" or not progress.schedule else "the checkpoint's"
-    yield "schedule", "restored", f"after {progress.step - progress.skipped:,} updates, by {by}"
+    by = "config" if config.checkpoint.schedule_from == "config" or not progress.schedule else "checkpoint"
+    yield "schedule", "restored", f"{progress.step - progress.skipped:,} updates are done; the {by} says what follows"
     yield "step", "restored", f"the next one is {progress.step + 1:,} of {session.last:,}"
     yield "data position", *_data_position(session, source)
     yield "randomness", "restored", f"dropout follows from seed {config.seed}, step and micro-batch"

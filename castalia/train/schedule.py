@@ -46,7 +46,8 @@ def resumed_learning_rate(
         if value != getattr(configured, field)
     )
     raise TrainingError(
-        f"the learning-rate schedule differs from the checkpoint's ({differences}, in rates and steps); "
+        "the config's learning-rate schedule is not that of the checkpoint "
+        f"(checkpoint -> config: {differences}); "
         "set checkpoint.schedule_from=config to follow the config from here on, or =checkpoint to keep the old one"
     )
 

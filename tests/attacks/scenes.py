@@ -345,7 +345,7 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 
 def content(path: Path) -> bytes:
-    if path.name == "events.jsonl":
+    if path.name in ("events.jsonl", "header.txt"):  # of the last start
         return b""
     if path.name == "metrics.jsonl":
         lines = [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")]

@@ -118,7 +118,7 @@ MISTAKES = [
     ("train:\n  stepz: 3\n", "a.yml:2: unknown key train.stepz; did you mean train.steps?"),
     ("train: {lr: 3}\n", "a.yml:1: unknown key train.lr; did you mean optimizer.lr?"),
     ("train_iterz: 3\n", "a.yml:1: unknown key train_iterz; did you mean train_iters"),
-    ("xyzzy: 3\n", "a.yml:1: unknown key xyzzy; a config knows seed"),
+    ("xyzzy: 3\n", "a.yml:1: unknown key xyzzy; the keys of a config are seed"),
     ("data:\n  train: [{path: x, wieght: 2}]\n", "a.yml:2: unknown key data.train.0.wieght"),
     ("train:\n\n  steps: many\n", "a.yml:3: train.steps: 'many': is not a whole number; a whole number above 0"),
     ("train: {steps: 2.5}\n", "a.yml:1: train.steps: 2.5: is not a whole number"),

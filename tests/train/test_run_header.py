@@ -6,6 +6,8 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import chdir
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import torch
 from castalia.checkpoint.opener import open_checkpoint
 from castalia.checkpoint.restore import optimizer_state
 from castalia.cli.train import read_config, train
+from castalia.columns import WIDTH
 from castalia.config.load import dump_config, load_config
 from castalia.data.indexed import DatasetWriter
 from castalia.errors import ConfigError
@@ -20,7 +23,7 @@ from castalia.plan.run_description import attention
 from castalia.plan.run_plan import training, warnings
 from castalia.train.dry_run import rehearse
 from castalia.train.run_facts import collect_run_facts, num_kept_checkpoints
-from castalia.train.run_header import planned_layout, restoration_rows, run_facts_of, summary_lines
+from castalia.train.run_header import HEADER, MOST_LINES, planned_layout, restoration_rows, run_facts_of, summary_lines
 from castalia.train.setup import start
 
 
@@ -38,7 +41,7 @@ def test_plan_and_training_say_the_same(tiny, tmp_path):
     training = plan["training"]
     for name in ("clipping", "precision", "attention", "logged", "evaluated"):
         assert said[name] == training[name]
-    assert said["disk"].startswith("1 checkpoints take") and training["checkpoints_kept"] == 1
+    assert said["disk"].startswith("1 checkpoint takes") and training["checkpoints_kept"] == 1
     assert said["batch"].startswith(f"8 sequences x 16 = {training['tokens_per_step']} tokens a step")
     own = warnings(session.config, run_facts_of(session), planned_layout(session))
     assert len(plan["warnings"]) == len(own) == 2
@@ -91,12 +94,46 @@ def test_a_corpus_of_another_tokenizer_is_refused_before_the_first_step(tiny, tm
     assert not (tmp_path / "run").exists()
 
 
+LONG = "of-a-very-long-name-" * 3
+
+
+@pytest.mark.parametrize("begins", ["new", "resumed", "tuned"])
+def test_the_header_has_few_short_lines_and_the_folder_all_of_it(tiny, straight, tmp_path, capsys, begins):
+    source = {"new": "checkpoint.resume=null", "resumed": f"checkpoint.resume={straight}"}
+    source["tuned"] = f"checkpoint.init_from={straight}"
+    more = ["finetune.lora.rank=2"] if begins == "tuned" else ["checkpoint.load_optimizer=false", "train.steps=25"]
+    more = [] if begins == "new" else [*more, "checkpoint.schedule_from=config"]
+    # Kept apart from the temporary folder, whose path has a length of its own.
+    with chdir(tmp_path):
+        train(tiny(f"runs/{LONG}", source[begins], "eval.every=null", "train.exit_interval=1", "seed=3", *more))
+        text = Path("runs", LONG, HEADER).read_text()
+    said = capsys.readouterr().out
+    header, _, rest = said.partition("\nmore ")
+    assert header.count("\n") + 2 <= MOST_LINES and f"runs/{LONG}" in rest.splitlines()[0]
+    assert all(len(line) <= WIDTH for line in [*said.splitlines(), *text.splitlines()] if LONG not in line)
+    assert "settings that are not the default:" in text and "settings that are" not in said
+    assert ("fp32 masters  reset" in text) == (begins != "new")
+
+
+def test_verbose_prints_what_the_folder_holds(tiny, tmp_path, capsys):
+    train(tiny(tmp_path / "run", "train.steps=1", "eval.every=null"), verbose=True)
+    assert capsys.readouterr().out.startswith((tmp_path / "run" / HEADER).read_text())
+
+
+def test_a_run_far_too_long_says_so_loudly(tiny, tmp_path, capsys):
+    rehearse(tiny(tmp_path / "run", "train.steps=200000", "log.peak_tflops=1e-6"))
+    said = capsys.readouterr().out
+    assert re.search(r"^THIS RUN TAKES ABOUT [\d,]+ DAYS", said, re.M)
+    assert re.search(r"^THIS RUN READS ITS DATA [\d,]+ TIMES", said, re.M)
+
+
 def test_warnings_appear_before_training(tiny, tmp_path, capsys):
     with DatasetWriter(tmp_path / "one", "uint16") as writer:
         writer.add([*b"in the beginning "] * 10)
-    rehearse(tiny(tmp_path / "run", f"data.path={tmp_path / 'one'}", "data.split=1,0,0", "optimizer.clip_norm=null"))
-    said = capsys.readouterr().out
-    for part in ("is a single document", "more than 4 passes", "gradients are not clipped", "clipping      off"):
+    config = tiny(tmp_path / "run", f"data.path={tmp_path / 'one'}", "data.split=1,0,0", "optimizer.clip_norm=null")
+    rehearse(config, verbose=True)
+    said = " ".join(capsys.readouterr().out.split())
+    for part in ("is a single document", "more than 4 passes", "gradients are not clipped", "clipping off"):
         assert part in said
     assert not (tmp_path / "run").exists()
 
