@@ -36,8 +36,8 @@ def aligned(rows: Sequence[Sequence[str]], indent: int = 2) -> list[str]:
 
 
 def _fitting(rows: Sequence[Sequence[str]], room: int) -> list[int]:
-    """The widths of columns, of which the widest give way until they fit; none becomes narrower than its words, but for very
-    long ones."""
+    """The widths of columns, of which the widest give way until they fit. None becomes narrower than its words, unless
+    those are very long."""
     columns = list(zip(*rows, strict=True))
     widths = [max(map(len, column)) for column in columns]
     words = [[len(word) for cell in column for word in cell.split()] for column in columns]

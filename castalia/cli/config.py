@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from pydantic_core import to_jsonable_python
 
+from castalia.cli.render import say
 from castalia.config.fields import FIELDS, SECTIONS, changed, describe, values
 from castalia.config.key_reference import markdown
 from castalia.config.load import load_config, suggest
@@ -79,11 +80,11 @@ def check(words: Words) -> None:
     refuse(each for each in found if each.kind == "error")
     warned = warnings(config, collect_run_facts(config), layout_of(config, None)[0])
     for line in (*(f"note: {note}" for note in config.notes), *(f"warning: {text}" for text in warned), *found):
-        print(line, file=sys.stderr)
+        say(str(line), sys.stderr)
     number, kinds = len(config.notes) + len(warned), Counter(each.kind for each in found)
     told = f" ({plural(number, 'note')})" if number else ""
     lacks = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-    print(f"accepted: {' '.join(words)}{told}" + (f"; it would not train here yet: {lacks}" if lacks else ""))
+    say(f"accepted: {' '.join(words)}{told}" + (f"; it would not train here yet: {lacks}" if lacks else ""))
 
 
 @app.command()
@@ -130,13 +131,13 @@ def explain(
     row = KEYS.get(name) or FORMER.get(name)
     # A name may be a key of ours, of GPT-NeoX's, or of both: each is explained.
     if key in FIELDS or key in SECTIONS:
-        print(f"{key}: {describe(key)}")
+        say(f"{key}: {describe(key)}")
     if row:
         verbs = {"idle": "no effect here: ", "refused": "refused unless it is off: ", "renamed": "now "}
         since = f"default {row.default}" if name in KEYS else "formerly"
         print(f"{name} (GPT-NeoX, {since}): {verbs.get(row.kind, 'becomes ')}{row.target}")
         for path in row.target.split(", ") if row.kind == "to" else []:
-            print(f"{path}: {describe(path)}")
+            say(f"{path}: {describe(path)}")
     elif key not in FIELDS and key not in SECTIONS:
         raise ConfigError(f"unknown key {key}{suggest(key)}")
 
@@ -156,7 +157,7 @@ def changes(config: RunConfig) -> dict[str, Any]:
 def print_notes(config: RunConfig) -> None:
     """Print the config's notes on standard error, in short."""
     for note in folded(config.notes):
-        print(f"note: {note}", file=sys.stderr)
+        say(f"note: {note}", sys.stderr)
 
 
 def _text(value: Any) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from castalia.cli.render import progress, size_of
+from castalia.cli.render import progress, say, size_of
 
 if TYPE_CHECKING:
     from castalia.checkpoint.file_plan import Plan, TargetLayout
@@ -94,11 +94,13 @@ def command(
         one(checkpoint, target, inside)
         return
     wanted = _numbers(steps) if steps else None
-    for number, folder in convert.steps_of(Path(source), wanted, find_steps(source)).items():
+    folders = convert.steps_of(Path(source), wanted, find_steps(source))
+    for place, (number, folder) in enumerate(folders.items(), 1):
+        say(f"step {number}, {place} of {len(folders)}")
         name = form.step_folder.format(step=number)
         # Complete steps are passed over, so that an interrupted command goes on with the others.
         if (target / name).exists() and not force and not convert.is_unfinished(target / name):
-            print(f"{target / name} is there already", flush=True)
+            say(f"{target / name} is there already")
         else:
             one(open_checkpoint(folder, adapters=form.on_base, **hints), target / name)
         if not dry_run:
@@ -108,9 +110,9 @@ def command(
 def _describe(checkpoint: Checkpoint, plan: Plan, target: Path, inside: str, with_files: bool) -> None:
     from castalia.checkpoint.restore import describe
 
-    print(f"{describe(checkpoint)} -> {target}: {len(plan.outputs)} files, {size_of(plan.num_bytes)}", flush=True)
+    say(f"{describe(checkpoint)} -> {target}: {len(plan.outputs)} files, {size_of(plan.num_bytes)}")
     for note in (*checkpoint.notes, *checkpoint.state_notes, *plan.notes):
-        print(f"  note: {note}")
+        say(f"  note: {note}")
     for output in plan.outputs if with_files else ():
         print(f"  {Path(inside, output.name)}  {size_of(output.num_bytes)}")
 
@@ -128,10 +130,10 @@ def _write(plan: Plan, target: Path, mark: str, inside: str, force: bool, allow_
             print("interrupted; the same command goes on from the files that are complete", file=sys.stderr)
             raise
     for name, count in convert.infinite_values(plan).items():
-        print(f"  note: {name}: {count} values were too large for their new dtype and became infinite")
+        say(f"  note: {name}: {count} values were too large for their new dtype and became infinite")
     seconds = time.monotonic() - started
     again = f" ({kept} files were complete already)" if kept else ""
-    print(f"wrote {target} in {seconds:.1f} s, {size_of(plan.num_bytes / max(seconds, 1e-9))}/s{again}", flush=True)
+    say(f"wrote {target} in {seconds:.1f} s, {size_of(plan.num_bytes / max(seconds, 1e-9))}/s{again}")
 
 
 def _verify(checkpoint: Checkpoint, target: Path) -> None:
@@ -140,7 +142,7 @@ def _verify(checkpoint: Checkpoint, target: Path) -> None:
     from castalia.examine.verify import verify
 
     proof = verify(checkpoint, open_checkpoint(target))  # read back from its files, as others will read it
-    print(proof)
+    say(str(proof))
     if not proof.holds:
         raise CheckpointError(f"{target} is written, but it is not the same model: {proof.difference or 'see above'}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -65,6 +66,7 @@ def prepare(
     ] = None,
     for_rm: Annotated[bool, typer.Option("--for-rm", help="reward models: only a last end-of-document counts")] = False,
     workers: Annotated[int | None, typer.Option(help="at once; all cores if left out", min=1)] = None,
+    as_json: Json = False,
 ) -> None:
     """Tokenize text into an indexed corpus: OUTPUT_text_document.bin and .idx.
 
@@ -75,7 +77,7 @@ def prepare(
 
     The files are the same for any number of workers. If the command is interrupted, run it again: it continues.
     """
-    from castalia.cli.render import progress
+    from castalia.cli.render import progress, say
     from castalia.data.chat import Chat, read_template
     from castalia.data.prepare import Recipe
     from castalia.data.prepare import prepare as run
@@ -120,15 +122,18 @@ def prepare(
     before = report.continued
     if before:
         print(f"continued after {before['documents']:,} documents of an interrupted run", file=sys.stderr)
+    if as_json:
+        print(to_json(asdict(report) | {"seconds": round(seconds, 3)}))
+        return
     megabytes = (report.text_bytes - before.get("text_bytes", 0)) / 1e6  # of this start, as `seconds` are
-    print(
+    say(
         f"{', '.join(report.outputs)}: {report.documents:,} documents, {report.tokens:,} tokens{dropped}, "
         f"{megabytes:.1f} MB in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s)"
     )
     if report.engine:
         print(f"ids from {report.engine}")
     if report.note:
-        print(f"note: {report.note}")
+        say(f"note: {report.note}")
     if report.end:
         print(f"each {'conversation' if chat else 'document'} ends with id {report.end}")
 

@@ -55,13 +55,14 @@ def command(
 
 
 def _show(found: Diff) -> None:
+    from castalia.cli.render import say
     from castalia.examine.diff import CAUSES
 
     for line in found.structure:
-        print(f"  {line}")
+        say(f"  {line}")
     counts = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in found.counts.items())
-    print(f"{len(found.relations)} tensors in both: {counts or 'none'}")
-    print(found.optimizer)
+    say(f"{len(found.relations)} tensors in both: {counts or 'none'}")
+    say(found.optimizer)
     differing = [
         (name, relation)
         for name, relation in found.relations.items()
@@ -84,11 +85,11 @@ def _show(found: Diff) -> None:
         print("\nrelative change by layer")
         for layer, change in found.updates.items():
             print(f"{layer:16} {change:8.4f}")
-    print(f"\nverdict: {found.words}")
+    say(f"\nverdict: {found.words}")
     if found.verdict == "same_init":
         print("what is known to cause this with equal seeds:")
         for cause in CAUSES:
-            print(f"  - {cause}")
+            say(f"  - {cause}")
 
 
 def _plot(found: Diff, path: Path, a: str, b: str) -> None:

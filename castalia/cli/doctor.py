@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from castalia.cli.render import print_table
+from castalia.cli.render import print_table, say
 from castalia.plan.devices import cpu_flags, find_device
 from castalia.strict_json import to_json
 
@@ -50,7 +50,7 @@ def command(as_json: Annotated[bool, typer.Option("--json", help="one object wit
     print_table("fast paths", ["path", "available", "why"], rows)
     for path in paths:
         if not path.available:
-            print(f"missing: {path.name}: {path.cost}")
+            say(f"missing: {path.name}: {path.cost}")
     cases = [[name, *by_dtype.values()] for name, by_dtype in kernels]
     print_table("kernels of attention, for heads of 128", ["case", "bf16", "fp16", "fp32"], cases)
     rows = [[name, number or "not installed", OPTIONAL[name]] for name, number in packages.items()]

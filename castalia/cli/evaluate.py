@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from castalia.cli.render import say
 from castalia.cli.streaming import MemoryOption
 from castalia.strict_json import to_json
 
@@ -97,12 +98,12 @@ def command(
     sources = result.pop("sources", {})
     for name, value in result.items():
         shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if isinstance(value, float) else value
-        print(f"{name.replace('_', ' '):<14}{shown}")
+        say(f"{name.replace('_', ' '):<14}{shown}", hang=14)
     if by_source and not sources:
-        print("by source     not known: the corpus does not tell its files, or has one")
+        say("by source     not known: the corpus does not tell its files, or has one")
     for name, part in sources.items():
         bits = f"  bits per byte {part['bits_per_byte']:.4f}" if "bits_per_byte" in part else ""
-        print(f"  loss {part['loss']:.4f}{bits}  {part['tokens']:,} tokens of {name}")
+        say(f"  loss {part['loss']:.4f}{bits}  {part['tokens']:,} tokens of {name}")
 
 
 def write_log_probs(path: str, overrides: list[str], data: str | None, step: int | None, output: str) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from castalia.cli.train import Verbose
+from castalia.strict_json import to_json
+
 if TYPE_CHECKING:
+    from castalia.finetuning.before_after import Look
     from castalia.finetuning.finetune_run import Request
 
 
@@ -29,7 +35,9 @@ def command(
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="leave out records that cannot be read")] = False,
     prompt: Annotated[str | None, typer.Option(help="of the sample; default: those of held-out records")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="of a sample")] = 40,
-    nproc: Annotated[int | None, typer.Option(min=1, help="start so many processes, without the comparison")] = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="number of processes; without the comparison")] = None,
+    verbose: Verbose = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one object at the end, all else on standard error")] = False,
 ) -> None:
     """Fine-tune a model on texts or conversations, or by preferences.
 
@@ -43,20 +51,31 @@ def command(
     and judges the model. Settings are chosen with reasons, and any of them may be given otherwise. Stopped and started
     again, the same command goes on.
     """
+    request = parsed(model, words or [], objective, lora, full, chat_template, skip_bad)
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        folder = teach(request, nproc, verbose)
+        looks = show_changes(model, folder, prompt, max_tokens)
+    if as_json:
+        found = {name: {"scores": look.scores, "texts": look.texts} for name, look in looks.items()}
+        print(to_json({"run": str(folder), "models": found}))
+
+
+def teach(request: Request, nproc: int | None, verbose: bool) -> Path:
+    """Chooses, prepares and trains. Returns the run's folder."""
     from castalia.cli.render import print_facts
     from castalia.cli.train import train
     from castalia.finetuning.finetune_run import CONFIG, begin
 
-    request = parsed(model, words or [], objective, lora, full, chat_template, skip_bad)
     config = begin(request, lambda name, text: print_facts([(name, text)]))
     folder = Path(str(config.checkpoint.dir))
     if nproc and nproc > 1:
         from castalia.parallel.launcher import relaunch
         from castalia.train.run_folder import is_run
 
-        relaunch(nproc, ["train", str(folder if is_run(folder) else folder / CONFIG)])
-    train(config)
-    show_changes(model, folder, prompt, max_tokens)
+        words = ["train", str(folder if is_run(folder) else folder / CONFIG), *(["--verbose"] if verbose else [])]
+        relaunch(nproc, words)
+    train(config, verbose)
+    return folder
 
 
 def parsed(
@@ -85,8 +104,11 @@ def parsed(
     return Request(model, tuple(data), tuple(configs), tuple(settings), lora or 16, full, objective, template, skip_bad)
 
 
-def show_changes(model: str, folder: Path, prompt: str | None, max_tokens: int) -> None:
-    """Prints the figures and samples of the models before and after, and writes adapters in PEFT's layout."""
+def show_changes(model: str, folder: Path, prompt: str | None, max_tokens: int) -> dict[str, Look]:
+    """Prints the figures and samples of the models before and after, and writes adapters in PEFT's layout.
+
+    Returns them by the names of the models.
+    """
     from castalia.cli.render import print_facts, print_table
     from castalia.config.load import load_run
     from castalia.data.tokenizer import decode_with_special
@@ -112,6 +134,7 @@ def show_changes(model: str, folder: Path, prompt: str | None, max_tokens: int) 
         print(f"\nthe best state is in {folder / 'checkpoints' / 'best'}, the last one is what {folder} opens as")
     if config.train.objective != "reward":
         print(f"\ntalk with it: castalia chat {folder / 'checkpoints' / 'best' if best else folder}")
+    return looks
 
 
 def save_adapters(run: Path) -> None:

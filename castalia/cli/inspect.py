@@ -91,9 +91,9 @@ def _words(checkpoint: Checkpoint, given: str | None) -> dict[str, Any]:
 
 def print_report(contents: Mapping[str, Any]) -> None:
     """Print what `inspect` gives, as tables."""
-    from castalia.cli.render import print_table
+    from castalia.cli.render import print_table, say
 
-    print(f"{contents['path']}\n{contents['meaning']}\n")
+    say(f"{contents['path']}\n{contents['meaning']}\n")
     print_table("checkpoint", ["", ""], list(_about(contents)))
     print_table("words", ["", ""], list(_said(contents["words"])))
     facts = contents["architecture"]
@@ -106,7 +106,7 @@ def print_report(contents: Mapping[str, Any]) -> None:
         print_table("tensors", header, [_tensor(each) for each in contents["tensors"]])
     for title, key in (("DISAGREEMENT", "disagreements"), ("ANOMALY", "anomalies"), ("note", "notes")):
         for line in contents[key]:
-            print(f"{title}: {line}")
+            say(f"{title}: {line}")
     if not contents["anomalies"]:
         print("no anomalies" + ("" if "tensors" in contents else " in the sample; --tensors reads everything"))
 

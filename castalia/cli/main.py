@@ -12,6 +12,7 @@ import typer
 
 from castalia import __version__
 from castalia.cli.habits import refuse_habits
+from castalia.columns import wrapped
 from castalia.errors import CastaliaError, Stopped, out_of_memory
 
 # verb -> (module, one line of help). The module defines `command`, a plain function, or `app`, a typer.Typer.
@@ -141,5 +142,6 @@ def main() -> None:
 def _report(message: str) -> int:
     """Of processes that a launcher started, which read the same files, one of each machine speaks."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr)
+        text = f"error: {message}"  # in logs and pipes a line for each error, so that it can be searched for
+        print(wrapped(text) if sys.stderr.isatty() else text, file=sys.stderr)
     return 2

@@ -22,8 +22,9 @@ def open_and_tell(path: str, **options: Any) -> Checkpoint:
 
 def tell(notes: Iterable[str], path: str) -> None:
     """On standard error, by one process."""
+    from castalia.cli.render import say
     from castalia.parallel.process_group import is_main
 
     if is_main():
         for note in notes:
-            print(f"note: {path}: {note}", file=sys.stderr)
+            say(f"note: {path}: {note}", sys.stderr)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from castalia.cli.render import print_table
+from castalia.cli.render import print_table, say
 from castalia.config.notes import folded
 from castalia.plan.layout import Layout
 from castalia.plan.plan_parts import KvCache, MemoryPlan, RunPlan, SizedPlan
@@ -41,14 +41,14 @@ def print_report(plan: RunPlan, notes: Sequence[str], found: Sequence[Obstacle])
     }
     for title, lines in titled.items():
         for line in lines:
-            print(f"{title}: {line}")
+            say(f"{title}: {line}")
     # The architecture alone is enough for a plan, so what it leaves out is one line.
     lacking = [each.text.partition(":")[0] for each in found if each.kind == "not given"]
     for finding in found:
         if finding.kind != "not given":
-            print(finding)
+            say(str(finding))
     if lacking:
-        print(f"not given: {', '.join(lacking)} (castalia config check says which keys)")
+        say(f"not given: {', '.join(lacking)} (castalia config check says which keys)")
 
 
 def print_suggestions(found: Suggestions) -> None:
@@ -65,7 +65,7 @@ def print_suggestions(found: Suggestions) -> None:
     header = ["", "tp", "pp", "dp", "zero", "micro-batch", "accumulate", "recompute", "GiB", "step", "tokens/s"]
     print_table(title, header, rows)
     if others := particular(found.given.layout):
-        print(f"yours has {', '.join(f'{name} {value}' for name, value in others.items())} as well; none of the others")
+        say(f"yours has {', '.join(f'{name} {value}' for name, value in others.items())} as well; none of the others")
     if any(verdict.layout.sequence_parallel for verdict in found.better):
         print("with tp > 1 these set parallel.sequence_parallel=true")
     if not found.better:
@@ -146,7 +146,7 @@ def _memory(layout: Layout, memory: MemoryPlan) -> None:
         rows.append([str(stage.stage), str(stage.layers), str(stage.ranks), *sizes])
     print_table(title, header, rows)
     others = ", ".join(f"{policy} {gib(size)}" for policy, size in memory.by_recompute.items())
-    print(f"with recompute: {others}")
+    say(f"with recompute: {others}")
     if memory.fits is not None and memory.usable is not None:
         verdict = "fits" if memory.fits else "does not fit"
         print(f"{verdict}: {gib(memory.largest)} needed, {gib(memory.usable)} usable on each device")

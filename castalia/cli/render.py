@@ -40,9 +40,9 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
         print(line)
 
 
-def say(text: str, file: TextIO | None = None) -> None:
-    """Print text for people on standard output or another stream, wrapped."""
-    print(wrapped(text), file=file, flush=True)
+def say(text: str, file: TextIO | None = None, hang: int = 2) -> None:
+    """Print text for people on standard output or another stream; what is too long is wrapped, `hang` columns in."""
+    print(wrapped(text, hang), file=file, flush=True)
 
 
 def print_facts(rows: Sequence[tuple[str, str]]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from itertools import groupby
@@ -556,7 +557,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> RustTokenizer:
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        show_progress=sys.stderr.isatty(),
     )
     engine.train_from_iterator(texts, trainer)
     return RustTokenizer(engine)

@@ -105,14 +105,14 @@ def test_the_header_has_few_short_lines_and_the_folder_all_of_it(tiny, straight,
     more = [] if begins == "new" else [*more, "checkpoint.schedule_from=config"]
     # Kept apart from the temporary folder, whose path has a length of its own.
     with chdir(tmp_path):
-        train(tiny(f"runs/{LONG}", source[begins], "eval.every=null", "train.exit_interval=1", "seed=3", *more))
+        train(tiny(f"runs/{LONG}", source[begins], "eval.every=null", "train.exit_interval=1", *more))
         text = Path("runs", LONG, HEADER).read_text()
     said = capsys.readouterr().out
     header, _, rest = said.partition("\nmore ")
     assert header.count("\n") + 2 <= MOST_LINES and f"runs/{LONG}" in rest.splitlines()[0]
     assert all(len(line) <= WIDTH for line in [*said.splitlines(), *text.splitlines()] if LONG not in line)
     assert "settings that are not the default:" in text and "settings that are" not in said
-    assert ("fp32 masters  reset" in text) == (begins != "new")
+    assert ("fp32 masters reset" in " ".join(text.split())) == (begins != "new")
 
 
 def test_verbose_prints_what_the_folder_holds(tiny, tmp_path, capsys):
