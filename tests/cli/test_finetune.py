@@ -244,7 +244,7 @@ def test_preferences(base, tmp_path, capsys, objective):
     assert ("log-probabilities of" in said) == (objective in ("dpo", "kto")) and not needs_reference(config)
     last = list(read_metrics(tmp_path / "run"))[-1]
     assert last["accuracy"] > 0.5 and {"margin", "valid_accuracy", "valid_margin"} <= last.keys()
-    assert re.search(r"step +\d+/\d+ .* margin .* accuracy ", said)
+    assert re.search(r"step +\d+/\d+ .* margin .* accuracy ", " ".join(said.split()))
     table = said.split("on held-out preferences:")[1]
     before, after = re.findall(r"margin +(\S+) +(\S+)", table)[0]
     assert (before == "-") == (objective == "reward") and float(after) == pytest.approx(last["valid_margin"], abs=1e-3)
