@@ -83,7 +83,6 @@ def parsed(
 ) -> Request:
     """The words of the command as a request. Raises ConfigError for what excludes each other or is misplaced."""
     from castalia.cli.train import split_words
-    from castalia.config.load import load_config
     from castalia.errors import ConfigError
     from castalia.finetuning.finetune_run import Request
     from castalia.finetuning.lessons import looks_like_data
@@ -93,9 +92,6 @@ def parsed(
     if looks_like_data(model):
         raise ConfigError(f"{model} holds data; the model comes first: castalia finetune MODEL {model}")
     files, settings = split_words(words)
-    if asked := [word for word in settings if word.startswith("train.objective=")]:
-        objective = objective or load_config([], asked[-1:]).train.objective
-        settings = [word for word in settings if word not in asked]
     data = [file for file in files if looks_like_data(file) or Path(f"{file}.idx").is_file()]
     named = [word for word in settings if word.startswith("data.train=")]
     if data and named:

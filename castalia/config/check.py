@@ -22,14 +22,15 @@ from castalia.errors import ConfigError
 from castalia.reading import expression_problem, short
 
 
-def check(config: RunConfig, findings: Findings, any_batch: bool = False) -> None:
+def check(config: RunConfig, findings: Findings, any_batch: bool = False, any_data: bool = False) -> None:
     """Add an error for each contradiction, and a note for each value that has no effect or may surprise.
 
-    `any_batch`: do not check that the batch divides, because the caller adapts it.
+    `any_batch`: do not check that the batch divides, because the caller adapts it. `any_data`: nor that sources have
+    what the objective needs, because the caller makes corpora of them.
     """
     # The place (file and line) of all settings involved comes first, so that a message leads to what must be edited.
     for rule in CONTRADICTIONS:
-        if rule is batch and any_batch:
+        if (rule is batch and any_batch) or (rule in (corpora, preferences) and any_data):
             continue
         findings.errors += [config.place(*problem.paths) + problem.text for problem in rule(config)]
     for rule in SURPRISES:

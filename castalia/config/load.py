@@ -37,14 +37,17 @@ ALTERNATIVES = (
 
 
 def load_config(
-    files: str | Path | Iterable[str | Path | RunConfig | dict], overrides: Sequence[str] = (), any_batch: bool = False
+    files: str | Path | Iterable[str | Path | RunConfig | dict],
+    overrides: Sequence[str] = (),
+    any_batch: bool = False,
+    any_data: bool = False,
 ) -> RunConfig:
     """The config that `files` and then `overrides` describe; where they disagree, the later one wins.
 
     `files` are paths, run folders or names of presets, in our terms (nested) or GPT-NeoX's (flat). A folder of GPT-NeoX
     checkpoints stands for the configs in it; a RunConfig or a mapping of keys may take the place of a file.
     `overrides` are such as `optimizer.lr=6e-4` or `train_iters=200`. `any_batch`: accept a batch that does not divide
-    into micro-batches.
+    into micro-batches. `any_data`: accept sources that are files of records, of which corpora will be made.
     Raises ConfigError with one line for each problem.
     """
     findings = Findings()
@@ -62,7 +65,7 @@ def load_config(
     config = _validate(settings, findings)
     if config is not None:
         config._origins = {path: setting.where for path, setting in settings.items()}
-        check.check(config, findings, any_batch)
+        check.check(config, findings, any_batch, any_data)
     if findings.errors or config is None:  # one mistake can be found by several rules: each line appears once
         raise ConfigError("\n".join(dict.fromkeys(findings.errors)))
     config._notes = tuple(dict.fromkeys(findings.notes))

@@ -92,7 +92,9 @@ def begin(request: Request, say: Say) -> RunConfig:
     if is_run(folder):
         return continued(folder, asked)
     lessons = lessons_of(config, source, request, folder, asked, say)
-    values = usual | objective_settings(request) | data_settings(lessons) | tokenizer_settings_of(config, folder)
+    values = usual | data_settings(lessons) | tokenizer_settings_of(config, folder)
+    if config.train.objective != "causal":
+        values["data.packing"] = ("unpacked", "each answer is judged by itself")
     epochs = config.train.epochs
     config = load(values, request, final=True).with_({"train.epochs": epochs})
     values |= fitting(config, source, lessons)
@@ -110,25 +112,16 @@ def usual_settings(request: Request, source: Checkpoint) -> Settings:
     stored = adapters_of(source)
     kind = "full" if request.full else "lora"
     name = Path(request.model).resolve().name if Path(request.model).exists() else request.model.rpartition("/")[2]
-    objective = request.objective or "causal"
-    ending = kind if objective == "causal" else f"{objective}-{kind}"
+    ending = kind if request.objective in (None, "causal") else f"{request.objective}-{kind}"
     values: Settings = {
         "checkpoint.init_from": (request.model, "what is tuned"),
         "checkpoint.dir": (f"runs/{name}-{ending}", "the run's folder"),
     }
+    if request.objective:
+        values["train.objective"] = (request.objective, "--objective")
     if not request.full and not stored:
         values["finetune.lora.rank"] = (request.rank, "adapters beside the weights; --full trains all of them")
     return values
-
-
-def objective_settings(request: Request) -> Settings:
-    """The objective, and what it asks of samples. Only with the corpora, as a config is refused without their pairs."""
-    if request.objective in (None, "causal"):
-        return {}
-    return {
-        "train.objective": (request.objective, "--objective"),
-        "data.packing": ("unpacked", "each answer is judged by itself"),
-    }
 
 
 def tokenizer_settings_of(config: RunConfig, folder: Path) -> Settings:
@@ -149,7 +142,8 @@ def load(values: Settings, request: Request, final: bool = False) -> RunConfig:
     elif request.files:
         words.append(f"data.train={json.dumps(list(request.files))}")
     settled = {path: entry for path, entry in values.items() if f"{path}=".startswith(SETTLED)} if final else {}
-    return load_config([nested(values), *request.configs, nested(settled)], words, any_batch=not final)
+    files: list[Any] = [nested(values), *request.configs, nested(settled)]
+    return load_config(files, words, any_batch=not final, any_data=not final)
 
 
 def with_tokenizer(config: RunConfig, source: Checkpoint) -> RunConfig:
@@ -164,7 +158,7 @@ def with_tokenizer(config: RunConfig, source: Checkpoint) -> RunConfig:
 
 def asked_for(config: RunConfig, request: Request) -> dict[str, Any]:
     """All that decides a run, to compare it with another start's."""
-    options = {"--objective": request.objective, "--chat-template": request.template, "--skip-bad": request.skip_bad}
+    options = {"--chat-template": request.template, "--skip-bad": request.skip_bad}
     return json.loads(json.dumps(to_jsonable_python(changed(config) | options)))
 
 
@@ -202,13 +196,13 @@ def lessons_of(
             "what is it to learn? Give a file after the model, a jsonl with a text, a conversation or a preference in "
             f"each line: castalia finetune {request.model} chat.jsonl"
         )
-    kinds = kinds_of(config, request.objective or config.train.objective)
+    kinds = kinds_of(config)
     lessons = prepared(config, source, request, folder / "data", kinds, say)
     remember(remembered, asked, lessons)
     return lessons
 
 
-def kinds_of(config: RunConfig, objective: Objective) -> dict[str, Kind]:
+def kinds_of(config: RunConfig) -> dict[str, Kind]:
     """What the records of each file are, by its path; sources that are corpora have none.
 
     Raises DataError for files that are missing, that are no data, or whose records differ in kind.
@@ -219,7 +213,7 @@ def kinds_of(config: RunConfig, objective: Objective) -> dict[str, Kind]:
         if path.suffix in (".yml", ".yaml"):
             raise DataError(f"{path} is a config, no data: name it after the data, castalia finetune MODEL DATA {path}")
         if path.is_file():
-            kinds[each.path] = kind_of_file(path, objective)
+            kinds[each.path] = kind_of_file(path, config.train.objective)
         elif path.is_dir():
             raise DataError(f"{path} is a folder; name the files in it, each a jsonl, json, parquet or text")
         elif not Path(f"{path}.idx").is_file():
@@ -246,7 +240,7 @@ def prepared(
         add_tokens(tokenizer, config.finetune.add_tokens)
         words = folder / "tokenizer_with_added"
         tokenizer.save(words)
-    objective = request.objective or config.train.objective
+    objective = config.train.objective
     parts: dict[str, list[Source]] = {"train": [], "valid": []}
     for split, number, each in _each(config):
         if each.path not in kinds:

@@ -236,7 +236,10 @@ def test_preferences(base, tmp_path, capsys, objective):
         *FAST[:1],
         *FAST[2:],
     ]
-    finetune(str(base), words, objective=objective)
+    if objective == "orpo":  # as settings
+        finetune(str(base), [*words, "train.objective=orpo", "data.packing=unpacked"])
+    else:
+        finetune(str(base), words, objective=objective)
     said = capsys.readouterr().out
     config = load_run(tmp_path / "run")
     held = 2 if objective == "kto" else 1  # both answers to one question, which stay together

@@ -1,0 +1,229 @@
+"""The same tuning by `castalia finetune` and by TRL, on CPUs: losses step by step, seconds a step, peak memory.
+
+    python benchmarks/finetune_peers.py [--steps 12] [--layers 6] [--width 256] [--batch 8] [--kinds full,lora,dpo]
+
+Both sides start from one folder of transformers (a GPT-NeoX with random weights; for adapters a folder of PEFT with
+random ones), read the same records in the same order, and update by AdamW at a constant rate, in fp32, without
+recomputing activations. Each runs in a process of its own, whose peak memory the system counts; beside it stands what
+it is above the memory after the imports. Seconds are medians over the steps after the second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+KJV = Path(__file__).parent.parent / "examples/kjv/kjv.jsonl"
+RATE, RANK, BETA = 1e-4, 8, 0.1
+WORDS = 16  # of a prompt, and of an answer
+SKIPPED = 2  # steps before the median
+END = "<|endoftext|>"
+
+
+def main() -> None:
+    """Makes model and data, runs both sides of each kind, and prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--kinds", default="full,lora,dpo")
+    parser.add_argument("--side", choices=["ours", "trl"], help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.side:
+        result = {"ours": ours, "trl": theirs}[given.side](given.kinds, Path(given.folder), given)
+        print(json.dumps(result))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_model(folder, given.layers, given.width)
+        make_records(folder, given.steps * given.batch)
+        print(
+            "| kind | largest difference of a loss | first and last loss | seconds a step, ours and TRL | ratio |",
+            end="",
+        )
+        print(" peak MiB, ours and TRL | ratio | above imports | ratio |\n|---|---|---|---|---|---|---|---|---|")
+        for kind in given.kinds.split(","):
+            print(row(kind, *(side(name, kind, folder, given) for name in ("ours", "trl"))), flush=True)
+
+
+def side(name: str, kind: str, folder: Path, given: argparse.Namespace) -> dict[str, Any]:
+    """One side in a process of its own."""
+    sizes = [f"--{option}={getattr(given, option)}" for option in ("steps", "layers", "width", "batch")]
+    command = [sys.executable, __file__, f"--side={name}", f"--folder={folder}", f"--kinds={kind}", *sizes]
+    done = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def row(kind: str, ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    """A line of the table."""
+    apart = max(abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True))
+    cells = [kind, f"{apart:.1e}", f"{ours['losses'][0]:.4f}, {ours['losses'][-1]:.4f}"]
+    for key, scale in (("seconds", 1), ("peak", 1), ("above", 1)):
+        a, b = ours[key] / scale, theirs[key] / scale
+        cells += [
+            f"{a:.3g} and {b:.3g}" if key == "seconds" else f"{a:.0f} and {b:.0f}",
+            f"{b / a:.2f}" if key == "seconds" else f"{a / b:.2f}",
+        ]
+    return f"| {' | '.join(cells)} |"
+
+
+def make_model(folder: Path, layers: int, width: int) -> None:
+    """A folder of transformers with a tokenizer, and one of PEFT with adapters on it."""
+    import peft
+    import tokenizers
+    import torch
+    import transformers
+
+    texts = [json.loads(line)["text"] for line in KJV.read_text().splitlines()[:200]]
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        texts, tokenizers.trainers.BpeTrainer(vocab_size=2048, special_tokens=[END], initial_alphabet=alphabet)
+    )
+    words = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, bos_token=END, pad_token=END)
+    torch.manual_seed(0)
+    config = transformers.GPTNeoXConfig(
+        vocab_size=2048, hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64,
+        intermediate_size=4 * width, max_position_embeddings=256, bos_token_id=0, eos_token_id=0,
+        attention_dropout=0.0, hidden_dropout=0.0, initializer_range=0.05,
+    )  # fmt: skip
+    model = transformers.GPTNeoXForCausalLM(config)
+    for kept in (model, words):
+        kept.save_pretrained(folder / "model")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+    targets = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+    lora = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM")
+    peft.get_peft_model(model, lora).save_pretrained(folder / "adapters")
+
+
+def make_records(folder: Path, count: int) -> None:
+    """Prompts and answers out of the text; the rejected answer is that of another prompt."""
+    words = " ".join(json.loads(line)["text"] for line in KJV.read_text().splitlines()[200:400]).split()
+    spans = [" ".join(words[start : start + WORDS]) for start in range(0, 2 * WORDS * (count + 1), WORDS)]
+    asked, said = spans[0::2], spans[1::2]
+    with open(folder / "sft.jsonl", "w") as sft, open(folder / "pairs.jsonl", "w") as pairs:
+        for number in range(count):
+            print(json.dumps({"prompt": asked[number], "completion": f" {said[number]}"}), file=sft)
+            pair = {"prompt": asked[number], "chosen": f" {said[number]}", "rejected": f" {said[number + 1]}"}
+            print(json.dumps(pair), file=pairs)
+
+
+def records_of(kind: str, folder: Path) -> Path:
+    return folder / ("pairs.jsonl" if kind == "dpo" else "sft.jsonl")
+
+
+def resident() -> float:
+    """MiB at the highest so far. Unlike `getrusage`, it knows nothing of the process that started this one."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+def measured(losses: list[float], seconds: list[float], imported: float) -> dict[str, Any]:
+    """What a side gives back."""
+    peak = resident()
+    return {"losses": losses, "seconds": statistics.median(seconds[SKIPPED:]), "peak": peak, "above": peak - imported}
+
+
+def ours(kind: str, folder: Path, given: argparse.Namespace) -> dict[str, Any]:
+    """`castalia finetune` without its comparison at the end; its order of the records is written down for the peer."""
+    from castalia.data.pairs import open_samples, sides_of
+    from castalia.finetuning.finetune_run import Request, begin
+    from castalia.observe.metrics import read_metrics
+    from castalia.train.loop import train
+
+    imported = resident()
+    run, file = folder / f"run-{kind}", records_of(kind, folder)
+    words = [
+        f"data.valid={file}",
+        "eval.every=null",
+        "eval.at_end=false",
+        "precision.compute=fp32",
+        f"optimizer.lr={RATE}",
+    ]
+    words += ["optimizer.betas=[0.9, 0.999]", "schedule.style=constant", "schedule.warmup=0", "data.packing=unpacked"]
+    words += [
+        f"train.steps={given.steps}",
+        f"train.batch_size={given.batch}",
+        f"checkpoint.dir={run}",
+        "log.peak_tflops=1",
+    ]
+    words += [f"preference.beta={BETA}"] if kind == "dpo" else []
+    model = folder / ("adapters" if kind == "lora" else "model")
+    request = Request(
+        str(model), (str(file),), (), tuple(words), full=kind != "lora", objective="dpo" if kind == "dpo" else None
+    )
+    stdout, sys.stdout = sys.stdout, sys.stderr  # the last line of standard output is the result
+    config = begin(request, lambda name, text: None)
+    train(config)
+    sys.stdout = stdout
+    records = list(read_metrics(run))
+    side = next(iter(sides_of(open_samples(config)).values()))
+    order = [side.pieces(int(at))[0].document for step in range(given.steps) for at in side.positions(step)]
+    (folder / f"order-{kind}.json").write_text(json.dumps(order))
+    return measured([each["loss"] for each in records], [each["seconds"] for each in records], imported)
+
+
+def theirs(kind: str, folder: Path, given: argparse.Namespace) -> dict[str, Any]:
+    """TRL's trainer on the same records in the order that was written down."""
+    import datasets
+    import peft
+    import transformers
+    import trl
+
+    class Clock(transformers.TrainerCallback):
+        """Seconds from the begin to the end of each step, and its loss."""
+
+        seconds: list[float] = []
+        losses: list[float] = []
+
+        def on_step_begin(self, *arguments: Any, **more: Any) -> None:
+            self.begun = time.perf_counter()
+
+        def on_step_end(self, *arguments: Any, **more: Any) -> None:
+            self.seconds.append(time.perf_counter() - self.begun)
+
+        def on_log(self, arguments: Any, state: Any, control: Any, logs: dict[str, Any], **more: Any) -> None:
+            if "loss" in logs:
+                self.losses.append(float(logs["loss"]))
+
+    kinds = {"dpo": (trl.DPOTrainer, trl.DPOConfig)}
+    trainer_class, config_class = kinds.get(kind, (trl.SFTTrainer, trl.SFTConfig))
+    imported = resident()
+    rows = [json.loads(line) for line in records_of(kind, folder).read_text().splitlines()]
+    order = json.loads((folder / f"order-{kind}.json").read_text())
+    data = datasets.Dataset.from_list([rows[number] for number in order])
+    settings = {"beta": BETA} if kind == "dpo" else {}
+    config = config_class(
+        output_dir=str(folder / f"trl-{kind}"), per_device_train_batch_size=given.batch, max_steps=given.steps,
+        learning_rate=RATE, lr_scheduler_type="constant", logging_steps=1, save_strategy="no", report_to="none",
+        use_cpu=True, bf16=False, gradient_checkpointing=False, train_sampling_strategy="sequential", max_length=None,
+        disable_tqdm=True, **settings,
+    )  # fmt: skip
+    words = transformers.AutoTokenizer.from_pretrained(folder / "model")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+    if kind == "lora":
+        model = peft.PeftModel.from_pretrained(model, folder / "adapters", is_trainable=True)
+    clock = Clock()
+    trainer = trainer_class(model=model, args=config, train_dataset=data, processing_class=words, callbacks=[clock])
+    stdout, sys.stdout = sys.stdout, sys.stderr
+    trainer.train()
+    sys.stdout = stdout
+    return measured(clock.losses, clock.seconds, imported)
+
+
+if __name__ == "__main__":
+    main()
