@@ -34,6 +34,7 @@ VERBS = {
     "inspect": ("castalia.cli.inspect", "Show what is inside a checkpoint of any format."),
     "convert": ("castalia.cli.convert", "Write a checkpoint in another format, optimizer state included."),
     "diff": ("castalia.cli.diff", "Compare two checkpoints of any formats."),
+    "series": ("castalia.cli.series", "Check, measure and evaluate the checkpoints of many steps at once."),
     "mup": ("castalia.cli.mup", "Check that learning rates carry over from one width to another."),
     "status": ("castalia.cli.status", "Where runs stand: step, time left, loss, last save; alive or not."),
     "report": ("castalia.cli.report", "How good a run is: figures, samples, what to do next; as text and as a page."),
@@ -106,9 +107,9 @@ def keep_all_characters() -> None:
 def main() -> None:
     """Run the verb of `sys.argv`.
 
-    Exit codes: 0 when done; 1 when the reader of a pipe has gone; 2 for what the user can mend; 128 and the signal's
-    number when one ended it, a run having been saved. A launcher that was not told would start its processes again
-    for that, so that they end with 0; it says 128 and the number itself where it was told.
+    Exit codes: 0 when done; 1 when the reader of a pipe has gone, or when a check found something; 2 for what the user
+    can mend; 128 and the signal's number when one ended it, a run having been saved. A launcher that was not told would
+    start its processes again for that, so that they end with 0; it says 128 and the number itself where it was told.
     """
     growing_segments()
     keep_all_characters()

@@ -109,7 +109,7 @@ def diff(a: Checkpoint, b: Checkpoint, advance: Callable[[str], None] = lambda n
 def _structure(a: Checkpoint, b: Checkpoint) -> tuple[str, ...]:
     lines = []
     if a.config and b.config and a.config.model and b.config.model:
-        left, right = _settings(a.config.model), _settings(b.config.model)
+        left, right = model_settings(a.config.model), model_settings(b.config.model)
         lines += [f"model.{key}: {left[key]} | {right[key]}" for key in left if left[key] != right[key]]
     lines += [f"only in A: {name} {list(a.model[name].shape)}" for name in in_order(list(a.model.keys() - b.model))]
     lines += [f"only in B: {name} {list(b.model[name].shape)}" for name in in_order(list(b.model.keys() - a.model))]
@@ -118,7 +118,7 @@ def _structure(a: Checkpoint, b: Checkpoint) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _settings(model: ModelConfig) -> dict[str, object]:
+def model_settings(model: ModelConfig) -> dict[str, object]:
     """The settings that change what the model computes, with the values that None stands for."""
     values = {key: value for key, value in model.model_dump().items() if not ARCHITECTURE_ONLY.search(key)}
     return values | {"num_kv_heads": model.kv_heads, "mlp_size": model.mlp_width}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from castalia.config.schema import LossScaleConfig, OptimizerConfig, ParameterGroup
-from castalia.config.tensor_table import TensorRow, block_of, in_one_block, row_of
+from castalia.config.tensor_table import block_of, in_one_block, row_of
 from castalia.errors import ConfigError, TrainingError
 from castalia.reading import fits
 from castalia.train.update_rules import AnyOptimizer, CombinedOptimizer, Lion
@@ -43,13 +43,8 @@ def make_optimizer(
     # By update rule, then by decay and learning-rate factor: each combination is one parameter group.
     kinds: dict[str, dict[tuple[float, float], list[nn.Parameter]]] = defaultdict(lambda: defaultdict(list))
     for name, parameter in trained.items():
-        tensor = name.removeprefix(DUPLICATE)
-        row, last_block = row_of(tensor), num_layers - 1
-        decay, scale = _decay_and_scale(name, row, cfg, width_multiplier)
-        scale *= cfg.layer_decay ** (last_block - min(block_of(tensor), last_block))  # once for each block above
-        if row.row_parallel_bias:  # GPT-NeoX's copies, see above
-            scale *= summed_bias_ranks
-        kind: str = "adamw" if cfg.name == "muon" and row.mup == "vector" else cfg.name
+        rule = update_rule(name, cfg, width_multiplier, num_layers, summed_bias_ranks)
+        kind, decay, scale = rule.kind, rule.decay, rule.scale
         kinds[kind][decay, scale].append(parameter)
     optimizers: list[torch.optim.Optimizer] = []
     for kind, groups in kinds.items():
@@ -63,18 +58,36 @@ def make_optimizer(
     return optimizers[0] if len(optimizers) == 1 else CombinedOptimizer(optimizers)
 
 
-def _decay_and_scale(name: str, row: TensorRow, cfg: OptimizerConfig, width_multiplier: float) -> tuple[float, float]:
-    """Weight decay and learning-rate factor of a tensor, from the first entry of `optimizer.groups` that matches it.
+class UpdateRule(NamedTuple):
+    """How the optimizer changes one tensor."""
+
+    kind: str  # adamw, lion, sgd, adafactor or muon
+    decay: float  # weight decay, multiplied by the tensor's learning rate
+    scale: float  # the tensor's learning rate over that of the schedule
+
+
+def update_rule(
+    name: str, cfg: OptimizerConfig, width_multiplier: float = 1.0, num_layers: int = 0, summed_bias_ranks: int = 1
+) -> UpdateRule:
+    """The rule of a tensor, from the first entry of `optimizer.groups` that matches its name.
 
     Under muP (2203.03466) adaptive rules take smaller steps in hidden matrices, and SGD larger ones in all other
     tensors. torch multiplies decay by the rate, so decay is divided by the factor: its effect stays the same.
+    The other arguments are those of `make_optimizer`.
     """
+    tensor = name.removeprefix(DUPLICATE)
+    row, last_block = row_of(tensor), num_layers - 1
     group = next((entry for entry in cfg.groups if fits(entry.match, name)), ParameterGroup(match=name))
     wanted = cfg.weight_decay if group.weight_decay is None else group.weight_decay
     decay = wanted if row.decays or group.weight_decay is not None else 0.0
     matrices, others = (1.0, width_multiplier) if cfg.name == "sgd" else (1 / width_multiplier, 1.0)
     factor = matrices if row.mup == "matrix" else others
-    return decay / factor, group.lr_scale * factor
+    scale = group.lr_scale * factor
+    scale *= cfg.layer_decay ** (last_block - min(block_of(tensor), last_block))  # once for each block above
+    if row.row_parallel_bias:  # GPT-NeoX's copies, see `make_optimizer`
+        scale *= summed_bias_ranks
+    kind: str = "adamw" if cfg.name == "muon" and row.mup == "vector" else cfg.name
+    return UpdateRule(kind, decay / factor, scale)
 
 
 def _optimizer(kind: str, groups: list[dict[str, Any]], cfg: OptimizerConfig) -> torch.optim.Optimizer:

@@ -1,0 +1,181 @@
+"""`castalia series`: checkpoints of many steps at once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from castalia.strict_json import to_json
+
+if TYPE_CHECKING:
+    from castalia.series.checkup import Checkup
+    from castalia.series.members import Member
+    from castalia.series.resuming import Advance
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+
+Words = Annotated[
+    list[str],
+    typer.Argument(metavar="SERIES...", help="a run, a folder of step folders, owner/name@step*, or a list of them"),
+]
+Steps = Annotated[str | None, typer.Option(help="only these, as 0..512,1000,2000..; default: all")]
+Jobs = Annotated[int | None, typer.Option(min=1, help="threads that read and compute; default: one for each CPU")]
+
+
+@app.callback()
+def series() -> None:
+    """Check, measure and evaluate the checkpoints of many steps."""
+
+
+@app.command()
+def check(
+    words: Words,
+    against: Annotated[str | None, typer.Option(help="a config or a run that the steps are held against")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="read headers, sizes and a sample of the weights")] = False,
+    steps: Steps = None,
+    jobs: Jobs = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one object with every fact")] = False,
+    plot: Annotated[Path | None, typer.Option(help="a picture of the movement of each layer: PNG or SVG")] = None,
+) -> None:
+    """Check that each step is what its name says and follows from the one before.
+
+    \b
+    Examples:
+      castalia series check runs/first
+      castalia series check runs/first --quick --json
+
+    Exit code 1 if something is wrong. What was interrupted goes on with the same command.
+    """
+    from castalia.cli.render import progress
+    from castalia.figures import check_picture
+    from castalia.series.checkup import check_series
+
+    check_picture(plot, "--plot")
+    members = find(words, steps)
+    run = Path(words[0]) if len(words) == 1 and (Path(words[0]) / "events.jsonl").is_file() else None
+    with progress(shown=not as_json) as advance:
+        found = check_series(
+            members,
+            against=against,
+            quick=quick,
+            run=run,
+            steps=steps,
+            jobs=jobs or default_jobs(),
+            begin=lambda total: _counted(advance, total),
+        )
+    if as_json:
+        print(to_json(_as_json(found), indent=1))
+    else:
+        _show(found)
+    if plot is not None:
+        _plot(found, plot)
+        if not as_json:
+            print(f"wrote {plot}")
+    if not found.is_fine:
+        raise typer.Exit(1)
+
+
+def find(words: list[str], steps: str | None) -> list[Member]:
+    """The members that the words name. Folders that are no steps are left out, as in any listing of files."""
+    from castalia.series.members import find_series
+
+    return find_series(words, steps)
+
+
+def default_jobs() -> int:
+    """One thread for each CPU that this process may use, up to eight."""
+    return max(1, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+
+
+def _counted(advance: Any, total: int) -> Advance:
+    advance(0, "", total)
+    return lambda done, text: advance(done, text)
+
+
+def _as_json(found: Checkup) -> dict[str, Any]:
+    return {
+        "fine": found.is_fine,
+        "steps": [report.as_json() for report in found.reports],
+        "not_judged": found.unknown,
+    }
+
+
+def _show(found: Checkup) -> None:
+    from castalia.cli.render import print_table
+
+    rows = []
+    for report in found.reports:
+        worst = report.worst
+        facts = [fact for fact in report.facts if worst is None or fact.verdict != "fine"]
+        shown = [fact.text + ("" if fact.certain else " (inferred)") for fact in facts]
+        rows.append([str(report.step), report.verdict, "; ".join(shown)])
+    told = [row for row in rows if row[1] != "fine" or row[2]]
+    if told:
+        print_table("what was found", ["step", "verdict", "why"], told)
+    wrong = sum(report.worst is not None for report in found.reports)
+    steps = f"{len(found.reports)} steps, {found.reports[0].step} to {found.reports[-1].step}"
+    print(f"{steps}: {f'{wrong} are not as they should be' if wrong else 'all fine'}")
+    for line in found.unknown:
+        print(f"not judged: {line}")
+
+
+def _plot(found: Checkup, path: Path) -> None:
+    from castalia.figures import write_picture
+    from castalia.series.maps import movement_map
+
+    wrong = [report.step for report in found.reports if report.worst is not None and report.path]
+    write_picture(movement_map(found.movement, wrong), path)
+
+
+@app.command()
+def stats(
+    words: Words,
+    output: Annotated[Path, typer.Option(help="the table: .csv or .parquet")],
+    optimizer: Annotated[bool, typer.Option("--optimizer", help="figures of the moments as well")] = False,
+    steps: Steps = None,
+    jobs: Jobs = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one object that says what was written")] = False,
+    plot: Annotated[Path | None, typer.Option(help="maps of layers by steps: PNG or SVG")] = None,
+) -> None:
+    """Measure every tensor and layer at every step: norms, moments of the distribution, movement.
+
+    \b
+    Examples:
+      castalia series stats runs/first --output stats.csv
+      castalia series stats runs/first --optimizer --output stats.parquet --plot maps.png
+
+    Every byte is read once, in small pieces. What was interrupted goes on with the same command.
+    """
+    from castalia.cli.render import progress
+    from castalia.figures import check_picture, write_picture
+    from castalia.series.maps import stats_maps
+    from castalia.series.table import check_table, write_table
+    from castalia.series.tensor_stats import journal_of, tensor_stats
+
+    check_table(output)
+    check_picture(plot, "--plot")
+    members = find(words, steps)
+    with progress(shown=not as_json) as advance:
+        rows = tensor_stats(
+            members,
+            output,
+            optimizer=optimizer,
+            jobs=jobs or default_jobs(),
+            begin=lambda total: _counted(advance, total),
+        )
+    write_table(output, rows)
+    if plot is not None:
+        write_picture(stats_maps(rows), plot)
+    journal_of(output).unlink(missing_ok=True)
+    tell_written(members, rows, [output, *([plot] if plot else [])], as_json)
+
+
+def tell_written(members: list[Member], rows: list[dict[str, Any]], files: list[Path], as_json: bool) -> None:
+    """What was written, as words or as JSON."""
+    if as_json:
+        print(to_json({"steps": [member.step for member in members], "rows": len(rows), "files": files}, default=str))
+        return
+    print(f"{len(members)} steps, {len(rows):,} rows: wrote {' and '.join(map(str, files))}")

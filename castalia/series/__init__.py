@@ -1,0 +1,1 @@
+"""Series of checkpoints, one for each step: find them, check, measure, evaluate and average them."""
