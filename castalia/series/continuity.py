@@ -36,7 +36,7 @@ MANY = 512  # values of 16 bits that are not equal by chance, where some of them
 SPREAD = 20.0  # times the usual largest change of an element, there and back again, is no training
 COARSER = ("bfloat16", "float16")
 QUIET = 4.0  # `DETOUR` of the others, where only some tensors are strange
-ALONE = 30.0  # `DETOUR` of one tensor by itself, which wanders more than all together
+ALONE = 12.0  # `DETOUR` of one tensor by itself, which wanders more than all together
 
 
 class Weights:
