@@ -15,13 +15,13 @@ from castalia.checkpoint.adapters import adapters_of, merged
 from castalia.checkpoint.architecture_check import differences, refuse
 from castalia.checkpoint.formats import FORMATS, TRAINER_STATE
 from castalia.checkpoint.formats.native.read import has_foreign_manifest
+from castalia.checkpoint.hub_cache import HUB_ID, cached_snapshot
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.errors import CheckpointError
 from castalia.files import standing
 from castalia.storage.safetensors import safe_join
 
 STEP_FOLDER = re.compile(r"(?:(?:global_)?step_?|checkpoint-)(\d+)")  # the last of the Trainer of transformers
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w.-]+(/[\w.-]+)*)?")
 
 
 def open_checkpoint(
@@ -106,7 +106,7 @@ def find_folder(path: str | Path, step: int | None = None) -> Path:
     folder = standing(Path(path).expanduser())
     if not folder.exists():
         if HUB_ID.fullmatch(str(path)):
-            return find_folder(_cached_snapshot(str(path)), step)
+            return find_folder(cached_snapshot(str(path)), step)
         raise CheckpointError(f"{path} does not exist" + _neighbours(folder))
     if folder.is_file():
         raise CheckpointError(f"{path} is a file; give the folder that holds the checkpoint: {folder.parent}")
@@ -190,40 +190,3 @@ def _neighbours(folder: Path) -> str:
         return ""
     steps = _steps(parent)
     return f"; beside it, {_step_names(steps)}" if steps else ""
-
-
-def cached_revisions(name: str) -> dict[str, Path]:
-    """The revisions of a hub's repository, owner/name, whose snapshots are in the local Hugging Face cache, by name."""
-    repository = _cached_repository(name)
-    found = {}
-    for reference in sorted((repository / "refs").rglob("*")):
-        if reference.is_file():
-            snapshot = safe_join(repository / "snapshots", reference.read_text(errors="replace").strip())
-            if snapshot.is_dir():
-                found[str(reference.relative_to(repository / "refs"))] = snapshot
-    return found
-
-
-def _cached_repository(name: str) -> Path:
-    home = os.environ.get("HF_HOME", "~/.cache/huggingface")
-    cache = Path(os.environ.get("HF_HUB_CACHE", os.path.join(home, "hub"))).expanduser()
-    return cache / f"models--{name.replace('/', '--')}"
-
-
-def _cached_snapshot(hub_id: str) -> Path:
-    """The folder of a repository's snapshot in the local Hugging Face cache. The network is never used.
-
-    `hub_id`: owner/name, or owner/name@revision.
-    """
-    name, _, revision = hub_id.partition("@")
-    revision = revision or "main"
-    repository = _cached_repository(name)
-    reference = safe_join(repository / "refs", revision)
-    commit = reference.read_text().strip() if reference.is_file() else revision
-    snapshot = safe_join(repository / "snapshots", commit)
-    if not snapshot.is_dir():
-        raise CheckpointError(
-            f"{hub_id} is neither a folder here nor in the local cache {repository.parent}. Fetch it first: "
-            f"hf download {name} --revision {revision}"
-        )
-    return snapshot

@@ -1,8 +1,8 @@
 """Check a series of checkpoints: is each step what its name says, and does each follow from the one before.
 
 The order of work: open all steps, compare what their headers say, read every tensor of all steps once, judge the bytes
-(damaged, equal to another step's), then the distances, then the optimizer states. Whatever is found is a `Fact` of a
-step, certain or inferred; the gravest decides the verdict.
+(damaged, equal to another step's), then the distances, then the optimizer states. Whatever is found is a `StepFact` of
+a step, certain or inferred; the gravest decides the verdict.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ GRAVITY: tuple[Verdict, ...] = (
 
 
 @dataclass(frozen=True)
-class Fact:
+class StepFact:
     """One thing that was found at a step."""
 
     verdict: Verdict  # what it makes of the step; fine: worth knowing, nothing is wrong
@@ -52,11 +52,11 @@ class StepReport:
     step: int
     name: str
     path: Path | None  # None: it is missing
-    facts: list[Fact] = field(default_factory=list)
+    facts: list[StepFact] = field(default_factory=list)
     digest: str = ""  # of all weights; equal digests are equal weights
 
     @property
-    def worst(self) -> Fact | None:
+    def worst(self) -> StepFact | None:
         """The fact that decides the verdict; of equally grave ones, a certain one."""
         wrong = [fact for fact in self.facts if fact.verdict != "fine"]
         return min(wrong, key=lambda fact: (GRAVITY.index(fact.verdict), not fact.certain), default=None)
@@ -103,7 +103,7 @@ class Entry:
 
     def say(self, verdict: Verdict, text: str, certain: bool = True, **more: Any) -> None:
         """Note a fact."""
-        self.report.facts.append(Fact(verdict, text, certain, **more))
+        self.report.facts.append(StepFact(verdict, text, certain, **more))
 
     @property
     def sound(self) -> bool:

@@ -9,7 +9,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from castalia.checkpoint.opener import HUB_ID, cached_revisions, detect, find_folder, find_steps, open_checkpoint
+from castalia.checkpoint.hub_cache import HUB_ID, cached_revisions
+from castalia.checkpoint.opener import detect, find_folder, find_steps, open_checkpoint
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.errors import CheckpointError, ConfigError
 from castalia.files import standing
