@@ -205,7 +205,8 @@ def evaluate_checkpoint(
     def num_windows_of(stream: Stream) -> int:
         return num_windows(len(stream.tokens), length, stride or length, ends_of(stream))
 
-    shape = EvaluationShape(length, rows, num_windows_of(stream), config.data.mask_documents)
+    number = num_windows_of(stream)
+    shape = EvaluationShape(length, min(rows, number), number, config.data.mask_documents)
     fewer = config.train.micro_batch_size is None
     streamed = streamed_executor(checkpoint, shape, dtype, device, memory, fewer)
     if streamed is None:
@@ -290,11 +291,11 @@ def streamed_executor(
     if world_size() > 1 or not require_cpu(device, memory):
         return None
     model = architecture(checkpoint)
-    budget = budget_for(model, evaluation_work(model, shape, dtype.itemsize), dtype, memory)
+    budget = budget_for(model, evaluation_work(model, shape, dtype.itemsize), dtype.itemsize, memory)
     if budget is None:
         return None
     units = units_of(checkpoint, model, dtype)
-    plan, shape = plan_evaluation(units.sizes, model, shape, dtype.itemsize, budget, fewer_rows)
+    plan, shape = plan_evaluation(units.sizes(), model, shape, dtype.itemsize, budget, fewer_rows)
     streamed = open_streamed(checkpoint, model, units, plan)
     tell_streaming(streamed, f"micro-batches of {shape.rows} windows", "a pass")
     return StreamedExecutor(streamed, shape.rows)

@@ -12,20 +12,30 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from castalia.cli.streaming import MemoryOption
 from castalia.strict_json import to_json
 
+BATCH_SIZE = 16  # texts that are written at a time with a model in memory
+UNKNOWN_TOKENS = 2048  # of typed prompts, for a model without a last position
+
 if TYPE_CHECKING:
+    import torch
+
     from castalia.checkpoint.tensors import Checkpoint
     from castalia.config.schema import GenerateConfig
     from castalia.data.tokenizer import Tokenizer
     from castalia.data.tokenizer_folder import TokenizerFolder
     from castalia.generate.generation import AnyModel, Prompt, Sampling, TextPiece
+    from castalia.streaming.streamed_model import StreamedTransformer
 
 
 def command(
     path: Annotated[str, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="a run, or a checkpoint of any format")],
     prompt: Annotated[list[str] | None, typer.Option(help="may be repeated; without one: whole documents")] = None,
-    file: Annotated[Path | None, typer.Option(help="a prompt on each line")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(help='a prompt on each line; in .jsonl a string, or an object with "prompt" or "text"'),
+    ] = None,
     interactive: Annotated[bool, typer.Option("--interactive", help="read prompts from the terminal")] = False,
     chat: Annotated[
         bool, typer.Option("--chat", help="prompts are questions, put into the chat template; answers alone are shown")
@@ -55,7 +65,10 @@ def command(
         list[str] | None,
         typer.Option(help="end the text before this string, which may spell special tokens; may be repeated"),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="texts that are written at a time")] = 16,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="texts that are written at a time; default: 16, with --memory what it holds"),
+    ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="tokenizer file, where the checkpoint has none")] = None,
     step: Annotated[int | None, typer.Option(help="which of several checkpoints; default: the latest")] = None,
     dtype: Annotated[
@@ -71,6 +84,7 @@ def command(
     ] = None,
     tp: Annotated[int, typer.Option(min=1, help="split heads, MLP and vocabulary over so many processes")] = 1,
     pp: Annotated[int, typer.Option(min=1, help="split the blocks over so many processes")] = 1,
+    memory: MemoryOption = None,
     nproc: Annotated[
         int | None, typer.Option(min=1, help="number of processes on this machine; default: tp * pp")
     ] = None,
@@ -88,6 +102,7 @@ def command(
     from castalia.checkpoint.restore import load_tokenizer_for
     from castalia.cli.opening import open_and_tell
     from castalia.cli.ranks import start_processes
+    from castalia.cli.streaming import block_progress, memory_bytes
     from castalia.errors import ConfigError
     from castalia.generate.dialogue import ANSWER_TOKENS, chat_of, opening, prompt_ids, turn_ends
     from castalia.generate.generation import Sampling
@@ -97,6 +112,7 @@ def command(
 
     if dtype == "int8" and (tp * pp > 1 or choose_device(device).type != "cpu"):
         raise ConfigError("--dtype int8 is for one process on a CPU; take bf16, or --device cpu without --tp and --pp")
+    budget = memory_bytes(memory, tp, pp)
     world = start_processes(tp, pp, nproc)
     checkpoint = open_and_tell(path, step=step)
     given = {
@@ -124,19 +140,30 @@ def command(
             num_samples=settings.num_samples,
             seed=seed,
             stop=tuple(stop or ()),
-            batch_size=batch_size,
         )
         form = chat_of(words, chat_template) if chat else None
         if form:
             sampling = replace(sampling, stop=(*sampling.stop, *turn_ends(form, words)))
-        rows = min(len(prompts) * settings.num_samples, batch_size)  # written at a time
-        model = load_writer(checkpoint, dtype, device, rows, tp, pp, world)
 
         def asked(prompt: str) -> Prompt:
             """What the model is to go on from: the prompt itself, or the conversation that it begins."""
             return prompt_ids(opening(prompt, system), form, words) if form else prompt
 
-        _write_all(model, words, batches, asked, settings, sampling, as_json, quiet=not is_main(), echo=not chat)
+        typed = settings.mode == "interactive"
+        _refuse_broken_text(prompts)
+        ready = None if typed else [asked(prompt) for prompt in prompts]
+        sampling = replace(sampling, batch_size=batch_size or len(prompts) * settings.num_samples)
+        streamed = streamed_writer(checkpoint, words, ready, sampling, dtype, device, budget) if world == 1 else None
+        model: AnyModel
+        if streamed:
+            model, sampling = streamed, replace(sampling, batch_size=streamed.plan.items)
+        else:
+            sampling = replace(sampling, batch_size=batch_size or BATCH_SIZE)
+            rows = min(len(prompts) * settings.num_samples, sampling.batch_size)  # written at a time
+            model = load_writer(checkpoint, dtype, device, rows, tp, pp, world)
+        texts = len(prompts) * settings.num_samples
+        with block_progress(streamed, None if typed else -(-texts // sampling.batch_size) * sampling.max_tokens):
+            _write_all(model, words, batches, asked, settings, sampling, as_json, quiet=not is_main(), echo=not chat)
 
 
 def _write_all(
@@ -261,7 +288,22 @@ def _prompts(settings: GenerateConfig) -> list[str]:
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise DataError(f"{settings.input_file} has no prompt; write one on each line")
+    if settings.input_file.endswith(".jsonl"):
+        named = [(line, f"{settings.input_file}:{number}") for number, line in enumerate(lines, 1)]
+        return [_prompt_of(line, where) for line, where in named if line.strip()]
     return prompts
+
+
+def _prompt_of(line: str, where: str) -> str:
+    """The prompt on a line of JSON."""
+    from castalia.errors import DataError
+    from castalia.reading import parse_json
+
+    value = parse_json(line, where, DataError)
+    prompt = value.get("prompt", value.get("text")) if isinstance(value, dict) else value
+    if not isinstance(prompt, str):
+        raise DataError(f'{where}: neither a string nor an object with a string "prompt" or "text"')
+    return prompt
 
 
 def _typed(end: str) -> Iterator[list[str]]:
@@ -280,6 +322,64 @@ def _typed(end: str) -> Iterator[list[str]]:
             return
 
 
+def streamed_writer(
+    checkpoint: Checkpoint,
+    words: Tokenizer,
+    prompts: Sequence[Prompt] | None,
+    sampling: Sampling,
+    dtype: str,
+    device: str,
+    memory: int | None,
+) -> StreamedTransformer | None:
+    """The model with one block at a time in memory, if `memory` is given or it does not fit; what that means is told.
+
+    `prompts`: None if they are not known yet. As many texts are written at a time as have room, at most
+    `sampling.batch_size`.
+    """
+    import torch
+
+    from castalia.checkpoint.restore import architecture
+    from castalia.cli.streaming import tell_streaming
+    from castalia.generate.generation import PREFILL_CHUNK_TOKENS
+    from castalia.generate.packed_model import maker, packed_block
+    from castalia.plan.stream_plan import generation_work, plan_stream
+    from castalia.streaming.open_streamed import budget_for, open_streamed, require_cpu
+    from castalia.streaming.stream_units import units_of
+    from castalia.streaming.streamed_model import Packing
+    from castalia.train.hardware import choose_device
+
+    place, int8 = choose_device(device), dtype == "int8"
+    if not require_cpu(place, memory):
+        return None
+    model, number = architecture(checkpoint), _compute_dtype(dtype, place)
+    packs = int8 or (number == torch.bfloat16 and maker(number, False, 1) is not None)
+    texts = sampling.num_samples * len(prompts or [""])
+    lengths = [len(prompt if not isinstance(prompt, str) else words.encode(prompt)) for prompt in prompts or ()]
+    longest = max(lengths, default=model.max_positions or UNKNOWN_TOKENS)
+    element_bytes = 4 if packs else number.itemsize
+    wanted = min(texts, sampling.batch_size)
+    work = generation_work(model, max(1, longest), sampling.max_tokens, wanted, element_bytes, PREFILL_CHUNK_TOKENS)
+    budget = budget_for(model, work, number.itemsize, memory)
+    if budget is None:
+        return None
+    units = units_of(checkpoint, model, number)
+    plan = plan_stream(units.sizes((1 if int8 else 2) if packs else 0), work, budget)
+    product = maker(number, int8, plan.items) if packs else None
+    packing = product and Packing(lambda block: packed_block(block, product), lambda weight: product((weight, None)))
+    streamed = open_streamed(checkpoint, model, units, plan, packing)
+    tell_streaming(streamed, "texts", "a token of each text", sampling.max_tokens)
+    return streamed
+
+
+def _compute_dtype(dtype: str, place: torch.device) -> torch.dtype:
+    """Of the weights, and mostly of the computation; int8 ones are made from bf16."""
+    from castalia.train.hardware import choose_dtype
+
+    if dtype == "auto" and place.type == "cpu":
+        dtype = "fp32"  # the checkpoint's very values
+    return choose_dtype("bf16" if dtype == "int8" else dtype, place)
+
+
 def load_writer(
     checkpoint: Checkpoint, dtype: str, device: str, rows: int, tp: int = 1, pp: int = 1, world: int = 1
 ) -> AnyModel:
@@ -290,12 +390,10 @@ def load_writer(
     from castalia.cli.ranks import load_split
     from castalia.generate.packed_model import pack
     from castalia.loading import build_model
-    from castalia.train.hardware import choose_device, choose_dtype
+    from castalia.train.hardware import choose_device
 
     place, int8 = choose_device(device), dtype == "int8"
-    if dtype == "auto" and place.type == "cpu":
-        dtype = "fp32"  # the checkpoint's very values
-    number = choose_dtype("bf16" if int8 else dtype, place)
+    number = _compute_dtype(dtype, place)
     if world > 1:
         return load_split(checkpoint, tp, pp, number, place)
     model = build_model(checkpoint, place, number)

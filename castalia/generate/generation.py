@@ -24,13 +24,14 @@ from castalia.generate.sampling import Noise, choose
 from castalia.generate.text_stream import TextStream, TextTokenizer
 from castalia.model.transformer import Transformer
 from castalia.storage.lazy import name_of
+from castalia.streaming.streamed_model import StreamedTransformer
 
 if TYPE_CHECKING:
     from castalia.parallel.inference import SplitModel
 
 PREFILL_CHUNK_TOKENS = 2048  # tokens of several prompts that go through the model at a time
 Prompt = str | Sequence[int]
-AnyModel = Union[Transformer, "SplitModel"]  # a model on one device, or split over ranks
+AnyModel = Union[Transformer, "SplitModel"]  # a model on one device (a streamed one as well), or split over ranks
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,7 @@ def _generate_batch(
 ) -> Iterator[TextPiece]:
     """Generate until all rows of a batch are done."""
     vocab_size = min(model.cfg.vocab_size or tokenizer.vocab_size, tokenizer.vocab_size)  # never choose padding
-    device = next(model.parameters()).device
-    noise = Noise(sampling.seed, [row.number for row in rows], device) if sampling.temperature else None
+    noise = Noise(sampling.seed, [row.number for row in rows], model.device) if sampling.temperature else None
     cache, hidden = _prefill(model, rows, sampling.max_tokens)
     while True:
         logits = model.logits(hidden)[:, :vocab_size]  # [rows, h] -> [rows, V]
@@ -170,17 +170,19 @@ def _prefill(model: AnyModel, rows: Sequence[GenerationRow], max_tokens: int) ->
         if limit is not None and row.length > limit:
             row.start = len(row.ids) - max(1, limit // 2)
     capacity = max(row.length for row in rows) + max(max_tokens - row.count for row in rows)
-    device = next(model.parameters()).device
-    cache = KVCache(len(rows), min(capacity, limit or capacity), device)
+    device = model.device
+    on_disk = isinstance(model, StreamedTransformer) and model.plan.cache_on_disk
+    cache = KVCache(len(rows), min(capacity, limit or capacity), device, on_disk)
     contexts = [tuple(row.ids[row.start :]) for row in rows]
     prompts = list(dict.fromkeys(contexts))  # equal rows go through the model once
-    states = []
+    calls, lasts = [], []
     for chunk in _prefill_chunks(prompts):
         targets = [[i for i, ids in enumerate(contexts) if ids == prompt] for prompt in chunk]
         lengths = [len(prompt) for prompt in chunk]
         tokens = torch.tensor([list(chain(*chunk))], device=device)  # [1, total]
-        hidden = model.hidden(tokens, cache=Prompts(cache, targets, lengths))
-        states.append(hidden[0, torch.tensor(lengths, device=device).cumsum(0) - 1])  # the last token of each prompt
+        calls.append((tokens, {"cache": Prompts(cache, targets, lengths)}))
+        lasts.append(torch.tensor(lengths, device=device).cumsum(0) - 1)  # the last token of each prompt
+    states = [hidden[0, last] for hidden, last in zip(model.hidden_each(calls), lasts, strict=True)]
     cache.set_lengths([len(ids) for ids in contexts])
     order = [prompts.index(ids) for ids in contexts]
     return cache, torch.cat(states)[torch.tensor(order, device=device)]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from castalia.model.attention import attend
 from castalia.model.positions import aligned_rows
+from castalia.streaming.scratch_file import zeros_on_disk
 
 NOWHERE = 1 << 40  # a place after all others, which no query sees
 
@@ -28,7 +29,9 @@ class KVCache:
 
     grows = True
 
-    def __init__(self, rows: int, capacity: int, device: torch.device) -> None:
+    def __init__(self, rows: int, capacity: int, device: torch.device, on_disk: bool = False) -> None:
+        """`on_disk`: layers lie in files that nobody else sees, for a cache that has no room in memory."""
+        self.on_disk = on_disk
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values of the layers and heads of this rank
         self.rows, self.capacity = rows, capacity
         self.length = self.end = 0  # slots in use, without and with the reserved ones
@@ -61,9 +64,12 @@ class KVCache:
         """The keys and values of a layer [rows, kv, capacity, d], allocated at first use like `k` [..., kv, t, d]."""
         if layer not in self.layers:
             shape = (self.rows, k.shape[1], self.capacity, k.shape[3])
-            # Zeros, because masked values are multiplied by 0, and uninitialised memory may hold NaN.
-            self.layers[layer] = k.new_zeros(shape), k.new_zeros(shape)
+            self.layers[layer] = self.zeros(k, shape), self.zeros(k, shape)
         return self.layers[layer]
+
+    def zeros(self, like: Tensor, shape: Sequence[int]) -> Tensor:
+        """Zeros, because masked values are multiplied by 0, and uninitialised memory may hold NaN."""
+        return zeros_on_disk(shape, like.dtype) if self.on_disk else like.new_zeros(shape)
 
     def advance(self, count: int) -> None:
         """Note that all layers have stored the reserved tokens."""
@@ -73,10 +79,16 @@ class KVCache:
         """Drop all rows but these, given by their indices. Layers are copied one after the other, to save memory."""
         chosen = torch.tensor(rows, device=self.places.device)
         for layer, (k, v) in self.layers.items():
-            self.layers[layer] = k[chosen], v[chosen]
+            self.layers[layer] = self.chosen_rows(k, chosen), self.chosen_rows(v, chosen)
         self.rows = len(rows)
         if self.gaps:
             self.places = self.places[chosen]
+
+    def chosen_rows(self, values: Tensor, chosen: Tensor) -> Tensor:
+        """A copy of these rows."""
+        if not self.on_disk:
+            return values[chosen]
+        return torch.index_select(values, 0, chosen, out=self.zeros(values, (len(chosen), *values.shape[1:])))
 
 
 class Prompts:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+ROUNDED = 1 << 24  # elements that are rounded to int8 at a time
 FEW = 64  # rows; with more, arithmetic dominates, for which plain products are best
 
 
@@ -61,9 +62,9 @@ class Int8Product(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
         super().__init__()
-        wide = weight.float()
-        self.scale = (wide.abs().amax(dim=1) / 127).clamp(min=1e-30).bfloat16()
-        self.codes = (wide / self.scale[:, None].float()).round().clamp(-127, 127).char()
+        # Some rows at a time: several fp32 copies of all would not fit beside a model that only just does.
+        parts = [_rounded(some) for some in weight.split(max(1, ROUNDED // weight.shape[1]))]
+        self.scale, self.codes = torch.cat([scale for scale, _ in parts]), torch.cat([codes for _, codes in parts])
         self.bias = None if bias is None else bias.float()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,6 +76,13 @@ class Int8Product(nn.Module):
             out = torch._weight_int8pack_mm(rows, self.codes, self.scale)
         out = out.view(*x.shape[:-1], -1).float()
         return out if self.bias is None else out.add_(self.bias)
+
+
+def _rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale [out] and the codes [out, in] of rows."""
+    wide = weight.float()
+    scale = (wide.abs().amax(dim=1) / 127).clamp(min=1e-30).bfloat16()
+    return scale, (wide / scale[:, None].float()).round().clamp(-127, 127).char()
 
 
 def onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -33,22 +33,30 @@ def pack(model: Transformer, int8: bool = False, rows: int = 1) -> None:
     Parameters must be fp32 or bf16. They keep their dtype, or with `int8` become int8 with a scale for each output.
     `rows` is the number of texts that will be generated at a time. A tied head gets its own copy of the embedding.
     """
-    dtype = model.embed.weight.dtype
-    if dtype == torch.bfloat16 and not (int8 or has_bf16_kernels()):
+    product = maker(model.embed.weight.dtype, int8, rows)
+    if product is None:
         return
-    kind = Int8Product if int8 else {torch.float32: Fp32Product, torch.bfloat16: Bf16Product}[dtype]
-
-    def product(affine: Affine) -> nn.Module:
-        return (Fp32Product if affine[0].numel() < SMALL else kind)(*affine, rows)
-
     for name, block in model.blocks.items():
         assert isinstance(block, Block)
-        side_by_side = block.parallel and not block.drops_attention
-        model.blocks[name] = SideBySide(block, product) if side_by_side else _packed(block, product)
+        model.blocks[name] = packed_block(block, product)
     model.head = product((model.head_weight, None))  # type: ignore[assignment]
     if model.norm is not None:
         model.norm.float()
     model.compute_dtype = torch.float32
+
+
+def maker(dtype: torch.dtype, int8: bool, rows: int) -> Maker | None:
+    """What makes a product of a weight of this dtype; None if other forms are no faster on this CPU."""
+    if dtype == torch.bfloat16 and not (int8 or has_bf16_kernels()):
+        return None
+    kind = Int8Product if int8 else {torch.float32: Fp32Product, torch.bfloat16: Bf16Product}[dtype]
+    return lambda affine: (Fp32Product if affine[0].numel() < SMALL else kind)(*affine, rows)
+
+
+def packed_block(block: Block, product: Maker) -> nn.Module:
+    """The block in another form, which uses up its parts."""
+    side_by_side = block.parallel and not block.drops_attention
+    return SideBySide(block, product) if side_by_side else _packed(block, product)
 
 
 def has_bf16_kernels() -> bool:

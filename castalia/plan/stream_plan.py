@@ -34,6 +34,8 @@ class StreamedSizes:
     rest: int  # norms and learned positions, which are always in memory
     cast: int  # the largest matrix in the compute dtype; 0 if all are held in it
     reading: int  # what reading needs besides: threads' windows, and tensors that are permuted on the way
+    packed: int = 0  # a block in the form in which CPUs write fastest, for models that are packed; else 0
+    packing: int = 0  # what packing needs: the packed block or head at hand, and copies on the way to it
 
     @property
     def buffer(self) -> int:
@@ -43,7 +45,7 @@ class StreamedSizes:
     @property
     def always(self) -> int:
         """What is in memory whatever the budget: the buffers, and what is not a block or larger than one."""
-        return self.rest + BUFFERS * self.buffer + self.cast + self.reading + self.large_head
+        return self.rest + BUFFERS * self.buffer + self.cast + self.reading + self.packing + self.large_head
 
     @property
     def large_head(self) -> int:
@@ -56,10 +58,11 @@ class StreamedWork:
     """What passes compute: `wanted` items, micro-batches of an evaluation or texts that are written at a time."""
 
     wanted: int
-    bytes_each: int  # that are kept for each item of a pass
+    bytes_each: int  # that are kept in memory for each item of a pass
     working: int  # temporary, whatever the number of items
     tokens_each: float  # that one pass computes for each item
     flops_per_token: float
+    cache_each: int = 0  # bytes of an item's keys and values, which may be on disk
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,14 @@ class StreamPlan:
     items: int  # in a pass
     resident: tuple[int, ...]  # numbers of blocks
     head_stays: bool
+    cache_on_disk: bool = False
 
     @property
     def bytes_per_pass(self) -> int:
         """What is read from disk in each pass after the first, which reads everything."""
         streamed = sum(size for number, size in enumerate(self.sizes.blocks) if number not in self.resident)
-        return streamed + (0 if self.head_stays else self.sizes.head)
+        cache = self.items * self.work.cache_each if self.cache_on_disk else 0
+        return streamed + (0 if self.head_stays else self.sizes.head) + cache
 
     @property
     def passes(self) -> int:
@@ -92,13 +97,17 @@ class StreamPlan:
 
 def memory_without_streaming(model: ModelConfig, work: StreamedWork, element_bytes: int) -> int:
     """Bytes that the same work needs with all parameters in memory, in the compute dtype."""
-    return PROGRAM_BYTES + count(model).total * element_bytes + work.working + work.bytes_each
+    return PROGRAM_BYTES + count(model).total * element_bytes + work.working + work.bytes_each + work.cache_each
 
 
 def plan_stream(sizes: StreamedSizes, work: StreamedWork, budget: int) -> StreamPlan:
-    """The plan for a budget in bytes. Raises ConfigError with the smallest budget that works if this one cannot."""
+    """The plan for a budget in bytes. Keys and values go to disk where not even those of one item have room.
+
+    Raises ConfigError with the smallest budget that works if this one cannot.
+    """
     fixed = PROGRAM_BYTES + sizes.always + work.working
     least = fixed + work.bytes_each
+    cache_on_disk = budget < least + work.cache_each
     if budget < least:
         rest = least - PROGRAM_BYTES - BUFFERS * sizes.buffer
         raise ConfigError(
@@ -106,11 +115,12 @@ def plan_stream(sizes: StreamedSizes, work: StreamedWork, budget: int) -> Stream
             f"buffers of a block {BUFFERS * sizes.buffer / 1e9:.3g} GB, and computing takes {rest / 1e9:.3g} GB; the "
             f"least that works here is --memory {-(-least // 10**7) / 100:.2f}GB"
         )
-    items = min(work.wanted, (budget - fixed) // max(1, work.bytes_each))
-    left = budget - fixed - items * work.bytes_each
-    number = min(left // sizes.buffer, len(sizes.blocks))
-    stays = bool(sizes.large_head) or left - number * sizes.buffer >= sizes.head
-    return StreamPlan(sizes, work, budget, items, spread(number, len(sizes.blocks)), stays)
+    each = work.bytes_each + (0 if cache_on_disk else work.cache_each)
+    items = 1 if cache_on_disk else min(work.wanted, (budget - fixed) // max(1, each))
+    left, stay = budget - fixed - items * each, sizes.packed or sizes.buffer
+    number = min(left // stay, len(sizes.blocks))
+    head_stays = bool(sizes.large_head) or left - number * stay >= sizes.head
+    return StreamPlan(sizes, work, budget, items, spread(number, len(sizes.blocks)), head_stays, cache_on_disk)
 
 
 def spread(number: int, blocks: int) -> tuple[int, ...]:
@@ -178,8 +188,8 @@ def generation_work(
 ) -> StreamedWork:
     """Texts after prompts of at most `longest` tokens, of which `prefill` go through the model at a time."""
     capacity = min(longest + max_tokens, model.max_positions or longest + max_tokens)
-    kept = capacity * kv_cache_bytes(model, element_bytes) + longest * model.hidden_size * element_bytes
-    kept += LOGITS_BYTES * model.padded_vocab_size
+    cache = capacity * kv_cache_bytes(model, element_bytes)
+    kept = longest * model.hidden_size * element_bytes + LOGITS_BYTES * model.padded_vocab_size
     tokens = max(longest, min(prefill, wanted * longest))
     working = block_working_bytes(model, tokens, element_bytes) + head_slice_bytes(model, element_bytes)
-    return StreamedWork(wanted, kept, working, 1, forward_flops(model, capacity))
+    return StreamedWork(wanted, kept, working, 1, forward_flops(model, capacity), cache)

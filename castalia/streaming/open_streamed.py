@@ -10,17 +10,17 @@ from castalia.errors import ConfigError
 from castalia.plan.free_memory import free_memory
 from castalia.plan.stream_plan import StreamedWork, StreamPlan, memory_without_streaming
 from castalia.streaming.stream_units import ModelUnits
-from castalia.streaming.streamed_model import StreamedTransformer
+from castalia.streaming.streamed_model import Packing, StreamedTransformer
 
 SHARE = 0.8  # of the free memory, for a model that is streamed because it does not fit
 
 
-def budget_for(model: ModelConfig, work: StreamedWork, dtype: torch.dtype, memory: int | None) -> int | None:
+def budget_for(model: ModelConfig, work: StreamedWork, element_bytes: int, memory: int | None) -> int | None:
     """Bytes for streaming the model: `memory` if it is given, a share of what is free if it does not fit, or None."""
     if memory is not None:
         return memory
     free = free_memory()
-    return None if memory_without_streaming(model, work, dtype.itemsize) <= free else int(SHARE * free)
+    return None if memory_without_streaming(model, work, element_bytes) <= free else int(SHARE * free)
 
 
 def require_cpu(device: torch.device, memory: int | None) -> bool:
@@ -30,11 +30,13 @@ def require_cpu(device: torch.device, memory: int | None) -> bool:
     return device.type == "cpu"
 
 
-def open_streamed(checkpoint: Checkpoint, cfg: ModelConfig, units: ModelUnits, plan: StreamPlan) -> StreamedTransformer:
+def open_streamed(
+    checkpoint: Checkpoint, cfg: ModelConfig, units: ModelUnits, plan: StreamPlan, packing: Packing | None = None
+) -> StreamedTransformer:
     """The model of an opened checkpoint. Bytes that the page cache has room for are read through it.
 
     Raises CheckpointError for damage.
     """
     exact = checkpoint.config is not None and checkpoint.config.neox_exact
     past_cache = plan.bytes_per_pass > free_memory() - plan.budget
-    return StreamedTransformer(cfg, units, plan, checkpoint.path, exact=exact, past_cache=past_cache)
+    return StreamedTransformer(cfg, units, plan, checkpoint.path, exact=exact, past_cache=past_cache, packing=packing)

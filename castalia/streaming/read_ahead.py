@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,8 +31,9 @@ class Arrival:
     """A unit that is being read, or was."""
 
     number: int
-    memory: Tensor  # bytes
+    memory: Tensor | None  # bytes; None for what is kept
     views: dict[str, Tensor]
+    made: Any = None  # what was made of it
     parts: list[Future] = field(default_factory=list)
     checks: ExitStack = field(default_factory=ExitStack)  # completes the checksums of a first reading
 
@@ -39,15 +41,24 @@ class Arrival:
 class ReadAhead:
     """Gives units in turn, over and over. Those that do not stay in memory share two buffers."""
 
-    def __init__(self, units: Sequence[Unit], stays: Collection[int], where: str, *, past_cache: bool = True) -> None:
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        stays: Collection[int],
+        where: str,
+        *,
+        past_cache: bool = True,
+        make: Callable[[int, dict[str, Tensor]], Any] | None = None,
+    ) -> None:
         """`stays`: numbers of the units that are read only once. `where` names the checkpoint in errors.
 
-        `past_cache`: for units that together have no room in the page cache.
+        `past_cache`: for units that together have no room in the page cache. `make`: turns a unit's tensors into what
+        is used in their place, and what is kept of units that stay.
         """
-        self.units, self.stays, self.where = units, frozenset(stays), where
+        self.units, self.stays, self.where, self.make = units, frozenset(stays), where, make
         self.kept: dict[int, Arrival] = {}
         self.sound: set[int] = set()  # units whose checksums and values have been found right
-        streamed = [unit for number, unit in enumerate(units) if number not in self.stays]
+        streamed = [unit for number, unit in enumerate(units) if make or number not in self.stays]
         size = max((unit.num_bytes for unit in streamed), default=0)
         self.free = [bytes_of_memory(size) for _ in range(min(BUFFERS, len(streamed)))]
         self.pending: deque[Arrival] = deque()
@@ -56,12 +67,15 @@ class ReadAhead:
         if past_cache:
             read_past_cache(ref for unit in units for ref in unit.tensors.values())
 
-    def take(self, number: int) -> dict[str, Tensor]:
-        """The tensors of a unit, valid until another is taken. CheckpointError for damage and values not finite."""
+    def take(self, number: int) -> Any:
+        """The tensors of a unit, or what was made of them, valid until another is taken.
+
+        Raises CheckpointError for damage and for values that are not finite.
+        """
         if self.current and self.current.number == number:
-            return self.current.views
-        if self.current and self.current.number not in self.stays:
-            self.free.append(self.current.memory)
+            return self.current.made
+        if self.current:
+            self._release(self.current)
         self.current = None
         if number in self.kept:
             self.current = self.kept[number]
@@ -71,7 +85,7 @@ class ReadAhead:
                 self._begin(number)
             self.current = self._finished(self.pending.popleft())
         self._read_on(number)
-        return self.current.views
+        return self.current.made
 
     def measure(self) -> float:
         """Bytes per second at which the first unit that does not stay is read; it is kept for when it is needed."""
@@ -95,13 +109,13 @@ class ReadAhead:
             following = (last + step) % len(self.units)
             if following in self.kept or following == number:
                 continue
-            if len(self.pending) == BUFFERS or (following not in self.stays and not self.free):
+            if len(self.pending) == BUFFERS or (self._is_shared(following) and not self.free):
                 return
             self._begin(following)
 
     def _begin(self, number: int) -> None:
         unit = self.units[number]
-        memory = bytes_of_memory(unit.num_bytes) if number in self.stays else self.free.pop()
+        memory = self.free.pop() if self._is_shared(number) else bytes_of_memory(unit.num_bytes)
         arrival = Arrival(number, memory, unit.views(memory))
         if number not in self.sound:
             arrival.checks.enter_context(verifying(unit.tensors.values()))
@@ -117,9 +131,20 @@ class ReadAhead:
         if arrival.number not in self.sound:
             require_finite(arrival.views, self.where)
             self.sound.add(arrival.number)
+        arrival.made = self.make(arrival.number, arrival.views) if self.make else arrival.views
         if arrival.number in self.stays:
-            self.kept[arrival.number] = arrival
+            self._release(arrival)
+            self.kept[arrival.number] = Arrival(arrival.number, None, {}, arrival.made)
+            return self.kept[arrival.number]
         return arrival
+
+    def _is_shared(self, number: int) -> bool:
+        """Whether a unit is read into one of the buffers, not into memory of its own."""
+        return bool(self.make) or number not in self.stays
+
+    def _release(self, arrival: Arrival) -> None:
+        if arrival.memory is not None and self._is_shared(arrival.number):
+            self.free.append(arrival.memory)
 
     def _discard(self) -> None:
         """Give up what was being read."""
@@ -129,8 +154,7 @@ class ReadAhead:
             for part in arrival.parts:
                 if not part.cancelled():
                     part.exception()  # wait for it
-            if arrival.number not in self.stays:
-                self.free.append(arrival.memory)
+            self._release(arrival)
         self.pending.clear()
 
 

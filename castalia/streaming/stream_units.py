@@ -19,6 +19,7 @@ from castalia.storage.lazy import ITEM_BYTES, Permuted, Reordered, TensorRef, Tr
 PLACE = 64  # bytes, at a multiple of which each tensor begins, as torch's own do: kernels may depend on it
 PIECE_BYTES = 8 << 20  # of a tensor that is converted while it is read
 READERS = 4  # threads
+PACKING_COPIES = 8  # bytes per value of the matrices that a block stacks: two copies in fp32
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,11 @@ class Unit:
 
     def views(self, memory: torch.Tensor) -> dict[str, torch.Tensor]:
         """The tensors in a buffer of bytes."""
-        return {
-            name: memory[begin:end].view(self.dtypes[name]).view(self.tensors[name].shape)
-            for name, (begin, end) in self.places.items()
-        }
+        with torch.inference_mode(False):  # in which threads may fill them
+            return {
+                name: memory[begin:end].view(self.dtypes[name]).view(self.tensors[name].shape)
+                for name, (begin, end) in self.places.items()
+            }
 
 
 @dataclass(frozen=True)
@@ -61,19 +63,23 @@ class ModelUnits:
     rows: Mapping[str, TensorRef]  # of which single rows are read
     dtype: torch.dtype  # of the computation
 
-    @property
-    def sizes(self) -> StreamedSizes:
-        """What the plan needs to know."""
+    def sizes(self, packed_item: int = 0) -> StreamedSizes:
+        """What the plan needs to know. `packed_item`: bytes of a value in packed blocks, for a model that is packed."""
         in_blocks = [ref for block in self.blocks for ref in block.tensors.values()]
         cast = [prod(ref.shape) for ref in in_blocks if held_dtype(ref, self.dtype) != self.dtype]
         largest = max(ref.num_bytes for ref in in_blocks)
         moved = [ref.num_bytes for ref in (*in_blocks, *self.head.tensors.values()) if not is_read_in_rows(ref)]
+        stacked = sum(prod(ref.shape) for name, ref in self.blocks[0].tensors.items() if row_of(name).tp_dim == 0)
+        packed = packed_item * max(sum(prod(ref.shape) for ref in block.tensors.values()) for block in self.blocks)
+        head = packed_item * sum(prod(ref.shape) for ref in self.head.tensors.values())
         return StreamedSizes(
             blocks=tuple(unit.num_bytes for unit in self.blocks),
             head=self.head.num_bytes,
             rest=self.rest.num_bytes,
-            cast=max(cast, default=0) * self.dtype.itemsize,
+            cast=0 if packed else max(cast, default=0) * self.dtype.itemsize,
             reading=READERS * (WINDOW_BYTES + 2 * min(PIECE_BYTES, largest)) + 2 * max(moved, default=0),
+            packed=packed,
+            packing=max(packed, head) + PACKING_COPIES * stacked if packed else 0,
         )
 
 
@@ -93,8 +99,8 @@ def units_of(checkpoint: Checkpoint, cfg: ModelConfig, dtype: torch.dtype) -> Mo
 
 
 def held_dtype(ref: TensorRef, dtype: torch.dtype) -> torch.dtype:
-    """The stored dtype, which layers cast where they use it, or the dtype of the computation if that is narrower."""
-    return ref.dtype if ITEM_BYTES[ref.dtype_name] <= dtype.itemsize else dtype
+    """The stored dtype, which layers cast where they use it, or the dtype of the computation unless it is wider."""
+    return ref.dtype if ITEM_BYTES[ref.dtype_name] < dtype.itemsize else dtype
 
 
 def is_read_in_rows(ref: TensorRef) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,21 @@ from castalia.config.schema import ModelConfig
 from castalia.data.loader import Batch
 from castalia.model.layers import Linear, linear
 from castalia.model.loss import sliced_cross_entropy
-from castalia.model.transformer import Transformer
+from castalia.model.transformer import Block, Transformer
 from castalia.parallel.executor import Executor, Rows
 from castalia.plan.stream_plan import HEAD_ROWS, StreamPlan, head_slice_bytes
 from castalia.storage.lazy import TensorRef
 from castalia.streaming.read_ahead import ReadAhead, bytes_of_memory, read_in_pieces
-from castalia.streaming.stream_units import ModelUnits
+from castalia.streaming.stream_units import ModelUnits, held_dtype
 
 NEAR_ROWS = 8  # rows of the embedding that are this near to each other are read together
+
+
+class Packing(NamedTuple):
+    """What makes a block, and the head's matrix, into the form in which CPUs write fastest."""
+
+    block: Callable[[Block], nn.Module]
+    head: Callable[[Tensor], nn.Module]
 
 
 class StreamedTransformer(Transformer):
@@ -40,23 +47,28 @@ class StreamedTransformer(Transformer):
         *,
         exact: bool = False,
         past_cache: bool = True,
+        packing: Packing | None = None,
         advance: Callable[[int], None] = lambda blocks: None,
     ) -> None:
         """`where` names the checkpoint in errors. `advance` is called after each block of a pass."""
         with torch.device("meta"):
-            super().__init__(cfg, compute_dtype=units.dtype, exact=exact)
+            super().__init__(cfg, compute_dtype=torch.float32 if packing else units.dtype, exact=exact)
+        self.packing = packing
         self.plan, self.advance = plan, advance
         self.loss = self.sliced_loss  # type: ignore[assignment]  # it has the same arguments
         self.scratch = Scratch(max(plan.sizes.cast, head_slice_bytes(cfg, units.dtype.itemsize)))
-        self.embed = GatheredRows(units.rows["embed"])  # type: ignore[assignment]
+        self.embed = GatheredRows(units.rows["embed"], units.dtype)  # type: ignore[assignment]
         for block in self.blocks.values():
             use_scratch(block, self.scratch)
         for name, _ in list(self.named_parameters()):
             self.set_parameter(name, None)
         stays = [*plan.resident, *([cfg.num_layers] if plan.head_stays else [])]
-        self.reader = ReadAhead([*units.blocks, units.head], stays, where, past_cache=past_cache)
+        make = self.packed if packing else None
+        self.reader = ReadAhead([*units.blocks, units.head], stays, where, past_cache=past_cache, make=make)
         self.bound: list[str] = []  # names of the parameters of the block that is in a buffer
         self.hold(units)
+        if packing and self.norm is not None:
+            self.norm.float()
         self.eval()
 
     def hold(self, units: ModelUnits) -> None:
@@ -79,6 +91,8 @@ class StreamedTransformer(Transformer):
 
     def block(self, number: int) -> nn.Module:
         """A block with its parameters, which are valid until the next call."""
+        if self.packing:
+            return self.reader.take(number)
         for name in self.bound:
             self.set_parameter(name, None)
         views = self.reader.take(number)
@@ -86,6 +100,20 @@ class StreamedTransformer(Transformer):
             self.set_parameter(name, view)
         self.bound = list(views)
         return self.blocks[str(number)]
+
+    def packed(self, number: int, views: Mapping[str, Tensor]) -> nn.Module:
+        """A block, or the head, in the form in which CPUs write fastest."""
+        assert self.packing
+        if number == self.cfg.num_layers:
+            return self.packing.head(next(iter(views.values())))
+        with torch.device("meta"):
+            block = Block(self.cfg, number, self.exact)
+        for name, view in views.items():
+            # Vectors may go into the packed block as they are, and must outlive the buffer.
+            value = nn.Parameter(view.clone() if view.dim() == 1 else view, requires_grad=False)
+            module, _, own = name.removeprefix(f"blocks.{number}.").rpartition(".")
+            setattr(block.get_submodule(module), own, value)
+        return self.packing.block(block)
 
     def hidden(self, tokens: Tensor, **arguments: Any) -> Tensor:
         """See `Transformer.hidden`."""
@@ -113,6 +141,8 @@ class StreamedTransformer(Transformer):
     def logits(self, x: Tensor) -> Tensor:
         """See `Transformer.logits`."""
         self.refuse_tokens_of_a_reward_model()
+        if self.packing:
+            return self.reader.take(self.cfg.num_layers)(x)
         return torch.cat([linear(x, rows) for rows in self.head_slices(self.head_weight, x.dtype)], dim=-1)
 
     def sliced_loss(self, x: Tensor, weight: Tensor, labels: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -147,17 +177,17 @@ class StreamedExecutor(Executor):
 class GatheredRows(nn.Module):
     """An embedding of which only the rows of the tokens at hand are read."""
 
-    def __init__(self, source: TensorRef) -> None:
+    def __init__(self, source: TensorRef, dtype: torch.dtype) -> None:
         super().__init__()
-        self.source = source
+        self.source, self.dtype = source, held_dtype(source, dtype)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """[...] -> [..., h], in the dtype that is stored."""
+        """[...] -> [..., h], in the dtype in which they are held."""
         wanted, places = tokens.cpu().unique(return_inverse=True)
         ends = (wanted.diff() > NEAR_ROWS).nonzero().flatten() + 1
         runs = wanted.tensor_split(ends)
         read = [self.source.read([slice(int(run[0]), int(run[-1]) + 1)])[run - run[0]] for run in runs]
-        return torch.cat(read)[places]
+        return torch.cat(read).to(self.dtype)[places]
 
 
 class Scratch:

@@ -81,14 +81,21 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 def measured_flops(dtype: torch.dtype, size: int = 1024) -> float | None:
     """Operations per second of the fastest of a few matrix products, in about 0.1 s. None on a busy machine."""
+    busy_s, begin = time.process_time(), time.perf_counter()
+    rate = present_flops(dtype, size)
+    busy_s, seconds = time.process_time() - busy_s, time.perf_counter() - begin
+    return rate if had_its_cores(busy_s, seconds, torch.get_num_threads()) else None
+
+
+def present_flops(dtype: torch.dtype, size: int = 1024) -> float:
+    """The same, also on a busy machine, where it is what other programs leave."""
     a, b = torch.randn(2, size, size).to(dtype).unbind()
     a @ b
-    best, begin, busy_s = float("inf"), time.perf_counter(), time.process_time()
+    best, begin = float("inf"), time.perf_counter()
     while (start := time.perf_counter()) < begin + 0.1:
         a @ b
         best = min(best, time.perf_counter() - start)
-    busy_s, seconds = time.process_time() - busy_s, time.perf_counter() - begin
-    return 2 * size**3 / best if had_its_cores(busy_s, seconds, torch.get_num_threads()) else None
+    return 2 * size**3 / best
 
 
 def had_its_cores(busy_s: float, seconds: float, threads: int) -> bool:

@@ -91,6 +91,21 @@ def test_a_file_of_prompts_is_cut_at_newlines_alone(run, texts, tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_prompts_in_json_lines(run, tmp_path):
+    lines = ['"In"', '{"prompt": "the\\nbeginning"}', "", '{"text": "was", "id": 3}']
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    out = run("--file", str(tmp_path / "prompts.jsonl"), "--max-tokens", "3", "--json")
+    assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["In", "the\nbeginning", "was"]
+
+
+@pytest.mark.parametrize("options", [(), ("--temperature", "0.8", "--top-k", "50"), ("--dtype", "int8")], ids=str)
+def test_texts_within_a_budget_of_memory(run, tmp_path, options):
+    """All prompts at once, whatever the batch size would be in memory."""
+    (tmp_path / "prompts.txt").write_text("In\nthe beginning\nwas\n" * 7)
+    arguments = ("--file", str(tmp_path / "prompts.txt"), "--max-tokens", "9", *options)
+    assert run(*arguments, "--memory", "1GB") == run(*arguments)
+
+
 def test_a_terminal_of_any_encoding(folder, encoding):
     """What it cannot show becomes a question mark; JSON loses nothing."""
     words = ["generate", str(folder), "--tokenizer", str(folder / "tokenizer"), "--device", "cpu", "--max-tokens", "2"]
@@ -175,6 +190,9 @@ def test_interactive_reads_prompts_until_the_end(run, texts, monkeypatch):
         (["--config", "nowhere.yml"], "nowhere.yml: no such file"),
         (["--dtype", "int8", "--tp", "2"], "int8 is for one process on a CPU"),
         (["--prompt", "a", "--stop", ""], "--stop is empty"),
+        (["--prompt", "a", "--memory", "much"], "--memory much: write an amount such as 4GB"),
+        (["--prompt", "a", "--memory", "100MB"], "the least that works here is --memory 0.3"),
+        (["--prompt", "a", "--memory", "1GB", "--tp", "2"], "--memory is for one process"),
         (["--prompt", "a", "--prompt", "b\udcff"], "prompt 2 is not UTF-8 at character 1: 'b\\udcff'"),
     ],
 )

@@ -37,7 +37,7 @@ def streamed(
     units = units_of(checkpoint, cfg, dtype)
     work = evaluation_work(cfg, EvaluationShape(16, 2, 6, False), dtype.itemsize)
     blocks = spread(resident, cfg.num_layers)
-    plan = StreamPlan(units.sizes, work, 10**9, 2, blocks, head_stays or units.sizes.large_head > 0)
+    plan = StreamPlan(units.sizes(), work, 10**9, 2, blocks, head_stays or units.sizes().large_head > 0)
     return StreamedTransformer(cfg, units, plan, checkpoint.path)
 
 
