@@ -37,6 +37,10 @@ def command(
     ] = False,
     optimizer: Annotated[bool, typer.Option("--optimizer/--no-optimizer", help="with masters and moments")] = True,
     verify: Annotated[bool, typer.Option("--verify", help="run both on probe tokens and compare all tensors")] = False,
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="with --verify: use no more, as 4GB; else: as little as it can"),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be written, and stop")] = False,
     force: Annotated[bool, typer.Option("--force", help="replace DST")] = False,
     all_steps: Annotated[bool, typer.Option("--all-steps", help="one folder in DST for each step of SRC")] = False,
@@ -61,11 +65,15 @@ def command(
     from castalia.checkpoint.file_plan import WriteOptions
     from castalia.checkpoint.formats import TARGETS
     from castalia.checkpoint.opener import find_steps, open_checkpoint
+    from castalia.cli.streaming import memory_bytes
     from castalia.errors import ConfigError
 
     form = TARGETS[to]
     if not form.ranks and (layout or era):
         raise ConfigError(f"--to {to} has no ranks and no eras: leave out --layout and --era")
+    if memory and not verify:
+        raise ConfigError("--memory is what --verify may use; to write takes little of itself: leave it out")
+    budget = memory_bytes(memory)
     if all_steps and step is not None:
         raise ConfigError("--all-steps and --step exclude each other; choose steps with --steps")
     if steps and not all_steps:
@@ -83,10 +91,14 @@ def command(
         plan = convert.plan_files(to, prepared, replace(options, folder=(folder / inside).resolve()))
         plan = replace(plan, notes=(*notes, *plan.notes))
         _describe(checkpoint, plan, folder, inside, with_files=dry_run)
+        if verify:
+            from castalia.examine.verify import probe_plan
+
+            probe_plan(checkpoint, memory=budget)  # refuses too little before anything is written
         if not dry_run:
             _write(plan, folder, convert.identity(prepared, options, plan), inside, force, allow_inf)
             if verify:
-                _verify(checkpoint, folder)
+                _verify(checkpoint, folder, budget)
 
     if not all_steps:
         checkpoint = open_checkpoint(source, step=step, adapters=form.on_base, **hints)
@@ -136,12 +148,12 @@ def _write(plan: Plan, target: Path, mark: str, inside: str, force: bool, allow_
     say(f"wrote {target} in {seconds:.1f} s, {size_of(plan.num_bytes / max(seconds, 1e-9))}/s{again}")
 
 
-def _verify(checkpoint: Checkpoint, target: Path) -> None:
+def _verify(checkpoint: Checkpoint, target: Path, memory: int | None) -> None:
     from castalia.checkpoint.opener import open_checkpoint
     from castalia.errors import CheckpointError
     from castalia.examine.verify import verify
 
-    proof = verify(checkpoint, open_checkpoint(target))  # read back from its files, as others will read it
+    proof = verify(checkpoint, open_checkpoint(target), memory)  # read back from its files, as others will read it
     say(str(proof))
     if not proof.holds:
         raise CheckpointError(f"{target} is written, but it is not the same model: {proof.difference or 'see above'}")

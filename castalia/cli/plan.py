@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from castalia.cli.streaming import MemoryOption
 from castalia.config.setting import NEOX_DEFAULT
 from castalia.strict_json import to_json
 
@@ -34,6 +35,11 @@ def command(
     ] = None,
     suggest: Annotated[bool, typer.Option("--suggest", help="layouts that fit, and why the others lose")] = False,
     plot: Annotated[Path | None, typer.Option(help="picture of the memory, for example memory.png")] = None,
+    generate: Annotated[
+        bool, typer.Option("--generate", help="instead: what writing with a checkpoint reads from disk, and how fast")
+    ] = False,
+    evaluate: Annotated[bool, typer.Option("--eval", help="the same of evaluating it")] = False,
+    memory: MemoryOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="one object with everything")] = False,
 ) -> None:
     """Work out parameters, memory, time and disk of a config before it runs.
@@ -42,6 +48,7 @@ def command(
     Examples:
       castalia plan pythia-1.4b --gpus 8xA100
       castalia plan run.yml --json
+      castalia plan runs/first --generate --memory 4GB
 
     The architecture alone is enough; what cannot be worked out from it is listed.
     """
@@ -54,6 +61,15 @@ def command(
     from castalia.train.run_facts import collect_run_facts
     from castalia.train.start_checks import find_obstacles
 
+    if generate or evaluate:
+        from castalia.cli.streaming import print_streaming_plan
+
+        if len(configs) > 1 or (generate and evaluate):
+            raise ConfigError("--generate and --eval take one checkpoint, and exclude each other")
+        print_streaming_plan(configs[0], generate, memory, as_json)
+        return
+    if memory is not None:
+        raise ConfigError("--memory needs --generate or --eval; the memory of training follows from the config")
     check_picture(plot, "--plot")
     written = read_config(configs, any_batch=True)
     config, assumed = with_vocabulary(written, vocab_size)

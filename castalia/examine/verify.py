@@ -1,15 +1,15 @@
 """Prove that two checkpoints are the same model: run both on the same tokens, and compare all their tensors.
 
-Of each side only one block is in memory at a time, only the embedding's rows of the probe tokens, and a slice of the
-head.
+Both sides are read from disk block by block (`castalia.streaming`), one after the other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from castalia.checkpoint.compare import Relation, equal, relate
@@ -18,12 +18,12 @@ from castalia.checkpoint.restore import architecture
 from castalia.checkpoint.tensors import Checkpoint, state_tensors
 from castalia.config.schema import ModelConfig
 from castalia.config.tensor_table import in_order, row_of
-from castalia.model.positions import sinusoids
-from castalia.model.transformer import Transformer
+from castalia.plan.stream_plan import EvaluationShape, StreamPlan, evaluation_work, least_budget, plan_stream
 from castalia.storage.lazy import TensorRef
+from castalia.streaming.open_streamed import open_streamed
+from castalia.streaming.stream_units import ModelUnits, units_of
 
 NUM_TOKENS = 64
-HEAD_ROWS = 2048  # of the head, in memory at a time
 # The largest difference of logits, relative to the largest logit, that rounding weights to a dtype may cause.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
@@ -68,13 +68,16 @@ class Proof:
         return "\n".join(lines)
 
 
-def verify(source: Checkpoint, result: Checkpoint) -> Proof:
-    """Compare a checkpoint with its conversion. Both may have any format and dtype."""
+def verify(source: Checkpoint, result: Checkpoint, memory: int | None = None) -> Proof:
+    """Compare a checkpoint with its conversion. Both may have any format and dtype.
+
+    `memory`: bytes that it may take; None: as little as it can. Raises ConfigError where that is too little.
+    """
     source = with_micro_batches(source, result.summed_micro_batches)
     left, right = architecture(source), architecture(result)
     vocab = min(left.vocab_size or 0, right.vocab_size or 0) or left.padded_vocab_size
     tokens = probe_tokens(vocab, min(NUM_TOKENS, left.max_positions or NUM_TOKENS))
-    a, b = logits(source, tokens, vocab), logits(result, tokens, vocab)
+    a, b = (logits(side, tokens, vocab, memory) for side in (source, result))
     log_a, log_b = a.log_softmax(-1), b.log_softmax(-1)
     kl = (log_a.exp() * (log_a - log_b)).sum(-1).mean()
     equal_tensors, rounded, difference = _compare(source, result, left)
@@ -108,45 +111,31 @@ def probe_tokens(vocab: int, length: int) -> Tensor:
 
 
 @torch.no_grad()
-def logits(checkpoint: Checkpoint, tokens: Tensor, vocab: int) -> Tensor:
-    """The model's fp32 logits [batch, time, vocab], of reward models [batch, time, 1], with one block in memory."""
+def logits(checkpoint: Checkpoint, tokens: Tensor, vocab: int, memory: int | None = None) -> Tensor:
+    """The model's fp32 logits [batch, time, vocab], of reward models [batch, time, 1].
+
+    It takes no more than `memory`, or as little as it can. Raises ConfigError where that is too little.
+    """
+    units, plan = probe_plan(checkpoint, tokens.shape, memory)
+    model = open_streamed(checkpoint, architecture(checkpoint), units, plan, finite=False)
+    try:
+        if model.reward is not None:
+            return F.linear(model.hidden(tokens), model.reward.weight.float())
+        found = model(tokens)
+        assert isinstance(found, Tensor)
+        return found[..., :vocab]
+    finally:
+        model.reader.close()
+
+
+def probe_plan(
+    checkpoint: Checkpoint, shape: Sequence[int] = (2, NUM_TOKENS // 2), memory: int | None = None
+) -> tuple[ModelUnits, StreamPlan]:
+    """What is read together to compute with probe tokens of this shape, and the plan. ConfigError as `plan_stream`."""
     model = architecture(checkpoint)
-    exact = checkpoint.config is not None and checkpoint.config.neox_exact
-    with torch.device("meta"):
-        stage = Transformer(model.with_({"num_layers": 1}), exact=exact).eval()
-    norm, stage.norm = stage.norm, None  # type: ignore[assignment]  # a stage of a pipeline: hidden state in and out
-    block = stage.blocks["0"].to_empty(device="cpu")
-    x = _embedded(checkpoint, model, tokens)
-    for layer in range(model.num_layers):
-        _fill(block, checkpoint, f"blocks.{layer}.")
-        x = stage(x)
-    x = _fill(norm.to_empty(device="cpu"), checkpoint, "norm.")(x)
-    if model.reward_head:
-        return F.linear(x, checkpoint.model["reward.weight"].read().float())
-    head = checkpoint.model["embed.weight" if model.tie_embeddings else "head.weight"]
-    rows = [slice(start, min(start + HEAD_ROWS, vocab)) for start in range(0, vocab, HEAD_ROWS)]
-    return torch.cat([F.linear(x, head.read([part]).float()) for part in rows], dim=-1)
-
-
-def _embedded(checkpoint: Checkpoint, model: ModelConfig, tokens: Tensor) -> Tensor:
-    def rows(name: str, wanted: Tensor) -> Tensor:
-        """Rows of a matrix, each read by itself: [number of rows, hidden]."""
-        ref = checkpoint.model[name]
-        return torch.stack([ref.read([slice(row, row + 1)])[0].float() for row in wanted.flatten().tolist()])
-
-    places = torch.arange(tokens.shape[1])
-    x = rows("embed.weight", tokens).view(*tokens.shape, -1)
-    if model.position == "learned":
-        x = x + rows("positions.weight", places)
-    if model.position == "sinusoidal":
-        x = x + sinusoids(places[None], model.hidden_size)
-    return x
-
-
-def _fill(module: nn.Module, checkpoint: Checkpoint, prefix: str) -> nn.Module:
-    for name, parameter in module.named_parameters():
-        parameter.copy_(checkpoint.model[prefix + name].read())
-    return module
+    units = units_of(checkpoint, model, torch.float32)
+    sizes, work = units.sizes(), evaluation_work(model, EvaluationShape(shape[1], shape[0], shape[0], False), 4)
+    return units, plan_stream(sizes, work, least_budget(sizes, work) if memory is None else memory)
 
 
 def _compare(source: Checkpoint, result: Checkpoint, model: ModelConfig) -> tuple[int, int, str]:

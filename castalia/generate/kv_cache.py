@@ -88,7 +88,10 @@ class KVCache:
         """A copy of these rows."""
         if not self.on_disk:
             return values[chosen]
-        return torch.index_select(values, 0, chosen, out=self.zeros(values, (len(chosen), *values.shape[1:])))
+        kept = self.zeros(values, (len(chosen), *values.shape[1:]))
+        for row, old in zip(kept, chosen.tolist(), strict=True):
+            row.copy_(values[old])
+        return kept
 
 
 class Prompts:

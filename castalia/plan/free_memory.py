@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 from pathlib import Path
 
 from castalia.errors import ConfigError
@@ -14,8 +15,10 @@ GROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit
 
 
 def free_memory() -> int:
-    """Bytes that the system could give away, caches included, else half of all there is; at most a group's limit."""
-    return min([_free_in_system(), *(limit for file in GROUP_LIMITS if (limit := _group_limit(file)) is not None)])
+    """Bytes that the system could give away, caches included, else half of all there is; no more than set limits."""
+    limits = [limit for file in GROUP_LIMITS if (limit := _group_limit(file)) is not None]
+    own = resource.getrlimit(resource.RLIMIT_DATA)[0]
+    return min([_free_in_system(), *limits, *([] if own == resource.RLIM_INFINITY else [own])])
 
 
 def _free_in_system() -> int:

@@ -100,13 +100,18 @@ def memory_without_streaming(model: ModelConfig, work: StreamedWork, element_byt
     return PROGRAM_BYTES + count(model).total * element_bytes + work.working + work.bytes_each + work.cache_each
 
 
+def least_budget(sizes: StreamedSizes, work: StreamedWork) -> int:
+    """The smallest budget in bytes for which there is a plan."""
+    return PROGRAM_BYTES + sizes.always + work.working + work.bytes_each
+
+
 def plan_stream(sizes: StreamedSizes, work: StreamedWork, budget: int) -> StreamPlan:
     """The plan for a budget in bytes. Keys and values go to disk where not even those of one item have room.
 
     Raises ConfigError with the smallest budget that works if this one cannot.
     """
-    fixed = PROGRAM_BYTES + sizes.always + work.working
-    least = fixed + work.bytes_each
+    least = least_budget(sizes, work)
+    fixed = least - work.bytes_each
     cache_on_disk = budget < least + work.cache_each
     if budget < least:
         rest = least - PROGRAM_BYTES - BUFFERS * sizes.buffer

@@ -31,12 +31,19 @@ def require_cpu(device: torch.device, memory: int | None) -> bool:
 
 
 def open_streamed(
-    checkpoint: Checkpoint, cfg: ModelConfig, units: ModelUnits, plan: StreamPlan, packing: Packing | None = None
+    checkpoint: Checkpoint,
+    cfg: ModelConfig,
+    units: ModelUnits,
+    plan: StreamPlan,
+    packing: Packing | None = None,
+    finite: bool = True,
 ) -> StreamedTransformer:
     """The model of an opened checkpoint. Bytes that the page cache has room for are read through it.
 
-    Raises CheckpointError for damage.
+    It raises CheckpointError for damage where it is found, and if all values must be `finite`, for others.
     """
     exact = checkpoint.config is not None and checkpoint.config.neox_exact
     past_cache = plan.bytes_per_pass > free_memory() - plan.budget
-    return StreamedTransformer(cfg, units, plan, checkpoint.path, exact=exact, past_cache=past_cache, packing=packing)
+    return StreamedTransformer(
+        cfg, units, plan, checkpoint.path, exact=exact, past_cache=past_cache, packing=packing, finite=finite
+    )

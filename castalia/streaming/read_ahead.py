@@ -49,13 +49,14 @@ class ReadAhead:
         *,
         past_cache: bool = True,
         make: Callable[[int, dict[str, Tensor]], Any] | None = None,
+        finite: bool = True,
     ) -> None:
         """`stays`: numbers of the units that are read only once. `where` names the checkpoint in errors.
 
         `past_cache`: for units that together have no room in the page cache. `make`: turns a unit's tensors into what
-        is used in their place, and what is kept of units that stay.
+        is used in their place, and what is kept of units that stay. `finite`: whether all values must be.
         """
-        self.units, self.stays, self.where, self.make = units, frozenset(stays), where, make
+        self.units, self.stays, self.where, self.make, self.finite = units, frozenset(stays), where, make, finite
         self.kept: dict[int, Arrival] = {}
         self.sound: set[int] = set()  # units whose checksums and values have been found right
         streamed = [unit for number, unit in enumerate(units) if make or number not in self.stays]
@@ -129,7 +130,8 @@ class ReadAhead:
             for part in arrival.parts:
                 part.result()
         if arrival.number not in self.sound:
-            require_finite(arrival.views, self.where)
+            if self.finite:
+                require_finite(arrival.views, self.where)
             self.sound.add(arrival.number)
         arrival.made = self.make(arrival.number, arrival.views) if self.make else arrival.views
         if arrival.number in self.stays:

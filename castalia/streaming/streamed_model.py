@@ -48,9 +48,13 @@ class StreamedTransformer(Transformer):
         exact: bool = False,
         past_cache: bool = True,
         packing: Packing | None = None,
+        finite: bool = True,
         advance: Callable[[int], None] = lambda blocks: None,
     ) -> None:
-        """`where` names the checkpoint in errors. `advance` is called after each block of a pass."""
+        """`where` names the checkpoint in errors; `finite`: values that are not are one.
+
+        `advance` is called after each block of a pass.
+        """
         with torch.device("meta"):
             super().__init__(cfg, compute_dtype=torch.float32 if packing else units.dtype, exact=exact)
         self.packing = packing
@@ -64,7 +68,8 @@ class StreamedTransformer(Transformer):
             self.set_parameter(name, None)
         stays = [*plan.resident, *([cfg.num_layers] if plan.head_stays else [])]
         make = self.packed if packing else None
-        self.reader = ReadAhead([*units.blocks, units.head], stays, where, past_cache=past_cache, make=make)
+        parts = [*units.blocks, units.head]
+        self.reader = ReadAhead(parts, stays, where, past_cache=past_cache, make=make, finite=finite)
         self.bound: list[str] = []  # names of the parameters of the block that is in a buffer
         self.hold(units)
         if packing and self.norm is not None:

@@ -12,7 +12,7 @@ import torch
 
 from castalia.checkpoint.opener import open_checkpoint
 from castalia.config.schema import ModelConfig
-from castalia.errors import CheckpointError
+from castalia.errors import CheckpointError, ConfigError
 from castalia.examine.verify import logits, probe_tokens, verify
 from castalia.loading import build_model
 from tests.checkpoint.made import FAMILIES, SIZES, changed, made, written
@@ -128,3 +128,11 @@ def test_only_what_ranks_round_is_forgiven() -> None:
     for name, value in (("mlp__down__bias", bias * 1.01), ("norm1__bias", norm * 1.001)):
         proof = verify(source, changed(source, **{f"blocks__0__{name}": value}))
         assert not proof.holds and name.replace("__", ".") in proof.difference
+
+
+def test_a_budget_of_memory_changes_no_verdict(tmp_path: Path) -> None:
+    source = made(FAMILIES["llama"])
+    result = written(source, tmp_path / "out", "hf")
+    assert str(verify(source, result, memory=10**9)) == str(verify(source, result))
+    with pytest.raises(ConfigError, match="the least that works here"):
+        verify(source, result, memory=10**8)

@@ -90,7 +90,6 @@ def test_a_file_of_prompts_is_cut_at_newlines_alone(run, texts, tmp_path):
     assert [json.loads(line)["prompt"] for line in out.strip().split("\n")] == ["In\u2028deed", "the\x0b beginning"]
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_prompts_in_json_lines(run, tmp_path):
     lines = ['"In"', '{"prompt": "the\\nbeginning"}', "", '{"text": "was", "id": 3}']
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
@@ -106,6 +105,7 @@ def test_texts_within_a_budget_of_memory(run, tmp_path, options):
     assert run(*arguments, "--memory", "1GB") == run(*arguments)
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_a_terminal_of_any_encoding(folder, encoding):
     """What it cannot show becomes a question mark; JSON loses nothing."""
     words = ["generate", str(folder), "--tokenizer", str(folder / "tokenizer"), "--device", "cpu", "--max-tokens", "2"]

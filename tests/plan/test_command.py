@@ -11,6 +11,7 @@ import pytest
 
 from castalia.cli.plan import tokenizer_size
 from castalia.config.load import load_config
+from tests.checkpoint.made import FAMILIES, made, written
 
 
 def castalia(*words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -84,3 +85,14 @@ def test_doctor_explains_each_missing_path() -> None:
     for path in found["fast_paths"]:
         assert path["name"] in text
         assert (f"missing: {path['name']}: {path['cost']}" in text) != path["available"]
+
+
+def test_what_a_checkpoint_larger_than_memory_reads(tmp_path: Path) -> None:
+    written(made(FAMILIES["gpt_neox"]), tmp_path / "model", "native")
+    for purpose in ("--generate", "--eval"):
+        plan = json.loads(castalia("plan", str(tmp_path / "model"), purpose, "--memory", "1GB", "--json").stdout)
+        assert [row["wanted"] for row in plan["plans"]] == [1, 16, 256]
+        assert all(row["resident_blocks"] == 2 and row["bytes_per_pass"] == 0 for row in plan["plans"])
+        assert "2 of 2" in castalia("plan", str(tmp_path / "model"), purpose, "--memory", "1GB").stdout
+    for words in (["--memory", "1GB"], ["--generate", "--eval"], ["--generate", "--memory", "99MB"]):
+        assert castalia("plan", str(tmp_path / "model"), *words, code=2).stderr.startswith("error: ")
