@@ -5,10 +5,14 @@ What was saved stays whole, and the run goes on to where it would have come undi
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 
@@ -131,3 +135,30 @@ def test_too_little_memory(theatre: Theatre, name: str) -> None:
         refused += done.code == 2
         assert not wrong + theatre.make_up(name, done.code != 0), (megabytes, done, wrong)
     assert refused
+
+
+# In a namespace of its own, so that nobody else's /dev/shm is full. Its one page is taken, too.
+FULL_SHM = """
+mount -t tmpfs -o size=4k none /dev/shm && ! head -c 5000 /dev/zero > /dev/shm/full 2>/dev/null || exit 77
+exec "$@"
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_train_where_shared_memory_is_full(theatre: Theatre) -> None:
+    name = "train on 2 ranks, dp"
+    _, last, _ = theatre.open(name)
+    theatre.set_up([name])
+    words = [sys.executable, "-m", "castalia", *SCENES[name].words, "--nproc", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    try:
+        done = subprocess.run(
+            ["unshare", "--map-root-user", "--mount", "sh", "-c", FULL_SHM, "sh", *words],
+            cwd=theatre.work, env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+    except FileNotFoundError:
+        pytest.skip("needs unshare of util-linux")
+    if done.returncode == 77 or done.stderr.startswith("unshare:"):
+        pytest.skip(f"needs a kernel that lets users mount in a namespace of their own: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr[-900:]
+    assert not differences(last, snapshot(theatre.work))
