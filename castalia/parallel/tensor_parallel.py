@@ -23,6 +23,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn import functional as F
 
 from castalia.config.loss_chunks import CHUNK_BYTES
+from castalia.errors import ConfigError
 from castalia.model.layers import Linear
 from castalia.model.loss import IGNORE, gain, product, scaled_gradients, token_losses
 from castalia.model.transformer import Block, Transformer
@@ -49,6 +50,7 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh, sequence_paralle
 
     Everything else is replicated. With `sequence_parallel` (2205.05198) activations between the matrices of a block are
     split along the sequence: the first block scatters them, the last one gathers them.
+    Raises ConfigError for a parameter of which nothing here says how it is split.
     """
     inside = Shard(1) if sequence_parallel else Replicate()  # of activations [b, t, h] outside of attention and MLP
     # Column-parallel matrices need whole activations; row-parallel ones sum, or scatter, their partial outputs.
@@ -79,6 +81,7 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh, sequence_paralle
         "reward": Replicated(Replicate()),
     }
     parallelize_module(model, mesh, {name: style for name, style in ends.items() if _find(model, name) is not None})
+    _require_styles(model)
     if sequence_parallel and model.blocks:
         blocks = list(model.blocks.values())
         blocks[0].register_forward_pre_hook(partial(_scatter_sequence, mesh))
@@ -91,6 +94,16 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh, sequence_paralle
             use_rank_local_rng(block.attn, mesh.get_local_rank())  # type: ignore[arg-type]
     model.loss = partial(vocabulary_parallel_cross_entropy, mesh=mesh)
     model.token_losses = partial(vocabulary_parallel_token_losses, mesh=mesh)
+
+
+def _require_styles(model: Transformer) -> None:
+    # Parallel styles turn the parameters of their modules into DTensors, so that a plain one has been forgotten.
+    for name, parameter in model.named_parameters():
+        if not isinstance(parameter, DTensor):
+            raise ConfigError(
+                f"{name} cannot be used with parallel.tp: castalia/parallel/tensor_parallel.py does not say how its "
+                "module is split. Add it to a plan there, or leave out parallel.tp"
+            )
 
 
 def use_rank_local_rng(module: nn.Module, rank: int) -> None:

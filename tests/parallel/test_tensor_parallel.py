@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from castalia.config.tensor_table import tp_dim
+from castalia.errors import ConfigError
 from castalia.model.transformer import Transformer
 from castalia.parallel.tensor_parallel import apply_tensor_parallel
 from tests.checkpoint.made import FAMILIES
@@ -41,3 +42,11 @@ def test_parameters_are_split_as_the_table_says(two_ranks, cfg) -> None:
         (placement,) = parameter.placements if isinstance(parameter, DTensor) else (None,)
         splits[name] = placement.dim if placement is not None and placement.is_shard() else None
     assert splits == {name: tp_dim(name) for name in splits}
+
+
+def test_a_parameter_that_no_plan_names_is_refused(two_ranks) -> None:
+    with torch.device("meta"):
+        model = Transformer(FAMILIES["llama"])
+        model.blocks["0"].mlp.gain = torch.nn.Parameter(torch.ones(8))
+    with pytest.raises(ConfigError, match=r"^blocks\.0\.mlp\.gain cannot be used with parallel\.tp"):
+        apply_tensor_parallel(model, two_ranks, sequence_parallel=False)
