@@ -107,8 +107,8 @@ def _facts(plan: RunPlan) -> None:
 def _costs(sized: SizedPlan, cache: KvCache) -> Iterable[list[str]]:
     files, flops, time = sized.checkpoint, sized.flops, sized.time
     yield ["checkpoint", f"{gib(files['full'])} full, {gib(files['weights'])} weights alone"]
-    yield ["  GPT-NeoX's", f"{gib(files['original_full'])} full, {gib(files['original_slim'])} slim"]
-    yield ["operations per token", f"{flops.per_token:.4g} (GPT-NeoX's formula: {flops.original_per_token:.4g})"]
+    yield ["  GPT-NeoX's", f"{gib(files['neox_full'])} full, {gib(files['neox_slim'])} slim"]
+    yield ["operations per token", f"{flops.per_token:.4g} (GPT-NeoX's formula: {flops.neox_per_token:.4g})"]
     yield ["KV cache", f"{cache.bytes_per_token:,} bytes a token, {gib(cache.bytes_per_sequence)} a sequence"]
     host, drawn = sized.host_memory, sized.initial_values
     offloaded = f", and {gib(host.offloaded)} of parameters, gradients and moments" if host.offloaded else ""

@@ -57,8 +57,8 @@ def load_config(
     # GPT-NeoX's keys are merged before they are translated, because joint keys may come from different sources.
     ours: dict[str, Setting] = {}
     neox: dict[str, Setting] = {}
-    for rank, table in enumerate(sources):
-        _sort(table, rank, ours, neox, findings)
+    for precedence, table in enumerate(sources):
+        _sort(table, precedence, ours, neox, findings)
     settings = _combine(ours, neox_read.translate(neox, ours, num_files=len(names), findings=findings), findings)
     _choose_alternatives(settings, findings)
     translate_targets(settings, findings)
@@ -180,7 +180,7 @@ def _override(text: str, findings: Findings) -> YamlMapping:
 
 
 def _sort(
-    table: YamlMapping, rank: int, ours: dict[str, Setting], neox: dict[str, Setting], findings: Findings
+    table: YamlMapping, precedence: int, ours: dict[str, Setting], neox: dict[str, Setting], findings: Findings
 ) -> None:
     """Merge one source into `ours`, by dotted path, and `neox`, by GPT-NeoX's key."""
     for written, value in table.items():
@@ -195,14 +195,14 @@ def _sort(
             findings.notes.append(f"{origin}: {written} is called {neox_read.FORMER[key].target} today")
             key, origin = neox_read.FORMER[key].target, f"{origin} ({written})"
         if neox_read.is_neox(key, value):
-            if key in neox and neox[key].rank == rank:
+            if key in neox and neox[key].precedence == precedence:
                 findings.errors.append(f"{origin}: {written} is already given at {neox[key].origin}; keep one")
             else:
                 if key in neox:
-                    value = merged(neox[key].value, neox[key].rank, value, rank)
-                put(neox, key, Setting(value, origin, rank))
+                    value = merged(neox[key].value, neox[key].precedence, value, precedence)
+                put(neox, key, Setting(value, origin, precedence))
         else:
-            _flatten(written, Setting(value, origin, rank), ours, findings)
+            _flatten(written, Setting(value, origin, precedence), ours, findings)
 
 
 def _flatten(path: str, setting: Setting, ours: dict[str, Setting], findings: Findings) -> None:
@@ -212,7 +212,7 @@ def _flatten(path: str, setting: Setting, ours: dict[str, Setting], findings: Fi
         if not value and path != "model" and not any(other.startswith(path + ".") for other in ours):
             put(ours, path, setting)  # `{}` switches an optional section on, with its defaults
         for key, inner in value.items():
-            _flatten(f"{path}.{key}", Setting(inner, value.origins[key], setting.rank), ours, findings)
+            _flatten(f"{path}.{key}", Setting(inner, value.origins[key], setting.precedence), ours, findings)
     elif path in FIELDS or (path in SECTIONS and value is None):
         put(ours, path, setting)
     elif path in SECTIONS:
@@ -245,9 +245,9 @@ def suggest(path: str) -> str:
 def _combine(ours: dict[str, Setting], translated: dict[str, Setting], findings: Findings) -> dict[str, Setting]:
     """Our settings and those translated from GPT-NeoX's keys; of two for one path the later source's wins."""
     settings: dict[str, Setting] = {}
-    for path, setting in sorted([*translated.items(), *ours.items()], key=lambda item: item[1].rank):
+    for path, setting in sorted([*translated.items(), *ours.items()], key=lambda item: item[1].precedence):
         old = settings.get(path)
-        if old and old.rank == setting.rank:
+        if old and old.precedence == setting.precedence:
             findings.errors.append(f"{setting.origin}: {path} is already given at {old.origin}; keep one")
         else:
             put(settings, path, setting)
@@ -263,9 +263,9 @@ def _choose_alternatives(settings: dict[str, Setting], findings: Findings) -> No
         ]
         if not all(given):
             continue
-        older, newer = sorted(given, key=lambda paths: max(settings[path].rank for path in paths))
+        older, newer = sorted(given, key=lambda paths: max(settings[path].precedence for path in paths))
         old, new = settings[older[0]], settings[newer[0]]
-        if max(settings[p].rank for p in older) == max(settings[p].rank for p in newer):
+        if max(settings[p].precedence for p in older) == max(settings[p].precedence for p in newer):
             findings.errors.append(
                 f"{new.origin}: {newer[0]} and {older[0]} ({old.origin}) exclude each other; keep one of them"
             )
@@ -282,7 +282,7 @@ def _validate(settings: dict[str, Setting], findings: Findings) -> RunConfig | N
     if model and not any(path in settings for path in core):
         for path in model:
             setting = settings.pop(path)
-            if setting.rank >= 0:
+            if setting.precedence >= 0:
                 findings.notes.append(
                     f"{setting.origin}: {path} waits for a file that describes a model: {', '.join(core)} are not given"
                 )
@@ -306,7 +306,9 @@ def _explain(problem: Any, settings: dict[str, Setting]) -> str:
     path = ".".join(str(part) for part in problem["loc"])
     given = next((p for p in _ancestors(path) if p in settings), "")  # the setting that contains the value
     section = path.rpartition(".")[0]
-    origins = [s.origin for p, s in settings.items() if s.rank >= 0 and (p == given or p.startswith(section + "."))]
+    origins = [
+        s.origin for p, s in settings.items() if s.precedence >= 0 and (p == given or p.startswith(section + "."))
+    ]
     start = f"{settings[given].origin if given else origins[0] if origins else 'config'}: "
     allowed = describe(path if path in FIELDS else given)
     if problem["type"] == "missing" and given:

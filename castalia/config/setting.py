@@ -12,7 +12,7 @@ class Setting(NamedTuple):
 
     value: Any
     origin: str  # "file.yml:12", "command line" or "NeoX default"
-    rank: int  # position of its source: later sources override earlier ones; -1 for defaults
+    precedence: int  # position of its source: later sources override earlier ones; -1 for defaults
     replaced: str = ""  # origin of the value that this one replaced
 
     @property
@@ -24,7 +24,7 @@ class Setting(NamedTuple):
 def put(settings: dict[str, Setting], path: str, setting: Setting) -> None:
     """Set the value at a dotted path. Values inside a mapping and a value for all of it (`null`) replace each other."""
     old = settings.get(path)
-    if old and old.rank >= 0 and old.origin != setting.origin:
+    if old and old.precedence >= 0 and old.origin != setting.origin:
         setting = setting._replace(replaced=old.origin)
     # `log.profile: null` removes log.profile.start, and log.profile.start removes `log.profile: null`.
     for other in [other for other in settings if other.startswith(path + ".") or path.startswith(other + ".")]:

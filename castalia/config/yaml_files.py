@@ -34,13 +34,13 @@ class Findings:
 class YamlMapping(dict[str, Any]):
     """A YAML mapping with the place of each key: `origins[key]` is "file.yml:12".
 
-    A mapping merged from several sources also has in `ranks` the position of the source that gave each key.
+    A mapping merged from several sources also has in `precedences` the position of the source that gave each key.
     """
 
     def __init__(self, values: Mapping[str, Any] | None = None, origins: Mapping[str, str] | None = None) -> None:
         super().__init__(values or {})
         self.origins = dict(origins or {})
-        self.ranks: dict[str, int] = {}
+        self.precedences: dict[str, int] = {}
 
 
 def mapping_from(values: Mapping[str, Any], origin: str) -> YamlMapping:
@@ -49,15 +49,15 @@ def mapping_from(values: Mapping[str, Any], origin: str) -> YamlMapping:
     return YamlMapping(inner, dict.fromkeys(values, origin))
 
 
-def merged(old: Any, old_rank: int, new: Any, new_rank: int) -> Any:
+def merged(old: Any, old_precedence: int, new: Any, new_precedence: int) -> Any:
     """`new`, completed by the keys that only `old` has if both are mappings; nested mappings likewise."""
     if not (isinstance(old, YamlMapping) and isinstance(new, YamlMapping)):
         return new
     table = YamlMapping({**old, **new}, {**old.origins, **new.origins})
-    # Keys of `old` that came from still earlier sources keep the rank they have.
-    table.ranks = dict.fromkeys(old, old_rank) | old.ranks | dict.fromkeys(new, new_rank)
+    # Keys of `old` that came from still earlier sources keep theirs.
+    table.precedences = dict.fromkeys(old, old_precedence) | old.precedences | dict.fromkeys(new, new_precedence)
     for key in old.keys() & new.keys():
-        table[key] = merged(old[key], old_rank, new[key], new_rank)
+        table[key] = merged(old[key], old_precedence, new[key], new_precedence)
         table.origins[key] += f", replacing {old.origins[key]}"
     return table
 

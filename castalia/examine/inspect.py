@@ -17,7 +17,7 @@ from castalia.config.schema import InitMethod
 from castalia.config.tensor_table import Kind, row_of, tp_dim
 from castalia.examine.facts import architecture
 from castalia.model.init_std import mup_scale, standard_deviation
-from castalia.plan.count import count, non_embedding, original_count
+from castalia.plan.count import count, neox_count, non_embedding
 from castalia.storage.extent import verify, verifying
 from castalia.storage.lazy import ByteRun, TensorRef, same_bits
 from castalia.units import short_number
@@ -241,10 +241,10 @@ def _parameters(checkpoint: Checkpoint, total: int) -> dict[str, int | None]:
     outside = sum(
         prod(r.shape) for n, r in checkpoint.model.items() if row_of(n).kind in ("embedding", "positions", "head")
     )
-    neox_count = None
+    as_neox_counts = None
     if model is not None and model.vocab_size is not None and count(model).total == total:
-        neox_count = original_count(model, checkpoint.facts.tp or 1, checkpoint.facts.pp or 1)
-    return {"total": total, "non_embedding": total - outside, "as_neox_counts": neox_count}
+        as_neox_counts = neox_count(model, checkpoint.facts.tp or 1, checkpoint.facts.pp or 1)
+    return {"total": total, "non_embedding": total - outside, "as_neox_counts": as_neox_counts}
 
 
 def _precision(checkpoint: Checkpoint) -> dict[str, str]:

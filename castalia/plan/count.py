@@ -38,7 +38,7 @@ def non_embedding(model: ModelConfig) -> int:
     return model.num_layers * block_size(model) + sum(map(prod, shapes_of(FINAL_NORM, model).values()))
 
 
-def original_count(model: ModelConfig, tp: int = 1, pp: int = 1) -> int:
+def neox_count(model: ModelConfig, tp: int = 1, pp: int = 1) -> int:
     """The total that GPT-NeoX prints: the sum over its ranks, with replicas, unused norms and the tied copy."""
     allocated = model.with_({"shared_norm": False})  # NeoX makes both norms of a block, used or not
     shapes = tensor_shapes(allocated)

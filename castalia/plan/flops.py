@@ -49,7 +49,7 @@ def executed_flops(model: ModelConfig, length: int, recompute: str) -> float:
     return training_flops(model, length) + again
 
 
-def original_flops(model: ModelConfig, length: int, recompute: bool = False) -> float:
+def neox_flops(model: ModelConfig, length: int, recompute: bool = False) -> float:
     """GPT-NeoX's figure per token, which ignores grouped-query attention, MLP width and causality.
 
     The formula is that of Narayanan et al. (2104.04473), as in `megatron/logging.py`.

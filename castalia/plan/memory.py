@@ -520,16 +520,16 @@ def memory_by_stage(model: ModelConfig, layout: Layout, length: int, compute: Co
     return [Rank(model, layout, stage, length, compute).memory() for stage in rank_parts(model, layout, length)]
 
 
-def checkpoint_bytes(parameters: int, moments: int, original: int, fp32: bool) -> dict[str, int]:
+def checkpoint_bytes(parameters: int, moments: int, neox: int, fp32: bool) -> dict[str, int]:
     """Bytes of our checkpoints and of GPT-NeoX's, without and with optimizer state.
 
-    Ours hold fp32 weights, which are the master weights, and `moments` values. GPT-NeoX's hold `original` weights,
+    Ours hold fp32 weights, which are the master weights, and `moments` values. GPT-NeoX's hold `neox` weights,
     summed over its ranks, in the compute dtype, fp32 master weights unless `fp32`, and two moments of each.
     """
     slim, full = (4, 12) if fp32 else (2, 14)
     return {
         "weights": 4 * parameters,
         "full": 4 * (parameters + moments),
-        "original_slim": slim * original,
-        "original_full": full * original,
+        "neox_slim": slim * neox,
+        "neox_full": full * neox,
     }

@@ -95,7 +95,7 @@ class FlopsPlan:
 
     per_token: float
     executed_per_token: float
-    original_per_token: float  # GPT-NeoX's figure
+    neox_per_token: float  # GPT-NeoX's figure
 
 
 @dataclass(frozen=True)

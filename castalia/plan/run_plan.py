@@ -13,9 +13,9 @@ from castalia.config.objective import PAIRED
 from castalia.config.schema import ModelConfig, RunConfig, split_shares
 from castalia.config.tensor_table import all_shapes
 from castalia.errors import ConfigError
-from castalia.plan.count import count, non_embedding, original_count
+from castalia.plan.count import count, neox_count, non_embedding
 from castalia.plan.devices import Device, auto_precision
-from castalia.plan.flops import executed_flops, kv_cache_bytes, original_flops, peak_tokens_per_second, training_flops
+from castalia.plan.flops import executed_flops, kv_cache_bytes, neox_flops, peak_tokens_per_second, training_flops
 from castalia.plan.host import host_memory, initial_values
 from castalia.plan.layout import Layout, problem, rank_parts
 from castalia.plan.memory import Compute, checkpoint_bytes, compute_of, memory_by_stage, moments_of
@@ -142,22 +142,22 @@ def report(
             f"{reason}; choose another layout, `castalia plan CONFIG --gpus NUMBERxDEVICE --suggest` lists them"
         )
     length, parameters = config.data.seq_length, count(model)
-    original = original_count(model, layout.tp, layout.pp)
+    neox_total = neox_count(model, layout.tp, layout.pp)
     sizes = {name: prod(shape) for name, shape in all_shapes(model, config.finetune).items()}
     moments = compute.moments.of(model, config.finetune)
     plan.sized = SizedPlan(
         total=parameters.total,
         by_kind=parameters.by_kind,
-        neox_total=original,
+        neox_total=neox_total,
         trained=sum(size for name, size in sizes.items() if config.finetune.trains(name)),
         memory=_memory(model, layout, length, compute, hardware),
         host_memory=host_memory(config, model, layout, compute),
         initial_values=initial_values(config, model, layout, compute),
-        checkpoint=checkpoint_bytes(sum(sizes.values()), moments, original, not compute.casts),
+        checkpoint=checkpoint_bytes(sum(sizes.values()), moments, neox_total, not compute.casts),
         flops=FlopsPlan(
             per_token=training_flops(model, length),
             executed_per_token=executed_flops(model, length, layout.recompute),
-            original_per_token=original_flops(model, length),
+            neox_per_token=neox_flops(model, length),
         ),
         time=_time(plan.training, job_of(config, hardware, layout.batch, compute), layout) if hardware else None,
     )

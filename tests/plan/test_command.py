@@ -25,7 +25,7 @@ def test_json_has_the_counts() -> None:
     assert plan["parameters"]["total"] == 20554567680
     assert plan["parameters"]["non_embedding"] == 19934859264
     assert plan["parameters"]["as_neox_counts"] == 20556201984
-    assert plan["checkpoint"]["original_slim"] == 41112403968
+    assert plan["checkpoint"]["neox_slim"] == 41112403968
     assert [stage["ranks"] for stage in plan["memory"]["stages"]] == [24] * 4
     assert plan["memory"]["fits"] is True
 

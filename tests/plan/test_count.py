@@ -8,7 +8,7 @@ import pytest
 
 from castalia.config.load import load_config, preset_names
 from castalia.config.schema import ModelConfig
-from castalia.plan.count import count, original_count
+from castalia.plan.count import count, neox_count
 from castalia.plan.memory import checkpoint_bytes
 
 # name: (layers, hidden, heads, kv heads, inner width, vocabulary, its multiple) -> (layer, non-embedding, total)
@@ -131,22 +131,22 @@ def test_fixture_configs_have_the_sizes_of_the_table(fixtures) -> None:
 )
 def test_the_sum_over_ranks_that_the_original_prints(preset, printed) -> None:
     config = load_config(preset)
-    assert original_count(config.model, config.parallel.tp, config.parallel.pp) == printed
+    assert neox_count(config.model, config.parallel.tp, config.parallel.pp) == printed
 
 
 def test_the_20b_slim_weights_are_38_29_gib() -> None:
     config = load_config("gpt-neox-20b")
-    original = original_count(config.model, 2, 4)
-    slim = checkpoint_bytes(count(config.model).total, 0, original, fp32=False)["original_slim"]
+    original = neox_count(config.model, 2, 4)
+    slim = checkpoint_bytes(count(config.model).total, 0, original, fp32=False)["neox_slim"]
     assert slim == 41_112_403_968
     assert round(slim / 2**30, 2) == 38.29
 
 
 def test_a_folder_of_2_gb_is_a_whole_12_x_768_checkpoint_and_no_20b() -> None:
     config = load_config("neox-125m", ["model.vocab_multiple=256"])
-    original = original_count(config.model, tp=2, pp=4)
+    original = neox_count(config.model, tp=2, pp=4)
     assert original == 162_519_552 + 56_832
-    kib = checkpoint_bytes(count(config.model).total, 0, original, fp32=False)["original_full"] / 1024
+    kib = checkpoint_bytes(count(config.model).total, 0, original, fp32=False)["neox_full"] / 1024
     assert math.ceil(kib) == 2_222_724
     assert abs(kib / 2_223_080 - 1) < 1e-3
 
@@ -159,9 +159,9 @@ def test_ratios_of_the_deep_and_the_shallow_model() -> None:
 def test_unused_norms_and_tied_copies_count_in_the_original() -> None:
     base = {"num_layers": 2, "hidden_size": 8, "num_heads": 2, "vocab_size": 16, "vocab_multiple": 1}
     shared = ModelConfig(**base, parallel_residual=True, shared_norm=True)
-    assert original_count(shared) - count(shared).total == 2 * 2 * 8
+    assert neox_count(shared) - count(shared).total == 2 * 2 * 8
     tied = ModelConfig(**base, position="learned", max_positions=4, tie_embeddings=True)
-    assert original_count(tied, pp=2) - count(tied).total == (16 + 4) * 8
+    assert neox_count(tied, pp=2) - count(tied).total == (16 + 4) * 8
 
 
 @pytest.mark.parametrize("preset", preset_names())

@@ -10,7 +10,7 @@ from castalia.plan.flops import (
     executed_flops,
     kv_cache_bytes,
     mean_context,
-    original_flops,
+    neox_flops,
     training_flops,
 )
 
@@ -56,8 +56,8 @@ def test_the_originals_formula() -> None:
     model = load_config("gpt-neox-20b").model
     layers, hidden, vocab, length = 44, 6144, 50432, 2048
     by_hand = 72 * layers * hidden**2 * (1 + length / (6 * hidden) + vocab / (16 * layers * hidden))
-    assert original_flops(model, length) == pytest.approx(by_hand)
-    assert original_flops(model, length, recompute=True) == pytest.approx(by_hand * 4 / 3)
+    assert neox_flops(model, length) == pytest.approx(by_hand)
+    assert neox_flops(model, length, recompute=True) == pytest.approx(by_hand * 4 / 3)
     assert 0.95 < training_flops(model, length) / by_hand < 1, "it takes attention as if nothing were masked"
 
 

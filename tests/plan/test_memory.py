@@ -205,12 +205,12 @@ def test_stages_hold_all_layers_and_the_head_counts() -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_ranks_hold_every_parameter(tied) -> None:
-    from castalia.plan.count import count, original_count
+    from castalia.plan.count import count, neox_count
 
     model = ModelConfig(**(BASE | {"tie_embeddings": tied}))
     layout = Layout(tp=2, pp=3, dp=2, zero=1)
     masters = sum(memory.masters for memory in memory_by_stage(model, layout, LENGTH, Compute()))
-    assert masters * layout.tp * layout.dp == 4 * original_count(model, tp=2, pp=3)
+    assert masters * layout.tp * layout.dp == 4 * neox_count(model, tp=2, pp=3)
     whole = memory_by_stage(model, Layout(), LENGTH, Compute())[0]
     assert (whole.masters, whole.moments) == (4 * count(model).total, 8 * count(model).total)
 

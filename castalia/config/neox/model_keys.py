@@ -37,7 +37,7 @@ def attention(work: Translation) -> None:
         work.error("attention_config", f"is refused: {', '.join(strange)} layers are not built in; use global or flash")
     elif is_a(layers, int) and len(kinds) != layers:
         text = f"names {len(kinds)} layers, num_layers ({work.given['num_layers'].origin}) is {layers}"
-        if work.given["num_layers"].rank > work.given["attention_config"].rank:
+        if work.given["num_layers"].precedence > work.given["attention_config"].precedence:
             work.note("attention_config", f"{text}: as all are alike, it is taken for {layers}")
         else:
             work.error("attention_config", f"{text}; make them agree or remove attention_config")

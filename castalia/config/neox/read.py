@@ -36,7 +36,8 @@ def translate(
 ) -> dict[str, Setting]:
     """Our settings for GPT-NeoX's merged keys.
 
-    `ours`: the settings given in our own terms. `num_files`: sources of a lower rank are files, the others overrides.
+    `ours`: the settings given in our own terms. `num_files`: sources of a lower precedence are files, the
+    others overrides.
     """
     work = Translation(neox, ours, num_files, findings)
     for key in dict.fromkeys([*work.given, *KEYS]):  # given keys first, so that messages follow the files

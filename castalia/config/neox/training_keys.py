@@ -75,7 +75,7 @@ def optimizer(work: Translation) -> None:
             work.error("weight_decay", f"is contradicted by optimizer.params.weight_decay: {params['weight_decay']}")
         work.set_inner("optimizer.weight_decay", params["weight_decay"], "optimizer", params, "weight_decay")
     # GPT-NeoX sets lr from the block; an `lr` given later must win all the same.
-    if work.has("lr") and work.given["lr"].rank > work.given["optimizer"].rank:
+    if work.has("lr") and work.given["lr"].precedence > work.given["optimizer"].precedence:
         work.set("optimizer.lr", work["lr"], "lr")
     elif work.has("lr") and work["lr"] != params.get("lr"):
         work.note("lr", "has no effect here: optimizer.params.lr replaces it")
@@ -126,7 +126,7 @@ def precision(work: Translation) -> None:
     for key in ("fp16", "bf16", "precision"):
         if not work.has(key):
             continue
-        value, rank = work[key], work.given[key].rank
+        value, precedence = work[key], work.given[key].precedence
         if key == "precision":
             wish = names.get(str(lower(value)))
         elif isinstance(value, dict) and isinstance(value.get("enabled"), bool):
@@ -139,7 +139,7 @@ def precision(work: Translation) -> None:
         if wish is None:
             work.error(key, "is none of fp16, bfloat16, fp32")
         else:
-            wishes.append((rank, wish, key))
+            wishes.append((precedence, wish, key))
     # An enabled block of an earlier file gives way to a later file, as a plain value would.
     latest = [wish for wish in wishes if wish[0] == max(wishes)[0]]
     if len({wish for _, wish, _ in latest}) > 1:

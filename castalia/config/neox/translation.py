@@ -23,7 +23,7 @@ class Translation:
         self.findings = findings
         self.settings: dict[str, Setting] = {}
         # Overrides alone (train_iters=200 for a config of ours) do not bring in GPT-NeoX's defaults.
-        in_files = {key for key, setting in self.given.items() if setting.rank < num_files}
+        in_files = {key for key, setting in self.given.items() if setting.precedence < num_files}
         self.architecture = "num_layers" in in_files and "model.num_layers" not in ours
         self.training = bool({"optimizer", "train_iters", "train_epochs"} & in_files)
 
@@ -40,15 +40,15 @@ class Translation:
         given = [self.given[key] for key in keys if key in self.given]
         if given:
             # The latest of the keys is where the value would have to be changed.
-            self.settings[path] = max(given, key=lambda setting: setting.rank)._replace(value=value)
+            self.settings[path] = max(given, key=lambda setting: setting.precedence)._replace(value=value)
         elif value != FIELDS[path].default:
             self.settings[path] = Setting(value, NEOX_DEFAULT, -1)
 
     def set_inner(self, path: str, value: Any, key: str, block: dict[str, Any], inner: str) -> None:
         """Set one of our keys from the value `inner` of GPT-NeoX's block `key`, whose own line becomes the origin."""
         outer = self.given[key]
-        origins, ranks = getattr(block, "origins", {}), getattr(block, "ranks", {})
-        self.settings[path] = Setting(value, origins.get(inner, outer.origin), ranks.get(inner, outer.rank))
+        origins, precedences = getattr(block, "origins", {}), getattr(block, "precedences", {})
+        self.settings[path] = Setting(value, origins.get(inner, outer.origin), precedences.get(inner, outer.precedence))
 
     def error(self, key: str, text: str) -> None:
         """Add an error about a given key."""
