@@ -33,7 +33,7 @@ def open_checkpoint(
     `tolerant`: let files be inspected whose config describes another model; the differences are then in
     `facts.disagreements`.
     `adapters`: keep adapters apart; otherwise they are merged into their matrices.
-    `hints` are passed to the format's reader: `config`, `tokenizer`, `gqa_rows`, `rms_eps`, `base`; None is no hint.
+    `hints` are passed to the format's reader: `config`, `tokenizer`, `gqa_rows`, `rms_eps`, `base`; None: no hint.
     Raises CheckpointError when there is no checkpoint, or when its format has no use for a hint.
     """
     folder = find_folder(path, step)

@@ -120,7 +120,7 @@ def load_optimizer(
     if checkpoint.optimizer is None:
         raise CheckpointError(
             f"{checkpoint.path} holds no optimizer state, so it cannot be resumed{_because(checkpoint)}. Start a new "
-            "run from its weights with checkpoint.init_from, or go on with fresh moments with "
+            "run from its weights with checkpoint.init_from, or continue with fresh moments with "
             "checkpoint.load_optimizer=false."
         )
     # Everything is checked before anything is filled.
@@ -133,8 +133,8 @@ def load_optimizer(
         if stored != wanted:
             raise CheckpointError(
                 f"{where} is that of another optimizer: {name} has {_in_words(stored)}, but this one needs "
-                f"{_in_words(wanted)}. Resume with the same optimizer.name and momentum, or go on with a fresh state "
-                "with checkpoint.load_optimizer=false."
+                f"{_in_words(wanted)}. Resume with the same optimizer.name and momentum, or continue with a fresh "
+                "state with checkpoint.load_optimizer=false."
             )
         for kind in wanted:
             targets.setdefault(kind, {})[name] = shard(state[kind])

@@ -83,7 +83,7 @@ def open_with(model: str, adapter: str | None, step: int | None) -> Checkpoint:
     if adapter is None:
         return open_and_tell(model, step=step)
     if detect(find_folder(adapter)) != "peft":
-        raise ConfigError(f"--adapter {adapter} is no folder of PEFT's; a run holds its model, so chat with it alone")
+        raise ConfigError(f"--adapter {adapter} is not a PEFT folder; a run holds its model, so chat with it alone")
     return open_and_tell(adapter, base=str(find_folder(model, step)))
 
 

@@ -110,7 +110,7 @@ def command(
     for place, (number, folder) in enumerate(folders.items(), 1):
         say(f"step {number}, {place} of {len(folders)}")
         name = form.step_folder.format(step=number)
-        # Complete steps are passed over, so that an interrupted command goes on with the others.
+        # Complete steps are passed over, so that an interrupted command continues with the others.
         if (target / name).exists() and not force and not convert.is_unfinished(target / name):
             say(f"{target / name} is there already")
         else:
@@ -139,7 +139,7 @@ def _write(plan: Plan, target: Path, mark: str, inside: str, force: bool, allow_
         try:
             kept = convert.write(plan, target, mark, advance, inside=inside, force=force, allow_inf=allow_inf)
         except KeyboardInterrupt:
-            print("interrupted; the same command goes on from the files that are complete", file=sys.stderr)
+            print("interrupted; the same command continues after the files that are complete", file=sys.stderr)
             raise
     for name, count in convert.infinite_values(plan).items():
         say(f"  note: {name}: {count} values were too large for their new dtype and became infinite")

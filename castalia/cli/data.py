@@ -45,7 +45,7 @@ def prepare(
         bool, typer.Option("--append-eod", help="end each document with the end-of-document id")
     ] = False,
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="leave out and count records that are no documents")
+        bool, typer.Option("--skip-bad", help="leave out and count records that are not documents")
     ] = False,
     ftfy: Annotated[bool, typer.Option("--ftfy", help="repair broken Unicode first")] = False,
     num_docs: Annotated[int | None, typer.Option(help="stop after so many documents", min=1)] = None,
@@ -340,7 +340,7 @@ def _show_trained(tokens: list[int], labels: list[int], tokenizer: Tokenizer | N
 
     console, line = Console(soft_wrap=True), Text()  # not markup: a corpus may hold [brackets]
     learned = [False, *(label >= 0 for label in labels)]  # nothing predicts the first token
-    ids = [*tokens, labels[-1]] if labels[-1] >= 0 else tokens  # the last label is no input
+    ids = [*tokens, labels[-1]] if labels[-1] >= 0 else tokens  # the last label is not an input
     for counts, run in groupby(zip(ids, learned, strict=False), key=lambda pair: pair[1]):
         part = [token for token, _ in run]
         text = decode_with_special(tokenizer, part) if tokenizer else " ".join(map(str, part)) + " "

@@ -49,7 +49,7 @@ def command(
     Records are {"text": ...}, messages of OpenAI or ShareGPT, Alpaca's fields, TRL's prompt and completion, or with
     --objective pairs (prompt, chosen, rejected) and judged answers (prompt, completion, label). A twentieth is held out
     and judges the model. Settings are chosen with reasons, and any of them may be given otherwise. Stopped and started
-    again, the same command goes on.
+    again, the same command continues.
     """
     request = parsed(model, words or [], objective, lora, full, chat_template, skip_bad)
     with redirect_stdout(sys.stderr) if as_json else nullcontext():

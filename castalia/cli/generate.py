@@ -146,7 +146,7 @@ def command(
             sampling = replace(sampling, stop=(*sampling.stop, *turn_ends(form, words)))
 
         def asked(prompt: str) -> Prompt:
-            """What the model is to go on from: the prompt itself, or the conversation that it begins."""
+            """What the model is to continue: the prompt itself, or the conversation that it begins."""
             return prompt_ids(opening(prompt, system), form, words) if form else prompt
 
         typed = settings.mode == "interactive"

@@ -97,7 +97,7 @@ def growing_segments() -> None:
 def keep_all_characters() -> None:
     """Terminals and pipes that are not UTF-8 get a question mark for what they cannot show, and no traceback.
 
-    Bytes that are no UTF-8 come in as lone surrogates, which are refused where text is expected, and go out as bytes.
+    Bytes that are not UTF-8 come in as lone surrogates, which are refused where text is expected, and go out as bytes.
     """
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -49,7 +49,7 @@ def command(
 
     Looks at the text, measures this machine, chooses model and training for the time and says why, learns a
     vocabulary, trains, judges the model by text that it never saw, and reports. Stopped and started again with
-    the same command it goes on.
+    the same command it continues.
     """
     begin = time.monotonic()  # looking and preparing count towards the hours
     parameters = _parameters(size, hours)
@@ -61,7 +61,7 @@ def command(
     if not dry_run:
         _refuse_another(run, asked)
     if not dry_run and (run / CONFIG).is_file():  # written last, when all that it names is there
-        print(f"going on with {run}, which this command began")
+        print(f"continuing {run}, which this command began")
     else:
         _prepare(folder, run, asked, begin, dry_run)
     if not dry_run:
@@ -108,7 +108,7 @@ def _refuse_another(run: Path, asked: dict[str, Any]) -> None:
             f"{name} {before.get(name)} -> {asked[name]}" for name in asked if before.get(name) != asked[name]
         )
         raise TrainingError(
-            f"{run} was begun by another command ({changed}); go on with it: castalia train {run}; "
+            f"{run} was begun by another command ({changed}); continue it: castalia train {run}; "
             f"or begin another one: --output {run}-2"
         )
 
@@ -126,7 +126,7 @@ def _prepare(folder: Path, run: Path, asked: dict[str, Any], begin: float, dry_r
     seen = look(folder, not_inside=run)  # the run may lie in the folder that it reads
     print_facts(about_text(seen))
     if (run / PLAN).is_file() and not dry_run:
-        print("going on with the plan that this command made before")
+        print("continuing with the plan that this command made before")
         chosen = Choice(**read_json(run / PLAN, TrainingError)["choice"])
     else:
         chosen, twice, machine, pace = _choose(seen, asked)
@@ -261,7 +261,7 @@ def _finish(run: Path) -> None:
     bits, steps = report.score.bits_per_byte, load_run(run).train.steps or 0
     print(f"\n{bits:.3f} bits per byte where {expected:.2f} were expected" if bits else "")
     if report.step < steps:
-        print(f"after {report.step:,} of {steps:,} steps; the same command goes on with the others")
+        print(f"after {report.step:,} of {steps:,} steps; the same command continues with the others")
     print(f"wrote {run / 'report.html'}, a page to open in a browser or to send to a friend")
 
 

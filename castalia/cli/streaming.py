@@ -31,7 +31,7 @@ MemoryOption = Annotated[
 
 
 def memory_bytes(text: str | None, tp: int = 1, pp: int = 1) -> int | None:
-    """The option's bytes. Raises ConfigError for what is no amount, and for several processes."""
+    """The option's bytes. Raises ConfigError for what is not an amount, and for several processes."""
     from castalia.errors import ConfigError
     from castalia.plan.free_memory import parse_memory
 

@@ -68,7 +68,7 @@ def train(config: RunConfig, verbose: bool = False) -> str:
 
 
 def read_config(words: list[str], any_batch: bool = False) -> RunConfig:
-    """The config of a new run, or a run's own config told to go on. `any_batch`: accept one that does not divide."""
+    """The config of a new run, or the config of a run that continues. `any_batch`: accept one that does not divide."""
     from castalia.config.load import load_config, load_neox_run, load_run, neox_config_files
 
     files, overrides = split_words(words)

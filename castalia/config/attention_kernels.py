@@ -128,4 +128,4 @@ def _why_not_efficient(capability: Capability, dtype: str, head_size: int) -> st
     if dtype not in ("bf16", "fp16", "fp32") or (dtype == "bf16" and capability < AMPERE):
         return f"{dtype} is not among its types here"
     multiple = 8 if dtype != "fp32" else 4 if capability >= AMPERE else 1
-    return f"heads of {head_size} are no multiple of {multiple}" if head_size % multiple else ""
+    return f"heads of {head_size} are not a multiple of {multiple}" if head_size % multiple else ""

@@ -81,7 +81,7 @@ def neox_config_files(folder: Path) -> list[Path]:
 
 
 def load_neox_run(folder: Path, overrides: Sequence[str] = (), any_batch: bool = False) -> RunConfig:
-    """The config with which training goes on from a folder of GPT-NeoX, in a folder of its own: runs/NAME if not told.
+    """The config with which training continues from a folder of GPT-NeoX, in a folder of its own, else runs/NAME.
 
     A tokenizer file that the config names and that is not there is looked for beside the checkpoint.
     """

@@ -64,7 +64,7 @@ def merged(old: Any, old_precedence: int, new: Any, new_precedence: int) -> Any:
 
 def read_file(path: Path, label: str, findings: Findings) -> YamlMapping:
     """The top-level mapping of a YAML file, which messages call `label`. Raises ConfigError for invalid YAML and for a
-    file without keys, which is no config."""
+    file without keys, which is not a config."""
     try:
         text = path.read_text(encoding="utf-8")
         refuse_pointer(label, text[:64].encode(), ConfigError)

@@ -66,7 +66,7 @@ def read_template(path: str | Path) -> tuple[str, tuple[tuple[str, str], ...]]:
 def renderer(chat: Chat) -> Callable[..., Rendered]:
     """A function (messages, flag, tools=()) to text. The flag asks for the beginning of an answer at the end of it.
 
-    Raises DataError if the template is no valid Jinja; the function raises ValueError if it does not render.
+    Raises DataError if the template is not valid Jinja; the function raises ValueError if it does not render.
     """
     template, content = compile_template(chat.template)
 
@@ -87,7 +87,7 @@ def conversations(
     """A `parse` function for `texts_of`: it turns a record into token ids and labels of the conversation in each field.
 
     With `reward`, the name of a field, the reward of the record follows the labels. The function raises ValueError for
-    a field that is no conversation, has no answer to learn from, or does not render.
+    a field that is not a conversation, has no answer to learn from, or does not render.
     """
 
     def parse(value: Any, keys: Sequence[str]) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def _reward(value: Any, key: str) -> int:
 def _answer_in(record: Any, key: str) -> Answer:
     """What a field holds, after what the field `prompt` holds, of which nothing is learned.
 
-    Raises ValueError if the field is no list of messages, or if its messages begin with another prompt.
+    Raises ValueError if the field is not a list of messages, or if its messages begin with another prompt.
     """
     said = field_of(record, key)
     prompt = record.get("prompt") if isinstance(record, dict) and key != "prompt" else None

@@ -186,8 +186,8 @@ class Samples:
     def whole_pass(self, rows: int, multiple: int = 1, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
         """Batches of `rows` samples, with every usable document once, each in samples of its own.
 
-        A number of samples that is no multiple of `multiple` is filled up with the first ones. With `ranks`, each takes
-        an equal share of a batch, for which `multiple` and `rows` must be multiples of their number.
+        A number of samples that is not a multiple of `multiple` is filled up with the first ones. With `ranks`, each
+        takes an equal share of a batch, for which `multiple` and `rows` must be multiples of their number.
         """
         every = [
             (corpus, parts)

@@ -26,7 +26,7 @@ BLOCK = 1 << 18  # documents or samples that are worked on at a time
 def split_bounds(split: str, num_documents: int) -> list[int]:
     """Bounds [0, b1, b2, n] of the train, valid and test documents, for shares such as "969, 30, 1" or "8/1/1".
 
-    Raises DataError for text that is no list of shares.
+    Raises DataError for text that is not a list of shares.
     """
     try:
         weights = split_shares(split)

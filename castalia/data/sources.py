@@ -195,7 +195,7 @@ def _json(record: bytes) -> Any:
 
 
 def field_of(value: Any, key: str) -> Any:
-    """A field of a record. A record that is no JSON object counts as the field itself. Raises ValueError."""
+    """A field of a record. A record that is not a JSON object counts as the field itself. Raises ValueError."""
     if not isinstance(value, dict):
         return value
     if key not in value:
@@ -345,7 +345,7 @@ def page_text(html: str) -> str:
 
 
 def _read_html(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chunk]:
-    """A page is one document. Bytes that are no UTF-8 are kept, and refused when the chunk is parsed."""
+    """A page is one document. Bytes that are not UTF-8 are kept, and refused when the chunk is parsed."""
     raw = file.read()
     with suppress(UnicodeDecodeError):
         raw = page_text(raw.decode("utf-8-sig")).encode()

@@ -24,8 +24,8 @@ class Rendered(NamedTuple):
 def compile_template(source: str) -> tuple[Callable[..., Rendered], Callable[[Any], Any]]:
     """A function that renders a conversation, given as `messages=...`, and one that prepares the content of a message.
 
-    Raises DataError if the template is no valid Jinja. The first function raises ValueError, in one line, if a
-    conversation does not render or exceeds the bounds; the second for content that is no text.
+    Raises DataError if the template is not valid Jinja. The first function raises ValueError, in one line, if a
+    conversation does not render or exceeds the bounds; the second for content that is not text.
     """
     jinja, nodes, extensions = map(import_module, ("jinja2", "jinja2.nodes", "jinja2.ext"))
     counter = Counter()
@@ -109,7 +109,7 @@ def _content_rule(tree: Any, nodes: Any) -> Callable[[Any], Any]:
     """A function that turns the content of a message into what the template expects.
 
     Unless the template tests for null, null becomes empty text; unless it loops over content or tests its type, parts
-    of content are joined. The function raises ValueError for parts that are no text.
+    of content are joined. The function raises ValueError for parts that are not text.
     """
     tests = {test.name for test in tree.find_all(nodes.Test)}
     nulls = "none" in tests or any(constant.value is None for constant in tree.find_all(nodes.Const))

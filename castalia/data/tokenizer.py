@@ -148,7 +148,7 @@ class ByteTokenizer(Tokenizer):
         return [list(text.encode("utf-8")) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text, with U+FFFD for bytes that are no UTF-8."""
+        """Text, with U+FFFD for bytes that are not UTF-8."""
         if self.kind == "char":
             return "".join(chr(max(int(i), 32)) for i in ids)  # as in GPT-NeoX, control characters become spaces
         return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
@@ -310,7 +310,7 @@ def load_tokenizer(config: TokenizerConfig, *, neox: bool = False, model: Path |
 
     With `neox`, files are used by GPT-NeoX's rule if it has one of its own. `model` is the folder of the model, whose
     config.json and generation_config.json are read if the folder of the tokenizer has none. Raises DataError if there
-    is no tokenizer, or if its files are damaged.
+    is not a tokenizer, or if its files are damaged.
     """
     if config.path and (Path(config.path) / SETTINGS).is_file():
         file = Path(config.path) / SETTINGS
@@ -383,7 +383,7 @@ def _read_json(file: Path, folder: TokenizerFolder) -> tokenizers.Tokenizer:
         engine = tokenizers.Tokenizer.from_str(text)
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # noqa: BLE001  it raises bare Exception, and its panics are no Exception
+    except BaseException as error:  # noqa: BLE001  it raises bare Exception, and its panics are not Exceptions
         raise DataError(f"{file} is not a tokenizer.json: {error}") from error
     engine.no_truncation()
     engine.no_padding()
@@ -463,7 +463,8 @@ def _complete(engine: tokenizers.Tokenizer, added: Mapping[int, Added], file: Pa
 
 def _load_hf_gpt2(path: Path, model: Path | None) -> RustTokenizer:
     if not path.is_dir():
-        raise DataError(f"tokenizer.path={str(path)!r} is no folder; tokenizer.kind=hf_gpt2 needs {_FILES['hf_gpt2']}")
+        needed = _FILES["hf_gpt2"]
+        raise DataError(f"tokenizer.path={str(path)!r} is not a folder; tokenizer.kind=hf_gpt2 needs {needed}")
     if (path / "tokenizer.json").is_file():
         folder = read_tokenizer_folder({"tokenizer.json": path / "tokenizer.json"}, model)
         engine = _read_json(path / "tokenizer.json", folder)

@@ -1,6 +1,6 @@
 """The order of a tuning: open the model, read the files, choose the settings, write the config; then it trains.
 
-The run's folder keeps what was asked, so that the same command goes on with what it began.
+The run's folder keeps what was asked, so that the same command continues what it began.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def asked_for(config: RunConfig, request: Request) -> dict[str, Any]:
 
 
 def continued(folder: Path, asked: dict[str, Any]) -> RunConfig:
-    """The config that goes on with the run in a folder. Raises TrainingError if another command began it."""
+    """The config that continues the run in a folder. Raises TrainingError if another command began it."""
     remembered = folder / REMEMBERED
     if not remembered.is_file():
         refuse_second_start(folder)
@@ -173,7 +173,7 @@ def continued(folder: Path, asked: dict[str, Any]) -> RunConfig:
     differing = [key for key in {**before, **asked} if before.get(key) != asked.get(key)]
     lines = "".join(f"\n  {key}: {_short(before.get(key))} then, {_short(asked.get(key))} now" for key in differing)
     raise TrainingError(
-        f"{folder} holds a run that another command began:{lines}\nTo go on with it: castalia train {folder}. To begin "
+        f"{folder} holds a run that another command began:{lines}\nTo continue it: castalia train {folder}. To begin "
         f"another one: checkpoint.dir={folder}-2"
     )
 
@@ -205,7 +205,7 @@ def lessons_of(
 def kinds_of(config: RunConfig) -> dict[str, Kind]:
     """What the records of each file are, by its path; sources that are corpora have none.
 
-    Raises DataError for files that are missing, that are no data, or whose records differ in kind.
+    Raises DataError for files that are missing, that are not data, or whose records differ in kind.
     """
     kinds: dict[str, Kind] = {}
     for each in (*config.data.train, *config.data.valid):

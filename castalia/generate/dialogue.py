@@ -76,7 +76,7 @@ def turn_ends(chat: Chat, tokenizer: Tokenizer) -> tuple[str, ...]:
 
 
 class Dialogue:
-    """A conversation that goes on: what was said so far, and the model that answers."""
+    """A conversation in progress: what was said so far, and the model that answers."""
 
     def __init__(
         self, model: AnyModel, tokenizer: Tokenizer, chat: Chat, sampling: Sampling, system: str | None = None

@@ -22,8 +22,8 @@ Rotation = tuple[Tensor, Tensor] | Tensor
 class Rotary:
     """Tables of cosines and sines, computed in fp32 once for each device, and again for longer sequences.
 
-    It is no module: the tables are derived values, never part of a checkpoint, and a model on the meta device has none.
-    Rotary position embedding: Su et al., 2104.09864.
+    It is not a module: the tables are derived values, never part of a checkpoint, and a model on the meta device
+    has none. Rotary position embedding: Su et al., 2104.09864.
     """
 
     def __init__(self, cfg: ModelConfig) -> None:
@@ -140,8 +140,8 @@ class Alibi:
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
-    """The geometric slopes of ALiBi. If the number of heads is no power of two, every second member of the next finer
-    series follows.
+    """The geometric slopes of ALiBi. If the number of heads is not a power of two, every second member of the next
+    finer series follows.
     """
     power = 2 ** math.floor(math.log2(num_heads))
     slopes = [2.0 ** (-8 * (i + 1) / power) for i in range(power)]

@@ -22,7 +22,7 @@ RECENT = 20  # steps whose median tells how long the others take
 
 class Stdout(io.TextIOBase):
     """Standard output that survives its reader (`| head`, a closed terminal): later output is dropped, and the run
-    goes on."""
+    continues."""
 
     def write(self, text: str) -> int:
         """As a text stream's."""

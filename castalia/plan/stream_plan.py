@@ -129,7 +129,7 @@ def plan_stream(sizes: StreamedSizes, work: StreamedWork, budget: int) -> Stream
 
 
 def spread(number: int, blocks: int) -> tuple[int, ...]:
-    """`number` of the blocks at equal distances, so that reading goes on while those in between are computed."""
+    """`number` of the blocks at equal distances, so that reading continues while those in between are computed."""
     return tuple(index * blocks // number for index in range(number))
 
 

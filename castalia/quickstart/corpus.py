@@ -35,7 +35,7 @@ class Corpus(NamedTuple):
     train_tokens: int
     valid_tokens: int
     bytes: int  # of all text
-    bad: list[str]  # records that are no text
+    bad: list[str]  # records that are not text
 
 
 def prepare_corpus(folder: Folder, vocab_size: int, output: Path, progress: Callable[[str], None]) -> Corpus:

@@ -59,7 +59,7 @@ def fitted(points: Sequence[tuple[float, float]]) -> Pace:
 
 
 def seconds_per_step(config: RunConfig, seconds: float) -> float:
-    """The median step of the run that the config describes, which is tried for so long. Writes nothing but indexes."""
+    """The median step of the run that the config describes, which is tried for so long. Writes indexes only."""
     session = start(config)
     times: list[float] = []
     begin = time.perf_counter()

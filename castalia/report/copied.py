@@ -50,7 +50,7 @@ def longest_runs(
 ) -> tuple[list[CommonRun | None], Searched]:
     """For each of the samples [tokens] its longest run, None where none has `shortest` tokens.
 
-    At most `most_tokens` of the corpora are looked at. `excluded` gives a corpus' documents that are no training text,
+    At most `most_tokens` of the corpora are looked at. `excluded` gives a corpus' documents that are not training text,
     a mask [documents]. A run ends with its document.
     """
     found: list[CommonRun | None] = [None] * len(samples)

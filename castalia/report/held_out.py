@@ -115,7 +115,7 @@ def named_text(path: str, tokenizer: Tokenizer, most_tokens: int = MOST_TOKENS) 
     for each in texts_of_files([Path(path)]):
         tokens = encoded(each, tokenizer)
         total += len(tokens)
-        # The loop goes on without room, to know how much of the text is looked at.
+        # The loop continues without room, to know how much of the text is looked at.
         room = most_tokens - sum(len(document.tokens) for document in found)
         if room > 1:
             found.append(_cut(Document(Path(path).name, tokens, None, each), room, tokenizer))

@@ -50,7 +50,7 @@ def page(report: Report) -> str:
             _table((escape(row.what), escape(row.value), f'<span class="small">{escape(row.why)}</span>')
                    for row in report.rows),
             *(f'<p class="small">Note: {escape(note)}.</p>' for note in report.notes),
-            "<h2>How to go on</h2>",
+            "<h2>How to continue</h2>",
             *(f"{escape(step.what)}<pre>{escape(step.command)}</pre>" for step in report.next),
             "</body></html>\n",
         )

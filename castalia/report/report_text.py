@@ -50,7 +50,7 @@ def lines(report: Report, colored: bool) -> Iterator[str]:
         )  # fmt: skip
     for note in report.notes:
         yield from textwrap.wrap(f"note: {note}", WIDTH)
-    yield from ("", "how to go on")
+    yield from ("", "how to continue")
     for step in report.next:
         yield f"  {step.what}:"
         yield f"    {step.command}"

@@ -1,4 +1,4 @@
-"""How good a run has become: figures, samples and what they share with the training text, and how to go on."""
+"""How good a run has become: figures, samples and what they share with the training text, and how to continue."""
 
 from __future__ import annotations
 
@@ -367,7 +367,7 @@ def _warmup(config: RunConfig) -> str:
     return f"{schedule.warmup_steps:,} steps" if schedule.warmup_steps is not None else f"{schedule.warmup:.0%}"
 
 
-# How to go on
+# How to continue
 
 
 def _next(path: str, judged: Judged, folder: Path | None, data: str | None) -> list[Next]:

@@ -57,7 +57,7 @@ class Search(NamedTuple):
 
 
 def training_corpora(config: RunConfig) -> list[tuple[IndexedDataset, np.ndarray | None]]:
-    """Each with a mask [documents] of what is no training text; none if any is no longer here."""
+    """Each with a mask [documents] of what is not training text; none if any is no longer here."""
     try:
         if config.data.path:
             text = open_dataset(config.data.path)
@@ -70,7 +70,7 @@ def training_corpora(config: RunConfig) -> list[tuple[IndexedDataset, np.ndarray
 
 
 def write_samples(judged: Judged, held_out: HeldOut) -> tuple[list[Sample], Search | None]:
-    """At each temperature one of a whole document and one that goes on with held-out text; and what was searched."""
+    """At each temperature one of a whole document and one that continues held-out text; and what was searched."""
     tokenizer = judged.tokenizer
     prompts = [
         *([""] if tokenizer.eod_id is not None else []),

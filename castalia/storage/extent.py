@@ -122,7 +122,7 @@ class Extent:
             self._read(file, begin, out)
         elif (begin, end) == (first, last):  # the whole block: its checksum costs no second reading
             self._check(number, self._read(file, begin, out, 0))
-        elif self.deferred and self._goes_on(first, last, begin):
+        elif self.deferred and self._continues(first, last, begin):
             crc = self._read(file, begin, out, self.seen_crc32 if begin > first else 0)
             with self.lock:
                 if self.seen == begin:  # otherwise another thread has read the same, or verified the block
@@ -135,7 +135,7 @@ class Extent:
                 self._verify(file, number)
             self._read(file, begin, out)
 
-    def _goes_on(self, first: int, last: int, begin: int) -> bool:
+    def _continues(self, first: int, last: int, begin: int) -> bool:
         """Whether `begin` is where the block was read up to, or where it begins."""
         with self.lock:
             if begin == first and not first < self.seen <= last:

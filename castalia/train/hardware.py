@@ -48,7 +48,7 @@ def repeat_bits() -> None:
     """Makes kernels deterministic: they give the same bits each time, or raise RuntimeError where they cannot.
 
     Must be called before the first kernel and the first collective, because cuBLAS and NCCL read their variables then.
-    `warn_only` is not set, because attention would then go on adding up its gradients in any order. In-switch sums
+    `warn_only` is not set, because attention would then still add up its gradients in any order. In-switch sums
     (NVLS) are disabled, as in Megatron-LM's deterministic mode.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

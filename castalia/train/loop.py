@@ -69,7 +69,7 @@ def train(config: RunConfig, verbose: bool = False) -> Path:
 
     `verbose`: the header is printed in full, as it stands in the folder.
 
-    Raises Stopped where a signal ended the run, which is saved, and other CastaliaErrors where it cannot go on.
+    Raises Stopped where a signal ended the run, which is saved, and other CastaliaErrors where it cannot continue.
     """
     begin = time.monotonic()
     keep_freed_memory()
@@ -77,7 +77,7 @@ def train(config: RunConfig, verbose: bool = False) -> Path:
     with process_group(choose_device(config.train.device).type, config.parallel.timeout) as launcher:
         job = this_job(launcher, config)
         restarted = was_started_by(job, folder)
-        # A launcher repeats its command, but after a crash that has to mean: go on where the folder is.
+        # A launcher repeats its command, but after a crash that has to mean: continue where the folder is.
         if restarted and saved_steps(folder / "checkpoints"):
             config = load_run(folder)
         in_place = restarted or continues_in_place(config, folder)
@@ -94,7 +94,7 @@ def train(config: RunConfig, verbose: bool = False) -> Path:
             except OSError as error:  # most often a full disk; errors of checkpoints say so themselves
                 raise TrainingError(f"{folder} cannot be written: {error}; checkpoints are as they were") from error
     if stopped_by:
-        raise Stopped(f"stopped; go on with: castalia train {folder}", signal.Signals[stopped_by])
+        raise Stopped(f"stopped; continue with: castalia train {folder}", signal.Signals[stopped_by])
     return folder
 
 
@@ -221,11 +221,12 @@ class TrainingRun:
         if self.progress.step >= last:
             if self.is_main:  # the last save may have been killed before it pruned
                 prune(self.folder / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_every)
-            self.display.line(f"the run is complete: {self.progress.step} of {last} steps; raise train.steps to go on")
+            done = f"{self.progress.step} of {last} steps"
+            self.display.line(f"the run is complete: {done}; raise train.steps to continue")
             return None
         if self._has_stalled():
             best = f"the best state is that of step {best_step(self.folder / 'checkpoints')}"
-            self.display.line(f"the run has stopped as eval.patience says; {best}; to go on: eval.patience=null")
+            self.display.line(f"the run has stopped as eval.patience says; {best}; to continue: eval.patience=null")
             return None
         if self.progress.step == 0 and is_save_step(config.checkpoint, 0, last):
             self.save()
@@ -344,7 +345,7 @@ class TrainingRun:
             self.save()
         raise TrainingError(
             f"step {before + 1} is a spike, and watch.policy=stop; the state before it is saved as step {before}. Look "
-            f"at it: castalia replay {self.folder} --step {before + 1}; go on without its update: castalia train "
+            f"at it: castalia replay {self.folder} --step {before + 1}; continue without its update: castalia train "
             f"{self.folder} watch.policy=skip"
         )
 
@@ -354,7 +355,7 @@ class TrainingRun:
         self._wait_for_writes()
         self.writer.join()
         saved = restore(session, self.watch.rewind_target(self.folder, done))
-        # Data go on, so that the batches that led to the spike are not read again; the schedule goes back.
+        # Data continue, so that the batches that led to the spike are not read again; the schedule goes back.
         session.step.skipped = saved.skipped + done - saved.step
         self.watch.restore(saved.watch)
         self.progress = replace(
@@ -407,7 +408,7 @@ class TrainingRun:
         """Copies the state and returns. It is on disk before the next save begins, and when the run ends.
 
         A `replaceable` one gives way to the next save, and no rewind goes back to it, as it depends on the machine's
-        pace. The `best` one is not what the run goes on with.
+        pace. The `best` one is not what the run continues with.
         """
         session = self.session
         parameters = {name: p for name, p in session.executor.parameters.items() if session.executor.saves(name)}
@@ -468,5 +469,5 @@ class TrainingRun:
         by, limit = (f" by {stopped_by}", "") if stopped_by else ("", f" ({limit})")
         left = " and still to be evaluated" if self.unevaluated is not None else ""
         self.display.line(f"stopped{by} after step {step:,} of {last:,}{limit}, which is saved{left}")
-        self.display.as_it_is(f"to go on: castalia train {self.folder}")
+        self.display.as_it_is(f"to continue: castalia train {self.folder}")
         return stopped_by

@@ -45,7 +45,7 @@ class NeoXQuirks:
 
 
 def quirks_of(config: CompleteConfig, resumed: Checkpoint | None) -> NeoXQuirks:
-    """The defects of a run that goes on from the checkpoint `resumed`; None: a new run."""
+    """The defects of a run that continues from the checkpoint `resumed`; None: a new run."""
     wanted = config.optimizer.clip_norm
     if not config.neox_exact:
         return NeoXQuirks(wanted)

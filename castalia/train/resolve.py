@@ -52,7 +52,7 @@ class ResolvedRun:
 
     @property
     def resumed(self) -> Checkpoint | None:
-        """The checkpoint whose run goes on, with its optimizer state and progress; None where a new run begins."""
+        """The checkpoint whose run continues, with its optimizer state and progress; None where a new run begins."""
         return self.source if self.config.checkpoint.init_from is None else None
 
 
@@ -150,7 +150,7 @@ def with_steps(config: CompleteConfig) -> CompleteConfig:
 def with_earlier_batches(config: CompleteConfig, source: Checkpoint | None, batch_size: int) -> CompleteConfig:
     """The config with the batch sizes of the steps that a resumed run has done, where they were others.
 
-    From them follows how many samples were read. GPT-NeoX counts steps alone, so with `neox_exact` the run goes on at
+    From them follows how many samples were read. GPT-NeoX counts steps alone, so with `neox_exact` the run continues at
     another place in the data.
     """
     spans: list[EarlierBatch] = []

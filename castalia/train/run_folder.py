@@ -100,7 +100,7 @@ def refuse_second_start(folder: Path) -> None:
     steps = saved_steps(folder / "checkpoints")
     last = f", saved last at step {max(steps)}" if steps else ""
     raise TrainingError(
-        f"{folder} holds a run{last}. To go on with it: castalia train {folder} (or checkpoint.resume={folder}). "
+        f"{folder} holds a run{last}. To continue it: castalia train {folder} (or checkpoint.resume={folder}). "
         "To begin a new one: set another checkpoint.dir, or move this folder away."
     )
 

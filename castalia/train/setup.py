@@ -81,7 +81,7 @@ class Session:
 
     @property
     def resumed(self) -> bool:
-        """Whether the run goes on from a checkpoint's step, instead of beginning anew from its weights."""
+        """Whether the run continues from a checkpoint's step, instead of beginning anew from its weights."""
         return self.source is not None and self.config.checkpoint.init_from is None
 
 

@@ -17,7 +17,7 @@ from castalia.train.start_checks import find_obstacles, refuse
 SMOOTHED = 0.05  # losses are averaged over this share of the steps to either side
 DIVERGED = 0.5  # diverged: the loss has risen again by this share of what it fell,
 LEAST_RISE = 0.1  # and at least this share of the first loss
-LEAST_FALL = 0.02  # of the first loss: less is no progress
+LEAST_FALL = 0.02  # of the first loss: less counts as none
 
 
 class RangeTest(NamedTuple):

@@ -54,7 +54,7 @@ def test_a_run_goes_on_by_the_same_command_and_its_config_makes_it_again(folder,
     assert "as you asked" in config
     assert not run(monkeypatch, *command)
     out = capsys.readouterr().out
-    assert "going on with runs/mine" in out and "where" in out.splitlines()[-2]
+    assert "continuing runs/mine" in out and "where" in out.splitlines()[-2]
     assert Path("runs/mine/start.yml").read_text() == config
     assert "<html" in Path("runs/mine/report.html").read_text()[:200]
     assert not run(monkeypatch, "train", "runs/mine/start.yml", "checkpoint.dir=again", "train.exit_interval=null")

@@ -58,5 +58,5 @@ def test_reasons_name_what_is_in_the_way():
     assert choose_kernel(A100, "fp32", "causal", head_size=64).why == "flash needs 16-bit compute"
     assert choose_kernel(A100, "bf16", "bias", head_size=64).why == "flash takes no mask"
     assert choose_kernel(A100, "bf16", "bias", head_size=60) == KernelChoice(
-        "plain", "bias", "flash takes no mask, and for the memory-efficient kernel heads of 60 are no multiple of 8"
+        "plain", "bias", "flash takes no mask, and for the memory-efficient kernel heads of 60 are not a multiple of 8"
     )

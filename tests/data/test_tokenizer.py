@@ -153,7 +153,7 @@ def test_sentencepiece(tmp_path: Path) -> None:
         (TokenizerConfig(kind="hf"), "needs tokenizer.path"),
         (TokenizerConfig(path="nowhere.json"), "nowhere.json does not exist"),
         (TokenizerConfig(kind="gpt2", path="nowhere"), "does not exist"),
-        (TokenizerConfig(kind="hf_gpt2", path="gpt2"), "is no folder"),
+        (TokenizerConfig(kind="hf_gpt2", path="gpt2"), "is not a folder"),
     ],
 )
 def test_files_that_are_not_there(config: TokenizerConfig, message: str) -> None:

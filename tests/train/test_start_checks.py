@@ -97,7 +97,7 @@ def test_a_layout_is_checked_for_the_processes_that_are_started(here):
 def test_the_folder_of_another_run_is_in_the_way_and_its_own_is_not(here):
     train(load_config([SOUND]))
     assert [str(each) for each in find_obstacles(load_config([SOUND]))] == [
-        "in the way: run holds a run, saved last at step 1. To go on with it: castalia train run (or "
+        "in the way: run holds a run, saved last at step 1. To continue it: castalia train run (or "
         "checkpoint.resume=run). To begin a new one: set another checkpoint.dir, or move this folder away."
     ]
     assert find_obstacles(load_config([SOUND]), writes=False) == []

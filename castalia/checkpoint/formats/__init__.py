@@ -2,7 +2,7 @@
 
 A folder has `read.py` with `detect(path) -> bool` and `read(path, **hints) -> Checkpoint`, and `write.py` with
 `plan(checkpoint, options) -> Plan`; its tables of names are read by both. `checkpoint/opener.py` and
-`checkpoint/convert.py` import these modules when a row is used, so that nothing but this table is loaded before. To add
+`checkpoint/convert.py` import these modules when a row is used, so that only this table is loaded before. To add
 a format, add a folder and a row. `deepspeed` has no row: it holds the files that NeoX and Megatron-DeepSpeed share.
 """
 

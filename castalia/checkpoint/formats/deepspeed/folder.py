@@ -90,7 +90,7 @@ class ScannedFolder:
 
 
 def names_of(path: Path) -> list[str]:
-    """The names in a folder; none if it is no folder."""
+    """The names in a folder; none if it is not a folder."""
     return [entry.name for entry in path.iterdir()] if path.is_dir() else []
 
 

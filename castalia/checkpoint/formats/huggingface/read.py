@@ -110,7 +110,7 @@ def trainer_note(path: Path) -> str:
         return ""
     return (
         "optimizer.pt, the moments in the order in which the Trainer of transformers numbers parameters, is not read: "
-        "a run that goes on from these weights begins with fresh ones"
+        "a run that continues from these weights begins with fresh ones"
     )
 
 

@@ -109,7 +109,7 @@ def _training(folder: ScannedFolder, model: ModelConfig) -> RunConfig:
     adam["betas"] = tuple(args[key] for key in ("adam_beta1", "adam_beta2") if key in args) or None
     optimizer: dict[str, Any] = {"lr": args.get("lr")} | adam | optimizer_settings(folder)
     norm = optimizer.pop("clip_grad")
-    clip = {} if norm is None else {"clip_norm": norm or None}  # 0 is no clipping
+    clip = {} if norm is None else {"clip_norm": norm or None}  # 0: no clipping
     schedule = {"style": args.get("lr_decay_style"), "decay_steps": args.get("lr_decay_iters")}
     schedule |= {"min_lr": args.get("min_lr"), "warmup": args.get("lr_warmup_fraction")}
     schedule["warmup_steps"] = args.get("lr_warmup_iters") or None
@@ -129,7 +129,7 @@ def _training(folder: ScannedFolder, model: ModelConfig) -> RunConfig:
             **_given({"seed": args.get("seed")}),
         )
     except ValidationError as error:
-        raise CheckpointError(f"{folder.path}: its stored arguments describe no possible run: {error}") from error
+        raise CheckpointError(f"{folder.path}: its stored arguments do not describe a possible run: {error}") from error
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -302,7 +302,7 @@ def copy_as_best(folder: Path, step: int) -> None:
 def best_step(folder: str | Path) -> int | None:
     """The step of the best checkpoint; None where there is none that can be read.
 
-    Raises CheckpointError where the name is taken by what is no checkpoint of ours, which would be replaced.
+    Raises CheckpointError where the name is taken by what is not a checkpoint of ours, which would be replaced.
     """
     place = standing(Path(folder) / BEST)
     if place.is_symlink() or (place.exists() and not detect(place)):
