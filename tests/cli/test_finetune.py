@@ -137,7 +137,8 @@ def test_the_same_command_goes_on(base, lessons, tmp_path, capsys):
     capsys.readouterr()
     finetune(str(base), stopping, prompt="user:")
     assert "the run is complete" in capsys.readouterr().out
-    with pytest.raises(TrainingError, match="another command began:\n  optimizer.lr: nothing then, 0.1 now\nTo continue"):
+    other = "another command began:\n  optimizer.lr: nothing then, 0.1 now\nTo continue"
+    with pytest.raises(TrainingError, match=other):
         finetune(str(base), [*stopping, "optimizer.lr=0.1"])
     assert corpus.stat() == before
 
