@@ -221,8 +221,8 @@ class TrainingRun:
         if self.progress.step >= last:
             if self.is_main:  # the last save may have been killed before it pruned
                 prune(self.folder / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_every)
-            done = f"{self.progress.step} of {last} steps"
-            self.display.line(f"the run is complete: {done}; raise train.steps to continue")
+            reached = f"{self.progress.step} of {last} steps"
+            self.display.line(f"the run is complete: {reached}; raise train.steps to continue")
             return None
         if self._has_stalled():
             best = f"the best state is that of step {best_step(self.folder / 'checkpoints')}"
