@@ -56,7 +56,12 @@ CONFIG = "finetune.yml"
 SHAPE = keys({"asked": dict[str, Any], "kind": str | None, "train": list, "valid": list}, required=["asked"])
 ROWS = 8  # documents at a time, for log-probabilities of the reference model
 SETTLED = ("data.train=", "data.valid=", "train.epochs=", "tokenizer.")  # what the preparation has made something of
-TOLD = ("seq_length", "packing", "batch_size", "micro_batch_size", "steps", "lr", "patience")  # of the settings
+# The settings that are told, by what they are called there, and what stands between a value and its reason.
+TOLD = {
+    "data.seq_length": ("length", " "), "data.packing": ("packing", ": "), "train.batch_size": ("batch", " "),
+    "train.micro_batch_size": ("micro-batch", " "), "train.steps": ("steps", " "), "optimizer.lr": ("rate", ": "),
+    "eval.every": ("judged", " "), "eval.patience": ("patience", " "),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -305,10 +310,10 @@ def fitting(config: RunConfig, source: Checkpoint, lessons: Lessons) -> Settings
 
 def tell(config: RunConfig, values: Settings, say: Say) -> None:
     """The chosen settings that matter most, with their reasons."""
-    for path, (value, why) in values.items():
-        name = path.rpartition(".")[2]
-        if name in TOLD and path in config.origins and config.at(path) == value:
-            say(name.replace("_", " "), f"{value}: {why}" if why else f"{value}")
+    for path, (name, between) in TOLD.items():
+        value, why = values.get(path, (None, ""))
+        if value is not None and config.at(path) == value:  # else it was given otherwise
+            say(name, f"{value:,}{between}{why}" if isinstance(value, int) else f"{value}{between}{why}")
 
 
 def with_references(config: RunConfig, folder: Path, say: Say) -> dict[str, tuple[Source, ...]]:

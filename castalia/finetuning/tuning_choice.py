@@ -172,11 +172,11 @@ def durations(config: RunConfig, samples: int, batch_size: int, objective: str) 
     if given(config, {}, "train.steps"):
         return {}
     epochs = config.train.epochs
-    why = f"{epochs} passes, as you asked"
+    why = f"for {epochs} passes, as you asked"
     if not epochs:
         bounds = (2_000, math.inf) if objective != "causal" else (10_000, 50_000)
         epochs = 3 if samples < bounds[0] else 2 if samples < bounds[1] and objective == "causal" else 1
-        why = f"{epochs} {'passes' if epochs > 1 else 'pass'} over {samples:,} samples (train.epochs)"
+        why = f"for {epochs} {'passes' if epochs > 1 else 'pass'} over {samples:,} samples (train.epochs)"
     return {"train.steps": (max(1, math.ceil(epochs * samples / batch_size)), why)}
 
 
@@ -185,7 +185,7 @@ def evaluations(steps: int, held_out: int) -> Settings:
     if not held_out:
         return {}
     values: Settings = {
-        "eval.every": (max(1, steps // EVALUATIONS), f"{EVALUATIONS} times in all"),
+        "eval.every": (max(1, steps // EVALUATIONS), f"steps by what is held out: {EVALUATIONS} times in all"),
         "eval.batches": (None, "all that is held out"),
     }
     if held_out >= LEAST_FOR_PATIENCE:

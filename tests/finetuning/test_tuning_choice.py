@@ -58,7 +58,7 @@ def test_what_is_given_decides_the_rest():
     assert found["steps"] == 75
     assert chosen([100] * 400, "train.steps=50")[0]["every"] == 5
     asked = chosen([100] * 400, "train.epochs=7")[1]["train.steps"]
-    assert asked == (350, "7 passes, as you asked")
+    assert asked == (350, "for 7 passes, as you asked")
     assert "warmup" in found and chosen([100] * 400, "train.steps=9")[0]["warmup"] == 0.0
 
 
