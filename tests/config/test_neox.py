@@ -309,6 +309,9 @@ def test_data_lists(load):
 def test_the_rest_of_the_joint_keys(load):
     assert load({"tokenizer_type": "spmtokenizer", "vocab_file": "m"}).tokenizer.kind == "neox_sentencepiece"
     assert load({"vocab_file": "v", "merge_file": "m"}).tokenizer.kind == "gpt2"
+    other = load({"vocab_file": "v.json", "merge_file": "m"}, overrides=("tokenizer_type=HFTokenizer",))
+    assert (other.tokenizer.path, other.tokenizer.merges) == ("v.json", None)
+    assert any("merge_file: 'm' has no effect here: HFTokenizer reads no merges" in note for note in other.notes)
     assert "tokenizer_type: 'Foo' is none of" in refusal(load, {"tokenizer_type": "Foo"})
     model = load({**MODEL, "hidden_dropout": 0.1, "gpt_j_residual": True, "gpt_j_tied": True}).model
     assert (model.hidden_dropout, model.embedding_dropout, model.shared_norm) == (0.1, 0.1, True)

@@ -291,6 +291,9 @@ def tokenizer(work: Translation) -> None:
         work.error("tokenizer_type", f"is none of {', '.join(kinds)} (case does not matter)")
     elif work.has("tokenizer_type") or "tokenizer.kind" not in work.ours:
         work.set("tokenizer.kind", kind, "tokenizer_type")
+        if kind != "gpt2" and work.has("merge_file"):
+            work.note("merge_file", f"has no effect here: {work['tokenizer_type']} reads no merges beside its file")
+            work.settings.pop("tokenizer.merges", None)
 
 
 def batch(work: Translation) -> None:
