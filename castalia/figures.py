@@ -40,6 +40,13 @@ def plain(axes: Sequence[Axes]) -> None:
         each.spines[["top", "right"]].set_visible(False)
 
 
+def shades(number: int) -> list[tuple[float, float, float, float]]:
+    """So many colours from dark to light, for things in an order, such as layers; told apart in grey as well."""
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](0.95 * place / max(1, number - 1)) for place in range(number)]
+
+
 def write_picture(figure: Figure, path: Path) -> None:
     """Write the figure in the format of the file's ending, into a folder that is made if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -32,6 +32,7 @@ class Figures:
     max_diff: float
     rms_diff: float
     rms_a: float
+    rms_b: float
     std_a: float
     std_b: float
     correlation: float  # about zero, without subtracting means: 0 for independent draws around 0
@@ -136,6 +137,7 @@ def measure(a: TensorRef, b: TensorRef) -> Figures:
         max_diff=max_diff,
         rms_diff=math.sqrt(dd),
         rms_a=math.sqrt(aa),
+        rms_b=math.sqrt(bb),
         std_a=math.sqrt(max(aa - sum_a**2, 0.0)),
         std_b=math.sqrt(max(bb - sum_b**2, 0.0)),
         correlation=ab / size if size else 0.0,

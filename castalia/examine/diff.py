@@ -13,6 +13,7 @@ from castalia.checkpoint.compare import Relation, equal, relate
 from castalia.checkpoint.tensors import AdamState, Checkpoint, state_tensors
 from castalia.config.schema import ModelConfig
 from castalia.config.tensor_table import Kind, in_order, row_of
+from castalia.examine.layer_changes import layer_of
 
 Verdict = Literal[
     "identical", "dtype", "padding", "layout", "transposed", "bias_summed", "halves_swapped", "tied",
@@ -144,9 +145,7 @@ def _updates(relations: Mapping[str, Relation]) -> dict[str, float]:
     change: dict[str, list[float]] = {}  # layer -> sums of squares of differences and of A's values
     for name, relation in relations.items():
         if relation.figures:
-            parts = name.split(".")
-            layer = ".".join(parts[:2]) if parts[0] == "blocks" else parts[0]
-            sums = change.setdefault(layer, [0.0, 0.0])
+            sums = change.setdefault(layer_of(name), [0.0, 0.0])
             sums[0] += relation.figures.count * relation.figures.rms_diff**2
             sums[1] += relation.figures.count * relation.figures.rms_a**2
     return {layer: math.sqrt(changed / size) if size else 0.0 for layer, (changed, size) in change.items()}

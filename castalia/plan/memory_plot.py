@@ -21,11 +21,11 @@ CATEGORIES = {  # in stacking order; the colours are distinct in grey and for co
 }
 
 
-def plot_memory(layout: Layout, sized: SizedPlan, path: Path, name: str) -> None:
+def plot_memory(layout: Layout, sized: SizedPlan, path: Path, config: str) -> None:
     """Write stacked bars for each pipeline stage with the usable memory, and the fullest rank by recompute policy.
 
-    `layout`, `sized`: of the plan that `run_plan.report` returns. `path`: its ending chooses the format. `name`: the
-    config's, for the title.
+    `layout`, `sized`: of the plan that `run_plan.report` returns. `path`: its ending chooses the format. `config`:
+    its name, for the title.
     """
     memory = sized.memory
     stages, usable = memory.stages, memory.usable
@@ -74,7 +74,7 @@ def plot_memory(layout: Layout, sized: SizedPlan, path: Path, name: str) -> None
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside right center", frameon=False)
     room = "" if limit or not usable else f"; {usable / GiB:.1f} GiB are usable"
-    title = f"{name}: {short_number(sized.total)} parameters{room}"
+    title = f"{config}: {short_number(sized.total)} parameters{room}"
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     write_picture(figure, path)
 
