@@ -12,10 +12,10 @@ import typer
 from pydantic_core import to_jsonable_python
 
 from castalia.cli.render import say
-from castalia.config.fields import FIELDS, SECTIONS, changed, describe, values
+from castalia.config.fields import changed, values
+from castalia.config.key_help import explanation
 from castalia.config.key_reference import markdown
 from castalia.config.load import load_config, suggest
-from castalia.config.neox.keys import FORMER, KEYS
 from castalia.config.notes import folded
 from castalia.config.schema import RunConfig
 from castalia.config.yaml_files import to_yaml
@@ -127,19 +127,11 @@ def explain(
         return
     if key is None:
         raise ConfigError("name a key, or ask for all with --all")
-    name = key.replace("-", "_")  # GPT-NeoX's files use either
-    row = KEYS.get(name) or FORMER.get(name)
-    # A name may be a key of ours, of GPT-NeoX's, or of both: each is explained.
-    if key in FIELDS or key in SECTIONS:
-        say(f"{key}: {describe(key)}")
-    if row:
-        verbs = {"idle": "no effect here: ", "refused": "refused unless it is off: ", "renamed": "now "}
-        since = f"default {row.default}" if name in KEYS else "formerly"
-        print(f"{name} (GPT-NeoX, {since}): {verbs.get(row.kind, 'becomes ')}{row.target}")
-        for path in row.target.split(", ") if row.kind == "to" else []:
-            say(f"{path}: {describe(path)}")
-    elif key not in FIELDS and key not in SECTIONS:
+    lines = list(explanation(key))
+    if not lines:
         raise ConfigError(f"unknown key {key}{suggest(key)}")
+    for line in lines:
+        say(line)
 
 
 def changes(config: RunConfig) -> dict[str, Any]:

@@ -45,6 +45,7 @@ from castalia.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 Split = Literal["train", "valid", "test"]
+LONG_INDEX = 10_000_000  # samples; the order of so many takes a while
 BLEND_CACHED_FROM = 1 << 20  # samples; a blend of fewer is computed faster than it is read from a file
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 
@@ -450,6 +451,15 @@ def _index(
     usable = _usable(config, text, labels, documents)
 
     def build() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        if wanted and wanted >= LONG_INDEX:  # so that nobody waits without knowing for what
+            passes = wanted * length / max(1, int(text.sizes[documents].sum(dtype=np.int64)))
+            log.warning(
+                "%s: working out the order of %s samples,\n  %.3g passes over it; if that is too many: Ctrl-C, and "
+                "a smaller train.steps or train.batch_size",
+                text.prefix,
+                f"{wanted:,}",
+                passes,
+            )
         if packing == "packed":
             index = build_packed(text.sizes, documents, wanted, length, seed)
         elif wanted is None:

@@ -1,4 +1,23 @@
-"""One optimizer step: micro-batches, loss over all tokens of the global batch, loss scale, clipping, update."""
+"""One optimizer step: micro-batches, loss over all tokens of the global batch, loss scale, clipping, update.
+
+Without ranks, loss scale and spikes, a step is these lines:
+
+    batch = samples.batch(step)                        # tokens, labels, loss_mask: [sequences, time]   data/loader
+    total = batch.loss_mask.sum()                      # tokens that have a loss, in the whole batch
+    for tokens, labels in micro_batches(batch):        # what fits into memory at a time
+        torch.manual_seed(of(step, micro_batch))       # dropout repeats itself when the step is repeated
+        loss_sum, _ = model(tokens, labels=labels)     # forward: the sum over tokens              model/transformer
+        (loss_sum / total).backward()                  # gradients of micro-batches add up        parallel/executor
+    norm = total_norm(gradients)                       # over all ranks
+    scale(gradients, min(1, clip_norm / norm))         # clipping
+    for group in optimizer.param_groups:
+        group["lr"] = rate(step)                       # warm-up, then decay                           train/schedule
+    optimizer.step()                                   # AdamW: moments, then weights                 train/optimizer
+    optimizer.zero_grad()
+
+`TrainStep.gradients` goes down to the norm, `TrainStep.apply` does the rest; between them the loop may decide that an
+update is left out (observe/watch).
+"""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,29 @@ def coordinate_check(
     tokens = torch.randint(cfg.vocab_size or 256, (4, length + 1), generator=generator)
     rows = [movement(at_width(cfg, width, mup), optimizer, tokens, steps, seed) for width in widths]
     return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+class Verdict(NamedTuple):
+    """Whether learning rates carry over from one width to another."""
+
+    carries_over: bool
+    words: str
+
+
+def judge(exponents: Mapping[str, float], has_mup: bool, base_width: int) -> Verdict:
+    """The verdict on the exponents (`slopes`) of the parametrization that the config has."""
+    growing = [f"{name} like width^{slope:.2f}" for name, slope in exponents.items() if slope > MAX_SLOPE]
+    if has_mup and growing:
+        return Verdict(False, f"does not carry over: under muP nothing may grow, but these do: {', '.join(growing)}")
+    if has_mup:
+        return Verdict(True, f"carries over: nothing grows with the width; rates are those of width {base_width:,}")
+    if growing:
+        return Verdict(
+            False,
+            f"does not carry over: the config has no muP, and without it these grow: {', '.join(growing)}; with "
+            f"model.mup.base_width={base_width} the rates of this width hold for others",
+        )
+    return Verdict(True, "nothing grows at these rates and widths, although the config has no muP")
 
 
 def slopes(widths: Sequence[int], movements: Mapping[str, Sequence[float]]) -> dict[str, float]:

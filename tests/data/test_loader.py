@@ -19,6 +19,7 @@ from castalia.config.schema import (
     TrainConfig,
     Warmup,
 )
+from castalia.data import loader
 from castalia.data.indexed import DatasetWriter
 from castalia.data.loader import SPLITS, batch_at, has_data, open_data
 from castalia.errors import ConfigError, DataError
@@ -328,3 +329,15 @@ def test_small_batches_follow_each_other_through_the_same_order(tmp_path_factory
     one_pass = samples.steps(1)
     assert sum_until(train["batch_size_warmup"], one_pass, whole) <= usable
     assert sum_until(train["batch_size_warmup"], one_pass + 1, whole) > usable
+
+
+def test_a_long_index_is_told_before_it_is_built(tmp_path: Path, monkeypatch, caplog) -> None:
+    source = corpus(tmp_path / "a", [[1] * 21] * 4)  # 84 tokens
+    open_data(config(source, steps=4))
+    assert not caplog.records
+    monkeypatch.setattr(loader, "LONG_INDEX", 168)
+    open_data(config(source, steps=84))
+    assert "the order of 169 samples,\n  10.1 passes over it" in caplog.text
+    caplog.clear()
+    open_data(config(source, steps=84))  # it is there already
+    assert not caplog.records

@@ -5,7 +5,7 @@ from castalia.config.schema import ModelConfig, MuPConfig, OptimizerConfig
 from castalia.errors import ConfigError
 from castalia.model.init import initialize
 from castalia.model.transformer import Transformer
-from castalia.tune.mup_check import MAX_SLOPE, at_width, coordinate_check, slopes
+from castalia.tune.mup_check import MAX_SLOPE, at_width, coordinate_check, judge, slopes
 
 SMALL = ModelConfig(num_layers=2, hidden_size=64, num_heads=4, vocab_size=128, vocab_multiple=1, mup=MuPConfig())
 WIDTHS = [64, 128, 256]
@@ -27,6 +27,15 @@ def test_activations_move_alike_at_every_width(optimizer, changes):
     assert flat.keys() == {"embed", "blocks.0", "blocks.1", "logits"}
     assert all(-0.5 < slope < MAX_SLOPE for slope in flat.values()), flat
     assert all(steep[name] > 0.4 for name in ("blocks.0", "blocks.1", "logits")), steep
+
+
+def test_the_verdict_depends_on_the_parametrization_of_the_config():
+    flat, steep = {"embed": 0.0, "logits": -0.4}, {"embed": 0.1, "logits": 0.9}
+    assert judge(flat, True, 256) == (True, "carries over: nothing grows with the width; rates are those of width 256")
+    assert "these do: logits like width^0.90" in judge(steep, True, 256).words
+    assert not judge(steep, True, 256).carries_over and not judge(steep, False, 256).carries_over
+    assert "model.mup.base_width=256" in judge(steep, False, 256).words
+    assert judge(flat, False, 256).carries_over
 
 
 def test_slopes_are_exponents():
