@@ -27,7 +27,7 @@ demo: $(VENV)/core.done
 	rm -rf demo
 	$(BIN)/castalia tokenizer train examples/kjv/kjv.jsonl --vocab-size 2048 --output demo/tokenizer.json
 	$(BIN)/castalia data prepare examples/kjv/kjv.jsonl --tokenizer demo/tokenizer.json --output demo/kjv --append-eod
-	$(BIN)/castalia train configs/demo.yml train.steps=$(DEMO_STEPS) train.exit_interval=$$(( $(DEMO_STEPS) / 2 ))
+	$(BIN)/castalia train configs/demo.yml train.steps=$(DEMO_STEPS) train.exit_interval=$(shell expr $(DEMO_STEPS) / 2)
 	@echo "-- stopped half way; now go on from the checkpoint, in a new process"
 	$(BIN)/castalia train demo/run
 	$(BIN)/castalia eval demo/run
