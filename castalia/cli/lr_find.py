@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from castalia.units import plural
 
 if TYPE_CHECKING:
     from castalia.tune.lr_find import RangeTest
@@ -58,24 +61,30 @@ def command(
 
         print(as_line(trial._asdict()), end="")
     else:
-        _tell(trial)
+        _tell(trial, words)
         if plot:
             print(f"wrote {plot}")
 
 
-def _tell(trial: RangeTest) -> None:
-    for number in range(0, len(trial.rates), max(1, len(trial.rates) // 20)):
-        print(f"lr {trial.rates[number]:.2e}  loss {trial.losses[number]:.4f}")
+def _tell(trial: RangeTest, words: list[str]) -> None:
+    marks = {trial.rates.index(trial.suggestion): "falls fastest", trial.rates.index(trial.lowest): "lowest"}
+    shown = {*range(0, len(trial.rates), max(1, len(trial.rates) // 20)), *marks}
+    print("learning rate      loss  smoothed")
+    for number in sorted(shown):
+        mark = f"  {marks[number]}" if number in marks else ""
+        print(f"{trial.rates[number]:>13.2e}  {trial.losses[number]:>8.4f}  {trial.smoothed[number]:>8.4f}{mark}")
     end = "where the loss diverged" if trial.diverged else "the last one"
-    print(f"{len(trial.rates)} steps, up to lr {trial.rates[-1]:.2e}, {end}; lowest loss at {trial.lowest:.2e}")
-    print(f"the loss falls fastest at: optimizer.lr={trial.suggestion:.1e}")
+    print(f"{plural(len(trial.rates), 'step')}, up to a rate of {trial.rates[-1]:.2e}, {end}")
+    print("the smoothed loss falls fastest at the rate of this line; for a long run a third of it is safer:")
+    print(f"castalia train {shlex.join(words)} optimizer.lr={trial.suggestion:.1e}")
 
 
 def _draw(trial: RangeTest, target: Path) -> None:
     from castalia.figures import panels, plain, write_picture
 
     figure, (axes,) = panels(size=(8, 4.5))
-    axes.plot(trial.rates, trial.losses, linewidth=1.4)
+    axes.plot(trial.rates, trial.losses, linewidth=0.8, alpha=0.5, label="loss of each step")
+    axes.plot(trial.rates, trial.smoothed, linewidth=1.4, color="#1f77b4", label="smoothed")
     axes.axvline(trial.suggestion, color="#d62728", linestyle="--", label=f"suggested: {trial.suggestion:.1e}")
     axes.set_xscale("log")
     axes.set_xlabel("learning rate")

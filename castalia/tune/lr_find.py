@@ -25,8 +25,9 @@ class RangeTest(NamedTuple):
 
     rates: list[float]
     losses: list[float]  # of each step, before its update; the last one may be infinite
-    suggestion: float
-    lowest: float  # the rate at which the loss was lowest
+    smoothed: list[float]  # the same, averaged over steps nearby; what follows is told from these
+    suggestion: float  # the rate at which the loss falls fastest
+    lowest: float  # the rate at which the loss is lowest
     diverged: bool
     notes: tuple[str, ...] = ()  # on the checkpoint that the test began from
 
@@ -63,7 +64,7 @@ def find_rate(config: RunConfig, lowest: float = 1e-6, highest: float = 1.0, ste
     rates = [session.step.rate(number) for number in range(len(losses))]
     suggestion, at_lowest = suggest(rates, losses)
     notes = session.source.notes if session.source else ()
-    return RangeTest(rates, losses, suggestion, at_lowest, _diverges(losses, steps), notes)
+    return RangeTest(rates, losses, _curve(losses)[1], suggestion, at_lowest, _diverges(losses, steps), notes)
 
 
 def _of_length(config: RunConfig, steps: int) -> RunConfig:
@@ -97,12 +98,22 @@ def suggest(rates: list[float], losses: list[float]) -> tuple[float, float]:
             f"the loss is {losses[0]} before anything was learned: where the run begins from a checkpoint, "
             "`castalia inspect --tensors` lists its weights that are NaN or infinite"
         )
-    finite = [loss for loss in losses if math.isfinite(loss)]
-    curve = _smoothed(finite, len(finite)) if finite else np.zeros(1)
+    places, whole = _curve(losses)
+    curve = np.array([whole[place] for place in places])
     bottom = int(curve.argmin())
     if curve[bottom] > (1 - LEAST_FALL) * curve[0] or bottom < 2:
         raise TrainingError(
             f"the loss did not fall at any rate from {rates[0]:.1e} to {rates[-1]:.1e} ({len(losses)} steps); give "
             "other --lowest and --highest, more --steps, or look at the data with castalia data batch"
         )
-    return rates[int(np.gradient(curve)[: bottom + 1].argmin())], rates[bottom]  # steepest over the rate's logarithm
+    steepest = int(np.gradient(curve)[: bottom + 1].argmin())  # over the rate's logarithm
+    return rates[places[steepest]], rates[places[bottom]]
+
+
+def _curve(losses: list[float]) -> tuple[list[int], list[float]]:
+    """The steps whose loss is finite, and the smoothed loss of each step, which is infinite at the others."""
+    places = [number for number, loss in enumerate(losses) if math.isfinite(loss)]
+    smoothed = [math.inf] * len(losses)
+    for place, loss in zip(places, _smoothed([losses[place] for place in places], len(places)), strict=True):
+        smoothed[place] = float(loss)
+    return places, smoothed

@@ -56,7 +56,11 @@ def test_the_verb_draws_and_suggests(tiny, tmp_path):
     said = run_verb(*words, "--plot", plot)
     assert plot.read_bytes().startswith(b"\x89PNG")
     found = json.loads(run_verb(*words, "--json"))
-    assert f"optimizer.lr={found['suggestion']:.1e}" in said
+    *table, _, _, line, _ = said.splitlines()[1:]
+    assert line == f"castalia train {words[0]} optimizer.lr={found['suggestion']:.1e}"
+    rows = [row.split() for row in table]
+    assert [row[0] for row in rows if row[-1] == "lowest"] == [f"{found['lowest']:.2e}"]
+    assert min(float(row[2]) for row in rows) == round(min(found["smoothed"]), 4)  # the table agrees with the verdict
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.yml", "out"]
 
 
