@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from castalia.cli.render import progress, say, size_of
+from castalia.units import plural
 
 if TYPE_CHECKING:
     from castalia.checkpoint.file_plan import Plan, TargetLayout
@@ -122,7 +123,7 @@ def command(
 def _describe(checkpoint: Checkpoint, plan: Plan, target: Path, inside: str, with_files: bool) -> None:
     from castalia.checkpoint.restore import describe
 
-    say(f"{describe(checkpoint)} -> {target}: {len(plan.outputs)} files, {size_of(plan.num_bytes)}")
+    say(f"{describe(checkpoint)} -> {target}: {plural(len(plan.outputs), 'file')}, {size_of(plan.num_bytes)}")
     for note in (*checkpoint.notes, *checkpoint.state_notes, *plan.notes):
         say(f"  note: {note}")
     for output in plan.outputs if with_files else ():

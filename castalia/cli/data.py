@@ -12,6 +12,7 @@ import typer
 
 from castalia.errors import DataError
 from castalia.strict_json import to_json
+from castalia.units import plural
 
 if TYPE_CHECKING:
     import numpy as np
@@ -104,7 +105,7 @@ def prepare(
         with progress(in_bytes=True) as advance:
 
             def show(report: PreparationReport) -> None:
-                text = f"{report.documents:,} documents, {report.tokens:,} tokens"
+                text = f"{plural(report.documents, 'document')}, {report.tokens:,} tokens"
                 advance(report.done_bytes - shown[-1], text, report.total_bytes)
                 shown.append(report.done_bytes)
 
@@ -127,7 +128,7 @@ def prepare(
         return
     megabytes = (report.text_bytes - before.get("text_bytes", 0)) / 1e6  # of this start, as `seconds` are
     say(
-        f"{', '.join(report.outputs)}: {report.documents:,} documents, {report.tokens:,} tokens{dropped}, "
+        f"{', '.join(report.outputs)}: {plural(report.documents, 'document')}, {report.tokens:,} tokens{dropped}, "
         f"{megabytes:.1f} MB in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s)"
     )
     if report.engine:
@@ -232,7 +233,7 @@ def merge(
     from castalia.data.corpora import merge as run
 
     merged = run(prefixes, output)
-    print(f"{output}: {len(merged.doc_index) - 1:,} documents, {len(merged.tokens):,} tokens")
+    print(f"{output}: {plural(len(merged.doc_index) - 1, 'document')}, {len(merged.tokens):,} tokens")
 
 
 @app.command()
@@ -251,7 +252,7 @@ def split(
     from castalia.data.corpora import split as run
 
     for part in run(prefix, weights, output):
-        print(f"{part.prefix}: {len(part.doc_index) - 1:,} documents, {len(part.tokens):,} tokens")
+        print(f"{part.prefix}: {plural(len(part.doc_index) - 1, 'document')}, {len(part.tokens):,} tokens")
 
 
 @app.command()

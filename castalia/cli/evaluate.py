@@ -11,6 +11,7 @@ import typer
 from castalia.cli.render import say
 from castalia.cli.streaming import MemoryOption
 from castalia.strict_json import to_json
+from castalia.units import plural
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -123,7 +124,7 @@ def write_log_probs(path: str, overrides: list[str], data: str | None, step: int
     require_finite(dict(model.named_parameters()), checkpoint.path)
     length, rows = config.data.seq_length, config.train.micro_batch_size or 8
     number = write_log_probabilities(model, data, output, min(length, model.cfg.max_positions or length), rows)
-    print(f"{output}: log-probabilities of {number:,} documents by {checkpoint.path}")
+    print(f"{output}: log-probabilities of {plural(number, 'document')} by {checkpoint.path}")
 
 
 # Settings that an evaluation reads, by the beginnings of their names.

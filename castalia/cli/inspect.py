@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from castalia.strict_json import to_json
+from castalia.units import plural
 
 if TYPE_CHECKING:
     from castalia.checkpoint.tensors import Checkpoint
@@ -186,7 +187,7 @@ def _layout(files: Mapping[str, Any]) -> str:
     parts = [f"{axis.upper()} {files[axis]}" for axis in ("tp", "pp", "dp") if axis in files]
     parts += [f"ZeRO {files['zero']}"] if files.get("zero") else []
     parts += ["layer files" if files["pipeline_files"] else "one file a rank"] if "pipeline_files" in files else []
-    return ", ".join([*parts, f"{files['count']:,} files"])
+    return ", ".join([*parts, f"{plural(files['count'], 'file')}"])
 
 
 def _how_many(contents: Mapping[str, Any]) -> str:

@@ -34,7 +34,10 @@ SPREAD = 1.4826 / math.sqrt(2)  # of normal noise: standard deviation / median c
 LEAST_SPREAD = {"loss": 0.01, "grad_norm": 0.1}  # of logarithms, so that calm runs do not report every change
 EXCERPT_TOKENS = 32
 SLOWER = 1.5  # times the usual seconds of a step
+EASED = 1.2  # times the usual seconds: no longer slow
 SLOW_STEPS = 5
+EARLY_JUMP = 2.0  # of the loss, in nats, above the last steps: more than any warm-up's noise
+EARLY_STEPS = 5
 MAX_REWINDS = 3  # to one and the same checkpoint
 Action = Literal["apply", "skip", "rewind", "stop"]  # what becomes of a step's update; all but "apply" leave it out
 ACTIONS = {
@@ -72,8 +75,9 @@ class Spikes:
     def _is_spike(self, name: str, value: float) -> bool:
         if not math.isfinite(value):
             return True
-        if 2 * len(self.seen[name]) < self.cfg.window:
-            return False  # too few steps to know what is usual
+        if 2 * len(self.seen[name]) < self.cfg.window:  # too few steps to know what is usual
+            recent = list(self.seen[name])[-EARLY_STEPS:]
+            return name == "loss" and bool(recent) and value > median(recent) + EARLY_JUMP
         logs = [_log(seen) for seen in self.seen[name]]
         # Changes from step to step, because the trend of a falling loss would inflate a variance.
         changes = [abs(after - before) for before, after in itertools.pairwise(logs)]
@@ -94,22 +98,39 @@ def _log(value: float) -> float:
     return math.log(max(value, 1e-30))
 
 
+class PaceChange(NamedTuple):
+    """Steps have become slow, or are no longer."""
+
+    slow: bool
+    seconds: float  # of recent steps
+    usual: float  # seconds of the steps before
+
+
 class StepPace:
-    """Notices when steps begin to take longer than usual."""
+    """Notices when steps begin to take longer than usual, and when that is over."""
 
     def __init__(self, window: int) -> None:
         self.seconds: deque[float] = deque(maxlen=window)
-        self.slow = False
+        self.usual: float | None = None  # while steps are slow: the seconds of those before
 
-    def look(self, seconds: float) -> tuple[float, float] | None:
-        """Given a step's seconds: those of recent steps and of usual ones, once when steps have become slow."""
+    def look(self, seconds: float) -> PaceChange | None:
+        """Given a step's seconds: what has changed with it, if anything."""
         self.seconds.append(seconds)
         # Medians, so that a single slow step, such as one that saves, counts for nothing.
         if 2 * len(self.seconds) < self.seconds.maxlen:  # type: ignore[operator]
             return None
-        usual, now = median(self.seconds), median(list(self.seconds)[-SLOW_STEPS:])
-        before, self.slow = self.slow, now > SLOWER * usual
-        return (now, usual) if self.slow and not before else None
+        now = median(list(self.seconds)[-SLOW_STEPS:])
+        if self.usual is None:
+            usual = median(self.seconds)
+            if now <= SLOWER * usual:
+                return None
+            self.usual = usual
+            return PaceChange(True, now, usual)
+        # A lower threshold than that of the beginning, so that a pace about it is told of once.
+        if now > EASED * self.usual:
+            return None
+        usual, self.usual = self.usual, None
+        return PaceChange(False, now, usual)
 
 
 class Watch:

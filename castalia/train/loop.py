@@ -58,7 +58,7 @@ from castalia.train.step import StepResult
 from castalia.train.step_record import peak_speed, step_record
 from castalia.train.stop_signals import StopSignals
 from castalia.train.validation import Validation
-from castalia.units import duration
+from castalia.units import duration, plural
 
 TIMED_MICRO_BATCHES = 3  # of the first step, after which its length is told
 LONG_STEP_S = 10.0  # a shorter first step tells its length itself
@@ -333,10 +333,12 @@ class TrainingRun:
         """Records that steps have become slower. While the batch size warms up, seconds are scaled to a full batch."""
         session, step = self.session, self.progress.step
         scaled = seconds * session.tokens_of(session.last) / session.tokens_of(step - 1)
-        if slow := self.pace.look(scaled):
-            now, usual = slow
-            self._event("slow", step=step, seconds=round(now, 6), usual_seconds=round(usual, 6))
-            self.display.line(f"step {step}: steps have become slower: {duration(now)} instead of {duration(usual)}")
+        if change := self.pace.look(scaled):
+            facts = {"seconds": round(change.seconds, 6), "usual_seconds": round(change.usual, 6)}
+            self._event("slow" if change.slow else "usual pace", step=step, **facts)
+            what = "have become slower" if change.slow else "are as fast as before again"
+            times = f"{duration(change.seconds)} instead of {duration(change.usual)}"
+            self.display.line(f"step {step}: steps {what}" + (f": {times}" if change.slow else ""))
 
     def _stop_at_spike(self) -> NoReturn:
         """Saves the state before the spike, so that its step can be replayed, and ends the run."""
@@ -463,7 +465,7 @@ class TrainingRun:
         step, last = self.progress.step, self.session.last
         if step >= last and self.unevaluated is None:
             self._event("end", step=step, signal=None)
-            self.display.line(f"done: {step} steps, {self.progress.tokens:,} tokens, in {self.folder}")
+            self.display.line(f"done: {plural(step, 'step')}, {self.progress.tokens:,} tokens, in {self.folder}")
             return None
         self._event("stop", step=step, signal=stopped_by)
         by, limit = (f" by {stopped_by}", "") if stopped_by else ("", f" ({limit})")

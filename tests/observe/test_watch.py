@@ -16,7 +16,7 @@ from castalia.config.schema import WatchConfig
 from castalia.data.loader import open_data
 from castalia.errors import ConfigError, TrainingError
 from castalia.observe.metrics import read_events, read_metrics
-from castalia.observe.watch import Spikes, StepPace, first_bad_activation
+from castalia.observe.watch import PaceChange, Spikes, StepPace, first_bad_activation
 from castalia.tune.replay import replay
 from tests.train.conftest import MODEL
 
@@ -210,12 +210,27 @@ def test_looking_for_a_bad_activation_leaves_no_hooks_after_an_error():
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_a_change_of_pace_is_told_once():
+def changes(seconds):
     pace = StepPace(20)
-    told = [step for step in range(80) if pace.look(2.0 if step == 15 or 30 <= step < 37 or step >= 60 else 1.0)]
-    assert told == [32, 62]
-    pace = StepPace(20)
-    assert [told for seconds in [1.0] * 5 + [3.0] * 3 + [1.0, 0.8] if (told := pace.look(seconds))] == [(3.0, 1.0)]
+    return [(step, told) for step, value in enumerate(seconds) if (told := pace.look(value))]
+
+
+def test_a_change_of_pace_is_told_once_and_so_is_its_end():
+    found = changes(2.0 if step == 15 or 30 <= step < 37 or step >= 60 else 1.0 for step in range(80))
+    assert [(step, told.slow) for step, told in found] == [(32, True), (39, False), (62, True)]
+    assert [told for _, told in changes([1.0] * 5 + [3.0] * 3 + [1.0, 0.8])] == [PaceChange(True, 3.0, 1.0)]
+
+
+def test_a_pace_about_the_threshold_is_told_of_once():
+    assert len(changes([1.0] * 20 + [1.6, 1.6, 1.6, 1.4, 1.4] * 4)) == 1
+
+
+def test_a_jump_of_the_loss_in_the_first_steps_is_a_spike():
+    watch = Spikes(WatchConfig())
+    losses = [6.1, 6.0, 5.9, 6.0, 5.8]
+    assert [watch.look(loss, 1.0) for loss in losses if watch.remember(loss, 1.0) is None] == [None] * 5
+    assert watch.look(10.7, 40.0).what == ("loss",)
+    assert watch.look(7.9, 40.0) is None
 
 
 @pytest.mark.parametrize(
