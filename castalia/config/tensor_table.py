@@ -19,8 +19,8 @@ from castalia.errors import ConfigError
 Shapes = dict[str, tuple[int, ...]]
 Init = Literal["random", "residual", "adapter", "ones", "zeros"]
 Kind = Literal[
-    "adapters", "embedding", "positions", "head", "attention qkv", "attention out", "mlp up", "mlp gate", "mlp down",
-    "norms", "biases",
+    "adapters", "embedding", "positions", "head", "reward head", "attention qkv", "attention out", "mlp up", "mlp gate",
+    "mlp down", "norms", "biases",
 ]  # fmt: skip
 
 SIZES: dict[str, Callable[[ModelConfig], int]] = {  # the words of shapes
@@ -123,7 +123,7 @@ FINAL_NORM = tuple(_norm("norm"))
 AFTER_BLOCKS = (
     *FINAL_NORM,
     TensorRow("head.weight", "vocab hidden", "head", "head", tp_dim=0),
-    TensorRow("reward.weight", "1 hidden", "reward_head"),
+    TensorRow("reward.weight", "1 hidden", "reward_head", "reward head"),
 )
 ROWS = (*BEFORE_BLOCKS, *BLOCK, *AFTER_BLOCKS)
 ADAPTABLE = tuple(row for row in ROWS if row.mup == "matrix" or row.name == "head.weight")

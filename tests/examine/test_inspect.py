@@ -19,7 +19,7 @@ from castalia.checkpoint.tensors import AdamState, Checkpoint, CheckpointFacts, 
 from castalia.config.schema import ModelConfig, RunConfig
 from castalia.config.tensor_table import tensor_shapes
 from castalia.errors import CheckpointError
-from castalia.examine.inspect import report
+from castalia.examine.inspect import by_kind, report
 from castalia.loading import load_model
 from castalia.storage.extent import FileTensor
 from castalia.storage.lazy import Cast, InMemory, Scaled, Shaped, Zeros
@@ -247,3 +247,7 @@ def test_sums_of_parts_are_the_sums_of_the_whole():
     parts[0].merge(parts[1])
     assert parts[0] == whole
     assert (whole.count, whole.not_finite, whole.rows, whole.zero_rows, whole.low, whole.high) == (8, 1, 4, 2, -3, 2)
+
+
+def test_each_kind_of_head_has_its_figures():
+    assert by_kind(["head.weight", "reward.weight"]) == {"head": ["head.weight"], "reward head": ["reward.weight"]}
