@@ -83,7 +83,7 @@ def neox_config_files(folder: Path) -> list[Path]:
 def load_neox_run(folder: Path, overrides: Sequence[str] = (), any_batch: bool = False) -> RunConfig:
     """The config with which training continues from a folder of GPT-NeoX, in a folder of its own, else runs/NAME.
 
-    A tokenizer file that the config names and that is not there is looked for beside the checkpoint.
+    A tokenizer file or a corpus that the config names and that is not there is looked for beside the checkpoint.
     """
     name = folder.resolve().name if (folder / "latest").is_file() else folder.resolve().parent.name
     places = {"checkpoint.resume": str(folder), "checkpoint.dir": f"runs/{name}"}
@@ -93,7 +93,25 @@ def load_neox_run(folder: Path, overrides: Sequence[str] = (), any_batch: bool =
     config = load_config(folder, words, any_batch)
     named = {key: getattr(config.tokenizer, key) for key in ("path", "merges")}
     files = {key: beside(folder, path) for key, path in named.items() if path}
-    return config.with_({f"tokenizer.{key}": path for key, path in files.items() if path != named[key]})
+    config = config.with_({f"tokenizer.{key}": path for key, path in files.items() if path != named[key]})
+    sources = {f"data.{split}": getattr(config.data, split) for split in ("train", "valid", "test")}
+    data: dict[str, Any] = {"data.path": config.data.path and _corpus_beside(folder, config.data.path)}
+    data |= {key: [_source_beside(folder, each.model_dump()) for each in given] for key, given in sources.items()}
+    return config.with_({key: value for key, value in data.items() if value})
+
+
+def _source_beside(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """A source's values with each corpus where it is: all of its texts are prefixes of corpora."""
+    found = {name: _corpus_beside(folder, value) for name, value in values.items() if isinstance(value, str)}
+    inner = {name: _source_beside(folder, value) for name, value in values.items() if isinstance(value, dict)}
+    return values | found | inner
+
+
+def _corpus_beside(folder: Path, prefix: str) -> str:
+    """The prefix of a corpus, here or, for a relative one, below the folder of the checkpoint or one of the two above
+    it, in which its program may have run."""
+    places = (parent / prefix for parent in (folder, *folder.resolve().parents[:2]))
+    return next((str(place) for place in (Path(prefix), *places) if Path(f"{place}.idx").is_file()), prefix)
 
 
 def beside(folder: Path, path: str) -> str:

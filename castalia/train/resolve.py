@@ -29,7 +29,7 @@ from castalia.train.reference_model import as_reward_model, needs_reference, wit
 from castalia.train.run_facts import refuse_foreign_tokens
 from castalia.train.run_folder import holds_checkpoint, refuse_second_start, run_folder
 from castalia.train.trainable import what_trains
-from castalia.train.vocabulary import open_tokenizer, vocabulary_sizes
+from castalia.train.vocabulary import open_tokenizer, vocabulary_sizes, with_tokenizer_of
 
 # Properties of the model that a new run may choose differently from the checkpoint that it starts from.
 OVERRIDABLE = {"embedding_dropout", "hidden_dropout", "attention_dropout", "init", "init_passes", "init_method"}
@@ -114,6 +114,7 @@ def infer_settings(config: RunConfig, source: Checkpoint | None) -> tuple[Comple
     """The config with its model, its precision and what trains filled in, and the tokenizer that it names."""
     # The architecture comes first: training another model than the one meant is the worst of all mistakes.
     model = with_reward_head(architecture(config, source), config, source)
+    config = with_tokenizer_of(config, source)
     finetune = what_trains(config, source, model)
     tokenizer = open_tokenizer(config, finetune)
     sizes = {

@@ -13,6 +13,20 @@ if TYPE_CHECKING:
     from castalia.data.tokenizer import Tokenizer
 
 
+def with_tokenizer_of(config: RunConfig, source: Checkpoint | None) -> RunConfig:
+    """The config of a new run that names no tokenizer, with that of the checkpoint which it begins from, if it is
+    there: the tokens of the model mean what they did."""
+    named = config.tokenizer.path or config.tokenizer.kind
+    if source is None or named or not config.checkpoint.init_from:
+        return config
+    from castalia.checkpoint.description import tokenizer_settings
+
+    settings = tokenizer_settings(source)
+    if settings is None or next(missing_tokenizer(config.with_({"tokenizer": settings})), None):
+        return config
+    return config.with_({"tokenizer": settings})
+
+
 def open_tokenizer(config: RunConfig, finetune: FinetuneConfig) -> Tokenizer | None:
     """The tokenizer that the config names, with the tokens that fine-tuning adds to it."""
     named = config.tokenizer.path or config.tokenizer.kind

@@ -13,6 +13,7 @@ from castalia.cli.train import read_config, train
 from castalia.config.load import load_config
 from castalia.errors import ConfigError, TrainingError
 from castalia.observe.metrics import read_metrics
+from castalia.train.start_checks import find_obstacles
 from castalia.tune.replay import replay
 from tests.data.test_cli import run
 
@@ -49,6 +50,18 @@ def test_a_batch_and_a_step_are_looked_at(folder: Path) -> None:
     assert again["loss"] == pytest.approx(4.5509, abs=2e-3)
     with pytest.raises(TrainingError, match=r"no checkpoint before step 5, only of steps 5"):
         replay(folder, 5)
+
+
+def test_data_are_found_beside_the_folder_from_elsewhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = Path.cwd()
+    (home / "elsewhere").mkdir()
+    monkeypatch.chdir(home / "elsewhere")
+    config = read_config(["../model"])
+    assert {source.path for source in (*config.data.train, *config.data.valid)} == {
+        str(home / "data" / "enwik8_text_document")
+    }
+    assert find_obstacles(config) == []
+    assert config.checkpoint.dir == "runs/model"
 
 
 def test_a_folder_without_a_config_says_what_to_do(tmp_path: Path) -> None:

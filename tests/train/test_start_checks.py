@@ -11,6 +11,7 @@ import pytest
 from castalia.cli.main import main
 from castalia.config.load import load_config, load_run
 from castalia.data.indexed import DatasetWriter
+from castalia.data.tokenizer import load_tokenizer
 from castalia.train.loop import train
 from castalia.train.start_checks import find_obstacles
 
@@ -145,3 +146,11 @@ def test_an_empty_file_is_no_config(here, castalia, verb):
     more = ["--gpus-per-node", "1"] if verb == "launch slurm" else []
     code, _, err = castalia(*verb.split(), "a.yml", *more)
     assert (code, err) == (2, "error: a.yml: holds no keys; a config is a mapping such as `train: {steps: 200}`\n")
+
+
+def test_a_new_run_takes_the_tokenizer_of_the_checkpoint_it_begins_from(here):
+    train(load_config([SOUND]))
+    words = ["tokenizer.kind=null", "checkpoint.init_from=run", "checkpoint.dir=second"]
+    train(load_config([SOUND], words))
+    second = load_run("second")
+    assert load_tokenizer(second.tokenizer).vocab_size == second.model.vocab_size == 257
