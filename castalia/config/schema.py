@@ -458,8 +458,8 @@ class ScheduleConfig(Section):
     warmup: Fraction = Field(
         0.01,
         le=1.0,
-        description="how long the learning rate rises at first, as a share of the steps until the decay ends; step n "
-        "has lr * (n - 1) / these steps, and step 1 the rate of step 2, as in GPT-NeoX: a rate of 0 would teach nothing",
+        description="how long the learning rate rises at first, as a share of the steps until the decay ends. Step n "
+        "gets lr * (n - 1) / these steps, step 1 the rate of step 2, as in GPT-NeoX: a rate of 0 would teach nothing",
     )
     warmup_steps: NonNegativeInt | None = Field(
         None, description="how long the learning rate rises at first, in steps; takes the place of warmup"
