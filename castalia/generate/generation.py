@@ -105,9 +105,11 @@ def generate(model: AnyModel, tokenizer: TextTokenizer, prompts: Sequence[Prompt
 
 @torch.inference_mode()
 def stream(
-    model: AnyModel, tokenizer: TextTokenizer, prompts: Sequence[Prompt], sampling: Sampling
+    model: AnyModel, tokenizer: TextTokenizer, prompts: Sequence[Prompt], sampling: Sampling, alone: bool = False
 ) -> Iterator[TextPiece]:
     """Generate text after each prompt (text or token ids), and yield pieces as they come. The model is in eval mode.
+
+    `alone`: the text is that of the new tokens by themselves, which some tokenizers begin without a space.
 
     An empty prompt begins a document. A row ends at a token that ends texts, before a stop string, or after
     `max_tokens`. Its text depends on the prompt, the seed and the number of the row, but not on the other rows. When a
@@ -118,7 +120,9 @@ def stream(
     for prompt in prompts:
         ids = _prompt_ids(model, tokenizer, prompt)
         for _ in range(sampling.num_samples):
-            rows.append(GenerationRow(len(rows), list(ids), TextStream(tokenizer, ids, tuple(sampling.stop))))
+            rows.append(
+                GenerationRow(len(rows), list(ids), TextStream(tokenizer, [] if alone else ids, tuple(sampling.stop)))
+            )
     for first in range(0, len(rows), sampling.batch_size):
         yield from _generate_batch(model, tokenizer, rows[first : first + sampling.batch_size], sampling)
 

@@ -1,0 +1,184 @@
+"""Token sequences as a tree of common prefixes, so that a model computes each shared token once.
+
+    the cat sat      the --+-- cat --+-- sat        segments: "the", "cat", "sat", "ran", "dog barked"
+    the cat ran            |         +-- ran        leaves that share a parent go through attention together
+    the dog barked         +-- dog barked
+
+Sequences are sorted, so that the tree is walked branch by branch. The keys and values of the branch that is being
+walked stay in a buffer, where a token lies at its own place in its sequence. Every segment overwrites what earlier
+branches left behind its parent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from castalia.model.attention import attend
+from castalia.model.positions import score_bias, visible
+from castalia.model.transformer import Transformer
+
+LEAVES_ALWAYS_TOGETHER = 64  # tokens; more leaves go together as long as they are shorter than what they share
+
+
+@dataclass
+class Segment:
+    """Tokens between two branchings: those at places `start` to `stop` of the sequences `first` to `end`."""
+
+    first: int
+    end: int
+    start: int
+    stop: int
+    leaves: list[Segment] = field(default_factory=list)
+    branches: list[Segment] = field(default_factory=list)
+
+
+class Piece(NamedTuple):
+    """Segments that go through attention together: one, or several leaves of one parent. They begin at one place."""
+
+    start: int
+    segments: tuple[Segment, ...]
+
+    @property
+    def size(self) -> int:
+        """The number of its tokens."""
+        return sum(segment.stop - segment.start for segment in self.segments)
+
+
+def build_tree(sequences: Sequence[Sequence[int]]) -> Segment:
+    """The root, an empty segment, of the tree of sorted, distinct, non-empty sequences."""
+    common = [_common_length(a, b) for a, b in zip(sequences, sequences[1:], strict=False)]  # of neighbours
+    root = Segment(0, len(sequences), 0, 0)
+    childless = [root]
+    while childless:
+        parent = childless.pop()
+        first = parent.first
+        if first < parent.end and len(sequences[first]) == parent.stop:  # a sequence that ends with the parent itself
+            first += 1
+        while first < parent.end:
+            end = first + 1
+            while end < parent.end and common[end - 1] > parent.stop:
+                end += 1
+            if end == first + 1:
+                parent.leaves.append(Segment(first, end, parent.stop, len(sequences[first])))
+            else:
+                parent.branches.append(Segment(first, end, parent.stop, min(common[first : end - 1])))
+                childless.append(parent.branches[-1])
+            first = end
+    return root
+
+
+def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def pieces(root: Segment) -> Iterator[Piece]:
+    """The tree in the order in which it is computed: parents before children, one branch after the other."""
+    waiting = [root]
+    while waiting:
+        segment = waiting.pop()
+        if segment.stop > segment.start:
+            yield Piece(segment.start, (segment,))
+        yield from _leaves_together(segment)
+        waiting += reversed(segment.branches)
+
+
+def _leaves_together(parent: Segment) -> Iterator[Piece]:
+    limit, group, size = max(LEAVES_ALWAYS_TOGETHER, parent.stop), [], 0
+    for leaf in parent.leaves:
+        length = leaf.stop - leaf.start
+        if group and size + length > limit:
+            yield Piece(parent.stop, tuple(group))
+            group, size = [], 0
+        group.append(leaf)
+        size += length
+    if group:
+        yield Piece(parent.stop, tuple(group))
+
+
+class BranchCache:
+    """A `castalia.model.attention.Cache`: the keys and values of the branch that is being walked, in every layer.
+
+    Several pieces go through the model back to back, as one sequence [1, t]. `begin` names those of the next pass.
+    """
+
+    gaps, grows = False, True
+
+    def __init__(self, stage: Transformer, device: torch.device) -> None:
+        """`stage`: the model, or this rank's part of it."""
+        self.stage, self.device = stage, device
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values [1, kv, capacity, d]
+        self.pieces: list[Piece] = []
+        self.biases: list[Tensor | None] = []  # of each piece, the same in all layers
+        self.keys = torch.empty(0, device=device)
+        self.end = 0
+
+    def begin(self, part: Sequence[Piece]) -> None:
+        """Set the pieces of the next forward pass."""
+        self.pieces, self.biases = list(part), []
+        places = [torch.arange(s.start, s.stop) for piece in part for s in piece.segments]
+        self.keys = torch.cat(places)[None].to(self.device)
+        self.end = max(segment.stop for piece in part for segment in piece.segments)
+
+    def reserve(self, count: int) -> Tensor:
+        """The places of all tokens of the pass: [1, t]."""
+        return self.keys
+
+    def advance(self, count: int) -> None:
+        """Nothing to note: the places of the next tokens follow from their pieces."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """Attention of each piece to its ancestors and itself: q [1, n, t, d] -> the same shape."""
+        keys, values = self._buffers(layer, k)
+        choice, _ = options.pop("choice"), options.pop("bias")
+        masked = self.stage.choice(q, "bias", self)
+        if not self.biases:
+            self.biases = [self._bias(piece, q) for piece in self.pieces]
+        outputs, at = [], 0
+        for piece, bias in zip(self.pieces, self.biases, strict=True):
+            part, here = slice(at, at + piece.size), slice(piece.start, piece.start + piece.size)
+            keys[:, :, here], values[:, :, here] = k[:, :, part], v[:, :, part]
+            seen = slice(0, here.stop)
+            outputs.append(
+                attend(
+                    q[:, :, part],
+                    keys[:, :, seen],
+                    values[:, :, seen],
+                    choice=choice if bias is None else masked,
+                    bias=bias,
+                    **options,
+                )
+            )
+            at = part.stop
+        return torch.cat(outputs, dim=2)
+
+    def _bias(self, piece: Piece, q: Tensor) -> Tensor | None:
+        """What hides keys of other leaves and later keys, [1, 1 or n, t, k]; None where causal attention does it."""
+        cfg, size = self.stage.cfg, piece.size
+        plain = self.stage.alibi is None and (cfg.sliding_window is None or size <= cfg.sliding_window + 1)
+        if piece.start == 0 and len(piece.segments) == 1 and plain:
+            return None
+        own = torch.cat([torch.arange(s.start, s.stop, device=self.device) for s in piece.segments])
+        places = torch.cat([torch.arange(piece.start, device=self.device), own])[None]
+        seen = visible(own[None], places, cfg.sliding_window)
+        if len(piece.segments) > 1:
+            leaf = torch.arange(len(piece.segments), device=self.device)
+            lengths = torch.tensor([s.stop - s.start for s in piece.segments], device=self.device)
+            leaf = leaf.repeat_interleave(lengths)
+            seen[..., piece.start :] &= leaf[:, None] == leaf
+        return score_bias(own[None], places, seen, self.stage.alibi, q.dtype)
+
+    def _buffers(self, layer: int, k: Tensor) -> tuple[Tensor, Tensor]:
+        needed = max(piece.start + piece.size for piece in self.pieces)
+        old = self.layers.get(layer)
+        if old is None or old[0].shape[2] < needed:
+            room = max(needed, 2 * old[0].shape[2] if old else 0)
+            new = tuple(k.new_zeros(1, k.shape[1], room, k.shape[3]) for _ in range(2))
+            for there, here in zip(new, old or (), strict=False):
+                there[:, :, : here.shape[2]] = here
+            self.layers[layer] = new[0], new[1]
+        return self.layers[layer]

@@ -1,0 +1,198 @@
+"""Run tasks of lm-eval, and return its results with what is known about the checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval
+import lm_eval.tasks
+from lm_eval.utils import make_table
+
+from castalia.checkpoint.tensors import Checkpoint
+from castalia.errors import DataError
+from castalia.tasks.harness import TaskModel
+
+DEMO = Path(__file__).with_name("demo")
+TASK_NAME = re.compile(r"^(?:task|group): *['\"]?([\w.@/-]+)", re.MULTILINE)
+CACHE = "HF_DATASETS_CACHE"
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """What to run. `tasks`: names of lm-eval, of the group `castalia_demo`, or YAML files."""
+
+    tasks: tuple[str, ...]
+    shots: int | None = None  # examples before each question; None: as the task says
+    limit: int | None = None  # documents of each task, the first ones; None: all
+    chat: bool = False  # ask in the tokenizer's chat template, examples as earlier turns
+    samples: bool = False  # keep every request and answer in the results
+    unsafe_code: bool = False  # run tasks that execute what the model writes
+
+
+def run_tasks(model: TaskModel, options: TaskOptions, cache: Path | None = None) -> dict[str, Any]:
+    """The results, in lm-eval's own schema.
+
+    Answers that were computed are kept in `cache` while it runs, and taken from there. Raises DataError for tasks that
+    do not exist, whose data are not here, or that need what the model does not have.
+    """
+    names = [_name_of(task) for task in options.tasks]
+    folders = {Path(task).parent for task in options.tasks if _is_file(task)}
+    own = all(_is_file(task) or task.startswith("castalia_demo") for task in options.tasks)
+    manager = lm_eval.tasks.TaskManager(
+        include_path=[str(DEMO), *map(str, sorted(folders))],
+        include_defaults=not own,  # lm-eval's own tasks take seconds to list
+    )
+    unknown = [name for name in names if not _known(manager, name)]
+    if unknown:
+        raise DataError(
+            f"lm-eval {lm_eval.__version__} has no task {', '.join(unknown)}; names are listed by `lm-eval ls tasks`, "
+            "and a task of your own is given as the path of its YAML file"
+        )
+    with _quiet(), _told():
+        results = lm_eval.simple_evaluate(
+            model,
+            tasks=names,
+            num_fewshot=options.shots,
+            limit=options.limit,
+            use_cache=None if cache is None else str(cache),
+            apply_chat_template=options.chat,
+            fewshot_as_multiturn=options.chat,
+            log_samples=options.samples,
+            task_manager=manager,
+            confirm_run_unsafe_code=options.unsafe_code,
+        )
+    assert results is not None  # on all processes alike, since each of them has all answers
+    return dict(results)
+
+
+def _is_file(task: str) -> bool:
+    return task.endswith((".yaml", ".yml"))
+
+
+def _name_of(task: str) -> str:
+    if not _is_file(task):
+        return task
+    try:
+        found = TASK_NAME.search(Path(task).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read the task {task}: {error}") from error
+    if not found:
+        raise DataError(f"{task}: a task's file has a line `task: NAME`, and this one has none")
+    return found[1]
+
+
+def _known(manager: Any, name: str) -> bool:
+    """Whether lm-eval has a task, group or tag of this name; names with `*`, `@` and `::` are left to it."""
+    return bool(re.search("[*@:]", name)) or name in manager.all_tasks
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the lines that lm-eval and its libraries print for their developers."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    datasets.disable_progress_bars()
+    try:
+        with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Errors of lm-eval and of datasets that the user can mend, as one DataError."""
+    try:
+        yield
+    except (datasets.exceptions.DatasetsError, ConnectionError, FileNotFoundError) as error:
+        raise DataError(_missing_data(str(error))) from error
+    except ValueError as error:
+        if "unsafe" not in str(error):
+            raise
+        raise DataError(f"{error}; here that is --unsafe-code: the model's answers are executed") from error
+
+
+def _missing_data(problem: str) -> str:
+    named = re.search(r"'([\w.-]+/[\w.-]+|[\w.-]+)'", problem)
+    name = named[1] if named else "NAME"
+    return (
+        f"a task's data set is not here: {problem.splitlines()[0].rstrip('.')}. It was looked for in "
+        f"{datasets.config.HF_DATASETS_CACHE} ({CACHE}). On a machine with a network, "
+        f"python -c 'import datasets; datasets.load_dataset(\"{name}\")' fills that folder; copy it here, "
+        "and set HF_DATASETS_OFFLINE=1"
+    )
+
+
+def provenance(checkpoint: Checkpoint, model: TaskModel, precision: str) -> dict[str, Any]:
+    """Which weights and tokenizer gave the results, by digest, and which programs."""
+    config = checkpoint.config
+    return {
+        "checkpoint": str(checkpoint.path),
+        "step": checkpoint.progress.step,
+        "weights": weights_digest(model.model),
+        "tokenizer": tokenizer_digest(model),
+        "precision": precision,
+        "max_length": model.max_length,
+        "model": None if config is None else config.model.model_dump(mode="json", exclude_defaults=True),
+        "versions": {name: metadata.version(name) for name in ("castalia", "torch", "lm_eval", "datasets")},
+    }
+
+
+def weights_digest(model: Any) -> str:
+    """A digest of the names and values of all parameters of this process, in the dtype of the computation."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().cpu().contiguous()
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)} ".encode())
+        digest.update(values.view(-1).view(_bytes()).numpy().data)
+    return digest.hexdigest()
+
+
+def _bytes() -> Any:
+    import torch
+
+    return torch.uint8
+
+
+def tokenizer_digest(model: TaskModel) -> str:
+    """A digest of the tokenizer's files or, without any, of its kind and size."""
+    digest = hashlib.blake2b(f"{model.words.kind} {model.words.vocab_size}".encode(), digest_size=16)
+    for name, content in sorted(model.words.folder.files.items()):
+        digest.update(name.encode() + content)
+    return digest.hexdigest()
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as lm-eval's table, groups below tasks."""
+    parts = [make_table(results)]
+    if results.get("groups"):
+        parts.append(make_table(results, "groups"))
+    return "\n".join(parts)
+
+
+def metrics_of(results: dict[str, Any]) -> dict[str, float]:
+    """The values by `task/metric`, without standard errors; a filter other than none is named: `task/metric/filter`."""
+    values = {}
+    for task, metrics in results["results"].items():
+        for key, value in metrics.items():
+            name, _, kept = key.partition(",")
+            if isinstance(value, (int, float)) and not name.endswith("_stderr") and name != "sample_len":
+                values[f"{task}/{name}" + (f"/{kept}" if kept not in ("", "none") else "")] = float(value)
+    return values
+
+
+def names_of(tasks: Sequence[str]) -> tuple[str, ...]:
+    """Tasks from a list of which each part may hold several, separated by commas."""
+    return tuple(name.strip() for part in tasks for name in part.split(",") if name.strip())
