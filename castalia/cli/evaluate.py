@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -54,20 +55,59 @@ def command(
     by_source: Annotated[
         bool, typer.Option("--by-source", help="each file or corpus by itself as well; takes twice as long")
     ] = False,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME,NAME...|FILE.yaml",
+            help="instead: tasks of lm-eval; castalia_demo is a group that needs no network",
+        ),
+    ] = None,
+    shots: Annotated[int | None, typer.Option(min=0, help="examples before each question; default: the task's")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="questions of each task, the first ones")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="write the tasks' results to this file, as lm-eval does; answers are kept while it runs"),
+    ] = None,
+    samples: Annotated[bool, typer.Option("--samples", help="every question and answer in the output, too")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="ask tasks in the tokenizer's chat template")] = False,
+    unsafe_code: Annotated[
+        bool, typer.Option("--unsafe-code", help="run tasks that execute what the model writes")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
 ) -> None:
-    """Compute loss, perplexity and bits per byte of a checkpoint.
+    """Compute loss, perplexity and bits per byte of a checkpoint, or its answers to tasks of lm-eval.
 
     \b
     Examples:
       castalia eval runs/first
       castalia eval runs/first --data texts.txt --stride 8
+      castalia eval runs/first --tasks castalia_demo --limit 4
 
     Every token of the data is predicted once, except the first. For a run that trains on labels, only labelled tokens
     count. A smaller stride gives each prediction more context.
     """
     if log_probs:
         write_log_probs(path, overrides or [], data, step, log_probs)
+        return
+    only_tasks = {"--shots": shots, "--limit": limit, "--output": output, "--samples": samples, "--chat": chat}
+    only_data = {"--data": data, "--stride": stride, "--memory": memory, "--by-source": by_source}
+    refuse_idle_options(only_data if tasks else only_tasks | {"--unsafe-code": unsafe_code}, bool(tasks))
+    if tasks:
+        from castalia.cli.tasks import evaluate_tasks
+
+        evaluate_tasks(
+            path,
+            overrides or [],
+            {"tasks": tasks, "shots": shots, "limit": limit, "chat": chat, "samples": samples}
+            | {"unsafe_code": unsafe_code},
+            tokenizer=tokenizer,
+            step=step,
+            tp=tp,
+            pp=pp,
+            nproc=nproc,
+            output=output,
+            as_json=as_json,
+        )
         return
     from castalia.cli.opening import open_and_tell
     from castalia.cli.ranks import start_processes
@@ -125,6 +165,17 @@ def write_log_probs(path: str, overrides: list[str], data: str | None, step: int
     length, rows = config.data.seq_length, config.train.micro_batch_size or 8
     number = write_log_probabilities(model, data, output, min(length, model.cfg.max_positions or length), rows)
     print(f"{output}: log-probabilities of {plural(number, 'document')} by {checkpoint.path}")
+
+
+def refuse_idle_options(options: dict[str, Any], tasks: bool) -> None:
+    """Raise ConfigError for options that were given and do not act with, or without, --tasks."""
+    from castalia.errors import ConfigError
+
+    for name, value in options.items():
+        if value not in (None, False):
+            raise ConfigError(
+                f"{name} does not act on --tasks; leave it out" if tasks else f"{name} belongs to --tasks"
+            )
 
 
 # Settings that an evaluation reads, by the beginnings of their names.

@@ -34,8 +34,7 @@ OPTIONS = {
     "--vocab": "it is called --tokenizer",
     "--merge-file": "it is called --merges",
     "--dataset-impl": "corpora are always written for memory mapping: leave it out",
-    "--eval_tasks": "tasks are not built in: castalia convert CHECKPOINT DST --to hf, then lm-eval on DST",
-    "--tasks": "tasks are not built in: castalia convert CHECKPOINT DST --to hf, then lm-eval on DST",
+    "--eval_tasks": "it is called --tasks: castalia eval CHECKPOINT --tasks NAME,NAME",
     "--num_gpus": "it is called --nproc",
     "--nproc-per-node": "it is called --nproc; on several machines: castalia launch",
     "--nproc_per_node": "it is called --nproc; on several machines: castalia launch",
@@ -62,6 +61,8 @@ def refuse_habits(words: Sequence[str], verbs: Sequence[str]) -> None:
     # Scripts are typed with folder and ending, such as tools/datasets/preprocess_data.py.
     if verb not in verbs and (today := COMMANDS.get(Path(verb).name.removesuffix(".py"))):
         raise ConfigError(f"there is no command {verb}; today it is: {today}")
+    if verb == "lm-eval":  # whose options are its own
+        return
     for word in words:
         name = word.partition("=")[0]  # --lr=3e-4 as well as --lr 3e-4
         if name in OPTIONS:

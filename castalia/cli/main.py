@@ -23,7 +23,8 @@ VERBS = {
     "merge-lora": ("castalia.cli.merge_lora", "Merge LoRA adapters into their model."),
     "replay": ("castalia.cli.replay", "Compute one step of a run again, with norms of all layers and its data."),
     "lr-find": ("castalia.cli.lr_find", "Try rising learning rates and suggest one."),
-    "eval": ("castalia.cli.evaluate", "Loss, perplexity and bits per byte of a checkpoint."),
+    "eval": ("castalia.cli.evaluate", "Loss, perplexity and bits per byte of a checkpoint; tasks of lm-eval."),
+    "lm-eval": ("castalia.cli.lm_eval", "Call lm-eval itself, with checkpoints of any format."),
     "generate": ("castalia.cli.generate", "Write text with a checkpoint."),
     "chat": ("castalia.cli.chat", "Talk with a model in the terminal, by its chat template."),
     "data": ("castalia.cli.data", "Prepare corpora, inspect them, show what a step trains on."),
@@ -63,7 +64,7 @@ def build(chosen: str | None) -> typer.Typer:
                 command.short_help = " ".join((command.callback.__doc__ or "").partition("\n\n")[0].split())
             app.add_typer(module.app, name=verb, help=line)
         else:
-            app.command(verb)(module.command)
+            app.command(verb, context_settings=getattr(module, "CONTEXT", None))(module.command)
     return app
 
 

@@ -55,12 +55,15 @@ def print_facts(rows: Sequence[tuple[str, str]]) -> None:
 
 
 @contextmanager
-def progress(total: int | None = None, *, in_bytes: bool = False, shown: bool = True) -> Iterator[Advance]:
+def progress(
+    total: int | None = None, *, in_bytes: bool = False, shown: bool = True, screen: TextIO | None = None
+) -> Iterator[Advance]:
     """A bar with the time left on standard error, where that is a terminal; gone when the work is done.
 
-    `in_bytes`: the units are bytes, so that size and speed are shown as well.
+    `in_bytes`: the units are bytes, so that size and speed are shown as well. `screen`: in place of standard error.
     """
-    if not (shown and sys.stderr.isatty()):
+    screen = screen or sys.stderr
+    if not (shown and screen.isatty()):
         yield lambda done, text="", total=None: None
         return
     from rich.console import Console
@@ -70,7 +73,7 @@ def progress(total: int | None = None, *, in_bytes: bool = False, shown: bool = 
 
     count = (DownloadColumn(), Speed()) if in_bytes else (MofNCompleteColumn(),)
     columns = (BarColumn(), *count, TimeLeft(), TextColumn("{task.description}", markup=False))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=Console(file=screen), transient=True) as bar:
         task = bar.add_task("", total=total)
 
         def advance(done: int, text: str = "", total: int | None = None) -> None:
@@ -79,9 +82,9 @@ def progress(total: int | None = None, *, in_bytes: bool = False, shown: bool = 
         yield advance
 
 
-def watched(items: Iterator, size: Callable, total: int, shown: bool = True) -> Iterator:
+def watched(items: Iterator, size: Callable, total: int, shown: bool = True, screen: TextIO | None = None) -> Iterator:
     """The items, with a bar over the sum of their sizes."""
-    with progress(total, shown=shown) as advance:
+    with progress(total, shown=shown, screen=screen) as advance:
         for item in items:
             yield item
             advance(size(item))  # asked for the next one, the caller is done with this one

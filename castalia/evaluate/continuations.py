@@ -23,7 +23,7 @@ class Continuation(NamedTuple):
     tokens: Sequence[int]
 
 
-class Score(NamedTuple):
+class ContinuationScore(NamedTuple):
     """The log-probability of a continuation, in nats, and whether greedy decoding would write it."""
 
     log_prob: float
@@ -38,7 +38,9 @@ class Wanted(NamedTuple):
     targets: Sequence[int]
 
 
-def score_continuations(model: Any, requests: Sequence[Continuation], limit: int | None = None) -> list[Score]:
+def score_continuations(
+    model: Any, requests: Sequence[Continuation], limit: int | None = None
+) -> list[ContinuationScore]:
     """The scores of all requests, in their order; see `scores_as_they_come`."""
     scores = dict(scores_as_they_come(model, requests, limit))
     return [scores[number] for number in range(len(requests))]
@@ -47,7 +49,7 @@ def score_continuations(model: Any, requests: Sequence[Continuation], limit: int
 @torch.inference_mode()
 def scores_as_they_come(
     model: Any, requests: Sequence[Continuation], limit: int | None = None
-) -> Iterator[tuple[int, Score]]:
+) -> Iterator[tuple[int, ContinuationScore]]:
     """The number and the score of each request, from a model in eval mode, on one device or split over ranks.
 
     `limit`: the model sees so many tokens at most, and earlier ones are cut off; by default as many as it has
@@ -58,8 +60,8 @@ def scores_as_they_come(
     below: dict[tuple[int, ...], list[Wanted]] = {}
     for number, (context, tokens) in enumerate(requests):
         _check(context, tokens, limit, model.cfg.padded_vocab_size)
-        ids = (*context, *tokens)[:-1][-(limit or 0) :]  # the last token is predicted, never seen
-        below.setdefault(ids, []).append(Wanted(number, len(ids) - len(tokens), tokens))
+        seen = (*context, *tokens)[:-1][-(limit or 0) :]  # the last token is predicted, never seen
+        below.setdefault(seen, []).append(Wanted(number, len(seen) - len(tokens), tokens))
     sequences = sorted(below)
     wanted = [below[ids] for ids in sequences]
     device = next(model.parameters()).device
@@ -67,15 +69,15 @@ def scores_as_they_come(
     left = [len(tokens) for _, tokens in requests]
     log_probs, greedy = [0.0] * len(requests), [True] * len(requests)
     for part in _passes(pieces(build_tree(sequences))):
-        tokens = [sequences[s.first][s.start : s.stop] for piece in part for s in piece.segments]
+        ids = [sequences[s.first][s.start : s.stop] for piece in part for s in piece.segments]
         cache.begin(part)
-        hidden = model.hidden(torch.tensor([list(chain(*tokens))], device=device), cache=cache)[0]  # [t, h]
+        hidden = model.hidden(torch.tensor([list(chain(*ids))], device=device), cache=cache)[0]  # [t, h]
         for request, log_prob, best in _predictions(model, hidden, _targets(part, wanted)):
             log_probs[request] += log_prob
             greedy[request] &= best
             left[request] -= 1
             if not left[request]:
-                yield request, Score(log_probs[request], greedy[request])
+                yield request, ContinuationScore(log_probs[request], greedy[request])
 
 
 def _check(context: Sequence[int], tokens: Sequence[int], limit: int | None, num_ids: int) -> None:

@@ -88,7 +88,8 @@ def pieces(root: Segment) -> Iterator[Piece]:
 
 
 def _leaves_together(parent: Segment) -> Iterator[Piece]:
-    limit, group, size = max(LEAVES_ALWAYS_TOGETHER, parent.stop), [], 0
+    limit, size = max(LEAVES_ALWAYS_TOGETHER, parent.stop), 0
+    group: list[Segment] = []
     for leaf in parent.leaves:
         length = leaf.stop - leaf.start
         if group and size + length > limit:

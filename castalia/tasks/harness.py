@@ -12,14 +12,14 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from castalia.data.chat import Chat, renderer
 from castalia.data.tokenizer import Tokenizer
 from castalia.errors import DataError
-from castalia.evaluate.continuations import Continuation, Score, scores_as_they_come
-from castalia.generate.generation import AnyModel, Sampling, stream
+from castalia.evaluate.continuations import Continuation, ContinuationScore, scores_as_they_come
+from castalia.generate.generation import AnyModel, Sampling, TextPiece, stream
 
 DEFAULT_LENGTH = 2048  # of models without a largest position, as in lm-eval's own model of transformers
 DEFAULT_NEW_TOKENS = 256  # of texts whose task does not limit them, likewise
 LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 TAKEN = {*LENGTH_NAMES, "until", "do_sample", "temperature", "top_k", "top_p"}
-Watch = Callable[[str, int], Callable[[int], object]]  # of a kind of requests and their number; then of those done
+Watch = Callable[[Iterator[Any], Callable[[Any], int], int], Iterator[Any]]  # items, the size of one, that of all
 
 
 class TaskModel(TemplateLM):
@@ -38,11 +38,12 @@ class TaskModel(TemplateLM):
         batch_size: int = 16,
         seed: int = 0,
         shared: bool = False,
-        watch: Watch = lambda kind, number: lambda done: None,
+        watch: Watch = lambda items, size, total: items,
     ) -> None:
         """`length`: tokens that the model sees at most. `batch_size`: texts that are written at a time.
 
-        `shared`: other processes have the same model, and take a share of the requests.
+        `shared`: other processes have the same model, and take a share of the requests. `watch` shows the progress of
+        the answers that it is given and hands on.
         """
         super().__init__()
         if tokenizer.eod_id is None and tokenizer.bos_id is None:
@@ -81,9 +82,9 @@ class TaskModel(TemplateLM):
         results = [(0.0, True)] * len(requests)
         for number, score in self._scores([Continuation(*requests[number][1:]) for number in asked]):
             strings = requests[asked[number]][0]
-            results[asked[number]] = tuple(score)
+            results[asked[number]] = score.log_prob, score.greedy
             if strings is not None:  # parts of a longer text have none
-                self.cache_hook.add_partial("loglikelihood", strings, tuple(score))
+                self.cache_hook.add_partial("loglikelihood", strings, results[asked[number]])
         return results
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Any]:
@@ -101,20 +102,12 @@ class TaskModel(TemplateLM):
         # Since 0.5, requests are pairs of an empty context and a text, and results are pairs, too.
         return [(t, False) if len(request.args) == 2 else t for t, request in zip(totals, requests, strict=True)]
 
-    def _scores(self, requests: Sequence[Continuation]) -> Iterator[tuple[int, Score]]:
+    def _scores(self, requests: Sequence[Continuation]) -> Iterator[tuple[int, ContinuationScore]]:
         """The number and the score of each request."""
         mine = self._share(sorted(range(len(requests)), key=lambda number: (*requests[number].context,)))
-        tell, found = self.watch("scores", len(mine)), []
-        for done, (number, score) in enumerate(
-            scores_as_they_come(self.model, [requests[number] for number in mine], self.max_length), start=1
-        ):
-            tell(done)
-            if self.shared:
-                found.append((mine[number], score))
-            else:
-                yield mine[number], score
-        if self.shared:
-            yield from self._gathered(found)
+        scores = scores_as_they_come(self.model, [requests[number] for number in mine], self.max_length)
+        found = ((mine[number], score) for number, score in self.watch(scores, lambda score: 1, len(mine)))
+        return iter(self._gathered(list(found))) if self.shared else found
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """The text after each context, up to the first of the strings that end it."""
@@ -135,14 +128,17 @@ class TaskModel(TemplateLM):
         room = self.max_length - sampling.max_tokens
         prompts = [self.tok_encode(context)[-room:] for context in contexts]
         mine = self._share(sorted(range(len(prompts)), key=lambda number: -len(prompts[number])))
-        tell, done, found = self.watch("texts", len(mine)), 0, {}
-        for piece in stream(self.model, self.words, [prompts[number] for number in mine], sampling, alone=True):
-            number = mine[piece.row]
-            found[number] = found.get(number, "") + piece.text
+        pieces = stream(self.model, self.words, [prompts[number] for number in mine], sampling, alone=True)
+        found = self._whole_texts(self.watch(pieces, lambda piece: int(piece.last), len(mine)), mine)
+        return iter(self._gathered(list(found))) if self.shared else found
+
+    @staticmethod
+    def _whole_texts(pieces: Iterator[TextPiece], numbers: Sequence[int]) -> Iterator[tuple[int, str]]:
+        texts: dict[int, str] = {}
+        for piece in pieces:
+            texts[piece.row] = texts.get(piece.row, "") + piece.text
             if piece.last:
-                done += 1
-                tell(done)
-        yield from self._gathered(list(found.items())) if self.shared else found.items()
+                yield numbers[piece.row], texts.pop(piece.row)
 
     def _sampling(self, options: dict[str, Any]) -> Sampling:
         """Settings of a task. DataError for one that generation does not have, or for texts that leave no context."""

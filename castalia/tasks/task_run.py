@@ -8,7 +8,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +16,9 @@ from typing import Any
 
 import datasets
 import lm_eval
+import lm_eval.evaluator
 import lm_eval.tasks
+import torch
 from lm_eval.utils import make_table
 
 from castalia.checkpoint.tensors import Checkpoint
@@ -41,7 +43,7 @@ class TaskOptions:
 
 
 def run_tasks(model: TaskModel, options: TaskOptions, cache: Path | None = None) -> dict[str, Any]:
-    """The results, in lm-eval's own schema.
+    """The results, in lm-eval's own schema. Without them in all but the first process of a machine.
 
     Answers that were computed are kept in `cache` while it runs, and taken from there. Raises DataError for tasks that
     do not exist, whose data are not here, or that need what the model does not have.
@@ -72,8 +74,7 @@ def run_tasks(model: TaskModel, options: TaskOptions, cache: Path | None = None)
             task_manager=manager,
             confirm_run_unsafe_code=options.unsafe_code,
         )
-    assert results is not None  # on all processes alike, since each of them has all answers
-    return dict(results)
+    return dict(results or {})  # lm-eval returns them in the first process of a machine only
 
 
 def _is_file(task: str) -> bool:
@@ -100,15 +101,18 @@ def _known(manager: Any, name: str) -> bool:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the lines that lm-eval and its libraries print for their developers."""
-    before = logging.root.manager.disable
+    before, ask_git = logging.root.manager.disable, lm_eval.evaluator.get_git_commit_hash
     logging.disable(logging.WARNING)
     datasets.disable_progress_bars()
+    lm_eval.evaluator.get_git_commit_hash = lambda: None  # git complains on stderr outside of a repository
     try:
-        with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        with warnings.catch_warnings(), open(os.devnull, "w") as nowhere:
             warnings.simplefilter("ignore")
-            yield
+            with redirect_stdout(nowhere), redirect_stderr(nowhere):
+                yield
     finally:
         logging.disable(before)
+        lm_eval.evaluator.get_git_commit_hash = ask_git
 
 
 @contextmanager
@@ -141,29 +145,25 @@ def provenance(checkpoint: Checkpoint, model: TaskModel, precision: str) -> dict
     return {
         "checkpoint": str(checkpoint.path),
         "step": checkpoint.progress.step,
-        "weights": weights_digest(model.model),
+        "weights": weights_digest(checkpoint),
         "tokenizer": tokenizer_digest(model),
         "precision": precision,
         "max_length": model.max_length,
-        "model": None if config is None else config.model.model_dump(mode="json", exclude_defaults=True),
+        "model": None
+        if config is None or config.model is None
+        else config.model.model_dump(mode="json", exclude_defaults=True),
         "versions": {name: metadata.version(name) for name in ("castalia", "torch", "lm_eval", "datasets")},
     }
 
 
-def weights_digest(model: Any) -> str:
-    """A digest of the names and values of all parameters of this process, in the dtype of the computation."""
+def weights_digest(checkpoint: Checkpoint) -> str:
+    """A digest of the names and stored values of all tensors, whatever files and ranks hold them."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, parameter in model.named_parameters():
-        values = parameter.detach().cpu().contiguous()
+    for name in sorted(checkpoint.model):
+        values = checkpoint.model[name].read().contiguous()
         digest.update(f"{name} {values.dtype} {tuple(values.shape)} ".encode())
-        digest.update(values.view(-1).view(_bytes()).numpy().data)
+        digest.update(values.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _bytes() -> Any:
-    import torch
-
-    return torch.uint8
 
 
 def tokenizer_digest(model: TaskModel) -> str:

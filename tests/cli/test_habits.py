@@ -15,7 +15,7 @@ HABITS = [
     ("data prepare --input=a.jsonl --output-prefix b", "no option --input: files and folders are plain arguments"),
     ("preprocess_data.py --input a.jsonl", "today it is: castalia data prepare FILE"),
     ("tools/ckpts/convert_neox_to_hf.py", "today it is: castalia convert SRC DST --to hf --verify"),
-    ("eval runs/a --eval_tasks lambada", "tasks are not built in"),
+    ("eval runs/a --eval_tasks lambada", "it is called --tasks"),
     ("train run.yml --learning_rate 1e-4", "optimizer.lr=3e-4"),
 ]
 

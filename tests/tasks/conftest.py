@@ -79,6 +79,14 @@ def llama(place: Path) -> None:
     ).save_pretrained(place)
 
 
+@pytest.fixture(scope="session")
+def neox_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    place = tmp_path_factory.mktemp("neox")
+    neox(place)
+    return place
+
+
 @pytest.fixture(scope="session", params=[neox, llama], ids=["neox", "llama"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)

@@ -76,7 +76,8 @@ def test_a_table_of_tasks(folder: Path, files: dict[str, str]) -> None:
     ours = run_tasks(TaskModel(load_model(folder), tokenizer_at(folder)), TaskOptions(tuple(files.values())))
     theirs = lm_eval.simple_evaluate(
         HFLM(pretrained=str(folder), device="cpu", batch_size=4, dtype="float32"), tasks=list(files),
-        task_manager=TaskManager(include_path=str(Path(files["whole"]).parent), include_defaults=False), log_samples=False,
+        task_manager=TaskManager(include_path=str(Path(files["whole"]).parent), include_defaults=False),
+        log_samples=False,
     )  # fmt: skip
     mine, other = metrics_of(ours), metrics_of(theirs)
     assert len({name.split("/")[0] for name in mine}) == len(TABLE) >= 12
@@ -93,7 +94,7 @@ def test_the_demo(folder: Path) -> None:
     assert "castalia_demo_last_word" in table(results)
 
 
-def test_answers_are_kept_until_the_end(folder: Path, tmp_path: Path) -> None:
+def test_answers_are_kept_until_the_end(neox_folder: Path, tmp_path: Path) -> None:
     class Dies(TaskModel):
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
             raise KeyboardInterrupt
@@ -103,7 +104,7 @@ def test_answers_are_kept_until_the_end(folder: Path, tmp_path: Path) -> None:
             assert not requests, "computed again"
             return iter(())
 
-    options, model, words = TaskOptions(("castalia_demo",), limit=3), load_model(folder), tokenizer_at(folder)
+    options, model, words = TaskOptions(("castalia_demo",), limit=3), load_model(neox_folder), tokenizer_at(neox_folder)
     with pytest.raises(KeyboardInterrupt):
         run_tasks(Dies(model, words), options, tmp_path / "kept")
     found = metrics_of(run_tasks(Knows(model, words), options, tmp_path / "kept"))
@@ -118,16 +119,18 @@ def test_answers_are_kept_until_the_end(folder: Path, tmp_path: Path) -> None:
         (str(DEMO / "demo_verses.jsonl.yaml"), "cannot read the task"),
     ],
 )
-def test_unknown_tasks(folder: Path, task: str, message: str) -> None:
+def test_unknown_tasks(neox_folder: Path, task: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        run_tasks(TaskModel(load_model(folder), tokenizer_at(folder)), TaskOptions((task,)))
+        run_tasks(TaskModel(load_model(neox_folder), tokenizer_at(neox_folder)), TaskOptions((task,)))
 
 
-def test_missing_data(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_data(neox_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     (tmp_path / "far.yaml").write_text(
         "task: far\ndataset_path: nobody/nothing\ntest_split: test\noutput_type: loglikelihood\ndoc_to_text: a\n"
         "doc_to_target: b\nmetric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
     )
     with pytest.raises(DataError, match="data set is not here: .*nobody/nothing.*It was looked for in .*copy it here"):
-        run_tasks(TaskModel(load_model(folder), tokenizer_at(folder)), TaskOptions((str(tmp_path / "far.yaml"),)))
+        run_tasks(
+            TaskModel(load_model(neox_folder), tokenizer_at(neox_folder)), TaskOptions((str(tmp_path / "far.yaml"),))
+        )

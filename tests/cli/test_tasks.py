@@ -1,0 +1,79 @@
+"""`castalia eval --tasks` and `castalia lm-eval`, as a user types them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from castalia.tasks.task_run import DEMO, metrics_of
+from tests.tasks.conftest import neox
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("tasks") / "model"
+    place.mkdir()
+    neox(place)
+    return place
+
+
+def castalia(folder: Path, *words: str, code: int = 0) -> tuple[str, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "castalia", *words],
+        cwd=folder, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    return done.stdout, done.stderr
+
+
+ASK = ("eval", "model", "--tasks", "castalia_demo", "--limit", "3")
+
+
+def test_a_table_and_a_file(model: Path) -> None:
+    out, err = castalia(model.parent, *ASK, "--output", "results/all.json", "--samples")
+    assert "castalia_demo_last_word" in out and "bits_per_byte" in out and err == ""
+    assert [path.name for path in (model.parent / "results").iterdir()] == ["all.json"]  # nothing is left beside it
+    results = json.loads((model.parent / "results/all.json").read_text())
+    assert results["castalia"]["checkpoint"] == "model" and results["castalia"]["precision"] == "fp32"
+    assert len(results["samples"]["castalia_demo_last_word"]) == 3
+    assert {"results", "configs", "versions", "n-shot"} <= results.keys()
+
+
+@pytest.fixture(scope="module")
+def alone(model: Path) -> dict:
+    return json.loads(castalia(model.parent, *ASK, "--json")[0])
+
+
+@pytest.mark.parametrize("layout", [["--nproc", "2"], ["--tp", "2"], ["--pp", "2"]], ids=" ".join)
+@pytest.mark.slow
+def test_several_processes(model: Path, alone: dict, layout: list[str]) -> None:
+    split = json.loads(castalia(model.parent, *ASK, *layout, "--json")[0])
+    assert alone["castalia"] == split["castalia"]
+    assert metrics_of(split) == pytest.approx(metrics_of(alone), rel=1e-3)
+
+
+@pytest.mark.slow  # lm-eval lists all its tasks first
+def test_lm_eval_itself(model: Path, alone: dict) -> None:
+    out, _ = castalia(
+        model.parent, "lm-eval", "run", "--model", "castalia", "--model_args", "path=model", "--limit", "3",
+        "--tasks", "castalia_demo_verses", "--include_path", str(DEMO),
+    )  # fmt: skip
+    assert f"{alone['results']['castalia_demo_verses']['bits_per_byte,none']:.4f}" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tasks", "castalia_demo", "--chat"], "has no chat template"),
+        (["--tasks", "castalia_demo", "--memory", "1GB"], "--memory does not act on --tasks"),
+        (["--limit", "3"], "--limit belongs to --tasks"),
+    ],
+)
+def test_what_cannot_be_asked(model: Path, words: list[str], message: str) -> None:
+    _, err = castalia(model.parent, "eval", "model", *words, code=2)
+    assert message in err and err.count("error: ") == 1
