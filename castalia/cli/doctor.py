@@ -99,7 +99,8 @@ def attention_kernels() -> list[tuple[str, dict[str, str]]]:
     from castalia.train import fast_paths
     from castalia.train.hardware import choose_device
 
-    return fast_paths.attention_kernels(capability(choose_device("auto")), prefers_cudnn())
+    device = choose_device("auto")
+    return fast_paths.attention_kernels(capability(device), prefers_cudnn(device))
 
 
 def installed() -> dict[str, str | None]:

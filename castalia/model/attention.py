@@ -73,8 +73,13 @@ def capability(device: torch.device) -> Capability | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
-def prefers_cudnn() -> bool:
-    """Whether torch tries cuDNN's kernel first on GPUs that it suits. Deterministic algorithms rule it out."""
+def prefers_cudnn(device: torch.device) -> bool:
+    """Whether torch tries cuDNN's kernel first on GPUs that it suits. Deterministic algorithms rule it out.
+
+    cuDNN is asked for its version only if the device is a GPU, because loading it takes time and memory.
+    """
+    if device.type != "cuda":
+        return False
     strict = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
     known = torch.backends.cudnn.is_available() and (torch.backends.cudnn.version() or 0) >= FIRST_PREFERRED_CUDNN
     return known and torch.backends.cuda.cudnn_sdp_enabled() and not strict

@@ -268,7 +268,7 @@ class Transformer(nn.Module):
             dropout=self.cfg.attention_dropout if self.training else 0.0,
             training=torch.is_grad_enabled(),
             writing=cache is not None and cache.grows,
-            cudnn=x.is_cuda and prefers_cudnn(),
+            cudnn=prefers_cudnn(x.device),
         )
 
     def reward_at(self, x: Tensor, labels: Tensor) -> Tensor:

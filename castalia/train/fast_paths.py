@@ -103,7 +103,8 @@ def runs_on(capability: tuple[int, int], built: list[str]) -> bool:
 
 def _attention(device: torch.device) -> FastPath:
     dtype = "bf16" if has_bf16(device) else "fp32"
-    choice = choose_kernel(capability(device), dtype, "causal", head_size=64, training=True, cudnn=prefers_cudnn())
+    cudnn = prefers_cudnn(device)
+    choice = choose_kernel(capability(device), dtype, "causal", head_size=64, training=True, cudnn=cudnn)
     name = "this CPU" if device.type == "cpu" else torch.cuda.get_device_name()
     detail = f"{name} runs the {choice.kernel} kernel in {dtype}" + (f": {choice.why}" if choice.why else "")
     cost = "attention takes the memory-efficient kernel, which needs more time for long sequences"

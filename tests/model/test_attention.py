@@ -178,7 +178,7 @@ def test_torch_chooses_as_told_on_this_gpu(sight, t, k, writing, dropout, dtype,
     for kv in (2, 4):
         q, keys, v = inputs(4, kv, t, k, head_size, dtype, "cuda")
         case = {"head_size": head_size, "grouped": kv < 4, "dropout": dropout, "training": True, "writing": writing}
-        choice = choose_kernel(capability(q.device), DTYPE_NAMES[dtype], sight, **case, cudnn=prefers_cudnn())
+        choice = choose_kernel(capability(q.device), DTYPE_NAMES[dtype], sight, **case, cudnn=prefers_cudnn(q.device))
         if choice.repeats:
             keys, v = (x.repeat_interleave(4 // kv, dim=1) for x in (keys, v))
         if writing:
@@ -205,7 +205,7 @@ def test_each_way_gives_the_same_attention_on_this_gpu(kind, t, k, kv, dtype):
     q, keys, v = inputs(4, kv, t, k, 64, dtype, "cuda")
     sight: Sight = "bias" if kind != "plain" else "everything" if t == 1 else "causal" if t == k else "last causal"
     name, size = DTYPE_NAMES[dtype], {"head_size": 64, "grouped": kv < 4, "training": True}
-    choice = choose_kernel(capability(q.device), name, sight, **size, cudnn=prefers_cudnn())
+    choice = choose_kernel(capability(q.device), name, sight, **size, cudnn=prefers_cudnn(q.device))
     assert choice.kernel != "plain" and choice.sight in (sight, "bias")
     given = aligned_rows(bias, bias.shape, dtype).copy_(bias) if choice.sight == "bias" else None
     out = attend(q, keys, v, choice=choice, bias=given)
