@@ -59,7 +59,7 @@ def look(
 def held_out_scores(model: Transformer, config: RunConfig) -> dict[str, float]:
     """Loss and perplexity of the answers, or loss, accuracy and margin of preferences; each document counts once."""
     objective = config.train.objective
-    if not config.data.valid or model.cfg.reward_head != (objective == "reward") or needs_reference(config):
+    if not config.data.valid or model.cfg.reward_head != (objective == "reward"):
         return {}
     data = open_samples(config.with_({"eval.batches": None}), "valid")
     executor = Executor(model, ROWS)
@@ -67,8 +67,17 @@ def held_out_scores(model: Transformer, config: RunConfig) -> dict[str, float]:
         scores = evaluate(executor, data.whole_pass(ROWS))
     else:
         batches = data.whole_pass(ROWS, ROWS if objective == "kto" else 1)
-        scores = PreferenceLoss(config, executor, None, 1).evaluate(batches)
+        scores = PreferenceLoss(config, executor, _reference(model, config), 1).evaluate(batches)
     return {name: scores[name] for name in SHOWN if name in scores}
+
+
+def _reference(model: Transformer, config: RunConfig) -> Executor | None:
+    """The reference model, where its log-probabilities are not stored with the data."""
+    if not needs_reference(config):
+        return None
+    checkpoint = open_checkpoint(str(config.preference.reference or config.checkpoint.init_from))
+    weights = next(model.parameters())
+    return Executor(build_model(checkpoint, weights.device, weights.dtype), ROWS)
 
 
 def models_of(model: str, folder: Path) -> dict[str, Checkpoint]:

@@ -60,7 +60,7 @@ SETTLED = ("data.train=", "data.valid=", "train.epochs=", "tokenizer.")  # what 
 TOLD = {
     "data.seq_length": ("length", " "), "data.packing": ("packing", ": "), "train.batch_size": ("batch", " "),
     "train.micro_batch_size": ("micro-batch", " "), "train.steps": ("steps", " "), "optimizer.lr": ("rate", ": "),
-    "eval.every": ("judged", " "), "eval.patience": ("patience", " "),
+    "eval.every": ("judged every", " "), "eval.patience": ("patience", " "),
 }  # fmt: skip
 
 

@@ -185,7 +185,10 @@ def evaluations(steps: int, held_out: int) -> Settings:
     if not held_out:
         return {}
     values: Settings = {
-        "eval.every": (max(1, steps // EVALUATIONS), f"steps by what is held out: {EVALUATIONS} times in all"),
+        "eval.every": (
+            max(1, steps // EVALUATIONS),
+            f"steps by what is held out: {min(steps, EVALUATIONS)} times in all",
+        ),
         "eval.batches": (None, "all that is held out"),
     }
     if held_out >= LEAST_FOR_PATIENCE:

@@ -255,6 +255,17 @@ def test_preferences(base, tmp_path, capsys, objective):
     assert "Who" in decoded(config)
 
 
+def test_a_short_run_keeps_its_reference_model(base, tmp_path, capsys):
+    pairs = [{"prompt": f"Who {n}?", "chosen": f" Adam{n}", "rejected": f" Noah{n}"} for n in range(25)]
+    (tmp_path / "prefs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    words = [str(tmp_path / "prefs.jsonl"), f"checkpoint.dir={tmp_path / 'run'}", "train.steps=2", *FAST[:1], *FAST[2:]]
+    finetune(str(base), words, objective="dpo")
+    said = capsys.readouterr().out
+    assert "log-probabilities of" not in said and needs_reference(load_run(tmp_path / "run"))
+    before, after = re.findall(r"loss +(\S+) +(\S+)", said.split("on held-out preferences:")[1])[0]
+    assert float(before) == pytest.approx(0.6931, abs=1e-4) and after != before
+
+
 def decoded(config) -> str:
     """The first sequence that a run trains on."""
     return load_tokenizer(config.tokenizer).decode(open_samples(config).batch(0).tokens[0].tolist())
