@@ -97,7 +97,7 @@ def command(
 
             probe_plan(checkpoint, memory=budget)  # refuses too little before anything is written
         if not dry_run:
-            _write(plan, folder, convert.identity(prepared, options, plan), inside, force, allow_inf)
+            _write(plan, folder, convert.identity(prepared, options, plan), inside, force, allow_inf, bool(budget))
             if verify:
                 _verify(checkpoint, folder, budget)
 
@@ -130,11 +130,13 @@ def _describe(checkpoint: Checkpoint, plan: Plan, target: Path, inside: str, wit
         print(f"  {Path(inside, output.name)}  {size_of(output.num_bytes)}")
 
 
-def _write(plan: Plan, target: Path, mark: str, inside: str, force: bool, allow_inf: bool) -> None:
+def _write(plan: Plan, target: Path, mark: str, inside: str, force: bool, allow_inf: bool, spare: bool = False) -> None:
+    """`spare`: give memory back that is freed, which takes more time."""
     from castalia.checkpoint import convert
     from castalia.train.hardware import keep_freed_memory
 
-    keep_freed_memory()  # each piece is as large as the one before
+    if not spare:
+        keep_freed_memory()  # each piece is as large as the one before
     started = time.monotonic()
     with progress(plan.num_bytes, in_bytes=True) as advance:
         try:
@@ -149,7 +151,7 @@ def _write(plan: Plan, target: Path, mark: str, inside: str, force: bool, allow_
     say(f"wrote {target} in {seconds:.1f} s, {size_of(plan.num_bytes / max(seconds, 1e-9))}/s{again}")
 
 
-def _verify(checkpoint: Checkpoint, target: Path, memory: int | None) -> None:
+def _verify(checkpoint: Checkpoint, target: Path, memory: int | None = None) -> None:
     from castalia.checkpoint.opener import open_checkpoint
     from castalia.errors import CheckpointError
     from castalia.examine.verify import verify

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -237,8 +238,6 @@ def evaluate_checkpoint(
     checkpoint, config = overlaid(checkpoint, overrides)
     tokenizer = find_tokenizer(checkpoint, tokenizer_path)
     stream = read_stream(data, tokenizer) if data else validation_stream(config.data, tokenizer)
-    if memory is None:
-        keep_freed_memory()
     device = choose_device(config.train.device)
     dtype, model = choose_dtype(config.precision.compute, device), architecture(checkpoint)
     check_vocabulary(stream, model.padded_vocab_size)
@@ -262,6 +261,7 @@ def evaluate_checkpoint(
     fewer = config.train.micro_batch_size is None
     streamed = streamed_executor(checkpoint, shape, dtype, device, memory, fewer)
     if streamed is None:
+        keep_freed_memory()
         executor, plan = load_executor(checkpoint, length, rows, dtype, device, tp, pp)
     rows = streamed.micro_batch_size if streamed else plan.batch_size
 
@@ -277,9 +277,10 @@ def evaluate_checkpoint(
             scores["bits_per_byte"] = bits_per_byte(scores["loss"], int(scores["tokens"]), stream.num_bytes)
         return scores
 
-    scores = judged(stream)
-    if by_source:
-        scores["sources"] = {name: judged(part) for name, part in stream.by_source(tokenizer).items()}
+    with closing(streamed.model.reader) if streamed else nullcontext():
+        scores = judged(stream)
+        if by_source:
+            scores["sources"] = {name: judged(part) for name, part in stream.by_source(tokenizer).items()}
     precision = next(name for name, number in DTYPES.items() if number == dtype)
     where = {"checkpoint": checkpoint.path, "step": checkpoint.progress.step, "data": stream.name}
     return {**where, "precision": precision, "uniform_loss": uniform_loss(model, tokenizer), **scores}

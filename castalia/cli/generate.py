@@ -340,7 +340,6 @@ def streamed_writer(
 
     from castalia.checkpoint.restore import architecture
     from castalia.cli.streaming import tell_streaming
-    from castalia.generate.generation import PREFILL_CHUNK_TOKENS
     from castalia.generate.packed_model import maker, packed_block
     from castalia.plan.stream_plan import generation_work, plan_stream
     from castalia.streaming.open_streamed import budget_for, open_streamed, require_cpu
@@ -358,7 +357,7 @@ def streamed_writer(
     longest = max(lengths, default=model.max_positions or UNKNOWN_TOKENS)
     element_bytes = 4 if packs else number.itemsize
     wanted = min(texts, sampling.batch_size)
-    work = generation_work(model, max(1, longest), sampling.max_tokens, wanted, element_bytes, PREFILL_CHUNK_TOKENS)
+    work = generation_work(model, max(1, longest), sampling.max_tokens, wanted, element_bytes)
     budget = budget_for(model, work, number.itemsize, memory)
     if budget is None:
         return None

@@ -36,7 +36,8 @@ def command(
     suggest: Annotated[bool, typer.Option("--suggest", help="layouts that fit, and why the others lose")] = False,
     plot: Annotated[Path | None, typer.Option(help="picture of the memory, for example memory.png")] = None,
     generate: Annotated[
-        bool, typer.Option("--generate", help="instead: what writing with a checkpoint reads from disk, and how fast")
+        bool,
+        typer.Option("--generate", help="instead: what writing with a model larger than memory reads, how fast"),
     ] = False,
     evaluate: Annotated[bool, typer.Option("--eval", help="the same of evaluating it")] = False,
     memory: MemoryOption = None,
@@ -62,11 +63,19 @@ def command(
     from castalia.train.start_checks import find_obstacles
 
     if generate or evaluate:
-        from castalia.cli.streaming import print_streaming_plan
+        from castalia.cli.streaming import memory_bytes, print_checkpoint_plan, print_model_plan
 
-        if len(configs) > 1 or (generate and evaluate):
-            raise ConfigError("--generate and --eval take one checkpoint, and exclude each other")
-        print_streaming_plan(configs[0], generate, memory, as_json)
+        if generate and evaluate:
+            raise ConfigError("--generate and --eval exclude each other")
+        if Path(configs[0]).is_dir() or ("/" in configs[0] and not Path(configs[0]).suffix):
+            if len(configs) > 1:
+                raise ConfigError(f"{configs[0]} is a checkpoint, whose model is what it is: leave out {configs[1]}")
+            print_checkpoint_plan(configs[0], generate, memory_bytes(memory), as_json)
+        else:
+            config, _ = with_vocabulary(read_config(configs, any_batch=True), vocab_size)
+            if config.model is None or config.model.vocab_size is None:
+                raise ConfigError("the vocabulary is not known: add --vocab-size")
+            print_model_plan(config, generate, memory_bytes(memory), as_json)
         return
     if memory is not None:
         raise ConfigError("--memory needs --generate or --eval; the memory of training follows from the config")

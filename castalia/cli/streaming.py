@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from castalia.cli.render import print_table, progress, size_of
+from castalia.cli.render import print_table, progress, say, size_of
+from castalia.strict_json import to_json
 from castalia.units import duration
 
 if TYPE_CHECKING:
-    from castalia.checkpoint.tensors import Checkpoint
-    from castalia.plan.stream_plan import StreamPlan
+    from castalia.config.schema import ModelConfig, RunConfig
+    from castalia.plan.stream_plan import StreamedSizes, StreamPlan
     from castalia.streaming.streamed_model import StreamedTransformer
 
 ITEMS = (1, 16, 256)  # texts, or windows, for which a plan is shown
-PROMPT_TOKENS = 64  # of the texts of a plan
+PROMPT_TOKENS, TEXT_TOKENS = 64, 64  # of the texts of a plan
+DISK_RATES = (0.5e9, 2e9, 7e9)  # bytes per second: SATA, and two generations of NVMe
 
 MemoryOption = Annotated[
     str | None,
@@ -51,7 +53,7 @@ def tell_streaming(model: StreamedTransformer, item: str, unit: str, times: int 
 
     rate, flops = model.reader.measure(), present_flops(model.compute_dtype or torch.float32)
     for line in streaming_lines(model.plan, rate, flops, item, unit, times):
-        print(line, file=sys.stderr, flush=True)
+        say(line, sys.stderr)
 
 
 def streaming_lines(
@@ -86,38 +88,84 @@ def _faster(plan: StreamPlan, item: str) -> str:
     return " or ".join(ways)
 
 
-def print_streaming_plan(path: str, generate: bool, memory: str | None, as_json: bool) -> None:
-    """Print what stays in memory, what passes read and how long they take, for more and more at once."""
+def print_checkpoint_plan(path: str, generate: bool, memory: int | None, as_json: bool) -> None:
+    """Print how a checkpoint is streamed, with the rates of this disk and processor, which are measured first."""
+    import torch
+
+    from castalia.checkpoint.restore import architecture
     from castalia.cli.opening import open_and_tell
-    from castalia.strict_json import to_json
+    from castalia.config.schema import RunConfig
+    from castalia.streaming.open_streamed import open_streamed
+    from castalia.streaming.stream_units import units_of
+    from castalia.train.hardware import present_flops
 
     checkpoint = open_and_tell(path)
-    plans, rate, flops = streaming_plans(checkpoint, generate, memory_bytes(memory))
-    rows = [_plan_row(plan, rate, flops) for plan in plans]
+    model = architecture(checkpoint)
+    units = units_of(checkpoint, model, torch.float32)
+    plans = streaming_plans(units.sizes(), model, checkpoint.config or RunConfig(), generate, memory)
+    streamed = open_streamed(checkpoint, model, units, plans[0])
+    rate, flops = streamed.reader.measure(), present_flops(torch.float32)
+    streamed.reader.close()
+    _print_plans(plans, [rate], flops, generate, as_json)
+
+
+def print_model_plan(config: RunConfig, generate: bool, memory: int | None, as_json: bool) -> None:
+    """Print how a model of 16-bit weights would be streamed from disks of `DISK_RATES`, computed in fp32."""
+    from castalia.plan.stream_plan import sizes_of_model
+
+    assert config.model is not None
+    plans = streaming_plans(sizes_of_model(config.model, 2, 4), config.model, config, generate, memory)
+    _print_plans(plans, DISK_RATES, None, generate, as_json)
+
+
+def streaming_plans(
+    sizes: StreamedSizes, model: ModelConfig, config: RunConfig, generate: bool, memory: int | None
+) -> list[StreamPlan]:
+    """Plans for more and more texts, or windows of the run's sequence, computed in fp32.
+
+    Texts have as many tokens as the config asks for, after prompts of `PROMPT_TOKENS`. A micro-batch is one window.
+    """
+    from castalia.plan.free_memory import SHARE, free_memory
+    from castalia.plan.stream_plan import EvaluationShape, evaluation_work, generation_work, plan_stream
+
+    length = min(config.data.seq_length, model.max_positions or config.data.seq_length)
+    tokens, documents = config.generate.max_tokens or TEXT_TOKENS, config.data.mask_documents
+    works = [
+        generation_work(model, PROMPT_TOKENS, tokens, wanted, 4)
+        if generate
+        else evaluation_work(model, EvaluationShape(length, 1, wanted, documents), 4)
+        for wanted in ITEMS
+    ]
+    return [plan_stream(sizes, work, memory or int(SHARE * free_memory())) for work in works]
+
+
+def _print_plans(
+    plans: Sequence[StreamPlan], rates: Sequence[float], flops: float | None, generate: bool, as_json: bool
+) -> None:
+    rows = [_plan_row(plan, rates, flops) for plan in plans]
     if as_json:
-        print(to_json({"disk_bytes_per_second": rate, "flops_per_second": flops, "plans": rows}, indent=1))
+        print(to_json({"disk_bytes_per_second": rates, "flops_per_second": flops, "plans": rows}, indent=1))
         return
     sizes = plans[0].sizes
-    blocks, name = len(sizes.blocks), "texts" if generate else "windows"
-    print(f"{checkpoint.path}: {blocks} blocks of {size_of(sizes.buffer)}, head {size_of(sizes.head)}")
-    print(f"disk {size_of(rate)}/s, matrix products {flops / 1e9:.3g} GFLOP/s, both measured now on this machine")
+    print(f"{len(sizes.blocks)} blocks of {size_of(sizes.buffer)}, head {size_of(sizes.head)}")
+    if flops:
+        print(f"disk {size_of(rates[0])}/s, matrix products {flops / 1e9:.3g} GFLOP/s, measured now on this machine")
+    else:
+        print("times are those of reading alone")
     shown = [
-        [
-            f"{row['wanted']:,}",
-            f"{row['at_once']:,}",
-            f"{row['resident_blocks']} of {blocks}",
-            size_of(row["bytes_per_pass"]),
-            duration(row["seconds_per_pass"]),
-            f"{row['tokens_per_second']:.3g}",
-        ]
+        [f"{row['wanted']:,}", f"{row['at_once']:,}", f"{row['resident_blocks']}", size_of(row["bytes_per_pass"])]
+        + [duration(seconds) for seconds in row["seconds_per_pass"]]
         for row in rows
     ]
-    header = [name, "at once", "blocks that stay", "read in a pass", "time of a pass", "tokens/s"]
-    print_table(f"memory {size_of(plans[0].budget)}", header, shown)
+    pass_of = "a token of each" if generate else "a pass"
+    header = ["texts" if generate else "windows", "at once", "blocks that stay", "read in a pass"]
+    print_table(
+        f"memory {size_of(plans[0].budget)}", header + [f"{pass_of} at {size_of(rate)}/s" for rate in rates], shown
+    )
 
 
-def _plan_row(plan: StreamPlan, rate: float, flops: float) -> dict[str, Any]:
-    seconds = plan.seconds_per_pass(rate, flops)
+def _plan_row(plan: StreamPlan, rates: Sequence[float], flops: float | None) -> dict[str, Any]:
+    seconds = [plan.seconds_per_pass(rate, flops) for rate in rates]
     return {
         "wanted": plan.work.wanted,
         "at_once": plan.items,
@@ -126,44 +174,7 @@ def _plan_row(plan: StreamPlan, rate: float, flops: float) -> dict[str, Any]:
         "cache_on_disk": plan.cache_on_disk,
         "bytes_per_pass": plan.bytes_per_pass,
         "seconds_per_pass": seconds,
-        "tokens_per_second": plan.items * plan.work.tokens_each / seconds,
     }
-
-
-def streaming_plans(
-    checkpoint: Checkpoint, generate: bool, memory: int | None
-) -> tuple[list[StreamPlan], float, float]:
-    """Plans for more and more items, the disk's measured rate in bytes per second, and that of matrix products.
-
-    Texts have as many tokens as the checkpoint's config asks for, after prompts of `PROMPT_TOKENS`. Evaluation takes
-    micro-batches of one window, which is the run's sequence. Both compute in fp32.
-    """
-    import torch
-
-    from castalia.checkpoint.restore import architecture
-    from castalia.config.schema import RunConfig
-    from castalia.generate.generation import PREFILL_CHUNK_TOKENS, Sampling
-    from castalia.plan.free_memory import free_memory
-    from castalia.plan.stream_plan import EvaluationShape, evaluation_work, generation_work, plan_stream
-    from castalia.streaming.open_streamed import SHARE, open_streamed
-    from castalia.streaming.stream_units import units_of
-    from castalia.train.hardware import present_flops
-
-    model, config = architecture(checkpoint), checkpoint.config or RunConfig()
-    units = units_of(checkpoint, model, torch.float32)
-    length = min(config.data.seq_length, model.max_positions or config.data.seq_length)
-    tokens = config.generate.max_tokens or Sampling().max_tokens
-    plans = []
-    for wanted in ITEMS:
-        if generate:
-            work = generation_work(model, PROMPT_TOKENS, tokens, wanted, 4, PREFILL_CHUNK_TOKENS)
-        else:
-            work = evaluation_work(model, EvaluationShape(length, 1, wanted, config.data.mask_documents), 4)
-        plans.append(plan_stream(units.sizes(), work, memory or int(SHARE * free_memory())))
-    streamed = open_streamed(checkpoint, model, units, plans[0])
-    rate = streamed.reader.measure()
-    streamed.reader.close()
-    return plans, rate, present_flops(torch.float32)
 
 
 @contextmanager
@@ -173,5 +184,8 @@ def block_progress(model: StreamedTransformer | None, passes: int | None = None)
         yield
         return
     total = passes and passes * model.cfg.num_layers
-    with progress(total, shown=not sys.stdout.isatty()) as model.advance:
-        yield
+    try:
+        with progress(total, shown=not sys.stdout.isatty()) as model.advance:
+            yield
+    finally:
+        model.reader.close()  # else the process, if it is interrupted, ends only when the next blocks are there

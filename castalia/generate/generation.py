@@ -23,13 +23,13 @@ from castalia.generate.kv_cache import KVCache, Prompts
 from castalia.generate.sampling import Noise, choose
 from castalia.generate.text_stream import TextStream, TextTokenizer
 from castalia.model.transformer import Transformer
+from castalia.plan.stream_plan import PREFILL_CHUNK_TOKENS
 from castalia.storage.lazy import name_of
 from castalia.streaming.streamed_model import StreamedTransformer
 
 if TYPE_CHECKING:
     from castalia.parallel.inference import SplitModel
 
-PREFILL_CHUNK_TOKENS = 2048  # tokens of several prompts that go through the model at a time
 Prompt = str | Sequence[int]
 AnyModel = Union[Transformer, "SplitModel"]  # a model on one device (a streamed one as well), or split over ranks
 

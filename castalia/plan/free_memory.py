@@ -9,6 +9,7 @@ from pathlib import Path
 
 from castalia.errors import ConfigError
 
+SHARE = 0.8  # of the free memory, for a model that is streamed because it does not fit
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 # The limit of this process's control group, in versions 2 and 1 of their interface.
 GROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")

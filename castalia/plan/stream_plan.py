@@ -10,16 +10,21 @@ become resident. Least recently used would be the worst choice of what to keep: 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
 
 from castalia.config.attention_kernels import reasons_for_bias
 from castalia.config.loss_chunks import BLOCK_BYTES, CHUNK_BYTES
 from castalia.config.schema import ModelConfig
+from castalia.config.tensor_table import AFTER_BLOCKS, BEFORE_BLOCKS, BLOCK, row_of, shapes_of
 from castalia.errors import ConfigError
-from castalia.plan.count import count
+from castalia.plan.count import block_size, count
 from castalia.plan.flops import forward_flops, kv_cache_bytes
 
 PROGRAM_BYTES = 300_000_000  # Python, torch and what they allocate besides
 HEAD_ROWS = 2048  # of the head, cast at a time
+PREFILL_CHUNK_TOKENS = 2048  # tokens of several prompts that go through the model at a time
+READERS = 4  # threads
+PIECE_BYTES = 8 << 20  # that a thread reads at once, and of a tensor that it converts at a time
 BUFFERS = 2  # one block is computed with while the next one arrives
 LOSS_BLOCKS = 5  # fp32 copies of a block of logits that the loss holds at a time
 LOGITS_BYTES = 24  # per token of the vocabulary, of a row's logits and of what sampling makes of them
@@ -51,6 +56,19 @@ class StreamedSizes:
     def large_head(self) -> int:
         """The head, if it is too large for a buffer, so that it stays in memory; else 0."""
         return self.head if self.head > self.buffer else 0
+
+
+def sizes_of_model(model: ModelConfig, stored_bytes: int, element_bytes: int) -> StreamedSizes:
+    """The sizes of a model that is only a config: values are stored in so many bytes, computed in `element_bytes`."""
+    outside = {name: prod(shape) for name, shape in shapes_of((*BEFORE_BLOCKS, *AFTER_BLOCKS), model).items()}
+    rest = sum(size for name, size in outside.items() if not row_of(name).has_token_rows)
+    return StreamedSizes(
+        blocks=(block_size(model) * stored_bytes,) * model.num_layers,
+        head=0 if model.reward_head else outside["embed.weight"] * stored_bytes,
+        rest=rest * stored_bytes,
+        cast=max(map(prod, shapes_of(BLOCK, model).values())) * element_bytes if stored_bytes < element_bytes else 0,
+        reading=READERS * 3 * PIECE_BYTES,
+    )
 
 
 @dataclass(frozen=True)
@@ -188,13 +206,11 @@ def plan_evaluation(
         return plan_evaluation(sizes, model, replace(shape, rows=shape.rows // 2), element_bytes, budget, True)
 
 
-def generation_work(
-    model: ModelConfig, longest: int, max_tokens: int, wanted: int, element_bytes: int, prefill: int
-) -> StreamedWork:
-    """Texts after prompts of at most `longest` tokens, of which `prefill` go through the model at a time."""
+def generation_work(model: ModelConfig, longest: int, max_tokens: int, wanted: int, element_bytes: int) -> StreamedWork:
+    """Texts after prompts of at most `longest` tokens."""
     capacity = min(longest + max_tokens, model.max_positions or longest + max_tokens)
     cache = capacity * kv_cache_bytes(model, element_bytes)
     kept = longest * model.hidden_size * element_bytes + LOGITS_BYTES * model.padded_vocab_size
-    tokens = max(longest, min(prefill, wanted * longest))
+    tokens = max(longest, min(PREFILL_CHUNK_TOKENS, wanted * longest))
     working = block_working_bytes(model, tokens, element_bytes) + head_slice_bytes(model, element_bytes)
     return StreamedWork(wanted, kept, working, 1, forward_flops(model, capacity), cache)

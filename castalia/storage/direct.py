@@ -17,7 +17,7 @@ import numpy as np
 from typing_extensions import Self
 
 ALIGNMENT = 4096  # of offsets, lengths and memory; a multiple of every disk's block
-WINDOW_BYTES = 8 << 20  # read at once
+WINDOW_BYTES = 8 << 20  # read at once; `castalia.plan.stream_plan` counts it for each thread
 _own = local()
 
 

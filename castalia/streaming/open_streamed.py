@@ -7,12 +7,10 @@ import torch
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.schema import ModelConfig
 from castalia.errors import ConfigError
-from castalia.plan.free_memory import free_memory
+from castalia.plan.free_memory import SHARE, free_memory
 from castalia.plan.stream_plan import StreamedWork, StreamPlan, memory_without_streaming
 from castalia.streaming.stream_units import ModelUnits
 from castalia.streaming.streamed_model import Packing, StreamedTransformer
-
-SHARE = 0.8  # of the free memory, for a model that is streamed because it does not fit
 
 
 def budget_for(model: ModelConfig, work: StreamedWork, element_bytes: int, memory: int | None) -> int | None:

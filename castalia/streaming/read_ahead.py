@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from castalia.checkpoint.restore import require_finite
-from castalia.plan.stream_plan import BUFFERS
+from castalia.plan.stream_plan import BUFFERS, PIECE_BYTES, READERS
 from castalia.storage.direct import private_memory
 from castalia.storage.extent import read_past_cache, verifying
 from castalia.storage.lazy import TensorRef
-from castalia.streaming.stream_units import PIECE_BYTES, READERS, Unit, is_read_in_rows
+from castalia.streaming.stream_units import Unit, is_read_in_rows
 
 
 @dataclass
@@ -84,19 +84,19 @@ class ReadAhead:
             if not self.pending or self.pending[0].number != number:
                 self._discard()
                 self._begin(number)
+            self._read_on(number)  # so that the disk has work when this unit is there
             self.current = self._finished(self.pending.popleft())
         self._read_on(number)
         return self.current.made
 
     def measure(self) -> float:
-        """Bytes per second at which the first unit that does not stay is read; it is kept for when it is needed."""
-        number = next((n for n in range(len(self.units)) if n not in self.stays), 0)
+        """Bytes per second at which the first unit is read, before it is needed."""
         started = time.perf_counter()
         self._discard()
-        self._begin(number)
-        for part in self.pending[-1].parts:
+        self._begin(0)
+        for part in self.pending[0].parts:
             part.result()
-        return self.units[number].num_bytes / (time.perf_counter() - started)
+        return self.units[0].num_bytes / (time.perf_counter() - started)
 
     def close(self) -> None:
         """Stop reading."""

@@ -12,13 +12,11 @@ from castalia.checkpoint.restore import fitting_tensors
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.schema import ModelConfig
 from castalia.config.tensor_table import block_of, row_of
-from castalia.plan.stream_plan import StreamedSizes
+from castalia.plan.stream_plan import PIECE_BYTES, READERS, StreamedSizes
 from castalia.storage.direct import WINDOW_BYTES
 from castalia.storage.lazy import ITEM_BYTES, Permuted, Reordered, TensorRef, Transposed, everything
 
 PLACE = 64  # bytes, at a multiple of which each tensor begins, as torch's own do: kernels may depend on it
-PIECE_BYTES = 8 << 20  # of a tensor that is converted while it is read
-READERS = 4  # threads
 PACKING_COPIES = 8  # bytes per value of the matrices that a block stacks: two copies in fp32
 
 

@@ -68,7 +68,7 @@ class StreamedTransformer(Transformer):
             self.set_parameter(name, None)
         stays = [*plan.resident, *([cfg.num_layers] if plan.head_stays else [])]
         make = self.packed if packing else None
-        parts = [*units.blocks, units.head]
+        parts = [*units.blocks, *([units.head] if units.head.tensors else [])]
         self.reader = ReadAhead(parts, stays, where, past_cache=past_cache, make=make, finite=finite)
         self.bound: list[str] = []  # names of the parameters of the block that is in a buffer
         self.hold(units)

@@ -65,6 +65,11 @@ def test_the_figures_of_scaling_are_those_that_its_commands_print(tmp_path):
     assert derived <= set(FIGURE.findall(prose))
 
 
+def test_the_figures_of_larger_than_memory_are_those_that_its_commands_print(tmp_path):
+    ((script, shown),) = PRINTED_BLOCK.findall((ROOT / "docs" / "larger-than-memory.md").read_text(encoding="utf-8"))
+    assert printed(script, tmp_path) == shown
+
+
 def test_links_between_documents_lead_somewhere():
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
     broken = [

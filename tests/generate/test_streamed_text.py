@@ -31,7 +31,7 @@ def streamed(
 ) -> StreamedTransformer:
     cfg = checkpoint.config.model
     units = units_of(checkpoint, cfg, dtype)
-    work = generation_work(cfg, 30, 20, 5, 4, 2048)
+    work = generation_work(cfg, 30, 20, 5, 4)
     planned = StreamPlan(units.sizes(), work, 10**9, 5, spread(resident, cfg.num_layers), True, **plan)
     packing = product and Packing(lambda block: packed_block(block, product), lambda weight: product((weight, None)))
     return StreamedTransformer(cfg, units, planned, "memory", packing=packing)
@@ -75,7 +75,7 @@ def test_the_smallest_budget_puts_the_cache_on_disk(make_model):
 
     cfg = make_model().cfg
     units = units_of(checkpoint_of(make_model()), cfg, torch.float32)
-    work = replace(generation_work(cfg, 30, 20, 5, 4, 2048), cache_each=10**8)
+    work = replace(generation_work(cfg, 30, 20, 5, 4), cache_each=10**8)
     least = PROGRAM_BYTES + units.sizes().always + work.working + work.bytes_each
     assert plan_stream(units.sizes(), work, least).cache_on_disk
     assert plan_stream(units.sizes(), work, least + 10**8 - 1).cache_on_disk

@@ -87,12 +87,22 @@ def test_doctor_explains_each_missing_path() -> None:
         assert (f"missing: {path['name']}: {path['cost']}" in text) != path["available"]
 
 
+def test_what_a_config_of_a_model_larger_than_memory_would_read() -> None:
+    words = ["plan", "gpt-neox-20b", "--vocab-size", "50257", "--generate", "--memory", "8GB"]
+    found = json.loads(castalia(*words, "--json").stdout)
+    assert found["disk_bytes_per_second"] == [5e8, 2e9, 7e9]
+    row = found["plans"][0]
+    assert row["bytes_per_pass"] == (44 - row["resident_blocks"]) * 2 * 453_064_704
+    assert row["seconds_per_pass"] == [row["bytes_per_pass"] / rate for rate in (5e8, 2e9, 7e9)]
+    assert "too little" in castalia(*words[:-1], "2GB", code=2).stderr
+
+
 def test_what_a_checkpoint_larger_than_memory_reads(tmp_path: Path) -> None:
     written(made(FAMILIES["gpt_neox"]), tmp_path / "model", "native")
     for purpose in ("--generate", "--eval"):
         plan = json.loads(castalia("plan", str(tmp_path / "model"), purpose, "--memory", "1GB", "--json").stdout)
         assert [row["wanted"] for row in plan["plans"]] == [1, 16, 256]
         assert all(row["resident_blocks"] == 2 and row["bytes_per_pass"] == 0 for row in plan["plans"])
-        assert "2 of 2" in castalia("plan", str(tmp_path / "model"), purpose, "--memory", "1GB").stdout
+        assert "2 blocks of" in castalia("plan", str(tmp_path / "model"), purpose, "--memory", "1GB").stdout
     for words in (["--memory", "1GB"], ["--generate", "--eval"], ["--generate", "--memory", "99MB"]):
         assert castalia("plan", str(tmp_path / "model"), *words, code=2).stderr.startswith("error: ")
