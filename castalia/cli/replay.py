@@ -85,7 +85,7 @@ def _compared(result: dict[str, Any], name: str) -> str:
         return f"{recorded:.6f} is recorded"
     if distance == 0:
         return "as recorded, bit for bit"
-    reasons = "another layout, machine or version"
+    reasons = "another layout, number of threads, machine or version"
     if not result["repeats_bits"]:
         reasons = f"GPUs add in any order without train.deterministic=true; or {reasons}"
     return f"{recorded:.6f} is recorded, {distance:.1e} away: {reasons}"

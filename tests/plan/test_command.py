@@ -106,3 +106,14 @@ def test_what_a_checkpoint_larger_than_memory_reads(tmp_path: Path) -> None:
         assert "2 blocks of" in castalia("plan", str(tmp_path / "model"), purpose, "--memory", "1GB").stdout
     for words in (["--memory", "1GB"], ["--generate", "--eval"], ["--generate", "--memory", "99MB"]):
         assert castalia("plan", str(tmp_path / "model"), *words, code=2).stderr.startswith("error: ")
+
+
+def test_a_neox_config_without_a_tokenizer_is_planned_with_neox_default(tmp_path: Path) -> None:
+    keys = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "log_dir": "x", "num_workers": 1}
+    (tmp_path / "neox.yml").write_text(json.dumps(keys | {"steps_per_print": 3, "gradient_clipping": 1.0}))
+    said = " ".join(castalia("plan", str(tmp_path / "neox.yml")).stdout.split())
+    assert "assumed: vocabulary 50,257: GPT-NeoX's default, GPT2BPETokenizer, as the config names no tokenizer" in said
+    assert "note: 3 keys without effect (castalia config check lists them)" in said
+    assert "not given: no end, no data, no batch, no vocabulary, no folder (castalia config check" in said
+    (tmp_path / "ours.yml").write_text("model: {num_layers: 1, hidden_size: 8, num_heads: 1}")
+    assert "not known: the vocabulary" in castalia("plan", str(tmp_path / "ours.yml")).stdout
