@@ -61,13 +61,14 @@ def look_at_machine() -> dict:
     """Versions, CPU, memory and GPUs of this machine, ready for JSON."""
     import torch
 
+    from castalia.train.hardware import usable_cores
+
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "system": platform.platform(),
         "cpu": _cpu_name(),
-        # A container or `taskset` may allow fewer cores than the machine has; macOS does not tell.
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "instructions": [flag for flag in FLAGS if flag in cpu_flags()],

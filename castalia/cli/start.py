@@ -146,7 +146,7 @@ def _choose(seen: Folder, asked: dict[str, Any]) -> tuple[Choice, Choice | None,
     """The choice, the one for twice the time, the machine in words, and its pace."""
     from castalia.quickstart.choose import TRAINING_SHARE, choose
     from castalia.quickstart.measure import measure_pace
-    from castalia.train.hardware import choose_device, choose_dtype, device_and_memory, name_of
+    from castalia.train.hardware import choose_device, choose_dtype, device_and_memory, machine_name, name_of
 
     _say("measuring", "this machine with two small models, for some seconds")
     device, memory = device_and_memory()
@@ -161,8 +161,7 @@ def _choose(seen: Folder, asked: dict[str, Any]) -> tuple[Choice, Choice | None,
             device=device, precision=precision,
         )  # fmt: skip
 
-    threads = "" if device == "cuda" else f", {len(os.sched_getaffinity(0))} cores"
-    return chosen(1), chosen(2) if seconds else None, f"{device}{threads}", pace
+    return chosen(1), chosen(2) if seconds else None, machine_name(choose_device("auto")), pace
 
 
 def _write_config(seen: Folder, choice: Choice, run: Path, asked: dict[str, Any], begin: float) -> None:

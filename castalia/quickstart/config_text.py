@@ -9,7 +9,7 @@ from castalia.quickstart.choose import Choice
 from castalia.quickstart.family import architecture, rate_groups
 from castalia.quickstart.measured import BASE_WIDTH, SOURCE
 
-SAVE_SECONDS = 600.0  # from one checkpoint to the next
+SAVE_MINUTES = 10.0  # from one checkpoint to the next
 EVALUATIONS = 10  # in a run
 EVALUATED_SHARE = 0.15  # of the tokens trained on: all evaluations, which cost a third of training each
 WARMUP = 0.05
@@ -56,7 +56,6 @@ def settings(choice: Choice, places: Places, valid_tokens: int, steps: int, step
         "eval.every": (max(1, steps // EVALUATIONS), "steps between looks at text that it never learns from"),
         "eval.batches": (evaluated, ""),
         "checkpoint.dir": (places.run, "the run's folder"),
-        "checkpoint.every": (max(1, min(steps, round(SAVE_SECONDS / step_seconds))), "steps: about ten minutes"),
-        "checkpoint.keep_last": (2, "older ones are deleted"),
+        "checkpoint.save_minutes": (SAVE_MINUTES, "so much is lost at most; the next save replaces such a one"),
         "log.every": (max(1, min(steps // 20, round(60 / step_seconds))), "steps between lines on the screen"),
     }

@@ -35,7 +35,10 @@ def reasons(choice: Choice) -> dict[str, str]:
         "text": f"of {len(SIZES)} sizes the one with the lowest loss to expect; the text bears no larger one",
         "size": "the one nearest the size that you asked for",
     }
-    rate = f"{choice.rate * BASE_WIDTH / choice.width:.2g} for matrices, by muP's rule for widths; from {SOURCE}"
+    rate = f"for this batch and depth, from a rate measured at this width by {SOURCE}"
+    if choice.width != BASE_WIDTH:
+        matrices = f"{choice.rate * BASE_WIDTH / choice.width:.2g}"
+        rate = f"of vectors; {matrices} of matrices, by muP from a rate measured by {SOURCE}"
     stops = f"it stops before the time is over: after {MAX_PASSES} passes a model learns the text by heart"
     return {
         "model": model[choice.limit],
@@ -83,7 +86,7 @@ def _error(folder: Folder) -> str:
         return (
             f"give or take {error:.0%}: the law was measured on another text, this one is judged by how xz shrinks it"
         )
-    return f"give or take {error:.0%}: {SOURCE}"
+    return f"give or take {error:.0%}, measured by {SOURCE}"
 
 
 def about_loss(choice: Choice, twice: Choice | None, folder: Folder) -> Rows:
@@ -92,7 +95,7 @@ def about_loss(choice: Choice, twice: Choice | None, folder: Folder) -> Rows:
     low, high = choice.bits_per_byte * (1 - error), choice.bits_per_byte * (1 + error)
     rows = [
         ("expect", f"{choice.bits_per_byte:.2f} bits for each byte of text that it never saw, {low:.2f} to {high:.2f}"),
-        ("", f"{_error(folder)}; a byte has 8, and xz takes about 2 of much English"),
+        ("", f"{_error(folder)}; a byte has 8 bits, and xz takes {folder.xz_bits_per_byte:.2f} of this text"),
     ]
     if twice is None:
         return rows

@@ -21,6 +21,20 @@ def name_of(dtype: torch.dtype) -> str:
     return next(name for name, known in DTYPES.items() if known == dtype)
 
 
+def usable_cores() -> int:
+    """Cores of this process: a container or `taskset` may allow fewer than the machine has; macOS does not tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine_name(device: torch.device, ranks: int = 1) -> str:
+    """What a run computes on, in words: "CPU, 2 cores", "8 x NVIDIA H200"."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return f"{ranks} x {name}" if ranks > 1 else name
+    processes = f", {ranks} processes" if ranks > 1 else ""
+    return f"CPU, {usable_cores()} cores{processes}"
+
+
 def choose_device(wanted: str) -> torch.device:
     """The device of `train.device`; `auto` is a GPU where there is one. Raises ConfigError for a missing GPU."""
     if wanted == "cuda" and not torch.cuda.is_available():

@@ -39,7 +39,7 @@ from castalia.observe.watch import StepPace, Watch, data_of_step
 from castalia.parallel.executor import StepLeft
 from castalia.parallel.process_group import process_group
 from castalia.parallel.rendezvous import is_main
-from castalia.train.hardware import choose_device, keep_freed_memory
+from castalia.train.hardware import choose_device, keep_freed_memory, machine_name
 from castalia.train.instruments import LAYERS, Instruments
 from castalia.train.resolve import refuse_folder_in_use
 from castalia.train.run_folder import (
@@ -176,7 +176,9 @@ class TrainingRun:
         truncate_records(folder / LAYERS, self.progress.step)
         self.unevaluated = truncate_metrics(folder, self.progress.step, self.validation.is_due(self.progress.step))
         source = session.source.path if session.source else None
-        facts = {"source": source, "data_fingerprint": session.data.fingerprint, **self.job._asdict()}
+        machine = machine_name(session.device, session.executor.world)
+        facts = {"source": source, "data_fingerprint": session.data.fingerprint, "machine": machine}
+        facts |= self.job._asdict()
         self._event("start", step=self.progress.step, **facts)
         return Metrics(folder, self.config, self.unevaluated)
 

@@ -24,6 +24,11 @@ def test_the_text_is_read_as_the_config_that_was_meant(values, words, tmp_path):
     assert max(map(len, file.read_text().splitlines())) <= 110
 
 
+def test_the_run_saves_by_time(values):
+    config = load(values, [])
+    assert (config.checkpoint.save_minutes, config.checkpoint.every) == (10.0, None)
+
+
 def test_what_was_asked_for_is_marked_as_such(values):
     text = commented(overridden(values, load(values, ["train.batch_size=4", "train.micro_batch_size=4"])), [])
     lines = [line for line in text.splitlines() if line.strip().startswith("batch_size:")]

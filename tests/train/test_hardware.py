@@ -9,8 +9,8 @@ import torch
 
 from castalia.cli.train import read_config
 from castalia.observe.display import Display
-from castalia.observe.metrics import read_metrics
-from castalia.train.hardware import had_its_cores, measured_flops, repeat_bits
+from castalia.observe.metrics import read_events, read_metrics
+from castalia.train.hardware import had_its_cores, machine_name, measured_flops, repeat_bits, usable_cores
 from castalia.train.loop import train
 from castalia.tune.replay import replay
 
@@ -86,3 +86,14 @@ def test_a_stopped_run_goes_on_bit_for_bit_on_a_gpu(switches, tiny, tmp_path, op
     assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
     found = replay(tmp_path / "straight", 15)
     assert found["loss_distance"] == found["grad_norm_distance"] == 0
+
+
+def test_the_machine_in_words():
+    assert machine_name(torch.device("cpu")) == f"CPU, {usable_cores()} cores"
+    assert machine_name(torch.device("cpu"), 4).endswith(" cores, 4 processes")
+
+
+def test_a_run_records_what_it_trains_on(tiny, tmp_path):
+    train(tiny(tmp_path / "run", "train.steps=1", "eval.batches=0"))
+    (start,) = (event for event in read_events(tmp_path / "run") if event["event"] == "start")
+    assert "cores" in start["machine"] or torch.cuda.is_available()
