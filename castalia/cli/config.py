@@ -59,7 +59,9 @@ def show(
 
 
 @app.command()
-def check(words: Words) -> None:
+def check(
+    words: Words, as_json: Annotated[bool, typer.Option("--json", help="one object with all that was found")] = False
+) -> None:
     """Check a config, and all that `castalia train` checks before it starts: data, tokenizer, folder, layout.
 
     \b
@@ -79,6 +81,10 @@ def check(words: Words) -> None:
     found = find_obstacles(config, config.parallel.gpus or 1)
     refuse(each for each in found if each.kind == "error")
     warned = warnings(config, collect_run_facts(config), layout_of(config, None)[0])
+    if as_json:
+        obstacles = [each._asdict() for each in found]
+        print(to_json({"accepted": words, "notes": config.notes, "warnings": warned, "obstacles": obstacles}, indent=1))
+        return
     for line in (*(f"note: {note}" for note in config.notes), *(f"warning: {text}" for text in warned), *found):
         say(str(line), sys.stderr)
     number, kinds = len(config.notes) + len(warned), Counter(each.kind for each in found)

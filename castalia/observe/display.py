@@ -116,7 +116,8 @@ class Display:
         ]
         if peak is not None and speed <= peak:  # a busy CPU's measured peak may be too low
             parts.append(f"MFU {speed / peak:.1%}")
-        parts += [f"{name} {record[name]:.3f}" for name in ("margin", "accuracy") if name in record]
+        parts.append(f"ETA {duration(self._seconds_left(done))}")
+        more = [f"{name} {record[name]:.3f}" for name in ("margin", "accuracy") if name in record]
         if "valid_loss" in record:
             parts.append(f"valid loss {record['valid_loss']:.4f}")
         self.line("  ".join([*parts, f"ETA {duration(round(self._seconds_left(done)))}"]))

@@ -49,6 +49,12 @@ def test_show_as_json(run):
     assert any("log_dir" in note for note in table["notes"])
 
 
+def test_check_tells_a_program_what_it_found(run):
+    found = json.loads(run("check", "neox.yml", "--json").stdout)
+    assert found["accepted"] == ["neox.yml"] and found["notes"]
+    assert {each["kind"] for each in found["obstacles"]} <= {"not given", "missing here", "in the way"}
+
+
 def test_check_accepts_with_notes_and_refuses_with_2(run, tmp_path):
     result = run("check", "neox.yml")
     assert "accepted: neox.yml (" in result.stdout

@@ -41,6 +41,12 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_a_preparation_tells_a_program_what_it_made(prepared: Path) -> None:
+    done = run(data_verbs.app, "prepare", "corpus.jsonl", "--tokenizer-kind", "bytes", "--output", "again", "--json")
+    found = json.loads(done.output)
+    assert found["documents"] == 200 and found["outputs"] == ["again_text_document"]
+
+
 def test_inspect(prepared: Path) -> None:
     corpus = open_dataset("data/corpus_text_document")
     text = run(data_verbs.app, "inspect", "data/corpus_text_document", "--tokenizer", "tokenizer.json").output

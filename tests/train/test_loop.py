@@ -405,7 +405,7 @@ def test_weights_alone_start_a_new_run(straight, tiny, tmp_path, capsys):
     train(tiny(tmp_path / "run", f"checkpoint.init_from={straight}", "train.steps=2", "eval.every=null"))
     said = capsys.readouterr().out
     assert "loaded        28 of 28 tensors, 41.92K parameters, Castalia, step 20" in said
-    assert "moments: reset  (init_from begins a new run" in said
+    assert "new           fp32 masters, moments, schedule, step, data position" in said
     assert "RANDOM" not in said
     (first, loss, _, _), *_ = losses(tmp_path / "run")
     assert first == 1
@@ -457,7 +457,7 @@ def test_a_load_that_finds_nothing_is_an_error_but_for_the_first_start(tiny, tmp
 def test_other_data_and_another_schedule_must_be_asked_for(straight, tmp_path):
     shutil.copytree(straight, tmp_path / "run")
     run = str(tmp_path / "run")
-    with pytest.raises(TrainingError, match="schedule differs.*schedule_from"):
+    with pytest.raises(TrainingError, match="schedule is not that of the checkpoint .*schedule_from"):
         train(read_config([run, "checkpoint.step=10", "optimizer.lr=0.02"]))
     with pytest.raises(TrainingError, match="other_data=true"):
         train(read_config([run, "checkpoint.step=10", "data.split=80,20,0"]))
