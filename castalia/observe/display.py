@@ -14,7 +14,7 @@ from typing import IO, Any, cast
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from castalia.columns import wrapped
+from castalia.columns import WIDTH, wrapped
 from castalia.units import duration
 
 RECENT = 20  # steps whose median tells how long the others take
@@ -116,11 +116,12 @@ class Display:
         ]
         if peak is not None and speed <= peak:  # a busy CPU's measured peak may be too low
             parts.append(f"MFU {speed / peak:.1%}")
-        parts.append(f"ETA {duration(self._seconds_left(done))}")
+        parts.append(f"ETA {duration(round(self._seconds_left(done)))}")
         more = [f"{name} {record[name]:.3f}" for name in ("margin", "accuracy") if name in record]
         if "valid_loss" in record:
-            parts.append(f"valid loss {record['valid_loss']:.4f}")
-        self.line("  ".join([*parts, f"ETA {duration(round(self._seconds_left(done)))}"]))
+            more.append(f"valid loss {record['valid_loss']:.4f}")
+        text = "  ".join([*parts, *more])
+        self.as_it_is(text if len(text) <= WIDTH else "\n  ".join(map("  ".join, (parts, more))))
 
     def expect(self, done: int, seconds: float) -> None:
         """Says in the first step, after `done` others, that a step takes about so many seconds."""
