@@ -275,13 +275,11 @@ def batch(
     Tokens are decoded if the config names a tokenizer. Those that count for the loss are bright, the rest dim; without
     a terminal they stand in [[double brackets]].
     """
-    import numpy as np
-
     from castalia.cli.train import read_config
+    from castalia.data.batch_rows import batch_rows, write_ids
     from castalia.data.loader import SPLITS
-    from castalia.data.pairs import open_samples, sides_of
+    from castalia.data.pairs import open_samples
     from castalia.data.tokenizer import load_tokenizer
-    from castalia.files import appearing
 
     run = read_config(config)
     chosen = next((name for name in SPLITS if name == split), None)
@@ -291,28 +289,11 @@ def batch(
         raise DataError(f"--step {step}: the run's steps are 1 to {run.train.steps} (train.steps)")
     number = step - 1  # as the data are counted
     samples = open_samples(run, chosen)
-    sides, positions = sides_of(samples), samples.positions(number).tolist()
     if npy is not None:
-        with appearing(npy) as file:
-            # Inputs and labels are this one sequence, shifted by one: hence a token more.
-            texts = (side.sample(row)[0][: side.length(number) + 1] for row in positions for side in sides.values())
-            np.save(file, np.stack([*texts]))
+        write_ids(samples, number, npy)
     named = run.tokenizer.path is not None or run.tokenizer.kind is not None
     decoder = load_tokenizer(run.tokenizer, neox=run.neox_exact) if named else None
-    batches = {name: side.batch(number) for name, side in sides.items()}
-    rows = [
-        {
-            "position": position,
-            **({"side": name} if name else {}),
-            **({"reward": float(arrays.rewards[row])} if arrays.rewards is not None else {}),
-            "pieces": [piece._asdict() for piece in sides[name].pieces(position)],
-            "tokens": arrays.tokens[row].tolist(),
-            "labels": arrays.labels[row].tolist(),
-            "text": decoder.decode(arrays.tokens[row]) if decoder else None,
-        }
-        for row, position in enumerate(positions)
-        for name, arrays in batches.items()
-    ]
+    rows = batch_rows(samples, number, decoder)
     if as_json:
         print(to_json({"step": step, "split": split, "fingerprint": samples.fingerprint, "samples": rows}))
         return

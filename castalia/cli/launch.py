@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
-
-if TYPE_CHECKING:
-    from castalia.launch.hosts import Host
 
 SUBMIT = {"slurm": "sbatch", "torchrun": "bash", "k8s": "kubectl apply -f"}
 
@@ -44,6 +41,7 @@ def command(
     from castalia.errors import ConfigError
     from castalia.files import write_text
     from castalia.launch import render
+    from castalia.launch.hosts import chosen_hosts
     from castalia.parallel.rank_grid import check_run, layout
     from castalia.train.start_checks import find_obstacles, refuse
 
@@ -87,21 +85,3 @@ def command(
         return
     write_text(output, text)
     print(f"wrote {output}; start it with: {SUBMIT[kind]} {output}")
-
-
-def chosen_hosts(hostfile: Path | None, nodes: int | None, gpus_per_node: int | None) -> list[Host]:
-    """The first `nodes` of the hostfile, with `gpus_per_node` slots where that is given. Empty without a file."""
-    from castalia.errors import ConfigError
-    from castalia.launch.hosts import read_hosts
-
-    if hostfile is None:
-        return []
-    hosts = read_hosts(hostfile)
-    if nodes and nodes > len(hosts):
-        raise ConfigError(f"--nodes {nodes} is more than the {len(hosts)} hosts of {hostfile}")
-    small = [host for host in hosts[:nodes] if host.slots < (gpus_per_node or 1)]
-    if small:
-        raise ConfigError(
-            f"{hostfile}: {small[0].name} has {small[0].slots} slots, not --gpus-per-node {gpus_per_node}"
-        )
-    return [host._replace(slots=gpus_per_node or host.slots) for host in hosts[:nodes]]

@@ -36,3 +36,21 @@ def read_hosts(path: str | Path) -> list[Host]:
     if not hosts:
         raise ConfigError(f"{path} names no host; write lines such as: node1 slots=8")
     return list(hosts.values())
+
+
+def chosen_hosts(hostfile: Path | None, nodes: int | None, gpus_per_node: int | None) -> list[Host]:
+    """The first `nodes` of the hostfile, with `gpus_per_node` slots where that is given. Empty without a file.
+
+    Raises ConfigError for more machines or slots than the file has.
+    """
+    if hostfile is None:
+        return []
+    hosts = read_hosts(hostfile)
+    if nodes and nodes > len(hosts):
+        raise ConfigError(f"--nodes {nodes} is more than the {len(hosts)} hosts of {hostfile}")
+    small = [host for host in hosts[:nodes] if host.slots < (gpus_per_node or 1)]
+    if small:
+        raise ConfigError(
+            f"{hostfile}: {small[0].name} has {small[0].slots} slots, not --gpus-per-node {gpus_per_node}"
+        )
+    return [host._replace(slots=gpus_per_node or host.slots) for host in hosts[:nodes]]
