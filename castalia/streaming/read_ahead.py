@@ -99,9 +99,12 @@ class ReadAhead:
         return self.units[0].num_bytes / (time.perf_counter() - started)
 
     def close(self) -> None:
-        """Stop reading."""
+        """Stop reading, and give all memory back."""
         self._discard()
         self.readers.shutdown()
+        self.current = None
+        self.free.clear()
+        self.kept.clear()
 
     def _read_on(self, number: int) -> None:
         """Begin to read the units after this one, as far as there is memory for them."""

@@ -58,7 +58,7 @@ class ModelUnits:
     blocks: tuple[Unit, ...]
     head: Unit  # empty for a model that predicts no tokens
     rest: Unit  # always in memory
-    rows: Mapping[str, TensorRef]  # of which single rows are read
+    embedding: TensorRef  # of which single rows are read
     dtype: torch.dtype  # of the computation
 
     def sizes(self, packed_item: int = 0) -> StreamedSizes:
@@ -93,7 +93,7 @@ def units_of(checkpoint: Checkpoint, cfg: ModelConfig, dtype: torch.dtype) -> Mo
     head = () if cfg.reward_head else ("embed.weight" if cfg.tie_embeddings else "head.weight",)
     inside = {name for block in blocks for name in block.tensors}
     rest = [name for name in refs if name not in inside and not row_of(name).has_token_rows]
-    return ModelUnits(blocks, unit(head), unit(rest), {"embed": refs["embed.weight"]}, dtype)
+    return ModelUnits(blocks, unit(head), unit(rest), refs["embed.weight"], dtype)
 
 
 def held_dtype(ref: TensorRef, dtype: torch.dtype) -> torch.dtype:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from castalia.checkpoint.restore import require_finite
 from castalia.config.schema import ModelConfig
 from castalia.data.loader import Batch
 from castalia.model.layers import Linear, linear
@@ -23,7 +24,7 @@ from castalia.parallel.executor import Executor, Rows
 from castalia.plan.stream_plan import HEAD_ROWS, StreamPlan, head_slice_bytes
 from castalia.storage.lazy import TensorRef
 from castalia.streaming.read_ahead import ReadAhead, bytes_of_memory, read_in_pieces
-from castalia.streaming.stream_units import ModelUnits, held_dtype
+from castalia.streaming.stream_units import ModelUnits, Unit, held_dtype
 
 NEAR_ROWS = 8  # rows of the embedding that are this near to each other are read together
 
@@ -59,9 +60,9 @@ class StreamedTransformer(Transformer):
             super().__init__(cfg, compute_dtype=torch.float32 if packing else units.dtype, exact=exact)
         self.packing = packing
         self.plan, self.advance = plan, advance
-        self.loss = self.sliced_loss  # type: ignore[assignment]  # it has the same arguments
+        del self.loss  # the method below; as an attribute, it would keep the model alive
         self.scratch = Scratch(max(plan.sizes.cast, head_slice_bytes(cfg, units.dtype.itemsize)))
-        self.embed = GatheredRows(units.rows["embed"], units.dtype)  # type: ignore[assignment]
+        self.embed = GatheredRows(units.embedding, units.dtype, where if finite else None)  # type: ignore[assignment]
         for block in self.blocks.values():
             use_scratch(block, self.scratch)
         for name, _ in list(self.named_parameters()):
@@ -71,17 +72,19 @@ class StreamedTransformer(Transformer):
         parts = [*units.blocks, *([units.head] if units.head.tensors else [])]
         self.reader = ReadAhead(parts, stays, where, past_cache=past_cache, make=make, finite=finite)
         self.bound: list[str] = []  # names of the parameters of the block that is in a buffer
-        self.hold(units)
+        self.hold(units.rest, where if finite else None)
         if packing and self.norm is not None:
             self.norm.float()
         self.eval()
 
-    def hold(self, units: ModelUnits) -> None:
-        """Read what is always in memory: norms and learned positions."""
-        memory = units.rest.views(bytes_of_memory(units.rest.num_bytes))
+    def hold(self, rest: Unit, where: str | None) -> None:
+        """Read what is always in memory: norms and learned positions. `where`: None for values that may be NaN."""
+        memory = rest.views(bytes_of_memory(rest.num_bytes))
         for name, view in memory.items():
-            read_in_pieces(units.rest.tensors[name], view, 0)
+            read_in_pieces(rest.tensors[name], view, 0)
             self.set_parameter(name, view)
+        if where is not None:
+            require_finite(memory, where)
 
     def set_parameter(self, name: str, value: Tensor | None) -> None:
         """Give a parameter its values, or take them away."""
@@ -150,7 +153,9 @@ class StreamedTransformer(Transformer):
             return self.reader.take(self.cfg.num_layers)(x)
         return torch.cat([linear(x, rows) for rows in self.head_slices(self.head_weight, x.dtype)], dim=-1)
 
-    def sliced_loss(self, x: Tensor, weight: Tensor, labels: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
+    def loss(  # type: ignore[override]
+        self, x: Tensor, weight: Tensor, labels: Tensor, z_loss: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         """The loss of a model that does not train, as `linear_cross_entropy` gives it."""
         return sliced_cross_entropy(x, lambda: self.head_slices(weight, x.dtype), labels, len(weight))
 
@@ -182,9 +187,10 @@ class StreamedExecutor(Executor):
 class GatheredRows(nn.Module):
     """An embedding of which only the rows of the tokens at hand are read."""
 
-    def __init__(self, source: TensorRef, dtype: torch.dtype) -> None:
+    def __init__(self, source: TensorRef, dtype: torch.dtype, where: str | None) -> None:
+        """`dtype`: of the computation. `where` names the checkpoint in errors; None: values may be NaN."""
         super().__init__()
-        self.source, self.dtype = source, held_dtype(source, dtype)
+        self.source, self.dtype, self.where = source, held_dtype(source, dtype), where
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[...] -> [..., h], in the dtype in which they are held."""
@@ -192,7 +198,10 @@ class GatheredRows(nn.Module):
         ends = (wanted.diff() > NEAR_ROWS).nonzero().flatten() + 1
         runs = wanted.tensor_split(ends)
         read = [self.source.read([slice(int(run[0]), int(run[-1]) + 1)])[run - run[0]] for run in runs]
-        return torch.cat(read).to(self.dtype)[places]
+        rows = torch.cat(read).to(self.dtype)
+        if self.where is not None:
+            require_finite({"embed.weight": rows}, self.where)
+        return rows[places]
 
 
 class Scratch:

@@ -126,6 +126,14 @@ def test_values_that_are_not_finite_are_named() -> None:
     model.reader.close()
 
 
+@pytest.mark.parametrize("name", ["embed.weight", "norm.bias"])
+def test_values_outside_of_blocks_are_checked_too(name: str) -> None:
+    checkpoint = made(OTHERS["deep"], optimizer=False)
+    bad = torch.full_like(checkpoint.model[name].read(), torch.inf)
+    with pytest.raises(CheckpointError, match=name):
+        streamed(changed(checkpoint, **{name.replace(".", "__"): bad}), torch.float32)(tokens_of(OTHERS["deep"]))
+
+
 def test_damage_is_found_before_anything_is_computed_with_it(tmp_path: Path) -> None:
     checkpoint = written(made(OTHERS["deep"], optimizer=False), tmp_path / "model", "native")
     extent = next(iter(extents_of([checkpoint.model["blocks.3.mlp.down.weight"]])))
