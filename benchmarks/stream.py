@@ -72,7 +72,7 @@ def report(options: argparse.Namespace, place: Path) -> None:
 
 
 def show(what: str, found: dict[str, float]) -> None:
-    others = "  ".join(f"{name} {value:.3g}" for name, value in found.items() if name not in ("seconds", "peak"))
+    others = "  ".join(f"{name} {value:.9g}" for name, value in found.items() if name not in ("seconds", "peak"))
     print(f"{what:<24} {found.get('seconds', float('nan')):8.2f} s   anonymous {found['peak'] / 1e9:.2f} GB   {others}")
 
 
