@@ -88,6 +88,10 @@ def command(
     count. A smaller stride gives each prediction more context.
     """
     if log_probs:
+        if memory is not None:
+            from castalia.errors import ConfigError
+
+            raise ConfigError("--log-probs computes with the whole model in memory: leave out --memory")
         write_log_probs(path, overrides or [], data, step, log_probs)
         return
     only_tasks = {"--shots": shots, "--limit": limit, "--output": output, "--samples": samples, "--chat": chat}

@@ -65,11 +65,13 @@ def command(
     if generate or evaluate:
         from castalia.cli.streaming import memory_bytes, print_checkpoint_plan, print_model_plan
 
-        if generate and evaluate:
-            raise ConfigError("--generate and --eval exclude each other")
+        others = {"--gpus": gpus, "--suggest": suggest, "--plot": plot, "--eval": generate and evaluate}
+        if idle := [name for name, value in others.items() if value]:
+            raise ConfigError(f"{'--generate' if generate else '--eval'} has no use for {' and '.join(idle)}")
         if Path(configs[0]).is_dir() or ("/" in configs[0] and not Path(configs[0]).suffix):
-            if len(configs) > 1:
-                raise ConfigError(f"{configs[0]} is a checkpoint, whose model is what it is: leave out {configs[1]}")
+            if len(configs) > 1 or vocab_size:
+                extra = configs[1] if len(configs) > 1 else "--vocab-size"
+                raise ConfigError(f"{configs[0]} is a checkpoint, whose model is what it is: leave out {extra}")
             print_checkpoint_plan(configs[0], generate, memory_bytes(memory), as_json)
         else:
             config, _ = with_vocabulary(read_config(configs, any_batch=True), vocab_size)
