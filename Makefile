@@ -3,6 +3,7 @@
 # make test-slow   what is marked slow: layouts of all families, dying processes, the documentation's commands
 # make campaign    attacks at length: killed at each file operation, damaged files, bad configs; figures in docs/reliability.md
 # make test-torch TORCH=torch==2.11.0   both suites with another version of torch, in an environment of its own
+# make test-lm-eval   the tests of tasks with the next lm-eval
 # make setup   the environment alone, with all that tests and linters use
 #
 # Needs Python 3.10 or newer and make. Everything lands in .venv, .venv-torch-* and demo.
@@ -21,7 +22,7 @@ PYTEST_ARGS ?=
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow campaign test-torch table-and-suite setup lint clean
+.PHONY: demo test test-slow campaign test-torch test-lm-eval table-and-suite setup lint clean
 
 demo: $(VENV)/core.done
 	rm -rf demo
@@ -51,6 +52,15 @@ test-torch:
 table-and-suite: $(VENV)/test.done
 	$(BIN)/python tests/torch_names.py --write
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m "not campaign" $(PYTEST_ARGS)
+
+PACKAGES := import sysconfig; print(sysconfig.get_path('purelib'))
+
+# The tasks' tests with the development line of lm-eval, in an environment that has all else from $(VENV).
+test-lm-eval: $(VENV)/test.done
+	$(BIN)/python -m venv .venv-lm-eval
+	$(BIN)/python -c "$(PACKAGES)" > "$$(.venv-lm-eval/bin/python -c "$(PACKAGES)")/base.pth"
+	.venv-lm-eval/bin/python -m pip install --no-deps lm_eval==0.5.0.dev1
+	OMP_NUM_THREADS=1 .venv-lm-eval/bin/python -m pytest tests/tasks $(PYTEST_ARGS)
 
 setup: $(VENV)/test.done
 
