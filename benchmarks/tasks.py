@@ -89,7 +89,8 @@ def main() -> None:
     ours = TaskModel(plain, Words(shape.padded_vocab_size))
     rate = present_flops(torch.float32)
     print(f"{args.model}, fp32, {args.documents} questions of 40 tokens with 4 answers of 6; {rate / 1e9:.0f} GFLOP/s")
-    print("| shots | ours, CPU s | lm-eval's hf, CPU s | best batch | times as fast | of the floor |\n|---|---|---|---|---|---|")
+    print("| shots | ours, CPU s | lm-eval's hf, CPU s | best batch | times as fast | of the floor |")
+    print("|---|---|---|---|---|---|")
     for shots in (0, 5):
         asked = requests(shape, args.documents, shots)
         mine, scores = timed(lambda asked=asked: ours._loglikelihood_tokens(asked), args.rounds)
