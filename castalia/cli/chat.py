@@ -60,7 +60,8 @@ def command(
     """
     from castalia.checkpoint.restore import load_tokenizer_for
     from castalia.cli.generate import check_stops, configured, load_writer, sampling_of
-    from castalia.generate.dialogue import ANSWER_TOKENS, Dialogue, chat_of
+    from castalia.data.chat import chat_of
+    from castalia.generate.dialogue import ANSWER_TOKENS, Dialogue
     from castalia.generate.generation import Sampling
 
     check_stops(stop)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -35,7 +36,18 @@ def command(
     path: Annotated[str, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="a run, or a checkpoint of any format")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[OVERLAY.yml...] [KEY=VALUE...]")] = None,
     data: Annotated[
-        str | None, typer.Option(help="prefix of .bin and .idx, or a text file; default: the run's validation data")
+        str | None,
+        typer.Option(
+            help="prefix of .bin and .idx, a text file, or a .jsonl of texts, conversations, prompts with references "
+            "or preferences, known by its fields; default: the run's validation data"
+        ),
+    ] = None,
+    on: Annotated[
+        Literal["answers", "all"] | None,
+        typer.Option(help="all: beside the loss on answers also that on all tokens, questions included"),
+    ] = None,
+    chat_template: Annotated[
+        Path | None, typer.Option(help="of conversations: Jinja file, or folder with one; default: the model's")
     ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="tokenizer file, where the checkpoint has none")] = None,
     step: Annotated[int | None, typer.Option(help="which of several checkpoints; default: the latest")] = None,
@@ -83,9 +95,11 @@ def command(
       castalia eval runs/first
       castalia eval runs/first --data texts.txt --stride 8
       castalia eval runs/first --tasks castalia_demo --limit 4
+      castalia eval runs/chat --data chats.jsonl --on all
 
-    Every token of the data is predicted once, except the first. For a run that trains on labels, only labelled tokens
-    count. A smaller stride gives each prediction more context.
+    Every token of a text is predicted once, except the first; a smaller stride gives each prediction more context. A
+    run that learns answers or preferences is judged by them, as in its training. Of pairs the share in the right order
+    is shown, and the mean margin: of rewards for reward models, else of log-probabilities.
     """
     if log_probs:
         if memory is not None:
@@ -135,6 +149,8 @@ def command(
             pp=pp,
             by_source=by_source,
             memory=budget,
+            on=on,
+            template=chat_template,
         )
     if not is_main():
         return
@@ -226,8 +242,158 @@ def evaluate_checkpoint(
     pp: int = 1,
     by_source: bool = False,
     memory: int | None = None,
+    on: str | None = None,
+    template: Path | None = None,
 ) -> dict[str, Any]:
     """What the command prints, by name."""
+    from castalia.checkpoint.restore import architecture
+    from castalia.train.hardware import DTYPES, choose_device, choose_dtype
+
+    checkpoint, config = overlaid(checkpoint, overrides)
+    tokenizer = find_tokenizer(checkpoint, tokenizer_path)
+    device = choose_device(config.train.device)
+    dtype, model = choose_dtype(config.precision.compute, device), architecture(checkpoint)
+    options = {"--stride": stride is not None, "--by-source": by_source, "--memory": memory is not None}
+    given = [name for name, is_given in options.items() if is_given]
+
+    def load(source: Checkpoint) -> Executor:
+        """A model on this process or these, such as the reference model beside the one that is judged."""
+        from castalia.train.hardware import keep_freed_memory
+
+        keep_freed_memory()
+        length = min(config.data.seq_length, model.max_positions or config.data.seq_length)
+        return load_executor(source, length, config.train.micro_batch_size or 8, dtype, device, tp, pp)[0]
+
+    judged = judged_by_labels(checkpoint, config, tokenizer, data, on, template, given, load)
+    if judged is None:
+        judged = judged_as_stream(checkpoint, config, tokenizer, data, stride, tp, pp, by_source, dtype, device, memory)
+    precision = next(name for name, number in DTYPES.items() if number == dtype)
+    where = {"checkpoint": checkpoint.path, "step": checkpoint.progress.step, "data": judged.pop("data")}
+    guess = {} if model.reward_head else {"uniform_loss": uniform_loss(model, tokenizer)}
+    return {**where, "precision": precision, **guess, **judged}
+
+
+def judged_by_labels(
+    checkpoint: Checkpoint,
+    config: RunConfig,
+    tokenizer: Tokenizer | None,
+    data: str | None,
+    on: str | None,
+    template: Path | None,
+    given: list[str],
+    load: Callable[[Checkpoint], Executor],
+) -> dict[str, Any] | None:
+    """The figures by labels and preferences, of a run's own validation data or of a file of records.
+
+    None where the data are a stream of text. `given`: options of the command that only a stream has a use for.
+    """
+    from castalia.cli.opening import tell
+    from castalia.errors import ConfigError
+    from castalia.evaluate.record_batches import kind_of_file
+    from castalia.parallel.rendezvous import world_size
+    from castalia.train.judging import has_own_figures, judge_by_own_validation, reference_checkpoint
+
+    kind = kind_of_file(data) if data and Path(data).is_file() else "text"
+    own = data is None and has_own_figures(config) and not given
+    if kind == "text" and not own:
+        if on or template:
+            raise ConfigError(
+                f"{'--on' if on else '--chat-template'} is for data with answers; here every token counts"
+            )
+        return None
+    if given:
+        raise ConfigError(f"{data} holds answers, each judged by itself: {' and '.join(given)} is for streams of text")
+    config = config.with_({"train.objective": "reward"}) if checkpoint_judges(checkpoint) else config
+    if world_size() > 1 and (kind in ("pair", "judged") or own and config.train.objective != "causal"):
+        raise ConfigError("preferences are judged by one process: leave --tp, --pp and --nproc out")
+    source, note = reference_checkpoint(config, stored=own)
+    tell([note] if note else [], checkpoint.path)
+    executor = load(checkpoint)
+    reference = load(source) if source else None
+    if own:
+        figures: dict[str, Any] = judge_by_own_validation(config, executor, reference, on == "all")
+        if config.train.objective == "causal" and not any(source.labels for source in config.data.valid):
+            figures |= text_bits(config, tokenizer, figures)
+        return {"data": ", ".join(each.path for each in config.data.valid), **figures}
+    assert data is not None
+    return judged_records(checkpoint, config, tokenizer, data, on, template, executor, reference)
+
+
+def text_bits(config: RunConfig, tokenizer: Tokenizer | None, figures: dict[str, Any]) -> dict[str, float]:
+    """Bits per byte of texts, all of whose tokens count; empty without a tokenizer."""
+    from castalia.evaluate.perplexity import bits_per_byte
+    from castalia.evaluate.token_stream import validation_stream
+
+    size = validation_stream(config.data, tokenizer).num_bytes
+    return {"bits_per_byte": bits_per_byte(figures["loss"], int(figures["tokens"]), size)} if size else {}
+
+
+def checkpoint_judges(checkpoint: Checkpoint) -> bool:
+    """Whether it is a reward model."""
+    from castalia.checkpoint.restore import architecture
+
+    return architecture(checkpoint).reward_head
+
+
+def judged_records(
+    checkpoint: Checkpoint,
+    config: RunConfig,
+    tokenizer: Tokenizer | None,
+    data: str,
+    on: str | None,
+    template: Path | None,
+    executor: Executor,
+    reference: Executor | None,
+) -> dict[str, Any]:
+    """The figures of a file of records. Raises DataError where the model has no use for their kind."""
+    from castalia.cli.opening import tell
+    from castalia.errors import DataError
+    from castalia.evaluate.record_batches import answers_encoder, read_records, rewards_encoder
+    from castalia.train.judging import judge_answers, judge_judgements, judge_pairs, usable
+
+    if tokenizer is None:
+        raise DataError(f"{data} is text, but the checkpoint names no tokenizer; give one with --tokenizer")
+    judges = checkpoint_judges(checkpoint)
+    records = read_records(data, (rewards_encoder if judges else answers_encoder)(tokenizer, template))
+    length = executor.models[0].cfg.max_positions or max(len(d.ids) for record in records for d in record.documents)
+    kept = usable(records, length)
+    if len(kept) < len(records):
+        tell(
+            [f"{len(records) - len(kept)} of {len(records)} records are left out: no answer within {length} tokens"],
+            data,
+        )
+    kind, sizes = records[0].kind, (config.train.micro_batch_size or 8, length)
+    if kind == "answer":
+        if judges:
+            raise DataError(
+                f"{data} holds answers, of which a reward model tells no better one: castalia score rates them"
+            )
+        figures: dict[str, Any] = judge_answers(kept, executor, *sizes, on == "all")
+    else:
+        judge = judge_pairs if kind == "pair" else judge_judgements
+        figures = judge(kept, config, executor, reference, *sizes)
+    return {
+        "data": data,
+        "kind": {"answer": "answers", "pair": "pairs"}.get(kind, kind),
+        "records": len(kept),
+        **figures,
+    }
+
+
+def judged_as_stream(
+    checkpoint: Checkpoint,
+    config: RunConfig,
+    tokenizer: Tokenizer | None,
+    data: str | None,
+    stride: int | None,
+    tp: int,
+    pp: int,
+    by_source: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    memory: int | None,
+) -> dict[str, Any]:
+    """The figures of a stream of tokens, by windows over it."""
     import numpy as np
 
     from castalia.checkpoint.restore import architecture
@@ -237,13 +403,10 @@ def evaluate_checkpoint(
     from castalia.evaluate.token_stream import read_stream, validation_stream
     from castalia.parallel.rendezvous import is_main
     from castalia.plan.stream_plan import EvaluationShape
-    from castalia.train.hardware import DTYPES, choose_device, choose_dtype, keep_freed_memory
+    from castalia.train.hardware import keep_freed_memory
 
-    checkpoint, config = overlaid(checkpoint, overrides)
-    tokenizer = find_tokenizer(checkpoint, tokenizer_path)
     stream = read_stream(data, tokenizer) if data else validation_stream(config.data, tokenizer)
-    device = choose_device(config.train.device)
-    dtype, model = choose_dtype(config.precision.compute, device), architecture(checkpoint)
+    model = architecture(checkpoint)
     check_vocabulary(stream, model.padded_vocab_size)
     length = min(config.data.seq_length, model.max_positions or config.data.seq_length)
     if stride is not None and not 0 < stride <= length:
@@ -285,9 +448,7 @@ def evaluate_checkpoint(
         scores = judged(stream)
         if by_source:
             scores["sources"] = {name: judged(part) for name, part in stream.by_source(tokenizer).items()}
-    precision = next(name for name, number in DTYPES.items() if number == dtype)
-    where = {"checkpoint": checkpoint.path, "step": checkpoint.progress.step, "data": stream.name}
-    return {**where, "precision": precision, "uniform_loss": uniform_loss(model, tokenizer), **scores}
+    return {"data": stream.name, **scores}
 
 
 def uniform_loss(model: ModelConfig, tokenizer: Tokenizer | None) -> float:

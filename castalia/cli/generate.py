@@ -103,8 +103,9 @@ def command(
     from castalia.cli.opening import open_and_tell
     from castalia.cli.ranks import start_processes
     from castalia.cli.streaming import block_progress, memory_bytes
+    from castalia.data.chat import chat_of
     from castalia.errors import ConfigError
-    from castalia.generate.dialogue import ANSWER_TOKENS, chat_of, opening, prompt_ids, turn_ends
+    from castalia.generate.dialogue import ANSWER_TOKENS, opening, prompt_ids, turn_ends
     from castalia.generate.generation import Sampling
     from castalia.parallel.process_group import process_group
     from castalia.parallel.rendezvous import is_main

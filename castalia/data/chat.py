@@ -62,6 +62,21 @@ def read_template(path: str | Path) -> tuple[str, tuple[tuple[str, str], ...]]:
     return folder.template, tuple(folder.special.items())
 
 
+def chat_of(tokenizer: Tokenizer, given: str | Path | None = None) -> Chat:
+    """The chat template in a file or folder, through which strings go, too; else the tokenizer's own.
+
+    Raises DataError if there is none.
+    """
+    template, special = (tokenizer.folder.template, ()) if given is None else read_template(given)
+    if template is None:
+        raise DataError(
+            "the model has no chat template, so that it is not known how turns become text: give one with "
+            "--chat-template, a Jinja file or the folder of a tokenizer that has one"
+        )
+    names = special or tuple(tokenizer.folder.special.items())
+    return Chat(template, names, strings_as_turns=given is not None)
+
+
 @lru_cache(maxsize=4)
 def renderer(chat: Chat) -> Callable[..., Rendered]:
     """A function (messages, flag, tools=()) to text. The flag asks for the beginning of an answer at the end of it.
@@ -149,12 +164,39 @@ def encode_answer(answer: Answer, chat: Chat, tokenizer: Tokenizer) -> tuple[lis
     """Token ids of an answer after its prompt, and labels of the same number, -100 for what is not learned."""
     if isinstance(answer, Passage) and not chat.strings_as_turns:
         return encode_passage(answer, tokenizer)
-    if isinstance(answer, Passage):
-        asked, said = ({"role": role, "content": text} for role, text in zip(("user", chat.role), answer, strict=True))
-        answer = Talk([asked, said], 1)
+    answer = _as_talk(answer, chat)
     messages = tools_as_text(answer.messages, answer.tools, chat.template)
     given = answer.given + len(messages) - len(answer.messages)  # a system message may have come
     return encode_chat(messages, chat, tokenizer, given if answer.given else 0, answer.tools)
+
+
+def judged_ids(answer: Answer, chat: Chat | None, tokenizer: Tokenizer) -> list[int]:
+    """The ids of which a reward model judges the last one, as transformers' classes and TRL's RewardTrainer do.
+
+    A conversation is what its template writes; a string ends with the end of a document. Padding at the end does not
+    count, where config.json says which token pads: it may be the one that ends documents. `chat` None: for strings.
+    """
+    if isinstance(answer, Passage) and (chat is None or not chat.strings_as_turns):
+        ids = tokenizer.encode(answer.prompt + answer.completion)
+        if tokenizer.eod_id is not None and ids[-1:] != [tokenizer.eod_id]:
+            ids.append(tokenizer.eod_id)
+    else:
+        assert chat is not None
+        talk = _as_talk(answer, chat)
+        shown = tools_as_text(talk.messages, talk.tools, chat.template)
+        (ids,) = tokenizer.encode_batch([renderer(chat)(shown, False, talk.tools).text], bare=True)
+    padding = tokenizer.folder.token_ids.get("pad_token_id")
+    while len(ids) > 1 and ids[-1] == padding:
+        ids.pop()
+    return ids
+
+
+def _as_talk(answer: Answer, chat: Chat) -> Talk:
+    """A prompt and an answer that are strings as two turns; a conversation as it is."""
+    if isinstance(answer, Talk):
+        return answer
+    asked, said = ({"role": role, "content": text} for role, text in zip(("user", chat.role), answer, strict=True))
+    return Talk([asked, said], 1)
 
 
 def encode_passage(passage: Passage, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

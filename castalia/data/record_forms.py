@@ -1,8 +1,8 @@
 """Records for fine-tuning in the forms of other programs, each read as a text, an answer, a pair or a judged answer.
 
     text      {"text": "..."}
-    answer    messages of {role, content} (OpenAI) or {from, value} (ShareGPT); prompt and completion (TRL);
-              instruction, input and output (Alpaca)
+    answer    messages of {role, content} (OpenAI) or {from, value} (ShareGPT); prompt and completion (TRL), response
+              or reference; question and answer; instruction, input and output (Alpaca)
     pair      chosen and rejected, with a prompt or what they have in common
     judged    an answer with a label, true or false
 
@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 Conversation = list[dict[str, Any]]
 Kind = Literal["text", "answer", "pair", "judged"]
 MESSAGES = ("messages", "conversation", "conversations")  # fields that hold a list of turns
+ANSWERED = {"completion": "prompt", "response": "prompt", "reference": "prompt", "answer": "question"}  # what by what
 PROMPTS = ("prompt", "question", "instruction", *MESSAGES)  # fields with what is asked before `chosen` and `rejected`
 # Roles by the names of ShareGPT and of function calling.
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
@@ -55,8 +56,8 @@ def kind_of(record: Any) -> Kind:
     fields = record.keys() if isinstance(record, Mapping) else set()
     if {"chosen", "rejected"} <= fields:
         return "pair"
-    answers = bool(fields & set(MESSAGES)) or {"prompt", "completion"} <= fields or {"instruction", "output"} <= fields
-    if answers:
+    answers = any({key, prompt} <= fields for key, prompt in ANSWERED.items()) or {"instruction", "output"} <= fields
+    if answers or fields & set(MESSAGES):
         return "judged" if isinstance(record.get("label"), bool) else "answer"
     if "text" in fields:
         return "text"
@@ -71,7 +72,8 @@ def answer_of(record: Mapping[str, Any]) -> Answer:
         return Talk(_with_system(record, messages), 0, tools_of(record))
     if "output" in record and "instruction" in record:
         return Talk(_with_system(record, [*_history(record), *_alpaca(record)]), 0, tools_of(record))
-    return after_prompt(record, "prompt", "completion")
+    key = next(key for key, prompt in ANSWERED.items() if {key, prompt} <= record.keys())
+    return after_prompt(record, ANSWERED[key], key)
 
 
 def label_of(record: Mapping[str, Any]) -> int:

@@ -12,12 +12,13 @@ from castalia.checkpoint.restore import architecture, load_tokenizer_for
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.objective import needs_reference
 from castalia.config.schema import RunConfig
+from castalia.data.chat import chat_of
 from castalia.data.pairs import open_samples
 from castalia.data.tokenizer import Tokenizer
 from castalia.errors import DataError
 from castalia.evaluate.perplexity import evaluate
 from castalia.finetuning.lessons import Example, examples
-from castalia.generate.dialogue import chat_of, opening, prompt_ids, turn_ends
+from castalia.generate.dialogue import opening, prompt_ids, turn_ends
 from castalia.generate.generation import generate
 from castalia.loading import build_model
 from castalia.model.transformer import Transformer

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 
-from castalia.data.chat import Chat, Conversation, read_template, renderer
+from castalia.data.chat import Chat, renderer
+from castalia.data.record_forms import Conversation
 from castalia.data.tokenizer import Tokenizer
 from castalia.errors import DataError
 from castalia.generate.generation import AnyModel, Sampling, TextPiece, stream
@@ -18,17 +18,6 @@ ANSWER_TOKENS = 512  # of an answer, where nothing says how many; in most answer
 NO_LIMIT = 1 << 20  # tokens of a conversation, for a model without a last position
 # Contents that no template writes by itself, so that the text between them is the template's.
 QUESTION, ANSWER, AGAIN = "qvxq-1", "qvxq-2", "qvxq-3"
-
-
-def chat_of(tokenizer: Tokenizer, given: Path | None = None) -> Chat:
-    """The chat template in a file or folder, else the tokenizer's own. Raises DataError if there is none."""
-    template, special = (tokenizer.folder.template, ()) if given is None else read_template(given)
-    if template is None:
-        raise DataError(
-            "the model has no chat template, so that it is not known how turns become text: give one with "
-            "--chat-template, a Jinja file or the folder of a tokenizer that has one"
-        )
-    return Chat(template, special or tuple(tokenizer.folder.special.items()))
 
 
 def prompt_ids(messages: Conversation, chat: Chat, tokenizer: Tokenizer) -> list[int]:

@@ -46,7 +46,10 @@ train: {steps: 20, batch_size: 8, micro_batch_size: 1}
 eval: {every: 10, batches: 1}
 checkpoint: {every: 10, dir: runs/first}
 """
-TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 NEOX = ['{"num-layers": 2, "hidden-size": 32, "num-attention-heads": 4}', '{"seq-length": 16, "train-iters": 20}']
 
 
