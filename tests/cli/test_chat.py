@@ -74,7 +74,7 @@ def test_the_conversation_is_saved_forgotten_and_written_again(model, castalia, 
         ("/save README", [], "README exists already"),
         ("x " * 200, [], "tokens, with what the template puts around it; the model takes 160"),
         ("", ["--stop", ""], "--stop is empty"),
-        ("", ["--adapter", "."], "does not look like a checkpoint|no folder of PEFT's"),
+        ("", ["--adapter", "."], "is not a PEFT folder"),
     ],
 )
 def test_mistakes_are_one_message(model, castalia, typed, words, message, tmp_path, monkeypatch):

@@ -20,12 +20,13 @@ from castalia.cli.train import train
 from castalia.config.load import load_config, load_run
 from castalia.config.objective import needs_reference
 from castalia.config.schema import TokenizerConfig
+from castalia.data.chat import chat_of
 from castalia.data.pairs import open_samples
 from castalia.data.prepare import Recipe, prepare
 from castalia.data.tokenizer import load_tokenizer, train_bpe
 from castalia.errors import CastaliaError, CheckpointError, ConfigError, DataError, TrainingError
 from castalia.finetuning.lessons import PLAIN_TEMPLATE
-from castalia.generate.dialogue import chat_of, turn_ends
+from castalia.generate.dialogue import turn_ends
 from castalia.generate.generation import generate
 from castalia.loading import load_model
 from castalia.observe.metrics import read_metrics
