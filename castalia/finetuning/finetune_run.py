@@ -109,7 +109,11 @@ def begin(request: Request, say: Say) -> RunConfig:
     sources = with_references(config, folder, say)
     values |= {path: (_plain(value), values[path][1]) for path, value in sources.items()}
     write_config(folder, config, values)
-    return load_config(folder / CONFIG)
+    written = load_config(folder / CONFIG)
+    for note in config.notes:
+        if note not in written.notes:  # else the run tells it
+            say("note", note)
+    return written
 
 
 def usual_settings(request: Request, source: Checkpoint) -> Settings:

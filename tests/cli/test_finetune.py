@@ -256,6 +256,17 @@ def test_preferences(base, tmp_path, capsys, objective):
     assert "Who" in decoded(config)
 
 
+def test_a_config_file_and_its_notes(base, lessons, tmp_path, capsys):
+    (tmp_path / "my.yml").write_text("finetune: {lora: {targets: [q_proj, v_proj]}}\noptimizer: {lr: 0.003}\n")
+    place = f"checkpoint.dir={tmp_path / 'run'}"
+    words = [str(lessons), str(tmp_path / "my.yml"), place, "train.steps=1", "log.peak_tflops=0.1"]
+    finetune(str(base), words, lora=4)
+    assert "q_proj and v_proj lie in one matrix here" in " ".join(capsys.readouterr().out.split())
+    lora = load_run(tmp_path / "run").finetune.lora
+    assert (lora.rank, lora.targets) == (4, ("attn.qkv",))
+    assert re.search(r"# from .*my.yml:2\n +lr: 0.003\n", (tmp_path / "run" / "finetune.yml").read_text())
+
+
 def test_a_short_run_keeps_its_reference_model(base, tmp_path, capsys):
     pairs = [{"prompt": f"Who {n}?", "chosen": f" Adam{n}", "rejected": f" Noah{n}"} for n in range(25)]
     (tmp_path / "prefs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
