@@ -400,14 +400,14 @@ def judged_as_stream(
     from castalia.cli.render import watched
     from castalia.errors import ConfigError
     from castalia.evaluate.perplexity import bits_per_byte, evaluate, num_windows, windows
-    from castalia.evaluate.token_stream import read_stream, validation_stream
+    from castalia.evaluate.token_stream import read_stream, require_known_ids, validation_stream
     from castalia.parallel.rendezvous import is_main
     from castalia.plan.stream_plan import EvaluationShape
     from castalia.train.hardware import keep_freed_memory
 
     stream = read_stream(data, tokenizer) if data else validation_stream(config.data, tokenizer)
     model = architecture(checkpoint)
-    check_vocabulary(stream, model.padded_vocab_size)
+    require_known_ids(stream, model.padded_vocab_size)
     length = min(config.data.seq_length, model.max_positions or config.data.seq_length)
     if stride is not None and not 0 < stride <= length:
         raise ConfigError(f"--stride {stride} must lie between 1 and the window's {length} tokens (data.seq_length)")
@@ -536,15 +536,3 @@ def find_tokenizer(checkpoint: Checkpoint, path: str | None) -> Tokenizer | None
 
     named = checkpoint.config.tokenizer if checkpoint.config else None
     return load_tokenizer_for(checkpoint, path) if path or (named and (named.path or named.kind)) else None
-
-
-def check_vocabulary(stream: Stream, rows: int) -> None:
-    """Raise DataError if a token id has no row in the model."""
-    from castalia.errors import DataError
-
-    largest = int(stream.tokens.max())
-    if largest >= rows:
-        raise DataError(
-            f"{stream.name}: token id {largest} lies beyond the model's vocabulary of {rows}; "
-            "it was prepared with another tokenizer"
-        )

@@ -179,3 +179,151 @@ def tell_written(members: list[Member], rows: list[dict[str, Any]], files: list[
         print(to_json({"steps": [member.step for member in members], "rows": len(rows), "files": files}, default=str))
         return
     print(f"{len(members)} steps, {len(rows):,} rows: wrote {' and '.join(map(str, files))}")
+
+
+@app.command(name="eval")
+def evaluate(
+    words: Words,
+    output: Annotated[Path, typer.Option(help="the table: .csv or .parquet")],
+    data: Annotated[
+        str | None, typer.Option(help="prefix of .bin and .idx; default: the run's validation data")
+    ] = None,
+    file: Annotated[Path | None, typer.Option(help="texts instead: jsonl, txt and what `data prepare` reads")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="tokenizer file, where the checkpoints have none")] = None,
+    steps: Steps = None,
+    jobs: Annotated[int, typer.Option(min=1, help="steps that are evaluated at once")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="one object that says what was written")] = False,
+    plot: Annotated[Path | None, typer.Option(help="the losses over the steps: PNG or SVG")] = None,
+) -> None:
+    """Compute loss and bits per byte of every step on the same data.
+
+    \b
+    Examples:
+      castalia series eval runs/first --output losses.csv
+      castalia series eval runs/first --file texts.jsonl --output losses.csv --plot losses.png
+
+    The next step loads while one is evaluated; equal weights are evaluated once. What was interrupted goes on.
+    """
+    from castalia.cli.evaluate import find_tokenizer
+    from castalia.cli.render import progress
+    from castalia.errors import ConfigError
+    from castalia.figures import check_picture, write_picture
+    from castalia.series.losses import evaluate_series, measure_of
+    from castalia.series.maps import losses_figure
+    from castalia.series.table import check_table, write_table
+    from castalia.series.tensor_stats import journal_of
+
+    check_table(output)
+    check_picture(plot, "--plot")
+    if data and file:
+        raise ConfigError("--data and --file exclude each other")
+    members = find(words, steps)
+    checkpoint = members[-1].open()
+    measure = measure_of(checkpoint, str(file) if file else data, find_tokenizer(checkpoint, tokenizer))
+    with progress(shown=not as_json) as advance:
+        rows = evaluate_series(members, measure, output, jobs=jobs, begin=lambda total: _counted(advance, total))
+    write_table(output, rows)
+    if plot is not None:
+        write_picture(losses_figure(rows), plot)
+    journal_of(output).unlink(missing_ok=True)
+    if not as_json:
+        _show_losses(rows)
+    tell_written(members, rows, [output, *([plot] if plot else [])], as_json)
+
+
+def _show_losses(rows: list[dict[str, Any]]) -> None:
+    from castalia.cli.render import print_table
+
+    def shown(value: float | None) -> str:
+        """Four digits, or a dash."""
+        return "-" if value is None else f"{value:.4f}"
+
+    lines = [[str(row["step"]), shown(row["loss"]), shown(row["bits_per_byte"])] for row in rows]
+    print_table(f"on {rows[0]['data']}", ["step", "loss", "bits per byte"], lines)
+
+
+@app.command()
+def memorise(
+    words: Words,
+    output: Annotated[Path, typer.Option(help="the table: .csv or .parquet")],
+    data: Annotated[str | None, typer.Option(help="a corpus; default: that of the run")] = None,
+    steps: Annotated[str | None, typer.Option(help="of the training, whose sequences are asked for: A..B")] = None,
+    prompt: Annotated[int, typer.Option(min=1, help="tokens that are given")] = 32,
+    continuation: Annotated[int, typer.Option(min=1, help="tokens that are to follow")] = 32,
+    panel: Annotated[Path | None, typer.Option(help="these sequences instead: jsonl with tokens or text, step")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="rows of a step, where no config says it")] = None,
+    checkpoints: Annotated[str | None, typer.Option(help="which of the series, as 0..512,1000; default: all")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="tokenizer file, where the checkpoints have none")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="checkpoints that are asked at once")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="one object that says what was written")] = False,
+) -> None:
+    """Find which training sequences each checkpoint continues word for word, and how surprised it is by them.
+
+    \b
+    Examples:
+      castalia series memorise runs/first --steps 1..4 --prompt 4 --continuation 4 --output m.csv
+      castalia series memorise runs/first --panel panel.jsonl --prompt 4 --continuation 4 --output m.csv
+
+    One pass over a sequence tells whether greedy decoding would reproduce it. What was interrupted goes on.
+    """
+    from castalia.cli.evaluate import find_tokenizer
+    from castalia.cli.render import progress
+    from castalia.config.schema import RunConfig
+    from castalia.series.members import parse_steps
+    from castalia.series.memorise import memorised, panel_of
+    from castalia.series.table import check_table, write_table
+    from castalia.series.tensor_stats import journal_of
+    from castalia.train.hardware import choose_device, choose_dtype
+
+    check_table(output)
+    members = find(words, checkpoints)
+    checkpoint = members[-1].open()
+    reader = find_tokenizer(checkpoint, tokenizer)
+    ranges = parse_steps(steps) if steps else None
+    length = prompt + continuation
+    asked = panel_of(checkpoint, data, panel, ranges, batch_size, reader, prompt, length)
+    config = checkpoint.config or RunConfig()
+    device = choose_device(config.train.device)
+    rows_of_head = checkpoint.model["embed.weight"].shape[0]
+    known = config.model.vocab_size if config.model else None
+    with progress(shown=not as_json) as advance:
+        rows = memorised(
+            members,
+            asked,
+            output,
+            device=device,
+            dtype=choose_dtype(config.precision.compute, device),
+            vocabulary=min(known or rows_of_head, reader.vocab_size if reader else rows_of_head),
+            jobs=jobs,
+            begin=lambda total: _counted(advance, total),
+        )
+    write_table(output, rows)
+    journal_of(output).unlink(missing_ok=True)
+    if not as_json:
+        _show_memorised(rows)
+    tell_written(members, rows, [output], as_json)
+
+
+def _show_memorised(rows: list[dict[str, Any]]) -> None:
+    from castalia.cli.render import print_table
+
+    steps: dict[int, list[dict[str, Any]]] = {}
+    for row in rows:
+        steps.setdefault(row["step"], []).append(row)
+
+    def mean(group: list[dict[str, Any]], key: str) -> str:
+        """Over the sequences of a step; a dash where there are none."""
+        return f"{sum(row[key] for row in group) / len(group):.4f}" if group else "-"
+
+    lines = [
+        [
+            str(step),
+            str(sum(row["extractable"] for row in group)),
+            mean(group, "matching"),
+            mean([row for row in group if row["seen"]], "nll"),
+            mean([row for row in group if not row["seen"]], "nll"),
+        ]
+        for step, group in steps.items()
+    ]
+    count = len(next(iter(steps.values())))
+    print_table(f"{count} sequences", ["step", "extractable", "matching", "nll if seen", "nll if not"], lines)

@@ -112,5 +112,15 @@ def indexed_stream(prefix: str, which: Sequence[int] | None, tokenizer: Tokenize
     return _stream(prefix, items, num_bytes)._replace(sources=sources)
 
 
+def require_known_ids(stream: Stream, rows: int) -> None:
+    """Raise DataError if a token id has no row in the model."""
+    largest = int(stream.tokens.max())
+    if largest >= rows:
+        raise DataError(
+            f"{stream.name}: token id {largest} lies beyond the model's vocabulary of {rows}; "
+            "it was prepared with another tokenizer"
+        )
+
+
 def _stream(name: str, items: Sequence[np.ndarray], num_bytes: int | None) -> Stream:
     return Stream(name, np.concatenate(items), np.array([len(item) for item in items]), num_bytes)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from castalia.figures import panels
+from castalia.figures import panels, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,6 +38,18 @@ def stats_maps(rows: Sequence[Mapping[str, Any]]) -> Figure:
         points = {name: [(row["step"], row[kind]) for row in known if row["layer"] == name] for name in names}
         draw_map(panel, points, title, logarithmic)
         panel.set_xlabel("step")
+    return figure
+
+
+def losses_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """The losses of all steps over a logarithmic axis of steps."""
+    figure, (axes,) = panels(size=(8, 4.5))
+    axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], marker="o", markersize=3)
+    axes.set_xscale("symlog", linthresh=1)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title(str(rows[0]["data"]))
+    plain([axes])
     return figure
 
 
