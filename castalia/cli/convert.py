@@ -14,6 +14,8 @@ from castalia.cli.render import progress, say, size_of
 from castalia.units import plural
 
 if TYPE_CHECKING:
+    import torch
+
     from castalia.checkpoint.file_plan import Plan, TargetLayout
     from castalia.checkpoint.tensors import Checkpoint
 
@@ -86,7 +88,7 @@ def command(
     def one(checkpoint: Checkpoint, folder: Path, inside: str = "") -> None:
         """Plan, write, prove."""
         convert.check_destination(Path(checkpoint.path), folder, force)
-        chosen, note = (_dtype(dtype), "") if dtype else convert.own_precision(checkpoint, to, optimizer)
+        chosen, note = (torch_dtype(dtype), "") if dtype else convert.own_precision(checkpoint, to, optimizer)
         prepared = convert.prepare(checkpoint, chosen, optimizer)
         notes = (note,) if note else ()
         plan = convert.plan_files(to, prepared, replace(options, folder=(folder / inside).resolve()))
@@ -97,7 +99,7 @@ def command(
 
             probe_plan(checkpoint, memory=budget)  # refuses too little before anything is written
         if not dry_run:
-            _write(plan, folder, convert.identity(prepared, options, plan), inside, force, allow_inf, bool(budget))
+            write_plan(plan, folder, convert.identity(prepared, options, plan), inside, force, allow_inf, bool(budget))
             if verify:
                 _verify(checkpoint, folder, budget)
 
@@ -130,8 +132,10 @@ def _describe(checkpoint: Checkpoint, plan: Plan, target: Path, inside: str, wit
         print(f"  {Path(inside, output.name)}  {size_of(output.num_bytes)}")
 
 
-def _write(plan: Plan, target: Path, mark: str, inside: str, force: bool, allow_inf: bool, spare: bool = False) -> None:
-    """`spare`: give memory back that is freed, which takes more time."""
+def write_plan(
+    plan: Plan, target: Path, mark: str, inside: str, force: bool, allow_inf: bool, spare: bool = False
+) -> None:
+    """Write the files with a bar, and say what was written. `spare`: give memory back that is freed, which is slower."""
     from castalia.checkpoint import convert
     from castalia.train.hardware import keep_freed_memory
 
@@ -190,7 +194,8 @@ def _numbers(text: str) -> list[int]:
     return [int(word) for word in words]
 
 
-def _dtype(name: str | None):  # noqa: ANN202 - a torch.dtype
+def torch_dtype(name: str | None) -> torch.dtype | None:
+    """torch's dtype for fp32, bf16 or fp16; None for None."""
     import torch
 
     names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

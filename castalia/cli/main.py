@@ -34,6 +34,7 @@ VERBS = {
     "plan": ("castalia.cli.plan", "Parameters, memory, time and disk of a config, before it runs."),
     "inspect": ("castalia.cli.inspect", "Show what is inside a checkpoint of any format."),
     "convert": ("castalia.cli.convert", "Write a checkpoint in another format, optimizer state included."),
+    "average": ("castalia.cli.average", "The average of checkpoints, as a checkpoint."),
     "diff": ("castalia.cli.diff", "Compare two checkpoints of any formats."),
     "series": ("castalia.cli.series", "Check, measure and evaluate the checkpoints of many steps at once."),
     "mup": ("castalia.cli.mup", "Check that learning rates carry over from one width to another."),

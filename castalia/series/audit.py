@@ -327,15 +327,19 @@ def _saves(config: RunConfig) -> bool:
 
 
 def _gaps(steps: Sequence[int]) -> list[int]:
-    """Steps that would make a sequence regular: multiples of the usual distance, and powers of two."""
+    """Steps that would make a sequence regular: the distance on both sides of a gap goes on in it, or powers of two."""
     missing: list[int] = []
-    differences = Counter(b - a for a, b in zip(steps, steps[1:], strict=False))
-    usual, often = differences.most_common(1)[0] if differences else (0, 0)
-    for a, b in zip(steps, steps[1:], strict=False):
-        if often >= 3 and (b - a) % usual == 0 and a % usual == 0 and b - a > usual:
-            missing += range(a + usual, b, usual)
-        elif a > 0 and _power_of_two(a) and _power_of_two(b) and b > 2 * a:
-            missing += [a << n for n in range(1, (b // a).bit_length() - 1)]
+    distances = [b - a for a, b in zip(steps, steps[1:], strict=False)]
+    for at, (a, gap) in enumerate(zip(steps, distances, strict=False)):
+        before, after = distances[max(0, at - 3) : at], distances[at + 1 : at + 4]
+        if before and after:
+            usual = before[-1] if before[-1] == after[0] else 0
+        else:  # at an end, three on the other side must agree
+            usual = (before or after)[0] if len(set(before or after)) == 1 and len(before or after) == 3 else 0
+        if usual and gap > usual and gap % usual == 0:
+            missing += range(a + usual, a + gap, usual)
+        elif a > 0 and _power_of_two(a) and _power_of_two(a + gap) and gap > a:
+            missing += [a << n for n in range(1, ((a + gap) // a).bit_length() - 1)]
     return missing
 
 

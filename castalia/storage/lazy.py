@@ -490,6 +490,27 @@ class Combined(TensorRef):
 
 
 @dataclass(frozen=True, repr=False)
+class Weighted(TensorRef):
+    """The sum of sources of one shape times their shares, computed in fp64, in fp32."""
+
+    sources: tuple[TensorRef, ...]
+    shares: tuple[float, ...]
+    dtype_name = "float32"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See `TensorRef`."""
+        return tuple(self.sources[0].shape)
+
+    def _take(self, box: Box) -> torch.Tensor:
+        slices = as_slices(box)
+        total = self.sources[0].read(slices).double() * self.shares[0]
+        for source, share in zip(self.sources[1:], self.shares[1:], strict=True):
+            total += source.read(slices).double() * share
+        return total.float()
+
+
+@dataclass(frozen=True, repr=False)
 class Scaled(Wrapper):
     """The source times `factor / divisor`, computed in fp64."""
 

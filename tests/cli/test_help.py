@@ -100,6 +100,7 @@ def test_all_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     turns = [{"role": "user", "content": "which day?"}, {"role": "assistant", "content": "the first day"}]
     Path("chats.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 12)
     Path("prompts.txt").write_text("in the\nand the\n")
+    Path("panel.jsonl").write_text("".join(json.dumps({"text": text, "step": 1}) + "\n" for text in texts[:5]))
     Path("notes").mkdir()
     Path("notes", "one.txt").write_text("\n".join(texts))
     Path("run.yml").write_text(RUN)
