@@ -135,7 +135,7 @@ def _describe(checkpoint: Checkpoint, plan: Plan, target: Path, inside: str, wit
 def write_plan(
     plan: Plan, target: Path, mark: str, inside: str, force: bool, allow_inf: bool, spare: bool = False
 ) -> None:
-    """Write the files with a bar, and say what was written. `spare`: give memory back that is freed, which is slower."""
+    """Write the files with a bar, and say what was written. `spare`: give freed memory back, which is slower."""
     from castalia.checkpoint import convert
     from castalia.train.hardware import keep_freed_memory
 
