@@ -189,6 +189,8 @@ def evaluate(
         str | None, typer.Option(help="prefix of .bin and .idx; default: the run's validation data")
     ] = None,
     file: Annotated[Path | None, typer.Option(help="texts instead: jsonl, txt and what `data prepare` reads")] = None,
+    tasks: Annotated[str | None, typer.Option(help="instead: tasks of lm-eval, as `castalia eval` takes them")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="of each task the first so many documents")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="tokenizer file, where the checkpoints have none")] = None,
     steps: Steps = None,
     jobs: Annotated[int, typer.Option(min=1, help="steps that are evaluated at once")] = 1,
@@ -215,9 +217,19 @@ def evaluate(
 
     check_table(output)
     check_picture(plot, "--plot")
-    if data and file:
-        raise ConfigError("--data and --file exclude each other")
+    if sum(map(bool, (data, file, tasks))) > 1:
+        raise ConfigError("--data, --file and --tasks exclude each other")
+    if limit and not tasks:
+        raise ConfigError("--limit belongs to --tasks")
+    if tasks and (plot or jobs > 1):
+        raise ConfigError("--plot and --jobs do not act on --tasks; leave them out")
     members = find(words, steps)
+    if tasks:
+        rows = _task_rows(members, tasks, limit, tokenizer, output, as_json)
+        write_table(output, rows)
+        journal_of(output).unlink(missing_ok=True)
+        tell_written(members, rows, [output], as_json)
+        return
     checkpoint = members[-1].open()
     measure = measure_of(checkpoint, str(file) if file else data, find_tokenizer(checkpoint, tokenizer))
     with progress(shown=not as_json) as advance:
@@ -229,6 +241,27 @@ def evaluate(
     if not as_json:
         _show_losses(rows)
     tell_written(members, rows, [output, *([plot] if plot else [])], as_json)
+
+
+def _task_rows(
+    members: list[Member], tasks: str, limit: int | None, tokenizer: str | None, output: Path, as_json: bool
+) -> list[dict[str, Any]]:
+    from castalia.cli.render import progress
+    from castalia.cli.tasks import needs_lm_eval, open_task_model
+
+    needs_lm_eval()
+    from castalia.series.task_scores import task_scores
+    from castalia.tasks.task_run import TaskOptions, names_of
+
+    options = TaskOptions(names_of([tasks]), limit=limit)
+    with progress(shown=not as_json) as advance:
+        return task_scores(
+            members,
+            options,
+            output,
+            lambda checkpoint: open_task_model(checkpoint, [], tokenizer)[0],
+            lambda total: _counted(advance, total),
+        )
 
 
 def _show_losses(rows: list[dict[str, Any]]) -> None:

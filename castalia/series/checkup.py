@@ -12,12 +12,12 @@ from castalia.checkpoint.sampled_values import middle
 from castalia.config.tensor_table import block_of
 from castalia.errors import CheckpointError
 from castalia.series.audit import Series, StepReport, check_completeness, check_headers
-from castalia.series.columns import MOST, Apart, TensorReading, read_column
 from castalia.series.continuity import Readings, judge
 from castalia.series.members import Member, holds, parse_steps
 from castalia.series.moments import judge_states, state_at
 from castalia.series.resuming import Advance, cached_journal, identity_of, one_thread_each, work_through
 from castalia.series.states import StateReading, read_states
+from castalia.series.tensor_pass import MOST, Apart, TensorReading, read_column
 from castalia.storage.lazy import TensorRef
 
 STATE = " state"  # ends the names of parts of the work that read optimizer states

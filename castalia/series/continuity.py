@@ -15,7 +15,6 @@ from castalia.checkpoint.sampled_values import rounded
 from castalia.config.schema import is_adapter
 from castalia.config.tensor_table import row_of
 from castalia.series.audit import Entry, Series
-from castalia.series.columns import TensorReading
 from castalia.series.geometry import (
     DETOUR,
     FAR,
@@ -27,6 +26,7 @@ from castalia.series.geometry import (
     place_of,
     usual_movement,
 )
+from castalia.series.tensor_pass import TensorReading
 from castalia.series.travel import Reach, reach
 from castalia.storage.lazy import TensorRef
 

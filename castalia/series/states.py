@@ -17,7 +17,7 @@ import torch
 
 from castalia.checkpoint.rules import MOMENTS
 from castalia.errors import CheckpointError
-from castalia.series.columns import pieces_of
+from castalia.series.tensor_pass import pieces_of
 from castalia.storage.extent import verifying
 from castalia.storage.lazy import TensorRef, as_bytes, same_bits
 

@@ -16,10 +16,10 @@ from castalia.errors import CheckpointError
 from castalia.files import beside
 from castalia.series.audit import Entry, Series
 from castalia.series.checkup import layer_of
-from castalia.series.columns import Apart, TensorReading, pieces_of, read_column, sample_places
 from castalia.series.members import Member
 from castalia.series.moments import state_at
 from castalia.series.resuming import Advance, identity_of, one_thread_each, work_through
+from castalia.series.tensor_pass import Apart, TensorReading, pieces_of, read_column, sample_places
 from castalia.series.travel import Training
 from castalia.storage.lazy import TensorRef
 

@@ -8,9 +8,9 @@ import torch
 
 from castalia.checkpoint.opener import open_checkpoint
 from castalia.errors import ConfigError
-from castalia.series.columns import PIECE_ELEMENTS, read_column
 from castalia.series.members import find_series
 from castalia.series.table import check_table, write_table
+from castalia.series.tensor_pass import PIECE_ELEMENTS, read_column
 from castalia.series.tensor_stats import tensor_stats, top_singular_value
 from castalia.storage.lazy import InMemory
 from tests.series.changes import steps_of

@@ -1,0 +1,53 @@
+"""Scores of every step of a series in tasks of lm-eval. Needs lm-eval, which is imported here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from castalia.checkpoint.tensors import Checkpoint
+from castalia.series.members import Member
+from castalia.series.resuming import Advance, identity_of, work_through
+from castalia.series.tensor_stats import journal_of
+from castalia.tasks.harness import TaskModel
+from castalia.tasks.task_run import TaskOptions, run_tasks, weights_digest
+
+
+def task_scores(
+    members: Sequence[Member],
+    options: TaskOptions,
+    output: Path,
+    open_model: Callable[[Checkpoint], TaskModel],
+    begin: Callable[[int], Advance],
+) -> list[dict[str, Any]]:
+    """A row for each step, task and metric. Steps whose weights are equal are asked once.
+
+    `output` and `begin` are those of `evaluate_series`. Raises CheckpointError for a step that cannot be loaded, and
+    DataError as `run_tasks` does.
+    """
+    known: dict[str, list[dict[str, Any]]] = {}
+    parts = {f"{number} {member.name}": member for number, member in enumerate(members)}
+
+    def work(part: str) -> list[dict[str, Any]]:
+        """The rows of one step."""
+        checkpoint = parts[part].open()
+        digest = weights_digest(checkpoint)
+        if digest not in known:
+            known[digest] = list(_scores(run_tasks(open_model(checkpoint), options)))
+        return [{"step": parts[part].step, "name": parts[part].name, "weights": digest, **row} for row in known[digest]]
+
+    identity = identity_of(members, "tasks", options)
+    found = work_through(list(parts), work, journal_of(output), identity, advance=begin(len(members)))
+    return [row for rows in found.values() for row in rows]
+
+
+def _scores(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Task, metric, value and standard error, from lm-eval's results: keys are `metric,filter`."""
+    for task, figures in results["results"].items():
+        for key, value in figures.items():
+            metric, comma, chosen = key.partition(",")
+            if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
+                error = figures.get(f"{metric}_stderr,{chosen}")
+                stderr = float(error) if isinstance(error, int | float) else None
+                yield {"task": task, "metric": metric, "value": float(value), "stderr": stderr}
