@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ROUNDED = 1 << 24  # elements that are rounded to int8 at a time
+ROUNDED = 1 << 22  # elements that are rounded to int8 at a time
 FEW = 64  # rows; with more, arithmetic dominates, for which plain products are best
 
 

@@ -17,7 +17,8 @@ from castalia.storage.direct import WINDOW_BYTES
 from castalia.storage.lazy import ITEM_BYTES, Permuted, Reordered, TensorRef, Transposed, everything
 
 PLACE = 64  # bytes, at a multiple of which each tensor begins, as torch's own do: kernels may depend on it
-PACKING_COPIES = 8  # bytes per value of the matrices that a block stacks: two copies in fp32
+PACKING_COPIES = 12  # bytes per value of the matrices that a block stacks: three copies in fp32
+ROUNDING_BYTES = 64 << 20  # copies of the rows that are rounded to int8 at a time
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class ModelUnits:
             cast=0 if packed else max(cast, default=0) * self.dtype.itemsize,
             reading=READERS * (WINDOW_BYTES + 2 * min(PIECE_BYTES, largest)) + 2 * max(moved, default=0),
             packed=packed,
-            packing=max(packed, head) + PACKING_COPIES * stacked if packed else 0,
+            packing=max(packed, head) + PACKING_COPIES * stacked + ROUNDING_BYTES if packed else 0,
         )
 
 
