@@ -59,7 +59,7 @@ class ReadAhead:
         self.units, self.stays, self.where, self.make, self.finite = units, frozenset(stays), where, make, finite
         self.kept: dict[int, Arrival] = {}
         self.sound: set[int] = set()  # units whose checksums and values have been found right
-        streamed = [unit for number, unit in enumerate(units) if make or number not in self.stays]
+        streamed = [unit for number, unit in enumerate(units) if number not in self.stays]
         size = max((unit.num_bytes for unit in streamed), default=0)
         self.free = [bytes_of_memory(size) for _ in range(min(BUFFERS, len(streamed)))]
         self.pending: deque[Arrival] = deque()
@@ -113,13 +113,13 @@ class ReadAhead:
             following = (last + step) % len(self.units)
             if following in self.kept or following == number:
                 continue
-            if len(self.pending) == BUFFERS or (self._is_shared(following) and not self.free):
+            if len(self.pending) == BUFFERS or (following not in self.stays and not self.free):
                 return
             self._begin(following)
 
     def _begin(self, number: int) -> None:
         unit = self.units[number]
-        memory = self.free.pop() if self._is_shared(number) else bytes_of_memory(unit.num_bytes)
+        memory = bytes_of_memory(unit.num_bytes) if number in self.stays else self.free.pop()
         arrival = Arrival(number, memory, unit.views(memory))
         if number not in self.sound:
             arrival.checks.enter_context(verifying(unit.tensors.values()))
@@ -138,17 +138,13 @@ class ReadAhead:
             self.sound.add(arrival.number)
         arrival.made = self.make(arrival.number, arrival.views) if self.make else arrival.views
         if arrival.number in self.stays:
-            self._release(arrival)
             self.kept[arrival.number] = Arrival(arrival.number, None, {}, arrival.made)
             return self.kept[arrival.number]
         return arrival
 
-    def _is_shared(self, number: int) -> bool:
-        """Whether a unit is read into one of the buffers, not into memory of its own."""
-        return bool(self.make) or number not in self.stays
-
     def _release(self, arrival: Arrival) -> None:
-        if arrival.memory is not None and self._is_shared(arrival.number):
+        """A buffer can be used again; memory of a unit that stays goes with whatever still uses it."""
+        if arrival.memory is not None and arrival.number not in self.stays:
             self.free.append(arrival.memory)
 
     def _discard(self) -> None:

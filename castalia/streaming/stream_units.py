@@ -12,7 +12,7 @@ from castalia.checkpoint.restore import fitting_tensors
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.schema import ModelConfig
 from castalia.config.tensor_table import block_of, row_of
-from castalia.plan.stream_plan import PIECE_BYTES, READERS, StreamedSizes
+from castalia.plan.stream_plan import BUFFERS, PIECE_BYTES, READERS, StreamedSizes
 from castalia.storage.direct import WINDOW_BYTES
 from castalia.storage.lazy import ITEM_BYTES, Permuted, Reordered, TensorRef, Transposed, everything
 
@@ -66,6 +66,7 @@ class ModelUnits:
         """What the plan needs to know. `packed_item`: bytes of a value in packed blocks, for a model that is packed."""
         in_blocks = [ref for block in self.blocks for ref in block.tensors.values()]
         cast = [prod(ref.shape) for ref in in_blocks if held_dtype(ref, self.dtype) != self.dtype]
+        largest_block = max(unit.num_bytes for unit in self.blocks)
         largest = max(ref.num_bytes for ref in in_blocks)
         moved = [ref.num_bytes for ref in (*in_blocks, *self.head.tensors.values()) if not is_read_in_rows(ref)]
         stacked = sum(prod(ref.shape) for name, ref in self.blocks[0].tensors.items() if row_of(name).tp_dim == 0)
@@ -78,7 +79,10 @@ class ModelUnits:
             cast=0 if packed else max(cast, default=0) * self.dtype.itemsize,
             reading=READERS * (WINDOW_BYTES + 2 * min(PIECE_BYTES, largest)) + 2 * max(moved, default=0),
             packed=packed,
-            packing=max(packed, head) + PACKING_COPIES * stacked + ROUNDING_BYTES if packed else 0,
+            # Blocks that stay are first read into memory of their own.
+            packing=max(packed, head) + PACKING_COPIES * stacked + ROUNDING_BYTES + BUFFERS * largest_block
+            if packed
+            else 0,
         )
 
 
