@@ -346,7 +346,7 @@ def streamed_writer(
     from castalia.streaming.open_streamed import budget_for, open_streamed, require_cpu
     from castalia.streaming.stream_units import units_of
     from castalia.streaming.streamed_model import Packing
-    from castalia.train.hardware import choose_device
+    from castalia.train.hardware import choose_device, give_back_freed_memory
 
     place, int8 = choose_device(device), dtype == "int8"
     if not require_cpu(place, memory):
@@ -364,6 +364,8 @@ def streamed_writer(
         return None
     units = units_of(checkpoint, model, number)
     plan = plan_stream(units.sizes((1 if int8 else 2) if packs else 0), work, budget)
+    if packs:
+        give_back_freed_memory()
     product = maker(number, int8, plan.items) if packs else None
     packing = product and Packing(lambda block: packed_block(block, product), lambda weight: product((weight, None)))
     streamed = open_streamed(checkpoint, model, units, plan, packing)

@@ -138,6 +138,7 @@ class StreamedTransformer(Transformer):
                 with self.kernels(states[index], context.cache):
                     states[index] = block(states[index], context)
             self.advance(1)
+            del block  # a packed one would else be in memory beside the next one
         states.reverse()  # they are taken from the end, so that none is kept longer than it is needed
         return (self.leave(states.pop(), context.cache) for context in contexts)
 

@@ -83,6 +83,13 @@ def keep_freed_memory() -> None:
     libc.mallopt(top_pad, 256 << 20)  # and which grows by 256 MiB at a time
 
 
+def give_back_freed_memory() -> None:
+    """The opposite: glibc returns large blocks at once, whose gaps in its heap would add up where memory is short."""
+    if platform.libc_ver()[0] == "glibc":
+        mmap_threshold = -3
+        ctypes.CDLL("libc.so.6").mallopt(mmap_threshold, 4 << 20)  # a fixed one, which glibc no longer raises
+
+
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Peak floating-point operations per second in matrix products: measured on CPUs, None where it is unknown."""
     if device.type == "cpu":
