@@ -40,10 +40,11 @@ def command(
     from castalia.cli.convert import torch_dtype, write_plan
     from castalia.errors import ConfigError
     from castalia.series.average import averaged, origin_output, shares_of
-    from castalia.series.members import find_series
+    from castalia.series.members import find_series, opened
 
     if len(words) == 1 or last or steps:
-        checkpoints = [member.open() for member in find_series(words, steps)[-last if last else None :]]
+        chosen = find_series(words, steps)[-last if last else None :]
+        checkpoints = [checkpoint for _, checkpoint in opened(chosen)]
     else:
         checkpoints = [open_checkpoint(word) for word in words]
     if len(checkpoints) < 2:

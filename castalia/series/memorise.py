@@ -141,7 +141,7 @@ def panel_of(
         if not Path(f"{data}.idx").is_file():
             raise DataError(f"{data}: {WHAT}")
         size = batch_size or (config.train.batch_size if config else None)
-        if not trained or in_training_order(open_dataset(data)):
+        if not trained or steps is None or in_training_order(open_dataset(data)):
             return panel_of_corpus(data, steps, size, prompt, length)
     if config is None or not trained:
         raise ConfigError("nothing says which sequences to ask for: give --data or --panel")

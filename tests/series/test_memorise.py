@@ -110,5 +110,8 @@ def test_a_panel_of_records(learnt, tmp_path):
     file.write_text('{"text": "short"}\n')
     with pytest.raises(DataError, match="line 1: no `tokens` or `text` of at least 12 tokens"):
         panel_of(checkpoint, None, file, None, None, tokenizer, PROMPT, LENGTH)
+    corpus = checkpoint.config.data.path if checkpoint.config else None
+    whole = panel_of(checkpoint, corpus, None, None, None, None, PROMPT, LENGTH)
+    assert len(whole.tokens) == 8 and whole.seen == tuple([1] * 8)  # rows of one length, a batch of eight
     with pytest.raises(ConfigError, match=r"--steps A..B"):
         panel_of(checkpoint, None, None, None, None, None, PROMPT, LENGTH)
