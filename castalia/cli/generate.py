@@ -61,6 +61,10 @@ def command(
         int | None, typer.Option(min=1, help="of one text; else max_new_tokens, or 64, with --chat 512")
     ] = None,
     num_samples: Annotated[int | None, typer.Option(min=1, help="texts for each prompt")] = None,
+    best_of: Annotated[
+        int | None, typer.Option(min=2, help="write so many for each prompt and show the one that --judge likes best")
+    ] = None,
+    judge: Annotated[str | None, typer.Option(help="with --best-of: a reward model of any format")] = None,
     stop: Annotated[
         list[str] | None,
         typer.Option(help="end the text before this string, which may spell special tokens; may be repeated"),
@@ -124,7 +128,7 @@ def command(
         "top_k": top_k,
         "top_p": top_p,
         "max_tokens": max_tokens,
-        "num_samples": num_samples,
+        "num_samples": best_of or num_samples,
     }
     settings = configured(checkpoint, config, given)
     check_stops(stop)
@@ -146,6 +150,8 @@ def command(
         if form:
             sampling = replace(sampling, stop=(*sampling.stop, *turn_ends(form, words)))
 
+        _check_best(best_of, judge, num_samples, settings.mode == "interactive" or world > 1, sampling.temperature)
+
         def asked(prompt: str) -> Prompt:
             """What the model is to continue: the prompt itself, or the conversation that it begins."""
             return prompt_ids(opening(prompt, system), form, words) if form else prompt
@@ -164,7 +170,13 @@ def command(
             model = load_writer(checkpoint, dtype, device, rows, tp, pp, world)
         texts = len(prompts) * settings.num_samples
         with block_progress(streamed, None if typed else -(-texts // sampling.batch_size) * sampling.max_tokens):
-            _write_all(model, words, batches, asked, settings, sampling, as_json, quiet=not is_main(), echo=not chat)
+            shown = settings.with_({"num_samples": 1}) if judge else settings
+
+            def chosen(pieces: Iterator[TextPiece], prompts: list[str]) -> Iterator[TextPiece]:
+                """Of several texts for each prompt the best one, where there is a judge."""
+                return best_pieces(judge, pieces, prompts, system, chat) if judge else pieces
+
+            _write_all(model, words, batches, asked, chosen, shown, sampling, as_json, not is_main(), echo=not chat)
 
 
 def _write_all(
@@ -172,6 +184,7 @@ def _write_all(
     words: Tokenizer,
     batches: Iterable[list[str]],
     asked: Callable[[str], Prompt],
+    chosen: Callable[[Iterator[TextPiece], list[str]], Iterator[TextPiece]],
     settings: GenerateConfig,
     sampling: Sampling,
     as_json: bool,
@@ -188,6 +201,7 @@ def _write_all(
             if quiet:
                 deque(pieces, maxlen=0)  # the model runs as the pieces are taken, and every rank has to run it
                 continue
+            pieces = chosen(pieces, prompts)
             for record in _show(pieces, prompts, settings, as_json, echo and settings.mode != "interactive"):
                 print(record, file=saved, flush=True)
 
@@ -229,6 +243,35 @@ def _check_chat(chat: bool, asks: bool, options: dict[str, Any]) -> None:
         raise ConfigError(f"{' and '.join(given)} need --chat")
     if chat and not asks:
         raise ConfigError("--chat needs questions: --prompt or --file; to talk with the model: castalia chat")
+
+
+def _check_best(best_of: int | None, judge: str | None, num_samples: int | None, many: bool, heat: float) -> None:
+    from castalia.errors import ConfigError
+
+    if (best_of is None) != (judge is None):
+        raise ConfigError("--best-of N and --judge REWARD go together: the reward model chooses one of N texts")
+    if best_of is None:
+        return
+    if num_samples or many:
+        raise ConfigError("--best-of excludes --num-samples, --interactive and several processes")
+    if not heat:
+        raise ConfigError("--best-of chooses among texts that differ: give a --temperature above 0, such as 0.8")
+
+
+def best_pieces(
+    judge: str, pieces: Iterator[TextPiece], prompts: list[str], system: str | None, chat: bool
+) -> Iterator[TextPiece]:
+    """The text of each prompt that the judge gives the highest reward, in one piece, once all are written."""
+    from castalia.cli.score import best_texts
+
+    texts: dict[int, str] = {}
+    reasons: dict[int, TextPiece] = {}
+    for piece in pieces:
+        texts[piece.row] = texts.get(piece.row, "") + piece.text
+        reasons[piece.row] = piece
+    written = [texts[row] for row in sorted(texts)]
+    for number, (row, _) in enumerate(best_texts(judge, prompts, written, system, chat)):
+        yield reasons[row]._replace(row=number, text=texts[row])
 
 
 def configured(checkpoint: Checkpoint, overlay: str | None, given: dict[str, Any]) -> GenerateConfig:

@@ -25,6 +25,7 @@ VERBS = {
     "lr-find": ("castalia.cli.lr_find", "Try rising learning rates and suggest one."),
     "eval": ("castalia.cli.evaluate", "Loss, perplexity and bits per byte of a checkpoint; tasks of lm-eval."),
     "lm-eval": ("castalia.cli.lm_eval", "Call lm-eval itself, with checkpoints of any format."),
+    "score": ("castalia.cli.score", "Score texts with a reward model, or by their log-probability."),
     "generate": ("castalia.cli.generate", "Write text with a checkpoint."),
     "chat": ("castalia.cli.chat", "Talk with a model in the terminal, by its chat template."),
     "data": ("castalia.cli.data", "Prepare corpora, inspect them, show what a step trains on."),

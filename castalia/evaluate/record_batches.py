@@ -21,7 +21,7 @@ from castalia.data.tokenizer import Tokenizer
 from castalia.errors import DataError
 
 
-class Document(NamedTuple):
+class LabelledDocument(NamedTuple):
     """Token ids, and for each the label that it is: itself, or -100 if it does not count."""
 
     ids: list[int]
@@ -32,7 +32,7 @@ class Record(NamedTuple):
     """A record of a file: its fields, and a document for each answer in it. Of pairs the chosen one comes first."""
 
     kind: Kind
-    documents: tuple[Document, ...]
+    documents: tuple[LabelledDocument, ...]
     fields: dict[str, Any]
 
     @property
@@ -41,17 +41,17 @@ class Record(NamedTuple):
         return label_of(self.fields) > 0
 
 
-Encode = Callable[[Answer], Document]
+Encode = Callable[[Answer], LabelledDocument]
 
 
 def answers_encoder(tokenizer: Tokenizer, template: Path | None) -> Encode:
     """Documents of which the answers count, as in fine-tuning. `template`: in place of the tokenizer's own."""
 
-    def encode(answer: Answer) -> Document:
+    def encode(answer: Answer) -> LabelledDocument:
         """Without a template of their own, strings are one text."""
         if isinstance(answer, Passage) and template is None:
-            return Document(*encode_passage(answer, tokenizer))
-        return Document(*encode_answer(answer, chat_of(tokenizer, template), tokenizer))
+            return LabelledDocument(*encode_passage(answer, tokenizer))
+        return LabelledDocument(*encode_answer(answer, chat_of(tokenizer, template), tokenizer))
 
     return encode
 
@@ -59,11 +59,11 @@ def answers_encoder(tokenizer: Tokenizer, template: Path | None) -> Encode:
 def rewards_encoder(tokenizer: Tokenizer, template: Path | None) -> Encode:
     """Documents that a reward model judges: the one label that counts makes it read the token before, the last one."""
 
-    def encode(answer: Answer) -> Document:
+    def encode(answer: Answer) -> LabelledDocument:
         """A label needs a token, so one more follows."""
         plain = isinstance(answer, Passage) and template is None
         ids = judged_ids(answer, None if plain else chat_of(tokenizer, template), tokenizer)
-        return Document([*ids, ids[-1]], [IGNORE] * len(ids) + [ids[-1]])
+        return LabelledDocument([*ids, ids[-1]], [IGNORE] * len(ids) + [ids[-1]])
 
     return encode
 
