@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from castalia.data.prepare import PreparationReport
     from castalia.data.tokenizer import Tokenizer
 
+BAD_SHOWN = 10  # records that were left out, by message
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 TokenizerPath = Annotated[Path | None, typer.Option("--tokenizer", help="tokenizer.json, vocab.json, .model or folder")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
@@ -40,7 +41,11 @@ def prepare(
     ] = None,
     merges: Annotated[Path | None, typer.Option(help="merges.txt of GPT-2 BPE files")] = None,
     jsonl_keys: Annotated[
-        str | None, typer.Option(help="fields to prepare, separated by commas; one corpus each  [default: text]")
+        str | None,
+        typer.Option(
+            help="fields to prepare, separated by commas; one corpus each; text|body: the one that a record has  "
+            "[default: text]"
+        ),
     ] = None,
     append_eod: Annotated[
         bool, typer.Option("--append-eod", help="end each document with the end-of-document id")
@@ -82,7 +87,7 @@ def prepare(
     from castalia.data.chat import Chat, read_template
     from castalia.data.prepare import Recipe
     from castalia.data.prepare import prepare as run
-    from castalia.data.sources import BadRecord
+    from castalia.data.sources import BadRecord, MissingField
 
     chat = None
     if chat_template is not None:
@@ -114,10 +119,13 @@ def prepare(
         print("interrupted; the same command continues", file=sys.stderr)
         raise
     except BadRecord as error:
-        raise BadRecord(f"{error}, or leave such records out with --skip-bad") from None
+        named = ", name its field with --jsonl-keys" if isinstance(error, MissingField) and not jsonl_keys else ""
+        raise BadRecord(f"{error}{named}, or leave such records out with --skip-bad") from None
     seconds = time.monotonic() - start
-    for message in report.bad:
+    for message in report.bad[:BAD_SHOWN]:
         print(f"left out: {message}", file=sys.stderr)
+    if len(report.bad) > BAD_SHOWN:
+        print(f"left out: {len(report.bad) - BAD_SHOWN:,} more, which --json lists", file=sys.stderr)
     dropped = f", dropped {report.empty} empty" if report.empty else ""
     dropped += f", left out {len(report.bad)} bad" if report.bad else ""
     before = report.continued
@@ -345,6 +353,10 @@ def _tokenizer_config(path: Path | None, kind: str | None = None, merges: Path |
 
     from castalia.config.schema import TokenizerConfig
 
+    if path is None and kind is None:
+        raise DataError(
+            "no tokenizer: give --tokenizer FILE, which `castalia tokenizer train` makes, or --tokenizer-kind bytes"
+        )
     try:
         return TokenizerConfig(kind=kind, path=str(path) if path else None, merges=str(merges) if merges else None)  # type: ignore[arg-type]
     except pydantic.ValidationError as error:

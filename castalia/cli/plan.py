@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 BYTE_VOCABULARIES = {"char": 512, "bytes": 257}  # ids of the tokenizers that need no file
 GPT2_VOCABULARY = 50257
+PUBLISHED = {"20B_tokenizer.json": 50277, "gpt2-vocab.json": GPT2_VOCABULARY}  # ids in files that NeoX's configs name
 
 
 def command(
@@ -142,6 +143,8 @@ def tokenizer_size(config: RunConfig) -> tuple[int | None, str]:
         return BYTE_VOCABULARIES[kind], f"every {kind} tokenizer has it"
     if kind == "gpt2":
         return GPT2_VOCABULARY, "GPT-2's, by the tokenizer's kind; its files are not here"
+    if path.name in PUBLISHED:
+        return PUBLISHED[path.name], f"that of the published {path.name}; {path} is not here"
     if kind is None and not config.tokenizer.path and NEOX_DEFAULT in config.origins.values():
         return GPT2_VOCABULARY, "GPT-NeoX's default, GPT2BPETokenizer, as the config names no tokenizer"
     return None, ""

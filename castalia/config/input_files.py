@@ -48,10 +48,17 @@ def _missing_data(config: RunConfig) -> Iterator[str]:
     for prefix, all_keys in named.items():
         keys = list(dict.fromkeys(all_keys))
         gone = [f"{prefix}.{end}" for end in ("bin", "idx") if not Path(f"{prefix}.{end}").is_file()]
-        if gone:
+        start = f"{config.place(*keys)}{', '.join(keys)}={prefix}: "
+        if gone and Path(prefix).exists():
+            name = Path(prefix).stem
             yield (
-                f"{config.place(*keys)}{', '.join(keys)}={prefix}: {' and '.join(gone)} {_are(gone)} missing; make the "
-                "corpus with `castalia data prepare`, or name it as its files are called, without .bin and .idx"
+                f"{start}this is text, no corpus; `castalia data prepare {prefix} --tokenizer FILE --output {name}` "
+                f"makes one, {keys[0]}={name}_text_document"
+            )
+        elif gone:
+            yield (
+                f"{start}{' and '.join(gone)} {_are(gone)} missing; make the corpus with `castalia data prepare`, or "
+                "name it as its files are called, without .bin and .idx"
             )
 
 

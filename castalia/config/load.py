@@ -177,11 +177,18 @@ def _read(name: str | Path | RunConfig | dict, findings: Findings) -> YamlMappin
     if path.is_dir():
         raise ConfigError(
             f"{name}: this folder holds no config.yml of a run and no configs/*.yml of GPT-NeoX; name a config file, a "
-            "run's folder or a preset. To train a model that lies there: castalia train CONFIG checkpoint.init_from="
-            f"{name}"
+            f"run's folder or a preset. From text that lies there, castalia start {name} makes a model; to train one "
+            f"that lies there: castalia train CONFIG checkpoint.init_from={name}"
         )
-    close = get_close_matches(str(name).lower(), preset_names(), cutoff=0.5) or preset_names()
-    raise ConfigError(f"{name}: no such file, and no preset has this name; presets: {', '.join(close)}")
+    raise ConfigError(f"{name}: no such file, and no preset has this name; {_near_presets(path.stem.lower())}")
+
+
+def _near_presets(name: str) -> str:
+    presets = preset_names()
+    if near := [preset for preset in presets if name in preset] or get_close_matches(name, presets, cutoff=0.5):
+        return f"presets: {', '.join(near)}"
+    families = {preset.partition("-")[0]: preset for preset in reversed(presets)}
+    return f"there are {len(presets)} presets, such as {', '.join(sorted(families.values()))}"
 
 
 def _with_own_tokenizer(table: YamlMapping, run: Path) -> YamlMapping:

@@ -48,7 +48,7 @@ class Recipe:
     """How texts become token ids."""
 
     tokenizer: TokenizerConfig
-    keys: tuple[str, ...] = ("text",)
+    keys: tuple[str, ...] = ("text",)  # fields; `text|body`: the first that a record has, named by the first word
     append_eod: bool = False
     skip_bad: bool = False
     ftfy: bool = False
@@ -176,13 +176,15 @@ def _check(recipe: Recipe, tokenizer: Tokenizer) -> None:
     if recipe.chat:
         if recipe.mask_before or recipe.append_eod or recipe.ftfy:
             raise DataError("--chat-template excludes --mask-before-token, --append-eod and --ftfy")
+        if alternatives := [key for key in recipe.keys if "|" in key]:
+            raise DataError(f"--jsonl-keys {alternatives[0]}: alternatives are for texts; name one field")
         renderer(recipe.chat)
     if recipe.ftfy:
         _fix_text()
 
 
 def _prefix(output: str | Path, name: str) -> str:
-    return f"{output}_{name}_document"
+    return f"{output}_{name.split('|')[0]}_document"
 
 
 def _fix_text() -> Callable[[str], str]:

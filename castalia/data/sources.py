@@ -37,6 +37,10 @@ class BadRecord(DataError):
     """A record from which no document can be read."""
 
 
+class MissingField(BadRecord, ValueError):
+    """A record without the field that was asked for."""
+
+
 class Damaged(Exception):
     """The rest of a file, or a member of an archive, that cannot be read."""
 
@@ -162,7 +166,8 @@ def texts_of(
         except ValueError as error:
             message = f"{chunk.path}:{number}: {error}"
             if not skip_bad:
-                raise BadRecord(f"{message}; mend it or take it out") from None
+                kind = MissingField if isinstance(error, MissingField) else BadRecord
+                raise kind(f"{message}; mend it or take it out") from None
             result.bad.append(message)
             continue
         for key, text in texts.items():
@@ -195,12 +200,16 @@ def _json(record: bytes) -> Any:
 
 
 def field_of(value: Any, key: str) -> Any:
-    """A field of a record. A record that is not a JSON object counts as the field itself. Raises ValueError."""
+    """A field of a record; of `text|body` the first that it has. Raises MissingField.
+
+    A record that is not a JSON object counts as the field itself.
+    """
     if not isinstance(value, dict):
         return value
-    if key not in value:
-        raise ValueError(f"no field {key!r}; the record has {', '.join(map(repr, value)) or 'none'}")
-    return value[key]
+    for name in key.split("|"):
+        if name in value:
+            return value[name]
+    raise MissingField(f"no field {key!r}; the record has {', '.join(map(repr, value)) or 'none'}")
 
 
 def _texts(value: Any, keys: Sequence[str]) -> dict[str, str]:
@@ -436,10 +445,13 @@ def _read_parquet(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[C
         table = parquet.ParquetFile(file)
     except (OSError, ValueError) as error:  # pyarrow's errors are kinds of these
         raise Damaged(f"not parquet: {error}") from error
-    missing = [key for key in keys if key not in table.schema_arrow.names]
+    names = table.schema_arrow.names
+    missing = [key for key in keys if not set(key.split("|")) & set(names)]
     if missing:
-        raise DataError(f"{path}: no column {missing[0]!r}; it has {', '.join(map(repr, table.schema_arrow.names))}")
-    return _grouped(path, _parquet_records(table, list(keys) or table.schema_arrow.names), is_json=True)
+        raise DataError(f"{path}: no column {missing[0]!r}; it has {', '.join(map(repr, names))}")
+    asked = {name for key in keys for name in key.split("|")}
+    columns = [name for name in names if name in asked or not keys]
+    return _grouped(path, _parquet_records(table, columns), is_json=True)
 
 
 def _parquet_records(table: Any, keys: list[str]) -> Iterator[bytes]:

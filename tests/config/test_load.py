@@ -198,8 +198,11 @@ def test_missing_files_name_presets_that_are_close(write, tmp_path):
     assert refusal("pythia-14")[0].startswith(
         "pythia-14: no such file, and no preset has this name; presets: pythia-14m"
     )
-    assert "gpt-neox-20b" in refusal("nothing-like-it")[0]
-    assert "holds no config.yml" in refusal(str(tmp_path))[0]
+    assert refusal("125M.yml")[0].endswith("presets: neox-125m")
+    assert "29 presets, such as" in refusal("nothing-like-it")[0]
+    assert (
+        "holds no config.yml" in refusal(str(tmp_path))[0] and f"castalia start {tmp_path}" in refusal(str(tmp_path))[0]
+    )
     (tmp_path / "binary.yml").write_bytes(b"\xff\xfe\x00")
     assert "not UTF-8 text" in refusal("binary.yml")[0]
 

@@ -105,10 +105,28 @@ def test_mistakes(prepared: Path) -> None:
         (("batch", "config.yml", "--split", "training"), "--split training is none of train, valid, test"),
         (("prepare", "corpus.jsonl", "--output", "x", "--tokenizer-kind", "magic"), "--tokenizer-kind magic"),
         (("prepare", "corpus.jsonl", "--output", "x", "--tokenizer-kind", "char", "--mask-before-token", "a"), "ids"),
+        (("prepare", "corpus.jsonl", "--output", "x"), "no tokenizer: give --tokenizer FILE"),
         (("inspect", "data/nothing"), "does not exist"),
     ]:
         with pytest.raises(DataError, match=message):
             run(data_verbs.app, *words)
+
+
+def test_fields_of_other_names_are_read_and_told_how(prepared: Path) -> None:
+    Path("mixed.jsonl").write_text('{"text": "one", "body": "not this"}\n{"body": "two"}\n')
+    words = ("prepare", "mixed.jsonl", "--output", "mixed", "--tokenizer-kind", "bytes")
+    with pytest.raises(DataError, match="has 'body'; mend it or take it out, name its field with --jsonl-keys, or"):
+        run(data_verbs.app, *words)
+    with pytest.raises(DataError, match="mend it or take it out, or name its field with --jsonl-keys"):
+        run(tokenizer_verbs.app, "train", "mixed.jsonl", "--output", "mixed.json")
+    run(data_verbs.app, *words, "--jsonl-keys", "text|body")
+    assert [bytes(ids.astype("u1")) for ids in open_dataset("mixed_text_document")] == [b"one", b"two"]
+
+
+def test_a_flood_of_bad_records_is_counted(prepared: Path) -> None:
+    Path("bad.jsonl").write_text('"fine"\n' + "broken\n" * 13)
+    done = run(data_verbs.app, "prepare", "bad.jsonl", "--output", "x", "--tokenizer-kind", "bytes", "--skip-bad")
+    assert done.output.count("not JSON") == 10 and "left out: 3 more" in done.output
 
 
 def test_skipped_lines_are_counted_and_shown(prepared: Path) -> None:

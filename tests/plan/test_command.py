@@ -42,9 +42,9 @@ def test_planning_needs_no_torch() -> None:
 
 
 def test_what_is_unknown_is_said_and_a_flag_fills_it_in(fixtures) -> None:
-    config = str(fixtures / "configs" / "pythia_14M.yml")
-    assert "not known: the vocabulary" in castalia("plan", config).stdout
-    assert "14,067,712" in castalia("plan", config, "--vocab-size", "50277").stdout
+    config = [str(fixtures / "configs" / "pythia_14M.yml"), "vocab_file=own.json"]
+    assert "not known: the vocabulary" in castalia("plan", *config).stdout
+    assert "14,067,712" in castalia("plan", *config, "--vocab-size", "50277").stdout
 
 
 def test_the_vocabulary_comes_from_the_tokenizers_file_or_kind(fixtures, tmp_path) -> None:
@@ -56,6 +56,9 @@ def test_the_vocabulary_comes_from_the_tokenizers_file_or_kind(fixtures, tmp_pat
     assert tokenizer_size(load_config([], [*sizes, "tokenizer.kind=hf"]))[0] is None
     missing = load_config([], [*sizes, "tokenizer.kind=hf", f"tokenizer.path={tmp_path / 'none.json'}"])
     assert tokenizer_size(missing)[0] is None
+    both = [str(fixtures / "configs" / name) for name in ("20B.yml", "local_setup.yml")]
+    size, source = tokenizer_size(load_config(both))
+    assert size == 50257 and source == "that of the published gpt2-vocab.json; data/gpt2-vocab.json is not here"
 
 
 def test_epochs_are_counted_from_the_index(fixtures) -> None:

@@ -10,7 +10,9 @@ import sys
 import pytest
 
 from castalia.cli.main import main
+from castalia.config.input_files import missing_files
 from castalia.config.load import load_config, load_run
+from castalia.config.schema import RunConfig
 from castalia.data.indexed import DatasetWriter
 from castalia.data.tokenizer import load_tokenizer
 from castalia.train.loop import train
@@ -123,6 +125,13 @@ def test_a_plain_config_is_checked_without_torch(here):
     done = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "foreign holds the token id 9000, but the vocabulary has 257 entries" in done.stderr
+
+
+def test_text_in_place_of_a_corpus_is_told_how_to_become_one(tmp_path):
+    (tmp_path / "own.jsonl").write_text('{"text": "a"}')
+    (line,) = missing_files(RunConfig().with_({"data.path": str(tmp_path / "own.jsonl")}))
+    assert "this is text, no corpus; `castalia data prepare" in line
+    assert line.endswith("makes one, data.path=own_text_document")
 
 
 def test_all_verbs_tell_the_same(here, castalia):
