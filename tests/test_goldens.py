@@ -27,7 +27,7 @@ from castalia.config.load import load_config, preset_names
 from castalia.config.neox.keys import FORMER, KEYS
 from castalia.config.schema import FinetuneConfig, LoraConfig, MuPConfig, OptimizerConfig, RunConfig
 from castalia.config.tensor_table import all_shapes, in_order, local_size, tp_dim
-from castalia.errors import CheckpointError
+from castalia.errors import CheckpointError, ConfigError
 from castalia.model.init import neox_matrices, seeded_tensor
 from castalia.plan.devices import parse_gpus
 from castalia.plan.run_plan import Hardware, RunFacts, report
@@ -91,8 +91,17 @@ def test_effective_values_of_genuine_configs(golden: Goldens, fixtures: Path) ->
     assert found
     for path in [*found, *sorted(fixtures.glob("*/*/checkpoint/*/configs/*.yml"))]:
         with inside(path.parent):
-            shown = "\n".join(chosen_values(path.name))
-        golden.check("genuine_configs", str(path.relative_to(fixtures)), digest(shown))
+            values = [line for line in chosen_values(path.name) if line.startswith("* ")]
+            said = notes_or_refusal(path.name)
+        golden.check("genuine_configs", str(path.relative_to(fixtures)), digest("\n".join([*values, *said])))
+
+
+def notes_or_refusal(name: str) -> list[str]:
+    """All that is said of a config's keys, which `config show` shortens."""
+    try:
+        return load_config(name).notes
+    except ConfigError as error:
+        return [str(error)]
 
 
 def test_explanation_of_every_key(golden: Goldens) -> None:
