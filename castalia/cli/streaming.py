@@ -75,6 +75,11 @@ def streaming_lines(
     number = plan.passes * times
     rest = f", {number} passes {duration(seconds * number)}" if number > 1 else ""
     lines.append(f"the disk gives {size_of(rate)}/s: about {duration(seconds)} {unit}, bound {bound}{rest}")
+    if plan.sizes.packed and plan.bytes_per_pass:
+        lines.append(
+            "not counted: blocks that do not stay are packed anew in each pass, which may take longer than reading; "
+            "--dtype fp32 does without"
+        )
     if plan.bytes_per_pass and seconds <= reading:
         lines.append(f"faster: {_faster(plan, item)}")
     return lines
