@@ -38,6 +38,9 @@ def command(
 
     CONFIG is a YAML file (ours or GPT-NeoX's) or the name of a preset; later ones and KEY=VALUE win. RUN is the folder
     of a run, which continues from its last checkpoint.
+
+    A run needs a model, data, a tokenizer or vocabulary, a batch, an end and a folder: `castalia config check CONFIG`
+    says what is missing, `castalia config explain KEY` what a key does.
     """
     from castalia.train.start_checks import find_obstacles, refuse
 

@@ -144,6 +144,14 @@ class TensorRef:
         array = (values.float() if self.dtype_name == "bfloat16" else values).numpy()
         return array if dtype is None else array.astype(dtype)
 
+    def __dlpack__(self, **wanted: Any) -> Any:
+        """The values for `torch.as_tensor`, which would take anything else that has a length for a list."""
+        return self.read().__dlpack__(**wanted)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """The CPU, in DLPack's words."""
+        return 1, 0
+
     def pieces(self, piece_bytes: int = PIECE_BYTES) -> Iterator[torch.Tensor]:
         """The tensor in row-major order, some rows at a time, of about `piece_bytes` each."""
         if not self.shape:

@@ -18,6 +18,7 @@ from castalia.config.attention_kernels import AMPERE
 from castalia.config.batch import sum_until
 from castalia.config.fields import changed
 from castalia.config.loss_chunks import CHUNK_BYTES
+from castalia.config.neox.clipping import effective_clip_norm
 from castalia.config.schema import RunConfig
 from castalia.config.tensor_table import adapter_shapes, tensor_shapes
 from castalia.data.indexed import open_dataset
@@ -55,6 +56,7 @@ def show_header(session: Session, display: Display, folder: Path, *, kept: bool,
         return ""
     known, layout = run_facts_of(session), planned_layout(session)
     surprises = [*warnings(session.config, known, layout), *_tokenizer_warnings(session), *_one_sided(session.config)]
+    surprises += _clipping_warning(session)
     surprises = [wrapped(f"warning: {text}") for text in surprises]
     planned, seconds = training(session.config, known, layout), expected_seconds(session)
     full, loud = list(full_lines(session, folder, known, layout)), [*loud_lines(session, planned.epochs, seconds)]
@@ -221,6 +223,18 @@ def _tokenizer_warnings(session: Session) -> Iterator[str]:
         yield (
             f"the tokenizer has {tokenizer.vocab_size:,} ids and the model {model.padded_vocab_size:,} rows for them: "
             "it may be another model's; name the right one (tokenizer.path)"
+        )
+
+
+def _clipping_warning(session: Session) -> Iterator[str]:
+    """Tells of a run that went on under GPT-NeoX without the clipping that its config asks for."""
+    source, norm = session.source, session.config.optimizer.clip_norm
+    if source is None or session.progress.step == 0 or session.config.neox_exact:
+        return
+    if norm and effective_clip_norm(norm, source.release) is None:
+        yield (
+            f"gradients are clipped to {norm:g} from here on; GPT-NeoX left that off, as always at its default: the "
+            "losses will not be its own. As it went on: neox_exact=true, or optimizer.clip_norm=null for this alone"
         )
 
 

@@ -62,7 +62,7 @@ def test_tensors_behave(checkpoint) -> None:
     for index in (0, -1, slice(1, 3), (slice(None), 2), (..., slice(-2, None)), (3, slice(1, 4)), slice(5, 2)):
         assert torch.equal(ref[index], whole[index]), index
     assert np.array_equal(np.asarray(ref), whole.numpy()) and np.asarray(ref, np.float64).dtype == np.float64
-    assert torch.equal(torch.as_tensor(np.asarray(ref)), whole)
+    assert torch.equal(torch.as_tensor(np.asarray(ref)), whole) and torch.equal(torch.as_tensor(ref), whole)
     assert len(ref) == len(whole) and [row.shape for row in ref] == [row.shape for row in whole]
     for index in (len(whole), (0, 0, 0), slice(None, None, 2)):
         with pytest.raises(IndexError):

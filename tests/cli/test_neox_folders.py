@@ -13,6 +13,7 @@ from castalia.cli.train import read_config, train
 from castalia.config.load import load_config
 from castalia.errors import ConfigError, TrainingError
 from castalia.observe.metrics import read_metrics
+from castalia.train.dry_run import rehearse
 from castalia.train.start_checks import find_obstacles
 from castalia.tune.replay import replay
 from tests.data.test_cli import run
@@ -35,6 +36,12 @@ def test_training_goes_on_as_gpt_neox_went_on(folder: Path, fixtures: Path) -> N
     recorded = json.loads((fixtures / "neox" / "pp1-mp1-dp2-z1-fp16-rotary-par" / "losses.json").read_text())
     losses = [record["loss"] for record in read_metrics(Path("runs/model"))]
     assert losses == pytest.approx(recorded["resumed_from_step_5_steps_6_to_10"], abs=2e-3)
+
+
+@pytest.mark.parametrize(("exact", "warned"), [("neox_exact=false", True), ("neox_exact=true", False)])
+def test_clipping_that_gpt_neox_left_off_is_told_of(folder: Path, capsys, exact: str, warned: bool) -> None:
+    rehearse(read_config([str(folder), exact]))
+    assert ("gradients are clipped to 1 from here on" in capsys.readouterr().out) == warned
 
 
 def test_the_folder_of_one_step_will_do(folder: Path) -> None:
