@@ -1,4 +1,4 @@
-"""`castalia data`: prepare corpora, look into them, show what a step trains on."""
+"""`castalia data`: prepare corpora, look into them; `data_order.py` has the verbs on the order of training."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from castalia.cli.data_order import Json, TokenizerPath, batch, seen
 from castalia.errors import DataError
 from castalia.strict_json import to_json
 from castalia.units import plural
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 BAD_SHOWN = 10  # records that were left out, by message
 app = typer.Typer(no_args_is_help=True, add_completion=False)
-TokenizerPath = Annotated[Path | None, typer.Option("--tokenizer", help="tokenizer.json, vocab.json, .model or folder")]
-Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
 @app.callback()
@@ -263,82 +262,8 @@ def split(
         print(f"{part.prefix}: {plural(len(part.doc_index) - 1, 'document')}, {len(part.tokens):,} tokens")
 
 
-@app.command()
-def batch(
-    config: Annotated[
-        list[str], typer.Argument(metavar="CONFIG... [key=value ...]", help="files or presets, overrides")
-    ],
-    step: Annotated[int, typer.Option(help="counted from 1, as in metrics.jsonl", min=1)] = 1,
-    split: Annotated[str, typer.Option(help="train, valid or test")] = "train",
-    npy: Annotated[Path | None, typer.Option(help="write the ids, [batch, tokens + 1], to this file")] = None,
-    as_json: Json = False,
-) -> None:
-    """Show exactly which documents and tokens a step trains on.
-
-    \b
-    Examples:
-      castalia data batch runs/first --step 3
-      castalia data batch run.yml --split valid --json
-
-    Tokens are decoded if the config names a tokenizer. Those that count for the loss are bright, the rest dim; without
-    a terminal they stand in [[double brackets]].
-    """
-    from castalia.cli.train import read_config
-    from castalia.data.batch_rows import batch_rows, write_ids
-    from castalia.data.loader import SPLITS
-    from castalia.data.pairs import open_samples
-    from castalia.data.tokenizer import load_tokenizer
-
-    run = read_config(config)
-    chosen = next((name for name in SPLITS if name == split), None)
-    if chosen is None:
-        raise DataError(f"--split {split} is none of {', '.join(SPLITS)}")
-    if chosen == "train" and run.train.steps and step > run.train.steps:
-        raise DataError(f"--step {step}: the run's steps are 1 to {run.train.steps} (train.steps)")
-    number = step - 1  # as the data are counted
-    samples = open_samples(run, chosen)
-    if npy is not None:
-        write_ids(samples, number, npy)
-    named = run.tokenizer.path is not None or run.tokenizer.kind is not None
-    decoder = load_tokenizer(run.tokenizer, neox=run.neox_exact) if named else None
-    rows = batch_rows(samples, number, decoder)
-    if as_json:
-        print(to_json({"step": step, "split": split, "fingerprint": samples.fingerprint, "samples": rows}))
-        return
-    for number, row in enumerate(rows):
-        what = f", {row['side']}" if "side" in row else f", reward {row['reward']:g}" if "reward" in row else ""
-        print(f"--- step {step}, sequence {number}: position {row['position']} of the data order{what}")
-        for piece in row["pieces"]:
-            print(f"    {piece['prefix']} document {piece['document']}, tokens {piece['start']} to {piece['stop'] - 1}")
-        masked = sum(label < 0 for label in row["labels"])
-        print(f"    {len(row['labels']) - masked} of {len(row['labels'])} labels count for the loss")
-        end = sum(piece["stop"] - piece["start"] for piece in row["pieces"])  # what follows fills up
-        _show_trained(row["tokens"][:end], row["labels"][:end], decoder)
-
-
-def _show_trained(tokens: list[int], labels: list[int], tokenizer: Tokenizer | None) -> None:
-    """The sequence with what the loss counts bright and the rest dim; marked [[...]] where there is no terminal.
-
-    A label stands at the token before it, so token t is trained on if labels[t - 1] counts.
-    """
-    from itertools import groupby
-
-    from rich.console import Console
-    from rich.text import Text
-
-    from castalia.data.tokenizer import decode_with_special
-
-    console, line = Console(soft_wrap=True), Text()  # not markup: a corpus may hold [brackets]
-    learned = [False, *(label >= 0 for label in labels)]  # nothing predicts the first token
-    ids = [*tokens, labels[-1]] if labels[-1] >= 0 else tokens  # the last label is not an input
-    for counts, run in groupby(zip(ids, learned, strict=False), key=lambda pair: pair[1]):
-        part = [token for token, _ in run]
-        text = decode_with_special(tokenizer, part) if tokenizer else " ".join(map(str, part)) + " "
-        if console.is_terminal:
-            line.append(text, "bold green" if counts else "dim")
-        else:
-            line.append(f"[[{text}]]" if counts else text)
-    console.print(line, highlight=False)
+app.command()(batch)
+app.command()(seen)
 
 
 def _ids(text: str | None) -> tuple[int, ...]:

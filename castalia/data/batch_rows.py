@@ -1,7 +1,9 @@
-"""The sequences of one step as plain values: where they come from, their ids, labels and text."""
+"""The sequences of steps as plain values: where they come from, their ids, labels and text."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ import numpy as np
 
 from castalia.data.loader import Samples
 from castalia.data.pairs import Pairs, sides_of
+from castalia.data.published_rows import ParquetRows, ShardedRows
+from castalia.data.sample_index import IGNORE
 from castalia.data.tokenizer import Tokenizer
 from castalia.files import appearing
 
@@ -20,6 +24,7 @@ def batch_rows(samples: Samples | Pairs, number: int, tokenizer: Tokenizer | Non
     return [
         {
             "position": position,
+            "epoch": sides[name].epoch(sides[name].first_of(number) + row),
             **({"side": name} if name else {}),
             **({"reward": float(arrays.rewards[row])} if arrays.rewards is not None else {}),
             "pieces": [piece._asdict() for piece in sides[name].pieces(position)],
@@ -32,12 +37,62 @@ def batch_rows(samples: Samples | Pairs, number: int, tokenizer: Tokenizer | Non
     ]
 
 
+def table_rows(samples: Samples | Pairs, number: int, tokenizer: Tokenizer | None) -> list[dict[str, Any]]:
+    """The rows of a step, counted from 0, as tables of many steps hold them: `ids` are the inputs and one token more.
+
+    `documents` names the parts of documents that a sequence consists of, `loss_tokens` counts the labels of the loss.
+    """
+    sides, rows = sides_of(samples), batch_rows(samples, number, tokenizer)
+    return [
+        {
+            "step": number + 1,
+            "row": row // len(sides),
+            "position": facts["position"],
+            "epoch": facts["epoch"],
+            **{name: facts[name] for name in ("side", "reward") if name in facts},
+            "documents": facts["pieces"],
+            "loss_tokens": sum(label != IGNORE for label in facts["labels"]),
+            "ids": _ids(sides[facts.get("side", "")], facts["position"], number).tolist(),
+            "text": facts["text"],
+        }
+        for row, facts in enumerate(rows)
+    ]
+
+
+def published_rows(
+    source: ShardedRows | ParquetRows, steps: range, tokenizer: Tokenizer | None
+) -> Iterator[list[dict[str, Any]]]:
+    """Blocks of the same rows of published steps (from 0). Which documents they are made of is not published."""
+    for block in source.blocks(steps):
+        rows = zip(block.steps.tolist(), block.rows.tolist(), pairwise(block.starts.tolist()), strict=True)
+        found = []
+        for step, row, (start, stop) in rows:
+            ids = block.tokens[start:stop].tolist()
+            found.append(
+                {
+                    "step": step + 1,
+                    "row": row,
+                    "position": step * source.batch_size + row,
+                    "epoch": 1,
+                    "documents": None,
+                    "loss_tokens": len(ids) - 1,
+                    "ids": ids,
+                    "text": tokenizer.decode(ids) if tokenizer else None,
+                }
+            )
+        yield found
+
+
 def write_ids(samples: Samples | Pairs, number: int, path: Path) -> None:
     """Write the ids of the step, [sequences, tokens + 1], as a NumPy file.
 
     Inputs and labels are this one array, shifted by one: hence a token more.
     """
-    sides, positions = sides_of(samples), samples.positions(number).tolist()
-    texts = [side.sample(row)[0][: side.length(number) + 1] for row in positions for side in sides.values()]
+    positions = samples.positions(number).tolist()
+    texts = [_ids(side, row, number) for row in positions for side in sides_of(samples).values()]
     with appearing(path) as file:
         np.save(file, np.stack(texts))
+
+
+def _ids(side: Samples, position: int, number: int) -> np.ndarray:
+    return side.sample(position)[0][: side.length(number) + 1]

@@ -96,18 +96,22 @@ def open_dataset(prefix: str | os.PathLike[str]) -> IndexedDataset:
                 f"{path} does not exist; a corpus is a pair PREFIX.bin, PREFIX.idx: give the prefix of both"
             )
     index = _map(idx_path(name))
-    if index[: len(MAGIC)] == MAGIC:
-        dtype, sizes, starts, documents = _parse(name, index)
-    elif index[: len(LEGACY_MAGIC)] == LEGACY_MAGIC:
-        dtype, sizes, starts, documents = _parse_legacy(name, index)
-    else:
-        raise DataError(
-            f"{idx_path(name)} is not the index of a corpus: it begins with {bytes(index[:9])!r}, "
-            f"not {MAGIC!r} or {LEGACY_MAGIC!r}"
-        )
+    dtype, sizes, starts, documents = _parse_any(name, index)
     tokens = _map(bin_path(name))
     _check(name, dtype, sizes, starts)
     return IndexedDataset(name, np.frombuffer(tokens, dtype), sizes, starts, documents)
+
+
+def read_row_form(prefix: str | os.PathLike[str]) -> tuple[int, np.dtype]:
+    """Tokens of an item and their dtype, of a corpus whose items are equally long; `PREFIX.bin` need not be there.
+
+    Raises DataError if the lengths differ.
+    """
+    name = os.fspath(prefix)
+    dtype, sizes, _, _ = _parse_any(name, _map(idx_path(name)))
+    if not len(sizes) or int(sizes.min()) != int(sizes.max()) or not sizes[0]:
+        raise DataError(f"{idx_path(name)}: its items are not rows of one length")
+    return int(sizes[0]), dtype
 
 
 def _map(path: Path) -> mmap.mmap | bytes:
@@ -146,6 +150,18 @@ def _check_length(name: str, length: int, expected: int, items: int) -> None:
     if length != expected:
         state = "truncated" if length < expected else "too long"
         raise DataError(f"{idx_path(name)} is {state}: {length} bytes, but {items} items need {expected}")
+
+
+def _parse_any(name: str, index: mmap.mmap | bytes) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
+    """The dtype of the tokens, sizes, starts and documents of an index of either kind."""
+    if index[: len(MAGIC)] == MAGIC:
+        return _parse(name, index)
+    if index[: len(LEGACY_MAGIC)] == LEGACY_MAGIC:
+        return _parse_legacy(name, index)
+    raise DataError(
+        f"{idx_path(name)} is not the index of a corpus: it begins with {bytes(index[:9])!r}, "
+        f"not {MAGIC!r} or {LEGACY_MAGIC!r}"
+    )
 
 
 def _parse(name: str, index: mmap.mmap | bytes) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:

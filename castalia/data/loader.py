@@ -87,6 +87,13 @@ class SampledCorpus:
         parts = pieces(self.index, self.text.sizes, locate(self.index, position))
         return parts[:1] if self.alone else parts
 
+    @cached_property
+    def epochs(self) -> float:
+        """Passes over the documents that the index holds."""
+        taken = np.zeros(len(self.text), bool)
+        taken[self.index.documents] = True
+        return len(self.index.documents) / max(1, int(taken.sum()))
+
     def reference(self, parts: list[tuple[int, int, int]], labels: np.ndarray) -> float:
         """Log-probability of a sample's shifted labels [length] by the reference model."""
         assert self.references is not None
@@ -127,10 +134,10 @@ class Samples:
 
     def steps(self, epochs: int) -> int:
         """The number of whole steps in `epochs` passes over the data order."""
-        return steps_within(self.batch_warmup, epochs * self._pass, self.batch_size, self.earlier)
+        return steps_within(self.batch_warmup, epochs * self.pass_length, self.batch_size, self.earlier)
 
     @property
-    def _pass(self) -> int:
+    def pass_length(self) -> int:
         """Samples of one pass over the data order."""
         return len(self) - len(self) % self.unit
 
@@ -139,13 +146,27 @@ class Samples:
 
         Raises DataError if the samples do not fill one micro-batch over all ranks.
         """
-        if not self._pass:
+        if not self.pass_length:
             raise DataError(
                 f"{len(self)} samples do not fill one micro-batch of {self.unit} sequences over all ranks: "
                 "use more data"
             )
-        first, end = (sum_until(self.batch_warmup, n, self.batch_size, self.earlier) for n in (step, step + 1))
-        return np.arange(first, end) % self._pass
+        return np.arange(self.first_of(step), self.first_of(step + 1)) % self.pass_length
+
+    def first_of(self, step: int) -> int:
+        """The number of sequences in all steps before a step (from 0)."""
+        return sum_until(self.batch_warmup, step, self.batch_size, self.earlier)
+
+    def epoch(self, sequence: int) -> int:
+        """The pass over its corpus in which a sequence comes, from 1, by how much of the order lies before it.
+
+        `sequence` counts those of all steps. In GPT-NeoX's order passes are mixed: all documents come as often in the
+        end, but one may come again before another was seen.
+        """
+        turn, position = divmod(sequence, self.pass_length)
+        corpus, position = self._corpus(position)
+        before = position * corpus.epochs / max(1, len(corpus.index.order))
+        return 1 + turn * math.ceil(corpus.epochs) + int(before + 1e-9)
 
     def length(self, step: int) -> int:
         """Tokens of a sequence in the batch of a step."""

@@ -7,7 +7,7 @@ from typer.testing import CliRunner, Result
 
 from castalia.cli import data as data_verbs
 from castalia.cli import tokenizer as tokenizer_verbs
-from castalia.data.indexed import open_dataset
+from castalia.data.indexed import DatasetWriter, open_dataset
 from castalia.data.sources import documents
 from castalia.errors import DataError
 
@@ -89,6 +89,54 @@ def test_batch_shows_both_sides_of_pairs(tmp_path: Path, monkeypatch: pytest.Mon
     assert "data order, chosen" in text and "data order, rejected" in text and "4 of 8 labels count" in text
 
 
+def test_rows_of_several_steps_as_a_file(prepared: Path) -> None:
+    done = run(data_verbs.app, "batch", "config.yml", "--steps", "2..3,19..", "--output", "rows.jsonl")
+    rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
+    assert "wrote rows.jsonl: 12 rows" in done.output
+    assert [(row["step"], row["row"]) for row in rows] == [(s, r) for s in (2, 3, 19, 20) for r in range(3)]
+    shown = json.loads(run(data_verbs.app, "batch", "config.yml", "--step", 3, "--json").output)["samples"][1]
+    assert rows[4]["ids"] == [*shown["tokens"], shown["labels"][-1]] and rows[4]["documents"] == shown["pieces"]
+    assert rows[4]["text"] == shown["text"] and rows[4]["epoch"] == 1 and rows[4]["loss_tokens"] == 16
+
+
+def test_where_a_text_is_seen(prepared: Path) -> None:
+    words = ("seen", "17 green b", "config.yml", "train.steps=400")
+    (found,) = json.loads(run(data_verbs.app, *words, "--json").output)
+    assert found["times"] == len(found["places"]) > 1 and found["places"][0]["first"] and found["anywhere"]
+    for place in found["places"]:
+        words_of_step = ("batch", "config.yml", "train.steps=400", "--step", place["step"], "--json")
+        row = json.loads(run(data_verbs.app, *words_of_step).output)["samples"][place["row"]]
+        assert "17 green b" in row["text"] and place["document"] % 100 == 17
+    shown = run(data_verbs.app, *words).output
+    assert f"seen {found['times']} times, first in step {found['places'][0]['step']}" in shown and "again" in shown
+    Path("texts.jsonl").write_text('{"text": "green bottles"}\n{"text": "blue bottles stand"}\n')
+    several = json.loads(run(data_verbs.app, "seen", "--file", "texts.jsonl", "config.yml", "--json").output)
+    assert several[0]["times"] > 20 and several[1]["times"] == 0
+
+
+def test_published_rows_in_shards(prepared: Path) -> None:
+    run(data_verbs.app, "batch", "config.yml", "--steps", "1..4", "--output", "rows.jsonl")
+    rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
+    with DatasetWriter("suite/document", "u2") as writer:
+        for row in rows:
+            writer.add(row["ids"])
+    raw = Path("suite/document.bin").read_bytes()
+    for number in range(3):
+        Path(f"suite/document-0000{number}-of-00002.bin").write_bytes(raw[number * 160 : (number + 1) * 160])
+    Path("suite/document-00002-of-00002.bin").write_bytes(raw[320:])
+    Path("suite/document.bin").unlink()
+    options = ("--tokenizer", "tokenizer.json", "--batch-size", 3)
+    run(data_verbs.app, "batch", "suite", "--steps", "2..3", *options, "--output", "again.jsonl")
+    again = [json.loads(line) for line in Path("again.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["row"], row["ids"], row["text"][:9]) for row in again] == [
+        (row["step"], row["row"], row["ids"], row["text"][:9]) for row in rows[3:9]
+    ]
+    (found,) = json.loads(run(data_verbs.app, "seen", "een bottles h", "suite", *options, "--json").output)
+    holding = [number for number, row in enumerate(rows) if "een bottles h" in row["text"]]
+    assert holding and [place["position"] for place in found["places"]] == holding
+    assert "--- step 2, sequence 1: row 4" in run(data_verbs.app, "batch", "suite", "--step", 2, *options).output
+
+
 def test_stats_merge_and_split(prepared: Path) -> None:
     corpus = Path("data/corpus_text_document")
     assert "400 documents" in run(data_verbs.app, "merge", corpus, corpus, "--output", "twice").output
@@ -102,6 +150,11 @@ def test_stats_merge_and_split(prepared: Path) -> None:
 def test_mistakes(prepared: Path) -> None:
     for words, message in [
         (("batch", "config.yml", "--step", "9999"), "--step 9999: the run's steps are 1 to "),
+        (("batch", "config.yml", "--steps", "19..21"), "--steps 21: the run's steps are 1 to 20"),
+        (("batch", "config.yml", "--steps", "0..3"), "steps are counted from 1"),
+        (("batch", "config.yml", "--step", "1", "--steps", "3"), "not both"),
+        (("seen", "config.yml"), "give the text and a run or a config"),
+        (("seen", "", "config.yml"), "the text is empty"),
         (("batch", "config.yml", "--split", "training"), "--split training is none of train, valid, test"),
         (("prepare", "corpus.jsonl", "--output", "x", "--tokenizer-kind", "magic"), "--tokenizer-kind magic"),
         (("prepare", "corpus.jsonl", "--output", "x", "--tokenizer-kind", "char", "--mask-before-token", "a"), "ids"),

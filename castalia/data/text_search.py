@@ -1,0 +1,169 @@
+"""Texts in long arrays of token ids: found by the ids that stay the same whatever stands around the text.
+
+The ids at both ends of a text depend on what stands beside it (" light" and "light" are different tokens). So the
+search is for its core, the ids in the middle that never change, and what surrounds a core is decoded and compared.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from castalia.data.tokenizer import ByteTokenizer, Tokenizer, decode_with_special
+
+SURROUNDINGS = (("", ""), (" ", " "), ("\n", "\n"), ("a", "a"), ("a ", " a"), (".", "."), ("1", ","))
+SAMPLED = 65536  # ids by which the rarest one is guessed
+COMPARED_ALONE = 16  # different ids; of more, a table of the vocabulary is faster than a comparison for each
+
+
+@dataclass(frozen=True, eq=False)
+class SoughtText:
+    """A text to find. Without a core, its ids are searched for as the text alone and behind a space has them."""
+
+    text: str
+    core: tuple[int, ...]
+    alone: tuple[tuple[int, ...], ...]
+    margin: int  # tokens beside a core within which the text's ends lie
+
+    @property
+    def needles(self) -> tuple[tuple[int, ...], ...]:
+        """The runs of ids of which one is at each place of the text."""
+        return (self.core,) if self.core else self.alone
+
+
+class Found(NamedTuple):
+    """A place of a text: the ids [start, stop) of an array."""
+
+    text: int  # number among those wanted
+    start: int
+    stop: int
+
+
+def wanted(text: str, tokenizer: Tokenizer) -> SoughtText:
+    """What to search for in order to find a text."""
+    each = tokenizer.encode_batch([before + text + after for before, after in SURROUNDINGS], bare=True)
+    core = tuple(each[0]) if isinstance(tokenizer, ByteTokenizer) else _core(each, *_inner(text, each[0], tokenizer))
+    if core and decode_with_special(tokenizer, core) not in text:
+        core = ()  # half of a character, or a tokenizer that does not give texts back
+    shown = decode_with_special(tokenizer, core) if core else ""
+    spaced = tokenizer.encode_batch([text, f" {text}"], bare=True)
+    alone = tuple(dict.fromkeys(tuple(ids) for ids in spaced if ids))
+    return SoughtText(text, core, alone, len(text.encode()) - len(shown.encode()) + 1)
+
+
+def _inner(text: str, ids: Sequence[int], tokenizer: Tokenizer) -> tuple[int, int]:
+    """The ids [first, end) behind a text's first word and before its last, which may be parts of longer words."""
+    head, tail = re.match(r"\s*\S*", text), re.search(r"\S*\s*\Z", text)
+    assert head and tail
+
+    def length(end: int) -> int:
+        return len(decode_with_special(tokenizer, ids[:end]))
+
+    ends = range(len(ids) + 1)
+    return bisect_left(ends, head.end(), key=length), bisect_right(ends, tail.start(), key=length) - 1
+
+
+def _core(encodings: Sequence[Sequence[int]], begin: int, end: int) -> tuple[int, ...]:
+    """The longest run within [begin, end) of the first encoding that is in all of them."""
+    first, others = encodings[0], [_joined(ids) for ids in encodings[1:]]
+    best: tuple[int, ...] = ()
+    start = begin
+    for stop in range(begin + 1, end + 1):  # two ends that only move on: a part of a run is in all if the run is
+        while start < stop and not all(_joined(first[start:stop]) in text for text in others):
+            start += 1
+        if stop - start > len(best):
+            best = tuple(first[start:stop])
+    return best
+
+
+def _joined(ids: Sequence[int]) -> str:
+    return f" {' '.join(map(str, ids))} "
+
+
+def find_texts(
+    tokens: np.ndarray, texts: Sequence[SoughtText], tokenizer: Tokenizer, limits: np.ndarray
+) -> Iterator[Found]:
+    """The places of the texts in an array of ids, none of which crosses one of the `limits`.
+
+    `limits` [n + 1] are the starts of the items that lie back to back in `tokens`, and the end.
+    """
+    needles = [(number, needle) for number, text in enumerate(texts) for needle in text.needles]
+    known: set[Found] = set()
+    for (number, needle), starts in zip(needles, find_runs(tokens, [needle for _, needle in needles]), strict=True):
+        items = np.searchsorted(limits, starts, side="right")
+        for start, item in zip(starts.tolist(), items.tolist(), strict=True):
+            low, high = int(limits[item - 1]), int(limits[item])
+            if start + len(needle) > high:
+                continue
+            ends = [(start, start + len(needle))]
+            if texts[number].core:
+                ends = list(_ends(tokens, texts[number], tokenizer, start, low, high))
+            for found in (Found(number, *place) for place in ends):
+                if found not in known:
+                    known.add(found)
+                    yield found
+
+
+def _ends(
+    tokens: np.ndarray, text: SoughtText, tokenizer: Tokenizer, start: int, low: int, high: int
+) -> Iterator[tuple[int, int]]:
+    """The fewest ids, within [low, high), that hold the whole text with the core at `start` in it."""
+    stop = start + len(text.core)
+    low, high = max(low, start - text.margin), min(high, stop + text.margin)
+
+    def decoded(first: int, end: int) -> str:
+        return decode_with_special(tokenizer, tokens[first:end].tolist())
+
+    # All from one beginning, as some tokenizers drop a space there.
+    left, upto, whole = decoded(low, start), decoded(low, stop), decoded(low, high)
+    core = upto[len(left) :]
+    at = text.text.find(core)
+    while at >= 0:
+        before, after = text.text[:at], text.text[at + len(core) :]
+        if left.endswith(before) and whole.startswith(upto + after):
+            # More ids hold what fewer do, so both ends can be halved in on.
+            after_ends = range(stop, high + 1)
+            end = bisect_left(after_ends, True, key=lambda end: decoded(low, end).startswith(upto + after))
+            begins = range(start, low - 1, -1)
+            first = bisect_left(begins, True, key=lambda first: decoded(first, start).endswith(before))
+            yield begins[first], after_ends[end]
+        at = text.text.find(core, at + 1)
+
+
+def find_runs(tokens: np.ndarray, needles: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """The starts of each needle in an array of ids.
+
+    Each is looked for by its rarest id, so that nearly all ids are compared once.
+    """
+    if not len(tokens):
+        return [np.empty(0, np.int64) for _ in needles]
+    sample, counts = np.unique(tokens[:: max(1, len(tokens) // SAMPLED)], return_counts=True)
+    often = dict(zip(sample.tolist(), counts.tolist(), strict=True))
+    anchors = [min(range(len(ids)), key=lambda at, ids=ids: often.get(ids[at], 0)) for ids in needles]  # type: ignore[misc]
+    places = _places_of(tokens, {ids[at] for ids, at in zip(needles, anchors, strict=True)})
+    values = tokens[places]
+    order = np.argsort(values, kind="stable")
+    places, values = places[order], values[order]
+    found = []
+    for ids, at in zip(needles, anchors, strict=True):
+        left, right = np.searchsorted(values, ids[at], "left"), np.searchsorted(values, ids[at], "right")
+        starts = places[left:right] - at
+        starts = starts[(starts >= 0) & (starts + len(ids) <= len(tokens))]
+        for offset, index in enumerate(ids):
+            starts = starts[tokens[starts + offset] == index]
+        found.append(starts)
+    return found
+
+
+def _places_of(tokens: np.ndarray, ids: set[int]) -> np.ndarray:
+    """Where one of these ids stands."""
+    if len(ids) <= COMPARED_ALONE:
+        return np.flatnonzero(np.logical_or.reduce([tokens == index for index in ids]))
+    table = np.zeros(max(int(tokens.max()), *ids) + 1, bool)
+    table[list(ids)] = True
+    return np.flatnonzero(table[tokens])
