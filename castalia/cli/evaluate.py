@@ -160,7 +160,7 @@ def command(
     sources = result.pop("sources", {})
     for name, value in result.items():
         shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if isinstance(value, float) else value
-        say(f"{name.replace('_', ' '):<14}{shown}", hang=14)
+        say(f"{name.replace('_', ' '):<13} {shown}", hang=14)
     if by_source and not sources:
         say("by source     not known: the corpus does not tell its files, or has one")
     for name, part in sources.items():
