@@ -70,19 +70,15 @@ def _inner(text: str, ids: Sequence[int], tokenizer: Tokenizer) -> tuple[int, in
 
 def _core(encodings: Sequence[Sequence[int]], begin: int, end: int) -> tuple[int, ...]:
     """The longest run within [begin, end) of the first encoding that is in all of them."""
-    first, others = encodings[0], [_joined(ids) for ids in encodings[1:]]
-    best: tuple[int, ...] = ()
-    start = begin
+    first, *others = ("".join(map(chr, ids)) for ids in encodings)  # as a text, in which runs are found fast
+    if all(first[begin:end] in other for other in others):  # of nearly every text
+        return tuple(encodings[0][begin:end])
+    best, start = range(0), begin
     for stop in range(begin + 1, end + 1):  # two ends that only move on: a part of a run is in all if the run is
-        while start < stop and not all(_joined(first[start:stop]) in text for text in others):
+        while start < stop and not all(first[start:stop] in other for other in others):
             start += 1
-        if stop - start > len(best):
-            best = tuple(first[start:stop])
-    return best
-
-
-def _joined(ids: Sequence[int]) -> str:
-    return f" {' '.join(map(str, ids))} "
+        best = max(best, range(start, stop), key=len)
+    return tuple(encodings[0][best.start : best.stop])
 
 
 def find_texts(
