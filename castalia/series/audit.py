@@ -336,7 +336,8 @@ def _gaps(steps: Sequence[int]) -> list[int]:
             usual = before[-1] if before[-1] == after[0] else 0
         else:  # at an end, three on the other side must agree
             usual = (before or after)[0] if len(set(before or after)) == 1 and len(before or after) == 3 else 0
-        if usual and gap > usual and gap % usual == 0:
+        doubling = at > 1 and [steps[at - 2], steps[at - 1], a + gap] == [a / 4, a / 2, 2 * a]
+        if usual and gap > usual and gap % usual == 0 and not doubling:
             missing += range(a + usual, a + gap, usual)
         elif a > 0 and _power_of_two(a) and _power_of_two(a + gap) and gap > a:
             missing += [a << n for n in range(1, ((a + gap) // a).bit_length() - 1)]

@@ -318,8 +318,11 @@ def _tells(weights: Weights, name: str, a: int, b: int, sound: Sequence[int], qu
         return not neighbours and reading.count >= MANY
     training = weights.entries[b].training
     moved = training.lr_sum(entry.updates, weights.entries[b].updates) if training else math.inf
+    column = weights.readings[name]
+    often = sum(column[i].digest == column[j].digest for i, j in zip(sound, sound[1:], strict=False)) > 1
     # Zeros that stay zeros never had a gradient, as biases of parts that nothing uses.
-    return not neighbours or (reading.count >= 8 and reading.zeros < reading.count and moved > 1e-5)
+    moves = reading.count >= 8 and reading.zeros < reading.count and moved > 1e-5
+    return not neighbours or (moves and not often)
 
 
 def _without_gradient(entry: Entry, name: str) -> bool:

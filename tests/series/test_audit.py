@@ -13,7 +13,17 @@ def test_gaps_in_a_regular_series_are_found(missing):
 
 
 @pytest.mark.parametrize(
-    "steps", [PYTHIA, [0, 1, 2, 3, 4, 6, 8, 10, 12], [0, 10, 20, 25], [3], [0, 5], [1, 10, 100, 1000], [0, 3, 7, 20]]
+    "steps",
+    [
+        PYTHIA,
+        [0, 1, 2, 3, 4, 6, 8, 10, 12],
+        [0, 10, 20, 25],
+        [3],
+        [0, 5],
+        [1, 10, 100, 1000],
+        [0, 3, 7, 20],
+        [0, 1, 2, 4, 8, 16, 32, 40],
+    ],
 )
 def test_other_distances_are_no_gaps(steps):
     assert _gaps(steps) == []

@@ -185,6 +185,7 @@ OTHERS |= {
     "layer decay": ("optimizer.layer_decay=0.5",),
     "no clipping": ("optimizer.name=sgd", "optimizer.clip_norm=null"),
     "frozen": ("finetune.freeze=[embed]",),
+    "slow": ("optimizer.lr=1e-7",),
 }  # fmt: skip
 
 
