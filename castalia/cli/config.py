@@ -12,6 +12,7 @@ import typer
 from pydantic_core import to_jsonable_python
 
 from castalia.cli.render import say
+from castalia.columns import aligned
 from castalia.config.fields import changed, values
 from castalia.config.key_help import explanation
 from castalia.config.key_reference import markdown
@@ -52,9 +53,9 @@ def show(
         print(to_json({"values": table, "notes": config.notes}, indent=1))
         return
     marked = changed(config)
-    for mark in ("*", " "):  # what differs from the defaults comes first
-        for path, value, origin in (row for row in rows if (row[0] in marked) == (mark == "*")):
-            print(f"{mark} {path:34} {_text(value):34} {origin}")
+    rows.sort(key=lambda row: row[0] not in marked)  # what differs from the defaults comes first
+    cells = [(f"{'*' if path in marked else ' '} {path}", _text(value), origin) for path, value, origin in rows]
+    print("\n".join(aligned(cells, indent=0)))
     print_notes(config)
 
 
@@ -160,4 +161,4 @@ def print_notes(config: RunConfig) -> None:
 
 def _text(value: Any) -> str:
     text = json.dumps(value)
-    return value if isinstance(value, str) else text
+    return value if isinstance(value, str) and value.strip() else text

@@ -18,6 +18,7 @@ from castalia.units import plural
 if TYPE_CHECKING:
     import numpy as np
 
+    from castalia.data.indexed import IndexedDataset
     from castalia.data.prepare import PreparationReport
     from castalia.data.tokenizer import Tokenizer
 
@@ -159,6 +160,7 @@ def inspect(
       castalia data inspect corpus_text_document
       castalia data inspect corpus_text_document --tokenizer tokenizer.json
     """
+    from castalia.cli.render import print_facts
     from castalia.data.corpora import describe
     from castalia.data.indexed import open_dataset
 
@@ -169,10 +171,8 @@ def inspect(
     if as_json:
         print(to_json(facts, indent=2))
         return
-    for name, value in facts.items():
-        if name == "lengths":
-            continue
-        print(f"{name.replace('_', ' '):18} {f'{value:,}' if isinstance(value, int) else value}")
+    told = {name: f"{value:,}" if isinstance(value, int) else str(value) for name, value in facts.items()}
+    print_facts([(name.replace("_", " "), text) for name, text in told.items() if name != "lengths"])
     print("length (tokens)        items")
     most = max((row["items"] for row in facts["lengths"]), default=1)
     for row in facts["lengths"]:
@@ -192,6 +192,7 @@ def stats(
       castalia data stats corpus_text_document
       castalia data stats corpus_text_document --plot lengths.png
     """
+    from castalia.cli.render import say
     from castalia.data.corpora import describe, duplicates
     from castalia.data.indexed import open_dataset
     from castalia.figures import check_picture
@@ -207,7 +208,7 @@ def stats(
     for row in rows:
         counts = ", ".join(f"{row[name]:,} {name}" for name in ("documents", "tokens", "duplicates"))
         lengths = f"lengths {row['shortest']:,} to {row['longest']:,}"
-        print(f"{row['prefix']}: {counts}, {lengths}, largest id {row['largest_id']}")
+        say(f"{row['prefix']}: {counts}, {lengths}, largest id {row['largest_id']}")
 
 
 def _plot_lengths(sizes: dict[str, np.ndarray], file: Path) -> None:
@@ -229,6 +230,7 @@ def _plot_lengths(sizes: dict[str, np.ndarray], file: Path) -> None:
 def merge(
     prefixes: Annotated[list[Path], typer.Argument(metavar="PREFIX...")],
     output: Annotated[Path, typer.Option(help="prefix of the corpus to write")],
+    as_json: Json = False,
 ) -> None:
     """Write several corpora, one after the other, as one.
 
@@ -239,8 +241,7 @@ def merge(
     """
     from castalia.data.corpora import merge as run
 
-    merged = run(prefixes, output)
-    print(f"{output}: {plural(len(merged.doc_index) - 1, 'document')}, {len(merged.tokens):,} tokens")
+    _say_written([run(prefixes, output)], as_json)
 
 
 @app.command()
@@ -248,6 +249,7 @@ def split(
     prefix: Annotated[Path, typer.Argument(help="the corpus to split")],
     output: Annotated[Path, typer.Option(help="writes OUTPUT_train, OUTPUT_valid and OUTPUT_test")],
     weights: Annotated[str, typer.Option(help="shares of the three")] = "969, 30, 1",
+    as_json: Json = False,
 ) -> None:
     """Write the training, validation and test shares of a corpus (see data.split) as corpora of their own.
 
@@ -258,8 +260,17 @@ def split(
     """
     from castalia.data.corpora import split as run
 
-    for part in run(prefix, weights, output):
-        print(f"{part.prefix}: {plural(len(part.doc_index) - 1, 'document')}, {len(part.tokens):,} tokens")
+    _say_written(run(prefix, weights, output), as_json)
+
+
+def _say_written(corpora: list[IndexedDataset], as_json: bool) -> None:
+    """The corpora that were written: an array of objects, or a line for each."""
+    counts = [(each.prefix, len(each.doc_index) - 1, len(each.tokens)) for each in corpora]
+    if as_json:
+        print(to_json([dict(zip(("prefix", "documents", "tokens"), row, strict=True)) for row in counts], indent=2))
+        return
+    for prefix, documents, tokens in counts:
+        print(f"{prefix}: {plural(documents, 'document')}, {tokens:,} tokens")
 
 
 app.command()(batch)

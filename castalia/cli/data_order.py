@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from castalia.columns import WIDTH
 from castalia.errors import DataError
 from castalia.strict_json import to_json
 from castalia.units import plural
@@ -321,7 +322,8 @@ def _show_trained(tokens: list[int], labels: list[int], tokenizer: Tokenizer | N
 
     from castalia.data.tokenizer import decode_with_special
 
-    console, line = Console(soft_wrap=True), Text()  # not markup: a corpus may hold [brackets]
+    console, line = Console(), Text()  # not markup: a corpus may hold [brackets]
+    console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
     learned = [False, *(label >= 0 for label in labels)]  # nothing predicts the first token
     ids = [*tokens, labels[-1]] if labels[-1] >= 0 else tokens  # the last label is not an input
     for counts, run in groupby(zip(ids, learned, strict=False), key=lambda pair: pair[1]):

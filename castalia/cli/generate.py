@@ -58,9 +58,14 @@ def command(
     ] = None,
     seed: Annotated[int, typer.Option(help="of the random choices")] = 0,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="of one text; else max_new_tokens, or 64, with --chat 512")
+        int | None,
+        typer.Option(
+            min=1, help="of each text; default: max_new_tokens of the model's generation_config.json, 64, --chat: 512"
+        ),
     ] = None,
-    num_samples: Annotated[int | None, typer.Option(min=1, help="texts for each prompt")] = None,
+    num_samples: Annotated[
+        int | None, typer.Option(min=1, help="texts for each prompt; default: 1, or as the config says")
+    ] = None,
     best_of: Annotated[
         int | None, typer.Option(min=2, help="write so many for each prompt and show the one that --judge likes best")
     ] = None,

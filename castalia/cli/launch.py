@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -55,7 +56,12 @@ def command(
     if kind == "k8s" and hosts:
         raise ConfigError("k8s chooses the machines itself; give --nodes and --gpus-per-node in place of --hostfile")
     if kind == "torchrun" and num_nodes > 1 and not hosts:
-        raise ConfigError(f"torchrun on {num_nodes} machines needs their names: give --hostfile")
+        raise ConfigError(
+            f"torchrun on {num_nodes} machines needs their names: give --hostfile, a file with a line such as "
+            f"`node1 slots={gpus}` for each; or start on each of them, FIRST being the name of one: torchrun "
+            f"--nnodes {num_nodes} --nproc-per-node {gpus} --rdzv-backend c10d --rdzv-id {Path(configs[0]).stem} "
+            f"--rdzv-endpoint FIRST:{port} -m castalia train {shlex.join(configs)}"
+        )
     config = read_config(configs)
     world = sum(host.slots for host in hosts) or num_nodes * gpus  # with torchrun, hosts may have different slots
     found = find_obstacles(config, world)

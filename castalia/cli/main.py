@@ -12,7 +12,7 @@ import typer
 
 from castalia import __version__
 from castalia.cli.habits import refuse_habits
-from castalia.columns import wrapped
+from castalia.columns import WIDTH, wrapped
 from castalia.errors import CastaliaError, Stopped, out_of_memory
 
 # verb -> (module, one line of help). The module defines `command`, a plain function, or `app`, a typer.Typer.
@@ -53,7 +53,7 @@ def build(chosen: str | None) -> typer.Typer:
         rich_markup_mode=None,  # which would take [brackets] for markup
         no_args_is_help=True,
         pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 120},
+        context_settings={"help_option_names": ["--help", "-h"], "max_content_width": WIDTH},
     )
     app.callback()(_castalia)
     for verb, (module_name, line) in VERBS.items():

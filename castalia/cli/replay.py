@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-EXCERPT = 100  # characters
+EXCERPT = 88  # characters, which fit on a line
 
 
 def command(

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from castalia.strict_json import to_json
+
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 
@@ -23,6 +25,7 @@ def train(
     jsonl_keys: Annotated[
         str, typer.Option(help="field of the JSON records that holds the text; text|body: the one that a record has")
     ] = "text",
+    as_json: Annotated[bool, typer.Option("--json", help="one object: the file and its number of entries")] = False,
 ) -> None:
     """Train a byte-level BPE tokenizer on text. The same input gives the same file.
 
@@ -41,4 +44,7 @@ def train(
         raise MissingField(f"{error}, or name its field with --jsonl-keys") from None
     output.parent.mkdir(parents=True, exist_ok=True)
     write_text(output, engine_text(bpe.engine))
-    print(f"{output}: {bpe.vocab_size} entries")
+    if as_json:
+        print(to_json({"output": str(output), "entries": bpe.vocab_size}))
+    else:
+        print(f"{output}: {bpe.vocab_size:,} entries")

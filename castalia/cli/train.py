@@ -27,6 +27,9 @@ def command(
     nproc: Annotated[
         int | None, typer.Option(min=1, help="number of processes on this machine, one for each rank")
     ] = None,
+    log_dir: Annotated[
+        Path | None, typer.Option(help="with --nproc: a folder for what each process prints, each start and rank apart")
+    ] = None,
     verbose: Verbose = False,
 ) -> None:
     """Train, fine-tune or resume a run.
@@ -39,18 +42,22 @@ def command(
     CONFIG is a YAML file (ours or GPT-NeoX's) or the name of a preset; later ones and KEY=VALUE win. RUN is the folder
     of a run, which continues from its last checkpoint.
 
-    A run needs a model, data, a tokenizer or vocabulary, a batch, an end and a folder: `castalia config check CONFIG`
+    A run needs a model, data (data.path, which `castalia data prepare` makes), a tokenizer (tokenizer.path), a batch, an
+    end (train.steps) and a folder (checkpoint.dir); optimizer.lr is what one sets next. `castalia config check CONFIG`
     says what is missing, `castalia config explain KEY` what a key does.
     """
+    from castalia.errors import ConfigError
     from castalia.train.start_checks import find_obstacles, refuse
 
     config = read_config(configs)
+    if log_dir and (nproc or 1) == 1:
+        raise ConfigError("--log-dir is for the processes that --nproc starts; torchrun has --log-dir DIR --tee 3")
     if nproc is not None and nproc > 1:
         from castalia.parallel.launcher import relaunch
 
         refuse(find_obstacles(config, nproc))  # once, before many processes say the same
         arguments = ["train", *configs, *(["--dry-run"] if dry_run else []), *(["--verbose"] if verbose else [])]
-        relaunch(nproc, arguments, max_restarts=0 if dry_run else RESTARTS)
+        relaunch(nproc, arguments, 0 if dry_run else RESTARTS, log_dir)
     if dry_run:
         refuse(find_obstacles(config))
         from castalia.train.dry_run import rehearse

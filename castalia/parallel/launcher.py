@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
@@ -19,8 +20,12 @@ SHUTDOWN_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def launch_config(num_processes: int, max_restarts: int) -> LaunchConfig:
-    """Settings of torch's elastic launcher: this machine alone, with time to save after a signal."""
+def launch_config(num_processes: int, max_restarts: int, logs: Path | None = None) -> LaunchConfig:
+    """Settings of torch's elastic launcher: this machine alone, with time to save after a signal.
+
+    `logs`: a folder for what each rank prints, which is shown as well, each line after its rank.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.launcher.api import LaunchConfig
 
     os.environ.setdefault(SHUTDOWN_TIMEOUT, str(SHUTDOWN_TIMEOUT_S))
@@ -33,13 +38,14 @@ def launch_config(num_processes: int, max_restarts: int) -> LaunchConfig:
         rdzv_endpoint="localhost:0",
         max_restarts=max_restarts,
         signals_to_handle=",".join(stop.name for stop in STOP_SIGNALS),
+        logs_specs=DefaultLogsSpecs(log_dir=str(logs), tee=Std.ALL) if logs else None,
     )
 
 
-def relaunch(num_processes: int, arguments: Sequence[str], max_restarts: int = 0) -> NoReturn:
+def relaunch(num_processes: int, arguments: Sequence[str], max_restarts: int = 0, logs: Path | None = None) -> NoReturn:
     """Runs `castalia ARGUMENTS` in `num_processes` processes on this machine, and exits with their exit code.
 
-    When one of them dies all are restarted, at most `max_restarts` times.
+    When one of them dies all are restarted, at most `max_restarts` times. `logs`: as for `launch_config`.
     """
     import logging
 
@@ -49,9 +55,9 @@ def relaunch(num_processes: int, arguments: Sequence[str], max_restarts: int = 0
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes print their own errors
-    config = launch_config(num_processes, max_restarts)
+    config = launch_config(num_processes, max_restarts, logs)
     try:
-        elastic_launch(config, sys.executable)("-m", "castalia", *arguments)
+        elastic_launch(config, sys.executable)("-u", "-m", "castalia", *arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:

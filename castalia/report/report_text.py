@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 from collections.abc import Iterator
 
@@ -14,7 +15,7 @@ BAR_WIDTH = 30
 
 
 def lines(report: Report, colored: bool) -> Iterator[str]:
-    """None is longer than WIDTH, but for paths and commands."""
+    """None is longer than WIDTH, but for paths."""
     yield f"{report.name}, step {report.step:,}"
     yield from textwrap.wrap(report.sentence, WIDTH)
     yield ""
@@ -53,7 +54,18 @@ def lines(report: Report, colored: bool) -> Iterator[str]:
     yield from ("", "how to continue")
     for step in report.next:
         yield f"  {step.what}:"
-        yield f"    {step.command}"
+        yield from _command(step.command)
+
+
+def _command(command: str) -> Iterator[str]:
+    """Lines that a shell reads as the one command, none broken inside a word."""
+    lines = ["   "]
+    for word in map(shlex.quote, shlex.split(command)):
+        if len(lines[-1]) + len(word) > WIDTH - 3 and lines[-1].strip():
+            lines[-1] += " \\"
+            lines.append("     ")
+        lines[-1] += f" {word}"
+    yield from lines
 
 
 def _sample(sample: Sample) -> Iterator[str]:

@@ -41,6 +41,16 @@ VERBS = [
     "config explain schedule.warmup",
     "config explain data.train",
     "status runs",
+    "config show run.yml",
+    "data batch run.yml data.seq_length=160 train.batch_size=2 train.micro_batch_size=2",
+    "data inspect corpus",
+    "data stats corpus",
+    "replay runs/first --step 2",
+    "lr-find run.yml --steps 20",
+    "mup check run.yml --widths 32,64 --steps 2",
+    "plot runs/first",
+    "report runs/first",
+    "launch slurm run.yml checkpoint.dir=runs/third --gpus-per-node 2",
 ]
 
 

@@ -57,6 +57,11 @@ def test_inspect(prepared: Path) -> None:
     assert all(row["from"] <= facts["longest"] and row["to"] >= facts["shortest"] for row in facts["lengths"])
 
 
+def test_long_texts_of_a_batch_are_wrapped(prepared: Path) -> None:
+    shown = run(data_verbs.app, "batch", "config.yml", "data.seq_length=150", "train.batch_size=1").output
+    assert max(map(len, shown.splitlines())) in range(80, 101)
+
+
 def test_batch_shows_documents_and_tokens(prepared: Path) -> None:
     shown = json.loads(run(data_verbs.app, "batch", "config.yml", "--step", 8, "--json", "--npy", "ids.npy").output)
     ids, corpus = np.load("ids.npy"), open_dataset("data/corpus_text_document")
@@ -145,6 +150,16 @@ def test_stats_merge_and_split(prepared: Path) -> None:
     assert "200 duplicates" in run(data_verbs.app, "stats", "twice", corpus).output
     shown = run(data_verbs.app, "split", corpus, "--weights", "8,1,1", "--output", "part").output
     assert "part_train: 160 documents" in shown and "part_test: 20 documents" in shown
+
+
+def test_programs_are_told_what_was_written(prepared: Path) -> None:
+    corpus = Path("data/corpus_text_document")
+    (whole,) = json.loads(run(data_verbs.app, "merge", corpus, corpus, "--output", "twice", "--json").output)
+    assert whole == {"prefix": "twice", "documents": 400, "tokens": 2 * len(open_dataset(corpus).tokens)}
+    parts = json.loads(run(data_verbs.app, "split", corpus, "--output", "part", "--weights", "8,1,1", "--json").output)
+    assert [(part["prefix"], part["documents"]) for part in parts][::2] == [("part_train", 160), ("part_test", 20)]
+    words = ("train", "corpus.txt", "--vocab-size", 270, "--output", "again.json", "--json")
+    assert json.loads(run(tokenizer_verbs.app, *words).output) == {"output": "again.json", "entries": 270}
 
 
 def test_mistakes(prepared: Path) -> None:

@@ -171,6 +171,7 @@ def test_output_is_written_to_a_file(script, tmp_path):
         (["slurm", "pythia-14m", "parallel.tp=3", "--gpus-per-node", "3"], "parallel.tp=3 does not divide"),
         (["slurm", "pythia-14m", "train.batch_size=10", "--gpus-per-node", "4"], "train.batch_size=10 does not divide"),
         (["torchrun", "pythia-14m", "--nodes", "2", "--gpus-per-node", "4"], "give --hostfile"),
+        (["torchrun", "a.yml", "--nodes", "2", "--gpus-per-node", "4"], "FIRST:29500 -m castalia train a.yml"),
         (["slurm", "pythia-14m"], "Give --gpus-per-node"),
         (["slurm", "pythia-14m", "--hostfile", "HOSTS"], "different slots"),
         (["slurm", "pythia-14m", "--hostfile", "HOSTS", "--nodes", "4"], "more than the 3 hosts"),

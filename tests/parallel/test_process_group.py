@@ -7,7 +7,9 @@ from dataclasses import fields
 
 import pytest
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing import Std
 
+from castalia.cli.train import command as train
 from castalia.errors import ConfigError
 from castalia.parallel.launcher import SHUTDOWN_TIMEOUT_S, launch_config
 from castalia.parallel.process_group import _end_job, local_device
@@ -20,6 +22,13 @@ def test_launchers_of_every_torch_take_what_they_are_told(monkeypatch):
     assert (config.min_nodes, config.max_nodes, config.nproc_per_node, config.max_restarts) == (1, 1, 3, 2)
     if "shutdown_timeout" in {field.name for field in fields(config)}:  # since torch 2.13
         assert config.shutdown_timeout == SHUTDOWN_TIMEOUT_S
+
+
+def test_what_each_rank_prints_is_kept_if_asked(tmp_path):
+    logs = launch_config(2, 0, tmp_path / "logs").logs_specs
+    assert logs.root_log_dir == f"{tmp_path}/logs" and logs._tee == Std.ALL
+    with pytest.raises(ConfigError, match="--log-dir is for the processes that --nproc starts"):
+        train(["pythia-14m"], log_dir=tmp_path)
 
 
 @pytest.mark.parametrize(
