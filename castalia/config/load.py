@@ -259,12 +259,20 @@ def suggest(path: str) -> str:
     if not close and not same_name and not section:
         close = get_close_matches(name.replace("-", "_"), [*neox_read.KEYS, *SECTIONS], n=2, cutoff=0.6)
     if not close and not same_name:
-        close = get_close_matches(path.replace("-", "_"), FIELDS, n=2, cutoff=0.6)
+        close = _mentioning(name) or get_close_matches(path.replace("-", "_"), FIELDS, n=2, cutoff=0.6)
     names = list(dict.fromkeys(close + same_name))[:3]
     if names:
         return f"; did you mean {' or '.join(names)}?"
     known = [*siblings, *(name for name in SECTIONS if name.rpartition(".")[0] == section)]
     return f"; the keys of {section or 'a config'} are {', '.join(known)}"
+
+
+def _mentioning(name: str) -> list[str]:
+    """Keys that have the name as a part (`keep`: checkpoint.keep_last), else those it describes (`learning_rate`)."""
+    parts = [field for field in FIELDS if f"_{name}_" in f"_{field.rpartition('.')[2]}_"]
+    words = name.replace("-", "_").replace("_", " ")
+    described = {field: (info.description or "").partition(":")[0] for field, info in FIELDS.items()}
+    return parts or [field for field, text in described.items() if text.endswith(words)]
 
 
 def _combine(ours: dict[str, Setting], translated: dict[str, Setting], findings: Findings) -> dict[str, Setting]:

@@ -46,6 +46,7 @@ from castalia.train.run_folder import (
     LauncherJob,
     complete_config,
     continues_in_place,
+    restart_line,
     run_folder,
     this_job,
     was_started_by,
@@ -87,6 +88,8 @@ def train(config: RunConfig, verbose: bool = False) -> Path:
             refuse_if_in_use(folder / "checkpoints")  # the saver asks again, but only once everything is loaded
         session = start(config)
         with Display(silent=session.executor.rank > 0) as display:
+            if restarted:
+                display.line(restart_line(job, session.progress.step))
             header = show_header(session, display, folder, kept=True, verbose=verbose)
             try:
                 with TrainingRun(session, folder, display, in_place, job, begin, header) as run:

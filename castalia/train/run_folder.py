@@ -73,6 +73,14 @@ def was_started_by(job: LauncherJob, folder: Path) -> bool:
     return job.scheduled is not None and same
 
 
+def restart_line(job: LauncherJob, step: int) -> str:
+    """What a run that its launcher or scheduler has started again says first: how often, why, and from where."""
+    count, most = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    again = f"started again by {job.scheduled or 'the launcher'}"
+    what = f"restart {count} of {most}, because a process died" if count != "0" else again
+    return f"{what}: the run {f'continues after step {step:,}' if step else 'begins anew'}"
+
+
 def is_run(folder: Path) -> bool:
     """Whether the folder holds a run."""
     return (folder / "config.yml").is_file()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel
 
 from castalia.checkpoint.adapters import adapters_of
@@ -38,7 +40,7 @@ from castalia.train.fast_paths import fast_paths
 from castalia.train.run_facts import collect_run_facts
 from castalia.train.setup import Session
 from castalia.train.step_record import peak_speed
-from castalia.units import duration, short_number
+from castalia.units import duration, plural, short_number
 
 KNOWS_NOTHING = 0.9  # of ln(vocabulary): above this a model has learnt next to nothing
 HEADER = "header.txt"  # in the run's folder
@@ -126,7 +128,16 @@ def _sizes(session: Session) -> tuple[int, int]:
 def _brief_device(session: Session) -> str:
     layout, world = session.config.parallel, world_size()
     ranks = f"{parallel_layout(layout, world)} on {world} processes" if world > 1 else "one process"
-    return f"{session.device}, {ranks}"
+    return f"{session.device}, {ranks}{_cores(session)}"
+
+
+def _cores(session: Session) -> str:
+    """What decides the pace on CPUs: the threads of a process, and the load of a machine that is busy already."""
+    if session.device.type != "cpu":
+        return ""
+    cores, load = os.cpu_count() or 1, os.getloadavg()[0]
+    busy = f" (the machine is busy: load {load:.0f} on {plural(cores, 'core')})" if load > cores + 1 else ""
+    return f", {plural(torch.get_num_threads(), 'thread')}{busy}"
 
 
 def _brief_data(config: RunConfig, epochs: Mapping[str, float]) -> str:
@@ -262,7 +273,7 @@ def summary_lines(session: Session, folder: Path, known: RunFacts, layout: Layou
     if trained < every:
         rank = f"; adapters of rank {config.finetune.lora.rank}" if config.finetune.lora else ""
         yield "trains", f"{trained:,} of {every:,} parameters{rank}"
-    yield "device", f"{session.device}, {_processes(config)}"
+    yield "device", f"{session.device}, {_processes(config)}{_cores(session)}"
     planned = training(config, known, layout)
     scale = f", now {session.step.scaler.scale:g}" if session.step.scaler else ""
     planned = replace(

@@ -118,6 +118,8 @@ MISTAKES = [
     ("train:\n  stepz: 3\n", "a.yml:2: unknown key train.stepz; did you mean train.steps?"),
     ("train: {lr: 3}\n", "a.yml:1: unknown key train.lr; did you mean optimizer.lr?"),
     ("train_iterz: 3\n", "a.yml:1: unknown key train_iterz; did you mean train_iters"),
+    ("keep: 3\n", "a.yml:1: unknown key keep; did you mean checkpoint.keep_last or checkpoint.keep_every"),
+    ("learning_rate: 3\n", "a.yml:1: unknown key learning_rate; did you mean optimizer.lr?"),
     ("xyzzy: 3\n", "a.yml:1: unknown key xyzzy; the keys of a config are seed"),
     ("data:\n  train: [{path: x, wieght: 2}]\n", "a.yml:2: unknown key data.train.0.wieght"),
     ("train:\n\n  steps: many\n", "a.yml:3: train.steps: 'many': is not a whole number; a whole number above 0"),

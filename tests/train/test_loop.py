@@ -23,7 +23,7 @@ from castalia.errors import CastaliaError, CheckpointError, ConfigError, Stopped
 from castalia.observe.metrics import read_metrics, write_event
 from castalia.plan.run_plan import RunFacts, report
 from castalia.train.dry_run import rehearse
-from castalia.train.run_folder import complete_config, this_job, was_started_by
+from castalia.train.run_folder import complete_config, restart_line, this_job, was_started_by
 from castalia.tune.replay import replay
 from tests.train.evaluation_hook import at_evaluation, signal_at_micro_batch
 
@@ -337,12 +337,21 @@ def test_a_job_is_known_by_what_survives_a_requeue(tiny, tmp_path, monkeypatch, 
     assert was_started_by(this_job("a launcher", config), tmp_path)
 
 
-def test_the_same_command_of_a_requeued_job_begins_or_goes_on(tiny, tmp_path, monkeypatch):
+def test_a_restart_says_how_often_and_from_where(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    job = this_job("a launcher", tiny(tmp_path / "run"))
+    assert restart_line(job, 15) == "restart 1 of 3, because a process died: the run continues after step 15"
+    assert restart_line(job, 0).endswith(": the run begins anew")
+
+
+def test_the_same_command_of_a_requeued_job_begins_or_goes_on(tiny, tmp_path, monkeypatch, capsys):
     config = tiny(tmp_path / "run", "eval.every=null", "train.steps=2", "train.exit_interval=1")
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     for steps in (1, 2):
         train(config)
         assert len(losses(tmp_path / "run")) == steps
+    assert capsys.readouterr().out.count("started again by slurm 4711: the run continues after step 1") == 1
     monkeypatch.setenv("SLURM_JOB_ID", "4712")
     with pytest.raises(ConfigError, match="holds a run, saved last at step 2"):
         train(config)

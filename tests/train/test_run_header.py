@@ -111,6 +111,7 @@ def test_the_header_has_few_short_lines_and_the_folder_all_of_it(tiny, straight,
     header, _, rest = said.partition("\nmore ")
     assert header.count("\n") + 2 <= MOST_LINES and f"runs/{LONG}" in rest.splitlines()[0]
     assert all(len(line) <= WIDTH for line in [*said.splitlines(), *text.splitlines()] if LONG not in line)
+    assert f"{torch.get_num_threads()} thread" in header and f"{torch.get_num_threads()} thread" in text
     assert "settings that are not the default:" in text and "settings that are" not in said
     assert ("fp32 masters reset" in " ".join(text.split())) == (begins != "new")
 
