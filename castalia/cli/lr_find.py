@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -67,12 +68,18 @@ def command(
 
 
 def _tell(trial: RangeTest, words: list[str]) -> None:
+    from castalia.cli.render import print_curves
+
     marks = {trial.rates.index(trial.suggestion): "falls fastest", trial.rates.index(trial.lowest): "lowest"}
     shown = {*range(0, len(trial.rates), max(1, len(trial.rates) // 20)), *marks}
     print("learning rate      loss  smoothed")
     for number in sorted(shown):
         mark = f"  {marks[number]}" if number in marks else ""
         print(f"{trial.rates[number]:>13.2e}  {trial.losses[number]:>8.4f}  {trial.smoothed[number]:>8.4f}{mark}")
+    powers = range(math.ceil(math.log10(trial.rates[0])), math.floor(math.log10(trial.rates[-1])) + 1)
+    drawn = {math.log10(rate): loss for rate, loss in zip(trial.rates, trial.smoothed, strict=True) if loss < math.inf}
+    ticks = {float(power): f"1e{power:+03}" for power in powers}
+    print_curves("loss, over the learning rate", list(drawn), {"smoothed": list(drawn.values())}, ticks)
     end = "where the loss diverged" if trial.diverged else "the last one"
     print(f"{plural(len(trial.rates), 'step')}, up to a rate of {trial.rates[-1]:.2e}, {end}")
     print("the smoothed loss falls fastest at the rate of this line; for a long run a third of it is safer:")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -37,7 +38,7 @@ def check(
     docs/scaling.md.
     """
     from castalia.cli.config import read
-    from castalia.cli.render import say
+    from castalia.cli.render import print_curves, say
     from castalia.config.schema import complete
     from castalia.errors import TrainingError
     from castalia.figures import check_picture
@@ -63,7 +64,9 @@ def check(
         print(to_json({"widths": sizes, "movement": movements, "slopes": exponents, "verdict": verdict._asdict()}))
     else:
         _table(sizes, movements, exponents)
-        _draw_terminal(sizes, {f"{kind} logits": rows["logits"] for kind, rows in movements.items()})
+        curves = {f"{kind} logits": [math.log2(value) for value in rows["logits"]] for kind, rows in movements.items()}
+        ticks = {math.log2(width): str(width) for width in sizes}
+        print_curves("log2 of the movement, over the width", list(ticks), curves, ticks)
     if output:
         _draw_picture(sizes, movements, output)
     if not as_json:
@@ -88,22 +91,6 @@ def _table(widths: list[int], movements: dict, exponents: dict) -> None:
         for name, values in rows.items():
             numbers = "".join(f"{value:11.4g}" for value in values)
             print(f"{kind + ' ' + name:<20}{numbers}     width^{exponents[kind][name]:+.2f}")
-
-
-def _draw_terminal(widths: list[int], curves: dict[str, list[float]]) -> None:
-    import math
-    import sys
-
-    import plotext
-
-    plotext.clear_figure()
-    plotext.theme("clear")
-    plotext.plotsize(72, 16)
-    for name, values in curves.items():
-        plotext.plot([math.log2(w) for w in widths], [math.log2(v) for v in values], label=name, marker="braille")
-    plotext.title("log2 of the movement, over log2 of the width")
-    picture = plotext.build()
-    print(picture if sys.stdout.isatty() else plotext.uncolorize(picture))
 
 
 def _draw_picture(widths: list[int], movements: dict, target: Path) -> None:

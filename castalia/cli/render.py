@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol, TextIO
 
@@ -52,6 +52,24 @@ def print_facts(rows: Sequence[tuple[str, str]]) -> None:
         lines = [line for paragraph in paragraphs for line in textwrap.wrap(paragraph, 84) or [""]]
         for number, line in enumerate(lines):
             print(f"{name if number == 0 else '':<15}{line}".rstrip(), flush=True)
+
+
+def print_curves(
+    title: str, places: Sequence[float], curves: Mapping[str, Sequence[float]], ticks: Mapping[float, str]
+) -> None:
+    """Curves over the same places, each in a letter that the legend names. `ticks`: texts below the axis."""
+    import plotext
+
+    plotext.clear_figure()
+    plotext.theme("clear")
+    plotext.plotsize(72, 16)
+    for letter, values in zip("abcdefgh", curves.values(), strict=False):
+        plotext.plot(places, values, marker=letter)
+    plotext.xticks(list(ticks), list(ticks.values()))
+    plotext.title(title)
+    picture = plotext.build().rstrip("\n")
+    print(picture if sys.stdout.isatty() else plotext.uncolorize(picture))
+    print("  " + "; ".join(f"{letter} {name}" for letter, name in zip("abcdefgh", curves, strict=False)))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,16 @@ def _settings(run: Path) -> dict[str, Any]:
         found = list(values(load_config(run / "config.yml", any_batch=True)))
     except ConfigError:
         return {}
-    return {path: value for path, value in found if not path.startswith(PLACES)}
+    return {path: _content(run, path, value) for path, value in found if not path.startswith(PLACES)}
+
+
+def _content(run: Path, path: str, value: Any) -> Any:
+    """The value. Each run has its own copy of the tokenizer: equal copies are equal, others are told by a digest."""
+    copy = run / "tokenizer"
+    if path != "tokenizer.path" or value is None or not copy.is_dir():
+        return value
+    contents = b"".join(file.read_bytes() for file in sorted(copy.iterdir()) if file.is_file())
+    return f"digest {blake2b(contents, digest_size=4).hexdigest()}"
 
 
 def _told(settings: dict[str, Any], differing: Sequence[str]) -> list[str]:

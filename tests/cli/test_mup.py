@@ -19,6 +19,7 @@ def test_a_check_prints_slopes_and_draws(tmp_path):
     text = run("optimizer.lr=0.002", "--widths", "32,64", "--output", str(picture))
     assert "\nverdict: " in text and "the config has no muP" in text
     assert "muP logits" in text and "standard blocks.0" in text and "grows like" in text
+    assert "a muP logits; b standard logits" in text
     assert picture.read_bytes().startswith(b"\x89PNG")
     found = json.loads(run("--widths", "64,32", "--json"))
     assert found["widths"] == [32, 64]

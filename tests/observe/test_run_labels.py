@@ -31,6 +31,15 @@ def test_many_differences_are_counted(tmp_path):
     assert labels(runs)[0] == "0: optimizer.lr 0.1, train.steps 5, train.batch_size 2, 2 more"
 
 
+def test_copies_of_one_tokenizer_are_no_difference(tmp_path):
+    runs = [write(tmp_path / name, tokenizer="{path: tokenizer}") for name in "abc"]
+    for run, text in zip(runs, ("one", "one", "other"), strict=True):
+        (run / "tokenizer").mkdir()
+        (run / "tokenizer" / "tokenizer.json").write_text(text)
+    assert labels(runs[:2]) == ["a", "b"]
+    assert [": tokenizer.path digest " in label for label in labels(runs)] == [True] * 3
+
+
 def test_runs_of_one_name_are_called_by_their_paths_and_may_lack_a_config(tmp_path):
     runs = [write(tmp_path / parent / "run", seed=n + 1) for n, parent in enumerate("ab")]
     assert labels(runs) == [f"{tmp_path}/a/run: seed 1", f"{tmp_path}/b/run: seed 2"]
