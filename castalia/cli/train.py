@@ -42,9 +42,9 @@ def command(
     CONFIG is a YAML file (ours or GPT-NeoX's) or the name of a preset; later ones and KEY=VALUE win. RUN is the folder
     of a run, which continues from its last checkpoint.
 
-    A run needs a model, data (data.path, which `castalia data prepare` makes), a tokenizer (tokenizer.path), a batch, an
-    end (train.steps) and a folder (checkpoint.dir); optimizer.lr is what one sets next. `castalia config check CONFIG`
-    says what is missing, `castalia config explain KEY` what a key does.
+    A run needs a model, data (data.path, which `castalia data prepare` makes), a tokenizer (tokenizer.path), a batch,
+    an end (train.steps) and a folder (checkpoint.dir); optimizer.lr is what one sets next. What is missing says
+    `castalia config check CONFIG`, and what a key does `castalia config explain KEY`.
     """
     from castalia.errors import ConfigError
     from castalia.train.start_checks import find_obstacles, refuse

@@ -84,27 +84,27 @@ def coordinate_check(
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
-class Verdict(NamedTuple):
+class MupVerdict(NamedTuple):
     """Whether learning rates carry over from one width to another."""
 
     carries_over: bool
     words: str
 
 
-def judge(exponents: Mapping[str, float], has_mup: bool, base_width: int) -> Verdict:
+def judge(exponents: Mapping[str, float], has_mup: bool, base_width: int) -> MupVerdict:
     """The verdict on the exponents (`slopes`) of the parametrization that the config has."""
     growing = [f"{name} like width^{slope:.2f}" for name, slope in exponents.items() if slope > MAX_SLOPE]
     if has_mup and growing:
-        return Verdict(False, f"does not carry over: under muP nothing may grow, but these do: {', '.join(growing)}")
+        return MupVerdict(False, f"does not carry over: under muP nothing may grow, but these do: {', '.join(growing)}")
     if has_mup:
-        return Verdict(True, f"carries over: nothing grows with the width; rates are those of width {base_width:,}")
+        return MupVerdict(True, f"carries over: nothing grows with the width; rates are those of width {base_width:,}")
     if growing:
-        return Verdict(
+        return MupVerdict(
             False,
             f"does not carry over: the config has no muP, and without it these grow: {', '.join(growing)}; with "
             f"model.mup.base_width={base_width} the rates of this width hold for others",
         )
-    return Verdict(True, "nothing grows at these rates and widths, although the config has no muP")
+    return MupVerdict(True, "nothing grows at these rates and widths, although the config has no muP")
 
 
 def slopes(widths: Sequence[int], movements: Mapping[str, Sequence[float]]) -> dict[str, float]:
