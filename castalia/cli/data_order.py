@@ -167,11 +167,14 @@ def _show_rows(step: int, rows: list[dict[str, Any]], decoder: Tokenizer | None)
     for number, row in enumerate(rows):
         what = f", {row['side']}" if "side" in row else f", reward {row['reward']:g}" if "reward" in row else ""
         print(f"--- step {step}, sequence {number}: position {row['position']} of the data order{what}")
+        if "intervention" in row:
+            print(f"    {row['intervention']} by data.intervene")
         for piece in row["pieces"]:
             print(f"    {piece['prefix']} document {piece['document']}, tokens {piece['start']} to {piece['stop'] - 1}")
         masked = sum(label < 0 for label in row["labels"])
         print(f"    {len(row['labels']) - masked} of {len(row['labels'])} labels count for the loss")
         end = sum(piece["stop"] - piece["start"] for piece in row["pieces"])  # what follows fills up
+        end = len(row["tokens"]) if row.get("intervention") == "replaced" else end
         _show_trained(row["tokens"][:end], row["labels"][:end], decoder)
 
 

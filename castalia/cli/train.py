@@ -30,6 +30,9 @@ def command(
     log_dir: Annotated[
         Path | None, typer.Option(help="with --nproc: a folder for what each process prints, each start and rank apart")
     ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="begin a branch of RUN in this folder, at checkpoint.step=N or its last step")
+    ] = None,
     verbose: Verbose = False,
 ) -> None:
     """Train, fine-tune or resume a run.
@@ -40,7 +43,7 @@ def command(
       castalia train runs/first
 
     CONFIG is a YAML file (ours or GPT-NeoX's) or the name of a preset; later ones and KEY=VALUE win. RUN is the folder
-    of a run, which continues from its last checkpoint.
+    of a run, which continues from its last checkpoint; with --output, in a folder of its own and with other settings.
 
     A run needs a model, data (data.path, which `castalia data prepare` makes), a tokenizer (tokenizer.path), a batch,
     an end (train.steps) and a folder (checkpoint.dir); optimizer.lr is what one sets next. What is missing says
@@ -49,6 +52,7 @@ def command(
     from castalia.errors import ConfigError
     from castalia.train.start_checks import find_obstacles, refuse
 
+    configs = configs if output is None else branch_words(configs, output)
     config = read_config(configs)
     if log_dir and (nproc or 1) == 1:
         raise ConfigError("--log-dir is for the processes that --nproc starts; torchrun has --log-dir DIR --tee 3")
@@ -88,6 +92,24 @@ def read_config(words: list[str], any_batch: bool = False) -> RunConfig:
     if folder and folder.is_dir() and neox_config_files(folder):
         return load_neox_run(folder, overrides, any_batch)
     return load_config(files, overrides, any_batch)
+
+
+def branch_words(words: list[str], folder: Path) -> list[str]:
+    """The words for a run that goes on from a step of another one in a folder of its own.
+
+    Its data may be others: what the step before it trained on is in the other run's folder. Raises ConfigError.
+    """
+    from castalia.errors import ConfigError
+
+    files, overrides = split_words(words)
+    if len(files) != 1 or not (Path(files[0]) / "config.yml").is_file():
+        raise ConfigError("--output begins a branch: name the folder of one run before it; a new run: checkpoint.dir")
+    given = [word for word in overrides if word.startswith("checkpoint.dir=")]
+    if given or folder.resolve() == Path(files[0]).resolve():
+        raise ConfigError(f"--output {folder} names the branch's folder: another one than the run's, and given once")
+    if (folder / "config.yml").is_file():
+        raise ConfigError(f"{folder} holds a run; to continue it: castalia train {folder}")
+    return [*words, f"checkpoint.dir={folder}", "checkpoint.other_data=true"]
 
 
 def split_words(words: list[str]) -> tuple[list[str], list[str]]:

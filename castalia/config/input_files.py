@@ -41,6 +41,8 @@ def nothing_to_load(config: RunConfig) -> str | None:
 
 
 def _missing_data(config: RunConfig) -> Iterator[str]:
+    if (rows := config.data.intervene) and not Path(rows).is_file():
+        yield f"{config.place('data.intervene')}data.intervene={rows}: there is no such file"
     named: dict[str, list[str]] = {config.data.path: ["data.path"]} if config.data.path else {}
     for split in ("train", "valid", "test"):
         for prefix in (prefix for source in getattr(config.data, split) for prefix in source.prefixes):

@@ -25,6 +25,7 @@ from castalia.config.yaml_files import Findings, YamlMapping, merged, read_file,
 from castalia.errors import ConfigError
 from castalia.reading import reason, short
 
+INTERVENTIONS = "interventions.jsonl"  # file, inside a run's folder, with what its rows were changed to
 TOKENIZER = "tokenizer"  # folder, inside a run's folder, with its tokenizer
 PRESETS = Path(__file__).parent / "presets"
 DATA_ENDINGS = (".jsonl", ".parquet", ".txt", ".md")
@@ -167,7 +168,7 @@ def _read(name: str | Path | RunConfig | dict, findings: Findings) -> YamlMappin
             f"{name} trains a new one"
         )
     if path.is_file():
-        return _with_own_tokenizer(read_file(path, str(path), findings), path.parent)
+        return _with_own_files(read_file(path, str(path), findings), path.parent)
     preset = PRESETS / f"{str(name).removesuffix('.yml').lower()}.yml"
     if preset.is_file():
         return read_file(preset, f"preset {preset.stem}", findings)
@@ -191,8 +192,11 @@ def _near_presets(name: str) -> str:
     return f"there are {len(presets)} presets, such as {', '.join(sorted(families.values()))}"
 
 
-def _with_own_tokenizer(table: YamlMapping, run: Path) -> YamlMapping:
-    """Resolve the relative path of a run's own tokenizer, so that the run's folder may be moved."""
+def _with_own_files(table: YamlMapping, run: Path) -> YamlMapping:
+    """Resolve the relative paths of a run's own tokenizer and interventions, so that its folder may be moved."""
+    data = table.get("data")
+    if isinstance(data, YamlMapping) and data.get("intervene") == INTERVENTIONS and (run / INTERVENTIONS).is_file():
+        data["intervene"] = str(run / INTERVENTIONS)
     tokenizer = table.get("tokenizer")
     if isinstance(tokenizer, YamlMapping) and tokenizer.get("path") == TOKENIZER and (run / TOKENIZER).is_dir():
         tokenizer["path"] = str(run / TOKENIZER)

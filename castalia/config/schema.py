@@ -347,6 +347,9 @@ class DataConfig(Section):
     weight_alpha: PositiveFloat = Field(1.0, description="weight_by_documents: values below 1 favour small corpora")
     mask_after_eod: bool = Field(False, description="no loss on the token that follows an end-of-document token")
     mask_documents: bool = Field(False, description="tokens attend only within their own document; positions restart")
+    intervene: str | None = Field(
+        None, description="file of rows that single steps train on instead, or that the loss leaves out"
+    )
     cache_dir: str | None = Field(None, description="folder of index files; None: next to the data")
     pass_multiple: PositiveInt | None = Field(
         None,

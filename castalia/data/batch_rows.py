@@ -27,6 +27,7 @@ def batch_rows(samples: Samples | Pairs, number: int, tokenizer: Tokenizer | Non
             "epoch": sides[name].epoch(sides[name].first_of(number) + row),
             **({"side": name} if name else {}),
             **({"reward": float(arrays.rewards[row])} if arrays.rewards is not None else {}),
+            **({"intervention": change.kind} if (change := sides[name].change(number, row)) else {}),
             "pieces": [piece._asdict() for piece in sides[name].pieces(position)],
             "tokens": arrays.tokens[row].tolist(),
             "labels": arrays.labels[row].tolist(),
@@ -50,9 +51,10 @@ def table_rows(samples: Samples | Pairs, number: int, tokenizer: Tokenizer | Non
             "position": facts["position"],
             "epoch": facts["epoch"],
             **{name: facts[name] for name in ("side", "reward") if name in facts},
+            **({"intervention": facts.get("intervention")} if _has_interventions(samples) else {}),
             "documents": facts["pieces"],
             "loss_tokens": sum(label != IGNORE for label in facts["labels"]),
-            "ids": _ids(sides[facts.get("side", "")], facts["position"], number).tolist(),
+            "ids": _ids(sides[facts.get("side", "")], number, row // len(sides)).tolist(),
             "text": facts["text"],
         }
         for row, facts in enumerate(rows)
@@ -88,11 +90,18 @@ def write_ids(samples: Samples | Pairs, number: int, path: Path) -> None:
 
     Inputs and labels are this one array, shifted by one: hence a token more.
     """
-    positions = samples.positions(number).tolist()
-    texts = [_ids(side, row, number) for row in positions for side in sides_of(samples).values()]
+    rows = range(len(samples.positions(number)))
+    texts = [_ids(side, number, row) for row in rows for side in sides_of(samples).values()]
     with appearing(path) as file:
         np.save(file, np.stack(texts))
 
 
-def _ids(side: Samples, position: int, number: int) -> np.ndarray:
-    return side.sample(position)[0][: side.length(number) + 1]
+def _has_interventions(samples: Samples | Pairs) -> bool:
+    return isinstance(samples, Samples) and samples.interventions is not None
+
+
+def _ids(side: Samples, number: int, row: int) -> np.ndarray:
+    text, labels = side.sample(int(side.positions(number)[row]))
+    if change := side.change(number, row):
+        change.apply(text, labels)
+    return text[: side.length(number) + 1]

@@ -27,6 +27,7 @@ from castalia.config.schema import EarlierBatch, RunConfig, Source, Text, Warmup
 from castalia.data.blend import blend, normalized, weights_by_documents
 from castalia.data.index_cache import cached, digest_of, index_names
 from castalia.data.indexed import IndexedDataset, open_dataset
+from castalia.data.interventions import Intervention, Interventions, read_interventions
 from castalia.data.sample_index import (
     IGNORE,
     Index,
@@ -128,6 +129,7 @@ class Samples:
     earlier: tuple[EarlierBatch, ...] = ()  # training only: batch sizes of the steps before a change
     cut: bool = False  # tokens beyond the length of a sample are never seen, instead of being the next one's
     has_whole: bool = False  # batches hold `whole`, which some objectives learn as well
+    interventions: Interventions | None = None  # training only
 
     def __len__(self) -> int:
         return len(self.blended[0]) if self.blended else len(self.corpora[0].index)
@@ -200,10 +202,16 @@ class Samples:
 
     def batch(self, step: int, rows: Sequence[int] | np.ndarray | None = None) -> Batch:
         """The batch of a step, or the given rows of it. Raises DataError if a token is beyond the vocabulary."""
-        positions = self.positions(step) if rows is None else self.positions(step)[rows]
-        corpora = (self._corpus(int(position)) for position in positions)
+        positions = self.positions(step)
+        numbers = np.arange(len(positions)) if rows is None else np.arange(len(positions))[rows]
+        corpora = (self._corpus(int(position)) for position in positions[numbers])
         samples = [(corpus, corpus.parts(position)) for corpus, position in corpora]
-        return self._assembled(samples, self.length(step) + 1, f"step {step}")
+        changes = [self.change(step, int(row)) for row in numbers]
+        return self._assembled(samples, self.length(step) + 1, f"step {step}", changes)
+
+    def change(self, step: int, row: int) -> Intervention | None:
+        """The intervention on a row of a step, both from 0."""
+        return self.interventions.rows.get((step, row)) if self.interventions else None
 
     def whole_pass(self, rows: int, multiple: int = 1, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
         """Batches of `rows` samples, with every usable document once, each in samples of its own.
@@ -227,9 +235,16 @@ class Samples:
             yield [(document, start, min(size, start + self.seq_length + 1))]
 
     def _assembled(
-        self, samples: list[tuple[SampledCorpus, list[tuple[int, int, int]]]], length: int, where: str
+        self,
+        samples: list[tuple[SampledCorpus, list[tuple[int, int, int]]]],
+        length: int,
+        where: str,
+        changes: Sequence[Intervention | None] = (),
     ) -> Batch:
-        """The batch of these samples, each a corpus and the parts of its documents, of `length` tokens with labels."""
+        """The batch of these samples, each a corpus and the parts of its documents, of `length` tokens with labels.
+
+        `changes`: the intervention on each sample, if there are any.
+        """
         text = np.empty((len(samples), length), np.int64)
         labels = np.empty_like(text)
         documents = np.empty_like(text) if self.mask_documents else None
@@ -241,7 +256,11 @@ class Samples:
             if whole is not None:
                 end = sum(stop - start for _, start, stop in parts)
                 whole[row, :end] = text[row, :end]
-        self._check_vocabulary(where, samples, text)
+            if change := changes[row] if changes else None:
+                change.apply(text[row], labels[row])
+                if documents is not None and change.ids is not None:
+                    documents[row] = np.arange(length) >= len(change.ids)  # one document, and what fills up
+        self._check_vocabulary(where, samples, text, changes)
         tokens, labels = np.ascontiguousarray(text[:, :-1]), np.ascontiguousarray(labels[:, 1:])
         labels[labels < 0] = IGNORE  # GPT-NeoX masks every negative label
         if self.masked_after is not None:
@@ -259,12 +278,22 @@ class Samples:
         return Batch(tokens, labels, labels != IGNORE, documents, references, rewards, whole)
 
     def _check_vocabulary(
-        self, where: str, samples: list[tuple[SampledCorpus, list[tuple[int, int, int]]]], text: np.ndarray
+        self,
+        where: str,
+        samples: list[tuple[SampledCorpus, list[tuple[int, int, int]]]],
+        text: np.ndarray,
+        changes: Sequence[Intervention | None],
     ) -> None:
         limit = self.vocab_size or np.iinfo(np.int64).max
         if text.min() < 0 or text.max() >= limit:
             bad = (text < 0) | (text >= limit)
             row, at = (int(where) for where in np.argwhere(bad)[0])
+            if changes and (change := changes[row]) and change.ids is not None:
+                assert self.interventions is not None
+                raise DataError(
+                    f"{where}: token id {text[bad][0]} of row {row} in {self.interventions.path} lies beyond the "
+                    f"vocabulary of {self.vocab_size}"
+                )
             corpus, parts = samples[row]
             for part in parts:
                 if at < part[2] - part[1]:
@@ -276,9 +305,20 @@ class Samples:
                 "prepare the corpus with the tokenizer of this config"
             )
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """A digest that changes with the files, and with every setting that decides order or content of the samples."""
+        return self.fingerprint_until(None)
+
+    def fingerprint_until(self, step: int | None) -> str:
+        """The digest with the interventions of the first steps alone; None: of all."""
+        changes = self.interventions.digest(step) if self.interventions else ""
+        if not changes:
+            return self._order_fingerprint
+        return hashlib.blake2b(f"{self._order_fingerprint} {changes}".encode(), digest_size=16).hexdigest()
+
+    @cached_property
+    def _order_fingerprint(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
         for corpus in self.corpora:
             digest.update(dataset_fingerprint(corpus.text).encode())
@@ -347,7 +387,25 @@ def open_data(config: RunConfig, split: Split = "train", open_corpus: OpenCorpus
         earlier=config.train.earlier_batches if split == "train" else (),
         cut=config.data.packing != "packed",
         has_whole=config.train.objective == "orpo",
+        interventions=_interventions(config) if split == "train" else None,
     )
+
+
+def _interventions(config: RunConfig) -> Interventions | None:
+    """The interventions that the config names. Raises DataError for steps and rows that the run does not have."""
+    if config.data.intervene is None:
+        return None
+    if config.train.objective != "causal":
+        raise DataError(f"data.intervene changes sequences; train.objective={config.train.objective} has others")
+    found = read_interventions(config.data.intervene, config.data.seq_length + 1)
+    sizes = config.train.batch_size_warmup, batch_plan(config).batch_size, config.train.earlier_batches
+    for step, row in found.rows:
+        if config.train.steps is not None and step >= config.train.steps:
+            raise DataError(f"{found.path}: step {step + 1}: the run's steps are 1 to {config.train.steps}")
+        size = sum_until(sizes[0], step + 1, *sizes[1:]) - sum_until(sizes[0], step, *sizes[1:])
+        if row >= size:
+            raise DataError(f"{found.path}: step {step + 1} has rows 0 to {size - 1}, and no row {row}")
+    return found
 
 
 _opened = lru_cache(maxsize=6)(open_data)

@@ -64,6 +64,10 @@ class Pairs:
         for both in zip(*sides, strict=True):
             yield Batch(*map(_interleaved, *both))
 
+    def fingerprint_until(self, step: int | None) -> str:
+        """As of `Samples`; pairs have no interventions."""
+        return self.fingerprint
+
     @cached_property
     def fingerprint(self) -> str:
         """A digest of the files and settings that decide order and content of the pairs."""

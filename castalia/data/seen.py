@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from castalia.data.indexed import IndexedDataset
+from castalia.data.interventions import Interventions
 from castalia.data.loader import SampledCorpus, Samples
 from castalia.data.pairs import Pairs, sides_of
 from castalia.data.published_rows import ParquetRows, ShardedRows
@@ -65,7 +66,28 @@ def seen_in_run(
         for number, corpus in enumerate(side.corpora):
             hits = list(_hits(corpus.text, asked, tokenizer, advance))
             _look_up(side, number, steps, hits, found)
+    if isinstance(samples, Samples) and samples.interventions:
+        _with_replaced(samples, samples.interventions, asked, tokenizer, found)
     return _sorted(found)
+
+
+def _with_replaced(
+    samples: Samples,
+    changes: Interventions,
+    asked: Sequence[SoughtText],
+    tokenizer: Tokenizer,
+    found: list[Sightings],
+) -> None:
+    """Take out what stands in rows that interventions replace, and add what these hold instead."""
+    replaced = {place: change.ids for place, change in changes.rows.items() if change.ids is not None}
+    for sightings in found:
+        sightings.places = [place for place in sightings.places if (place.step - 1, place.row) not in replaced]
+    for (step, row), ids in replaced.items():
+        tokens = np.array(ids[: samples.length(step) + 1])
+        for hit in find_texts(tokens, asked, tokenizer, np.array([0, len(tokens)])):
+            position, size = int(samples.positions(step)[row]), hit.stop - hit.start
+            place = Sighting(step + 1, row, hit.start, size, position, changes.path, None, None)
+            found[hit.text].places.append(place)
 
 
 def seen_in_rows(

@@ -46,6 +46,7 @@ from castalia.train.run_folder import (
     LauncherJob,
     complete_config,
     continues_in_place,
+    keep_interventions,
     restart_line,
     run_folder,
     this_job,
@@ -172,6 +173,8 @@ class TrainingRun:
         session, folder = self.session, self.folder
         if session.tokenizer is not None:
             session.tokenizer.save(folder / TOKENIZER)
+        if session.config.data.intervene is not None:
+            keep_interventions(session.config.data.intervene, folder)
         write_config(folder, self.config)
         write_text(folder / HEADER, self.header)
         # A run that died may have recorded steps after its last checkpoint, which are about to be computed again.
@@ -430,7 +433,7 @@ class TrainingRun:
             states,
             self.progress,
             self.config,
-            session.data.fingerprint,
+            session.data.fingerprint_until(self.progress.step),
             replaceable=replaceable,
             best=best,
         )

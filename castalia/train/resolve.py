@@ -168,9 +168,10 @@ def with_earlier_batches(config: CompleteConfig, source: Checkpoint | None, batc
 def refuse_other_data(config: RunConfig, data: Samples | Pairs, source: Checkpoint | None) -> None:
     """Raises TrainingError if a resumed run would see other samples than before, unless that is asked for."""
     fingerprint = source.facts.data_fingerprint if source else None
-    if config.checkpoint.init_from or config.checkpoint.other_data or fingerprint in (None, "", data.fingerprint):
+    if source is None or config.checkpoint.init_from or config.checkpoint.other_data:
         return
-    assert source is not None
+    if fingerprint in (None, "", data.fingerprint_until(source.progress.step)):
+        return
     raise TrainingError(
         f"the data or their order are not those that {source.path} was trained on (another corpus, split, seed or "
         "data.seq_length; another train.steps or train.batch_size too where it changes the number of epochs, which are "

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 from castalia.checkpoint.formats.native.read import saved_steps
 from castalia.checkpoint.opener import detect
 from castalia.config.batch import pass_multiple
-from castalia.config.load import TOKENIZER, dump_config
+from castalia.config.load import INTERVENTIONS, TOKENIZER, dump_config
 from castalia.config.schema import RunConfig, Source, TokenizerConfig
 from castalia.errors import ConfigError, TrainingError
-from castalia.files import write_text
+from castalia.files import write_bytes, write_text
 from castalia.observe.metrics import read_events, read_metrics
 
 
@@ -118,13 +118,14 @@ def complete_config(
 ) -> RunConfig:
     """The config from which the run can be resumed in any directory and on any number of ranks.
 
-    Data have absolute paths, and the tokenizer is the copy in the run's folder. The batch size is settled, from which
-    accumulation follows on each number of ranks. A resumed run still names the weights that it `began_from`, because
-    it may train their adapters.
+    Data have absolute paths; tokenizer and interventions are the copies in the run's folder. The batch size is settled,
+    from which accumulation follows on each number of ranks. A resumed run still names the weights that it `began_from`,
+    because it may train their adapters.
     """
     return config.with_(
         {
             "data.path": _absolute(config.data.path),
+            "data.intervene": INTERVENTIONS if config.data.intervene else None,
             "data.cache_dir": _absolute(config.data.cache_dir),
             "data.pass_multiple": pass_multiple(config, batch_size),  # the same passes with other micro-batches
             **{f"data.{split}": _absolute_sources(getattr(config.data, split)) for split in ("train", "valid", "test")},
@@ -137,6 +138,13 @@ def complete_config(
             "train.accumulation": None if config.train.micro_batch_size else config.train.accumulation,
         }
     )
+
+
+def keep_interventions(path: str, folder: Path) -> None:
+    """Copies the file of interventions into the run's folder, of which they are a record."""
+    target = folder / INTERVENTIONS
+    if not (target.exists() and target.samefile(path)):
+        write_bytes(target, Path(path).read_bytes())
 
 
 def write_config(folder: Path, config: RunConfig) -> None:

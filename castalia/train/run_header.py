@@ -372,7 +372,7 @@ def _data_position(session: Session, source: Checkpoint) -> tuple[str, str]:
     read = sum_until(train.batch_size_warmup, step, size, train.earlier_batches)
     what = "pairs" if isinstance(session.data, Pairs) else "samples"
     known = source.facts.data_fingerprint
-    if known and known != session.data.fingerprint:
+    if known and known != session.data.fingerprint_until(step):
         return "moved", f"checkpoint.other_data: continues after {read:,} {what}, but of other data"
     before = source.config.train.batch_size if source.config else None
     if session.config.neox_exact and before and before != size:
