@@ -12,8 +12,8 @@ import typer
 
 from castalia import __version__
 from castalia.cli.habits import refuse_habits
-from castalia.columns import WIDTH, wrapped
 from castalia.errors import CastaliaError, Stopped, out_of_memory
+from castalia.wrapping import WIDTH, wrapped
 
 # verb -> (module, one line of help). The module defines `command`, a plain function, or `app`, a typer.Typer.
 VERBS = {

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol, TextIO
 
-from castalia.columns import WIDTH, aligned, wrapped
+from castalia.wrapping import WIDTH, aligned, wrapped
 
 
 class Advance(Protocol):

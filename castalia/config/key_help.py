@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin
 
-from castalia.columns import aligned
 from castalia.config.fields import FIELDS, SECTIONS, describe, describe_field, section_in
 from castalia.config.neox.keys import FORMER, KEYS
+from castalia.wrapping import aligned
 
 # When one changes a key, and to what for example. Keys that are missing here say enough by their description.
 WHEN = {

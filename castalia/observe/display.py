@@ -14,8 +14,8 @@ from typing import IO, Any, cast
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from castalia.columns import WIDTH, wrapped
 from castalia.units import duration
+from castalia.wrapping import WIDTH, wrapped
 
 RECENT = 20  # steps whose median tells how long the others take
 

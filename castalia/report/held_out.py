@@ -30,7 +30,7 @@ MOST_TOKENS = 1 << 18  # that are looked at: enough for three digits, seconds fo
 MOST_SOURCES = 12  # that are told apart; smaller ones are told of together
 
 
-class Document(NamedTuple):
+class HeldOutDocument(NamedTuple):
     """A held-out text, its source and its tokens."""
 
     source: str
@@ -44,7 +44,7 @@ class HeldOut:
     """Documents that are looked at, in order, of all that are held out."""
 
     name: str
-    documents: tuple[Document, ...]
+    documents: tuple[HeldOutDocument, ...]
     of_documents: int
     of_tokens: int
     is_validation: bool  # of the run itself; else a text that was named
@@ -110,7 +110,7 @@ def named_text(path: str, tokenizer: Tokenizer, most_tokens: int = MOST_TOKENS) 
         return _looked_at(path, _in_corpus(text, None, np.arange(len(text))), tokenizer, most_tokens, False)
     if not Path(path).exists():
         raise DataError(f"{path}: neither a text file nor the prefix of a corpus ({path}.bin and {path}.idx)")
-    found: list[Document] = []
+    found: list[HeldOutDocument] = []
     total = 0
     for each in texts_of_files([Path(path)]):
         tokens = encoded(each, tokenizer)
@@ -118,7 +118,7 @@ def named_text(path: str, tokenizer: Tokenizer, most_tokens: int = MOST_TOKENS) 
         # The loop continues without room, to know how much of the text is looked at.
         room = most_tokens - sum(len(document.tokens) for document in found)
         if room > 1:
-            found.append(_cut(Document(Path(path).name, tokens, None, each), room, tokenizer))
+            found.append(_cut(HeldOutDocument(Path(path).name, tokens, None, each), room, tokenizer))
     if total < 2:
         raise DataError(f"{path} holds no text")
     return HeldOut(path, tuple(found), len(found), total, False)
@@ -145,19 +145,19 @@ def _looked_at(
         source, text, labels, item = places[number]
         tokens = text[item].astype(np.int64)
         own = None if labels is None else labels[item].astype(np.int64)
-        document = _cut(Document(source, tokens, own, tokenizer.decode(tokens.tolist())), room, tokenizer)
+        document = _cut(HeldOutDocument(source, tokens, own, tokenizer.decode(tokens.tolist())), room, tokenizer)
         found.append(document)
         room -= len(document.tokens)
     return HeldOut(name, tuple(found), len(places), int(sizes.sum()), is_validation)
 
 
-def _cut(document: Document, room: int, tokenizer: Tokenizer) -> Document:
+def _cut(document: HeldOutDocument, room: int, tokenizer: Tokenizer) -> HeldOutDocument:
     if len(document.tokens) <= room:
         return document
     tokens = document.tokens[:room]
     labels = None if document.labels is None else document.labels[:room]
     # The text is cut as well: bits per byte count the bytes of these tokens alone.
-    return Document(document.source, tokens, labels, tokenizer.decode(tokens.tolist()))
+    return HeldOutDocument(document.source, tokens, labels, tokenizer.decode(tokens.tolist()))
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def load(checkpoint: Checkpoint, tokenizer_path: str | None) -> Judged:
     return Judged(checkpoint, config, model, tokenizer, executor, name_of(dtype))
 
 
-def score(judged: Judged, documents: Sequence[Document]) -> Score:
+def score(judged: Judged, documents: Sequence[HeldOutDocument]) -> Score:
     """Each token is predicted once, from windows as long as those of training."""
     config, model = judged.config, judged.model.cfg
     tokens = np.concatenate([document.tokens for document in documents])
@@ -225,19 +225,19 @@ def score(judged: Judged, documents: Sequence[Document]) -> Score:
     return Score(found["loss"], count, num_bytes, bits)
 
 
-def _labels(document: Document) -> np.ndarray:
+def _labels(document: HeldOutDocument) -> np.ndarray:
     return document.tokens if document.labels is None else document.labels
 
 
-def respelled(held_out: HeldOut, tokenizer: Tokenizer) -> list[Document]:
+def respelled(held_out: HeldOut, tokenizer: Tokenizer) -> list[HeldOutDocument]:
     """The same text in another tokenizer's tokens."""
     return [
-        Document(document.source, encoded(document.text, tokenizer), None, document.text)
+        HeldOutDocument(document.source, encoded(document.text, tokenizer), None, document.text)
         for document in held_out.documents
     ]
 
 
-def by_source(documents: Sequence[Document]) -> dict[str, list[Document]]:
+def by_source(documents: Sequence[HeldOutDocument]) -> dict[str, list[HeldOutDocument]]:
     """The largest sources by name; what is left of many small ones comes as one, and last.
 
     Of more files than can be told of, folders are told of.
@@ -249,7 +249,7 @@ def by_source(documents: Sequence[Document]) -> dict[str, list[Document]]:
     for document in documents:
         sizes[document.source] += len(document.text)
     kept = [name for name, _ in sizes.most_common(MOST_SOURCES if len(sizes) <= MOST_SOURCES else MOST_SOURCES - 1)]
-    found: dict[str, list[Document]] = {name: [] for name in kept}
+    found: dict[str, list[HeldOutDocument]] = {name: [] for name in kept}
     for document in documents:
         name = document.source if document.source in found else f"{len(sizes) - len(kept)} others"
         found.setdefault(name, []).append(document)

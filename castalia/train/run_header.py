@@ -15,7 +15,6 @@ from pydantic import BaseModel
 
 from castalia.checkpoint.adapters import adapters_of
 from castalia.checkpoint.tensors import Checkpoint
-from castalia.columns import aligned, shortened, wrapped
 from castalia.config.attention_kernels import AMPERE
 from castalia.config.batch import sum_until
 from castalia.config.fields import changed
@@ -41,6 +40,7 @@ from castalia.train.run_facts import collect_run_facts
 from castalia.train.setup import Session
 from castalia.train.step_record import peak_speed
 from castalia.units import duration, plural, short_number
+from castalia.wrapping import aligned, shortened, wrapped
 
 KNOWS_NOTHING = 0.9  # of ln(vocabulary): above this a model has learnt next to nothing
 HEADER = "header.txt"  # in the run's folder
@@ -59,7 +59,9 @@ def show_header(session: Session, display: Display, folder: Path, *, kept: bool,
     known, layout = run_facts_of(session), planned_layout(session)
     surprises = [*warnings(session.config, known, layout), *_tokenizer_warnings(session), *_one_sided(session.config)]
     surprises += _clipping_warning(session)
-    surprises = [wrapped(f"warning: {text}") for text in surprises]
+    # Notes on a checkpoint stand in the full text, but what had to be guessed of its model decides what is trained.
+    guesses = [text for text in _source_notes(session) if "guess" in text] if session.source else []
+    surprises = [wrapped(f"warning: {text}") for text in (*surprises, *guesses)]
     planned, seconds = training(session.config, known, layout), expected_seconds(session)
     full, loud = list(full_lines(session, folder, known, layout)), [*loud_lines(session, planned.epochs, seconds)]
     file = f"{folder / HEADER}, or --verbose" if kept else "--verbose"

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from castalia.cli import main as cli
-from castalia.columns import WIDTH
 from castalia.data.indexed import DatasetWriter
+from castalia.wrapping import WIDTH
 
 RUN = """\
 model: {num_layers: 2, hidden_size: 32, num_heads: 4}

@@ -55,7 +55,7 @@ def printed(script: str, folder: Path) -> str:
 def test_the_figures_of_scaling_are_those_that_its_commands_print(tmp_path):
     page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
     found = PRINTED_BLOCK.findall(page)
-    assert len(found) == len(blocks(ROOT / "docs" / "scaling.md")) == 3
+    assert len(found) == len(blocks(ROOT / "docs" / "scaling.md")) == 4
     for script, shown in found:
         assert printed(script, tmp_path) == shown
     prose, output = PRINTED_BLOCK.sub("", page), "".join(shown for _, shown in found)

@@ -6,7 +6,7 @@ from castalia.cli.evaluate import evaluate_checkpoint
 from castalia.config.schema import DataConfig, TokenizerConfig
 from castalia.data.tokenizer import load_tokenizer
 from castalia.errors import DataError
-from castalia.report.held_out import Document, by_source, load, named_text, score, validation_text
+from castalia.report.held_out import HeldOutDocument, by_source, load, named_text, score, validation_text
 
 BYTES = load_tokenizer(TokenizerConfig(kind="bytes"))
 
@@ -50,12 +50,14 @@ def test_without_held_out_text_the_way_out_is_told(corpora):
 
 
 def test_small_sources_are_told_of_together():
-    documents = [Document(f"file {number:02}", np.arange(2 + number), None, "x" * number) for number in range(30)]
+    documents = [
+        HeldOutDocument(f"file {number:02}", np.arange(2 + number), None, "x" * number) for number in range(30)
+    ]
     groups = by_source(documents)
     assert [*groups][:2] == ["file 29", "file 28"]
     assert [*groups][-1] == "19 others" and len(groups["19 others"]) == 19
 
 
 def test_of_many_files_folders_are_told_of():
-    documents = [Document(f"{number % 2}/{number}", np.arange(9), None, "text") for number in range(30)]
+    documents = [HeldOutDocument(f"{number % 2}/{number}", np.arange(9), None, "text") for number in range(30)]
     assert {name: len(own) for name, own in by_source(documents).items()} == {"0": 15, "1": 15}

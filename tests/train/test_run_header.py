@@ -15,7 +15,6 @@ import torch
 from castalia.checkpoint.opener import open_checkpoint
 from castalia.checkpoint.restore import optimizer_state
 from castalia.cli.train import read_config, train
-from castalia.columns import WIDTH
 from castalia.config.load import dump_config, load_config
 from castalia.data.indexed import DatasetWriter
 from castalia.errors import ConfigError
@@ -25,6 +24,7 @@ from castalia.train.dry_run import rehearse
 from castalia.train.run_facts import collect_run_facts, num_kept_checkpoints
 from castalia.train.run_header import HEADER, MOST_LINES, planned_layout, restoration_rows, run_facts_of, summary_lines
 from castalia.train.setup import start
+from castalia.wrapping import WIDTH
 
 
 def rows(session):

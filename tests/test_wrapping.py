@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from castalia.columns import WIDTH, aligned, shortened, wrapped
+from castalia.wrapping import WIDTH, aligned, shortened, wrapped
 
 WORDS = st.lists(st.text("abc", min_size=1, max_size=30), min_size=1, max_size=40).map(" ".join)
 
