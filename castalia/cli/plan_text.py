@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 CATEGORIES = ("masters", "moments", "gradients", "compute_copies", "activations", "logits", "buffers")
 
 COSTS = {  # what a step spends its time on
-    "compute": "computing",
+    "compute": "compute",
     "traffic": "memory",
     "tensor": "TP",
     "data": "DP",
-    "bubble": "waiting",
+    "bubble": "wait",
 }
 
 

@@ -63,4 +63,4 @@ def test_a_profile_that_the_end_of_the_run_cuts_short_is_written(tiny, tmp_path,
     assert (tmp_path / "here" / "trace.json").stat().st_size > 0
     said = " ".join(capsys.readouterr().out.split())
     assert f"profile of steps 2 to 100 in {tmp_path / 'here'}; most time went to" in said
-    assert "%  aten::" in said
+    assert "% aten::" in said
