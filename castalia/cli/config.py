@@ -12,7 +12,6 @@ import typer
 from pydantic_core import to_jsonable_python
 
 from castalia.cli.render import say
-from castalia.columns import aligned
 from castalia.config.fields import changed, values
 from castalia.config.key_help import explanation
 from castalia.config.key_reference import markdown
@@ -24,6 +23,7 @@ from castalia.errors import ConfigError
 from castalia.files import write_text
 from castalia.strict_json import to_json
 from castalia.units import plural
+from castalia.wrapping import aligned
 
 app = typer.Typer(no_args_is_help=True, help="Show, check or convert configs.")
 Words = Annotated[list[str], typer.Argument(metavar="CONFIG... [KEY=VALUE...]", show_default=False)]

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from castalia.columns import WIDTH
 from castalia.errors import DataError
 from castalia.strict_json import to_json
 from castalia.units import plural
+from castalia.wrapping import WIDTH
 
 if TYPE_CHECKING:
     from castalia.config.schema import RunConfig
