@@ -16,8 +16,8 @@ def command(
 
     \b
     Examples:
-      castalia lm-eval ls tasks
-      castalia lm-eval run --model castalia --model_args path=runs/first,precision=bf16 --tasks arc_easy
+      castalia lm-eval run --model castalia --model_args path=runs/first --tasks castalia_demo --limit 4
+      castalia lm-eval ls groups
 
     The help of lm-eval is that of `castalia lm-eval -- run --help`.
     """

@@ -18,6 +18,7 @@ from castalia.checkpoint.restore import load_tokenizer_for, require_finite
 from castalia.errors import ConfigError
 from castalia.loading import build_model
 from castalia.tasks.harness import TaskModel
+from castalia.tasks.task_run import DEMO
 
 
 class CastaliaLM(TaskModel):
@@ -61,10 +62,11 @@ class CastaliaLM(TaskModel):
 
 
 def call(words: Sequence[str]) -> None:
-    """lm-eval's command line, in this process."""
+    """lm-eval's command line, in this process. It knows the tasks of the demo unless others are included."""
     from lm_eval.__main__ import cli_evaluate
 
     if "castalia" not in MODEL_REGISTRY:
         register_model("castalia")(CastaliaLM)
-    sys.argv = ["lm-eval", *words]
+    demo = ["--include_path", str(DEMO)] if words[:1] == ["run"] and "--include_path" not in words else []
+    sys.argv = ["lm-eval", *words, *demo]
     cli_evaluate()

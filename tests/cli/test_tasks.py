@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from castalia.tasks.task_run import DEMO, metrics_of
+from castalia.tasks.task_run import metrics_of
 from tests.tasks.conftest import neox
 
 
@@ -61,7 +61,7 @@ def test_several_processes(model: Path, alone: dict, layout: list[str]) -> None:
 def test_lm_eval_itself(model: Path, alone: dict) -> None:
     out, _ = castalia(
         model.parent, "lm-eval", "run", "--model", "castalia", "--model_args", "path=model", "--limit", "3",
-        "--tasks", "castalia_demo_verses", "--include_path", str(DEMO),
+        "--tasks", "castalia_demo_verses",
     )  # fmt: skip
     assert f"{alone['results']['castalia_demo_verses']['bits_per_byte,none']:.4f}" in out
 
