@@ -58,7 +58,7 @@ def command(
     from castalia.cli.train import read_config
     from castalia.errors import ConfigError
     from castalia.figures import check_picture
-    from castalia.plan.run_plan import Hardware, divisible, report
+    from castalia.plan.run_plan import Hardware, divisible, report, with_steps
     from castalia.plan.step_cost import EFFICIENCY
     from castalia.train.run_facts import collect_run_facts
     from castalia.train.start_checks import find_obstacles
@@ -95,6 +95,9 @@ def command(
     if suggest and hardware is None:
         raise ConfigError("--suggest compares layouts on given devices: add --gpus, for example --gpus 8xH100")
     known = collect_run_facts(config)
+    if config.train.epochs:  # the schedule and the checkpoints follow from the steps
+        config = with_steps(config, known, hardware)
+        known = collect_run_facts(config)
     if hardware:
         # The devices that were asked about, not those of this machine.
         known = replace(known, device="cpu" if hardware.device.name == "cpu" else "cuda")

@@ -62,6 +62,7 @@ def load_config(
         _sort(table, precedence, ours, neox, findings)
     settings = _combine(ours, neox_read.translate(neox, ours, num_files=len(names), findings=findings), findings)
     _choose_alternatives(settings, findings)
+    _shrink_micro_batch(settings, findings)
     translate_targets(settings, findings)
     config = _validate(settings, findings)
     if config is not None:
@@ -310,6 +311,19 @@ def _choose_alternatives(settings: dict[str, Setting], findings: Findings) -> No
         settings[newer[0]] = new._replace(replaced=f"{older[0]} of {old.origin}")
         for path in older:
             del settings[path]
+
+
+def _shrink_micro_batch(settings: dict[str, Setting], findings: Findings) -> None:
+    """Drop a micro-batch that is larger than the batch that a later source gives."""
+    batch, micro = (settings.get(f"train.{name}") for name in ("batch_size", "micro_batch_size"))
+    if not (batch and micro and isinstance(batch.value, int) and isinstance(micro.value, int)):
+        return
+    if batch.precedence > micro.precedence and batch.value < micro.value:
+        findings.notes.append(
+            f"{micro.origin}: train.micro_batch_size={micro.value} gives way to the smaller "
+            f"train.batch_size={batch.value} ({batch.origin})"
+        )
+        del settings["train.micro_batch_size"]
 
 
 def _validate(settings: dict[str, Setting], findings: Findings) -> RunConfig | None:

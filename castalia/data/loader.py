@@ -533,11 +533,11 @@ def _index(
         if wanted and wanted >= LONG_INDEX:  # so that nobody waits without knowing for what
             passes = wanted * length / max(1, int(text.sizes[documents].sum(dtype=np.int64)))
             log.warning(
-                "%s: working out the order of %s samples,\n  %.3g passes over it; if that is too many: Ctrl-C, and "
+                "%s: working out the order of %s samples,\n  %s passes over it; if that is too many: Ctrl-C, and "
                 "a smaller train.steps or train.batch_size",
                 text.prefix,
                 f"{wanted:,}",
-                passes,
+                f"{passes:,.0f}" if passes >= 1000 else f"{passes:.3g}",
             )
         if packing == "packed":
             index = build_packed(text.sizes, documents, wanted, length, seed)

@@ -81,7 +81,7 @@ class PreparationReport:
     files: dict[str, dict[str, int]] = field(default_factory=dict)  # by key: documents of each input file, in order
     engine: str = ""  # which engine encoded the text, for people
     end: str = ""  # the id that ends each document, and how the vocabulary writes it
-    note: str = ""  # `Tokenizer.note`
+    note: str = ""  # `Tokenizer.note`, or that documents have no ends
     continued: dict[str, int] = field(default_factory=dict)  # the counts with which an interrupted run was continued
 
 
@@ -152,6 +152,8 @@ def prepare(
     report.note = tokenizer.note
     if tokenizer.eod_id is not None and (recipe.append_eod or recipe.chat):
         report.end = ids_with_texts([tokenizer.eod_id], tokenizer.token)
+    elif tokenizer.eod_id is not None and not report.note and tokenizer.encode("")[-1:] != [tokenizer.eod_id]:
+        report.note = "documents follow one another with no mark between them; --append-eod ends each with one"
     return report
 
 

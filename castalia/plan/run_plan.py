@@ -327,6 +327,13 @@ def run_steps(config: RunConfig, known: RunFacts, layout: Layout) -> int | None:
     return None
 
 
+def with_steps(config: RunConfig, known: RunFacts, hardware: Hardware | None) -> RunConfig:
+    """The config with the number of steps that its epochs come to, where the corpora tell it."""
+    gpus = hardware.gpus if hardware else None
+    steps = run_steps(config, known, layout_of(divisible(config, gpus)[0], gpus)[0])
+    return config.with_({"train.steps": steps, "train.epochs": None}) if steps else config
+
+
 def decay(config: RunConfig, known: RunFacts, steps: int | None) -> tuple[int | None, float | None]:
     """The step at which the decay of the learning rate ends, and the steps of the warm-up; None if unknown."""
     if known.rate:

@@ -233,10 +233,15 @@ def _tokenizer_warnings(session: Session) -> Iterator[str]:
     if tokenizer and tokenizer.note:
         yield tokenizer.note
     if model and tokenizer and 2 * tokenizer.vocab_size < model.padded_vocab_size and model.padded_vocab_size > 1024:
-        yield (
+        sizes = (
             f"the tokenizer has {tokenizer.vocab_size:,} ids and the model {model.padded_vocab_size:,} rows for them: "
-            "it may be another model's; name the right one (tokenizer.path)"
         )
+        if session.source is None:
+            smaller = model.with_({"vocab_size": tokenizer.vocab_size})
+            saved = short_number(count(model).total - count(smaller).total)
+            yield f"{sizes}model.vocab_size=null gives it as many as the tokenizer needs, and saves {saved} parameters"
+        else:
+            yield f"{sizes}it may be another model's; name the right one (tokenizer.path)"
 
 
 def _clipping_warning(session: Session) -> Iterator[str]:

@@ -209,6 +209,15 @@ def test_missing_files_name_presets_that_are_close(write, tmp_path):
     assert "not UTF-8 text" in refusal("binary.yml")[0]
 
 
+def test_a_later_smaller_batch_lowers_the_micro_batch(write):
+    file = write("a.yml", "train: {batch_size: 64, micro_batch_size: 32}\n")
+    config = load_config(file, ["train.batch_size=16"])
+    assert (config.train.batch_size, config.train.micro_batch_size) == (16, None)
+    assert "train.micro_batch_size=32 gives way to the smaller train.batch_size=16 (command line)" in config.notes[0]
+    assert load_config(file, ["train.batch_size=32"]).train.micro_batch_size == 32
+    assert "does not divide" in refusal(write("b.yml", "train: {batch_size: 16, micro_batch_size: 32}\n"))[0]
+
+
 def test_origins_and_notes_survive_a_copy_and_do_not_count_in_comparisons(write):
     config = load_config(write("a.yml", "seed: 1e1\n"))
     copy = config.model_copy(update={"seed": 11})

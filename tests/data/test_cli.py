@@ -191,6 +191,12 @@ def test_fields_of_other_names_are_read_and_told_how(prepared: Path) -> None:
     assert [bytes(ids.astype("u1")) for ids in open_dataset("mixed_text_document")] == [b"one", b"two"]
 
 
+def test_documents_without_ends_are_told_of(prepared: Path) -> None:
+    words = ("prepare", "corpus.txt", "--output", "x", "--tokenizer", "tokenizer.json")
+    assert "--append-eod ends each with one" in " ".join(run(data_verbs.app, *words).output.split())
+    assert "with no mark" not in run(data_verbs.app, *words, "--append-eod").output
+
+
 def test_a_flood_of_bad_records_is_counted(prepared: Path) -> None:
     Path("bad.jsonl").write_text('"fine"\n' + "broken\n" * 13)
     done = run(data_verbs.app, "prepare", "bad.jsonl", "--output", "x", "--tokenizer-kind", "bytes", "--skip-bad")

@@ -68,6 +68,13 @@ def test_epochs_are_counted_from_the_index(fixtures) -> None:
     assert plan["training"]["epochs"][str(corpus)] == pytest.approx(32 * 2048 / 50702)
 
 
+def test_epochs_give_the_schedule_of_their_steps(fixtures) -> None:
+    corpus = fixtures / "data" / "corpora" / "genesis_text_document"
+    words = ["pythia-14m", f"data.path={corpus}", "train.epochs=20", "train.batch_size=4"]
+    plan = json.loads(castalia("plan", *words, "--json").stdout)["training"]
+    assert plan["steps"] > 50 and plan["decay_end"] and plan["first_lr"] < plan["peak_lr"]
+
+
 def test_suggestions_name_what_binds() -> None:
     done = castalia("plan", "gpt-neox-20b", "--gpus", "96x40GB", "--suggest")
     assert "does not fit" in done.stdout and "slower" in done.stdout

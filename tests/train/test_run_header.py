@@ -139,6 +139,12 @@ def test_warnings_appear_before_training(tiny, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_vocabulary_far_beyond_the_tokenizer_says_what_a_smaller_one_saves(tiny, tmp_path, capsys):
+    rehearse(tiny(tmp_path / "run", "model.vocab_size=9000", "tokenizer.kind=bytes"))
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"ids and the model 9,000 rows for them: model.vocab_size=null .* saves [\d.]+K parameters", said)
+
+
 def test_kept_checkpoints_are_those_that_a_run_leaves(tiny, tmp_path):
     options = ["checkpoint.every=4", "checkpoint.steps=[0]", "checkpoint.keep_last=2", "checkpoint.keep_every=8"]
     config = tiny(tmp_path / "run", *options, "eval.every=null", "train.steps=18")
