@@ -725,6 +725,11 @@ class EvalConfig(Section):
         description="save and stop once this many evaluations in a row have brought no lower loss than the best "
         "before them; None: never",
     )
+    tasks: list[str] | None = Field(
+        None, description="tasks of lm-eval, or their YAML files, that are asked of the saved model; None: none"
+    )
+    tasks_every: PositiveInt | None = Field(None, description="ask them after this many steps; None: only at the end")
+    tasks_limit: PositiveInt | None = Field(None, description="questions of each task, the first ones; None: all")
 
 
 class GenerateConfig(Section):

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class TaskOptions:
     chat: bool = False  # ask in the tokenizer's chat template, examples as earlier turns
     samples: bool = False  # keep every request and answer in the results
     unsafe_code: bool = False  # run tasks that execute what the model writes
+    draws: int = 100_000  # of documents, for the standard errors of metrics without a formula; 0: none
 
 
 def run_tasks(model: TaskModel, options: TaskOptions, cache: Path | None = None) -> dict[str, Any]:
@@ -48,19 +50,8 @@ def run_tasks(model: TaskModel, options: TaskOptions, cache: Path | None = None)
     Answers that were computed are kept in `cache` while it runs, and taken from there. Raises DataError for tasks that
     do not exist, whose data are not here, or that need what the model does not have.
     """
+    manager = refuse_unknown(options.tasks)
     names = [_name_of(task) for task in options.tasks]
-    folders = {Path(task).parent for task in options.tasks if _is_file(task)}
-    own = all(_is_file(task) or task.startswith("castalia_demo") for task in options.tasks)
-    manager = lm_eval.tasks.TaskManager(
-        include_path=[str(DEMO), *map(str, sorted(folders))],
-        include_defaults=not own,  # lm-eval's own tasks take seconds to list
-    )
-    unknown = [name for name in names if not _known(manager, name)]
-    if unknown:
-        raise DataError(
-            f"lm-eval {lm_eval.__version__} has no task {', '.join(unknown)}; names are listed by `lm-eval ls tasks`, "
-            "and a task of your own is given as the path of its YAML file"
-        )
     with _quiet(), _told():
         results = lm_eval.simple_evaluate(
             model,
@@ -73,8 +64,30 @@ def run_tasks(model: TaskModel, options: TaskOptions, cache: Path | None = None)
             log_samples=options.samples,
             task_manager=manager,
             confirm_run_unsafe_code=options.unsafe_code,
+            bootstrap_iters=options.draws,
         )
     return dict(results or {})  # lm-eval returns them in the first process of a machine only
+
+
+def refuse_unknown(tasks: Sequence[str]) -> Any:
+    """The task manager of lm-eval that knows these tasks. Raises DataError for one that it does not know."""
+    names = [_name_of(task) for task in tasks]
+    folders = sorted({str(Path(task).parent) for task in tasks if _is_file(task)})
+    own = all(_is_file(task) or task.startswith("castalia_demo") for task in tasks)
+    manager = _manager((str(DEMO), *folders), not own)
+    unknown = [name for name in names if not _known(manager, name)]
+    if unknown:
+        raise DataError(
+            f"lm-eval {lm_eval.__version__} has no task {', '.join(unknown)}; names are listed by `lm-eval ls tasks`, "
+            "and a task of your own is given as the path of its YAML file"
+        )
+    return manager
+
+
+@lru_cache(maxsize=8)
+def _manager(folders: tuple[str, ...], defaults: bool) -> Any:
+    """`defaults`: with lm-eval's own tasks, which take seconds to list."""
+    return lm_eval.tasks.TaskManager(include_path=list(folders), include_defaults=defaults)
 
 
 def _is_file(task: str) -> bool:
@@ -103,6 +116,7 @@ def _quiet() -> Iterator[None]:
     """Without the lines that lm-eval and its libraries print for their developers."""
     before, ask_git = logging.root.manager.disable, lm_eval.evaluator.get_git_commit_hash
     logging.disable(logging.WARNING)
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its processes are forked, and hang where threads hold locks
     datasets.disable_progress_bars()
     lm_eval.evaluator.get_git_commit_hash = lambda: None  # git complains on stderr outside of a repository
     try:

@@ -59,6 +59,7 @@ from castalia.train.setup import Session, restore, start
 from castalia.train.step import StepResult
 from castalia.train.step_record import peak_speed, step_record
 from castalia.train.stop_signals import StopSignals
+from castalia.train.task_evaluation import TaskEvaluation
 from castalia.train.validation import Validation
 from castalia.units import duration, plural
 
@@ -125,6 +126,9 @@ class TrainingRun:
         # The step whose checkpoint is in the folder already; there is no need to save it again.
         self.saved_step: int | None = session.progress.step if in_place and session.resumed else None
         self.validation = Validation(session)
+        self.tasks = TaskEvaluation(
+            session.config.eval, session.tokenizer, session.executor, session.config.precision.compute
+        )
         self.signals = StopSignals("micro-batch" if session.executor.can_leave_step else "step")
         hours = session.config.train.max_hours
         self.end = begin + hours * 3600 if hours else math.inf
@@ -250,10 +254,10 @@ class TrainingRun:
                     break
                 done = self.progress.step
                 record = step_record(session, self.progress, result, seconds)
-                evaluates = self.validation.is_due(done)
+                evaluates, asks = self.validation.is_due(done), self.tasks.is_due(done, last)
                 # A record that is due for evaluation is completed by its results, also after a crash.
                 if self.is_main:
-                    (self.metrics.note if evaluates else self.metrics.write)(record)
+                    (self.metrics.note if evaluates or asks else self.metrics.write)(record)
                 if done == first:
                     show_first_loss(session, result.loss, self.display)
                 self.display.advance(record)
@@ -261,8 +265,12 @@ class TrainingRun:
                     self.save()  # before the evaluation, which may take long and be cut short
                 elif self._save_is_due():
                     self.save(replaceable=True)
+                if asks:
+                    record = self._asked_tasks(record)
                 if evaluates:
                     record = self._evaluated(record)
+                elif asks and self.is_main:
+                    self.metrics.write(record)
                 if done % config.log.every == 0 or done in (first, last) or "valid_loss" in record:
                     self.display.step(record, peak)
                 if evaluates and self._has_stalled():
@@ -386,6 +394,24 @@ class TrainingRun:
         if self.config.checkpoint.keep_best and result is not None:
             self._keep_if_best(record.get("valid_loss"))
         return record
+
+    def _asked_tasks(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Asks the tasks of the state on disk. The record gets their values; one that fails is said and left out."""
+        step = self.progress.step
+        if self.saved_step != step:
+            self.save(replaceable=True)
+        self._wait_for_writes()
+        self.session.executor.barrier()
+        found: dict[str, float] = {}
+        for task, result in self.tasks.run(self.folder, step, self._should_stop, lambda: bool(self.signals.received)):
+            if isinstance(result, Exception):
+                self._event("task failed", step=step, task=task, error=str(result))
+                self.display.line(f"step {step}: the task {task} failed, and training continues: {result}")
+                continue
+            found |= result
+            self.display.line(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in result.items()))
+        self._event("tasks", step=step, **found)
+        return record | found
 
     def _keep_if_best(self, loss: float | None) -> None:
         """Keeps the state under the name of the best one if its validation loss is the lowest."""
