@@ -5,3 +5,10 @@ is known about the checkpoint; `demo/` holds four small tasks of our own, the gr
 network. Only modules of this room import lm-eval, which is optional: `pip install castalia[eval]`. The room may import
 `evaluate`, `generate`, `loading`, `parallel`, `checkpoint`, `data` and `config`.
 """
+
+import os
+
+# Standard errors are computed in this process: lm-eval would fork others, which hang where a thread holds a lock.
+# Older versions read the first name, newer ones the second, when they are imported.
+for _name in ("DISABLE_MULTIPROC", "LMEVAL_DISABLE_MULTIPROC"):
+    os.environ.setdefault(_name, "1")

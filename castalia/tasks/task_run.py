@@ -116,7 +116,6 @@ def _quiet() -> Iterator[None]:
     """Without the lines that lm-eval and its libraries print for their developers."""
     before, ask_git = logging.root.manager.disable, lm_eval.evaluator.get_git_commit_hash
     logging.disable(logging.WARNING)
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its processes are forked, and hang where threads hold locks
     datasets.disable_progress_bars()
     lm_eval.evaluator.get_git_commit_hash = lambda: None  # git complains on stderr outside of a repository
     try:
