@@ -68,6 +68,7 @@ def test_what_if_a_later_step_had_seen_this(intervened, tiny, changed, tmp_path)
     words = branch_words([str(plain), "checkpoint.step=10", f"data.intervene={changed[1]}"], tmp_path / "branch")
     branch = train(read_config(words))
     assert losses(branch) == losses(intervened)[10:]
+    assert replay(branch, STEP)["loss_distance"] == 0.0  # from the trunk's checkpoint
     start = next(event for event in events(branch) if event["event"] == "start")
     assert start["step"] == 10 and Path(start["source"]).resolve().is_relative_to(plain.resolve())
     with pytest.raises(TrainingError, match="the data or their order are not those"):  # step 12 lies behind it
