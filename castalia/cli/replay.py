@@ -58,11 +58,13 @@ def command(
 
 
 def _show(result: dict[str, Any], sequences: int) -> None:
+    from castalia.cli.render import say
+
     step, begin = result["step"], result["checkpoint"]
     between = f", steps {begin + 1} to {step - 1} computed again" if begin < step - 1 else ""
     print(f"step {step}, from {f'the checkpoint of step {begin}' if begin else 'the beginning'}{between}")
-    print(f"loss          {result['loss']:.6f}  ({_compared(result, 'loss')})")
-    print(f"gradient norm {result['grad_norm']:.6f}  ({_compared(result, 'grad_norm')})")
+    say(f"loss          {result['loss']:.6f}  ({_compared(result, 'loss')})", hang=14)
+    say(f"gradient norm {result['grad_norm']:.6f}  ({_compared(result, 'grad_norm')})", hang=14)
     print(f"learning rate {result['lr']:.3e}")
     _show_layers(result["layers"])
     for row in result["sequences"][:sequences]:

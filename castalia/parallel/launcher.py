@@ -38,6 +38,7 @@ def launch_config(num_processes: int, max_restarts: int, logs: Path | None = Non
         rdzv_endpoint="localhost:0",
         max_restarts=max_restarts,
         signals_to_handle=",".join(stop.name for stop in STOP_SIGNALS),
+        role="rank",  # stands before each line that is kept in `logs`
         logs_specs=DefaultLogsSpecs(log_dir=str(logs), tee=Std.ALL) if logs else None,
     )
 

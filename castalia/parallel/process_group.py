@@ -160,6 +160,12 @@ def _end_job(store: dist.Store, message: str) -> NoReturn:
     sys.exit(2)
 
 
+def _reason(error: Exception) -> str:
+    """The first line of an error; of gloo's its first sentence, without the source file before it and advice after."""
+    line = str(error).splitlines()[0]
+    return re.sub(r"^\[\S+\] *", "", line).partition(". ")[0] if _GLOO.search(line) else line
+
+
 def _explain_lost_rank(store: dist.Store, group: dist.Store, here: RankInfo, error: Exception) -> NoReturn:
     """Prints the operation in which communication failed and the ranks that did not reach it, and ends the process.
 
@@ -169,7 +175,7 @@ def _explain_lost_rank(store: dist.Store, group: dist.Store, here: RankInfo, err
         # The launcher sends SIGTERM for the same loss; ignoring it leaves time to report.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     stack = traceback.extract_tb(error.__traceback__)
-    line = f"{operation(stack)} on rank {here.rank}: {str(error).splitlines()[0]}"
+    line = f"{operation(stack)} on rank {here.rank}: {_reason(error)}"
     try:
         _report_lost_ranks(store, group, here, line)
     except dist.DistError:  # the store is gone

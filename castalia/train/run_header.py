@@ -93,7 +93,7 @@ def brief_lines(
     config = session.config
     rows = [
         ("model", _model(session)),
-        ("computes", f"on {_brief_device(session)}, in {config.precision.compute}"),
+        ("computes", f"in {config.precision.compute} on {_brief_device(session)}"),
         ("data", _brief_data(config, planned.epochs)),
         *((name, text) for name, text in describe_training(planned) if name == "batch"),
         ("the run", _brief_length(session, planned, seconds)),
@@ -138,7 +138,7 @@ def _cores(session: Session) -> str:
     if session.device.type != "cpu":
         return ""
     cores, load = os.cpu_count() or 1, os.getloadavg()[0]
-    busy = f" (the machine is busy: load {load:.0f} on {plural(cores, 'core')})" if load > cores + 1 else ""
+    busy = f" (busy machine: load {load:.0f} on {plural(cores, 'core')})" if load > cores + 1 else ""
     return f", {plural(torch.get_num_threads(), 'thread')}{busy}"
 
 
@@ -219,7 +219,9 @@ def show_first_loss(session: Session, loss: float, display: Display) -> None:
         return
     uniform = math.log(session.config.vocab_size)
     display.line(f"first batch: loss {loss:.4f}; guessing at random would give {uniform:.4f}, ln(vocabulary)")
-    if session.source is not None and loss > KNOWS_NOTHING * uniform:
+    # A run that continues on its own data may be a few steps old.
+    known = session.resumed and session.source and session.source.facts.data_fingerprint == session.data.fingerprint
+    if session.source is not None and loss > KNOWS_NOTHING * uniform and not known:
         display.line(
             "warning: the loaded model predicts this data no better than random weights would: the corpus may belong "
             "to another tokenizer, or the checkpoint may hold a model that was never trained; "

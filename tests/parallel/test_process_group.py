@@ -12,7 +12,7 @@ from torch.distributed.elastic.multiprocessing import Std
 from castalia.cli.train import command as train
 from castalia.errors import ConfigError
 from castalia.parallel.launcher import SHUTDOWN_TIMEOUT_S, launch_config
-from castalia.parallel.process_group import _end_job, local_device
+from castalia.parallel.process_group import _end_job, _reason, local_device
 
 
 def test_launchers_of_every_torch_take_what_they_are_told(monkeypatch):
@@ -29,6 +29,13 @@ def test_what_each_rank_prints_is_kept_if_asked(tmp_path):
     assert logs.root_log_dir == f"{tmp_path}/logs" and logs._tee == Std.ALL
     with pytest.raises(ConfigError, match="--log-dir is for the processes that --nproc starts"):
         train(["pythia-14m"], log_dir=tmp_path)
+
+
+def test_a_lost_connection_is_told_without_the_librarys_advice():
+    lost = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:26546: Connection reset "
+    advice = "by peer. This is typically caused by a remote worker hanging. Check the logs."
+    assert _reason(RuntimeError(lost + advice)) == "Read error [127.0.0.1]:26546: Connection reset by peer"
+    assert _reason(RuntimeError("NCCL error. More.\nMuch more.")) == "NCCL error. More."
 
 
 @pytest.mark.parametrize(

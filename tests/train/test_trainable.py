@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from castalia.cli.train import train
+from castalia.cli.train import read_config, train
 from castalia.config.load import load_config
 from castalia.config.schema import ModelConfig
 from castalia.data.loader import batch_at
@@ -185,8 +185,9 @@ def test_what_was_loaded_must_know_something(straight, tiny, tmp_path, capsys):
     """Loss beside ln(vocabulary): near it, weights that were loaded know nothing about the data."""
     rehearse(tiny(tmp_path / "run", f"checkpoint.init_from={straight}"))
     assert "no better than random" not in capsys.readouterr().out
-    train(tiny(tmp_path / "random", "train.steps=1", "eval.every=null", "optimizer.lr=1e-9"))
-    assert "no better than random" not in capsys.readouterr().out  # random weights were asked for
+    train(tiny(tmp_path / "random", "train.steps=2", "train.exit_interval=1", "eval.every=null", "optimizer.lr=1e-9"))
+    train(read_config([str(tmp_path / "random")]))
+    assert "no better than random" not in capsys.readouterr().out  # random weights were asked for, and then its own
     rehearse(tiny(tmp_path / "run", f"checkpoint.init_from={tmp_path / 'random'}"))
     said = " ".join(capsys.readouterr().out.split())
     assert "would give 5.5491, ln(vocabulary)" in said
