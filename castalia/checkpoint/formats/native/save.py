@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, replace
-from errno import ETIMEDOUT
+from errno import EDQUOT, ENOSPC, ETIMEDOUT
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING
@@ -184,9 +184,10 @@ class CheckpointSaver:
         except OSError as error:
             if self.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)  # gives the space back; the rest goes at the next start
+            full = " To keep fewer: checkpoint.keep_last=2." if error.errno in (ENOSPC, EDQUOT) else ""
             raise CheckpointError(
                 f"step {about['progress']['step']} could not be saved in {self.folder}: {error.strerror} "
-                f"({error.filename or target.name}). Older checkpoints are as they were."
+                f"({error.filename or target.name}). Older checkpoints are as they were.{full}"
             ) from error
 
 
