@@ -116,6 +116,9 @@ def test_what_cannot_be_replayed_is_refused(runs, straight, poisoned, tmp_path):
     with pytest.raises(TrainingError, match="holds no run: it has no config.yml"):
         run_verb(tmp_path, "--step", 1)
     elsewhere = [f"checkpoint.dir={tmp_path / 'run'}", "checkpoint.step=10", "checkpoint.every=null"]
-    train(read_config([str(straight), *elsewhere]))
+    shutil.copytree(straight, tmp_path / "trunk")
+    train(read_config([str(tmp_path / "trunk"), *elsewhere]))
+    assert replay(tmp_path / "run", 12)["loss_distance"] == 0.0  # from the trunk's checkpoint
+    shutil.rmtree(tmp_path / "trunk")
     with pytest.raises(TrainingError, match="no checkpoint before step 12, and began with step 11"):
         replay(tmp_path / "run", 12)
