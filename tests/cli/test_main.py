@@ -44,7 +44,7 @@ def test_every_verb_has_help(verb, capsys, monkeypatch):
 def test_help_keeps_brackets_and_whole_lines(capsys, monkeypatch):
     for words, told in [
         (("finetune",), "rank of the adapters [default: 16]"),
-        (("data", "prepare"), "one corpus each [default: text]"),
+        (("data", "prepare"), "the one that a record has [default: text]"),
         (("data", "batch"), "without a terminal they stand in [[double brackets]]."),
         (("data",), "lengths, dtype, largest id and how its first document begins."),
     ]:
