@@ -43,10 +43,10 @@ def refuse_pointer(path: object, start: bytes, kind: type[Exception]) -> None:
 
 def out_of_memory(error: BaseException) -> str | None:
     """The message where an error, of whatever library, says that memory is used up; None for any other error."""
-    told = next(filter(OUT_OF_MEMORY.search, str(error).splitlines()), "")
-    if not (told or isinstance(error, MemoryError)):
+    line = next(filter(OUT_OF_MEMORY.search, str(error).splitlines()), "")
+    if not (line or isinstance(error, MemoryError)):
         return None
-    reason = f" ({told.strip()[:300]})" if told else ""
+    reason = f" ({line.strip()[:300]})" if line else ""
     return (
         f"out of memory{reason}; nothing is half-written. Allow this process more, ask for less at a time, or let "
         "`castalia plan CONFIG` say what a run needs and which layout fits"

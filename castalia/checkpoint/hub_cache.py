@@ -15,13 +15,13 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w.-]+(/[\w.-]+)*)?")
 def cached_revisions(name: str) -> dict[str, Path]:
     """The revisions of a hub's repository, owner/name, whose snapshots are in the local Hugging Face cache, by name."""
     repository = _cached_repository(name)
-    found = {}
+    snapshots = {}
     for reference in sorted((repository / "refs").rglob("*")):
         if reference.is_file():
             snapshot = safe_join(repository / "snapshots", reference.read_text(errors="replace").strip())
             if snapshot.is_dir():
-                found[str(reference.relative_to(repository / "refs"))] = snapshot
-    return found
+                snapshots[str(reference.relative_to(repository / "refs"))] = snapshot
+    return snapshots
 
 
 def _cached_repository(name: str) -> Path:

@@ -89,9 +89,9 @@ def check(
     for line in (*(f"note: {note}" for note in config.notes), *(f"warning: {text}" for text in warned), *found):
         say(str(line), sys.stderr)
     number, kinds = len(config.notes) + len(warned), Counter(each.kind for each in found)
-    told = f" ({plural(number, 'note')})" if number else ""
+    noted = f" ({plural(number, 'note')})" if number else ""
     lacks = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-    say(f"accepted: {' '.join(words)}{told}" + (f"; it would not train here yet: {lacks}" if lacks else ""))
+    say(f"accepted: {' '.join(words)}{noted}" + (f"; it would not train here yet: {lacks}" if lacks else ""))
 
 
 @app.command()

@@ -171,8 +171,8 @@ def inspect(
     if as_json:
         print(to_json(facts, indent=2))
         return
-    told = {name: f"{value:,}" if isinstance(value, int) else str(value) for name, value in facts.items()}
-    print_facts([(name.replace("_", " "), text) for name, text in told.items() if name != "lengths"])
+    texts = {name: f"{value:,}" if isinstance(value, int) else str(value) for name, value in facts.items()}
+    print_facts([(name.replace("_", " "), text) for name, text in texts.items() if name != "lengths"])
     print("length (tokens)        items")
     most = max((row["items"] for row in facts["lengths"]), default=1)
     for row in facts["lengths"]:

@@ -230,7 +230,7 @@ def seen(
         if decoder is None:
             raise DataError(f"{rest[0]} says no tokenizer: name it with --tokenizer")
         with progress(total, in_bytes=True, shown=not as_json) as advance:
-            found = seen_in_rows(published, texts, decoder, advance)
+            all_sightings = seen_in_rows(published, texts, decoder, advance)
         for name in published.missing:
             print(f"note: {name} is not here, and was not searched", file=sys.stderr)
     else:
@@ -240,11 +240,11 @@ def seen(
             raise DataError("the config names no tokenizer: give --tokenizer or tokenizer.path=FILE")
         total = sum(corpus.text.tokens.nbytes for side in sides_of(samples).values() for corpus in side.corpora)
         with progress(total, in_bytes=True, shown=not as_json) as advance:
-            found = seen_in_run(samples, steps, texts, decoder, advance)
+            all_sightings = seen_in_run(samples, steps, texts, decoder, advance)
     if as_json:
-        print(to_json([_as_json(sightings) for sightings in found], indent=1))
+        print(to_json([_as_json(sightings) for sightings in all_sightings], indent=1))
         return
-    for sightings in found:
+    for sightings in all_sightings:
         _show_sightings(sightings)
 
 

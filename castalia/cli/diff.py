@@ -58,14 +58,14 @@ def command(
     left = open_and_tell(a, step=step_a, config=config_a)
     right = open_and_tell(b, step=step_b, config=config_b)
     with progress(len(left.model.keys() & right.model.keys()), shown=not as_json) as advance:
-        found = diff(left, right, lambda name: advance(1, name))
+        comparison = diff(left, right, lambda name: advance(1, name))
     if as_json:
-        print(to_json({"a": str(left.path), "b": str(right.path), **found.as_json()}, indent=2))
+        print(to_json({"a": str(left.path), "b": str(right.path), **comparison.as_json()}, indent=2))
     else:
         print(f"A: {a}  ({describe(left)})\nB: {b}  ({describe(right)})\n")
-        _show(found)
+        _show(comparison)
     if plot is not None:
-        _plot(found, plot, f"{a}, step {left.progress.step:,} | {b}, step {right.progress.step:,}")
+        _plot(comparison, plot, f"{a}, step {left.progress.step:,} | {b}, step {right.progress.step:,}")
         if not as_json:
             print(f"\nwrote {plot}")
 
@@ -132,19 +132,19 @@ def _all_steps(run: str, as_json: bool, plot: Path | None) -> None:
     from castalia.examine.layer_changes import layer_history
 
     with progress(len(find_steps(run)), shown=not as_json) as advance:
-        found = layer_history(run, lambda step: advance(1, step))
-    first, last = found.steps[0], found.steps[-1]
+        history = layer_history(run, lambda step: advance(1, step))
+    first, last = history.steps[0], history.steps[-1]
     if as_json:
-        print(to_json(found.as_json(), indent=1))
+        print(to_json(history.as_json(), indent=1))
     else:
         rows = [
             [layer, f"{changes[-1].norm:.4g}", f"{changes[-1].relative:.4f}", f"{changes[-1].cosine:.4f}"]
-            for layer, changes in found.layers.items()
+            for layer, changes in history.layers.items()
         ]
-        title = f"{run}: layers at step {last:,} beside step {first:,} ({len(found.steps)} checkpoints)"
+        title = f"{run}: layers at step {last:,} beside step {first:,} ({len(history.steps)} checkpoints)"
         print_table(title, ["layer", "norm", "relative change", "cosine"], rows)
     if plot is not None:
-        _plot_history(found, plot)
+        _plot_history(history, plot)
         if not as_json:
             print(f"wrote {plot}")
 

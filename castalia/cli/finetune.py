@@ -56,8 +56,8 @@ def command(
         folder = teach(request, nproc, verbose)
         looks = show_changes(model, folder, prompt, max_tokens)
     if as_json:
-        found = {name: {"scores": look.scores, "texts": look.texts} for name, look in looks.items()}
-        print(to_json({"run": str(folder), "models": found}))
+        by_model = {name: {"scores": look.scores, "texts": look.texts} for name, look in looks.items()}
+        print(to_json({"run": str(folder), "models": by_model}))
 
 
 def teach(request: Request, nproc: int | None, verbose: bool) -> Path:

@@ -64,14 +64,14 @@ def command(
         )
     config = read_config(configs)
     world = sum(host.slots for host in hosts) or num_nodes * gpus  # with torchrun, hosts may have different slots
-    found = find_obstacles(config, world)
-    refuse(each for each in found if each.kind == "error")
+    obstacles = find_obstacles(config, world)
+    refuse(each for each in obstacles if each.kind == "error")
     if world > 1:  # with the vocabulary of a tokenizer that is not here, as far as its kind tells it
         check_run(with_vocabulary(config, None)[0], world)
-    told = [f"note: {note}" for note in folded(config.notes)]
+    notes = [f"note: {note}" for note in folded(config.notes)]
     if config.parallel.tp > gpus:
-        told.append(f"warning: parallel.tp={config.parallel.tp} spans machines of {gpus} GPUs, which is slow")
-    for line in (*told, *found):
+        notes.append(f"warning: parallel.tp={config.parallel.tp} spans machines of {gpus} GPUs, which is slow")
+    for line in (*notes, *obstacles):
         print(line, file=sys.stderr)
     grid = str(layout(config.parallel, world))
     job = render.LaunchJob(
@@ -83,7 +83,7 @@ def command(
         hosts,
         max_restarts,
         port,
-        [line for each in found for line in str(each).splitlines()],
+        [line for each in obstacles for line in str(each).splitlines()],
     )
     text = render.k8s(job, image) if kind == "k8s" else {"slurm": render.slurm, "torchrun": render.torchrun}[kind](job)
     if output is None:

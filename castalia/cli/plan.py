@@ -104,16 +104,16 @@ def command(
     result = report(config, known, hardware)
     result.assumed = assumed + result.assumed
     # A batch that does not divide is a warning of the plan, which takes the nearest.
-    found = find_obstacles(divisible(written, hardware.gpus if hardware else None)[0], result.layout.gpus)
+    obstacles = find_obstacles(divisible(written, hardware.gpus if hardware else None)[0], result.layout.gpus)
     layouts = None
     if hardware and result.sized and (suggest or not result.sized.memory.fits):
         layouts = suggested(config, result, hardware, all_of_them=suggest)
     if as_json:
-        more: dict[str, Any] = {"notes": config.notes, "obstacles": [each._asdict() for each in found]}
+        more: dict[str, Any] = {"notes": config.notes, "obstacles": [each._asdict() for each in obstacles]}
         more |= {"suggestions": suggestions_json(layouts)} if layouts else {}
         print(to_json(result.as_json() | more, indent=1))
     else:
-        print_report(result, config.notes, found)
+        print_report(result, config.notes, obstacles)
         if layouts:
             print_suggestions(layouts)
     if plot:

@@ -125,8 +125,8 @@ def _costs(sized: SizedPlan, cache: KvCache) -> Iterable[list[str]]:
         whole = f", {duration(time.seconds)} in all" if time.seconds else ""
         yield ["time", f"{duration(time.seconds_per_step)} a step{whole}"]
         parts = {name: getattr(time.costs, name) for name in COSTS}
-        told = [f"{COSTS[name]} {duration(value)}" for name, value in parts.items() if value]
-        yield ["  of a step", ", ".join(told)]
+        costs = [f"{COSTS[name]} {duration(value)}" for name, value in parts.items() if value]
+        yield ["  of a step", ", ".join(costs)]
 
 
 def _memory(layout: Layout, memory: MemoryPlan) -> None:

@@ -87,8 +87,8 @@ def scored(executor: Executor, records: Sequence[Record], rows: int) -> list[dic
     lines = []
     for record in records:
         sides = ("chosen_", "rejected_") if len(record.documents) == 2 else ("",)
-        found = [scores(document, side) for document, side in zip(record.documents, sides, strict=True)]
-        lines.append({**record.fields, **{name: value for each in found for name, value in each.items()}})
+        columns = [scores(document, side) for document, side in zip(record.documents, sides, strict=True)]
+        lines.append({**record.fields, **{name: value for each in columns for name, value in each.items()}})
     return lines
 
 

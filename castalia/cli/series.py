@@ -57,7 +57,7 @@ def check(
     members = find(words, steps)
     run = Path(words[0]) if len(words) == 1 and (Path(words[0]) / "events.jsonl").is_file() else None
     with progress(shown=not as_json) as advance:
-        found = check_series(
+        checkup = check_series(
             members,
             against=against,
             quick=quick,
@@ -67,14 +67,14 @@ def check(
             begin=lambda total: _counted(advance, total),
         )
     if as_json:
-        print(to_json(_as_json(found), indent=1))
+        print(to_json(_as_json(checkup), indent=1))
     else:
-        _show(found)
+        _show(checkup)
     if plot is not None:
-        _plot(found, plot)
+        _plot(checkup, plot)
         if not as_json:
             print(f"wrote {plot}")
-    if not found.is_fine:
+    if not checkup.is_fine:
         raise typer.Exit(1)
 
 
@@ -112,9 +112,9 @@ def _show(found: Checkup) -> None:
         facts = [fact for fact in report.facts if worst is None or fact.verdict != "fine"]
         shown = [fact.text + ("" if fact.certain else " (inferred)") for fact in facts]
         rows.append([str(report.step), report.verdict, "; ".join(shown)])
-    told = [row for row in rows if row[1] != "fine" or row[2]]
-    if told:
-        print_table("what was found", ["step", "verdict", "why"], told)
+    notable = [row for row in rows if row[1] != "fine" or row[2]]
+    if notable:
+        print_table("what was found", ["step", "verdict", "why"], notable)
     wrong = sum(report.worst is not None for report in found.reports)
     steps = f"{len(found.reports)} steps, {found.reports[0].step} to {found.reports[-1].step}"
     print(f"{steps}: {f'{wrong} are not as they should be' if wrong else 'all fine'}")

@@ -87,10 +87,10 @@ def _parameters(size: str | None, hours: float | None) -> float | None:
         return None
     if hours is not None:
         raise ConfigError("--hours and --size exclude each other: the one follows from the other")
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMbB]?)", size)
-    if not found or not float(found[1]):
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMbB]?)", size)
+    if not match or not float(match[1]):
         raise ConfigError(f"--size {size}: give a number of parameters such as 800k, 5M or 1.2B")
-    return float(found[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[found[2].lower()]
+    return float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[match[2].lower()]
 
 
 def _refuse_another(run: Path, asked: dict[str, Any]) -> None:

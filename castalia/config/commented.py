@@ -23,12 +23,12 @@ def load(values: Settings, words: Sequence[str]) -> RunConfig:
 
 def overridden(values: Settings, config: RunConfig) -> Settings:
     """The settings with what the user's words changed or added in `config`, and without what they replaced."""
-    found = {path: entry for path, entry in values.items() if path in config.origins}
+    settings = {path: entry for path, entry in values.items() if path in config.origins}
     for path, origin in config.origins.items():
-        if path not in found or not origin.startswith("keys:"):  # of the mapping that `load` makes of the settings
+        if path not in settings or not origin.startswith("keys:"):  # of the mapping that `load` makes of the settings
             why = "as you asked" if origin.startswith("command line") else f"from {origin.partition(', replacing')[0]}"
-            found[path] = (_value(config, path), why)
-    return found
+            settings[path] = (_value(config, path), why)
+    return settings
 
 
 def nested(values: Settings) -> dict[str, Any]:

@@ -104,9 +104,9 @@ def load_neox_run(folder: Path, overrides: Sequence[str] = (), any_batch: bool =
 
 def _source_beside(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
     """A source's values with each corpus where it is: all of its texts are prefixes of corpora."""
-    found = {name: _corpus_beside(folder, value) for name, value in values.items() if isinstance(value, str)}
+    beside = {name: _corpus_beside(folder, value) for name, value in values.items() if isinstance(value, str)}
     inner = {name: _source_beside(folder, value) for name, value in values.items() if isinstance(value, dict)}
-    return values | found | inner
+    return values | beside | inner
 
 
 def _corpus_beside(folder: Path, prefix: str) -> str:

@@ -124,9 +124,9 @@ def records_of(kind: Kind, chat: Chat, tokenizer: Tokenizer) -> Callable[[Any, S
     """
 
     def parse(value: Any, keys: Sequence[str]) -> dict[str, Any]:
-        found = kind_of(value)
-        if found != kind:
-            raise ValueError(f"{NAMES[found]} among records that are {NAMES[kind]}")
+        actual = kind_of(value)
+        if actual != kind:
+            raise ValueError(f"{NAMES[actual]} among records that are {NAMES[kind]}")
         answers = pair_of(value) if kind == "pair" else (answer_of(value),)
         encoded = (encode_answer(answer, chat, tokenizer) for answer in answers)
         judgement = ([label_of(value)],) if kind == "judged" else ()

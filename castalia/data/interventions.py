@@ -56,8 +56,8 @@ class Interventions:
 
     def digest(self, until: int | None) -> str:
         """A digest of those of the first `until` steps; empty if there are none, so that it changes nothing."""
-        told = sorted((place, each) for place, each in self.rows.items() if until is None or place[0] < until)
-        return hashlib.blake2b(repr(told).encode(), digest_size=16).hexdigest() if told else ""
+        changes = sorted((place, each) for place, each in self.rows.items() if until is None or place[0] < until)
+        return hashlib.blake2b(repr(changes).encode(), digest_size=16).hexdigest() if changes else ""
 
 
 def read_interventions(path: str, most_ids: int) -> Interventions:

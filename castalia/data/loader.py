@@ -397,15 +397,15 @@ def _interventions(config: RunConfig) -> Interventions | None:
         return None
     if config.train.objective != "causal":
         raise DataError(f"data.intervene changes sequences; train.objective={config.train.objective} has others")
-    found = read_interventions(config.data.intervene, config.data.seq_length + 1)
+    interventions = read_interventions(config.data.intervene, config.data.seq_length + 1)
     sizes = config.train.batch_size_warmup, batch_plan(config).batch_size, config.train.earlier_batches
-    for step, row in found.rows:
+    for step, row in interventions.rows:
         if config.train.steps is not None and step >= config.train.steps:
-            raise DataError(f"{found.path}: step {step + 1}: the run's steps are 1 to {config.train.steps}")
+            raise DataError(f"{interventions.path}: step {step + 1}: the run's steps are 1 to {config.train.steps}")
         size = sum_until(sizes[0], step + 1, *sizes[1:]) - sum_until(sizes[0], step, *sizes[1:])
         if row >= size:
-            raise DataError(f"{found.path}: step {step + 1} has rows 0 to {size - 1}, and no row {row}")
-    return found
+            raise DataError(f"{interventions.path}: step {step + 1} has rows 0 to {size - 1}, and no row {row}")
+    return interventions
 
 
 _opened = lru_cache(maxsize=6)(open_data)

@@ -61,14 +61,14 @@ def seen_in_run(
 ) -> list[Sightings]:
     """Where the first `steps` steps of a run train on the texts. Within a document, not across the border of two."""
     asked = [wanted(text, tokenizer) for text in texts]
-    found = [Sightings(text.text, anywhere=bool(text.core)) for text in asked]
+    sightings = [Sightings(text.text, anywhere=bool(text.core)) for text in asked]
     for side in sides_of(samples).values():
         for number, corpus in enumerate(side.corpora):
             hits = list(_hits(corpus.text, asked, tokenizer, advance))
-            _look_up(side, number, steps, hits, found)
+            _look_up(side, number, steps, hits, sightings)
     if isinstance(samples, Samples) and samples.interventions:
-        _with_replaced(samples, samples.interventions, asked, tokenizer, found)
-    return _sorted(found)
+        _with_replaced(samples, samples.interventions, asked, tokenizer, sightings)
+    return _sorted(sightings)
 
 
 def _with_replaced(
@@ -95,7 +95,7 @@ def seen_in_rows(
 ) -> list[Sightings]:
     """Where the rows that are here hold the texts. A row holds what it holds, with the borders of documents in it."""
     asked = [wanted(text, tokenizer) for text in texts]
-    found = [Sightings(text.text, anywhere=bool(text.core)) for text in asked]
+    sightings = [Sightings(text.text, anywhere=bool(text.core)) for text in asked]
     for block in rows.blocks():
         for hit in find_texts(block.tokens, asked, tokenizer, block.starts):
             at = bisect_right(block.starts, hit.start) - 1  # type: ignore[arg-type]
@@ -110,9 +110,9 @@ def seen_in_rows(
                 document=None,
                 start=None,
             )
-            found[hit.text].places.append(place)
+            sightings[hit.text].places.append(place)
         advance(block.tokens.nbytes)
-    return _sorted(found)
+    return _sorted(sightings)
 
 
 def _sorted(found: list[Sightings]) -> list[Sightings]:

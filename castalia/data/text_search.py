@@ -145,15 +145,15 @@ def find_runs(tokens: np.ndarray, needles: Sequence[Sequence[int]]) -> list[np.n
     values = tokens[places]
     order = np.argsort(values, kind="stable")
     places, values = places[order], values[order]
-    found = []
+    all_starts = []
     for ids, at in zip(needles, anchors, strict=True):
         left, right = np.searchsorted(values, ids[at], "left"), np.searchsorted(values, ids[at], "right")
         starts = places[left:right] - at
         starts = starts[(starts >= 0) & (starts + len(ids) <= len(tokens))]
         for offset, index in enumerate(ids):
             starts = starts[tokens[starts + offset] == index]
-        found.append(starts)
-    return found
+        all_starts.append(starts)
+    return all_starts
 
 
 def _places_of(tokens: np.ndarray, ids: set[int]) -> np.ndarray:

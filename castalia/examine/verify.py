@@ -121,9 +121,9 @@ def logits(checkpoint: Checkpoint, tokens: Tensor, vocab: int, memory: int | Non
     try:
         if model.reward is not None:
             return F.linear(model.hidden(tokens), model.reward.weight.float())
-        found = model(tokens)
-        assert isinstance(found, Tensor)
-        return found[..., :vocab]
+        output = model(tokens)
+        assert isinstance(output, Tensor)
+        return output[..., :vocab]
     finally:
         model.reader.close()
 

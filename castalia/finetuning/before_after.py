@@ -84,11 +84,11 @@ def _reference(model: Transformer, config: RunConfig) -> Executor | None:
 def models_of(model: str, folder: Path) -> dict[str, Checkpoint]:
     """The models that are compared, by name: before, after, and the best one where it is another one than the last."""
     after = open_checkpoint(folder)
-    found = {"before": open_checkpoint(model), f"after step {after.progress.step}": after}
+    models = {"before": open_checkpoint(model), f"after step {after.progress.step}": after}
     best = best_step(folder / "checkpoints")
     if best is not None and best != after.progress.step:
-        found[f"best, step {best}"] = open_checkpoint(folder / "checkpoints" / BEST)
-    return found
+        models[f"best, step {best}"] = open_checkpoint(folder / "checkpoints" / BEST)
+    return models
 
 
 def compare(

@@ -148,8 +148,8 @@ def _means(records: Records) -> list[float]:
 
 def _to_tell_apart(records: Records, name: str) -> list[float]:
     """The values that decide upon the scale: of rates only each run's peak, since a schedule may end at nothing."""
-    found = [curve(steps, name).values for steps in records.values()]
-    return [max(values) for values in found if values] if name == "lr" else [value for each in found for value in each]
+    runs = [curve(steps, name).values for steps in records.values()]
+    return [max(values) for values in runs if values] if name == "lr" else [value for each in runs for value in each]
 
 
 def _cycled(kinds: Sequence[str], number: int) -> list[str]:

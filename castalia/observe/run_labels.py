@@ -40,10 +40,10 @@ def labels(runs: Sequence[Path]) -> list[str]:
 def _settings(run: Path) -> dict[str, Any]:
     """Values by path; none of a run whose config is not here, or is another version's: its name must do."""
     try:
-        found = list(values(load_config(run / "config.yml", any_batch=True)))
+        settings = list(values(load_config(run / "config.yml", any_batch=True)))
     except ConfigError:
         return {}
-    return {path: _content(run, path, value) for path, value in found if not path.startswith(PLACES)}
+    return {path: _content(run, path, value) for path, value in settings if not path.startswith(PLACES)}
 
 
 def _content(run: Path, path: str, value: Any) -> Any:

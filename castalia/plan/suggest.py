@@ -51,9 +51,9 @@ def suggestions(job: PlanRequest, given: Layout, number: int = SHOWN) -> Suggest
 
 def remedies(job: PlanRequest, given: Layout) -> Suggestions:
     """For a layout that does not fit: those that do and differ the least, or how many devices would be enough."""
-    found = nearest(job, given)
-    enough_gpus = None if found else enough(job)
-    return Suggestions(evaluate_layout(job, given), tuple(found), 0, len(found), (), enough_gpus)
+    verdicts = nearest(job, given)
+    enough_gpus = None if verdicts else enough(job)
+    return Suggestions(evaluate_layout(job, given), tuple(verdicts), 0, len(verdicts), (), enough_gpus)
 
 
 def particular(layout: Layout) -> dict[str, object]:

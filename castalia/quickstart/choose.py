@@ -88,19 +88,19 @@ def choose(
     """
     if text_bytes < LEAST_BYTES:
         raise DataError(f"{text_bytes:,} bytes of text are too little to learn from; give at least {LEAST_BYTES:,}")
-    found = [
+    candidates = [
         made
         for layers, width in SIZES
         if (made := _made(layers, width, text_bytes, pace, memory_bytes, seconds, xz_bits_per_byte, device, precision))
     ]
-    if not found:
+    if not candidates:
         need = "the smallest model of the family does not fit into its memory"
         raise DataError(f"this machine has {memory_bytes / 2**30:.1f} GiB free: {need}; free some")
     if size is not None:
-        return min(found, key=lambda made: abs(math.log(made.parameters / size)))  # by ratio
-    tokens = text_bytes / _bytes_per_token(found[0].vocab_size)
-    small = [made for made in found if _blocks(made) <= MOST_PARAMETERS * tokens]
-    return min(small or found[:1], key=lambda made: made.bits_per_byte)  # where the text bears none: the smallest
+        return min(candidates, key=lambda made: abs(math.log(made.parameters / size)))  # by ratio
+    tokens = text_bytes / _bytes_per_token(candidates[0].vocab_size)
+    small = [made for made in candidates if _blocks(made) <= MOST_PARAMETERS * tokens]
+    return min(small or candidates[:1], key=lambda made: made.bits_per_byte)  # where the text bears none: the smallest
 
 
 def _made(

@@ -45,14 +45,14 @@ def look(folder: Path, not_inside: Path | None = None) -> Folder:
     """
     if not folder.exists():
         raise DataError(f"{folder} does not exist; name a folder with text files in it")
-    found, left_out = walk(folder) if folder.is_dir() else ([folder], Counter[str]())
+    files, left_out = walk(folder) if folder.is_dir() else ([folder], Counter[str]())
     if not_inside is not None:
-        own = [file for file in found if not_inside.resolve() in file.resolve().parents]
-        found = [file for file in found if file not in own]
+        own = [file for file in files if not_inside.resolve() in file.resolve().parents]
+        files = [file for file in files if file not in own]
         if own:
             left_out["of earlier runs here"] = len(own)
-    seen = Folder(folder, {}, left_out, Counter(_ending(file) for file in found))
-    for file in found:
+    seen = Folder(folder, {}, left_out, Counter(_ending(file) for file in files))
+    for file in files:
         if key := _text_field(file):
             seen.files.setdefault(key, []).append(file)
         else:
@@ -63,7 +63,7 @@ def look(folder: Path, not_inside: Path | None = None) -> Folder:
         raise DataError(f"{folder} holds no text that can be read (txt, md, html, jsonl, parquet, ...){others}")
     _sample(seen)
     if not seen.bytes:
-        raise DataError(f"the {len(found):,} files of {folder} hold no text" + (f": {seen.bad[0]}" if seen.bad else ""))
+        raise DataError(f"the {len(files):,} files of {folder} hold no text" + (f": {seen.bad[0]}" if seen.bad else ""))
     return seen
 
 

@@ -103,11 +103,11 @@ class _Index:
 def hashes_of(tokens: np.ndarray, length: int) -> np.ndarray:
     """A hash, u64, of every stretch of `length` tokens, by its first one."""
     count = max(0, len(tokens) - length + 1)
-    found = np.zeros(count, np.uint64)
+    hashes = np.zeros(count, np.uint64)
     for place in range(length):
-        found *= np.uint64(FACTOR)
-        found += tokens[place : place + count].astype(np.uint64) + np.uint64(1)
-    return found ^ (found >> np.uint64(29))
+        hashes *= np.uint64(FACTOR)
+        hashes += tokens[place : place + count].astype(np.uint64) + np.uint64(1)
+    return hashes ^ (hashes >> np.uint64(29))
 
 
 def _search(

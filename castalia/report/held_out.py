@@ -140,15 +140,15 @@ def _looked_at(
     order = np.random.RandomState(0).permutation(len(places)) if sizes.sum() > most_tokens else np.arange(len(places))
     before = np.cumsum(sizes[order]) - sizes[order]
     chosen = np.sort(order[before < most_tokens - 1])  # a single token predicts nothing: hence - 1
-    room, found = most_tokens, []
+    room, documents = most_tokens, []
     for number in chosen.tolist():
         source, text, labels, item = places[number]
         tokens = text[item].astype(np.int64)
         own = None if labels is None else labels[item].astype(np.int64)
         document = _cut(HeldOutDocument(source, tokens, own, tokenizer.decode(tokens.tolist())), room, tokenizer)
-        found.append(document)
+        documents.append(document)
         room -= len(document.tokens)
-    return HeldOut(name, tuple(found), len(places), int(sizes.sum()), is_validation)
+    return HeldOut(name, tuple(documents), len(places), int(sizes.sum()), is_validation)
 
 
 def _cut(document: HeldOutDocument, room: int, tokenizer: Tokenizer) -> HeldOutDocument:
@@ -219,10 +219,10 @@ def score(judged: Judged, documents: Sequence[HeldOutDocument]) -> Score:
         ends,
     )
     with torch.inference_mode():
-        found = evaluate(judged.executor, shown)
-    num_bytes, count = sum(len(document.text.encode()) for document in documents), int(found["tokens"])
-    bits = bits_per_byte(found["loss"], count, num_bytes) if counts_all and count and num_bytes else None
-    return Score(found["loss"], count, num_bytes, bits)
+        figures = evaluate(judged.executor, shown)
+    num_bytes, count = sum(len(document.text.encode()) for document in documents), int(figures["tokens"])
+    bits = bits_per_byte(figures["loss"], count, num_bytes) if counts_all and count and num_bytes else None
+    return Score(figures["loss"], count, num_bytes, bits)
 
 
 def _labels(document: HeldOutDocument) -> np.ndarray:

@@ -114,17 +114,17 @@ def _svg(records: Records) -> str:
 
 
 def _sample(sample: Sample) -> str:
-    text, found = escape(sample.text), sample.nearest
-    told = "Nothing as long as what was looked for stands in the training text." if found is None else ""
-    if found is not None:
-        text = text.replace(escape(found.text.strip()), f"<mark>{escape(found.text.strip())}</mark>", 1)
+    text, nearest = escape(sample.text), sample.nearest
+    caption = "Nothing as long as what was looked for stands in the training text." if nearest is None else ""
+    if nearest is not None:
+        text = text.replace(escape(nearest.text.strip()), f"<mark>{escape(nearest.text.strip())}</mark>", 1)
         verdict = '<span class="copied">Copied</span>' if sample.copied else "Not copied"
-        told = (
-            f"{verdict}: {found.bytes} bytes in a row (marked) stand in {escape(found.source)}: "
-            f"&#8230;{escape(found.before)}<mark>{escape(found.text)}</mark>{escape(found.after)}&#8230;"
+        caption = (
+            f"{verdict}: {nearest.bytes} bytes in a row (marked) stand in {escape(nearest.source)}: "
+            f"&#8230;{escape(nearest.before)}<mark>{escape(nearest.text)}</mark>{escape(nearest.after)}&#8230;"
         )
     begin = f'<span class="prompt">{escape(sample.prompt)}</span>' if sample.prompt else ""
     return (
         f'<p class="small">Temperature {sample.temperature:g}{"" if sample.prompt else ", a whole document"}</p>'
-        f'<blockquote>{begin}{text}</blockquote><p class="small">{told}</p>'
+        f'<blockquote>{begin}{text}</blockquote><p class="small">{caption}</p>'
     )

@@ -33,8 +33,8 @@ def lines(report: Report, colored: bool) -> Iterator[str]:
         names = max(len(source.name) for source in report.sources)
         for source in report.sources:
             bits = "     -" if source.bits_per_byte is None else f"{source.bits_per_byte:6.3f}"
-            told = f"{source.bytes:>12,} bytes  {bits} bits a byte, xz {source.xz_bits_per_byte:.3f}"
-            yield f"  {source.name:<{names}}  {told}"
+            figures = f"{source.bytes:>12,} bytes  {bits} bits a byte, xz {source.xz_bits_per_byte:.3f}"
+            yield f"  {source.name:<{names}}  {figures}"
     with_losses = {name: found for name, found in report.records.items() if curve(found, "loss").x}
     if with_losses:
         yield ""
@@ -81,10 +81,10 @@ def likeness(sample: Sample) -> str:
     """What a sample has in common with the training text; empty where nothing was found."""
     if sample.nearest is None:
         return ""
-    found = sample.nearest
-    shown = found.text if len(found.text) <= 80 else f"{found.text[:76]} ..."
-    told = f"{found.bytes} bytes in a row stand in {found.source}: {' '.join(shown.split())!r}"
-    return f"-> COPIED: {told}" if sample.copied else f"-> not copied; {told}"
+    nearest = sample.nearest
+    shown = nearest.text if len(nearest.text) <= 80 else f"{nearest.text[:76]} ..."
+    overlap = f"{nearest.bytes} bytes in a row stand in {nearest.source}: {' '.join(shown.split())!r}"
+    return f"-> COPIED: {overlap}" if sample.copied else f"-> not copied; {overlap}"
 
 
 def searched(search: Search | None) -> str:

@@ -197,11 +197,11 @@ def folder_of(path: str | os.PathLike[str]) -> Path | None:
 
 
 def _records(folders: Sequence[Path | None]) -> dict[str, list[dict[str, Any]]]:
-    found = [(folder, list(read_metrics(folder))) for folder in folders if folder is not None]
-    names = [folder.resolve().name for folder, _ in found]
+    recorded = [(folder, list(read_metrics(folder))) for folder in folders if folder is not None]
+    names = [folder.resolve().name for folder, _ in recorded]
     return {
         name if names.count(name) == 1 else str(folder): records  # runs in different folders may share a name
-        for name, (folder, records) in zip(names, found, strict=True)
+        for name, (folder, records) in zip(names, recorded, strict=True)
         if records
     }
 
@@ -246,10 +246,10 @@ def token_counts(judged: Judged) -> np.ndarray | None:
     for text, excluded in corpora:
         for number in np.arange(len(text)) if excluded is None else np.flatnonzero(~excluded):
             tokens = text[int(number)][:left]
-            found = np.bincount(tokens.astype(np.int64), minlength=len(counts))
-            if len(found) > len(counts):  # ids beyond the model's vocabulary: another tokenizer's text
+            counted = np.bincount(tokens.astype(np.int64), minlength=len(counts))
+            if len(counted) > len(counts):  # ids beyond the model's vocabulary: another tokenizer's text
                 return None
-            counts += found
+            counts += counted
             left -= len(tokens)
             if left <= 0:
                 return counts
@@ -259,10 +259,10 @@ def token_counts(judged: Judged) -> np.ndarray | None:
 def _other(path: str, held_out: HeldOut) -> tuple[Bar | None, list[str]]:
     """Another run's figure, by the same text in its own tokens."""
     judged = load(open_checkpoint(path), None)
-    found = score(judged, respelled(held_out, judged.tokenizer))
-    if found.bits_per_byte is None:
+    other_score = score(judged, respelled(held_out, judged.tokenizer))
+    if other_score.bits_per_byte is None:
         return None, [f"{path} predicts nothing of this text"]
-    bar = Bar(path, found.bits_per_byte, "run")
+    bar = Bar(path, other_score.bits_per_byte, "run")
     return bar, [f"{path} was judged by this run's held-out text; whether it was trained on it is not known"]
 
 
@@ -293,10 +293,10 @@ def _noted(folder: Path | None) -> Mapping[str, str]:
     if folder is None or not (folder / REASONS).is_file():
         return {}
     try:
-        found = json.loads((folder / REASONS).read_text(encoding="utf-8"))
+        reasons = json.loads((folder / REASONS).read_text(encoding="utf-8"))
     except ValueError:
         return {}
-    return {str(name): str(why) for name, why in found.items()} if isinstance(found, dict) else {}
+    return {str(name): str(why) for name, why in reasons.items()} if isinstance(reasons, dict) else {}
 
 
 def _rows(judged: Judged, held_out: HeldOut, folder: Path | None, reasons: Mapping[str, str]) -> list[Row]:
@@ -336,8 +336,8 @@ def _epochs(judged: Judged, tokens: int) -> str:
         return ""
     each = [int(text.sizes.sum() if out is None else text.sizes[~out].sum()) for text, out in corpora]
     passes = tokens / max(sum(each), 1)
-    told = f"{passes:.1f} passes over {sum(each):,} tokens"
-    return told + (
+    seen = f"{passes:.1f} passes over {sum(each):,} tokens"
+    return seen + (
         "; beyond about 4, the same text again teaches little (Muennighoff et al., 2023)" if passes > 4 else ""
     )
 
@@ -373,18 +373,18 @@ def _warmup(config: RunConfig) -> str:
 def _next(path: str, judged: Judged, folder: Path | None, data: str | None) -> list[Next]:
     own = shlex.quote(path)
     config, step = judged.config, judged.checkpoint.progress.step
-    found = [Next("let it write", f"castalia generate {own} --temperature 0.8 --max-tokens 200 --prompt 'Once'")]
+    advice = [Next("let it write", f"castalia generate {own} --temperature 0.8 --max-tokens 200 --prompt 'Once'")]
     steps = config.train.steps
     if folder is not None and steps:
         run = shlex.quote(str(folder))
         if step < steps:
-            found.append(Next(f"train the {steps - step:,} steps that are left", f"castalia train {run}"))
+            advice.append(Next(f"train the {steps - step:,} steps that are left", f"castalia train {run}"))
         else:
             longer = f"train.steps={2 * steps} checkpoint.schedule_from=config checkpoint.other_data=true"
-            found.append(Next("train as long again, with another fall of the rate", f"castalia train {run} {longer}"))
-    found += [
+            advice.append(Next("train as long again, with another fall of the rate", f"castalia train {run} {longer}"))
+    advice += [
         Next("judge it by a text of yours", f"castalia report {own} --data my.txt"),
         Next("teach it by examples", f"castalia finetune {own} data.train=my.jsonl"),
         Next("take it to other programs", f"castalia convert {own} {shlex.quote(path.rstrip('/') + '-hf')} --to hf"),
     ]
-    return found
+    return advice

@@ -106,14 +106,14 @@ def compared(
     runs, searched = longest_runs(
         [*spelled, *passages], texts, shortest, SEARCHED_TOKENS, lambda number: corpora[number][1]
     )
-    found = []
+    samples = []
     for (temperature, prompt, text), run, tokens in zip(written, runs, spelled, strict=False):
         near = None if run is None else _shown(run, tokens, texts, tokenizer)
         least = min(COPIED_BYTES, max(len(text.encode()), COPIED_BYTES // 4))
-        found.append(Sample(temperature, prompt, text, near, near is not None and near.bytes >= least))
+        samples.append(Sample(temperature, prompt, text, near, near is not None and near.bytes >= least))
     usual = [_size(run, tokens, tokenizer) for run, tokens in zip(runs[len(written) :], passages, strict=True)]
     mean = sum(usual) / len(usual) if usual else None
-    return found, Search(searched.tokens, searched.of_tokens, round(shortest * token_bytes), mean)
+    return samples, Search(searched.tokens, searched.of_tokens, round(shortest * token_bytes), mean)
 
 
 def _opening(held_out: HeldOut, tokenizer: Tokenizer, positions: int | None) -> list[str]:

@@ -208,8 +208,8 @@ def _structure(series: Series) -> None:
 
 def _configs(series: Series) -> None:
     """Steps whose config describes another model than the others', although their tensors have the same shapes."""
-    found = [(entry, entry.checkpoint.config.model) for entry in series.readable if entry.checkpoint.config]  # type: ignore[union-attr]
-    models = [(entry, _settings(model)) for entry, model in found if model is not None]
+    configs = [(entry, entry.checkpoint.config.model) for entry in series.readable if entry.checkpoint.config]  # type: ignore[union-attr]
+    models = [(entry, _settings(model)) for entry, model in configs if model is not None]
     if series.against and series.against.model:
         usual, where = _settings(series.against.model), "the config that it is held against"
     elif models:
@@ -312,13 +312,13 @@ def _expected(series: Series, run: Path | None, present: Sequence[int]) -> dict[
         return dict.fromkeys(saved, ("the run's events.jsonl tells that it was saved", True))
     if not saving:
         return dict.fromkeys(_gaps(present), ("the steps around it are regular", False))
-    found = {}
+    expected = {}
     for step in range(present[-1] + 1):
         # A run may have been resumed with another schedule: the next step that is there knows the one that held.
         config = next((config for at, config in saving if at >= step), saving[-1][1])
         if is_save_step(config.checkpoint, step, config.train.steps or 0):
-            found[step] = ("the config beside the weights says that it is saved", True)
-    return found
+            expected[step] = ("the config beside the weights says that it is saved", True)
+    return expected
 
 
 def _saves(config: RunConfig) -> bool:

@@ -87,10 +87,10 @@ def _read_all(
     identity = identity_of(members, "check", 1)
     journal = cached_journal(identity)
     with one_thread_each(jobs):
-        found = work_through(parts, work, journal, identity, jobs=jobs, advance=begin(len(parts)))
+        by_part = work_through(parts, work, journal, identity, jobs=jobs, advance=begin(len(parts)))
     journal.unlink()
-    readings = {name: [TensorReading.of_json(each) for each in found[name]] for name in series.names}
-    return readings, {name: [StateReading(**each) for each in found[name + STATE]] for name in stateful}
+    readings = {name: [TensorReading.of_json(each) for each in by_part[name]] for name in series.names}
+    return readings, {name: [StateReading(**each) for each in by_part[name + STATE]] for name in stateful}
 
 
 def _quick_column(series: Series, name: str) -> list[TensorReading]:

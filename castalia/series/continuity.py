@@ -508,7 +508,7 @@ class _Bounds:
         begin, end = before.updates, after.updates + 2 * max(0, after.skipped - before.skipped)
         sums = [training.lr_sum(begin, end) for training in trainings]
         worst: tuple[float, str] = (1.0, "")
-        found = []
+        too_far = []
         for name in self.names:
             readings = [self.weights.readings[name][index] for index in (a, b)]
             if any(reading.error for reading in readings):
@@ -522,13 +522,13 @@ class _Bounds:
             ]
             for moved, limit, what in self._moved(name, a, b, bounds):
                 if limit is not None and moved > limit:
-                    found.append(name)
+                    too_far.append(name)
                 if limit is not None and moved > limit * worst[0]:
                     text = f"{name} {what} {moved:.3g}; {{0}} can reach {limit:.3g} at most"
                     worst = moved / max(limit, 1e-300), text
         steps = f"{end - begin} updates from step {before.member.step} on"
         rates = f"{steps}, whose learning rates sum up to {max(sums):.3g},"
-        return worst[1].format(rates) if worst[1] else "", found
+        return worst[1].format(rates) if worst[1] else "", too_far
 
     def _moved(self, name: str, a: int, b: int, bounds: Sequence[Reach]) -> list[tuple[float, float | None, str]]:
         """(movement, its bound, in words), exact where the two were read one after the other, else by the sample."""
@@ -554,5 +554,5 @@ class _Bounds:
 
 
 def _highest(limits: Iterable[float | None]) -> float | None:
-    found = [limit for limit in limits if limit is not None]
-    return max(found, default=None)
+    known = [limit for limit in limits if limit is not None]
+    return max(known, default=None)

@@ -84,18 +84,18 @@ def detours(squared: np.ndarray, chain: Sequence[int]) -> dict[int, float]:
 
 def exchanged(squared: np.ndarray, chain: Sequence[int]) -> list[tuple[int, int]]:
     """Neighbours that would make the path shorter the other way round."""
-    distance, found = np.sqrt(squared), []
+    distance, pairs = np.sqrt(squared), []
     for p, a, b, n in zip(chain, chain[1:], chain[2:], chain[3:], strict=False):
         if distance[p, b] + distance[a, n] < TURNED * (distance[p, a] + distance[b, n]):
-            found.append((a, b))
+            pairs.append((a, b))
     if len(chain) > 2:  # at the ends there is a step on one side only
         a, b, n = chain[:3]
         if max(distance[a, n], distance[a, b]) < TURNED * distance[b, n]:
-            found.append((a, b))
+            pairs.append((a, b))
         p, a, b = chain[-3:]
         if max(distance[p, b], distance[a, b]) < TURNED * distance[p, a]:
-            found.append((a, b))
-    return found
+            pairs.append((a, b))
+    return pairs
 
 
 def place_of(squared: np.ndarray, chain: Sequence[int], stranger: int) -> tuple[int, int] | None:

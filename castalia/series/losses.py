@@ -106,5 +106,5 @@ def evaluate_series(
             }  # fmt: skip
 
         identity = identity_of(members, "eval", stream.name, content)
-        found = work_through(list(parts), work, journal_of(output), identity, jobs=jobs, advance=begin(len(members)))
-    return list(found.values())
+        by_part = work_through(list(parts), work, journal_of(output), identity, jobs=jobs, advance=begin(len(members)))
+    return list(by_part.values())

@@ -39,15 +39,15 @@ def find_series(words: Sequence[str | Path], steps: str | None = None) -> list[M
     revisions are in the local cache, as `EleutherAI/pythia-70m@step*`. Several words: a checkpoint each, or a series
     each. `steps` chooses among them, as `parse_steps` reads it. Raises CheckpointError where nothing is found.
     """
-    found = [member for word in words for member in _members(word)]
-    if not found:
+    members = [member for word in words for member in _members(word)]
+    if not members:
         raise CheckpointError(f"{' '.join(map(str, words))} names no checkpoints")
-    found.sort(key=lambda member: member.step)
+    members.sort(key=lambda member: member.step)
     if steps is None:
-        return found
-    chosen = [member for member in found if holds(parse_steps(steps), member.step)]
+        return members
+    chosen = [member for member in members if holds(parse_steps(steps), member.step)]
     if not chosen:
-        raise CheckpointError(f"--steps {steps} chooses none of {len(found)} checkpoints, of {_span(found)}")
+        raise CheckpointError(f"--steps {steps} chooses none of {len(members)} checkpoints, of {_span(members)}")
     return chosen
 
 
@@ -90,8 +90,8 @@ def _members(word: str | Path) -> list[Member]:
         if not HUB_ID.fullmatch(name):
             raise CheckpointError(f"{word} does not exist")
         cached = cached_revisions(name)
-        found = [(revision, path) for revision, path in cached.items() if fnmatchcase(revision, pattern or "*")]
-        members = _labelled(found)
+        fitting = [(revision, path) for revision, path in cached.items() if fnmatchcase(revision, pattern or "*")]
+        members = _labelled(fitting)
         if not members:
             raise CheckpointError(
                 f"{word}: the local cache holds {', '.join(sorted(cached)[:8]) or 'no revision'} of this model, and "

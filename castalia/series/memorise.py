@@ -215,8 +215,8 @@ def memorised(
             return [_row(member, row) for row in known[digest]]
 
         identity = identity_of(members, "memorise", panel.tokens.tobytes(), panel.seen, panel.prompt, str(dtype))
-        found = work_through(list(parts), work, journal_of(output), identity, jobs=jobs, advance=begin(len(members)))
-    return [row for rows in found.values() for row in rows]
+        by_part = work_through(list(parts), work, journal_of(output), identity, jobs=jobs, advance=begin(len(members)))
+    return [row for rows in by_part.values() for row in rows]
 
 
 def _row(member: Member, row: dict[str, Any]) -> dict[str, Any]:

@@ -38,8 +38,8 @@ def task_scores(
         return [{"step": parts[part].step, "name": parts[part].name, "weights": digest, **row} for row in known[digest]]
 
     identity = identity_of(members, "tasks", options)
-    found = work_through(list(parts), work, journal_of(output), identity, advance=begin(len(members)))
-    return [row for rows in found.values() for row in rows]
+    by_part = work_through(list(parts), work, journal_of(output), identity, advance=begin(len(members)))
+    return [row for rows in by_part.values() for row in rows]
 
 
 def _scores(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -71,11 +71,11 @@ def tensor_stats(
 
     identity = identity_of(members, "stats", optimizer)
     with one_thread_each(jobs):
-        found = work_through(
+        by_tensor = work_through(
             series.names, work, journal_of(output), identity, jobs=jobs, advance=begin(len(series.names))
         )
-    return [row for name in series.names for row in found[name]] + layer_rows(
-        [r for rows in found.values() for r in rows]
+    return [row for name in series.names for row in by_tensor[name]] + layer_rows(
+        [r for rows in by_tensor.values() for r in rows]
     )
 
 
@@ -161,10 +161,10 @@ def _matrix_pieces(ref: TensorRef) -> Iterator[torch.Tensor]:
 def _optimizer_row(entry: Entry, name: str, num_tensors: int, asked: bool) -> dict[str, Any]:
     if not asked:
         return {}
-    found = optimizer_figures(entry, name, num_tensors)
-    row: dict[str, Any] = {"zero_first_moments": found.zero_first, "zero_second_moments": found.zero_second}
-    row |= {"update_ratio": found.update_ratio}
-    return row | {f"effective_lr_{100 * q:02.0f}": rate for q, rate in zip(QUANTILES, found.rates, strict=True)}
+    figures = optimizer_figures(entry, name, num_tensors)
+    row: dict[str, Any] = {"zero_first_moments": figures.zero_first, "zero_second_moments": figures.zero_second}
+    row |= {"update_ratio": figures.update_ratio}
+    return row | {f"effective_lr_{100 * q:02.0f}": rate for q, rate in zip(QUANTILES, figures.rates, strict=True)}
 
 
 def optimizer_figures(entry: Entry, name: str, num_tensors: int) -> OptimizerFigures:

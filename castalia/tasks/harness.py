@@ -106,8 +106,8 @@ class TaskModel(TemplateLM):
         """The number and the score of each request."""
         mine = self._share(sorted(range(len(requests)), key=lambda number: (*requests[number].context,)))
         scores = scores_as_they_come(self.model, [requests[number] for number in mine], self.max_length)
-        found = ((mine[number], score) for number, score in self.watch(scores, lambda score: 1, len(mine)))
-        return iter(self._gathered(list(found))) if self.shared else found
+        numbered = ((mine[number], score) for number, score in self.watch(scores, lambda score: 1, len(mine)))
+        return iter(self._gathered(list(numbered))) if self.shared else numbered
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """The text after each context, up to the first of the strings that end it."""
@@ -129,8 +129,8 @@ class TaskModel(TemplateLM):
         prompts = [self.tok_encode(context)[-room:] for context in contexts]
         mine = self._share(sorted(range(len(prompts)), key=lambda number: -len(prompts[number])))
         pieces = stream(self.model, self.words, [prompts[number] for number in mine], sampling, alone=True)
-        found = self._whole_texts(self.watch(pieces, lambda piece: int(piece.last), len(mine)), mine)
-        return iter(self._gathered(list(found))) if self.shared else found
+        numbered = self._whole_texts(self.watch(pieces, lambda piece: int(piece.last), len(mine)), mine)
+        return iter(self._gathered(list(numbered))) if self.shared else numbered
 
     @staticmethod
     def _whole_texts(pieces: Iterator[TextPiece], numbers: Sequence[int]) -> Iterator[tuple[int, str]]:

@@ -98,12 +98,12 @@ def _name_of(task: str) -> str:
     if not _is_file(task):
         return task
     try:
-        found = TASK_NAME.search(Path(task).read_text())
+        match = TASK_NAME.search(Path(task).read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read the task {task}: {error}") from error
-    if not found:
+    if not match:
         raise DataError(f"{task}: a task's file has a line `task: NAME`, and this one has none")
-    return found[1]
+    return match[1]
 
 
 def _known(manager: Any, name: str) -> bool:

@@ -118,7 +118,7 @@ def sequence_values(
     batches: Iterator[Batch], config: RunConfig, executor: Executor, reference: Executor | None
 ) -> np.ndarray:
     """The figure of each sequence that `judge_judgements` describes: [sequences], float64."""
-    found = []
+    figures = []
     with executor.evaluating():
         for batch in batches:
             values = executor.each_sequence(Rows.of(batch)).double().cpu().numpy()
@@ -128,8 +128,8 @@ def sequence_values(
                 values *= config.preference.beta
             elif not executor.models[0].cfg.reward_head:
                 values /= batch.loss_mask.sum(axis=1)
-            found.append(values)
-    return np.concatenate(found)
+            figures.append(values)
+    return np.concatenate(figures)
 
 
 def usable(records: Sequence[Record], length: int) -> list[Record]:

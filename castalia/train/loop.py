@@ -164,8 +164,8 @@ class TrainingRun:
                 self.metrics = opened.enter_context(closing(self._open_folder()))
             self.instruments = opened.enter_context(self._instruments())
             executor.barrier()  # the remains of crashed ranks are removed before any rank saves
-            found = self._find_best() if self.is_main and saves.keep_best else math.inf
-            self.best_loss = executor.gather(found)[0]
+            best = self._find_best() if self.is_main and saves.keep_best else math.inf
+            self.best_loss = executor.gather(best)[0]
             self.opened = opened.pop_all()
         return self
 

@@ -43,21 +43,21 @@ def find_obstacles(config: RunConfig, ranks: int | None = None, *, writes: bool 
 
     `ranks`: its processes; None: those that a launcher has started. `writes`: the run has a folder.
     """
-    found = [Obstacle("missing here", text) for text in missing_files(config)]
-    found += [Obstacle("not given", text) for text in _not_given(config, writes)]
+    obstacles = [Obstacle("missing here", text) for text in missing_files(config)]
+    obstacles += [Obstacle("not given", text) for text in _not_given(config, writes)]
     if writes and (config.checkpoint.dir or config.checkpoint.resume):
-        _check_folder(config, found)
-    with _noted(found, "missing here"):
+        _check_folder(config, obstacles)
+    with _noted(obstacles, "missing here"):
         _check_device(config)
-    settled = _settle(config, found)
-    with _noted(found):
+    settled = _settle(config, obstacles)
+    with _noted(obstacles):
         _check_layout(settled, _started_ranks() if ranks is None else ranks)
     for source in _sources(settled):
-        with _noted(found):
+        with _noted(obstacles):
             _open_corpora(source)
-    with _noted(found):
+    with _noted(obstacles):
         refuse_foreign_tokens(settled)
-    return sorted(dict.fromkeys(found), key=lambda each: each.kind != "error")
+    return sorted(dict.fromkeys(obstacles), key=lambda each: each.kind != "error")
 
 
 def refuse(found: Iterable[Obstacle]) -> None:
