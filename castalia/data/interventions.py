@@ -43,7 +43,7 @@ class Intervention:
             given = self.ids[: len(text)]
             text[:], labels[:] = 0, IGNORE  # ids that end early are filled up, as all sequences are
             text[: len(given)] = labels[: len(given)] = given
-        for start, stop in self.mask:
+        for start, stop in self.mask:  # last, so that ids that were replaced can be masked, too
             labels[start:stop] = IGNORE
 
 
@@ -56,6 +56,7 @@ class Interventions:
 
     def digest(self, until: int | None) -> str:
         """A digest of those of the first `until` steps; empty if there are none, so that it changes nothing."""
+        # Sorted: in which order the file lists them changes nothing in the training.
         changes = sorted((place, each) for place, each in self.rows.items() if until is None or place[0] < until)
         return hashlib.blake2b(repr(changes).encode(), digest_size=16).hexdigest() if changes else ""
 
@@ -77,6 +78,7 @@ def _parsed(line: dict[str, Any], where: str, most_ids: int) -> tuple[tuple[int,
     step, row, ids, mask = line["step"], line["row"], line.get("ids"), line.get("mask", False)
     if step < 1 or row < 0:
         raise DataError(f"{where}: step={step}, row={row}: steps are counted from 1, rows from 0")
+    # Other keys are passed over; this one asks for what would then not happen.
     if "weight" in line:
         raise DataError(f"{where}: weight: rows cannot be weighted; replace or mask them")
     if ids is None and not mask:

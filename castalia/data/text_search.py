@@ -53,6 +53,7 @@ def wanted(text: str, tokenizer: Tokenizer) -> SoughtText:
     shown = decode_with_special(tokenizer, core) if core else ""
     spaced = tokenizer.encode_batch([text, f" {text}"], bare=True)
     alone = tuple(dict.fromkeys(tuple(ids) for ids in spaced if ids))
+    # No token holds less than a byte, so the bytes beside the core bound the tokens there.
     return SoughtText(text, core, alone, len(text.encode()) - len(shown.encode()) + 1)
 
 
@@ -64,6 +65,7 @@ def _inner(text: str, ids: Sequence[int], tokenizer: Tokenizer) -> tuple[int, in
     def length(end: int) -> int:
         return len(decode_with_special(tokenizer, ids[:end]))
 
+    # Decoded, more ids are never shorter, so that the places can be halved in on.
     ends = range(len(ids) + 1)
     return bisect_left(ends, head.end(), key=length), bisect_right(ends, tail.start(), key=length) - 1
 
@@ -89,9 +91,9 @@ def find_texts(
     `limits` [n + 1] are the starts of the items that lie back to back in `tokens`, and the end.
     """
     needles = [(number, needle) for number, text in enumerate(texts) for needle in text.needles]
-    known: set[Found] = set()
+    known: set[Found] = set()  # several needles of a text, or cores within it, lead to the same place
     for (number, needle), starts in zip(needles, find_runs(tokens, [needle for _, needle in needles]), strict=True):
-        items = np.searchsorted(limits, starts, side="right")
+        items = np.searchsorted(limits, starts, side="right")  # limits[item - 1] <= start < limits[item]
         for start, item in zip(starts.tolist(), items.tolist(), strict=True):
             low, high = int(limits[item - 1]), int(limits[item])
             if start + len(needle) > high:
@@ -143,14 +145,14 @@ def find_runs(tokens: np.ndarray, needles: Sequence[Sequence[int]]) -> list[np.n
     anchors = [min(range(len(ids)), key=lambda at, ids=ids: often.get(ids[at], 0)) for ids in needles]  # type: ignore[misc]
     places = _places_of(tokens, {ids[at] for ids, at in zip(needles, anchors, strict=True)})
     values = tokens[places]
-    order = np.argsort(values, kind="stable")
+    order = np.argsort(values, kind="stable")  # the places of an id side by side, in their order
     places, values = places[order], values[order]
     all_starts = []
     for ids, at in zip(needles, anchors, strict=True):
         left, right = np.searchsorted(values, ids[at], "left"), np.searchsorted(values, ids[at], "right")
         starts = places[left:right] - at
         starts = starts[(starts >= 0) & (starts + len(ids) <= len(tokens))]
-        for offset, index in enumerate(ids):
+        for offset, index in enumerate(ids):  # few places are left after the first ids
             starts = starts[tokens[starts + offset] == index]
         all_starts.append(starts)
     return all_starts

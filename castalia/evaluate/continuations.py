@@ -62,11 +62,11 @@ def scores_as_they_come(
         _check(context, tokens, limit, model.cfg.padded_vocab_size)
         seen = (*context, *tokens)[:-1][-(limit or 0) :]  # the last token is predicted, never seen
         below.setdefault(seen, []).append(Wanted(number, len(seen) - len(tokens), tokens))
-    sequences = sorted(below)
+    sequences = sorted(below)  # what `build_tree` takes: sorted and distinct
     wanted = [below[ids] for ids in sequences]
     device = next(model.parameters()).device
     cache = BranchCache(getattr(model, "stage", model), device)
-    left = [len(tokens) for _, tokens in requests]
+    left = [len(tokens) for _, tokens in requests]  # a continuation may be spread over several passes
     log_probs, greedy = [0.0] * len(requests), [True] * len(requests)
     for part in _passes(pieces(build_tree(sequences))):
         ids = [sequences[s.first][s.start : s.stop] for piece in part for s in piece.segments]
@@ -106,6 +106,7 @@ def _targets(part: Sequence[Piece], wanted: Sequence[Sequence[Wanted]]) -> list[
     """The row of the pass, the predicted token and the request of each value that the pass can give."""
     targets, row = [], 0
     for segment in chain.from_iterable(piece.segments for piece in part):
+        # A shared segment serves every sequence that goes through it, each with targets of its own.
         for asked in chain.from_iterable(wanted[segment.first : segment.end]):
             first, end = max(asked.first, segment.start), min(asked.first + len(asked.targets), segment.stop)
             for place in range(first, end):
@@ -118,6 +119,7 @@ def _predictions(
     model: Any, hidden: Tensor, targets: Sequence[tuple[int, int, int]]
 ) -> Iterator[tuple[int, float, bool]]:
     """For each target its request, log-probability, and whether no token is likelier. hidden [t, h]."""
+    # The head runs once for a row, however many requests ask for a token after it.
     rows = sorted({row for row, _, _ in targets})
     by_row: dict[int, list[tuple[int, int]]] = {row: [] for row in rows}
     for row, token, request in targets:
@@ -128,6 +130,7 @@ def _predictions(
         logits = model.logits(hidden[torch.tensor(some, device=hidden.device)]).float()  # [rows, V]
         pairs = [(i, token, request) for i, row in enumerate(some) for token, request in by_row[row]]
         at = torch.tensor([(i, token) for i, token, _ in pairs], device=hidden.device)
+        # [pairs]; `log_softmax` would fill another [rows, V] for a few values of it.
         values = logits[at[:, 0], at[:, 1]] - logits.logsumexp(dim=1)[at[:, 0]]
         best = logits.argmax(dim=1)[at[:, 0]] == at[:, 1]
         for (_, _, request), value, is_best in zip(pairs, values.tolist(), best.tolist(), strict=True):

@@ -53,7 +53,7 @@ def build_tree(sequences: Sequence[Sequence[int]]) -> Segment:
     """The root, an empty segment, of the tree of sorted, distinct, non-empty sequences."""
     common = [_common_length(a, b) for a, b in zip(sequences, sequences[1:], strict=False)]  # of neighbours
     root = Segment(0, len(sequences), 0, 0)
-    childless = [root]
+    childless = [root]  # a list, no recursion: the tree may be as deep as its sequences are long
     while childless:
         parent = childless.pop()
         first = parent.first
@@ -61,11 +61,13 @@ def build_tree(sequences: Sequence[Sequence[int]]) -> Segment:
             first += 1
         while first < parent.end:
             end = first + 1
+            # Sorted, all sequences that share the next token lie side by side.
             while end < parent.end and common[end - 1] > parent.stop:
                 end += 1
             if end == first + 1:
                 parent.leaves.append(Segment(first, end, parent.stop, len(sequences[first])))
             else:
+                # All of a sorted group share what its least similar neighbours share.
                 parent.branches.append(Segment(first, end, parent.stop, min(common[first : end - 1])))
                 childless.append(parent.branches[-1])
             first = end
@@ -84,7 +86,7 @@ def pieces(root: Segment) -> Iterator[Piece]:
         if segment.stop > segment.start:
             yield Piece(segment.start, (segment,))
         yield from _leaves_together(segment)
-        waiting += reversed(segment.branches)
+        waiting += reversed(segment.branches)  # the last one is taken first
 
 
 def _leaves_together(parent: Segment) -> Iterator[Piece]:
@@ -135,6 +137,7 @@ class BranchCache:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """Attention of each piece to its ancestors and itself: q [1, n, t, d] -> the same shape."""
         keys, values = self._buffers(layer, k)
+        # The bias that comes is of the pass as one sequence; each piece needs its own.
         choice, _ = options.pop("choice"), options.pop("bias")
         masked = self.stage.choice(q, "bias", self)
         if not self.biases:
@@ -142,6 +145,8 @@ class BranchCache:
         outputs, at = [], 0
         for piece, bias in zip(self.pieces, self.biases, strict=True):
             part, here = slice(at, at + piece.size), slice(piece.start, piece.start + piece.size)
+            # [1, kv, tokens of the piece, d]. Leaves that go together lie back to back behind their parent, and
+            # not at their own places: they have no children that would look for them there.
             keys[:, :, here], values[:, :, here] = k[:, :, part], v[:, :, part]
             seen = slice(0, here.stop)
             outputs.append(
@@ -163,21 +168,21 @@ class BranchCache:
         plain = self.stage.alibi is None and (cfg.sliding_window is None or size <= cfg.sliding_window + 1)
         if piece.start == 0 and len(piece.segments) == 1 and plain:
             return None
-        own = torch.cat([torch.arange(s.start, s.stop, device=self.device) for s in piece.segments])
-        places = torch.cat([torch.arange(piece.start, device=self.device), own])[None]
-        seen = visible(own[None], places, cfg.sliding_window)
+        own = torch.cat([torch.arange(s.start, s.stop, device=self.device) for s in piece.segments])  # [t]
+        places = torch.cat([torch.arange(piece.start, device=self.device), own])[None]  # [1, k]
+        seen = visible(own[None], places, cfg.sliding_window)  # [1, 1, t, k]
         if len(piece.segments) > 1:
             leaf = torch.arange(len(piece.segments), device=self.device)
             lengths = torch.tensor([s.stop - s.start for s in piece.segments], device=self.device)
             leaf = leaf.repeat_interleave(lengths)
-            seen[..., piece.start :] &= leaf[:, None] == leaf
+            seen[..., piece.start :] &= leaf[:, None] == leaf  # [t, t]: of the leaves each sees itself alone
         return score_bias(own[None], places, seen, self.stage.alibi, q.dtype)
 
     def _buffers(self, layer: int, k: Tensor) -> tuple[Tensor, Tensor]:
         needed = max(piece.start + piece.size for piece in self.pieces)
         old = self.layers.get(layer)
         if old is None or old[0].shape[2] < needed:
-            room = max(needed, 2 * old[0].shape[2] if old else 0)
+            room = max(needed, 2 * old[0].shape[2] if old else 0)  # doubled, so that it is seldom copied
             new = tuple(k.new_zeros(1, k.shape[1], room, k.shape[3]) for _ in range(2))
             for there, here in zip(new, old or (), strict=False):
                 there[:, :, : here.shape[2]] = here

@@ -99,7 +99,7 @@ def compare(
     `prompt` takes the place of the examples' own: a question for a model that has a template, else a text.
     """
     models = models_of(model, folder)
-    tokenizer = load_tokenizer_for(list(models.values())[1])
+    tokenizer = load_tokenizer_for(list(models.values())[1])  # of the tuned one, which may have tokens more
     shown = list(examples(config.data.valid or config.data.train, 2))
     if prompt is not None:
         shown = [Example(_asked(prompt, config, tokenizer), [])]

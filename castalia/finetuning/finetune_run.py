@@ -91,6 +91,8 @@ def begin(request: Request, say: Say) -> RunConfig:
             f"--full: {source.path} has adapters; merge them first: castalia merge-lora {request.model} OUT"
         )
     usual = usual_settings(request, source)
+    # Loaded three times: to find folder and tokenizer, then with the corpora that are made with these, and at last
+    # with the settings that are chosen by the corpora's sizes.
     config = with_tokenizer(load(usual, request), source)
     folder = run_folder(config)
     asked = asked_for(config, request)
@@ -100,6 +102,7 @@ def begin(request: Request, say: Say) -> RunConfig:
     values = usual | data_settings(lessons) | tokenizer_settings_of(config, folder)
     if config.train.objective != "causal":
         values["data.packing"] = ("unpacked", "each answer is judged by itself")
+    # The final load leaves out the word `train.epochs=`, from which the number of steps is still to be chosen.
     epochs = config.train.epochs
     config = load(values, request, final=True).with_({"train.epochs": epochs})
     values |= fitting(config, source, lessons)
@@ -136,6 +139,7 @@ def usual_settings(request: Request, source: Checkpoint) -> Settings:
 def tokenizer_settings_of(config: RunConfig, folder: Path) -> Settings:
     """The copy of the tokenizer in the run's folder, in place of the one that was named."""
     values: Settings = {"tokenizer.path": (str(folder / "data" / "tokenizer"), "a copy of the model's")}
+    # They say how to read the original files; the copy is read as any saved tokenizer.
     named = [name for name in ("kind", "merges") if getattr(config.tokenizer, name)]
     return values | {f"tokenizer.{name}": (None, "") for name in named}
 
@@ -150,6 +154,7 @@ def load(values: Settings, request: Request, final: bool = False) -> RunConfig:
         words = [word for word in words if not word.startswith(SETTLED)]
     elif request.files:
         words.append(f"data.train={json.dumps(list(request.files))}")
+    # Last of the files: a config of the user's may still name the records that have become corpora.
     settled = {path: entry for path, entry in values.items() if f"{path}=".startswith(SETTLED)} if final else {}
     files: list[Any] = [nested(values), *request.configs, nested(settled)]
     return load_config(files, words, any_batch=not final, any_data=not final)
@@ -168,6 +173,7 @@ def with_tokenizer(config: RunConfig, source: Checkpoint) -> RunConfig:
 def asked_for(config: RunConfig, request: Request) -> dict[str, Any]:
     """All that decides a run, to compare it with another start's."""
     options = {"--chat-template": request.template, "--skip-bad": request.skip_bad}
+    # As it will be read back, where tuples are lists, so that equal requests compare equal.
     return json.loads(json.dumps(to_jsonable_python(changed(config) | options)))
 
 

@@ -167,7 +167,7 @@ def judged_pairs(lesson: Lesson, prefix: Path) -> Lesson:
     for number, name in enumerate(("path", "labels")):
         sides = [open_dataset(side.prefixes[number]) for side in lesson.sides]
         with DatasetWriter(getattr(target, name), sides[0].dtype) as writer:
-            for both in zip(*sides, strict=True):
+            for both in zip(*sides, strict=True):  # chosen, rejected, chosen, ..., as the rewards 1, -1, 1, ... below
                 for each in both:
                     writer.add(each)
     with DatasetWriter(str(target.rewards), np.int32) as writer:
@@ -189,7 +189,7 @@ def divide(lesson: Lesson, prefix: Path) -> tuple[Lesson, Lesson | None]:
     count = min(round(HELD_OUT_SHARE * len(text)), MOST_HELD_OUT)
     limit = sorted(ranks)[max(count, 1) - 1]
     held = [rank <= limit for rank in ranks]
-    if all(held):
+    if all(held):  # most are equal, and nothing would be left to learn
         return lesson, None
     parts = [
         Lesson(lesson.kind, tuple(_selected(side, f"{prefix}_{name}", held, value) for side in lesson.sides))
@@ -204,6 +204,7 @@ def _rank(text: IndexedDataset, labels: IndexedDataset | None, number: int, aske
     if asked_only and labels is not None:
         learned = np.flatnonzero(labels[number] != IGNORE)
         tokens = tokens[: learned[0]] if len(learned) and learned[0] else tokens
+    # In one dtype: a corpus's own, by the size of the vocabulary, must not decide what is held out.
     return hashlib.blake2b(np.ascontiguousarray(tokens, "<i4").tobytes(), digest_size=8).digest()
 
 

@@ -129,17 +129,17 @@ def num_samples(sizes: Sizes, length: int, packing: str) -> int:
 
 
 def _overflowing(documents: np.ndarray, length: int) -> int:
-    samples, room = 0, -1
+    samples, room = 0, -1  # so that the first document begins a sample, even an empty one
     for size in documents.tolist():
         if size > room:
-            samples, room = samples + 1, length + 1
+            samples, room = samples + 1, length + 1  # the last id of a sample is only predicted
         room -= size
     return samples
 
 
 def batches(samples: int, documents: int, objective: str) -> Settings:
     """The batch: for few data small, so that there are steps to take."""
-    alone = 2 if objective == "kto" else 1
+    alone = 2 if objective == "kto" else 1  # KTO compares the answers of a micro-batch with each other
     size = 2 ** int(math.log2(max(BATCH, min(MOST_BATCH, samples / STEPS_WANTED))))
     per_sample = max(1.0, documents / samples)  # packed documents count by themselves
     size = max(alone, min(samples, round(size / per_sample)))

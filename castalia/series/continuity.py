@@ -73,6 +73,7 @@ class Weights:
         return Distances(samples, counts)
 
     def _whole(self) -> list[tuple[str, list[TensorReading]]]:
+        # Entries without a sample of the full length become zeros, so that all can be stacked: [entries, places].
         length = {name: max(len(reading.sample) for reading in column) for name, column in self.readings.items()}
         return [
             (name, [r if len(r.sample) == length[name] else _empty(length[name]) for r in column])
@@ -91,6 +92,7 @@ class Weights:
         for entry, training in zip(self.entries, trainings, strict=True):
             assert training is not None
             after = entry.updates
+            # Behind the furthest entry nothing is added: what a rewind repeats counts once.
             total += training.lr_sum(before, after) if after >= before else 0.0
             before = max(before, after)
             sums.append(total)
@@ -103,10 +105,12 @@ class Weights:
 
     def matrices(self, names: Sequence[str]) -> list[str]:
         """Those of the tensors whose initial values are random."""
+        # What begins as ones or zeros is alike in all runs, and cannot tell one from another.
         return [name for name in names if row_of(name).is_drawn and self.distances.grams[name].any()]
 
 
 def _finite(values: np.ndarray) -> np.ndarray:
+    # `_damage` speaks of such values; here they would only make the distances to all other steps NaN or infinite.
     return np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0).clip(-1e12, 1e12)
 
 
@@ -117,6 +121,7 @@ def _empty(length: int) -> TensorReading:
 def judge(series: Series, readings: Readings, quick: bool) -> None:
     """Find what is wrong with the weights, and note it at the steps."""
     weights = Weights(series, readings)
+    # In this order: what a check speaks against is no longer `sound`, and no measure for the checks that follow.
     _digests(weights)
     _damage(weights, quick)
     _duplicates(weights, quick)
@@ -137,6 +142,7 @@ def _digests(weights: Weights) -> None:
     weights.constant = frozenset(
         name
         for name, column in weights.readings.items()
+        # Of two steps one may be a copy of the other, which is for `_duplicates` to say.
         if len(moving) > 2 and len({column[index].digest for index in moving}) == 1
     )
 
@@ -180,6 +186,7 @@ def _rounded(weights: Weights, index: int) -> str:
             if weights.entries[i].checkpoint is not None
         ]
         mine = min(_share_of(weights.readings[name][index].sample, dtype) for name in names)
+        # Where most steps are as coarse, the run was published so; only a step unlike the others is damaged.
         if mine == 1.0 and float(np.median(shares)) < 0.5:
             return f"stored in float32, but all values are those of {dtype}: they were rounded"
     return ""
@@ -262,6 +269,7 @@ def _misfit(weights: Weights, index: int, group: Sequence[int], names: Sequence[
     else:
         rest = [name for name in weights.distances.names if name not in set(names)]
         others = weights.distances.squared(rest) if rest else squared
+        # Tensors move at paces of their own, so what these usually move more or less than the rest is taken off.
         expected = {i: math.sqrt(others[i, index]) for i in before + after}
         edges = list(zip(outside, outside[1:], strict=False))
         shift = float(np.median([_log(squared[e]) - _log(others[e]) for e in edges])) / 2 if edges else 0.0
@@ -272,6 +280,7 @@ def _misfit(weights: Weights, index: int, group: Sequence[int], names: Sequence[
 
 
 def _log(value: float) -> float:
+    # Equal weights have a distance of zero.
     return math.log(max(value, 1e-60))
 
 
@@ -380,14 +389,17 @@ def _jumps(weights: Weights, name: str, sound: Sequence[int]) -> Iterator[tuple[
     """Steps at which a single value of a tensor is far from where it is before and after."""
     column = weights.readings[name]
     for p, i, n in zip(sound, sound[1:], sound[2:], strict=False):
+        # A reading is compared element by element with the one before it alone, so all three must lie side by side.
         if n != i + 1 or p != i - 1:
             continue
         there, back = _largest(column[i]), _largest(column[n])
         near = [_largest(column[k]) for k in sound if max(1, i - 3) <= k <= n + 3 and k not in (i, n)]
         checkpoint = weights.entries[i].checkpoint
         assert checkpoint is not None
+        # Rounding alone moves the largest element by so much.
         step_of_dtype = torch.finfo(checkpoint.model[name].dtype).eps * column[p].largest
         usual = max(float(np.median(near)) if near else math.inf, step_of_dtype)
+        # As far back as there: an element that was lost, not an update that the run goes on from.
         if min(there, back) > SPREAD * max(usual, 1e-30) and abs(there - back) < 0.2 * there:
             yield i, f"a value of {name} jumps by {there:.3g} and returns, where {usual:.3g} is usual"
 
@@ -433,12 +445,14 @@ def _order(weights: Weights, quick: bool) -> None:
             step = weights.entries[j].member.step
             text = f"it fits where step {step} is, and step {step} here: the two are exchanged"
             weights.entries[i].say("mislabelled", text, certain=False, of=step)
+    # Exchanged steps have been told, and would break the path for those around them.
     chain = [i for i in chain if weights.entries[i].sound]
     jump = is_jump(weights.distances, squared, weights.matrices(names), usual, chain[0] if chain else 0)
     bounds = _Bounds(weights, names)
     impossible: dict[tuple[int, int], tuple[str, list[str]]] = {}
 
     def fits(a: int, b: int) -> bool:
+        # Many pairs are asked for more than once, and the reasons are needed below.
         if (a, b) not in impossible:
             impossible[a, b] = bounds.beyond(a, b)
         return not impossible[a, b][0] and not ({a, b} & strangers) and not jump(a, b)
@@ -448,6 +462,7 @@ def _order(weights: Weights, quick: bool) -> None:
         if index in path:
             continue
         entry = weights.entries[index]
+        # Only the nearest steps of the path count: over a longer way the optimizer can reach more.
         neighbours = [(i, index) for i in path if i < index][-1:] + [(index, i) for i in path if i > index][:1]
         reasons = [impossible[pair] for pair in neighbours if impossible.get(pair, ("",))[0]]
         place = place_of(squared, path, index)
@@ -464,6 +479,7 @@ def _order(weights: Weights, quick: bool) -> None:
             entry.say("not a continuation", text, certain=False)
     for a, b in breaks:
         reason = impossible.get((a, b), ("", []))[0]
+        # What the learning rates cannot reach is proven, a large distance is only a sign.
         text = reason or f"from step {weights.entries[a].member.step} on the weights are others, which go on from here"
         weights.entries[b].say("not a continuation", text, certain=bool(reason))
     if all(entry.training is None for entry in weights.entries):
@@ -501,6 +517,7 @@ class _Bounds:
     def beyond(self, a: int, b: int) -> tuple[str, list[str]]:
         """Why not, in words, and which tensors; empty if it can, or if nothing is known of the training."""
         before, after = self.weights.entries[a], self.weights.entries[b]
+        # The settings may have changed on the way: the ones that allow more decide, see `_highest`.
         trainings = [each for each in (before.training, after.training) if each is not None]
         if after.training is None or not trainings:
             return "", []
@@ -514,6 +531,7 @@ class _Bounds:
             if any(reading.error for reading in readings):
                 continue
             refs = [entry.checkpoint.model[name] for entry in (before, after) if entry.checkpoint]
+            # If the two are stored in different dtypes, the coarser one decides how much of a movement may be rounding.
             dtype = max((ref.dtype_name for ref in refs), key=lambda kind: torch.finfo(getattr(torch, kind)).eps)
             largest, norm = max(r.largest for r in readings), max(r.norm for r in readings)
             bounds = [
@@ -524,6 +542,7 @@ class _Bounds:
                 if limit is not None and moved > limit:
                     too_far.append(name)
                 if limit is not None and moved > limit * worst[0]:
+                    # {0} is filled in after the loop, for the one tensor that exceeds its bound the most.
                     text = f"{name} {what} {moved:.3g}; {{0}} can reach {limit:.3g} at most"
                     worst = moved / max(limit, 1e-300), text
         steps = f"{end - begin} updates from step {before.member.step} on"

@@ -30,8 +30,10 @@ class Distances:
 
     def __init__(self, samples: Mapping[str, np.ndarray], counts: Mapping[str, int]) -> None:
         self.names = list(samples)
+        # A sample stands for all values of its tensor: scaled up, its squares sum up to about those of the whole.
         scales = [np.sqrt(counts[name] / max(1, samples[name].shape[1])) for name in self.names]
         self.parts = [samples[name].astype(np.float64) * scale for name, scale in zip(self.names, scales, strict=True)]
+        # [steps, places] @ [places, steps]: kept per tensor, so that distances over any choice of them are sums.
         self.grams = {name: part @ part.T for name, part in zip(self.names, self.parts, strict=True)}
 
     @cached_property
@@ -43,6 +45,7 @@ class Distances:
         """Squared distances [steps, steps], over these tensors or over all."""
         gram = self.gram if names is None else np.sum([self.grams[name] for name in names], axis=0)
         sizes = np.diag(gram)
+        # |a - b|^2 = |a|^2 + |b|^2 - 2 a.b, which rounding can make a little less than zero.
         return np.maximum(sizes[:, None] + sizes[None] - 2 * gram, 0.0)
 
     def cosine(self, names: Sequence[str]) -> np.ndarray:
@@ -68,6 +71,7 @@ def usual_movement(squared: np.ndarray, chain: Sequence[int], lengths: np.ndarra
             return np.inf
         at = int(np.searchsorted(middle, (lengths[a] + lengths[b]) / 2))
         near = slice(max(0, at - WINDOW), at + WINDOW)
+        # A straight movement grows with the interval, a random walk with its root.
         ratio = max(lengths[b] - lengths[a], 0.0) / long[near]
         return float(np.median(far[near] * np.maximum(ratio, np.sqrt(ratio))))
 
@@ -106,6 +110,7 @@ def place_of(squared: np.ndarray, chain: Sequence[int], stranger: int) -> tuple[
             way = (squared[a, stranger] + squared[stranger, b]) / max(squared[a, b], 1e-300)
             if way < best:
                 best, where = way, (a, b)
+    # Twice what a random walk gives; see `DETOUR`.
     return where if best < 2.0 else None
 
 
@@ -140,12 +145,13 @@ def longest_path(chain: Sequence[int], fits: Callable[[int, int], bool]) -> tupl
     score: dict[int, float] = {}
     before: dict[int, tuple[int | None, bool]] = {}
     for at, b in enumerate(chain):
-        score[b], before[b] = 1.0, (None, False)
+        score[b], before[b] = 1.0, (None, False)  # a path may begin anywhere
         for a in reversed(chain[max(0, at - LOOK_BACK) : at]):
             if score[a] + 1 <= score[b]:
                 continue  # even unbroken no better than what is known
             broken = not fits(a, b)
             reached = score[a] + 1 - (BREAK if broken else 0)
+            # Of equally long paths the one over the nearest step stays, which was tried first.
             if reached > score[b] + 1e-9:
                 score[b], before[b] = reached, (a, broken)
     if not chain:

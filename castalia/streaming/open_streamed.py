@@ -41,6 +41,7 @@ def open_streamed(
     It raises CheckpointError for damage where it is found, and if all values must be `finite`, for others.
     """
     exact = checkpoint.config is not None and checkpoint.config.neox_exact
+    # Memory that the run takes for itself is lost to the page cache.
     past_cache = plan.bytes_per_pass > free_memory() - plan.budget
     return StreamedTransformer(
         cfg, units, plan, checkpoint.path, exact=exact, past_cache=past_cache, packing=packing, finite=finite

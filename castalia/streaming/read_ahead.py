@@ -81,6 +81,7 @@ class ReadAhead:
         if number in self.kept:
             self.current = self.kept[number]
         else:
+            # Asked for out of turn, as when a pass was left in the middle: what was being read is of no use.
             if not self.pending or self.pending[0].number != number:
                 self._discard()
                 self._begin(number)
@@ -123,12 +124,14 @@ class ReadAhead:
         arrival = Arrival(number, memory, unit.views(memory))
         if number not in self.sound:
             arrival.checks.enter_context(verifying(unit.tensors.values()))
+        # The largest first: begun last, it would keep one thread busy while the others wait.
         for name, view in sorted(arrival.views.items(), key=lambda item: -item[1].numel()):
             for task in tasks(unit.tensors[name], view, number in self.sound):
                 arrival.parts.append(self.readers.submit(read_in_pieces, *task))
         self.pending.append(arrival)
 
     def _finished(self, arrival: Arrival) -> Arrival:
+        # Checksums are compared on leaving, before anyone sees the values.
         with arrival.checks:
             for part in arrival.parts:
                 part.result()
@@ -138,6 +141,7 @@ class ReadAhead:
             self.sound.add(arrival.number)
         arrival.made = self.make(arrival.number, arrival.views) if self.make else arrival.views
         if arrival.number in self.stays:
+            # Without the memory itself: it lives on only if what was made of it still refers to it.
             self.kept[arrival.number] = Arrival(arrival.number, None, {}, arrival.made)
             return self.kept[arrival.number]
         return arrival
@@ -171,7 +175,7 @@ def tasks(ref: TensorRef, out: Tensor, verified: bool) -> list[tuple[TensorRef, 
     A tensor that is not verified yet is one part, because checksums are computed from beginning to end.
     """
     rows = len(out) if out.dim() else 0
-    share = -(-rows // READERS)
+    share = -(-rows // READERS)  # rounded up
     if not verified or out.nbytes < READERS * PIECE_BYTES or not is_read_in_rows(ref):
         return [(ref, out, 0)]
     return [(ref, out[start : start + share], start) for start in range(0, rows, share)]

@@ -22,7 +22,7 @@ def zeros_on_disk(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     Raises OSError where the disk is full.
     """
     folder = os.environ.get("TMPDIR") or (DISK if Path(DISK).is_dir() else tempfile.gettempdir())
-    size = max(1, prod(shape) * dtype.itemsize)
+    size = max(1, prod(shape) * dtype.itemsize)  # an empty file cannot be mapped
     with tempfile.TemporaryFile(dir=folder) as file, torch.inference_mode(False):
         os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here, not a signal later
         values = torch.from_numpy(np.frombuffer(mmap.mmap(file.fileno(), size), np.uint8))

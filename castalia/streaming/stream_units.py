@@ -33,7 +33,7 @@ class Unit:
         """Where each tensor begins and ends in a buffer."""
         places, end = {}, 0
         for name, ref in self.tensors.items():
-            begin = end + -end % PLACE
+            begin = end + -end % PLACE  # rounded up
             end = begin + prod(ref.shape) * self.dtypes[name].itemsize
             places[name] = begin, end
         return places
@@ -47,6 +47,7 @@ class Unit:
         """The tensors in a buffer of bytes."""
         with torch.inference_mode(False):  # in which threads may fill them
             return {
+                # [bytes] -> [values] -> the tensor's shape, all in the same memory
                 name: memory[begin:end].view(self.dtypes[name]).view(self.tensors[name].shape)
                 for name, (begin, end) in self.places.items()
             }
@@ -68,6 +69,7 @@ class ModelUnits:
         cast = [prod(ref.shape) for ref in in_blocks if held_dtype(ref, self.dtype) != self.dtype]
         largest_block = max(unit.num_bytes for unit in self.blocks)
         largest = max(ref.num_bytes for ref in in_blocks)
+        # Tensors whose rows lie scattered in the files are read whole, beside the buffer that they go to.
         moved = [ref.num_bytes for ref in (*in_blocks, *self.head.tensors.values()) if not is_read_in_rows(ref)]
         stacked = sum(prod(ref.shape) for name, ref in self.blocks[0].tensors.items() if row_of(name).tp_dim == 0)
         packed = packed_item * max(sum(prod(ref.shape) for ref in block.tensors.values()) for block in self.blocks)
@@ -95,6 +97,7 @@ def units_of(checkpoint: Checkpoint, cfg: ModelConfig, dtype: torch.dtype) -> Mo
         return Unit(chosen, {name: held_dtype(ref, dtype) for name, ref in chosen.items()})
 
     blocks = tuple(unit(n for n in refs if block_of(n) == layer) for layer in range(cfg.num_layers))
+    # A tied matrix has two uses: streamed whole as the head, and read by single rows as the embedding.
     head = () if cfg.reward_head else ("embed.weight" if cfg.tie_embeddings else "head.weight",)
     inside = {name for block in blocks for name in block.tensors}
     rest = [name for name in refs if name not in inside and not row_of(name).has_token_rows]

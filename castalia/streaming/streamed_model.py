@@ -57,6 +57,7 @@ class StreamedTransformer(Transformer):
         `advance` is called after each block of a pass.
         """
         with torch.device("meta"):
+            # There is no memory for all weights at once; they come in block by block.
             super().__init__(cfg, compute_dtype=torch.float32 if packing else units.dtype, exact=exact)
         self.packing = packing
         self.plan, self.advance = plan, advance
@@ -67,6 +68,7 @@ class StreamedTransformer(Transformer):
             use_scratch(block, self.scratch)
         for name, _ in list(self.named_parameters()):
             self.set_parameter(name, None)
+        # To the reader the head is one more unit, numbered after the last block.
         stays = [*plan.resident, *([cfg.num_layers] if plan.head_stays else [])]
         make = self.packed if packing else None
         parts = [*units.blocks, *([units.head] if units.head.tensors else [])]
@@ -165,6 +167,7 @@ class StreamedTransformer(Transformer):
         if weight.dtype == dtype:
             yield weight
             return
+        # The last slice takes the remainder along, and has up to twice as many rows.
         starts = range(0, max(1, len(weight) - HEAD_ROWS + 1), HEAD_ROWS)
         for start, stop in pairwise((*starts, len(weight))):
             yield self.scratch.cast(weight[start:stop], dtype)
@@ -195,14 +198,15 @@ class GatheredRows(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[...] -> [..., h], in the dtype in which they are held."""
-        wanted, places = tokens.cpu().unique(return_inverse=True)
+        wanted, places = tokens.cpu().unique(return_inverse=True)  # [ids], and of each token which of them
+        # One read for a run of near ids: the rows between them cost less than another read.
         ends = (wanted.diff() > NEAR_ROWS).nonzero().flatten() + 1
         runs = wanted.tensor_split(ends)
         read = [self.source.read([slice(int(run[0]), int(run[-1]) + 1)])[run - run[0]] for run in runs]
         rows = torch.cat(read).to(self.dtype)
         if self.where is not None:
             require_finite({"embed.weight": rows}, self.where)
-        return rows[places]
+        return rows[places]  # [ids, h] -> [..., h]
 
 
 class Scratch:
