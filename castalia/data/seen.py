@@ -172,7 +172,7 @@ def _candidates(corpus: SampledCorpus, by_document: dict[int, list[_Hit]]) -> np
     within = [
         bisect_right(index.bounds[low:high, 1], token) for low, high, token in zip(left, right, start, strict=True)
     ]
-    sample = left + within - 1
+    sample = left + np.array(within, np.int64) - 1
     # Neighbours share a token, so a hit that begins with the first token of a sample may end the one before.
     both = np.unique(np.concatenate([sample, sample - 1]))
     return both[(both >= 0) & (both < len(index.bounds) - 1)]

@@ -41,6 +41,17 @@ def as_tuples(places) -> list[tuple[int, int, int, int, int]]:
     return [(p.step, p.row, p.offset, p.document, p.start) for p in places]
 
 
+@example(
+    documents=["ab", "aa", "aa", "aa", "aa", "aa"],  # the one document with the text is not read by then
+    texts=["b"],
+    packing="pack_until_overflow",
+    length=3,
+    steps=1,
+    batch=1,
+    warmup=False,
+    parts=1,
+    block=5,
+)
 @given(
     documents=st.lists(st.text("ab", min_size=2, max_size=14), min_size=4, max_size=10),
     texts=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3, unique=True),
