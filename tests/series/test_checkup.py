@@ -131,6 +131,10 @@ def names_it(copy, sources: Sources, kind: str, change: Change, verdict: str, at
     assert all(text.startswith(verdict.format(at, other)) for text in found.values()), found
 
 
+at_all_places = pytest.mark.parametrize(
+    "place",
+    [pytest.param(p, id=f"at {p[0]}", marks=[pytest.mark.grid] * (p != PLACES[1])) for p in PLACES],
+)
 FAST = ("the weights of another step", "one block of another step", "no folder", "a scaled matrix")
 
 
@@ -140,14 +144,14 @@ def test_what_is_wrong_at_a_step_is_named(copy, sources, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", PLACES, ids=lambda place: f"at {place[0]}")
+@at_all_places
 @pytest.mark.parametrize("kind", [*IN_WEIGHTS, *ONLY_OURS])
 def test_whatever_is_wrong_is_named_wherever_it_is(copy, sources, kind, place):
     names_it(copy, sources, kind, *(IN_WEIGHTS | ONLY_OURS)[kind], *place)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", PLACES, ids=lambda place: f"at {place[0]}")
+@at_all_places
 @pytest.mark.parametrize("kind", IN_WEIGHTS)
 def test_weights_alone_show_it_too(copy, in_weights_alone, kind, place):
     names_it(copy, in_weights_alone, kind, *IN_WEIGHTS[kind], *place)
