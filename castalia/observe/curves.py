@@ -35,14 +35,17 @@ class Curve(NamedTuple):
     values: list[float]
 
 
+DRAWABLE = 1e100  # the difference of larger numbers, and so the length of an axis, may overflow
+
+
 def curve(records: Sequence[Mapping[str, Any]], name: str, x: X = "step") -> Curve:
-    """The values of one name, where they are finite, over `x`; `time` is in seconds of the steps alone."""
+    """The values of one name, where they can be drawn, over `x`; `time` is in seconds of the steps alone."""
     seconds = accumulate(record.get("seconds") or 0.0 for record in records) if x == "time" else iter(())
     places = seconds if x == "time" else (record.get(x) for record in records)
     points = [
         (place, value)
         for place, record in zip(places, records, strict=True)
-        if (value := record.get(name)) is not None and place is not None
+        if (value := record.get(name)) is not None and place is not None and max(abs(value), place) < DRAWABLE
     ]
     return Curve([place for place, _ in points], [value for _, value in points])
 

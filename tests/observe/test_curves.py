@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 
 from castalia.observe.curves import curve, loss_figure, loss_unit, smoothed, spans_decades, terminal_curves, ticks
@@ -64,3 +66,10 @@ def test_ticks_are_round_numbers_within_the_range():
     assert ticks(0.5, 1.0, 5) == pytest.approx([0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
     assert ticks(7, 7) == [7]
     assert ticks(1, 5, least=1.0) == [1, 2, 3, 4, 5]
+
+
+def test_values_that_no_axis_holds_are_left_out():
+    records = {"run": [{"step": step, "loss": loss} for step, loss in enumerate((2.0, 1e308, -1e308, 1.0), 1)]}
+    assert curve(records["run"], "loss").values == [2.0, 1.0]
+    loss_figure(records).savefig(io.BytesIO())
+    assert "loss" in terminal_curves(records, colored=False)
