@@ -28,6 +28,7 @@ VERBS = {
     "score": ("castalia.cli.score", "Score texts with a reward model, or by their log-probability."),
     "generate": ("castalia.cli.generate", "Write text with a checkpoint."),
     "chat": ("castalia.cli.chat", "Talk with a model in the terminal, by its chat template."),
+    "serve": ("castalia.cli.serve", "Serve checkpoints: OpenAI's interface, and a page to watch and compare them."),
     "data": ("castalia.cli.data", "Prepare corpora, inspect them, show what a step trains on."),
     "tokenizer": ("castalia.cli.tokenizer", "Train a tokenizer."),
     "config": ("castalia.cli.config", "Show, check, explain or convert configs."),

@@ -1,0 +1,100 @@
+"""The names by which checkpoints are asked for: `run@1000`, `run@latest`, or that of a folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from castalia.checkpoint.opener import detect, find_folder, find_steps
+from castalia.errors import CheckpointError, ConfigError
+
+DEPTH = 4  # folders below a given one that are looked into
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """A checkpoint that can be asked for."""
+
+    name: str
+    path: Path  # the folder of its files
+    source: str  # the name of the run or the folder that it belongs to
+    step: int | None = None  # None: the folder has one checkpoint, and no step in its name
+    base: str | None = None  # the model below an adapter
+
+
+class Catalogue:
+    """What lies below the given paths. Folders are looked at anew whenever it is asked."""
+
+    def __init__(self, paths: Sequence[str], adapters: Mapping[str, str] | None = None) -> None:
+        """`adapters`: folders of PEFT's by name. Raises CheckpointError where a path holds nothing to serve."""
+        self.paths = [find_root(path) for path in paths]
+        self.adapters = {name: str(find_folder(path)) for name, path in (adapters or {}).items()}
+        if not self.models() and not self.runs():
+            raise CheckpointError(f"{', '.join(paths)}: neither a checkpoint nor a run was found there")
+        names = [entry.name for entry in self.models()]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ConfigError(f"{', '.join(twice)}: several checkpoints have this name; serve a folder above them")
+
+    def folders(self) -> dict[str, Path]:
+        """The runs, folders of steps and single checkpoints, by name; those in progress without a checkpoint, too."""
+        found: dict[str, Path] = {}
+        for root in self.paths:
+            for folder in _below(root, DEPTH):
+                name = root.name if folder == root else str(folder.relative_to(root)).replace(os.sep, "/")
+                found.setdefault(name, folder)
+        return found
+
+    def runs(self) -> dict[str, Path]:
+        """The folders with a record of metrics, by name."""
+        return {name: folder for name, folder in self.folders().items() if (folder / METRICS).is_file()}
+
+    def models(self) -> list[ModelEntry]:
+        """Every checkpoint, in the order of folders and steps; `NAME@latest` is understood besides."""
+        entries = [entry for name, folder in self.folders().items() for entry in _entries(name, folder)]
+        only = entries[0].path if len({entry.source for entry in entries}) == 1 else None
+        base = str(only) if only else None
+        return [*entries, *(ModelEntry(name, Path(path), name, None, base) for name, path in self.adapters.items())]
+
+    def find(self, name: str) -> ModelEntry | None:
+        """The checkpoint of this name, which is looked up among the names and never opened as a path.
+
+        `NAME` and `NAME@latest` mean the newest step of a run. None for an unknown name.
+        """
+        entries = self.models()
+        source, _, step = name.rpartition("@")
+        if not source or step != "latest":
+            source = name
+        exact = next((entry for entry in entries if entry.name == name), None)
+        return exact or next((entry for entry in reversed(entries) if entry.source == source), None)
+
+
+def find_root(path: str) -> Path:
+    """An existing folder from a path or the id of a model on the hub. Raises CheckpointError for anything else."""
+    folder = Path(path).expanduser()
+    return folder.resolve() if folder.is_dir() else find_folder(path)
+
+
+def _below(folder: Path, depth: int) -> Iterator[Path]:
+    """The runs, folders of steps and checkpoints at a folder or below it; not what lies inside of one."""
+    if is_run(folder) or find_steps(folder) or detect(folder) is not None:
+        yield folder
+    elif depth:
+        inner = (entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        for entry in sorted(inner):
+            yield from _below(entry, depth - 1)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run, even if it has saved nothing so far."""
+    return (folder / METRICS).is_file() or (folder / "checkpoints").is_dir()
+
+
+def _entries(name: str, folder: Path) -> Iterable[ModelEntry]:
+    if steps := find_steps(folder):
+        return [
+            ModelEntry(f"{name}@{step}", path, name, step) for step, path in steps.items() if detect(path) is not None
+        ]
+    return [ModelEntry(name, folder, name)] if detect(folder) is not None else []
