@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from castalia.config.setting import Setting
-from castalia.config.yaml_files import Findings
+
+if TYPE_CHECKING:  # the command line reads these names at its start, and no YAML
+    from castalia.config.yaml_files import Findings
 
 TARGETS = "finetune.lora.targets"
 ALL = "all-linear"  # PEFT's word for all matrices of the blocks, which an empty list means here
