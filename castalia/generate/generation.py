@@ -118,7 +118,7 @@ def stream(
     """
     rows: list[GenerationRow] = []
     for prompt in prompts:
-        ids = _prompt_ids(model, tokenizer, prompt)
+        ids = checked_prompt(model, tokenizer, prompt)
         for _ in range(sampling.num_samples):
             rows.append(
                 GenerationRow(len(rows), list(ids), TextStream(tokenizer, [] if alone else ids, tuple(sampling.stop)))
@@ -203,7 +203,8 @@ def _prefill_chunks(prompts: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[i
     yield chunk
 
 
-def _prompt_ids(model: AnyModel, tokenizer: TextTokenizer, prompt: Prompt) -> list[int]:
+def checked_prompt(model: AnyModel, tokenizer: TextTokenizer, prompt: Prompt) -> list[int]:
+    """The ids of a prompt, of an empty one that of the end of a document. Raises DataError as `stream` does."""
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
     if not ids:
         if tokenizer.eod_id is None:

@@ -37,9 +37,9 @@ def _group_limit(file: str) -> int | None:
         return None
 
 
-def parse_memory(text: str) -> int:
-    """Bytes of `4GB`, `1.5 GiB` or `800M`. Raises ConfigError for anything else."""
+def parse_memory(text: str, option: str = "--memory") -> int:
+    """Bytes of `4GB`, `1.5 GiB` or `800M`. Raises ConfigError, with the option's name, for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.strip().lower())
     if not match or not (number := int(float(match[1]) * UNITS[match[2] or ""])):
-        raise ConfigError(f"--memory {text}: write an amount such as 4GB, 1.5GiB or 800MB")
+        raise ConfigError(f"{option} {text}: write an amount such as 4GB, 1.5GiB or 800MB")
     return number

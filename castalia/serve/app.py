@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from importlib.resources import files
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
@@ -12,23 +15,41 @@ from starlette.staticfiles import StaticFiles
 
 from castalia.serve.catalogue import Catalogue
 from castalia.serve.library import Library
+from castalia.serve.limits import Guard, Limits, answered, http_error
+from castalia.serve.openai_api import api_routes
 from castalia.serve.page_api import page_routes
 
 
-def build_app(catalogue: Catalogue, library: Library) -> Starlette:
-    """The server's application, for any ASGI server.
+def build_app(catalogue: Catalogue, library: Library, limits: Limits | None = None) -> Guard:
+    """The server's application, for any ASGI server, which closes the library when it ends.
 
     `/v1/...` OpenAI's interface; `/api/...` what the page asks for; the page's files at `/`.
     """
+    limits = limits or Limits()
 
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        library.close()
+
     page = str(files("castalia.serve") / "page")
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/health", health),
-            Mount("/api", routes=page_routes(catalogue, library)),
+            *map(_answering, api_routes(catalogue, library, limits)),
+            Mount("/api", routes=[_answering(route) for route in page_routes(catalogue, library)]),
             Mount("/", StaticFiles(directory=page, html=True)),
-        ]
+        ],
+        exception_handlers={HTTPException: http_error},
+        lifespan=lifespan,
     )
+    return Guard(app, limits)
+
+
+def _answering(route: Route) -> Route:
+    """The route, with errors as answers."""
+    methods = sorted((route.methods or set()) - {"HEAD"})
+    return Route(route.path, answered(route.endpoint), methods=methods)

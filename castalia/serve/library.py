@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import anyio
+import anyio.to_thread
 
 from castalia.checkpoint.opener import open_checkpoint
-from castalia.checkpoint.restore import load_tokenizer_for
+from castalia.checkpoint.restore import architecture, load_tokenizer_for, require_finite
 from castalia.checkpoint.tensors import Checkpoint
+from castalia.data.chat import Chat
 from castalia.data.tokenizer import Tokenizer
+from castalia.errors import CastaliaError, ConfigError
+from castalia.generate.dialogue import turn_ends
+from castalia.generate.packed_model import pack
 from castalia.loading import build_model
 from castalia.model.transformer import Transformer
+from castalia.plan.free_memory import SHARE, free_memory
+from castalia.plan.serve_plan import ROWS, ServingPlan, serving_plan
+from castalia.plan.stream_plan import PROGRAM_BYTES
 from castalia.serve.catalogue import ModelEntry
+from castalia.serve.engine import Engine, TextRow
+from castalia.serve.worker import Worker
+from castalia.train.hardware import choose_device, choose_dtype
+
+
+class Busy(CastaliaError):
+    """No room for another checkpoint while all that are loaded are in use."""
 
 
 @dataclass
@@ -26,35 +43,118 @@ class LoadedModel:
     checkpoint: Checkpoint
     model: Transformer
     tokenizer: Tokenizer
+    plan: ServingPlan
+    engine: Engine
+    chat: Chat | None  # None: its tokenizer has no chat template
+    turn_ends: tuple[str, ...]  # strings that end an answer
     users: int = 0  # leases that are out
+    note: str | None = None  # what the usage of each reply says
+    rendering: asyncio.Lock = field(default_factory=asyncio.Lock)  # of the chat template
 
 
 class Library:
-    """The loaded checkpoints."""
+    """The loaded checkpoints, and the thread that computes with them."""
 
-    def __init__(self, memory: int | None = None) -> None:
-        """`memory`: bytes for weights, keys and values; None: what is free."""
-        self.memory = memory
-        self.loaded: dict[str, LoadedModel] = {}  # by the path; the latest used comes last
-        self.lock = threading.Lock()
+    def __init__(self, memory: int | None = None, device: str = "auto") -> None:
+        """`memory`: bytes for weights, keys and values; None: a share of what is free."""
+        self.memory = memory or int(SHARE * free_memory())
+        self.device = choose_device(device)
+        self.loaded: dict[str, LoadedModel] = {}  # by path; the latest used comes last
+        self.lock = threading.Lock()  # of `loaded` and its counts of users
+        self.loading = threading.Lock()  # one checkpoint is loaded at a time
+        self.worker = Worker()
 
     @asynccontextmanager
     async def lease(self, entry: ModelEntry) -> AsyncIterator[LoadedModel]:
-        """A checkpoint, loaded if it is not, which stays in memory until the block ends."""
-        loaded = await anyio.to_thread.run_sync(self._load, entry)
-        loaded.users += 1
+        """A checkpoint, loaded if it is not, which stays in memory until the block ends.
+
+        Raises CheckpointError and DataError where it cannot be loaded, ConfigError where the memory is too small for
+        it, and Busy where others that are in use take the memory.
+        """
+        loaded = await anyio.to_thread.run_sync(self._taken, entry)
         try:
             yield loaded
         finally:
-            loaded.users -= 1
+            with self.lock:
+                loaded.users -= 1
+
+    def submit(self, loaded: LoadedModel, rows: list[TextRow]) -> None:
+        """Let the texts of one request be written."""
+        loaded.engine.submit(rows)
+        self.worker.wake()
+
+    async def compute(self, function: Callable[[], Any]) -> Any:
+        """The result of a function that runs between two steps, in the thread that computes."""
+        return await anyio.to_thread.run_sync(self.worker.call(function).result)
+
+    def close(self) -> None:
+        """End the thread that computes."""
+        self.worker.stop()
+
+    def _taken(self, entry: ModelEntry) -> LoadedModel:
+        key = str(entry.path)
+        if (loaded := self._found(key)) is not None:
+            return loaded
+        with self.loading:
+            if (loaded := self._found(key)) is not None:  # another request has loaded it meanwhile
+                return loaded
+            loaded = self._load(entry)
+            with self.lock:
+                loaded.users += 1
+                self.loaded[key] = loaded
+            self.worker.engines = [*self.worker.engines, loaded.engine]
+        return loaded
+
+    def _found(self, key: str) -> LoadedModel | None:
+        with self.lock:
+            if key not in self.loaded:
+                return None
+            loaded = self.loaded[key] = self.loaded.pop(key)  # the latest used one
+            loaded.users += 1
+            return loaded
 
     def _load(self, entry: ModelEntry) -> LoadedModel:
+        checkpoint = open_checkpoint(entry.path, base=entry.base) if entry.base else open_checkpoint(entry.path)
+        cfg, tokenizer = architecture(checkpoint), load_tokenizer_for(checkpoint)
+        if cfg.reward_head:
+            raise ConfigError(f"{entry.name} is a reward model: it judges texts and predicts no tokens")
+        cpu = self.device.type == "cpu"
+        dtype = choose_dtype("fp32" if cpu else "auto", self.device)
+        plan = serving_plan(cfg, dtype.itemsize, self.memory)
+        if plan is None:
+            raise ConfigError(
+                f"{entry.name} does not fit into {self.memory / 1e9:.3g} GB with the keys and values of one text; give "
+                "a larger --memory"
+            )
+        self._make_room(plan.total)
+        model = build_model(checkpoint, self.device, dtype)
+        require_finite(dict(model.named_parameters()), checkpoint.path)
+        if cpu:
+            pack(model, rows=ROWS)
+        chat, ends = _chat_of(tokenizer)
+        engine = Engine(model, tokenizer, plan)
+        return LoadedModel(entry, checkpoint, model, tokenizer, plan, engine, chat, ends)
+
+    def _make_room(self, needed: int) -> None:
+        """Drop checkpoints that nobody uses, the least used first. Raises Busy if that does not suffice."""
         with self.lock:
-            key = str(entry.path)
-            if key not in self.loaded:
-                checkpoint = open_checkpoint(key)
-                self.loaded[key] = LoadedModel(
-                    entry, checkpoint, build_model(checkpoint), load_tokenizer_for(checkpoint)
-                )
-            self.loaded[key] = self.loaded.pop(key)
-            return self.loaded[key]
+            idle = [key for key, loaded in self.loaded.items() if not loaded.users]
+            while idle and self.used + needed > self.memory:
+                dropped = self.loaded.pop(idle.pop(0))
+                self.worker.engines = [engine for engine in self.worker.engines if engine is not dropped.engine]
+            if self.used + needed > self.memory:
+                names = ", ".join(loaded.entry.name for loaded in self.loaded.values())
+                raise Busy(f"{names} are in use and leave no memory for another checkpoint; try again later")
+
+    @property
+    def used(self) -> int:
+        """Bytes of the memory that are taken."""
+        return PROGRAM_BYTES + sum(loaded.plan.total for loaded in self.loaded.values())
+
+
+def _chat_of(tokenizer: Tokenizer) -> tuple[Chat | None, tuple[str, ...]]:
+    template = tokenizer.folder.template
+    if template is None:
+        return None, ()
+    chat = Chat(template, tuple(tokenizer.folder.special.items()))
+    return chat, turn_ends(chat, tokenizer)

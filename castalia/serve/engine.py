@@ -1,0 +1,321 @@
+"""Continuous batching: texts join and leave the batch of a model at any step.
+
+submit -> waiting, by request -> filling: a chunk of a prompt in turn -> writing: one token for all in each step
+             |                        |                                       |
+       a slot and room for      chunks that others have            log-probabilities, choice of a token,
+       keys and values          computed are copied                text -> Drawn, to whoever asked
+
+A text is the same bits whatever else runs: prompts are cut at the same places and each chunk runs by itself, attention
+runs row by row, and batches have only widths in which the other kernels give a row the same bits (`exact_widths`).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from castalia.checkpoint.restore import require_finite
+from castalia.data.tokenizer import Tokenizer
+from castalia.errors import CastaliaError, CheckpointError
+from castalia.generate.generation import GenerationRow
+from castalia.generate.kv_cache import KVCache
+from castalia.generate.sampling import Noise, choose
+from castalia.generate.text_stream import TextStream
+from castalia.model.transformer import Transformer
+from castalia.plan.serve_plan import CHUNK_TOKENS, ROWS, ServingPlan
+from castalia.serve.slot_batch import SlotBatch, exact_widths
+
+WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, ROWS)
+
+
+class TokenScore(NamedTuple):
+    """The log-probability of a token in nats, its rank from 1, and the likeliest tokens with theirs."""
+
+    token: int
+    log_prob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
+
+
+class Drawn(NamedTuple):
+    """A token that was written, with the text that can be shown now. The last one of a text says why it ends."""
+
+    token: int | None  # None: the text ends without a token
+    text: str
+    score: TokenScore | None
+    finish_reason: str | None
+
+
+class PromptScores(NamedTuple):
+    """The scores of some of a prompt's tokens, in their order; the first token of all has none."""
+
+    scores: list[TokenScore]
+
+
+class Failed(NamedTuple):
+    """A text that cannot be written, and why."""
+
+    message: str
+
+
+Event = Drawn | PromptScores | Failed
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """How a text is written. Scores are the model's own, before temperature, bias and penalties."""
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 0.0
+    seed: int = 0
+    number: int = 0  # of several texts of one prompt and seed
+    stop: tuple[str, ...] = ()
+    bias: Mapping[int, float] = field(default_factory=dict)  # by token
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    top: int | None = None  # how many likely tokens are told of each new token; None: no scores
+    prompt_top: int | None = None  # the same of the prompt's
+
+
+class TextRow:
+    """A text that is waited for, and what it has come to."""
+
+    def __init__(self, prompt: Sequence[int], options: TextOptions, tell: Callable[[Event], None]) -> None:
+        """`tell` is called in the engine's thread."""
+        self.prompt, self.options, self.tell = list(prompt), options, tell
+        self.cancelled = False  # set by whoever asked, from any thread
+        self.cache: KVCache | None = None
+        self.text: GenerationRow | None = None
+        self.noise: Noise | None = None
+        self.counts: dict[int, int] = {}  # of each token in the text
+        self.token = 0  # the last one, which the model has not seen
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the model sees: the last one is never read."""
+        return len(self.prompt) + max(0, self.options.max_tokens - 1)
+
+
+class Prefixes:
+    """Chunks of prompts that were computed, by all tokens up to their end; the least used ones are dropped."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget, self.bytes = budget, 0
+        self.chunks: OrderedDict[bytes, tuple[list[tuple[Tensor, Tensor]], Tensor]] = OrderedDict()
+
+    def find(self, key: bytes) -> tuple[list[tuple[Tensor, Tensor]], Tensor] | None:
+        """Keys and values of each layer [1, kv, t, d], and final hidden states [t, h]."""
+        if key in self.chunks:
+            self.chunks.move_to_end(key)
+        return self.chunks.get(key)
+
+    def add(self, key: bytes, layers: list[tuple[Tensor, Tensor]], hidden: Tensor) -> None:
+        """Keep a chunk if there is room for it at all."""
+        size = _bytes(layers, hidden)
+        if size > self.budget:
+            return
+        self.chunks[key] = layers, hidden
+        self.bytes += size
+        while self.bytes > self.budget:
+            _, oldest = self.chunks.popitem(last=False)
+            self.bytes -= _bytes(*oldest)
+
+
+def _bytes(layers: Sequence[tuple[Tensor, Tensor]], hidden: Tensor) -> int:
+    return sum(k.nbytes + v.nbytes for k, v in layers) + hidden.nbytes
+
+
+class Engine:
+    """The texts of one model. All methods but `submit` are called by one thread."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, plan: ServingPlan) -> None:
+        """Raises CheckpointError where the model's values are not finite."""
+        self.model, self.tokenizer, self.plan = model, tokenizer, plan
+        self.vocab_size = min(model.cfg.vocab_size or tokenizer.vocab_size, tokenizer.vocab_size)  # no padding
+        self.inbox: deque[Sequence[TextRow]] = deque()
+        self.waiting: deque[deque[TextRow]] = deque()  # of each request
+        self.filling: deque[TextRow] = deque()
+        self.writing: list[TextRow] = []
+        self.prefixes = Prefixes(plan.prefix_budget)
+        self.counters = {"prompt_tokens": 0, "prefix_tokens": 0, "generated_tokens": 0, "steps": 0}
+        with torch.inference_mode():
+            self.widths = exact_widths(model, WIDTHS)
+
+    def submit(self, rows: Sequence[TextRow]) -> None:
+        """Take the texts of one request in, from any thread."""
+        self.inbox.append(rows)
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self.inbox or self.waiting or self.filling or self.writing)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes that are reserved for the texts in work."""
+        return sum(row.capacity for row in (*self.filling, *self.writing)) * self.plan.kv_each
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """A chunk of one prompt, and a token for every text that is being written."""
+        while self.inbox:
+            self.waiting.append(deque(self.inbox.popleft()))
+        self._drop_cancelled()
+        self._admit()
+        if self.filling:
+            self._fill(self.filling.popleft())
+        if self.writing:
+            self._write()
+
+    def fail(self, message: str) -> None:
+        """End all texts with this message."""
+        rows = [row for request in (*self.inbox, *self.waiting) for row in request]
+        for row in (*rows, *self.filling, *self.writing):
+            row.tell(Failed(message))
+        for queue in (self.inbox, self.waiting, self.filling, self.writing):
+            queue.clear()
+
+    def _drop_cancelled(self) -> None:
+        self.writing = [row for row in self.writing if not row.cancelled]
+        if any(row.cancelled for row in self.filling):
+            self.filling = deque(row for row in self.filling if not row.cancelled)
+        for request in self.waiting:
+            while request and request[0].cancelled:
+                request.popleft()
+        if any(not request for request in self.waiting):
+            self.waiting = deque(request for request in self.waiting if request)
+
+    def _admit(self) -> None:
+        """Give free slots to the requests in turn, a text each. The next one waits for its room; none overtakes it."""
+        while self.waiting and len(self.filling) + len(self.writing) < self.widths[-1]:
+            request = self.waiting[0]
+            row = request[0]
+            if self.kv_bytes + row.capacity * self.plan.kv_each > self.plan.row_budget:
+                return
+            request.popleft()
+            self.waiting.rotate(-1)
+            if not request:
+                self.waiting.pop()
+            row.cache = KVCache(1, row.capacity, self.model.device)
+            words = TextStream(self.tokenizer, row.prompt, row.options.stop)
+            row.text = GenerationRow(row.options.number, list(row.prompt), words)
+            if row.options.temperature:
+                row.noise = Noise(row.options.seed, [row.options.number], self.model.device)
+            self.filling.append(row)
+
+    def _fill(self, row: TextRow) -> None:
+        """The next chunk of a prompt, computed or copied; after the last one, the first token."""
+        cache = row.cache
+        assert cache is not None
+        start = cache.length
+        stop = min(start + CHUNK_TOKENS, len(row.prompt))
+        key = blake2b(np.asarray(row.prompt[:stop], np.int64).tobytes(), digest_size=32).digest()
+        known = self.prefixes.find(key)
+        if known is None:
+            tokens = torch.tensor([row.prompt[start:stop]], device=self.model.device)
+            hidden = self.model.hidden(tokens, cache=cache)[0]  # [t, h]
+            chunk = [(k[:, :, start:stop].clone(), v[:, :, start:stop].clone()) for k, v in cache.layers.values()]
+            self.prefixes.add(key, chunk, hidden)
+        else:
+            layers, hidden = known
+            for layer, (k, v) in enumerate(layers):
+                keys, values = cache.layer(layer, k)
+                keys[:, :, start:stop], values[:, :, start:stop] = k, v
+            cache.reserve(stop - start)
+            cache.advance(stop - start)
+            self.counters["prefix_tokens"] += stop - start
+        self.counters["prompt_tokens"] += stop - start
+        try:
+            if row.options.prompt_top is not None:
+                row.tell(PromptScores(self._prompt_scores(row, hidden, start)))
+            if stop < len(row.prompt):
+                self.filling.append(row)
+            elif not row.options.max_tokens:
+                row.tell(Drawn(None, "", None, "length"))
+            elif self._take(row, self.model.logits(hidden[-1:])):
+                self.writing.append(row)
+        except CastaliaError as error:
+            row.tell(Failed(str(error)))
+
+    def _prompt_scores(self, row: TextRow, hidden: Tensor, start: int) -> list[TokenScore]:
+        """The scores of the tokens after those of a chunk, of which the prompt has none after its last."""
+        targets = row.prompt[start + 1 : start + 1 + len(hidden)]
+        logits = self._checked(self.model.logits(hidden[: len(targets)]))
+        return self._scores(logits, targets, row.options.prompt_top or 0)
+
+    def _scores(self, logits: Tensor, tokens: Sequence[int], top: int) -> list[TokenScore]:
+        """Of one token for each row of logits [rows, V]."""
+        if not tokens:
+            return []
+        log_probs = logits.float().log_softmax(dim=-1)
+        own = log_probs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])  # [rows, 1]
+        ranks = (log_probs > own).sum(dim=1) + 1
+        values, ids = log_probs.topk(min(top, log_probs.shape[1]))
+        parts = (own[:, 0].tolist(), ranks.tolist(), values.tolist(), ids.tolist())
+        return [
+            TokenScore(token, value, rank, tuple(zip(likely, scores, strict=True)))
+            for token, value, rank, scores, likely in zip(tokens, *parts, strict=True)
+        ]
+
+    def _write(self) -> None:
+        rows = self.writing
+        width = next(width for width in self.widths if width >= len(rows))
+        tokens = [row.token for row in rows] + [0] * (width - len(rows))
+        batch = SlotBatch(self.model, [row.cache for row in rows if row.cache], width)
+        hidden = self.model.hidden(torch.tensor(tokens, device=self.model.device)[:, None], cache=batch)[:, 0]
+        logits = self.model.logits(hidden)  # [width, V]
+        self.counters["steps"] += 1
+        self.writing = []
+        for number, row in enumerate(rows):
+            try:
+                if self._take(row, logits[number : number + 1]):
+                    self.writing.append(row)
+            except CastaliaError as error:
+                row.tell(Failed(str(error)))
+
+    def _take(self, row: TextRow, logits: Tensor) -> bool:
+        """Choose the next token of a text from logits [1, V], and tell it. Whether the text goes on."""
+        options, text = row.options, row.text
+        assert text is not None
+        logits = self._checked(logits)
+        allowed = logits[:, : self.vocab_size]
+        changed = self._changed(row, allowed)
+        token = int(choose(changed, row.noise, options.temperature, options.top_k, options.top_p))
+        score = None if options.top is None else self._scores(logits, [token], options.top)[0]
+        piece = text.take(token, self.tokenizer.end_ids, options.max_tokens)
+        row.token = token
+        row.counts[token] = row.counts.get(token, 0) + 1
+        self.counters["generated_tokens"] += 1
+        row.tell(Drawn(token, piece.text, score, piece.finish_reason))
+        return not piece.last
+
+    def _changed(self, row: TextRow, logits: Tensor) -> Tensor:
+        """Logits [1, V] with the bias and the penalties that were asked for."""
+        options = row.options
+        changes = dict(options.bias)
+        if options.presence_penalty or options.frequency_penalty:
+            for token, number in row.counts.items():
+                penalty = options.presence_penalty + number * options.frequency_penalty
+                changes[token] = changes.get(token, 0.0) - penalty
+        if not changes:
+            return logits
+        logits = logits.float().clone()
+        logits[0, torch.tensor(list(changes), device=logits.device)] += torch.tensor(
+            list(changes.values()), dtype=torch.float32, device=logits.device
+        )
+        return logits
+
+    def _checked(self, logits: Tensor) -> Tensor:
+        if not bool(logits.isfinite().all()):
+            require_finite(dict(self.model.named_parameters()), "the model")
+            raise CheckpointError("the model's logits are NaN or infinite though its weights are not")
+        return logits

@@ -1,0 +1,92 @@
+"""Texts of different lengths that take one step together, each with keys and values of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from castalia.generate.kv_cache import KVCache
+from castalia.model.positions import score_bias, visible
+from castalia.model.transformer import Transformer
+
+
+class SlotBatch:
+    """A `castalia.model.attention.Cache` of one new token for each row, and of rows that only pad the batch.
+
+    Attention runs row by row over exactly the keys of that row, so no text depends on the lengths of the others.
+    """
+
+    gaps, grows = False, True
+
+    def __init__(self, model: Transformer, caches: Sequence[KVCache], width: int) -> None:
+        """`caches` have one row each. `width`: rows of the batch; those after the caches are padding."""
+        self.model, self.caches = model, caches
+        lengths = [cache.length for cache in caches]
+        self.end = max(lengths) + 1
+        places = torch.tensor([*lengths, *[0] * (width - len(caches))], device=model.device)
+        self.keys = places[:, None]  # [width, 1]: of the new tokens alone, since each row masks its own
+        self.biases: list[Tensor | None] = []  # of each row, the same in all layers
+
+    def reserve(self, count: int) -> Tensor:
+        """The places of the new tokens: [width, 1]."""
+        for cache in self.caches:
+            cache.reserve(count)
+        return self.keys
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """Attention of each row to its own tokens: q [width, n, 1, d] -> the same shape, 0 for padding."""
+        choice, _ = options.pop("choice"), options.pop("bias")
+        if not self.biases:
+            self.biases = [self._bias(cache, q) for cache in self.caches]
+        outputs = torch.zeros_like(q)
+        for row, (cache, bias) in enumerate(zip(self.caches, self.biases, strict=True)):
+            kernel = choice if bias is None else self.model.choice(q, "bias", self)
+            own = slice(row, row + 1)
+            outputs[own] = cache.attend(layer, q[own], k[own], v[own], choice=kernel, bias=bias, **options)
+        return outputs
+
+    def advance(self, count: int) -> None:
+        """Note that every row has one token more."""
+        for cache in self.caches:
+            cache.advance(count)
+
+    def _bias(self, cache: KVCache, q: Tensor) -> Tensor | None:
+        """ALiBi's distances, or a window that hides early keys: [1, 1 or n, 1, k]."""
+        window = self.model.cfg.sliding_window
+        if self.model.alibi is None and (window is None or cache.end <= window + 1):
+            return None
+        own, keys = cache.places[:, cache.length : cache.end], cache.places[:, : cache.end]
+        return score_bias(own, keys, visible(own, keys, window), self.model.alibi, q.dtype)
+
+
+def exact_widths(model: Transformer, widths: Sequence[int]) -> list[int]:
+    """The widths of a batch in which a row gets the same bits, wherever it stands and however many there are.
+
+    Kernels add in an order that depends on the number of rows, a vector for instance in another than a matrix, so it
+    is tried out: a text takes one step in batches of each width, and the largest set of widths that agree is returned.
+    Raises ConfigError as the model does.
+    """
+    found: dict[bytes, list[int]] = {}
+    size = model.cfg.vocab_size or model.cfg.padded_vocab_size
+    tokens = [(7919 * place + 11) % size for place in range(4)]
+    for width in sorted(widths):
+        cache = KVCache(1, len(tokens), model.device)
+        model.hidden(torch.tensor([tokens[:-1]], device=model.device), cache=cache)
+        batch = SlotBatch(model, [_same(cache) for _ in range(width)], width)
+        hidden = model.hidden(torch.tensor([[tokens[-1]]] * width, device=model.device), cache=batch)[:, 0]
+        logits = model.logits(hidden).float().cpu()  # [width, V]
+        if all(torch.equal(row, logits[0]) for row in logits):
+            found.setdefault(logits[0].numpy().tobytes(), []).append(width)
+    # Of sets that are equally large, the one with the widest batch.
+    return max(found.values(), key=lambda same: (len(same), same[-1]))
+
+
+def _same(cache: KVCache) -> KVCache:
+    """Another cache with copies of the keys and values."""
+    copy = KVCache(1, cache.capacity, cache.places.device)
+    copy.layers = {layer: (k.clone(), v.clone()) for layer, (k, v) in cache.layers.items()}
+    copy.length = copy.end = cache.length
+    return copy
