@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from castalia.checkpoint.opener import open_checkpoint
-from castalia.checkpoint.restore import LoadReport, architecture, load_shards, load_tokenizer_for
+from castalia.checkpoint.restore import LoadReport, architecture, load_shards, load_tokenizer_for, require_finite
 from castalia.checkpoint.tensors import Checkpoint, Shard
-from castalia.config.schema import TokenizerConfig
+from castalia.config.schema import CompleteConfig, DataConfig, ParallelConfig, TokenizerConfig
 from castalia.data.tokenizer import Tokenizer, load_tokenizer
 from castalia.model.transformer import Transformer
+from castalia.parallel.rank_grid import check_run, layout
+from castalia.parallel.rendezvous import world_size
+
+if TYPE_CHECKING:
+    from castalia.parallel.inference import SplitModel
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Transformer:
@@ -56,3 +62,31 @@ def build_model(
 def load_weights(model: Transformer, checkpoint: Checkpoint) -> LoadReport:
     """Fill every parameter of a whole model. Errors as for `load_shards`."""
     return load_shards({name: Shard.whole(p) for name, p in model.named_parameters()}, model.cfg, checkpoint)
+
+
+def split_config(checkpoint: Checkpoint, tp: int, pp: int, world: int, seq_length: int | None = None) -> CompleteConfig:
+    """A config that says how the checkpoint's model lies on `world` ranks. ConfigError where it cannot."""
+    model = architecture(checkpoint)
+    config = CompleteConfig(
+        model=model,
+        parallel=ParallelConfig(tp=tp, pp=pp),
+        data=DataConfig(seq_length=seq_length or model.max_positions or 1),
+        neox_exact=checkpoint.config is not None and checkpoint.config.neox_exact,
+    )
+    check_run(config, world)
+    return config
+
+
+def load_split(checkpoint: Checkpoint, tp: int, pp: int, dtype: torch.dtype, device: torch.device) -> SplitModel:
+    """This process's part of the checkpoint's model, for writing and for log-probabilities."""
+    # Here because meshes and shards take a second to import.
+    from castalia.parallel.inference import SplitModel
+    from castalia.parallel.shards import part
+
+    config = split_config(checkpoint, tp, pp, world_size())
+    model = SplitModel(config.model, layout(config.parallel, world_size()), dtype, device, config.neox_exact)
+    # The local tensor, the whole shape, and where the one begins in the other.
+    shards = {name: Shard(*part(parameter)[:3]) for name, parameter in model.stage.named_parameters()}
+    load_shards(shards, config.model, checkpoint)
+    require_finite({name: shard.tensor for name, shard in shards.items()}, checkpoint.path)
+    return model

@@ -210,6 +210,12 @@ def load_tokenizer_for(checkpoint: Checkpoint, path: str | None = None) -> Token
     return load_tokenizer(settings, neox=neox, model=model_folder(checkpoint))
 
 
+def find_tokenizer(checkpoint: Checkpoint, path: str | None) -> Tokenizer | None:
+    """The one that is asked for, else the checkpoint's; None where it names none."""
+    named = checkpoint.config.tokenizer if checkpoint.config else None
+    return load_tokenizer_for(checkpoint, path) if path or (named and (named.path or named.kind)) else None
+
+
 def _require_fit(
     expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, TensorRef], vocab_size: int | None, where: str
 ) -> tuple[str, ...]:

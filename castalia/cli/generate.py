@@ -437,9 +437,8 @@ def load_writer(
     import torch
 
     from castalia.checkpoint.restore import require_finite
-    from castalia.cli.ranks import load_split
     from castalia.generate.packed_model import pack
-    from castalia.loading import build_model
+    from castalia.loading import build_model, load_split
     from castalia.train.hardware import choose_device
 
     place, int8 = choose_device(device), dtype == "int8"

@@ -206,7 +206,7 @@ def evaluate(
 
     The next step loads while one is evaluated; equal weights are evaluated once. What was interrupted goes on.
     """
-    from castalia.cli.evaluate import find_tokenizer
+    from castalia.checkpoint.restore import find_tokenizer
     from castalia.cli.render import progress
     from castalia.errors import ConfigError
     from castalia.figures import check_picture, write_picture
@@ -247,11 +247,11 @@ def _task_rows(
     members: list[Member], tasks: str, limit: int | None, tokenizer: str | None, output: Path, as_json: bool
 ) -> list[dict[str, Any]]:
     from castalia.cli.render import progress
-    from castalia.cli.tasks import needs_lm_eval, open_task_model
+    from castalia.cli.tasks import needs_lm_eval, open_for_tasks
 
     needs_lm_eval()
     from castalia.series.task_scores import task_scores
-    from castalia.tasks.task_run import TaskOptions, names_of
+    from castalia.tasks.task_options import TaskOptions, names_of
 
     options = TaskOptions(names_of([tasks]), limit=limit)
     with progress(shown=not as_json) as advance:
@@ -259,7 +259,7 @@ def _task_rows(
             members,
             options,
             output,
-            lambda checkpoint: open_task_model(checkpoint, [], tokenizer)[0],
+            lambda checkpoint: open_for_tasks(checkpoint, tokenizer)[0],
             lambda total: _counted(advance, total),
         )
 
@@ -299,7 +299,7 @@ def memorise(
 
     One pass over a sequence tells whether greedy decoding would reproduce it. What was interrupted goes on.
     """
-    from castalia.cli.evaluate import find_tokenizer
+    from castalia.checkpoint.restore import find_tokenizer
     from castalia.cli.render import progress
     from castalia.config.schema import RunConfig
     from castalia.series.members import parse_steps

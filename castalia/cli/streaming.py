@@ -186,6 +186,13 @@ def _plan_row(plan: StreamPlan, rates: Sequence[float], flops: float | None) -> 
 
 
 @contextmanager
+def blocks_watched(model: StreamedTransformer, passes: int) -> Iterator[None]:
+    """A bar over the blocks of so many passes."""
+    with progress(passes * model.cfg.num_layers) as model.advance:
+        yield
+
+
+@contextmanager
 def block_progress(model: StreamedTransformer | None, passes: int | None = None) -> Iterator[None]:
     """A bar over the blocks of so many passes, where it does not come between pieces of text on the same terminal."""
     if model is None:

@@ -6,16 +6,35 @@ import sys
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from castalia.strict_json import to_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from castalia.checkpoint.tensors import Checkpoint
     from castalia.tasks.harness import TaskModel
-    from castalia.tasks.task_run import TaskOptions
+    from castalia.tasks.task_options import TaskOptions
+
+TasksOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME,NAME...|FILE.yaml",
+        help="instead: tasks of lm-eval; castalia_demo is a group that needs no network",
+    ),
+]
+ShotsOption = Annotated[int | None, typer.Option(min=0, help="examples before each question; default: the task's")]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="questions of each task, the first ones")]
+OutputOption = Annotated[
+    Path | None,
+    typer.Option(help="write the tasks' results to this file, as lm-eval does; answers are kept while it runs"),
+]
+SamplesOption = Annotated[bool, typer.Option("--samples", help="every question and answer in the output, too")]
+ChatOption = Annotated[bool, typer.Option("--chat", help="ask tasks in the tokenizer's chat template")]
+UnsafeOption = Annotated[bool, typer.Option("--unsafe-code", help="run tasks that execute what the model writes")]
 
 
 def needs_lm_eval() -> None:
@@ -29,35 +48,25 @@ def needs_lm_eval() -> None:
 
 
 def evaluate_tasks(
-    path: str,
-    overrides: Sequence[str],
-    options: dict[str, Any],
+    checkpoint: Checkpoint,
+    options: TaskOptions,
     *,
     tokenizer: str | None = None,
-    step: int | None = None,
     tp: int = 1,
     pp: int = 1,
-    nproc: int | None = None,
     output: Path | None = None,
     as_json: bool = False,
 ) -> None:
-    """Run tasks and print their table; write the results to `output`. `options` are the fields of TaskOptions."""
-    from castalia.cli.opening import open_and_tell
-    from castalia.cli.ranks import start_processes
-    from castalia.files import write_text
-    from castalia.parallel.process_group import is_main, process_group
-    from castalia.train.hardware import choose_device
-
+    """Run tasks on all ranks together and print their table; write the results to `output`."""
     needs_lm_eval()
-    from castalia.tasks.task_run import TaskOptions, names_of, run_tasks, table
+    from castalia.files import write_text
+    from castalia.parallel.process_group import is_main
+    from castalia.tasks.task_run import provenance, run_tasks, table
 
-    world = start_processes(tp, pp, nproc)
-    asked = TaskOptions(**options | {"tasks": names_of(options["tasks"])})
-    with process_group(choose_device("auto").type):
-        checkpoint = open_and_tell(path, step=step)
-        model, facts = open_task_model(checkpoint, list(overrides), tokenizer, tp, pp, world)
-        with _kept_answers(output, facts, asked, world) as cache:
-            results = run_tasks(model, asked, cache)
+    model, precision = open_for_tasks(checkpoint, tokenizer, tp, pp)
+    facts = provenance(checkpoint, model, precision)
+    with _kept_answers(output, facts, options) as cache:
+        results = run_tasks(model, options, cache)
     if not is_main():
         return
     text = to_json(results | {"castalia": facts}, default=str, indent=2, ensure_ascii=False)
@@ -66,55 +75,41 @@ def evaluate_tasks(
     print(text if as_json else table(results))
 
 
-def open_task_model(
-    checkpoint: Checkpoint, overrides: list[str], tokenizer: str | None, tp: int = 1, pp: int = 1, world: int = 1
-) -> tuple[TaskModel, dict[str, Any]]:
-    """The checkpoint's model as lm-eval asks it, and which weights, tokenizer and versions it consists of.
+def open_for_tasks(
+    checkpoint: Checkpoint, tokenizer: str | None = None, tp: int = 1, pp: int = 1
+) -> tuple[TaskModel, str]:
+    """The checkpoint's model as lm-eval asks it, with a bar over the answers, and the name of its precision.
 
-    On CPUs in fp32 unless `precision.compute` is among the overrides: scores are then those of the stored weights.
+    On CPUs in fp32 unless the command line gives `precision.compute`: scores are then those of the stored weights.
     """
-    from castalia.checkpoint.restore import load_tokenizer_for, require_finite
-    from castalia.cli.evaluate import overlaid
-    from castalia.cli.ranks import load_split
     from castalia.cli.render import watched
-    from castalia.loading import build_model
+    from castalia.config.schema import RunConfig
     from castalia.parallel.process_group import is_main
-    from castalia.tasks.harness import TaskModel
-    from castalia.tasks.task_run import provenance
-    from castalia.train.hardware import DTYPES, choose_device, choose_dtype
+    from castalia.tasks.task_run import open_task_model
+    from castalia.train.hardware import choose_device, choose_dtype, name_of
 
-    checkpoint, config = overlaid(checkpoint, overrides)
+    config = checkpoint.config or RunConfig()
     device = choose_device(config.train.device)
-    chosen = any(word.startswith("precision.compute=") for word in overrides)
+    chosen = config.origins.get("precision.compute", "").startswith("command line")
     dtype = choose_dtype(config.precision.compute if chosen or device.type != "cpu" else "fp32", device)
-    words = load_tokenizer_for(checkpoint, tokenizer)
-    if world > 1 and tp * pp > 1:
-        network: Any = load_split(checkpoint, tp, pp, dtype, device)
-    else:
-        network = build_model(checkpoint, device, dtype)
-        require_finite(dict(network.named_parameters()), checkpoint.path)
-
     screen = sys.stderr  # lm-eval's lines and bars are kept from it
 
     def bar(items: Any, size: Any, total: int) -> Iterator[Any]:
         return watched(items, size, total, shown=is_main(), screen=screen)
 
-    model = TaskModel(network, words, shared=world > 1 and tp * pp == 1, watch=bar)
-    precision = next(name for name, number in DTYPES.items() if number == dtype)
-    return model, provenance(checkpoint, model, precision)
+    return open_task_model(checkpoint, dtype, device, tokenizer, tp, pp, bar), name_of(dtype)
 
 
 @contextmanager
-def _kept_answers(
-    output: Path | None, facts: dict[str, Any], options: TaskOptions, world: int
-) -> Iterator[Path | None]:
+def _kept_answers(output: Path | None, facts: dict[str, Any], options: TaskOptions) -> Iterator[Path | None]:
     """Where answers are kept until the results are there, so that the same command again goes on.
 
     Beside the output, by the digests of weights and tokenizer; nowhere without an output or with several processes.
     """
     from castalia.files import UNFINISHED, remove, workplace
+    from castalia.parallel.rendezvous import world_size
 
-    if output is None or world > 1:
+    if output is None or world_size() > 1:
         yield None
         return
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,8 @@ from castalia.series.members import Member
 from castalia.series.resuming import Advance, identity_of, work_through
 from castalia.series.tensor_stats import journal_of
 from castalia.tasks.harness import TaskModel
-from castalia.tasks.task_run import TaskOptions, run_tasks, weights_digest
+from castalia.tasks.task_options import TaskOptions
+from castalia.tasks.task_run import run_tasks, weights_digest
 
 
 def task_scores(

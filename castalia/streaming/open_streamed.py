@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import torch
 
+from castalia.checkpoint.restore import architecture
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.schema import ModelConfig
 from castalia.errors import ConfigError
+from castalia.parallel.rendezvous import world_size
 from castalia.plan.free_memory import SHARE, free_memory
-from castalia.plan.stream_plan import StreamedWork, StreamPlan, memory_without_streaming
-from castalia.streaming.stream_units import ModelUnits
-from castalia.streaming.streamed_model import Packing, StreamedTransformer
+from castalia.plan.stream_plan import (
+    EvaluationShape,
+    StreamedWork,
+    StreamPlan,
+    evaluation_work,
+    memory_without_streaming,
+    plan_evaluation,
+)
+from castalia.streaming.stream_units import ModelUnits, units_of
+from castalia.streaming.streamed_model import Packing, StreamedExecutor, StreamedTransformer
 
 
 def budget_for(model: ModelConfig, work: StreamedWork, element_bytes: int, memory: int | None) -> int | None:
@@ -46,3 +55,26 @@ def open_streamed(
     return StreamedTransformer(
         cfg, units, plan, checkpoint.path, exact=exact, past_cache=past_cache, packing=packing, finite=finite
     )
+
+
+def streamed_executor(
+    checkpoint: Checkpoint,
+    shape: EvaluationShape,
+    dtype: torch.dtype,
+    device: torch.device,
+    memory: int | None,
+    fewer_rows: bool,
+) -> StreamedExecutor | None:
+    """The model with one block at a time in memory, if `memory` is given or it does not fit; else None.
+
+    `fewer_rows`: micro-batches may have fewer windows than the shape says.
+    """
+    if world_size() > 1 or not require_cpu(device, memory):
+        return None
+    model = architecture(checkpoint)
+    budget = budget_for(model, evaluation_work(model, shape, dtype.itemsize), dtype.itemsize, memory)
+    if budget is None:
+        return None
+    units = units_of(checkpoint, model, dtype)
+    plan, shape = plan_evaluation(units.sizes(), model, shape, dtype.itemsize, budget, fewer_rows)
+    return StreamedExecutor(open_streamed(checkpoint, model, units, plan), shape.rows)

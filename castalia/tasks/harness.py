@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -13,13 +13,13 @@ from castalia.data.chat import Chat, renderer
 from castalia.data.tokenizer import Tokenizer
 from castalia.errors import DataError
 from castalia.evaluate.continuations import Continuation, ContinuationScore, scores_as_they_come
+from castalia.evaluate.stream_measure import Watch, unwatched
 from castalia.generate.generation import AnyModel, Sampling, TextPiece, stream
 
 DEFAULT_LENGTH = 2048  # of models without a largest position, as in lm-eval's own model of transformers
 DEFAULT_NEW_TOKENS = 256  # of texts whose task does not limit them, likewise
 LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 TAKEN = {*LENGTH_NAMES, "until", "do_sample", "temperature", "top_k", "top_p"}
-Watch = Callable[[Iterator[Any], Callable[[Any], int], int], Iterator[Any]]  # items, the size of one, that of all
 
 
 class TaskModel(TemplateLM):
@@ -38,7 +38,7 @@ class TaskModel(TemplateLM):
         batch_size: int = 16,
         seed: int = 0,
         shared: bool = False,
-        watch: Watch = lambda items, size, total: items,
+        watch: Watch = unwatched,
     ) -> None:
         """`length`: tokens that the model sees at most. `batch_size`: texts that are written at a time.
 

@@ -9,7 +9,6 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -22,26 +21,39 @@ import lm_eval.tasks
 import torch
 from lm_eval.utils import make_table
 
+from castalia.checkpoint.restore import load_tokenizer_for, require_finite
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.errors import DataError
+from castalia.evaluate.stream_measure import Watch, unwatched
+from castalia.loading import build_model, load_split
+from castalia.parallel.rendezvous import world_size
 from castalia.tasks.harness import TaskModel
+from castalia.tasks.task_options import TaskOptions
 
 DEMO = Path(__file__).with_name("demo")
 TASK_NAME = re.compile(r"^(?:task|group): *['\"]?([\w.@/-]+)", re.MULTILINE)
 CACHE = "HF_DATASETS_CACHE"
 
 
-@dataclass(frozen=True)
-class TaskOptions:
-    """What to run. `tasks`: names of lm-eval, of the group `castalia_demo`, or YAML files."""
-
-    tasks: tuple[str, ...]
-    shots: int | None = None  # examples before each question; None: as the task says
-    limit: int | None = None  # documents of each task, the first ones; None: all
-    chat: bool = False  # ask in the tokenizer's chat template, examples as earlier turns
-    samples: bool = False  # keep every request and answer in the results
-    unsafe_code: bool = False  # run tasks that execute what the model writes
-    draws: int = 100_000  # of documents, for the standard errors of metrics without a formula; 0: none
+def open_task_model(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    tokenizer: str | None = None,
+    tp: int = 1,
+    pp: int = 1,
+    watch: Watch = unwatched,
+) -> TaskModel:
+    """The checkpoint's model as lm-eval asks it, on all ranks together: split over them, or whole on each."""
+    words = load_tokenizer_for(checkpoint, tokenizer)
+    network: Any
+    if tp * pp > 1:
+        network = load_split(checkpoint, tp, pp, dtype, device)
+    else:
+        network = build_model(checkpoint, device, dtype)
+        require_finite(dict(network.named_parameters()), checkpoint.path)
+    shared = world_size() > 1 and tp * pp == 1
+    return TaskModel(network, words, shared=shared, watch=watch)
 
 
 def run_tasks(model: TaskModel, options: TaskOptions, cache: Path | None = None) -> dict[str, Any]:
@@ -204,8 +216,3 @@ def metrics_of(results: dict[str, Any]) -> dict[str, float]:
             if isinstance(value, (int, float)) and not name.endswith("_stderr") and name != "sample_len":
                 values[f"{task}/{name}" + (f"/{kept}" if kept not in ("", "none") else "")] = float(value)
     return values
-
-
-def names_of(tasks: Sequence[str]) -> tuple[str, ...]:
-    """Tasks from a list of which each part may hold several, separated by commas."""
-    return tuple(name.strip() for part in tasks for name in part.split(",") if name.strip())

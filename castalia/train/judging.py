@@ -5,24 +5,127 @@ The figures of a run are those that its training gives with eval.batches=null: b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from castalia.checkpoint.opener import open_checkpoint
+from castalia.checkpoint.restore import architecture
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.batch import batch_plan
 from castalia.config.objective import PAIRED, needs_reference
 from castalia.config.schema import PreferenceConfig, RunConfig
 from castalia.data.loader import Batch, Samples
 from castalia.data.pairs import open_samples
+from castalia.data.tokenizer import Tokenizer
 from castalia.errors import CastaliaError, ConfigError, DataError
-from castalia.evaluate.perplexity import evaluate
-from castalia.evaluate.record_batches import Record, on_all_tokens, record_batches, within
+from castalia.evaluate.perplexity import bits_per_byte, evaluate
+from castalia.evaluate.record_batches import (
+    Record,
+    answers_encoder,
+    kind_of_file,
+    on_all_tokens,
+    read_records,
+    record_batches,
+    rewards_encoder,
+    within,
+)
+from castalia.evaluate.token_stream import validation_stream
 from castalia.parallel.executor import Executor, Rows
+from castalia.parallel.rendezvous import world_size
 from castalia.train.preference import PreferenceLoss
+
+Tell = Callable[[Sequence[str], str], None]  # notes, and what they are about
+
+
+def judge_by_labels(
+    checkpoint: Checkpoint,
+    config: RunConfig,
+    tokenizer: Tokenizer | None,
+    data: str | None,
+    load: Callable[[Checkpoint], Executor],
+    tell: Tell,
+    *,
+    on: str | None = None,
+    template: Path | None = None,
+    of_streams: Sequence[str] = (),
+) -> dict[str, Any] | None:
+    """The figures by labels and preferences, of a run's own validation data or of a file of records.
+
+    None where the data are a stream of text. `load` makes the model, and the reference model where there is one. `on`:
+    "all" for the loss on questions, too. `of_streams`: options that were given and that only a stream has a use for.
+    Raises ConfigError for options that do not act, DataError for records that do not fit the model.
+    """
+    kind = kind_of_file(data) if data and Path(data).is_file() else "text"
+    own = data is None and has_own_figures(config) and not of_streams
+    if kind == "text" and not own:
+        if on or template:
+            raise ConfigError(
+                f"{'--on' if on else '--chat-template'} is for data with answers; here every token counts"
+            )
+        return None
+    if of_streams:
+        raise ConfigError(
+            f"{data} holds answers, each judged by itself: {' and '.join(of_streams)} is for streams of text"
+        )
+    config = config.with_({"train.objective": "reward"}) if architecture(checkpoint).reward_head else config
+    if world_size() > 1 and (kind in ("pair", "judged") or own and config.train.objective != "causal"):
+        raise ConfigError("preferences are judged by one process: leave --tp, --pp and --nproc out")
+    source, note = reference_checkpoint(config, stored=own)
+    if note:
+        tell([note], checkpoint.path)
+    executor = load(checkpoint)
+    reference = load(source) if source else None
+    if own:
+        figures: dict[str, Any] = judge_by_own_validation(config, executor, reference, on == "all")
+        if config.train.objective == "causal" and not any(source.labels for source in config.data.valid):
+            figures |= _text_bits(config, tokenizer, figures)
+        return {"data": ", ".join(each.path for each in config.data.valid), **figures}
+    assert data is not None
+    if tokenizer is None:
+        raise DataError(f"{data} is text, but the checkpoint names no tokenizer; give one with --tokenizer")
+    encoder = rewards_encoder if executor.models[0].cfg.reward_head else answers_encoder
+    records = read_records(data, encoder(tokenizer, template))
+    return {"data": data, **judge_records(records, config, executor, reference, data, tell, on == "all")}
+
+
+def _text_bits(config: RunConfig, tokenizer: Tokenizer | None, figures: dict[str, Any]) -> dict[str, float]:
+    """Bits per byte of texts, all of whose tokens count; empty without a tokenizer."""
+    size = validation_stream(config.data, tokenizer).num_bytes
+    return {"bits_per_byte": bits_per_byte(figures["loss"], int(figures["tokens"]), size)} if size else {}
+
+
+def judge_records(
+    records: Sequence[Record],
+    config: RunConfig,
+    executor: Executor,
+    reference: Executor | None,
+    file: str,
+    tell: Tell,
+    on_all: bool = False,
+) -> dict[str, Any]:
+    """The figures of the records of a file. Raises DataError where the model has no use for their kind."""
+    cfg = executor.models[0].cfg
+    length = cfg.max_positions or max(len(d.ids) for record in records for d in record.documents)
+    kept = usable(records, length)
+    if len(kept) < len(records):
+        left_out = len(records) - len(kept)
+        tell([f"{left_out} of {len(records)} records are left out: no answer within {length} tokens"], file)
+    kind, sizes = records[0].kind, (config.train.micro_batch_size or 8, length)
+    if kind == "answer":
+        if cfg.reward_head:
+            raise DataError(
+                f"{file} holds answers, of which a reward model tells no better one: castalia score rates them"
+            )
+        figures: dict[str, Any] = judge_answers(kept, executor, *sizes, on_all)
+    else:
+        judge = judge_pairs if kind == "pair" else judge_judgements
+        figures = judge(kept, config, executor, reference, *sizes)
+    return {"kind": {"answer": "answers", "pair": "pairs"}.get(kind, kind), "records": len(kept), **figures}
 
 
 def has_own_figures(config: RunConfig) -> bool:

@@ -54,7 +54,8 @@ class TaskEvaluation:
         `folder`: the run's, which holds the step. Between tasks all ranks ask `should_stop`; a process that is alone
         asks `received` between requests, too. What was cut short is left out.
         """
-        from castalia.tasks.task_run import TaskOptions, metrics_of, run_tasks
+        from castalia.tasks.task_options import TaskOptions
+        from castalia.tasks.task_run import metrics_of, run_tasks
 
         model = self._model(folder, step, received)
         for task in self.cfg.tasks or ():

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from castalia.checkpoint.opener import open_checkpoint
-from castalia.cli.evaluate import command, evaluate_checkpoint, load_executor, uniform_loss
+from castalia.cli.evaluate import command, evaluation_view
+from castalia.cli.opening import overlaid
 from castalia.config.schema import ModelConfig, TokenizerConfig
 from castalia.data.indexed import DatasetWriter, open_dataset
 from castalia.data.loader import Batch
@@ -19,6 +20,7 @@ from castalia.errors import CastaliaError
 from castalia.evaluate.perplexity import bits_per_byte, evaluate, windows
 from castalia.loading import load_model
 from castalia.parallel.executor import Executor
+from castalia.train.evaluation import EvaluationOptions, evaluate_checkpoint, load_executor, uniform_loss
 
 
 @given(st.integers(2, 60), st.integers(1, 12), st.data(), st.integers(1, 5))
@@ -208,9 +210,7 @@ def test_sources_are_judged_apart_and_are_all_of_the_text(run, corpus):
     sizes = open_dataset(corpus).sizes
     write_sources(corpus, sizes, [("first", 12), ("second", 8)])
     try:
-        found = evaluate_checkpoint(
-            open_checkpoint(run), [], data=None, tokenizer_path=None, stride=None, by_source=True
-        )
+        found = evaluate_checkpoint(open_checkpoint(run), EvaluationOptions(by_source=True))
     finally:
         sources_path(corpus).unlink()
     parts = found["sources"]
@@ -223,8 +223,8 @@ def test_sources_are_judged_apart_and_are_all_of_the_text(run, corpus):
 
 @pytest.mark.parametrize("words", [[], ["data.mask_documents=true", "train.micro_batch_size=2"]])
 def test_a_streamed_model_has_the_very_losses(run, words, capsys):
-    checkpoint = open_checkpoint(run)
-    options = {"data": None, "tokenizer_path": None, "stride": 8}
-    whole = evaluate_checkpoint(checkpoint, words, **options)
-    assert evaluate_checkpoint(checkpoint, words, **options, memory=10**9) == whole
+    checkpoint = overlaid(open_checkpoint(run), words)
+    whole = evaluate_checkpoint(checkpoint, EvaluationOptions(stride=8))
+    streamed = EvaluationOptions(stride=8, memory=10**9)
+    assert evaluate_checkpoint(checkpoint, streamed, evaluation_view()) == whole
     assert "stay in memory" in " ".join(capsys.readouterr().err.split())

@@ -7,13 +7,13 @@ import torch
 
 from castalia.checkpoint.opener import open_checkpoint
 from castalia.checkpoint.restore import load_tokenizer_for
-from castalia.cli.evaluate import evaluate_checkpoint, load_executor
-from castalia.cli.ranks import load_split
+from castalia.cli.opening import overlaid
 from castalia.cli.train import train
 from castalia.errors import ConfigError
 from castalia.generate.generation import generate
-from castalia.loading import build_model
+from castalia.loading import build_model, load_split
 from castalia.parallel.rendezvous import world_size
+from castalia.train.evaluation import EvaluationOptions, evaluate_checkpoint, load_executor
 
 pytestmark = pytest.mark.xdist_group("pool")
 PROMPTS = ["a first prompt", "x", "a longer prompt than the others"]
@@ -42,7 +42,7 @@ def texts(run: str, tp: int, pp: int, sampling: dict) -> list[str]:
 
 def loss(run: str, tp: int, pp: int, stride: int | None, data: str) -> dict:
     checkpoint = open_checkpoint(run)
-    return evaluate_checkpoint(checkpoint, [], data=data, tokenizer_path=None, stride=stride, tp=tp, pp=pp)
+    return evaluate_checkpoint(checkpoint, EvaluationOptions(data, stride=stride, tp=tp, pp=pp))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -66,8 +66,8 @@ def narrow(run: str, tp: int, pp: int, data: str) -> tuple[set[torch.dtype], flo
     """Dtypes of the parameters that `eval` holds, and the loss, in bf16."""
     checkpoint = open_checkpoint(run)
     executor, _ = load_executor(checkpoint, 16, 2, torch.bfloat16, torch.device("cpu"), tp, pp)
-    words = ["precision.compute=bf16"]
-    found = evaluate_checkpoint(checkpoint, words, data=data, tokenizer_path=None, stride=None, tp=tp, pp=pp)
+    narrowed = overlaid(checkpoint, ["precision.compute=bf16"])
+    found = evaluate_checkpoint(narrowed, EvaluationOptions(data, tp=tp, pp=pp))
     return {parameter.dtype for parameter in executor.parameters.values()}, found["loss"]
 
 

@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 
 from castalia.checkpoint.opener import open_checkpoint
-from castalia.cli.evaluate import evaluate_checkpoint
 from castalia.config.schema import DataConfig, TokenizerConfig
 from castalia.data.tokenizer import load_tokenizer
 from castalia.errors import DataError
 from castalia.report.held_out import HeldOutDocument, by_source, load, named_text, score, validation_text
+from castalia.train.evaluation import evaluate_checkpoint
 
 BYTES = load_tokenizer(TokenizerConfig(kind="bytes"))
 
@@ -29,7 +29,7 @@ def test_a_score_is_what_eval_says(run):
     judged = load(open_checkpoint(run), None)
     documents = validation_text(judged.config.data, judged.tokenizer).documents
     found = score(judged, documents)
-    expected = evaluate_checkpoint(open_checkpoint(run), [], data=None, tokenizer_path=None, stride=None)
+    expected = evaluate_checkpoint(open_checkpoint(run))
     assert (found.loss, found.tokens) == (pytest.approx(expected["loss"]), expected["tokens"])
     assert found.bits_per_byte == pytest.approx(expected["bits_per_byte"])
 

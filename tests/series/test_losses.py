@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from castalia.cli.evaluate import evaluate_checkpoint
 from castalia.errors import DataError
 from castalia.series.losses import evaluate_series, measure_of
 from castalia.series.members import find_series
 from castalia.series.models import ModelsAhead
+from castalia.train.evaluation import evaluate_checkpoint
 from tests.series import changes
 from tests.series.changes import steps_of
 
@@ -27,7 +27,7 @@ def test_each_step_has_the_loss_that_eval_gives(trained, tokenizer, tmp_path):
     rows = evaluate_series(members, measure, tmp_path / "losses.csv")
     assert [row["step"] for row in rows] == [0, 8, 20]
     for row, member in zip(rows, members, strict=True):
-        alone = evaluate_checkpoint(member.open(), [], data=None, tokenizer_path=None, stride=None)
+        alone = evaluate_checkpoint(member.open())
         assert (row["loss"], row["tokens"], row["bits_per_byte"]) == (
             alone["loss"], alone["tokens"], alone["bits_per_byte"],
         )  # fmt: skip

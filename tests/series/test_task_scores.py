@@ -12,7 +12,8 @@ def test_each_step_has_the_scores_that_eval_gives(trained, tmp_path, monkeypatch
     from castalia.cli import series
     from castalia.cli.tasks import open_task_model
     from castalia.series.members import find_series
-    from castalia.tasks.task_run import TaskOptions, run_tasks
+    from castalia.tasks.task_options import TaskOptions
+    from castalia.tasks.task_run import run_tasks
 
     run, output = trained("data.seq_length=128", "train.steps=2"), tmp_path / "scores.csv"
     series.evaluate([str(run)], output, tasks="castalia_demo", limit=2, steps="0,2")

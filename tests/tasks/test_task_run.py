@@ -15,7 +15,8 @@ from lm_eval.tasks import TaskManager
 from castalia.errors import DataError
 from castalia.loading import load_model, tokenizer_at
 from castalia.tasks.harness import TaskModel
-from castalia.tasks.task_run import DEMO, TaskOptions, metrics_of, run_tasks, table
+from castalia.tasks.task_options import TaskOptions
+from castalia.tasks.task_run import DEMO, metrics_of, run_tasks, table
 from tests.tasks.conftest import verses
 
 MEAN = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]

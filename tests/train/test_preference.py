@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from castalia.checkpoint.opener import open_checkpoint
-from castalia.cli.evaluate import write_log_probs
+from castalia.cli.evaluate import command as evaluate
 from castalia.config.load import load_config, load_run
 from castalia.data.indexed import DatasetWriter
 from castalia.errors import ConfigError
@@ -188,7 +188,7 @@ def test_stored_references_are_the_live_ones(config, pairs, base, tmp_path, caps
     source = json.loads(json.dumps(pairs["dpo"]))
     for text, name in ((source, "pos"), (source["rejected"], "neg")):
         text["references"] = str(tmp_path / name)
-        write_log_probs(str(base), [], text["path"], None, text["references"])
+        evaluate(str(base), data=text["path"], log_probs=text["references"])
     assert "log-probabilities of 40 documents" in capsys.readouterr().out
     stored = [f"data.{split}={json.dumps([source])}" for split in ("train", "valid")]
     session = start(config("dpo", tmp_path / "stored", *stored))
