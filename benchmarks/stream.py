@@ -164,16 +164,16 @@ def opened(options: argparse.Namespace, tokens: int = 16, past_cache: bool = Tru
 
     from castalia.checkpoint.opener import open_checkpoint
     from castalia.checkpoint.restore import architecture
-    from castalia.plan.free_memory import parse_memory
     from castalia.plan.stream_plan import EvaluationShape, evaluation_work, plan_stream
     from castalia.streaming.stream_units import units_of
     from castalia.streaming.streamed_model import StreamedTransformer
+    from castalia.units import parse_size
 
     checkpoint = open_checkpoint(options.source)
     cfg = architecture(checkpoint)
     units = units_of(checkpoint, cfg, torch.float32)
     work = evaluation_work(cfg, EvaluationShape(tokens, 1, 1, False), 4)
-    plan = plan_stream(units.sizes(), work, parse_memory(options.memory))
+    plan = plan_stream(units.sizes(), work, parse_size(options.memory, "--memory"))
     return StreamedTransformer(cfg, units, plan, checkpoint.path, past_cache=past_cache)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from castalia.units import duration, plural, short_number
+from castalia.errors import ConfigError
+from castalia.units import duration, parse_size, plural, short_number
 
 DURATIONS = [
     (0.0, "0 s"), (0.8645, "0.865 s"), (45, "45 s"), (119, "119 s"), (150, "2.5 min"), (5985, "99.8 min"),
@@ -28,3 +29,17 @@ def test_large_numbers_are_short(number: float, text: str) -> None:
 
 def test_only_one_is_singular():
     assert [plural(number, "note") for number in (0, 1, 2, 2000)] == ["0 notes", "1 note", "2 notes", "2,000 notes"]
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("4GB", 4 * 10**9), ("1.5 GiB", 3 << 29), ("800m", 8 * 10**8), ("123", 123), ("2T", 2 * 10**12)],
+)
+def test_sizes_are_read(text, number):
+    assert parse_size(text, "--memory") == number
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-4GB", "4 GB please", "0", "4KBB"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ConfigError, match="write an amount"):
+        parse_size(text, "--memory")

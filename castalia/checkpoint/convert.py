@@ -41,10 +41,11 @@ from castalia.files import (
     workplace,
     write_text,
 )
-from castalia.plan.run_description import gib
+from castalia.machine import usable_cores
 from castalia.storage.extent import verifying
 from castalia.storage.lazy import Narrowed, TensorRef, WithLora, everything, name_of
 from castalia.storage.safetensors import Advance
+from castalia.units import memory_size
 
 LATEST = "latest"
 COMPLETE = ""  # in the journal, in place of a file's name: only the folder is still to be renamed
@@ -263,7 +264,7 @@ def _write_files(
             _refuse_infinite(output)
         return disk.submit(complete, {"name": output.name, "result": result})
 
-    with ThreadPoolExecutor(1) as disk, ThreadPoolExecutor(min(MAX_WRITERS, os.cpu_count() or 1)) as writers:
+    with ThreadPoolExecutor(1) as disk, ThreadPoolExecutor(min(MAX_WRITERS, usable_cores())) as writers:
         futures = [writers.submit(write_file, output, disk) for output in outputs]
         try:
             entries = [future.result().result() for future in as_completed(futures)]
@@ -315,7 +316,7 @@ def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise CheckpointError(
-            f"{folder}: {gib(needed)} are needed, {gib(free)} are free; nothing is written. "
+            f"{folder}: {memory_size(needed)} are needed, {memory_size(free)} are free; nothing is written. "
             "Make room, or leave out the optimizer state with --no-optimizer"
         )
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from castalia.cli.render import progress, say, size_of
-from castalia.units import plural
+from castalia.cli.render import progress, say
+from castalia.units import file_size, plural
 
 if TYPE_CHECKING:
     import torch
@@ -125,11 +125,11 @@ def command(
 def _describe(checkpoint: Checkpoint, plan: Plan, target: Path, inside: str, with_files: bool) -> None:
     from castalia.checkpoint.restore import describe
 
-    say(f"{describe(checkpoint)} -> {target}: {plural(len(plan.outputs), 'file')}, {size_of(plan.num_bytes)}")
+    say(f"{describe(checkpoint)} -> {target}: {plural(len(plan.outputs), 'file')}, {file_size(plan.num_bytes)}")
     for note in (*checkpoint.notes, *checkpoint.state_notes, *plan.notes):
         say(f"  note: {note}")
     for output in plan.outputs if with_files else ():
-        print(f"  {Path(inside, output.name)}  {size_of(output.num_bytes)}")
+        print(f"  {Path(inside, output.name)}  {file_size(output.num_bytes)}")
 
 
 def write_plan(
@@ -152,7 +152,7 @@ def write_plan(
         say(f"  note: {name}: {count} values were too large for their new dtype and became infinite")
     seconds = time.monotonic() - started
     again = f" ({kept} files were complete already)" if kept else ""
-    say(f"wrote {target} in {seconds:.1f} s, {size_of(plan.num_bytes / max(seconds, 1e-9))}/s{again}")
+    say(f"wrote {target} in {seconds:.1f} s, {file_size(plan.num_bytes / max(seconds, 1e-9))}/s{again}")
 
 
 def _verify(checkpoint: Checkpoint, target: Path, memory: int | None = None) -> None:

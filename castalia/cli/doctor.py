@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from castalia.cli.render import print_table, say
+from castalia.machine import total_memory, usable_cores
 from castalia.plan.devices import cpu_flags, find_device
 from castalia.strict_json import to_json
 
@@ -61,8 +61,6 @@ def look_at_machine() -> dict:
     """Versions, CPU, memory and GPUs of this machine, ready for JSON."""
     import torch
 
-    from castalia.train.hardware import usable_cores
-
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -70,7 +68,7 @@ def look_at_machine() -> dict:
         "cpu": _cpu_name(),
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "memory_gib": round(total_memory() / 2**30, 1),
         "instructions": [flag for flag in FLAGS if flag in cpu_flags()],
         "torch_uses": torch.backends.cpu.get_cpu_capability(),
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],

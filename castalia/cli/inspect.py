@@ -114,7 +114,7 @@ def print_report(contents: Mapping[str, Any]) -> None:
 
 def _about(contents: Mapping[str, Any]) -> Iterator[list[str]]:
     from castalia.checkpoint.formats import FORMATS
-    from castalia.cli.plan_text import gib
+    from castalia.units import memory_size
 
     files, progress, sizes, counts = contents["files"], contents["progress"], contents["bytes"], contents["parameters"]
     yield ["format", _title(contents)]
@@ -127,7 +127,7 @@ def _about(contents: Mapping[str, Any]) -> Iterator[list[str]]:
     yield ["  without embeddings", f"{counts['non_embedding']:,}"]
     if counts["as_neox_counts"] not in (None, counts["total"]):
         yield ["  as GPT-NeoX counts", f"{counts['as_neox_counts']:,} (copies on every rank)"]
-    yield ["bytes", f"{sizes['total']:,} ({gib(sizes['total'])})"]
+    yield ["bytes", f"{sizes['total']:,} ({memory_size(sizes['total'])})"]
     for kind in ("weights", "masters", "moments", "rest"):
         each = f", {sizes[kind] / counts['total']:.3g} for each parameter" if kind != "rest" and counts["total"] else ""
         if sizes[kind]:

@@ -9,10 +9,10 @@ from castalia.cli.render import print_table, say
 from castalia.config.notes import folded
 from castalia.plan.layout import Layout
 from castalia.plan.plan_parts import KvCache, MemoryPlan, RunPlan, SizedPlan
-from castalia.plan.run_description import GiB, describe_training, gib
+from castalia.plan.run_description import describe_training
 from castalia.plan.step_cost import Verdict
 from castalia.plan.suggest import Suggestions, particular
-from castalia.units import duration
+from castalia.units import GiB, duration, memory_size
 
 if TYPE_CHECKING:
     from castalia.train.start_checks import Obstacle
@@ -106,14 +106,14 @@ def _facts(plan: RunPlan) -> None:
 
 def _costs(sized: SizedPlan, cache: KvCache) -> Iterable[list[str]]:
     files, flops, time = sized.checkpoint, sized.flops, sized.time
-    yield ["checkpoint", f"{gib(files['full'])} full, {gib(files['weights'])} weights alone"]
-    yield ["  GPT-NeoX's", f"{gib(files['neox_full'])} full, {gib(files['neox_slim'])} slim"]
+    yield ["checkpoint", f"{memory_size(files['full'])} full, {memory_size(files['weights'])} weights alone"]
+    yield ["  GPT-NeoX's", f"{memory_size(files['neox_full'])} full, {memory_size(files['neox_slim'])} slim"]
     yield ["operations per token", f"{flops.per_token:.4g} (GPT-NeoX's formula: {flops.neox_per_token:.4g})"]
-    yield ["KV cache", f"{cache.bytes_per_token:,} bytes a token, {gib(cache.bytes_per_sequence)} a sequence"]
+    yield ["KV cache", f"{cache.bytes_per_token:,} bytes a token, {memory_size(cache.bytes_per_sequence)} a sequence"]
     host, drawn = sized.host_memory, sized.initial_values
-    offloaded = f", and {gib(host.offloaded)} of parameters, gradients and moments" if host.offloaded else ""
+    offloaded = f", and {memory_size(host.offloaded)} of parameters, gradients and moments" if host.offloaded else ""
     machine = f"at most, on a machine with {host.ranks} of the ranks" if host.ranks > 1 else "on this machine"
-    yield ["host memory", f"{gib(host.save)} for the copies of a save{offloaded} {machine}"]
+    yield ["host memory", f"{memory_size(host.save)} for the copies of a save{offloaded} {machine}"]
     if drawn:
         cores = f"{drawn.cores} cores for each rank" if drawn.cores > 1 else "one core"
         yield ["initial values", f"{duration(drawn.seconds)} on {cores}"]
@@ -145,8 +145,8 @@ def _memory(layout: Layout, memory: MemoryPlan) -> None:
         sizes = [f"{getattr(stage.memory, category) / unit:.2f}" for category in (*CATEGORIES, "total")]
         rows.append([str(stage.stage), str(stage.layers), str(stage.ranks), *sizes])
     print_table(title, header, rows)
-    others = ", ".join(f"{policy} {gib(size)}" for policy, size in memory.by_recompute.items())
+    others = ", ".join(f"{policy} {memory_size(size)}" for policy, size in memory.by_recompute.items())
     say(f"with recompute: {others}")
     if memory.fits is not None and memory.usable is not None:
         verdict = "fits" if memory.fits else "does not fit"
-        print(f"{verdict}: {gib(memory.largest)} needed, {gib(memory.usable)} usable on each device")
+        print(f"{verdict}: {memory_size(memory.largest)} needed, {memory_size(memory.usable)} usable on each device")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -106,9 +105,3 @@ def watched(items: Iterator, size: Callable, total: int, shown: bool = True, scr
         for item in items:
             yield item
             advance(size(item))  # asked for the next one, the caller is done with this one
-
-
-def size_of(count: float) -> str:
-    """Bytes as 12.3 MB, in powers of 1000."""
-    exponent = min(3, int(math.log10(max(count, 1))) // 3)
-    return f"{count / 1000**exponent:.4g} {('B', 'KB', 'MB', 'GB')[exponent]}"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from castalia.machine import usable_cores
 from castalia.strict_json import to_json
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def find(words: list[str], steps: str | None) -> list[Member]:
 
 def default_jobs() -> int:
     """One thread for each CPU that this process may use, up to eight."""
-    return max(1, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+    return min(8, usable_cores())
 
 
 def _counted(advance: Any, total: int) -> Advance:

@@ -47,13 +47,13 @@ def command(
     """
     from castalia.cli.render import say
     from castalia.errors import ConfigError
-    from castalia.plan.free_memory import parse_memory
     from castalia.serve.app import build_app
     from castalia.serve.catalogue import Catalogue
     from castalia.serve.connections import server_of
     from castalia.serve.library import Library
     from castalia.serve.limits import LOOPBACK, Limits
     from castalia.serve.listening import listen
+    from castalia.units import parse_size
 
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"--device {device}: choose auto, cpu or cuda")
@@ -63,14 +63,14 @@ def command(
             f"--host {host} may be reached by others: give --api-key, or set $CASTALIA_API_KEY, which clients then send"
         )
     limits = Limits(
-        body_bytes=parse_memory(max_body, "--max-body"),
+        body_bytes=parse_size(max_body, "--max-body"),
         seconds=max_seconds,
         requests=max_requests,
         api_key=api_key,
         hosts=frozenset(LOOPBACK) if local else frozenset(),
     )
     catalogue = Catalogue(paths, dict(_named(each) for each in adapter or []))
-    library = Library(parse_memory(memory) if memory else None, device)
+    library = Library(parse_size(memory, "--memory") if memory else None, device)
     models = catalogue.models()
     listener, address = listen(host, port)
     say(f"{len(models)} checkpoints at {address}: the page there, OpenAI's interface at {address}/v1; Ctrl-C ends it")

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from castalia.cli.render import print_table, progress, say, size_of
+from castalia.cli.render import print_table, progress, say
 from castalia.strict_json import to_json
-from castalia.units import duration
+from castalia.units import duration, file_size
 
 if TYPE_CHECKING:
     from castalia.config.schema import ModelConfig, RunConfig
@@ -35,11 +35,11 @@ MemoryOption = Annotated[
 def memory_bytes(text: str | None, tp: int = 1, pp: int = 1) -> int | None:
     """The option's bytes. Raises ConfigError for what is not an amount, and for several processes."""
     from castalia.errors import ConfigError
-    from castalia.plan.free_memory import parse_memory
+    from castalia.units import parse_size
 
     if text is not None and tp * pp > 1:
         raise ConfigError("--memory is for one process: leave out --tp and --pp, or leave it out")
-    return None if text is None else parse_memory(text)
+    return None if text is None else parse_size(text, "--memory")
 
 
 def tell_streaming(model: StreamedTransformer, item: str, unit: str, times: int = 1) -> None:
@@ -63,18 +63,18 @@ def streaming_lines(
     blocks, stay = len(plan.sizes.blocks), len(plan.resident)
     head = "the head" if plan.head_stays else "not the head"
     lines = [
-        f"memory {size_of(plan.budget)}: {stay} of {blocks} blocks and {head} stay in memory; each pass reads "
-        f"{size_of(plan.bytes_per_pass)} from disk for {plan.items} of {plan.work.wanted} {item} at a time"
+        f"memory {file_size(plan.budget)}: {stay} of {blocks} blocks and {head} stay in memory; each pass reads "
+        f"{file_size(plan.bytes_per_pass)} from disk for {plan.items} of {plan.work.wanted} {item} at a time"
     ]
     if plan.cache_on_disk:
         cache = plan.items * plan.work.cache_each
-        lines.append(f"{size_of(cache)} of that are keys and values, which have no room and are in a file meanwhile")
+        lines.append(f"{file_size(cache)} of that are keys and values, which have no room and are in a file meanwhile")
     seconds = plan.seconds_per_pass(rate, flops)
     reading = plan.bytes_per_pass / rate
     bound = "by reading" if seconds <= reading else "by computing"
     number = plan.passes * times
     rest = f", {number} passes {duration(seconds * number)}" if number > 1 else ""
-    lines.append(f"the disk gives {size_of(rate)}/s: about {duration(seconds)} {unit}, bound {bound}{rest}")
+    lines.append(f"the disk gives {file_size(rate)}/s: about {duration(seconds)} {unit}, bound {bound}{rest}")
     if plan.sizes.packed and plan.bytes_per_pass:
         lines.append(
             "not counted: blocks that do not stay are packed anew in each pass, which may take longer than reading; "
@@ -88,7 +88,7 @@ def streaming_lines(
 def _faster(plan: StreamPlan, item: str) -> str:
     sizes, left = plan.sizes, len(plan.sizes.blocks) - len(plan.resident)
     missing = left * (sizes.packed or sizes.buffer) + (0 if plan.head_stays else sizes.head)
-    ways = [f"more memory ({size_of(plan.budget + missing)} would read no block again)"]
+    ways = [f"more memory ({file_size(plan.budget + missing)} would read no block again)"]
     if plan.items == plan.work.wanted:
         ways.append(f"more {item} at once, for the same reading")
     if item == "texts" and not sizes.packed and 2 * missing <= sum(sizes.blocks):
@@ -133,8 +133,8 @@ def streaming_plans(
 
     Texts have as many tokens as the config asks for, after prompts of `PROMPT_TOKENS`. A micro-batch is one window.
     """
-    from castalia.plan.free_memory import SHARE, free_memory
-    from castalia.plan.stream_plan import EvaluationShape, evaluation_work, generation_work, plan_stream
+    from castalia.machine import free_memory
+    from castalia.plan.stream_plan import SHARE, EvaluationShape, evaluation_work, generation_work, plan_stream
 
     length = min(config.data.seq_length, model.max_positions or config.data.seq_length)
     tokens, documents = config.generate.max_tokens or TEXT_TOKENS, config.data.mask_documents
@@ -155,20 +155,20 @@ def _print_plans(
         print(to_json({"disk_bytes_per_second": rates, "flops_per_second": flops, "plans": rows}, indent=1))
         return
     sizes = plans[0].sizes
-    print(f"{len(sizes.blocks)} blocks of {size_of(sizes.buffer)}, head {size_of(sizes.head)}")
+    print(f"{len(sizes.blocks)} blocks of {file_size(sizes.buffer)}, head {file_size(sizes.head)}")
     if flops:
-        print(f"disk {size_of(rates[0])}/s, matrix products {flops / 1e9:.3g} GFLOP/s, measured now on this machine")
+        print(f"disk {file_size(rates[0])}/s, matrix products {flops / 1e9:.3g} GFLOP/s, measured now on this machine")
     else:
         print("times are those of reading alone")
     shown = [
-        [f"{row['wanted']:,}", f"{row['at_once']:,}", f"{row['resident_blocks']}", size_of(row["bytes_per_pass"])]
+        [f"{row['wanted']:,}", f"{row['at_once']:,}", f"{row['resident_blocks']}", file_size(row["bytes_per_pass"])]
         + [duration(seconds) for seconds in row["seconds_per_pass"]]
         for row in rows
     ]
     pass_of = "a token of each" if generate else "a pass"
     header = ["texts" if generate else "windows", "at once", "blocks that stay", "read in a pass"]
     print_table(
-        f"memory {size_of(plans[0].budget)}", header + [f"{pass_of} at {size_of(rate)}/s" for rate in rates], shown
+        f"memory {file_size(plans[0].budget)}", header + [f"{pass_of} at {file_size(rate)}/s" for rate in rates], shown
     )
 
 

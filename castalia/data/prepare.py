@@ -38,6 +38,7 @@ from castalia.data.split import without_common_folder, write_sources
 from castalia.data.tokenizer import Tokenizer, load_tokenizer
 from castalia.data.tokenizer_folder import ids_with_texts
 from castalia.errors import DataError
+from castalia.machine import usable_cores
 
 CHUNKS_IN_FLIGHT = 4  # for each worker
 BYTES_PER_WORKER = 4 * BLOCK_BYTES  # with less input, starting a process takes longer than the work itself
@@ -291,7 +292,7 @@ def _encode_all(
         texts = texts_of(first[0], recipe.keys, recipe.skip_bad).texts
         encode_texts, report.engine = fast_encoder(tokenizer, [text for column in texts.values() for text in column])
     share = BYTES_PER_WORKER * (16 if encode_texts else 1)
-    workers = min(workers or len(os.sched_getaffinity(0)), 1 + report.total_bytes // share)
+    workers = min(workers or usable_cores(), 1 + report.total_bytes // share)
     stream = chain(first, stream)
     if workers == 1:
         yield from (encode(chunk, recipe, tokenizer, encode_texts or reference_encoder(tokenizer)) for chunk in stream)

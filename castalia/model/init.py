@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from castalia.config.schema import ModelConfig
 from castalia.config.tensor_table import row_of
+from castalia.machine import usable_cores
 from castalia.model.init_std import mup_scale, standard_deviation
 from castalia.model.transformer import Transformer
 
@@ -126,8 +127,7 @@ def _drawn(
 
 def _cores() -> int:
     """This process's share of the CPU cores, which it shares with the other ranks of its machine."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+    return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
 
 
 def _orthogonal(seed: int, name: str, shape: tuple[int, int]) -> Tensor:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from castalia.machine import usable_cores
+
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
 
@@ -54,7 +56,7 @@ def relaunch(num_processes: int, arguments: Sequence[str], max_restarts: int = 0
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // num_processes)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes print their own errors
     config = launch_config(num_processes, max_restarts, logs)
     try:

@@ -6,7 +6,6 @@ their 16-bit rate with it. Memory is what the driver reports, which is less than
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,8 +13,9 @@ from typing import Literal
 
 from castalia.config.attention_kernels import AMPERE, Capability
 from castalia.errors import ConfigError
+from castalia.machine import total_memory, usable_cores
+from castalia.units import GiB
 
-GiB = 2**30
 CONTEXT_GIB = 1.0  # CUDA context, kernel code and cuBLAS workspace
 COMMUNICATOR_GIB = 0.3  # buffers of one NCCL communicator
 USABLE = 0.92  # share of the remaining memory; the rest is lost to fragmentation
@@ -133,8 +133,8 @@ def parse_gpus(text: str) -> tuple[int, Device, str | None]:
 
 def this_cpu() -> Device:
     """This machine's CPU, at an assumed 0.1 TFLOP/s per core."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GiB
-    tflops = 0.1 * (os.cpu_count() or 1)
+    memory = total_memory() / GiB
+    tflops = 0.1 * usable_cores()
     return Device("cpu", memory, tflops, tflops, 20, 1, 1, None)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 from castalia.config.schema import ModelConfig, RunConfig
+from castalia.machine import usable_cores
 from castalia.plan.count import count
 from castalia.plan.devices import NODE
 from castalia.plan.layout import Layout, rank_parts
@@ -67,5 +67,5 @@ def initial_values(config: RunConfig, model: ModelConfig, layout: Layout, comput
         return InitialValues(count(model).total * model.init_passes / STREAM_RATE, 1)
     length = config.data.seq_length
     most = max(Rank(model, layout, stage, length, compute).parameters for stage in rank_parts(model, layout, length))
-    cores = max(1, (os.cpu_count() or 1) // layout.gpus) if compute.device == "cpu" else CORES
+    cores = max(1, usable_cores() // layout.gpus) if compute.device == "cpu" else CORES
     return InitialValues(most / (layout.dp * layout.cp) / SEEDED_RATE, cores)

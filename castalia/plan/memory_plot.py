@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from castalia.figures import panels, write_picture
-from castalia.plan.devices import GiB
 from castalia.plan.layout import Layout
 from castalia.plan.plan_parts import SizedPlan
-from castalia.units import short_number
+from castalia.units import GiB, short_number
 
 CATEGORIES = {  # in stacking order; the colours are distinct in grey and for colour-blind readers
     "masters": "#332288",

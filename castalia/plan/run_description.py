@@ -9,8 +9,8 @@ from castalia.config.neox.clipping import effective_clip_norm
 from castalia.config.schema import RunConfig
 from castalia.plan.devices import auto_precision
 from castalia.plan.plan_parts import TrainingPlan
+from castalia.units import memory_size
 
-GiB = 2**30
 MANY_EPOCHS = 4  # further repetitions of the data teach little (2305.16264)
 
 
@@ -41,11 +41,11 @@ def describe_training(training: TrainingPlan) -> Iterator[tuple[str, str]]:
     for name in ("clipping", "precision", "attention", "determinism", "logged", "evaluated", "saved"):
         yield name, getattr(training, name)
     if training.checkpoints_bytes is not None:
-        free = "" if training.free_bytes is None else f"; {gib(training.free_bytes)} are free there"
+        free = "" if training.free_bytes is None else f"; {memory_size(training.free_bytes)} are free there"
         kept = (
             "1 checkpoint takes" if training.checkpoints_kept == 1 else f"{training.checkpoints_kept} checkpoints take"
         )
-        yield "disk", f"{kept} {gib(training.checkpoints_bytes)}{free}"
+        yield "disk", f"{kept} {memory_size(training.checkpoints_bytes)}{free}"
     if training.random_loss:
         yield "random loss", f"{training.random_loss:.2f}, by guessing at random: ln(vocabulary)"
 
@@ -166,10 +166,3 @@ def saves(config: RunConfig) -> str:
     if saves.keep_best and evaluation(config) != "never":
         parts.append("the best by validation loss is kept")
     return "; ".join([*parts, "at the end"]) + ("" if saves.save_optimizer else "; without optimizer state")
-
-
-def gib(size: float) -> str:
-    """A number of bytes as KiB, MiB or GiB."""
-    if size < 2**20:
-        return f"{size / 2**10:.1f} KiB"
-    return f"{size / GiB:,.2f} GiB" if size >= 0.1 * GiB else f"{size / 2**20:.1f} MiB"

@@ -36,12 +36,12 @@ from castalia.plan.run_description import (
     clipping,
     determinism,
     evaluation,
-    gib,
     logging,
     precision,
     saves,
 )
 from castalia.plan.step_cost import EFFICIENCY, PlanRequest, evaluate_layout
+from castalia.units import memory_size
 
 ENOUGH_TOKENS = 20  # per vocabulary entry; with fewer, the largest token id seen says little
 
@@ -352,7 +352,7 @@ def warnings(config: RunConfig, known: RunFacts, layout: Layout) -> list[str]:
     needed = _run_bytes(config, known)
     if needed and known.free_bytes is not None and needed > known.free_bytes:
         texts.append(
-            f"the run's checkpoints need {gib(needed)} and {gib(known.free_bytes)} are free here; "
+            f"the run's checkpoints need {memory_size(needed)} and {memory_size(known.free_bytes)} are free here; "
             "save less often (checkpoint.every), keep fewer (checkpoint.keep_last) or use another disk (checkpoint.dir)"
         )
     for corpus, epochs in _epochs(config, known, steps, layout.batch):

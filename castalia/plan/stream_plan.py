@@ -20,6 +20,7 @@ from castalia.errors import ConfigError
 from castalia.plan.count import block_size, count
 from castalia.plan.flops import forward_flops, kv_cache_bytes
 
+SHARE = 0.8  # of the free memory, for a model that is streamed because it does not fit
 PROGRAM_BYTES = 300_000_000  # Python, torch and what they allocate besides
 HEAD_ROWS = 2048  # of the head, cast at a time
 PREFILL_CHUNK_TOKENS = 2048  # tokens of several prompts that go through the model at a time

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from castalia.plan.devices import GiB
 from castalia.plan.layout import Layout, problem
 from castalia.plan.memory import Memory
 from castalia.plan.step_cost import Costs, PlanRequest, Verdict, evaluate_layout
+from castalia.units import GiB
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 ZERO: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)

@@ -21,10 +21,10 @@ from castalia.errors import CastaliaError, ConfigError
 from castalia.generate.dialogue import turn_ends
 from castalia.generate.packed_model import pack
 from castalia.loading import build_model
+from castalia.machine import free_memory
 from castalia.model.transformer import Transformer
-from castalia.plan.free_memory import SHARE, free_memory
 from castalia.plan.serve_plan import ROWS, ServingPlan, serving_plan
-from castalia.plan.stream_plan import PROGRAM_BYTES
+from castalia.plan.stream_plan import PROGRAM_BYTES, SHARE
 from castalia.serve.catalogue import ModelEntry
 from castalia.serve.engine import Engine, TextRow
 from castalia.serve.worker import Worker

@@ -8,9 +8,10 @@ from castalia.checkpoint.restore import architecture
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.schema import ModelConfig
 from castalia.errors import ConfigError
+from castalia.machine import free_memory
 from castalia.parallel.rendezvous import world_size
-from castalia.plan.free_memory import SHARE, free_memory
 from castalia.plan.stream_plan import (
+    SHARE,
     EvaluationShape,
     StreamedWork,
     StreamPlan,

@@ -10,8 +10,8 @@ import time
 import torch
 
 from castalia.errors import ConfigError
+from castalia.machine import free_memory, usable_cores
 from castalia.plan.devices import auto_precision, find_device, this_cpu
-from castalia.plan.free_memory import free_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -19,11 +19,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def name_of(dtype: torch.dtype) -> str:
     """The config's name of a dtype: "fp32", "bf16" or "fp16"."""
     return next(name for name, known in DTYPES.items() if known == dtype)
-
-
-def usable_cores() -> int:
-    """Cores of this process: a container or `taskset` may allow fewer than the machine has; macOS does not tell."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machine_name(device: torch.device, ranks: int = 1) -> str:

@@ -25,6 +25,7 @@ from castalia.config.tensor_table import adapter_shapes, tensor_shapes
 from castalia.data.indexed import open_dataset
 from castalia.data.pairs import Pairs
 from castalia.data.split import describe_held_out, one_sided
+from castalia.machine import usable_cores
 from castalia.model.attention import capability
 from castalia.observe.display import Display
 from castalia.parallel.rank_grid import layout as parallel_layout
@@ -137,7 +138,7 @@ def _cores(session: Session) -> str:
     """What decides the pace on CPUs: the threads of a process, and the load of a machine that is busy already."""
     if session.device.type != "cpu":
         return ""
-    cores, load = os.cpu_count() or 1, os.getloadavg()[0]
+    cores, load = usable_cores(), os.getloadavg()[0]
     busy = f" (busy machine: load {load:.0f} on {plural(cores, 'core')})" if load > cores + 1 else ""
     return f", {plural(torch.get_num_threads(), 'thread')}{busy}"
 

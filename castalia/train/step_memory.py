@@ -13,8 +13,8 @@ from castalia.config.attention_kernels import AMPERE
 from castalia.model.attention import capability
 from castalia.plan.layout import Layout
 from castalia.plan.memory import compute_of, memory_by_stage
-from castalia.plan.run_description import gib
 from castalia.train.setup import Session
+from castalia.units import memory_size
 
 
 def open_profile(device: torch.device) -> profile:
@@ -69,4 +69,5 @@ def describe_memory(session: Session, layout: Layout, peak_bytes: int) -> str:
         session.config, session.config.precision.compute, session.device.type, capability(session.device) or AMPERE
     )
     stage = memory_by_stage(session.config.model, layout, session.config.data.seq_length, compute)[0]
-    return f"memory: tensors took {gib(measured)}, plan says {gib(stage.total)} ({measured / stage.total - 1:+.1%})"
+    planned, more = memory_size(stage.total), measured / stage.total - 1
+    return f"memory: tensors took {memory_size(measured)}, plan says {planned} ({more:+.1%})"

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from castalia.cli.train import read_config
+from castalia.machine import usable_cores
 from castalia.observe.display import Display
 from castalia.observe.metrics import read_events, read_metrics
-from castalia.train.hardware import had_its_cores, machine_name, measured_flops, repeat_bits, usable_cores
+from castalia.train.hardware import had_its_cores, machine_name, measured_flops, repeat_bits
 from castalia.train.loop import train
 from castalia.tune.replay import replay
 
