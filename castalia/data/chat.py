@@ -42,6 +42,7 @@ class Chat:
     only_last: bool = False  # train on the last turn only, which must be of that role
     for_rm: bool = False  # for reward models: append two end-of-document ids, and label only the second
     strings_as_turns: bool = False  # prompts and answers that are strings go through the template, too
+    judged: bool = False  # for reward models, of records in any form: see `encode_judged`
 
 
 def read_template(path: str | Path) -> tuple[str, tuple[tuple[str, str], ...]]:
@@ -128,7 +129,8 @@ def records_of(kind: Kind, chat: Chat, tokenizer: Tokenizer) -> Callable[[Any, S
         if actual != kind:
             raise ValueError(f"{NAMES[actual]} among records that are {NAMES[kind]}")
         answers = pair_of(value) if kind == "pair" else (answer_of(value),)
-        encoded = (encode_answer(answer, chat, tokenizer) for answer in answers)
+        encode = encode_judged if chat.judged else encode_answer
+        encoded = (encode(answer, chat, tokenizer) for answer in answers)
         judgement = ([label_of(value)],) if kind == "judged" else ()
         return {key: (*pair, *judgement) for key, pair in zip(keys, encoded, strict=True)}
 
@@ -189,6 +191,17 @@ def judged_ids(answer: Answer, chat: Chat | None, tokenizer: Tokenizer) -> list[
     while len(ids) > 1 and ids[-1] == padding:
         ids.pop()
     return ids
+
+
+def encode_judged(answer: Answer, chat: Chat, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """As `encode_answer`, for the training of reward models, which read the token before the last label.
+
+    So one token follows those of `judged_ids`, and its label is the last one. The labels before it, which nothing
+    learns, say where the answer begins.
+    """
+    ids, (_, labels) = judged_ids(answer, chat, tokenizer), encode_answer(answer, chat, tokenizer)
+    labels = (labels + [IGNORE] * len(ids))[: len(ids)]
+    return [*ids, ids[-1]], [*labels, ids[-1]]
 
 
 def _as_talk(answer: Answer, chat: Chat) -> Talk:

@@ -102,6 +102,8 @@ def begin(request: Request, say: Say) -> RunConfig:
     values = usual | data_settings(lessons) | tokenizer_settings_of(config, folder)
     if config.train.objective != "causal":
         values["data.packing"] = ("unpacked", "each answer is judged by itself")
+    if config.train.objective == "reward":
+        values["data.allow_chopped"] = (False, "a reward is read at the end of a text")
     # The final load leaves out the word `train.epochs=`, from which the number of steps is still to be chosen.
     epochs = config.train.epochs
     config = load(values, request, final=True).with_({"train.epochs": epochs})

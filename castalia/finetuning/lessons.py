@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -143,7 +143,8 @@ def make_lesson(
     recipe = Recipe(words, keys, skip_bad=skip_bad, append_eod=kind == "text")
     if kind != "text":
         reward = "label" if kind == "judged" else None
-        recipe = Recipe(words, keys, skip_bad=skip_bad, chat=chat, kind=kind, reward=reward)
+        form = replace(chat, judged=objective == "reward")
+        recipe = Recipe(words, keys, skip_bad=skip_bad, chat=form, kind=kind, reward=reward)
     try:
         report = prepare([path], prefix, recipe)
     except BadRecord as error:

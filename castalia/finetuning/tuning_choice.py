@@ -98,8 +98,11 @@ def lengths(config: RunConfig, model: ModelConfig, sizes: Sizes) -> Settings:
     if longest <= limit:
         return {"data.seq_length": (longest, "tokens: nothing is longer")}
     cut = int((sizes.documents - 1 > limit).sum())
-    why = f"what the model takes: {cut:,} of {len(sizes.documents):,} are longer and cut there, the longest has "
-    return {"data.seq_length": (limit, f"{why}{longest:,}; data.allow_chopped=false leaves them out")}
+    fate, way_out = "cut there", "; data.allow_chopped=false leaves them out"
+    if not config.data.allow_chopped:
+        fate, way_out = "left out", ""
+    why = f"what the model takes: {cut:,} of {len(sizes.documents):,} are longer and {fate}, the longest has "
+    return {"data.seq_length": (limit, f"{why}{longest:,}{way_out}")}
 
 
 def packings(config: RunConfig, sizes: Sizes, length: int, objective: str) -> Settings:

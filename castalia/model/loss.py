@@ -18,6 +18,7 @@ from castalia.config.loss_chunks import BLOCK_BYTES, CHUNK_BYTES
 from castalia.model.layers import is_slow_half
 
 IGNORE = -100
+LABELLED_SHARE = 0.875  # of the tokens; with fewer labels the others are left out
 HALF_GAIN = 2.0**10  # factor on fp16 gradients of logits, of which those below 6e-8 would become zero
 
 
@@ -28,11 +29,26 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss:
     (PaLM, 2204.02311). `hidden` [..., h] is in the compute dtype, `weight` [V, h] in any dtype with a gradient that
     accumulates in fp32, `labels` [...].
     """
-    rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    rows, targets, _ = _labelled(hidden, labels)
     if is_slow_half(rows):
         rows = rows.float()
     total = _LinearCrossEntropy.apply(rows, weight, targets, z_loss, torch.is_grad_enabled())
     return total, (targets != IGNORE).sum()
+
+
+def _labelled(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Hidden states [n, h] and labels [n] of the tokens that have one, and which tokens these are; None: all are taken.
+
+    Where nearly all have a label, choosing them would cost as much as it saves, and on a GPU the host would have to
+    wait for their number.
+    """
+    rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    if rows.device.type != "cpu":
+        return rows, targets, None
+    real = (targets != IGNORE).nonzero()[:, 0]
+    if len(real) > LABELLED_SHARE * len(targets):
+        return rows, targets, None
+    return rows.index_select(0, real), targets[real], real
 
 
 def sliced_cross_entropy(
@@ -42,7 +58,7 @@ def sliced_cross_entropy(
 
     `slices` gives the weight [vocab, h], cast, as consecutive rows; it is called for each chunk of the tokens.
     """
-    rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    rows, targets, _ = _labelled(hidden, labels)
     if is_slow_half(rows):
         rows = rows.float()
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -77,8 +93,11 @@ def token_losses(
     by chunk. A tensor rank that holds the rows of `weight` from `first` on passes `reduce`, which combines a tensor
     with those of the other ranks in place, by "max" or "sum".
     """
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    return _TokenLosses.apply(rows, weight, labels.reshape(-1), first, reduce).view(labels.shape)
+    rows, targets, real = _labelled(hidden, labels)
+    losses = _TokenLosses.apply(rows, weight, targets, first, reduce)
+    if real is not None:
+        losses = losses.new_zeros(labels.numel()).index_copy(0, real, losses)
+    return losses.view(labels.shape)
 
 
 class _TokenLosses(torch.autograd.Function):

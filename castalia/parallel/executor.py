@@ -18,6 +18,7 @@ from castalia.data.loader import Batch
 from castalia.errors import ConfigError
 from castalia.model.init import initialize
 from castalia.model.lora import add_adapters, freeze
+from castalia.model.loss import IGNORE
 from castalia.model.transformer import Transformer
 from castalia.parallel.activation_checkpointing import apply_activation_checkpointing, has_dropout
 from castalia.parallel.compile import compile_blocks
@@ -60,6 +61,16 @@ class Rows(NamedTuple):
     def map(self, change: Callable[[Tensor], Tensor]) -> Rows:
         """The same function applied to each tensor."""
         return Rows._make(None if tensor is None else change(tensor) for tensor in self)
+
+    @property
+    def width(self) -> int:
+        """The number of tokens up to the last label, at least 1. What follows has no effect on a loss."""
+        labelled = (self.labels != IGNORE).any(dim=0).nonzero()
+        return int(labelled[-1]) + 1 if len(labelled) else 1
+
+    def until(self, width: int) -> Rows:
+        """The first `width` tokens of each sequence."""
+        return self.map(lambda tensor: tensor[:, :width])
 
     def rows(self, start: int, stop: int) -> Rows:
         """Sequences `start` to `stop`."""
@@ -117,9 +128,11 @@ class Executor:
     # Asked between two micro-batches, on all ranks together, whether the step is to be left.
     leaves_step: Callable[[], bool] = staticmethod(lambda: False)
 
-    def __init__(self, model: Transformer, micro_batch_size: int = 8) -> None:
+    def __init__(self, model: Transformer, micro_batch_size: int = 8, cuts_padding: bool = True) -> None:
         self.model, self.device = model, model.device
         self.micro_batch_size = micro_batch_size
+        # Padding after the last label of a micro-batch is not computed. Compiled blocks need one shape for all.
+        self.cuts_padding = cuts_padding
 
     @property
     def models(self) -> Sequence[Transformer]:
@@ -167,9 +180,11 @@ class Executor:
         `Transformer.forward` has for each sequence. Raises StepLeft where `leaves_step` says so.
         """
         total = torch.zeros((), device=self.device)
+        widths = self.widths(rows.chunk(len(weights)))
         for micro, part in enumerate(rows.to(self.device).chunk(len(weights))):
             if micro and self.leaves_step():
                 raise StepLeft
+            part = part.until(widths[micro])
             torch.manual_seed(seeds[micro])  # dropout follows from the step, so no generator's state has to be saved
             loss_sum = micro_loss(self.model, part, {}, objective, micro)
             # Weights divide by the tokens of the global batch, so gradients of micro-batches just add up.
@@ -177,11 +192,14 @@ class Executor:
             total += loss_sum.detach() * weights[micro]
         return total
 
+    def widths(self, parts: Iterable[Rows]) -> list[int]:
+        """How many tokens of each part are computed. The parts are on the host, which a GPU need not be asked for."""
+        return [part.width if self.cuts_padding else part.tokens.shape[1] for part in parts]
+
     def loss_sum(self, rows: Rows) -> Tensor:
         """The sum of token losses over any number of sequences, all of which every rank is given. In `evaluating`."""
         total = torch.zeros((), device=self.device)
-        for part in rows.split(self.micro_batch_size):
-            part = part.to(self.device)
+        for part in self._parts(rows):
             total += self.model(part.tokens, **part.model_arguments())[0]
         return total
 
@@ -191,8 +209,14 @@ class Executor:
 
     def each_sequence(self, rows: Rows) -> Tensor:
         """What `Transformer.forward` gives for each of this data rank's sequences, fp32 [n, ...]. In `evaluating`."""
-        parts = (part.to(self.device) for part in rows.split(self.micro_batch_size))
+        parts = self._parts(rows)
         return torch.cat([self.models[0](part.tokens, **part.model_arguments(), per_sequence=True) for part in parts])
+
+    def _parts(self, rows: Rows) -> Iterator[Rows]:
+        """The sequences on the device, as many at a time as in training, without padding after the last label."""
+        for part in rows.split(self.micro_batch_size):
+            (width,) = self.widths([part])
+            yield part.until(width).to(self.device)
 
     def gradients(self) -> list[Tensor]:
         """This rank's parts of the gradients."""
@@ -268,4 +292,4 @@ def one_process(
     freeze(model, config.finetune)
     apply_activation_checkpointing(model, config.train.recompute, dropout=has_dropout(config.model))
     compile_blocks(model, config, device)
-    return Executor(model, plan.micro_batch_size)
+    return Executor(model, plan.micro_batch_size, cuts_padding=config.train.compile is not True)

@@ -49,6 +49,8 @@ class MeshExecutor(Executor):
             refuse_ring(config.model, dtype, device)
         self.mesh = mesh or build_mesh(layout(config.parallel, self.world), device.type)
         sizes = self.mesh.layout
+        # Ranks that share a sequence, and stages of a pipeline, exchange tensors of one shape.
+        self.cuts_padding = config.train.compile is not True and sizes.tp == sizes.cp == sizes.pp == 1
         self.data_rank, self.data_size = self.mesh.dp_rank, sizes.dp
         self.stages = build_stages(config, self.mesh, dtype, device, frozen)
         self.time = config.data.seq_length // sizes.cp
@@ -133,6 +135,7 @@ class MeshExecutor(Executor):
         objective: Objective | None = None,
     ) -> Tensor:
         """As on one process. The pipeline has no other objectives than the token losses."""
+        widths = self.widths(rows.chunk(len(weights)))
         rows, context = self._local(rows)
         # Pipeline ranks hold other blocks and context ranks other tokens: their dropout must differ.
         seed_offset = self.mesh.pp_rank * self.mesh.layout.cp + self.mesh.cp_rank
@@ -142,12 +145,13 @@ class MeshExecutor(Executor):
             torch.manual_seed(seeds[0])
             total = self.pipeline.forward_backward(rows, [weight * scale for weight in weights], context) / scale
         else:
-            total = self._micro_batches(rows, weights, scale, seeds, context, objective)
+            total = self._micro_batches(rows, widths, weights, scale, seeds, context, objective)
         return self._total(total)
 
     def _micro_batches(
         self,
         rows: Rows,
+        widths: Sequence[int],
         weights: Sequence[float],
         scale: float,
         seeds: Sequence[int],
@@ -170,7 +174,7 @@ class MeshExecutor(Executor):
             if zero < 3:  # parameters are gathered once a step
                 model.set_reshard_after_backward(last)
             torch.manual_seed(seeds[micro])
-            loss_sum = micro_loss(model, part_rows, context, objective, micro)
+            loss_sum = micro_loss(model, part_rows.until(widths[micro]), context, objective, micro)
             (loss_sum * (weights[micro] * scale)).backward()
             total += loss_sum.detach() * weights[micro]
         return total

@@ -12,11 +12,15 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from castalia.cli.convert import command as convert
 from castalia.cli.evaluate import command
+from castalia.cli.finetune import command as finetune
+from castalia.cli.score import command as score
 from castalia.cli.train import train
-from castalia.config.load import load_config
+from castalia.config.load import load_config, load_run
 from castalia.config.schema import TokenizerConfig
 from castalia.data.chat import chat_of
+from castalia.data.pairs import open_samples
 from castalia.data.prepare import Recipe, prepare
 from castalia.data.tokenizer import load_tokenizer
 from castalia.errors import CastaliaError
@@ -179,6 +183,52 @@ def rewards_of_transformers(place: Path, conversations: list[list[dict]]) -> np.
     asked = tokenizer.apply_chat_template(conversations, padding=True, return_tensors="pt", return_dict=True)
     with torch.no_grad():
         return model(**asked).logits[:, 0].numpy()
+
+
+@pytest.mark.parametrize("form", ["messages", "strings"])
+def test_a_reward_model_is_trained_where_it_is_judged(folder, reward, judge, tmp_path, form):
+    """Training, score, eval and the export read the reward at the token at which transformers reads it."""
+    file = folder / "pairs.jsonl"
+    if form == "strings":
+        records = [{"prompt": f"Who {n}?", "chosen": f" Adam was{'.' * n}", "rejected": f" Noah {n}"} for n in range(9)]
+        file = lines(tmp_path / "strings.jsonl", records)
+    run = tmp_path / "run"
+    words = [str(file), f"data.valid={file}", f"checkpoint.dir={run}", "train.steps=1", "train.batch_size=9"]
+    words += ["optimizer.lr=1e-3", "precision.compute=fp32", "log.peak_tflops=0.1"]
+    finetune(str(reward), words, objective="reward", full=True)
+
+    def of_transformers(model: Path) -> np.ndarray:
+        tokenizer, network = (
+            kind.from_pretrained(model) for kind in (AutoTokenizer, AutoModelForSequenceClassification)
+        )
+        found = []
+        for record in map(json.loads, file.read_text().splitlines()):
+            for side in ("chosen", "rejected"):
+                said = record["prompt"] + record[side]
+                text = said + "<|im_end|>" if form == "strings" else tokenizer.apply_chat_template(said, tokenize=False)
+                with torch.no_grad():
+                    found.append(network(**tokenizer(text, return_tensors="pt")).logits.item())
+        return np.array(found).reshape(-1, 2)
+
+    def loss(rewards: np.ndarray) -> float:
+        return float(np.log1p(np.exp(rewards[:, 1] - rewards[:, 0])).mean())
+
+    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    chosen = open_samples(load_run(run)).chosen
+    taken = [chosen.pieces(int(at))[0].document for at in chosen.positions(0)]
+    assert first["loss"] == pytest.approx(loss(of_transformers(reward)[taken]), rel=1e-5)
+    convert(str(run), tmp_path / "hf", to="hf")
+    expected = of_transformers(tmp_path / "hf")
+    assert expected.tolist() != of_transformers(reward).tolist()
+    assert recorded(run)["loss"] == pytest.approx(loss(expected), rel=1e-5)
+    for place in (run, tmp_path / "hf"):
+        found = judge(place, data=str(file))
+        assert found["margin"] == pytest.approx((expected[:, 0] - expected[:, 1]).mean(), rel=1e-4)
+    assert judge(run)["margin"] == pytest.approx(found["margin"], rel=1e-5)
+    score(str(run), file, tmp_path / "scores.jsonl")
+    scores = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    values = [[each["chosen_score"], each["rejected_score"]] for each in scores]
+    np.testing.assert_allclose(values, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_reward_model_is_judged_by_pairs_as_transformers_computes(folder, reward, judge):

@@ -63,6 +63,35 @@ def test_preferences_wait_for_no_value_of_the_device(objective):
         loss.make_report()
 
 
+@pytest.mark.parametrize("reward", [False, True])
+def test_padding_that_is_cut_changes_nothing(reward):
+    torch.manual_seed(0)
+    model, data = Transformer(MODEL.model_copy(update={"reward_head": reward})), batch()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    for row, end in enumerate((3, 5, 12, 2, 1, 4, 6, 9)):
+        data.labels[row, end:] = -100
+    rows, objective = Rows.of(data), (lambda values, micro: values.square().sum()) if reward else None
+    assert [part.width for part in rows.split(2)] == [5, 12, 4, 9]
+    found = []
+    for cuts in (True, False):
+        learner = Executor(model, 2, cuts_padding=cuts)
+        model.zero_grad()
+        total = learner.forward_backward(rows, [0.1, 0.2, 0.3, 0.4], 1.0, range(4), objective)
+        with learner.evaluating():
+            judged = learner.each_sequence(rows)
+            sums = learner.loss_sum(rows) if not reward else torch.zeros(())
+        found.append([total, judged, sums, *learner.gradients()])
+    for cut, whole in zip(*found, strict=True):
+        torch.testing.assert_close(cut, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_of_sequences_without_labels_one_token_is_computed():
+    rows = Rows.of(batch())
+    rows.labels.fill_(-100)
+    assert rows.width == 1
+
+
 def test_evaluation_gives_the_mode_back_also_after_an_error():
     ranks = executor()
     assert ranks.model.training
