@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from castalia.cli.render import progress, say
+from castalia.bars import progress
+from castalia.cli.render import say
 from castalia.units import file_size, plural
 
 if TYPE_CHECKING:

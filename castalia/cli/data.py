@@ -83,7 +83,8 @@ def prepare(
 
     The files are the same for any number of workers. If the command is interrupted, run it again: it continues.
     """
-    from castalia.cli.render import progress, say
+    from castalia.bars import progress
+    from castalia.cli.render import say
     from castalia.data.chat import Chat, read_template
     from castalia.data.prepare import Recipe
     from castalia.data.prepare import prepare as run

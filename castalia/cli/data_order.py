@@ -219,7 +219,7 @@ def seen(
     The corpus is read once from begin to end. A text is found within a document, whatever stands beside it. Sequences
     end where they are full: texts that are cut there are counted, but they are no places.
     """
-    from castalia.cli.render import progress
+    from castalia.bars import progress
     from castalia.data.pairs import sides_of
     from castalia.data.seen import seen_in_rows, seen_in_run
 

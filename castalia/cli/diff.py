@@ -40,9 +40,9 @@ def command(
       castalia diff runs/first runs/second --plot change.png
       castalia diff runs/first --all-steps --plot layers.png
     """
+    from castalia.bars import progress
     from castalia.checkpoint.restore import describe
     from castalia.cli.opening import open_and_tell
-    from castalia.cli.render import progress
     from castalia.errors import ConfigError
     from castalia.examine.diff import diff
     from castalia.figures import check_picture
@@ -127,8 +127,9 @@ def _plot(found: Diff, path: Path, names: str) -> None:
 
 def _all_steps(run: str, as_json: bool, plot: Path | None) -> None:
     """How the layers of one run change over its checkpoints: a table of the last one, JSON with all, a picture."""
+    from castalia.bars import progress
     from castalia.checkpoint.opener import find_steps
-    from castalia.cli.render import print_table, progress
+    from castalia.cli.render import print_table
     from castalia.examine.layer_changes import layer_history
 
     with progress(len(find_steps(run)), shown=not as_json) as advance:

@@ -49,7 +49,7 @@ def check(
 
     Exit code 1 if something is wrong. What was interrupted goes on with the same command.
     """
-    from castalia.cli.render import progress
+    from castalia.bars import progress
     from castalia.figures import check_picture
     from castalia.series.checkup import check_series
 
@@ -149,7 +149,7 @@ def stats(
 
     Every byte is read once, in small pieces. What was interrupted goes on with the same command.
     """
-    from castalia.cli.render import progress
+    from castalia.bars import progress
     from castalia.figures import check_picture, write_picture
     from castalia.series.maps import stats_maps
     from castalia.series.table import check_table, write_table
@@ -206,8 +206,8 @@ def evaluate(
 
     The next step loads while one is evaluated; equal weights are evaluated once. What was interrupted goes on.
     """
+    from castalia.bars import progress
     from castalia.checkpoint.restore import find_tokenizer
-    from castalia.cli.render import progress
     from castalia.errors import ConfigError
     from castalia.figures import check_picture, write_picture
     from castalia.series.losses import evaluate_series, measure_of
@@ -246,7 +246,7 @@ def evaluate(
 def _task_rows(
     members: list[Member], tasks: str, limit: int | None, tokenizer: str | None, output: Path, as_json: bool
 ) -> list[dict[str, Any]]:
-    from castalia.cli.render import progress
+    from castalia.bars import progress
     from castalia.cli.tasks import needs_lm_eval, open_for_tasks
 
     needs_lm_eval()
@@ -299,8 +299,8 @@ def memorise(
 
     One pass over a sequence tells whether greedy decoding would reproduce it. What was interrupted goes on.
     """
+    from castalia.bars import progress
     from castalia.checkpoint.restore import find_tokenizer
-    from castalia.cli.render import progress
     from castalia.config.schema import RunConfig
     from castalia.series.members import parse_steps
     from castalia.series.memorise import memorised, panel_of

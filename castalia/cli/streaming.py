@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from castalia.cli.render import print_table, progress, say
+from castalia.bars import progress
+from castalia.cli.render import print_table, say
 from castalia.strict_json import to_json
 from castalia.units import duration, file_size
 

@@ -21,6 +21,7 @@ WHEN = {
     "data.seq_length": ("for longer context; memory and time grow with it", "1024"),
     "data.split": ("to keep more, less or nothing for validation", "98, 2, 0"),
     "data.packing": ("for fine-tuning, where a sequence should not hold parts of several documents", "unpacked"),
+    "data.shuffled_passes": ("seldom: null keeps GPT-NeoX's order in a run of more passes", "null"),
     "tokenizer.path": ("to name the tokenizer that the corpus was prepared with", "tokenizer.json"),
     "optimizer.lr": ("first of all settings: `castalia lr-find CONFIG` suggests one; wider models need less", "6e-4"),
     "optimizer.weight_decay": ("for more or less regularisation; 0 where a model is fine-tuned", "0.1"),

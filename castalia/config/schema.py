@@ -351,6 +351,11 @@ class DataConfig(Section):
         None, description="file of rows that single steps train on instead, or that the loss leaves out"
     )
     cache_dir: str | None = Field(None, description="folder of index files; None: next to the data")
+    shuffled_passes: PositiveInt | None = Field(
+        16,
+        description="passes over the training data that are shuffled together; the order of so many then repeats, so "
+        "that its index files stay small; None: all passes of the run, as GPT-NeoX does",
+    )
     pass_multiple: PositiveInt | None = Field(
         None,
         description="a pass over the data ends at a multiple of this many sequences; None: of one forward pass on "

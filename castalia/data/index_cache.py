@@ -17,6 +17,7 @@ from tokenize import TokenError
 
 import numpy as np
 
+from castalia.bars import Advance, unseen
 from castalia.files import appearing, write_text
 
 log = logging.getLogger(__name__)
@@ -47,15 +48,17 @@ def cached(
     parts: tuple[str, ...],
     fingerprint: str,
     build: Callable[[], Arrays],
+    advance: Advance = unseen,
 ) -> Arrays:
     """The arrays `parts` from the files `{name}_{part}.npy`, memory-mapped, or if none of those fit from `build`.
 
     `names` are the possible names, the first of which is written. Files lie in `cache_dir`, else beside the corpus, or
-    in the user's cache folder if that is not writable.
+    in the user's cache folder if that is not writable. `advance`: of a bar whose text says what is done.
     """
     near = Path(cache_dir) if cache_dir else Path(prefix).absolute().parent
     home = near if _writable(near) else _fallback(near)
     stems = [folder / name for folder in dict.fromkeys((home, near)) for name in names]
+    advance(0, "looking for index files")
     for stem in stems:
         if (arrays := _load_known(stem, parts, fingerprint)) is not None:
             return arrays
@@ -74,6 +77,7 @@ def cached(
         _warn_once(f"{near} is not writable: index files go to {home}; data.cache_dir chooses another folder")
     home.mkdir(parents=True, exist_ok=True)
     _fingerprint_file(home / names[0]).unlink(missing_ok=True)  # while files are replaced, none vouches for them
+    advance(0, f"writing {sum(array.nbytes for array in built) / 1e6:,.0f} MB of index files")
     for part, array in zip(parts, built, strict=True):
         with appearing(home / f"{names[0]}_{part}.npy") as file:
             np.save(file, array)

@@ -13,16 +13,19 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import chain, cycle, islice
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
+from castalia.bars import Advance, unseen
 from castalia.config.batch import batch_plan, pass_multiple, size_at, steps_within, sum_until
+from castalia.config.objective import PAIRED
 from castalia.config.schema import EarlierBatch, RunConfig, Source, Text, Warmup
 from castalia.data.blend import blend, normalized, weights_by_documents
 from castalia.data.index_cache import cached, digest_of, index_names
@@ -49,6 +52,22 @@ Split = Literal["train", "valid", "test"]
 LONG_INDEX = 10_000_000  # samples; the order of so many takes a while
 BLEND_CACHED_FROM = 1 << 20  # samples; a blend of fewer is computed faster than it is read from a file
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+
+
+T = TypeVar("T")
+
+
+class Later(Generic[T]):
+    """What takes long to make, and is made when it is first asked for."""
+
+    def __init__(self, make: Callable[[Advance], T]) -> None:
+        self._make, self._made = make, False
+
+    def __call__(self, advance: Advance = unseen) -> T:
+        """The value; `advance` moves a bar on while it is made."""
+        if not self._made:
+            self._value, self._made = self._make(advance), True
+        return self._value
 
 
 class Batch(NamedTuple):
@@ -78,10 +97,15 @@ class SampledCorpus:
 
     text: IndexedDataset
     labels: IndexedDataset | None
-    index: Index
+    later_index: Later[Index]
     references: IndexedDataset | None = None  # number t is the log-probability of token t + 1
     rewards: IndexedDataset | None = None  # one number for each document
     alone: bool = False  # a sample is exactly one document, without the first token of the next one
+
+    @property
+    def index(self) -> Index:
+        """The samples and their order. The first call builds the index or reads its files."""
+        return self.later_index()
 
     def parts(self, position: int) -> list[tuple[int, int, int]]:
         """The parts (document, first token, end) of the sample at a position of this corpus's order."""
@@ -116,7 +140,7 @@ class Samples:
     """All samples of one split in data order. `batch(k)` is the batch of step k, or the k-th batch of an evaluation."""
 
     corpora: tuple[SampledCorpus, ...]
-    blended: tuple[np.ndarray, np.ndarray] | None  # for each position of the data order, its corpus and position there
+    later_blend: Later[tuple[np.ndarray, np.ndarray]] | None  # None: there is one corpus
     seq_length: int
     batch_size: int
     unit: int  # a pass over the data order takes a multiple of this many sequences
@@ -133,6 +157,21 @@ class Samples:
 
     def __len__(self) -> int:
         return len(self.blended[0]) if self.blended else len(self.corpora[0].index)
+
+    @property
+    def blended(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """For each position of the data order its corpus and the position there; None if there is one corpus."""
+        return self.later_blend() if self.later_blend else None
+
+    def build_index(self, advance: Advance = unseen) -> None:
+        """Builds the index or reads its files, which takes minutes for billions of tokens. Else whatever needs it does.
+
+        `advance` counts rows of the index, or files of an index that is there.
+        """
+        for corpus in self.corpora:
+            corpus.later_index(advance)
+        if self.later_blend:
+            self.later_blend(advance)
 
     def steps(self, epochs: int) -> int:
         """The number of whole steps in `epochs` passes over the data order."""
@@ -228,6 +267,14 @@ class Samples:
         filled = chain(every, islice(cycle(every), -len(every) % multiple))
         while samples := list(islice(filled, rows)):
             yield self._assembled(samples[rank::ranks], self.seq_length + 1, "validation")
+
+    def whole_pass_batches(self, rows: int, multiple: int = 1) -> int:
+        """The number of batches of `whole_pass`."""
+        count = 0
+        for corpus in self.corpora:
+            sizes = corpus.text.sizes[np.unique(corpus.index.documents)].astype(np.int64)
+            count += len(sizes) if self.cut else int(np.maximum(1, -(-(sizes - 1) // self.seq_length)).sum())
+        return -(-(count + -count % multiple) // rows)
 
     def _alone(self, size: int, document: int) -> Iterator[list[tuple[int, int, int]]]:
         """The parts of the samples that hold a document alone."""
@@ -354,7 +401,7 @@ def batch_at(config: RunConfig, step: int, split: Split = "train") -> Batch:
 
 
 def open_data(config: RunConfig, split: Split = "train", open_corpus: OpenCorpus | None = None) -> Samples:
-    """Open the corpora of a split and build or read their index.
+    """Open the corpora of a split. Their index is built or read later, see `Samples.build_index`.
 
     `open_corpus` replaces the way in which a source becomes a corpus (pairs of preference tuning). Raises DataError if
     the config gives the split no documents.
@@ -372,7 +419,7 @@ def open_data(config: RunConfig, split: Split = "train", open_corpus: OpenCorpus
     warmup = config.train.batch_size_warmup if split == "train" else None
     return Samples(
         corpora=corpora,
-        blended=blended,
+        later_blend=blended,
         seq_length=config.data.seq_length,
         batch_size=plan.batch_size,
         unit=warmup.unit if warmup else pass_multiple(config, plan.batch_size),
@@ -445,6 +492,16 @@ def _enough_for_all(config: RunConfig, split: Split) -> int:
     return max(math.ceil(size / weight) for size, weight in zip(sizes, weights, strict=True)) + 1
 
 
+def _most_samples(config: RunConfig, split: Split, sizes: np.ndarray) -> int:
+    """The samples of as many passes over documents of these `sizes` as are shuffled together."""
+    passes = config.data.shuffled_passes
+    if split != "train" or passes is None:
+        return sys.maxsize
+    if config.data.packing != "packed" or config.train.objective in PAIRED:
+        return passes * len(sizes)
+    return max(1, (passes * int(sizes.sum(dtype=np.int64)) - 1) // config.data.seq_length)
+
+
 def _open_part(config: RunConfig, prefix: str, split: Split, wanted: int | None) -> SampledCorpus:
     data = open_dataset(prefix)
     documents = split_documents(config.data, data)[split]
@@ -452,29 +509,44 @@ def _open_part(config: RunConfig, prefix: str, split: Split, wanted: int | None)
         raise DataError(
             f"no {split} data: data.split={config.data.split!r} gives it none of the {len(data)} documents of {prefix}"
         )
+    if wanted is not None:
+        wanted = min(wanted, _most_samples(config, split, data.sizes[documents]))
     return _index(config, data, None, documents, wanted, split)
 
 
 def _open_blend(
-    config: RunConfig, sources: Sequence[Source], split: str, wanted: int | None, open_corpus: OpenCorpus
-) -> tuple[tuple[SampledCorpus, ...], tuple[np.ndarray, np.ndarray]]:
+    config: RunConfig, sources: Sequence[Source], split: Split, wanted: int | None, open_corpus: OpenCorpus
+) -> tuple[tuple[SampledCorpus, ...], Later[tuple[np.ndarray, np.ndarray]]]:
     texts = [open_dataset(source.path) for source in sources]
     if config.data.weight_by_documents:
         weights = weights_by_documents([len(text) for text in texts], config.data.weight_alpha)
     else:
         weights = normalized([source.weight for source in sources])
+    limits = [_most_samples(config, split, text.sizes) for text in texts]
+    # So many positions that the source which repeats least has all its passes in them.
+    shares = list(zip(limits, weights.tolist(), strict=True))
+    whole = max(math.ceil(min(limit / weight, sys.maxsize)) if weight else 0 for limit, weight in shares)
+    bounded = wanted is not None and any(math.ceil(wanted * weight * 1.005) > limit for limit, weight in shares)
+    if wanted is not None:
+        wanted = min(wanted, whole)
     corpora = []
     for number, (source, text, weight) in enumerate(zip(sources, texts, weights.tolist(), strict=True)):
-        share = None if wanted is None else math.ceil(wanted * weight * 1.005)
+        share = None if wanted is None else min(math.ceil(wanted * weight * 1.005), limits[number])
         corpora.append(open_corpus(config, source, text, share, f"{split}_{number}"))
-    size = sum(len(corpus.index) for corpus in corpora)
-    if size < BLEND_CACHED_FROM:
-        return tuple(corpora), blend(weights, size)
-    prefix, fingerprint = sources[0].path, digest_of(weights, size)
-    names = [f"{Path(prefix).name}_{split}_blend_{fingerprint}"]
-    parts = ("dataset_index", "dataset_sample_index")
-    index, sample = cached(prefix, config.data.cache_dir, names, parts, fingerprint, lambda: blend(weights, size))
-    return tuple(corpora), (index, sample)
+
+    def make(advance: Advance) -> tuple[np.ndarray, np.ndarray]:
+        # GPT-NeoX blends as many as it has; of sources that repeat within their share the index has too few.
+        size = wanted if bounded and wanted else sum(len(corpus.index) for corpus in corpora)
+        advance(0, f"blending {size:,} samples")
+        if size < BLEND_CACHED_FROM:
+            return blend(weights, size)
+        prefix, fingerprint = sources[0].path, digest_of(weights, size)
+        names = [f"{Path(prefix).name}_{split}_blend_{fingerprint}"]
+        parts = ("dataset_index", "dataset_sample_index")
+        index, sample = cached(prefix, config.data.cache_dir, names, parts, fingerprint, lambda: blend(weights, size))
+        return index, sample
+
+    return tuple(corpora), Later(make)
 
 
 def _open_corpus(
@@ -529,7 +601,7 @@ def _index(
     length, packing = data.seq_length, data.packing
     usable = _usable(config, text, labels, documents)
 
-    def build() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def build(advance: Advance) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if wanted and wanted >= LONG_INDEX:  # so that nobody waits without knowing for what
             passes = wanted * length / max(1, int(text.sizes[documents].sum(dtype=np.int64)))
             log.warning(
@@ -540,7 +612,7 @@ def _index(
                 f"{passes:,.0f}" if passes >= 1000 else f"{passes:.3g}",
             )
         if packing == "packed":
-            index = build_packed(text.sizes, documents, wanted, length, seed)
+            index = build_packed(text.sizes, documents, wanted, length, seed, advance)
         elif wanted is None:
             raise ConfigError(f"data.packing={packing} needs train.steps: its samples have no epochs")
         elif packing == "unpacked":
@@ -549,10 +621,13 @@ def _index(
             index = build_overflowing(text.sizes, documents, usable, wanted, length, seed)
         return index.documents, index.bounds, index.order
 
-    names = index_names(text.prefix, name, wanted, length, seed, packing, data.allow_chopped)
-    fingerprint = digest_of(text.sizes, documents, usable)
-    parts = ("doc_idx", "sample_idx", "shuffle_idx")
-    return SampledCorpus(text, labels, Index(*cached(text.prefix, data.cache_dir, names, parts, fingerprint, build)))
+    def make(advance: Advance) -> Index:
+        names = index_names(text.prefix, name, wanted, length, seed, packing, data.allow_chopped)
+        fingerprint = digest_of(text.sizes, documents, usable)
+        parts = ("doc_idx", "sample_idx", "shuffle_idx")
+        return Index(*cached(text.prefix, data.cache_dir, names, parts, fingerprint, lambda: build(advance), advance))
+
+    return SampledCorpus(text, labels, Later(make))
 
 
 def warn_of_lost_labels(text: IndexedDataset, documents: np.ndarray, usable: np.ndarray, seq_length: int) -> None:

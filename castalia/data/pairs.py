@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from castalia.bars import Advance, unseen
 from castalia.config.objective import PAIRED
 from castalia.config.schema import RunConfig, Source, Text
 from castalia.data.indexed import IndexedDataset, open_dataset
 from castalia.data.loader import (
     Batch,
     DocumentPiece,
+    Later,
     SampledCorpus,
     Samples,
     Split,
@@ -68,6 +70,15 @@ class Pairs:
         """As of `Samples`; pairs have no interventions."""
         return self.fingerprint
 
+    def build_index(self, advance: Advance = unseen) -> None:
+        """As of `Samples`; both sides share an index, which is small."""
+        self.chosen.build_index(advance)
+        self.rejected.build_index(advance)
+
+    def whole_pass_batches(self, rows: int, multiple: int = 1) -> int:
+        """As of `Samples`, for every usable pair."""
+        return self.chosen.whole_pass_batches(rows, multiple)
+
     @cached_property
     def fingerprint(self) -> str:
         """A digest of the files and settings that decide order and content of the pairs."""
@@ -100,11 +111,12 @@ def open_pairs(config: RunConfig, split: Split = "train") -> Pairs:
     With data.allow_chopped=false both sides must also fit into it. Raises DataError if the two sides have different
     numbers of texts, or if a source names no rejected texts.
     """
-    indices: dict[str, Index] = {}  # of the preferred side by source, which the rejected side shares
+    indices: dict[str, Later[Index]] = {}  # of the preferred side by source, which the rejected side shares
 
     def chosen(config: RunConfig, source: Source, text: IndexedDataset, wanted: int | None, name: str) -> SampledCorpus:
         """The preferred texts, with the index that both sides follow."""
-        indices[name] = _index(config, source, wanted)
+        index = _index(config, source, wanted)
+        indices[name] = Later(lambda advance: index)
         return with_judgements(SampledCorpus(text, open_labels(source, text), indices[name]), source)
 
     def rejected(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from castalia.bars import Advance, unseen
 from castalia.config.schema import split_shares
 from castalia.data.indexed import IndexedDataset
 from castalia.errors import DataError
@@ -54,22 +55,28 @@ class Index:
 
 
 def build_packed(
-    sizes: np.ndarray, documents: np.ndarray, num_samples: int | None, seq_length: int, seed: int
+    sizes: np.ndarray,
+    documents: np.ndarray,
+    num_samples: int | None,
+    seq_length: int,
+    seed: int,
+    advance: Advance = unseen,
 ) -> Index:
     """Packing: documents back to back, cut every S tokens. Neighbouring samples share a token.
 
     `sizes` [items] counts the tokens of every document of the corpus, `documents` are the ids of this split. There are
-    as many whole epochs as `num_samples` needs, shuffled as one sequence; None means one epoch. Raises DataError if
-    the documents have fewer than two tokens.
+    as many whole epochs as `num_samples` needs, shuffled as one sequence; None means one epoch. `advance` counts the
+    rows of `bounds` and `order`. Raises DataError if the documents have fewer than two tokens.
     """
     tokens = int(sizes[documents].sum(dtype=np.int64))
     if tokens < 2:
         raise DataError(f"{len(documents)} documents hold {tokens} tokens: nothing to train on")
     epochs = 1 if num_samples is None else max(1, -(-(num_samples * seq_length + 1) // tokens))
     rng = np.random.RandomState(seed)
+    count = (epochs * tokens - 1) // seq_length
+    advance(0, f"shuffling {epochs * len(documents):,} documents", 2 * count + 1)
     order = np.tile(documents.astype(np.int32, copy=False), epochs)
     rng.shuffle(order)
-    count = (epochs * tokens - 1) // seq_length
     # The dtypes are those of GPT-NeoX, as cached index files are shared with it.
     needs_int64 = 2 * ((epochs * tokens - 1) / seq_length + 1) >= np.iinfo(np.int32).max - 1
     bounds = np.empty((count + 1, 2), np.int64 if needs_int64 else np.int32)
@@ -82,9 +89,12 @@ def build_packed(
         at = np.searchsorted(ends, cuts, side="right")  # the document that holds the token at each cut
         bounds[first : first + len(cuts), 0] = at
         bounds[first : first + len(cuts), 1] = cuts - np.where(at > 0, ends[at - 1], 0)  # offset within that document
+        advance(len(cuts), f"cutting {count:,} samples")
     del ends  # 8 bytes per document, before the shuffle index is allocated
     shuffle = np.arange(count, dtype=np.uint32 if count < np.iinfo(np.uint32).max - 1 else np.int64)
-    rng.shuffle(shuffle)
+    advance(0, f"shuffling {count:,} samples")
+    rng.shuffle(shuffle)  # one call, which takes about a second for ten million
+    advance(count)
     return Index(order, bounds, shuffle)
 
 

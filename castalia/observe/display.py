@@ -7,13 +7,15 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from statistics import median
 from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from castalia.bars import Advance, progress
 from castalia.units import duration
 from castalia.wrapping import WIDTH, wrapped
 
@@ -77,10 +79,33 @@ class Display:
         self.marked_tokens, self.marked_seconds, self.seconds = tokens, 0.0, 0.0
         self.recent: deque[float] = deque(maxlen=RECENT)
         if self.fancy:
-            columns = (TextColumn("training"), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(None),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
             self.bar = Progress(*columns, console=self.console, transient=True)
-            self.task = self.bar.add_task("", total=last, completed=done)
+            self.task = self.bar.add_task("training", total=last, completed=done)
             self.bar.start()
+
+    @contextmanager
+    def working(self, name: str, total: int | None = None) -> Iterator[Advance]:
+        """A bar of something else than steps, gone when that is done."""
+        if self.bar is None:
+            with progress(total, shown=not self.silent) as advance:
+                advance(0, name)
+                yield advance
+            return
+        bar, task = self.bar, self.bar.add_task(name, total=total)
+
+        def advance_it(done: int, text: str = "", total: int | None = None) -> None:
+            bar.update(task, advance=done, description=text or None, total=total)
+
+        try:
+            yield advance_it
+        finally:
+            bar.remove_task(task)
 
     def line(self, text: str, style: str | None = None) -> None:
         """Prints a line, wrapped where it is too long, and styled on a terminal."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from html import escape
 
 from castalia.observe.curves import Records, curve, loss_figure
-from castalia.report.report_text import searched
+from castalia.report.report_text import COMPRESSORS, searched
 from castalia.report.run_report import Report
 from castalia.report.samples import Sample
 
@@ -74,7 +74,8 @@ def _bars(report: Report) -> Iterable[str]:
             f'<div>{escape(bar.name)}: <b>{bar.bits_per_byte:.3f}</b>'
             f'<div class="bar{kind}" style="width:{width:.1f}%"></div></div>'
         )  # fmt: skip
-    yield '<p class="small">Fewer are better; text without any pattern takes 8.</p>'
+    yield '<p class="small">Fewer are better; text without any pattern takes 8. '
+    yield f"{COMPRESSORS}.</p>"
 
 
 def _sources(report: Report) -> Iterable[str]:

@@ -13,6 +13,8 @@ from castalia.report.samples import Sample, Search
 WIDTH = 100
 BAR_WIDTH = 30
 
+COMPRESSORS = "xz and gzip see this text alone, and begin with nothing; of longer texts they need less a byte"
+
 
 def lines(report: Report, colored: bool) -> Iterator[str]:
     """None is longer than WIDTH, but for paths."""
@@ -28,6 +30,7 @@ def lines(report: Report, colored: bool) -> Iterator[str]:
         for bar in report.bars:
             drawn = "#" * max(1, round(BAR_WIDTH * bar.bits_per_byte / widest))
             yield f"  {bar.name:<{names}}  {bar.bits_per_byte:6.3f}  {drawn}"
+        yield from textwrap.wrap(f"{COMPRESSORS}.", WIDTH)
     if report.sources:
         yield from ("", "by source")
         names = max(len(source.name) for source in report.sources)

@@ -12,7 +12,7 @@ from castalia.train.hardware import choose_device, keep_freed_memory
 from castalia.train.resolve import refuse_folder_in_use
 from castalia.train.run_folder import continues_in_place, run_folder
 from castalia.train.run_header import planned_layout, show_first_loss, show_header
-from castalia.train.setup import Session, start
+from castalia.train.setup import Session, build_index, set_up
 from castalia.train.step_memory import PeakMemory, describe_memory
 from castalia.units import duration
 
@@ -24,12 +24,14 @@ def rehearse(config: RunConfig, verbose: bool = False) -> None:
     if not continues_in_place(config, folder):
         refuse_folder_in_use(config, folder)
     with process_group(choose_device(config.train.device).type, config.parallel.timeout):
-        _show_one_step(start(config), folder, verbose)
+        _show_one_step(set_up(config), folder, verbose)
 
 
 def _show_one_step(session: Session, folder: Path, verbose: bool) -> None:
     with Display(silent=session.executor.rank > 0) as display:
         show_header(session, display, folder, kept=False, verbose=verbose)
+        with display.working("the order of the samples") as advance:
+            build_index(session, advance)
         done = session.progress.step
         begin = time.perf_counter()
         # Model and optimizer exist by now, so the peak is what the step needs beyond them.

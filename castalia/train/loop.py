@@ -55,7 +55,7 @@ from castalia.train.run_folder import (
 )
 from castalia.train.run_header import HEADER, show_first_loss, show_header
 from castalia.train.schedule import is_save_step
-from castalia.train.setup import Session, restore, start
+from castalia.train.setup import Session, build_index, restore, set_up
 from castalia.train.step import StepResult
 from castalia.train.step_record import peak_speed, step_record
 from castalia.train.stop_signals import StopSignals
@@ -88,11 +88,13 @@ def train(config: RunConfig, verbose: bool = False) -> Path:
             refuse_folder_in_use(config, folder)
         if is_main():
             refuse_if_in_use(folder / "checkpoints")  # the saver asks again, but only once everything is loaded
-        session = start(config)
+        session = set_up(config)
         with Display(silent=session.executor.rank > 0) as display:
             if restarted:
                 display.line(restart_line(job, session.progress.step))
             header = show_header(session, display, folder, kept=True, verbose=verbose)
+            with display.working("the order of the samples") as advance:
+                build_index(session, advance)
             try:
                 with TrainingRun(session, folder, display, in_place, job, begin, header) as run:
                     stopped_by = run.to_the_end()
@@ -125,9 +127,9 @@ class TrainingRun:
         self.progress = session.progress
         # The step whose checkpoint is in the folder already; there is no need to save it again.
         self.saved_step: int | None = session.progress.step if in_place and session.resumed else None
-        self.validation = Validation(session)
+        self.validation = Validation(session, display)
         self.tasks = TaskEvaluation(
-            session.config.eval, session.tokenizer, session.executor, session.config.precision.compute
+            session.config.eval, session.tokenizer, session.executor, session.config.precision.compute, display
         )
         self.signals = StopSignals("micro-batch" if session.executor.can_leave_step else "step")
         hours = session.config.train.max_hours

@@ -65,8 +65,7 @@ def resolve(config: RunConfig) -> ResolvedRun:
     ranks = world_size()
     plan = batch_plan(inferred, layout(inferred.parallel, ranks).dp if ranks > 1 else 1)
     settled = with_steps(with_earlier_batches(inferred, source, plan.batch_size))
-    with main_first():  # it builds the index files that the other ranks then find
-        data = open_samples(settled, "train")
+    data = open_samples(settled, "train")
     refuse_other_data(settled, data, source)
     refuse_foreign_tokens(settled)
     reference = open_reference(settled)
@@ -168,9 +167,11 @@ def with_earlier_batches(config: CompleteConfig, source: Checkpoint | None, batc
 def refuse_other_data(config: RunConfig, data: Samples | Pairs, source: Checkpoint | None) -> None:
     """Raises TrainingError if a resumed run would see other samples than before, unless that is asked for."""
     fingerprint = source.facts.data_fingerprint if source else None
-    if source is None or config.checkpoint.init_from or config.checkpoint.other_data:
+    if not (source and fingerprint) or config.checkpoint.init_from or config.checkpoint.other_data:
         return
-    if fingerprint in (None, "", data.fingerprint_until(source.progress.step)):
+    with main_first():  # of what the run has read already, index files are there
+        data.build_index()
+    if fingerprint == data.fingerprint_until(source.progress.step):
         return
     raise TrainingError(
         f"the data or their order are not those that {source.path} was trained on (another corpus, split, seed or "

@@ -1,6 +1,6 @@
 """From a config to everything that a run needs in memory: data, model, optimizer, and what is loaded into them.
 
-`start` shows the order: settle the config (`resolve.py`), build the model, load its weights, make optimizer and step.
+`set_up` shows the order: settle the config (`resolve.py`), build the model, load its weights, make optimizer and step.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from castalia.bars import Advance, unseen
 from castalia.checkpoint.adapters import adapters_of
 from castalia.checkpoint.formats.neox.names import first_rank
 from castalia.checkpoint.opener import open_checkpoint
@@ -25,6 +26,7 @@ from castalia.data.pairs import Pairs, sides_of
 from castalia.data.tokenizer import Tokenizer
 from castalia.parallel.compile import fall_back_to_eager
 from castalia.parallel.executor import Executor, one_process
+from castalia.parallel.process_group import main_first
 from castalia.parallel.rendezvous import world_size
 from castalia.train.compiling import CompilePlan, with_compiling
 from castalia.train.hardware import repeat_bits
@@ -86,10 +88,23 @@ class Session:
 
 
 def start(config: RunConfig) -> Session:
-    """Reads, builds and loads, but writes nothing. Called on all ranks together.
+    """Reads, builds and loads, and writes index files alone. Called on all ranks together.
 
     Raises a CastaliaError for whatever is missing or does not fit together.
     """
+    session = set_up(config)
+    build_index(session)
+    return session
+
+
+def build_index(session: Session, advance: Advance = unseen) -> None:
+    """Builds or reads the index of a run's samples, which takes long for a large corpus or many passes over it."""
+    with main_first():  # it builds the files that the other ranks then find
+        session.data.build_index(advance)
+
+
+def set_up(config: RunConfig) -> Session:
+    """As `start`, but for the index of the samples, which whoever needs a batch builds."""
     if config.train.deterministic:
         repeat_bits()  # before the first kernel
     run = resolve(config)

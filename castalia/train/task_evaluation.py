@@ -11,6 +11,7 @@ from castalia.config.schema import EvalConfig
 from castalia.data.tokenizer import Tokenizer
 from castalia.errors import ConfigError
 from castalia.loading import build_model
+from castalia.observe.display import Display
 from castalia.parallel.executor import Executor
 from castalia.train.hardware import choose_dtype
 
@@ -28,9 +29,12 @@ class TaskEvaluation:
     Each rank reads the whole checkpoint, whatever layout trains, and answers its share of the requests.
     """
 
-    def __init__(self, cfg: EvalConfig, tokenizer: Tokenizer | None, executor: Executor, compute: str) -> None:
+    def __init__(
+        self, cfg: EvalConfig, tokenizer: Tokenizer | None, executor: Executor, compute: str, display: Display
+    ) -> None:
         """Raises ConfigError without lm-eval or a tokenizer, DataError for tasks that do not exist."""
         self.cfg, self.tokenizer, self.executor, self.compute = cfg, tokenizer, executor, compute
+        self.display = display
         if not cfg.tasks:
             return
         if tokenizer is None:
@@ -76,10 +80,12 @@ class TaskEvaluation:
         network = build_model(open_checkpoint(folder, step=step), device, choose_dtype(self.compute, device))
 
         def until_signal(items: Iterator[Any], size: Callable[[Any], int], total: int) -> Iterator[Any]:
-            for item in items:
-                if alone and received():
-                    raise Interrupted
-                yield item
+            with self.display.working("answering tasks", total) as advance:
+                for item in items:
+                    if alone and received():
+                        raise Interrupted
+                    yield item
+                    advance(size(item))
 
         assert self.tokenizer is not None
         return TaskModel(network, self.tokenizer, shared=not alone, watch=until_signal)

@@ -112,6 +112,7 @@ def test_fine_tuning_samples(fixtures: Path, tmp_path: Path, packing, chopped: b
     source = Source(path=str(sft / "chat_text_document"), labels=str(sft / "chat_label_document"))
     run = config(source, steps=59, batch=1, length=48, packing=packing, allow_chopped=chopped, cache_dir=str(tmp_path))
     samples = open_data(run.model_copy(update={"seed": seed, "model": None}))  # 59 with the surplus of 0.5% are 60
+    samples.build_index()
     stem = f"chat_text_document_train_0_indexmap_60ns_48sl_{seed}s_{packing}pi{'_ac' if chopped else ''}"
     for part in ("doc_idx", "sample_idx", "shuffle_idx"):
         assert (tmp_path / f"{stem}_{part}.npy").read_bytes() == (sft / f"{stem}_{part}.npy").read_bytes()
@@ -333,11 +334,59 @@ def test_small_batches_follow_each_other_through_the_same_order(tmp_path_factory
 
 def test_a_long_index_is_told_before_it_is_built(tmp_path: Path, monkeypatch, caplog) -> None:
     source = corpus(tmp_path / "a", [[1] * 21] * 4)  # 84 tokens
-    open_data(config(source, steps=4))
+    open_data(config(source, steps=4)).build_index()
     assert not caplog.records
     monkeypatch.setattr(loader, "LONG_INDEX", 168)
-    open_data(config(source, steps=84))
+    open_data(config(source, steps=84)).build_index()
     assert "the order of 169 samples,\n  10.1 passes over it" in caplog.text
     caplog.clear()
-    open_data(config(source, steps=84))  # it is there already
+    open_data(config(source, steps=84)).build_index()  # it is there already
     assert not caplog.records
+
+
+def test_an_index_is_built_when_it_is_needed_and_a_bar_follows(tmp_path: Path) -> None:
+    run = config(corpus(tmp_path / "a", [[1] * 21] * 40), steps=60)
+    samples, seen = open_data(run), []
+    assert not [*tmp_path.glob("*.npy")]
+    samples.build_index(lambda done, text="", total=None: seen.append((done, text, total)))
+    (total,) = {total for _, text, total in seen if text.startswith("shuffling 40 documents")}
+    assert total == sum(done for done, _, _ in seen) == 1 + 2 * len(samples.corpora[0].index.order)
+    assert [text for _, text, _ in seen if text][-2].startswith("writing")
+    again = open_data(run)
+    assert np.array_equal(again.batch(3).tokens, samples.batch(3).tokens)
+
+
+def test_many_passes_repeat_an_order_of_some(tmp_path: Path) -> None:
+    source = corpus(tmp_path / "a", [list(range(number, number + 21)) for number in range(4)])  # 84 tokens, length 5
+    all_passes = open_data(config(source, steps=1000, batch=1, shuffled_passes=None))
+    some = open_data(config(source, steps=1000, batch=1))
+    most = (16 * 84 - 1) // 5
+    assert len(all_passes) > 1000 and len(some.corpora[0].index.order) == most
+    ordered = open_data(config(source, steps=most - 2, batch=1, shuffled_passes=None))  # also of 16 passes
+    for step in (0, 1, most - 3):
+        assert np.array_equal(some.batch(step).tokens, ordered.batch(step).tokens)
+        assert np.array_equal(some.batch(step + some.pass_length).tokens, some.batch(step).tokens)
+    few = [open_data(config(source, steps=200, batch=1, shuffled_passes=passes)) for passes in (16, None)]
+    assert all(np.array_equal(*(samples.batch(step).tokens for samples in few)) for step in range(200))
+    assert some.epoch(500) > 16  # passes are counted on
+
+
+def test_a_small_source_repeats_while_a_large_one_goes_on(tmp_path: Path) -> None:
+    small = corpus(tmp_path / "small", [list(range(11))] * 2).model_copy(update={"weight": 1.0})  # 4 samples a pass
+    large = corpus(tmp_path / "large", [[40] * 1001] * 10).model_copy(update={"weight": 1.0})
+    samples = open_data(config(small, large, steps=1000, batch=1))
+    assert [len(part.index.order) for part in samples.corpora] == [(16 * 22 - 1) // 5, 2001]
+    assert len(samples) == 1000
+    places = [samples.pieces(position)[0] for position in range(1000)]
+    assert sum(place.prefix == small.path for place in places) == 500
+    of_large = [(p.document, p.start) for p in places if p.prefix == large.path]
+    assert len(set(of_large)) == len(of_large)  # nothing of it comes twice
+    assert samples.batch(999).tokens.shape == (1, 5)
+
+
+def test_the_whole_pass_has_as_many_batches_as_it_says(tmp_path: Path) -> None:
+    source = corpus(tmp_path / "a", [[1] * size for size in (1, 2, 5, 6, 7, 11, 12, 30)])
+    for packing in ("packed", "pack_until_overflow"):
+        samples = open_data(config(source, steps=9, packing=packing))
+        for rows, multiple in ((1, 1), (3, 1), (4, 2), (6, 6)):
+            assert samples.whole_pass_batches(rows, multiple) == len([*samples.whole_pass(rows, multiple)])

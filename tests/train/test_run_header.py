@@ -17,7 +17,7 @@ from castalia.checkpoint.restore import optimizer_state
 from castalia.cli.train import read_config, train
 from castalia.config.load import dump_config, load_config
 from castalia.data.indexed import DatasetWriter
-from castalia.errors import ConfigError
+from castalia.errors import ConfigError, DataError
 from castalia.plan.run_description import attention
 from castalia.plan.run_plan import training, warnings
 from castalia.train.dry_run import rehearse
@@ -126,6 +126,15 @@ def test_a_run_far_too_long_says_so_loudly(tiny, tmp_path, capsys):
     said = capsys.readouterr().out
     assert re.search(r"^THIS RUN TAKES ABOUT [\d,]+ DAYS", said, re.M)
     assert re.search(r"^THIS RUN READS ITS DATA [\d,]+ TIMES", said, re.M)
+
+
+def test_the_header_comes_before_the_order_of_the_samples(tiny, tmp_path, capsys):
+    with DatasetWriter(tmp_path / "one", "uint16") as writer:
+        writer.add([7])
+    with pytest.raises(DataError, match="nothing to train on"):  # found by whoever works out that order
+        train(tiny(tmp_path / "run", f"data.path={tmp_path / 'one'}", "data.split=1,0,0"))
+    assert re.search(r"^the run +20 steps", capsys.readouterr().out, re.M)
+    assert not (tmp_path / "run").exists()
 
 
 def test_warnings_appear_before_training(tiny, tmp_path, capsys):
