@@ -137,8 +137,10 @@ def _bytes(layers: Sequence[tuple[Tensor, Tensor]], hidden: Tensor) -> int:
 class Engine:
     """The texts of one model. All methods but `submit` are called by one thread."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, plan: ServingPlan) -> None:
-        """Raises CheckpointError where the model's values are not finite."""
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, plan: ServingPlan, widths: Sequence[int] = WIDTHS
+    ) -> None:
+        """`widths`: texts in a batch, of which those count that give a text the same bits."""
         self.model, self.tokenizer, self.plan = model, tokenizer, plan
         self.vocab_size = min(model.cfg.vocab_size or tokenizer.vocab_size, tokenizer.vocab_size)  # no padding
         self.inbox: deque[Sequence[TextRow]] = deque()
@@ -148,7 +150,7 @@ class Engine:
         self.prefixes = Prefixes(plan.prefix_budget)
         self.counters = {"prompt_tokens": 0, "prefix_tokens": 0, "generated_tokens": 0, "steps": 0}
         with torch.inference_mode():
-            self.widths = exact_widths(model, WIDTHS)
+            self.widths = exact_widths(model, widths)
 
     def submit(self, rows: Sequence[TextRow]) -> None:
         """Take the texts of one request in, from any thread."""

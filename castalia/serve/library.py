@@ -11,10 +11,12 @@ from typing import Any
 
 import anyio
 import anyio.to_thread
+import torch
 
 from castalia.checkpoint.opener import open_checkpoint
 from castalia.checkpoint.restore import architecture, load_tokenizer_for, require_finite
 from castalia.checkpoint.tensors import Checkpoint
+from castalia.config.schema import ModelConfig
 from castalia.data.chat import Chat
 from castalia.data.tokenizer import Tokenizer
 from castalia.errors import CastaliaError, ConfigError
@@ -23,12 +25,19 @@ from castalia.generate.packed_model import pack
 from castalia.loading import build_model
 from castalia.machine import free_memory
 from castalia.model.transformer import Transformer
-from castalia.plan.serve_plan import ROWS, ServingPlan, serving_plan
-from castalia.plan.stream_plan import PROGRAM_BYTES, SHARE
+from castalia.plan.flops import kv_cache_bytes
+from castalia.plan.serve_plan import CHUNK_TOKENS, ROWS, UNKNOWN_LENGTH, ServingPlan, serving_plan
+from castalia.plan.stream_plan import PROGRAM_BYTES, SHARE, generation_work, least_budget, plan_stream
 from castalia.serve.catalogue import ModelEntry
 from castalia.serve.engine import Engine, TextRow
 from castalia.serve.worker import Worker
+from castalia.streaming.open_streamed import open_streamed
+from castalia.streaming.stream_units import units_of
+from castalia.streaming.streamed_model import StreamedTransformer
 from castalia.train.hardware import choose_device, choose_dtype
+
+STREAMED_WIDTHS = (1, 2, 4)  # texts at a time of a model that is read from disk in each step
+STREAMED = "this checkpoint is larger than the server's memory, so that it is read from disk for every token"
 
 
 class Busy(CastaliaError):
@@ -119,21 +128,44 @@ class Library:
         if cfg.reward_head:
             raise ConfigError(f"{entry.name} is a reward model: it judges texts and predicts no tokens")
         cpu = self.device.type == "cpu"
+        model: Transformer
         dtype = choose_dtype("fp32" if cpu else "auto", self.device)
         plan = serving_plan(cfg, dtype.itemsize, self.memory)
+        chat, ends = _chat_of(tokenizer)
         if plan is None:
-            raise ConfigError(
-                f"{entry.name} does not fit into {self.memory / 1e9:.3g} GB with the keys and values of one text; give "
-                "a larger --memory"
-            )
+            model, plan = self._streamed(entry, checkpoint, cfg)
+            engine = Engine(model, tokenizer, plan, STREAMED_WIDTHS)
+            return LoadedModel(entry, checkpoint, model, tokenizer, plan, engine, chat, ends, note=STREAMED)
         self._make_room(plan.total)
         model = build_model(checkpoint, self.device, dtype)
         require_finite(dict(model.named_parameters()), checkpoint.path)
         if cpu:
             pack(model, rows=ROWS)
-        chat, ends = _chat_of(tokenizer)
         engine = Engine(model, tokenizer, plan)
         return LoadedModel(entry, checkpoint, model, tokenizer, plan, engine, chat, ends)
+
+    def _streamed(
+        self, entry: ModelEntry, checkpoint: Checkpoint, cfg: ModelConfig
+    ) -> tuple[StreamedTransformer, ServingPlan]:
+        """A model that does not fit, a block at a time in memory, which it takes whole. Raises ConfigError."""
+        if self.device.type != "cpu":
+            raise ConfigError(f"{entry.name} does not fit into {self.memory / 1e9:.3g} GB; give a larger --memory")
+        length = cfg.max_positions or UNKNOWN_LENGTH
+        work = generation_work(cfg, CHUNK_TOKENS, max(1, length - CHUNK_TOKENS), STREAMED_WIDTHS[-1], 4)
+        units = units_of(checkpoint, cfg, torch.float32)
+        try:
+            plan = plan_stream(units.sizes(0), work, self.memory)
+        except ConfigError as error:
+            raise ConfigError(f"{entry.name}: {error}") from error
+        if plan.cache_on_disk:
+            least = least_budget(plan.sizes, work) + work.cache_each
+            raise ConfigError(
+                f"{entry.name} has no room for the keys and values of a text; give --memory {least / 1e9:.2f}GB or more"
+            )
+        self._make_room(self.memory - PROGRAM_BYTES)
+        kv_each, kv_budget = kv_cache_bytes(cfg, 4), plan.items * work.cache_each
+        serves = ServingPlan(self.memory - PROGRAM_BYTES - kv_budget, 0, kv_each, kv_budget, length)
+        return open_streamed(checkpoint, cfg, units, plan), serves
 
     def _make_room(self, needed: int) -> None:
         """Drop checkpoints that nobody uses, the least used first. Raises Busy if that does not suffice."""

@@ -1,0 +1,133 @@
+"""The server beside `generate` in one process, on the same weights: what a token costs, and what 16 streams gain.
+
+    OMP_NUM_THREADS=1 python benchmarks/serve.py [--new 32] [--rounds 3] [--streams 16]
+
+Weights are random, of pythia-70m's shape. The engine is asked over HTTP, with streams, by clients in another process.
+Rounds take turns, and CPU seconds of the serving process are given beside wall-clock ones, since the machine may be
+busy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import httpx
+import torch
+
+from castalia.data.tokenizer import ByteTokenizer
+from castalia.generate.generation import Sampling, stream
+from castalia.generate.packed_model import pack
+
+PROMPT = 64  # tokens
+
+
+def save(folder: Path) -> None:
+    """A model of pythia-70m's shape with random weights, and a tokenizer of bytes, as a Hugging Face folder."""
+    import transformers
+
+    config = transformers.GPTNeoXConfig(
+        num_hidden_layers=6, hidden_size=512, num_attention_heads=8, intermediate_size=2048, vocab_size=50304,
+        max_position_embeddings=2048, rotary_pct=0.25,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.GPTNeoXForCausalLM(config).save_pretrained(folder)
+
+
+async def one(client: httpx.AsyncClient, prompt: list[int], new: int) -> tuple[float, float, int]:
+    """Seconds to the first token and to the last, and their number."""
+    body = {
+        "prompt": prompt, "max_tokens": new, "temperature": 0, "stream": True, "return_token_ids": True,
+        "logit_bias": {"0": -100, "256": -100},
+    }  # fmt: skip
+    begin, first, count = time.perf_counter(), 0.0, 0
+    async with client.stream("POST", "/v1/completions", json=body) as answer:
+        answer.raise_for_status()
+        async for line in answer.aiter_lines():
+            if line.startswith("data: {"):
+                first = first or time.perf_counter() - begin
+                count += len(json.loads(line[6:])["choices"][0]["token_ids"])
+    return first, time.perf_counter() - begin, count
+
+
+async def several(url: str, number: int, new: int) -> dict[str, float]:
+    """So many streams at a time."""
+    async with httpx.AsyncClient(base_url=url, timeout=600) as client:
+        begin = time.perf_counter()
+        prompts = [[(31 * n + place) % 250 + 1 for place in range(PROMPT)] for n in range(number)]
+        results = await asyncio.gather(*(one(client, prompt, new) for prompt in prompts))
+        seconds = time.perf_counter() - begin
+    tokens = sum(count for _, _, count in results)
+    firsts = sorted(first for first, _, _ in results)
+    token = statistics.median((last - first) / max(1, count - 1) for first, last, count in results)
+    return {"rate": tokens / seconds, "first": firsts[len(firsts) // 2], "last first": firsts[-1], "token": token}
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--new", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--streams", type=int, default=16)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "model"
+        save(folder)
+        run(folder, options)
+
+
+def run(folder: Path, options: argparse.Namespace) -> None:
+    from castalia.loading import load_model
+
+    words = ByteTokenizer("bytes")
+    words.save(folder)
+    model = load_model(folder)
+    pack(model)
+    command = [sys.executable, "-m", "castalia", "serve", str(folder), "--port", "0", "--device", "cpu"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    try:
+        url = next(word for word in server.stdout.readline().split() if word.startswith("http")).rstrip(":")
+        asyncio.run(several(url, 2, 2))  # loads the model
+        rows: dict[str, list[tuple[float, ...]]] = {}
+        prompt = [place % 250 + 1 for place in range(PROMPT)]
+        for _ in range(options.rounds):
+            for name, new in (("generate", options.new), ("generate, 1 token", 1)):
+                begin, used = time.perf_counter(), time.process_time()
+                pieces = list(stream(model, _endless(words), [prompt], Sampling(max_tokens=new)))
+                assert len(pieces) == new
+                rows.setdefault(name, []).append((time.perf_counter() - begin, time.process_time() - used))
+            for number, new in ((1, 1), (1, options.new), (options.streams, options.new)):
+                used = cpu_seconds(server.pid)
+                found = asyncio.run(several(url, number, new))
+                spent = cpu_seconds(server.pid) - used
+                rows.setdefault(f"serve {number} x {new}", []).append((*found.values(), spent / (number * new)))
+        for name, values in rows.items():
+            print(name, *(f"{statistics.median(column):.5f}" for column in zip(*values, strict=True)))
+        print("columns of serve: tokens/s, median and last s to the first token, s a token, CPU s a token")
+        longs, shorts = rows["generate"], rows["generate, 1 token"]
+        own = [(a[1] - b[1]) / (options.new - 1) for a, b in zip(longs, shorts, strict=True)]
+        print(f"generate: CPU s a token after the first {statistics.median(own):.5f}")
+    finally:
+        server.kill()
+
+
+def _endless(words: ByteTokenizer) -> ByteTokenizer:
+    words.end_ids = frozenset()
+    return words
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Names of checkpoints, and which of them are in memory."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import anyio
+import pytest
+from starlette.testclient import TestClient
+
+from castalia.errors import CheckpointError, ConfigError
+from castalia.generate.text import generate_text
+from castalia.serve.app import build_app
+from castalia.serve.catalogue import Catalogue
+from castalia.serve.library import Busy, Library
+
+
+@pytest.fixture
+def folder(models: Path, tmp_path: Path) -> Path:
+    """A run of two steps, and a folder of its own beside it."""
+    place = tmp_path / "all"
+    for step in (10, 20):
+        shutil.copytree(models / "neox", place / "run" / f"step{step}")
+    shutil.copytree(models / "llama", place / "sub" / "other")
+    return place
+
+
+def test_names(folder: Path, tmp_path: Path) -> None:
+    catalogue = Catalogue([str(folder)])
+    assert [entry.name for entry in catalogue.models()] == ["run@10", "run@20", "sub/other"]
+    for name, found in {"run": "run@20", "run@latest": "run@20", "run@10": "run@10", "sub/other": "sub/other"}.items():
+        entry = catalogue.find(name)
+        assert entry is not None and entry.name == found
+    for name in ("run@30", "runs", "", "@latest", "../all/run", str(folder / "run"), "sub", "run/step10"):
+        assert catalogue.find(name) is None
+    one = Catalogue([str(folder / "run")]).models()
+    assert [entry.name for entry in one] == ["run@10", "run@20"]
+    with pytest.raises(CheckpointError, match="neither a checkpoint nor a run"):
+        Catalogue([str(tmp_path / "all" / "sub" / "other" / "..")][:0] + [str(_empty(tmp_path))])
+    with pytest.raises(ConfigError, match="run@10"):
+        Catalogue([str(folder / "run"), str(folder)])
+
+
+def _empty(place: Path) -> Path:
+    (place / "empty").mkdir()
+    return place / "empty"
+
+
+def test_a_new_checkpoint_appears_by_itself(folder: Path) -> None:
+    library = Library(2_000_000_000, "cpu")
+    with TestClient(build_app(Catalogue([str(folder / "run")]), library), base_url="http://localhost") as client:
+        asked = {"model": "run@latest", "prompt": "In", "max_tokens": 1}
+        assert client.post("/v1/completions", json=asked).json()["model"] == "run@20"
+        shutil.copytree(folder / "run" / "step20", folder / "run" / "step30")
+        assert client.post("/v1/completions", json=asked).json()["model"] == "run@30"
+        assert {entry["id"] for entry in client.get("/v1/models").json()["data"]} == {"run@10", "run@20", "run@30"}
+
+
+def test_checkpoints_make_room_by_least_use(folder: Path) -> None:
+    catalogue = Catalogue([str(folder)])
+    roomy = Library(2_000_000_000, "cpu")
+    entries = catalogue.models()
+
+    async def use(library: Library, *numbers: int) -> list[str]:
+        for number in numbers:
+            async with library.lease(entries[number]):
+                pass
+        return [loaded.entry.name for loaded in library.loaded.values()]
+
+    assert anyio.run(use, roomy, 0, 1, 2, 0) == ["run@20", "sub/other", "run@10"]
+    each = max(loaded.plan.total for loaded in roomy.loaded.values())
+    base = roomy.used - sum(loaded.plan.total for loaded in roomy.loaded.values())
+    roomy.close()
+    tight = Library(base + 2 * each, "cpu")
+    assert anyio.run(use, tight, 0, 1) == ["run@10", "run@20"]
+    assert anyio.run(use, tight, 0, 2) == ["run@10", "sub/other"]
+    assert len(tight.worker.engines) == 2
+
+    async def hold() -> None:
+        async with tight.lease(entries[0]), tight.lease(entries[2]):
+            with pytest.raises(Busy, match="run@10, sub/other"):
+                async with tight.lease(entries[1]):
+                    pass
+        async with tight.lease(entries[1]):
+            assert tight.used <= tight.memory
+
+    anyio.run(hold)
+    tight.close()
+
+
+def test_a_model_that_is_larger_than_the_memory_is_streamed_and_says_so(models: Path) -> None:
+    catalogue, text = Catalogue([str(models)]), "In the beginning"
+    streamed = False
+    for memory in range(300_500_000, 500_000_000, 3_000_000):
+        library = Library(memory, "cpu")
+        with TestClient(build_app(catalogue, library), base_url="http://localhost") as client:
+            asked = {"model": "neox", "prompt": text, "max_tokens": 9, "temperature": 0}
+            answer = client.post("/v1/completions", json=asked)
+        if answer.status_code == 200:
+            reply = answer.json()
+            streamed |= "read from disk" in reply["usage"].get("warning", "")
+            expected = generate_text(models / "neox", [text], max_tokens=9)[0]
+            assert reply["choices"][0]["text"] == expected
+            break
+        assert answer.status_code == 400 and "neox" in answer.json()["error"]["message"]
+    assert answer.status_code == 200
