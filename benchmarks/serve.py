@@ -1,6 +1,9 @@
 """The server beside `generate` in one process, on the same weights: what a token costs, and what 16 streams gain.
 
     OMP_NUM_THREADS=1 python benchmarks/serve.py [--new 32] [--rounds 3] [--streams 16]
+    OMP_NUM_THREADS=1 python benchmarks/serve.py --soak 20
+
+`--soak` is so many minutes at full load, with clients that leave in the middle, and prints the server's memory.
 
 Weights are random, of pythia-70m's shape. The engine is asked over HTTP, with streams, by clients in another process.
 Rounds take turns, and CPU seconds of the serving process are given beside wall-clock ones, since the machine may be
@@ -13,6 +16,7 @@ import argparse
 import asyncio
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -71,6 +75,41 @@ async def several(url: str, number: int, new: int) -> dict[str, float]:
     return {"rate": tokens / seconds, "first": firsts[len(firsts) // 2], "last first": firsts[-1], "token": token}
 
 
+async def soak(url: str, pid: int, seconds: float, clients: int) -> None:
+    """So many clients without a pause: streams, scores, errors, and streams that are left after some tokens."""
+    end, counts = time.monotonic() + seconds, dict.fromkeys(("streams", "left", "scores", "refused"), 0)
+
+    async def client_of(number: int) -> None:
+        draw = random.Random(number)
+        async with httpx.AsyncClient(base_url=url, timeout=600) as client:
+            while time.monotonic() < end:
+                prompt = [draw.randrange(1, 250) for _ in range(draw.randrange(1, 300))]
+                kind = draw.choice(list(counts))
+                counts[kind] += 1
+                if kind == "scores":
+                    (await client.post("/v1/score", json={"input": prompt})).raise_for_status()
+                elif kind == "refused":
+                    assert (await client.post("/v1/completions", json={"prompt": prompt, "x": 1})).status_code == 400
+                else:
+                    body = {"prompt": prompt, "max_tokens": draw.randrange(1, 48), "stream": True}
+                    async with client.stream("POST", "/v1/completions", json=body) as answer:
+                        answer.raise_for_status()
+                        async for _ in answer.aiter_lines():
+                            if kind == "left" and draw.random() < 0.1:
+                                break
+
+    async def watch() -> None:
+        while time.monotonic() < end:
+            status = Path(f"/proc/{pid}/status").read_text()
+            resident = next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))
+            print(
+                f"{(seconds - end + time.monotonic()) / 60:.1f} min: {int(resident) / 1000:.1f} MB", counts, flush=True
+            )
+            await asyncio.sleep(min(60.0, seconds / 10))
+
+    await asyncio.gather(watch(), *map(client_of, range(clients)))
+
+
 def cpu_seconds(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -81,6 +120,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--soak", type=float, default=0.0, metavar="MINUTES")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "model"
@@ -101,6 +141,9 @@ def run(folder: Path, options: argparse.Namespace) -> None:
     try:
         url = next(word for word in server.stdout.readline().split() if word.startswith("http")).rstrip(":")
         asyncio.run(several(url, 2, 2))  # loads the model
+        if options.soak:
+            asyncio.run(soak(url, server.pid, 60 * options.soak, 2 * options.streams))
+            return
         rows: dict[str, list[tuple[float, ...]]] = {}
         prompt = [place % 250 + 1 for place in range(PROMPT)]
         for _ in range(options.rounds):

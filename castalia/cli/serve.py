@@ -40,7 +40,7 @@ def command(
     \b
     Examples:
       castalia serve runs/first
-      castalia serve runs exported --port 8080 --memory 8GB
+      castalia serve runs --port 8080 --memory 2GB
 
     Models are asked for by name: of a run first@1000 or first@latest, of a folder its name. /v1/models lists them. A
     checkpoint is loaded when somebody asks for it, and the one that was not used for the longest makes room.

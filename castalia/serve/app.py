@@ -35,11 +35,13 @@ def build_app(catalogue: Catalogue, library: Library, limits: Limits | None = No
         yield
         library.close()
 
+    routes = api_routes(catalogue, library, limits)
     page = str(files("castalia.serve") / "page")
     app = Starlette(
         routes=[
             Route("/health", health),
-            *map(_answering, api_routes(catalogue, library, limits)),
+            *map(_answering, routes),
+            *(Route(route.path, _refuse_method) for route in routes if "GET" not in (route.methods or ())),
             Mount("/api", routes=[_answering(route) for route in page_routes(catalogue, library)]),
             Mount("/", StaticFiles(directory=page, html=True)),
         ],
@@ -47,6 +49,11 @@ def build_app(catalogue: Catalogue, library: Library, limits: Limits | None = No
         lifespan=lifespan,
     )
     return Guard(app, limits)
+
+
+async def _refuse_method(request: Request) -> Response:
+    """Without this route, the folder of the page would be asked for the path."""
+    raise HTTPException(405, headers={"allow": "POST"})
 
 
 def _answering(route: Route) -> Route:

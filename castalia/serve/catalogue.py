@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from castalia.checkpoint.opener import detect, find_folder, find_steps
 from castalia.errors import CheckpointError, ConfigError
 
+FRESH_SECONDS = 1.0  # for which what was found is not looked for again
 DEPTH = 4  # folders below a given one that are looked into
 METRICS = "metrics.jsonl"
 
@@ -26,26 +28,25 @@ class ModelEntry:
 
 
 class Catalogue:
-    """What lies below the given paths. Folders are looked at anew whenever it is asked."""
+    """What lies below the given paths. Folders are looked at anew, once in a second at most."""
 
     def __init__(self, paths: Sequence[str], adapters: Mapping[str, str] | None = None) -> None:
         """`adapters`: folders of PEFT's by name. Raises CheckpointError where a path holds nothing to serve."""
         self.paths = [find_root(path) for path in paths]
         self.adapters = {name: str(find_folder(path)) for name, path in (adapters or {}).items()}
+        self.known: set[Path] = set()  # folders that were seen to hold a checkpoint
+        self.hidden: set[str] = set()  # names that others had before
+        self.found: tuple[float, dict[str, Path], list[ModelEntry]] | None = None  # when, and what
         if not self.models() and not self.runs():
             raise CheckpointError(f"{', '.join(paths)}: neither a checkpoint nor a run was found there")
-        names = [entry.name for entry in self.models()]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ConfigError(f"{', '.join(twice)}: several checkpoints have this name; serve a folder above them")
+        if self.hidden:
+            raise ConfigError(
+                f"{', '.join(sorted(self.hidden))}: several of what is served have this name; serve a folder above them"
+            )
 
     def folders(self) -> dict[str, Path]:
         """The runs, folders of steps and single checkpoints, by name; those in progress without a checkpoint, too."""
-        found: dict[str, Path] = {}
-        for root in self.paths:
-            for folder in _below(root, DEPTH):
-                name = root.name if folder == root else str(folder.relative_to(root)).replace(os.sep, "/")
-                found.setdefault(name, folder)
-        return found
+        return self._look()[0]
 
     def runs(self) -> dict[str, Path]:
         """The folders with a record of metrics, by name."""
@@ -53,10 +54,36 @@ class Catalogue:
 
     def models(self) -> list[ModelEntry]:
         """Every checkpoint, in the order of folders and steps; `NAME@latest` is understood besides."""
-        entries = [entry for name, folder in self.folders().items() for entry in _entries(name, folder)]
+        return self._look()[1]
+
+    def _look(self) -> tuple[dict[str, Path], list[ModelEntry]]:
+        now = time.monotonic()
+        if self.found is None or now - self.found[0] > FRESH_SECONDS:
+            folders: dict[str, Path] = {}
+            for root in self.paths:
+                for folder in _below(root, DEPTH):
+                    name = root.name if folder == root else str(folder.relative_to(root)).replace(os.sep, "/")
+                    if folders.setdefault(name, folder) != folder or name in self.adapters:
+                        self.hidden.add(name)
+            self.found = now, folders, self._entries(folders)
+        return self.found[1], self.found[2]
+
+    def _entries(self, folders: Mapping[str, Path]) -> list[ModelEntry]:
+        entries = []
+        for name, folder in folders.items():
+            if steps := find_steps(folder):
+                named = [ModelEntry(f"{name}@{step}", path, name, step) for step, path in steps.items()]
+            else:
+                named = [ModelEntry(name, folder, name)]
+            entries += [entry for entry in named if self._is_checkpoint(entry.path)]
         only = entries[0].path if len({entry.source for entry in entries}) == 1 else None
         base = str(only) if only else None
         return [*entries, *(ModelEntry(name, Path(path), name, None, base) for name, path in self.adapters.items())]
+
+    def _is_checkpoint(self, folder: Path) -> bool:
+        if folder not in self.known and detect(folder) is not None:
+            self.known.add(folder)
+        return folder in self.known
 
     def find(self, name: str) -> ModelEntry | None:
         """The checkpoint of this name, which is looked up among the names and never opened as a path.
@@ -90,11 +117,3 @@ def _below(folder: Path, depth: int) -> Iterator[Path]:
 def is_run(folder: Path) -> bool:
     """Whether a folder is that of a run, even if it has saved nothing so far."""
     return (folder / METRICS).is_file() or (folder / "checkpoints").is_dir()
-
-
-def _entries(name: str, folder: Path) -> Iterable[ModelEntry]:
-    if steps := find_steps(folder):
-        return [
-            ModelEntry(f"{name}@{step}", path, name, step) for step, path in steps.items() if detect(path) is not None
-        ]
-    return [ModelEntry(name, folder, name)] if detect(folder) is not None else []

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import anyio
@@ -36,6 +37,7 @@ from castalia.streaming.stream_units import units_of
 from castalia.streaming.streamed_model import StreamedTransformer
 from castalia.train.hardware import choose_device, choose_dtype
 
+ROOM_SECONDS = 60.0  # that a request waits for others to give up their checkpoints
 STREAMED_WIDTHS = (1, 2, 4)  # texts at a time of a model that is read from disk in each step
 STREAMED = "this checkpoint is larger than the server's memory, so that it is read from disk for every token"
 
@@ -56,9 +58,7 @@ class LoadedModel:
     engine: Engine
     chat: Chat | None  # None: its tokenizer has no chat template
     turn_ends: tuple[str, ...]  # strings that end an answer
-    users: int = 0  # leases that are out
     note: str | None = None  # what the usage of each reply says
-    rendering: asyncio.Lock = field(default_factory=asyncio.Lock)  # of the chat template
 
 
 class Library:
@@ -69,8 +69,9 @@ class Library:
         self.memory = memory or int(SHARE * free_memory())
         self.device = choose_device(device)
         self.loaded: dict[str, LoadedModel] = {}  # by path; the latest used comes last
-        self.lock = threading.Lock()  # of `loaded` and its counts of users
-        self.loading = threading.Lock()  # one checkpoint is loaded at a time
+        self.users: dict[str, int] = {}  # leases that are out or waited for, by path
+        self.change = threading.Condition()  # of both
+        self.loader = ThreadPoolExecutor(1)  # one checkpoint is loaded at a time
         self.worker = Worker()
 
     @asynccontextmanager
@@ -78,14 +79,23 @@ class Library:
         """A checkpoint, loaded if it is not, which stays in memory until the block ends.
 
         Raises CheckpointError and DataError where it cannot be loaded, ConfigError where the memory is too small for
-        it, and Busy where others that are in use take the memory.
+        it, and Busy where others that are in use take the memory for too long.
         """
-        loaded = await anyio.to_thread.run_sync(self._taken, entry)
+        key = str(entry.path)
+        with self.change:
+            self.users[key] = self.users.get(key, 0) + 1
         try:
+            if key not in self.loaded:
+                await asyncio.wrap_future(self.loader.submit(self._load_wanted, entry))
+            with self.change:
+                loaded = self.loaded[key] = self.loaded.pop(key)  # the latest used one
             yield loaded
         finally:
-            with self.lock:
-                loaded.users -= 1
+            with self.change:
+                self.users[key] -= 1
+                if not self.users[key]:
+                    del self.users[key]
+                self.change.notify_all()
 
     def submit(self, loaded: LoadedModel, rows: list[TextRow]) -> None:
         """Let the texts of one request be written."""
@@ -97,30 +107,19 @@ class Library:
         return await anyio.to_thread.run_sync(self.worker.call(function).result)
 
     def close(self) -> None:
-        """End the thread that computes."""
+        """End the threads."""
+        self.loader.shutdown(cancel_futures=True)
         self.worker.stop()
 
-    def _taken(self, entry: ModelEntry) -> LoadedModel:
+    def _load_wanted(self, entry: ModelEntry) -> None:
+        """Load a checkpoint unless another request has done so, or everybody has gone."""
         key = str(entry.path)
-        if (loaded := self._found(key)) is not None:
-            return loaded
-        with self.loading:
-            if (loaded := self._found(key)) is not None:  # another request has loaded it meanwhile
-                return loaded
-            loaded = self._load(entry)
-            with self.lock:
-                loaded.users += 1
-                self.loaded[key] = loaded
-            self.worker.engines = [*self.worker.engines, loaded.engine]
-        return loaded
-
-    def _found(self, key: str) -> LoadedModel | None:
-        with self.lock:
-            if key not in self.loaded:
-                return None
-            loaded = self.loaded[key] = self.loaded.pop(key)  # the latest used one
-            loaded.users += 1
-            return loaded
+        if key in self.loaded or key not in self.users:
+            return
+        loaded = self._load(entry)
+        with self.change:
+            self.loaded[key] = loaded
+        self.worker.engines = [*self.worker.engines, loaded.engine]
 
     def _load(self, entry: ModelEntry) -> LoadedModel:
         checkpoint = open_checkpoint(entry.path, base=entry.base) if entry.base else open_checkpoint(entry.path)
@@ -168,15 +167,21 @@ class Library:
         return open_streamed(checkpoint, cfg, units, plan), serves
 
     def _make_room(self, needed: int) -> None:
-        """Drop checkpoints that nobody uses, the least used first. Raises Busy if that does not suffice."""
-        with self.lock:
-            idle = [key for key, loaded in self.loaded.items() if not loaded.users]
-            while idle and self.used + needed > self.memory:
-                dropped = self.loaded.pop(idle.pop(0))
-                self.worker.engines = [engine for engine in self.worker.engines if engine is not dropped.engine]
-            if self.used + needed > self.memory:
+        """Drop checkpoints that nobody uses, the least used first. Raises Busy if there are too few for too long."""
+        with self.change:
+            if not self.change.wait_for(lambda: self._fits(needed), ROOM_SECONDS):
                 names = ", ".join(loaded.entry.name for loaded in self.loaded.values())
                 raise Busy(f"{names} are in use and leave no memory for another checkpoint; try again later")
+
+    def _fits(self, needed: int) -> bool:
+        idle = [key for key in self.loaded if key not in self.users]
+        left = self.used - sum(self.loaded[key].plan.total for key in idle)
+        if left + needed > self.memory:
+            return False  # then nothing is dropped in vain
+        while self.used + needed > self.memory:
+            dropped = self.loaded.pop(idle.pop(0))
+            self.worker.engines = [engine for engine in self.worker.engines if engine is not dropped.engine]
+        return True
 
     @property
     def used(self) -> int:

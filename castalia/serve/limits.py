@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import anyio
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -21,6 +21,10 @@ from castalia.serve.request_fields import RequestError
 log = logging.getLogger("castalia.serve")
 BODY_SECONDS = 30  # in which a body has to arrive
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class Gone(Exception):
+    """The client has closed the connection."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,8 @@ def refused(message: str, status: int, param: str | None = None, code: str | Non
 
 def refusal_of(error: Exception) -> Response:
     """The answer to a request that failed."""
+    if isinstance(error, ClientDisconnect | Gone):
+        return Response(status_code=499)  # which nobody reads
     if isinstance(error, RequestError):
         return refused(str(error), error.status, error.param, error.code)
     if isinstance(error, Busy):
@@ -147,10 +153,6 @@ async def body_of(request: Request, limits: Limits) -> bytes:
     except TimeoutError:
         raise RequestError(f"the body did not arrive within {BODY_SECONDS} seconds", status=408) from None
     return b"".join(parts)
-
-
-class Gone(Exception):
-    """The client has closed the connection."""
 
 
 async def while_connected(receive: Receive, seconds: float, work: Callable[[], Awaitable[None]]) -> None:

@@ -6,6 +6,7 @@ body -> fields -> prompts of ids -> the engine's rows -> events -> choices of on
 from __future__ import annotations
 
 import secrets
+import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
@@ -18,7 +19,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from castalia.data.chat import Chat
 from castalia.data.record_forms import Conversation
+from castalia.data.tokenizer import Tokenizer
 from castalia.errors import DataError
 from castalia.generate.dialogue import ANSWER_TOKENS, prompt_ids
 from castalia.generate.generation import checked_prompt
@@ -26,7 +29,7 @@ from castalia.serve.answers import EventStream, WrittenText, events_of
 from castalia.serve.catalogue import Catalogue, ModelEntry
 from castalia.serve.engine import Drawn, TextOptions, TokenScore
 from castalia.serve.library import Library, LoadedModel
-from castalia.serve.limits import Gone, Limits, body_of, while_connected
+from castalia.serve.limits import Limits, body_of, while_connected
 from castalia.serve.replies import (
     chat_logprobs,
     completion_logprobs,
@@ -50,6 +53,8 @@ from castalia.serve.request_fields import (
     read_prompts,
 )
 from castalia.strict_json import to_json
+
+RENDERING = threading.Lock()  # a template counts its operations, for one conversation at a time
 
 
 @dataclass(frozen=True)
@@ -176,10 +181,7 @@ async def _json(request: Request, limits: Limits, work: Any) -> Response:
     async def keep() -> None:
         results.append(await work())
 
-    try:
-        await while_connected(request.receive, limits.seconds, keep)
-    except Gone:
-        return Response(status_code=499)  # which nobody reads
+    await while_connected(request.receive, limits.seconds, keep)
     return Response(to_json(results[0]), media_type="application/json")
 
 
@@ -219,11 +221,15 @@ async def _chat_ids(loaded: LoadedModel, messages: Sequence[Message]) -> list[in
         check_text(content, "messages")
         turns.append({"role": message.role, "content": content})
     try:
-        async with loaded.rendering:  # a template counts its operations, one conversation at a time
-            ids = await anyio.to_thread.run_sync(prompt_ids, turns, chat, loaded.tokenizer)
+        ids = await anyio.to_thread.run_sync(_rendered, turns, chat, loaded.tokenizer)
     except DataError as error:
         raise RequestError(str(error), "messages") from error
     return checked_prompt(loaded.model, loaded.tokenizer, ids)
+
+
+def _rendered(turns: Conversation, chat: Chat, tokenizer: Tokenizer) -> list[int]:
+    with RENDERING:
+        return prompt_ids(turns, chat, tokenizer)
 
 
 def _texts(parts: Sequence[TextPart]) -> list[str]:

@@ -94,6 +94,7 @@ def test_lines_of_help_are_not_too_long() -> None:
 @pytest.mark.slow
 def test_all_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("uvicorn.Server.run", lambda server, sockets: None)  # which serves until a signal comes
     texts = [" ".join(WORDS[n % 7 :] + WORDS[: n % 5]) for n in range(500)]
     Path("texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     Path("texts.txt").write_text("\n".join(texts[:5]))

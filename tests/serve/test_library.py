@@ -11,6 +11,9 @@ from starlette.testclient import TestClient
 
 from castalia.errors import CheckpointError, ConfigError
 from castalia.generate.text import generate_text
+from castalia.plan.stream_plan import PROGRAM_BYTES
+from castalia.serve import catalogue
+from castalia.serve import library as shelves
 from castalia.serve.app import build_app
 from castalia.serve.catalogue import Catalogue
 from castalia.serve.library import Busy, Library
@@ -26,20 +29,22 @@ def folder(models: Path, tmp_path: Path) -> Path:
     return place
 
 
-def test_names(folder: Path, tmp_path: Path) -> None:
-    catalogue = Catalogue([str(folder)])
-    assert [entry.name for entry in catalogue.models()] == ["run@10", "run@20", "sub/other"]
+def test_names(folder: Path, models: Path, tmp_path: Path) -> None:
+    names = Catalogue([str(folder)])
+    assert [entry.name for entry in names.models()] == ["run@10", "run@20", "sub/other"]
     for name, found in {"run": "run@20", "run@latest": "run@20", "run@10": "run@10", "sub/other": "sub/other"}.items():
-        entry = catalogue.find(name)
+        entry = names.find(name)
         assert entry is not None and entry.name == found
     for name in ("run@30", "runs", "", "@latest", "../all/run", str(folder / "run"), "sub", "run/step10"):
-        assert catalogue.find(name) is None
+        assert names.find(name) is None
     one = Catalogue([str(folder / "run")]).models()
     assert [entry.name for entry in one] == ["run@10", "run@20"]
     with pytest.raises(CheckpointError, match="neither a checkpoint nor a run"):
-        Catalogue([str(tmp_path / "all" / "sub" / "other" / "..")][:0] + [str(_empty(tmp_path))])
-    with pytest.raises(ConfigError, match="run@10"):
+        Catalogue([str(_empty(tmp_path))])
+    with pytest.raises(ConfigError, match="run: several"):
         Catalogue([str(folder / "run"), str(folder)])
+    with pytest.raises(ConfigError, match="run: several"):
+        Catalogue([str(folder / "run")], {"run": str(models / "llama")})
 
 
 def _empty(place: Path) -> Path:
@@ -47,7 +52,8 @@ def _empty(place: Path) -> Path:
     return place / "empty"
 
 
-def test_a_new_checkpoint_appears_by_itself(folder: Path) -> None:
+def test_a_new_checkpoint_appears_by_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalogue, "FRESH_SECONDS", 0.0)
     library = Library(2_000_000_000, "cpu")
     with TestClient(build_app(Catalogue([str(folder / "run")]), library), base_url="http://localhost") as client:
         asked = {"model": "run@latest", "prompt": "In", "max_tokens": 1}
@@ -57,10 +63,10 @@ def test_a_new_checkpoint_appears_by_itself(folder: Path) -> None:
         assert {entry["id"] for entry in client.get("/v1/models").json()["data"]} == {"run@10", "run@20", "run@30"}
 
 
-def test_checkpoints_make_room_by_least_use(folder: Path) -> None:
-    catalogue = Catalogue([str(folder)])
+def test_checkpoints_make_room_by_least_use(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shelves, "ROOM_SECONDS", 0.1)
+    entries = Catalogue([str(folder)]).models()
     roomy = Library(2_000_000_000, "cpu")
-    entries = catalogue.models()
 
     async def use(library: Library, *numbers: int) -> list[str]:
         for number in numbers:
@@ -69,10 +75,10 @@ def test_checkpoints_make_room_by_least_use(folder: Path) -> None:
         return [loaded.entry.name for loaded in library.loaded.values()]
 
     assert anyio.run(use, roomy, 0, 1, 2, 0) == ["run@20", "sub/other", "run@10"]
-    each = max(loaded.plan.total for loaded in roomy.loaded.values())
-    base = roomy.used - sum(loaded.plan.total for loaded in roomy.loaded.values())
     roomy.close()
-    tight = Library(base + 2 * each, "cpu")
+    # What is left beside weights and work is shared out, a quarter to each: two have room, three have not.
+    each = max(loaded.plan.weights + loaded.plan.working for loaded in roomy.loaded.values())
+    tight = Library(PROGRAM_BYTES + int(3.3 * each), "cpu")
     assert anyio.run(use, tight, 0, 1) == ["run@10", "run@20"]
     assert anyio.run(use, tight, 0, 2) == ["run@10", "sub/other"]
     assert len(tight.worker.engines) == 2
@@ -90,11 +96,11 @@ def test_checkpoints_make_room_by_least_use(folder: Path) -> None:
 
 
 def test_a_model_that_is_larger_than_the_memory_is_streamed_and_says_so(models: Path) -> None:
-    catalogue, text = Catalogue([str(models)]), "In the beginning"
+    names, text = Catalogue([str(models)]), "In the beginning"
     streamed = False
     for memory in range(300_500_000, 500_000_000, 3_000_000):
         library = Library(memory, "cpu")
-        with TestClient(build_app(catalogue, library), base_url="http://localhost") as client:
+        with TestClient(build_app(names, library), base_url="http://localhost") as client:
             asked = {"model": "neox", "prompt": text, "max_tokens": 9, "temperature": 0}
             answer = client.post("/v1/completions", json=asked)
         if answer.status_code == 200:

@@ -22,7 +22,6 @@ from castalia.serve.limits import Limits
 from castalia.serve.listening import listen
 from tests.serve.server_process import Served, serving
 
-PATHS = ["/v1/completions", "/v1/chat/completions", "/v1/score", "/tokenize", "/detokenize"]
 GOOD = {"model": "neox", "prompt": "In the", "max_tokens": 4}
 
 
@@ -46,16 +45,26 @@ def odd_value(draw: random.Random, depth: int = 0) -> object:
     return draw.choice(kinds)
 
 
-def odd_body(draw: random.Random) -> bytes:
+TEXTS = {
+    "max_tokens": 2, "n": 1, "temperature": 0.5, "top_p": 0.5, "top_k": 3, "stop": "x", "seed": 3,
+    "logit_bias": {"3": 1}, "stream": True, "prompt_logprobs": 1, "return_token_ids": True,
+}  # fmt: skip
+FIELDS = {
+    "/v1/completions": {"prompt": "a", "logprobs": 1, "echo": True, **TEXTS},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}], "logprobs": True, **TEXTS},
+    "/v1/score": {"input": "a", "add_special_tokens": True},
+    "/tokenize": {"prompt": "a", "add_special_tokens": False},
+    "/detokenize": {"tokens": [1, 2]},
+}
+
+
+def odd_body(draw: random.Random, path: str) -> bytes:
     """A request that was bent: fields of other types, of other names, or bytes that are no JSON."""
-    fields = {
-        "model": "neox", "prompt": "a", "max_tokens": 2, "messages": [{"role": "user", "content": "a"}], "input": "a",
-        "tokens": [1], "n": 1, "temperature": 0.5, "top_p": 0.5, "top_k": 3, "logprobs": 1, "echo": True, "stop": "x",
-        "seed": 3, "logit_bias": {"3": 1}, "stream": True, "prompt_logprobs": 1, "return_token_ids": True,
-    }  # fmt: skip
-    body: object = {name: value for name, value in fields.items() if draw.random() < 0.4}
+    known = FIELDS[path]
+    body: object = {name: value for name, value in known.items() if draw.random() < 0.8}
+    body["model"] = draw.choice(["neox", "llama"])  # type: ignore[index]
     for _ in range(draw.randrange(3)):
-        body[draw.choice([*fields, "x", "", "__class__"])] = odd_value(draw)  # type: ignore[index]
+        body[draw.choice([*known, "model", "x", "__class__"])] = odd_value(draw)  # type: ignore[index]
     if draw.random() < 0.1:
         body = odd_value(draw)
     content = json.dumps(body).encode()
@@ -73,8 +82,9 @@ def fuzz(client: httpx.Client | TestClient, number: int, seed: int) -> dict[int,
     """How often each status came."""
     draw, statuses = random.Random(seed), {}
     for _ in range(number):
-        body = odd_body(draw)
-        answer = client.post(draw.choice(PATHS), content=body, headers={"content-type": "application/json"})
+        path = draw.choice(list(FIELDS))
+        body = odd_body(draw, path)
+        answer = client.post(path, content=body, headers={"content-type": "application/json"})
         assert answer.status_code in (200, 400, 404, 413), (body[:500], answer.text[:500])
         if answer.status_code != 200:
             assert answer.json()["error"]["message"]
@@ -85,7 +95,7 @@ def fuzz(client: httpx.Client | TestClient, number: int, seed: int) -> dict[int,
 
 def test_malformed_requests(client: TestClient) -> None:
     statuses = fuzz(client, 300, seed=1)
-    assert statuses[400] > 150 and statuses[200] > 5
+    assert statuses[400] > 100 and statuses[200] > 20
 
 
 @pytest.mark.campaign
