@@ -36,6 +36,7 @@ class WriteOptions:
     layout: TargetLayout = TargetLayout()
     era: Literal["v1", "head"] = "head"
     folder: Path | None = None  # where the files will lie, which a NeoX config has to name; None: it names no folder
+    trainer: bool = False  # Hugging Face: the optimizer state in the files of transformers' Trainer
     shard_bytes: int = SHARD_BYTES  # formats without ranks cut their weights into files of at most this size
 
 

@@ -40,6 +40,10 @@ def command(
         bool, typer.Option("--allow-inf", help="let values that are too large for --dtype become infinite")
     ] = False,
     optimizer: Annotated[bool, typer.Option("--optimizer/--no-optimizer", help="with masters and moments")] = True,
+    trainer: Annotated[
+        bool,
+        typer.Option("--trainer", help="hf: the optimizer in the files of transformers' Trainer; all steps of SRC"),
+    ] = False,
     verify: Annotated[bool, typer.Option("--verify", help="run both on probe tokens and compare all tensors")] = False,
     memory: Annotated[
         str | None,
@@ -62,13 +66,14 @@ def command(
     Examples:
       castalia convert runs/first model-hf --to hf --verify
       castalia convert runs/first model-neox --to neox --layout tp=2,pp=2
+      castalia convert runs/first trainer --to hf --trainer
 
     DST appears when it is complete. If the command is interrupted, run it again: it continues where it stopped.
     """
     from castalia.checkpoint import convert
     from castalia.checkpoint.file_plan import WriteOptions
-    from castalia.checkpoint.formats import TARGETS
-    from castalia.checkpoint.opener import find_steps, open_checkpoint
+    from castalia.checkpoint.formats import TARGETS, TRAINER_FOLDER
+    from castalia.checkpoint.opener import open_checkpoint
     from castalia.cli.streaming import memory_bytes
     from castalia.errors import ConfigError
 
@@ -80,20 +85,31 @@ def command(
     budget = memory_bytes(memory)
     if all_steps and step is not None:
         raise ConfigError("--all-steps and --step exclude each other; choose steps with --steps")
+    if trainer:
+        if to != "hf" or not optimizer or dtype not in (None, "fp32"):
+            raise ConfigError(
+                "--trainer is for --to hf, with the optimizer state and fp32 weights, as the Trainer has no masters "
+                "beside them: leave out --no-optimizer and --dtype"
+            )
+        all_steps = all_steps or (step is None and bool(_steps_in(source)))
     if steps and not all_steps:
         raise ConfigError("--steps chooses among --all-steps; for one step use --step")
-    options = WriteOptions(layout=parse_layout(layout), era=era or "head")
+    options = WriteOptions(layout=parse_layout(layout), era=era or "head", trainer=trainer)
     hints: dict[str, Any] = {"config": config, "tokenizer": tokenizer, "base": base}
     hints |= {"gqa_rows": gqa_rows, "rms_eps": rms_eps}
+
+    said: set[str] = set()
 
     def one(checkpoint: Checkpoint, folder: Path, inside: str = "") -> None:
         """Plan, write, prove."""
         convert.check_destination(Path(checkpoint.path), folder, force)
-        chosen, note = (torch_dtype(dtype), "") if dtype else convert.own_precision(checkpoint, to, optimizer)
+        wish = "fp32" if trainer else dtype
+        chosen, note = (torch_dtype(wish), "") if wish else convert.own_precision(checkpoint, to, optimizer)
         prepared = convert.prepare(checkpoint, chosen, optimizer)
         notes = (note,) if note else ()
         plan = convert.plan_files(to, prepared, replace(options, folder=(folder / inside).resolve()))
-        plan = replace(plan, notes=(*notes, *plan.notes))
+        plan = replace(plan, notes=tuple(note for note in (*notes, *plan.notes) if note not in said))
+        said.update(plan.notes)  # a series says once what holds for all its steps
         _describe(checkpoint, plan, folder, inside, with_files=dry_run)
         if verify:
             from castalia.examine.verify import probe_plan
@@ -110,10 +126,10 @@ def command(
         one(checkpoint, target, inside)
         return
     wanted = _numbers(steps) if steps else None
-    folders = convert.steps_of(Path(source), wanted, find_steps(source))
+    folders = convert.steps_of(Path(source), wanted, _steps_in(source))
     for place, (number, folder) in enumerate(folders.items(), 1):
         say(f"step {number}, {place} of {len(folders)}")
-        name = form.step_folder.format(step=number)
+        name = (TRAINER_FOLDER if trainer else form.step_folder).format(step=number)
         # Complete steps are passed over, so that an interrupted command continues with the others.
         if (target / name).exists() and not force and not convert.is_unfinished(target / name):
             say(f"{target / name} is there already")
@@ -121,6 +137,20 @@ def command(
             one(open_checkpoint(folder, adapters=form.on_base, **hints), target / name)
         if not dry_run:
             convert.name_latest(target)  # after each step: an interrupted conversion opens, too
+
+
+def _steps_in(source: str) -> dict[int, Path]:
+    """The folders of the steps of a series; empty for a single checkpoint. Raises ConfigError where two are of one."""
+    from castalia.checkpoint.opener import find_steps
+    from castalia.errors import ConfigError
+    from castalia.series.members import find_series, folder_of
+
+    if Path(source).is_dir() and (steps := find_steps(source)):
+        return steps
+    members = [member for member in find_series([source]) if member.path != Path(source)]
+    if len({member.step for member in members}) < len(members):
+        raise ConfigError(f"{source} holds several checkpoints of one step: {', '.join(each.name for each in members)}")
+    return {member.step: folder_of(member.path) for member in members}
 
 
 def _describe(checkpoint: Checkpoint, plan: Plan, target: Path, inside: str, with_files: bool) -> None:

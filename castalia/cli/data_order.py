@@ -220,8 +220,7 @@ def seen(
     end where they are full: texts that are cut there are counted, but they are no places.
     """
     from castalia.bars import progress
-    from castalia.data.pairs import sides_of
-    from castalia.data.seen import seen_in_rows, seen_in_run
+    from castalia.data.seen import bytes_to_read, seen_in_rows, seen_in_run
 
     texts, rest = _texts(words, file, key)
     published = _published(rest, batch_size)
@@ -238,8 +237,7 @@ def seen(
         decoder = _decoder(tokenizer, run)
         if decoder is None:
             raise DataError("the config names no tokenizer: give --tokenizer or tokenizer.path=FILE")
-        total = sum(corpus.text.tokens.nbytes for side in sides_of(samples).values() for corpus in side.corpora)
-        with progress(total, in_bytes=True, shown=not as_json) as advance:
+        with progress(bytes_to_read(samples, steps), in_bytes=True, shown=not as_json) as advance:
             all_sightings = seen_in_run(samples, steps, texts, decoder, advance)
     if as_json:
         print(to_json([_as_json(sightings) for sightings in all_sightings], indent=1))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from math import prod
 from typing import NamedTuple
 
@@ -88,8 +89,25 @@ def pass_multiple(config: RunConfig, batch_size: int) -> int:
     return config.data.pass_multiple or batch_size // (1 if batch_size % accumulation else accumulation)
 
 
+def stage_length(config: RunConfig, step: int) -> int:
+    """Tokens of a sequence in a step, from 0, by the stage of the data that it lies in."""
+    begun = [stage for stage in config.data.stages if stage.first_step <= step + 1]
+    return (begun[-1].seq_length if begun else None) or config.data.seq_length
+
+
 def tokens_until(config: RunConfig, sequences: int, steps: int) -> int:
     """Tokens of the first `steps` steps. `sequences`: in the whole batch, counting both sides of pairs."""
+    if config.data.stages:
+        own = config.with_({"data.stages": ()})
+        ends = [0, *(stage.first_step - 1 for stage in config.data.stages), steps]
+        parts = [(min(begin, steps), min(end, steps)) for begin, end in pairwise(ends)]
+        lengths = [stage_length(config, begin) for begin in ends[:-1]]
+        # Batches do not depend on the stage, so the tokens of a step are its sequences times the stage's length.
+        each = (
+            (tokens_until(own, sequences, end) - tokens_until(own, sequences, begin), length)
+            for (begin, end), length in zip(parts, lengths, strict=True)
+        )
+        return sum(tokens // config.data.seq_length * length for tokens, length in each)
     whole, total = (sequences, config.data.seq_length), 0
     warmups = config.train.batch_size_warmup, config.data.seq_length_warmup
     sides, earlier = 2 if config.train.objective in PAIRED else 1, config.train.earlier_batches

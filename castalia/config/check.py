@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from os.path import normpath
 
 from castalia.config.batch import batch_plan, planned_dp
@@ -151,6 +152,45 @@ def length_warmup(config: RunConfig) -> Iterator[Problem]:
     if parallel.sequence_parallel and multiple % parallel.tp:
         text = f"parallel.sequence_parallel: the lengths of {path}, multiples of {multiple}, do not divide by"
         yield Problem(f"{text} parallel.tp={parallel.tp}", ("parallel.sequence_parallel", f"{path}.multiple"))
+
+
+def stages(config: RunConfig) -> Iterator[Problem]:
+    """Stages of the data follow one another, and fit into what is planned for data.seq_length."""
+    data, parallel, path = config.data, config.parallel, "data.stages"
+    if not data.stages:
+        return
+    firsts = [stage.first_step for stage in data.stages]
+    if any(later <= first for first, later in pairwise(firsts)):
+        yield Problem(
+            f"{path}: stages begin at steps {', '.join(map(str, firsts))}; list them in rising order", (path,)
+        )
+    lengths = {stage.seq_length or data.seq_length for stage in data.stages}
+    if max(lengths) > data.seq_length:
+        text = f"{path}: seq_length={max(lengths)} is above data.seq_length={data.seq_length}, the longest of the run"
+        yield Problem(
+            f"{text}; set data.seq_length={max(lengths)} and give shorter stages theirs", (path, "data.seq_length")
+        )
+    for length in sorted(lengths - {data.seq_length}):
+        for name in ("pp", "cp"):
+            if getattr(parallel, name) > 1:
+                text = (
+                    f"{path}: seq_length={length} changes the shape of what ranks exchange, which parallel.{name} does"
+                )
+                yield Problem(f"{text} not; set it to 1", (path, f"parallel.{name}"))
+        if parallel.sequence_parallel and length % parallel.tp:
+            text = (
+                f"{path}: parallel.sequence_parallel: seq_length={length} does not divide by parallel.tp={parallel.tp}"
+            )
+            yield Problem(text, (path, "parallel.sequence_parallel"))
+    refused = {
+        "data.seq_length_warmup": data.seq_length_warmup is not None and "give its lengths as stages",
+        "train.objective": config.train.objective != "causal" and "stages are for train.objective=causal",
+        "train.epochs": config.train.epochs is not None and "a run with stages has no epochs: give train.steps",
+        "neox_exact": config.neox_exact and "GPT-NeoX has no stages",
+    }
+    for key, why in refused.items():
+        if why:
+            yield Problem(f"{path} does not go with {key}: {why}", (path, key))
 
 
 def batch_warmup(config: RunConfig) -> Iterator[Problem]:
@@ -400,7 +440,7 @@ def without_effect(config: RunConfig) -> Iterator[Problem]:
 
 
 CONTRADICTIONS = (
-    heads, mup, lengths, length_warmup, batch_warmup, layout, batch, learning_rates, expressions, corpora, preferences,
-    profile, watch, idle_layout,
+    heads, mup, lengths, length_warmup, stages, batch_warmup, layout, batch, learning_rates, expressions, corpora,
+    preferences, profile, watch, idle_layout,
 )  # fmt: skip
 SURPRISES = (folders, without_effect)

@@ -47,6 +47,8 @@ def _missing_data(config: RunConfig) -> Iterator[str]:
     for split in ("train", "valid", "test"):
         for prefix in (prefix for source in getattr(config.data, split) for prefix in source.prefixes):
             named.setdefault(prefix, []).append(f"data.{split}")
+    for prefix in (prefix for stage in config.data.stages for source in stage.train for prefix in source.prefixes):
+        named.setdefault(prefix, []).append("data.stages")
     for prefix, all_keys in named.items():
         keys = list(dict.fromkeys(all_keys))
         gone = [f"{prefix}.{end}" for end in ("bin", "idx") if not Path(f"{prefix}.{end}").is_file()]

@@ -315,6 +315,19 @@ def _split(value: str) -> str:
     return value
 
 
+class DataStage(Section):
+    """What the steps from some step on train on. What a stage leaves out is as in `data`, not as in the stage before.
+
+    Each step takes the samples that it would take if the whole run had these settings.
+    """
+
+    first_step: PositiveInt = Field(description="first step of the stage, counted from 1")
+    train: Sources = Field((), description="training corpora; empty: those of data.train or data.path")
+    seq_length: PositiveInt | None = Field(
+        None, description="tokens in a sequence, at most data.seq_length; None: data.seq_length"
+    )
+
+
 class DataConfig(Section):
     """The corpora and how samples are made of them."""
 
@@ -347,6 +360,10 @@ class DataConfig(Section):
     weight_alpha: PositiveFloat = Field(1.0, description="weight_by_documents: values below 1 favour small corpora")
     mask_after_eod: bool = Field(False, description="no loss on the token that follows an end-of-document token")
     mask_documents: bool = Field(False, description="tokens attend only within their own document; positions restart")
+    stages: tuple[DataStage, ...] = Field(
+        (),
+        description="other corpora or sequence lengths from some steps on: a list of {first_step, train, seq_length}",
+    )
     intervene: str | None = Field(
         None, description="file of rows that single steps train on instead, or that the loss leaves out"
     )

@@ -19,7 +19,7 @@ from castalia.files import appearing
 
 def batch_rows(samples: Samples | Pairs, number: int, tokenizer: Tokenizer | None) -> list[dict[str, Any]]:
     """A row for each sequence of the step, counted from 0; of pairs, one for each side. Ready for JSON."""
-    sides = sides_of(samples)
+    sides = {name: side.at(number) for name, side in sides_of(samples).items()}
     batches = {name: side.batch(number) for name, side in sides.items()}
     return [
         {
@@ -101,7 +101,7 @@ def _has_interventions(samples: Samples | Pairs) -> bool:
 
 
 def _ids(side: Samples, number: int, row: int) -> np.ndarray:
-    text, labels = side.sample(int(side.positions(number)[row]))
+    text, labels = side.at(number).sample(int(side.positions(number)[row]))
     if change := side.change(number, row):
         change.apply(text, labels)
     return text[: side.length(number) + 1]

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from itertools import chain, cycle, islice
+from itertools import chain, cycle, islice, pairwise
 from pathlib import Path
 from typing import Generic, Literal, NamedTuple, TypeVar
 
@@ -26,7 +26,7 @@ import numpy as np
 from castalia.bars import Advance, unseen
 from castalia.config.batch import batch_plan, pass_multiple, size_at, steps_within, sum_until
 from castalia.config.objective import PAIRED
-from castalia.config.schema import EarlierBatch, RunConfig, Source, Text, Warmup
+from castalia.config.schema import DataStage, EarlierBatch, RunConfig, Source, Text, Warmup
 from castalia.data.blend import blend, normalized, weights_by_documents
 from castalia.data.index_cache import cached, digest_of, index_names
 from castalia.data.indexed import IndexedDataset, open_dataset
@@ -80,6 +80,7 @@ class Batch(NamedTuple):
     references: np.ndarray | None = None  # float32 [sequences]: log-probability of the labels by the reference model
     rewards: np.ndarray | None = None  # float32 [sequences]: above 0 wanted texts, below 0 unwanted ones
     whole: np.ndarray | None = None  # int64, labels of all tokens of the texts, those before an answer included
+    weights: np.ndarray | None = None  # float32 [sequences]: factors of their losses; None: all are 1
 
 
 class DocumentPiece(NamedTuple):
@@ -154,6 +155,19 @@ class Samples:
     cut: bool = False  # tokens beyond the length of a sample are never seen, instead of being the next one's
     has_whole: bool = False  # batches hold `whole`, which some objectives learn as well
     interventions: Interventions | None = None  # training only
+    # Training only: the first step, from 0, of each stage of the data, and its samples, which count steps as these do.
+    stages: tuple[tuple[int, Samples], ...] = ()
+
+    def at(self, step: int) -> Samples:
+        """The samples that a step, from 0, takes its batch from: these, or those of the stage that it lies in."""
+        return next((stage for first, stage in reversed(self.stages) if first <= step), self)
+
+    def spans(self, steps: int) -> Iterator[tuple[range, Samples]]:
+        """The first `steps` steps, from 0, by stages, and the samples of each."""
+        ends = [0, *(min(first, steps) for first, _ in self.stages), steps]
+        for (begin, end), samples in zip(pairwise(ends), (self, *(stage for _, stage in self.stages)), strict=True):
+            if begin < end:
+                yield range(begin, end), samples
 
     def __len__(self) -> int:
         return len(self.blended[0]) if self.blended else len(self.corpora[0].index)
@@ -172,6 +186,8 @@ class Samples:
             corpus.later_index(advance)
         if self.later_blend:
             self.later_blend(advance)
+        for _, stage in self.stages:
+            stage.build_index(advance)
 
     def steps(self, epochs: int) -> int:
         """The number of whole steps in `epochs` passes over the data order."""
@@ -183,10 +199,12 @@ class Samples:
         return len(self) - len(self) % self.unit
 
     def positions(self, step: int) -> np.ndarray:
-        """The positions of the data order that a step takes: [sequences].
+        """The positions of the data order that a step takes: [sequences]; of its stage's order if there are stages.
 
         Raises DataError if the samples do not fill one micro-batch over all ranks.
         """
+        if (stage := self.at(step)) is not self:
+            return stage.positions(step)
         if not self.pass_length:
             raise DataError(
                 f"{len(self)} samples do not fill one micro-batch of {self.unit} sequences over all ranks: "
@@ -211,7 +229,7 @@ class Samples:
 
     def length(self, step: int) -> int:
         """Tokens of a sequence in the batch of a step."""
-        return size_at(self.length_warmup, step, self.seq_length)
+        return size_at(self.length_warmup, step, self.at(step).seq_length)
 
     def pieces(self, position: int) -> list[DocumentPiece]:
         """Where the tokens of the sample at a position of the data order lie."""
@@ -241,6 +259,8 @@ class Samples:
 
     def batch(self, step: int, rows: Sequence[int] | np.ndarray | None = None) -> Batch:
         """The batch of a step, or the given rows of it. Raises DataError if a token is beyond the vocabulary."""
+        if (stage := self.at(step)) is not self:
+            return stage.batch(step, rows)
         positions = self.positions(step)
         numbers = np.arange(len(positions)) if rows is None else np.arange(len(positions))[rows]
         corpora = (self._corpus(int(position)) for position in positions[numbers])
@@ -322,7 +342,10 @@ class Samples:
         if all(corpus.rewards for corpus in self.corpora):
             rewards = np.array([corpus.reward(parts) for corpus, parts in samples], np.float32)
         whole = None if whole is None else np.ascontiguousarray(whole[:, 1:])
-        return Batch(tokens, labels, labels != IGNORE, documents, references, rewards, whole)
+        weights = None
+        if any(change and change.weight != 1.0 for change in changes):
+            weights = np.array([change.weight if change else 1.0 for change in changes], np.float32)
+        return Batch(tokens, labels, labels != IGNORE, documents, references, rewards, whole, weights)
 
     def _check_vocabulary(
         self,
@@ -358,8 +381,11 @@ class Samples:
         return self.fingerprint_until(None)
 
     def fingerprint_until(self, step: int | None) -> str:
-        """The digest with the interventions of the first steps alone; None: of all."""
+        """The digest with the interventions and stages of the first steps alone; None: of all."""
         changes = self.interventions.digest(step) if self.interventions else ""
+        for first, stage in self.stages:
+            if step is None or first < step:
+                changes += f" {first} {stage._order_fingerprint}"
         if not changes:
             return self._order_fingerprint
         return hashlib.blake2b(f"{self._order_fingerprint} {changes}".encode(), digest_size=16).hexdigest()
@@ -417,6 +443,8 @@ def open_data(config: RunConfig, split: Split = "train", open_corpus: OpenCorpus
     else:
         raise DataError(f"no {split} data: give data.path or data.{split}")
     warmup = config.train.batch_size_warmup if split == "train" else None
+    interventions = _interventions(config) if split == "train" else None
+    staged = config.data.stages if split == "train" else ()
     return Samples(
         corpora=corpora,
         later_blend=blended,
@@ -434,8 +462,18 @@ def open_data(config: RunConfig, split: Split = "train", open_corpus: OpenCorpus
         earlier=config.train.earlier_batches if split == "train" else (),
         cut=config.data.packing != "packed",
         has_whole=config.train.objective == "orpo",
-        interventions=_interventions(config) if split == "train" else None,
+        interventions=interventions,
+        stages=tuple((stage.first_step - 1, _stage(config, stage, interventions)) for stage in staged),
     )
+
+
+def _stage(config: RunConfig, stage: DataStage, interventions: Interventions | None) -> Samples:
+    """The samples of a run that is in this stage from its first step on."""
+    corpora = {"data.path": None, "data.train": stage.train} if stage.train else {}
+    length = stage.seq_length or config.data.seq_length
+    # The interventions are the run's, whose rows may be longer than this stage's.
+    own = config.with_({"data.stages": (), "data.intervene": None, "data.seq_length": length, **corpora})
+    return replace(open_data(own), interventions=interventions)
 
 
 def _interventions(config: RunConfig) -> Interventions | None:
@@ -446,6 +484,12 @@ def _interventions(config: RunConfig) -> Interventions | None:
         raise DataError(f"data.intervene changes sequences; train.objective={config.train.objective} has others")
     interventions = read_interventions(config.data.intervene, config.data.seq_length + 1)
     sizes = config.train.batch_size_warmup, batch_plan(config).batch_size, config.train.earlier_batches
+    layout, weighted = config.parallel, any(change.weight != 1.0 for change in interventions.rows.values())
+    if weighted and (layout.pp > 1 or layout.cp > 1 or config.train.z_loss or config.neox_exact):
+        raise DataError(
+            f"{interventions.path}: weights of rows need parallel.pp=1, parallel.cp=1, train.z_loss=0 and no "
+            "neox_exact; replace or mask rows, or change these"
+        )
     for step, row in interventions.rows:
         if config.train.steps is not None and step >= config.train.steps:
             raise DataError(f"{interventions.path}: step {step + 1}: the run's steps are 1 to {config.train.steps}")

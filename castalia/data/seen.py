@@ -62,13 +62,23 @@ def seen_in_run(
     """Where the first `steps` steps of a run train on the texts. Within a document, not across the border of two."""
     asked = [wanted(text, tokenizer) for text in texts]
     sightings = [Sightings(text.text, anywhere=bool(text.core)) for text in asked]
+    known: dict[str, list[_Hit]] = {}  # by prefix: stages of the data may share corpora
     for side in sides_of(samples).values():
-        for number, corpus in enumerate(side.corpora):
-            hits = list(_hits(corpus.text, asked, tokenizer, advance))
-            _look_up(side, number, steps, hits, sightings)
+        for span, stage in side.spans(steps):
+            for number, corpus in enumerate(stage.corpora):
+                prefix = corpus.text.prefix
+                if prefix not in known:
+                    known[prefix] = list(_hits(corpus.text, asked, tokenizer, advance))
+                _look_up(stage, number, span, known[prefix], sightings)
     if isinstance(samples, Samples) and samples.interventions:
         _with_replaced(samples, samples.interventions, asked, tokenizer, sightings)
     return _sorted(sightings)
+
+
+def bytes_to_read(samples: Samples | Pairs, steps: int) -> int:
+    """The bytes of the corpora that `seen_in_run` reads for the first `steps` steps."""
+    spans = (stage for side in sides_of(samples).values() for _, stage in side.spans(steps))
+    return sum({each.text.prefix: each.text.tokens.nbytes for stage in spans for each in stage.corpora}.values())
 
 
 def _with_replaced(
@@ -140,7 +150,7 @@ def _hits(
         advance((min(end, len(corpus.tokens)) - begin) * corpus.dtype.itemsize)
 
 
-def _look_up(samples: Samples, number: int, steps: int, hits: list[_Hit], found: list[Sightings]) -> None:
+def _look_up(samples: Samples, number: int, steps: range, hits: list[_Hit], found: list[Sightings]) -> None:
     """Add the places of what was found in a corpus, and count what sequences cut."""
     corpus = samples.corpora[number]
     if not hits:
@@ -148,7 +158,7 @@ def _look_up(samples: Samples, number: int, steps: int, hits: list[_Hit], found:
     by_document: dict[int, list[_Hit]] = {}
     for hit in hits:
         by_document.setdefault(hit.document, []).append(hit)
-    taken = samples.first_of(steps)  # sequences of all steps
+    taken = samples.first_of(steps.stop)  # sequences of all steps until there
     for position, parts in _positions(samples, number, _candidates(corpus, by_document), taken):
         for hit, offset, whole in _within(parts, by_document):
             for step, row in _times(samples, position, steps, taken):
@@ -218,8 +228,9 @@ def _within(parts: list[tuple[int, int, int]], by_document: dict[int, list[_Hit]
         at += stop - start
 
 
-def _times(samples: Samples, position: int, steps: int, taken: int) -> Iterator[tuple[int, int]]:
-    """The (step, row) of each time that a position of the data order is trained on."""
+def _times(samples: Samples, position: int, steps: range, taken: int) -> Iterator[tuple[int, int]]:
+    """The (step, row) of each time that these steps train on a position of the data order."""
     for sequence in range(position, taken, samples.pass_length):
-        step = bisect_right(range(steps + 1), sequence, key=samples.first_of) - 1
-        yield step, sequence - samples.first_of(step)
+        step = bisect_right(range(steps.stop + 1), sequence, key=samples.first_of) - 1
+        if step in steps:
+            yield step, sequence - samples.first_of(step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from castalia.checkpoint.opener import detect, find_folder, find_steps, open_che
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.errors import CheckpointError, ConfigError
 from castalia.files import standing
+from castalia.train.run_folder import is_run, origin
+
+log = logging.getLogger(__name__)
 
 # step1000, global_step1000, step_001000, stage1-step1000-tokens5B, checkpoint-1000, iter_0001000
 LABEL = re.compile(r"(?:.*[^a-z])?(?:step|checkpoint|iter)[_-]?(\d+)(?:[^\d].*)?", re.IGNORECASE)
@@ -35,9 +39,10 @@ class Member:
 def find_series(words: Sequence[str | Path], steps: str | None = None) -> list[Member]:
     """The checkpoints that the words name, in the order of their steps.
 
-    One word: a run, a folder with one folder for each step, a `save` folder of GPT-NeoX, or an id on the hub whose
-    revisions are in the local cache, as `EleutherAI/pythia-70m@step*`. Several words: a checkpoint each, or a series
-    each. `steps` chooses among them, as `parse_steps` reads it. Raises CheckpointError where nothing is found.
+    One word: a run, of a branch with its trunk's steps before it; a folder with one folder for each step, a `save`
+    folder of GPT-NeoX, or an id on the hub whose revisions are in the local cache, as `EleutherAI/pythia-70m@step*`.
+    Several words: a checkpoint each, or a series each. `steps` chooses among them, as `parse_steps` reads it. Raises
+    CheckpointError where nothing is found.
     """
     members = [member for word in words for member in _members(word)]
     if not members:
@@ -101,9 +106,22 @@ def _members(word: str | Path) -> list[Member]:
     if folder.is_file():
         raise CheckpointError(f"{word} is a file; give the folder that holds the checkpoints: {folder.parent}")
     members = [] if detect(folder) else _labelled([(entry.name, entry) for entry in _folders(folder)])
+    if is_run(folder) and (came_from := origin(folder)):
+        return _branch(folder, *came_from)
     if not members and (folder / "checkpoints").is_dir() and detect(folder) is None:
         members = _labelled([(entry.name, entry) for entry in _folders(folder / "checkpoints")])
     return members or [_single(folder)]
+
+
+def _branch(run: Path, step: int, source: Path) -> list[Member]:
+    """The steps of a branch, and before them those of the run that it began with, as far as that is still there."""
+    own = _labelled([(entry.name, entry) for entry in _folders(run / "checkpoints")])
+    trunk = source.parent.parent  # RUN/checkpoints/step_000010
+    if not source.is_dir():
+        log.warning("%s began with %s, which is gone: its steps until %d are left out", run, source, step)
+        return own
+    before = _members(trunk) if is_run(trunk) else _members(source)
+    return [member for member in before if member.step <= step] + [each for each in own if each.step > step]
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -60,6 +60,10 @@ def panel_of_run(config: RunConfig, steps: Sequence[tuple[int, int]], prompt: in
     numbers = [step for first, stop in steps for step in range(max(1, first), min(stop, last) + 1)]
     if not numbers:
         raise ConfigError(f"--steps: the run's steps are 1 to {last} (train.steps)")
+    if short := next((step for step in numbers if samples.length(step - 1) < length), None):
+        raise ConfigError(
+            f"--prompt and --continuation need {length} tokens; step {short} has {samples.length(short - 1)}"
+        )
     parts = [samples.batch(step - 1).tokens[:, :length].astype(np.int64) for step in numbers]
     seen = tuple(step for step, part in zip(numbers, parts, strict=True) for _ in part)
     return Panel(np.concatenate(parts), seen, prompt)

@@ -80,6 +80,8 @@ def _encoded(text: str, encoding: str) -> bytes:
 
 
 INERT_CLASSES = (
+    "accelerate.state.PartialState",
+    "accelerate.utils.dataclasses.DistributedType",
     "argparse.Namespace",
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
@@ -96,7 +98,21 @@ INERT_CLASSES = (
     "numpy.dtype",
     "numpy.ndarray",
     "torch.Tensor",
+    "torch.device",
     "torch.nn.parameter.Parameter",
+    # training_args.bin of transformers and TRL
+    "transformers.trainer_pt_utils.AcceleratorConfig",
+    "transformers.trainer_utils.EvaluationStrategy",
+    "transformers.trainer_utils.HubStrategy",
+    "transformers.trainer_utils.IntervalStrategy",
+    "transformers.trainer_utils.SaveStrategy",
+    "transformers.trainer_utils.SchedulerType",
+    "transformers.training_args.OptimizerNames",
+    "transformers.training_args.TrainingArguments",
+    "trl.trainer.dpo_config.DPOConfig",
+    "trl.trainer.kto_config.KTOConfig",
+    "trl.trainer.reward_config.RewardConfig",
+    "trl.trainer.sft_config.SFTConfig",
 )
 STORAGE_DTYPES = {
     "Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16", "Long": "int64", "Int": "int32",

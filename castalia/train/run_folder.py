@@ -101,6 +101,17 @@ def holds_checkpoint(folder: Path) -> bool:
     return named or steps or detect(folder) is not None
 
 
+def origin(run: Path) -> tuple[int, Path] | None:
+    """The step that a branch began after, and the checkpoint of another run that it began with; None for other runs.
+
+    The checkpoint may be gone.
+    """
+    first = next((event for event in read_events(run) if event["event"] == "start"), None)
+    if first is None or not first.get("step") or not first.get("source"):
+        return None
+    return int(first["step"]), Path(first["source"])
+
+
 def refuse_second_start(folder: Path) -> None:
     """Raises TrainingError if the folder holds a run. A run that died before its first step does not count."""
     if not holds_checkpoint(folder) and not (is_run(folder) and any(read_metrics(folder))):
@@ -129,6 +140,9 @@ def complete_config(
             "data.cache_dir": _absolute(config.data.cache_dir),
             "data.pass_multiple": pass_multiple(config, batch_size),  # the same passes with other micro-batches
             **{f"data.{split}": _absolute_sources(getattr(config.data, split)) for split in ("train", "valid", "test")},
+            "data.stages": tuple(
+                stage.model_copy(update={"train": _absolute_sources(stage.train)}) for stage in config.data.stages
+            ),
             "tokenizer": TokenizerConfig(path=TOKENIZER) if has_tokenizer else config.tokenizer,
             "checkpoint.dir": str(folder),
             "checkpoint.resume": None,

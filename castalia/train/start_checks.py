@@ -157,7 +157,8 @@ def _sources(config: RunConfig) -> Iterator[Text]:
     """Each corpus that the config names, if all of its files are there."""
     data = config.data
     single = (Source(path=data.path),) if data.path else ()
-    for source in (*single, *data.train, *data.valid, *data.test):
+    staged = (source for stage in data.stages for source in stage.train)
+    for source in (*single, *data.train, *data.valid, *data.test, *staged):
         if all(Path(f"{prefix}.{end}").is_file() for prefix in source.prefixes for end in ("bin", "idx")):
             yield source
 

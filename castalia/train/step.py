@@ -25,6 +25,7 @@ import hashlib
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 
 from castalia.config.batch import BatchPlan
@@ -33,7 +34,7 @@ from castalia.data.loader import Batch
 from castalia.errors import TrainingError
 from castalia.observe.watch import first_cause
 from castalia.parallel.compile import eager_before
-from castalia.parallel.executor import Executor, NormSubset, Rows
+from castalia.parallel.executor import Executor, NormSubset, Objective, Rows
 from castalia.train.optimizer import LossScaler, set_rate
 from castalia.train.schedule import LearningRate
 from castalia.train.update_rules import AnyOptimizer
@@ -170,7 +171,8 @@ class TrainStep:
             weights = [1.0 / float(count) for count in denominators]
         else:
             weights = [1.0 / global_tokens] * plan.accumulation
-        return self.executor.forward_backward(Rows.of(batch), weights, scale * self.gradient_factor, seeds)
+        objective = None if batch.weights is None else _weighted(batch.weights, plan.accumulation, self.executor.device)
+        return self.executor.forward_backward(Rows.of(batch), weights, scale * self.gradient_factor, seeds, objective)
 
     def _finish(self, applied: bool) -> StepResult:
         """Frees the gradients and updates the counters and the loss scale."""
@@ -200,6 +202,12 @@ class TrainStep:
             f"are those of step {step} and the run's events.jsonl names the data; lower optimizer.lr, or look at the "
             f"data with `castalia data batch CONFIG --step {step + 1}`"
         )
+
+
+def _weighted(weights: np.ndarray, micro_batches: int, device: torch.device) -> Objective:
+    """The sum of each sequence's losses times its weight [sequences], where a change of the data weights rows."""
+    parts = torch.from_numpy(weights).to(device).chunk(micro_batches)
+    return lambda log_probs, micro: -(log_probs * parts[micro]).sum()
 
 
 def dropout_seed(seed: int, step: int, micro: int, rank: int = 0) -> int:

@@ -18,7 +18,7 @@ from castalia.observe.metrics import read_events, read_metrics
 from castalia.observe.update_history import UpdateHistory, history_before
 from castalia.parallel.executor import Rows
 from castalia.plan.run_description import repeats_bits
-from castalia.train.run_folder import is_run
+from castalia.train.run_folder import is_run, origin
 from castalia.train.setup import Session, start
 
 
@@ -85,8 +85,8 @@ def _beginning(run: Path, history: UpdateHistory, step: int) -> tuple[RunConfig,
     if known:
         begin = known[-1]
         return load_run(run, [f"checkpoint.step={begin}", *_batch_size_override(run, begin, step)]), begin
-    if history.begin > 0 and (origin := _origin(run, history.begin)):
-        words = [f"checkpoint.resume={origin}", *_batch_size_override(run, history.begin, step)]
+    if history.begin > 0 and (came_from := origin(run)) and came_from[1].is_dir():
+        words = [f"checkpoint.resume={came_from[1]}", *_batch_size_override(run, history.begin, step)]
         return load_run(run, words), history.begin
     if history.begin > 0:
         raise TrainingError(
@@ -96,13 +96,6 @@ def _beginning(run: Path, history: UpdateHistory, step: int) -> tuple[RunConfig,
     config = load_run(run, _batch_size_override(run, 0, step))
     began_from = load_config(run).checkpoint.init_from
     return config.with_({"checkpoint.resume": None, "checkpoint.step": None, "checkpoint.init_from": began_from}), 0
-
-
-def _origin(run: Path, step: int) -> Path | None:
-    """The checkpoint of another run with which a branch began at a step, if it is still there."""
-    starts = [event for event in read_events(run) if event["event"] == "start" and event["step"] == step]
-    source = Path(starts[0].get("source") or "") if starts else Path()
-    return source if source.name and source.is_dir() else None
 
 
 def listed(steps: Iterable[int]) -> str:

@@ -51,6 +51,17 @@ def test_a_short_row_is_filled_up_without_loss(tmp_path: Path) -> None:
     assert batch.documents is not None and batch.documents[0].tolist() == [0, 0, 0, 1, 1]
 
 
+def test_rows_are_weighted(tmp_path: Path) -> None:
+    plain, changed = with_rows(tmp_path, {"step": 2, "row": 1, "weight": -2.5}, {"step": 3, "row": 0, "mask": True})
+    assert changed.batch(1).weights.tolist() == [1.0, -2.5]
+    assert changed.batch(1, [0]).weights is None and plain.batch(1).weights is None
+    assert changed.batch(2).weights is None
+    assert np.array_equal(changed.batch(1).labels, plain.batch(1).labels)
+    assert [row.get("intervention") for row in table_rows(changed, 1, None)] == [None, "weighted -2.5"]
+    lighter = with_rows(tmp_path, {"step": 2, "row": 1, "weight": 2.5}, {"step": 3, "row": 0, "mask": True})[1]
+    assert lighter.fingerprint_until(1) == changed.fingerprint_until(1) != changed.fingerprint != lighter.fingerprint
+
+
 def test_what_was_trained_on_until_a_step_is_told_apart(tmp_path: Path) -> None:
     plain, changed = with_rows(tmp_path, {"step": 3, "row": 0, "ids": IDS})
     assert changed.fingerprint_until(2) == plain.fingerprint_until(2) == plain.fingerprint
@@ -73,8 +84,9 @@ def test_rows_of_a_batch_and_places_of_a_text_follow_the_interventions(tmp_path:
         ({"step": 0, "row": 0, "mask": True}, "steps are counted from 1"),
         ({"step": 5, "row": 0, "mask": True}, "step 5: the run's steps are 1 to 4"),
         ({"step": 1, "row": 2, "mask": True}, "step 1 has rows 0 to 1, and no row 2"),
-        ({"step": 1, "row": 0}, "give ids, which replace the row, or mask"),
-        ({"step": 1, "row": 0, "weight": 0.5}, "rows cannot be weighted"),
+        ({"step": 1, "row": 0}, "give ids, which replace the row, mask: true"),
+        ('{"step": 1, "row": 0, "weight": 1e999}', "not a finite number|cannot be parsed"),
+        ({"step": 1, "row": 0, "weight": "2"}, "is not a number"),
         ({"step": 1, "row": 0, "ids": [1] * 7}, "7 ids; a row has 2 to 6"),
         ({"step": 1, "row": 0, "mask": [[3, 2]]}, r"ranges are \[start, stop\]"),
         ({"step": "1", "row": 0}, "step='1' is not a whole number"),

@@ -25,6 +25,20 @@ def test_runs_are_those_that_a_comparison_at_each_place_finds(tokens: list[int],
         assert sorted(starts.tolist()) == expected
 
 
+@given(
+    kind=st.sampled_from(["<u2", "<i4", "<i8"]),
+    tokens=st.lists(st.integers(0, 2), min_size=8, max_size=80),
+    skipped=st.integers(0, 5),
+    needles=st.lists(st.lists(st.integers(0, 3), min_size=6, max_size=12), min_size=3, max_size=20),
+    cuts=st.lists(st.tuples(st.integers(0, 70), st.integers(7, 20)), min_size=20, max_size=30),
+)
+def test_many_long_runs_are_found_by_their_windows(kind, tokens, skipped, needles, cuts) -> None:
+    array = np.array([9] * skipped + tokens, kind)[skipped:]  # at any address
+    sought = needles + [tokens[at : at + size] or [0] for at, size in cuts] + [[70000] * 7, [-1] * 9]
+    for starts, needle in zip(find_runs(array, sought), sought, strict=True):
+        assert starts.tolist() == [at for at in range(len(tokens)) if tokens[at : at + len(needle)] == needle]
+
+
 @pytest.mark.parametrize(
     "text", ["light of the morning", "ight of the eveni", "the waters were in", " the light of the evening; and"]
 )

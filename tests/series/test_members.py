@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from castalia.cli.train import branch_words, read_config
 from castalia.errors import CheckpointError, ConfigError
+from castalia.series.checkup import check_series
 from castalia.series.members import LABEL, find_series, holds, opened, parse_steps
+from castalia.train.loop import train
 
 
 @pytest.mark.parametrize(
@@ -26,6 +29,23 @@ def test_a_run_its_checkpoints_and_a_list_give_the_same(trained):
     listed = [run / "checkpoints" / f"step_{step:06d}" for step in (4, 2)]
     assert [(step, checkpoint.progress.step) for step, checkpoint in opened(find_series(listed))] == [(2, 2), (4, 4)]
     assert [member.step for member in find_series([run], "0..2,7,19..")] == [0, 1, 2, 7, 19, 20]
+
+
+def test_a_branch_is_followed_to_its_trunk(trained, tmp_path, caplog):
+    trunk = tmp_path / "trunk"
+    trunk.symlink_to(trained())
+    more = ["checkpoint.step=6", "schedule.min_lr=0.001", "checkpoint.schedule_from=config", "train.exit_interval=9"]
+    branch = train(read_config(branch_words([str(trunk), *more], tmp_path / "branch")))
+    twig = train(read_config(branch_words([str(branch), "checkpoint.step=8"], tmp_path / "twig")))
+    assert [(member.step, member.path.parts[-3]) for member in find_series([twig])][5:] == [
+        *((step, member_of.name) for step, member_of in [(5, trained()), (6, trained())]),
+        (7, "branch"), (8, "branch"), (9, "twig"),
+    ]  # fmt: skip
+    checkup = check_series(find_series([branch]), run=branch)
+    assert [(report.step, report.verdict) for report in checkup.reports] == [(step, "fine") for step in range(10)]
+    (tmp_path / "branch").rename(tmp_path / "moved")
+    assert [member.step for member in find_series([twig])] == [9]
+    assert "is gone: its steps until 8 are left out" in caplog.text
 
 
 def test_a_branch_may_hold_a_step_in_a_folder_of_its_own(trained, tmp_path):

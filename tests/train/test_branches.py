@@ -63,6 +63,25 @@ def test_a_stopped_run_with_an_intervention_goes_on_as_if_never_stopped(interven
     assert replay(tmp_path / "moved", STEP)["loss_distance"] == 0.0
 
 
+def test_weighted_rows_change_the_gradients_by_their_weights(tiny, tmp_path):
+    """At weight 0 as a masked row, but divided by as many tokens; at weight 1 as none; the same in micro-batches."""
+    file = tmp_path / "rows.jsonl"
+
+    def trained(name, change, *words):
+        file.write_text(json.dumps({"step": 3, "row": ROW, **change}) + "\n")
+        return losses(train(tiny(tmp_path / name, f"data.intervene={file}", "train.exit_interval=5", *words)))
+
+    plain = losses(train(tiny(tmp_path / "plain", "train.exit_interval=5")))
+    assert trained("one", {"weight": 1}) == plain
+    none, masked, twice = trained("zero", {"weight": 0}), trained("mask", {"mask": True}), trained("two", {"weight": 2})
+    assert none[:2] == plain[:2] == twice[:2]
+    assert none[2][1] * 8 / 7 == pytest.approx(masked[2][1], rel=1e-5)  # 7 of 8 rows count
+    assert none[2][2] * 8 / 7 == pytest.approx(masked[2][2], rel=1e-4)
+    assert (twice[2][1] + none[2][1]) / 2 == pytest.approx(plain[2][1], rel=1e-5)
+    small = trained("small", {"weight": 2}, "train.micro_batch_size=2")
+    assert [row[1] for row in small] == pytest.approx([row[1] for row in twice], rel=1e-5)
+
+
 def test_what_if_a_later_step_had_seen_this(intervened, tiny, changed, tmp_path):
     plain = train(tiny(tmp_path / "plain"))
     words = branch_words([str(plain), "checkpoint.step=10", f"data.intervene={changed[1]}"], tmp_path / "branch")
@@ -87,6 +106,26 @@ def test_a_branch_that_changes_nothing_is_its_trunk_and_one_with_other_settings_
     train(read_config([str(branch), "train.exit_interval=null"]))
     straight = train(read_config(branch_words([str(trunk), *other[:2], *other[3:]], tmp_path / "straight")))
     assert_equal_runs(branch, straight)
+
+
+def test_a_run_with_stages_is_its_trunk_and_a_branch_of_it(tiny, changed, tmp_path):
+    """Bit for bit, stopped within a stage or not."""
+    stage = f"data.stages=[{{first_step: 11, train: {changed[0]}, seq_length: 8}}]"
+    data = tiny(tmp_path / "x").data.path
+    whole = train(tiny(tmp_path / "whole", stage))
+    trunk = train(tiny(tmp_path / "trunk", "train.exit_interval=10"))
+    words = [str(trunk), "checkpoint.step=10", "data.path=null", f"data.train={changed[0]}", "data.seq_length=8"]
+    branch = train(read_config(branch_words(words, tmp_path / "branch")))
+    assert data and losses(whole)[:10] == losses(trunk)
+    assert losses(whole)[10:] == losses(branch)
+    stopped = train(tiny(tmp_path / "stopped", stage, "train.exit_interval=10"))
+    shutil.move(stopped, tmp_path / "moved")
+    train(read_config([str(tmp_path / "moved"), "train.exit_interval=null"]))
+    assert_equal_runs(tmp_path / "moved", whole)
+    assert replay(tmp_path / "moved", 14)["loss_distance"] == 0.0
+    # Whoever thinks of a stage only then resumes with it.
+    train(read_config([str(trunk), stage, "train.exit_interval=null"]))
+    assert losses(trunk) == losses(whole)
 
 
 def test_words_that_make_no_branch(straight, tmp_path):

@@ -32,6 +32,7 @@ class Format:
 
 
 TRAINER_STATE = "trainer_state.json"  # what the Trainer of transformers writes last into a step's folder
+TRAINER_FOLDER = "checkpoint-{step}"  # as it calls this folder
 _HERE = "castalia.checkpoint.formats"
 FORMATS = {  # name, as in `Checkpoint.format` -> row; the first that detects its files reads them
     "native": Format(

@@ -39,6 +39,9 @@ class Family:
     holds: Mapping[str, set]  # the values of our settings that the class can compute; settings left out may have any
     defaults: Mapping[str, Any]  # what a missing key of config.json means; it differs between the types
     rules: Callable[[ModelConfig], list[Rule]]
+    # The modules with parameters in the order in which the class defines them, which numbers the Trainer's optimizer
+    # state: before the blocks, in each block, after the blocks. Heads follow.
+    modules: tuple[str, str, str]
     head_modules: tuple[str, ...] = ("lm_head",)  # its name in transformers 5, and its name before
     foreign: tuple[str, ...] = ()  # keys of related types that this class does not read
     refused: tuple[str, ...] = ()  # keys that must be false, and are not written
@@ -173,23 +176,37 @@ GPT2_HOLDS: dict[str, set] = {
     "num_kv_heads": {None}, "attention_bias": {True}, "mlp_bias": {True}, "qk_norm": {False},
     "sliding_window": {None},
 }  # fmt: skip
+NEOX_MODULES = (
+    "embed_in",
+    "input_layernorm post_attention_layernorm attention.query_key_value attention.dense mlp.dense_h_to_4h "
+    "mlp.dense_4h_to_h",
+    "final_layer_norm",
+)
+GPT2_MODULES = ("wte wpe", "ln_1 attn.c_attn attn.c_proj ln_2 mlp.c_fc mlp.c_proj", "ln_f")
+LLAMA_MODULES = (
+    "embed_tokens",
+    "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj "
+    "input_layernorm post_attention_layernorm",
+    "norm",
+)
 FAMILIES = {
     "gpt_neox": Family(
         "GPTNeoXForCausalLM", "gpt_neox.", "embed_out.weight", NEOX_KEYS, {}, NEOX_HOLDS, NEOX_DEFAULTS, _neox_rules,
-        head_modules=("lm_head", "embed_out"), gelu_tanh="gelu_fast",
+        NEOX_MODULES, head_modules=("lm_head", "embed_out"), gelu_tanh="gelu_fast",
     ),
     "gpt2": Family(
         "GPT2LMHeadModel", "transformer.", "lm_head.weight", GPT2_KEYS, {"position": "learned"}, GPT2_HOLDS,
-        GPT2_DEFAULTS, _gpt2_rules, refused=("add_cross_attention",), gelu_tanh="gelu_new",
+        GPT2_DEFAULTS, _gpt2_rules, GPT2_MODULES, refused=("add_cross_attention",), gelu_tanh="gelu_new",
     ),
     "llama": Family(
         "LlamaForCausalLM", "model.", "lm_head.weight", LLAMA_KEYS, LLAMA_FIXED,
-        LLAMA_HOLDS | {"sliding_window": {None}}, LLAMA_DEFAULTS, _llama_rules, foreign=("sliding_window",),
+        LLAMA_HOLDS | {"sliding_window": {None}}, LLAMA_DEFAULTS, _llama_rules, LLAMA_MODULES,
+        foreign=("sliding_window",),
     ),
     "mistral": Family(
         "MistralForCausalLM", "model.", "lm_head.weight", MISTRAL_KEYS, LLAMA_FIXED,
         LLAMA_HOLDS | {"attention_bias": {False}, "mlp_bias": {False}}, MISTRAL_DEFAULTS, _llama_rules,
-        foreign=("attention_bias", "mlp_bias"),
+        LLAMA_MODULES, foreign=("attention_bias", "mlp_bias"),
     ),
 }  # fmt: skip
 # Settings that every class has a key for, or that change nothing about what the model computes. A model whose other

@@ -5,12 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import Field
+from typing import Any
 
 from castalia.checkpoint.architecture_check import unrounded
-from castalia.checkpoint.formats import TRAINER_STATE
+from castalia.checkpoint.formats.huggingface import trainer
 from castalia.checkpoint.formats.huggingface.config_json import (
     ConfigJson,
     model_of,
@@ -39,8 +37,6 @@ BLOCK = re.compile(r"(?:h|layers)\.(\d+)\.")
 # Derived tensors that older versions of transformers stored.
 OLD_BUFFERS = re.compile(r"(^|\.)(attn|attention)\.(masked_)?bias$|(^|\.)rotary_emb\.inv_freq$")
 
-TRAINER_COUNTS = ("global_step", "num_input_tokens_seen")
-Count = Annotated[int, Field(ge=0, lt=1 << 60)]
 NOTED = keys(  # of castalia.json
     {
         "progress": dict[str, Any] | None,
@@ -77,40 +73,29 @@ def read(path: Path, tokenizer: str | None = None) -> Checkpoint:
     _check_blocks(path, named, model.num_layers)
     extras, extras_note = _extras(path, tensors)
     ours = to_ours(table(family, model), named, ignore=OLD_BUFFERS.pattern)
-    run = _run_config(path, config, model, extras, tokenizer)
+    trained = trainer.read_run(path)
+    run = _run_config(path, config, model, extras, tokenizer).with_({} if extras.get("config") else trained.settings)
     noted = typed(extras.get("progress") or {}, f"{path / BESIDE}: progress", CheckpointError, Progress)
-    progress, inherited = take_inherited(trainer_progress(path) or noted, extras, run)
-    state_notes = [note for note in (extras_note, trainer_note(path)) if note]
+    reached = trained.progress
+    # Our own notes know more of the same step, unless a Trainer went on from there.
+    progress, inherited = take_inherited(
+        noted if reached is None or noted.step == reached.step else reached, extras, run
+    )
+    state, state_note = _optimizer(path, extras, family, model, ours), ""
+    if state is None:
+        state, state_note = trainer.read_optimizer(path, family, model, ours)
+    state_notes = [note for note in (extras_note, *trained.notes, state_note) if note]
     return Checkpoint(
         str(path),
         "huggingface",
         ours,
-        _optimizer(path, extras, family, model, ours),
+        state,
         progress,
         run,
         (*config.notes, *([tie_note] if tie_note else [])),
         tuple(state_notes),
         CheckpointFacts(model_type=config["model_type"]),
         **inherited,
-    )
-
-
-def trainer_progress(path: Path) -> Progress | None:
-    """How far the Trainer of transformers, or TRL's, had come when it wrote a step's folder; None for other folders."""
-    if not (path / TRAINER_STATE).is_file():
-        return None
-    state = read_table(path / TRAINER_STATE, keys(dict.fromkeys(TRAINER_COUNTS, Count | None)))
-    step, tokens = (state.get(name) or 0 for name in TRAINER_COUNTS)
-    return Progress(step=step, tokens=tokens)
-
-
-def trainer_note(path: Path) -> str:
-    """What of a Trainer's folder is not read."""
-    if not (path / "optimizer.pt").is_file():
-        return ""
-    return (
-        "optimizer.pt, the moments in the order in which the Trainer of transformers numbers parameters, is not read: "
-        "a run that continues from these weights begins with fresh ones"
     )
 
 

@@ -1,7 +1,8 @@
 """Write Hugging Face folders that `transformers` opens.
 
 Two files more hold what `transformers` has no place for, so that reading the folder again loses nothing:
-`optimizer.safetensors`, with tensors `name.exp_avg` and so on for each weight, and `castalia.json`.
+`optimizer.safetensors`, with tensors `name.exp_avg` and so on for each weight, and `castalia.json`. For the Trainer of
+transformers, its own files take the place of the first; see `trainer.py`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from castalia.checkpoint.file_plan import (
 from castalia.checkpoint.formats.huggingface.config_json import to_config_json
 from castalia.checkpoint.formats.huggingface.names import FAMILIES, SCORE, Family, family_of, table
 from castalia.checkpoint.formats.huggingface.read import BESIDE, CONFIG
+from castalia.checkpoint.formats.huggingface.trainer import trainer_files
 from castalia.checkpoint.restore import architecture
 from castalia.checkpoint.rules import MOMENTS, STATE_ROLES, Role, to_theirs
 from castalia.checkpoint.sampled_values import fingerprint
@@ -48,7 +50,11 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     weight_outputs = _safetensors("model", weights, options)
     weight_files = [output.name for output in weight_outputs if output.name.endswith(".safetensors")]
     outputs = [json_output(CONFIG, config), *tokenizer, *weight_outputs]
-    outputs += _optimizer(checkpoint, family, model, options)
+    if options.trainer:
+        files, more = trainer_files(checkpoint, family, model)
+        outputs, notes = [*outputs, *files], (*notes, *more)
+    else:
+        outputs += _optimizer(checkpoint, family, model, options)
     if kind == "gpt_neox" and model.embedding_dropout != model.hidden_dropout:
         dropout = f"one dropout for embedding and blocks: {model.hidden_dropout}, not {model.embedding_dropout}"
         notes = (*notes, f"config.json has {dropout}")
@@ -56,7 +62,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     def finish(folder: Path, results: Mapping[str, Any]) -> None:
         """Write castalia.json, with a fingerprint of the weights: if they change, the rest no longer applies."""
         written = {name: ref for file in weight_files for name, ref in open_safetensors(folder / file).items()}
-        value = {**_extras(checkpoint), "fingerprint": fingerprint(written)}
+        value = {**_extras(checkpoint, not options.trainer), "fingerprint": fingerprint(written)}
         write_bytes(folder / BESIDE, json_text(value).encode(), lambda count: None)
 
     return Plan(tuple(outputs), notes, finish)
@@ -98,9 +104,9 @@ def _optimizer(checkpoint: Checkpoint, family: Family, model: ModelConfig, optio
     return _safetensors("optimizer", tensors, options)
 
 
-def _extras(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The content of castalia.json, but for the fingerprint."""
-    state = checkpoint.optimizer
+def _extras(checkpoint: Checkpoint, stateful: bool) -> dict[str, Any]:
+    """The content of castalia.json, but for the fingerprint. `stateful`: the optimizer state lies beside it."""
+    state = checkpoint.optimizer if stateful else None
     return {
         "progress": asdict(checkpoint.progress),
         "optimizer_steps": None if state is None else {name: entry["step"] for name, entry in state.items()},

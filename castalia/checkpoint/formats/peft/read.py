@@ -18,6 +18,7 @@ from pydantic import AfterValidator, Field
 from castalia.checkpoint.adapters import adapters_of
 from castalia.checkpoint.description import tokenizer_settings
 from castalia.checkpoint.formats.huggingface import read as huggingface_read
+from castalia.checkpoint.formats.huggingface import trainer
 from castalia.checkpoint.formats.huggingface.names import FAMILIES, SCORE, Family, family_of, table
 from castalia.checkpoint.formats.huggingface.read import has_weights, open_file, read_table
 from castalia.checkpoint.rules import Chain, Op, Same, Transpose
@@ -113,7 +114,7 @@ def read(path: Path, open_base: Callable[[str], Checkpoint], base: str | None = 
         }
     )
     facts, held = replace(model.facts, base=model.path), {**model.model, **whole, **tensors}
-    note = huggingface_read.trainer_note(path)
+    note = trainer.unread("it is of adapters") if (path / trainer.OPTIMIZER).is_file() else ""
     return replace(
         model,
         path=str(path),
@@ -121,7 +122,7 @@ def read(path: Path, open_base: Callable[[str], Checkpoint], base: str | None = 
         optimizer=None,
         config=run,
         facts=facts,
-        progress=huggingface_read.trainer_progress(path) or model.progress,
+        progress=trainer.read_run(path).progress or model.progress,
         state_notes=(note,) if note else model.state_notes,
     )
 
