@@ -11,6 +11,7 @@ import typer
 from castalia.cli.render import say
 from castalia.cli.streaming import MemoryOption
 from castalia.cli.tasks import (
+    DATE,
     ChatOption,
     LimitOption,
     OutputOption,
@@ -68,6 +69,7 @@ OPTIONS_OF = {
     "--tasks": {"--shots", "--limit", "--output", "--samples", "--chat", "--unsafe-code"},
     "": {"--on", "--chat-template", "--stride", "--memory", "--by-source"},
 }
+ELSE = {"--data", "--tasks", "--log-probs"}
 WITHOUT = {"--tasks": {"--data", "--log-probs"}, "--log-probs": {"--tokenizer", "--tp", "--pp", "--nproc", "--json"}}
 
 
@@ -108,8 +110,8 @@ def command(
     run that learns answers or preferences is judged by them, as in its training. Of pairs the share in the right order
     is shown, and the mean margin: of rewards for reward models, else of log-probabilities.
     """
-    refuse_idle_options(locals())  # first: of names there are the options alone
-    from castalia.cli.opening import open_and_tell, overlaid
+    given = given_options(locals())  # nothing else has a name yet
+    from castalia.cli.opening import open_for_evaluation
     from castalia.cli.ranks import start_processes
     from castalia.cli.streaming import memory_bytes
     from castalia.cli.tasks import evaluate_tasks, needs_lm_eval
@@ -119,30 +121,53 @@ def command(
     from castalia.train.hardware import choose_device
 
     if tasks:
-        needs_lm_eval()
+        needs_lm_eval()  # before anything is opened
     budget = memory_bytes(memory, tp, pp)
     start_processes(tp, pp, nproc)
     with process_group(choose_device("auto").type):
-        checkpoint = overlaid(open_and_tell(path, step=step), overrides or ())
+        checkpoint = open_for_evaluation(path, overrides or (), step)
+        suite = suite_of(checkpoint, given)
+        refuse_idle_options(given, bool(suite))
         if log_probs:
             tell_log_probs(checkpoint, data, log_probs)
-        elif tasks:
-            asked = TaskOptions(names_of(tasks), shots, limit, chat, samples, unsafe_code)
-            evaluate_tasks(checkpoint, asked, tokenizer=tokenizer, tp=tp, pp=pp, output=output, as_json=as_json)
+        elif tasks or suite:
+            asked = TaskOptions(names_of(tasks or suite), shots, limit, chat, samples, unsafe_code)
+            place = results_file(checkpoint) if suite and output is None else output
+            evaluate_tasks(checkpoint, asked, tokenizer=tokenizer, tp=tp, pp=pp, output=place, as_json=as_json)
         else:
             options = EvaluationOptions(data, tokenizer, stride, by_source, budget, on, chat_template, tp, pp)
             print_figures(evaluate_checkpoint(checkpoint, options, evaluation_view()), by_source, as_json)
 
 
-def refuse_idle_options(given: dict[str, Any]) -> None:
-    """Raise ConfigError for options, by their parameters, that do not act on the kind of evaluation that is asked."""
+def given_options(values: dict[str, Any]) -> set[str]:
+    """The names of the options whose values, by parameter, are not their defaults."""
+    known = signature(command).parameters
+    given = {name for name, value in values.items() if value != known[name].default}
+    return {"--json" if name == "as_json" else f"--{name.replace('_', '-')}" for name in given}
+
+
+def suite_of(checkpoint: Checkpoint, given: set[str]) -> list[str]:
+    """The tasks that the config asks in place of the losses, unless an option asks for something else."""
+    config = checkpoint.config
+    return (config.eval.suite if config else None) or [] if not given & (OPTIONS_OF[""] | ELSE) else []
+
+
+def results_file(checkpoint: Checkpoint) -> Path:
+    """Where the results of a suite go: the name that GPT-NeoX gives them, with the config's prefix, before the date."""
+    assert checkpoint.config is not None
+    prefix = checkpoint.config.eval.results_prefix
+    return Path(f"{prefix}_eval_results_{DATE}.json" if prefix else f"eval_results_{DATE}.json")
+
+
+def refuse_idle_options(given: set[str], suite: bool) -> None:
+    """Raise ConfigError for options that do not act on the kind of evaluation that is asked.
+
+    `suite`: the config asks tasks, so that their options act.
+    """
     from castalia.errors import ConfigError
 
-    kind = "--tasks" if given["tasks"] else "--log-probs" if given["log_probs"] else ""
-    for parameter, known in signature(command).parameters.items():
-        if given[parameter] == known.default:
-            continue
-        name = "--json" if parameter == "as_json" else f"--{parameter.replace('_', '-')}"
+    kind = next((name for name in ("--tasks", "--log-probs") if name in given), "--tasks" if suite else "")
+    for name in sorted(given):
         if kind != "--tasks" and name in OPTIONS_OF["--tasks"]:
             raise ConfigError(f"{name} belongs to --tasks")
         if kind and name in OPTIONS_OF[""] | WITHOUT[kind]:

@@ -21,7 +21,7 @@ COMMANDS = {
     "convert_hf_to_sequential": "castalia convert SRC DST --to neox",
     "convert_raw_llama_weights_to_neox": "castalia convert SRC DST --to neox",
     "inspect_checkpoints": "castalia inspect PATH",
-    "evaluate": "castalia eval CHECKPOINT",
+    "evaluate": "castalia eval A.yml B.yml, or castalia eval CHECKPOINT",
     "resume": "castalia train RUN",
 }
 OPTIONS = {
@@ -35,6 +35,7 @@ OPTIONS = {
     "--merge-file": "it is called --merges",
     "--dataset-impl": "corpora are always written for memory mapping: leave it out",
     "--eval_tasks": "it is called --tasks: castalia eval CHECKPOINT --tasks NAME,NAME",
+    "--eval_results_prefix": "it is called --output FILE; as a setting eval.results_prefix=PREFIX",
     "--num_gpus": "it is called --nproc",
     "--nproc-per-node": "it is called --nproc; on several machines: castalia launch",
     "--nproc_per_node": "it is called --nproc; on several machines: castalia launch",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
+from datetime import datetime
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from castalia.checkpoint.tensors import Checkpoint
     from castalia.tasks.harness import TaskModel
     from castalia.tasks.task_options import TaskOptions
+
+DATE = "DATE"  # in the name of a file of results
 
 TasksOption = Annotated[
     list[str] | None,
@@ -57,7 +60,10 @@ def evaluate_tasks(
     output: Path | None = None,
     as_json: bool = False,
 ) -> None:
-    """Run tasks on all ranks together and print their table; write the results to `output`."""
+    """Run tasks on all ranks together and print their table; write the results to `output`.
+
+    `DATE` in its name becomes the time at which they are written.
+    """
     needs_lm_eval()
     from castalia.files import write_text
     from castalia.parallel.process_group import is_main
@@ -71,7 +77,8 @@ def evaluate_tasks(
         return
     text = to_json(results | {"castalia": facts}, default=str, indent=2, ensure_ascii=False)
     if output:
-        write_text(output, text + "\n")
+        now = f"{datetime.now():%m-%d-%Y-%H-%M-%S}"
+        write_text(output.with_name(output.name.replace(DATE, now)), text + "\n")
     print(text if as_json else table(results))
 
 

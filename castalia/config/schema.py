@@ -752,6 +752,10 @@ class EvalConfig(Section):
     )
     tasks_every: PositiveInt | None = Field(None, description="ask them after this many steps; None: only at the end")
     tasks_limit: PositiveInt | None = Field(None, description="questions of each task, the first ones; None: all")
+    suite: list[str] | None = Field(
+        None, description="tasks of lm-eval that `castalia eval` asks in place of the losses; None: none"
+    )
+    results_prefix: str = Field("", description="where their results go: PREFIX_eval_results_DATE.json")
 
 
 class GenerateConfig(Section):

@@ -44,6 +44,20 @@ def test_a_table_and_a_file(model: Path) -> None:
     assert {"results", "configs", "versions", "n-shot"} <= results.keys()
 
 
+@pytest.mark.parametrize("first", ["model", "tasks.yml"])  # the second says where the checkpoint is
+def test_the_original_s_own_keys_act(model: Path, first: str) -> None:
+    """As in GPT-NeoX: `evaluate.py` asks the tasks of its configs and writes PREFIX_eval_results_DATE.json."""
+    (model.parent / "tasks.yml").write_text(
+        '{"load": "model", "eval_tasks": ["castalia_demo_last_word"], "eval_results_prefix": "kept/first"}'
+    )
+    out, _ = castalia(model.parent, "eval", *dict.fromkeys((first, "tasks.yml")), "--limit", "2")
+    (file,) = (model.parent / "kept").glob("first_eval_results_??-??-????-??-??-??.json")
+    results = json.loads(file.read_text())
+    assert [*results["results"]] == ["castalia_demo_last_word"] and "castalia_demo_last_word" in out
+    assert results["config"]["limit"] == 2
+    file.unlink()
+
+
 @pytest.fixture(scope="module")
 def alone(model: Path) -> dict:
     return json.loads(castalia(model.parent, *ASK, "--json")[0])
@@ -72,6 +86,7 @@ def test_lm_eval_itself(model: Path, alone: dict) -> None:
         (["--tasks", "castalia_demo", "--chat"], "has no chat template"),
         (["--tasks", "castalia_demo", "--memory", "1GB"], "--memory does not act on --tasks"),
         (["--limit", "3"], "--limit belongs to --tasks"),
+        (["--log-probs", "out", "--data", "text", "--json"], "--json does not act on --log-probs"),
     ],
 )
 def test_what_cannot_be_asked(model: Path, words: list[str], message: str) -> None:

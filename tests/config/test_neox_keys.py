@@ -148,6 +148,8 @@ HONOURED = {
     "prompt_end": ("\n\n", "\n\n"),
     "sample_input_file": ("in.txt", "in.txt"),
     "num_samples": (5, 5),
+    "eval_tasks": (["lambada_openai"], ["lambada_openai"]),
+    "eval_results_prefix": ("out/first", "out/first"),
 }
 
 

@@ -170,12 +170,12 @@ def test_weights_are_held_in_the_compute_dtype(run, capsys):
 def test_an_overlay_is_obeyed_and_its_idle_keys_are_told(run, tmp_path, capsys):
     """As the original's evaluation takes its overlays: flat keys over the checkpoint's own config."""
     overlay = tmp_path / "evaluation.yml"
-    overlay.write_text('{"seq_length": 8, "eval_tasks": ["lambada"]}')
+    overlay.write_text('{"seq_length": 8, "char_level_ppl": true}')
     command(run, [str(overlay)], as_json=True)
     captured = capsys.readouterr()
     command(run, ["data.seq_length=8"], as_json=True)
     assert json.loads(captured.out) == said(capsys)
-    assert f"{overlay}:1: eval_tasks has no effect here" in " ".join(captured.err.split())
+    assert f"{overlay}:1: char_level_ppl: True has no effect here" in " ".join(captured.err.split())
 
 
 @pytest.mark.parametrize(

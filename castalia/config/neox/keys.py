@@ -426,8 +426,8 @@ KEYS: dict[str, Key] = {
     "sample_output_file": joint("generate.output_file", str, "samples.txt"),
     "num_samples": to("generate.num_samples", 1),
     "recompute": idle("generation always uses its cache; the text is the same", False),
-    "eval_results_prefix": idle("evaluation takes it as an option: castalia eval CHECKPOINT --tasks ... --output", ""),
-    "eval_tasks": idle("evaluation takes it as an option: castalia eval CHECKPOINT --tasks NAME,NAME"),
+    "eval_results_prefix": to("eval.results_prefix", ""),
+    "eval_tasks": to("eval.suite"),
     # MoE
     "moe_num_experts": refused(MOE, 1),
     "moe_expert_interval": idle(MOE_OFF, 1),
