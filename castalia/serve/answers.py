@@ -116,3 +116,4 @@ _HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-con
 
 async def _data(send: Send, text: str) -> None:
     await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": True})
+    await asyncio.sleep(0)  # so that a stream with many pieces at hand lets others have their turn

@@ -76,7 +76,7 @@ class Catalogue:
             else:
                 named = [ModelEntry(name, folder, name)]
             entries += [entry for entry in named if self._is_checkpoint(entry.path)]
-        only = entries[0].path if len({entry.source for entry in entries}) == 1 else None
+        only = entries[-1].path if len({entry.source for entry in entries}) == 1 else None
         base = str(only) if only else None
         return [*entries, *(ModelEntry(name, Path(path), name, None, base) for name, path in self.adapters.items())]
 

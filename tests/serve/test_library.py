@@ -7,10 +7,14 @@ from pathlib import Path
 
 import anyio
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 from starlette.testclient import TestClient
+from transformers import AutoModelForCausalLM
 
 from castalia.errors import CheckpointError, ConfigError
 from castalia.generate.text import generate_text
+from castalia.loading import tokenizer_at
 from castalia.plan.stream_plan import PROGRAM_BYTES
 from castalia.serve import catalogue
 from castalia.serve import library as shelves
@@ -111,3 +115,22 @@ def test_a_model_that_is_larger_than_the_memory_is_streamed_and_says_so(models: 
             break
         assert answer.status_code == 400 and "neox" in answer.json()["error"]["message"]
     assert answer.status_code == 200
+
+
+def test_adapters_have_names_of_their_own(models: Path, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(models / "neox")
+    tuned = get_peft_model(model, LoraConfig(target_modules=["query_key_value"], init_lora_weights=False))
+    tuned.save_pretrained(tmp_path / "tuned")
+    ids = tokenizer_at(models / "neox").encode("In the beginning")
+    with torch.inference_mode():
+        expected = tuned(torch.tensor([ids])).logits.log_softmax(dim=-1)[0]
+    names = Catalogue([str(models / "neox")], {"mine": str(tmp_path / "tuned")})
+    with TestClient(build_app(names, Library(2_000_000_000, "cpu")), base_url="http://localhost") as client:
+        assert {entry["id"] for entry in client.get("/v1/models").json()["data"]} == {"neox", "mine"}
+        plain, mine = (
+            client.post("/v1/score", json={"model": name, "input": ids}).json()["data"][0]["nll"][1:]
+            for name in ("neox", "mine")
+        )
+    own = [-float(expected[place, token]) for place, token in enumerate(ids[1:])]
+    assert mine == pytest.approx(own, abs=1e-4) and plain != pytest.approx(own, abs=1e-2)
