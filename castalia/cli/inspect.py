@@ -20,6 +20,7 @@ ERAS = {
     "w1-w3": "v2 with the matrices w1, w2, w3 of gated MLPs (May 2023 to September 2024)",
     "head": "since September 2024, when one MLP class replaced all others",
 }
+LENS_COLUMNS = 6  # tokens side by side
 
 
 def command(
@@ -33,6 +34,9 @@ def command(
         Literal["inside", "outside"] | None, typer.Option(help="where NeoX's RMSNorm has its epsilon")
     ] = None,
     step: Annotated[int | None, typer.Option(help="which of several checkpoints; default: the latest")] = None,
+    lens: Annotated[
+        str | None, typer.Option(help="instead: what each layer predicts after each token of a text")
+    ] = None,
 ) -> None:
     """Show what is inside a checkpoint of any format.
 
@@ -40,13 +44,20 @@ def command(
     Examples:
       castalia inspect runs/first
       castalia inspect runs/first --tensors --json
+      castalia inspect runs/first --lens "a text"
 
     Reads names, headers and a sample of the values: a second or two for hundreds of gigabytes.
     """
     from castalia.checkpoint.opener import open_checkpoint
+    from castalia.errors import ConfigError
     from castalia.examine.inspect import report
 
     hints: dict[str, Any] = {"config": config, "gqa_rows": gqa_rows, "rms_eps": rms_eps}
+    if lens is not None:
+        if tensors:
+            raise ConfigError("--lens has no use for --tensors")
+        _show_lens(path, step, hints, tokenizer, lens, as_json)
+        return
     checkpoint = open_checkpoint(path, step=step, tolerant=True, adapters=True, **hints)
     contents = report(checkpoint, _vocabulary(checkpoint, tokenizer), full=tensors) | {
         "words": _words(checkpoint, tokenizer)
@@ -55,6 +66,40 @@ def command(
         print(to_json(contents, indent=1, default=str))
     else:
         print_report(contents)
+
+
+def _show_lens(
+    path: str, step: int | None, hints: dict[str, Any], tokenizer: str | None, text: str, as_json: bool
+) -> None:
+    """Tables of a few tokens each: a row for every layer, the last one first, and its likeliest token in each cell."""
+    from castalia.checkpoint.restore import load_tokenizer_for
+    from castalia.cli.opening import open_and_tell
+    from castalia.cli.render import print_table, say
+    from castalia.examine.residuals import logit_lens
+    from castalia.loading import build_model
+    from castalia.train.hardware import choose_device
+
+    checkpoint = open_and_tell(path, step=step, **hints)
+    words = load_tokenizer_for(checkpoint, tokenizer)
+    found = logit_lens(build_model(checkpoint, choose_device("auto")), words, text)
+    if as_json:
+        print(to_json(found.as_json() | {"path": checkpoint.path, "step": checkpoint.progress.step}))
+        return
+    say("What each layer would predict after each token, and how sure it is. The last layer is the model itself.")
+    for first in range(0, len(found.ids), LENS_COLUMNS):
+        places = range(first, min(len(found.ids), first + LENS_COLUMNS))
+        rows = [
+            [str(row.layer), *(f"{_short(row.top[i][0].text)} {row.top[i][0].prob:.2f}" for i in places)]
+            for row in reversed(found.rows)
+        ]
+        print()
+        print_table(f"tokens {first} to {places[-1]}", ["after", *(_short(found.texts[i]) for i in places)], rows)
+
+
+def _short(text: str) -> str:
+    """A token that fits a narrow column, with marks for what cannot be seen."""
+    text = text.replace(" ", "\u00b7").replace("\n", "\u21b5").replace("\t", "\u21e5")
+    return text if len(text) <= 7 else text[:6] + "\u2026"
 
 
 def _vocabulary(checkpoint: Checkpoint, given: str | None) -> tuple[int | None, str]:

@@ -35,6 +35,7 @@ VERBS = {
     "launch": ("castalia.cli.launch", "Make a script that starts a run on many machines."),
     "plan": ("castalia.cli.plan", "Parameters, memory, time and disk of a config, before it runs."),
     "inspect": ("castalia.cli.inspect", "Show what is inside a checkpoint of any format."),
+    "activations": ("castalia.cli.activations", "Write the residual stream of texts at chosen layers."),
     "convert": ("castalia.cli.convert", "Write a checkpoint in another format, optimizer state included."),
     "average": ("castalia.cli.average", "The average of checkpoints, as a checkpoint."),
     "diff": ("castalia.cli.diff", "Compare two checkpoints of any formats."),
