@@ -27,11 +27,12 @@ def command(
     """
     from castalia.checkpoint.restore import load_tokenizer_for
     from castalia.cli.opening import open_and_tell
-    from castalia.cli.render import progress, size_of
+    from castalia.cli.render import progress
     from castalia.errors import ConfigError, DataError
     from castalia.examine.residuals import parse_layers, write_activations
     from castalia.loading import build_model
     from castalia.train.hardware import choose_device
+    from castalia.units import file_size
 
     if output.suffix != ".safetensors":
         raise ConfigError(f"--output {output}: the file's name ends with .safetensors")
@@ -47,4 +48,4 @@ def command(
         tokens = write_activations(model, words, file, chosen, output, advance)
     shown = ", ".join(map(str, chosen))
     print(f"{output}: {tokens:,} tokens, layers {shown}, {model.cfg.hidden_size} values each")
-    print(f"{size_of(output.stat().st_size)} on disk")
+    print(f"{file_size(output.stat().st_size)} on disk")

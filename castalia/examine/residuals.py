@@ -170,8 +170,7 @@ def write_activations(
                     start = int(starts[first + row])
                     values[layer][start : start + len(ids)] = x[row, : len(ids)].float().cpu()
         advance(len(part))
-    ids = torch.tensor([token for each in texts for token in each])
-    refs = {"ids": InMemory(ids), "starts": InMemory(starts)}
+    refs = {"ids": InMemory(torch.tensor([token for each in texts for token in each])), "starts": InMemory(starts)}
     refs |= {f"layer_{layer}": InMemory(value) for layer, value in values.items()}
     with appearing_whole(output) as path:
         write_safetensors(path, refs, checksums=False)

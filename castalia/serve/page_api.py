@@ -1,25 +1,152 @@
-"""What the page asks for below `/api/`."""
+"""What the page asks for below `/api/`. Names are looked up in the catalogue; no path from a client is opened."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
 
+import anyio.to_thread
+from pydantic import Field
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
+from castalia.examine.residuals import logit_lens, pieces_of
+from castalia.serve import page_data
+from castalia.serve.limits import Limits, body_of
+from castalia.serve.request_fields import RequestError, RequestFields, check_text, read_fields
+from castalia.streaming.streamed_model import StreamedTransformer
+from castalia.strict_json import to_json
+
 if TYPE_CHECKING:
-    from castalia.serve.catalogue import Catalogue
+    from pathlib import Path
+
+    from castalia.serve.catalogue import Catalogue, ModelEntry
     from castalia.serve.library import Library
+
+LENS_TOKENS = 256  # of a text, whose lens has a value for each layer and token
+
+
+class TextFields(RequestFields):
+    """A text for a model."""
+
+    model: str
+    text: Annotated[str, Field(min_length=1, max_length=100_000)]
 
 
 def page_routes(catalogue: Catalogue, library: Library) -> list[Route]:
     """The routes of the page; their paths begin behind `/api`."""
 
+    def entry_of(name: str) -> ModelEntry:
+        """Raises RequestError for an unknown name."""
+        entry = catalogue.find(name)
+        if entry is None:
+            raise RequestError(f"there is no checkpoint {name[:200]!r}", "model", 404)
+        return entry
+
+    def run_of(name: str) -> Path:
+        """Raises RequestError for an unknown name."""
+        folder = catalogue.runs().get(name)
+        if folder is None:
+            raise RequestError(f"there is no run {name[:200]!r}", "name", 404)
+        return folder
+
     async def models(request: Request) -> Response:
         """The names of all checkpoints."""
-        return JSONResponse(
-            [{"name": entry.name, "source": entry.source, "step": entry.step} for entry in catalogue.models()]
+        return await _told(
+            lambda: [{"name": entry.name, "source": entry.source, "step": entry.step} for entry in catalogue.models()]
         )
 
-    return [Route("/models", models)]
+    async def runs(request: Request) -> Response:
+        """Where each run stands."""
+        return await _told(lambda: page_data.run_list(catalogue.runs()))
+
+    async def run(request: Request) -> Response:
+        """A run's events, checkpoints and settings."""
+        name = _word(request, "name")
+        return await _told(lambda: page_data.run_facts(name, run_of(name)))
+
+    async def metrics(request: Request) -> Response:
+        """The records of a run behind a step."""
+        name, after = _word(request, "name"), _number(request, "after", 0)
+        return await _told(lambda: page_data.metrics_since(run_of(name), after))
+
+    async def batch(request: Request) -> Response:
+        """The sequences of a step."""
+        name, step = _word(request, "name"), _number(request, "step")
+        return await _told(lambda: page_data.batch_of(run_of(name), step))
+
+    async def inspect(request: Request) -> Response:
+        """What is inside a checkpoint."""
+        name = _word(request, "model")
+        return await _told(lambda: page_data.inspected(entry_of(name)))
+
+    async def plan(request: Request) -> Response:
+        """What the config of a checkpoint needs."""
+        name = _word(request, "model")
+        return await _told(lambda: page_data.planned(entry_of(name)))
+
+    async def diff(request: Request) -> Response:
+        """What two checkpoints have in common."""
+        a, b = _word(request, "a"), _word(request, "b")
+        return await _told(lambda: page_data.compared(entry_of(a), entry_of(b)))
+
+    async def pieces(request: Request) -> Response:
+        """The tokens of a text: their ids, and what each reads."""
+        fields = await _text(request)
+        async with library.lease(entry_of(fields.model)) as loaded:
+            ids = await anyio.to_thread.run_sync(loaded.tokenizer.encode, fields.text)
+            return await _told(lambda: {"ids": ids, "texts": pieces_of(loaded.tokenizer, ids)})
+
+    async def lens(request: Request) -> Response:
+        """What each layer predicts after each token of a text."""
+        fields = await _text(request)
+        async with library.lease(entry_of(fields.model)) as loaded:
+            ids = await anyio.to_thread.run_sync(loaded.tokenizer.encode, fields.text)
+            if len(ids) > LENS_TOKENS:
+                raise RequestError(f"the text has {len(ids)} tokens; the lens shows {LENS_TOKENS} at most", "text")
+            if isinstance(loaded.model, StreamedTransformer):
+                raise RequestError(
+                    f"{fields.model} is larger than the memory here, and the lens needs it whole", "model"
+                )
+            found = await library.compute(lambda: logit_lens(loaded.model, loaded.tokenizer, fields.text))
+        return await _told(found.as_json)
+
+    return [
+        Route("/models", models),
+        Route("/runs", runs),
+        Route("/run", run),
+        Route("/metrics", metrics),
+        Route("/batch", batch),
+        Route("/inspect", inspect),
+        Route("/plan", plan),
+        Route("/diff", diff),
+        Route("/pieces", pieces, methods=["POST"]),
+        Route("/lens", lens, methods=["POST"]),
+    ]
+
+
+async def _told(function: Callable[[], Any]) -> Response:
+    """The result of a function that may read files, as JSON."""
+    text = await anyio.to_thread.run_sync(lambda: to_json(function(), default=str))
+    return Response(text, media_type="application/json", headers={"Cache-Control": "no-store"})
+
+
+async def _text(request: Request) -> TextFields:
+    fields = read_fields(await body_of(request, Limits()), TextFields)
+    check_text(fields.text, "text")
+    return fields
+
+
+def _word(request: Request, name: str) -> str:
+    value = request.query_params.get(name)
+    if not value:
+        raise RequestError(f"{name!r} is missing", name)
+    return value
+
+
+def _number(request: Request, name: str, default: int | None = None) -> int:
+    text = request.query_params.get(name, "" if default is None else str(default))
+    if not (text.isascii() and text.isdecimal() and len(text) < 16):
+        raise RequestError(f"{name!r} is not a whole number", name)
+    return int(text)

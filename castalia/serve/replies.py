@@ -36,7 +36,8 @@ def completion_logprobs(
 ) -> dict[str, Any]:
     """The log-probabilities of a completion's tokens; None for a token that is predicted by nothing.
 
-    `offset`: of the first one in the text. Besides OpenAI's fields, `token_ids` and `bytes`.
+    `offset`: of the first one in the text. Besides OpenAI's fields, `token_ids`, `bytes`, and `top_token_ids` in the
+    order of `top_logprobs`.
     """
     texts = [token_text(tokenizer, token) for token in tokens]
     contents = [token_bytes(tokenizer, token) for token in tokens]
@@ -48,6 +49,7 @@ def completion_logprobs(
         "tokens": texts,
         "token_logprobs": [score and score.log_prob for score in scores],
         "top_logprobs": [score and top_of(tokenizer, score) for score in scores],
+        "top_token_ids": [score and list(dict([*score.top, (score.token, score.log_prob)])) for score in scores],
         "text_offset": offsets,
         "token_ids": list(tokens),
         "bytes": [list(content) for content in contents],

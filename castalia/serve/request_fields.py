@@ -35,17 +35,19 @@ class RequestError(CastaliaError):
         self.param, self.status, self.code = param, status, code
 
 
-class _Fields(BaseModel):
+class RequestFields(BaseModel):
+    """Fields that are all known, with values of the right types."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class StreamOptions(_Fields):
+class StreamOptions(RequestFields):
     """What a stream tells besides the text."""
 
     include_usage: bool = False
 
 
-class _Texts(_Fields):
+class _Texts(RequestFields):
     """What both kinds of texts have in common."""
 
     model: str | None = None
@@ -77,21 +79,21 @@ class CompletionFields(_Texts):
     add_special_tokens: bool | None = None
 
 
-class TextPart(_Fields):
+class TextPart(RequestFields):
     """A part of a message."""
 
     type: Literal["text"]
     text: str
 
 
-class Message(_Fields):
+class Message(RequestFields):
     """A turn of a conversation."""
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
     content: str | list[TextPart]
 
 
-class ResponseFormat(_Fields):
+class ResponseFormat(RequestFields):
     """The form of an answer, which is text."""
 
     type: Literal["text"]
@@ -109,7 +111,7 @@ class ChatFields(_Texts):
     tools: None = None
 
 
-class ScoreFields(_Fields):
+class ScoreFields(RequestFields):
     """`/v1/score`."""
 
     model: str | None = None
@@ -117,7 +119,7 @@ class ScoreFields(_Fields):
     add_special_tokens: bool | None = None
 
 
-class TokenizeFields(_Fields):
+class TokenizeFields(RequestFields):
     """`/tokenize`: a text, or a conversation."""
 
     model: str | None = None
@@ -126,14 +128,14 @@ class TokenizeFields(_Fields):
     add_special_tokens: bool | None = None
 
 
-class DetokenizeFields(_Fields):
+class DetokenizeFields(RequestFields):
     """`/detokenize`."""
 
     model: str | None = None
     tokens: Any
 
 
-Known = TypeVar("Known", bound=_Fields)
+Known = TypeVar("Known", bound=RequestFields)
 
 
 def read_fields(body: bytes, shape: type[Known]) -> Known:

@@ -78,7 +78,7 @@ def read_status(folder: Path) -> RunStatus:
         saved_step=newest,
         saved_seconds_ago=None if newest is None else _age(saved[newest]),
         seconds_ago=_age(folder / "metrics.jsonl"),
-        events=Counter(event["event"] for event in events if event["event"] in NOTABLE),
+        events=dict(Counter(event["event"] for event in events if event["event"] in NOTABLE)),
         message=events[-1].get("message") if state == "failed" else None,
     )
 
