@@ -12,6 +12,7 @@ import lm_eval
 import openai
 import pytest
 from lm_eval.models.openai_completions import LocalCompletionsAPI
+from lm_eval.tasks import TaskManager
 
 from castalia.loading import load_model, tokenizer_at
 from castalia.tasks.harness import TaskModel
@@ -46,10 +47,10 @@ def test_openai_conversations(client: openai.OpenAI) -> None:
     asked = {"model": "llama", "messages": [{"role": "user", "content": "who?"}], "seed": 3, "max_completion_tokens": 9}
     whole = client.chat.completions.create(**asked, logprobs=True, top_logprobs=2)
     assert all(len(entry.top_logprobs) == 2 for entry in whole.choices[0].logprobs.content)
-    with client.chat.completions.stream(**asked) as stream:
-        final = stream.get_final_completion()
-    assert final.choices[0].message.content == whole.choices[0].message.content
-    assert final.choices[0].finish_reason == whole.choices[0].finish_reason
+    parts = [part.choices[0] for part in client.chat.completions.create(**asked, stream=True)]
+    assert parts[0].delta.role == "assistant"
+    assert "".join(part.delta.content or "" for part in parts) == whole.choices[0].message.content
+    assert parts[-1].finish_reason == whole.choices[0].finish_reason
 
 
 def test_openai_errors(client: openai.OpenAI) -> None:
@@ -96,7 +97,7 @@ def test_lm_eval_has_the_scores_of_the_native_adapter(served: Served, models: Pa
 def test_lm_eval_runs_tasks(served: Served, models: Path) -> None:
     """A whole task, with the tokenizer that lm-eval finds on the server."""
     folder = Path(__file__).parents[2] / "castalia/tasks/demo"
-    manager = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
     theirs = LocalCompletionsAPI(
         base_url=f"{served.url}/v1/completions", model="neox", max_length=97, batch_size=4, num_concurrent=1
     )

@@ -46,7 +46,8 @@ def test_names(folder: Path, models: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="neither a checkpoint nor a run"):
         Catalogue([str(_empty(tmp_path))])
     with pytest.raises(ConfigError, match="run: several"):
-        Catalogue([str(folder / "run"), str(folder)])
+        shutil.copytree(folder / "run", tmp_path / "other" / "run")
+        Catalogue([str(folder), str(tmp_path / "other" / "run")])
     with pytest.raises(ConfigError, match="run: several"):
         Catalogue([str(folder / "run")], {"run": str(models / "llama")})
 
