@@ -63,6 +63,10 @@ class Progress:
     )
 
 
+class GuessNote(str):
+    """A note on a value that neither tensors nor a config show, and on which it depends what the model computes."""
+
+
 @dataclass(frozen=True)
 class CheckpointFacts:
     """What a format's files say besides tensors, progress and config; None or empty where they do not."""
@@ -99,7 +103,7 @@ class Checkpoint:
     optimizer: Mapping[str, AdamState] | None
     progress: Progress
     config: RunConfig | None
-    notes: tuple[str, ...] = ()  # for whoever uses the model: what was guessed or interpreted
+    notes: tuple[str, ...] = ()  # for whoever uses the model: what was interpreted, and each `GuessNote`
     state_notes: tuple[str, ...] = ()  # for whoever continues training: about the optimizer state
     facts: CheckpointFacts = CheckpointFacts()
     # Traces of defects of GPT-NeoX and DeepSpeed (see `castalia.checkpoint.neox_defects`):

@@ -17,6 +17,7 @@ from castalia.config.layout_rules import (
     stages_per_rank,
     tensor_problems,
 )
+from castalia.config.notes import WithoutEffect
 from castalia.config.schema import RunConfig, Warmup
 from castalia.config.yaml_files import Findings
 from castalia.errors import ConfigError
@@ -35,7 +36,8 @@ def check(config: RunConfig, findings: Findings, any_batch: bool = False, any_da
             continue
         findings.errors += [config.place(*problem.paths) + problem.text for problem in rule(config)]
     for rule in SURPRISES:
-        findings.notes += [config.place(*problem.paths) + problem.text for problem in rule(config)]
+        noted = WithoutEffect if rule is without_effect else str
+        findings.notes += [noted(config.place(*problem.paths) + problem.text) for problem in rule(config)]
 
 
 def refuse_contradictions(config: RunConfig) -> None:

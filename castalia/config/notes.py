@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
 from castalia.units import plural
 
-IDLE = re.compile(r" ha(s|ve) no effect\b")  # as the notes on such keys say, in all rules
-FEW = 2  # so many of them are shown
+FEW = 2  # notes on keys without effect that are shown
+
+
+class WithoutEffect(str):
+    """A note on a key that has no effect."""
 
 
 def folded(notes: Iterable[str]) -> list[str]:
     """The notes, with those on keys without effect counted in one line where they are more than a few."""
     notes = list(notes)
-    idle = [note for note in notes if IDLE.search(note)]
+    idle = [note for note in notes if isinstance(note, WithoutEffect)]
     if len(idle) <= FEW:
         return notes
     line = f"{plural(len(idle), 'key')} without effect (castalia config check lists them)"

@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel
 
 from castalia.checkpoint.adapters import adapters_of
-from castalia.checkpoint.tensors import Checkpoint
+from castalia.checkpoint.tensors import Checkpoint, GuessNote
 from castalia.config.attention_kernels import AMPERE
 from castalia.config.batch import sum_until
 from castalia.config.fields import changed
@@ -61,7 +61,7 @@ def show_header(session: Session, display: Display, folder: Path, *, kept: bool,
     surprises = [*warnings(session.config, known, layout), *_tokenizer_warnings(session), *_one_sided(session.config)]
     surprises += _clipping_warning(session)
     # Notes on a checkpoint stand in the full text, but what had to be guessed of its model decides what is trained.
-    guesses = [text for text in _source_notes(session) if "guess" in text] if session.source else []
+    guesses = [text for text in _source_notes(session) if isinstance(text, GuessNote)] if session.source else []
     surprises = [wrapped(f"warning: {text}") for text in (*surprises, *guesses)]
     planned, seconds = training(session.config, known, layout), expected_seconds(session)
     full, loud = list(full_lines(session, folder, known, layout)), [*loud_lines(session, planned.epochs, seconds)]

@@ -129,7 +129,7 @@ def norm(work: Translation) -> None:
 def residual(work: Translation) -> None:
     """`gpt_j_tied`: attention and MLP of a parallel residual share one norm."""
     if work["gpt_j_tied"] and not work["gpt_j_residual"]:
-        work.note("gpt_j_tied", "has no effect here: it needs gpt_j_residual: true")
+        work.idle("gpt_j_tied", "it needs gpt_j_residual: true")
     elif work.has("gpt_j_tied"):
         work.set("model.shared_norm", work["gpt_j_tied"], "gpt_j_tied")
 
@@ -156,7 +156,7 @@ def mup(work: Translation) -> None:
     if not work["use_mup"]:
         for key in (*fields, "base_shapes_file"):
             if work.has(key) and work[key] != KEYS[key].default:
-                work.note(key, "has no effect here: use_mup is off")
+                work.idle(key, "use_mup is off")
         return
     for key, name in fields.items():
         work.set(f"model.mup.{name}", float(work[key]), "use_mup", key)

@@ -78,7 +78,7 @@ def optimizer(work: Translation) -> None:
     if work.has("lr") and work.given["lr"].precedence > work.given["optimizer"].precedence:
         work.set("optimizer.lr", work["lr"], "lr")
     elif work.has("lr") and work["lr"] != params.get("lr"):
-        work.note("lr", "has no effect here: optimizer.params.lr replaces it")
+        work.idle("lr", "optimizer.params.lr replaces it")
     # Parameters whose usual value changes nothing here; with another value they are refused.
     harmless = {"adam_w_mode": True, "bias_correction": True, "amsgrad": False, "nesterov": False, "dampening": 0}
     for key in params.keys() - known.keys() - {"weight_decay", "torch_adam"}:
@@ -91,7 +91,7 @@ def clipping(work: Translation) -> None:
     """The clip norm, where 0 means none; a note says what becomes of 1.0, which GPT-NeoX ignores."""
     key = "gradient_clipping" if work.has("gradient_clipping") or not work.has("clip_grad") else "clip_grad"
     if key == "gradient_clipping" and work.has("clip_grad") and work["clip_grad"] != work[key]:
-        work.note("clip_grad", "has no effect here: gradient_clipping replaces it")
+        work.idle("clip_grad", "gradient_clipping replaces it")
     if not work.has(key):
         return
     work.set("optimizer.clip_norm", work[key] or None, key)
@@ -112,11 +112,8 @@ def zero(work: Translation) -> None:
     work.set_inner("parallel.zero", block["stage"], "zero_optimization", block, "stage")
     hints = sorted(block.keys() - {"stage"})
     if hints:
-        origin = work.given["zero_optimization"].origin
-        work.findings.notes.append(
-            f"{origin}: zero_optimization: {', '.join(hints)} have no effect here: "
-            "they tune DeepSpeed's buffers, FSDP sizes its own"
-        )
+        tune = "they tune" if len(hints) > 1 else "it tunes"
+        work.idle("zero_optimization", f"{tune} DeepSpeed's buffers, FSDP sizes its own", hints)
 
 
 def precision(work: Translation) -> None:
@@ -168,7 +165,7 @@ def loss_scale(work: Translation) -> None:
             else:
                 work.error("fp16", f"needs a whole initial_scale_power from 0 to 127, not {value!r}")
         elif key not in ("fp16", "enabled", "type"):
-            work.note("fp16", f"{key} has no effect here: it is DeepSpeed's own option")
+            work.idle("fp16", "it is DeepSpeed's own option", [key])
 
 
 def data(work: Translation) -> None:
@@ -185,7 +182,7 @@ def data(work: Translation) -> None:
         of_pairs = [f"pos_{split}_data_paths", *chosen.values(), *rejected.values()]
         for key in [f"{split}_data_paths", *plain.values()] if pairs else of_pairs:
             if work.has(key):
-                work.note(key, f"has no effect here: dataset_impl is {lower(work['dataset_impl'])}")
+                work.idle(key, f"dataset_impl is {lower(work['dataset_impl'])}")
         weights = {"weight": f"{split}_data_weights"}
         if pairs:
             _sources(work, split, f"pos_{split}_data_paths", chosen | weights, rejected)
@@ -277,9 +274,9 @@ def preferences(work: Translation) -> None:
         if work.has(key) and owner == name:
             work.set(path, work[key], key)
         elif work.has(key) and work[key] != KEYS[key].default:
-            work.note(key, f"has no effect here: it belongs to train_impl: {owner}")
+            work.idle(key, f"it belongs to train_impl: {owner}")
     if work.has("precompute_model_name") and name not in ("dpo", "kto"):
-        work.note("precompute_model_name", "has no effect here: it belongs to train_impl: dpo and kto")
+        work.idle("precompute_model_name", "it belongs to train_impl: dpo and kto")
 
 
 def tokenizer(work: Translation) -> None:
@@ -294,7 +291,7 @@ def tokenizer(work: Translation) -> None:
     elif work.has("tokenizer_type") or "tokenizer.kind" not in work.ours:
         work.set("tokenizer.kind", kind, "tokenizer_type")
         if kind != "gpt2" and work.has("merge_file"):
-            work.note("merge_file", f"has no effect here: {work['tokenizer_type']} reads no merges beside its file")
+            work.idle("merge_file", f"{work['tokenizer_type']} reads no merges beside its file")
             work.settings.pop("tokenizer.merges", None)
 
 
@@ -310,7 +307,7 @@ def schedule(work: Translation) -> None:
     if work.has("lr_decay_fraction") and not work.has("lr_decay_iters"):
         work.set("schedule.decay_fraction", work["lr_decay_fraction"], "lr_decay_fraction")
     elif work.has("lr_decay_fraction"):
-        work.note("lr_decay_fraction", "has no effect here: lr_decay_iters is given")
+        work.idle("lr_decay_fraction", "lr_decay_iters is given")
     chosen = [key for key in SCHEDULE_CHOICES if work[key]]
     if len(chosen) == 2:
         work.error(chosen[0], f"and {chosen[1]} exclude each other; keep one")
@@ -354,7 +351,7 @@ def trackers(work: Translation) -> None:
             work.set(f"log.wandb.{name}", work[key], "use_wandb", key)
     for key in fields if not work["use_wandb"] else ():
         if work.has(key):
-            work.note(key, "has no effect here: use_wandb is off")
+            work.idle(key, "use_wandb is off")
     for key in ("wandb", "csv_monitor", "tensorboard"):
         block = work[key] or {}
         if not block.get("enabled"):
@@ -380,7 +377,7 @@ def looking_inside(work: Translation) -> None:
             work.set(f"log.profile.{name}", work[key], *wanted, key)
     for key in details if not wanted else ():
         if work.has(key) and work[key] != KEYS[key].default:
-            work.note(key, "has no effect here: profile is off")
+            work.idle(key, "profile is off")
 
 
 def text_file(work: Translation) -> None:

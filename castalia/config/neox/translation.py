@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from castalia.config.fields import FIELDS
 from castalia.config.neox.keys import FORMER, KEYS, Key, lower
+from castalia.config.notes import WithoutEffect
 from castalia.config.setting import NEOX_DEFAULT, Setting
 from castalia.config.yaml_files import Findings
 
@@ -58,6 +60,13 @@ class Translation:
         """Add a note about a given key."""
         self.findings.notes.append(f"{self.given[key].origin}: {key}{self._value(key)} {text}")
 
+    def idle(self, key: str, reason: str, inner: Sequence[str] = ()) -> None:
+        """Add the note that a given key has no effect, or that `inner` keys of its block have none."""
+        named = f": {', '.join(inner)}" if inner else self._value(key)
+        has = "have" if len(inner) > 1 else "has"
+        text = f"{self.given[key].origin}: {key}{named} {has} no effect here: {reason}"
+        self.findings.notes.append(WithoutEffect(text))
+
     def _value(self, key: str) -> str:
         value = self.given[key].value
         return f": {value!r}" if isinstance(value, str | int | float) else ""
@@ -90,7 +99,7 @@ class Translation:
         if key not in self.given or is_off(self.given[key].value, row.default):
             return
         if row.kind == "idle":
-            self.note(key, f"has no effect here: {row.target}")
+            self.idle(key, row.target)
         else:
             off = "" if row.default is None else f" or set it to {row.default}"
             self.error(key, f"is refused: {row.target}; remove the key{off}")

@@ -30,7 +30,7 @@ from castalia.checkpoint.formats.neox.architecture import RankTensors, compare, 
 from castalia.checkpoint.formats.neox.names import MEGATRON, megatron_qkv, table
 from castalia.checkpoint.neox_defects import summed_micro_batches
 from castalia.checkpoint.rules import to_ours
-from castalia.checkpoint.tensors import Checkpoint
+from castalia.checkpoint.tensors import Checkpoint, GuessNote
 from castalia.config.load import load_config
 from castalia.config.schema import (
     DataConfig,
@@ -80,7 +80,7 @@ def read(
     changed, changed_note = masters_apart(held, ranks)
     notes = [changed_note] if changed_note else []
     if not folder.states:
-        notes.append("there is no mp_rank_* file: activation, version and step are guesses")
+        notes.append(GuessNote("there is no mp_rank_* file: activation, version and step are guesses"))
     state_notes = [] if ranks else ["there is no optimizer state: the weights can be trained on, but not resumed"]
     return Checkpoint(
         path=str(path),

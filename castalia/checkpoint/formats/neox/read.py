@@ -35,7 +35,7 @@ from castalia.checkpoint.formats.neox.architecture import (
 from castalia.checkpoint.formats.neox.names import HEAD, LEGACY, W123, GqaRows, Names, neox_qkv, table
 from castalia.checkpoint.neox_defects import summed_micro_batches
 from castalia.checkpoint.rules import to_ours
-from castalia.checkpoint.tensors import Checkpoint
+from castalia.checkpoint.tensors import Checkpoint, GuessNote
 from castalia.checkpoint.zero import RankState
 from castalia.config.load import load_config
 from castalia.config.schema import DataConfig, ModelConfig, RunConfig, TokenizerConfig
@@ -157,7 +157,7 @@ def _era(folder: ScannedFolder, held: RankTensors) -> str:
 
 def _guess_note(guesses: Mapping[str, Any]) -> str:
     listed = ", ".join(f"{name}={value}" for name, value in guesses.items())
-    return f"no training config lies with the files, so {listed} are guesses; give the config with --config"
+    return GuessNote(f"no training config lies with the files, so {listed} are guesses; give the config with --config")
 
 
 def _guesses(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,7 +189,7 @@ def _place_epsilon(
     place = "inside" if inside else "outside"
     note = f"RMSNorm's epsilon is taken to stand {place} the root, judging by DeepSpeed {folder.version}: the files do "
     note += f"not say; --rms-eps {'outside' if inside else 'inside'} reads it the other way"
-    return model.with_({"rms_eps_inside": inside}), "" if hint else note
+    return model.with_({"rms_eps_inside": inside}), "" if hint else GuessNote(note)
 
 
 def _rows(folder: ScannedFolder, era: str, model: ModelConfig, hint: GqaRows | None) -> tuple[GqaRows, str]:
@@ -199,7 +199,7 @@ def _rows(folder: ScannedFolder, era: str, model: ModelConfig, hint: GqaRows | N
     rows: GqaRows = hint or ("new" if _is_recent(folder, era) else "old")
     note = f"grouped queries are taken to be in the {rows} row order, judging by DeepSpeed {folder.version}: the files "
     note += f"do not say; --gqa-rows {'old' if rows == 'new' else 'new'} reads them the other way"
-    return rows, "" if hint else note
+    return rows, "" if hint else GuessNote(note)
 
 
 def _optimizer(folder: ScannedFolder, held: RankTensors, model: ModelConfig) -> tuple[list[RankState] | None, str]:
