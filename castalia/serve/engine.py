@@ -182,14 +182,18 @@ class Engine:
         """End all texts with this message."""
         rows = [row for request in (*self.inbox, *self.waiting) for row in request]
         for row in (*rows, *self.filling, *self.writing):
+            row.cache = None
             row.tell(Failed(message))
         for queue in (self.inbox, self.waiting, self.filling, self.writing):
             queue.clear()
 
     def _drop_cancelled(self) -> None:
-        self.writing = [row for row in self.writing if not row.cancelled]
-        if any(row.cancelled for row in self.filling):
-            self.filling = deque(row for row in self.filling if not row.cancelled)
+        for row in (*self.filling, *self.writing):
+            if row.cancelled:
+                row.cache = None
+        self.writing = [row for row in self.writing if row.cache is not None]
+        if any(row.cache is None for row in self.filling):
+            self.filling = deque(row for row in self.filling if row.cache is not None)
         for request in self.waiting:
             while request and request[0].cancelled:
                 request.popleft()
@@ -241,12 +245,15 @@ class Engine:
                 row.tell(PromptScores(self._prompt_scores(row, hidden, start)))
             if stop < len(row.prompt):
                 self.filling.append(row)
-            elif not row.options.max_tokens:
+                return
+            if not row.options.max_tokens:
                 row.tell(Drawn(None, "", None, "length"))
             elif self._take(row, self.model.logits(hidden[-1:])):
                 self.writing.append(row)
+                return
         except CastaliaError as error:
             row.tell(Failed(str(error)))
+        row.cache = None
 
     def _prompt_scores(self, row: TextRow, hidden: Tensor, start: int) -> list[TokenScore]:
         """The scores of the tokens after those of a chunk, of which the prompt has none after its last."""
@@ -281,8 +288,10 @@ class Engine:
             try:
                 if self._take(row, logits[number : number + 1]):
                     self.writing.append(row)
+                    continue
             except CastaliaError as error:
                 row.tell(Failed(str(error)))
+            row.cache = None  # the request may hold the row until its other texts are done
 
     def _take(self, row: TextRow, logits: Tensor) -> bool:
         """Choose the next token of a text from logits [1, V], and tell it. Whether the text goes on."""

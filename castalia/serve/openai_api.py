@@ -199,12 +199,21 @@ async def _encoded(loaded: LoadedModel, texts: Sequence[str], special: bool | No
     return await anyio.to_thread.run_sync(lambda: loaded.tokenizer.encode_batch(list(texts), bare=bare))
 
 
-async def _prompt_ids(loaded: LoadedModel, prompts: Sequence[str | list[int]], special: bool | None) -> list[list[int]]:
-    """Checked ids of texts or ids. Raises DataError for what the model cannot take."""
+async def _prompt_ids(
+    loaded: LoadedModel, prompts: Sequence[str | list[int]], special: bool | None, name: str
+) -> list[list[int]]:
+    """Checked ids of texts or ids of the field `name`. Raises RequestError for what the model cannot take."""
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     encoded = iter(await _encoded(loaded, texts, special) if texts else [])
     ids = [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
-    return [checked_prompt(loaded.model, loaded.tokenizer, each) for each in ids]
+    return [_checked(loaded, each, name) for each in ids]
+
+
+def _checked(loaded: LoadedModel, ids: list[int], name: str) -> list[int]:
+    try:
+        return checked_prompt(loaded.model, loaded.tokenizer, ids)
+    except DataError as error:
+        raise RequestError(str(error), name) from error
 
 
 async def _chat_ids(loaded: LoadedModel, messages: Sequence[Message]) -> list[int]:
@@ -224,7 +233,7 @@ async def _chat_ids(loaded: LoadedModel, messages: Sequence[Message]) -> list[in
         ids = await anyio.to_thread.run_sync(_rendered, turns, chat, loaded.tokenizer)
     except DataError as error:
         raise RequestError(str(error), "messages") from error
-    return checked_prompt(loaded.model, loaded.tokenizer, ids)
+    return _checked(loaded, ids, "messages")
 
 
 def _rendered(turns: Conversation, chat: Chat, tokenizer: Tokenizer) -> list[int]:
@@ -308,7 +317,7 @@ class CompletionForm:
     async def asked(self, loaded: LoadedModel) -> Asked:
         """The texts to write."""
         fields = self.fields
-        prompts = await _prompt_ids(loaded, self.given, fields.add_special_tokens)
+        prompts = await _prompt_ids(loaded, self.given, fields.add_special_tokens, "prompt")
         common = replace(_options(fields, loaded.engine.vocab_size), top=fields.logprobs)
         if fields.echo and fields.logprobs is not None:
             common = replace(common, prompt_top=max(fields.logprobs, fields.prompt_logprobs or 0))
@@ -455,7 +464,7 @@ async def _scores(
 ) -> dict[str, Any]:
     """The negative log-probability of every token of given texts, in nats; null for the first one."""
     async with library.lease(entry) as loaded:
-        prompts = await _prompt_ids(loaded, given, fields.add_special_tokens)
+        prompts = await _prompt_ids(loaded, given, fields.add_special_tokens, "input")
         for ids in prompts:
             _room(loaded, ids, 0, 0, "input")
         options = TextOptions(max_tokens=0, prompt_top=0)

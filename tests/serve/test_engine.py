@@ -179,13 +179,16 @@ def test_texts_wait_for_room_and_requests_take_turns() -> None:
             [65] * 30, TextOptions(11), lambda e: order.append(name) if isinstance(e, Drawn) and e.finish_reason else 0
         )
 
-    engine.submit([named("many") for _ in range(40)])
+    rows = [named("many") for _ in range(40)]  # a request holds them until all are done
+    engine.submit(rows)
     engine.step()
-    engine.submit([named("one")])
+    rows.append(named("one"))
+    engine.submit(rows[-1:])
     most = 0
     while engine.busy:
         engine.step()
         most = max(most, engine.kv_bytes)
+        assert sum(row.cache is not None for row in rows) == len(engine.filling) + len(engine.writing)
     assert most <= engine.plan.row_budget
     assert len(order) == 41 and order.index("one") < 20
 
