@@ -35,6 +35,7 @@ demo: $(VENV)/core.done
 	$(BIN)/castalia plot demo/run --output demo/loss.png
 	$(BIN)/castalia generate demo/run --prompt "And the LORD said unto" --temperature 0.7 --max-tokens 160 --seed 2
 	@echo "-- all of it lies in $(CURDIR)/demo: tokenizer.json, kjv_text_document.bin and .idx, loss.png, run/ (config, metrics, checkpoints)"
+	@echo "-- watch it, try it and compare its steps in a browser: $(BIN)/castalia serve demo"
 
 test: $(VENV)/test.done
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m "not slow and not campaign" $(PYTEST_ARGS)

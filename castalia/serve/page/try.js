@@ -6,7 +6,7 @@ const TOP = 10;
 export async function tryView(main, q) {
 	const list = await models();
 	if (!list.length) return noModel(main, "Try");
-	let model = nameOf(list, q.get("model")) || newest(list), template = false, turns = [], stop = null, line = [], prompt = null;
+	let model = nameOf(list, q.get("model")) || newest(list), template = false, turns = [], stop = null, line = [], prompt = null, said = "", given = "";
 	const input = h("textarea", { id: "prompt", rows: 3, value: q.get("prompt") ?? "", placeholder: "A text to continue", spellcheck: "false" });
 	const knobs = { temperature: q.get("temperature") ?? 0.8, max: q.get("max") ?? 80, seed: q.get("seed") ?? "" };
 	const out = tokens(h("div.text", { id: "out", role: "group", "aria-label": "What the model writes" })), talk = h("div"), note = h("p.hint", { "aria-live": "polite" });
@@ -33,34 +33,34 @@ export async function tryView(main, q) {
 		input.placeholder = isChat() ? "Say something" : "A text to continue";
 		talk.hidden = !isChat();
 	}
-	function clear() { line = []; prompt = null; out.replaceChildren(); note.textContent = ""; talk.replaceChildren(...turns.map(t => h("div.turn", h("b", t.role), t.content))); }
+	function clear() { line = []; said = ""; prompt = null; out.replaceChildren(); note.textContent = ""; talk.replaceChildren(...turns.map(t => h("div.turn", h("b", t.role), t.content))); }
 
 	async function write() {
 		tip.hide(true);
 		if (isChat()) {
-			if (line.length) turns.push({ role: "assistant", content: line.map(t => t.text).join("") });
+			if (line.length) turns.push({ role: "assistant", content: said });
 			turns.push({ role: "user", content: input.value }); input.value = "";
 		} else if (!input.value) { note.textContent = "Write a prompt first."; input.focus(); return; }
 		put({ model, prompt: isChat() ? null : input.value, temperature: value("temperature"), max: value("max"), seed: value("seed"), chat: isChat() && 1 });
+		given = isChat() ? "" : input.value;
 		clear();
 		await run(isChat() ? { messages: turns, top_logprobs: TOP, logprobs: true } : { prompt: input.value, logprobs: TOP });
 	}
 	// Write on from the token of this place, with another one in its stead.
 	const branch = guarded(async (place, id) => {
 		tip.hide(true); stop?.abort();
-		const kept = line.slice(0, place), chosen = line[place].top.find(t => t.id === id);
-		line = [...kept]; out.replaceChildren(lead(), ...line.map(token));
-		if (chosen) add({ ...chosen, top: kept.length < place ? [] : chosenTop(place, chosen) });
+		const { top } = line[place], chosen = top.find(t => t.id === id);
+		line = line.slice(0, place); out.replaceChildren(lead(), ...line.map(token));
+		add({ ...chosen, top });
+		said = line.map(t => t.text).join("");
 		const left = Math.max(1, +value("max") - line.length);
 		await run({ prompt: [...prompt, ...line.map(t => t.id)], logprobs: TOP, max_tokens: left });
 	});
-	let before = [];
-	const chosenTop = (place, chosen) => before[place]?.top || [chosen];
-	const lead = () => h("span.given", isChat() ? "" : input.value);
+	const lead = () => h("span.given", given);
 
 	async function run(body) {
 		const mine = stop = new AbortController(), began = performance.now(), decoder = new TextDecoder();
-		before = line; go.disabled = true; halt.hidden = false;
+		go.disabled = true; halt.hidden = false;
 		if (!line.length) out.replaceChildren(lead());
 		const first = line.length; let reason = null;
 		try {
@@ -70,7 +70,8 @@ export async function tryView(main, q) {
 				const c = piece.choices[0];
 				if (!c) return;
 				if (c.prompt_token_ids && !prompt) prompt = c.prompt_token_ids;
-				reason = c.finish_reason || reason;
+				said += c.delta?.content ?? c.text ?? "";
+			reason = c.finish_reason || reason;
 				for (const t of entries(c.logprobs)) add({ ...t, text: decoder.decode(new Uint8Array(t.bytes), { stream: true }) });
 			});
 		} catch (e) { if (e.name !== "AbortError") throw e; reason = "stopped"; }
