@@ -21,6 +21,7 @@ def command(
     \b
     Examples:
       castalia activations runs/first --file texts.jsonl --layers 0,1 --output a.safetensors
+      castalia activations runs/first --file texts.jsonl --layers all --output b.safetensors --step 10
 
     The file has layer_N [tokens, hidden size], ids [tokens] and starts [texts + 1], where each text begins. Layers are
     taken before the final norm.
