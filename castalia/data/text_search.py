@@ -17,7 +17,7 @@ import numpy as np
 from castalia.data.tokenizer import ByteTokenizer, Tokenizer, decode_with_special
 
 SURROUNDINGS = (("", ""), (" ", " "), ("\n", "\n"), ("a", "a"), ("a ", " a"), (".", "."), ("1", ","))
-SAMPLED = 65536  # ids by which the rarest one is guessed
+SAMPLED = 8192  # ids by which the rarest ones are guessed; more of them would read all of the array once more
 HASH_BITS = 20  # a table of a megabyte, which a core's cache holds; of 4,000 windows, one in 250 others gets through
 WINDOWS_AT_ONCE = 1 << 14
 WINDOW = 4  # ids
@@ -142,11 +142,11 @@ def _ends(
 def find_runs(tokens: np.ndarray, needles: Sequence[Sequence[int]]) -> list[np.ndarray]:
     """The starts of each needle in an array of ids, in rising order.
 
-    A few, and short ones, are looked for by their rarest ids; many by windows of ids side by side, of which none
-    overlap, so that a lookup is made for a quarter of the ids.
+    Long ones are looked for by windows of ids side by side, of which none overlap, so that a lookup is made for a
+    quarter of the ids; short ones by their rarest ids.
     """
     long = [len(ids) >= 2 * WINDOW - 1 for ids in needles]  # such a run holds a whole window, wherever it begins
-    if sum(long) <= COMPARED_ALONE or not tokens.flags.c_contiguous or len(tokens) < 2 * WINDOW:
+    if not any(long) or not tokens.flags.c_contiguous or len(tokens) < 2 * WINDOW:
         return _by_rarest(tokens, needles)
     found = {True: iter(_by_windows(tokens, [ids for ids, is_long in zip(needles, long, strict=True) if is_long]))}
     found[False] = iter(_by_rarest(tokens, [ids for ids, is_long in zip(needles, long, strict=True) if not is_long]))
@@ -166,11 +166,16 @@ def _by_windows(tokens: np.ndarray, needles: Sequence[Sequence[int]]) -> list[np
     keys = np.stack([_hashed(_windows(ids[:, at : at + WINDOW])) for at in range(WINDOW)], 1)
     table, shift = np.zeros(1 << HASH_BITS, bool), np.uint64(64 - HASH_BITS)
     table[(keys.ravel() >> shift).view(np.int64)] = True
+    # Memory of this size costs more to get from the system than to fill, so it is used again.
+    room = tuple(np.empty(WINDOWS_AT_ONCE, kind) for kind in (np.uint64, np.uint64, bool))
     found_at, found_hashes = [np.empty(0, np.int64)], [np.empty(0, np.uint64)]
     for begin in range(0, len(words), WINDOWS_AT_ONCE):
-        hashed = _hashed(words[begin : begin + WINDOWS_AT_ONCE])
-        # Of the modes, `clip` is the one that copies nothing.
-        hits = np.flatnonzero(np.take(table, (hashed >> shift).view(np.int64), mode="clip"))
+        block = words[begin : begin + WINDOWS_AT_ONCE]
+        hashed, at, hit = (each[: len(block)] for each in room)
+        _hashed(block, hashed)
+        np.right_shift(hashed, shift, out=at)
+        np.take(table, at.view(np.int64), out=hit, mode="clip")  # of the modes the one that copies nothing
+        hits = np.flatnonzero(hit)
         found_at.append(hits + begin)
         found_hashes.append(hashed[hits])
     at, hashes = np.concatenate(found_at), np.concatenate(found_hashes)
@@ -191,9 +196,9 @@ def _windows(ids: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(ids).reshape(-1, WINDOW).view(np.uint64)
 
 
-def _hashed(windows: np.ndarray) -> np.ndarray:
+def _hashed(windows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """A hash of each window, [windows, words] -> uint64 [windows]: sums of products with odd numbers."""
-    total = windows[:, 0] * np.uint64(FACTORS[0])
+    total: np.ndarray = np.multiply(windows[:, 0], np.uint64(FACTORS[0]), out=out)
     for word in range(1, windows.shape[1]):
         total += windows[:, word] * np.uint64(FACTORS[word])
     return total
