@@ -488,7 +488,7 @@ def _samples_of_a_pass(config: RunConfig, corpus: CorpusFacts) -> float:
 
 def _epochs(config: RunConfig, known: RunFacts, steps: int | None, batch_size: int) -> list[tuple[CorpusFacts, float]]:
     weights = sum(corpus.weight for corpus in known.corpora)
-    if not steps:
+    if not steps or config.data.stages:  # what a stage reads of a corpus depends on the steps before it
         return []
     seen = sum_until(config.train.batch_size_warmup, steps, batch_size, config.train.earlier_batches)
     return [(c, seen * c.weight / weights / (_samples_of_a_pass(config, c) or 1.0)) for c in known.corpora]

@@ -148,7 +148,9 @@ def _brief_data(config: RunConfig, epochs: Mapping[str, float]) -> str:
         ((path, passes),) = epochs.items()
         return f"{passes:.2f} epochs of {path}"
     if not epochs:
-        return str(config.data.path or ", ".join(source.path for source in config.data.train))
+        named = str(config.data.path or ", ".join(source.path for source in config.data.train))
+        later = ", ".join(str(stage.first_step) for stage in config.data.stages)
+        return f"{named}; by data.stages from step {later} on" if later else named
     return f"{min(epochs.values()):.2f} to {max(epochs.values()):.2f} epochs of {len(epochs)} corpora"
 
 
