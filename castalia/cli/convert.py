@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,6 +14,7 @@ import typer
 
 from castalia.bars import progress
 from castalia.cli.render import say
+from castalia.strict_json import to_json
 from castalia.units import file_size, plural
 
 if TYPE_CHECKING:
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 
     from castalia.checkpoint.file_plan import Plan, TargetLayout
     from castalia.checkpoint.tensors import Checkpoint
+    from castalia.examine.verify import Proof
 
 
 def command(
@@ -59,6 +63,7 @@ def command(
     base: Annotated[str | None, typer.Option(help="the model of an adapter that does not name it")] = None,
     gqa_rows: Annotated[Literal["old", "new"] | None, typer.Option(help="NeoX: order of grouped queries")] = None,
     rms_eps: Annotated[Literal["inside", "outside"] | None, typer.Option(help="NeoX: place of the epsilon")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one object at the end, all else on standard error")] = False,
 ) -> None:
     """Write a checkpoint in another format: weights, optimizer state, step, config and tokenizer.
 
@@ -100,8 +105,8 @@ def command(
 
     said: set[str] = set()
 
-    def one(checkpoint: Checkpoint, folder: Path, inside: str = "") -> None:
-        """Plan, write, prove."""
+    def one(checkpoint: Checkpoint, folder: Path, inside: str = "") -> dict[str, Any]:
+        """Plan, write, prove. Returns what was done, for --json."""
         convert.check_destination(Path(checkpoint.path), folder, force)
         wish = "fp32" if trainer else dtype
         chosen, note = (torch_dtype(wish), "") if wish else convert.own_precision(checkpoint, to, optimizer)
@@ -117,26 +122,41 @@ def command(
             probe_plan(checkpoint, memory=budget)  # refuses too little before anything is written
         if not dry_run:
             write_plan(plan, folder, convert.identity(prepared, options, plan), inside, force, allow_inf, bool(budget))
-            if verify:
-                _verify(checkpoint, folder, budget)
+        proof = _verify(checkpoint, folder, budget) if verify and not dry_run else None
+        return {
+            "step": checkpoint.progress.step,
+            "path": str(folder),
+            "written": not dry_run,
+            "files": [str(Path(inside, output.name)) for output in plan.outputs],
+            "bytes": plan.num_bytes,
+            "notes": [*checkpoint.notes, *checkpoint.state_notes, *plan.notes],
+            "verified": proof and asdict(proof) | {"holds": proof.holds},
+        }
 
-    if not all_steps:
-        checkpoint = open_checkpoint(source, step=step, adapters=form.on_base, **hints)
-        inside = form.step_folder.format(step=checkpoint.progress.step) if form.nested else ""
-        one(checkpoint, target, inside)
-        return
-    wanted = _numbers(steps) if steps else None
-    folders = convert.steps_of(Path(source), wanted, _steps_in(source))
-    for place, (number, folder) in enumerate(folders.items(), 1):
-        say(f"step {number}, {place} of {len(folders)}")
-        name = (TRAINER_FOLDER if trainer else form.step_folder).format(step=number)
-        # Complete steps are passed over, so that an interrupted command continues with the others.
-        if (target / name).exists() and not force and not convert.is_unfinished(target / name):
-            say(f"{target / name} is there already")
-        else:
-            one(open_checkpoint(folder, adapters=form.on_base, **hints), target / name)
-        if not dry_run:
-            convert.name_latest(target)  # after each step: an interrupted conversion opens, too
+    def each() -> Iterator[dict[str, Any]]:
+        """What was done for each checkpoint."""
+        if not all_steps:
+            checkpoint = open_checkpoint(source, step=step, adapters=form.on_base, **hints)
+            yield one(checkpoint, target, form.step_folder.format(step=checkpoint.progress.step) if form.nested else "")
+            return
+        wanted = _numbers(steps) if steps else None
+        folders = convert.steps_of(Path(source), wanted, _steps_in(source))
+        for place, (number, folder) in enumerate(folders.items(), 1):
+            say(f"step {number}, {place} of {len(folders)}")
+            name = (TRAINER_FOLDER if trainer else form.step_folder).format(step=number)
+            # Complete steps are passed over, so that an interrupted command continues with the others.
+            if (target / name).exists() and not force and not convert.is_unfinished(target / name):
+                say(f"{target / name} is there already")
+                yield {"step": number, "path": str(target / name), "written": False}
+            else:
+                yield one(open_checkpoint(folder, adapters=form.on_base, **hints), target / name)
+            if not dry_run:
+                convert.name_latest(target)  # after each step: an interrupted conversion opens, too
+
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        done = list(each())
+    if as_json:
+        print(to_json({"source": source, "target": str(target), "format": to, "checkpoints": done}, indent=1))
 
 
 def _steps_in(source: str) -> dict[int, Path]:
@@ -186,7 +206,7 @@ def write_plan(
     say(f"wrote {target} in {seconds:.1f} s, {file_size(plan.num_bytes / max(seconds, 1e-9))}/s{again}")
 
 
-def _verify(checkpoint: Checkpoint, target: Path, memory: int | None = None) -> None:
+def _verify(checkpoint: Checkpoint, target: Path, memory: int | None = None) -> Proof:
     from castalia.checkpoint.opener import open_checkpoint
     from castalia.errors import CheckpointError
     from castalia.examine.verify import verify
@@ -195,6 +215,7 @@ def _verify(checkpoint: Checkpoint, target: Path, memory: int | None = None) -> 
     say(str(proof))
     if not proof.holds:
         raise CheckpointError(f"{target} is written, but it is not the same model: {proof.difference or 'see above'}")
+    return proof
 
 
 def parse_layout(text: str | None) -> TargetLayout:

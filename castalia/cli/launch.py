@@ -5,9 +5,11 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+
+from castalia.strict_json import to_json
 
 SUBMIT = {"slurm": "sbatch", "torchrun": "bash", "k8s": "kubectl apply -f"}
 
@@ -25,6 +27,9 @@ def command(
     port: Annotated[int, typer.Option(min=1, max=65535, help="where machines meet, on the first one")] = 29500,
     image: Annotated[str, typer.Option(help="k8s: container with castalia installed")] = "castalia:latest",
     output: Annotated[Path | None, typer.Option(help="write the script to this file")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="one object with the script, the layout and what stands in the way")
+    ] = False,
 ) -> None:
     """Print a script that starts a run on many machines, to read and to submit.
 
@@ -71,7 +76,7 @@ def command(
     notes = [f"note: {note}" for note in folded(config.notes)]
     if config.parallel.tp > gpus:
         notes.append(f"warning: parallel.tp={config.parallel.tp} spans machines of {gpus} GPUs, which is slow")
-    for line in (*notes, *obstacles):
+    for line in () if as_json else (*notes, *obstacles):
         print(line, file=sys.stderr)
     grid = str(layout(config.parallel, world))
     job = render.LaunchJob(
@@ -86,8 +91,20 @@ def command(
         [line for each in obstacles for line in str(each).splitlines()],
     )
     text = render.k8s(job, image) if kind == "k8s" else {"slurm": render.slurm, "torchrun": render.torchrun}[kind](job)
-    if output is None:
+    if output is not None:
+        write_text(output, text)
+    start = f"{SUBMIT[kind]} {output or 'SCRIPT'}"
+    if as_json:
+        found: dict[str, Any] = {
+            "script": text,
+            "output": output and str(output),
+            "start": start,
+            "ranks": world,
+            "layout": grid,
+        }
+        found |= {"nodes": num_nodes, "notes": notes, "in_the_way": [each._asdict() for each in obstacles]}
+        print(to_json(found, indent=1))
+    elif output is None:
         print(text, end="")
-        return
-    write_text(output, text)
-    print(f"wrote {output}; start it with: {SUBMIT[kind]} {output}")
+    else:
+        print(f"wrote {output}; start it with: {start}")

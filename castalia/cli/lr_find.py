@@ -56,7 +56,9 @@ def command(
         return
     tell(trial.notes, str(config.checkpoint.init_from))
     if plot:
-        _draw(trial, plot)
+        from castalia.tune.rate_figure import draw_rates
+
+        draw_rates(trial, plot)
     if as_json:
         from castalia.observe.metrics import as_line
 
@@ -84,18 +86,3 @@ def _tell(trial: RangeTest, words: list[str]) -> None:
     print(f"{plural(len(trial.rates), 'step')}, up to a rate of {trial.rates[-1]:.2e}, {end}")
     print("the smoothed loss falls fastest at the rate of this line; for a long run a third of it is safer:")
     print(f"castalia train {shlex.join(words)} optimizer.lr={trial.suggestion:.1e}")
-
-
-def _draw(trial: RangeTest, target: Path) -> None:
-    from castalia.figures import panels, plain, write_picture
-
-    figure, (axes,) = panels(size=(8, 4.5))
-    axes.plot(trial.rates, trial.losses, linewidth=0.8, alpha=0.5, label="loss of each step")
-    axes.plot(trial.rates, trial.smoothed, linewidth=1.4, color="#1f77b4", label="smoothed")
-    axes.axvline(trial.suggestion, color="#d62728", linestyle="--", label=f"suggested: {trial.suggestion:.1e}")
-    axes.set_xscale("log")
-    axes.set_xlabel("learning rate")
-    axes.set_ylabel("loss (nats per token)")
-    plain([axes])
-    axes.legend(frameon=False)
-    write_picture(figure, target)

@@ -18,6 +18,7 @@ def command(
     ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="run both on probe tokens and compare all tensors")] = False,
     force: Annotated[bool, typer.Option("--force", help="replace OUT")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one object at the end, all else on standard error")] = False,
 ) -> None:
     """Add LoRA adapters to the matrices they belong to, and write the resulting model.
 
@@ -37,4 +38,4 @@ def command(
             f"{checkpoint.path} has no adapters to merge; for a plain model: castalia convert --to {to}"
         )
     # Every format but peft gets merged matrices.
-    convert(adapter, out, to=to, base=base, dtype=dtype, verify=verify, force=force)
+    convert(adapter, out, to=to, base=base, dtype=dtype, verify=verify, force=force, as_json=as_json)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
-
-if TYPE_CHECKING:
-    from castalia.observe.curves import Records
 
 FOLLOW_S = 5.0
 
@@ -39,7 +35,7 @@ def command(
     from castalia.errors import DataError
     from castalia.figures import check_picture, write_picture
     from castalia.observe.curves import loss_figure, measured, terminal_curves
-    from castalia.observe.run_labels import runs_below
+    from castalia.observe.run_labels import default_picture, records_of, runs_below
 
     check_picture(output, "--output")
     folders = list(dict.fromkeys(folder for path in runs for folder in runs_below(path)))
@@ -57,21 +53,6 @@ def command(
     if not follow:
         print(text())
     print(f"wrote {target}")
-
-
-def records_of(folders: list[Path]) -> Records:
-    """The records of runs, by labels that say in what they differ."""
-    from castalia.observe.metrics import read_metrics
-    from castalia.observe.run_labels import labels
-
-    return {name: list(read_metrics(folder)) for name, folder in zip(labels(folders), folders, strict=True)}
-
-
-def default_picture(folders: list[Path]) -> Path:
-    """`loss.png` in a run's folder; of several runs `losses.png` in the folder that has them all."""
-    if len(folders) == 1:
-        return folders[0] / "loss.png"
-    return Path(os.path.relpath(os.path.commonpath([folder.resolve() for folder in folders]))) / "losses.png"
 
 
 def _follow(folders: list[Path], text: Callable[[], str]) -> None:

@@ -259,8 +259,8 @@ class Source(Text):
 
 
 def _as_sources(value: object) -> object:
-    """`train: corpus` and `train: [a, b]` are short for sources of weight 1."""
-    entries = (value,) if isinstance(value, str | dict | Source) else value
+    """`train: corpus` and `train: [a, b]` are short for sources of weight 1, and null for none."""
+    entries = () if value is None else (value,) if isinstance(value, str | dict | Source) else value
     if not isinstance(entries, tuple | list):
         return entries
     return tuple({"path": entry} if isinstance(entry, str) else entry for entry in entries)

@@ -1,7 +1,8 @@
-"""Names of runs for legends, which say in what the runs differ."""
+"""Runs that are drawn together: those below a folder, their records, and names that say in what they differ."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 from castalia.config.fields import values
 from castalia.config.load import load_config
 from castalia.errors import ConfigError, DataError
+from castalia.observe.curves import Records
+from castalia.observe.metrics import read_metrics
 
 TOLD = 3  # differences in a label
 PLACES = ("checkpoint.", "log.", "data.cache_dir")  # which differ from run to run, and change nothing that is learnt
@@ -64,3 +67,15 @@ def _told(settings: dict[str, Any], differing: Sequence[str]) -> list[str]:
 def _text(value: Any) -> str:
     text = "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
     return text if len(text) <= 24 else f"{text[:21]}..."
+
+
+def records_of(folders: list[Path]) -> Records:
+    """The records of runs, by labels that say in what they differ."""
+    return {name: list(read_metrics(folder)) for name, folder in zip(labels(folders), folders, strict=True)}
+
+
+def default_picture(folders: list[Path]) -> Path:
+    """`loss.png` in a run's folder; of several runs `losses.png` in the folder that has them all."""
+    if len(folders) == 1:
+        return folders[0] / "loss.png"
+    return Path(os.path.relpath(os.path.commonpath([folder.resolve() for folder in folders]))) / "losses.png"

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from castalia.checkpoint import convert
 from castalia.checkpoint.file_plan import TargetLayout, WriteOptions, shards
 from castalia.checkpoint.opener import open_checkpoint
+from castalia.cli.convert import command
 from castalia.config.schema import ModelConfig, PrecisionConfig
 from castalia.errors import CheckpointError, ConfigError
 from castalia.files import REPLACED, workplace
@@ -379,3 +380,13 @@ def test_a_run_converts_to_files_of_its_own_precision(
     for to in ("native", "peft"):
         assert convert.own_precision(source, to, True) == (None, "")
     assert convert.own_precision(result, "neox", True) == (None, "")  # its files have a precision already
+
+
+def test_json_says_what_was_written_and_proved(tmp_path: Path, capsys) -> None:
+    written(made(FAMILIES["llama"]), tmp_path / "source", "native")
+    command(str(tmp_path / "source"), tmp_path / "hf", to="hf", verify=True, as_json=True)
+    out, err = capsys.readouterr()
+    (done,) = json.loads(out)["checkpoints"]
+    assert done["written"] and done["path"] == str(tmp_path / "hf") and done["verified"]["holds"]
+    assert done["bytes"] > 92_800 and {*done["files"]} <= {path.name for path in (tmp_path / "hf").iterdir()}
+    assert "verified on" in err  # all else is said there

@@ -70,6 +70,7 @@ def test_one_corpus_and_a_list_of_corpora_replace_each_other(write, first, secon
     assert config.origins["data.train"] == "b.yml:1, replacing data.path of a.yml:1"
     assert load_config(["b.yml", "a.yml"]).data.path == "corpus"
     assert load_config(["b.yml", "a.yml"]).data.train == ()
+    assert load_config(["b.yml"], ["data.train=null"]).data.train == ()
 
 
 def test_sources_may_be_plain_paths(write):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -203,3 +204,14 @@ def test_broken_hostfiles_are_refused(tmp_path, text, reason):
 
 def test_hostfiles_are_read(hostfile):
     assert read_hosts(hostfile) == [Host("node1", 8), Host("node2", 8), Host("node3", 4)]
+
+
+def test_json_has_the_script_and_what_stands_in_the_way(launch, script, tmp_path):
+    words = ["slurm", *LAYOUT, "--nodes", "12", "--gpus-per-node", "8"]
+    plain = script(*words)
+    code, out, err = launch(*words, "--json", "--output", str(tmp_path / "job.sh"))
+    found = json.loads(out)
+    assert (code, err) == (0, "")
+    assert found["script"] == plain == (tmp_path / "job.sh").read_text()
+    assert found["start"] == f"sbatch {tmp_path / 'job.sh'}" and found["ranks"] == 96 and found["nodes"] == 12
+    assert any(each["kind"] == "not given" for each in found["in_the_way"])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from castalia.cli.doctor import gpu_text
 from castalia.train.fast_paths import attention_kernels, runs_on
+from castalia.train.machine_facts import gpu_text
 
 CU130 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
 
