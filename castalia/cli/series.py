@@ -195,7 +195,7 @@ def evaluate(
     steps: Steps = None,
     jobs: Annotated[int, typer.Option(min=1, help="steps that are evaluated at once")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="one object that says what was written")] = False,
-    plot: Annotated[Path | None, typer.Option(help="the losses over the steps: PNG or SVG")] = None,
+    plot: Annotated[Path | None, typer.Option(help="the losses, or the tasks, over the steps: PNG or SVG")] = None,
 ) -> None:
     """Compute loss and bits per byte of every step on the same data.
 
@@ -221,14 +221,20 @@ def evaluate(
         raise ConfigError("--data, --file and --tasks exclude each other")
     if limit and not tasks:
         raise ConfigError("--limit belongs to --tasks")
-    if tasks and (plot or jobs > 1):
-        raise ConfigError("--plot and --jobs do not act on --tasks; leave them out")
+    if tasks and jobs > 1:
+        raise ConfigError("--jobs does not act on --tasks; leave it out")
     members = find(words, steps)
     if tasks:
         rows = _task_rows(members, tasks, limit, tokenizer, output, as_json)
         write_table(output, rows)
+        if plot is not None:
+            from castalia.series.task_scores import scores_figure
+
+            write_picture(scores_figure(rows), plot)
         journal_of(output).unlink(missing_ok=True)
-        tell_written(members, rows, [output], as_json)
+        if not as_json:
+            _show_scores(rows)
+        tell_written(members, rows, [output, *([plot] if plot else [])], as_json)
         return
     checkpoint = members[-1].open()
     measure = measure_of(checkpoint, str(file) if file else data, find_tokenizer(checkpoint, tokenizer))
@@ -262,6 +268,25 @@ def _task_rows(
             lambda checkpoint: open_for_tasks(checkpoint, tokenizer)[0],
             lambda total: _counted(advance, total),
         )
+
+
+def _show_scores(rows: list[dict[str, Any]]) -> None:
+    """A line for each task and metric, a column for each step; of many steps the first, the last and some between."""
+    from castalia.cli.render import print_table
+
+    steps = sorted({row["step"] for row in rows})
+    shown = steps if len(steps) <= 6 else [steps[round(i * (len(steps) - 1) / 5)] for i in range(6)]
+    cells = {(row["task"], row["metric"], row["step"]): row for row in rows}
+
+    def cell(row: dict[str, Any] | None) -> str:
+        """The value and its standard error."""
+        if row is None:
+            return "-"
+        return f"{row['value']:.4g}" + (f" ± {row['stderr']:.2g}" if row["stderr"] is not None else "")
+
+    names = dict.fromkeys((row["task"], row["metric"]) for row in rows)
+    lines = [[task, metric, *(cell(cells.get((task, metric, step))) for step in shown)] for task, metric in names]
+    print_table("tasks by step", ["task", "metric", *map(str, shown)], lines)
 
 
 def _show_losses(rows: list[dict[str, Any]]) -> None:

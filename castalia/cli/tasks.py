@@ -111,16 +111,20 @@ def open_for_tasks(
 def _kept_answers(output: Path | None, facts: dict[str, Any], options: TaskOptions) -> Iterator[Path | None]:
     """Where answers are kept until the results are there, so that the same command again goes on.
 
-    Beside the output, by the digests of weights and tokenizer; nowhere without an output or with several processes.
+    Beside the output, by the digests of weights and tokenizer and the length; nowhere without an output. lm-eval looks
+    them up by the whole text of a request, so that they serve whatever version and part of a task asks the same.
     """
-    from castalia.files import UNFINISHED, remove, workplace
-    from castalia.parallel.rendezvous import world_size
+    from castalia.files import UNFINISHED, beside, remove, workplace
+    from castalia.parallel.rendezvous import is_main
 
-    if output is None or world_size() > 1:
+    if output is None:
         yield None
         return
-    output.parent.mkdir(parents=True, exist_ok=True)
-    place = workplace(output, UNFINISHED)
+    place = beside(output, UNFINISHED)
+    if is_main():
+        output.parent.mkdir(parents=True, exist_ok=True)
+        place = workplace(output, UNFINISHED)
     mode = "chat" if options.chat else "plain"
-    yield place / f"{facts['weights']}-{facts['tokenizer']}-{facts['precision']}-{mode}"
-    remove(place)
+    yield place / f"{facts['weights']}-{facts['tokenizer']}-{facts['precision']}-{facts['max_length']}-{mode}"
+    if is_main():
+        remove(place)

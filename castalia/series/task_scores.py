@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from castalia.checkpoint.tensors import Checkpoint
+from castalia.figures import panels, plain
 from castalia.series.members import Member
 from castalia.series.resuming import Advance, identity_of, work_through
 from castalia.series.tensor_stats import journal_of
 from castalia.tasks.harness import TaskModel
 from castalia.tasks.task_options import TaskOptions
 from castalia.tasks.task_run import run_tasks, weights_digest
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def task_scores(
@@ -41,6 +45,30 @@ def task_scores(
     identity = identity_of(members, "tasks", options)
     by_part = work_through(list(parts), work, journal_of(output), identity, advance=begin(len(members)))
     return [row for rows in by_part.values() for row in rows]
+
+
+def scores_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """A panel for each metric: its values over a logarithmic axis of steps, a line for each task, standard errors."""
+    metrics = list(dict.fromkeys(row["metric"] for row in rows))
+    figure, axes = panels(len(metrics), size=(8, 3.2 * len(metrics) + 0.8), sharex=True)
+    for panel, metric in zip(axes, metrics, strict=True):
+        own = [row for row in rows if row["metric"] == metric]
+        for number, task in enumerate(dict.fromkeys(row["task"] for row in own)):
+            line = sorted((row["step"], row["value"], row["stderr"] or 0.0) for row in own if row["task"] == task)
+            steps, values, errors = zip(*line, strict=True)
+            style: dict[str, Any] = {
+                "marker": "osD^vPX*"[number % 8],
+                "linestyle": ("-", "--", ":", "-.")[number // 8 % 4],
+            }
+            panel.errorbar(steps, values, yerr=errors, label=task, markersize=4, capsize=2, linewidth=1.2, **style)
+        if all(row["value"] > 0 for row in own) and max(r["value"] for r in own) > 100 * min(r["value"] for r in own):
+            panel.set_yscale("log")  # perplexities
+        panel.set_xscale("symlog", linthresh=1)
+        panel.set_ylabel(metric)
+        panel.legend(fontsize="small")
+    axes[-1].set_xlabel("step")
+    plain(axes)
+    return figure
 
 
 def _scores(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

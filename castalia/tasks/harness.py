@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from castalia.generate.generation import AnyModel, Sampling, TextPiece, stream
 
 DEFAULT_LENGTH = 2048  # of models without a largest position, as in lm-eval's own model of transformers
 DEFAULT_NEW_TOKENS = 256  # of texts whose task does not limit them, likewise
+ANSWERS_A_ROUND = 256  # of each process, before all get them
 LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 TAKEN = {*LENGTH_NAMES, "until", "do_sample", "temperature", "top_k", "top_p"}
 
@@ -107,7 +109,7 @@ class TaskModel(TemplateLM):
         mine = self._share(sorted(range(len(requests)), key=lambda number: (*requests[number].context,)))
         scores = scores_as_they_come(self.model, [requests[number] for number in mine], self.max_length)
         numbered = ((mine[number], score) for number, score in self.watch(scores, lambda score: 1, len(mine)))
-        return iter(self._gathered(list(numbered))) if self.shared else numbered
+        return self._of_all(numbered, len(requests))
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """The text after each context, up to the first of the strings that end it."""
@@ -130,7 +132,7 @@ class TaskModel(TemplateLM):
         mine = self._share(sorted(range(len(prompts)), key=lambda number: -len(prompts[number])))
         pieces = stream(self.model, self.words, [prompts[number] for number in mine], sampling, alone=True)
         numbered = self._whole_texts(self.watch(pieces, lambda piece: int(piece.last), len(mine)), mine)
-        return iter(self._gathered(list(numbered))) if self.shared else numbered
+        return self._of_all(numbered, len(prompts))
 
     @staticmethod
     def _whole_texts(pieces: Iterator[TextPiece], numbers: Sequence[int]) -> Iterator[tuple[int, str]]:
@@ -173,11 +175,17 @@ class TaskModel(TemplateLM):
         rank, world = dist.get_rank(), dist.get_world_size()
         return numbers[len(numbers) * rank // world : len(numbers) * (rank + 1) // world]
 
-    def _gathered(self, own: list[Any]) -> list[Any]:
-        """The results of all processes."""
-        parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, own)
-        return [result for part in parts for result in part]
+    def _of_all(self, own: Iterator[Any], total: int) -> Iterator[Any]:
+        """The `total` results of all processes, as often as each has some more, so that they can be kept meanwhile."""
+        if not self.shared:
+            yield from own
+            return
+        world = dist.get_world_size()
+        for _ in range(0, -(-total // world), ANSWERS_A_ROUND):  # as many rounds as the largest share takes
+            parts: list[Any] = [None] * world
+            dist.all_gather_object(parts, list(islice(own, ANSWERS_A_ROUND)))
+            for part in parts:
+                yield from part
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The template of the tokenizer, if conversations are wanted. DataError for one with another name."""

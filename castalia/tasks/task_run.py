@@ -6,11 +6,13 @@ import hashlib
 import logging
 import os
 import re
+import sqlite3
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
 from functools import lru_cache
 from importlib import metadata
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import lm_eval
 import lm_eval.evaluator
 import lm_eval.tasks
 import torch
+import torch.distributed as dist
 from lm_eval.utils import make_table
 
 from castalia.checkpoint.restore import load_tokenizer_for, require_finite
@@ -63,6 +66,7 @@ def run_tasks(model: TaskModel, options: TaskOptions, cache: Path | None = None)
     do not exist, whose data are not here, or that need what the model does not have.
     """
     manager = refuse_unknown(options.tasks)
+    kept = cache and _same_for_all(cache)
     names = [_name_of(task) for task in options.tasks]
     with _quiet(), _told():
         results = lm_eval.simple_evaluate(
@@ -70,7 +74,7 @@ def run_tasks(model: TaskModel, options: TaskOptions, cache: Path | None = None)
             tasks=names,
             num_fewshot=options.shots,
             limit=options.limit,
-            use_cache=None if cache is None else str(cache),
+            use_cache=None if kept is None else str(kept),
             apply_chat_template=options.chat,
             fewshot_as_multiturn=options.chat,
             log_samples=options.samples,
@@ -79,6 +83,28 @@ def run_tasks(model: TaskModel, options: TaskOptions, cache: Path | None = None)
             bootstrap_iters=options.draws,
         )
     return dict(results or {})  # lm-eval returns them in the first process of a machine only
+
+
+def _same_for_all(cache: Path) -> Path | None:
+    """This process's own file of kept answers, with those of the first one, so that all compute the same requests.
+
+    None on all where the processes do not see the same folder: nothing is kept then.
+    """
+    if world_size() == 1:
+        return cache.with_name(f"{cache.name}-0")
+    own = cache.with_name(f"{cache.name}-{dist.get_rank()}")
+    dist.barrier()  # the folder is there
+    first = sorted(cache.parent.glob(f"{cache.name}-0_rank*.db"))
+    if dist.get_rank() > 0:
+        for old in cache.parent.glob(f"{own.name}_rank*.db*"):
+            old.unlink()
+        # lm-eval ends the name with the process's number on its machine, older versions with 0.
+        for file, end in product(first, {0, int(os.environ.get("LOCAL_RANK", "0"))}):
+            with closing(sqlite3.connect(file)) as known, closing(sqlite3.connect(f"{own}_rank{end}.db")) as new:
+                known.backup(new)
+    seen: list[Any] = [None] * world_size()
+    dist.all_gather_object(seen, (cache.parent.is_dir(), len(first)))
+    return own if len(set(seen)) == 1 and seen[0][0] else None
 
 
 def refuse_unknown(tasks: Sequence[str]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,8 @@ def castalia(folder: Path, *words: str, code: int = 0) -> tuple[str, str]:
     return done.stdout, done.stderr
 
 
+KILLED = Path(__file__).parents[1] / "tasks/killed.py"
+LAUNCHER = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "0")
 ASK = ("eval", "model", "--tasks", "castalia_demo", "--limit", "3")
 
 
@@ -69,6 +72,32 @@ def test_several_processes(model: Path, alone: dict, layout: list[str]) -> None:
     split = json.loads(castalia(model.parent, *ASK, *layout, "--json")[0])
     assert alone["castalia"] == split["castalia"]
     assert metrics_of(split) == pytest.approx(metrics_of(alone), rel=1e-3)
+
+
+@pytest.mark.parametrize(("launcher", "kept"), [((), 15), (LAUNCHER, 16)], ids=["alone", "two"])
+@pytest.mark.slow
+def test_a_killed_command_goes_on(model: Path, launcher: tuple[str, ...], kept: int) -> None:
+    """Answers survive SIGKILL; of two processes those of whole rounds, 4 of each."""
+    words = ("eval", "model", "--tasks", "castalia_demo_second_half", "--limit", "10", "--output", "killed/all.json")
+
+    def run(most: int) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *launcher, str(KILLED), str(most), *words],
+            cwd=model.parent, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300,
+        )  # fmt: skip
+
+    def asked(done: subprocess.CompletedProcess[str]) -> int:
+        return sum(map(int, re.findall(r"asked for (\d+)", done.stderr)))
+
+    died = run(15 if not launcher else 10)
+    assert died.returncode != 0 and asked(died) == 40 and not (model.parent / "killed/all.json").exists()
+    done = run(0)
+    assert done.returncode == 0 and asked(done) == 40 - kept, done.stderr
+    found = json.loads((model.parent / "killed/all.json").read_text())["results"]
+    castalia(model.parent, *words[:-1], "whole.json")
+    assert found == json.loads((model.parent / "whole.json").read_text())["results"]
+    assert [path.name for path in (model.parent / "killed").iterdir()] == ["all.json"]
+    (model.parent / "killed/all.json").unlink()
 
 
 @pytest.mark.slow  # lm-eval lists all its tasks first
