@@ -49,17 +49,16 @@ def task_scores(
 
 def scores_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """A panel for each metric: its values over a logarithmic axis of steps, a line for each task, standard errors."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
     metrics = list(dict.fromkeys(row["metric"] for row in rows))
     figure, axes = panels(len(metrics), size=(8, 3.2 * len(metrics) + 0.8), sharex=True)
     for panel, metric in zip(axes, metrics, strict=True):
         own = [row for row in rows if row["metric"] == metric]
-        for number, task in enumerate(dict.fromkeys(row["task"] for row in own)):
+        for task in dict.fromkeys(row["task"] for row in own):
             line = sorted((row["step"], row["value"], row["stderr"] or 0.0) for row in own if row["task"] == task)
             steps, values, errors = zip(*line, strict=True)
-            style: dict[str, Any] = {
-                "marker": "osD^vPX*"[number % 8],
-                "linestyle": ("-", "--", ":", "-.")[number // 8 % 4],
-            }
+            number = tasks.index(task)  # the same in all panels; told apart in grey as well
+            style: dict[str, Any] = {"color": f"C{number % 10}", "marker": "osD^vPX*"[number % 8]}
             panel.errorbar(steps, values, yerr=errors, label=task, markersize=4, capsize=2, linewidth=1.2, **style)
         if all(row["value"] > 0 for row in own) and max(r["value"] for r in own) > 100 * min(r["value"] for r in own):
             panel.set_yscale("log")  # perplexities
