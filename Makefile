@@ -3,7 +3,7 @@
 # make test-slow   what is marked slow: layouts of all families, dying processes, the documentation's commands
 # make campaign    attacks at length: killed at each file operation, damaged files, bad configs; figures in docs/reliability.md
 # make test-torch TORCH=torch==2.11.0   both suites with another version of torch, in an environment of its own
-# make test-lm-eval   the tests of tasks with the next lm-eval
+# make test-lm-eval   the tests of tasks with the next lm-eval, or with LM_EVAL=0.4.10
 # make setup   the environment alone, with all that tests and linters use
 #
 # Needs Python 3.10 or newer and make. Everything lands in .venv, .venv-torch-* and demo.
@@ -16,6 +16,7 @@ TORCH ?= torch==2.13.0
 JOBS ?= 2
 # The slow tests: "slow and not grid" leaves out what crosses all layouts with all families, or compiles them all.
 SLOW ?= slow
+LM_EVAL ?= 0.5.0.dev1
 DEMO_STEPS ?= 500
 PYTEST_ARGS ?=
 
@@ -56,11 +57,11 @@ table-and-suite: $(VENV)/test.done
 
 PACKAGES := import sysconfig; print(sysconfig.get_path('purelib'))
 
-# The tasks' tests with the development line of lm-eval, in an environment that has all else from $(VENV).
+# The tasks' tests with another version of lm-eval, by default its development line, in an environment that has all else from $(VENV).
 test-lm-eval: $(VENV)/test.done
 	$(BIN)/python -m venv .venv-lm-eval
 	$(BIN)/python -c "$(PACKAGES)" > "$$(.venv-lm-eval/bin/python -c "$(PACKAGES)")/base.pth"
-	.venv-lm-eval/bin/python -m pip install --no-deps lm_eval==0.5.0.dev1
+	.venv-lm-eval/bin/python -m pip install --no-deps lm_eval==$(LM_EVAL)
 	OMP_NUM_THREADS=1 .venv-lm-eval/bin/python -m pytest tests/tasks $(PYTEST_ARGS)
 
 setup: $(VENV)/test.done

@@ -14,8 +14,7 @@ from castalia.checkpoint.restore import architecture
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.schema import RunConfig
 from castalia.data.tokenizer import Tokenizer
-from castalia.evaluate.perplexity import bits_per_byte, evaluate, windows
-from castalia.evaluate.token_stream import Stream, read_stream, require_known_ids, validation_stream
+from castalia.evaluate.stream_measure import StreamMeasure, measure_stream
 from castalia.model.transformer import Transformer
 from castalia.parallel.executor import Executor
 from castalia.series.members import Member
@@ -29,25 +28,15 @@ from castalia.train.hardware import choose_device, choose_dtype
 class Measure:
     """What all steps are evaluated on, and how."""
 
-    stream: Stream
-    bytes_spelled: int | None  # UTF-8 bytes of the text, if all of its tokens count
-    length: int  # tokens of a window
+    windows: StreamMeasure
     rows: int  # windows in a forward pass
-    by_document: bool  # tokens see only their own document
-    ends: tuple[int, ...]  # where windows begin anew
     device: torch.device
     dtype: torch.dtype
 
     def of(self, model: Transformer) -> dict[str, float | None]:
-        """Loss, perplexity, tokens and bits per byte of a model."""
-        sizes = self.stream.sizes if self.by_document else None
-        batches = windows(self.stream.tokens, self.length, self.length, self.rows, sizes, self.stream.labels, self.ends)
-        found: dict[str, float | None] = dict(evaluate(Executor(model, self.rows), batches))
-        loss, tokens = found["loss"], found["tokens"]
-        bits = None
-        if self.bytes_spelled and loss is not None and tokens is not None:
-            bits = bits_per_byte(loss, int(tokens), self.bytes_spelled)
-        return {**found, "bits_per_byte": bits}
+        """Loss, perplexity, tokens and bits per byte of a model; these are None where they are not known."""
+        found = self.windows.figures(Executor(model, self.rows), self.rows)
+        return found | {"bits_per_byte": found.get("bits_per_byte")}
 
 
 def measure_of(checkpoint: Checkpoint, data: str | None, tokenizer: Tokenizer | None) -> Measure:
@@ -57,20 +46,10 @@ def measure_of(checkpoint: Checkpoint, data: str | None, tokenizer: Tokenizer | 
     Raises DataError for data that cannot be read, or of another vocabulary.
     """
     config = checkpoint.config or RunConfig()
-    stream = read_stream(data, tokenizer) if data else validation_stream(config.data, tokenizer)
-    model, device = architecture(checkpoint), choose_device(config.train.device)
-    require_known_ids(stream, model.padded_vocab_size)
-    spelled = stream.num_bytes if stream.labels is None else None
-    if config.data.mask_after_eod and tokenizer and tokenizer.eod_id is not None:
-        stream = stream.masked_after(tokenizer.eod_id)
-    unpacked = config.data.packing == "unpacked" and not data
+    device = choose_device(config.train.device)
     return Measure(
-        stream=stream,
-        bytes_spelled=spelled,
-        length=min(config.data.seq_length, model.max_positions or config.data.seq_length),
+        windows=measure_stream(config.data, architecture(checkpoint), data, tokenizer),
         rows=config.train.micro_batch_size or 8,
-        by_document=config.data.mask_documents,
-        ends=tuple(np.cumsum(stream.sizes).tolist()) if unpacked else (),
         device=device,
         dtype=choose_dtype(config.precision.compute, device),
     )
@@ -91,8 +70,8 @@ def evaluate_series(
     """
     known: dict[str, dict[str, Any]] = {}
     parts = {f"{number} {member.name}": number for number, member in enumerate(members)}
-    stream = measure.stream
-    content = (len(stream.tokens), int(stream.tokens.astype(np.int64).sum()), measure.length, str(measure.dtype))
+    stream, length = measure.windows.stream, measure.windows.length
+    content = (len(stream.tokens), int(stream.tokens.astype(np.int64).sum()), length, str(measure.dtype))
     with ModelsAhead(members, measure.device, measure.dtype) as models:
 
         def work(part: str) -> dict[str, Any]:

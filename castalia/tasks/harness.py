@@ -45,9 +45,19 @@ class TaskModel(TemplateLM):
         """`length`: tokens that the model sees at most. `batch_size`: texts that are written at a time.
 
         `shared`: other processes have the same model, and take a share of the requests. `watch` shows the progress of
-        the answers that it is given and hands on.
+        the answers that it is given and hands on. Raises DataError for a model and a tokenizer that do not belong
+        together, or cannot be asked.
         """
         super().__init__()
+        rows = model.cfg.padded_vocab_size
+        if model.cfg.reward_head:
+            raise DataError("tasks ask which tokens follow, and this reward model predicts none; see castalia score")
+        if tokenizer.vocab_size > rows:
+            last = tokenizer.vocab_size - 1
+            raise DataError(
+                f"the tokenizer has ids up to {last} ({tokenizer.token(last)!r}), but the model has {rows} rows of the "
+                "vocabulary; it belongs to another model"
+            )
         if tokenizer.eod_id is None and tokenizer.bos_id is None:
             raise DataError("tasks need a tokenizer with a token that begins or ends texts; this one has neither")
         self.model, self.words, self.watch = model, tokenizer, watch

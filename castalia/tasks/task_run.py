@@ -174,6 +174,9 @@ def _told() -> Iterator[None]:
     except (datasets.exceptions.DatasetsError, ConnectionError, FileNotFoundError) as error:
         raise DataError(_missing_data(str(error))) from error
     except ValueError as error:
+        if "multimodal" in str(error):
+            named = re.findall(r"'([^']+)'", str(error).partition("]")[0])
+            raise DataError(f"{', '.join(named)} shows pictures or sounds, and this model reads text alone") from error
         if "unsafe" not in str(error):
             raise
         raise DataError(f"{error}; here that is --unsafe-code: the model's answers are executed") from error

@@ -61,7 +61,11 @@ class TaskEvaluation:
         from castalia.tasks.task_options import TaskOptions
         from castalia.tasks.task_run import metrics_of, run_tasks
 
-        model = self._model(folder, step, received)
+        try:
+            model = self._model(folder, step, received)
+        except Exception as error:  # such as too little memory for a second model
+            yield ", ".join(self.cfg.tasks or ()), error
+            return
         for task in self.cfg.tasks or ():
             if should_stop():
                 return

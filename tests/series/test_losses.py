@@ -41,7 +41,7 @@ def test_texts_of_a_file_and_several_at_once(trained, tokenizer, tmp_path):
     measure = measure_of(members[-1].open(), str(texts), tokenizer)
     one, three = (evaluate_series(members, measure, tmp_path / f"{jobs}.csv", jobs=jobs) for jobs in (1, 3))
     assert one == three
-    assert measure.stream.num_bytes == 35
+    assert measure.windows.stream.num_bytes == 35
 
 
 def test_equal_weights_are_evaluated_once(trained, copy, tokenizer, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
 
+from castalia.data.tokenizer import train_bpe
 from castalia.errors import DataError
 from castalia.loading import load_model, tokenizer_at
 from castalia.tasks.harness import TaskModel
@@ -121,6 +122,19 @@ def test_nothing_is_certain(ours: TaskModel) -> None:
 def test_settings_that_cannot_act_are_refused(ours: TaskModel, options: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         ours.generate_until([asked("And", options)])
+
+
+def test_a_tokenizer_of_another_model_is_refused(neox_folder: Path, tmp_path: Path) -> None:
+    words = train_bpe(verses(), 320)
+    with pytest.raises(DataError, match=r"has ids up to 319 \('.+'\), but the model has 300 rows"):
+        TaskModel(load_model(neox_folder), words)
+
+
+def test_a_reward_model_is_refused(neox_folder: Path) -> None:
+    model = load_model(neox_folder)
+    model.cfg = model.cfg.model_copy(update={"reward_head": True})
+    with pytest.raises(DataError, match="this reward model predicts none"):
+        TaskModel(model, tokenizer_at(neox_folder))
 
 
 def test_sampled_texts_are_reproducible_and_differ(ours: TaskModel) -> None:

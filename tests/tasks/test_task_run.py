@@ -81,10 +81,46 @@ def test_a_table_of_tasks(folder: Path, files: dict[str, str]) -> None:
         log_samples=False,
     )  # fmt: skip
     mine, other = metrics_of(ours), metrics_of(theirs)
+    for name, value in mine.items():  # the table of benchmarks/RESULTS.md: pytest -s -k a_table
+        print(f"| {name} | {value:.7g} | {other[name]:.7g} | {abs(value - other[name]) / max(value, 1e-9):.0e} |")
     assert len({name.split("/")[0] for name in mine}) == len(TABLE) >= 12
     assert mine == pytest.approx(other, rel=1e-4)
     for name in TABLE:
         assert ours["results"][name].keys() == theirs["results"][name].keys()
+
+
+def test_examples_as_earlier_turns(folder: Path, files: dict[str, str]) -> None:
+    ours = TaskModel(load_model(folder), tokenizer_at(folder))
+    names = ("choices_with_shots", "last_word_with_shots", "write_to_the_end")
+    options = TaskOptions(tuple(files[name] for name in names), chat=True)
+    if ours.words.folder.template is None:
+        with pytest.raises(DataError, match="has no chat template"):
+            run_tasks(ours, options)
+        return
+    theirs = lm_eval.simple_evaluate(
+        HFLM(pretrained=str(folder), device="cpu", batch_size=4, dtype="float32"), tasks=list(names),
+        task_manager=TaskManager(include_path=str(Path(files["whole"]).parent), include_defaults=False),
+        log_samples=False, apply_chat_template=True, fewshot_as_multiturn=True,
+    )  # fmt: skip
+    assert metrics_of(run_tasks(ours, options)) == pytest.approx(metrics_of(theirs), rel=1e-4)
+
+
+def test_code_is_not_executed_unless_asked(neox_folder: Path, files: dict[str, str], tmp_path: Path) -> None:
+    task = yaml.safe_load(Path(files["write_to_the_end"]).read_text()) | {"task": "code", "unsafe_code": True}
+    (tmp_path / "code.yaml").write_text(yaml.safe_dump(task, sort_keys=False))
+    model = TaskModel(load_model(neox_folder), tokenizer_at(neox_folder))
+    with pytest.raises(DataError, match="code which is marked as unsafe.*here that is --unsafe-code"):
+        run_tasks(model, TaskOptions((str(tmp_path / "code.yaml"),)))
+    assert metrics_of(run_tasks(model, TaskOptions((str(tmp_path / "code.yaml"),), limit=1, unsafe_code=True)))
+
+
+def test_an_empty_choice(neox_folder: Path, files: dict[str, str], tmp_path: Path) -> None:
+    """It is certain, as its probability is 1: lm-eval's own model fails on it."""
+    task = yaml.safe_load(Path(files["equal_choices"]).read_text())
+    task |= {"task": "empty", "doc_to_choice": ["", "no"], "target_delimiter": "", "doc_to_target": 0}
+    (tmp_path / "empty.yaml").write_text(yaml.safe_dump(task, sort_keys=False))
+    model = TaskModel(load_model(neox_folder), tokenizer_at(neox_folder))
+    assert metrics_of(run_tasks(model, TaskOptions((str(tmp_path / "empty.yaml"),)))) == {"empty/acc": 1.0}
 
 
 def test_the_demo(folder: Path) -> None:

@@ -12,6 +12,7 @@ from castalia.errors import DataError  # noqa: E402
 from castalia.observe.metrics import read_events, read_metrics  # noqa: E402
 from castalia.tasks.harness import TaskModel  # noqa: E402
 from castalia.train.loop import train  # noqa: E402
+from castalia.train.task_evaluation import TaskEvaluation  # noqa: E402
 
 ASK = ("eval.tasks=[castalia_demo_last_word,castalia_demo_verses]", "eval.tasks_limit=2", "eval.tasks_every=10")
 
@@ -45,6 +46,16 @@ def test_a_failing_task_does_not_end_training(tiny, tmp_path: Path, monkeypatch,
     assert [(event["step"], event["error"]) for event in failed] == [(10, "no answer"), (20, "no answer")]
     assert "castalia_demo_last_word/acc" in list(read_metrics(folder))[-1]
     assert "castalia_demo_verses failed, and training continues: no answer" in capfd.readouterr().out
+
+
+def test_a_model_that_cannot_be_asked_does_not_end_training(tiny, tmp_path: Path, monkeypatch) -> None:
+    def fails(self, folder, step, received):
+        raise MemoryError("no room for a second model")
+
+    monkeypatch.setattr(TaskEvaluation, "_model", fails)
+    folder = train(tiny(tmp_path / "run", *ASK))
+    failed = [event["error"] for event in read_events(folder) if event["event"] == "task failed"]
+    assert failed == ["no room for a second model"] * 2 and len(list(read_metrics(folder))) > 0
 
 
 def test_unknown_tasks_are_refused_before_the_first_step(tiny, tmp_path: Path) -> None:
