@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -24,6 +24,10 @@ LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_
 TAKEN = {*LENGTH_NAMES, "until", "do_sample", "temperature", "top_k", "top_p"}
 
 
+class Interrupted(Exception):
+    """The caller asked to stop between two answers or, with several processes, between two rounds of them."""
+
+
 class TaskModel(TemplateLM):
     """A model and its tokenizer, as lm-eval asks them. Rules are those of lm-eval's own model of transformers.
 
@@ -41,11 +45,13 @@ class TaskModel(TemplateLM):
         seed: int = 0,
         shared: bool = False,
         watch: Watch = unwatched,
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """`length`: tokens that the model sees at most. `batch_size`: texts that are written at a time.
 
         `shared`: other processes have the same model, and take a share of the requests. `watch` shows the progress of
-        the answers that it is given and hands on. Raises DataError for a model and a tokenizer that do not belong
+        the answers that it is given and hands on; `should_stop` is asked between them, and ends all processes with
+        Interrupted. Raises DataError for a model and a tokenizer that do not belong
         together, or cannot be asked.
         """
         super().__init__()
@@ -60,7 +66,7 @@ class TaskModel(TemplateLM):
             )
         if tokenizer.eod_id is None and tokenizer.bos_id is None:
             raise DataError("tasks need a tokenizer with a token that begins or ends texts; this one has neither")
-        self.model, self.words, self.watch = model, tokenizer, watch
+        self.model, self.words, self.watch, self.should_stop = model, tokenizer, watch, should_stop
         self.max_length = length or model.cfg.max_positions or DEFAULT_LENGTH
         self.batch_size, self.seed, self.shared = batch_size, seed, shared
 
@@ -188,14 +194,19 @@ class TaskModel(TemplateLM):
     def _of_all(self, own: Iterator[Any], total: int) -> Iterator[Any]:
         """The `total` results of all processes, as often as each has some more, so that they can be kept meanwhile."""
         if not self.shared:
-            yield from own
+            for answer in own:
+                if self.should_stop():
+                    raise Interrupted
+                yield answer
             return
         world = dist.get_world_size()
         for _ in range(0, -(-total // world), ANSWERS_A_ROUND):  # as many rounds as the largest share takes
             parts: list[Any] = [None] * world
-            dist.all_gather_object(parts, list(islice(own, ANSWERS_A_ROUND)))
-            for part in parts:
-                yield from part
+            dist.all_gather_object(parts, (list(islice(own, ANSWERS_A_ROUND)), self.should_stop()))
+            if any(stop for _, stop in parts):  # whichever process was told, all end here
+                raise Interrupted
+            for answers, _ in parts:
+                yield from answers
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The template of the tokenizer, if conversations are wanted. DataError for one with another name."""

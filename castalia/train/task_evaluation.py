@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from castalia.checkpoint.opener import open_checkpoint
 from castalia.config.schema import EvalConfig
@@ -17,10 +17,6 @@ from castalia.train.hardware import choose_dtype
 
 if TYPE_CHECKING:
     from castalia.tasks.harness import TaskModel
-
-
-class Interrupted(Exception):
-    """A signal came between two requests."""
 
 
 class TaskEvaluation:
@@ -55,16 +51,20 @@ class TaskEvaluation:
     ) -> Iterator[tuple[str, dict[str, float] | Exception]]:
         """For each task its values by `task/metric`, or the error that ended it, which the run survives.
 
-        `folder`: the run's, which holds the step. Between tasks all ranks ask `should_stop`; a process that is alone
-        asks `received` between requests, too. What was cut short is left out.
+        `folder`: the run's, which holds the step. Between tasks all ranks ask `should_stop`, between requests each asks
+        `received`, and all end together. What was cut short is left out.
         """
+        from castalia.tasks.harness import Interrupted
         from castalia.tasks.task_options import TaskOptions
         from castalia.tasks.task_run import metrics_of, run_tasks
 
+        model, problem = None, None
         try:
             model = self._model(folder, step, received)
         except Exception as error:  # such as too little memory for a second model
-            yield ", ".join(self.cfg.tasks or ()), error
+            problem = error
+        if not all(self.executor.gather(model is not None)) or model is None:  # else the others would wait for it
+            yield ", ".join(self.cfg.tasks or ()), problem or RuntimeError("another process could not open the model")
             return
         for task in self.cfg.tasks or ():
             if should_stop():
@@ -80,16 +80,7 @@ class TaskEvaluation:
     def _model(self, folder: Path, step: int, received: Callable[[], bool]) -> TaskModel:
         from castalia.tasks.harness import TaskModel
 
-        device, alone = self.executor.device, self.executor.world == 1
+        device = self.executor.device
         network = build_model(open_checkpoint(folder, step=step), device, choose_dtype(self.compute, device))
-
-        def until_signal(items: Iterator[Any], size: Callable[[Any], int], total: int) -> Iterator[Any]:
-            with self.display.working("answering tasks", total) as advance:
-                for item in items:
-                    if alone and received():
-                        raise Interrupted
-                    yield item
-                    advance(size(item))
-
         assert self.tokenizer is not None
-        return TaskModel(network, self.tokenizer, shared=not alone, watch=until_signal)
+        return TaskModel(network, self.tokenizer, shared=self.executor.world > 1, should_stop=received)
