@@ -115,12 +115,13 @@ def test_code_is_not_executed_unless_asked(neox_folder: Path, files: dict[str, s
 
 
 def test_an_empty_choice(neox_folder: Path, files: dict[str, str], tmp_path: Path) -> None:
-    """It is certain, as its probability is 1: lm-eval's own model fails on it."""
+    """It is certain, as its probability is 1. lm-eval's own model fails on it, and lm-eval if a task begins with it."""
     task = yaml.safe_load(Path(files["equal_choices"]).read_text())
-    task |= {"task": "empty", "doc_to_choice": ["", "no"], "target_delimiter": "", "doc_to_target": 0}
+    choices = "{{ ['yes', 'no'] if answer == 0 else ['', 'no'] }}"  # of 2 documents of 8, and of the others
+    task |= {"task": "empty", "doc_to_choice": choices, "target_delimiter": "", "doc_to_target": 0}
     (tmp_path / "empty.yaml").write_text(yaml.safe_dump(task, sort_keys=False))
     model = TaskModel(load_model(neox_folder), tokenizer_at(neox_folder))
-    assert metrics_of(run_tasks(model, TaskOptions((str(tmp_path / "empty.yaml"),)))) == {"empty/acc": 1.0}
+    assert metrics_of(run_tasks(model, TaskOptions((str(tmp_path / "empty.yaml"),))))["empty/acc"] >= 6 / 8
 
 
 def test_the_demo(folder: Path) -> None:
