@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from castalia.errors import CheckpointError
-from castalia.storage.lazy import Combined, Permuted, Scaled, TensorRef, Transposed, join, part
+from castalia.storage.lazy import Combined, Flattened, Permuted, Scaled, Shaped, TensorRef, Transposed, join, part
 
 Role = Literal["weight", "master", "exp_avg", "exp_avg_sq"]
 MOMENTS: tuple[Role, ...] = ("exp_avg", "exp_avg_sq")  # Adam's first and second
@@ -196,6 +196,39 @@ class SameOnRanks:
     def backward(self, ours: Refs, role: Role) -> Refs:
         """The same tensor for each rank."""
         return list(ours) * self.ranks
+
+
+@dataclass(frozen=True)
+class FirstOfRanks:
+    """A tensor of which each rank has a copy that may have drifted, and of which only the first rank's is right."""
+
+    ranks: int
+
+    def forward(self, theirs: Refs, role: Role) -> Refs:
+        """The first rank's copy."""
+        return [theirs[0]]
+
+    def backward(self, ours: Refs, role: Role) -> Refs:
+        """The same tensor for each rank."""
+        return list(ours) * self.ranks
+
+
+@dataclass(frozen=True)
+class Unfold:
+    """A matrix [groups rows, columns] that is ours as [groups, rows, columns], in the same order."""
+
+    groups: int
+
+    def forward(self, theirs: Refs, role: Role) -> Refs:
+        """Each matrix with its groups apart. Raises CheckpointError where they do not divide its rows."""
+        for ref in theirs:
+            if len(ref.shape) != 2 or ref.shape[0] % self.groups:
+                raise CheckpointError(f"a tensor of shape {tuple(ref.shape)} is no {self.groups} equal matrices")
+        return [Shaped(Flattened(ref), (self.groups, ref.shape[0] // self.groups, ref.shape[1])) for ref in theirs]
+
+    def backward(self, ours: Refs, role: Role) -> Refs:
+        """Each tensor as one matrix."""
+        return [Shaped(Flattened(ref), (ref.shape[0] * ref.shape[1], ref.shape[2])) for ref in ours]
 
 
 @dataclass(frozen=True)

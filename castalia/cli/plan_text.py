@@ -94,6 +94,8 @@ def _facts(plan: RunPlan) -> None:
         rows.append(["parameters", f"{sized.total:,}"])
     rows.append(["  without embeddings", f"{plan.non_embedding:,}"])
     if sized:
+        if sized.active != sized.total:
+            rows.append(["  that compute a token", f"{sized.active:,}"])
         if sized.trained != sized.total:
             rows.append(["  that train", f"{sized.trained:,}"])
         rows.append(["  as GPT-NeoX counts", f"{sized.neox_total:,}"])

@@ -125,6 +125,23 @@ def mup(config: RunConfig) -> Iterator[Problem]:
         yield Problem("model.mup draws its own initial values; neox_exact and model.init=neox do not go with it", ())
 
 
+def experts(config: RunConfig) -> Iterator[Problem]:
+    """What a mixture of experts needs, and what it does not go with."""
+    model = config.model
+    if model is None or model.experts is None:
+        return
+    wanted = model.experts
+    if wanted.top_k > wanted.count:
+        text = f"model.experts.top_k={wanted.top_k} is more than model.experts.count={wanted.count}; lower it"
+        yield Problem(text, ("model.experts.top_k", "model.experts.count"))
+    if model.mup:
+        text = "model.mup has no rates for the matrices of model.experts; leave one of them out"
+        yield Problem(text, ("model.mup", "model.experts.count"))
+    if wanted.jitter and config.parallel.tp > 1:
+        text = f"parallel.tp={config.parallel.tp}: tensor ranks draw different numbers for model.experts.jitter"
+        yield Problem(f"{text}; set one of them to its default", ("parallel.tp", "model.experts.jitter"))
+
+
 def lengths(config: RunConfig) -> Iterator[Problem]:
     """Sequences must not be longer than the model's positions."""
     model, length = config.model, config.data.seq_length
@@ -397,6 +414,7 @@ def without_effect(config: RunConfig) -> Iterator[Problem]:
     model, data, checkpoint, parallel = config.model, config.data, config.checkpoint, config.parallel
     rule, schedule = config.optimizer.name, config.schedule
     loads, goal = checkpoint.resume or checkpoint.init_from, config.train.objective
+    mixture = model.experts if model else None
     # Setting -> why it has no effect, false where it has one.
     idle = {
         "model.shared_norm": model and model.shared_norm and not model.parallel_residual and "no parallel_residual",
@@ -405,6 +423,10 @@ def without_effect(config: RunConfig) -> Iterator[Problem]:
         and model.position != "rotary"
         and "positions do not rotate",
         "model.rope_scaling": model and model.rope_scaling and model.position != "rotary" and "positions do not rotate",
+        "model.experts.jitter": mixture and mixture.router != "topk" and f"model.experts.router is {mixture.router}",
+        "model.experts.sinkhorn_stop": mixture
+        and mixture.router != "sinkhorn"
+        and f"model.experts.router is {mixture.router}",
         "optimizer.betas": rule in ("sgd", "adafactor") and f"{rule} has none",
         "optimizer.eps": rule in ("lion", "sgd", "adafactor") and f"{rule} has none",
         "optimizer.momentum": rule not in ("sgd", "muon") and f"{rule} has none",
@@ -442,7 +464,8 @@ def without_effect(config: RunConfig) -> Iterator[Problem]:
 
 
 CONTRADICTIONS = (
-    heads, mup, lengths, length_warmup, stages, batch_warmup, layout, batch, learning_rates, expressions, corpora,
+    heads, mup, experts, lengths, length_warmup, stages, batch_warmup, layout, batch, learning_rates, expressions,
+    corpora,
     preferences, profile, watch, idle_layout,
 )  # fmt: skip
 SURPRISES = (folders, without_effect)

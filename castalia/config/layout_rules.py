@@ -35,7 +35,11 @@ def tensor_splits(model: ModelConfig) -> list[TensorSplit]:
     splits = [TensorSplit("model.num_heads", "heads", model.num_heads)]
     if model.num_kv_heads:
         splits.append(TensorSplit("model.num_kv_heads", "key/value heads", model.num_kv_heads))
-    return [*splits, TensorSplit("model.mlp_size", "columns of the MLP", model.mlp_width)]
+    if "dense" in model.layer_kinds:
+        splits.append(TensorSplit("model.mlp_size", "columns of the MLP", model.mlp_width))
+    if model.experts:
+        splits.append(TensorSplit("model.experts.count", "experts", model.experts.count))
+    return splits
 
 
 def indivisible_splits(model: ModelConfig, tp: int) -> Iterator[TensorSplit]:

@@ -14,7 +14,7 @@ from os.path import normpath
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -115,6 +115,33 @@ class MuPConfig(Section):
     init_scale: PositiveFloat = Field(1.0, description="multiplies all random initial values")
 
 
+LayerKind = Literal["dense", "moe"]  # what stands in a block: attention with an MLP, or with a mixture of experts
+
+
+class ExpertsConfig(Section):
+    """A mixture of experts in place of the MLP of some blocks: a router chooses a few experts for each token."""
+
+    count: Annotated[int, Ge(2), Le(1 << 16)] = Field(description="experts of a block")
+    top_k: PositiveInt = Field(1, description="experts that compute each token")
+    every: PositiveInt = Field(1, description="blocks 0, every, 2 * every, ... have experts, the others an MLP")
+    width: PositiveInt | None = Field(None, description="inner width of one expert; None: that of the MLP")
+    gated: bool = Field(False, description="activation(gate(x)) * up(x) in each expert instead of activation(up(x))")
+    router: Literal["topk", "sinkhorn"] = Field(
+        "topk",
+        description="topk: the experts with the largest softmax; sinkhorn: as GPT-NeoX, in training a choice that "
+        "balances the experts over the micro-batch, so that it depends on later tokens, too",
+    )
+    sinkhorn_stop: Literal["relative", "absolute", "inverted"] | None = Field(
+        None,
+        description="sinkhorn: when its at most three iterations end; relative: once they change little; absolute: as "
+        "in GPT-NeoX, in practice after one; inverted: as in GPT-NeoX before 2026-05-20, in practice after three; "
+        "None: absolute under neox_exact, else relative",
+    )
+    jitter: Annotated[float, Ge(0), Lt(1)] = Field(
+        0.0, description="topk: in training the router sees its input times random numbers within 1 +- this"
+    )
+
+
 class ModelConfig(Section):
     """The architecture and its initial values."""
 
@@ -160,6 +187,7 @@ class ModelConfig(Section):
     hidden_dropout: Fraction = Field(0.0, lt=1.0, description="dropout of attention and MLP outputs")
     attention_dropout: Fraction = Field(0.0, lt=1.0, description="dropout of the attention weights")
 
+    experts: ExpertsConfig | None = Field(None, description="a mixture of experts; None: every block has an MLP")
     mup: MuPConfig | None = Field(
         None, description="maximal update parametrization; None: the standard parametrization"
     )
@@ -200,6 +228,17 @@ class ModelConfig(Section):
     def mlp_width(self) -> int:
         """Inner width of the MLP, where `mlp_size` may be None."""
         return self.mlp_size or 4 * self.hidden_size
+
+    @property
+    def expert_width(self) -> int:
+        """Inner width of an expert, where `experts.width` may be None; 0 without experts."""
+        return (self.experts.width or self.mlp_width) if self.experts else 0
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """What stands in each block."""
+        every = self.experts.every if self.experts else self.num_layers + 1
+        return tuple("moe" if self.experts and layer % every == 0 else "dense" for layer in range(self.num_layers))
 
     @property
     def width_multiplier(self) -> float:

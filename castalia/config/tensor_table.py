@@ -13,14 +13,14 @@ from functools import cache
 from math import prod
 from typing import Literal, NamedTuple
 
-from castalia.config.schema import FinetuneConfig, LoraConfig, ModelConfig
+from castalia.config.schema import FinetuneConfig, LayerKind, LoraConfig, ModelConfig
 from castalia.errors import ConfigError
 
 Shapes = dict[str, tuple[int, ...]]
 Init = Literal["random", "residual", "adapter", "ones", "zeros"]
 Kind = Literal[
     "adapters", "embedding", "positions", "head", "reward head", "attention qkv", "attention out", "mlp up", "mlp gate",
-    "mlp down", "norms", "biases",
+    "mlp down", "router", "experts", "norms", "biases",
 ]  # fmt: skip
 
 SIZES: dict[str, Callable[[ModelConfig], int]] = {  # the words of shapes
@@ -31,6 +31,8 @@ SIZES: dict[str, Callable[[ModelConfig], int]] = {  # the words of shapes
     "heads": lambda model: model.num_heads,
     "head_size": lambda model: model.head_size,
     "mlp": lambda model: model.mlp_width,
+    "experts": lambda model: model.experts.count if model.experts else 0,
+    "expert_width": lambda model: model.expert_width,
     "norm": lambda model: 1 if model.norm == "scalenorm" else model.hidden_size,
     "1": lambda model: 1,
 }
@@ -46,7 +48,9 @@ CONDITIONS: dict[str, Callable[[ModelConfig], bool]] = {  # what a model must ha
     "gated_mlp": lambda model: model.gated_mlp,
     "head": lambda model: not model.tie_embeddings and not model.reward_head,
     "reward_head": lambda model: model.reward_head,
+    "gated_experts": lambda model: model.experts is not None and model.experts.gated,
 }
+LAYER_KINDS: dict[str, tuple[LayerKind, ...]] = {"dense": ("dense",), "moe": ("moe",)}  # what a block must be for it
 
 
 class TensorRow(NamedTuple):
@@ -54,7 +58,7 @@ class TensorRow(NamedTuple):
 
     name: str  # as in `Transformer.named_parameters()`; with {i} it stands for that tensor of every block
     shape: str  # words of `SIZES`, and "rank" in adapters
-    needs: str = ""  # words of `CONDITIONS` that must all hold
+    needs: str = ""  # words of `CONDITIONS` and `LAYER_KINDS` that must all hold
     kind: Kind | None = None  # the heading under which reports list it, in the order of `Kind`; None: not listed
     init: Init = "random"  # random: by model.init_method; residual: by model.output_init_method; adapter: as PEFT does
     tp_dim: int | None = None  # the dimension that tensor parallelism splits; None: a copy on every tensor rank
@@ -115,9 +119,13 @@ BLOCK = (
     TensorRow("blocks.{i}.attn.qk_norm.weight", "heads head_size", "qk_norm", "norms", "ones", 0, decays=False),
     TensorRow("blocks.{i}.attn.qk_norm.bias", "heads head_size", "qk_norm", "biases", "zeros", 0, decays=False),
     *_linear("attn.out", "hidden hidden", "attention_bias", "attention out", 1),
-    *_linear("mlp.up", "mlp hidden", "mlp_bias", "mlp up", 0),
-    *_linear("mlp.gate", "mlp hidden", "mlp_bias", "mlp gate", 0, "gated_mlp"),
-    *_linear("mlp.down", "hidden mlp", "mlp_bias", "mlp down", 1),
+    *_linear("mlp.up", "mlp hidden", "mlp_bias", "mlp up", 0, "dense"),
+    *_linear("mlp.gate", "mlp hidden", "mlp_bias", "mlp gate", 0, "dense gated_mlp"),
+    *_linear("mlp.down", "hidden mlp", "mlp_bias", "mlp down", 1, "dense"),
+    TensorRow("blocks.{i}.mlp.router.weight", "experts hidden", "moe", "router"),
+    TensorRow("blocks.{i}.mlp.experts.up", "experts expert_width hidden", "moe", "experts", tp_dim=0),
+    TensorRow("blocks.{i}.mlp.experts.gate", "experts expert_width hidden", "moe gated_experts", "experts", tp_dim=0),
+    TensorRow("blocks.{i}.mlp.experts.down", "experts expert_width hidden", "moe", "experts", "residual", 0),
 )
 FINAL_NORM = tuple(_norm("norm"))
 AFTER_BLOCKS = (
@@ -150,17 +158,22 @@ def row_of(name: str) -> TensorRow:
 
 def tensor_shapes(model: ModelConfig) -> Shapes:
     """Every parameter's name and shape, in the model's order. Raises ValueError if the vocabulary is unknown."""
-    block = shapes_of(BLOCK, model)
+    kinds = model.layer_kinds
+    blocks = {kind: shapes_of(BLOCK, model, kind) for kind in set(kinds)}
     return (
         shapes_of(BEFORE_BLOCKS, model)
-        | {name.format(i=layer): shape for layer in range(model.num_layers) for name, shape in block.items()}
+        | {name.format(i=layer): shape for layer, kind in enumerate(kinds) for name, shape in blocks[kind].items()}
         | shapes_of(AFTER_BLOCKS, model)
     )
 
 
-def shapes_of(rows: Iterable[TensorRow], model: ModelConfig) -> Shapes:
-    """Shapes of those rows whose tensors the model has."""
-    present = (row for row in rows if all(CONDITIONS[need](model) for need in row.needs.split()))
+def shapes_of(rows: Iterable[TensorRow], model: ModelConfig, kind: LayerKind = "dense") -> Shapes:
+    """Shapes of those rows whose tensors the model has, of a block those that one of this kind has."""
+
+    def holds(need: str) -> bool:
+        return kind in LAYER_KINDS[need] if need in LAYER_KINDS else CONDITIONS[need](model)
+
+    present = (row for row in rows if all(map(holds, row.needs.split())))
     return {row.name: tuple(SIZES[word](model) for word in row.shape.split()) for row in present}
 
 

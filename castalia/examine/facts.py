@@ -50,12 +50,15 @@ def from_tensors(tensors: Mapping[str, TensorRef], num_heads: int | None) -> dic
     facts |= {
         "norm": _norm(block),
         "qk_norm": "attn.qk_norm.weight" in block,
-        "gated_mlp": "mlp.gate.weight" in block,
         "attention_bias": "attn.qkv.bias" in block,
-        "mlp_bias": "mlp.up.bias" in block,
     }
-    if "mlp.down.weight" in matrices:
-        facts["mlp_width"] = matrices["mlp.down.weight"][1]
+    # Where some blocks have experts, the others show what an MLP is.
+    dense = [name.removesuffix("mlp.down.weight") for name in shapes if name.endswith(".mlp.down.weight")]
+    if dense or "mlp.router.weight" not in block:
+        first = dense[0] if dense else "blocks.0."
+        facts |= {"gated_mlp": f"{first}mlp.gate.weight" in shapes, "mlp_bias": f"{first}mlp.up.bias" in shapes}
+        if dense and len(shapes[f"{first}mlp.down.weight"]) == 2:
+            facts["mlp_width"] = shapes[f"{first}mlp.down.weight"][1]
     if "attn.qk_norm.weight" in matrices:
         num_heads = facts["num_heads"] = matrices["attn.qk_norm.weight"][0]
     if num_heads and "attn.qkv.weight" in matrices and facts.get("hidden_size", 0) >= num_heads:

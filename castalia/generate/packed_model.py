@@ -3,6 +3,8 @@
     parallel block    x -> norm -> [qkv; up; gate] -> attention, activation -> [out, down] -> + x    2 products
     other blocks      x -> norm1 -> qkv -> attention -> out -> + -> norm2 -> [up; gate] -> down -> + 4 products
 
+A mixture of experts stays as it is, in the precision of its weights.
+
 Products have the precision of the weights. All else is fp32, because CPU kernels for bf16 are slower than those for
 fp32, above all attention.
 """
@@ -55,7 +57,7 @@ def maker(dtype: torch.dtype, int8: bool, rows: int) -> Maker | None:
 
 def packed_block(block: Block, product: Maker) -> nn.Module:
     """The block in another form, which uses up its parts."""
-    side_by_side = block.parallel and not block.drops_attention
+    side_by_side = block.parallel and not block.drops_attention and isinstance(block.mlp, MLP)
     return SideBySide(block, product) if side_by_side else _packed(block, product)
 
 
@@ -74,6 +76,7 @@ class SideBySide(nn.Module):
     def __init__(self, block: Block, product: Maker) -> None:
         super().__init__()
         attn, mlp = block.attn, block.mlp
+        assert isinstance(mlp, MLP)
         self.attn, self.width, self.activate = attn, attn.qkv.out_features, _activation(mlp)
         norm2 = block.norm2 or block.norm1
         self.first = product(_stacked(_behind(block.norm1, attn.qkv), *(_behind(norm2, x) for x in _inner(mlp))))
@@ -107,7 +110,8 @@ class PackedMLP(nn.Module):
 
 def _packed(block: Block, product: Maker) -> Block:
     block.attn.qkv, block.attn.out = product(_affine(block.attn.qkv)), product(_affine(block.attn.out))
-    block.mlp = PackedMLP(block.mlp, product)  # type: ignore[assignment]
+    if isinstance(block.mlp, MLP):
+        block.mlp = PackedMLP(block.mlp, product)
     for part in (block.norm1, block.norm2, block.attn.qk_norm):
         if part is not None:
             part.float()

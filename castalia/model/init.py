@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from castalia.config.schema import ModelConfig
 from castalia.config.tensor_table import row_of
+from castalia.errors import ConfigError
 from castalia.machine import usable_cores
 from castalia.model.init_std import mup_scale, standard_deviation
 from castalia.model.transformer import Transformer
@@ -49,17 +50,30 @@ def seeded_tensor(
     if (value := constant_value(name)) is not None:
         sizes = shape if slices is None else [len(range(*s.indices(n))) for s, n in zip(slices, shape, strict=True)]
         return torch.full(tuple(sizes), value)
+    if len(shape) == 3:  # experts: each is drawn as a matrix of its own
+        experts, inner = (slice(None), None) if slices is None else (slices[0], slices[1:])
+        drawn = [_matrix(cfg, seed, name, f"{name}.{e}", shape[1:], inner) for e in range(*experts.indices(shape[0]))]
+        return torch.stack(drawn) if drawn else torch.empty(0, *shape[1:])
+    return _matrix(cfg, seed, name, name, shape, slices)
+
+
+def _matrix(
+    cfg: ModelConfig, seed: int, name: str, drawn_as: str, shape: Sequence[int], slices: Sequence[slice] | None
+) -> Tensor:
+    """`seeded_tensor` of a random matrix; `drawn_as` chooses its random numbers."""
     logical = _logical_shape(cfg, name, shape)
     method = _method(cfg, name)
     rows, columns = slices if slices is not None else (slice(None), slice(None))
     if row_of(name).init == "adapter":  # within +-1 / sqrt(columns), as the library PEFT draws them
-        return _drawn(seed, name, shape, rows, columns, lambda tile: tile / math.sqrt(3 * shape[1]), uniform=True)
+        return _drawn(seed, drawn_as, shape, rows, columns, lambda tile: tile / math.sqrt(3 * shape[1]), uniform=True)
     if method.endswith("orthogonal"):
         whole = torch.zeros(*shape)  # padding rows are zero: an orthogonal matrix cannot be continued
-        whole[: logical[0]] = _orthogonal(seed, name, logical) * (1.0 if method == "orthogonal" else _depth_gain(cfg))
+        whole[: logical[0]] = _orthogonal(seed, drawn_as, logical) * (
+            1.0 if method == "orthogonal" else _depth_gain(cfg)
+        )
         return whole[rows, columns].clone()
     scale = standard_deviation(cfg, method, logical) * mup_scale(cfg, method, name)
-    return _drawn(seed, name, shape, rows, columns, lambda tile: tile * scale, uniform=method == "xavier_uniform")
+    return _drawn(seed, drawn_as, shape, rows, columns, lambda tile: tile * scale, uniform=method == "xavier_uniform")
 
 
 def constant_value(name: str) -> float | None:
@@ -149,13 +163,14 @@ def neox_matrices(cfg: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
     With pipe_parallel_size 0, GPT-NeoX builds its layers twice, and the weights come from the second pass.
     """
     generator = torch.Generator().manual_seed(seed + 2718)
+    default = torch.Generator().manual_seed(seed)  # torch's own, which modules without tensor parallelism draw from
     for _ in range(cfg.init_passes - 1):
-        for _ in _neox_pass(cfg, generator):
+        for _ in _neox_pass(cfg, generator, default):
             pass
-    yield from _neox_pass(cfg, generator)
+    yield from _neox_pass(cfg, generator, default)
 
 
-def _neox_pass(cfg: ModelConfig, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+def _neox_pass(cfg: ModelConfig, generator: torch.Generator, default: torch.Generator) -> Iterator[tuple[str, Tensor]]:
     h, d, n, kv, f = cfg.hidden_size, cfg.head_size, cfg.num_heads, cfg.kv_heads, cfg.mlp_width
 
     def draw(name: str, rows: int, columns: int) -> Tensor:
@@ -173,6 +188,9 @@ def _neox_pass(cfg: ModelConfig, generator: torch.Generator) -> Iterator[tuple[s
             qkv = torch.cat((q, k, v), dim=1).reshape(-1, h)
         yield f"{block}.attn.qkv.weight", qkv
         yield f"{block}.attn.out.weight", draw(f"{block}.attn.out.weight", h, n * d)
+        if cfg.layer_kinds[i] == "moe":
+            yield from _neox_experts(cfg, f"{block}.mlp", generator, default)
+            continue
         inner = draw(f"{block}.mlp.up.weight", 2 * f if cfg.gated_mlp else f, h)
         yield f"{block}.mlp.up.weight", inner[:f]
         if cfg.gated_mlp:
@@ -180,6 +198,25 @@ def _neox_pass(cfg: ModelConfig, generator: torch.Generator) -> Iterator[tuple[s
         yield f"{block}.mlp.down.weight", draw(f"{block}.mlp.down.weight", h, f)
     if not cfg.tie_embeddings:
         yield "head.weight", draw("head.weight", cfg.padded_vocab_size, h)
+
+
+def _neox_experts(
+    cfg: ModelConfig, name: str, generator: torch.Generator, default: torch.Generator
+) -> Iterator[tuple[str, Tensor]]:
+    """The router from the default stream, after the draw of `nn.Linear` that it overwrites; the experts, which
+    GPT-NeoX fills as one matrix [e f, h], from the common one."""
+    assert cfg.experts is not None
+    if cfg.experts.gated:
+        raise ConfigError(
+            "model.init=neox cannot draw model.experts.gated=true, which GPT-NeoX does not have; use seeded"
+        )
+    e, f, h = cfg.experts.count, cfg.expert_width, cfg.hidden_size
+    router = torch.empty(e, h)
+    router.uniform_(generator=default)
+    yield f"{name}.router.weight", _neox_draw(cfg, cfg.init_method, router, default)
+    for part, method in (("up", cfg.init_method), ("down", cfg.output_init_method)):
+        flat = _neox_draw(cfg, method, torch.empty(e * f, h), generator)
+        yield f"{name}.experts.{part}", flat.view(e, f, h)
 
 
 def _neox_draw(cfg: ModelConfig, method: str, matrix: Tensor, generator: torch.Generator) -> Tensor:

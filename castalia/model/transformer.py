@@ -2,13 +2,14 @@
 
 Parameter names and shapes are an interface: initial values, conversion rules and native checkpoints depend on them,
 and `castalia.config.tensor_table` has a row for each. Shapes: V padded vocabulary, h hidden size, n heads, kv key/value
-heads, d head size, f width of the MLP, b sequences, t tokens.
+heads, d head size, f width of the MLP or of an expert, e experts, b sequences, t tokens.
 
     embed.weight [V, h]                        positions.weight [max_positions, h] (learned positions only)
     blocks.{i}.norm1.weight, .bias [h]         blocks.{i}.norm2.weight, .bias [h] (absent with a shared norm)
     blocks.{i}.attn.qkv.weight [(n + 2 kv) d, h], .bias        rows: for each kv head its queries, its key, its value
     blocks.{i}.attn.out.weight [h, n d], .bias                 blocks.{i}.attn.qk_norm.weight, .bias [n, d]
     blocks.{i}.mlp.up.weight [f, h], .bias     blocks.{i}.mlp.gate.weight [f, h], .bias (gated only)
+    blocks.{i}.mlp.router.weight [e, h]        blocks.{i}.mlp.experts.up, .gate, .down [e, f, h] (in place of an MLP)
     blocks.{i}.mlp.down.weight [h, f], .bias   norm.weight, .bias [h]    head.weight [V, h] (absent when tied)
     reward.weight [1, h] (reward models, which have no other head)
 """
@@ -35,6 +36,7 @@ from castalia.model.attention import (
     prefers_cudnn,
     without_cudnn,
 )
+from castalia.model.experts import ExpertMLP
 from castalia.model.layers import MLP, Embedding, Linear, build_norm, is_slow_half, linear
 from castalia.model.loss import IGNORE, linear_cross_entropy, token_losses
 from castalia.model.positions import Alibi, Rotary, Rotation, positions_in_documents, score_bias, sinusoids, visible
@@ -46,12 +48,13 @@ class Block(nn.Module):
     def __init__(self, cfg: ModelConfig, layer: int, exact: bool = False) -> None:
         super().__init__()
         self.parallel, self.dropout = cfg.parallel_residual, cfg.hidden_dropout
+        has_experts = cfg.layer_kinds[layer] == "moe"
         # GPT-NeoX adds the attention branch together with the MLP's bias, so without a bias the branch is lost.
-        self.drops_attention = exact and cfg.parallel_residual and not cfg.mlp_bias
+        self.drops_attention = exact and cfg.parallel_residual and (has_experts or not cfg.mlp_bias)
         self.norm1 = build_norm(cfg)
         self.attn = Attention(cfg, layer)
         self.norm2: nn.Module | None = None if cfg.has_one_norm else build_norm(cfg)
-        self.mlp = MLP(cfg)
+        self.mlp: nn.Module = ExpertMLP(cfg, exact) if has_experts else MLP(cfg)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Residual stream [b, t, h] -> the same shape.

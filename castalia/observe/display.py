@@ -143,6 +143,8 @@ class Display:
             parts.append(f"MFU {speed / peak:.1%}")
         parts.append(f"ETA {duration(round(self._seconds_left(done)))}")
         more = [f"{name} {record[name]:.3f}" for name in ("margin", "accuracy") if name in record]
+        if "expert_imbalance" in record:
+            more.append(f"fullest expert {record['expert_imbalance']:.2f} times the mean")
         if "valid_loss" in record:
             more.append(f"valid loss {record['valid_loss']:.4f}")
         text = "  ".join([*parts, *more])

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from castalia.config.tensor_table import block_of
+from castalia.model.experts import ExpertMLP
 from castalia.parallel.executor import Executor
 
 Statistics = dict[str, dict[str, float]]
@@ -51,6 +52,27 @@ def dead_units(executor: Executor) -> dict[str, int]:
     counts = [(executor.part(grad).local == 0).all(dim=1).sum()[None] for grad in matrices.values()]
     totals = _over_ranks(executor, matrices, counts)
     return {name: int(count) for name, (count,) in totals.items() if count}
+
+
+@torch.no_grad()
+def expert_shares(executor: Executor) -> dict[str, list[float]]:
+    """The share of the router's choices that each expert got in the step that has been computed, by block."""
+    loads = {
+        f"blocks.{i}": block.mlp.load
+        for model in executor.models
+        for i, block in model.blocks.items()
+        if isinstance(block.mlp, ExpertMLP) and block.mlp.load is not None
+    }
+    totals = _over_ranks(executor, loads, [load.double() for load in loads.values()])
+    return {name: [tokens / sum(counts) for tokens in counts] for name, counts in totals.items()}
+
+
+def forget_loads(executor: Executor) -> None:
+    """Lets experts count their tokens from 0, for another step."""
+    for model in executor.models:
+        for block in model.blocks.values():
+            if isinstance(block.mlp, ExpertMLP):
+                block.mlp.load = None
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from castalia.data.loader import Samples
 from castalia.data.pairs import Pairs
 from castalia.data.tokenizer import Tokenizer
 from castalia.errors import TrainingError
-from castalia.observe.layer_stats import dead_units, tensor_statistics
+from castalia.observe.layer_stats import dead_units, expert_shares, tensor_statistics
 from castalia.observe.metrics import read_events
 from castalia.observe.update_history import history_before
 from castalia.parallel.executor import Executor
@@ -154,6 +154,7 @@ class Watch:
         self.event, self.say = event, say
         self.spikes = Spikes(cfg, stored)
         self.dead: dict[str, int] = {}
+        self.dead_experts: dict[str, list[int]] = {}
         self.rewinds: Counter[int] = Counter()  # by the step returned to
 
     def decide(self, step: int, loss: float, norm: float, loss_scale: float | None) -> Action:
@@ -218,6 +219,15 @@ class Watch:
             self.event("dead units", step=step, units=dead)
             self.say(f"step {step}: {sum(dead.values())} MLP units in {len(dead)} layers get no gradient")
         self.dead = dead
+        idle = {
+            name: experts
+            for name, shares in expert_shares(self.executor).items()
+            if (experts := [number for number, share in enumerate(shares) if not share])
+        }
+        if idle and idle != self.dead_experts:
+            self.event("dead experts", step=step, experts=idle)
+            self.say(f"step {step}: {sum(map(len, idle.values()))} experts in {len(idle)} layers get no token")
+        self.dead_experts = idle
 
 
 def describe(finding: Finding, loss: float, norm: float) -> str:

@@ -25,7 +25,8 @@ _KEPT = {
 
 def has_dropout(cfg: ModelConfig) -> bool:
     """Whether a model draws random numbers in training, so that recomputation has to restore the generator's state."""
-    return any((cfg.embedding_dropout, cfg.hidden_dropout, cfg.attention_dropout))
+    jitter = cfg.experts is not None and cfg.experts.jitter
+    return any((cfg.embedding_dropout, cfg.hidden_dropout, cfg.attention_dropout, jitter))
 
 
 def apply_activation_checkpointing(model: nn.Module, mode: str, *, dropout: bool) -> None:

@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from math import prod
 
-from castalia.config.schema import ModelConfig
-from castalia.config.tensor_table import BLOCK, FINAL_NORM, local_size, shapes_of, tensor_shapes
+from castalia.config.schema import LayerKind, ModelConfig
+from castalia.config.tensor_table import BLOCK, FINAL_NORM, local_size, row_of, shapes_of, tensor_shapes
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,7 @@ class ParameterCount:
     """Numbers of parameters."""
 
     total: int
+    active: int  # that compute one token: of the experts of a block only `top_k`
     non_embedding: int  # without embedding, learned positions and an untied head
     by_kind: dict[str, int]  # "blocks.*.attn.qkv.weight" -> elements over all layers
 
@@ -25,17 +26,28 @@ def count(model: ModelConfig) -> ParameterCount:
     for name, shape in tensor_shapes(model).items():
         kind = re.sub(r"blocks\.\d+", "blocks.*", name)
         by_kind[kind] = by_kind.get(kind, 0) + prod(shape)
-    return ParameterCount(sum(by_kind.values()), non_embedding(model), by_kind)
+    total = sum(by_kind.values())
+    idle = sum(block_size(model, kind) - active_size(model, kind) for kind in model.layer_kinds)
+    return ParameterCount(total, total - idle, non_embedding(model), by_kind)
 
 
-def block_size(model: ModelConfig) -> int:
-    """Parameters of one block."""
-    return sum(map(prod, shapes_of(BLOCK, model).values()))
+def block_size(model: ModelConfig, kind: LayerKind) -> int:
+    """Parameters of one block of this kind."""
+    return sum(map(prod, shapes_of(BLOCK, model, kind).values()))
+
+
+def active_size(model: ModelConfig, kind: LayerKind) -> int:
+    """Parameters of a block that compute one token: of its experts only the chosen ones."""
+    shapes = shapes_of(BLOCK, model, kind)
+    idle = model.experts.count - model.experts.top_k if model.experts else 0
+    experts = (shape for name, shape in shapes.items() if row_of(name).kind == "experts")
+    return sum(map(prod, shapes.values())) - idle * sum(prod(shape[1:]) for shape in experts)
 
 
 def non_embedding(model: ModelConfig) -> int:
     """Parameters of the blocks and the final norm. Needs no vocabulary."""
-    return model.num_layers * block_size(model) + sum(map(prod, shapes_of(FINAL_NORM, model).values()))
+    blocks = sum(block_size(model, kind) for kind in model.layer_kinds)
+    return blocks + sum(map(prod, shapes_of(FINAL_NORM, model).values()))
 
 
 def neox_count(model: ModelConfig, tp: int = 1, pp: int = 1) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from castalia.config.schema import ModelConfig
-from castalia.plan.count import block_size
+from castalia.config.schema import LayerKind, ModelConfig
+from castalia.plan.count import active_size
 
 
 def mean_context(length: int, window: int | None = None) -> float:
@@ -14,10 +14,15 @@ def mean_context(length: int, window: int | None = None) -> float:
     return (seen * (seen + 1) / 2 + (length - seen) * seen) / length
 
 
-def block_flops(model: ModelConfig, length: int) -> float:
-    """Forward operations of one block for one token of a sequence of `length` tokens."""
+def block_flops(model: ModelConfig, length: int, kind: LayerKind) -> float:
+    """Forward operations of one block of this kind for one token of a sequence of `length` tokens."""
     attention = 4 * model.num_heads * model.head_size * mean_context(length, model.sliding_window)
-    return 2 * block_size(model) + attention
+    return 2 * active_size(model, kind) + attention
+
+
+def blocks_flops(model: ModelConfig, length: int) -> float:
+    """Forward operations of all blocks for one token of a sequence of `length` tokens."""
+    return sum(block_flops(model, length, kind) for kind in model.layer_kinds)
 
 
 def head_flops(model: ModelConfig) -> float:
@@ -27,7 +32,7 @@ def head_flops(model: ModelConfig) -> float:
 
 def forward_flops(model: ModelConfig, length: int) -> float:
     """Forward operations of one token: 2N + causal attention, where N excludes input embedding and positions."""
-    return model.num_layers * block_flops(model, length) + head_flops(model)
+    return blocks_flops(model, length) + head_flops(model)
 
 
 def training_flops(model: ModelConfig, length: int) -> float:
@@ -45,7 +50,7 @@ def peak_tokens_per_second(model: ModelConfig, length: int, devices: int, flops:
 
 def executed_flops(model: ModelConfig, length: int, recompute: str) -> float:
     """Operations performed for one token: full activation checkpointing runs the blocks' forward pass twice."""
-    again = model.num_layers * block_flops(model, length) if recompute == "full" else 0.0
+    again = blocks_flops(model, length) if recompute == "full" else 0.0
     return training_flops(model, length) + again
 
 

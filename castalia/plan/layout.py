@@ -8,7 +8,7 @@ from typing import Literal
 
 from castalia.config.layout_rules import pipeline_problems, tensor_problems
 from castalia.config.schema import ModelConfig
-from castalia.plan.flops import block_flops, head_flops
+from castalia.plan.flops import blocks_flops, head_flops
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def stages(model: ModelConfig, pp: int, length: int) -> tuple[Stage, ...]:
     """
     if pp == 1:
         return (Stage(0, model.num_layers, True, True),)
-    block, head = block_flops(model, length), head_flops(model)
+    block, head = blocks_flops(model, length) / model.num_layers, head_flops(model)
 
     def slowest(in_last: int) -> float:
         return max(-(-(model.num_layers - in_last) // (pp - 1)) * block, in_last * block + head)

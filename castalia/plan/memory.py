@@ -154,7 +154,7 @@ def activations(model: ModelConfig, layout: Layout, tokens: int, length: int, co
     # the MLP's inner width [tokens, width].
     stream = tokens * model.hidden_size // (tp if layout.sequence_parallel else 1)
     heads, kv = (n * model.head_size * tokens // tp for n in (model.num_heads, model.kv_heads))
-    inner = model.mlp_width * tokens // tp
+    inner = int(_inner_width(model) * tokens) // tp
     softmax = 4 * tokens * model.num_heads // tp  # bytes of the flash kernel's log-sums, fp32 [tokens, heads]
 
     reads = _inputs_kept(model, compute.finetune)  # modules whose input autograd keeps
@@ -176,6 +176,11 @@ def activations(model: ModelConfig, layout: Layout, tokens: int, length: int, co
         softmax, scores = 0, _kept_scores(model, how, heads, kv, compute)
     own = model.activation in _KEEPS_OUTPUT and not model.gated_mlp
     mlp = inner * ((3 if model.gated_mlp else 1) + ("mlp.down" in reads and not own))
+    if model.experts:  # beside the inner activations rows sorted by expert, and outputs before and after their shares
+        share = model.layer_kinds.count("moe") / model.num_layers
+        rows = int(share * tokens * model.experts.top_k)
+        mlp += rows * (2 * model.hidden_size) // tp
+        softmax += rows * (4 * model.hidden_size // tp + 24)  # the output in fp32, and places in int64
     norms = _norm_inputs(model, 1 if model.parallel_residual else num_norms, stream, compute)
     norms += (
         outputs * stream * size + num_norms * 8 * tokens
@@ -193,6 +198,12 @@ def activations(model: ModelConfig, layout: Layout, tokens: int, length: int, co
     products = attended + inner * (2 if model.gated_mlp else 1) + adapted
     kept = (stream + products + 2 * stream) * size + softmax  # with the block's input and two [tokens, hidden] outputs
     return Activations(whole, kept, whole - (stream + products) * size - softmax)
+
+
+def _inner_width(model: ModelConfig) -> float:
+    """Inner values of a token in an MLP, or in all of its experts, averaged over the blocks."""
+    experts = model.expert_width * model.experts.top_k if model.experts else 0
+    return sum(experts if kind == "moe" else model.mlp_width for kind in model.layer_kinds) / model.num_layers
 
 
 def _kept_scores(model: ModelConfig, how: Attending, heads: int, kv: int, compute: Compute) -> int:
@@ -375,7 +386,7 @@ class Rank:
 
     def _in_frozen_block(self) -> Memory:
         """In the forward pass of a block that is not trained, of which nothing is kept."""
-        inner = self.tokens * self.model.mlp_width // self.layout.tp * self.compute.element_bytes
+        inner = int(self.tokens * _inner_width(self.model)) // self.layout.tp * self.compute.element_bytes
         return self._memory(
             gradients=self._gradients(done=0),
             copies=self._copies(0, head=False),
@@ -422,7 +433,7 @@ class Rank:
     @property
     def _backward_work(self) -> int:
         """Gradients of the MLP's inner width and of the hidden state in a block's backward pass."""
-        inner = self.tokens * self.model.mlp_width // self.layout.tp * self.compute.element_bytes
+        inner = int(self.tokens * _inner_width(self.model)) // self.layout.tp * self.compute.element_bytes
         still_needed = 2 if self.model.activation in _KEEPS_OUTPUT and not self.model.gated_mlp else 1
         reads = _inputs_kept(self.model, self.compute.finetune)
         scaled = (

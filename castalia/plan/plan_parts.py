@@ -115,6 +115,7 @@ class SizedPlan:
     """What can only be planned with a vocabulary."""
 
     total: int
+    active: int  # that compute one token
     by_kind: dict[str, int]
     neox_total: int  # as GPT-NeoX counts
     trained: int
@@ -147,6 +148,7 @@ class RunPlan:
         if sized:
             parameters |= {"by_kind": sized.by_kind, "as_neox_counts": sized.neox_total}
             parameters |= {"trained": sized.trained}
+            parameters |= {"active": sized.active} if sized.active != sized.total else {}
         result: dict[str, Any] = {
             "model": asdict(self.model),
             "parameters": parameters,

@@ -147,6 +147,7 @@ def report(
     moments = compute.moments.of(model, config.finetune)
     plan.sized = SizedPlan(
         total=parameters.total,
+        active=parameters.active,
         by_kind=parameters.by_kind,
         neox_total=neox_total,
         trained=sum(size for name, size in sizes.items() if config.finetune.trains(name)),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from castalia.config.schema import ModelConfig
 from castalia.plan.devices import NODE, Device
-from castalia.plan.flops import block_flops, executed_flops, head_flops
+from castalia.plan.flops import blocks_flops, executed_flops, head_flops
 from castalia.plan.layout import Layout, bubble, rank_parts
 from castalia.plan.memory import Compute, Memory, Rank
 
@@ -77,7 +77,7 @@ def step_costs(job: PlanRequest, layout: Layout, ranks: list[Rank]) -> Costs:
     """Seconds of a step. `ranks`: one rank of each stage that may be the slowest or fullest."""
     model, device, size = job.model, job.device, job.compute.element_bytes
     parts, length = rank_parts(model, layout, job.length), job.compute.sides * job.length  # of a sample
-    block, head = block_flops(model, job.length), head_flops(model)
+    block, head = blocks_flops(model, job.length) / model.num_layers, head_flops(model)
     slowest = max(part.layers * block + part.last * head for part in parts)
     balance = slowest * layout.pp / (model.num_layers * block + head)
 

@@ -63,11 +63,12 @@ def sizes_of_model(model: ModelConfig, stored_bytes: int, element_bytes: int) ->
     """The sizes of a model that is only a config: values are stored in so many bytes, computed in `element_bytes`."""
     outside = {name: prod(shape) for name, shape in shapes_of((*BEFORE_BLOCKS, *AFTER_BLOCKS), model).items()}
     rest = sum(size for name, size in outside.items() if not row_of(name).has_token_rows)
+    largest = max(prod(shape) for kind in set(model.layer_kinds) for shape in shapes_of(BLOCK, model, kind).values())
     return StreamedSizes(
-        blocks=(block_size(model) * stored_bytes,) * model.num_layers,
+        blocks=tuple(block_size(model, kind) * stored_bytes for kind in model.layer_kinds),
         head=0 if model.reward_head else outside["embed.weight"] * stored_bytes,
         rest=rest * stored_bytes,
-        cast=max(map(prod, shapes_of(BLOCK, model).values())) * element_bytes if stored_bytes < element_bytes else 0,
+        cast=largest * element_bytes if stored_bytes < element_bytes else 0,
         reading=READERS * 3 * PIECE_BYTES,
     )
 
@@ -161,6 +162,9 @@ def block_working_bytes(model: ModelConfig, tokens: int, element_bytes: int) -> 
     fused = (model.num_heads + 2 * model.kv_heads) * model.head_size
     attention = 2 * fused + 2 * model.num_heads * model.head_size + 2 * model.hidden_size
     mlp = (3 if model.gated_mlp else 2) * model.mlp_width + 3 * model.hidden_size
+    if model.experts:  # tokens sorted by expert, inner activations, outputs in both orders
+        inner = (3 if model.experts.gated else 2) * model.expert_width + 5 * model.hidden_size
+        mlp = max(mlp, model.experts.top_k * inner + 3 * model.hidden_size)
     return tokens * element_bytes * (model.hidden_size + max(attention, mlp))
 
 

@@ -11,7 +11,7 @@ from torch.profiler import profile
 
 from castalia.config.schema import LogConfig
 from castalia.files import appearing_whole, write_text
-from castalia.observe.layer_stats import activation_statistics, tensor_statistics
+from castalia.observe.layer_stats import activation_statistics, expert_shares, tensor_statistics
 from castalia.observe.metrics import as_line
 from castalia.parallel.executor import Executor
 from castalia.train.step_memory import open_profile
@@ -54,6 +54,8 @@ class Instruments:
         if not self._shows_layers(step):
             return
         statistics = {"activations": self.activations(), **tensor_statistics(self.executor, loss_scale)}
+        if shares := expert_shares(self.executor):
+            statistics["experts"] = shares
         if self.executor.rank == 0:
             with open(self.folder / LAYERS, "a") as file:
                 file.write(as_line({"step": step, **statistics}))

@@ -8,6 +8,9 @@
 | Adam's step where the files lack it | one ahead: it counts an empty first step | stored |
 | norm for clipping in fp16 without ZeRO | of the first tensor rank and stage alone | of all ranks |
 
+A mixture of experts loses its attention with a parallel residual (`Block` of model/transformer), and its Sinkhorn
+router ends after one iteration in practice (`balanced` of model/experts).
+
 In both, a row-parallel bias that was summed over T tensor ranks takes T full steps at once.
 """
 

@@ -113,8 +113,9 @@ def _fresh_state(kind: str, parameter: nn.Parameter, cfg: OptimizerConfig) -> di
         return {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
     if parameter.dim() == 1:  # Adafactor factors the variance of matrices alone
         return {"step": step, "variance": torch.zeros_like(parameter)}
-    rows, columns = parameter.shape
-    return {"step": step, "row_var": parameter.new_zeros(rows, 1), "col_var": parameter.new_zeros(1, columns)}
+    *outer, rows, columns = parameter.shape
+    row_var, col_var = parameter.new_zeros(*outer, rows, 1), parameter.new_zeros(*outer, 1, columns)
+    return {"step": step, "row_var": row_var, "col_var": col_var}
 
 
 def rescale_moments(optimizer: AnyOptimizer, old: int, new: int) -> None:

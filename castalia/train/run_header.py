@@ -115,9 +115,15 @@ def brief_lines(
 
 def _model(session: Session) -> str:
     model, total = session.config.model, parameter_count(session)
+    active = count(model).active
+    computing = f", {active:,} of them for each token" if active < total else ""
     sizes = f"{model.num_layers} layers x {model.hidden_size}, vocabulary {model.vocab_size:,}"
     trained, every = _sizes(session)
-    return f"{total:,} parameters" + (f", {trained:,} of {every:,} train" if trained < every else "") + f"; {sizes}"
+    return (
+        f"{total:,} parameters{computing}"
+        + (f", {trained:,} of {every:,} train" if trained < every else "")
+        + f"; {sizes}"
+    )
 
 
 def _sizes(session: Session) -> tuple[int, int]:

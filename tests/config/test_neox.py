@@ -243,6 +243,20 @@ def test_mlp_widths_that_do_not_fit_together_are_refused(load):
     assert "0.yml:5" in text
 
 
+def test_experts_have_widths_of_their_own(load):
+    moe = {**MODEL, "moe_num_experts": 4, "moe_expert_interval": 2, "moe_top_k": 2, "moe_router_type": "TopK"}
+    model = load(moe).model
+    assert model.layer_kinds == ("moe", "dense") * 2 and (model.expert_width, model.mlp_width) == (256, 256)
+    assert load({**moe, "hidden_size": 72}).model.expert_width == 512  # rounded up, where an MLP has 288
+    config = load({**moe, "activation": "swiglu", "intermediate_size": 192})
+    assert (config.model.expert_width, config.model.mlp_width, config.model.gated_mlp) == (192, 64, True)
+    assert not config.model.experts.gated and "is applied without a gate in experts" in config.notes[0]
+    assert load({**MODEL, "moe_num_experts": 4}).model.experts.router == "sinkhorn"
+    off = load({**MODEL, "moe_num_experts": 1, "moe_top_k": 2})
+    assert off.model.experts is None and "moe_top_k: 2 has no effect here: moe_num_experts is 1" in off.notes[0]
+    assert "moe_router_type" in refusal(load, {**moe, "moe_router_type": "hash"})
+
+
 def test_attention_layers(load):
     for config in ([[["flash"], 4]], [[["global", "flash"], "all"]], ["global"] * 4, [[["global"], 2], [["flash"], 2]]):
         assert load({**MODEL, "attention_config": config}) == load(MODEL)

@@ -20,6 +20,8 @@ VARIANTS = {
     "no parameters in norms": {"norm": "layernorm_no_params"},
     "reward model": {"reward_head": True},
     "alibi": {"position": "alibi", "attention_bias": False},
+    "experts": {"experts": {"count": 3, "width": 24, "gated": True}},
+    "experts in every second block": {"experts": {"count": 3, "every": 2}, "gated_mlp": True},
 }
 
 

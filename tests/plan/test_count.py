@@ -106,6 +106,20 @@ def test_presets_have_their_published_sizes(preset, total, non_embedding) -> Non
     assert (counted.total, counted.non_embedding) == (total, non_embedding)
 
 
+DMOE = {
+    "num_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "seq_length": 2048, "pos_emb": "rotary",
+    "no_weight_tying": True, "moe_num_experts": 8, "moe_top_k": 1, "max_position_embeddings": 2048,
+}  # fmt: skip
+
+
+def test_of_a_mixture_of_experts_some_parameters_compute_a_token() -> None:
+    """GPT-NeoX's 125M-dmoe; its layer has 7,090,176 active parameters of 40,120,320."""
+    counted = count(load_config([DMOE], ["model.vocab_size=50257"]).model)
+    assert (counted.total, counted.active) == (558_712_320, 162_350_592)
+    layer = sum(size for kind, size in counted.by_kind.items() if kind.startswith("blocks.")) // 12
+    assert (layer, counted.non_embedding) == (40_120_320, 12 * 40_120_320 + 2 * 768)
+
+
 def test_fixture_configs_have_the_sizes_of_the_table(fixtures) -> None:
     totals = {"125M": 162322944, "350M": 405334016, "1-3B": 1414647808}
     for name, total in totals.items():

@@ -23,6 +23,7 @@ FAMILIES = {
     "neox": {"parallel_residual": True, "rotary_pct": 0.25},
     "gpt2": {"position": "learned", "tie_embeddings": True},
     "llama": {"norm": "rmsnorm", "gated_mlp": True, "activation": "silu", "num_kv_heads": 2, "mlp_size": 176},
+    "experts": {"experts": {"count": 4, "top_k": 2, "every": 2}},
     "small vocabulary": {"vocab_size": 128, "num_layers": 6},
     "large vocabulary": {"vocab_size": 50_000, "num_layers": 1},  # several chunks of logits
 }

@@ -94,8 +94,7 @@ ONLINE = "online training on generated texts is not built in"
 REINFORCE = "train_impl: reinforce is not built in, and refused where it is asked for"
 MAMBA = "Mamba layers are not built in, and none is used"
 RWKV = "RWKV layers are not built in"
-MOE = "mixtures of experts are not built in"
-MOE_OFF = "there are no experts"
+MOE_FP32 = "GPT-NeoX has no load-balancing loss that it would act on"
 MOE_DEEPSPEED = "GPT-NeoX gave up DeepSpeed's experts for moe_num_experts, moe_expert_interval and moe_top_k"
 SPARSE = "sparse attention is not built in, and no layer uses it"
 RPE = "T5's relative positions are not used"
@@ -429,12 +428,13 @@ KEYS: dict[str, Key] = {
     "eval_results_prefix": to("eval.results_prefix", ""),
     "eval_tasks": to("eval.suite"),
     # MoE
-    "moe_num_experts": refused(MOE, 1),
-    "moe_expert_interval": idle(MOE_OFF, 1),
-    "moe_top_k": idle(MOE_OFF, 1),
-    "moe_router_type": idle(MOE_OFF, "sinkhorn"),
-    "moe_lbl_in_fp32": idle(MOE_OFF, False),
-    "moe_jitter_eps": idle(MOE_OFF),}
+    "moe_num_experts": joint("model.experts.count, width", int, 1),
+    "moe_expert_interval": joint("model.experts.every", int, 1),
+    "moe_top_k": joint("model.experts.top_k", int, 1),
+    "moe_router_type": joint("model.experts.router", str, "sinkhorn"),
+    "moe_lbl_in_fp32": idle(MOE_FP32, False),
+    "moe_jitter_eps": joint("model.experts.jitter", float),
+}
 # fmt: on
 
 # Arguments of older releases that public configs still contain; current GPT-NeoX refuses them.

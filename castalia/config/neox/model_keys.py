@@ -114,6 +114,35 @@ def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
+def experts(work: Translation) -> None:
+    """A mixture of experts in every `moe_expert_interval`th layer.
+
+    Their width follows rules of its own (`megatron/model/moe_mlp.py`): no gate, four times the hidden size rounded up
+    to a multiple of 256, or `intermediate_size` as it is.
+    """
+    others = {
+        "moe_expert_interval": "every",
+        "moe_top_k": "top_k",
+        "moe_router_type": "router",
+        "moe_jitter_eps": "jitter",
+    }
+    count, hidden = work["moe_num_experts"], work["hidden_size"]
+    if count <= 1:
+        for key in others:
+            if work.has(key) and work[key] != KEYS[key].default:
+                work.note(key, "has no effect here: moe_num_experts is 1")
+        return
+    work.set("model.experts.count", count, "moe_num_experts")
+    for key, name in others.items():
+        if work.has(key) or name == "router":
+            work.set(f"model.experts.{name}", lower(work[key]), key)
+    if work.has("intermediate_size") or is_a(hidden, int):
+        width = work["intermediate_size"] or _round_up(4 * hidden, 256)
+        work.set("model.experts.width", width, "moe_num_experts", "intermediate_size", "hidden_size")
+    if lower(work["activation"]) in GATED:
+        work.note("activation", "is applied without a gate in experts, as GPT-NeoX does; the other MLPs have one")
+
+
 def norm(work: Translation) -> None:
     """The norm and its epsilon, which has a key for each norm."""
     if not (work.architecture or work.has("norm")):
@@ -171,4 +200,4 @@ def dropout(work: Translation) -> None:
             work.set(path, work["hidden_dropout"], "hidden_dropout")
 
 
-MODEL = (attention, activation, mlp_width, norm, residual, vocabulary, mup, dropout)
+MODEL = (attention, activation, mlp_width, experts, norm, residual, vocabulary, mup, dropout)

@@ -102,6 +102,12 @@ def _model(model: ModelConfig, config: RunConfig) -> dict[str, Any]:
         keys |= {"activation": model.activation.removesuffix("_tanh")}
         keys |= {"intermediate_size": model.mlp_width} if model.mlp_width != 4 * model.hidden_size else {}
         keys |= {"bias_gelu_fusion": True} if model.activation == "gelu_tanh" else {}
+    if model.experts:
+        keys |= {"moe_num_experts": model.experts.count, "moe_expert_interval": model.experts.every}
+        keys |= {"moe_top_k": model.experts.top_k, "moe_router_type": model.experts.router}
+        keys |= {"moe_jitter_eps": model.experts.jitter} if model.experts.jitter else {}
+        if model.expert_width != -(-4 * model.hidden_size // 256) * 256:  # what GPT-NeoX takes without a key
+            keys["intermediate_size"] = model.expert_width
     if model.shared_norm:
         keys["gpt_j_tied"] = True
     if model.sliding_window:
@@ -201,6 +207,7 @@ def _plain(config: RunConfig) -> RunConfig:
             "model.max_positions": model.max_positions or config.data.seq_length,
             "model.shared_norm": model.parallel_residual and model.shared_norm,
         }
+        | ({"model.experts.width": model.expert_width} if model.experts else {})
     )
 
 

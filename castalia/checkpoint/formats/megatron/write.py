@@ -50,7 +50,7 @@ RANDOM = "there are no states of random generators: start Megatron-DeepSpeed wit
 HOLDS: dict[str, set[Any]] = {
     "tie_embeddings": {True}, "parallel_residual": {False}, "norm": {"layernorm"}, "qk_norm": {False},
     "position": set(POSITIONS.values()), "rotary_pct": {1.0}, "rope_scaling": {None}, "sliding_window": {None},
-    "attention_bias": {True}, "mlp_bias": {True},
+    "attention_bias": {True}, "mlp_bias": {True}, "experts": {None},
 }  # fmt: skip
 
 
@@ -91,7 +91,7 @@ def check(model: ModelConfig, layout: TargetLayout, era: str, path: str) -> None
     wrong = [
         f"model.{key}={settings[key]} (only {' or '.join(map(str, allowed))})"
         for key, allowed in HOLDS.items()
-        if settings[key] not in allowed and not (key == "rotary_pct" and model.position != "rotary")
+        if all(settings[key] != value for value in allowed) and not (key == "rotary_pct" and model.position != "rotary")
     ]
     activations = set(GATED.values()) if model.gated_mlp else {"gelu", "gelu_tanh"}
     if model.activation not in activations:

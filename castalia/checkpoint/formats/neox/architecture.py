@@ -21,6 +21,10 @@ MUST_AGREE = (
 )  # fmt: skip
 
 
+ROUTER = "mlp.router.layer.weight"
+EXPERTS = (ROUTER, "mlp.experts.mlp.w1", "mlp.experts.mlp.w2")
+
+
 def observed(held: RankTensors, names: Names, folder: ScannedFolder, config: ModelConfig | None) -> dict[str, Any]:
     """What tensors and stored arguments say about the model, as settings of `ModelConfig`.
 
@@ -36,12 +40,13 @@ def observed(held: RankTensors, names: Names, folder: ScannedFolder, config: Mod
     fused = f"{names.attention}.query_key_value.weight"
     num_layers = _count_layers(held, names, fused, folder)
     first = names.first_block
-    for name in (
-        f"{names.embedding}.word_embeddings.weight",
-        f"{first}.{fused}",
-        f"{first}.{names.up}.weight",
-        f"{first}.{names.down}.weight",
-    ):
+    routers = [i for i in range(num_layers) if f"{names.first_block + i}.{ROUTER}" in held]
+    dense = [i for i in range(num_layers) if i not in routers]
+    width_of = names.first_block + (dense[0] if dense else 0)  # a layer that has an MLP, if one has
+    needed = [f"{names.embedding}.word_embeddings.weight", f"{first}.{fused}"]
+    needed += [f"{width_of}.{name}.weight" for name in (names.up, names.down)] if dense else []
+    needed += [f"{names.first_block + i}.{name}" for i in routers for name in EXPERTS]
+    for name in needed:
         if name not in held:
             raise CheckpointError(f"{path}: {name} is missing: this is not a model of this family, or files are mixed")
         if len(held[name][0].shape) != 2:
@@ -61,23 +66,57 @@ def observed(held: RankTensors, names: Names, folder: ScannedFolder, config: Mod
     if rest or kv_heads < 1 or heads % kv_heads or kv_heads % tp:
         rows = held[f"{first}.{fused}"][0].shape[0] * tp
         raise CheckpointError(f"{path}: {rows} rows of {fused} do not fit {heads} heads of {head_size} on {tp} ranks")
-    up, down = held[f"{first}.{names.up}.weight"][0], held[f"{first}.{names.down}.weight"][0]
-    settings = {
+    settings: dict[str, Any] = {
         "num_layers": num_layers,
         "hidden_size": hidden,
         "num_heads": heads,
         "num_kv_heads": None if kv_heads == heads else kv_heads,
-        "mlp_size": down.shape[1] * tp,
         "norm": _norm(held, first),
-        "gated_mlp": names.gate is not None or up.shape[0] == 2 * down.shape[1],
         "attention_bias": f"{first}.{names.attention}.query_key_value.bias" in held,
-        "mlp_bias": f"{first}.{names.up}.bias" in held,
         "qk_norm": f"{first}.{names.attention}.qk_layernorm.weight" in held,
         "tie_embeddings": names.head(num_layers) not in held,
         "vocab_size": embedding[0].shape[0] * tp,
         "vocab_multiple": _vocab_multiple(embedding[0].shape[0] * tp, args, tp),
     }
+    if dense:
+        up, down = held[f"{width_of}.{names.up}.weight"][0], held[f"{width_of}.{names.down}.weight"][0]
+        settings["mlp_size"] = down.shape[1] * tp
+        settings["gated_mlp"] = names.gate is not None or up.shape[0] == 2 * down.shape[1]
+        settings["mlp_bias"] = f"{width_of}.{names.up}.bias" in held
+    elif config is None:  # no layer has an MLP, so nothing depends on it
+        settings["gated_mlp"] = False
+    if routers:
+        settings["experts"] = _experts(held, names, routers, num_layers, folder, config)
     return settings | _position(held, names, first, head_size, args, config)
+
+
+def _experts(
+    held: RankTensors,
+    names: Names,
+    routers: Sequence[int],
+    num_layers: int,
+    folder: ScannedFolder,
+    config: ModelConfig | None,
+) -> dict[str, Any]:
+    """The mixture of experts, as settings of `ExpertsConfig`. Raises CheckpointError where the files do not say it."""
+    first = f"{names.first_block + routers[0]}"
+    count, up = held[f"{first}.{ROUTER}"][0].shape[0], held[f"{first}.{EXPERTS[1]}"]
+    every = routers[1] - routers[0] if len(routers) > 1 else num_layers - routers[0]
+    if config is None or config.experts is None:
+        raise CheckpointError(
+            f"{folder.path} does not say how its router chooses among {count} experts; give its config with --config"
+        )
+    given = config.experts
+    if list(routers) == [i for i in range(num_layers) if i % given.every == 0]:
+        every = given.every
+    elif list(routers) != list(range(0, num_layers, every)):
+        raise CheckpointError(
+            f"{folder.path}: layers {', '.join(map(str, routers))} have experts; these are not every nth"
+        )
+    rows = up[0].shape[0] * len(up)
+    if rows % count:
+        raise CheckpointError(f"{folder.path}: {rows} rows of {first}.{EXPERTS[1]} do not divide into {count} experts")
+    return given.model_dump() | {"count": count, "every": every, "width": rows // count, "gated": False}
 
 
 def merge(config: ModelConfig | None, observations: Mapping[str, Any], defaults: Mapping[str, Any]) -> ModelConfig:
@@ -94,8 +133,8 @@ def compare(
     """
     if config is None:
         return ()
-    settings = list(MUST_AGREE)
-    if not model.gated_mlp:
+    settings = [*MUST_AGREE, "layer_kinds"]
+    if not model.gated_mlp and "dense" in model.layer_kinds:
         settings.append("mlp_width")  # NeoX derives the width of gated models in several ways
     lines = [
         f"{name}: {getattr(model, name)} in the tensors, {getattr(config, name)} in the config {source}"

@@ -12,6 +12,7 @@ from typing import Literal
 from castalia.checkpoint.rules import (
     Chain,
     ConcatRanks,
+    FirstOfRanks,
     Interleave,
     Inverse,
     OnEachRank,
@@ -20,9 +21,9 @@ from castalia.checkpoint.rules import (
     Rule,
     SameOnRanks,
     SumOverRanks,
-    per_block,
+    Unfold,
 )
-from castalia.config.schema import ModelConfig
+from castalia.config.schema import LayerKind, ModelConfig
 from castalia.config.tensor_table import tensor_shapes
 
 NORM_PARAMETERS = {
@@ -63,7 +64,10 @@ MEGATRON = Names(1, 3, "self_attention", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h
 
 def table(names: Names, model: ModelConfig, tp: int, qkv: Op) -> list[Rule]:
     """The rules of a model on `tp` tensor ranks; `qkv` is the operation on the fused attention matrix."""
-    shards, columns, copies = ConcatRanks(tp), ConcatRanks(tp, dim=1), SameOnRanks(tp)
+    shards, columns = ConcatRanks(tp), ConcatRanks(tp, dim=1)
+    # Under the Sinkhorn router only the first tensor rank has the right gradients, and the other copies drift.
+    drifts = model.experts is not None and model.experts.router == "sinkhorn"
+    copies: Op = FirstOfRanks(tp) if drifts else SameOnRanks(tp)
     # With a parallel residual every rank adds its bias before the all-reduce; otherwise one copy is added after it.
     added: Op = SumOverRanks(tp) if model.parallel_residual else copies
 
@@ -86,22 +90,29 @@ def table(names: Names, model: ModelConfig, tp: int, qkv: Op) -> list[Rule]:
     block += linear("attn.out", f"{names.attention}.dense", columns, added if biased else None)
     if not model.has_one_norm:
         block += norm("blocks.{i}.norm2", "{layer}.post_attention_layernorm.")
+    mlp: dict[LayerKind, list[Rule]] = {"dense": [], "moe": []}
     if model.gated_mlp and names.gate is None:
         half = model.mlp_width // tp
         halves = OnEachRank(Inverse(Interleave((half, half))), shards)
         for kind in ["weight", "bias"] if model.mlp_bias else ["weight"]:
             ours = f"blocks.{{i}}.mlp.up.{kind} blocks.{{i}}.mlp.gate.{kind}"
-            block.append(Rule(ours, f"{{layer}}.{names.up}.{kind}", halves))
+            mlp["dense"].append(Rule(ours, f"{{layer}}.{names.up}.{kind}", halves))
     else:
-        block += linear("mlp.up", names.up, shards, shards if model.mlp_bias else None)
+        mlp["dense"] += linear("mlp.up", names.up, shards, shards if model.mlp_bias else None)
         if model.gated_mlp and names.gate:
-            block += linear("mlp.gate", names.gate, shards, shards if model.mlp_bias else None)
-    block += linear("mlp.down", names.down, columns, added if model.mlp_bias else None)
+            mlp["dense"] += linear("mlp.gate", names.gate, shards, shards if model.mlp_bias else None)
+    mlp["dense"] += linear("mlp.down", names.down, columns, added if model.mlp_bias else None)
+    if model.experts:
+        apart = Chain(shards, Unfold(model.experts.count))  # [e f / tp, h] on each rank -> [e, f, h]
+        mlp["moe"] = linear("mlp.router", "mlp.router.layer", copies, None)
+        for ours, theirs in {"up": "w1", "down": "w2"}.items():
+            mlp["moe"].append(Rule(f"blocks.{{i}}.mlp.experts.{ours}", f"{{layer}}.mlp.experts.mlp.{theirs}", apart))
 
     rules = [Rule("embed.weight", f"{names.embedding}.word_embeddings.weight", shards)]
     if model.position == "learned":
         rules.append(Rule("positions.weight", f"{names.embedding}.position_embeddings.weight", copies))
-    rules += per_block(block, model.num_layers, names.first_block)
+    for i, kind in enumerate(model.layer_kinds):
+        rules += [rule.at(i=i, layer=names.first_block + i) for rule in (*block, *mlp[kind])]
     rules += norm("norm", f"{names.norm_position(model.num_layers)}.{names.final_norm}")
     if not model.tie_embeddings:
         rules.append(Rule("head.weight", names.head(model.num_layers), shards))

@@ -296,6 +296,8 @@ def _check_first_release(model: ModelConfig, path: str) -> None:
         wrong["model.num_kv_heads"] = model.num_kv_heads
     if model.mlp_width != 4 * model.hidden_size:
         wrong["model.mlp_size"] = model.mlp_size
+    if model.experts:
+        wrong["model.experts"] = "a mixture"
     if wrong:
         raise CheckpointError(f"{path}: the first release has no {_assignments(wrong)}; use --era head")
 

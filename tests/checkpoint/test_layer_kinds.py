@@ -1,0 +1,85 @@
+"""Files of other layer kinds: genuine ones come back as they were, in their own layout and in others."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from castalia.checkpoint import convert
+from castalia.checkpoint.file_plan import TargetLayout, WriteOptions
+from castalia.checkpoint.opener import open_checkpoint
+from castalia.config.schema import ExpertsConfig, ModelConfig
+from castalia.errors import CheckpointError
+from castalia.storage.torch_file import open_pt
+from tests.checkpoint.made import SIZES, assert_same, made, written
+
+MIXTURE = ModelConfig(**SIZES, mlp_size=64, experts=ExpertsConfig(count=4, top_k=2, every=2, width=64))
+
+
+def plan(checkpoint, to, **options):
+    return convert.plan_files(to, convert.prepare(checkpoint), WriteOptions(**options))
+
+
+@pytest.mark.parametrize("variant", ["moe-sinkhorn1-fp32", "moe-topk2-fp32", "moe-sinkhorn1-fp32-tp2"])
+def test_genuine_files_come_back_from_every_layout(variant, fixtures, tmp_path):
+    source = open_checkpoint(fixtures / "neox-kinds" / variant / "checkpoint" / "global_step5")
+    assert source.optimizer.keys() == source.model.keys()
+    back = written(source, tmp_path / "native", "native")
+    tp = 1 if "topk2" in variant else 2  # three experts
+    for number, layout in enumerate([TargetLayout(), TargetLayout(tp=tp, pp=2, dp=2, zero=1), TargetLayout(pp=0)]):
+        again = written(back, tmp_path / f"neox{number}", "neox", layout=layout)
+        for name, ref in source.model.items():
+            assert torch.equal(ref.read(), again.model[name].read()), name
+            for role in ("exp_avg", "exp_avg_sq"):
+                assert torch.equal(source.optimizer[name][role].read(), again.optimizer[name][role].read()), (
+                    name,
+                    role,
+                )
+        assert again.config.model.experts == source.config.model.experts
+
+
+def test_of_tensor_ranks_that_drifted_apart_the_first_is_taken(fixtures):
+    folder = fixtures / "neox-kinds" / "moe-sinkhorn1-fp32-tp2" / "checkpoint" / "global_step5"
+    source = open_checkpoint(folder)
+    first, second = (open_pt(folder / f"layer_02-model_0{rank}-model_states.pt") for rank in (0, 1))
+    name = "mlp.router.layer.weight"
+    assert not torch.equal(first[name].read(), second[name].read())
+    assert torch.equal(source.model["blocks.0.mlp.router.weight"].read(), first[name].read())
+    experts = torch.cat([side["mlp.experts.mlp.w1"].read() for side in (first, second)])
+    assert torch.equal(source.model["blocks.0.mlp.experts.up"].read().flatten(0, 1), experts)
+
+
+@pytest.mark.parametrize(
+    ("to", "options", "said"),
+    [
+        ("hf", {}, "no Hugging Face class computes this model"),
+        ("megatron-deepspeed", {"layout": TargetLayout(pp=1)}, "Megatron-DeepSpeed cannot hold"),
+        ("neox", {"layout": TargetLayout(tp=3)}, "do not divide over tp=3"),
+        ("neox", {"era": "v1"}, "the first release has no"),
+    ],
+)
+def test_what_cannot_hold_experts_is_refused_by_name(to, options, said):
+    with pytest.raises(CheckpointError) as error:
+        plan(made(MIXTURE), to, **options)
+    assert said in " ".join(str(error.value).split())
+
+
+def test_gated_experts_have_no_place_in_the_originals_files():
+    gated = MIXTURE.with_({"experts": MIXTURE.experts.with_({"gated": True})})
+    with pytest.raises(CheckpointError, match=r"experts\.gated"):
+        plan(made(gated), "neox")
+
+
+def test_files_without_a_config_do_not_say_how_a_router_chooses(fixtures, tmp_path):
+    folder = fixtures / "neox-kinds" / "moe-topk2-fp32" / "checkpoint" / "global_step5"
+    for path in folder.glob("*.pt"):
+        (tmp_path / path.name).symlink_to(path)
+    with pytest.raises(CheckpointError, match="how its router chooses among 3 experts"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_native_config_says_what_the_experts_are(tmp_path):
+    again = written(made(MIXTURE), tmp_path / "a", "native")
+    assert_same(made(MIXTURE), replace(again, progress=made(MIXTURE).progress))
