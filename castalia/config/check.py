@@ -465,7 +465,6 @@ def without_effect(config: RunConfig) -> Iterator[Problem]:
 
 CONTRADICTIONS = (
     heads, mup, experts, lengths, length_warmup, stages, batch_warmup, layout, batch, learning_rates, expressions,
-    corpora,
-    preferences, profile, watch, idle_layout,
+    corpora, preferences, profile, watch, idle_layout,
 )  # fmt: skip
 SURPRISES = (folders, without_effect)
