@@ -22,10 +22,16 @@ CONTRADICTIONS = [
     (["parallel.tp=4", "model.num_kv_heads=2"], "parallel.tp=4 does not divide model.num_kv_heads=2"),
     (["parallel.tp=4", "model.mlp_size=6"], "parallel.tp=4 does not divide model.mlp_size=6"),
     (["parallel.tp=4", "model.vocab_multiple=1"], "the vocabulary's 430 rows; model.vocab_multiple=4 fits"),
-    (["model.experts={count: 4, top_k: 5}"], "model.experts.top_k=5 is more than model.experts.count=4; lower it"),
-    (["model.experts={count: 4}", "model.mup.base_width=8"], "model.mup has no rates for the matrices of"),
-    (["model.experts={count: 6}", "parallel.tp=4"], "parallel.tp=4 does not divide model.experts.count=6; use one of"),
-    (["model.experts={count: 4, jitter: 0.1}", "parallel.tp=2"], "draw different numbers for model.experts.jitter"),
+    (
+        ["model.experts.count=4", "model.experts.top_k=5"],
+        "model.experts.top_k=5 is more than model.experts.count=4; lower it",
+    ),
+    (["model.experts.count=4", "model.mup.base_width=8"], "model.mup has no rates for the matrices of"),
+    (["model.experts.count=6", "parallel.tp=4"], "parallel.tp=4 does not divide model.experts.count=6; use one of"),
+    (
+        ["model.experts.count=4", "model.experts.jitter=0.1", "parallel.tp=2"],
+        "draw different numbers for model.experts.jitter",
+    ),
     (["parallel.pp=5"], "parallel.pp=5 is more than model.num_layers=4"),
     (
         ["parallel.tp=4", "parallel.sequence_parallel=true", "data.seq_length=30"],

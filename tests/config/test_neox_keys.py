@@ -274,6 +274,13 @@ JOINT = {
     "mup_output_temp": ({"use_mup": True, "mup_output_temp": 2.0}, "model.mup.output_temperature", 2.0),
     "mup_embedding_mult": ({"use_mup": True, "mup_embedding_mult": 2.0}, "model.mup.embedding_multiplier", 2.0),
     "mup_rp_embedding_mult": ({"use_mup": True, "mup_rp_embedding_mult": 2.0}, "model.mup.position_multiplier", 2.0),
+    "moe_num_experts": ({"moe_num_experts": 4}, "model.experts.count", 4),
+    "moe_expert_interval": ({"moe_num_experts": 4, "moe_expert_interval": 2}, "model.experts.every", 2),
+    "moe_top_k": ({"moe_num_experts": 4, "moe_top_k": 2}, "model.experts.top_k", 2),
+    "moe_router_type": ({"moe_num_experts": 4, "moe_router_type": "topk"}, "model.experts.router", "topk"),
+    "moe_jitter_eps": (
+        {"moe_num_experts": 4, "moe_router_type": "topk", "moe_jitter_eps": 0.1}, "model.experts.jitter", 0.1
+    ),
     "sample_output_file": ({"sample_output_file": "out.txt"}, "generate.output_file", "out.txt"),
     "train_impl": ({"train_impl": "rm", **UNPACKED}, "train.objective", "reward"),
     "dataset_impl": ({**PAIRS, "dataset_impl": "pairwise"}, "data.train", (PAIR,)),
