@@ -1,11 +1,14 @@
-"""The same tuning by `castalia finetune` and by TRL, on CPUs: losses step by step, seconds a step, peak memory.
+"""The same tuning by `castalia finetune` and by TRL, on CPUs: losses step by step, CPU seconds a step, peak memory.
 
-    python benchmarks/finetune_peers.py [--steps 12] [--layers 6] [--width 256] [--batch 8] [--kinds full,lora,dpo]
+    python benchmarks/finetune_peers.py [--steps 12] [--layers 6] [--width 256] [--vocabulary 2048] [--batch 8]
+        [--kinds full,lora,dpo] [--rounds 3]
 
 Both sides start from one folder of transformers (a GPT-NeoX with random weights; for adapters a folder of PEFT with
 random ones), read the same records in the same order, and update by AdamW at a constant rate, in fp32, without
 recomputing activations. Each runs in a process of its own, whose peak memory the system counts; beside it stands what
-it is above the memory after the imports. Seconds are medians over the steps after the second.
+it is above the memory after the imports. Sides take turns, and a ratio is the median of those of the rounds. CPU
+seconds of the process from the end of a step to the end of the next one count, as medians over the steps after the
+second: other programs on the machine change them less than they change the time of day.
 """
 
 from __future__ import annotations
@@ -18,12 +21,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 KJV = Path(__file__).parent.parent / "examples/kjv/kjv.jsonl"
 RATE, RANK, BETA = 1e-4, 8, 0.1
 WORDS = 16  # of a prompt, and of an answer
+VOCABULARY = 2048
 SKIPPED = 2  # steps before the median
 END = "<|endoftext|>"
 
@@ -34,7 +39,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="of the model; the tokenizer has 2,048")
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--kinds", default="full,lora,dpo")
     parser.add_argument("--side", choices=["ours", "trl"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -45,20 +52,21 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_model(folder, given.layers, given.width)
+        make_model(folder, given.layers, given.width, given.vocabulary)
         make_records(folder, given.steps * given.batch)
         print(
-            "| kind | largest difference of a loss | first and last loss | seconds a step, ours and TRL | ratio |",
-            end="",
+            "| kind | largest difference of a loss | first and last loss | CPU seconds a step, ours and TRL |", end=""
         )
-        print(" peak MiB, ours and TRL | ratio | above imports | ratio |\n|---|---|---|---|---|---|---|---|---|")
+        print(" TRL over ours | peak MiB, ours and TRL | ours over TRL | above imports | ours over TRL |")
+        print("|---" * 9 + "|")
         for kind in given.kinds.split(","):
-            print(row(kind, *(side(name, kind, folder, given) for name in ("ours", "trl"))), flush=True)
+            pairs = [[side(name, kind, folder, given) for name in ("ours", "trl")] for _ in range(given.rounds)]
+            print(row(kind, pairs), flush=True)
 
 
 def side(name: str, kind: str, folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     """One side in a process of its own."""
-    sizes = [f"--{option}={getattr(given, option)}" for option in ("steps", "layers", "width", "batch")]
+    sizes = [f"--{option}={getattr(given, option)}" for option in ("steps", "batch")]
     command = [sys.executable, __file__, f"--side={name}", f"--folder={folder}", f"--kinds={kind}", *sizes]
     done = subprocess.run(
         command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}
@@ -66,20 +74,20 @@ def side(name: str, kind: str, folder: Path, given: argparse.Namespace) -> dict[
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def row(kind: str, ours: dict[str, Any], theirs: dict[str, Any]) -> str:
-    """A line of the table."""
-    apart = max(abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True))
-    cells = [kind, f"{apart:.1e}", f"{ours['losses'][0]:.4f}, {ours['losses'][-1]:.4f}"]
-    for key, scale in (("seconds", 1), ("peak", 1), ("above", 1)):
-        a, b = ours[key] / scale, theirs[key] / scale
-        cells += [
-            f"{a:.3g} and {b:.3g}" if key == "seconds" else f"{a:.0f} and {b:.0f}",
-            f"{b / a:.2f}" if key == "seconds" else f"{a / b:.2f}",
-        ]
+def row(kind: str, pairs: list[list[dict[str, Any]]]) -> str:
+    """A line of the table: medians over the rounds."""
+    apart = max(abs(a - b) for ours, theirs in pairs for a, b in zip(ours["losses"], theirs["losses"], strict=True))
+    cells = [kind, f"{apart:.1e}", f"{pairs[0][0]['losses'][0]:.4f}, {pairs[0][0]['losses'][-1]:.4f}"]
+    for key, form in (("seconds", ".3g"), ("peak", ".0f"), ("above", ".0f")):
+        sides = [statistics.median(pair[number][key] for pair in pairs) for number in (0, 1)]
+        ratios = [pair[0][key] / pair[1][key] for pair in pairs]
+        if key == "seconds":
+            ratios = [1 / ratio for ratio in ratios]
+        cells += [" and ".join(f"{value:{form}}" for value in sides), f"{statistics.median(ratios):.2f}"]
     return f"| {' | '.join(cells)} |"
 
 
-def make_model(folder: Path, layers: int, width: int) -> None:
+def make_model(folder: Path, layers: int, width: int, vocabulary: int) -> None:
     """A folder of transformers with a tokenizer, and one of PEFT with adapters on it."""
     import peft
     import tokenizers
@@ -92,12 +100,12 @@ def make_model(folder: Path, layers: int, width: int) -> None:
     bpe.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
-        texts, tokenizers.trainers.BpeTrainer(vocab_size=2048, special_tokens=[END], initial_alphabet=alphabet)
+        texts, tokenizers.trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet)
     )
     words = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, bos_token=END, pad_token=END)
     torch.manual_seed(0)
     config = transformers.GPTNeoXConfig(
-        vocab_size=2048, hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64,
+        vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64,
         intermediate_size=4 * width, max_position_embeddings=256, bos_token_id=0, eos_token_id=0,
         attention_dropout=0.0, hidden_dropout=0.0, initializer_range=0.05,
     )  # fmt: skip
@@ -132,10 +140,11 @@ def resident() -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
-def measured(losses: list[float], seconds: list[float], imported: float) -> dict[str, Any]:
-    """What a side gives back."""
-    peak = resident()
-    return {"losses": losses, "seconds": statistics.median(seconds[SKIPPED:]), "peak": peak, "above": peak - imported}
+def measured(losses: list[float], ends: list[float], imported: float) -> dict[str, Any]:
+    """What a side gives back. `ends`: CPU seconds of the process at the end of each step."""
+    peak, seconds = resident(), [after - before for before, after in pairwise(ends)]
+    typical = statistics.median(seconds[SKIPPED - 1 :])
+    return {"losses": losses, "seconds": typical, "peak": peak, "above": peak - imported}
 
 
 def ours(kind: str, folder: Path, given: argparse.Namespace) -> dict[str, Any]:
@@ -144,9 +153,10 @@ def ours(kind: str, folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     from castalia.finetuning.finetune_run import Request, begin
     from castalia.observe.metrics import read_metrics
     from castalia.train.loop import train
+    from castalia.train.step import TrainStep
 
     imported = resident()
-    run, file = folder / f"run-{kind}", records_of(kind, folder)
+    run, file = Path(tempfile.mkdtemp(dir=folder)), records_of(kind, folder)
     words = [
         f"data.valid={file}",
         "eval.every=null",
@@ -168,13 +178,22 @@ def ours(kind: str, folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     )
     stdout, sys.stdout = sys.stdout, sys.stderr  # the last line of standard output is the result
     config = begin(request, lambda name, text: None)
+    ends, apply = [], TrainStep.apply
+
+    def clocked(step: TrainStep) -> Any:
+        """The update ends a step; what is recorded of it counts to the next one, as the trainer's logs do."""
+        result = apply(step)
+        ends.append(time.process_time())
+        return result
+
+    TrainStep.apply = clocked
     train(config)
     sys.stdout = stdout
     records = list(read_metrics(run))
     side = next(iter(sides_of(open_samples(config)).values()))
     order = [side.pieces(int(at))[0].document for step in range(given.steps) for at in side.positions(step)]
     (folder / f"order-{kind}.json").write_text(json.dumps(order))
-    return measured([each["loss"] for each in records], [each["seconds"] for each in records], imported)
+    return measured([each["loss"] for each in records], ends, imported)
 
 
 def theirs(kind: str, folder: Path, given: argparse.Namespace) -> dict[str, Any]:
@@ -185,16 +204,13 @@ def theirs(kind: str, folder: Path, given: argparse.Namespace) -> dict[str, Any]
     import trl
 
     class Clock(transformers.TrainerCallback):
-        """Seconds from the begin to the end of each step, and its loss."""
+        """CPU seconds at the end of each step, and its loss."""
 
-        seconds: list[float] = []
+        ends: list[float] = []
         losses: list[float] = []
 
-        def on_step_begin(self, *arguments: Any, **more: Any) -> None:
-            self.begun = time.perf_counter()
-
         def on_step_end(self, *arguments: Any, **more: Any) -> None:
-            self.seconds.append(time.perf_counter() - self.begun)
+            self.ends.append(time.process_time())
 
         def on_log(self, arguments: Any, state: Any, control: Any, logs: dict[str, Any], **more: Any) -> None:
             if "loss" in logs:
@@ -222,7 +238,7 @@ def theirs(kind: str, folder: Path, given: argparse.Namespace) -> dict[str, Any]
     stdout, sys.stdout = sys.stdout, sys.stderr
     trainer.train()
     sys.stdout = stdout
-    return measured(clock.losses, clock.seconds, imported)
+    return measured(clock.losses, clock.ends, imported)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from castalia.cli.train import Verbose
+from castalia.cli.train import RESTARTS, Verbose
 from castalia.strict_json import to_json
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def command(
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="leave out records that cannot be read")] = False,
     prompt: Annotated[str | None, typer.Option(help="of the sample; default: those of held-out records")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="of a sample")] = 40,
-    nproc: Annotated[int | None, typer.Option(min=1, help="number of processes; without the comparison")] = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="number of processes on this machine")] = None,
     verbose: Verbose = False,
     as_json: Annotated[bool, typer.Option("--json", help="one object at the end, all else on standard error")] = False,
 ) -> None:
@@ -52,15 +53,16 @@ def command(
     again, the same command continues.
     """
     request = parsed(model, words or [], objective, lora, full, chat_template, skip_bad)
+    request = replace(request, processes=nproc or 1)
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
-        folder = teach(request, nproc, verbose)
+        folder = teach(request, verbose)
         looks = show_changes(model, folder, prompt, max_tokens)
     if as_json:
         by_model = {name: {"scores": look.scores, "texts": look.texts} for name, look in looks.items()}
         print(to_json({"run": str(folder), "models": by_model}))
 
 
-def teach(request: Request, nproc: int | None, verbose: bool) -> Path:
+def teach(request: Request, verbose: bool) -> Path:
     """Chooses, prepares and trains. Returns the run's folder."""
     from castalia.cli.render import print_facts
     from castalia.cli.train import train
@@ -68,13 +70,17 @@ def teach(request: Request, nproc: int | None, verbose: bool) -> Path:
 
     config = begin(request, lambda name, text: print_facts([(name, text)]))
     folder = Path(str(config.checkpoint.dir))
-    if nproc and nproc > 1:
-        from castalia.parallel.launcher import relaunch
+    if request.processes > 1:
+        from castalia.parallel.launcher import run_processes
         from castalia.train.run_folder import is_run
+        from castalia.train.start_checks import find_obstacles, refuse
 
+        refuse(find_obstacles(config, request.processes))
         words = ["train", str(folder if is_run(folder) else folder / CONFIG), *(["--verbose"] if verbose else [])]
-        relaunch(nproc, words)
-    train(config, verbose)
+        if code := run_processes(request.processes, words, RESTARTS):
+            sys.exit(code)
+    else:
+        train(config, verbose)
     return folder
 
 

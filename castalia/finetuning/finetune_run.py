@@ -77,6 +77,7 @@ class Request:
     objective: Objective | None = None
     template: Path | None = None
     skip_bad: bool = False
+    processes: int = 1  # that share a batch; another number continues the same run
 
 
 def begin(request: Request, say: Say) -> RunConfig:
@@ -107,7 +108,7 @@ def begin(request: Request, say: Say) -> RunConfig:
     # The final load leaves out the word `train.epochs=`, from which the number of steps is still to be chosen.
     epochs = config.train.epochs
     config = load(values, request, final=True).with_({"train.epochs": epochs})
-    values |= fitting(config, source, lessons)
+    values |= fitting(config, source, lessons, request.processes)
     config = load(values, request, final=True)
     config = config.with_({"train.steps": given(config, values, "train.steps"), "train.epochs": None})
     tell(config, values, say)
@@ -306,7 +307,7 @@ def _plain(sources: Any) -> Any:
     return [source.model_dump(exclude_defaults=True) for source in sources]
 
 
-def fitting(config: RunConfig, source: Checkpoint, lessons: Lessons) -> Settings:
+def fitting(config: RunConfig, source: Checkpoint, lessons: Lessons, processes: int) -> Settings:
     """The settings that follow from the sizes of data, model and machine."""
     sources = lessons.train
     sides = [np.concatenate([open_dataset(each.path).sizes for each in sources])]
@@ -315,9 +316,11 @@ def fitting(config: RunConfig, source: Checkpoint, lessons: Lessons) -> Settings
     held_out = sum(len(open_dataset(each.path)) for each in lessons.valid)
     sizes = sizes_of(sides, held_out, all(each.labels for each in sources))
     device, memory = device_and_memory()
+    if device == "cpu":
+        memory //= processes
     precision = name_of(choose_dtype(config.precision.compute, choose_device(config.train.device)))
     kind = "LoRA" if config.finetune.lora or adapters_of(source) else "full"
-    return choose(config, architecture(source), sizes, memory, device, precision, kind)
+    return choose(config, architecture(source), sizes, memory, device, precision, kind, processes)
 
 
 def tell(config: RunConfig, values: Settings, say: Say) -> None:

@@ -240,17 +240,19 @@ class Example(NamedTuple):
 
 
 def examples(sources: Sequence[Source], count: int) -> Iterator[Example]:
-    """Prompts, with their answers, of the first documents of the sources that have both.
+    """Different prompts, each with its answer, of the first documents of the sources that have both.
 
     Of texts the prompt is how they begin.
     """
+    shown: set[tuple[int, ...]] = set()
     for source in sources:
         text = open_dataset(source.path)
         labels = open_dataset(source.labels) if source.labels else None
         for number in range(len(text)):
             tokens = text[number].tolist()
             start, end = _answer_span(labels[number]) if labels else (min(8, len(tokens) // 2), len(tokens))
-            if 0 < start < end:
+            if 0 < start < end and (prompt := tuple(tokens[:start])) not in shown:
+                shown.add(prompt)
                 yield Example(tokens[:start], tokens[start:end])
                 count -= 1
             if not count:

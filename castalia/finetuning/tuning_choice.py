@@ -45,12 +45,19 @@ class Sizes:
 
 
 def choose(
-    config: RunConfig, model: ModelConfig, sizes: Sizes, memory: int, device: str, precision: str, kind: str
+    config: RunConfig,
+    model: ModelConfig,
+    sizes: Sizes,
+    memory: int,
+    device: str,
+    precision: str,
+    kind: str,
+    processes: int = 1,
 ) -> Settings:
     """Everything that the data decide, with reasons.
 
     `config` has the settings that do not depend on them and what the user gave; what the user gave decides the rest.
-    `kind` is "LoRA" or "full".
+    `memory` is that of one of the `processes`, which share a batch; `kind` is "LoRA" or "full".
     """
     objective = config.train.objective
     values = rates(objective, kind) | lengths(config, model, sizes)
@@ -58,9 +65,9 @@ def choose(
     packing = packings(config, sizes, length, objective)
     values |= packing
     samples = num_samples(sizes, length, str(given(config, values, "data.packing")))
-    values |= batches(samples, len(sizes.documents), objective)
+    values |= batches(samples, len(sizes.documents), objective, processes)
     batch_size = given(config, values, "train.batch_size")
-    values |= micro_batches(config, model, length, batch_size, memory, device, precision)
+    values |= micro_batches(config, model, length, max(1, batch_size // processes), memory, device, precision)
     values |= durations(config, samples, batch_size, objective)
     steps = given(config, values, "train.steps")
     if WARMUP * steps >= 1:
@@ -140,9 +147,9 @@ def _overflowing(documents: np.ndarray, length: int) -> int:
     return samples
 
 
-def batches(samples: int, documents: int, objective: str) -> Settings:
-    """The batch: for few data small, so that there are steps to take."""
-    alone = 2 if objective == "kto" else 1  # KTO compares the answers of a micro-batch with each other
+def batches(samples: int, documents: int, objective: str, processes: int = 1) -> Settings:
+    """The batch: for few data small, so that there are steps to take. Each process takes an equal part of it."""
+    alone = processes * (2 if objective == "kto" else 1)  # KTO compares the answers of a micro-batch with each other
     size = 2 ** int(math.log2(max(BATCH, min(MOST_BATCH, samples / STEPS_WANTED))))
     per_sample = max(1.0, documents / samples)  # packed documents count by themselves
     size = max(alone, min(samples, round(size / per_sample)))
@@ -155,7 +162,7 @@ def batches(samples: int, documents: int, objective: str) -> Settings:
 def micro_batches(
     config: RunConfig, model: ModelConfig, length: int, batch_size: int, memory: int, device: str, precision: str
 ) -> Settings:
-    """How much of a batch goes through the model at once: as much as there is memory for."""
+    """How much of a process's batch goes through the model at once: as much as there is memory for."""
     plan = config.with_({"data.seq_length": min(length, model.max_positions or length)})
     compute = compute_of(plan, precision, device)
     fitting = [size for size in range(1, batch_size + 1) if batch_size % size == 0]

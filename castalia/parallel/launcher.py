@@ -46,7 +46,12 @@ def launch_config(num_processes: int, max_restarts: int, logs: Path | None = Non
 
 
 def relaunch(num_processes: int, arguments: Sequence[str], max_restarts: int = 0, logs: Path | None = None) -> NoReturn:
-    """Runs `castalia ARGUMENTS` in `num_processes` processes on this machine, and exits with their exit code.
+    """Runs `castalia ARGUMENTS` in `num_processes` processes on this machine, and exits with their exit code."""
+    sys.exit(run_processes(num_processes, arguments, max_restarts, logs))
+
+
+def run_processes(num_processes: int, arguments: Sequence[str], max_restarts: int = 0, logs: Path | None = None) -> int:
+    """The exit code of `castalia ARGUMENTS` in `num_processes` processes on this machine.
 
     When one of them dies all are restarted, at most `max_restarts` times. `logs`: as for `launch_config`.
     """
@@ -65,7 +70,7 @@ def relaunch(num_processes: int, arguments: Sequence[str], max_restarts: int = 0
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
             print(f"error: rank {rank} was killed by signal {-failure.exitcode}", file=sys.stderr)
-        sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
+        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except SignalException as stop:
-        sys.exit(128 + stop.sigval)
-    sys.exit(0)
+        return 128 + stop.sigval
+    return 0

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -142,6 +147,32 @@ def test_the_same_command_goes_on(base, lessons, tmp_path, capsys):
     with pytest.raises(TrainingError, match=other):
         finetune(str(base), [*stopping, "optimizer.lr=0.1"])
     assert corpus.stat() == before
+
+
+@pytest.mark.slow
+def test_ctrl_c_and_the_same_command_again_on_two_processes(base, lessons, tmp_path):
+    run, files = tmp_path / "run", [str(lessons), f"data.valid={lessons}"]
+    words = ["finetune", str(base), *files, f"checkpoint.dir={run}", "train.steps=150", "eval.every=50", *FAST[:1]]
+    command = [sys.executable, "-m", "castalia", *words, "precision.compute=fp32", "train.batch_size=2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as first:
+        while first.poll() is None and not (saved_lines := lines_of(run / "metrics.jsonl")):
+            time.sleep(0.05)
+        os.killpg(first.pid, signal.SIGINT)  # to all of its processes, as a terminal sends it
+        said = first.communicate(timeout=120)[0]
+    assert first.returncode == 128 + signal.SIGINT and "stopped by SIGINT after step" in said, said
+    assert saved_lines < 150 and "on held-out" not in said
+    again = subprocess.run([*command, "--nproc", "2"], capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "restored      weights" in again.stdout and "DP 2 on 2 processes" in again.stdout
+    loss = re.search(r"loss +[\d.]+ +([\d.]+)\n", again.stdout.split("on held-out answers:")[1])
+    records = list(read_metrics(run))
+    assert loss and float(loss[1]) == pytest.approx(records[-1]["valid_loss"], abs=2e-4)
+    assert [record["step"] for record in records] == list(range(1, 151))
+    assert load_model(run / "adapter").cfg == load_model(run).cfg
+
+
+def lines_of(file: Path) -> int:
+    return file.read_text().count("\n") if file.exists() else 0
 
 
 def test_a_folder_of_another_run_is_left_alone(base, lessons, tmp_path):

@@ -31,6 +31,8 @@ def test_the_length_is_that_of_the_longest_and_cuts_are_counted():
     length, why = chosen([50, 300, 400, 30] * 5)[1]["data.seq_length"]
     assert length == 256 and "10 of 20 are longer and cut there, the longest has 399" in why
     assert "data.allow_chopped=false" in why
+    why = chosen([50, 300, 400, 30] * 5, "data.allow_chopped=false")[1]["data.seq_length"][1]
+    assert "10 of 20 are longer and left out, the longest has 399" in why and "allow_chopped" not in why
 
 
 def test_short_documents_share_samples():
@@ -45,6 +47,14 @@ def test_short_documents_share_samples():
     assert chosen([100] * 90)[0]["packing"] == "unpacked"
     judged = chosen(documents, "train.objective=dpo", "data.packing=unpacked")[0]
     assert judged["packing"] == "unpacked"
+
+
+def test_processes_take_equal_parts_of_a_batch():
+    sizes = Sizes(np.array([100] * 7), 0, True, 700)
+    for objective, batch in (("causal", 6), ("kto", 4)):
+        config = load_config([{}], [f"train.objective={objective}", "data.packing=unpacked"], any_batch=True)
+        values = choose(config, MODEL, sizes, FREE, "cpu", "fp32", "full", processes=2)
+        assert values["train.batch_size"][0] == batch
 
 
 @pytest.mark.parametrize(("number", "batch", "epochs"), [(6, 6, 3), (400, 8, 3), (3200, 32, 3), (20_000, 32, 2)])
