@@ -74,8 +74,13 @@ def test_curl(served: Served) -> None:
 
 
 @pytest.mark.parametrize("name", ["neox", "llama"])
-def test_lm_eval_has_the_scores_of_the_native_adapter(served: Served, models: Path, name: str) -> None:
-    """The tokenizer is found on the server; scores, choices and texts are those of the model itself."""
+def test_lm_eval_has_the_scores_of_the_native_adapter(models: Path, tmp_path: Path, name: str) -> None:
+    """The tokenizer is found on the server, which has one; scores and choices are those of the model itself."""
+    with serving(tmp_path / "log", str(models / name), "--device", "cpu", "--memory", "2GB") as served:
+        compare_scores(served, models, name)
+
+
+def compare_scores(served: Served, models: Path, name: str) -> None:
     theirs = LocalCompletionsAPI(
         base_url=f"{served.url}/v1/completions", model=name, max_length=97, batch_size=3, num_concurrent=1
     )
@@ -94,8 +99,13 @@ def test_lm_eval_has_the_scores_of_the_native_adapter(served: Served, models: Pa
 
 
 @pytest.mark.slow
-def test_lm_eval_runs_tasks(served: Served, models: Path) -> None:
+def test_lm_eval_runs_tasks(models: Path, tmp_path: Path) -> None:
     """A whole task, with the tokenizer that lm-eval finds on the server."""
+    with serving(tmp_path / "log", str(models / "neox"), "--device", "cpu", "--memory", "2GB") as served:
+        compare_tasks(served, models)
+
+
+def compare_tasks(served: Served, models: Path) -> None:
     folder = Path(__file__).parents[2] / "castalia/tasks/demo"
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     theirs = LocalCompletionsAPI(
