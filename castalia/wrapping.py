@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 WIDTH = 100
 LONG_WORD = 40  # a column is made no wider than this for a single word, which then sticks out
@@ -55,3 +55,12 @@ def _wrap(line: str, width: int, hang: int) -> list[str]:
     options = {"break_long_words": False, "break_on_hyphens": False, "replace_whitespace": False}
     indents = {"initial_indent": begin, "subsequent_indent": begin + " " * hang}
     return textwrap.wrap(line.strip(), width, **indents, **options) or [line]  # type: ignore[arg-type]
+
+
+def facts(rows: Sequence[tuple[str, str]]) -> Iterator[str]:
+    """Names and texts in two columns, wrapped before the hundredth."""
+    for name, text in rows:
+        paragraphs = text.splitlines() or [""]
+        lines = [line for paragraph in paragraphs for line in textwrap.wrap(paragraph, 84) or [""]]
+        for number, line in enumerate(lines):
+            yield f"{name if number == 0 else '':<15}{line}".rstrip()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TextIO
 
 from castalia.bars import progress
-from castalia.wrapping import WIDTH, aligned, wrapped
+from castalia.wrapping import WIDTH, aligned, facts, wrapped
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -39,11 +38,8 @@ def say(text: str, file: TextIO | None = None, hang: int = 2) -> None:
 
 def print_facts(rows: Sequence[tuple[str, str]]) -> None:
     """Names and texts in two columns, wrapped before the hundredth."""
-    for name, text in rows:
-        paragraphs = text.splitlines() or [""]
-        lines = [line for paragraph in paragraphs for line in textwrap.wrap(paragraph, 84) or [""]]
-        for number, line in enumerate(lines):
-            print(f"{name if number == 0 else '':<15}{line}".rstrip(), flush=True)
+    for line in facts(rows):
+        print(line, flush=True)
 
 
 def print_curves(
