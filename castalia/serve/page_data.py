@@ -33,8 +33,18 @@ SHOWN_TEXT = 2000  # characters of a sequence
 
 def run_list(runs: Mapping[str, Path]) -> list[dict[str, Any]]:
     """Where each run stands, and in which settings it differs from the others."""
-    shown = labels(list(runs.values())) if runs else []
+    shown = _labels(tuple((folder, _changed(folder / "config.yml")) for folder in runs.values()))
     return [_state(name, folder) | {"label": label} for (name, folder), label in zip(runs.items(), shown, strict=True)]
+
+
+@lru_cache(maxsize=4)
+def _labels(runs: tuple[tuple[Path, int], ...]) -> list[str]:
+    """The labels of runs whose configs were changed at these times; a page asks every few seconds."""
+    return labels([folder for folder, _ in runs]) if runs else []
+
+
+def _changed(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def _state(name: str, folder: Path) -> dict[str, Any]:

@@ -75,7 +75,7 @@ export const tip = {
 	},
 	hide(force) { if (this.pinned && !force) return; this.pinned = false; this.box.hidden = true; },
 };
-addEventListener("keydown", e => { if (e.key === "Escape" && !tip.box.hidden) { const a = tip.pinned && tip.anchor; tip.hide(true); a?.focus?.(); } });
+addEventListener("keydown", e => { if (e.key === "Escape" && !tip.box.hidden) { if (tip.pinned) tip.anchor.focus(); tip.hide(true); } });
 addEventListener("pointerdown", e => { if (tip.pinned && !tip.box.contains(e.target) && e.target !== tip.anchor) tip.hide(true); });
 
 // The address: #view?key=value. `put` changes it without drawing the view anew.

@@ -1,5 +1,5 @@
 // Plots on canvas: linear and logarithmic axes, marks of events, a cross-hair with values.
-const PALETTE = ["#2463b0", "#c2571a", "#1c7a46", "#8246af", "#b3264f", "#0f7f8c", "#7a6a00", "#5b6470"];
+const PALETTE = ["#2463b0", "#b54f14", "#1c7a46", "#8246af", "#b3264f", "#0f7f8c", "#7a6a00", "#5b6470"];
 const DARK = ["#7fb2ee", "#f0a06a", "#6cc894", "#c39be6", "#f08fa9", "#66c7d1", "#d6c35a", "#a9b2bc"];
 const dark = matchMedia("(prefers-color-scheme: dark)");
 export const color = i => (dark.matches ? DARK : PALETTE)[i % PALETTE.length];

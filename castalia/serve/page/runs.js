@@ -3,7 +3,7 @@ import { h, dot, get, put, guarded, problem, tip, Plot, color, short, smooth, fi
 
 const NAMES = { lr: "learning rate", grad_norm: "gradient norm", tokens_per_second: "tokens per second", margin: "reward margin", accuracy: "accuracy", loss_scale: "loss scale", kl: "KL", skipped: "skipped steps" };
 const LEFT_OUT = new Set(["step", "tokens", "seconds", "loss", "valid_loss", "valid_perplexity"]);
-const LIVE = 2000; // ms
+const LIVE = 2000, CALM = 5; // ms between two looks; so many times that while no run trains
 const alive = run => run.state === "training" || run.state === "starting";
 const words = s => s == null ? "–" : s < 90 ? `${Math.round(s)} s` : s < 5400 ? `${Math.round(s / 60)} min` : s < 172800 ? `${(s / 3600).toFixed(1)} h` : `${Math.round(s / 86400)} d`;
 
@@ -136,10 +136,10 @@ export async function runsView(main, q) {
 	table(); await load(); draw(); lists();
 	const asked = q.get("docs")?.match(/^(.*):(\d+)$/);
 	if (asked && runs.some(r => r.name === asked[1])) guarded(documents)(asked[1], +asked[2]);
-	let busy = false;
+	let busy = false, looks = 0;
 	const events = () => [...chosen].reduce((n, name) => n + (facts[name]?.events.length || 0), 0);
 	const timer = setInterval(async () => {
-		if (busy || gone || document.hidden) return;
+		if (busy || gone || document.hidden || (!runs.some(alive) && ++looks % CALM)) return;
 		busy = true;
 		try {
 			const was = JSON.stringify(runs.map(r => [r.name, r.step, r.state]));

@@ -89,7 +89,7 @@ export async function tryView(main, q) {
 	function add(t) { line.push(t); out.append(token(t, line.length - 1)); }
 	function token(t, place) {
 		const p = Math.exp(t.logprob);
-		return h("button", { type: "button", class: "tok", style: surprise(p), tabindex: place ? -1 : 0, "aria-label": `${visible(t.text)}, ${percent(p)}`, ...noted(() => others(t, place)),
+		return h("button", { type: "button", class: "tok", "data-id": t.id, style: surprise(p), tabindex: place ? -1 : 0, "aria-label": `${visible(t.text)}, ${percent(p)}`, ...noted(() => others(t, place)),
 			onclick: e => { tip.show(e.currentTarget, others(t, place), true); tip.box.querySelector("button")?.focus(); } }, t.text);
 	}
 	function others(t, place) {
