@@ -44,7 +44,7 @@ class Router(nn.Module):
         if not (self.training and self.cfg.router == "sinkhorn"):
             shares, chosen = scores.topk(k, dim=-1)
             return shares, chosen
-        chosen = balanced(logits.detach(), self.stop).topk(k, dim=-1).indices
+        chosen = balanced(logits, self.stop).topk(k, dim=-1).indices
         return scores.gather(1, chosen), chosen
 
 
@@ -53,8 +53,9 @@ def sinkhorn_stop(cfg: ExpertsConfig, exact: bool) -> str:
     return cfg.sinkhorn_stop or ("absolute" if exact else "relative")
 
 
+@torch.no_grad()
 def balanced(logits: Tensor, stop: str) -> Tensor:
-    """The exponentials [m, e] of the logits, with rows and columns scaled towards equal sums (Sinkhorn, 1967).
+    """The exponentials [m, e] of the logits, rows and columns scaled towards equal sums (Sinkhorn, 1967); no gradients.
 
     As in GPT-NeoX's `megatron/model/router.py`, with at most three iterations and without waiting for the device. They
     end when the columns' factors change little: by less than the tolerance of their own size (`relative`), of 1, though
@@ -67,7 +68,7 @@ def balanced(logits: Tensor, stop: str) -> Tensor:
     ended = torch.zeros_like(rows[0], dtype=torch.bool)
     for _ in range(SINKHORN_STEPS):
         new_rows = 1 / m / (costs @ columns + SINKHORN_EPSILON)
-        new_columns = 1 / e / (new_rows @ costs + SINKHORN_EPSILON)
+        new_columns = 1 / e / (costs.T @ new_rows + SINKHORN_EPSILON)
         change = (columns - new_columns).abs().mean()
         rows, columns = rows.where(ended, new_rows), columns.where(ended, new_columns)
         match stop:

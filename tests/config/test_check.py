@@ -26,6 +26,10 @@ CONTRADICTIONS = [
         ["model.experts.count=4", "model.experts.top_k=5"],
         "model.experts.top_k=5 is more than model.experts.count=4; lower it",
     ),
+    (
+        ["model.experts.count=4", "train.compile=true"],
+        "of each of model.experts are not known; set train.compile=false",
+    ),
     (["model.experts.count=4", "model.mup.base_width=8"], "model.mup has no rates for the matrices of"),
     (["model.experts.count=6", "parallel.tp=4"], "parallel.tp=4 does not divide model.experts.count=6; use one of"),
     (

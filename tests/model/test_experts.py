@@ -14,6 +14,7 @@ from castalia.loading import build_model
 from castalia.model.experts import ExpertMLP, balanced, grouped
 from castalia.model.init import initialize, seeded_tensor
 from castalia.model.transformer import Transformer
+from castalia.parallel.activation_checkpointing import apply_activation_checkpointing
 
 SIZES = {"num_layers": 2, "hidden_size": 16, "num_heads": 2, "vocab_size": 64, "vocab_multiple": 1, "max_positions": 32}
 
@@ -112,6 +113,21 @@ def test_in_evaluation_a_token_changes_nothing_before_it(router):
             assert change[0, 8:].min() > 1e-4
             if not training or router == "topk":
                 assert change[0, :8].max() < 1e-5 and change[1].max() < 1e-5
+
+
+@pytest.mark.parametrize("router", ["topk", "sinkhorn"])
+def test_activations_that_are_computed_again_give_the_same_gradients(router):
+    cfg = ModelConfig(**SIZES, experts=ExpertsConfig(count=4, router=router))
+    tokens = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for mode in ("none", "selective", "full"):
+        model = Transformer(cfg)
+        initialize(model, cfg, seed=3)
+        apply_activation_checkpointing(model, mode, dropout=False)
+        model(tokens, labels=tokens)[0].backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for others in gradients[1:]:
+        assert all(map(torch.equal, gradients[0], others))
 
 
 def test_written_token_by_token_logits_are_those_of_the_whole_text():
