@@ -17,7 +17,7 @@ from castalia.data.indexed import DatasetWriter
 from castalia.plan.flops import training_flops
 from castalia.quickstart.choose import Pace
 from castalia.quickstart.family import architecture
-from castalia.train.setup import start
+from castalia.train.setup import Session, start
 
 TRIALS = {"cpu": ((2, 64), (4, 192)), "cuda": ((6, 384), (12, 768))}  # layers, width
 TRIAL_SECONDS = 4.0
@@ -59,8 +59,12 @@ def fitted(points: Sequence[tuple[float, float]]) -> Pace:
 
 
 def seconds_per_step(config: RunConfig, seconds: float) -> float:
-    """The median step of the run that the config describes, which is tried for so long. Writes indexes only."""
-    session = start(config)
+    """The median step of the run that the config describes, which is tried for so long. Writes nothing that stays."""
+    with tempfile.TemporaryDirectory() as folder:  # for the index of samples: that of the run is another one
+        return _median_step(start(config.with_({"data.cache_dir": folder})), seconds)
+
+
+def _median_step(session: Session, seconds: float) -> float:
     times: list[float] = []
     begin = time.perf_counter()
     while len(times) < WARMUP_STEPS + LEAST_STEPS or time.perf_counter() - begin < seconds:

@@ -57,6 +57,7 @@ def test_a_run_goes_on_by_the_same_command_and_its_config_makes_it_again(folder,
     assert "continuing runs/mine" in out and "where" in out.splitlines()[-2]
     assert Path("runs/mine/start.yml").read_text() == config
     assert "<html" in Path("runs/mine/report.html").read_text()[:200]
+    assert len([*Path("runs/mine/data").glob("train_*_doc_idx.npy")]) == 1  # measuring leaves no index of its own
     assert not run(monkeypatch, "train", "runs/mine/start.yml", "checkpoint.dir=again", "train.exit_interval=null")
     assert losses("again") == losses("runs/mine") and len(losses("again")) == 8
     assert not run(monkeypatch, *command)  # complete: the report once more
