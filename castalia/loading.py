@@ -80,11 +80,12 @@ def split_config(checkpoint: Checkpoint, tp: int, pp: int, world: int, seq_lengt
 def load_split(checkpoint: Checkpoint, tp: int, pp: int, dtype: torch.dtype, device: torch.device) -> SplitModel:
     """This process's part of the checkpoint's model, for writing and for log-probabilities."""
     # Here because meshes and shards take a second to import.
-    from castalia.parallel.inference import SplitModel
+    from castalia.parallel.inference import SplitModel, empty_stage, inference_mesh
     from castalia.parallel.shards import part
 
     config = split_config(checkpoint, tp, pp, world_size())
-    model = SplitModel(config.model, layout(config.parallel, world_size()), dtype, device, config.neox_exact)
+    mesh = inference_mesh(layout(config.parallel, world_size()), device.type)
+    model = SplitModel(empty_stage(config.model, mesh, dtype, device, config.neox_exact), mesh, dtype, device)
     # The local tensor, the whole shape, and where the one begins in the other.
     shards = {name: Shard(*part(parameter)[:3]) for name, parameter in model.stage.named_parameters()}
     load_shards(shards, config.model, checkpoint)

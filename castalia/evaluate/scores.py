@@ -8,7 +8,7 @@ import numpy as np
 
 from castalia.errors import DataError
 from castalia.evaluate.record_batches import LabelledDocument, Record, record_batches
-from castalia.parallel.executor import Executor, Rows
+from castalia.parallel.executor import Executor
 
 
 def score_documents(executor: Executor, documents: Sequence[LabelledDocument], rows: int) -> np.ndarray:
@@ -23,5 +23,5 @@ def score_documents(executor: Executor, documents: Sequence[LabelledDocument], r
             raise DataError(f"text {number} has {len(document.ids) - 1} tokens; the model takes {limit}")
     records = [Record("answer", (document,), {}) for document in documents]
     with executor.evaluating():
-        values = [executor.each_sequence(Rows.of(batch)) for batch in record_batches(records, rows, longest)]
+        values = list(executor.values(record_batches(records, rows, longest)))
     return np.concatenate([each.double().cpu().numpy() for each in values]) if values else np.zeros(0)

@@ -64,14 +64,39 @@ def sliced_cross_entropy(
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     num_rows = _rows_of(CHUNK_BYTES, rows.device, rows.dtype.itemsize * vocab)
     for start in range(0, len(rows), num_rows):
-        part, end = rows[start : start + num_rows], 0
-        logits = rows.new_empty(len(part), vocab)
-        for weight in slices():
-            torch.mm(part, weight.to(rows.dtype).T, out=logits[:, end : end + len(weight)])
-            end += len(weight)
+        logits = _sliced_logits(rows[start : start + num_rows], slices, vocab)
         total += _loss_and_gradient(logits, targets[start : start + num_rows], 0.0)
         del logits  # as below
     return total, (targets != IGNORE).sum()
+
+
+def sliced_token_losses(
+    hidden: Tensor,
+    slices: Callable[[], Iterable[Tensor]],
+    labels: Tensor,
+    vocab: int,
+    first: int = 0,
+    reduce: Callable[[Tensor, str], None] | None = None,
+) -> Tensor:
+    """`token_losses` without gradients, for a weight of which only some rows are cast at a time: same bits.
+
+    `slices` and `vocab` as in `sliced_cross_entropy`, of the rows that this rank holds.
+    """
+    rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+
+    def logits_of(part: slice) -> Tensor:
+        return _sliced_logits(rows[part], slices, vocab).float()
+
+    log_sums, label_logits = _log_sums(logits_of, targets, vocab, first, reduce)
+    return ((log_sums - label_logits) * (targets != IGNORE)).view(labels.shape)
+
+
+def _sliced_logits(rows: Tensor, slices: Callable[[], Iterable[Tensor]], vocab: int) -> Tensor:
+    logits, end = rows.new_empty(len(rows), vocab), 0
+    for weight in slices():
+        torch.mm(rows, weight.to(rows.dtype).T, out=logits[:, end : end + len(weight)])
+        end += len(weight)
+    return logits
 
 
 def linear_cross_entropy_reference(
@@ -103,21 +128,12 @@ def token_losses(
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, first: int, reduce: Any) -> Tensor:
-        log_sums = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        label_logits = torch.empty_like(log_sums)
         cast = weight.to(hidden.dtype)
-        for part, targets, here in _chunks(labels, weight, first):
-            logits = (hidden[part] @ cast.T).float()
-            largest = logits.amax(dim=-1)  # over all ranks, so that every rank's exponentials have the same scale
-            if reduce:
-                reduce(largest, "max")
-            sums = (logits - largest[:, None]).exp_().sum(dim=-1)
-            label_logits[part] = logits.gather(1, targets)[:, 0] * here  # 0 on ranks without the label's row
-            if reduce:
-                reduce(sums, "sum")
-            log_sums[part] = sums.log() + largest
-        if reduce:
-            reduce(label_logits, "sum")
+
+        def logits_of(part: slice) -> Tensor:
+            return (hidden[part] @ cast.T).float()
+
+        log_sums, label_logits = _log_sums(logits_of, labels, len(weight), first, reduce)
         ctx.save_for_backward(hidden, weight, labels, log_sums)
         ctx.first = first
         return (log_sums - label_logits) * (labels != IGNORE)
@@ -129,7 +145,7 @@ class _TokenLosses(torch.autograd.Function):
         cast, grad = weight.to(hidden.dtype), grad * (labels != IGNORE)
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for part, targets, here in _chunks(labels, weight, ctx.first):
+        for part, targets, here in _chunks(labels, len(weight), ctx.first):
             logits = (hidden[part] @ cast.T).float()
             d_logits = logits.sub_(log_sums[part][:, None]).exp_()  # softmax minus one-hot, times the loss's gradient
             d_logits.scatter_add_(1, targets, -here.float()[:, None])
@@ -140,16 +156,43 @@ class _TokenLosses(torch.autograd.Function):
         return d_hidden, d_weight, None, None, None
 
 
-def _chunks(labels: Tensor, weight: Tensor, first: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _log_sums(
+    logits_of: Callable[[slice], Tensor],
+    labels: Tensor,
+    vocab: int,
+    first: int,
+    reduce: Callable[[Tensor, str], None] | None,
+) -> tuple[Tensor, Tensor]:
+    """log(sum of exp(logits)) and the logit of the label, for each token [n] in fp32."""
+    log_sums = torch.empty(len(labels), dtype=torch.float32, device=labels.device)
+    label_logits = torch.empty_like(log_sums)
+    for part, targets, here in _chunks(labels, vocab, first):
+        logits = logits_of(part)
+        largest = logits.amax(dim=-1)  # over all ranks, so that every rank's exponentials have the same scale
+        if reduce:
+            reduce(largest, "max")
+        sums = (logits - largest[:, None]).exp_().sum(dim=-1)
+        label_logits[part] = logits.gather(1, targets)[:, 0] * here  # 0 on ranks without the label's row
+        if reduce:
+            reduce(sums, "sum")
+        log_sums[part] = sums.log() + largest
+        del logits  # else they would stay in memory until the next chunk's exist
+    if reduce:
+        reduce(label_logits, "sum")
+    return log_sums, label_logits
+
+
+def _chunks(labels: Tensor, vocab: int, first: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Chunks of the tokens whose fp32 logits fit into the limit.
 
-    With each come the labels as rows of `weight` [n, 1], and whether `weight` has the row of the label [n].
+    With each come the labels as rows of the weight [n, 1], and whether it has the row of the label [n]. It has `vocab`
+    rows, of the vocabulary those from `first` on.
     """
-    num_rows = max(1, CHUNK_BYTES.get(labels.device.type, 64 << 20) // (4 * weight.shape[0]))
+    num_rows = max(1, CHUNK_BYTES.get(labels.device.type, 64 << 20) // (4 * vocab))
     for start in range(0, len(labels), num_rows):
         part = slice(start, start + num_rows)
-        here = (labels[part] >= first) & (labels[part] < first + weight.shape[0])
-        yield part, (labels[part] - first).clamp(0, weight.shape[0] - 1)[:, None], here
+        here = (labels[part] >= first) & (labels[part] < first + vocab)
+        yield part, (labels[part] - first).clamp(0, vocab - 1)[:, None], here
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -95,6 +95,8 @@ class Transformer(nn.Module):
     tokens; a stage without `norm` returns the hidden state.
     """
 
+    calls_at_once = 1  # how many calls `hidden_each` takes through the model together
+
     def __init__(
         self,
         cfg: ModelConfig,
@@ -145,6 +147,12 @@ class Transformer(nn.Module):
         x = self.hidden(tokens, cache=cache, positions=positions, documents=documents)
         if self.norm is None:  # a pipeline stage that is not the last
             return x
+        return self.finish(x, labels, per_sequence=per_sequence, answers=answers)
+
+    def finish(
+        self, x: Tensor, labels: Tensor | None = None, *, per_sequence: bool = False, answers: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """What `forward` gives, from the final hidden state [b, t, h]."""
         if labels is None:
             return self.logits(x)
         if per_sequence:  # the only use that a reward model has for labels

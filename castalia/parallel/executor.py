@@ -218,6 +218,10 @@ class Executor:
             (width,) = self.widths([part])
             yield part.until(width).to(self.device)
 
+    def values(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
+        """`each_sequence` of each batch."""
+        return (self.each_sequence(Rows.of(batch)) for batch in batches)
+
     def gradients(self) -> list[Tensor]:
         """This rank's parts of the gradients."""
         return [p.grad for p in self.model.parameters() if p.grad is not None]

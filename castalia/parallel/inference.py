@@ -14,11 +14,38 @@ from torch.nn import functional as F
 from castalia.config.schema import ModelConfig
 from castalia.errors import ConfigError
 from castalia.model.transformer import Transformer
-from castalia.parallel.mesh import build_mesh
+from castalia.parallel.mesh import Mesh, build_mesh
 from castalia.parallel.pipeline import cut_stage
 from castalia.parallel.rank_grid import RankGrid
 from castalia.parallel.shards import local
 from castalia.parallel.tensor_parallel import apply_tensor_parallel, replicate_other_parameters
+
+
+def inference_mesh(layout: RankGrid, device_type: str) -> Mesh:
+    """The mesh of one copy of a model. Called on all ranks. Raises ConfigError for data ranks."""
+    if layout.dp > 1:
+        raise ConfigError(
+            f"{layout.world} processes are more than tp {layout.tp} x pp {layout.pp}, which one copy of the model "
+            f"takes; start {layout.tp * layout.pp}"
+        )
+    return build_mesh(layout, device_type)
+
+
+def divide(model: Transformer, mesh: Mesh) -> None:
+    """Leave this rank's share of a model that is on the meta device, so that no rank ever holds all of it."""
+    if mesh.layout.pp > 1:
+        cut_stage(model, mesh.pp_rank, mesh.layout.pp, model.cfg.max_positions or 1)
+    if mesh.layout.tp > 1:
+        apply_tensor_parallel(model, mesh.tensor, sequence_parallel=False)
+        replicate_other_parameters(model, mesh.tensor)
+
+
+def empty_stage(cfg: ModelConfig, mesh: Mesh, dtype: torch.dtype, device: torch.device, exact: bool) -> Transformer:
+    """This rank's share of a model. Parameters are left unset; they and the computation are in `dtype`."""
+    with torch.device("meta"):
+        stage = Transformer(cfg, exact=exact).to(dtype)
+    divide(stage, mesh)
+    return stage.to_empty(device=device).eval()
 
 
 class SplitModel(nn.Module):
@@ -27,58 +54,64 @@ class SplitModel(nn.Module):
     Logits are bit-equal on all ranks, so that each rank samples the same next tokens by itself.
     """
 
-    def __init__(
-        self, cfg: ModelConfig, layout: RankGrid, dtype: torch.dtype, device: torch.device, exact: bool
-    ) -> None:
-        """Parameters are left unset; they and the computation are in `dtype`. Raises ConfigError for data ranks."""
+    def __init__(self, stage: Transformer, mesh: Mesh, dtype: torch.dtype, device: torch.device) -> None:
+        """`stage`: this rank's share. `dtype` and `device`: of activations."""
         super().__init__()
-        if layout.dp > 1:
-            raise ConfigError(
-                f"{layout.world} processes are more than tp {layout.tp} x pp {layout.pp}, which one copy of the model "
-                f"takes; start {layout.tp * layout.pp}"
-            )
-        self.cfg, self.compute_dtype = cfg, None
-        mesh = build_mesh(layout, device.type)
+        self.stage: Any = stage
+        self.cfg, self.compute_dtype, self.dtype, self.device = stage.cfg, None, dtype, device
         self.tensor, self.group = mesh.tensor, mesh.pipeline.get_group()
-        self.rank, self.last = mesh.pp_rank, layout.pp - 1
-        # On the meta device, so that no rank ever holds the whole model.
-        with torch.device("meta"):
-            stage = Transformer(cfg, exact=exact).to(dtype)
-        if layout.pp > 1:
-            stage = cut_stage(stage, self.rank, layout.pp, cfg.max_positions or 1)
-        apply_tensor_parallel(stage, self.tensor, sequence_parallel=False)
-        replicate_other_parameters(stage, self.tensor)
-        self.stage: Any = stage.to_empty(device=device).eval()
+        self.rank, self.last = mesh.pp_rank, mesh.layout.pp - 1
 
-    def hidden(self, tokens: Tensor, *, cache: Any) -> Tensor:
-        """tokens [b, t] -> the hidden state [b, t, h] after this rank's stage. The cache takes up the tokens."""
-        x = tokens
-        if self.rank > 0:
-            weight = next(self.parameters())  # has the dtype and the device of activations
-            x = torch.empty(*tokens.shape, self.cfg.hidden_size, dtype=weight.dtype, device=weight.device)
-            dist.recv(x, group=self.group, group_src=self.rank - 1)
-        x = self.stage.hidden(x, cache=cache)
-        if self.rank < self.last:
+    @property
+    def is_last(self) -> bool:
+        """Whether this rank has the last stage."""
+        return self.rank == self.last
+
+    @property
+    def calls_at_once(self) -> int:
+        """See `Transformer.calls_at_once`."""
+        return self.stage.calls_at_once
+
+    def hidden(self, tokens: Tensor, **arguments: Any) -> Tensor:
+        """tokens [b, t] -> the hidden state [b, t, h] after this rank's stage. A cache takes up the tokens."""
+        return next(iter(self.hidden_each([(tokens, arguments)])))
+
+    def hidden_each(self, calls: Iterable[tuple[Tensor, Mapping[str, Any]]]) -> Iterator[Tensor]:
+        """`hidden` of several (tokens, arguments).
+
+        A stage in memory takes one after another from the stage before it, a streamed one takes all of them first.
+        """
+        return map(self._handed_on, self.stage.hidden_each((self._arriving(tokens), rest) for tokens, rest in calls))
+
+    def _arriving(self, tokens: Tensor) -> Tensor:
+        """The tokens on the first stage; on others the hidden state of the stage before."""
+        if self.rank == 0:
+            return tokens
+        x = torch.empty(*tokens.shape, self.cfg.hidden_size, dtype=self.dtype, device=self.device)
+        dist.recv(x, group=self.group, group_src=self.rank - 1)
+        return x
+
+    def _handed_on(self, x: Tensor) -> Tensor:
+        if not self.is_last:
             dist.send(x.contiguous(), group=self.group, group_dst=self.rank + 1)
         return x
 
-    def hidden_each(self, calls: Iterable[tuple[Tensor, Mapping[str, Any]]]) -> Iterator[Tensor]:
-        """`hidden` of several (tokens, arguments), one after another."""
-        return (self.hidden(tokens, **arguments) for tokens, arguments in calls)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return next(self.parameters()).device
-
     def logits(self, x: Tensor) -> Tensor:
         """x [rows, h] of the last stage -> logits [rows, V] on every rank; other stages' x is ignored."""
-        if self.rank == self.last:
+        if self.is_last:
             # Each tensor rank computes its rows of the vocabulary, [rows, V / tp]; then all of them are gathered.
-            part = F.linear(x, local(self.stage.head_weight).to(x.dtype))
+            part = self.own_logits(x)
             whole = DTensor.from_local(part, self.tensor, [Shard(1)], run_check=False).full_tensor().contiguous()
         else:
             whole = x.new_empty(len(x), self.cfg.padded_vocab_size)
+        return self.from_last(whole)
+
+    def own_logits(self, x: Tensor) -> Tensor:
+        """x [rows, h] -> the logits [rows, V / tp] of this tensor rank's rows of the vocabulary."""
+        return F.linear(x, local(self.stage.head_weight).to(x.dtype))
+
+    def from_last(self, value: Tensor) -> Tensor:
+        """The value of the last stage in place of each rank's own."""
         if self.last:
-            dist.broadcast(whole, group=self.group, group_src=self.last)
-        return whole
+            dist.broadcast(value, group=self.group, group_src=self.last)
+        return value

@@ -33,13 +33,17 @@ LOGITS_BYTES = 24  # per token of the vocabulary, of a row's logits and of what 
 
 @dataclass(frozen=True)
 class StreamedSizes:
-    """Bytes of a checkpoint's parts, in memory as they are stored, or in the compute dtype where that is narrower."""
+    """Bytes of a checkpoint's parts, or of a process's share of it.
+
+    In memory they are as they are stored, or in the compute dtype where that is narrower.
+    """
 
     blocks: tuple[int, ...]
     head: int  # 0 for a model that predicts no tokens
     rest: int  # norms and learned positions, which are always in memory
     cast: int  # the largest matrix in the compute dtype; 0 if all are held in it
     reading: int  # what reading needs besides: threads' windows, and tensors that are permuted on the way
+    read: tuple[int, ...] = ()  # of the files that each block is read from; empty: as many as it has in memory
     packed: int = 0  # a block in the form in which CPUs write fastest, for models that are packed; else 0
     packing: int = 0  # what packing needs: the packed block or head at hand, and copies on the way to it
 
@@ -100,7 +104,8 @@ class StreamPlan:
     @property
     def bytes_per_pass(self) -> int:
         """What is read from disk in each pass after the first, which reads everything."""
-        streamed = sum(size for number, size in enumerate(self.sizes.blocks) if number not in self.resident)
+        sizes = self.sizes.read or self.sizes.blocks
+        streamed = sum(size for number, size in enumerate(sizes) if number not in self.resident)
         cache = self.items * self.work.cache_each if self.cache_on_disk else 0
         return streamed + (0 if self.head_stays else self.sizes.head) + cache
 

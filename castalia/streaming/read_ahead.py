@@ -2,6 +2,8 @@
 
 in use          | 0     | 1     | 2     |      two buffers: unit 2 is read into the buffer of unit 0
 reading     | 0 | 1 |   | 2 |   | 3 |          as soon as that is no longer in use
+
+For a GPU a unit is in use until it has been copied there (`device_copies.py`).
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from castalia.plan.stream_plan import BUFFERS, PIECE_BYTES, READERS
 from castalia.storage.direct import private_memory
 from castalia.storage.extent import read_past_cache, verifying
 from castalia.storage.lazy import TensorRef
+from castalia.streaming.device_copies import DeviceCopies
 from castalia.streaming.stream_units import Unit, is_read_in_rows
 
 
@@ -31,9 +34,10 @@ class Arrival:
     """A unit that is being read, or was."""
 
     number: int
-    memory: Tensor | None  # bytes; None for what is kept
+    memory: Tensor | None  # bytes on the host; None for what is kept, and where only the copy on a device is left
     views: dict[str, Tensor]
     made: Any = None  # what was made of it
+    copy: Tensor | None = None  # its bytes on a device
     parts: list[Future] = field(default_factory=list)
     checks: ExitStack = field(default_factory=ExitStack)  # completes the checksums of a first reading
 
@@ -50,18 +54,28 @@ class ReadAhead:
         past_cache: bool = True,
         make: Callable[[int, dict[str, Tensor]], Any] | None = None,
         finite: bool = True,
+        device: torch.device | None = None,
     ) -> None:
         """`stays`: numbers of the units that are read only once. `where` names the checkpoint in errors.
 
         `past_cache`: for units that together have no room in the page cache. `make`: turns a unit's tensors into what
-        is used in their place, and what is kept of units that stay. `finite`: whether all values must be.
+        is used in their place, and what is kept of units that stay. `finite`: whether all values must be. `device`: the
+        one that units are copied to; None: they are used where they were read.
         """
         self.units, self.stays, self.where, self.make, self.finite = units, frozenset(stays), where, make, finite
         self.kept: dict[int, Arrival] = {}
         self.sound: set[int] = set()  # units whose checksums and values have been found right
         streamed = [unit for number, unit in enumerate(units) if number not in self.stays]
         size = max((unit.num_bytes for unit in streamed), default=0)
-        self.free = [bytes_of_memory(size) for _ in range(min(BUFFERS, len(streamed)))]
+        self.copies = DeviceCopies(device, size, min(BUFFERS, len(streamed))) if device else None
+        # Each with the copy of what it held before, which has to be complete first. To a device all units go through
+        # the buffers, those that stay there, too.
+        self.free: list[tuple[Tensor, torch.cuda.Event | None]]
+        if self.copies:
+            largest = max((unit.num_bytes for unit in units), default=0)
+            self.free = [(self.copies.host_memory(largest), None) for _ in range(min(BUFFERS, len(units)))]
+        else:
+            self.free = [(bytes_of_memory(size), None) for _ in range(min(BUFFERS, len(streamed)))]
         self.pending: deque[Arrival] = deque()
         self.current: Arrival | None = None
         self.readers = ThreadPoolExecutor(READERS, thread_name_prefix="reader")
@@ -114,20 +128,27 @@ class ReadAhead:
             following = (last + step) % len(self.units)
             if following in self.kept or following == number:
                 continue
-            if len(self.pending) == BUFFERS or (following not in self.stays and not self.free):
+            if len(self.pending) == BUFFERS or not (self.free or self._has_own_memory(following)):
                 return
             self._begin(following)
 
+    def _has_own_memory(self, number: int) -> bool:
+        """Whether the unit is read into memory that is never a buffer."""
+        return number in self.stays and self.copies is None
+
     def _begin(self, number: int) -> None:
-        unit = self.units[number]
-        memory = bytes_of_memory(unit.num_bytes) if number in self.stays else self.free.pop()
+        unit, copied = self.units[number], None
+        if self._has_own_memory(number):
+            memory = bytes_of_memory(unit.num_bytes)
+        else:
+            memory, copied = self.free.pop(0)
         arrival = Arrival(number, memory, unit.views(memory))
         if number not in self.sound:
             arrival.checks.enter_context(verifying(unit.tensors.values()))
         # The largest first: begun last, it would keep one thread busy while the others wait.
         for name, view in sorted(arrival.views.items(), key=lambda item: -item[1].numel()):
             for task in tasks(unit.tensors[name], view, number in self.sound):
-                arrival.parts.append(self.readers.submit(read_in_pieces, *task))
+                arrival.parts.append(self.readers.submit(read_after, copied, *task))
         self.pending.append(arrival)
 
     def _finished(self, arrival: Arrival) -> Arrival:
@@ -139,6 +160,8 @@ class ReadAhead:
             if self.finite:
                 require_finite(arrival.views, self.where)
             self.sound.add(arrival.number)
+        if self.copies:
+            self._copy_to_device(arrival, self.copies)
         arrival.made = self.make(arrival.number, arrival.views) if self.make else arrival.views
         if arrival.number in self.stays:
             # Without the memory itself: it lives on only if what was made of it still refers to it.
@@ -146,10 +169,20 @@ class ReadAhead:
             return self.kept[arrival.number]
         return arrival
 
+    def _copy_to_device(self, arrival: Arrival, copies: DeviceCopies) -> None:
+        """Begin to copy a unit; its buffer is free again."""
+        assert arrival.memory is not None
+        unit = self.units[arrival.number]
+        arrival.copy, copied = copies.copy(arrival.memory[: unit.num_bytes], arrival.number in self.stays)
+        self.free.append((arrival.memory, copied))
+        arrival.memory, arrival.views = None, unit.views(arrival.copy)
+
     def _release(self, arrival: Arrival) -> None:
         """A buffer can be used again; memory of a unit that stays goes with whatever still uses it."""
-        if arrival.memory is not None and arrival.number not in self.stays:
-            self.free.append(arrival.memory)
+        if self.copies and arrival.copy is not None and arrival.number not in self.stays:
+            self.copies.release(arrival.copy)
+        if arrival.memory is not None and not self._has_own_memory(arrival.number):
+            self.free.append((arrival.memory, None))
 
     def _discard(self) -> None:
         """Give up what was being read."""
@@ -179,6 +212,13 @@ def tasks(ref: TensorRef, out: Tensor, verified: bool) -> list[tuple[TensorRef, 
     if not verified or out.nbytes < READERS * PIECE_BYTES or not is_read_in_rows(ref):
         return [(ref, out, 0)]
     return [(ref, out[start : start + share], start) for start in range(0, rows, share)]
+
+
+def read_after(copied: torch.cuda.Event | None, ref: TensorRef, out: Tensor, first: int) -> None:
+    """`read_in_pieces`, once the copy of what `out` held before is complete."""
+    if copied:
+        copied.synchronize()
+    read_in_pieces(ref, out, first)
 
 
 def read_in_pieces(ref: TensorRef, out: Tensor, first: int) -> None:

@@ -3,6 +3,8 @@
 for each pass:    embed all micro-batches, from the embedding's rows of their tokens
                   for each block: take it from the reader, all micro-batches go through it
                   final norm; logits or loss with the head, of which some rows are cast at a time
+
+Of a model that is split over processes this is one process's share; `streamed_ranks.py` says how it is cut.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from castalia.checkpoint.restore import require_finite
 from castalia.config.schema import ModelConfig
 from castalia.data.loader import Batch
 from castalia.model.layers import Linear, linear
-from castalia.model.loss import sliced_cross_entropy
+from castalia.model.loss import IGNORE, sliced_cross_entropy, sliced_token_losses
 from castalia.model.transformer import Block, Transformer
 from castalia.parallel.executor import Executor, Rows
 from castalia.plan.stream_plan import HEAD_ROWS, StreamPlan, head_slice_bytes
@@ -26,6 +28,9 @@ from castalia.storage.lazy import TensorRef
 from castalia.streaming.read_ahead import ReadAhead, bytes_of_memory, read_in_pieces
 from castalia.streaming.stream_units import ModelUnits, Unit, held_dtype
 
+FEW_TOKENS = 16  # with so few, a product takes as long as its weight takes to come from memory
+TILE_BYTES = 1 << 20  # of a weight that is cast at a time then: they are still in the core's cache when they are used
+TILE_ROWS = 16  # of which tiles have a multiple
 NEAR_ROWS = 8  # rows of the embedding that are this near to each other are read together
 
 
@@ -39,6 +44,8 @@ class Packing(NamedTuple):
 class StreamedTransformer(Transformer):
     """The model of `units`, for inference. Its blocks have parameters only while they are in memory."""
 
+    reduce: Callable[[Tensor, str], None] | None = None  # of a tensor rank: see `castalia.model.loss.token_losses`
+
     def __init__(
         self,
         cfg: ModelConfig,
@@ -50,29 +57,37 @@ class StreamedTransformer(Transformer):
         past_cache: bool = True,
         packing: Packing | None = None,
         finite: bool = True,
+        device: torch.device | None = None,
+        cut: Cut | None = None,
         advance: Callable[[int], None] = lambda blocks: None,
     ) -> None:
         """`where` names the checkpoint in errors; `finite`: values that are not are one.
 
-        `advance` is called after each block of a pass.
+        `device`: the one that blocks are copied to; None: the processor computes with them where they were read.
+        `cut` leaves this process's share of the model, where it is split. `advance` is called after each block of a
+        pass.
         """
         with torch.device("meta"):
             # There is no memory for all weights at once; they come in block by block.
             super().__init__(cfg, compute_dtype=torch.float32 if packing else units.dtype, exact=exact)
-        self.packing = packing
+        self.packing, self.copied_to, self.cut = packing, device, cut or Cut()
         self.plan, self.advance = plan, advance
-        del self.loss  # the method below; as an attribute, it would keep the model alive
-        self.scratch = Scratch(max(plan.sizes.cast, head_slice_bytes(cfg, units.dtype.itemsize)))
-        self.embed = GatheredRows(units.embedding, units.dtype, where if finite else None)  # type: ignore[assignment]
+        cast_bytes = max(plan.sizes.cast, head_slice_bytes(cfg, units.dtype.itemsize))
+        self.scratch = self.cut.scratch(cast_bytes, self.device)
         for block in self.blocks.values():
             use_scratch(block, self.scratch)
+        self.cut.divide(self)
+        del self.loss, self.token_losses  # the methods below; as attributes, they would keep the model alive
+        self.embed = GatheredRows(units.embedding, units.dtype, where if finite else None)  # type: ignore[assignment]
         for name, _ in list(self.named_parameters()):
             self.set_parameter(name, None)
-        # To the reader the head is one more unit, numbered after the last block.
-        stays = [*plan.resident, *([cfg.num_layers] if plan.head_stays else [])]
+        # To the reader units are numbered from 0 on, and the head is one more after the last block.
+        self.numbers = [int(name) for name in self.blocks]
+        stays = [*plan.resident, *([len(self.numbers)] if plan.head_stays and units.head.tensors else [])]
         make = self.packed if packing else None
         parts = [*units.blocks, *([units.head] if units.head.tensors else [])]
-        self.reader = ReadAhead(parts, stays, where, past_cache=past_cache, make=make, finite=finite)
+        self.reader = ReadAhead(parts, stays, where, past_cache=past_cache, make=make, finite=finite, device=device)
+        self.first_row = units.share.tp_rank * next((len(ref) for ref in units.head.tensors.values()), 0)
         self.bound: list[str] = []  # names of the parameters of the block that is in a buffer
         self.hold(units.rest, where if finite else None)
         if packing and self.norm is not None:
@@ -84,23 +99,28 @@ class StreamedTransformer(Transformer):
         memory = rest.views(bytes_of_memory(rest.num_bytes))
         for name, view in memory.items():
             read_in_pieces(rest.tensors[name], view, 0)
-            self.set_parameter(name, view)
+            self.set_parameter(name, view.to(self.device))
         if where is not None:
             require_finite(memory, where)
 
     def set_parameter(self, name: str, value: Tensor | None) -> None:
         """Give a parameter its values, or take them away."""
         module, _, own = name.rpartition(".")
-        parameter = None if value is None else nn.Parameter(value, requires_grad=False)
+        parameter = None if value is None else nn.Parameter(self.cut.placed(name, value), requires_grad=False)
         setattr(self.get_submodule(module), own, parameter)
 
     @property
     def device(self) -> torch.device:
         """Where it computes."""
-        return torch.device("cpu")
+        return self.copied_to or torch.device("cpu")
+
+    @property
+    def calls_at_once(self) -> int:  # type: ignore[override]
+        """As many calls as its plan has room for go through a block while it is there."""
+        return self.plan.items
 
     def block(self, number: int) -> nn.Module:
-        """A block with its parameters, which are valid until the next call."""
+        """A block with its parameters, which are valid until the next call. They are numbered from 0 on."""
         if self.packing:
             return self.reader.take(number)
         for name in self.bound:
@@ -109,12 +129,12 @@ class StreamedTransformer(Transformer):
         for name, view in views.items():
             self.set_parameter(name, view)
         self.bound = list(views)
-        return self.blocks[str(number)]
+        return self.blocks[str(self.numbers[number])]
 
     def packed(self, number: int, views: Mapping[str, Tensor]) -> nn.Module:
         """A block, or the head, in the form in which CPUs write fastest."""
         assert self.packing
-        if number == self.cfg.num_layers:
+        if number == len(self.numbers):
             return self.packing.head(next(iter(views.values())))
         with torch.device("meta"):
             block = Block(self.cfg, number, self.exact)
@@ -134,7 +154,7 @@ class StreamedTransformer(Transformer):
         entered = [self.enter(tokens, **arguments) for tokens, arguments in calls]
         states, contexts = [x for x, _ in entered], [context for _, context in entered]
         del entered
-        for number in range(self.cfg.num_layers):
+        for number in range(len(self.numbers)):
             block = self.block(number)
             for index, context in enumerate(contexts):
                 with self.kernels(states[index], context.cache):
@@ -146,31 +166,39 @@ class StreamedTransformer(Transformer):
 
     @property
     def head_weight(self) -> Tensor:
-        """The head's matrix [V, h] as it is held, valid until the next block is needed."""
-        return next(iter(self.reader.take(self.cfg.num_layers).values()))
+        """The head's matrix [V, h] as it is held, of a tensor rank its rows; valid until the next block is needed."""
+        return next(iter(self.reader.take(len(self.numbers)).values()))
 
     def logits(self, x: Tensor) -> Tensor:
-        """See `Transformer.logits`."""
+        """See `Transformer.logits`. Of a tensor rank those of its rows of the vocabulary."""
         self.refuse_tokens_of_a_reward_model()
         if self.packing:
-            return self.reader.take(self.cfg.num_layers)(x)
+            return self.reader.take(len(self.numbers))(x)
         return torch.cat([linear(x, rows) for rows in self.head_slices(self.head_weight, x.dtype)], dim=-1)
 
     def loss(  # type: ignore[override]
         self, x: Tensor, weight: Tensor, labels: Tensor, z_loss: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         """The loss of a model that does not train, as `linear_cross_entropy` gives it."""
-        return sliced_cross_entropy(x, lambda: self.head_slices(weight, x.dtype), labels, len(weight))
+        if self.reduce is None:
+            return sliced_cross_entropy(x, lambda: self.head_slices(weight, x.dtype), labels, len(weight))
+        return self.token_losses(x, weight, labels).sum(), (labels != IGNORE).sum()
+
+    def token_losses(self, x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:  # type: ignore[override]
+        """The losses of a model that does not train, as `castalia.model.loss.token_losses` gives them."""
+
+        def slices() -> Iterator[Tensor]:
+            return self.head_slices(weight, x.dtype)
+
+        return sliced_token_losses(x, slices, labels, len(weight), self.first_row, self.reduce)
 
     def head_slices(self, weight: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
         """Rows of the head in `dtype`, each valid until the next ones are asked for."""
         if weight.dtype == dtype:
             yield weight
             return
-        # The last slice takes the remainder along, and has up to twice as many rows.
-        starts = range(0, max(1, len(weight) - HEAD_ROWS + 1), HEAD_ROWS)
-        for start, stop in pairwise((*starts, len(weight))):
-            yield self.scratch.cast(weight[start:stop], dtype)
+        for rows in slices_of(weight, HEAD_ROWS):
+            yield self.scratch.cast(rows, dtype)
 
 
 class StreamedExecutor(Executor):
@@ -181,11 +209,22 @@ class StreamedExecutor(Executor):
     def losses(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor]]:
         """See `Executor.losses`. Each batch is one micro-batch."""
         remaining = iter(batches)
-        while group := list(islice(remaining, self.model.plan.items)):
-            rows = [Rows.of(batch) for batch in group]
-            calls = [(each.tokens, {"documents": each.documents}) for each in rows]
-            for batch, each, x in zip(group, rows, self.model.hidden_each(calls), strict=True):
-                yield batch, self.model.loss(x, self.model.head_weight, each.labels)[0]
+        while group := list(islice(remaining, self.model.calls_at_once)):
+            for batch, rows, x in self._through_blocks(group):
+                yield batch, self.model.loss(x, self.model.head_weight, rows.labels)[0]
+
+    def values(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
+        """See `Executor.values`. Each batch is one micro-batch."""
+        remaining = iter(batches)
+        while group := list(islice(remaining, self.model.calls_at_once)):
+            for _, rows, x in self._through_blocks(group):
+                yield self.model.finish(x, rows.labels, per_sequence=True, answers=rows.answers)  # type: ignore[misc]
+
+    def _through_blocks(self, group: list[Batch]) -> Iterator[tuple[Batch, Rows, Tensor]]:
+        """Each batch, its tensors and its final hidden state, from one pass."""
+        rows = [Rows.of(batch).to(self.device) for batch in group]
+        calls = [(each.tokens, {"documents": each.documents}) for each in rows]
+        return zip(group, rows, self.model.hidden_each(calls), strict=True)
 
 
 class GatheredRows(nn.Module):
@@ -199,6 +238,7 @@ class GatheredRows(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """[...] -> [..., h], in the dtype in which they are held."""
         wanted, places = tokens.cpu().unique(return_inverse=True)  # [ids], and of each token which of them
+        places = places.to(tokens.device)
         # One read for a run of near ids: the rows between them cost less than another read.
         ends = (wanted.diff() > NEAR_ROWS).nonzero().flatten() + 1
         runs = wanted.tensor_split(ends)
@@ -206,14 +246,17 @@ class GatheredRows(nn.Module):
         rows = torch.cat(read).to(self.dtype)
         if self.where is not None:
             require_finite({"embed.weight": rows}, self.where)
-        return rows[places]  # [ids, h] -> [..., h]
+        return rows.to(tokens.device)[places]  # [ids, h] -> [..., h]
 
 
 class Scratch:
     """Memory for one tensor in another dtype, used over and over: fresh memory would cost as much as the cast."""
 
-    def __init__(self, num_bytes: int) -> None:
-        self.memory = bytes_of_memory(num_bytes)
+    in_tiles = True  # whether a weight may be cast some rows at a time
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        memory = bytes_of_memory(num_bytes if device.type == "cpu" else 0)
+        self.memory = memory if device.type == "cpu" else memory.new_empty(num_bytes, device=device)
 
     def cast(self, value: Tensor, dtype: torch.dtype) -> Tensor:
         """The tensor in this dtype; valid until the next call."""
@@ -231,7 +274,43 @@ class ScratchLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        return linear(x, self.scratch.cast(self.weight, x.dtype), self.bias)
+        many = x.numel() > FEW_TOKENS * self.in_features
+        if self.weight.dtype == x.dtype or x.device.type != "cpu" or many or not self.scratch.in_tiles:
+            return linear(x, self.scratch.cast(self.weight, x.dtype), self.bias)
+        out, end = x.new_empty(*x.shape[:-1], self.out_features), 0
+        for rows in slices_of(self.weight, tile_rows(self.in_features * x.itemsize)):
+            part = slice(end, end + len(rows))
+            bias = None if self.bias is None else self.bias[part]
+            out[..., part] = linear(x, self.scratch.cast(rows, x.dtype), bias)
+            end = part.stop
+        return out
+
+
+def tile_rows(row_bytes: int) -> int:
+    """Rows of a weight that are cast at a time where all of it is used for few tokens."""
+    return max(TILE_ROWS, TILE_BYTES // row_bytes // TILE_ROWS * TILE_ROWS)
+
+
+def slices_of(weight: Tensor, rows: int) -> Iterator[Tensor]:
+    """The rows, so many at a time. The last ones take the remainder along, and are up to twice as many.
+
+    With a few rows only, libraries may choose other kernels, whose last bits differ.
+    """
+    starts = range(0, max(1, len(weight) - rows + 1), rows)
+    return (weight[start:stop] for start, stop in pairwise((*starts, len(weight))))
+
+
+class Cut:
+    """How this process's share is cut from a model; this one leaves it whole."""
+
+    scratch: type[Scratch] = Scratch
+
+    def divide(self, model: Transformer) -> None:
+        """Leave this process's share of a model on the meta device."""
+
+    def placed(self, name: str, value: Tensor) -> Tensor:
+        """A parameter's values as the share's modules take them."""
+        return value
 
 
 def use_scratch(module: nn.Module, scratch: Scratch) -> None:

@@ -1,0 +1,116 @@
+"""A model that is split over several processes, each of which reads its share from disk block by block.
+
+rank 0    embedding, blocks 0 to 21     all micro-batches of a pass go through a block, then on to rank 1
+rank 1    blocks 22 to 43, head         meanwhile rank 0 reads on for the next pass
+
+Tensor ranks read their rows or columns of each matrix, and add up their results as in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from castalia.data.loader import Batch
+from castalia.model.transformer import Transformer
+from castalia.parallel.executor import Executor, Rows
+from castalia.parallel.inference import SplitModel, divide
+from castalia.parallel.mesh import Mesh
+from castalia.streaming.stream_units import Share
+from castalia.streaming.streamed_model import Cut, Scratch, StreamedTransformer
+
+
+def share_of(mesh: Mesh) -> Share:
+    """What this process holds of a model."""
+    return Share(mesh.pp_rank, mesh.layout.pp, mesh.tp_rank, mesh.layout.tp)
+
+
+class RankScratch(Scratch):
+    """Casts this rank's part of a tensor."""
+
+    in_tiles = False  # a slice of a DTensor takes longer than it saves
+
+    def cast(self, value: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `Scratch.cast`."""
+        if not isinstance(value, DTensor) or value.dtype == dtype:
+            return super().cast(value, dtype)
+        part = super().cast(value.to_local(), dtype)
+        return DTensor.from_local(part, value.device_mesh, value.placements, run_check=False)
+
+
+class RankCut(Cut):
+    """The share of one rank of a mesh. Parameters are DTensors where the model is split over tensor ranks."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh, self.placements = mesh, dict[str, tuple]()
+        if mesh.layout.tp > 1:
+            self.scratch = RankScratch
+
+    def divide(self, model: Transformer) -> None:
+        """See `Cut.divide`."""
+        divide(model, self.mesh)
+        self.placements = {name: p.placements for name, p in model.named_parameters() if isinstance(p, DTensor)}
+
+    def placed(self, name: str, value: Tensor) -> Tensor:
+        """See `Cut.placed`."""
+        if name not in self.placements:
+            return value
+        return DTensor.from_local(value, self.mesh.tensor, self.placements[name], run_check=False)
+
+
+class StreamedSplit(SplitModel):
+    """A split model whose stage is streamed."""
+
+    stage: StreamedTransformer
+
+    def __init__(self, stage: StreamedTransformer, mesh: Mesh) -> None:
+        super().__init__(stage, mesh, stage.compute_dtype or torch.float32, stage.device)
+        if mesh.layout.tp > 1:
+            operations, group = {"max": dist.ReduceOp.MAX, "sum": dist.ReduceOp.SUM}, mesh.tensor.get_group()
+
+            def reduce(tensor: Tensor, how: str) -> None:
+                dist.all_reduce(tensor, operations[how], group)
+
+            stage.reduce = reduce
+
+    @property
+    def plan(self):  # noqa: ANN201
+        """Of this process's share."""
+        return self.stage.plan
+
+    @property
+    def reader(self):  # noqa: ANN201
+        """Of this process's share."""
+        return self.stage.reader
+
+    def own_logits(self, x: Tensor) -> Tensor:
+        """See `SplitModel.own_logits`."""
+        return self.stage.logits(x)
+
+
+class StreamedSplitExecutor(Executor):
+    """Evaluates a model that is split over processes and streamed on each."""
+
+    def __init__(self, model: StreamedSplit, micro_batch_size: int) -> None:
+        super().__init__(model.stage, micro_batch_size)
+        self.split = model
+
+    def losses(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor]]:
+        """See `Executor.losses`. Each batch is one micro-batch; every rank has its loss."""
+        remaining, stage = iter(batches), self.split.stage
+        while group := list(islice(remaining, stage.calls_at_once)):
+            rows = [Rows.of(batch).to(self.device) for batch in group]
+            calls = [(each.tokens, {"documents": each.documents}) for each in rows]
+            states = self.split.hidden_each(calls)
+            found = [
+                stage.loss(x, stage.head_weight, each.labels)[0] if self.split.is_last else torch.zeros(())
+                for x, each in zip(states, rows, strict=True)
+            ]
+            losses = torch.stack(found).to(self.device)
+            self.split.from_last(losses)
+            yield from zip(group, losses, strict=True)
