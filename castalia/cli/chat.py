@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+from castalia.cli.streaming import MemoryOption
 
 if TYPE_CHECKING:
     from castalia.checkpoint.tensors import Checkpoint
@@ -48,6 +51,7 @@ def command(
         Literal["auto", "fp32", "bf16", "fp16", "int8"], typer.Option(help="of weights and computation")
     ] = "auto",
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option()] = "auto",
+    memory: MemoryOption = None,
 ) -> None:
     """Talk with a model: turns become text by its chat template, and answers end where the turn ends.
 
@@ -59,7 +63,8 @@ def command(
     Lines of standard input are the turns, typed or piped. /help lists the commands of a conversation.
     """
     from castalia.checkpoint.restore import load_tokenizer_for
-    from castalia.cli.generate import check_stops, configured, load_writer, sampling_of
+    from castalia.cli.generate import check_stops, configured, load_writer, sampling_of, streamed_writer
+    from castalia.cli.streaming import memory_bytes
     from castalia.data.chat import chat_of
     from castalia.generate.dialogue import ANSWER_TOKENS, Dialogue
     from castalia.generate.generation import Sampling
@@ -70,9 +75,11 @@ def command(
     words = load_tokenizer_for(checkpoint, tokenizer)
     chat = chat_of(words, chat_template)
     chosen = {"max_tokens": ANSWER_TOKENS} | sampling_of(configured(checkpoint, None, given), words.folder)
-    sampling = Sampling(**chosen, seed=seed, stop=tuple(stop or ()))
-    writer = load_writer(checkpoint, dtype, device, rows=1)
-    converse(Dialogue(writer, words, chat, sampling, system))
+    sampling = Sampling(**chosen, seed=seed, stop=tuple(stop or ()), batch_size=1)
+    streamed = streamed_writer(checkpoint, words, None, sampling, dtype, device, memory_bytes(memory))
+    writer = streamed or load_writer(checkpoint, dtype, device, rows=1)
+    with closing(streamed) if streamed else nullcontext():
+        converse(Dialogue(writer, words, chat, sampling, system))
 
 
 def open_with(model: str, adapter: str | None, step: int | None) -> Checkpoint:

@@ -67,7 +67,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="one JSON object instea
 # The options that act on one kind of evaluation alone; "" is the one of figures on data.
 OPTIONS_OF = {
     "--tasks": {"--shots", "--limit", "--output", "--samples", "--chat", "--unsafe-code"},
-    "": {"--on", "--chat-template", "--stride", "--memory", "--by-source"},
+    "": {"--on", "--chat-template", "--stride", "--by-source"},
 }
 ELSE = {"--data", "--tasks", "--log-probs"}
 WITHOUT = {"--tasks": {"--data", "--log-probs"}, "--log-probs": {"--tokenizer", "--tp", "--pp", "--nproc", "--json"}}
@@ -122,18 +122,18 @@ def command(
 
     if tasks:
         needs_lm_eval()  # before anything is opened
-    budget = memory_bytes(memory, tp, pp)
+    budget = memory_bytes(memory)
     start_processes(tp, pp, nproc)
     with process_group(choose_device("auto").type):
         checkpoint = open_for_evaluation(path, overrides or (), step)
         suite = suite_of(checkpoint, given)
         refuse_idle_options(given, bool(suite))
         if log_probs:
-            tell_log_probs(checkpoint, data, log_probs)
+            tell_log_probs(checkpoint, data, log_probs, budget)
         elif tasks or suite:
             asked = TaskOptions(names_of(tasks or suite), shots, limit, chat, samples, unsafe_code)
             place = results_file(checkpoint) if suite and output is None else output
-            evaluate_tasks(checkpoint, asked, tokenizer=tokenizer, tp=tp, pp=pp, output=place, as_json=as_json)
+            evaluate_tasks(checkpoint, asked, tokenizer, tp, pp, budget, place, as_json)
         else:
             options = EvaluationOptions(data, tokenizer, stride, by_source, budget, on, chat_template, tp, pp)
             print_figures(evaluate_checkpoint(checkpoint, options, evaluation_view()), by_source, as_json)
@@ -174,14 +174,14 @@ def refuse_idle_options(given: set[str], suite: bool) -> None:
             raise ConfigError(f"{name} does not act on {kind}; leave it out")
 
 
-def tell_log_probs(checkpoint: Checkpoint, data: str | None, output: str) -> None:
+def tell_log_probs(checkpoint: Checkpoint, data: str | None, output: str, memory: int | None) -> None:
     """Preference tuning takes what this writes for the `references` of a source."""
     from castalia.errors import DataError
     from castalia.train.evaluation import write_log_probs
 
     if data is None:
         raise DataError("--log-probs needs --data, the prefix of the corpus")
-    number = write_log_probs(checkpoint, data, output)
+    number = write_log_probs(checkpoint, data, output, memory, evaluation_view().tell_streaming)
     print(f"{output}: log-probabilities of {plural(number, 'document')} by {checkpoint.path}")
 
 

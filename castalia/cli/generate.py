@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from castalia.data.tokenizer_folder import TokenizerFolder
     from castalia.generate.generation import AnyModel, Prompt, Sampling, TextPiece
     from castalia.streaming.streamed_model import StreamedTransformer
+    from castalia.streaming.streamed_ranks import StreamedSplit
 
 
 def command(
@@ -118,11 +119,12 @@ def command(
     from castalia.generate.generation import Sampling
     from castalia.parallel.process_group import process_group
     from castalia.parallel.rendezvous import is_main
+    from castalia.streaming.streamed_model import streamed_stage
     from castalia.train.hardware import choose_device
 
     if dtype == "int8" and (tp * pp > 1 or choose_device(device).type != "cpu"):
         raise ConfigError("--dtype int8 is for one process on a CPU; take bf16, or --device cpu without --tp and --pp")
-    budget = memory_bytes(memory, tp, pp)
+    budget = memory_bytes(memory)
     world = start_processes(tp, pp, nproc)
     checkpoint = open_and_tell(path, step=step)
     given = {
@@ -165,10 +167,11 @@ def command(
         _refuse_broken_text(prompts)
         ready = None if typed else [asked(prompt) for prompt in prompts]
         sampling = replace(sampling, batch_size=batch_size or len(prompts) * settings.num_samples)
-        streamed = streamed_writer(checkpoint, words, ready, sampling, dtype, device, budget) if world == 1 else None
+        written = streamed_writer(checkpoint, words, ready, sampling, dtype, device, budget, tp, pp)
+        streamed = streamed_stage(written) if written else None
         model: AnyModel
-        if streamed:
-            model, sampling = streamed, replace(sampling, batch_size=streamed.plan.items)
+        if written:
+            model, sampling = written, replace(sampling, batch_size=written.calls_at_once)
         else:
             sampling = replace(sampling, batch_size=batch_size or BATCH_SIZE)
             rows = min(len(prompts) * settings.num_samples, sampling.batch_size)  # written at a time
@@ -379,7 +382,9 @@ def streamed_writer(
     dtype: str,
     device: str,
     memory: int | None,
-) -> StreamedTransformer | None:
+    tp: int = 1,
+    pp: int = 1,
+) -> StreamedTransformer | StreamedSplit | None:
     """The model with one block at a time in memory, if `memory` is given or it does not fit; what that means is told.
 
     `prompts`: None if they are not known yet. As many texts are written at a time as have room, at most
@@ -390,33 +395,49 @@ def streamed_writer(
     from castalia.checkpoint.restore import architecture
     from castalia.cli.streaming import tell_streaming
     from castalia.generate.packed_model import maker, packed_block
+    from castalia.loading import split_config
+    from castalia.parallel.rank_grid import layout
+    from castalia.parallel.rendezvous import world_size
     from castalia.plan.stream_plan import generation_work, plan_stream
-    from castalia.streaming.open_streamed import budget_for, open_streamed, require_cpu
-    from castalia.streaming.stream_units import units_of
+    from castalia.streaming.open_streamed import budget_for, cache_share, streamed_model
     from castalia.streaming.streamed_model import Packing
     from castalia.train.hardware import choose_device, give_back_freed_memory
 
-    place, int8 = choose_device(device), dtype == "int8"
-    if not require_cpu(place, memory):
-        return None
+    world, place, int8 = world_size(), choose_device(device), dtype == "int8"
+    grid = layout(split_config(checkpoint, tp, pp, world).parallel, world)
+    if memory is None and grid.dp > 1:
+        return None  # which is refused where the model is loaded
     model, number = architecture(checkpoint), _compute_dtype(dtype, place)
-    packs = int8 or (number == torch.bfloat16 and maker(number, False, 1) is not None)
+    bf16 = number == torch.bfloat16 and maker(number, False, 1) is not None
+    packs = int8 or (bf16 and place.type == "cpu" and world == 1)
     texts = sampling.num_samples * len(prompts or [""])
     lengths = [len(prompt if not isinstance(prompt, str) else words.encode(prompt)) for prompt in prompts or ()]
     longest = max(lengths, default=model.max_positions or UNKNOWN_TOKENS)
     element_bytes = 4 if packs else number.itemsize
     wanted = min(texts, sampling.batch_size)
     work = generation_work(model, max(1, longest), sampling.max_tokens, wanted, element_bytes)
-    budget = budget_for(model, work, number.itemsize, memory)
+    budget = budget_for(model, work, number.itemsize, memory, place, grid)
     if budget is None:
         return None
-    units = units_of(checkpoint, model, number)
-    plan = plan_stream(units.sizes((1 if int8 else 2) if packs else 0), work, budget)
     if packs:
         give_back_freed_memory()
-    product = maker(number, int8, plan.items) if packs else None
-    packing = product and Packing(lambda block: packed_block(block, product), lambda weight: product((weight, None)))
-    streamed = open_streamed(checkpoint, model, units, plan, packing)
+
+    def packing(items: int) -> Packing | None:
+        """The form in which CPUs write so many texts fastest."""
+        product = maker(number, int8, items) if packs else None
+        return product and Packing(lambda block: packed_block(block, product), lambda head: product((head, None)))
+
+    own = replace(work, cache_each=int(work.cache_each * cache_share(model, grid)))
+    streamed = streamed_model(
+        checkpoint,
+        number,
+        place,
+        budget,
+        lambda sizes, budget: plan_stream(sizes, own, budget),
+        grid=grid,
+        packed_item=(1 if int8 else 2) if packs else 0,
+        packing=packing,
+    )
     tell_streaming(streamed, "texts", "a token of each text", sampling.max_tokens)
     return streamed
 

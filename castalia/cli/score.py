@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from castalia.cli.streaming import MemoryOption
 from castalia.strict_json import to_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from castalia.checkpoint.tensors import Checkpoint
     from castalia.evaluate.record_batches import LabelledDocument, Record
     from castalia.parallel.executor import Executor
 
@@ -26,6 +28,7 @@ def command(
     tokenizer: Annotated[str | None, typer.Option(help="tokenizer file, where the checkpoint has none")] = None,
     step: Annotated[int | None, typer.Option(help="which of several checkpoints; default: the latest")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="texts that are judged at a time")] = 8,
+    memory: MemoryOption = None,
 ) -> None:
     """Score texts with a reward model, or by their log-probability with a language model.
 
@@ -37,22 +40,41 @@ def command(
     Reward models add `score` to a record, language models `logprob` and `tokens`, which are those of the answers where
     there are some. Of pairs each name begins with chosen_ or rejected_.
     """
-    from castalia.checkpoint.restore import load_tokenizer_for
+    from castalia.checkpoint.restore import architecture, load_tokenizer_for
     from castalia.cli.opening import open_and_tell
+    from castalia.cli.streaming import memory_bytes
     from castalia.evaluate.record_batches import answers_encoder, read_records, rewards_encoder
     from castalia.files import write_text
 
     checkpoint = open_and_tell(model, step=step)
     words = load_tokenizer_for(checkpoint, tokenizer)
-    executor = load_judge(checkpoint, batch_size)
-    encoder = rewards_encoder if executor.models[0].cfg.reward_head else answers_encoder
+    encoder = rewards_encoder if architecture(checkpoint).reward_head else answers_encoder
     records = read_records(file, encoder(words, chat_template))
-    lines = [to_json(line, ensure_ascii=False) for line in scored(executor, records, batch_size)]
+    executor = streamed_judge(checkpoint, records, batch_size, memory_bytes(memory)) or load_judge(
+        checkpoint, batch_size
+    )
+    lines = [to_json(line, ensure_ascii=False) for line in scored(executor, records, executor.micro_batch_size)]
     if output is None:
         print("\n".join(lines))
         return
     write_text(output, "\n".join(lines) + "\n")
     print(f"{output}: scores of {len(records):,} records by {checkpoint.path}")
+
+
+def streamed_judge(checkpoint: Checkpoint, records: Sequence[Record], rows: int, memory: int | None) -> Executor | None:
+    """The model with one block at a time in memory, if `memory` is given or it does not fit, which is told."""
+    from castalia.cli.streaming import tell_streaming
+    from castalia.plan.stream_plan import EvaluationShape
+    from castalia.streaming.open_streamed import streamed_executor
+    from castalia.train.hardware import choose_device, choose_dtype
+
+    device, lengths = choose_device("auto"), [len(each.ids) for record in records for each in record.documents]
+    shape = EvaluationShape(max([2, *lengths]), rows, max(rows, len(lengths)), False)
+    dtype = choose_dtype("fp32" if device.type == "cpu" else "auto", device)
+    executor = streamed_executor(checkpoint, shape, dtype, device, memory, True)
+    if executor:
+        tell_streaming(executor.model, f"batches of {executor.micro_batch_size} texts", "a pass")
+    return executor
 
 
 def load_judge(checkpoint: Any, rows: int) -> Executor:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from castalia.config.schema import ModelConfig, RunConfig
     from castalia.plan.stream_plan import StreamedSizes, StreamPlan
     from castalia.streaming.streamed_model import StreamedTransformer
+    from castalia.streaming.streamed_ranks import StreamedSplit
 
 ITEMS = (1, 16, 256)  # texts, or windows, for which a plan is shown
 PROMPT_TOKENS, TEXT_TOKENS = 64, 64  # of the texts of a plan
@@ -33,27 +34,32 @@ MemoryOption = Annotated[
 ]
 
 
-def memory_bytes(text: str | None, tp: int = 1, pp: int = 1) -> int | None:
-    """The option's bytes. Raises ConfigError for what is not an amount, and for several processes."""
-    from castalia.errors import ConfigError
+def memory_bytes(text: str | None) -> int | None:
+    """The option's bytes. Raises ConfigError for what is not an amount."""
     from castalia.units import parse_size
 
-    if text is not None and tp * pp > 1:
-        raise ConfigError("--memory is for one process: leave out --tp and --pp, or leave it out")
     return None if text is None else parse_size(text, "--memory")
 
 
-def tell_streaming(model: StreamedTransformer, item: str, unit: str, times: int = 1) -> None:
+def tell_streaming(model: StreamedTransformer | StreamedSplit, item: str, unit: str, times: int = 1) -> None:
     """Before anything is computed, on standard error: what stays, what is read, how fast, and how long it will take.
 
     `item`: of what passes take several; `unit`: what one pass is for the user; `times`: passes for each item.
     """
     import torch
 
+    from castalia.parallel.rendezvous import is_main, world_size
+    from castalia.streaming.streamed_model import streamed_stage
     from castalia.train.hardware import present_flops
 
-    rate, flops = model.reader.measure(), present_flops(model.compute_dtype or torch.float32)
-    for line in streaming_lines(model.plan, rate, flops, item, unit, times):
+    stage = streamed_stage(model)
+    if stage is None or not is_main():
+        return
+    flops = present_flops(stage.compute_dtype or torch.float32) if stage.device.type == "cpu" else None
+    lines = streaming_lines(stage.plan, stage.reader.measure(), flops, item, unit, times)
+    if world_size() > 1:
+        lines[0] = f"on the first of {world_size()} processes, each with its share: {lines[0]}"
+    for line in lines:
         say(line, sys.stderr)
 
 
@@ -189,7 +195,9 @@ def _plan_row(plan: StreamPlan, rates: Sequence[float], flops: float | None) -> 
 @contextmanager
 def blocks_watched(model: StreamedTransformer, passes: int) -> Iterator[None]:
     """A bar over the blocks of so many passes."""
-    with progress(passes * model.cfg.num_layers) as model.advance:
+    from castalia.parallel.rendezvous import is_main
+
+    with progress(passes * len(model.blocks), shown=is_main()) as model.advance:
         yield
 
 
@@ -199,9 +207,11 @@ def block_progress(model: StreamedTransformer | None, passes: int | None = None)
     if model is None:
         yield
         return
-    total = passes and passes * model.cfg.num_layers
+    from castalia.parallel.rendezvous import is_main
+
+    total = passes and passes * len(model.blocks)
     try:
-        with progress(total, shown=not sys.stdout.isatty()) as model.advance:
+        with progress(total, shown=is_main() and not sys.stdout.isatty()) as model.advance:
             yield
     finally:
         model.reader.close()  # else the process, if it is interrupted, ends only when the next blocks are there

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import datetime
 from importlib import import_module
 from pathlib import Path
@@ -53,10 +53,10 @@ def needs_lm_eval() -> None:
 def evaluate_tasks(
     checkpoint: Checkpoint,
     options: TaskOptions,
-    *,
     tokenizer: str | None = None,
     tp: int = 1,
     pp: int = 1,
+    memory: int | None = None,
     output: Path | None = None,
     as_json: bool = False,
 ) -> None:
@@ -69,9 +69,9 @@ def evaluate_tasks(
     from castalia.parallel.process_group import is_main
     from castalia.tasks.task_run import provenance, run_tasks, table
 
-    model, precision = open_for_tasks(checkpoint, tokenizer, tp, pp)
+    model, precision = open_for_tasks(checkpoint, tokenizer, tp, pp, memory)
     facts = provenance(checkpoint, model, precision)
-    with _kept_answers(output, facts, options) as cache:
+    with closing(model), _kept_answers(output, facts, options) as cache:
         results = run_tasks(model, options, cache)
     if not is_main():
         return
@@ -83,13 +83,14 @@ def evaluate_tasks(
 
 
 def open_for_tasks(
-    checkpoint: Checkpoint, tokenizer: str | None = None, tp: int = 1, pp: int = 1
+    checkpoint: Checkpoint, tokenizer: str | None = None, tp: int = 1, pp: int = 1, memory: int | None = None
 ) -> tuple[TaskModel, str]:
     """The checkpoint's model as lm-eval asks it, with a bar over the answers, and the name of its precision.
 
     On CPUs in fp32 unless the command line gives `precision.compute`: scores are then those of the stored weights.
     """
     from castalia.cli.render import watched
+    from castalia.cli.streaming import tell_streaming
     from castalia.config.schema import RunConfig
     from castalia.parallel.process_group import is_main
     from castalia.tasks.task_run import open_task_model
@@ -104,7 +105,10 @@ def open_for_tasks(
     def bar(items: Any, size: Any, total: int) -> Iterator[Any]:
         return watched(items, size, total, shown=is_main(), screen=screen)
 
-    return open_task_model(checkpoint, dtype, device, tokenizer, tp, pp, bar), name_of(dtype)
+    model = open_task_model(checkpoint, dtype, device, tokenizer, tp, pp, bar, memory)
+    if stage := model.streamed:
+        tell_streaming(stage, "passes or texts", "a pass, or a token of each text")
+    return model, name_of(dtype)
 
 
 @contextmanager

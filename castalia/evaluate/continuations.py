@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -11,9 +11,8 @@ from torch import Tensor
 
 from castalia.errors import DataError
 from castalia.evaluate.prefix_tree import BranchCache, Piece, build_tree, pieces
-
-TOKENS_A_PASS = 2048  # tokens of several pieces that go through the model together
-LOGITS_AT_ONCE = 1 << 24  # the head's output is as large as that at a time
+from castalia.plan.stream_plan import PREFILL_CHUNK_TOKENS, SCORED_LOGITS
+from castalia.streaming.streamed_model import streamed_stage
 
 
 class Continuation(NamedTuple):
@@ -64,20 +63,24 @@ def scores_as_they_come(
         below.setdefault(seen, []).append(Wanted(number, len(seen) - len(tokens), tokens))
     sequences = sorted(below)  # what `build_tree` takes: sorted and distinct
     wanted = [below[ids] for ids in sequences]
-    device = next(model.parameters()).device
-    cache = BranchCache(getattr(model, "stage", model), device)
+    streamed, device = streamed_stage(model), model.device
+    on_disk = streamed is not None and streamed.plan.cache_on_disk
+    cache = BranchCache(getattr(model, "stage", model), device, on_disk)
     left = [len(tokens) for _, tokens in requests]  # a continuation may be spread over several passes
     log_probs, greedy = [0.0] * len(requests), [True] * len(requests)
-    for part in _passes(pieces(build_tree(sequences))):
-        ids = [sequences[s.first][s.start : s.stop] for piece in part for s in piece.segments]
-        cache.begin(part)
-        hidden = model.hidden(torch.tensor([list(chain(*ids))], device=device), cache=cache)[0]  # [t, h]
-        for request, log_prob, best in _predictions(model, hidden, _targets(part, wanted)):
-            log_probs[request] += log_prob
-            greedy[request] &= best
-            left[request] -= 1
-            if not left[request]:
-                yield request, ContinuationScore(log_probs[request], greedy[request])
+    parts = _passes(pieces(build_tree(sequences)))
+    while group := list(islice(parts, model.calls_at_once)):
+        calls = []
+        for part in group:
+            ids = chain(*(sequences[s.first][s.start : s.stop] for piece in part for s in piece.segments))
+            calls.append((torch.tensor([list(ids)], device=device), {"cache": cache.of(part)}))
+        for part, hidden in zip(group, model.hidden_each(calls), strict=True):  # hidden [1, t, h]
+            for request, log_prob, best in _predictions(model, hidden[0], _targets(part, wanted)):
+                log_probs[request] += log_prob
+                greedy[request] &= best
+                left[request] -= 1
+                if not left[request]:
+                    yield request, ContinuationScore(log_probs[request], greedy[request])
 
 
 def _check(context: Sequence[int], tokens: Sequence[int], limit: int | None, num_ids: int) -> None:
@@ -94,7 +97,7 @@ def _check(context: Sequence[int], tokens: Sequence[int], limit: int | None, num
 def _passes(waiting: Iterable[Piece]) -> Iterator[list[Piece]]:
     part: list[Piece] = []
     for piece in waiting:
-        if part and sum(each.size for each in part) + piece.size > TOKENS_A_PASS:
+        if part and sum(each.size for each in part) + piece.size > PREFILL_CHUNK_TOKENS:
             yield part
             part = []
         part.append(piece)
@@ -124,7 +127,7 @@ def _predictions(
     by_row: dict[int, list[tuple[int, int]]] = {row: [] for row in rows}
     for row, token, request in targets:
         by_row[row].append((token, request))
-    step = max(1, LOGITS_AT_ONCE // model.cfg.padded_vocab_size)
+    step = max(1, SCORED_LOGITS // model.cfg.padded_vocab_size)
     for first in range(0, len(rows), step):
         some = rows[first : first + step]
         logits = model.logits(hidden[torch.tensor(some, device=hidden.device)]).float()  # [rows, V]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,21 +23,22 @@ def write_log_probabilities(model: Transformer, corpus: str, output: str, length
     at a time. Returns the number of documents. Raises DataError for a token beyond the vocabulary of the model.
     """
     documents, limit = open_dataset(corpus), model.cfg.padded_vocab_size
-    device = next(model.parameters()).device
+    batches = _batches(documents, rows)
     with DatasetWriter(output, np.float32) as writer:
-        for items in _batches(documents, rows):
-            tokens = _padded(items, length + 1, 0)
-            labels = torch.from_numpy(_padded(items, length + 1, IGNORE)[:, 1:]).to(device)
-            if tokens.max() >= limit:
-                raise DataError(f"{corpus}: token id {tokens.max()} lies beyond the model's vocabulary of {limit}")
+        while group := list(islice(batches, model.calls_at_once)):
+            tokens = [_padded(items, length + 1, 0) for items in group]
+            if (largest := max(int(each.max()) for each in tokens)) >= limit:
+                raise DataError(f"{corpus}: token id {largest} lies beyond the model's vocabulary of {limit}")
             # tokens [rows, t + 1]: inputs [rows, t], and labels that are shifted by one
-            hidden = model.hidden(torch.from_numpy(tokens[:, :-1]).to(device))
-            losses = model.token_losses(hidden, model.head_weight, labels).cpu().numpy()
-            for item, loss in zip(items, losses, strict=True):  # loss [t]: of the label at each input token
-                log_probs = np.zeros(len(item), np.float32)
-                known = min(len(item) - 1, length)
-                log_probs[:known] = -loss[:known]
-                writer.add(log_probs)
+            calls: list[Any] = [(torch.from_numpy(each[:, :-1]).to(model.device), {}) for each in tokens]
+            for items, hidden in zip(group, model.hidden_each(calls), strict=True):
+                labels = torch.from_numpy(_padded(items, length + 1, IGNORE)[:, 1:]).to(model.device)
+                losses = model.token_losses(hidden, model.head_weight, labels).cpu().numpy()
+                for item, loss in zip(items, losses, strict=True):  # loss [t]: of the label at each input token
+                    log_probs = np.zeros(len(item), np.float32)
+                    known = min(len(item) - 1, length)
+                    log_probs[:known] = -loss[:known]
+                    writer.add(log_probs)
     return len(documents)
 
 

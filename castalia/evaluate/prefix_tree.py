@@ -12,6 +12,7 @@ branches left behind its parent.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from castalia.model.attention import attend
 from castalia.model.positions import score_bias, visible
 from castalia.model.transformer import Transformer
+from castalia.streaming.scratch_file import zeros_on_disk
 
 LEAVES_ALWAYS_TOGETHER = 64  # tokens; more leaves go together as long as they are shorter than what they share
 
@@ -106,26 +108,28 @@ def _leaves_together(parent: Segment) -> Iterator[Piece]:
 class BranchCache:
     """A `castalia.model.attention.Cache`: the keys and values of the branch that is being walked, in every layer.
 
-    Several pieces go through the model back to back, as one sequence [1, t]. `begin` names those of the next pass.
+    Several pieces go through the model back to back, as one sequence [1, t]; `of` gives the cache as they see it.
     """
 
     gaps, grows = False, True
 
-    def __init__(self, stage: Transformer, device: torch.device) -> None:
-        """`stage`: the model, or this rank's part of it."""
-        self.stage, self.device = stage, device
+    def __init__(self, stage: Transformer, device: torch.device, on_disk: bool = False) -> None:
+        """`stage`: the model, or this rank's part of it. `on_disk`: see `KVCache`."""
+        self.stage, self.device, self.on_disk = stage, device, on_disk
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values [1, kv, capacity, d]
         self.pieces: list[Piece] = []
         self.biases: list[Tensor | None] = []  # of each piece, the same in all layers
         self.keys = torch.empty(0, device=device)
         self.end = 0
 
-    def begin(self, part: Sequence[Piece]) -> None:
-        """Set the pieces of the next forward pass."""
-        self.pieces, self.biases = list(part), []
+    def of(self, part: Sequence[Piece]) -> BranchCache:
+        """The same keys and values for the pieces of a forward pass. Each layer takes passes in their order."""
+        own = copy(self)
+        own.pieces, own.biases = list(part), []
         places = [torch.arange(s.start, s.stop) for piece in part for s in piece.segments]
-        self.keys = torch.cat(places)[None].to(self.device)
-        self.end = max(segment.stop for piece in part for segment in piece.segments)
+        own.keys = torch.cat(places)[None].to(self.device)
+        own.end = max(segment.stop for piece in part for segment in piece.segments)
+        return own
 
     def reserve(self, count: int) -> Tensor:
         """The places of all tokens of the pass: [1, t]."""
@@ -183,7 +187,8 @@ class BranchCache:
         old = self.layers.get(layer)
         if old is None or old[0].shape[2] < needed:
             room = max(needed, 2 * old[0].shape[2] if old else 0)  # doubled, so that it is seldom copied
-            new = tuple(k.new_zeros(1, k.shape[1], room, k.shape[3]) for _ in range(2))
+            shape = 1, k.shape[1], room, k.shape[3]
+            new = tuple(zeros_on_disk(shape, k.dtype) if self.on_disk else k.new_zeros(shape) for _ in range(2))
             for there, here in zip(new, old or (), strict=False):
                 there[:, :, : here.shape[2]] = here
             self.layers[layer] = new[0], new[1]

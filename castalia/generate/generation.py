@@ -25,7 +25,7 @@ from castalia.generate.text_stream import TextStream, TextTokenizer
 from castalia.model.transformer import Transformer
 from castalia.plan.stream_plan import PREFILL_CHUNK_TOKENS
 from castalia.storage.lazy import name_of
-from castalia.streaming.streamed_model import StreamedTransformer
+from castalia.streaming.streamed_model import streamed_stage
 
 if TYPE_CHECKING:
     from castalia.parallel.inference import SplitModel
@@ -175,7 +175,8 @@ def _prefill(model: AnyModel, rows: Sequence[GenerationRow], max_tokens: int) ->
             row.start = len(row.ids) - max(1, limit // 2)
     capacity = max(row.length for row in rows) + max(max_tokens - row.count for row in rows)
     device = model.device
-    on_disk = isinstance(model, StreamedTransformer) and model.plan.cache_on_disk
+    streamed = streamed_stage(model)
+    on_disk = streamed is not None and streamed.plan.cache_on_disk
     cache = KVCache(len(rows), min(capacity, limit or capacity), device, on_disk)
     contexts = [tuple(row.ids[row.start :]) for row in rows]
     prompts = list(dict.fromkeys(contexts))  # equal rows go through the model once

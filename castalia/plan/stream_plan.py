@@ -28,6 +28,7 @@ READERS = 4  # threads
 PIECE_BYTES = 8 << 20  # that a thread reads at once, and of a tensor that it converts at a time
 BUFFERS = 2  # one block is computed with while the next one arrives
 LOSS_BLOCKS = 5  # fp32 copies of a block of logits that the loss holds at a time
+SCORED_LOGITS = 1 << 24  # of continuations, that are in memory at a time
 LOGITS_BYTES = 24  # per token of the vocabulary, of a row's logits and of what sampling makes of them
 
 
@@ -87,6 +88,7 @@ class StreamedWork:
     tokens_each: float  # that one pass computes for each item
     flops_per_token: float
     cache_each: int = 0  # bytes of an item's keys and values, which may be on disk
+    rows: int = 1  # sequences of an item
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,8 @@ def evaluation_work(model: ModelConfig, shape: EvaluationShape, element_bytes: i
     kept = element_bytes * (tokens * model.hidden_size + bias + rotary) + 3 * 8 * tokens
     loss = CHUNK_BYTES["cpu"] + LOSS_BLOCKS * BLOCK_BYTES["cpu"] + tokens * element_bytes * model.hidden_size
     working = max(block_working_bytes(model, tokens, element_bytes), loss) + head_slice_bytes(model, element_bytes)
-    return StreamedWork(-(-shape.windows // shape.rows), kept, working, tokens, forward_flops(model, length))
+    flops = forward_flops(model, length)
+    return StreamedWork(-(-shape.windows // shape.rows), kept, working, tokens, flops, rows=shape.rows)
 
 
 def plan_evaluation(
@@ -214,6 +217,21 @@ def plan_evaluation(
         if shape.rows == 1 or not fewer_rows:
             raise
         return plan_evaluation(sizes, model, replace(shape, rows=shape.rows // 2), element_bytes, budget, True)
+
+
+def answers_work(model: ModelConfig, length: int, wanted: int, element_bytes: int) -> StreamedWork:
+    """Log-probabilities of continuations, and texts, of at most `length` tokens with their contexts.
+
+    Passes of scores are as long as a prefill. Of keys and values a branch may take twice its length.
+    """
+    tokens = max(PREFILL_CHUNK_TOKENS, length)
+    kept = element_bytes * tokens * (model.hidden_size + length + model.head_size) + LOGITS_BYTES * (
+        model.padded_vocab_size + tokens
+    )
+    head = max(SCORED_LOGITS, model.padded_vocab_size) * 3 * 4  # in fp32, and what comes of them
+    working = max(block_working_bytes(model, tokens, element_bytes), head) + head_slice_bytes(model, element_bytes)
+    cache = 2 * length * kv_cache_bytes(model, element_bytes)
+    return StreamedWork(wanted, kept, working, tokens, forward_flops(model, length), cache)
 
 
 def generation_work(model: ModelConfig, longest: int, max_tokens: int, wanted: int, element_bytes: int) -> StreamedWork:

@@ -119,6 +119,10 @@ class StreamedTransformer(Transformer):
         """As many calls as its plan has room for go through a block while it is there."""
         return self.plan.items
 
+    def close(self) -> None:
+        """Stop reading, and give all memory back."""
+        self.reader.close()
+
     def block(self, number: int) -> nn.Module:
         """A block with its parameters, which are valid until the next call. They are numbered from 0 on."""
         if self.packing:
@@ -199,6 +203,12 @@ class StreamedTransformer(Transformer):
             return
         for rows in slices_of(weight, HEAD_ROWS):
             yield self.scratch.cast(rows, dtype)
+
+
+def streamed_stage(model: nn.Module) -> StreamedTransformer | None:
+    """The streamed model itself, or of one that is split over processes this one's share; None for one in memory."""
+    stage = getattr(model, "stage", model)
+    return stage if isinstance(stage, StreamedTransformer) else None
 
 
 class StreamedExecutor(Executor):

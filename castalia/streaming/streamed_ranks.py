@@ -8,8 +8,9 @@ Tensor ranks read their rows or columns of each matrix, and add up their results
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,11 +19,11 @@ from torch.distributed.tensor import DTensor
 
 from castalia.data.loader import Batch
 from castalia.model.transformer import Transformer
-from castalia.parallel.executor import Executor, Rows
+from castalia.parallel.executor import Rows
 from castalia.parallel.inference import SplitModel, divide
 from castalia.parallel.mesh import Mesh
 from castalia.streaming.stream_units import Share
-from castalia.streaming.streamed_model import Cut, Scratch, StreamedTransformer
+from castalia.streaming.streamed_model import Cut, Scratch, StreamedExecutor, StreamedTransformer
 
 
 def share_of(mesh: Mesh) -> Share:
@@ -78,22 +79,23 @@ class StreamedSplit(SplitModel):
 
             stage.reduce = reduce
 
-    @property
-    def plan(self):  # noqa: ANN201
-        """Of this process's share."""
-        return self.stage.plan
+    def hidden_each(self, calls: Iterable[tuple[Tensor, Mapping[str, Any]]]) -> Iterator[Tensor]:
+        """See `SplitModel.hidden_each`. All are handed on before the caller sees the first one.
 
-    @property
-    def reader(self):  # noqa: ANN201
-        """Of this process's share."""
-        return self.stage.reader
+        Else it might wait for the last stage's logits while that waits for the others.
+        """
+        return iter(list(super().hidden_each(calls)))
+
+    def close(self) -> None:
+        """See `StreamedTransformer.close`."""
+        self.stage.close()
 
     def own_logits(self, x: Tensor) -> Tensor:
         """See `SplitModel.own_logits`."""
         return self.stage.logits(x)
 
 
-class StreamedSplitExecutor(Executor):
+class StreamedSplitExecutor(StreamedExecutor):
     """Evaluates a model that is split over processes and streamed on each."""
 
     def __init__(self, model: StreamedSplit, micro_batch_size: int) -> None:

@@ -16,6 +16,7 @@ from castalia.errors import DataError
 from castalia.evaluate.continuations import Continuation, ContinuationScore, scores_as_they_come
 from castalia.evaluate.stream_measure import Watch, unwatched
 from castalia.generate.generation import AnyModel, Sampling, TextPiece, stream
+from castalia.streaming.streamed_model import StreamedTransformer, streamed_stage
 
 DEFAULT_LENGTH = 2048  # of models without a largest position, as in lm-eval's own model of transformers
 DEFAULT_NEW_TOKENS = 256  # of texts whose task does not limit them, likewise
@@ -69,6 +70,16 @@ class TaskModel(TemplateLM):
         self.model, self.words, self.watch, self.should_stop = model, tokenizer, watch, should_stop
         self.max_length = length or model.cfg.max_positions or DEFAULT_LENGTH
         self.batch_size, self.seed, self.shared = batch_size, seed, shared
+
+    @property
+    def streamed(self) -> StreamedTransformer | None:
+        """The model, or this process's share of it, if it is read from disk block by block."""
+        return streamed_stage(self.model)
+
+    def close(self) -> None:
+        """Let go of what a streamed model reads."""
+        if self.streamed:
+            self.streamed.close()
 
     @property
     def eot_token_id(self) -> int:

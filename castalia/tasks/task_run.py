@@ -10,6 +10,7 @@ import sqlite3
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import replace
 from functools import lru_cache
 from importlib import metadata
 from itertools import product
@@ -24,15 +25,19 @@ import torch
 import torch.distributed as dist
 from lm_eval.utils import make_table
 
-from castalia.checkpoint.restore import load_tokenizer_for, require_finite
+from castalia.checkpoint.restore import architecture, load_tokenizer_for, require_finite
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.errors import DataError
 from castalia.evaluate.stream_measure import Watch, unwatched
-from castalia.loading import build_model, load_split
+from castalia.loading import build_model, load_split, split_config
+from castalia.parallel.rank_grid import layout
 from castalia.parallel.rendezvous import world_size
-from castalia.tasks.harness import TaskModel
+from castalia.plan.stream_plan import StreamedSizes, StreamPlan, answers_work, plan_stream
+from castalia.streaming.open_streamed import budget_for, cache_share, streamed_model
+from castalia.tasks.harness import DEFAULT_LENGTH, TaskModel
 from castalia.tasks.task_options import TaskOptions
 
+WRITTEN_AT_ONCE = 16  # texts, or passes of scores, if they have room
 DEMO = Path(__file__).with_name("demo")
 TASK_NAME = re.compile(r"^(?:task|group): *['\"]?([\w.@/-]+)", re.MULTILINE)
 CACHE = "HF_DATASETS_CACHE"
@@ -46,9 +51,16 @@ def open_task_model(
     tp: int = 1,
     pp: int = 1,
     watch: Watch = unwatched,
+    memory: int | None = None,
 ) -> TaskModel:
-    """The checkpoint's model as lm-eval asks it, on all ranks together: split over them, or whole on each."""
+    """The checkpoint's model as lm-eval asks it, on all ranks together: split over them, or whole on each.
+
+    Blocks are read from disk if `memory` is given, or if the model does not fit: the processes of a split model may.
+    """
     words = load_tokenizer_for(checkpoint, tokenizer)
+    streamed = streamed_answerer(checkpoint, dtype, device, tp, pp, memory)
+    if streamed:
+        return TaskModel(streamed, words, batch_size=streamed.calls_at_once, watch=watch)
     network: Any
     if tp * pp > 1:
         network = load_split(checkpoint, tp, pp, dtype, device)
@@ -57,6 +69,27 @@ def open_task_model(
         require_finite(dict(network.named_parameters()), checkpoint.path)
     shared = world_size() > 1 and tp * pp == 1
     return TaskModel(network, words, shared=shared, watch=watch)
+
+
+def streamed_answerer(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, tp: int, pp: int, memory: int | None
+) -> Any:
+    """The model with one block at a time in memory, if `memory` is given or it does not fit; else None."""
+    model, world = architecture(checkpoint), world_size()
+    grid = layout(split_config(checkpoint, tp, pp, world).parallel, world)
+    if memory is None and grid.dp > 1:  # each process has the whole model
+        return None
+    work = answers_work(model, model.max_positions or DEFAULT_LENGTH, WRITTEN_AT_ONCE, dtype.itemsize)
+    budget = budget_for(model, work, dtype.itemsize, memory, device, grid)
+    if budget is None:
+        return None
+    own = replace(work, cache_each=int(work.cache_each * cache_share(model, grid)))
+
+    def planner(sizes: StreamedSizes, budget: int) -> StreamPlan:
+        """As many passes, or texts, at a time as have room."""
+        return plan_stream(sizes, own, budget)
+
+    return streamed_model(checkpoint, dtype, device, budget, planner, grid=grid)
 
 
 def run_tasks(model: TaskModel, options: TaskOptions, cache: Path | None = None) -> dict[str, Any]:

@@ -19,11 +19,14 @@ from castalia.checkpoint.restore import architecture, find_tokenizer, require_fi
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.batch import BatchPlan
 from castalia.config.schema import ModelConfig, RunConfig
+from castalia.data.indexed import open_dataset
 from castalia.data.tokenizer import Tokenizer
+from castalia.errors import ConfigError
 from castalia.evaluate.log_probs import write_log_probabilities
 from castalia.evaluate.stream_measure import StreamMeasure, Watch, measure_stream, unwatched, window_length
 from castalia.loading import build_model, split_config
 from castalia.parallel.executor import Executor
+from castalia.parallel.rank_grid import layout
 from castalia.parallel.rendezvous import world_size
 from castalia.plan.stream_plan import EvaluationShape
 from castalia.streaming.open_streamed import streamed_executor
@@ -31,6 +34,8 @@ from castalia.streaming.streamed_model import StreamedExecutor, StreamedTransfor
 from castalia.train.hardware import choose_device, choose_dtype, keep_freed_memory, name_of
 from castalia.train.judging import judge_by_labels
 from castalia.train.setup import load_parameters, make_executor, rank_shard
+
+JUDGED_BATCHES = 16  # of records, that a streamed model's plan is made for
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class EvaluationOptions:
     @property
     def of_streams(self) -> list[str]:
         """The options of the command that are given and that only a stream has a use for."""
-        given = {"--stride": self.stride, "--by-source": self.by_source or None, "--memory": self.memory}
+        given = {"--stride": self.stride, "--by-source": self.by_source or None}
         return [name for name, value in given.items() if value is not None]
 
 
@@ -81,9 +86,21 @@ def evaluate_checkpoint(
         executor, plan = load_executor(source, length, rows, dtype, device, options.tp, options.pp)
         return executor, plan.batch_size
 
+    judges: list[Executor] = []
+
     def load_judge(source: Checkpoint) -> Executor:
-        """The same without the rows."""
-        return load(source)[0]
+        """The same without the rows; from disk where it does not fit. Raises ConfigError for a second one then."""
+        shape = EvaluationShape(length, rows, rows * JUDGED_BATCHES, False)
+        memory = None if judges else options.memory
+        if options.memory and judges:
+            raise ConfigError(
+                "--memory streams one model, and this one is judged beside its reference model: leave it out"
+            )
+        streamed = streamed_executor(source, shape, dtype, device, memory, False) if world_size() == 1 else None
+        if streamed:
+            view.tell_streaming(streamed)
+        judges.append(streamed or load(source)[0])
+        return judges[-1]
 
     judged = judge_by_labels(
         checkpoint,
@@ -100,7 +117,8 @@ def evaluate_checkpoint(
         measure = measure_stream(config.data, model, options.data, tokenizer, options.stride)
         shape = EvaluationShape(length, min(rows, measure.num_windows), measure.num_windows, measure.by_document)
         fewer = config.train.micro_batch_size is None
-        streamed = streamed_executor(checkpoint, shape, dtype, device, options.memory, fewer)
+        grid = layout(split_config(checkpoint, options.tp, options.pp, world_size(), length).parallel, world_size())
+        streamed = streamed_executor(checkpoint, shape, dtype, device, options.memory, fewer, grid)
         if streamed:
             view.tell_streaming(streamed)
             judged = _judge_blocks(streamed, measure, options, tokenizer, view)
@@ -176,11 +194,24 @@ def load_executor(
     return executor, plan
 
 
-def write_log_probs(checkpoint: Checkpoint, corpus: str, output: str) -> int:
+def write_log_probs(
+    checkpoint: Checkpoint,
+    corpus: str,
+    output: str,
+    memory: int | None = None,
+    tell_streaming: Callable[[StreamedExecutor], None] = lambda executor: None,
+) -> int:
     """Write what preference tuning takes for the `references` of a source. Returns the number of documents."""
     config = checkpoint.config or RunConfig()
     device = choose_device(config.train.device)
-    model = build_model(checkpoint, device, choose_dtype(config.precision.compute, device))
-    require_finite(dict(model.named_parameters()), checkpoint.path)
-    rows = config.train.micro_batch_size or 8
-    return write_log_probabilities(model, corpus, output, window_length(config.data, model.cfg), rows)
+    dtype, rows = choose_dtype(config.precision.compute, device), config.train.micro_batch_size or 8
+    length = window_length(config.data, architecture(checkpoint))
+    shape = EvaluationShape(length, rows, max(rows, len(open_dataset(corpus))), False)
+    streamed = streamed_executor(checkpoint, shape, dtype, device, memory, config.train.micro_batch_size is None)
+    if streamed:
+        tell_streaming(streamed)
+        with closing(streamed.model) as model:
+            return write_log_probabilities(model, corpus, output, length, streamed.micro_batch_size)
+    whole = build_model(checkpoint, device, dtype)
+    require_finite(dict(whole.named_parameters()), checkpoint.path)
+    return write_log_probabilities(whole, corpus, output, length, rows)
