@@ -59,7 +59,7 @@ def requests(seed: int = 0) -> list[Continuation]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tokens_a_pass", [7, 2048])
 def test_scores_are_those_of_each_request_alone(kind: str, tokens_a_pass: int, monkeypatch) -> None:
-    monkeypatch.setattr(continuations, "TOKENS_A_PASS", tokens_a_pass)
+    monkeypatch.setattr(continuations, "PREFILL_CHUNK_TOKENS", tokens_a_pass)
     model, asked = built(**KINDS[kind]), requests()
     for score, (context, tokens) in zip(score_continuations(model, asked), asked, strict=True):
         log_prob, greedy = alone(model, context, tokens)
