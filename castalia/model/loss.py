@@ -82,13 +82,13 @@ def sliced_token_losses(
 
     `slices` and `vocab` as in `sliced_cross_entropy`, of the rows that this rank holds.
     """
-    rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    rows, targets, real = _labelled(hidden, labels)
 
     def logits_of(part: slice) -> Tensor:
         return _sliced_logits(rows[part], slices, vocab).float()
 
     log_sums, label_logits = _log_sums(logits_of, targets, vocab, first, reduce)
-    return ((log_sums - label_logits) * (targets != IGNORE)).view(labels.shape)
+    return _in_place_of_all((log_sums - label_logits) * (targets != IGNORE), real, labels)
 
 
 def _sliced_logits(rows: Tensor, slices: Callable[[], Iterable[Tensor]], vocab: int) -> Tensor:
@@ -119,7 +119,11 @@ def token_losses(
     with those of the other ranks in place, by "max" or "sum".
     """
     rows, targets, real = _labelled(hidden, labels)
-    losses = _TokenLosses.apply(rows, weight, targets, first, reduce)
+    return _in_place_of_all(_TokenLosses.apply(rows, weight, targets, first, reduce), real, labels)
+
+
+def _in_place_of_all(losses: Tensor, real: Tensor | None, labels: Tensor) -> Tensor:
+    """Losses in the shape of the labels, from those of the tokens `real`; see `_labelled`."""
     if real is not None:
         losses = losses.new_zeros(labels.numel()).index_copy(0, real, losses)
     return losses.view(labels.shape)

@@ -232,7 +232,7 @@ class StreamedExecutor(Executor):
 
     def _through_blocks(self, group: list[Batch]) -> Iterator[tuple[Batch, Rows, Tensor]]:
         """Each batch, its tensors and its final hidden state, from one pass."""
-        rows = [Rows.of(batch).to(self.device) for batch in group]
+        rows = [part for batch in group for part in self._parts(Rows.of(batch))]
         calls = [(each.tokens, {"documents": each.documents}) for each in rows]
         return zip(group, rows, self.model.hidden_each(calls), strict=True)
 

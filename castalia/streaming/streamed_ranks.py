@@ -106,7 +106,7 @@ class StreamedSplitExecutor(StreamedExecutor):
         """See `Executor.losses`. Each batch is one micro-batch; every rank has its loss."""
         remaining, stage = iter(batches), self.split.stage
         while group := list(islice(remaining, stage.calls_at_once)):
-            rows = [Rows.of(batch).to(self.device) for batch in group]
+            rows = [part for batch in group for part in self._parts(Rows.of(batch))]
             calls = [(each.tokens, {"documents": each.documents}) for each in rows]
             states = self.split.hidden_each(calls)
             found = [
