@@ -106,6 +106,8 @@ def stages(quick: bool) -> list[list[Row]]:
             castalia("resume", "train", "runs/half", trains="runs/half", quick=True),
             castalia("repeatable-resume", "train", "runs/repeatable-half", trains="runs/repeatable-half"),
             castalia("eval", "eval", "runs/auto", quick=True),
+            castalia("eval-streamed", "eval", "runs/auto", "--memory", "2GB"),
+            castalia("generate-streamed", "generate", "runs/auto", *prompts, *sample, "--memory", "2GB"),
             castalia("generate", "generate", "runs/auto", *prompts, *sample, quick=True),
             castalia("generate-alibi", "generate", "runs/grouped-alibi", *prompts, "--max-tokens", "100"),
             castalia("replay", "replay", "runs/auto", "--step", str(half + 2), quick=True),

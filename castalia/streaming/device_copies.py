@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-class Place(NamedTuple):
+class DevicePlace(NamedTuple):
     """Bytes on the device, and when they were last computed with; None: never."""
 
     memory: Tensor
@@ -27,7 +27,7 @@ class DeviceCopies:
         """`num_bytes`: of the largest unit that does not stay; `places`: how many of them there is room for."""
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.free = [Place(self.memory(num_bytes), None) for _ in range(places)]
+        self.free = [DevicePlace(self.memory(num_bytes), None) for _ in range(places)]
 
     def memory(self, num_bytes: int) -> Tensor:
         """New bytes on the device, which anyone may write."""
@@ -44,7 +44,8 @@ class DeviceCopies:
 
         What `stays` gets memory of its own; all else is given back by `release`.
         """
-        place = Place(self.memory(len(source)), None) if stays else self.free.pop(0)  # the one that has waited longest
+        # Of the free ones that which has waited longest.
+        place = DevicePlace(self.memory(len(source)), None) if stays else self.free.pop(0)
         with self._aside():
             if self.stream and place.used:
                 self.stream.wait_event(place.used)
@@ -57,7 +58,7 @@ class DeviceCopies:
 
     def release(self, memory: Tensor) -> None:
         """The bytes may be written again, once everything that was begun with them has been computed."""
-        self.free.append(Place(memory, self._event()))
+        self.free.append(DevicePlace(memory, self._event()))
 
     def _aside(self) -> AbstractContextManager[object]:
         return torch.cuda.stream(self.stream) if self.stream else nullcontext()

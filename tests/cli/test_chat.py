@@ -42,6 +42,9 @@ def castalia(monkeypatch, capsys):
 def test_turns_are_answered_as_transformers_does(model, castalia):
     out, _ = castalia("chat", str(model), "--system", SYSTEM, typed="\n".join(QUESTIONS) + "\n")
     assert out.splitlines() == list(LESSONS.values()) == answers_of_transformers(model, QUESTIONS, SYSTEM)
+    words = ("--system", SYSTEM, "--memory", "1GB")
+    streamed, told = castalia("chat", str(model), *words, typed="\n".join(QUESTIONS) + "\n")
+    assert streamed == out and "each pass reads" in " ".join(told.split())
 
 
 def test_a_question_from_the_command_line(model, castalia):

@@ -43,6 +43,8 @@ def rewards(reward: Path, texts: list[str]) -> list[float]:
 def scores(model: Path, tmp_path: Path, records: list[dict]) -> list[dict]:
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     score(str(model), tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    score(str(model), tmp_path / "in.jsonl", tmp_path / "streamed.jsonl", memory="1GB")
+    assert (tmp_path / "streamed.jsonl").read_text() == (tmp_path / "out.jsonl").read_text()
     return [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
 
 

@@ -11,10 +11,13 @@ import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
 
+from castalia.checkpoint.opener import open_checkpoint
 from castalia.data.tokenizer import train_bpe
 from castalia.errors import DataError
+from castalia.evaluate import continuations
 from castalia.loading import load_model, tokenizer_at
 from castalia.tasks.harness import TaskModel
+from castalia.tasks.task_run import open_task_model
 from tests.tasks.conftest import verses
 
 
@@ -145,3 +148,16 @@ def test_sampled_texts_are_reproducible_and_differ(ours: TaskModel) -> None:
 
 def test_torch_has_no_gradients(ours: TaskModel) -> None:
     assert torch.is_grad_enabled() and all(p.grad is None for p in ours.model.parameters())
+
+
+def test_streamed_answers_have_the_bits_of_the_model_in_memory(folder: Path, ours: TaskModel, monkeypatch) -> None:
+    """With several passes at a time through each block."""
+    monkeypatch.setattr(continuations, "PREFILL_CHUNK_TOKENS", 64)
+    cpu = torch.device("cpu")
+    streamed = open_task_model(open_checkpoint(folder), torch.float32, cpu, memory=2_000_000_000)
+    assert streamed.streamed is not None and streamed.model.calls_at_once > 1
+    requests = [asked(*pair) for pair in PAIRS]
+    assert streamed.loglikelihood(requests) == ours.loglikelihood(requests)
+    wanted = [asked(text, {"until": ["\n"], "max_gen_toks": 8}) for text in TEXTS[:3]]
+    assert streamed.generate_until(wanted) == ours.generate_until(wanted)
+    streamed.close()
