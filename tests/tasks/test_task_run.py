@@ -116,6 +116,8 @@ def test_code_is_not_executed_unless_asked(neox_folder: Path, files: dict[str, s
 
 def test_an_empty_choice(neox_folder: Path, files: dict[str, str], tmp_path: Path) -> None:
     """It is certain, as its probability is 1. lm-eval's own model fails on it, and lm-eval if a task begins with it."""
+    if lm_eval.__version__.startswith("0.5"):
+        pytest.skip(f"lm-eval {lm_eval.__version__} fails by itself where a choice is empty")
     task = yaml.safe_load(Path(files["equal_choices"]).read_text())
     choices = "{{ ['yes', 'no'] if answer == 0 else ['', 'no'] }}"  # of 2 documents of 8, and of the others
     task |= {"task": "empty", "doc_to_choice": choices, "target_delimiter": "", "doc_to_target": 0}
