@@ -114,7 +114,8 @@ def show_changes(model: str, folder: Path, prompt: str | None, max_tokens: int) 
     from castalia.cli.render import print_facts, print_table
     from castalia.config.load import load_run
     from castalia.data.tokenizer import decode_with_special
-    from castalia.finetuning.before_after import compare
+    from castalia.errors import CheckpointError
+    from castalia.finetuning.before_after import compare, save_adapters
 
     config = load_run(folder)
     looks, shown, tokenizer = compare(model, folder, config, prompt, max_tokens)
@@ -130,30 +131,13 @@ def show_changes(model: str, folder: Path, prompt: str | None, max_tokens: int) 
         rows += [("in the data", tokenizer.decode(example.answer).strip())] if example.answer else []
         print_facts([*rows, *((name, look.texts[number].strip()) for name, look in looks.items() if look.texts)])
     if config.finetune.lora:
-        save_adapters(folder)
+        try:
+            print(f"\nadapters in PEFT's layout: {save_adapters(folder)}")
+        except CheckpointError as error:
+            print(f"note: the adapters are not written in PEFT's layout: {error}")
     best = next((name for name in looks if name.startswith("best")), None)
     if best:
         print(f"\nthe best state is in {folder / 'checkpoints' / 'best'}, the last one is what {folder} opens as")
     if config.train.objective != "reward":
         print(f"\ntalk with it: castalia chat {folder / 'checkpoints' / 'best' if best else folder}")
     return looks
-
-
-def save_adapters(run: Path) -> None:
-    """Beside the checkpoints, in PEFT's layout, where a Hugging Face class computes the model: those of the best state,
-    if it is kept."""
-    from castalia.checkpoint import convert
-    from castalia.checkpoint.file_plan import WriteOptions
-    from castalia.checkpoint.opener import open_checkpoint
-    from castalia.errors import CheckpointError
-
-    best = run / "checkpoints" / "best"
-    checkpoint, options = open_checkpoint(best if best.is_dir() else run, adapters=True), WriteOptions()
-    try:
-        plan = convert.plan_files("peft", checkpoint, options)
-    except CheckpointError as error:
-        print(f"note: the adapters are not written in PEFT's layout: {error}")
-        return
-    mark = convert.identity(checkpoint, options, plan)
-    convert.write(plan, run / "adapter", mark, lambda count: None, force=True)
-    print(f"\nadapters in PEFT's layout: {run / 'adapter'}")

@@ -117,6 +117,7 @@ def command(
     from castalia.errors import ConfigError
     from castalia.generate.dialogue import ANSWER_TOKENS, opening, prompt_ids, turn_ends
     from castalia.generate.generation import Sampling
+    from castalia.generate.prompts import prompts_of
     from castalia.parallel.process_group import process_group
     from castalia.parallel.rendezvous import is_main
     from castalia.streaming.streamed_model import streamed_stage
@@ -143,7 +144,7 @@ def command(
     _check_chat(chat, asks, {"--system": system, "--chat-template": chat_template})
     if world > 1 and settings.mode == "interactive":
         raise ConfigError(f"{world} processes cannot all read the terminal; give --prompt or --file")
-    prompts = [""] if settings.mode == "interactive" else prompt or _prompts(settings)  # typed ones come one by one
+    prompts = [""] if settings.mode == "interactive" else prompt or prompts_of(settings)  # typed ones come one by one
     batches = _typed(settings.prompt_end) if settings.mode == "interactive" else [prompts]
     with process_group(choose_device(device).type):
         words = load_tokenizer_for(checkpoint, tokenizer)
@@ -324,40 +325,6 @@ def sampling_of(settings: GenerateConfig, words: TokenizerFolder) -> dict[str, A
     return taken | given
 
 
-def _prompts(settings: GenerateConfig) -> list[str]:
-    """Those of the input file, or an empty one for a whole document."""
-    from castalia.errors import ConfigError, DataError, refuse_pointer
-
-    if settings.mode != "input-file":
-        return [""]
-    if settings.input_file is None:
-        raise ConfigError("generate.mode=input-file needs generate.input_file, a file with a prompt on each line")
-    try:
-        lines = Path(settings.input_file).read_text(encoding="utf-8-sig").split("\n")  # at no other kind of line end
-    except UnicodeDecodeError as error:
-        raise DataError(f"{settings.input_file}: not UTF-8 at byte {error.start}") from error
-    refuse_pointer(settings.input_file, lines[0].encode(), DataError)
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise DataError(f"{settings.input_file} has no prompt; write one on each line")
-    if settings.input_file.endswith(".jsonl"):
-        named = [(line, f"{settings.input_file}:{number}") for number, line in enumerate(lines, 1)]
-        return [_prompt_of(line, where) for line, where in named if line.strip()]
-    return prompts
-
-
-def _prompt_of(line: str, where: str) -> str:
-    """The prompt on a line of JSON."""
-    from castalia.errors import DataError
-    from castalia.reading import parse_json
-
-    value = parse_json(line, where, DataError)
-    prompt = value.get("prompt", value.get("text")) if isinstance(value, dict) else value
-    if not isinstance(prompt, str):
-        raise DataError(f'{where}: neither a string nor an object with a string "prompt" or "text"')
-    return prompt
-
-
 def _typed(end: str) -> Iterator[list[str]]:
     """Prompts from standard input, one at a time, each ended by `end`, until it closes."""
     text = ""
@@ -477,6 +444,8 @@ def _show(
     pieces: Iterator[TextPiece], prompts: Sequence[str], settings: GenerateConfig, as_json: bool, echo: bool
 ) -> Iterator[str]:
     """Print each text after its prompt, in order and as it is written. Yields a JSON object for each finished one."""
+    from castalia.generate.generation import in_order
+
     bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
     row, text = -1, ""
     for piece in in_order(pieces):
@@ -494,19 +463,3 @@ def _show(
                 # A terminal that is not UTF-8 gets escapes, which JSON allows; the file is UTF-8.
                 print(to_json(record, ensure_ascii=(sys.stdout.encoding or "utf-8").lower() != "utf-8"), flush=True)
             yield to_json(record, ensure_ascii=False)
-
-
-def in_order(pieces: Iterable[TextPiece]) -> Iterator[TextPiece]:
-    """The same text row after row: rows are written side by side, and later ones wait until those before are done."""
-    waiting: dict[int, TextPiece] = {}
-    current = 0
-    for piece in pieces:
-        if piece.row in waiting:
-            piece = piece._replace(text=waiting[piece.row].text + piece.text)
-        waiting[piece.row] = piece
-        while current in waiting:
-            ready = waiting.pop(current)
-            yield ready
-            if not ready.last:  # more of this row is still to come
-                break
-            current += 1

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from castalia.checkpoint.tensors import Checkpoint
-    from castalia.evaluate.record_batches import LabelledDocument, Record
+    from castalia.evaluate.record_batches import Record
     from castalia.parallel.executor import Executor
 
 
@@ -44,6 +44,7 @@ def command(
     from castalia.cli.opening import open_and_tell
     from castalia.cli.streaming import memory_bytes
     from castalia.evaluate.record_batches import answers_encoder, read_records, rewards_encoder
+    from castalia.evaluate.scores import score_records
     from castalia.files import write_text
 
     checkpoint = open_and_tell(model, step=step)
@@ -53,7 +54,7 @@ def command(
     executor = streamed_judge(checkpoint, records, batch_size, memory_bytes(memory)) or load_judge(
         checkpoint, batch_size
     )
-    lines = [to_json(line, ensure_ascii=False) for line in scored(executor, records, executor.micro_batch_size)]
+    lines = [to_json(line, ensure_ascii=False) for line in score_records(executor, records, executor.micro_batch_size)]
     if output is None:
         print("\n".join(lines))
         return
@@ -88,30 +89,6 @@ def load_judge(checkpoint: Any, rows: int) -> Executor:
     model = build_model(checkpoint, device, choose_dtype("fp32" if device.type == "cpu" else "auto", device))
     require_finite(dict(model.named_parameters()), checkpoint.path)
     return Executor(model, rows)
-
-
-def scored(executor: Executor, records: Sequence[Record], rows: int) -> list[dict[str, Any]]:
-    """The fields of each record and its scores."""
-    from castalia.data.sample_index import IGNORE
-    from castalia.evaluate.scores import score_documents
-
-    documents = [document for record in records for document in record.documents]
-    values = iter(score_documents(executor, documents, rows).tolist())
-    judges = executor.models[0].cfg.reward_head
-
-    def scores(document: LabelledDocument, side: str) -> dict[str, Any]:
-        """The columns of one answer."""
-        if judges:
-            return {f"{side}score": next(values)}
-        counted = sum(label != IGNORE for label in document.labels[1:])
-        return {f"{side}logprob": next(values), f"{side}tokens": counted}
-
-    lines = []
-    for record in records:
-        sides = ("chosen_", "rejected_") if len(record.documents) == 2 else ("",)
-        columns = [scores(document, side) for document, side in zip(record.documents, sides, strict=True)]
-        lines.append({**record.fields, **{name: value for each in columns for name, value in each.items()}})
-    return lines
 
 
 def best_texts(

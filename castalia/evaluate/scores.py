@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from castalia.data.sample_index import IGNORE
 from castalia.errors import DataError
 from castalia.evaluate.record_batches import LabelledDocument, Record, record_batches
 from castalia.parallel.executor import Executor
@@ -25,3 +27,27 @@ def score_documents(executor: Executor, documents: Sequence[LabelledDocument], r
     with executor.evaluating():
         values = list(executor.values(record_batches(records, rows, longest)))
     return np.concatenate([each.double().cpu().numpy() for each in values]) if values else np.zeros(0)
+
+
+def score_records(executor: Executor, records: Sequence[Record], rows: int) -> list[dict[str, Any]]:
+    """The fields of each record and its scores, `rows` texts at a time.
+
+    Reward models add `score`, language models `logprob` and `tokens`; of pairs each begins with chosen_ or rejected_.
+    """
+    documents = [document for record in records for document in record.documents]
+    values = iter(score_documents(executor, documents, rows).tolist())
+    judges = executor.models[0].cfg.reward_head
+
+    def scores(document: LabelledDocument, side: str) -> dict[str, Any]:
+        """The columns of one answer."""
+        if judges:
+            return {f"{side}score": next(values)}
+        counted = sum(label != IGNORE for label in document.labels[1:])
+        return {f"{side}logprob": next(values), f"{side}tokens": counted}
+
+    lines = []
+    for record in records:
+        sides = ("chosen_", "rejected_") if len(record.documents) == 2 else ("",)
+        columns = [scores(document, side) for document, side in zip(record.documents, sides, strict=True)]
+        lines.append({**record.fields, **{name: value for each in columns for name, value in each.items()}})
+    return lines

@@ -1,4 +1,4 @@
-"""What tuning changed: the loss on what was held out, and the answers to a few of its questions, of several models."""
+"""What tuning changed: the loss on what was held out, answers to a few of its questions, and the adapters."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from castalia.checkpoint import convert
+from castalia.checkpoint.file_plan import WriteOptions
 from castalia.checkpoint.formats.native.save import BEST, best_step
 from castalia.checkpoint.opener import open_checkpoint
 from castalia.checkpoint.restore import architecture, load_tokenizer_for
@@ -116,3 +118,16 @@ def _asked(prompt: str, config: RunConfig, tokenizer: Tokenizer) -> list[int]:
     if tokenizer.folder.template is None or not all(source.labels for source in config.data.train):
         return tokenizer.encode(prompt)
     return prompt_ids(opening(prompt, None), chat_of(tokenizer), tokenizer)
+
+
+def save_adapters(run: Path) -> Path:
+    """The folder of a run's adapters in PEFT's layout, written now: those of the best state, if it is kept.
+
+    Raises CheckpointError where no Hugging Face class computes the model.
+    """
+    best, target = run / "checkpoints" / BEST, run / "adapter"
+    checkpoint, options = open_checkpoint(best if best.is_dir() else run, adapters=True), WriteOptions()
+    plan = convert.plan_files("peft", checkpoint, options)
+    mark = convert.identity(checkpoint, options, plan)
+    convert.write(plan, target, mark, lambda count: None, force=True)
+    return target

@@ -9,7 +9,7 @@ prompts -> _prefill in chunks -> KV cache, last hidden states
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Literal, NamedTuple, Union
@@ -220,3 +220,19 @@ def checked_prompt(model: AnyModel, tokenizer: TextTokenizer, prompt: Prompt) ->
             f"the prompt {shown} has token {max(ids)}, but the model knows {num_rows}; is its tokenizer right?"
         )
     return ids
+
+
+def in_order(pieces: Iterable[TextPiece]) -> Iterator[TextPiece]:
+    """The same text row after row: rows are written side by side, and later ones wait until those before are done."""
+    waiting: dict[int, TextPiece] = {}
+    current = 0
+    for piece in pieces:
+        if piece.row in waiting:
+            piece = piece._replace(text=waiting[piece.row].text + piece.text)
+        waiting[piece.row] = piece
+        while current in waiting:
+            ready = waiting.pop(current)
+            yield ready
+            if not ready.last:  # more of this row is still to come
+                break
+            current += 1
