@@ -28,7 +28,8 @@ from castalia.storage.lazy import TensorRef
 from castalia.streaming.read_ahead import ReadAhead, bytes_of_memory, read_in_pieces
 from castalia.streaming.stream_units import ModelUnits, Unit, held_dtype
 
-FEW_TOKENS = 16  # with so few, a product takes as long as its weight takes to come from memory
+# With so few, a product takes as long as its weight takes to come from memory. With 16, slices had other last bits.
+FEW_TOKENS = 1
 TILE_BYTES = 1 << 20  # of a weight that is cast at a time then: they are still in the core's cache when they are used
 TILE_ROWS = 16  # of which tiles have a multiple
 NEAR_ROWS = 8  # rows of the embedding that are this near to each other are read together

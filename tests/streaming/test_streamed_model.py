@@ -15,11 +15,12 @@ from castalia.config.schema import ModelConfig
 from castalia.data.loader import Batch
 from castalia.errors import CheckpointError
 from castalia.loading import build_model
+from castalia.model.layers import Linear, linear
 from castalia.parallel.executor import Executor
 from castalia.plan.stream_plan import EvaluationShape, StreamPlan, evaluation_work, spread
 from castalia.storage.extent import extents_of
 from castalia.streaming.stream_units import units_of
-from castalia.streaming.streamed_model import StreamedExecutor, StreamedTransformer
+from castalia.streaming.streamed_model import Scratch, ScratchLinear, StreamedExecutor, StreamedTransformer
 from tests.checkpoint.made import FAMILIES, SIZES, changed, made, written
 
 OTHERS = {
@@ -144,3 +145,16 @@ def test_damage_is_found_before_anything_is_computed_with_it(tmp_path: Path) -> 
     with pytest.raises(CheckpointError, match="damaged"):
         model(tokens_of(model.cfg))
     model.reader.close()
+
+
+@pytest.mark.parametrize("shape", [(1024, 4096), (3072, 1024), (4096, 1024), (1500, 700)], ids=str)
+@torch.no_grad()
+def test_a_weight_that_is_cast_in_slices_gives_the_bits_of_the_whole_weight(shape: tuple[int, int]) -> None:
+    rows, columns = shape
+    scratch = Scratch(4 * rows * columns, torch.device("cpu"))
+    layer = ScratchLinear(Linear(columns, rows), scratch)
+    weight, bias = torch.randn(rows, columns).half(), torch.randn(rows).half()
+    layer.weight, layer.bias = (torch.nn.Parameter(each, requires_grad=False) for each in (weight, bias))
+    for tokens in (1, 2, 16):
+        x = torch.randn(1, tokens, columns)
+        assert torch.equal(layer(x), linear(x, weight.float(), bias))
