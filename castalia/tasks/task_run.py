@@ -19,6 +19,7 @@ from typing import Any
 
 import datasets
 import lm_eval
+import lm_eval.api.task
 import lm_eval.evaluator
 import lm_eval.tasks
 import torch
@@ -41,6 +42,10 @@ WRITTEN_AT_ONCE = 16  # texts, or passes of scores, if they have room
 DEMO = Path(__file__).with_name("demo")
 TASK_NAME = re.compile(r"^(?:task|group): *['\"]?([\w.@/-]+)", re.MULTILINE)
 CACHE = "HF_DATASETS_CACHE"
+
+if lm_eval.__version__.startswith("0.5.0.dev"):
+    # It reads `unsafe_code` of a task's file and asks each task for UNSAFE_CODE, but nothing sets the one by the other.
+    lm_eval.api.task.Task.UNSAFE_CODE = property(lambda task: bool(getattr(task.config, "unsafe_code", False)))
 
 
 def open_task_model(
