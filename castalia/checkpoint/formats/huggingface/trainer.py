@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import torch
 from pydantic import Field
 
 from castalia.checkpoint.file_plan import OutputFile, json_output, pt_output
@@ -273,6 +272,8 @@ def trainer_files(
     checkpoint: Checkpoint, family: Family, model: ModelConfig
 ) -> tuple[list[OutputFile], tuple[str, ...]]:
     """The Trainer's files of a checkpoint, and notes. Raises CheckpointError for one without optimizer state."""
+    import torch
+
     state, config, progress = checkpoint.optimizer, checkpoint.config or RunConfig(), checkpoint.progress
     if state is None:
         raise CheckpointError(
