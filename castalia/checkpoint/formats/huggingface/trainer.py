@@ -17,11 +17,10 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import Field
 
-from castalia.checkpoint.file_plan import OutputFile, json_output, pt_output
 from castalia.checkpoint.formats import TRAINER_STATE
 from castalia.checkpoint.formats.huggingface.names import SCORE, Family, table
 from castalia.checkpoint.rules import MOMENTS, to_ours, to_theirs
@@ -34,6 +33,9 @@ from castalia.reading import keys, read_json
 from castalia.storage.lazy import InMemory, TensorRef, float32
 from castalia.storage.torch_file import open_pt
 from castalia.storage.unpickle import Inert
+
+if TYPE_CHECKING:  # it needs torch, which descriptions of checkpoints do without
+    from castalia.checkpoint.file_plan import OutputFile
 
 OPTIMIZER, SCHEDULER, ARGUMENTS = "optimizer.pt", "scheduler.pt", "training_args.bin"
 COUNTS = ("global_step", "num_input_tokens_seen", "max_steps")
@@ -273,6 +275,8 @@ def trainer_files(
 ) -> tuple[list[OutputFile], tuple[str, ...]]:
     """The Trainer's files of a checkpoint, and notes. Raises CheckpointError for one without optimizer state."""
     import torch
+
+    from castalia.checkpoint.file_plan import json_output, pt_output
 
     state, config, progress = checkpoint.optimizer, checkpoint.config or RunConfig(), checkpoint.progress
     if state is None:
