@@ -68,7 +68,7 @@ class Guard:
         if self.limits.hosts and host not in self.limits.hosts:
             # A page from elsewhere whose name was made to mean this machine would get here.
             return refused(f"this server is not called {host!r}", 403)
-        path = request.url.path
+        path = request.scope["path"]  # of a URL with the Host header in it, versions of Starlette differ
         guarded = path.startswith(("/v1", "/api", "/tokenize", "/detokenize", "/metrics"))
         if self.limits.api_key is not None and guarded and not self._knows_key(request):
             return refused("give the server's key: Authorization: Bearer KEY", 401)
@@ -81,7 +81,7 @@ class Guard:
     def _knows_key(self, request: Request) -> bool:
         kind, _, key = request.headers.get("authorization", "").partition(" ")
         known = (self.limits.api_key or "").encode()
-        return kind.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), known)
+        return kind.lower() == "bearer" and hmac.compare_digest(key.strip().encode("latin-1"), known)
 
 
 def _host_of(header: str) -> str:

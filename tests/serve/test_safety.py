@@ -12,6 +12,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+from starlette.datastructures import URL
+from starlette.requests import Request
 from starlette.testclient import TestClient
 
 from castalia.errors import ConfigError
@@ -185,6 +187,13 @@ def test_keys(models: Path, library: Library, monkeypatch: pytest.MonkeyPatch) -
         assert client.get("/v1/models", headers=good).status_code == 200
         assert client.get("/health").status_code == 200
         assert client.get("/").status_code == 200
+        # Versions of Starlette that take the Host header as it is see this path in the URL of any request.
+        monkeypatch.setattr(Request, "url", URL("http://x/health?/v1/models"))
+        assert client.get("/v1/models").status_code == 401
+    app = build_app(Catalogue([str(models)]), library, Limits(api_key="schlüssel"))
+    with TestClient(app) as client:
+        key = {"authorization": "Bearer schlüssel".encode()}
+        assert client.get("/v1/models", headers=key).status_code == 200
 
 
 def test_requests_that_are_too_many_and_too_long(
