@@ -174,7 +174,7 @@ class Engine:
         self._drop_cancelled()
         self._admit()
         if self.filling:
-            self._fill(self.filling.popleft())
+            self._fill(self.filling[0])
         if self.writing:
             self._write()
 
@@ -207,19 +207,22 @@ class Engine:
             row = request[0]
             if self.kv_bytes + row.capacity * self.plan.kv_each > self.plan.row_budget:
                 return
-            request.popleft()
-            self.waiting.rotate(-1)
-            if not request:
-                self.waiting.pop()
             row.cache = KVCache(1, row.capacity, self.model.device)
             words = TextStream(self.tokenizer, row.prompt, row.options.stop)
             row.text = GenerationRow(row.options.number, list(row.prompt), words)
             if row.options.temperature:
                 row.noise = Noise(row.options.seed, [row.options.number], self.model.device)
             self.filling.append(row)
+            request.popleft()
+            self.waiting.rotate(-1)
+            if not request:
+                self.waiting.pop()
 
     def _fill(self, row: TextRow) -> None:
-        """The next chunk of a prompt, computed or copied; after the last one, the first token."""
+        """The next chunk of the first prompt, computed or copied; after the last one, the first token.
+
+        Where that fails the row is still in the queue, whose texts `fail` ends.
+        """
         cache = row.cache
         assert cache is not None
         start = cache.length
@@ -244,15 +247,16 @@ class Engine:
             if row.options.prompt_top is not None:
                 row.tell(PromptScores(self._prompt_scores(row, hidden, start)))
             if stop < len(row.prompt):
-                self.filling.append(row)
+                self.filling.rotate(-1)
                 return
             if not row.options.max_tokens:
                 row.tell(Drawn(None, "", None, "length"))
             elif self._take(row, self.model.logits(hidden[-1:])):
-                self.writing.append(row)
+                self.writing.append(self.filling.popleft())
                 return
         except CastaliaError as error:
             row.tell(Failed(str(error)))
+        self.filling.popleft()
         row.cache = None
 
     def _prompt_scores(self, row: TextRow, hidden: Tensor, start: int) -> list[TokenScore]:
@@ -283,15 +287,16 @@ class Engine:
         hidden = self.model.hidden(torch.tensor(tokens, device=self.model.device)[:, None], cache=batch)[:, 0]
         logits = self.model.logits(hidden)  # [width, V]
         self.counters["steps"] += 1
-        self.writing = []
+        going = []
         for number, row in enumerate(rows):
             try:
                 if self._take(row, logits[number : number + 1]):
-                    self.writing.append(row)
+                    going.append(row)
                     continue
             except CastaliaError as error:
                 row.tell(Failed(str(error)))
             row.cache = None  # the request may hold the row until its other texts are done
+        self.writing = going  # only now, so that `fail` ends all of them where something else goes wrong
 
     def _take(self, row: TextRow, logits: Tensor) -> bool:
         """Choose the next token of a text from logits [1, V], and tell it. Whether the text goes on."""

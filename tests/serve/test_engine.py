@@ -16,6 +16,7 @@ from castalia.generate.packed_model import pack
 from castalia.model.init import initialize
 from castalia.model.transformer import Transformer
 from castalia.plan.serve_plan import CHUNK_TOKENS, serving_plan
+from castalia.serve import engine as engine_module
 from castalia.serve.engine import Drawn, Engine, Event, Failed, PromptScores, TextOptions, TextRow
 from castalia.serve.slot_batch import exact_widths
 
@@ -245,6 +246,27 @@ def test_values_that_are_not_finite_end_one_text_with_a_message() -> None:
     row, events = row_of("a")
     run(engine, row)
     assert len(written(events)) == 12
+
+
+@pytest.mark.parametrize("fails_at", ["a prompt", "a token", "a choice"])
+def test_a_step_that_fails_ends_every_text(fails_at: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the one whose prompt was being read, and those whose token was just computed: nobody waits in vain."""
+    engine = make_engine()
+    told = [row_of("a" * 4, max_tokens=9) for _ in range(3)]
+    engine.submit([row for row, _ in told])
+    for _ in range(0 if fails_at == "a prompt" else 4):
+        engine.step()
+
+    def broken(*values: object, **options: object) -> None:
+        raise MemoryError("no room")
+
+    module, name = (engine_module, "choose") if fails_at == "a choice" else (engine.model, "hidden")
+    monkeypatch.setattr(module, name, broken)
+    with pytest.raises(MemoryError):
+        engine.step()
+    engine.fail("it failed")
+    assert [events[-1] for _, events in told] == [Failed("it failed")] * 3
+    assert not engine.busy and not engine.kv_bytes
 
 
 def test_widths_that_change_bits_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
