@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from castalia.errors import out_of_memory
+from castalia.errors import CastaliaError, out_of_memory
 from castalia.serve.engine import Engine
 
 log = logging.getLogger("castalia.serve")
@@ -47,18 +47,24 @@ class Worker:
         self.thread.join()
 
     def _run(self) -> None:
-        while True:
-            with self.change:
-                while not (self.stopped or self.calls or any(engine.busy for engine in self.engines)):
-                    self.change.wait()
-                if self.stopped:
-                    return
-                engines = [engine for engine in self.engines if engine.busy]
-                call = self.calls.popleft() if self.calls else None
-            if call is not None:
-                _answer(*call)
-            for engine in engines:
-                _step(engine)
+        while not self.stopped:
+            self._round()
+        while self.calls:  # whoever waits for them would wait for ever
+            self.calls.popleft()[1].cancel()
+
+    def _round(self) -> None:
+        """Wait for work and do it. While it waits, nothing here refers to a model, which may be dropped meanwhile."""
+        with self.change:
+            while not (self.stopped or self.calls or any(engine.busy for engine in self.engines)):
+                self.change.wait()
+            if self.stopped:
+                return
+            engines = [engine for engine in self.engines if engine.busy]
+            call = self.calls.popleft() if self.calls else None
+        if call is not None:
+            _answer(*call)
+        for engine in engines:
+            _step(engine)
 
 
 def _answer(function: Callable[[], Any], future: Future) -> None:
@@ -74,7 +80,7 @@ def _step(engine: Engine) -> None:
     try:
         engine.step()
     except Exception as error:  # the texts of this model end with it, those of others go on
-        message = out_of_memory(error)
+        message = str(error) if isinstance(error, CastaliaError) else out_of_memory(error)
         if message is None:
             log.exception("a step failed")
         engine.fail(message or f"the server could not compute a step: {type(error).__name__}")
