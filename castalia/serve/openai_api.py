@@ -248,9 +248,9 @@ def _texts(parts: Sequence[TextPart]) -> list[str]:
 def _room(loaded: LoadedModel, ids: Sequence[int], wanted: int | None, default: int, name: str) -> int:
     """How many tokens a text may have. Raises RequestError where those that are wanted have no room."""
     limit = min(loaded.plan.length, loaded.plan.row_budget // loaded.plan.kv_each)
-    room = limit - len(ids) + 1  # the last token is never read
-    most = min(default, room) if wanted is None else wanted
-    if most > room or room < 0:
+    room = limit - len(ids) + 1  # the last token of the text is never read, those of the prompt all are
+    most = max(0, min(default, room)) if wanted is None else wanted
+    if most > room or room < 1:
         raise RequestError(
             f"the prompt has {len(ids)} tokens and the text would have {most}; the model takes {limit} together",
             name, code="context_length_exceeded",

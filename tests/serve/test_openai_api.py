@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,10 @@ from starlette.testclient import TestClient
 
 from castalia.evaluate.continuations import Continuation, score_continuations
 from castalia.loading import load_model, tokenizer_at
+from castalia.plan.serve_plan import ServingPlan
+from castalia.serve.engine import TextOptions, TextRow
+from castalia.serve.openai_api import _room
+from castalia.serve.request_fields import RequestError
 from castalia.serve.token_text import token_bytes
 from tests.tasks.conftest import verses
 
@@ -40,6 +45,19 @@ def pieces(client: TestClient, path: str, **fields: Any) -> list[dict[str, Any]]
         lines = [line for line in answer.iter_lines() if line]
     assert all(line.startswith("data: ") for line in lines) and lines[-1] == "data: [DONE]"
     return [json.loads(line[6:]) for line in lines[:-1]]
+
+
+@pytest.mark.parametrize("wanted", [None, 0, 1, 5])
+def test_texts_that_are_accepted_have_room(wanted: int | None) -> None:
+    """Else one would wait for ever, and all others behind it."""
+    plan = ServingPlan(weights=0, working=0, kv_each=100, kv_budget=4000, length=512)  # 30 tokens have room
+    for length in range(20, 40):
+        try:
+            most = _room(SimpleNamespace(plan=plan), [1] * length, wanted, 16, "prompt")
+        except RequestError:
+            assert length + max(1, wanted or 0) - 1 > 30
+        else:
+            assert TextRow([1] * length, TextOptions(most), print).capacity * plan.kv_each <= plan.row_budget
 
 
 def test_echo_tells_the_log_probabilities_of_eval(client: TestClient, models: Path) -> None:
