@@ -210,6 +210,9 @@ async def _prompt_ids(
 
 
 def _checked(loaded: LoadedModel, ids: list[int], name: str) -> list[int]:
+    size = loaded.tokenizer.vocab_size
+    if ids and max(ids) >= size:  # a row of the model may still fill up the vocabulary there
+        raise RequestError(f"{name!r} has token {max(ids)}; the tokenizer knows ids below {size}", name)
     try:
         return checked_prompt(loaded.model, loaded.tokenizer, ids)
     except DataError as error:

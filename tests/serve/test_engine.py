@@ -248,6 +248,18 @@ def test_values_that_are_not_finite_end_one_text_with_a_message() -> None:
     assert len(written(events)) == 12
 
 
+def test_rows_that_fill_up_the_vocabulary_are_never_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer may have no word for them, and fail where it is asked."""
+    engine = make_engine()
+    logits = engine.model.logits
+    monkeypatch.setattr(engine.model, "logits", lambda x: logits(x) + 99.0 * (torch.arange(320) >= 257))
+    row, events = row_of("ab", top=20, prompt_top=20)
+    run(engine, row)
+    told = [token for score in scores(events) for token, _ in score.top]
+    told += [token for _, score in written(events) for token, _ in score.top]
+    assert len(told) > 200 and max(told) < 257
+
+
 @pytest.mark.parametrize("fails_at", ["a prompt", "a token", "a choice"])
 def test_a_step_that_fails_ends_every_text(fails_at: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also the one whose prompt was being read, and those whose token was just computed: nobody waits in vain."""

@@ -11,11 +11,13 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
+from castalia.config.schema import ModelConfig
+from castalia.data.tokenizer import ByteTokenizer
 from castalia.evaluate.continuations import Continuation, score_continuations
 from castalia.loading import load_model, tokenizer_at
 from castalia.plan.serve_plan import ServingPlan
 from castalia.serve.engine import TextOptions, TextRow
-from castalia.serve.openai_api import _room
+from castalia.serve.openai_api import _checked, _room
 from castalia.serve.request_fields import RequestError
 from castalia.serve.token_text import token_bytes
 from tests.tasks.conftest import verses
@@ -45,6 +47,17 @@ def pieces(client: TestClient, path: str, **fields: Any) -> list[dict[str, Any]]
         lines = [line for line in answer.iter_lines() if line]
     assert all(line.startswith("data: ") for line in lines) and lines[-1] == "data: [DONE]"
     return [json.loads(line[6:]) for line in lines[:-1]]
+
+
+def test_ids_without_a_token_are_refused() -> None:
+    """Rows of a model that only fill up its vocabulary, for which a tokenizer has no text."""
+    model = SimpleNamespace(
+        cfg=ModelConfig(num_layers=1, hidden_size=8, num_heads=1, vocab_size=257, vocab_multiple=64)
+    )
+    loaded = SimpleNamespace(model=model, tokenizer=ByteTokenizer("bytes"))
+    assert model.cfg.padded_vocab_size > 257 and _checked(loaded, [3, 256], "prompt") == [3, 256]
+    with pytest.raises(RequestError, match="'prompt' has token 257; the tokenizer knows ids below 257"):
+        _checked(loaded, [3, 257], "prompt")
 
 
 @pytest.mark.parametrize("wanted", [None, 0, 1, 5])
