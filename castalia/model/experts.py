@@ -138,6 +138,7 @@ class ExpertMLP(nn.Module):
     """
 
     load: Tensor | None = None
+    apart = False  # of several rows with one token each, each by itself: together, products of an expert add otherwise
 
     def __init__(self, cfg: ModelConfig, exact: bool = False) -> None:
         super().__init__()
@@ -145,6 +146,8 @@ class ExpertMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., h] -> the same shape."""
+        if self.apart and len(x) > 1 and x.shape[1] == 1:  # [rows, 1, h]
+            return torch.cat([self(row) for row in x.split(1)])
         return self.mixed(x, self.router.weight, self.experts.held)
 
     def mixed(self, x: Tensor, router: Tensor, held: Held) -> Tensor:

@@ -6,7 +6,8 @@ submit -> waiting, by request -> filling: a chunk of a prompt in turn -> writing
        keys and values          computed are copied                text -> Drawn, to whoever asked
 
 A text is the same bits whatever else runs: prompts are cut at the same places and each chunk runs by itself, attention
-runs row by row, and batches have only widths in which the other kernels give a row the same bits (`exact_widths`).
+and experts run row by row, and batches have only widths in which the other kernels give a row the same bits
+(`exact_widths`).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from castalia.generate.generation import GenerationRow
 from castalia.generate.kv_cache import KVCache
 from castalia.generate.sampling import Noise, choose
 from castalia.generate.text_stream import TextStream
+from castalia.model.experts import ExpertMLP
 from castalia.model.transformer import Transformer
 from castalia.plan.serve_plan import CHUNK_TOKENS, ROWS, ServingPlan
 from castalia.serve.slot_batch import SlotBatch, exact_widths
@@ -149,6 +151,9 @@ class Engine:
         self.writing: list[TextRow] = []
         self.prefixes = Prefixes(plan.prefix_budget)
         self.counters = {"prompt_tokens": 0, "prefix_tokens": 0, "generated_tokens": 0, "steps": 0}
+        for module in model.modules():
+            if isinstance(module, ExpertMLP):
+                module.apart = True
         with torch.inference_mode():
             self.widths = exact_widths(model, widths)
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from castalia.config.schema import ModelConfig
+from castalia.config.schema import ExpertsConfig, ModelConfig
 from castalia.data.tokenizer import ByteTokenizer
 from castalia.generate.generation import Sampling, stream
 from castalia.generate.packed_model import pack
@@ -37,6 +37,7 @@ KINDS = [
     {"position": "alibi", "num_kv_heads": 4},
     {"sliding_window": 7},
     {"gated_mlp": True, "norm": "rmsnorm", "tie_embeddings": True},
+    {"experts": ExpertsConfig(count=4, top_k=2), "hidden_size": 64},
 ]
 
 
