@@ -24,7 +24,6 @@ from castalia.errors import CastaliaError, ConfigError
 from castalia.generate.dialogue import turn_ends
 from castalia.generate.packed_model import pack
 from castalia.loading import build_model
-from castalia.machine import free_memory
 from castalia.model.transformer import Transformer
 from castalia.plan.flops import kv_cache_bytes
 from castalia.plan.serve_plan import CHUNK_TOKENS, ROWS, UNKNOWN_LENGTH, ServingPlan, serving_plan
@@ -32,7 +31,7 @@ from castalia.plan.stream_plan import PROGRAM_BYTES, SHARE, generation_work, lea
 from castalia.serve.catalogue import ModelEntry
 from castalia.serve.engine import Engine, TextRow
 from castalia.serve.worker import Worker
-from castalia.streaming.open_streamed import open_streamed
+from castalia.streaming.open_streamed import free_on, open_streamed
 from castalia.streaming.stream_units import units_of
 from castalia.streaming.streamed_model import StreamedTransformer
 from castalia.train.hardware import choose_device, choose_dtype
@@ -65,9 +64,9 @@ class Library:
     """The loaded checkpoints, and the thread that computes with them."""
 
     def __init__(self, memory: int | None = None, device: str = "auto") -> None:
-        """`memory`: bytes for weights, keys and values; None: a share of what is free."""
-        self.memory = memory or int(SHARE * free_memory())
+        """`memory`: bytes for weights, keys and values; None: a share of what is free on the device."""
         self.device = choose_device(device)
+        self.memory = memory or int(SHARE * free_on(self.device))
         self.loaded: dict[str, LoadedModel] = {}  # by path; the latest used comes last
         self.users: dict[str, int] = {}  # leases that are out or waited for, by path
         self.change = threading.Condition()  # of both
@@ -186,7 +185,7 @@ class Library:
     @property
     def used(self) -> int:
         """Bytes of the memory that are taken."""
-        return PROGRAM_BYTES + sum(loaded.plan.total for loaded in self.loaded.values())
+        return PROGRAM_BYTES + sum(loaded.plan.total for loaded in list(self.loaded.values()))
 
 
 def _chat_of(tokenizer: Tokenizer) -> tuple[Chat | None, tuple[str, ...]]:

@@ -53,17 +53,21 @@ def budget_for(
     None: the model is not streamed. Of a GPU its own memory counts."""
     if memory is not None:
         return memory
-    free, parts = _free_on(device or torch.device("cpu")), 1
+    device = device or torch.device("cpu")
+    free, parts = free_on(device), 1
     if grid and grid.world > 1:
         parts = grid.tp * grid.pp
         every: list[int] = [0] * grid.world
-        dist.all_gather_object(every, free // int(os.environ.get("LOCAL_WORLD_SIZE") or grid.world))
+        # Processes of a machine share its memory; each has a GPU of its own.
+        sharing = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE") or grid.world)
+        dist.all_gather_object(every, free // sharing)
         free = min(every)  # all ranks decide alike
     needed = PROGRAM_BYTES + (memory_without_streaming(model, work, element_bytes) - PROGRAM_BYTES) // parts
     return None if needed <= free else int(SHARE * free)
 
 
-def _free_on(device: torch.device) -> int:
+def free_on(device: torch.device) -> int:
+    """Bytes that are free on a GPU, or in the machine's memory."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
 
 
