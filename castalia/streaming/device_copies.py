@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class DevicePlace(NamedTuple):
-    """Bytes on the device, and when they were last computed with; None: never."""
+    """Bytes on the device, and when they may be written; None: at once."""
 
     memory: Tensor
     used: torch.cuda.Event | None
@@ -27,7 +27,7 @@ class DeviceCopies:
         """`num_bytes`: of the largest unit that does not stay; `places`: how many of them there is room for."""
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.free = [DevicePlace(self.memory(num_bytes), None) for _ in range(places)]
+        self.free = [self._place(num_bytes) for _ in range(places)]
 
     def memory(self, num_bytes: int) -> Tensor:
         """New bytes on the device, which anyone may write."""
@@ -45,7 +45,7 @@ class DeviceCopies:
         What `stays` gets memory of its own; all else is given back by `release`.
         """
         # Of the free ones that which has waited longest.
-        place = DevicePlace(self.memory(len(source)), None) if stays else self.free.pop(0)
+        place = self._place(len(source)) if stays else self.free.pop(0)
         with self._aside():
             if self.stream and place.used:
                 self.stream.wait_event(place.used)
@@ -59,6 +59,10 @@ class DeviceCopies:
     def release(self, memory: Tensor) -> None:
         """The bytes may be written again, once everything that was begun with them has been computed."""
         self.free.append(DevicePlace(memory, self._event()))
+
+    def _place(self, num_bytes: int) -> DevicePlace:
+        """New bytes. They may have been those of a tensor that the device is still to compute with."""
+        return DevicePlace(self.memory(num_bytes), self._event())
 
     def _aside(self) -> AbstractContextManager[object]:
         return torch.cuda.stream(self.stream) if self.stream else nullcontext()

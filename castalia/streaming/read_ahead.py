@@ -37,6 +37,7 @@ class Arrival:
     memory: Tensor | None  # bytes on the host; None for what is kept, and where only the copy on a device is left
     views: dict[str, Tensor]
     made: Any = None  # what was made of it
+    copied: torch.cuda.Event | None = None  # the copy of what `memory` held before, until which nothing is read there
     copy: Tensor | None = None  # its bytes on a device
     parts: list[Future] = field(default_factory=list)
     checks: ExitStack = field(default_factory=ExitStack)  # completes the checksums of a first reading
@@ -100,7 +101,12 @@ class ReadAhead:
                 self._discard()
                 self._begin(number)
             self._read_on(number)  # so that the disk has work when this unit is there
-            self.current = self._finished(self.pending.popleft())
+            try:
+                self.current = self._finished(self.pending[0])
+            except Exception:
+                self._discard()  # who asks again gets the same error, and not one of missing buffers
+                raise
+            self.pending.popleft()
         self._read_on(number)
         return self.current.made
 
@@ -142,7 +148,7 @@ class ReadAhead:
             memory = bytes_of_memory(unit.num_bytes)
         else:
             memory, copied = self.free.pop(0)
-        arrival = Arrival(number, memory, unit.views(memory))
+        arrival = Arrival(number, memory, unit.views(memory), copied=copied)
         if number not in self.sound:
             arrival.checks.enter_context(verifying(unit.tensors.values()))
         # The largest first: begun last, it would keep one thread busy while the others wait.
@@ -182,7 +188,7 @@ class ReadAhead:
         if self.copies and arrival.copy is not None and arrival.number not in self.stays:
             self.copies.release(arrival.copy)
         if arrival.memory is not None and not self._has_own_memory(arrival.number):
-            self.free.append((arrival.memory, None))
+            self.free.append((arrival.memory, arrival.copied))  # of one that was given up, nothing may have been read
 
     def _discard(self) -> None:
         """Give up what was being read."""
