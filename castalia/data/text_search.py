@@ -146,7 +146,8 @@ def find_runs(tokens: np.ndarray, needles: Sequence[Sequence[int]]) -> list[np.n
     quarter of the ids; short ones by their rarest ids.
     """
     long = [len(ids) >= 2 * WINDOW - 1 for ids in needles]  # such a run holds a whole window, wherever it begins
-    if not any(long) or not tokens.flags.c_contiguous or len(tokens) < 2 * WINDOW:
+    whole_words = WINDOW * tokens.itemsize % 8 == 0  # not of ids of one byte
+    if not any(long) or not whole_words or not tokens.flags.c_contiguous or len(tokens) < 2 * WINDOW:
         return _by_rarest(tokens, needles)
     found = {True: iter(_by_windows(tokens, [ids for ids, is_long in zip(needles, long, strict=True) if is_long]))}
     found[False] = iter(_by_rarest(tokens, [ids for ids, is_long in zip(needles, long, strict=True) if not is_long]))

@@ -26,7 +26,7 @@ def test_runs_are_those_that_a_comparison_at_each_place_finds(tokens: list[int],
 
 
 @given(
-    kind=st.sampled_from(["<u2", "<i4", "<i8"]),
+    kind=st.sampled_from(["u1", "i1", "<u2", "<i4", "<i8"]),
     tokens=st.lists(st.integers(0, 2), min_size=8, max_size=80),
     skipped=st.integers(0, 5),
     needles=st.lists(st.lists(st.integers(0, 3), min_size=6, max_size=12), min_size=3, max_size=20),
