@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils.data import SequentialSampler
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, get_scheduler
 from transformers.pytorch_utils import ALL_LAYERNORM_LAYERS
 from transformers.trainer_pt_utils import get_parameter_names
 
@@ -17,10 +17,11 @@ from castalia.checkpoint.convert import plan_files, prepare, write
 from castalia.checkpoint.file_plan import WriteOptions
 from castalia.checkpoint.formats.huggingface.names import FAMILIES as KINDS
 from castalia.checkpoint.formats.huggingface.names import family_of
-from castalia.checkpoint.formats.huggingface.trainer import arguments_for, full_name, groups
+from castalia.checkpoint.formats.huggingface.trainer import _shape, arguments_for, full_name, groups
 from castalia.checkpoint.opener import open_checkpoint
 from castalia.cli.convert import command as convert
 from castalia.config.load import load_config
+from castalia.config.lr_schedule import LearningRate
 from castalia.data.indexed import DatasetWriter
 from castalia.data.loader import open_data
 from castalia.errors import ConfigError
@@ -188,6 +189,32 @@ def bergson_names(stored: dict, model: torch.nn.Module) -> dict[str, torch.Tenso
         assert entry["param_name"] == by_order[number]
         found[entry["param_name"]] = entry["exp_avg_sq"] / (1 - beta ** int(entry["step"].item()))
     return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "known"),
+    [
+        ("cosine_with_min_lr", {"min_lr_rate": 0.1}, True),
+        ("cosine_with_min_lr", {"min_lr": 2e-4, "num_cycles": 0.5}, True),
+        ("cosine_with_min_lr", {"min_lr": 2e-4, "num_cycles": 1.5}, False),
+        ("warmup_stable_decay", {"num_decay_steps": 10, "decay_type": "linear"}, True),
+        ("warmup_stable_decay", {"num_decay_steps": 10, "decay_type": "linear", "num_stable_steps": 26}, True),
+        ("warmup_stable_decay", {"num_decay_steps": 10, "decay_type": "linear", "num_stable_steps": 5}, False),
+        ("warmup_stable_decay", {"num_decay_steps": 10}, False),  # which is a cosine
+    ],
+)
+def test_a_trainers_schedule_is_followed_where_all_of_it_is_known(kind: str, more: dict, known: bool) -> None:
+    found = _shape({"lr_scheduler_type": kind, "lr_scheduler_kwargs": more, "warmup_steps": 4}, 1e-3, 40)
+    assert (found is not None) == known
+    if found is None:
+        return
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    theirs = get_scheduler(kind, optimizer, 4, 40, scheduler_specific_kwargs=more)
+    ours = LearningRate.of_stored(found)
+    for updates in range(1, 40):  # the first one was made before anything was saved
+        optimizer.step()
+        theirs.step()
+        assert ours(updates) == pytest.approx(theirs.get_last_lr()[0], abs=1e-9)
 
 
 def test_bergson_finds_the_second_moments(tmp_path: Path) -> None:

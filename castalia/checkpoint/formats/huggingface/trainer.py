@@ -252,12 +252,15 @@ def _shape(arguments: Mapping[str, Any], rate: float, most: int) -> dict[str, ob
         warmup = 0
     if kind == "cosine_with_min_lr":
         minimum = more.get("min_lr") or (more.get("min_lr_rate") or 0.0) * rate
+        if more.keys() - {"min_lr", "min_lr_rate", "num_cycles"} or more.get("num_cycles", 0.5) != 0.5:
+            style = None
     elif kind == "warmup_stable_decay":
         cooldown = float(more.get("num_decay_steps") or 0)
         if (
             more.get("decay_type") != "linear"
             or more.get("warmup_type", "linear") != "linear"
             or more.get("min_lr_ratio")
+            or more.get("num_stable_steps") not in (None, most - warmup - cooldown)  # else the rate falls earlier
         ):
             style = None
     elif more or (kind == "inverse_sqrt" and not warmup):
