@@ -106,12 +106,18 @@ def find_root(path: str) -> Path:
 
 def _below(folder: Path, depth: int) -> Iterator[Path]:
     """The runs, folders of steps and checkpoints at a folder or below it; not what lies inside of one."""
-    if is_run(folder) or find_steps(folder) or detect(folder) is not None:
+    try:
+        found = is_run(folder) or bool(find_steps(folder)) or detect(folder) is not None
+        inner = [] if found or not depth else [each for each in folder.iterdir() if not each.name.startswith(".")]
+        inner = sorted(entry for entry in inner if entry.is_dir())
+    except (OSError, CheckpointError):
+        if depth == DEPTH:
+            raise
+        return  # gone since it was listed, or not for this user to read; the others are served
+    if found:
         yield folder
-    elif depth:
-        inner = (entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-        for entry in sorted(inner):
-            yield from _below(entry, depth - 1)
+    for entry in inner:
+        yield from _below(entry, depth - 1)
 
 
 def is_run(folder: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import anyio
@@ -55,6 +56,20 @@ def test_names(folder: Path, models: Path, tmp_path: Path) -> None:
 def _empty(place: Path) -> Path:
     (place / "empty").mkdir()
     return place / "empty"
+
+
+def test_a_folder_that_cannot_be_read_hides_no_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    list_folder = Path.iterdir
+
+    def locked(place: Path) -> Iterator[Path]:
+        if place.name == "sub":
+            raise PermissionError(13, "Permission denied", str(place))
+        return list_folder(place)
+
+    monkeypatch.setattr(Path, "iterdir", locked)
+    assert [entry.name for entry in Catalogue([str(folder)]).models()] == ["run@10", "run@20"]
+    with pytest.raises(PermissionError):
+        Catalogue([str(folder / "sub")])
 
 
 def test_a_new_checkpoint_appears_by_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
