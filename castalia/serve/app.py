@@ -42,7 +42,7 @@ def build_app(catalogue: Catalogue, library: Library, limits: Limits | None = No
             Route("/health", health),
             *map(_answering, routes),
             *(Route(route.path, _refuse_method) for route in routes if "GET" not in (route.methods or ())),
-            Mount("/api", routes=[_answering(route) for route in page_routes(catalogue, library)]),
+            Mount("/api", routes=[_answering(route) for route in page_routes(catalogue, library, limits)]),
             Mount("/", StaticFiles(directory=page, html=True)),
         ],
         exception_handlers={HTTPException: http_error},

@@ -34,7 +34,7 @@ class TextFields(RequestFields):
     text: Annotated[str, Field(min_length=1, max_length=100_000)]
 
 
-def page_routes(catalogue: Catalogue, library: Library) -> list[Route]:
+def page_routes(catalogue: Catalogue, library: Library, limits: Limits) -> list[Route]:
     """The routes of the page; their paths begin behind `/api`."""
 
     def entry_of(name: str) -> ModelEntry:
@@ -93,14 +93,14 @@ def page_routes(catalogue: Catalogue, library: Library) -> list[Route]:
 
     async def pieces(request: Request) -> Response:
         """The tokens of a text: their ids, and what each reads."""
-        fields = await _text(request)
+        fields = await _text(request, limits)
         async with library.lease(entry_of(fields.model)) as loaded:
             ids = await anyio.to_thread.run_sync(loaded.tokenizer.encode, fields.text)
             return await _told(lambda: {"ids": ids, "texts": pieces_of(loaded.tokenizer, ids)})
 
     async def lens(request: Request) -> Response:
         """What each layer predicts after each token of a text."""
-        fields = await _text(request)
+        fields = await _text(request, limits)
         async with library.lease(entry_of(fields.model)) as loaded:
             ids = await anyio.to_thread.run_sync(loaded.tokenizer.encode, fields.text)
             if len(ids) > LENS_TOKENS:
@@ -132,8 +132,8 @@ async def _told(function: Callable[[], Any]) -> Response:
     return Response(text, media_type="application/json", headers={"Cache-Control": "no-store"})
 
 
-async def _text(request: Request) -> TextFields:
-    fields = read_fields(await body_of(request, Limits()), TextFields)
+async def _text(request: Request, limits: Limits) -> TextFields:
+    fields = read_fields(await body_of(request, limits), TextFields)
     check_text(fields.text, "text")
     return fields
 
