@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from castalia.serve.engine import Drawn, Event, Failed, PromptScores, TextOptions, TextRow, TokenScore
 from castalia.serve.library import Library, LoadedModel
-from castalia.serve.limits import Gone, refusal_of, while_connected
+from castalia.serve.limits import Gone, refusal_of, while_connected, words_of
 from castalia.serve.replies import error_body
 from castalia.serve.request_fields import RequestError
 from castalia.strict_json import to_json
@@ -106,8 +106,8 @@ class EventStream(Response):
             if not begun:
                 await refusal_of(error)(scope, receive, send)
                 return
-            status = error.status if isinstance(error, RequestError) else 500
-            await _data(send, to_json(error_body(str(error), status)))
+            message, status = words_of(error)
+            await _data(send, to_json(error_body(message, status)))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

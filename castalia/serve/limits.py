@@ -98,16 +98,22 @@ def refusal_of(error: Exception) -> Response:
     """The answer to a request that failed."""
     if isinstance(error, ClientDisconnect | Gone):
         return Response(status_code=499)  # which nobody reads
+    param, code = (error.param, error.code) if isinstance(error, RequestError) else (None, None)
+    return refused(*words_of(error), param, code)
+
+
+def words_of(error: Exception) -> tuple[str, int]:
+    """What a client is told of a request that failed, and the status. An error that nobody expected is logged."""
     if isinstance(error, RequestError):
-        return refused(str(error), error.status, error.param, error.code)
+        return str(error), error.status
     if isinstance(error, Busy):
-        return refused(str(error), 503)
+        return str(error), 503
     if isinstance(error, CastaliaError):  # of a checkpoint, a tokenizer, a template
-        return refused(str(error), 400)
+        return str(error), 400
     if (message := out_of_memory(error)) is not None:
-        return refused(message, 503)
+        return message, 503
     log.error("a request failed", exc_info=error)
-    return refused(f"the server failed: {type(error).__name__}", 500)
+    return f"the server failed: {type(error).__name__}", 500
 
 
 def answered(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:

@@ -6,7 +6,7 @@ import json
 import random
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from starlette.requests import Request
 from starlette.testclient import TestClient
 
 from castalia.errors import ConfigError
+from castalia.serve.answers import EventStream
 from castalia.serve.app import build_app
 from castalia.serve.catalogue import Catalogue
 from castalia.serve.library import Library
@@ -209,6 +210,24 @@ def test_requests_that_are_too_many_and_too_long(
         answer = client.post("/v1/completions", json=GOOD)
         assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
         assert client.get("/health").status_code == 200
+
+
+def test_the_page_keeps_the_limits(models: Path, library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "close", lambda: None)
+    with TestClient(build_app(Catalogue([str(models)]), library, Limits(body_bytes=50))) as client:
+        for path in ("/api/pieces", "/api/lens", "/v1/score"):
+            assert client.post(path, json={"model": "neox", "text": "a" * 50}).status_code == 413, path
+
+
+def test_a_stream_that_fails_in_the_middle_says_so_and_keeps_the_reason(caplog: pytest.LogCaptureFixture) -> None:
+    async def pieces() -> AsyncIterator[dict[str, int]]:
+        yield {"a": 1}
+        raise ValueError("/home/someone/secret")
+
+    client = TestClient(EventStream(pieces, 9.0))
+    first, second = client.get("/").text.split("\n\n")[:2]
+    assert first == 'data: {"a": 1}' and "the server failed: ValueError" in second and "secret" not in second
+    assert [record.exc_info[1].args for record in caplog.records] == [("/home/someone/secret",)]
 
 
 def test_the_end_finishes_what_runs(models: Path, tmp_path: Path) -> None:
