@@ -11,7 +11,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from castalia.serve.limits import Limits
 
-HEAD_SECONDS = 20  # in which the head of a request has to arrive, counted from the connection
+HEAD_SECONDS = 20  # in which the head of a request has to arrive, counted from the connection, and an unwanted body
 UNREAD_SECONDS = 60  # for which a client may leave an answer unread
 KEPT_SECONDS = 20  # for which a connection waits for its next request
 GROUP = 4  # connections for each request that may run
@@ -22,6 +22,7 @@ class TimedConnection(H11Protocol):
 
     late: asyncio.TimerHandle | None = None
     unread: asyncio.TimerHandle | None = None
+    rest: asyncio.TimerHandle | None = None  # of a body that was not wanted, and still comes after the answer
 
     def connection_made(self, transport: Any) -> None:
         """See asyncio.Protocol."""
@@ -35,15 +36,20 @@ class TimedConnection(H11Protocol):
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE:
             self._head_is_there()
+        if self.conn.their_state is not h11.SEND_BODY:
+            self._rest_is_over()
 
     def on_response_complete(self) -> None:
         """Called by uvicorn."""
         super().on_response_complete()
         self._head_is_there()
+        if self.conn.their_state is h11.SEND_BODY and self.rest is None:
+            self.rest = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.Protocol."""
         self._head_is_there()
+        self._rest_is_over()
         self._is_read()
         super().connection_lost(exc)
 
@@ -65,6 +71,11 @@ class TimedConnection(H11Protocol):
         if self.late is not None:
             self.late.cancel()
             self.late = None
+
+    def _rest_is_over(self) -> None:
+        if self.rest is not None:
+            self.rest.cancel()
+            self.rest = None
 
     def _is_read(self) -> None:
         if self.unread is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,3 +54,15 @@ def test_heads_and_bodies_that_do_not_come(port: int) -> None:
     answer = said(port, head + b"Content-Length: 100\r\n\r\n{")
     assert answer.startswith(b"HTTP/1.1 408") and b"the body did not arrive" in answer
     assert said(port, b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").startswith(b"HTTP/1.1 200")
+
+
+def test_a_body_that_comes_slowly_after_its_refusal(port: int) -> None:
+    """Each byte of it would else keep the connection."""
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: text/plain\r\nContent-Length: 1000\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        connection.sendall(head)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 415")
+        with pytest.raises(ConnectionError):
+            for _ in range(100):
+                connection.sendall(b"x")
+                time.sleep(0.05)
