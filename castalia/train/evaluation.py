@@ -92,6 +92,8 @@ def evaluate_checkpoint(
         """The same without the rows; from disk where it does not fit. Raises ConfigError for a second one then."""
         shape = EvaluationShape(length, rows, rows * JUDGED_BATCHES, False)
         memory = None if judges else options.memory
+        if options.memory and world_size() > 1:
+            raise ConfigError("--memory streams the model for answers on one process: leave it or the processes out")
         if options.memory and judges:
             raise ConfigError(
                 "--memory streams one model, and this one is judged beside its reference model: leave it out"

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from castalia.checkpoint.opener import open_checkpoint
 from castalia.cli.convert import command as convert
 from castalia.cli.evaluate import command
 from castalia.cli.finetune import command as finetune
@@ -23,7 +24,9 @@ from castalia.data.chat import chat_of
 from castalia.data.pairs import open_samples
 from castalia.data.prepare import Recipe, prepare
 from castalia.data.tokenizer import load_tokenizer
-from castalia.errors import CastaliaError
+from castalia.errors import CastaliaError, ConfigError
+from castalia.train import evaluation
+from castalia.train.evaluation import EvaluationOptions, evaluate_checkpoint
 from tests.cli.chat_model import LESSONS, SYSTEM, make_chat_model
 
 SAID = list(LESSONS.values())
@@ -284,3 +287,11 @@ def test_mistakes_are_one_message(folder, judge, tmp_path, records, options, mes
 def test_answers_tell_a_reward_model_nothing(folder, reward, judge):
     with pytest.raises(CastaliaError, match="castalia score rates them"):
         judge(reward, data=str(folder / "chats.jsonl"))
+
+
+def test_memory_for_answers_on_several_processes_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There, all of the model would be in memory whatever it says."""
+    monkeypatch.setattr(evaluation, "world_size", lambda: 2)
+    options = EvaluationOptions(data=str(folder / "chats.jsonl"), memory=10**9)
+    with pytest.raises(ConfigError, match="--memory streams the model for answers on one process"):
+        evaluate_checkpoint(open_checkpoint(folder / "model"), options)
