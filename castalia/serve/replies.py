@@ -25,10 +25,10 @@ def usage(prompt: int, written: int, note: str | None = None) -> dict[str, Any]:
     return counts | ({"warning": note} if note else {})
 
 
-def top_of(tokenizer: Tokenizer, score: TokenScore) -> dict[str, float]:
-    """The likeliest tokens and the token itself, each with its log-probability."""
+def top_of(tokenizer: Tokenizer, score: TokenScore) -> dict[str, tuple[int, float]]:
+    """The likeliest tokens and the token itself by their texts, each with its id and its log-probability."""
     values = dict([*score.top, (score.token, score.log_prob)])
-    return dict(zip(distinct_texts(tokenizer, list(values)), values.values(), strict=True))
+    return dict(zip(distinct_texts(tokenizer, list(values)), values.items(), strict=True))
 
 
 def completion_logprobs(
@@ -36,10 +36,11 @@ def completion_logprobs(
 ) -> dict[str, Any]:
     """The log-probabilities of a completion's tokens; None for a token that is predicted by nothing.
 
-    `offset`: of the first one in the text. Besides OpenAI's fields, `token_ids`, `bytes`, and `top_token_ids` in the
-    order of `top_logprobs`.
+    `offset`: of the first one in the text. Besides OpenAI's fields, `token_ids`, `bytes`, and `top_token_ids` with
+    the keys of `top_logprobs`, whose order JavaScript does not keep.
     """
     texts = [token_text(tokenizer, token) for token in tokens]
+    tops = [score and top_of(tokenizer, score) for score in scores]
     contents = [token_bytes(tokenizer, token) for token in tokens]
     offsets, at = [], b""
     for content in contents:
@@ -48,8 +49,8 @@ def completion_logprobs(
     return {
         "tokens": texts,
         "token_logprobs": [score and score.log_prob for score in scores],
-        "top_logprobs": [score and top_of(tokenizer, score) for score in scores],
-        "top_token_ids": [score and list(dict([*score.top, (score.token, score.log_prob)])) for score in scores],
+        "top_logprobs": [top and {text: value for text, (_, value) in top.items()} for top in tops],
+        "top_token_ids": [top and {text: token for text, (token, _) in top.items()} for top in tops],
         "text_offset": offsets,
         "token_ids": list(tokens),
         "bytes": [list(content) for content in contents],

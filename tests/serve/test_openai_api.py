@@ -19,7 +19,7 @@ from castalia.plan.serve_plan import ServingPlan
 from castalia.serve.engine import TextOptions, TextRow
 from castalia.serve.openai_api import _checked, _room
 from castalia.serve.request_fields import RequestError
-from castalia.serve.token_text import token_bytes
+from castalia.serve.token_text import token_bytes, token_text
 from tests.tasks.conftest import verses
 
 TEXT = verses()[0]
@@ -58,6 +58,16 @@ def test_ids_without_a_token_are_refused() -> None:
     assert model.cfg.padded_vocab_size > 257 and _checked(loaded, [3, 256], "prompt") == [3, 256]
     with pytest.raises(RequestError, match="'prompt' has token 257; the tokenizer knows ids below 257"):
         _checked(loaded, [3, 257], "prompt")
+
+
+def test_each_likely_token_has_its_id(client: TestClient, models: Path) -> None:
+    """By its text: in JavaScript "7" comes before " the", whatever came first in the answer."""
+    words = tokenizer_at(models / "neox")
+    logprobs = complete(client, logprobs=20, max_tokens=3)["choices"][0]["logprobs"]
+    for values, ids in zip(logprobs["top_logprobs"], logprobs["top_token_ids"], strict=True):
+        assert values.keys() == ids.keys() and len(ids) >= 20
+        for text, token in ids.items():
+            assert text == f"token_id:{token}" or text == token_text(words, token)
 
 
 @pytest.mark.parametrize("wanted", [None, 0, 1, 5])

@@ -84,7 +84,7 @@ export async function tryView(main, q) {
 	function entries(l) { // both forms of log-probabilities
 		if (!l) return [];
 		if (l.content) return l.content.map(t => ({ id: t.token_id, logprob: t.logprob, bytes: t.bytes, top: t.top_logprobs.map(a => ({ id: a.token_id, text: a.token, logprob: a.logprob })) }));
-		return l.tokens.map((_, i) => ({ id: l.token_ids[i], logprob: l.token_logprobs[i], bytes: l.bytes[i], top: Object.entries(l.top_logprobs[i] || {}).map(([text, logprob]) => ({ text, logprob })).map((a, n) => ({ ...a, id: l.top_token_ids[i][n] })) }));
+		return l.tokens.map((_, i) => ({ id: l.token_ids[i], logprob: l.token_logprobs[i], bytes: l.bytes[i], top: Object.entries(l.top_logprobs[i] || {}).map(([text, logprob]) => ({ text, logprob, id: l.top_token_ids[i][text] })) }));
 	}
 	function add(t) { line.push(t); out.append(token(t, line.length - 1)); }
 	function token(t, place) {
