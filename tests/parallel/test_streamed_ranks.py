@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 
 from castalia.checkpoint.opener import open_checkpoint
@@ -12,6 +14,7 @@ from castalia.errors import ConfigError
 from castalia.generate.generation import Sampling, generate
 from castalia.loading import build_model
 from castalia.parallel.rendezvous import world_size
+from castalia.plan import stream_plan
 from castalia.train.evaluation import EvaluationOptions, evaluate_checkpoint
 
 pytestmark = pytest.mark.xdist_group("pool")
@@ -39,23 +42,28 @@ def texts(run: str, tp: int, pp: int, sampling: dict) -> list[str]:
     if world_size() == 1:
         return generate(build_model(checkpoint), words, PROMPTS, max_tokens=24, seed=5, **sampling)
     asked = Sampling(max_tokens=24, batch_size=16, **sampling)
-    model = streamed_writer(checkpoint, words, PROMPTS, asked, "fp32", "cpu", MEMORY, tp, pp)
-    assert model.calls_at_once > 1
-    model.stage.plan = forgotten(model.stage)
+    with nothing_stays():
+        model = streamed_writer(checkpoint, words, PROMPTS, asked, "fp32", "cpu", MEMORY, tp, pp)
+    assert model.calls_at_once > 1 and not model.stage.plan.resident
     found = generate(model, words, PROMPTS, max_tokens=24, seed=5, **sampling)
     model.stage.reader.close()
     return found
 
 
-def forgotten(stage):
-    """The plan, with no block that stays: a model as small as this one would be read once."""
-    stage.reader.kept.clear()
-    return stage.plan
+@contextmanager
+def nothing_stays():
+    """Plans with no block that stays: a model as small as this one would be read once."""
+    spread, stream_plan.spread = stream_plan.spread, lambda number, blocks: ()
+    try:
+        yield
+    finally:
+        stream_plan.spread = spread
 
 
 def loss(run: str, tp: int, pp: int, memory: int | None, data: str, words: tuple[str, ...] = ()) -> dict:
     checkpoint = open_checkpoint(run)
-    return evaluate_checkpoint(checkpoint, EvaluationOptions(data, stride=5, memory=memory, tp=tp, pp=pp))
+    with nothing_stays():
+        return evaluate_checkpoint(checkpoint, EvaluationOptions(data, stride=5, memory=memory, tp=tp, pp=pp))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
