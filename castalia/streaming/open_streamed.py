@@ -17,6 +17,7 @@ import torch.distributed as dist
 from castalia.checkpoint.restore import architecture
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.schema import ModelConfig
+from castalia.errors import ConfigError
 from castalia.machine import free_memory
 from castalia.parallel.rank_grid import RankGrid
 from castalia.parallel.rendezvous import world_size
@@ -28,6 +29,7 @@ from castalia.plan.stream_plan import (
     StreamedWork,
     StreamPlan,
     evaluation_work,
+    least_budget,
     memory_without_streaming,
     plan_evaluation,
     plan_stream,
@@ -89,10 +91,17 @@ def open_streamed(
 ) -> StreamedTransformer:
     """The model of an opened checkpoint. Bytes that the page cache has room for are read through it.
 
-    It raises CheckpointError for damage where it is found, and if all values must be `finite`, for others.
+    It raises CheckpointError for damage where it is found, and if all values must be `finite`, for others. Raises
+    ConfigError for keys and values on disk, which a GPU cannot compute with.
     """
     exact = checkpoint.config is not None and checkpoint.config.neox_exact
     copies_to = device if device is not None and device.type != "cpu" else None
+    if copies_to and plan.cache_on_disk:
+        least = least_budget(plan.sizes, plan.work) + plan.work.cache_each
+        raise ConfigError(
+            f"the GPU has no room for the keys and values of one text; the least that works there is --memory "
+            f"{-(-least // 10**7) / 100:.2f}GB"
+        )
     # Memory that the run takes for itself is lost to the page cache.
     past_cache = plan.bytes_per_pass > free_memory() - (0 if copies_to else plan.budget)
     return StreamedTransformer(

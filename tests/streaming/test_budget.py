@@ -8,12 +8,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from castalia.checkpoint.restore import architecture
 from castalia.config.schema import ModelConfig, ParallelConfig
+from castalia.errors import ConfigError
 from castalia.parallel.rank_grid import layout
-from castalia.plan.stream_plan import SHARE, answers_work, memory_without_streaming
+from castalia.plan.stream_plan import SHARE, answers_work, least_budget, memory_without_streaming, plan_stream
 from castalia.serve.library import Library
 from castalia.streaming import open_streamed
 from castalia.streaming.open_streamed import budget_for
+from castalia.streaming.stream_units import units_of
+from castalia.units import parse_size
+from tests.checkpoint.made import FAMILIES, made
 
 MODEL = ModelConfig(num_layers=8, hidden_size=1024, num_heads=8, vocab_size=1000)
 
@@ -43,3 +48,16 @@ def test_a_server_takes_a_share_of_its_own_device(monkeypatch: pytest.MonkeyPatc
         library = Library(None, device)
         library.close()
         assert library.memory == int(SHARE * free)
+
+
+def test_keys_and_values_on_disk_are_refused_for_a_gpu() -> None:
+    checkpoint = made(FAMILIES["llama"], optimizer=False)
+    model = architecture(checkpoint)
+    units, work = units_of(checkpoint, model, torch.float32), answers_work(model, 8, 1, 4)
+    least = least_budget(units.sizes(), work)
+    plan = plan_stream(units.sizes(), work, least)
+    assert plan.cache_on_disk
+    with pytest.raises(ConfigError, match="the GPU has no room for the keys and values") as refusal:
+        open_streamed.open_streamed(checkpoint, model, units, plan, device=torch.device("cuda"))
+    wanted = parse_size(str(refusal.value).rpartition(" ")[2], "--memory")
+    assert wanted >= least + work.cache_each and not plan_stream(units.sizes(), work, wanted).cache_on_disk
