@@ -6,7 +6,7 @@
 # make test-lm-eval   the tests of tasks with the next lm-eval, or with LM_EVAL=0.4.10
 # make setup   the environment alone, with all that tests and linters use
 #
-# Needs Python 3.10 or newer and make. Everything lands in .venv, .venv-torch-* and demo.
+# Needs Python 3.10 or newer and make. Everything lands in .venv, .venv-* and demo.
 
 PYTHON ?= python3
 # What pip is told about torch. A machine without GPU may prefer the small build:

@@ -60,9 +60,8 @@ class Plan:
 
     outputs: tuple[OutputFile, ...]
     notes: tuple[str, ...] = ()  # what the conversion changes or leaves out, for the user
-    finish: Callable[[Path, Mapping[str, Any]], None] = (
-        _nothing_left  # `finish(folder, results)` writes what depends on the other files
-    )
+    # `finish(folder, results)` writes what depends on the other files.
+    finish: Callable[[Path, Mapping[str, Any]], None] = _nothing_left
 
     @property
     def num_bytes(self) -> int:

@@ -27,7 +27,7 @@ STEP_FOLDER = re.compile(r"(?:(?:global_)?step_?|checkpoint-)(\d+)")  # the last
 def open_checkpoint(
     path: str | Path, *, step: int | None = None, tolerant: bool = False, adapters: bool = False, **hints: object
 ) -> Checkpoint:
-    """Open a checkpoint of any format. Only directories and headers are read, no tensors.
+    """Open a checkpoint of any format. Directories, headers and at most a few values are read, no whole tensors.
 
     `step`: which of several checkpoints; None: the latest.
     `tolerant`: let files be inspected whose config describes another model; the differences are then in

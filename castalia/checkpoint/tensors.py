@@ -58,9 +58,8 @@ class Progress:
     tokens: int = 0
     loss_scale: Mapping[str, float] | None = None  # fp16: the scaler's own counters
     schedule: Mapping[str, object] | None = None  # the learning-rate schedule that NeoX stored, if any
-    watch: Mapping[str, Sequence[float]] | None = (
-        None  # the last losses and gradient norms, by which spikes are detected
-    )
+    # The last losses and gradient norms, by which spikes are detected.
+    watch: Mapping[str, Sequence[float]] | None = None
 
 
 class GuessNote(str):
@@ -95,7 +94,7 @@ class CheckpointFacts:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint of any format: opened, but no tensor is read."""
+    """A checkpoint of any format: opened, but no tensor is read as a whole."""
 
     path: str
     format: str  # a key of `castalia.checkpoint.formats.FORMATS`
@@ -109,10 +108,8 @@ class Checkpoint:
     # Traces of defects of GPT-NeoX and DeepSpeed (see `castalia.checkpoint.neox_defects`):
     release: str | None = None  # of NeoX, "v1" or "head": which trained it, or whose behaviour its run follows
     summed_bias_ranks: int = 1  # T when row-parallel biases were summed over T tensor ranks
-    norm_ranks: tuple[int, int] = (
-        1,
-        1,
-    )  # (T, P) when gradient norms were those of the first tensor rank and stage alone
+    # (T, P) when gradient norms were those of the first tensor rank and stage alone.
+    norm_ranks: tuple[int, int] = (1, 1)
     summed_micro_batches: int = 1  # n when Adam saw gradients summed over n micro-batches; 1: their means
 
     def __post_init__(self) -> None:

@@ -23,7 +23,7 @@ def command(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="replace the folder")] = False,
 ) -> None:
-    """Average the weights of checkpoints. What they are the average of stands in average.json beside them.
+    """Average the weights of checkpoints. average.json beside them says what they are the average of.
 
     \b
     Examples:

@@ -70,8 +70,8 @@ def check(
       castalia config check run.yml
       castalia config check pythia-160m train.steps=1000 parallel.gpus=8
 
-    Exit code 2 with a line for each error, else 0. What is not given yet, missing on this machine or in the way there
-    is listed and no error, because the run may start elsewhere.
+    Exit code 2 with a line for each error, else 0. What is not given yet, and what is missing or in the way on this
+    machine, is listed but is no error, because the run may start elsewhere.
     """
     from castalia.cli.train import read_config
     from castalia.plan.run_plan import layout_of, warnings

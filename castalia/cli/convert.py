@@ -38,7 +38,7 @@ def command(
     era: Annotated[Literal["v1", "head"] | None, typer.Option(help="of NeoX's files; default: head")] = None,
     dtype: Annotated[
         Literal["fp32", "bf16", "fp16"] | None,
-        typer.Option(help="of the weights; default: as they are; a run's own"),
+        typer.Option(help="of the weights; default: as stored; of a run's own checkpoints: as the run computes"),
     ] = None,
     allow_inf: Annotated[
         bool, typer.Option("--allow-inf", help="let values that are too large for --dtype become infinite")
@@ -51,7 +51,7 @@ def command(
     verify: Annotated[bool, typer.Option("--verify", help="run both on probe tokens and compare all tensors")] = False,
     memory: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="with --verify: use no more, as 4GB; else: as little as it can"),
+        typer.Option(metavar="SIZE", help="most that --verify may use, such as 4GB; default: as little as it can"),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be written, and stop")] = False,
     force: Annotated[bool, typer.Option("--force", help="replace DST")] = False,

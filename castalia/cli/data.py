@@ -71,7 +71,7 @@ def prepare(
         str | None, typer.Option(help="field (true, false or a number) that judges a conversation; also writes rewards")
     ] = None,
     for_rm: Annotated[bool, typer.Option("--for-rm", help="reward models: only a last end-of-document counts")] = False,
-    workers: Annotated[int | None, typer.Option(help="at once; all cores if left out", min=1)] = None,
+    workers: Annotated[int | None, typer.Option(help="processes at a time; default: all cores", min=1)] = None,
     as_json: Json = False,
 ) -> None:
     """Tokenize text into an indexed corpus: OUTPUT_text_document.bin and .idx.

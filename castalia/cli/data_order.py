@@ -216,8 +216,8 @@ def seen(
       castalia data seen "the first" runs/first
       castalia data seen --file texts.txt run.yml --json
 
-    The corpus is read once from begin to end. A text is found within a document, whatever stands beside it. Sequences
-    end where they are full: texts that are cut there are counted, but they are no places.
+    The corpus is read once from beginning to end. A text is found within a document, whatever stands beside it. A text
+    that is cut where a sequence ends is counted apart, and is no place.
     """
     from castalia.bars import progress
     from castalia.data.seen import bytes_to_read, seen_in_rows, seen_in_run

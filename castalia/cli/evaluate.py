@@ -107,8 +107,8 @@ def command(
       castalia eval runs/chat --data chats.jsonl --on all
 
     Every token of a text is predicted once, except the first; a smaller stride gives each prediction more context. A
-    run that learns answers or preferences is judged by them, as in its training. Of pairs the share in the right order
-    is shown, and the mean margin: of rewards for reward models, else of log-probabilities.
+    run that learns answers or preferences is judged by them, as in its training. For pairs the result is the share in
+    the right order and the mean margin: of rewards for reward models, else of log-probabilities.
     """
     given = given_options(locals())  # nothing else has a name yet
     from castalia.cli.opening import open_for_evaluation

@@ -49,8 +49,8 @@ def command(
 
     Records are {"text": ...}, messages of OpenAI or ShareGPT, Alpaca's fields, TRL's prompt and completion, or with
     --objective pairs (prompt, chosen, rejected) and judged answers (prompt, completion, label). A twentieth is held out
-    and judges the model. Settings are chosen with reasons, and any of them may be given otherwise. Stopped and started
-    again, the same command continues.
+    and judges the model. Settings are chosen with reasons, and any of them may be given otherwise. If it is stopped,
+    the same command continues it.
     """
     request = parsed(model, words or [], objective, lora, full, chat_template, skip_bad)
     request = replace(request, processes=nproc or 1)

@@ -24,7 +24,7 @@ def command(
     hostfile: Annotated[Path | None, typer.Option(help="lines such as: node1 slots=8")] = None,
     name: Annotated[str | None, typer.Option(help="of the job; default: the first config's")] = None,
     max_restarts: Annotated[int, typer.Option(min=0, help="how often dead processes are started again")] = 3,
-    port: Annotated[int, typer.Option(min=1, max=65535, help="where machines meet, on the first one")] = 29500,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="on the first machine, where all of them meet")] = 29500,
     image: Annotated[str, typer.Option(help="k8s: container with castalia installed")] = "castalia:latest",
     output: Annotated[Path | None, typer.Option(help="write the script to this file")] = None,
     as_json: Annotated[

@@ -34,7 +34,7 @@ def check(
       castalia mup check run.yml --widths 32,64 --output coordinates.png
 
     The config's model trains for a few steps at several widths, with muP and without. Where activations move alike at
-    every width, a rate that is right for one is right for all; exit code 2 if they grow under muP. Half a page on it:
+    every width, a rate that is right for one is right for all; exit code 2 if they grow under muP. See
     docs/scaling.md.
     """
     from castalia.cli.config import read

@@ -40,7 +40,7 @@ def command(
         bool,
         typer.Option("--generate", help="instead: what writing with a model larger than memory reads, how fast"),
     ] = False,
-    evaluate: Annotated[bool, typer.Option("--eval", help="the same of evaluating it")] = False,
+    evaluate: Annotated[bool, typer.Option("--eval", help="the same for evaluating with it")] = False,
     memory: MemoryOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="one object with everything")] = False,
 ) -> None:

@@ -38,7 +38,7 @@ def command(
       castalia score runs/chat --file chats.jsonl
 
     Reward models add `score` to a record, language models `logprob` and `tokens`, which are those of the answers where
-    there are some. Of pairs each name begins with chosen_ or rejected_.
+    there are some. For pairs, each name begins with chosen_ or rejected_.
     """
     from castalia.checkpoint.restore import architecture, load_tokenizer_for
     from castalia.cli.opening import open_and_tell

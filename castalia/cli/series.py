@@ -33,7 +33,7 @@ def series() -> None:
 @app.command()
 def check(
     words: Words,
-    against: Annotated[str | None, typer.Option(help="a config or a run that the steps are held against")] = None,
+    against: Annotated[str | None, typer.Option(help="a config or a run to compare the steps with")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="read headers, sizes and a sample of the weights")] = False,
     steps: Steps = None,
     jobs: Jobs = None,
@@ -47,7 +47,7 @@ def check(
       castalia series check runs/first
       castalia series check runs/first --quick --json
 
-    Exit code 1 if something is wrong. What was interrupted goes on with the same command.
+    Exit code 1 if something is wrong. If it is interrupted, the same command continues it.
     """
     from castalia.bars import progress
     from castalia.figures import check_picture
@@ -147,7 +147,7 @@ def stats(
       castalia series stats runs/first --output stats.csv
       castalia series stats runs/first --optimizer --output stats.parquet --plot maps.png
 
-    Every byte is read once, in small pieces. What was interrupted goes on with the same command.
+    Every byte is read once, in small pieces. If it is interrupted, the same command continues it.
     """
     from castalia.bars import progress
     from castalia.figures import check_picture, write_picture
@@ -190,7 +190,7 @@ def evaluate(
     ] = None,
     file: Annotated[Path | None, typer.Option(help="texts instead: jsonl, txt and what `data prepare` reads")] = None,
     tasks: Annotated[str | None, typer.Option(help="instead: tasks of lm-eval, as `castalia eval` takes them")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="of each task the first so many documents")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="only the first so many documents of each task")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="tokenizer file, where the checkpoints have none")] = None,
     steps: Steps = None,
     jobs: Annotated[int, typer.Option(min=1, help="steps that are evaluated at once")] = 1,
@@ -204,7 +204,8 @@ def evaluate(
       castalia series eval runs/first --output losses.csv
       castalia series eval runs/first --file texts.jsonl --output losses.csv --plot losses.png
 
-    The next step loads while one is evaluated; equal weights are evaluated once. What was interrupted goes on.
+    The next step loads while one is evaluated; equal weights are evaluated once. If it is interrupted, the same command
+    continues it.
     """
     from castalia.bars import progress
     from castalia.checkpoint.restore import find_tokenizer
@@ -309,7 +310,7 @@ def memorise(
     prompt: Annotated[int, typer.Option(min=1, help="tokens that are given")] = 32,
     continuation: Annotated[int, typer.Option(min=1, help="tokens that are to follow")] = 32,
     panel: Annotated[Path | None, typer.Option(help="these sequences instead: jsonl with tokens or text, step")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="rows of a step, where no config says it")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="rows of a step, where no config says how many")] = None,
     checkpoints: Annotated[str | None, typer.Option(help="which of the series, as 0..512,1000; default: all")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="tokenizer file, where the checkpoints have none")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="checkpoints that are asked at once")] = 1,
@@ -322,7 +323,8 @@ def memorise(
       castalia series memorise runs/first --steps 1..4 --prompt 4 --continuation 4 --output m.csv
       castalia series memorise runs/first --panel panel.jsonl --prompt 4 --continuation 4 --output m.csv
 
-    One pass over a sequence tells whether greedy decoding would reproduce it. What was interrupted goes on.
+    One pass over a sequence tells whether greedy decoding would reproduce it. If it is interrupted, the same command
+    continues it.
     """
     from castalia.bars import progress
     from castalia.checkpoint.restore import find_tokenizer

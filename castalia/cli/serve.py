@@ -31,9 +31,9 @@ def command(
         typer.Option(metavar="NAME=PATH", help="a folder of PEFT's, served by this name; may be repeated"),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    max_requests: Annotated[int, typer.Option(min=1, help="that run at a time; more are refused")] = 256,
-    max_seconds: Annotated[float, typer.Option(min=1, help="that a request may take")] = 600,
-    max_body: Annotated[str, typer.Option(metavar="8MB", help="of a request")] = "8MB",
+    max_requests: Annotated[int, typer.Option(min=1, help="requests that run at a time; more are refused")] = 256,
+    max_seconds: Annotated[float, typer.Option(min=1, help="seconds that a request may take")] = 600,
+    max_body: Annotated[str, typer.Option(metavar="8MB", help="largest body of a request")] = "8MB",
 ) -> None:
     """Serve checkpoints at one address: OpenAI's interface, and a page to watch, try and compare them.
 
@@ -43,7 +43,7 @@ def command(
       castalia serve runs --port 8080 --memory 2GB
 
     Models are asked for by name: of a run first@1000 or first@latest, of a folder its name. /v1/models lists them. A
-    checkpoint is loaded when somebody asks for it, and the one that was not used for the longest makes room.
+    checkpoint is loaded when somebody asks for it, and the one that has gone unused the longest makes room.
     """
     from castalia.cli.render import say
     from castalia.errors import ConfigError

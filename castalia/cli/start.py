@@ -19,7 +19,7 @@ def command(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE...]", help="any setting instead of the chosen one")
     ] = None,
     hours: Annotated[float | None, typer.Option(min=0.01, help=f"time for everything  [default: {HOURS:g}]")] = None,
-    size: Annotated[str | None, typer.Option(help="instead: parameters, such as 5M; the time is said")] = None,
+    size: Annotated[str | None, typer.Option(help="instead: parameters, such as 5M; the plan says the time")] = None,
     output: Annotated[
         Path | None, typer.Option(help="the run's folder  [default: runs/ and the folder's name]")
     ] = None,
@@ -33,8 +33,8 @@ def command(
       castalia start notes --hours 9 --dry-run
 
     Looks at the text, measures this machine, chooses model and training for the time and says why, learns a
-    vocabulary, trains, judges the model by text that it never saw, and reports. Stopped and started again with
-    the same command it continues.
+    vocabulary, trains, judges the model by text that it never saw, and reports. If it is stopped, the same
+    command continues it.
     """
     begin = time.monotonic()  # looking and preparing count towards the hours
     from castalia.quickstart.start_words import check_words, parameters_of

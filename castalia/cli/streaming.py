@@ -28,7 +28,7 @@ MemoryOption = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="use no more, as 4GB: blocks that have no room are read from disk again in each pass; "
+        help="use no more than this, such as 4GB: blocks that have no room are read from disk again in each pass; "
         "default: as much as is free, for a model that does not fit",
     ),
 ]

@@ -46,8 +46,8 @@ def command(
     of a run, which continues from its last checkpoint; with --output, in a folder of its own and with other settings.
 
     A run needs a model, data (data.path, which `castalia data prepare` makes), a tokenizer (tokenizer.path), a batch,
-    an end (train.steps) and a folder (checkpoint.dir); optimizer.lr is what one sets next. What is missing says
-    `castalia config check CONFIG`, and what a key does `castalia config explain KEY`.
+    an end (train.steps) and a folder (checkpoint.dir); set optimizer.lr next. `castalia config check CONFIG` lists what
+    is missing, and `castalia config explain KEY` says what a key does.
     """
     from castalia.errors import ConfigError
     from castalia.train.start_checks import find_obstacles, refuse

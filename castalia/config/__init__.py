@@ -2,6 +2,6 @@
 
 Begin with `load.py` (files to a `RunConfig`) and `schema.py` (every setting); `neox/` translates GPT-NeoX's keys.
 `batch.py`, `layout_rules.py`, `lr_schedule.py`, `attention_kernels.py`, `tensor_table.py` and others hold what model,
-planner, data and training must agree on. Imports no other room but the modules `errors`, `reading` and `files`, and no
-torch.
+planner, data and training must agree on. Imports no other room, but modules below it such as `errors` and `reading`;
+no torch.
 """

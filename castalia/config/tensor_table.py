@@ -115,7 +115,7 @@ BLOCK = (
     *_norm("blocks.{i}.norm1"),
     *_norm("blocks.{i}.norm2", "second_norm"),
     *_linear("attn.qkv", "qkv hidden", "attention_bias", "attention qkv", 0),
-    # Only GPT-NeoX splits these two; castalia.parallel refuses tensor parallelism of a model that has them.
+    # Only GPT-NeoX splits these two; castalia.parallel.rank_grid refuses tensor parallelism of a model that has them.
     TensorRow("blocks.{i}.attn.qk_norm.weight", "heads head_size", "qk_norm", "norms", "ones", 0, decays=False),
     TensorRow("blocks.{i}.attn.qk_norm.bias", "heads head_size", "qk_norm", "biases", "zeros", 0, decays=False),
     *_linear("attn.out", "hidden hidden", "attention_bias", "attention out", 1),

@@ -3,5 +3,5 @@
 The way of a batch: `indexed.py` (.bin and .idx files) -> `sample_index.py` (which pieces of documents make a sample,
 in which order) -> `blend.py` (which corpus comes next) -> `loader.py` (samples to batches; begin here). The way to a
 corpus: `sources.py` (files of text) -> `chat.py`, `template.py` (conversations) -> `tokenizer.py` -> `prepare.py`.
-The room works with NumPy and imports no torch at module level; of our packages it imports `config` only.
+The room works with NumPy and imports no torch; of our rooms it imports `config` only.
 """

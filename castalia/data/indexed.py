@@ -118,9 +118,8 @@ def _map(path: Path) -> mmap.mmap | bytes:
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         refuse_pointer(path, os.pread(file.fileno(), 64, 0), DataError)
-        return (
-            mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else b""
-        )  # an empty file cannot be mapped
+        # An empty file cannot be mapped.
+        return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else b""
 
 
 def _integer(index: mmap.mmap | bytes, offset: int, size: int = 8) -> int:

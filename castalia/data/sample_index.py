@@ -45,9 +45,8 @@ class Index:
     """The samples of one corpus, and their order."""
 
     documents: np.ndarray  # [positions]: ids of documents in reading order
-    bounds: (
-        np.ndarray
-    )  # [n + 1, 2]: sample k runs from row k to row k + 1, each (position in `documents`, token offset)
+    # [n + 1, 2]: sample k runs from row k to row k + 1, each (position in `documents`, token offset)
+    bounds: np.ndarray
     order: np.ndarray  # [n]: the sample at each position of the data order
 
     def __len__(self) -> int:

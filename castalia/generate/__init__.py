@@ -2,5 +2,5 @@
 
 Begin with `generation.py`; `kv_cache.py` holds the keys and values of earlier tokens, `sampling.py` chooses tokens,
 `text_stream.py` turns them into text. `packed_model.py` converts a model for decoding on a CPU. The room may import
-`model`, `parallel`, `checkpoint`, `data` and `config`.
+`streaming`, `loading` and every room below them.
 """

@@ -2,6 +2,6 @@
 
 Begin with `transformer.py`; `attention.py`, `layers.py` and `positions.py` hold its parts, `loss.py` the output head
 with the cross-entropy. `init.py` draws initial weights, `lora.py` adds adapters. The room knows no ranks, files or
-checkpoints: of our packages it imports `config` only, which also has the table of all tensors
+checkpoints: of our rooms it imports `config` only, which also has the table of all tensors
 (`castalia.config.tensor_table`).
 """

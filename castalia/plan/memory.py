@@ -182,9 +182,8 @@ def activations(model: ModelConfig, layout: Layout, tokens: int, length: int, co
         mlp += rows * (2 * model.hidden_size) // tp
         softmax += rows * (4 * model.hidden_size // tp + 24)  # the output in fp32, and places in int64
     norms = _norm_inputs(model, 1 if model.parallel_residual else num_norms, stream, compute)
-    norms += (
-        outputs * stream * size + num_norms * 8 * tokens
-    )  # outputs, kept by the matrices that follow, and statistics
+    # Outputs, kept by the matrices that follow, and statistics.
+    norms += outputs * stream * size + num_norms * 8 * tokens
     masks = 2 * stream * (1 if compute.device == "cuda" else size) if model.hidden_dropout else 0
     adapters, adapted = _adapters(model, layout.tp, tokens, compute)
     whole = norms + (attention + copies + mlp) * size + softmax + scores + masks + adapters

@@ -1,4 +1,7 @@
-"""The only reader of tensors' bytes. Whatever part of a file is read, the checksums that cover it are verified.
+"""Reads tensors' bytes. Whatever part of a file is read, the checksums that cover it are verified.
+
+What is computed with is read here alone. `castalia.checkpoint.sampled_values` reads a few values without verifying
+them, to describe and compare files.
 
 Zip members have one checksum, our own files one for each block of 1 MiB, safetensors none (see `docs/reliability.md`).
 A checksum may cover more than is asked for:

@@ -3,7 +3,7 @@
 Begin with `harness.py`, the model that lm-eval asks; `task_run.py` runs tasks and returns lm-eval's results with what
 is known about the checkpoint; `demo/` holds four small tasks of our own, the group `castalia_demo`, which need no
 network. Only modules of this room import lm-eval, which is optional: `pip install castalia[eval]`. The room may import
-`evaluate`, `generate`, `loading`, `parallel`, `checkpoint`, `data` and `config`.
+`evaluate`, `generate` and every room below them.
 """
 
 import os

@@ -104,7 +104,7 @@ def build_index(session: Session, advance: Advance = unseen) -> None:
 
 
 def set_up(config: RunConfig) -> Session:
-    """As `start`, but for the index of the samples, which whoever needs a batch builds."""
+    """As `start`, but without the index of the samples, which is built by `build_index` or with the first batch."""
     if config.train.deterministic:
         repeat_bits()  # before the first kernel
     run = resolve(config)

@@ -5,7 +5,7 @@ Without ranks, loss scale and spikes, a step is these lines:
     batch = samples.batch(step)                        # tokens, labels, loss_mask: [sequences, time]   data/loader
     total = batch.loss_mask.sum()                      # tokens that have a loss, in the whole batch
     for tokens, labels in micro_batches(batch):        # what fits into memory at a time
-        torch.manual_seed(of(step, micro_batch))       # dropout repeats itself when the step is repeated
+        torch.manual_seed(dropout_seed(step, micro_batch))  # dropout repeats itself when the step is repeated
         loss_sum, _ = model(tokens, labels=labels)     # forward: the sum over tokens              model/transformer
         (loss_sum / total).backward()                  # gradients of micro-batches add up        parallel/executor
     norm = total_norm(gradients)                       # over all ranks

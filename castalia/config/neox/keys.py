@@ -2,7 +2,8 @@
 
 `to`: honoured as one of our keys. `joint`: honoured together with other arguments, by a function of `model_keys.py` or
 `training_keys.py`. `idle`: accepted without effect, for the reason given. `refused`: accepted only while it is switched
-off, for the reason given. The arguments are those of `megatron/neox_arguments/neox_args.py` and `deepspeed_args.py`.
+off, for the reason given. `renamed`: a name of older releases. The arguments are those of
+`megatron/neox_arguments/neox_args.py` and `deepspeed_args.py`.
 """
 
 from __future__ import annotations

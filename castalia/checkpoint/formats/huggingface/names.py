@@ -80,9 +80,8 @@ def _neox_rules(model: ModelConfig) -> list[Rule]:
 
 def _gpt2_rules(model: ModelConfig) -> list[Rule]:
     heads, size = model.num_heads, model.head_size
-    by_head = PermuteRows(
-        (3, heads, size), (1, 0, 2)
-    )  # from all queries, all keys, all values to one head after another
+    # From all queries, all keys, all values to one head after another.
+    by_head = PermuteRows((3, heads, size), (1, 0, 2))
     layer = "h.{i}."
     block = [
         *_with_bias("blocks.{i}.norm1", layer + "ln_1"),

@@ -34,10 +34,8 @@ MANIFEST = "manifest.json"
 WITH_CHECKSUM = keys({"crc32": int}, ["crc32"])  # a manifest
 OURS = re.compile(rb'\{"version": \d+, "progress": ')  # how `write_manifest` begins
 LATEST = "latest"
-VERSIONS = (
-    1,
-    2,
-)  # of manifests that are read; the last is written. 1 had one checksum for each extent, none of headers
+# Of manifests that are read; the last is written. 1 had one checksum for each extent, none of headers.
+VERSIONS = (1, 2)
 
 
 def saved_steps(folder: str | Path) -> dict[int, Path]:

@@ -42,10 +42,8 @@ from castalia.config.schema import DataConfig, ModelConfig, RunConfig, Tokenizer
 from castalia.errors import CheckpointError
 
 ERAS: dict[str, Names] = {"head": HEAD, "w1-w3": W123, "v2": LEGACY, "v1": LEGACY}
-FIRST_WITH_NEW_ROWS = (
-    0,
-    16,
-)  # of DeepSpeed; NeoX changed grouped queries and RMSNorm then, without a mark in its files
+# The version of DeepSpeed with which NeoX changed grouped queries and RMSNorm, without a mark in its files.
+FIRST_WITH_NEW_ROWS = (0, 16)
 
 
 def detect(path: Path) -> bool:
@@ -63,7 +61,7 @@ def read(
     rms_eps: Literal["inside", "outside"] | None = None,
     tolerant: bool = False,
 ) -> Checkpoint:
-    """Open a step's folder; no tensor is read.
+    """Open a step's folder. A few values are compared with their masters; no tensor is read as a whole.
 
     `config`, `tokenizer`: used instead of the training config in the folder, and of the tokenizer that it names.
     `gqa_rows`, `rms_eps`: the order of the rows of grouped queries, and whether RMSNorm's epsilon is inside the root.
