@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 MAX_READERS = 4  # threads
 
 
-class AnyOptimizer(Protocol):
+class StatefulOptimizer(Protocol):
     """The part of torch's optimizers that we use; an optimizer that combines several has it too."""
 
     @property
@@ -105,7 +105,7 @@ def _with_rows(source: TensorRef, rows: int) -> TensorRef:
 
 
 def load_optimizer(
-    optimizer: AnyOptimizer,
+    optimizer: StatefulOptimizer,
     parameters: Mapping[str, torch.Tensor],
     checkpoint: Checkpoint,
     vocab_size: int | None = None,
@@ -158,7 +158,7 @@ def _in_words(kinds: set[str]) -> str:
 
 
 def optimizer_state(
-    optimizer: AnyOptimizer, parameters: Mapping[str, torch.Tensor]
+    optimizer: StatefulOptimizer, parameters: Mapping[str, torch.Tensor]
 ) -> dict[str, dict[str, torch.Tensor]]:
     """The optimizer state of each trained parameter by name, as `CheckpointSaver.save` takes it."""
     trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}

@@ -151,9 +151,8 @@ def lengths(config: RunConfig) -> Iterator[Problem]:
     """Sequences must not be longer than the model's positions."""
     model, length = config.model, config.data.seq_length
     if model and model.max_positions and model.max_positions < length:
-        described = any(
-            path.startswith("model.") for path in config.origins
-        )  # else a checkpoint describes it, and it cannot be changed
+        # Else a checkpoint describes it, and it cannot be changed.
+        described = any(path.startswith("model.") for path in config.origins)
         yield Problem(
             f"data.seq_length={length} is longer than model.max_positions={model.max_positions}; "
             "shorten it" + (f" or set model.max_positions={length}" if described else ""),

@@ -75,9 +75,8 @@ class Pipeline:
         hidden_size = next(iter(parts.values())).cfg.hidden_size
         # Shapes that stages receive and send, [b, t] and [b, t, h]; declared, so that ranks need not tell each other.
         tokens = torch.empty(micro_batch, dtype=torch.int64, device="meta")
-        between = torch.empty(
-            *micro_batch, hidden_size, dtype=compute_dtype, device="meta", requires_grad=True
-        )  # b, t, h
+        shape = (*micro_batch, hidden_size)
+        between = torch.empty(shape, dtype=compute_dtype, device="meta", requires_grad=True)
         result = torch.empty((), device="meta"), torch.empty((), dtype=torch.int64, device="meta")
         if parallel.pipeline == "zero-bubble" and torch.__version__ < "2.12":
             raise ConfigError(

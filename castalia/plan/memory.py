@@ -435,9 +435,8 @@ class Rank:
         inner = int(self.tokens * _inner_width(self.model)) // self.layout.tp * self.compute.element_bytes
         still_needed = 2 if self.model.activation in _KEEPS_OUTPUT and not self.model.gated_mlp else 1
         reads = _inputs_kept(self.model, self.compute.finetune)
-        scaled = (
-            inner if self.compute.finetune.lora and "mlp.up" in reads else 0
-        )  # the gradient of an adapter's scaled output
+        # The gradient of an adapter's scaled output.
+        scaled = inner if self.compute.finetune.lora and "mlp.up" in reads else 0
         mlp = still_needed * inner + scaled + 2 * self.stream
         return max(mlp, 4 * self.attending.scores + 2 * self.stream)  # the two exist one after the other
 
@@ -501,9 +500,8 @@ class Rank:
     def _buffers(self) -> int:
         """Bytes of tokens, labels and rotary tables."""
         rotary = self.model.rotary_size if self.model.position == "rotary" else 0
-        micro_batches = (
-            self.layout.accumulation if self.compute.device == "cuda" else 1
-        )  # on a CPU micro-batches are views of the batch
+        # On a CPU micro-batches are views of the batch.
+        micro_batches = self.layout.accumulation if self.compute.device == "cuda" else 1
         return 16 * self.tokens * micro_batches + self.length * rotary * (8 + self.compute.element_bytes)
 
 

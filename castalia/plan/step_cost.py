@@ -85,9 +85,8 @@ def step_costs(job: PlanRequest, layout: Layout, ranks: list[Rank]) -> Costs:
     compute = balance * operations / (device.peak_tflops(job.compute.precision) * 1e12 * job.efficiency)
     parameters = max(rank.parameters for rank in ranks)
     layers = max(part.layers for part in parts)
-    again = (
-        2 * layers * ranks[0].one.again if layout.recompute == "selective" else 0
-    )  # full checkpointing counts as computation
+    # Full checkpointing counts as computation.
+    again = 2 * layers * ranks[0].one.again if layout.recompute == "selective" else 0
     traffic = layout.accumulation * (parameters * (3 * size + 8) + again) / (device.bandwidth * 1e9)
 
     tokens = layout.micro_batch * length // layout.cp

@@ -61,15 +61,13 @@ class Extent:
     sums: Sequence[int] = ()  # CRC-32 of each block, in order; empty: the format has no checksums
     block: int = BLOCK_BYTES  # bytes that a checksum covers; the last one covers the rest
     name: str = field(default="", compare=False)  # of the tensor, for errors
-    head: Extent | None = field(
-        default=None, compare=False, repr=False
-    )  # the header of the same file, which is verified first
+    # The header of the same file, which is verified first.
+    head: Extent | None = field(default=None, compare=False, repr=False)
     deferred: bool = field(default=False, compare=False, repr=False)  # see `verifying`
     direct: bool = field(default=False, compare=False, repr=False)  # large parts are read past the page cache
     verified: set[int] = field(default_factory=set, compare=False, repr=False)  # numbers of blocks
-    seen: int = field(
-        default=0, compare=False, repr=False
-    )  # within `verifying`: how far a partly read block has been read
+    # Within `verifying`: how far a partly read block has been read.
+    seen: int = field(default=0, compare=False, repr=False)
     seen_crc32: int = field(default=0, compare=False, repr=False)  # checksum of that block up to `seen`
     lock: RLock = field(default_factory=RLock, compare=False, repr=False)
 

@@ -90,9 +90,8 @@ def adapted(checkpoint: Checkpoint, options: WriteOptions, tokenizer: TokenizerC
     ranks = {"tp": layout.tp, "pp": max(1, layout.pp), "cp": 1, "zero": layout.zero}
     ranks["gpus"] = layout.tp * max(1, layout.pp) * layout.dp
     data = checkpoint.config.data
-    longest = min(
-        data.seq_length, model.max_positions or data.seq_length
-    )  # a config that only describes a model may have a longer one
+    # A config that only describes a model may have a longer one.
+    longest = min(data.seq_length, model.max_positions or data.seq_length)
     optimizer, clip, clip_note = _clipping(checkpoint, options.era)
     config = checkpoint.config.with_(
         {
