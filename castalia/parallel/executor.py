@@ -278,6 +278,12 @@ def micro_loss(model: Any, part: Rows, context: Mapping[str, Any], objective: Ob
     return objective(model(part.tokens, **part.model_arguments(), **context, per_sequence=True), micro)
 
 
+def cuts_padding(config: CompleteConfig) -> bool:
+    """Whether the padding after a micro-batch's last label may be left out: compiled blocks need one shape for all,
+    and statistics of layers are those of all layouts, some of which cannot leave it out."""
+    return config.train.compile is not True and not config.log.layers_every
+
+
 def one_process(
     config: CompleteConfig, dtype: torch.dtype, device: torch.device, plan: BatchPlan, frozen: bool = False
 ) -> Executor:
@@ -296,4 +302,4 @@ def one_process(
     freeze(model, config.finetune)
     apply_activation_checkpointing(model, config.train.recompute, dropout=has_dropout(config.model))
     compile_blocks(model, config, device)
-    return Executor(model, plan.micro_batch_size, cuts_padding=config.train.compile is not True)
+    return Executor(model, plan.micro_batch_size, cuts_padding=cuts_padding(config))

@@ -20,7 +20,17 @@ from castalia.model.loss import IGNORE
 from castalia.model.transformer import Transformer
 from castalia.parallel.apply import build_stages
 from castalia.parallel.context_parallel import CP_ATTENTION, refuse_ring
-from castalia.parallel.executor import Executor, NormSubset, Objective, RankPart, Rows, StepLeft, T, micro_loss
+from castalia.parallel.executor import (
+    Executor,
+    NormSubset,
+    Objective,
+    RankPart,
+    Rows,
+    StepLeft,
+    T,
+    cuts_padding,
+    micro_loss,
+)
 from castalia.parallel.mesh import Mesh, build_mesh
 from castalia.parallel.pipeline import Pipeline
 from castalia.parallel.rank_grid import check_run, layout
@@ -50,7 +60,7 @@ class MeshExecutor(Executor):
         self.mesh = mesh or build_mesh(layout(config.parallel, self.world), device.type)
         sizes = self.mesh.layout
         # Ranks that share a sequence, and stages of a pipeline, exchange tensors of one shape.
-        self.cuts_padding = config.train.compile is not True and sizes.tp == sizes.cp == sizes.pp == 1
+        self.cuts_padding = cuts_padding(config) and sizes.tp == sizes.cp == sizes.pp == 1
         self.data_rank, self.data_size = self.mesh.dp_rank, sizes.dp
         self.stages = build_stages(config, self.mesh, dtype, device, frozen)
         self.time = config.data.seq_length // sizes.cp

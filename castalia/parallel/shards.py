@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -33,6 +34,23 @@ def part(tensor: Tensor) -> RankPart:
     assert coordinate is not None
     writes = all(not p.is_replicate() or i == 0 for p, i in zip(tensor.placements, coordinate, strict=True))
     return RankPart(tensor.to_local().detach(), tuple(tensor.shape), tuple(start), writes)
+
+
+def placements(model: torch.nn.Module) -> dict[str, tuple]:
+    """How each sharded parameter lies on its mesh, by name; plain ones are left out."""
+    return {name: p.placements for name, p in model.named_parameters() if isinstance(p, DTensor)}
+
+
+def from_local(value: Tensor, mesh: DeviceMesh, placements: tuple) -> Tensor:
+    """A sharded tensor of which `value` is this rank's part."""
+    return DTensor.from_local(value, mesh, placements, run_check=False)
+
+
+def with_local(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """A tensor whose part on this rank is what `change` makes of it; a plain one is changed as a whole."""
+    if not isinstance(tensor, DTensor):
+        return change(tensor)
+    return from_local(change(tensor.to_local()), tensor.device_mesh, tensor.placements)
 
 
 def num_copies(tensor: Tensor) -> int:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from castalia.data.loader import Batch
 from castalia.model.transformer import Transformer
+from castalia.parallel import shards
 from castalia.parallel.executor import Rows
 from castalia.parallel.inference import SplitModel, divide
 from castalia.parallel.mesh import Mesh
@@ -38,30 +38,30 @@ class RankScratch(Scratch):
 
     def cast(self, value: Tensor, dtype: torch.dtype) -> Tensor:
         """See `Scratch.cast`."""
-        if not isinstance(value, DTensor) or value.dtype == dtype:
-            return super().cast(value, dtype)
-        part = super().cast(value.to_local(), dtype)
-        return DTensor.from_local(part, value.device_mesh, value.placements, run_check=False)
+        if value.dtype == dtype:
+            return value
+        cast = super().cast
+        return shards.with_local(value, lambda part: cast(part, dtype))
 
 
 class RankCut(Cut):
     """The share of one rank of a mesh. Parameters are DTensors where the model is split over tensor ranks."""
 
     def __init__(self, mesh: Mesh) -> None:
-        self.mesh, self.placements = mesh, dict[str, tuple]()
+        self.mesh, self.sharded = mesh, dict[str, tuple]()
         if mesh.layout.tp > 1:
             self.scratch = RankScratch
 
     def divide(self, model: Transformer) -> None:
         """See `Cut.divide`."""
         divide(model, self.mesh)
-        self.placements = {name: p.placements for name, p in model.named_parameters() if isinstance(p, DTensor)}
+        self.sharded = shards.placements(model)
 
     def placed(self, name: str, value: Tensor) -> Tensor:
         """See `Cut.placed`."""
-        if name not in self.placements:
+        if name not in self.sharded:
             return value
-        return DTensor.from_local(value, self.mesh.tensor, self.placements[name], run_check=False)
+        return shards.from_local(value, self.mesh.tensor, self.sharded[name])
 
 
 class StreamedSplit(SplitModel):

@@ -33,6 +33,7 @@ def _show_one_step(session: Session, folder: Path, verbose: bool) -> None:
         with display.working("the order of the samples") as advance:
             build_index(session, advance)
         done = session.progress.step
+        session.executor.cuts_padding = False  # the memory is that of the longest rows
         begin = time.perf_counter()
         # Model and optimizer exist by now, so the peak is what the step needs beyond them.
         with PeakMemory(session.device) as memory:

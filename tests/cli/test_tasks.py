@@ -113,7 +113,6 @@ def test_lm_eval_itself(model: Path, alone: dict) -> None:
     ("words", "message"),
     [
         (["--tasks", "castalia_demo", "--chat"], "has no chat template"),
-        (["--tasks", "castalia_demo", "--memory", "1GB"], "--memory does not act on --tasks"),
         (["--limit", "3"], "--limit belongs to --tasks"),
         (["--log-probs", "out", "--data", "text", "--json"], "--json does not act on --log-probs"),
     ],

@@ -45,12 +45,12 @@ def test_index_files_are_the_originals_and_are_reused(fixtures: Path, folder: Pa
 def test_files_of_the_original_are_adopted(fixtures: Path, folder: Path, name: str) -> None:
     for part in PARTS:
         shutil.copyfile(fixtures / "data" / "index" / f"{STEM}_{part}.npy", folder / f"{name}_{part}.npy")
-    open_data(run(folder))
+    open_data(run(folder)).build_index()
     assert (folder / f"{name}_fingerprint.txt").is_file() and len(list(folder.glob("*.npy"))) == 3
 
 
 def test_files_of_another_split_are_noticed(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    open_data(run(folder))
+    open_data(run(folder)).build_index()
     with caplog.at_level(logging.WARNING):
         other = open_data(run(folder, split="50,50,0")).corpora[0].index
     assert "another split: built anew" in caplog.text and other.documents.max() == 24
@@ -73,23 +73,23 @@ def test_damaged_files_are_built_anew(folder: Path, caplog: pytest.LogCaptureFix
 
 @pytest.mark.parametrize("content", [b"", b"\xff\n\n", None], ids=repr)
 def test_fingerprints_that_do_not_tell_are_written_again(folder: Path, content: bytes | None) -> None:
-    open_data(run(folder))
+    open_data(run(folder)).build_index()
     file = folder / f"{STEM}_fingerprint.txt"
     good = file.read_bytes()
     file.write_bytes(good.split(b"\n")[0] + b"\n" if content is None else content)  # None: an older release's
-    open_data(run(folder))
+    open_data(run(folder)).build_index()
     assert file.read_bytes() == good
 
 
 def test_a_folder_of_ones_own(folder: Path, tmp_path: Path) -> None:
-    open_data(run(folder, cache_dir=str(tmp_path / "deep" / "cache")))
+    open_data(run(folder, cache_dir=str(tmp_path / "deep" / "cache"))).build_index()
     assert len(list((tmp_path / "deep" / "cache").glob("*.npy"))) == 3 and not list(folder.glob("*.npy"))
 
 
 def test_read_only_data(folder: Path, own_cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder.chmod(0o555)
     try:
-        open_data(run(folder))
+        open_data(run(folder)).build_index()
     finally:
         folder.chmod(0o755)
     assert "is not writable: index files go to" in caplog.text

@@ -192,7 +192,6 @@ def test_interactive_reads_prompts_until_the_end(run, texts, monkeypatch):
         (["--prompt", "a", "--stop", ""], "--stop is empty"),
         (["--prompt", "a", "--memory", "much"], "--memory much: write an amount such as 4GB"),
         (["--prompt", "a", "--memory", "100MB"], "the least that works here is --memory 0.3"),
-        (["--prompt", "a", "--memory", "1GB", "--tp", "2"], "--memory is for one process"),
         (["--prompt", "a", "--prompt", "b\udcff"], "prompt 2 is not UTF-8 at character 1: 'b\\udcff'"),
     ],
 )
