@@ -36,7 +36,7 @@ def part(tensor: Tensor) -> RankPart:
     return RankPart(tensor.to_local().detach(), tuple(tensor.shape), tuple(start), writes)
 
 
-def placements(model: torch.nn.Module) -> dict[str, tuple]:
+def sharding_of(model: torch.nn.Module) -> dict[str, tuple]:
     """How each sharded parameter lies on its mesh, by name; plain ones are left out."""
     return {name: p.placements for name, p in model.named_parameters() if isinstance(p, DTensor)}
 

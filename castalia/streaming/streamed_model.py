@@ -9,6 +9,7 @@ Of a model that is split over processes this is one process's share; `streamed_r
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice, pairwise
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ from castalia.streaming.stream_units import ModelUnits, Unit, held_dtype
 
 # With so few, a product takes as long as its weight takes to come from memory. With 16, slices had other last bits.
 FEW_TOKENS = 1
+TRIALS = 4  # products with a whole weight, and with its slices, whose bits are compared
 TILE_BYTES = 1 << 20  # of a weight that is cast at a time then: they are still in the core's cache when they are used
 TILE_ROWS = 16  # of which tiles have a multiple
 NEAR_ROWS = 8  # rows of the embedding that are this near to each other are read together
@@ -268,6 +270,7 @@ class Scratch:
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         memory = bytes_of_memory(num_bytes if device.type == "cpu" else 0)
         self.memory = memory if device.type == "cpu" else memory.new_empty(num_bytes, device=device)
+        self.equal: Counter[tuple[int, int, int]] = Counter()  # by a weight's shape and threads; see `ScratchLinear`
 
     def cast(self, value: Tensor, dtype: torch.dtype) -> Tensor:
         """The tensor in this dtype; valid until the next call."""
@@ -288,6 +291,17 @@ class ScratchLinear(Linear):
         many = x.numel() > FEW_TOKENS * self.in_features
         if self.weight.dtype == x.dtype or x.device.type != "cpu" or many or not self.scratch.in_tiles:
             return linear(x, self.scratch.cast(self.weight, x.dtype), self.bias)
+        # Libraries choose kernels by shape and threads, and some have other last bits for some rows than for all.
+        # So slices serve a shape alone only after they gave the bits of the whole weight a few times.
+        case = (self.out_features, self.in_features, torch.get_num_threads())
+        if (equal := self.scratch.equal[case]) >= TRIALS:
+            return self._in_slices(x)
+        whole = linear(x, self.scratch.cast(self.weight, x.dtype), self.bias)
+        if equal >= 0:
+            self.scratch.equal[case] = equal + 1 if torch.equal(whole, self._in_slices(x)) else -1
+        return whole
+
+    def _in_slices(self, x: Tensor) -> Tensor:
         out, end = x.new_empty(*x.shape[:-1], self.out_features), 0
         for rows in slices_of(self.weight, tile_rows(self.in_features * x.itemsize)):
             part = slice(end, end + len(rows))

@@ -55,7 +55,7 @@ class RankCut(Cut):
     def divide(self, model: Transformer) -> None:
         """See `Cut.divide`."""
         divide(model, self.mesh)
-        self.sharded = shards.placements(model)
+        self.sharded = shards.sharding_of(model)
 
     def placed(self, name: str, value: Tensor) -> Tensor:
         """See `Cut.placed`."""
