@@ -276,8 +276,9 @@ class Engine:
             return []
         log_probs = logits.float().log_softmax(dim=-1)
         own = log_probs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])  # [rows, 1]
-        ranks = (log_probs > own).sum(dim=1) + 1
-        values, ids = log_probs[:, : self.vocab_size].topk(min(top, self.vocab_size))  # rows that fill up are no tokens
+        known = log_probs[:, : self.vocab_size]  # rows that fill up are no tokens
+        ranks = (known > own).sum(dim=1) + 1
+        values, ids = known.topk(min(top, self.vocab_size))
         parts = (own[:, 0].tolist(), ranks.tolist(), values.tolist(), ids.tolist())
         return [
             TokenScore(token, value, rank, tuple(zip(likely, scores, strict=True)))

@@ -20,6 +20,8 @@ from castalia.train.evaluation import EvaluationOptions, evaluate_checkpoint
 pytestmark = pytest.mark.xdist_group("pool")
 PROMPTS = ["a first prompt", "x", "a longer prompt than the others"]
 FAMILIES = ("neox-parallel", "gpt2-tied", "llama")
+MANY = [pytest.mark.slow, pytest.mark.grid]
+EACH = [FAMILIES[0], *(pytest.param(family, marks=MANY) for family in FAMILIES[1:])]
 SAMPLED = {"temperature": 0.9, "top_p": 0.95, "num_samples": 2}
 MEMORY = 800_000_000
 
@@ -66,15 +68,15 @@ def loss(run: str, tp: int, pp: int, memory: int | None, data: str, words: tuple
         return evaluate_checkpoint(checkpoint, EvaluationOptions(data, stride=5, memory=memory, tp=tp, pp=pp))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("family", EACH)
+@pytest.mark.parametrize("sampling", [{}, pytest.param(SAMPLED, marks=MANY)], ids=["greedy", "sampled"])
 def test_streamed_shares_write_the_texts_of_the_whole_model(pool, runs, family, sampling):
     (alone,) = pool.run(texts, 1, runs[family], 1, 1, sampling)
     for tp, pp in ((2, 1), (1, 2), (2, 2)):
         assert pool.run(texts, tp * pp, runs[family], tp, pp, sampling) == [alone] * (tp * pp)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH)
 def test_losses_of_pipeline_stages_have_the_bits_of_one_process(pool, runs, corpus, family):
     data = str(corpus / "text")
     (alone,) = pool.run(loss, 1, runs[family], 1, 1, None, data)
