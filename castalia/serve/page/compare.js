@@ -49,7 +49,7 @@ export async function compareView(main, q) {
 	async function written(model, prompt, signal) {
 		const id = JSON.stringify([model, prompt, 1]);
 		if (!cache.has(id)) {
-			const c = (await post("/v1/completions", { model, prompt, temperature: 0, max_tokens: 60, logprobs: 0 }, signal)).choices[0].logprobs, d = new TextDecoder();
+			const c = (await post("/v1/completions", { model, prompt, temperature: 0, logprobs: 0 }, signal)).choices[0].logprobs, d = new TextDecoder();
 			cache.set(id, { given: prompt, texts: c.bytes.map(b => d.decode(new Uint8Array(b), { stream: true })), nll: c.token_logprobs.map(v => -v) });
 		}
 		return cache.get(id);
