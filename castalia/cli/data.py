@@ -183,7 +183,7 @@ def inspect(
 @app.command()
 def stats(
     prefixes: Annotated[list[Path], typer.Argument(metavar="PREFIX...")],
-    plot: Annotated[Path | None, typer.Option(help="draw the lengths to this PNG")] = None,
+    plot: Annotated[Path | None, typer.Option(help="a picture of the lengths; default name: data-stats.png")] = None,
     as_json: Json = False,
 ) -> None:
     """Print lengths, tokens, largest id and duplicates of one or more corpora.

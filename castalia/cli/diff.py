@@ -20,7 +20,9 @@ def command(
     config_a: Annotated[str | None, typer.Option(help="A's training config, where none lies with the files")] = None,
     config_b: Annotated[str | None, typer.Option(help="B's training config, where none lies with the files")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="counts, figures of each tensor and the verdict")] = False,
-    plot: Annotated[Path | None, typer.Option(help="a picture of the change in each layer: PNG or SVG")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="the change in each layer as a picture; default name: diff.png")
+    ] = None,
     all_steps: Annotated[
         bool,
         typer.Option("--all-steps", help="of A alone: how its layers change over its checkpoints"),

@@ -22,7 +22,7 @@ def command(
     steps: Annotated[
         int, typer.Option(min=20, help="number of steps; each multiplies the rate by the same factor")
     ] = 100,
-    plot: Annotated[Path | None, typer.Option(help="a picture: PNG or SVG")] = None,
+    plot: Annotated[Path | None, typer.Option(help="a picture; default name: lr-find.png")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one object instead of text")] = False,
 ) -> None:
     """Train with a learning rate that rises at every step until the loss diverges, and suggest optimizer.lr.

@@ -12,6 +12,7 @@ import typer
 
 from castalia import __version__
 from castalia.cli.habits import refuse_habits
+from castalia.cli.pictures import name_pictures
 from castalia.errors import CastaliaError, Stopped, out_of_memory
 from castalia.wrapping import WIDTH, wrapped
 
@@ -123,6 +124,7 @@ def main() -> None:
     try:
         try:
             refuse_habits(sys.argv[1:], list(VERBS))
+            sys.argv[1:] = name_pictures(sys.argv[1:])
             build(verb)()
         finally:
             sys.stdout.flush()

@@ -35,7 +35,7 @@ def command(
         float | None, typer.Option(min=0.01, max=1.0, help="share of the peak that matrix products reach; default: 0.4")
     ] = None,
     suggest: Annotated[bool, typer.Option("--suggest", help="layouts that fit, and why the others lose")] = False,
-    plot: Annotated[Path | None, typer.Option(help="picture of the memory, for example memory.png")] = None,
+    plot: Annotated[Path | None, typer.Option(help="a picture of the memory; default name: plan.png")] = None,
     generate: Annotated[
         bool,
         typer.Option("--generate", help="instead: what writing with a model larger than memory reads, how fast"),

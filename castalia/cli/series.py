@@ -38,7 +38,7 @@ def check(
     steps: Steps = None,
     jobs: Jobs = None,
     as_json: Annotated[bool, typer.Option("--json", help="one object with every fact")] = False,
-    plot: Annotated[Path | None, typer.Option(help="a picture of the movement of each layer: PNG or SVG")] = None,
+    plot: Annotated[Path | None, typer.Option(help="movement of each layer; default name: series-check.png")] = None,
 ) -> None:
     """Check that each step is what its name says and follows from the one before.
 
@@ -138,7 +138,7 @@ def stats(
     steps: Steps = None,
     jobs: Jobs = None,
     as_json: Annotated[bool, typer.Option("--json", help="one object that says what was written")] = False,
-    plot: Annotated[Path | None, typer.Option(help="maps of layers by steps: PNG or SVG")] = None,
+    plot: Annotated[Path | None, typer.Option(help="maps of layers by steps; default name: series-stats.png")] = None,
 ) -> None:
     """Measure every tensor and layer at every step: norms, moments of the distribution, movement.
 
@@ -152,8 +152,8 @@ def stats(
     from castalia.bars import progress
     from castalia.figures import check_picture, write_picture
     from castalia.series.maps import stats_maps
-    from castalia.series.table import check_table, write_table
-    from castalia.series.tensor_stats import journal_of, tensor_stats
+    from castalia.series.table import check_table
+    from castalia.series.tensor_stats import tensor_stats
 
     check_table(output)
     check_picture(plot, "--plot")
@@ -166,25 +166,34 @@ def stats(
             jobs=jobs or default_jobs(),
             begin=lambda total: _counted(advance, total),
         )
-    write_table(output, rows)
     if plot is not None:
         write_picture(stats_maps(rows), plot)
-    journal_of(output).unlink(missing_ok=True)
-    tell_written(members, rows, [output, *([plot] if plot else [])], as_json)
+    _keep(members, rows, output, plot, as_json)
 
 
-def tell_written(members: list[Member], rows: list[dict[str, Any]], files: list[Path], as_json: bool) -> None:
-    """What was written, as words or as JSON."""
+def _keep(
+    members: list[Member], rows: list[dict[str, Any]], output: Path | None, plot: Path | None, as_json: bool
+) -> None:
+    """Write the table, if there is to be one, and say what was written; JSON holds rows that are nowhere else."""
+    from castalia.series.resuming import journal_of
+    from castalia.series.table import write_table
+
+    if output:
+        write_table(output, rows)
+        journal_of(output).unlink(missing_ok=True)
+    files = [file for file in (output, plot) if file]
     if as_json:
-        print(to_json({"steps": [member.step for member in members], "rows": len(rows), "files": files}, default=str))
+        counts = {"steps": [member.step for member in members], "rows": len(rows), "files": files}
+        print(to_json(counts if output else {**counts, "table": rows}, default=str))
         return
-    print(f"{len(members)} steps, {len(rows):,} rows: wrote {' and '.join(map(str, files))}")
+    written = f": wrote {' and '.join(map(str, files))}" if files else "; --output FILE keeps them"
+    print(f"{len(members)} steps, {len(rows):,} rows{written}")
 
 
 @app.command(name="eval")
 def evaluate(
     words: Words,
-    output: Annotated[Path, typer.Option(help="the table: .csv or .parquet")],
+    output: Annotated[Path | None, typer.Option(help="the table: .csv or .parquet; default: shown alone")] = None,
     data: Annotated[
         str | None, typer.Option(help="prefix of .bin and .idx; default: the run's validation data")
     ] = None,
@@ -195,13 +204,15 @@ def evaluate(
     steps: Steps = None,
     jobs: Annotated[int, typer.Option(min=1, help="steps that are evaluated at once")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="one object that says what was written")] = False,
-    plot: Annotated[Path | None, typer.Option(help="the losses, or the tasks, over the steps: PNG or SVG")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="losses, or tasks, over steps; default name: series-eval.png")
+    ] = None,
 ) -> None:
     """Compute loss and bits per byte of every step on the same data.
 
     \b
     Examples:
-      castalia series eval runs/first --output losses.csv
+      castalia series eval runs/first --plot
       castalia series eval runs/first --file texts.jsonl --output losses.csv --plot losses.png
 
     The next step loads while one is evaluated; equal weights are evaluated once. If it is interrupted, the same command
@@ -213,8 +224,7 @@ def evaluate(
     from castalia.figures import check_picture, write_picture
     from castalia.series.losses import evaluate_series, measure_of
     from castalia.series.maps import losses_figure
-    from castalia.series.table import check_table, write_table
-    from castalia.series.tensor_stats import journal_of
+    from castalia.series.table import check_table
 
     check_table(output)
     check_picture(plot, "--plot")
@@ -227,31 +237,27 @@ def evaluate(
     members = find(words, steps)
     if tasks:
         rows = _task_rows(members, tasks, limit, tokenizer, output, as_json)
-        write_table(output, rows)
         if plot is not None:
             from castalia.series.task_scores import scores_figure
 
             write_picture(scores_figure(rows), plot)
-        journal_of(output).unlink(missing_ok=True)
         if not as_json:
             _show_scores(rows)
-        tell_written(members, rows, [output, *([plot] if plot else [])], as_json)
+        _keep(members, rows, output, plot, as_json)
         return
     checkpoint = members[-1].open()
     measure = measure_of(checkpoint, str(file) if file else data, find_tokenizer(checkpoint, tokenizer))
     with progress(shown=not as_json) as advance:
         rows = evaluate_series(members, measure, output, jobs=jobs, begin=lambda total: _counted(advance, total))
-    write_table(output, rows)
     if plot is not None:
         write_picture(losses_figure(rows), plot)
-    journal_of(output).unlink(missing_ok=True)
     if not as_json:
         _show_losses(rows)
-    tell_written(members, rows, [output, *([plot] if plot else [])], as_json)
+    _keep(members, rows, output, plot, as_json)
 
 
 def _task_rows(
-    members: list[Member], tasks: str, limit: int | None, tokenizer: str | None, output: Path, as_json: bool
+    members: list[Member], tasks: str, limit: int | None, tokenizer: str | None, output: Path | None, as_json: bool
 ) -> list[dict[str, Any]]:
     from castalia.bars import progress
     from castalia.cli.tasks import needs_lm_eval, open_for_tasks
@@ -304,7 +310,7 @@ def _show_losses(rows: list[dict[str, Any]]) -> None:
 @app.command()
 def memorise(
     words: Words,
-    output: Annotated[Path, typer.Option(help="the table: .csv or .parquet")],
+    output: Annotated[Path | None, typer.Option(help="the table: .csv or .parquet; default: means alone")] = None,
     data: Annotated[str | None, typer.Option(help="a corpus; default: that of the run")] = None,
     steps: Annotated[str | None, typer.Option(help="of the training, whose sequences are asked for: A..B")] = None,
     prompt: Annotated[int, typer.Option(min=1, help="tokens that are given")] = 32,
@@ -331,8 +337,7 @@ def memorise(
     from castalia.config.schema import RunConfig
     from castalia.series.members import parse_steps
     from castalia.series.memorise import memorised, panel_of
-    from castalia.series.table import check_table, write_table
-    from castalia.series.tensor_stats import journal_of
+    from castalia.series.table import check_table
     from castalia.train.hardware import choose_device, choose_dtype
 
     check_table(output)
@@ -357,11 +362,9 @@ def memorise(
             jobs=jobs,
             begin=lambda total: _counted(advance, total),
         )
-    write_table(output, rows)
-    journal_of(output).unlink(missing_ok=True)
     if not as_json:
         _show_memorised(rows)
-    tell_written(members, rows, [output], as_json)
+    _keep(members, rows, output, None, as_json)
 
 
 def _show_memorised(rows: list[dict[str, Any]]) -> None:

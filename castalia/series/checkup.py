@@ -15,7 +15,7 @@ from castalia.series.audit import Series, StepReport, check_completeness, check_
 from castalia.series.continuity import Readings, judge
 from castalia.series.members import Member, holds, parse_steps
 from castalia.series.moments import judge_states, state_at
-from castalia.series.resuming import Advance, cached_journal, identity_of, one_thread_each, work_through
+from castalia.series.resuming import Advance, identity_of, one_thread_each, work_through
 from castalia.series.states import StateReading, read_states
 from castalia.series.tensor_pass import MOST, Apart, TensorReading, read_column
 from castalia.storage.lazy import TensorRef
@@ -85,10 +85,8 @@ def _read_all(
         return [reading.as_json() for reading in read_column(name, refs, len(series.names))]
 
     identity = identity_of(members, "check", 1)
-    journal = cached_journal(identity)
     with one_thread_each(jobs):
-        by_part = work_through(parts, work, journal, identity, jobs=jobs, advance=begin(len(parts)))
-    journal.unlink()
+        by_part = work_through(parts, work, identity, jobs=jobs, advance=begin(len(parts)))
     readings = {name: [TensorReading.of_json(each) for each in by_part[name]] for name in series.names}
     return readings, {name: [StateReading(**each) for each in by_part[name + STATE]] for name in stateful}
 

@@ -20,7 +20,6 @@ from castalia.parallel.executor import Executor
 from castalia.series.members import Member
 from castalia.series.models import ModelsAhead, digest_of
 from castalia.series.resuming import Advance, identity_of, work_through
-from castalia.series.tensor_stats import journal_of
 from castalia.train.hardware import choose_device, choose_dtype
 
 
@@ -58,15 +57,15 @@ def measure_of(checkpoint: Checkpoint, data: str | None, tokenizer: Tokenizer | 
 def evaluate_series(
     members: Sequence[Member],
     measure: Measure,
-    output: Path,
+    output: Path | None,
     *,
     jobs: int = 1,
     begin: Callable[[int], Advance] = lambda total: lambda done, text: None,
 ) -> list[dict[str, Any]]:
     """A row for each step: step, name, digest of the weights, data, loss, perplexity, tokens, bits per byte.
 
-    Steps whose weights are equal are evaluated once. `output`: the table that the caller writes; the journal beside it
-    is the caller's to remove then. Raises CheckpointError for a step that cannot be loaded.
+    Steps whose weights are equal are evaluated once. `output`: the table that the caller writes, and after it
+    removes the journal; None: there is to be no table. Raises CheckpointError for a step that cannot be loaded.
     """
     known: dict[str, dict[str, Any]] = {}
     parts = {f"{number} {member.name}": number for number, member in enumerate(members)}
@@ -85,5 +84,5 @@ def evaluate_series(
             }  # fmt: skip
 
         identity = identity_of(members, "eval", stream.name, content)
-        by_part = work_through(list(parts), work, journal_of(output), identity, jobs=jobs, advance=begin(len(members)))
+        by_part = work_through(list(parts), work, identity, output, jobs=jobs, advance=begin(len(members)))
     return list(by_part.values())

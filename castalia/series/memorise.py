@@ -27,7 +27,6 @@ from castalia.reading import keys, read_records
 from castalia.series.members import Member
 from castalia.series.models import ModelsAhead, digest_of
 from castalia.series.resuming import Advance, identity_of, work_through
-from castalia.series.tensor_stats import journal_of
 
 ROWS = 32  # sequences in a forward pass
 RECORD = keys({"tokens": list[int] | None, "text": str | None, "step": int | None})
@@ -194,7 +193,7 @@ def judge_panel(model: Transformer, panel: Panel, vocabulary: int) -> list[dict[
 def memorised(
     members: Sequence[Member],
     panel: Panel,
-    output: Path,
+    output: Path | None,
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -219,7 +218,7 @@ def memorised(
             return [_row(member, row) for row in known[digest]]
 
         identity = identity_of(members, "memorise", panel.tokens.tobytes(), panel.seen, panel.prompt, str(dtype))
-        by_part = work_through(list(parts), work, journal_of(output), identity, jobs=jobs, advance=begin(len(members)))
+        by_part = work_through(list(parts), work, identity, output, jobs=jobs, advance=begin(len(members)))
     return [row for rows in by_part.values() for row in rows]
 
 

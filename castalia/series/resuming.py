@@ -11,6 +11,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any
 
+from castalia.files import beside
 from castalia.series.members import Member, folder_of
 
 Advance = Callable[[int, str], None]
@@ -19,8 +20,8 @@ Advance = Callable[[int, str], None]
 def work_through(
     parts: Sequence[str],
     work: Callable[[str], Any],
-    journal: Path,
     identity: str,
+    output: Path | None = None,
     *,
     jobs: int = 1,
     advance: Advance = lambda done, text: None,
@@ -28,9 +29,11 @@ def work_through(
     """What `work` gives for each part, as values of JSON; parts that the journal holds are not done again.
 
     `jobs`: threads that work at once. `identity` changes with whatever the results depend on: a journal with another
-    one is not used. `advance` is called with 1 and the part's name as each is done. The caller removes the journal once
-    the results are in their place. Errors of `work` are raised; what was done before stays in the journal.
+    one is not used. `advance` is called with 1 and the part's name as each is done. The journal lies beside `output`,
+    and the caller removes it once the results are in their place; without an output it lies in the user's cache, and is
+    removed here. Errors of `work` are raised; what was done before stays in the journal.
     """
+    journal = journal_of(output) if output else _cached_journal(identity)
     journal.parent.mkdir(parents=True, exist_ok=True)
     known = _read(journal, identity, set(parts))
     for part in known:
@@ -43,7 +46,14 @@ def work_through(
             results[part] = result
             _append(file, {"part": part, "result": result})
             advance(1, part)
+    if not output:
+        journal.unlink(missing_ok=True)  # the same command at the same time has removed it
     return {part: results[part] for part in parts}
+
+
+def journal_of(output: Path) -> Path:
+    """The journal of the work whose result is a file."""
+    return beside(output, "journal")
 
 
 def _in_threads(parts: Sequence[str], work: Callable[[str], Any], jobs: int) -> Iterator[tuple[str, Any]]:
@@ -98,8 +108,7 @@ def identity_of(members: Sequence[Member], *settings: object) -> str:
     return mark.hexdigest()
 
 
-def cached_journal(identity: str) -> Path:
-    """Where the journal of work without an output file lies: in the user's cache."""
+def _cached_journal(identity: str) -> Path:
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "castalia" / "series" / f"{identity}.jsonl"
 

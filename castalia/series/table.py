@@ -15,8 +15,10 @@ from castalia.files import appearing, write_text
 ENDINGS = (".csv", ".parquet")
 
 
-def check_table(path: Path, option: str = "--output") -> None:
+def check_table(path: Path | None, option: str = "--output") -> None:
     """Raise ConfigError unless the file's ending names a table format that can be written here."""
+    if path is None:
+        return
     if path.suffix.lower() not in ENDINGS:
         raise ConfigError(f"{option} {path}: a table's name ends with .csv or .parquet")
     if path.suffix.lower() == ".parquet":

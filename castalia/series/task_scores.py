@@ -10,7 +10,6 @@ from castalia.checkpoint.tensors import Checkpoint
 from castalia.figures import panels, plain
 from castalia.series.members import Member
 from castalia.series.resuming import Advance, identity_of, work_through
-from castalia.series.tensor_stats import journal_of
 from castalia.tasks.harness import TaskModel
 from castalia.tasks.task_options import TaskOptions
 from castalia.tasks.task_run import run_tasks, weights_digest
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 def task_scores(
     members: Sequence[Member],
     options: TaskOptions,
-    output: Path,
+    output: Path | None,
     open_model: Callable[[Checkpoint], TaskModel],
     begin: Callable[[int], Advance],
 ) -> list[dict[str, Any]]:
@@ -43,7 +42,7 @@ def task_scores(
         return [{"step": parts[part].step, "name": parts[part].name, "weights": digest, **row} for row in known[digest]]
 
     identity = identity_of(members, "tasks", options)
-    by_part = work_through(list(parts), work, journal_of(output), identity, advance=begin(len(members)))
+    by_part = work_through(list(parts), work, identity, output, advance=begin(len(members)))
     return [row for rows in by_part.values() for row in rows]
 
 

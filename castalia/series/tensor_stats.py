@@ -13,7 +13,6 @@ import torch
 
 from castalia.checkpoint.rules import MOMENTS
 from castalia.errors import CheckpointError
-from castalia.files import beside
 from castalia.series.audit import Entry, Series
 from castalia.series.checkup import layer_of
 from castalia.series.members import Member
@@ -71,17 +70,10 @@ def tensor_stats(
 
     identity = identity_of(members, "stats", optimizer)
     with one_thread_each(jobs):
-        by_tensor = work_through(
-            series.names, work, journal_of(output), identity, jobs=jobs, advance=begin(len(series.names))
-        )
+        by_tensor = work_through(series.names, work, identity, output, jobs=jobs, advance=begin(len(series.names)))
     return [row for name in series.names for row in by_tensor[name]] + layer_rows(
         [r for rows in by_tensor.values() for r in rows]
     )
-
-
-def journal_of(output: Path) -> Path:
-    """The journal of the work whose result is a file."""
-    return beside(output, "journal")
 
 
 def _row(entry: Entry, name: str, number: int, readings: Sequence[TensorReading]) -> dict[str, Any]:
