@@ -28,5 +28,7 @@ def test_series_verbs_without_names_of_files(trained, tmp_path, monkeypatch, cap
     assert [row["step"] for row in table] == [0, 8]
     shown = said(*words)
     assert all(f"{row['loss']:.4f}" in shown for row in table)
-    files = [path.name for path in tmp_path.rglob("*") if path.is_file()]  # no journal is left
-    assert sorted(files) == ["series-check.png", "series-eval.png", "texts.jsonl"]
+    assert sorted(tmp_path.glob("*.*")) == [
+        tmp_path / f for f in ("series-check.png", "series-eval.png", "texts.jsonl")
+    ]
+    assert not [*tmp_path.rglob("castalia/series/*")], "a journal is left"
