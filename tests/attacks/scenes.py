@@ -36,7 +36,7 @@ TINY = [
 TRAIN = ["train", *TINY, "checkpoint.dir=run"]
 FINETUNE = [
     "finetune", "run", "data.train=texts.jsonl", "checkpoint.dir=tuned", "train.steps=4", "train.epochs=null",
-    "train.batch_size=2", "checkpoint.every=2", "train.compile=false", "--lora", "2",
+    "train.batch_size=2", "checkpoint.every=2", "train.compile=false", "log.peak_tflops=0.1", "--lora", "2",
     "--max-tokens", "2", "--prompt", "the",
 ]  # fmt: skip
 PREPARE = ["data", "prepare", "texts.jsonl", "--tokenizer-kind", "bytes", "--append-eod", "--output", "made"]
