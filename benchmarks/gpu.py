@@ -1,6 +1,6 @@
 """One GPU: training, memory, saving, decoding and correctness, beside transformers on the same work. Under 8 minutes.
 
-    python benchmarks/gpu.py [--seconds 450] [--only train|save|decode|check|attention] [--quick]
+    python benchmarks/gpu.py [--seconds 450] [--only train|save|decode|stream|check|attention] [--quick]
 
 Every row has a process of its own, so that one that fails or runs out of memory costs itself alone: its error stands
 in the row, and the program ends with exit status 1. Rows for which there is no time left say so. MFU counts 6N + causal
@@ -30,6 +30,7 @@ from generate import Numbers
 from train import Work, batch_of, their_config, their_step
 
 from castalia.checkpoint.formats.native.save import CheckpointSaver
+from castalia.checkpoint.opener import open_checkpoint
 from castalia.checkpoint.restore import optimizer_state
 from castalia.checkpoint.tensors import Progress
 from castalia.config.batch import BatchPlan
@@ -45,6 +46,9 @@ from castalia.plan.devices import USABLE
 from castalia.plan.flops import kv_cache_bytes, training_flops
 from castalia.plan.layout import Layout
 from castalia.plan.memory import Compute, memory_by_stage
+from castalia.plan.stream_plan import EvaluationShape, StreamPlan, evaluation_work
+from castalia.streaming.stream_units import units_of
+from castalia.streaming.streamed_model import StreamedTransformer
 from castalia.train.hardware import DTYPES
 from castalia.train.optimizer import LossScaler, make_optimizer
 from castalia.train.schedule import LearningRate
@@ -64,6 +68,7 @@ HEADS = {
     "| plan GiB | peak / plan",
     "save": "model | save | training waits ms | a plain copy to the host ms | on disk after s | GB | host memory GB",
     "decode": "model | side | rows | prefill ms | decode tokens/s | ms a token | of the bandwidth",
+    "stream": "model | tokens of a pass | in memory ms | streamed ms | streamed GB/s | one copy GB/s | reads GB",
     "attention": "shape of q | back end | forward ms | with backward ms | TFLOP/s",
 }
 Row = Mapping[str, Any]
@@ -101,10 +106,11 @@ class Bench:
             for side in ("ours", "transformers")
         ]
         decoded += [{"kind": "decode", "model": "gpt-neox-20b", "side": "ours", "rows": 1}]
+        streamed = [{"kind": "stream", "model": "pythia-1.4b", "tokens": number} for number in (16, self.seq)]
         attention = [{"kind": "attention", "backend": name} for name in ("flash", "cudnn", "efficient", "math")]
         checks = [{"kind": "check", "what": what} for what in ("losses", "tokens")]
         last = attention[-1:] if self.quick else attention
-        return [{"kind": "machine"}, *checks, *trained, *saved, *decoded, *last]
+        return [{"kind": "machine"}, *checks, *trained, *saved, *decoded, *streamed, *last]
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -380,6 +386,34 @@ def their_writer(bench: Bench, shape: ModelConfig) -> Write:
     return write
 
 
+def stream_row(bench: Bench, row: Row) -> list[list[str]]:
+    """A pass in bf16 whose blocks come from disk each time, beside the model in memory and one plain copy."""
+    shape, tokens = bench.model(row["model"]), row["tokens"]
+    with torch.device("meta"):
+        whole = Transformer(shape)
+    whole = whole.to(torch.bfloat16).to_empty(device=bench.device).eval()
+    fill(Executor(whole))
+    ids = torch.randint(0, shape.vocab_size, (1, tokens), device=bench.device)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        with CheckpointSaver(folder, keep_last=1) as writer:
+            writer.save(dict(whole.named_parameters()), {}, Progress(step=1), RunConfig(model=shape))
+        in_memory, logits = bench.seconds(lambda: whole.hidden(ids)), whole.hidden(ids)
+        checkpoint = open_checkpoint(folder)
+        units = units_of(checkpoint, shape, torch.bfloat16)
+        plan = StreamPlan(
+            units.sizes(), evaluation_work(shape, EvaluationShape(tokens, 1, 1, False), 2), 0, 1, (), True
+        )
+        model = StreamedTransformer(shape, units, plan, folder, past_cache=False, device=bench.device)
+        streamed = bench.seconds(lambda: model.hidden(ids))
+        if not torch.equal(model.hidden(ids), logits):
+            raise AssertionError("the streamed model computes something else")
+        model.close()
+    host = torch.empty(1 << (20 if bench.quick else 30), dtype=torch.uint8, pin_memory=not bench.quick)
+    copying = host.numel() / bench.seconds(lambda: host.to(bench.device, copy=True)) / 1e9
+    times = f"{in_memory * 1e3:.2f}", f"{streamed * 1e3:.2f}", f"{plan.bytes_per_pass / streamed / 1e9:.2f}"
+    return [[row["model"], str(tokens), *times, f"{copying:.2f}", f"{plan.bytes_per_pass / 1e9:.2f}"]]
+
+
 def attention_row(bench: Bench, row: Row) -> list[list[str]]:
     """SDPA's back ends on the 1.4B's heads."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -400,7 +434,7 @@ def attention_row(bench: Bench, row: Row) -> list[list[str]]:
 
 WORK = {
     "machine": machine_row, "check": check_row, "train": train_row, "save": save_row, "decode": decode_row,
-    "attention": attention_row,
+    "stream": stream_row, "attention": attention_row,
 }  # fmt: skip
 
 
