@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.schema import LoraConfig, is_adapter
-from castalia.storage.lazy import TensorRef, WithLora
+from castalia.storage.derived import WithLora
+from castalia.storage.lazy import TensorRef
 
 
 def adapters_of(checkpoint: Checkpoint | None) -> LoraConfig | None:

@@ -11,7 +11,8 @@ import torch
 
 from castalia.config.schema import ModelConfig
 from castalia.config.tensor_table import row_of
-from castalia.storage.lazy import Reordered, Scaled, TensorRef, Transposed, part, same_bits
+from castalia.storage.derived import Reordered, Scaled, Transposed, part
+from castalia.storage.lazy import TensorRef, same_bits
 
 PAIR_BYTES = 8 << 20
 NUM_PROBES = 16  # rows that are compared first, so that most differences are found without reading everything

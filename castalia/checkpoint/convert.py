@@ -42,8 +42,9 @@ from castalia.files import (
     write_text,
 )
 from castalia.machine import usable_cores
+from castalia.storage.derived import Narrowed, WithLora
 from castalia.storage.extent import verifying
-from castalia.storage.lazy import Narrowed, TensorRef, WithLora, everything, name_of
+from castalia.storage.lazy import TensorRef, everything, name_of
 from castalia.storage.safetensors import Advance
 from castalia.units import memory_size
 

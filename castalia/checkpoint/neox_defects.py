@@ -84,7 +84,7 @@ def with_micro_batches(checkpoint: Checkpoint, number: int) -> Checkpoint:
 
     Gradients, and so the first moment, grow with the number, the second moment with its square.
     """
-    from castalia.storage.lazy import Scaled  # imports torch
+    from castalia.storage.derived import Scaled  # imports torch
 
     old = checkpoint.summed_micro_batches
     if number == old:

@@ -19,7 +19,8 @@ from castalia.checkpoint.tensors import Checkpoint, Shard
 from castalia.config.schema import ModelConfig, TokenizerConfig
 from castalia.config.tensor_table import adapter_shapes, row_of, tensor_shapes
 from castalia.errors import CheckpointError
-from castalia.storage.lazy import Padded, TensorRef, name_of, part
+from castalia.storage.derived import Padded, part
+from castalia.storage.lazy import TensorRef, name_of
 from castalia.units import short_number
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from castalia.errors import CheckpointError
-from castalia.storage.lazy import Combined, Flattened, Permuted, Scaled, Shaped, TensorRef, Transposed, join, part
+from castalia.storage.derived import Combined, Flattened, Permuted, Scaled, Shaped, Transposed, join, part
+from castalia.storage.lazy import TensorRef
 
 Role = Literal["weight", "master", "exp_avg", "exp_avg_sq"]
 MOMENTS: tuple[Role, ...] = ("exp_avg", "exp_avg_sq")  # Adam's first and second

@@ -15,7 +15,8 @@ from math import prod, sqrt
 import numpy as np
 
 from castalia.errors import CheckpointError
-from castalia.storage.lazy import ITEM_BYTES, ByteRun, TensorRef, cut_runs
+from castalia.storage.derived import cut_runs
+from castalia.storage.lazy import ITEM_BYTES, ByteRun, TensorRef
 
 SPAN_ELEMENTS = 4096
 MAX_ROW = 1 << 16  # values; of longer rows only the beginning is sampled

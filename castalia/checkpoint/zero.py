@@ -21,7 +21,8 @@ from typing import Any
 
 from castalia.checkpoint.rules import MOMENTS
 from castalia.errors import CheckpointError
-from castalia.storage.lazy import Shaped, TensorRef, Zeros, float32, join, part
+from castalia.storage.derived import Shaped, float32, join, part
+from castalia.storage.lazy import TensorRef, Zeros
 
 Shapes = Mapping[str, tuple[int, ...]]  # name -> shape, in the order of the flat vectors
 Measure = Callable[[tuple[int, ...]], int]  # the size of a parameter of this shape: its elements, or 1

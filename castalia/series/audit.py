@@ -22,7 +22,8 @@ from castalia.examine.diff import model_settings
 from castalia.observe.metrics import read_events
 from castalia.series.members import Member
 from castalia.series.travel import Training, training_of
-from castalia.storage.lazy import Part, TensorRef
+from castalia.storage.derived import Part
+from castalia.storage.lazy import TensorRef
 from castalia.train.run_folder import is_run
 from castalia.train.schedule import is_save_step
 

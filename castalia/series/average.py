@@ -12,7 +12,8 @@ from castalia.checkpoint.file_plan import OutputFile, json_output
 from castalia.checkpoint.tensors import Checkpoint, Progress
 from castalia.errors import CheckpointError, ConfigError
 from castalia.examine.diff import model_settings
-from castalia.storage.lazy import Cast, TensorRef, Weighted
+from castalia.storage.derived import Cast, Weighted
+from castalia.storage.lazy import TensorRef
 
 ORIGIN = "average.json"  # beside the weights: what they are the average of
 

@@ -28,6 +28,7 @@ import numpy as np
 
 from castalia.errors import CheckpointError
 from castalia.storage.checksum import BLOCK_BYTES, crc32
+from castalia.storage.derived import join
 from castalia.storage.direct import BufferedFile, DirectFile
 from castalia.storage.lazy import (
     ITEM_BYTES,
@@ -39,7 +40,6 @@ from castalia.storage.lazy import (
     as_bytes,
     as_integers,
     as_slices,
-    join,
     leaves,
 )
 

@@ -14,19 +14,9 @@ from castalia.config.schema import ModelConfig
 from castalia.config.tensor_table import block_of, row_of
 from castalia.plan.layout import Stage, stages
 from castalia.plan.stream_plan import BUFFERS, PIECE_BYTES, READERS, StreamedSizes
+from castalia.storage.derived import Joined, Part, Permuted, Reordered, Transposed, Wrapper, part
 from castalia.storage.direct import WINDOW_BYTES
-from castalia.storage.lazy import (
-    ITEM_BYTES,
-    Joined,
-    Part,
-    Permuted,
-    Reordered,
-    TensorRef,
-    Transposed,
-    Wrapper,
-    everything,
-    part,
-)
+from castalia.storage.lazy import ITEM_BYTES, TensorRef, everything
 
 PLACE = 64  # bytes, at a multiple of which each tensor begins, as torch's own do: kernels may depend on it
 PACKING_COPIES = 12  # bytes per value of the matrices that a block stacks: three copies in fp32

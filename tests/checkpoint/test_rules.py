@@ -25,7 +25,8 @@ from castalia.checkpoint.rules import (
     to_theirs,
 )
 from castalia.errors import CheckpointError
-from castalia.storage.lazy import InMemory, Joined, Padded, Part, Permuted, Transposed
+from castalia.storage.derived import Joined, Padded, Part, Permuted, Transposed
+from castalia.storage.lazy import InMemory
 
 ROLES = ("weight", "master", "exp_avg", "exp_avg_sq")
 

@@ -21,8 +21,9 @@ from castalia.config.tensor_table import tensor_shapes
 from castalia.errors import CheckpointError
 from castalia.examine.inspect import by_kind, report
 from castalia.loading import load_model
+from castalia.storage.derived import Cast, Scaled, Shaped
 from castalia.storage.extent import FileTensor
-from castalia.storage.lazy import Cast, InMemory, Scaled, Shaped, Zeros
+from castalia.storage.lazy import InMemory, Zeros
 from castalia.storage.safetensors import open_safetensors
 from castalia.storage.torch_file import open_pt
 from tests.checkpoint.made import made, written

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from castalia.errors import CheckpointError
 from castalia.storage.checksum import BlockSums, crc32
+from castalia.storage.derived import Part, Transposed
 from castalia.storage.extent import Extent, FileTensor, Tile, tiled, verify, verifying
-from castalia.storage.lazy import Part, Transposed, as_bytes
+from castalia.storage.lazy import as_bytes
 from castalia.storage.torch_file import open_pt
 
 BLOCK = 24  # six values: more than a row, so that a block has parts of several

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from castalia.checkpoint.file_plan import pt_output
 from castalia.errors import CheckpointError
 from castalia.storage import torch_zip
+from castalia.storage.derived import Flattened
 from castalia.storage.extent import FileTensor
-from castalia.storage.lazy import Flattened, InMemory
+from castalia.storage.lazy import InMemory
 from castalia.storage.pt_writer import Instance, Named, Size
 from castalia.storage.torch_file import open_pt
 from castalia.storage.unpickle import Inert

@@ -29,8 +29,9 @@ from castalia.checkpoint.zero import (
     zero_state,
 )
 from castalia.errors import CheckpointError
+from castalia.storage.derived import Cast
 from castalia.storage.extent import FileTensor
-from castalia.storage.lazy import Cast, TensorRef
+from castalia.storage.lazy import TensorRef
 from castalia.storage.torch_file import open_pt
 from castalia.storage.unpickle import Inert
 

@@ -20,7 +20,8 @@ from castalia.checkpoint.rules import MOMENTS, Role, Rule
 from castalia.checkpoint.tensors import Checkpoint, Progress, state_tensors
 from castalia.checkpoint.zero import MAX_ALIGNMENT, NO_DECAY
 from castalia.errors import CheckpointError
-from castalia.storage.lazy import Box, TensorRef, Wrapper, Zeros, as_slices, flat, join, part, same_bits
+from castalia.storage.derived import Wrapper, flat, join, part
+from castalia.storage.lazy import Box, TensorRef, Zeros, as_slices, same_bits
 from castalia.storage.pt_writer import Instance, Named, Size
 
 # How DeepSpeed keeps an optimizer state: fp32 without ZeRO, fp16 without ZeRO, ZeRO 1, the bf16 optimizer, and ZeRO 1

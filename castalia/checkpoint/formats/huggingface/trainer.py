@@ -30,7 +30,8 @@ from castalia.config.schema import ModelConfig, RunConfig
 from castalia.config.tensor_table import row_of
 from castalia.errors import CheckpointError
 from castalia.reading import keys, read_json
-from castalia.storage.lazy import InMemory, TensorRef, float32
+from castalia.storage.derived import float32
+from castalia.storage.lazy import InMemory, TensorRef
 from castalia.storage.torch_file import open_pt
 from castalia.storage.unpickle import Inert
 

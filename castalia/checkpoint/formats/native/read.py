@@ -26,8 +26,9 @@ from castalia.config.schema import RunConfig
 from castalia.errors import CheckpointError
 from castalia.reading import keys, plain_json, read_json, typed
 from castalia.storage.checksum import crc32
+from castalia.storage.derived import Cast
 from castalia.storage.extent import Extent, FileTensor, Tile, tiled
-from castalia.storage.lazy import ITEM_BYTES, Cast, TensorRef
+from castalia.storage.lazy import ITEM_BYTES, TensorRef
 from castalia.storage.safetensors import DTYPES, safe_join
 
 MANIFEST = "manifest.json"

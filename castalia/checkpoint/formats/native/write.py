@@ -15,7 +15,8 @@ from castalia.checkpoint.formats.native.save import describe, write_chunk, write
 from castalia.checkpoint.tensors import Checkpoint, state_tensors
 from castalia.checkpoint.tokenizer_files import FOLDER, our_tokenizer
 from castalia.config.schema import TokenizerConfig
-from castalia.storage.lazy import RoundingProbe, TensorRef
+from castalia.storage.derived import RoundingProbe
+from castalia.storage.lazy import TensorRef
 from castalia.storage.safetensors import DTYPE_CODES, Advance
 
 

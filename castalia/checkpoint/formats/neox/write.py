@@ -41,7 +41,8 @@ from castalia.config.schema import ModelConfig
 from castalia.config.tensor_table import row_of
 from castalia.config.yaml_files import to_yaml
 from castalia.model.positions import alibi_slopes
-from castalia.storage.lazy import InMemory, Padded, TensorRef
+from castalia.storage.derived import Padded
+from castalia.storage.lazy import InMemory, TensorRef
 from castalia.storage.pt_writer import Named, Size
 
 

@@ -12,7 +12,8 @@ from castalia.checkpoint.tensors import Checkpoint
 from castalia.checkpoint.tokenizer_files import hf_tokenizer
 from castalia.config.schema import is_adapter
 from castalia.errors import CheckpointError
-from castalia.storage.lazy import TensorRef, float32
+from castalia.storage.derived import float32
+from castalia.storage.lazy import TensorRef
 
 
 def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
