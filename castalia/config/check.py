@@ -84,6 +84,8 @@ def heads(config: RunConfig) -> Iterator[Problem]:
     model = config.model
     if model is None:
         return
+    if not model.attention_layers:
+        return
     hidden, count = model.hidden_size, model.num_heads
     if hidden % count:
         below, above = hidden // count * count, -(-hidden // count) * count
@@ -145,6 +147,27 @@ def experts(config: RunConfig) -> Iterator[Problem]:
     if wanted.jitter and config.parallel.tp > 1:
         text = f"parallel.tp={config.parallel.tp}: tensor ranks draw different numbers for model.experts.jitter"
         yield Problem(f"{text}; set one of them to its default", ("parallel.tp", "model.experts.jitter"))
+
+
+def kinds(config: RunConfig) -> Iterator[Problem]:
+    """What blocks without attention do not go with."""
+    model = config.model
+    if model is None or not model.other_kinds:
+        return
+    named, parallel = f"{' and '.join(model.other_kinds)} blocks (model.pattern)", config.parallel
+    refused = {
+        "model.mup": model.mup is not None and "model.mup has no rates for their matrices",
+        "train.compile": config.train.compile is True and "train.compile=true makes one graph for blocks of one kind",
+        "data.mask_documents": config.data.mask_documents and "data.mask_documents: they mix the tokens of documents",
+        "parallel.cp": parallel.cp > 1
+        and f"parallel.cp={parallel.cp} gives each rank a part of a sequence, of which they need all; use 1",
+    }
+    for path, why in refused.items():
+        if why:
+            yield Problem(f"{named}: {why}", (path, "model.pattern"))
+    if len(model.pattern) > model.num_layers:
+        text = f"model.pattern names {len(model.pattern)} blocks, of which there are {model.num_layers}; shorten it"
+        yield Problem(text, ("model.pattern", "model.num_layers"))
 
 
 def lengths(config: RunConfig) -> Iterator[Problem]:
@@ -468,7 +491,7 @@ def without_effect(config: RunConfig) -> Iterator[Problem]:
 
 
 CONTRADICTIONS = (
-    heads, mup, experts, lengths, length_warmup, stages, batch_warmup, layout, batch, learning_rates, expressions,
-    corpora, preferences, profile, watch, idle_layout,
+    heads, mup, experts, kinds, lengths, length_warmup, stages, batch_warmup, layout, batch, learning_rates,
+    expressions, corpora, preferences, profile, watch, idle_layout,
 )  # fmt: skip
 SURPRISES = (folders, without_effect)

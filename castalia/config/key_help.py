@@ -14,6 +14,7 @@ from castalia.wrapping import aligned
 WHEN = {
     "seed": ("for another random beginning and another order of the data, to see how much results vary", "1"),
     "model.vocab_size": ("seldom: without it the tokenizer's size is taken", "50257"),
+    "model.pattern": ("for blocks without attention, or a mix of kinds: docs/layer-kinds.md", "[attention, gmlp]"),
     "model.mup": ("to use learning rates tuned on a narrow model on a wide one: docs/scaling.md", "{base_width: 256}"),
     "data.path": ("for each corpus; its name is what `castalia data prepare` printed", "data/kjv_text_document"),
     "data.train": ("for several corpora, for labels, or for pairs", "[{path: data/a, weight: 2}, {path: data/b}]"),

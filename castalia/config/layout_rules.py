@@ -32,8 +32,8 @@ class TensorSplit(NamedTuple):
 def tensor_splits(model: ModelConfig) -> list[TensorSplit]:
     """Everything but the vocabulary that `parallel.tp` must divide."""
     # Without num_kv_heads there are as many key/value heads as query heads, and one of the two is enough.
-    splits = [TensorSplit("model.num_heads", "heads", model.num_heads)]
-    if model.num_kv_heads:
+    splits = [TensorSplit("model.num_heads", "heads", model.num_heads)] if model.attention_layers else []
+    if model.num_kv_heads and model.attention_layers:
         splits.append(TensorSplit("model.num_kv_heads", "key/value heads", model.num_kv_heads))
     if "dense" in model.layer_kinds:
         splits.append(TensorSplit("model.mlp_size", "columns of the MLP", model.mlp_width))
@@ -49,6 +49,9 @@ def indivisible_splits(model: ModelConfig, tp: int) -> Iterator[TensorSplit]:
 
 def tensor_problems(model: ModelConfig, tp: int) -> Iterator[Problem]:
     """What of the model, the vocabulary included where it is known, `tp` ranks cannot share evenly."""
+    if tp > 1 and model.other_kinds:
+        text = f"parallel.tp={tp} cannot split {' and '.join(model.other_kinds)} blocks (model.pattern); use 1"
+        yield Problem(text, ("parallel.tp", "model.pattern"))
     for setting, _, size in indivisible_splits(model, tp):
         text = f"parallel.tp={tp} does not divide {setting}={size}; use one of {divisors(size)}"
         yield Problem(text, ("parallel.tp", setting))

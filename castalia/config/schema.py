@@ -14,7 +14,7 @@ from os.path import normpath
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -115,7 +115,9 @@ class MuPConfig(Section):
     init_scale: PositiveFloat = Field(1.0, description="multiplies all random initial values")
 
 
-LayerKind = Literal["dense", "moe"]  # what stands in a block: attention with an MLP, or with a mixture of experts
+# What stands in a block: attention with an MLP or with a mixture of experts, or another layer in place of both.
+LayerKind = Literal["dense", "moe", "gmlp", "amlp"]
+MixerKind = Literal["attention", "gmlp", "amlp"]  # what mixes the tokens of a block
 
 
 class ExpertsConfig(Section):
@@ -188,6 +190,12 @@ class ModelConfig(Section):
     attention_dropout: Fraction = Field(0.0, lt=1.0, description="dropout of the attention weights")
 
     experts: ExpertsConfig | None = Field(None, description="a mixture of experts; None: every block has an MLP")
+    pattern: Annotated[tuple[MixerKind, ...], MinLen(1), MaxLen(10_000)] = Field(
+        ("attention",),
+        description="what mixes the tokens of blocks 0, 1, ..., again from its beginning after its end; gmlp and amlp "
+        "are a whole block, without attention and MLP",
+    )
+    amlp_size: PositiveInt = Field(64, description="width of the single attention head in amlp blocks")
     mup: MuPConfig | None = Field(
         None, description="maximal update parametrization; None: the standard parametrization"
     )
@@ -237,8 +245,23 @@ class ModelConfig(Section):
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """What stands in each block."""
-        every = self.experts.every if self.experts else self.num_layers + 1
-        return tuple("moe" if self.experts and layer % every == 0 else "dense" for layer in range(self.num_layers))
+        return tuple(self._kind(layer) for layer in range(self.num_layers))
+
+    def _kind(self, layer: int) -> LayerKind:
+        mixer = self.pattern[layer % len(self.pattern)]
+        if mixer != "attention":
+            return mixer
+        return "moe" if self.experts and layer % self.experts.every == 0 else "dense"
+
+    @property
+    def attention_layers(self) -> int:
+        """Blocks that have attention, with heads, keys and values."""
+        return sum(kind in ("dense", "moe") for kind in self.layer_kinds)
+
+    @property
+    def other_kinds(self) -> tuple[LayerKind, ...]:
+        """The kinds of those blocks that have no attention, each once."""
+        return tuple(dict.fromkeys(kind for kind in self.layer_kinds if kind not in ("dense", "moe")))
 
     @property
     def width_multiplier(self) -> float:

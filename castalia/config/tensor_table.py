@@ -17,10 +17,10 @@ from castalia.config.schema import FinetuneConfig, LayerKind, LoraConfig, ModelC
 from castalia.errors import ConfigError
 
 Shapes = dict[str, tuple[int, ...]]
-Init = Literal["random", "residual", "adapter", "ones", "zeros"]
+Init = Literal["random", "residual", "fan_in", "adapter", "ones", "zeros"]
 Kind = Literal[
     "adapters", "embedding", "positions", "head", "reward head", "attention qkv", "attention out", "mlp up", "mlp gate",
-    "mlp down", "router", "experts", "norms", "biases",
+    "mlp down", "router", "experts", "gmlp up", "gmlp spatial", "gmlp attention", "gmlp down", "norms", "biases",
 ]  # fmt: skip
 
 SIZES: dict[str, Callable[[ModelConfig], int]] = {  # the words of shapes
@@ -34,6 +34,11 @@ SIZES: dict[str, Callable[[ModelConfig], int]] = {  # the words of shapes
     "experts": lambda model: model.experts.count if model.experts else 0,
     "expert_width": lambda model: model.expert_width,
     "norm": lambda model: 1 if model.norm == "scalenorm" else model.hidden_size,
+    "gate": lambda model: 4 * model.hidden_size,  # of gmlp and amlp
+    "gate_norm": lambda model: 1 if model.norm == "scalenorm" else 4 * model.hidden_size,
+    "both": lambda model: 8 * model.hidden_size,  # the gate and what it is for
+    "amlp": lambda model: model.amlp_size,
+    "amlp_qkv": lambda model: 3 * model.amlp_size,
     "1": lambda model: 1,
 }
 
@@ -50,7 +55,13 @@ CONDITIONS: dict[str, Callable[[ModelConfig], bool]] = {  # what a model must ha
     "reward_head": lambda model: model.reward_head,
     "gated_experts": lambda model: model.experts is not None and model.experts.gated,
 }
-LAYER_KINDS: dict[str, tuple[LayerKind, ...]] = {"dense": ("dense",), "moe": ("moe",)}  # what a block must be for it
+LAYER_KINDS: dict[str, tuple[LayerKind, ...]] = {  # what a block must be for it
+    "attention": ("dense", "moe"),
+    "dense": ("dense",),
+    "moe": ("moe",),
+    "gmlp": ("gmlp", "amlp"),
+    "amlp": ("amlp",),
+}
 
 
 class TensorRow(NamedTuple):
@@ -60,13 +71,16 @@ class TensorRow(NamedTuple):
     shape: str  # words of `SIZES`, and "rank" in adapters
     needs: str = ""  # words of `CONDITIONS` and `LAYER_KINDS` that must all hold
     kind: Kind | None = None  # the heading under which reports list it, in the order of `Kind`; None: not listed
-    init: Init = "random"  # random: by model.init_method; residual: by model.output_init_method; adapter: as PEFT does
+    # random: by model.init_method; residual: by model.output_init_method; adapter: as PEFT does; fan_in: within
+    # +-1 / sqrt of `fan_in`, as torch's modules begin
+    init: Init = "random"
     tp_dim: int | None = None  # the dimension that tensor parallelism splits; None: a copy on every tensor rank
     decays: bool = True  # whether weight decay applies
     mup: Literal["matrix", "vector"] = "vector"  # matrix: both dimensions grow with the width of the model
     # The bias of a row-parallel matrix: we add it once, after the all-reduce. GPT-NeoX with a parallel residual adds
     # it on every tensor rank, before the all-reduce.
     row_parallel_bias: bool = False
+    fan_in: str = ""  # the word for the inputs of the module, of a tensor whose initial values depend on them
 
     @property
     def module(self) -> str:
@@ -75,8 +89,8 @@ class TensorRow(NamedTuple):
 
     @property
     def is_drawn(self) -> bool:
-        """Whether the initial values are random, by one of the methods that the config names."""
-        return self.init in ("random", "residual")
+        """Whether it is a matrix of random initial values, and no adapter."""
+        return self.init in ("random", "residual") or (self.init == "fan_in" and " " in self.shape)
 
     @property
     def has_token_rows(self) -> bool:
@@ -84,10 +98,10 @@ class TensorRow(NamedTuple):
         return self.shape.startswith("vocab ")
 
 
-def _norm(module: str, needs: str = "") -> list[TensorRow]:
+def _norm(module: str, needs: str = "", weight: str = "norm", bias: str = "hidden") -> list[TensorRow]:
     return [
-        TensorRow(f"{module}.weight", "norm", f"{needs} norm_weight", "norms", "ones", decays=False),
-        TensorRow(f"{module}.bias", "hidden", f"{needs} norm_bias", "biases", "zeros", decays=False),
+        TensorRow(f"{module}.weight", weight, f"{needs} norm_weight", "norms", "ones", decays=False),
+        TensorRow(f"{module}.bias", bias, f"{needs} norm_bias", "biases", "zeros", decays=False),
     ]
 
 
@@ -107,18 +121,34 @@ def _linear(module: str, shape: str, bias: str, kind: Kind, tp_dim: int, needs: 
     ]  # fmt: skip
 
 
+def _whole(
+    module: str, shape: str, needs: str, kind: Kind, init: Init = "random", bias: Init = "zeros"
+) -> list[TensorRow]:
+    """A matrix of a block, of which every tensor rank has a copy, and its bias."""
+    rows, fan_in = shape.split()
+    name = f"blocks.{{i}}.{module}"
+    return [
+        TensorRow(f"{name}.weight", shape, needs, kind, init, fan_in=fan_in),
+        TensorRow(f"{name}.bias", rows, needs, "biases", bias, decays=False, fan_in=fan_in),
+    ]
+
+
 BEFORE_BLOCKS = (
     TensorRow("embed.weight", "vocab hidden", kind="embedding", tp_dim=0),
     TensorRow("positions.weight", "positions hidden", "learned_positions", "positions"),
 )
 BLOCK = (
     *_norm("blocks.{i}.norm1"),
-    *_norm("blocks.{i}.norm2", "second_norm"),
-    *_linear("attn.qkv", "qkv hidden", "attention_bias", "attention qkv", 0),
+    *_norm("blocks.{i}.norm2", "attention second_norm"),
+    *_linear("attn.qkv", "qkv hidden", "attention_bias", "attention qkv", 0, "attention"),
     # Only GPT-NeoX splits these two; castalia.parallel.rank_grid refuses tensor parallelism of a model that has them.
-    TensorRow("blocks.{i}.attn.qk_norm.weight", "heads head_size", "qk_norm", "norms", "ones", 0, decays=False),
-    TensorRow("blocks.{i}.attn.qk_norm.bias", "heads head_size", "qk_norm", "biases", "zeros", 0, decays=False),
-    *_linear("attn.out", "hidden hidden", "attention_bias", "attention out", 1),
+    TensorRow(
+        "blocks.{i}.attn.qk_norm.weight", "heads head_size", "attention qk_norm", "norms", "ones", 0, decays=False
+    ),
+    TensorRow(
+        "blocks.{i}.attn.qk_norm.bias", "heads head_size", "attention qk_norm", "biases", "zeros", 0, decays=False
+    ),
+    *_linear("attn.out", "hidden hidden", "attention_bias", "attention out", 1, "attention"),
     *_linear("mlp.up", "mlp hidden", "mlp_bias", "mlp up", 0, "dense"),
     *_linear("mlp.gate", "mlp hidden", "mlp_bias", "mlp gate", 0, "dense gated_mlp"),
     *_linear("mlp.down", "hidden mlp", "mlp_bias", "mlp down", 1, "dense"),
@@ -126,6 +156,12 @@ BLOCK = (
     TensorRow("blocks.{i}.mlp.experts.up", "experts expert_width hidden", "moe", "experts", tp_dim=0),
     TensorRow("blocks.{i}.mlp.experts.gate", "experts expert_width hidden", "moe gated_experts", "experts", tp_dim=0),
     TensorRow("blocks.{i}.mlp.experts.down", "experts expert_width hidden", "moe", "experts", "residual", 0),
+    *_whole("gmlp.up", "both hidden", "gmlp", "gmlp up"),
+    *_norm("blocks.{i}.gmlp.norm", "gmlp", "gate_norm", "gate"),
+    *_whole("gmlp.spatial", "positions positions", "gmlp", "gmlp spatial", "zeros", "ones"),
+    *_whole("gmlp.attn.qkv", "amlp_qkv both", "amlp", "gmlp attention", "fan_in", "fan_in"),
+    *_whole("gmlp.attn.out", "gate amlp", "amlp", "gmlp attention", "fan_in", "fan_in"),
+    *_whole("gmlp.down", "hidden gate", "gmlp", "gmlp down", "residual"),
 )
 FINAL_NORM = tuple(_norm("norm"))
 AFTER_BLOCKS = (
@@ -184,6 +220,11 @@ def adapter_shapes(model: ModelConfig, lora: LoraConfig | None) -> Shapes:
     matrices = {name: shape for name, shape in tensor_shapes(model).items() if row_of(name) in ADAPTABLE}
     present = list(dict.fromkeys(row_of(name).module for name in matrices))
     targets = set(lora.targets) or set(present) - {"head"}
+    if not targets:
+        kinds = " and ".join(model.other_kinds)
+        raise ConfigError(
+            f"finetune.lora: {kinds} blocks have no matrix that adapters are built for; train all weights"
+        )
     if lacking := targets - set(present):
         tied = "; its head is the embedding" if "head" in lacking else ""
         raise ConfigError(

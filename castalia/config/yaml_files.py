@@ -19,7 +19,7 @@ from castalia.reading import MAX_DEPTH, MAX_DIGITS, MAX_SHOWN, MAX_YAML_VALUES, 
 
 _TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")  # base 60 included
-_NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+|[-+]?\.[0-9]+[eE][-+]?[0-9]+")
+_NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+_]?[0-9]+|[-+]?\.[0-9]+[eE][-+]?[0-9]+")
 
 
 @dataclass
@@ -183,7 +183,8 @@ def _value(node: yaml.Node, label: str, findings: Findings, path: str, depth: in
         return [_value(item, label, findings, path, depth + 1) for item in node.value]
     # YAML 1.1 wants a dot and a sign in the exponent (6.0e-4), which people leave out. Quoted text stays text.
     if node.tag == _TEXT and not node.style and _NUMBER.fullmatch(node.value):
-        number = float(node.value)
+        # GPT-NeoX's gmlp_small.yml has 1.0e_8, which stops it there; its other configs have 1.0e-8.
+        number = float(node.value.replace("_", "-"))
         origin = label if label == "command line" else f"{label}:{_line(node)}"
         if origin != "command line":
             findings.notes.append(

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from castalia.model.attention import attend
+from castalia.model.attention import Recurrent, attend
 from castalia.model.positions import score_bias, visible
 from castalia.model.transformer import Transformer
 from castalia.streaming.scratch_file import zeros_on_disk
@@ -117,6 +117,8 @@ class BranchCache:
         """`stage`: the model, or this rank's part of it. `on_disk`: see `KVCache`."""
         self.stage, self.device, self.on_disk = stage, device, on_disk
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values [1, kv, capacity, d]
+        # Of layers without attention, by the number of tokens up to the end of a segment of the branch: [1, ...].
+        self.states: dict[int, dict[int, list[Tensor]]] = {}
         self.pieces: list[Piece] = []
         self.biases: list[Tensor | None] = []  # of each piece, the same in all layers
         self.keys = torch.empty(0, device=device)
@@ -165,6 +167,23 @@ class BranchCache:
             )
             at = part.stop
         return torch.cat(outputs, dim=2)
+
+    def recur(self, layer: int, module: Recurrent, x: Tensor) -> Tensor:
+        """Each segment after its parent, whose state its layer has kept: x [1, t, h] -> the same shape."""
+        states, outputs, at = self.states.setdefault(layer, {}), [], 0
+        for piece in self.pieces:
+            for stop in [stop for stop in states if stop > piece.start]:  # of branches that are behind us
+                del states[stop]
+            for segment in piece.segments:
+                size = segment.stop - segment.start
+                capacity = self.stage.cfg.max_positions or segment.stop
+                fresh = module.new_state(1, capacity, x)
+                state = [part.clone() for part in states[segment.start]] if segment.start else fresh
+                outputs.append(module.advance(x[:, at : at + size], state))
+                at += size
+            if len(piece.segments) == 1:  # several together are leaves, which nothing follows
+                states[piece.segments[0].stop] = state
+        return torch.cat(outputs, dim=1)
 
     def _bias(self, piece: Piece, q: Tensor) -> Tensor | None:
         """What hides keys of other leaves and later keys, [1, 1 or n, t, k]; None where causal attention does it."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from castalia.model.attention import attend
+from castalia.model.attention import Recurrent, attend
 from castalia.model.positions import aligned_rows
 from castalia.streaming.scratch_file import zeros_on_disk
 
@@ -33,6 +33,7 @@ class KVCache:
         """`on_disk`: layers lie in files that nobody else sees, for a cache that has no room in memory."""
         self.on_disk = on_disk
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values of the layers and heads of this rank
+        self.states: dict[int, list[Tensor]] = {}  # of layers without attention: tensors [rows, ...]
         self.rows, self.capacity = rows, capacity
         self.length = self.end = 0  # slots in use, without and with the reserved ones
         self.places = torch.arange(capacity, device=device)[None]  # the place in each slot: [1 or rows, capacity]
@@ -40,7 +41,10 @@ class KVCache:
         self.keys = self.places[:, :0]
 
     def set_lengths(self, lengths: Sequence[int]) -> None:
-        """Keep this many tokens of each row. The next tokens of the row follow them in place, though not in slots."""
+        """Keep this many tokens of each row. The next tokens of the row follow them in place, though not in slots.
+
+        States keep all tokens of their row, which are no more than that after a prefill.
+        """
         if min(lengths) < self.length:
             ends, slots = torch.tensor(lengths, device=self.places.device)[:, None], self.places
             seen = slots.where(slots < ends, NOWHERE)
@@ -59,6 +63,16 @@ class KVCache:
         values.narrow(2, self.length, k.shape[2]).copy_(v)
         keys, values = keys.narrow(2, 0, self.end), values.narrow(2, 0, self.end)
         return attend(q, keys, values, **options)
+
+    def recur(self, layer: int, module: Recurrent, x: Tensor) -> Tensor:
+        """The new tokens [rows, t, h] after those that the layer's state knows, which takes them in."""
+        return module.advance(x, self.state(layer, module, x))
+
+    def state(self, layer: int, module: Recurrent, x: Tensor) -> list[Tensor]:
+        """The state of a layer without attention, made at first use for input like `x`."""
+        if layer not in self.states:
+            self.states[layer] = module.new_state(self.rows, self.capacity, x)
+        return self.states[layer]
 
     def layer(self, layer: int, k: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values of a layer [rows, kv, capacity, d], allocated at first use like `k` [..., kv, t, d]."""
@@ -80,6 +94,7 @@ class KVCache:
         chosen = torch.tensor(rows, device=self.places.device)
         for layer, (k, v) in self.layers.items():
             self.layers[layer] = self.chosen_rows(k, chosen), self.chosen_rows(v, chosen)
+        self.states = {layer: [part[chosen] for part in state] for layer, state in self.states.items()}
         self.rows = len(rows)
         if self.gaps:
             self.places = self.places[chosen]
@@ -126,6 +141,16 @@ class Prompts:
             own = self.biases[number] if self.biases else None
             outputs.append(attend(q[:, :, part], k[:, :, part], v[:, :, part], bias=own, **options))
         return torch.cat(outputs, dim=2)
+
+    def recur(self, layer: int, module: Recurrent, x: Tensor) -> Tensor:
+        """Each prompt from its beginning: x [1, total, h] -> the same shape. Their rows begin with its state."""
+        states, outputs = self.cache.state(layer, module, x), []
+        for rows, part in zip(self.rows, self.parts, strict=True):
+            own = module.new_state(1, self.cache.capacity, x)
+            outputs.append(module.advance(x[:, part], own))
+            for whole, value in zip(states, own, strict=True):
+                whole[list(rows)] = value
+        return torch.cat(outputs, dim=1)
 
     @property
     def parts(self) -> list[slice]:

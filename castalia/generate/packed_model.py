@@ -3,7 +3,7 @@
     parallel block    x -> norm -> [qkv; up; gate] -> attention, activation -> [out, down] -> + x    2 products
     other blocks      x -> norm1 -> qkv -> attention -> out -> + -> norm2 -> [up; gate] -> down -> + 4 products
 
-A mixture of experts stays as it is, in the precision of its weights.
+A mixture of experts and blocks without attention stay as they are, in the precision of their weights.
 
 Products have the precision of the weights. All else is fp32, because CPU kernels for bf16 are slower than those for
 fp32, above all attention.
@@ -39,8 +39,8 @@ def pack(model: Transformer, int8: bool = False, rows: int = 1) -> None:
     if product is None:
         return
     for name, block in model.blocks.items():
-        assert isinstance(block, Block)
-        model.blocks[name] = packed_block(block, product)
+        if isinstance(block, Block):
+            model.blocks[name] = packed_block(block, product)
     model.head = product((model.head_weight, None))  # type: ignore[assignment]
     if model.norm is not None:
         model.norm.float()

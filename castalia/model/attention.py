@@ -26,6 +26,18 @@ DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp
 FIRST_PREFERRED_CUDNN = 91501  # from this version on torch tries cuDNN first, on devices that it suits
 
 
+class Recurrent(Protocol):
+    """A layer that mixes tokens without attention, and knows those before the new ones by a state."""
+
+    def new_state(self, rows: int, capacity: int, x: Tensor) -> list[Tensor]:
+        """The state [rows, ...] of rows without tokens, for input like x [..., h] and at most `capacity` tokens."""
+        ...
+
+    def advance(self, x: Tensor, state: list[Tensor]) -> Tensor:
+        """The next tokens [rows, t, h] of each row -> the same shape. `state` takes them in, in place."""
+        ...
+
+
 class Cache(Protocol):
     """Keys and values from outside of this forward pass, with which a layer attends.
 
@@ -37,7 +49,7 @@ class Cache(Protocol):
         queries               6                  queries           4 5 6 7
         keys 0 to 5 are from earlier calls       keys 0 to 3 are from rank 0
 
-    In each forward pass the model calls `reserve` once, `attend` once in each layer, and `advance` once.
+    In each forward pass the model calls `reserve` once, `attend` or `recur` once in each layer, and `advance` once.
     The number of a token within its sequence is called its place; it decides which keys a query sees.
     """
 
@@ -52,6 +64,10 @@ class Cache(Protocol):
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """`attend` of one layer, for the new tokens' q [b, n, t, d], k and v [b, kv, t, d] -> [b, n, t, d]."""
+        ...
+
+    def recur(self, layer: int, module: Recurrent, x: Tensor) -> Tensor:
+        """`attend` of a layer that has a state in place of keys and values: new tokens [b, t, h] -> the same shape."""
         ...
 
     def advance(self, count: int) -> None:

@@ -16,8 +16,8 @@ from hashlib import blake2b
 import torch
 from torch import Tensor, nn
 
-from castalia.config.schema import ModelConfig
-from castalia.config.tensor_table import row_of
+from castalia.config.schema import LayerKind, ModelConfig
+from castalia.config.tensor_table import SIZES, row_of
 from castalia.errors import ConfigError
 from castalia.machine import usable_cores
 from castalia.model.init_std import mup_scale, standard_deviation
@@ -50,6 +50,12 @@ def seeded_tensor(
     if (value := constant_value(name)) is not None:
         sizes = shape if slices is None else [len(range(*s.indices(n))) for s, n in zip(slices, shape, strict=True)]
         return torch.full(tuple(sizes), value)
+    if row_of(name).init == "fan_in":
+        bound = 1 / math.sqrt(SIZES[row_of(name).fan_in](cfg))
+        rows, columns = (*(slices or [slice(None)] * len(shape)), slice(None))[:2]
+        wide = (shape[0], shape[1] if len(shape) > 1 else 1)  # a vector is drawn as a matrix with one column
+        part = _drawn(seed, name, wide, rows, columns, lambda tile: tile * (bound / math.sqrt(3)), uniform=True)
+        return part.view(-1) if len(shape) == 1 else part
     if len(shape) == 3:  # experts: each is drawn as a matrix of its own
         experts, inner = (slice(None), None) if slices is None else (slices[0], slices[1:])
         drawn = [_matrix(cfg, seed, name, f"{name}.{e}", shape[1:], inner) for e in range(*experts.indices(shape[0]))]
@@ -77,7 +83,7 @@ def _matrix(
 
 
 def constant_value(name: str) -> float | None:
-    """The value with which a norm, a bias or `lora_b` begins; None for a matrix, which is random."""
+    """The value with which a norm, a bias or `lora_b` begins; None for tensors that are random."""
     return {"zeros": 0.0, "ones": 1.0}.get(row_of(name).init)
 
 
@@ -179,16 +185,20 @@ def _neox_pass(cfg: ModelConfig, generator: torch.Generator, default: torch.Gene
     yield "embed.weight", draw("embed.weight", cfg.padded_vocab_size, h)
     if cfg.position == "learned":
         assert cfg.max_positions is not None
-        yield "positions.weight", draw("positions.weight", cfg.max_positions, h)
-    for i in range(cfg.num_layers):
+        positions = torch.empty(cfg.max_positions, h).normal_(generator=default)  # which is drawn over
+        yield "positions.weight", _neox_draw(cfg, cfg.init_method, positions, default)
+    for i, kind in enumerate(cfg.layer_kinds):
         block = f"blocks.{i}"
+        if kind in ("gmlp", "amlp"):
+            yield from _neox_gmlp(cfg, f"{block}.gmlp", kind, generator, default)
+            continue
         qkv = draw(f"{block}.attn.qkv.weight", (n + 2 * kv) * d, h)
         if kv != n:  # GPT-NeoX's rows are all queries, all keys, all values; ours lie by key/value head
             q, k, v = (part.view(kv, -1, h) for part in qkv.split([n * d, kv * d, kv * d]))
             qkv = torch.cat((q, k, v), dim=1).reshape(-1, h)
         yield f"{block}.attn.qkv.weight", qkv
         yield f"{block}.attn.out.weight", draw(f"{block}.attn.out.weight", h, n * d)
-        if cfg.layer_kinds[i] == "moe":
+        if kind == "moe":
             yield from _neox_experts(cfg, f"{block}.mlp", generator, default)
             continue
         inner = draw(f"{block}.mlp.up.weight", 2 * f if cfg.gated_mlp else f, h)
@@ -217,6 +227,29 @@ def _neox_experts(
     for part, method in (("up", cfg.init_method), ("down", cfg.output_init_method)):
         flat = _neox_draw(cfg, method, torch.empty(e * f, h), generator)
         yield f"{name}.experts.{part}", flat.view(e, f, h)
+
+
+def _neox_gmlp(
+    cfg: ModelConfig, name: str, kind: LayerKind, generator: torch.Generator, default: torch.Generator
+) -> Iterator[tuple[str, Tensor]]:
+    """The outer matrices from the common stream. The default one draws the small attention's matrices and biases, and
+    before them the spatial matrix and its bias, which begin with constants all the same."""
+    h, a, length = cfg.hidden_size, cfg.amlp_size, cfg.max_positions or 0
+    yield f"{name}.up.weight", _neox_draw(cfg, cfg.init_method, torch.empty(8 * h, h), generator)
+    _torch_linear(length, length, default)
+    if kind == "amlp":
+        for part, rows, columns in (("qkv", 3 * a, 8 * h), ("out", 4 * h, a)):
+            weight, bias = _torch_linear(rows, columns, default)
+            yield f"{name}.attn.{part}.weight", weight
+            yield f"{name}.attn.{part}.bias", bias
+    yield f"{name}.down.weight", _neox_draw(cfg, cfg.output_init_method, torch.empty(h, 4 * h), generator)
+
+
+def _torch_linear(rows: int, columns: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Weight and bias of `nn.Linear` as torch draws them."""
+    weight = nn.init.kaiming_uniform_(torch.empty(rows, columns), a=math.sqrt(5), generator=generator)
+    bound = 1 / math.sqrt(columns)
+    return weight, torch.empty(rows).uniform_(-bound, bound, generator=generator)
 
 
 def _neox_draw(cfg: ModelConfig, method: str, matrix: Tensor, generator: torch.Generator) -> Tensor:

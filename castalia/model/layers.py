@@ -136,15 +136,16 @@ class ScaleNorm(nn.Module):
         return (wide / length).to(x.dtype) * self.weight.to(x.dtype)
 
 
-def build_norm(cfg: ModelConfig) -> nn.Module:
-    """The norm that `model.norm` names, over the hidden size."""
+def build_norm(cfg: ModelConfig, size: int | None = None) -> nn.Module:
+    """The norm that `model.norm` names, over the hidden size or another one."""
+    size = size or cfg.hidden_size
     match cfg.norm:
         case "layernorm":
-            return LayerNorm(cfg.hidden_size, cfg.norm_eps)
+            return LayerNorm(size, cfg.norm_eps)
         case "layernorm_no_params":
-            return LayerNorm(cfg.hidden_size, cfg.norm_eps, elementwise_affine=False)
+            return LayerNorm(size, cfg.norm_eps, elementwise_affine=False)
         case "rmsnorm":
-            return RMSNorm(cfg.hidden_size, cfg.norm_eps, cfg.rms_eps_inside)
+            return RMSNorm(size, cfg.norm_eps, cfg.rms_eps_inside)
         case "scalenorm":
             return ScaleNorm(cfg.norm_eps)
 

@@ -11,6 +11,7 @@ heads, d head size, f width of the MLP or of an expert, e experts, b sequences, 
     blocks.{i}.mlp.up.weight [f, h], .bias     blocks.{i}.mlp.gate.weight [f, h], .bias (gated only)
     blocks.{i}.mlp.router.weight [e, h]        blocks.{i}.mlp.experts.up, .gate, .down [e, f, h] (in place of an MLP)
     blocks.{i}.mlp.down.weight [h, f], .bias   norm.weight, .bias [h]    head.weight [V, h] (absent when tied)
+    blocks.{i}.gmlp.* (see `gmlp.py`; in place of attention and MLP)
     reward.weight [1, h] (reward models, which have no other head)
 """
 
@@ -37,6 +38,7 @@ from castalia.model.attention import (
     without_cudnn,
 )
 from castalia.model.experts import ExpertMLP
+from castalia.model.gmlp import GatedBlock
 from castalia.model.layers import MLP, Embedding, Linear, build_norm, is_slow_half, linear
 from castalia.model.loss import IGNORE, linear_cross_entropy, token_losses
 from castalia.model.positions import Alibi, Rotary, Rotation, positions_in_documents, score_bias, sinusoids, visible
@@ -87,6 +89,13 @@ class Block(nn.Module):
         return F.dropout(x, self.dropout) if self.training else x
 
 
+def build_block(cfg: ModelConfig, layer: int, exact: bool = False) -> nn.Module:
+    """The block of a layer, by its kind. All take the residual stream [b, t, h] and the `Context`."""
+    if cfg.layer_kinds[layer] in ("gmlp", "amlp"):
+        return GatedBlock(cfg, layer)
+    return Block(cfg, layer, exact)
+
+
 class Transformer(nn.Module):
     """Embedding, blocks, final norm and head. Parameters are left unset: `init.initialize` or a checkpoint fills them.
 
@@ -115,13 +124,14 @@ class Transformer(nn.Module):
         self.embed = Embedding(cfg.padded_vocab_size, cfg.hidden_size)
         self.positions = _learned_positions(cfg) if cfg.position == "learned" else None
         # A dict, so that blocks keep their numbers when a pipeline stage deletes others.
-        self.blocks = nn.ModuleDict({str(i): Block(cfg, i, exact) for i in range(cfg.num_layers)})
+        self.blocks = nn.ModuleDict({str(i): build_block(cfg, i, exact) for i in range(cfg.num_layers)})
         self.norm = build_norm(cfg)
         headless = cfg.tie_embeddings or cfg.reward_head
         self.head = None if headless else Linear(cfg.hidden_size, cfg.padded_vocab_size, bias=False)
         self.reward = Linear(cfg.hidden_size, 1, bias=False) if cfg.reward_head else None
-        self.rotary = Rotary(cfg) if cfg.position == "rotary" else None
-        self.alibi = Alibi(cfg.num_heads) if cfg.position == "alibi" else None
+        # Both act in attention alone.
+        self.rotary = Rotary(cfg) if cfg.position == "rotary" and cfg.attention_layers else None
+        self.alibi = Alibi(cfg.num_heads) if cfg.position == "alibi" and cfg.attention_layers else None
         self.loss, self.token_losses = linear_cross_entropy, token_losses  # replaced by tensor parallelism
 
     def forward(
@@ -253,6 +263,10 @@ class Transformer(nn.Module):
         """The kernel and the mask of all blocks. A bias is built, once for all of them, only if no kernel can do
         without.
         """
+        if documents is not None and self.cfg.other_kinds:
+            raise ConfigError(f"{' and '.join(self.cfg.other_kinds)} blocks cannot keep documents apart")
+        if not self.cfg.attention_layers:
+            return Context(cache=cache)
         t = places.shape[1]
         # A single new token sees all keys; a whole sequence is plainly causal; the last of several keys are in between.
         keys, gaps = (places, False) if cache is None else (cache.keys, cache.gaps)

@@ -120,6 +120,8 @@ def why_not_compiled(config: CompleteConfig) -> str | None:
     adapters = config.finetune.lora is not None and config.finetune.lora.dropout
     if parallel.tp > 1 and (adapters or cfg.attention_dropout or (parallel.sequence_parallel and cfg.hidden_dropout)):
         return "tensor ranks cannot draw their own dropout"
+    if cfg.other_kinds:
+        return f"there are {' and '.join(cfg.other_kinds)} blocks (model.pattern)"
     if cfg.experts:
         return "the number of tokens of each expert is not known (model.experts)"
     if parallel.cp > 1 and parallel.cp_kind == "ring":

@@ -16,6 +16,11 @@ def mean_context(length: int, window: int | None = None) -> float:
 
 def block_flops(model: ModelConfig, length: int, kind: LayerKind) -> float:
     """Forward operations of one block of this kind for one token of a sequence of `length` tokens."""
+    if kind in ("gmlp", "amlp"):  # every row of the spatial matrix serves one token, up to which it is used
+        spatial = (model.max_positions or 0) * ((model.max_positions or 0) + 1)
+        small = 4 * model.amlp_size * mean_context(length) if kind == "amlp" else 0
+        mixed = 2 * 4 * model.hidden_size * mean_context(length)
+        return 2 * (active_size(model, kind) - spatial) + mixed + small
     attention = 4 * model.num_heads * model.head_size * mean_context(length, model.sliding_window)
     return 2 * active_size(model, kind) + attention
 
@@ -65,5 +70,12 @@ def neox_flops(model: ModelConfig, length: int, recompute: bool = False) -> floa
 
 
 def kv_cache_bytes(model: ModelConfig, element_bytes: int = 2) -> int:
-    """Bytes of the key/value cache per token."""
-    return 2 * model.num_layers * model.kv_heads * model.head_size * element_bytes
+    """Bytes that generation keeps of each token: keys and values, in gmlp and amlp blocks halves of gates."""
+    gates, kinds = 4 * model.hidden_size, model.layer_kinds
+    kept = kinds.count("gmlp") * gates + kinds.count("amlp") * (gates + 2 * model.amlp_size)
+    return (2 * model.attention_layers * model.kv_heads * model.head_size + kept) * element_bytes
+
+
+def state_bytes(model: ModelConfig, element_bytes: int = 2) -> int:
+    """Bytes that generation keeps of each text, however long it is."""
+    return 8 * (len(model.layer_kinds) - model.attention_layers)  # the number of its tokens

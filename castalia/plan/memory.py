@@ -10,7 +10,7 @@ gradients exist; where only some blocks train, also in the forward pass of a fro
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property, lru_cache
 from math import ceil
 from typing import NamedTuple
@@ -148,13 +148,43 @@ def attending(model: ModelConfig, layout: Layout, tokens: int, length: int, comp
 
 
 def activations(model: ModelConfig, layout: Layout, tokens: int, length: int, compute: Compute) -> Activations:
-    """What one block keeps of a micro-batch of `tokens` tokens on this rank, in sequences of `length`."""
+    """What one block keeps of a micro-batch of `tokens` tokens on this rank, in sequences of `length`, on average."""
+    kept = {kind: _gated_block(model, layout, tokens, length, compute, kind == "amlp") for kind in model.other_kinds}
+    if model.attention_layers:
+        attention = _attention_block(model, layout, tokens, length, compute)
+        kept |= dict.fromkeys(("dense", "moe"), attention)
+    every = [kept[kind] for kind in model.layer_kinds]
+    return Activations(*(sum(values) // len(every) for values in zip(*map(astuple, every), strict=True)))
+
+
+def _gated_block(
+    model: ModelConfig, layout: Layout, tokens: int, length: int, compute: Compute, attends: bool
+) -> Activations:
+    """`activations` of a gMLP or aMLP block: both halves before and after the activation function, the normed half,
+    the gate, their product, and the spatial matrix."""
+    stream, gate = tokens * model.hidden_size, 4 * tokens * model.hidden_size
+    products = 2 * gate + gate  # of the first matrix, and of the spatial one
+    small = tokens * 4 * model.amlp_size + gate if attends else 0
+    inner = 2 * gate + 2 * gate + 3 * gate + small
+    # The second norm's input is a half of what is kept anyway.
+    norms = _norm_inputs(model, 1, stream, compute) + _norm_inputs(model, 1, gate, compute)
+    whole = norms + (stream + inner - gate + length**2) * compute.element_bytes
+    if layout.recompute == "none":
+        return Activations(whole, whole, 0)
+    kept = stream * compute.element_bytes
+    if layout.recompute == "selective":
+        kept += products * compute.element_bytes
+    return Activations(whole, kept, whole - kept)
+
+
+def _attention_block(model: ModelConfig, layout: Layout, tokens: int, length: int, compute: Compute) -> Activations:
+    """`activations` of a block with attention, with as many experts as they have on average."""
     size, tp = compute.element_bytes, layout.tp
     # Elements: of the hidden state [tokens, hidden]; of queries, and of keys or values, [tokens, heads * head size]; of
     # the MLP's inner width [tokens, width].
     stream = tokens * model.hidden_size // (tp if layout.sequence_parallel else 1)
     heads, kv = (n * model.head_size * tokens // tp for n in (model.num_heads, model.kv_heads))
-    inner = int(_inner_width(model) * tokens) // tp
+    inner = int(_mlp_width(model) * tokens) // tp
     softmax = 4 * tokens * model.num_heads // tp  # bytes of the flash kernel's log-sums, fp32 [tokens, heads]
 
     reads = _inputs_kept(model, compute.finetune)  # modules whose input autograd keeps
@@ -177,7 +207,7 @@ def activations(model: ModelConfig, layout: Layout, tokens: int, length: int, co
     own = model.activation in _KEEPS_OUTPUT and not model.gated_mlp
     mlp = inner * ((3 if model.gated_mlp else 1) + ("mlp.down" in reads and not own))
     if model.experts:  # beside the inner activations rows sorted by expert, and outputs before and after their shares
-        share = model.layer_kinds.count("moe") / model.num_layers
+        share = model.layer_kinds.count("moe") / model.attention_layers
         rows = int(share * tokens * model.experts.top_k)
         mlp += rows * (2 * model.hidden_size) // tp
         softmax += rows * (4 * model.hidden_size // tp + 24)  # the output in fp32, and places in int64
@@ -199,10 +229,17 @@ def activations(model: ModelConfig, layout: Layout, tokens: int, length: int, co
     return Activations(whole, kept, whole - (stream + products) * size - softmax)
 
 
+def _mlp_width(model: ModelConfig) -> float:
+    """Inner values of a token in an MLP, or in all of its experts, averaged over the blocks with attention."""
+    experts, number = model.expert_width * model.experts.top_k if model.experts else 0, model.layer_kinds.count("moe")
+    dense = model.layer_kinds.count("dense") * model.mlp_width
+    return (dense + number * experts) / max(1, model.attention_layers)
+
+
 def _inner_width(model: ModelConfig) -> float:
-    """Inner values of a token in an MLP, or in all of its experts, averaged over the blocks."""
-    experts = model.expert_width * model.experts.top_k if model.experts else 0
-    return sum(experts if kind == "moe" else model.mlp_width for kind in model.layer_kinds) / model.num_layers
+    """Inner values of a token in one direction, averaged over the blocks."""
+    gates = (model.num_layers - model.attention_layers) * 8 * model.hidden_size
+    return (_mlp_width(model) * model.attention_layers + gates) / model.num_layers
 
 
 def _kept_scores(model: ModelConfig, how: Attending, heads: int, kv: int, compute: Compute) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from castalia.config.schema import ModelConfig
 from castalia.plan.count import count
-from castalia.plan.flops import kv_cache_bytes
+from castalia.plan.flops import kv_cache_bytes, state_bytes
 from castalia.plan.stream_plan import LOGITS_BYTES, PROGRAM_BYTES, block_working_bytes
 
 ROWS = 64  # texts that are written at a time
@@ -25,6 +25,13 @@ class ServingPlan:
     kv_each: int  # of a token
     kv_budget: int  # of all texts and shared prefixes together
     length: int  # tokens of a text at most, with its prompt
+    state_each: int = 0  # of a text: states of blocks without attention
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text for which there is room."""
+        room = self.row_budget - self.state_each
+        return min(self.length, room // self.kv_each) if self.kv_each else self.length
 
     @property
     def total(self) -> int:
@@ -50,8 +57,10 @@ def serving_plan(model: ModelConfig, element_bytes: int, memory: int) -> Serving
     tokens = max(ROWS, CHUNK_TOKENS)
     working = block_working_bytes(model, tokens, element_bytes) + tokens * vocab * LOGITS_BYTES
     kv_each, length = kv_cache_bytes(model, element_bytes), model.max_positions or UNKNOWN_LENGTH
-    least = length * kv_each * PREFIX_SHARE // (PREFIX_SHARE - 1) + PREFIX_SHARE
+    state_each = state_bytes(model, element_bytes)
+    least = (length * kv_each + state_each) * PREFIX_SHARE // (PREFIX_SHARE - 1) + PREFIX_SHARE
     left = memory - PROGRAM_BYTES - weights - working
     if left < least:
         return None
-    return ServingPlan(weights, working, kv_each, max(least, min(ROWS * least, left // KV_SHARE)), length)
+    budget = max(least, min(ROWS * least, left // KV_SHARE))
+    return ServingPlan(weights, working, kv_each, budget, length, state_each)

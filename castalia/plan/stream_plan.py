@@ -169,6 +169,8 @@ def block_working_bytes(model: ModelConfig, tokens: int, element_bytes: int) -> 
     fused = (model.num_heads + 2 * model.kv_heads) * model.head_size
     attention = 2 * fused + 2 * model.num_heads * model.head_size + 2 * model.hidden_size
     mlp = (3 if model.gated_mlp else 2) * model.mlp_width + 3 * model.hidden_size
+    if {"gmlp", "amlp"} & set(model.layer_kinds):  # both halves twice, the normed one, the gate and the product
+        mlp = max(mlp, (4 + 3) * 4 * model.hidden_size)
     if model.experts:  # tokens sorted by expert, inner activations, outputs in both orders
         inner = (3 if model.experts.gated else 2) * model.expert_width + 5 * model.hidden_size
         mlp = max(mlp, model.experts.top_k * inner + 3 * model.hidden_size)

@@ -149,7 +149,8 @@ class Engine:
         self.waiting: deque[deque[TextRow]] = deque()  # of each request
         self.filling: deque[TextRow] = deque()
         self.writing: list[TextRow] = []
-        self.prefixes = Prefixes(plan.prefix_budget)
+        # The keys and values of a chunk can be copied, but not a state, in which a prompt has no parts.
+        self.prefixes = Prefixes(0 if model.cfg.other_kinds else plan.prefix_budget)
         self.counters = {"prompt_tokens": 0, "prefix_tokens": 0, "generated_tokens": 0, "steps": 0}
         for module in model.modules():
             if isinstance(module, ExpertMLP):
@@ -169,7 +170,10 @@ class Engine:
     @property
     def kv_bytes(self) -> int:
         """Bytes that are reserved for the texts in work."""
-        return sum(row.capacity for row in (*self.filling, *self.writing)) * self.plan.kv_each
+        return sum(self._bytes(row) for row in (*self.filling, *self.writing))
+
+    def _bytes(self, row: TextRow) -> int:
+        return row.capacity * self.plan.kv_each + self.plan.state_each
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -210,7 +214,7 @@ class Engine:
         while self.waiting and len(self.filling) + len(self.writing) < self.widths[-1]:
             request = self.waiting[0]
             row = request[0]
-            if self.kv_bytes + row.capacity * self.plan.kv_each > self.plan.row_budget:
+            if self.kv_bytes + self._bytes(row) > self.plan.row_budget:
                 return
             row.cache = KVCache(1, row.capacity, self.model.device)
             words = TextStream(self.tokenizer, row.prompt, row.options.stop)

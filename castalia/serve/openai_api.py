@@ -250,7 +250,7 @@ def _texts(parts: Sequence[TextPart]) -> list[str]:
 
 def _room(loaded: LoadedModel, ids: Sequence[int], wanted: int | None, default: int, name: str) -> int:
     """How many tokens a text may have. Raises RequestError where those that are wanted have no room."""
-    limit = min(loaded.plan.length, loaded.plan.row_budget // loaded.plan.kv_each)
+    limit = loaded.plan.longest
     room = limit - len(ids) + 1  # the last token of the text is never read, those of the prompt all are
     most = max(0, min(default, room)) if wanted is None else wanted
     if most > room or room < 1:

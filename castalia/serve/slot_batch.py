@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from castalia.generate.kv_cache import KVCache
+from castalia.model.attention import Recurrent
 from castalia.model.positions import score_bias, visible
 from castalia.model.transformer import Transformer
 
@@ -48,6 +49,13 @@ class SlotBatch:
             outputs[own] = cache.attend(layer, q[own], k[own], v[own], choice=kernel, bias=bias, **options)
         return outputs
 
+    def recur(self, layer: int, module: Recurrent, x: Tensor) -> Tensor:
+        """Each row after its own state: x [width, 1, h] -> the same shape, 0 for padding."""
+        outputs = torch.zeros_like(x)
+        for row, cache in enumerate(self.caches):
+            outputs[row : row + 1] = cache.recur(layer, module, x[row : row + 1])
+        return outputs
+
     def advance(self, count: int) -> None:
         """Note that every row has one token more."""
         for cache in self.caches:
@@ -85,8 +93,9 @@ def exact_widths(model: Transformer, widths: Sequence[int]) -> list[int]:
 
 
 def _same(cache: KVCache) -> KVCache:
-    """Another cache with copies of the keys and values."""
+    """Another cache with copies of the keys, values and states."""
     copy = KVCache(1, cache.capacity, cache.places.device)
     copy.layers = {layer: (k.clone(), v.clone()) for layer, (k, v) in cache.layers.items()}
+    copy.states = {layer: [part.clone() for part in state] for layer, state in cache.states.items()}
     copy.length = copy.end = cache.length
     return copy

@@ -22,12 +22,14 @@ def plan(checkpoint, to, **options):
     return convert.plan_files(to, convert.prepare(checkpoint), WriteOptions(**options))
 
 
-@pytest.mark.parametrize("variant", ["moe-sinkhorn1-fp32", "moe-topk2-fp32", "moe-sinkhorn1-fp32-tp2"])
+@pytest.mark.parametrize(
+    "variant", ["moe-sinkhorn1-fp32", "moe-topk2-fp32", "moe-sinkhorn1-fp32-tp2", "gmlp-fp32", "amlp-fp32"]
+)
 def test_genuine_files_come_back_from_every_layout(variant, fixtures, tmp_path):
     source = open_checkpoint(fixtures / "neox-kinds" / variant / "checkpoint" / "global_step5")
     assert source.optimizer.keys() == source.model.keys()
     back = written(source, tmp_path / "native", "native")
-    tp = 1 if "topk2" in variant else 2  # three experts
+    tp = 2 if "sinkhorn" in variant else 1  # three experts, or layers that ranks cannot divide
     for number, layout in enumerate([TargetLayout(), TargetLayout(tp=tp, pp=2, dp=2, zero=1), TargetLayout(pp=0)]):
         again = written(back, tmp_path / f"neox{number}", "neox", layout=layout)
         for name, ref in source.model.items():
@@ -38,6 +40,7 @@ def test_genuine_files_come_back_from_every_layout(variant, fixtures, tmp_path):
                     role,
                 )
         assert again.config.model.experts == source.config.model.experts
+        assert again.config.model.layer_kinds == source.config.model.layer_kinds
 
 
 def test_of_tensor_ranks_that_drifted_apart_the_first_is_taken(fixtures):

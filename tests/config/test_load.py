@@ -97,6 +97,8 @@ def test_numbers_that_yaml_takes_for_text_are_read_with_a_note(write):
         "a.yml:2: optimizer.lr: 6e-4",
         "a.yml:3: train.steps: 1e3",
     ]
+    config = load_config(write("b.yml", '{"optimizer": {"type": "Adam", "params": {"lr": 0.0006, "eps": 1.0e_8}}}'))
+    assert config.optimizer.eps == 1e-8 and "1.0e_8 is read as the number 1e-08" in config.notes[0]
 
 
 def test_a_run_folder_a_preset_and_a_name_without_ending_are_configs(write, tmp_path):

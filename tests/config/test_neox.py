@@ -262,13 +262,25 @@ def test_experts_have_widths_of_their_own(load):
 def test_attention_layers(load):
     for config in ([[["flash"], 4]], [[["global", "flash"], "all"]], ["global"] * 4, [[["global"], 2], [["flash"], 2]]):
         assert load({**MODEL, "attention_config": config}) == load(MODEL)
-    assert "is refused: local, mamba layers" in refusal(
-        load, {**MODEL, "attention_config": [[["local", "mamba"], "all"]]}
+    assert "is refused: local, rwkv layers" in refusal(
+        load, {**MODEL, "attention_config": [[["local", "rwkv"], "all"]]}
     )
     assert "names 6 layers, num_layers (0.yml:1) is 4" in refusal(load, {**MODEL, "attention_config": [[["flash"], 6]]})
     config = load({**MODEL, "attention_config": [[["flash"], 4]]}, {"num_layers": 2})
     assert config.model.num_layers == 2
     assert "as all are alike, it is taken for 2" in config.notes[0]
+
+
+def test_layers_without_attention_take_the_place_of_others(load):
+    mixed = load({**MODEL, "attention_config": [[["gmlp", "flash"], 2]], "gmlp_attn_dim": 16})
+    assert (mixed.model.pattern, mixed.model.layer_kinds) == (("gmlp", "attention"), ("gmlp", "dense") * 2)
+    assert "only amlp layers have a small attention" in mixed.notes[0]
+    assert "names 6 layers" in refusal(load, {**MODEL, "attention_config": [[["gmlp", "flash"], 3]]})
+    small = load({**MODEL, "attention_config": [[["amlp"], "all"]], "gmlp_attn_dim": 16})
+    assert (small.model.pattern, small.model.amlp_size) == (("amlp",), 16)
+    lengths = {"seq_length": 32, "max_position_embeddings": 64, "attention_config": [[["gmlp"], "all"]]}
+    assert "the size of their spatial matrix" in refusal(load, {**MODEL, **lengths, "pos_emb": "learned"})
+    assert load({**MODEL, **lengths, "pos_emb": "none"}).model.max_positions == 32
 
 
 def test_the_vocabularys_multiple_is_fixed_when_it_is_translated(load):

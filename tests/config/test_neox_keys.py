@@ -62,7 +62,7 @@ def test_every_target_exists():
         assert KEYS[key].target in FIELDS, key
     for key in of_kind("joint"):
         first = KEYS[key].target.split(",")[0].split(" or ")[0]
-        assert first in FIELDS or first == "precision.compute" or key in ("attention_config", "num_unique_layers"), key
+        assert first in FIELDS or first == "precision.compute" or key == "num_unique_layers", key
 
 
 @pytest.mark.parametrize("key", [key for key in of_kind("idle") if key != "tokenizer"])  # that is our section
@@ -281,6 +281,8 @@ JOINT = {
     "moe_jitter_eps": (
         {"moe_num_experts": 4, "moe_router_type": "topk", "moe_jitter_eps": 0.1}, "model.experts.jitter", 0.1
     ),
+    "attention_config": ({"attention_config": [[["global", "gmlp"], 2]]}, "model.pattern", ("attention", "gmlp")),
+    "gmlp_attn_dim": ({"attention_config": [[["amlp"], "all"]], "gmlp_attn_dim": 16}, "model.amlp_size", 16),
     "sample_output_file": ({"sample_output_file": "out.txt"}, "generate.output_file", "out.txt"),
     "train_impl": ({"train_impl": "rm", **UNPACKED}, "train.objective", "reward"),
     "dataset_impl": ({**PAIRS, "dataset_impl": "pairwise"}, "data.train", (PAIR,)),
@@ -312,7 +314,6 @@ JOINT = {
     },
 }  # fmt: skip
 REFUSALS = {  # keys that choose nothing here: one value is right, the others are refused
-    "attention_config": ([[["global"], 4]], [[["local"], 4]], "local layers are not built in"),
     "num_unique_layers": (4, 2, "layers that share their weights are not built in"),
     "base_shapes_file": (None, "shapes.yml", "give model.mup.base_width"),
 }

@@ -21,6 +21,8 @@ VARIANTS = {
     "reward model": {"reward_head": True},
     "alibi": {"position": "alibi", "attention_bias": False},
     "experts": {"experts": {"count": 3, "width": 24, "gated": True}},
+    "gMLP and aMLP": {"pattern": ("gmlp", "amlp"), "amlp_size": 8, "norm": "scalenorm"},
+    "aMLP and experts": {"pattern": ("attention", "amlp"), "amlp_size": 8, "experts": {"count": 3}, "qk_norm": True},
     "experts in every second block": {"experts": {"count": 3, "every": 2}, "gated_mlp": True},
 }
 

@@ -24,6 +24,7 @@ KINDS = {
     "learned": {"position": "learned", "tie_embeddings": True},
     "alibi": {"position": "alibi"},
     "window": {"sliding_window": 5},
+    "gMLP": {"pattern": ("gmlp", "attention", "amlp"), "num_layers": 3},
 }
 
 

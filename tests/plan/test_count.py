@@ -120,6 +120,17 @@ def test_of_a_mixture_of_experts_some_parameters_compute_a_token() -> None:
     assert (layer, counted.non_embedding) == (40_120_320, 12 * 40_120_320 + 2 * 768)
 
 
+@pytest.mark.parametrize(
+    ("kind", "layer", "total"), [("gmlp", 11_288_832, 212_734_464), ("amlp", 12_668_352, 229_288_704)]
+)
+def test_gated_layers_have_the_sizes_of_the_originals_config(kind, layer, total) -> None:
+    """GPT-NeoX's gmlp_small, and the same with aMLP."""
+    keys = {key: value for key, value in DMOE.items() if not key.startswith("moe_")} | {"pos_emb": "none"}
+    counted = count(load_config([keys | {"attention_config": [[[kind], "all"]]}], ["model.vocab_size=50257"]).model)
+    blocks = sum(size for name, size in counted.by_kind.items() if name.startswith("blocks."))
+    assert (blocks, counted.total) == (12 * layer, total)
+
+
 def test_fixture_configs_have_the_sizes_of_the_table(fixtures) -> None:
     totals = {"125M": 162322944, "350M": 405334016, "1-3B": 1414647808}
     for name, total in totals.items():

@@ -38,6 +38,7 @@ KINDS = [
     {"sliding_window": 7},
     {"gated_mlp": True, "norm": "rmsnorm", "tie_embeddings": True},
     {"experts": ExpertsConfig(count=4, top_k=2), "hidden_size": 64},
+    {"pattern": ("attention", "amlp"), "amlp_size": 16},
 ]
 
 

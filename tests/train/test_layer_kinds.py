@@ -5,13 +5,16 @@ import pytest
 from castalia.cli.train import read_config, train
 from tests.train.test_neox_quirks import losses, original, straight  # noqa: F401 - a fixture
 
-KINDS = ["moe-sinkhorn1-fp32", "moe-topk2-fp32"]
+KINDS = ["moe-sinkhorn1-fp32", "moe-topk2-fp32", "gmlp-fp32", "amlp-fp32"]
 
 
 @pytest.mark.parametrize("variant", KINDS)
 def test_from_nothing_but_config_and_data_the_originals_losses_come_out(fixtures, original, tmp_path, variant):  # noqa: F811
     train(original(variant, collection="neox-kinds"))
-    assert losses(tmp_path / "run") == pytest.approx(straight(fixtures, variant, "neox-kinds"), abs=2e-6)
+    ours, theirs = losses(tmp_path / "run"), straight(fixtures, variant, "neox-kinds")
+    assert ours[0] == pytest.approx(theirs[0], abs=5e-7)  # one step of fp32
+    # At first gradients of gMLP's spatial bias cancel to about 1e-7, of which Adam makes whole steps.
+    assert ours == pytest.approx(theirs, abs=1e-5 if "mlp" in variant else 2e-6)
 
 
 @pytest.mark.parametrize("variant", KINDS)

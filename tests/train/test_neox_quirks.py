@@ -48,7 +48,9 @@ def straight(fixtures, variant, collection="neox"):
     return json.loads((fixtures / collection / variant / "losses.json").read_text())["straight_step_1_to_10"]
 
 
-@pytest.mark.parametrize("variant", ["pp0-mp1-z0-fp32-rotary-par", "pp1-mp1-z0-fp32-rotary-par"])
+@pytest.mark.parametrize(
+    "variant", ["pp0-mp1-z0-fp32-rotary-par", "pp1-mp1-z0-fp32-rotary-par", "pp1-mp1-z0-fp32-learned-tied"]
+)
 def test_from_nothing_but_config_and_data_the_originals_losses_come_out(fixtures, original, tmp_path, variant):
     train(original(variant))
     assert losses(tmp_path / "run") == pytest.approx(straight(fixtures, variant), abs=2e-6)

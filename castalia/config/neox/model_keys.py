@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from castalia.config.neox.keys import KEYS, lower
@@ -20,8 +21,11 @@ NORMS = {
 }
 
 
+MIXERS = {"global": "attention", "flash": "attention", "gmlp": "gmlp", "amlp": "amlp"}  # of layers -> ours
+
+
 def attention(work: Translation) -> None:
-    """All layers must be of kind `global` or `flash`, which are the same here; others are refused."""
+    """What mixes the tokens of each layer. Layers of kind `global` or `flash` are the same here."""
     layers, unique = work["num_layers"], work["num_unique_layers"]
     if work.has("num_unique_layers") and unique != layers:
         work.error("num_unique_layers", "is refused: layers that share their weights are not built in; remove the key")
@@ -32,15 +36,51 @@ def attention(work: Translation) -> None:
     except (TypeError, ValueError, ZeroDivisionError):
         work.error("attention_config", 'is not a list of [[kinds], repeat] pairs such as [[["flash"], 12]]')
         return
-    strange = sorted({str(kind) for kind in kinds} - {"global", "flash"})
+    strange = sorted({str(kind) for kind in kinds} - MIXERS.keys())
     if strange:
-        work.error("attention_config", f"is refused: {', '.join(strange)} layers are not built in; use global or flash")
-    elif is_a(layers, int) and len(kinds) != layers:
+        known = f"use {', '.join(MIXERS)}"
+        work.error("attention_config", f"is refused: {', '.join(strange)} layers are not built in; {known}")
+        return
+    mixers = [MIXERS[kind] for kind in kinds]
+    if is_a(layers, int) and len(kinds) != layers:
         text = f"names {len(kinds)} layers, num_layers ({work.given['num_layers'].origin}) is {layers}"
-        if work.given["num_layers"].precedence > work.given["attention_config"].precedence:
+        later = work.given["num_layers"].precedence > work.given["attention_config"].precedence
+        if later and len(set(mixers)) == 1:
             work.note("attention_config", f"{text}: as all are alike, it is taken for {layers}")
         else:
             work.error("attention_config", f"{text}; make them agree or remove attention_config")
+    if set(mixers) - {"attention"}:
+        work.set("model.pattern", shortest(mixers), "attention_config")
+
+
+def shortest(kinds: Sequence[str]) -> tuple[str, ...]:
+    """The shortest pattern that gives these kinds when it is repeated."""
+    sizes = (size for size in range(1, len(kinds)) if all(k == kinds[i % size] for i, k in enumerate(kinds)))
+    return tuple(kinds[: next(sizes, len(kinds))])
+
+
+def _pattern(work: Translation) -> tuple[str, ...]:
+    """What `attention` has found, or attention in all layers."""
+    return work.settings["model.pattern"].value if "model.pattern" in work.settings else ("attention",)
+
+
+def gated_layers(work: Translation) -> None:
+    """gMLP and aMLP: their spatial matrix has the size of `seq_length`, which our longest sequence gives it."""
+    pattern = _pattern(work)
+    if "amlp" in pattern:
+        work.set("model.amlp_size", work["gmlp_attn_dim"], "gmlp_attn_dim")
+    elif work.has("gmlp_attn_dim") and work["gmlp_attn_dim"] != KEYS["gmlp_attn_dim"].default:
+        work.idle("gmlp_attn_dim", "only amlp layers have a small attention, and there is none")
+    length, longest = work["seq_length"], work["max_position_embeddings"]
+    if not {"gmlp", "amlp"} & set(pattern) or not work.has("seq_length"):
+        return
+    if work.has("max_position_embeddings") and longest != length:
+        if lower(work["pos_emb"]) == "learned":
+            text = f"is refused beside gmlp layers and seq_length: {length}, the size of their spatial matrix"
+            work.error("max_position_embeddings", f"{text}; make them equal")
+            return
+        work.note("max_position_embeddings", f"is taken for {length}: the spatial matrix of gmlp layers is no larger")
+    work.set("model.max_positions", length, "seq_length")
 
 
 def _expand(config: Any, layers: int | None) -> list[Any]:
@@ -82,6 +122,11 @@ def mlp_width(work: Translation) -> None:
     keys = ("intermediate_size", "expansion_factor", "mlp_multiple_of", "hidden_size", "activation")
     hidden, multiple = work["hidden_size"], work["mlp_multiple_of"]
     gated = lower(work["activation"]) in GATED
+    if "attention" not in _pattern(work):
+        for key in ("intermediate_size", "expansion_factor", "mlp_multiple_of"):
+            if work.has(key):
+                work.idle(key, "no layer has an MLP")
+        return
     if not (gated or work.has("intermediate_size", "expansion_factor", "mlp_multiple_of")):
         return
     key = "intermediate_size" if work.has("intermediate_size") else "expansion_factor"
@@ -200,4 +245,4 @@ def dropout(work: Translation) -> None:
             work.set(path, work["hidden_dropout"], "hidden_dropout")
 
 
-MODEL = (attention, activation, mlp_width, experts, norm, residual, vocabulary, mup, dropout)
+MODEL = (attention, gated_layers, activation, mlp_width, experts, norm, residual, vocabulary, mup, dropout)

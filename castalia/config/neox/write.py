@@ -110,7 +110,11 @@ def _model(model: ModelConfig, config: RunConfig) -> dict[str, Any]:
             keys["intermediate_size"] = model.expert_width
     if model.shared_norm:
         keys["gpt_j_tied"] = True
-    if model.sliding_window:
+    if model.other_kinds:
+        names = [kind if kind in model.other_kinds else "flash" for kind in model.layer_kinds]
+        keys["attention_config"] = [[names, 1]]
+        keys |= {"gmlp_attn_dim": model.amlp_size} if "amlp" in names else {}
+    elif model.sliding_window:
         keys["attention_config"] = [[["flash"], model.num_layers]]
     keys["hidden_dropout"] = model.hidden_dropout
     # GPT-NeoX multiplies by the number of tensor-parallel ranks.
@@ -206,7 +210,9 @@ def _plain(config: RunConfig) -> RunConfig:
             "model.num_kv_heads": model.kv_heads,
             "model.max_positions": model.max_positions or config.data.seq_length,
             "model.shared_norm": model.parallel_residual and model.shared_norm,
+            "model.pattern": [model.pattern[i % len(model.pattern)] for i in range(model.num_layers)],
         }
+        | ({} if "amlp" in model.layer_kinds else {"model.amlp_size": ModelConfig.model_fields["amlp_size"].default})
         | ({"model.experts.width": model.expert_width} if model.experts else {})
     )
 

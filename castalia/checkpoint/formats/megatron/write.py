@@ -51,6 +51,7 @@ HOLDS: dict[str, set[Any]] = {
     "tie_embeddings": {True}, "parallel_residual": {False}, "norm": {"layernorm"}, "qk_norm": {False},
     "position": set(POSITIONS.values()), "rotary_pct": {1.0}, "rope_scaling": {None}, "sliding_window": {None},
     "attention_bias": {True}, "mlp_bias": {True}, "experts": {None},
+    "pattern": {("attention",)},
 }  # fmt: skip
 
 

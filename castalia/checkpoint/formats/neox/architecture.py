@@ -9,7 +9,8 @@ from typing import Any
 
 from castalia.checkpoint.formats.deepspeed.folder import ScannedFolder, global_name, layer_file, refuse_missing
 from castalia.checkpoint.formats.neox.names import NORM_PARAMETERS, Names
-from castalia.config.schema import ModelConfig
+from castalia.config.neox.model_keys import shortest
+from castalia.config.schema import LayerKind, ModelConfig
 from castalia.errors import CheckpointError
 from castalia.storage.lazy import TensorRef
 
@@ -23,6 +24,8 @@ MUST_AGREE = (
 
 ROUTER = "mlp.router.layer.weight"
 EXPERTS = (ROUTER, "mlp.experts.mlp.w1", "mlp.experts.mlp.w2")
+# Tensors by which a layer without attention is known -> what it is.
+MARKS: dict[str, LayerKind] = {"sgu.attn.proj_qkv.weight": "amlp", "sgu.proj.weight": "gmlp"}
 
 
 def observed(held: RankTensors, names: Names, folder: ScannedFolder, config: ModelConfig | None) -> dict[str, Any]:
@@ -39,11 +42,13 @@ def observed(held: RankTensors, names: Names, folder: ScannedFolder, config: Mod
         )
     fused = f"{names.attention}.query_key_value.weight"
     num_layers = _count_layers(held, names, fused, folder)
-    first = names.first_block
-    routers = [i for i in range(num_layers) if f"{names.first_block + i}.{ROUTER}" in held]
-    dense = [i for i in range(num_layers) if i not in routers]
+    others = _other_kinds(held, names, num_layers)
+    attending = [i for i in range(num_layers) if i not in others]
+    first = names.first_block + (attending[0] if attending else 0)  # a layer that has attention, if one has
+    routers = [i for i in attending if f"{names.first_block + i}.{ROUTER}" in held]
+    dense = [i for i in attending if i not in routers]
     width_of = names.first_block + (dense[0] if dense else 0)  # a layer that has an MLP, if one has
-    needed = [f"{names.embedding}.word_embeddings.weight", f"{first}.{fused}"]
+    needed = [f"{names.embedding}.word_embeddings.weight", *([f"{first}.{fused}"] if attending else [])]
     needed += [f"{width_of}.{name}.weight" for name in (names.up, names.down)] if dense else []
     needed += [f"{names.first_block + i}.{name}" for i in routers for name in EXPERTS]
     for name in needed:
@@ -53,31 +58,26 @@ def observed(held: RankTensors, names: Names, folder: ScannedFolder, config: Mod
             raise CheckpointError(f"{path}: {name} has shape {list(held[name][0].shape)}, where a matrix is expected")
     embedding = held[f"{names.embedding}.word_embeddings.weight"]
     hidden, tp = embedding[0].shape[1], len(embedding)
-    heads = args.get("num_attention_heads") or (config.num_heads if config else None)
-    if heads is None:
+    if others and tp > 1:
         raise CheckpointError(
-            f"{path} does not say how many attention heads the model has; give its config with --config"
+            f"{path}: {' and '.join(dict.fromkeys(others.values()))} layers of {tp} tensor ranks are {tp} layers side "
+            "by side, of which none is a part of one layer: they cannot be joined; train with model_parallel_size: 1"
         )
-    if hidden % heads or heads % tp:
-        raise CheckpointError(f"{path}: {heads} heads divide neither hidden size {hidden} nor {tp} tensor ranks")
-    head_size = hidden // heads
-    # rows of the fused matrix, on all ranks: (heads + 2 * kv_heads) * head_size
-    kv_heads, rest = divmod(held[f"{first}.{fused}"][0].shape[0] * tp // head_size - heads, 2)
-    if rest or kv_heads < 1 or heads % kv_heads or kv_heads % tp:
-        rows = held[f"{first}.{fused}"][0].shape[0] * tp
-        raise CheckpointError(f"{path}: {rows} rows of {fused} do not fit {heads} heads of {head_size} on {tp} ranks")
+    heads = args.get("num_attention_heads") or (config.num_heads if config else None)
     settings: dict[str, Any] = {
         "num_layers": num_layers,
         "hidden_size": hidden,
-        "num_heads": heads,
-        "num_kv_heads": None if kv_heads == heads else kv_heads,
-        "norm": _norm(held, first),
-        "attention_bias": f"{first}.{names.attention}.query_key_value.bias" in held,
-        "qk_norm": f"{first}.{names.attention}.qk_layernorm.weight" in held,
+        "norm": _norm(held, names.first_block),
         "tie_embeddings": names.head(num_layers) not in held,
         "vocab_size": embedding[0].shape[0] * tp,
         "vocab_multiple": _vocab_multiple(embedding[0].shape[0] * tp, args, tp),
     }
+    if others:
+        settings |= _other_settings(held, names, num_layers, others)
+    if attending:
+        settings |= _attention(held, f"{first}.{names.attention}", hidden, heads, tp, folder)
+    elif heads or config is None:
+        settings["num_heads"] = heads or 1  # which no layer has
     if dense:
         up, down = held[f"{width_of}.{names.up}.weight"][0], held[f"{width_of}.{names.down}.weight"][0]
         settings["mlp_size"] = down.shape[1] * tp
@@ -87,7 +87,55 @@ def observed(held: RankTensors, names: Names, folder: ScannedFolder, config: Mod
         settings["gated_mlp"] = False
     if routers:
         settings["experts"] = _experts(held, names, routers, num_layers, folder, config)
-    return settings | _position(held, names, first, head_size, args, config)
+    head_size = hidden // (settings.get("num_heads") or hidden)
+    settings = _position(held, names, first, head_size, args, config) | settings
+    if not attending and config is None and settings["position"] == "rotary":  # which acts in attention alone
+        settings["position"] = "none"
+    return settings
+
+
+def _other_kinds(held: RankTensors, names: Names, num_layers: int) -> dict[int, LayerKind]:
+    """The kinds of those layers that have no attention."""
+    marks = [(i, f"{names.first_block + i}.", mark) for i in range(num_layers) for mark in reversed(MARKS)]
+    return {i: MARKS[mark] for i, layer, mark in marks if layer + mark in held}
+
+
+def _other_settings(
+    held: RankTensors, names: Names, num_layers: int, others: Mapping[int, LayerKind]
+) -> dict[str, Any]:
+    """What layers without attention say about the model."""
+    settings: dict[str, Any] = {"pattern": shortest([others.get(i, "attention") for i in range(num_layers)])}
+    for i, kind in others.items():
+        layer = names.first_block + i
+        if kind == "amlp":
+            settings["amlp_size"] = held[f"{layer}.sgu.attn.proj_qkv.weight"][0].shape[0] // 3
+        settings["max_positions"] = held[f"{layer}.sgu.proj.weight"][0].shape[0]
+    return settings
+
+
+def _attention(
+    held: RankTensors, attention: str, hidden: int, heads: int | None, tp: int, folder: ScannedFolder
+) -> dict[str, Any]:
+    """The heads of a layer, whose tensors' names begin with `attention`. Raises CheckpointError if they do not fit."""
+    path, fused = folder.path, f"{attention}.query_key_value.weight"
+    if heads is None:
+        raise CheckpointError(
+            f"{path} does not say how many attention heads the model has; give its config with --config"
+        )
+    if hidden % heads or heads % tp:
+        raise CheckpointError(f"{path}: {heads} heads divide neither hidden size {hidden} nor {tp} tensor ranks")
+    head_size = hidden // heads
+    # rows of the fused matrix, on all ranks: (heads + 2 * kv_heads) * head_size
+    kv_heads, rest = divmod(held[fused][0].shape[0] * tp // head_size - heads, 2)
+    if rest or kv_heads < 1 or heads % kv_heads or kv_heads % tp:
+        rows, name = held[fused][0].shape[0] * tp, fused.partition(".")[2]
+        raise CheckpointError(f"{path}: {rows} rows of {name} do not fit {heads} heads of {head_size} on {tp} ranks")
+    return {
+        "num_heads": heads,
+        "num_kv_heads": None if kv_heads == heads else kv_heads,
+        "attention_bias": f"{attention}.query_key_value.bias" in held,
+        "qk_norm": f"{attention}.qk_layernorm.weight" in held,
+    }
 
 
 def _experts(
@@ -169,8 +217,9 @@ def _file_of(name: str) -> str:
 def _count_layers(held: RankTensors, names: Names, fused: str, folder: ScannedFolder) -> int:
     """The number of blocks. Raises CheckpointError unless the tensors of all of them, and of both ends, are there."""
     positions = {int(name.split(".")[0]) for name in held}
-    blocks = [position for position in positions if f"{position}.{fused}" in held]
-    norms = [p for p in positions for end in ("weight", "scale", "g") if f"{p}.{names.final_norm}{end}" in held]
+    blocks = [p for p in positions for mark in (fused, *MARKS) if f"{p}.{mark}" in held]
+    ends = [p for p in positions if p not in blocks]  # blocks of some kinds have a norm of the same name
+    norms = [p for p in ends for end in ("weight", "scale", "g") if f"{p}.{names.final_norm}{end}" in held]
     heads = [number for number in range(1, max(positions, default=0)) if names.head(number) in held]
     # The stored arguments know; otherwise the position of the final norm or of the head, or the last block's.
     if folder.args.get("num_layers"):
@@ -199,7 +248,8 @@ def _count_layers(held: RankTensors, names: Names, fused: str, folder: ScannedFo
 
 
 def _norm(held: RankTensors, first: int) -> str:
-    suffixes = {name.rsplit(".", 1)[1] for name in held if name.startswith(f"{first}.input_layernorm.")}
+    starts = (f"{first}.input_layernorm.", f"{first}.norm.")
+    suffixes = {name.rsplit(".", 1)[1] for name in held if name.startswith(starts)}
     return next(kind for kind, names in NORM_PARAMETERS.items() if set(names.values()) == suffixes or not names)
 
 

@@ -6,6 +6,7 @@ Names are `position.name`: the position in the pipeline's list of layers, and th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -82,6 +83,9 @@ def table(names: Names, model: ModelConfig, tp: int, qkv: Op) -> list[Rule]:
         return rules + ([Rule(f"blocks.{{i}}.{ours}.bias", f"{{layer}}.{theirs}.bias", bias)] if bias else [])
 
     # In the order of NeoX's modules, which is also the order of its optimizer.
+    blocks: dict[LayerKind, list[Rule]] = {}
+    if model.other_kinds:
+        blocks |= {"gmlp": _gated(model, "gmlp"), "amlp": _gated(model, "amlp")}
     block = norm("blocks.{i}.norm1", "{layer}.input_layernorm.")
     biased = model.attention_bias
     if model.qk_norm:
@@ -111,12 +115,28 @@ def table(names: Names, model: ModelConfig, tp: int, qkv: Op) -> list[Rule]:
     rules = [Rule("embed.weight", f"{names.embedding}.word_embeddings.weight", shards)]
     if model.position == "learned":
         rules.append(Rule("positions.weight", f"{names.embedding}.position_embeddings.weight", copies))
+    blocks |= {"dense": [*block, *mlp["dense"]], "moe": [*block, *mlp["moe"]]}
     for i, kind in enumerate(model.layer_kinds):
-        rules += [rule.at(i=i, layer=names.first_block + i) for rule in (*block, *mlp[kind])]
+        rules += [rule.at(i=i, layer=names.first_block + i) for rule in blocks[kind]]
     rules += norm("norm", f"{names.norm_position(model.num_layers)}.{names.final_norm}")
     if not model.tie_embeddings:
         rules.append(Rule("head.weight", names.head(model.num_layers), shards))
     return rules
+
+
+def _gated(model: ModelConfig, kind: LayerKind) -> list[Rule]:
+    """The rules of a gMLP or aMLP block, which one tensor rank has as a whole."""
+
+    def pairs(ours: str, theirs: str, parameters: Mapping[str, str]) -> list[Rule]:
+        return [Rule(f"blocks.{{i}}.{ours}.{mine}", f"{{layer}}.{theirs}.{its}") for mine, its in parameters.items()]
+
+    norm, linear = NORM_PARAMETERS[model.norm], {"weight": "weight", "bias": "bias"}
+    rules = pairs("norm1", "norm", norm) + pairs("gmlp.up", "input_linear", linear)
+    rules += pairs("gmlp.norm", "sgu.norm", norm) + pairs("gmlp.spatial", "sgu.proj", linear)
+    if kind == "amlp":
+        rules += pairs("gmlp.attn.qkv", "sgu.attn.proj_qkv", linear)
+        rules += pairs("gmlp.attn.out", "sgu.attn.proj_ffn", linear)
+    return rules + pairs("gmlp.down", "output_linear", linear)
 
 
 def first_rank(model: ModelConfig, tp: int, pp: int) -> dict[str, tuple[int, int] | None]:

@@ -114,7 +114,7 @@ def _theirs(
         dtype = target.dtype if role == "weight" else torch.float32
         for kind in NORM_PARAMETERS[model.norm]:
             initial = 1.0 if kind == "weight" and role in ("weight", "master") else 0.0
-            for block in range(model.num_layers):
+            for block in (i for i, made in enumerate(model.layer_kinds) if made in ("dense", "moe")):
                 size = ours[f"blocks.{block}.norm1.{kind}"].shape
                 all_ours[f"blocks.{block}.norm2.{kind}"] = InMemory(torch.full(size, initial, dtype=dtype))
     return to_theirs(rules, all_ours, role)

@@ -92,6 +92,8 @@ def adapted(checkpoint: Checkpoint, options: WriteOptions, tokenizer: TokenizerC
     data = checkpoint.config.data
     # A config that only describes a model may have a longer one.
     longest = min(data.seq_length, model.max_positions or data.seq_length)
+    if {"gmlp", "amlp"} & set(model.layer_kinds):  # NeoX makes their spatial matrix of this size
+        longest = model.max_positions or longest
     optimizer, clip, clip_note = _clipping(checkpoint, options.era)
     config = checkpoint.config.with_(
         {
@@ -152,6 +154,9 @@ def _clipping(checkpoint: Checkpoint, era: str) -> tuple[OptimizerConfig, float,
 
 def check_layout(model: ModelConfig, layout: TargetLayout, path: str) -> None:
     """Raises CheckpointError unless the ranks divide the model."""
+    if layout.tp > 1 and model.other_kinds:
+        named = " and ".join(model.other_kinds)
+        raise CheckpointError(f"{path}: {named} blocks cannot be divided over tp={layout.tp} ranks; use tp=1")
     for _, parts, size in indivisible_splits(model, layout.tp):
         raise CheckpointError(f"{path}: {size} {parts} do not divide over tp={layout.tp}; use a divisor")
     if layout.pp > model.num_layers:
@@ -297,6 +302,8 @@ def _check_first_release(model: ModelConfig, path: str) -> None:
         wrong["model.mlp_size"] = model.mlp_size
     if model.experts:
         wrong["model.experts"] = "a mixture"
+    if model.other_kinds:
+        wrong["model.pattern"] = ", ".join(model.pattern)
     if wrong:
         raise CheckpointError(f"{path}: the first release has no {_assignments(wrong)}; use --era head")
 
