@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os.path import normpath
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic import (
@@ -117,7 +117,14 @@ class MuPConfig(Section):
 
 # What stands in a block: attention with an MLP or with a mixture of experts, or another layer in place of both.
 LayerKind = Literal["dense", "moe", "gmlp", "amlp"]
+Named = TypeVar("Named", bound=str)
 MixerKind = Literal["attention", "gmlp", "amlp"]  # what mixes the tokens of a block
+
+
+def shortest(kinds: Sequence[Named]) -> tuple[Named, ...]:
+    """The shortest pattern that gives these kinds when it is repeated."""
+    sizes = (size for size in range(1, len(kinds)) if all(k == kinds[i % size] for i, k in enumerate(kinds)))
+    return tuple(kinds[: next(sizes, len(kinds))])
 
 
 class ExpertsConfig(Section):

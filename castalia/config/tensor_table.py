@@ -80,6 +80,7 @@ class TensorRow(NamedTuple):
     # The bias of a row-parallel matrix: we add it once, after the all-reduce. GPT-NeoX with a parallel residual adds
     # it on every tensor rank, before the all-reduce.
     row_parallel_bias: bool = False
+    used: bool = True  # false: nothing is computed with it, so that it never gets a gradient
     fan_in: str = ""  # the word for the inputs of the module, of a tensor whose initial values depend on them
 
     @property
@@ -122,14 +123,14 @@ def _linear(module: str, shape: str, bias: str, kind: Kind, tp_dim: int, needs: 
 
 
 def _whole(
-    module: str, shape: str, needs: str, kind: Kind, init: Init = "random", bias: Init = "zeros"
+    module: str, shape: str, needs: str, kind: Kind, init: Init = "random", bias: Init = "zeros", adds: bool = True
 ) -> list[TensorRow]:
-    """A matrix of a block, of which every tensor rank has a copy, and its bias."""
+    """A matrix of a block, of which every tensor rank has a copy, and its bias, which it `adds` or not."""
     rows, fan_in = shape.split()
     name = f"blocks.{{i}}.{module}"
     return [
         TensorRow(f"{name}.weight", shape, needs, kind, init, fan_in=fan_in),
-        TensorRow(f"{name}.bias", rows, needs, "biases", bias, decays=False, fan_in=fan_in),
+        TensorRow(f"{name}.bias", rows, needs, "biases", bias, decays=False, used=adds, fan_in=fan_in),
     ]
 
 
@@ -156,12 +157,12 @@ BLOCK = (
     TensorRow("blocks.{i}.mlp.experts.up", "experts expert_width hidden", "moe", "experts", tp_dim=0),
     TensorRow("blocks.{i}.mlp.experts.gate", "experts expert_width hidden", "moe gated_experts", "experts", tp_dim=0),
     TensorRow("blocks.{i}.mlp.experts.down", "experts expert_width hidden", "moe", "experts", "residual", 0),
-    *_whole("gmlp.up", "both hidden", "gmlp", "gmlp up"),
+    *_whole("gmlp.up", "both hidden", "gmlp", "gmlp up", adds=False),
     *_norm("blocks.{i}.gmlp.norm", "gmlp", "gate_norm", "gate"),
     *_whole("gmlp.spatial", "positions positions", "gmlp", "gmlp spatial", "zeros", "ones"),
     *_whole("gmlp.attn.qkv", "amlp_qkv both", "amlp", "gmlp attention", "fan_in", "fan_in"),
     *_whole("gmlp.attn.out", "gate amlp", "amlp", "gmlp attention", "fan_in", "fan_in"),
-    *_whole("gmlp.down", "hidden gate", "gmlp", "gmlp down", "residual"),
+    *_whole("gmlp.down", "hidden gate", "gmlp", "gmlp down", "residual", adds=False),
 )
 FINAL_NORM = tuple(_norm("norm"))
 AFTER_BLOCKS = (

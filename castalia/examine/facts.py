@@ -8,13 +8,16 @@ from typing import Any
 
 from castalia.checkpoint.formats import FORMATS
 from castalia.checkpoint.tensors import Checkpoint
+from castalia.config.schema import LayerKind, shortest
 from castalia.storage.lazy import TensorRef
 
 SHOWN = (
     "num_layers", "hidden_size", "num_heads", "kv_heads", "mlp_width", "padded_vocab_size", "max_positions", "position",
     "rotary_pct", "rotary_base", "norm", "norm_eps", "rms_eps_inside", "qk_norm", "activation", "gated_mlp",
-    "parallel_residual", "shared_norm", "attention_bias", "mlp_bias", "tie_embeddings", "sliding_window",
+    "parallel_residual", "shared_norm", "attention_bias", "mlp_bias", "tie_embeddings", "sliding_window", "pattern",
+    "amlp_size",
 )  # fmt: skip
+MARKS: dict[str, LayerKind] = {".gmlp.": "gmlp", ".gmlp.attn.": "amlp"}  # of tensors of blocks without attention
 SETTINGS = {"kv_heads": "num_kv_heads", "mlp_width": "mlp_size", "padded_vocab_size": "vocab_size"}  # what sets them
 
 
@@ -45,13 +48,18 @@ def from_tensors(tensors: Mapping[str, TensorRef], num_heads: int | None) -> dic
         facts |= {"position": "learned", "max_positions": matrices["positions.weight"][0]}
     if not blocks:
         return facts
-    block = {name.removeprefix("blocks.0."): shape for name, shape in shapes.items() if name.startswith("blocks.0.")}
+    others = {int(name.split(".")[1]): kind for mark, kind in MARKS.items() for name in shapes if mark in name}
+    facts["pattern"] = shortest([others.get(i, "attention") for i in range(len(blocks))])
+    facts["norm"] = _norm({name.removeprefix("blocks.0."): shape for name, shape in shapes.items()})
+    # Where some blocks have no attention, the others show what it is.
+    attending = [name.removesuffix("attn.qkv.weight") for name in shapes if name.endswith(".attn.qkv.weight")]
+    attending = [name for name in attending if name.count(".") == 2]  # aMLP has one of its own
+    if not attending and others:
+        return facts
+    own = min(attending, default="blocks.0.")
+    block = {name.removeprefix(own): shape for name, shape in shapes.items() if name.startswith(own)}
     matrices = {name: shape for name, shape in block.items() if len(shape) == 2}
-    facts |= {
-        "norm": _norm(block),
-        "qk_norm": "attn.qk_norm.weight" in block,
-        "attention_bias": "attn.qkv.bias" in block,
-    }
+    facts |= {"qk_norm": "attn.qk_norm.weight" in block, "attention_bias": "attn.qkv.bias" in block}
     # Where some blocks have experts, the others show what an MLP is.
     dense = [name.removesuffix("mlp.down.weight") for name in shapes if name.endswith(".mlp.down.weight")]
     if dense or "mlp.router.weight" not in block:
@@ -85,6 +93,8 @@ def architecture(checkpoint: Checkpoint) -> tuple[dict[str, Fact], list[str]]:
     if model is not None:
         for name in SHOWN:
             value = None if name == "padded_vocab_size" and model.vocab_size is None else getattr(model, name)
+            if name == "pattern":
+                value = shortest([model.pattern[i % len(model.pattern)] for i in range(model.num_layers)])
             if name not in facts:
                 facts[name] = Fact(value, _source(checkpoint, name))
             elif value is not None and value != facts[name].value:
@@ -109,7 +119,11 @@ def _matters(name: str, facts: Mapping[str, Fact]) -> bool:
         "shared_norm": value("shared_norm"),
         "qk_norm": value("qk_norm"),
         "sliding_window": value("sliding_window"),
+        "pattern": value("pattern") != ("attention",),
+        "amlp_size": "amlp" in (value("pattern") or ()),
     }
+    if "attention" not in (value("pattern") or ("attention",)):
+        uses |= dict.fromkeys(("num_heads", "kv_heads", "mlp_width", "gated_mlp", "attention_bias", "mlp_bias"), False)
     return bool(uses.get(name, True))
 
 

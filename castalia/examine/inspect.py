@@ -151,7 +151,7 @@ def anomalies(checkpoint: Checkpoint, sums: Mapping[str, Sums], full: bool) -> I
         matrix = row_of(name).is_drawn
         if seen.not_finite:
             yield f"{name}: {seen.not_finite:,} of {seen.count:,} {values} are NaN or infinite"
-        if seen.all_zero and (started or matrix or name.endswith("norm.weight")):
+        if seen.all_zero and row_of(name).used and (started or matrix or name.endswith("norm.weight")):
             yield f"{name}: all {seen.count:,} {values} are zero"
         elif matrix and seen.zero_rows:
             yield f"{name}: {seen.zero_rows:,} of {seen.rows:,} {'rows' if full else 'sampled rows'} are zero"
@@ -167,7 +167,7 @@ def _without_gradient(checkpoint: Checkpoint) -> Iterator[str]:
         return
     seen = sample_sums({name: state["exp_avg_sq"] for name, state in states.items()})
     for kind, names in by_kind(seen).items():
-        idle = [name for name in names if seen[name].all_zero]
+        idle = [name for name in names if seen[name].all_zero and row_of(name).used]
         if idle and len(idle) == len(names):
             why = "attention had no part in training" if kind.startswith("attention") else "they were never trained"
             yield f"{kind}: second moments are zero in all {len(idle)} tensors: no gradient ever came, {why}"
@@ -208,7 +208,7 @@ def _statistics(checkpoint: Checkpoint, kind: str, names: list[str], sums: Mappi
     }  # fmt: skip
     model = checkpoint.config.model if checkpoint.config else None
     row = row_of(names[0])
-    if model is None or not row.is_drawn or len(checkpoint.model[names[0]].shape) != 2:
+    if model is None or not row.is_drawn or row.init == "fan_in" or len(checkpoint.model[names[0]].shape) != 2:
         return result | {"methods": {}, "fits": [], "start": None}
     shape = _drawn_shape(checkpoint, names[0])
     # The standard deviation that each init method would have given this matrix.

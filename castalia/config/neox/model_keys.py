@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from castalia.config.neox.keys import KEYS, lower
 from castalia.config.neox.translation import Translation, is_a
+from castalia.config.schema import shortest
 
 # GPT-NeoX's name of a gated activation -> ours of the function in it.
 GATED = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "bilinear": "identity", "glu": "sigmoid"}
@@ -51,12 +51,6 @@ def attention(work: Translation) -> None:
             work.error("attention_config", f"{text}; make them agree or remove attention_config")
     if set(mixers) - {"attention"}:
         work.set("model.pattern", shortest(mixers), "attention_config")
-
-
-def shortest(kinds: Sequence[str]) -> tuple[str, ...]:
-    """The shortest pattern that gives these kinds when it is repeated."""
-    sizes = (size for size in range(1, len(kinds)) if all(k == kinds[i % size] for i, k in enumerate(kinds)))
-    return tuple(kinds[: next(sizes, len(kinds))])
 
 
 def _pattern(work: Translation) -> tuple[str, ...]:

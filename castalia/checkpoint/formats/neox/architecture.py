@@ -9,8 +9,7 @@ from typing import Any
 
 from castalia.checkpoint.formats.deepspeed.folder import ScannedFolder, global_name, layer_file, refuse_missing
 from castalia.checkpoint.formats.neox.names import NORM_PARAMETERS, Names
-from castalia.config.neox.model_keys import shortest
-from castalia.config.schema import LayerKind, ModelConfig
+from castalia.config.schema import LayerKind, ModelConfig, shortest
 from castalia.errors import CheckpointError
 from castalia.storage.lazy import TensorRef
 
