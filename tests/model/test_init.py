@@ -46,7 +46,7 @@ def test_the_originals_first_losses(fixtures, folder, passes):
 
 
 def test_the_originals_order_of_draws():
-    """One stream, but for learned positions, which torch's own draws before; gated and grouped matrices are drawn as the original lays them out."""
+    """One stream, but learned positions come from torch's own; matrices are drawn as the original lays them out."""
     update = {"gated_mlp": True, "num_kv_heads": 2, "mlp_size": 64, "position": "learned", "tie_embeddings": True}
     cfg = NEOX.model_copy(update=update)
     matrices = dict(neox_matrices(cfg, seed=7))
