@@ -246,8 +246,9 @@ def _neox_gmlp(
 
 
 def _torch_linear(rows: int, columns: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Weight and bias of `nn.Linear` as torch draws them."""
-    weight = nn.init.kaiming_uniform_(torch.empty(rows, columns), a=math.sqrt(5), generator=generator)
+    """Weight and bias of `nn.Linear` as torch draws them, bit for bit; both lie within +-1 / sqrt(columns)."""
+    bound = math.sqrt(3.0) * (math.sqrt(2.0 / (1 + math.sqrt(5) ** 2)) / math.sqrt(columns))  # as torch computes it
+    weight = torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)
     bound = 1 / math.sqrt(columns)
     return weight, torch.empty(rows).uniform_(-bound, bound, generator=generator)
 

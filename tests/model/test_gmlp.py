@@ -11,7 +11,7 @@ from castalia.config.schema import ModelConfig
 from castalia.errors import ConfigError
 from castalia.generate.kv_cache import KVCache, Prompts
 from castalia.loading import build_model
-from castalia.model.init import initialize, seeded_tensor
+from castalia.model.init import _torch_linear, initialize, seeded_tensor
 from castalia.model.transformer import Transformer
 
 SIZES = {"num_layers": 3, "hidden_size": 16, "num_heads": 2, "vocab_size": 64, "vocab_multiple": 1, "max_positions": 24}
@@ -94,3 +94,10 @@ def test_seeded_values_of_torch_like_modules_are_bounded_and_the_same_in_slices(
     bias = seeded_tensor(cfg, 0, "blocks.2.gmlp.attn.out.bias", (64,))
     assert bias.shape == (64,) and 0.9 < bias.abs().max() * 8**0.5 <= 1
     assert torch.equal(seeded_tensor(cfg, 0, "blocks.2.gmlp.attn.out.bias", (64,), (slice(3, 9),)), bias[3:9])
+
+
+def test_linear_maps_are_drawn_as_torch_draws_them():
+    torch.manual_seed(5)
+    theirs = torch.nn.Linear(37, 11)
+    weight, bias = _torch_linear(11, 37, torch.Generator().manual_seed(5))
+    assert torch.equal(weight, theirs.weight) and torch.equal(bias, theirs.bias)
