@@ -171,9 +171,12 @@ def clear(folder: Path) -> None:
 
 
 def put_in_place(new: Path, target: Path) -> Path | None:
-    """Rename a folder to `target`. Returns the workplace of the folder that it replaces, if any, for removal."""
+    """Rename a folder or a file to `target`.
+
+    Returns the workplace of the folder that it replaces, if any, for removal; a file is replaced at once.
+    """
     old = None
-    if target.exists():
+    if target.exists() and not target.is_file():
         old = workplace(target, REPLACED)
         target.rename(old / target.name)
     new.rename(target)

@@ -105,7 +105,8 @@ def own_precision(checkpoint: Checkpoint, to: str, optimizer: bool) -> tuple[tor
 def identity(checkpoint: Checkpoint, options: WriteOptions, plan: Plan) -> str:
     """A digest of a conversion: names, sizes and times of the source's files, the options and the planned files."""
     root = Path(checkpoint.path)
-    stats = sorted((str(path.relative_to(root)), path.stat()) for path in root.rglob("*") if path.is_file())
+    paths = (path for path in (root, *root.rglob("*")) if path.is_file())
+    stats = sorted((str(path.relative_to(root)), path.stat()) for path in paths)
     source = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     # The dtypes stand for --dtype, the files for the layout.
     kinds = [(name, ref.dtype_name) for name, ref in checkpoint.model.items()]
@@ -114,20 +115,42 @@ def identity(checkpoint: Checkpoint, options: WriteOptions, plan: Plan) -> str:
     return blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
-def check_destination(source: Path, target: Path, force: bool) -> None:
-    """Raises CheckpointError if the destination exists (unless `force`), or if writing it would destroy other files."""
+def check_destination(source: Path, target: Path, force: bool, file: bool = False) -> None:
+    """Raises CheckpointError if the destination exists (unless `force`), or if writing it would destroy other files.
+
+    `file`: it is to be a file, not a folder.
+    """
     source, resolved = source.resolve(), target.resolve()
-    if target.is_file():
+    if file:
+        _check_file(target, force)
+    elif target.is_file():
         raise CheckpointError(f"{target} is a file, not a folder; name a folder that is not there yet")
     if resolved == source or resolved in source.parents or source in resolved.parents:
         raise CheckpointError(f"{target}: a checkpoint cannot be converted into its own folder, nor around it")
     if target.exists() and not (force or is_unfinished(target)):
-        raise CheckpointError(f"{target} exists already; name another folder, or replace it with --force")
-    if target.exists() and any(target.iterdir()) and detect(target) is None and not (target / LATEST).is_file():
+        raise CheckpointError(_exists(target, file))
+    if (
+        not file
+        and target.exists()
+        and any(target.iterdir())
+        and detect(target) is None
+        and not (target / LATEST).is_file()
+    ):
         raise CheckpointError(
             f"{target} holds {', '.join(sorted(path.name for path in target.iterdir())[:4])}, not a checkpoint; "
             "--force replaces only checkpoints: name another folder, or move this one away"
         )
+
+
+def _exists(target: Path, file: bool) -> str:
+    return f"{target} exists already; name another {'file' if file else 'folder'}, or replace it with --force"
+
+
+def _check_file(target: Path, force: bool) -> None:
+    if target.is_dir():
+        raise CheckpointError(f"{target} is a folder; name a file that is not there yet, such as {target}.gguf")
+    if force and target.exists() and target.stat().st_size and detect(target) is None:
+        raise CheckpointError(f"{target} is not a checkpoint; --force replaces only checkpoints: name another file")
 
 
 def write(
@@ -143,7 +166,8 @@ def write(
     """Write all files that are not complete yet, and rename the folder. Returns how many were complete already.
 
     `mark`: the conversion's `identity`; files of another conversion are not used. `inside`: the name of a step's folder
-    in `target`, to which `latest` then points. `force`: replace `target`. Raises CheckpointError for files that cannot
+    in `target`, to which `latest` then points. `force`: replace `target`. Of a plan of one file, `target` is this file,
+    whatever the plan calls it. Raises CheckpointError for files that cannot
     be written, and for values that are too large for their new dtype, unless `allow_inf`.
     """
     target = behind_links(target)
@@ -163,15 +187,17 @@ def _write(
 ) -> int:
     place = beside(target, UNFINISHED)
     result, done = place / target.name, _completed(journal, place, mark)
+    if plan.file:
+        plan = replace(plan, outputs=(replace(plan.outputs[0], name=target.name),))
     if COMPLETE in done and not result.exists():  # it was killed after the folder was renamed
         remove(place)
         return len(plan.outputs)
     if target.exists() and not force:
         remove(place)
-        raise CheckpointError(f"{target} exists already; name another folder, or replace it with --force")
+        raise CheckpointError(_exists(target, plan.file))
     missing = [output for output in plan.outputs if output.name not in done]
     _check_space(place, sum(output.num_bytes for output in missing))
-    folder = result / inside
+    folder = place if plan.file else result / inside
     folder.mkdir(parents=True, exist_ok=True)
     # Files that are complete already count as progress.
     advance(sum(output.num_bytes for output in plan.outputs) - sum(output.num_bytes for output in missing))
@@ -179,7 +205,7 @@ def _write(
     plan.finish(folder, {name: entry["result"] for name, entry in entries.items()})
     if inside:
         write_text(result / LATEST, inside)
-    for path in [*result.rglob("*"), result]:
+    for path in [*result.rglob("*"), result] if result.is_dir() else [result]:
         sync(path)
     _note(journal, {"name": COMPLETE, "result": None})
     sync(place / MARK)  # otherwise a power cut could leave the folder renamed and the journal without this entry

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from castalia.checkpoint.tensors import Checkpoint
 from castalia.storage.lazy import TensorRef
 from castalia.storage.pt_writer import PtFile
 from castalia.storage.safetensors import Advance, write_safetensors
@@ -37,6 +38,8 @@ class WriteOptions:
     era: Literal["v1", "head"] = "head"
     folder: Path | None = None  # where the files will lie, which a NeoX config has to name; None: it names no folder
     trainer: bool = False  # Hugging Face: the optimizer state in the files of transformers' Trainer
+    # GGUF: the type of matrices, by ggml's name; None: as they are.
+    gguf_type: Literal["f32", "f16", "bf16", "q8_0"] | None = None
     shard_bytes: int = SHARD_BYTES  # formats without ranks cut their weights into files of at most this size
 
 
@@ -62,6 +65,9 @@ class Plan:
     notes: tuple[str, ...] = ()  # what the conversion changes or leaves out, for the user
     # `finish(folder, results)` writes what depends on the other files.
     finish: Callable[[Path, Mapping[str, Any]], None] = _nothing_left
+    # Where the files cannot hold the source's tensors as they are: the tensors that they hold, for who compares.
+    held: Checkpoint | None = None
+    file: bool = False  # whether the only output is the checkpoint itself, of the destination's name, not in a folder
 
     @property
     def num_bytes(self) -> int:

@@ -109,6 +109,8 @@ def find_folder(path: str | Path, step: int | None = None) -> Path:
             return find_folder(cached_snapshot(str(path)), step)
         raise CheckpointError(f"{path} does not exist" + _neighbours(folder))
     if folder.is_file():
+        if detect(folder) is not None:
+            return folder
         raise CheckpointError(f"{path} is a file; give the folder that holds the checkpoint: {folder.parent}")
     # A run's folder, unless it is a checkpoint itself, or a folder of steps that has a folder of this name.
     if (folder / "checkpoints").is_dir() and not (folder / "latest").is_file() and detect(folder) is None:

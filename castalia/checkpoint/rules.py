@@ -84,6 +84,21 @@ class Chain:
 
 
 @dataclass(frozen=True)
+class Each:
+    """Several tensors, each with an operation of its own."""
+
+    ops: tuple[Op, ...]
+
+    def forward(self, theirs: Refs, role: Role) -> Refs:
+        """What each operation makes of its tensor."""
+        return [op.forward([ref], role)[0] for op, ref in zip(self.ops, theirs, strict=True)]
+
+    def backward(self, ours: Refs, role: Role) -> Refs:
+        """What the inverse of each operation makes of its tensor."""
+        return [op.backward([ref], role)[0] for op, ref in zip(self.ops, ours, strict=True)]
+
+
+@dataclass(frozen=True)
 class Transpose:
     """A matrix that is stored [in, out], as GPT-2's `Conv1D` has it; ours are [out, in]."""
 
@@ -292,6 +307,17 @@ def per_block(rules: Iterable[Rule], num_blocks: int, first: int = 0) -> list[Ru
     """The rules of one block for every block: `{i}` counts blocks from 0, `{layer}` from `first`."""
     rules = list(rules)
     return [rule.at(i=i, layer=first + i) for i in range(num_blocks) for rule in rules]
+
+
+def with_bias(ours: str, theirs: str, op: Op | None = None, *, bias: bool = True) -> list[Rule]:
+    """The rules of a module's weight and bias. Names of several modules are separated by spaces."""
+
+    def parameters(names: str, kind: str) -> str:
+        """The names of the modules' weights or biases."""
+        return " ".join(f"{name}.{kind}" for name in names.split())
+
+    kinds = ("weight", "bias") if bias else ("weight",)
+    return [Rule(parameters(ours, kind), parameters(theirs, kind), op or Same()) for kind in kinds]
 
 
 def to_ours(

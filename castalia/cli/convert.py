@@ -25,11 +25,17 @@ if TYPE_CHECKING:
     from castalia.examine.verify import Proof
 
 
+GGUF_TYPES: dict[str, Literal["f32", "f16", "bf16", "q8_0"]] = {  # ggml's name of each dtype
+    "fp32": "f32", "fp16": "f16", "bf16": "bf16", "bfloat16": "bf16", "float16": "f16", "f32": "f32", "f16": "f16",
+    "q8_0": "q8_0",
+}  # fmt: skip
+
+
 def command(
     source: Annotated[str, typer.Argument(metavar="SRC", help="a run, or a checkpoint of any format")],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="the folder to be written")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="the folder to be written; of gguf, the file")],
     to: Annotated[
-        Literal["native", "hf", "neox", "megatron-deepspeed", "peft"],
+        Literal["native", "hf", "neox", "megatron-deepspeed", "peft", "gguf"],
         typer.Option(help="the format of DST; peft: adapters alone, which all others merge"),
     ],
     layout: Annotated[
@@ -37,8 +43,11 @@ def command(
     ] = None,
     era: Annotated[Literal["v1", "head"] | None, typer.Option(help="of NeoX's files; default: head")] = None,
     dtype: Annotated[
-        Literal["fp32", "bf16", "fp16"] | None,
-        typer.Option(help="of the weights; default: as stored; of a run's own checkpoints: as the run computes"),
+        Literal["fp32", "bf16", "fp16", "f32", "f16", "q8_0"] | None,
+        typer.Option(
+            help="of the weights; default: as stored; of a run's own checkpoints: as the run computes. f32 and f16 are "
+            "other names of fp32 and fp16; q8_0, for gguf: 8 bits and a scale for 32 values"
+        ),
     ] = None,
     allow_inf: Annotated[
         bool, typer.Option("--allow-inf", help="let values that are too large for --dtype become infinite")
@@ -61,6 +70,7 @@ def command(
     config: Annotated[str | None, typer.Option(help="training config, where none lies with the files")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="tokenizer file, where SRC has none")] = None,
     base: Annotated[str | None, typer.Option(help="the model of an adapter that does not name it")] = None,
+    modelfile: Annotated[bool, typer.Option("--modelfile", help="gguf: print a Modelfile for Ollama")] = False,
     gqa_rows: Annotated[Literal["old", "new"] | None, typer.Option(help="NeoX: order of grouped queries")] = None,
     rms_eps: Annotated[Literal["inside", "outside"] | None, typer.Option(help="NeoX: place of the epsilon")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one object at the end, all else on standard error")] = False,
@@ -72,6 +82,7 @@ def command(
       castalia convert runs/first model-hf --to hf --verify
       castalia convert runs/first model-neox --to neox --layout tp=2,pp=2
       castalia convert runs/first trainer --to hf --trainer
+      castalia convert runs/first model.gguf --to gguf --dtype q8_0 --verify
 
     DST appears when it is complete. If the command is interrupted, run it again: it continues where it stopped.
     """
@@ -83,6 +94,10 @@ def command(
     from castalia.errors import ConfigError
 
     form = TARGETS[to]
+    if not form.file and (modelfile or dtype == "q8_0"):
+        raise ConfigError(f"{'--modelfile' if modelfile else '--dtype q8_0'} is for --to gguf: leave it out")
+    if form.file and modelfile and (all_steps or as_json):
+        raise ConfigError("--modelfile is printed for one file, and not in JSON: leave out --all-steps and --json")
     if not form.ranks and (layout or era):
         raise ConfigError(f"--to {to} has no ranks and no eras: leave out --layout and --era")
     if memory and not verify:
@@ -91,7 +106,7 @@ def command(
     if all_steps and step is not None:
         raise ConfigError("--all-steps and --step exclude each other; choose steps with --steps")
     if trainer:
-        if to != "hf" or not optimizer or dtype not in (None, "fp32"):
+        if to != "hf" or not optimizer or dtype not in (None, "fp32", "f32"):
             raise ConfigError(
                 "--trainer is for --to hf, with the optimizer state and fp32 weights, as the Trainer has no masters "
                 "beside them: leave out --no-optimizer and --dtype"
@@ -107,12 +122,19 @@ def command(
 
     def one(checkpoint: Checkpoint, folder: Path, inside: str = "") -> dict[str, Any]:
         """Plan, write, prove. Returns what was done, for --json."""
-        convert.check_destination(Path(checkpoint.path), folder, force)
+        convert.check_destination(Path(checkpoint.path), folder, force, form.file)
         wish = "fp32" if trainer else dtype
-        chosen, note = (torch_dtype(wish), "") if wish else convert.own_precision(checkpoint, to, optimizer)
-        prepared = convert.prepare(checkpoint, chosen, optimizer)
+        keeps = optimizer and not form.file
+        chosen, note = (torch_dtype(wish), "") if wish else convert.own_precision(checkpoint, to, keeps)
+        wanted = replace(options, folder=(folder / inside).resolve())
+        if form.file and (wish or chosen):  # norms and biases stay in fp32
+            wanted = replace(wanted, gguf_type=GGUF_TYPES[wish or str(chosen).removeprefix("torch.")])
+            chosen = torch_dtype("fp32")
+        prepared = convert.prepare(checkpoint, chosen, keeps)
         notes = (note,) if note else ()
-        plan = convert.plan_files(to, prepared, replace(options, folder=(folder / inside).resolve()))
+        if form.file and optimizer and checkpoint.optimizer is not None:
+            notes = (*notes, "GGUF holds a model and its tokenizer: optimizer state and progress are left out")
+        plan = convert.plan_files(to, prepared, wanted)
         plan = replace(plan, notes=tuple(note for note in (*notes, *plan.notes) if note not in said))
         said.update(plan.notes)  # a series says once what holds for all its steps
         _describe(checkpoint, plan, folder, inside, with_files=dry_run)
@@ -121,13 +143,17 @@ def command(
 
             probe_plan(checkpoint, memory=budget)  # refuses too little before anything is written
         if not dry_run:
-            write_plan(plan, folder, convert.identity(prepared, options, plan), inside, force, allow_inf, bool(budget))
-        proof = _verify(checkpoint, folder, budget) if verify and not dry_run else None
+            write_plan(plan, folder, convert.identity(prepared, wanted, plan), inside, force, allow_inf, bool(budget))
+        proof = _verify(checkpoint, folder, budget, plan.held) if verify and not dry_run else None
+        if modelfile:
+            from castalia.checkpoint.formats.gguf.modelfile import modelfile_of
+
+            print(modelfile_of(checkpoint, folder), end="")
         return {
             "step": checkpoint.progress.step,
             "path": str(folder),
             "written": not dry_run,
-            "files": [str(Path(inside, output.name)) for output in plan.outputs],
+            "files": [] if plan.file else [str(Path(inside, output.name)) for output in plan.outputs],
             "bytes": plan.num_bytes,
             "notes": [*checkpoint.notes, *checkpoint.state_notes, *plan.notes],
             "verified": proof and asdict(proof) | {"holds": proof.holds},
@@ -150,7 +176,7 @@ def command(
                 yield {"step": number, "path": str(target / name), "written": False}
             else:
                 yield one(open_checkpoint(folder, adapters=form.on_base, **hints), target / name)
-            if not dry_run:
+            if not dry_run and not form.file:
                 convert.name_latest(target)  # after each step: an interrupted conversion opens, too
 
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
@@ -179,7 +205,7 @@ def _describe(checkpoint: Checkpoint, plan: Plan, target: Path, inside: str, wit
     say(f"{describe(checkpoint)} -> {target}: {plural(len(plan.outputs), 'file')}, {file_size(plan.num_bytes)}")
     for note in (*checkpoint.notes, *checkpoint.state_notes, *plan.notes):
         say(f"  note: {note}")
-    for output in plan.outputs if with_files else ():
+    for output in plan.outputs if with_files and not plan.file else ():
         print(f"  {Path(inside, output.name)}  {file_size(output.num_bytes)}")
 
 
@@ -206,12 +232,14 @@ def write_plan(
     say(f"wrote {target} in {seconds:.1f} s, {file_size(plan.num_bytes / max(seconds, 1e-9))}/s{again}")
 
 
-def _verify(checkpoint: Checkpoint, target: Path, memory: int | None = None) -> Proof:
+def _verify(checkpoint: Checkpoint, target: Path, memory: int | None, held: Checkpoint | None) -> Proof:
     from castalia.checkpoint.opener import open_checkpoint
     from castalia.errors import CheckpointError
     from castalia.examine.verify import verify
 
-    proof = verify(checkpoint, open_checkpoint(target), memory)  # read back from its files, as others will read it
+    proof = verify(
+        checkpoint, open_checkpoint(target), memory, held
+    )  # read back from its files, as others will read it
     say(str(proof))
     if not proof.holds:
         raise CheckpointError(f"{target} is written, but it is not the same model: {proof.difference or 'see above'}")
@@ -251,4 +279,5 @@ def torch_dtype(name: str | None) -> torch.dtype | None:
     import torch
 
     names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    names |= {"f32": torch.float32, "f16": torch.float16, "q8_0": torch.float32}
     return names[name] if name else None

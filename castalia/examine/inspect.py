@@ -288,7 +288,9 @@ def _files(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _listed_files(folder: Path) -> list[tuple[str, int]]:
-    """(path, bytes) of all files below a folder, except hidden ones."""
+    """(path, bytes) of all files below a folder, except hidden ones; of a checkpoint that is a file, this file."""
+    if folder.is_file():
+        return [(str(folder), os.stat(folder).st_size)]
     files = []
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]

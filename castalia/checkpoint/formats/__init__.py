@@ -21,12 +21,13 @@ class Format:
     step_folder: str  # the name of a step's folder
     nested: bool = False  # whether even a single checkpoint is written as a folder with `latest` and a step's folder
     ranks: bool = False  # whether its files are cut over ranks, and differ between eras of the program
-    any_optimizer: bool = False  # whether it can hold the state of optimizers other than AdamW
+    any_optimizer: bool = False  # whether there may be the state of optimizers other than AdamW
     any_dtype: bool = False  # whether fp32 weights of a run in 16 bits are written as they are
     steps: bool = True  # whether the files belong to a step of a run
     weights_optional: bool = False  # whether `detect` may hold without weights; its reader has `has_weights`
     hints: frozenset[str] = frozenset()  # which of `open_checkpoint`'s hints its reader takes
     tolerant: bool = False  # whether its reader can open files whose config describes another model
+    file: bool = False  # whether a checkpoint is one file, not a folder, with the model alone
     on_base: bool = False  # whether it holds adapters alone; its reader gets `open_base`, which opens their model
     settings_file: str = "default"  # the source of settings that neither tensors nor a config file show
 
@@ -53,6 +54,10 @@ FORMATS = {  # name, as in `Checkpoint.format` -> row; the first that detects it
     "neox": Format(
         f"{_HERE}.neox", "NeoX", "neox", "global_step{step}",
         nested=True, ranks=True, hints=frozenset({"config", "tokenizer", "gqa_rows", "rms_eps"}), tolerant=True,
+    ),
+    "gguf": Format(
+        f"{_HERE}.gguf", "GGUF", "gguf", "step{step}.gguf",
+        file=True, steps=False, any_optimizer=True, hints=frozenset({"tokenizer"}), settings_file="metadata",
     ),
 }  # fmt: skip
 TARGETS = {row.target: row for row in FORMATS.values()}  # by the names of `castalia convert --to`

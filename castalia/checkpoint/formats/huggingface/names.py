@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from castalia.checkpoint.rules import Chain, Interleave, Op, PermuteRows, Rule, Same, Transpose, per_block
+from castalia.checkpoint.rules import Chain, Interleave, PermuteRows, Rule, Transpose, per_block, with_bias
 from castalia.config.schema import ModelConfig
 from castalia.errors import CheckpointError
 
@@ -53,28 +53,17 @@ class Family:
         return self.class_name.removesuffix("ForCausalLM").removesuffix("LMHeadModel") + CLASSIFIER
 
 
-def _with_bias(ours: str, theirs: str, op: Op | None = None, *, bias: bool = True) -> list[Rule]:
-    """The rules of a module's weight and bias. Names of several modules are separated by spaces."""
-
-    def parameters(names: str, kind: str) -> str:
-        """The names of the modules' weights or biases."""
-        return " ".join(f"{name}.{kind}" for name in names.split())
-
-    kinds = ("weight", "bias") if bias else ("weight",)
-    return [Rule(parameters(ours, kind), parameters(theirs, kind), op or Same()) for kind in kinds]
-
-
 def _neox_rules(model: ModelConfig) -> list[Rule]:
     layer = "layers.{i}."
     block = [
-        *_with_bias("blocks.{i}.norm1", layer + "input_layernorm"),
-        *_with_bias("blocks.{i}.norm2", layer + "post_attention_layernorm"),
-        *_with_bias("blocks.{i}.attn.qkv", layer + "attention.query_key_value", bias=model.attention_bias),
-        *_with_bias("blocks.{i}.attn.out", layer + "attention.dense", bias=model.attention_bias),
-        *_with_bias("blocks.{i}.mlp.up", layer + "mlp.dense_h_to_4h"),
-        *_with_bias("blocks.{i}.mlp.down", layer + "mlp.dense_4h_to_h"),
+        *with_bias("blocks.{i}.norm1", layer + "input_layernorm"),
+        *with_bias("blocks.{i}.norm2", layer + "post_attention_layernorm"),
+        *with_bias("blocks.{i}.attn.qkv", layer + "attention.query_key_value", bias=model.attention_bias),
+        *with_bias("blocks.{i}.attn.out", layer + "attention.dense", bias=model.attention_bias),
+        *with_bias("blocks.{i}.mlp.up", layer + "mlp.dense_h_to_4h"),
+        *with_bias("blocks.{i}.mlp.down", layer + "mlp.dense_4h_to_h"),
     ]
-    ends = [Rule("embed.weight", "embed_in.weight"), *_with_bias("norm", "final_layer_norm")]
+    ends = [Rule("embed.weight", "embed_in.weight"), *with_bias("norm", "final_layer_norm")]
     return ends + per_block(block, model.num_layers)
 
 
@@ -84,8 +73,8 @@ def _gpt2_rules(model: ModelConfig) -> list[Rule]:
     by_head = PermuteRows((3, heads, size), (1, 0, 2))
     layer = "h.{i}."
     block = [
-        *_with_bias("blocks.{i}.norm1", layer + "ln_1"),
-        *_with_bias("blocks.{i}.norm2", layer + "ln_2"),
+        *with_bias("blocks.{i}.norm1", layer + "ln_1"),
+        *with_bias("blocks.{i}.norm2", layer + "ln_2"),
         Rule("blocks.{i}.attn.qkv.weight", layer + "attn.c_attn.weight", Chain(Transpose(), by_head)),
         Rule("blocks.{i}.attn.qkv.bias", layer + "attn.c_attn.bias", by_head),
         Rule("blocks.{i}.attn.out.weight", layer + "attn.c_proj.weight", Transpose()),
@@ -95,7 +84,7 @@ def _gpt2_rules(model: ModelConfig) -> list[Rule]:
         Rule("blocks.{i}.mlp.down.weight", layer + "mlp.c_proj.weight", Transpose()),
         Rule("blocks.{i}.mlp.down.bias", layer + "mlp.c_proj.bias"),
     ]
-    ends = [Rule("embed.weight", "wte.weight"), Rule("positions.weight", "wpe.weight"), *_with_bias("norm", "ln_f")]
+    ends = [Rule("embed.weight", "wte.weight"), Rule("positions.weight", "wpe.weight"), *with_bias("norm", "ln_f")]
     return ends + per_block(block, model.num_layers)
 
 
@@ -107,11 +96,11 @@ def _llama_rules(model: ModelConfig) -> list[Rule]:
     block = [
         Rule("blocks.{i}.norm1.weight", layer + "input_layernorm.weight"),
         Rule("blocks.{i}.norm2.weight", layer + "post_attention_layernorm.weight"),
-        *_with_bias("blocks.{i}.attn.qkv", projections, by_group, bias=model.attention_bias),
-        *_with_bias("blocks.{i}.attn.out", attention + "o_proj", bias=model.attention_bias),
-        *_with_bias("blocks.{i}.mlp.gate", layer + "mlp.gate_proj", bias=model.mlp_bias),
-        *_with_bias("blocks.{i}.mlp.up", layer + "mlp.up_proj", bias=model.mlp_bias),
-        *_with_bias("blocks.{i}.mlp.down", layer + "mlp.down_proj", bias=model.mlp_bias),
+        *with_bias("blocks.{i}.attn.qkv", projections, by_group, bias=model.attention_bias),
+        *with_bias("blocks.{i}.attn.out", attention + "o_proj", bias=model.attention_bias),
+        *with_bias("blocks.{i}.mlp.gate", layer + "mlp.gate_proj", bias=model.mlp_bias),
+        *with_bias("blocks.{i}.mlp.up", layer + "mlp.up_proj", bias=model.mlp_bias),
+        *with_bias("blocks.{i}.mlp.down", layer + "mlp.down_proj", bias=model.mlp_bias),
     ]
     ends = [Rule("embed.weight", "embed_tokens.weight"), Rule("norm.weight", "norm.weight")]
     return ends + per_block(block, model.num_layers)
@@ -239,19 +228,24 @@ def family_of(model: ModelConfig, path: str) -> str:
 
 def _lacking(model: ModelConfig, kind: str) -> list[str]:
     """The settings whose values the class cannot compute, each with the values that it can."""
+    result = lacking(model, FAMILIES[kind].holds)
+    if model.activation not in ACTIVATIONS.values():
+        result.append(f"model.activation={model.activation} (only {', '.join(dict.fromkeys(ACTIVATIONS.values()))})")
+    return result
+
+
+def lacking(model: ModelConfig, holds: Mapping[str, set]) -> list[str]:
+    """The settings whose values are not among those that another program's class `holds`, each with these values."""
     values = {**model.model_dump(), "shared_norm": model.has_one_norm}
     values["num_kv_heads"] = None if model.kv_heads == model.num_heads else model.kv_heads
     values["rms_eps_inside"] = model.rms_eps_inside or model.norm != "rmsnorm"
     result = [
         f"model.{key}={values[key]} (only {' or '.join(str(value) for value in allowed)})"
-        for key, allowed in FAMILIES[kind].holds.items()
+        for key, allowed in holds.items()
         if values[key] not in allowed
     ]
-    result += [
+    return result + [
         f"model.{key}={values[key]}"
         for key, field in ModelConfig.model_fields.items()
-        if key not in FREE and key not in FAMILIES[kind].holds and values[key] != field.default
+        if key not in FREE and key not in holds and values[key] != field.default
     ]
-    if model.activation not in ACTIVATIONS.values():
-        result.append(f"model.activation={model.activation} (only {', '.join(dict.fromkeys(ACTIVATIONS.values()))})")
-    return result
