@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from castalia.errors import CheckpointError
+from castalia.storage.derived import Wrapper
 from castalia.storage.extent import Extent, FileTensor
-from castalia.storage.lazy import Box, ByteRun, TensorRef, Wrapper, as_bytes, as_slices
+from castalia.storage.lazy import Box, ByteRun, TensorRef, as_bytes, as_slices
 from castalia.storage.safetensors import SLICE_BYTES, Advance, write_all
 
 if TYPE_CHECKING:

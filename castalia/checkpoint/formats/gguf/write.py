@@ -18,8 +18,9 @@ from castalia.config.tensor_table import tensor_shapes
 from castalia.data.tokenizer import Tokenizer
 from castalia.errors import CastaliaError, CheckpointError
 from castalia.model.positions import rotary_frequencies
+from castalia.storage.derived import Cast, Narrowed, float32
 from castalia.storage.gguf_file import BLOCK, DTYPES, GgufFile, Rounded, Stored
-from castalia.storage.lazy import Cast, InMemory, Narrowed, TensorRef, Zeros, float32
+from castalia.storage.lazy import InMemory, TensorRef, Zeros
 
 FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}  # general.file_type: the type of most matrices
 OURS = {dtype: type for type, dtype in DTYPES.items()}
