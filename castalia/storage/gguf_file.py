@@ -134,9 +134,9 @@ def quantize(values: torch.Tensor) -> torch.Tensor:
     multiples = blocks * torch.where(scale == 0, scale, 1 / scale)
     size = multiples.abs()
     whole = size.floor()
-    rounded = (multiples.sign() * (whole + (2 * (size - whole)).floor())).to(torch.int8)
-    packed = torch.cat((scale.half().view(torch.uint8), rounded.view(torch.uint8)), 1)
-    return packed.view(*values.shape[:-1], -1)
+    rounded = multiples.sign() * (whole + (2 * (size - whole)).floor())
+    small = torch.from_numpy(rounded.numpy().astype(np.int8).view(np.uint8))
+    return torch.cat((scale.half().view(torch.uint8), small), 1).view(*values.shape[:-1], -1)
 
 
 def dequantize(packed: torch.Tensor) -> torch.Tensor:
@@ -145,7 +145,8 @@ def dequantize(packed: torch.Tensor) -> torch.Tensor:
 
     blocks = packed.contiguous().view(-1, BLOCK_BYTES)
     scale = blocks[:, :2].contiguous().view(torch.float16).float()
-    return (blocks[:, 2:].contiguous().view(torch.int8).float() * scale).view(*packed.shape[:-1], -1)
+    small = torch.from_numpy(blocks[:, 2:].numpy().view(np.int8).astype(np.float32))
+    return (small * scale).view(*packed.shape[:-1], -1)
 
 
 def _quantized(values: torch.Tensor, name: str) -> torch.Tensor:
