@@ -22,8 +22,8 @@ import numpy as np
 
 from castalia.config.schema import DataConfig, RunConfig, Source, TrainConfig
 from castalia.data.blend import blend
+from castalia.data.config_corpora import open_data
 from castalia.data.indexed import DatasetWriter
-from castalia.data.loader import open_data
 from castalia.data.sample_index import build_packed
 
 SEQ_LENGTH, SEED = 2048, 1234

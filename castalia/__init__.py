@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "load_config": ("castalia.config.load", "load_config"),
     "open_dataset": ("castalia.data.indexed", "open_dataset"),
-    "batch_at": ("castalia.data.loader", "batch_at"),
+    "batch_at": ("castalia.data.config_corpora", "batch_at"),
     "open_checkpoint": ("castalia.checkpoint.opener", "open_checkpoint"),
     "load_model": ("castalia.loading", "load_model"),
     "load_tokenizer": ("castalia.loading", "tokenizer_at"),

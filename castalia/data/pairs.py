@@ -14,19 +14,9 @@ import numpy as np
 from castalia.bars import Advance, unseen
 from castalia.config.objective import PAIRED
 from castalia.config.schema import RunConfig, Source, Text
+from castalia.data.config_corpora import open_data, open_labels, warn_of_lost_labels, with_judgements
 from castalia.data.indexed import IndexedDataset, open_dataset
-from castalia.data.loader import (
-    Batch,
-    DocumentPiece,
-    Later,
-    SampledCorpus,
-    Samples,
-    Split,
-    open_data,
-    open_labels,
-    warn_of_lost_labels,
-    with_judgements,
-)
+from castalia.data.loader import Batch, DocumentPiece, Later, SampledCorpus, Samples, Split
 from castalia.data.sample_index import Index, build_unpacked, trainable
 from castalia.errors import DataError
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from castalia.config.schema import DataConfig
+from castalia.data.config_corpora import open_labels
 from castalia.data.indexed import open_dataset
-from castalia.data.loader import open_labels
 from castalia.data.sample_index import IGNORE
 from castalia.data.sources import documents
 from castalia.data.split import sources_of, split_documents

@@ -14,8 +14,8 @@ import torch
 from castalia.checkpoint.restore import architecture, load_tokenizer_for, require_finite
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.schema import DataConfig, RunConfig
+from castalia.data.config_corpora import open_labels
 from castalia.data.indexed import IndexedDataset, open_dataset
-from castalia.data.loader import open_labels
 from castalia.data.sources import documents as texts_of_files
 from castalia.data.split import file_of_each, split_documents
 from castalia.data.tokenizer import Tokenizer

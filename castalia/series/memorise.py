@@ -18,8 +18,8 @@ import torch.nn.functional as F
 
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.schema import LARGEST, RunConfig
+from castalia.data.config_corpora import open_data
 from castalia.data.indexed import IndexedDataset, open_dataset
-from castalia.data.loader import open_data
 from castalia.data.tokenizer import Tokenizer
 from castalia.errors import ConfigError, DataError
 from castalia.model.transformer import Transformer

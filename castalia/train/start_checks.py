@@ -165,8 +165,8 @@ def _sources(config: RunConfig) -> Iterator[Text]:
 
 def _open_corpora(source: Text) -> None:
     """Raises DataError if a file of the source is damaged, or if labels are not those of its tokens."""
+    from castalia.data.config_corpora import open_labels
     from castalia.data.indexed import open_dataset
-    from castalia.data.loader import open_labels
 
     corpora = {prefix: open_dataset(prefix) for prefix in source.prefixes}
     open_labels(source, corpora[source.path])

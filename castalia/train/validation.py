@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 from castalia.bars import Advance
 from castalia.config.schema import RunConfig
-from castalia.data.loader import Batch, Samples, has_data
+from castalia.data.config_corpora import has_data
+from castalia.data.loader import Batch, Samples
 from castalia.data.pairs import Pairs, open_samples
 from castalia.evaluate.perplexity import evaluate
 from castalia.observe.display import Display

@@ -22,8 +22,8 @@ from castalia.checkpoint.opener import open_checkpoint
 from castalia.cli.convert import command as convert
 from castalia.config.load import load_config
 from castalia.config.lr_schedule import LearningRate
+from castalia.data.config_corpora import open_data
 from castalia.data.indexed import DatasetWriter
-from castalia.data.loader import open_data
 from castalia.errors import ConfigError
 from castalia.observe.metrics import read_metrics
 from castalia.train.loop import train

@@ -182,7 +182,7 @@ def test_a_folder_of_another_run_is_left_alone(base, lessons, tmp_path):
 
 
 def test_answers_alone_are_learned(taught):
-    from castalia.data.loader import open_data
+    from castalia.data.config_corpora import open_data
 
     rows = Rows.of(open_data(load_run(taught), "train").batch(0))
     assert 0 < int((rows.labels != -100).sum()) < rows.labels.numel() // 3

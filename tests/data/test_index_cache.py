@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from castalia.config.schema import DataConfig, RunConfig, TrainConfig
-from castalia.data.loader import open_data
+from castalia.data.config_corpora import open_data
 
 STEM = "genesis_text_document_train_indexmap_200ns_64sl_1234s_packedpi_ac"
 PARTS = ("doc_idx", "sample_idx", "shuffle_idx")

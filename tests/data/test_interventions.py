@@ -6,7 +6,7 @@ import pytest
 
 from castalia.config.schema import TokenizerConfig
 from castalia.data.batch_rows import table_rows
-from castalia.data.loader import open_data
+from castalia.data.config_corpora import open_data
 from castalia.data.seen import seen_in_run
 from castalia.data.tokenizer import load_tokenizer
 from castalia.errors import DataError

@@ -19,9 +19,10 @@ from castalia.config.schema import (
     TrainConfig,
     Warmup,
 )
-from castalia.data import loader
+from castalia.data import config_corpora
+from castalia.data.config_corpora import batch_at, has_data, open_data
 from castalia.data.indexed import DatasetWriter
-from castalia.data.loader import SPLITS, batch_at, has_data, open_data
+from castalia.data.loader import SPLITS
 from castalia.errors import ConfigError, DataError
 
 MODEL = ModelConfig(num_layers=1, hidden_size=8, num_heads=1, vocab_size=50)
@@ -336,7 +337,7 @@ def test_a_long_index_is_told_before_it_is_built(tmp_path: Path, monkeypatch, ca
     source = corpus(tmp_path / "a", [[1] * 21] * 4)  # 84 tokens
     open_data(config(source, steps=4)).build_index()
     assert not caplog.records
-    monkeypatch.setattr(loader, "LONG_INDEX", 168)
+    monkeypatch.setattr(config_corpora, "LONG_INDEX", 168)
     open_data(config(source, steps=84)).build_index()
     assert "the order of 169 samples,\n  10.1 passes over it" in caplog.text
     caplog.clear()

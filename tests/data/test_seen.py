@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from castalia.config.schema import TokenizerConfig, Warmup
 from castalia.data import seen
-from castalia.data.loader import open_data
+from castalia.data.config_corpora import open_data
 from castalia.data.published_rows import open_published
 from castalia.data.seen import seen_in_rows, seen_in_run
 from castalia.data.tokenizer import Tokenizer, load_tokenizer

@@ -9,7 +9,7 @@ from castalia.config.batch import tokens_until
 from castalia.config.check import refuse_contradictions
 from castalia.config.schema import TokenizerConfig
 from castalia.data.batch_rows import table_rows
-from castalia.data.loader import open_data
+from castalia.data.config_corpora import open_data
 from castalia.data.seen import seen_in_run
 from castalia.data.tokenizer import load_tokenizer
 from castalia.errors import ConfigError

@@ -13,7 +13,7 @@ from castalia.checkpoint.opener import open_checkpoint
 from castalia.cli.train import read_config, train
 from castalia.config.load import load_config
 from castalia.config.schema import WatchConfig
-from castalia.data.loader import open_data
+from castalia.data.config_corpora import open_data
 from castalia.errors import ConfigError, TrainingError
 from castalia.observe.metrics import read_events, read_metrics
 from castalia.observe.watch import PaceChange, Spikes, StepPace, first_bad_activation

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from castalia.cli.train import branch_words, read_config
+from castalia.data.config_corpora import open_data
 from castalia.data.indexed import bin_path, idx_path, open_dataset
-from castalia.data.loader import open_data
 from castalia.errors import ConfigError, TrainingError
 from castalia.observe.metrics import read_metrics
 from castalia.train.loop import train

@@ -18,7 +18,7 @@ from castalia.checkpoint.opener import open_checkpoint
 from castalia.checkpoint.restore import load_tokenizer_for
 from castalia.cli.train import read_config, train
 from castalia.config.load import dump_config, load_config
-from castalia.data.loader import open_data
+from castalia.data.config_corpora import open_data
 from castalia.errors import CastaliaError, CheckpointError, ConfigError, Stopped, TrainingError
 from castalia.observe.metrics import read_metrics, write_event
 from castalia.plan.run_plan import RunFacts, report

@@ -12,7 +12,7 @@ import torch
 from castalia.cli.train import read_config, train
 from castalia.config.load import load_config
 from castalia.config.schema import ModelConfig
-from castalia.data.loader import batch_at
+from castalia.data.config_corpora import batch_at
 from castalia.errors import ConfigError
 from castalia.loading import load_model
 from castalia.observe.metrics import read_metrics

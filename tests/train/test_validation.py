@@ -10,8 +10,8 @@ import pytest
 from castalia.checkpoint.formats.native.read import saved_steps
 from castalia.checkpoint.formats.native.save import best_step
 from castalia.config.load import load_run
+from castalia.data.config_corpora import open_data
 from castalia.data.indexed import open_dataset
-from castalia.data.loader import open_data
 from castalia.data.pairs import open_samples
 from castalia.data.split import split_documents
 from castalia.observe.metrics import read_metrics

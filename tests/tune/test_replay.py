@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from castalia.cli.main import build
 from castalia.cli.replay import _compared
 from castalia.cli.train import read_config, train
-from castalia.data.loader import open_data
+from castalia.data.config_corpora import open_data
 from castalia.errors import TrainingError
 from castalia.tune.replay import replay
 from tests.observe.test_watch import BAD, poisoned, records, runs  # noqa: F401 - fixtures
