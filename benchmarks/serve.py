@@ -2,8 +2,11 @@
 
     OMP_NUM_THREADS=1 python benchmarks/serve.py [--new 32] [--rounds 3] [--streams 16]
     OMP_NUM_THREADS=1 python benchmarks/serve.py --soak 20
+    OMP_NUM_THREADS=1 python benchmarks/serve.py --beside "transformers serve {folder} --port {port} --device cpu"
 
 `--soak` is so many minutes at full load, with clients that leave in the middle, and prints the server's memory.
+`--beside` is the command of another server with OpenAI's completions; both get the same texts with the same fields,
+in turns, and tokens are counted as each server's usage says.
 
 Weights are random, of pythia-70m's shape. The engine is asked over HTTP, with streams, by clients in another process.
 Rounds take turns, and CPU seconds of the serving process are given beside wall-clock ones, since the machine may be
@@ -17,12 +20,15 @@ import asyncio
 import json
 import os
 import random
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import httpx
 import torch
@@ -30,6 +36,7 @@ import torch
 from castalia.data.tokenizer import train_bpe
 from castalia.generate.generation import Sampling, stream
 from castalia.generate.packed_model import pack
+from castalia.plan.serve_plan import ROWS
 
 PROMPT = 64  # tokens
 
@@ -43,7 +50,9 @@ def save(folder: Path) -> None:
         max_position_embeddings=2048, rotary_pct=0.25,
     )  # fmt: skip
     torch.manual_seed(0)
-    transformers.GPTNeoXForCausalLM(config).save_pretrained(folder)
+    model = transformers.GPTNeoXForCausalLM(config)
+    model.generation_config.eos_token_id = None  # so that other servers write all tokens
+    model.save_pretrained(folder)
     train_bpe(["the server beside generate, on the same weights"], 270).save(folder)
 
 
@@ -63,17 +72,72 @@ async def one(client: httpx.AsyncClient, prompt: list[int], new: int) -> tuple[f
     return first, time.perf_counter() - begin, count
 
 
-async def several(url: str, number: int, new: int) -> dict[str, float]:
-    """So many streams at a time."""
+async def several(url: str, number: int, new: int, turn: int = 0) -> dict[str, float]:
+    """So many streams at a time, whose prompts no other turn has."""
     async with httpx.AsyncClient(base_url=url, timeout=600) as client:
         begin = time.perf_counter()
-        prompts = [[(31 * n + place) % 250 + 1 for place in range(PROMPT)] for n in range(number)]
+        prompts = [[turn % 250 + 1, *((31 * n + place) % 250 + 1 for place in range(1, PROMPT))] for n in range(number)]
         results = await asyncio.gather(*(one(client, prompt, new) for prompt in prompts))
         seconds = time.perf_counter() - begin
     tokens = sum(count for _, _, count in results)
     firsts = sorted(first for first, _, _ in results)
     token = statistics.median((last - first) / max(1, count - 1) for first, last, count in results)
     return {"rate": tokens / seconds, "first": firsts[len(firsts) // 2], "last first": firsts[-1], "token": token}
+
+
+async def plain(client: httpx.AsyncClient, model: str, prompt: str, new: int) -> tuple[float, float, int]:
+    """The same of a request that any server understands."""
+    body = {
+        "model": model, "prompt": prompt, "max_tokens": new, "temperature": 0, "stream": True,
+        "stream_options": {"include_usage": True},
+    }  # fmt: skip
+    begin, first, count = time.perf_counter(), 0.0, 0
+    async with client.stream("POST", "/v1/completions", json=body) as answer:
+        answer.raise_for_status()
+        async for line in answer.aiter_lines():
+            if line.startswith("data: {"):
+                first = first or time.perf_counter() - begin
+                count = ((json.loads(line[6:]).get("usage") or {}).get("completion_tokens")) or count
+    return first, time.perf_counter() - begin, count
+
+
+async def several_plain(url: str, model: str, number: int, new: int) -> tuple[float, float]:
+    """Tokens a second of so many streams at a time, and the median time to the first token."""
+    async with httpx.AsyncClient(base_url=url, timeout=600) as client:
+        begin = time.perf_counter()
+        texts = [f"{n} the server beside generate, on the same weights" for n in range(number)]
+        results = await asyncio.gather(*(plain(client, model, text, new) for text in texts))
+        seconds = time.perf_counter() - begin
+    return sum(count for _, _, count in results) / seconds, statistics.median(first for first, _, _ in results)
+
+
+def beside(folder: Path, url: str, options: argparse.Namespace) -> None:
+    """Both servers in turns, with one stream and with several."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    other = subprocess.Popen(options.beside.format(folder=folder, port=port).split(), stderr=subprocess.DEVNULL)
+    try:
+        theirs = f"http://127.0.0.1:{port}"
+        for _ in range(600):
+            try:
+                httpx.get(f"{theirs}/v1/models", timeout=5).raise_for_status()
+                break
+            except httpx.HTTPError:
+                time.sleep(0.2)
+        servers = {"ours": (url, folder.name), "theirs": (theirs, str(folder))}
+        rows: dict[str, list[tuple[float, float]]] = {}
+        for turn in range(options.rounds + 1):
+            for name, (address, model) in servers.items():
+                for number in (1, options.streams):
+                    found = asyncio.run(several_plain(address, model, number, options.new))
+                    if turn:  # the first one loads and warms up
+                        rows.setdefault(f"{name}, {number} streams", []).append(found)
+        for name, values in rows.items():
+            print(name, *(f"{statistics.median(column):.3f}" for column in zip(*values, strict=True)))
+        print("columns: tokens/s, median s to the first token")
+    finally:
+        other.terminate()
+        other.wait(30)
 
 
 async def soak(url: str, pid: int, seconds: float, clients: int) -> None:
@@ -122,6 +186,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--soak", type=float, default=0.0, metavar="MINUTES")
+    parser.add_argument("--beside", metavar="COMMAND")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "model"
@@ -129,13 +194,66 @@ def main() -> None:
         run(folder, options)
 
 
+def measure(models: Mapping[str, Any], words: Any, url: str, pid: int, options: argparse.Namespace) -> None:
+    """`generate`, one stream and several, in turns; what a token takes after the first one, and throughput.
+
+    `models`: as `generate` packs them for one text, and as the server does.
+    """
+    rows: dict[str, list[float]] = {}
+    turn = 0
+
+    def served(number: int, new: int) -> tuple[dict[str, float], float]:
+        nonlocal turn
+        turn, used = turn + 1, cpu_seconds(pid)
+        return asyncio.run(several(url, number, new, turn)), cpu_seconds(pid) - used
+
+    def generated(name: str, new: int) -> tuple[float, float]:
+        begin, used = time.perf_counter(), time.process_time()
+        prompt = [[place % 250 + 1 for place in range(PROMPT)]]
+        assert len(list(stream(models[name], words, prompt, Sampling(max_tokens=new)))) == new
+        return time.perf_counter() - begin, time.process_time() - used
+
+    for _ in range(options.rounds):
+        after, round_of = options.new - 1, {}
+        for name in models:
+            long, short = generated(name, options.new), generated(name, 1)
+            round_of[f"{name}, ms a token after the first"] = 1e3 * (long[0] - short[0]) / after
+            round_of[f"{name}, CPU ms"] = 1e3 * (long[1] - short[1]) / after
+        (one, cpu), (_, first) = served(1, options.new), served(1, 1)
+        many, cpu_many = served(options.streams, options.new)
+        round_of |= {
+            "serve 1 stream, ms a token after the first": 1e3 * one["token"],
+            "serve 1 stream, CPU ms": 1e3 * (cpu - first) / after,
+            "serve 1 stream, tokens/s with the prompt": one["rate"],
+            "serve 1 stream, s to the first token": one["first"],
+            f"serve {options.streams} streams, tokens/s with the prompts": many["rate"],
+            f"serve {options.streams} streams, CPU ms a token": 1e3 * cpu_many / options.streams / options.new,
+            f"serve {options.streams} streams, median s to the first token": many["first"],
+            f"serve {options.streams} streams, last s to the first token": many["last first"],
+        }
+        for name, value in round_of.items():
+            rows.setdefault(name, []).append(value)
+    for kind in ("ms a token after the first", "CPU ms"):
+        for name in models:
+            pairs = zip(rows[f"{name}, {kind}"], rows[f"serve 1 stream, {kind}"], strict=True)
+            rows[f"overhead over {name}, {kind}"] = [b - a for a, b in pairs]
+    ones, manys = (
+        rows["serve 1 stream, tokens/s with the prompt"],
+        rows[f"serve {options.streams} streams, tokens/s with the prompts"],
+    )
+    rows["streams over one stream"] = [b / a for a, b in zip(ones, manys, strict=True)]
+    for name, values in rows.items():
+        print(f"{name:62} {statistics.median(values):8.3f}   " + " ".join(f"{value:.3f}" for value in values))
+
+
 def run(folder: Path, options: argparse.Namespace) -> None:
     from castalia.loading import load_model, tokenizer_at
 
     words = tokenizer_at(folder)
     words.end_ids = frozenset()  # so that all tokens are written; the server's texts have a bias against the end
-    model = load_model(folder)
-    pack(model)
+    models = {"generate": load_model(folder), "generate, packed alike": load_model(folder)}
+    pack(models["generate"])
+    pack(models["generate, packed alike"], rows=ROWS)
     command = [sys.executable, "-m", "castalia", "serve", str(folder), "--port", "0", "--device", "cpu"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
@@ -145,25 +263,10 @@ def run(folder: Path, options: argparse.Namespace) -> None:
         if options.soak:
             asyncio.run(soak(url, server.pid, 60 * options.soak, 2 * options.streams))
             return
-        rows: dict[str, list[tuple[float, ...]]] = {}
-        prompt = [place % 250 + 1 for place in range(PROMPT)]
-        for _ in range(options.rounds):
-            for name, new in (("generate", options.new), ("generate, 1 token", 1)):
-                begin, used = time.perf_counter(), time.process_time()
-                pieces = list(stream(model, words, [prompt], Sampling(max_tokens=new)))
-                assert len(pieces) == new
-                rows.setdefault(name, []).append((time.perf_counter() - begin, time.process_time() - used))
-            for number, new in ((1, 1), (1, options.new), (options.streams, options.new)):
-                used = cpu_seconds(server.pid)
-                found = asyncio.run(several(url, number, new))
-                spent = cpu_seconds(server.pid) - used
-                rows.setdefault(f"serve {number} x {new}", []).append((*found.values(), spent / (number * new)))
-        for name, values in rows.items():
-            print(name, *(f"{statistics.median(column):.5f}" for column in zip(*values, strict=True)))
-        print("columns of serve: tokens/s, median and last s to the first token, s a token, CPU s a token")
-        longs, shorts = rows["generate"], rows["generate, 1 token"]
-        own = [(a[1] - b[1]) / (options.new - 1) for a, b in zip(longs, shorts, strict=True)]
-        print(f"generate: CPU s a token after the first {statistics.median(own):.5f}")
+        if options.beside:
+            beside(folder, url, options)
+            return
+        measure(models, words, url, server.pid, options)
     finally:
         server.kill()
 

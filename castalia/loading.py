@@ -19,6 +19,7 @@ from castalia.parallel.rendezvous import world_size
 
 if TYPE_CHECKING:
     from castalia.parallel.inference import SplitModel
+    from castalia.parallel.mesh import Mesh
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Transformer:
@@ -77,14 +78,19 @@ def split_config(checkpoint: Checkpoint, tp: int, pp: int, world: int, seq_lengt
     return config
 
 
-def load_split(checkpoint: Checkpoint, tp: int, pp: int, dtype: torch.dtype, device: torch.device) -> SplitModel:
-    """This process's part of the checkpoint's model, for writing and for log-probabilities."""
+def load_split(
+    checkpoint: Checkpoint, tp: int, pp: int, dtype: torch.dtype, device: torch.device, mesh: Mesh | None = None
+) -> SplitModel:
+    """This process's part of the checkpoint's model, for writing and for log-probabilities.
+
+    `mesh`: of the ranks, for several models on the same ones; without it a new one is built.
+    """
     # Here because meshes and shards take a second to import.
     from castalia.parallel.inference import SplitModel, empty_stage, inference_mesh
     from castalia.parallel.shards import part
 
     config = split_config(checkpoint, tp, pp, world_size())
-    mesh = inference_mesh(layout(config.parallel, world_size()), device.type)
+    mesh = mesh or inference_mesh(layout(config.parallel, world_size()), device.type)
     model = SplitModel(empty_stage(config.model, mesh, dtype, device, config.neox_exact), mesh, dtype, device)
     # The local tensor, the whole shape, and where the one begins in the other.
     shards = {name: Shard(*part(parameter)[:3]) for name, parameter in model.stage.named_parameters()}

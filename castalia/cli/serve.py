@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from castalia.serve.followers import Ranks
 
 
 def command(
@@ -23,13 +26,15 @@ def command(
         str | None,
         typer.Option(
             metavar="4GB",
-            help="for weights, keys and values of all checkpoints; default: 80% of what is free",
+            help="of each process, for weights, keys and values of all checkpoints; default: 80% of what is free",
         ),
     ] = None,
     adapter: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=PATH", help="a folder of PEFT's, served by this name; may be repeated"),
     ] = None,
+    tp: Annotated[int, typer.Option(min=1, help="split heads, MLP and vocabulary over so many processes")] = 1,
+    pp: Annotated[int, typer.Option(min=1, help="split the blocks over so many processes")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     max_requests: Annotated[int, typer.Option(min=1, help="requests that run at a time; more are refused")] = 256,
     max_seconds: Annotated[float, typer.Option(min=1, help="seconds that a request may take")] = 600,
@@ -45,14 +50,18 @@ def command(
     Models are asked for by name: of a run first@1000 or first@latest, of a folder its name. /v1/models lists them. A
     checkpoint is loaded when somebody asks for it, and the one that has gone unused the longest makes room.
     """
+    from castalia.cli.ranks import start_processes
     from castalia.cli.render import say
     from castalia.errors import ConfigError
+    from castalia.parallel.process_group import process_group
+    from castalia.parallel.rendezvous import is_main
     from castalia.serve.app import build_app
     from castalia.serve.catalogue import Catalogue
     from castalia.serve.connections import server_of
-    from castalia.serve.library import Library
     from castalia.serve.limits import LOOPBACK, Limits
     from castalia.serve.listening import listen
+    from castalia.serve.loaded_models import Library
+    from castalia.train.hardware import choose_device
     from castalia.units import parse_size
 
     if device not in ("auto", "cpu", "cuda"):
@@ -69,12 +78,27 @@ def command(
         api_key=api_key,
         hosts=frozenset(LOOPBACK) if local else frozenset(),
     )
-    catalogue = Catalogue(paths, dict(_named(each) for each in adapter or []))
-    library = Library(parse_size(memory, "--memory") if memory else None, device)
-    models = catalogue.models()
-    listener, address = listen(host, port)
-    say(f"{len(models)} checkpoints at {address}: the page there, OpenAI's interface at {address}/v1; Ctrl-C ends it")
-    server_of(build_app(catalogue, library, limits), host, port, limits).run([listener])
+    budget, adapters = parse_size(memory, "--memory") if memory else None, dict(_named(each) for each in adapter or [])
+    world = start_processes(tp, pp, None)
+    with process_group(choose_device(device).type):
+        ranks = _ranks(tp, pp, device) if world > 1 else None
+        if ranks and not is_main():
+            ranks.follow()
+            return
+        catalogue = Catalogue(paths, adapters)
+        library = Library(budget, device, ranks)
+        models = catalogue.models()
+        listener, address = listen(host, port)
+        say(f"{len(models)} checkpoints at {address}: the page there, OpenAI's interface at {address}/v1; Ctrl-C ends")
+        server_of(build_app(catalogue, library, limits), host, port, limits).run([listener])
+
+
+def _ranks(tp: int, pp: int, device: str) -> Ranks:
+    # Here because meshes take a second to import.
+    from castalia.serve.followers import Ranks
+    from castalia.train.hardware import choose_device
+
+    return Ranks(tp, pp, choose_device(device))
 
 
 def _named(word: str) -> tuple[str, str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from castalia.config.schema import ModelConfig
-from castalia.plan.count import count
+from castalia.config.tensor_table import local_size, tensor_shapes
 from castalia.plan.flops import kv_cache_bytes, state_bytes
+from castalia.plan.layout import Layout, rank_parts
 from castalia.plan.stream_plan import LOGITS_BYTES, PROGRAM_BYTES, block_working_bytes
 
 ROWS = 64  # texts that are written at a time
@@ -49,14 +50,23 @@ class ServingPlan:
         return self.kv_budget - self.prefix_budget
 
 
-def serving_plan(model: ModelConfig, element_bytes: int, memory: int) -> ServingPlan | None:
-    """The plan for so many bytes of memory; None where not even one text of full length has room beside the weights."""
-    vocab = model.padded_vocab_size
-    copied_head = vocab * model.hidden_size if model.tie_embeddings else 0  # in the order that multiplies fastest
-    weights = (count(model).total + copied_head) * element_bytes
+
+def serving_plan(
+    model: ModelConfig, element_bytes: int, memory: int, layout: Layout | None = None
+) -> ServingPlan | None:
+    """The plan for so many bytes of memory; None where not even one text of full length has room beside the weights.
+
+    `layout`: of a model that is split over processes; the plan is then that of the process which holds most.
+    """
+    layout = layout or Layout()
+    vocab, (parameters, layers) = model.padded_vocab_size, _held(model, layout)
+    # In the order that multiplies fastest.
+    copied_head = vocab * model.hidden_size if model.tie_embeddings and layout.gpus == 1 else 0
+    weights = (parameters + copied_head) * element_bytes
     tokens = max(ROWS, CHUNK_TOKENS)
     working = block_working_bytes(model, tokens, element_bytes) + tokens * vocab * LOGITS_BYTES
-    kv_each, length = kv_cache_bytes(model, element_bytes), model.max_positions or UNKNOWN_LENGTH
+    kv_each = kv_cache_bytes(model, element_bytes) * layers // model.num_layers // layout.tp
+    length = model.max_positions or UNKNOWN_LENGTH
     state_each = state_bytes(model, element_bytes)
     least = (length * kv_each + state_each) * PREFIX_SHARE // (PREFIX_SHARE - 1) + PREFIX_SHARE
     left = memory - PROGRAM_BYTES - weights - working
@@ -64,3 +74,24 @@ def serving_plan(model: ModelConfig, element_bytes: int, memory: int) -> Serving
         return None
     budget = max(least, min(ROWS * least, left // KV_SHARE))
     return ServingPlan(weights, working, kv_each, budget, length, state_each)
+
+
+def _held(model: ModelConfig, layout: Layout) -> tuple[int, int]:
+    """The parameters of the rank that holds most, and the blocks of the rank with most of them."""
+    sizes = {name: local_size(name, shape, layout.tp) for name, shape in tensor_shapes(model).items()}
+    parameters = layers = begin = 0
+    for stage in rank_parts(model, layout, model.max_positions or 1):
+        own = {str(number) for number in range(begin, begin + stage.layers)}
+        begin += stage.layers
+        held = 0
+        for name, size in sizes.items():
+            first, _, rest = name.partition(".")
+            if first == "blocks":
+                held += size * (rest.partition(".")[0] in own)
+            elif name in ("embed.weight", "positions.weight"):
+                is_head = name == "embed.weight" and model.tie_embeddings
+                held += size * (stage.first or (is_head and stage.last))
+            else:
+                held += size * stage.last
+        parameters, layers = max(parameters, held), max(layers, stage.layers)
+    return parameters, layers

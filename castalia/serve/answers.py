@@ -13,16 +13,16 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from castalia.serve.engine import Drawn, Event, Failed, PromptScores, TextOptions, TextRow, TokenScore
-from castalia.serve.library import Library, LoadedModel
 from castalia.serve.limits import Gone, refusal_of, while_connected, words_of
-from castalia.serve.replies import error_body
+from castalia.serve.loaded_models import Library, LoadedModel
+from castalia.serve.replies import TextOffsets, error_body
 from castalia.serve.request_fields import RequestError
 from castalia.strict_json import to_json
 
 
 @dataclass
 class WrittenText:
-    """What a text has come to."""
+    """What a text has come to, or the part of it that a piece of a stream tells."""
 
     prompt: list[int]
     text: str = ""
@@ -30,6 +30,11 @@ class WrittenText:
     scores: list[TokenScore] = field(default_factory=list)
     prompt_scores: list[TokenScore] = field(default_factory=list)
     finish_reason: str | None = None
+    offsets: TextOffsets = field(default_factory=TextOffsets)
+
+    def rest(self) -> WrittenText:
+        """What comes behind the part that a piece of a stream has told."""
+        return WrittenText(self.prompt, offsets=self.offsets)
 
     def take(self, event: Event) -> None:
         """Add what the engine tells."""
@@ -51,11 +56,11 @@ async def events_of(
 
     Raises RequestError for a text that cannot be written.
     """
-    loop = asyncio.get_running_loop()
+    loop, worker = asyncio.get_running_loop(), library.worker
     queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
 
     def tell(number: int, event: Event) -> None:
-        loop.call_soon_threadsafe(queue.put_nowait, (number, event))
+        worker.post(loop, queue, (number, event))
 
     rows = [TextRow(prompt, options, partial(tell, number)) for number, (prompt, options) in enumerate(asked)]
     library.submit(loaded, rows)
@@ -71,7 +76,7 @@ async def events_of(
         if left:
             for row in rows:
                 row.cancelled = True
-            library.worker.wake()
+            worker.wake()
 
 
 class EventStream(Response):

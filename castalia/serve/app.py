@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.resources import files
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -14,10 +15,18 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from castalia.serve.catalogue import Catalogue
-from castalia.serve.library import Library
 from castalia.serve.limits import Guard, Limits, answered, http_error
+from castalia.serve.loaded_models import Library
 from castalia.serve.openai_api import api_routes
 from castalia.serve.page_api import page_routes
+
+# Scripts and styles are files of the page alone; its icon is a data URL; it asks nobody but this server.
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
 
 
 def build_app(catalogue: Catalogue, library: Library, limits: Limits | None = None) -> Guard:
@@ -43,12 +52,22 @@ def build_app(catalogue: Catalogue, library: Library, limits: Limits | None = No
             *map(_answering, routes),
             *(Route(route.path, _refuse_method) for route in routes if "GET" not in (route.methods or ())),
             Mount("/api", routes=[_answering(route) for route in page_routes(catalogue, library, limits)]),
-            Mount("/", StaticFiles(directory=page, html=True)),
+            Mount("/", PageFiles(directory=page, html=True)),
         ],
         exception_handlers={HTTPException: http_error},
         lifespan=lifespan,
     )
     return Guard(app, limits)
+
+
+class PageFiles(StaticFiles):
+    """The page's files, with the order to browsers to load, send and show nothing from elsewhere."""
+
+    def file_response(self, *args: Any, **options: Any) -> Response:
+        """See StaticFiles."""
+        answer = super().file_response(*args, **options)
+        answer.headers.update(PAGE_HEADERS)
+        return answer
 
 
 async def _refuse_method(request: Request) -> Response:

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from castalia.checkpoint.opener import detect, find_folder, find_steps
+from castalia.checkpoint.opener import detect, find_folder, find_steps, open_checkpoint
+from castalia.checkpoint.tensors import Checkpoint
 from castalia.errors import CheckpointError, ConfigError
 
 FRESH_SECONDS = 1.0  # for which what was found is not looked for again
@@ -25,6 +26,11 @@ class ModelEntry:
     source: str  # the name of the run or the folder that it belongs to
     step: int | None = None  # None: the folder has one checkpoint, and no step in its name
     base: str | None = None  # the model below an adapter
+
+
+def open_entry(entry: ModelEntry) -> Checkpoint:
+    """The checkpoint, with an adapter on its base. Raises CheckpointError."""
+    return open_checkpoint(entry.path, base=entry.base) if entry.base else open_checkpoint(entry.path)
 
 
 class Catalogue:

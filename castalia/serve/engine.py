@@ -13,10 +13,12 @@ and experts run row by row, and batches have only widths in which the other kern
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import NamedTuple
+from itertools import takewhile
+from math import isfinite
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +35,9 @@ from castalia.model.experts import ExpertMLP
 from castalia.model.transformer import Transformer
 from castalia.plan.serve_plan import CHUNK_TOKENS, ROWS, ServingPlan
 from castalia.serve.slot_batch import SlotBatch, exact_widths
+
+if TYPE_CHECKING:
+    from castalia.parallel.inference import SplitModel
 
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, ROWS)
 
@@ -68,6 +73,8 @@ class Failed(NamedTuple):
 
 
 Event = Drawn | PromptScores | Failed
+Request = Sequence["TextRow"]  # the texts of one request
+Layers = Mapping[int, tuple[Tensor, Tensor]]  # keys and values [1, kv, t, d] by the number of the layer
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,7 @@ class TextRow:
         """`tell` is called in the engine's thread."""
         self.prompt, self.options, self.tell = list(prompt), options, tell
         self.cancelled = False  # set by whoever asked, from any thread
+        self.number = 0  # among the texts of its engine, in the order in which they came
         self.cache: KVCache | None = None
         self.text: GenerationRow | None = None
         self.noise: Noise | None = None
@@ -110,47 +118,61 @@ class TextRow:
 class Prefixes:
     """Chunks of prompts that were computed, by all tokens up to their end; the least used ones are dropped."""
 
-    def __init__(self, budget: int) -> None:
-        self.budget, self.bytes = budget, 0
-        self.chunks: OrderedDict[bytes, tuple[list[tuple[Tensor, Tensor]], Tensor]] = OrderedDict()
+    def __init__(self, budget: int, kv_each: int) -> None:
+        """Bytes in all, and those of a token's keys and values."""
+        self.budget, self.kv_each, self.bytes = budget, kv_each, 0
+        self.chunks: OrderedDict[bytes, tuple[Layers, Tensor]] = OrderedDict()
 
-    def find(self, key: bytes) -> tuple[list[tuple[Tensor, Tensor]], Tensor] | None:
-        """Keys and values of each layer [1, kv, t, d], and final hidden states [t, h]."""
+    def find(self, key: bytes) -> tuple[Layers, Tensor] | None:
+        """Keys and values of each layer, and final hidden states [t, h]."""
         if key in self.chunks:
             self.chunks.move_to_end(key)
         return self.chunks.get(key)
 
-    def add(self, key: bytes, layers: list[tuple[Tensor, Tensor]], hidden: Tensor) -> None:
+    def add(self, key: bytes, layers: Layers, hidden: Tensor) -> None:
         """Keep a chunk if there is room for it at all."""
-        size = _bytes(layers, hidden)
+        size = self._bytes(hidden)
         if size > self.budget:
             return
         self.chunks[key] = layers, hidden
         self.bytes += size
         while self.bytes > self.budget:
-            _, oldest = self.chunks.popitem(last=False)
-            self.bytes -= _bytes(*oldest)
+            _, (_, oldest) = self.chunks.popitem(last=False)
+            self.bytes -= self._bytes(oldest)
 
-
-def _bytes(layers: Sequence[tuple[Tensor, Tensor]], hidden: Tensor) -> int:
-    return sum(k.nbytes + v.nbytes for k, v in layers) + hidden.nbytes
+    def _bytes(self, hidden: Tensor) -> int:
+        """As planned, which is the same for all processes of a split model."""
+        return len(hidden) * self.kv_each + hidden.nbytes
 
 
 class Engine:
-    """The texts of one model. All methods but `submit` are called by one thread."""
+    """The texts of one model. All methods but `submit` are called by one thread.
+
+    Everything follows from what came before which step, so that engines of several processes that are told the same
+    do the same, each with its share of the model.
+    """
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, plan: ServingPlan, widths: Sequence[int] = WIDTHS
+        self,
+        model: Transformer | SplitModel,
+        tokenizer: Tokenizer,
+        plan: ServingPlan,
+        widths: Sequence[int] = WIDTHS,
+        announce: Callable[[Sequence[Request], Collection[int]], None] | None = None,
     ) -> None:
-        """`widths`: texts in a batch, of which those count that give a text the same bits."""
+        """`widths`: texts in a batch, of which those count that give a text the same bits.
+
+        `announce` is told before each step what has come: requests, and numbers of texts that nobody waits for.
+        """
         self.model, self.tokenizer, self.plan = model, tokenizer, plan
         self.vocab_size = min(model.cfg.vocab_size or tokenizer.vocab_size, tokenizer.vocab_size)  # no padding
-        self.inbox: deque[Sequence[TextRow]] = deque()
+        self.announce, self.number = announce, 0  # the next text's
+        self.inbox: deque[Request] = deque()
         self.waiting: deque[deque[TextRow]] = deque()  # of each request
         self.filling: deque[TextRow] = deque()
         self.writing: list[TextRow] = []
         # The keys and values of a chunk can be copied, but not a state, in which a prompt has no parts.
-        self.prefixes = Prefixes(0 if model.cfg.other_kinds else plan.prefix_budget)
+        self.prefixes = Prefixes(0 if model.cfg.other_kinds else plan.prefix_budget, plan.kv_each)
         self.counters = {"prompt_tokens": 0, "prefix_tokens": 0, "generated_tokens": 0, "steps": 0}
         for module in model.modules():
             if isinstance(module, ExpertMLP):
@@ -175,12 +197,33 @@ class Engine:
     def _bytes(self, row: TextRow) -> int:
         return row.capacity * self.plan.kv_each + self.plan.state_each
 
-    @torch.inference_mode()
     def step(self) -> None:
+        """Take in what has come, and go on with it."""
+        requests = [self.inbox.popleft() for _ in range(len(self.inbox))]
+        self._number(requests)
+        gone = {row.number for row in (*self.filling, *self.writing) if row.cancelled}
+        for request in (*self.waiting, *requests):
+            gone.update(row.number for row in takewhile(lambda row: row.cancelled, request))
+        if self.announce is not None:
+            self.announce(requests, gone)
+        self._go_on(requests, gone)
+
+    def follow(self, requests: Sequence[Request], gone: Collection[int]) -> None:
+        """The step that another process has announced."""
+        self._number(requests)
+        self._go_on(requests, gone)
+
+    def _number(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            for row in request:
+                row.number, self.number = self.number, self.number + 1
+
+    @torch.inference_mode()
+    def _go_on(self, requests: Sequence[Request], gone: Collection[int]) -> None:
         """A chunk of one prompt, and a token for every text that is being written."""
-        while self.inbox:
-            self.waiting.append(deque(self.inbox.popleft()))
-        self._drop_cancelled()
+        self.waiting.extend(map(deque, requests))
+        if gone:
+            self._drop(gone)
         self._admit()
         if self.filling:
             self._fill(self.filling[0])
@@ -196,15 +239,15 @@ class Engine:
         for queue in (self.inbox, self.waiting, self.filling, self.writing):
             queue.clear()
 
-    def _drop_cancelled(self) -> None:
+    def _drop(self, gone: Collection[int]) -> None:
         for row in (*self.filling, *self.writing):
-            if row.cancelled:
+            if row.number in gone:
                 row.cache = None
         self.writing = [row for row in self.writing if row.cache is not None]
         if any(row.cache is None for row in self.filling):
             self.filling = deque(row for row in self.filling if row.cache is not None)
         for request in self.waiting:
-            while request and request[0].cancelled:
+            while request and request[0].number in gone:
                 request.popleft()
         if any(not request for request in self.waiting):
             self.waiting = deque(request for request in self.waiting if request)
@@ -241,11 +284,12 @@ class Engine:
         if known is None:
             tokens = torch.tensor([row.prompt[start:stop]], device=self.model.device)
             hidden = self.model.hidden(tokens, cache=cache)[0]  # [t, h]
-            chunk = [(k[:, :, start:stop].clone(), v[:, :, start:stop].clone()) for k, v in cache.layers.values()]
+            own = cache.layers.items()  # of a split model those of this process, by their numbers
+            chunk = {layer: (k[:, :, start:stop].clone(), v[:, :, start:stop].clone()) for layer, (k, v) in own}
             self.prefixes.add(key, chunk, hidden)
         else:
             layers, hidden = known
-            for layer, (k, v) in enumerate(layers):
+            for layer, (k, v) in layers.items():
                 keys, values = cache.layer(layer, k)
                 keys[:, :, start:stop], values[:, :, start:stop] = k, v
             cache.reserve(stop - start)
@@ -341,7 +385,8 @@ class Engine:
         return logits
 
     def _checked(self, logits: Tensor) -> Tensor:
-        if not bool(logits.isfinite().all()):
+        # A sum is one pass over the values, and not finite where one of them is not; nor perhaps where all are huge.
+        if not isfinite(float(logits.sum())) and not bool(logits.isfinite().all()):
             require_finite(dict(self.model.named_parameters()), "the model")
             raise CheckpointError("the model's logits are NaN or infinite though its weights are not")
         return logits

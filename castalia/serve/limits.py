@@ -6,6 +6,7 @@ import hmac
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import anyio
 from starlette.exceptions import HTTPException
@@ -14,9 +15,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from castalia.errors import CastaliaError, out_of_memory
-from castalia.serve.library import Busy
+from castalia.serve.loaded_models import Busy
 from castalia.serve.replies import error_body
 from castalia.serve.request_fields import RequestError
+from castalia.strict_json import to_json
 
 log = logging.getLogger("castalia.serve")
 BODY_SECONDS = 30  # in which a body has to arrive
@@ -159,6 +161,18 @@ async def body_of(request: Request, limits: Limits) -> bytes:
     except TimeoutError:
         raise RequestError(f"the body did not arrive within {BODY_SECONDS} seconds", status=408) from None
     return b"".join(parts)
+
+
+async def json_within(request: Request, limits: Limits, work: Callable[[], Awaitable[Any]]) -> Response:
+    """The result of some work, a value or the text of its JSON, unless the client goes or the time is over."""
+    results: list[Any] = []
+
+    async def keep() -> None:
+        results.append(await work())
+
+    await while_connected(request.receive, limits.seconds, keep)
+    text = results[0] if isinstance(results[0], str) else to_json(results[0])
+    return Response(text, media_type="application/json", headers={"Cache-Control": "no-store"})
 
 
 async def while_connected(receive: Receive, seconds: float, work: Callable[[], Awaitable[None]]) -> None:

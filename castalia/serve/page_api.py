@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Annotated, Any
 
-import anyio.to_thread
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from castalia.examine.residuals import logit_lens, pieces_of
+from castalia.model.transformer import Transformer
 from castalia.serve import page_data
-from castalia.serve.limits import Limits, body_of
+from castalia.serve.limits import Limits, body_of, json_within
 from castalia.serve.request_fields import RequestError, RequestFields, check_text, read_fields
 from castalia.streaming.streamed_model import StreamedTransformer
 from castalia.strict_json import to_json
@@ -22,8 +24,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from castalia.serve.catalogue import Catalogue, ModelEntry
-    from castalia.serve.library import Library
+    from castalia.serve.loaded_models import Library
 
+THREADS = 8  # that read files for the page; what goes on after its client has gone keeps one
 LENS_TOKENS = 256  # of a text, whose lens has a value for each layer and token
 
 
@@ -36,6 +39,15 @@ class TextFields(RequestFields):
 
 def page_routes(catalogue: Catalogue, library: Library, limits: Limits) -> list[Route]:
     """The routes of the page; their paths begin behind `/api`."""
+    threads = ThreadPoolExecutor(THREADS)
+
+    async def json_of(function: Callable[[], Any]) -> str:
+        """The JSON of the result of a function that may read files."""
+        return await asyncio.wrap_future(threads.submit(lambda: to_json(function(), default=str)))
+
+    async def told(request: Request, function: Callable[[], Any]) -> Response:
+        """The result of a function that may read files, as JSON."""
+        return await json_within(request, limits, lambda: json_of(function))
 
     def entry_of(name: str) -> ModelEntry:
         """Raises RequestError for an unknown name."""
@@ -53,64 +65,83 @@ def page_routes(catalogue: Catalogue, library: Library, limits: Limits) -> list[
 
     async def models(request: Request) -> Response:
         """The names of all checkpoints."""
-        return await _told(
-            lambda: [{"name": entry.name, "source": entry.source, "step": entry.step} for entry in catalogue.models()]
+        return await told(
+            request,
+            lambda: [{"name": entry.name, "source": entry.source, "step": entry.step} for entry in catalogue.models()],
         )
 
     async def runs(request: Request) -> Response:
         """Where each run stands."""
-        return await _told(lambda: page_data.run_list(catalogue.runs()))
+        return await told(request, lambda: page_data.run_list(catalogue.runs()))
 
     async def run(request: Request) -> Response:
         """A run's events, checkpoints and settings."""
         name = _word(request, "name")
-        return await _told(lambda: page_data.run_facts(name, run_of(name)))
+        return await told(request, lambda: page_data.run_facts(name, run_of(name)))
 
     async def metrics(request: Request) -> Response:
         """The records of a run behind a step."""
         name, after = _word(request, "name"), _number(request, "after", 0)
-        return await _told(lambda: page_data.metrics_since(run_of(name), after))
+        return await told(request, lambda: page_data.metrics_since(run_of(name), after))
 
     async def batch(request: Request) -> Response:
         """The sequences of a step."""
         name, step = _word(request, "name"), _number(request, "step")
-        return await _told(lambda: page_data.batch_of(run_of(name), step))
+        return await told(request, lambda: page_data.batch_of(run_of(name), step))
 
     async def inspect(request: Request) -> Response:
         """What is inside a checkpoint."""
         name = _word(request, "model")
-        return await _told(lambda: page_data.inspected(entry_of(name)))
+        return await told(request, lambda: page_data.inspected(entry_of(name)))
 
     async def plan(request: Request) -> Response:
         """What the config of a checkpoint needs."""
         name = _word(request, "model")
-        return await _told(lambda: page_data.planned(entry_of(name)))
+        return await told(request, lambda: page_data.planned(entry_of(name)))
 
     async def diff(request: Request) -> Response:
         """What two checkpoints have in common."""
         a, b = _word(request, "a"), _word(request, "b")
-        return await _told(lambda: page_data.compared(entry_of(a), entry_of(b)))
+        return await told(request, lambda: page_data.compared(entry_of(a), entry_of(b)))
 
     async def pieces(request: Request) -> Response:
         """The tokens of a text: their ids, and what each reads."""
         fields = await _text(request, limits)
-        async with library.lease(entry_of(fields.model)) as loaded:
-            ids = await anyio.to_thread.run_sync(loaded.tokenizer.encode, fields.text)
-            return await _told(lambda: {"ids": ids, "texts": pieces_of(loaded.tokenizer, ids)})
+        entry = entry_of(fields.model)
+
+        async def work() -> Any:
+            async with library.lease(entry) as loaded:
+                words = loaded.tokenizer
+
+                def read() -> dict[str, Any]:
+                    ids = words.encode(fields.text)
+                    return {"ids": ids, "texts": pieces_of(words, ids)}
+
+                return await json_of(read)
+
+        return await json_within(request, limits, work)
 
     async def lens(request: Request) -> Response:
         """What each layer predicts after each token of a text."""
         fields = await _text(request, limits)
-        async with library.lease(entry_of(fields.model)) as loaded:
-            ids = await anyio.to_thread.run_sync(loaded.tokenizer.encode, fields.text)
-            if len(ids) > LENS_TOKENS:
-                raise RequestError(f"the text has {len(ids)} tokens; the lens shows {LENS_TOKENS} at most", "text")
-            if isinstance(loaded.model, StreamedTransformer):
-                raise RequestError(
-                    f"{fields.model} is larger than the memory here, and the lens needs it whole", "model"
-                )
-            found = await library.compute(lambda: logit_lens(loaded.model, loaded.tokenizer, fields.text))
-        return await _told(found.as_json)
+        entry = entry_of(fields.model)
+
+        async def work() -> Any:
+            async with library.lease(entry) as loaded:
+                model, words = loaded.model, loaded.tokenizer
+                ids = await asyncio.wrap_future(threads.submit(words.encode, fields.text))
+                if len(ids) > LENS_TOKENS:
+                    raise RequestError(f"the text has {len(ids)} tokens; the lens shows {LENS_TOKENS} at most", "text")
+                if not isinstance(model, Transformer):
+                    raise RequestError(f"{entry.name} is split over processes, and the lens needs it whole", "model")
+                if isinstance(model, StreamedTransformer):
+                    raise RequestError(
+                        f"{entry.name} is larger than the memory here, and the lens needs it whole", "model"
+                    )
+                found = await library.compute(lambda: logit_lens(model, words, fields.text))
+                return await json_of(found.as_json)
+
+        return await json_within(request, limits, work)
 
     return [
         Route("/models", models),
@@ -124,12 +155,6 @@ def page_routes(catalogue: Catalogue, library: Library, limits: Limits) -> list[
         Route("/pieces", pieces, methods=["POST"]),
         Route("/lens", lens, methods=["POST"]),
     ]
-
-
-async def _told(function: Callable[[], Any]) -> Response:
-    """The result of a function that may read files, as JSON."""
-    text = await anyio.to_thread.run_sync(lambda: to_json(function(), default=str))
-    return Response(text, media_type="application/json", headers={"Cache-Control": "no-store"})
 
 
 async def _text(request: Request, limits: Limits) -> TextFields:

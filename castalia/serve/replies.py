@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from codecs import getincrementaldecoder
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,27 +32,36 @@ def top_of(tokenizer: Tokenizer, score: TokenScore) -> dict[str, tuple[int, floa
     return dict(zip(distinct_texts(tokenizer, list(values)), values.items(), strict=True))
 
 
+class TextOffsets:
+    """Where in a text its tokens begin, in characters, as their bytes come."""
+
+    def __init__(self) -> None:
+        self.decoder, self.at = getincrementaldecoder("utf-8")("ignore"), 0
+
+    def next(self, content: bytes) -> int:
+        """The place of the next token, which has these bytes."""
+        begin = self.at
+        self.at += len(self.decoder.decode(content))
+        return begin
+
+
 def completion_logprobs(
-    tokenizer: Tokenizer, tokens: Sequence[int], scores: Sequence[TokenScore | None], offset: int
+    tokenizer: Tokenizer, tokens: Sequence[int], scores: Sequence[TokenScore | None], offsets: TextOffsets
 ) -> dict[str, Any]:
     """The log-probabilities of a completion's tokens; None for a token that is predicted by nothing.
 
-    `offset`: of the first one in the text. Besides OpenAI's fields, `token_ids`, `bytes`, and `top_token_ids` with
+    `offsets` go on from the tokens before. Besides OpenAI's fields, `token_ids`, `bytes`, and `top_token_ids` with
     the keys of `top_logprobs`, whose order JavaScript does not keep.
     """
     texts = [token_text(tokenizer, token) for token in tokens]
     tops = [score and top_of(tokenizer, score) for score in scores]
     contents = [token_bytes(tokenizer, token) for token in tokens]
-    offsets, at = [], b""
-    for content in contents:
-        offsets.append(offset + len(at.decode(errors="ignore")))
-        at += content
     return {
         "tokens": texts,
         "token_logprobs": [score and score.log_prob for score in scores],
         "top_logprobs": [top and {text: value for text, (_, value) in top.items()} for top in tops],
         "top_token_ids": [top and {text: token for text, (token, _) in top.items()} for top in tops],
-        "text_offset": offsets,
+        "text_offset": [offsets.next(content) for content in contents],
         "token_ids": list(tokens),
         "bytes": [list(content) for content in contents],
     }

@@ -165,6 +165,30 @@ def _refusal(error: ValidationError) -> RequestError:
     return RequestError(f"{where!r}: {reason}", where, code="invalid_value")
 
 
+def check_completion(fields: CompletionFields) -> None:
+    """Raises RequestError for fields that go with none of the others, or that ask for too many texts."""
+    n = fields.n or 1
+    if fields.best_of not in (None, n):
+        raise RequestError("'best_of' is not supported here, unless it equals 'n'", "best_of", code="unsupported")
+    _check_stream(fields)
+
+
+def check_chat(fields: ChatFields) -> None:
+    """Raises RequestError for fields that go with none of the others."""
+    if fields.top_logprobs and not fields.logprobs:
+        raise RequestError("'top_logprobs' needs 'logprobs': true", "top_logprobs")
+    if None not in (fields.max_tokens, fields.max_completion_tokens) and fields.max_tokens != (
+        fields.max_completion_tokens
+    ):
+        raise RequestError("'max_tokens' and 'max_completion_tokens' differ; give one", "max_tokens")
+    _check_stream(fields)
+
+
+def _check_stream(fields: CompletionFields | ChatFields) -> None:
+    if fields.stream_options is not None and not fields.stream:
+        raise RequestError("'stream_options' needs 'stream': true", "stream_options")
+
+
 def read_prompts(value: Any, name: str) -> list[str | list[int]]:
     """Texts or lists of token ids from one of either or a list of them. Raises RequestError."""
     if isinstance(value, str) or _is_ids(value):

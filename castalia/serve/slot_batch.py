@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from castalia.generate.kv_cache import KVCache
 from castalia.model.attention import Recurrent
 from castalia.model.positions import score_bias, visible
 from castalia.model.transformer import Transformer
+
+if TYPE_CHECKING:
+    from castalia.parallel.inference import SplitModel
 
 
 class SlotBatch:
@@ -22,9 +25,11 @@ class SlotBatch:
 
     gaps, grows = False, True
 
-    def __init__(self, model: Transformer, caches: Sequence[KVCache], width: int) -> None:
+    def __init__(self, model: Transformer | SplitModel, caches: Sequence[KVCache], width: int) -> None:
         """`caches` have one row each. `width`: rows of the batch; those after the caches are padding."""
-        self.model, self.caches = model, caches
+        # What this process holds of a split model.
+        self.stage: Transformer = model if isinstance(model, Transformer) else model.stage
+        self.caches = caches
         lengths = [cache.length for cache in caches]
         self.end = max(lengths) + 1
         places = torch.tensor([*lengths, *[0] * (width - len(caches))], device=model.device)
@@ -42,12 +47,15 @@ class SlotBatch:
         choice, _ = options.pop("choice"), options.pop("bias")
         if not self.biases:
             self.biases = [self._bias(cache, q) for cache in self.caches]
-        outputs = torch.zeros_like(q)
-        for row, (cache, bias) in enumerate(zip(self.caches, self.biases, strict=True)):
-            kernel = choice if bias is None else self.model.choice(q, "bias", self)
-            own = slice(row, row + 1)
-            outputs[own] = cache.attend(layer, q[own], k[own], v[own], choice=kernel, bias=bias, **options)
-        return outputs
+            self.masked = self.stage.choice(q, "bias", self)
+        outputs = []
+        # In Python every operation counts, so that rows are taken apart and put together by one each.
+        for cache, bias, *own in zip(self.caches, self.biases, q.split(1), k.split(1), v.split(1), strict=False):
+            kernel = choice if bias is None else self.masked
+            outputs.append(cache.attend(layer, *own, choice=kernel, bias=bias, **options))
+        if padding := len(q) - len(outputs):
+            outputs.append(q.new_zeros(padding, *q.shape[1:]))
+        return torch.cat(outputs)
 
     def recur(self, layer: int, module: Recurrent, x: Tensor) -> Tensor:
         """Each row after its own state: x [width, 1, h] -> the same shape, 0 for padding."""
@@ -63,14 +71,14 @@ class SlotBatch:
 
     def _bias(self, cache: KVCache, q: Tensor) -> Tensor | None:
         """ALiBi's distances, or a window that hides early keys: [1, 1 or n, 1, k]."""
-        window = self.model.cfg.sliding_window
-        if self.model.alibi is None and (window is None or cache.end <= window + 1):
+        window = self.stage.cfg.sliding_window
+        if self.stage.alibi is None and (window is None or cache.end <= window + 1):
             return None
         own, keys = cache.places[:, cache.length : cache.end], cache.places[:, : cache.end]
-        return score_bias(own, keys, visible(own, keys, window), self.model.alibi, q.dtype)
+        return score_bias(own, keys, visible(own, keys, window), self.stage.alibi, q.dtype)
 
 
-def exact_widths(model: Transformer, widths: Sequence[int]) -> list[int]:
+def exact_widths(model: Transformer | SplitModel, widths: Sequence[int]) -> list[int]:
     """The widths of a batch in which a row gets the same bits, wherever it stands and however many there are.
 
     Kernels add in an order that depends on the number of rows, a vector for instance in another than a matrix, so it

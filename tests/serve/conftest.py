@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 
 from castalia.serve.app import build_app
 from castalia.serve.catalogue import Catalogue
-from castalia.serve.library import Library
+from castalia.serve.loaded_models import Library
 from tests.tasks.conftest import llama, neox
 
 

@@ -13,8 +13,8 @@ import pytest
 from castalia.serve import connections, limits
 from castalia.serve.app import build_app
 from castalia.serve.catalogue import Catalogue
-from castalia.serve.library import Library
 from castalia.serve.listening import listen
+from castalia.serve.loaded_models import Library
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from castalia.evaluate.continuations import Continuation, score_continuations
 from castalia.loading import load_model, tokenizer_at
 from castalia.plan.serve_plan import ServingPlan
 from castalia.serve.engine import TextOptions, TextRow
-from castalia.serve.openai_api import _checked, _room
 from castalia.serve.request_fields import RequestError
+from castalia.serve.request_prompts import checked_ids, room_for
 from castalia.serve.token_text import token_bytes, token_text
 from tests.tasks.conftest import verses
 
@@ -55,9 +55,9 @@ def test_ids_without_a_token_are_refused() -> None:
         cfg=ModelConfig(num_layers=1, hidden_size=8, num_heads=1, vocab_size=257, vocab_multiple=64)
     )
     loaded = SimpleNamespace(model=model, tokenizer=ByteTokenizer("bytes"))
-    assert model.cfg.padded_vocab_size > 257 and _checked(loaded, [3, 256], "prompt") == [3, 256]
+    assert model.cfg.padded_vocab_size > 257 and checked_ids(loaded, [3, 256], "prompt") == [3, 256]
     with pytest.raises(RequestError, match="'prompt' has token 257; the tokenizer knows ids below 257"):
-        _checked(loaded, [3, 257], "prompt")
+        checked_ids(loaded, [3, 257], "prompt")
 
 
 def test_each_likely_token_has_its_id(client: TestClient, models: Path) -> None:
@@ -76,7 +76,7 @@ def test_texts_that_are_accepted_have_room(wanted: int | None) -> None:
     plan = ServingPlan(weights=0, working=0, kv_each=100, kv_budget=4000, length=512)  # 30 tokens have room
     for length in range(20, 40):
         try:
-            most = _room(SimpleNamespace(plan=plan), [1] * length, wanted, 16, "prompt")
+            most = room_for(SimpleNamespace(plan=plan), [1] * length, wanted, 16, "prompt")
         except RequestError:
             assert length + max(1, wanted or 0) - 1 > 30
         else:
@@ -144,8 +144,8 @@ def test_a_stream_holds_what_comes_at_once(client: TestClient, fields: dict) -> 
         assert "".join(part["text"] for part in mine) == choice["text"]
         assert [part["finish_reason"] for part in mine] == [None] * (len(mine) - 1) + [choice["finish_reason"]]
         if fields:
-            values = [value for part in mine for value in part["logprobs"]["token_logprobs"]]
-            assert values == choice["logprobs"]["token_logprobs"]
+            for name in ("token_logprobs", "text_offset", "tokens", "bytes"):
+                assert [value for part in mine for value in part["logprobs"][name]] == choice["logprobs"][name]
             assert [token for part in mine for token in part["token_ids"]] == choice["token_ids"]
             assert mine[0]["prompt_token_ids"] == choice["prompt_token_ids"]
             assert mine[0]["prompt_logprobs"] == choice["prompt_logprobs"]

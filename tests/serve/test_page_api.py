@@ -19,7 +19,7 @@ from castalia.loading import load_model, tokenizer_at
 from castalia.observe.metrics import read_metrics
 from castalia.serve.app import build_app
 from castalia.serve.catalogue import Catalogue
-from castalia.serve.library import Library
+from castalia.serve.loaded_models import Library
 from castalia.strict_json import to_json
 from tests.serve.page_runs import make_runs
 
@@ -126,6 +126,7 @@ def test_the_page_and_its_files_are_served_and_small(page):
     for name in ("", "page.css", "page.js", "plot.js", "runs.js", "try.js", "compare.js", "inside.js"):
         answer = page.get(f"/{name}")
         assert answer.status_code == 200
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
         assert "http://" not in answer.text.replace("http://www.w3.org", "") and "https://" not in answer.text
         sizes += len(answer.content)
     assert sizes < 60_000

@@ -105,6 +105,41 @@ def test_runs_are_drawn_and_a_spike_opens_its_documents(page, server):
     assert "config.yml" in page.locator("tr:has(td.k)", has_text="optimizer.lr").first.inner_text()
 
 
+def test_events_say_what_they_were(page, server):
+    """Evaluations and saved steps, which have small marks, as well as spikes."""
+    visit(page, f"{server.url}/#runs?run=one")
+    with urllib.request.urlopen(f"{server.url}/api/run?name=one") as answer:
+        events = {(each["event"], each.get("step")): each for each in json.load(answer)["events"]}
+    box = page.locator(".big canvas").bounding_box()
+    told = set()
+    for place in range(60, int(box["width"]), 3):
+        page.mouse.move(box["x"] + place, box["y"] + 100)
+        told.add(page.locator("#tip > div").last.inner_text())
+    loss = events["evaluation", 6]["loss"]
+    assert any(line.startswith(f"validation {loss:.3g}"[:14]) and line.endswith("at step 6") for line in told)
+    assert {"saved at step 8", "spike at step 7; click for its documents"} <= told
+
+
+def test_five_steps_of_a_run_stand_side_by_side(page, server):
+    visit(page, f"{server.url}/#compare?models=series@0&text={TEXT}")
+    page.get_by_role("button", name="Five steps of A's run").click()
+    page.wait_for_function("document.querySelectorAll('#panels figure').length == 5")
+    captions = page.locator("#panels figcaption").all_inner_texts()
+    assert [caption.split()[1] for caption in captions] == [f"series@{step}" for step in (0, 38, 77, 115, 153)]
+    assert page.locator("input[type=range]").count() == 5
+    page.get_by_label("steps of C").focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function("document.querySelectorAll('#panels figcaption')[2].innerText.includes('series@78')")
+
+
+def test_a_text_ends_where_the_model_has_no_room(page, server):
+    visit(page, f"{server.url}/#try?model=one@12&prompt={TEXT}&max=4000&seed=1")
+    page.wait_for_function("document.querySelector('main').innerText.includes('as the model has room for')")
+    assert len(ids(page)) == asked(server, "/tokenize", {"model": "one@12", "prompt": ""})["max_model_len"] + 1 - len(
+        TEXT.encode()
+    )
+
+
 def test_a_run_in_progress_goes_on_by_itself(page, server, folder):
     visit(page, f"{server.url}/#runs?run=two")
     with open(folder / "two" / "metrics.jsonl", "a") as file:

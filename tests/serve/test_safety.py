@@ -20,9 +20,9 @@ from castalia.errors import ConfigError
 from castalia.serve.answers import EventStream
 from castalia.serve.app import build_app
 from castalia.serve.catalogue import Catalogue
-from castalia.serve.library import Library
 from castalia.serve.limits import Limits
 from castalia.serve.listening import listen
+from castalia.serve.loaded_models import Library
 from tests.serve.server_process import Served, serving
 
 GOOD = {"model": "neox", "prompt": "In the", "max_tokens": 4}
@@ -217,6 +217,25 @@ def test_the_page_keeps_the_limits(models: Path, library: Library, monkeypatch: 
     with TestClient(build_app(Catalogue([str(models)]), library, Limits(body_bytes=50))) as client:
         for path in ("/api/pieces", "/api/lens", "/v1/score"):
             assert client.post(path, json={"model": "neox", "text": "a" * 50}).status_code == 413, path
+
+
+def test_all_that_may_take_long_has_its_time(models: Path, library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "close", lambda: None)
+    with TestClient(build_app(Catalogue([str(models)]), library, Limits(seconds=1e-9))) as client:
+        for path in (
+            "/api/models",
+            "/api/runs",
+            "/api/inspect?model=neox",
+            "/api/diff?a=neox&b=neox",
+            "/tokenizer_info?model=neox",
+        ):
+            assert client.get(path).status_code == 408, path
+        for path, fields in (
+            ("/api/pieces", {"text": "a"}),
+            ("/api/lens", {"text": "a"}),
+            ("/tokenize", {"prompt": "a"}),
+        ):
+            assert client.post(path, json={"model": "neox", **fields}).status_code == 408, path
 
 
 def test_a_stream_that_fails_in_the_middle_says_so_and_keeps_the_reason(caplog: pytest.LogCaptureFixture) -> None:

@@ -13,7 +13,7 @@ from castalia.config.schema import ModelConfig, ParallelConfig
 from castalia.errors import ConfigError
 from castalia.parallel.rank_grid import layout
 from castalia.plan.stream_plan import SHARE, answers_work, least_budget, memory_without_streaming, plan_stream
-from castalia.serve.library import Library
+from castalia.serve.loaded_models import Library
 from castalia.streaming import open_streamed
 from castalia.streaming.open_streamed import budget_for
 from castalia.streaming.stream_units import units_of

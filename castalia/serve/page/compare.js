@@ -16,12 +16,13 @@ export async function compareView(main, q) {
 	const canvas = h("canvas", { role: "img" }), plot = new Plot(canvas, tip);
 	curve.append(h("figcaption", "loss of this text over the steps ", h("span", "nats per token")), canvas);
 	const radio = (v, t) => h("label.check", { for: "m-" + v }, h("input", { type: "radio", name: "mode", id: "m-" + v, checked: mode === v, onchange: () => { mode = v; put({ mode: v === "write" ? v : null }); show(); } }), t);
-	const all = h("button", { type: "button", onclick: guarded(() => series()) }, "Loss over all steps");
+	const all = h("button", { onclick: guarded(() => series()) }, "Loss over all steps");
 	main.replaceChildren(h("h1", "Compare"),
 		h("p.hint", "Green: the checkpoint expects the token more than A does; red: less. What did the steps between two checkpoints teach?"),
 		h("div.bar", { role: "radiogroup", "aria-label": "What to compare" }, radio("score", "losses of a text"), radio("write", "continuations of a prompt, the likeliest tokens")),
-		field("text", input), slots, h("div.bar", h("button", { type: "button", class: "main", onclick: () => show() }, "Compare"), all), panels, curve);
+		field("text", input), slots, h("div.bar", h("button.main", { onclick: () => show() }, "Compare"), all), panels, curve);
 
+	const anew = () => { drawSlots(); show(); };
 	function drawSlots() {
 		slots.replaceChildren(...names.map((name, i) => {
 			const entry = list.find(e => e.name === name), steps = sources[entry.source], at = steps.indexOf(entry), letter = "ABCDE"[i];
@@ -29,10 +30,13 @@ export async function compareView(main, q) {
 			const slider = steps.length > 1 ? h("input", { type: "range", id: "s" + i, min: 0, max: steps.length - 1, value: at, "aria-valuetext": `step ${entry.step}`,
 				oninput: e => { const to = steps[+e.target.value]; names[i] = to.name; label.textContent = `step ${to.step}`; e.target.setAttribute("aria-valuetext", `step ${to.step}`); later(); } }) : null;
 			return h("div.bar", { style: "margin:.2rem 0" }, h("b", { style: `color:${color(i)}` }, letter),
-				h("select", { "aria-label": `checkpoints of ${letter}`, onchange: e => { names[i] = sources[e.target.value].at(-1).name; drawSlots(); show(); } }, Object.keys(sources).map(s => h("option", { value: s, selected: s === entry.source }, s))),
+				h("select", { "aria-label": `checkpoints of ${letter}`, onchange: e => { names[i] = sources[e.target.value].at(-1).name; anew(); } }, Object.keys(sources).map(s => h("option", { value: s, selected: s === entry.source }, s))),
 				slider && h("div.field", { style: "flex:1 1 14rem" }, h("label", { for: "s" + i }, `steps of ${letter}: `, label), slider),
-				names.length > 1 && h("button", { type: "button", "aria-label": `leave out ${letter}`, onclick: () => { names.splice(i, 1); drawSlots(); show(); } }, "×"));
-		}), names.length < MOST ? h("button", { type: "button", onclick: () => { names.push(last); drawSlots(); show(); } }, "Add a checkpoint") : "");
+				names.length > 1 && h("button", { "aria-label": `leave out ${letter}`, onclick: () => { names.splice(i, 1); anew(); } }, "×"));
+		}), names.length < MOST ? h("button", { onclick: () => { names.push(last); anew(); } }, "Add a checkpoint") : "", " ", h("button", { onclick: () => {
+			const s = sources[list.find(e => e.name === names[0]).source];
+			names = [...new Set([0, 1, 2, 3, 4].map(i => s[Math.round(i * (s.length - 1) / 4)].name))]; drawSlots(); show();
+		} }, "Five steps of A's run"));
 	}
 	let timer = null;
 	const later = () => { clearTimeout(timer); timer = setTimeout(() => show(), WAIT); };

@@ -1,10 +1,10 @@
 // Look inside: the logit lens of a text; what a checkpoint holds, how it differs from another, what its config needs.
-import { h, get, post, put, guarded, models, noModel, noted, modelSelect, newest, nameOf, field, tokens, percent, visible, short } from "./page.js";
+import { h, get, post, put, guarded, sent, models, noModel, noted, modelSelect, newest, nameOf, field, sheet, choice, tokens, percent, visible, short } from "./page.js";
 
 const heat = s => `background: rgba(36, 99, 176, ${Math.min(1, Math.max(0, s)) * .55})`;
 const say = v => v == null ? "–" : typeof v === "number" ? (Number.isInteger(v) ? v.toLocaleString("en") : short(v)) : Array.isArray(v) ? v.map(say).join(", ") : typeof v === "object" ? Object.entries(v).filter(([, x]) => x != null).map(([k, x]) => `${k.replaceAll("_", " ")} ${say(x)}`).join(", ") : String(v);
-const facts = (o, names) => h("div.scroll", h("table", h("tbody", (names || Object.keys(o)).filter(k => o[k] != null && (typeof o[k] !== "object" || Object.keys(o[k]).length)).map(k => h("tr", h("th", { scope: "row" }, k.replaceAll("_", " ")), h("td", say(o[k])))))));
-const table = (heads, rows) => h("div.scroll", h("table", h("thead", h("tr", heads.map((t, i) => h("th", { class: i ? "n" : "" }, t)))), h("tbody", rows.map(r => h("tr", r.map((c, i) => h("td", { class: i ? "n" : "" }, typeof c === "number" ? say(c) : c)))))));
+const facts = (o, names) => sheet(h("tbody", (names || Object.keys(o)).filter(k => o[k] != null && (typeof o[k] !== "object" || Object.keys(o[k]).length)).map(k => h("tr", h("th", { scope: "row" }, k.replaceAll("_", " ")), h("td", say(o[k]))))));
+const table = (heads, rows) => sheet(h("thead", h("tr", heads.map((t, i) => h("th", { class: i ? "n" : "" }, t)))), h("tbody", rows.map(r => h("tr", r.map((c, i) => h("td", { class: i ? "n" : "" }, typeof c === "number" ? say(c) : c))))));
 
 export async function insideView(main, q) {
 	const list = await models();
@@ -20,8 +20,8 @@ export async function insideView(main, q) {
 	main.replaceChildren(h("h1", "Look inside"),
 		h("div.bar", field("checkpoint", modelSelect("model", list, model, guarded(m => { model = m; put({ model }); if (input.value) look(); return Promise.all(sections.map((s, i) => s.open && [inspect, diff, plan][i]())); })))),
 		h("h2", "Logit lens"), h("p.hint", "Below each token, what each layer would predict to follow it if the final norm and the head came next. The top row is the model itself."),
-		h("form.bar", { onsubmit: guarded(e => { e.preventDefault(); return look(); }) }, field("text", input),
-			field("colour", h("select", { id: "show", onchange: e => { measure = e.target.value; put({ show: measure === "prob" ? null : measure }); draw(); } }, [["prob", "probability of the guess"], ["next", "probability of the token that follows"], ["entropy", "entropy"]].map(([v, t]) => h("option", { value: v, selected: v === measure }, t)))),
+		h("form.bar", { onsubmit: sent(look) }, field("text", input),
+			choice("show", "colour", [["prob", "probability of the guess"], ["next", "probability of the token that follows"], ["entropy", "entropy"]], measure, v => { measure = v; put({ show: v === "prob" ? null : v }); draw(); }),
 			h("button.main", "Look")), lens, ...sections);
 
 	async function look() {
@@ -49,14 +49,14 @@ export async function insideView(main, q) {
 		const r = await get("inspect", { model });
 		about.replaceChildren(h("p", r.meaning), ...["disagreements", "anomalies", "notes"].flatMap(k => r[k].map(t => h("p", { class: k === "notes" ? "soft" : "failed" }, t))),
 			facts({ ...r, progress: { step: r.progress.step, tokens: r.progress.tokens, skipped: r.progress.skipped } }, ["format", "progress", "parameters", "bytes", "precision", "vocabulary"]),
-			h("h2", "Architecture"), h("div.scroll", h("table", h("tbody", Object.entries(r.architecture).filter(([, f]) => f.value != null).map(([k, f]) => h("tr", h("th", { scope: "row" }, k.replaceAll("_", " ")), h("td", say(f.value)), h("td.soft", f.source)))))),
+			h("h2", "Architecture"), sheet(h("tbody", Object.entries(r.architecture).filter(([, f]) => f.value != null).map(([k, f]) => h("tr", h("th", { scope: "row" }, k.replaceAll("_", " ")), h("td", say(f.value)), h("td.soft", f.source))))),
 			h("h2", "Values of a sample"), table(["kind", "tensors", "mean", "standard deviation", "lowest", "highest"], r.statistics.map(s => [s.kind, s.tensors, s.mean, s.std, s.low, s.high])));
 	}
 	async function diff() {
 		against.replaceChildren(h("p.soft", "Comparing …"));
 		const d = await get("diff", { a: other, b: model }), most = Math.max(...Object.values(d.updates), 1e-12);
 		against.replaceChildren(h("p", d.words), facts({ tensors: d.counts, structure: d.structure, optimizer: d.optimizer }),
-			h("h2", "Relative change of each layer"), h("div.scroll", h("table", h("tbody", Object.entries(d.updates).map(([k, v]) => h("tr", h("td.k", k), h("td.n", v.toFixed(4)), h("td", { style: "width:60%" }, h("span.meter", { style: `width:${100 * v / most}%` }))))))),
+			h("h2", "Relative change of each layer"), sheet(h("tbody", Object.entries(d.updates).map(([k, v]) => h("tr", h("td.k", k), h("td.n", v.toFixed(4)), h("td", { style: "width:60%" }, h("span.meter", { style: `width:${100 * v / most}%` })))))),
 			h("h2", "Standard deviations"), table(["kind", "tensors", "of " + other, "of " + model, "ratio"], d.parts.map(p => [p.part, p.tensors, p.std_a, p.std_b, p.ratio])));
 	}
 	async function plan() {

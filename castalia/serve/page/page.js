@@ -9,9 +9,11 @@ import { insideView } from "./inside.js";
 export function h(kind, attrs, ...children) {
 	const [tag, ...classes] = kind.split("."), e = document.createElement(tag);
 	if (attrs == null || attrs === false || typeof attrs !== "object" || attrs instanceof Node || Array.isArray(attrs)) { children.unshift(attrs); attrs = {}; }
+	if (attrs.onclick && tag === "button") e.type = tag; // which sends no form
 	if (classes.length) e.className = classes.join(" ");
 	for (const [k, v] of Object.entries(attrs)) {
 		if (k.startsWith("on")) e.addEventListener(k.slice(2), v);
+		else if (k === "style") e.style.cssText = v;
 		else if (["value", "checked", "selected", "disabled", "hidden"].includes(k)) e[k] = v;
 		else if (v != null && v !== false) e.setAttribute(k, v === true ? "" : v);
 	}
@@ -19,6 +21,7 @@ export function h(kind, attrs, ...children) {
 	return e;
 }
 export const dot = c => h("span.dot", { style: `background:${c}` });
+export const sheet = (...rows) => h("div.scroll", h("table", rows));
 export const $ = id => document.getElementById(id);
 
 let key = sessionStorage.getItem("key") || "";
@@ -52,6 +55,8 @@ export function problem(error) {
 }
 // An event's handler whose failure is shown in words.
 export const guarded = f => async (...args) => { try { problem(null); await f(...args); } catch (e) { problem(e); } };
+
+export const sent = f => guarded(e => { e.preventDefault(); return f(); }); // of a form
 
 export const tip = {
 	box: $("tip"), pinned: false,
@@ -90,13 +95,15 @@ export const models = () => get("models");
 export const bySource = list => list.reduce((m, e) => { (m[e.source] ||= []).push(e); return m; }, {});
 export function modelSelect(id, list, chosen, onchange) {
 	const groups = Object.entries(bySource(list)).map(([source, entries]) => entries.length > 1 || entries[0].step != null
-		? h("optgroup", { label: source }, entries.map(e => h("option", { value: e.name, selected: e.name === chosen }, e.name)).reverse())
-		: h("option", { value: entries[0].name, selected: entries[0].name === chosen }, entries[0].name));
+		? h("optgroup", { label: source }, entries.map(e => option(e.name, e.name, chosen)).reverse())
+		: option(entries[0].name, entries[0].name, chosen));
 	return h("select", { id, onchange: e => onchange(e.target.value) }, groups);
 }
 export const newest = list => list.at(-1)?.name;
 export const nameOf = (list, name) => list.some(e => e.name === name) ? name : list.filter(e => name && (e.source === name || e.source + "@latest" === name)).at(-1)?.name;
 export const field = (label, input) => h("div.field", h("label", { for: input.id }, label), input);
+const option = (value, text, chosen) => h("option", { value, selected: value === chosen }, text);
+export const choice = (id, label, pairs, chosen, take) => field(label, h("select", { id, onchange: e => take(e.target.value) }, pairs.map(([v, t]) => option(v, t, chosen))));
 export const number = (id, label, value, attrs) => field(label, h("input", { type: "number", id, value, ...attrs }));
 
 // Tokens: how sure the model was is the strength of the colour behind them.

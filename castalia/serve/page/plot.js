@@ -43,7 +43,7 @@ export function smooth(y, window) {
 	});
 }
 
-// series: {name, color, x, y, faint, points}; marks: {x, kind, color, label, open}
+// series: {name, color, x, y, faint, points}; marks: {x, kind, color, label, open, quiet}
 export class Plot {
 	constructor(canvas, tip) {
 		this.canvas = canvas; this.tip = tip; this.data = null;
@@ -65,6 +65,7 @@ export class Plot {
 		const g = canvas.getContext("2d");
 		g.setTransform(ratio, 0, 0, ratio, 0, 0); g.clearRect(0, 0, w, h);
 		g.font = "12px system-ui, 'DejaVu Sans', sans-serif"; g.lineJoin = "round";
+		const line = (x0, y0, x1, y1) => { g.beginPath(); g.moveTo(x0, y0); g.lineTo(x1, y1); g.stroke(); };
 		const { logX, logY } = data, good = (v, log) => v != null && isFinite(v) && (!log || v > 0);
 		let x0 = Infinity, x1 = -Infinity, y0 = Infinity, y1 = -Infinity;
 		for (const s of data.series) for (let i = 0; i < s.x.length; i++) {
@@ -87,22 +88,22 @@ export class Plot {
 		this.map = { px, left, right, top, bottom, w, h, back: p => { const v = X0 + (p - left) / (w - left - right) * (X1 - X0); return logX ? Math.exp(v) : v; } };
 		g.strokeStyle = css("--line"); g.fillStyle = css("--soft"); g.lineWidth = 1; g.textBaseline = "middle"; g.textAlign = "right";
 		for (const v of yt) {
-			const y = Math.round(py(v)) + .5; g.globalAlpha = .6; g.beginPath(); g.moveTo(left, y); g.lineTo(w - right, y); g.stroke();
+			const y = Math.round(py(v)) + .5; g.globalAlpha = .6; line(left, y, w - right, y);
 			g.globalAlpha = 1; g.fillText(short(v), left - 6, y);
 		}
 		g.textBaseline = "top"; let last = -99;
 		for (const v of ticks(x0, x1, Math.max(2, w / 90), logX)) {
 			const x = px(v), t = short(v), half = g.measureText(t).width / 2;
-			g.beginPath(); g.moveTo(Math.round(x) + .5, h - bottom); g.lineTo(Math.round(x) + .5, h - bottom + 4); g.stroke();
+			line(Math.round(x) + .5, h - bottom, Math.round(x) + .5, h - bottom + 4);
 			if (x - half > last + 6) { g.textAlign = x + half > w ? "right" : "center"; g.fillText(t, x + half > w ? w : x, h - bottom + 6); last = x + half; }
 		}
-		g.beginPath(); g.moveTo(left, h - bottom + .5); g.lineTo(w - right, h - bottom + .5); g.stroke();
+		line(left, h - bottom + .5, w - right, h - bottom + .5);
 		if (data.xLabel) { g.textAlign = "center"; g.fillText(data.xLabel, (left + w - right) / 2, h - 14); }
 		g.save(); g.beginPath(); g.rect(left, top - 2, w - left - right + 2, h - top - bottom + 4); g.clip();
 		for (const m of data.marks || []) if (good(m.x, logX)) {
 			const x = Math.round(px(m.x)) + .5;
-			g.strokeStyle = m.color; g.globalAlpha = m.kind === "save" ? .22 : .75; g.setLineDash(m.kind === "restart" ? [4, 3] : []);
-			g.beginPath(); g.moveTo(x, m.kind === "save" ? h - bottom - 7 : top); g.lineTo(x, h - bottom); g.stroke();
+			g.strokeStyle = m.color; g.globalAlpha = m.quiet ? .3 : .75; g.setLineDash(m.kind === "start" ? [4, 3] : []);
+			line(x, m.quiet ? h - bottom - 7 : top, x, h - bottom);
 		}
 		g.setLineDash([]);
 		for (const s of data.series) {
@@ -125,16 +126,16 @@ export class Plot {
 			flush(); g.stroke();
 		}
 		g.restore(); g.globalAlpha = 1;
-		for (const m of data.marks || []) if (m.kind !== "save" && good(m.x, logX)) {
+		for (const m of data.marks || []) if (!m.quiet && good(m.x, logX)) {
 			const x = px(m.x); g.fillStyle = m.color; g.beginPath(); g.moveTo(x - 5, 3); g.lineTo(x + 5, 3); g.lineTo(x, 12); g.fill();
 		}
 		if (this.at != null) {
-			g.strokeStyle = css("--soft"); g.globalAlpha = .6; g.beginPath(); g.moveTo(this.at, top); g.lineTo(this.at, h - bottom); g.stroke(); g.globalAlpha = 1;
+			g.strokeStyle = css("--soft"); g.globalAlpha = .6; line(this.at, top, this.at, h - bottom); g.globalAlpha = 1;
 		}
 	}
 	mark(e) {
 		if (!this.map) return null;
-		const near = (this.data.marks || []).filter(m => m.kind !== "save").map(m => [Math.abs(this.map.px(m.x) - e.offsetX), m]).sort((a, b) => a[0] - b[0])[0];
+		const near = (this.data.marks || []).filter(m => m.label).map(m => [Math.abs(this.map.px(m.x) - e.offsetX), m]).sort((a, b) => a[0] - b[0])[0];
 		return near && near[0] < 7 ? near[1] : null;
 	}
 	hover(e) {

@@ -1,5 +1,5 @@
 // Runs: a table of all, curves of those that are chosen, their events, documents and settings.
-import { h, dot, get, put, guarded, problem, tip, Plot, color, short, smooth, field } from "./page.js";
+import { h, dot, get, put, guarded, sent, problem, tip, Plot, color, short, smooth, field, sheet, choice } from "./page.js";
 
 const NAMES = { lr: "learning rate", grad_norm: "gradient norm", tokens_per_second: "tokens per second", margin: "reward margin", accuracy: "accuracy", loss_scale: "loss scale", kl: "KL", skipped: "skipped steps" };
 const LEFT_OUT = new Set(["step", "tokens", "seconds", "loss", "valid_loss", "valid_perplexity"]);
@@ -25,10 +25,10 @@ export async function runsView(main, q) {
 	const check = (id, label, name) => h("label.check", { for: id }, h("input", { type: "checkbox", id, checked: look[name], onchange: e => set({ [name]: e.target.checked }) }), label);
 	main.replaceChildren(
 		h("h1", "Runs"),
-		h("div.scroll", h("table", h("thead", h("tr", ["run", "state"].map(t => h("th", t)), ["step", "loss", "validation", "tokens/s", "left"].map(t => h("th.n", t)), h("th", "events"))), body)),
+		sheet(h("thead", h("tr", ["run", "state", "step", "loss", "validation", "tokens/s", "left", "events"].map((t, i) => h(i > 1 && i < 7 ? "th.n" : "th", t)))), body),
 		h("div.bar", { role: "group", "aria-label": "Axes" },
-			field("across", h("select", { id: "x", onchange: e => set({ x: e.target.value }) }, [["step", "steps"], ["tokens", "tokens"], ["time", "time of training"]].map(([v, t]) => h("option", { value: v, selected: look.x === v }, t)))),
-			field("smoothing", h("select", { id: "smooth", onchange: e => set({ smooth: +e.target.value }) }, [[0, "none"], [2, "2 %"], [5, "5 %"], [10, "10 %"]].map(([v, t]) => h("option", { value: v, selected: look.smooth === v }, t)))),
+			choice("x", "across", [["step", "steps"], ["tokens", "tokens"], ["time", "time of training"]], look.x, x => set({ x })),
+			choice("smooth", "smoothing", [[0, "none"], [2, "2 %"], [5, "5 %"], [10, "10 %"]], look.smooth, v => set({ smooth: +v })),
 			check("logx", "logarithmic across", "logx"), check("logy", "logarithmic loss", "logy")),
 		h("figure.big", h("figcaption", "loss ", h("span", "in nats per token; dots: validation; ▼ events")), big), legend, small, log, docs, settings);
 
@@ -67,12 +67,13 @@ export async function runsView(main, q) {
 		for (const name of names) {
 			const d = data[name], [x] = across(d), place = step => { const i = d.step.findIndex(s => s >= step); return i < 0 ? x.at(-1) : x[i]; };
 			for (const e of facts[name].events) {
-				const many = names.length > 1 ? `${name}: ` : "";
-				if (e.event === "save") out.push({ x: place(e.step), kind: "save", color: css("--soft") });
-				if (e.event === "start" && e.step > 0) out.push({ x: place(e.step), kind: "restart", color: css("--soft"), label: `${many}started again after step ${e.step}` });
-				if (e.event === "rewind") out.push({ x: place(e.step), kind: "rewind", color: css("--warn"), label: `${many}went back to step ${e.back_to}` });
-				if (e.event === "spike" || e.event === "overflow" || e.event === "error") out.push({ x: place(e.step), kind: e.event, color: css("--bad"), label: `${many}${e.event} at step ${e.step}; click for its documents`, open: guarded(() => documents(name, e.step)) });
-				if (e.event === "tasks" || e.event === "slow" || e.event === "dead units") out.push({ x: place(e.step), kind: e.event, color: css("--warn"), label: `${many}${e.event} at step ${e.step}` });
+				const kind = e.event, at = `at step ${e.step}`, mark = (hue, label, more) => out.push({ x: place(e.step), kind, color: css(hue), label: (names.length > 1 ? name + ": " : "") + label, ...more });
+				if (kind === "save") mark("--soft", `saved ${at}`, { quiet: true });
+				else if (kind === "evaluation") mark("--ink", `validation ${short(e.loss ?? e.accuracy)} ${at}`, { quiet: true });
+				else if (kind === "start") e.step > 0 && mark("--soft", `started again after step ${e.step}`);
+				else if (kind === "rewind") mark("--warn", `went back to step ${e.back_to}`);
+				else if (["spike", "overflow", "error"].includes(kind)) mark("--bad", `${kind} ${at}; click for its documents`, { open: guarded(() => documents(name, e.step)) });
+				else if (["tasks", "slow", "dead units"].includes(kind)) mark("--warn", `${kind} ${at}`);
 			}
 		}
 		return out;
@@ -112,14 +113,14 @@ export async function runsView(main, q) {
 			h("td", e.pieces || e.event === "spike" ? h("button.plain", { onclick: guarded(() => documents(n, e.step)) }, "documents") : ""));
 		const step = h("input", { type: "number", id: "docstep", min: 1, value: 1 });
 		log.replaceChildren(h("details", { open: told.some(([, e]) => e.event === "spike" || e.event === "error") }, h("summary", `Events (${told.length})`),
-			h("div.scroll", h("table", h("thead", h("tr", h("th", "run"), h("th.n", "step"), h("th", "event"), h("th", "what"), h("th", ""))), h("tbody", told.map(row))))),
-			names.length ? h("form.bar", { onsubmit: guarded(e => { e.preventDefault(); return documents(names[0], +step.value); }) }, field(`documents of a step of ${names[0]}`, step), h("button", "Show")) : "");
+			sheet(h("thead", h("tr", ["run", "step", "event", "what", ""].map(t => h(t === "step" ? "th.n" : "th", t)))), h("tbody", told.map(row)))),
+			names.length ? h("form.bar", { onsubmit: sent(() => documents(names[0], +step.value)) }, field(`documents of a step of ${names[0]}`, step), h("button", "Show")) : "");
 		settings.replaceChildren(...names.map(name => {
 			const filter = h("input", { type: "search", id: "find-" + name }), rows = h("tbody"), all = facts[name].settings;
 			const fill = () => { const t = filter.value.toLowerCase(); rows.replaceChildren(...all.filter(s => t ? s.path.includes(t) : s.changed).map(s => h("tr", h("td.k", s.path), h("td.k", typeof s.value === "string" ? s.value : JSON.stringify(s.value)), h("td.soft", s.origin)))); };
 			filter.addEventListener("input", fill); fill();
 			return h("details", h("summary", `Config of ${name}`), h("div.bar", field("find among all settings; those that differ from the defaults stand below", filter)),
-				h("div.scroll", h("table", h("thead", h("tr", ["setting", "value", "from"].map(t => h("th", t)))), rows)));
+				sheet(h("thead", h("tr", ["setting", "value", "from"].map(t => h("th", t)))), rows));
 		}));
 	}
 	async function documents(name, step) {

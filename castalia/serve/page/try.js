@@ -1,31 +1,30 @@
 // Try: a prompt, or a conversation, continued token by token; every token tells how likely it was, and what else was.
-import { h, api, get, put, guarded, problem, tip, models, noModel, noted, modelSelect, newest, nameOf, field, number, tokens, each, surprise, percent, visible } from "./page.js";
+import { h, api, post, put, guarded, sent, problem, tip, models, noModel, noted, modelSelect, newest, nameOf, field, number, tokens, each, surprise, percent, visible } from "./page.js";
 
 const TOP = 10;
 
 export async function tryView(main, q) {
 	const list = await models();
 	if (!list.length) return noModel(main, "Try");
-	let model = nameOf(list, q.get("model")) || newest(list), template = false, turns = [], stop = null, line = [], prompt = null, said = "", given = "";
-	const input = h("textarea", { id: "prompt", rows: 3, value: q.get("prompt") ?? "", placeholder: "A text to continue", spellcheck: "false" });
-	const knobs = { temperature: q.get("temperature") ?? 0.8, max: q.get("max") ?? 80, seed: q.get("seed") ?? "" };
+	let model = nameOf(list, q.get("model")) || newest(list), template = false, limit = Infinity, turns = [], stop = null, line = [], prompt = null, said = "", given = "";
+	const input = h("textarea", { id: "prompt", rows: 3, value: q.get("prompt") ?? "", spellcheck: "false" });
 	const out = tokens(h("div.text", { id: "out", role: "group", "aria-label": "What the model writes" })), talk = h("div"), note = h("p.hint", { "aria-live": "polite" });
-	const go = h("button.main", { type: "submit" }, "Write"), halt = h("button", { type: "button", hidden: true, onclick: () => stop?.abort() }, "Stop");
+	const go = h("button.main", "Write"), halt = h("button", { hidden: true, onclick: () => stop?.abort() }, "Stop");
 	const chat = h("input", { type: "checkbox", id: "chat", checked: q.has("chat"), onchange: () => { turns = []; clear(); arrange(); } });
 	const chatLabel = h("label.check", { for: "chat", hidden: true }, chat, "as a conversation");
 	const value = id => main.querySelector("#" + id).value;
 	const isChat = () => template && chat.checked;
 
 	main.replaceChildren(h("h1", "Try"),
-		h("form", { onsubmit: guarded(e => { e.preventDefault(); return write(); }) },
+		h("form", { onsubmit: sent(write) },
 			h("div.bar", field("checkpoint", modelSelect("model", list, model, guarded(m => { model = m; put({ model }); return look(); }))),
-				number("temperature", "temperature (0: the likeliest)", knobs.temperature, { min: 0, max: 5, step: 0.1 }), number("max", "tokens at most", knobs.max, { min: 1, max: 4000 }), number("seed", "seed", knobs.seed, { placeholder: "any" }), chatLabel),
+				number("temperature", "temperature (0: the likeliest)", q.get("temperature") ?? 0.8, { min: 0, max: 5, step: 0.1 }), number("max", "tokens at most", q.get("max") ?? 80, { min: 1 }), number("seed", "seed", q.get("seed") ?? "", { placeholder: "any" }), chatLabel),
 			talk, field("prompt", input), h("div.bar", go, halt, h("span.hint", "likely", h("span.scale", { style: "background:linear-gradient(90deg, rgba(222,120,20,0), rgba(222,120,20,.62))" }), "surprising. Point at a token for what else was likely; choose one to write on from there."))),
 		out, note);
 	input.addEventListener("keydown", e => { if (e.key === "Enter" && (e.ctrlKey || e.metaKey)) e.target.form.requestSubmit(); });
 
 	async function look() {
-		try { template = !!(await (await api("/tokenizer_info?" + new URLSearchParams({ model }))).json()).chat_template; }
+		try { const info = await (await api("/tokenizer_info?" + new URLSearchParams({ model }))).json(); template = !!info.chat_template; limit = main.querySelector("#max").max = info.max_model_len; }
 		catch (e) { template = false; throw e; } finally { chatLabel.hidden = !template; arrange(); }
 	}
 	function arrange() {
@@ -62,23 +61,25 @@ export async function tryView(main, q) {
 		const mine = stop = new AbortController(), began = performance.now(), decoder = new TextDecoder();
 		go.disabled = true; halt.hidden = false;
 		if (!line.length) out.replaceChildren(lead());
-		const first = line.length; let reason = null;
+		const first = line.length, wanted = body.max_tokens || +value("max"); let reason = null, room = 0;
 		try {
+			// The last token is never read.
+			room = limit + 1 - (Array.isArray(body.prompt) ? body.prompt.length : (await post("/tokenize", { model, messages: body.messages, prompt: body.prompt }, mine.signal)).count);
 			const path = body.messages ? "/v1/chat/completions" : "/v1/completions", seed = value("seed");
-			const answer = await api(path, { model, temperature: +value("temperature"), max_tokens: +value("max"), ...(seed === "" ? {} : { seed: +seed }), stream: true, return_token_ids: true, ...body }, mine.signal);
+			const answer = await api(path, { model, temperature: +value("temperature"), ...(seed === "" ? {} : { seed: +seed }), stream: true, return_token_ids: true, ...body, max_tokens: Math.max(1, Math.min(wanted, room)) }, mine.signal);
 			await each(answer, piece => {
 				const c = piece.choices[0];
 				if (!c) return;
 				if (c.prompt_token_ids && !prompt) prompt = c.prompt_token_ids;
 				said += c.delta?.content ?? c.text ?? "";
-			reason = c.finish_reason || reason;
+				reason = c.finish_reason || reason;
 				for (const t of entries(c.logprobs)) add({ ...t, text: decoder.decode(new Uint8Array(t.bytes), { stream: true }) });
 			});
 		} catch (e) { if (e.name !== "AbortError") throw e; reason = "stopped"; }
 		finally {
 			if (stop === mine) { go.disabled = false; halt.hidden = true; }
 			const n = line.length - first, s = (performance.now() - began) / 1000, mean = line.reduce((sum, t) => sum + t.logprob, 0) / (line.length || 1);
-			if (n > 0) note.textContent = `${n} tokens in ${s.toFixed(1)} s, ${(n / s).toFixed(1)} a second; mean log-probability ${mean.toFixed(2)}${{ length: "; as many as were allowed", stop: "; the model ended the text", stopped: "; stopped" }[reason] || ""}`;
+			if (n > 0) note.textContent = `${n} tokens in ${s.toFixed(1)} s, ${(n / s).toFixed(1)} a second; mean log-probability ${mean.toFixed(2)}${{ length: n < wanted ? "; as many as the model has room for" : "; as many as were allowed", stop: "; the model ended the text", stopped: "; stopped" }[reason] || ""}`;
 		}
 	}
 	function entries(l) { // both forms of log-probabilities
@@ -89,13 +90,13 @@ export async function tryView(main, q) {
 	function add(t) { line.push(t); out.append(token(t, line.length - 1)); }
 	function token(t, place) {
 		const p = Math.exp(t.logprob);
-		return h("button", { type: "button", class: "tok", "data-id": t.id, style: surprise(p), tabindex: place ? -1 : 0, "aria-label": `${visible(t.text)}, ${percent(p)}`, ...noted(() => others(t, place)),
+		return h("button.tok", { "data-id": t.id, style: surprise(p), tabindex: place ? -1 : 0, "aria-label": `${visible(t.text)}, ${percent(p)}`, ...noted(() => others(t, place)),
 			onclick: e => { tip.show(e.currentTarget, others(t, place), true); tip.box.querySelector("button")?.focus(); } }, t.text);
 	}
 	function others(t, place) {
 		const most = Math.max(...t.top.map(a => a.logprob), t.logprob), rows = [...t.top].sort((a, b) => b.logprob - a.logprob);
 		return h("div", h("div.soft", `${visible(t.text)} had ${percent(Math.exp(t.logprob))}`),
-			h("table", rows.map(a => h("tr", h("td", h("button", { type: "button", "aria-label": `write on with ${visible(a.text)}`, onclick: () => branch(place, a.id) }, (a.id === t.id ? "▸ " : "  ") + visible(a.text))),
+			h("table", rows.map(a => h("tr", h("td", h("button", { "aria-label": `write on with ${visible(a.text)}`, onclick: () => branch(place, a.id) }, (a.id === t.id ? "▸ " : "  ") + visible(a.text))),
 				h("td.n", percent(Math.exp(a.logprob))), h("td.bar-cell", h("span.meter", { style: `width:${100 * Math.exp(a.logprob - most)}%` }))))));
 	}
 	arrange();

@@ -18,10 +18,10 @@ from castalia.generate.text import generate_text
 from castalia.loading import tokenizer_at
 from castalia.plan.stream_plan import PROGRAM_BYTES
 from castalia.serve import catalogue
-from castalia.serve import library as shelves
+from castalia.serve import loaded_models as shelves
 from castalia.serve.app import build_app
 from castalia.serve.catalogue import Catalogue
-from castalia.serve.library import Busy, Library
+from castalia.serve.loaded_models import Busy, Library
 
 
 @pytest.fixture

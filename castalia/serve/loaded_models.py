@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-import anyio
-import anyio.to_thread
 import torch
 
-from castalia.checkpoint.opener import open_checkpoint
 from castalia.checkpoint.restore import architecture, load_tokenizer_for, require_finite
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.schema import ModelConfig
@@ -28,13 +27,17 @@ from castalia.model.transformer import Transformer
 from castalia.plan.flops import kv_cache_bytes
 from castalia.plan.serve_plan import CHUNK_TOKENS, ROWS, UNKNOWN_LENGTH, ServingPlan, serving_plan
 from castalia.plan.stream_plan import PROGRAM_BYTES, SHARE, generation_work, least_budget, plan_stream
-from castalia.serve.catalogue import ModelEntry
+from castalia.serve.catalogue import ModelEntry, open_entry
 from castalia.serve.engine import Engine, TextRow
 from castalia.serve.worker import Worker
 from castalia.streaming.open_streamed import free_on, open_streamed
 from castalia.streaming.stream_units import units_of
 from castalia.streaming.streamed_model import StreamedTransformer
 from castalia.train.hardware import choose_device, choose_dtype
+
+if TYPE_CHECKING:
+    from castalia.parallel.inference import SplitModel
+    from castalia.serve.followers import Ranks
 
 ROOM_SECONDS = 60.0  # that a request waits for others to give up their checkpoints
 STREAMED_WIDTHS = (1, 2, 4)  # texts at a time of a model that is read from disk in each step
@@ -51,7 +54,7 @@ class LoadedModel:
 
     entry: ModelEntry
     checkpoint: Checkpoint
-    model: Transformer
+    model: Transformer | SplitModel
     tokenizer: Tokenizer
     plan: ServingPlan
     engine: Engine
@@ -63,15 +66,19 @@ class LoadedModel:
 class Library:
     """The loaded checkpoints, and the thread that computes with them."""
 
-    def __init__(self, memory: int | None = None, device: str = "auto") -> None:
-        """`memory`: bytes for weights, keys and values; None: a share of what is free on the device."""
-        self.device = choose_device(device)
-        self.memory = memory or int(SHARE * free_on(self.device))
+    def __init__(self, memory: int | None = None, device: str = "auto", ranks: Ranks | None = None) -> None:
+        """`memory`: bytes of this process for weights, keys and values; None: a share of what is free on the device.
+
+        `ranks`: the processes that share each model; the library is that of the first one.
+        """
+        self.device, self.ranks = choose_device(device), ranks
+        sharing = int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if ranks and self.device.type == "cpu" else 1
+        self.memory = memory or int(SHARE * free_on(self.device)) // sharing
         self.loaded: dict[str, LoadedModel] = {}  # by path; the latest used comes last
         self.users: dict[str, int] = {}  # leases that are out or waited for, by path
         self.change = threading.Condition()  # of both
         self.loader = ThreadPoolExecutor(1)  # one checkpoint is loaded at a time
-        self.worker = Worker()
+        self.worker = Worker(partial(ranks.tell, "wait") if ranks else None)
 
     @asynccontextmanager
     async def lease(self, entry: ModelEntry) -> AsyncIterator[LoadedModel]:
@@ -103,12 +110,14 @@ class Library:
 
     async def compute(self, function: Callable[[], Any]) -> Any:
         """The result of a function that runs between two steps, in the thread that computes."""
-        return await anyio.to_thread.run_sync(self.worker.call(function).result)
+        return await asyncio.wrap_future(self.worker.call(function))
 
     def close(self) -> None:
         """End the threads."""
         self.loader.shutdown(cancel_futures=True)
         self.worker.stop()
+        if self.ranks and self.worker.lost is None:
+            self.ranks.tell("end")
 
     def _load_wanted(self, entry: ModelEntry) -> None:
         """Load a checkpoint unless another request has done so, or everybody has gone."""
@@ -121,15 +130,25 @@ class Library:
         self.worker.engines = [*self.worker.engines, loaded.engine]
 
     def _load(self, entry: ModelEntry) -> LoadedModel:
-        checkpoint = open_checkpoint(entry.path, base=entry.base) if entry.base else open_checkpoint(entry.path)
+        checkpoint = open_entry(entry)
         cfg, tokenizer = architecture(checkpoint), load_tokenizer_for(checkpoint)
         if cfg.reward_head:
             raise ConfigError(f"{entry.name} is a reward model: it judges texts and predicts no tokens")
         cpu = self.device.type == "cpu"
         model: Transformer
         dtype = choose_dtype("fp32" if cpu else "auto", self.device)
-        plan = serving_plan(cfg, dtype.itemsize, self.memory)
+        plan = serving_plan(cfg, dtype.itemsize, self.memory, self.ranks.layout if self.ranks else None)
         chat, ends = _chat_of(tokenizer)
+        if self.ranks:
+            if plan is None:
+                raise ConfigError(
+                    f"{entry.name} does not fit into {self.memory / 1e9:.3g} GB on each of {self.ranks.layout.gpus} "
+                    "processes; give a larger --memory, or start more with --tp and --pp"
+                )
+            self._make_room(plan.total)
+            # In the thread that computes, so that all ranks load between the same two steps.
+            engine = self.worker.call(partial(self.ranks.load, entry, checkpoint, tokenizer, plan)).result()
+            return LoadedModel(entry, checkpoint, engine.model, tokenizer, plan, engine, chat, ends)
         if plan is None:
             model, plan = self._streamed(entry, checkpoint, cfg)
             engine = Engine(model, tokenizer, plan, STREAMED_WIDTHS)
@@ -179,6 +198,8 @@ class Library:
             return False  # then nothing is dropped in vain
         while self.used + needed > self.memory:
             dropped = self.loaded.pop(idle.pop(0))
+            if self.ranks:
+                self.worker.call(partial(self.ranks.drop, dropped.entry))
             self.worker.engines = [engine for engine in self.worker.engines if engine is not dropped.engine]
         return True
 
