@@ -50,7 +50,6 @@ class ServingPlan:
         return self.kv_budget - self.prefix_budget
 
 
-
 def serving_plan(
     model: ModelConfig, element_bytes: int, memory: int, layout: Layout | None = None
 ) -> ServingPlan | None:
@@ -65,7 +64,9 @@ def serving_plan(
     weights = (parameters + copied_head) * element_bytes
     tokens = max(ROWS, CHUNK_TOKENS)
     working = block_working_bytes(model, tokens, element_bytes) + tokens * vocab * LOGITS_BYTES
-    kv_each = kv_cache_bytes(model, element_bytes) * layers // model.num_layers // layout.tp
+    # Where only some blocks have attention, one rank may have all of those.
+    part = model.num_layers if model.other_kinds else layers
+    kv_each = kv_cache_bytes(model, element_bytes) * part // model.num_layers // layout.tp
     length = model.max_positions or UNKNOWN_LENGTH
     state_each = state_bytes(model, element_bytes)
     least = (length * kv_each + state_each) * PREFIX_SHARE // (PREFIX_SHARE - 1) + PREFIX_SHARE
