@@ -8,7 +8,8 @@ falls linearly to nothing, batches of 8, gradients clipped at 1, fp32. GPT-2's o
 (--gpt2) make a step in a minute on two cores, so there is what its user would try next: the size, the length and the
 tokenizer that castalia chose, `transformers, small`; and that at 20 times the rate, `tuned rate`. All sides see the
 held-out text only when they are judged, in windows of their own length. Bits per byte count all of its bytes, so that
-other lengths and vocabularies compare.
+other lengths and vocabularies compare. `cores` says how much of the machine each got: CPU seconds a second, of the
+whole command for castalia, of the training for the others; on a machine that others use they have to be alike.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -52,7 +54,9 @@ def ours(folder: Path, output: Path, minutes: float, threads: int) -> dict:
     words = [f"train.max_hours={minutes / 60}"]
     command = [sys.executable, "-m", "castalia", "start", str(folder), "--output", str(output), "--hours"]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    begin = time.perf_counter()
     subprocess.run([*command, str(minutes / 60 / 0.85), *words], check=True, env=environment, stdout=sys.stderr)
+    used, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - begin
     report = subprocess.run(
         [sys.executable, "-m", "castalia", "report", str(output), "--json"], check=True, capture_output=True, text=True
     )
@@ -63,6 +67,9 @@ def ours(folder: Path, output: Path, minutes: float, threads: int) -> dict:
         "parameters": parameters,
         "steps": records[-1]["step"],
         "tokens": records[-1]["tokens"],
+        "training_seconds": sum(record["seconds"] for record in records),
+        "seconds": wall,
+        "cores": (used.ru_utime + used.ru_stime) / wall,
         "bits_per_byte": json.loads(report.stdout)["score"]["bits_per_byte"],
     }
 
@@ -81,7 +88,7 @@ def theirs(peer: Peer, run: Path, minutes: float) -> dict:
     )  # fmt: skip
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=peer.rate, weight_decay=0.0)
-    random, begin, step = np.random.default_rng(0), time.perf_counter(), 0
+    random, begin, cpu, step = np.random.default_rng(0), time.perf_counter(), time.process_time(), 0
     while (spent := (time.perf_counter() - begin) / (60 * minutes)) < 1:
         optimizer.param_groups[0]["lr"] = peer.rate * (1 - spent)
         starts = random.integers(0, len(text) - peer.length, BATCH)
@@ -91,11 +98,14 @@ def theirs(peer: Peer, run: Path, minutes: float) -> dict:
         optimizer.step()
         optimizer.zero_grad()
         step += 1
+    wall, used = time.perf_counter() - begin, time.process_time() - cpu
     return {
         "name": peer.name,
         "parameters": sum(each.numel() for each in model.parameters()),
         "steps": step,
         "tokens": step * BATCH * peer.length,
+        "training_seconds": wall,
+        "cores": used / wall,
         "bits_per_byte": judged(model, run, peer.length),
     }
 
