@@ -15,6 +15,7 @@ def command(
     output: Annotated[Path, typer.Option(help="the file to write: NAME.safetensors")],
     tokenizer: Annotated[str | None, typer.Option(help="tokenizer file, where the checkpoint has none")] = None,
     step: Annotated[int | None, typer.Option(help="which of several checkpoints; default: the latest")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one object that says what was written")] = False,
 ) -> None:
     """Write what each token is inside the model: the residual stream at chosen layers, in fp32.
 
@@ -32,6 +33,7 @@ def command(
     from castalia.errors import ConfigError, DataError
     from castalia.examine.residuals import parse_layers, write_activations
     from castalia.loading import build_model
+    from castalia.strict_json import to_json
     from castalia.train.hardware import choose_device
     from castalia.units import file_size
 
@@ -47,6 +49,10 @@ def command(
     chosen = parse_layers(layers, model.cfg.num_layers)
     with progress() as advance:
         tokens = write_activations(model, words, file, chosen, output, advance)
+    if as_json:
+        size = {"hidden_size": model.cfg.hidden_size, "bytes": output.stat().st_size}
+        print(to_json({"path": str(output), "tokens": tokens, "layers": list(chosen), **size}))
+        return
     shown = ", ".join(map(str, chosen))
     print(f"{output}: {tokens:,} tokens, layers {shown}, {model.cfg.hidden_size} values each")
     print(f"{file_size(output.stat().st_size)} on disk")

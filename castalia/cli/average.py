@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -22,6 +23,7 @@ def command(
         Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="of the result; default: that of the weights")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="replace the folder")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one object at the end, all else on standard error")] = False,
 ) -> None:
     """Average the weights of checkpoints. average.json beside them says what they are the average of.
 
@@ -32,6 +34,7 @@ def command(
 
     Sums are computed in fp64, a piece at a time, from fp32 masters where there are any.
     """
+    from contextlib import nullcontext, redirect_stdout
     from dataclasses import replace
 
     from castalia.checkpoint import convert
@@ -39,8 +42,9 @@ def command(
     from castalia.checkpoint.opener import open_checkpoint
     from castalia.cli.convert import torch_dtype, write_plan
     from castalia.errors import ConfigError
-    from castalia.series.average import averaged, origin_output, shares_of
+    from castalia.series.average import averaged, origin_of, origin_output, shares_of
     from castalia.series.members import find_series, opened
+    from castalia.strict_json import to_json
 
     if len(words) == 1 or last or steps:
         chosen = find_series(words, steps)[-last if last else None :]
@@ -57,9 +61,13 @@ def command(
     plan = convert.plan_files(to, result, options)
     plan = replace(plan, outputs=(*plan.outputs, origin_output(checkpoints, shares)))
     mark = f"{convert.identity(result, options, plan)} {shares} {[checkpoint.path for checkpoint in checkpoints]}"
-    for checkpoint, share in zip(checkpoints, shares, strict=True):
-        print(f"{share:.4f} of {checkpoint.path}, step {checkpoint.progress.step}", flush=True)
-    write_plan(plan, output, mark, "", force, False)
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        for checkpoint, share in zip(checkpoints, shares, strict=True):
+            print(f"{share:.4f} of {checkpoint.path}, step {checkpoint.progress.step}", flush=True)
+        write_plan(plan, output, mark, "", force, False)
+    if as_json:
+        written = {"files": [each.name for each in plan.outputs], "bytes": plan.num_bytes}
+        print(to_json({"path": str(output), "format": to, **origin_of(checkpoints, shares), **written}, indent=1))
 
 
 def _numbers(text: str) -> list[float]:

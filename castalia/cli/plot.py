@@ -24,6 +24,7 @@ def command(
         bool, typer.Option("--log-y", help="a logarithmic axis for losses; default: where they span decades")
     ] = False,
     follow: Annotated[bool, typer.Option("--follow", help="draw again every five seconds while a run trains")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one object: the picture's file, and the curves")] = False,
 ) -> None:
     """Draw curves of one or more runs into a picture and in the terminal.
 
@@ -32,12 +33,15 @@ def command(
       castalia plot runs/first
       castalia plot runs --x tokens --output all.png
     """
-    from castalia.errors import DataError
+    from castalia.errors import ConfigError, DataError
     from castalia.figures import check_picture, write_picture
-    from castalia.observe.curves import loss_figure, measured, terminal_curves
+    from castalia.observe.curves import curves_of, loss_figure, measured, terminal_curves
     from castalia.observe.run_labels import default_picture, records_of, runs_below
+    from castalia.strict_json import to_json
 
     check_picture(output, "--output")
+    if follow and as_json:
+        raise ConfigError("--json says once what --follow draws again and again: leave one of them out")
     folders = list(dict.fromkeys(folder for path in runs for folder in runs_below(path)))
 
     def text() -> str:
@@ -50,6 +54,13 @@ def command(
         raise DataError(f"no steps to plot yet in {', '.join(map(str, folders))}")
     target = output or default_picture(folders)
     write_picture(loss_figure(records, x, log_y), target)
+    if as_json:
+        found = [
+            {"run": str(folder), "name": name, "curves": curves_of(steps, x)}
+            for folder, (name, steps) in zip(folders, records.items(), strict=True)
+        ]
+        print(to_json({"picture": str(target), "x": x, "runs": found}))
+        return
     if not follow:
         print(text())
     print(f"wrote {target}")

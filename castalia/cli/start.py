@@ -5,10 +5,13 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from castalia.strict_json import to_json
 
 HOURS = 1.0
 
@@ -24,6 +27,7 @@ def command(
         Path | None, typer.Option(help="the run's folder  [default: runs/ and the folder's name]")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="look, measure and say the plan; write nothing")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one object at the end, all else on standard error")] = False,
 ) -> None:
     """Train a model on a folder of text, in the time that you have.
 
@@ -47,13 +51,16 @@ def command(
     wanted = None if parameters else hours or HOURS
     # Compared when the command is given again, perhaps from elsewhere: hence the whole path.
     asked = {"folder": str(folder.resolve()), "hours": wanted, "size": parameters, "words": words or []}
-    start_run(
-        folder,
-        run,
-        asked,
-        begin,
-        dry_run=dry_run,
-        command=shlex.join(["castalia", *sys.argv[1:]]),
-        colored=sys.stdout.isatty(),
-        say=lambda line: print(line, flush=True),
-    )
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        result = start_run(
+            folder,
+            run,
+            asked,
+            begin,
+            dry_run=dry_run,
+            command=shlex.join(["castalia", *(word for word in sys.argv[1:] if word != "--json")]),
+            colored=sys.stdout.isatty(),
+            say=lambda line: print(line, flush=True),
+        )
+    if as_json:
+        print(to_json(result, indent=1))

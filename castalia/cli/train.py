@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
+from dataclasses import asdict
 from os.path import exists
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from castalia.strict_json import to_json
 
 if TYPE_CHECKING:
     from castalia.config.schema import RunConfig
@@ -34,6 +39,9 @@ def command(
         Path | None, typer.Option(help="begin a branch of RUN in this folder, at checkpoint.step=N or its last step")
     ] = None,
     verbose: Verbose = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="one object at the end, as `status` has it; all else on standard error")
+    ] = False,
 ) -> None:
     """Train, fine-tune or resume a run.
 
@@ -60,15 +68,46 @@ def command(
         from castalia.parallel.launcher import relaunch
 
         refuse(find_obstacles(config, nproc))  # once, before many processes say the same
-        arguments = ["train", *configs, *(["--dry-run"] if dry_run else []), *(["--verbose"] if verbose else [])]
+        given = {"--dry-run": dry_run, "--verbose": verbose, "--json": as_json}
+        arguments = ["train", *configs, *(option for option, wanted in given.items() if wanted)]
         relaunch(nproc, arguments, 0 if dry_run else RESTARTS, log_dir)
-    if dry_run:
-        refuse(find_obstacles(config))
-        from castalia.train.dry_run import rehearse
-
-        rehearse(config, verbose)
+    if as_json:
+        _tell_as_json(config, dry_run, verbose)
+    elif dry_run:
+        _rehearse(config, verbose)
     else:
         train(config, verbose)
+
+
+def _rehearse(config: RunConfig, verbose: bool) -> dict[str, Any]:
+    from castalia.train.start_checks import find_obstacles, refuse
+
+    refuse(find_obstacles(config))
+    from castalia.train.dry_run import rehearse
+
+    return rehearse(config, verbose)
+
+
+def _tell_as_json(config: RunConfig, dry_run: bool, verbose: bool) -> None:
+    """Print where the run stands when it ends, also when a signal ended it, or what one step showed."""
+    from castalia.errors import Stopped
+    from castalia.parallel.process_group import is_main
+    from castalia.train.run_folder import run_folder
+    from castalia.train.status import read_status
+
+    stop: Stopped | None = None
+    with redirect_stdout(sys.stderr):
+        try:
+            if dry_run:
+                step = _rehearse(config, verbose)
+            else:
+                train(config, verbose)
+        except Stopped as signal:
+            stop = signal
+    if is_main():
+        print(to_json(step if dry_run else asdict(read_status(run_folder(config))), indent=1))
+    if stop:
+        raise stop
 
 
 def train(config: RunConfig, verbose: bool = False) -> str:

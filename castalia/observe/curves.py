@@ -50,6 +50,12 @@ def curve(records: Sequence[Mapping[str, Any]], name: str, x: X = "step") -> Cur
     return Curve([place for place, _ in points], [value for _, value in points])
 
 
+def curves_of(steps: Sequence[Mapping[str, Any]], x: X) -> dict[str, dict[str, list[float]]]:
+    """All that is drawn of a run, by name: places on the axis (`time`: seconds) and values."""
+    own = ["loss", "valid_loss", *MEASURES, *(f"valid_{name}" for name in PREFERENCES)]
+    return {name: found._asdict() for name in own if (found := curve(steps, name, x)).x}
+
+
 def smoothed(values: list[float], window: int) -> list[float]:
     """A centred moving average over `window` values, which becomes narrower towards both ends."""
     import numpy as np

@@ -24,7 +24,7 @@ from castalia.quickstart.look import Folder, look
 from castalia.quickstart.measure import measure_pace, seconds_per_step
 from castalia.reading import read_json
 from castalia.report.report_text import lines
-from castalia.report.run_report import REASONS, write_report
+from castalia.report.run_report import REASONS, Report, write_report
 from castalia.train.hardware import choose_device, choose_dtype, device_and_memory, machine_name, name_of
 from castalia.train.loop import train
 from castalia.train.run_folder import is_run, refuse_second_start
@@ -45,8 +45,10 @@ def start_run(
     command: str,
     colored: bool,
     say: Say,
-) -> None:
+) -> dict[str, Any]:
     """Train a model on the text of a folder and report on it, into the folder `run`.
+
+    Returns the plan (what was asked, seen, measured and chosen) and, unless it is a dry run, the report.
 
     `asked`: folder, hours or size, words (settings instead of the chosen ones); another call with the same continues.
     `begin`: when it was asked, by time.monotonic, as looking and preparing count. `command`: for the config's comment.
@@ -58,10 +60,12 @@ def start_run(
     if not dry_run and (run / CONFIG).is_file():  # written last, when all that it names is there
         say(f"continuing {run}, which this command began")
     else:
-        _prepare(folder, run, asked, begin, dry_run, command, say)
-    if not dry_run:
-        _train(run)
-        _finish(run, colored, say)
+        plan = _prepare(folder, run, asked, begin, dry_run, command, say)
+    if dry_run:
+        return {"plan": plan}
+    _train(run)
+    report = _finish(run, colored, say)
+    return {"run": str(run), "plan": read_json(run / PLAN, TrainingError), "report": report.as_json()}
 
 
 def _refuse_another(run: Path, asked: dict[str, Any]) -> None:
@@ -82,26 +86,29 @@ def _refuse_another(run: Path, asked: dict[str, Any]) -> None:
 
 def _prepare(
     folder: Path, run: Path, asked: dict[str, Any], begin: float, dry_run: bool, command: str, say: Say
-) -> None:
-    """Looks, chooses and says so; then writes tokenizer, corpus and config, unless it is a dry run."""
+) -> dict[str, Any]:
+    """Looks, chooses and says so; then writes tokenizer, corpus and config, unless it is a dry run. The plan."""
     _say_fact(say, "looking", f"at {folder}")
     seen = look(folder, not_inside=run)  # the run may lie in the folder that it reads
     _say_facts(say, about_text(seen))
     if (run / PLAN).is_file() and not dry_run:
         say("continuing with the plan that this command made before")
-        chosen = Choice(**read_json(run / PLAN, TrainingError)["choice"])
+        plan = read_json(run / PLAN, TrainingError)
+        chosen = Choice(**plan["choice"])
     else:
         chosen, twice, machine, pace = _choose(seen, asked, say)
+        plan = {"asked": asked, "pace": pace, "choice": asdict(chosen), "text": _facts(seen)}
         _say_facts(say, [*about_choice(chosen, machine), *about_loss(chosen, twice, seen)])
         if asked["words"]:
             _say_fact(say, "as you asked", f"{' '.join(asked['words'])}, which the plan above does not know of")
         if dry_run:
             say("dry run: nothing was written; without --dry-run the run begins")
-            return
+            return plan | {"twice_the_time": twice and asdict(twice)}
         run.mkdir(parents=True, exist_ok=True)
         _write_json(run / REASONS, reasons(chosen))
-        _write_json(run / PLAN, {"asked": asked, "pace": pace, "choice": asdict(chosen), "text": _facts(seen)})
+        _write_json(run / PLAN, plan)
     _write_config(seen, chosen, run, asked, begin, command, say)
+    return plan
 
 
 def _choose(seen: Folder, asked: dict[str, Any], say: Say) -> tuple[Choice, Choice | None, str, Pace]:
@@ -193,7 +200,7 @@ def _train(run: Path) -> None:
     train(config)
 
 
-def _finish(run: Path, colored: bool, say: Say) -> None:
+def _finish(run: Path, colored: bool, say: Say) -> Report:
     """Judges the model by the held-out text and writes the report."""
     report = write_report(run, run / "report.html", say=lambda line: _say_fact(say, "report", line))
     say("")
@@ -205,6 +212,7 @@ def _finish(run: Path, colored: bool, say: Say) -> None:
     if report.step < steps:
         say(f"after {report.step:,} of {steps:,} steps; the same command continues with the others")
     say(f"wrote {run / 'report.html'}, a page to open in a browser or to send to a friend")
+    return report
 
 
 def _facts(seen: Folder) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -70,10 +71,15 @@ def _refuse_other(one: Checkpoint, other: Checkpoint) -> None:
         )
 
 
-def origin_output(checkpoints: Sequence[Checkpoint], shares: Sequence[float]) -> OutputFile:
-    """The file that tells what the weights are the average of."""
+def origin_of(checkpoints: Sequence[Checkpoint], shares: Sequence[float]) -> dict[str, list[dict[str, Any]]]:
+    """What the weights are the average of."""
     sources = [
         {"path": each.path, "step": each.progress.step, "share": share}
         for each, share in zip(checkpoints, shares, strict=True)
     ]
-    return json_output(ORIGIN, {"average_of": sources})
+    return {"average_of": sources}
+
+
+def origin_output(checkpoints: Sequence[Checkpoint], shares: Sequence[float]) -> OutputFile:
+    """The file that tells what the weights are the average of."""
+    return json_output(ORIGIN, origin_of(checkpoints, shares))

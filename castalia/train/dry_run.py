@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 from castalia.config.schema import RunConfig
 from castalia.observe.display import Display
@@ -13,21 +14,21 @@ from castalia.train.resolve import refuse_folder_in_use
 from castalia.train.run_folder import continues_in_place, run_folder
 from castalia.train.run_header import planned_layout, show_first_loss, show_header
 from castalia.train.setup import Session, build_index, set_up
-from castalia.train.step_memory import PeakMemory, describe_memory
-from castalia.units import duration
+from castalia.train.step_memory import PeakMemory, measured_and_planned
+from castalia.units import duration, memory_size
 
 
-def rehearse(config: RunConfig, verbose: bool = False) -> None:
-    """Sets the run up, trains one step in memory and reports its loss, memory and speed."""
+def rehearse(config: RunConfig, verbose: bool = False) -> dict[str, Any]:
+    """Sets the run up, trains one step in memory and reports its loss, memory and speed; returns these."""
     keep_freed_memory()
     folder = run_folder(config)
     if not continues_in_place(config, folder):
         refuse_folder_in_use(config, folder)
     with process_group(choose_device(config.train.device).type, config.parallel.timeout):
-        _show_one_step(set_up(config), folder, verbose)
+        return _show_one_step(set_up(config), folder, verbose)
 
 
-def _show_one_step(session: Session, folder: Path, verbose: bool) -> None:
+def _show_one_step(session: Session, folder: Path, verbose: bool) -> dict[str, Any]:
     with Display(silent=session.executor.rank > 0) as display:
         show_header(session, display, folder, kept=False, verbose=verbose)
         with display.working("the order of the samples") as advance:
@@ -40,10 +41,23 @@ def _show_one_step(session: Session, folder: Path, verbose: bool) -> None:
             result = session.step(done, session.batch(done))
         seconds = time.perf_counter() - begin
         show_first_loss(session, result.loss, display)
-        display.line(describe_memory(session, planned_layout(session), memory.bytes))
+        measured, planned = measured_and_planned(session, planned_layout(session), memory.bytes)
+        display.line(
+            f"memory: tensors took {memory_size(measured)}, plan says {memory_size(planned)} "
+            f"({measured / planned - 1:+.1%})"
+        )
         left = session.last - done
         display.line(
             f"one step took {seconds:.2f} s, {session.tokens_of(done) / seconds:,.0f} tokens/s (the first is slow); "
             f"at this pace the whole run, {left:,} steps, takes {duration(seconds * left)}"
         )
         display.line("dry run: the folder of the run was not touched")
+    return {
+        "step": done + 1,
+        "steps": session.last,
+        "loss": result.loss,
+        "memory_bytes": measured,
+        "planned_bytes": planned,
+        "seconds_per_step": seconds,
+        "tokens_per_step": session.tokens_of(done),
+    }

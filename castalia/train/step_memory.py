@@ -14,7 +14,6 @@ from castalia.model.attention import capability
 from castalia.plan.layout import Layout
 from castalia.plan.memory import compute_of, memory_by_stage
 from castalia.train.setup import Session
-from castalia.units import memory_size
 
 
 def open_profile(device: torch.device) -> profile:
@@ -55,8 +54,8 @@ class PeakMemory:
             self.bytes = max(self.bytes, held)
 
 
-def describe_memory(session: Session, layout: Layout, peak_bytes: int) -> str:
-    """One line that compares measured and planned memory.
+def measured_and_planned(session: Session, layout: Layout, peak_bytes: int) -> tuple[int, float]:
+    """Bytes that this rank's tensors took in a step, and those that the plan says.
 
     `peak_bytes` is the step's, beyond parameters, optimizer state and a reference model.
     """
@@ -69,5 +68,4 @@ def describe_memory(session: Session, layout: Layout, peak_bytes: int) -> str:
         session.config, session.config.precision.compute, session.device.type, capability(session.device) or AMPERE
     )
     stage = memory_by_stage(session.config.model, layout, session.config.data.seq_length, compute)[0]
-    planned, more = memory_size(stage.total), measured / stage.total - 1
-    return f"memory: tensors took {memory_size(measured)}, plan says {planned} ({more:+.1%})"
+    return measured, stage.total

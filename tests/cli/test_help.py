@@ -70,6 +70,12 @@ def examples(command: click.Command) -> list[str]:
     return [line.strip() for line in after.partition("\n\n")[0].splitlines()]
 
 
+def test_every_verb_that_reports_has_json() -> None:
+    """Those without write what they are asked for (text, records, a config), or are another program's."""
+    without = {name for name, command in commands() if not any("--json" in each.opts for each in command.params)}
+    assert without == {"lm-eval", "score", "chat", "serve", "config convert", "config explain"}
+
+
 def run(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", shlex.split(line))
     monkeypatch.setattr("sys.stdin", io.StringIO("which day?\n"))

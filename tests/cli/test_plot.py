@@ -43,6 +43,19 @@ def test_a_folder_stands_for_all_runs_below_it_and_no_run_gets_their_picture(tmp
     assert [path.name for path in tmp_path.rglob("*.png")] == ["losses.png"]
 
 
+def test_curves_are_told_as_json(tmp_path, capsys):
+    run = write_run(tmp_path / "run", [4.0, 3.0, 2.0], valid_every=3)
+    command([run], as_json=True)
+    said = json.loads(capsys.readouterr().out)
+    assert said["picture"] == f"{run}/loss.png" and (tmp_path / "run" / "loss.png").is_file()
+    (found,) = said["runs"]
+    assert found["run"] == run and found["curves"].keys() == {"loss", "valid_loss", "grad_norm", "lr"}
+    assert found["curves"]["loss"] == {"x": [1, 2, 3], "values": [4.0, 3.0, 2.0]}
+    assert found["curves"]["grad_norm"]["x"] == [1, 2]
+    with pytest.raises(ConfigError, match="--follow"):
+        command([run], follow=True, as_json=True)
+
+
 def test_a_run_that_nobody_trains_is_followed_once(tmp_path, capsys):
     command([write_run(tmp_path / "run", [3.0, 2.0])], follow=True)
     assert "loss (nats per token)" in capsys.readouterr().out

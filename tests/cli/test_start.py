@@ -43,6 +43,9 @@ def test_a_dry_run_says_the_plan_and_writes_nothing(folder, monkeypatch, capsys)
     for word in ("1 .txt", "1 .png", "parameters", "tokens/s", "bits for each byte", "twice the time", "passes over"):
         assert word in out
     assert max(map(len, out.splitlines())) <= 100
+    assert not run(monkeypatch, "start", folder, "--hours", "0.1", "--dry-run", "--json")
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    assert plan["choice"]["parameters"] > 0 and plan["twice_the_time"]["tokens"] >= plan["choice"]["tokens"]
     assert sorted(path.name for path in Path.cwd().iterdir()) == ["mine"]
 
 
@@ -58,9 +61,15 @@ def test_a_run_goes_on_by_the_same_command_and_its_config_makes_it_again(folder,
     assert Path("runs/mine/start.yml").read_text() == config
     assert "<html" in Path("runs/mine/report.html").read_text()[:200]
     assert len([*Path("runs/mine/data").glob("train_*_doc_idx.npy")]) == 1  # measuring leaves no index of its own
-    assert not run(monkeypatch, "train", "runs/mine/start.yml", "checkpoint.dir=again", "train.exit_interval=null")
+    assert not run(
+        monkeypatch, "train", "runs/mine/start.yml", "checkpoint.dir=again", "train.exit_interval=null", "--json"
+    )
     assert losses("again") == losses("runs/mine") and len(losses("again")) == 8
-    assert not run(monkeypatch, *command)  # complete: the report once more
+    status = json.loads(capsys.readouterr().out)
+    assert (status["folder"], status["state"], status["step"]) == ("again", "complete", 8)
+    assert not run(monkeypatch, *command, "--json")  # complete: the report once more
+    told = json.loads(capsys.readouterr().out)
+    assert (told["run"], told["report"]["step"], told["plan"]["asked"]["hours"]) == ("runs/mine", 8, 0.1)
     assert losses("again") == losses("runs/mine")
 
 

@@ -34,9 +34,13 @@ def test_the_last_of_a_run_are_averaged(trained, tmp_path, to, capsys):
     assert load_model(tmp_path / "mean")(torch.tensor([[1, 2, 3]])).isfinite().all()
 
 
-def test_an_exponential_average_is_the_running_one(trained, tmp_path):
+def test_an_exponential_average_is_the_running_one(trained, tmp_path, capsys):
     run = trained()
-    command([str(run)], tmp_path / "ema", steps="16..", ema=0.9)
+    capsys.readouterr()
+    command([str(run)], tmp_path / "ema", steps="16..", ema=0.9, as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert [source["step"] for source in told["average_of"]] == [16, 17, 18, 19, 20]
+    assert told["path"] == str(tmp_path / "ema") and "average.json" in told["files"]
     steps = steps_of(run)
     running = weights(steps[16], NAMES[0])
     for step in (17, 18, 19, 20):
