@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from castalia.checkpoint.formats.native.save import CheckpointSaver
 from castalia.config.schema import ModelConfig
@@ -34,7 +35,7 @@ def make_source(folder: Path, model: ModelConfig) -> None:
     import torch
 
     from castalia.checkpoint.tensors import Progress
-    from castalia.config.schema import RunConfig
+    from castalia.config.schema import RunConfig, TokenizerConfig
     from castalia.config.tensor_table import tensor_shapes
 
     weights = {name: torch.randn(shape) * 0.02 for name, shape in tensor_shapes(model).items()}
@@ -42,10 +43,13 @@ def make_source(folder: Path, model: ModelConfig) -> None:
         name: {"exp_avg": weight * 1e-3, "exp_avg_sq": weight.square(), "step": 1} for name, weight in weights.items()
     }
     with CheckpointSaver(folder) as writer:
-        writer.save(weights, moments, Progress(step=1), RunConfig(model=model))
+        config = RunConfig(model=model, tokenizer=TokenizerConfig(kind="bytes"))
+        writer.save(weights, moments, Progress(step=1), config)
 
 
-def convert(source: Path, target: Path, form: str, layout: str | None = None) -> None:
+def convert(
+    source: Path, target: Path, form: str, layout: str | None = None, gguf_type: Literal["f16", "q8_0"] | None = None
+) -> None:
     from castalia.checkpoint import convert
     from castalia.checkpoint.file_plan import WriteOptions
     from castalia.checkpoint.formats import TARGETS
@@ -55,7 +59,7 @@ def convert(source: Path, target: Path, form: str, layout: str | None = None) ->
 
     keep_freed_memory()  # as the command does
     checkpoint = convert.prepare(open_checkpoint(source))
-    chosen, options = TARGETS[form], WriteOptions(parse_layout(layout))
+    chosen, options = TARGETS[form], WriteOptions(parse_layout(layout), gguf_type=gguf_type)
     plan = convert.plan_files(form, checkpoint, options)
     inside = chosen.step_folder.format(step=checkpoint.progress.step) if chosen.nested else ""
     mark = convert.identity(checkpoint, options, plan)

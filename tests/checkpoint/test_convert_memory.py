@@ -24,6 +24,9 @@ def test_memory_is_bounded_at_any_size(tmp_path: Path) -> None:
     make_source(tmp_path / "native", MODEL)
     allowed = 2 * LARGEST + ALLOWED_BYTES
     assert size_of(tmp_path / "native") > 2.5 * allowed
+    for kind in (None, "q8_0"):  # one file, and so one writer
+        _, peak = timed(convert, tmp_path / "native", tmp_path / f"{kind}.gguf", "gguf", None, kind)
+        assert peak < 2 * LARGEST < (tmp_path / "None.gguf").stat().st_size / 3, (kind, peak)
     hops = [
         ("native", "sharded", "neox", "tp=2,pp=1,dp=2,zero=1"),
         ("sharded", "again", "neox", "tp=4,pp=2,dp=3,zero=1"),
