@@ -37,8 +37,8 @@ from castalia.checkpoint.restore import load_optimizer, load_shards, optimizer_s
 from castalia.checkpoint.tensors import Progress, Shard
 from castalia.config.schema import ModelConfig, OptimizerConfig, RunConfig
 from castalia.config.tensor_table import tensor_shapes
+from castalia.machine import keep_freed_memory
 from castalia.plan.count import count
-from castalia.train.hardware import keep_freed_memory
 from castalia.train.optimizer import make_optimizer
 
 RANKS = 2

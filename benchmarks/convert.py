@@ -55,7 +55,7 @@ def convert(
     from castalia.checkpoint.formats import TARGETS
     from castalia.checkpoint.opener import open_checkpoint
     from castalia.cli.convert import parse_layout
-    from castalia.train.hardware import keep_freed_memory
+    from castalia.machine import keep_freed_memory
 
     keep_freed_memory()  # as the command does
     checkpoint = convert.prepare(open_checkpoint(source))

@@ -24,7 +24,8 @@ from castalia.config.load import load_config
 from castalia.config.schema import ModelConfig
 from castalia.generate.generation import generate
 from castalia.generate.packed_model import pack
-from castalia.train.hardware import DTYPES, keep_freed_memory, measured_flops
+from castalia.machine import keep_freed_memory
+from castalia.train.hardware import DTYPES, measured_flops
 
 # Share of tokens that may differ. The logits of random weights lie close together, and after one near tie that falls
 # the other way nothing is alike any more.

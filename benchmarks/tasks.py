@@ -22,8 +22,9 @@ from train import Work, our_model
 from castalia.config.load import load_config
 from castalia.config.schema import ModelConfig
 from castalia.evaluate.prefix_tree import build_tree, pieces
+from castalia.machine import keep_freed_memory
 from castalia.tasks.harness import TaskModel
-from castalia.train.hardware import keep_freed_memory, present_flops
+from castalia.train.hardware import present_flops
 
 Request = tuple[tuple[str, str], list[int], list[int]]
 BATCH_SIZES = (1, 4, 16, 64)

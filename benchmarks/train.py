@@ -74,9 +74,10 @@ def our_model(work: Work, **options):
 def ours(work: Work) -> Callable[[int], float]:
     """A step as `castalia train` takes it."""
     from castalia.config.schema import OptimizerConfig
+    from castalia.machine import keep_freed_memory
     from castalia.parallel.activation_checkpointing import apply_activation_checkpointing
     from castalia.parallel.executor import Executor
-    from castalia.train.hardware import DTYPES, keep_freed_memory
+    from castalia.train.hardware import DTYPES
     from castalia.train.optimizer import make_optimizer
     from castalia.train.schedule import LearningRate
     from castalia.train.step import TrainStep
@@ -151,7 +152,7 @@ def litgpts(work: Work) -> Callable[[int], float]:
 
 
 def prepare(work: Work) -> None:
-    from castalia.train.hardware import keep_freed_memory
+    from castalia.machine import keep_freed_memory
 
     if work.allocator == "same":
         keep_freed_memory()

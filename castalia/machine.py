@@ -40,3 +40,27 @@ def _group_limit(file: str) -> int | None:
         return int(Path(file).read_text())
     except (OSError, ValueError):  # no such group, or the word "max"
         return None
+
+
+def keep_freed_memory() -> None:
+    """Stops glibc from returning the memory of logits to the system, page by page, after every step."""
+    import ctypes
+    import platform
+
+    if platform.libc_ver()[0] != "glibc":
+        return
+    mmap_max, trim_threshold, top_pad = -4, -1, -2  # the numbers that malloc.h gives them
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallopt(mmap_max, 0)  # large blocks come from the heap, too,
+    libc.mallopt(trim_threshold, 2**31 - 1)  # whose end is not given back,
+    libc.mallopt(top_pad, 256 << 20)  # and which grows by 256 MiB at a time
+
+
+def give_back_freed_memory() -> None:
+    """The opposite: glibc returns large blocks at once, whose gaps in its heap would add up where memory is short."""
+    import ctypes
+    import platform
+
+    if platform.libc_ver()[0] == "glibc":
+        mmap_threshold = -3
+        ctypes.CDLL("libc.so.6").mallopt(mmap_threshold, 4 << 20)  # a fixed one, which glibc no longer raises

@@ -63,11 +63,12 @@ def command(
     Lines of standard input are the turns, typed or piped. /help lists the commands of a conversation.
     """
     from castalia.checkpoint.restore import load_tokenizer_for
-    from castalia.cli.generate import check_stops, configured, load_writer, sampling_of, streamed_writer
+    from castalia.cli.generate import check_stops, configured, open_writer, sampling_of
     from castalia.cli.streaming import memory_bytes
     from castalia.data.chat import chat_of
     from castalia.generate.dialogue import ANSWER_TOKENS, Dialogue
     from castalia.generate.generation import Sampling
+    from castalia.streaming.streamed_model import streamed_stage
 
     check_stops(stop)
     checkpoint = open_with(model, adapter, step)
@@ -76,9 +77,9 @@ def command(
     chat = chat_of(words, chat_template)
     chosen = {"max_tokens": ANSWER_TOKENS} | sampling_of(configured(checkpoint, None, given), words.folder)
     sampling = Sampling(**chosen, seed=seed, stop=tuple(stop or ()), batch_size=1)
-    streamed = streamed_writer(checkpoint, words, None, sampling, dtype, device, memory_bytes(memory))
-    writer = streamed or load_writer(checkpoint, dtype, device, rows=1)
-    with closing(streamed) if streamed else nullcontext():
+    budget = memory_bytes(memory)
+    writer, _ = open_writer(checkpoint, words, None, sampling, dtype, device, 1, 1, memory=budget)
+    with closing(streamed) if (streamed := streamed_stage(writer)) else nullcontext():
         converse(Dialogue(writer, words, chat, sampling, system))
 
 

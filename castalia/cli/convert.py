@@ -214,7 +214,7 @@ def write_plan(
 ) -> None:
     """Write the files with a bar, and say what was written. `spare`: give freed memory back, which is slower."""
     from castalia.checkpoint import convert
-    from castalia.train.hardware import keep_freed_memory
+    from castalia.machine import keep_freed_memory
 
     if not spare:
         keep_freed_memory()  # each piece is as large as the one before

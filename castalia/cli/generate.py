@@ -16,18 +16,13 @@ from castalia.cli.streaming import MemoryOption
 from castalia.strict_json import to_json
 
 BATCH_SIZE = 16  # texts that are written at a time with a model in memory
-UNKNOWN_TOKENS = 2048  # of typed prompts, for a model without a last position
 
 if TYPE_CHECKING:
-    import torch
-
     from castalia.checkpoint.tensors import Checkpoint
     from castalia.config.schema import GenerateConfig
     from castalia.data.tokenizer import Tokenizer
     from castalia.data.tokenizer_folder import TokenizerFolder
     from castalia.generate.generation import AnyModel, Prompt, Sampling, TextPiece
-    from castalia.streaming.streamed_model import StreamedTransformer
-    from castalia.streaming.streamed_ranks import StreamedSplit
 
 
 def command(
@@ -125,6 +120,7 @@ def command(
 
     if dtype == "int8" and (tp * pp > 1 or choose_device(device).type != "cpu"):
         raise ConfigError("--dtype int8 is for one process on a CPU; take bf16, or --device cpu without --tp and --pp")
+    check_stops(stop)
     budget = memory_bytes(memory)
     world = start_processes(tp, pp, nproc)
     checkpoint = open_and_tell(path, step=step)
@@ -139,53 +135,74 @@ def command(
         "num_samples": best_of or num_samples,
     }
     settings = configured(checkpoint, config, given)
-    check_stops(stop)
-    asks = bool(prompt) or settings.mode == "input-file"
-    _check_chat(chat, asks, {"--system": system, "--chat-template": chat_template})
-    if world > 1 and settings.mode == "interactive":
+    typed = settings.mode == "interactive"
+    _check_chat(chat, bool(prompt) or settings.mode == "input-file", system, chat_template)
+    if world > 1 and typed:
         raise ConfigError(f"{world} processes cannot all read the terminal; give --prompt or --file")
-    prompts = [""] if settings.mode == "interactive" else prompt or prompts_of(settings)  # typed ones come one by one
-    batches = _typed(settings.prompt_end) if settings.mode == "interactive" else [prompts]
+    prompts = [""] if typed else prompt or prompts_of(settings)  # typed ones come one by one
+    _refuse_broken_text(prompts)
+    batches = _typed(settings.prompt_end) if typed else [prompts]
     with process_group(choose_device(device).type):
         words = load_tokenizer_for(checkpoint, tokenizer)
+        template = chat_of(words, chat_template) if chat else None
         sampling = Sampling(
             **({"max_tokens": ANSWER_TOKENS} if chat else {}) | sampling_of(settings, words.folder),
             num_samples=settings.num_samples,
             seed=seed,
-            stop=tuple(stop or ()),
+            stop=(*(stop or ()), *(turn_ends(template, words) if template else ())),
         )
-        form = chat_of(words, chat_template) if chat else None
-        if form:
-            sampling = replace(sampling, stop=(*sampling.stop, *turn_ends(form, words)))
-
-        _check_best(best_of, judge, num_samples, settings.mode == "interactive" or world > 1, sampling.temperature)
+        _check_best(best_of, judge, num_samples, typed or world > 1, sampling.temperature)
 
         def asked(prompt: str) -> Prompt:
             """What the model is to continue: the prompt itself, or the conversation that it begins."""
-            return prompt_ids(opening(prompt, system), form, words) if form else prompt
+            return prompt_ids(opening(prompt, system), template, words) if template else prompt
 
-        typed = settings.mode == "interactive"
-        _refuse_broken_text(prompts)
-        ready = None if typed else [asked(prompt) for prompt in prompts]
-        sampling = replace(sampling, batch_size=batch_size or len(prompts) * settings.num_samples)
-        written = streamed_writer(checkpoint, words, ready, sampling, dtype, device, budget, tp, pp)
-        streamed = streamed_stage(written) if written else None
-        model: AnyModel
-        if written:
-            model, sampling = written, replace(sampling, batch_size=written.calls_at_once)
-        else:
-            sampling = replace(sampling, batch_size=batch_size or BATCH_SIZE)
-            rows = min(len(prompts) * settings.num_samples, sampling.batch_size)  # written at a time
-            model = load_writer(checkpoint, dtype, device, rows, tp, pp, world)
-        texts = len(prompts) * settings.num_samples
-        with block_progress(streamed, None if typed else -(-texts // sampling.batch_size) * sampling.max_tokens):
+        def chosen(pieces: Iterator[TextPiece], prompts: list[str]) -> Iterator[TextPiece]:
+            """Of several texts for each prompt the best one, where there is a judge."""
+            return best_pieces(judge, pieces, prompts, system, chat) if judge else pieces
+
+        known, texts = None if typed else [asked(prompt) for prompt in prompts], len(prompts) * settings.num_samples
+        model, at_once = open_writer(
+            checkpoint, words, known, sampling, dtype, device, texts, batch_size, memory=budget, tp=tp, pp=pp
+        )
+        sampling = replace(sampling, batch_size=at_once)
+        with block_progress(streamed_stage(model), None if typed else -(-texts // at_once) * sampling.max_tokens):
             shown = settings.with_({"num_samples": 1}) if judge else settings
-
-            def chosen(pieces: Iterator[TextPiece], prompts: list[str]) -> Iterator[TextPiece]:
-                """Of several texts for each prompt the best one, where there is a judge."""
-                return best_pieces(judge, pieces, prompts, system, chat) if judge else pieces
-
             _write_all(model, words, batches, asked, chosen, shown, sampling, as_json, not is_main(), echo=not chat)
+
+
+def open_writer(
+    checkpoint: Checkpoint,
+    words: Tokenizer,
+    prompts: Sequence[Prompt] | None,
+    sampling: Sampling,
+    dtype: str,
+    device: str,
+    texts: int,
+    batch_size: int | None,
+    *,
+    memory: int | None,
+    tp: int = 1,
+    pp: int = 1,
+) -> tuple[AnyModel, int]:
+    """The model that writes, and how many of all `texts` it writes at a time. If it is streamed, that is told.
+
+    `prompts`: None if they are not known yet. `batch_size`: the user's wish. See `streamed_writer`, `load_writer`.
+    """
+    from castalia.cli.streaming import tell_streaming
+    from castalia.generate.writer import Numbers, load_writer, streamed_writer
+    from castalia.train.hardware import choose_device, choose_dtype
+
+    place = choose_device(device)
+    # The checkpoint's very values on CPUs unless asked otherwise. int8 weights are made from bf16.
+    wanted = {"int8": "bf16", "auto": "fp32" if place.type == "cpu" else "auto"}.get(dtype, dtype)
+    numbers = Numbers(choose_dtype(wanted, place), place, dtype == "int8")
+    sampling = replace(sampling, batch_size=batch_size or texts)
+    if streamed := streamed_writer(checkpoint, words, prompts, sampling, numbers, memory, tp, pp):
+        tell_streaming(streamed, "texts", "a token of each text", sampling.max_tokens)
+        return streamed, streamed.calls_at_once
+    at_once = batch_size or BATCH_SIZE
+    return load_writer(checkpoint, numbers, min(texts, at_once), tp, pp), at_once
 
 
 def _write_all(
@@ -245,9 +262,10 @@ def check_stops(stops: Sequence[str] | None) -> None:
         raise ConfigError("--stop is empty, and would end every text before its first letter; leave it out")
 
 
-def _check_chat(chat: bool, asks: bool, options: dict[str, Any]) -> None:
+def _check_chat(chat: bool, asks: bool, system: str | None, template: Path | None) -> None:
     from castalia.errors import ConfigError
 
+    options = {"--system": system, "--chat-template": template}
     if given := [name for name, value in options.items() if value is not None and not chat]:
         raise ConfigError(f"{' and '.join(given)} need --chat")
     if chat and not asks:
@@ -339,105 +357,6 @@ def _typed(end: str) -> Iterator[list[str]]:
             text = ""
         if not line:
             return
-
-
-def streamed_writer(
-    checkpoint: Checkpoint,
-    words: Tokenizer,
-    prompts: Sequence[Prompt] | None,
-    sampling: Sampling,
-    dtype: str,
-    device: str,
-    memory: int | None,
-    tp: int = 1,
-    pp: int = 1,
-) -> StreamedTransformer | StreamedSplit | None:
-    """The model with one block at a time in memory, if `memory` is given or it does not fit; what that means is told.
-
-    `prompts`: None if they are not known yet. As many texts are written at a time as have room, at most
-    `sampling.batch_size`.
-    """
-    import torch
-
-    from castalia.checkpoint.restore import architecture
-    from castalia.cli.streaming import tell_streaming
-    from castalia.generate.packed_model import maker, packed_block
-    from castalia.loading import split_config
-    from castalia.parallel.rank_grid import layout
-    from castalia.parallel.rendezvous import world_size
-    from castalia.plan.stream_plan import generation_work, plan_stream
-    from castalia.streaming.open_streamed import budget_for, cache_share, streamed_model
-    from castalia.streaming.streamed_model import Packing
-    from castalia.train.hardware import choose_device, give_back_freed_memory
-
-    world, place, int8 = world_size(), choose_device(device), dtype == "int8"
-    grid = layout(split_config(checkpoint, tp, pp, world).parallel, world)
-    if memory is None and grid.dp > 1:
-        return None  # which is refused where the model is loaded
-    model, number = architecture(checkpoint), _compute_dtype(dtype, place)
-    bf16 = number == torch.bfloat16 and maker(number, False, 1) is not None
-    packs = int8 or (bf16 and place.type == "cpu" and world == 1)
-    texts = sampling.num_samples * len(prompts or [""])
-    lengths = [len(prompt if not isinstance(prompt, str) else words.encode(prompt)) for prompt in prompts or ()]
-    longest = max(lengths, default=model.max_positions or UNKNOWN_TOKENS)
-    element_bytes = 4 if packs else number.itemsize
-    wanted = min(texts, sampling.batch_size)
-    work = generation_work(model, max(1, longest), sampling.max_tokens, wanted, element_bytes)
-    budget = budget_for(model, work, number.itemsize, memory, place, grid)
-    if budget is None:
-        return None
-    if packs:
-        give_back_freed_memory()
-
-    def packing(items: int) -> Packing | None:
-        """The form in which CPUs write so many texts fastest."""
-        product = maker(number, int8, items) if packs else None
-        return product and Packing(lambda block: packed_block(block, product), lambda head: product((head, None)))
-
-    own = replace(work, cache_each=int(work.cache_each * cache_share(model, grid)))
-    streamed = streamed_model(
-        checkpoint,
-        number,
-        place,
-        budget,
-        lambda sizes, budget: plan_stream(sizes, own, budget),
-        grid=grid,
-        packed_item=(1 if int8 else 2) if packs else 0,
-        packing=packing,
-    )
-    tell_streaming(streamed, "texts", "a token of each text", sampling.max_tokens)
-    return streamed
-
-
-def _compute_dtype(dtype: str, place: torch.device) -> torch.dtype:
-    """Of the weights, and mostly of the computation; int8 ones are made from bf16."""
-    from castalia.train.hardware import choose_dtype
-
-    if dtype == "auto" and place.type == "cpu":
-        dtype = "fp32"  # the checkpoint's very values
-    return choose_dtype("bf16" if dtype == "int8" else dtype, place)
-
-
-def load_writer(
-    checkpoint: Checkpoint, dtype: str, device: str, rows: int, tp: int = 1, pp: int = 1, world: int = 1
-) -> AnyModel:
-    """The model, ready to write `rows` texts at a time. Raises CheckpointError where its weights are not finite."""
-    import torch
-
-    from castalia.checkpoint.restore import require_finite
-    from castalia.generate.packed_model import pack
-    from castalia.loading import build_model, load_split
-    from castalia.train.hardware import choose_device
-
-    place, int8 = choose_device(device), dtype == "int8"
-    number = _compute_dtype(dtype, place)
-    if world > 1:
-        return load_split(checkpoint, tp, pp, number, place)
-    model = build_model(checkpoint, place, number)
-    require_finite(dict(model.named_parameters()), checkpoint.path)
-    if place.type == "cpu" and number != torch.float16:
-        pack(model, int8, rows)
-    return model
 
 
 def _show(

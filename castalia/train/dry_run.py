@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from castalia.config.schema import RunConfig
+from castalia.machine import keep_freed_memory
 from castalia.observe.display import Display
 from castalia.parallel.process_group import process_group
-from castalia.train.hardware import choose_device, keep_freed_memory
+from castalia.train.hardware import choose_device
 from castalia.train.resolve import refuse_folder_in_use
 from castalia.train.run_folder import continues_in_place, run_folder
 from castalia.train.run_header import planned_layout, show_first_loss, show_header

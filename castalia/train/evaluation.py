@@ -25,13 +25,14 @@ from castalia.errors import ConfigError
 from castalia.evaluate.log_probs import write_log_probabilities
 from castalia.evaluate.stream_measure import StreamMeasure, Watch, measure_stream, unwatched, window_length
 from castalia.loading import build_model, split_config
+from castalia.machine import keep_freed_memory
 from castalia.parallel.executor import Executor
 from castalia.parallel.rank_grid import layout
 from castalia.parallel.rendezvous import world_size
 from castalia.plan.stream_plan import EvaluationShape
 from castalia.streaming.open_streamed import streamed_executor
 from castalia.streaming.streamed_model import StreamedExecutor, StreamedTransformer
-from castalia.train.hardware import choose_device, choose_dtype, keep_freed_memory, name_of
+from castalia.train.hardware import choose_device, choose_dtype, name_of
 from castalia.train.judging import judge_by_labels
 from castalia.train.setup import load_parameters, make_executor, rank_shard
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import platform
 import time
 
 import torch
@@ -65,24 +63,6 @@ def repeat_bits() -> None:
     torch.use_deterministic_algorithms(True)
     # Filling uninitialised memory takes time and only changes values that are read by mistake.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def keep_freed_memory() -> None:
-    """Stops glibc from returning the memory of logits to the system, page by page, after every step."""
-    if platform.libc_ver()[0] != "glibc":
-        return
-    mmap_max, trim_threshold, top_pad = -4, -1, -2  # the numbers that malloc.h gives them
-    libc = ctypes.CDLL("libc.so.6")
-    libc.mallopt(mmap_max, 0)  # large blocks come from the heap, too,
-    libc.mallopt(trim_threshold, 2**31 - 1)  # whose end is not given back,
-    libc.mallopt(top_pad, 256 << 20)  # and which grows by 256 MiB at a time
-
-
-def give_back_freed_memory() -> None:
-    """The opposite: glibc returns large blocks at once, whose gaps in its heap would add up where memory is short."""
-    if platform.libc_ver()[0] == "glibc":
-        mmap_threshold = -3
-        ctypes.CDLL("libc.so.6").mallopt(mmap_threshold, 4 << 20)  # a fixed one, which glibc no longer raises
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -33,13 +33,14 @@ from castalia.config.load import TOKENIZER, load_run
 from castalia.config.schema import RunConfig
 from castalia.errors import Stopped, TrainingError
 from castalia.files import write_text
+from castalia.machine import keep_freed_memory
 from castalia.observe.display import Display
 from castalia.observe.metrics import Metrics, read_metrics, truncate_metrics, truncate_records, write_event
 from castalia.observe.watch import StepPace, Watch, data_of_step
 from castalia.parallel.executor import StepLeft
 from castalia.parallel.process_group import process_group
 from castalia.parallel.rendezvous import is_main
-from castalia.train.hardware import choose_device, keep_freed_memory, machine_name
+from castalia.train.hardware import choose_device, machine_name
 from castalia.train.instruments import LAYERS, Instruments
 from castalia.train.resolve import refuse_folder_in_use
 from castalia.train.run_folder import (

@@ -5,13 +5,14 @@ from __future__ import annotations
 from contextlib import contextmanager
 
 import pytest
+import torch
 
 from castalia.checkpoint.opener import open_checkpoint
 from castalia.checkpoint.restore import load_tokenizer_for
-from castalia.cli.generate import streamed_writer
 from castalia.cli.train import train
 from castalia.errors import ConfigError
 from castalia.generate.generation import Sampling, generate
+from castalia.generate.writer import Numbers, streamed_writer
 from castalia.loading import build_model
 from castalia.parallel.rendezvous import world_size
 from castalia.plan import stream_plan
@@ -45,7 +46,9 @@ def texts(run: str, tp: int, pp: int, sampling: dict) -> list[str]:
         return generate(build_model(checkpoint), words, PROMPTS, max_tokens=24, seed=5, **sampling)
     asked = Sampling(max_tokens=24, batch_size=16, **sampling)
     with nothing_stays():
-        model = streamed_writer(checkpoint, words, PROMPTS, asked, "fp32", "cpu", MEMORY, tp, pp)
+        model = streamed_writer(
+            checkpoint, words, PROMPTS, asked, Numbers(torch.float32, torch.device("cpu")), MEMORY, tp, pp
+        )
     assert model.calls_at_once > 1 and not model.stage.plan.resident
     found = generate(model, words, PROMPTS, max_tokens=24, seed=5, **sampling)
     model.stage.reader.close()
