@@ -1,17 +1,18 @@
 """The tokenizer's files of a converted checkpoint: in our layout, or in the one that `AutoTokenizer` opens.
 
-Files that the source has are copied byte for byte; only those that it lacks are generated.
+Files that the source has are copied byte for byte, and those that it lacks are generated. One is changed: a
+tokenizer_config.json that only transformers 5 opens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from castalia.checkpoint.description import model_folder, tokenizer_settings
-from castalia.checkpoint.file_plan import OutputFile, bytes_output, json_output
+from castalia.checkpoint.file_plan import OutputFile, bytes_output, json_output, json_text
 from castalia.checkpoint.restore import load_tokenizer_for
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.schema import TokenizerConfig
@@ -28,7 +29,14 @@ from castalia.data.tokenizer_folder import GENERATION, MODEL, SPECIAL, Tokenizer
 from castalia.data.tokenizer_folder import SETTINGS as HF_SETTINGS
 from castalia.errors import CastaliaError
 
+if TYPE_CHECKING:
+    import tokenizers
+
 FOLDER = "tokenizer"  # of a run, or of a converted checkpoint
+FAST = "PreTrainedTokenizerFast"
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# transformers 4 lets settings say whether the texts of these begin and end with special tokens, 5 the tokenizer.json.
+ENDS_IN_SETTINGS = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer", "GPTNeoXTokenizer")
 
 
 def our_tokenizer(checkpoint: Checkpoint) -> tuple[list[OutputFile], tuple[str, ...]]:
@@ -41,17 +49,21 @@ def our_tokenizer(checkpoint: Checkpoint) -> tuple[list[OutputFile], tuple[str, 
 def megatron_tokenizer(checkpoint: Checkpoint) -> tuple[list[OutputFile], tuple[str, ...]]:
     """The files of `our_tokenizer` with the settings by which Megatron's `AutoTokenizer` knows the end of documents."""
     outputs, notes = our_tokenizer(checkpoint)
-    names = {output.name for output in outputs}
     tokenizer, _ = _load(checkpoint)
-    if tokenizer is None or f"{FOLDER}/{HF_SETTINGS}" in names or f"{FOLDER}/vocab.json" in names:
+    settings = f"{FOLDER}/{HF_SETTINGS}"
+    if any(output.name == settings for output in outputs):
+        source = tokenizer.folder if tokenizer else _source_folder(checkpoint)
+        opened = bytes_output(settings, _opened_by_all(source, tokenizer)[HF_SETTINGS])
+        return [opened if output.name == settings else output for output in outputs], notes
+    if tokenizer is None or any(output.name == f"{FOLDER}/vocab.json" for output in outputs):
         return outputs, notes
     if isinstance(tokenizer, RustTokenizer):
-        settings = _hf_settings(tokenizer, checkpoint)[0]
+        made = _hf_settings(tokenizer, checkpoint)[0]
     elif isinstance(tokenizer, SentencePieceTokenizer):
-        settings = _sentencepiece_settings(tokenizer)
+        made = _sentencepiece_settings(tokenizer)
     else:
         return outputs, (*notes, _nothing_like(tokenizer))
-    return [*outputs, json_output(f"{FOLDER}/{HF_SETTINGS}", settings)], notes
+    return [*outputs, json_output(settings, made)], notes
 
 
 def written_tokenizer(checkpoint: Checkpoint, outputs: Sequence[OutputFile], folder: Path | None) -> TokenizerConfig:
@@ -80,7 +92,7 @@ def hf_tokenizer(checkpoint: Checkpoint) -> tuple[list[OutputFile], dict[str, An
     tokenizer, notes = _load(checkpoint)
     source = tokenizer.folder if tokenizer else _source_folder(checkpoint)
     ids = dict(source.token_ids) or _token_ids(tokenizer)
-    files = {name: data for name, data in source.files.items() if name != MODEL}
+    files = {name: data for name, data in _opened_by_all(source, tokenizer).items() if name != MODEL}
     outputs = [bytes_output(name, data) for name, data in files.items()]
     if GENERATION not in files:
         outputs.append(json_output(GENERATION, {"_from_model_config": True, **ids}))
@@ -96,6 +108,40 @@ def hf_tokenizer(checkpoint: Checkpoint) -> tuple[list[OutputFile], dict[str, An
     if isinstance(tokenizer, SentencePieceTokenizer):
         return [*outputs, json_output(HF_SETTINGS, _sentencepiece_settings(tokenizer))], ids, ()
     return outputs, ids, (_nothing_like(tokenizer),)
+
+
+def _opened_by_all(source: TokenizerFolder, tokenizer: Tokenizer | None) -> dict[str, bytes]:
+    """The files of a folder, with a tokenizer_config.json that transformers 4 and 5 read as the same tokenizer."""
+    engine = tokenizer.engine if isinstance(tokenizer, RustTokenizer) else None
+    settings = readable_settings(source.settings, engine)
+    changed = {} if settings == source.settings else {HF_SETTINGS: json_text(settings).encode()}
+    return {**source.files, **changed}
+
+
+def readable_settings(settings: Mapping[str, Any], engine: tokenizers.Tokenizer | None) -> dict[str, Any]:
+    """The content of a tokenizer_config.json as both transformers 4 and 5 read it, whichever has written it.
+
+    5 renamed the class of tokenizers that are a tokenizer.json alone. It lists under `extra_special_tokens`, where 4
+    has the tokens that only some models name, what 4 lists under `additional_special_tokens`. And only the
+    tokenizer.json says whether texts begin and end with special tokens. What 4 wrote, 5 reads as well. `engine` is the
+    tokenizer.json; None: there is none.
+    """
+    given, extra = dict(settings), settings.get("extra_special_tokens")
+    if given.get("tokenizer_class") == "TokenizersBackend":
+        given["tokenizer_class"] = FAST
+    if isinstance(extra, list):
+        del given["extra_special_tokens"]
+        if extra:
+            given["additional_special_tokens"] = [*(given.get("additional_special_tokens") or ()), *extra]
+    if given.get("backend") != "tokenizers":  # transformers 4 wrote it
+        return given
+    named = {name: text for name, text in given.items() if name.endswith("_token") and name not in NAMED}
+    if texts := {name: text for name, text in named.items() if isinstance(text, str)}:
+        given["extra_special_tokens"] = texts
+    if engine is not None and given.get("tokenizer_class") in ENDS_IN_SETTINGS:
+        whole, bare = (engine.encode("a", add_special_tokens=added).ids for added in (True, False))
+        given["add_bos_token"], given["add_eos_token"] = whole[:1] != bare[:1], whole[-1:] != bare[-1:]
+    return given
 
 
 def _nothing_like(tokenizer: Tokenizer) -> str:
@@ -150,7 +196,7 @@ def _hf_settings(tokenizer: RustTokenizer, checkpoint: Checkpoint) -> tuple[dict
         special = {"bos_token": end, "eos_token": end, "unk_token": end, "pad_token": padding}
     special |= tokenizer.folder.special
     config: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "tokenizer_class": FAST,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
         **special,
