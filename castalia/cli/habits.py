@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from castalia.config.lora_names import OTHER_KEYS, QUANTIZED
+from castalia.config.lora_names import OTHER_KEYS, QUANTIZED, key_of_others
 from castalia.errors import ConfigError
 
 COMMANDS = {
@@ -42,10 +42,8 @@ OPTIONS = {
     "--mfu": "it is called --efficiency, the share of the peak that matrix products reach; MFU is what is left of it",
     "--learning_rate": "settings are given as KEY=VALUE: optimizer.lr=3e-4",
     "--qlora": f"{QUANTIZED}; adapters of rank 16 are --lora 16",
-    "--load_in_4bit": QUANTIZED,
-    "--load-in-4bit": QUANTIZED,
-    "--use_dora": OTHER_KEYS["use_dora"],
-    "--use_rslora": "it is a setting: finetune.lora.rslora=true",
+    "--rslora": "it is a setting: finetune.lora.rslora=true",
+    "--dora": OTHER_KEYS["dora"],
     "--lora_r": "it is called --lora",
     "--lora-r": "it is called --lora",
     "--lora_target_modules": "it is a setting: finetune.lora.targets=[q_proj, v_proj], or all-linear",
@@ -66,5 +64,5 @@ def refuse_habits(words: Sequence[str], verbs: Sequence[str]) -> None:
         return
     for word in words:
         name = word.partition("=")[0]  # --lr=3e-4 as well as --lr 3e-4
-        if name in OPTIONS:
-            raise ConfigError(f"there is no option {name}: {OPTIONS[name]}")
+        if today := OPTIONS.get(name) or (name.startswith("--") and key_of_others(name[2:])):
+            raise ConfigError(f"there is no option {name}: {today}")

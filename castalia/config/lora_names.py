@@ -28,6 +28,16 @@ QUANTIZED = (
     "and round in ways that nothing here could be compared with; frozen weights take 4 bytes a parameter, which "
     "parallel.zero=3 shares among ranks"
 )
+DORA = (
+    "DoRA's magnitudes beside the adapters are not built in; plain LoRA and rsLoRA (finetune.lora.rslora=true) are. "
+    "A model that PEFT has trained so opens here once it is merged there (merge_and_unload)"
+)
+BEGINNING = (
+    "A begins random and B at zero, as PEFT's do by default, so the model begins unchanged and its adapters fit the "
+    "model that was downloaded. PiSSA, OLoRA, LoftQ and their kind take a part of the weights away first and are not "
+    "built in; leave it out, or train so with PEFT and merge there (merge_and_unload)"
+)
+BIASES = 'biases train beside adapters with finetune.train=["bias$"]; merge-lora then writes the whole model'
 # Keys of PEFT, bitsandbytes and trainers, by their last part.
 OTHER_KEYS: dict[str, str] = {
     "r": "it is called finetune.lora.rank",
@@ -36,13 +46,9 @@ OTHER_KEYS: dict[str, str] = {
     "target_modules": "it is called finetune.lora.targets, and takes the same names",
     "modules_to_save": 'such modules are named by finetune.train, as in finetune.train=["^embed", "^head"]',
     "use_rslora": "it is called finetune.lora.rslora",
-    "use_dora": "DoRA's magnitudes beside the adapters are not built in; plain LoRA and rsLoRA (rslora=true) are",
-    "dora": "DoRA's magnitudes beside the adapters are not built in; plain LoRA and rsLoRA (rslora=true) are",
-    "pissa": "adapters that begin as a part of the weights (PiSSA) are not built in: they begin without effect",
-    "init_lora_weights": "A begins random and B at zero, as PEFT's do by default; PiSSA, OLoRA, LoftQ and other values "
-    "change the model's own weights and are not built in",
-    "bias": 'biases train beside adapters with finetune.train=["bias$"]',
-    "lora_bias": 'biases train beside adapters with finetune.train=["bias$"]',
+    **dict.fromkeys(("use_dora", "dora"), DORA),
+    **dict.fromkeys(("init", "init_lora_weights", "pissa", "olora", "loftq", "loftq_config"), BEGINNING),
+    **dict.fromkeys(("bias", "lora_bias"), BIASES),
     "rank_pattern": "all adapters have one rank, finetune.lora.rank",
     "alpha_pattern": "all adapters have one scale, finetune.lora.alpha",
     "layers_to_transform": "every block has adapters; those of some rest with finetune.freeze, as in "
