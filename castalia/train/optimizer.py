@@ -13,7 +13,7 @@ from castalia.config.schema import LossScaleConfig, OptimizerConfig, ParameterGr
 from castalia.config.tensor_table import block_of, in_one_block, row_of
 from castalia.errors import ConfigError, TrainingError
 from castalia.reading import fits
-from castalia.train.update_rules import AnyOptimizer, CombinedOptimizer, Lion
+from castalia.train.update_rules import AdamW, AnyOptimizer, CombinedOptimizer, Lion, OneOptimizer
 
 DUPLICATE = "duplicate."  # begins the names of this rank's second copies of parameters that live on another stage
 
@@ -46,7 +46,7 @@ def make_optimizer(
         rule = update_rule(name, cfg, width_multiplier, num_layers, summed_bias_ranks)
         kind, decay, scale = rule.kind, rule.decay, rule.scale
         kinds[kind][decay, scale].append(parameter)
-    optimizers: list[torch.optim.Optimizer] = []
+    optimizers: list[OneOptimizer] = []
     for kind, groups in kinds.items():
         param_groups: list[dict[str, Any]] = [
             {"params": ps, "weight_decay": decay, "lr_scale": scale} for (decay, scale), ps in groups.items()
@@ -90,7 +90,7 @@ def update_rule(
     return UpdateRule(kind, decay / factor, scale)
 
 
-def _optimizer(kind: str, groups: list[dict[str, Any]], cfg: OptimizerConfig) -> torch.optim.Optimizer:
+def _optimizer(kind: str, groups: list[dict[str, Any]], cfg: OptimizerConfig) -> OneOptimizer:
     match kind:
         case "lion":
             return Lion(groups, lr=cfg.lr, betas=cfg.betas)
@@ -100,7 +100,7 @@ def _optimizer(kind: str, groups: list[dict[str, Any]], cfg: OptimizerConfig) ->
             return torch.optim.Adafactor(groups, lr=cfg.lr)
         case "muon":  # scaled to AdamW's step size, so that one rate and one decay suit both
             return torch.optim.Muon(groups, lr=cfg.lr, momentum=cfg.momentum, adjust_lr_fn="match_rms_adamw")
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
+    return AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps)
 
 
 def _fresh_state(kind: str, parameter: nn.Parameter, cfg: OptimizerConfig) -> dict[str, Tensor]:

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -42,6 +45,27 @@ def test_adamw_follows_the_documented_formula():
         optimizer.step()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.double(), expected[name][0], atol=1e-6, rtol=1e-5)
+
+
+def test_adamw_gives_the_bits_of_torch_and_needs_no_compiler():
+    code = (
+        "import sys, torch; from castalia.train.update_rules import AdamW; torch.manual_seed(0)\n"
+        "def made(rule, **more):\n"
+        "    weights = [torch.nn.Parameter(torch.ones(5, 3) * n) for n in (1, 2)]\n"
+        "    rule = rule([{'params': weights, 'weight_decay': 0.1}], lr=0.01, betas=(0.9, 0.95), eps=1e-8, **more)\n"
+        "    for p in weights: rule.state[p] = dict(\n"
+        "        step=torch.zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))\n"
+        "    return weights, rule\n"
+        "def stepped(weights, rule, gradients):\n"
+        "    for gradient in gradients:\n"
+        "        for p in weights: p.grad = gradient * p.detach()\n"
+        "        rule.step(); rule.zero_grad()\n"
+        "    return torch.stack(weights)\n"
+        "gradients = torch.randn(3, 5, 3); ours = stepped(*made(AdamW), gradients)\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+        "assert ours.equal(stepped(*made(torch.optim.AdamW, fused=True), gradients)) and not ours[0].equal(ours[1])\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_state_exists_before_the_first_step():
