@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 FOLDER = "tokenizer"  # of a run, or of a converted checkpoint
 FAST = "PreTrainedTokenizerFast"
+INPUTS = ["input_ids", "attention_mask"]  # of 5; 4 adds token_type_ids, which `generate` refuses
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # transformers 4 lets settings say whether the texts of these begin and end with special tokens, 5 the tokenizer.json.
 ENDS_IN_SETTINGS = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer", "GPTNeoXTokenizer")
@@ -121,14 +122,15 @@ def _opened_by_all(source: TokenizerFolder, tokenizer: Tokenizer | None) -> dict
 def readable_settings(settings: Mapping[str, Any], engine: tokenizers.Tokenizer | None) -> dict[str, Any]:
     """The content of a tokenizer_config.json as both transformers 4 and 5 read it, whichever has written it.
 
-    5 renamed the class of tokenizers that are a tokenizer.json alone. It lists under `extra_special_tokens`, where 4
-    has the tokens that only some models name, what 4 lists under `additional_special_tokens`. And only the
-    tokenizer.json says whether texts begin and end with special tokens. What 4 wrote, 5 reads as well. `engine` is the
-    tokenizer.json; None: there is none.
+    5 renamed the class of tokenizers that are a tokenizer.json alone, and changed what these give a model. It lists
+    under `extra_special_tokens`, where 4 has the tokens that only some models name, what 4 lists under
+    `additional_special_tokens`. And only the tokenizer.json says whether texts begin and end with special tokens. What
+    4 wrote, 5 reads as well. `engine` is the tokenizer.json; None: there is none.
     """
     given, extra = dict(settings), settings.get("extra_special_tokens")
     if given.get("tokenizer_class") == "TokenizersBackend":
         given["tokenizer_class"] = FAST
+        given.setdefault("model_input_names", INPUTS)
     if isinstance(extra, list):
         del given["extra_special_tokens"]
         if extra:
@@ -198,7 +200,7 @@ def _hf_settings(tokenizer: RustTokenizer, checkpoint: Checkpoint) -> tuple[dict
     config: dict[str, Any] = {
         "tokenizer_class": FAST,
         "clean_up_tokenization_spaces": False,
-        "model_input_names": ["input_ids", "attention_mask"],
+        "model_input_names": INPUTS,
         **special,
     }
     model = checkpoint.config.model if checkpoint.config else None

@@ -130,12 +130,13 @@ def show_changes(model: str, folder: Path, prompt: str | None, max_tokens: int) 
         rows = [("prompt", decode_with_special(tokenizer, example.prompt).strip())]
         rows += [("in the data", tokenizer.decode(example.answer).strip())] if example.answer else []
         print_facts([*rows, *((name, look.texts[number].strip()) for name, look in looks.items() if look.texts)])
+    best = next((name for name in looks if name.startswith("best")), None)
     if config.finetune.lora:
         try:
-            print(f"\nadapters in PEFT's layout: {save_adapters(folder)}")
+            state = " of the best state" if best else ""
+            print(f"\nadapters{state} in PEFT's layout: {save_adapters(folder)}")
         except CheckpointError as error:
             print(f"note: the adapters are not written in PEFT's layout: {error}")
-    best = next((name for name in looks if name.startswith("best")), None)
     if best:
         print(f"\nthe best state is in {folder / 'checkpoints' / 'best'}, the last one is what {folder} opens as")
     if config.train.objective != "reward":

@@ -1,8 +1,8 @@
 """Tokenizers as transformers 5 saves them, written so that transformers 4 opens them, too.
 
 What 4 does with them was tried with 4.57.6, which cannot be installed beside 5: it knows no class `TokenizersBackend`,
-fails at an `extra_special_tokens` that is a list, and lets Llama's texts begin with <s> where no setting says
-otherwise.
+fails at an `extra_special_tokens` that is a list, lets Llama's texts begin with <s> where no setting says otherwise,
+and gives models token_type_ids, which `generate` refuses.
 """
 
 from __future__ import annotations
@@ -66,12 +66,20 @@ def test_both_versions_open_what_the_newer_one_saved(name, settings, ends, form,
     before = json.loads((source / "tokenizer_config.json").read_text())
     assert before["backend"] == "tokenizers", "written by transformers 5"
     assert given["tokenizer_class"] == ("PreTrainedTokenizerFast" if name == "TokenizersBackend" else name)
-    extra = before["extra_special_tokens"] if "extra_special_tokens" in before else []
+    extra = before.get("extra_special_tokens", [])
     assert given.get("additional_special_tokens", []) == extra
     named = {key: text for key, text in before.items() if key == "image_token"}
     assert given.get("extra_special_tokens", {}) == named
     assert (given.get("add_bos_token"), given.get("add_eos_token")) == (ends or (None, None))
-    changed = {"tokenizer_class", "extra_special_tokens", "additional_special_tokens", "add_bos_token", "add_eos_token"}
+    assert given.get("model_input_names") == (["input_ids", "attention_mask"] if name == "TokenizersBackend" else None)
+    changed = {
+        "model_input_names",
+        "tokenizer_class",
+        "extra_special_tokens",
+        "additional_special_tokens",
+        "add_bos_token",
+        "add_eos_token",
+    }
     assert {key: given[key] for key in given.keys() - changed} == {key: before[key] for key in before.keys() - changed}
     assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
 
