@@ -65,11 +65,17 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        out = linear(x, self.weight, self.bias)
         if self.lora_a is None or self.lora_b is None:
-            return out
+            return linear(x, self.weight, self.bias)
         # [..., in] -> [..., rank] -> [..., out]; the product of the two matrices is never formed
-        return out + linear(linear(self.dropped(x), self.lora_a), self.lora_b) * self.lora_scale
+        if is_slow_half(x) or type(x) is not Tensor:  # a DTensor, of whose output a rank may hold a summand
+            low = linear(self.dropped(x), self.lora_a)
+            return linear(x, self.weight, self.bias) + linear(low, self.lora_b) * self.lora_scale
+        rows = x.flatten(0, -2)
+        out, low = linear(rows, self.weight, self.bias), linear(self.dropped(rows), self.lora_a)
+        # The product itself scales and adds, which would take two more passes over the output.
+        out.addmm_(low, self.lora_b.to(x.dtype).T, alpha=self.lora_scale)
+        return out.unflatten(0, x.shape[:-1])
 
     def dropped(self, x: Tensor) -> Tensor:
         """The input of the adapter, with dropout while training."""
