@@ -139,6 +139,9 @@ def show_changes(model: str, folder: Path, prompt: str | None, max_tokens: int) 
             print(f"note: the adapters are not written in PEFT's layout: {error}")
     if best:
         print(f"\nthe best state is in {folder / 'checkpoints' / 'best'}, the last one is what {folder} opens as")
-    if config.train.objective != "reward":
-        print(f"\ntalk with it: castalia chat {folder / 'checkpoints' / 'best' if best else folder}")
+    state_folder = folder / "checkpoints" / "best" if best else folder
+    if config.train.objective == "reward":
+        print(f"\njudge with it: castalia score {state_folder} --file FILE --output scores.jsonl")
+    else:
+        print(f"\ntalk with it: castalia chat {state_folder}")
     return looks

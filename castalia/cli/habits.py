@@ -64,5 +64,5 @@ def refuse_habits(words: Sequence[str], verbs: Sequence[str]) -> None:
         return
     for word in words:
         name = word.partition("=")[0]  # --lr=3e-4 as well as --lr 3e-4
-        if today := OPTIONS.get(name) or (name.startswith("--") and key_of_others(name[2:])):
+        if today := OPTIONS.get(name) or (key_of_others(name[2:]) if name.startswith("--") else None):
             raise ConfigError(f"there is no option {name}: {today}")

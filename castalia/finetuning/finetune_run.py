@@ -98,7 +98,7 @@ def begin(request: Request, say: Say) -> RunConfig:
     folder = run_folder(config)
     asked = asked_for(config, request)
     if is_run(folder):
-        return continued(folder, asked)
+        return continued(folder, asked, config)
     lessons = lessons_of(config, source, request, folder, asked, say)
     values = usual | data_settings(lessons) | tokenizer_settings_of(config, folder)
     if config.train.objective != "causal":
@@ -180,14 +180,16 @@ def asked_for(config: RunConfig, request: Request) -> dict[str, Any]:
     return json.loads(json.dumps(to_jsonable_python(changed(config) | options)))
 
 
-def continued(folder: Path, asked: dict[str, Any]) -> RunConfig:
-    """The config that continues the run in a folder. Raises TrainingError if another command began it."""
+def continued(folder: Path, asked: dict[str, Any], config: RunConfig) -> RunConfig:
+    """The config that continues the run in a folder. Raises TrainingError if another command began it, and DataError if
+    that names files that are none."""
     remembered = folder / REMEMBERED
     if not remembered.is_file():
         refuse_second_start(folder)
     before = read_json(remembered, TrainingError, SHAPE)["asked"] if remembered.is_file() else {}
     if before == asked:
         return load_run(folder)
+    kinds_of(config)
     differing = [key for key in {**before, **asked} if before.get(key) != asked.get(key)]
     lines = "".join(f"\n  {key}: {_short(before.get(key))} then, {_short(asked.get(key))} now" for key in differing)
     raise TrainingError(
@@ -197,6 +199,8 @@ def continued(folder: Path, asked: dict[str, Any]) -> RunConfig:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, list) and value and all(isinstance(each, dict) and "path" in each for each in value):
+        value = [each["path"] for each in value]  # files to learn from, whose other settings are defaults
     text = "nothing" if value is None else json.dumps(value)
     return text if len(text) < 60 else f"{text[:57]}..."
 

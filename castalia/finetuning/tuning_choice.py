@@ -155,7 +155,10 @@ def batches(samples: int, documents: int, objective: str, processes: int = 1) ->
     size = max(alone, min(samples, round(size / per_sample)))
     size -= size % alone
     return {
-        "train.batch_size": (size, f"of {samples:,} samples" + (" (pairs)" if objective in ("dpo", "orpo") else ""))
+        "train.batch_size": (
+            size,
+            f"of {samples:,} samples" + (" (pairs)" if objective in ("dpo", "orpo", "reward") else ""),
+        )
     }
 
 

@@ -146,6 +146,11 @@ def test_the_same_command_goes_on(base, lessons, tmp_path, capsys):
     other = "another command began:\n  optimizer.lr: nothing then, 0.1 now\nTo continue"
     with pytest.raises(TrainingError, match=other):
         finetune(str(base), [*stopping, "optimizer.lr=0.1"])
+    lessons.with_name("other.jsonl").write_bytes(lessons.read_bytes())
+    with pytest.raises(TrainingError, match=r'data.train: \[".*lessons.jsonl"\] then, \[".*other.jsonl"\] now'):
+        finetune(str(base), [str(lessons.with_name("other.jsonl")), *stopping[1:]])
+    with pytest.raises(DataError, match="nochat.jsonl: there is no such file"):  # said first
+        finetune(str(base), ["nochat.jsonl", *stopping[1:]])
     assert corpus.stat() == before
 
 
