@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from castalia.config.attention_kernels import Capability, KernelChoice
 from castalia.config.schema import ModelConfig
 from castalia.errors import ConfigError
+from castalia.model.kept_tokens import Kept, spread, taken
 from castalia.model.layers import Linear, is_slow_half
 from castalia.model.positions import Rotation, rotate
 
@@ -82,6 +83,8 @@ class Context(NamedTuple):
     choice: KernelChoice = KernelChoice("flash", "causal")
     bias: Tensor | None = None  # [rows, 1 or heads, t, k] in the dtype of the queries; -inf hides a key
     cache: Cache | None = None
+    kept: Kept | None = None  # the tokens that are computed; None: all
+    last: bool = False  # whether the last block gets it, after whose attention tokens without a label are left out
 
 
 def capability(device: torch.device) -> Capability | None:
@@ -203,8 +206,12 @@ class Attention(nn.Module):
         self.qk_norm = HeadsNorm(cfg) if cfg.qk_norm else None
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """[b, t, h] -> [b, t, h]."""
-        return self.out(self.attend_heads(self.qkv(x), context))
+        """[b, t, h] -> [b, t, h]; of kept tokens [1, m, h] -> [1, m, h], in the last block [1, k, h]."""
+        qkv, kept = self.qkv(x), context.kept
+        if kept is None:
+            return self.out(self.attend_heads(qkv, context))
+        heads = self.attend_heads(spread(qkv, kept.tokens, kept.shape), context)
+        return self.out(taken(heads, kept.labelled if context.last else kept.tokens))
 
     def attend_heads(self, qkv: Tensor, context: Context) -> Tensor:
         """Attention output of all heads, before the output projection: [b, t, (n + 2 kv) d] -> [b, t, n d]."""

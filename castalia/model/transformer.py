@@ -39,6 +39,7 @@ from castalia.model.attention import (
 )
 from castalia.model.experts import ExpertMLP
 from castalia.model.gmlp import GatedBlock
+from castalia.model.kept_tokens import Kept, spread, taken
 from castalia.model.layers import MLP, Embedding, Linear, build_norm, is_slow_half, linear
 from castalia.model.loss import IGNORE, linear_cross_entropy, token_losses
 from castalia.model.positions import Alibi, Rotary, Rotation, positions_in_documents, score_bias, sinusoids, visible
@@ -59,7 +60,7 @@ class Block(nn.Module):
         self.mlp: nn.Module = ExpertMLP(cfg, exact) if has_experts else MLP(cfg)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """Residual stream [b, t, h] -> the same shape.
+        """Residual stream [b, t, h] -> the same shape, but for what of kept tokens the last block leaves out.
 
         sequential (GPT-2, Llama)        parallel (GPT-NeoX)
 
@@ -76,7 +77,10 @@ class Block(nn.Module):
             x
         """
         normed = self.norm1(x)
-        attended = torch.zeros_like(x) if self.drops_attention else self.drop(self.attn(normed, context))
+        heads = None if self.drops_attention else self.attn(normed, context)
+        if context.last and context.kept:
+            x, normed = (taken(part, context.kept.places) for part in (x, normed))
+        attended = torch.zeros_like(x) if heads is None else self.drop(heads)
         if not self.parallel:
             x = x + attended
         if self.norm2 is not None:
@@ -144,6 +148,7 @@ class Transformer(nn.Module):
         documents: Tensor | None = None,
         per_sequence: bool = False,
         answers: Tensor | None = None,
+        kept: Kept | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits [b, t, V] of `tokens` [b, t]; with `labels` [b, t] the fp32 sum of the losses and their number.
 
@@ -152,9 +157,9 @@ class Transformer(nn.Module):
         `positions` [b or 1, t] overrides the position at which a token is embedded. With `per_sequence` the result is
         one fp32 value for each sequence [b]: the log-probability of all its labels, or from a reward model the reward
         at its last label. With `answers` [b, t], a mask of labels, it is two values [b, 2]: the log-probability of
-        those in the mask, and of all.
+        those in the mask, and of all. `kept`: the tokens that have an effect on the labels' losses, without a cache.
         """
-        x = self.hidden(tokens, cache=cache, positions=positions, documents=documents)
+        x = self.hidden(tokens, cache=cache, positions=positions, documents=documents, kept=kept)
         if self.norm is None:  # a pipeline stage that is not the last
             return x
         return self.finish(x, labels, per_sequence=per_sequence, answers=answers)
@@ -184,16 +189,19 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         positions: Tensor | None = None,
         documents: Tensor | None = None,
+        kept: Kept | None = None,
     ) -> Tensor:
         """The final hidden state [b, t, h], for callers that need the logits of some tokens only: see `logits`.
 
-        Arguments are those of `forward`.
+        Arguments are those of `forward`. With `kept` it is 0 where there is no label.
         """
-        x, context = self.enter(tokens, cache=cache, positions=positions, documents=documents)
+        x, context = self.enter(tokens, cache=cache, positions=positions, documents=documents, kept=kept)
+        blocks = list(self.blocks.values())  # of a pipeline stage none, it may be
         with self.kernels(x, cache):
-            for block in self.blocks.values():
-                x = block(x, context)
-        return self.leave(x, cache)
+            for block in blocks:
+                x = block(x, context._replace(last=True) if kept is not None and block is blocks[-1] else context)
+        x = self.leave(x, cache)
+        return x if kept is None else spread(x, kept.labelled, kept.shape)
 
     def hidden_each(self, calls: Iterable[tuple[Tensor, Mapping[str, Any]]]) -> Iterator[Tensor]:
         """`hidden` of several (tokens, arguments), one after another.
@@ -209,8 +217,9 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         positions: Tensor | None = None,
         documents: Tensor | None = None,
+        kept: Kept | None = None,
     ) -> tuple[Tensor, Context]:
-        """The residual stream [b, t, h] before the first block, and what all blocks share."""
+        """The residual stream [b, t, h] before the first block, of kept tokens [1, m, h], and what all blocks share."""
         t = tokens.shape[1]
         # The place of a token in its sequence decides which keys it sees; `positions` decide how it is embedded.
         places = torch.arange(t, device=tokens.device)[None] if cache is None else cache.reserve(t)
@@ -221,7 +230,8 @@ class Transformer(nn.Module):
             end = int(positions.max()) + 1
         x = tokens if tokens.is_floating_point() else self.embedded(tokens, positions, end)  # [b, t, h]
         rotary = None if self.rotary is None else self.rotary(positions, end, x.dtype)
-        return x, self.context(x, rotary, places, documents, cache)
+        context = self.context(x, rotary, places, documents, cache)
+        return (x, context) if kept is None else (taken(x, kept.tokens), context._replace(kept=kept))
 
     def kernels(self, x: Tensor, cache: Cache | None) -> AbstractContextManager[None]:
         """A context in which the blocks run: it keeps torch from kernels that `choice` has ruled out."""

@@ -17,6 +17,7 @@ from castalia.config.schema import CompleteConfig
 from castalia.data.loader import Batch
 from castalia.errors import ConfigError
 from castalia.model.init import initialize
+from castalia.model.kept_tokens import Kept, kept_tokens
 from castalia.model.lora import add_adapters, freeze
 from castalia.model.loss import IGNORE
 from castalia.model.transformer import Transformer
@@ -84,6 +85,19 @@ class Rows(NamedTuple):
         """What `Transformer.forward` takes besides the tokens."""
         further = {"documents": self.documents, "answers": self.answers}
         return {"labels": self.labels} | {name: tensor for name, tensor in further.items() if tensor is not None}
+
+
+class Computed(NamedTuple):
+    """What of a micro-batch is computed: the first `width` tokens of its sequences, and of these the `kept` ones."""
+
+    width: int
+    kept: Kept | None = None
+
+    def applied(self, part: Rows) -> tuple[Rows, dict[str, Any]]:
+        """The micro-batch, and what the model takes besides."""
+        if self.kept is None:
+            return part.until(self.width), {}
+        return part.until(self.width), {"kept": self.kept.map(lambda tensor: to_device(tensor, part.tokens.device))}
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -180,17 +194,23 @@ class Executor:
         `Transformer.forward` has for each sequence. Raises StepLeft where `leaves_step` says so.
         """
         total = torch.zeros((), device=self.device)
-        widths = self.widths(rows.chunk(len(weights)))
+        computed = self.computed(list(rows.chunk(len(weights))))
         for micro, part in enumerate(rows.to(self.device).chunk(len(weights))):
             if micro and self.leaves_step():
                 raise StepLeft
-            part = part.until(widths[micro])
             torch.manual_seed(seeds[micro])  # dropout follows from the step, so no generator's state has to be saved
-            loss_sum = micro_loss(self.model, part, {}, objective, micro)
+            loss_sum = micro_loss(self.model, *computed[micro].applied(part), objective, micro)
             # Weights divide by the tokens of the global batch, so gradients of micro-batches just add up.
             (loss_sum * (weights[micro] * scale)).backward()
             total += loss_sum.detach() * weights[micro]
         return total
+
+    def computed(self, parts: Sequence[Rows]) -> list[Computed]:
+        """What of each micro-batch is computed in training. They are on the host, which a GPU need not be asked for."""
+        # Other kinds of layers mix tokens in ways of their own, or choose experts with regard to all of them.
+        keeps = self.cuts_padding and all(set(model.cfg.layer_kinds) == {"dense"} for model in self.models)
+        cut = [part.until(width) for part, width in zip(parts, self.widths(parts), strict=True)]
+        return [Computed(part.tokens.shape[1], kept_tokens(part.labels) if keeps else None) for part in cut]
 
     def widths(self, parts: Iterable[Rows]) -> list[int]:
         """How many tokens of each part are computed. The parts are on the host, which a GPU need not be asked for."""

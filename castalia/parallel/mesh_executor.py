@@ -21,6 +21,7 @@ from castalia.model.transformer import Transformer
 from castalia.parallel.apply import build_stages
 from castalia.parallel.context_parallel import CP_ATTENTION, refuse_ring
 from castalia.parallel.executor import (
+    Computed,
     Executor,
     NormSubset,
     Objective,
@@ -145,7 +146,7 @@ class MeshExecutor(Executor):
         objective: Objective | None = None,
     ) -> Tensor:
         """As on one process. The pipeline has no other objectives than the token losses."""
-        widths = self.widths(rows.chunk(len(weights)))
+        computed = self.computed(list(rows.chunk(len(weights))))
         rows, context = self._local(rows)
         # Pipeline ranks hold other blocks and context ranks other tokens: their dropout must differ.
         seed_offset = self.mesh.pp_rank * self.mesh.layout.cp + self.mesh.cp_rank
@@ -155,13 +156,13 @@ class MeshExecutor(Executor):
             torch.manual_seed(seeds[0])
             total = self.pipeline.forward_backward(rows, [weight * scale for weight in weights], context) / scale
         else:
-            total = self._micro_batches(rows, widths, weights, scale, seeds, context, objective)
+            total = self._micro_batches(rows, computed, weights, scale, seeds, context, objective)
         return self._total(total)
 
     def _micro_batches(
         self,
         rows: Rows,
-        widths: Sequence[int],
+        computed: Sequence[Computed],
         weights: Sequence[float],
         scale: float,
         seeds: Sequence[int],
@@ -184,7 +185,8 @@ class MeshExecutor(Executor):
             if zero < 3:  # parameters are gathered once a step
                 model.set_reshard_after_backward(last)
             torch.manual_seed(seeds[micro])
-            loss_sum = micro_loss(model, part_rows.until(widths[micro]), context, objective, micro)
+            cut_rows, kept = computed[micro].applied(part_rows)
+            loss_sum = micro_loss(model, cut_rows, context | kept, objective, micro)
             (loss_sum * (weights[micro] * scale)).backward()
             total += loss_sum.detach() * weights[micro]
         return total

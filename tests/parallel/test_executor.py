@@ -64,15 +64,22 @@ def test_preferences_wait_for_no_value_of_the_device(objective):
 
 
 @pytest.mark.parametrize("reward", [False, True])
-def test_padding_that_is_cut_changes_nothing(reward):
+@pytest.mark.parametrize("parallel_residual", [False, True])
+@pytest.mark.parametrize("exact", [False, True])
+def test_tokens_that_are_left_out_change_nothing(reward, parallel_residual, exact):
     torch.manual_seed(0)
-    model, data = Transformer(MODEL.model_copy(update={"reward_head": reward})), batch()
+    changed = {"reward_head": reward, "parallel_residual": parallel_residual, "mlp_bias": not exact}
+    model, data = Transformer(MODEL.model_copy(update=changed), exact=exact), batch()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    for row, end in enumerate((3, 5, 12, 2, 1, 4, 6, 9)):
-        data.labels[row, end:] = -100
+    for row, (begin, end) in enumerate(((1, 3), (4, 5), (0, 12), (1, 2), (1, 1), (2, 4), (0, 6), (5, 9))):
+        data.labels[row, :begin] = data.labels[row, end:] = -100
     rows, objective = Rows.of(data), (lambda values, micro: values.square().sum()) if reward else None
     assert [part.width for part in rows.split(2)] == [5, 12, 4, 9]
+    kept = [each.kept for each in Executor(model, 2).computed(list(rows.split(2)))]
+    assert [each and each.shape for each in kept] == [(2, 5), (2, 12), (2, 4), (2, 9)]
+    assert [each and len(each.tokens) for each in kept] == [8, 14, 5, 15]  # 3 + 5, 12 + 2, 1 + 4, 6 + 9
+    assert [each and len(each.labelled) for each in kept] == [3, 13, 3, 10]  # one of them stands for no label
     found = []
     for cuts in (True, False):
         learner = Executor(model, 2, cuts_padding=cuts)
