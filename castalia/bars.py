@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, TextIO
+
+Tally = Callable[[int], None]  # called with the units that were done since the last call; an `Advance` is one
 
 
 class Advance(Protocol):

@@ -21,6 +21,7 @@ from typing import IO, Any
 
 import torch
 
+from castalia.bars import Tally
 from castalia.checkpoint.file_plan import OutputFile, Plan, WriteOptions
 from castalia.checkpoint.formats import TARGETS
 from castalia.checkpoint.opener import base_of, detect, find_steps
@@ -45,7 +46,6 @@ from castalia.machine import usable_cores
 from castalia.storage.derived import Narrowed, WithLora
 from castalia.storage.extent import verifying
 from castalia.storage.lazy import TensorRef, everything, name_of
-from castalia.storage.safetensors import Advance
 from castalia.units import memory_size
 
 LATEST = "latest"
@@ -157,7 +157,7 @@ def write(
     plan: Plan,
     target: Path,
     mark: str,
-    advance: Advance,
+    advance: Tally,
     *,
     inside: str = "",
     force: bool = False,
@@ -183,7 +183,7 @@ def write(
 
 
 def _write(
-    plan: Plan, target: Path, mark: str, advance: Advance, journal: IO[str], inside: str, force: bool, allow_inf: bool
+    plan: Plan, target: Path, mark: str, advance: Tally, journal: IO[str], inside: str, force: bool, allow_inf: bool
 ) -> int:
     place = beside(target, UNFINISHED)
     result, done = place / target.name, _completed(journal, place, mark)
@@ -249,7 +249,7 @@ def _refuse_infinite(output: OutputFile) -> None:
 
 
 def _write_files(
-    outputs: Sequence[OutputFile], folder: Path, journal: IO[str], advance: Advance, allow_inf: bool
+    outputs: Sequence[OutputFile], folder: Path, journal: IO[str], advance: Tally, allow_inf: bool
 ) -> dict[str, dict]:
     """Write several files at a time. Returns each file's entry in the journal. On an error or Ctrl-C all stop at once.
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from castalia.bars import Tally
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.storage.lazy import TensorRef
 from castalia.storage.pt_writer import PtFile
-from castalia.storage.safetensors import Advance, write_safetensors
+from castalia.storage.safetensors import write_safetensors
 from castalia.strict_json import to_json
 
 SHARD_BYTES = 4 << 30
@@ -49,7 +50,7 @@ class OutputFile:
 
     name: str  # path below the checkpoint's folder
     num_bytes: int
-    write: Callable[[Path, Advance], Any]
+    write: Callable[[Path, Tally], Any]
     tensors: tuple[TensorRef, ...] = ()  # the tensors that are read for it
 
 
@@ -92,7 +93,7 @@ def tensors_output(name: str, tensors: Mapping[str, TensorRef]) -> OutputFile:
     """A safetensors file. The format has no place for checksums, so none are computed."""
     size = sum(ref.num_bytes for ref in tensors.values())
 
-    def write(path: Path, advance: Advance) -> None:
+    def write(path: Path, advance: Tally) -> None:
         """See `OutputFile`."""
         write_safetensors(path, tensors, advance, checksums=False)
 
@@ -122,7 +123,7 @@ def json_text(value: object) -> str:
     return to_json(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def write_bytes(path: Path, content: bytes, advance: Advance) -> None:
+def write_bytes(path: Path, content: bytes, advance: Tally) -> None:
     """Write a small file at once, and report its bytes to `advance`."""
     path.write_bytes(content)
     advance(len(content))

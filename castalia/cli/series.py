@@ -13,7 +13,6 @@ from castalia.strict_json import to_json
 if TYPE_CHECKING:
     from castalia.series.checkup import Checkup
     from castalia.series.members import Member
-    from castalia.series.resuming import Advance
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -64,7 +63,7 @@ def check(
             run=run,
             steps=steps,
             jobs=jobs or default_jobs(),
-            begin=lambda total: _counted(advance, total),
+            advance=advance,
         )
     if as_json:
         print(to_json(_as_json(checkup), indent=1))
@@ -88,11 +87,6 @@ def find(words: list[str], steps: str | None) -> list[Member]:
 def default_jobs() -> int:
     """One thread for each CPU that this process may use, up to eight."""
     return min(8, usable_cores())
-
-
-def _counted(advance: Any, total: int) -> Advance:
-    advance(0, "", total)
-    return lambda done, text: advance(done, text)
 
 
 def _as_json(found: Checkup) -> dict[str, Any]:
@@ -164,7 +158,7 @@ def stats(
             output,
             optimizer=optimizer,
             jobs=jobs or default_jobs(),
-            begin=lambda total: _counted(advance, total),
+            advance=advance,
         )
     if plot is not None:
         write_picture(stats_maps(rows), plot)
@@ -248,7 +242,7 @@ def evaluate(
     checkpoint = members[-1].open()
     measure = measure_of(checkpoint, str(file) if file else data, find_tokenizer(checkpoint, tokenizer))
     with progress(shown=not as_json) as advance:
-        rows = evaluate_series(members, measure, output, jobs=jobs, begin=lambda total: _counted(advance, total))
+        rows = evaluate_series(members, measure, output, jobs=jobs, advance=advance)
     if plot is not None:
         write_picture(losses_figure(rows), plot)
     if not as_json:
@@ -273,7 +267,7 @@ def _task_rows(
             options,
             output,
             lambda checkpoint: open_for_tasks(checkpoint, tokenizer)[0],
-            lambda total: _counted(advance, total),
+            advance,
         )
 
 
@@ -360,7 +354,7 @@ def memorise(
             dtype=choose_dtype(config.precision.compute, device),
             vocabulary=min(known or rows_of_head, reader.vocab_size if reader else rows_of_head),
             jobs=jobs,
-            begin=lambda total: _counted(advance, total),
+            advance=advance,
         )
     if not as_json:
         _show_memorised(rows)

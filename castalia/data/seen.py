@@ -7,12 +7,13 @@ then looked up in the order of the samples.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
+from castalia.bars import Advance, unseen
 from castalia.data.indexed import IndexedDataset
 from castalia.data.interventions import Interventions
 from castalia.data.loader import SampledCorpus, Samples
@@ -23,7 +24,6 @@ from castalia.data.text_search import SoughtText, find_texts, wanted
 from castalia.data.tokenizer import Tokenizer
 
 TOKENS_AT_ONCE = 1 << 22
-Advance = Callable[[int], None]  # called with bytes that were read
 
 
 class Sighting(NamedTuple):
@@ -57,7 +57,7 @@ class _Hit(NamedTuple):
 
 
 def seen_in_run(
-    samples: Samples | Pairs, steps: int, texts: Sequence[str], tokenizer: Tokenizer, advance: Advance = lambda _: None
+    samples: Samples | Pairs, steps: int, texts: Sequence[str], tokenizer: Tokenizer, advance: Advance = unseen
 ) -> list[Sightings]:
     """Where the first `steps` steps of a run train on the texts. Within a document, not across the border of two."""
     asked = [wanted(text, tokenizer) for text in texts]
@@ -101,7 +101,7 @@ def _with_replaced(
 
 
 def seen_in_rows(
-    rows: ShardedRows | ParquetRows, texts: Sequence[str], tokenizer: Tokenizer, advance: Advance = lambda _: None
+    rows: ShardedRows | ParquetRows, texts: Sequence[str], tokenizer: Tokenizer, advance: Advance = unseen
 ) -> list[Sightings]:
     """Where the rows that are here hold the texts. A row holds what it holds, with the borders of documents in it."""
     asked = [wanted(text, tokenizer) for text in texts]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from castalia.bars import unseen
 from castalia.checkpoint import convert
 from castalia.checkpoint.file_plan import WriteOptions
 from castalia.checkpoint.formats.native.save import BEST, best_step
@@ -129,5 +130,5 @@ def save_adapters(run: Path) -> Path:
     checkpoint, options = open_checkpoint(best if best.is_dir() else run, adapters=True), WriteOptions()
     plan = convert.plan_files("peft", checkpoint, options)
     mark = convert.identity(checkpoint, options, plan)
-    convert.write(plan, target, mark, lambda count: None, force=True)
+    convert.write(plan, target, mark, unseen, force=True)
     return target

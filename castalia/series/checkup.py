@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from castalia.bars import Advance, unseen
 from castalia.checkpoint.sampled_values import middle
 from castalia.config.tensor_table import block_of
 from castalia.errors import CheckpointError
@@ -15,7 +16,7 @@ from castalia.series.audit import Series, StepReport, check_completeness, check_
 from castalia.series.continuity import Readings, judge
 from castalia.series.members import Member, holds, parse_steps
 from castalia.series.moments import judge_states, state_at
-from castalia.series.resuming import Advance, identity_of, one_thread_each, work_through
+from castalia.series.resuming import identity_of, one_thread_each, work_through
 from castalia.series.states import StateReading, read_states
 from castalia.series.tensor_pass import MOST, Apart, TensorReading, read_column
 from castalia.storage.lazy import TensorRef
@@ -45,13 +46,13 @@ def check_series(
     run: Path | None = None,
     steps: str | None = None,
     jobs: int = 1,
-    begin: Callable[[int], Advance] = lambda total: lambda done, text: None,
+    advance: Advance = unseen,
 ) -> Checkup:
     """Check the members of a series, which `steps` has chosen.
 
     `against`: a config or a run that they are held against. `quick`: read headers and a sample of the weights only.
-    `run`: the run's folder, whose record tells which steps were saved. `begin(total)` is called with the number of
-    parts of the work, and returns what is called as each is done. Raises CastaliaError for an unreadable config.
+    `run`: the run's folder, whose record tells which steps were saved. Raises CastaliaError for an unreadable
+    config.
     """
     series = Series(members, against)
     check_headers(series)
@@ -60,7 +61,7 @@ def check_series(
         series.unknown += ["what a sample does not show: checksums, single values, equal bytes; leave out --quick"]
         series.unknown += ["optimizer states: leave out --quick"]
     else:
-        readings, states = _read_all(series, members, jobs, begin)
+        readings, states = _read_all(series, members, jobs, advance)
     judge(series, readings, quick)
     if not quick:
         judge_states(series, states)
@@ -70,7 +71,7 @@ def check_series(
 
 
 def _read_all(
-    series: Series, members: Sequence[Member], jobs: int, begin: Callable[[int], Advance]
+    series: Series, members: Sequence[Member], jobs: int, advance: Advance
 ) -> tuple[Readings, dict[str, list[StateReading]]]:
     """Read all tensors of all steps, once."""
     stateful = [name for name in series.names if any(state_at(entry, name) for entry in series.entries)]
@@ -86,7 +87,7 @@ def _read_all(
 
     identity = identity_of(members, "check", 1)
     with one_thread_each(jobs):
-        by_part = work_through(parts, work, identity, jobs=jobs, advance=begin(len(parts)))
+        by_part = work_through(parts, work, identity, jobs=jobs, advance=advance)
     readings = {name: [TensorReading.of_json(each) for each in by_part[name]] for name in series.names}
     return readings, {name: [StateReading(**each) for each in by_part[name + STATE]] for name in stateful}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from castalia.bars import Advance, unseen
 from castalia.checkpoint.restore import architecture
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.schema import RunConfig
@@ -19,7 +20,7 @@ from castalia.model.transformer import Transformer
 from castalia.parallel.executor import Executor
 from castalia.series.members import Member
 from castalia.series.models import ModelsAhead, digest_of
-from castalia.series.resuming import Advance, identity_of, work_through
+from castalia.series.resuming import identity_of, work_through
 from castalia.train.hardware import choose_device, choose_dtype
 
 
@@ -60,7 +61,7 @@ def evaluate_series(
     output: Path | None,
     *,
     jobs: int = 1,
-    begin: Callable[[int], Advance] = lambda total: lambda done, text: None,
+    advance: Advance = unseen,
 ) -> list[dict[str, Any]]:
     """A row for each step: step, name, digest of the weights, data, loss, perplexity, tokens, bits per byte.
 
@@ -84,5 +85,5 @@ def evaluate_series(
             }  # fmt: skip
 
         identity = identity_of(members, "eval", stream.name, content)
-        by_part = work_through(list(parts), work, identity, output, jobs=jobs, advance=begin(len(members)))
+        by_part = work_through(list(parts), work, identity, output, jobs=jobs, advance=advance)
     return list(by_part.values())

@@ -7,7 +7,7 @@ and only if in one pass over the sequence the likeliest token at each place is t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from castalia.bars import Advance, unseen
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.schema import LARGEST, RunConfig
 from castalia.data.config_corpora import open_data
@@ -26,7 +27,7 @@ from castalia.model.transformer import Transformer
 from castalia.reading import keys, read_records
 from castalia.series.members import Member
 from castalia.series.models import ModelsAhead, digest_of
-from castalia.series.resuming import Advance, identity_of, work_through
+from castalia.series.resuming import identity_of, work_through
 
 ROWS = 32  # sequences in a forward pass
 RECORD = keys({"tokens": list[int] | None, "text": str | None, "step": int | None})
@@ -199,11 +200,11 @@ def memorised(
     dtype: torch.dtype,
     vocabulary: int,
     jobs: int = 1,
-    begin: Callable[[int], Advance] = lambda total: lambda done, text: None,
+    advance: Advance = unseen,
 ) -> list[dict[str, Any]]:
     """A row for each step and sequence. Steps whose weights are equal are asked once.
 
-    `output` and `begin` are those of `evaluate_series`. Raises CheckpointError for a step that cannot be loaded.
+    `output` is that of `evaluate_series`. Raises CheckpointError for a step that cannot be loaded.
     """
     known: dict[str, list[dict[str, Any]]] = {}
     parts = {f"{number} {member.name}": number for number, member in enumerate(members)}
@@ -218,7 +219,7 @@ def memorised(
             return [_row(member, row) for row in known[digest]]
 
         identity = identity_of(members, "memorise", panel.tokens.tobytes(), panel.seen, panel.prompt, str(dtype))
-        by_part = work_through(list(parts), work, identity, output, jobs=jobs, advance=begin(len(members)))
+        by_part = work_through(list(parts), work, identity, output, jobs=jobs, advance=advance)
     return [row for rows in by_part.values() for row in rows]
 
 

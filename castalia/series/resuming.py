@@ -11,10 +11,9 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import IO, Any
 
+from castalia.bars import Advance, unseen
 from castalia.files import beside
 from castalia.series.members import Member, folder_of
-
-Advance = Callable[[int, str], None]
 
 
 def work_through(
@@ -24,16 +23,17 @@ def work_through(
     output: Path | None = None,
     *,
     jobs: int = 1,
-    advance: Advance = lambda done, text: None,
+    advance: Advance = unseen,
 ) -> dict[str, Any]:
     """What `work` gives for each part, as values of JSON; parts that the journal holds are not done again.
 
     `jobs`: threads that work at once. `identity` changes with whatever the results depend on: a journal with another
-    one is not used. `advance` is called with 1 and the part's name as each is done. The journal lies beside `output`,
-    and the caller removes it once the results are in their place; without an output it lies in the user's cache, and is
-    removed here. Errors of `work` are raised; what was done before stays in the journal.
+    one is not used. `advance` learns how many parts there are, and of each when it is done. The journal lies
+    beside `output`, and the caller removes it once the results are in their place; without an output it lies in the
+    user's cache, and is removed here. Errors of `work` are raised; what was done before stays in the journal.
     """
     journal = journal_of(output) if output else _cached_journal(identity)
+    advance(0, total=len(parts))
     journal.parent.mkdir(parents=True, exist_ok=True)
     known = _read(journal, identity, set(parts))
     for part in known:

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from castalia.bars import Advance
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.figures import panels, plain
 from castalia.series.members import Member
-from castalia.series.resuming import Advance, identity_of, work_through
+from castalia.series.resuming import identity_of, work_through
 from castalia.tasks.harness import TaskModel
 from castalia.tasks.task_options import TaskOptions
 from castalia.tasks.task_run import run_tasks, weights_digest
@@ -23,11 +24,11 @@ def task_scores(
     options: TaskOptions,
     output: Path | None,
     open_model: Callable[[Checkpoint], TaskModel],
-    begin: Callable[[int], Advance],
+    advance: Advance,
 ) -> list[dict[str, Any]]:
     """A row for each step, task and metric. Steps whose weights are equal are asked once.
 
-    `output` and `begin` are those of `evaluate_series`. Raises CheckpointError for a step that cannot be loaded, and
+    `output` is that of `evaluate_series`. Raises CheckpointError for a step that cannot be loaded, and
     DataError as `run_tasks` does.
     """
     known: dict[str, list[dict[str, Any]]] = {}
@@ -42,7 +43,7 @@ def task_scores(
         return [{"step": parts[part].step, "name": parts[part].name, "weights": digest, **row} for row in known[digest]]
 
     identity = identity_of(members, "tasks", options)
-    by_part = work_through(list(parts), work, identity, output, advance=begin(len(members)))
+    by_part = work_through(list(parts), work, identity, output, advance=advance)
     return [row for rows in by_part.values() for row in rows]
 
 

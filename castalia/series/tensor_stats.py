@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,13 +11,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from castalia.bars import Advance, unseen
 from castalia.checkpoint.rules import MOMENTS
 from castalia.errors import CheckpointError
 from castalia.series.audit import Entry, Series
 from castalia.series.checkup import layer_of
 from castalia.series.members import Member
 from castalia.series.moments import state_at
-from castalia.series.resuming import Advance, identity_of, one_thread_each, work_through
+from castalia.series.resuming import identity_of, one_thread_each, work_through
 from castalia.series.tensor_pass import Apart, TensorReading, pieces_of, read_column, sample_places
 from castalia.series.travel import Training
 from castalia.storage.lazy import TensorRef
@@ -45,12 +46,12 @@ def tensor_stats(
     *,
     optimizer: bool = False,
     jobs: int = 1,
-    begin: Callable[[int], Advance] = lambda total: lambda done, text: None,
+    advance: Advance = unseen,
 ) -> list[dict[str, Any]]:
     """A row for each tensor and for each layer at each step, in this order; the columns are the same in all rows.
 
-    `output`: the table that the caller writes; the journal beside it is the caller's to remove then. `begin` is that of
-    `check_series`. Raises CheckpointError for a step that cannot be read: `castalia series check` says more.
+    `output`: the table that the caller writes; the journal beside it is the caller's to remove then. Raises
+    CheckpointError for a step that cannot be read: `castalia series check` says more.
     """
     series = Series(members)
     for entry in series.entries:
@@ -70,7 +71,7 @@ def tensor_stats(
 
     identity = identity_of(members, "stats", optimizer)
     with one_thread_each(jobs):
-        by_tensor = work_through(series.names, work, identity, output, jobs=jobs, advance=begin(len(series.names)))
+        by_tensor = work_through(series.names, work, identity, output, jobs=jobs, advance=advance)
     return [row for name in series.names for row in by_tensor[name]] + layer_rows(
         [r for rows in by_tensor.values() for r in rows]
     )

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from castalia.bars import Tally
 from castalia.errors import CheckpointError
 from castalia.storage.derived import Wrapper
 from castalia.storage.extent import Extent, FileTensor
 from castalia.storage.lazy import Box, ByteRun, TensorRef, as_bytes, as_slices
-from castalia.storage.safetensors import SLICE_BYTES, Advance, write_all
+from castalia.storage.safetensors import SLICE_BYTES, write_all
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +78,7 @@ class GgufFile:
         self.num_bytes = len(self.header) + end
         self.tensors = tuple(each.ref for each in self.stored.values())
 
-    def write(self, path: Path, advance: Advance) -> None:
+    def write(self, path: Path, advance: Tally) -> None:
         """Write the file; it is not on disk yet. Raises OSError, what reading raises, and CheckpointError for values
         that q8_0 cannot hold."""
         with open(path, "wb", buffering=0) as file:
@@ -89,7 +90,7 @@ class GgufFile:
                 _write(file, memoryview(bytes(_padding(each.num_bytes))), advance)
 
 
-def _write(file: Any, data: memoryview, advance: Advance) -> None:
+def _write(file: Any, data: memoryview, advance: Tally) -> None:
     for start in range(0, len(data), SLICE_BYTES):
         part = data[start : start + SLICE_BYTES]
         write_all(file, part)

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from castalia.bars import Tally, unseen
 from castalia.storage.extent import row_major
 from castalia.storage.lazy import TensorRef, as_bytes
-from castalia.storage.safetensors import Advance
 from castalia.storage.torch_zip import StoredZip
 from castalia.storage.unpickle import STORAGE_DTYPES
 
@@ -54,14 +54,14 @@ class PtFile:
         """The size of all tensors; the rest of the file is small and not counted."""
         return sum(ref.num_bytes for ref in self.tensors)
 
-    def write(self, path: Path, title: str, advance: Advance) -> None:
+    def write(self, path: Path, title: str, advance: Tally) -> None:
         """Write the file. `title`: the folder inside the archive, by custom the file's name without its ending."""
         with open(path, "wb") as file:
             archive = StoredZip(file)
 
             def add_small(name: str, content: bytes) -> None:
                 """Add a member whose bytes do not count as progress."""
-                archive.add(f"{title}/{name}", len(content), [memoryview(content)], lambda count: None)
+                archive.add(f"{title}/{name}", len(content), [memoryview(content)], unseen)
 
             # The order of torch's own writer.
             add_small("data.pkl", self._pickler.content)

@@ -9,19 +9,19 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from castalia.bars import Tally, unseen
 from castalia.errors import CheckpointError, refuse_pointer
 from castalia.reading import keys, parse_json
 from castalia.storage.checksum import BlockSums
 from castalia.storage.extent import Extent, FileTensor
 from castalia.storage.lazy import ITEM_BYTES, TensorRef, as_bytes
 
-Advance = Callable[[int], None]  # called with the bytes written since the last call
 DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
@@ -107,7 +107,7 @@ class Written:
 
 
 def write_safetensors(
-    path: Path, tensors: Mapping[str, TensorRef], advance: Advance = lambda count: None, checksums: bool = True
+    path: Path, tensors: Mapping[str, TensorRef], advance: Tally = unseen, checksums: bool = True
 ) -> Written:
     """Write a file, a piece of a tensor at a time; it is not on disk yet. Raises OSError, and what reading raises."""
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}

@@ -7,10 +7,11 @@ Layout: PKWARE's .ZIP File Format Specification 6.3.10, sections 4.3.7 (local he
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
+from castalia.bars import Tally
 from castalia.storage.checksum import crc32
 from castalia.storage.safetensors import SLICE_BYTES
 
@@ -38,7 +39,7 @@ class StoredZip:
     file: BinaryIO  # new, open for writing
     entries: list[bytes] = field(default_factory=list)  # of the directory
 
-    def add(self, name: str, size: int, pieces: Iterable[memoryview], advance: Callable[[int], None]) -> None:
+    def add(self, name: str, size: int, pieces: Iterable[memoryview], advance: Tally) -> None:
         """Write a member of `size` bytes. Raises ValueError if the pieces have another size together."""
         start, encoded = self.file.tell(), name.encode()
         sizes = struct.pack("<2H2Q", 1, 16, size, size) if size >= WIDE else b""

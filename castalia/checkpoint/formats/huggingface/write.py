@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from castalia.bars import unseen
 from castalia.checkpoint.file_plan import (
     OutputFile,
     Plan,
@@ -63,7 +64,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         """Write castalia.json, with a fingerprint of the weights: if they change, the rest no longer applies."""
         written = {name: ref for file in weight_files for name, ref in open_safetensors(folder / file).items()}
         value = {**_extras(checkpoint, not options.trainer), "fingerprint": fingerprint(written)}
-        write_bytes(folder / BESIDE, json_text(value).encode(), lambda count: None)
+        write_bytes(folder / BESIDE, json_text(value).encode(), unseen)
 
     return Plan(tuple(outputs), notes, finish)
 

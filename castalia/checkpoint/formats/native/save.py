@@ -18,6 +18,7 @@ from threading import Event
 from typing import TYPE_CHECKING
 
 import castalia
+from castalia.bars import Tally
 from castalia.checkpoint.formats.native.read import LATEST, MANIFEST, VERSIONS, canonical, detect, read, saved_steps
 from castalia.checkpoint.tensors import Progress, Shard
 from castalia.config.schema import RunConfig
@@ -25,7 +26,7 @@ from castalia.errors import CastaliaError, CheckpointError
 from castalia.files import NEW, beside, clean, delete, lock, put_in_place, remove, standing, sync, workplace, write_text
 from castalia.storage.checksum import BLOCK_BYTES, crc32
 from castalia.storage.lazy import InMemory, TensorRef
-from castalia.storage.safetensors import DTYPE_CODES, Advance, write_safetensors
+from castalia.storage.safetensors import DTYPE_CODES, write_safetensors
 
 if TYPE_CHECKING:
     import torch
@@ -239,7 +240,7 @@ def write_part(folder: Path, kind: str, rank: int, shards: Mapping[str, Shard]) 
     return entries
 
 
-def write_chunk(path: Path, name: str, tensors: Mapping[str, TensorRef], advance: Advance) -> dict[str, dict]:
+def write_chunk(path: Path, name: str, tensors: Mapping[str, TensorRef], advance: Tally) -> dict[str, dict]:
     """Write a file and return its manifest entries by tensor. `name`: the file's final name."""
     written = write_safetensors(path, tensors, advance)
     return {

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from castalia.bars import Tally, unseen
 from castalia.checkpoint.file_plan import OutputFile, Plan, WriteOptions, shards
 from castalia.checkpoint.formats.native.save import describe, write_chunk, write_manifest
 from castalia.checkpoint.tensors import Checkpoint, state_tensors
@@ -17,7 +18,7 @@ from castalia.checkpoint.tokenizer_files import FOLDER, our_tokenizer
 from castalia.config.schema import TokenizerConfig
 from castalia.storage.derived import RoundingProbe
 from castalia.storage.lazy import TensorRef
-from castalia.storage.safetensors import DTYPE_CODES, Advance
+from castalia.storage.safetensors import DTYPE_CODES
 
 
 def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
@@ -58,7 +59,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
         if different := [name for part in parts for name in results[part.name]["not_rounded"]]:
             weights = {name: checkpoint.model[name] for name in different}
             file = "weights-00000.safetensors"
-            entries.append({"weights": write_chunk(folder / file, file, weights, lambda count: None)})
+            entries.append({"weights": write_chunk(folder / file, file, weights, unseen)})
         write_manifest(folder, about, entries)
 
     return Plan((*parts, *tokenizer), notes, finish)
@@ -67,7 +68,7 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
 def _part(kind: str, rank: int, tensors: Mapping[str, TensorRef]) -> OutputFile:
     name = f"{kind}-{rank:05d}.safetensors"
 
-    def write(path: Path, advance: Advance) -> dict:
+    def write(path: Path, advance: Tally) -> dict:
         """Write the file. Returns its manifest entries, and the weights that are not their masters rounded."""
         entries = {kind: write_chunk(path, name, tensors, advance)}
         different = [name for name, ref in tensors.items() if isinstance(ref, RoundingProbe) and not ref.rounds]
