@@ -41,9 +41,9 @@ def command(
     there are some. For pairs, each name begins with chosen_ or rejected_.
     """
     from castalia.checkpoint.restore import architecture, load_tokenizer_for
-    from castalia.cli.opening import open_and_tell
+    from castalia.cli.opening import open_and_tell, tell
     from castalia.cli.streaming import memory_bytes
-    from castalia.evaluate.record_batches import answers_encoder, read_records, rewards_encoder
+    from castalia.evaluate.record_batches import answers_encoder, read_records, rewards_encoder, template_note
     from castalia.evaluate.scores import score_records
     from castalia.files import write_text
 
@@ -51,6 +51,8 @@ def command(
     words = load_tokenizer_for(checkpoint, tokenizer)
     encoder = rewards_encoder if architecture(checkpoint).reward_head else answers_encoder
     records = read_records(file, encoder(words, chat_template))
+    if note := template_note(records, words, chat_template):
+        tell([note], str(file))
     executor = streamed_judge(checkpoint, records, batch_size, memory_bytes(memory)) or load_judge(
         checkpoint, batch_size
     )

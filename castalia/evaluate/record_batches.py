@@ -42,6 +42,10 @@ class Record(NamedTuple):
 
 
 Encode = Callable[[Answer], LabelledDocument]
+STRINGS = (
+    "prompts and answers are strings, taken as one text, as TRL does; --chat-template makes turns of them, and so does "
+    "a list of messages"
+)
 
 
 def answers_encoder(tokenizer: Tokenizer, template: Path | None) -> Encode:
@@ -96,6 +100,15 @@ def read_records(path: str | Path, encode: Encode) -> list[Record]:
         return dict.fromkeys(keys, Record(kind, tuple(map(encode, answers)), value))
 
     return [record for chunk in chunks([Path(path)], ()) for record in texts_of(chunk, ("",), parse=parse).texts[""]]
+
+
+def template_note(records: Sequence[Record], tokenizer: Tokenizer, template: Path | None) -> str | None:
+    """That prompts and answers are taken as they are, where that is so and the model has a template; else None."""
+    kind, _, fields = records[0]
+    if kind == "text" or template is not None or tokenizer.folder.template is None:
+        return None
+    answer = pair_of(fields)[0] if kind == "pair" else answer_of(fields)
+    return STRINGS if isinstance(answer, Passage) else None
 
 
 def within(records: Sequence[Record], length: int) -> list[Record]:

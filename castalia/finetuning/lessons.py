@@ -20,6 +20,7 @@ from castalia.data.sample_index import IGNORE
 from castalia.data.sources import BadRecord, chunks
 from castalia.data.tokenizer import Tokenizer
 from castalia.errors import DataError
+from castalia.evaluate.record_batches import STRINGS
 from castalia.files import write_text
 from castalia.reading import plain_json
 
@@ -130,8 +131,7 @@ def say_of_strings(path: Path, chat: Chat, say: Say) -> None:
     record = first_record(path)
     answer = pair_of(record)[0] if kind_of(record) == "pair" else answer_of(record)
     if isinstance(answer, Passage) and not chat.strings_as_turns and chat.template != PLAIN_TEMPLATE:
-        say("template", f"{path}: prompts and answers are strings, taken as one text, as TRL does. --chat-template "
-            "makes turns of them; so does a list of messages")  # fmt: skip
+        say("template", f"{path}: {STRINGS}")
 
 
 def make_lesson(

@@ -32,6 +32,7 @@ from castalia.evaluate.record_batches import (
     read_records,
     record_batches,
     rewards_encoder,
+    template_note,
     within,
 )
 from castalia.evaluate.token_stream import validation_stream
@@ -90,6 +91,8 @@ def judge_by_labels(
         raise DataError(f"{data} is text, but the checkpoint names no tokenizer; give one with --tokenizer")
     encoder = rewards_encoder if executor.models[0].cfg.reward_head else answers_encoder
     records = read_records(data, encoder(tokenizer, template))
+    if strings := template_note(records, tokenizer, template):
+        tell([strings], data)
     return {"data": data, **judge_records(records, config, executor, reference, data, tell, on == "all")}
 
 

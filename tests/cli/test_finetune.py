@@ -147,7 +147,7 @@ def test_the_same_command_goes_on(base, lessons, tmp_path, capsys):
     with pytest.raises(TrainingError, match=other):
         finetune(str(base), [*stopping, "optimizer.lr=0.1"])
     lessons.with_name("other.jsonl").write_bytes(lessons.read_bytes())
-    with pytest.raises(TrainingError, match=r'data.train: \[".*lessons.jsonl"\] then, \[".*other.jsonl"\] now'):
+    with pytest.raises(TrainingError, match=r'data.train: \[".*teach.jsonl"\] then, \[".*other.jsonl"\] now'):
         finetune(str(base), [str(lessons.with_name("other.jsonl")), *stopping[1:]])
     with pytest.raises(DataError, match="nochat.jsonl: there is no such file"):  # said first
         finetune(str(base), ["nochat.jsonl", *stopping[1:]])

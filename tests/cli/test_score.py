@@ -70,6 +70,15 @@ def test_pairs_get_two_scores_and_language_models_give_log_probabilities(reward,
     assert found["tokens"] > 5 and -20 < found["logprob"] < 0
 
 
+def test_strings_that_see_no_template_are_told(model, tmp_path, capsys):
+    pair = {"prompt": "Who was", "completion": " the first?"}
+    for record, told in ((pair, True), ({"messages": conversation(1)}, False), ({"text": "Adam"}, False)):
+        scores(model, tmp_path, [record])
+        assert ("taken as one text" in capsys.readouterr().err) == told
+    score(str(model), tmp_path / "in.jsonl", tmp_path / "turns.jsonl", chat_template=model)
+    assert "taken as one text" not in capsys.readouterr().err
+
+
 def test_the_best_of_several_is_the_one_with_the_highest_reward(reward, model, capsys):
     prompts = ["Who was", "And who"]
     generate(str(model), prompt=prompts, best_of=4, judge=str(reward), temperature=2.0, max_tokens=6, as_json=True)
