@@ -16,7 +16,7 @@ export async function tryView(main, q) {
 	const isChat = () => template && chat.checked;
 
 	main.replaceChildren(h("h1", "Try"),
-		h("form", { onsubmit: sent(write) },
+		h("form", { novalidate: true, onsubmit: sent(write) },
 			h("div.bar", field("checkpoint", modelSelect("model", list, model, guarded(m => { model = m; put({ model }); return look(); }))),
 				number("temperature", "temperature (0: the likeliest)", q.get("temperature") ?? 0.8, { min: 0, max: 5, step: 0.1 }), number("max", "tokens at most", q.get("max") ?? 80, { min: 1 }), number("seed", "seed", q.get("seed") ?? "", { placeholder: "any" }), chatLabel),
 			talk, field("prompt", input), h("div.bar", go, halt, h("span.hint", "likely", h("span.scale", { style: "background:linear-gradient(90deg, rgba(222,120,20,0), rgba(222,120,20,.62))" }), "surprising. Point at a token for what else was likely; choose one to write on from there."))),
