@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 FOLDER = "tokenizer"  # of a run, or of a converted checkpoint
 FAST = "PreTrainedTokenizerFast"
-INPUTS = ["input_ids", "attention_mask"]  # of 5; 4 adds token_type_ids, which `generate` refuses
+# What 5 gives a model. 4 adds token_type_ids, which Llama's `generate` refuses, and GPT-2 takes for words.
+INPUTS = ["input_ids", "attention_mask"]
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # transformers 4 lets settings say whether the texts of these begin and end with special tokens, 5 the tokenizer.json.
 ENDS_IN_SETTINGS = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer", "GPTNeoXTokenizer")
@@ -128,7 +129,7 @@ def readable_settings(settings: Mapping[str, Any], engine: tokenizers.Tokenizer 
     4 wrote, 5 reads as well. `engine` is the tokenizer.json; None: there is none.
     """
     given, extra = dict(settings), settings.get("extra_special_tokens")
-    if given.get("tokenizer_class") == "TokenizersBackend":
+    if given.get("tokenizer_class") in ("TokenizersBackend", FAST):
         given["tokenizer_class"] = FAST
         given.setdefault("model_input_names", INPUTS)
     if isinstance(extra, list):

@@ -84,6 +84,15 @@ def test_both_versions_open_what_the_newer_one_saved(name, settings, ends, form,
     assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
 
 
+def test_no_model_is_given_token_types(tmp_path):
+    source = saved(tmp_path / "source", "TokenizersBackend")
+    older = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}  # as 4 wrote it
+    (source / "tokenizer_config.json").write_text(json.dumps(older))
+    convert(str(source), tmp_path / "out", to="hf")
+    given = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert given == {**older, "model_input_names": ["input_ids", "attention_mask"]}
+
+
 def test_what_both_versions_open_is_copied(tmp_path):
     source = saved(tmp_path / "source", "TokenizersBackend", extra_special_tokens=["<|im_start|>"])
     for number in (1, 2):

@@ -129,7 +129,8 @@ def test_tokenizer_files_of_transformers_are_copied(fixtures: Path, tmp_path: Pa
     saved = tmp_path / "words"
     saved.mkdir()
     shutil.copy(fixtures / "neox" / "data" / "tok.json", saved / "tokenizer.json")
-    (saved / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "x": 1}')
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids"], "x": 1}
+    (saved / "tokenizer_config.json").write_text(json.dumps(settings, indent=3))
     (saved / "chat_template.jinja").write_text("{{ messages }}")
     words = TokenizerConfig(path=str(saved / "tokenizer.json"))
     source = replace(source, config=source.config.model_copy(update={"tokenizer": words}))
