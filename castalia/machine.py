@@ -6,8 +6,12 @@ import os
 import resource
 from pathlib import Path
 
-# The limit of this process's control group, in versions 2 and 1 of their interface.
-GROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+# Limit, use and statistics of this process's control group, and the part of its use that is cached files' and can be
+# given away; in versions 2 and 1 of the interface.
+GROUPS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 
 
 def usable_cores() -> int:
@@ -21,10 +25,10 @@ def total_memory() -> int:
 
 
 def free_memory() -> int:
-    """Bytes that the system could give away, caches included, else half of all there is; no more than set limits."""
-    limits = [limit for file in GROUP_LIMITS if (limit := _group_limit(file)) is not None]
+    """Bytes that the system could give away, caches included, else half of all there is; no more than limits leave."""
+    left = [free for group in GROUPS if (free := _free_in_group(*group)) is not None]
     own = resource.getrlimit(resource.RLIMIT_DATA)[0]
-    return min([_free_in_system(), *limits, *([] if own == resource.RLIM_INFINITY else [own])])
+    return min([_free_in_system(), *left, *([] if own == resource.RLIM_INFINITY else [own])])
 
 
 def _free_in_system() -> int:
@@ -35,9 +39,12 @@ def _free_in_system() -> int:
         return total_memory() // 2
 
 
-def _group_limit(file: str) -> int | None:
+def _free_in_group(folder: str, limit: str, used: str, cached: str) -> int | None:
+    """What the control group's limit leaves to this process and the others in the group; None without a limit."""
     try:
-        return int(Path(file).read_text())
+        most, now = (int(Path(folder, file).read_text()) for file in (limit, used))
+        statistics = dict(line.split() for line in Path(folder, "memory.stat").read_text().splitlines())
+        return max(0, most - now + int(statistics.get(cached, 0)))
     except (OSError, ValueError):  # no such group, or the word "max"
         return None
 

@@ -5,6 +5,7 @@ It covers what the genuine fixtures do not: other layouts, eras, ZeRO stages, gr
 
 from __future__ import annotations
 
+import json
 import sys
 import types
 from collections import OrderedDict
@@ -94,7 +95,8 @@ def write(
 def config_yml(model: ModelConfig) -> str:
     fields = model.model_dump(exclude={"vocab_size", "vocab_multiple", "rms_eps_inside"}, exclude_none=True)
     return f"data: {{seq_length: {model.max_positions}}}\nmodel:\n" + "".join(
-        f"  {name}: {str(v).lower() if isinstance(v, bool) else v}\n" for name, v in fields.items()
+        f"  {name}: {json.dumps(value)}\n"
+        for name, value in fields.items()  # YAML reads JSON
     )
 
 
