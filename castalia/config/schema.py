@@ -116,15 +116,26 @@ class MuPConfig(Section):
 
 
 # What stands in a block: attention with an MLP or with a mixture of experts, or another layer in place of both.
-LayerKind = Literal["dense", "moe", "gmlp", "amlp"]
+LayerKind = Literal["dense", "moe", "gmlp", "amlp", "mamba"]
 Named = TypeVar("Named", bound=str)
-MixerKind = Literal["attention", "gmlp", "amlp"]  # what mixes the tokens of a block
+MixerKind = Literal["attention", "gmlp", "amlp", "mamba"]  # what mixes the tokens of a block
 
 
 def shortest(kinds: Sequence[Named]) -> tuple[Named, ...]:
     """The shortest pattern that gives these kinds when it is repeated."""
     sizes = (size for size in range(1, len(kinds)) if all(k == kinds[i % size] for i, k in enumerate(kinds)))
     return tuple(kinds[: next(sizes, len(kinds))])
+
+
+class MambaConfig(Section):
+    """Sizes of Mamba blocks."""
+
+    width: PositiveInt | None = Field(None, description="channels; None: 2 * hidden_size")
+    states: Annotated[int, Gt(0), Le(1 << 12)] = Field(16, description="values that each channel remembers")
+    taps: Annotated[int, Gt(0), Le(1 << 8)] = Field(4, description="tokens that the convolution sees, its own included")
+    rank: PositiveInt | None = Field(None, description="rank of the steps; None: hidden_size / 16, rounded up")
+    conv_bias: bool = Field(True, description="a bias in the convolution")
+    linear_bias: bool = Field(False, description="biases in the matrices")
 
 
 class ExpertsConfig(Section):
@@ -199,9 +210,10 @@ class ModelConfig(Section):
     experts: ExpertsConfig | None = Field(None, description="a mixture of experts; None: every block has an MLP")
     pattern: Annotated[tuple[MixerKind, ...], MinLen(1), MaxLen(10_000)] = Field(
         ("attention",),
-        description="what mixes the tokens of blocks 0, 1, ..., again from its beginning after its end; gmlp and amlp "
-        "are a whole block, without attention and MLP",
+        description="what mixes the tokens of blocks 0, 1, ..., again from its beginning after its end; the other "
+        "kinds are a whole block, without attention and MLP",
     )
+    mamba: MambaConfig | None = Field(None, description="sizes of mamba blocks; None: the defaults")
     amlp_size: PositiveInt = Field(64, description="width of the single attention head in amlp blocks")
     mup: MuPConfig | None = Field(
         None, description="maximal update parametrization; None: the standard parametrization"
@@ -269,6 +281,21 @@ class ModelConfig(Section):
     def other_kinds(self) -> tuple[LayerKind, ...]:
         """The kinds of those blocks that have no attention, each once."""
         return tuple(dict.fromkeys(kind for kind in self.layer_kinds if kind not in ("dense", "moe")))
+
+    @property
+    def mamba_sizes(self) -> MambaConfig:
+        """The sizes of mamba blocks, where `mamba` may be None."""
+        return self.mamba or MambaConfig()
+
+    @property
+    def mamba_width(self) -> int:
+        """Channels of a mamba block."""
+        return self.mamba_sizes.width or 2 * self.hidden_size
+
+    @property
+    def mamba_rank(self) -> int:
+        """The rank of a mamba block's steps."""
+        return self.mamba_sizes.rank or -(-self.hidden_size // 16)
 
     @property
     def width_multiplier(self) -> float:

@@ -17,10 +17,11 @@ from castalia.config.schema import FinetuneConfig, LayerKind, LoraConfig, ModelC
 from castalia.errors import ConfigError
 
 Shapes = dict[str, tuple[int, ...]]
-Init = Literal["random", "residual", "fan_in", "adapter", "ones", "zeros"]
+Init = Literal["random", "residual", "fan_in", "adapter", "ones", "zeros", "decays", "steps"]
 Kind = Literal[
     "adapters", "embedding", "positions", "head", "reward head", "attention qkv", "attention out", "mlp up", "mlp gate",
-    "mlp down", "router", "experts", "gmlp up", "gmlp spatial", "gmlp attention", "gmlp down", "norms", "biases",
+    "mlp down", "router", "experts", "gmlp up", "gmlp spatial", "gmlp attention", "gmlp down",
+    "mamba in", "mamba conv", "mamba selection", "mamba scan", "mamba out", "norms", "biases",
 ]  # fmt: skip
 
 SIZES: dict[str, Callable[[ModelConfig], int]] = {  # the words of shapes
@@ -39,6 +40,11 @@ SIZES: dict[str, Callable[[ModelConfig], int]] = {  # the words of shapes
     "both": lambda model: 8 * model.hidden_size,  # the gate and what it is for
     "amlp": lambda model: model.amlp_size,
     "amlp_qkv": lambda model: 3 * model.amlp_size,
+    "channels": lambda model: model.mamba_width,
+    "states": lambda model: model.mamba_sizes.states,
+    "taps": lambda model: model.mamba_sizes.taps,
+    "dt_rank": lambda model: model.mamba_rank,
+    "selection": lambda model: model.mamba_rank + 2 * model.mamba_sizes.states,
     "1": lambda model: 1,
 }
 
@@ -53,6 +59,8 @@ CONDITIONS: dict[str, Callable[[ModelConfig], bool]] = {  # what a model must ha
     "gated_mlp": lambda model: model.gated_mlp,
     "head": lambda model: not model.tie_embeddings and not model.reward_head,
     "reward_head": lambda model: model.reward_head,
+    "conv_bias": lambda model: model.mamba_sizes.conv_bias,
+    "linear_bias": lambda model: model.mamba_sizes.linear_bias,
     "gated_experts": lambda model: model.experts is not None and model.experts.gated,
 }
 LAYER_KINDS: dict[str, tuple[LayerKind, ...]] = {  # what a block must be for it
@@ -61,6 +69,7 @@ LAYER_KINDS: dict[str, tuple[LayerKind, ...]] = {  # what a block must be for it
     "moe": ("moe",),
     "gmlp": ("gmlp", "amlp"),
     "amlp": ("amlp",),
+    "mamba": ("mamba",),
 }
 
 
@@ -72,7 +81,7 @@ class TensorRow(NamedTuple):
     needs: str = ""  # words of `CONDITIONS` and `LAYER_KINDS` that must all hold
     kind: Kind | None = None  # the heading under which reports list it, in the order of `Kind`; None: not listed
     # random: by model.init_method; residual: by model.output_init_method; adapter: as PEFT does; fan_in: within
-    # +-1 / sqrt of `fan_in`, as torch's modules begin
+    # +-1 / sqrt of `fan_in`, as torch's modules begin; decays and steps: as Mamba's
     init: Init = "random"
     tp_dim: int | None = None  # the dimension that tensor parallelism splits; None: a copy on every tensor rank
     decays: bool = True  # whether weight decay applies
@@ -134,6 +143,15 @@ def _whole(
     ]
 
 
+def _mamba(module: str, shape: str, kind: Kind, init: Init = "random") -> list[TensorRow]:
+    """A matrix of a mamba block, and its bias."""
+    name = f"blocks.{{i}}.mamba.{module}"
+    return [
+        TensorRow(f"{name}.weight", shape, "mamba", kind, init),
+        TensorRow(f"{name}.bias", shape.split()[0], "mamba linear_bias", "biases", "zeros", decays=False),
+    ]
+
+
 BEFORE_BLOCKS = (
     TensorRow("embed.weight", "vocab hidden", kind="embedding", tp_dim=0),
     TensorRow("positions.weight", "positions hidden", "learned_positions", "positions"),
@@ -163,6 +181,20 @@ BLOCK = (
     *_whole("gmlp.attn.qkv", "amlp_qkv both", "amlp", "gmlp attention", "fan_in", "fan_in"),
     *_whole("gmlp.attn.out", "gate amlp", "amlp", "gmlp attention", "fan_in", "fan_in"),
     *_whole("gmlp.down", "hidden gate", "gmlp", "gmlp down", "residual", adds=False),
+    TensorRow("blocks.{i}.mamba.scan.a_log", "channels states", "mamba", "mamba scan", "decays", decays=False),
+    TensorRow("blocks.{i}.mamba.scan.d", "channels", "mamba", "mamba scan", "ones", decays=False),
+    *_mamba("in_x", "channels hidden", "mamba in"),
+    *_mamba("in_z", "channels hidden", "mamba in"),
+    TensorRow("blocks.{i}.mamba.conv.weight", "channels taps", "mamba", "mamba conv", "fan_in", fan_in="taps"),
+    TensorRow(
+        "blocks.{i}.mamba.conv.bias", "channels", "mamba conv_bias", "biases", "fan_in", decays=False, fan_in="taps"
+    ),
+    *_mamba("x_proj", "selection channels", "mamba selection"),
+    TensorRow(
+        "blocks.{i}.mamba.dt_proj.weight", "channels dt_rank", "mamba", "mamba selection", "fan_in", fan_in="dt_rank"
+    ),
+    TensorRow("blocks.{i}.mamba.scan.dt_bias", "channels", "mamba", "mamba scan", "steps", decays=False),
+    *_mamba("out", "hidden channels", "mamba out", "residual"),
 )
 FINAL_NORM = tuple(_norm("norm"))
 AFTER_BLOCKS = (

@@ -17,7 +17,11 @@ SHOWN = (
     "parallel_residual", "shared_norm", "attention_bias", "mlp_bias", "tie_embeddings", "sliding_window", "pattern",
     "amlp_size",
 )  # fmt: skip
-MARKS: dict[str, LayerKind] = {".gmlp.": "gmlp", ".gmlp.attn.": "amlp"}  # of tensors of blocks without attention
+MARKS: dict[str, LayerKind] = {
+    ".gmlp.": "gmlp",
+    ".gmlp.attn.": "amlp",
+    ".mamba.": "mamba",
+}  # of tensors of blocks without attention
 SETTINGS = {"kv_heads": "num_kv_heads", "mlp_width": "mlp_size", "padded_vocab_size": "vocab_size"}  # what sets them
 
 

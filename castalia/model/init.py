@@ -50,6 +50,8 @@ def seeded_tensor(
     if (value := constant_value(name)) is not None:
         sizes = shape if slices is None else [len(range(*s.indices(n))) for s, n in zip(slices, shape, strict=True)]
         return torch.full(tuple(sizes), value)
+    if row_of(name).init in ("decays", "steps"):
+        return _mamba_values(cfg, seed, name, shape, slices)
     if row_of(name).init == "fan_in":
         bound = 1 / math.sqrt(SIZES[row_of(name).fan_in](cfg))
         rows, columns = (*(slices or [slice(None)] * len(shape)), slice(None))[:2]
@@ -61,6 +63,28 @@ def seeded_tensor(
         drawn = [_matrix(cfg, seed, name, f"{name}.{e}", shape[1:], inner) for e in range(*experts.indices(shape[0]))]
         return torch.stack(drawn) if drawn else torch.empty(0, *shape[1:])
     return _matrix(cfg, seed, name, name, shape, slices)
+
+
+def _mamba_values(
+    cfg: ModelConfig, seed: int, name: str, shape: Sequence[int], slices: Sequence[slice] | None
+) -> Tensor:
+    """Initial decays log(1), ..., log(n) of each channel; or steps between 0.001 and 0.1, before softplus."""
+    rows, columns = (*(slices or [slice(None)] * len(shape)), slice(None))[:2]
+    if row_of(name).init == "decays":
+        return first_decays(shape[0], shape[1])[rows, columns].clone()
+    drawn = _drawn(seed, name, (shape[0], 1), rows, columns, lambda tile: (tile / math.sqrt(3) + 1) / 2, uniform=True)
+    return first_steps(drawn.view(-1))
+
+
+def first_decays(channels: int, states: int) -> Tensor:
+    """a_log [channels, states]."""
+    return torch.arange(1, states + 1, dtype=torch.float32).log().expand(channels, states)
+
+
+def first_steps(drawn: Tensor) -> Tensor:
+    """Biases whose softplus lies between 0.001 and 0.1, evenly in the logarithm, from random numbers within 0 and 1."""
+    dt = (drawn * (math.log(0.1) - math.log(0.001)) + math.log(0.001)).exp().clamp(min=1e-4)
+    return dt + (-(-dt).expm1()).log()
 
 
 def _matrix(
@@ -192,6 +216,9 @@ def _neox_pass(cfg: ModelConfig, generator: torch.Generator, default: torch.Gene
         if kind in ("gmlp", "amlp"):
             yield from _neox_gmlp(cfg, f"{block}.gmlp", kind, generator, default)
             continue
+        if kind == "mamba":
+            yield from _neox_mamba(cfg, f"{block}.mamba", generator, default)
+            continue
         qkv = draw(f"{block}.attn.qkv.weight", (n + 2 * kv) * d, h)
         if kv != n:  # GPT-NeoX's rows are all queries, all keys, all values; ours lie by key/value head
             q, k, v = (part.view(kv, -1, h) for part in qkv.split([n * d, kv * d, kv * d]))
@@ -240,17 +267,41 @@ def _neox_gmlp(
     if kind == "amlp":
         for part, rows, columns in (("qkv", 3 * a, 8 * h), ("out", 4 * h, a)):
             weight, bias = _torch_linear(rows, columns, default)
+            assert bias is not None
             yield f"{name}.attn.{part}.weight", weight
             yield f"{name}.attn.{part}.bias", bias
     yield f"{name}.down.weight", _neox_draw(cfg, cfg.output_init_method, torch.empty(h, 4 * h), generator)
 
 
-def _torch_linear(rows: int, columns: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _neox_mamba(
+    cfg: ModelConfig, name: str, generator: torch.Generator, default: torch.Generator
+) -> Iterator[tuple[str, Tensor]]:
+    """Convolution and steps from the default stream, the latter after the draws of `nn.Linear` that they overwrite."""
+    sizes, h, d, r = cfg.mamba_sizes, cfg.hidden_size, cfg.mamba_width, cfg.mamba_rank
+    both = _neox_draw(cfg, cfg.init_method, torch.empty(2 * d, h), generator)
+    yield f"{name}.in_x.weight", both[:d]
+    yield f"{name}.in_z.weight", both[d:]
+    conv, bias = _torch_linear(d, sizes.taps, default, bias=sizes.conv_bias)
+    yield f"{name}.conv.weight", conv
+    if bias is not None:
+        yield f"{name}.conv.bias", bias
+    selection = torch.empty(r + 2 * sizes.states, d)
+    yield f"{name}.x_proj.weight", _neox_draw(cfg, cfg.init_method, selection, generator)
+    _torch_linear(d, r, default)
+    yield f"{name}.dt_proj.weight", torch.empty(d, r).uniform_(-(r**-0.5), r**-0.5, generator=default)
+    yield f"{name}.scan.dt_bias", first_steps(torch.empty(d).uniform_(generator=default))
+    yield f"{name}.scan.a_log", first_decays(d, sizes.states)
+    yield f"{name}.out.weight", _neox_draw(cfg, cfg.output_init_method, torch.empty(h, d), generator)
+
+
+def _torch_linear(
+    rows: int, columns: int, generator: torch.Generator, bias: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of `nn.Linear` as torch draws them, bit for bit; both lie within +-1 / sqrt(columns)."""
     bound = math.sqrt(3.0) * (math.sqrt(2.0 / (1 + math.sqrt(5) ** 2)) / math.sqrt(columns))  # as torch computes it
     weight = torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)
     bound = 1 / math.sqrt(columns)
-    return weight, torch.empty(rows).uniform_(-bound, bound, generator=generator)
+    return weight, torch.empty(rows).uniform_(-bound, bound, generator=generator) if bias else None
 
 
 def _neox_draw(cfg: ModelConfig, method: str, matrix: Tensor, generator: torch.Generator) -> Tensor:

@@ -11,7 +11,7 @@ heads, d head size, f width of the MLP or of an expert, e experts, b sequences, 
     blocks.{i}.mlp.up.weight [f, h], .bias     blocks.{i}.mlp.gate.weight [f, h], .bias (gated only)
     blocks.{i}.mlp.router.weight [e, h]        blocks.{i}.mlp.experts.up, .gate, .down [e, f, h] (in place of an MLP)
     blocks.{i}.mlp.down.weight [h, f], .bias   norm.weight, .bias [h]    head.weight [V, h] (absent when tied)
-    blocks.{i}.gmlp.* (see `gmlp.py`; in place of attention and MLP)
+    blocks.{i}.gmlp.*, blocks.{i}.mamba.* (see `gmlp.py` and `mamba.py`; in place of attention and MLP)
     reward.weight [1, h] (reward models, which have no other head)
 """
 
@@ -42,6 +42,7 @@ from castalia.model.gmlp import GatedBlock
 from castalia.model.kept_tokens import Kept, spread, taken
 from castalia.model.layers import MLP, Embedding, Linear, build_norm, is_slow_half, linear
 from castalia.model.loss import IGNORE, linear_cross_entropy, token_losses
+from castalia.model.mamba import MambaBlock
 from castalia.model.positions import Alibi, Rotary, Rotation, positions_in_documents, score_bias, sinusoids, visible
 
 
@@ -97,6 +98,8 @@ def build_block(cfg: ModelConfig, layer: int, exact: bool = False) -> nn.Module:
     """The block of a layer, by its kind. All take the residual stream [b, t, h] and the `Context`."""
     if cfg.layer_kinds[layer] in ("gmlp", "amlp"):
         return GatedBlock(cfg, layer)
+    if cfg.layer_kinds[layer] == "mamba":
+        return MambaBlock(cfg, layer)
     return Block(cfg, layer, exact)
 
 

@@ -21,6 +21,8 @@ def block_flops(model: ModelConfig, length: int, kind: LayerKind) -> float:
         small = 4 * model.amlp_size * mean_context(length) if kind == "amlp" else 0
         mixed = 2 * 4 * model.hidden_size * mean_context(length)
         return 2 * (active_size(model, kind) - spatial) + mixed + small
+    if kind == "mamba":  # exp, four products and two sums for each value that a channel remembers
+        return 2 * active_size(model, kind) + 7 * model.mamba_width * model.mamba_sizes.states
     attention = 4 * model.num_heads * model.head_size * mean_context(length, model.sliding_window)
     return 2 * active_size(model, kind) + attention
 
@@ -62,10 +64,15 @@ def executed_flops(model: ModelConfig, length: int, recompute: str) -> float:
 def neox_flops(model: ModelConfig, length: int, recompute: bool = False) -> float:
     """GPT-NeoX's figure per token, which ignores grouped-query attention, MLP width and causality.
 
-    The formula is that of Narayanan et al. (2104.04473), as in `megatron/logging.py`.
+    The formula is that of Narayanan et al. (2104.04473), as in `megatron/logging.py`. It has another one for models
+    with a mamba layer, whose layers all count as such.
     """
     layers, hidden, vocab = model.num_layers, model.hidden_size, model.padded_vocab_size
     passes = 4 if recompute else 3
+    if "mamba" in model.layer_kinds:
+        width, states = model.mamba_width, model.mamba_sizes.states
+        layer = width * (11 * states + 4 * model.mamba_rank + 1) + 6 * width * hidden + 8 * width
+        return passes * (layers * layer + 2 * hidden * vocab)
     return 24 * passes * layers * hidden**2 * (1 + length / (6 * hidden) + vocab / (16 * layers * hidden))
 
 
@@ -78,4 +85,7 @@ def kv_cache_bytes(model: ModelConfig, element_bytes: int = 2) -> int:
 
 def state_bytes(model: ModelConfig, element_bytes: int = 2) -> int:
     """Bytes that generation keeps of each text, however long it is."""
-    return 8 * (len(model.layer_kinds) - model.attention_layers)  # the number of its tokens
+    gated = len(model.layer_kinds) - model.attention_layers - model.layer_kinds.count("mamba")
+    sizes, width = model.mamba_sizes, model.mamba_width
+    mamba = width * ((sizes.taps - 1) * element_bytes + 4 * sizes.states)  # the last inputs, and fp32 states
+    return 8 * gated + model.layer_kinds.count("mamba") * mamba  # the number of a text's tokens is kept by the first

@@ -18,7 +18,8 @@ from typing import NamedTuple
 from castalia.config.attention_kernels import AMPERE, Capability, KernelChoice, training_choice
 from castalia.config.loss_chunks import BLOCK_BYTES, CHUNK_BYTES
 from castalia.config.objective import PAIRED, needs_reference
-from castalia.config.schema import FinetuneConfig, ModelConfig, OptimizerConfig, RunConfig
+from castalia.config.scan_chunks import CHUNK_VALUES
+from castalia.config.schema import FinetuneConfig, LayerKind, ModelConfig, OptimizerConfig, RunConfig
 from castalia.config.tensor_table import adapter_shapes, all_shapes, block_of, local_size, row_of
 from castalia.plan.layout import Layout, Stage, in_flight, rank_parts
 
@@ -149,10 +150,15 @@ def attending(model: ModelConfig, layout: Layout, tokens: int, length: int, comp
 
 def activations(model: ModelConfig, layout: Layout, tokens: int, length: int, compute: Compute) -> Activations:
     """What one block keeps of a micro-batch of `tokens` tokens on this rank, in sequences of `length`, on average."""
-    kept = {kind: _gated_block(model, layout, tokens, length, compute, kind == "amlp") for kind in model.other_kinds}
+    kept: dict[LayerKind, Activations] = {
+        kind: _mamba_block(model, layout, tokens, length, compute)
+        if kind == "mamba"
+        else _gated_block(model, layout, tokens, length, compute, kind == "amlp")
+        for kind in model.other_kinds
+    }
     if model.attention_layers:
         attention = _attention_block(model, layout, tokens, length, compute)
-        kept |= dict.fromkeys(("dense", "moe"), attention)
+        kept |= {"dense": attention, "moe": attention}
     every = [kept[kind] for kind in model.layer_kinds]
     return Activations(*(sum(values) // len(every) for values in zip(*map(astuple, every), strict=True)))
 
@@ -174,6 +180,26 @@ def _gated_block(
     kept = stream * compute.element_bytes
     if layout.recompute == "selective":
         kept += products * compute.element_bytes
+    return Activations(whole, kept, whole - kept)
+
+
+def _mamba_block(model: ModelConfig, layout: Layout, tokens: int, length: int, compute: Compute) -> Activations:
+    """`activations` of a Mamba block: the convolution's input and, in fp32, its sum; what comes of that; the gate
+    before and after its function; the scan's output and the product; steps and x in fp32; the states between chunks."""
+    size, wide = compute.element_bytes, tokens * model.mamba_width
+    selection = tokens * (model.mamba_rank + 2 * model.mamba_sizes.states)
+    inner = 6 * wide * size + 2 * 4 * wide + selection * size
+    inner += (4 * wide + 8 * tokens * model.mamba_sizes.states) * compute.casts  # of fp32 nothing is cast
+    values = tokens // length * model.mamba_width * model.mamba_sizes.states  # of one state of all sequences
+    chunk = max(1, CHUNK_VALUES[compute.device] // max(1, values))
+    inner += 4 * values * -(-length // chunk)
+    stream = tokens * model.hidden_size * size
+    whole = _norm_inputs(model, 1, stream // size, compute) + stream + inner
+    if layout.recompute == "none":
+        return Activations(whole, whole, 0)
+    kept = stream
+    if layout.recompute == "selective":
+        kept += (4 * wide + selection) * size
     return Activations(whole, kept, whole - kept)
 
 
@@ -238,8 +264,9 @@ def _mlp_width(model: ModelConfig) -> float:
 
 def _inner_width(model: ModelConfig) -> float:
     """Inner values of a token in one direction, averaged over the blocks."""
-    gates = (model.num_layers - model.attention_layers) * 8 * model.hidden_size
-    return (_mlp_width(model) * model.attention_layers + gates) / model.num_layers
+    gates = sum(kind in ("gmlp", "amlp") for kind in model.layer_kinds) * 8 * model.hidden_size
+    channels = model.layer_kinds.count("mamba") * 2 * model.mamba_width
+    return (_mlp_width(model) * model.attention_layers + gates + channels) / model.num_layers
 
 
 def _kept_scores(model: ModelConfig, how: Attending, heads: int, kv: int, compute: Compute) -> int:
@@ -475,6 +502,10 @@ class Rank:
         # The gradient of an adapter's scaled output.
         scaled = inner if self.compute.finetune.lora and "mlp.up" in reads else 0
         mlp = still_needed * inner + scaled + 2 * self.stream
+        if "mamba" in self.model.other_kinds:  # decays, states, their gradients and a product of those, for a chunk
+            values = self.tokens * self.model.mamba_width * self.model.mamba_sizes.states
+            mlp += 4 * 4 * min(values, CHUNK_VALUES[self.compute.device])
+            mlp += 4 * (3 + self.compute.casts) * self.tokens * self.model.mamba_width  # gradients of y, x and steps
         return max(mlp, 4 * self.attending.scores + 2 * self.stream)  # the two exist one after the other
 
     @property

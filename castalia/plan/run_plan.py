@@ -15,7 +15,14 @@ from castalia.config.tensor_table import all_shapes
 from castalia.errors import ConfigError
 from castalia.plan.count import count, neox_count, non_embedding
 from castalia.plan.devices import Device, auto_precision
-from castalia.plan.flops import executed_flops, kv_cache_bytes, neox_flops, peak_tokens_per_second, training_flops
+from castalia.plan.flops import (
+    executed_flops,
+    kv_cache_bytes,
+    neox_flops,
+    peak_tokens_per_second,
+    state_bytes,
+    training_flops,
+)
 from castalia.plan.host import host_memory, initial_values
 from castalia.plan.layout import Layout, problem, rank_parts
 from castalia.plan.memory import Compute, checkpoint_bytes, compute_of, memory_by_stage, moments_of
@@ -444,7 +451,8 @@ def _memory(model: ModelConfig, layout: Layout, length: int, compute: Compute, h
 
 def _kv_cache(model: ModelConfig, length: int, compute: Compute) -> KvCache:
     per_token = kv_cache_bytes(model, compute.element_bytes)
-    return KvCache(per_token, per_token * (model.max_positions or length))
+    every = per_token * (model.max_positions or length) + state_bytes(model, compute.element_bytes)
+    return KvCache(per_token, every)
 
 
 def job_of(config: RunConfig, hardware: Hardware, batch: int, compute: Compute) -> PlanRequest:

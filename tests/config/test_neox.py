@@ -278,6 +278,14 @@ def test_layers_without_attention_take_the_place_of_others(load):
     assert "names 6 layers" in refusal(load, {**MODEL, "attention_config": [[["gmlp", "flash"], 3]]})
     small = load({**MODEL, "attention_config": [[["amlp"], "all"]], "gmlp_attn_dim": 16})
     assert (small.model.pattern, small.model.amlp_size) == (("amlp",), 16)
+    mamba = {**MODEL, "attention_config": [[["mamba"], "all"]]}
+    assert (load(mamba).model.pattern, load(mamba).model.mamba_width) == (("mamba",), 128)
+    assert load({**mamba, "expansion_factor": 3}).model.mamba_width == 192
+    wide = load({**mamba, "intermediate_size": 80}).model
+    assert (wide.mamba_width, wide.mlp_size) == (80, None)
+    both = load({**MODEL, "attention_config": [[["mamba", "flash"], 2]], "intermediate_size": 80}).model
+    assert (both.mamba_width, both.mlp_width) == (80, 80)
+    assert "no layer is mamba" in load({**MODEL, "mamba_use_bias_in_linears": True}).notes[0]
     lengths = {"seq_length": 32, "max_position_embeddings": 64, "attention_config": [[["gmlp"], "all"]]}
     assert "the size of their spatial matrix" in refusal(load, {**MODEL, **lengths, "pos_emb": "learned"})
     assert load({**MODEL, **lengths, "pos_emb": "none"}).model.max_positions == 32

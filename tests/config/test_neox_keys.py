@@ -282,6 +282,12 @@ JOINT = {
         {"moe_num_experts": 4, "moe_router_type": "topk", "moe_jitter_eps": 0.1}, "model.experts.jitter", 0.1
     ),
     "attention_config": ({"attention_config": [[["global", "gmlp"], 2]]}, "model.pattern", ("attention", "gmlp")),
+    "mamba_use_bias_in_conv": (
+        {"attention_config": [[["mamba"], "all"]], "mamba_use_bias_in_conv": False}, "model.mamba.conv_bias", False
+    ),
+    "mamba_use_bias_in_linears": (
+        {"attention_config": [[["mamba"], "all"]], "mamba_use_bias_in_linears": True}, "model.mamba.linear_bias", True
+    ),
     "gmlp_attn_dim": ({"attention_config": [[["amlp"], "all"]], "gmlp_attn_dim": 16}, "model.amlp_size", 16),
     "sample_output_file": ({"sample_output_file": "out.txt"}, "generate.output_file", "out.txt"),
     "train_impl": ({"train_impl": "rm", **UNPACKED}, "train.objective", "reward"),

@@ -22,6 +22,11 @@ VARIANTS = {
     "alibi": {"position": "alibi", "attention_bias": False},
     "experts": {"experts": {"count": 3, "width": 24, "gated": True}},
     "gMLP and aMLP": {"pattern": ("gmlp", "amlp"), "amlp_size": 8, "norm": "scalenorm"},
+    "Mamba": {"pattern": ("mamba", "attention"), "norm": "rmsnorm"},
+    "Mamba of other sizes": {
+        "pattern": ("mamba",),
+        "mamba": {"width": 24, "states": 4, "taps": 3, "rank": 5, "conv_bias": False, "linear_bias": True},
+    },
     "aMLP and experts": {"pattern": ("attention", "amlp"), "amlp_size": 8, "experts": {"count": 3}, "qk_norm": True},
     "experts in every second block": {"experts": {"count": 3, "every": 2}, "gated_mlp": True},
 }

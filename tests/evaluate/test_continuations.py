@@ -24,6 +24,7 @@ KINDS = {
     "learned": {"position": "learned", "tie_embeddings": True},
     "alibi": {"position": "alibi"},
     "window": {"sliding_window": 5},
+    "Mamba": {"pattern": ("mamba", "attention"), "num_layers": 3},
     "gMLP": {"pattern": ("gmlp", "attention", "amlp"), "num_layers": 3},
 }
 

@@ -19,6 +19,7 @@ FAMILIES = {
         *("model.num_kv_heads=2", "model.norm=rmsnorm", "model.gated_mlp=true", "model.activation=silu"),
         *("model.attention_bias=false", "model.mlp_bias=false"),
     ],
+    "mamba": ["model.pattern=[mamba, attention]", "model.norm=rmsnorm"],
     "gmlp": ["model.pattern=[gmlp, attention, amlp, gmlp]", "model.amlp_size=8"],
     "experts": ["model.experts={count: 4, top_k: 2, every: 2, width: 24, gated: true}", "model.rotary_pct=0.5"],
 }

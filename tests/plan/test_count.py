@@ -9,6 +9,7 @@ import pytest
 from castalia.config.load import load_config, preset_names
 from castalia.config.schema import ModelConfig
 from castalia.plan.count import count, neox_count
+from castalia.plan.flops import block_flops, kv_cache_bytes, neox_flops, state_bytes
 from castalia.plan.memory import checkpoint_bytes
 
 # name: (layers, hidden, heads, kv heads, inner width, vocabulary, its multiple) -> (layer, non-embedding, total)
@@ -129,6 +130,27 @@ def test_gated_layers_have_the_sizes_of_the_originals_config(kind, layer, total)
     counted = count(load_config([keys | {"attention_config": [[[kind], "all"]]}], ["model.vocab_size=50257"]).model)
     blocks = sum(size for name, size in counted.by_kind.items() if name.startswith("blocks."))
     assert (blocks, counted.total) == (12 * layer, total)
+
+
+@pytest.mark.parametrize(
+    ("layers", "hidden", "layer", "total"),
+    [(24, 768, 3_771_648, 130_726_656), (64, 2560, 41_244_160, 2_773_649_920)],
+)
+def test_mamba_has_the_sizes_of_the_originals_configs(layers, hidden, layer, total) -> None:
+    """GPT-NeoX's mamba-130M and mamba-2.8B, which have learned positions for lack of a key."""
+    keys = {
+        "num_layers": layers, "hidden_size": hidden, "num_attention_heads": 12, "seq_length": 2048, "norm": "rmsnorm",
+        "max_position_embeddings": 2048, "attention_config": [[["mamba"], layers]], "mamba_inner_func_fusion": True,
+    }  # fmt: skip
+    model = load_config([keys], ["model.vocab_size=50257"]).model
+    blocks = sum(size for name, size in count(model).by_kind.items() if name.startswith("blocks."))
+    assert (blocks, count(model).total) == (layers * layer, total)
+    r, d, h = model.mamba_rank, model.mamba_width, hidden
+    reference = 2 * (3 * d * h + d * (r + 32) + d * r) + 8 * d + 7 * 16 * d
+    assert block_flops(model, 2048, "mamba") == pytest.approx(reference, rel=0.01)
+    if layers == 24:
+        assert neox_flops(model, 2048) == pytest.approx(7.831e8, rel=1e-4)
+    assert (kv_cache_bytes(model), state_bytes(model)) == (0, layers * d * (3 * 2 + 16 * 4))
 
 
 def test_fixture_configs_have_the_sizes_of_the_table(fixtures) -> None:

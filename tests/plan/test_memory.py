@@ -25,6 +25,8 @@ FAMILIES = {
     "llama": {"norm": "rmsnorm", "gated_mlp": True, "activation": "silu", "num_kv_heads": 2, "mlp_size": 176},
     "experts": {"experts": {"count": 4, "top_k": 2, "every": 2}},
     "gmlp": {"pattern": ("gmlp", "attention", "amlp"), "amlp_size": 16},
+    "mamba": {"pattern": ("mamba", "attention")},
+    "pure mamba": {"pattern": ("mamba",), "norm": "rmsnorm"},
     "small vocabulary": {"vocab_size": 128, "num_layers": 6},
     "large vocabulary": {"vocab_size": 50_000, "num_layers": 1},  # several chunks of logits
 }

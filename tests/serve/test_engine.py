@@ -39,6 +39,7 @@ KINDS = [
     {"gated_mlp": True, "norm": "rmsnorm", "tie_embeddings": True},
     {"experts": ExpertsConfig(count=4, top_k=2), "hidden_size": 64},
     {"pattern": ("attention", "amlp"), "amlp_size": 16},
+    {"pattern": ("mamba",)},
 ]
 
 

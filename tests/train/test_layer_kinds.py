@@ -5,7 +5,7 @@ import pytest
 from castalia.cli.train import read_config, train
 from tests.train.test_neox_quirks import losses, original, straight  # noqa: F401 - a fixture
 
-KINDS = ["moe-sinkhorn1-fp32", "moe-topk2-fp32", "gmlp-fp32", "amlp-fp32"]
+KINDS = ["moe-sinkhorn1-fp32", "moe-topk2-fp32", "gmlp-fp32", "amlp-fp32", "mamba-pp0-fp32"]
 
 
 @pytest.mark.parametrize("variant", KINDS)
@@ -17,11 +17,12 @@ def test_from_nothing_but_config_and_data_the_originals_losses_come_out(fixtures
     assert ours == pytest.approx(theirs, abs=1e-5 if "mlp" in variant else 2e-6)
 
 
-@pytest.mark.parametrize("variant", KINDS)
+@pytest.mark.parametrize("variant", [*KINDS, "mamba-fp16-dp2-z1", "hybrid-fp16-dp2-z1"])
 def test_resumed_from_the_originals_checkpoint_its_losses_come_out(fixtures, original, tmp_path, variant):  # noqa: F811
     """Stopped once more on the way, so that our own checkpoints are shown to hold everything."""
     checkpoint = fixtures / "neox-kinds" / variant / "checkpoint"
     overrides = [f"checkpoint.resume={checkpoint}", "train.exit_interval=7"]
     train(original(variant, *overrides, collection="neox-kinds"))
     train(read_config([str(tmp_path / "run"), "train.exit_interval=null"]))
-    assert losses(tmp_path / "run") == pytest.approx(straight(fixtures, variant, "neox-kinds")[5:], abs=2e-6)
+    near = 2e-4 if "fp16" in variant else 2e-6
+    assert losses(tmp_path / "run") == pytest.approx(straight(fixtures, variant, "neox-kinds")[5:], abs=near)

@@ -93,7 +93,7 @@ CURRENT_LENGTH = "internal to GPT-NeoX: the length follows from the step"
 DATA_EFFICIENCY = "of DeepSpeed's data efficiency only curriculum_learning is built in"
 ONLINE = "online training on generated texts is not built in"
 REINFORCE = "train_impl: reinforce is not built in, and refused where it is asked for"
-MAMBA = "Mamba layers are not built in, and none is used"
+MAMBA = "Mamba layers are computed in one way, which gives the same"
 RWKV = "RWKV layers are not built in"
 MOE_FP32 = "GPT-NeoX has no load-balancing loss that it would act on"
 MOE_DEEPSPEED = "GPT-NeoX gave up DeepSpeed's experts for moe_num_experts, moe_expert_interval and moe_top_k"
@@ -163,9 +163,9 @@ KEYS: dict[str, Key] = {
     "precision": joint("precision.compute", str),
     "num_layers": to("model.num_layers"),
     "hidden_size": to("model.hidden_size"),
-    "intermediate_size": joint("model.mlp_size", int),
+    "intermediate_size": joint("model.mlp_size, model.mamba.width", int),
     "mlp_multiple_of": joint("model.mlp_size", int, 1),
-    "expansion_factor": joint("model.mlp_size", float),
+    "expansion_factor": joint("model.mlp_size, model.mamba.width", float),
     "num_attention_heads": to("model.num_heads"),
     "num_kv_heads": to("model.num_kv_heads"),
     "seq_length": to("data.seq_length"),
@@ -216,9 +216,9 @@ KEYS: dict[str, Key] = {
     "mamba_selective_scan_fusion": idle(MAMBA, False),
     "mamba_causal_conv_fusion": idle(MAMBA, False),
     "mamba_inner_func_fusion": idle(MAMBA, False),
-    "mamba_selective_fp32_params": idle(MAMBA, True),
-    "mamba_use_bias_in_conv": idle(MAMBA, True),
-    "mamba_use_bias_in_linears": idle(MAMBA, False),
+    "mamba_selective_fp32_params": idle("weights are fp32 in training, and the scan always computes in fp32", True),
+    "mamba_use_bias_in_conv": joint("model.mamba.conv_bias", bool, True),
+    "mamba_use_bias_in_linears": joint("model.mamba.linear_bias", bool, False),
     "output_layer_parallelism": refused("the head is split by columns only", "column"),
     "serve_model_weights": refused("serving weights to other programs is not built in", False),
     "weight_server_port": idle("weights are not served", 6000),

@@ -21,7 +21,13 @@ NORMS = {
 }
 
 
-MIXERS = {"global": "attention", "flash": "attention", "gmlp": "gmlp", "amlp": "amlp"}  # of layers -> ours
+MIXERS = {
+    "global": "attention",
+    "flash": "attention",
+    "gmlp": "gmlp",
+    "amlp": "amlp",
+    "mamba": "mamba",
+}  # of layers -> ours
 
 
 def attention(work: Translation) -> None:
@@ -95,6 +101,23 @@ def _expand(config: Any, layers: int | None) -> list[Any]:
     return kinds
 
 
+def mamba(work: Translation) -> None:
+    """Sizes of Mamba layers. Their width takes the keys of the MLP's, with another default."""
+    flags = {"mamba_use_bias_in_conv": "conv_bias", "mamba_use_bias_in_linears": "linear_bias"}
+    if "mamba" not in _pattern(work):
+        for key in flags:
+            if work.has(key) and work[key] != KEYS[key].default:
+                work.idle(key, "no layer is mamba")
+        return
+    for key, name in flags.items():
+        if work.has(key):
+            work.set(f"model.mamba.{name}", work[key], key)
+    hidden, keys = work["hidden_size"], ("intermediate_size", "expansion_factor", "hidden_size")
+    if is_a(hidden, int) and work.has("intermediate_size", "expansion_factor"):
+        width = work["intermediate_size"] or int((work["expansion_factor"] or 2) * hidden)
+        work.set("model.mamba.width", None if width == 2 * hidden else width, *keys)
+
+
 def activation(work: Translation) -> None:
     """The activation function, gated or not; GELU is the tanh approximation if its kernel is fused."""
     if not (work.architecture or work.has("activation")):
@@ -117,8 +140,9 @@ def mlp_width(work: Translation) -> None:
     hidden, multiple = work["hidden_size"], work["mlp_multiple_of"]
     gated = lower(work["activation"]) in GATED
     if "attention" not in _pattern(work):
+        used = ("intermediate_size", "expansion_factor") if "mamba" in _pattern(work) else ()
         for key in ("intermediate_size", "expansion_factor", "mlp_multiple_of"):
-            if work.has(key):
+            if work.has(key) and key not in used:
                 work.idle(key, "no layer has an MLP")
         return
     if not (gated or work.has("intermediate_size", "expansion_factor", "mlp_multiple_of")):
@@ -239,4 +263,4 @@ def dropout(work: Translation) -> None:
             work.set(path, work["hidden_dropout"], "hidden_dropout")
 
 
-MODEL = (attention, gated_layers, activation, mlp_width, experts, norm, residual, vocabulary, mup, dropout)
+MODEL = (attention, gated_layers, mamba, activation, mlp_width, experts, norm, residual, vocabulary, mup, dropout)

@@ -10,7 +10,7 @@ from castalia.config.load import load_config
 from castalia.config.neox import model_keys
 from castalia.config.neox.keys import KEYS, lower, nonzero, opposite, position, recomputed
 from castalia.config.neox.training_keys import SCHEDULE_CHOICES, TOKENIZERS
-from castalia.config.schema import EvalConfig, ModelConfig, RunConfig, Source
+from castalia.config.schema import EvalConfig, MambaConfig, ModelConfig, RunConfig, Source
 
 # Our names -> GPT-NeoX's; where GPT-NeoX has several for one of ours, the first of them.
 TOKENIZER_TYPES = {ours: name for name, ours in reversed(TOKENIZERS.items())} | {"sentencepiece": "SPMTokenizer"}
@@ -114,6 +114,13 @@ def _model(model: ModelConfig, config: RunConfig) -> dict[str, Any]:
         names = [kind if kind in model.other_kinds else "flash" for kind in model.layer_kinds]
         keys["attention_config"] = [[names, 1]]
         keys |= {"gmlp_attn_dim": model.amlp_size} if "amlp" in names else {}
+    if "mamba" in model.other_kinds:
+        sizes = model.mamba_sizes
+        keys |= {"mamba_use_bias_in_conv": sizes.conv_bias, "mamba_use_bias_in_linears": sizes.linear_bias}
+        if model.mamba_width != 2 * model.hidden_size:  # which an MLP beside it must have, too
+            keys["intermediate_size"] = model.mamba_width
+        elif not model.attention_layers:
+            keys.pop("intermediate_size", None)
     elif model.sliding_window:
         keys["attention_config"] = [[["flash"], model.num_layers]]
     keys["hidden_dropout"] = model.hidden_dropout
@@ -212,9 +219,16 @@ def _plain(config: RunConfig) -> RunConfig:
             "model.shared_norm": model.parallel_residual and model.shared_norm,
             "model.pattern": [model.pattern[i % len(model.pattern)] for i in range(model.num_layers)],
         }
+        | ({"model.mamba": _sizes(model) if "mamba" in model.layer_kinds else None})
         | ({} if "amlp" in model.layer_kinds else {"model.amlp_size": ModelConfig.model_fields["amlp_size"].default})
         | ({"model.experts.width": model.expert_width} if model.experts else {})
     )
+
+
+def _sizes(model: ModelConfig) -> MambaConfig:
+    """Sizes of Mamba blocks with defaults written out; ranks that GPT-NeoX would choose itself stay open."""
+    rank = None if model.mamba_rank == -(-model.hidden_size // 16) else model.mamba_rank
+    return model.mamba_sizes.with_({"width": model.mamba_width, "rank": rank})
 
 
 def _typed(value: Any, default: Any) -> Any:

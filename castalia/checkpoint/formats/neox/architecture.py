@@ -9,7 +9,7 @@ from typing import Any
 
 from castalia.checkpoint.formats.deepspeed.folder import ScannedFolder, global_name, layer_file, refuse_missing
 from castalia.checkpoint.formats.neox.names import NORM_PARAMETERS, Names
-from castalia.config.schema import LayerKind, ModelConfig, shortest
+from castalia.config.schema import LayerKind, MambaConfig, ModelConfig, shortest
 from castalia.errors import CheckpointError
 from castalia.storage.lazy import TensorRef
 
@@ -24,7 +24,11 @@ MUST_AGREE = (
 ROUTER = "mlp.router.layer.weight"
 EXPERTS = (ROUTER, "mlp.experts.mlp.w1", "mlp.experts.mlp.w2")
 # Tensors by which a layer without attention is known -> what it is.
-MARKS: dict[str, LayerKind] = {"sgu.attn.proj_qkv.weight": "amlp", "sgu.proj.weight": "gmlp"}
+MARKS: dict[str, LayerKind] = {
+    "sgu.attn.proj_qkv.weight": "amlp",
+    "sgu.proj.weight": "gmlp",
+    "mixer.A_log": "mamba",
+}
 
 
 def observed(held: RankTensors, names: Names, folder: ScannedFolder, config: ModelConfig | None) -> dict[str, Any]:
@@ -72,7 +76,7 @@ def observed(held: RankTensors, names: Names, folder: ScannedFolder, config: Mod
         "vocab_multiple": _vocab_multiple(embedding[0].shape[0] * tp, args, tp),
     }
     if others:
-        settings |= _other_settings(held, names, num_layers, others)
+        settings |= _other_settings(held, names, num_layers, others, folder)
     if attending:
         settings |= _attention(held, f"{first}.{names.attention}", hidden, heads, tp, folder)
     elif heads or config is None:
@@ -100,16 +104,37 @@ def _other_kinds(held: RankTensors, names: Names, num_layers: int) -> dict[int, 
 
 
 def _other_settings(
-    held: RankTensors, names: Names, num_layers: int, others: Mapping[int, LayerKind]
+    held: RankTensors, names: Names, num_layers: int, others: Mapping[int, LayerKind], folder: ScannedFolder
 ) -> dict[str, Any]:
     """What layers without attention say about the model."""
-    settings: dict[str, Any] = {"pattern": shortest([others.get(i, "attention") for i in range(num_layers)])}
+    settings: dict[str, Any] = {"hidden_size": held[f"{names.embedding}.word_embeddings.weight"][0].shape[1]}
+    settings["pattern"] = shortest([others.get(i, "attention") for i in range(num_layers)])
     for i, kind in others.items():
         layer = names.first_block + i
+        if kind == "mamba":
+            settings["mamba"] = _mamba(held, f"{layer}.mixer.", settings["hidden_size"], folder)
+            continue
         if kind == "amlp":
             settings["amlp_size"] = held[f"{layer}.sgu.attn.proj_qkv.weight"][0].shape[0] // 3
         settings["max_positions"] = held[f"{layer}.sgu.proj.weight"][0].shape[0]
     return settings
+
+
+def _mamba(held: RankTensors, mixer: str, hidden: int, folder: ScannedFolder) -> dict[str, Any] | None:
+    """The sizes of a Mamba layer, whose tensors' names begin with `mixer`; None for those that our default has."""
+    needed = [f"{mixer}{name}" for name in ("A_log", "conv1d.weight", "dt_proj.weight")]
+    if missing := [name for name in needed if name not in held]:
+        raise CheckpointError(f"{folder.path}: {missing[0]} is missing: files are mixed, or from elsewhere")
+    (width, states), taps, rank = (held[name][0].shape for name in needed)
+    sizes = MambaConfig(
+        width=None if width == 2 * hidden else width,
+        states=states,
+        taps=taps[-1],
+        rank=None if rank[-1] == -(-hidden // 16) else rank[-1],
+        conv_bias=f"{mixer}conv1d.bias" in held,
+        linear_bias=f"{mixer}in_proj.bias" in held,
+    )
+    return None if sizes == MambaConfig() else sizes.model_dump()
 
 
 def _attention(

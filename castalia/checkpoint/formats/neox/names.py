@@ -23,6 +23,7 @@ from castalia.checkpoint.rules import (
     SameOnRanks,
     SumOverRanks,
     Unfold,
+    mamba_rules,
 )
 from castalia.config.schema import LayerKind, ModelConfig
 from castalia.config.tensor_table import tensor_shapes
@@ -85,7 +86,8 @@ def table(names: Names, model: ModelConfig, tp: int, qkv: Op) -> list[Rule]:
     # In the order of NeoX's modules, which is also the order of its optimizer.
     blocks: dict[LayerKind, list[Rule]] = {}
     if model.other_kinds:
-        blocks |= {"gmlp": _gated(model, "gmlp"), "amlp": _gated(model, "amlp")}
+        blocks = {"gmlp": _gated(model, "gmlp"), "amlp": _gated(model, "amlp")}
+        blocks["mamba"] = norm("blocks.{i}.norm1", "{layer}.norm.") + mamba_rules(model, "{layer}.mixer.")
     block = norm("blocks.{i}.norm1", "{layer}.input_layernorm.")
     biased = model.attention_bias
     if model.qk_norm:

@@ -29,6 +29,7 @@ from castalia.config.schema import (
     TokenizerConfig,
     TrainConfig,
 )
+from castalia.config.tensor_table import row_of
 from castalia.errors import CastaliaError, CheckpointError, ConfigError
 
 PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -109,6 +110,13 @@ def adapted(checkpoint: Checkpoint, options: WriteOptions, tokenizer: TokenizerC
     )
     config = trainable(config)
     keys = to_neox(config) | {"no_load_rng": True}
+    if "mamba" in model.other_kinds:
+        if dtype == torch.bfloat16:
+            raise CheckpointError(f"{path}: NeoX has no Mamba layers in bf16; write them with --dtype fp32 or fp16")
+        if layout.pp > 1:
+            raise CheckpointError(f"{path}: NeoX cannot run Mamba layers in pp={layout.pp} stages; use pp=1")
+        if dtype == torch.float16:
+            keys["mamba_selective_fp32_params"] = keeps_fp32(checkpoint)
     if options.era == "v1":
         _check_first_release(model, path)
         keys = {key: value for key, value in keys.items() if key not in LATER_KEYS} | _silent_today(config)
@@ -166,12 +174,23 @@ def check_layout(model: ModelConfig, layout: TargetLayout, path: str) -> None:
 def weight_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The dtype of the weights. Raises CheckpointError for several dtypes, and for those that NeoX does not have."""
     dtypes = {ref.dtype for ref in checkpoint.model.values()}
+    if keeps_fp32(checkpoint):
+        return torch.float16
     if len(dtypes) > 1 or not dtypes <= PRECISIONS.keys():
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise CheckpointError(
             f"{checkpoint.path}: the weights are of {names}; choose one of fp32, bf16, fp16 (--dtype)"
         )
     return dtypes.pop()
+
+
+def keeps_fp32(checkpoint: Checkpoint) -> bool:
+    """Whether weights are as NeoX has those of Mamba layers in fp16: all tensors without weight decay are fp32."""
+    model = checkpoint.config.model if checkpoint.config else None
+    if model is None or "mamba" not in model.other_kinds:
+        return False
+    kept = {name: torch.float16 if row_of(name).decays else torch.float32 for name in checkpoint.model}
+    return all(ref.dtype == kept[name] for name, ref in checkpoint.model.items())
 
 
 def vocabulary(checkpoint: Checkpoint, model: ModelConfig, tp: int) -> Vocabulary:

@@ -1,0 +1,139 @@
+"""Mamba: the original's logits, the naive recurrence in value and gradient, texts token by token."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from castalia.checkpoint.formats.neox import read as neox_read
+from castalia.config.schema import MambaConfig, ModelConfig
+from castalia.generate.kv_cache import KVCache, Prompts
+from castalia.loading import build_model
+from castalia.model import mamba
+from castalia.model.init import first_steps, initialize, seeded_tensor
+from castalia.model.mamba import MambaMixer, Scan
+from castalia.model.transformer import Transformer
+
+SIZES = {"num_layers": 3, "hidden_size": 16, "num_heads": 2, "vocab_size": 64, "vocab_multiple": 1, "max_positions": 64}
+PATTERN = ("mamba", "attention")
+
+
+def made(**settings):
+    cfg = ModelConfig(**{**SIZES, "pattern": PATTERN, "init_std": 0.4, **settings})
+    model = Transformer(cfg)
+    initialize(model, cfg, 1)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("variant", "near"), [("mamba-pp0-fp32", 1e-5), ("mamba-fp16-dp2-z1", 4e-3), ("hybrid-fp16-dp2-z1", 4e-3)]
+)
+def test_the_originals_logits_come_out(variant, near, fixtures):
+    folder = fixtures / "neox-kinds" / variant
+    expected = np.load(folder / "expected_logits.npz")
+    model = build_model(neox_read.read(folder / "checkpoint" / "global_step5")).eval()
+    tokens = torch.from_numpy(expected["input_ids"])
+    with torch.no_grad():
+        assert np.abs(model(tokens).float().numpy() - expected["logits"]).max() < near
+        model.blocks["0"].mamba.scan.d.zero_()
+        assert np.abs(model(tokens).float().numpy() - expected["logits"]).max() > 0.1
+
+
+def naive(step, x, a, inputs, outputs, state):
+    """One token after another."""
+    ys = []
+    for t in range(x.shape[1]):
+        dt = F.softplus(step[:, t])
+        entering = (dt * x[:, t])[..., None] * inputs[:, t, None]
+        state = torch.exp(dt[..., None] * a) * state + entering
+        ys.append((state * outputs[:, t, None]).sum(-1))
+    return torch.stack(ys, dim=1), state
+
+
+@pytest.mark.parametrize("values", [1, 2 * 5 * 3 * 4, 1 << 20])  # one token in a chunk, four, all
+@pytest.mark.parametrize("way", ["one by one", "doubled"])
+def test_the_scan_is_the_naive_recurrence_in_value_and_gradient(values, way, monkeypatch):
+    monkeypatch.setitem(mamba.CHUNK_VALUES, "cpu", values)
+    if way == "doubled":  # as on GPUs
+        monkeypatch.setattr(mamba, "one_by_one", lambda tensor: False)
+    draw = torch.Generator().manual_seed(3)
+
+    def drawn(*shape):
+        return torch.randn(*shape, generator=draw, dtype=torch.float64)
+
+    b, t, d, n = 2, 11, 5, 3
+    given = [drawn(b, t, d), drawn(b, t, d), -drawn(d, n).exp(), drawn(b, t, n), drawn(b, t, n), drawn(b, d, n)]
+    weights, seen = drawn(b, t, d), []
+    for compute in (Scan.apply, naive):
+        inputs = [value.clone().requires_grad_(number < 5) for number, value in enumerate(given)]
+        y, state = compute(*inputs)
+        (y * weights).sum().backward()
+        seen.append([y.detach(), state.detach(), *(value.grad for value in inputs[:5])])
+    for ours, theirs in zip(*seen, strict=True):
+        assert (ours - theirs).abs().max() < 1e-10
+
+
+def test_the_scan_keeps_no_states_of_single_tokens(monkeypatch):
+    monkeypatch.setitem(mamba.CHUNK_VALUES, "cpu", 16 * 8 * 4)
+    held = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: held.append(tensor.numel()) or tensor, lambda t: t):
+        leaves = [torch.randn(1, 64, 8), torch.randn(1, 64, 8), -torch.rand(8, 4), torch.randn(1, 64, 4)]
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        y, _ = Scan.apply(*leaves, torch.randn(1, 64, 4), torch.zeros(1, 8, 4))
+    assert sum(held) == 2 * 64 * 8 + 8 * 4 + 2 * 64 * 4  # its inputs; the states of 64 tokens would be 2048
+    assert [first.shape for first in y.grad_fn.firsts] == [(1, 8, 4)] * 4
+
+
+@torch.no_grad()
+def test_a_token_changes_nothing_before_it_and_something_after():
+    model, tokens = made(), torch.randint(64, (2, 20), generator=torch.Generator().manual_seed(0))
+    other = tokens.clone()
+    other[0, 11] = (other[0, 11] + 1) % 64
+    changed = (model(tokens) - model(other)).abs().amax(dim=-1) > 0  # [b, t]
+    assert not changed[1].any() and not changed[0, :11].any() and changed[0, 11:].all()
+
+
+@torch.no_grad()
+def test_texts_token_by_token_equal_whole_sequences_also_beside_shorter_ones():
+    model, lengths, more = made(), [9, 2, 5], 6
+    rows = [torch.randint(64, (n + more,), generator=torch.Generator().manual_seed(n)) for n in lengths]
+    cache = KVCache(3, 16, torch.device("cpu"))
+    prompts = torch.cat([row[:n] for row, n in zip(rows, lengths, strict=True)])[None]
+    model.hidden(prompts, cache=Prompts(cache, [[0], [1], [2]], lengths))
+    cache.set_lengths(lengths)
+    kept = [0, 1, 2]
+    for step in range(more):
+        if step == 3:
+            cache.keep([0, 2])
+            kept = [0, 2]
+        new = torch.stack([rows[i][lengths[i] + step] for i in kept])[:, None]
+        hidden = model.hidden(new, cache=cache)[:, 0]
+        for i, own in zip(kept, hidden, strict=True):
+            whole = model.hidden(rows[i][None, : lengths[i] + step + 1])[0, -1]
+            assert (own - whole).abs().max() < 1e-5
+    assert {tuple(part.shape) for part in cache.states[0]} == {(2, 3, 32), (2, 32, 16)}  # however long the text is
+
+
+@torch.no_grad()
+def test_a_state_may_be_cut_anywhere_and_other_sizes_work():
+    cfg = ModelConfig(**SIZES, mamba=MambaConfig(width=24, states=5, taps=3, rank=2, conv_bias=False, linear_bias=True))
+    mixer = MambaMixer(cfg)
+    for parameter in mixer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(2, 13, 16)
+    state = mixer.new_state(2, 13, x)
+    pieces = [mixer.advance(part, state) for part in x.split([1, 5, 7], dim=1)]
+    assert (torch.cat(pieces, dim=1) - mixer(x)).abs().max() < 1e-5
+
+
+def test_initial_values_are_mambas_and_the_same_in_slices():
+    cfg = ModelConfig(**SIZES, pattern=("mamba",))
+    a_log = seeded_tensor(cfg, 0, "blocks.0.mamba.scan.a_log", (32, 16))
+    assert torch.allclose(a_log.exp(), torch.arange(1.0, 17).expand(32, 16))
+    bias = seeded_tensor(cfg, 0, "blocks.0.mamba.scan.dt_bias", (32,))
+    steps = F.softplus(bias)
+    assert steps.min() >= 0.001 and steps.max() <= 0.1 and steps.std() > 0.01
+    assert torch.equal(seeded_tensor(cfg, 0, "blocks.0.mamba.scan.dt_bias", (32,), (slice(5, 9),)), bias[5:9])
+    assert F.softplus(first_steps(torch.tensor([0.0, 1.0]))).tolist() == pytest.approx([0.001, 0.1], rel=1e-4)
