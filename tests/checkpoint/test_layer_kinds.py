@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from castalia.checkpoint import convert
 from castalia.checkpoint.file_plan import TargetLayout, WriteOptions
+from castalia.checkpoint.formats.deepspeed.folder import scan, weights
+from castalia.checkpoint.formats.neox.architecture import observed
+from castalia.checkpoint.formats.neox.names import HEAD
 from castalia.checkpoint.opener import open_checkpoint
-from castalia.config.schema import ExpertsConfig, ModelConfig
+from castalia.config.schema import ExpertsConfig, MambaConfig, ModelConfig
 from castalia.errors import CheckpointError
+from castalia.loading import build_model
 from castalia.storage.torch_file import open_pt
 from tests.checkpoint.made import SIZES, assert_same, made, written
 
@@ -99,3 +104,66 @@ def test_files_without_a_config_do_not_say_how_a_router_chooses(fixtures, tmp_pa
 def test_a_native_config_says_what_the_experts_are(tmp_path):
     again = written(made(MIXTURE), tmp_path / "a", "native")
     assert_same(made(MIXTURE), replace(again, progress=made(MIXTURE).progress))
+
+
+@pytest.mark.parametrize(("variant", "near"), [("mamba-pp0-fp32", 1e-5), ("mamba-fp16-dp2-z1", 4e-3)])
+def test_transformers_computes_genuine_mamba_and_its_folders_come_back(variant, near, fixtures, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    folder = fixtures / "neox-kinds" / variant
+    known, source = np.load(folder / "expected_logits.npz"), open_checkpoint(folder / "checkpoint" / "global_step5")
+    tokens, again = torch.from_numpy(known["input_ids"]), written(source, tmp_path / "ours", "hf")
+    assert again.model.keys() == source.model.keys() == again.optimizer.keys()
+    for name, ref in source.model.items():
+        assert ref.dtype == again.model[name].dtype and torch.equal(ref.read(), again.model[name].read()), name
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")  # as anybody's, without what ours add
+    model = build_model(open_checkpoint(tmp_path / "theirs")).eval()
+    with torch.no_grad():
+        for logits in (theirs(tokens).logits, model(tokens)):
+            assert np.abs(logits.float().numpy() - known["logits"]).max() < near
+
+
+MAMBA = ModelConfig(**SIZES, pattern=("mamba",), norm="rmsnorm", position="none")
+
+
+def test_mamba_of_other_sizes_goes_to_transformers_and_back(tmp_path):
+    sizes = MambaConfig(width=96, states=8, taps=3, rank=5, conv_bias=False)
+    source = made(MAMBA.with_({"mamba": sizes, "num_heads": 1, "tie_embeddings": True}))
+    again = written(source, tmp_path / "hf", "hf")
+    assert again.config.model.mamba == sizes
+    assert_same(source, replace(again, progress=source.progress))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"pattern": ("mamba", "attention")}, "model.pattern"),
+        ({"position": "learned"}, "model.position=learned"),
+        ({"norm": "layernorm"}, "model.norm=layernorm"),
+        ({"mamba": MambaConfig(linear_bias=True)}, "linear_bias=True"),
+        ({"mamba": MambaConfig(width=40)}, "width=40"),
+    ],
+)
+def test_mamba_that_transformers_lacks_is_refused_by_name(change, said):
+    with pytest.raises(CheckpointError) as error:
+        plan(made(MAMBA.with_(change)), "hf")
+    assert said in " ".join(str(error.value).split())
+
+
+def test_layers_of_several_tensor_ranks_are_refused(fixtures):
+    for variant, kind in (("mamba-fp16-dp2-z1", "mamba"), ("gmlp-fp32", "gmlp")):
+        folder = scan(fixtures / "neox-kinds" / variant / "checkpoint" / "global_step5")
+        held = {name: [*refs, *refs] for name, refs in weights(folder).items()}
+        with pytest.raises(CheckpointError, match=f"{kind} layers of 2 tensor ranks are 2 layers side by side"):
+            observed(held, HEAD, folder, None)
+
+
+def test_what_the_original_cannot_run_of_mamba_is_not_written():
+    for options, said in (({"layout": TargetLayout(pp=2)}, "use pp=1"), ({"layout": TargetLayout(tp=2)}, "use tp=1")):
+        with pytest.raises(CheckpointError, match=said):
+            plan(made(MAMBA), "neox", **options)
+    with pytest.raises(CheckpointError, match="no Mamba layers in bf16"):
+        plan(made(MAMBA, dtype=torch.bfloat16), "neox")
+    with pytest.raises(CheckpointError, match=r"model\.mamba\.states=8"):
+        plan(made(MAMBA.with_({"mamba": MambaConfig(states=8)})), "neox")

@@ -15,7 +15,15 @@ SLOW = pytest.mark.slow
 def test_training_is_that_of_one_process(pool, tiny, alone, family, layout):  # noqa: F811
     world, overrides = LAYOUTS[layout]
     ranks = pool.run(train_steps, world, tiny(family, *overrides))
-    assert_equal(ranks, alone(family))
+    assert_equal(ranks, alone(family), near=1e-5)
+
+
+@SLOW
+def test_mambas_scan_computes_in_fp32_on_every_rank(pool, tiny, alone):  # noqa: F811
+    """Where the other parameters are cast to bf16 for all ranks."""
+    bf16 = "precision.compute=bf16"
+    ranks = pool.run(train_steps, 2, tiny("mamba", bf16, "parallel.zero=2"))
+    assert_equal(ranks, alone("mamba", bf16), near=2e-3)
 
 
 @pytest.mark.parametrize(

@@ -9,19 +9,28 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from castalia.checkpoint.formats.huggingface.names import ACTIVATIONS, FAMILIES, Family
-from castalia.config.schema import ModelConfig, RopeScaling
+from castalia.config.schema import MambaConfig, ModelConfig, RopeScaling
 from castalia.errors import CheckpointError
 from castalia.reading import keys, read_json
 
 COUNTS = (
     "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
     "max_position_embeddings", "sliding_window", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "head_dim",
+    "state_size", "conv_kernel",
 )  # fmt: skip
 SHARES = (
     "layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "rope_theta", "rotary_emb_base", "rotary_pct", "embd_pdrop",
-    "partial_rotary_factor", "attention_dropout", "hidden_dropout", "resid_pdrop", "attn_pdrop",
+    "partial_rotary_factor", "attention_dropout", "hidden_dropout", "resid_pdrop", "attn_pdrop", "expand",
 )  # fmt: skip
-FLAGS = ("use_parallel_residual", "attention_bias", "mlp_bias", "tie_word_embeddings")
+FLAGS = (
+    "use_conv_bias",
+    "use_bias",
+    "residual_in_fp32",
+    "use_parallel_residual",
+    "attention_bias",
+    "mlp_bias",
+    "tie_word_embeddings",
+)
 WORDS = ("model_type", "hidden_act", "activation_function", "dtype", "torch_dtype")
 TABLES = ("rope_parameters", "rope_scaling", "quantization_config")
 Count = Annotated[int, Field(gt=0, lt=1 << 40)]
@@ -178,9 +187,34 @@ def _rope_scaling(config: ConfigJson, key: str) -> RopeScaling | None:
     return RopeScaling(kind=kind, original_positions=original, **values)
 
 
+def _mamba(config: ConfigJson, key: str) -> dict[str, Any] | None:
+    """The sizes of Mamba blocks; None for those that ours have without being told."""
+    config.require("hidden_act", "silu")
+    hidden, rank = config["hidden_size"], config["time_step_rank"]
+    width = int(config["expand"] * hidden)
+    sizes = MambaConfig(
+        width=None if width == 2 * hidden else width,
+        states=config["state_size"],
+        taps=config["conv_kernel"],
+        rank=None if rank in ("auto", -(-hidden // 16)) else rank,
+        conv_bias=config["use_conv_bias"],
+    )
+    return None if sizes == MambaConfig() else sizes.model_dump()
+
+
+def _written_mamba(model: ModelConfig) -> dict[str, Any]:
+    sizes = model.mamba_sizes
+    return {
+        "state_size": sizes.states, "conv_kernel": sizes.taps, "expand": model.mamba_width // model.hidden_size,
+        "time_step_rank": model.mamba_rank, "use_conv_bias": sizes.conv_bias, "hidden_act": "silu",
+        "residual_in_fp32": False,
+    }  # fmt: skip
+
+
 READERS: dict[str, Callable[[ConfigJson, str], Any]] = {  # settings that are not simply the value of their key
     "activation": _activation, "attention_bias": _flag, "mlp_bias": _flag, "head_size": _head_size,
     "sliding_window": _window, "rotary_base": _rotary_base, "rotary_pct": _rotary_share, "rope_scaling": _rope_scaling,
+    "mamba": _mamba,
 }  # fmt: skip
 
 
@@ -204,6 +238,8 @@ def to_config_json(kind: str, model: ModelConfig, longest: int, token_ids: Mappi
         if names == "activation":
             written = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())} | {"gelu_tanh": family.gelu_tanh}
             config[key] = written[model.activation]
+        elif names == "mamba":
+            config[key] = _written_mamba(model)[key]
         elif names == "sliding_window" and model.sliding_window is not None:
             config[key] += 1  # Hugging Face counts the token itself
         elif names == "rope_scaling":

@@ -10,8 +10,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from castalia.checkpoint.rules import Chain, Interleave, PermuteRows, Rule, Transpose, per_block, with_bias
-from castalia.config.schema import ModelConfig
+from castalia.checkpoint.rules import (
+    Chain,
+    Interleave,
+    PermuteRows,
+    Rule,
+    Transpose,
+    mamba_rules,
+    per_block,
+    with_bias,
+)
+from castalia.config.schema import ModelConfig, shortest
 from castalia.errors import CheckpointError
 
 ACTIVATIONS = {  # `hidden_act` -> ours; the first of several that mean the same is written
@@ -40,7 +49,7 @@ class Family:
     defaults: Mapping[str, Any]  # what a missing key of config.json means; it differs between the types
     rules: Callable[[ModelConfig], list[Rule]]
     # The modules with parameters in the order in which the class defines them, which numbers the Trainer's optimizer
-    # state: before the blocks, in each block, after the blocks. Heads follow.
+    # state: before the blocks, in each block, after the blocks; heads follow. Empty: no such state is read or written.
     modules: tuple[str, str, str]
     head_modules: tuple[str, ...] = ("lm_head",)  # its name in transformers 5, and its name before
     foreign: tuple[str, ...] = ()  # keys of related types that this class does not read
@@ -106,6 +115,13 @@ def _llama_rules(model: ModelConfig) -> list[Rule]:
     return ends + per_block(block, model.num_layers)
 
 
+def _mamba_rules(model: ModelConfig) -> list[Rule]:
+    layer = "layers.{i}."
+    block = [Rule("blocks.{i}.norm1.weight", layer + "norm.weight"), *mamba_rules(model, layer + "mixer.")]
+    ends = [Rule("embed.weight", "embeddings.weight"), Rule("norm.weight", "norm_f.weight")]
+    return ends + per_block(block, model.num_layers)
+
+
 _KEYS = {
     "num_hidden_layers": "num_layers", "hidden_size": "hidden_size", "num_attention_heads": "num_heads",
     "intermediate_size": "mlp_size", "max_position_embeddings": "max_positions", "hidden_act": "activation",
@@ -129,6 +145,15 @@ LLAMA_KEYS = _KEYS | {
     "num_key_value_heads": "num_kv_heads", "head_dim": "head_size", "rms_norm_eps": "norm_eps", "mlp_bias": "mlp_bias",
 }  # fmt: skip
 MISTRAL_KEYS = LLAMA_KEYS | {"sliding_window": "sliding_window"}
+MAMBA_KEYS: dict[str, str | bool] = {
+    "num_hidden_layers": "num_layers", "hidden_size": "hidden_size", "layer_norm_epsilon": "norm_eps",
+    # Together one section of ours.
+    **dict.fromkeys(
+        ("state_size", "conv_kernel", "expand", "time_step_rank", "use_conv_bias", "hidden_act", "residual_in_fp32"),
+        "mamba",
+    ),
+    "use_bias": False,
+}  # fmt: skip
 NEOX_DEFAULTS = {
     "vocab_size": 50432, "hidden_size": 6144, "num_hidden_layers": 44, "num_attention_heads": 64,
     "intermediate_size": 24576, "hidden_act": "gelu", "partial_rotary_factor": 0.25, "rope_theta": 10000.0,
@@ -150,10 +175,21 @@ LLAMA_DEFAULTS = {
 MISTRAL_DEFAULTS = LLAMA_DEFAULTS | {
     "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096,
 }  # fmt: skip
+MAMBA_DEFAULTS = {
+    "vocab_size": 50280, "hidden_size": 768, "state_size": 16, "num_hidden_layers": 32, "layer_norm_epsilon": 1e-5,
+    "expand": 2, "conv_kernel": 4, "use_bias": False, "use_conv_bias": True, "hidden_act": "silu",
+    "residual_in_fp32": True, "time_step_rank": "auto", "tie_word_embeddings": True,
+}  # fmt: skip
 LLAMA_FIXED = {"norm": "rmsnorm", "gated_mlp": True, "sliding_window": None}
 LLAMA_HOLDS: dict[str, set] = {
     "norm": {"rmsnorm"}, "rms_eps_inside": {True}, "position": {"rotary"}, "rotary_pct": {1.0}, "gated_mlp": {True},
     "parallel_residual": {False}, "qk_norm": {False},
+}  # fmt: skip
+MAMBA_FIXED = {"pattern": ("mamba",), "norm": "rmsnorm", "position": "none", "num_heads": 1}
+# Positions that act in attention alone, and all that an MLP has, change nothing.
+MAMBA_HOLDS: dict[str, set] = {
+    "pattern": {("mamba",)}, "norm": {"rmsnorm"}, "rms_eps_inside": {True}, "reward_head": {False},
+    "position": {"none", "rotary", "alibi"}, "gated_mlp": {False, True}, "qk_norm": {False, True},
 }  # fmt: skip
 NEOX_HOLDS: dict[str, set] = {
     "norm": {"layernorm"}, "position": {"rotary"}, "gated_mlp": {False}, "shared_norm": {False},
@@ -196,6 +232,10 @@ FAMILIES = {
         LLAMA_HOLDS | {"attention_bias": {False}, "mlp_bias": {False}}, MISTRAL_DEFAULTS, _llama_rules,
         LLAMA_MODULES, foreign=("attention_bias", "mlp_bias"),
     ),
+    "mamba": Family(
+        "MambaForCausalLM", "backbone.", "lm_head.weight", MAMBA_KEYS, MAMBA_FIXED, MAMBA_HOLDS, MAMBA_DEFAULTS,
+        _mamba_rules, ("", "", ""),
+    ),
 }  # fmt: skip
 # Settings that every class has a key for, or that change nothing about what the model computes. A model whose other
 # settings are not the defaults fits no class.
@@ -204,6 +244,7 @@ FREE = {
     "rotary_base", "rotary_pct", "rope_scaling", "activation", "attention_bias", "parallel_residual", "tie_embeddings",
     "shared_norm", "mlp_bias", "rms_eps_inside", "embedding_dropout", "hidden_dropout", "attention_dropout", "init",
     "init_passes", "init_method", "output_init_method", "init_std", "num_kv_heads", "sliding_window", "reward_head",
+    "mamba", "amlp_size",  # which act where there are such blocks
 }  # fmt: skip
 
 
@@ -229,14 +270,19 @@ def family_of(model: ModelConfig, path: str) -> str:
 def _lacking(model: ModelConfig, kind: str) -> list[str]:
     """The settings whose values the class cannot compute, each with the values that it can."""
     result = lacking(model, FAMILIES[kind].holds)
-    if model.activation not in ACTIVATIONS.values():
+    if kind == "mamba":
+        if model.mamba_sizes.linear_bias:
+            result.append("model.mamba.linear_bias=True (only False)")
+        if model.mamba_width % model.hidden_size:
+            result.append(f"model.mamba.width={model.mamba_width} (only multiples of {model.hidden_size})")
+    elif model.activation not in ACTIVATIONS.values():
         result.append(f"model.activation={model.activation} (only {', '.join(dict.fromkeys(ACTIVATIONS.values()))})")
     return result
 
 
 def lacking(model: ModelConfig, holds: Mapping[str, set]) -> list[str]:
     """The settings whose values are not among those that another program's class `holds`, each with these values."""
-    values = {**model.model_dump(), "shared_norm": model.has_one_norm}
+    values = {**model.model_dump(), "shared_norm": model.has_one_norm, "pattern": shortest(model.pattern)}
     values["num_kv_heads"] = None if model.kv_heads == model.num_heads else model.kv_heads
     values["rms_eps_inside"] = model.rms_eps_inside or model.norm != "rmsnorm"
     result = [

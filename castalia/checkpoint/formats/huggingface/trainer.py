@@ -58,6 +58,8 @@ def groups(family: Family, model: ModelConfig) -> tuple[list[str], list[str]]:
     """The parameters' names, without the family's prefix, in the order of their numbers: with weight decay, without."""
     rules = table(family, model)
     decays = {name: row_of(rule.ours.split()[0]).decays for rule in rules for name in rule.theirs.split()}
+    if not any(family.modules):
+        raise CheckpointError(f"the Trainer's optimizer state of {family.class_name} is not known here")
     before, inside, after = (modules.split() for modules in family.modules)
     heads = [family.head.rpartition(".")[0], SCORE.rpartition(".")[0]]
 
