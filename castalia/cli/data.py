@@ -252,7 +252,7 @@ def split(
     weights: Annotated[str, typer.Option(help="shares of the three")] = "969, 30, 1",
     as_json: Json = False,
 ) -> None:
-    """Write the training, validation and test shares of a corpus (see data.split) as corpora of their own.
+    """Write shares of a corpus for training, validation and test as corpora of their own, its last documents last.
 
     \b
     Examples:

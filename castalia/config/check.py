@@ -19,6 +19,7 @@ from castalia.config.layout_rules import (
 )
 from castalia.config.notes import WithoutEffect
 from castalia.config.schema import RunConfig, Warmup
+from castalia.config.setting import NEOX_DEFAULT
 from castalia.config.yaml_files import Findings
 from castalia.errors import ConfigError
 from castalia.reading import expression_problem, short
@@ -486,7 +487,8 @@ def without_effect(config: RunConfig) -> Iterator[Problem]:
         "eval.every": data.train and not data.valid and "data.valid is empty, so there is nothing to evaluate on",
     }
     for path, reason in idle.items():
-        if reason and path in config.origins and not is_default(path, config.at(path)):
+        given = config.origins.get(path, NEOX_DEFAULT) != NEOX_DEFAULT
+        if reason and given and not is_default(path, config.at(path)):
             yield Problem(f"{path} has no effect: {reason}", (path,))
 
 

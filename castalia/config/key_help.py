@@ -21,6 +21,7 @@ WHEN = {
     "data.valid": ("to evaluate on texts of their own instead of a part of data.path", "data/held_out"),
     "data.seq_length": ("for longer context; memory and time grow with it", "1024"),
     "data.split": ("to keep more, less or nothing for validation", "98, 2, 0"),
+    "data.holdout": ("seldom: contiguous holds out what GPT-NeoX and Megatron would", "contiguous"),
     "data.packing": ("for fine-tuning, where a sequence should not hold parts of several documents", "unpacked"),
     "data.shuffled_passes": ("seldom: null keeps GPT-NeoX's order in a run of more passes", "null"),
     "tokenizer.path": ("to name the tokenizer that the corpus was prepared with", "tokenizer.json"),

@@ -20,7 +20,7 @@ from castalia.config.fields import FIELDS, SECTIONS, describe
 from castalia.config.lora_names import key_of_others, translate_targets
 from castalia.config.neox import read as neox_read
 from castalia.config.schema import RunConfig
-from castalia.config.setting import Setting, put
+from castalia.config.setting import NEOX_DEFAULT, Setting, put
 from castalia.config.yaml_files import Findings, YamlMapping, merged, read_file, read_override, read_text, to_yaml
 from castalia.errors import ConfigError
 from castalia.reading import reason, short
@@ -28,6 +28,13 @@ from castalia.reading import reason, short
 INTERVENTIONS = "interventions.jsonl"  # file, inside a run's folder, with what its rows were changed to
 TOKENIZER = "tokenizer"  # folder, inside a run's folder, with its tokenizer
 PRESETS = Path(__file__).parent / "presets"
+# Settings whose value was another one before they existed. Runs write all that they know, so a config that has all of
+# these sections and lacks such a setting is older.
+EARLIER = {"data": {"holdout": "contiguous", "shuffled_passes": None}}
+OF_EACH_RUN = {"model", "data", "tokenizer", "optimizer", "schedule", "parallel", "precision", "train", "checkpoint"}
+OF_EACH_RUN |= {"log", "watch", "eval", "seed", "neox_exact"}
+# What GPT-NeoX does with its data, for configs of ours that repeat its training.
+OF_NEOX_EXACT = {"data.holdout": "contiguous", "data.shuffled_passes": None}
 DATA_ENDINGS = (".jsonl", ".parquet", ".txt", ".md")
 # Pairs of groups of which a config uses one; a later file's choice replaces an earlier file's.
 ALTERNATIVES = (
@@ -61,6 +68,8 @@ def load_config(
     for precedence, table in enumerate(sources):
         _sort(table, precedence, ours, neox, findings)
     settings = _combine(ours, neox_read.translate(neox, ours, num_files=len(names), findings=findings), findings)
+    if (exact := settings.get("neox_exact")) and exact.value is True:
+        settings = {path: Setting(value, NEOX_DEFAULT, -1) for path, value in OF_NEOX_EXACT.items()} | settings
     _choose_alternatives(settings, findings)
     _shrink_micro_batch(settings, findings)
     translate_targets(settings, findings)
@@ -137,6 +146,18 @@ def load_run(folder: str | Path, overrides: Sequence[str] = (), any_batch: bool 
     return config
 
 
+def as_it_was(stored: dict[str, Any]) -> None:
+    """Complete the config that a run wrote, in place, by the settings that did not exist when it did."""
+    if not stored.keys() >= OF_EACH_RUN:
+        return
+    for section, values in EARLIER.items():
+        for name, value in values.items() if isinstance(stored[section], dict) else ():
+            if name not in stored[section]:
+                stored[section][name] = value
+                if isinstance(stored, YamlMapping):
+                    stored[section].origins[name] = f"{stored.origins[section]}, older than {name}"
+
+
 def dump_config(config: RunConfig) -> str:
     """The complete YAML of a config; loading it gives an equal config."""
     return to_yaml(config.model_dump(mode="json"))
@@ -195,6 +216,7 @@ def _near_presets(name: str) -> str:
 
 def _with_own_files(table: YamlMapping, run: Path) -> YamlMapping:
     """Resolve the relative paths of a run's own tokenizer and interventions, so that its folder may be moved."""
+    as_it_was(table)
     data = table.get("data")
     if isinstance(data, YamlMapping) and data.get("intervene") == INTERVENTIONS and (run / INTERVENTIONS).is_file():
         data["intervene"] = str(run / INTERVENTIONS)

@@ -431,10 +431,10 @@ class DataConfig(Section):
     split: Annotated[str, AfterValidator(_split)] = Field(
         "969, 30, 1", description="shares of training, validation and test"
     )
-    holdout: Literal["contiguous", "hash"] = Field(
-        "contiguous",
-        description="documents that `split` gives to validation and test: contiguous: the last ones, as Megatron does; "
-        "hash: some of each file, by a hash of each document, equal texts together",
+    holdout: Literal["hash", "contiguous"] = Field(
+        "hash",
+        description="documents that `split` gives to validation and test: hash: some of each file, by a hash of each "
+        "document, equal texts together; contiguous: the last ones, as Megatron and GPT-NeoX do",
     )
     train: Sources = Field((), description="training corpora: a prefix or a list of sources")
     valid: Sources = Field((), description="validation corpora")

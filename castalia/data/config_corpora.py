@@ -164,12 +164,32 @@ def _most_samples(config: RunConfig, split: Split, sizes: np.ndarray) -> int:
     return max(1, (passes * int(sizes.sum(dtype=np.int64)) - 1) // config.data.seq_length)
 
 
+def repeats_order(config: RunConfig) -> bool:
+    """Whether training takes more passes over a corpus than are shuffled together, so that their order comes again.
+
+    Raises DataError for a corpus that is not there.
+    """
+    wanted, sources = _neox_sample_count(config, "train", batch_plan(config).batch_size), config.data.train
+    if wanted is None:
+        return False
+    if config.data.path is not None:
+        text = open_dataset(config.data.path)
+        return wanted > _most_samples(config, "train", text.sizes[split_documents(config.data, text)["train"]])
+    weights = normalized([source.weight for source in sources]).tolist()
+    sizes = (open_dataset(source.path).sizes for source in sources)
+    return any(
+        math.ceil(wanted * weight * 1.005) > _most_samples(config, "train", of_source)
+        for of_source, weight in zip(sizes, weights, strict=True)
+    )
+
+
 def _open_part(config: RunConfig, prefix: str, split: Split, wanted: int | None) -> SampledCorpus:
     data = open_dataset(prefix)
     documents = split_documents(config.data, data)[split]
     if not len(documents):
         raise DataError(
             f"no {split} data: data.split={config.data.split!r} gives it none of the {len(data)} documents of {prefix}"
+            + (" (equal ones count as one: data.holdout=hash)" if config.data.holdout == "hash" else "")
         )
     if wanted is not None:
         wanted = min(wanted, _most_samples(config, split, data.sizes[documents]))

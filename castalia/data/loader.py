@@ -24,7 +24,7 @@ import numpy as np
 from castalia.bars import Advance, unseen
 from castalia.config.batch import size_at, steps_within, sum_until
 from castalia.config.schema import EarlierBatch, Warmup
-from castalia.data.indexed import IndexedDataset
+from castalia.data.indexed import IndexedDataset, dataset_fingerprint
 from castalia.data.interventions import Intervention, Interventions
 from castalia.data.sample_index import (
     IGNORE,
@@ -390,15 +390,3 @@ class Samples:
         for warmup in filter(None, (self.length_warmup, self.batch_warmup)):
             digest.update(f"{warmup}".encode())
         return digest.hexdigest()
-
-
-def dataset_fingerprint(data: IndexedDataset) -> str:
-    """A digest of the whole index (every size, the dtype, the documents), of the length of the `.bin`, and of 64 blocks
-    of 4 KiB spread over it. It is cheap for any length, but an edit of tokens that keeps all lengths can escape it."""
-    raw = data.tokens.view(np.uint8)
-    digest = hashlib.blake2b(f"{data.dtype.str} {len(raw)}".encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(data.sizes).data)
-    digest.update(np.ascontiguousarray(data.doc_index).data)
-    for start in np.linspace(0, max(0, len(raw) - 4096), 64).astype(np.int64):
-        digest.update(raw[start : start + 4096].data)
-    return digest.hexdigest()

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from castalia.config.schema import DataConfig, split_shares
-from castalia.data.indexed import IndexedDataset
+from castalia.data.index_cache import cached, digest_of
+from castalia.data.indexed import IndexedDataset, bin_path, dataset_fingerprint, idx_path, open_dataset
 from castalia.data.sample_index import split_bounds
 from castalia.errors import DataError
 from castalia.files import write_text
 from castalia.reading import keys, read_json
 
+log = logging.getLogger(__name__)
 PARTS = ("train", "valid", "test")
 EDGE_TOKENS = 32  # tokens at each end of a document that go into its hash
+FILED_FROM = 1 << 20  # documents; which of fewer are held out is found faster than it is read from a file
+LONG_SPLIT = 10_000_000  # documents; the hashes of so many take a while
 BLOCK_DOCUMENTS = 1 << 15  # documents that are hashed at a time
 FACTOR, MIX = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)  # odd constants of SplitMix64
 FILES = {"sizes": str, "files": list[str], "documents": list[int]}
@@ -31,8 +37,37 @@ def split_documents(data: DataConfig, text: IndexedDataset) -> dict[str, np.ndar
     if data.holdout == "contiguous":
         bounds = split_bounds(data.split, len(text))
         return {part: np.arange(*bounds[n : n + 2], dtype=np.int32) for n, part in enumerate(PARTS)}
-    assigned = by_hash(document_hashes(text), sources_of(text), _shares(data.split))
+    files = (bin_path(text.prefix), idx_path(text.prefix), sources_path(text.prefix))
+    stamp = tuple((found.st_mtime_ns, found.st_size) for found in (file.stat() for file in files if file.is_file()))
+    assigned = _assigned(os.path.abspath(text.prefix), stamp, _shares(data.split), data.cache_dir)
     return {part: np.flatnonzero(assigned == n).astype(np.int32) for n, part in enumerate(PARTS)}
+
+
+@lru_cache(maxsize=4)
+def _assigned(
+    prefix: str, stamp: tuple[tuple[int, int], ...], shares: tuple[float, float], cache_dir: str | None
+) -> np.ndarray:
+    """The part of each document, 0 to 2: i8 [documents]. That of many is kept in a file beside the index files.
+
+    `stamp`: of the corpus' files, so that a changed corpus is looked at again.
+    """
+    text = open_dataset(prefix)
+
+    def find() -> tuple[np.ndarray]:
+        if len(text) >= LONG_SPLIT:  # so that nobody waits without knowing for what
+            log.warning(
+                "%s: finding out which of its %s documents are held out, by the beginning and the end of each",
+                text.prefix,
+                f"{len(text):,}",
+            )
+        return (by_hash(document_hashes(text), sources_of(text), shares),)
+
+    if len(text) < FILED_FROM:
+        return find()[0]
+    known = sources_of(text)
+    fingerprint = digest_of(dataset_fingerprint(text), *shares, *(known or ()))
+    name = f"{Path(prefix).name}_holdout_{fingerprint}"
+    return cached(prefix, cache_dir, [name], ("parts",), fingerprint, find)[0]
 
 
 def _shares(split: str) -> tuple[float, float]:

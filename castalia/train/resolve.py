@@ -35,6 +35,8 @@ from castalia.train.vocabulary import open_tokenizer, vocabulary_sizes, with_tok
 OVERRIDABLE = {"embedding_dropout", "hidden_dropout", "attention_dropout", "init", "init_passes", "init_method"}
 OVERRIDABLE |= {"reward_head", "output_init_method", "init_std", "vocab_size", "vocab_multiple", "max_positions"}
 
+DATA_ORDER = ("data.holdout", "data.shuffled_passes")
+
 
 @dataclass(frozen=True)
 class ResolvedRun:
@@ -64,8 +66,9 @@ def resolve(config: RunConfig) -> ResolvedRun:
     require_training(inferred)
     ranks = world_size()
     plan = batch_plan(inferred, layout(inferred.parallel, ranks).dp if ranks > 1 else 1)
-    settled = with_steps(with_earlier_batches(inferred, source, plan.batch_size))
-    data = open_samples(settled, "train")
+    with main_first():  # which of many documents are held out, it writes into a file
+        settled = with_steps(with_earlier_batches(inferred, source, plan.batch_size))
+        data = open_samples(settled, "train")
     refuse_other_data(settled, data, source)
     refuse_foreign_tokens(settled)
     reference = open_reference(settled)
@@ -113,7 +116,7 @@ def infer_settings(config: RunConfig, source: Checkpoint | None) -> tuple[Comple
     """The config with its model, its precision and what trains filled in, and the tokenizer that it names."""
     # The architecture comes first: training another model than the one meant is the worst of all mistakes.
     model = with_reward_head(architecture(config, source), config, source)
-    config = with_tokenizer_of(config, source)
+    config = with_data_order_of(with_tokenizer_of(config, source), source)
     finetune = what_trains(config, source, model)
     tokenizer = open_tokenizer(config, finetune)
     sizes = {
@@ -133,6 +136,15 @@ def infer_settings(config: RunConfig, source: Checkpoint | None) -> tuple[Comple
     )
     notes = left_open(config, model) if source else ()
     return complete(with_reference(inferred, source).with_notes(*notes)), tokenizer
+
+
+def with_data_order_of(config: RunConfig, source: Checkpoint | None) -> RunConfig:
+    """The config of a resumed run that leaves open which documents are held out, and how many passes are shuffled
+    together, with what its checkpoint was trained with: other defaults would be other data."""
+    if source is None or source.config is None or config.checkpoint.init_from:
+        return config
+    kept = {path: source.config.at(path) for path in DATA_ORDER if path not in config.origins}
+    return config.with_({path: value for path, value in kept.items() if value != config.at(path)})
 
 
 def with_steps(config: CompleteConfig) -> CompleteConfig:

@@ -36,6 +36,7 @@ from castalia.config.schema import (
     TokenizerConfig,
     TrainConfig,
 )  # fmt: skip
+from castalia.data.indexed import DatasetWriter
 from castalia.data.tokenizer import train_bpe
 from castalia.errors import CheckpointError
 from castalia.examine.verify import verify
@@ -359,6 +360,28 @@ def test_a_change_of_the_moments_is_said(tmp_path: Path) -> None:
     assert not [n for n in convert.plan_files("neox", source, WriteOptions(TargetLayout(pp=0))).notes if "moments" in n]
     again = write(source, tmp_path / "a", pp=1)
     assert not [n for n in convert.plan_files("neox", again, WriteOptions(TargetLayout(pp=2))).notes if "moments" in n]
+
+
+def test_other_data_that_neox_would_go_on_with_are_said(tmp_path: Path) -> None:
+    prefix = str(tmp_path / "words")
+    with DatasetWriter(prefix, "uint16") as writer:
+        for number in range(20):
+            writer.add([number] * 8)  # 160 tokens; a step reads 8 samples of 16
+
+    def notes(steps: int, **data: Any) -> str:
+        source = run(SMALL, data=DataConfig(seq_length=16, **data), train=TrainConfig(steps=steps, batch_size=8))
+        planned = convert.plan_files("neox", source, WriteOptions(TargetLayout())).notes
+        return "\n".join(note for note in planned if note.startswith("data."))
+
+    by_hash, orders = "data.holdout=hash holds out", "data.shuffled_passes=16: NeoX shuffles all passes"
+    whole = {"path": prefix, "split": "1, 0, 0"}
+    assert by_hash in notes(19, path=prefix) and orders not in notes(19, **whole)
+    assert notes(19, **whole, holdout="contiguous") == ""  # 19 x 8 x 16 tokens are 15.2 passes
+    assert "this run takes more of them" in notes(21, **whole, holdout="contiguous")
+    assert notes(21, **whole, holdout="contiguous", shuffled_passes=None) == ""
+    sources = {"train": (Source(path=prefix),), "valid": (Source(path=prefix),)}
+    assert notes(19, **sources) == "" and "this run takes more of them" in notes(21, **sources)
+    assert "its data are not here" in notes(21, path="gone", holdout="contiguous")
 
 
 def test_a_runs_own_notes_stay_out_of_the_originals_files(tmp_path: Path) -> None:

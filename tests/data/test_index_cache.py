@@ -16,7 +16,8 @@ PARTS = ("doc_idx", "sample_idx", "shuffle_idx")
 def run(folder: Path, split: str = "969,30,1", **data) -> RunConfig:
     path = str(folder / "genesis_text_document")
     return RunConfig(
-        data=DataConfig(path=path, split=split, seq_length=64, **data), train=TrainConfig(steps=200, batch_size=1)
+        data=DataConfig(path=path, split=split, holdout="contiguous", seq_length=64, **data),
+        train=TrainConfig(steps=200, batch_size=1),
     )
 
 

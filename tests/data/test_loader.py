@@ -68,7 +68,9 @@ def test_samples_of_one_corpus(fixtures: Path, corpora: Path, number: int, split
     known = json.loads((fixtures / "data" / "manifest.json").read_text())["sets"][number]
     wanted = known.get("ns", [None] * 3)
     run = RunConfig(
-        data=DataConfig(path=str(corpora / known["corpus"]), split=known["split"], seq_length=known["seq"]),
+        data=DataConfig(
+            path=str(corpora / known["corpus"]), split=known["split"], holdout="contiguous", seq_length=known["seq"]
+        ),
         train=TrainConfig(steps=wanted[0], batch_size=1),
         eval=EvalConfig(every=10**6, batches=wanted[SPLITS.index(split)] or 10),
         seed=known["seed"],

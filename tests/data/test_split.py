@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -11,6 +13,7 @@ from castalia.data.indexed import DatasetWriter, open_dataset
 from castalia.data.prepare import Recipe, prepare
 from castalia.data.sample_index import split_bounds
 from castalia.data.split import (
+    _assigned,
     by_hash,
     describe_held_out,
     document_hashes,
@@ -38,9 +41,9 @@ def drawn(count, draw=None):
     return [draw.integers(0, 1000, draw.integers(1, 90)).tolist() for _ in range(count)]
 
 
-def test_the_original_s_split_is_the_default_and_takes_the_last_documents(tmp_path):
+def test_the_original_s_split_takes_the_last_documents(tmp_path):
     text = corpus(tmp_path / "c", drawn(200))
-    parts = split_documents(DataConfig(split="90, 6, 4"), text)
+    parts = split_documents(DataConfig(split="90, 6, 4", holdout="contiguous"), text)
     bounds = split_bounds("90, 6, 4", 200)
     assert [parts[name].tolist() for name in ("train", "valid", "test")] == [
         list(range(*bounds[n : n + 2])) for n in range(3)
@@ -124,13 +127,62 @@ def test_notes_of_other_documents_and_damaged_ones_are_not_believed(tmp_path, co
 
 def test_a_one_sided_split_is_told_and_hashing_is_the_way_out(tmp_path):
     text = corpus(tmp_path / "a", drawn(100), files=[("code.py", 80), ("bible.txt", 20)])
-    warning = one_sided(DataConfig(split="95, 5, 0"), text)
+    warning = one_sided(DataConfig(split="95, 5, 0", holdout="contiguous"), text)
     assert "its 5 documents are the last ones, all from bible.txt (1 of 2 files)" in warning
     assert "data.holdout=hash" in warning
     hashed = DataConfig(split="95, 5, 0", holdout="hash")
     assert one_sided(hashed, text) is None
     assert describe_held_out(hashed, text) == "5 of 100 documents, by a hash of each, from 2 of 2 files"
-    assert one_sided(DataConfig(split="95, 5, 0"), corpus(tmp_path / "b", drawn(20))) is None
+    without_files = corpus(tmp_path / "b", drawn(20))
+    assert one_sided(DataConfig(split="95, 5, 0", holdout="contiguous"), without_files) is None
+
+
+def test_what_is_held_out_follows_the_program_that_a_config_is_for(tmp_path):
+    (tmp_path / "neox.yml").write_text("{train_iters: 9, data_path: c, tokenizer_type: CharLevelTokenizer}")
+    neox = load_config([tmp_path / "neox.yml"]).data
+    assert (neox.holdout, neox.shuffled_passes) == ("contiguous", None)
+    ours = load_config([], ["data.path=c", "train.steps=9"])
+    assert (ours.data.holdout, ours.data.shuffled_passes) == ("hash", 16)
+    exact = load_config([], ["neox_exact=true", "data.path=c", "train.steps=9"]).data
+    assert (exact.holdout, exact.shuffled_passes) == ("contiguous", None)
+    # Where each corpus is for one part as a whole, there is nothing to say.
+    whole = load_config(
+        [tmp_path / "neox.yml"], ["train_data_paths=[c]", "valid_data_paths=[c]", "test_data_paths=[c]"]
+    )
+    assert not [note for note in whole.notes if "holdout" in note]
+
+
+def test_a_config_that_a_run_wrote_before_there_was_a_choice_is_contiguous(tmp_path):
+    model = ["model.num_layers=1", "model.hidden_size=8", "model.num_heads=1"]
+    stored = load_config([], [*model, "data.path=c", "train.steps=9"]).model_dump(mode="json")
+    del stored["data"]["holdout"], stored["data"]["shuffled_passes"]
+    (tmp_path / "config.yml").write_text(json.dumps(stored))
+    data = load_config([tmp_path]).data
+    assert (data.holdout, data.shuffled_passes) == ("contiguous", None)
+    (tmp_path / "config.yml").write_text(json.dumps({"data": {"path": "c"}}))  # what a person writes
+    assert load_config([tmp_path]).data.holdout == "hash"
+
+
+def test_the_parts_of_many_documents_are_kept_in_a_file(tmp_path, monkeypatch):
+    text = corpus(tmp_path / "c", drawn(60), files=[("a", 30), ("b", 30)])
+    data = DataConfig(split="3, 1, 0", cache_dir=str(tmp_path / "cache"))
+    expected = split_documents(data, text)["valid"].tolist()
+    assert len(expected) == 15 and not (tmp_path / "cache").exists()
+    monkeypatch.setattr("castalia.data.split.FILED_FROM", 60)
+    _assigned.cache_clear()
+    assert split_documents(data, text)["valid"].tolist() == expected
+    assert len([*(tmp_path / "cache").glob("c_holdout_*_parts.npy")]) == 1
+    monkeypatch.setattr("castalia.data.split.document_hashes", None)  # they are not made again
+    _assigned.cache_clear()
+    assert split_documents(data, text)["valid"].tolist() == expected
+
+
+def test_a_corpus_that_has_changed_is_looked_at_again(tmp_path):
+    data = DataConfig(split="1, 1, 0")
+    before = split_documents(data, corpus(tmp_path / "c", drawn(40)))["valid"].tolist()
+    other = corpus(tmp_path / "c", drawn(50, np.random.default_rng(1)))
+    after = split_documents(data, other)["valid"].tolist()
+    assert len(before) == 20 and len(after) == 25
 
 
 def test_a_run_that_repeats_the_original_takes_its_split():

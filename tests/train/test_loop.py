@@ -474,6 +474,18 @@ def test_other_data_and_another_schedule_must_be_asked_for(straight, tmp_path):
     assert losses(run)[10:] != losses(straight)[10:]
 
 
+def test_a_resumed_run_keeps_what_it_held_out_where_its_config_leaves_that_open(tiny, tmp_path):
+    words = ["data.holdout=contiguous", "data.shuffled_passes=3"]
+    straight = train(tiny(tmp_path / "straight", *words, "eval.every=null"))
+    begun = train(tiny(tmp_path / "begun", *words, "eval.every=null", "train.exit_interval=10"))
+    train(tiny(tmp_path / "more", f"checkpoint.resume={begun}", "eval.every=null"))
+    assert losses(tmp_path / "more") == losses(straight)[10:]
+    data = read_config([str(tmp_path / "more")]).data
+    assert (data.holdout, data.shuffled_passes) == ("contiguous", 3)
+    with pytest.raises(TrainingError, match="other_data=true"):
+        train(tiny(tmp_path / "other", f"checkpoint.resume={begun}", "data.holdout=hash", "eval.every=null"))
+
+
 def test_saves_follow_the_schedule_and_keep_milestones(tiny, tmp_path):
     options = ["checkpoint.every=4", "checkpoint.steps=[0]", "checkpoint.keep_last=2", "checkpoint.keep_every=8"]
     config = tiny(tmp_path / "run", *options, "checkpoint.save_optimizer=false", "eval.every=null", "train.steps=18")

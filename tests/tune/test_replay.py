@@ -70,7 +70,8 @@ def test_sequences_come_with_their_documents_the_worst_first(runs, poisoned):  #
     assert sorted(row["position"] for row in found) == sorted(data.positions(BAD).tolist())
     for row in found:
         assert [tuple(piece.values()) for piece in row["pieces"]] == [tuple(p) for p in data.pieces(row["position"])]
-        assert row["text"].encode() == bytes(data.sample(row["position"])[0][:16].tolist()).replace(b"\0", b"")
+        ids = data.sample(row["position"])[0][:16].tolist()
+        assert row["text"].encode() == bytes(id for id in ids if id < 256).replace(b"\0", b"")
     mean = sum(row["loss"] * row["tokens"] for row in found) / sum(row["tokens"] for row in found)
     assert mean == pytest.approx(records(runs / "report")[BAD + 1]["loss"], rel=1e-5)
 

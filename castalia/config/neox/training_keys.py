@@ -171,6 +171,7 @@ def loss_scale(work: Translation) -> None:
 def data(work: Translation) -> None:
     """The corpora of all splits with their labels, weights, rejected texts and rewards."""
     if work.training:
+        work.set("data.holdout", "contiguous")
         work.set("data.shuffled_passes", None)
     pairs = lower(work["dataset_impl"]) == "pairwise"
     if lower(work["dataset_impl"]) not in ("gpt2", "pairwise"):

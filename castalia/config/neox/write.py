@@ -31,7 +31,7 @@ OURS_ALONE = {"model.activation": ("sigmoid", "identity"), "schedule.style": ("w
 # Settings for which GPT-NeoX needs no key: they follow from the tokenizer's files or from the program.
 ELSEWHERE = {"model.vocab_size", "model.init", "neox_exact", "tokenizer.path", "tokenizer.merges"}
 ELSEWHERE |= {"checkpoint.keep_best", "checkpoint.save_minutes"}  # it has neither, and trains the same without
-ELSEWHERE |= {"data.shuffled_passes"}  # it shuffles all passes together, which is the same for as many as ours
+ELSEWHERE |= {"data.holdout", "data.shuffled_passes"}  # which data it reads: see `other_data` of written_config.py
 
 
 def to_neox(config: RunConfig) -> dict[str, Any]:

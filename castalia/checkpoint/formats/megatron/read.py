@@ -121,7 +121,7 @@ def _training(folder: ScannedFolder, model: ModelConfig) -> RunConfig:
     compute = "bf16" if args.get("bf16") else "fp16" if args.get("fp16") else "fp32"
     try:
         return RunConfig(
-            data=DataConfig(seq_length=length),
+            data=DataConfig(seq_length=length, holdout="contiguous", shuffled_passes=None),
             optimizer=OptimizerConfig(**_given(optimizer), **clip),
             schedule=ScheduleConfig(**_given(schedule)),
             train=TrainConfig(**_given(train)),

@@ -22,6 +22,7 @@ from typing import Any
 
 from castalia.checkpoint.neox_defects import take_inherited
 from castalia.checkpoint.tensors import AdamState, Checkpoint, CheckpointFacts, Progress
+from castalia.config.load import as_it_was
 from castalia.config.schema import RunConfig
 from castalia.errors import CheckpointError
 from castalia.reading import keys, plain_json, read_json, typed
@@ -79,6 +80,8 @@ def read(path: Path) -> Checkpoint:
         chunks.require_disjoint()
         progress = typed(manifest["progress"], f"{path / MANIFEST}: progress", CheckpointError, Progress)
         stored_config, where = manifest["config"], f"{path / MANIFEST}: the config in it"
+        if isinstance(stored_config, dict):
+            as_it_was(stored_config)
         config = None if stored_config is None else typed(stored_config, where, CheckpointError, RunConfig)
         facts = CheckpointFacts(versions=manifest["versions"], data_fingerprint=manifest["data_fingerprint"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:

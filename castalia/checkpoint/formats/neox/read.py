@@ -169,7 +169,8 @@ def _guesses(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _data(folder: ScannedFolder) -> DataConfig:
     longest = folder.args.get("max_position_embeddings")
-    return DataConfig(seq_length=longest) if longest else DataConfig()
+    length = {"seq_length": longest} if longest else {}
+    return DataConfig(holdout="contiguous", shuffled_passes=None, **length)  # as its program reads any corpus
 
 
 def _is_recent(folder: ScannedFolder, era: str) -> bool:

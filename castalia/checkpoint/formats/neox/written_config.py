@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from math import inf, nextafter
@@ -30,7 +30,8 @@ from castalia.config.schema import (
     TrainConfig,
 )
 from castalia.config.tensor_table import row_of
-from castalia.errors import CastaliaError, CheckpointError, ConfigError
+from castalia.data.config_corpora import repeats_order
+from castalia.errors import CastaliaError, CheckpointError, ConfigError, DataError
 
 PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 MULTIPLES = (128, 64, 256, 512, 1024, 32, 16, 8, 4, 2, 1)  # of the vocabulary, as people choose them
@@ -120,7 +121,8 @@ def adapted(checkpoint: Checkpoint, options: WriteOptions, tokenizer: TokenizerC
     if options.era == "v1":
         _check_first_release(model, path)
         keys = {key: value for key, value in keys.items() if key not in LATER_KEYS} | _silent_today(config)
-    notes = [batch_note, clip_note, *_left_out(checkpoint, config, keys), rows_note(checkpoint, rows)]
+    notes = [batch_note, clip_note, *_left_out(checkpoint, config, keys), *other_data(checkpoint.config)]
+    notes.append(rows_note(checkpoint, rows))
     rounds = layout.tp & (layout.tp - 1) or (layout.tp > 1 and dtype == torch.float16)
     if rounds and model.parallel_residual and (model.attention_bias or model.mlp_bias):
         notes.append(
@@ -309,6 +311,24 @@ def _left_out(checkpoint: Checkpoint, config: RunConfig, keys: dict[str, Any]) -
     if not missing:
         return []
     return [f"NeoX has no key for {_assignments(missing)}: left out of configs/config.yml"]
+
+
+def other_data(config: RunConfig) -> Iterator[str]:
+    """Notes on what NeoX trains on, if it continues a run, that the run would not have."""
+    data = config.data
+    if data.path and data.holdout != "contiguous":
+        yield (
+            f"data.holdout={data.holdout} holds out documents by a hash of each; NeoX takes the last ones, and would "
+            "train on documents that were held out so far"
+        )
+    if data.shuffled_passes is None or not (data.path or data.train) or not config.train.steps:
+        return
+    shuffled = f"data.shuffled_passes={data.shuffled_passes}: NeoX shuffles all passes of a run together"
+    try:
+        if repeats_order(config):
+            yield f"{shuffled}; this run takes more of them, so that NeoX would continue in another order"
+    except (DataError, ConfigError):
+        yield f"{shuffled}; in a run of more of them (its data are not here) it would continue in another order"
 
 
 def _check_first_release(model: ModelConfig, path: str) -> None:
