@@ -22,6 +22,12 @@ def run(corpus, tmp_path_factory):
     """A run of 12 steps on it."""
     folder = tmp_path_factory.mktemp("evaluated") / "run"
     model = ["model.num_layers=1", "model.hidden_size=16", "model.num_heads=2", "model.vocab_multiple=1"]
-    data = [f"data.path={corpus}", "data.split=50,50,0", "data.seq_length=16", "tokenizer.kind=bytes"]
+    data = [
+        f"data.path={corpus}",
+        "data.split=50,50,0",
+        "data.holdout=contiguous",
+        "data.seq_length=16",
+        "tokenizer.kind=bytes",
+    ]
     rest = ["train.steps=12", "train.batch_size=4", "optimizer.lr=0.01", "precision.compute=fp32", "eval.every=6"]
     return train(load_config([], [*model, *data, *rest, f"checkpoint.dir={folder}"]))

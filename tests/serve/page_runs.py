@@ -18,7 +18,7 @@ def make_runs(place: Path) -> Path:
         for number in range(20):
             writer.add([*TEXTS[number % 3].encode(), 256])
     model = ["model.num_layers=2", "model.hidden_size=16", "model.num_heads=2", "tokenizer.kind=bytes"]
-    data = [f"data.path={place / 'texts'}", "data.split=50,50,0", "data.seq_length=64"]
+    data = [f"data.path={place / 'texts'}", "data.split=50,50,0", "data.holdout=contiguous", "data.seq_length=64"]
     rest = ["train.steps=12", "train.batch_size=4", "precision.compute=fp32", "checkpoint.every=4", "eval.every=6"]
     for name, rate in (("one", 0.01), ("two", 0.003)):
         words = [f"checkpoint.dir={place / 'runs' / name}", f"optimizer.lr={rate}"]
