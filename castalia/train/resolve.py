@@ -188,7 +188,8 @@ def refuse_other_data(config: RunConfig, data: Samples | Pairs, source: Checkpoi
     raise TrainingError(
         f"the data or their order are not those that {source.path} was trained on (another corpus, split, seed or "
         "data.seq_length; another train.steps or train.batch_size too where it changes the number of epochs, which are "
-        "shuffled as one; or the corpus came without its PREFIX.sources.json, by which data.holdout=hash knows files). To continue with them anyway: checkpoint.other_data=true"
+        "shuffled as one; or the corpus came without its PREFIX.sources.json, by which data.holdout=hash knows files). "
+        "To continue with them anyway: checkpoint.other_data=true"
     )
 
 
