@@ -18,6 +18,7 @@ COMMANDS = {
     "merge_datasets": "castalia data merge A B --output PREFIX",
     "merge20b": "castalia convert SRC DST --to neox --layout tp=1,pp=1",
     "convert_neox_to_hf": "castalia convert SRC DST --to hf --verify",
+    "convert_hf_to_gguf": "castalia convert SRC model.gguf --to gguf",
     "convert_hf_to_sequential": "castalia convert SRC DST --to neox",
     "convert_raw_llama_weights_to_neox": "castalia convert SRC DST --to neox",
     "inspect_checkpoints": "castalia inspect PATH",

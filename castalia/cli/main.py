@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import platform
 import sys
 from importlib import import_module
 from typing import Annotated
@@ -49,10 +50,12 @@ VERBS = {
 }
 
 
+COMPLETING = "_CASTALIA_COMPLETE"  # set by the scripts of --install-completion and --show-completion
+
+
 def build(chosen: str | None) -> typer.Typer:
     """The whole command line. Only the chosen verb is imported; the others are names with a line of help."""
     app = typer.Typer(
-        add_completion=False,
         rich_markup_mode=None,  # which would take [brackets] for markup
         no_args_is_help=True,
         pretty_exceptions_enable=False,
@@ -74,14 +77,20 @@ def build(chosen: str | None) -> typer.Typer:
 
 
 def _print_version(asked: bool) -> None:
+    """The version, and what decides most about bits and speed beside it."""
     if asked:
+        import torch
+
+        from castalia.train.hardware import choose_device, machine_name
+
         print(f"castalia {__version__}")
+        print(f"torch {torch.__version__} on {machine_name(choose_device('auto'))}; Python {platform.python_version()}")
         raise typer.Exit
 
 
 def _castalia(
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, help="Print the version.", callback=_print_version)
+        bool, typer.Option("--version", is_eager=True, help="Print the versions and the device.", callback=_print_version)
     ] = False,
 ) -> None:
     """Train, inspect, convert, evaluate and run GPT-style language models on plain PyTorch."""
@@ -120,7 +129,10 @@ def main() -> None:
     growing_segments()
     keep_all_characters()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a warning of a lost connection is a C++ stack of 20 lines
-    verb = next((word for word in sys.argv[1:] if not word.startswith("-")), None)
+    typed = sys.argv[1:]
+    if COMPLETING in os.environ:  # the shell asks how a command goes on, which it gives in a variable
+        typed = os.environ.get("_TYPER_COMPLETE_ARGS", os.environ.get("COMP_WORDS", "")).split()[1:]
+    verb = next((word for word in typed if not word.startswith("-")), None)
     try:
         try:
             refuse_habits(sys.argv[1:], list(VERBS))

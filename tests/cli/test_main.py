@@ -72,9 +72,32 @@ def test_no_verb_file_is_forgotten():
 
 
 def test_version():
+    import torch
+
     from castalia import __version__
 
-    assert castalia("--version").stdout == f"castalia {__version__}\n"
+    first, second = castalia("--version").stdout.splitlines()
+    assert first == f"castalia {__version__}"
+    assert second.startswith(f"torch {torch.__version__} on ") and "; Python 3." in second
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("castalia con", {"config", "convert"}),
+        ("castalia data pre", {"prepare"}),
+        ("castalia convert --to g", {"gguf"}),
+        ("castalia plan --sugg", {"--suggest"}),
+    ],
+)
+def test_the_shell_completes(typed, offered, monkeypatch, capsys):
+    monkeypatch.setenv("_CASTALIA_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", str(len(typed.split()) - 1))
+    monkeypatch.setattr("sys.argv", ["castalia"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert set(capsys.readouterr().out.split()) == offered
 
 
 @pytest.mark.parametrize("given", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"])
