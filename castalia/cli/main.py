@@ -90,7 +90,7 @@ def _print_version(asked: bool) -> None:
 
 def _castalia(
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, help="Print the versions and the device.", callback=_print_version)
+        bool, typer.Option("--version", is_eager=True, help="Versions and the device.", callback=_print_version)
     ] = False,
 ) -> None:
     """Train, inspect, convert, evaluate and run GPT-style language models on plain PyTorch."""
