@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import platform
 import sys
@@ -119,6 +120,17 @@ def keep_all_characters() -> None:
             stream.reconfigure(errors="surrogateescape" if stream.encoding.lower() == "utf-8" else "replace")
 
 
+class Warnings(logging.Handler):
+    """What modules warn of, on standard error, wrapped as other warnings are. Of a machine's processes one speaks."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a warning, or an error of a server, which may have a traceback."""
+        if record.levelno > logging.WARNING:
+            print(self.format(record), file=sys.stderr, flush=True)
+        elif os.environ.get("LOCAL_RANK", "0") == "0":
+            print(wrapped(f"warning: {record.getMessage()}"), file=sys.stderr, flush=True)
+
+
 def main() -> None:
     """Run the verb of `sys.argv`.
 
@@ -128,6 +140,7 @@ def main() -> None:
     """
     growing_segments()
     keep_all_characters()
+    logging.getLogger("castalia").handlers = [Warnings(logging.WARNING)]
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a warning of a lost connection is a C++ stack of 20 lines
     typed = sys.argv[1:]
     if COMPLETING in os.environ:  # the shell asks how a command goes on, which it gives in a variable

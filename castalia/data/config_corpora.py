@@ -317,11 +317,11 @@ def warn_of_lost_labels(text: IndexedDataset, documents: np.ndarray, usable: np.
     unseen, cut = len(usable) - int(usable.sum()), int((text.sizes[documents[usable]] > seq_length + 1).sum())
     if unseen or cut:
         log.warning(
-            "%s: of %d documents %d are left out, as all their labels within data.seq_length=%d are masked, and %d are "
-            "cut there with the labels that follow",
+            "%s: left out are %d of %d documents, which have no label within data.seq_length=%d; cut there, with the "
+            "labels that follow, are %d",
             text.prefix,
-            len(documents),
             unseen,
+            len(documents),
             seq_length,
             cut,
         )

@@ -144,6 +144,20 @@ def test_our_own_mistakes_keep_their_traceback():
     assert "Traceback" in result.stderr
 
 
+def test_what_modules_warn_of_is_wrapped_and_errors_keep_their_traceback():
+    code = (
+        "import logging, sys; from castalia.cli import main as cli; sys.argv = ['castalia', '--version']\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "log = logging.getLogger('castalia.data.made'); log.warning('%s: %d words', 'a b ' * 30, 3); log.info('no')\n"
+        "try: 1 / 0\n"
+        "except ZeroDivisionError as error: log.error('failed', exc_info=error)\n"
+    )
+    lines = python(code).stderr.splitlines()
+    assert lines[0].startswith("warning: a b ") and lines[1].startswith("  ") and lines[1].endswith(": 3 words")
+    assert lines[2] == "failed" and lines[-1] == "ZeroDivisionError: division by zero" and "no" not in lines
+
+
 def test_interrupt_is_quiet():
     result = run_a_verb_that_raises("KeyboardInterrupt()")
     assert (result.returncode, result.stderr) == (128 + signal.SIGINT, "")
