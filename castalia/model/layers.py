@@ -73,9 +73,10 @@ class Linear(nn.Linear):
             return linear(x, self.weight, self.bias) + linear(low, self.lora_b) * self.lora_scale
         rows = x.flatten(0, -2)
         out, low = linear(rows, self.weight, self.bias), linear(self.dropped(rows), self.lora_a)
-        # The product itself scales and adds, which would take two more passes over the output.
-        out.addmm_(low, self.lora_b.to(x.dtype).T, alpha=self.lora_scale)
-        return out.unflatten(0, x.shape[:-1])
+        # The product itself scales and adds, which would take two passes over the output. Not in place, as selective
+        # activation checkpointing keeps the first output.
+        whole = torch.addmm(out, low, self.lora_b.to(x.dtype).T, alpha=self.lora_scale)
+        return whole.unflatten(0, x.shape[:-1])
 
     def dropped(self, x: Tensor) -> Tensor:
         """The input of the adapter, with dropout while training."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from castalia.config.schema import ModelConfig
+from castalia.config.schema import CompleteConfig
 
 # What selective checkpointing saves: the outputs of matrix products and fused attention. Norms, activation functions
 # and casts are recomputed, and so are the scores of unfused attention (bmm), which are too large to save.
@@ -23,10 +23,11 @@ _KEPT = {
 }
 
 
-def has_dropout(cfg: ModelConfig) -> bool:
+def has_dropout(config: CompleteConfig) -> bool:
     """Whether a model draws random numbers in training, so that recomputation has to restore the generator's state."""
-    jitter = cfg.experts is not None and cfg.experts.jitter
-    return any((cfg.embedding_dropout, cfg.hidden_dropout, cfg.attention_dropout, jitter))
+    cfg, lora = config.model, config.finetune.lora
+    more = (cfg.experts is not None and cfg.experts.jitter, lora is not None and lora.dropout)
+    return any((cfg.embedding_dropout, cfg.hidden_dropout, cfg.attention_dropout, *more))
 
 
 def apply_activation_checkpointing(model: nn.Module, mode: str, *, dropout: bool) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from castalia.config.layout_rules import stages_per_rank
-from castalia.config.schema import CompleteConfig, ParallelConfig, RunConfig
+from castalia.config.schema import CompleteConfig, ParallelConfig
 from castalia.model.lora import add_adapters, freeze
 from castalia.model.mamba import SelectiveScan
 from castalia.model.transformer import Transformer
@@ -46,7 +46,7 @@ def build_stages(
     return stages
 
 
-def parallelize(model: Transformer, mesh: Mesh, cfg: RunConfig, compute_dtype: torch.dtype) -> Transformer:
+def parallelize(model: Transformer, mesh: Mesh, cfg: CompleteConfig, compute_dtype: torch.dtype) -> Transformer:
     """Splits, wraps and shards a model (or one of its pipeline stages) that is on the meta device.
 
     The order matters: adapters follow their matrices' split, checkpointing and compiling wrap the forward passes that
@@ -59,7 +59,7 @@ def parallelize(model: Transformer, mesh: Mesh, cfg: RunConfig, compute_dtype: t
         shard_adapters(model, mesh.tensor)
         replicate_other_parameters(model, mesh.tensor)
     freeze(model, cfg.finetune)
-    apply_activation_checkpointing(model, cfg.train.recompute, dropout=has_dropout(model.cfg))
+    apply_activation_checkpointing(model, cfg.train.recompute, dropout=has_dropout(cfg))
     compile_blocks(model, cfg, torch.device(mesh.data.device_type))
     apply_fsdp(model, mesh, cfg.parallel, compute_dtype)
     assert_tied(model)

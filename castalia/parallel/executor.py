@@ -320,6 +320,6 @@ def one_process(
     if frozen:
         model.to(dtype)
     freeze(model, config.finetune)
-    apply_activation_checkpointing(model, config.train.recompute, dropout=has_dropout(config.model))
+    apply_activation_checkpointing(model, config.train.recompute, dropout=has_dropout(config))
     compile_blocks(model, config, device)
     return Executor(model, plan.micro_batch_size, cuts_padding=cuts_padding(config))

@@ -75,6 +75,17 @@ def test_a_stopped_run_with_adapters_goes_on_bit_for_bit(tune, tmp_path):
         assert "lora" in name and torch.equal(state["exp_avg"].read(), two.optimizer[name]["exp_avg"].read())
 
 
+def test_what_is_computed_again_drops_what_was_dropped(tune, tmp_path):
+    """Without dropout of the model's own."""
+    found = []
+    for how in ("none", "selective", "full"):
+        session = start(
+            tune(tmp_path / how, "finetune.lora.rank=4", "finetune.lora.dropout=0.5", f"train.recompute={how}")
+        )
+        found.append([tuple(session.step(number, session.batch(number))) for number in (0, 1)])
+    assert found[0] == found[1] == found[2] and found[0][1][0] > 0
+
+
 def test_a_run_with_adapters_opens_as_one_plain_model(tune, tmp_path):
     run = train(tune(tmp_path / "run", "finetune.lora.rank=4", 'finetune.lora.targets=["attn.qkv", "head"]'))
     plain = open_checkpoint(run)
