@@ -218,7 +218,7 @@ def print_figures(result: dict[str, Any], by_source: bool, as_json: bool) -> Non
         shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if isinstance(value, float) else value
         say(f"{name.replace('_', ' '):<13} {shown}", hang=14)
     if by_source and not sources:
-        say("by source     not known: the corpus does not tell its files, or has one")
+        say("by source     not told apart: what is judged is from one file, or its corpus does not say from which")
     for name, part in sources.items():
         bits = f"  bits per byte {part['bits_per_byte']:.4f}" if "bits_per_byte" in part else ""
         say(f"  loss {part['loss']:.4f}{bits}  {part['tokens']:,} tokens of {name}")

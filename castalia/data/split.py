@@ -192,7 +192,7 @@ def describe_held_out(data: DataConfig, text: IndexedDataset) -> str | None:
     valid = split_documents(data, text)["valid"]
     if not len(valid):
         return None
-    how = "by a hash of each" if data.holdout == "hash" else f"the ones from {int(valid[0]):,} on"
+    how = "chosen by a hash of each" if data.holdout == "hash" else f"the ones from {int(valid[0]):,} on"
     summary = f"{len(valid):,} of {len(text):,} documents, {how}"
     known = sources_of(text)
     if known is None:

@@ -99,7 +99,7 @@ def brief_lines(
         *((name, text) for name, text in describe_training(planned) if name == "batch"),
         ("the run", _brief_length(session, planned, seconds)),
         ("learning rate", _brief_rate(planned)),
-        ("evaluated", planned.evaluated + (f"; held out: {held}" if (held := _held_out(config)) else "")),
+        ("evaluated", planned.evaluated),
         ("saved", f"{planned.saved}, in {folder}"),
     ]
     if session.source is not None:
@@ -108,6 +108,10 @@ def brief_lines(
     notes = len(config.notes) + (len(_source_notes(session)) if session.source else 0)
     said = f"{len(changed(config))} settings" + (f", {notes} note{'s' * (notes > 1)}" if notes else "")
     rows.append(("more", f"{more}: {said}"))
+    if held := _held_out(config):
+        place = next(number for number, (name, _) in enumerate(rows) if name == "evaluated")
+        both = [("held out", held), rows[place]]  # in one line where a line for each would be one too many
+        rows[place : place + 1] = both if len(rows) < MOST_LINES else [("held out", f"{held}; {rows[place][1]}")]
     assert len(rows) <= MOST_LINES
     for name, text in rows:
         yield shortened(f"{name:<14}{text}")
@@ -152,12 +156,16 @@ def _cores(session: Session) -> str:
 def _brief_data(config: RunConfig, epochs: Mapping[str, float]) -> str:
     if len(epochs) == 1:
         ((path, passes),) = epochs.items()
-        return f"{passes:.2f} epochs of {path}"
+        return f"{_passes(passes)} epochs of {path}"
     if not epochs:
         named = str(config.data.path or ", ".join(source.path for source in config.data.train))
         later = ", ".join(str(stage.first_step) for stage in config.data.stages)
         return f"{named}; by data.stages from step {later} on" if later else named
-    return f"{min(epochs.values()):.2f} to {max(epochs.values()):.2f} epochs of {len(epochs)} corpora"
+    return f"{_passes(min(epochs.values()))} to {_passes(max(epochs.values()))} epochs of {len(epochs)} corpora"
+
+
+def _passes(number: float) -> str:
+    return f"{number:.2f}" if number >= 0.1 else f"{number:.2g}"
 
 
 def _brief_length(session: Session, planned: TrainingPlan, seconds: float | None) -> str:

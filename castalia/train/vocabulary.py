@@ -59,7 +59,8 @@ def vocabulary_sizes(
     entries = tokenizer.vocab_size
     if entries > size and not grows:
         raise ConfigError(
-            f"model.vocab_size={size} is smaller than the tokenizer's vocabulary of {entries}; "
+            f"model.vocab_size={size} is smaller than the tokenizer's vocabulary of {entries} "
+            f"({config.tokenizer.path or config.tokenizer.kind}); "
             "leave model.vocab_size out, or name the tokenizer that belongs to the model"
         )
     if entries > size:

@@ -132,7 +132,7 @@ def test_a_one_sided_split_is_told_and_hashing_is_the_way_out(tmp_path):
     assert "data.holdout=hash" in warning
     hashed = DataConfig(split="95, 5, 0", holdout="hash")
     assert one_sided(hashed, text) is None
-    assert describe_held_out(hashed, text) == "5 of 100 documents, by a hash of each, from 2 of 2 files"
+    assert describe_held_out(hashed, text) == "5 of 100 documents, chosen by a hash of each, from 2 of 2 files"
     without_files = corpus(tmp_path / "b", drawn(20))
     assert one_sided(DataConfig(split="95, 5, 0", holdout="contiguous"), without_files) is None
 
