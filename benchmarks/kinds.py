@@ -1,11 +1,19 @@
-"""A mixture of experts beside a loop over masks of tokens, and beside the dense MLP that computes as much for a token.
+"""Other kinds of layers beside plain ways to compute them.
 
     OMP_NUM_THREADS=1 python benchmarks/kinds.py [--rounds 5] [--tokens 2048] [--hidden 256] [--width 512] [--top-k 2]
+    OMP_NUM_THREADS=1 python benchmarks/kinds.py --kind mamba [--rounds 5] [--tokens 2048] [--hidden 256]
 
 Forward and backward pass of one layer in fp32 on the CPU, in CPU seconds of this process; all sides take turns with the
-same tokens, and the median of the rounds counts. The loop picks each expert's tokens by a mask and adds its outputs up,
-as programs without sorting do. The floor is an MLP of `top_k` times the width: the same products for each token,
-without a router, and all in one. Outputs of both mixtures must agree.
+same tokens, and the median of the rounds counts.
+
+Experts beside a loop over masks of tokens, and beside the dense MLP that computes as much for a token. The loop picks
+each expert's tokens by a mask and adds its outputs up, as programs without sorting do. The floor is an MLP of `top_k`
+times the width: the same products for each token, without a router, and all in one. Outputs of both mixtures must
+agree.
+
+Mamba, 4 sequences of different lengths, beside transformers' mixer with the same weights, which computes one token
+after another and lets autograd keep all states, where its kernels for GPUs are not there. The floor is the mixer
+without its scan. Memory is the most that tensors hold during both passes, weights and input aside. Outputs must agree.
 """
 
 from __future__ import annotations
@@ -17,10 +25,16 @@ from statistics import median
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from castalia.checkpoint.rules import mamba_rules, to_theirs
 from castalia.config.schema import ExpertsConfig, ModelConfig
 from castalia.model.experts import ExpertMLP
+from castalia.model.init import seeded_tensor
 from castalia.model.layers import MLP
+from castalia.model.mamba import MambaMixer
+from castalia.storage.lazy import InMemory
+from castalia.train.step_memory import PeakMemory
 
 COUNTS = (4, 8, 16, 32, 64)
 
@@ -44,12 +58,64 @@ def seconds(compute: Callable[[Tensor], Tensor], x: Tensor) -> float:
 
 
 def main() -> None:
-    """Prints a line for each number of experts."""
+    """Prints a line for each number of experts, or for each length of a sequence."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", choices=("experts", "mamba"), default="experts")
     for name, default in {"rounds": 5, "tokens": 2048, "hidden": 256, "width": 512, "top-k": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     given = parser.parse_args()
     torch.manual_seed(0)
+    (mamba if given.kind == "mamba" else experts_beside_masks)(given)
+
+
+def without_scan(mixer: MambaMixer, x: Tensor) -> Tensor:
+    """All of a mixer but its scan: what else a token costs."""
+    u = F.silu(mixer.conv(F.pad(mixer.in_x(x), (0, 0, mixer.conv.taps - 1, 0))))
+    step = mixer.dt_proj(mixer.x_proj(u)[..., : mixer.rank])
+    return mixer.out((u + step) * F.silu(mixer.in_z(x)))
+
+
+def peak_bytes(compute: Callable[[Tensor], Tensor], x: Tensor) -> int:
+    """The most bytes that tensors hold beside what there was, in one forward and backward pass."""
+    rows = x.clone().requires_grad_()
+    with PeakMemory(torch.device("cpu")) as peak:
+        compute(rows).square().mean().backward()
+    return peak.bytes
+
+
+def mamba(given: argparse.Namespace) -> None:
+    """Prints a line for each length of 4 sequences, up to `tokens` in all."""
+    from transformers import MambaConfig
+    from transformers.models.mamba.modeling_mamba import MambaMixer as TheirMixer
+
+    cfg = ModelConfig(num_layers=1, hidden_size=given.hidden, num_heads=1, pattern=("mamba",), init_std=0.05)
+    mixer = MambaMixer(cfg)
+    for name, parameter in mixer.named_parameters():
+        parameter.data.copy_(seeded_tensor(cfg, 0, f"blocks.0.mamba.{name}", parameter.shape))
+    theirs = TheirMixer(MambaConfig(hidden_size=given.hidden, num_hidden_layers=1), layer_idx=0)
+    ours = {f"blocks.0.mamba.{name}": InMemory(value.data) for name, value in mixer.named_parameters()}
+    rules = [rule.at(i=0) for rule in mamba_rules(cfg, "")]
+    theirs.load_state_dict({name: refs[0].read() for name, refs in to_theirs(rules, ours).items()})
+    sides = {"ours": mixer, "theirs": theirs, "floor": lambda rows: without_scan(mixer, rows)}
+    print("length  ours, ms  transformers', ms  floor, ms  of the floor  ours, MB  transformers', MB")
+    length = 64
+    while 4 * length <= given.tokens:
+        x = torch.randn(4, length, given.hidden)
+        with torch.no_grad():
+            assert (mixer(x) - theirs(x)).abs().max() < 1e-4
+        for compute in sides.values():
+            seconds(compute, x)
+        rounds = [{name: seconds(compute, x) for name, compute in sides.items()} for _ in range(given.rounds)]
+        taken, slow, floor = (1000 * median(each[name] for each in rounds) for name in sides)
+        mine, others = (peak_bytes(sides[name], x) / 1e6 for name in ("ours", "theirs"))
+        print(
+            f"{length:6}  {taken:8.1f}  {slow:17.1f}  {floor:9.1f}  {floor / taken:12.0%}  {mine:8.1f}  {others:17.1f}"
+        )
+        length *= 2
+
+
+def experts_beside_masks(given: argparse.Namespace) -> None:
+    """Prints a line for each number of experts."""
     x = torch.randn(given.tokens, given.hidden)
     print("experts  sorted, ms  by masks, ms  dense of equal work, ms  of the floor")
     for count in COUNTS:
