@@ -224,10 +224,14 @@ def measure(models: Mapping[str, Any], words: Any, url: str, pid: int, options: 
         round_of |= {
             "serve 1 stream, ms a token after the first": 1e3 * one["token"],
             "serve 1 stream, CPU ms": 1e3 * (cpu - first) / after,
+            "serve 1 stream, CPU ms a token with the prompt": 1e3 * cpu / options.new,
             "serve 1 stream, tokens/s with the prompt": one["rate"],
             "serve 1 stream, s to the first token": one["first"],
             f"serve {options.streams} streams, tokens/s with the prompts": many["rate"],
-            f"serve {options.streams} streams, CPU ms a token": 1e3 * cpu_many / options.streams / options.new,
+            f"serve {options.streams} streams, CPU ms a token with the prompts": 1e3
+            * cpu_many
+            / options.streams
+            / options.new,
             f"serve {options.streams} streams, median s to the first token": many["first"],
             f"serve {options.streams} streams, last s to the first token": many["last first"],
         }
@@ -237,11 +241,13 @@ def measure(models: Mapping[str, Any], words: Any, url: str, pid: int, options: 
         for name in models:
             pairs = zip(rows[f"{name}, {kind}"], rows[f"serve 1 stream, {kind}"], strict=True)
             rows[f"overhead over {name}, {kind}"] = [b - a for a, b in pairs]
-    ones, manys = (
-        rows["serve 1 stream, tokens/s with the prompt"],
-        rows[f"serve {options.streams} streams, tokens/s with the prompts"],
+    one, many = "serve 1 stream", f"serve {options.streams} streams"
+    rates = zip(rows[f"{one}, tokens/s with the prompt"], rows[f"{many}, tokens/s with the prompts"], strict=True)
+    costs = zip(
+        rows[f"{one}, CPU ms a token with the prompt"], rows[f"{many}, CPU ms a token with the prompts"], strict=True
     )
-    rows["streams over one stream"] = [b / a for a, b in zip(ones, manys, strict=True)]
+    rows[f"{options.streams} streams over one, tokens/s"] = [b / a for a, b in rates]
+    rows[f"{options.streams} streams over one, tokens per CPU second"] = [a / b for a, b in costs]
     for name, values in rows.items():
         print(f"{name:62} {statistics.median(values):8.3f}   " + " ".join(f"{value:.3f}" for value in values))
 
