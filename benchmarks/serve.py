@@ -101,11 +101,11 @@ async def plain(client: httpx.AsyncClient, model: str, prompt: str, new: int) ->
     return first, time.perf_counter() - begin, count
 
 
-async def several_plain(url: str, model: str, number: int, new: int) -> tuple[float, float]:
+async def several_plain(url: str, model: str, number: int, new: int, turn: int) -> tuple[float, float]:
     """Tokens a second of so many streams at a time, and the median time to the first token."""
     async with httpx.AsyncClient(base_url=url, timeout=600) as client:
         begin = time.perf_counter()
-        texts = [f"{n} the server beside generate, on the same weights" for n in range(number)]
+        texts = [f"{turn}.{n} the server beside generate, on the same weights" for n in range(number)]
         results = await asyncio.gather(*(plain(client, model, text, new) for text in texts))
         seconds = time.perf_counter() - begin
     return sum(count for _, _, count in results) / seconds, statistics.median(first for first, _, _ in results)
@@ -129,7 +129,7 @@ def beside(folder: Path, url: str, options: argparse.Namespace) -> None:
         for turn in range(options.rounds + 1):
             for name, (address, model) in servers.items():
                 for number in (1, options.streams):
-                    found = asyncio.run(several_plain(address, model, number, options.new))
+                    found = asyncio.run(several_plain(address, model, number, options.new, turn))
                     if turn:  # the first one loads and warms up
                         rows.setdefault(f"{name}, {number} streams", []).append(found)
         for name, values in rows.items():
