@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import weakref
 from concurrent.futures import CancelledError
@@ -9,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from castalia.errors import CheckpointError
+from castalia.errors import CastaliaError, CheckpointError
+from castalia.serve import worker as worker_module
 from castalia.serve.worker import Worker
 
 
@@ -76,3 +78,35 @@ def test_the_end_leaves_nobody_waiting() -> None:
     assert running.done()
     with pytest.raises(CancelledError):
         waiting.result(10)
+
+
+def test_other_processes_hear_of_a_server_without_work_and_their_loss_ends_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They wait for its next step for ten minutes, and fail if they hear nothing."""
+    monkeypatch.setattr(worker_module, "SIGN_SECONDS", 0.02)
+    signs, asked, gone = threading.Semaphore(0), threading.Event(), threading.Event()
+
+    def sign() -> None:
+        signs.release()
+        if gone.is_set():
+            raise ConnectionError("closed by a peer")
+
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        worker = Worker(sign)
+        assert all(signs.acquire(timeout=10) for _ in range(3)) and worker.lost is None
+        gone.set()
+        assert asked.wait(10)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "ConnectionError" in str(worker.lost) and "it ends" in caplog.text
+    engine = Counting(5)
+    worker.engines = [engine]
+    worker.wake()
+    assert engine.done.wait(10)
+    assert set(engine.failed) == {worker.lost} and engine.left == 5
+    engine.left = 0
+    with pytest.raises(CastaliaError, match="have lost each other"):
+        worker.call(lambda: None).result(10)
+    worker.stop()
