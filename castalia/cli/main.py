@@ -160,7 +160,7 @@ def main() -> None:
     except BrokenPipeError:
         # `castalia ... | head`: the reader has gone. What is still buffered goes nowhere, so that Python ends quietly.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        sys.exit(0 if "TORCHELASTIC_RUN_ID" in os.environ else 1)  # a launcher would start its processes again
     except (MemoryError, RuntimeError, ImportError) as error:  # the last two of libraries, for many reasons
         if not (message := out_of_memory(error)):
             raise

@@ -26,7 +26,10 @@ def describe_training(training: TrainingPlan) -> Iterator[tuple[str, str]]:
     if training.steps:
         yield "the run", f"{training.steps:,} steps, {training.tokens:,} tokens"
     for path, epochs in training.epochs.items():
-        yield "epochs", f"{epochs:.2f} of {path}" + (f": more than {MANY_EPOCHS}" if epochs > MANY_EPOCHS else "")
+        yield (
+            "epochs",
+            f"{passes_text(epochs)} of {path}" + (f": more than {MANY_EPOCHS}" if epochs > MANY_EPOCHS else ""),
+        )
     if training.first_lr is not None and training.last_lr is not None:
         style = "" if training.style == "constant" else f" until step {training.decay_end:,}"
         yield (
@@ -48,6 +51,11 @@ def describe_training(training: TrainingPlan) -> Iterator[tuple[str, str]]:
         yield "disk", f"{kept} {memory_size(training.checkpoints_bytes)}{free}"
     if training.random_loss:
         yield "random loss", f"{training.random_loss:.2f}, by guessing at random: ln(vocabulary)"
+
+
+def passes_text(epochs: float) -> str:
+    """Passes over a corpus, of which small shares keep their digits."""
+    return f"{epochs:.2f}" if epochs >= 0.1 else f"{epochs:.2g}"
 
 
 def clipping(config: RunConfig) -> str:

@@ -33,7 +33,7 @@ from castalia.parallel.rendezvous import world_size
 from castalia.plan.count import count
 from castalia.plan.layout import Layout
 from castalia.plan.plan_parts import TrainingPlan
-from castalia.plan.run_description import clipping, describe_training
+from castalia.plan.run_description import clipping, describe_training, passes_text
 from castalia.plan.run_plan import RunFacts, layout_of, training, warnings
 from castalia.plan.step_cost import EFFICIENCY
 from castalia.train.fast_paths import fast_paths
@@ -156,16 +156,12 @@ def _cores(session: Session) -> str:
 def _brief_data(config: RunConfig, epochs: Mapping[str, float]) -> str:
     if len(epochs) == 1:
         ((path, passes),) = epochs.items()
-        return f"{_passes(passes)} epochs of {path}"
+        return f"{passes_text(passes)} epochs of {path}"
     if not epochs:
         named = str(config.data.path or ", ".join(source.path for source in config.data.train))
         later = ", ".join(str(stage.first_step) for stage in config.data.stages)
         return f"{named}; by data.stages from step {later} on" if later else named
-    return f"{_passes(min(epochs.values()))} to {_passes(max(epochs.values()))} epochs of {len(epochs)} corpora"
-
-
-def _passes(number: float) -> str:
-    return f"{number:.2f}" if number >= 0.1 else f"{number:.2g}"
+    return f"{passes_text(min(epochs.values()))} to {passes_text(max(epochs.values()))} epochs of {len(epochs)} corpora"
 
 
 def _brief_length(session: Session, planned: TrainingPlan, seconds: float | None) -> str:

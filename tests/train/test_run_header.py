@@ -109,6 +109,7 @@ def test_the_header_has_few_short_lines_and_the_folder_all_of_it(tiny, straight,
         text = Path("runs", LONG, HEADER).read_text()
     said = capsys.readouterr().out
     header, _, rest = said.partition("\nmore ")
+    assert "\nheld out      6 of 60 documents, chosen by a hash of each" in header
     assert header.count("\n") + 2 <= MOST_LINES and f"runs/{LONG}" in rest.splitlines()[0]
     assert all(len(line) <= WIDTH for line in [*said.splitlines(), *text.splitlines()] if LONG not in line)
     assert f"{torch.get_num_threads()} thread" in header and f"{torch.get_num_threads()} thread" in text
