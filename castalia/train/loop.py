@@ -505,8 +505,9 @@ class TrainingRun:
             self.display.line(f"done: {plural(step, 'step')}, {self.progress.tokens:,} tokens, in {self.folder}")
             return None
         self._event("stop", step=step, signal=stopped_by)
-        by, limit = (f" by {stopped_by}", "") if stopped_by else ("", f" ({limit})")
+        by, told = (f" by {stopped_by}", "") if stopped_by else ("", f" ({limit})")
+        lifted = " eval.patience=null" if told and limit == "eval.patience" else ""  # else it ends at once
         left = " and still to be evaluated" if self.unevaluated is not None else ""
-        self.display.line(f"stopped{by} after step {step:,} of {last:,}{limit}, which is saved{left}")
-        self.display.as_it_is(f"to continue: castalia train {self.folder}")
+        self.display.line(f"stopped{by} after step {step:,} of {last:,}{told}, which is saved{left}")
+        self.display.as_it_is(f"to continue: castalia train {self.folder}{lifted}")
         return stopped_by

@@ -100,6 +100,7 @@ def test_a_run_stops_when_its_validation_loss_stays(tiny, tmp_path, capsys):
     losses = [record["valid_loss"] for record in read_metrics(run)]
     best, last = int(np.argmin(losses)) + 1, len(losses)
     assert last == best + 3 < 20 and f"stopped after step {last} of 20 (eval.patience)" in said
+    assert f"to continue: castalia train {run} eval.patience=null\n" in said
     assert best_step(run / "checkpoints") == best and max(saved_steps(run / "checkpoints")) == last
     train(load_run(run))
     assert "the run has stopped as eval.patience says" in capsys.readouterr().out
