@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from castalia.errors import ConfigError
 from castalia.model.attention import Recurrent, attend
 from castalia.model.positions import score_bias, visible
 from castalia.model.transformer import Transformer
@@ -170,6 +171,11 @@ class BranchCache:
 
     def recur(self, layer: int, module: Recurrent, x: Tensor) -> Tensor:
         """Each segment after its parent, whose state its layer has kept: x [1, t, h] -> the same shape."""
+        if self.on_disk:
+            raise ConfigError(
+                "there is no room for what is kept of each text, and blocks without attention cannot keep it on disk; "
+                "give a larger --memory"
+            )
         states, outputs, at = self.states.setdefault(layer, {}), [], 0
         for piece in self.pieces:
             for stop in [stop for stop in states if stop > piece.start]:  # of branches that are behind us

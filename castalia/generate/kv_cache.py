@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from castalia.errors import ConfigError
 from castalia.model.attention import Recurrent, attend
 from castalia.model.positions import aligned_rows
 from castalia.streaming.scratch_file import zeros_on_disk
@@ -70,6 +71,11 @@ class KVCache:
 
     def state(self, layer: int, module: Recurrent, x: Tensor) -> list[Tensor]:
         """The state of a layer without attention, made at first use for input like `x`."""
+        if self.on_disk:
+            raise ConfigError(
+                "there is no room for what is kept of each text, and blocks without attention cannot keep it on disk; "
+                "give a larger --memory"
+            )
         if layer not in self.states:
             self.states[layer] = module.new_state(self.rows, self.capacity, x)
         return self.states[layer]

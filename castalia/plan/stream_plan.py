@@ -19,7 +19,7 @@ from castalia.config.schema import ModelConfig
 from castalia.config.tensor_table import AFTER_BLOCKS, BEFORE_BLOCKS, BLOCK, row_of, shapes_of
 from castalia.errors import ConfigError
 from castalia.plan.count import block_size, count
-from castalia.plan.flops import forward_flops, kv_cache_bytes
+from castalia.plan.flops import forward_flops, kv_cache_bytes, state_bytes
 
 SHARE = 0.8  # of the free memory, for a model that is streamed because it does not fit
 PROGRAM_BYTES = 300_000_000  # Python, torch and what they allocate besides
@@ -177,7 +177,10 @@ def block_working_bytes(model: ModelConfig, tokens: int, element_bytes: int) -> 
     if model.experts:  # tokens sorted by expert, inner activations, outputs in both orders
         inner = (3 if model.experts.gated else 2) * model.expert_width + 5 * model.hidden_size
         mlp = max(mlp, model.experts.top_k * inner + 3 * model.hidden_size)
-    return tokens * element_bytes * (model.hidden_size + max(attention, mlp))
+    # gMLP casts its matrices itself, and the rows of the spatial one for each token that is written.
+    gated = {"gmlp", "amlp"} & set(model.layer_kinds)
+    casts = 8 * model.hidden_size**2 + 2 * (model.max_positions or 0) ** 2 if gated else 0
+    return element_bytes * (tokens * (model.hidden_size + max(attention, mlp)) + casts)
 
 
 def head_slice_bytes(model: ModelConfig, element_bytes: int) -> int:
@@ -224,6 +227,9 @@ def plan_evaluation(
         return plan_evaluation(sizes, model, replace(shape, rows=shape.rows // 2), element_bytes, budget, True)
 
 
+STATES = 8  # of blocks without attention, kept where the texts of a tree part
+
+
 def answers_work(model: ModelConfig, length: int, wanted: int, element_bytes: int) -> StreamedWork:
     """Log-probabilities of continuations, and texts, of at most `length` tokens with their contexts.
 
@@ -235,14 +241,14 @@ def answers_work(model: ModelConfig, length: int, wanted: int, element_bytes: in
     )
     head = max(SCORED_LOGITS, model.padded_vocab_size) * 3 * 4  # in fp32, and what comes of them
     working = max(block_working_bytes(model, tokens, element_bytes), head) + head_slice_bytes(model, element_bytes)
-    cache = 2 * length * kv_cache_bytes(model, element_bytes)
+    cache = 2 * length * kv_cache_bytes(model, element_bytes) + STATES * state_bytes(model, element_bytes)
     return StreamedWork(wanted, kept, working, tokens, forward_flops(model, length), cache)
 
 
 def generation_work(model: ModelConfig, longest: int, max_tokens: int, wanted: int, element_bytes: int) -> StreamedWork:
     """Texts after prompts of at most `longest` tokens."""
     capacity = min(longest + max_tokens, model.max_positions or longest + max_tokens)
-    cache = capacity * kv_cache_bytes(model, element_bytes)
+    cache = capacity * kv_cache_bytes(model, element_bytes) + state_bytes(model, element_bytes)
     kept = longest * model.hidden_size * element_bytes + LOGITS_BYTES * model.padded_vocab_size
     tokens = max(longest, min(PREFILL_CHUNK_TOKENS, wanted * longest))
     working = block_working_bytes(model, tokens, element_bytes) + head_slice_bytes(model, element_bytes)

@@ -24,7 +24,7 @@ from castalia.generate.dialogue import turn_ends
 from castalia.generate.packed_model import pack
 from castalia.loading import build_model
 from castalia.model.transformer import Transformer
-from castalia.plan.flops import kv_cache_bytes
+from castalia.plan.flops import kv_cache_bytes, state_bytes
 from castalia.plan.serve_plan import CHUNK_TOKENS, ROWS, UNKNOWN_LENGTH, ServingPlan, serving_plan
 from castalia.plan.stream_plan import PROGRAM_BYTES, SHARE, generation_work, least_budget, plan_stream
 from castalia.serve.catalogue import ModelEntry, open_entry
@@ -181,7 +181,9 @@ class Library:
             )
         self._make_room(self.memory - PROGRAM_BYTES)
         kv_each, kv_budget = kv_cache_bytes(cfg, 4), plan.items * work.cache_each
-        serves = ServingPlan(self.memory - PROGRAM_BYTES - kv_budget, 0, kv_each, kv_budget, length)
+        serves = ServingPlan(
+            self.memory - PROGRAM_BYTES - kv_budget, 0, kv_each, kv_budget, length, state_bytes(cfg, 4)
+        )
         return open_streamed(checkpoint, cfg, units, plan), serves
 
     def _make_room(self, needed: int) -> None:

@@ -12,7 +12,6 @@ from castalia.checkpoint.restore import fitting_tensors
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.schema import ModelConfig
 from castalia.config.tensor_table import block_of, row_of
-from castalia.errors import ConfigError
 from castalia.plan.layout import Stage, stages
 from castalia.plan.stream_plan import BUFFERS, PIECE_BYTES, READERS, StreamedSizes
 from castalia.storage.derived import Joined, Part, Permuted, Reordered, Transposed, Wrapper, part
@@ -123,14 +122,8 @@ class ModelUnits:
 def units_of(checkpoint: Checkpoint, cfg: ModelConfig, dtype: torch.dtype, share: Share = WHOLE) -> ModelUnits:
     """The units of a checkpoint's model, or of a share of it, for a computation in `dtype`.
 
-    Raises CheckpointError if it does not fit, ConfigError for blocks that have to stay in memory.
+    Raises CheckpointError if it does not fit.
     """
-    if cfg.other_kinds:
-        kinds = " and ".join(cfg.other_kinds)
-        raise ConfigError(
-            f"{checkpoint.path} has {kinds} blocks, which cannot be read from disk one at a time; it needs memory for "
-            "the whole model (leave --memory out)"
-        )
     whole = fitting_tensors(cfg, checkpoint)
     refs = {name: share.part(name, ref) for name, ref in whole.items()}
     stage, numbers = share.stage(cfg)

@@ -22,7 +22,7 @@ from castalia.config.schema import ModelConfig
 from castalia.data.loader import Batch
 from castalia.model.layers import Linear, linear
 from castalia.model.loss import IGNORE, sliced_cross_entropy, sliced_token_losses
-from castalia.model.transformer import Block, Transformer
+from castalia.model.transformer import Block, Transformer, build_block
 from castalia.parallel.executor import Executor, Rows
 from castalia.plan.stream_plan import HEAD_ROWS, StreamPlan, head_slice_bytes
 from castalia.storage.lazy import TensorRef
@@ -144,13 +144,14 @@ class StreamedTransformer(Transformer):
         if number == len(self.numbers):
             return self.packing.head(next(iter(views.values())))
         with torch.device("meta"):
-            block = Block(self.cfg, number, self.exact)
+            block = build_block(self.cfg, number, self.exact)
         for name, view in views.items():
-            # Vectors may go into the packed block as they are, and must outlive the buffer.
-            value = nn.Parameter(view.clone() if view.dim() == 1 else view, requires_grad=False)
+            # Vectors, and all of blocks of other kinds, may go in as they are, and must outlive the buffer.
+            stays = view.dim() == 1 or not isinstance(block, Block)
+            value = nn.Parameter(view.clone() if stays else view, requires_grad=False)
             module, _, own = name.removeprefix(f"blocks.{number}.").rpartition(".")
             setattr(block.get_submodule(module), own, value)
-        return self.packing.block(block)
+        return self.packing.block(block) if isinstance(block, Block) else block
 
     def hidden(self, tokens: Tensor, **arguments: Any) -> Tensor:
         """See `Transformer.hidden`."""

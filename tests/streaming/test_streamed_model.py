@@ -27,6 +27,7 @@ OTHERS = {
     "alibi": ModelConfig(**SIZES, position="alibi"),
     "sinusoidal": ModelConfig(**SIZES, position="sinusoidal", norm="scalenorm"),
     "shared norm": ModelConfig(**SIZES, parallel_residual=True, shared_norm=True, norm="layernorm_no_params"),
+    "other kinds": ModelConfig(**SIZES | {"num_layers": 4}, pattern=("mamba", "attention", "amlp"), amlp_size=8),
     "deep": ModelConfig(**SIZES | {"num_layers": 7}, rotary_pct=0.25, parallel_residual=True),
 }
 
