@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from castalia.checkpoint.rules import mamba_rules, to_theirs
+from castalia.checkpoint.mamba_tensors import mamba_rules
+from castalia.checkpoint.rules import to_theirs
 from castalia.config.schema import ExpertsConfig, ModelConfig
 from castalia.model.experts import ExpertMLP
 from castalia.model.init import seeded_tensor

@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from castalia.checkpoint.mamba_tensors import mamba_rules
 from castalia.checkpoint.rules import (
     Chain,
     Interleave,
     PermuteRows,
     Rule,
     Transpose,
-    mamba_rules,
     per_block,
     with_bias,
 )

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from castalia.checkpoint.mamba_tensors import mamba_rules
 from castalia.checkpoint.rules import (
     Chain,
     ConcatRanks,
@@ -23,7 +24,6 @@ from castalia.checkpoint.rules import (
     SameOnRanks,
     SumOverRanks,
     Unfold,
-    mamba_rules,
 )
 from castalia.config.schema import LayerKind, ModelConfig
 from castalia.config.tensor_table import tensor_shapes
