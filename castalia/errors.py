@@ -3,7 +3,9 @@
 import re
 
 OUT_OF_MEMORY = re.compile(
-    r"out of memory|can't allocate memory|cannot allocate memory|can't start new thread|failed to map segment", re.I
+    "out of memory|can't allocate memory|cannot allocate memory|can't start new thread|failed to map segment"
+    "|resource temporarily unavailable",  # the stack of a new thread has no room
+    re.I,
 )
 
 
