@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from castalia.config.schema import ModelConfig
-from castalia.config.tensor_table import row_of, tensor_shapes, tp_dim
+from castalia.config.schema import LoraConfig, ModelConfig
+from castalia.config.tensor_table import adapter_shapes, row_of, tensor_shapes, tp_dim
+from castalia.errors import ConfigError
 
 SWIGLU = {"norm": "rmsnorm", "gated_mlp": True, "activation": "silu", "attention_bias": False}
 VARIANTS = {
@@ -61,3 +62,11 @@ def test_biases_that_tensor_ranks_hold_copies_of() -> None:
     model = ModelConfig(num_layers=1, hidden_size=32, num_heads=4, vocab_size=100, qk_norm=True, gated_mlp=True)
     found = [name for name in tensor_shapes(model) if row_of(name).row_parallel_bias]
     assert found == ["blocks.0.attn.out.bias", "blocks.0.mlp.down.bias"]
+
+
+def test_blocks_without_attention_have_nothing_to_adapt() -> None:
+    sizes = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "vocab_size": 100, "max_positions": 16}
+    mixed = ModelConfig(**sizes, pattern=("mamba", "attention"))
+    assert {name.split(".")[1] for name in adapter_shapes(mixed, LoraConfig(rank=2))} == {"1"}
+    with pytest.raises(ConfigError, match="mamba blocks have no matrix that adapters are built for"):
+        adapter_shapes(ModelConfig(**sizes, pattern=("mamba",)), LoraConfig(rank=2))
