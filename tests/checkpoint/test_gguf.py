@@ -232,6 +232,25 @@ def test_what_is_not_ours_is_refused(tmp_path: Path, words: Path) -> None:
         planned(made(FAMILIES["llama"]))
 
 
+def test_flipped_bytes_of_the_header_end_in_one_kind_of_error(tmp_path: Path, words: Path) -> None:
+    path, draws = tmp_path / "model.gguf", np.random.default_rng(0)
+    to_file(a_checkpoint(FAMILIES["llama"], words), path)
+    content = path.read_bytes()
+    table = content.index(b"tokenizer.ggml.bos_token_id")
+    places = [*range(content.index(b"tokenizer.ggml.tokens") + 60), *range(table, table + 1500)]
+    refused = 0
+    for _ in range(150):
+        data = bytearray(content)
+        data[int(draws.choice(places))] = int(draws.integers(256))
+        path.write_bytes(data)
+        try:
+            for ref in open_checkpoint(path).model.values():
+                ref.read()
+        except CheckpointError:
+            refused += 1
+    assert refused > 50
+
+
 def test_the_destination(tmp_path: Path, words: Path) -> None:
     checkpoint, path = a_checkpoint(FAMILIES["gpt2"], words), tmp_path / "model.gguf"
     convert.check_destination(Path("elsewhere"), path, False, True)
