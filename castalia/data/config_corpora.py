@@ -317,11 +317,11 @@ def warn_of_lost_labels(text: IndexedDataset, documents: np.ndarray, usable: np.
     unseen, cut = len(usable) - int(usable.sum()), int((text.sizes[documents[usable]] > seq_length + 1).sum())
     if unseen or cut:
         log.warning(
-            "%s: left out are %d of %d documents, which have no label within data.seq_length=%d; cut there, with the "
-            "labels that follow, are %d",
+            "%s: of %d documents %d are left out, as they have no label within data.seq_length=%d, and %d are cut there "
+            "with the labels that follow",
             text.prefix,
-            unseen,
             len(documents),
+            unseen,
             seq_length,
             cut,
         )

@@ -66,7 +66,7 @@ def test_a_pair_needs_an_answer_on_both_sides(tmp_path: Path, caplog: pytest.Log
     batch = open_pairs(run(pos, neg)).batch(0)
     assert set(batch.tokens[:, 0].tolist()) == {1}
     assert batch.labels[:2].tolist() == [[2, -100, -100, -100], [7, -100, -100, -100]]
-    assert caplog.text.count("left out are 1 of 3 documents") == 2  # labels that lie beyond the context count, too
+    assert caplog.text.count("of 3 documents 1 are left out") == 2  # labels that lie beyond the context count, too
 
 
 def test_pairs_that_do_not_match(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
