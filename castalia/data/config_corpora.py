@@ -317,8 +317,8 @@ def warn_of_lost_labels(text: IndexedDataset, documents: np.ndarray, usable: np.
     unseen, cut = len(usable) - int(usable.sum()), int((text.sizes[documents[usable]] > seq_length + 1).sum())
     if unseen or cut:
         log.warning(
-            "%s: of %d documents %d are left out, as they have no label within data.seq_length=%d, and %d are cut there "
-            "with the labels that follow",
+            "%s: of %d documents %d are left out, as they have no label within data.seq_length=%d, and %d are cut "
+            "there with the labels that follow",
             text.prefix,
             len(documents),
             unseen,
