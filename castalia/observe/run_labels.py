@@ -15,6 +15,7 @@ from castalia.observe.curves import Records
 from castalia.observe.metrics import read_metrics
 
 TOLD = 3  # differences in a label
+SHOWN = 24  # letters of a value
 PLACES = ("checkpoint.", "log.", "data.cache_dir")  # which differ from run to run, and change nothing that is learnt
 
 
@@ -30,13 +31,17 @@ def runs_below(path: str | Path) -> list[Path]:
 
 
 def labels(runs: Sequence[Path]) -> list[str]:
-    """A label for each run: its folder's name, and the settings whose values are not the same in all of them."""
+    """A label for each run: its folder's name, and the settings whose values are not the same in all of them.
+
+    Those that tell most runs apart come first.
+    """
     names = [run.resolve().name for run in runs]
     if len(set(names)) < len(names):  # equal names in different folders
         names = [str(run) for run in runs]
     settings = [_settings(run) for run in runs]
     known = settings[0] if all(settings) else {}
-    differing = [path for path in known if len({_text(found.get(path)) for found in settings}) > 1]
+    kinds = {path: len({str(found.get(path)) for found in settings}) for path in known}
+    differing = sorted((path for path in known if kinds[path] > 1), key=lambda path: -kinds[path])
     return [": ".join([name, *_told(found, differing)]) for name, found in zip(names, settings, strict=True)]
 
 
@@ -49,13 +54,25 @@ def _settings(run: Path) -> dict[str, Any]:
     return {path: _content(run, path, value) for path, value in settings if not path.startswith(PLACES)}
 
 
+RUN = "RUN"  # in place of a run's own folder, whose name its label has already
+
+
 def _content(run: Path, path: str, value: Any) -> Any:
-    """The value. Each run has its own copy of the tokenizer: equal copies are equal, others are told by a digest."""
+    """The value, in whose paths and names the run's folder counts as the same for all runs.
+
+    Each run has its own copy of the tokenizer: equal copies are equal, others are told by a digest.
+    """
     copy = run / "tokenizer"
     if path != "tokenizer.path" or value is None or not copy.is_dir():
-        return value
+        return _without_folder(run, value) if isinstance(value, str) else value
     contents = b"".join(file.read_bytes() for file in sorted(copy.iterdir()) if file.is_file())
     return f"digest {blake2b(contents, digest_size=4).hexdigest()}"
+
+
+def _without_folder(run: Path, value: str) -> str:
+    whole, name = str(run.resolve()), run.resolve().name
+    text = RUN + value.removeprefix(whole) if f"{value}/".startswith(f"{whole}/") else value
+    return "/".join(RUN if part == name else part for part in text.split("/"))
 
 
 def _told(settings: dict[str, Any], differing: Sequence[str]) -> list[str]:
@@ -66,7 +83,9 @@ def _told(settings: dict[str, Any], differing: Sequence[str]) -> list[str]:
 
 def _text(value: Any) -> str:
     text = "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= 24 else f"{text[:21]}..."
+    if len(text) <= SHOWN:
+        return text
+    return f"...{text[3 - SHOWN :]}" if "/" in text else f"{text[: SHOWN - 3]}..."  # of paths the end says more
 
 
 def records_of(folders: list[Path]) -> Records:

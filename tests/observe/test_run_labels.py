@@ -56,3 +56,25 @@ def test_all_runs_below_a_folder_are_found(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no metrics.jsonl, nor does any folder below it"):
         runs_below(tmp_path / "empty")
+
+
+def test_what_tells_most_runs_apart_comes_first_and_the_folder_is_no_difference(tmp_path):
+    rates, batches = (0.1, 0.2, 0.1, 0.2), (2, 4, 8, 16)
+    runs = [
+        write(
+            tmp_path / f"r{n}",
+            optimizer=f"{{lr: {rates[n]}}}",
+            train=f"{{batch_size: {batches[n]}}}",
+            data=f"{{path: {tmp_path}/r{n}/data/text, cache_dir: r{n}}}",
+            tokenizer=f"{{path: here/r{n}/tokenizer.json}}",
+            seed=1 + n // 3,
+        )
+        for n in range(4)
+    ]
+    assert labels(runs)[0] == "r0: train.batch_size 2, optimizer.lr 0.1, seed 1"
+
+
+def test_paths_that_differ_at_their_ends_are_told_by_these(tmp_path):
+    paths = [f"a/long/way/to/the/corpora/{name}" for name in ("kjv", "code")]
+    runs = [write(tmp_path / str(n), data=f"{{path: {path}}}") for n, path in enumerate(paths)]
+    assert labels(runs) == ["0: data.path ...ay/to/the/corpora/kjv", "1: data.path ...y/to/the/corpora/code"]
