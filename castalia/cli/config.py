@@ -13,7 +13,7 @@ from pydantic_core import to_jsonable_python
 
 from castalia.cli.render import say
 from castalia.config.fields import changed, values
-from castalia.config.key_help import explanation
+from castalia.config.key_help import explanation, facts_about
 from castalia.config.key_reference import markdown
 from castalia.config.load import load_config, suggest
 from castalia.config.notes import folded
@@ -121,6 +121,7 @@ def convert(
 def explain(
     key: Annotated[str | None, typer.Argument(help="one of ours, or of GPT-NeoX's")] = None,
     everything: Annotated[bool, typer.Option("--all", help="the reference of all keys, as Markdown")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one object: our keys, and GPT-NeoX's")] = False,
 ) -> None:
     """Explain a setting: one of ours (`optimizer.lr`) or one of GPT-NeoX's (`gradient_clipping`).
 
@@ -130,13 +131,16 @@ def explain(
       castalia config explain gradient_clipping
     """
     if everything:
-        print(markdown(), end="")
+        print(to_json(facts_about(), indent=1) + "\n" if as_json else markdown(), end="")
         return
     if key is None:
         raise ConfigError("name a key, or ask for all with --all")
     lines = list(explanation(key))
     if not lines:
         raise ConfigError(f"unknown key {key}{suggest(key)}")
+    if as_json:
+        print(to_json(facts_about(key), indent=1))
+        return
     for line in lines:
         say(line)
 

@@ -55,6 +55,35 @@ WHEN = {
 }
 
 
+def facts_about(key: str | None = None) -> dict[str, list[dict[str, Any]]]:
+    """What `explanation` says as values: of our keys, and of GPT-NeoX's. None: of all keys; an unknown one has none."""
+    if key is None:
+        ours, names = [*FIELDS, *SECTIONS], [*KEYS, *FORMER]
+    else:
+        name = key.replace("-", "_")
+        names = [name] if name in KEYS or name in FORMER else []
+        ours = list(dict.fromkeys([*([key] if key in FIELDS or key in SECTIONS else []), *_targets(name)]))
+    return {"keys": [_facts(path) for path in ours], "neox": [_neox_facts(name) for name in names]}
+
+
+def _neox_facts(name: str) -> dict[str, Any]:
+    row = KEYS.get(name) or FORMER[name]
+    default = row.default if name in KEYS else None
+    return {"key": name, "default": default, "former": name not in KEYS, "kind": row.kind, "target": row.target}
+
+
+def _facts(key: str) -> dict[str, Any]:
+    when, value = WHEN.get(key, ("", _another_value(key)))
+    return {
+        "key": key,
+        "description": describe(key),
+        "change_it": when or None,
+        "holds": list(_elements(key)),
+        "example": f"{key}={value}" if value else None,
+        "neox": neox_names(key),
+    }
+
+
 def explanation(key: str) -> Iterator[str]:
     """Lines about a key of ours, of GPT-NeoX's, or of both, if both have the name. None for unknown ones."""
     name = key.replace("-", "_")  # GPT-NeoX's files use either
@@ -71,12 +100,12 @@ def explanation(key: str) -> Iterator[str]:
 
 
 def _ours(key: str) -> Iterator[str]:
-    when, value = WHEN.get(key, ("", _another_value(key)))
-    yield f"{key}: {describe(key)}"
-    rows = [("change it", when)] if when else []
-    rows += [("holds" if number == 0 else "", text) for number, text in enumerate(_elements(key))]
-    rows += [("example", f"castalia train run.yml {_quoted(f'{key}={value}')}")] if value else []
-    rows.append(("GPT-NeoX", ", ".join(neox_names(key)) or "has no such key"))
+    facts = _facts(key)
+    yield f"{key}: {facts['description']}"
+    rows = [("change it", facts["change_it"])] if facts["change_it"] else []
+    rows += [("holds" if number == 0 else "", text) for number, text in enumerate(facts["holds"])]
+    rows += [("example", f"castalia train run.yml {_quoted(facts['example'])}")] if facts["example"] else []
+    rows.append(("GPT-NeoX", ", ".join(facts["neox"]) or "has no such key"))
     yield from aligned(rows)
 
 

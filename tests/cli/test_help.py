@@ -73,7 +73,7 @@ def examples(command: click.Command) -> list[str]:
 def test_every_verb_that_reports_has_json() -> None:
     """Those without write what they are asked for (text, records, a config), or are another program's."""
     without = {name for name, command in commands() if not any("--json" in each.opts for each in command.params)}
-    assert without == {"lm-eval", "score", "chat", "serve", "config convert", "config explain"}
+    assert without == {"lm-eval", "score", "chat", "serve", "config convert"}
 
 
 def run(line: str, monkeypatch: pytest.MonkeyPatch) -> None:

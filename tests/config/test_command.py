@@ -99,6 +99,22 @@ def test_explain(run, key, text):
     assert text in run("explain", key).stdout
 
 
+def test_a_program_is_told_the_same_of_a_key(run):
+    told = json.loads(run("explain", "gradient-clipping", "--json").stdout)
+    (key,), (name,) = told["keys"], told["neox"]
+    assert name == {
+        "key": "gradient_clipping",
+        "default": 1.0,
+        "former": False,
+        "kind": "joint",
+        "target": "optimizer.clip_norm",
+    }
+    assert key["key"] == "optimizer.clip_norm" and key["neox"] == ["gradient_clipping", "clip_grad"]
+    assert key["description"] in run("explain", "optimizer.clip_norm").stdout.replace("\n ", "")
+    everything = json.loads(run("explain", "--all", "--json").stdout)
+    assert key in everything["keys"] and name in everything["neox"]
+
+
 def test_explain_suggests(run):
     with pytest.raises(ConfigError, match="did you mean optimizer.lr"):
         run("explain", "train.lr")
