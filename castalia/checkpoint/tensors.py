@@ -81,6 +81,7 @@ class CheckpointFacts:
     model_type: str | None = None  # of Hugging Face
     versions: Mapping[str, str] | None = None  # of the programs that wrote a native checkpoint
     data_fingerprint: str | None = None  # of a native checkpoint's data
+    held_out: str | None = None  # digest of the part of `data.path` that its run left for validation
     base: str | None = None  # the path of the model below the adapters of a PEFT folder
     gqa_rows: str | None = None  # NeoX's order of the rows of grouped queries
     adam_steps_stored: bool | None = None

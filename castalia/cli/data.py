@@ -6,7 +6,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -120,8 +120,8 @@ def prepare(
         print("interrupted; the same command continues", file=sys.stderr)
         raise
     except BadRecord as error:
-        named = ", name its field with --jsonl-keys" if isinstance(error, MissingField) and not jsonl_keys else ""
-        raise BadRecord(f"{error}{named}, or leave such records out with --skip-bad") from None
+        told = _fields_told(jsonl_keys) if isinstance(error, MissingField) else ""
+        raise BadRecord(f"{error}{told}, or leave such records out with --skip-bad") from None
     seconds = time.monotonic() - start
     for message in report.bad[:BAD_SHOWN]:
         print(f"left out: {message}", file=sys.stderr)
@@ -146,6 +146,14 @@ def prepare(
         say(f"note: {report.note}")
     if report.end:
         print(f"each {'conversation' if chat else 'document'} ends with id {report.end}")
+
+
+def _fields_told(given: str | None) -> str:
+    """The way out for a record without a field."""
+    if given is None:
+        return ", name its field with --jsonl-keys ('text|body': whichever of the two a record has)"
+    several = given.replace(",", "|")
+    return "" if several == given else f", take whichever field a record has: --jsonl-keys '{several}'"
 
 
 @app.command()
@@ -250,18 +258,23 @@ def split(
     prefix: Annotated[Path, typer.Argument(help="the corpus to split")],
     output: Annotated[Path, typer.Option(help="writes OUTPUT_train, OUTPUT_valid and OUTPUT_test")],
     weights: Annotated[str, typer.Option(help="shares of the three")] = "969, 30, 1",
+    by: Annotated[
+        Literal["hash", "order"], typer.Option(help="hash: some documents of each file; order: the last ones")
+    ] = "hash",
     as_json: Json = False,
 ) -> None:
-    """Write shares of a corpus for training, validation and test as corpora of their own, its last documents last.
+    """Write shares of a corpus for training, validation and test as corpora of their own.
 
     \b
     Examples:
       castalia data split corpus_text_document --output parts
-      castalia data split corpus_text_document --output parts --weights 90,5,5
+      castalia data split corpus_text_document --output parts --weights 90,5,5 --by order
+
+    The documents of each are chosen as data.holdout in a config chooses them; `order` is its `contiguous`.
     """
     from castalia.data.corpora import split as run
 
-    _say_written(run(prefix, weights, output), as_json)
+    _say_written(run(prefix, weights, output, by), as_json)
 
 
 def _say_written(corpora: list[IndexedDataset], as_json: bool) -> None:

@@ -6,13 +6,22 @@ import hashlib
 import os
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from castalia.data.indexed import DatasetWriter, IndexedDataset, bin_path, open_dataset
 from castalia.data.sample_index import split_bounds
-from castalia.data.split import file_of_each, sources_of, without_common_folder, write_sources
+from castalia.data.split import (
+    PARTS,
+    by_hash,
+    document_hashes,
+    file_of_each,
+    held_out_shares,
+    sources_of,
+    without_common_folder,
+    write_sources,
+)
 from castalia.errors import DataError
 
 BLOCK_TOKENS = 1 << 22
@@ -69,7 +78,7 @@ def merge(prefixes: Sequence[str | os.PathLike[str]], output: str | os.PathLike[
     _refuse_input_as_output(parts, [os.fspath(output)])
     with DatasetWriter(output, np.result_type(*(part.dtype for part in parts))) as writer:
         for part in parts:
-            _copy(writer, part, 0, len(_documents(part)) - 1)
+            _copy(writer, part, np.arange(len(_documents(part)) - 1))
         write_sources(output, writer.sizes, _files_of(parts))
     return open_dataset(output)
 
@@ -84,20 +93,46 @@ def _files_of(parts: Sequence[IndexedDataset]) -> list[tuple[str, int]]:
     return found
 
 
-def split(prefix: str | os.PathLike[str], weights: str, output: str | os.PathLike[str]) -> list[IndexedDataset]:
-    """Write `{output}_train`, `{output}_valid` and `{output}_test`, each with its share of the documents in order.
+def split(
+    prefix: str | os.PathLike[str],
+    weights: str,
+    output: str | os.PathLike[str],
+    by: Literal["hash", "order"] = "hash",
+) -> list[IndexedDataset]:
+    """Write `{output}_train`, `{output}_valid` and `{output}_test`, each with its share of the documents, in order.
 
+    `hash`: some of each source file, as with `data.holdout: hash`; `order`: the last documents are the last part's.
     Parts without documents are left out. Raises DataError if an output is the input.
     """
     data = open_dataset(prefix)
-    bounds = split_bounds(weights, len(_documents(data)) - 1)
-    names = [f"{os.fspath(output)}_{part}" for part in ("train", "valid", "test")]
-    written = [part for part in zip(names, bounds, bounds[1:], strict=False) if part[1] < part[2]]
-    _refuse_input_as_output([data], [name for name, _, _ in written])
-    for name, first, stop in written:
+    chosen = _by_hash(data, weights) if by == "hash" else _by_order(data, weights)
+    names = [f"{os.fspath(output)}_{part}" for part in PARTS]
+    written = [part for part in zip(names, chosen, strict=True) if len(part[1])]
+    _refuse_input_as_output([data], [name for name, _ in written])
+    known, table = sources_of(data), _documents(data)
+    for name, documents in written:
         with DatasetWriter(name, data.dtype) as writer:
-            _copy(writer, data, first, stop)
-    return [open_dataset(name) for name, _, _ in written]
+            _copy(writer, data, documents)
+            if known:
+                taken = np.zeros(len(table) - 1, bool)
+                taken[documents] = True
+                files = known[1][np.repeat(taken, np.diff(table))].tolist()  # of each item
+                write_sources(name, writer.sizes, [(known[0][file], len(list(same))) for file, same in groupby(files)])
+    return [open_dataset(name) for name, _ in written]
+
+
+def _by_order(data: IndexedDataset, weights: str) -> list[np.ndarray]:
+    bounds = split_bounds(weights, len(_documents(data)) - 1)
+    return [np.arange(*bounds[n : n + 2]) for n in range(len(PARTS))]
+
+
+def _by_hash(data: IndexedDataset, weights: str) -> list[np.ndarray]:
+    """A document of several items has the sum of their hashes, modulo 2^64, and the file of the first."""
+    shares, table, known = held_out_shares(weights), _documents(data), sources_of(data)
+    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(document_hashes(data), dtype=np.uint64)])
+    first = np.minimum(table[:-1], len(data) - 1)  # a document without items may stand at the end
+    assigned = by_hash(np.diff(sums[table]), (known[0], known[1][first]) if known else None, shares)
+    return [np.flatnonzero(assigned == n) for n in range(len(PARTS))]
 
 
 def _documents(data: IndexedDataset) -> np.ndarray:
@@ -106,17 +141,19 @@ def _documents(data: IndexedDataset) -> np.ndarray:
     return data.doc_index if complete else np.arange(len(data) + 1)
 
 
-def _copy(writer: DatasetWriter, data: IndexedDataset, first: int, stop: int) -> None:
-    """Append the documents [first, stop) of `data`."""
+def _copy(writer: DatasetWriter, data: IndexedDataset, documents: np.ndarray) -> None:
+    """Append these documents of `data`, whose numbers ascend."""
     table = _documents(data)
-    low, high = int(table[first]), int(table[stop])
-    ends = np.cumsum(data.sizes, dtype=np.int64)
-    begin, end = (int(ends[item - 1]) if item else 0 for item in (low, high))
-    before = len(writer.sizes)
-    for at in range(begin, end, BLOCK_TOKENS):
-        writer.add_many(data.tokens[at : min(at + BLOCK_TOKENS, end)], ())
-    writer.sizes.extend(data.sizes[low:high].tolist())
-    writer.documents.extend((table[first + 1 : stop + 1] - low + before).tolist())
+    ends = np.concatenate([[0], np.cumsum(data.sizes, dtype=np.int64)])
+    for stretch in np.split(documents, np.flatnonzero(np.diff(documents) != 1) + 1) if len(documents) else ():
+        first, stop = int(stretch[0]), int(stretch[-1]) + 1
+        low, high = int(table[first]), int(table[stop])
+        begin, end = int(ends[low]), int(ends[high])
+        before = len(writer.sizes)
+        for at in range(begin, end, BLOCK_TOKENS):
+            writer.add_many(data.tokens[at : min(at + BLOCK_TOKENS, end)], ())
+        writer.sizes.extend(data.sizes[low:high].tolist())
+        writer.documents.extend((table[first + 1 : stop + 1] - low + before).tolist())
 
 
 def _refuse_input_as_output(inputs: Sequence[IndexedDataset], outputs: Sequence[str]) -> None:

@@ -39,8 +39,27 @@ def split_documents(data: DataConfig, text: IndexedDataset) -> dict[str, np.ndar
         return {part: np.arange(*bounds[n : n + 2], dtype=np.int32) for n, part in enumerate(PARTS)}
     files = (bin_path(text.prefix), idx_path(text.prefix), sources_path(text.prefix))
     stamp = tuple((found.st_mtime_ns, found.st_size) for found in (file.stat() for file in files if file.is_file()))
-    assigned = _assigned(os.path.abspath(text.prefix), stamp, _shares(data.split), data.cache_dir)
+    assigned = _assigned(os.path.abspath(text.prefix), stamp, held_out_shares(data.split), data.cache_dir)
     return {part: np.flatnonzero(assigned == n).astype(np.int32) for n, part in enumerate(PARTS)}
+
+
+def held_out_digest(data: DataConfig) -> str | None:
+    """A digest of `data.path` and of which of its documents are for validation. None without `data.path`."""
+    if data.path is None:
+        return None
+    text = open_dataset(data.path)
+    return digest_of(dataset_fingerprint(text), split_documents(data, text)["valid"])
+
+
+def other_held_out(known: str | None, data: DataConfig) -> str | None:
+    """A warning if the documents for validation are not those of which a run noted the digest `known`, else None."""
+    if known is None or data.path is None or known == held_out_digest(data):
+        return None
+    return (
+        f"the documents of {data.path} that are held out are not those that the run held out, so it may have been "
+        f"trained on what it is judged by: the corpus or {sources_path(data.path)} is missing or has changed, or "
+        "data.path, data.split or data.holdout is another one here"
+    )
 
 
 @lru_cache(maxsize=4)
@@ -70,8 +89,8 @@ def _assigned(
     return cached(prefix, cache_dir, [name], ("parts",), fingerprint, find)[0]
 
 
-def _shares(split: str) -> tuple[float, float]:
-    """The shares of validation and test among all documents."""
+def held_out_shares(split: str) -> tuple[float, float]:
+    """The shares of validation and test among all documents. Raises DataError for text that is no list of shares."""
     try:
         shares = split_shares(split)
     except ValueError as error:

@@ -15,6 +15,7 @@ import numpy as np
 
 from castalia.checkpoint.opener import open_checkpoint
 from castalia.config.schema import RunConfig
+from castalia.data.split import other_held_out
 from castalia.errors import DataError
 from castalia.files import write_text
 from castalia.observe.metrics import read_events, read_metrics
@@ -170,6 +171,8 @@ def judge(
         for name, part in parts.items()
     )
     looked_at = f"{held_out.num_tokens:,} of {held_out.of_tokens:,} tokens of {held_out.name}"
+    if held_out.is_validation and (warning := other_held_out(judged.checkpoint.facts.held_out, judged.config.data)):
+        notes.append(warning)
     if not held_out.is_validation:
         notes.append(f"{held_out.name} was named with --data; whether the model was trained on it is not known")
     return Report(

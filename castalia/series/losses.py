@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from castalia.bars import Advance, unseen
 from castalia.checkpoint.restore import architecture
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.schema import RunConfig
+from castalia.data.split import other_held_out
 from castalia.data.tokenizer import Tokenizer
 from castalia.evaluate.stream_measure import StreamMeasure, measure_stream
 from castalia.model.transformer import Transformer
@@ -22,6 +24,8 @@ from castalia.series.members import Member
 from castalia.series.models import ModelsAhead, digest_of
 from castalia.series.resuming import identity_of, work_through
 from castalia.train.hardware import choose_device, choose_dtype
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ def measure_of(checkpoint: Checkpoint, data: str | None, tokenizer: Tokenizer | 
     Raises DataError for data that cannot be read, or of another vocabulary.
     """
     config = checkpoint.config or RunConfig()
+    if data is None and (warning := other_held_out(checkpoint.facts.held_out, config.data)):
+        log.warning("%s: %s", checkpoint.path, warning)
     device = choose_device(config.train.device)
     return Measure(
         windows=measure_stream(config.data, architecture(checkpoint), data, tokenizer),

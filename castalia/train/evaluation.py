@@ -20,6 +20,7 @@ from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.batch import BatchPlan
 from castalia.config.schema import ModelConfig, RunConfig
 from castalia.data.indexed import open_dataset
+from castalia.data.split import other_held_out
 from castalia.data.tokenizer import Tokenizer
 from castalia.errors import ConfigError
 from castalia.evaluate.log_probs import write_log_probabilities
@@ -105,6 +106,8 @@ def evaluate_checkpoint(
         judges.append(streamed or load(source)[0])
         return judges[-1]
 
+    if options.data is None and (warning := other_held_out(checkpoint.facts.held_out, config.data)):
+        view.tell([warning], checkpoint.path)
     judged = judge_by_labels(
         checkpoint,
         config,

@@ -31,6 +31,7 @@ from castalia.checkpoint.restore import optimizer_state
 from castalia.checkpoint.tensors import Progress, Shard
 from castalia.config.load import TOKENIZER, load_run
 from castalia.config.schema import RunConfig
+from castalia.data.split import held_out_digest
 from castalia.errors import Stopped, TrainingError
 from castalia.files import write_text
 from castalia.machine import keep_freed_memory
@@ -140,6 +141,7 @@ class TrainingRun:
         self.pace = StepPace(self.config.watch.window)
         self.marks: list[float] = []  # when the first micro-batches began
         self.saved_at = time.monotonic()
+        self.held_out = held_out_digest(self.config.data) if self.is_main else None
         self.best_loss = math.inf  # the lowest validation loss of those whose checkpoint is on disk
         self.watch = Watch(
             self.config.watch,
@@ -463,6 +465,7 @@ class TrainingRun:
             self.progress,
             self.config,
             session.data.fingerprint_until(self.progress.step),
+            self.held_out,
             replaceable=replaceable,
             best=best,
         )

@@ -185,8 +185,12 @@ def test_mistakes(prepared: Path) -> None:
 def test_fields_of_other_names_are_read_and_told_how(prepared: Path) -> None:
     Path("mixed.jsonl").write_text('{"text": "one", "body": "not this"}\n{"body": "two"}\n')
     words = ("prepare", "mixed.jsonl", "--output", "mixed", "--tokenizer-kind", "bytes")
-    with pytest.raises(DataError, match="has 'body'; mend it or take it out, name its field with --jsonl-keys, or"):
+    with pytest.raises(
+        DataError, match="has 'body'; mend it or take it out, name its field with --jsonl-keys .'text.body'"
+    ):
         run(data_verbs.app, *words)
+    with pytest.raises(DataError, match=r"take whichever field a record has: --jsonl-keys 'text\|body', or leave"):
+        run(data_verbs.app, *words, "--jsonl-keys", "text,body")
     with pytest.raises(DataError, match="mend it or take it out, or name its field with --jsonl-keys"):
         run(tokenizer_verbs.app, "train", "mixed.jsonl", "--output", "mixed.json")
     run(data_verbs.app, *words, "--jsonl-keys", "text|body")

@@ -1,3 +1,4 @@
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -5,9 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from castalia.config.schema import DataConfig
 from castalia.data.corpora import describe, duplicates, merge, split
 from castalia.data.indexed import DatasetWriter, IndexedDataset, open_dataset
 from castalia.data.sample_index import split_bounds
+from castalia.data.split import PARTS, file_of_each, split_documents, write_sources
 from castalia.errors import DataError
 
 Documents = list[list[list[int]]]  # documents of items of ids
@@ -38,7 +41,31 @@ def test_split_writes_the_shares(tmp_path_factory: pytest.TempPathFactory, conte
     folder = tmp_path_factory.mktemp("split")
     bounds = split_bounds(weights, len(content))
     expected = [content[a:b] for a, b in zip(bounds, bounds[1:], strict=False) if a < b]
-    assert [read(part) for part in split(write(folder / "a", content), weights, folder / "out")] == expected
+    written = split(write(folder / "a", content), weights, folder / "out", by="order")
+    assert [read(part) for part in written] == expected
+
+
+@given(documents, st.sampled_from(["969,30,1", "1,1,1", "0,1,0", "5,5"]))
+def test_a_split_by_hash_loses_no_document(
+    tmp_path_factory: pytest.TempPathFactory, content: Documents, weights: str
+) -> None:
+    folder = tmp_path_factory.mktemp("hash")
+    parts = [read(part) for part in split(write(folder / "a", content), weights, folder / "out")]
+    assert sorted(document for part in parts for document in part) == sorted(content)
+    for here, there in combinations(parts, 2):  # equal documents are on one side
+        assert not [document for document in here if document in there]
+
+
+def test_by_hash_the_parts_are_those_of_a_run_and_know_their_files(tmp_path: Path) -> None:
+    content = [[[number, *range(number % 5)]] for number in range(200)]
+    data = open_dataset(write(tmp_path / "a", content))
+    write_sources(data.prefix, data.sizes, [("x", 120), ("y", 80)])
+    parts = split(data.prefix, "8,1,1", tmp_path / "out")
+    expected = split_documents(DataConfig(path=data.prefix, split="8,1,1"), data)
+    for name, part in zip(PARTS, parts, strict=True):
+        assert read(part) == [content[number] for number in expected[name]]
+        assert file_of_each(part) == ["x" if number < 120 else "y" for number in expected[name]]
+    assert set(file_of_each(parts[1])) == {"x", "y"}
 
 
 def test_counts(tmp_path: Path) -> None:

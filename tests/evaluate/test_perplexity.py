@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from castalia.checkpoint.opener import open_checkpoint
 from castalia.cli.evaluate import command, evaluation_view
 from castalia.cli.opening import overlaid
+from castalia.cli.train import train
+from castalia.config.load import load_config
 from castalia.config.schema import ModelConfig, TokenizerConfig
 from castalia.data.indexed import DatasetWriter, open_dataset
 from castalia.data.loader import Batch
@@ -219,6 +221,26 @@ def test_sources_are_judged_apart_and_are_all_of_the_text(run, corpus):
     assert sum(part["tokens"] for part in parts.values()) == found["tokens"] - 1  # the first token of the second
     together = sum(part["loss"] * part["tokens"] for part in parts.values()) / (found["tokens"] - 1)
     assert together == pytest.approx(found["loss"], rel=0.01)
+
+
+def test_it_is_told_when_other_documents_are_held_out(tmp_path, capsys):
+    with DatasetWriter(tmp_path / "a", "uint16") as writer:
+        for number in range(20):
+            writer.add([number, *b"words of its own", 256])
+    write_sources(tmp_path / "a", open_dataset(tmp_path / "a").sizes, [("first", 12), ("second", 8)])
+    model = ["model.num_layers=1", "model.hidden_size=16", "model.num_heads=2", "model.vocab_multiple=1"]
+    data = [f"data.path={tmp_path}/a", "data.split=50,50,0", "data.seq_length=16", "tokenizer.kind=bytes"]
+    run = train(load_config([], [*model, *data, "train.steps=1", "train.batch_size=2", f"checkpoint.dir={tmp_path}/r"]))
+    capsys.readouterr()
+
+    def told(**options):
+        command(str(run), **options)
+        return "not those that the run held out" in " ".join(capsys.readouterr().err.split())
+
+    assert not told()
+    sources_path(tmp_path / "a").unlink()
+    assert told()
+    assert not told(data=str(tmp_path / "a"))
 
 
 @pytest.mark.parametrize("words", [[], ["data.mask_documents=true", "train.micro_batch_size=2"]])

@@ -83,7 +83,11 @@ def read(path: Path) -> Checkpoint:
         if isinstance(stored_config, dict):
             as_it_was(stored_config)
         config = None if stored_config is None else typed(stored_config, where, CheckpointError, RunConfig)
-        facts = CheckpointFacts(versions=manifest["versions"], data_fingerprint=manifest["data_fingerprint"])
+        facts = CheckpointFacts(
+            versions=manifest["versions"],
+            data_fingerprint=manifest["data_fingerprint"],
+            held_out=manifest.get("held_out"),  # None: an older run's, or one without `data.path`
+        )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path / MANIFEST} is malformed: {error!r}") from error
     progress, inherited = take_inherited(progress, manifest, config)

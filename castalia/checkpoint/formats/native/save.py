@@ -84,6 +84,7 @@ class CheckpointSaver:
         progress: Progress,
         config: RunConfig,
         data_fingerprint: str = "",
+        held_out: str | None = None,
         *,
         replaceable: bool = False,
         best: bool = False,
@@ -96,7 +97,7 @@ class CheckpointSaver:
         `replaceable`: the next one that is saved takes its place. `best`: it becomes the best one, not the latest.
         """
         self.join()
-        about = describe(progress, config, data_fingerprint)
+        about = describe(progress, config, data_fingerprint, held_out)
         # All tensors go into one set of copies, by (kind, name).
         given = {("model", name): _shard(tensor) for name, tensor in model.items()}
         steps: dict[str, int] | None = None
@@ -341,7 +342,7 @@ def prune(folder: str | Path, keep_last: int | None, keep_every: int | None = No
             delete(path)
 
 
-def describe(progress: Progress, config: RunConfig | None, data_fingerprint: str) -> dict:
+def describe(progress: Progress, config: RunConfig | None, data_fingerprint: str, held_out: str | None = None) -> dict:
     """The part of the manifest that is not about tensors."""
     import torch
 
@@ -351,6 +352,7 @@ def describe(progress: Progress, config: RunConfig | None, data_fingerprint: str
         "progress": asdict(progress),
         "config": None if config is None else config.model_dump(mode="json"),
         "data_fingerprint": data_fingerprint,
+        **({"held_out": held_out} if held_out else {}),
         "versions": versions,
     }
 

@@ -44,7 +44,8 @@ def plan(checkpoint: Checkpoint, options: WriteOptions) -> Plan:
     config = checkpoint.config
     if config and not notes:  # the copy is used even if the source is moved
         config = config.with_({"tokenizer": TokenizerConfig(path=FOLDER)})
-    about = describe(checkpoint.progress, config, checkpoint.facts.data_fingerprint or "")
+    facts = checkpoint.facts
+    about = describe(checkpoint.progress, config, facts.data_fingerprint or "", facts.held_out)
     about |= {
         "optimizer_steps": None
         if checkpoint.optimizer is None
