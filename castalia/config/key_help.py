@@ -101,7 +101,7 @@ def explanation(key: str) -> Iterator[str]:
 
 def _ours(key: str) -> Iterator[str]:
     facts = _facts(key)
-    yield f"{key}: {facts['description']}"
+    yield f"{key}: {describe(key)}"
     rows = [("change it", facts["change_it"])] if facts["change_it"] else []
     rows += [("holds" if number == 0 else "", text) for number, text in enumerate(facts["holds"])]
     rows += [("example", f"castalia train run.yml {_quoted(facts['example'])}")] if facts["example"] else []
