@@ -23,7 +23,7 @@ import numpy as np
 from castalia.config.schema import DataConfig, RunConfig, Source, TrainConfig
 from castalia.data.blend import blend
 from castalia.data.config_corpora import open_data
-from castalia.data.indexed import DatasetWriter
+from castalia.data.dataset_writer import DatasetWriter
 from castalia.data.sample_index import build_packed
 
 SEQ_LENGTH, SEED = 2048, 1234

@@ -50,7 +50,8 @@ from castalia.plan.stream_plan import EvaluationShape, StreamPlan, evaluation_wo
 from castalia.streaming.stream_units import units_of
 from castalia.streaming.streamed_model import StreamedTransformer
 from castalia.train.hardware import DTYPES
-from castalia.train.optimizer import LossScaler, make_optimizer
+from castalia.train.loss_scale import LossScaler
+from castalia.train.optimizer import make_optimizer
 from castalia.train.schedule import LearningRate
 from castalia.train.step import TrainStep
 from castalia.train.step_memory import PeakMemory

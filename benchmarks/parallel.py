@@ -122,7 +122,7 @@ def actions(name: str, pp: int, count: int) -> tuple[list[list[tuple[str, int, i
 def write_corpus(folder: Path) -> None:
     import numpy as np
 
-    from castalia.data.indexed import DatasetWriter
+    from castalia.data.dataset_writer import DatasetWriter
 
     with DatasetWriter(folder / "text", "uint16") as text:
         text.add(np.random.default_rng(0).integers(0, 256, 100_000))

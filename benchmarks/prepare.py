@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 
 from castalia.config.schema import TokenizerConfig
-from castalia.data.indexed import DatasetWriter, token_dtype
+from castalia.data.dataset_writer import DatasetWriter, token_dtype
 from castalia.data.prepare import Recipe, prepare
 from castalia.data.tokenizer import load_tokenizer, train_bpe
 

@@ -87,7 +87,7 @@ def small_corpus(folder: Path) -> Path:
     """Random tokens, 100 documents of 1,000."""
     import numpy as np
 
-    from castalia.data.indexed import DatasetWriter
+    from castalia.data.dataset_writer import DatasetWriter
 
     with DatasetWriter(folder / "corpus", np.uint16) as corpus:
         for number in range(100):

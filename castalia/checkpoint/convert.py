@@ -8,21 +8,18 @@ command continues after an interruption. At the end the folder is renamed to the
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from importlib import import_module
 from pathlib import Path
-from threading import Event
-from typing import IO, Any
+from typing import IO
 
 import torch
 
 from castalia.bars import Tally
-from castalia.checkpoint.file_plan import OutputFile, Plan, WriteOptions
+from castalia.checkpoint.file_plan import Plan, WriteOptions
+from castalia.checkpoint.file_writing import check_space, completed, note_done, open_journal, overflowed, write_files
 from castalia.checkpoint.formats import TARGETS
 from castalia.checkpoint.opener import base_of, detect, find_steps
 from castalia.checkpoint.rules import STATE_ROLES
@@ -34,24 +31,16 @@ from castalia.files import (
     behind_links,
     beside,
     clean,
-    clear,
-    lock,
     put_in_place,
     remove,
     sync,
-    workplace,
     write_text,
 )
-from castalia.machine import usable_cores
 from castalia.storage.derived import Narrowed, WithLora
-from castalia.storage.extent import verifying
-from castalia.storage.lazy import TensorRef, everything, name_of
-from castalia.units import memory_size
+from castalia.storage.lazy import name_of
 
 LATEST = "latest"
 COMPLETE = ""  # in the journal, in place of a file's name: only the folder is still to be renamed
-FLUSH_BYTES = 128 << 20  # written to a file before the disk is told to begin
-MAX_WRITERS = 4  # threads, each with a piece of a file in memory
 
 
 def plan_files(to: str, checkpoint: Checkpoint, options: WriteOptions) -> Plan:
@@ -172,7 +161,7 @@ def write(
     """
     target = behind_links(target)
     try:
-        with _open_journal(target) as journal:
+        with open_journal(target) as journal:
             clean(target.parent, target.name)
             return _write(plan, target, mark, advance, journal, inside, force, allow_inf)
     except OSError as error:
@@ -186,7 +175,7 @@ def _write(
     plan: Plan, target: Path, mark: str, advance: Tally, journal: IO[str], inside: str, force: bool, allow_inf: bool
 ) -> int:
     place = beside(target, UNFINISHED)
-    result, done = place / target.name, _completed(journal, place, mark)
+    result, done = place / target.name, completed(journal, place, mark)
     if plan.file:
         plan = replace(plan, outputs=(replace(plan.outputs[0], name=target.name),))
     if COMPLETE in done and not result.exists():  # it was killed after the folder was renamed
@@ -196,18 +185,18 @@ def _write(
         remove(place)
         raise CheckpointError(_exists(target, plan.file))
     missing = [output for output in plan.outputs if output.name not in done]
-    _check_space(place, sum(output.num_bytes for output in missing))
+    check_space(place, sum(output.num_bytes for output in missing))
     folder = place if plan.file else result / inside
     folder.mkdir(parents=True, exist_ok=True)
     # Files that are complete already count as progress.
     advance(sum(output.num_bytes for output in plan.outputs) - sum(output.num_bytes for output in missing))
-    entries = {**done, **_write_files(missing, folder, journal, advance, allow_inf)}
+    entries = {**done, **write_files(missing, folder, journal, advance, allow_inf)}
     plan.finish(folder, {name: entry["result"] for name, entry in entries.items()})
     if inside:
         write_text(result / LATEST, inside)
     for path in [*result.rglob("*"), result] if result.is_dir() else [result]:
         sync(path)
-    _note(journal, {"name": COMPLETE, "result": None})
+    note_done(journal, {"name": COMPLETE, "result": None})
     sync(place / MARK)  # otherwise a power cut could leave the folder renamed and the journal without this entry
     old = put_in_place(result, target)
     if old:
@@ -230,122 +219,7 @@ def name_latest(folder: Path) -> None:
 def infinite_values(plan: Plan) -> dict[str, int]:
     """How many values became infinite in their new dtype, by tensor, of the tensors that this process has written."""
     tensors = (ref for output in plan.outputs for ref in output.tensors)
-    return {cast.name: sum(cast.infinite.values()) for cast in _overflowed(tensors)}
-
-
-def _overflowed(tensors: Iterable[TensorRef]) -> list[Narrowed]:
-    """The casts below these tensors in which values became infinite."""
-    return [ref for ref in everything(tensors) if isinstance(ref, Narrowed) and ref.infinite]
-
-
-def _refuse_infinite(output: OutputFile) -> None:
-    if casts := _overflowed(output.tensors):
-        count = sum(sum(cast.infinite.values()) for cast in casts)
-        raise CheckpointError(
-            f"{output.name}: {count} values, in {', '.join(cast.name for cast in casts[:3])}"
-            f"{' and others' if len(casts) > 3 else ''}, are too large for {casts[0].dtype_name} and would become "
-            "infinite. Choose bf16 or fp32 (--dtype), or let `castalia convert` write them so with --allow-inf"
-        )
-
-
-def _write_files(
-    outputs: Sequence[OutputFile], folder: Path, journal: IO[str], advance: Tally, allow_inf: bool
-) -> dict[str, dict]:
-    """Write several files at a time. Returns each file's entry in the journal. On an error or Ctrl-C all stop at once.
-
-    Writer threads read and write; one more thread waits for the disk, so that syncing overlaps with the next file.
-    """
-    stopped = Event()
-
-    def write_file(output: OutputFile, disk: ThreadPoolExecutor) -> Future[dict[str, Any]]:
-        """Write one file under a temporary name. The result arrives when it is on disk and renamed."""
-        final = folder / output.name
-        part = final.with_name(final.name + ".part")
-        final.parent.mkdir(parents=True, exist_ok=True)
-        syncs: list[Future[None]] = []
-        unflushed = 0
-
-        def more(count: int) -> None:
-            """Count bytes, and let the disk begin with what is written while the rest is read."""
-            nonlocal unflushed
-            if stopped.is_set():
-                raise CancelledError
-            unflushed += count
-            if unflushed >= FLUSH_BYTES:
-                unflushed = 0
-                syncs.append(disk.submit(sync, part))
-            advance(count)
-
-        def complete(entry: dict[str, Any]) -> dict[str, Any]:
-            """Bring the rest to disk, rename the file, and note it in the journal."""
-            for pending in syncs:
-                pending.result()  # the system reports a write error once: the last sync would not see it again
-            sync(part)
-            os.replace(part, final)
-            _note(journal, entry)
-            return entry
-
-        with verifying(output.tensors):
-            result = output.write(part, more)
-        if not allow_inf:
-            _refuse_infinite(output)
-        return disk.submit(complete, {"name": output.name, "result": result})
-
-    with ThreadPoolExecutor(1) as disk, ThreadPoolExecutor(min(MAX_WRITERS, usable_cores())) as writers:
-        futures = [writers.submit(write_file, output, disk) for output in outputs]
-        try:
-            entries = [future.result().result() for future in as_completed(futures)]
-        except BaseException:
-            stopped.set()
-            writers.shutdown(cancel_futures=True)
-            raise
-    return {entry["name"]: entry for entry in entries}
-
-
-def _open_journal(target: Path) -> IO[str]:
-    """The journal of an unfinished conversion, locked; a new one if there is none."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        path = workplace(target, UNFINISHED) / MARK
-        journal = open(path, "a+")  # noqa: SIM115 - the caller closes it
-        if not lock(journal):
-            journal.close()
-            raise CheckpointError(f"{target} is being written by another conversion; wait for it, or stop it")
-        if path.exists() and os.path.samefile(path, journal.fileno()):
-            return journal
-        journal.close()  # the other conversion has just finished and removed its workplace: try again
-
-
-def _completed(journal: IO[str], place: Path, mark: str) -> dict[str, dict]:
-    """The files that an interrupted run of the same conversion completed. Removes leftovers of another conversion."""
-    journal.seek(0)
-    entries = []
-    for line in journal.read().splitlines():
-        try:
-            entries.append(json.loads(line))
-        except ValueError:  # the last line was cut off when the program died
-            break
-    if entries[:1] != [{"mark": mark}]:
-        entries = [{"mark": mark}]
-        clear(place)
-    journal.truncate(0)
-    for entry in entries:
-        _note(journal, entry)
-    return {entry["name"]: entry for entry in entries[1:]}
-
-
-def _note(journal: IO[str], entry: dict[str, Any]) -> None:
-    journal.write(json.dumps(entry) + "\n")
-    journal.flush()
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise CheckpointError(
-            f"{folder}: {memory_size(needed)} are needed, {memory_size(free)} are free; nothing is written. "
-            "Make room, or leave out the optimizer state with --no-optimizer"
-        )
+    return {cast.name: sum(cast.infinite.values()) for cast in overflowed(tensors)}
 
 
 def steps_of(folder: Path, wanted: Sequence[int] | None, steps: Mapping[int, Path]) -> dict[int, Path]:

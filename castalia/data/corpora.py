@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from castalia.data.indexed import DatasetWriter, IndexedDataset, bin_path, open_dataset
+from castalia.data.dataset_writer import DatasetWriter
+from castalia.data.indexed import IndexedDataset, bin_path, open_dataset
 from castalia.data.sample_index import split_bounds
 from castalia.data.split import (
     PARTS,

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from castalia.data.indexed import DatasetWriter
+from castalia.data.dataset_writer import DatasetWriter
 from castalia.errors import DataError
 from castalia.files import beside, write_text
 from castalia.reading import keys, read_json

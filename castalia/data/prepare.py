@@ -28,8 +28,8 @@ import numpy as np
 
 from castalia.config.schema import TokenizerConfig
 from castalia.data.chat import Chat, conversations, records_of, renderer
+from castalia.data.dataset_writer import DatasetWriter, token_dtype
 from castalia.data.fast_tokenizer import Encode, fast_encoder, flatten_rows, reference_encoder
-from castalia.data.indexed import DatasetWriter, token_dtype
 from castalia.data.journal import Journal, identity
 from castalia.data.record_forms import Kind
 from castalia.data.sample_index import IGNORE

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from castalia.data.indexed import DatasetWriter, IndexedDataset, open_dataset
+from castalia.data.dataset_writer import DatasetWriter
+from castalia.data.indexed import IndexedDataset, open_dataset
 from castalia.errors import DataError
 from castalia.model.loss import IGNORE
 from castalia.model.transformer import Transformer

@@ -13,7 +13,8 @@ import numpy as np
 
 from castalia.config.schema import Source, Text, TokenizerConfig
 from castalia.data.chat import NAMES, Chat, read_template
-from castalia.data.indexed import DatasetWriter, IndexedDataset, bin_path, idx_path, open_dataset
+from castalia.data.dataset_writer import DatasetWriter
+from castalia.data.indexed import IndexedDataset, bin_path, idx_path, open_dataset
 from castalia.data.prepare import Recipe, prepare
 from castalia.data.record_forms import EXAMPLES, MESSAGES, Kind, Passage, answer_of, kind_of, pair_of
 from castalia.data.sample_index import IGNORE

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from castalia.config.schema import TokenizerConfig
-from castalia.data.indexed import DatasetWriter, bin_path, idx_path, open_dataset
+from castalia.data.dataset_writer import DatasetWriter
+from castalia.data.indexed import bin_path, idx_path, open_dataset
 from castalia.data.prepare import Recipe, prepare
 from castalia.data.split import file_of_each, sources_path, write_sources
 from castalia.data.tokenizer import engine_text, train_bpe

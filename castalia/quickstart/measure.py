@@ -13,7 +13,7 @@ import numpy as np
 
 from castalia.config.load import load_config
 from castalia.config.schema import RunConfig
-from castalia.data.indexed import DatasetWriter
+from castalia.data.dataset_writer import DatasetWriter
 from castalia.plan.flops import training_flops
 from castalia.quickstart.choose import Pace
 from castalia.quickstart.family import architecture

@@ -30,8 +30,9 @@ from castalia.parallel.process_group import main_first
 from castalia.parallel.rendezvous import world_size
 from castalia.train.compiling import CompilePlan, with_compiling
 from castalia.train.hardware import repeat_bits
+from castalia.train.loss_scale import LossScaler
 from castalia.train.neox_quirks import NeoXQuirks, quirks_of
-from castalia.train.optimizer import DUPLICATE, LossScaler, make_optimizer, rescale_moments
+from castalia.train.optimizer import DUPLICATE, make_optimizer, rescale_moments
 from castalia.train.preference import PreferenceLoss
 from castalia.train.reference_model import needs_reference
 from castalia.train.resolve import ResolvedRun, resolve

@@ -35,7 +35,8 @@ from castalia.errors import TrainingError
 from castalia.observe.watch import first_cause
 from castalia.parallel.compile import eager_before
 from castalia.parallel.executor import Executor, NormSubset, Objective, Rows
-from castalia.train.optimizer import LossScaler, set_rate
+from castalia.train.loss_scale import LossScaler
+from castalia.train.optimizer import set_rate
 from castalia.train.schedule import LearningRate
 from castalia.train.update_rules import AnyOptimizer
 

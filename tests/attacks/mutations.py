@@ -41,7 +41,7 @@ from castalia.checkpoint.tensors import Checkpoint
 from castalia.cli.main import build
 from castalia.config.load import load_config
 from castalia.data.config_corpora import open_data
-from castalia.data.indexed import DatasetWriter
+from castalia.data.dataset_writer import DatasetWriter
 from castalia.errors import CastaliaError
 from castalia.loading import load_model
 from castalia.storage.checksum import crc32

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from castalia.checkpoint.opener import open_checkpoint
-from castalia.data.indexed import DatasetWriter
+from castalia.data.dataset_writer import DatasetWriter
 from castalia.storage.extent import FileTensor
 
 ROOT = Path(__file__).parents[2]

@@ -25,7 +25,8 @@ from castalia.checkpoint.tensors import Progress
 from castalia.config.load import load_config
 from castalia.config.schema import TokenizerConfig
 from castalia.data.chat import read_template
-from castalia.data.indexed import DatasetWriter, open_dataset
+from castalia.data.dataset_writer import DatasetWriter
+from castalia.data.indexed import open_dataset
 from castalia.data.sources import documents
 from castalia.data.tokenizer import load_tokenizer
 from castalia.errors import CastaliaError, CheckpointError

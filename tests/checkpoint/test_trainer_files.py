@@ -23,7 +23,7 @@ from castalia.cli.convert import command as convert
 from castalia.config.load import load_config
 from castalia.config.lr_schedule import LearningRate
 from castalia.data.config_corpora import open_data
-from castalia.data.indexed import DatasetWriter
+from castalia.data.dataset_writer import DatasetWriter
 from castalia.errors import ConfigError
 from castalia.observe.metrics import read_metrics
 from castalia.train.loop import train

@@ -36,7 +36,7 @@ from castalia.config.schema import (
     TokenizerConfig,
     TrainConfig,
 )  # fmt: skip
-from castalia.data.indexed import DatasetWriter
+from castalia.data.dataset_writer import DatasetWriter
 from castalia.data.tokenizer import train_bpe
 from castalia.errors import CheckpointError
 from castalia.examine.verify import verify

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from castalia.cli import main as cli
-from castalia.data.indexed import DatasetWriter
+from castalia.data.dataset_writer import DatasetWriter
 from castalia.wrapping import WIDTH
 
 RUN = """\

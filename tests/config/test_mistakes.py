@@ -6,7 +6,7 @@ import pytest
 
 from castalia.cli.main import main
 from castalia.config.load import load_config
-from castalia.data.indexed import DatasetWriter
+from castalia.data.dataset_writer import DatasetWriter
 from castalia.train.start_checks import find_obstacles
 
 SOUND = """\

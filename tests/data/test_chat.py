@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from castalia.config.schema import DataConfig, RunConfig, Source, TokenizerConfig, TrainConfig
 from castalia.data.chat import Chat, encode_chat, read_template, renderer
 from castalia.data.config_corpora import open_data
-from castalia.data.indexed import DatasetWriter, open_dataset
+from castalia.data.dataset_writer import DatasetWriter
+from castalia.data.indexed import open_dataset
 from castalia.data.prepare import Recipe, prepare
 from castalia.data.tokenizer import ByteTokenizer, train_bpe
 from castalia.errors import DataError

@@ -7,7 +7,8 @@ from typer.testing import CliRunner, Result
 
 from castalia.cli import data as data_verbs
 from castalia.cli import tokenizer as tokenizer_verbs
-from castalia.data.indexed import DatasetWriter, open_dataset
+from castalia.data.dataset_writer import DatasetWriter
+from castalia.data.indexed import open_dataset
 from castalia.data.sources import documents
 from castalia.errors import DataError
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from castalia.config.schema import DataConfig
 from castalia.data.corpora import describe, duplicates, merge, split
-from castalia.data.indexed import DatasetWriter, IndexedDataset, open_dataset
+from castalia.data.dataset_writer import DatasetWriter
+from castalia.data.indexed import IndexedDataset, open_dataset
 from castalia.data.sample_index import split_bounds
 from castalia.data.split import PARTS, file_of_each, split_documents, write_sources
 from castalia.errors import DataError

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from castalia.data.indexed import DatasetWriter, open_dataset, token_dtype
+from castalia.data.dataset_writer import DatasetWriter, token_dtype
+from castalia.data.indexed import open_dataset
 from castalia.errors import DataError
 from castalia.files import lock
 

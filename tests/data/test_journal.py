@@ -10,7 +10,8 @@ from typing import NamedTuple
 import pytest
 
 from castalia.config.schema import TokenizerConfig
-from castalia.data.indexed import DatasetWriter, open_dataset
+from castalia.data.dataset_writer import DatasetWriter
+from castalia.data.indexed import open_dataset
 from castalia.data.prepare import PreparationReport, Recipe, prepare
 from castalia.errors import DataError
 

@@ -21,7 +21,7 @@ from castalia.config.schema import (
 )
 from castalia.data import config_corpora
 from castalia.data.config_corpora import batch_at, has_data, open_data
-from castalia.data.indexed import DatasetWriter
+from castalia.data.dataset_writer import DatasetWriter
 from castalia.data.loader import SPLITS
 from castalia.errors import ConfigError, DataError
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from castalia.config.load import load_config
 from castalia.config.schema import RunConfig, Source, Text
-from castalia.data.indexed import DatasetWriter
+from castalia.data.dataset_writer import DatasetWriter
 from castalia.data.pairs import open_pairs, open_samples
 from castalia.errors import ConfigError, DataError
 

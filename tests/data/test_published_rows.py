@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from castalia.data.indexed import DatasetWriter
+from castalia.data.dataset_writer import DatasetWriter
 from castalia.data.published_rows import ParquetRows, ShardedRows, open_published
 from castalia.errors import DataError
 

@@ -9,7 +9,8 @@ from castalia.config.load import load_config
 from castalia.config.schema import DataConfig
 from castalia.data.config_corpora import open_data
 from castalia.data.corpora import merge
-from castalia.data.indexed import DatasetWriter, open_dataset
+from castalia.data.dataset_writer import DatasetWriter
+from castalia.data.indexed import open_dataset
 from castalia.data.prepare import Recipe, prepare
 from castalia.data.sample_index import split_bounds
 from castalia.data.split import (

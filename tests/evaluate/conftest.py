@@ -2,7 +2,7 @@ import pytest
 
 from castalia.cli.train import train
 from castalia.config.load import load_config
-from castalia.data.indexed import DatasetWriter
+from castalia.data.dataset_writer import DatasetWriter
 
 TEXTS = ["a small text, twice over. " * 4, "naïve café, in two bytes each. " * 3, "and the third one. " * 5]
 

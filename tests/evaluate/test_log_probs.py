@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from castalia.checkpoint.file_plan import TargetLayout
-from castalia.data.indexed import DatasetWriter
+from castalia.data.dataset_writer import DatasetWriter
 from castalia.train.evaluation import write_log_probs
 from tests.checkpoint.made import FAMILIES, made, written
 

@@ -14,7 +14,8 @@ from castalia.cli.opening import overlaid
 from castalia.cli.train import train
 from castalia.config.load import load_config
 from castalia.config.schema import ModelConfig, TokenizerConfig
-from castalia.data.indexed import DatasetWriter, open_dataset
+from castalia.data.dataset_writer import DatasetWriter
+from castalia.data.indexed import open_dataset
 from castalia.data.loader import Batch
 from castalia.data.split import sources_path, write_sources
 from castalia.data.tokenizer import load_tokenizer
@@ -196,7 +197,7 @@ def test_bad_input_is_one_clear_error(run, options, message):
 
 
 def test_tokens_beyond_the_vocabulary_are_refused(run, tmp_path):
-    from castalia.data.indexed import DatasetWriter
+    from castalia.data.dataset_writer import DatasetWriter
 
     with DatasetWriter(tmp_path / "other", "uint16") as writer:
         writer.add([1, 2, 300])

@@ -14,7 +14,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from castalia.cli import main as cli
 from castalia.config.schema import TokenizerConfig
-from castalia.data.indexed import DatasetWriter
+from castalia.data.dataset_writer import DatasetWriter
 from castalia.data.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
 from castalia.errors import CheckpointError
 from castalia.generate.generation import TextPiece, generate, in_order

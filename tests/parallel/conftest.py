@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from castalia.config.load import load_config
-from castalia.data.indexed import DatasetWriter
+from castalia.data.dataset_writer import DatasetWriter
 from tests.parallel.pool import Pool
 
 FAMILIES = {

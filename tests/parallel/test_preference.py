@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from castalia.config.schema import RunConfig
-from castalia.data.indexed import DatasetWriter
+from castalia.data.dataset_writer import DatasetWriter
 from castalia.errors import ConfigError
 from castalia.parallel.rank_grid import check_run
 from castalia.train.setup import start

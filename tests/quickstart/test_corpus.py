@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from castalia.data.indexed import DatasetWriter, open_dataset
+from castalia.data.dataset_writer import DatasetWriter
+from castalia.data.indexed import open_dataset
 from castalia.data.split import sources_of
 from castalia.errors import DataError
 from castalia.quickstart.corpus import STRETCH_TOKENS, hold_out

@@ -9,7 +9,7 @@ import torch
 
 from castalia.cli.train import train
 from castalia.config.load import load_config
-from castalia.data.indexed import DatasetWriter
+from castalia.data.dataset_writer import DatasetWriter
 
 WORDS = ["the", "light", "was", "good", "and", "there", "evening", "morning", "day", "waters"]
 MODEL = ["model.num_layers=1", "model.hidden_size=16", "model.num_heads=2", "model.vocab_multiple=1"]

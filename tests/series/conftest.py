@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from castalia.config.load import load_config
-from castalia.data.indexed import DatasetWriter
+from castalia.data.dataset_writer import DatasetWriter
 from castalia.train.loop import train
 
 WORDS = ["the", "light", "was", "good", "and", "there", "evening", "morning", "day", "waters"]

@@ -78,7 +78,7 @@ def test_an_interrupted_evaluation_goes_on(trained, tokenizer, tmp_path, monkeyp
 
 
 def test_other_vocabularies_are_refused(trained, tokenizer, tmp_path):
-    from castalia.data.indexed import DatasetWriter
+    from castalia.data.dataset_writer import DatasetWriter
 
     with DatasetWriter(tmp_path / "other", "uint16") as writer:
         writer.add([1, 300, 2])

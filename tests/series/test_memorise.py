@@ -8,7 +8,7 @@ import torch
 
 from castalia.config.schema import TokenizerConfig
 from castalia.data.config_corpora import batch_at
-from castalia.data.indexed import DatasetWriter
+from castalia.data.dataset_writer import DatasetWriter
 from castalia.data.tokenizer import load_tokenizer
 from castalia.errors import ConfigError, DataError
 from castalia.loading import build_model

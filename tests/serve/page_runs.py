@@ -6,7 +6,7 @@ from pathlib import Path
 
 from castalia.cli.train import train
 from castalia.config.load import load_config
-from castalia.data.indexed import DatasetWriter
+from castalia.data.dataset_writer import DatasetWriter
 from castalia.observe.metrics import write_event
 
 TEXTS = ["a small text, twice over. " * 4, "naïve café, in two bytes each. " * 3, "and the third one. " * 5]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from castalia.data.indexed import DatasetWriter
+from castalia.data.dataset_writer import DatasetWriter
 from castalia.plan.stream_plan import PROGRAM_BYTES
 from tests.checkpoint.synthetic import shape_of_20b, write_20b
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from castalia.config.load import load_config
-from castalia.data.indexed import DatasetWriter
+from castalia.data.dataset_writer import DatasetWriter
 from castalia.train.loop import train
 
 MODEL = ["model.num_layers=2", "model.hidden_size=32", "model.num_heads=4", "model.vocab_multiple=1"]

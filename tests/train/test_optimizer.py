@@ -9,7 +9,8 @@ from castalia.config.schema import LossScaleConfig, ModelConfig, OptimizerConfig
 from castalia.config.tensor_table import row_of
 from castalia.errors import ConfigError, TrainingError
 from castalia.model.transformer import Transformer
-from castalia.train.optimizer import LossScaler, make_optimizer, set_rate
+from castalia.train.loss_scale import LossScaler
+from castalia.train.optimizer import make_optimizer, set_rate
 
 SMALL = ModelConfig(
     num_layers=1, hidden_size=8, num_heads=2, vocab_size=16, vocab_multiple=1, qk_norm=True, max_positions=8

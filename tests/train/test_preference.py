@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from castalia.checkpoint.opener import open_checkpoint
 from castalia.cli.evaluate import command as evaluate
 from castalia.config.load import load_config, load_run
-from castalia.data.indexed import DatasetWriter
+from castalia.data.dataset_writer import DatasetWriter
 from castalia.errors import ConfigError
 from castalia.examine.facts import from_tensors
 from castalia.loading import load_model

@@ -16,7 +16,7 @@ from castalia.checkpoint.opener import open_checkpoint
 from castalia.checkpoint.restore import optimizer_state
 from castalia.cli.train import read_config, train
 from castalia.config.load import dump_config, load_config
-from castalia.data.indexed import DatasetWriter
+from castalia.data.dataset_writer import DatasetWriter
 from castalia.errors import ConfigError, DataError
 from castalia.plan.run_description import attention
 from castalia.plan.run_plan import training, warnings

@@ -13,7 +13,7 @@ from castalia.cli.main import main
 from castalia.config.input_files import missing_files
 from castalia.config.load import load_config, load_run
 from castalia.config.schema import RunConfig
-from castalia.data.indexed import DatasetWriter
+from castalia.data.dataset_writer import DatasetWriter
 from castalia.data.tokenizer import load_tokenizer
 from castalia.train.loop import train
 from castalia.train.start_checks import find_obstacles

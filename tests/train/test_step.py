@@ -14,7 +14,8 @@ from castalia.model.init import initialize
 from castalia.model.transformer import Transformer
 from castalia.parallel.activation_checkpointing import apply_activation_checkpointing
 from castalia.parallel.executor import Executor
-from castalia.train.optimizer import LossScaler, make_optimizer
+from castalia.train.loss_scale import LossScaler
+from castalia.train.optimizer import make_optimizer
 from castalia.train.schedule import LearningRate
 from castalia.train.step import MAX_SKIPPED_IN_A_ROW, TrainStep, dropout_seed
 

@@ -55,7 +55,7 @@ def paired(tmp_path):
     import json
 
     from castalia.config.load import load_config
-    from castalia.data.indexed import DatasetWriter
+    from castalia.data.dataset_writer import DatasetWriter
 
     for side, first in (("pos", 10), ("neg", 20)):
         with (
