@@ -201,14 +201,19 @@ def load_tokenizer_for(checkpoint: Checkpoint, path: str | None = None) -> Token
     settings = TokenizerConfig(path=path) if path else tokenizer_settings(checkpoint)
     if settings is None:
         raise CheckpointError(f"{checkpoint.path} does not name its tokenizer; give one with --tokenizer")
+    refuse_missing_tokenizer(checkpoint, settings)
+    neox = checkpoint.config is not None and checkpoint.config.neox_exact
+    return load_tokenizer(settings, neox=neox, model=model_folder(checkpoint))
+
+
+def refuse_missing_tokenizer(checkpoint: Checkpoint, settings: TokenizerConfig) -> None:
+    """Raises CheckpointError where there is no such file as the checkpoint names."""
     if settings.path and not Path(settings.path).exists():
         where = checkpoint.config.place("tokenizer.path") if checkpoint.config else ""
         raise CheckpointError(
             f"{where}the checkpoint {checkpoint.path} names the tokenizer {settings.path}, which is neither here nor "
             "beside it; give the file with --tokenizer (train, finetune: tokenizer.path=FILE)"
         )
-    neox = checkpoint.config is not None and checkpoint.config.neox_exact
-    return load_tokenizer(settings, neox=neox, model=model_folder(checkpoint))
 
 
 def find_tokenizer(checkpoint: Checkpoint, path: str | None) -> Tokenizer | None:

@@ -11,6 +11,7 @@ import typer
 
 from castalia.strict_json import to_json
 from castalia.units import duration
+from castalia.wrapping import WIDTH
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -48,6 +49,8 @@ def command(
         print(to_json([asdict(status) for status in statuses], indent=1))
         return
     console = Console()
+    if not console.is_terminal:
+        console.width = WIDTH
     if not follow:
         console.print(_table(statuses))
     else:
@@ -67,7 +70,9 @@ def _table(statuses: Sequence[RunStatus]) -> Table:
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("run", "state", "step", "loss", "valid", "tokens/s", "left", "saved", "events"):
-        table.add_column(name, justify="left" if name in ("run", "state", "saved", "events") else "right")
+        # Where there is no room for all, these are wrapped and no number is cut.
+        wraps = name in ("run", "saved", "events")
+        table.add_column(name, justify="left" if wraps or name == "state" else "right", no_wrap=not wraps)
     for status in statuses:
         table.add_row(
             Text(status.folder, overflow="fold"),

@@ -17,7 +17,7 @@ from pydantic_core import to_jsonable_python
 from castalia.checkpoint.adapters import adapters_of
 from castalia.checkpoint.description import model_folder, tokenizer_settings
 from castalia.checkpoint.opener import open_checkpoint
-from castalia.checkpoint.restore import architecture
+from castalia.checkpoint.restore import architecture, refuse_missing_tokenizer
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.commented import Settings, commented, nested, overridden
 from castalia.config.fields import changed
@@ -164,12 +164,14 @@ def load(values: Settings, request: Request, final: bool = False) -> RunConfig:
 
 
 def with_tokenizer(config: RunConfig, source: Checkpoint) -> RunConfig:
-    """The config with the model's tokenizer, unless it names another one. Raises ConfigError where there is none."""
+    """The config with the model's tokenizer, unless it names another one. Raises ConfigError where it names none, and
+    CheckpointError where that is missing."""
     if any(path.startswith("tokenizer.") and by != NEOX_DEFAULT for path, by in config.origins.items()):
         return config
     words = tokenizer_settings(source)
     if words is None or not (words.path or words.kind):
         raise ConfigError(f"{source.path} names no tokenizer; give tokenizer.path")
+    refuse_missing_tokenizer(source, words)
     return config.with_({"tokenizer": words})
 
 

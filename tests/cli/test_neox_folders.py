@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from castalia.cli import data as data_verbs
+from castalia.cli.finetune import command as finetune
 from castalia.cli.train import read_config, train
 from castalia.config.load import load_config
-from castalia.errors import ConfigError, TrainingError
+from castalia.errors import CheckpointError, ConfigError, TrainingError
 from castalia.observe.metrics import read_metrics
 from castalia.train.dry_run import rehearse
 from castalia.train.start_checks import find_obstacles
@@ -69,6 +70,14 @@ def test_data_are_found_beside_the_folder_from_elsewhere(folder: Path, monkeypat
     }
     assert find_obstacles(config) == []
     assert config.checkpoint.dir == "runs/model"
+
+
+def test_fine_tuning_without_the_tokenizer_says_which_option_names_it(folder: Path) -> None:
+    (folder / "tok.json").unlink()
+    Path("my.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    with pytest.raises(CheckpointError, match=r"names the tokenizer tok\.json, .* tokenizer\.path=FILE"):
+        finetune(str(folder), ["my.jsonl", "train.steps=1"])
+    assert not Path("runs").exists()
 
 
 def test_a_folder_without_a_config_says_what_to_do(tmp_path: Path) -> None:

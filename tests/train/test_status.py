@@ -3,11 +3,14 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from io import StringIO
 
 import pytest
+from rich.console import Console
 
 from castalia.checkpoint.formats.native.save import CheckpointSaver
+from castalia.cli.status import _table
 from castalia.errors import DataError
 from castalia.observe.metrics import read_last_metrics, read_metrics, write_event
 from castalia.train.status import find_runs, read_status
@@ -30,6 +33,14 @@ def test_the_last_event_tells_how_a_run_ended(straight, tmp_path, event, state):
     status = read_status(run)
     assert (status.state, status.message) == (state, "loss is NaN" if state == "failed" else None)
     assert asdict(status)["events"] == ({"error": 1} if event == "error" else {})  # as --json writes it
+
+
+def test_a_narrow_terminal_cuts_no_number(straight):
+    status = replace(read_status(straight), step=11_156, steps=20_000, tokens_per_second=1_234_567.0, folder="runs/a")
+    console = Console(width=80, file=StringIO())
+    console.print(_table([status]))
+    shown = console.file.getvalue()
+    assert "11,156/20,000" in shown and "1,234,567" in shown and "complete" in shown and "…" not in shown
 
 
 def test_a_folder_that_is_held_is_training_and_is_not_disturbed(straight, tmp_path):
