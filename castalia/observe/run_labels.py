@@ -16,7 +16,8 @@ from castalia.observe.metrics import read_metrics
 
 TOLD = 3  # differences in a label
 SHOWN = 24  # letters of a value
-PLACES = ("checkpoint.", "log.", "data.cache_dir")  # which differ from run to run, and change nothing that is learnt
+# Settings without which runs are told apart: places, which change nothing that is learnt, and what a run itself notes.
+UNTOLD = ("checkpoint.", "log.", "data.cache_dir", "data.pass_multiple", "train.earlier_batches")
 
 
 def runs_below(path: str | Path) -> list[Path]:
@@ -51,7 +52,7 @@ def _settings(run: Path) -> dict[str, Any]:
         settings = list(values(load_config(run / "config.yml", any_batch=True)))
     except ConfigError:
         return {}
-    return {path: _content(run, path, value) for path, value in settings if not path.startswith(PLACES)}
+    return {path: _content(run, path, value) for path, value in settings if not path.startswith(UNTOLD)}
 
 
 RUN = "RUN"  # in place of a run's own folder, whose name its label has already

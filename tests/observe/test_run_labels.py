@@ -65,7 +65,7 @@ def test_what_tells_most_runs_apart_comes_first_and_the_folder_is_no_difference(
             tmp_path / f"r{n}",
             optimizer=f"{{lr: {rates[n]}}}",
             train=f"{{batch_size: {batches[n]}}}",
-            data=f"{{path: {tmp_path}/r{n}/data/text, cache_dir: r{n}}}",
+            data=f"{{path: {tmp_path}/r{n}/data/text, cache_dir: r{n}, pass_multiple: {n + 1}}}",
             tokenizer=f"{{path: here/r{n}/tokenizer.json}}",
             seed=1 + n // 3,
         )
