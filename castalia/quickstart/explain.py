@@ -5,7 +5,15 @@ from __future__ import annotations
 from castalia.quickstart.choose import MAX_PASSES, Choice
 from castalia.quickstart.family import SIZES
 from castalia.quickstart.look import Folder, describe
-from castalia.quickstart.measured import BASE_WIDTH, ERROR, OTHER_TEXT_ERROR, SOURCE, XZ_BITS_PER_BYTE
+from castalia.quickstart.measured import (
+    BASE_WIDTH,
+    ERROR,
+    LONGER_ERROR,
+    MEASURED_BYTES,
+    OTHER_TEXT_ERROR,
+    SOURCE,
+    XZ_BITS_PER_BYTE,
+)
 from castalia.units import duration, short_number
 
 SAME_TEXT = 0.02  # bits per byte in which xz differs on texts that are alike
@@ -74,28 +82,29 @@ def _limit(choice: Choice) -> str:
     return f". IT STOPS THERE, BEFORE THE TIME IS OVER: after {MAX_PASSES} passes a model learns by heart"
 
 
-def error_of(folder: Folder) -> float:
-    """Share of the expected bits per byte by which they may be wrong."""
-    alike = abs(folder.xz_bits_per_byte - XZ_BITS_PER_BYTE) < SAME_TEXT
-    return ERROR if alike else ERROR + OTHER_TEXT_ERROR
-
-
-def _error(folder: Folder) -> str:
-    error = error_of(folder)
-    if error > ERROR:
-        return (
-            f"give or take {error:.0%}: the law was measured on another text, this one is judged by how xz shrinks it"
-        )
-    return f"give or take {error:.0%}, measured by {SOURCE}"
+def error_of(choice: Choice, folder: Folder) -> tuple[float, str]:
+    """Share of the expected bits per byte by which they may be wrong, and why."""
+    longer = choice.passes * folder.bytes > 1.1 * MEASURED_BYTES
+    error = LONGER_ERROR if longer else ERROR
+    if abs(folder.xz_bits_per_byte - XZ_BITS_PER_BYTE) >= SAME_TEXT:
+        error += OTHER_TEXT_ERROR
+        return error, ": the law was measured on another text, this one is judged by how xz shrinks it"
+    if longer:
+        return error, f": the law was measured on {MEASURED_BYTES / 1e6:.1f} MB, and longer runs came out better"
+    return error, f", measured by {SOURCE}"
 
 
 def about_loss(choice: Choice, twice: Choice | None, folder: Folder) -> Rows:
     """What to expect. `twice`: the choice for twice the time, where a time was asked for."""
-    error = error_of(folder)
+    error, why = error_of(choice, folder)
     low, high = choice.bits_per_byte * (1 - error), choice.bits_per_byte * (1 + error)
     rows = [
         ("expect", f"{choice.bits_per_byte:.2f} bits for each byte of text that it never saw, {low:.2f} to {high:.2f}"),
-        ("", f"{_error(folder)}; a byte has 8 bits, and xz takes {folder.xz_bits_per_byte:.2f} of this text"),
+        (
+            "",
+            f"give or take {error:.0%}{why}; a byte has 8 bits, and xz takes "
+            f"{folder.xz_bits_per_byte:.2f} of this text",
+        ),
     ]
     if twice is None:
         return rows
