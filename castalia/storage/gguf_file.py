@@ -36,7 +36,8 @@ OTHER_TYPES = {  # that we meet and cannot read
 # Numbers and formats (of `struct`) of the types of values. Texts and arrays come with their lengths.
 U32, I32, F32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", U32: "I", I32: "i", F32: "f", BOOL: "?", 10: "Q", 11: "q", 12: "d"}
-MAX_HEADER_BYTES = 1 << 30
+HEADER_BYTES = (1 << 20, 1 << 24, 1 << 28)  # read at first, and again if the header goes on; it cannot be longer
+LEAST_VALUE, LEAST_ENTRY, LEAST_TEXT = 13, 24, 8  # bytes of the shortest key with its value, tensor's entry, text
 MAX_DIMENSIONS = 4
 
 
@@ -210,15 +211,13 @@ def open_gguf(path: Path) -> Gguf:
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
-            header = memoryview(file.read(min(size, 1 << 20)))
-            while True:
+            for length in HEADER_BYTES:
+                file.seek(0)
                 try:
-                    return _parsed(path, header, size)
+                    return _parsed(path, memoryview(file.read(min(size, length))), size)
                 except _TooShort:
-                    if len(header) >= min(size, MAX_HEADER_BYTES):
-                        raise CheckpointError(f"{path} is truncated: its header does not end within it") from None
-                    file.seek(0)
-                    header = memoryview(file.read(min(size, 16 * len(header), MAX_HEADER_BYTES)))
+                    continue
+        raise _endless(path)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
 
@@ -227,14 +226,24 @@ class _TooShort(Exception):
     """The header goes on behind the bytes that were read."""
 
 
-class _Cursor:
-    """Reads one value after another from the beginning of a file."""
+def _endless(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path} is truncated or damaged: its header does not end within it")
 
-    def __init__(self, path: Path, data: memoryview) -> None:
-        self.path, self.data, self.at = path, data, 0
+
+class _Cursor:
+    """Reads one value after another from the beginning of a file of `size` bytes, of which `data` are read."""
+
+    def __init__(self, path: Path, data: memoryview, size: int) -> None:
+        self.path, self.data, self.at, self.limit = path, data, 0, min(size, HEADER_BYTES[-1])
+
+    def expect(self, count: int) -> None:
+        """Raises CheckpointError if so many bytes more cannot be in the header: a count is damaged."""
+        if self.at + count > self.limit:
+            raise _endless(self.path)
 
     def take(self, count: int) -> memoryview:
         """The next bytes."""
+        self.expect(count)
         if self.at + count > len(self.data):
             raise _TooShort
         self.at += count
@@ -258,6 +267,7 @@ class _Cursor:
         if kind == ARRAY:
             kind, count = self.number("I"), self.number("Q")
             if kind == STRING:
+                self.expect(LEAST_TEXT * count)
                 return [self.text() for _ in range(count)]
             form = self.form(kind)
             return list(struct.unpack(f"<{count}{form}", self.take(count * struct.calcsize("<" + form))))
@@ -271,11 +281,12 @@ class _Cursor:
 
 
 def _parsed(path: Path, header: memoryview, size: int) -> Gguf:
-    cursor = _Cursor(path, header)
+    cursor = _Cursor(path, header, size)
     if bytes(cursor.take(4)) != MAGIC or (version := cursor.number("I")) not in (2, VERSION):
         raise CheckpointError(f"{path} is not a GGUF file of version 2 or 3, whose bytes are in little-endian order")
     del version
     num_tensors, num_values = cursor.number("Q"), cursor.number("Q")
+    cursor.expect(LEAST_VALUE * num_values + LEAST_ENTRY * num_tensors)
     metadata: dict[str, Any] = {}
     for _ in range(num_values):
         key = cursor.text()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,8 @@ from castalia.config.schema import ModelConfig, RopeScaling, TokenizerConfig
 from castalia.data.tokenizer import RustTokenizer, Tokenizer, load_tokenizer, train_bpe
 from castalia.errors import CheckpointError
 from castalia.examine.verify import verify
-from castalia.storage.gguf_file import dequantize, open_gguf, quantize
-from castalia.storage.lazy import same_bits
+from castalia.storage.gguf_file import GgufFile, Stored, dequantize, open_gguf, quantize
+from castalia.storage.lazy import InMemory, same_bits
 from tests.checkpoint.made import FAMILIES, LLAMA, SIZES, made, written
 
 TEXT = "In the beginning was the Word, and 1,234 words\n\n  were with  it: 'tis so, we'll see."
@@ -230,6 +232,103 @@ def test_what_is_not_ours_is_refused(tmp_path: Path, words: Path) -> None:
     damaged(content[:at] + b"\x0c" + content[at + 1 :], "token_embd.weight is stored as q4_K")
     with pytest.raises(CheckpointError, match="holds its tokenizer, which is missing"):
         planned(made(FAMILIES["llama"]))
+
+
+def with_values(path: Path, words: Path, values: dict[str, Any], family: str, **tensors: torch.Tensor) -> Path:
+    """A well-formed file whose metadata has other values (None: leaves the key out), and which has other tensors."""
+    if not path.exists():
+        to_file(a_checkpoint(FAMILIES[family], words), path)
+    contents = open_gguf(path)
+    metadata = {key: value for key, value in {**contents.metadata, **values}.items() if value is not None}
+    refs = {**contents.tensors, **{name.replace("__", "."): InMemory(value) for name, value in tensors.items()}}
+    path = path.with_name("other.gguf")
+    GgufFile(metadata, {name: Stored(ref, "f32") for name, ref in refs.items()}).write(path, lambda count: None)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("family", "values", "match"),
+    [
+        ("llama", {"general.architecture": ["llama"]}, r"general.architecture \['llama'\] is not supported"),
+        ("gpt2", {"gpt2.attention.layer_norm_epsilon": "small"}, "epsilon is 'small', which is not a finite number"),
+        ("gpt2", {"gpt2.attention.layer_norm_epsilon": [1e-5]}, "epsilon is .*, which is not a finite number"),
+        ("llama", {"llama.rope.freq_base": float("inf")}, "freq_base is inf, which is not a finite number"),
+        ("llama", {"llama.rope.dimension_count": float("inf")}, "dimension_count is inf, which is not a whole number"),
+        ("llama", {"llama.block_count": True}, "block_count is True, which is not a whole number"),
+        ("llama", {"llama.attention.head_count_kv": [2, 2]}, r"kv is \[2, 2\], which is not a whole number"),
+        ("llama", {"llama.attention.head_count": 0}, "=32 is no multiple of attention.head_count=0"),
+        ("llama", {"llama.attention.head_count": 64}, "=32 is no multiple of attention.head_count=64"),
+        ("llama", {"llama.rope.scaling.type": 1}, "scaling.type is 1, which is not a text"),
+        ("gpt_neox", {"gptneox.use_parallel_residual": "yes"}, "residual is 'yes', which is not a truth value"),
+        ("llama", {"llama.context_length": None}, "llama.context_length is missing"),
+        ("llama", {"llama.rope.scaling.type": "yarn"}, "type is 'yarn', but rope.scaling.factor is missing"),
+        ("llama", {"llama.rope.scaling.type": "longrope"}, "'longrope' is not supported; known are linear and yarn"),
+        ("llama", {"llama.rope.scaling.attn_factor": 1.5}, "attn_factor is supported for yarn alone"),
+        ("llama", {"llama.rope.scaling.yarn_beta_fast": 8.0}, "llama.rope.scaling.yarn_beta_fast=8.0 is not supported"),
+        ("llama", {"llama.rope.dimension_count": 4}, r"llama computes: model.rotary_pct=0.5 \(only 1.0\)"),
+        ("llama", {"llama.logit_scale": 0.5}, "llama.logit_scale=0.5 is not supported"),
+        ("llama", {"llama.attention.key_length": 16}, "llama.attention.key_length=16 is not supported"),
+        ("llama", {"llama.expert_count": 8}, "llama.expert_count=8 is not supported"),
+        ("llama", {"llama.attention.sliding_window": 7}, "llama.attention.sliding_window=7 is not supported"),
+        ("llama", {"llama.of_tomorrow": 0}, "llama.of_tomorrow=0 is not supported"),
+        ("gpt2", {"gpt2.use_parallel_residual": True}, "gpt2.use_parallel_residual=True is not supported"),
+        ("gpt2", {"gpt2.rope.scaling.factor": 4.0}, "gpt2.rope.scaling.factor=4.0 is not supported"),
+    ],
+)
+def test_values_that_are_not_understood_are_refused(
+    family: str, values: dict, match: str, tmp_path: Path, words: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=match):
+        open_checkpoint(with_values(tmp_path / "model.gguf", words, values, family))
+
+
+def test_an_embedding_without_dimensions_and_two_scalings_are_refused(tmp_path: Path, words: Path) -> None:
+    path = with_values(tmp_path / "model.gguf", words, {}, "llama", token_embd__weight=torch.tensor(1.0))
+    with pytest.raises(CheckpointError, match="token_embd.weight is missing, or has no dimensions"):
+        open_checkpoint(path)
+    factors, four = {"rope_freqs__weight": torch.ones(4)}, {"llama.rope.scaling.factor": 4.0}
+    path = with_values(tmp_path / "model.gguf", words, four, "llama", **factors)
+    with pytest.raises(CheckpointError, match="rope_freqs.weight together with rope.scaling.factor"):
+        open_checkpoint(path)
+    path = with_values(tmp_path / "model.gguf", words, {"castalia.rope_scaling": 4}, "llama", **factors)
+    with pytest.raises(CheckpointError, match="not a usable model"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("values", "factor"),
+    [
+        ({"rope.scaling.factor": 4.0}, 4.0),
+        ({"rope.scale_linear": 4.0}, 4.0),
+        ({"rope.scaling.factor": 8.0, "rope.scale_linear": 4.0, "rope.scaling.type": "linear"}, 8.0),
+        ({"rope.scaling.factor": 0.0}, None),
+        ({"rope.scaling.factor": 4.0, "rope.scaling.type": "none"}, None),
+        ({"attention.key_length": 8, "expert_count": 0, "logit_scale": 1.0, "rope.scaling.yarn_beta_slow": 1.0}, None),
+    ],
+)
+def test_values_are_taken_as_llama_cpp_takes_them(
+    values: dict, factor: float | None, tmp_path: Path, words: Path
+) -> None:
+    path = with_values(tmp_path / "model.gguf", words, {f"llama.{key}": v for key, v in values.items()}, "llama")
+    scaling = open_checkpoint(path).config.model.rope_scaling
+    assert scaling == (RopeScaling(kind="linear", factor=factor) if factor else None)
+
+
+def test_damaged_counts_of_a_large_file_are_refused_before_it_is_read(tmp_path: Path, words: Path) -> None:
+    path = tmp_path / "model.gguf"
+    to_file(a_checkpoint(FAMILIES["llama"], words), path)
+    content = path.read_bytes()
+    tokens = content.index(b"tokenizer.ggml.tokens") + len(b"tokenizer.ggml.tokens") + 8
+    for place in (8, 16, 24, tokens):  # of tensors, of values, of the first key's signs, of tokens
+        path.write_bytes(content[:place] + struct.pack("<Q", 1 << 28) + content[place + 8 :])
+        with open(path, "r+b") as file:
+            file.truncate(1 << 31)  # zeros that take no place
+        tracemalloc.start()
+        with pytest.raises(CheckpointError, match="truncated or damaged: its header does not end"):
+            open_gguf(path)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert most < 1 << 24
 
 
 def test_flipped_bytes_of_the_header_end_in_one_kind_of_error(tmp_path: Path, words: Path) -> None:

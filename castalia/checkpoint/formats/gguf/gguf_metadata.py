@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from castalia.checkpoint.formats.gguf.names import ARCHITECTURES, HEAD, LLAMA3_FACTORS
+from castalia.checkpoint.formats.gguf.names import ARCHITECTURES, HEAD, LLAMA3_FACTORS, not_computed
 from castalia.config.schema import ModelConfig, RopeScaling
 from castalia.errors import CheckpointError
 from castalia.strict_json import to_json
@@ -20,6 +21,21 @@ KEYS = {  # behind the name of the architecture -> our setting
     "feed_forward_length": "mlp_size", "attention.head_count": "num_heads", "attention.head_count_kv": "num_kv_heads",
     "vocab_size": "vocab_size",
 }  # fmt: skip
+ROTARY_KEYS = {
+    "rope.dimension_count": int, "rope.freq_base": float, "rope.scale_linear": float, "rope.scaling.type": str,
+    "rope.scaling.factor": float, "rope.scaling.original_context_length": int, "rope.scaling.attn_factor": float,
+}  # fmt: skip
+# Keys that are not read -> their values that leave the model as it is. Of all keys of experts it is 0.
+IDLE: dict[str, tuple[Any, ...]] = {
+    "attention.causal": (True,), "attention.clamp_kqv": (0,), "attention.max_alibi_bias": (0,),
+    "attention.scale": (0,), "attention.sliding_window": (0,), "embedding_scale": (0, 1), "logit_scale": (0, 1),
+    "pooling_type": (0,), "residual_scale": (0, 1), "rope.scaling.finetuned": (False, True),
+    "rope.scaling.yarn_attn_factor": (1,), "rope.scaling.yarn_beta_fast": (32,),
+    "rope.scaling.yarn_beta_slow": (1,), "tensor_data_layout": ("reference", "Meta AI original pth"),
+    "use_parallel_residual": (False,),
+}  # fmt: skip
+TYPES = {int: "a whole number", float: "a finite number in fp32", str: "a text", bool: "a truth value"}
+LARGEST = float(np.finfo(np.float32).max)
 
 
 def to_metadata(name: str, model: ModelConfig, longest: int, rows: int) -> dict[str, Any]:
@@ -56,44 +72,62 @@ def _magnitude(factor: float) -> float:
 def from_metadata(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], path: str) -> ModelConfig:
     """The model that a file describes. `shapes`: of its tensors, which show biases and the head.
 
-    Raises CheckpointError for architectures and settings that are not ours, and for values that are missing.
+    Raises CheckpointError for architectures and settings that are not ours, and for values that are missing or of
+    another type.
     """
     name = metadata.get("general.architecture")
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise CheckpointError(
-            f"{path}: general.architecture {name!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
+            f"{path}: general.architecture {reprlib.repr(name)} is not supported; "
+            f"supported are {', '.join(ARCHITECTURES)}"
         )
+    if not shapes.get("token_embd.weight"):
+        raise CheckpointError(f"{path}: token_embd.weight is missing, or has no dimensions")
     architecture = ARCHITECTURES[name]
+    fixed, epsilon = architecture.fixed, _epsilon(architecture.fixed["norm"])
     given = {key.removeprefix(f"{name}."): value for key, value in metadata.items() if key.startswith(f"{name}.")}
-    optional = {"attention.head_count_kv": None, "vocab_size": shapes.get("token_embd.weight", (None,))[0]}
-    needed = {*KEYS, _epsilon(architecture.fixed["norm"])} - optional.keys()
-    if missing := sorted(key for key in needed if key not in given):
+    optional = {"attention.head_count_kv": None, "vocab_size": shapes["token_embd.weight"][0]}
+    if missing := sorted({*KEYS, epsilon} - optional.keys() - given.keys()):
         raise CheckpointError(f"{path}: {name}.{missing[0]} is missing")
-    if unknown := sorted(
-        key for key in given if key.startswith(("expert_", "attention.sliding_window")) and given[key]
-    ):
-        raise CheckpointError(f"{path}: {name}.{unknown[0]}={given[unknown[0]]} is not supported")
+    types = {**dict.fromkeys(KEYS, int), epsilon: float}
+    types |= {"use_parallel_residual": bool} if name == "gptneox" else {}
+    types |= ROTARY_KEYS if fixed["position"] == "rotary" else {}
+    for key, value in given.items():
+        if key in types and not _is(value, types[key]):
+            raise CheckpointError(f"{path}: {name}.{key} is {reprlib.repr(value)}, which is not {TYPES[types[key]]}")
     values: dict[str, Any] = {ours: given.get(key, optional.get(key)) for key, ours in KEYS.items()}
-    values["norm_eps"] = _shortest(given[_epsilon(architecture.fixed["norm"])])
-    values |= {"vocab_multiple": 1, "tie_embeddings": HEAD not in shapes, **architecture.fixed}
+    width, heads = values["hidden_size"], values["num_heads"]
+    if width <= 0 or heads <= 0 or width % heads:
+        raise CheckpointError(f"{path}: {name}.embedding_length={width} is no multiple of attention.head_count={heads}")
+    size = width // heads
+    idle = {**IDLE, "attention.key_length": (size,), "attention.value_length": (size,)}
+    for key in sorted(given.keys() - types.keys()):
+        if given[key] not in idle.get(key, (0,) if key.startswith("expert_") else ()):
+            raise CheckpointError(f"{path}: {name}.{key}={reprlib.repr(given[key])} is not supported")
+    values["norm_eps"] = _shortest(given[epsilon])
+    values |= {"vocab_multiple": 1, "tie_embeddings": HEAD not in shapes, **fixed}
     biased = {"attention_bias": ("attn_qkv", "attn_q"), "mlp_bias": ("ffn_up",)}
     values |= {key: any(f"blk.0.{word}.bias" in shapes for word in words) for key, words in biased.items()}
     try:
         if name == "gptneox":
             values["parallel_residual"] = given.get("use_parallel_residual", True)
-        if architecture.fixed["position"] == "rotary":
-            size = values["hidden_size"] // values["num_heads"]
+        if fixed["position"] == "rotary":
             values["rotary_pct"] = _share(given.get("rope.dimension_count", size), size)
             values["rotary_base"] = _shortest(given.get("rope.freq_base", 10000.0))
             values["rope_scaling"] = _scaling(given, metadata, LLAMA3_FACTORS in shapes)
-        return ModelConfig(**values)
-    except (
-        ValueError,
-        TypeError,
-        LookupError,
-        ZeroDivisionError,
-    ) as error:  # pydantic's ValidationError is a ValueError
+        model = ModelConfig(**values)
+    except ValueError as error:  # pydantic's ValidationError is a ValueError
         raise CheckpointError(f"{path}: not a usable model: {error}") from error
+    if reasons := not_computed(model, architecture):
+        raise CheckpointError(f"{path}: not a model that {name} computes: {'; '.join(reasons)}")
+    return model
+
+
+def _is(value: Any, kind: type) -> bool:
+    """Whether a value of the metadata has the type of its key. Whole numbers are also floats."""
+    if kind is float:
+        return type(value) in (int, float) and abs(value) <= LARGEST
+    return type(value) is kind
 
 
 def _shortest(value: float) -> float:
@@ -108,18 +142,27 @@ def _share(rotated: int, size: int) -> float:
 
 
 def _scaling(given: Mapping[str, Any], metadata: Mapping[str, Any], factors: bool) -> RopeScaling | None:
+    kind = given.get("rope.scaling.type", "linear")  # as llama.cpp takes it
+    if kind not in ("none", "linear", "yarn"):
+        raise ValueError(f"rope.scaling.type {reprlib.repr(kind)} is not supported; known are linear and yarn")
+    factor = given.get("rope.scaling.factor", given.get("rope.scale_linear"))
+    if factor is None and kind != "none" and "rope.scaling.type" in given:
+        raise ValueError(f"rope.scaling.type is {kind!r}, but rope.scaling.factor is missing")
+    if not factor:
+        kind = "none"
+    if kind != "yarn" and given.get("rope.scaling.attn_factor", 1) != 1:
+        raise ValueError("rope.scaling.attn_factor is supported for yarn alone")
     if factors:
+        if kind != "none":
+            raise ValueError(f"{LLAMA3_FACTORS} together with rope.scaling.factor is not supported")
         if LLAMA3_KEY not in metadata:
             raise ValueError(f"{LLAMA3_FACTORS} does not show the rotary scaling that it was computed from")
         return RopeScaling.model_validate_json(metadata[LLAMA3_KEY])
-    kind = given.get("rope.scaling.type", "none")
     if kind == "none":
         return None
-    factor = _shortest(given["rope.scaling.factor"])
+    factor = _shortest(factor)
     if kind == "linear":
         return RopeScaling(kind="linear", factor=factor)
-    if kind != "yarn":
-        raise ValueError(f"rope.scaling.type {kind!r} is not supported; known are linear and yarn")
     share = given.get("rope.scaling.attn_factor")
     return RopeScaling(
         kind="yarn",

@@ -111,7 +111,7 @@ def architecture_of(model: ModelConfig, path: str) -> str:
     seen = model
     if model.sliding_window and model.max_positions and model.sliding_window + 1 >= model.max_positions:
         seen = model.with_({"sliding_window": None})  # a window as long as the longest sequence hides nothing
-    reasons = {name: lacking(seen, each.holds) + _scaling(seen, each) for name, each in ARCHITECTURES.items()}
+    reasons = {name: not_computed(seen, each) for name, each in ARCHITECTURES.items()}
     nearest = min(reasons, key=lambda name: len(reasons[name]))
     if reasons[nearest]:
         raise CheckpointError(
@@ -119,6 +119,11 @@ def architecture_of(model: ModelConfig, path: str) -> str:
             f"{'; '.join(reasons[nearest])}. --to native keeps everything"
         )
     return nearest
+
+
+def not_computed(model: ModelConfig, architecture: Architecture) -> list[str]:
+    """The settings of the model that the architecture does not compute."""
+    return lacking(model, architecture.holds) + _scaling(model, architecture)
 
 
 def _scaling(model: ModelConfig, architecture: Architecture) -> list[str]:
