@@ -182,8 +182,9 @@ def _value(node: yaml.Node, label: str, findings: Findings, path: str, depth: in
     if isinstance(node, yaml.SequenceNode):
         return [_value(item, label, findings, path, depth + 1) for item in node.value]
     # YAML 1.1 wants a dot and a sign in the exponent (6.0e-4), which people leave out. Quoted text stays text.
-    if node.tag == _TEXT and not node.style and _NUMBER.fullmatch(node.value):
-        # GPT-NeoX's gmlp_small.yml has 1.0e_8, which stops it there; its other configs have 1.0e-8.
+    # GPT-NeoX's gmlp_small.yml has 1.0e_8, which stops it there; its other configs have 1.0e-8.
+    typo = label == "command line" and "_" in node.value
+    if node.tag == _TEXT and not node.style and _NUMBER.fullmatch(node.value) and not typo:
         number = float(node.value.replace("_", "-"))
         origin = label if label == "command line" else f"{label}:{_line(node)}"
         if origin != "command line":

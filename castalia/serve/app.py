@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Any
@@ -20,6 +21,7 @@ from castalia.serve.loaded_models import Library
 from castalia.serve.openai_api import api_routes
 from castalia.serve.page_api import page_routes
 
+PAGE_THREADS = 8  # that read files for the page; what goes on after its client has gone keeps one
 # Scripts and styles are files of the page alone; its icon is a data URL; it asks nobody but this server.
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; "
@@ -34,7 +36,7 @@ def build_app(catalogue: Catalogue, library: Library, limits: Limits | None = No
 
     `/v1/...` OpenAI's interface; `/api/...` what the page asks for; the page's files at `/`.
     """
-    limits = limits or Limits()
+    limits, threads = limits or Limits(), ThreadPoolExecutor(PAGE_THREADS)
 
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -42,6 +44,7 @@ def build_app(catalogue: Catalogue, library: Library, limits: Limits | None = No
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
+        threads.shutdown(wait=False, cancel_futures=True)
         library.close()
 
     routes = api_routes(catalogue, library, limits)
@@ -51,7 +54,7 @@ def build_app(catalogue: Catalogue, library: Library, limits: Limits | None = No
             Route("/health", health),
             *map(_answering, routes),
             *(Route(route.path, _refuse_method) for route in routes if "GET" not in (route.methods or ())),
-            Mount("/api", routes=[_answering(route) for route in page_routes(catalogue, library, limits)]),
+            Mount("/api", routes=[_answering(route) for route in page_routes(catalogue, library, limits, threads)]),
             Mount("/", PageFiles(directory=page, html=True)),
         ],
         exception_handlers={HTTPException: http_error},

@@ -123,7 +123,10 @@ class Ranks:
             elif what == "step":
                 name, requests, gone = values
                 rows = [[TextRow(prompt, options, _unheard) for prompt, options in request] for request in requests]
-                engines[name].follow(rows, gone)
+                try:
+                    engines[name].follow(rows, gone)
+                except CastaliaError:  # rank 0 meets it, too, ends its texts and goes on
+                    engines[name].fail("")
 
 
 def _opened(entry: ModelEntry) -> tuple[Checkpoint, Tokenizer]:

@@ -200,9 +200,10 @@ class Library:
             return False  # then nothing is dropped in vain
         while self.used + needed > self.memory:
             dropped = self.loaded.pop(idle.pop(0))
+            # First its turns end, then the other ranks forget it: a turn after that would find nothing there.
+            self.worker.engines = [engine for engine in self.worker.engines if engine is not dropped.engine]
             if self.ranks:
                 self.worker.call(partial(self.ranks.drop, dropped.entry))
-            self.worker.engines = [engine for engine in self.worker.engines if engine is not dropped.engine]
         return True
 
     @property

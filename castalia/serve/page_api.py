@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from castalia.serve.catalogue import Catalogue, ModelEntry
     from castalia.serve.loaded_models import Library
 
-THREADS = 8  # that read files for the page; what goes on after its client has gone keeps one
 LENS_TOKENS = 256  # of a text, whose lens has a value for each layer and token
 
 
@@ -37,9 +36,8 @@ class TextFields(RequestFields):
     text: Annotated[str, Field(min_length=1, max_length=100_000)]
 
 
-def page_routes(catalogue: Catalogue, library: Library, limits: Limits) -> list[Route]:
-    """The routes of the page; their paths begin behind `/api`."""
-    threads = ThreadPoolExecutor(THREADS)
+def page_routes(catalogue: Catalogue, library: Library, limits: Limits, threads: ThreadPoolExecutor) -> list[Route]:
+    """The routes of the page; their paths begin behind `/api`. Files are read in `threads`."""
 
     async def json_of(function: Callable[[], Any]) -> str:
         """The JSON of the result of a function that may read files."""

@@ -14,6 +14,7 @@ from castalia.cli.pictures import name_pictures
         ("diff a b --plot", "diff a b --plot diff.png"),
         ("diff a b --plot own.svg --json", "diff a b --plot own.svg --json"),
         ("diff --plot=own.svg a b", "diff --plot=own.svg a b"),
+        ("series check --plot .", "series check --plot series-check.png ."),
         ("plot RUN", "plot RUN"),
         ("", ""),
     ],
