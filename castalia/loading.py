@@ -13,6 +13,7 @@ from castalia.checkpoint.restore import LoadReport, architecture, load_shards, l
 from castalia.checkpoint.tensors import Checkpoint, Shard
 from castalia.config.schema import CompleteConfig, DataConfig, ParallelConfig, TokenizerConfig
 from castalia.data.tokenizer import Tokenizer, load_tokenizer
+from castalia.model.layers import hold_in
 from castalia.model.transformer import Transformer
 from castalia.parallel.rank_grid import check_run, layout
 from castalia.parallel.rendezvous import world_size
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Transformer:
     """The model of a checkpoint of any format, in eval mode; `module(tokens)` gives logits [batch, time, padded vocab].
 
-    `dtype`: of the parameters and the computation; None for fp32, which holds every stored value exactly. Warns of
+    `dtype`: of the computation and the parameters, but for those that stay fp32; None for fp32, which holds every
+    stored value exactly. Warns of
     settings that had to be guessed or interpreted. Raises CheckpointError as `open_checkpoint` and `load_shards` do.
     """
     checkpoint = open_checkpoint(path)
@@ -51,11 +53,11 @@ def build_model(
     cfg = architecture(checkpoint)
     with torch.device("meta"):
         model = Transformer(cfg, exact=checkpoint.config is not None and checkpoint.config.neox_exact)
-    dtype = dtype or torch.float32
+    hold_in(model, dtype or torch.float32)
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):
             # `to_empty` does the same, but imports sympy for it, which takes half a second
-            setattr(module, name, torch.nn.Parameter(torch.empty(p.shape, dtype=dtype, device=device)))
+            setattr(module, name, torch.nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=device)))
     load_weights(model, checkpoint)
     return model.eval()
 

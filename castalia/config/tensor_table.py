@@ -103,6 +103,11 @@ class TensorRow(NamedTuple):
         return self.init in ("random", "residual") or (self.init == "fan_in" and " " in self.shape)
 
     @property
+    def stays_fp32(self) -> bool:
+        """Whether it is held in fp32 whatever the model computes in."""
+        return self.kind == "mamba scan"
+
+    @property
     def has_token_rows(self) -> bool:
         """Whether each row belongs to a token of the vocabulary, or pads it."""
         return self.shape.startswith("vocab ")

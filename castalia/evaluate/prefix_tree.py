@@ -182,9 +182,10 @@ class BranchCache:
                 del states[stop]
             for segment in piece.segments:
                 size = segment.stop - segment.start
-                capacity = self.stage.cfg.max_positions or segment.stop
-                fresh = module.new_state(1, capacity, x)
-                state = [part.clone() for part in states[segment.start]] if segment.start else fresh
+                if segment.start:
+                    state = [part.clone() for part in states[segment.start]]
+                else:
+                    state = module.new_state(1, self.stage.cfg.max_positions or segment.stop, x)
                 outputs.append(module.advance(x[:, at : at + size], state))
                 at += size
             if len(piece.segments) == 1:  # several together are leaves, which nothing follows

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from castalia.config.schema import LoraConfig, ModelConfig
+from castalia.config.tensor_table import row_of
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -29,6 +30,17 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def is_slow_half(x: Tensor) -> bool:
     """Whether x is fp16 on a CPU, whose products are 10 to 40 times slower than those of fp32."""
     return x.dtype == torch.float16 and x.device.type == "cpu"
+
+
+def held_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a parameter where the model does not train and computes in `dtype`."""
+    return torch.float32 if row_of(name).stays_fp32 else dtype
+
+
+def hold_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let a whole model, or a stage of it, hold its parameters in `dtype`, but for those that stay fp32; in place."""
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(held_dtype(name, dtype))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from castalia.config.layout_rules import stages_per_rank
 from castalia.config.schema import CompleteConfig, ParallelConfig
+from castalia.model.layers import hold_in
 from castalia.model.lora import add_adapters, freeze
 from castalia.model.mamba import SelectiveScan
 from castalia.model.transformer import Transformer
@@ -28,7 +29,7 @@ def build_stages(
 ) -> dict[int, Transformer]:
     """This rank's pipeline stages by number (one stage, 0, without a pipeline), their parameters still unset.
 
-    A `frozen` model, which does not train, holds its parameters in the compute dtype instead of fp32.
+    A `frozen` model, which does not train, holds its parameters in the compute dtype instead of fp32, see `hold_in`.
     """
     parallel, per_rank = cfg.parallel, stages_per_rank(cfg.parallel)
     num_stages = parallel.pp * per_rank
@@ -40,7 +41,7 @@ def build_stages(
         if num_stages > 1:
             model = cut_stage(model, index, num_stages, cfg.data.seq_length)
         if frozen:
-            model.to(compute_dtype)
+            hold_in(model, compute_dtype)
         model = parallelize(model, mesh, cfg, compute_dtype)
         stages[index] = model.to_empty(device="cpu" if cfg.parallel.offload else device)
     return stages

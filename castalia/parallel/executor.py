@@ -18,6 +18,7 @@ from castalia.data.loader import Batch
 from castalia.errors import ConfigError
 from castalia.model.init import initialize
 from castalia.model.kept_tokens import Kept, kept_tokens
+from castalia.model.layers import hold_in
 from castalia.model.lora import add_adapters, freeze
 from castalia.model.loss import IGNORE
 from castalia.model.transformer import Transformer
@@ -310,7 +311,7 @@ def one_process(
     """An executor of a config's model on one process, its parameters still unset.
 
     A `frozen` model, which does not train, holds its parameters in the compute dtype, to which those of other models
-    are rounded wherever they are used. Raises ConfigError for `parallel.offload`.
+    are rounded wherever they are used, see `hold_in`. Raises ConfigError for `parallel.offload`.
     """
     if config.parallel.offload:
         raise ConfigError("parallel.offload comes with sharding over several processes; remove it, or start more")
@@ -318,7 +319,7 @@ def one_process(
         model = Transformer(config.model, compute_dtype=dtype, exact=config.neox_exact, z_loss=config.train.z_loss)
         add_adapters(model, config.finetune.lora)
     if frozen:
-        model.to(dtype)
+        hold_in(model, dtype)
     freeze(model, config.finetune)
     apply_activation_checkpointing(model, config.train.recompute, dropout=has_dropout(config))
     compile_blocks(model, config, device)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from castalia.config.schema import ModelConfig
 from castalia.errors import ConfigError
+from castalia.model.layers import hold_in
 from castalia.model.transformer import Transformer
 from castalia.parallel.mesh import Mesh, build_mesh
 from castalia.parallel.pipeline import cut_stage
@@ -43,7 +44,8 @@ def divide(model: Transformer, mesh: Mesh) -> None:
 def empty_stage(cfg: ModelConfig, mesh: Mesh, dtype: torch.dtype, device: torch.device, exact: bool) -> Transformer:
     """This rank's share of a model. Parameters are left unset; they and the computation are in `dtype`."""
     with torch.device("meta"):
-        stage = Transformer(cfg, exact=exact).to(dtype)
+        stage = Transformer(cfg, exact=exact)
+    hold_in(stage, dtype)
     divide(stage, mesh)
     return stage.to_empty(device=device).eval()
 

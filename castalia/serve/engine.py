@@ -279,14 +279,17 @@ class Engine:
         assert cache is not None
         start = cache.length
         stop = min(start + CHUNK_TOKENS, len(row.prompt))
-        key = blake2b(np.asarray(row.prompt[:stop], np.int64).tobytes(), digest_size=32).digest()
+        keeps, key = self.prefixes.budget > 0, b""
+        if keeps:
+            key = blake2b(np.asarray(row.prompt[:stop], np.int64).tobytes(), digest_size=32).digest()
         known = self.prefixes.find(key)
         if known is None:
             tokens = torch.tensor([row.prompt[start:stop]], device=self.model.device)
             hidden = self.model.hidden(tokens, cache=cache)[0]  # [t, h]
-            own = cache.layers.items()  # of a split model those of this process, by their numbers
-            chunk = {layer: (k[:, :, start:stop].clone(), v[:, :, start:stop].clone()) for layer, (k, v) in own}
-            self.prefixes.add(key, chunk, hidden)
+            if keeps:
+                own = cache.layers.items()  # of a split model those of this process, by their numbers
+                chunk = {layer: (k[:, :, start:stop].clone(), v[:, :, start:stop].clone()) for layer, (k, v) in own}
+                self.prefixes.add(key, chunk, hidden)
         else:
             layers, hidden = known
             for layer, (k, v) in layers.items():

@@ -12,6 +12,7 @@ from castalia.checkpoint.restore import fitting_tensors
 from castalia.checkpoint.tensors import Checkpoint
 from castalia.config.schema import ModelConfig
 from castalia.config.tensor_table import block_of, row_of
+from castalia.model.layers import held_dtype
 from castalia.plan.layout import Stage, stages
 from castalia.plan.stream_plan import BUFFERS, PIECE_BYTES, READERS, StreamedSizes
 from castalia.storage.derived import Joined, Part, Permuted, Reordered, Transposed, Wrapper, part
@@ -96,7 +97,8 @@ class ModelUnits:
     def sizes(self, packed_item: int = 0) -> StreamedSizes:
         """What the plan needs to know. `packed_item`: bytes of a value in packed blocks, for a model that is packed."""
         in_blocks = [ref for block in self.blocks for ref in block.tensors.values()]
-        cast = [prod(ref.shape) for ref in in_blocks if held_dtype(ref, self.dtype) != self.dtype]
+        items = [(prod(b.tensors[name].shape), dtype.itemsize) for b in self.blocks for name, dtype in b.dtypes.items()]
+        cast = [size for size, item in items if item < self.dtype.itemsize]
         largest_block = max(unit.num_bytes for unit in self.blocks)
         largest = max(ref.num_bytes for ref in in_blocks)
         # Tensors whose rows lie scattered in the files are read whole, beside the buffer that they go to.
@@ -130,7 +132,7 @@ def units_of(checkpoint: Checkpoint, cfg: ModelConfig, dtype: torch.dtype, share
 
     def unit(names: Iterable[str]) -> Unit:
         chosen = {name: refs[name] for name in names}
-        return Unit(chosen, {name: held_dtype(ref, dtype) for name, ref in chosen.items()})
+        return Unit(chosen, {name: read_dtype(ref, held_dtype(name, dtype)) for name, ref in chosen.items()})
 
     blocks = tuple(unit(n for n in refs if block_of(n) == layer) for layer in numbers)
     # A tied matrix has two uses: streamed whole as the head, and read by single rows as the embedding.
@@ -141,8 +143,8 @@ def units_of(checkpoint: Checkpoint, cfg: ModelConfig, dtype: torch.dtype, share
     return ModelUnits(blocks, unit(head), unit(rest), whole["embed.weight"], dtype, share)
 
 
-def held_dtype(ref: TensorRef, dtype: torch.dtype) -> torch.dtype:
-    """The stored dtype, which layers cast where they use it, or the dtype of the computation unless it is wider."""
+def read_dtype(ref: TensorRef, dtype: torch.dtype) -> torch.dtype:
+    """The stored dtype, which layers cast where they use it, or `dtype`, of a model in memory, unless it is wider."""
     return ref.dtype if ITEM_BYTES[ref.dtype_name] < dtype.itemsize else dtype
 
 

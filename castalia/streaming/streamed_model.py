@@ -27,7 +27,7 @@ from castalia.parallel.executor import Executor, Rows
 from castalia.plan.stream_plan import HEAD_ROWS, StreamPlan, head_slice_bytes
 from castalia.storage.lazy import TensorRef
 from castalia.streaming.read_ahead import ReadAhead, bytes_of_memory, read_in_pieces
-from castalia.streaming.stream_units import ModelUnits, Unit, held_dtype
+from castalia.streaming.stream_units import ModelUnits, Unit, read_dtype
 
 # With so few, a product takes as long as its weight takes to come from memory. With 16, slices had other last bits.
 FEW_TOKENS = 1
@@ -247,7 +247,7 @@ class GatheredRows(nn.Module):
     def __init__(self, source: TensorRef, dtype: torch.dtype, where: str | None) -> None:
         """`dtype`: of the computation. `where` names the checkpoint in errors; None: values may be NaN."""
         super().__init__()
-        self.source, self.dtype, self.where = source, held_dtype(source, dtype), where
+        self.source, self.dtype, self.where = source, read_dtype(source, dtype), where
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[...] -> [..., h], in the dtype in which they are held."""

@@ -15,6 +15,7 @@ from castalia.evaluate import continuations
 from castalia.evaluate.continuations import Continuation, score_continuations
 from castalia.evaluate.prefix_tree import build_tree, pieces
 from castalia.model.init import initialize
+from castalia.model.mamba import MambaMixer
 from castalia.model.transformer import Transformer
 
 BASE = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "vocab_size": 50, "max_positions": 64}
@@ -67,6 +68,13 @@ def test_scores_are_those_of_each_request_alone(kind: str, tokens_a_pass: int, m
         log_prob, greedy = alone(model, context, tokens)
         assert score.log_prob == pytest.approx(log_prob, abs=1e-4)
         assert score.greedy == greedy
+
+
+def test_only_what_has_nothing_before_it_begins_with_a_new_state(monkeypatch) -> None:
+    model, made, new_state = built(**KINDS["Mamba"]), [], MambaMixer.new_state
+    monkeypatch.setattr(MambaMixer, "new_state", lambda *given: made.append(given) or new_state(*given))
+    score_continuations(model, [Continuation([first, *range(20)], [n]) for first in (1, 2) for n in range(30)])
+    assert len(made) == 2 * model.cfg.layer_kinds.count("mamba")
 
 
 def test_greedy_continuations_are_told(monkeypatch) -> None:

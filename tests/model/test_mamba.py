@@ -15,6 +15,7 @@ from castalia.model import mamba
 from castalia.model.init import first_steps, initialize, seeded_tensor
 from castalia.model.mamba import MambaMixer, Scan
 from castalia.model.transformer import Transformer
+from tests.checkpoint.made import made as random_checkpoint
 
 SIZES = {"num_layers": 3, "hidden_size": 16, "num_heads": 2, "vocab_size": 64, "vocab_multiple": 1, "max_positions": 64}
 PATTERN = ("mamba", "attention")
@@ -84,6 +85,19 @@ def test_the_scan_keeps_no_states_of_single_tokens(monkeypatch):
         y, _ = Scan.apply(*leaves, torch.randn(1, 64, 4), torch.zeros(1, 8, 4))
     assert sum(held) == 2 * 64 * 8 + 8 * 4 + 2 * 64 * 4  # its inputs; the states of 64 tokens would be 2048
     assert [first.shape for first in y.grad_fn.firsts] == [(1, 8, 4)] * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_decays_steps_and_what_passes_by_stay_fp32_in_a_model_that_computes_in_16_bits(dtype):
+    cfg = ModelConfig(**SIZES, pattern=PATTERN)
+    checkpoint = random_checkpoint(cfg, optimizer=False)
+    held = dict(build_model(checkpoint, dtype=dtype).named_parameters())
+    kept = {name for name, parameter in held.items() if parameter.dtype == torch.float32}
+    assert kept == {f"blocks.{i}.mamba.scan.{own}" for i in (0, 2) for own in ("a_log", "d", "dt_bias")}
+    assert {held[name].dtype for name in held.keys() - kept} == {dtype}
+    for name in kept:
+        stored = checkpoint.model[name].read()
+        assert torch.equal(held[name], stored) and not torch.equal(stored.to(dtype).float(), stored)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import pytest
 from castalia.config.schema import RunConfig
 from castalia.data.dataset_writer import DatasetWriter
 from castalia.errors import ConfigError
+from castalia.parallel.executor import Rows
 from castalia.parallel.rank_grid import check_run
 from castalia.train.setup import start
 from tests.parallel.training import assert_copies_are_equal, train_steps
@@ -76,6 +77,26 @@ def shares_the_mesh(config: RunConfig) -> bool:
 
 def test_a_reference_model_brings_no_process_groups_of_its_own(pool, config):
     assert pool.run(shares_the_mesh, 2, config("dpo", "parallel.zero=3")) == [True, True]
+
+
+def first_ratios(config: RunConfig) -> list[float]:
+    """Of the first batch, before any step: the policy's log-probabilities less those of the reference model."""
+    session = start(config)
+    assert session.step.preference is not None and session.step.preference.reference is not None
+    rows = Rows.of(session.batch(0))
+    with session.executor.evaluating():
+        policy = session.executor.each_sequence(rows)
+    with session.step.preference.reference.evaluating():
+        reference = session.step.preference.reference.each_sequence(rows)
+    assert policy.abs().min() > 0
+    return (policy - reference).flatten().tolist()
+
+
+@pytest.mark.parametrize("layout", [[], LAYOUTS["zero3"]], ids=["alone", "zero3"])
+def test_before_the_first_step_a_mamba_model_is_its_reference_in_bf16(pool, config, layout):
+    overrides = ["precision.compute=bf16", "model.pattern=[mamba, attention]", "model.init_std=0.3", *layout]
+    for ratios in pool.run(first_ratios, 2 if layout else 1, config("dpo", *overrides)):
+        assert ratios and set(ratios) == {0.0}
 
 
 def test_layouts_that_cut_a_sequence_or_the_model_are_refused(config):

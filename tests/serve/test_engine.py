@@ -160,6 +160,16 @@ def test_prefixes_are_computed_once_and_change_nothing() -> None:
     assert scores(same) == scores(events)
 
 
+def test_of_a_model_whose_prompts_have_no_parts_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, kept = make_engine(pattern=("mamba", "attention")), []
+    monkeypatch.setattr(engine.prefixes, "add", lambda *chunk: kept.append(chunk))
+    for _ in range(2):
+        row, events = row_of("a" * CHUNK_TOKENS + "b", max_tokens=2)
+        run(engine, row)
+        assert len(written(events)) == 2
+    assert not kept and engine.counters["prefix_tokens"] == 0
+
+
 def test_prefixes_are_dropped_by_least_use() -> None:
     engine = make_engine()
     engine.prefixes.budget = 3 * CHUNK_TOKENS * (engine.plan.kv_each + 4 * TINY.hidden_size)

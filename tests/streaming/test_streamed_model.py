@@ -60,6 +60,21 @@ def test_logits_and_losses_have_the_bits_of_the_whole_model(kind: str, stored: t
     model.reader.close()
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16], ids=str)
+@torch.no_grad()
+def test_in_bf16_mambas_scan_is_read_as_the_whole_model_holds_it(stored: torch.dtype) -> None:
+    checkpoint = made(OTHERS["other kinds"], dtype=stored, optimizer=False, scale=4.0)
+    whole, model = build_model(checkpoint, dtype=torch.bfloat16), streamed(checkpoint, torch.bfloat16)
+    tokens = tokens_of(whole.cfg)
+    expected = whole(tokens)
+    assert torch.equal(model(tokens), expected)
+    model.reader.close()
+    for name, parameter in whole.named_parameters():
+        if "scan" in name:
+            parameter.copy_(parameter.bfloat16())
+    assert not torch.equal(whole(tokens), expected)  # so that rounded ones would be seen
+
+
 LAYOUTS = {
     "native": {},
     "hf": {},
