@@ -56,12 +56,14 @@ def test_a_cache_on_disk_gives_the_same_texts(make_model, tokenizer):
 
 @pytest.mark.parametrize("resident", [0, 1, 3])
 @pytest.mark.parametrize("int8", [True, False], ids=["int8", "bf16"])
-@pytest.mark.parametrize("parallel", [True, False])
-def test_packed_blocks_write_what_packed_models_do(make_model, tokenizer, parallel, int8, resident, monkeypatch):
+@pytest.mark.parametrize(
+    "update", [{"parallel_residual": True}, {"parallel_residual": False}, {"pattern": ("mamba", "attention")}], ids=str
+)
+def test_packed_blocks_write_what_packed_models_do(make_model, tokenizer, update, int8, resident, monkeypatch):
     if not (int8 or has_bf16_kernels()):
         pytest.skip("this CPU has no bf16 kernels: a bf16 model is not packed here")
     monkeypatch.setattr(packed_model, "SMALL", 0)
-    checkpoint = checkpoint_of(make_model(init_std=0.15, num_layers=3, parallel_residual=parallel))
+    checkpoint = checkpoint_of(make_model(init_std=0.15, num_layers=3, **update))
     whole = build_model(checkpoint, dtype=torch.bfloat16)
     pack(whole, int8=int8, rows=5)
     model = streamed(checkpoint, torch.bfloat16, resident=resident, product=maker(torch.bfloat16, int8, 5))
