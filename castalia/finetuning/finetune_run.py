@@ -204,7 +204,7 @@ def _short(value: Any) -> str:
     if isinstance(value, list) and value and all(isinstance(each, dict) and "path" in each for each in value):
         value = [each["path"] for each in value]  # files to learn from, whose other settings are defaults
     text = "nothing" if value is None else json.dumps(value)
-    return text if len(text) < 60 else f"{text[:57]}..."
+    return text if len(text) < 60 else f"{text[:12]}...{text[-42:]}"  # paths mostly differ at their ends
 
 
 def lessons_of(

@@ -51,7 +51,7 @@ def test_the_folder_of_one_step_will_do(folder: Path) -> None:
 
 
 def test_a_batch_and_a_step_are_looked_at(folder: Path) -> None:
-    shown = json.loads(run(data_verbs.app, "batch", str(folder), "--step", 6, "--json").output)
+    shown = json.loads(run(data_verbs.app, "batch", str(folder), "--step", 6, "--json").stdout)
     assert shown["samples"][0]["position"] == 40  # after 5 steps of 8 sequences
     again = replay(folder, 6)
     assert again["checkpoint"] == 5 and again["recorded_loss"] is None

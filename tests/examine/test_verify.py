@@ -116,7 +116,7 @@ def test_the_command_fails_where_the_proof_does(tmp_path: Path) -> None:
     written(made(FAMILIES["gpt2"]), tmp_path / "a", "native")
     written(made(FAMILIES["gpt2"], 1), tmp_path / "b", "hf")
     with pytest.raises(CheckpointError, match="not the same model: embed.weight: the values have nothing"):
-        convert._verify(open_checkpoint(tmp_path / "a"), tmp_path / "b")
+        convert._verify(open_checkpoint(tmp_path / "a"), tmp_path / "b", None, None)
 
 
 def test_only_what_ranks_round_is_forgiven() -> None:
