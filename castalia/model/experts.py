@@ -34,11 +34,12 @@ class Router(nn.Module):
 
         Shares are the router's scores as they are: those of one token do not add up to 1.
         """
-        wide, k = x.float(), self.cfg.top_k
+        # As in GPT-NeoX, the model has a 16-bit weight, and computes in fp32 with it; so do models that hold it so.
+        wide, weight, k = x.float(), weight.to(x.dtype).float(), self.cfg.top_k
         if self.training and self.cfg.jitter:
             noise = torch.empty_like(wide).uniform_(1 - self.cfg.jitter, 1 + self.cfg.jitter)
             wide = wide * noise
-        logits = F.linear(wide, weight.float())  # [m, e]
+        logits = F.linear(wide, weight)  # [m, e]
         one = self.cfg.router == "sinkhorn" and k == 1
         scores = logits.sigmoid() if one else logits.softmax(dim=-1)
         if not (self.training and self.cfg.router == "sinkhorn"):

@@ -93,8 +93,9 @@ def first_ratios(config: RunConfig) -> list[float]:
 
 
 @pytest.mark.parametrize("layout", [[], LAYOUTS["zero3"]], ids=["alone", "zero3"])
-def test_before_the_first_step_a_mamba_model_is_its_reference_in_bf16(pool, config, layout):
-    overrides = ["precision.compute=bf16", "model.pattern=[mamba, attention]", "model.init_std=0.3", *layout]
+@pytest.mark.parametrize("kind", ["pattern=[mamba, attention]", "experts={count: 4, top_k: 2}"])
+def test_before_the_first_step_a_model_of_another_kind_is_its_reference_in_bf16(pool, config, layout, kind):
+    overrides = ["precision.compute=bf16", f"model.{kind}", "model.init_std=0.3", *layout]
     for ratios in pool.run(first_ratios, 2 if layout else 1, config("dpo", *overrides)):
         assert ratios and set(ratios) == {0.0}
 
