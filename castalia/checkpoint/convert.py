@@ -206,9 +206,17 @@ def _write(
 
 
 def is_unfinished(target: Path) -> bool:
-    """Whether a conversion to this folder was interrupted, even after the folder was renamed."""
-    place = beside(behind_links(target), UNFINISHED)
-    return place.is_dir() and ((place / MARK).is_file() or not any(place.iterdir()))
+    """Whether a conversion to this folder was interrupted, even after the folder was renamed.
+
+    If it was while its workplace was being removed, only the rest of that was left, which goes now.
+    """
+    target = behind_links(target)
+    place = beside(target, UNFINISHED)
+    if place.is_dir() and not any(place.iterdir()):
+        if not target.exists():
+            return True
+        place.rmdir()
+    return (place / MARK).is_file()
 
 
 def name_latest(folder: Path) -> None:

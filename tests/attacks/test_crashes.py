@@ -141,3 +141,12 @@ def test_a_conversion_killed_after_its_folder_was_renamed_is_complete(theatre: T
     done = theatre.stage.run(words, theatre.work)
     assert done.code == 0, done.said
     assert differences(last, snapshot(theatre.work)) == []
+
+
+def test_a_step_whose_workplace_was_half_removed_is_complete(theatre: Theatre) -> None:
+    """The other steps follow, and nothing is left of it."""
+    name = "convert --all-steps"
+    (operations,) = theatre.open(name)[2]
+    removed = [number for number, (kind, _) in enumerate(operations, 1) if kind == "rmdir"]
+    assert len(removed) == 3
+    assert theatre.attack(name, "kill", removed[0]) == []
