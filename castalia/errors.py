@@ -4,7 +4,8 @@ import re
 
 OUT_OF_MEMORY = re.compile(
     "out of memory|can't allocate memory|cannot allocate memory|can't start new thread|failed to map segment"
-    "|resource temporarily unavailable",  # the stack of a new thread has no room
+    "|resource temporarily unavailable"  # the stack of a new thread has no room
+    "|could not create a primitive",  # oneDNN's words for it
     re.I,
 )
 

@@ -10,6 +10,7 @@ from castalia.errors import out_of_memory
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: 64 bytes"),
         RuntimeError("can't start new thread"),
         RuntimeError("Resource temporarily unavailable"),  # what libstdc++ says then
+        RuntimeError("could not create a primitive"),  # and oneDNN
         ImportError("libtorch_cpu.so: failed to map segment from shared object"),
     ],
 )

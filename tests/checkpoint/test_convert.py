@@ -102,7 +102,7 @@ def test_killed_and_continued(tmp_path: Path) -> None:
     source = made(FAMILIES["gpt_neox"], dtype=torch.float16)
     written(source, tmp_path / "run", "native")
     script = """
-        import os, signal, sys
+        import os, pathlib, signal, sys, time
         from castalia.cli.main import main
         from castalia.storage.lazy import TensorRef
         pieces, written = TensorRef.pieces, 0
@@ -111,6 +111,9 @@ def test_killed_and_continued(tmp_path: Path) -> None:
             for piece in pieces(ref, *rest):
                 written += piece.nbytes
                 if written > 300_000:
+                    journal = pathlib.Path(sys.argv[3]).parent / ".out.castalia-unfinished" / "made-by-castalia"
+                    while journal.read_text().count(chr(10)) < 2:  # no file is complete yet: the disk is slow
+                        time.sleep(0.01)
                     os.kill(os.getpid(), signal.SIGKILL)
                 yield piece
         if sys.argv.pop(1) == "die":
