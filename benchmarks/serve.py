@@ -56,20 +56,26 @@ def save(folder: Path) -> None:
     train_bpe(["the server beside generate, on the same weights"], 270).save(folder)
 
 
+async def timed(client: httpx.AsyncClient, body: dict[str, Any]) -> tuple[float, float, list[dict[str, Any]]]:
+    """Seconds to the first event of a stream and to its end, and its events."""
+    begin, first, events = time.perf_counter(), 0.0, []
+    async with client.stream("POST", "/v1/completions", json=body) as answer:
+        answer.raise_for_status()
+        async for line in answer.aiter_lines():
+            if line.startswith("data: {"):
+                first = first or time.perf_counter() - begin
+                events.append(json.loads(line[6:]))
+    return first, time.perf_counter() - begin, events
+
+
 async def one(client: httpx.AsyncClient, prompt: list[int], new: int) -> tuple[float, float, int]:
     """Seconds to the first token and to the last, and their number."""
     body = {
         "prompt": prompt, "max_tokens": new, "temperature": 0, "stream": True, "return_token_ids": True,
         "logit_bias": {"0": -100},
     }  # fmt: skip
-    begin, first, count = time.perf_counter(), 0.0, 0
-    async with client.stream("POST", "/v1/completions", json=body) as answer:
-        answer.raise_for_status()
-        async for line in answer.aiter_lines():
-            if line.startswith("data: {"):
-                first = first or time.perf_counter() - begin
-                count += len(json.loads(line[6:])["choices"][0]["token_ids"])
-    return first, time.perf_counter() - begin, count
+    first, last, events = await timed(client, body)
+    return first, last, sum(len(event["choices"][0]["token_ids"]) for event in events)
 
 
 async def several(url: str, number: int, new: int, turn: int = 0) -> dict[str, float]:
@@ -91,14 +97,9 @@ async def plain(client: httpx.AsyncClient, model: str, prompt: str, new: int) ->
         "model": model, "prompt": prompt, "max_tokens": new, "temperature": 0, "stream": True,
         "stream_options": {"include_usage": True},
     }  # fmt: skip
-    begin, first, count = time.perf_counter(), 0.0, 0
-    async with client.stream("POST", "/v1/completions", json=body) as answer:
-        answer.raise_for_status()
-        async for line in answer.aiter_lines():
-            if line.startswith("data: {"):
-                first = first or time.perf_counter() - begin
-                count = ((json.loads(line[6:]).get("usage") or {}).get("completion_tokens")) or count
-    return first, time.perf_counter() - begin, count
+    first, last, events = await timed(client, body)
+    told = [event["usage"]["completion_tokens"] for event in events if event.get("usage")]
+    return first, last, told[-1]
 
 
 async def several_plain(url: str, model: str, number: int, new: int, turn: int) -> tuple[float, float]:

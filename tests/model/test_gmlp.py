@@ -9,10 +9,10 @@ import torch
 from castalia.checkpoint.formats.neox import read as neox_read
 from castalia.config.schema import ModelConfig
 from castalia.errors import ConfigError
-from castalia.generate.kv_cache import KVCache, Prompts
 from castalia.loading import build_model
 from castalia.model.init import _torch_linear, initialize, seeded_tensor
 from castalia.model.transformer import Transformer
+from tests.model.mixers import require_causal, require_same_token_by_token
 
 SIZES = {"num_layers": 3, "hidden_size": 16, "num_heads": 2, "vocab_size": 64, "vocab_multiple": 1, "max_positions": 24}
 PATTERN = ("gmlp", "attention", "amlp")
@@ -40,33 +40,12 @@ def test_the_originals_logits_come_out(variant, fixtures):
         assert np.abs(model(torch.from_numpy(expected["input_ids"])).numpy() - expected["logits"]).max() > 0.01
 
 
-@torch.no_grad()
 def test_a_token_changes_nothing_before_it_and_something_after():
-    model, tokens = made(), torch.randint(64, (2, 20), generator=torch.Generator().manual_seed(0))
-    other = tokens.clone()
-    other[0, 11] = (other[0, 11] + 1) % 64
-    changed = (model(tokens) - model(other)).abs().amax(dim=-1) > 0  # [b, t]
-    assert not changed[1].any() and not changed[0, :11].any() and changed[0, 11:].all()
+    require_causal(made())
 
 
-@torch.no_grad()
 def test_texts_token_by_token_equal_whole_sequences_also_beside_shorter_ones():
-    model, lengths, more = made(), [9, 3, 5], 6
-    rows = [torch.randint(64, (n + more,), generator=torch.Generator().manual_seed(n)) for n in lengths]
-    cache = KVCache(3, 16, torch.device("cpu"))
-    prompts = torch.cat([row[:n] for row, n in zip(rows, lengths, strict=True)])[None]
-    model.hidden(prompts, cache=Prompts(cache, [[0], [1], [2]], lengths))
-    cache.set_lengths(lengths)
-    kept = [0, 1, 2]
-    for step in range(more):
-        if step == 3:
-            cache.keep([0, 2])
-            kept = [0, 2]
-        new = torch.stack([rows[i][lengths[i] + step] for i in kept])[:, None]
-        hidden = model.hidden(new, cache=cache)[:, 0]
-        for i, own in zip(kept, hidden, strict=True):
-            whole = model.hidden(rows[i][None, : lengths[i] + step + 1])[0, -1]
-            assert (own - whole).abs().max() < 1e-5
+    require_same_token_by_token(made(), [9, 3, 5])
 
 
 @torch.no_grad()

@@ -9,13 +9,13 @@ from torch.nn import functional as F
 
 from castalia.checkpoint.formats.neox import read as neox_read
 from castalia.config.schema import MambaConfig, ModelConfig
-from castalia.generate.kv_cache import KVCache, Prompts
 from castalia.loading import build_model
 from castalia.model import mamba
 from castalia.model.init import first_steps, initialize, seeded_tensor
 from castalia.model.mamba import MambaMixer, Scan
 from castalia.model.transformer import Transformer
 from tests.checkpoint.made import made as random_checkpoint
+from tests.model.mixers import require_causal, require_same_token_by_token
 
 SIZES = {"num_layers": 3, "hidden_size": 16, "num_heads": 2, "vocab_size": 64, "vocab_multiple": 1, "max_positions": 64}
 PATTERN = ("mamba", "attention")
@@ -100,33 +100,12 @@ def test_decays_steps_and_what_passes_by_stay_fp32_in_a_model_that_computes_in_1
         assert torch.equal(held[name], stored) and not torch.equal(stored.to(dtype).float(), stored)
 
 
-@torch.no_grad()
 def test_a_token_changes_nothing_before_it_and_something_after():
-    model, tokens = made(), torch.randint(64, (2, 20), generator=torch.Generator().manual_seed(0))
-    other = tokens.clone()
-    other[0, 11] = (other[0, 11] + 1) % 64
-    changed = (model(tokens) - model(other)).abs().amax(dim=-1) > 0  # [b, t]
-    assert not changed[1].any() and not changed[0, :11].any() and changed[0, 11:].all()
+    require_causal(made())
 
 
-@torch.no_grad()
 def test_texts_token_by_token_equal_whole_sequences_also_beside_shorter_ones():
-    model, lengths, more = made(), [9, 2, 5], 6
-    rows = [torch.randint(64, (n + more,), generator=torch.Generator().manual_seed(n)) for n in lengths]
-    cache = KVCache(3, 16, torch.device("cpu"))
-    prompts = torch.cat([row[:n] for row, n in zip(rows, lengths, strict=True)])[None]
-    model.hidden(prompts, cache=Prompts(cache, [[0], [1], [2]], lengths))
-    cache.set_lengths(lengths)
-    kept = [0, 1, 2]
-    for step in range(more):
-        if step == 3:
-            cache.keep([0, 2])
-            kept = [0, 2]
-        new = torch.stack([rows[i][lengths[i] + step] for i in kept])[:, None]
-        hidden = model.hidden(new, cache=cache)[:, 0]
-        for i, own in zip(kept, hidden, strict=True):
-            whole = model.hidden(rows[i][None, : lengths[i] + step + 1])[0, -1]
-            assert (own - whole).abs().max() < 1e-5
+    cache = require_same_token_by_token(made(), [9, 2, 5])
     assert {tuple(part.shape) for part in cache.states[0]} == {(2, 3, 32), (2, 32, 16)}  # however long the text is
 
 
