@@ -12,13 +12,15 @@ SIZES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "m
 
 
 def duration(seconds: float) -> str:
-    """Seconds with three digits, in the largest unit of which there are two: 0.865 s, 45 s, 12.5 min, 3.5 h, 2.1 days.
+    """Seconds with three digits, in the largest unit of which there are two: 0.023 ms, 0.865 s, 45 s, 12.5 min, 3.5 h.
 
     A busy step and a whole run are written alike, so that figures of different verbs can be compared.
     """
     for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{_three_digits(seconds / size)} {unit}"
+    if 0 < seconds < 1e-3:
+        return f"{_three_digits(seconds * 1e3)} ms"
     return f"{_three_digits(seconds)} s"
 
 

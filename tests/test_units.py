@@ -8,6 +8,7 @@ from castalia.errors import ConfigError
 from castalia.units import duration, parse_size, plural, short_number
 
 DURATIONS = [
+    (2.3e-5, "0.023 ms"),
     (0.0, "0 s"), (0.8645, "0.865 s"), (45, "45 s"), (119, "119 s"), (150, "2.5 min"), (5985, "99.8 min"),
     (7100, "118 min"), (3.5 * 3600, "3.5 h"), (2.1 * 86400, "2.1 days"), (2395.5 * 86400, "2,396 days"),
 ]  # fmt: skip

@@ -156,8 +156,8 @@ def write(
 
     `mark`: the conversion's `identity`; files of another conversion are not used. `inside`: the name of a step's folder
     in `target`, to which `latest` then points. `force`: replace `target`. Of a plan of one file, `target` is this file,
-    whatever the plan calls it. Raises CheckpointError for files that cannot
-    be written, and for values that are too large for their new dtype, unless `allow_inf`.
+    whatever the plan calls it. Raises CheckpointError for files that cannot be written, and for values that are too
+    large for their new dtype, unless `allow_inf`.
     """
     target = behind_links(target)
     try:
