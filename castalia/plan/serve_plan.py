@@ -12,6 +12,7 @@ from castalia.plan.stream_plan import LOGITS_BYTES, PROGRAM_BYTES, block_working
 
 ROWS = 64  # texts that are written at a time
 CHUNK_TOKENS = 128  # of a prompt, between two steps of the texts that are being written
+STEP_TOKENS = 512  # of all prompts, between two steps
 PREFIX_SHARE = 4  # one part in so many of the bytes for keys and values holds prefixes that several texts share
 KV_SHARE = 4  # one part in so many of the memory that is left, so that several checkpoints have room
 UNKNOWN_LENGTH = 4096  # tokens of a text, for models without a last position

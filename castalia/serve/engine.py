@@ -1,9 +1,12 @@
 """Continuous batching: texts join and leave the batch of a model at any step.
 
-submit -> waiting, by request -> filling: a chunk of a prompt in turn -> writing: one token for all in each step
-             |                        |                                       |
-       a slot and room for      chunks that others have            log-probabilities, choice of a token,
-       keys and values          computed are copied                text -> Drawn, to whoever asked
+submit -> waiting, by request -> filling: a chunk of each prompt in turn -> writing: one token for all in each step
+             |                        |                                         |
+       a slot and room for      chunks that others have              log-probabilities, choice of a token,
+       keys and values          computed are copied                  text -> Drawn, to whoever asked
+
+Several prompts are read between two steps, so that texts which come together are written together: a step takes nearly
+as long with few texts as with many. Those whose prompt has just been read share the product with the head.
 
 A text is the same bits whatever else runs: prompts are cut at the same places and each chunk runs by itself, attention
 and experts run row by row, and batches have only widths in which the other kernels give a row the same bits
@@ -33,7 +36,7 @@ from castalia.generate.sampling import Noise, choose
 from castalia.generate.text_stream import TextStream
 from castalia.model.experts import ExpertMLP
 from castalia.model.transformer import Transformer
-from castalia.plan.serve_plan import CHUNK_TOKENS, ROWS, ServingPlan
+from castalia.plan.serve_plan import CHUNK_TOKENS, ROWS, STEP_TOKENS, ServingPlan
 from castalia.serve.slot_batch import SlotBatch, exact_widths
 
 if TYPE_CHECKING:
@@ -220,15 +223,14 @@ class Engine:
 
     @torch.inference_mode()
     def _go_on(self, requests: Sequence[Request], gone: Collection[int]) -> None:
-        """A chunk of one prompt, and a token for every text that is being written."""
+        """A chunk each of some prompts, and a token for every text whose prompt has been read."""
         self.waiting.extend(map(deque, requests))
         if gone:
             self._drop(gone)
         self._admit()
-        if self.filling:
-            self._fill(self.filling[0])
-        if self.writing:
-            self._write()
+        beginning = self._fill()
+        if self.writing or beginning:
+            self._write(beginning)
 
     def fail(self, message: str) -> None:
         """End all texts with this message."""
@@ -270,13 +272,39 @@ class Engine:
             if not request:
                 self.waiting.pop()
 
-    def _fill(self, row: TextRow) -> None:
-        """The next chunk of the first prompt, computed or copied; after the last one, the first token.
+    def _fill(self) -> list[tuple[TextRow, Tensor]]:
+        """The next chunk of some prompts in turn, and the texts that begin, with the last hidden state [1, h] of each.
 
-        Where that fails the row is still in the queue, whose texts `fail` ends.
+        These stay in the queue until they have their first token, so that `fail` ends them where something goes wrong.
         """
-        cache = row.cache
-        assert cache is not None
+        beginning, computed = [], 0
+        for _ in range(len(self.filling)):
+            if computed >= STEP_TOKENS:
+                break
+            row = self.filling[0]
+            cache = row.cache
+            assert cache is not None
+            start = cache.length
+            hidden, copied = self._chunk(row, cache)
+            computed += 0 if copied else len(hidden)
+            try:
+                if row.options.prompt_top is not None:
+                    row.tell(PromptScores(self._prompt_scores(row, hidden, start)))
+                if cache.length == len(row.prompt):
+                    if row.options.max_tokens:
+                        beginning.append((row, hidden[-1:]))
+                    else:
+                        row.tell(Drawn(None, "", None, "length"))
+                        row.cache = None
+            except CastaliaError as error:
+                row.tell(Failed(str(error)))
+                row.cache = None
+            self.filling.rotate(-1)
+        self.filling = deque(row for row in self.filling if row.cache is not None)
+        return beginning
+
+    def _chunk(self, row: TextRow, cache: KVCache) -> tuple[Tensor, bool]:
+        """The final hidden states [t, h] of a prompt's next chunk, and whether another text had computed it."""
         start = cache.length
         stop = min(start + CHUNK_TOKENS, len(row.prompt))
         keeps, key = self.prefixes.budget > 0, b""
@@ -285,7 +313,7 @@ class Engine:
         known = self.prefixes.find(key)
         if known is None:
             tokens = torch.tensor([row.prompt[start:stop]], device=self.model.device)
-            hidden = self.model.hidden(tokens, cache=cache)[0]  # [t, h]
+            hidden = self.model.hidden(tokens, cache=cache)[0]
             if keeps:
                 own = cache.layers.items()  # of a split model those of this process, by their numbers
                 chunk = {layer: (k[:, :, start:stop].clone(), v[:, :, start:stop].clone()) for layer, (k, v) in own}
@@ -299,21 +327,7 @@ class Engine:
             cache.advance(stop - start)
             self.counters["prefix_tokens"] += stop - start
         self.counters["prompt_tokens"] += stop - start
-        try:
-            if row.options.prompt_top is not None:
-                row.tell(PromptScores(self._prompt_scores(row, hidden, start)))
-            if stop < len(row.prompt):
-                self.filling.rotate(-1)
-                return
-            if not row.options.max_tokens:
-                row.tell(Drawn(None, "", None, "length"))
-            elif self._take(row, self.model.logits(hidden[-1:])):
-                self.writing.append(self.filling.popleft())
-                return
-        except CastaliaError as error:
-            row.tell(Failed(str(error)))
-        self.filling.popleft()
-        row.cache = None
+        return hidden, known is not None
 
     def _prompt_scores(self, row: TextRow, hidden: Tensor, start: int) -> list[TokenScore]:
         """The scores of the tokens after those of a chunk, of which the prompt has none after its last."""
@@ -336,14 +350,14 @@ class Engine:
             for token, value, rank, scores, likely in zip(tokens, *parts, strict=True)
         ]
 
-    def _write(self) -> None:
-        rows = self.writing
-        width = next(width for width in self.widths if width >= len(rows))
-        tokens = [row.token for row in rows] + [0] * (width - len(rows))
-        batch = SlotBatch(self.model, [row.cache for row in rows if row.cache], width)
-        hidden = self.model.hidden(torch.tensor(tokens, device=self.model.device)[:, None], cache=batch)[:, 0]
-        logits = self.model.logits(hidden)  # [width, V]
-        self.counters["steps"] += 1
+    def _write(self, beginning: Sequence[tuple[TextRow, Tensor]]) -> None:
+        """A token for the texts that are being written, and the first one of those that begin."""
+        rows = [*self.writing, *(row for row, _ in beginning)]
+        parts = [self._stepped(self.writing)] if self.writing else []
+        parts += [hidden for _, hidden in beginning]
+        if padding := self._width(len(rows)) - len(rows):
+            parts.append(parts[0].new_zeros(padding, parts[0].shape[1]))
+        logits = self.model.logits(torch.cat(parts))  # [width, V]
         going = []
         for number, row in enumerate(rows):
             try:
@@ -353,7 +367,23 @@ class Engine:
             except CastaliaError as error:
                 row.tell(Failed(str(error)))
             row.cache = None  # the request may hold the row until its other texts are done
-        self.writing = going  # only now, so that `fail` ends all of them where something else goes wrong
+        # Only now, so that `fail` ends all of them where something else goes wrong.
+        self.writing = going
+        begun = {id(row) for row, _ in beginning}
+        self.filling = deque(row for row in self.filling if id(row) not in begun)
+
+    def _stepped(self, rows: Sequence[TextRow]) -> Tensor:
+        """The final hidden states [rows, h] after the last token of each text."""
+        width = self._width(len(rows))
+        tokens = [row.token for row in rows] + [0] * (width - len(rows))
+        batch = SlotBatch(self.model, [row.cache for row in rows if row.cache], width)
+        hidden = self.model.hidden(torch.tensor(tokens, device=self.model.device)[:, None], cache=batch)
+        self.counters["steps"] += 1
+        return hidden[: len(rows), 0]
+
+    def _width(self, count: int) -> int:
+        """The rows of a batch for so many texts."""
+        return next(width for width in self.widths if width >= count)
 
     def _take(self, row: TextRow, logits: Tensor) -> bool:
         """Choose the next token of a text from logits [1, V], and tell it. Whether the text goes on."""

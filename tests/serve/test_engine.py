@@ -15,7 +15,7 @@ from castalia.generate.generation import Sampling, stream
 from castalia.generate.packed_model import pack
 from castalia.model.init import initialize
 from castalia.model.transformer import Transformer
-from castalia.plan.serve_plan import CHUNK_TOKENS, serving_plan
+from castalia.plan.serve_plan import CHUNK_TOKENS, STEP_TOKENS, serving_plan
 from castalia.serve import engine as engine_module
 from castalia.serve.engine import Drawn, Engine, Event, Failed, PromptScores, TextOptions, TextRow
 from castalia.serve.slot_batch import exact_widths
@@ -219,6 +219,29 @@ def test_a_running_text_goes_on_while_a_long_prompt_is_read() -> None:
         engine.step()
     assert len(events) == before + 3
     assert engine.filling
+
+
+def test_prompts_that_come_together_are_written_together_and_stall_others_for_no_longer_than_told() -> None:
+    engine = make_engine()
+    running, events = row_of("short", max_tokens=30)
+    engine.submit([running])
+    engine.step()
+    products: list[int] = []
+    logits = engine.model.logits
+    engine.model.logits = lambda x: products.append(len(x)) or logits(x)
+    others = [row_of(chr(65 + n) * 100, max_tokens=5) for n in range(8)]
+    for row, _ in others:
+        engine.submit([row])
+    before, read = len(events), engine.counters["prompt_tokens"]
+    engine.step()
+    assert engine.counters["prompt_tokens"] - read == 6 * 100  # the first whole chunk past the limit is the last
+    assert 5 * 100 < STEP_TOKENS <= 6 * 100
+    engine.step()
+    assert len(events) == before + 2
+    assert len(products) == 2  # of all texts together, with those that begin
+    while not all(events[-1].finish_reason for _, events in others):
+        engine.step()
+    assert engine.counters["steps"] == 6  # as many as five tokens take, and the one between the two groups
 
 
 def test_a_text_that_nobody_waits_for_frees_its_slot() -> None:
