@@ -254,7 +254,8 @@ def measure(models: Mapping[str, Any], words: Any, url: str, pid: int, options: 
 
 
 def run(folder: Path, options: argparse.Namespace) -> None:
-    from castalia.loading import load_model, tokenizer_at
+    from castalia.language_model import load_model
+    from castalia.loading import tokenizer_at
 
     words = tokenizer_at(folder)
     words.end_ids = frozenset()  # so that all tokens are written; the server's texts have a bias against the end

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -22,18 +21,7 @@ if TYPE_CHECKING:
     from castalia.parallel.inference import SplitModel
     from castalia.parallel.mesh import Mesh
 
-
-def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Transformer:
-    """The model of a checkpoint of any format, in eval mode; `module(tokens)` gives logits [batch, time, padded vocab].
-
-    `dtype`: of the computation and the parameters, but for those that stay fp32; None for fp32, which holds every
-    stored value exactly. Warns of
-    settings that had to be guessed or interpreted. Raises CheckpointError as `open_checkpoint` and `load_shards` do.
-    """
-    checkpoint = open_checkpoint(path)
-    for note in checkpoint.notes:
-        warnings.warn(f"{path}: {note}", stacklevel=2)
-    return build_model(checkpoint, device, dtype)
+M = TypeVar("M", bound=Transformer)
 
 
 def tokenizer_at(path: str | Path) -> Tokenizer:
@@ -49,10 +37,19 @@ def tokenizer_at(path: str | Path) -> Tokenizer:
 def build_model(
     checkpoint: Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> Transformer:
-    """The model of an opened checkpoint, as `load_model` gives it."""
+    """The model of an opened checkpoint, see `build_as`."""
+    return build_as(Transformer, checkpoint, device, dtype)
+
+
+def build_as(kind: type[M], checkpoint: Checkpoint, device: str | torch.device, dtype: torch.dtype | None) -> M:
+    """The model of an opened checkpoint in eval mode, an instance of `Transformer` or of a class made from it.
+
+    `dtype`: of the computation and the parameters, but for those that stay fp32; None for fp32. Raises CheckpointError
+    as `load_shards` does.
+    """
     cfg = architecture(checkpoint)
     with torch.device("meta"):
-        model = Transformer(cfg, exact=checkpoint.config is not None and checkpoint.config.neox_exact)
+        model = kind(cfg, exact=checkpoint.config is not None and checkpoint.config.neox_exact)
     hold_in(model, dtype or torch.float32)
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):

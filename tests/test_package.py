@@ -23,7 +23,7 @@ def test_files_beside_the_code_are_packaged() -> None:
     patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["castalia"]
     files = [path.relative_to(ROOT / "castalia") for path in (ROOT / "castalia").rglob("*") if path.is_file()]
     data = [str(path) for path in files if path.suffix != ".py" and "__pycache__" not in path.parts]
-    assert "config/presets/pythia-14m.yml" in data
+    assert "config/presets/pythia-14m.yml" in data and "py.typed" in data
     assert [path for path in data if not any(fnmatch(path, pattern) for pattern in patterns)] == []
 
 

@@ -5,7 +5,7 @@ Names and layouts of tensors are the canonical ones of `castalia.model.transform
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
@@ -119,6 +119,18 @@ class Checkpoint:
             named["optimizer"] = NamedTensors(self.optimizer)
         for field, tensors in named.items():
             object.__setattr__(self, field, tensors)  # the dataclass is frozen
+
+    def __getitem__(self, name: str) -> TensorRef:
+        """A weight by its name, ours or another program's: `checkpoint.model[name]`. Raises KeyError."""
+        return self.model[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the weights, our own."""
+        return iter(self.model)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a weight of this name, our own."""
+        return name in self.model
 
     def __repr__(self) -> str:
         """About ten lines: where it lies, its model, its progress, and how its tensors begin."""

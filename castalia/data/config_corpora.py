@@ -14,6 +14,7 @@ import numpy as np
 
 from castalia.bars import Advance
 from castalia.config.batch import batch_plan, pass_multiple, sum_until
+from castalia.config.load import load_config
 from castalia.config.objective import PAIRED
 from castalia.config.schema import DataStage, RunConfig, Source, Text
 from castalia.data.blend import blend, normalized, weights_by_documents
@@ -39,9 +40,15 @@ BLEND_CACHED_FROM = 1 << 20  # samples; a blend of fewer is computed faster than
 OpenCorpus = Callable[[RunConfig, Source, IndexedDataset, int | None, str], SampledCorpus]
 
 
-def batch_at(config: RunConfig, step: int, split: Split = "train") -> Batch:
-    """The global batch of a step, counted from 0. Raises DataError as `open_data` and `Samples.batch` do."""
-    return _opened(config, split).batch(step)
+def batch_at(run: RunConfig | str | Path, step: int, split: Split = "train") -> Batch:
+    """The global batch of a step of a run, which is its folder or its config.
+
+    Steps are counted from 1, as in metrics.jsonl and by `castalia data batch`. Raises DataError as `open_data` and
+    `Samples.batch` do.
+    """
+    if step < 1:
+        raise DataError(f"there is no step {step}: a run's first step is 1")
+    return _opened(run if isinstance(run, RunConfig) else load_config(run), split).batch(step - 1)
 
 
 def open_data(config: RunConfig, split: Split = "train", open_corpus: OpenCorpus | None = None) -> Samples:

@@ -85,19 +85,24 @@ def kind_of_file(path: str | Path) -> Kind:
     raise DataError(f"{path}: the file holds no record")
 
 
+def record_of(value: Any, encode: Encode) -> Record:
+    """One record, of any kind. Raises ValueError for a record of no kind that is known."""
+    kind = kind_of(value)
+    if kind == "text":
+        answers: tuple[Answer, ...] = (Passage("", value["text"]),)
+    else:
+        answers = pair_of(value) if kind == "pair" else (answer_of(value),)
+    return Record(kind, tuple(map(encode, answers)), value)
+
+
 def read_records(path: str | Path, encode: Encode) -> list[Record]:
     """All records of a file, which are of one kind. Raises DataError, with file and line, for any other."""
     first = kind_of_file(path)
 
     def parse(value: Any, keys: Sequence[str]) -> dict[str, Record]:
-        kind = kind_of(value)
-        if kind != first:
+        if (kind := kind_of(value)) != first:
             raise ValueError(f"{NAMES[kind]} among records that are {NAMES[first]}")
-        if kind == "text":
-            answers: tuple[Answer, ...] = (Passage("", value["text"]),)
-        else:
-            answers = pair_of(value) if kind == "pair" else (answer_of(value),)
-        return dict.fromkeys(keys, Record(kind, tuple(map(encode, answers)), value))
+        return dict.fromkeys(keys, record_of(value, encode))
 
     return [record for chunk in chunks([Path(path)], ()) for record in texts_of(chunk, ("",), parse=parse).texts[""]]
 

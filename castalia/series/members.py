@@ -56,6 +56,11 @@ def find_series(words: Sequence[str | Path], steps: str | None = None) -> list[M
     return chosen
 
 
+def open_series(*paths: str | Path, steps: str | None = None) -> list[Member]:
+    """`find_series` of one path or several: each member has a step, a name and a path, and `open()`."""
+    return find_series(paths, steps)
+
+
 def opened(members: Sequence[Member], **options: Any) -> Iterator[tuple[int, Checkpoint]]:
     """(step, checkpoint) of each member, opened when it is asked for. Raises CheckpointError for one that cannot be."""
     return ((member.step, member.open(**options)) for member in members)

@@ -69,10 +69,10 @@ TIMED_MICRO_BATCHES = 3  # of the first step, after which its length is told
 LONG_STEP_S = 10.0  # a shorter first step tells its length itself
 
 
-def train(config: RunConfig, verbose: bool = False) -> Path:
+def train(config: RunConfig, verbose: bool = False, silent: bool = False) -> Path:
     """Trains, resumes or fine-tunes as the config says, and returns the run's folder.
 
-    `verbose`: the header is printed in full, as it stands in the folder.
+    `verbose`: the header is printed in full, as it stands in the folder. `silent`: nothing is printed.
 
     Raises Stopped where a signal ended the run, which is saved, and other CastaliaErrors where it cannot continue.
     """
@@ -91,7 +91,7 @@ def train(config: RunConfig, verbose: bool = False) -> Path:
         if is_main():
             refuse_if_in_use(folder / "checkpoints")  # the saver asks again, but only once everything is loaded
         session = set_up(config)
-        with Display(silent=session.executor.rank > 0) as display:
+        with Display(silent=silent or session.executor.rank > 0) as display:
             if restarted:
                 display.line(restart_line(job, session.progress.step))
             header = show_header(session, display, folder, kept=True, verbose=verbose)

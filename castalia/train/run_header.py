@@ -53,9 +53,9 @@ INFERRED = "inferred"  # the origin of a value that neither a file nor the comma
 def show_header(session: Session, display: Display, folder: Path, *, kept: bool, verbose: bool = False) -> str:
     """Prints what will happen, in at most MOST_LINES lines or in full, and warnings. Returns the text in full.
 
-    `kept`: the caller writes that text into the folder, as HEADER. Does nothing on ranks with a silent display.
+    `kept`: the caller writes that text into the folder, as HEADER. Does nothing on other ranks than the first.
     """
-    if display.silent:
+    if session.executor.rank > 0:
         return ""
     known, layout = run_facts_of(session), planned_layout(session)
     surprises = [*warnings(session.config, known, layout), *_tokenizer_warnings(session), *_one_sided(session.config)]

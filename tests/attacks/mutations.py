@@ -43,7 +43,7 @@ from castalia.config.load import load_config
 from castalia.data.config_corpora import open_data
 from castalia.data.dataset_writer import DatasetWriter
 from castalia.errors import CastaliaError
-from castalia.loading import load_model
+from castalia.language_model import load_model
 from castalia.storage.checksum import crc32
 from castalia.storage.lazy import as_bytes
 

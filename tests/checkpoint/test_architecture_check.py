@@ -31,7 +31,7 @@ from castalia.data.sources import documents
 from castalia.data.tokenizer import load_tokenizer
 from castalia.errors import CastaliaError, CheckpointError
 from castalia.examine.inspect import report
-from castalia.loading import load_model
+from castalia.language_model import load_model
 from castalia.storage.torch_file import open_pt
 from tests.checkpoint.made import FAMILIES, made, written
 from tests.checkpoint.neox_writer import config_yml, write

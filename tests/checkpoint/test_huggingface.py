@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from castalia.checkpoint.opener import open_checkpoint
 from castalia.checkpoint.restore import load_tokenizer_for
 from castalia.errors import CheckpointError
-from castalia.loading import load_model, load_weights
+from castalia.language_model import load_model
+from castalia.loading import load_weights
 from castalia.model.transformer import Transformer
 
 TOKENS = torch.arange(40).view(2, 20) % 97

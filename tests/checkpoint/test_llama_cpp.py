@@ -24,7 +24,7 @@ from castalia.checkpoint.file_plan import WriteOptions
 from castalia.checkpoint.formats.gguf.gguf_vocabulary import LLAMA3, QWEN2
 from castalia.config.schema import ModelConfig, RopeScaling, TokenizerConfig
 from castalia.data.tokenizer import RustTokenizer, SentencePieceTokenizer, load_tokenizer
-from castalia.loading import load_model
+from castalia.language_model import load_model
 from tests.checkpoint.made import LLAMA, made, written
 from tests.checkpoint.test_gguf import TEXTS, split
 

@@ -19,7 +19,8 @@ from castalia.checkpoint.tensors import Checkpoint, CheckpointFacts
 from castalia.config.schema import FinetuneConfig, LoraConfig, ModelConfig
 from castalia.config.tensor_table import adapter_shapes
 from castalia.errors import CheckpointError
-from castalia.loading import build_model, load_model
+from castalia.language_model import load_model
+from castalia.loading import build_model
 from castalia.model.lora import add_adapters
 from castalia.model.transformer import Transformer
 from castalia.storage.lazy import InMemory

@@ -16,7 +16,8 @@ from castalia.checkpoint.restore import load_optimizer, load_shards, optimizer_s
 from castalia.checkpoint.tensors import Progress, Shard
 from castalia.config.schema import ModelConfig, OptimizerConfig, RunConfig
 from castalia.errors import CheckpointError
-from castalia.loading import load_model, load_weights
+from castalia.language_model import load_model
+from castalia.loading import load_weights
 from castalia.model.init import initialize
 from castalia.model.transformer import Transformer
 from castalia.train.optimizer import make_optimizer
@@ -174,7 +175,7 @@ def test_loading_needs_the_model_and_one_tensor(tmp_path: Path) -> None:
     save(tmp_path / "small", build())  # loaded first, so that imports are not counted
     script = f"""
     import re, threading, time, torch
-    from castalia.loading import load_model
+    from castalia.language_model import load_model
     def anonymous():
         return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1])
     peak, done = 0, False

@@ -15,7 +15,8 @@ from castalia.cli.merge_lora import command as merge
 from castalia.config.schema import ModelConfig
 from castalia.errors import CheckpointError
 from castalia.examine.verify import verify
-from castalia.loading import build_model, load_model
+from castalia.language_model import load_model
+from castalia.loading import build_model
 from castalia.model.transformer import Transformer
 from tests.checkpoint.made import FAMILIES, assert_same, made, written
 

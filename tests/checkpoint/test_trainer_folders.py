@@ -16,7 +16,8 @@ from castalia.checkpoint.opener import find_folder, find_steps, open_checkpoint
 from castalia.checkpoint.restore import load_tokenizer_for
 from castalia.cli.finetune import command as finetune
 from castalia.errors import CheckpointError
-from castalia.loading import build_model, load_model
+from castalia.language_model import load_model
+from castalia.loading import build_model
 from tests.cli.chat_model import conversation, make_chat_model
 
 

@@ -19,7 +19,8 @@ from castalia.checkpoint.restore import load_tokenizer_for
 from castalia.config.schema import ModelConfig, RopeScaling, TokenizerConfig
 from castalia.data.tokenizer import train_bpe
 from castalia.errors import CheckpointError
-from castalia.loading import build_model, load_model
+from castalia.language_model import load_model
+from castalia.loading import build_model
 from tests.checkpoint.made import FAMILIES, LLAMA, SIZES, assert_same, made, written
 
 TOKENS = torch.arange(40).view(2, 20) % 90

@@ -33,7 +33,7 @@ from castalia.errors import CastaliaError, CheckpointError, ConfigError, DataErr
 from castalia.finetuning.lessons import PLAIN_TEMPLATE
 from castalia.generate.dialogue import turn_ends
 from castalia.generate.generation import generate
-from castalia.loading import load_model
+from castalia.language_model import load_model
 from castalia.observe.metrics import read_metrics
 from castalia.parallel.executor import Rows
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from castalia.cli.generate import command as generate
 from castalia.cli.score import command as score
 from castalia.errors import CastaliaError
-from castalia.generate.text import generate_text
+from castalia.language_model import load_model
 from tests.cli.chat_model import LESSONS, conversation, make_chat_model
 
 
@@ -83,7 +83,7 @@ def test_the_best_of_several_is_the_one_with_the_highest_reward(reward, model, c
     prompts = ["Who was", "And who"]
     generate(str(model), prompt=prompts, best_of=4, judge=str(reward), temperature=2.0, max_tokens=6, as_json=True)
     found = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
-    written = generate_text(str(model), prompts, num_samples=4, temperature=2.0, max_tokens=6)
+    written = load_model(model).generate(prompts, num_samples=4, temperature=2.0, max_tokens=6)
     for number, prompt in enumerate(prompts):
         texts = written[4 * number : 4 * number + 4]
         assert len(set(texts)) > 1

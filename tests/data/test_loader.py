@@ -57,7 +57,7 @@ def test_the_batches_that_the_original_trained_on(fixtures: Path, variant: str, 
     run = load_config(yml, [*paths, f"train.batch_size={batch}"])
     expected = np.load(neox / "data" / file).reshape(10, batch, 33)
     for step in reversed(range(10)):
-        tokens, labels, loss_mask, *_ = batch_at(run, step)
+        tokens, labels, loss_mask, *_ = batch_at(run, step + 1)
         assert np.array_equal(tokens, expected[step, :, :-1]) and np.array_equal(labels, expected[step, :, 1:])
         assert loss_mask.all() and tokens.dtype == labels.dtype == np.int64 and loss_mask.dtype == bool
 
@@ -147,13 +147,13 @@ def test_accumulation_takes_the_same_samples(tmp_path: Path) -> None:
     source = corpus(tmp_path / "x", [list(range(40))] * 9)
     whole = config(source, batch=4)
     parts = whole.model_copy(update={"train": TrainConfig(steps=4, micro_batch_size=1, accumulation=4)})
-    assert all(np.array_equal(batch_at(whole, step).tokens, batch_at(parts, step).tokens) for step in range(4))
+    assert all(np.array_equal(batch_at(whole, step).tokens, batch_at(parts, step).tokens) for step in range(1, 5))
 
 
 def test_no_loss_after_the_end_of_a_document(tmp_path: Path) -> None:
     source = corpus(tmp_path / "x", [[7, 8, 9, 0]] * 20)
     run = config(source, mask_after_eod=True).model_copy(update={"tokenizer": TokenizerConfig(kind="char")})
-    tokens, labels, loss_mask, documents, *_ = batch_at(run, 0)
+    tokens, labels, loss_mask, documents, *_ = batch_at(run, 1)
     assert documents is None and (
         np.array_equal(loss_mask, tokens != 0)
         and (labels[tokens == 9] == 0).all()
@@ -164,9 +164,9 @@ def test_no_loss_after_the_end_of_a_document(tmp_path: Path) -> None:
 def test_padding_is_not_trained_on_unless_the_originals_numbers_are_asked_for(tmp_path: Path) -> None:
     source = corpus(tmp_path / "x", [[7, 8, 9, 7, 8]] * 20)
     run = config(source, length=12, packing="pack_until_overflow")
-    padded = batch_at(run, 0).tokens == 0
-    assert padded.any() and not batch_at(run, 0).loss_mask[:, -1].any()
-    assert batch_at(run.model_copy(update={"neox_exact": True}), 0).loss_mask.all()
+    padded = batch_at(run, 1).tokens == 0
+    assert padded.any() and not batch_at(run, 1).loss_mask[:, -1].any()
+    assert batch_at(run.model_copy(update={"neox_exact": True}), 1).loss_mask.all()
 
 
 @given(
@@ -276,7 +276,7 @@ def test_ids_beyond_the_vocabulary_name_the_document(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"step 0: token id 50 lies beyond the vocabulary of 50; it is token 1 of document \d+ of"
     ):
-        batch_at(config(source), 0)
+        batch_at(config(source), 1)
 
 
 def test_labels_must_match(tmp_path: Path) -> None:
@@ -306,13 +306,13 @@ def test_sequences_that_begin_short_are_the_beginnings_of_the_same_samples(tmp_p
     source = corpus(tmp_path / "c", [[*range(start, start + 9)] for start in range(40)])
     plain, warmup = config(source, steps=6, length=8), {"start": 2, "steps": 4, "multiple": 2}
     short = config(source, steps=6, length=8, seq_length_warmup=warmup, valid=(source,))
-    assert [batch_at(short, step).tokens.shape[1] for step in range(6)] == [2, 4, 6, 8, 8, 8]
-    for step in range(6):
+    assert [batch_at(short, step).tokens.shape[1] for step in range(1, 7)] == [2, 4, 6, 8, 8, 8]
+    for step in range(1, 7):
         whole, cut = batch_at(plain, step), batch_at(short, step)
         length = cut.tokens.shape[1]
         assert np.array_equal(cut.tokens, whole.tokens[:, :length])
         assert np.array_equal(cut.labels, whole.labels[:, :length])
-    assert batch_at(short, 0, "valid").tokens.shape[1] == 8
+    assert batch_at(short, 1, "valid").tokens.shape[1] == 8
     assert open_data(short).fingerprint != open_data(plain).fingerprint
 
 

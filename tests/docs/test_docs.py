@@ -1,4 +1,5 @@
-"""Runs the documentation: every ```sh block of docs/*.md, in order, in one empty folder for each document.
+"""Runs the documentation: every ```sh block of docs/*.md, in order, in one empty folder for each document, and the
+recipes of docs/python.md, whose types are checked as well.
 
 Blocks of other kinds (```console, ```text, ```yaml) are for reading. Runs are cut to a few steps; nothing else changes.
 """
@@ -10,11 +11,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SHELL_BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+RECIPE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PRINTED_BLOCK = re.compile(r"^```sh\n(.*?)^```\n\n```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FIGURE = re.compile(r"(?<![\w.,])[\d,]+\.\d+(?![\w.])")
 LENGTH = re.compile(r"\b(train\.steps=|train_iters=)(\d+)")
@@ -22,7 +25,10 @@ MOST_STEPS = 12
 
 
 def blocks(document: Path) -> list[str]:
-    return SHELL_BLOCK.findall(document.read_text(encoding="utf-8"))
+    """Commands in the order of the page; the recipes of python.md come last."""
+    text = document.read_text(encoding="utf-8")
+    recipes = [f"python - <<'PYTHON'\n{recipe}PYTHON" for recipe in RECIPE.findall(text)]
+    return SHELL_BLOCK.findall(text) + (recipes if document.stem == "python" else [])
 
 
 def shortened(block: str) -> str:
@@ -39,6 +45,18 @@ def test_commands_of_the_documentation_work(document, tmp_path):
         (tmp_path / shipped).symlink_to(ROOT / shipped)
     for block in blocks(document):
         printed(shortened(block), tmp_path)
+
+
+@pytest.mark.slow
+def test_the_recipes_in_python_have_the_types_that_they_need(tmp_path):
+    recipes = RECIPE.findall((ROOT / "docs" / "python.md").read_text(encoding="utf-8"))
+    assert len(recipes) == 10
+    for number, recipe in enumerate(recipes, start=1):
+        (tmp_path / f"recipe_{number}.py").write_text(f"def recipe_{number}() -> None:\n{indent(recipe, '    ')}")
+    command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--cache-dir", str(tmp_path / "cache"), "."]
+    # Found as other packages are, by its `py.typed`.
+    checked = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert checked.returncode == 0, checked.stdout
 
 
 def printed(script: str, folder: Path) -> str:

@@ -21,7 +21,7 @@ from castalia.data.split import sources_path, write_sources
 from castalia.data.tokenizer import load_tokenizer
 from castalia.errors import CastaliaError
 from castalia.evaluate.perplexity import bits_per_byte, evaluate, windows
-from castalia.loading import load_model
+from castalia.language_model import load_model
 from castalia.parallel.executor import Executor
 from castalia.train.evaluation import EvaluationOptions, evaluate_checkpoint, load_executor, uniform_loss
 

@@ -20,7 +20,7 @@ from castalia.config.schema import ModelConfig, RunConfig
 from castalia.config.tensor_table import tensor_shapes
 from castalia.errors import CheckpointError
 from castalia.examine.inspect import by_kind, report
-from castalia.loading import load_model
+from castalia.language_model import load_model
 from castalia.storage.derived import Cast, Scaled, Shaped
 from castalia.storage.extent import FileTensor
 from castalia.storage.lazy import InMemory, Zeros

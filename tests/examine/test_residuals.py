@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from castalia.data.tokenizer import ByteTokenizer
 from castalia.errors import ConfigError, DataError
 from castalia.examine.residuals import logit_lens, parse_layers, pieces_of, write_activations
-from castalia.loading import load_model, tokenizer_at
+from castalia.language_model import load_model
+from castalia.loading import tokenizer_at
 from castalia.storage.safetensors import open_safetensors
 from tests.cli.chat_model import make_chat_model
 

@@ -18,7 +18,7 @@ from castalia.data.dataset_writer import DatasetWriter
 from castalia.data.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
 from castalia.errors import CheckpointError
 from castalia.generate.generation import TextPiece, generate, in_order
-from castalia.loading import load_model
+from castalia.language_model import load_model
 
 
 @pytest.fixture(scope="module")

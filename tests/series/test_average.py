@@ -8,7 +8,7 @@ import torch
 from castalia.checkpoint.opener import open_checkpoint
 from castalia.cli.average import command
 from castalia.errors import CheckpointError, ConfigError
-from castalia.loading import load_model
+from castalia.language_model import load_model
 from castalia.series.average import averaged, ema_shares, shares_of
 from tests.series.changes import exported, steps_of
 

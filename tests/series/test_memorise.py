@@ -65,7 +65,7 @@ def test_the_sequences_of_a_step_are_those_it_trains_on(learnt):
     assert config is not None
     panel = panel_of_run(config, [(3, 4)], PROMPT, LENGTH)
     assert panel.seen == (3,) * 8 + (4,) * 8
-    assert (panel.tokens[:8] == batch_at(config, 2).tokens[:, :LENGTH]).all()
+    assert (panel.tokens[:8] == batch_at(config, 3).tokens[:, :LENGTH]).all()
     with pytest.raises(ConfigError, match="need 99 tokens; sequences have 16"):
         panel_of_run(config, [(1, 1)], 9, 99)
 

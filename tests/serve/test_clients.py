@@ -14,7 +14,8 @@ import pytest
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 from lm_eval.tasks import TaskManager
 
-from castalia.loading import load_model, tokenizer_at
+from castalia.language_model import load_model
+from castalia.loading import tokenizer_at
 from castalia.tasks.harness import TaskModel
 from tests.serve.server_process import Served, serving
 from tests.tasks.conftest import verses

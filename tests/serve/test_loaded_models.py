@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 from transformers import AutoModelForCausalLM
 
 from castalia.errors import CheckpointError, ConfigError
-from castalia.generate.text import generate_text
+from castalia.language_model import load_model
 from castalia.loading import tokenizer_at
 from castalia.plan.stream_plan import PROGRAM_BYTES
 from castalia.serve import catalogue
@@ -126,7 +126,7 @@ def test_a_model_that_is_larger_than_the_memory_is_streamed_and_says_so(models: 
         if answer.status_code == 200:
             reply = answer.json()
             streamed |= "read from disk" in reply["usage"].get("warning", "")
-            expected = generate_text(models / "neox", [text], max_tokens=9)[0]
+            expected = load_model(models / "neox").generate([text], max_tokens=9)[0]
             assert reply["choices"][0]["text"] == expected
             break
         assert answer.status_code == 400 and "neox" in answer.json()["error"]["message"]

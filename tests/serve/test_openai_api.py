@@ -14,7 +14,8 @@ from starlette.testclient import TestClient
 from castalia.config.schema import ModelConfig
 from castalia.data.tokenizer import ByteTokenizer
 from castalia.evaluate.continuations import Continuation, score_continuations
-from castalia.loading import load_model, tokenizer_at
+from castalia.language_model import load_model
+from castalia.loading import tokenizer_at
 from castalia.plan.serve_plan import ServingPlan
 from castalia.serve.engine import TextOptions, TextRow
 from castalia.serve.request_fields import RequestError

@@ -15,7 +15,8 @@ from castalia.data.pairs import open_samples
 from castalia.data.tokenizer import load_tokenizer
 from castalia.examine.inspect import report
 from castalia.examine.residuals import logit_lens
-from castalia.loading import load_model, tokenizer_at
+from castalia.language_model import load_model
+from castalia.loading import tokenizer_at
 from castalia.observe.metrics import read_metrics
 from castalia.serve.app import build_app
 from castalia.serve.catalogue import Catalogue

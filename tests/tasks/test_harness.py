@@ -15,7 +15,8 @@ from castalia.checkpoint.opener import open_checkpoint
 from castalia.data.tokenizer import train_bpe
 from castalia.errors import DataError
 from castalia.evaluate import continuations
-from castalia.loading import load_model, tokenizer_at
+from castalia.language_model import load_model
+from castalia.loading import tokenizer_at
 from castalia.tasks.harness import TaskModel
 from castalia.tasks.task_run import open_task_model
 from tests.tasks.conftest import verses

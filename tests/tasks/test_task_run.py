@@ -13,7 +13,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from castalia.errors import DataError
-from castalia.loading import load_model, tokenizer_at
+from castalia.language_model import load_model
+from castalia.loading import tokenizer_at
 from castalia.tasks.harness import TaskModel
 from castalia.tasks.task_options import TaskOptions
 from castalia.tasks.task_run import DEMO, metrics_of, run_tasks, table

@@ -15,7 +15,8 @@ from castalia.config.schema import TokenizerConfig
 from castalia.data.tokenizer import load_tokenizer, train_bpe
 from castalia.errors import CheckpointError, ConfigError, DataError
 from castalia.examine.inspect import report
-from castalia.loading import build_model, load_model
+from castalia.language_model import load_model
+from castalia.loading import build_model
 from castalia.observe.metrics import read_metrics
 from castalia.train.loop import train
 from castalia.train.setup import start

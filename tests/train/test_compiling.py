@@ -11,7 +11,7 @@ import torch
 
 from castalia.config.schema import complete
 from castalia.errors import TrainingError
-from castalia.loading import load_model
+from castalia.language_model import load_model
 from castalia.observe.display import Display
 from castalia.parallel import compile
 from castalia.train import compiling

@@ -18,7 +18,7 @@ from castalia.config.load import load_config, load_run
 from castalia.data.dataset_writer import DatasetWriter
 from castalia.errors import ConfigError
 from castalia.examine.facts import from_tensors
-from castalia.loading import load_model
+from castalia.language_model import load_model
 from castalia.observe.metrics import read_metrics
 from castalia.train.dry_run import rehearse
 from castalia.train.loop import train

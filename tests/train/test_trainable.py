@@ -14,7 +14,7 @@ from castalia.config.load import load_config
 from castalia.config.schema import ModelConfig
 from castalia.data.config_corpora import batch_at
 from castalia.errors import ConfigError
-from castalia.loading import load_model
+from castalia.language_model import load_model
 from castalia.observe.metrics import read_metrics
 from castalia.train.dry_run import rehearse
 from castalia.train.run_header import HEADER
@@ -150,7 +150,7 @@ def test_with_the_right_config_it_fine_tunes(right, narrow_20b, corpus, tmp_path
         assert part in said
     assert "RANDOM" not in said
     first, *_ = read_metrics(tmp_path / "tuned")
-    batch = batch_at(right.model_copy(update={"model": NARROW}), 0)
+    batch = batch_at(right.model_copy(update={"model": NARROW}), 1)
     published = load_model(narrow_20b)
     with torch.no_grad():
         total, number = published(torch.tensor(batch.tokens), labels=torch.tensor(batch.labels))
