@@ -137,6 +137,17 @@ def experts(config: RunConfig) -> Iterator[Problem]:
     if wanted.top_k > wanted.count:
         text = f"model.experts.top_k={wanted.top_k} is more than model.experts.count={wanted.count}; lower it"
         yield Problem(text, ("model.experts.top_k", "model.experts.count"))
+    if wanted.first >= model.num_layers:
+        text = (
+            f"model.experts.first={wanted.first} leaves no block with experts: there are {model.num_layers}; lower it"
+        )
+        yield Problem(text, ("model.experts.first", "model.num_layers"))
+    if wanted.norm_topk and wanted.top_k == 1:
+        text = "model.experts.norm_topk=true divides the only share of a token by itself"
+        yield Problem(
+            f"{text}, so that its router learns nothing; set it to false, or top_k to 2",
+            ("model.experts.norm_topk", "model.experts.top_k"),
+        )
     if model.mup:
         text = "model.mup has no rates for the matrices of model.experts; leave one of them out"
         yield Problem(text, ("model.mup", "model.experts.count"))
@@ -455,6 +466,10 @@ def without_effect(config: RunConfig) -> Iterator[Problem]:
         "model.experts.sinkhorn_stop": mixture
         and mixture.router != "sinkhorn"
         and f"model.experts.router is {mixture.router}",
+        "model.experts.balance_rate": mixture
+        and mixture.router != "balanced"
+        and f"model.experts.router is {mixture.router}",
+        "model.experts.shared_gate": mixture and not mixture.shared_width and "there is no shared_width",
         "optimizer.betas": rule in ("sgd", "adafactor") and f"{rule} has none",
         "optimizer.eps": rule in ("lion", "sgd", "adafactor") and f"{rule} has none",
         "optimizer.momentum": rule not in ("sgd", "muon") and f"{rule} has none",

@@ -39,6 +39,8 @@ def tensor_splits(model: ModelConfig) -> list[TensorSplit]:
         splits.append(TensorSplit("model.mlp_size", "columns of the MLP", model.mlp_width))
     if model.experts:
         splits.append(TensorSplit("model.experts.count", "experts", model.experts.count))
+        if shared := model.experts.shared_width:
+            splits.append(TensorSplit("model.experts.shared_width", "columns of the shared expert", shared))
     return splits
 
 

@@ -143,14 +143,30 @@ class ExpertsConfig(Section):
 
     count: Annotated[int, Ge(2), Le(1 << 16)] = Field(description="experts of a block")
     top_k: PositiveInt = Field(1, description="experts that compute each token")
-    every: PositiveInt = Field(1, description="blocks 0, every, 2 * every, ... have experts, the others an MLP")
+    first: NonNegativeInt = Field(0, description="the first block that has experts")
+    every: PositiveInt = Field(
+        1, description="blocks first, first + every, first + 2 * every, ... have experts, the others an MLP"
+    )
     width: PositiveInt | None = Field(None, description="inner width of one expert; None: that of the MLP")
     gated: bool = Field(False, description="activation(gate(x)) * up(x) in each expert instead of activation(up(x))")
-    router: Literal["topk", "sinkhorn"] = Field(
+    shared_width: PositiveInt | None = Field(
+        None, description="inner width of a further expert that computes every token; None: there is none"
+    )
+    shared_gate: bool = Field(False, description="the shared expert's output is multiplied by a sigmoid of the token")
+    router: Literal["topk", "balanced", "sinkhorn"] = Field(
         "topk",
-        description="topk: the experts with the largest softmax; sinkhorn: as GPT-NeoX, in training a choice that "
+        description="topk: the experts with the largest softmax; balanced: with the largest sigmoid plus a bias, which "
+        "evens out the load from step to step, as in DeepSeek-V3; sinkhorn: as GPT-NeoX, in training a choice that "
         "balances the experts over the micro-batch, so that it depends on later tokens, too",
     )
+    balance_rate: NonNegativeFloat = Field(
+        0.001, description="balanced: how far a step moves the bias of an expert; 0: it stays"
+    )
+    norm_topk: bool | None = Field(
+        None,
+        description="divide the shares of a token's experts by their sum; None: with router=balanced and top_k > 1",
+    )
+    routed_scale: PositiveFloat = Field(1.0, description="multiplies the shares")
     sinkhorn_stop: Literal["relative", "absolute", "inverted"] | None = Field(
         None,
         description="sinkhorn: when its at most three iterations end; relative: once they change little; absolute: as "
@@ -160,6 +176,11 @@ class ExpertsConfig(Section):
     jitter: Annotated[float, Ge(0), Lt(1)] = Field(
         0.0, description="topk: in training the router sees its input times random numbers within 1 +- this"
     )
+
+    @property
+    def divides_shares(self) -> bool:
+        """Whether a token's shares are divided by their sum, where `norm_topk` may be None."""
+        return self.router == "balanced" and self.top_k > 1 if self.norm_topk is None else self.norm_topk
 
 
 class ModelConfig(Section):
@@ -262,6 +283,13 @@ class ModelConfig(Section):
         return (self.experts.width or self.mlp_width) if self.experts else 0
 
     @property
+    def shared_mlp(self) -> ModelConfig:
+        """The model whose MLP the shared expert is: one without biases, and gated where the other experts are."""
+        assert self.experts is not None and self.experts.shared_width
+        wanted = {"mlp_size": self.experts.shared_width, "gated_mlp": self.experts.gated, "mlp_bias": False}
+        return self.model_copy(update=wanted)
+
+    @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """What stands in each block."""
         return tuple(self._kind(layer) for layer in range(self.num_layers))
@@ -270,7 +298,8 @@ class ModelConfig(Section):
         mixer = self.pattern[layer % len(self.pattern)]
         if mixer != "attention":
             return mixer
-        return "moe" if self.experts and layer % self.experts.every == 0 else "dense"
+        mixed = self.experts and layer >= self.experts.first and (layer - self.experts.first) % self.experts.every == 0
+        return "moe" if mixed else "dense"
 
     @property
     def attention_layers(self) -> int:
@@ -537,12 +566,18 @@ class FinetuneConfig(Section):
     def trains(self, name: str) -> bool:
         """Whether the tensor of this name trains. Adapters do whether or not `train` names them."""
         wanted = any(fits(pattern, name) for pattern in self.train) if self.train else self.lora is None
-        return (wanted or is_adapter(name)) and not any(fits(pattern, name) for pattern in self.freeze)
+        kept = is_balance(name) or any(fits(pattern, name) for pattern in self.freeze)
+        return (wanted or is_adapter(name)) and not kept
 
 
 def is_adapter(name: str) -> bool:
     """Whether a tensor of this name belongs to a LoRA adapter."""
     return name.endswith((".lora_a", ".lora_b"))
+
+
+def is_balance(name: str) -> bool:
+    """Whether a tensor of this name is a router's bias for balancing, which no gradient changes."""
+    return name.endswith(".router.balance.bias")
 
 
 class OptimizerConfig(Section):

@@ -20,8 +20,8 @@ Shapes = dict[str, tuple[int, ...]]
 Init = Literal["random", "residual", "fan_in", "adapter", "ones", "zeros", "decays", "steps"]
 Kind = Literal[
     "adapters", "embedding", "positions", "head", "reward head", "attention qkv", "attention out", "mlp up", "mlp gate",
-    "mlp down", "router", "experts", "gmlp up", "gmlp spatial", "gmlp attention", "gmlp down",
-    "mamba in", "mamba conv", "mamba selection", "mamba scan", "mamba out", "norms", "biases",
+    "mlp down", "router", "router bias", "experts", "shared expert", "gmlp up", "gmlp spatial", "gmlp attention",
+    "gmlp down", "mamba in", "mamba conv", "mamba selection", "mamba scan", "mamba out", "norms", "biases",
 ]  # fmt: skip
 
 SIZES: dict[str, Callable[[ModelConfig], int]] = {  # the words of shapes
@@ -34,6 +34,7 @@ SIZES: dict[str, Callable[[ModelConfig], int]] = {  # the words of shapes
     "mlp": lambda model: model.mlp_width,
     "experts": lambda model: model.experts.count if model.experts else 0,
     "expert_width": lambda model: model.expert_width,
+    "shared_width": lambda model: (model.experts.shared_width if model.experts else None) or 0,
     "norm": lambda model: 1 if model.norm == "scalenorm" else model.hidden_size,
     "gate": lambda model: 4 * model.hidden_size,  # of gmlp and amlp
     "gate_norm": lambda model: 1 if model.norm == "scalenorm" else 4 * model.hidden_size,
@@ -62,6 +63,9 @@ CONDITIONS: dict[str, Callable[[ModelConfig], bool]] = {  # what a model must ha
     "conv_bias": lambda model: model.mamba_sizes.conv_bias,
     "linear_bias": lambda model: model.mamba_sizes.linear_bias,
     "gated_experts": lambda model: model.experts is not None and model.experts.gated,
+    "balanced": lambda model: model.experts is not None and model.experts.router == "balanced",
+    "shared_expert": lambda model: model.experts is not None and model.experts.shared_width is not None,
+    "shared_gate": lambda model: model.experts is not None and model.experts.shared_gate,
 }
 LAYER_KINDS: dict[str, tuple[LayerKind, ...]] = {  # what a block must be for it
     "attention": ("dense", "moe"),
@@ -105,7 +109,7 @@ class TensorRow(NamedTuple):
     @property
     def stays_fp32(self) -> bool:
         """Whether it is held in fp32 whatever the model computes in."""
-        return self.kind == "mamba scan"
+        return self.kind in ("mamba scan", "router bias")
 
     @property
     def has_token_rows(self) -> bool:
@@ -177,9 +181,14 @@ BLOCK = (
     *_linear("mlp.gate", "mlp hidden", "mlp_bias", "mlp gate", 0, "dense gated_mlp"),
     *_linear("mlp.down", "hidden mlp", "mlp_bias", "mlp down", 1, "dense"),
     TensorRow("blocks.{i}.mlp.router.weight", "experts hidden", "moe", "router"),
+    TensorRow("blocks.{i}.mlp.router.balance.bias", "experts", "moe balanced", "router bias", "zeros", decays=False),
     TensorRow("blocks.{i}.mlp.experts.up", "experts expert_width hidden", "moe", "experts", tp_dim=0),
     TensorRow("blocks.{i}.mlp.experts.gate", "experts expert_width hidden", "moe gated_experts", "experts", tp_dim=0),
     TensorRow("blocks.{i}.mlp.experts.down", "experts expert_width hidden", "moe", "experts", "residual", 0),
+    *_linear("mlp.shared.up", "shared_width hidden", "", "shared expert", 0, "moe shared_expert")[:1],
+    *_linear("mlp.shared.gate", "shared_width hidden", "", "shared expert", 0, "moe shared_expert gated_experts")[:1],
+    *_linear("mlp.shared.down", "hidden shared_width", "", "shared expert", 1, "moe shared_expert")[:1],
+    TensorRow("blocks.{i}.mlp.shared_gate.weight", "1 hidden", "moe shared_expert shared_gate", "router"),
     *_whole("gmlp.up", "both hidden", "gmlp", "gmlp up", adds=False),
     *_norm("blocks.{i}.gmlp.norm", "gmlp", "gate_norm", "gate"),
     *_whole("gmlp.spatial", "positions positions", "gmlp", "gmlp spatial", "zeros", "ones"),

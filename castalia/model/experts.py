@@ -6,17 +6,17 @@ m tokens, e experts, k chosen experts of a token, f width of an expert, h hidden
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from castalia.config.schema import ExpertsConfig, ModelConfig
-from castalia.model.layers import ACTIVATIONS, is_slow_half
+from castalia.model.layers import ACTIVATIONS, MLP, Linear, is_slow_half
 
 SINKHORN_STEPS, SINKHORN_TOLERANCE, SINKHORN_EPSILON = 3, 1e-4, 1e-8
-# torch has grouped products since 2.10; their kernel for GPUs takes bf16 alone.
+# Since torch 2.10.
 grouped_mm: Any = getattr(F, "grouped_mm", None)
 
 
@@ -28,25 +28,49 @@ class Router(nn.Module):
         assert cfg.experts is not None
         self.cfg, self.stop = cfg.experts, sinkhorn_stop(cfg.experts, exact)
         self.weight = nn.Parameter(torch.empty(cfg.experts.count, cfg.hidden_size))
+        self.balance = Balance(cfg.experts.count) if cfg.experts.router == "balanced" else None
 
     def forward(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [m, h] and the weight [e, h] -> shares [m, k] in fp32, and the numbers of the chosen experts [m, k].
 
-        Shares are the router's scores as they are: those of one token do not add up to 1.
+        Shares are the router's scores, which add up to 1 only where they are divided by their sum.
         """
         # As in GPT-NeoX, the model has a 16-bit weight, and computes in fp32 with it; so do models that hold it so.
         wide, weight, k = x.float(), weight.to(x.dtype).float(), self.cfg.top_k
-        if self.training and self.cfg.jitter:
+        if self.training and self.cfg.jitter and self.cfg.router == "topk":
             noise = torch.empty_like(wide).uniform_(1 - self.cfg.jitter, 1 + self.cfg.jitter)
             wide = wide * noise
         logits = F.linear(wide, weight)  # [m, e]
         one = self.cfg.router == "sinkhorn" and k == 1
-        scores = logits.sigmoid() if one else logits.softmax(dim=-1)
-        if not (self.training and self.cfg.router == "sinkhorn"):
-            shares, chosen = scores.topk(k, dim=-1)
-            return shares, chosen
-        chosen = balanced(logits, self.stop).topk(k, dim=-1).indices
-        return scores.gather(1, chosen), chosen
+        scores = logits.sigmoid() if one or self.balance is not None else logits.softmax(dim=-1)
+        wanted = scores  # by which experts are chosen; no gradient comes from the choice
+        if self.balance is not None:
+            wanted = self.balance(scores.detach())
+        elif self.training and self.cfg.router == "sinkhorn":
+            wanted = balanced(logits, self.stop)
+        chosen = wanted.topk(k, dim=-1).indices
+        shares = scores.gather(1, chosen)
+        if self.cfg.divides_shares:
+            shares = shares / shares.sum(dim=-1, keepdim=True)
+        return shares * self.cfg.routed_scale, chosen
+
+
+class Balance(nn.Module):
+    """What is added to each expert's score where experts are chosen, but not to its share (2408.15664).
+
+    No gradient changes it: after each step it grows a little for experts that had fewer tokens than the mean, and
+    shrinks for the others.
+    """
+
+    stays_fp32 = True
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.empty(count), requires_grad=False)
+
+    def forward(self, scores: Tensor) -> Tensor:
+        """[m, e] -> [m, e]."""
+        return scores + self.bias
 
 
 def sinkhorn_stop(cfg: ExpertsConfig, exact: bool) -> str:
@@ -95,38 +119,30 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(shape))
         self.activation = ACTIVATIONS[cfg.activation]
 
-    @property
-    def held(self) -> Held:
-        """The matrices, of which a tensor rank holds those of some experts."""
-        return Held(0, self.up, self.gate, self.down)
+    def matrices(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """up, gate and down of the experts that this rank holds."""
+        return self.up, self.gate, self.down
 
-    def forward(self, x: Tensor, counts: Tensor, held: Held) -> Tensor:
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """Rows [r, h] that are sorted by expert, `counts` of them for each of those held -> their outputs [r, h]."""
-        inner = grouped(x, held.up.transpose(1, 2), counts)  # [r, f]
-        if held.gate is None:
+        up, gate, down = self.matrices()
+        inner = grouped(x, up.transpose(1, 2), counts)  # [r, f]
+        if gate is None:
             inner = self.activation(inner)
         else:
-            inner = self.activation(grouped(x, held.gate.transpose(1, 2), counts)) * inner
-        return grouped(inner, held.down, counts)
-
-
-class Held(NamedTuple):
-    """The matrices of consecutive experts, the first of which has the number `first`."""
-
-    first: int
-    up: Tensor
-    gate: Tensor | None
-    down: Tensor
+            inner = self.activation(grouped(x, gate.transpose(1, 2), counts)) * inner
+        return grouped(inner, down, counts)
 
 
 def grouped(x: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
     """Each group of rows times its own matrix, in the dtype of x: [r, in], [e, in, out], counts [e] -> [r, out]."""
-    matrices = matrices.to(x.dtype)
-    aligned = x.shape[-1] % 8 == 0 and matrices.shape[-1] % 8 == 0  # the kernel takes rows of whole 16 bytes
-    if grouped_mm is not None and x.is_cuda and x.dtype == torch.bfloat16 and aligned:
-        return grouped_mm(x, matrices, offs=counts.cumsum(0).int())
     if is_slow_half(x):
         return grouped(x.float(), matrices.float(), counts).half()
+    matrices = matrices.to(x.dtype)
+    # Rows of all operands must be whole 16 bytes; on GPUs there is a kernel for bf16 alone.
+    aligned = all(size * x.itemsize % 16 == 0 for size in matrices.shape[1:])
+    if grouped_mm is not None and aligned and (not x.is_cuda or x.dtype == torch.bfloat16):
+        return grouped_mm(x, matrices, offs=counts.cumsum(0).int())
     sizes = counts.tolist()  # a GPU is waited for here
     return torch.cat([rows @ matrix for rows, matrix in zip(x.split(sizes), matrices, strict=True)])
 
@@ -134,25 +150,40 @@ def grouped(x: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
 class ExpertMLP(nn.Module):
     """Router and experts in place of a block's MLP: the sum of the chosen experts' outputs times their shares.
 
+    A shared expert computes every token besides, times a sigmoid of the token where there is a `shared_gate`.
+
     `load` [e] counts the tokens of each expert in the training passes since someone set it to None; where activations
     are computed again in the backward pass, it counts them again.
     """
 
     load: Tensor | None = None
+    held: slice | None = None  # of several ranks that route the same tokens: which experts this one computes; None: all
     apart = False  # of several rows with one token each, each by itself: together, products of an expert add otherwise
 
     def __init__(self, cfg: ModelConfig, exact: bool = False) -> None:
         super().__init__()
+        assert cfg.experts is not None
         self.router, self.experts = Router(cfg, exact), Experts(cfg)
+        self.shared = MLP(cfg.shared_mlp) if cfg.experts.shared_width else None
+        gated = self.shared is not None and cfg.experts.shared_gate
+        self.shared_gate = Linear(cfg.hidden_size, 1, bias=False) if gated else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., h] -> the same shape."""
         if self.apart and len(x) > 1 and x.shape[1] == 1:  # [rows, 1, h]
             return torch.cat([self(row) for row in x.split(1)])
-        return self.mixed(x, self.router.weight, self.experts.held)
+        out = self.mixed(x, self.router.weight)
+        return out if self.shared is None else out + self.gated(self.shared(x), x)
 
-    def mixed(self, x: Tensor, router: Tensor, held: Held) -> Tensor:
-        """The part of the output [..., h] that comes from the experts that are held; `router` is its weight [e, h]."""
+    def gated(self, out: Tensor, x: Tensor) -> Tensor:
+        """The shared expert's output [..., h] times its gate."""
+        return out if self.shared_gate is None else out * self.shared_gate(x).sigmoid()
+
+    def mixed(self, x: Tensor, router: Tensor) -> Tensor:
+        """What the chosen experts give of the output [..., h], of those that are held; `router` is its weight [e, h].
+
+        Without a shared expert it is the whole output.
+        """
         rows = x.reshape(-1, x.shape[-1])  # [m, h]
         shares, chosen = self.router(rows, router)  # [m, k]
         k, chosen = chosen.shape[1], chosen.flatten()
@@ -160,11 +191,15 @@ class ExpertMLP(nn.Module):
         counts = chosen.bincount(minlength=len(router))  # [e]
         if self.training:
             self.load = counts if self.load is None else self.load + counts
-        if len(held.up) < len(router):
-            begin, stop = counts[: held.first].sum(), counts[: held.first + len(held.up)].sum()
-            by_expert, counts = by_expert[int(begin) : int(stop)], counts[held.first :][: len(held.up)]
-        out = self.experts(rows[by_expert // k], counts, held)
+        if self.held is not None:
+            begin, stop = counts[: self.held.start].sum(), counts[: self.held.stop].sum()
+            by_expert, counts = by_expert[int(begin) : int(stop)], counts[self.held]
+        out = self.computed(rows[by_expert // k], counts)
         # As in GPT-NeoX the product with the share is rounded, and the sum over experts is one of rounded values.
         out = (out.float() * shares.flatten()[by_expert, None]).to(x.dtype)
         whole = out.new_zeros(len(chosen), x.shape[-1]).index_copy(0, by_expert, out)  # [m k, h], by token again
         return whole.view(-1, k, x.shape[-1]).sum(dim=1).view(x.shape)
+
+    def computed(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """Rows [r, h] that are sorted by expert, `counts` [e] of them for each -> their experts' outputs [r, h]."""
+        return self.experts(rows, counts)

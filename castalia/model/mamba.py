@@ -88,6 +88,8 @@ class SelectiveScan(nn.Module):
     Parameters and states are fp32, whatever the activations are: small steps and slow decays have no room in 16 bits.
     """
 
+    stays_fp32 = True
+
     def __init__(self, width: int, states: int) -> None:
         super().__init__()
         self.a_log = nn.Parameter(torch.empty(width, states))

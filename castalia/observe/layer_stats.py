@@ -57,18 +57,18 @@ def dead_units(executor: Executor) -> dict[str, int]:
 @torch.no_grad()
 def expert_shares(executor: Executor) -> dict[str, list[float]]:
     """The share of the router's choices that each expert got in the step that has been computed, by block."""
-    loads = {name: mixture.load for name, mixture in _mixtures(executor) if mixture.load is not None}
+    loads = {name: mixture.load for name, mixture in mixtures(executor) if mixture.load is not None}
     totals = _over_ranks(executor, loads, [load.double() for load in loads.values()])
     return {name: [tokens / sum(counts) for tokens in counts] for name, counts in totals.items()}
 
 
 def forget_loads(executor: Executor) -> None:
     """Lets experts count their tokens from 0, for another step."""
-    for _, mixture in _mixtures(executor):
+    for _, mixture in mixtures(executor):
         mixture.load = None
 
 
-def _mixtures(executor: Executor) -> Iterator[tuple[str, ExpertMLP]]:
+def mixtures(executor: Executor) -> Iterator[tuple[str, ExpertMLP]]:
     """The mixtures of experts on this rank, by the names of their blocks."""
     for model in executor.models:
         for i, block in model.blocks.items():

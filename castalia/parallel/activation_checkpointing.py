@@ -22,6 +22,10 @@ _KEPT = {
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 }
 
+_GROUPED = getattr(torch.ops.aten, "_grouped_mm", None)  # what grouped products of experts are made of, where they are
+if _GROUPED is not None:
+    _KEPT.add(_GROUPED.default)
+
 
 def has_dropout(config: CompleteConfig) -> bool:
     """Whether a model draws random numbers in training, so that recomputation has to restore the generator's state."""

@@ -14,7 +14,6 @@ from castalia.config.layout_rules import stages_per_rank
 from castalia.config.schema import CompleteConfig, ParallelConfig
 from castalia.model.layers import hold_in
 from castalia.model.lora import add_adapters, freeze
-from castalia.model.mamba import SelectiveScan
 from castalia.model.transformer import Transformer
 from castalia.parallel.activation_checkpointing import apply_activation_checkpointing, has_dropout
 from castalia.parallel.compile import compile_blocks
@@ -88,7 +87,7 @@ def apply_fsdp(model: Transformer, mesh: Mesh, cfg: ParallelConfig, compute_dtyp
     exact = options | {"mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)}
     for block in model.blocks.values():
         for module in block.modules():
-            if isinstance(module, SelectiveScan):  # its parameters stay fp32
+            if getattr(module, "stays_fp32", False):
                 fully_shard(module, **exact)
         fully_shard(block, **options)
     fully_shard(model, **options)

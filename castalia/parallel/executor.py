@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from castalia.config.batch import BatchPlan
-from castalia.config.schema import CompleteConfig
+from castalia.config.schema import CompleteConfig, ModelConfig
 from castalia.data.loader import Batch
 from castalia.errors import ConfigError
 from castalia.model.init import initialize
@@ -208,7 +208,9 @@ class Executor:
 
     def computed(self, parts: Sequence[Rows]) -> list[Computed]:
         """What of each micro-batch is computed in training. They are on the host, which a GPU need not be asked for."""
-        # Other kinds of layers mix tokens in ways of their own, or choose experts with regard to all of them.
+        if any(routes_together(model.cfg) for model in self.models):
+            return [Computed(part.tokens.shape[1]) for part in parts]
+        # Other kinds of layers mix tokens in ways of their own.
         keeps = self.cuts_padding and all(set(model.cfg.layer_kinds) == {"dense"} for model in self.models)
         cut = [part.until(width) for part, width in zip(parts, self.widths(parts), strict=True)]
         return [Computed(part.tokens.shape[1], kept_tokens(part.labels) if keeps else None) for part in cut]
@@ -267,6 +269,10 @@ class Executor:
         """The sum of one value per data rank."""
         return value
 
+    def sum_over_tokens(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks that hold the same blocks and other tokens."""
+        return tensor
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
         return flag
@@ -297,6 +303,12 @@ def micro_loss(model: Any, part: Rows, context: Mapping[str, Any], objective: Ob
     if objective is None:
         return model(part.tokens, **part.model_arguments(), **context)[0]
     return objective(model(part.tokens, **part.model_arguments(), **context, per_sequence=True), micro)
+
+
+def routes_together(cfg: ModelConfig) -> bool:
+    """Whether in training a token's experts depend on the other tokens of its batch, padding included, which then
+    must be the same in every layout."""
+    return cfg.experts is not None and cfg.experts.router != "topk"
 
 
 def cuts_padding(config: CompleteConfig) -> bool:

@@ -259,6 +259,12 @@ class MeshExecutor(Executor):
         dist.all_reduce(total)
         return float(total) / (self.world // self.data_size)
 
+    def sum_over_tokens(self, tensor: Tensor) -> Tensor:
+        """As on one process: the sum over data and context ranks; tensor ranks must have the same values."""
+        for axis in ("dp_replicate", "dp_shard"):
+            dist.all_reduce(tensor, group=self.mesh.sharding.get_group(axis))
+        return tensor
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
         highest = torch.tensor(int(flag))

@@ -24,11 +24,11 @@ from torch.nn import functional as F
 
 from castalia.config.loss_chunks import CHUNK_BYTES
 from castalia.errors import ConfigError
-from castalia.model.experts import ExpertMLP, Held
+from castalia.model.experts import ExpertMLP
 from castalia.model.layers import Linear
 from castalia.model.loss import IGNORE, gain, product, scaled_gradients, token_losses
 from castalia.model.transformer import Block, Transformer
-from castalia.parallel.shards import local
+from castalia.parallel.expert_parallel import SplitExperts
 
 
 class Replicated(ParallelStyle):
@@ -45,41 +45,6 @@ class Replicated(ParallelStyle):
             return outputs.to_local()
 
         return distribute_module(module, device_mesh, None, into, out_of)  # type: ignore[arg-type]
-
-
-class ExpertParallel(ParallelStyle):
-    """Gives each rank whole experts. Every rank routes all tokens, and computes those that its experts get.
-
-    Outputs of the ranks are summed, or scattered, as `inside` says.
-    """
-
-    def __init__(self, inside: Placement) -> None:
-        self.inside = inside
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        assert isinstance(module, ExpertMLP)
-        for name, parameter in list(module.experts.named_parameters()):
-            shard = distribute_tensor(parameter, device_mesh, [Shard(0)])
-            module.experts.register_parameter(name, nn.Parameter(shard))
-        weight = distribute_tensor(module.router.weight, device_mesh, [Replicate()])
-        module.router.weight = nn.Parameter(weight)
-        module.forward = partial(self._forward, module, device_mesh)  # type: ignore[method-assign]
-        return module
-
-    def _forward(self, module: ExpertMLP, mesh: DeviceMesh, x: Tensor) -> Tensor:
-        whole = DTensor.from_local(x, mesh, [self.inside], run_check=False).redistribute(placements=[Replicate()])
-        # Each rank's experts give a part of the gradients of the input and of the router: Partial sums them up.
-        rows = whole.to_local(grad_placements=[Partial()])
-        router = DTensor.from_local(local(module.router.weight), mesh, [Replicate()], run_check=False)
-        up, gate, down = (None if p is None else local(p) for p in module.experts.held[1:])
-        assert up is not None and down is not None
-        held = Held(mesh.get_local_rank() * len(up), up, gate, down)
-        out = module.mixed(rows, router.to_local(grad_placements=[Partial()]), held)
-        return (
-            DTensor.from_local(out, mesh, [Partial()], run_check=False)
-            .redistribute(placements=[self.inside])
-            .to_local()
-        )
 
 
 def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh, sequence_parallel: bool) -> None:
@@ -109,7 +74,10 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh, sequence_paralle
         # Families differ: there may be no gate, and one norm instead of two.
         present = {name: style for name, style in block_plan.items() if _find(block, name) is not None}
         if isinstance(block.mlp, ExpertMLP):
-            present["mlp"] = ExpertParallel(inside)
+            present |= {"mlp": SplitExperts(inside), "mlp.router.balance": Replicated(Replicate())}
+            present |= {"mlp.shared_gate": Replicated(inside), "mlp.shared.up": ColwiseParallel()}
+            present |= {"mlp.shared.gate": ColwiseParallel(), "mlp.shared.down": RowwiseParallel(output_layouts=inside)}
+            present = {name: style for name, style in present.items() if _find(block, name) is not None}
         parallelize_module(block, mesh, present)
     if model.alibi is not None:  # slopes belong to heads, which are split
         model.alibi.shard(mesh.get_local_rank(), mesh.size())

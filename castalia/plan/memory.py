@@ -210,7 +210,6 @@ def _attention_block(model: ModelConfig, layout: Layout, tokens: int, length: in
     # the MLP's inner width [tokens, width].
     stream = tokens * model.hidden_size // (tp if layout.sequence_parallel else 1)
     heads, kv = (n * model.head_size * tokens // tp for n in (model.num_heads, model.kv_heads))
-    inner = int(_mlp_width(model) * tokens) // tp
     softmax = 4 * tokens * model.num_heads // tp  # bytes of the flash kernel's log-sums, fp32 [tokens, heads]
 
     reads = _inputs_kept(model, compute.finetune)  # modules whose input autograd keeps
@@ -230,8 +229,7 @@ def _attention_block(model: ModelConfig, layout: Layout, tokens: int, length: in
     if how.choice.kernel == "plain":  # makes scaled copies of its inputs; only values may be used in place
         copies = -(heads + 2 * kv if compute.casts or grouped else 0)
         softmax, scores = 0, _kept_scores(model, how, heads, kv, compute)
-    own = model.activation in _KEEPS_OUTPUT and not model.gated_mlp
-    mlp = inner * ((3 if model.gated_mlp else 1) + ("mlp.down" in reads and not own))
+    mlp, inner = (int(values * tokens) // tp for values in _mlp_kept(model, reads))
     if model.experts:  # beside the inner activations rows sorted by expert, and outputs before and after their shares
         share = model.layer_kinds.count("moe") / model.attention_layers
         rows = int(share * tokens * model.experts.top_k)
@@ -250,23 +248,50 @@ def _attention_block(model: ModelConfig, layout: Layout, tokens: int, length: in
         return Activations(whole, stream * size, whole - stream * size)
     # Selective: the results of matrix products and of fused attention are kept. The plain kernel's are computed again.
     attended = attention - (heads if how.choice.kernel == "plain" else 0)
-    products = attended + inner * (2 if model.gated_mlp else 1) + adapted
+    products = attended + inner + adapted
     kept = (stream + products + 2 * stream) * size + softmax  # with the block's input and two [tokens, hidden] outputs
     return Activations(whole, kept, whole - (stream + products) * size - softmax)
 
 
-def _mlp_width(model: ModelConfig) -> float:
-    """Inner values of a token in an MLP, or in all of its experts, averaged over the blocks with attention."""
-    experts, number = model.expert_width * model.experts.top_k if model.experts else 0, model.layer_kinds.count("moe")
-    dense = model.layer_kinds.count("dense") * model.mlp_width
-    return (dense + number * experts) / max(1, model.attention_layers)
+class _Inner(NamedTuple):
+    """The inner values of a token in one kind of MLP, averaged over the blocks with attention."""
+
+    width: float
+    gated: bool
+    down: str  # the module whose input they become
+
+
+def _mlp_widths(model: ModelConfig) -> list[_Inner]:
+    """Of MLPs, of the experts that compute a token, and of shared experts."""
+    blocks, mixtures = max(1, model.attention_layers), model.layer_kinds.count("moe")
+    widths = [_Inner(model.layer_kinds.count("dense") * model.mlp_width / blocks, model.gated_mlp, "mlp.down")]
+    if wanted := model.experts:
+        chosen, shared = wanted.top_k * model.expert_width, wanted.shared_width or 0
+        widths.append(_Inner(mixtures * chosen / blocks, wanted.gated, "mlp.experts"))
+        widths.append(_Inner(mixtures * shared / blocks, wanted.gated, "mlp.shared.down"))
+    return widths
+
+
+def _mlp_kept(model: ModelConfig, reads: frozenset[str]) -> tuple[float, float]:
+    """Values of a token that MLPs keep inside, and how many of them are outputs of matrix products.
+
+    With a gate both products and the function of one of them are kept. The input of the last matrix comes on top,
+    unless it is the output of an activation function that keeps it itself.
+    """
+    kept = products = 0.0
+    for width, gated, down in _mlp_widths(model):
+        own = model.activation in _KEEPS_OUTPUT and not gated
+        kept += width * ((3 if gated else 1) + (down in reads and not own))
+        products += width * (2 if gated else 1)
+    return kept, products
 
 
 def _inner_width(model: ModelConfig) -> float:
     """Inner values of a token in one direction, averaged over the blocks."""
     gates = sum(kind in ("gmlp", "amlp") for kind in model.layer_kinds) * 8 * model.hidden_size
     channels = model.layer_kinds.count("mamba") * 2 * model.mamba_width
-    return (_mlp_width(model) * model.attention_layers + gates + channels) / model.num_layers
+    mlps = sum(mlp.width for mlp in _mlp_widths(model)) * model.attention_layers
+    return (mlps + gates + channels) / model.num_layers
 
 
 def _kept_scores(model: ModelConfig, how: Attending, heads: int, kv: int, compute: Compute) -> int:

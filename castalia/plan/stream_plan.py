@@ -176,7 +176,8 @@ def block_working_bytes(model: ModelConfig, tokens: int, element_bytes: int) -> 
         mlp = max(mlp, 10 * model.mamba_width + 3 * CHUNK_VALUES["cpu"] // max(1, tokens))
     if model.experts:  # tokens sorted by expert, inner activations, outputs in both orders
         inner = (3 if model.experts.gated else 2) * model.expert_width + 5 * model.hidden_size
-        mlp = max(mlp, model.experts.top_k * inner + 3 * model.hidden_size)
+        shared = (3 if model.experts.gated else 2) * (model.experts.shared_width or 0)
+        mlp = max(mlp, model.experts.top_k * inner + shared + 3 * model.hidden_size)
     # gMLP casts its matrices itself, and the rows of the spatial one for each token that is written.
     gated = {"gmlp", "amlp"} & set(model.layer_kinds)
     casts = 8 * model.hidden_size**2 + 2 * (model.max_positions or 0) ** 2 if gated else 0

@@ -173,6 +173,7 @@ def make_session(run: ResolvedRun, executor: Executor, loaded: LoadReport | None
         batch_warmup=config.train.batch_size_warmup,
         first_compiled=run.compiling.first or 0,
         counted_in_norm=None if quirks.norm_ranks == (1, 1) else first_rank(model, *quirks.norm_ranks),
+        balance_rate=model.experts.balance_rate if model.experts else 0.0,
     )
     # With `auto` nobody asked for compiling, so a failure to compile must not end the run; with `true` it does.
     if run.compiling.first is not None:

@@ -32,9 +32,11 @@ from castalia.config.batch import BatchPlan
 from castalia.config.schema import Warmup
 from castalia.data.loader import Batch
 from castalia.errors import TrainingError
+from castalia.observe.layer_stats import forget_loads
 from castalia.observe.watch import first_cause
 from castalia.parallel.compile import eager_before
 from castalia.parallel.executor import Executor, NormSubset, Objective, Rows
+from castalia.train.balance import move_biases
 from castalia.train.loss_scale import LossScaler
 from castalia.train.optimizer import set_rate
 from castalia.train.schedule import LearningRate
@@ -97,12 +99,14 @@ class TrainStep:
         batch_warmup: Warmup | None = None,
         first_compiled: int = 0,
         counted_in_norm: NormSubset | None = None,
+        balance_rate: float = 0.0,
     ):
         self.executor, self.optimizer, self.rate, self.plan = executor, optimizer, rate, plan
         self.seed, self.clip_norm, self.scaler = seed, clip_norm, scaler
         self.micro_batch_means, self.gradient_factor = micro_batch_means, gradient_factor
         self.skipped, self.preference, self.batch_warmup = skipped, preference, batch_warmup
         self.counted_in_norm = counted_in_norm  # what clipping takes the norm of; None: all gradients
+        self.balance_rate = balance_rate
         self.skipped_in_a_row, self.first_compiled = 0, first_compiled
         self._pending: _Gradients | None = None
 
@@ -147,6 +151,8 @@ class TrainStep:
             torch._foreach_mul_(gradients, 1.0 / (scale * clip))
         set_rate(self.optimizer, pending.lr)
         self.optimizer.step()
+        if self.balance_rate:
+            move_biases(self.executor, self.balance_rate)
         return self._finish(applied=True)
 
     def skip(self) -> StepResult:
@@ -158,6 +164,7 @@ class TrainStep:
 
     def _forward_backward(self, step: int, batch: Batch, scale: float) -> torch.Tensor:
         """Accumulates the gradients of the loss times `scale`; returns the unscaled loss, on the device."""
+        forget_loads(self.executor)
         plan, ranks = self.plan.at(step, self.batch_warmup), self.executor.data_size
         seeds = [dropout_seed(self.seed, step, micro, self.executor.data_rank) for micro in range(plan.accumulation)]
         if self.preference:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from castalia.checkpoint.tensors import Progress
-from castalia.observe.layer_stats import expert_shares, forget_loads
+from castalia.observe.layer_stats import expert_shares
 from castalia.plan.flops import peak_tokens_per_second
 from castalia.train.hardware import peak_flops
 from castalia.train.setup import Session
@@ -25,13 +25,11 @@ def step_record(session: Session, progress: Progress, result: StepResult, second
         record |= session.step.preference.report
     if session.step.loss_scale is not None:
         record["loss_scale"] = session.step.loss_scale
-    if session.config.model.experts:
-        if progress.step % session.config.log.every == 0:  # it takes a message between the ranks
-            shares = expert_shares(session.executor)
-            # The largest share over the mean one, and experts without a token, in the worst layer and in all.
-            record["expert_imbalance"] = round(max(max(each) * len(each) for each in shares.values()), 4)
-            record["idle_experts"] = sum(not share for each in shares.values() for share in each)
-        forget_loads(session.executor)
+    if session.config.model.experts and progress.step % session.config.log.every == 0:  # a message between the ranks
+        shares = expert_shares(session.executor)
+        # The largest share over the mean one, and experts without a token, in the worst layer and in all.
+        record["expert_imbalance"] = round(max(max(each) * len(each) for each in shares.values()), 4)
+        record["idle_experts"] = sum(not share for each in shares.values() for share in each)
     # Runs that skip nothing need no column for it.
     if session.step.loss_scale is not None or progress.skipped:
         record["skipped"] = progress.skipped

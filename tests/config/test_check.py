@@ -26,6 +26,12 @@ CONTRADICTIONS = [
         ["model.experts.count=4", "model.experts.top_k=5"],
         "model.experts.top_k=5 is more than model.experts.count=4; lower it",
     ),
+    (["model.experts.count=4", "model.experts.first=4"], "leaves no block with experts: there are 4; lower it"),
+    (["model.experts.count=4", "model.experts.norm_topk=true"], "so that its router learns nothing"),
+    (
+        ["model.experts.count=4", "model.experts.shared_width=6", "parallel.tp=4"],
+        "parallel.tp=4 does not divide model.experts.shared_width=6",
+    ),
     (
         ["model.experts.count=4", "train.compile=true"],
         "of each of model.experts are not known; set train.compile=false",

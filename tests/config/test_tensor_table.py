@@ -29,6 +29,9 @@ VARIANTS = {
         "mamba": {"width": 24, "states": 4, "taps": 3, "rank": 5, "conv_bias": False, "linear_bias": True},
     },
     "aMLP and experts": {"pattern": ("attention", "amlp"), "amlp_size": 8, "experts": {"count": 3}, "qk_norm": True},
+    "balanced experts after a dense block, beside a shared one": {
+        "experts": {"count": 3, "first": 1, "gated": True, "router": "balanced", "shared_width": 8, "shared_gate": True}
+    },
     "experts in every second block": {"experts": {"count": 3, "every": 2}, "gated_mlp": True},
 }
 

@@ -40,6 +40,9 @@ def naive(module: ExpertMLP, x: torch.Tensor) -> torch.Tensor:
             inner = inner if experts.gate is None else inner * (experts.up[e] @ token)
             parts.append(share * (inner @ experts.down[e]))
         rows.append(torch.stack(parts).sum(0))
+        if module.shared is not None:
+            gate = 1 if module.shared_gate is None else (module.shared_gate.weight @ token).sigmoid()
+            rows[-1] = rows[-1] + module.shared(token) * gate
     return torch.stack(rows)
 
 
@@ -64,7 +67,14 @@ def test_the_originals_choices_and_logits_come_out(variant, fixtures):
         assert (logits - torch.from_numpy(expected[name])).abs().max() <= 2e-6
 
 
-@pytest.mark.parametrize("choices", [{}, {"gated": True}, {"top_k": 1}, {"router": "sinkhorn"}, {"count": 9}], ids=str)
+CHOICES = [
+    *({}, {"gated": True}, {"top_k": 1}, {"router": "sinkhorn"}, {"count": 9}, {"norm_topk": True}),
+    {"router": "balanced", "gated": True, "routed_scale": 1.5, "shared_width": 20},
+    {"shared_width": 8, "shared_gate": True},
+]
+
+
+@pytest.mark.parametrize("choices", CHOICES, ids=str)
 def test_values_and_gradients_are_those_of_a_plain_loop(choices):
     module, x = mixture(**choices), torch.randn(7, 16, generator=torch.Generator().manual_seed(1))
     results = []
@@ -72,16 +82,83 @@ def test_values_and_gradients_are_those_of_a_plain_loop(choices):
         module.zero_grad()
         rows = x.clone().requires_grad_()
         out = compute(rows)
-        out.square().sum().backward()
-        results.append([out.detach(), rows.grad, *(p.grad.clone() for p in module.parameters())])
+        out.square().mean().backward()
+        trained = [p for p in module.parameters() if p.requires_grad]
+        results.append([out.detach(), rows.grad, *(p.grad.clone() for p in trained)])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-5)
+
+
+def test_with_a_bias_for_balancing_it_is_the_mixture_of_deepseek():
+    from transformers import DeepseekV3Config
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+
+    shape = {"hidden_size": 16, "moe_intermediate_size": 12, "n_shared_experts": 2, "n_routed_experts": 8}
+    theirs = DeepseekV3MoE(DeepseekV3Config(**shape, num_experts_per_tok=3, n_group=1, topk_group=1))
+    ours = mixture(count=8, top_k=3, gated=True, router="balanced", routed_scale=2.5, shared_width=24)
+    ours.experts.activation = ours.shared.activation = F.silu
+    ours.router.balance.bias.data.mul_(0.2)
+    gate_up = torch.cat([ours.experts.gate, ours.experts.up], dim=1)
+    theirs.load_state_dict(
+        {
+            "gate.weight": ours.router.weight, "gate.e_score_correction_bias": ours.router.balance.bias,
+            "experts.gate_up_proj": gate_up, "experts.down_proj": ours.experts.down.transpose(1, 2),
+            **{f"shared_experts.{n}_proj.weight": getattr(ours.shared, n).weight for n in ("up", "gate", "down")},
+        }
+    )  # fmt: skip
+    x = torch.randn(2, 40, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-5)
+        chosen = ours.router(x[0], ours.router.weight)[1]
+        ours.router.balance.bias.zero_()
+        assert not torch.equal(chosen, ours.router(x[0], ours.router.weight)[1])
+
+
+def test_with_a_gate_of_the_shared_expert_it_is_the_mixture_of_qwen2():
+    from transformers import Qwen2MoeConfig
+    from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
+
+    shape = {"hidden_size": 16, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 20, "num_experts": 8}
+    for norm in (False, True):
+        theirs = Qwen2MoeSparseMoeBlock(Qwen2MoeConfig(**shape, num_experts_per_tok=3, norm_topk_prob=norm))
+        ours = mixture(count=8, top_k=3, gated=True, norm_topk=norm, shared_width=20, shared_gate=True)
+        ours.experts.activation = ours.shared.activation = F.silu
+        theirs.load_state_dict(
+            {
+                "gate.weight": ours.router.weight, "shared_expert_gate.weight": ours.shared_gate.weight,
+                "experts.gate_up_proj": torch.cat([ours.experts.gate, ours.experts.up], dim=1),
+                "experts.down_proj": ours.experts.down.transpose(1, 2),
+                **{f"shared_expert.{n}_proj.weight": getattr(ours.shared, n).weight for n in ("up", "gate", "down")},
+            }
+        )  # fmt: skip
+        x = torch.randn(2, 40, 16, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes", [(16, 24), (5, 7)])
+def test_groups_of_rows_are_multiplied_as_one_by_one(dtype, sizes):
+    """Groups without rows among them; the second sizes have no kernel."""
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.tensor([3, 0, 0, 6, 1, 0])
+    x = torch.randn(10, sizes[0], generator=generator).to(dtype).requires_grad_()
+    matrices = torch.randn(6, sizes[1], sizes[0], generator=generator).to(dtype).requires_grad_()
+    factor = torch.randn(10, sizes[1], generator=generator).to(dtype)
+    alone = [rows @ matrix.T for rows, matrix in zip(x.split(counts.tolist()), matrices, strict=True)]
+    results = []
+    for out in (grouped(x, matrices.transpose(1, 2), counts), torch.cat(alone)):
+        results.append([out, *torch.autograd.grad((out * factor).sum(), (x, matrices))])
+        assert not results[-1][2][[1, 2, 5]].any() and results[-1][2][[0, 3, 4]].any()
+    near = {"atol": 2e-2, "rtol": 1e-2} if dtype != torch.float32 else {}
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, **near)
 
 
 def test_experts_without_tokens_get_zero_gradients():
     matrices = torch.randn(3, 4, 5, requires_grad=True)
     out = grouped(torch.randn(6, 4), matrices, torch.tensor([2, 0, 4]))
-    out.sum().backward()
+    out.square().sum().backward()
     assert out.shape == (6, 5) and not matrices.grad[1].any() and matrices.grad[2].any()
 
 

@@ -22,6 +22,10 @@ FAMILIES = {
     "mamba": ["model.pattern=[mamba, attention]", "model.norm=rmsnorm"],
     "gmlp": ["model.pattern=[gmlp, attention, amlp, gmlp]", "model.amlp_size=8"],
     "experts": ["model.experts={count: 4, top_k: 2, every: 2, width: 24, gated: true}", "model.rotary_pct=0.5"],
+    "balanced": [
+        "model.experts={count: 4, top_k: 2, first: 1, width: 24, gated: true, router: balanced, balance_rate: 0.01, "
+        "shared_width: 16, shared_gate: true, routed_scale: 1.5}",
+    ],
 }
 
 

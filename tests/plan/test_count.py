@@ -121,6 +121,14 @@ def test_of_a_mixture_of_experts_some_parameters_compute_a_token() -> None:
     assert (layer, counted.non_embedding) == (40_120_320, 12 * 40_120_320 + 2 * 768)
 
 
+def test_a_shared_expert_computes_every_token() -> None:
+    experts = {"count": 8, "top_k": 2, "width": 24, "gated": True, "first": 1, "router": "balanced", "shared_width": 48}
+    shape = {"num_layers": 3, "hidden_size": 32, "num_heads": 4, "vocab_size": 128}
+    counted = count(ModelConfig(**shape, experts=experts))
+    assert counted.total - counted.active == 2 * 6 * 3 * 24 * 32  # of two blocks, six experts of three matrices
+    assert counted.by_kind["blocks.*.mlp.shared.gate.weight"] == 2 * 48 * 32
+
+
 @pytest.mark.parametrize(
     ("kind", "layer", "total"), [("gmlp", 11_288_832, 212_734_464), ("amlp", 12_668_352, 229_288_704)]
 )

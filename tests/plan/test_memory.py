@@ -24,6 +24,9 @@ FAMILIES = {
     "gpt2": {"position": "learned", "tie_embeddings": True},
     "llama": {"norm": "rmsnorm", "gated_mlp": True, "activation": "silu", "num_kv_heads": 2, "mlp_size": 176},
     "experts": {"experts": {"count": 4, "top_k": 2, "every": 2}},
+    "gated experts and a shared one": {
+        "experts": {"count": 4, "top_k": 2, "width": 64, "gated": True, "router": "balanced", "shared_width": 96},
+    },
     "gmlp": {"pattern": ("gmlp", "attention", "amlp"), "amlp_size": 16},
     "mamba": {"pattern": ("mamba", "attention")},
     "pure mamba": {"pattern": ("mamba",), "norm": "rmsnorm"},
