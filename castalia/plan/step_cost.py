@@ -10,7 +10,11 @@ from castalia.plan.flops import blocks_flops, executed_flops, head_flops
 from castalia.plan.layout import Layout, bubble, rank_parts
 from castalia.plan.memory import Compute, Memory, Rank
 
-EFFICIENCY = 0.4  # share of a device's peak that its matrix products reach; MFU is what waiting and recomputing leave
+EFFICIENCY = 0.6  # share of a device's peak that its matrix products reach; MFU is what everything else leaves of it
+USUAL_MFU = 0.4
+# How often a training step moves the bytes that a block keeps for its backward pass: written, read by what follows,
+# read again, and twice as gradients.
+TIMES_MOVED = 5
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Costs:
     """Seconds of a step, by cause."""
 
     compute: float
-    traffic: float  # memory traffic: weights and gradients of each micro-batch, recomputed norms and activations
+    traffic: float  # memory traffic: weights and gradients of each micro-batch, activations
     tensor: float  # tensor-parallel all-reduces
     data: float  # data-parallel reductions and gathers that are not hidden by computation
     bubble: float  # pipeline stages that wait
@@ -85,19 +89,19 @@ def step_costs(job: PlanRequest, layout: Layout, ranks: list[Rank]) -> Costs:
     compute = balance * operations / (device.peak_tflops(job.compute.precision) * 1e12 * job.efficiency)
     parameters = max(rank.parameters for rank in ranks)
     layers = max(part.layers for part in parts)
-    # Full checkpointing counts as computation.
-    again = 2 * layers * ranks[0].one.again if layout.recompute == "selective" else 0
-    traffic = layout.accumulation * (parameters * (3 * size + 8) + again) / (device.bandwidth * 1e9)
+    activations = TIMES_MOVED * layers * ranks[0].one.whole * (4 / 3 if layout.recompute == "full" else 1)
+    if layout.recompute == "selective":
+        activations += 2 * layers * ranks[0].one.again
+    traffic = layout.accumulation * (parameters * (3 * size + 8) + activations) / (device.bandwidth * 1e9)
 
     tokens = layout.micro_batch * length // layout.cp
     sums = (6.0 if layout.recompute == "full" else 4.0) * layers * layout.accumulation
     if model.parallel_residual:
         sums /= 2  # attention and MLP share one all-reduce
-    speed = (device.link if layout.tp <= NODE else device.network) * 1e9
+    speed = _collective_rate(device, layout.tp, 1)
     tensor = sums * 2 * (layout.tp - 1) / layout.tp * tokens * model.hidden_size * size / speed
 
-    network = (device.network if layout.gpus > NODE else device.link) * 1e9
-    share = (layout.dp - 1) / layout.dp * parameters / network
+    share = (layout.dp - 1) / layout.dp * parameters / _collective_rate(device, layout.dp, layout.tp * layout.cp)
     if layout.zero == 3:  # two gathers and a reduction per micro-batch, overlapped with its computation
         data = layout.accumulation * max(0.0, share * (2 * size + 4) - compute / layout.accumulation)
     else:
@@ -105,3 +109,12 @@ def step_costs(job: PlanRequest, layout: Layout, ranks: list[Rank]) -> Costs:
         data = max(0.0, share * (4 * reductions + (size if layout.zero else 4)) - compute / 3 / layout.accumulation)
     busy = compute + traffic + tensor
     return Costs(compute, traffic, tensor, data, busy * bubble(layout))
+
+
+def _collective_rate(device: Device, ranks: int, apart: int) -> float:
+    """Bytes a second that each of so many ranks gets through a collective, if they are `apart` in the order of ranks.
+
+    Those of one machine use its fast link; what passes between machines goes through the network ports of all of them.
+    """
+    together = max(1, NODE // apart)
+    return (device.link if ranks <= together else min(device.link, together * device.network)) * 1e9

@@ -35,7 +35,7 @@ from castalia.plan.layout import Layout
 from castalia.plan.plan_parts import TrainingPlan
 from castalia.plan.run_description import clipping, describe_training, passes_text
 from castalia.plan.run_plan import RunFacts, layout_of, training, warnings
-from castalia.plan.step_cost import EFFICIENCY
+from castalia.plan.step_cost import USUAL_MFU
 from castalia.train.fast_paths import fast_paths
 from castalia.train.run_facts import collect_run_facts
 from castalia.train.setup import Session
@@ -167,7 +167,7 @@ def _brief_data(config: RunConfig, epochs: Mapping[str, float]) -> str:
 def _brief_length(session: Session, planned: TrainingPlan, seconds: float | None) -> str:
     done = f"; {session.progress.step:,} are done" if session.progress.step else ""
     text = f"{session.last:,} steps, {planned.tokens or 0:,} tokens{done}"
-    return f"{text}; about {duration(seconds)} at {EFFICIENCY:.0%} of the device's peak" if seconds else text
+    return f"{text}; about {duration(seconds)} at {USUAL_MFU:.0%} of the device's peak" if seconds else text
 
 
 def _brief_rate(planned: TrainingPlan) -> str:
@@ -189,9 +189,9 @@ def _brief_restoration(session: Session) -> list[tuple[str, str]]:
 
 
 def expected_seconds(session: Session) -> float | None:
-    """How long the rest of the run takes at EFFICIENCY of the devices' peak; None where the peak is unknown."""
+    """How long the rest of the run takes at USUAL_MFU of the devices' peak; None where the peak is unknown."""
     peak, left = peak_speed(session), session.last - session.progress.step
-    return left * session.tokens_of(session.last) / (EFFICIENCY * peak) if peak else None
+    return left * session.tokens_of(session.last) / (USUAL_MFU * peak) if peak else None
 
 
 def full_lines(session: Session, folder: Path, known: RunFacts, layout: Layout) -> Iterator[str]:
