@@ -2,28 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from castalia.checkpoint.rules import Interleave, Inverse, Op, Refs, Role, Rule, Same
+from castalia.checkpoint.rules import Interleave, Inverse, Op, Reshape, Rule, Same
 from castalia.config.schema import ModelConfig
-from castalia.errors import CheckpointError
-from castalia.storage.derived import Flattened, Shaped
-
-
-@dataclass(frozen=True)
-class DropMiddle:
-    """A tensor [rows, 1, columns], as of a convolution of each channel by itself, that is ours as [rows, columns]."""
-
-    def forward(self, theirs: Refs, role: Role) -> Refs:
-        """Each tensor as a matrix. Raises CheckpointError for other shapes."""
-        for ref in theirs:
-            if len(ref.shape) != 3 or ref.shape[1] != 1:
-                raise CheckpointError(f"a tensor of shape {tuple(ref.shape)} should be [rows, 1, columns]")
-        return [Shaped(Flattened(ref), (ref.shape[0], ref.shape[2])) for ref in theirs]
-
-    def backward(self, ours: Refs, role: Role) -> Refs:
-        """Each matrix with a dimension of 1 in its middle."""
-        return [Shaped(Flattened(ref), (ref.shape[0], 1, ref.shape[1])) for ref in ours]
 
 
 def mamba_rules(model: ModelConfig, theirs: str) -> list[Rule]:
@@ -45,7 +25,7 @@ def mamba_rules(model: ModelConfig, theirs: str) -> list[Rule]:
         Rule(f"{ours}scan.a_log", f"{theirs}A_log"),
         Rule(f"{ours}scan.d", f"{theirs}D"),
         *linear("in_x in_z", "in_proj", halves),
-        Rule(f"{ours}conv.weight", f"{theirs}conv1d.weight", DropMiddle()),
+        Rule(f"{ours}conv.weight", f"{theirs}conv1d.weight", Reshape((width, 1, sizes.taps), (width, sizes.taps))),
         *([Rule(f"{ours}conv.bias", f"{theirs}conv1d.bias")] if sizes.conv_bias else []),
         *linear("x_proj", "x_proj"),
         Rule(f"{ours}dt_proj.weight", f"{theirs}dt_proj.weight"),

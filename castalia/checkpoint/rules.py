@@ -248,6 +248,25 @@ class Unfold:
 
 
 @dataclass(frozen=True)
+class Reshape:
+    """A tensor of the same values in the same order in another shape."""
+
+    theirs: tuple[int, ...]
+    ours: tuple[int, ...]
+
+    def forward(self, theirs: Refs, role: Role) -> Refs:
+        """Each tensor in our shape. Raises CheckpointError for another one than the format's."""
+        for ref in theirs:
+            if tuple(ref.shape) != self.theirs:
+                raise CheckpointError(f"a tensor of shape {tuple(ref.shape)} should be {list(self.theirs)}")
+        return [Shaped(Flattened(ref), self.ours) for ref in theirs]
+
+    def backward(self, ours: Refs, role: Role) -> Refs:
+        """Each tensor in the format's shape."""
+        return [Shaped(Flattened(ref), self.theirs) for ref in ours]
+
+
+@dataclass(frozen=True)
 class SumOverRanks:
     """A bias that every tensor rank adds before the all-reduce, so that the model's bias is the sum over the ranks.
 

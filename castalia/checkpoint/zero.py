@@ -27,7 +27,7 @@ from castalia.storage.lazy import TensorRef, Zeros
 Shapes = Mapping[str, tuple[int, ...]]  # name -> shape, in the order of the flat vectors
 Measure = Callable[[tuple[int, ...]], int]  # the size of a parameter of this shape: its elements, or 1
 NO_DECAY = re.compile(
-    r"\.bias$|norm\.|^\d+\.weight$|\.(A_log|D)$"
+    r"\.bias$|norm\.|^\d+\.weight$|\.(A_log|D)$|\.ln[12]\."
 )  # "5.weight", without a module, is Megatron's final norm
 MAX_ALIGNMENT = 2  # vectors are padded to a multiple of this times the number of data-parallel ranks
 

@@ -116,9 +116,9 @@ class MuPConfig(Section):
 
 
 # What stands in a block: attention with an MLP or with a mixture of experts, or another layer in place of both.
-LayerKind = Literal["dense", "moe", "gmlp", "amlp", "mamba"]
+LayerKind = Literal["dense", "moe", "gmlp", "amlp", "mamba", "rwkv"]
 Named = TypeVar("Named", bound=str)
-MixerKind = Literal["attention", "gmlp", "amlp", "mamba"]  # what mixes the tokens of a block
+MixerKind = Literal["attention", "gmlp", "amlp", "mamba", "rwkv"]  # what mixes the tokens of a block
 
 
 def shortest(kinds: Sequence[Named]) -> tuple[Named, ...]:
@@ -136,6 +136,17 @@ class MambaConfig(Section):
     rank: PositiveInt | None = Field(None, description="rank of the steps; None: hidden_size / 16, rounded up")
     conv_bias: bool = Field(True, description="a bias in the convolution")
     linear_bias: bool = Field(False, description="biases in the matrices")
+
+
+class RWKVConfig(Section):
+    """Sizes of RWKV-6 blocks."""
+
+    width: PositiveInt | None = Field(
+        None,
+        description="inner width of the channel mix; None: 3.5 * hidden_size, rounded down to a multiple of 32",
+    )
+    mix_rank: PositiveInt = Field(32, description="rank of what a token adds to the mixes with the token before")
+    decay_rank: PositiveInt = Field(64, description="rank of what a token adds to the decays")
 
 
 class ExpertsConfig(Section):
@@ -210,6 +221,9 @@ class ModelConfig(Section):
     )
     norm_eps: PositiveFloat = Field(1e-5, description="epsilon of the norms")
     rms_eps_inside: bool = Field(True, description="RMSNorm: x / sqrt(mean(x^2) + eps); false: x / (rms(x) + eps)")
+    embedding_norm: bool = Field(
+        False, description="LayerNorm of the embedded tokens, before the first block, as in RWKV's own models"
+    )
     qk_norm: bool = Field(False, description="normalize queries and keys, over all heads together as GPT-NeoX does")
     activation: Literal[
         "gelu", "gelu_tanh", "relu", "silu", "mish", "softsign", "sigmoid", "identity"
@@ -235,6 +249,12 @@ class ModelConfig(Section):
         "kinds are a whole block, without attention and MLP",
     )
     mamba: MambaConfig | None = Field(None, description="sizes of mamba blocks; None: the defaults")
+    rwkv: RWKVConfig | None = Field(None, description="sizes of rwkv blocks; None: the defaults")
+    rwkv_over: Literal["time", "batch"] | None = Field(
+        None,
+        description="what rwkv blocks mix; time: the tokens of a sequence; batch: as in GPT-NeoX, the rows of a "
+        "micro-batch, so that a token sees none of its own text; None: batch under neox_exact, else time",
+    )
     amlp_size: PositiveInt = Field(64, description="width of the single attention head in amlp blocks")
     mup: MuPConfig | None = Field(
         None, description="maximal update parametrization; None: the standard parametrization"
@@ -325,6 +345,16 @@ class ModelConfig(Section):
     def mamba_rank(self) -> int:
         """The rank of a mamba block's steps."""
         return self.mamba_sizes.rank or -(-self.hidden_size // 16)
+
+    @property
+    def rwkv_sizes(self) -> RWKVConfig:
+        """The sizes of rwkv blocks, where `rwkv` may be None."""
+        return self.rwkv or RWKVConfig()
+
+    @property
+    def rwkv_width(self) -> int:
+        """Inner width of the channel mix of an rwkv block."""
+        return self.rwkv_sizes.width or max(32, 7 * self.hidden_size // 2 // 32 * 32)
 
     @property
     def width_multiplier(self) -> float:

@@ -11,19 +11,13 @@ import sys
 from collections.abc import Callable, Iterable
 from functools import cache
 from math import prod
-from typing import Literal, NamedTuple
 
+from castalia.config.kind_rows import OTHER_KINDS
 from castalia.config.schema import FinetuneConfig, LayerKind, LoraConfig, ModelConfig
+from castalia.config.tensor_row import Init, Kind, TensorRow, layer_norm_rows, norm_rows
 from castalia.errors import ConfigError
 
 Shapes = dict[str, tuple[int, ...]]
-Init = Literal["random", "residual", "fan_in", "adapter", "ones", "zeros", "decays", "steps"]
-Kind = Literal[
-    "adapters", "embedding", "positions", "head", "reward head", "attention qkv", "attention out", "mlp up", "mlp gate",
-    "mlp down", "router", "router bias", "experts", "shared expert", "gmlp up", "gmlp spatial", "gmlp attention",
-    "gmlp down", "mamba in", "mamba conv", "mamba selection", "mamba scan", "mamba out", "norms", "biases",
-]  # fmt: skip
-
 SIZES: dict[str, Callable[[ModelConfig], int]] = {  # the words of shapes
     "vocab": lambda model: model.padded_vocab_size,
     "positions": lambda model: model.max_positions or 0,
@@ -46,11 +40,17 @@ SIZES: dict[str, Callable[[ModelConfig], int]] = {  # the words of shapes
     "taps": lambda model: model.mamba_sizes.taps,
     "dt_rank": lambda model: model.mamba_rank,
     "selection": lambda model: model.mamba_rank + 2 * model.mamba_sizes.states,
+    "wide": lambda model: model.rwkv_width,
+    "mix_rank": lambda model: model.rwkv_sizes.mix_rank,
+    "mix_ranks": lambda model: 5 * model.rwkv_sizes.mix_rank,
+    "decay_rank": lambda model: model.rwkv_sizes.decay_rank,
     "1": lambda model: 1,
+    "5": lambda model: 5,
 }
 
 CONDITIONS: dict[str, Callable[[ModelConfig], bool]] = {  # what a model must have for a tensor to exist
     "learned_positions": lambda model: model.position == "learned",
+    "embedding_norm": lambda model: model.embedding_norm,
     "norm_weight": lambda model: model.norm != "layernorm_no_params",
     "norm_bias": lambda model: model.norm == "layernorm",
     "second_norm": lambda model: not model.has_one_norm,
@@ -74,54 +74,9 @@ LAYER_KINDS: dict[str, tuple[LayerKind, ...]] = {  # what a block must be for it
     "gmlp": ("gmlp", "amlp"),
     "amlp": ("amlp",),
     "mamba": ("mamba",),
+    "rwkv": ("rwkv",),
+    "model_norm": ("dense", "moe", "gmlp", "amlp", "mamba"),  # the norm that `model.norm` names
 }
-
-
-class TensorRow(NamedTuple):
-    """What follows from the name of a tensor."""
-
-    name: str  # as in `Transformer.named_parameters()`; with {i} it stands for that tensor of every block
-    shape: str  # words of `SIZES`, and "rank" in adapters
-    needs: str = ""  # words of `CONDITIONS` and `LAYER_KINDS` that must all hold
-    kind: Kind | None = None  # the heading under which reports list it, in the order of `Kind`; None: not listed
-    # random: by model.init_method; residual: by model.output_init_method; adapter: as PEFT does; fan_in: within
-    # +-1 / sqrt of `fan_in`, as torch's modules begin; decays and steps: as Mamba's
-    init: Init = "random"
-    tp_dim: int | None = None  # the dimension that tensor parallelism splits; None: a copy on every tensor rank
-    decays: bool = True  # whether weight decay applies
-    mup: Literal["matrix", "vector"] = "vector"  # matrix: both dimensions grow with the width of the model
-    # The bias of a row-parallel matrix: we add it once, after the all-reduce. GPT-NeoX with a parallel residual adds
-    # it on every tensor rank, before the all-reduce.
-    row_parallel_bias: bool = False
-    used: bool = True  # false: nothing is computed with it, so that it never gets a gradient
-    fan_in: str = ""  # the word for the inputs of the module, of a tensor whose initial values depend on them
-
-    @property
-    def module(self) -> str:
-        """The module that holds the tensor, without the block: attn.qkv, norm1, head."""
-        return self.name.removeprefix("blocks.{i}.").rpartition(".")[0]
-
-    @property
-    def is_drawn(self) -> bool:
-        """Whether it is a matrix of random initial values, and no adapter."""
-        return self.init in ("random", "residual") or (self.init == "fan_in" and " " in self.shape)
-
-    @property
-    def stays_fp32(self) -> bool:
-        """Whether it is held in fp32 whatever the model computes in."""
-        return self.kind in ("mamba scan", "router bias")
-
-    @property
-    def has_token_rows(self) -> bool:
-        """Whether each row belongs to a token of the vocabulary, or pads it."""
-        return self.shape.startswith("vocab ")
-
-
-def _norm(module: str, needs: str = "", weight: str = "norm", bias: str = "hidden") -> list[TensorRow]:
-    return [
-        TensorRow(f"{module}.weight", weight, f"{needs} norm_weight", "norms", "ones", decays=False),
-        TensorRow(f"{module}.bias", bias, f"{needs} norm_bias", "biases", "zeros", decays=False),
-    ]
 
 
 def _linear(module: str, shape: str, bias: str, kind: Kind, tp_dim: int, needs: str = "") -> list[TensorRow]:
@@ -140,34 +95,14 @@ def _linear(module: str, shape: str, bias: str, kind: Kind, tp_dim: int, needs: 
     ]  # fmt: skip
 
 
-def _whole(
-    module: str, shape: str, needs: str, kind: Kind, init: Init = "random", bias: Init = "zeros", adds: bool = True
-) -> list[TensorRow]:
-    """A matrix of a block, of which every tensor rank has a copy, and its bias, which it `adds` or not."""
-    rows, fan_in = shape.split()
-    name = f"blocks.{{i}}.{module}"
-    return [
-        TensorRow(f"{name}.weight", shape, needs, kind, init, fan_in=fan_in),
-        TensorRow(f"{name}.bias", rows, needs, "biases", bias, decays=False, used=adds, fan_in=fan_in),
-    ]
-
-
-def _mamba(module: str, shape: str, kind: Kind, init: Init = "random") -> list[TensorRow]:
-    """A matrix of a mamba block, and its bias."""
-    name = f"blocks.{{i}}.mamba.{module}"
-    return [
-        TensorRow(f"{name}.weight", shape, "mamba", kind, init),
-        TensorRow(f"{name}.bias", shape.split()[0], "mamba linear_bias", "biases", "zeros", decays=False),
-    ]
-
-
 BEFORE_BLOCKS = (
     TensorRow("embed.weight", "vocab hidden", kind="embedding", tp_dim=0),
     TensorRow("positions.weight", "positions hidden", "learned_positions", "positions"),
+    *layer_norm_rows("embed_norm", "embedding_norm"),
 )
 BLOCK = (
-    *_norm("blocks.{i}.norm1"),
-    *_norm("blocks.{i}.norm2", "attention second_norm"),
+    *norm_rows("blocks.{i}.norm1", "model_norm"),
+    *norm_rows("blocks.{i}.norm2", "attention second_norm"),
     *_linear("attn.qkv", "qkv hidden", "attention_bias", "attention qkv", 0, "attention"),
     # Only GPT-NeoX splits these two; castalia.parallel.rank_grid refuses tensor parallelism of a model that has them.
     TensorRow(
@@ -189,28 +124,9 @@ BLOCK = (
     *_linear("mlp.shared.gate", "shared_width hidden", "", "shared expert", 0, "moe shared_expert gated_experts")[:1],
     *_linear("mlp.shared.down", "hidden shared_width", "", "shared expert", 1, "moe shared_expert")[:1],
     TensorRow("blocks.{i}.mlp.shared_gate.weight", "1 hidden", "moe shared_expert shared_gate", "router"),
-    *_whole("gmlp.up", "both hidden", "gmlp", "gmlp up", adds=False),
-    *_norm("blocks.{i}.gmlp.norm", "gmlp", "gate_norm", "gate"),
-    *_whole("gmlp.spatial", "positions positions", "gmlp", "gmlp spatial", "zeros", "ones"),
-    *_whole("gmlp.attn.qkv", "amlp_qkv both", "amlp", "gmlp attention", "fan_in", "fan_in"),
-    *_whole("gmlp.attn.out", "gate amlp", "amlp", "gmlp attention", "fan_in", "fan_in"),
-    *_whole("gmlp.down", "hidden gate", "gmlp", "gmlp down", "residual", adds=False),
-    TensorRow("blocks.{i}.mamba.scan.a_log", "channels states", "mamba", "mamba scan", "decays", decays=False),
-    TensorRow("blocks.{i}.mamba.scan.d", "channels", "mamba", "mamba scan", "ones", decays=False),
-    *_mamba("in_x", "channels hidden", "mamba in"),
-    *_mamba("in_z", "channels hidden", "mamba in"),
-    TensorRow("blocks.{i}.mamba.conv.weight", "channels taps", "mamba", "mamba conv", "fan_in", fan_in="taps"),
-    TensorRow(
-        "blocks.{i}.mamba.conv.bias", "channels", "mamba conv_bias", "biases", "fan_in", decays=False, fan_in="taps"
-    ),
-    *_mamba("x_proj", "selection channels", "mamba selection"),
-    TensorRow(
-        "blocks.{i}.mamba.dt_proj.weight", "channels dt_rank", "mamba", "mamba selection", "fan_in", fan_in="dt_rank"
-    ),
-    TensorRow("blocks.{i}.mamba.scan.dt_bias", "channels", "mamba", "mamba scan", "steps", decays=False),
-    *_mamba("out", "hidden channels", "mamba out", "residual"),
+    *OTHER_KINDS,
 )
-FINAL_NORM = tuple(_norm("norm"))
+FINAL_NORM = tuple(norm_rows("norm"))
 AFTER_BLOCKS = (
     *FINAL_NORM,
     TensorRow("head.weight", "vocab hidden", "head", "head", tp_dim=0),

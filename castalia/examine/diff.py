@@ -12,7 +12,8 @@ from typing import Literal, get_args
 from castalia.checkpoint.compare import Relation, equal, relate
 from castalia.checkpoint.tensors import AdamState, Checkpoint, state_tensors
 from castalia.config.schema import ModelConfig
-from castalia.config.tensor_table import Kind, in_order, row_of
+from castalia.config.tensor_row import Kind
+from castalia.config.tensor_table import in_order, row_of
 from castalia.examine.layer_changes import layer_of
 
 Verdict = Literal[

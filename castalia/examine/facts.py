@@ -15,12 +15,13 @@ SHOWN = (
     "num_layers", "hidden_size", "num_heads", "kv_heads", "mlp_width", "padded_vocab_size", "max_positions", "position",
     "rotary_pct", "rotary_base", "norm", "norm_eps", "rms_eps_inside", "qk_norm", "activation", "gated_mlp",
     "parallel_residual", "shared_norm", "attention_bias", "mlp_bias", "tie_embeddings", "sliding_window", "pattern",
-    "amlp_size",
+    "amlp_size", "embedding_norm",
 )  # fmt: skip
 MARKS: dict[str, LayerKind] = {
     ".gmlp.": "gmlp",
     ".gmlp.attn.": "amlp",
     ".mamba.": "mamba",
+    ".rwkv.": "rwkv",
 }  # of tensors of blocks without attention
 SETTINGS = {"kv_heads": "num_kv_heads", "mlp_width": "mlp_size", "padded_vocab_size": "vocab_size"}  # what sets them
 
@@ -54,7 +55,8 @@ def from_tensors(tensors: Mapping[str, TensorRef], num_heads: int | None) -> dic
         return facts
     others = {int(name.split(".")[1]): kind for mark, kind in MARKS.items() for name in shapes if mark in name}
     facts["pattern"] = shortest([others.get(i, "attention") for i in range(len(blocks))])
-    facts["norm"] = _norm({name.removeprefix("blocks.0."): shape for name, shape in shapes.items()})
+    facts["norm"] = _norm(shapes)
+    facts["embedding_norm"] = "embed_norm.weight" in shapes
     # Where some blocks have no attention, the others show what it is.
     attending = [name.removesuffix("attn.qkv.weight") for name in shapes if name.endswith(".attn.qkv.weight")]
     attending = [name for name in attending if name.count(".") == 2]  # aMLP has one of its own
@@ -80,12 +82,13 @@ def from_tensors(tensors: Mapping[str, TensorRef], num_heads: int | None) -> dic
     return facts
 
 
-def _norm(block: Mapping[str, tuple[int, ...]]) -> str:
-    if "norm1.weight" not in block:
+def _norm(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """The kind of the last norm, which blocks have, too, unless theirs is always the same."""
+    if "norm.weight" not in shapes:
         return "layernorm_no_params"
-    if "norm1.bias" in block:
+    if "norm.bias" in shapes:
         return "layernorm"
-    return "scalenorm" if block["norm1.weight"] == (1,) else "rmsnorm"
+    return "scalenorm" if shapes["norm.weight"] == (1,) else "rmsnorm"
 
 
 def architecture(checkpoint: Checkpoint) -> tuple[dict[str, Fact], list[str]]:
@@ -123,6 +126,7 @@ def _matters(name: str, facts: Mapping[str, Fact]) -> bool:
         "shared_norm": value("shared_norm"),
         "qk_norm": value("qk_norm"),
         "sliding_window": value("sliding_window"),
+        "embedding_norm": value("embedding_norm"),
         "pattern": value("pattern") != ("attention",),
         "amlp_size": "amlp" in (value("pattern") or ()),
     }

@@ -14,7 +14,8 @@ from castalia.checkpoint.rules import MOMENTS
 from castalia.checkpoint.sampled_values import Sums, sample
 from castalia.checkpoint.tensors import Checkpoint, state_tensors
 from castalia.config.schema import InitMethod
-from castalia.config.tensor_table import Kind, row_of, tp_dim
+from castalia.config.tensor_row import Kind
+from castalia.config.tensor_table import row_of, tp_dim
 from castalia.examine.facts import architecture
 from castalia.model.init_std import mup_scale, standard_deviation
 from castalia.plan.count import count, neox_count, non_embedding

@@ -14,12 +14,23 @@ from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from castalia.config.schema import LayerKind, ModelConfig
+from castalia.config.schema import ModelConfig
 from castalia.config.tensor_table import SIZES, row_of
 from castalia.errors import ConfigError
 from castalia.machine import usable_cores
+from castalia.model.init_kinds import (
+    TINY,
+    depth_gain,
+    first_decays,
+    first_steps,
+    neox_draw,
+    neox_gmlp,
+    neox_mamba,
+    neox_rwkv,
+    rwkv_values,
+)
 from castalia.model.init_std import mup_scale, standard_deviation
 from castalia.model.transformer import Transformer
 
@@ -52,15 +63,18 @@ def seeded_tensor(
         return torch.full(tuple(sizes), value)
     if row_of(name).init in ("decays", "steps"):
         return _mamba_values(cfg, seed, name, shape, slices)
+    if row_of(name).init == "by depth":
+        whole = rwkv_values(cfg, name)
+        return whole if slices is None else whole[tuple(slices)].clone()
     if row_of(name).init == "fan_in":
         bound = 1 / math.sqrt(SIZES[row_of(name).fan_in](cfg))
         rows, columns = (*(slices or [slice(None)] * len(shape)), slice(None))[:2]
         wide = (shape[0], shape[1] if len(shape) > 1 else 1)  # a vector is drawn as a matrix with one column
         part = _drawn(seed, name, wide, rows, columns, lambda tile: tile * (bound / math.sqrt(3)), uniform=True)
         return part.view(-1) if len(shape) == 1 else part
-    if len(shape) == 3:  # experts: each is drawn as a matrix of its own
-        experts, inner = (slice(None), None) if slices is None else (slices[0], slices[1:])
-        drawn = [_matrix(cfg, seed, name, f"{name}.{e}", shape[1:], inner) for e in range(*experts.indices(shape[0]))]
+    if len(shape) == 3:  # of experts, for example: each is drawn as a matrix of its own
+        chosen, inner = (slice(None), None) if slices is None else (slices[0], slices[1:])
+        drawn = [_matrix(cfg, seed, name, f"{name}.{e}", shape[1:], inner) for e in range(*chosen.indices(shape[0]))]
         return torch.stack(drawn) if drawn else torch.empty(0, *shape[1:])
     return _matrix(cfg, seed, name, name, shape, slices)
 
@@ -76,17 +90,6 @@ def _mamba_values(
     return first_steps(drawn.view(-1))
 
 
-def first_decays(channels: int, states: int) -> Tensor:
-    """a_log [channels, states]."""
-    return torch.arange(1, states + 1, dtype=torch.float32).log().expand(channels, states)
-
-
-def first_steps(drawn: Tensor) -> Tensor:
-    """Biases whose softplus lies between 0.001 and 0.1, evenly in the logarithm, from random numbers within 0 and 1."""
-    dt = (drawn * (math.log(0.1) - math.log(0.001)) + math.log(0.001)).exp().clamp(min=1e-4)
-    return dt + (-(-dt).expm1()).log()
-
-
 def _matrix(
     cfg: ModelConfig, seed: int, name: str, drawn_as: str, shape: Sequence[int], slices: Sequence[slice] | None
 ) -> Tensor:
@@ -96,10 +99,12 @@ def _matrix(
     rows, columns = slices if slices is not None else (slice(None), slice(None))
     if row_of(name).init == "adapter":  # within +-1 / sqrt(columns), as the library PEFT draws them
         return _drawn(seed, drawn_as, shape, rows, columns, lambda tile: tile / math.sqrt(3 * shape[1]), uniform=True)
+    if row_of(name).init == "tiny":
+        return _drawn(seed, drawn_as, shape, rows, columns, lambda tile: tile * (TINY / math.sqrt(3)), uniform=True)
     if method.endswith("orthogonal"):
         whole = torch.zeros(*shape)  # padding rows are zero: an orthogonal matrix cannot be continued
         whole[: logical[0]] = _orthogonal(seed, drawn_as, logical) * (
-            1.0 if method == "orthogonal" else _depth_gain(cfg)
+            1.0 if method == "orthogonal" else depth_gain(cfg)
         )
         return whole[rows, columns].clone()
     scale = standard_deviation(cfg, method, logical) * mup_scale(cfg, method, name)
@@ -113,10 +118,6 @@ def constant_value(name: str) -> float | None:
 
 def _method(cfg: ModelConfig, name: str) -> str:
     return cfg.output_init_method if row_of(name).init == "residual" else cfg.init_method
-
-
-def _depth_gain(cfg: ModelConfig) -> float:
-    return math.sqrt(2 / cfg.num_layers)
 
 
 def _logical_shape(cfg: ModelConfig, name: str, shape: Sequence[int]) -> tuple[int, int]:
@@ -204,20 +205,23 @@ def _neox_pass(cfg: ModelConfig, generator: torch.Generator, default: torch.Gene
     h, d, n, kv, f = cfg.hidden_size, cfg.head_size, cfg.num_heads, cfg.kv_heads, cfg.mlp_width
 
     def draw(name: str, rows: int, columns: int) -> Tensor:
-        return _neox_draw(cfg, _method(cfg, name), torch.empty(rows, columns), generator)
+        return neox_draw(cfg, _method(cfg, name), torch.empty(rows, columns), generator)
 
     yield "embed.weight", draw("embed.weight", cfg.padded_vocab_size, h)
     if cfg.position == "learned":
         assert cfg.max_positions is not None
         positions = torch.empty(cfg.max_positions, h).normal_(generator=default)  # which is drawn over
-        yield "positions.weight", _neox_draw(cfg, cfg.init_method, positions, default)
+        yield "positions.weight", neox_draw(cfg, cfg.init_method, positions, default)
     for i, kind in enumerate(cfg.layer_kinds):
         block = f"blocks.{i}"
         if kind in ("gmlp", "amlp"):
-            yield from _neox_gmlp(cfg, f"{block}.gmlp", kind, generator, default)
+            yield from neox_gmlp(cfg, f"{block}.gmlp", kind, generator, default)
             continue
         if kind == "mamba":
-            yield from _neox_mamba(cfg, f"{block}.mamba", generator, default)
+            yield from neox_mamba(cfg, f"{block}.mamba", generator, default)
+            continue
+        if kind == "rwkv":
+            yield from neox_rwkv(cfg, f"{block}.rwkv", default)
             continue
         qkv = draw(f"{block}.attn.qkv.weight", (n + 2 * kv) * d, h)
         if kv != n:  # GPT-NeoX's rows are all queries, all keys, all values; ours lie by key/value head
@@ -250,65 +254,7 @@ def _neox_experts(
     e, f, h = cfg.experts.count, cfg.expert_width, cfg.hidden_size
     router = torch.empty(e, h)
     router.uniform_(generator=default)
-    yield f"{name}.router.weight", _neox_draw(cfg, cfg.init_method, router, default)
+    yield f"{name}.router.weight", neox_draw(cfg, cfg.init_method, router, default)
     for part, method in (("up", cfg.init_method), ("down", cfg.output_init_method)):
-        flat = _neox_draw(cfg, method, torch.empty(e * f, h), generator)
+        flat = neox_draw(cfg, method, torch.empty(e * f, h), generator)
         yield f"{name}.experts.{part}", flat.view(e, f, h)
-
-
-def _neox_gmlp(
-    cfg: ModelConfig, name: str, kind: LayerKind, generator: torch.Generator, default: torch.Generator
-) -> Iterator[tuple[str, Tensor]]:
-    """The outer matrices from the common stream. The default one draws the small attention's matrices and biases, and
-    before them the spatial matrix and its bias, which begin with constants all the same."""
-    h, a, length = cfg.hidden_size, cfg.amlp_size, cfg.max_positions or 0
-    yield f"{name}.up.weight", _neox_draw(cfg, cfg.init_method, torch.empty(8 * h, h), generator)
-    _torch_linear(length, length, default)
-    if kind == "amlp":
-        for part, rows, columns in (("qkv", 3 * a, 8 * h), ("out", 4 * h, a)):
-            weight, bias = _torch_linear(rows, columns, default)
-            assert bias is not None
-            yield f"{name}.attn.{part}.weight", weight
-            yield f"{name}.attn.{part}.bias", bias
-    yield f"{name}.down.weight", _neox_draw(cfg, cfg.output_init_method, torch.empty(h, 4 * h), generator)
-
-
-def _neox_mamba(
-    cfg: ModelConfig, name: str, generator: torch.Generator, default: torch.Generator
-) -> Iterator[tuple[str, Tensor]]:
-    """Convolution and steps from the default stream, the latter after the draws of `nn.Linear` that they overwrite."""
-    sizes, h, d, r = cfg.mamba_sizes, cfg.hidden_size, cfg.mamba_width, cfg.mamba_rank
-    both = _neox_draw(cfg, cfg.init_method, torch.empty(2 * d, h), generator)
-    yield f"{name}.in_x.weight", both[:d]
-    yield f"{name}.in_z.weight", both[d:]
-    conv, bias = _torch_linear(d, sizes.taps, default, bias=sizes.conv_bias)
-    yield f"{name}.conv.weight", conv
-    if bias is not None:
-        yield f"{name}.conv.bias", bias
-    selection = torch.empty(r + 2 * sizes.states, d)
-    yield f"{name}.x_proj.weight", _neox_draw(cfg, cfg.init_method, selection, generator)
-    _torch_linear(d, r, default)
-    yield f"{name}.dt_proj.weight", torch.empty(d, r).uniform_(-(r**-0.5), r**-0.5, generator=default)
-    yield f"{name}.scan.dt_bias", first_steps(torch.empty(d).uniform_(generator=default))
-    yield f"{name}.scan.a_log", first_decays(d, sizes.states)
-    yield f"{name}.out.weight", _neox_draw(cfg, cfg.output_init_method, torch.empty(h, d), generator)
-
-
-def _torch_linear(
-    rows: int, columns: int, generator: torch.Generator, bias: bool = True
-) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of `nn.Linear` as torch draws them, bit for bit; both lie within +-1 / sqrt(columns)."""
-    bound = math.sqrt(3.0) * (math.sqrt(2.0 / (1 + math.sqrt(5) ** 2)) / math.sqrt(columns))  # as torch computes it
-    weight = torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)
-    bound = 1 / math.sqrt(columns)
-    return weight, torch.empty(rows).uniform_(-bound, bound, generator=generator) if bias else None
-
-
-def _neox_draw(cfg: ModelConfig, method: str, matrix: Tensor, generator: torch.Generator) -> Tensor:
-    """Fill by the same calls as GPT-NeoX, whose fans are those of the padded matrix."""
-    if method == "xavier_uniform":
-        return nn.init.xavier_uniform_(matrix, generator=generator)
-    if method.endswith("orthogonal"):
-        gain = 1.0 if method == "orthogonal" else _depth_gain(cfg)
-        return nn.init.orthogonal_(matrix, gain, generator=generator)
-    return matrix.normal_(0.0, standard_deviation(cfg, method, matrix.shape), generator=generator)

@@ -11,7 +11,8 @@ heads, d head size, f width of the MLP or of an expert, e experts, b sequences, 
     blocks.{i}.mlp.up.weight [f, h], .bias     blocks.{i}.mlp.gate.weight [f, h], .bias (gated only)
     blocks.{i}.mlp.router.weight [e, h]        blocks.{i}.mlp.experts.up, .gate, .down [e, f, h] (in place of an MLP)
     blocks.{i}.mlp.down.weight [h, f], .bias   norm.weight, .bias [h]    head.weight [V, h] (absent when tied)
-    blocks.{i}.gmlp.*, blocks.{i}.mamba.* (see `gmlp.py` and `mamba.py`; in place of attention and MLP)
+    blocks.{i}.gmlp.*, .mamba.*, .rwkv.* (see `gmlp.py`, `mamba.py`, `rwkv.py`; in place of attention and MLP)
+    embed_norm.weight, .bias [h] (only some models)
     reward.weight [1, h] (reward models, which have no other head)
 """
 
@@ -40,10 +41,11 @@ from castalia.model.attention import (
 from castalia.model.experts import ExpertMLP
 from castalia.model.gmlp import GatedBlock
 from castalia.model.kept_tokens import Kept, spread, taken
-from castalia.model.layers import MLP, Embedding, Linear, build_norm, is_slow_half, linear
+from castalia.model.layers import MLP, Embedding, LayerNorm, Linear, build_norm, is_slow_half, linear
 from castalia.model.loss import IGNORE, linear_cross_entropy, token_losses
 from castalia.model.mamba import MambaBlock
 from castalia.model.positions import Alibi, Rotary, Rotation, positions_in_documents, score_bias, sinusoids, visible
+from castalia.model.rwkv import RWKVBlock
 
 
 class Block(nn.Module):
@@ -100,6 +102,8 @@ def build_block(cfg: ModelConfig, layer: int, exact: bool = False) -> nn.Module:
         return GatedBlock(cfg, layer)
     if cfg.layer_kinds[layer] == "mamba":
         return MambaBlock(cfg, layer)
+    if cfg.layer_kinds[layer] == "rwkv":
+        return RWKVBlock(cfg, layer, exact)
     return Block(cfg, layer, exact)
 
 
@@ -130,6 +134,7 @@ class Transformer(nn.Module):
         self.cfg, self.compute_dtype, self.exact, self.z_loss = cfg, compute_dtype, exact, z_loss
         self.embed = Embedding(cfg.padded_vocab_size, cfg.hidden_size)
         self.positions = _learned_positions(cfg) if cfg.position == "learned" else None
+        self.embed_norm = LayerNorm(cfg.hidden_size, cfg.norm_eps) if cfg.embedding_norm else None
         # A dict, so that blocks keep their numbers when a pipeline stage deletes others.
         self.blocks = nn.ModuleDict({str(i): build_block(cfg, i, exact) for i in range(cfg.num_layers)})
         self.norm = build_norm(cfg)
@@ -263,7 +268,8 @@ class Transformer(nn.Module):
             x = x + sinusoids(positions, self.cfg.hidden_size).to(x.dtype) * mup.position_multiplier
         if mup.embedding_multiplier != 1.0:
             x = x * mup.embedding_multiplier
-        return F.dropout(x, self.cfg.embedding_dropout, self.training)
+        x = F.dropout(x, self.cfg.embedding_dropout, self.training)
+        return x if self.embed_norm is None else self.embed_norm(x)
 
     def context(
         self,

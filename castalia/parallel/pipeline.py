@@ -44,7 +44,7 @@ def cut_stage(model: Transformer, index: int, num_stages: int, seq_length: int) 
         if not first_block <= int(name) < first_block + plan[index].layers:
             del model.blocks[name]
     if not plan[index].first:
-        model.positions = None
+        model.positions = model.embed_norm = None
         if not (plan[index].last and model.cfg.tie_embeddings):
             model.embed = None  # type: ignore[assignment]
     if not plan[index].last:

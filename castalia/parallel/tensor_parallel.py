@@ -84,6 +84,7 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh, sequence_paralle
     ends: dict[str, ParallelStyle] = {
         "embed": RowwiseParallel(input_layouts=Replicate()),
         "positions": Replicated(Replicate()),
+        "embed_norm": Replicated(Replicate()),
         "norm": Replicated(Replicate()),
         "head": ColwiseParallel(output_layouts=Replicate()),
         "reward": Replicated(Replicate()),

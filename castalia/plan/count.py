@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 
 from castalia.config.schema import LayerKind, ModelConfig
-from castalia.config.tensor_table import BLOCK, FINAL_NORM, local_size, row_of, shapes_of, tensor_shapes
+from castalia.config.tensor_table import BLOCK, FINAL_NORM, block_of, local_size, row_of, shapes_of, tensor_shapes
 
 
 @dataclass(frozen=True)
@@ -56,5 +56,5 @@ def neox_count(model: ModelConfig, tp: int = 1, pp: int = 1) -> int:
     shapes = tensor_shapes(allocated)
     names = list(shapes)
     if model.tie_embeddings and pp > 1:  # the last stage holds its own copy of the embedding layer
-        names += [name for name in ("embed.weight", "positions.weight") if name in shapes]
+        names += [name for name in shapes if block_of(name) < 0]
     return sum(tp * local_size(name, shapes[name], tp) for name in names)

@@ -23,6 +23,8 @@ def block_flops(model: ModelConfig, length: int, kind: LayerKind) -> float:
         return 2 * (active_size(model, kind) - spatial) + mixed + small
     if kind == "mamba":  # exp, four products and two sums for each value that a channel remembers
         return 2 * active_size(model, kind) + 7 * model.mamba_width * model.mamba_sizes.states
+    if kind == "rwkv":  # the state of each head: it fades, takes in a product, is read; with the token's own
+        return 2 * active_size(model, kind) + 7 * model.hidden_size * model.head_size
     attention = 4 * model.num_heads * model.head_size * mean_context(length, model.sliding_window)
     return 2 * active_size(model, kind) + attention
 
@@ -65,7 +67,7 @@ def neox_flops(model: ModelConfig, length: int, recompute: bool = False) -> floa
     """GPT-NeoX's figure per token, which ignores grouped-query attention, MLP width and causality.
 
     The formula is that of Narayanan et al. (2104.04473), as in `megatron/logging.py`. It has another one for models
-    with a mamba layer, whose layers all count as such.
+    with a mamba or an rwkv layer, whose layers all count as such.
     """
     layers, hidden, vocab = model.num_layers, model.hidden_size, model.padded_vocab_size
     passes = 4 if recompute else 3
@@ -73,6 +75,9 @@ def neox_flops(model: ModelConfig, length: int, recompute: bool = False) -> floa
         width, states = model.mamba_width, model.mamba_sizes.states
         layer = width * (11 * states + 4 * model.mamba_rank + 1) + 6 * width * hidden + 8 * width
         return passes * (layers * layer + 2 * hidden * vocab)
+    if "rwkv" in model.layer_kinds:
+        rwkv = hidden**2 * (78 + 18 / model.num_heads) + 84 * hidden
+        return layers * rwkv + 16 * hidden + 12 * hidden * vocab
     return 24 * passes * layers * hidden**2 * (1 + length / (6 * hidden) + vocab / (16 * layers * hidden))
 
 
@@ -85,7 +90,10 @@ def kv_cache_bytes(model: ModelConfig, element_bytes: int = 2) -> int:
 
 def state_bytes(model: ModelConfig, element_bytes: int = 2) -> int:
     """Bytes that generation keeps of each text, however long it is."""
-    gated = len(model.layer_kinds) - model.attention_layers - model.layer_kinds.count("mamba")
+    kinds = model.layer_kinds
+    gated = kinds.count("gmlp") + kinds.count("amlp")
     sizes, width = model.mamba_sizes, model.mamba_width
     mamba = width * ((sizes.taps - 1) * element_bytes + 4 * sizes.states)  # the last inputs, and fp32 states
-    return 8 * gated + model.layer_kinds.count("mamba") * mamba  # the number of a text's tokens is kept by the first
+    rwkv = 2 * model.hidden_size * element_bytes + 4 * model.hidden_size * model.head_size  # the last outputs of norms
+    # The number of a text's tokens is kept by the first of these kinds.
+    return 8 * gated + kinds.count("mamba") * mamba + kinds.count("rwkv") * rwkv

@@ -18,13 +18,14 @@ from typing import NamedTuple
 from castalia.config.attention_kernels import AMPERE, Capability, KernelChoice, training_choice
 from castalia.config.loss_chunks import BLOCK_BYTES, CHUNK_BYTES
 from castalia.config.objective import PAIRED, needs_reference
-from castalia.config.scan_chunks import CHUNK_VALUES
+from castalia.config.scan_chunks import CHUNK_VALUES, SCAN_TOKENS, scan_chunk
 from castalia.config.schema import FinetuneConfig, LayerKind, ModelConfig, OptimizerConfig, RunConfig
 from castalia.config.tensor_table import adapter_shapes, all_shapes, block_of, local_size, row_of
 from castalia.plan.layout import Layout, Stage, in_flight, rank_parts
 
 # Activation functions whose backward pass needs their output, which the next matrix keeps anyway.
 _KEEPS_OUTPUT = {"relu", "sigmoid", "identity"}
+SCAN_COPIES = 7  # of the largest tensor of RWKV's scan, that exist at a time in its backward pass
 EVERYTHING = FinetuneConfig()  # all tensors train, without adapters
 
 
@@ -150,9 +151,10 @@ def attending(model: ModelConfig, layout: Layout, tokens: int, length: int, comp
 
 def activations(model: ModelConfig, layout: Layout, tokens: int, length: int, compute: Compute) -> Activations:
     """What one block keeps of a micro-batch of `tokens` tokens on this rank, in sequences of `length`, on average."""
+    other = {"mamba": _mamba_block, "rwkv": _rwkv_block}
     kept: dict[LayerKind, Activations] = {
-        kind: _mamba_block(model, layout, tokens, length, compute)
-        if kind == "mamba"
+        kind: other[kind](model, layout, tokens, length, compute)
+        if kind in other
         else _gated_block(model, layout, tokens, length, compute, kind == "amlp")
         for kind in model.other_kinds
     }
@@ -201,6 +203,32 @@ def _mamba_block(model: ModelConfig, layout: Layout, tokens: int, length: int, c
     if layout.recompute == "selective":
         kept += (4 * wide + selection) * size
     return Activations(whole, kept, whole - kept)
+
+
+def _rwkv_block(model: ModelConfig, layout: Layout, tokens: int, length: int, compute: Compute) -> Activations:
+    """`activations` of an RWKV block. In the time mix the change from the token before, the five shares of it and what
+    they give, the matrices' outputs, the gate before and after its function; in fp32 decays at four points and the
+    scan's output; the states between chunks. In the channel mix as much of it as there is."""
+    size, sizes, stream, h = compute.element_bytes, model.rwkv_sizes, tokens * model.hidden_size, model.hidden_size
+    low = tokens * (2 * 5 * sizes.mix_rank + sizes.decay_rank)
+    products = 6 * stream + tokens * (5 * sizes.mix_rank + sizes.decay_rank)  # of matrices, in the time mix
+    inner = (3 + 10 + 4) * stream * size + 3 * 4 * stream + 4 * 4 * stream + low * size
+    rows = tokens // length
+    chunk = scan_chunk(compute.device, rows * h)
+    inner += 4 * rows * h * model.head_size * -(-length // chunk)
+    whole = inner + _channel_values(model, tokens) * size
+    if layout.recompute == "none":
+        return Activations(whole, whole, 0)
+    kept = stream * size
+    if layout.recompute == "selective":
+        kept += (products + 5 * stream + 3 * stream + tokens * model.rwkv_width) * size
+    return Activations(whole, kept, whole - kept)
+
+
+def _channel_values(model: ModelConfig, tokens: int) -> int:
+    """Values that the channel mix of an RWKV block keeps: its input, the change from the token before, what it makes of
+    both, the receptance and the output; the keys before and after the square."""
+    return tokens * (6 * model.hidden_size + 2 * model.rwkv_width)
 
 
 def _attention_block(model: ModelConfig, layout: Layout, tokens: int, length: int, compute: Compute) -> Activations:
@@ -290,6 +318,7 @@ def _inner_width(model: ModelConfig) -> float:
     """Inner values of a token in one direction, averaged over the blocks."""
     gates = sum(kind in ("gmlp", "amlp") for kind in model.layer_kinds) * 8 * model.hidden_size
     channels = model.layer_kinds.count("mamba") * 2 * model.mamba_width
+    channels += model.layer_kinds.count("rwkv") * model.rwkv_width
     mlps = sum(mlp.width for mlp in _mlp_widths(model)) * model.attention_layers
     return (mlps + gates + channels) / model.num_layers
 
@@ -531,6 +560,13 @@ class Rank:
             values = self.tokens * self.model.mamba_width * self.model.mamba_sizes.states
             mlp += 4 * 4 * min(values, CHUNK_VALUES[self.compute.device])
             mlp += 4 * (3 + self.compute.casts) * self.tokens * self.model.mamba_width  # gradients of y, x and steps
+        if "rwkv" in self.model.other_kinds:  # what each token of a group has of each, for a chunk, and gradients
+            chunk = scan_chunk(self.compute.device, self.tokens // self.length * self.model.hidden_size)
+            groups = min(chunk, self.length) * self.tokens // self.length * self.model.hidden_size
+            scan = SCAN_COPIES * 4 * groups * SCAN_TOKENS
+            scan += 4 * 5 * self.tokens * self.model.hidden_size  # of r, k, v, decays and the output
+            # What the channel mix kept is free by then.
+            mlp += max(0, scan - _channel_values(self.model, self.tokens) * self.compute.element_bytes)
         return max(mlp, 4 * self.attending.scores + 2 * self.stream)  # the two exist one after the other
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from castalia.config.schema import ModelConfig
-from castalia.config.tensor_table import local_size, tensor_shapes
+from castalia.config.tensor_table import block_of, local_size, tensor_shapes
 from castalia.plan.flops import kv_cache_bytes, state_bytes
 from castalia.plan.layout import Layout, rank_parts
 from castalia.plan.stream_plan import LOGITS_BYTES, PROGRAM_BYTES, block_working_bytes
@@ -90,7 +90,7 @@ def _held(model: ModelConfig, layout: Layout) -> tuple[int, int]:
             first, _, rest = name.partition(".")
             if first == "blocks":
                 held += size * (rest.partition(".")[0] in own)
-            elif name in ("embed.weight", "positions.weight"):
+            elif block_of(name) < 0:
                 is_head = name == "embed.weight" and model.tie_embeddings
                 held += size * (stage.first or (is_head and stage.last))
             else:

@@ -14,7 +14,7 @@ from math import prod
 
 from castalia.config.attention_kernels import reasons_for_bias
 from castalia.config.loss_chunks import BLOCK_BYTES, CHUNK_BYTES
-from castalia.config.scan_chunks import CHUNK_VALUES
+from castalia.config.scan_chunks import CHUNK_VALUES, SCAN_TOKENS
 from castalia.config.schema import ModelConfig
 from castalia.config.tensor_table import AFTER_BLOCKS, BEFORE_BLOCKS, BLOCK, row_of, shapes_of
 from castalia.errors import ConfigError
@@ -174,6 +174,9 @@ def block_working_bytes(model: ModelConfig, tokens: int, element_bytes: int) -> 
         mlp = max(mlp, (4 + 3) * 4 * model.hidden_size)
     if "mamba" in model.layer_kinds:  # the inner width in fp32 and otherwise, and the scan's chunk
         mlp = max(mlp, 10 * model.mamba_width + 3 * CHUNK_VALUES["cpu"] // max(1, tokens))
+    if "rwkv" in model.layer_kinds:  # the five inputs and what they give, and the scan's chunk
+        scan = max(CHUNK_VALUES["cpu"] // max(1, tokens), SCAN_TOKENS * model.hidden_size)
+        mlp = max(mlp, 20 * model.hidden_size, 3 * model.hidden_size + 3 * model.rwkv_width) + 4 * scan
     if model.experts:  # tokens sorted by expert, inner activations, outputs in both orders
         inner = (3 if model.experts.gated else 2) * model.expert_width + 5 * model.hidden_size
         shared = (3 if model.experts.gated else 2) * (model.experts.shared_width or 0)

@@ -139,7 +139,7 @@ def units_of(checkpoint: Checkpoint, cfg: ModelConfig, dtype: torch.dtype, share
     has_head = stage.last and not cfg.reward_head
     head = ("embed.weight" if cfg.tie_embeddings else "head.weight",) if has_head else ()
     outside = [name for name in refs if not 0 <= block_of(name) < cfg.num_layers and not row_of(name).has_token_rows]
-    rest = [name for name in outside if (stage.first if name.startswith("positions.") else stage.last)]
+    rest = [name for name in outside if (stage.first if block_of(name) < 0 else stage.last)]
     return ModelUnits(blocks, unit(head), unit(rest), whole["embed.weight"], dtype, share)
 
 

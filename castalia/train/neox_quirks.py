@@ -9,7 +9,8 @@
 | norm for clipping in fp16 without ZeRO | of the first tensor rank and stage alone | of all ranks |
 
 A mixture of experts loses its attention with a parallel residual (`Block` of model/transformer), and its Sinkhorn
-router ends after one iteration in practice (`balanced` of model/experts).
+router ends after one iteration in practice (`balanced` of model/experts). RWKV blocks mix over the micro-batch in place
+of time (`RWKVBlock` of model/rwkv).
 
 In both, a row-parallel bias that was summed over T tensor ranks takes T full steps at once.
 """

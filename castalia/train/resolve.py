@@ -34,6 +34,7 @@ from castalia.train.vocabulary import open_tokenizer, vocabulary_sizes, with_tok
 # Properties of the model that a new run may choose differently from the checkpoint that it starts from.
 OVERRIDABLE = {"embedding_dropout", "hidden_dropout", "attention_dropout", "init", "init_passes", "init_method"}
 OVERRIDABLE |= {"reward_head", "output_init_method", "init_std", "vocab_size", "vocab_multiple", "max_positions"}
+OVERRIDABLE |= {"rwkv_over"}
 
 DATA_ORDER = ("data.holdout", "data.shuffled_passes")
 

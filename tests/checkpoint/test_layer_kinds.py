@@ -38,6 +38,7 @@ def plan(checkpoint, to, **options):
         "mamba-pp0-fp32",
         "mamba-fp16-dp2-z1",
         "hybrid-fp16-dp2-z1",
+        "rwkv-fp32",
     ],
 )
 def test_genuine_files_come_back_from_every_layout(variant, fixtures, tmp_path):
@@ -45,7 +46,7 @@ def test_genuine_files_come_back_from_every_layout(variant, fixtures, tmp_path):
     assert source.optimizer.keys() == source.model.keys()
     back = written(source, tmp_path / "native", "native")
     tp = 2 if "sinkhorn" in variant else 1  # three experts, or layers that ranks cannot divide
-    pp = 1 if "mamba" in source.config.model.pattern else 2
+    pp = 1 if {"mamba", "rwkv"} & set(source.config.model.pattern) else 2
     # On fewer data ranks a pipeline would sum over more micro-batches, and have larger moments.
     few = TargetLayout(dp=source.facts.dp, zero=int(source.facts.dp > 1))
     for number, layout in enumerate([few, TargetLayout(tp=tp, pp=pp, dp=2, zero=1), TargetLayout(pp=0)]):

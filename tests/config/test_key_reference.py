@@ -27,7 +27,7 @@ def test_rows_say_what_a_key_does():
     text = markdown()
     for row in (
         "| `train_iters` |  | honoured: `train.steps` |",
-        "| `dim_att` |  | refused: RWKV layers are not built in |",
+        "| `soft_prompt_tuning` |  | refused: soft prompts are not built in |",
         "| `deepspeed` | `True` | no effect: DeepSpeed is not used |",
         "| `pipe_partition_method` | `'type:transformer\\|mlp'` | no effect:",
         "| `optimizer.clip_norm` | a number above 0 or null (default 1.0): largest gradient norm; None switches",

@@ -186,7 +186,7 @@ def test_merge_keys_give_what_nobody_before_them_says(write):
 
 
 def test_all_mistakes_are_told_at_once(write):
-    file = write("a.yml", MODEL + "train: {stepz: 1}\noptimizer: {lr: x}\nactivation: tanhh\ndim_att: 8\n")
+    file = write("a.yml", MODEL + "train: {stepz: 1}\noptimizer: {lr: x}\nactivation: tanhh\nautotuning_run: x\n")
     lines = refusal(file, ["seed=0"])
     assert len(lines) == 5
     assert sum("a.yml:" in line for line in lines) == 4

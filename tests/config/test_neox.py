@@ -262,8 +262,8 @@ def test_experts_have_widths_of_their_own(load):
 def test_attention_layers(load):
     for config in ([[["flash"], 4]], [[["global", "flash"], "all"]], ["global"] * 4, [[["global"], 2], [["flash"], 2]]):
         assert load({**MODEL, "attention_config": config}) == load(MODEL)
-    assert "is refused: local, rwkv layers" in refusal(
-        load, {**MODEL, "attention_config": [[["local", "rwkv"], "all"]]}
+    assert "is refused: local, sliding layers" in refusal(
+        load, {**MODEL, "attention_config": [[["local", "sliding"], "all"]]}
     )
     assert "names 6 layers, num_layers (0.yml:1) is 4" in refusal(load, {**MODEL, "attention_config": [[["flash"], 6]]})
     config = load({**MODEL, "attention_config": [[["flash"], 4]]}, {"num_layers": 2})
@@ -285,6 +285,16 @@ def test_layers_without_attention_take_the_place_of_others(load):
     assert (wide.mamba_width, wide.mlp_size) == (80, None)
     both = load({**MODEL, "attention_config": [[["mamba", "flash"], 2]], "intermediate_size": 80}).model
     assert (both.mamba_width, both.mlp_width) == (80, 80)
+    narrow = {**MODEL, "attention_config": [[["rwkv"], "all"]]}
+    sizes = load({**narrow, "dim_att": 64}).model
+    assert (sizes.pattern, sizes.rwkv, sizes.rwkv_width) == (("rwkv",), None, 224)
+    assert load({**narrow, "intermediate_size": 100}).model.rwkv_width == 96  # GPT-NeoX rounds down to a multiple of 32
+    assert load({**narrow, "expansion_factor": 2}).model.rwkv_width == 128
+    assert "no layer is rwkv" in load({**MODEL, "dim_att": 64}).notes[0]
+    assert "have their own" in load({**narrow, "activation": "silu"}).notes[0]
+    for key, said in (("dim_att", "unless it is hidden_size"), ("intermediate_size", "no width")):
+        with pytest.raises(ConfigError, match=said):
+            load({**narrow, key: 31})
     assert "no layer is mamba" in load({**MODEL, "mamba_use_bias_in_linears": True}).notes[0]
     lengths = {"seq_length": 32, "max_position_embeddings": 64, "attention_config": [[["gmlp"], "all"]]}
     assert "the size of their spatial matrix" in refusal(load, {**MODEL, **lengths, "pos_emb": "learned"})

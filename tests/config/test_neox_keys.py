@@ -62,7 +62,7 @@ def test_every_target_exists():
         assert KEYS[key].target in FIELDS, key
     for key in of_kind("joint"):
         first = KEYS[key].target.split(",")[0].split(" or ")[0]
-        assert first in FIELDS or first == "precision.compute" or key == "num_unique_layers", key
+        assert first in FIELDS or first == "precision.compute" or key in ("num_unique_layers", "dim_att"), key
 
 
 @pytest.mark.parametrize("key", [key for key in of_kind("idle") if key != "tokenizer"])  # that is our section
@@ -322,6 +322,7 @@ JOINT = {
 REFUSALS = {  # keys that choose nothing here: one value is right, the others are refused
     "num_unique_layers": (4, 2, "layers that share their weights are not built in"),
     "base_shapes_file": (None, "shapes.yml", "give model.mup.base_width"),
+    "dim_att": (64, 32, "unless it is hidden_size"),
 }
 
 
@@ -352,6 +353,7 @@ def test_a_joint_key_arrives_with_its_companions(tmp_path, key):
 def test_a_key_with_one_right_value_refuses_the_others(tmp_path, key):
     right, wrong, text = REFUSALS[key]
     base = {**MODEL, "use_mup": key == "base_shapes_file"}
+    base |= {"attention_config": [[["rwkv"], "all"]]} if key == "dim_att" else {}
     assert load(tmp_path, **base, **{key: right}) == load(tmp_path, **base)
     with pytest.raises(ConfigError, match=text):
         load(tmp_path, **base, **{key: wrong})

@@ -24,6 +24,8 @@ VARIANTS = {
     "experts": {"experts": {"count": 3, "width": 24, "gated": True}},
     "gMLP and aMLP": {"pattern": ("gmlp", "amlp"), "amlp_size": 8, "norm": "scalenorm"},
     "Mamba": {"pattern": ("mamba", "attention"), "norm": "rmsnorm"},
+    "RWKV": {"pattern": ("rwkv", "attention"), "norm": "rmsnorm", "embedding_norm": True},
+    "RWKV of other sizes": {"pattern": ("rwkv",), "rwkv": {"width": 24, "mix_rank": 4, "decay_rank": 3}},
     "Mamba of other sizes": {
         "pattern": ("mamba",),
         "mamba": {"width": 24, "states": 4, "taps": 3, "rank": 5, "conv_bias": False, "linear_bias": True},

@@ -25,6 +25,7 @@ KINDS = {
     "learned": {"position": "learned", "tie_embeddings": True},
     "alibi": {"position": "alibi"},
     "window": {"sliding_window": 5},
+    "RWKV": {"pattern": ("rwkv", "attention"), "num_layers": 3},
     "Mamba": {"pattern": ("mamba", "attention"), "num_layers": 3},
     "gMLP": {"pattern": ("gmlp", "attention", "amlp"), "num_layers": 3},
 }

@@ -10,7 +10,8 @@ from castalia.checkpoint.formats.neox import read as neox_read
 from castalia.config.schema import ModelConfig
 from castalia.errors import ConfigError
 from castalia.loading import build_model
-from castalia.model.init import _torch_linear, initialize, seeded_tensor
+from castalia.model.init import initialize, seeded_tensor
+from castalia.model.init_kinds import torch_linear
 from castalia.model.transformer import Transformer
 from tests.model.mixers import require_causal, require_same_token_by_token
 
@@ -78,5 +79,5 @@ def test_seeded_values_of_torch_like_modules_are_bounded_and_the_same_in_slices(
 def test_linear_maps_are_drawn_as_torch_draws_them():
     torch.manual_seed(5)
     theirs = torch.nn.Linear(37, 11)
-    weight, bias = _torch_linear(11, 37, torch.Generator().manual_seed(5))
+    weight, bias = torch_linear(11, 37, torch.Generator().manual_seed(5))
     assert torch.equal(weight, theirs.weight) and torch.equal(bias, theirs.bias)

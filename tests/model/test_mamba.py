@@ -11,7 +11,8 @@ from castalia.checkpoint.formats.neox import read as neox_read
 from castalia.config.schema import MambaConfig, ModelConfig
 from castalia.loading import build_model
 from castalia.model import mamba
-from castalia.model.init import first_steps, initialize, seeded_tensor
+from castalia.model.init import initialize, seeded_tensor
+from castalia.model.init_kinds import first_steps
 from castalia.model.mamba import MambaMixer, Scan
 from castalia.model.transformer import Transformer
 from tests.checkpoint.made import made as random_checkpoint

@@ -20,6 +20,7 @@ FAMILIES = {
         *("model.attention_bias=false", "model.mlp_bias=false"),
     ],
     "mamba": ["model.pattern=[mamba, attention]", "model.norm=rmsnorm"],
+    "rwkv": ["model.pattern=[rwkv, attention]", "model.norm=rmsnorm", "model.embedding_norm=true"],
     "gmlp": ["model.pattern=[gmlp, attention, amlp, gmlp]", "model.amlp_size=8"],
     "experts": ["model.experts={count: 4, top_k: 2, every: 2, width: 24, gated: true}", "model.rotary_pct=0.5"],
     "balanced": [

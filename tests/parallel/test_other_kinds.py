@@ -10,7 +10,7 @@ pytestmark = pytest.mark.xdist_group("pool")
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("family", ["gmlp", "mamba"])
+@pytest.mark.parametrize("family", ["gmlp", "mamba", "rwkv"])
 @pytest.mark.parametrize("layout", ["zero3", "pp2", pytest.param("zero1", marks=SLOW)])
 def test_training_is_that_of_one_process(pool, tiny, alone, family, layout):  # noqa: F811
     world, overrides = LAYOUTS[layout]

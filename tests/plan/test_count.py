@@ -161,6 +161,23 @@ def test_mamba_has_the_sizes_of_the_originals_configs(layers, hidden, layer, tot
     assert (kv_cache_bytes(model), state_bytes(model)) == (0, layers * d * (3 * 2 + 16 * 4))
 
 
+def test_rwkv_has_the_sizes_of_the_originals_config() -> None:
+    """GPT-NeoX's rwkv/170M, which does not start there for lack of `dim_att`."""
+    keys = {
+        "num_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "seq_length": 2048, "norm": "rmsnorm",
+        "max_position_embeddings": 2048, "attention_config": [[["rwkv"], 12]], "no_weight_tying": True,
+    }  # fmt: skip
+    model = load_config([keys], ["model.vocab_size=50257"]).model
+    blocks = sum(size for name, size in count(model).by_kind.items() if name.startswith("blocks."))
+    assert (blocks, count(model).total) == (12 * 8_024_064, 175_129_344)
+    h, wide = 768, model.rwkv_width
+    assert wide == 2688
+    reference = 2 * (6 * h * h + 2 * h * wide + 448 * h) + 7 * h * 64
+    assert block_flops(model, 2048, "rwkv") == pytest.approx(reference, rel=0.01)
+    assert neox_flops(model, 2048) == pytest.approx(1.027e9, rel=1e-3)
+    assert (kv_cache_bytes(model), state_bytes(model)) == (0, 12 * (2 * h * 2 + 12 * 64 * 64 * 4))
+
+
 def test_fixture_configs_have_the_sizes_of_the_table(fixtures) -> None:
     totals = {"125M": 162322944, "350M": 405334016, "1-3B": 1414647808}
     for name, total in totals.items():

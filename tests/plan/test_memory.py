@@ -30,6 +30,8 @@ FAMILIES = {
     "gmlp": {"pattern": ("gmlp", "attention", "amlp"), "amlp_size": 16},
     "mamba": {"pattern": ("mamba", "attention")},
     "pure mamba": {"pattern": ("mamba",), "norm": "rmsnorm"},
+    "rwkv": {"pattern": ("rwkv", "attention")},
+    "pure rwkv": {"pattern": ("rwkv",), "position": "none"},
     "small vocabulary": {"vocab_size": 128, "num_layers": 6},
     "large vocabulary": {"vocab_size": 50_000, "num_layers": 1},  # several chunks of logits
 }

@@ -40,6 +40,7 @@ KINDS = [
     {"experts": ExpertsConfig(count=4, top_k=2), "hidden_size": 64},
     {"pattern": ("attention", "amlp"), "amlp_size": 16},
     {"pattern": ("mamba",)},
+    {"pattern": ("rwkv",)},
 ]
 
 

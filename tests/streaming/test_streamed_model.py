@@ -28,6 +28,7 @@ OTHERS = {
     "sinusoidal": ModelConfig(**SIZES, position="sinusoidal", norm="scalenorm"),
     "shared norm": ModelConfig(**SIZES, parallel_residual=True, shared_norm=True, norm="layernorm_no_params"),
     "other kinds": ModelConfig(**SIZES | {"num_layers": 4}, pattern=("mamba", "attention", "amlp"), amlp_size=8),
+    "RWKV": ModelConfig(**SIZES | {"num_layers": 4}, pattern=("rwkv", "attention"), embedding_norm=True),
     "deep": ModelConfig(**SIZES | {"num_layers": 7}, rotary_pct=0.25, parallel_residual=True),
 }
 

@@ -94,7 +94,6 @@ DATA_EFFICIENCY = "of DeepSpeed's data efficiency only curriculum_learning is bu
 ONLINE = "online training on generated texts is not built in"
 REINFORCE = "train_impl: reinforce is not built in, and refused where it is asked for"
 MAMBA = "Mamba layers are computed in one way, which gives the same"
-RWKV = "RWKV layers are not built in"
 MOE_FP32 = "GPT-NeoX has no load-balancing loss that it would act on"
 MOE_DEEPSPEED = "GPT-NeoX gave up DeepSpeed's experts for moe_num_experts, moe_expert_interval and moe_top_k"
 SPARSE = "sparse attention is not built in, and no layer uses it"
@@ -163,9 +162,9 @@ KEYS: dict[str, Key] = {
     "precision": joint("precision.compute", str),
     "num_layers": to("model.num_layers"),
     "hidden_size": to("model.hidden_size"),
-    "intermediate_size": joint("model.mlp_size, model.mamba.width", int),
+    "intermediate_size": joint("model.mlp_size, model.mamba.width, model.rwkv.width", int),
     "mlp_multiple_of": joint("model.mlp_size", int, 1),
-    "expansion_factor": joint("model.mlp_size, model.mamba.width", float),
+    "expansion_factor": joint("model.mlp_size, model.mamba.width, model.rwkv.width", float),
     "num_attention_heads": to("model.num_heads"),
     "num_kv_heads": to("model.num_kv_heads"),
     "seq_length": to("data.seq_length"),
@@ -234,9 +233,9 @@ KEYS: dict[str, Key] = {
     "te_fp8_amax_compute_algo": idle(FP8, "most_recent"),
     "te_fp8_margin": idle(FP8, 0),
     "te_fp8_mha": idle(FP8, False),
-    "dim_att": refused(RWKV),
-    "head_size": refused(RWKV),
-    "ffn_dim": refused(RWKV),
+    "dim_att": joint("the same as hidden_size", int),
+    "head_size": idle("GPT-NeoX sets it to hidden_size / num_attention_heads itself"),
+    "ffn_dim": idle("GPT-NeoX sets it by intermediate_size or expansion_factor itself"),
     # Optimizer
     "optimizer_type": idle(DERIVED, "adam"),
     "use_bnb_optimizer": refused("8-bit optimizer states are not built in", False),

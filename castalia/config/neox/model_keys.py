@@ -27,6 +27,7 @@ MIXERS = {
     "gmlp": "gmlp",
     "amlp": "amlp",
     "mamba": "mamba",
+    "rwkv": "rwkv",
 }  # of layers -> ours
 
 
@@ -118,11 +119,31 @@ def mamba(work: Translation) -> None:
         work.set("model.mamba.width", None if width == 2 * hidden else width, *keys)
 
 
+def rwkv(work: Translation) -> None:
+    """The width of RWKV layers takes the keys of the MLP's, with another default, and is rounded down."""
+    hidden, keys = work["hidden_size"], ("intermediate_size", "expansion_factor", "hidden_size")
+    if "rwkv" not in _pattern(work):
+        if work.has("dim_att"):
+            work.idle("dim_att", "no layer is rwkv")
+        return
+    if work.has("dim_att") and work["dim_att"] != hidden:
+        work.error("dim_att", f"is refused unless it is hidden_size ({hidden}): GPT-NeoX fails with any other")
+    if is_a(hidden, int) and work.has("intermediate_size", "expansion_factor"):
+        width = (work["intermediate_size"] or int((work["expansion_factor"] or 3.5) * hidden)) // 32 * 32
+        if width <= 0:
+            named = "intermediate_size" if work.has("intermediate_size") else "expansion_factor"
+            work.error(named, "gives rwkv layers no width: it is rounded down to a multiple of 32")
+            return
+        work.set("model.rwkv.width", None if width == int(3.5 * hidden) // 32 * 32 else width, *keys)
+
+
 def activation(work: Translation) -> None:
     """The activation function, gated or not; GELU is the tanh approximation if its kernel is fused."""
     if not (work.architecture or work.has("activation")):
         return
     name = lower(work["activation"])
+    if work.has("activation") and set(_pattern(work)) <= {"mamba", "rwkv"}:
+        work.idle("activation", "mamba and rwkv layers have their own")
     keys = ("activation", "bias_gelu_fusion", "onnx_safe")
     # GPT-NeoX's fused GELU kernel is the tanh approximation, the unfused one is exact.
     tanh = work["bias_gelu_fusion"] and not work["onnx_safe"]
@@ -140,7 +161,8 @@ def mlp_width(work: Translation) -> None:
     hidden, multiple = work["hidden_size"], work["mlp_multiple_of"]
     gated = lower(work["activation"]) in GATED
     if "attention" not in _pattern(work):
-        used = ("intermediate_size", "expansion_factor") if "mamba" in _pattern(work) else ()
+        sized = {"mamba", "rwkv"} & set(_pattern(work))
+        used = ("intermediate_size", "expansion_factor") if sized else ()
         for key in ("intermediate_size", "expansion_factor", "mlp_multiple_of"):
             if work.has(key) and key not in used:
                 work.idle(key, "no layer has an MLP")
@@ -263,4 +285,6 @@ def dropout(work: Translation) -> None:
             work.set(path, work["hidden_dropout"], "hidden_dropout")
 
 
-MODEL = (attention, gated_layers, mamba, activation, mlp_width, experts, norm, residual, vocabulary, mup, dropout)
+MODEL = (
+    attention, gated_layers, mamba, rwkv, activation, mlp_width, experts, norm, residual, vocabulary, mup, dropout,
+)  # fmt: skip

@@ -10,7 +10,7 @@ from castalia.config.load import load_config
 from castalia.config.neox import model_keys
 from castalia.config.neox.keys import KEYS, lower, nonzero, opposite, position, recomputed
 from castalia.config.neox.training_keys import SCHEDULE_CHOICES, TOKENIZERS
-from castalia.config.schema import EvalConfig, MambaConfig, ModelConfig, RunConfig, Source
+from castalia.config.schema import EvalConfig, MambaConfig, ModelConfig, RunConfig, RWKVConfig, Source
 
 # Our names -> GPT-NeoX's; where GPT-NeoX has several for one of ours, the first of them.
 TOKENIZER_TYPES = {ours: name for name, ours in reversed(TOKENIZERS.items())} | {"sentencepiece": "SPMTokenizer"}
@@ -31,6 +31,7 @@ OURS_ALONE = {"model.activation": ("sigmoid", "identity"), "schedule.style": ("w
 # Settings for which GPT-NeoX needs no key: they follow from the tokenizer's files or from the program.
 ELSEWHERE = {"model.vocab_size", "model.init", "neox_exact", "tokenizer.path", "tokenizer.merges"}
 ELSEWHERE |= {"checkpoint.keep_best", "checkpoint.save_minutes"}  # it has neither, and trains the same without
+ELSEWHERE |= {"model.rwkv_over"}  # a note says what it mixes
 ELSEWHERE |= {"data.holdout", "data.shuffled_passes"}  # which data it reads: see `other_data` of written_config.py
 
 
@@ -121,7 +122,13 @@ def _model(model: ModelConfig, config: RunConfig) -> dict[str, Any]:
             keys["intermediate_size"] = model.mamba_width
         elif not model.attention_layers:
             keys.pop("intermediate_size", None)
-    elif model.sliding_window:
+    if "rwkv" in model.other_kinds:
+        keys["dim_att"] = model.hidden_size  # without which GPT-NeoX does not start
+        if model.rwkv_width != model.with_({"rwkv": None}).rwkv_width:  # which an MLP beside it must have, too
+            keys["intermediate_size"] = model.rwkv_width
+        elif not model.attention_layers and "mamba" not in model.other_kinds:
+            keys.pop("intermediate_size", None)
+    if model.sliding_window and not model.other_kinds:
         keys["attention_config"] = [[["flash"], model.num_layers]]
     keys["hidden_dropout"] = model.hidden_dropout
     # GPT-NeoX multiplies by the number of tensor-parallel ranks.
@@ -220,6 +227,7 @@ def _plain(config: RunConfig) -> RunConfig:
             "model.pattern": [model.pattern[i % len(model.pattern)] for i in range(model.num_layers)],
         }
         | ({"model.mamba": _sizes(model) if "mamba" in model.layer_kinds else None})
+        | ({"model.rwkv": _rwkv_sizes(model) if "rwkv" in model.layer_kinds else None})
         | ({} if "amlp" in model.layer_kinds else {"model.amlp_size": ModelConfig.model_fields["amlp_size"].default})
         | ({"model.experts.width": model.expert_width} if model.experts else {})
     )
@@ -229,6 +237,11 @@ def _sizes(model: ModelConfig) -> MambaConfig:
     """Sizes of Mamba blocks with defaults written out; ranks that GPT-NeoX would choose itself stay open."""
     rank = None if model.mamba_rank == -(-model.hidden_size // 16) else model.mamba_rank
     return model.mamba_sizes.with_({"width": model.mamba_width, "rank": rank})
+
+
+def _rwkv_sizes(model: ModelConfig) -> RWKVConfig:
+    """Sizes of RWKV blocks with the default of the width written out."""
+    return model.rwkv_sizes.with_({"width": model.rwkv_width})
 
 
 def _typed(value: Any, default: Any) -> Any:

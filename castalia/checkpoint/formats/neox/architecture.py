@@ -9,6 +9,7 @@ from typing import Any
 
 from castalia.checkpoint.formats.deepspeed.folder import ScannedFolder, global_name, layer_file, refuse_missing
 from castalia.checkpoint.formats.neox.names import NORM_PARAMETERS, Names
+from castalia.checkpoint.rwkv_tensors import rwkv_settings
 from castalia.config.schema import LayerKind, MambaConfig, ModelConfig, shortest
 from castalia.errors import CheckpointError
 from castalia.storage.lazy import TensorRef
@@ -28,6 +29,7 @@ MARKS: dict[str, LayerKind] = {
     "sgu.attn.proj_qkv.weight": "amlp",
     "sgu.proj.weight": "gmlp",
     "mixer.A_log": "mamba",
+    "att.time_faaaa": "rwkv",
 }
 
 
@@ -70,7 +72,7 @@ def observed(held: RankTensors, names: Names, folder: ScannedFolder, config: Mod
     settings: dict[str, Any] = {
         "num_layers": num_layers,
         "hidden_size": hidden,
-        "norm": _norm(held, names.first_block),
+        "norm": _norm(held, f"{names.norm_position(num_layers)}.{names.final_norm}"),
         "tie_embeddings": names.head(num_layers) not in held,
         "vocab_size": embedding[0].shape[0] * tp,
         "vocab_multiple": _vocab_multiple(embedding[0].shape[0] * tp, args, tp),
@@ -80,7 +82,7 @@ def observed(held: RankTensors, names: Names, folder: ScannedFolder, config: Mod
     if attending:
         settings |= _attention(held, f"{first}.{names.attention}", hidden, heads, tp, folder)
     elif heads or config is None:
-        settings["num_heads"] = heads or 1  # which no layer has
+        settings.setdefault("num_heads", heads or 1)  # which no layer has
     if dense:
         up, down = held[f"{width_of}.{names.up}.weight"][0], held[f"{width_of}.{names.down}.weight"][0]
         settings["mlp_size"] = down.shape[1] * tp
@@ -113,6 +115,11 @@ def _other_settings(
         layer = names.first_block + i
         if kind == "mamba":
             settings["mamba"] = _mamba(held, f"{layer}.mixer.", settings["hidden_size"], folder)
+            continue
+        if kind == "rwkv":
+            settings |= rwkv_settings(
+                {name: refs[0].shape for name, refs in held.items()}, f"{layer}.", str(folder.path)
+            )
             continue
         if kind == "amlp":
             settings["amlp_size"] = held[f"{layer}.sgu.attn.proj_qkv.weight"][0].shape[0] // 3
@@ -257,7 +264,8 @@ def _count_layers(held: RankTensors, names: Names, fused: str, folder: ScannedFo
     listed = {global_name(name, names.embedding) for name in folder.listed}
     expected = {names.embedding, *range(names.first_block, names.first_block + count)}
     expected |= {int(name.split(".")[0]) for name in listed}
-    if norms or _norm(held, min(blocks, default=0)) != "layernorm_no_params":
+    first = f"{min(blocks, default=0)}."
+    if norms or _norm(held, f"{first}input_layernorm.", f"{first}norm.") != "layernorm_no_params":
         expected.add(names.norm_position(count))
     if (missing := sorted(expected - positions)) and folder.layers:
         there = [layer_file(position, rank) for position in positions for rank in range(folder.tp)]
@@ -271,8 +279,8 @@ def _count_layers(held: RankTensors, names: Names, fused: str, folder: ScannedFo
     return count
 
 
-def _norm(held: RankTensors, first: int) -> str:
-    starts = (f"{first}.input_layernorm.", f"{first}.norm.")
+def _norm(held: RankTensors, *starts: str) -> str:
+    """The kind of the norm whose tensors' names begin so."""
     suffixes = {name.rsplit(".", 1)[1] for name in held if name.startswith(starts)}
     return next(kind for kind, names in NORM_PARAMETERS.items() if set(names.values()) == suffixes or not names)
 

@@ -25,6 +25,7 @@ from castalia.checkpoint.rules import (
     SumOverRanks,
     Unfold,
 )
+from castalia.checkpoint.rwkv_tensors import rwkv_rules
 from castalia.config.schema import LayerKind, ModelConfig
 from castalia.config.tensor_table import tensor_shapes
 
@@ -88,6 +89,7 @@ def table(names: Names, model: ModelConfig, tp: int, qkv: Op) -> list[Rule]:
     if model.other_kinds:
         blocks = {"gmlp": _gated(model, "gmlp"), "amlp": _gated(model, "amlp")}
         blocks["mamba"] = norm("blocks.{i}.norm1", "{layer}.norm.") + mamba_rules(model, "{layer}.mixer.")
+        blocks["rwkv"] = rwkv_rules(model, "{layer}.")
     block = norm("blocks.{i}.norm1", "{layer}.input_layernorm.")
     biased = model.attention_bias
     if model.qk_norm:

@@ -42,6 +42,10 @@ from castalia.config.schema import DataConfig, ModelConfig, RunConfig, Tokenizer
 from castalia.errors import CheckpointError
 
 ERAS: dict[str, Names] = {"head": HEAD, "w1-w3": W123, "v2": LEGACY, "v1": LEGACY}
+OVER_THE_BATCH = (
+    "GPT-NeoX mixes RWKV layers over the rows of a micro-batch; here they mix the tokens of each sequence, as meant. "
+    "To train on as there: neox_exact=true"
+)
 # The version of DeepSpeed with which NeoX changed grouped queries and RMSNorm, without a mark in its files.
 FIRST_WITH_NEW_ROWS = (0, 16)
 
@@ -110,7 +114,8 @@ def read(
     dtype = weight_dtype(held)
     stored_steps = ranks is not None and all(step is not None for rank in ranks for step in rank.step.values())
     changed, changed_note = masters_apart(held, ranks)
-    notes = (_guess_note(guesses) if guesses else "", epsilon_note, rows_note, changed_note)
+    over_note = OVER_THE_BATCH if "rwkv" in model.layer_kinds and not (run.neox_exact or model.rwkv_over) else ""
+    notes = (_guess_note(guesses) if guesses else "", over_note, epsilon_note, rows_note, changed_note)
     return Checkpoint(
         path=str(path),
         format="neox",

@@ -118,6 +118,8 @@ def adapted(checkpoint: Checkpoint, options: WriteOptions, tokenizer: TokenizerC
             raise CheckpointError(f"{path}: NeoX cannot run Mamba layers in pp={layout.pp} stages; use pp=1")
         if dtype == torch.float16:
             keys["mamba_selective_fp32_params"] = keeps_fp32(checkpoint)
+    if "rwkv" in model.other_kinds and layout.pp > 1:
+        raise CheckpointError(f"{path}: NeoX puts all RWKV layers into the first of pp={layout.pp} stages; use pp=1")
     if options.era == "v1":
         _check_first_release(model, path)
         keys = {key: value for key, value in keys.items() if key not in LATER_KEYS} | _silent_today(config)
@@ -129,6 +131,11 @@ def adapted(checkpoint: Checkpoint, options: WriteOptions, tokenizer: TokenizerC
             f"attn.out.bias and mlp.down.bias are divided by {layout.tp}, which rounds"
             + (" the smallest values of fp16" if not layout.tp & (layout.tp - 1) else "")
             + ": their sum may differ in the last bit"
+        )
+    if "rwkv" in model.other_kinds:
+        notes.append(
+            "NeoX mixes RWKV layers over the rows of a micro-batch, not over the tokens of a sequence: there these "
+            "weights give other logits" + ("" if dtype == torch.bfloat16 else ", and only in bf16: use --dtype bf16")
         )
     if checkpoint.optimizer is None:
         notes.append("there is no optimizer state: NeoX can only start from these weights, with finetune: true")
