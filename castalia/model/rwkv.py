@@ -89,11 +89,11 @@ class DecayScan(nn.Module):
         if state is None:
             state = r.new_zeros(len(r), heads, size, size, dtype=torch.float32)
         given = (part.float().unflatten(-1, (heads, size)) for part in (r, k, v, logs))
-        out, state = Scan.apply(*given, self.bonus.float(), state)
+        out, state = MatrixScan.apply(*given, self.bonus.float(), state)
         return out.flatten(-2), state
 
 
-class Scan(torch.autograd.Function):
+class MatrixScan(torch.autograd.Function):
     """The recurrence in chunks of the sequence. For the backward pass it keeps its inputs and the state before each
     chunk, and computes one chunk at a time again."""
 
@@ -135,7 +135,7 @@ class Scan(torch.autograd.Function):
 
 
 def chunk(r: Tensor, k: Tensor, v: Tensor, logs: Tensor, bonus: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """The recurrence over the tokens of a chunk, shapes as in `Scan`, in groups that are computed side by side.
+    """The recurrence over the tokens of a chunk, shapes as in `MatrixScan`, in groups that are computed side by side.
 
     Between two tokens of a group all that was kept of the first is the product of the decays in between, which is at
     most 1: the sums of their logarithms are taken one by one, not as differences, which would lose slow decays behind

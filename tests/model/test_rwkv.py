@@ -15,7 +15,7 @@ from castalia.errors import ConfigError
 from castalia.generate.kv_cache import KVCache
 from castalia.loading import build_model
 from castalia.model.init import initialize, seeded_tensor
-from castalia.model.rwkv import RWKVMixer, Scan
+from castalia.model.rwkv import MatrixScan, RWKVMixer
 from castalia.model.transformer import Transformer
 from tests.checkpoint.made import made as random_checkpoint
 from tests.model.mixers import require_causal, require_same_token_by_token
@@ -74,7 +74,7 @@ def test_the_scan_is_the_naive_recurrence_in_value_and_gradient(values, length, 
     logs = -(speed + 2 * drawn(b, length, n, m)).exp()
     given = [*(drawn(b, length, n, m) for _ in range(3)), logs, drawn(n, m), drawn(b, n, m, m)]
     weights, seen = drawn(b, length, n, m), []
-    for compute in (Scan.apply, naive):
+    for compute in (MatrixScan.apply, naive):
         inputs = [value.clone().requires_grad_(number < 5) for number, value in enumerate(given)]
         out, state = compute(*inputs)
         found = torch.autograd.grad((out * weights).sum(), inputs[:5], materialize_grads=True)
@@ -91,7 +91,7 @@ def test_slow_decays_keep_their_digits_behind_fast_ones():
     logs[:, 2] = -22026.0
     bonus, state = torch.ones(1, 4), torch.zeros(1, 1, 4, 4)
     exact, _ = naive(*(x.double() for x in (r, k, v, logs, bonus, state)))
-    assert (Scan.apply(r, k, v, logs, bonus, state)[0] - exact).abs().max() < 1e-5
+    assert (MatrixScan.apply(r, k, v, logs, bonus, state)[0] - exact).abs().max() < 1e-5
 
 
 def test_decays_of_any_strength_have_values_and_gradients():
@@ -109,7 +109,7 @@ def test_the_scan_keeps_no_states_of_single_tokens(monkeypatch):
     held = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: held.append(tensor.numel()) or tensor, lambda t: t):
         leaves = [torch.randn(1, 64, 2, 4).requires_grad_() for _ in range(3)]
-        out, _ = Scan.apply(*leaves, -torch.rand(1, 64, 2, 4), torch.zeros(2, 4), torch.zeros(1, 2, 4, 4))
+        out, _ = MatrixScan.apply(*leaves, -torch.rand(1, 64, 2, 4), torch.zeros(2, 4), torch.zeros(1, 2, 4, 4))
     assert sum(held) == 4 * 64 * 8 + 8  # its inputs; the states of 64 tokens would be 2048
     assert [first.shape for first in out.grad_fn.firsts] == [(1, 2, 4, 4)] * 4
 
