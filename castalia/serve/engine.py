@@ -77,7 +77,14 @@ class Failed(NamedTuple):
 
 Event = Drawn | PromptScores | Failed
 Request = Sequence["TextRow"]  # the texts of one request
-Layers = Mapping[int, tuple[Tensor, Tensor]]  # keys and values [1, kv, t, d] by the number of the layer
+
+
+class PromptChunk(NamedTuple):
+    """What a chunk of a prompt leaves for the tokens after it, by the number of the layer."""
+
+    layers: Mapping[int, tuple[Tensor, Tensor]]  # keys and values of its tokens [1, kv, t, d]
+    states: Mapping[int, list[Tensor]]  # at its end [1, ...]
+    hidden: Tensor  # final hidden states [t, h]
 
 
 @dataclass(frozen=True)
@@ -121,31 +128,30 @@ class TextRow:
 class Prefixes:
     """Chunks of prompts that were computed, by all tokens up to their end; the least used ones are dropped."""
 
-    def __init__(self, budget: int, kv_each: int) -> None:
-        """Bytes in all, and those of a token's keys and values."""
-        self.budget, self.kv_each, self.bytes = budget, kv_each, 0
-        self.chunks: OrderedDict[bytes, tuple[Layers, Tensor]] = OrderedDict()
+    def __init__(self, budget: int, kv_each: int, state_each: int) -> None:
+        """Bytes in all, those of a token's keys and values, and those of a text's states."""
+        self.budget, self.kv_each, self.state_each, self.bytes = budget, kv_each, state_each, 0
+        self.chunks: OrderedDict[bytes, PromptChunk] = OrderedDict()
 
-    def find(self, key: bytes) -> tuple[Layers, Tensor] | None:
-        """Keys and values of each layer, and final hidden states [t, h]."""
+    def find(self, key: bytes) -> PromptChunk | None:
+        """The chunk that ends these tokens, if it was kept."""
         if key in self.chunks:
             self.chunks.move_to_end(key)
         return self.chunks.get(key)
 
-    def add(self, key: bytes, layers: Layers, hidden: Tensor) -> None:
+    def add(self, key: bytes, chunk: PromptChunk) -> None:
         """Keep a chunk if there is room for it at all."""
-        size = self._bytes(hidden)
+        size = self._bytes(chunk)
         if size > self.budget:
             return
-        self.chunks[key] = layers, hidden
+        self.chunks[key] = chunk
         self.bytes += size
         while self.bytes > self.budget:
-            _, (_, oldest) = self.chunks.popitem(last=False)
-            self.bytes -= self._bytes(oldest)
+            self.bytes -= self._bytes(self.chunks.popitem(last=False)[1])
 
-    def _bytes(self, hidden: Tensor) -> int:
+    def _bytes(self, chunk: PromptChunk) -> int:
         """As planned, which is the same for all processes of a split model."""
-        return len(hidden) * self.kv_each + hidden.nbytes
+        return len(chunk.hidden) * self.kv_each + self.state_each + chunk.hidden.nbytes
 
 
 class Engine:
@@ -174,8 +180,9 @@ class Engine:
         self.waiting: deque[deque[TextRow]] = deque()  # of each request
         self.filling: deque[TextRow] = deque()
         self.writing: list[TextRow] = []
-        # The keys and values of a chunk can be copied, but not a state, in which a prompt has no parts.
-        self.prefixes = Prefixes(0 if model.cfg.other_kinds else plan.prefix_budget, plan.kv_each)
+        # A state of gMLP is as large as its text may become, so that it does not fit another one.
+        shares = not {"gmlp", "amlp"}.intersection(model.cfg.other_kinds)
+        self.prefixes = Prefixes(plan.prefix_budget if shares else 0, plan.kv_each, plan.state_each)
         self.counters = {"prompt_tokens": 0, "prefix_tokens": 0, "generated_tokens": 0, "steps": 0}
         for module in model.modules():
             if isinstance(module, ExpertMLP):
@@ -316,13 +323,14 @@ class Engine:
             hidden = self.model.hidden(tokens, cache=cache)[0]
             if keeps:
                 own = cache.layers.items()  # of a split model those of this process, by their numbers
-                chunk = {layer: (k[:, :, start:stop].clone(), v[:, :, start:stop].clone()) for layer, (k, v) in own}
-                self.prefixes.add(key, chunk, hidden)
+                layers = {layer: (k[:, :, start:stop].clone(), v[:, :, start:stop].clone()) for layer, (k, v) in own}
+                self.prefixes.add(key, PromptChunk(layers, _copied(cache.states), hidden))
         else:
-            layers, hidden = known
-            for layer, (k, v) in layers.items():
+            hidden = known.hidden
+            for layer, (k, v) in known.layers.items():
                 keys, values = cache.layer(layer, k)
                 keys[:, :, start:stop], values[:, :, start:stop] = k, v
+            cache.states = _copied(known.states)
             cache.reserve(stop - start)
             cache.advance(stop - start)
             self.counters["prefix_tokens"] += stop - start
@@ -423,3 +431,7 @@ class Engine:
             require_finite(dict(self.model.named_parameters()), "the model")
             raise CheckpointError("the model's logits are NaN or infinite though its weights are not")
         return logits
+
+
+def _copied(states: Mapping[int, list[Tensor]]) -> dict[int, list[Tensor]]:
+    return {layer: [part.clone() for part in state] for layer, state in states.items()}

@@ -58,10 +58,23 @@ class SlotBatch:
         return torch.cat(outputs)
 
     def recur(self, layer: int, module: Recurrent, x: Tensor) -> Tensor:
-        """Each row after its own state: x [width, 1, h] -> the same shape, 0 for padding."""
-        outputs = torch.zeros_like(x)
-        for row, cache in enumerate(self.caches):
-            outputs[row : row + 1] = cache.recur(layer, module, x[row : row + 1])
+        """Each row after its own state: x [width, 1, h] -> the same shape.
+
+        States of one size go through the layer together, padding with a new one. Those that grow with their text, as
+        gMLP's do, go row by row, and padding is 0.
+        """
+        states = [cache.state(layer, module, own) for cache, own in zip(self.caches, x.split(1), strict=False)]
+        if not have_one_size(module, x):
+            outputs = torch.zeros_like(x)
+            for row, state in enumerate(states):
+                outputs[row : row + 1] = module.advance(x[row : row + 1], state)
+            return outputs
+        padding = module.new_state(len(x) - len(states), 1, x)
+        together = [torch.cat(parts) for parts in zip(*states, padding, strict=True)]
+        outputs = module.advance(x, together)
+        for number, part in enumerate(together):
+            for state, value in zip(states, part.split(1), strict=False):
+                state[number].copy_(value)
         return outputs
 
     def advance(self, count: int) -> None:
@@ -76,6 +89,12 @@ class SlotBatch:
             return None
         own, keys = cache.places[:, cache.length : cache.end], cache.places[:, : cache.end]
         return score_bias(own, keys, visible(own, keys, window), self.stage.alibi, q.dtype)
+
+
+def have_one_size(module: Recurrent, x: Tensor) -> bool:
+    """Whether the layer's states are as large for a long text as for a short one, for input like x [rows, 1, h]."""
+    short, long = (module.new_state(1, capacity, x.to("meta")) for capacity in (1, 2))
+    return all(a.shape == b.shape for a, b in zip(short, long, strict=True))
 
 
 def exact_widths(model: Transformer | SplitModel, widths: Sequence[int]) -> list[int]:

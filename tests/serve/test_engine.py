@@ -142,8 +142,9 @@ def test_scores_are_those_of_a_whole_forward_pass() -> None:
         assert (score.rank == 1) == (score.log_prob == score.top[0][1])  # the same float, not a near one
 
 
-def test_prefixes_are_computed_once_and_change_nothing() -> None:
-    engine = make_engine()
+@pytest.mark.parametrize("pattern", [("attention",), ("mamba", "attention"), ("mamba",)], ids="-".join)
+def test_prefixes_are_computed_once_and_change_nothing(pattern: tuple[str, ...]) -> None:
+    engine = make_engine(pattern=pattern)
     shared = "the same beginning of all " * 20
     first, events = row_of(shared + "one", prompt_top=0)
     run(engine, first)
@@ -161,8 +162,8 @@ def test_prefixes_are_computed_once_and_change_nothing() -> None:
     assert scores(same) == scores(events)
 
 
-def test_of_a_model_whose_prompts_have_no_parts_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, kept = make_engine(pattern=("mamba", "attention")), []
+def test_of_a_model_whose_states_grow_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, kept = make_engine(pattern=("amlp", "attention"), amlp_size=16), []
     monkeypatch.setattr(engine.prefixes, "add", lambda *chunk: kept.append(chunk))
     for _ in range(2):
         row, events = row_of("a" * CHUNK_TOKENS + "b", max_tokens=2)
