@@ -1,5 +1,5 @@
 """Runs the documentation: every ```sh block of docs/*.md, in order, in one empty folder for each document, and the
-recipes of docs/python.md, whose types are checked as well.
+recipes of some pages; the types of those of docs/python.md are checked as well.
 
 Blocks of other kinds (```console, ```text, ```yaml) are for reading. Runs are cut to a few steps; nothing else changes.
 """
@@ -25,22 +25,25 @@ MOST_STEPS = 12
 
 
 def blocks(document: Path) -> list[str]:
-    """Commands in the order of the page; the recipes of python.md come last."""
+    """Commands in the order of the page; recipes come last."""
     text = document.read_text(encoding="utf-8")
-    recipes = [f"python - <<'PYTHON'\n{recipe}PYTHON" for recipe in RECIPE.findall(text)]
-    return SHELL_BLOCK.findall(text) + (recipes if document.stem == "python" else [])
+    recipes = [f"cat > recipe.py <<'PYTHON'\n{recipe}PYTHON\npython recipe.py" for recipe in RECIPE.findall(text)]
+    return SHELL_BLOCK.findall(text) + (recipes if document.stem in WITH_RECIPES else [])
 
 
 def shortened(block: str) -> str:
     return LENGTH.sub(lambda found: f"{found[1]}{min(int(found[2]), MOST_STEPS)}", block)
 
 
+WITH_RECIPES: dict[str, tuple[str, ...]] = {"python": (), "interpretability": ("nnsight", "transformer_lens")}
 DOCUMENTS = sorted(path for path in (ROOT / "docs").glob("*.md") if blocks(path))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
 def test_commands_of_the_documentation_work(document, tmp_path):
+    for package in WITH_RECIPES.get(document.stem, ()):
+        pytest.importorskip(package, reason=f"needs {package}: pip install castalia[interp]")
     for shipped in ("examples", "configs"):
         (tmp_path / shipped).symlink_to(ROOT / shipped)
     for block in blocks(document):
