@@ -33,7 +33,9 @@ def data() -> None:
 
 @app.command()
 def prepare(
-    inputs: Annotated[list[Path], typer.Argument(help="files or folders: jsonl, txt, gz, zst, zip, tar, parquet")],
+    inputs: Annotated[
+        list[str], typer.Argument(help="files, folders or URLs: jsonl, txt, gz, zst, zip, tar, parquet, arrow")
+    ],
     output: Annotated[Path, typer.Option(help="writes OUTPUT_text_document.bin and .idx")],
     tokenizer: TokenizerPath = None,
     tokenizer_kind: Annotated[
@@ -275,6 +277,49 @@ def split(
     from castalia.data.corpora import split as run
 
     _say_written(run(prefix, weights, output, by), as_json)
+
+
+@app.command()
+def index(
+    files: Annotated[list[Path], typer.Argument(help="files of ids without a header: OLMo's .npy, nanoGPT's .bin")],
+    output: Annotated[Path, typer.Option(help="a folder: FILE becomes OUTPUT/FILE.idx and .bin, a link to it")],
+    tokenizer: TokenizerPath = None,
+    eod: Annotated[int | None, typer.Option(help="the id that ends documents; default: the tokenizer's")] = None,
+    dtype: Annotated[
+        Literal["uint16", "uint32"] | None,
+        typer.Option(help="of the ids; default: by the size of the vocabulary"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make corpora of published token files, which stay as they are.
+
+    \b
+    Examples:
+      castalia data index part-0-00000.npy --tokenizer tokenizer.json --output tokens
+      castalia data index part-0-00000.npy --eod 0 --dtype uint16 --output tokens
+
+    In a config: data.path=tokens/part-0-00000, or a list in data.train.
+    """
+    from castalia.bars import progress
+    from castalia.data.token_files import index_tokens, token_file_dtype
+
+    words = _load(tokenizer) if tokenizer else None
+    if words is None and (eod is None or dtype is None):
+        raise DataError(
+            "a tokenizer says where documents end, and which ids there are: --tokenizer, or --eod and --dtype"
+        )
+    ends = words.eod_id if eod is None and words else eod
+    if ends is None:
+        raise DataError(f"--tokenizer {tokenizer} has no end-of-document token: give its id with --eod")
+    kind = dtype or token_file_dtype(words.vocab_size if words else 0)
+    if len({file.stem for file in files}) < len(files):
+        raise DataError("two of the files have one name; index each folder into an --output of its own")
+    with progress(sum(file.stat().st_size for file in files if file.is_file()), in_bytes=True) as advance:
+        made = [
+            index_tokens(file, output / file.stem, kind, ends, words.vocab_size if words else None, advance)
+            for file in files
+        ]
+    _say_written(made, as_json)
 
 
 def _say_written(corpora: list[IndexedDataset], as_json: bool) -> None:

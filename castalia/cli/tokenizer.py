@@ -19,7 +19,7 @@ def tokenizer() -> None:
 
 @app.command()
 def train(
-    inputs: Annotated[list[Path], typer.Argument(help="text files, jsonl and the other inputs of `data prepare`")],
+    inputs: Annotated[list[str], typer.Argument(help="text files, jsonl and the other inputs of `data prepare`")],
     output: Annotated[Path, typer.Option(help="the tokenizer.json to write")],
     vocab_size: Annotated[int, typer.Option(help="most entries, <|endoftext|> (id 0) and 256 bytes included")] = 4096,
     jsonl_keys: Annotated[

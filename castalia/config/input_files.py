@@ -53,8 +53,13 @@ def _missing_data(config: RunConfig) -> Iterator[str]:
         keys = list(dict.fromkeys(all_keys))
         gone = [f"{prefix}.{end}" for end in ("bin", "idx") if not Path(f"{prefix}.{end}").is_file()]
         start = f"{config.place(*keys)}{', '.join(keys)}={prefix}: "
-        if gone and Path(prefix).exists():
-            name = Path(prefix).stem
+        name = Path(prefix).stem
+        if gone and Path(prefix).suffix == ".npy" and Path(prefix).exists():
+            yield (
+                f"{start}these are published token ids; `castalia data index {prefix} --tokenizer FILE --output tokens"
+                f"` makes a corpus of them as they are, {keys[0]}=tokens/{name}"
+            )
+        elif gone and Path(prefix).exists():
             yield (
                 f"{start}this is text, no corpus; `castalia data prepare {prefix} --tokenizer FILE --output {name}` "
                 f"makes one, {keys[0]}={name}_text_document"

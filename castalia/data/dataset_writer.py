@@ -114,19 +114,24 @@ class DatasetWriter:
         with appearing(idx_path(self.prefix)) as file:
             self._file.flush()
             os.fsync(self._file.fileno())
-            self._write_index(file)
+            sizes = np.frombuffer(self.sizes, "i4") if self.sizes else np.empty(0, "i4")
+            write_index(file, self.dtype, sizes, np.frombuffer(self.documents, "i8"))
             file.flush()
             os.fsync(file.fileno())
             behind_links(idx_path(self.prefix)).unlink(missing_ok=True)
             os.replace(self._bin, behind_links(bin_path(self.prefix)))
             self.published = True
 
-    def _write_index(self, file: IO[bytes]) -> None:
-        sizes = np.frombuffer(self.sizes, "i4").astype("<i4") if self.sizes else np.empty(0, "<i4")
-        starts = np.zeros(len(sizes), "<i8")
-        np.cumsum(sizes[:-1], out=starts[1:])
-        starts *= self.dtype.itemsize
-        file.write(MAGIC + (1).to_bytes(8, "little") + bytes([CODES[self.dtype]]))
-        file.write(len(sizes).to_bytes(8, "little") + len(self.documents).to_bytes(8, "little"))
-        for part in (sizes, starts, np.frombuffer(self.documents, "i8").astype("<i8")):
-            file.write(part.data)
+
+def write_index(file: IO[bytes], dtype: np.dtype, sizes: np.ndarray, documents: np.ndarray) -> None:
+    """Write the index of items of these sizes, in tokens, which lie back to back; see `castalia.data.indexed`.
+
+    `documents`: the first item of each, and the number of items at the end.
+    """
+    starts = np.zeros(len(sizes), "<i8")
+    np.cumsum(sizes[:-1], out=starts[1:])
+    starts *= dtype.itemsize
+    file.write(MAGIC + (1).to_bytes(8, "little") + bytes([CODES[dtype]]))
+    file.write(len(sizes).to_bytes(8, "little") + len(documents).to_bytes(8, "little"))
+    for part in (sizes.astype("<i4"), starts, documents.astype("<i8")):
+        file.write(part.data)

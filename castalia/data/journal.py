@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from castalia.data.dataset_writer import DatasetWriter
+from castalia.data.remote_files import RemoteFile
 from castalia.errors import DataError
 from castalia.files import beside, write_text
 from castalia.reading import keys, read_json
@@ -23,7 +24,7 @@ KINDS = {"identity": str, "chunks": int, "items": list[int], "note": dict[str, A
 STATE = keys(KINDS, required=KINDS)
 
 
-def identity(files: Sequence[Path], *settings: object) -> str:
+def identity(files: Sequence[Path | RemoteFile], *settings: object) -> str:
     """A digest of the path, size and time of each file and of the settings, which changes with any of them."""
     digest = hashlib.blake2b(repr(settings).encode(), digest_size=16)
     for file in files:

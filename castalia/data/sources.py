@@ -20,16 +20,22 @@ from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from importlib import import_module
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
 import zstandard
 
+from castalia.data.dataset_folders import files_of_dataset
+from castalia.data.remote_files import RemoteFile, files_below, is_remote
 from castalia.errors import DataError, refuse_pointer
 from castalia.reading import plain_json
 
 log = logging.getLogger(__name__)
 BLOCK_BYTES = 1 << 18  # read at a time; chunks are about as large
+LONGEST_TEXT = 64 << 20  # bytes of a text file that is one document
+PIECE_BYTES = 4 << 20  # of a longer one
+ROWS_AT_ONCE = 1000  # of parquet and arrow files; a row may be a book
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can escape half of a pair, and Python keeps it so
 
 
@@ -70,16 +76,22 @@ class Texts:
     empty: int = 0
 
 
-def find_files(inputs: Iterable[str | Path]) -> list[Path]:
+InputFile = Path | RemoteFile
+
+
+def find_files(inputs: Iterable[str | Path]) -> list[InputFile]:
     """The files among `inputs`, and the files with a known ending in folders and their subfolders, in order of path.
 
-    A warning counts the files of a folder that are left out. Raises DataError for an input that does not exist and for
-    a folder without files of a known ending.
+    An input may be a URL that fsspec reads, of a file, a folder or a pattern. A warning counts the files of a folder
+    that are left out. Raises DataError for an input that does not exist, for a folder without files of a known ending,
+    and for one of another program whose files are not read.
     """
-    files: list[Path] = []
+    files: list[InputFile] = []
     for given in inputs:
         path = Path(given)
-        if path.is_dir():
+        if is_remote(given):
+            files += _remote_files(str(given))
+        elif path.is_dir():
             files += _files_inside(path)
         elif path.is_file():
             files.append(path)
@@ -88,7 +100,21 @@ def find_files(inputs: Iterable[str | Path]) -> list[Path]:
     return files
 
 
+def _remote_files(url: str) -> list[InputFile]:
+    found = files_below(url)
+    if len(found) == 1 and found[0].url.rstrip("/") == url.rstrip("/"):
+        return list(found)
+    known: list[InputFile] = [file for file in found if _reader(file) is not None]
+    if not known:
+        raise DataError(f"{url} holds no file with a known ending: {', '.join(READERS)}")
+    if len(known) < len(found):
+        log.warning("%s: %d files are read, %d of other endings are left out", url, len(known), len(found) - len(known))
+    return known
+
+
 def _files_inside(folder: Path) -> list[Path]:
+    if (files := files_of_dataset(folder)) is not None:
+        return files
     known, left_out = walk(folder)
     if not known:
         raise DataError(f"folder {folder} holds no file with a known ending: {', '.join(READERS)}")
@@ -115,7 +141,7 @@ def walk(folder: Path) -> tuple[list[Path], Counter[str]]:
 DAMAGE = (Damaged, zstandard.ZstdError, zlib.error, lzma.LZMAError, EOFError, tarfile.TarError, zipfile.BadZipFile)
 
 
-def chunks(files: Sequence[Path], keys: Sequence[str] = ("text",)) -> Iterator[Chunk]:
+def chunks(files: Sequence[InputFile], keys: Sequence[str] = ("text",)) -> Iterator[Chunk]:
     """All chunks of the files in order. `keys` are the columns of parquet files, all of them if there are none.
 
     A damaged file ends with a chunk that says so. Raises DataError for an unknown kind and for columns that lack.
@@ -127,7 +153,8 @@ def chunks(files: Sequence[Path], keys: Sequence[str] = ("text",)) -> Iterator[C
             raise DataError(f"{path}: unknown ending; known are {', '.join(READERS)}")
         with path.open("rb") as file:
             try:
-                refuse_pointer("it", file.peek(), Damaged)  # of Git LFS, in place of the file
+                refuse_pointer("it", file.read(64), Damaged)  # of Git LFS, in place of the file
+                file.seek(0)
                 for chunk in reader(file, str(path), keys):
                     yield replace(chunk, done_bytes=before + file.tell())
             except DAMAGE as error:
@@ -178,7 +205,7 @@ def texts_of(
     return result
 
 
-def documents(files: Sequence[Path], key: str = "text", skip_bad: bool = False) -> Iterator[str]:
+def documents(files: Sequence[InputFile], key: str = "text", skip_bad: bool = False) -> Iterator[str]:
     """The texts of all files, parsed in this process. Raises BadRecord unless `skip_bad`."""
     for chunk in chunks(files, (key,)):
         yield from texts_of(chunk, (key,), skip_bad).texts[key]
@@ -290,7 +317,7 @@ def _read_jsonl_zst(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator
 
 
 def _read_json_gz(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chunk]:
-    return _lines(path, _gunzip(file), is_json=True)
+    return _lines_or_array(path, _gunzip(file))
 
 
 def _read_gz(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chunk]:
@@ -307,7 +334,39 @@ def _read_json(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chun
 
 
 def _read_txt(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chunk]:
-    yield Chunk(path, 1, is_json=False, records=(file.read(),))
+    """A text is one document, unless it is so long that it would not fit into memory with its token ids."""
+    text = file.read(LONGEST_TEXT + 1)
+    if len(text) <= LONGEST_TEXT:
+        yield Chunk(path, 1, is_json=False, records=(text,))
+        return
+    log.warning(
+        "%s: longer than %d MB, so it is cut between paragraphs, or else lines, into documents of at most %d MB",
+        path, LONGEST_TEXT >> 20, PIECE_BYTES >> 20,
+    )  # fmt: skip
+    for number, piece in enumerate(_pieces(chain((text,), _blocks(file))), start=1):
+        yield Chunk(path, number, is_json=False, records=(piece,))
+
+
+def _pieces(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """A text in pieces of at most `PIECE_BYTES`, cut after a blank line, else a line, else a character."""
+    rest = bytearray()
+    for block in blocks:
+        rest += block
+        start = 0
+        while len(rest) - start > PIECE_BYTES:
+            end = start + PIECE_BYTES
+            cut = max(rest.rfind(b"\n\n", start, end) + 2, rest.rfind(b"\r\n\r\n", start, end) + 4)
+            if cut <= start + 4:
+                cut = rest.rfind(b"\n", start, end) + 1
+            if cut <= start:
+                cut = end
+                while rest[cut] & 0xC0 == 0x80 and cut > end - 4:  # within a character
+                    cut -= 1
+            yield bytes(rest[start:cut])
+            start = cut
+        del rest[:start]
+    if rest:
+        yield bytes(rest)
 
 
 class _Page(HTMLParser):
@@ -362,8 +421,15 @@ def _read_html(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chun
 
 
 def _read_json_zst(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chunk]:
-    """One JSON array of records."""
-    return _grouped(path, _array_records(b"".join(_unzstd(file))), is_json=True)
+    return _lines_or_array(path, _unzstd(file))
+
+
+def _lines_or_array(path: str, blocks: Iterator[bytes]) -> Iterator[Chunk]:
+    """A record a line, as Dolma and C4 have it, or one JSON array of records."""
+    first = next(blocks, b"")
+    if first.lstrip()[:1] == b"[":
+        return _grouped(path, _array_records(first + b"".join(blocks)), is_json=True)
+    return _lines(path, chain((first,), blocks), is_json=True)
 
 
 def _array_records(content: bytes) -> Iterator[bytes]:
@@ -432,7 +498,9 @@ def _read_tar(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chunk
             inside = archive.extractfile(member) if member.isfile() else None
             if inside is not None:
                 reader = _reader(Path(member.name)) or _read_txt
-                whole = BytesIO(inside.read()) if reader is _read_parquet else inside  # it needs random access
+                whole = (
+                    BytesIO(inside.read()) if reader in (_read_parquet, _read_arrow) else inside
+                )  # it needs random access
                 yield from reader(whole, f"{path}/{member.name}", keys)
 
 
@@ -445,18 +513,43 @@ def _read_parquet(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[C
         table = parquet.ParquetFile(file)
     except (OSError, ValueError) as error:  # pyarrow's errors are kinds of these
         raise Damaged(f"not parquet: {error}") from error
-    names = table.schema_arrow.names
+    columns = _columns(path, table.schema_arrow.names, keys)
+    return _grouped(path, _row_records(table.iter_batches(ROWS_AT_ONCE, columns=columns), columns), is_json=True)
+
+
+def _read_arrow(file: IO[bytes], path: str, keys: Sequence[str]) -> Iterator[Chunk]:
+    """A stream or a file of Arrow batches; the former is what Hugging Face's datasets have on disk."""
+    try:
+        ipc = import_module("pyarrow.ipc")
+    except ImportError:
+        raise DataError(f"{path}: reading arrow needs the package pyarrow: pip install pyarrow") from None
+    is_file = file.read(6) == b"ARROW1"
+    file.seek(0)
+    try:
+        table = ipc.open_file(file) if is_file else ipc.open_stream(file)
+    except (OSError, ValueError) as error:  # pyarrow's errors are kinds of these
+        raise Damaged(f"not arrow: {error}") from error
+    columns = _columns(path, table.schema.names, keys)
+    batches = (table.get_batch(n) for n in range(table.num_record_batches)) if is_file else iter(table)
+    rows = (batch.select(columns).slice(n, ROWS_AT_ONCE) for batch in batches for n in _starts(batch))
+    return _grouped(path, _row_records(rows, columns), is_json=True)
+
+
+def _starts(batch: Any) -> range:
+    return range(0, batch.num_rows, ROWS_AT_ONCE)
+
+
+def _columns(path: str, names: Sequence[str], keys: Sequence[str]) -> list[str]:
+    """The columns that hold the keys, all of them if there are none. Raises DataError for one that is not there."""
     missing = [key for key in keys if not set(key.split("|")) & set(names)]
     if missing:
         raise DataError(f"{path}: no column {missing[0]!r}; it has {', '.join(map(repr, names))}")
     asked = {name for key in keys for name in key.split("|")}
-    columns = [name for name in names if name in asked or not keys]
-    return _grouped(path, _parquet_records(table, columns), is_json=True)
+    return [name for name in names if name in asked or not keys]
 
 
-def _parquet_records(table: Any, keys: list[str]) -> Iterator[bytes]:
+def _row_records(batches: Iterator[Any], keys: list[str]) -> Iterator[bytes]:
     """Rows as JSON objects. A value that JSON cannot hold becomes an object, which `texts_of` refuses."""
-    batches = table.iter_batches(columns=keys)
     while True:
         try:
             batch = next(batches, None)
@@ -504,11 +597,12 @@ READERS: dict[str, Reader] = {
     ".tar.xz": _read_tar,
     "_data.xz": _read_tar,  # OpenWebText: urlsf_subset*_data.xz, archives within openwebtext.tar.xz
     ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
     ".gz": _read_gz,
 }
 
 
-def _reader(path: Path) -> Reader | None:
+def _reader(path: InputFile) -> Reader | None:
     """The reader of the longest ending that fits."""
     endings = [ending for ending in READERS if path.name.endswith(ending)]
     return READERS[max(endings, key=len)] if endings else None

@@ -115,10 +115,11 @@ def test_all_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         Path(name).write_text(text)
     run("castalia tokenizer train texts.jsonl --output tokenizer.json --vocab-size 300", monkeypatch)
     for name in ("corpus", "a", "b"):
-        run(f"castalia data prepare texts.jsonl --tokenizer tokenizer.json --output {name}", monkeypatch)
+        run(f"castalia data prepare texts.jsonl --tokenizer tokenizer.json --output {name} --append-eod", monkeypatch)
         if name == "corpus":  # so that the example writes it anew
             for seed, folder in enumerate(("first", "second")):
                 run(f"castalia train run.yml seed={seed + 1} checkpoint.dir=runs/{folder}", monkeypatch)
+    shutil.copyfile("corpus_text_document.bin", "part-0-00000.npy")
     shutil.copytree("runs/first", "model")
     shutil.copytree("runs/first", "runs/chat")
     Path("runs/chat/tokenizer/chat_template.jinja").write_text(TEMPLATE)

@@ -194,7 +194,7 @@ def test_cutting_at_newlines_loses_nothing(blocks: list[bytes]) -> None:
         ("a.tar.gz", tar(MEMBERS, "w:gz")[:60]),
         ("a.zip", zipped(MEMBERS)[:60]),
         ("a.tar.xz", lzma.compress(b"no tar" * 400)),
-        ("a.json.zst", zstandard.compress(b'{"text": 1}')),
+        ("a.json.zst", zstandard.compress(b'[{"text": ')),
         ("a.dat.zst", zstandard.compress(b"%016d" % 99 + b"short")),
         ("a.dat.zst", zstandard.compress(b"no length at all")),
         ("a.parquet", b""),
@@ -241,3 +241,114 @@ def test_progress_reaches_the_end(tmp_path: Path) -> None:
         file.write_bytes(JSONL)
     found: list[Chunk] = list(chunks(files))
     assert [chunk.done_bytes for chunk in found] == [len(JSONL), 2 * len(JSONL)]
+
+
+def test_arrow_files_of_both_kinds(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
+    table = pyarrow.table({"text": TEXTS, "n": [1, 2, 3]})
+    for name, new in (("stream", pyarrow.ipc.new_stream), ("file", pyarrow.ipc.new_file)):
+        path = tmp_path / f"{name}.arrow"
+        with path.open("wb") as sink, new(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=2)
+        assert list(documents([path])) == TEXTS
+    with pytest.raises(DataError, match=r"file\.arrow: no column 'body'; it has 'text', 'n'"):
+        list(documents([path], "body"))
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(DataError, match=r"file\.arrow is damaged: not arrow"):
+        list(documents([path]))
+
+
+def test_a_dataset_of_hugging_face_on_disk(tmp_path: Path) -> None:
+    """As the real package writes it: rows in order over shards, and results of `map` beside them."""
+    datasets = pytest.importorskip("datasets", reason="needs datasets")
+    rows = [f"text {n}" for n in range(30)]
+    split = datasets.Dataset.from_dict({"text": rows, "url": rows})
+    split.save_to_disk(tmp_path / "one", num_shards=12)
+    datasets.load_from_disk(str(tmp_path / "one")).map(lambda row: {"text": row["text"].upper()})
+    assert list((tmp_path / "one").glob("cache-*.arrow"))
+    assert list(documents(find_files([tmp_path / "one"]))) == rows
+    split.shuffle(seed=1).save_to_disk(tmp_path / "shuffled")
+    shuffled = list(documents(find_files([tmp_path / "shuffled"])))
+    assert sorted(shuffled) == sorted(rows) and shuffled != rows
+    datasets.DatasetDict({"train": split, "test": split}).save_to_disk(tmp_path / "both")
+    with pytest.raises(DataError, match=r"holds the splits test, train .* name one, .*both/train"):
+        find_files([tmp_path / "both"])
+    assert list(documents(find_files([tmp_path / "both" / "test"]))) == rows
+    next((tmp_path / "one").glob("data-00003*")).unlink()
+    with pytest.raises(DataError, match=r"state\.json names data-00003-of-00012\.arrow, which is not there"):
+        find_files([tmp_path / "one"])
+
+
+@pytest.mark.parametrize(
+    ("index", "name"),
+    [
+        ({"version": 2, "shards": [{"format": "mds"}]}, "MosaicML's streaming"),
+        ({"chunks": [], "config": {}}, "litdata"),
+    ],
+)
+def test_datasets_of_packages_that_are_not_read_are_refused_by_name(tmp_path: Path, index: dict, name: str) -> None:
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    (tmp_path / "more.jsonl").write_bytes(JSONL)
+    with pytest.raises(DataError, match=rf"is a dataset of {name}.*, which is not read; write its text as JSON lines"):
+        find_files([tmp_path])
+
+
+def test_dolma_has_records_a_line_in_any_of_its_endings(tmp_path: Path) -> None:
+    fields = {"source": "wiki", "added": "2024-01-01", "metadata": {"a": 1}}
+    lines = "".join(json.dumps({"id": str(n), "text": text, **fields}) + "\n" for n, text in enumerate(TEXTS)).encode()
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "b.json.zst").write_bytes(zstandard.compress(lines))
+    (tmp_path / "c.jsonl.zst").write_bytes(zstandard.compress(lines))
+    (tmp_path / "d.json.gz").write_bytes(gzip.compress(b"\n" + json.dumps(TEXTS).encode()))
+    assert list(documents(find_files([tmp_path]))) == TEXTS * 4
+
+
+def test_fineweb_as_it_is_published(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow")
+    numbers = list(range(len(TEXTS)))
+    words = dict.fromkeys(("id", "dump", "url", "date", "file_path", "language"), [str(n) for n in numbers])
+    table = pyarrow.table({"text": TEXTS, **words, "language_score": [0.9] * len(TEXTS), "token_count": numbers})
+    (tmp_path / "data" / "CC-MAIN-2024-10").mkdir(parents=True)
+    for name in ("000_00000.parquet", "000_00001.parquet"):
+        parquet.write_table(table, tmp_path / "data" / "CC-MAIN-2024-10" / name, row_group_size=2)
+    assert list(documents(find_files([tmp_path]))) == TEXTS * 2
+
+
+def test_a_text_too_long_for_one_document_is_cut_between_paragraphs(tmp_path, monkeypatch, caplog) -> None:
+    monkeypatch.setattr("castalia.data.sources.LONGEST_TEXT", 300)
+    monkeypatch.setattr("castalia.data.sources.PIECE_BYTES", 100)
+    paragraphs = [f"Absatz {n} über Flüße.\nZweite Zeile." for n in range(20)]
+    text = "\n\n".join(paragraphs) + "\n\n" + "ü" * 200 + "\nend"
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.txt").write_text(text[:200])
+    found = list(documents([tmp_path / "a.txt"]))
+    assert "".join(found) == text and max(len(piece.encode()) for piece in found) <= 100
+    assert all(piece.startswith("Absatz") for piece in found[:10])
+    assert "a.txt: longer than 0 MB, so it is cut between paragraphs" in caplog.text
+    assert list(documents([tmp_path / "b.txt"])) == [text[:200]]
+
+
+def test_urls_are_read_by_fsspec(tmp_path: Path) -> None:
+    fsspec = pytest.importorskip("fsspec", reason="needs fsspec")
+    memory = fsspec.filesystem("memory")
+    for name, content in {"a.jsonl": JSONL, "b.jsonl.gz": gzip.compress(JSONL), "notes.doc": b"?"}.items():
+        memory.pipe_file(f"/bucket/{name}", content)
+    assert list(documents(find_files(["memory://bucket/a.jsonl"]))) == TEXTS
+    assert list(documents(find_files(["memory://bucket"]))) == TEXTS * 2
+    assert list(documents(find_files(["memory://bucket/*.gz", (tmp_path / "x.txt")][:1]))) == TEXTS
+    (tmp_path / "local.txt").write_text("here")
+    assert list(documents(find_files([f"file://{tmp_path}/local.txt"]))) == ["here"]
+    with pytest.raises(DataError, match="input memory://bucket/none.jsonl does not exist"):
+        find_files(["memory://bucket/none.jsonl"])
+    with pytest.raises(DataError, match="nosuch://x: .*nosuch"):
+        find_files(["nosuch://x"])
+
+
+def test_parquet_is_read_over_fsspec_too(tmp_path: Path) -> None:
+    fsspec = pytest.importorskip("fsspec", reason="needs fsspec")
+    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow")
+    parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "a.parquet")
+    fsspec.filesystem("memory").pipe_file("/p/a.parquet", (tmp_path / "a.parquet").read_bytes())
+    assert list(documents(find_files(["memory://p/a.parquet"]))) == TEXTS
