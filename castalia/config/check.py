@@ -11,6 +11,7 @@ from castalia.config.fields import is_default
 from castalia.config.layout_rules import (
     Problem,
     divisors,
+    expert_problems,
     multiples,
     pipeline_problems,
     sequence_problems,
@@ -289,6 +290,7 @@ def layout(config: RunConfig) -> Iterator[Problem]:
     if model is None:
         return
     yield from tensor_problems(model, parallel.tp)
+    yield from expert_problems(model, parallel)
     yield from pipeline_problems(model, parallel.pp, stages_per_rank(parallel))
     yield from sequence_problems(parallel, config.data.seq_length)
 

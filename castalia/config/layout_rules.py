@@ -65,6 +65,28 @@ def tensor_problems(model: ModelConfig, tp: int) -> Iterator[Problem]:
         )
 
 
+def expert_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Problem]:
+    """Why data ranks cannot share out the experts."""
+    ranks, paths = parallel.expert, ("parallel.expert", "model.experts.count")
+    if ranks == 1:
+        return
+    if model.experts is None:
+        yield Problem(f"parallel.expert={ranks} shares out experts, of which the model has none; remove it", paths)
+    elif model.experts.count % ranks:
+        count = model.experts.count
+        text = f"parallel.expert={ranks} does not divide model.experts.count={count}; use one of {divisors(count)}"
+        yield Problem(text, paths)
+    if parallel.tp > 1:
+        text = f"parallel.expert={ranks} and parallel.tp={parallel.tp} would both share out the experts; set one to 1"
+        yield Problem(text, ("parallel.expert", "parallel.tp"))
+    if parallel.pp > 1 and parallel.pipeline == "zero-bubble":
+        yield Problem(
+            f"parallel.expert={ranks}: tokens cannot travel back in the halves of a backward pass, as "
+            "parallel.pipeline=zero-bubble computes it; use 1f1b or interleaved",
+            ("parallel.expert", "parallel.pipeline"),
+        )
+
+
 def stages_per_rank(parallel: ParallelConfig) -> int:
     """Pipeline stages on each pipeline rank."""
     if parallel.pp == 1:

@@ -681,6 +681,9 @@ class ParallelConfig(Section):
     tp: PositiveInt = Field(1, description="tensor-parallel ranks: heads, MLP columns and vocabulary are split")
     pp: PositiveInt = Field(1, description="pipeline-parallel ranks: blocks are split")
     cp: PositiveInt = Field(1, description="context-parallel ranks: sequences are split")
+    expert: PositiveInt = Field(
+        1, description="expert-parallel ranks: so many data ranks share out the experts, and send each other tokens"
+    )
     cp_kind: Literal["gather", "ulysses", "ring"] = Field(
         "gather",
         description="how context-parallel ranks attend: gather collects all keys and values; ulysses gives each rank "

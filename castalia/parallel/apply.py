@@ -12,11 +12,13 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from castalia.config.layout_rules import stages_per_rank
 from castalia.config.schema import CompleteConfig, ParallelConfig
+from castalia.model.experts import Experts
 from castalia.model.layers import hold_in
 from castalia.model.lora import add_adapters, freeze
 from castalia.model.transformer import Transformer
 from castalia.parallel.activation_checkpointing import apply_activation_checkpointing, has_dropout
 from castalia.parallel.compile import compile_blocks
+from castalia.parallel.expert_parallel import apply_expert_parallel, shard_dim
 from castalia.parallel.mesh import Mesh
 from castalia.parallel.pipeline import cut_stage
 from castalia.parallel.tensor_parallel import apply_tensor_parallel, replicate_other_parameters, shard_adapters
@@ -54,6 +56,8 @@ def parallelize(model: Transformer, mesh: Mesh, cfg: CompleteConfig, compute_dty
     """
     if mesh.layout.tp > 1:
         apply_tensor_parallel(model, mesh.tensor, cfg.parallel.sequence_parallel)
+    if mesh.experts is not None:
+        apply_expert_parallel(model, mesh.experts)
     add_adapters(model, cfg.finetune.lora)
     if mesh.layout.tp > 1:
         shard_adapters(model, mesh.tensor)
@@ -81,6 +85,7 @@ def apply_fsdp(model: Transformer, mesh: Mesh, cfg: ParallelConfig, compute_dtyp
         # A pipeline runs other micro-batches between a forward pass and its backward pass; parameters stay gathered
         # meanwhile.
         "reshard_after_forward": cfg.zero == 3 and mesh.layout.pp == 1,
+        "shard_placement_fn": lambda parameter: shard_dim(parameter, mesh),
     }
     if cfg.offload:
         options["offload_policy"] = CPUOffloadPolicy()
@@ -89,6 +94,8 @@ def apply_fsdp(model: Transformer, mesh: Mesh, cfg: ParallelConfig, compute_dtyp
         for module in block.modules():
             if getattr(module, "stays_fp32", False):
                 fully_shard(module, **exact)
+            if isinstance(module, Experts) and mesh.experts is not None:
+                fully_shard(module, **(options | {"mesh": mesh.expert_data}))
         fully_shard(block, **options)
     fully_shard(model, **options)
     for module in model.modules():

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from castalia.model.experts import ExpertMLP, Experts
+from castalia.model.transformer import Transformer
+from castalia.parallel.mesh import Mesh
 from castalia.parallel.shards import local
 
 
@@ -55,3 +61,61 @@ def split_experts(experts: Experts, mesh: DeviceMesh) -> None:
         return local(experts.up), None if experts.gate is None else local(experts.gate), local(experts.down)
 
     experts.matrices = matrices  # type: ignore[method-assign]
+
+
+def apply_expert_parallel(model: Transformer, mesh: DeviceMesh) -> None:
+    """Gives each rank of the mesh some experts of each block. Ranks have other tokens, and send them to the experts."""
+    for block in model.blocks.values():
+        if isinstance(mixture := getattr(block, "mlp", None), ExpertMLP):
+            split_experts(mixture.experts, mesh)
+            mixture.computed = partial(computed_elsewhere, mixture.experts, mesh.get_group())  # type: ignore[method-assign]
+
+
+def computed_elsewhere(experts: Experts, group: dist.ProcessGroup, rows: Tensor, counts: Tensor) -> Tensor:
+    """`ExpertMLP.computed` where each rank of the group holds consecutive experts: rows go to them, and outputs back.
+
+    Called on all ranks of the group together, each with its own rows.
+    """
+    ranks = dist.get_world_size(group)
+    arriving = torch.empty_like(counts)
+    dist.all_to_all_single(arriving, counts, group=group)
+    arriving = arriving.view(ranks, -1)  # [ranks, experts that are held]: how many rows come from where
+    sent, received = torch.stack((counts.view(ranks, -1).sum(1), arriving.sum(1))).tolist()  # a GPU is waited for here
+    got = _Exchange.apply(rows, sent, received, group)  # sorted by rank, then by expert
+    held = torch.arange(arriving.shape[1], device=rows.device).repeat(ranks).repeat_interleave(arriving.flatten())
+    by_expert = held.argsort(stable=True)
+    out = experts(got[by_expert], arriving.sum(0))
+    return _Exchange.apply(torch.empty_like(out).index_copy(0, by_expert, out), received, sent, group)
+
+
+class _Exchange(torch.autograd.Function):
+    """Sends `sent[r]` consecutive rows to each rank r of a group, and gives the rows that come, `received[r]` of r."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sent: Sequence[int], received: Sequence[int], group: Any) -> Tensor:
+        ctx.exchange = sent, received, group
+        return _exchanged(rows, sent, received, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        sent, received, group = ctx.exchange
+        return _exchanged(grad, received, sent, group), None, None, None
+
+
+def _exchanged(rows: Tensor, sent: Sequence[int], received: Sequence[int], group: Any) -> Tensor:
+    out = rows.new_empty(sum(received), rows.shape[1])
+    dist.all_to_all_single(out, rows.contiguous(), list(received), list(sent), group=group)
+    return out
+
+
+def shard_dim(parameter: nn.Parameter, mesh: Mesh) -> Shard | None:
+    """The dimension of experts [e, f, h] that data ranks share evenly, so that a rank's part is as small as can be.
+
+    None, the first one, for matrices, and where none divides.
+    """
+    if parameter.dim() < 3:
+        return None
+    held = local(parameter)
+    ranks = mesh.layout.expert_copies[1] if mesh.experts is not None else mesh.layout.dp_shard * mesh.layout.cp
+    even = (dim for dim in range(3) if held.shape[dim] % ranks == 0)
+    return next((Shard(dim) for dim in even), None)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from castalia.config.batch import BatchPlan
 from castalia.config.schema import CompleteConfig
+from castalia.config.tensor_table import row_of
 from castalia.errors import ConfigError
 from castalia.model.init import TILE_ROWS, constant_value, neox_matrices, seeded_tensor
 from castalia.model.loss import IGNORE
@@ -123,7 +124,8 @@ class MeshExecutor(Executor):
     def _draw(self, config: CompleteConfig, name: str, piece: RankPart) -> None:
         """Draws one parameter's initial values. Replicas draw a share of the rows each and add up their shares."""
         replicas, rows = self.mesh.layout.dp_replicate, piece.local.shape[0]
-        if replicas == 1 or constant_value(name) is not None:
+        apart = self.mesh.experts is not None and row_of(name).kind == "experts"  # replicas of these are other ranks
+        if replicas == 1 or apart or constant_value(name) is not None:
             piece.local.copy_(seeded_tensor(config.model, config.seed, name, piece.shape, piece.slices))
             return
         share = -(-rows // (replicas * TILE_ROWS)) * TILE_ROWS

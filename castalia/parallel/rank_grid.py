@@ -11,6 +11,7 @@ from typing import NamedTuple
 from castalia.config.batch import batch_plan
 from castalia.config.layout_rules import (
     divisors,
+    expert_problems,
     micro_batch_problems,
     multiples,
     pipeline_problems,
@@ -31,6 +32,7 @@ class RankGrid(NamedTuple):
     dp_shard: int = 1
     cp: int = 1
     tp: int = 1
+    expert: int = 1  # data and context ranks that share out the experts; not an axis beside the others
 
     @property
     def dp(self) -> int:
@@ -42,9 +44,18 @@ class RankGrid(NamedTuple):
         """Ranks of the whole grid."""
         return self.pp * self.dp * self.cp * self.tp
 
+    @property
+    def expert_copies(self) -> tuple[int, int]:
+        """Replicas and shards of a rank's experts, over the data and context ranks that `expert` leaves."""
+        shards = self.dp_shard * self.cp
+        if shards % self.expert == 0:
+            return self.dp_replicate, shards // self.expert
+        return self.dp_replicate * shards // self.expert, 1
+
     def __str__(self) -> str:
         sizes = {"PP": self.pp, "DP": self.dp, "CP": self.cp, "TP": self.tp}
-        return " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one process"
+        shared = f", experts over {self.expert} ranks" if self.expert > 1 else ""
+        return (" x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one process") + shared
 
 
 def layout(parallel: ParallelConfig, world: int) -> RankGrid:
@@ -59,13 +70,24 @@ def layout(parallel: ParallelConfig, world: int) -> RankGrid:
     dp = world // model_ranks
     # Without ZeRO every data rank is a replica. ZeRO shards over all data ranks unless dp_replicate groups them.
     if parallel.zero == 0:
-        return RankGrid(parallel.pp, dp, 1, parallel.cp, parallel.tp)
+        return _with_experts(RankGrid(parallel.pp, dp, 1, parallel.cp, parallel.tp), parallel)
     replicate = parallel.dp_replicate or 1
     if dp % replicate:
         raise ConfigError(
             f"parallel.dp_replicate={replicate} does not divide the {dp} data ranks; use one of {divisors(dp)}"
         )
-    return RankGrid(parallel.pp, replicate, dp // replicate, parallel.cp, parallel.tp)
+    return _with_experts(RankGrid(parallel.pp, replicate, dp // replicate, parallel.cp, parallel.tp), parallel)
+
+
+def _with_experts(grid: RankGrid, parallel: ParallelConfig) -> RankGrid:
+    """The grid with its expert ranks, which are whole replicas or parts of one. Raises ConfigError."""
+    shards, ranks = grid.dp_shard * grid.cp, grid.dp * grid.cp
+    if ranks % parallel.expert or (shards % parallel.expert and parallel.expert % shards):
+        raise ConfigError(
+            f"parallel.expert={parallel.expert} cannot be taken from {ranks} data and context ranks, of which {shards} "
+            f"share one copy of the model; use one of {divisors(shards)}"
+        )
+    return grid._replace(expert=parallel.expert)
 
 
 def check_run(config: RunConfig, world: int) -> None:
@@ -93,7 +115,7 @@ def _model_problems(config: CompleteConfig) -> list[str]:
     """Why the model does not split as the config asks."""
     cfg, parallel = config.model, config.parallel
     tp, per_rank = parallel.tp, stages_per_rank(parallel)
-    problems = [problem.text for problem in tensor_problems(cfg, tp)]
+    problems = [problem.text for problem in (*tensor_problems(cfg, tp), *expert_problems(cfg, parallel))]
     if parallel.cp > 1 and parallel.cp_kind != "gather":
         problems += _gather_problems(cfg, parallel)
     if tp > 1 and cfg.qk_norm:

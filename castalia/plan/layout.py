@@ -29,6 +29,7 @@ class Layout:
     stages_per_rank: int = 1
     offload: bool = False  # parameters, gradients and optimizer state are in host memory
     cp_kind: Literal["gather", "ulysses", "ring"] = "gather"
+    expert: int = 1  # data and context ranks that share out the experts
 
     @property
     def gpus(self) -> int:
@@ -44,11 +45,14 @@ class Layout:
     def communicators(self) -> int:
         """Process groups with several ranks that a rank belongs to: that of all ranks and one for each mesh axis."""
         replicas = self.dp if self.zero == 0 else self.dp_replicate
-        axes = (self.pp, replicas, self.dp // replicas * self.cp, self.cp, self.tp)
+        axes = [self.pp, replicas, self.dp // replicas * self.cp, self.cp, self.tp]
+        if self.expert > 1:  # of experts: those that share them out, and those that hold the same ones
+            axes += [self.expert, self.dp * self.cp // self.expert]
         return sum(size > 1 for size in (self.gpus, *axes))
 
     def __str__(self) -> str:
-        axes = " ".join(f"{n}{getattr(self, n)}" for n in ("tp", "pp", "cp", "dp") if getattr(self, n) > 1)
+        names = ("tp", "pp", "cp", "dp", "expert")
+        axes = " ".join(f"{n}{getattr(self, n)}" for n in names if getattr(self, n) > 1)
         return (
             f"{axes or 'one device'}, zero {self.zero}, {self.micro_batch} x {self.accumulation} sequences, "
             f"recompute {self.recompute}"

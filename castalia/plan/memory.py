@@ -37,7 +37,7 @@ class Moments(NamedTuple):
 
     def of(self, model: ModelConfig, finetune: FinetuneConfig = EVERYTHING) -> int:
         """Values of optimizer state for the whole model, or for the part that trains."""
-        sizes = _local_sizes(model, 1, finetune, True)
+        sizes = _local_sizes(model, 1, 1, finetune, True)
         return self.blocks * sizes["blocks"] + self.outside * (sum(sizes.values()) - sizes["blocks"])
 
 
@@ -393,13 +393,19 @@ class Rank:
 
     @cached_property
     def sizes(self) -> Counter[str]:
-        """Elements by tensor on one tensor-parallel rank, with all blocks under "blocks"."""
-        return _local_sizes(self.model, self.layout.tp, self.compute.finetune)
+        """Elements by tensor on one tensor- and expert-parallel rank, with all blocks under "blocks"."""
+        return _local_sizes(self.model, self.layout.tp, self.layout.expert, self.compute.finetune)
 
     @cached_property
     def training(self) -> Counter[str]:
         """`sizes`, of the tensors that train."""
-        return _local_sizes(self.model, self.layout.tp, self.compute.finetune, True)
+        return _local_sizes(self.model, self.layout.tp, self.layout.expert, self.compute.finetune, True)
+
+    @cached_property
+    def unsplit(self) -> int:
+        """Expert-parallel ranks beside those over which `shards` divides: ZeRO shards experts over the ranks that are
+        left, so that each holds as small a part of them as of all other tensors."""
+        return max(1, self.layout.expert // (self.shards * self.layout.cp if self.layout.zero else 1))
 
     @property
     def block(self) -> int:
@@ -449,12 +455,15 @@ class Rank:
     @cached_property
     def trained(self) -> int:
         """Parameters of the stage that train, before sharding."""
-        return self._on_stage(self.training)
+        return self._on_stage(self._state(True))
+
+    def _state(self, trained: bool) -> Counter[str]:
+        return _local_sizes(self.model, self.layout.tp, self.unsplit, self.compute.finetune, trained)
 
     @cached_property
     def reference(self) -> int:
         """Parameters of the frozen reference model's stage; 0 without one."""
-        plain = _local_sizes(self.model, self.layout.tp, EVERYTHING)
+        plain = _local_sizes(self.model, self.layout.tp, self.unsplit, EVERYTHING)
         return self._on_stage(plain) if self.compute.reference else 0
 
     def _on_stage(self, sizes: Counter[str]) -> int:
@@ -470,12 +479,12 @@ class Rank:
     @property
     def masters(self) -> int:
         """Bytes of the fp32 parameters, and of a reference model's in the compute dtype, before sharding."""
-        return 4 * self.parameters + self.compute.element_bytes * self.reference
+        return 4 * self._on_stage(self._state(False)) + self.compute.element_bytes * self.reference
 
     @property
     def moments(self) -> int:
         """Bytes of optimizer state, before sharding."""
-        blocks, kept = self.stage.layers * self.training["blocks"] // self.model.num_layers, self.compute.moments
+        blocks, kept = self.stage.layers * self._state(True)["blocks"] // self.model.num_layers, self.compute.moments
         return 4 * (kept.blocks * blocks + kept.outside * (self.trained - blocks))
 
     @property
@@ -635,12 +644,15 @@ class Rank:
 
 
 @lru_cache
-def _local_sizes(model: ModelConfig, tp: int, finetune: FinetuneConfig, trained: bool = False) -> Counter[str]:
-    """Elements on one tensor-parallel rank of all blocks together, as "blocks", and of each other tensor."""
+def _local_sizes(
+    model: ModelConfig, tp: int, expert: int, finetune: FinetuneConfig, trained: bool = False
+) -> Counter[str]:
+    """Elements on one tensor- and expert-parallel rank of all blocks, as "blocks", and of each other tensor."""
     sizes: Counter[str] = Counter()
     for name, shape in all_shapes(model, finetune).items():
         if not trained or finetune.trains(name):
-            sizes["blocks" if name.startswith("blocks.") else name] += local_size(name, shape, tp)
+            size = local_size(name, shape, tp) // (expert if row_of(name).kind == "experts" else 1)
+            sizes["blocks" if name.startswith("blocks.") else name] += size
     return sizes
 
 

@@ -253,6 +253,7 @@ def layout_of(config: RunConfig, gpus: int | None) -> tuple[Layout, list[str]]:
             stages_per_rank=stages_per_rank(parallel),
             offload=parallel.offload,
             cp_kind=parallel.cp_kind,
+            expert=parallel.expert,
         ),
         assumed,
     )

@@ -38,12 +38,13 @@ class Costs:
     traffic: float  # memory traffic: weights and gradients of each micro-batch, activations
     tensor: float  # tensor-parallel all-reduces
     data: float  # data-parallel reductions and gathers that are not hidden by computation
+    experts: float  # tokens on their way to experts on other ranks and back
     bubble: float  # pipeline stages that wait
 
     @property
     def total(self) -> float:
         """The sum."""
-        return self.compute + self.traffic + self.tensor + self.data + self.bubble
+        return self.compute + self.traffic + self.tensor + self.data + self.experts + self.bubble
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,12 @@ def step_costs(job: PlanRequest, layout: Layout, ranks: list[Rank]) -> Costs:
     else:
         reductions = layout.accumulation if layout.zero == 2 else 1
         data = max(0.0, share * (4 * reductions + (size if layout.zero else 4)) - compute / 3 / layout.accumulation)
-    busy = compute + traffic + tensor
-    return Costs(compute, traffic, tensor, data, busy * bubble(layout))
+    mixture, here = model.experts, layers * model.layer_kinds.count("moe") / model.num_layers
+    there = 2 if mixture is None else 2 * mixture.top_k * (layout.expert - 1) / layout.expert  # and back
+    travels = there * here * layout.accumulation * (3 if layout.recompute == "full" else 2)
+    experts = travels * tokens * model.hidden_size * size / _collective_rate(device, layout.expert, 1)
+    busy = compute + traffic + tensor + experts
+    return Costs(compute, traffic, tensor, data, experts, busy * bubble(layout))
 
 
 def _collective_rate(device: Device, ranks: int, apart: int) -> float:

@@ -15,7 +15,7 @@ MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 ZERO: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
 RECOMPUTE: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")
 KNOBS = ("tp", "pp", "micro_batch", "zero", "recompute")  # what a layout chooses; the rest follows from the request
-UNTRIED = ("cp", "cp_kind", "dp_replicate", "pipeline", "stages_per_rank", "offload")
+UNTRIED = ("cp", "cp_kind", "dp_replicate", "pipeline", "stages_per_rank", "offload", "expert")
 SHOWN = 5
 AS_FAST = 0.0005  # layouts whose times differ by a smaller share count as equally fast
 
@@ -134,6 +134,7 @@ def why_not(job: PlanRequest, best: Verdict, other: Verdict) -> str:
         "tensor": "more tensor-parallel traffic",
         "data": "more data-parallel traffic",
         "bubble": "more waiting of pipeline stages",
+        "experts": "more traffic of tokens to experts",
     }[max(extra, key=lambda name: extra[name])]
     return f"{slower:.1%} slower: {reason}"
 

@@ -40,16 +40,17 @@ def make_optimizer(
         if not any(fits(group.match, name) for name in names):
             known = ", ".join(in_one_block(names))
             raise ConfigError(f"optimizer.groups: {group.match!r} matches no tensor that trains; there are {known}")
-    # By update rule, then by decay and learning-rate factor: each combination is one parameter group.
-    kinds: dict[str, dict[tuple[float, float], list[nn.Parameter]]] = defaultdict(lambda: defaultdict(list))
+    # By update rule, then by decay, learning-rate factor and the ranks that hold it, as no product takes tensors of
+    # different meshes: each combination is one parameter group.
+    kinds: dict[str, dict[tuple[float, float, Any], list[nn.Parameter]]] = defaultdict(lambda: defaultdict(list))
     for name, parameter in trained.items():
         rule = update_rule(name, cfg, width_multiplier, num_layers, summed_bias_ranks)
         kind, decay, scale = rule.kind, rule.decay, rule.scale
-        kinds[kind][decay, scale].append(parameter)
+        kinds[kind][decay, scale, getattr(parameter, "device_mesh", None)].append(parameter)
     optimizers: list[OneOptimizer] = []
     for kind, groups in kinds.items():
         param_groups: list[dict[str, Any]] = [
-            {"params": ps, "weight_decay": decay, "lr_scale": scale} for (decay, scale), ps in groups.items()
+            {"params": ps, "weight_decay": decay, "lr_scale": scale} for (decay, scale, _), ps in groups.items()
         ]
         optimizers.append(_optimizer(kind, param_groups, cfg))
         for parameter in (p for group in param_groups for p in group["params"]):

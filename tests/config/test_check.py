@@ -32,6 +32,16 @@ CONTRADICTIONS = [
         ["model.experts.count=4", "model.experts.shared_width=6", "parallel.tp=4"],
         "parallel.tp=4 does not divide model.experts.shared_width=6",
     ),
+    (["parallel.expert=2"], "parallel.expert=2 shares out experts, of which the model has none"),
+    (
+        ["model.experts.count=4", "parallel.expert=3"],
+        "parallel.expert=3 does not divide model.experts.count=4; use",
+    ),
+    (["model.experts.count=4", "parallel.expert=2", "parallel.tp=2"], "would both share out the experts; set one"),
+    (
+        ["model.experts.count=4", "parallel.expert=2", "parallel.pp=2", "parallel.pipeline=zero-bubble"],
+        "parallel.expert=2: tokens cannot travel back in the halves of a backward pass",
+    ),
     (
         ["model.experts.count=4", "train.compile=true"],
         "of each of model.experts are not known; set train.compile=false",

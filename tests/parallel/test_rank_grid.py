@@ -10,6 +10,8 @@ from castalia.config.schema import ParallelConfig
 from castalia.errors import ConfigError
 from castalia.parallel.rank_grid import RankGrid, check_run, layout
 
+EXPERTS = ["model.experts.count=4"]
+
 
 @pytest.mark.parametrize(
     "world, parallel, expected",
@@ -18,6 +20,7 @@ from castalia.parallel.rank_grid import RankGrid, check_run, layout
         (8, ParallelConfig(tp=2, pp=2, zero=1), RankGrid(2, 1, 2, 1, 2)),
         (96, ParallelConfig(tp=2, pp=4, zero=1), RankGrid(4, 1, 12, 1, 2)),
         (8, ParallelConfig(zero=3, dp_replicate=2, cp=2), RankGrid(1, 2, 2, 2, 1)),
+        (8, ParallelConfig(expert=4), RankGrid(1, 8, 1, 1, 1, 4)),
     ],
 )
 def test_the_grid(world, parallel, expected):
@@ -54,6 +57,17 @@ def test_the_grid(world, parallel, expected):
             2,
             ["parallel.pp=2", "parallel.pipeline=zero-bubble", "train.accumulation=2"],
             "accumulation=2 micro-batches are too few for parallel.pipeline=zero-bubble .* at least 4",
+        ),
+        (4, ["parallel.expert=2"], "parallel.expert=2 shares out experts, of which the model has none"),
+        (
+            3,
+            [*EXPERTS, "parallel.expert=2", "train.batch_size=12"],
+            "=2 cannot be taken from 3 .*; use one of 1$",
+        ),
+        (
+            6,
+            [*EXPERTS, "parallel.zero=1", "parallel.dp_replicate=2", "parallel.expert=2"],
+            "taken from 6 data and context ranks, of which 3 share one copy of the model; use one of 1, 3",
         ),
         (3, ["parallel.cp=3"], "data.seq_length=16 does not split over 3 .* use 18"),
         (8, ["parallel.cp=8", "data.seq_length=12"], "data.seq_length=12 does not split over 8 .* use 16"),

@@ -247,7 +247,7 @@ CHANGES = [
     ),
 ]
 NO_LAYOUT = ["parallel.tp=1", "parallel.pp=1", "parallel.cp=1", "parallel.zero=0", "parallel.dp_replicate=null"]
-NO_LAYOUT += ["parallel.pipeline=1f1b", "parallel.sequence_parallel=false"]
+NO_LAYOUT += ["parallel.pipeline=1f1b", "parallel.sequence_parallel=false", "parallel.expert=1"]
 
 
 @pytest.mark.parametrize("before, first, after, second", CHANGES)

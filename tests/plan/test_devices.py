@@ -122,6 +122,7 @@ def test_the_context_and_each_communicator_take_their_memory_first() -> None:
         (Layout(dp=8, zero=3), 2),
         (Layout(dp=8, zero=3, dp_replicate=2), 3),
         (Layout(tp=2, pp=2, dp=2, zero=1), 4),
+        (Layout(dp=8, expert=2), 4),  # besides those that share out the experts, and those with the same experts
         (Layout(cp=2), 3),  # all ranks; the context ranks, which shard as well as exchange keys
     ],
 )

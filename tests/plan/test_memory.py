@@ -10,6 +10,7 @@ from castalia.model import transformer
 from castalia.model.lora import add_adapters, freeze
 from castalia.model.transformer import Transformer
 from castalia.parallel.activation_checkpointing import apply_activation_checkpointing
+from castalia.plan.count import count
 from castalia.plan.layout import Layout, Stage, problem, stages
 from castalia.plan.memory import Compute, Rank, activations, attending, memory_by_stage, moments_of
 from castalia.train.hardware import name_of
@@ -245,3 +246,26 @@ def test_impossible_cuts_are_named() -> None:
     assert problem(model, Layout(tp=2)) is None
     assert problem(model, Layout(tp=8)) == "parallel.tp=8 does not divide model.num_heads=4; use one of 1, 2, 4"
     assert "parallel.pp=4 is more than model.num_layers=3" in (problem(model, Layout(pp=4)) or "")
+
+
+@pytest.mark.parametrize(
+    ("layout", "part"),
+    [
+        (Layout(dp=4), 1),
+        (Layout(dp=4, expert=2), 2),
+        (Layout(dp=4, expert=4), 4),
+        (Layout(dp=4, zero=1), 4),  # ZeRO leaves each rank a quarter of all tensors, experts or not
+        (Layout(dp=4, zero=1, expert=2), 4),
+        (Layout(dp=4, zero=1, expert=4), 4),
+        (Layout(dp=4, zero=1, dp_replicate=2, expert=4), 4),
+    ],
+    ids=str,
+)
+def test_ranks_hold_a_part_of_the_experts(layout, part) -> None:
+    model = ModelConfig(**(BASE | {"experts": {"count": 8, "width": 64, "gated": True}}))
+    rank = Rank(model, layout, Stage(0, 3, True, True), LENGTH, Compute())
+    experts = 3 * 8 * 3 * 64 * 64
+    dense = count(model).total - experts
+    shards = rank.shards
+    assert rank.memory().masters == 4 * (dense // shards + experts // part)
+    assert rank.parameters == dense + experts // layout.expert  # what is gathered to compute with
