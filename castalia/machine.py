@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 from pathlib import Path
+from typing import Any
 
 # Limit, use and statistics of this process's control group, and the part of its use that is cached files' and can be
 # given away; in versions 2 and 1 of the interface.
@@ -51,23 +52,28 @@ def _free_in_group(folder: str, limit: str, used: str, cached: str) -> int | Non
 
 def keep_freed_memory() -> None:
     """Stops glibc from returning the memory of logits to the system, page by page, after every step."""
-    import ctypes
-    import platform
-
-    if platform.libc_ver()[0] != "glibc":
-        return
-    mmap_max, trim_threshold, top_pad = -4, -1, -2  # the numbers that malloc.h gives them
-    libc = ctypes.CDLL("libc.so.6")
-    libc.mallopt(mmap_max, 0)  # large blocks come from the heap, too,
-    libc.mallopt(trim_threshold, 2**31 - 1)  # whose end is not given back,
-    libc.mallopt(top_pad, 256 << 20)  # and which grows by 256 MiB at a time
+    if libc := _glibc():
+        mmap_max, trim_threshold, top_pad = -4, -1, -2  # the numbers that malloc.h gives them
+        libc.mallopt(mmap_max, 0)  # large blocks come from the heap, too,
+        libc.mallopt(trim_threshold, 2**31 - 1)  # whose end is not given back,
+        libc.mallopt(top_pad, 256 << 20)  # and which grows by 256 MiB at a time
 
 
 def give_back_freed_memory() -> None:
     """The opposite: glibc returns large blocks at once, whose gaps in its heap would add up where memory is short."""
+    if libc := _glibc():
+        mmap_threshold = -3
+        libc.mallopt(mmap_threshold, 4 << 20)  # a fixed one, which glibc no longer raises
+
+
+def close_gaps() -> None:
+    """Return the free pages between the blocks of glibc's heap, which add up where blocks of many sizes come and go."""
+    if libc := _glibc():
+        libc.malloc_trim(0)
+
+
+def _glibc() -> Any:
     import ctypes
     import platform
 
-    if platform.libc_ver()[0] == "glibc":
-        mmap_threshold = -3
-        ctypes.CDLL("libc.so.6").mallopt(mmap_threshold, 4 << 20)  # a fixed one, which glibc no longer raises
+    return ctypes.CDLL("libc.so.6") if platform.libc_ver()[0] == "glibc" else None

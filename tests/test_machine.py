@@ -1,5 +1,12 @@
+import os
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+
 from castalia import machine
-from castalia.machine import free_memory, total_memory, usable_cores
+from castalia.machine import close_gaps, free_memory, total_memory, usable_cores
 
 
 def test_a_process_has_cores_and_memory():
@@ -16,3 +23,16 @@ def test_of_a_control_group_what_is_left_counts(tmp_path, monkeypatch):
     assert free_memory() == 600_000
     (tmp_path / "memory.max").write_text("max\n")
     assert free_memory() > free / 2
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries have other heaps")
+def test_gaps_between_blocks_go_back_to_the_system():
+    blocks = [torch.ones(16_000) for _ in range(2_000)]
+    del blocks[::2]
+    before = _resident()
+    close_gaps()
+    assert before - _resident() > 0.7 * 64_000 * len(blocks)
+
+
+def _resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

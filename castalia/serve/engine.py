@@ -34,6 +34,7 @@ from castalia.generate.generation import GenerationRow
 from castalia.generate.kv_cache import KVCache
 from castalia.generate.sampling import Noise, choose
 from castalia.generate.text_stream import TextStream
+from castalia.machine import close_gaps
 from castalia.model.experts import ExpertMLP
 from castalia.model.transformer import Transformer
 from castalia.plan.serve_plan import CHUNK_TOKENS, ROWS, STEP_TOKENS, ServingPlan
@@ -42,6 +43,7 @@ from castalia.serve.slot_batch import SlotBatch, exact_widths
 if TYPE_CHECKING:
     from castalia.parallel.inference import SplitModel
 
+GAP_ROUNDS = 200  # texts and prefixes of all lengths come and go, and would else take nearly twice their size
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, ROWS)
 
 
@@ -175,7 +177,7 @@ class Engine:
         """
         self.model, self.tokenizer, self.plan = model, tokenizer, plan
         self.vocab_size = min(model.cfg.vocab_size or tokenizer.vocab_size, tokenizer.vocab_size)  # no padding
-        self.announce, self.number = announce, 0  # the next text's
+        self.announce, self.number, self.rounds = announce, 0, 0  # the next text's number
         self.inbox: deque[Request] = deque()
         self.waiting: deque[deque[TextRow]] = deque()  # of each request
         self.filling: deque[TextRow] = deque()
@@ -238,6 +240,9 @@ class Engine:
         beginning = self._fill()
         if self.writing or beginning:
             self._write(beginning)
+        self.rounds += 1
+        if self.rounds % GAP_ROUNDS == 0:
+            close_gaps()
 
     def fail(self, message: str) -> None:
         """End all texts with this message."""

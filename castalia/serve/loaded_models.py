@@ -143,7 +143,8 @@ class Library:
             if plan is None:
                 raise ConfigError(
                     f"{entry.name} does not fit into {self.memory / 1e9:.3g} GB on each of {self.ranks.layout.gpus} "
-                    "processes; give a larger --memory, or start more with --tp and --pp"
+                    "processes; give a larger --memory, or start more with --tp and --pp; without them it is read from "
+                    "disk"
                 )
             self._make_room(plan.total)
             # In the thread that computes, so that all ranks load between the same two steps.
