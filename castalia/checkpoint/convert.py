@@ -137,7 +137,7 @@ def _exists(target: Path, file: bool) -> str:
 
 def _check_file(target: Path, force: bool) -> None:
     if target.is_dir():
-        raise CheckpointError(f"{target} is a folder; name a file that is not there yet, such as {target}.gguf")
+        raise CheckpointError(f"{target} is a folder; name a file that is not there yet, such as {target / 'model'}")
     if force and target.exists() and target.stat().st_size and detect(target) is None:
         raise CheckpointError(f"{target} is not a checkpoint; --force replaces only checkpoints: name another file")
 

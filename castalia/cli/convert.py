@@ -29,13 +29,14 @@ GGUF_TYPES: dict[str, Literal["f32", "f16", "bf16", "q8_0"]] = {  # ggml's name 
     "fp32": "f32", "fp16": "f16", "bf16": "bf16", "bfloat16": "bf16", "float16": "f16", "f32": "f32", "f16": "f16",
     "q8_0": "q8_0",
 }  # fmt: skip
+HOLD = {"gguf": "GGUF holds a model and its tokenizer", "rwkv": "RWKV's own files hold a model"}  # and nothing else
 
 
 def command(
     source: Annotated[str, typer.Argument(metavar="SRC", help="a run, or a checkpoint of any format")],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="the folder to be written; of gguf, the file")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="the folder to be written; of gguf and rwkv, the file")],
     to: Annotated[
-        Literal["native", "hf", "neox", "megatron-deepspeed", "peft", "gguf"],
+        Literal["native", "hf", "neox", "megatron-deepspeed", "peft", "gguf", "rwkv"],
         typer.Option(help="the format of DST; peft: adapters alone, which all others merge"),
     ],
     layout: Annotated[
@@ -94,7 +95,7 @@ def command(
     from castalia.errors import ConfigError
 
     form = TARGETS[to]
-    if not form.file and (modelfile or dtype == "q8_0"):
+    if to != "gguf" and (modelfile or dtype == "q8_0"):
         raise ConfigError(f"{'--modelfile' if modelfile else '--dtype q8_0'} is for --to gguf: leave it out")
     if form.file and modelfile and (all_steps or as_json):
         raise ConfigError("--modelfile is printed for one file, and not in JSON: leave out --all-steps and --json")
@@ -127,13 +128,13 @@ def command(
         keeps = optimizer and not form.file
         chosen, note = (torch_dtype(wish), "") if wish else convert.own_precision(checkpoint, to, keeps)
         wanted = replace(options, folder=(folder / inside).resolve())
-        if form.file and (wish or chosen):  # norms and biases stay in fp32
+        if to == "gguf" and (wish or chosen):  # norms and biases stay in fp32
             wanted = replace(wanted, gguf_type=GGUF_TYPES[wish or str(chosen).removeprefix("torch.")])
             chosen = torch_dtype("fp32")
         prepared = convert.prepare(checkpoint, chosen, keeps)
         notes = (note,) if note else ()
         if form.file and optimizer and checkpoint.optimizer is not None:
-            notes = (*notes, "GGUF holds a model and its tokenizer: optimizer state and progress are left out")
+            notes = (*notes, f"{HOLD[to]}: optimizer state and progress are left out")
         plan = convert.plan_files(to, prepared, wanted)
         plan = replace(plan, notes=tuple(note for note in (*notes, *plan.notes) if note not in said))
         said.update(plan.notes)  # a series says once what holds for all its steps

@@ -129,6 +129,7 @@ def _matters(name: str, facts: Mapping[str, Fact]) -> bool:
         "embedding_norm": value("embedding_norm"),
         "pattern": value("pattern") != ("attention",),
         "amlp_size": "amlp" in (value("pattern") or ()),
+        "activation": not set(value("pattern") or ("attention",)) <= {"mamba", "rwkv"},
     }
     if "attention" not in (value("pattern") or ("attention",)):
         uses |= dict.fromkeys(("num_heads", "kv_heads", "mlp_width", "gated_mlp", "attention_bias", "mlp_bias"), False)

@@ -209,7 +209,7 @@ def _statistics(checkpoint: Checkpoint, kind: str, names: list[str], sums: Mappi
     }  # fmt: skip
     model = checkpoint.config.model if checkpoint.config else None
     row = row_of(names[0])
-    if model is None or not row.is_drawn or row.init == "fan_in" or len(checkpoint.model[names[0]].shape) != 2:
+    if model is None or row.init not in ("random", "residual") or len(checkpoint.model[names[0]].shape) != 2:
         return result | {"methods": {}, "fits": [], "start": None}
     shape = _drawn_shape(checkpoint, names[0])
     # The standard deviation that each init method would have given this matrix.

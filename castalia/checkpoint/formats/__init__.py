@@ -59,5 +59,9 @@ FORMATS = {  # name, as in `Checkpoint.format` -> row; the first that detects it
         f"{_HERE}.gguf", "GGUF", "gguf", "step{step}.gguf",
         file=True, steps=False, any_optimizer=True, hints=frozenset({"tokenizer"}), settings_file="metadata",
     ),
+    "rwkv": Format(
+        f"{_HERE}.rwkv", "RWKV", "rwkv", "step{step}.pth",
+        file=True, steps=False, any_optimizer=True, hints=frozenset({"tokenizer"}), settings_file="tensors",
+    ),
 }  # fmt: skip
 TARGETS = {row.target: row for row in FORMATS.values()}  # by the names of `castalia convert --to`

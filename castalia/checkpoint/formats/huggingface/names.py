@@ -244,7 +244,7 @@ FREE = {
     "rotary_base", "rotary_pct", "rope_scaling", "activation", "attention_bias", "parallel_residual", "tie_embeddings",
     "shared_norm", "mlp_bias", "rms_eps_inside", "embedding_dropout", "hidden_dropout", "attention_dropout", "init",
     "init_passes", "init_method", "output_init_method", "init_std", "num_kv_heads", "sliding_window", "reward_head",
-    "mamba", "amlp_size",  # which act where there are such blocks
+    "mamba", "amlp_size", "rwkv", "rwkv_over",  # which act where there are such blocks
 }  # fmt: skip
 
 
