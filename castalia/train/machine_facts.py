@@ -40,9 +40,26 @@ def look_at_machine() -> dict:
         "memory_gib": round(total_memory() / 2**30, 1),
         "instructions": [flag for flag in FLAGS if flag in cpu_flags()],
         "torch_uses": torch.backends.cpu.get_cpu_capability(),
+        "accelerator": accelerator(),
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
         "disk_free_gib": round(shutil.disk_usage(".").free / 2**30, 1),
     }
+
+
+def accelerator() -> str:
+    """What this build of torch computes on besides the CPU, and whether such a device is there, for people."""
+    import torch
+
+    if torch.version.hip or torch.version.cuda:
+        kind = (
+            f"ROCm {torch.version.hip}, whose GPUs are called cuda"
+            if torch.version.hip
+            else f"CUDA {torch.version.cuda}"
+        )
+        return kind if torch.cuda.is_available() else f"{kind}, but torch sees no device"
+    if torch.backends.mps.is_available():
+        return "Apple's GPU (mps) is there, and not used: Castalia computes on the CPU"
+    return "none: this build of torch is for CPUs"
 
 
 def fast_paths() -> list[FastPath]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from castalia.train.fast_paths import attention_kernels, runs_on
-from castalia.train.machine_facts import gpu_text
+from castalia.train.machine_facts import accelerator, gpu_text
 
 CU130 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
 
@@ -33,6 +34,13 @@ def test_doctor_says_what_a_gpu_can_do():
     rates = {"bf16": 312, "fp16": 312, "fp32": 19.5}
     assert gpu_text(gpu | {"tflops": rates}).endswith("capability 8.0, bf16 312 fp16 312 fp32 19.5 TFLOP/s")
     assert gpu_text(gpu | {"tflops": None}).endswith("of unknown speed: MFU needs log.peak_tflops")
+
+
+def test_doctor_says_what_this_build_of_torch_computes_on():
+    kinds = {"ROCm": torch.version.hip, "CUDA": torch.version.cuda, "Apple": torch.backends.mps.is_available()}
+    begins = next((name for name, there in kinds.items() if there), "none: this build of torch is for CPUs")
+    text = accelerator()
+    assert text.startswith(begins) and (torch.cuda.is_available() or "CPU" in text or "no device" in text)
 
 
 def test_doctor_names_the_kernel_of_each_case():
