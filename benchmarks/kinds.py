@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/kinds.py [--rounds 5] [--tokens 2048] [--hidden 256] [--width 512] [--top-k 2]
     OMP_NUM_THREADS=1 python benchmarks/kinds.py --kind mamba [--rounds 5] [--tokens 2048] [--hidden 256]
+    OMP_NUM_THREADS=1 python benchmarks/kinds.py --kind rwkv [--rounds 5] [--tokens 2048] [--hidden 256]
 
 Forward and backward pass of one layer in fp32 on the CPU, in CPU seconds of this process; all sides take turns with the
 same tokens, and the median of the rounds counts.
@@ -14,6 +15,9 @@ agree.
 Mamba, 4 sequences of different lengths, beside transformers' mixer with the same weights, which computes one token
 after another and lets autograd keep all states, where its kernels for GPUs are not there. The floor is the mixer
 without its scan. Memory is the most that tensors hold during both passes, weights and input aside. Outputs must agree.
+
+RWKV-6, 4 sequences of different lengths in heads of 64, beside the same block whose scan computes one token after
+another and lets autograd keep all states. The floor is the block without its scan.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ from castalia.model.experts import ExpertMLP
 from castalia.model.init import seeded_tensor
 from castalia.model.layers import MLP
 from castalia.model.mamba import MambaMixer
+from castalia.model.rwkv import MatrixScan, RWKVMixer
 from castalia.storage.lazy import InMemory
 from castalia.train.step_memory import PeakMemory
 
@@ -61,12 +66,12 @@ def seconds(compute: Callable[[Tensor], Tensor], x: Tensor) -> float:
 def main() -> None:
     """Prints a line for each number of experts, or for each length of a sequence."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kind", choices=("experts", "mamba"), default="experts")
+    parser.add_argument("--kind", choices=("experts", "mamba", "rwkv"), default="experts")
     for name, default in {"rounds": 5, "tokens": 2048, "hidden": 256, "width": 512, "top-k": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     given = parser.parse_args()
     torch.manual_seed(0)
-    (mamba if given.kind == "mamba" else experts_beside_masks)(given)
+    {"mamba": mamba, "rwkv": rwkv, "experts": experts_beside_masks}[given.kind](given)
 
 
 def without_scan(mixer: MambaMixer, x: Tensor) -> Tensor:
@@ -111,6 +116,54 @@ def mamba(given: argparse.Namespace) -> None:
         mine, others = (peak_bytes(sides[name], x) / 1e6 for name in ("ours", "theirs"))
         print(
             f"{length:6}  {taken:8.1f}  {slow:17.1f}  {floor:9.1f}  {floor / taken:12.0%}  {mine:8.1f}  {others:17.1f}"
+        )
+        length *= 2
+
+
+def one_by_one(r: Tensor, k: Tensor, v: Tensor, logs: Tensor, bonus: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """RWKV's recurrence, one token after another."""
+    outs = []
+    for t in range(r.shape[1]):
+        product = k[:, t, :, :, None] * v[:, t, :, None]
+        outs.append((r[:, t, :, None] @ (state + bonus[..., None] * product))[:, :, 0])
+        state = logs[:, t].exp()[..., None] * state + product
+    return torch.stack(outs, dim=1), state
+
+
+def rwkv(given: argparse.Namespace) -> None:
+    """Prints a line for each length of 4 sequences, up to `tokens` in all."""
+    cfg = ModelConfig(num_layers=2, hidden_size=given.hidden, num_heads=given.hidden // 64, pattern=("rwkv",))
+    mixer = RWKVMixer(cfg, 1)
+    for name, parameter in mixer.named_parameters():
+        parameter.data.copy_(seeded_tensor(cfg, 0, f"blocks.1.rwkv.{name}", parameter.shape))
+    scan = MatrixScan.apply
+
+    def by(recurrence: Callable, rows: Tensor) -> Tensor:
+        """The block with another recurrence."""
+        MatrixScan.apply = recurrence
+        try:
+            return mixer(rows)
+        finally:
+            MatrixScan.apply = scan
+
+    sides = {
+        "ours": mixer,
+        "naive": lambda rows: by(one_by_one, rows),
+        "floor": lambda rows: by(lambda r, k, v, logs, bonus, state: (r + k + v + logs, state), rows),
+    }
+    print("length  ours, ms  one by one, ms  floor, ms  of the floor  ours, MB  one by one, MB")
+    length = 64
+    while 4 * length <= given.tokens:
+        x = torch.randn(4, length, given.hidden)
+        with torch.no_grad():
+            assert (mixer(x) - sides["naive"](x)).abs().max() < 1e-4
+        for compute in sides.values():
+            seconds(compute, x)
+        rounds = [{name: seconds(compute, x) for name, compute in sides.items()} for _ in range(given.rounds)]
+        taken, slow, floor = (1000 * median(each[name] for each in rounds) for name in sides)
+        mine, others = (peak_bytes(sides[name], x) / 1e6 for name in ("ours", "naive"))
+        print(
+            f"{length:6}  {taken:8.1f}  {slow:14.1f}  {floor:9.1f}  {floor / taken:12.0%}  {mine:8.1f}  {others:14.1f}"
         )
         length *= 2
 
