@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from math import isfinite
 from typing import TYPE_CHECKING, Literal, NamedTuple, Union
 
 import torch
@@ -135,9 +136,7 @@ def _generate_batch(
     noise = Noise(sampling.seed, [row.number for row in rows], model.device) if sampling.temperature else None
     cache, hidden = _prefill(model, rows, sampling.max_tokens)
     while True:
-        logits = model.logits(hidden)[:, :vocab_size]  # [rows, h] -> [rows, V]
-        if not logits.isfinite().all():
-            raise _not_finite(model, logits)
+        logits = checked_logits(model, model.logits(hidden)[:, :vocab_size])  # [rows, h] -> [rows, V]
         tokens = choose(logits, noise, sampling.temperature, sampling.top_k, sampling.top_p)
         for row, token in zip(rows, tokens.tolist(), strict=True):
             if not row.done:
@@ -159,9 +158,13 @@ def _generate_batch(
             hidden = model.hidden(tokens[:, None], cache=cache)[:, 0]  # [rows, 1, h] -> [rows, h]
 
 
-def _not_finite(model: AnyModel, logits: Tensor) -> CheckpointError:
+def checked_logits(model: AnyModel, logits: Tensor) -> Tensor:
+    """The logits, if all are finite. Raises CheckpointError, which tells what of the model is not."""
+    # A sum is one pass over the values, and not finite where one of them is not; nor perhaps where all are huge.
+    if isfinite(float(logits.sum())) or bool(logits.isfinite().all()):
+        return logits
     require_finite(dict(model.named_parameters()), "the model")
-    return CheckpointError(
+    raise CheckpointError(
         f"the model's logits are NaN or infinite though its weights are not: computing in {name_of(logits.dtype)} "
         "overflows; choose bf16 or fp32 (--dtype)"
     )

@@ -13,35 +13,46 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 ROUNDED = 1 << 22  # elements that are rounded to int8 at a time
-FEW = 64  # rows; with more, arithmetic dominates, for which plain products are best
+WIDENED = 1 << 20  # elements of int8 weights that are widened at a time
+SHARES = 8  # at least: MKL reads weights at the memory's rate only where it has several products to do at once
+FEWEST = 4  # rows for which oneDNN's kernels are good; fewer are filled up, which saves a quarter to two thirds
+FEW = 12  # rows; with more, widening int8 weights costs less than a kernel that does row after row
 
 
 class Fp32Product(nn.Module):
     """fp32 weights [out, in].
 
-    For one row, weights keep their order and each thread multiplies a share of them, since libraries use one thread.
-    For several rows, they are in oneDNN's order, which takes half the time of MKL's, but a third more for one row.
+    For one row, weights keep their order and are multiplied in shares, which takes a third to a half of the time of
+    one product. For several rows, they are in oneDNN's order, which takes half the time of MKL's.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
         super().__init__()
         self.weight, self.bias = weight.detach().float(), None if bias is None else bias.detach().float()
-        self.multiply = onednn if torch.backends.mkldnn.is_available() else F.linear
+        self.multiply = few_rows if torch.backends.mkldnn.is_available() else F.linear
         self.shares: Tensor | None = None
-        if rows > 1 and self.multiply is onednn:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, rows)
-        else:
-            shares = math.gcd(len(weight), torch.get_num_threads())
-            self.shares = self.weight.view(shares, -1, weight.shape[1])
-            self.biases = torch.zeros(1) if self.bias is None else self.bias.view(shares, -1, 1)
+        if rows > 1 and self.multiply is few_rows:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, max(rows, FEWEST))
+            return
+        self.out, threads = len(weight), torch.get_num_threads()
+        count = threads * math.ceil(SHARES / threads)  # as many for each thread
+        missing = -self.out % count
+        whole, biases = self.weight, self.bias
+        if missing:
+            whole, biases = F.pad(whole, (0, 0, 0, missing)), None if biases is None else F.pad(biases, (0, missing))
+            self.weight = whole[: self.out]
+        self.shares = whole.view(count, -1, whole.shape[1])
+        self.biases = None if biases is None else biases.view(count, -1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        if self.shares is None or x.numel() > x.shape[-1]:
+        if self.shares is None or x.numel() != x.shape[-1]:
             return self.multiply(x, self.weight, self.bias)
         # Any other view of x [in] as columns [shares, in, 1] is five times slower.
-        columns = x.view(1, 1, -1).expand(len(self.shares), -1, -1).transpose(1, 2)
-        return torch.baddbmm(self.biases, self.shares, columns).view(*x.shape[:-1], -1)
+        columns = x.view(1, 1, -1).expand(self.shares.shape[0], -1, -1).transpose(1, 2)
+        biases, shares = self.biases, self.shares
+        out = shares @ columns if biases is None else torch.baddbmm(biases, shares, columns)
+        return out.view(-1)[: self.out].view(*x.shape[:-1], self.out)
 
 
 class Bf16Product(nn.Module):
@@ -49,12 +60,12 @@ class Bf16Product(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
         super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), rows)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.bfloat16(), max(rows, FEWEST))
         self.bias = None if bias is None else bias.bfloat16()
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        return onednn(x.bfloat16(), self.weight, self.bias).float()
+        return few_rows(x.bfloat16(), self.weight, self.bias).float()
 
 
 class Int8Product(nn.Module):
@@ -70,12 +81,22 @@ class Int8Product(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         rows = x.reshape(-1, x.shape[-1]).bfloat16()
-        if len(rows) > FEW:
-            out = F.linear(rows, self.codes.bfloat16()) * self.scale
-        else:
-            out = torch._weight_int8pack_mm(rows, self.codes, self.scale)
+        out = self._widened(rows) if len(rows) > FEW else torch._weight_int8pack_mm(rows, self.codes, self.scale)
         out = out.view(*x.shape[:-1], -1).float()
         return out if self.bias is None else out.add_(self.bias)
+
+    def _widened(self, rows: Tensor) -> Tensor:
+        """The product by weights that are widened to bf16, some at a time, which a core's cache keeps."""
+        parts = self.codes.split(max(1, WIDENED // rows.shape[1]))
+        buffer, out, end = (
+            torch.empty_like(parts[0], dtype=torch.bfloat16),
+            rows.new_empty(len(rows), len(self.codes)),
+            0,
+        )
+        for part in parts:
+            begin, end = end, end + len(part)
+            out[:, begin:end] = F.linear(rows, buffer[: len(part)].copy_(part))
+        return out.mul_(self.scale)
 
 
 def _rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,6 +106,11 @@ def _rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
     return scale, (wide / scale[:, None].float()).round().clamp(-127, 127).char()
 
 
-def onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x weight^T + bias by oneDNN. `weight` [out, in] may be in oneDNN's order or in the usual one."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    rows = x.numel() // x.shape[-1]
+    if rows >= FEWEST:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    filled = F.pad(x.reshape(rows, x.shape[-1]), (0, 0, 0, FEWEST - rows))
+    out = torch.ops.mkldnn._linear_pointwise(filled, weight, bias, "none", [], "")
+    return out[:rows].view(*x.shape[:-1], out.shape[-1])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from castalia.generate.packed_matmul import Bf16Product, Fp32Product, Int8Product
-from castalia.model.attention import Context
+from castalia.model.attention import Attention, Context
 from castalia.model.layers import MLP, Linear
 from castalia.model.transformer import Block, Transformer
 
@@ -79,7 +79,8 @@ class SideBySide(nn.Module):
         assert isinstance(mlp, MLP)
         self.attn, self.width, self.activate = attn, attn.qkv.out_features, _activation(mlp)
         norm2 = block.norm2 or block.norm1
-        self.first = product(_stacked(_behind(block.norm1, attn.qkv), *(_behind(norm2, x) for x in _inner(mlp))))
+        inner = (_behind(norm2, part) for part in _inner(mlp))
+        self.first = product(_stacked(_by_kind(attn, _behind(block.norm1, attn.qkv)), *inner))
         self.last = product(_added(attn.out, mlp.down))
         self.norm = block.norm1.float()
         for name, parameter in self.norm.named_parameters():
@@ -109,7 +110,8 @@ class PackedMLP(nn.Module):
 
 
 def _packed(block: Block, product: Maker) -> Block:
-    block.attn.qkv, block.attn.out = product(_affine(block.attn.qkv)), product(_affine(block.attn.out))
+    attn = block.attn
+    attn.qkv, attn.out = product(_by_kind(attn, _affine(attn.qkv))), product(_affine(attn.out))
     if isinstance(block.mlp, MLP):
         block.mlp = PackedMLP(block.mlp, product)
     for part in (block.norm1, block.norm2, block.attn.qk_norm):
@@ -132,6 +134,24 @@ def _activation(mlp: MLP) -> Callable[[Tensor], Tensor]:
         return activation(gate) * up
 
     return gated
+
+
+def _by_kind(attn: Attention, qkv: Affine) -> Affine:
+    """The product of queries, keys and values with its outputs by kind, which `attn` takes note of.
+
+    A qk norm wants them by head.
+    """
+    if attn.qk_norm is not None:
+        return qkv
+    attn.by_kind = True
+
+    def ordered(rows: Tensor) -> Tensor:
+        """[(n + 2 kv) d, ...] -> the same shape."""
+        heads = rows.unflatten(0, (-1, attn.group_size + 2, attn.head_size))  # [kv, group + key + value, d, ...]
+        return torch.cat([part.flatten(0, 2) for part in heads.split((attn.group_size, 1, 1), dim=1)])
+
+    weight, bias = qkv
+    return ordered(weight), None if bias is None else ordered(bias)
 
 
 def _affine(linear: Linear) -> Affine:

@@ -204,6 +204,8 @@ class Attention(nn.Module):
         self.qkv = Linear(cfg.hidden_size, rows, cfg.attention_bias)
         self.out = Linear(cfg.num_heads * cfg.head_size, cfg.hidden_size, cfg.attention_bias)
         self.qk_norm = HeadsNorm(cfg) if cfg.qk_norm else None
+        # Packed for writing, rows lie by kind: all queries, all keys, all values. Rotating then needs no copy.
+        self.by_kind = False
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """[b, t, h] -> [b, t, h]; of kept tokens [1, m, h] -> [1, m, h], in the last block [1, k, h]."""
@@ -217,15 +219,7 @@ class Attention(nn.Module):
         """Attention output of all heads, before the output projection: [b, t, (n + 2 kv) d] -> [b, t, n d]."""
         b, t, _ = qkv.shape
         dtype = qkv.dtype
-        qkv = qkv.view(b, t, -1, self.group_size + 2, self.head_size)  # [b, t, kv, group + key + value, d]
-        qk, v = qkv[..., :-1, :], qkv[..., -1, :]  # [b, t, kv, group + key, d], [b, t, kv, d]
-        if self.qk_norm is not None:
-            qk = self.qk_norm(qk)
-        if context.rotary is not None:
-            qk = rotate(qk, context.rotary)  # queries and keys together, in one kernel
-        q, k = qk[..., :-1, :], qk[..., -1, :]  # [b, t, kv, group, d], [b, t, kv, d]
-        q = q.flatten(2, 3).transpose(1, 2)  # [b, t, n, d] -> [b, n, t, d]
-        k, v = k.transpose(1, 2), v.transpose(1, 2)  # [b, kv, t, d]
+        q, k, v = self.split(qkv, context.rotary)
         if is_slow_half(q):
             q, k, v = q.float(), k.float(), v.float()
         y = (attend if context.cache is None else partial(context.cache.attend, self.layer))(
@@ -238,6 +232,26 @@ class Attention(nn.Module):
             scale=self.scale,
         )
         return y.transpose(1, 2).reshape(b, t, -1).to(dtype)  # [b, n, t, d] -> [b, t, n d]
+
+    def split(self, qkv: Tensor, rotary: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
+        """[b, t, (n + 2 kv) d] -> queries [b, n, t, d], keys and values [b, kv, t, d], turned to their positions."""
+        b, t, _ = qkv.shape
+        if self.by_kind:
+            qkv = qkv.view(b, t, 1, -1, self.head_size)  # [b, t, 1, n + 2 kv, d]
+            kv = qkv.shape[3] // (self.group_size + 2)
+            qk, v = qkv[..., :-kv, :], qkv[:, :, 0, -kv:]
+            if rotary is not None:
+                qk = rotate(qk, rotary)
+            q, k = qk[:, :, 0, :-kv], qk[:, :, 0, -kv:]  # [b, t, n, d], [b, t, kv, d]
+            return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        qkv = qkv.view(b, t, -1, self.group_size + 2, self.head_size)  # [b, t, kv, group + key + value, d]
+        qk, v = qkv[..., :-1, :], qkv[..., -1, :]  # [b, t, kv, group + key, d], [b, t, kv, d]
+        if self.qk_norm is not None:
+            qk = self.qk_norm(qk)
+        if rotary is not None:
+            qk = rotate(qk, rotary)  # queries and keys together, in one kernel
+        q, k = qk[..., :-1, :], qk[..., -1, :]  # [b, t, kv, group, d], [b, t, kv, d]
+        return q.flatten(2, 3).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 class HeadsNorm(nn.Module):

@@ -15,7 +15,7 @@ from castalia.config.schema import ModelConfig, RopeScaling
 from castalia.errors import ConfigError
 
 # Cosines and sines, each [rows, t, 1, 1, rotary_size / 2]. With a single position per row, as in decoding, launching a
-# kernel costs more than its work, so the rotation is one matrix [rows, d, d] instead.
+# kernel costs more than its work, so the rotation is one matrix [rows, rotary_size, rotary_size] instead.
 Rotation = tuple[Tensor, Tensor] | Tensor
 
 
@@ -27,30 +27,51 @@ class Rotary:
     """
 
     def __init__(self, cfg: ModelConfig) -> None:
-        self.head_size = cfg.head_size
         self.frequencies, self.magnitude = rotary_frequencies(cfg)
         self.tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self.single: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}  # what `_matrices` needs
 
     def __call__(self, positions: Tensor, end: int, dtype: torch.dtype) -> Rotation:
         """The rotation of each of `positions` [rows, t], which are all below `end`, for `rotate`."""
-        table = self.tables.get(positions.device)
+        if positions.shape[1] == 1:
+            return self._matrices(positions, end, dtype)
+        cos, sin = (part[positions][:, :, None, None].to(dtype) for part in self._table(positions.device, end))
+        return cos, sin  # [rows, t, 1, 1, size / 2]
+
+    def _table(self, device: torch.device, end: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of at least `end` positions: [length, size / 2]."""
+        table = self.tables.get(device)
         if table is None or len(table[0]) < end:
             length = 1 << (max(end, 256) - 1).bit_length()  # a power of two: decoding rarely meets a longer one
-            angles = torch.outer(torch.arange(length).float(), self.frequencies).to(positions.device)
+            angles = torch.outer(torch.arange(length).float(), self.frequencies).to(device)
             table = angles.cos() * self.magnitude, angles.sin() * self.magnitude
-            self.tables[positions.device] = table
-        cos, sin = (part[positions][:, :, None, None].to(dtype) for part in table)  # [rows, t, 1, 1, size / 2]
-        if positions.shape[1] > 1:
-            return cos, sin
-        # The rotated unit vectors are the rows of the matrix by which `rotate` multiplies: [rows, d, d].
-        basis = torch.eye(self.head_size, dtype=dtype, device=positions.device)[None, None, :, None]
-        return rotate(basis.expand(len(positions), -1, -1, -1, -1), (cos, sin)).flatten(1, 3)
+            self.tables[device] = table
+        return table
+
+    def _matrices(self, positions: Tensor, end: int, dtype: torch.dtype) -> Tensor:
+        """The rotation at `positions` [rows, 1] as matrices by which rows are multiplied from the right: [rows, r, r].
+
+        They take the r dimensions that turn. Row i has the cosine of its pair at i, and its sine at the other of the
+        pair, with a minus if i is the second.
+        """
+        device = positions.device
+        if device not in self.single or len(self.single[device][0]) < end:
+            cos, sin = self._table(device, end)
+            own = torch.eye(2 * cos.shape[1], device=device)
+            first, second = own.chunk(2)
+            self.single[device] = torch.cat((cos, cos, sin, sin), dim=1), own, torch.cat((second, -first))
+        turns, own, other = self.single[device]
+        cos, sin = turns[positions].view(len(positions), 2, -1, 1).unbind(1)  # [rows, r, 1]
+        return (cos * own + sin * other).to(dtype)
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Rotate the first 2 * half dimensions of every head, i paired with i + half. x: [b, t, kv, heads, d]."""
     if isinstance(rotation, Tensor):
-        return (x.flatten(1, 3) @ rotation).view(x.shape)  # [b, kv * heads, d] @ [b or 1, d, d], since t is 1
+        size = rotation.shape[-1]
+        turning = x[..., :size].flatten(1, 3)  # [b, kv * heads, r], since t is 1
+        turned = (turning @ rotation).view(*x.shape[:-1], size)  # by [b or 1, r, r]
+        return turned if size == x.shape[-1] else torch.cat((turned, x[..., size:]), dim=-1)
     cos, sin = rotation
     half = cos.shape[-1]
     first, second = x[..., :half], x[..., half : 2 * half]

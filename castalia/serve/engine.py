@@ -20,17 +20,15 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import takewhile
-from math import isfinite
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from castalia.checkpoint.restore import require_finite
 from castalia.data.tokenizer import Tokenizer
-from castalia.errors import CastaliaError, CheckpointError
-from castalia.generate.generation import GenerationRow
+from castalia.errors import CastaliaError
+from castalia.generate.generation import GenerationRow, checked_logits
 from castalia.generate.kv_cache import KVCache
 from castalia.generate.sampling import Noise, choose
 from castalia.generate.text_stream import TextStream
@@ -345,7 +343,7 @@ class Engine:
     def _prompt_scores(self, row: TextRow, hidden: Tensor, start: int) -> list[TokenScore]:
         """The scores of the tokens after those of a chunk, of which the prompt has none after its last."""
         targets = row.prompt[start + 1 : start + 1 + len(hidden)]
-        logits = self._checked(self.model.logits(hidden[: len(targets)]))
+        logits = checked_logits(self.model, self.model.logits(hidden[: len(targets)]))
         return self._scores(logits, targets, row.options.prompt_top or 0)
 
     def _scores(self, logits: Tensor, tokens: Sequence[int], top: int) -> list[TokenScore]:
@@ -402,7 +400,7 @@ class Engine:
         """Choose the next token of a text from logits [1, V], and tell it. Whether the text goes on."""
         options, text = row.options, row.text
         assert text is not None
-        logits = self._checked(logits)
+        logits = checked_logits(self.model, logits)
         allowed = logits[:, : self.vocab_size]
         changed = self._changed(row, allowed)
         token = int(choose(changed, row.noise, options.temperature, options.top_k, options.top_p))
@@ -428,13 +426,6 @@ class Engine:
         logits[0, torch.tensor(list(changes), device=logits.device)] += torch.tensor(
             list(changes.values()), dtype=torch.float32, device=logits.device
         )
-        return logits
-
-    def _checked(self, logits: Tensor) -> Tensor:
-        # A sum is one pass over the values, and not finite where one of them is not; nor perhaps where all are huge.
-        if not isfinite(float(logits.sum())) and not bool(logits.isfinite().all()):
-            require_finite(dict(self.model.named_parameters()), "the model")
-            raise CheckpointError("the model's logits are NaN or infinite though its weights are not")
         return logits
 
 

@@ -1,9 +1,10 @@
 import pytest
 import torch
 
+from castalia.generate import packed_matmul
 from castalia.generate import packed_model as packing
 from castalia.generate.generation import generate
-from castalia.generate.packed_matmul import Int8Product
+from castalia.generate.packed_matmul import Fp32Product, Int8Product
 from castalia.generate.packed_model import has_bf16_kernels, pack
 
 TOKENS = torch.randint(257, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -94,8 +95,20 @@ def test_int8_codes_are_the_nearest():
     assert (product(torch.ones(1, 48))[0, 7] == 0).all()
 
 
+@pytest.mark.parametrize("packed_rows", [1, 2, 16])
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 5])
+def test_any_number_of_rows_and_outputs(rows, packed_rows):
+    """The outputs have no common divisor with any number of shares."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(97, 64), torch.randn(rows, 1, 64)
+    for bias in (None, torch.randn(97)):
+        expected = torch.nn.functional.linear(x, weight, bias)
+        torch.testing.assert_close(Fp32Product(weight, bias, packed_rows)(x), expected)
+
+
 @pytest.mark.parametrize("rows", [1, 3, 65])
-def test_few_and_many_rows_multiply_alike(rows):
+def test_few_and_many_rows_multiply_alike(rows, monkeypatch):
+    monkeypatch.setattr(packed_matmul, "WIDENED", 64 * 40)  # two parts and a rest
     torch.manual_seed(0)
     weight, bias, x = torch.randn(96, 64), torch.randn(96), torch.randn(rows, 5, 64)
     product = Int8Product(weight, bias, rows=1)
