@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import results
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -236,6 +237,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", default=".", help="on the disk to be measured")
     parser.add_argument("--quick", action="store_true", help="2 MB, one round: does it run and agree?")
+    results.option(parser)
     args = parser.parse_args()
     if args.quick:
         args.megabytes, args.rounds = 2, 1
@@ -252,6 +254,7 @@ def main() -> None:
     words["reshard"] = f"load by {RANKS} processes, half each"
     for task, sides in found.items():
         medians = {side: statistics.median(sides[side]) for side in (*SIDES, "floor")}
+        results.record(words[task], sides["castalia"])
         ratio = medians["floor"] / medians["castalia"]
         cells = [f"{seconds * 1e3:.0f}" for seconds in medians.values()] + [f"{size / medians['floor'] / 1e6:.0f}"]
         shown = f"{1 / ratio:.2f}x its time" if task == "blocked" else f"{ratio:.2f}"

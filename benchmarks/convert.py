@@ -23,6 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+import results
+
 from castalia.checkpoint.formats.native.save import CheckpointSaver
 from castalia.config.schema import ModelConfig
 
@@ -139,7 +141,7 @@ def settle(read: Path, written: Path, scratch: Path) -> None:
 
 def race(name: str, work: Callable[..., None], source: Path, arguments: tuple, rounds: int, scratch: Path) -> Path:
     """One row: the work and a copy of its result take turns. Returns the result's folder."""
-    ratios, speeds, peaks = [], [], []
+    ratios, speeds, peaks, taken = [], [], [], []
     result = scratch / name.replace(" ", "-")
     for _ in range(rounds):
         written = result if result.exists() else source
@@ -152,11 +154,13 @@ def race(name: str, work: Callable[..., None], source: Path, arguments: tuple, r
         copied = time.perf_counter() - start
         shutil.rmtree(scratch / "copy")
         ratios.append(copied / seconds)
+        taken.append(seconds)
         speeds.append(size_of(result) / seconds / 1e6)
         peaks.append(peak)
     cells = [name, f"{size_of(result) / 1e6:.0f}", f"{statistics.median(speeds):.0f}"]
     cells += [f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f}-{max(ratios):.2f}", f"{max(peaks) / 1e6:.0f}"]
     print(f"| {' | '.join(cells)} |", flush=True)
+    results.record(name, taken)
     return result
 
 
@@ -213,6 +217,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", default=".", help="on the disk to be measured")
     parser.add_argument("--quick", action="store_true", help="a tiny model, one round: does it run?")
+    results.option(parser)
     args = parser.parse_args()
     if args.quick:
         args.hidden, args.layers, args.vocab, args.rounds = 64, 2, 512, 1

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import results
 
 from castalia.config.schema import DataConfig, RunConfig, Source, TrainConfig
 from castalia.data.blend import blend
@@ -38,6 +39,8 @@ def alternate(rounds: int, **sides: Callable[[], Any]) -> dict[str, float]:
             begin = time.perf_counter()
             side()
             seconds[name].append(time.perf_counter() - begin)
+    for name, found in seconds.items():
+        results.record(name.replace("_", " "), found)
     return {name: statistics.median(found) for name, found in seconds.items()}
 
 
@@ -118,6 +121,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=10_000_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="a hundredth of the size, three rounds")
+    results.option(parser)
     options = parser.parse_args()
     shrink, rounds = (100, 3) if options.quick else (1, options.rounds)
     index_row(options.documents // shrink, rounds)

@@ -1,31 +1,34 @@
 """Greedy decoding and reading of prompts side by side: ours against transformers' `generate` on the same weights.
 
-    python benchmarks/generate.py [--model pythia-14m] [--new 64] [--rounds 5] [--quick]
+    python benchmarks/generate.py [--model pythia-14m] [--new 64] [--rounds 5] [--cpu-time] [--quick] [--json FILE]
 
 Both sides run in one process and take turns, with the same allocator setting; both must write the same tokens, but for
-near ties where weights are rounded. Beside them stands the floor: for decoding, reading every weight that a token needs
-once, at the read bandwidth measured on an array of the same bytes in the same run; for a prompt, its operations at the
-matmul rate of the same run. int8 weights are ours alone and race against transformers' fp32.
+near ties where weights are rounded. Beside them stands the floor: for each token, the longer of reading every weight
+that it needs once, at the read bandwidth measured on an array of the same bytes in the same run, and of its operations
+at the matmul rate of the same run; for a prompt its operations. MBU, memory bandwidth utilisation, is the bytes of
+weights, keys and values that decoding has to read, per second, over that bandwidth. int8 weights are ours alone and
+race against transformers' fp32. On a machine that is busy with other work `--cpu-time` takes one thread for both sides
+and counts the seconds that they compute instead of those that pass.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 
+import results
 import torch
-from train import Work, our_model, renamed, their_config
+from train import Work, matmul_rate, our_model, renamed, their_config, use_clock
 
 from castalia.config.load import load_config
 from castalia.config.schema import ModelConfig
 from castalia.generate.generation import generate
 from castalia.generate.packed_model import pack
 from castalia.machine import keep_freed_memory
-from castalia.train.hardware import DTYPES, measured_flops
+from castalia.train.hardware import DTYPES
 
 # Share of tokens that may differ. The logits of random weights lie close together, and after one near tie that falls
 # the other way nothing is alike any more.
@@ -72,6 +75,7 @@ def their_model(shape: ModelConfig, weights: dict[str, torch.Tensor], dtype: tor
 
 Writer = Callable[[Row], list[list[int]]]
 Judge = Callable[[list[int]], torch.Tensor]
+Clock = Callable[[], float]
 
 
 def sides(shape: ModelConfig, precision: str) -> tuple[Writer, Writer, Judge]:
@@ -136,41 +140,59 @@ def check(row: Row, ours: list[list[int]], theirs: list[list[int]], judge: Judge
                 raise AssertionError(f"{row.name}: token {same} differs, worse by {gap:.2g} of the largest logit")
 
 
-def race(writers: tuple[Writer, Writer, Judge], row: Row, rounds: int, tolerance: float) -> tuple[float, float]:
-    """Median seconds of each side, interleaved."""
+def race(
+    writers: tuple[Writer, Writer, Judge], row: Row, rounds: int, tolerance: float, clock: Clock
+) -> tuple[list[float], list[float]]:
+    """Seconds of each side's rounds, interleaved."""
     *writers, judge = writers
     check(row, *(write(row) for write in writers), judge, tolerance)  # warm-up
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds):
         for write, taken in zip(writers, seconds, strict=True):
-            start = time.perf_counter()
+            start = clock()
             write(row)
-            taken.append(time.perf_counter() - start)
-    mine, peers = map(statistics.median, seconds)
-    return mine, peers
+            taken.append(clock() - start)
+    return seconds
 
 
-def floor(shape: ModelConfig, row: Row, precision: str) -> float:
-    """Seconds that the work takes at the machine's measured limit."""
+@dataclass(frozen=True)
+class Needs:
+    """What a row cannot do without: bytes to read while decoding, and operations."""
+
+    num_bytes: float
+    flops: float
+    seconds: float  # at the machine's measured limit
+    bandwidth: float  # bytes a second
+
+
+def needs(shape: ModelConfig, row: Row, precision: str, clock: Clock) -> Needs:
     matrices = shape.num_layers * 12 * shape.hidden_size**2
     head = shape.padded_vocab_size * shape.hidden_size
-    if row.new > 1:
-        num_bytes = (matrices + head) * BYTES[precision]
-        return row.new * num_bytes / read_bandwidth(num_bytes)
-    count = len(row.prompts[0])
-    attention = shape.num_layers * 2 * shape.hidden_size * count**2  # the causal half of two products
-    flops = 2 * (matrices * count + head) + attention
-    return flops / measured_flops(DTYPES["fp32" if precision == "fp32" else "bf16"])
+    weights = (matrices + head) * BYTES[precision]
+    kv = 2 * 4 * shape.num_layers * shape.kv_heads * shape.head_size  # bytes of a token, which are fp32
+    lengths = [len(prompt) for prompt in row.prompts]
+    tokens, count = sum(lengths), len(lengths)
+    attention = 2 * shape.num_layers * shape.hidden_size * sum(n**2 for n in lengths)  # the causal half of 2 products
+    prefill = 2 * (matrices * tokens + head * count) + attention
+    bandwidth = read_bandwidth(weights, clock)
+    rate = matmul_rate(DTYPES["fp32" if precision == "fp32" else "bf16"], clock)
+    step_flops = 2 * (matrices + head) * count
+    num_bytes, seconds, flops = 0.0, prefill / rate, float(prefill)
+    for new in range(1, row.new):
+        read = weights + kv * (tokens + new * count)
+        num_bytes, flops = num_bytes + read, flops + step_flops
+        seconds += max(read / bandwidth, step_flops / rate)
+    return Needs(num_bytes, flops, seconds, bandwidth)
 
 
-def read_bandwidth(num_bytes: int) -> float:
-    """Bytes a second: the median of a few sums over an array."""
+def read_bandwidth(num_bytes: int, clock: Clock) -> float:
+    """Bytes a second: the fastest of a few sums over an array."""
     array, taken = torch.ones(num_bytes // 4), []
     for _ in range(9):
-        start = time.perf_counter()
+        start = clock()
         array.sum()
-        taken.append(time.perf_counter() - start)
-    return num_bytes / statistics.median(taken)
+        taken.append(clock() - start)
+    return num_bytes / min(taken)
 
 
 def main() -> None:
@@ -179,22 +201,37 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64, help="tokens written for each prompt")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--precision", choices=list(BYTES), action="append", help="default: all")
+    parser.add_argument("--cpu-time", action="store_true", help="of one thread, for a machine that others share")
+    results.option(parser)
     parser.add_argument("--quick", action="store_true", help="8 tokens, 2 rounds: does it run and agree?")
     args = parser.parse_args()
     if args.quick:
         args.new, args.rounds = 8, 2
     keep_freed_memory()
+    clock = use_clock(args.cpu_time)
     shape = load_config(args.model).model
-    print(f"{args.model}, {args.new} tokens, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
-    print("| precision | what | ours ms | ours tokens/s | transformers ms | ratio | of the floor |")
-    print("|---|---|---|---|---|---|---|")
+    print(f"{args.model}, {args.new} tokens, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"fastest (median) of {args.rounds} rounds in turns, {'CPU time' if args.cpu_time else 'wall clock'}\n")
+    print("| precision | what | ours ms | tokens/s | transformers ms | ratio | of the floor | MBU |")
+    print("|---|---|---|---|---|---|---|---|")
     for precision in args.precision or BYTES:
         writers = sides(shape, precision)
         for row in rows(args.new, args.quick):
-            mine, peers = race(writers, row, args.rounds, TOLERANCE[precision])
+            seconds = race(writers, row, args.rounds, TOLERANCE[precision], clock)
+            results.record(f"{args.model}, {precision}, {row.name}", seconds[0], "cpu" if args.cpu_time else "wall")
+            (mine, median), (peers, others) = ((min(side), statistics.median(side)) for side in seconds)
             tokens = len(row.prompts) * row.new if row.new > 1 else len(row.prompts[0])
-            cells = f"{mine * 1e3:.1f} | {tokens / mine:.0f} | {peers * 1e3:.1f} | {peers / mine:.2f}"
-            print(f"| {precision} | {row.name} | {cells} | {floor(shape, row, precision) / mine:.0%} |", flush=True)
+            least = needs(shape, row, precision, clock)
+            cells = [
+                *(precision, row.name),
+                f"{mine * 1e3:.1f} ({median * 1e3:.1f})",
+                f"{tokens / mine:,.0f}",
+                f"{peers * 1e3:.1f} ({others * 1e3:.1f})",
+                f"{peers / mine:.2f} ({others / median:.2f})",
+                f"{least.seconds / mine:.0%}",
+                f"{least.num_bytes / mine / least.bandwidth:.0%}" if row.new > 1 else "",
+            ]
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

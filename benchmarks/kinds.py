@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable
 from statistics import median
 
+import results
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -69,6 +70,7 @@ def main() -> None:
     parser.add_argument("--kind", choices=("experts", "mamba", "rwkv"), default="experts")
     for name, default in {"rounds": 5, "tokens": 2048, "hidden": 256, "width": 512, "top-k": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    results.option(parser)
     given = parser.parse_args()
     torch.manual_seed(0)
     {"mamba": mamba, "rwkv": rwkv, "experts": experts_beside_masks}[given.kind](given)
@@ -112,6 +114,7 @@ def mamba(given: argparse.Namespace) -> None:
         for compute in sides.values():
             seconds(compute, x)
         rounds = [{name: seconds(compute, x) for name, compute in sides.items()} for _ in range(given.rounds)]
+        results.record(f"mamba, {length} tokens", [each["ours"] for each in rounds], "cpu")
         taken, slow, floor = (1000 * median(each[name] for each in rounds) for name in sides)
         mine, others = (peak_bytes(sides[name], x) / 1e6 for name in ("ours", "theirs"))
         print(
@@ -184,6 +187,7 @@ def experts_beside_masks(given: argparse.Namespace) -> None:
         for compute in sides.values():
             seconds(compute, x)
         rounds = [{name: seconds(compute, x) for name, compute in sides.items()} for _ in range(given.rounds)]
+        results.record(f"{count} experts", [each["sorted"] for each in rounds], "cpu")
         ours, masks, floor = (1000 * median(each[name] for each in rounds) for name in sides)
         print(f"{count:7}  {ours:10.1f}  {masks:12.1f}  {floor:23.1f}  {floor / ours:12.0%}")
 

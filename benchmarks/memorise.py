@@ -13,6 +13,7 @@ import statistics
 import time
 
 import numpy as np
+import results
 import torch
 from generate import Numbers
 
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--model", default="pythia-14m")
     for name, value in (("sequences", 64), ("prompt", 32), ("continuation", 32), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    results.option(parser)
     given = parser.parse_args()
     config = load_config([given.model], ["model.vocab_size=50277", "train.steps=1"])
     shape = complete(config).model
@@ -58,6 +60,8 @@ def main() -> None:
         times["one pass"].append(middle - begin)
         times["decoding"].append(time.perf_counter() - middle)
         assert found == (written == tokens[:, given.prompt :]).all(1).tolist() and sum(found) >= known
+    for name, each in times.items():
+        results.record(name, each)
     pace = {name: given.sequences / statistics.median(each) for name, each in times.items()}
     print(f"{given.model}, {torch.get_num_threads()} threads, {given.prompt} + {given.continuation} tokens")
     print("  ".join(f"{name} {value:.0f} sequences/s" for name, value in pace.items()))

@@ -29,6 +29,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import results
 
 from castalia.config.schema import TokenizerConfig
 from castalia.data.dataset_writer import DatasetWriter, token_dtype
@@ -132,6 +133,7 @@ def compare(name: str, source: Path, megabytes: float, tokenizer: Path, rounds: 
     rates = {}
     for side, rows in found.items():
         seconds, cpu, start = map(statistics.median, zip(*rows, strict=True))
+        results.record(f"{name}, {tokenizer.name}, {side}", [row[1] for row in rows], "cpu")
         rates[side] = megabytes / cpu, megabytes / (cpu - start)
         print(
             f"  {side:20} {megabytes / seconds:6.1f} MB/s; per CPU-second {rates[side][0]:6.1f} MB, "
@@ -153,6 +155,7 @@ def main() -> None:
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--source", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
+    results.option(parser)
     options = parser.parse_args()
     if options.side:
         run_side(options.side, options.source, options.output, options.tokenizer[0], options.workers)

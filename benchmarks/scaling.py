@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import results
 import torch
 from convert import convert, make_source, size_of, timed
 from data import SEED, SEQ_LENGTH, peak_bytes
@@ -154,6 +155,7 @@ def show(name: str, points: list[Point]) -> list[str]:
     for point in points:
         growth = f"{point.seconds / first.seconds:.2f}", f"{point.theory / first.theory:.2f}"
         memory = [f"{size / 2**20:.1f}" if size else "" for size in (point.memory, point.memory_theory)]
+        results.record(f"{name}, {point.size:,.6g}", [point.seconds])
         print(f"| {point.size:,.6g} | {point.seconds * 1e3:.1f} | {' | '.join([*growth, *memory])} |", flush=True)
     faults = []
     if last.seconds / first.seconds > ALLOWED * last.theory / first.theory:
@@ -189,6 +191,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw the curves into this file")
     parser.add_argument("--only", help="one of the tables, by the name of what grows")
     parser.add_argument("--quick", action="store_true", help="two small sizes of each: does it run?")
+    results.option(parser)
     args = parser.parse_args()
     curves, faults = {}, []
     for name, sweep in sweeps(args.quick).items():

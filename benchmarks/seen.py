@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+import results
 
 from castalia.data.seen import TOKENS_AT_ONCE
 from castalia.data.text_search import find_runs
@@ -20,13 +21,14 @@ from castalia.data.text_search import find_runs
 LENGTH = 30  # ids of a text
 
 
-def best(rounds: int, work: Callable[[], object]) -> float:
+def best(rounds: int, row: str, work: Callable[[], object]) -> float:
     """CPU seconds of the fastest round."""
     seconds = []
     for _ in range(rounds):
         begin = time.process_time()
         work()
         seconds.append(time.process_time() - begin)
+    results.record(row, seconds, "cpu")
     return min(seconds)
 
 
@@ -35,6 +37,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", choices=("uint16", "int32"), default="uint16")
+    results.option(parser)
     given = parser.parse_args()
     draw = np.random.default_rng(0)
     tokens = (
@@ -47,12 +50,12 @@ def main() -> None:
         return sum(len(places) for block in blocks for places in find_runs(block, needles))
 
     size = tokens.nbytes / 1e6
-    added = size / best(given.rounds, tokens.view(np.uint64).sum)
+    added = size / best(given.rounds, f"adding up {given.dtype}", tokens.view(np.uint64).sum)
     print(f"{size:,.0f} MB of {given.dtype}; adding them up: {added:,.0f} MB/s")
     for count in (1, 20, 100, 1000):
         here = [tokens[at : at + LENGTH].tolist() for at in draw.integers(0, len(tokens) - LENGTH, -(-count // 2))]
         needles = here + [(draw.integers(0, 50_000, LENGTH) ** 2 // 50_000).tolist() for _ in range(count // 2)]
-        seconds = best(given.rounds, lambda needles=needles: scan(needles))
+        seconds = best(given.rounds, f"{count} texts, {given.dtype}", lambda needles=needles: scan(needles))
         print(f"{count:5} texts: {size / seconds:,.0f} MB/s")
 
 

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import results
 import torch
 
 from castalia.data.tokenizer import train_bpe
@@ -188,6 +189,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--soak", type=float, default=0.0, metavar="MINUTES")
     parser.add_argument("--beside", metavar="COMMAND")
+    results.option(parser)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "model"
@@ -251,6 +253,8 @@ def measure(models: Mapping[str, Any], words: Any, url: str, pid: int, options: 
     rows[f"{options.streams} streams over one, tokens per CPU second"] = [a / b for a, b in costs]
     for name, values in rows.items():
         print(f"{name:62} {statistics.median(values):8.3f}   " + " ".join(f"{value:.3f}" for value in values))
+        if "CPU ms" in name and "over" not in name:
+            results.record(name, [value / 1e3 for value in values], "cpu")
 
 
 def run(folder: Path, options: argparse.Namespace) -> None:

@@ -22,6 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import results
+
 FILES = 1000
 THEIR_FIRST_STEP = """
 import torch
@@ -138,6 +140,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--quick", action="store_true", help="one round, 10 files: does it run?")
     parser.add_argument("--values", action="store_true", help="initial values alone")
+    results.option(parser)
     args = parser.parse_args()
     if args.values:
         initial_values(1 if args.quick else args.rounds)
@@ -170,6 +173,7 @@ def main() -> None:
     print("| command | median s | fastest s |\n|---|---|---|")
     for label, found in taken.items():
         print(f"| {label} | {statistics.median(found):.2f} | {min(found):.2f} |")
+        results.record(label, found)
 
 
 if __name__ == "__main__":

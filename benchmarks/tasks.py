@@ -15,6 +15,7 @@ import random
 import time
 from collections.abc import Callable
 
+import results
 import torch
 from generate import Numbers, their_model
 from train import Work, our_model
@@ -62,13 +63,15 @@ def floor_seconds(shape: ModelConfig, asked: list[Request], rate: float) -> floa
     return 2 * (different * blocks + head_rows * h * shape.padded_vocab_size) / rate
 
 
-def timed(call: Callable[[], list], rounds: int) -> tuple[float, list]:
-    best = float("inf")
+def timed(call: Callable[[], list], rounds: int, row: str = "") -> tuple[float, list]:
+    taken = []
     for _ in range(rounds):
         begin = time.process_time()
         result = call()
-        best = min(best, time.process_time() - begin)
-    return best, result
+        taken.append(time.process_time() - begin)
+    if row:
+        results.record(row, taken, "cpu")
+    return min(taken), result
 
 
 def main() -> None:
@@ -77,6 +80,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="a tiny model, one round")
+    results.option(parser)
     args = parser.parse_args()
     from lm_eval.models.huggingface import HFLM
 
@@ -94,7 +98,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for shots in (0, 5):
         asked = requests(shape, args.documents, shots)
-        mine, scores = timed(lambda asked=asked: ours._loglikelihood_tokens(asked), args.rounds)
+        mine, scores = timed(lambda asked=asked: ours._loglikelihood_tokens(asked), args.rounds, f"{shots} shots")
         other, batch = float("inf"), 0
         for size in BATCH_SIZES:
             theirs.batch_size_per_gpu = size

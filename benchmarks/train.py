@@ -27,6 +27,7 @@ from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 import numpy as np
+import results
 
 from castalia.config.batch import BatchPlan
 from castalia.config.load import load_config
@@ -342,6 +343,7 @@ def main() -> None:
     parser.add_argument("--recompute", action="store_true", help="all sides forget the activations inside of blocks")
     parser.add_argument("--cpu-time", action="store_true", help="of one thread, for a machine that others share")
     parser.add_argument("--quick", action="store_true", help="1 x 64 tokens, 3 rounds: does it run and agree?")
+    results.option(parser)
     args = parser.parse_args()
     if args.quick:
         args.batch, args.seq, args.rounds = 1, 64, 3
@@ -368,6 +370,8 @@ def main() -> None:
             work = Work(model, args.batch, args.seq, precision, allocator, args.recompute, cpu_time=args.cpu_time)
             found = race(work, args.rounds, names)
             medians = {name: statistics.median(timed.seconds) for name, timed in found.items()}
+            shape = f"{args.model}, {args.batch} x {args.seq}, {precision}, {allocator}"
+            results.record(shape, found[names[0]].seconds, "cpu" if args.cpu_time else "wall")
             for name, timed in found.items():
                 cells = [
                     *(precision, allocator, name),
