@@ -43,6 +43,8 @@ FAMILIES = {
     "mistral": ModelConfig(**SIZES, **LLAMA | {"num_kv_heads": 1}, sliding_window=5),
 }
 
+MIXTRAL = ModelConfig(**SIZES, **LLAMA, experts={"count": 4, "top_k": 2, "width": 40, "gated": True, "norm_topk": True})
+
 
 def made(
     model: ModelConfig, seed: int = 0, *, dtype: torch.dtype = torch.float32, optimizer: bool = True, scale: float = 1.0

@@ -17,8 +17,9 @@ from castalia.checkpoint.opener import open_checkpoint
 from castalia.config.schema import ExpertsConfig, MambaConfig, ModelConfig
 from castalia.errors import CheckpointError
 from castalia.loading import build_model
+from castalia.storage.safetensors import open_safetensors
 from castalia.storage.torch_file import open_pt
-from tests.checkpoint.made import SIZES, assert_same, made, written
+from tests.checkpoint.made import MIXTRAL, SIZES, assert_same, made, written
 
 MIXTURE = ModelConfig(**SIZES, mlp_size=64, experts=ExpertsConfig(count=4, top_k=2, every=2, width=64))
 
@@ -105,6 +106,39 @@ def test_files_without_a_config_do_not_say_how_a_router_chooses(fixtures, tmp_pa
 def test_a_native_config_says_what_the_experts_are(tmp_path):
     again = written(made(MIXTURE), tmp_path / "a", "native")
     assert_same(made(MIXTURE), replace(again, progress=made(MIXTURE).progress))
+
+
+def test_a_mixtral_of_transformers_is_read_and_written_as_it_is(tmp_path):
+    from transformers import AutoConfig, MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape |= {"num_hidden_layers": 2, "num_local_experts": 6, "num_experts_per_tok": 3, "vocab_size": 96}
+    theirs = MixtralForCausalLM(MixtralConfig(**shape, initializer_range=0.2)).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    source = open_checkpoint(tmp_path / "theirs")
+    tokens = torch.randint(96, (2, 20))
+    with torch.no_grad():
+        assert torch.allclose(build_model(source)(tokens), theirs(tokens).logits, atol=1e-5)
+    written(source, tmp_path / "ours", "hf")
+    before, after = (open_safetensors(tmp_path / side / "model.safetensors") for side in ("theirs", "ours"))
+    assert before.keys() == after.keys() and all(torch.equal(before[n].read(), after[n].read()) for n in before)
+    assert AutoConfig.from_pretrained(tmp_path / "ours").num_local_experts == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"norm_topk": False}, "experts.norm_topk=False (only True)"),
+        ({"router": "balanced"}, "experts.router=balanced (only topk)"),
+        ({"shared_width": 8}, "experts.shared_width=8 (only None)"),
+        ({"every": 2}, "experts.every=2 (only 1)"),
+    ],
+)
+def test_mixtures_that_no_class_computes_are_refused_with_what_they_differ_in(change, said):
+    with pytest.raises(CheckpointError) as error:
+        plan(made(MIXTRAL.with_({"experts": MIXTRAL.experts.with_(change)})), "hf")
+    assert said in " ".join(str(error.value).split())
 
 
 @pytest.mark.parametrize(("variant", "near"), [("mamba-pp0-fp32", 1e-5), ("mamba-fp16-dp2-z1", 4e-3)])

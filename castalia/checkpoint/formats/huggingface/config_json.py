@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from castalia.checkpoint.formats.huggingface.mixtures import MIXTRAL, written_mixtral
 from castalia.checkpoint.formats.huggingface.names import ACTIVATIONS, FAMILIES, Family
 from castalia.config.schema import MambaConfig, ModelConfig, RopeScaling
 from castalia.errors import CheckpointError
@@ -16,11 +17,12 @@ from castalia.reading import keys, read_json
 COUNTS = (
     "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
     "max_position_embeddings", "sliding_window", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "head_dim",
-    "state_size", "conv_kernel",
+    "state_size", "conv_kernel", "num_local_experts", "num_experts_per_tok",
 )  # fmt: skip
 SHARES = (
     "layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "rope_theta", "rotary_emb_base", "rotary_pct", "embd_pdrop",
     "partial_rotary_factor", "attention_dropout", "hidden_dropout", "resid_pdrop", "attn_pdrop", "expand",
+    "router_jitter_noise",
 )  # fmt: skip
 FLAGS = (
     "use_conv_bias",
@@ -211,10 +213,17 @@ def _written_mamba(model: ModelConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _experts(config: ConfigJson, key: str) -> dict[str, Any]:
+    """The experts of Mixtral's blocks."""
+    config.require("router_jitter_noise", 0.0)
+    sizes = {"count": "num_local_experts", "top_k": "num_experts_per_tok", "width": "intermediate_size"}
+    return MIXTRAL | {ours: config[theirs] for ours, theirs in sizes.items()}
+
+
 READERS: dict[str, Callable[[ConfigJson, str], Any]] = {  # settings that are not simply the value of their key
     "activation": _activation, "attention_bias": _flag, "mlp_bias": _flag, "head_size": _head_size,
     "sliding_window": _window, "rotary_base": _rotary_base, "rotary_pct": _rotary_share, "rope_scaling": _rope_scaling,
-    "mamba": _mamba,
+    "mamba": _mamba, "experts": _experts,
 }  # fmt: skip
 
 
@@ -240,6 +249,8 @@ def to_config_json(kind: str, model: ModelConfig, longest: int, token_ids: Mappi
             config[key] = written[model.activation]
         elif names == "mamba":
             config[key] = _written_mamba(model)[key]
+        elif names == "experts":
+            config[key] = written_mixtral(model)[key]
         elif names == "sliding_window" and model.sliding_window is not None:
             config[key] += 1  # Hugging Face counts the token itself
         elif names == "rope_scaling":

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from castalia.checkpoint.formats.huggingface.mixtures import lacking_of_mixtral, mixtral_rules
 from castalia.checkpoint.mamba_tensors import mamba_rules
 from castalia.checkpoint.rules import (
     Chain,
@@ -107,10 +108,13 @@ def _llama_rules(model: ModelConfig) -> list[Rule]:
         Rule("blocks.{i}.norm2.weight", layer + "post_attention_layernorm.weight"),
         *with_bias("blocks.{i}.attn.qkv", projections, by_group, bias=model.attention_bias),
         *with_bias("blocks.{i}.attn.out", attention + "o_proj", bias=model.attention_bias),
+    ]
+    mlp = [
         *with_bias("blocks.{i}.mlp.gate", layer + "mlp.gate_proj", bias=model.mlp_bias),
         *with_bias("blocks.{i}.mlp.up", layer + "mlp.up_proj", bias=model.mlp_bias),
         *with_bias("blocks.{i}.mlp.down", layer + "mlp.down_proj", bias=model.mlp_bias),
     ]
+    block += mixtral_rules(model) if model.experts else mlp
     ends = [Rule("embed.weight", "embed_tokens.weight"), Rule("norm.weight", "norm.weight")]
     return ends + per_block(block, model.num_layers)
 
@@ -145,6 +149,9 @@ LLAMA_KEYS = _KEYS | {
     "num_key_value_heads": "num_kv_heads", "head_dim": "head_size", "rms_norm_eps": "norm_eps", "mlp_bias": "mlp_bias",
 }  # fmt: skip
 MISTRAL_KEYS = LLAMA_KEYS | {"sliding_window": "sliding_window"}
+_MIXTURE = ("num_local_experts", "num_experts_per_tok", "intermediate_size", "router_jitter_noise")
+MIXTRAL_KEYS = {key: name for key, name in MISTRAL_KEYS.items() if not key.endswith("_bias")}
+MIXTRAL_KEYS |= dict.fromkeys(_MIXTURE, "experts")  # together one section of ours
 MAMBA_KEYS: dict[str, str | bool] = {
     "num_hidden_layers": "num_layers", "hidden_size": "hidden_size", "layer_norm_epsilon": "norm_eps",
     # Together one section of ours.
@@ -174,6 +181,11 @@ LLAMA_DEFAULTS = {
 }  # fmt: skip
 MISTRAL_DEFAULTS = LLAMA_DEFAULTS | {
     "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096,
+}  # fmt: skip
+MIXTRAL_DEFAULTS = LLAMA_DEFAULTS | {
+    "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6, "sliding_window": None, "num_local_experts": 8, "num_experts_per_tok": 2,
+    "router_jitter_noise": 0.0,
 }  # fmt: skip
 MAMBA_DEFAULTS = {
     "vocab_size": 50280, "hidden_size": 768, "state_size": 16, "num_hidden_layers": 32, "layer_norm_epsilon": 1e-5,
@@ -232,6 +244,12 @@ FAMILIES = {
         LLAMA_HOLDS | {"attention_bias": {False}, "mlp_bias": {False}}, MISTRAL_DEFAULTS, _llama_rules,
         LLAMA_MODULES, foreign=("attention_bias", "mlp_bias"),
     ),
+    "mixtral": Family(
+        "MixtralForCausalLM", "model.", "lm_head.weight", MIXTRAL_KEYS,
+        LLAMA_FIXED | {"attention_bias": False, "mlp_bias": False},
+        LLAMA_HOLDS | {"attention_bias": {False}, "gated_mlp": {False, True}}, MIXTRAL_DEFAULTS, _llama_rules,
+        ("", "", ""), foreign=("attention_bias", "mlp_bias"),
+    ),
     "mamba": Family(
         "MambaForCausalLM", "backbone.", "lm_head.weight", MAMBA_KEYS, MAMBA_FIXED, MAMBA_HOLDS, MAMBA_DEFAULTS,
         _mamba_rules, ("", "", ""),
@@ -258,7 +276,8 @@ def table(family: Family, model: ModelConfig) -> list[Rule]:
 def family_of(model: ModelConfig, path: str) -> str:
     """The first model type whose class can compute the model. Raises CheckpointError if none can."""
     lacking = {kind: _lacking(model, kind) for kind in FAMILIES}
-    nearest = min(lacking, key=lambda kind: len(lacking[kind]))
+    # Of a mixture that no class computes, a class with experts says what it differs in.
+    nearest = min(lacking, key=lambda kind: (len(lacking[kind]), any("experts=" in text for text in lacking[kind])))
     if lacking[nearest]:
         raise CheckpointError(
             f"{path}: no Hugging Face class computes this model. The nearest, {FAMILIES[nearest].class_name}, cannot "
@@ -269,6 +288,9 @@ def family_of(model: ModelConfig, path: str) -> str:
 
 def _lacking(model: ModelConfig, kind: str) -> list[str]:
     """The settings whose values the class cannot compute, each with the values that it can."""
+    if kind == "mixtral":
+        plain = model.model_copy(update={"experts": None})
+        return lacking(plain, FAMILIES[kind].holds) + lacking_of_mixtral(model.experts)
     result = lacking(model, FAMILIES[kind].holds)
     if kind == "mamba":
         if model.mamba_sizes.linear_bias:

@@ -1,4 +1,4 @@
-"""Read Hugging Face folders of GPT-NeoX, GPT-2, Llama, Mistral and Mamba: weights in safetensors or `.bin` files."""
+"""Read Hugging Face folders of GPT-NeoX, GPT-2, Llama, Mistral, Mixtral and Mamba: safetensors or `.bin` files."""
 
 from __future__ import annotations
 
