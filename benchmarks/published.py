@@ -4,8 +4,8 @@
 
 Nothing is run: a step's time is arithmetic, and so is this table. Sources:
 
-* N21: Narayanan et al. 2021 (2104.04473), table 1: GPT on A100-80 of one node in eight and more, fp16, blocks computed
-  twice, interleaved stages (how many is not said: two a rank are taken, or three). Rates count what is computed twice.
+* N21: Narayanan et al. 2021 (2104.04473), table 1, with the micro-batches and interleaved stages of Megatron-LM's
+  examples/sc21/run_table_1.sh: GPT on A100-80, blocks computed twice. Its rates count what is computed twice.
 * K22: Korthikanti et al. 2022 (2205.05198), table 5: seconds of a step on A100-80, sequence parallel, of the attention
   computed twice; and the same with all of every block computed twice.
 * B22: Black et al. 2022 (2204.06745): GPT-NeoX-20B on 96 A100-40, 117 TFLOP/s each, counted as N21 does.
@@ -65,21 +65,22 @@ def pythia(layers: int, hidden: int, heads: int, vocabulary: int = 50304) -> Mod
 
 
 def narayanan() -> list[Published]:
-    """Table 1: billions of parameters, heads, width, layers, tensor, pipeline, devices, batch, TFLOP/s of a device."""
+    """Table 1: billions of parameters, heads, width, layers, tensor, pipeline, stages of a rank, devices, micro-batch,
+    batch, TFLOP/s of a device."""
     rows = [
-        (1.7, 24, 2304, 24, 1, 1, 32, 512, 137), (3.6, 32, 3072, 30, 2, 1, 64, 512, 138),
-        (7.5, 32, 4096, 36, 4, 1, 128, 512, 142), (18.4, 48, 6144, 40, 8, 1, 256, 1024, 135),
-        (39.1, 64, 8192, 48, 8, 2, 512, 1536, 138), (76.1, 80, 10240, 60, 8, 4, 1024, 1792, 140),
-        (145.6, 96, 12288, 80, 8, 8, 1536, 2304, 148), (310.1, 128, 16384, 96, 8, 16, 1920, 2160, 155),
-        (529.6, 128, 20480, 105, 8, 35, 2520, 2520, 163), (1008.0, 160, 25600, 128, 8, 64, 3072, 3072, 163),
+        (1.7, 24, 2304, 24, 1, 1, 1, 32, 16, 512, 137), (3.6, 32, 3072, 30, 2, 1, 1, 64, 16, 512, 138),
+        (7.5, 32, 4096, 36, 4, 1, 1, 128, 16, 512, 142), (18.4, 48, 6144, 40, 8, 1, 1, 256, 8, 1024, 135),
+        (39.1, 64, 8192, 48, 8, 2, 1, 512, 4, 1536, 138), (76.1, 80, 10240, 60, 8, 4, 3, 1024, 2, 1792, 140),
+        (145.6, 96, 12288, 80, 8, 8, 2, 1536, 2, 2304, 148), (310.1, 128, 16384, 96, 8, 16, 2, 1920, 1, 2160, 155),
+        (529.6, 128, 20480, 105, 8, 35, 3, 2520, 1, 2520, 163),
+        (1008.0, 160, 25600, 128, 8, 64, 1, 3072, 1, 3072, 163),
     ]  # fmt: skip
     runs = []
-    for billions, heads, hidden, layers, tp, pp, devices, batch, tflops in rows:
+    for billions, heads, hidden, layers, tp, pp, chunks, devices, micro, batch, tflops in rows:
         model, dp = gpt(layers, hidden, heads), devices // tp // pp
-        chunks = next((n for n in (2, 3) if layers % (n * pp) == 0), 1) if pp > 1 else 1
         layout = Layout(
-            tp=tp, pp=pp, dp=dp, micro_batch=1, accumulation=batch // dp, recompute="full", stages_per_rank=chunks,
-            pipeline="interleaved" if chunks > 1 else "1f1b",
+            tp=tp, pp=pp, dp=dp, micro_batch=micro, accumulation=batch // dp // micro, recompute="full",
+            stages_per_rank=chunks, pipeline="interleaved" if chunks > 1 else "1f1b",
         )  # fmt: skip
         seconds = neox_flops(model, 2048, recompute=True) * batch * 2048 / (devices * tflops * 1e12)
         runs.append(Published(f"GPT {billions:g}B", "N21", model, 2048, "a100-80", layout, seconds))
